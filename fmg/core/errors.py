@@ -1,0 +1,64 @@
+"""The error family: every message is one sentence that says what is wrong and one that says what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FmgError(Exception):
+    """A failure that the user can act on. The command line prints it without a traceback.
+
+    Args:
+        what: one sentence that says what is wrong, without a final full stop being required.
+        fix: one sentence that says what to do about it.
+    """
+
+    exit_code: int = 1
+
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(what, fix)
+        self.what = what
+        self.fix = fix
+
+    def __str__(self) -> str:
+        return f"{_sentence(self.what)} {_sentence(self.fix)}"
+
+
+class UsageError(FmgError):
+    """A wrong flag, name, option or recipe: nothing has been started or written. Exit code 2."""
+
+    exit_code = 2
+
+
+class CompositionError(UsageError):
+    """Components that do not fit together, found before any weight is read. Exit code 2."""
+
+
+class MissingDependencyError(UsageError):
+    """An optional package or a file that has to be fetched first. Exit code 2."""
+
+
+class CheckpointError(FmgError):
+    """A weight file or run folder that is missing, damaged or of another kind."""
+
+
+class RewardError(FmgError):
+    """A reward that failed or returned something that is not a finite number for every image."""
+
+
+class GateError(FmgError):
+    """A safety check of a training run failed; the message lists the likely causes."""
+
+
+def _sentence(text: str) -> str:
+    text = text.strip()
+    return text if text.endswith((".", "?", "!", ":")) else text + "."
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """A hint for a mistyped name: the closest known one and the whole list."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    lead = f"Did you mean '{close[0]}'? " if close else ""
+    return f"{lead}Known: {', '.join(names) if names else 'none'}."

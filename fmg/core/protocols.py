@@ -1,0 +1,238 @@
+"""The abstractions that components implement. Structural: anything with these members works, no base class needed.
+
+Times are `(b,)` float tensors in [0, 1]; noise is at 1, data at 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fmg.core.specs import MapSpec, Requirements
+from fmg.core.types import Batch, Conditioning, Loss, Prompt, RewardOutput, ScoredRollout
+
+Anchors = Literal["endpoint", "any"]
+
+
+class ProbabilityPath(Protocol):
+    """An affine Gaussian probability path `x_t = alpha_t x_0 + sigma_t eps` (docs/math.md, eq. 1)."""
+
+    @property
+    def name(self) -> str:
+        """`linear` or `trig`."""
+
+    def alpha(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Signal coefficient, falling from 1 at t = 0 to 0 at t = 1."""
+
+    def sigma(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """Noise coefficient, rising from 0 at t = 0 to 1 at t = 1."""
+
+    def kernel(
+        self, a: Float[Tensor, " b"], s: Float[Tensor, " b"]
+    ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+        """Scale and std of `q(x_s | x_a)` for `0 <= a <= s <= 1` (eq. 2)."""
+
+    def anchor(self, noise_share: Float[Tensor, " b"], s: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """The time `a <= s` whose noise-to-signal ratio is `noise_share` times that at `s` (eq. 3)."""
+
+
+@runtime_checkable
+class FlowMap(Protocol):
+    """A learned or exact map `X_{t->s}` of the probability-flow ODE.
+
+    `anchors` is `any` for two-time maps and `endpoint` for maps that only know `s = 0`; those raise
+    `CompositionError` for another `s`, and for `velocity`.
+    """
+
+    @property
+    def anchors(self) -> Anchors:
+        """Which target times `jump` accepts."""
+
+    @property
+    def path(self) -> ProbabilityPath:
+        """The probability path whose marginals the map transports."""
+
+    def jump(
+        self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], s: Float[Tensor, " b"], cond: Conditioning
+    ) -> Float[Tensor, "b *shape"]:
+        """`X_{t->s}(x_t)`."""
+
+    def velocity(
+        self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], cond: Conditioning
+    ) -> Float[Tensor, "b *shape"]:
+        """The diagonal `v(x_t, t)` of a two-time map: the velocity of the probability-flow ODE."""
+
+
+class Density(Protocol):
+    """A distribution over the next state, independent over coordinates; see `fmg.flow.Gaussian`."""
+
+    @property
+    def mean(self) -> Float[Tensor, "b *shape"]:
+        """Mean, fp32."""
+
+    @property
+    def std(self) -> Float[Tensor, " b"]:
+        """Standard deviation of every coordinate, fp32, without parameters in it."""
+
+    def push(self, noise: Float[Tensor, "b *shape"]) -> Float[Tensor, "b *shape"]:
+        """`mean + std * noise`."""
+
+    def log_prob(self, x: Float[Tensor, "b *shape"]) -> Float[Tensor, " b"]:
+        """Log-density averaged over all but the batch dimension, fp32."""
+
+
+class Stochasticizer(Protocol):
+    """Turns a deterministic flow map into a policy: a Gaussian over `x_s` given `x_t`."""
+
+    @property
+    def path_preserving(self) -> bool:
+        """True when `x_t ~ p_t` implies `x_s ~ p_s` for an exact map."""
+
+    def transition(
+        self,
+        flow_map: FlowMap,
+        x_t: Float[Tensor, "b *shape"],
+        t: Float[Tensor, " b"],
+        s: Float[Tensor, " b"],
+        cond: Conditioning,
+    ) -> Density:
+        """The transition density for `0 < s < t <= 1`."""
+
+
+class Reward(Protocol):
+    """Scores images against prompts. A mixture of rewards is a reward."""
+
+    def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
+        """Scores of images in [0, 1]; non-finite scores are a `RewardError`, never a zero."""
+
+
+class Policies(Protocol):
+    """The flow maps an objective compares: the trained one, a frozen copy of it, and the base."""
+
+    @property
+    def current(self) -> FlowMap:
+        """With gradients, adapter on."""
+
+    @property
+    def old(self) -> FlowMap:
+        """The policy that drew the rollout, without gradients."""
+
+    @property
+    def reference(self) -> FlowMap:
+        """The base: adapter off, without gradients."""
+
+
+class Objective(Protocol):
+    """Turns scored rollouts into a loss."""
+
+    @property
+    def needs(self) -> Literal["transitions", "samples"]:
+        """`transitions` demands a stochasticizer with a density; `samples` also takes deterministic rollouts."""
+
+    @property
+    def clip_range(self) -> float | None:
+        """Half-width of the ratio clip, which sets the tolerance of the replay gate; None without a ratio."""
+
+    def bind(self, stochasticizer: Stochasticizer) -> Objective:
+        """The same objective, replaying transitions of this stochasticizer."""
+
+    def prepare(self, scored: ScoredRollout, policies: Policies, seed: int) -> Batch:
+        """Everything that is computed once per rollout. `seed` keys whatever noise the objective draws."""
+
+    def loss(self, policies: Policies, batch: Batch) -> Loss:
+        """The mean loss over the rows of `batch`."""
+
+
+class OptimizerFactory(Protocol):
+    """Builds a torch optimizer over named parameters."""
+
+    def __call__(self, parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
+        """The optimizer; parameters without gradients are the caller's mistake."""
+
+
+class PromptSet(Protocol):
+    """A named, ordered set of prompts."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Prompt: ...
+
+    def __iter__(self) -> Iterator[Prompt]: ...
+
+
+class Model(Protocol):
+    """A loaded generator: flow map, text encoders and decoder, with one adapter that can be trained and saved."""
+
+    @property
+    def spec(self) -> MapSpec:
+        """What kind of map it is and its sampling conventions."""
+
+    @property
+    def flow_map(self) -> FlowMap:
+        """The map with the adapter as it is set now."""
+
+    @property
+    def policies(self) -> Policies:
+        """Views of the same weights; `snapshot()` moves `old` to the current weights."""
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one latent as `jump` takes it."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the flow map lives."""
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Prompt embeddings, on `device`."""
+
+    def decode(self, latents: Float[Tensor, "b *shape"]) -> Float[Tensor, "b 3 h w"]:
+        """Images in [0, 1], fp32."""
+
+    def attach_adapter(self, rank: int, alpha: float, targets: Sequence[str], dropout: float, seed: int) -> int:
+        """Adds a trainable LoRA (gaussian init from `seed`); returns the number of adapted modules."""
+
+    def trainable(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Named parameters that the optimizer may change."""
+
+    def snapshot(self) -> None:
+        """Freezes a copy of the trainable weights as `policies.old`."""
+
+    def save_adapter(self, folder: Path) -> None:
+        """Writes `pytorch_lora_weights.safetensors` (diffusers layout) and the PEFT folder `peft/`."""
+
+    def load_adapter(self, folder: Path) -> None:
+        """Reads what `save_adapter` wrote; unknown or missing keys are a `CheckpointError`."""
+
+
+class ModelSource(Protocol):
+    """What the model registry builds: a description that can be loaded."""
+
+    @property
+    def spec(self) -> MapSpec:
+        """Known without reading any weight."""
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> Model:
+        """Reads the weights straight to `device` in `dtype`."""
+
+
+__all__ = [
+    "Anchors",
+    "Density",
+    "FlowMap",
+    "Model",
+    "ModelSource",
+    "Objective",
+    "OptimizerFactory",
+    "ProbabilityPath",
+    "Policies",
+    "PromptSet",
+    "Requirements",
+    "Reward",
+    "Stochasticizer",
+]

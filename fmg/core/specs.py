@@ -1,0 +1,46 @@
+"""What can be known of a component before it is loaded: used to refuse pairs that do not fit. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class MapSpec:
+    """Declared properties of a flow-map model.
+
+    Attributes:
+        anchors: `any` for two-time maps, `endpoint` for single-time maps.
+        path: name of the probability path.
+        resolution: side of the square image in pixels.
+        default_steps: network calls of the deterministic sampler.
+        default_grid: name of the time grid that the model was distilled for.
+        default_stochasticizer: what `auto` means for this model, as (name, options).
+        default_recipe: name of the recipe under `configs/` that the model ships.
+    """
+
+    anchors: Literal["endpoint", "any"]
+    path: Literal["linear", "trig"]
+    resolution: int
+    default_steps: int
+    default_grid: str
+    default_stochasticizer: tuple[str, tuple[tuple[str, object], ...]]
+    default_recipe: str
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What a stochasticizer asks of a flow map and of the grid.
+
+    Attributes:
+        anchors: `any` when it jumps to an interior time or needs the diagonal velocity.
+        path: the only path it is defined on, or `any`.
+        calls: network calls for one transition.
+        min_target_time: the transition is defined for target times strictly above this.
+    """
+
+    anchors: Literal["endpoint", "any"]
+    path: Literal["linear", "any"]
+    calls: int
+    min_target_time: float

@@ -1,0 +1,161 @@
+"""The values that travel through a run: prompts -> Conditioning -> Rollout -> ScoredRollout -> Batch -> Loss.
+
+Every type is frozen and has no optional field, so a stage that needs rewards cannot be called before them.
+`n` is the number of samples of a rollout, `b` a batch, `*shape` the shape of one latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a flow map is conditioned on: the prompts and the tensors that encode them.
+
+    `tensors` maps a name that the model defines (FLUX: `tokens` (b, l, d), `pooled` (b, p)) to a tensor whose
+    leading dimension is `len(prompts)`. A model without conditioning uses an empty mapping.
+    """
+
+    prompts: tuple[str, ...]
+    tensors: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        for name, tensor in self.tensors.items():
+            if tensor.shape[0] != len(self.prompts):
+                raise ValueError(f"conditioning '{name}' has {tensor.shape[0]} rows for {len(self.prompts)} prompts")
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def select(self, rows: Int[Tensor, " k"]) -> Conditioning:
+        """The given rows, in the given order (repeats allowed)."""
+        index = [int(i) for i in rows]
+        picked = {name: x[rows.to(x.device)] for name, x in self.tensors.items()}
+        return Conditioning(tuple(self.prompts[i] for i in index), picked)
+
+    def to(self, device: torch.device) -> Conditioning:
+        """The same values on another device."""
+        return Conditioning(self.prompts, {name: x.to(device) for name, x in self.tensors.items()})
+
+
+@dataclass(frozen=True)
+class Transition:
+    """One stochastic step `t -> s` of every sample: state before, state after, and the density it was drawn from.
+
+    `mean` and `log_prob` belong to the policy that drew the rollout; `log_prob` is averaged over latent
+    coordinates (theory: Flow-Map GRPO, arXiv 2607.00535, objective).
+    """
+
+    index: int
+    t: Float[Tensor, " n"]
+    s: Float[Tensor, " n"]
+    x_t: Float[Tensor, "n *shape"]
+    x_s: Float[Tensor, "n *shape"]
+    mean: Float[Tensor, "n *shape"]
+    std: Float[Tensor, " n"]
+    log_prob: Float[Tensor, " n"]
+
+
+@dataclass(frozen=True)
+class SampleRollout:
+    """Final latents `x0` only. `groups[i]` is the index of the prompt group that sample `i` belongs to."""
+
+    cond: Conditioning
+    groups: Int[Tensor, " n"]
+    x0: Float[Tensor, "n *shape"]
+    grid: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class TransitionRollout(SampleRollout):
+    """Final latents and the stochastic transitions that led to them, in the order they were taken."""
+
+    transitions: tuple[Transition, ...]
+
+
+Rollout = SampleRollout | TransitionRollout
+
+
+@dataclass(frozen=True)
+class RewardOutput:
+    """Scores of a batch of images: `total` is what a run maximises, `parts` are reported beside it."""
+
+    total: Float[Tensor, " b"]
+    parts: Mapping[str, Float[Tensor, " b"]]
+
+
+@dataclass(frozen=True)
+class ScoredRollout:
+    """A rollout with the reward of every sample. `advantages` are already grouped, normalised and clamped."""
+
+    rollout: Rollout
+    rewards: RewardOutput
+    advantages: Float[Tensor, " n"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that an objective can turn into a loss; any subset of rows is a Batch again.
+
+    `rows` maps names that the objective documents to tensors with one leading row dimension; `cond` has one row
+    each as well. The loss over a whole Batch is the mean over its rows, so micro-batch losses combine by row count.
+    """
+
+    rows: Mapping[str, Tensor]
+    cond: Conditioning
+
+    def __len__(self) -> int:
+        return len(self.cond)
+
+    def select(self, index: Int[Tensor, " k"]) -> Batch:
+        """The given rows, in the given order."""
+        return Batch({name: x[index.to(x.device)] for name, x in self.rows.items()}, self.cond.select(index))
+
+    def with_rows(self, **rows: Tensor) -> Batch:
+        """The same batch with some columns replaced or added."""
+        return replace(self, rows={**self.rows, **rows})
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """Consecutive micro-batches of at most `size` rows."""
+        for start in range(0, len(self), size):
+            yield self.select(torch.arange(start, min(start + size, len(self))))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A differentiable scalar and the detached scalars worth logging (row means, except keys ending in `_max`)."""
+
+    total: Float[Tensor, ""]
+    parts: Mapping[str, Float[Tensor, ""]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One entry of a prompt set. `metadata` follows GenEval (`include`: class, count, color, position)."""
+
+    text: str
+    tag: str
+    metadata: Mapping[str, object]
+
+
+def cat_conditioning(parts: Sequence[Conditioning]) -> Conditioning:
+    """Rows of several conditionings, one after the other."""
+    if not parts:
+        raise ValueError("nothing to concatenate")
+    names = parts[0].tensors.keys()
+    tensors = {name: torch.cat([p.tensors[name] for p in parts]) for name in names}
+    return Conditioning(tuple(text for p in parts for text in p.prompts), tensors)
+
+
+def cat_transitions(parts: Sequence[Transition]) -> Transition:
+    """The same step of several chunks of samples, one after the other."""
+    if len({p.index for p in parts}) != 1:
+        raise ValueError("transitions of different steps cannot be concatenated")
+    tensors = {f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Transition) if f.name != "index"}
+    return Transition(index=parts[0].index, **tensors)

@@ -1,0 +1,33 @@
+"""Components by name, and the recipes that put them together. Importing this package does not import torch."""
+
+from __future__ import annotations
+
+from fmg.registry.config import ComponentConfig, ModelConfig, ObjectiveConfig, StochasticizerConfig
+from fmg.registry.kinds import (
+    models,
+    objectives,
+    optimizers,
+    prompt_sets,
+    registry_for,
+    rewards,
+    stochasticizers,
+)
+from fmg.registry.registry import Description, FieldInfo, Registry, Row
+
+__all__ = [
+    "ComponentConfig",
+    "Description",
+    "FieldInfo",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "Registry",
+    "Row",
+    "StochasticizerConfig",
+    "models",
+    "objectives",
+    "optimizers",
+    "prompt_sets",
+    "registry_for",
+    "rewards",
+    "stochasticizers",
+]

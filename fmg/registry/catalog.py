@@ -1,0 +1,181 @@
+"""The one table of built-in components. Paths are imported only when a component is shown or built."""
+
+from __future__ import annotations
+
+from fmg.registry.registry import Row
+
+
+GRID_NAMES = "fmg.flow.grids:grid_names"
+GRID_RULE = "fmg.flow.grids:make_grid"
+"""Where the time grids are defined: torch-free functions, imported when a recipe is checked."""
+
+
+def _row(kind: str, name: str, room: str, config: str, factory: str, summary: str) -> Row:
+    return Row(kind, name, f"fmg.{room}.configs:{config}", f"fmg.{room}.{factory}", summary)
+
+
+ROWS: tuple[Row, ...] = (
+    _row(
+        "model",
+        "meanflow-shapes",
+        "models",
+        "MeanFlowShapesConfig",
+        "embedded:meanflow_shapes",
+        "Embedded two-time flow map that draws coloured shapes (32 px, CPU, no download)",
+    ),
+    _row(
+        "model",
+        "scm-shapes",
+        "models",
+        "ScmShapesConfig",
+        "embedded:scm_shapes",
+        "Embedded single-time consistency model that draws coloured shapes (32 px, CPU, no download)",
+    ),
+    _row(
+        "stochasticizer",
+        "asfmc",
+        "stochasticizers",
+        "AsfmcConfig",
+        "asfmc:Asfmc",
+        "Anchored stochastic flow map composition, exact, interior anchor (two-time maps)",
+    ),
+    _row(
+        "stochasticizer",
+        "asfmc-endpoint",
+        "stochasticizers",
+        "AsfmcEndpointConfig",
+        "asfmc:AsfmcEndpoint",
+        "Anchor at the clean endpoint: multistep consistency sampling as a policy (any flow map)",
+    ),
+    _row(
+        "stochasticizer",
+        "asfmc-euler",
+        "stochasticizers",
+        "AsfmcEulerConfig",
+        "asfmc_euler:AsfmcEuler",
+        "The paper's local anchor in first-order form (two-time maps, linear path)",
+    ),
+    _row(
+        "stochasticizer",
+        "flow-sde",
+        "stochasticizers",
+        "FlowSdeConfig",
+        "velocity:FlowSde",
+        "Baseline: Flow-GRPO's Euler-Maruyama sampler on the diagonal velocity",
+    ),
+    _row(
+        "stochasticizer",
+        "dance-sde",
+        "stochasticizers",
+        "DanceSdeConfig",
+        "velocity:DanceSde",
+        "Baseline: DanceGRPO's constant-noise SDE on the diagonal velocity",
+    ),
+    _row(
+        "stochasticizer",
+        "cps",
+        "stochasticizers",
+        "CpsConfig",
+        "velocity:Cps",
+        "Baseline: Flow-CPS, coefficients-preserving sampling on the diagonal velocity",
+    ),
+    _row(
+        "stochasticizer",
+        "naive-noise",
+        "stochasticizers",
+        "NaiveNoiseConfig",
+        "naive:NaiveNoise",
+        "Control: noise added on top of the map, which leaves the probability path",
+    ),
+    _row(
+        "reward",
+        "shapes",
+        "rewards",
+        "ShapesRewardConfig",
+        "shapes:ShapesReward",
+        "Rule-based verifier of the shapes world: soft and strict prompt adherence from pixels",
+    ),
+    _row(
+        "reward",
+        "shapes-quality",
+        "rewards",
+        "ShapesQualityConfig",
+        "shapes:ShapesQuality",
+        "Held-out picture quality of the shapes world: one recognisable object, sharpness, palette fidelity",
+    ),
+    _row(
+        "reward",
+        "jpeg-compressibility",
+        "rewards",
+        "JpegConfig",
+        "jpeg:compressibility",
+        "Minus the size of the JPEG file, kB / 500",
+    ),
+    _row(
+        "reward",
+        "jpeg-incompressibility",
+        "rewards",
+        "JpegConfig",
+        "jpeg:incompressibility",
+        "The size of the JPEG file in kB",
+    ),
+    _row(
+        "objective",
+        "grpo",
+        "rl",
+        "GrpoConfig",
+        "grpo:Grpo",
+        "Clipped policy ratio on transition densities with group advantages and optional KL",
+    ),
+    _row(
+        "objective",
+        "rwfm",
+        "rl",
+        "RwfmConfig",
+        "rwfm:RewardWeightedFlowMatching",
+        "Reward-weighted flow matching on the samples of a deterministic or stochastic rollout",
+    ),
+    _row("optimizer", "adamw", "train", "AdamWConfig", "optimizers:adamw", "AdamW (decoupled weight decay)"),
+    _row("optimizer", "sgd", "train", "SgdConfig", "optimizers:sgd", "SGD with momentum"),
+    _row("optimizer", "muon", "train", "MuonConfig", "optimizers:muon", "Muon on matrices, AdamW on everything else"),
+    _row(
+        "optimizer",
+        "adafactor",
+        "train",
+        "AdafactorConfig",
+        "optimizers:adafactor",
+        "Adafactor: factored second moments, little memory",
+    ),
+    _row(
+        "prompt-set",
+        "shapes-train",
+        "data",
+        "ShapesPromptsConfig",
+        "shapes:shapes_train",
+        "Prompts of the shapes world that training draws from",
+    ),
+    _row(
+        "prompt-set",
+        "shapes-heldout",
+        "data",
+        "ShapesPromptsConfig",
+        "shapes:shapes_heldout",
+        "Prompts of the shapes world with attribute combinations that training never sees",
+    ),
+    _row(
+        "prompt-set",
+        "shapes-hard",
+        "data",
+        "ShapesPromptsConfig",
+        "shapes:shapes_hard",
+        "Two objects, counts and relations: evaluated only",
+    ),
+    _row(
+        "prompt-set",
+        "file",
+        "data",
+        "FilePromptsConfig",
+        "files:file_prompts",
+        "Prompts from a .txt (one a line) or .jsonl file",
+    ),
+)

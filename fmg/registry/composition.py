@@ -1,0 +1,106 @@
+"""Whether the components of a recipe fit together, decided from their declarations before any weight is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from fmg.core.errors import CompositionError, UsageError
+from fmg.core.specs import MapSpec, Requirements
+from fmg.registry.grids import grid_times
+from fmg.registry.validation import Location, Problem
+
+if TYPE_CHECKING:
+    from fmg.registry.recipe import Recipe
+    from fmg.registry.references import RewardRef
+
+_MAPS = {"any": "two-time", "endpoint": "single-time"}
+
+
+def check_composition(recipe: Recipe) -> None:
+    """Refuses a recipe whose components do not fit together.
+
+    Raises:
+        CompositionError: the first misfit, and what to use instead.
+        CheckpointError: when the model's declaration is missing.
+    """
+    for problem in problems(recipe):
+        raise CompositionError(problem.what, problem.fix)
+
+
+def check_target_times(name: str, requires: Requirements, grid: Sequence[float]) -> None:
+    """Refuses a grid with a stochastic transition to a time at which the stochasticizer `name` is not defined.
+
+    `grid` falls from 1 to 0; every time between its ends is the target of a stochastic transition. For grids that
+    depend on the image size this is called when the model is composed, for all others with the recipe.
+
+    Raises:
+        CompositionError: naming the time and the bound.
+    """
+    for problem in _target_times(name, requires, grid):
+        raise CompositionError(problem.what, problem.fix)
+
+
+def problems(recipe: Recipe) -> Iterator[Problem]:
+    """Every misfit, most basic first."""
+    spec = recipe.model.config.spec()
+    yield from _map_problems(recipe, spec)
+    yield from _sampler_problems(recipe)
+    yield from _reward_problems(("rewards",), recipe.rewards)
+    yield from _reward_problems(("eval", "rewards"), recipe.eval.rewards)
+    if all(reward.weight == 0 for reward in recipe.rewards):
+        fix = "Give at least one reward a weight; what is only to be measured goes into eval.rewards"
+        yield Problem(("rewards",), "Every reward has weight 0, so there is nothing to maximise", fix)
+
+
+def _map_problems(recipe: Recipe, spec: MapSpec) -> Iterator[Problem]:
+    model, chosen = recipe.model.name, recipe.stochasticizer
+    requires = chosen.config.requires()
+    default = spec.default_stochasticizer[0]
+    fix = f"Use the model's own stochasticizer, '{default}' (--stochasticizer auto), or another model"
+    if requires.anchors == "any" and spec.anchors != "any":
+        what = f"The stochasticizer '{chosen.name}' needs a two-time map, but '{model}' is {_MAPS[spec.anchors]}"
+        yield Problem(("stochasticizer", "name"), what, fix)
+    if requires.path not in ("any", spec.path):
+        what = f"The stochasticizer '{chosen.name}' is defined on the {requires.path} path, but '{model}' is on {spec.path}"
+        yield Problem(("stochasticizer", "name"), what, fix)
+
+
+def _sampler_problems(recipe: Recipe) -> Iterator[Problem]:
+    rollout, objective = recipe.rollout, recipe.objective
+    if objective.config.needs == "transitions" and rollout.steps < 2:
+        what = f"The objective '{objective.name}' needs a stochastic transition, but a rollout of one step has none"
+        yield Problem(("rollout", "steps"), what, "Set rollout.steps to 2 or more, or use an objective on samples")
+    try:
+        grid = grid_times(rollout.grid, rollout.steps)
+    except UsageError as error:
+        yield Problem(("rollout", "grid"), error.what, error.fix)
+        return
+    if grid is not None:
+        yield from _target_times(recipe.stochasticizer.name, recipe.stochasticizer.config.requires(), grid)
+    if recipe.eval.steps is not None:
+        try:
+            grid_times(rollout.grid, recipe.eval.steps)
+        except UsageError as error:
+            what = f"The evaluation cannot use the rollout's grid: {error.what}"
+            yield Problem(("eval", "steps"), what, "Set eval.steps to null, which takes rollout.steps")
+
+
+def _target_times(name: str, requires: Requirements, grid: Sequence[float]) -> Iterator[Problem]:
+    targets = [s for s in grid[1:-1] if s <= requires.min_target_time]
+    if targets:
+        what = (
+            f"The stochasticizer '{name}' is defined for target times above {requires.min_target_time:g}, "
+            f"but the grid has one at {max(targets):g}"
+        )
+        yield Problem(("rollout", "grid"), what, "Use fewer steps or another grid, or lower the stochasticizer's bound")
+
+
+def _reward_problems(location: Location, rewards: Sequence[RewardRef]) -> Iterator[Problem]:
+    counts = Counter(reward.label for reward in rewards)
+    for index, reward in enumerate(rewards):
+        if counts[reward.label] > 1:
+            what = f"The reward '{reward.label}' is given {counts[reward.label]} times"
+            yield Problem((*location, index), what, "Give it once, with the weight that it should have")
+            return

@@ -1,0 +1,47 @@
+"""Base classes of component configs. Configs live in torch-free `configs.py` files beside the components."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fmg.core.specs import MapSpec, Requirements
+
+
+class ComponentConfig(BaseModel):
+    """Options of one component. Unknown options are an error; values are immutable after validation.
+
+    Every field states its meaning in `Field(description=...)`; ranges are pydantic constraints.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class ModelConfig(ComponentConfig, ABC):
+    """Options of a model; knows what kind of map it is without reading a weight."""
+
+    @abstractmethod
+    def spec(self) -> MapSpec:
+        """Declared properties, read from the config or the small JSON beside the weights."""
+
+
+class StochasticizerConfig(ComponentConfig, ABC):
+    """Options of a stochasticizer; knows which maps it fits."""
+
+    @abstractmethod
+    def requires(self) -> Requirements:
+        """What it asks of the map and the grid."""
+
+
+class ObjectiveConfig(ComponentConfig, ABC):
+    """Options of an objective: how advantages are formed, and whether it needs transition densities."""
+
+    adv_clip_max: float = Field(default=5.0, gt=0, description="bound on the absolute advantage")
+    global_std: bool = Field(default=True, description="divide advantages by the std of the batch, not of the group")
+
+    @property
+    @abstractmethod
+    def needs(self) -> Literal["transitions", "samples"]:
+        """What kind of rollout it consumes."""

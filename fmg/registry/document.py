@@ -1,0 +1,282 @@
+"""YAML 1.2 documents as trees of values in which every value knows where it was written."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Literal, NoReturn
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
+
+from fmg.core.errors import UsageError
+
+Scalar = str | int | float | bool | None
+Plain = Scalar | list["Plain"] | dict[str, "Plain"]
+
+_TAG = "tag:yaml.org,2002:"
+_MAX_BYTES = 1_000_000
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a value was given.
+
+    Attributes:
+        kind: `built-in` (default of the code), `model` (the model's own default recipe), `file` (the recipe that was
+            asked for), `flag`, `set` (`--set`) or `argument` (Python).
+        text: for people: `recipe.yaml:12`, `--lr`, `--set optimizer.lr=1e-3`.
+    """
+
+    kind: Literal["built-in", "model", "file", "flag", "set", "argument"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Node:
+    """A value and its source; children of mappings and sequences are Nodes."""
+
+    value: Scalar | Mapping[str, Node] | tuple[Node, ...]
+    source: Source
+
+    @property
+    def mapping(self) -> Mapping[str, Node] | None:
+        """The children when this is a mapping."""
+        return self.value if isinstance(self.value, Mapping) else None
+
+    def plain(self) -> Plain:
+        """The value without sources."""
+        if isinstance(self.value, Mapping):
+            return {key: child.plain() for key, child in self.value.items()}
+        if isinstance(self.value, tuple):
+            return [child.plain() for child in self.value]
+        return self.value
+
+    def exact(self, path: Iterable[str]) -> Node | None:
+        """The node at `path`; positions in sequences are decimal texts. None when there is none."""
+        node: Node | None = self
+        for part in path:
+            node = None if node is None else node._children().get(part)
+        return node
+
+    def find(self, path: Iterable[str | int]) -> Node:
+        """The node at `path`, or the innermost one on the way to it."""
+        node = self
+        for part in path:
+            child = node._children().get(str(part))
+            if child is None:
+                return node
+            node = child
+        return node
+
+    def _children(self) -> Mapping[str, Node]:
+        if isinstance(self.value, tuple):
+            return {str(index): child for index, child in enumerate(self.value)}
+        return self.mapping or {}
+
+
+def node_of(value: object, source: Source) -> Node:
+    """A tree whose every value comes from `source`.
+
+    Raises:
+        UsageError: for a value that a recipe cannot hold.
+    """
+    if isinstance(value, Node):
+        return value
+    if isinstance(value, Path):
+        return Node(str(value), source)
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return Node(value, source)
+    if isinstance(value, Mapping):
+        return Node({str(key): node_of(child, source) for key, child in value.items()}, source)
+    if isinstance(value, Iterable):
+        return Node(tuple(node_of(child, source) for child in value), source)
+    raise UsageError(
+        f"{source.text}: a recipe cannot hold a value of type {type(value).__name__}",
+        "Give a number, a text, a list or a mapping.",
+    )
+
+
+def read_document(path: Path, kind: Literal["model", "file"], label: str) -> Node:
+    """The mapping in a YAML file, with `label:line` as the source of every value.
+
+    Raises:
+        UsageError: missing, unreadable, not UTF-8, not YAML, duplicate keys, or not a mapping.
+    """
+    if path.is_dir():
+        raise UsageError(f"{label} is a folder", _folder_advice(path))
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UsageError(f"There is no file {label}", "Check the path of the recipe.") from None
+    except OSError as error:
+        raise UsageError(f"{label} cannot be read: {error.strerror}", "Check the file and its permissions.") from None
+    if len(data) > _MAX_BYTES:
+        raise UsageError(f"{label} has {len(data)} bytes, too many for a recipe", "Give a recipe of at most 1 MB.")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise UsageError(f"{label}:{line}: the file is not UTF-8 text", "Save it as UTF-8.") from None
+    return _Reader(label, kind).document(text)
+
+
+def parse_value(text: str, source: Source) -> Node:
+    """A YAML 1.2 value typed on the command line: `1e-3`, `null`, `[a, b]`, `{name: x}`.
+
+    Raises:
+        UsageError: when it is not YAML.
+    """
+    root = _Reader(source.text, source.kind).compose(text)
+    return node_of(_Reader(source.text, source.kind).convert(root).plain() if root is not None else None, source)
+
+
+class _Reader:
+    """Composes one document. `label` leads the messages and the sources of its values."""
+
+    def __init__(self, label: str, kind: Literal["built-in", "model", "file", "flag", "set", "argument"]) -> None:
+        self._label = label
+        self._kind = kind
+        self._in_file = kind in ("model", "file")
+        self._yaml = YAML(typ="safe", pure=True)
+        self._seen: set[int] = set()
+
+    def document(self, text: str) -> Node:
+        root = self.compose(text)
+        if root is None:
+            raise UsageError(f"{self._label} is empty", "A recipe is a mapping of sections, for example `train:`.")
+        if not isinstance(root, MappingNode):
+            self._fail(root, "a recipe must be a mapping of sections", "Start with a section, for example `train:`.")
+        return self.convert(root)
+
+    def compose(self, text: str) -> ScalarNode | SequenceNode | MappingNode | None:
+        try:
+            root: ScalarNode | SequenceNode | MappingNode | None = self._yaml.compose(StringIO(text))
+        except MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            line = f":{mark.line + 1}" if mark is not None and self._in_file else ""
+            reason = " ".join(str(error.problem or error.context).split())
+            raise UsageError(f"{self._label}{line}: this is not YAML: {reason}", "Correct the syntax.") from None
+        except (YAMLError, ValueError, RecursionError) as error:
+            reason = " ".join(str(error).split("\n")[0].split())
+            raise UsageError(f"{self._label}: this is not YAML: {reason}", "Correct the syntax.") from None
+        return root
+
+    def convert(self, node: ScalarNode | SequenceNode | MappingNode, key: ScalarNode | None = None) -> Node:
+        source = self._source(key or node)
+        if id(node) in self._seen:
+            self._fail(node, f"the alias '*{node.anchor}' is not allowed", "Write the value out.")
+        self._seen.add(id(node))
+        if isinstance(node, MappingNode):
+            return Node(self._children(node), source)
+        if isinstance(node, SequenceNode):
+            return Node(tuple(self.convert(child) for child in node.value), source)
+        return Node(self._scalar(node), source)
+
+    def _children(self, node: MappingNode) -> dict[str, Node]:
+        children: dict[str, Node] = {}
+        lines: dict[str, int] = {}
+        for key, child in node.value:
+            if not isinstance(key, ScalarNode) or key.tag == f"{_TAG}merge":
+                self._fail(key, "a key must be a plain word", "Write the keys out.")
+            name = str(key.value)
+            if name in children:
+                first = f" (first on line {lines[name]})" if self._in_file else ""
+                self._fail(key, f"the key '{name}' is given twice{first}", "Keep one of the two.")
+            children[name] = self.convert(child, key)
+            lines[name] = key.start_mark.line + 1
+        return children
+
+    def _scalar(self, node: ScalarNode) -> Scalar:
+        tag, text = str(node.tag), str(node.value)
+        if tag == f"{_TAG}null":
+            return None
+        if tag in (f"{_TAG}str", f"{_TAG}timestamp"):
+            return text
+        if tag in (f"{_TAG}bool", f"{_TAG}int", f"{_TAG}float"):
+            try:
+                value: bool | int | float = self._yaml.constructor.construct_object(node)
+            except (YAMLError, ValueError):
+                self._fail(node, f"'{text}' is not a {tag.removeprefix(_TAG)}", "Correct the value.")
+            return value
+        return self._fail(node, f"the tag '{tag}' is not allowed", "Use plain numbers, texts, lists and mappings.")
+
+    def _source(self, node: ScalarNode | SequenceNode | MappingNode) -> Source:
+        return Source(self._kind, f"{self._label}:{node.start_mark.line + 1}" if self._in_file else self._label)
+
+    def _fail(self, node: ScalarNode | SequenceNode | MappingNode, what: str, fix: str) -> NoReturn:
+        raise UsageError(f"{self._source(node).text}: {what}", fix)
+
+
+def _folder_advice(folder: Path) -> str:
+    inside = folder / "recipe.yaml"
+    return f"Name the file inside it: {inside}" if inside.is_file() else "Give the path of a YAML file."
+
+
+def render(value: Plain, comments: Mapping[str, str]) -> str:
+    """Block-style YAML 1.2 that reads back to exactly `value`.
+
+    Args:
+        value: a mapping of plain values.
+        comments: text to put at the end of the line of a dotted path (`optimizer.lr`, `rewards.0.weight`).
+    """
+    lines = list(_render(value, (), 0))
+    width = max((len(line) for line, path in lines if path in comments), default=0)
+    return "".join(f"{line:<{width}}  # {comments[p]}\n" if p in comments else f"{line}\n" for line, p in lines)
+
+
+def _render(value: Plain, path: tuple[str, ...], depth: int) -> Iterator[tuple[str, str]]:
+    pad = "  " * depth
+    items = value.items() if isinstance(value, dict) else ()
+    for key, child in items:
+        here = (*path, key)
+        name = _text(key)
+        if isinstance(child, dict) and child:
+            yield f"{pad}{name}:", ".".join(here)
+            yield from _render(child, here, depth + 1)
+        elif isinstance(child, list) and any(isinstance(item, dict) for item in child):
+            yield f"{pad}{name}:", ".".join(here)
+            for index, item in enumerate(child):
+                block = list(_render(item, (*here, str(index)), depth + 2))
+                first, first_path = block[0]
+                yield f"{pad}  - {first.lstrip()}", first_path
+                yield from block[1:]
+        else:
+            yield f"{pad}{name}: {_flow(child)}", ".".join(here)
+
+
+def _flow(value: Plain) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(_flow(item) for item in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_text(key)}: {_flow(item)}' for key, item in value.items())}}}"
+    return _text(value) if isinstance(value, str) else _number(value)
+
+
+def _number(value: bool | int | float | None) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and not math.isfinite(value):
+        return ".nan" if math.isnan(value) else (".inf" if value > 0 else "-.inf")
+    text = repr(value)
+    # YAML 1.1 readers take 1e-05 for a text unless the mantissa has a point
+    return text.replace("e", ".0e") if "e" in text and "." not in text else text
+
+
+_PLAIN_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*\Z")
+_RESERVED = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
+
+
+def _text(value: str) -> str:
+    plain = _PLAIN_WORD.match(value) and value.lower() not in _RESERVED
+    if plain:
+        return value
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in escaped) + '"'

@@ -1,0 +1,44 @@
+"""The six registries, one per kind of component."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fmg.core.errors import UsageError, suggestion
+from fmg.registry.catalog import ROWS
+from fmg.registry.config import ComponentConfig, ModelConfig, ObjectiveConfig, StochasticizerConfig
+from fmg.registry.registry import Registry, Row
+
+if TYPE_CHECKING:
+    from fmg.core.protocols import ModelSource, Objective, OptimizerFactory, PromptSet, Reward, Stochasticizer
+
+
+def _rows(kind: str) -> tuple[Row, ...]:
+    return tuple(row for row in ROWS if row.kind == kind)
+
+
+models: Registry[ModelSource] = Registry("model", "models", _rows("model"), ModelConfig)
+stochasticizers: Registry[Stochasticizer] = Registry(
+    "stochasticizer", "stochasticizers", _rows("stochasticizer"), StochasticizerConfig
+)
+rewards: Registry[Reward] = Registry("reward", "rewards", _rows("reward"), ComponentConfig)
+objectives: Registry[Objective] = Registry("objective", "objectives", _rows("objective"), ObjectiveConfig)
+optimizers: Registry[OptimizerFactory] = Registry("optimizer", "optimizers", _rows("optimizer"), ComponentConfig)
+prompt_sets: Registry[PromptSet] = Registry("prompt-set", "prompt-sets", _rows("prompt-set"), ComponentConfig)
+
+REGISTRIES: tuple[Registry[Any], ...] = (models, stochasticizers, rewards, objectives, optimizers, prompt_sets)
+
+
+def registry_for(kind: str) -> Registry[Any]:
+    """The registry of a kind named in singular or plural (`reward`, `rewards`, `prompt-set`, `prompt_sets`).
+
+    Raises:
+        UsageError: for another kind, with a suggestion and the list.
+    """
+    wanted = kind.strip().lower().replace("_", "-")
+    for registry in REGISTRIES:
+        if wanted in (registry.kind, registry.plural):
+            return registry
+    raise UsageError(
+        f"There is no kind of component named '{kind}'", suggestion(wanted, [r.plural for r in REGISTRIES])
+    )

@@ -1,0 +1,212 @@
+"""The layers of a recipe: shorthand, merging and the command line's flags. Values are Nodes, which keep their source.
+
+Order: the model's own default recipe < file < flags < `--set`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fmg.core.errors import UsageError, suggestion
+from fmg.registry.document import Node, Source, node_of, parse_value
+from fmg.registry.kinds import prompt_sets
+from fmg.registry.references import PYTHON_REWARD
+
+FLAGS: Mapping[str, str] = {
+    "model": "model",
+    "stochasticizer": "stochasticizer",
+    "reward": "rewards",
+    "objective": "objective",
+    "optimizer": "optimizer",
+    "lr": "optimizer.lr",
+    "prompts": "prompts",
+    "steps": "rollout.steps",
+    "iterations": "train.iterations",
+    "seed": "train.seed",
+    "device": "train.device",
+    "dtype": "train.dtype",
+}
+"""Flags of `fmg train` that set a value of the recipe, and the dotted path they set."""
+
+_COMPONENTS = ("model", "stochasticizer", "objective", "optimizer", "prompts")
+_PROMPT_SUFFIXES = (".txt", ".jsonl")
+
+
+def flag_layers(flags: Mapping[str, object]) -> list[Node]:
+    """One layer for every flag that was given (is not None).
+
+    Raises:
+        UsageError: for an unknown flag or a malformed `--reward`.
+    """
+    layers = []
+    for name, value in flags.items():
+        if name not in FLAGS:
+            raise UsageError(f"There is no flag '--{name}' that sets a recipe value", suggestion(name, FLAGS))
+        if value is None or (name == "reward" and value in ((), [])):
+            continue
+        source = Source("flag", f"--{name}")
+        if name == "reward":
+            texts = [value] if isinstance(value, str) else value
+            value = [_weighted(str(text), source) for text in texts]  # type: ignore[attr-defined]
+        layers.append(_at(FLAGS[name].split("."), node_of(value, source), source))
+    return layers
+
+
+def set_layers(sets: Sequence[str]) -> list[Node]:
+    """One layer for every `--set path=value`; the value is YAML 1.2.
+
+    Raises:
+        UsageError: when the path or the value is malformed.
+    """
+    layers = []
+    for text in sets:
+        path, equals, value = text.partition("=")
+        source = Source("set", f"--set {text}")
+        if not equals or not all(path.strip().split(".")):
+            raise UsageError(
+                f"'--set {text}' is not of the form PATH=VALUE", "Write, for example, --set optimizer.lr=1e-3."
+            )
+        layers.append(_at(path.strip().split("."), parse_value(value, source), source))
+    return layers
+
+
+def argument_layers(values: Mapping[str, object]) -> list[Node]:
+    """One layer for every dotted path of a Python call."""
+    return [
+        _at(path.split("."), node_of(value, Source("argument", path)), Source("argument", path))
+        for path, value in values.items()
+    ]
+
+
+def expand(root: Node) -> Node:
+    """Writes shorthand out: a bare name, one reward instead of a list, a prompt file, `python:module:function`."""
+    sections = dict(root.mapping or {})
+    for name in _COMPONENTS:
+        if name in sections:
+            sections[name] = _component(sections[name], prompts=name == "prompts")
+    if "rewards" in sections:
+        sections["rewards"] = _reward_list(sections["rewards"])
+    evaluation = sections.get("eval")
+    if evaluation is not None and evaluation.mapping is not None:
+        entries = dict(evaluation.mapping)
+        if "prompts" in entries:
+            entries["prompts"] = _component(entries["prompts"], prompts=True)
+        if "rewards" in entries:
+            entries["rewards"] = _reward_list(entries["rewards"])
+        sections["eval"] = Node(entries, evaluation.source)
+    return Node(sections, root.source)
+
+
+def merge(lower: Node, upper: Node) -> Node:
+    """`upper` over `lower`. Mappings merge key by key, unless `upper` names another component: that one starts afresh.
+
+    Sequences and scalars are replaced; `rewards.0.weight` reaches into a sequence.
+
+    Raises:
+        UsageError: for a list position that does not exist.
+    """
+    below, above = lower.mapping, upper.mapping
+    if above is None:
+        return upper
+    if isinstance(lower.value, tuple) and above and all(key.isdecimal() for key in above):
+        items = list(lower.value)
+        for key, child in above.items():
+            if int(key) >= len(items):
+                raise UsageError(
+                    f"{child.source.text}: there is no entry {key} in a list of {len(items)}",
+                    "Entries count from 0; give the whole list to add one.",
+                )
+            items[int(key)] = merge(items[int(key)], child)
+        return Node(tuple(items), lower.source)
+    if below is None or _names_another(below, above):
+        return upper
+    merged = {**below, **{key: merge(below[key], child) if key in below else child for key, child in above.items()}}
+    return Node(merged, upper.source)
+
+
+def merge_all(layers: Iterable[Node]) -> Node:
+    """All layers, later ones over earlier ones, shorthand written out."""
+    root = Node({}, Source("built-in", "default"))
+    for layer in layers:
+        root = merge(root, expand(layer))
+    return root
+
+
+def refuse_code(root: Node, *, allowed: bool) -> None:
+    """Refuses a user's own reward function that a recipe file names, unless that is `allowed`.
+
+    Raises:
+        UsageError: naming the flag that allows it.
+    """
+    for path in () if allowed else (("rewards",), ("eval", "rewards")):
+        found = root.exact(path)
+        for entry in found.value if found is not None and isinstance(found.value, tuple) else ():
+            name, target = entry.exact(("name",)), entry.exact(("target",))
+            if name is None or name.value != PYTHON_REWARD:
+                continue
+            culprit = target or name
+            if culprit.source.kind in ("model", "file"):
+                raise UsageError(
+                    f"{culprit.source.text}: the recipe runs Python code, the reward '{culprit.value}'",
+                    "Read that code, then give --allow-code; or name the reward on the command line with --reward.",
+                )
+
+
+def _at(path: Sequence[str], node: Node, source: Source) -> Node:
+    for part in reversed(path):
+        node = Node({part: node}, source)
+    return node
+
+
+def _names_another(below: Mapping[str, Node], above: Mapping[str, Node]) -> bool:
+    return "name" in below and "name" in above and below["name"].value != above["name"].value
+
+
+def _component(node: Node, *, prompts: bool = False) -> Node:
+    if not isinstance(node.value, str):
+        return node
+    name = Node(node.value, node.source)
+    if prompts and node.value not in prompt_sets.names() and _is_file_name(node.value):
+        return Node({"name": Node("file", node.source), "path": name}, node.source)
+    return Node({"name": name}, node.source)
+
+
+def _is_file_name(text: str) -> bool:
+    return text.endswith(_PROMPT_SUFFIXES) or "/" in text or "\\" in text
+
+
+def _reward_list(node: Node) -> Node:
+    if isinstance(node.value, str) or (node.mapping is not None and "name" in node.mapping):
+        node = Node((node,), node.source)
+    if isinstance(node.value, tuple):
+        return Node(tuple(_reward(entry) for entry in node.value), node.source)
+    if node.mapping is not None:
+        return Node({key: _reward(entry) for key, entry in node.mapping.items()}, node.source)
+    return node
+
+
+def _reward(node: Node) -> Node:
+    entry = _component(node)
+    name = entry.exact(("name",))
+    prefix = f"{PYTHON_REWARD}:"
+    if entry.mapping is None or name is None or not isinstance(name.value, str) or not name.value.startswith(prefix):
+        return entry
+    own = {"name": Node(PYTHON_REWARD, name.source), "target": Node(name.value.removeprefix(prefix), name.source)}
+    return Node({**entry.mapping, **own}, entry.source)
+
+
+def _weighted(text: str, source: Source) -> dict[str, Any]:
+    name, equals, weight = text.partition("=")
+    if not equals:
+        return {"name": name}
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UsageError(
+            f"{source.text} {text}: the weight '{weight}' is not a number", f"Write, for example, --reward {name}=0.5."
+        )
+    return {"name": name, "weight": value}

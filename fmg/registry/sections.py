@@ -1,0 +1,105 @@
+"""The numeric sections of a recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from fmg.core.errors import suggestion
+from fmg.registry.grids import grid_names
+from fmg.registry.references import PromptsRef, RewardRef
+from fmg.registry.validation import Problem
+
+LORA_PRESETS = ("attention",)
+
+
+class Section(BaseModel):
+    """A section of a recipe: unknown keys are refused, values are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+def _grid(value: object) -> object:
+    if isinstance(value, str):
+        if value not in grid_names():
+            raise Problem((), f"There is no grid named '{value}'", suggestion(value, grid_names())).as_pydantic()
+        return value
+    numbers = [x for x in value if isinstance(x, (int, float)) and not isinstance(x, bool)] if _listed(value) else []
+    if not numbers or len(numbers) != len(value):  # type: ignore[arg-type]
+        what = f"The grid must be a name or a list of times (given: {value!r})"
+        raise Problem(
+            (), what, f"Names: {', '.join(grid_names())}; times fall from 1 to 0, as [1, 0.5, 0]"
+        ).as_pydantic()
+    return tuple(float(x) for x in numbers)
+
+
+def _targets(value: object) -> object:
+    if isinstance(value, str) and value:
+        if value not in LORA_PRESETS:
+            fix = f"{suggestion(value, LORA_PRESETS)} Module names go into a list: [{value}]"
+            raise Problem((), f"There is no preset of LoRA targets named '{value}'", fix).as_pydantic()
+        return value
+    if not _listed(value) or not value or not all(isinstance(x, str) and x for x in value):  # type: ignore[attr-defined]
+        what = f"The LoRA targets must be the name of a preset or a list of module names (given: {value!r})"
+        raise Problem((), what, f"Presets: {', '.join(LORA_PRESETS)}; a list: [to_q, to_k]").as_pydantic()
+    return tuple(value)  # type: ignore[arg-type]
+
+
+def _listed(value: object) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+Grid = Annotated[str | tuple[float, ...], BeforeValidator(_grid)]
+LoraTargets = Annotated[str | tuple[str, ...], BeforeValidator(_targets)]
+
+
+class RolloutSection(Section):
+    """How samples are drawn for one iteration."""
+
+    groups: int = Field(24, ge=1, description="prompts of one iteration; each is a group")
+    group_size: int = Field(16, ge=2, description="samples of one prompt, compared with each other")
+    steps: int = Field(4, ge=1, le=1000, description="network calls of the sampler (N - 1 stochastic transitions)")
+    grid: Grid = Field("uniform", description="times from 1 to 0: the name of a rule, or the list of times itself")
+    same_initial_noise: bool = Field(False, description="whether a group starts from one noise instead of many")
+    batch_size: int | None = Field(None, ge=1, description="samples drawn at once; null chooses by device")
+
+
+class TrainSection(Section):
+    """The optimisation loop."""
+
+    iterations: int = Field(60, ge=1, description="rollouts, each followed by its updates")
+    updates_per_iteration: int = Field(2, ge=1, description="optimizer steps on one rollout")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    seed: int = Field(0, ge=0, lt=2**63, description="keys prompts, noise and the adapter's initial values")
+    micro_batch: int | None = Field(None, ge=1, description="rows of one backward pass; null chooses by device")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:INDEX"
+    )
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="precision of the network; log-probs are always fp32")
+    ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of the adapter's moving average; null: none")
+    shuffle_advantages: bool = Field(False, description="the null control: advantages are given to random samples")
+    recompute_old: Literal["auto", "always"] = Field(
+        "auto", description="whether old log-probs are recomputed through the update path: when needed, or always"
+    )
+
+
+class LoraSection(Section):
+    """The adapter that is trained."""
+
+    rank: int = Field(8, ge=1, description="rank of every adapted matrix")
+    alpha: float = Field(16.0, gt=0, description="the adapter's output is scaled by alpha / rank")
+    targets: LoraTargets = Field("attention", description="preset of module names, or the list of names")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
+
+
+class EvalSection(Section):
+    """Held-out evaluation during training."""
+
+    every: int = Field(10, ge=1, description="iterations between evaluations; the first and the last always are")
+    prompts: PromptsRef = Field(description="prompt set that training does not see")
+    num: int = Field(1000, ge=1, description="images of one evaluation")
+    rewards: tuple[RewardRef, ...] = Field((), description="rewards that are measured besides the trained ones")
+    steps: int | None = Field(None, ge=1, le=1000, description="network calls; null takes rollout.steps")
+    seed: int = Field(0, ge=0, lt=2**63, description="keys prompts and noise of the evaluation")
+    batch_size: int | None = Field(None, ge=1, description="images drawn at once; null chooses by device")
