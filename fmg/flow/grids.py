@@ -1,0 +1,112 @@
+"""Time grids by name: the times `1 = t_0 > ... > t_N = 0` that a sampler visits. Imports no torch.
+
+`steps` N is the number of network calls of a one-call sampler, so a grid has N + 1 times: N - 1 stochastic
+transitions and the deterministic end.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+from fmg.core.errors import UsageError, suggestion
+
+GridSpec = str | Sequence[float]
+"""A grid name, or the times themselves."""
+
+EXPLICIT = "explicit"
+
+_PAPER_LAST = 0.05
+_FLUX_TOKENS = (256, 4096)
+_FLUX_SHIFTS = (0.5, 1.15)
+_SCM_TWO_STEP_ANGLE = 1.3
+
+
+def make_grid(spec: GridSpec, steps: int, *, image_tokens: int | None = None) -> tuple[float, ...]:
+    """The `steps + 1` times of a grid, strictly falling from exactly 1 to exactly 0.
+
+    Args:
+        spec: one of `grid_names()`, or a list of times (an explicit grid).
+        steps: number of network calls N, at least 1.
+        image_tokens: tokens the transformer sees for one image; only `flux-shift` asks for it (512 px FLUX: 1024).
+
+    Grids:
+        `uniform`: `linspace(1, 0, N + 1)`.
+        `paper`: `linspace(1, 0.05, N)`, then 0; N >= 3 (Flow-Map GRPO, arXiv 2607.00535).
+        `flux-shift`: `linspace(1, 1/N, N)` shifted by `e^mu / (e^mu + 1/t - 1)`, then 0, with `mu` linear in the image
+            tokens from 0.5 at 256 to 1.15 at 4096 (diffusers' FlowMatchEulerDiscreteScheduler, dynamic shifting).
+        `scm`: TrigFlow angles `theta` mapped to rectified-flow times `sin / (sin + cos)`: pi/2, 1.3, 0 for two steps
+            (1, 0.7827, 0), else `linspace(pi/2, 0, N + 1)` (SANA-Sprint, arXiv 2503.09641; diffusers' SCMScheduler).
+
+    Raises:
+        UsageError: unknown name, a grid that does not exist for `steps`, or times that do not fall from 1 to 0.
+    """
+    if steps < 1:
+        raise UsageError(f"A grid needs at least one step, got {steps}", "Set steps to 1 or more.")
+    if not isinstance(spec, str):
+        return _explicit(spec, steps)
+    if spec == EXPLICIT:
+        raise UsageError("The explicit grid has no times of its own", "Give the list of times instead of the name.")
+    if spec == "flux-shift":
+        return _flux_shift(steps, image_tokens)
+    if spec not in _BY_STEPS:
+        raise UsageError(f"There is no grid named '{spec}'", suggestion(spec, grid_names()))
+    return _BY_STEPS[spec](steps)
+
+
+def grid_names() -> tuple[str, ...]:
+    """The names that `make_grid` knows; `explicit` stands for a list of times."""
+    return (*_BY_STEPS, "flux-shift", EXPLICIT)
+
+
+def _uniform(steps: int) -> tuple[float, ...]:
+    return tuple(1 - i / steps for i in range(steps + 1))
+
+
+def _paper(steps: int) -> tuple[float, ...]:
+    if steps < 3:
+        raise UsageError(
+            f"The grid 'paper' needs 3 steps or more, got {steps}", "Use the grid 'uniform' or raise the steps."
+        )
+    stride = (1 - _PAPER_LAST) / (steps - 1)
+    return (*(1 - i * stride for i in range(steps)), 0.0)
+
+
+def _scm(steps: int) -> tuple[float, ...]:
+    if steps == 2:
+        angles = [math.pi / 2, _SCM_TWO_STEP_ANGLE, 0.0]
+    else:
+        angles = [math.pi / 2 * (1 - i / steps) for i in range(steps + 1)]
+    inner = (math.sin(angle) / (math.sin(angle) + math.cos(angle)) for angle in angles[1:-1])
+    return (1.0, *inner, 0.0)
+
+
+def _flux_shift(steps: int, image_tokens: int | None) -> tuple[float, ...]:
+    if image_tokens is None or image_tokens < 1:
+        raise UsageError(
+            "The grid 'flux-shift' depends on the number of image tokens, which this model does not give",
+            "Use another grid, or pass image_tokens (1024 for FLUX at 512 px).",
+        )
+    (low, high), (base, top) = _FLUX_TOKENS, _FLUX_SHIFTS
+    shift = math.exp(base + (top - base) * (image_tokens - low) / (high - low))
+    return (*(shift / (shift + 1 / (1 - i / steps) - 1) for i in range(steps)), 0.0)
+
+
+def _explicit(given: Sequence[float], steps: int) -> tuple[float, ...]:
+    times = tuple(float(t) for t in given)
+    if len(times) != steps + 1:
+        raise UsageError(
+            f"An explicit grid for {steps} steps has {steps + 1} times, got {len(times)}",
+            "Change the list or the number of steps.",
+        )
+    falling = all(later < earlier for earlier, later in itertools.pairwise(times))
+    if times[0] != 1 or times[-1] != 0 or not falling:
+        raise UsageError(
+            f"A grid falls strictly from 1 to 0, got {', '.join(f'{t:g}' for t in times)}",
+            "Start the list at 1, end it at 0 and let every time be smaller than the one before.",
+        )
+    return times
+
+
+_BY_STEPS: dict[str, Callable[[int], tuple[float, ...]]] = {"uniform": _uniform, "paper": _paper, "scm": _scm}

@@ -1,0 +1,122 @@
+"""Adapters that turn a network into a flow map `X_{t->s}` (docs/math.md, eq. 5-8).
+
+The network is called through its `__call__` and gets its times as they were given, as `(b,)` fp32 tensors: hooks of
+distributed wrappers fire, and bf16 never rounds a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fmg.core.errors import CompositionError
+from fmg.core.protocols import ProbabilityPath
+from fmg.core.types import Conditioning
+from fmg.flow.path import expand
+
+TwoTimeNetwork = Callable[[Tensor, Tensor, Tensor, Conditioning], Tensor]
+"""`(x_t, t, s, cond) -> u`, the average velocity between `s` and `t`."""
+
+SingleTimeNetwork = Callable[[Tensor, Tensor, Conditioning], Tensor]
+"""`(x_t, t, cond) -> u`, the average velocity between 0 and `t`."""
+
+
+@dataclass(frozen=True)
+class TwoTimeMap:
+    """`X_{t->s}(x) = x - (t - s) u(x, t, s)` for any `s` in [0, t] (eq. 6; MeanFlow, arXiv 2505.13447)."""
+
+    network: TwoTimeNetwork
+    path: ProbabilityPath
+
+    @property
+    def anchors(self) -> Literal["any"]:
+        """Every target time."""
+        return "any"
+
+    def jump(
+        self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], s: Float[Tensor, " b"], cond: Conditioning
+    ) -> Float[Tensor, "b *shape"]:
+        """`X_{t->s}(x_t)`, one network call; fp32 whatever the network computes in."""
+        t, s = _full_precision(t), _full_precision(s)
+        return x_t - expand(t - s, x_t) * self.network(x_t, t, s, cond)
+
+    def velocity(
+        self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], cond: Conditioning
+    ) -> Float[Tensor, "b *shape"]:
+        """`v(x_t, t) = u(x_t, t, t)`, one network call."""
+        t = _full_precision(t)
+        return self.network(x_t, t, t, cond)
+
+
+@dataclass(frozen=True)
+class SingleTimeMap:
+    """`X_{t->0}(x) = x - t net(x, t)`: consistency models in rectified-flow coordinates (eq. 7)."""
+
+    network: SingleTimeNetwork
+    path: ProbabilityPath
+
+    @property
+    def anchors(self) -> Literal["endpoint"]:
+        """Only the clean endpoint."""
+        return "endpoint"
+
+    def jump(
+        self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], s: Float[Tensor, " b"], cond: Conditioning
+    ) -> Float[Tensor, "b *shape"]:
+        """`X_{t->0}(x_t)`, one network call.
+
+        Raises:
+            CompositionError: when a target time is not 0. Not looked at while a graph is being traced.
+        """
+        if not torch.compiler.is_compiling() and bool((s != 0).any()):
+            raise CompositionError(
+                f"A single-time map only jumps to 0, but was asked for {s.max().item():g}",
+                "Use the stochasticizer 'asfmc-endpoint' or a two-time model.",
+            )
+        t = _full_precision(t)
+        return x_t - expand(t, x_t) * self.network(x_t, t, cond)
+
+    def velocity(
+        self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], cond: Conditioning
+    ) -> Float[Tensor, "b *shape"]:
+        """Not defined: the network knows the average velocity down to 0 only.
+
+        Raises:
+            CompositionError: always.
+        """
+        raise CompositionError(
+            "A single-time map has no diagonal velocity", "Use the stochasticizer 'asfmc-endpoint' or a two-time model."
+        )
+
+
+def trigflow_prediction(
+    network: Callable[[Tensor, Tensor], Tensor],
+    x: Float[Tensor, "b *shape"],
+    angle: Float[Tensor, " b"],
+    sigma_data: float = 0.5,
+) -> Float[Tensor, "b *shape"]:
+    """The TrigFlow output `F` of a rectified-flow network `net(z, s)`, as T2I-Distill and SANA-Sprint wrap it (eq. 8).
+
+    With `s = sin/(sin + cos)`, `r = sqrt(s^2 + (1-s)^2)`, `z = x r / sigma_data`:
+    `F = ((1 - 2s) z + r^2 net(z, s)) / r`. Then `cos x - sin sigma_data F = sigma_data (z - s net(z, s))`: wrapper and
+    `sigma_data` cancel, which is why `SingleTimeMap` needs neither.
+
+    Args:
+        network: the rectified-flow velocity network.
+        x: TrigFlow state `cos x_0 + sin sigma_data eps`, where `x_0` has standard deviation `sigma_data`.
+        angle: `(b,)` in [0, pi/2].
+        sigma_data: standard deviation of the data.
+    """
+    s = angle.sin() / (angle.sin() + angle.cos())
+    norm = (s.square() + (1 - s).square()).sqrt()
+    z = x * expand(norm / sigma_data, x)
+    return (expand(1 - 2 * s, x) * z + expand(norm.square(), x) * network(z, s)) / expand(norm, x)
+
+
+def _full_precision(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()

@@ -1,0 +1,49 @@
+"""The few-step sampler that a flow map was distilled for: N network calls, noise to data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fmg.core.protocols import FlowMap
+from fmg.core.types import Conditioning
+from fmg.flow.path import expand
+
+
+def native_sample(
+    flow_map: FlowMap,
+    cond: Conditioning,
+    x_1: Float[Tensor, "b *shape"],
+    grid: Sequence[float],
+    renoise: Callable[[int], Float[Tensor, "b *shape"]],
+) -> Float[Tensor, "b *shape"]:
+    """Draws `x_0` from the noise `x_1` along `grid` (from 1 down to 0), one network call an interval.
+
+    A two-time map jumps from one grid time to the next and is deterministic. A single-time map only reaches 0, so it
+    goes on by multistep consistency sampling (Song et al., arXiv 2303.01469, algorithm 1): jump to 0, then forward
+    noise to the next grid time with `renoise(k)`, the standard normal noise of interval `k`. The same `renoise`
+    gives the same image.
+
+    Args:
+        flow_map: the map.
+        cond: conditioning of the `b` samples.
+        x_1: standard normal noise.
+        grid: strictly falling times, first 1, last 0.
+        renoise: noise for interval `k`; not called for two-time maps.
+    """
+    x = x_1
+    endpoint = flow_map.anchors == "endpoint"
+    for k, (t_value, s_value) in enumerate(pairwise(grid)):
+        t = torch.full((x.shape[0],), t_value, device=x.device)
+        s = torch.full((x.shape[0],), s_value, device=x.device)
+        if not endpoint or s_value == 0.0:
+            x = flow_map.jump(x, t, s, cond)
+            continue
+        x_0 = flow_map.jump(x, t, torch.zeros_like(s), cond)
+        scale, std = flow_map.path.kernel(torch.zeros_like(s), s)
+        x = expand(scale, x_0) * x_0 + expand(std, x_0) * renoise(k)
+    return x

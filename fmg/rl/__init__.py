@@ -1,0 +1,42 @@
+"""Rollouts, group advantages and objectives: pure functions and values, no trainer.
+
+Names load on first use, so that `fmg.rl.configs` can be read without importing torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fmg.rl.advantages import group_advantages, informative, shuffle_advantages, zero_std_ratio
+    from fmg.rl.noise import NoiseKey
+    from fmg.rl.rollouts import rollout, sample, sample_rollout
+
+_HOME = {
+    "NoiseKey": "noise",
+    "group_advantages": "advantages",
+    "informative": "advantages",
+    "rollout": "rollouts",
+    "sample": "rollouts",
+    "sample_rollout": "rollouts",
+    "shuffle_advantages": "advantages",
+    "zero_std_ratio": "advantages",
+}
+
+__all__ = [
+    "NoiseKey",
+    "group_advantages",
+    "informative",
+    "rollout",
+    "sample",
+    "sample_rollout",
+    "shuffle_advantages",
+    "zero_std_ratio",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fmg.rl' has no attribute '{name}'")
+    return getattr(import_module(f"fmg.rl.{_HOME[name]}"), name)

@@ -1,0 +1,90 @@
+"""Advantages relative to the group of samples that share a prompt (Shao et al., arXiv 2402.03300, section 4.1)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fmg.core.errors import RewardError
+
+
+def group_advantages(
+    rewards: Float[Tensor, " n"],
+    groups: Int[Tensor, " n"],
+    *,
+    global_std: bool,
+    clip_max: float = 5.0,
+    eps: float = 1e-4,
+) -> Float[Tensor, " n"]:
+    """`A = (R - mean_group) / (std + eps)`, clamped to `[-clip_max, clip_max]` (docs/math.md, group advantage).
+
+    The std is the population one (divisor n), as in Flow-GRPO: of the group's rewards, or with `global_std` of the raw
+    rewards of the whole batch. A group whose rewards are all equal gets exactly 0, whatever rounding does to its mean.
+    Several rewards are normalised one by one by calling this on each (GDPO) and adding the results.
+
+    Args:
+        rewards: finite rewards.
+        groups: group index of each sample, any integers in any order.
+        global_std: whether to divide by the std of the batch instead of the group's.
+        clip_max: bound on the absolute advantage.
+        eps: added to the std.
+
+    Returns:
+        fp32 advantages in the order of `rewards`.
+
+    Raises:
+        RewardError: for a reward that is not finite.
+    """
+    if rewards.shape != groups.shape or rewards.ndim != 1:
+        raise ValueError(f"rewards {tuple(rewards.shape)} and groups {tuple(groups.shape)} must be equal and 1-D")
+    if not torch.isfinite(rewards).all():
+        raise RewardError("A reward is not finite", "Return a finite number for every image.")
+    values = rewards.double()
+    index, count = _group_index(groups.to(rewards.device))
+    mean = _group_mean(values, index, count)
+    centred = torch.where(_varied(values, index, count)[index], values - mean[index], 0.0)
+    if global_std:
+        std = values.std(correction=0).expand(count)
+    else:
+        std = _group_mean(centred.square(), index, count).sqrt()
+    return (centred / (std + eps)[index]).clamp(-clip_max, clip_max).float()
+
+
+def zero_std_ratio(rewards: Float[Tensor, " n"], groups: Int[Tensor, " n"]) -> float:
+    """Share of groups whose rewards are all equal: they teach nothing."""
+    index, count = _group_index(groups.to(rewards.device))
+    return 1.0 - float(_varied(rewards, index, count).float().mean())
+
+
+def informative(advantages: Float[Tensor, " n"], groups: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
+    """True for samples of groups in which some advantage is not zero; the others are left out of an update."""
+    index, count = _group_index(groups.to(advantages.device))
+    largest = advantages.new_zeros(count).scatter_reduce(0, index, advantages.abs(), "amax")
+    return largest[index] > 0
+
+
+def shuffle_advantages(advantages: Float[Tensor, " n"], seed: int) -> Float[Tensor, " n"]:
+    """The same advantages on randomly chosen samples: the null control, under which a run must not improve."""
+    order = torch.randperm(len(advantages), generator=torch.Generator().manual_seed(seed))
+    return advantages[order.to(advantages.device)]
+
+
+def _group_index(groups: Int[Tensor, " n"]) -> tuple[Int[Tensor, " n"], int]:
+    """Groups renumbered from 0, and their number."""
+    labels, index = torch.unique(groups, return_inverse=True)
+    return index, len(labels)
+
+
+def _group_mean(values: Float[Tensor, " n"], index: Int[Tensor, " n"], count: int) -> Float[Tensor, " g"]:
+    sums = values.new_zeros(count).index_add(0, index, values)
+    sizes = values.new_zeros(count).index_add(0, index, torch.ones_like(values))
+    return sums / sizes
+
+
+def _varied(values: Float[Tensor, " n"], index: Int[Tensor, " n"], count: int) -> Bool[Tensor, " g"]:
+    """Whether the largest and the smallest value of a group differ, which is exact where a std is not."""
+    empty = values.new_zeros(count)
+    highest = empty.scatter_reduce(0, index, values, "amax", include_self=False)
+    lowest = empty.scatter_reduce(0, index, values, "amin", include_self=False)
+    return highest != lowest

@@ -1,0 +1,134 @@
+"""The GRPO objective on the transition densities of a stochasticized flow map."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fmg.core.errors import CompositionError
+from fmg.core.protocols import FlowMap, Policies, Stochasticizer
+from fmg.core.types import Batch, Loss, ScoredRollout, TransitionRollout
+from fmg.registry import objectives
+from fmg.rl.advantages import informative
+from fmg.rl.configs import GrpoConfig
+from fmg.rl.replay import Unbound, mean_distance, replay
+
+
+@objectives.register("grpo", GrpoConfig)
+class Grpo:
+    """Clipped policy ratio with group advantages (Flow-Map GRPO, arXiv 2607.00535; docs/math.md, GRPO objective).
+
+    `L = -mean_k w min(r A, clip(r, 1 - c, 1 + c) A) + beta KL`, with `r = exp(logp_new - logp_old)` at the stored
+    states and log-probs averaged over latent coordinates.
+
+    Departures from the paper: time runs from noise (t = 1) to data (t = 0); the mean runs over the rows whose group has
+    unequal rewards, the others have no gradient and are left out; the reference is the base with its adapter off.
+
+    Batch rows, transition-major (all samples of the first transition, then of the second, ...):
+        `x_t`, `x_s`, `mean_old`: (rows, *shape); `t`, `s`, `std`, `log_prob_old`, `advantage`, `weight`: (rows,) fp32;
+        `step`: (rows,) int64, index of the grid interval. `weight` is 1.
+    """
+
+    needs: Literal["transitions"] = "transitions"
+
+    def __init__(self, config: GrpoConfig, stochasticizer: Stochasticizer | None = None) -> None:
+        self.config = config
+        self.stochasticizer: Stochasticizer = stochasticizer or Unbound("grpo")
+
+    @property
+    def clip_range(self) -> float:
+        """Half-width of the ratio clip."""
+        return self.config.clip_range
+
+    def bind(self, stochasticizer: Stochasticizer) -> Grpo:
+        """The same objective on the transitions of `stochasticizer`."""
+        return Grpo(self.config, stochasticizer)
+
+    def prepare(self, scored: ScoredRollout, policies: Policies, seed: int) -> Batch:
+        """Flattens the stochastic transitions of the samples whose group has unequal rewards.
+
+        The batch has no rows when every group's rewards are equal; there is nothing to learn from such a rollout.
+
+        Raises:
+            CompositionError: for a rollout without transitions.
+        """
+        rollout = scored.rollout
+        if not isinstance(rollout, TransitionRollout):
+            raise CompositionError(
+                "The objective 'grpo' got a rollout without transition densities",
+                "Roll out with a stochasticizer, or choose an objective that needs samples only.",
+            )
+        keep = informative(scored.advantages, rollout.groups).cpu().nonzero().squeeze(1)
+        kept = keep.to(rollout.x0.device)
+        advantage = scored.advantages.to(kept.device, torch.float32)[kept]
+        steps = rollout.transitions
+        rows = {
+            "x_t": torch.cat([step.x_t[kept] for step in steps]),
+            "x_s": torch.cat([step.x_s[kept] for step in steps]),
+            "t": torch.cat([step.t[kept] for step in steps]),
+            "s": torch.cat([step.s[kept] for step in steps]),
+            "mean_old": torch.cat([step.mean[kept] for step in steps]),
+            "std": torch.cat([step.std[kept] for step in steps]),
+            "log_prob_old": torch.cat([step.log_prob[kept] for step in steps]),
+            "advantage": advantage.repeat(len(steps)),
+            "weight": torch.ones_like(advantage).repeat(len(steps)),
+            "step": torch.cat([torch.full_like(kept, step.index) for step in steps]),
+        }
+        return Batch(rows, rollout.cond.select(keep.repeat(len(steps))))
+
+    def loss(self, policies: Policies, batch: Batch) -> Loss:
+        """Mean loss over the rows.
+
+        Parts: `approx_kl`, the KL of the current policy to the one that drew the rollout; `ratio_mean`, `ratio_max`;
+        `clip_frac`, the share of rows with `|r - 1| > clip_range`; and with `kl_beta > 0` `kl_ref`.
+        """
+        rows = batch.rows
+        density = replay(self.stochasticizer, policies.current, batch)
+        ratio = (density.log_prob(rows["x_s"]) - rows["log_prob_old"]).exp()
+        total = (clipped_surrogate(ratio, rows["advantage"], self.clip_range) * rows["weight"]).mean()
+        with torch.no_grad():
+            parts = {
+                "approx_kl": mean_distance(density.mean, rows["mean_old"], density.std).mean(),
+                "ratio_mean": ratio.mean(),
+                "ratio_max": ratio.max(),
+                "clip_frac": ((ratio - 1).abs() > self.clip_range).float().mean(),
+            }
+        if self.config.kl_beta > 0:
+            kl_ref = self._reference_kl(policies.reference, density.mean, density.std, batch)
+            total = total + self.config.kl_beta * kl_ref
+            parts["kl_ref"] = kl_ref.detach()
+        return Loss(total, parts)
+
+    def replay_error(self, policies: Policies, batch: Batch) -> float:
+        """Largest `|r - 1|` over the rows: 0 before the first update, but for rounding."""
+        log_ratio = self.refresh(policies, batch).rows["log_prob_old"] - batch.rows["log_prob_old"]
+        return float(torch.expm1(log_ratio).abs().max()) if len(batch) else 0.0
+
+    def refresh(self, policies: Policies, batch: Batch) -> Batch:
+        """`batch` with `log_prob_old`, `mean_old` and `std` recomputed by the current policy through the update path.
+
+        Rollout and update may use other shapes or kernels, whose rounding alone can move the ratio by more than the
+        clip range. Gradients are enabled and thrown away, because kernels may differ with and without them.
+        """
+        with torch.enable_grad():
+            density = replay(self.stochasticizer, policies.current, batch)
+            log_prob = density.log_prob(batch.rows["x_s"])
+        return batch.with_rows(log_prob_old=log_prob.detach(), mean_old=density.mean.detach(), std=density.std.detach())
+
+    def _reference_kl(
+        self, reference: FlowMap, mean: Float[Tensor, "b *shape"], std: Float[Tensor, " b"], batch: Batch
+    ) -> Float[Tensor, ""]:
+        with torch.no_grad():
+            base = replay(self.stochasticizer, reference, batch).mean
+        return mean_distance(mean, base, std).mean()
+
+
+def clipped_surrogate(
+    ratio: Float[Tensor, " b"], advantage: Float[Tensor, " b"], clip_range: float
+) -> Float[Tensor, " b"]:
+    """`-min(r A, clip(r, 1 - c, 1 + c) A)` (Schulman et al., arXiv 1707.06347, eq. 7)."""
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return -torch.minimum(ratio * advantage, clipped * advantage)

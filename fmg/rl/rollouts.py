@@ -1,0 +1,238 @@
+"""Drawing samples from a flow map: with the transitions that a policy gradient needs, or their end points only.
+
+Both functions run on any object with the members of `fmg.core.protocols.FlowMap`, without gradients, in chunks of a
+fixed size. Noise is keyed by (seed, iteration, group, member, step), so it depends on nothing else.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fmg.core.errors import UsageError
+from fmg.core.protocols import FlowMap, Stochasticizer
+from fmg.core.types import Conditioning, SampleRollout, Transition, TransitionRollout, cat_transitions
+from fmg.flow.sampling import native_sample
+from fmg.rl.noise import NoiseKey, noise
+
+
+def rollout(
+    flow_map: FlowMap,
+    stochasticizer: Stochasticizer,
+    cond: Conditioning,
+    groups: Int[Tensor, " n"],
+    grid: Sequence[float],
+    *,
+    seed: int,
+    iteration: int = 0,
+    latent_shape: Sequence[int],
+    same_initial_noise: bool = False,
+    stochastic_steps: Sequence[int] | None = None,
+    batch_size: int | None = None,
+    device: torch.device | None = None,
+) -> TransitionRollout:
+    """Draws `n` samples and records every stochastic transition with its density.
+
+    A grid of N intervals has at most N - 1 stochastic transitions; the last interval, to 0, is always the
+    deterministic jump. Intervals left out of `stochastic_steps` are deterministic jumps too.
+
+    Args:
+        flow_map: the policy's map.
+        stochasticizer: turns the map into a Gaussian over the next state.
+        cond: conditioning of the `n` samples, one row each.
+        groups: prompt group of each sample; part of the noise key, so groups of one iteration need distinct indices.
+        grid: strictly falling times, the first at most 1, the last 0.
+        seed: seed of the run.
+        iteration: training iteration, part of the noise key.
+        latent_shape: shape of one latent.
+        same_initial_noise: whether all members of a group start from the same noise.
+        stochastic_steps: indices of the stochastic intervals, in [0, N - 2]; None means all of them.
+        batch_size: samples a network call; the last chunk may be shorter. None draws all at once.
+        device: where the states live; None takes the device of the conditioning, or the CPU when it has no tensor.
+
+    Raises:
+        UsageError: for a grid without a stochastic interval, a step out of range, or a wrong number of rows.
+        CompositionError: from a single-time map that is asked for a deterministic interior jump.
+    """
+    times = _checked_grid(grid)
+    stochastic = _checked_steps(stochastic_steps, len(times) - 1)
+    keys = sample_keys(groups, seed, iteration)
+    place = device or _device_of(cond)
+    parts: list[tuple[Tensor, list[Transition]]] = []
+    with torch.no_grad():
+        for rows in _chunks(cond, keys, batch_size):
+            draw = _noise_source([keys[i] for i in rows], latent_shape, same_initial_noise, place)
+            part = cond.select(rows).to(place)
+            parts.append(_draw_transitions(flow_map, stochasticizer, part, times, stochastic, draw))
+    steps = zip(*(transitions for _, transitions in parts), strict=True)
+    return TransitionRollout(
+        cond=cond.to(place),
+        groups=groups,
+        x0=torch.cat([x_0 for x_0, _ in parts]),
+        grid=times,
+        transitions=tuple(cat_transitions(step) for step in steps),
+    )
+
+
+def sample_rollout(
+    flow_map: FlowMap,
+    cond: Conditioning,
+    groups: Int[Tensor, " n"],
+    grid: Sequence[float],
+    *,
+    seed: int,
+    iteration: int = 0,
+    latent_shape: Sequence[int],
+    same_initial_noise: bool = False,
+    batch_size: int | None = None,
+    device: torch.device | None = None,
+) -> SampleRollout:
+    """Draws `n` samples with the map's own few-step sampler and keeps their end points; arguments as in `rollout`.
+
+    Deterministic after the initial noise for two-time maps; single-time maps draw keyed noise at interior times.
+    """
+    times = _checked_grid(grid)
+    keys = sample_keys(groups, seed, iteration)
+    place = device or _device_of(cond)
+    parts: list[Tensor] = []
+    for rows in _chunks(cond, keys, batch_size):
+        draw = _noise_source([keys[i] for i in rows], latent_shape, same_initial_noise, place)
+        part = cond.select(rows).to(place)
+        with torch.no_grad():
+            parts.append(native_sample(flow_map, part, draw(0), times, lambda k, draw=draw: draw(k + 1)))
+    return SampleRollout(cond.to(place), groups, torch.cat(parts).float(), times)
+
+
+def sample(
+    flow_map: FlowMap,
+    cond: Conditioning,
+    x_1: Float[Tensor, "n *shape"],
+    grid: Sequence[float],
+    *,
+    keys: Sequence[NoiseKey] = (),
+    batch_size: int | None = None,
+) -> Float[Tensor, "n *shape"]:
+    """Draws `x_0` from given noise with the map's own few-step sampler, without gradients.
+
+    Args:
+        flow_map: the map.
+        cond: conditioning, one row for each row of `x_1`.
+        x_1: standard normal noise, on the device of the map.
+        grid: strictly falling times, the first at most 1, the last 0.
+        keys: one key for each row, which single-time maps need for more than one step: interval k draws the noise of
+            step k + 1. Two-time maps ignore them.
+        batch_size: rows a network call; None takes all at once.
+
+    Raises:
+        UsageError: when a single-time map gets no keys for a grid of several steps.
+    """
+    times = _checked_grid(grid)
+    if flow_map.anchors == "endpoint" and len(times) > 2 and len(keys) != len(x_1):
+        raise UsageError(
+            f"A single-time map draws new noise at interior times, and {len(keys)} noise keys came for {len(x_1)} rows",
+            "Give one key for each row, or a grid of one step.",
+        )
+    shape = x_1.shape[1:]
+    parts: list[Tensor] = []
+    for rows in _row_chunks(len(x_1), batch_size):
+        chosen = [keys[i] for i in rows] if keys else []
+
+        def renoise(k: int, chosen: Sequence[NoiseKey] = chosen) -> Tensor:
+            return noise([key._replace(step=k + 1) for key in chosen], shape).to(x_1.device)
+
+        with torch.no_grad():
+            parts.append(native_sample(flow_map, cond.select(rows), x_1[rows.to(x_1.device)], times, renoise))
+    return torch.cat(parts)
+
+
+def sample_keys(groups: Int[Tensor, " n"], seed: int, iteration: int) -> list[NoiseKey]:
+    """Keys of the initial noise of each sample; `member` counts the earlier samples of the same group."""
+    seen: Counter[int] = Counter()
+    keys: list[NoiseKey] = []
+    for group in groups.tolist():
+        keys.append(NoiseKey(seed, iteration, group, seen[group], 0))
+        seen[group] += 1
+    return keys
+
+
+def _draw_transitions(
+    flow_map: FlowMap,
+    stochasticizer: Stochasticizer,
+    cond: Conditioning,
+    times: tuple[float, ...],
+    stochastic: frozenset[int],
+    draw: Callable[[int], Tensor],
+) -> tuple[Tensor, list[Transition]]:
+    x = draw(0)
+    transitions: list[Transition] = []
+    for k, (t_value, s_value) in enumerate(pairwise(times)):
+        t = torch.full((len(x),), t_value, device=x.device)
+        s = torch.full((len(x),), s_value, device=x.device)
+        if k not in stochastic:
+            x = flow_map.jump(x, t, s, cond).float()
+            continue
+        density = stochasticizer.transition(flow_map, x, t, s, cond)
+        x_s = density.push(draw(k + 1))
+        transitions.append(Transition(k, t, s, x, x_s, density.mean, density.std, density.log_prob(x_s)))
+        x = x_s
+    return x, transitions
+
+
+def _noise_source(
+    keys: Sequence[NoiseKey], shape: Sequence[int], same_initial_noise: bool, device: torch.device
+) -> Callable[[int], Tensor]:
+    """The noise of a chunk as a function of the step."""
+
+    def draw(step: int) -> Tensor:
+        shared = same_initial_noise and step == 0
+        at_step = [key._replace(step=step, member=0 if shared else key.member) for key in keys]
+        return noise(at_step, shape).to(device)
+
+    return draw
+
+
+def _device_of(cond: Conditioning) -> torch.device:
+    return next((tensor.device for tensor in cond.tensors.values()), torch.device("cpu"))
+
+
+def _chunks(cond: Conditioning, keys: Sequence[NoiseKey], batch_size: int | None) -> list[Tensor]:
+    if len(cond) != len(keys) or not keys:
+        raise UsageError(
+            f"The conditioning has {len(cond)} rows for {len(keys)} samples",
+            "Give one row of conditioning and one group index for each sample, and at least one sample.",
+        )
+    return _row_chunks(len(keys), batch_size)
+
+
+def _row_chunks(count: int, batch_size: int | None) -> list[Tensor]:
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"The rollout batch size is {batch_size}", "Give a batch size of at least 1.")
+    return list(torch.arange(count).split(batch_size or count))
+
+
+def _checked_grid(grid: Sequence[float]) -> tuple[float, ...]:
+    times = tuple(float(t) for t in grid)
+    falling = all(t > s for t, s in pairwise(times))
+    if len(times) < 2 or not falling or times[0] > 1.0 or times[-1] != 0.0:
+        raise UsageError(f"The time grid {list(times)} is not one", "Give strictly falling times from at most 1 to 0.")
+    return times
+
+
+def _checked_steps(steps: Sequence[int] | None, intervals: int) -> frozenset[int]:
+    if intervals < 2:
+        raise UsageError(
+            "A grid of one interval has no stochastic transition, since the step to 0 is deterministic",
+            "Use at least 2 steps.",
+        )
+    chosen = frozenset(range(intervals - 1) if steps is None else steps)
+    if not chosen or not chosen <= frozenset(range(intervals - 1)):
+        raise UsageError(
+            f"The stochastic steps {sorted(chosen)} do not fit a grid of {intervals} intervals",
+            f"Give at least one index from 0 to {intervals - 2}.",
+        )
+    return chosen
