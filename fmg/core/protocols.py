@@ -32,9 +32,7 @@ class ProbabilityPath(Protocol):
     def sigma(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """Noise coefficient, rising from 0 at t = 0 to 1 at t = 1."""
 
-    def kernel(
-        self, a: Float[Tensor, " b"], s: Float[Tensor, " b"]
-    ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    def kernel(self, a: Float[Tensor, " b"], s: Float[Tensor, " b"]) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
         """Scale and std of `q(x_s | x_a)` for `0 <= a <= s <= 1` (eq. 2)."""
 
     def anchor(self, noise_share: Float[Tensor, " b"], s: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
@@ -229,8 +227,8 @@ __all__ = [
     "ModelSource",
     "Objective",
     "OptimizerFactory",
-    "ProbabilityPath",
     "Policies",
+    "ProbabilityPath",
     "PromptSet",
     "Requirements",
     "Reward",

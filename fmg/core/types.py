@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -88,6 +88,17 @@ class RewardOutput:
 
     total: Float[Tensor, " b"]
     parts: Mapping[str, Float[Tensor, " b"]]
+
+
+@dataclass(frozen=True)
+class PartialRewardOutput(RewardOutput):
+    """Scores of a batch in which some images could not be scored: `scored` is False there, and the total NaN.
+
+    Only a reward that was told to go on without scores returns it (`on_failure: drop-group`). A consumer that does not
+    know this type meets the NaN, which is an error everywhere; one that does leaves the whole prompt group out.
+    """
+
+    scored: Bool[Tensor, " b"]
 
 
 @dataclass(frozen=True)

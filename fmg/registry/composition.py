@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from fmg.core.errors import CompositionError, UsageError
 from fmg.core.specs import MapSpec, Requirements
-from fmg.registry.grids import grid_times
 from fmg.registry.validation import Location, Problem
+from fmg.registry.vocabulary import grid_times
 
 if TYPE_CHECKING:
     from fmg.registry.recipe import Recipe
@@ -63,7 +63,7 @@ def _map_problems(recipe: Recipe, spec: MapSpec) -> Iterator[Problem]:
         what = f"The stochasticizer '{chosen.name}' needs a two-time map, but '{model}' is {_MAPS[spec.anchors]}"
         yield Problem(("stochasticizer", "name"), what, fix)
     if requires.path not in ("any", spec.path):
-        what = f"The stochasticizer '{chosen.name}' is defined on the {requires.path} path, but '{model}' is on {spec.path}"
+        what = f"The stochasticizer '{chosen.name}' needs the {requires.path} path, but '{model}' is on {spec.path}"
         yield Problem(("stochasticizer", "name"), what, fix)
 
 

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from fmg.core.specs import MapSpec, Requirements
+
+
+@dataclass(frozen=True)
+class About:
+    """Where a component comes from, for `fmg show`. An empty field claims nothing.
+
+    Attributes:
+        licence: terms of the published code and weights, as their authors state them.
+        citation: the publication to cite.
+        weights: the files that are downloaded, one line each, with their size.
+    """
+
+    licence: str = ""
+    citation: str = ""
+    weights: tuple[str, ...] = ()
 
 
 class ComponentConfig(BaseModel):
@@ -17,6 +33,8 @@ class ComponentConfig(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    about: ClassVar[About] = About()
 
 
 class ModelConfig(ComponentConfig, ABC):

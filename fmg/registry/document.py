@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal, NoReturn, TypeGuard
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -21,6 +21,7 @@ Plain = Scalar | list["Plain"] | dict[str, "Plain"]
 
 _TAG = "tag:yaml.org,2002:"
 _MAX_BYTES = 1_000_000
+_NO_TAGS = "Use plain numbers, texts, lists and mappings."
 
 
 @dataclass(frozen=True)
@@ -170,13 +171,15 @@ class _Reader:
     def convert(self, node: ScalarNode | SequenceNode | MappingNode, key: ScalarNode | None = None) -> Node:
         source = self._source(key or node)
         if id(node) in self._seen:
-            self._fail(node, f"the alias '*{node.anchor}' is not allowed", "Write the value out.")
+            self._fail(key or node, f"the alias '*{node.anchor}' is not allowed", "Write the value out.")
         self._seen.add(id(node))
-        if isinstance(node, MappingNode):
+        if isinstance(node, MappingNode) and node.tag == f"{_TAG}map":
             return Node(self._children(node), source)
-        if isinstance(node, SequenceNode):
+        if isinstance(node, SequenceNode) and node.tag == f"{_TAG}seq":
             return Node(tuple(self.convert(child) for child in node.value), source)
-        return Node(self._scalar(node), source)
+        if isinstance(node, ScalarNode):
+            return Node(self._scalar(node), source)
+        return self._fail(node, f"the tag '{node.tag}' is not allowed", _NO_TAGS)
 
     def _children(self, node: MappingNode) -> dict[str, Node]:
         children: dict[str, Node] = {}
@@ -204,7 +207,7 @@ class _Reader:
             except (YAMLError, ValueError):
                 self._fail(node, f"'{text}' is not a {tag.removeprefix(_TAG)}", "Correct the value.")
             return value
-        return self._fail(node, f"the tag '{tag}' is not allowed", "Use plain numbers, texts, lists and mappings.")
+        return self._fail(node, f"the tag '{tag}' is not allowed", _NO_TAGS)
 
     def _source(self, node: ScalarNode | SequenceNode | MappingNode) -> Source:
         return Source(self._kind, f"{self._label}:{node.start_mark.line + 1}" if self._in_file else self._label)
@@ -225,9 +228,15 @@ def render(value: Plain, comments: Mapping[str, str]) -> str:
         value: a mapping of plain values.
         comments: text to put at the end of the line of a dotted path (`optimizer.lr`, `rewards.0.weight`).
     """
+    notes = {path: " ".join(text.split()) for path, text in comments.items()}
     lines = list(_render(value, (), 0))
-    width = max((len(line) for line, path in lines if path in comments), default=0)
-    return "".join(f"{line:<{width}}  # {comments[p]}\n" if p in comments else f"{line}\n" for line, p in lines)
+    width = max((len(line) for line, path in lines if path in notes), default=0)
+    return "".join(f"{line:<{width}}  # {notes[p]}\n" if p in notes else f"{line}\n" for line, p in lines)
+
+
+def is_block(value: Plain) -> TypeGuard[list[dict[str, Plain]]]:
+    """Whether a value is a list of mappings, whose entries have paths of their own (`rewards.0.weight`)."""
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) and item for item in value)
 
 
 def _render(value: Plain, path: tuple[str, ...], depth: int) -> Iterator[tuple[str, str]]:
@@ -239,7 +248,7 @@ def _render(value: Plain, path: tuple[str, ...], depth: int) -> Iterator[tuple[s
         if isinstance(child, dict) and child:
             yield f"{pad}{name}:", ".".join(here)
             yield from _render(child, here, depth + 1)
-        elif isinstance(child, list) and any(isinstance(item, dict) for item in child):
+        elif is_block(child):
             yield f"{pad}{name}:", ".".join(here)
             for index, item in enumerate(child):
                 block = list(_render(item, (*here, str(index)), depth + 2))

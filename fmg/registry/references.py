@@ -41,15 +41,19 @@ class ComponentRef(BaseModel):
             return value
         if isinstance(value, str):
             value = {"name": value}
+        advice = f"Write {{name: NAME}}; `fmg list {cls.kind}` lists the names"
         if not isinstance(value, Mapping):
-            what = f"A {cls.kind} must be a name or a mapping with a name (given: {value!r})"
-            raise Problem((), what, f"Write {{name: NAME}}; `fmg list {cls.kind}` lists the names").as_pydantic()
+            what = f"The {cls.kind} must be a name or a mapping with a name (given: {value!r})"
+            raise Problem((), what, advice).as_pydantic()
         own = {key: value[key] for key in cls.model_fields if key in value}
         name = own.get("name")
         if not isinstance(name, str):
-            where: tuple[str, ...] = ("name",) if "name" in own else ()
-            what = f"The {cls.kind} needs a name" if name is None else f"The name of a {cls.kind} must be a text"
-            raise Problem(where, what, f"Add name: NAME; `fmg list {cls.kind}` lists the names").as_pydantic()
+            what = (
+                f"The name of the {cls.kind} is missing"
+                if name is None
+                else f"The {cls.kind} has a name that is no text"
+            )
+            raise Problem(("name",) if "name" in own else (), what, advice).as_pydantic()
         if not isinstance(own.get("config"), ComponentConfig):
             options = {key: option for key, option in value.items() if key not in own or key == "config"}
             own["config"] = _validated(cls.kind, name, options, strict=info.mode == "json")
@@ -73,7 +77,7 @@ def _validated(kind: str, name: str, options: Mapping[str, object], *, strict: b
             return config_class.model_validate_json(json.dumps(options), strict=True)
         return config_class.model_validate(dict(options))
     except ValidationError as error:
-        raise first_problem(error, config_class, f"{kind} '{name}'").as_pydantic() from None
+        raise first_problem(error, config_class, f"The {kind} '{name}'").as_pydantic() from None
 
 
 class ModelRef(ComponentRef):

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar, cast
 
 from pydantic import ValidationError
-from pydantic_core import PydanticUndefined
 
-from fmg.core.errors import UsageError, suggestion
+from fmg.core.errors import FmgError, UsageError, suggestion
 from fmg.registry.config import ComponentConfig
-from fmg.registry.validation import explain
+from fmg.registry.validation import first_problem
 
 P = TypeVar("P")
 C = TypeVar("C", bound=ComponentConfig)
 
 ENTRY_POINT_GROUP = "fmg.components"
+_NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,16 @@ class Registry(Generic[P]):
 
     `names`, `describe` and `config` import only torch-free config modules; `build` imports the factory.
 
+    Args:
+        kind: what one component is called.
+        plural: what several are called.
+        rows: the built-in components.
+        config_base: what the config of every component of this kind derives from.
+
     Example:
         >>> from fmg.registry import stochasticizers
-        >>> stochasticizers.build("asfmc", {"gap": 0.0147})  # doctest: +SKIP
+        >>> stochasticizers.config("asfmc", {"gap": 0.0147}).gap
+        0.0147
     """
 
     def __init__(self, kind: str, plural: str, rows: tuple[Row, ...], config_base: type[ComponentConfig]) -> None:
@@ -71,6 +79,7 @@ class Registry(Generic[P]):
         self.plural = plural
         self.config_base = config_base
         self._rows = {row.name: row for row in rows}
+        self._configs: dict[str, type[ComponentConfig]] = {}
         self._factories: dict[str, Callable[[Any], P]] = {}
         self._loaded_entry_points = False
 
@@ -78,33 +87,45 @@ class Registry(Generic[P]):
         """Registers a class or function that turns a `C` into a component of this kind.
 
         Built-in components have a catalog row, and the decorator checks itself against it; a component without a
-        row (third party, through the entry-point group `fmg.components`, or the current session) gets one.
+        row (of another package, or of the current session) gets one.
+
+        Args:
+            name: lower-case words joined by hyphens.
+            config: class of the options; derives from `config_base`.
+            summary: one line for `fmg list`; by default the first line of the docstring.
 
         Raises:
-            UsageError: when the name is taken by another component.
+            UsageError: when the name is malformed or taken, or the config has another base.
         """
 
         def decorate(factory: Callable[[C], P]) -> Callable[[C], P]:
             target = cast(Any, factory)
-            row = Row(
-                self.kind,
-                name,
-                f"{config.__module__}:{config.__qualname__}",
-                f"{target.__module__}:{target.__qualname__}",
-                summary or (target.__doc__ or "").strip().split("\n")[0],
-            )
-            known = self._rows.get(name)
-            if known is not None and (known.config, known.factory) != (row.config, row.factory):
+            where = f"{target.__module__}:{target.__qualname__}"
+            if not issubclass(config, self.config_base):
                 raise UsageError(
-                    f"The {self.kind} '{name}' is already registered by {known.factory}",
-                    f"Register {row.factory} under another name.",
+                    f"The config of the {self.kind} '{name}' is not a {self.config_base.__name__}",
+                    f"Derive {config.__name__} from fmg.registry.{self.config_base.__name__}.",
                 )
-            if known is None:
-                self._rows[name] = row
+            line = summary or (target.__doc__ or "").strip().split("\n")[0]
+            known = self._rows.get(name)
+            if known is not None and known.factory == where:
+                line = known.summary
+            self._insert(Row(self.kind, name, f"{config.__module__}:{config.__qualname__}", where, line))
+            self._configs[name] = config
             self._factories[name] = factory
             return factory
 
         return decorate
+
+    def add(self, name: str, config: str, factory: str, summary: str) -> None:
+        """Registers a component by the `module:attribute` paths of its config and factory, importing neither.
+
+        Other packages use it so that listing their components does not import torch.
+
+        Raises:
+            UsageError: when the name is malformed or taken.
+        """
+        self._insert(Row(self.kind, name, config, factory, summary))
 
     def names(self) -> list[str]:
         """All registered names, sorted."""
@@ -124,10 +145,20 @@ class Registry(Generic[P]):
         return self._rows[name]
 
     def config_class(self, name: str) -> type[ComponentConfig]:
-        """The config class of `name`; imports no torch."""
-        loaded = load(self.row(name).config)
-        if not (isinstance(loaded, type) and issubclass(loaded, ComponentConfig)):
-            raise TypeError(f"{self.row(name).config} is not a ComponentConfig")
+        """The config class of `name`; imports no torch.
+
+        Raises:
+            UsageError: unknown name, or a row that does not lead to a config class of this kind.
+        """
+        if name in self._configs:
+            return self._configs[name]
+        row = self.row(name)
+        loaded = self._import(row, row.config)
+        if not (isinstance(loaded, type) and issubclass(loaded, self.config_base)):
+            raise UsageError(
+                f"The {self.kind} '{name}' has the config {row.config}, which is not a {self.config_base.__name__}",
+                "Correct the package that registers it.",
+            )
         return loaded
 
     def config(self, name: str, options: Mapping[str, object] | None = None) -> ComponentConfig:
@@ -140,17 +171,23 @@ class Registry(Generic[P]):
         try:
             return cls.model_validate(dict(options or {}))
         except ValidationError as error:
-            raise UsageError(*explain(error, cls, f"{self.kind} '{name}'")) from None
+            problem = first_problem(error, cls, f"The {self.kind} '{name}'")
+            raise UsageError(problem.what, problem.fix) from None
 
     def build(self, name: str, options: Mapping[str, object] | None = None) -> P:
-        """The component `name` with the given options; everything else takes its default."""
+        """The component `name` with the given options; everything else takes its default.
+
+        Raises:
+            UsageError: as `config`, or when the component cannot be imported.
+        """
         return self.build_config(name, self.config(name, options))
 
     def build_config(self, name: str, config: ComponentConfig) -> P:
         """The component `name` from an already validated config."""
         if name not in self._factories:
+            row = self.row(name)
             # importing the module runs its decorator, which fills the table; a plain attribute works as well
-            factory = load(self.row(name).factory)
+            factory = self._import(row, row.factory)
             self._factories.setdefault(name, cast("Callable[[Any], P]", factory))
         return self._factories[name](config)
 
@@ -161,7 +198,7 @@ class Registry(Generic[P]):
             FieldInfo(
                 name=key,
                 type=_type_name(info.annotation),
-                default=None if info.default is PydanticUndefined else info.default,
+                default=None if info.is_required() else info.get_default(call_default_factory=True, validated_data={}),
                 doc=info.description or "",
                 required=info.is_required(),
             )
@@ -170,24 +207,36 @@ class Registry(Generic[P]):
         doc = (cls.__doc__ or "").strip()
         return Description(row.kind, row.name, row.summary, row.config, row.factory, doc, fields)
 
+    def _insert(self, row: Row) -> None:
+        if not _NAME.fullmatch(row.name):
+            raise UsageError(
+                f"'{row.name}' cannot be the name of a {self.kind}", "Use lower-case words joined by hyphens."
+            )
+        known = self._rows.get(row.name)
+        if known is not None and (known.config, known.factory) != (row.config, row.factory):
+            raise UsageError(
+                f"The {self.kind} '{row.name}' is already registered by {known.factory}",
+                f"Register {row.factory} under another name.",
+            )
+        self._rows[row.name] = row
+
+    def _import(self, row: Row, path: str) -> object:
+        try:
+            return load(path)
+        except FmgError:
+            raise
+        except (ImportError, AttributeError) as error:
+            raise UsageError(
+                f"The {self.kind} '{row.name}' cannot be imported from {path}: {error}",
+                "Install what it needs, or correct the package that registers it.",
+            ) from error
+
     def _load_entry_points(self) -> None:
         if self._loaded_entry_points:
             return
         self._loaded_entry_points = True
         for point in entry_points(group=ENTRY_POINT_GROUP):
             _load_entry_point(point)
-
-
-def _load_entry_point(point: EntryPoint) -> None:
-    try:
-        point.load()
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(
-            f"The plug-in '{point.name}' ({point.value}) failed to import: {type(error).__name__}: {error}",
-            "Fix or uninstall the package that provides it.",
-        ) from error
 
 
 def load(path: str) -> object:
@@ -199,7 +248,19 @@ def load(path: str) -> object:
     return loaded
 
 
+def _load_entry_point(point: EntryPoint) -> None:
+    try:
+        point.load()
+    except FmgError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"The plug-in '{point.name}' ({point.value}) failed to import: {type(error).__name__}: {error}",
+            "Fix or uninstall the package that provides it.",
+        ) from error
+
+
 def _type_name(annotation: object) -> str:
-    if isinstance(annotation, type):
+    if isinstance(annotation, type) and not hasattr(annotation, "__args__"):
         return annotation.__name__
     return str(annotation).replace("typing.", "")

@@ -7,11 +7,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from fmg.core.errors import suggestion
-from fmg.registry.grids import grid_names
 from fmg.registry.references import PromptsRef, RewardRef
 from fmg.registry.validation import Problem
-
-LORA_PRESETS = ("attention",)
+from fmg.registry.vocabulary import grid_names, lora_presets
 
 
 class Section(BaseModel):
@@ -25,29 +23,24 @@ def _grid(value: object) -> object:
         if value not in grid_names():
             raise Problem((), f"There is no grid named '{value}'", suggestion(value, grid_names())).as_pydantic()
         return value
-    numbers = [x for x in value if isinstance(x, (int, float)) and not isinstance(x, bool)] if _listed(value) else []
-    if not numbers or len(numbers) != len(value):  # type: ignore[arg-type]
-        what = f"The grid must be a name or a list of times (given: {value!r})"
-        raise Problem(
-            (), what, f"Names: {', '.join(grid_names())}; times fall from 1 to 0, as [1, 0.5, 0]"
-        ).as_pydantic()
-    return tuple(float(x) for x in numbers)
+    if isinstance(value, (list, tuple)) and value and all(type(time) in (int, float) for time in value):
+        return tuple(float(time) for time in value)
+    what = f"The grid must be a name or a list of times (given: {value!r})"
+    fix = f"Names: {', '.join(grid_names())}; times fall from 1 to 0, as in [1, 0.5, 0]"
+    raise Problem((), what, fix).as_pydantic()
 
 
 def _targets(value: object) -> object:
-    if isinstance(value, str) and value:
-        if value not in LORA_PRESETS:
-            fix = f"{suggestion(value, LORA_PRESETS)} Module names go into a list: [{value}]"
+    presets = lora_presets()
+    if isinstance(value, str):
+        if value not in presets:
+            fix = f"{suggestion(value, presets)} Names of modules go into a list: [{value}]"
             raise Problem((), f"There is no preset of LoRA targets named '{value}'", fix).as_pydantic()
         return value
-    if not _listed(value) or not value or not all(isinstance(x, str) and x for x in value):  # type: ignore[attr-defined]
-        what = f"The LoRA targets must be the name of a preset or a list of module names (given: {value!r})"
-        raise Problem((), what, f"Presets: {', '.join(LORA_PRESETS)}; a list: [to_q, to_k]").as_pydantic()
-    return tuple(value)  # type: ignore[arg-type]
-
-
-def _listed(value: object) -> bool:
-    return isinstance(value, (list, tuple))
+    if isinstance(value, (list, tuple)) and value and all(isinstance(name, str) and name for name in value):
+        return tuple(value)
+    what = f"The LoRA targets must be the name of a preset or a list of module names (given: {value!r})"
+    raise Problem((), what, f"Presets: {', '.join(presets)}; a list: [to_q, to_k]").as_pydantic()
 
 
 Grid = Annotated[str | tuple[float, ...], BeforeValidator(_grid)]
@@ -91,6 +84,10 @@ class LoraSection(Section):
     alpha: float = Field(16.0, gt=0, description="the adapter's output is scaled by alpha / rank")
     targets: LoraTargets = Field("attention", description="preset of module names, or the list of names")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
+
+    def target_names(self) -> tuple[str, ...]:
+        """Presets and module names to adapt."""
+        return (self.targets,) if isinstance(self.targets, str) else self.targets
 
 
 class EvalSection(Section):

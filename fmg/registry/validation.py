@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticCustomError
@@ -12,6 +13,7 @@ from pydantic_core import PydanticCustomError
 from fmg.core.errors import suggestion
 
 Location = tuple[str | int, ...]
+_PYDANTIC_SUBJECT = re.compile(r"^(Input|Value|Tuple|List|String|Dictionary) should ")
 _CARRIER = "fmg_problem"
 
 
@@ -53,52 +55,44 @@ def first_problem(error: ValidationError, model: type[BaseModel], subject: str, 
         key = str(first["loc"][-1])
         return Problem(location, f"{subject} has no {noun} '{path}'", suggestion(key, owner.model_fields))
     if first["type"] == "missing":
-        return Problem(
-            location,
-            f"{subject} needs the {noun} '{path}'",
-            f"Add {path}, for example on the command line or in the recipe; `fmg show` describes it",
-        )
-    reason = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        return Problem(location, f"{subject} needs the {noun} '{path}'", _advice(owner, location, f"Give '{path}'"))
+    reason = _PYDANTIC_SUBJECT.sub("must ", first["msg"].removeprefix("Value error, "))
+    if first["type"] == "string_pattern_mismatch":
+        reason = "must have the right form"
     if not path:
-        return Problem(location, f"{subject}: {reason}", "Correct it; `fmg show` lists every option with its range")
-    given = _shown(first["input"])
-    what = f"{subject}: {noun} '{path}' {reason} (given: {given})"
-    return Problem(location, what, _advice(owner, location))
+        return Problem(location, f"{subject}: {reason}", "Change one of the values; `fmg show` describes every option")
+    link = " " if reason.startswith("must ") else ": "
+    what = f"{subject}: {noun} '{path}'{link}{reason} (given: {_shown(first['input'])})"
+    return Problem(location, what, _advice(owner, location, "Correct the value"))
 
 
 def _owner(model: type[BaseModel], location: Sequence[str | int]) -> tuple[type[BaseModel], Location]:
     """The innermost model class on the way to `location`, and the location without pydantic's union labels."""
-    owner, kept = model, list[str | int]()
-    inside_field = False
+    owner: type[BaseModel] | None = model
+    innermost, kept = model, list[str | int]()
     for part in location:
         if isinstance(part, int):
             kept.append(part)
-            continue
-        if inside_field:
-            continue
-        kept.append(part)
-        info = owner.model_fields.get(part)
-        annotation = None if info is None else info.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            owner = annotation
-        else:
-            inside_field = True
-    return owner, tuple(kept)
+        elif owner is not None:
+            kept.append(part)
+            info = owner.model_fields.get(part)
+            owner = None if info is None else _model_in(info.annotation)
+            innermost = owner or innermost
+    return innermost, tuple(kept)
 
 
-def _advice(owner: type[BaseModel], location: Location) -> str:
-    info = owner.model_fields.get(str(next((p for p in reversed(location) if isinstance(p, str)), "")))
-    if info is None or not info.description:
-        return "Correct the value; `fmg show` lists every option with its range"
-    return f"It means: {info.description.strip().rstrip('.')}"
+def _model_in(annotation: object) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for argument in get_args(annotation) if (found := _model_in(argument))), None)
+
+
+def _advice(owner: type[BaseModel], location: Location, lead: str) -> str:
+    name = next((part for part in reversed(location) if isinstance(part, str)), "")
+    info = owner.model_fields.get(name)
+    return f"{lead}: {info.description.strip()}" if info is not None and info.description else lead
 
 
 def _shown(value: object) -> str:
     text = "nothing" if value is None else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def explain(error: ValidationError, model: type[BaseModel], subject: str) -> tuple[str, str]:
-    """The first mistake of `error` as (what is wrong, what to do)."""
-    problem = first_problem(error, model, subject)
-    return problem.what, problem.fix

@@ -1,11 +1,11 @@
-"""Time grids as recipes see them: names and rules, looked up in the catalog so that nothing here imports a later room."""
+"""Words of a recipe that later rooms define. They are looked up through the catalog, as components are."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, cast
 
-from fmg.registry.catalog import GRID_NAMES, GRID_RULE
+from fmg.registry.catalog import GRID_NAMES, GRID_RULE, LORA_PRESETS
 from fmg.registry.registry import load
 
 
@@ -31,3 +31,8 @@ def grid_times(spec: str | Sequence[float], steps: int) -> tuple[float, ...] | N
     if spec == "flux-shift":
         return None
     return cast(_GridRule, load(GRID_RULE))(spec, steps, image_tokens=None)
+
+
+def lora_presets() -> tuple[str, ...]:
+    """Names of the presets of adapted modules."""
+    return tuple(cast("Mapping[str, object]", load(LORA_PRESETS)))

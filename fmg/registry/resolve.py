@@ -1,0 +1,163 @@
+"""From the layers of a recipe to a validated one that knows the source of each of its values. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from fmg.core.errors import CompositionError, UsageError, suggestion
+from fmg.registry.composition import problems
+from fmg.registry.document import Node, Plain, Source, is_block, node_of, read_document, render
+from fmg.registry.layers import argument_layers, flag_layers, merge, merge_all, refuse_code, set_layers
+from fmg.registry.paths import config_path, recipe_names
+from fmg.registry.recipe import Recipe
+from fmg.registry.references import ModelRef
+from fmg.registry.validation import Problem, first_problem
+
+DEFAULT_MODEL = "meanflow-shapes"
+AUTO = "auto"
+_DEFAULT = Source("built-in", "default")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One value of a resolved recipe: dotted path, value, and where it came from."""
+
+    path: str
+    value: Plain
+    source: Source
+
+
+@dataclass(frozen=True)
+class ResolvedRecipe:
+    """A recipe and the source of each of its values, by dotted path (`rewards.0.weight`)."""
+
+    recipe: Recipe
+    provenance: Mapping[str, Source]
+
+    def table(self) -> tuple[Row, ...]:
+        """All values in the recipe's order, with their sources."""
+        return tuple(Row(path, value, self.provenance[path]) for path, value in _leaves(self.recipe.plain(), ()))
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, the source of each value as a comment at its line's end."""
+        return render(self.recipe.plain(), {path: source.text for path, source in self.provenance.items()})
+
+
+def resolve(
+    config: str | Path | None = None,
+    flags: Mapping[str, object] | None = None,
+    sets: Sequence[str] = (),
+    allow_code: bool = False,
+) -> ResolvedRecipe:
+    """Puts the layers of a recipe together: the model's own default recipe < `config` < `flags` < `sets`.
+
+    Reads no weights and imports no torch.
+
+    Args:
+        config: path of a YAML file, or the name of a shipped recipe.
+        flags: the flags of `fmg.registry.layers.FLAGS` by name; None means not given. `reward` is a list of
+            `NAME[=WEIGHT]` or `python:module:function[=WEIGHT]` and replaces the recipe's rewards.
+        sets: `path=value` texts, the value in YAML 1.2.
+        allow_code: whether a recipe file may name a user's own reward function.
+
+    Raises:
+        UsageError: a wrong name, key, type or range, with the file and line or the flag that gave it.
+        CompositionError: components that do not fit together.
+    """
+    layers = [] if config is None else [_read(config)]
+    return _resolve([*layers, *flag_layers(flags or {}), *set_layers(sets)], allow_code=allow_code)
+
+
+def resolve_arguments(values: Mapping[str, object]) -> ResolvedRecipe:
+    """The default recipe of a model with the values at some dotted paths replaced. Errors as in `resolve`."""
+    return _resolve(argument_layers(values), allow_code=True)
+
+
+def override(recipe: Recipe, values: Mapping[str, object]) -> ResolvedRecipe:
+    """`recipe` with the values at some dotted paths replaced. Errors as in `resolve`."""
+    base = node_of(recipe.plain(), Source("argument", "recipe"))
+    return _finish(merge_all([base, *argument_layers(values)]), allow_code=True)
+
+
+def _resolve(layers: Sequence[Node], *, allow_code: bool) -> ResolvedRecipe:
+    start = node_of({"model": {"name": DEFAULT_MODEL}}, _DEFAULT)
+    model = _model(merge_all([start, *layers]))
+    name = model.config.spec().default_recipe
+    path = config_path(name)
+    base = read_document(path, "model", f"configs/{path.name}")
+    missing = [section for section in Recipe.model_fields if section not in (base.mapping or {})]
+    if missing:
+        # a section left out would fall back on numbers that were chosen for another model
+        what = f"configs/{path.name}: the default recipe of {model.name} lacks the section '{missing[0]}'"
+        raise UsageError(what, "A model's own recipe states every section; add it.")
+    return _finish(merge_all([base, *layers]), allow_code=allow_code)
+
+
+def _read(config: str | Path) -> Node:
+    text = str(config)
+    path = Path(config).expanduser()
+    looks_like_path = isinstance(config, Path) or path.suffix in (".yaml", ".yml") or len(path.parts) > 1
+    if looks_like_path or path.is_file():
+        return read_document(path, "file", text)
+    if text in recipe_names():
+        return read_document(config_path(text), "file", f"configs/{text}.yaml")
+    if path.is_dir():
+        return read_document(path, "file", text)
+    raise UsageError(f"There is no recipe file and no shipped recipe named '{text}'", suggestion(text, recipe_names()))
+
+
+def _model(root: Node) -> ModelRef:
+    section = (root.mapping or {})["model"]
+    try:
+        return ModelRef.model_validate_json(json.dumps(section.plain()), strict=True)
+    except ValidationError as error:
+        problem = first_problem(error, ModelRef, "The section 'model'", "key")
+        raise _located(Problem(("model", *problem.location), problem.what, problem.fix), root) from None
+
+
+def _finish(root: Node, *, allow_code: bool) -> ResolvedRecipe:
+    refuse_code(root, allowed=allow_code)
+    root = _with_default_stochasticizer(root)
+    try:
+        recipe = Recipe.model_validate_json(json.dumps(root.plain()), strict=True)
+    except ValidationError as error:
+        raise _located(first_problem(error, Recipe, "The recipe", "key"), root) from None
+    for problem in problems(recipe):
+        raise _located(problem, root, CompositionError)
+    given = {path: root.exact(path.split(".")) for path, _ in _leaves(recipe.plain(), ())}
+    return ResolvedRecipe(recipe, {path: _DEFAULT if node is None else node.source for path, node in given.items()})
+
+
+def _with_default_stochasticizer(root: Node) -> Node:
+    name = root.exact(("stochasticizer", "name"))
+    if name is None or name.value != AUTO:
+        return root
+    model = _model(root)
+    default, options = model.config.spec().default_stochasticizer
+    source = Source("model", f"{AUTO}: the default of {model.name}")
+    asked = root.exact(("stochasticizer",))
+    own = {key: option for key, option in ((asked and asked.mapping) or {}).items() if key != "name"}
+    section = merge(node_of({"name": default, **dict(options)}, source), Node(own, source))
+    return Node({**(root.mapping or {}), "stochasticizer": section}, root.source)
+
+
+def _located(problem: Problem, root: Node, error: type[UsageError] = UsageError) -> UsageError:
+    source = root.find(problem.location).source
+    lead = "" if source.kind in ("built-in", "argument") else f"{source.text}: "
+    return error(f"{lead}{problem.what}", problem.fix)
+
+
+def _leaves(value: Plain, path: tuple[str, ...]) -> Iterator[tuple[str, Plain]]:
+    if isinstance(value, dict) and value:
+        for key, child in value.items():
+            yield from _leaves(child, (*path, key))
+    elif is_block(value):
+        for index, child in enumerate(value):
+            yield from _leaves(child, (*path, str(index)))
+    else:
+        yield ".".join(path), value
