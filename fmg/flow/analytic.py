@@ -88,7 +88,8 @@ class MixtureMap:
         means: `(k, d)`.
         stds: `(k,)`, positive.
         path: the probability path.
-        substeps: Runge-Kutta (order 4) steps of one jump; 64 give about 1e-5 on the mixtures of the tests.
+        substeps: Runge-Kutta (order 4) steps of one jump; 64 give an
+            absolute error of about 1e-4 from noise to data when the modes are 10 stds apart.
     """
 
     weights: Float[Tensor, " k"]

@@ -34,8 +34,8 @@ def make_grid(spec: GridSpec, steps: int, *, image_tokens: int | None = None) ->
     Grids:
         `uniform`: `linspace(1, 0, N + 1)`.
         `paper`: `linspace(1, 0.05, N)`, then 0; N >= 3 (Flow-Map GRPO, arXiv 2607.00535).
-        `flux-shift`: `linspace(1, 1/N, N)` shifted by `e^mu / (e^mu + 1/t - 1)`, then 0, with `mu` linear in the image
-            tokens from 0.5 at 256 to 1.15 at 4096 (diffusers' FlowMatchEulerDiscreteScheduler, dynamic shifting).
+        `flux-shift`: the uniform grid shifted by `e^mu t / (e^mu t + 1 - t)`, with `mu` linear in the image tokens
+            from 0.5 at 256 to 1.15 at 4096 (diffusers' FlowMatchEulerDiscreteScheduler, dynamic shifting).
         `scm`: TrigFlow angles `theta` mapped to rectified-flow times `sin / (sin + cos)`: pi/2, 1.3, 0 for two steps
             (1, 0.7827, 0), else `linspace(pi/2, 0, N + 1)` (SANA-Sprint, arXiv 2503.09641; diffusers' SCMScheduler).
 
@@ -90,7 +90,7 @@ def _flux_shift(steps: int, image_tokens: int | None) -> tuple[float, ...]:
         )
     (low, high), (base, top) = _FLUX_TOKENS, _FLUX_SHIFTS
     shift = math.exp(base + (top - base) * (image_tokens - low) / (high - low))
-    return (*(shift / (shift + 1 / (1 - i / steps) - 1) for i in range(steps)), 0.0)
+    return tuple(shift * t / (shift * t + (1 - t)) for t in _uniform(steps))
 
 
 def _explicit(given: Sequence[float], steps: int) -> tuple[float, ...]:

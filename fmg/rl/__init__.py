@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fmg.rl.advantages import group_advantages, informative, shuffle_advantages, zero_std_ratio
     from fmg.rl.noise import NoiseKey
+    from fmg.rl.replay import refresh_old, replay_ratio
     from fmg.rl.rollouts import rollout, sample, sample_rollout
 
 _HOME = {
     "NoiseKey": "noise",
     "group_advantages": "advantages",
     "informative": "advantages",
+    "refresh_old": "replay",
+    "replay_ratio": "replay",
     "rollout": "rollouts",
     "sample": "rollouts",
     "sample_rollout": "rollouts",
@@ -28,6 +31,8 @@ __all__ = [
     "NoiseKey",
     "group_advantages",
     "informative",
+    "refresh_old",
+    "replay_ratio",
     "rollout",
     "sample",
     "sample_rollout",

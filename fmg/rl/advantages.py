@@ -43,18 +43,17 @@ def group_advantages(
     values = rewards.double()
     index, count = _group_index(groups.to(rewards.device))
     mean = _group_mean(values, index, count)
-    centred = torch.where(_varied(values, index, count)[index], values - mean[index], 0.0)
-    if global_std:
-        std = values.std(correction=0).expand(count)
-    else:
-        std = _group_mean(centred.square(), index, count).sqrt()
-    return (centred / (std + eps)[index]).clamp(-clip_max, clip_max).float()
+    centred = values - mean[index]
+    group_std = _group_mean(centred.square(), index, count).sqrt()
+    std = values.std(correction=0).expand(count) if global_std else group_std
+    scaled = (centred / (std + eps)[index]).clamp(-clip_max, clip_max)
+    return torch.where(_varied(values, index, count)[index], scaled, 0.0).float()
 
 
 def zero_std_ratio(rewards: Float[Tensor, " n"], groups: Int[Tensor, " n"]) -> float:
     """Share of groups whose rewards are all equal: they teach nothing."""
     index, count = _group_index(groups.to(rewards.device))
-    return 1.0 - float(_varied(rewards, index, count).float().mean())
+    return float((~_varied(rewards, index, count)).double().mean())
 
 
 def informative(advantages: Float[Tensor, " n"], groups: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:

@@ -102,22 +102,6 @@ class Grpo:
             parts["kl_ref"] = kl_ref.detach()
         return Loss(total, parts)
 
-    def replay_error(self, policies: Policies, batch: Batch) -> float:
-        """Largest `|r - 1|` over the rows: 0 before the first update, but for rounding."""
-        log_ratio = self.refresh(policies, batch).rows["log_prob_old"] - batch.rows["log_prob_old"]
-        return float(torch.expm1(log_ratio).abs().max()) if len(batch) else 0.0
-
-    def refresh(self, policies: Policies, batch: Batch) -> Batch:
-        """`batch` with `log_prob_old`, `mean_old` and `std` recomputed by the current policy through the update path.
-
-        Rollout and update may use other shapes or kernels, whose rounding alone can move the ratio by more than the
-        clip range. Gradients are enabled and thrown away, because kernels may differ with and without them.
-        """
-        with torch.enable_grad():
-            density = replay(self.stochasticizer, policies.current, batch)
-            log_prob = density.log_prob(batch.rows["x_s"])
-        return batch.with_rows(log_prob_old=log_prob.detach(), mean_old=density.mean.detach(), std=density.std.detach())
-
     def _reference_kl(
         self, reference: FlowMap, mean: Float[Tensor, "b *shape"], std: Float[Tensor, " b"], batch: Batch
     ) -> Float[Tensor, ""]:

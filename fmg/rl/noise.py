@@ -73,7 +73,12 @@ class _KeyedGenerator:
 
     def at(self, key: NoiseKey) -> np.random.Generator:
         digest = hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=16, person=self._person).digest()
-        counter = self._start["state"]["counter"]
-        state = {"counter": counter, "key": np.frombuffer(digest, dtype="<u8").astype(np.uint64)}
-        self._bits.state = {**self._start, "state": state}
+        start = self._start
+        self._bits.state = {
+            **start,
+            "state": {
+                "counter": start["state"]["counter"],
+                "key": np.frombuffer(digest, dtype="<u8").astype(np.uint64),
+            },
+        }
         return self._generator

@@ -1,14 +1,15 @@
-"""Evaluating the transitions of a batch again under a policy: what ratios and KLs rest on."""
+"""Evaluating the transitions of a batch again under a policy: what ratios, KLs and the replay gate rest on."""
 
 from __future__ import annotations
 
 from typing import NoReturn
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fmg.core.errors import CompositionError
-from fmg.core.protocols import Density, FlowMap, Stochasticizer
+from fmg.core.protocols import Density, FlowMap, Policies, Stochasticizer
 from fmg.core.types import Batch, Conditioning
 
 
@@ -23,6 +24,41 @@ def mean_distance(
 ) -> Float[Tensor, " b"]:
     """KL of two Gaussians with one std, averaged over coordinates: `mean_d (mu - mu')^2 / (2 std^2)`, fp32."""
     return (mean.float() - other.float()).square().flatten(1).mean(1) / (2 * std.square())
+
+
+def refresh_old(stochasticizer: Stochasticizer, policies: Policies, batch: Batch, micro_batch: int) -> Batch:
+    """The batch with `log_prob_old`, `mean_old` and `std` recomputed by the current policy through the update path.
+
+    Rollout and update may use other shapes or kernels, whose rounding alone moves the ratio by more than the clip
+    range. Gradients are enabled and thrown away, because kernels may differ with and without them.
+
+    Args:
+        stochasticizer: the one that drew the rollout.
+        policies: views of the weights; `current` must still be the policy that drew the rollout.
+        batch: rows as `fmg.rl.grpo.Grpo` documents them.
+        micro_batch: rows a network call, as in the update.
+    """
+    log_probs, means, stds = [], [], []
+    for part in batch.split(micro_batch):
+        with torch.enable_grad():
+            density = replay(stochasticizer, policies.current, part)
+            log_prob = density.log_prob(part.rows["x_s"])
+        log_probs.append(log_prob.detach())
+        means.append(density.mean.detach())
+        stds.append(density.std.detach())
+    if not log_probs:
+        return batch
+    return batch.with_rows(log_prob_old=torch.cat(log_probs), mean_old=torch.cat(means), std=torch.cat(stds))
+
+
+def replay_ratio(stochasticizer: Stochasticizer, policies: Policies, batch: Batch, micro_batch: int) -> float:
+    """Largest `|r - 1|` over the rows under the current policy: 0 before the first update, but for rounding.
+
+    Arguments as in `refresh_old`. A batch without rows gives 0.
+    """
+    fresh = refresh_old(stochasticizer, policies, batch, micro_batch).rows
+    log_ratio = fresh["log_prob_old"] - batch.rows["log_prob_old"]
+    return float(torch.expm1(log_ratio).abs().max()) if len(batch) else 0.0
 
 
 class Unbound:

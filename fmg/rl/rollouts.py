@@ -102,9 +102,12 @@ def sample_rollout(
     parts: list[Tensor] = []
     for rows in _chunks(cond, keys, batch_size):
         draw = _noise_source([keys[i] for i in rows], latent_shape, same_initial_noise, place)
-        part = cond.select(rows).to(place)
+
+        def renoise(k: int, draw: Callable[[int], Tensor] = draw) -> Tensor:
+            return draw(k + 1)
+
         with torch.no_grad():
-            parts.append(native_sample(flow_map, part, draw(0), times, lambda k, draw=draw: draw(k + 1)))
+            parts.append(native_sample(flow_map, cond.select(rows).to(place), draw(0), times, renoise))
     return SampleRollout(cond.to(place), groups, torch.cat(parts).float(), times)
 
 
@@ -212,7 +215,7 @@ def _chunks(cond: Conditioning, keys: Sequence[NoiseKey], batch_size: int | None
 def _row_chunks(count: int, batch_size: int | None) -> list[Tensor]:
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"The rollout batch size is {batch_size}", "Give a batch size of at least 1.")
-    return list(torch.arange(count).split(batch_size or count))
+    return list(torch.split(torch.arange(count), batch_size or count))
 
 
 def _checked_grid(grid: Sequence[float]) -> tuple[float, ...]:

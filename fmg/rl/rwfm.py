@@ -59,17 +59,16 @@ class RewardWeightedFlowMatching:
         rollout = scored.rollout
         keep = informative(scored.advantages, rollout.groups).cpu().nonzero().squeeze(1)
         index = keep.repeat(self.config.draws)
-        keys = [
-            NoiseKey(seed, 0, sample, draw, 0) for draw in range(self.config.draws) for sample in keep.tolist()
-        ]
+        keys = [NoiseKey(seed, 0, sample, draw, 0) for draw in range(self.config.draws) for sample in keep.tolist()]
         x_0 = rollout.x0[index.to(rollout.x0.device)]
         eps = noise(keys, x_0.shape[1:], OBJECTIVE).to(x_0.device)
         t = 1.0 - uniform([key._replace(step=1) for key in keys], OBJECTIVE).to(x_0.device)
         path = flow_map.path
         x_t = expand(path.alpha(t), x_0) * x_0 + expand(path.sigma(t), x_0) * eps
         target = eps - x_0 if flow_map.anchors == "any" else x_0
-        weight = torch.softmax(scored.advantages.double()[index.to(scored.advantages.device)] / self.config.temperature, 0)
-        rows = {"x_t": x_t, "t": t, "target": target, "weight": (weight * len(index)).to(x_0.device, torch.float32)}
+        advantage = scored.advantages.to(x_0.device, torch.float32)[index.to(x_0.device)]
+        weight = torch.softmax(advantage / self.config.temperature, 0) * len(index)
+        rows = {"x_t": x_t, "t": t, "target": target, "weight": weight}
         return Batch(rows, rollout.cond.select(index))
 
     def loss(self, policies: Policies, batch: Batch) -> Loss:
@@ -78,14 +77,6 @@ class RewardWeightedFlowMatching:
         predicted = _predict(policies.current, batch)
         error = (predicted.float() - rows["target"]).square().flatten(1).mean(1)
         return Loss((rows["weight"] * error).mean(), {"match": error.detach().mean()})
-
-    def replay_error(self, policies: Policies, batch: Batch) -> float:
-        """0: there is no ratio."""
-        return 0.0
-
-    def refresh(self, policies: Policies, batch: Batch) -> Batch:
-        """`batch` itself: it holds no old density."""
-        return batch
 
 
 def _predict(flow_map: FlowMap, batch: Batch) -> Float[Tensor, "b *shape"]:

@@ -1,0 +1,111 @@
+"""Options of the stochasticizers, and what each asks of a map. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from fmg.core.specs import Requirements
+from fmg.registry.config import StochasticizerConfig
+
+AnchorRule = Literal["gap", "ratio", "noise_share"]
+
+DEFAULT_ANCHOR: tuple[AnchorRule, float] = ("ratio", 0.9)
+"""The anchor rule of `asfmc` when no option is given."""
+
+
+class AsfmcConfig(StochasticizerConfig):
+    """Anchored stochastic flow map composition, exact form. The three options exclude each other."""
+
+    gap: float | None = Field(
+        None, gt=0, le=1, description="Anchor a = max(0, s - gap); 0.0147 is the regime of the Flow-Map GRPO paper."
+    )
+    ratio: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description=f"Anchor a = ratio * s. With no option at all, {DEFAULT_ANCHOR[0]} = {DEFAULT_ANCHOR[1]}.",
+    )
+    noise_share: float | None = Field(
+        None, ge=0, lt=1, description="Anchor whose noise-to-signal ratio is this fraction m of the one at s."
+    )
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> AsfmcConfig:
+        given = [name for name in ("gap", "ratio", "noise_share") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give only one of gap, ratio and noise_share, not {' and '.join(given)}")
+        return self
+
+    @property
+    def anchor(self) -> tuple[AnchorRule, float]:
+        """The rule in force and its value."""
+        if self.gap is not None:
+            return "gap", self.gap
+        if self.ratio is not None:
+            return "ratio", self.ratio
+        if self.noise_share is not None:
+            return "noise_share", self.noise_share
+        return DEFAULT_ANCHOR
+
+    def requires(self) -> Requirements:
+        """A two-time map on any path."""
+        return Requirements(anchors="any", path="any", calls=1, min_target_time=0.0)
+
+
+class AsfmcEndpointConfig(StochasticizerConfig):
+    """Anchor at the clean endpoint."""
+
+    noise_level: float = Field(
+        1.0, gt=0, le=1, description="Multiplies the std; the probability path is preserved only at 1."
+    )
+
+    def requires(self) -> Requirements:
+        """Any map on any path."""
+        return Requirements(anchors="endpoint", path="any", calls=1, min_target_time=0.0)
+
+
+class AsfmcEulerConfig(StochasticizerConfig):
+    """The local anchor of the Flow-Map GRPO paper in first-order form."""
+
+    epsilon: float = Field(0.03, gt=0, lt=1, description="Distance of the local anchor; every target time is above it.")
+    strength: float = Field(0.7, gt=0, le=1, description="Noise strength; only epsilon * strength^2 matters.")
+    detach_velocity: bool = Field(False, description="Stop the gradient at the diagonal velocity v.")
+
+    def requires(self) -> Requirements:
+        """A two-time map on the linear path, and target times above epsilon."""
+        return Requirements(anchors="any", path="linear", calls=2, min_target_time=self.epsilon)
+
+
+class _BaselineConfig(StochasticizerConfig):
+    def requires(self) -> Requirements:
+        """A two-time map (its diagonal is the velocity) on the linear path."""
+        return Requirements(anchors="any", path="linear", calls=1, min_target_time=0.0)
+
+
+class FlowSdeConfig(_BaselineConfig):
+    """Flow-GRPO's SDE."""
+
+    noise_level: float = Field(0.7, gt=0, description="Factor k of the diffusion eta = k sqrt(t / (1 - t)).")
+
+
+class DanceSdeConfig(_BaselineConfig):
+    """DanceGRPO's SDE."""
+
+    noise_level: float = Field(0.3, gt=0, description="The constant diffusion eta.")
+
+
+class CpsConfig(_BaselineConfig):
+    """Flow-CPS."""
+
+    noise_level: float = Field(0.8, gt=0, le=1, description="Share k of the noise that is fresh: std = s sin(k pi/2).")
+    published_log_prob: bool = Field(
+        False, description="Use -mean (x - mean)^2 as log-probability, as the published code does, not the Gaussian."
+    )
+
+
+class NaiveNoiseConfig(_BaselineConfig):
+    """Noise on top of the map."""
+
+    noise_level: float = Field(0.7, gt=0, description="Factor k of the std k s.")
