@@ -1,0 +1,15 @@
+"""Options of the prompt sets. Imports no torch."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from fmg.registry.config import ComponentConfig
+
+PROMPT_FILE_SUFFIXES = (".txt", ".jsonl")
+
+
+class FilePromptsConfig(ComponentConfig):
+    """Prompts from a file: `.txt` with one a line, `.jsonl` with one object (`prompt`, `tag`, `metadata`) a line."""
+
+    path: str = Field(min_length=1, description="a .txt or .jsonl file, UTF-8, no blank lines, no duplicates")

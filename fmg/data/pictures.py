@@ -1,0 +1,131 @@
+"""Pictures of a run: sample grids with their prompts, before and after side by side, and the curve."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+_BACKGROUND = (255, 255, 255)
+_INK = (32, 32, 32)
+_FRAME = (208, 208, 208)
+_MIN_TILE = 96
+_MAX_TILE = 256
+_LABEL_WIDTH = 150
+_GAP = 4
+
+
+@dataclass(frozen=True)
+class GridRow:
+    """One prompt and its images (k, 3, h, w) in [0, 1]."""
+
+    prompt: str
+    images: Float[Tensor, "k 3 h w"]
+
+
+def to_pil(image: Float[Tensor, "3 h w"]) -> Image.Image:
+    """An 8-bit RGB picture; values are clamped to [0, 1] and rounded to the nearest level."""
+    array = (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(array)
+
+
+def sample_grid(rows: Sequence[GridRow], title: str) -> Image.Image:
+    """One row a prompt, its images side by side, the prompt on the left."""
+    tiles = max(len(row.images) for row in rows)
+    side = _tile_side(rows[0].images.shape[-1])
+    width = _LABEL_WIDTH + tiles * (side + _GAP) + _GAP
+    header = 26
+    canvas = Image.new("RGB", (width, header + len(rows) * (side + _GAP) + _GAP), _BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((_GAP * 2, 6), title, fill=_INK, font=ImageFont.load_default(14))
+    for i, row in enumerate(rows):
+        top = header + i * (side + _GAP)
+        _label(draw, row.prompt, (_GAP * 2, top), side)
+        for j, image in enumerate(row.images):
+            left = _LABEL_WIDTH + j * (side + _GAP)
+            canvas.paste(_tile(image, side), (left, top))
+            draw.rectangle((left, top, left + side - 1, top + side - 1), outline=_FRAME)
+    return canvas
+
+
+def before_after(before: Sequence[GridRow], after: Sequence[GridRow], titles: tuple[str, str]) -> Image.Image:
+    """Two grids of the same prompts and seeds side by side."""
+    left, right = sample_grid(before, titles[0]), sample_grid(after, titles[1])
+    bare = right.crop((_LABEL_WIDTH - _GAP, 0, right.width, right.height))
+    canvas = Image.new("RGB", (left.width + 24 + bare.width, max(left.height, bare.height)), _BACKGROUND)
+    canvas.paste(left, (0, 0))
+    canvas.paste(bare, (left.width + 24, 0))
+    draw = ImageDraw.Draw(canvas)
+    draw.rectangle((left.width, 0, left.width + 24, 25), fill=_BACKGROUND)
+    draw.text((left.width + 26, 6), titles[1], fill=_INK, font=ImageFont.load_default(14))
+    return canvas
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of the run's figure: x, y, and the half-width of its band (zeros for none)."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    band: Sequence[float]
+
+
+def curve_figure(trained: Sequence[Curve], heldout: Sequence[Curve], path: Path, title: str) -> None:
+    """Writes a PNG with the trained reward on the left and the held-out scores on the right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), dpi=120, layout="constrained")
+    panels = figure.subplots(1, 2)
+    for panel, curves, name in zip(panels, (trained, heldout), ("training prompts", "held-out prompts"), strict=True):
+        for curve in curves:
+            y, band = np.asarray(curve.y), np.asarray(curve.band)
+            (line,) = panel.plot(
+                curve.x, y, label=curve.label, linewidth=1.8, marker="o" if len(y) < 20 else None, ms=4
+            )
+            if band.any():
+                panel.fill_between(curve.x, y - band, y + band, color=line.get_color(), alpha=0.2, linewidth=0)
+        panel.set_title(name, fontsize=11)
+        panel.set_xlabel("iteration")
+        panel.grid(alpha=0.3)
+        if curves:
+            panel.legend(frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=12)
+    figure.savefig(path)
+
+
+def metric_curve(lines: Sequence[Mapping[str, float]], key: str, label: str, band_key: str | None = None) -> Curve:
+    """The values of one log key over iterations; lines without the key are left out."""
+    rows = [line for line in lines if key in line]
+    band = [row.get(band_key, 0.0) if band_key else 0.0 for row in rows]
+    return Curve(label, [row["iteration"] for row in rows], [row[key] for row in rows], band)
+
+
+def _tile_side(width: int) -> int:
+    """Small pictures are enlarged by a whole factor, so that their pixels stay visible as they are."""
+    if width >= _MIN_TILE:
+        return min(width, _MAX_TILE)
+    return width * -(-_MIN_TILE // width)
+
+
+def _tile(image: Float[Tensor, "3 h w"], side: int) -> Image.Image:
+    picture = to_pil(image)
+    method = Image.Resampling.NEAREST if picture.width <= side else Image.Resampling.LANCZOS
+    return picture.resize((side, side), method)
+
+
+def _label(draw: ImageDraw.ImageDraw, text: str, corner: tuple[int, int], height: int) -> None:
+    font = ImageFont.load_default(13)
+    lines = textwrap.wrap(text, 20)[: max(1, height // 17)]
+    top = corner[1] + max(0, (height - 17 * len(lines)) // 2)
+    for i, line in enumerate(lines):
+        draw.text((corner[0], top + 17 * i), line, fill=_INK, font=font)

@@ -1,0 +1,250 @@
+"""Run folders: what one training run writes, where, and in which state it is. Imports no torch.
+
+Layout: `recipe.yaml`, `run.json` (state), `metrics.jsonl`, `samples/`, `checkpoints/`, `curve.png`, `before_after.png`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Literal, get_args
+
+from fmg.core.errors import CheckpointError, UsageError
+
+RUNS = Path("runs")
+"""Where runs go unless told otherwise, relative to the working directory."""
+SCHEMA = 1
+State = Literal["running", "finished", "interrupted", "failed"]
+STATES: tuple[State, ...] = get_args(State)
+
+
+@dataclass(frozen=True)
+class RunState:
+    """`run.json`: the model that is trained, when the run began (ISO 8601), and its state."""
+
+    schema: int
+    model: str
+    created: str
+    state: State
+
+    @property
+    def began(self) -> float:
+        """`created` in seconds since 1970.
+
+        Raises:
+            ValueError: when `created` is not a date.
+        """
+        return datetime.fromisoformat(self.created).timestamp()
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run."""
+
+    path: Path
+
+    @classmethod
+    def create(
+        cls, folder: str | Path | None, model: str, *, root: Path = RUNS, now: datetime | None = None
+    ) -> RunFolder:
+        """Makes the folder of a new run, in state `running`.
+
+        Args:
+            folder: where to; None takes `<root>/<model>-<yyyymmdd-hhmmss>`, with `-2`, `-3`, ... when that is taken.
+            model: name of the model.
+            root: where unnamed runs go.
+            now: when the run begins; None asks the clock.
+
+        Raises:
+            UsageError: when `folder` is not free, or cannot be made. Nothing is overwritten.
+        """
+        began = now or datetime.now().astimezone()
+        cls.check_free(folder)
+        try:
+            path = _claim(root / f"{model}-{began:%Y%m%d-%H%M%S}") if folder is None else Path(folder)
+            run = cls(path)
+            run.samples.mkdir(parents=True)
+            run.checkpoints.mkdir()
+            _write_state(path, RunState(SCHEMA, model, began.isoformat(), "running"))
+        except OSError as error:
+            where = folder or root
+            raise UsageError(f"'{where}' cannot hold a run: {error.strerror}", "Choose another --run.") from None
+        return run
+
+    @staticmethod
+    def check_free(folder: str | Path | None) -> None:
+        """Whether `create` would find `folder` free: missing or empty. None always is.
+
+        Raises:
+            UsageError: when it holds a run, in whatever state, or anything else.
+        """
+        if folder is None:
+            return
+        path = Path(folder)
+        if is_run(path):
+            raise UsageError(f"'{path}' already holds a run", "Choose another --run; a run is never overwritten.")
+        try:
+            taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        except OSError as error:
+            raise UsageError(f"'{path}' cannot hold a run: {error.strerror}", "Choose another --run.") from None
+        if taken:
+            raise UsageError(f"'{path}' exists and is not a run folder", "Choose a --run that does not exist yet.")
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Sample grids."""
+        return self.path / "samples"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Saved adapters."""
+        return self.path / "checkpoints"
+
+    @property
+    def curve(self) -> Path:
+        """The figure of rewards over iterations."""
+        return self.path / "curve.png"
+
+    @property
+    def before_after(self) -> Path:
+        """The picture of base and tuned samples side by side."""
+        return self.path / "before_after.png"
+
+    def state(self) -> RunState:
+        """The contents of `run.json`.
+
+        Raises:
+            CheckpointError: when the file is missing, damaged or of another schema.
+        """
+        file = _state_file(self.path)
+        fix = "Name a folder that `fmg train` made; `fmg runs` lists them."
+        try:
+            state = RunState(**json.loads(file.read_text(encoding="utf-8")))
+            state.began  # noqa: B018
+        except FileNotFoundError:
+            raise CheckpointError(f"'{self.path}' is not a run folder", fix) from None
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"'{file}' is damaged ({error})", fix) from None
+        if state.schema != SCHEMA or state.state not in STATES:
+            raise CheckpointError(
+                f"'{file}' has schema {state.schema} and state '{state.state}', which this version does not know",
+                "Use the version of fmg that made the run, or a newer one.",
+            )
+        return state
+
+    def set_state(self, state: State) -> None:
+        """Changes the state, in one step on disk."""
+        _write_state(self.path, replace(self.state(), state=state))
+
+    def append_metrics(self, line: Mapping[str, object]) -> None:
+        """Adds one line to `metrics.jsonl`; floats that are not finite become null, which JSON can hold.
+
+        What a crash left of an unfinished last line is removed first, so that the file stays readable.
+        """
+        plain = {key: _finite(value) for key, value in line.items()}
+        with self.metrics.open("a+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(end - 1, 0))
+            if end and file.read() != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(json.dumps(plain, allow_nan=False).encode() + b"\n")
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` is a run folder, in whatever state."""
+    return _state_file(path).is_file()
+
+
+def list_runs(root: Path = RUNS) -> list[RunFolder]:
+    """The run folders directly under `root`, oldest first; damaged ones are left out."""
+    if not root.is_dir():
+        return []
+    found: list[tuple[float, str, RunFolder]] = []
+    for path in root.iterdir():
+        run = RunFolder(path)
+        try:
+            found.append((run.state().began, path.name, run))
+        except CheckpointError:
+            continue
+    return [run for _, _, run in sorted(found, key=lambda entry: entry[:2])]
+
+
+def newest_run(root: Path = RUNS) -> Path | None:
+    """The run under `root` that began last, or None when there is none."""
+    runs = list_runs(root)
+    return runs[-1].path if runs else None
+
+
+def read_metrics(path: Path) -> list[dict[str, object]]:
+    """The lines of a `metrics.jsonl`; an unfinished last line is left out, a missing file has no lines.
+
+    Raises:
+        CheckpointError: for any other line that is not a JSON object.
+    """
+    if not path.is_file():
+        return []
+    lines: list[dict[str, object]] = []
+    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            entry = json.loads(text)
+        except ValueError:
+            entry = None
+        if not isinstance(entry, dict):
+            raise CheckpointError(f"{path}:{number}: the line is damaged", "Remove it; the others do not depend on it.")
+        lines.append(entry)
+    return lines
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replaces a file in one step: after a crash it holds the old or the new contents, never a part."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with draft.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _finite(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _state_file(path: Path) -> Path:
+    return path / "run.json"
+
+
+def _write_state(path: Path, state: RunState) -> None:
+    write_atomic(_state_file(path), (json.dumps(asdict(state), indent=2) + "\n").encode())
+
+
+def _claim(base: Path) -> Path:
+    """A new folder called `base`, or `base-2`, `base-3`, ...; two processes never get the same one."""
+    base.parent.mkdir(parents=True, exist_ok=True)
+    number, path = 1, base
+    while True:
+        try:
+            path.mkdir()
+        except FileExistsError:
+            number += 1
+            path = base.with_name(f"{base.name}-{number}")
+        else:
+            return path

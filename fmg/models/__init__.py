@@ -1,0 +1,1 @@
+"""Generators: loading, conditioning, adapters and saving. Importing this package does not import torch."""

@@ -1,0 +1,51 @@
+"""Options of the models. Imports no torch."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+
+from fmg.core.specs import MapSpec
+from fmg.models.conventions import read_conventions
+from fmg.registry.config import ModelConfig
+
+
+class EmbeddedConfig(ModelConfig):
+    """Options of a model whose weights ship with the package."""
+
+    asset: ClassVar[str]
+    """Name of the model, of its folder under the package's assets, and of its recipe."""
+
+    folder: str | None = Field(
+        default=None,
+        description="Model folder to load instead of the weights that ship with the package.",
+    )
+
+    def directory(self) -> Path:
+        """Where the weights are."""
+        if self.folder is not None:
+            return Path(self.folder).expanduser()
+        return Path(str(files("fmg").joinpath("assets", self.asset)))
+
+    def spec(self) -> MapSpec:
+        """Declared properties, read from the JSON beside the weights.
+
+        Raises:
+            CheckpointError: the folder is missing or is not a flow-map model.
+        """
+        return read_conventions(self.directory()).spec(self.asset)
+
+
+class MeanFlowShapesConfig(EmbeddedConfig):
+    """The embedded two-time map (MeanFlow) of the shapes world."""
+
+    asset: ClassVar[str] = "meanflow-shapes"
+
+
+class ScmShapesConfig(EmbeddedConfig):
+    """The embedded single-time map (consistency model) of the shapes world."""
+
+    asset: ClassVar[str] = "scm-shapes"

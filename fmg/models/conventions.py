@@ -1,0 +1,77 @@
+"""How a folder of FLUX-class weights wants to be sampled: the small JSON beside the weights. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fmg.core.errors import CheckpointError
+from fmg.core.specs import MapSpec
+
+CONVENTIONS_FILE = "fmg_flow_map.json"
+
+
+class FlowMapConventions(BaseModel):
+    """What a state dict cannot tell: the kind of map, its path, its time convention and its sampling defaults.
+
+    Two students with equal keys and shapes may expect times that differ by a factor of 1000, and a forward under the
+    wrong convention gives garbage without an error. Hence nothing here that changes a forward has a default.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    schema_version: Literal[1] = Field(alias="schema", description="Version of this file's layout.")
+    map: Literal["two-time", "single-time"] = Field(description="Whether the map knows any target time or only 0.")
+    path: Literal["linear", "trig"] = Field(description="Probability path of the latents that the network takes.")
+    time_scale: float = Field(gt=0, description="Factor on times and guidance before their sinusoids: 1 or 1000.")
+    second_time: Literal["none", "duration", "target"] = Field(description="What the second time embedder receives.")
+    resolution: int = Field(gt=0, description="Side of the square image in pixels.")
+    max_sequence_length: int = Field(gt=0, le=512, description="Length that T5 tokens are padded and cut to.")
+    default_steps: int = Field(gt=0, description="Network calls of the deterministic sampler.")
+    default_grid: str = Field(description="Name of the time grid.")
+    guidance: float | None = Field(
+        default=None, ge=0, description="Embedded guidance scale, where the weights want it."
+    )
+
+    @model_validator(mode="after")
+    def _second_time_fits_the_map(self) -> FlowMapConventions:
+        if (self.map == "single-time") != (self.second_time == "none"):
+            raise ValueError(f"a {self.map} map cannot have second_time '{self.second_time}'")
+        return self
+
+    def spec(self, recipe: str) -> MapSpec:
+        """The declared properties of the map; `recipe` names the recipe that the model ships."""
+        return MapSpec(
+            anchors="any" if self.map == "two-time" else "endpoint",
+            path=self.path,
+            resolution=self.resolution,
+            default_steps=self.default_steps,
+            default_grid=self.default_grid,
+            default_stochasticizer=("asfmc-endpoint", ()),
+            default_recipe=recipe,
+        )
+
+
+def read_conventions(folder: Path) -> FlowMapConventions:
+    """The conventions of a model folder.
+
+    Raises:
+        CheckpointError: the folder or its `fmg_flow_map.json` is missing, unreadable or of another schema.
+    """
+    file = folder / CONVENTIONS_FILE
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder} is not a flow-map model folder: it has no {CONVENTIONS_FILE}",
+            "Give a folder that fmg wrote, or remake the embedded models with `fmg pretrain shapes`.",
+        )
+    try:
+        return FlowMapConventions.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise CheckpointError(
+            f"{file} cannot be used: {where}: {first['msg'].removeprefix('Value error, ')}",
+            "Restore the file from where the model came from, or use the version of fmg that wrote it.",
+        ) from None

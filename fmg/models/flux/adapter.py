@@ -1,0 +1,204 @@
+"""A LoRA on the transformer: attaching it, switching it off, freezing copies of it.
+
+The names of adapter tensors are those of the files: `<module>.lora_A.weight` and `<module>.lora_B.weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from fmg.core.errors import UsageError
+from fmg.models.lora_presets import LORA_PRESETS, expand_targets
+
+ADAPTER = "default"
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter name belongs to a LoRA."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def base_name(name: str) -> str:
+    """The name that a base weight has without an adapter around it."""
+    return name.replace(".base_layer.", ".")
+
+
+def adapter_name(name: str) -> str:
+    """The name that a LoRA parameter has in files."""
+    return name.replace(f".{ADAPTER}.", ".")
+
+
+def adapter_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """LoRA parameters by their names in files, in module order."""
+    return {adapter_name(name): p for name, p in transformer.named_parameters() if is_adapter(name)}
+
+
+def adapter_shapes(transformer: nn.Module, targets: Sequence[str], rank: int) -> dict[str, tuple[int, ...]]:
+    """Shapes that the tensors of a LoRA on `targets` have, attached or not."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, linear in matching_modules(transformer, targets).items():
+        shapes[f"{name}.lora_A.weight"] = (rank, linear.in_features)
+        shapes[f"{name}.lora_B.weight"] = (linear.out_features, rank)
+    return shapes
+
+
+def matching_modules(transformer: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
+    """Linear modules whose name is, or ends with a dot and, one of `targets` (presets allowed).
+
+    Raises:
+        UsageError: a target that is not from a preset matches nothing, or no target matches anything.
+    """
+    linears = _linear_modules(transformer)
+    suffixes = expand_targets(targets)
+    found = {name: linear for name, linear in linears.items() if any(_matches(name, suffix) for suffix in suffixes)}
+    # a preset lists what any FLUX-class model may have; a name that somebody typed has to exist
+    typed = [target for target in targets if target not in LORA_PRESETS]
+    unmatched = [target for target in typed if not any(_matches(name, target) for name in linears)]
+    if unmatched or not found:
+        raise UsageError(
+            f"The LoRA targets {', '.join(unmatched or targets) or '(none)'} match no linear module of the model",
+            f"Use a preset ({', '.join(LORA_PRESETS)}) or end of a module name: {', '.join(_endings(linears))}.",
+        )
+    return found
+
+
+def attach(
+    transformer: Any, rank: int, alpha: float, targets: Sequence[str], dropout: float, seed: int
+) -> dict[str, nn.Linear]:
+    """Adds a LoRA with fp32 parameters, gaussian A and zero B (so the map does not change); returns what it adapts.
+
+    A ~ N(0, 1/rank^2), drawn from `seed` on the CPU without touching the global generator.
+
+    Raises:
+        UsageError: rank, alpha or dropout out of range, an adapter is there already, or targets match nothing.
+    """
+    if tuner_layers(transformer):
+        raise UsageError("The model already has an adapter", "Load the model again to attach another one.")
+    if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
+        raise UsageError(
+            f"A LoRA with rank {rank}, alpha {alpha} and dropout {dropout} is not possible",
+            "Use rank >= 1, alpha > 0 and 0 <= dropout < 1.",
+        )
+    found = matching_modules(transformer, targets)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=[s for s in expand_targets(targets) if any(_matches(name, s) for name in found)],
+        lora_dropout=dropout,
+        init_lora_weights="gaussian",
+    )
+    with torch.random.fork_rng(devices=[]):
+        # not torch.manual_seed, which would seed the generators of every accelerator as well
+        torch.default_generator.manual_seed(seed)
+        transformer.add_adapter(config, adapter_name=ADAPTER)
+    for parameter in adapter_parameters(transformer).values():
+        # PEFT follows the base's dtype; bf16 would round away updates of the size that RL makes
+        parameter.data = parameter.data.float()
+    for module in dropout_modules(transformer):
+        module.train()
+    return found
+
+
+def tuner_layers(transformer: nn.Module) -> list[Any]:
+    """The PEFT layers that wrap adapted modules."""
+    return [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def dropout_modules(transformer: nn.Module) -> list[nn.Module]:
+    """The dropout of the LoRA; FLUX itself has none that is active."""
+    dropouts = (layer.lora_dropout.values() for layer in tuner_layers(transformer))
+    return [module for modules in dropouts for module in modules if isinstance(module, nn.Dropout)]
+
+
+@contextmanager
+def adapter_switched(layers: Sequence[Any], enabled: bool) -> Iterator[None]:
+    """Runs the body with the adapter on or off, then restores what was set.
+
+    PEFT's `enable_adapters` also rewrites `requires_grad`, which FSDP2 and a pending backward must not see change, so
+    the flag that its forward reads is set directly.
+    """
+    before = [layer.disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = not enabled
+    try:
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
+
+
+@contextmanager
+def dropout_off(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Runs the body without LoRA dropout.
+
+    Dropout is on by default and switched off around calls, not the other way round, because gradient checkpointing
+    repeats a forward during the backward pass and must find the mode of the first.
+    """
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.train()
+
+
+class WeightSnapshot:
+    """A frozen copy of parameters that can take their place for the length of a call.
+
+    The values are exchanged in place rather than through `torch.func.functional_call`: the wrapped module is called
+    as it is, so hooks of DDP, FSDP2 (which would gather the current weights again under substituted ones) and PEFT
+    see nothing unusual. It costs two copies of the adapter a call and leaves a pending backward of the current policy
+    valid, because the values are back, bit for bit, when it runs.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = list(parameters)
+        self._values = [_copy(parameter) for parameter in parameters]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Runs the body with the frozen values."""
+        current = [_copy(parameter) for parameter in self._parameters]
+        self._write(self._values)
+        try:
+            yield
+        finally:
+            self._write(current)
+
+    def _write(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self._parameters, values, strict=True):
+            # through .data, so that autograd's version counter does not call the exchange a modification
+            parameter.data.copy_(value)
+
+
+def _copy(parameter: nn.Parameter) -> Tensor:
+    return parameter.detach().clone()
+
+
+def _linear_modules(transformer: nn.Module) -> dict[str, nn.Linear]:
+    return {
+        name.removesuffix(".base_layer"): module
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) and not is_adapter(f"{name}.")
+    }
+
+
+def _matches(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith(f".{suffix}")
+
+
+def _endings(names: Iterable[str]) -> list[str]:
+    """Names without their block: `transformer_blocks.0.attn.to_out.0` -> `attn.to_out.0`."""
+    endings = set()
+    for name in names:
+        parts = name.split(".")
+        endings.add(".".join(parts[2:] if len(parts) > 2 and parts[1].isdigit() else parts))
+    return sorted(endings)

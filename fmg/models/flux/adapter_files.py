@@ -1,0 +1,165 @@
+"""An adapter on disk: the diffusers file, the PEFT folder, and a manifest of what the adapter belongs to.
+
+<folder>/pytorch_lora_weights.safetensors   `pipe.load_lora_weights(folder)`
+<folder>/peft/adapter_config.json, adapter_model.safetensors   `PeftModel.from_pretrained(transformer, folder/peft)`
+<folder>/fmg_adapter.json   base, map kind and time convention, which neither format can state
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers.loaders import FluxLoraLoaderMixin
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fmg.core.errors import CheckpointError, UsageError
+from fmg.models.conventions import FlowMapConventions
+from fmg.models.flux.adapter import ADAPTER, adapter_parameters
+
+MANIFEST_FILE = "fmg_adapter.json"
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+DIFFUSERS_PREFIX = "transformer."
+PEFT_FOLDER = "peft"
+PEFT_CONFIG_FILE = "adapter_config.json"
+PEFT_FILE = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
+
+
+class BaseReference(BaseModel):
+    """The weights that an adapter was trained on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(description="Registered name of the model.")
+    digest: str = Field(description="Sha256 of the stored transformer weights.")
+
+
+class AdapterManifest(BaseModel):
+    """What `fmg_adapter.json` says."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = Field(default=1, alias="schema", description="Version of this file's layout.")
+    base: BaseReference = Field(description="What the adapter was trained on.")
+    map: FlowMapConventions = Field(description="Kind of map, path and time convention of the base.")
+    rank: int = Field(gt=0, description="Rank of the LoRA.")
+    alpha: float = Field(gt=0, description="Scale of the LoRA, divided by the rank.")
+    dropout: float = Field(ge=0, lt=1, description="Dropout on the input of A during training.")
+    targets: tuple[str, ...] = Field(description="Suffixes of the names of the adapted modules.")
+
+
+def save(folder: Path, transformer: Any, base: BaseReference, conventions: FlowMapConventions) -> None:
+    """Writes the adapter of `transformer` to a new folder; either all of it appears or nothing.
+
+    Raises:
+        UsageError: there is no adapter, or the folder exists.
+    """
+    tensors = {name: p.detach().cpu().contiguous() for name, p in adapter_parameters(transformer).items()}
+    if not tensors:
+        raise UsageError("There is no adapter to save", "Call attach_adapter before save_adapter.")
+    config = transformer.peft_config[ADAPTER]
+    manifest = AdapterManifest(
+        base=base,
+        map=conventions,
+        rank=config.r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        targets=tuple(sorted(config.target_modules)),
+    )
+    # PEFT keeps the targets in a set, whose order would change from run to run
+    stated = {**config.to_dict(), "target_modules": list(manifest.targets)}
+    with _new_folder(folder) as partial:
+        FluxLoraLoaderMixin.save_lora_weights(
+            str(partial),
+            transformer_lora_layers=tensors,
+            transformer_lora_adapter_metadata=stated,
+        )
+        peft = partial / PEFT_FOLDER
+        peft.mkdir()
+        _write_text(peft / PEFT_CONFIG_FILE, json.dumps(stated, indent=2, sort_keys=True))
+        save_file({PEFT_PREFIX + name: x for name, x in tensors.items()}, peft / PEFT_FILE, metadata={"format": "pt"})
+        _write_text(partial / MANIFEST_FILE, manifest.model_dump_json(indent=2, by_alias=True))
+
+
+def read_manifest(folder: Path) -> AdapterManifest:
+    """The manifest of a saved adapter.
+
+    Raises:
+        CheckpointError: the folder or its manifest is missing, unreadable or of another schema.
+    """
+    file = folder / MANIFEST_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{folder} is not an adapter: it has no {MANIFEST_FILE}", "Give a folder that fmg saved.")
+    try:
+        return AdapterManifest.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise CheckpointError(
+            f"{file} cannot be used: {where}: {first['msg']}", "Use the version of fmg that wrote it, or train again."
+        ) from None
+
+
+def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors of a saved adapter by their names without prefix.
+
+    Args:
+        folder: what `save` wrote.
+        shapes: names and shapes that must be there, no more and no fewer.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or its names, shapes or values are not as they must be.
+    """
+    file = folder / DIFFUSERS_FILE
+    try:
+        stored = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}", "Restore it or save the adapter again.") from error
+    tensors = {
+        name.removeprefix(DIFFUSERS_PREFIX): x for name, x in stored.items() if name.startswith(DIFFUSERS_PREFIX)
+    }
+    wrong = (
+        *(f"{name} is missing" for name in sorted(shapes.keys() - tensors.keys())),
+        *(f"{name} is unknown" for name in sorted(stored.keys() - {DIFFUSERS_PREFIX + known for known in shapes})),
+        *(
+            f"{name} has shape {tuple(tensors[name].shape)} instead of {shapes[name]}"
+            for name in sorted(shapes.keys() & tensors.keys())
+            if tuple(tensors[name].shape) != shapes[name]
+        ),
+        *(f"{name} is not finite" for name in sorted(tensors) if not bool(torch.isfinite(tensors[name]).all())),
+    )
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise CheckpointError(
+            f"{file} does not fit the model: {wrong[0]}{more}", "Load it into the model it was trained on."
+        )
+    return tensors
+
+
+def _write_text(file: Path, text: str) -> None:
+    file.write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder under another name that takes its own when the body has finished, and is removed when it fails."""
+    if folder.exists():
+        raise UsageError(f"{folder} exists already", "Save to another folder, or move that one away.")
+    partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
