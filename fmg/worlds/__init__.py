@@ -1,0 +1,1 @@
+"""Worlds: procedural tasks with a renderer, prompts and a verifier, and the pretraining of their embedded models."""

@@ -1,0 +1,26 @@
+"""Options of the rewards and prompt sets of the worlds. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from fmg.registry.config import ComponentConfig
+
+
+class ShapesRewardConfig(ComponentConfig):
+    """Prompt adherence in the shapes world, read from pixels by a rule-based verifier."""
+
+    score: Literal["soft", "strict"] = Field(
+        default="soft",
+        description="soft: share of wanted attributes that hold; strict: 1 when all of them hold, else 0",
+    )
+
+
+class ShapesQualityConfig(ComponentConfig):
+    """Picture quality in the shapes world; does not look at the prompt."""
+
+
+class ShapesPromptsConfig(ComponentConfig):
+    """Prompts of the shapes world."""

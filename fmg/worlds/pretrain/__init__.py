@@ -1,0 +1,1 @@
+"""Pretraining of the two embedded models of the shapes world, from nothing, on a CPU."""

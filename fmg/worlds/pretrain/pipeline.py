@@ -1,0 +1,179 @@
+"""The whole pretraining, stage by stage; a finished stage is kept on disk and reused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fmg.core.events import Notice, Observer, StageProgress, ignore
+from fmg.models.flux.transformer import SecondTime
+from fmg.worlds.pretrain.autoencoder import train_autoencoder
+from fmg.worlds.pretrain.distill import Trajectories, distill, solve_trajectories
+from fmg.worlds.pretrain.evaluate import Figures, measure, sample_images
+from fmg.worlds.pretrain.flow import ConditionalNet, build_pool, build_transformer, train_flow
+from fmg.worlds.pretrain.folder import Model, load_model, save_model, write_card
+from fmg.worlds.pretrain.settings import DistillSettings, PretrainSettings
+from fmg.worlds.pretrain.text import PromptTable, TextEncoders, build_tokenizers
+from fmg.worlds.shapes.pool import captioned_pictures
+from fmg.worlds.shapes.prompts import prompt_set
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+TWO_TIME, SINGLE_TIME = "meanflow-shapes", "scm-shapes"
+STEP_COUNTS = (1, 2, 4)
+_TWO_TIME_METHOD = (
+    "It is a two-time map in the form of MeanFlow: one network call carries any time t to any earlier time s. It was "
+    "regressed on solved trajectories of its flow-matching teacher, at random pairs of times."
+)
+_SINGLE_TIME_METHOD = (
+    "It is a single-time consistency map: one network call carries any time t to the data. It was distilled, with "
+    "weights of its own, by regressing the end of solved trajectories of its flow-matching teacher."
+)
+
+
+def pretrain_shapes(
+    out_dir: Path, seed: int = 0, progress: Observer = ignore, settings: PretrainSettings | None = None
+) -> dict[str, dict[int, Figures]]:
+    """Make `meanflow-shapes` and `scm-shapes` from nothing.
+
+    Args:
+        out_dir: receives the two model folders and `stages/`, where a finished stage is found again by a later call
+            with the same seed and settings.
+        seed: seed of every stage.
+        progress: observer of `StageProgress` (stages autoencoder, flow, trajectories and the two model names) and
+            `Notice` events.
+        settings: all numbers of the training; the default made the shipped weights.
+
+    Returns:
+        Per model, the figures on held-out prompts by number of steps, measured on the stored weights.
+    """
+    return _Pretraining(out_dir, seed, progress, settings or PretrainSettings()).run()
+
+
+class _Pretraining:
+    def __init__(self, out_dir: Path, seed: int, progress: Observer, settings: PretrainSettings) -> None:
+        self.out_dir, self.seed, self.progress, self.settings = out_dir, seed, progress, settings
+        self.tokenizers = build_tokenizers(settings.text.length)
+        prompts = [item.prompt for split in ("train", "heldout", "hard") for item in prompt_set(split)]
+        self.table = PromptTable.of(prompts, self.tokenizers)
+        self.stages = out_dir / "stages"
+
+    def run(self) -> dict[str, dict[int, Figures]]:
+        autoencoder = self._autoencoder()
+        teacher = self._teacher(autoencoder)
+        bank = self._trajectories(teacher)
+        return {
+            TWO_TIME: self._student(TWO_TIME, "duration", self.settings.two_time, autoencoder, teacher, bank),
+            SINGLE_TIME: self._student(SINGLE_TIME, "none", self.settings.single_time, autoencoder, teacher, bank),
+        }
+
+    def _autoencoder(self) -> AutoencoderTiny:
+        folder = self.stages / f"autoencoder-{self._digest(self.settings.autoencoder)}"
+        if not (folder / "config.json").exists():
+            trained = train_autoencoder(self.settings.autoencoder, self.seed, self._ticker("autoencoder"))
+            trained.save_pretrained(folder)
+        autoencoder = AutoencoderTiny.from_pretrained(folder)
+        return autoencoder.eval().to(memory_format=torch.channels_last)
+
+    def _teacher(self, autoencoder: AutoencoderTiny) -> ConditionalNet:
+        net = self._network("none")
+
+        def train() -> dict[str, Tensor]:
+            pool = build_pool(self.settings.flow, autoencoder, self.table, self.seed)
+            train_flow(net, pool, self.table, self.settings.flow, self.seed, self._ticker("flow"))
+            return net.state_dict()
+
+        net.load_state_dict(self._stage("flow", self._flow_inputs(), train))
+        return net.eval()
+
+    def _trajectories(self, teacher: ConditionalNet) -> Trajectories:
+        flow = self.settings.flow
+
+        def solve() -> dict[str, Tensor]:
+            rng = np.random.default_rng([self.seed, 3])
+            pictures = captioned_pictures(self.settings.trajectories.count, rng, flow.hard_share, flow.wrong_share)
+            captions = self.table.index([picture.caption for picture in pictures])
+            ticker = self._ticker("trajectories")
+            bank = solve_trajectories(teacher, self.table, captions, self.settings.trajectories, self.seed, ticker)
+            return dict(vars(bank))
+
+        return Trajectories(**self._stage("trajectories", [*self._flow_inputs(), self.settings.trajectories], solve))
+
+    def _student(
+        self,
+        name: str,
+        second_time: SecondTime,
+        settings: DistillSettings,
+        autoencoder: AutoencoderTiny,
+        teacher: ConditionalNet,
+        bank: Trajectories,
+    ) -> dict[int, Figures]:
+        net = self._network(second_time)
+        net.load_state_dict(teacher.state_dict(), strict=False)
+
+        def train() -> dict[str, Tensor]:
+            distill(net, self.table, bank, settings, self.seed, self._ticker(name))
+            return net.state_dict()
+
+        inputs = [*self._flow_inputs(), self.settings.trajectories, settings]
+        net.load_state_dict(self._stage(name, inputs, train))
+        folder = self.out_dir / name
+        save_model(Model(net.eval(), autoencoder, self.tokenizers), folder)
+        figures = evaluate_folder(folder, self.settings.evaluation_images, self.seed)
+        method = _SINGLE_TIME_METHOD if second_time == "none" else _TWO_TIME_METHOD
+        write_card(folder, name, method, self.seed, self.settings, figures)
+        self.progress(Notice("info", f"{name}: held-out strict {figures[4].strict:.3f} at 4 steps, in {folder}"))
+        return figures
+
+    def _network(self, second_time: SecondTime) -> ConditionalNet:
+        torch.manual_seed(self.seed)
+        encoders = TextEncoders(self.settings.text, self.tokenizers)
+        transformer = build_transformer(self.settings.transformer, self.settings.text, second_time)
+        return ConditionalNet(transformer, encoders, self.settings.text.length)
+
+    def _flow_inputs(self) -> list[DataclassInstance]:
+        settings = self.settings
+        return [settings.autoencoder, settings.text, settings.transformer, settings.flow]
+
+    def _digest(self, *inputs: DataclassInstance) -> str:
+        """Short name of the seed and of all settings that a stage's result depends on."""
+        text = json.dumps([self.seed, *(asdict(settings) for settings in inputs)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def _stage(
+        self, name: str, inputs: Sequence[DataclassInstance], make: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """The stage's tensors from disk, or made now; written under another name first, so a file is always whole."""
+        path = self.stages / f"{name}-{self._digest(*inputs)}.safetensors"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            save_file({key: value.clone() for key, value in make().items()}, partial)
+            partial.replace(path)
+        return load_file(path)
+
+    def _ticker(self, stage: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.progress(StageProgress(stage, done, total))
+
+
+def evaluate_folder(folder: Path, images: int, seed: int) -> dict[int, Figures]:
+    """Figures on held-out prompts, cycled in order, by number of steps."""
+    model = load_model(folder)
+    prompts = prompt_set("heldout")
+    items = [prompts[i % len(prompts)] for i in range(images)]
+    said = [item.prompt for item in items]
+    return {
+        steps: measure(sample_images(model.net, model.autoencoder, model.tokenizers, said, steps, seed), items)
+        for steps in STEP_COUNTS
+    }

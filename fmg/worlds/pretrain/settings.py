@@ -1,0 +1,90 @@
+"""Every number of the pretraining in one place. The defaults made the weights that are shipped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class AutoencoderSettings:
+    """Stage 1. `latent_noise` is added to unit-variance latents before decoding."""
+
+    width: int = 24
+    latent_channels: int = 4
+    pool: int = 12_000
+    hard_share: float = 0.15
+    steps: int = 2200
+    batch: int = 64
+    lr: float = 3e-3
+    latent_noise: float = 0.12
+    regulariser: float = 0.1
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """Sizes of the text side; `length` is the number of tokens of a padded prompt."""
+
+    length: int = 16
+    pooled_dim: int = 64
+    token_dim: int = 64
+
+
+@dataclass(frozen=True)
+class TransformerSettings:
+    """Sizes of the FLUX transformer; see `FlowMapFluxTransformer2DModel`."""
+
+    num_layers: int = 1
+    num_single_layers: int = 4
+    attention_head_dim: int = 32
+    num_attention_heads: int = 4
+    axes_dims_rope: tuple[int, int, int] = (8, 12, 12)
+    time_scale: float = 1000.0
+
+
+@dataclass(frozen=True)
+class FlowSettings:
+    """Stage 2. `wrong_share` is the probability that a caption's colour (or position) is replaced by a random one."""
+
+    pool: int = 60_000
+    hard_share: float = 0.06
+    wrong_share: float = 0.55
+    steps: int = 1300
+    batch: int = 128
+    lr: float = 1.5e-3
+    muon_lr: float = 0.02
+    ema: float = 0.998
+
+
+@dataclass(frozen=True)
+class TrajectorySettings:
+    """Stage 3: `count` trajectories of `4 * subdivisions` midpoint steps each."""
+
+    count: int = 8192
+    batch: int = 256
+    subdivisions: int = 3
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """Stages 4 and 5. `huber` is the pseudo-Huber constant, in units of the velocity's root mean square error."""
+
+    steps: int = 1000
+    batch: int = 128
+    lr: float = 1e-3
+    muon_lr: float = 0.01
+    ema: float = 0.997
+    huber: float = 0.1
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """All stages."""
+
+    autoencoder: AutoencoderSettings = field(default_factory=AutoencoderSettings)
+    text: TextSettings = field(default_factory=TextSettings)
+    transformer: TransformerSettings = field(default_factory=TransformerSettings)
+    flow: FlowSettings = field(default_factory=FlowSettings)
+    trajectories: TrajectorySettings = field(default_factory=TrajectorySettings)
+    two_time: DistillSettings = field(default_factory=DistillSettings)
+    single_time: DistillSettings = field(default_factory=lambda: DistillSettings(steps=700))
+    evaluation_images: int = 2000

@@ -1,0 +1,145 @@
+"""The tiny text side: CLIP and T5 tokenizers over the world's words, and untrained encoders of the stock classes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from fmg.worlds.pretrain.settings import TextSettings
+from fmg.worlds.shapes.prompts import vocabulary
+
+
+@dataclass(frozen=True)
+class Tokenizers:
+    """The two tokenizers of a FLUX pipeline."""
+
+    clip: CLIPTokenizer
+    t5: T5Tokenizer
+    length: int
+
+    def ids(self, prompts: Sequence[str]) -> tuple[Int[Tensor, "b length"], Int[Tensor, "b length"]]:
+        """CLIP and T5 token ids, padded as `FluxPipeline` does (no attention mask reaches the T5 encoder)."""
+        clip, t5 = (
+            tokenizer(
+                list(prompts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+            ).input_ids
+            for tokenizer in (self.clip, self.t5)
+        )
+        return clip, t5
+
+
+def build_tokenizers(length: int) -> Tokenizers:
+    """Every word of the world is one token; other text falls back to characters (CLIP) or to `<unk>` pieces (T5)."""
+    words = vocabulary()
+    return Tokenizers(_clip_tokenizer(words, length), _t5_tokenizer(words, length), length)
+
+
+def _clip_tokenizer(words: Sequence[str], length: int) -> CLIPTokenizer:
+    letters = [chr(c) for c in range(ord("!"), ord("~") + 1)]
+    merges = _learn_merges(words)
+    entries = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
+    entries += ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {entry: index for index, entry in enumerate(dict.fromkeys(entries))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length, pad_token="<|endoftext|>")
+
+
+def _learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Byte-pair encoding (Sennrich et al., 2016) continued until every word is a single piece."""
+    spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges: list[tuple[str, str]] = []
+    while any(len(pieces) > 1 for pieces in spelled):
+        pairs = Counter(pair for pieces in spelled for pair in pairwise(pieces))
+        pair = min(pairs, key=lambda p: (-pairs[p], p))
+        merges.append(pair)
+        spelled = [_merge(pieces, pair) for pieces in spelled]
+    return merges
+
+
+def _merge(pieces: Sequence[str], pair: tuple[str, str]) -> list[str]:
+    merged: list[str] = []
+    for piece in pieces:
+        if merged and (merged[-1], piece) == pair:
+            merged[-1] += piece
+        else:
+            merged.append(piece)
+    return merged
+
+
+def _t5_tokenizer(words: Sequence[str], length: int) -> T5Tokenizer:
+    letters = [chr(c) for c in range(ord("!"), ord("~") + 1)]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces += [(f"▁{word}", -2.0) for word in words] + [("▁", -6.0)] + [(letter, -8.0) for letter in letters]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=length)
+
+
+class TextEncoders(nn.Module):
+    """CLIP (pooled) and T5 (token states) encoders, trained jointly with the flow."""
+
+    def __init__(self, settings: TextSettings, tokenizers: Tokenizers) -> None:
+        super().__init__()
+        clip_config = CLIPTextConfig(
+            vocab_size=len(tokenizers.clip),
+            hidden_size=settings.pooled_dim,
+            intermediate_size=2 * settings.pooled_dim,
+            projection_dim=settings.pooled_dim,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=settings.length,
+            bos_token_id=tokenizers.clip.bos_token_id,
+            eos_token_id=tokenizers.clip.eos_token_id,
+            pad_token_id=tokenizers.clip.pad_token_id,
+        )
+        t5_config = T5Config(
+            vocab_size=len(tokenizers.t5),
+            d_model=settings.token_dim,
+            d_kv=settings.token_dim // 2,
+            d_ff=2 * settings.token_dim,
+            num_layers=1,
+            num_heads=2,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+        )
+        self.clip = CLIPTextModel(clip_config)
+        self.t5 = T5EncoderModel(t5_config)
+
+    def forward(
+        self, clip_ids: Int[Tensor, "b length"], t5_ids: Int[Tensor, "b length"]
+    ) -> tuple[Float[Tensor, "b pooled"], Float[Tensor, "b length tokens"]]:
+        """Pooled CLIP state and T5 token states."""
+        pooled: Tensor = self.clip(clip_ids).pooler_output
+        states: Tensor = self.t5(t5_ids).last_hidden_state
+        return pooled, states
+
+
+@dataclass(frozen=True)
+class PromptTable:
+    """Token ids of every distinct prompt, so that a batch needs an index and no tokenizer."""
+
+    prompts: tuple[str, ...]
+    clip_ids: Int[Tensor, "n length"]
+    t5_ids: Int[Tensor, "n length"]
+
+    @classmethod
+    def of(cls, prompts: Sequence[str], tokenizers: Tokenizers) -> PromptTable:
+        """Tokenize the distinct prompts, in sorted order."""
+        distinct = tuple(sorted(set(prompts)))
+        return cls(distinct, *tokenizers.ids(distinct))
+
+    def index(self, prompts: Sequence[str]) -> Int[Tensor, " b"]:
+        """Row of each prompt."""
+        row = {prompt: i for i, prompt in enumerate(self.prompts)}
+        return torch.tensor([row[prompt] for prompt in prompts])

@@ -1,0 +1,184 @@
+"""Prompts of the shapes world: phrasings, the three splits, and the parser that reads a prompt back into its scene."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from typing import Literal, get_args
+
+from fmg.core.errors import UsageError
+from fmg.worlds.shapes.scene import (
+    COLORS,
+    DIRECTIONS,
+    KINDS,
+    POSITIONS,
+    Clause,
+    Color,
+    Direction,
+    Kind,
+    Position,
+    Relation,
+    Scene,
+    single,
+)
+
+Split = Literal["train", "heldout", "hard"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+PLACES: dict[Position, str] = {
+    "left": "on the left",
+    "right": "on the right",
+    "top": "at the top",
+    "bottom": "at the bottom",
+    "center": "in the center",
+}
+COUNT_WORDS = {"one": 1, "two": 2, "three": 3}
+SINGLE_TEMPLATES = (
+    "a {color} {kind} {place}",
+    "one {color} {kind} {place}",
+    "{place} a {color} {kind}",
+    "a picture of a {color} {kind} {place}",
+    "a {color} {kind} drawn {place}",
+)
+GRAMMAR = (
+    "[a picture of] (a|one|two|three) COLOR KIND [PLACE], or two such objects joined by 'and', 'left of', 'right of', "
+    f"'above' or 'below'; COLOR: {', '.join(COLORS)}; KIND: {', '.join(KINDS)} (plural with a count); "
+    f"PLACE: {', '.join(PLACES.values())}"
+)
+
+
+@dataclass(frozen=True)
+class PromptItem:
+    """A prompt and the scene it describes."""
+
+    prompt: str
+    scene: Scene
+
+
+def vocabulary() -> tuple[str, ...]:
+    """Every word that a prompt of any split can contain, sorted."""
+    words = {word for split in SPLITS for item in prompt_set(split) for word in item.prompt.split()}
+    return tuple(sorted(words))
+
+
+def phrasings(scene: Scene) -> tuple[str, ...]:
+    """All ways to say a scene, the plainest first."""
+    clause = scene.include[0]
+    if clause.position is not None:
+        fields = {"color": clause.color, "kind": clause.kind, "place": PLACES[clause.position]}
+        return tuple(template.format(**fields) for template in SINGLE_TEMPLATES)
+    said = [_noun_phrase(c) for c in scene.include]
+    if len(said) == 1:
+        return (said[0], f"a picture of {said[0]}")
+    joint = clause.relation.direction if clause.relation is not None else "and"
+    return (f" {joint} ".join(said),)
+
+
+def _noun_phrase(clause: Clause) -> str:
+    if clause.count == 1:
+        return f"a {clause.color} {clause.kind}"
+    number = next(word for word, value in COUNT_WORDS.items() if value == clause.count)
+    return f"{number} {clause.color} {_plural(clause.kind)}"
+
+
+def _plural(kind: Kind) -> str:
+    return "crosses" if kind == "cross" else f"{kind}s"
+
+
+def is_heldout(kind: Kind, color: Color, position: Position) -> bool:
+    """Whether a combination is held out: a Latin square over colour and position, shifted by the kind.
+
+    One combination in five is held out; each kind, colour and position appears in the same share of both splits, and
+    every pair of two attributes is seen in training.
+    """
+    return (COLORS.index(color) + POSITIONS.index(position) + KINDS.index(kind)) % len(COLORS) == 0
+
+
+@lru_cache
+def prompt_set(split: Split) -> tuple[PromptItem, ...]:
+    """The prompts of a split, in a fixed order; `train` and `heldout` share no attribute combination."""
+    scenes = _hard_scenes() if split == "hard" else _single_scenes(heldout=split == "heldout")
+    return tuple(PromptItem(prompt, scene) for scene in scenes for prompt in phrasings(scene))
+
+
+def _single_scenes(heldout: bool) -> list[Scene]:
+    combinations = product(KINDS, COLORS, POSITIONS)
+    return [single(k, c, p) for k, c, p in combinations if is_heldout(k, c, p) == heldout]
+
+
+def _hard_scenes() -> list[Scene]:
+    described = list(product(COLORS, KINDS))
+    counting = [Scene("counting", (Clause(k, c, count=n),)) for c, k in described for n in (2, 3)]
+    pairs = [
+        (first, second)
+        for i, first in enumerate(described)
+        for j, second in enumerate(described)
+        if first[0] != second[0] and first[1] != second[1] and (i * 7 + j * 3) % 11 == 0
+    ]
+    two = [Scene("two_object", (Clause(a[1], a[0]), Clause(b[1], b[0]))) for a, b in pairs]
+    related = [
+        Scene("position", (Clause(a[1], a[0], relation=Relation(DIRECTIONS[n % 4], 1)), Clause(b[1], b[0])))
+        for n, (a, b) in enumerate(pairs)
+    ]
+    return counting + two + related
+
+
+_OBJECT = rf"(a|one|two|three) ({'|'.join(COLORS)}) ({'|'.join(KINDS)})(s|es)?"
+_PLACE = f"({'|'.join(PLACES.values())})"
+_POSITION_OF = {place: position for position, place in PLACES.items()}
+_SINGLE_FIRST = re.compile(rf"(?:a picture of )?{_OBJECT} (?:drawn )?{_PLACE}")
+_PLACE_FIRST = re.compile(rf"{_PLACE} {_OBJECT}")
+_COUNTED = re.compile(rf"(?:a picture of )?{_OBJECT}")
+_JOINED = re.compile(rf"(?:a picture of )?{_OBJECT} (and|{'|'.join(DIRECTIONS)}) {_OBJECT}")
+
+
+@lru_cache(maxsize=4096)
+def parse_prompt(prompt: str) -> Scene:
+    """The scene that a prompt describes.
+
+    Case, repeated spaces, commas and a final full stop do not matter.
+
+    Raises:
+        UsageError: the prompt is not in the grammar, which the message states.
+    """
+    text = " ".join(prompt.lower().replace(",", " ").rstrip(". ").split())
+    if match := _SINGLE_FIRST.fullmatch(text):
+        *words, place = match.groups()
+        return _placed(words, place, prompt)
+    if match := _PLACE_FIRST.fullmatch(text):
+        place, *words = match.groups()
+        return _placed(words, place, prompt)
+    if match := _COUNTED.fullmatch(text):
+        return Scene("counting", (_clause(match.groups(), prompt),))
+    if match := _JOINED.fullmatch(text):
+        *first, joint, count, color, kind, plural = match.groups()
+        second = _clause((count, color, kind, plural), prompt)
+        if joint == "and":
+            return Scene("two_object", (_clause(first, prompt), second))
+        direction: Direction = next(d for d in DIRECTIONS if d == joint)
+        return Scene("position", (_clause(first, prompt, relation=Relation(direction, 1)), second))
+    raise _unreadable(prompt)
+
+
+def _placed(words: list[str], place: str, prompt: str) -> Scene:
+    clause = _clause(words, prompt)
+    if clause.count != 1:
+        raise _unreadable(prompt)
+    return single(clause.kind, clause.color, _POSITION_OF[place])
+
+
+def _clause(words: tuple[str, ...] | list[str], prompt: str, relation: Relation | None = None) -> Clause:
+    number, color_word, kind_word, plural = words
+    count = COUNT_WORDS.get(number, 1)
+    kind: Kind = next(k for k in KINDS if k == kind_word)
+    color: Color = next(c for c in COLORS if c == color_word)
+    expected = _plural(kind) if count > 1 else kind
+    if kind + (plural or "") != expected:
+        raise _unreadable(prompt)
+    return Clause(kind, color, count=count, relation=relation)
+
+
+def _unreadable(prompt: str) -> UsageError:
+    return UsageError(f"The shapes world cannot read the prompt '{prompt}'", f"Write it as: {GRAMMAR}.")
