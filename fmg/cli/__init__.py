@@ -1,0 +1,1 @@
+"""The command line: the only room that prints. Importing it imports neither torch nor the registry."""

@@ -1,0 +1,119 @@
+"""`fmg list` and `fmg show`: what there is to choose from. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fmg.cli.console import print_json, stdout
+from fmg.cli.options import AsJson
+from fmg.cli.tables import table
+
+if TYPE_CHECKING:
+    from fmg.registry import Description
+
+Kind = Annotated[
+    str,
+    typer.Argument(
+        metavar="KIND",
+        help="models, stochasticizers, rewards, objectives, optimizers or prompt-sets (singular works too).",
+        show_default=False,
+    ),
+]
+
+_BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+
+
+def list_components(
+    kind: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[KIND]",
+            help="models, stochasticizers, rewards, objectives, optimizers or prompt-sets.",
+            show_default="all kinds",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the components that a recipe can name."""
+    from fmg.registry import registry_for
+    from fmg.registry.kinds import REGISTRIES
+
+    chosen = REGISTRIES if kind is None else (registry_for(kind),)
+    rows = [registry.row(name) for registry in chosen for name in registry.names()]
+    if as_json:
+        print_json([{"kind": row.kind, "name": row.name, "summary": row.summary} for row in rows])
+        return
+    stdout().print(table(["kind", "name", "what it is"], [(row.kind, row.name, row.summary) for row in rows]))
+
+
+def show(
+    kind: Kind,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name that `fmg list KIND` prints.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show one component: what it does, and its options with type, default and range."""
+    from fmg.registry import registry_for
+
+    registry = registry_for(kind)
+    description = registry.describe(name)
+    ranges = _ranges(registry.config_class(name).model_json_schema())
+    if as_json:
+        print_json(_plain(description, ranges))
+        return
+    out = stdout()
+    out.print(f"{description.kind} {description.name}: {description.summary}\n")
+    if description.doc:
+        out.print(f"{description.doc}\n")
+    if not description.fields:
+        out.print("It has no options.")
+        return
+    cells = [
+        (field.name, field.type, "required" if field.required else str(field.default), ranges[field.name], field.doc)
+        for field in description.fields
+    ]
+    out.print(table(["option", "type", "default", "range", "meaning"], cells))
+
+
+def _plain(description: Description, ranges: Mapping[str, str]) -> dict[str, object]:
+    from pydantic_core import to_jsonable_python
+
+    options = [
+        {
+            "name": field.name,
+            "type": field.type,
+            "default": to_jsonable_python(field.default),
+            "required": field.required,
+            "range": ranges[field.name],
+            "doc": field.doc,
+        }
+        for field in description.fields
+    ]
+    return {
+        "kind": description.kind,
+        "name": description.name,
+        "summary": description.summary,
+        "doc": description.doc,
+        "config": description.config,
+        "factory": description.factory,
+        "options": options,
+    }
+
+
+def _ranges(schema: Mapping[str, Any]) -> dict[str, str]:
+    """What each option accepts, from the JSON schema of its config class."""
+    return {name: _range(entry) for name, entry in schema.get("properties", {}).items()}
+
+
+def _range(entry: Mapping[str, Any]) -> str:
+    branches = [branch for branch in entry.get("anyOf", [entry]) if branch.get("type") != "null"]
+    parts = []
+    for branch in branches:
+        parts += [f"{sign} {branch[key]:g}" for key, sign in _BOUNDS.items() if key in branch]
+        if "enum" in branch:
+            parts.append(", ".join(map(str, branch["enum"])))
+        if "pattern" in branch:
+            parts.append(branch["pattern"])
+    return " and ".join(parts)

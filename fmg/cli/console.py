@@ -1,0 +1,48 @@
+"""The two streams that commands write to: results go to stdout; errors, and progress beside a result, to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import typer
+from rich.console import Console
+
+# A pipe has no width of its own; tables for `grep` must not be folded at 80 columns.
+_PIPE_WIDTH = 200
+
+
+def stdout() -> Console:
+    """A console on stdout. Text is printed as it is: a prompt such as `[red] :x:` is neither markup nor an emoji."""
+    return _console(stderr=False)
+
+
+def stderr() -> Console:
+    """A console on stderr."""
+    return _console(stderr=True)
+
+
+def print_json(value: object, *, indent: int | None = 2) -> None:
+    """One JSON document on stdout, flushed so that a reader of the pipe sees it at once."""
+    typer.echo(json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False))
+    sys.stdout.flush()
+
+
+def print_error(text: str) -> None:
+    """`error: text` on stderr, unwrapped."""
+    typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
+    typer.echo(text, err=True)
+
+
+def tolerate_narrow_encodings() -> None:
+    """Replaces what a terminal of another encoding cannot show, where Python would stop with an error."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="replace")
+
+
+def _console(*, stderr: bool) -> Console:
+    interactive = (sys.stderr if stderr else sys.stdout).isatty()
+    width = None if interactive else _PIPE_WIDTH
+    return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)

@@ -1,0 +1,139 @@
+"""The `fmg` command: global options, the commands, and what happens to errors."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from fmg.cli.catalog import list_components, show
+from fmg.cli.console import print_error, tolerate_narrow_encodings
+from fmg.cli.evaluate import evaluate
+from fmg.cli.generate import generate
+from fmg.cli.pretrain import pretrain
+from fmg.cli.runs import runs
+from fmg.cli.train import train
+from fmg.core.errors import FmgError
+from fmg.version import __version__
+
+# sysexits.h: EX_SOFTWARE, an error of the program itself
+_BUG = 70
+_INTERRUPTED = 130
+# The reader of stdout went away, as `head` does; Rich ends with the same code
+_BROKEN_PIPE = 1
+
+
+@dataclass
+class Session:
+    """What the global options set for one invocation."""
+
+    debug: bool = False
+
+
+class InterruptedByUserError(FmgError):
+    """Ctrl-C outside the training loop, which saves and ends by itself."""
+
+    exit_code = _INTERRUPTED
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command; Ctrl-C becomes an error with one line, where Typer would end without a word."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise InterruptedByUserError("Interrupted", "Nothing that was already written is lost.") from None
+
+
+app = typer.Typer(
+    name="fmg",
+    cls=_Commands,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fmg {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    ctx: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Reinforcement learning for few-step flow-map image generators.
+
+    `fmg train` tunes the embedded generator on this computer; `fmg eval` and `fmg generate` use the result.
+    """
+    ctx.ensure_object(Session).debug = debug
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+
+
+app.command("train")(train)
+app.command("eval")(evaluate)
+app.command("generate")(generate)
+app.command("list")(list_components)
+app.command("show")(show)
+app.command("runs")(runs)
+app.add_typer(pretrain, name="pretrain")
+
+
+def run() -> NoReturn:
+    """The entry point of the `fmg` script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(args: Sequence[str]) -> int:
+    """Runs one command and returns its exit code; every expected failure is one line on stderr.
+
+    Exit codes: 0 success; 1 a failure at work; 2 a wrong use, with nothing started; 70 an error of fmg itself;
+    130 interrupted.
+    """
+    tolerate_narrow_encodings()
+    session = Session()
+    try:
+        code = typer.main.get_command(app).main(list(args), prog_name="fmg", standalone_mode=False, obj=session)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except BrokenPipeError:
+        # the interpreter flushes stdout once more when it exits, which must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except FmgError as error:
+        return _failed(str(error), error.exit_code, session)
+    except typer.TyperException as error:
+        return _failed(_one_line(error.format_message(), args), error.exit_code, session)
+    except Exception as error:
+        again = shlex.join(["fmg", "--debug", *(arg for arg in args if arg != "--debug")])
+        first = next(iter(str(error).splitlines()), "no message")
+        what = f"Unexpected {type(error).__name__}: {first.rstrip('.')}."
+        return _failed(what if session.debug else f"{what} See where: {again}", _BUG, session)
+
+
+def _failed(text: str, code: int, session: Session) -> int:
+    if session.debug:
+        import traceback
+
+        traceback.print_exc()
+    print_error(text)
+    return code
+
+
+def _one_line(message: str, args: Sequence[str]) -> str:
+    command = next((arg for arg in args if any(arg == known.name for known in app.registered_commands)), None)
+    text = " ".join(message.split()).rstrip(".?")
+    end = "?" if message.rstrip().endswith("?") else "."
+    return f"{text}{end} See `{' '.join(['fmg', *([command] if command else []), '--help'])}`."

@@ -1,0 +1,117 @@
+"""Events as text: plain lines for a pipe, JSON lines for a program. The live view of a terminal is in `live.py`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console
+
+from fmg.cli.console import print_json
+from fmg.cli.metrics import REWARD, headline, signed
+from fmg.core.events import Evaluated, Event, IterationDone, Notice, StageProgress, Started
+
+# Seconds without a line after which a pipe is told where a long stage stands
+_HEARTBEAT = 10.0
+
+
+class Reporter(Protocol):
+    """An observer with a beginning and an end."""
+
+    def __call__(self, event: Event) -> None:
+        """Shows an event, or leaves it out."""
+
+    def __enter__(self) -> Reporter: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class _Stateless:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+
+class PlainReporter(_Stateless):
+    """One line for each iteration, evaluation and notice; a heartbeat inside long stages.
+
+    Args:
+        console: where the lines go.
+        clock: seconds; a test passes its own.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console
+        self._clock = clock
+        self._last_line = clock()
+        self._iteration_began = self._last_line
+        self._first: dict[str, float] = {}
+
+    def __enter__(self) -> PlainReporter:
+        return self
+
+    def __call__(self, event: Event) -> None:
+        """Prints what a person following a log wants to know of `event`."""
+        if isinstance(event, Started):
+            facts = "".join(f"\n  {name}: {value}" for name, value in event.facts.items())
+            self._line(f"{event.title}, {event.total} iterations{facts}")
+            self._iteration_began = self._clock()
+        elif isinstance(event, StageProgress):
+            if self._clock() - self._last_line >= _HEARTBEAT:
+                self._line(f"{event.stage}: {event.done}/{event.total}")
+        elif isinstance(event, IterationDone):
+            took = self._clock() - self._iteration_began
+            self._iteration_began = self._clock()
+            scores = self._changes({"reward": event.metrics[REWARD]} if REWARD in event.metrics else {})
+            self._line(f"iteration {event.iteration}/{event.total}  {scores}  {took:.1f} s")
+        elif isinstance(event, Evaluated):
+            self._line(f"held out, after iteration {event.iteration}  {self._changes(headline(event.metrics))}")
+            self._iteration_began = self._clock()
+        elif isinstance(event, Notice):
+            self._line(f"{event.level}: {event.text}" if event.level != "info" else event.text)
+
+    def _changes(self, scores: Mapping[str, float]) -> str:
+        """Values with their difference from the first time each was seen."""
+        parts = []
+        for name, value in scores.items():
+            change = f" ({signed(value - self._first[name])})" if name in self._first else ""
+            self._first.setdefault(name, value)
+            parts.append(f"{name} {value:.3f}{change}")
+        return "  ".join(parts)
+
+    def _line(self, text: str) -> None:
+        self._console.print(text, soft_wrap=True)
+        self._last_line = self._clock()
+
+
+class JsonReporter(_Stateless):
+    """One JSON object a line on stdout, the lines of `metrics.jsonl`; notices go to `notices`."""
+
+    def __init__(self, notices: Console) -> None:
+        self._notices = notices
+
+    def __enter__(self) -> JsonReporter:
+        return self
+
+    def __call__(self, event: Event) -> None:
+        """Prints iterations and evaluations."""
+        if isinstance(event, (IterationDone, Evaluated)):
+            finite = {key: value if math.isfinite(value) else None for key, value in event.metrics.items()}
+            print_json({**finite, "iteration": event.iteration}, indent=None)
+        elif isinstance(event, Notice):
+            self._notices.print(f"{event.level}: {event.text}", soft_wrap=True)
+
+
+def reporter_for(console: Console) -> Reporter:
+    """The live view on a terminal, else plain lines."""
+    if console.is_terminal and not console.is_dumb_terminal:
+        from fmg.cli.live import LiveReporter
+
+        return LiveReporter(console)
+    return PlainReporter(console)

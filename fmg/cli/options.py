@@ -1,0 +1,77 @@
+"""Option types that several commands share, and the checks that need nothing but the text that was typed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fmg.core.errors import UsageError, suggestion
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for programs.")]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", min=1, metavar="N", help="Images a network call.", show_default="64")
+]
+Device = Annotated[str, typer.Option("--device", metavar="D", help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option("--dtype", metavar="T", help="fp32 or bf16.")]
+Grid = Annotated[
+    str | None,
+    typer.Option("--grid", metavar="G", help="Time grid by name, such as uniform.", show_default="the target's own"),
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of the noise.")]
+
+
+def parse_steps(text: str) -> tuple[int, ...]:
+    """Numbers of network calls from a list such as `1,2,4`.
+
+    Raises:
+        UsageError: when an entry is not a whole number of at least 1, or is given twice.
+    """
+    counts = []
+    for part in text.split(","):
+        word = part.strip()
+        if not word.isascii() or not word.isdigit() or int(word) < 1:
+            raise UsageError(f"--steps {text}: '{word}' is not a whole number of at least 1", "Write --steps 1,2,4.")
+        counts.append(int(word))
+    if len(set(counts)) < len(counts):
+        raise UsageError(f"--steps {text} names a number twice", "Give each number of steps once.")
+    return tuple(counts)
+
+
+def check_grid(name: str | None) -> None:
+    """Accepts the name of a time grid, and None for the target's own.
+
+    Raises:
+        UsageError: for an unknown name, before anything is loaded.
+    """
+    from fmg.registry.vocabulary import grid_names
+
+    if name is not None and name not in grid_names():
+        raise UsageError(f"--grid: there is no grid named '{name}'", suggestion(name, grid_names()))
+
+
+def checked_prompts(prompts: list[str]) -> list[str]:
+    """The prompts without surrounding blanks.
+
+    Raises:
+        UsageError: when one is empty.
+    """
+    stripped = [prompt.strip() for prompt in prompts]
+    if not all(stripped):
+        raise UsageError("A prompt is empty", 'Give it in quotes: fmg generate "a red circle left".')
+    return stripped
+
+
+def checked_folder(folder: Path, flag: str) -> Path:
+    """A folder that exists or can be made.
+
+    Raises:
+        UsageError: when a file is in the way.
+    """
+    for part in (folder, *folder.parents):
+        if part.exists():
+            if not part.is_dir():
+                raise UsageError(f"{flag} {folder}: '{part}' is a file", "Name a folder.")
+            break
+    return folder

@@ -1,0 +1,93 @@
+"""`fmg runs`: what was trained, and what it gained. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fmg.cli.console import print_json, stdout
+from fmg.cli.metrics import REWARD, headline
+from fmg.cli.options import AsJson
+from fmg.cli.tables import change, table
+from fmg.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from fmg.data.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The first and the last value of one score; None where it was not measured."""
+
+    name: str
+    before: float | None
+    after: float | None
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """One run: its folder, model, state, iterations done, reward, and headline score on held-out prompts."""
+
+    run: str
+    model: str
+    state: str
+    iterations: int
+    reward: Gain
+    held_out: Gain
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder that holds the runs.")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """List the runs, with the reward and the held-out score before and after."""
+    from fmg.data.run_folder import list_runs
+
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"'{folder}' is a file", "Name the folder that holds the runs.")
+    rows = [_row(run) for run in list_runs(folder)]
+    if as_json:
+        print_json([asdict(row) for row in rows])
+        return
+    out = stdout()
+    if not rows:
+        out.print(f"There is no run under '{folder}' yet. Train one with `fmg train`.")
+        return
+    cells = [
+        (
+            row.run,
+            row.model,
+            row.state,
+            str(row.iterations),
+            _gain(row.reward),
+            f"{row.held_out.name} {_gain(row.held_out)}",
+        )
+        for row in rows
+    ]
+    columns = ["run", "model", "state", "iterations", "reward", "held out"]
+    out.print(table(columns, cells, right=["iterations"]))
+
+
+def _row(run: RunFolder) -> RunRow:
+    from fmg.data.run_folder import read_metrics
+
+    state = run.state()
+    lines = [{key: v for key, v in line.items() if isinstance(v, (int, float))} for line in read_metrics(run.metrics)]
+    done = max((int(line.get("iteration", 0)) for line in lines), default=0)
+    scored = [headline(line) for line in lines]
+    names = next((list(scores) for scores in scored if scores), [])
+    held_out = _first_and_last(scored, names[0]) if names else Gain("-", None, None)
+    return RunRow(str(run.path), state.model, state.state, done, _first_and_last(lines, REWARD), held_out)
+
+
+def _first_and_last(lines: Sequence[Mapping[str, float]], key: str) -> Gain:
+    values = [line[key] for line in lines if key in line]
+    return Gain(key, values[0] if values else None, values[-1] if values else None)
+
+
+def _gain(gain: Gain) -> str:
+    return change(gain.before, gain.after)

@@ -1,0 +1,41 @@
+"""Tables that look right on a terminal and stay one row a line in a pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.table import Table
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> Table:
+    """A borderless table.
+
+    Args:
+        columns: headings.
+        rows: cells, printed as they are.
+        right: headings of the columns with numbers, which are aligned to the right and never folded.
+    """
+    grid = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    for column in columns:
+        number = column in right
+        grid.add_column(column, justify="right" if number else "left", no_wrap=number, overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    return grid
+
+
+def number(value: float) -> str:
+    """A score, with three decimals."""
+    return f"{value:.3f}"
+
+
+def change(before: float | None, after: float | None) -> str:
+    """`before -> after`, with a dash for what was not measured."""
+    return " -> ".join("-" if value is None else number(value) for value in (before, after))
+
+
+def interval(bounds: Sequence[float]) -> str:
+    """A confidence interval; unbounded sides are dashes."""
+    low, high = (f"{bound:.3f}" if abs(bound) != float("inf") else "-" for bound in bounds)
+    return f"[{low}, {high}]"

@@ -1,0 +1,94 @@
+"""Draws the images of an evaluation and scores them, batch by batch, so that memory does not grow with their number."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fmg.core.protocols import PromptSet, Reward
+from fmg.inference.generator import Generator
+
+# Seeds of evaluation image i are derived from the evaluation seed and i; the factor keeps two evaluation seeds apart.
+_SEED_STRIDE = 1_000_003
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of `n` images: `parts[(reward, part)]` is an (n,) array; `tags` and `prompts` have one entry an image."""
+
+    parts: Mapping[tuple[str, str], NDArray[np.float64]]
+    prompts: tuple[str, ...]
+    tags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """The (prompt, tag, seed) triples of an evaluation: the same for every target, so differences are paired."""
+
+    prompts: tuple[str, ...]
+    tags: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    @staticmethod
+    def make(prompt_set: PromptSet, num: int, seed: int) -> EvalSet:
+        """`num` images that go round the prompt set in order."""
+        chosen = [prompt_set[i % len(prompt_set)] for i in range(num)]
+        seeds = tuple(seed * _SEED_STRIDE + i for i in range(num))
+        return EvalSet(tuple(p.text for p in chosen), tuple(p.tag for p in chosen), seeds)
+
+
+def score_images(
+    rewards: Mapping[str, Reward], images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]
+) -> dict[tuple[str, str], NDArray[np.float64]]:
+    """Every part of every reward; the reward's own total has the part name `total`."""
+    scores: dict[tuple[str, str], NDArray[np.float64]] = {}
+    for name, reward in rewards.items():
+        output = reward(images, prompts)
+        scores[name, "total"] = output.total.double().cpu().numpy()
+        for part, values in output.parts.items():
+            scores[name, part] = values.double().cpu().numpy()
+    return scores
+
+
+def score_target(
+    generator: Generator,
+    rewards: Mapping[str, Reward],
+    eval_set: EvalSet,
+    *,
+    steps: int | None,
+    grid: str | Sequence[float] | None,
+    progress: Callable[[int, int], None],
+) -> Scores:
+    """Draws and scores all images of `eval_set` with one number of steps."""
+    collected: defaultdict[tuple[str, str], list[NDArray[np.float64]]] = defaultdict(list)
+    total = len(eval_set.prompts)
+    for start in range(0, total, CHUNK):
+        rows = slice(start, start + CHUNK)
+        prompts = eval_set.prompts[rows]
+        drawn = generator.generate(prompts, eval_set.seeds[rows], steps=steps, grid=grid)
+        for key, values in score_images(rewards, drawn.images, prompts).items():
+            collected[key].append(values)
+        progress(min(start + CHUNK, total), total)
+    return Scores({k: np.concatenate(v) for k, v in collected.items()}, eval_set.prompts, eval_set.tags)
+
+
+def means(scores: Scores, prefix: str = "eval") -> dict[str, float]:
+    """Log keys `<prefix>/<reward>_<part>_mean`; the total of a reward is `<prefix>/<reward>_mean`."""
+    out = {}
+    for (reward, part), values in scores.parts.items():
+        name = reward if part == "total" else f"{reward}_{part}"
+        out[f"{prefix}/{name}_mean"] = float(values.mean())
+    return out
+
+
+def prompt_clusters(prompts: Iterable[str]) -> NDArray[np.int64]:
+    """An integer label for each prompt: images of one prompt share their label."""
+    _, labels = np.unique(np.asarray(list(prompts)), return_inverse=True)
+    return labels.astype(np.int64)

@@ -1,0 +1,45 @@
+"""`train`: what `fmg train` does, as a Python call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fmg.core.events import Observer, ignore
+from fmg.data.run_folder import RunFolder
+from fmg.inference.devices import pick_device, pick_dtype
+from fmg.registry.recipe import Recipe
+from fmg.registry.resolve import ResolvedRecipe
+from fmg.training.compose import compose
+from fmg.training.sizes import choose_sizes
+from fmg.training.trainer import Trainer, TrainResult
+
+
+def train(recipe: Recipe | ResolvedRecipe, run: str | Path | None = None, observer: Observer = ignore) -> TrainResult:
+    """Trains the adapter that `recipe` describes and writes a run folder.
+
+    Args:
+        recipe: a recipe, or a resolved one whose provenance is stored with it.
+        run: where to write; None makes a new folder under `runs/`. A finished or foreign folder is never overwritten.
+        observer: receives events (`fmg.core.events`).
+
+    Returns:
+        The run folder, the first and last evaluation, and the best checkpoint by held-out score.
+
+    Raises:
+        UsageError: for parts that do not fit, a device that is not there, or a folder that is taken.
+        CheckpointError: when weights are missing or damaged.
+        GateError: when a safety check of the run fails; what was saved before stays.
+    """
+    plain = recipe.recipe if isinstance(recipe, ResolvedRecipe) else recipe
+    device, dtype = pick_device(plain.train.device), pick_dtype(plain.train.dtype)
+    RunFolder.check_free(run)
+    composed = compose(plain, device, dtype)
+    folder = RunFolder.create(run, plain.model.name)
+    folder.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
+    try:
+        result = Trainer(composed, folder, choose_sizes(plain, device), observer).train()
+    except BaseException:
+        folder.set_state("failed")
+        raise
+    folder.set_state("interrupted" if result.interrupted else "finished")
+    return result

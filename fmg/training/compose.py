@@ -1,0 +1,58 @@
+"""From a recipe to live objects. Everything that can be refused without weights is refused before they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fmg.core.protocols import Model, Objective, OptimizerFactory, PromptSet, Reward, Stochasticizer
+from fmg.data.prompt_sets import load_prompts
+from fmg.flow.grids import make_grid
+from fmg.registry import models, objectives, optimizers, stochasticizers
+from fmg.registry.recipe import Recipe
+from fmg.rewards.base import Mixture, build_rewards, check_prompts
+
+
+@dataclass(frozen=True)
+class Composed:
+    """The live parts of a run."""
+
+    recipe: Recipe
+    model: Model
+    stochasticizer: Stochasticizer
+    objective: Objective
+    reward: Mixture
+    measured: Mapping[str, Reward]
+    optimizer: OptimizerFactory
+    prompts: PromptSet
+    eval_prompts: PromptSet
+    grid: tuple[float, ...]
+    adapted: int
+
+
+def compose(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Composed:
+    """Builds every component of `recipe` and loads the model with a fresh adapter.
+
+    Raises:
+        UsageError: for a component, prompt set or grid that does not fit; raised before weights are read.
+        CheckpointError: when weights are missing or damaged.
+    """
+    measured = build_rewards(recipe.measured_rewards)
+    mixture = Mixture([(ref.label, measured[ref.label], ref.weight) for ref in recipe.rewards])
+    prompts, eval_prompts = load_prompts(recipe.prompts), load_prompts(recipe.eval.prompts)
+    mixture.check_prompts([prompt.text for prompt in prompts])
+    for name, reward in measured.items():
+        check_prompts(name, reward, [prompt.text for prompt in eval_prompts])
+    stochasticizer = stochasticizers.build_config(recipe.stochasticizer.name, recipe.stochasticizer.config)
+    objective = objectives.build_config(recipe.objective.name, recipe.objective.config).bind(stochasticizer)
+    optimizer = optimizers.build_config(recipe.optimizer.name, recipe.optimizer.config)
+    model = models.build_config(recipe.model.name, recipe.model.config).load(device, dtype)
+    lora = recipe.lora
+    adapted = model.attach_adapter(lora.rank, lora.alpha, lora.target_names(), lora.dropout, recipe.train.seed)
+    _, height, width = model.latent_shape
+    grid = make_grid(recipe.rollout.grid, recipe.rollout.steps, image_tokens=(height // 2) * (width // 2))
+    return Composed(
+        recipe, model, stochasticizer, objective, mixture, measured, optimizer, prompts, eval_prompts, grid, adapted
+    )

@@ -1,0 +1,115 @@
+"""The checks that a run must pass before its hours are worth spending."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from fmg.core.errors import GateError
+from fmg.core.events import Notice, Observer
+from fmg.core.protocols import Policies, Stochasticizer
+from fmg.core.types import Batch
+from fmg.rl import refresh_old, replay_ratio
+
+# The replayed ratio may differ from 1 by this share of the clip range before the first update.
+RATIO_TOLERANCE = 0.1
+
+
+class ReplayGate:
+    """Decides once, before the first update, whether a rollout's own log-probs can be compared with an update's.
+
+    Rollout and update may run other shapes or kernels, whose rounding alone can exceed the clip range; then the old
+    log-probs of every rollout are recomputed through the update path.
+
+    Args:
+        stochasticizer: the one that draws the rollouts.
+        policies: views of the trained weights.
+        clip_range: of the objective; None for one without a ratio, which passes.
+        micro_batch: rows a network call, as in the update.
+        always_recompute: whether to recompute without asking.
+        observer: hears how the gate was passed.
+    """
+
+    def __init__(
+        self,
+        stochasticizer: Stochasticizer,
+        policies: Policies,
+        *,
+        clip_range: float | None,
+        micro_batch: int,
+        always_recompute: bool,
+        observer: Observer,
+    ) -> None:
+        self._stochasticizer = stochasticizer
+        self._policies = policies
+        self._clip_range = clip_range
+        self._micro_batch = micro_batch
+        self._recompute = always_recompute
+        self._observer = observer
+        self._passed = False
+
+    def admit(self, batch: Batch) -> Batch:
+        """The batch with old log-probs that are comparable with the update's.
+
+        Raises:
+            GateError: when the replayed ratio is not 1 within a tenth of the clip range, before the first update.
+        """
+        if self._clip_range is None:
+            return batch
+        if self._passed:
+            return self._refreshed(batch) if self._recompute else batch
+        error = math.inf if self._recompute else self._error(batch)
+        if error > RATIO_TOLERANCE * self._clip_range:
+            self._recompute = True
+            batch = self._refreshed(batch)
+            error = self._error(batch)
+        ratio_gate(error, self._clip_range)
+        self._passed = True
+        how = "recomputed through the update path" if self._recompute else "taken from the rollout"
+        text = f"Replay gate passed: |ratio - 1| <= {error:.1e}, old log-probs {how}."
+        self._observer(Notice("info", text))
+        return batch
+
+    def _error(self, batch: Batch) -> float:
+        return replay_ratio(self._stochasticizer, self._policies, batch, self._micro_batch)
+
+    def _refreshed(self, batch: Batch) -> Batch:
+        return refresh_old(self._stochasticizer, self._policies, batch, self._micro_batch)
+
+
+def ratio_gate(error: float, clip_range: float) -> None:
+    """Stops a run whose replay does not give ratio 1.
+
+    Raises:
+        GateError: when `error` exceeds a tenth of the clip range.
+    """
+    limit = RATIO_TOLERANCE * clip_range
+    if not error <= limit:
+        raise GateError(
+            f"Before the first update the replayed ratio is off by {error:.2e}, more than {limit:.0e}"
+            " (a tenth of the clip range), so clipping would act on noise",
+            "Likely causes: dropout or another randomness in the network, a dtype too coarse for the clip range"
+            " (try --dtype fp32 or a larger clip_range), or a rollout and an update that run different code.",
+        )
+
+
+def movement(before: Mapping[str, Tensor], parameters: Sequence[tuple[str, Parameter]]) -> float:
+    """L2 distance of the trainable weights from a copy of them."""
+    return math.sqrt(sum(float((p.detach() - before[name]).double().square().sum()) for name, p in parameters))
+
+
+def movement_gate(distance: float) -> None:
+    """Stops a run whose first update changed nothing.
+
+    Raises:
+        GateError: when the distance is zero.
+    """
+    if distance == 0.0:
+        raise GateError(
+            "The first update did not move the adapter",
+            "Likely causes: a learning rate of 0, rewards that are equal within every group, or an adapter that is not"
+            " part of the network that the rollout runs.",
+        )

@@ -1,0 +1,105 @@
+"""What a run shows while it goes: held-out scores, sample grids, the curve and the picture of before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fmg.core.events import Observer, StageProgress
+from fmg.core.types import Prompt
+from fmg.data.pictures import Curve, GridRow, before_after, curve_figure, metric_curve, sample_grid
+from fmg.eval.scoring import EvalSet, Scores, means, score_target
+from fmg.inference.backend import TorchBackend
+from fmg.inference.generator import DEFAULT_BATCH, Generator
+from fmg.training.compose import Composed
+
+GRID_PROMPTS = 6
+GRID_SEEDS = 6
+SCORE_KEY = "eval/score"
+
+
+@dataclass
+class Watcher:
+    """Evaluates the model of a run on its held-out prompts and keeps its pictures up to date."""
+
+    composed: Composed
+    run: Path
+    observer: Observer
+    _first: tuple[GridRow, ...] = field(default=(), init=False)
+
+    def __post_init__(self) -> None:
+        recipe = self.composed.recipe
+        batch = recipe.eval.batch_size or DEFAULT_BATCH
+        self._generator = Generator(TorchBackend(self.composed.model), recipe.rollout.grid, recipe.rollout.steps, batch)
+        self._steps = recipe.eval.steps
+        self._set = EvalSet.make(self.composed.eval_prompts, recipe.eval.num, recipe.eval.seed)
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out means by log key; `eval/score` is the trained mixture, by which the best checkpoint is chosen."""
+        scores = score_target(
+            self._generator,
+            self.composed.measured,
+            self._set,
+            steps=self._steps,
+            grid=None,
+            progress=lambda done, total: self.observer(StageProgress("evaluation", done, total)),
+        )
+        total = self._totals(scores)
+        error = float(total.std() / np.sqrt(len(total)))
+        return {**means(scores), SCORE_KEY: float(total.mean()), f"{SCORE_KEY}_se": error}
+
+    def _totals(self, scores: Scores) -> NDArray[np.float64]:
+        """The trained mixture of every image."""
+        weighted = [weight * scores.parts[name, "total"] for name, weight in self.composed.reward.weights().items()]
+        return np.sum(weighted, axis=0)
+
+    def draw(self, iteration: int) -> Path:
+        """Writes `samples/iteration-NNNN.png` at fixed prompts and seeds, and `before_after.png` after the first."""
+        rows = self._rows()
+        folder = self.run / "samples"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"iteration-{iteration:04d}.png"
+        sample_grid(rows, f"iteration {iteration}").save(path)
+        if not self._first:
+            self._first = rows
+        titles = ("before", f"after {iteration} iterations")
+        before_after(self._first, rows, titles).save(self.run / "before_after.png")
+        return path
+
+    def curve(self, lines: list[Mapping[str, float]]) -> None:
+        """Writes `curve.png` from the metrics so far."""
+        trained = [metric_curve(lines, "reward/mean", "mean reward", "reward/se")]
+        heldout = [self._heldout_curve(lines, key) for key in self._headline_keys(lines)]
+        name = self.composed.recipe.model.name
+        curve_figure(trained, heldout, self.run / "curve.png", f"{name}, {self.composed.recipe.stochasticizer.name}")
+
+    @staticmethod
+    def _heldout_curve(lines: list[Mapping[str, float]], key: str) -> Curve:
+        label = key.removeprefix("eval/").removesuffix("_mean").replace("_", " ")
+        return metric_curve(lines, key, label, f"{SCORE_KEY}_se" if key == SCORE_KEY else None)
+
+    @staticmethod
+    def _headline_keys(lines: list[Mapping[str, float]]) -> list[str]:
+        """The chosen score first, then at most six parts, totals before parts."""
+        keys = sorted({key for line in lines for key in line if key.startswith("eval/") and key.endswith("_mean")})
+        return [SCORE_KEY, *sorted(keys, key=lambda key: key.count("_"))[:6]]
+
+    def _rows(self) -> tuple[GridRow, ...]:
+        prompts = _spread(self.composed.eval_prompts, GRID_PROMPTS)
+        texts = [p.text for p in prompts for _ in range(GRID_SEEDS)]
+        seeds = [seed for _ in prompts for seed in range(GRID_SEEDS)]
+        images = self._generator.generate(texts, seeds, steps=self._steps).images
+        return tuple(
+            GridRow(prompt.text, images[i * GRID_SEEDS : (i + 1) * GRID_SEEDS]) for i, prompt in enumerate(prompts)
+        )
+
+
+def _spread(prompts: object, count: int) -> list[Prompt]:
+    """`count` prompts evenly spread over a set, so that a sorted set still shows its variety."""
+    entries: list[Prompt] = list(prompts)  # type: ignore[call-overload]
+    picks = np.linspace(0, len(entries) - 1, min(count, len(entries))).round().astype(int)
+    return [entries[i] for i in picks]

@@ -1,0 +1,248 @@
+"""The loop: prompts, rollout, rewards, advantages, updates. Every stage is a function; this file only orders them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from fmg.core.events import Evaluated, Event, Finished, IterationDone, Notice, Observer, Started
+from fmg.core.types import Conditioning, Rollout, ScoredRollout
+from fmg.data.checkpoints import CheckpointIndex, Saved
+from fmg.data.run_folder import RunFolder
+from fmg.rl import (
+    group_advantages,
+    rollout,
+    sample_rollout,
+    shuffle_advantages,
+)
+from fmg.training.checkpoint import save_checkpoint
+from fmg.training.compose import Composed
+from fmg.training.gates import ReplayGate, movement, movement_gate
+from fmg.training.metrics import reward_metrics
+from fmg.training.observe import SCORE_KEY, Watcher
+from fmg.training.prompts import iteration_prompts
+from fmg.training.sizes import Sizes
+from fmg.training.update import Updater, partition
+
+# A decline is reported when the mean reward of the last iterations is this many standard errors below iteration 0.
+_DECLINE_ERRORS = 3.0
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` returns: metrics of the first and last evaluation and the checkpoint the run stands for."""
+
+    run: RunFolder
+    iterations: int
+    initial: Mapping[str, float]
+    final: Mapping[str, float]
+    best: Saved
+    interrupted: bool
+
+
+@dataclass
+class Trainer:
+    """Runs a composed recipe in a run folder and reports to an observer."""
+
+    composed: Composed
+    run: RunFolder
+    sizes: Sizes
+    observer: Observer
+    _lines: list[dict[str, float]] = field(default_factory=list, init=False)
+    _times: dict[str, float] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        recipe, model = self.composed.recipe, self.composed.model
+        named = list(model.trainable())
+        self._updater = Updater(
+            self.composed.objective,
+            model.policies,
+            self.composed.optimizer(named),
+            [p for _, p in named],
+            recipe.train.max_grad_norm,
+            self.sizes.micro_batch,
+        )
+        self._watcher = Watcher(self.composed, self.run.path, self.observer)
+        self._gate = ReplayGate(
+            self.composed.stochasticizer,
+            model.policies,
+            clip_range=self.composed.objective.clip_range,
+            micro_batch=self.sizes.micro_batch,
+            always_recompute=recipe.train.recompute_old == "always",
+            observer=self.observer,
+        )
+        self._start = {name: p.detach().clone() for name, p in named}
+
+    def train(self) -> TrainResult:
+        """All iterations. Ctrl-C ends the run early with everything saved.
+
+        Raises:
+            GateError: when a safety check fails; what was saved before stays.
+        """
+        recipe = self.composed.recipe
+        self._tell(Started(recipe.model.name, recipe.train.iterations, self._facts()))
+        index = self._evaluate(0)
+        done, interrupted = 0, False
+        try:
+            for iteration in range(recipe.train.iterations):
+                self.iterate(iteration)
+                done = iteration + 1
+                if done % recipe.eval.every == 0 or done == recipe.train.iterations:
+                    index = self._evaluate(done)
+        except KeyboardInterrupt:
+            interrupted = True
+            index = self._save(done, self._last(SCORE_KEY))
+            text = f"Interrupted: the adapter after {done} iterations is saved in {self.run.checkpoints}."
+            self._tell(Notice("warning", text))
+        return self._finish(index, done, interrupted)
+
+    def iterate(self, iteration: int) -> None:
+        """One iteration: rollout, rewards, updates, one line of metrics."""
+        started = time.perf_counter()
+        self._times = {}
+        with self._clock("rollout"):
+            drawn = self._rollout(iteration)
+        with self._clock("decode"):
+            images = self._decode(drawn)
+        with self._clock("reward"):
+            rewards = self.composed.reward(images, drawn.cond.prompts)
+        scored = ScoredRollout(drawn, rewards, self._advantages(rewards.total, drawn.groups, iteration))
+        with self._clock("update"):
+            updates = self._update(scored, iteration)
+        metrics: dict[str, float] = {"iteration": iteration + 1, **reward_metrics(rewards, drawn.groups), **updates}
+        metrics |= {f"time/{stage}_s": spent for stage, spent in self._times.items()}
+        metrics["time/iteration_s"] = time.perf_counter() - started
+        self._record(metrics)
+        self._tell(IterationDone(iteration + 1, self.composed.recipe.train.iterations, metrics))
+
+    def _rollout(self, iteration: int) -> Rollout:
+        recipe, model = self.composed.recipe, self.composed.model
+        shape = recipe.rollout
+        prompts = iteration_prompts(self.composed.prompts, shape.groups, iteration, recipe.train.seed)
+        groups = torch.arange(shape.groups).repeat_interleave(shape.group_size)
+        cond: Conditioning = model.encode([p.text for p in prompts]).select(groups)
+        if self.composed.objective.needs == "transitions":
+            return rollout(
+                model.flow_map,
+                self.composed.stochasticizer,
+                cond,
+                groups,
+                self.composed.grid,
+                seed=recipe.train.seed,
+                iteration=iteration,
+                latent_shape=model.latent_shape,
+                same_initial_noise=shape.same_initial_noise,
+                batch_size=self.sizes.rollout_batch,
+                device=model.device,
+            )
+        return sample_rollout(
+            model.flow_map,
+            cond,
+            groups,
+            self.composed.grid,
+            seed=recipe.train.seed,
+            iteration=iteration,
+            latent_shape=model.latent_shape,
+            same_initial_noise=shape.same_initial_noise,
+            batch_size=self.sizes.rollout_batch,
+            device=model.device,
+        )
+
+    @torch.no_grad()
+    def _decode(self, drawn: Rollout) -> torch.Tensor:
+        chunks = drawn.x0.split(self.sizes.rollout_batch)
+        return torch.cat([self.composed.model.decode(chunk) for chunk in chunks])
+
+    def _advantages(self, total: torch.Tensor, groups: torch.Tensor, iteration: int) -> torch.Tensor:
+        recipe = self.composed.recipe
+        options = recipe.objective.config
+        values = group_advantages(total, groups, global_std=options.global_std, clip_max=options.adv_clip_max)
+        if recipe.train.shuffle_advantages:
+            return shuffle_advantages(values, recipe.train.seed * 1_000_003 + iteration)
+        return values
+
+    def _update(self, scored: ScoredRollout, iteration: int) -> dict[str, float]:
+        recipe, policies = self.composed.recipe, self.composed.model.policies
+        self.composed.model.snapshot()
+        batch = self.composed.objective.prepare(scored, policies, recipe.train.seed * 1_000_003 + iteration)
+        if not len(batch):
+            return {"skipped_updates": float(recipe.train.updates_per_iteration)}
+        batch = self._gate.admit(batch)
+        logged: dict[str, float] = {}
+        by_update: dict[str, float] = {}
+        parts = partition(batch, recipe.train.updates_per_iteration, recipe.train.seed + iteration)
+        for number, part in enumerate(parts):
+            logged = self._updater.update(part)
+            by_update |= {f"update_{number}/{key}": value for key, value in logged.items()}
+            self._check_movement()
+        return {**by_update, **logged}
+
+    def _check_movement(self) -> None:
+        if self._start:
+            movement_gate(movement(self._start, list(self.composed.model.trainable())))
+            self._start = {}
+
+    def _evaluate(self, iteration: int) -> CheckpointIndex:
+        with self._clock("eval"):
+            metrics = self._watcher.evaluate()
+            grid = self._watcher.draw(iteration)
+        line = {"iteration": float(iteration), **metrics, "time/eval_s": self._times["eval"]}
+        self._record(line)
+        if len(self._lines) > 1:
+            self._watcher.curve(list(self._lines))
+        self._tell(Evaluated(iteration, metrics, grid))
+        return self._save(iteration, metrics[SCORE_KEY])
+
+    def _save(self, iteration: int, score: float) -> CheckpointIndex:
+        return save_checkpoint(self.run.path, self.composed.model, iteration, SCORE_KEY, score)
+
+    def _finish(self, index: CheckpointIndex, done: int, interrupted: bool) -> TrainResult:
+        evaluations = [line for line in self._lines if SCORE_KEY in line]
+        initial, final, best = evaluations[0], evaluations[-1], index.entry(index.best)
+        self._warn_of_decline(initial, final)
+        self._tell(Finished(self.run.path, interrupted, {"best/iteration": best.iteration, "best/score": best.score}))
+        return TrainResult(self.run, done, initial, final, best, interrupted)
+
+    def _warn_of_decline(self, initial: Mapping[str, float], final: Mapping[str, float]) -> None:
+        error = math.hypot(initial[f"{SCORE_KEY}_se"], final[f"{SCORE_KEY}_se"])
+        change = final[SCORE_KEY] - initial[SCORE_KEY]
+        if change < -_DECLINE_ERRORS * error:
+            text = (
+                f"The held-out score fell from {initial[SCORE_KEY]:.3f} at iteration 0 to {final[SCORE_KEY]:.3f}: lower"
+                " the learning rate, use larger groups, or add a KL term (objective.kl_beta)."
+            )
+            self._tell(Notice("warning", text))
+
+    def _facts(self) -> dict[str, str]:
+        recipe, shape = self.composed.recipe, self.composed.recipe.rollout
+        return {
+            "stochasticizer": recipe.stochasticizer.name,
+            "objective": recipe.objective.name,
+            "reward": " + ".join(f"{weight:g} {name}" for name, weight in self.composed.reward.weights().items()),
+            "adapted modules": str(self.composed.adapted),
+            "rollout": f"{shape.groups} prompts x {shape.group_size} images, {shape.steps} steps",
+            "run": str(self.run.path),
+        }
+
+    def _last(self, key: str) -> float:
+        return next(line[key] for line in reversed(self._lines) if key in line)
+
+    def _record(self, line: dict[str, float]) -> None:
+        self._lines.append(line)
+        self.run.append_metrics(line)
+
+    def _tell(self, event: Event) -> None:
+        self.observer(event)
+
+    @contextmanager
+    def _clock(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if self.composed.model.device.type == "cuda":
+            torch.cuda.synchronize(self.composed.model.device)
+        self._times[stage] = time.perf_counter() - started

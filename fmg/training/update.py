@@ -1,0 +1,87 @@
+"""Optimizer updates of one rollout."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import Parameter
+
+from fmg.core.errors import GateError
+from fmg.core.protocols import Objective, Policies
+from fmg.core.types import Batch
+
+# Rows on which the policy is measured after each update; enough for a KL, little beside the update itself.
+PROBE_ROWS = 48
+
+
+@dataclass(frozen=True)
+class Updater:
+    """Applies an objective to batches.
+
+    Attributes:
+        objective: the loss.
+        policies: current, old and reference maps.
+        optimizer: over the trainable parameters.
+        parameters: those parameters.
+        max_grad_norm: gradients are scaled down to this global norm.
+        micro_batch: rows a forward pass; the update does not depend on it beyond rounding.
+    """
+
+    objective: Objective
+    policies: Policies
+    optimizer: torch.optim.Optimizer
+    parameters: Sequence[Parameter]
+    max_grad_norm: float
+    micro_batch: int
+
+    def update(self, batch: Batch) -> dict[str, float]:
+        """One optimizer step on the mean loss over `batch`.
+
+        Returns:
+            `loss`, `grad_norm` (before clipping) and the objective's parts on a probe **after** the step, so that
+            `approx_kl` says how far the policy moved.
+
+        Raises:
+            GateError: when the gradient is not finite; the weights are then as before the call.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for part in batch.split(self.micro_batch):
+            loss = self.objective.loss(self.policies, part)
+            share = len(part) / len(batch)
+            (loss.total * share).backward()  # type: ignore[no-untyped-call]
+            total += float(loss.total.detach()) * share
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
+        if not math.isfinite(norm) or not math.isfinite(total):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise GateError(
+                f"The loss is {total:.3g} and its gradient norm {norm:.3g}: not finite",
+                "Lower the learning rate, or train in fp32; the last saved adapter is intact.",
+            )
+        self.optimizer.step()
+        rows = torch.linspace(0, len(batch) - 1, min(PROBE_ROWS, len(batch))).long()
+        return {"loss": total, "grad_norm": norm, **self.measure(batch.select(rows))}
+
+    @torch.no_grad()
+    def measure(self, batch: Batch) -> dict[str, float]:
+        """The objective's parts over `batch`: means over rows, maxima for keys ending in `_max`."""
+        sums: defaultdict[str, float] = defaultdict(float)
+        for part in batch.split(self.micro_batch):
+            for key, value in self.objective.loss(self.policies, part).parts.items():
+                if key.endswith("_max"):
+                    sums[key] = max(sums[key], float(value))
+                else:
+                    sums[key] += float(value) * len(part) / len(batch)
+        return dict(sums)
+
+
+def partition(batch: Batch, updates: int, seed: int) -> Iterator[Batch]:
+    """`updates` disjoint random parts of a rollout's rows, of equal size up to one row, one for each update."""
+    order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed))
+    for rows in order.tensor_split(updates):
+        if len(rows):
+            yield batch.select(rows)
