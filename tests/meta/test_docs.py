@@ -1,0 +1,91 @@
+"""Every command and program of the documentation runs; what they write goes to a temporary folder."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.cli import fmg
+from tests.support.docs import Command, NewFile, Program, Step, steps
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+
+# Enough to go through every line of code, and small enough to run on each change.
+TINY = {
+    "train": ["--iterations", "1", "--set", "rollout.groups=2", "--set", "rollout.group_size=4", "--set", "eval.num=8"],
+    "eval": ["--num", "8"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_does_what_it_says(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for step in steps(page.read_text(encoding="utf-8")):
+        run(step, page.name)
+
+
+def run(step: Step, page: str) -> None:
+    if isinstance(step, NewFile):
+        Path(step.name).write_text(step.content, encoding="utf-8")
+    elif isinstance(step, Program):
+        exec(compile("\n" * (step.line - 1) + step.source, page, "exec"), {"__name__": "__main__"})
+    elif step.words[0] == "fmg":
+        done = fmg(*shrunk(step))
+        assert done.code == 0, f"{page}:{step.line}: {' '.join(step.words)}\n{done.stderr}"
+    elif step.words[0] == "make":
+        # running the target would run this test again; that make knows it is what can break
+        subprocess.run([*step.words, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+    else:
+        pytest.fail(f"{page}:{step.line}: no way to try '{' '.join(step.words)}'; skip its block with a reason")
+
+
+def shrunk(command: Command) -> tuple[str, ...]:
+    """The command's arguments with a small amount of work; `--dry-run` and `--help` do none."""
+    arguments = command.words[1:]
+    if not arguments or {"--dry-run", "--help", "-h"} & set(arguments):
+        return arguments
+    return (*arguments, *TINY.get(arguments[0], ()))
+
+
+def test_steps_of_a_page() -> None:
+    page = """
+```console
+$ fmg list  # all of them
+kind  name
+$ fmg train \\
+    --lr 1e-3
+```
+<!-- test: skip it takes an hour -->
+```bash
+make everything
+```
+<!-- test: with --num 1 -->
+
+```bash
+# a comment
+fmg eval "my run"
+make help
+```
+<!-- test: file recipe.yaml -->
+```yaml
+train: {seed: 1}
+```
+```python
+x = 1
+```
+```
+$ fmg never
+```
+"""
+    assert list(steps(page)) == [
+        Command(("fmg", "list"), 3),
+        Command(("fmg", "train", "--lr", "1e-3"), 5),
+        Command(("fmg", "eval", "my run", "--num", "1"), 16),
+        Command(("make", "help"), 17),
+        NewFile("recipe.yaml", "train: {seed: 1}\n"),
+        Program("x = 1\n", 24),
+    ]

@@ -1,0 +1,165 @@
+"""Wrong uses: each ends with one clear line on stderr and an exit code, and nothing has been written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fmg.data.run_folder import RunFolder
+from tests.support.cli import fmg
+
+Prepare = Callable[[Path], object]
+
+
+@dataclass(frozen=True)
+class Misuse:
+    """A command, a piece of the line that explains it, and what has to be in the working directory before."""
+
+    command: str
+    says: str
+    prepare: Prepare = lambda folder: None
+
+    def args(self) -> list[str]:
+        """The words of the command; `''` is an empty word, `+` a blank inside one."""
+        return ["" if word == "''" else word.replace("+", " ") for word in self.command.split()]
+
+
+def text(name: str, content: str) -> Prepare:
+    return lambda folder: (folder / name).write_text(content, encoding="utf-8")
+
+
+def binary(name: str, content: bytes) -> Prepare:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def folder_with_a_file(folder: Path) -> None:
+    (folder / "taken").mkdir()
+    (folder / "taken" / "thesis.tex").write_text("mine")
+
+
+def finished_run(folder: Path) -> None:
+    RunFolder.create(folder / "taken", "meanflow-shapes").set_state("finished")
+
+
+GENERATE = "generate a+red+circle --from meanflow-shapes"
+
+MISUSES = (
+    # words
+    Misuse("trian", "Did you mean 'train'"),
+    Misuse("--verbose", "No such option: --verbose"),
+    Misuse("train --stepz 3", "--steps"),
+    Misuse("train now", "unexpected extra argument"),
+    Misuse("train --lr", "--lr"),
+    Misuse("list modelz", "'models'"),
+    Misuse("show reward", "NAME"),
+    Misuse("show reward shapez", "'shapes'"),
+    Misuse("runs notes.txt", "'notes.txt' is a file", text("notes.txt", "")),
+    Misuse("pretrain shape", "Did you mean 'shapes'"),
+    # numbers
+    Misuse("train --steps abc", "--steps"),
+    Misuse("train --steps 0", "--steps"),
+    Misuse("train --steps -1", "--steps"),
+    Misuse("train --iterations 0", "--iterations"),
+    Misuse("train --iterations 1.5", "--iterations"),
+    Misuse("train --lr nan", "--lr"),
+    Misuse("train --lr inf", "--lr"),
+    Misuse("train --lr -1", "--lr"),
+    Misuse("train --lr fast", "--lr"),
+    Misuse("train --seed -1", "--seed"),
+    Misuse("eval meanflow-shapes --num 0", "--num"),
+    Misuse("eval meanflow-shapes --num many", "--num"),
+    Misuse("eval meanflow-shapes --steps 1,two", "'two'"),
+    Misuse("eval meanflow-shapes --steps 4,4", "twice"),
+    Misuse("eval meanflow-shapes --batch-size 0", "--batch-size"),
+    Misuse(f"{GENERATE} --num 0", "--num"),
+    Misuse(f"{GENERATE} --steps 0", "--steps"),
+    Misuse(f"{GENERATE} --seed -3", "--seed"),
+    Misuse("pretrain shapes --seed -1", "--seed"),
+    # names
+    Misuse("train --model meanflow-shape", "Did you mean 'meanflow-shapes'"),
+    Misuse("train --stochasticizer asfcm", "Did you mean 'asfmc'"),
+    Misuse("train --objective grop", "Did you mean 'grpo'"),
+    Misuse("train --optimizer adamx", "Did you mean 'adamw'"),
+    Misuse("train --prompts shapes-trian", "Did you mean 'shapes-train'"),
+    Misuse("train --device tpu", "tpu"),
+    Misuse("train --device cuda:99", "cuda:99"),
+    Misuse("train --dtype fp8", "fp8"),
+    Misuse("eval nowhere", "neither a model nor a run folder"),
+    Misuse("eval", "no run"),
+    Misuse("eval meanflow-shapes --against nowhere", "'nowhere'"),
+    Misuse("eval meanflow-shapes --grid unifrom", "Did you mean 'uniform'"),
+    Misuse("eval meanflow-shapes --reward shapez", "Did you mean 'shapes'"),
+    Misuse("eval meanflow-shapes --device tpu", "tpu"),
+    Misuse("generate a+red+circle", "no run"),
+    Misuse(f"{GENERATE} --dtype fp8", "fp8"),
+    # rewards and prompts
+    Misuse("train --reward shapez", "Did you mean 'shapes'"),
+    Misuse("train --reward shapes=heavy", "'heavy'"),
+    Misuse("train --reward shapes=nan", "'nan'"),
+    Misuse("train --reward shapes=0", "weight 0"),
+    Misuse("train --reward shapes --reward shapes", "shapes"),
+    Misuse("train --reward python:no.such.module:fn", "no.such.module"),
+    Misuse("train --reward python:json", "module:function"),
+    Misuse("train --reward python:json:no_such_function", "no_such_function"),
+    Misuse("train --prompts nowhere.txt", "nowhere.txt"),
+    Misuse("train --prompts p.txt", "p.txt", text("p.txt", "")),
+    Misuse("train --prompts p.txt", "p.txt:2", text("p.txt", "a red circle\n\na blue square\n")),
+    Misuse("train --prompts p.txt", "p.txt:2", text("p.txt", "a red circle\na red circle\n")),
+    Misuse("train --prompts p.txt", "a nice dog", text("p.txt", "a nice dog\n")),
+    Misuse("eval meanflow-shapes --prompts p.jsonl", "p.jsonl:1", text("p.jsonl", '{"text": "a red circle"}\n')),
+    Misuse("generate", "PROMPT"),
+    Misuse("generate ''", "prompt is empty"),
+    # recipes
+    Misuse("train --set lr", "PATH=VALUE"),
+    Misuse("train --set optimizer.lrr=1", "'lr'"),
+    Misuse("train --set lora.rank=zero", "lora.rank"),
+    Misuse("train --set lora.rank=[", "--set lora.rank=["),
+    Misuse("train --set trian.seed=1", "'train'"),
+    Misuse("train --config nowhere.yaml", "nowhere.yaml"),
+    Misuse("train --config meanflow-shape", "'meanflow-shapes'"),
+    Misuse("train --config r.yaml", "r.yaml is empty", text("r.yaml", "")),
+    Misuse("train --config r.yaml", "r.yaml:2", text("r.yaml", "train: {seed: 1}\nlora: {rank: [}\n")),
+    Misuse("train --config r.yaml", "r.yaml:3", text("r.yaml", "lora:\n  rank: 4\n  rnak: 4\n")),
+    Misuse("train --config r.yaml", "given twice", text("r.yaml", "lora: {rank: 4}\nlora: {rank: 8}\n")),
+    Misuse("train --config r.yaml", "mapping", text("r.yaml", "- shapes\n")),
+    Misuse("train --config r.yaml", "--allow-code", text("r.yaml", "rewards: ['python:json:loads']\n")),
+    Misuse("train --config r.yaml", "UTF-8", binary("r.yaml", b"train: {seed: 1} # \xff\n")),
+    Misuse("train --config .", "folder"),
+    Misuse("train --model scm-shapes --stochasticizer asfmc", "asfmc"),
+    Misuse("train --stochasticizer asfmc --set stochasticizer.gap=0.1 --set stochasticizer.ratio=0.5", "gap"),
+    Misuse("train --steps 1", "steps"),
+    Misuse("train --set rollout.group_size=1", "rollout.group_size"),
+    # folders
+    Misuse("train --run taken", "taken", folder_with_a_file),
+    Misuse("train --run taken", "taken", finished_run),
+    Misuse("train --run notes.txt", "notes.txt", text("notes.txt", "")),
+    Misuse("eval taken", "taken", folder_with_a_file),
+    Misuse("eval taken", "taken", finished_run),
+    Misuse(f"{GENERATE} --out notes.txt", "'notes.txt' is a file", text("notes.txt", "")),
+    Misuse("pretrain shapes --out notes.txt", "'notes.txt' is a file", text("notes.txt", "")),
+)
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def test_there_are_at_least_forty() -> None:
+    assert len(MISUSES) >= 40
+
+
+@pytest.mark.parametrize("misuse", MISUSES, ids=lambda misuse: misuse.command)
+def test_a_wrong_use_is_one_clear_line(misuse: Misuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    misuse.prepare(tmp_path)
+    before = contents(tmp_path)
+    done = fmg(*misuse.args())
+    assert done.code in (1, 2)
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert misuse.says in done.stderr
+    assert contents(tmp_path) == before

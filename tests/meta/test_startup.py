@@ -1,0 +1,42 @@
+"""Commands that only look at names, options and recipes start without the heavy libraries."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "numpy", "scipy", "PIL", "matplotlib", "transformers", "diffusers", "peft", "accelerate")
+
+SCRIPT = f"""
+import sys
+from fmg.cli.main import main
+code = main(sys.argv[1:])
+loaded = [name for name in {HEAVY} if name in sys.modules]
+sys.exit(f"imported {{loaded}}" if loaded else code)
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["--help"],
+        ["--version"],
+        ["train", "--help"],
+        ["eval", "--help"],
+        ["generate", "--help"],
+        ["list"],
+        ["show", "stochasticizer", "asfmc"],
+        ["show", "model", "meanflow-shapes"],
+        ["runs"],
+        ["train", "--dry-run"],
+        ["train", "--dry-run", "--json", "--reward", "shapes=0.5", "--set", "lora.rank=4"],
+        ["train", "--lr", "-1"],
+    ],
+    ids=" ".join,
+)
+def test_no_heavy_import(command: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == (2 if "-1" in command else 0), done.stderr
+    assert "imported" not in done.stderr

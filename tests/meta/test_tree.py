@@ -1,0 +1,82 @@
+"""Rules of the repository that no linter knows."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from fmg.registry.resolve import resolve
+
+ROOT = Path(__file__).resolve().parents[2]
+MAX_LINES = 400
+MAX_BYTES = 12_000_000
+TEXT = {"", ".cfg", ".json", ".jsonl", ".md", ".py", ".sh", ".toml", ".txt", ".yaml", ".yml"}
+
+
+def files(*patterns: str) -> list[Path]:
+    """What git tracks or would track, under the given path patterns."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z", "--", *patterns]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [path for name in listed.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def offenders(pattern: str, paths: list[Path]) -> list[str]:
+    """`file:line` of every line that matches, this file excepted."""
+    found = []
+    for path in paths:
+        if path == Path(__file__) or path.suffix not in TEXT:
+            continue
+        lines = path.read_text(encoding="utf-8").splitlines()
+        found += [f"{path.relative_to(ROOT)}:{i}" for i, line in enumerate(lines, 1) if re.search(pattern, line)]
+    return found
+
+
+def test_no_module_is_long() -> None:
+    long = {path: count for path in files("*.py") if (count := len(path.read_text("utf-8").splitlines())) > MAX_LINES}
+    assert not long
+
+
+def test_no_file_is_large() -> None:
+    assert not [path for path in files() if path.stat().st_size > MAX_BYTES]
+
+
+@pytest.mark.parametrize(
+    ("rule", "pattern", "where"),
+    [
+        ("paths of one machine", r"(?<![\w.<])/(?:farm|home|opt|root|Users|work)/", ["."]),
+        ("torchvision", "torchvision", ["*.py", "*.toml", "*.txt", "*.yaml", "Makefile"]),
+        (
+            "pickle",
+            r"\bimport pickle\b|\bpickle\.|allow_pickle|weights_only *= *False",
+            ["fmg", "benchmarks", "examples"],
+        ),
+        ("loading without weights_only", r"torch\.load\((?!.*weights_only=True)", ["fmg", "benchmarks", "examples"]),
+        ("code from a checkpoint", r"trust_remote_code *= *True", ["*.py"]),
+        ("leftovers", r"\b(?:TODO|FIXME|XXX)\b|raise NotImplementedError", ["fmg", "benchmarks", "examples"]),
+    ],
+)
+def test_no_trace_of(rule: str, pattern: str, where: list[str]) -> None:
+    assert not offenders(pattern, files(*where)), rule
+
+
+def test_only_the_command_line_knows_rich_and_typer() -> None:
+    others = [path for path in files("fmg/*.py") if "cli" not in path.relative_to(ROOT).parts]
+    assert not offenders(r"^\s*(?:from|import) (?:rich|typer)\b", others)
+
+
+@pytest.mark.parametrize("recipe", files("configs/*.yaml"), ids=lambda path: path.stem)
+def test_every_shipped_recipe_resolves(recipe: Path) -> None:
+    assert resolve(recipe).recipe.model.name
+
+
+def test_every_dependency_is_pinned_within_its_range() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    ranges = map(Requirement, (*project["dependencies"], *project["optional-dependencies"]["dev"]))
+    assert not [str(r) for r in ranges if r.name not in pins or pins[r.name] not in r.specifier]

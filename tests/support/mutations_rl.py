@@ -1,0 +1,72 @@
+"""The formulas of fmg.rl, each broken in the ways it could plausibly be wrong."""
+
+from __future__ import annotations
+
+from tests.support.mutation import Mutation
+
+_ADVANTAGES, _GRPO, _NOISE = "fmg.rl.advantages", "fmg.rl.grpo", "fmg.rl.noise"
+_REPLAY, _ROLLOUTS, _RWFM = "fmg.rl.replay", "fmg.rl.rollouts", "fmg.rl.rwfm"
+
+
+def _rl(*names: str) -> tuple[str, ...]:
+    return tuple(f"rl_identities:check_{name}" for name in names)
+
+
+_CLOSED_FORM = _rl("advantages_closed_form")
+_STEP = _rl("ratio_and_distances_after_a_step")
+_RECORD = _rl("rollout_records_what_it_did")
+
+MUTATIONS: tuple[Mutation, ...] = (
+    # advantages
+    Mutation(_ADVANTAGES, "centred = values - mean[index]", "centred = mean[index] - values", _CLOSED_FORM),
+    Mutation(_ADVANTAGES, "centred = values - mean[index]", "centred = values - values.mean()", _CLOSED_FORM),
+    Mutation(_ADVANTAGES, "values.std(correction=0)", "values.std()", _CLOSED_FORM),
+    Mutation(_ADVANTAGES, "centred.square(), index, count).sqrt()", "centred.square(), index, count)", _CLOSED_FORM),
+    Mutation(_ADVANTAGES, "if global_std else group_std", "if not global_std else group_std", _CLOSED_FORM),
+    Mutation(_ADVANTAGES, "(std + eps)[index]", "std[index]", _CLOSED_FORM),
+    Mutation(_ADVANTAGES, ".clamp(-clip_max, clip_max)", "", _CLOSED_FORM),
+    Mutation(_ADVANTAGES, "scaled, 0.0).float()", "scaled, scaled).float()", _rl("equal_rewards_have_no_advantage")),
+    Mutation(_ADVANTAGES, "return largest[index] > 0", "return largest[index] >= 0", _rl("equal_rewards_have_no_advantage")),
+    # ratio, clip, loss
+    Mutation(_GRPO, '- rows["log_prob_old"]).exp()', '+ rows["log_prob_old"]).exp()', _rl("replay_gives_ratio_one")),
+    Mutation(_GRPO, '- rows["log_prob_old"]).exp()', '- rows["log_prob_old"]) + 1', _STEP),
+    Mutation(
+        _GRPO,
+        "return -torch.minimum(ratio * advantage, clipped * advantage)",
+        "return torch.minimum(ratio * advantage, clipped * advantage)",
+        _rl("clip_is_pessimistic", "first_gradient_is_reinforce"),
+    ),
+    Mutation(_GRPO, "torch.minimum(", "torch.maximum(", _rl("clip_is_pessimistic")),
+    Mutation(_GRPO, "ratio.clamp(1 - clip_range, 1 + clip_range)", "ratio.clamp(max=1 + clip_range)", _rl("clip_is_pessimistic")),
+    Mutation(_GRPO, '* rows["weight"]).mean()', ").mean()", _rl("weights_scale_rows")),
+    Mutation(_GRPO, '* rows["weight"]).mean()', '* rows["weight"]).sum()', _rl("first_gradient_is_reinforce")),
+    Mutation(_GRPO, "total + self.config.kl_beta * kl_ref", "total - self.config.kl_beta * kl_ref", _STEP),
+    Mutation(_GRPO, 'mean_distance(density.mean, rows["mean_old"], density.std)', "density.mean.square()", _rl("replay_gives_ratio_one")),
+    Mutation(_GRPO, "replay(self.stochasticizer, reference, batch).mean", "mean", _STEP),
+    Mutation(_GRPO, '"ratio_max": ratio.max()', '"ratio_max": ratio.min()', _STEP),
+    Mutation(_GRPO, "(ratio - 1).abs() > self.clip_range", "(ratio - 1) > self.clip_range", _STEP),
+    # divergence and replay
+    Mutation(_REPLAY, "/ (2 * std.square())", "/ std.square()", _rl("mean_distance_is_a_kl") + _STEP),
+    Mutation(_REPLAY, "/ (2 * std.square())", "/ (2 * std)", _rl("mean_distance_is_a_kl") + _STEP),
+    Mutation(_REPLAY, ".flatten(1).mean(1)", ".flatten(1).sum(1)", _rl("mean_distance_is_a_kl") + _STEP),
+    Mutation(_REPLAY, "torch.expm1(log_ratio).abs()", "torch.expm1(log_ratio)", _STEP),
+    Mutation(_REPLAY, "log_prob_old=torch.cat(log_probs), ", "", _STEP),
+    Mutation(_REPLAY, "mean_old=torch.cat(means), ", "", _STEP),
+    # noise and rollout
+    Mutation(_NOISE, '",".join(map(str, key))', '",".join(map(str, key[1:]))', _rl("noise_depends_on_its_key_alone")),
+    Mutation(_NOISE, ", person=self._person", "", _rl("noise_depends_on_its_key_alone")),
+    Mutation(_NOISE, "**start,", "**self._bits.state,", _rl("noise_is_the_documented_generator")),
+    Mutation(_NOISE, ".standard_normal(dtype=np.float32, out=row)", ".random(dtype=np.float32, out=row)", _rl("noise_is_standard_normal")),
+    Mutation(_ROLLOUTS, "density.push(draw(k + 1))", "density.push(draw(k))", _RECORD),
+    Mutation(_ROLLOUTS, "density.push(draw(k + 1))", "density.push(draw(0))", _rl("rollout_keeps_the_path") + _RECORD),
+    Mutation(_ROLLOUTS, "density.log_prob(x_s)", "density.log_prob(x)", _RECORD),
+    Mutation(_ROLLOUTS, "Transition(k, t, s, x, x_s,", "Transition(k, s, t, x, x_s,", _RECORD + _rl("rollout_records_what_it_did")),
+    Mutation(_ROLLOUTS, "        x = x_s\n", "        x = density.mean\n", _rl("rollout_keeps_the_path") + _RECORD),
+    Mutation(_ROLLOUTS, "key._replace(step=k + 1) for key in chosen", "key for key in chosen", _rl("sample_is_the_native_sampler")),
+    # reward-weighted flow matching
+    Mutation(_RWFM, "target = eps - x_0 if", "target = x_0 - eps if", _rl("rwfm_targets")),
+    Mutation(_RWFM, "advantage / self.config.temperature", "advantage * self.config.temperature", _rl("rwfm_targets")),
+    Mutation(_RWFM, "/ self.config.temperature, 0) * len(index)", "/ self.config.temperature, 0)", _rl("rwfm_targets")),
+    Mutation(_RWFM, '(rows["weight"] * error).mean()', "error.mean()", _rl("rwfm_targets")),
+    Mutation(_RWFM, "expand(path.sigma(t), x_0) * eps", "expand(path.sigma(t).sqrt(), x_0) * eps", _rl("rwfm_targets")),
+)

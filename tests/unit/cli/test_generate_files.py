@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fmg.cli.generate import save_pictures
+from fmg.core.errors import FmgError
+
+
+def picture(level: int) -> Image.Image:
+    return Image.new("L", (2, 2), level)
+
+
+def test_pictures_take_the_next_free_numbers(tmp_path: Path) -> None:
+    first = save_pictures([(picture(1), "a Red circle!"), (picture(2), "日本")], tmp_path / "new")
+    second = save_pictures([(picture(3), "a red circle")], tmp_path / "new")
+    assert [path.name for path in first] == ["0001-a-red-circle.png", "0002-image.png"]
+    assert [path.name for path in second] == ["0003-a-red-circle.png"]
+    assert [Image.open(path).getpixel((0, 0)) for path in (*first, *second)] == [1, 2, 3]
+
+
+def test_a_name_that_another_process_takes_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the other process writes after the folder was listed: the listing is empty, the file is there
+    (tmp_path / "0001-x.png").write_text("theirs")
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter(()))
+    (path,) = save_pictures([(picture(1), "x")], tmp_path)
+    assert path.name == "0002-x.png"
+    assert (tmp_path / "0001-x.png").read_text() == "theirs"
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FmgError, match=r"--out .* cannot be written"):
+        save_pictures([(picture(1), "x")], tmp_path / "file" / "below")

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from fmg.core.errors import CheckpointError, GateError, UsageError
+from fmg.version import __version__
+from tests.support.cli import fmg
+
+
+def test_version() -> None:
+    assert fmg("--version").stdout == f"fmg {__version__}\n"
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+@pytest.mark.parametrize(
+    "command", [(), ("train",), ("eval",), ("generate",), ("list",), ("show",), ("runs",), ("pretrain", "shapes")]
+)
+def test_every_command_has_help(command: tuple[str, ...], flag: str) -> None:
+    shown = fmg(*command, flag)
+    assert (shown.code, shown.stderr) == (0, "")
+    assert f"Usage: fmg {' '.join(command)}" in shown.stdout
+
+
+@pytest.mark.parametrize("group", [(), ("pretrain",)])
+def test_a_group_without_a_command_prints_its_help(group: tuple[str, ...]) -> None:
+    assert fmg(*group).stdout == fmg(*group, "--help").stdout
+
+
+def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raises(root: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fmg.data.run_folder.list_runs", raises)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(UsageError("No", "Do"), 2), (CheckpointError("No", "Do"), 1), (GateError("No", "Do"), 1)],
+)
+def test_an_expected_error_is_two_sentences_on_one_line(
+    error: Exception, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_with(error, monkeypatch)
+    shown = fmg("runs")
+    assert (shown.code, shown.stdout, shown.stderr) == (code, "", "error: No. Do.\n")
+
+
+def test_an_error_of_the_program_says_how_to_see_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_with(ZeroDivisionError("first line\nsecond line"), monkeypatch)
+    shown = fmg("runs", "a folder")
+    assert shown.code == 70
+    assert shown.stderr == ("error: Unexpected ZeroDivisionError: first line. See where: fmg --debug runs 'a folder'\n")
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_with(ZeroDivisionError("x"), monkeypatch)
+    shown = fmg("--debug", "runs")
+    assert "Traceback (most recent call last)" in shown.stderr
+    assert shown.stderr.endswith("error: Unexpected ZeroDivisionError: x.\n")
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_with(KeyboardInterrupt(), monkeypatch)
+    shown = fmg("runs")
+    assert shown.code == 130
+    assert shown.stderr.startswith("error: Interrupted.")
+    assert shown.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [["list"], ["list", "--json"]])
+def test_a_reader_that_goes_away_is_no_error(command: list[str]) -> None:
+    call = [sys.executable, "-m", "fmg", *command]
+    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 1
+
+
+def test_a_narrow_encoding_loses_letters_and_not_the_command() -> None:
+    call = [sys.executable, "-m", "fmg", "runs", "größe"]
+    done = subprocess.run(call, env={"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "no run under 'gr??e'" in done.stdout

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fmg.cli.live import LiveReporter
+from fmg.cli.observers import JsonReporter, PlainReporter, reporter_for
+from fmg.core.events import Evaluated, Event, Finished, IterationDone, Notice, StageProgress, Started
+
+STORY: tuple[Event, ...] = (
+    Started("meanflow-shapes", 2, {"stochasticizer": "asfmc-endpoint"}),
+    Evaluated(0, {"eval/shapes_mean": 0.5, "eval/shapes_strict_mean": 0.25}, None),
+    StageProgress("rollout", 1, 4),
+    IterationDone(1, 2, {"iteration": 1, "reward/mean": 0.5}),
+    Notice("warning", "look [red]here[/red]"),
+    IterationDone(2, 2, {"iteration": 2, "reward/mean": 0.75}),
+    Evaluated(2, {"eval/shapes_mean": 0.625, "eval/shapes_strict_mean": 0.5}, Path("grid.png")),
+    Finished(Path("runs/a"), False, {}),
+)
+
+
+class Clock:
+    """Seconds that pass only when told."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def plain_console() -> tuple[Console, io.StringIO]:
+    text = io.StringIO()
+    return Console(file=text, markup=False, emoji=False, highlight=False, width=60), text
+
+
+def test_plain_lines_tell_the_story_with_differences_from_the_start() -> None:
+    console, text = plain_console()
+    with PlainReporter(console, Clock()) as reporter:
+        for event in STORY:
+            reporter(event)
+    assert text.getvalue().splitlines() == [
+        "meanflow-shapes, 2 iterations",
+        "  stochasticizer: asfmc-endpoint",
+        "held out, after iteration 0  shapes strict 0.250  shapes 0.500",
+        "iteration 1/2  reward 0.500  0.0 s",
+        "warning: look [red]here[/red]",
+        "iteration 2/2  reward 0.750 (+0.250)  0.0 s",
+        "held out, after iteration 2  shapes strict 0.500 (+0.250)  shapes 0.625 (+0.125)",
+    ]
+
+
+def test_a_long_stage_gives_a_sign_of_life_every_ten_seconds() -> None:
+    console, text = plain_console()
+    clock = Clock()
+    reporter = PlainReporter(console, clock)
+    for second in range(25):
+        clock.now = float(second)
+        reporter(StageProgress("evaluation", second, 25))
+    assert text.getvalue().splitlines() == ["evaluation: 10/25", "evaluation: 20/25"]
+
+
+def test_json_lines_hold_metrics_only_and_notices_go_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    console, notices = plain_console()
+    with JsonReporter(console) as reporter:
+        for event in STORY:
+            reporter(event)
+        reporter(IterationDone(3, 3, {"iteration": 3.0, "grad_norm": float("nan")}))
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["iteration"] for line in lines] == [0, 1, 2, 2, 3]
+    assert lines[1] == {"iteration": 1, "reward/mean": 0.5}
+    assert lines[-1] == {"iteration": 3, "grad_norm": None}
+    assert notices.getvalue() == "warning: look [red]here[/red]\n"
+
+
+def test_the_live_view_shows_progress_scores_and_keeps_notices() -> None:
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=100, markup=False, emoji=False, highlight=False)
+    with LiveReporter(console) as reporter:
+        for event in STORY[:3]:
+            reporter(event)
+        frame = shown(reporter)
+        assert "rollout" in frame
+        assert "1/4" in frame
+        for event in STORY[3:]:
+            reporter(event)
+        frame = shown(reporter)
+    assert "2/2" in frame
+    assert "rollout" not in frame
+    assert "0.750  +0.250  ▁█" in frame
+    assert "shapes strict  0.500  +0.250  held out, after iteration 2" in frame
+    assert "look [red]here[/red]" in text.getvalue()
+
+
+def shown(reporter: LiveReporter) -> str:
+    """The lines that the live view would draw now."""
+    target = Console(file=io.StringIO(), width=100, markup=False, highlight=False)
+    with target.capture() as capture:
+        target.print(reporter.view())
+    return capture.get()
+
+
+@pytest.mark.parametrize(("terminal", "kind"), [(True, LiveReporter), (False, PlainReporter)])
+def test_a_terminal_gets_the_live_view_and_a_pipe_plain_lines(
+    terminal: bool, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    assert isinstance(reporter_for(Console(file=io.StringIO(), force_terminal=terminal)), kind)
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    assert isinstance(reporter_for(Console(file=io.StringIO(), force_terminal=True)), PlainReporter)

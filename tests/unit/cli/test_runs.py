@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from fmg.data.run_folder import RunFolder
+from tests.support.cli import fmg
+
+
+@pytest.fixture
+def two_runs(tmp_path: Path) -> Path:
+    root = tmp_path / "runs"
+    first = RunFolder.create(None, "meanflow-shapes", root=root, now=datetime(2030, 1, 1).astimezone())
+    first.append_metrics({"iteration": 0, "eval/shapes_strict_mean": 0.25, "eval/shapes_mean": 0.5})
+    first.append_metrics({"iteration": 1, "reward/mean": 0.5, "grad_norm": float("nan")})
+    first.append_metrics({"iteration": 2, "reward/mean": 0.75})
+    first.append_metrics({"iteration": 2, "eval/shapes_strict_mean": 0.5, "eval/shapes_mean": 0.75})
+    first.set_state("finished")
+    RunFolder.create(None, "scm-shapes", root=root, now=datetime(2030, 1, 2).astimezone())
+    return root
+
+
+def test_runs_show_scores_before_and_after(two_runs: Path) -> None:
+    lines = fmg("runs", str(two_runs)).stdout.splitlines()
+    finished = next(line for line in lines if "finished" in line)
+    assert "meanflow-shapes" in finished
+    assert "0.500 -> 0.750" in finished
+    assert "shapes strict 0.250 -> 0.500" in finished
+    running = next(line for line in lines if "running" in line)
+    assert "- -> -" in running
+
+
+def test_runs_as_json(two_runs: Path) -> None:
+    first, second = json.loads(fmg("runs", str(two_runs), "--json").stdout)
+    assert first["iterations"] == 2
+    assert first["reward"] == {"name": "reward/mean", "before": 0.5, "after": 0.75}
+    assert first["held_out"] == {"name": "shapes strict", "before": 0.25, "after": 0.5}
+    assert second["reward"]["after"] is None
+
+
+def test_no_runs_yet_says_how_to_make_one(tmp_path: Path) -> None:
+    shown = fmg("runs", str(tmp_path / "none"))
+    assert shown.code == 0
+    assert "fmg train" in shown.stdout

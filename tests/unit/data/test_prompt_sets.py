@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fmg.core.errors import UsageError
+from fmg.core.types import Prompt
+from fmg.data.prompt_sets import PromptList, load_prompts
+from fmg.registry.references import PromptsRef
+
+
+def write(path: Path, data: str | bytes) -> str:
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return str(path)
+
+
+def test_text_file(tmp_path: Path) -> None:
+    file = write(tmp_path / "p.txt", "\ufeffa red circle\r\n  two\u2028lines \r\nrosé\n")
+    assert [p.text for p in load_prompts(file)] == ["a red circle", "two\u2028lines", "rosé"]
+    assert load_prompts(write(tmp_path / "q.txt", "no newline at the end"))[0].tag == ""
+
+
+def test_json_lines_file(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "p.jsonl",
+        '{"prompt": "a cat", "tag": "single_object", "metadata": {"include": [{"class": "cat", "count": 1}]}}\n'
+        '{"prompt": " a dog "}\n',
+    )
+    prompts = load_prompts(file)
+    assert prompts[0] == Prompt("a cat", "single_object", {"include": [{"class": "cat", "count": 1}]})
+    assert prompts[1] == Prompt("a dog", "", {})
+    assert len(prompts) == 2
+
+
+def test_by_reference_of_a_recipe(tmp_path: Path) -> None:
+    file = write(tmp_path / "p.txt", "a\nb\n")
+    reference = PromptsRef.model_validate({"name": "file", "path": file})
+    assert [p.text for p in load_prompts(reference)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("p.txt", "a\n\nb\n", r"p.txt:2: the line is blank"),
+        ("p.txt", "a\nb\n   \n", r"p.txt:3: the line is blank"),
+        ("p.txt", "a\nb\n\n", r"p.txt:3: the line is blank"),
+        ("p.txt", "a\nb\n a\n", r"p.txt:3: the prompt 'a' is already on line 1"),
+        ("p.txt", "", "is empty"),
+        ("p.txt", "\n", r"is empty"),
+        ("p.txt", b"caf\xe9\n", r"not UTF-8 \(byte 3\)"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "a"}\n', r"p.jsonl:2: the prompt 'a' is already on line 1"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b"\n', r"p.jsonl:2: not JSON"),
+        ("p.jsonl", '["a"]\n', r"p.jsonl:1: the line is not a JSON object"),
+        ("p.jsonl", '{"text": "a"}\n', r"p.jsonl:1: unknown key 'text'"),
+        ("p.jsonl", '{"tag": "a"}\n', r"p.jsonl:1: 'prompt' must be a text"),
+        ("p.jsonl", '{"prompt": "  "}\n', r"p.jsonl:1: 'prompt' must be a text"),
+        ("p.jsonl", '{"prompt": 3}\n', r"p.jsonl:1: 'prompt' must be a text"),
+        ("p.jsonl", '{"prompt": "a", "tag": 1}\n', r"p.jsonl:1: 'tag' must be a text"),
+        ("p.jsonl", '{"prompt": "a", "metadata": []}\n', r"p.jsonl:1: .*'metadata' an object"),
+    ],
+)
+def test_bad_files_are_refused_with_their_line(tmp_path: Path, name: str, data: str | bytes, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_prompts(write(tmp_path / name, data))
+
+
+def test_what_is_no_prompt_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no prompt file"):
+        load_prompts(str(tmp_path / "missing.txt"))
+    (tmp_path / "folder.txt").mkdir()
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_prompts(str(tmp_path / "folder.txt"))
+    with pytest.raises(UsageError, match="unknown kind"):
+        load_prompts(PromptsRef.model_validate({"name": "file", "path": "prompts.csv"}))
+    with pytest.raises(UsageError, match="shapes-train"):
+        load_prompts("shapes-trian")
+
+
+def test_prompt_lists_are_not_empty_and_have_no_duplicates() -> None:
+    with pytest.raises(UsageError, match="empty"):
+        PromptList("mine", [])
+    with pytest.raises(UsageError, match="'a' twice"):
+        PromptList("mine", [Prompt("a", "", {}), Prompt("b", "", {}), Prompt("a", "x", {})])

@@ -1,0 +1,104 @@
+"""Components that do not fit together are refused before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fmg.core.errors import CompositionError
+from fmg.core.specs import Requirements
+from fmg.registry import stochasticizers
+from fmg.registry.composition import check_composition, check_target_times
+from fmg.registry.recipe import Recipe
+from fmg.registry.resolve import resolve
+
+Write = Callable[[str | bytes], Path]
+NEEDS_TWO_TIMES = ["asfmc", "asfmc-euler", "flow-sde", "dance-sde", "cps"]
+
+
+@pytest.mark.parametrize("name", NEEDS_TWO_TIMES)
+def test_single_time_maps_have_no_interior_anchor_and_no_velocity(name: str) -> None:
+    with pytest.raises(CompositionError) as caught:
+        resolve(None, {"model": "single-time", "stochasticizer": name})
+    text = str(caught.value)
+    assert text.startswith(f"--stochasticizer: The stochasticizer '{name}' needs a two-time map, but 'single-time' is")
+    assert "'asfmc-endpoint' (--stochasticizer auto)" in text
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["asfmc-euler", "flow-sde", "dance-sde", "cps"])
+def test_linear_path_only(name: str) -> None:
+    with pytest.raises(CompositionError, match=f"'{name}' needs the linear path, but 'trig' is on trig"):
+        resolve(None, {"model": "trig", "stochasticizer": name})
+
+
+def test_every_stochasticizer_fits_a_two_time_map_on_the_linear_path() -> None:
+    for name in stochasticizers.names():
+        assert resolve(None, {"model": "two-time", "stochasticizer": name}).recipe.stochasticizer.name == name
+
+
+def test_exact_asfmc_and_the_endpoint_fit_the_trig_path() -> None:
+    for name in ("asfmc", "asfmc-endpoint"):
+        resolve(None, {"model": "trig", "stochasticizer": name})
+
+
+def test_one_step_has_no_stochastic_transition() -> None:
+    with pytest.raises(CompositionError, match=r"^--steps: The objective 'grpo' needs a stochastic transition"):
+        resolve(None, {"model": "two-time", "steps": 1})
+    assert resolve(None, {"model": "two-time", "steps": 1, "objective": "rwfm"}).recipe.rollout.steps == 1
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["rollout.grid=paper", "rollout.steps=2"], "'paper' needs 3 steps"),
+        (["rollout.grid=[1, 0.5, 0]"], "4 steps"),
+        (["rollout.grid=[1, 0.2, 0.5, 0.1, 0]"], "falls strictly from 1 to 0"),
+        (["rollout.grid=[0.9, 0.5, 0.2, 0.1, 0]"], "falls strictly from 1 to 0"),
+        (["rollout.grid=[1, 0.5, 0.2, 0.1, 0.05]"], "falls strictly from 1 to 0"),
+        (["rollout.grid=paper", "eval.steps=2"], "The evaluation cannot use the rollout's grid"),
+        (["rollout.grid=[1, 0.7, 0.5, 0.2, 0]", "eval.steps=2"], "The evaluation cannot use the rollout's grid"),
+    ],
+)
+def test_grids_that_do_not_exist(sets: list[str], message: str) -> None:
+    with pytest.raises(CompositionError) as caught:
+        resolve(None, {"model": "two-time"}, sets)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("--set ")
+
+
+def test_a_grid_in_a_file_is_refused_with_its_line(write: Write) -> None:
+    path = write("model: two-time\nrollout:\n  steps: 2\n  grid: paper\n")
+    with pytest.raises(CompositionError, match=r"^r.yaml:4: The grid 'paper' needs 3 steps"):
+        resolve(path)
+
+
+def test_euler_form_needs_target_times_above_epsilon() -> None:
+    euler = {"model": "two-time", "stochasticizer": "asfmc-euler"}
+    assert resolve(None, euler, ["rollout.steps=33"]).recipe.rollout.steps == 33
+    with pytest.raises(CompositionError, match=r"above 0.03, but the grid has one at 0.029"):
+        resolve(None, euler, ["rollout.steps=34"])
+    with pytest.raises(CompositionError, match=r"above 0.06, but the grid has one at 0.05"):
+        resolve(None, euler, ["rollout.grid=paper", "stochasticizer.epsilon=0.06"])
+    # the bound itself is outside: a = s - epsilon must stay above 0
+    with pytest.raises(CompositionError, match=r"above 0\.25"):
+        resolve(None, euler, ["stochasticizer.epsilon=0.25"])
+
+
+def test_flux_shift_is_checked_when_the_image_size_is_known() -> None:
+    sets = ["rollout.grid=flux-shift", "stochasticizer.epsilon=0.4"]
+    recipe = resolve(None, {"model": "two-time", "stochasticizer": "asfmc-euler"}, sets).recipe
+    requires = recipe.stochasticizer.config.requires()
+    with pytest.raises(CompositionError, match=r"'asfmc-euler' is defined for target times above 0.4, .* at 0.385"):
+        check_target_times("asfmc-euler", requires, (1.0, 0.849, 0.653, 0.385, 0.0))
+    check_target_times("asfmc-euler", Requirements("any", "linear", 2, 0.38), (1.0, 0.849, 0.653, 0.385, 0.0))
+
+
+def test_a_recipe_that_was_built_by_hand_is_checked_too() -> None:
+    good = Recipe.default(model="two-time", stochasticizer="asfmc")
+    check_composition(good)
+    bad = good.model_copy(update={"model": Recipe.default(model="single-time").model})
+    with pytest.raises(CompositionError, match="needs a two-time map"):
+        check_composition(bad)

@@ -1,0 +1,81 @@
+"""Every recipe that ships with the package resolves and means what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import fmg
+from fmg.core.errors import UsageError
+from fmg.registry import models
+from fmg.registry.paths import config_path, configs_folder, recipe_names
+from fmg.registry.recipe import Recipe
+from fmg.registry.resolve import resolve
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_it_resolves_round_trips_and_holds_out_its_evaluation(name: str, tmp_path: Path) -> None:
+    resolved = resolve(name)
+    recipe = resolved.recipe
+    (tmp_path / "copy.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    assert Recipe.from_yaml(tmp_path / "copy.yaml") == recipe
+    assert recipe.prompts != recipe.eval.prompts
+    assert len(recipe.measured_rewards) > len(recipe.rewards)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_it_explains_itself(name: str) -> None:
+    assert config_path(name).read_text(encoding="utf-8").startswith("# ")
+
+
+def test_every_built_in_model_has_a_default_recipe_that_names_it() -> None:
+    for name in models.names():
+        recipe = Recipe.default(name)
+        assert recipe.model.name == name
+        default = models.config(name).spec().default_recipe  # type: ignore[attr-defined]
+        assert resolve(default).recipe.model.name == name
+
+
+def test_the_embedded_default() -> None:
+    recipe = resolve().recipe
+    assert recipe == Recipe.default("meanflow-shapes") == Recipe.default()
+    assert (recipe.rollout.groups, recipe.rollout.group_size, recipe.rollout.steps) == (24, 16, 4)
+    assert recipe.rollout.grid == "uniform"
+    assert recipe.objective.config.model_dump() == {
+        "clip_range": 1e-4,
+        "kl_beta": 0.0,
+        "adv_clip_max": 5.0,
+        "global_std": True,
+    }
+    assert (recipe.lora.rank, recipe.lora.alpha) == (8, 16.0)
+    assert [r.name for r in recipe.eval.rewards] == ["shapes-quality"]
+
+
+def test_recipes_are_found_in_a_checkout_and_in_an_installed_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert config_path("meanflow-shapes").parent == configs_folder()
+    package = tmp_path / "site" / "fmg"
+    (package / "configs").mkdir(parents=True)
+    (package / "configs" / "mine.yaml").write_text("a: 1")
+    # a folder named configs beside an installed package belongs to somebody else
+    (tmp_path / "site" / "configs").mkdir()
+    monkeypatch.setattr("fmg.registry.paths._PACKAGE", package)
+    assert recipe_names() == ["mine"]
+    (package / "configs" / "mine.yaml").unlink()
+    (package / "configs").rmdir()
+    with pytest.raises(UsageError, match="missing from this installation"):
+        configs_folder()
+
+
+def test_unknown_recipe_names_get_a_suggestion() -> None:
+    with pytest.raises(UsageError, match="Did you mean 'meanflow-shapes'"):
+        config_path("meanflow-shape")
+
+
+def test_the_version_is_that_of_the_project_file() -> None:
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    assert project["version"] == fmg.__version__

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from fmg.core.errors import CheckpointError
+from fmg.core.protocols import Model
+from fmg.data.checkpoints import chosen_checkpoint, read_index
+from fmg.training.checkpoint import save_checkpoint
+
+
+class Saver:
+    def save_adapter(self, folder: Path) -> None:
+        folder.mkdir()
+
+
+def save(run: Path, iteration: int, score: float) -> None:
+    save_checkpoint(run, cast(Model, Saver()), iteration, "eval/score", score)
+
+
+def test_the_best_and_the_newest_stay(tmp_path: Path) -> None:
+    for iteration, score in ((0, 0.1), (10, 0.5), (20, 0.3), (30, 0.4)):
+        save(tmp_path, iteration, score)
+    folders = sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir())
+    assert folders == ["checkpoint-10", "checkpoint-30"]
+    index = read_index(tmp_path)
+    assert index is not None
+    assert (index.best, index.latest) == ("checkpoint-10", "checkpoint-30")
+    assert chosen_checkpoint(tmp_path) == tmp_path / "checkpoints" / "checkpoint-10"
+
+
+def test_of_equal_scores_the_earlier_is_best(tmp_path: Path) -> None:
+    save(tmp_path, 0, 0.5)
+    save(tmp_path, 10, 0.5)
+    index = read_index(tmp_path)
+    assert index is not None
+    assert index.best == "checkpoint-0"
+
+
+def test_saving_an_iteration_twice_keeps_the_first(tmp_path: Path) -> None:
+    save(tmp_path, 10, 0.5)
+    save(tmp_path, 10, 0.5)
+    index = read_index(tmp_path)
+    assert index is not None
+    assert len(index.saved) == 1
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"saved": [], "best": "x", "latest": "x"}'])
+def test_a_damaged_index_is_named(tmp_path: Path, damage: str) -> None:
+    save(tmp_path, 0, 0.5)
+    (tmp_path / "checkpoints" / "index.json").write_text(damage)
+    with pytest.raises(CheckpointError, match=r"index\.json"):
+        read_index(tmp_path)
+
+
+def test_a_checkpoint_that_is_gone_is_named(tmp_path: Path) -> None:
+    save(tmp_path, 0, 0.5)
+    (tmp_path / "checkpoints" / "checkpoint-0").rmdir()
+    with pytest.raises(CheckpointError, match="checkpoint-0"):
+        read_index(tmp_path)

@@ -1,0 +1,141 @@
+"""Updates and gates on a network whose gradients do not depend on batching."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fmg.core.errors import GateError
+from fmg.core.events import Event, Notice
+from fmg.core.protocols import Density, FlowMap
+from fmg.core.types import Batch, Conditioning
+from fmg.flow import Gaussian
+from fmg.rl.configs import GrpoConfig
+from fmg.rl.grpo import Grpo
+from fmg.training.gates import ReplayGate, movement, movement_gate
+from fmg.training.update import Updater, partition
+from tests.support import toy
+
+
+def prepared(clip_range: float = 1e-4) -> tuple[toy.ToyNetwork, toy.ToyPolicies, Grpo, Batch]:
+    network, flow_map = toy.two_time()
+    policies = toy.policies(network)
+    drawn = toy.drawn(flow_map)
+    objective = Grpo(GrpoConfig(clip_range=clip_range)).bind(toy.stochasticizer())
+    return network, policies, objective, objective.prepare(toy.scored(drawn, toy.preference(drawn)), policies, 0)
+
+
+def updater(
+    network: toy.ToyNetwork, policies: toy.ToyPolicies, objective: Grpo, micro_batch: int, lr: float
+) -> Updater:
+    parameters = list(network.parameters())
+    return Updater(objective, policies, torch.optim.SGD(parameters, lr=lr), parameters, 1.0, micro_batch)
+
+
+def test_partition_is_a_seeded_disjoint_cover_of_the_rows() -> None:
+    batch = prepared()[3]
+    marked = batch.with_rows(mark=torch.arange(len(batch)))
+    parts = [part.rows["mark"].tolist() for part in partition(marked, 5, seed=3)]
+    assert sorted(sum(parts, [])) == list(range(len(batch)))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert parts == [part.rows["mark"].tolist() for part in partition(marked, 5, seed=3)]
+    assert parts != [part.rows["mark"].tolist() for part in partition(marked, 5, seed=4)]
+
+
+@pytest.mark.parametrize("micro_batch", [1, 5, 7, 1000])
+def test_an_update_does_not_depend_on_the_micro_batch(micro_batch: int) -> None:
+    after = []
+    for size in (72, micro_batch):
+        network, policies, objective, batch = prepared()
+        updater(network, policies, objective, size, lr=0.5).update(batch)
+        after.append(torch.cat([p.detach().flatten() for p in network.parameters()]))
+    torch.testing.assert_close(after[0], after[1], rtol=1e-6, atol=1e-7)
+
+
+def test_a_small_step_raises_the_surrogate() -> None:
+    network, policies, objective, batch = prepared(clip_range=0.5)
+    before = float(objective.loss(policies, batch).total.detach())
+    updater(network, policies, objective, 24, lr=1e-3).update(batch)
+    assert float(objective.loss(policies, batch).total.detach()) < before
+
+
+def test_the_kl_that_is_logged_is_the_one_after_the_step() -> None:
+    network, policies, objective, batch = prepared()
+    assert updater(network, policies, objective, 24, lr=0.5).update(batch)["approx_kl"] > 0
+    network, policies, objective, batch = prepared()
+    assert updater(network, policies, objective, 24, lr=0.0).update(batch)["approx_kl"] == 0
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_leaves_the_weights() -> None:
+    network, policies, objective, batch = prepared()
+    before = [p.detach().clone() for p in network.parameters()]
+    broken = batch.with_rows(advantage=torch.full_like(batch.rows["advantage"], float("inf")))
+    with pytest.raises(GateError, match="not finite"):
+        updater(network, policies, objective, 24, lr=0.1).update(broken)
+    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+
+
+class NoisyReplay:
+    """A stochasticizer whose mean changes by `size` at every second call: a rollout that the update cannot replay."""
+
+    path_preserving = False
+
+    def __init__(self, size: float, lasting: bool) -> None:
+        self.size, self.lasting, self.calls = size, lasting, 0
+
+    def transition(self, flow_map: FlowMap, x_t: Tensor, t: Tensor, s: Tensor, cond: Conditioning) -> Density:
+        self.calls += 1
+        exact = toy.stochasticizer().transition(flow_map, x_t, t, s, cond)
+        shift = self.size * (self.calls if self.lasting else 1)
+        return Gaussian(exact.mean + shift, exact.std)
+
+
+def gate(stochasticizer: object, policies: toy.ToyPolicies, heard: list[Event], *, always: bool = False) -> ReplayGate:
+    return ReplayGate(
+        stochasticizer,  # type: ignore[arg-type]
+        policies,
+        clip_range=1e-4,
+        micro_batch=24,
+        always_recompute=always,
+        observer=heard.append,
+    )
+
+
+def test_an_exact_replay_passes_and_keeps_the_rollouts_log_probs() -> None:
+    _, policies, _, batch = prepared()
+    heard: list[Event] = []
+    assert gate(toy.stochasticizer(), policies, heard).admit(batch) is batch
+    assert isinstance(heard[0], Notice)
+    assert "taken from the rollout" in heard[0].text
+
+
+def test_a_rollout_of_other_rounding_is_recomputed_through_the_update_path_ever_after() -> None:
+    _, policies, _, batch = prepared()
+    heard: list[Event] = []
+    noisy = NoisyReplay(1e-3, lasting=False)
+    checked = gate(noisy, policies, heard)
+    fresh = checked.admit(batch)
+    assert not torch.equal(fresh.rows["log_prob_old"], batch.rows["log_prob_old"])
+    assert isinstance(heard[0], Notice)
+    assert "recomputed" in heard[0].text
+    calls = noisy.calls
+    checked.admit(batch)
+    assert noisy.calls > calls
+
+
+def test_a_replay_that_never_agrees_stops_the_run() -> None:
+    _, policies, _, batch = prepared()
+    with pytest.raises(GateError, match="tenth of the clip range"):
+        gate(NoisyReplay(1e-3, lasting=True), policies, []).admit(batch)
+
+
+def test_an_adapter_that_did_not_move_stops_the_run() -> None:
+    network, policies, objective, batch = prepared()
+    named = list(network.named_parameters())
+    start = {name: p.detach().clone() for name, p in named}
+    updater(network, policies, objective, 24, lr=0.0).update(batch)
+    with pytest.raises(GateError, match="did not move"):
+        movement_gate(movement(start, named))
+    updater(network, policies, objective, 24, lr=0.1).update(batch)
+    movement_gate(movement(start, named))
