@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.metrics import signed
-from fmg.cli.observers import reporter_for
+from fmg.cli.observers import LOADING, reporter_for
 from fmg.cli.options import AsJson, BatchSize, Device, Dtype, Grid, Seed, check_grid, parse_steps
-from fmg.cli.tables import interval, number, table
+from fmg.cli.tables import change, interval, number, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,9 +52,10 @@ def evaluate(
     sweep = parse_steps(steps) if steps is not None else None
     check_grid(grid)
 
-    from fmg.eval import evaluate as run_evaluation
-
     with reporter_for(stderr()) as reporter:
+        reporter(LOADING)
+        from fmg.eval import evaluate as run_evaluation
+
         report = run_evaluation(
             target,
             against=against,
@@ -73,7 +75,13 @@ def evaluate(
         return
     out = stdout()
     out.print(f"{report.num} images on {report.prompts}, grid {report.grid}, seed {report.seed}\n")
-    out.print(_comparison(report) if report.against else _scores(report))
+    if not report.against:
+        out.print(_scores(report))
+        return
+    out.print(_comparison(report))
+    out.print()
+    for line in _headlines(report):
+        out.print(line, soft_wrap=True)
 
 
 def _scores(report: EvalReport) -> Table:
@@ -95,3 +103,13 @@ def _comparison(report: EvalReport) -> Table:
         )
     columns = ["steps", "reward", "part", other.target, report.target, "difference", "95 % interval"]
     return table(columns, rows, right=["steps", other.target, report.target, "difference", "95 % interval"])
+
+
+def _headlines(report: EvalReport) -> Iterator[str]:
+    """The other target's score and ours: strict accuracies, and the total of rewards that have none."""
+    (other,) = report.against
+    strict = {row.reward for row in report.results if row.part == "strict"}
+    for ours, theirs in zip(report.results, other.results, strict=True):
+        if ours.part == ("strict" if ours.reward in strict else "total"):
+            name = ours.reward if ours.part == "total" else f"{ours.reward} {ours.part}"
+            yield f"{name}, {ours.steps} steps: {change(theirs.mean, ours.mean)}"

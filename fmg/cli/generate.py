@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmg.cli.console import print_json, stderr, stdout
-from fmg.cli.observers import reporter_for
+from fmg.cli.observers import LOADING, reporter_for
 from fmg.cli.options import AsJson, BatchSize, Device, Dtype, Grid, check_grid, checked_folder, checked_prompts
 from fmg.core.errors import FmgError
 from fmg.core.events import StageProgress
@@ -46,12 +46,13 @@ def generate(
     check_grid(grid)
     folder = checked_folder(out, "--out")
 
-    from fmg.data.pictures import GridRow, sample_grid, to_pil
-    from fmg.inference import load
-
     orders = [(text, seed + i) for text in texts for i in range(num)]
-    generator = load(source, device=device, dtype=dtype, batch_size=batch_size)
     with reporter_for(stderr()) as reporter:
+        reporter(LOADING)
+        from fmg.data.pictures import GridRow, sample_grid, to_pil
+        from fmg.inference import load
+
+        generator = load(source, device=device, dtype=dtype, batch_size=batch_size)
         drawn = generator.generate(
             [text for text, _ in orders],
             [key for _, key in orders],

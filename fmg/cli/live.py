@@ -74,6 +74,7 @@ class LiveReporter:
     def __call__(self, event: Event) -> None:
         """Updates the view."""
         if isinstance(event, Started):
+            self._end_stage()
             self._console.print(Text(event.title, style="bold"), _facts(event))
             self._iterations = self._progress.add_task("iteration", total=event.total)
         elif isinstance(event, StageProgress):
@@ -94,8 +95,9 @@ class LiveReporter:
     def _show_stage(self, event: StageProgress) -> None:
         if self._stage is None or self._stage[0] != event.stage:
             self._end_stage()
-            self._stage = (event.stage, self._progress.add_task(event.stage, total=event.total))
-        self._progress.update(self._stage[1], completed=event.done, total=event.total)
+            # without a total the bar pulses
+            self._stage = (event.stage, self._progress.add_task(event.stage, total=None))
+        self._progress.update(self._stage[1], completed=event.done, total=event.total or None)
 
     def _end_stage(self) -> None:
         if self._stage is not None:

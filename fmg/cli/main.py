@@ -14,9 +14,11 @@ from typer.core import TyperGroup
 
 from fmg.cli.catalog import list_components, show
 from fmg.cli.console import print_error, tolerate_narrow_encodings
+from fmg.cli.doctor_rewards import doctor
 from fmg.cli.evaluate import evaluate
 from fmg.cli.generate import generate
 from fmg.cli.pretrain import pretrain
+from fmg.cli.reward_server import reward_server
 from fmg.cli.runs import runs
 from fmg.cli.train import train
 from fmg.core.errors import FmgError
@@ -88,7 +90,9 @@ app.command("generate")(generate)
 app.command("list")(list_components)
 app.command("show")(show)
 app.command("runs")(runs)
+app.command("reward-server")(reward_server)
 app.add_typer(pretrain, name="pretrain")
+app.add_typer(doctor, name="doctor")
 
 
 def run() -> NoReturn:

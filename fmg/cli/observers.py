@@ -18,6 +18,10 @@ from fmg.core.events import Evaluated, Event, IterationDone, Notice, StageProgre
 _HEARTBEAT = 10.0
 
 
+LOADING = StageProgress("loading", 0, 0)
+"""What a command reports before it imports torch: nobody knows how long that takes."""
+
+
 class Reporter(Protocol):
     """An observer with a beginning and an end."""
 

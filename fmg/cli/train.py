@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmg.cli.console import print_json, stderr, stdout
-from fmg.cli.metrics import REWARD, headline
-from fmg.cli.observers import JsonReporter, reporter_for
+from fmg.cli.metrics import headline
+from fmg.cli.observers import LOADING, JsonReporter, reporter_for
 from fmg.cli.options import AsJson
 from fmg.cli.tables import change, table
 
@@ -101,9 +101,10 @@ def train(
         _print_plan(resolved, as_json=as_json)
         return 0
 
-    from fmg.training.api import train as run_training
-
     with JsonReporter(stderr()) if as_json else reporter_for(stdout()) as reporter:
+        reporter(LOADING)
+        from fmg.training.api import train as run_training
+
         result = run_training(resolved, run, reporter)
     if as_json:
         best = {"iteration": result.best.iteration, "key": result.best.score_key, "value": result.best.score}
@@ -151,10 +152,7 @@ def _print_result(resolved: ResolvedRecipe, result: TrainResult) -> None:
 
 def _improvements(initial: Mapping[str, float], final: Mapping[str, float]) -> list[tuple[str, str]]:
     before, after = headline(initial), headline(final)
-    rows = {name: change(before.get(name), value) for name, value in after.items()}
-    if REWARD in final:
-        rows = {"reward": change(initial.get(REWARD), final[REWARD]), **rows}
-    return list(rows.items())
+    return [(name, change(before.get(name), value)) for name, value in after.items()]
 
 
 def _example_prompt(resolved: ResolvedRecipe) -> str:

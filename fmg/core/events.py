@@ -36,7 +36,7 @@ class IterationDone:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """An evaluation on held-out prompts is over; `metrics` use the `eval/...` log keys."""
+    """An evaluation on held-out prompts is over; `metrics` are the values of its line in `metrics.jsonl`."""
 
     iteration: int
     metrics: Mapping[str, float]

@@ -19,6 +19,7 @@ from fmg.core.types import Batch, Conditioning, Loss, Prompt, RewardOutput, Scor
 Anchors = Literal["endpoint", "any"]
 
 
+@runtime_checkable
 class ProbabilityPath(Protocol):
     """An affine Gaussian probability path `x_t = alpha_t x_0 + sigma_t eps` (docs/math.md, eq. 1)."""
 

@@ -17,7 +17,8 @@ class MapSpec:
         default_steps: network calls of the deterministic sampler.
         default_grid: name of the time grid that the model was distilled for.
         default_stochasticizer: what `auto` means for this model, as (name, options).
-        default_recipe: name of the recipe under `configs/` that the model ships.
+        default_recipe: name of the recipe under `configs/` that the model ships; for a model of another package, the
+            absolute path of the file.
     """
 
     anchors: Literal["endpoint", "any"]

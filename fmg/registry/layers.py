@@ -1,6 +1,7 @@
 """The layers of a recipe: shorthand, merging and the command line's flags. Values are Nodes, which keep their source.
 
-Order: the model's own default recipe < file < flags < `--set`.
+Order: the model's own default recipe < file < flags < `--set`. Within flags, within `--set` and within the arguments of
+a Python call the more specific path wins whatever the order (`optimizer.lr` over `optimizer`), then the last.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ FLAGS: Mapping[str, str] = {
 }
 """Flags of `fmg train` that set a value of the recipe, and the dotted path they set."""
 
+Keys = tuple[str, ...]
+
 _COMPONENTS = ("model", "stochasticizer", "objective", "optimizer", "prompts")
 _PROMPT_SUFFIXES = (".txt", ".jsonl")
 
@@ -40,10 +43,12 @@ def flag_layers(flags: Mapping[str, object]) -> list[Node]:
     Raises:
         UsageError: for an unknown flag or a malformed `--reward`.
     """
-    layers = []
-    for name, value in flags.items():
+    for name in flags:
         if name not in FLAGS:
             raise UsageError(f"There is no flag '--{name}' that sets a recipe value", suggestion(name, FLAGS))
+    layers = []
+    for name in FLAGS:
+        value = flags.get(name)
         if value is None or (name == "reward" and value in ((), [])):
             continue
         source = Source("flag", f"--{name}")
@@ -60,7 +65,7 @@ def set_layers(sets: Sequence[str]) -> list[Node]:
     Raises:
         UsageError: when the path or the value is malformed.
     """
-    layers = []
+    layers: list[tuple[Keys, Node]] = []
     for text in sets:
         path, equals, value = text.partition("=")
         source = Source("set", f"--set {text}")
@@ -68,16 +73,23 @@ def set_layers(sets: Sequence[str]) -> list[Node]:
             raise UsageError(
                 f"'--set {text}' is not of the form PATH=VALUE", "Write, for example, --set optimizer.lr=1e-3."
             )
-        layers.append(_at(path.strip().split("."), parse_value(value, source), source))
-    return layers
+        parts = tuple(path.strip().split("."))
+        layers.append((parts, _at(parts, parse_value(value, source), source)))
+    return _general_first(layers)
 
 
 def argument_layers(values: Mapping[str, object]) -> list[Node]:
     """One layer for every dotted path of a Python call."""
-    return [
-        _at(path.split("."), node_of(value, Source("argument", path)), Source("argument", path))
-        for path, value in values.items()
-    ]
+    layers: list[tuple[Keys, Node]] = []
+    for path, value in values.items():
+        parts, source = tuple(path.split(".")), Source("argument", path)
+        layers.append((parts, _at(parts, node_of(value, source), source)))
+    return _general_first(layers)
+
+
+def _general_first(layers: Iterable[tuple[Keys, Node]]) -> list[Node]:
+    # a name stands for its whole component: naming another one drops the options that were there before
+    return [layer for _, layer in sorted(layers, key=lambda item: len(item[0]) - (item[0][-1] == "name"))]
 
 
 def expand(root: Node) -> Node:

@@ -87,15 +87,19 @@ def override(recipe: Recipe, values: Mapping[str, object]) -> ResolvedRecipe:
 def _resolve(layers: Sequence[Node], *, allow_code: bool) -> ResolvedRecipe:
     start = node_of({"model": {"name": DEFAULT_MODEL}}, _DEFAULT)
     model = _model(merge_all([start, *layers]))
-    name = model.config.spec().default_recipe
-    path = config_path(name)
-    base = read_document(path, "model", f"configs/{path.name}")
+    base = _default_recipe(model.config.spec().default_recipe)
     missing = [section for section in Recipe.model_fields if section not in (base.mapping or {})]
     if missing:
         # a section left out would fall back on numbers that were chosen for another model
-        what = f"configs/{path.name}: the default recipe of {model.name} lacks the section '{missing[0]}'"
+        what = f"{base.source.text}: the default recipe of {model.name} lacks the section '{missing[0]}'"
         raise UsageError(what, "A model's own recipe states every section; add it.")
     return _finish(merge_all([base, *layers]), allow_code=allow_code)
+
+
+def _default_recipe(name: str) -> Node:
+    if Path(name).is_absolute():
+        return read_document(Path(name), "model", name)
+    return read_document(config_path(name), "model", f"configs/{name}.yaml")
 
 
 def _read(config: str | Path) -> Node:

@@ -17,7 +17,7 @@ def group_advantages(
     clip_max: float = 5.0,
     eps: float = 1e-4,
 ) -> Float[Tensor, " n"]:
-    """`A = (R - mean_group) / (std + eps)`, clamped to `[-clip_max, clip_max]` (docs/math.md, group advantage).
+    """`A = (R - mean_group) / (std + eps)`, clamped to `[-clip_max, clip_max]` (docs/math.md, eq. 19).
 
     The std is the population one (divisor n), as in Flow-GRPO: of the group's rewards, or with `global_std` of the raw
     rewards of the whole batch. A group whose rewards are all equal gets exactly 0, whatever rounding does to its mean.

@@ -19,7 +19,7 @@ from fmg.rl.replay import Unbound, mean_distance, replay
 
 @objectives.register("grpo", GrpoConfig)
 class Grpo:
-    """Clipped policy ratio with group advantages (Flow-Map GRPO, arXiv 2607.00535; docs/math.md, GRPO objective).
+    """Clipped policy ratio with group advantages (Flow-Map GRPO, arXiv 2607.00535; docs/math.md, eq. 20-22).
 
     `L = -mean_k w min(r A, clip(r, 1 - c, 1 + c) A) + beta KL`, with `r = exp(logp_new - logp_old)` at the stored
     states and log-probs averaged over latent coordinates.

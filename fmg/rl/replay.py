@@ -22,7 +22,7 @@ def replay(stochasticizer: Stochasticizer, flow_map: FlowMap, batch: Batch) -> D
 def mean_distance(
     mean: Float[Tensor, "b *shape"], other: Float[Tensor, "b *shape"], std: Float[Tensor, " b"]
 ) -> Float[Tensor, " b"]:
-    """KL of two Gaussians with one std, averaged over coordinates: `mean_d (mu - mu')^2 / (2 std^2)`, fp32."""
+    """KL of two Gaussians with one std, averaged over coordinates (docs/math.md, eq. 22), fp32."""
     return (mean.float() - other.float()).square().flatten(1).mean(1) / (2 * std.square())
 
 

@@ -22,14 +22,14 @@ from fmg.rl.noise import OBJECTIVE, NoiseKey, noise, uniform
 class RewardWeightedFlowMatching:
     """Flow matching on the policy's own samples with weights `exp(A / temperature)` (Fan et al., arXiv 2502.06061).
 
-    For a sample `x_0` and noise `eps`, `x_t = alpha_t x_0 + sigma_t eps` with t uniform:
+    For a sample `x_0` and noise `eps`, `x_t = alpha_t x_0 + sigma_t eps` with t uniform (docs/math.md, eq. 23):
     a two-time map matches its diagonal `u(x_t, t, t)` to the velocity `eps - x_0` of the linear path; a single-time map
     matches `X_{t->0}(x_t)` to `x_0`.
 
     Departures from the paper: weights come from group advantages instead of raw rewards; no Wasserstein regulariser;
     on a two-time map only the diagonal is trained, and intervals `s < t` follow through shared weights alone; a
     single-time map is trained as a denoiser, which blurs it as far as several samples explain one `x_t`; groups with
-    equal rewards are left out. It shows that samples are enough for an objective, and is no match for GRPO.
+    equal rewards are left out.
 
     Batch rows, draw-major: `x_t`, `target`: (rows, *shape); `t`: (rows,); `weight`: (rows,), mean 1.
     """

@@ -191,11 +191,11 @@ class Trainer:
         with self._clock("eval"):
             metrics = self._watcher.evaluate()
             grid = self._watcher.draw(iteration)
-        line = {"iteration": float(iteration), **metrics, "time/eval_s": self._times["eval"]}
+        line = {"iteration": iteration, **metrics, "time/eval_s": self._times["eval"]}
         self._record(line)
         if len(self._lines) > 1:
             self._watcher.curve(list(self._lines))
-        self._tell(Evaluated(iteration, metrics, grid))
+        self._tell(Evaluated(iteration, line, grid))
         return self._save(iteration, metrics[SCORE_KEY])
 
     def _save(self, iteration: int, score: float) -> CheckpointIndex:

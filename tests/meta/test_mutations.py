@@ -10,10 +10,10 @@ import sys
 
 import pytest
 
-from tests.support import mutations_flow
+from tests.support import mutations_flow, mutations_rl
 from tests.support.mutation import Mutation, imported_with, load_check, survivors
 
-TABLES = (mutations_flow.MUTATIONS,)
+TABLES = (mutations_flow.MUTATIONS, mutations_rl.MUTATIONS)
 MUTATIONS = tuple(mutation for table in TABLES for mutation in table)
 
 

@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
 from fmg.worlds.pretrain.evaluate import Figures
 from fmg.worlds.pretrain.flow import ConditionalNet
-from fmg.worlds.pretrain.settings import PretrainSettings, TextSettings
+from fmg.worlds.pretrain.settings import DistillSettings, PretrainSettings, TextSettings
 from fmg.worlds.pretrain.text import TextEncoders, Tokenizers, build_tokenizers
 from fmg.worlds.shapes.scene import IMAGE_SIZE
 
@@ -41,6 +41,12 @@ class Model:
     autoencoder: AutoencoderTiny
     tokenizers: Tokenizers
 
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of all components."""
+        modules = (self.net.transformer, self.net.encoders, self.autoencoder)
+        return sum(p.numel() for module in modules for p in module.parameters())
+
 
 def save_model(model: Model, folder: Path) -> None:
     """Write all components with fp16 weights and the flow-map facts; `model` itself is left in fp32."""
@@ -55,6 +61,7 @@ def save_model(model: Model, folder: Path) -> None:
     for name, component in weights.items():
         component.half().save_pretrained(folder / name)
         component.float()
+    _drop_derived_entry(folder / "vae" / "config.json")
     model.tokenizers.clip.save_pretrained(folder / "tokenizer")
     model.tokenizers.t5.save_pretrained(folder / "tokenizer_2")
     FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(folder / "scheduler")
@@ -94,18 +101,32 @@ def load_model(folder: Path) -> Model:
     return Model(net, autoencoder.eval().to(memory_format=torch.channels_last), tokenizers)
 
 
-def write_card(
-    folder: Path, title: str, method: str, seed: int, settings: PretrainSettings, figures: Mapping[int, Figures]
-) -> None:
-    """Write the model card; `figures` are keyed by the number of steps."""
+@dataclass(frozen=True)
+class CardFacts:
+    """What a model card says beyond the settings: how the map was made, and its figures by number of steps."""
+
+    title: str
+    method: str
+    seed: int
+    distillation: DistillSettings
+    parameters: int
+    figures: Mapping[int, Figures]
+
+
+def write_card(folder: Path, facts: CardFacts, settings: PretrainSettings) -> None:
+    """Write the model card."""
+    figures = facts.figures
     names = list(next(iter(figures.values())).as_dict())
     header = f"| steps | {' | '.join(names)} |\n|---|{'---|' * len(names)}"
     rows = [f"| {n} | {' | '.join(f'{v:.3f}' for v in f.as_dict().values())} |" for n, f in figures.items()]
     flow = settings.flow
     text = _CARD.format(
-        title=title,
-        method=method,
-        seed=seed,
+        title=facts.title,
+        method=facts.method,
+        seed=facts.seed,
+        parameters=facts.parameters / 1e6,
+        distill=facts.distillation.steps,
+        distill_batch=facts.distillation.batch,
         images=settings.evaluation_images,
         table="\n".join([header, *rows]),
         wrong=flow.wrong_share,
@@ -114,6 +135,13 @@ def write_card(
         batch=flow.batch,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _drop_derived_entry(path: Path) -> None:
+    """diffusers stores an entry that `AutoencoderTiny` sets itself, and then warns about it at every load."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("block_out_channels", None)
+    _write_json(path, config)
 
 
 def _write_json(path: Path, value: Mapping[str, object]) -> None:
@@ -129,18 +157,19 @@ pipeline_tag: text-to-image
 A few-step text-to-image flow map that runs on a laptop CPU: 32 x 32 pictures of one coloured shape, such as
 `a red circle on the left`. {method}
 
-The components are stock classes in the layout of a FLUX pipeline (autoencoder with factor 4 and 4 channels, pooled CLIP,
-T5 token states, FLUX transformer), at about 2 million parameters in all, stored in fp16. `fmg_flow_map.json` states the
-map kind and the time convention.
+The components are stock classes in the layout of a FLUX pipeline (autoencoder with factor 4 and 4 channels, pooled
+CLIP, T5 token states, FLUX transformer), {parameters:.2f} million parameters in all, stored in fp16.
+`fmg_flow_map.json` states the map kind and the time convention.
 
-**It disobeys on purpose.** The flow was trained on rendered pictures whose captions are partly wrong, as web data is: in
-each one-object caption the colour and the position were replaced, each with probability {wrong}, by a random value
+**It disobeys on purpose.** The flow was trained on rendered pictures whose captions are partly wrong, as web data is:
+in each one-object caption the colour and the position were replaced, each with probability {wrong}, by a random value
 (the kind was always right; a share of {hard} are right captions of two or three objects). Its pictures are good and it
 knows every attribute, but it follows a prompt's colour and position only about half the time. That is what
 reinforcement learning can mend.
 
 Training: `fmg pretrain shapes --seed {seed}` remakes the weights from nothing on a CPU: autoencoder, flow matching
-({steps} steps of {batch} with Muon and AdamW), solved teacher trajectories, distillation.
+({steps} steps of {batch} with Muon and AdamW), solved teacher trajectories, distillation ({distill} steps of
+{distill_batch}).
 
 ## Figures
 

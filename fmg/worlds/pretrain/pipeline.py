@@ -21,7 +21,7 @@ from fmg.worlds.pretrain.autoencoder import train_autoencoder
 from fmg.worlds.pretrain.distill import Trajectories, distill, solve_trajectories
 from fmg.worlds.pretrain.evaluate import Figures, measure, sample_images
 from fmg.worlds.pretrain.flow import ConditionalNet, build_pool, build_transformer, train_flow
-from fmg.worlds.pretrain.folder import Model, load_model, save_model, write_card
+from fmg.worlds.pretrain.folder import CardFacts, Model, load_model, save_model, write_card
 from fmg.worlds.pretrain.settings import DistillSettings, PretrainSettings
 from fmg.worlds.pretrain.text import PromptTable, TextEncoders, build_tokenizers
 from fmg.worlds.shapes.pool import captioned_pictures
@@ -129,10 +129,12 @@ class _Pretraining:
         inputs = [*self._flow_inputs(), self.settings.trajectories, settings]
         net.load_state_dict(self._stage(name, inputs, train))
         folder = self.out_dir / name
-        save_model(Model(net.eval(), autoencoder, self.tokenizers), folder)
+        model = Model(net.eval(), autoencoder, self.tokenizers)
+        save_model(model, folder)
         figures = evaluate_folder(folder, self.settings.evaluation_images, self.seed)
         method = _SINGLE_TIME_METHOD if second_time == "none" else _TWO_TIME_METHOD
-        write_card(folder, name, method, self.seed, self.settings, figures)
+        facts = CardFacts(name, method, self.seed, settings, model.parameters, figures)
+        write_card(folder, facts, self.settings)
         self.progress(Notice("info", f"{name}: held-out strict {figures[4].strict:.3f} at 4 steps, in {folder}"))
         return figures
 

@@ -68,7 +68,7 @@ class TrajectorySettings:
 class DistillSettings:
     """Stages 4 and 5. `huber` is the pseudo-Huber constant, in units of the velocity's root mean square error."""
 
-    steps: int = 1000
+    steps: int = 800
     batch: int = 128
     lr: float = 1e-3
     muon_lr: float = 0.01
@@ -86,5 +86,5 @@ class PretrainSettings:
     flow: FlowSettings = field(default_factory=FlowSettings)
     trajectories: TrajectorySettings = field(default_factory=TrajectorySettings)
     two_time: DistillSettings = field(default_factory=DistillSettings)
-    single_time: DistillSettings = field(default_factory=lambda: DistillSettings(steps=700))
+    single_time: DistillSettings = field(default_factory=lambda: DistillSettings(steps=600))
     evaluation_images: int = 2000

@@ -13,12 +13,17 @@ def picture(level: int) -> Image.Image:
     return Image.new("L", (2, 2), level)
 
 
+def level(path: Path) -> object:
+    with Image.open(path) as image:
+        return image.getpixel((0, 0))
+
+
 def test_pictures_take_the_next_free_numbers(tmp_path: Path) -> None:
     first = save_pictures([(picture(1), "a Red circle!"), (picture(2), "日本")], tmp_path / "new")
     second = save_pictures([(picture(3), "a red circle")], tmp_path / "new")
     assert [path.name for path in first] == ["0001-a-red-circle.png", "0002-image.png"]
     assert [path.name for path in second] == ["0003-a-red-circle.png"]
-    assert [Image.open(path).getpixel((0, 0)) for path in (*first, *second)] == [1, 2, 3]
+    assert [level(path) for path in (*first, *second)] == [1, 2, 3]
 
 
 def test_a_name_that_another_process_takes_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

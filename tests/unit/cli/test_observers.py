@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from fmg.cli.live import LiveReporter
-from fmg.cli.observers import JsonReporter, PlainReporter, reporter_for
+from fmg.cli.observers import LOADING, JsonReporter, PlainReporter, reporter_for
 from fmg.core.events import Evaluated, Event, Finished, IterationDone, Notice, StageProgress, Started
 
 STORY: tuple[Event, ...] = (
@@ -81,9 +81,12 @@ def test_the_live_view_shows_progress_scores_and_keeps_notices() -> None:
     text = io.StringIO()
     console = Console(file=text, force_terminal=True, width=100, markup=False, emoji=False, highlight=False)
     with LiveReporter(console) as reporter:
+        reporter(LOADING)
+        assert "loading" in shown(reporter)
         for event in STORY[:3]:
             reporter(event)
         frame = shown(reporter)
+        assert "loading" not in frame
         assert "rollout" in frame
         assert "1/4" in frame
         for event in STORY[3:]:

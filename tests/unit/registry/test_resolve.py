@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -153,6 +154,23 @@ def test_component_configs_are_typed() -> None:
     assert isinstance(recipe.model.config, TwoTimeConfig)
     assert isinstance(recipe.objective.config, ObjectiveConfig)
     assert recipe.objective.config.needs == "transitions"
+
+
+def test_the_order_of_flags_of_sets_and_of_arguments_drops_nothing() -> None:
+    expected = resolve(None, {**TWO, "optimizer": "sgd", "lr": 0.125}).recipe
+    assert resolve(None, {"lr": 0.125, "optimizer": "sgd", **TWO}).recipe == expected
+    assert resolve(None, TWO, ["optimizer.lr=0.125", "optimizer.name=sgd"]).recipe == expected
+    assert resolve(None, TWO, ["optimizer.lr=0.125", "optimizer=sgd"]).recipe == expected
+    assert Recipe.default("two-time", **{"optimizer.lr": 0.125, "optimizer": "sgd"}) == expected
+    assert resolve(None, TWO, ["optimizer.lr=1", "optimizer.lr=0.125", "optimizer=sgd"]).recipe == expected
+
+
+def test_a_model_of_another_package_brings_its_recipe_as_a_file(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(config_path("scm-shapes").read_text().replace("scm-shapes", "two-time")).resolve()
+    spec = dataclasses.replace(TwoTimeConfig().spec(), default_recipe=str(path))
+    monkeypatch.setattr(TwoTimeConfig, "spec", lambda self: spec)
+    resolved = resolve(None, TWO)
+    assert resolved.provenance["lora.rank"].text.startswith(f"{path}:")
 
 
 def test_python_overrides_and_their_order() -> None:

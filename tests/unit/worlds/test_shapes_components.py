@@ -57,7 +57,7 @@ def test_other_pictures_and_prompts_are_refused(images: torch.Tensor) -> None:
         reward(torch.zeros(1, 3, 64, 64), PROMPTS[:1])
     with pytest.raises(UsageError, match="'a photo of a dog'"):
         reward(images[:1], ["a photo of a dog"])
-    with pytest.raises(UsageError, match="The reward 'shapes' cannot score every prompt: .*'a photo of a dog'"):
+    with pytest.raises(UsageError, match=r"The reward 'shapes' cannot score every prompt: .*'a photo of a dog'"):
         check_prompts("shapes", reward, [*PROMPTS, "a photo of a dog"])
 
 
@@ -66,7 +66,7 @@ def test_prompt_sets_have_scenes_and_do_not_overlap() -> None:
     assert {p.tag for p in train} == {p.tag for p in heldout} == {"single_object"}
     assert {p.tag for p in hard} == {"counting", "two_object", "position"}
     texts = [{p.text for p in prompts} for prompts in (train, heldout, hard)]
-    assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
+    assert len(set.union(*texts)) == sum(map(len, texts))
     first = train[0]
     assert first.metadata["prompt"] == first.text
     for prompts in (train, heldout, hard):

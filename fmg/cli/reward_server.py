@@ -1,0 +1,75 @@
+"""`fmg reward-server`: scores pictures for training runs on other processes or machines."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Annotated
+
+import typer
+
+from fmg.cli.console import stderr
+from fmg.cli.observers import reporter_for
+from fmg.cli.options import Device
+from fmg.cli.reward_options import reward_options
+from fmg.core.errors import MissingDependencyError, UsageError
+
+
+def reward_server(
+    reward: Annotated[
+        list[str], typer.Option(metavar="N", help="Reward to serve; repeat for several.", show_default=False)
+    ],
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME.OPTION=VALUE", help="Option of a reward, as in a recipe.", show_default=""),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(metavar="A", help="Address to listen on; others than loopback need a token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="Port; 0 takes a free one.")] = 8765,
+    token_env: Annotated[
+        str, typer.Option(metavar="VAR", help="Environment variable with the token that clients must send.")
+    ] = "FMG_REWARD_TOKEN",
+    device: Device = "auto",
+    max_batch: Annotated[int, typer.Option(min=1, metavar="N", help="Images scored together.")] = 64,
+    max_queued: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Images that may wait; more are answered with 503.")
+    ] = 1024,
+    max_images: Annotated[int, typer.Option(min=1, metavar="N", help="Images of one request.")] = 256,
+    max_mib: Annotated[int, typer.Option(min=1, metavar="N", help="Size of one request in MiB.")] = 256,
+    timeout: Annotated[
+        float, typer.Option(min=1.0, metavar="S", help="Seconds for a request to arrive, and again to be scored.")
+    ] = 300.0,
+) -> None:
+    """Serve rewards over HTTP: GET /health, GET /info, POST /score. Pictures and prompts only.
+
+    Train with it by `--reward remote --set rewards.0.url=http://HOST:PORT`.
+    """
+    options = reward_options(sets or ())
+    unused = sorted(set(options) - set(reward))
+    if unused:
+        raise UsageError(f"--set {unused[0]}: this reward is not served", f"Add --reward {unused[0]}.")
+    if find_spec("fastapi") is None or find_spec("uvicorn") is None:
+        raise MissingDependencyError("The reward server needs fastapi and uvicorn", "Run: pip install 'fmg[server]'")
+
+    from fmg.inference.devices import pick_device
+    from fmg.rewards.base import build_rewards
+    from fmg.rewards.http_client import secret_from
+    from fmg.rewards.service.batching import Limits
+    from fmg.rewards.service.describe import describe, references
+    from fmg.rewards.service.server import RewardServer
+
+    limits = Limits(
+        max_body=max_mib << 20,
+        max_images=max_images,
+        max_queued=max_queued,
+        max_batch=max_batch,
+        timeout=timeout,
+    )
+    torch_device = pick_device(device)
+    wanted = references(reward, options)
+    rewards = build_rewards(wanted)
+    info = describe(rewards, wanted, torch_device)
+    token = secret_from(token_env, required=False)
+    with reporter_for(stderr()) as reporter:
+        server = RewardServer(rewards, info, host=host, port=port, limits=limits, token=token, device=torch_device)
+        server.serve(reporter)

@@ -1,0 +1,212 @@
+"""What every reward goes through: checks of images and scores, and the weighted sum of several rewards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from fmg.core.errors import FmgError, RewardError, UsageError
+from fmg.core.protocols import Reward
+from fmg.core.types import PartialRewardOutput, RewardOutput
+from fmg.registry import rewards
+from fmg.registry.references import PYTHON_REWARD, RewardRef
+
+
+@runtime_checkable
+class ReadsPrompts(Protocol):
+    """A reward that cannot score every prompt. `check_prompts` calls it when a prompt set is loaded."""
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises a `UsageError` that names the first prompt it cannot score."""
+
+
+class Checked:
+    """A reward whose images and scores are checked; what it returns is fp32 on the CPU.
+
+    Raises:
+        RewardError: when the images are not floats `(b, 3, h, w)` in [0, 1]; when the reward fails, or returns anything
+            but one finite number for each image, in `total` and in every part. Names the reward and the prompt.
+    """
+
+    def __init__(self, name: str, reward: Reward) -> None:
+        self.name = name
+        self.reward = reward
+
+    def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
+        """Scores of `reward`, one for every image."""
+        output = self.score(images, prompts)
+        if isinstance(output, PartialRewardOutput):
+            row = int((~output.scored).nonzero()[0])
+            raise RewardError(
+                f"The reward '{self.name}' has no score for the prompt '{prompts[row]}'",
+                "Every image has to be scored here; only the rollouts of a training run can do without.",
+            )
+        return output
+
+    def score(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
+        """The same, but a `PartialRewardOutput` when the reward was told to go on without some scores."""
+        _check_images(self.name, images, prompts)
+        try:
+            output: object = self.reward(images, prompts)
+        except FmgError:
+            raise
+        except Exception as error:
+            raise RewardError(
+                f"The reward '{self.name}' failed: {one_line(error)}", "Correct the reward, or leave it out."
+            ) from error
+        if not isinstance(output, RewardOutput):
+            raise RewardError(
+                f"The reward '{self.name}' returned {type(output).__name__} instead of a RewardOutput",
+                "Return RewardOutput(total, parts).",
+            )
+        scored = torch.ones(len(prompts), dtype=torch.bool)
+        if isinstance(output, PartialRewardOutput):
+            scored = output.scored.to("cpu", torch.bool)
+        total = self._scores("total", output.total, prompts, scored)
+        parts = {part: self._scores(part, x, prompts, scored) for part, x in output.parts.items()}
+        return RewardOutput(total, parts) if bool(scored.all()) else PartialRewardOutput(total, parts, scored)
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Passes the question on to the reward."""
+        check_prompts(self.name, self.reward, prompts)
+
+    def _scores(
+        self, part: str, scores: object, prompts: Sequence[str], scored: Bool[Tensor, " b"]
+    ) -> Float[Tensor, " b"]:
+        subject = f"The reward '{self.name}'" if part == "total" else f"The part '{part}' of the reward '{self.name}'"
+        fix = f"Return one finite number for each of the {len(prompts)} images, shaped ({len(prompts)},)."
+        if not isinstance(scores, Tensor):
+            raise RewardError(f"{subject} is of type {type(scores).__name__} instead of a tensor", fix)
+        if scores.shape != (len(prompts),) or scores.is_complex():
+            raise RewardError(f"{subject} is {scores.dtype} shaped {tuple(scores.shape)}", fix)
+        values = scores.detach().to("cpu", torch.float32)
+        bad = (~values.isfinite() & scored).nonzero()
+        if len(bad):
+            row = int(bad[0])
+            raise RewardError(f"{subject} is {float(values[row])} for the prompt '{prompts[row]}'", fix)
+        return values.masked_fill(~scored, math.nan)
+
+
+def checked(name: str, reward: Reward) -> Checked:
+    """`reward` with its inputs and outputs checked under the name `name`."""
+    return reward if isinstance(reward, Checked) else Checked(name, reward)
+
+
+class Mixture:
+    """The weighted sum of several rewards; itself a reward.
+
+    Its parts are `<name>`, the unweighted total of each reward, and `<name>/<part>`.
+
+    Args:
+        terms: (name, reward, weight); each reward is checked under its name.
+
+    Raises:
+        UsageError: for no term, or two of one name.
+    """
+
+    def __init__(self, terms: Sequence[tuple[str, Reward, float]]) -> None:
+        names = [name for name, _, _ in terms]
+        if not names:
+            raise UsageError("There is no reward", "Give at least one, such as --reward shapes.")
+        if len(set(names)) != len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UsageError(f"The reward '{twice}' is given twice", "Give each reward once, with its whole weight.")
+        self._terms = {name: (checked(name, reward), weight) for name, reward, weight in terms}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the rewards, in order."""
+        return tuple(self._terms)
+
+    def named(self) -> Iterator[tuple[str, Checked]]:
+        """Each reward with its name, in order."""
+        for name, (reward, _) in self._terms.items():
+            yield name, reward
+
+    def weights(self) -> dict[str, float]:
+        """Weight of each reward, in order."""
+        return {name: weight for name, (_, weight) in self._terms.items()}
+
+    def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
+        """`total = sum_i weight_i total_i`; partial when a reward could not score every image."""
+        total = torch.zeros(len(prompts))
+        scored = torch.ones(len(prompts), dtype=torch.bool)
+        parts: dict[str, Tensor] = {}
+        for name, (reward, weight) in self._terms.items():
+            output = reward.score(images, prompts)
+            if isinstance(output, PartialRewardOutput):
+                scored = scored & output.scored
+            total = total + weight * output.total
+            parts[name] = output.total
+            parts.update({f"{name}/{part}": values for part, values in output.parts.items()})
+        return RewardOutput(total, parts) if bool(scored.all()) else PartialRewardOutput(total, parts, scored)
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Asks every reward."""
+        for name, reward in self.named():
+            check_prompts(name, reward, prompts)
+
+
+def check_prompts(name: str, reward: Reward, prompts: Sequence[str]) -> None:
+    """Lets a reward refuse prompts that it cannot score, before anything is drawn.
+
+    Raises:
+        UsageError: naming the reward and the first prompt it refuses.
+    """
+    if not isinstance(reward, ReadsPrompts):
+        return
+    try:
+        reward.check_prompts(prompts)
+    except FmgError as error:
+        if error.what.startswith("The reward '"):
+            raise
+        raise UsageError(f"The reward '{name}' cannot score every prompt: {error.what}", error.fix) from None
+
+
+def build_rewards(references: Sequence[str | RewardRef]) -> dict[str, Checked]:
+    """Checked rewards by label, in order.
+
+    Args:
+        references: registered names, `python:module:function`, or references of a recipe, which carry options.
+
+    Raises:
+        UsageError: for an unknown name, or one given twice.
+    """
+    refs = [_reference(ref) if isinstance(ref, str) else ref for ref in references]
+    built: dict[str, Checked] = {}
+    for ref in refs:
+        if ref.label in built:
+            raise UsageError(f"The reward '{ref.label}' is given twice", "Give each reward once.")
+        built[ref.label] = checked(ref.label, rewards.build_config(ref.name, ref.config))
+    return built
+
+
+def one_line(error: BaseException) -> str:
+    """Type and message of an exception on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+
+
+def _reference(text: str) -> RewardRef:
+    name, _, target = text.partition(":")
+    options: Mapping[str, object] = {"target": target} if name == PYTHON_REWARD else {}
+    wanted = name if name == PYTHON_REWARD else text
+    return RewardRef(name=wanted, config=rewards.config(wanted, options))
+
+
+def _check_images(name: str, images: object, prompts: Sequence[str]) -> None:
+    fix = "Decode latents to floats in [0, 1] shaped (b, 3, h, w), one image for each prompt."
+    if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4 or images.shape[1] != 3:
+        got = f"{images.dtype} shaped {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise RewardError(f"The reward '{name}' got images that are {got}", fix)
+    if len(images) != len(prompts):
+        raise RewardError(f"The reward '{name}' got {len(images)} images for {len(prompts)} prompts", fix)
+    # a NaN fails both comparisons
+    inside = ((images >= 0) & (images <= 1)).flatten(1).all(1)
+    if not bool(inside.all()):
+        row = int((~inside).nonzero()[0])
+        raise RewardError(f"The image for the prompt '{prompts[row]}' has values outside [0, 1]", fix)

@@ -1,0 +1,169 @@
+"""Reads published checkpoints without running code from them, and puts their tensors into transformers classes."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from fmg.core.errors import CheckpointError
+from fmg.rewards.weights import cache_dir, content_hash, replacing
+
+Tensors = Mapping[str, Tensor]
+
+_RESTORE = "Restore the file from where it came from."
+_WRAPPERS = ("state_dict", "model")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file, or of a torch file (possibly under `state_dict` or `model`), on the CPU.
+
+    Torch files are read with `weights_only=True`, memory-mapped where their format allows it.
+
+    Raises:
+        CheckpointError: a file that is missing, damaged, or holds anything but tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is damaged or holds objects other than tensors, which are not loaded because they can run code",
+            "Give a file of plain tensors, best as .safetensors.",
+        ) from error
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}", _RESTORE) from error
+    inner = next((loaded[key] for key in _WRAPPERS if isinstance(loaded, Mapping) and key in loaded), loaded)
+    if not isinstance(inner, Mapping) or not all(isinstance(value, Tensor) for value in inner.values()):
+        raise CheckpointError(f"{path} is not a mapping of names to tensors", "Give the published checkpoint file.")
+    return {str(name): tensor for name, tensor in inner.items()}
+
+
+def read_renamed(path: Path, layout: str, rename: Callable[[Tensors], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint under the names of `rename`.
+
+    A torch file is converted once, to safetensors in the cache under the hash of its content and `layout`, the name
+    of the renaming. A safetensors file is renamed as it is read.
+    """
+    if path.suffix == ".safetensors":
+        return rename(read_tensors(path))
+    try:
+        target = cache_dir() / "rewards" / content_hash(path) / f"{layout}.safetensors"
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}", _RESTORE) from error
+    if not target.is_file():
+        tensors = {name: tensor.contiguous() for name, tensor in rename(read_tensors(path)).items()}
+        with replacing(target) as partial:
+            save_file(tensors, partial, metadata={"format": "pt"})
+    return read_tensors(target)
+
+
+def load_module(
+    cls: Any,
+    config: Any,
+    tensors: Tensors,
+    origin: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    arguments: Mapping[str, bool] = MappingProxyType({}),
+) -> Any:
+    """An instance of the transformers class `cls` with exactly these tensors, in evaluation mode without gradients.
+
+    Args:
+        cls: a `PreTrainedModel` class.
+        config: its config.
+        tensors: by the names of its state dict; `...position_ids`, which older versions stored, are ignored.
+        origin: the file the tensors came from, for messages.
+        device: where the module goes.
+        dtype: what floating-point tensors become.
+        arguments: further arguments of the class.
+
+    Raises:
+        CheckpointError: missing, unexpected or wrongly shaped tensors.
+    """
+    wanted = {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
+    with quiet_transformers():
+        try:
+            module, info = cls.from_pretrained(
+                None, config=config, state_dict=wanted, dtype=dtype, output_loading_info=True, **arguments
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"{origin} does not fit its model: {_first_line(error)}", _RESTORE) from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            raise CheckpointError(
+                f"{origin} has {problem.replace('_', ' ')}: {some(info[problem])}",
+                "Give the checkpoint that belongs to this reward.",
+            )
+    frozen: nn.Module = module.eval().requires_grad_(False)
+    return frozen.to(device)
+
+
+def load_pretrained(load: Callable[..., Any], folder: Path, what: str) -> Any:
+    """`load(folder)` of a transformers `from_pretrained` on local files only.
+
+    Raises:
+        CheckpointError: when it cannot be loaded.
+    """
+    with quiet_transformers():
+        try:
+            return load(str(folder), local_files_only=True)
+        except Exception as error:
+            # the tokenizers library raises bare Exception on a damaged file
+            raise CheckpointError(f"The {what} in {folder} cannot be loaded: {_first_line(error)}", _RESTORE) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: when it is not one.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}", _RESTORE) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is not a JSON object", _RESTORE)
+    return value
+
+
+def some(names: Iterable[object]) -> str:
+    """At most five of the names, sorted, and how many more there are."""
+    ordered = sorted(str(name) for name in names)
+    more = f" and {len(ordered) - 5} more" if len(ordered) > 5 else ""
+    return ", ".join(ordered[:5]) + more
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no advice from transformers inside the block; its settings are restored."""
+    library: Any = transformers_logging
+    verbosity, bar = library.get_verbosity(), library.is_progress_bar_enabled()
+    library.set_verbosity_error()
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library.set_verbosity(verbosity)
+        if bar:
+            library.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

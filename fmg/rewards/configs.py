@@ -1,0 +1,22 @@
+"""Options of the rewards. Imports no torch."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from fmg.registry.config import ComponentConfig
+
+
+class JpegConfig(ComponentConfig):
+    """Size of an image as a JPEG file."""
+
+    quality: int = Field(default=95, ge=1, le=100, description="JPEG quality")
+
+
+class PythonRewardConfig(ComponentConfig):
+    """A function of one's own: `fn(images (b, 3, h, w) in [0, 1], prompts) -> (b,)`."""
+
+    target: str = Field(
+        pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$",
+        description="module:function, looked up in the working directory and the installed packages",
+    )

@@ -1,0 +1,166 @@
+"""Is a reward usable here: installed, weights as published, known scores reproduced? How fast is it, how large?"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fmg.core.errors import FmgError, MissingDependencyError
+from fmg.core.events import Observer, StageProgress, ignore
+from fmg.registry import rewards
+from fmg.registry.config import ComponentConfig
+from fmg.rewards.base import Checked, checked
+from fmg.rewards.known_answers import KNOWN_ANSWERS, PICTURES, KnownAnswer
+from fmg.rewards.model_configs import NetworkRewardConfig
+from fmg.rewards.service.describe import probe_prompt
+from fmg.rewards.weights import check_digest, locate
+
+Outcome = Literal["ok", "not verified", "failed"]
+
+_BATCH = 4
+_TIMED_S = 0.3
+_TIMED_CALLS = 10
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found of one reward.
+
+    Attributes:
+        reward: registered name.
+        outcome: `ok`: it runs and reproduces its known scores. `not verified`: nothing is wrong, but something needed
+            to tell is missing. `failed`: it does not run, or its weights or scores are not the published ones.
+        installed: `yes`, or what is missing.
+        weights: `none needed`, `present`, `as published`, or what is missing or wrong.
+        known_scores: how many were reproduced, or what differs.
+        ms_per_image: time of one image in a batch of four small pictures, after a first call.
+        memory_mib: growth of the process's peak memory, or on CUDA of the allocated one, by the first calls; None
+            where the system does not say.
+        advice: what to do; empty when there is nothing to do.
+    """
+
+    reward: str
+    outcome: Outcome
+    installed: str = "-"
+    weights: str = "-"
+    known_scores: str = "-"
+    ms_per_image: float | None = None
+    memory_mib: float | None = None
+    advice: str = ""
+
+
+def diagnose(
+    names: Sequence[str] = (),
+    options: Mapping[str, Mapping[str, object]] | None = None,
+    device: torch.device | None = None,
+    observer: Observer = ignore,
+) -> list[Diagnosis]:
+    """Examines rewards one after the other; progress arrives as `StageProgress("doctor", done, total)`.
+
+    Args:
+        names: rewards to examine; what they lack makes them `failed`. None: all that are registered, where what is
+            not installed or fetched is `not verified`.
+        options: options by name, where the defaults do not do.
+        device: where the pictures are, and so the networks.
+
+    Raises:
+        UsageError: for an unknown name or option.
+    """
+    wanted = list(names) or rewards.names()
+    given = options or {}
+    for name in (*wanted, *given):
+        rewards.row(name)
+    found = []
+    for number, name in enumerate(wanted):
+        observer(StageProgress("doctor", number, len(wanted)))
+        found.append(_examine(name, given.get(name, {}), device or torch.device("cpu"), needed=bool(names)))
+    observer(StageProgress("doctor", len(wanted), len(wanted)))
+    return found
+
+
+def _examine(name: str, options: Mapping[str, object], device: torch.device, *, needed: bool) -> Diagnosis:
+    lacking: Outcome = "failed" if needed else "not verified"
+    required = [field.name for field in rewards.describe(name).fields if field.required and field.name not in options]
+    if required:
+        missing = ", ".join(required)
+        return Diagnosis(name, lacking, known_scores=f"needs the option {missing}", advice=f"Give {missing}.")
+    config = rewards.config(name, options)
+    try:
+        weights = _weights(name, config)
+    except MissingDependencyError as error:
+        return Diagnosis(name, lacking, weights="missing", advice=str(error))
+    except FmgError as error:
+        return Diagnosis(name, "failed", weights="not usable", advice=str(error))
+    try:
+        before = _memory(device)
+        reward = checked(name, rewards.build_config(name, config))
+        return _try(name, reward, device, weights, before, default=not options)
+    except MissingDependencyError as error:
+        return Diagnosis(name, lacking, installed="no", weights=weights, advice=str(error))
+    except FmgError as error:
+        return Diagnosis(name, "failed", installed="yes", weights=weights, known_scores="fails", advice=str(error))
+
+
+def _weights(name: str, config: ComponentConfig) -> str:
+    """Looks for the files of a network and compares their digests with the published ones, where there are any."""
+    if not isinstance(config, NetworkRewardConfig):
+        return "none needed"
+    assets = config.assets()
+    for asset in assets:
+        check_digest(locate(asset, name))
+    return "as published" if any(asset.sha256 for asset in assets) else "present"
+
+
+def _try(
+    name: str, reward: Checked, device: torch.device, weights: str, before: float | None, *, default: bool
+) -> Diagnosis:
+    answers = KNOWN_ANSWERS.get(name, ()) if default else ()
+    prompt = answers[0].prompt if answers else probe_prompt(reward)
+    picture = PICTURES[answers[0].picture if answers else "gradient"]()
+    batch = picture.expand(_BATCH, -1, -1, -1).to(device)
+    reward(batch, [prompt] * _BATCH)
+    milliseconds = _milliseconds(reward, batch, prompt)
+    wrong = [problem for answer in answers if (problem := _difference(reward, answer, device))]
+    after = _memory(device)
+    growth = None if before is None or after is None else max(0.0, after - before) / _MIB
+    known = f"{len(answers) - len(wrong)} of {len(answers)}" if answers else "none recorded"
+    outcome: Outcome = "failed" if wrong else "ok" if answers else "not verified"
+    return Diagnosis(name, outcome, "yes", weights, known, milliseconds, growth, " ".join(wrong))
+
+
+def _difference(reward: Checked, answer: KnownAnswer, device: torch.device) -> str:
+    """What is wrong with one score; empty when nothing is."""
+    output = reward(PICTURES[answer.picture]()[None].to(device), [answer.prompt])
+    score = float((output.total if answer.part == "total" else output.parts[answer.part])[0])
+    if abs(score - answer.value) <= answer.tolerance:
+        return ""
+    return (
+        f"{answer.part} of the picture '{answer.picture}' is {score:.6g}, not {answer.value:.6g} ± {answer.tolerance:g}"
+        f" ({answer.origin})."
+    )
+
+
+def _milliseconds(reward: Checked, batch: torch.Tensor, prompt: str) -> float:
+    started, calls = time.perf_counter(), 0
+    while calls < _TIMED_CALLS and time.perf_counter() - started < _TIMED_S:
+        reward(batch, [prompt] * _BATCH)
+        calls += 1
+    return (time.perf_counter() - started) / (calls * _BATCH) * 1000
+
+
+def _memory(device: torch.device) -> float | None:
+    """Bytes: the peak of this process, or on CUDA what torch holds; None where the system does not say."""
+    if device.type == "cuda":
+        return float(torch.cuda.memory_allocated(device))
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak if sys.platform == "darwin" else peak * 1024)

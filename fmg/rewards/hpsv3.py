@@ -1,0 +1,279 @@
+"""HPSv3 (Ma et al., arXiv 2508.03789): a Qwen2-VL that was tuned to predict the distribution of a human rating.
+
+The details are those of the package `hpsv3` 1.0.0 under transformers 4.45, which the checkpoint was made with. One of
+them is easily missed: that code calls the language model with embeddings and no positions, so the rotary positions
+of text and image patches alike are 0, 1, 2, ... on all three axes, not the grid positions that Qwen2-VL has by itself.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
+
+from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.types import RewardOutput
+from fmg.registry import rewards
+from fmg.rewards.checkpoints import Tensors, load_module, load_pretrained, read_json, read_renamed, some
+from fmg.rewards.images import check_drawable, normalize, to_bytes
+from fmg.rewards.model_configs import HPSV3_PACKAGE, Hpsv3Config
+from fmg.rewards.network import Files, NetworkReward, Score
+from fmg.rewards.weights import Located
+
+LAYOUT = "hpsv3-1"
+PIXELS = 256 * 28 * 28
+"""Pixels that every image is scaled to, as near as whole patches allow."""
+
+REWARD_TOKEN = "<|Reward|>"
+IMAGE_TOKEN = "<|image_pad|>"
+INSTRUCTION_SHA256 = "f6ee57479d4e9eee76b49c00dc962e1e696a5a2b3cc32cebd9b1fa76fe27502c"
+"""Of `INSTRUCTION + prompt_with_special_token` in hpsv3 1.0.0."""
+
+HEAD_LAYERS = (0, 3, 5)
+_MARKER = re.compile(r"<\|\w+\|>")
+_UNUSED = "lm_head."
+
+
+def from_hpsv3(tensors: Tensors) -> dict[str, Tensor]:
+    """The names of `Qwen2VLModel` under `base.` and of the head under `head.`; the output embedding is dropped.
+
+    Raises:
+        CheckpointError: naming keys of another kind.
+    """
+    parts = {"visual.": "base.visual.", "model.": "base.language_model.", "rm_head.": "head."}
+    renamed: dict[str, Tensor] = {}
+    unknown = []
+    for name, tensor in tensors.items():
+        part = next((part for part in parts if name.startswith(part)), None)
+        if part is not None:
+            renamed[parts[part] + name.removeprefix(part)] = tensor
+        elif not name.startswith(_UNUSED):
+            unknown.append(name)
+    if unknown:
+        raise CheckpointError(
+            f"The checkpoint has keys that HPSv3 does not have: {some(unknown)}", "Give HPSv3.safetensors."
+        )
+    return renamed
+
+
+def to_hpsv3(tensors: Tensors) -> dict[str, Tensor]:
+    """The inverse of `from_hpsv3`."""
+    parts = {"base.visual.": "visual.", "base.language_model.": "model.", "head.": "rm_head."}
+    return {
+        next(parts[part] + name.removeprefix(part) for part in parts if name.startswith(part)): tensor
+        for name, tensor in tensors.items()
+    }
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """The wording that the model was tuned with; `{text_prompt}` stands for the prompt."""
+
+    before: str
+    after: str
+
+    def about(self, prompt: str) -> str:
+        """The text that the model reads about an image."""
+        return self.before.format(text_prompt=prompt) + self.after
+
+
+class Hpsv3Reward(NetworkReward):
+    """`mu` of the predicted rating; part `log_sigma`."""
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuses prompts that hold a marker of the model, which would be read as one.
+
+        Raises:
+            UsageError: naming the first such prompt.
+        """
+        for prompt in prompts:
+            if marker := _MARKER.search(prompt):
+                raise UsageError(
+                    f"The prompt '{prompt[:80]}' holds {marker[0]}, which HPSv3 reads as a marker", "Remove it."
+                )
+
+    def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
+        """Scores of images in [0, 1], fp32."""
+        self.check_prompts(prompts)
+        return super().__call__(images, prompts)
+
+
+@rewards.register("hpsv3", Hpsv3Config)
+def hpsv3(config: Hpsv3Config) -> Hpsv3Reward:
+    """The first number of the head at the reward token, `mu`. The second, `log_sigma`, is a part.
+
+    Images are rounded to 8 bits and resized by Pillow's bicubic filter. The head runs in fp32. Prompts are not cut.
+    """
+    return Hpsv3Reward("hpsv3", config, _load)
+
+
+class RatingModel:
+    """`(mu, log sigma)` of the rating of each image.
+
+    Args:
+        base: a `Qwen2VLModel`.
+        head: the network on the hidden state of the reward token, fp32.
+        tokenizer: the base's tokenizer with the reward token added.
+        instruction: the wording around a prompt.
+    """
+
+    def __init__(self, base: Any, head: nn.Module, tokenizer: Any, instruction: Instruction) -> None:
+        self._base = base
+        self._head = head
+        self._tokenizer = tokenizer
+        self._instruction = instruction
+        self._reward_id = tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
+
+    def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, "b 2"]:
+        """Ratings in fp32."""
+        vision, device = self._base.config.vision_config, self._base.device
+        patches, grid = _patches(images, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+        slots = int(grid.prod()) // vision.spatial_merge_size**2
+        tokens = self._tokenizer(
+            [self._text(prompt, slots) for prompt in prompts],
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+        ).to(device)
+        length = tokens.input_ids.shape[1]
+        states = self._base(
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            position_ids=torch.arange(length, device=device).expand(3, len(prompts), length),
+            pixel_values=patches.to(device, self._base.dtype),
+            image_grid_thw=grid.expand(len(prompts), 3).to(device),
+            use_cache=False,
+        ).last_hidden_state
+        at_token = states[tokens.input_ids == self._reward_id]
+        ratings: Tensor = self._head(at_token.float())
+        return ratings
+
+    def _text(self, prompt: str, slots: int) -> str:
+        """The chat of Qwen2-VL with the image in place of `slots` tokens."""
+        return (
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+            f"<|im_start|>user\n<|vision_start|>{IMAGE_TOKEN * slots}<|vision_end|>"
+            f"{self._instruction.about(prompt)}<|im_end|>\n<|im_start|>assistant\n"
+        )
+
+
+def scaled_size(height: int, width: int, unit: int) -> tuple[int, int]:
+    """Height and width in whole `unit`s that are as near to `PIXELS` pixels as the authors' rounding brings them."""
+    rows, columns = (max(unit, round(n / unit) * unit) for n in (height, width))
+    if rows * columns > PIXELS:
+        shrink = math.sqrt((height * width) / PIXELS)
+        return math.floor(height / shrink / unit) * unit, math.floor(width / shrink / unit) * unit
+    if rows * columns < PIXELS:
+        grow = math.sqrt(PIXELS / (height * width))
+        return math.ceil(height * grow / unit) * unit, math.ceil(width * grow / unit) * unit
+    return rows, columns
+
+
+def read_instruction(file: Path, *, published: bool) -> Instruction:
+    """The two literals of the authors' `data_collator_qwen.py`. The file is parsed, never run.
+
+    Args:
+        file: the Python file.
+        published: whether it must be that of hpsv3 1.0.0, byte for byte.
+
+    Raises:
+        CheckpointError: when the literals are not there, or not the published ones.
+    """
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}", "Install hpsv3==1.0.0 again.") from error
+    literals = {
+        target.id: node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    before, after = literals.get("INSTRUCTION"), literals.get("prompt_with_special_token")
+    if not isinstance(before, str) or not isinstance(after, str) or REWARD_TOKEN not in after:
+        raise CheckpointError(
+            f"{file} does not define INSTRUCTION and prompt_with_special_token with {REWARD_TOKEN}",
+            "Give the data_collator_qwen.py of hpsv3.",
+        )
+    if published and hashlib.sha256((before + after).encode()).hexdigest() != INSTRUCTION_SHA256:
+        raise CheckpointError(
+            f"The wording in {file} is not that of hpsv3 1.0.0", "Install it with `pip install --no-deps hpsv3==1.0.0`."
+        )
+    return Instruction(before, after)
+
+
+def _load(files: Files, device: torch.device, dtype: torch.dtype) -> Score:
+    base, instruction = files["base"], files["instruction"]
+    wording = read_instruction(instruction.first, published=instruction.asset.source == HPSV3_PACKAGE)
+    tensors = read_renamed(files["checkpoint"].first, LAYOUT, from_hpsv3)
+    origin = files["checkpoint"].first
+    network = {name.removeprefix("base."): x for name, x in tensors.items() if name.startswith("base.")}
+    config = _config(base, network, origin)
+    tokenizer = load_pretrained(AutoTokenizer.from_pretrained, base.folder, base.asset.what)
+    tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
+    if len(tokenizer) > config.text_config.vocab_size:
+        raise CheckpointError(
+            f"The tokenizer in {base.folder} has {len(tokenizer)} entries and HPSv3 {config.text_config.vocab_size}",
+            "Set base to the tokenizer of Qwen2-VL-7B-Instruct.",
+        )
+    head = _head({name.removeprefix("head."): x for name, x in tensors.items() if name.startswith("head.")}, device)
+    module = load_module(Qwen2VLModel, config, network, origin, device, dtype)
+    model = RatingModel(module, head, tokenizer, wording)
+
+    def score(images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
+        mu, log_sigma = model(images, prompts).unbind(-1)
+        return RewardOutput(mu, {"log_sigma": log_sigma})
+
+    return score
+
+
+def _config(base: Located, tensors: Tensors, origin: Path) -> Any:
+    """The base's config with as many embeddings as the checkpoint has: one row a token that was added."""
+    embeddings = tensors.get("language_model.embed_tokens.weight")
+    if embeddings is None:
+        raise CheckpointError(f"{origin} has no token embeddings", "Give HPSv3.safetensors.")
+    config: Any = Qwen2VLConfig(**read_json(base.files["config.json"]))
+    config.text_config.vocab_size = len(embeddings)
+    return config
+
+
+def _head(tensors: Tensors, device: torch.device) -> nn.Module:
+    """Linear, ReLU, dropout, linear, ReLU, linear, in fp32."""
+    wanted = {f"{layer}.{kind}" for layer in HEAD_LAYERS for kind in ("weight", "bias")}
+    if wrong := wanted ^ set(tensors):
+        raise CheckpointError(f"The head lacks, or has no use for: {some(wrong)}", "Give HPSv3.safetensors.")
+    first, second, third = (nn.Linear(*tensors[f"{layer}.weight"].T.shape) for layer in HEAD_LAYERS)
+    head = nn.Sequential(first, nn.ReLU(), nn.Dropout(0.05), second, nn.ReLU(), third)
+    head.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    return head.eval().requires_grad_(False).to(device)
+
+
+def _patches(
+    images: Float[Tensor, "b 3 h w"], patch: int, merge: int, frames: int
+) -> tuple[Float[Tensor, "n d"], Int[Tensor, " 3"]]:
+    """Normalized patches of a batch in the order Qwen2-VL reads them, and (frames, rows, columns) of one image.
+
+    A still image is repeated to fill the frames of one temporal patch; patches that will be merged are neighbours.
+    """
+    check_drawable(images)
+    height, width = scaled_size(images.shape[-2], images.shape[-1], patch * merge)
+    resized = [np.array(Image.fromarray(x).resize((width, height), Image.Resampling.BICUBIC)) for x in to_bytes(images)]
+    pixels = normalize(torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float() / 255)
+    rows, columns = height // patch, width // patch
+    blocks = pixels.reshape(len(images), 3, rows // merge, merge, patch, columns // merge, merge, patch)
+    ordered = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)
+    repeated = ordered.unsqueeze(6).expand(*ordered.shape[:6], frames, patch, patch)
+    return repeated.reshape(-1, 3 * frames * patch * patch), torch.tensor([1, rows, columns])

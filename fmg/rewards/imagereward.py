@@ -1,0 +1,215 @@
+"""ImageReward (Xu et al., arXiv 2304.05977): a BLIP text encoder that attends to the image, and an affine head."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
+from fmg.core.errors import CheckpointError
+from fmg.core.types import RewardOutput
+from fmg.registry import rewards
+from fmg.rewards.affine import AffineHead, affine_head
+from fmg.rewards.checkpoints import Tensors, load_module, load_pretrained, read_json, read_renamed, some
+from fmg.rewards.images import normalize, resize_and_crop
+from fmg.rewards.model_configs import ImageRewardConfig
+from fmg.rewards.network import Files, NetworkReward, Score
+
+LAYOUT = "image-reward-1"
+MEAN = 0.16717362830052426
+STD = 1.0333394966054072
+"""Mean and standard deviation of the raw score on the authors' data (`ImageReward.py` of their repository)."""
+
+MAX_TOKENS = 35
+HEAD_WIDTH = 64
+"""Channels of one attention head in BLIP's image encoders, of either size."""
+
+_VISION: Mapping[str, str] = MappingProxyType(
+    {
+        "cls_token": "embeddings.class_embedding",
+        "pos_embed": "embeddings.position_embedding",
+        "patch_embed.proj": "embeddings.patch_embedding",
+        "blocks": "encoder.layers",
+        "attn.qkv": "self_attn.qkv",
+        "attn.proj": "self_attn.projection",
+        "norm1": "layer_norm1",
+        "norm2": "layer_norm2",
+        "norm": "post_layernorm",
+    }
+)
+"""Names in the authors' image encoder and in `BlipVisionModel`; everything else has the same name in both."""
+
+_PARTS: Mapping[str, str] = MappingProxyType(
+    {"blip.visual_encoder.": "vision.", "blip.text_encoder.": "text.", "mlp.": "head."}
+)
+_UNUSED = ("blip.vision_proj.", "blip.text_proj.")
+
+
+def from_image_reward(tensors: Tensors) -> dict[str, Tensor]:
+    """The names `vision.*` of `BlipVisionModel`, `text.*` of `BlipTextModel` and `head.*`.
+
+    The projections of BLIP's contrastive loss, which the score does not use, and `position_ids` are dropped.
+
+    Raises:
+        CheckpointError: naming keys of another kind.
+    """
+    return _renamed(tensors, _PARTS, _VISION, "the published ImageReward.pt")
+
+
+def to_image_reward(tensors: Tensors) -> dict[str, Tensor]:
+    """The inverse of `from_image_reward`."""
+    parts = {new: old for old, new in _PARTS.items()}
+    return _renamed(tensors, parts, {new: old for old, new in _VISION.items()}, "transformers")
+
+
+@rewards.register("imagereward", ImageRewardConfig)
+def imagereward(config: ImageRewardConfig) -> NetworkReward:
+    """`(head(h_CLS) - MEAN) / STD`, with `h_CLS` of the text encoder that attends to the image.
+
+    Each image is scored against its own prompt, of which the first 35 tokens are read. Images are rounded to 8 bits,
+    resized by Pillow and cropped as torchvision does.
+    """
+    return NetworkReward("imagereward", config, _load)
+
+
+class Blip:
+    """The state at the first token of a prompt that attends to an image.
+
+    Args:
+        vision: a `BlipVisionModel`.
+        text: a `BlipTextModel` with cross-attention.
+        tokenizer: the tokenizer of bert-base-uncased.
+    """
+
+    def __init__(self, vision: Any, text: Any, tokenizer: Any) -> None:
+        self._vision = vision
+        self._text = text
+        self._tokenizer = tokenizer
+
+    def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, "b d"]:
+        """States in fp32."""
+        squares = normalize(resize_and_crop(images, self._vision.config.image_size))
+        patches = self._vision(pixel_values=squares.to(self._vision.device, self._vision.dtype)).last_hidden_state
+        tokens = self._tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+        ).to(self._text.device)
+        states = self._text(
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            encoder_hidden_states=patches,
+            encoder_attention_mask=patches.new_ones(patches.shape[:2], dtype=torch.long),
+            # the config builds the cross-attention with is_decoder; the call must not make the text causal
+            is_decoder=False,
+        ).last_hidden_state
+        first: Tensor = states[:, 0].float()
+        return first
+
+
+def _load(files: Files, device: torch.device, dtype: torch.dtype) -> Score:
+    checkpoint, tokenizer = files["checkpoint"], files["tokenizer"]
+    tensors = read_renamed(checkpoint.first, LAYOUT, from_image_reward)
+    vision, text, head = (_part(tensors, name) for name in ("vision.", "text.", "head."))
+    image_config = _vision_config(vision)
+    text_config = _text_config(read_json(checkpoint.files["med_config.json"]), image_config.hidden_size)
+    loaded = load_pretrained(BertTokenizer.from_pretrained, tokenizer.folder, tokenizer.asset.what)
+    # they are never written, but a prompt that holds their text must not be split
+    loaded.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
+    blip = Blip(
+        load_module(BlipVisionModel, image_config, vision, checkpoint.first, device, dtype),
+        load_module(BlipTextModel, text_config, text, checkpoint.first, device, dtype, {"add_pooling_layer": False}),
+        loaded,
+    )
+    if len(loaded) > text_config.vocab_size:
+        raise CheckpointError(
+            f"The tokenizer in {tokenizer.folder} has {len(loaded)} entries and the model has {text_config.vocab_size}",
+            "Set tokenizer to that of bert-base-uncased.",
+        )
+    return _scorer(blip, affine_head(head))
+
+
+def _scorer(blip: Blip, head: AffineHead) -> Score:
+    def score(images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
+        return RewardOutput((head(blip(images, prompts)) - MEAN) / STD, {})
+
+    return score
+
+
+def _vision_config(tensors: Tensors) -> Any:
+    """The architecture that the tensors of a `BlipVisionModel` have."""
+    try:
+        patches = tensors["embeddings.patch_embedding.weight"]
+        positions = tensors["embeddings.position_embedding"].shape[1]
+        layers = {name.split(".")[2] for name in tensors if name.startswith("encoder.layers.")}
+        feedforward = tensors["encoder.layers.0.mlp.fc1.weight"].shape[0]
+    except KeyError as error:
+        raise CheckpointError(f"The ImageReward checkpoint lacks {error}", "Give the published file.") from None
+    width, side = patches.shape[0], patches.shape[-1]
+    return BlipVisionConfig(
+        hidden_size=width,
+        intermediate_size=feedforward,
+        num_hidden_layers=len(layers),
+        num_attention_heads=width // HEAD_WIDTH,
+        image_size=side * round((positions - 1) ** 0.5),
+        patch_size=side,
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,
+    )
+
+
+def _text_config(bert: Mapping[str, Any], image_width: int) -> Any:
+    """The authors' `med_config.json` as a config of `BlipTextModel`."""
+    same = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+        "hidden_act",
+        "layer_norm_eps",
+        "pad_token_id",
+    )
+    try:
+        return BlipTextConfig(
+            **{name: bert[name] for name in same}, encoder_hidden_size=image_width, is_decoder=True, use_cache=False
+        )
+    except KeyError as error:
+        raise CheckpointError(f"med_config.json lacks {error}", "Give the published file.") from None
+
+
+def _part(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+
+
+def _renamed(tensors: Tensors, parts: Mapping[str, str], vision: Mapping[str, str], layout: str) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = {}
+    unknown = []
+    for name, tensor in tensors.items():
+        if name.startswith(_UNUSED) or name.endswith("position_ids"):
+            continue
+        part = next((part for part in parts if name.startswith(part)), None)
+        if part is None:
+            unknown.append(name)
+            continue
+        rest = name.removeprefix(part)
+        if "vision." in (part, parts[part]):
+            rest = _translate(rest, vision)
+        renamed[parts[part] + rest] = tensor
+    if unknown:
+        raise CheckpointError(
+            f"The checkpoint has keys that {layout} does not have: {some(unknown)}",
+            "Give the published ImageReward.pt.",
+        )
+    return renamed
+
+
+def _translate(name: str, table: Mapping[str, str]) -> str:
+    """Replaces whole dotted parts of a name, the longest known part first."""
+    known = "|".join(re.escape(part) for part in sorted(table, key=len, reverse=True))
+    return re.sub(rf"(?<![^.])({known})(?![^.])", lambda match: table[match[1]], name)

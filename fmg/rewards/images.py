@@ -1,0 +1,182 @@
+"""Pictures in and out: files to tensors, and the exact preprocessing of the published rewards.
+
+Nothing here depends on what else is installed: resizing is Pillow's on 8-bit pixels or torch's on floats, as the
+authors of each reward published it. Images are RGB, (b, 3, h, w), in [0, 1].
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.nn import functional as F
+
+from fmg.core.errors import RewardError, UsageError
+
+MAX_PIXELS = 64_000_000
+MAX_ASPECT = 200
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+Rounding = Literal["half-even", "down"]
+
+_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+
+
+def read_image(source: Path | str | bytes, max_pixels: int = MAX_PIXELS) -> Float[Tensor, "3 h w"]:
+    """An image file, or the bytes of one, as RGB floats in [0, 1].
+
+    Transparency is composited on white, as a viewer shows it. Grey is repeated; 16-bit grey keeps its precision; 16-bit
+    colour is read as 8-bit; CMYK is converted without colour management; the first frame of an animation counts; the
+    orientation in EXIF is ignored, as the published rewards do. The size is checked before any pixel is decoded.
+
+    Raises:
+        UsageError: for what is not an image, is truncated, has no pixels or more than `max_pixels`, or whose pixels
+            have no known range (32-bit integers and floats).
+    """
+    name = "The image" if isinstance(source, bytes) else f"The image '{source}'"
+    try:
+        with warnings.catch_warnings():
+            # the limit below is lower than Pillow's, and an error instead of a warning
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as picture:
+                _check_size(name, picture, max_pixels)
+                return _to_tensor(name, picture)
+    except FileNotFoundError:
+        raise UsageError(f"There is no image file '{source!s}'", "Check the path.") from None
+    except Image.DecompressionBombError:
+        raise _too_large(name, max_pixels) from None
+    except UnidentifiedImageError:
+        raise UsageError(f"{name} is not an image file", "Give a PNG, JPEG, WebP or another common format.") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UsageError(f"{name} cannot be decoded: {reason}", "Give an undamaged picture.") from error
+
+
+def to_bytes(images: Float[Tensor, "b 3 h w"]) -> NDArray[np.uint8]:
+    """8-bit pixels (b, h, w, 3): `round(255 x)`, halves to even, clamped."""
+    levels = (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
+    return np.ascontiguousarray(levels.permute(0, 2, 3, 1).cpu().numpy())
+
+
+def resize_and_crop(
+    images: Float[Tensor, "b 3 h w"], side: int, rounding: Rounding = "half-even"
+) -> Float[Tensor, "b 3 side side"]:
+    """The shorter edge to `side` by Pillow's bicubic filter on 8-bit pixels, then the centre square.
+
+    The longer edge becomes `int(side * longer / shorter)`. The crop starts at `(n - side) / 2`, rounded half to even
+    as torchvision does, or down as transformers does.
+
+    Returns:
+        Levels of 1/255, on the device of `images`.
+    """
+    check_drawable(images)
+    squares = [_square(pixels, side, rounding) for pixels in to_bytes(images)]
+    stacked = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
+    return stacked.to(images.device).float() / 255
+
+
+def resize_and_crop_floats(images: Float[Tensor, "b 3 h w"], side: int) -> Float[Tensor, "b 3 side side"]:
+    """The shorter edge to `side` by torch's antialiased bilinear filter on floats, then the centre square.
+
+    What `torchvision.transforms.Resize(side)` and `CenterCrop(side)` do to a tensor.
+    """
+    check_drawable(images)
+    height, width = _shorter_edge(images.shape[-2], images.shape[-1], side)
+    resized = images.float()
+    if (height, width) != tuple(images.shape[-2:]):
+        resized = F.interpolate(resized, (height, width), mode="bilinear", antialias=True, align_corners=False)
+    top, left = _offset(height, side, "half-even"), _offset(width, side, "half-even")
+    return resized[..., top : top + side, left : left + side]
+
+
+def resize_and_pad(images: Float[Tensor, "b 3 h w"], side: int) -> Float[Tensor, "b 3 side side"]:
+    """The longer edge to `side` by torch's antialiased bicubic filter on floats, then black to a centred square.
+
+    HPSv2's `ResizeMaxSize` under torchvision 0.17 and newer. That code raises on an oblong image whose longer edge is
+    `side` already; here it is padded as well.
+    """
+    check_drawable(images)
+    scale = side / max(images.shape[-2:])
+    height, width = (max(1, round(n * scale)) for n in images.shape[-2:])
+    resized = images.float()
+    if scale != 1:
+        resized = F.interpolate(resized, (height, width), mode="bicubic", antialias=True, align_corners=False)
+    below, beside = side - height, side - width
+    return F.pad(resized, (beside // 2, beside - beside // 2, below // 2, below - below // 2))
+
+
+def normalize(
+    images: Float[Tensor, "b 3 h w"], mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD
+) -> Float[Tensor, "b 3 h w"]:
+    """`(x - mean) / std` by channel."""
+    shape = (1, 3, 1, 1)
+    return (images - images.new_tensor(mean).view(shape)) / images.new_tensor(std).view(shape)
+
+
+def check_drawable(images: Float[Tensor, "b 3 h w"]) -> None:
+    """Refuses images that no resize is defined for.
+
+    Raises:
+        RewardError: for images without pixels, and those more than `MAX_ASPECT` times as long as wide.
+    """
+    height, width = images.shape[-2:]
+    if min(height, width) < 1 or max(height, width) > MAX_ASPECT * min(height, width):
+        raise RewardError(
+            f"An image of {width} x {height} pixels cannot be scored",
+            f"Give images with pixels, at most {MAX_ASPECT} times as long as wide.",
+        )
+
+
+def _check_size(name: str, picture: Image.Image, max_pixels: int) -> None:
+    width, height = picture.size
+    if width * height == 0:
+        raise UsageError(f"{name} has no pixels ({width} x {height})", "Give a picture with pixels.")
+    if width * height > max_pixels:
+        raise _too_large(name, max_pixels)
+
+
+def _too_large(name: str, max_pixels: int) -> UsageError:
+    return UsageError(f"{name} has more than {max_pixels:,} pixels", "Scale it down first.")
+
+
+def _to_tensor(name: str, picture: Image.Image) -> Float[Tensor, "3 h w"]:
+    if picture.mode in _SIXTEEN_BIT:
+        grey = torch.from_numpy(np.asarray(picture).astype(np.float32) / 65535)
+        return grey.expand(3, -1, -1).clone()
+    if picture.mode in ("I", "F"):
+        raise UsageError(f"{name} has pixels of unknown range (mode {picture.mode})", "Save it with 8 or 16 bits.")
+    if picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    pixels = np.array(picture.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
+def _square(pixels: NDArray[np.uint8], side: int, rounding: Rounding) -> NDArray[np.uint8]:
+    height, width = _shorter_edge(pixels.shape[0], pixels.shape[1], side)
+    if (height, width) != pixels.shape[:2]:
+        pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+    top, left = _offset(height, side, rounding), _offset(width, side, rounding)
+    return pixels[top : top + side, left : left + side]
+
+
+def _shorter_edge(height: int, width: int, side: int) -> tuple[int, int]:
+    shorter = min(height, width)
+    # int of the quotient, not integer division: as published, where rounding of the quotient may differ
+    longer = int(side * max(height, width) / shorter)
+    return (side, longer) if height <= width else (longer, side)
+
+
+def _offset(length: int, side: int, rounding: Rounding) -> int:
+    return round((length - side) / 2) if rounding == "half-even" else (length - side) // 2

@@ -1,0 +1,54 @@
+"""Size of an image as a JPEG file (DDPO, Black et al., arXiv 2305.13301, section 5.1; scales of Flow-GRPO's code)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from io import BytesIO
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from fmg.core.types import RewardOutput
+from fmg.registry import rewards
+from fmg.rewards.configs import JpegConfig
+
+
+class JpegSize:
+    """A function of the file size; part `kilobytes`.
+
+    Images are rounded to 8 bits (`round(255 x)`, halves to even) and written by Pillow with its default chroma
+    subsampling. Sizes vary a little with the JPEG library that Pillow was built with.
+
+    Args:
+        quality: JPEG quality.
+        score: total from size in kB (1000 bytes).
+    """
+
+    def __init__(self, quality: int, score: Callable[[Tensor], Tensor]) -> None:
+        self._quality = quality
+        self._score = score
+
+    def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
+        """Scores of images in [0, 1]; prompts do not matter."""
+        pixels = (images.detach().float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        kilobytes = torch.tensor([self._bytes(Image.fromarray(picture)) / 1000 for picture in pixels])
+        return RewardOutput(self._score(kilobytes), {"kilobytes": kilobytes})
+
+    def _bytes(self, picture: Image.Image) -> int:
+        file = BytesIO()
+        picture.save(file, format="JPEG", quality=self._quality)
+        return file.tell()
+
+
+@rewards.register("jpeg-compressibility", JpegConfig)
+def compressibility(config: JpegConfig) -> JpegSize:
+    """`-kB / 500`: the smaller the file, the better."""
+    return JpegSize(config.quality, lambda kilobytes: -kilobytes / 500)
+
+
+@rewards.register("jpeg-incompressibility", JpegConfig)
+def incompressibility(config: JpegConfig) -> JpegSize:
+    """The file size in kB: the larger, the better."""
+    return JpegSize(config.quality, lambda kilobytes: kilobytes)

@@ -1,0 +1,234 @@
+"""Options of the rewards that are published networks, and the files they need. Imports no torch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from fmg.registry.config import About, ComponentConfig
+from fmg.rewards.weights import Asset
+
+CLIP_VIT_L_14 = "openai/clip-vit-large-patch14@32bd64288804d66eefd0ccbe215aa642df71cc41"
+CLIP_VIT_B_32 = "openai/clip-vit-base-patch32@3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"
+CLIP_VIT_H_14 = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K@1c2b8495b28150b8a4922ee1c8edee224c284c0c"
+HPSV2 = "xswu/HPSv2@697403c78157020a1ae59d23f111aa58ced35b0a"
+PICKSCORE = "yuvalkirstain/PickScore_v1@a4e4367c6dfa7288a00c550414478f865b875800"
+IMAGEREWARD = "zai-org/ImageReward@5736be03b2652728fb87788c9797b0570450ab72"
+BERT = "google-bert/bert-base-uncased@86b5e0934494bd15c9632b12f734a8a67f723594"
+HPSV3 = "MizzenAI/HPSv3@4f81e3e09edd82fe3c5f636444c721b592a735ca"
+QWEN2_VL = "Qwen/Qwen2-VL-7B-Instruct@eed13092ef92e448dd6875b2a00151bd3f7db0ac"
+HPSV3_PACKAGE = "package:hpsv3==1.0.0"
+AESTHETIC_HEAD = (
+    "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/"
+    "6934dd81792f086e613a121dbce43082cb8be85e/sac%2Blogos%2Bava1-l14-linearMSE.pth"
+)
+
+_SHA256: Mapping[tuple[str, str], str] = MappingProxyType(
+    {
+        (HPSV2, "HPS_v2.1_compressed.pt"): "c57a38fb4a2f7e7c15bf00da2ea377cdf165448b4dd1052a484c215a998c9837",
+        (AESTHETIC_HEAD, "sac+logos+ava1-l14-linearMSE.pth"): (
+            "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
+        ),
+    }
+)
+"""Digests of published files that are known, by source and file."""
+
+WEIGHT_FILES = "model.safetensors|pytorch_model.bin"
+_TOKENIZER = "tokenizer.json|vocab.json|vocab.txt"
+_TOKENIZER_MORE = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json")
+
+
+class NetworkRewardConfig(ComponentConfig, ABC):
+    """Options that all networks share."""
+
+    device: str | None = Field(
+        default=None,
+        pattern=r"^(cpu|cuda(:\d+)?)$",
+        description="where the network runs: cpu, cuda or cuda:N; by default where the first images are",
+    )
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="what the weights are rounded to")
+    batch_size: int = Field(default=16, ge=1, description="images for one pass of the network")
+
+    @abstractmethod
+    def assets(self) -> tuple[Asset, ...]:
+        """The files that it reads. Their order is that of loading."""
+
+
+class Hpsv2Config(NetworkRewardConfig):
+    """HPSv2: cosine of image and prompt under a CLIP tuned to human preferences (about 0.2 to 0.35)."""
+
+    about: ClassVar[About] = About(
+        licence="Apache-2.0 (code and weights)",
+        citation="Wu et al., Human Preference Score v2, arXiv 2306.09341",
+        weights=(f"{HPSV2}: HPS_v2.1_compressed.pt or HPS_v2_compressed.pt (4 GB)", f"{CLIP_VIT_H_14}: tokenizer"),
+    )
+
+    version: Literal["v2.1", "v2.0"] = Field(default="v2.1", description="which of the two published checkpoints")
+    weights: str = Field(
+        default=HPSV2,
+        min_length=1,
+        description="checkpoint in OpenCLIP's layout (with its open_clip_config.json if it is not ViT-H-14), or a "
+        "CLIPModel folder: local path or hub id@revision",
+    )
+    tokenizer: str = Field(
+        default=CLIP_VIT_H_14, min_length=1, description="CLIP tokenizer: local folder or hub id@revision"
+    )
+
+    def assets(self) -> tuple[Asset, ...]:
+        """Checkpoint and tokenizer."""
+        name = "HPS_v2.1_compressed.pt" if self.version == "v2.1" else "HPS_v2_compressed.pt"
+        files = (f"{name}|open_clip_model.safetensors|{WEIGHT_FILES}",)
+        more = ("open_clip_config.json", "config.json")
+        sha256 = _SHA256.get((self.weights, name))
+        return (
+            Asset("checkpoint", "weights", self.weights, files, more, sha256),
+            tokenizer_asset(self.tokenizer),
+        )
+
+
+class PickScoreConfig(NetworkRewardConfig):
+    """PickScore: `exp(logit_scale) cos(image, prompt)`, about 17 to 24, by default divided by 26."""
+
+    about: ClassVar[About] = About(
+        licence="MIT (code); the weights' model card states no other terms",
+        citation="Kirstain et al., Pick-a-Pic, arXiv 2305.01569",
+        weights=(f"{PICKSCORE}: model.safetensors (4 GB)", f"{CLIP_VIT_H_14}: tokenizer"),
+    )
+
+    weights: str = Field(default=PICKSCORE, min_length=1, description="CLIPModel folder: local or hub id@revision")
+    tokenizer: str = Field(
+        default=CLIP_VIT_H_14, min_length=1, description="CLIP tokenizer: local folder or hub id@revision"
+    )
+    normalize: bool = Field(
+        default=True, description="divide by 26, as Flow-GRPO and MeanFlowNFT do; false: PickScore as published"
+    )
+
+    def assets(self) -> tuple[Asset, ...]:
+        """Model and tokenizer."""
+        return (clip_asset(self.weights), tokenizer_asset(self.tokenizer))
+
+
+class ClipScoreConfig(NetworkRewardConfig):
+    """CLIPScore in one of the four ways the name is used."""
+
+    about: ClassVar[About] = About(
+        licence="MIT (code); the model card calls the weights a research output",
+        citation="Hessel et al., CLIPScore, arXiv 2104.08718; Radford et al., CLIP, arXiv 2103.00020",
+        weights=(f"{CLIP_VIT_L_14} (1.7 GB)", f"{CLIP_VIT_B_32} for the variant hessel (0.6 GB)"),
+    )
+
+    variant: Literal["cosine", "diffusion-nft", "hessel", "torchmetrics"] = Field(
+        default="cosine",
+        description="cosine: cos; diffusion-nft: logits / 100 after a bilinear resize, as that code and MeanFlowNFT; "
+        "hessel: 2.5 max(cos, 0) with the prefix 'A photo depicts' and ViT-B/32; torchmetrics: max(100 cos, 0)",
+    )
+    weights: str | None = Field(
+        default=None,
+        min_length=1,
+        description="CLIPModel folder with its tokenizer: local or hub id@revision; by default OpenAI's ViT-L/14, for "
+        "hessel ViT-B/32",
+    )
+    scale: float = Field(default=1.0, description="factor on the score")
+
+    def assets(self) -> tuple[Asset, ...]:
+        """Model and tokenizer, from one place."""
+        source = self.weights or (CLIP_VIT_B_32 if self.variant == "hessel" else CLIP_VIT_L_14)
+        return (clip_asset(source), tokenizer_asset(source, option="weights"))
+
+
+class AestheticConfig(NetworkRewardConfig):
+    """LAION's aesthetic score (about 1 to 10): an affine function of the CLIP embedding; does not see the prompt."""
+
+    about: ClassVar[About] = About(
+        licence="Apache-2.0 (head); MIT (code of CLIP)",
+        citation="Schuhmann, improved-aesthetic-predictor, 2022; Schuhmann et al., LAION-5B, arXiv 2210.08402",
+        weights=("sac+logos+ava1-l14-linearMSE.pth (3.7 MB), pinned by its sha256", f"{CLIP_VIT_L_14} (1.7 GB)"),
+    )
+
+    weights: str = Field(default=CLIP_VIT_L_14, min_length=1, description="CLIPModel folder: local or hub id@revision")
+    head: str = Field(default=AESTHETIC_HEAD, min_length=1, description="the five linear layers: local file or URL")
+
+    def assets(self) -> tuple[Asset, ...]:
+        """Model and head."""
+        name = "sac+logos+ava1-l14-linearMSE.pth"
+        return (
+            clip_asset(self.weights),
+            Asset("head", "head", self.head, (name,), sha256=_SHA256.get((self.head, name))),
+        )
+
+
+class ImageRewardConfig(NetworkRewardConfig):
+    """ImageReward: a BLIP that reads prompt and image together, standardised to mean 0 and std 1 on its own data."""
+
+    about: ClassVar[About] = About(
+        licence="Apache-2.0 (code and weights)",
+        citation="Xu et al., ImageReward, arXiv 2304.05977",
+        weights=(f"{IMAGEREWARD}: ImageReward.pt (1.8 GB), med_config.json", f"{BERT}: tokenizer"),
+    )
+
+    weights: str = Field(
+        default=IMAGEREWARD,
+        min_length=1,
+        description="folder with ImageReward.pt and med_config.json, or the first with the second beside it: local or "
+        "hub id@revision",
+    )
+    tokenizer: str = Field(
+        default=BERT, min_length=1, description="tokenizer of bert-base-uncased: local folder or hub id@revision"
+    )
+
+    def assets(self) -> tuple[Asset, ...]:
+        """Checkpoint and tokenizer."""
+        return (
+            Asset("checkpoint", "weights", self.weights, ("ImageReward.pt", "med_config.json")),
+            tokenizer_asset(self.tokenizer),
+        )
+
+
+class Hpsv3Config(NetworkRewardConfig):
+    """HPSv3: the mean of the preference score that a tuned Qwen2-VL-7B predicts; part `log_sigma`."""
+
+    about: ClassVar[About] = About(
+        licence="MIT (code); Apache-2.0 (weights and base model)",
+        citation="Ma et al., HPSv3: Towards Wide-Spectrum Human Preference Score, arXiv 2508.03789",
+        weights=(f"{HPSV3}: HPSv3.safetensors (17 GB)", f"{QWEN2_VL}: config and tokenizer, no weights"),
+    )
+
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        default="bf16", description="what the weights are rounded to; the head stays in fp32"
+    )
+    batch_size: int = Field(default=4, ge=1, description="images for one pass of the network")
+    weights: str = Field(default=HPSV3, min_length=1, description="HPSv3.safetensors: local path or hub id@revision")
+    base: str = Field(
+        default=QWEN2_VL,
+        min_length=1,
+        description="config.json and tokenizer of Qwen2-VL-7B-Instruct: local folder or hub id@revision",
+    )
+    instruction: str = Field(
+        default=HPSV3_PACKAGE,
+        min_length=1,
+        description="where the wording that the model was tuned with is read from: the installed package hpsv3, of "
+        "which nothing is run, or a local copy of its data_collator_qwen.py",
+    )
+
+    def assets(self) -> tuple[Asset, ...]:
+        """Checkpoint, base and instruction."""
+        more = ("tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json")
+        return (
+            Asset("checkpoint", "weights", self.weights, ("HPSv3.safetensors",)),
+            Asset("base", "base", self.base, ("config.json", "tokenizer.json|vocab.json"), more),
+            Asset("instruction", "instruction", self.instruction, ("hpsv3/dataset/data_collator_qwen.py",)),
+        )
+
+
+def clip_asset(source: str, option: str = "weights") -> Asset:
+    """A CLIPModel folder."""
+    return Asset("model", option, source, (WEIGHT_FILES, "config.json"))
+
+
+def tokenizer_asset(source: str, option: str = "tokenizer") -> Asset:
+    """The files of a tokenizer."""
+    return Asset("tokenizer", option, source, (_TOKENIZER,), _TOKENIZER_MORE)

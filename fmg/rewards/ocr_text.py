@@ -1,0 +1,65 @@
+"""The text that a prompt asks for, and how far a reading is from it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from fmg.core.errors import MissingDependencyError, UsageError
+
+INSTALL_OCR = "pip install 'fmg[ocr]'"
+_QUOTED = re.compile('["“”„]([^"“”„]*)["“”„]')
+
+
+def quoted_text(prompt: str) -> str:
+    """The text between the first pair of double quotes, straight or curly, without blanks at its ends.
+
+    Raises:
+        UsageError: when the prompt quotes nothing, or only blanks.
+    """
+    found = _QUOTED.search(prompt)
+    if found is None:
+        raise UsageError(
+            f"The prompt '{prompt}' quotes no text", 'Write the text to be drawn in double quotes: "HELLO".'
+        )
+    text = found.group(1).strip()
+    if not text:
+        raise UsageError(f"The prompt '{prompt}' quotes an empty text", 'Write the text to be drawn: "HELLO".')
+    return text
+
+
+def quoted_texts(prompts: Sequence[str]) -> list[str]:
+    """`quoted_text` of each prompt."""
+    return [quoted_text(prompt) for prompt in prompts]
+
+
+def normalised(text: str) -> str:
+    """`text` in lower case without spaces, the form in which Flow-GRPO compares (arXiv 2505.05470, appendix)."""
+    return text.replace(" ", "").lower()
+
+
+def similarity(reading: str, target: str) -> float:
+    """1 when the normalised target is part of the reading, else `1 - min(d, n) / n` in [0, 1].
+
+    `d` is the edit distance of the normalised texts and `n` the length of the target (Flow-GRPO, arXiv 2505.05470,
+    OCR reward).
+    """
+    read, wanted = normalised(reading), normalised(target)
+    if wanted in read:
+        return 1.0
+    return 1 - min(edit_distance(read, wanted), len(wanted)) / len(wanted)
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein distance: the least number of insertions, deletions and replacements of characters."""
+    row = list(range(len(b) + 1))
+    for i, left in enumerate(a, start=1):
+        diagonal, row[0] = row[0], i
+        for j, right in enumerate(b, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (left != right))
+    return row[-1]
+
+
+def missing_ocr(reward: str) -> MissingDependencyError:
+    """The error for an install without the OCR packages."""
+    return MissingDependencyError(f"The reward '{reward}' needs rapidocr and onnxruntime", f"Run: {INSTALL_OCR}")

@@ -1,0 +1,105 @@
+"""A reward that is a function of the user's own, given as `module:function`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from functools import reduce
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fmg.core.errors import FmgError, RewardError, UsageError
+from fmg.core.types import RewardOutput
+from fmg.registry import rewards
+from fmg.rewards.base import one_line
+from fmg.rewards.configs import PythonRewardConfig
+
+SIGNATURE = "fn(images, prompts) -> (b,)"
+
+
+@rewards.register("python", PythonRewardConfig)
+class PythonReward:
+    """Calls `fn(images, prompts)` with images `(b, 3, h, w)` in [0, 1] and a list of prompts.
+
+    The function returns one number for each image: a tensor or an array shaped (b,), or a list of numbers. The module
+    is looked up in the working directory first, then among the installed packages.
+
+    Raises:
+        UsageError: when the module, or the function in it, is missing, cannot be imported or cannot be called.
+    """
+
+    def __init__(self, config: PythonRewardConfig) -> None:
+        self._target = config.target
+        self._function = _find(config.target)
+
+    def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
+        """The function's numbers as fp32.
+
+        Raises:
+            RewardError: when the function raises, with the line it failed at, or returns something else than numbers.
+        """
+        try:
+            returned = self._function(images, list(prompts))
+        except FmgError:
+            raise
+        except Exception as error:
+            raise RewardError(
+                f"The reward '{self._target}' failed{_place(error)}: {one_line(error)}", "Correct the function."
+            ) from error
+        return RewardOutput(self._numbers(returned), {})
+
+    def _numbers(self, returned: object) -> Float[Tensor, " b"]:
+        if isinstance(returned, Tensor):
+            return returned.float()
+        try:
+            return torch.from_numpy(np.asarray(returned, dtype=np.float32))
+        except (TypeError, ValueError):
+            raise RewardError(
+                f"The reward '{self._target}' returned {type(returned).__name__}, which is not numbers",
+                f"Return one number for each image: {SIGNATURE}.",
+            ) from None
+
+
+def _find(target: str) -> Callable[..., object]:
+    module_name, _, attribute = target.partition(":")
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+            raise UsageError(
+                f"There is no module '{module_name}' for the reward '{target}'",
+                f"Run in the folder that holds it ('{folder}' was searched first), or install it.",
+            ) from None
+        raise _import_failure(module_name, error) from error
+    except Exception as error:
+        raise _import_failure(module_name, error) from error
+    try:
+        function = reduce(getattr, attribute.split("."), module)
+    except AttributeError:
+        raise UsageError(
+            f"The module '{module_name}' has no function '{attribute}'", f"Define {SIGNATURE} under that name."
+        ) from None
+    if not callable(function):
+        raise UsageError(f"'{target}' is a {type(function).__name__}, not a function", f"Name a function {SIGNATURE}.")
+    return function
+
+
+def _import_failure(module_name: str, error: Exception) -> UsageError:
+    return UsageError(f"The module '{module_name}' cannot be imported{_place(error)}: {one_line(error)}", "Correct it.")
+
+
+def _place(error: BaseException) -> str:
+    """Where it went wrong, as ` at file:line`: the innermost frame outside installed packages."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
+    machinery = {__file__, importlib.__file__}
+    own = [f for f in frames if "site-packages" not in f.filename and f.filename not in machinery]
+    return f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""

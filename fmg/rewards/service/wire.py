@@ -1,0 +1,222 @@
+"""What goes over the wire: requests as JSON with PNG pictures or as safetensors, answers as JSON.
+
+JSON: `{"prompts": [...], "images": [base64 of a picture file, ...], "rewards": ["ocr", ...]}`; `rewards` may be left
+out, which means all. Safetensors: the tensor `images` (b, 3, h, w), floats in [0, 1] or bytes, and the metadata entry
+`request`, a JSON text with `prompts` and `rewards`.
+
+Answer: `{"scores": {"ocr": {"total": [...], "parts": {"exact": [...]}}}}`, one number for each image. Numbers are
+fp32, written so that they come back bit for bit.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Annotated, TypeVar
+
+import safetensors.torch
+import torch
+from jaxtyping import Float
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fmg.core.errors import UsageError
+from fmg.core.types import RewardOutput
+from fmg.registry.validation import first_problem
+from fmg.rewards.images import read_image, to_bytes
+
+JSON = "application/json"
+SAFETENSORS = "application/x-safetensors"
+PROBE_SIZE = 32
+
+_IMAGES, _REQUEST = "images", "request"
+_HEADER_BYTES = 8
+_MAX_PROMPT = 100_000
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """What a client asks for.
+
+    Attributes:
+        images: (b, 3, h, w) in [0, 1].
+        prompts: one for each image.
+        rewards: names of the rewards to compute; empty for all that the server has.
+    """
+
+    images: Float[Tensor, "b 3 h w"]
+    prompts: tuple[str, ...]
+    rewards: tuple[str, ...]
+
+
+class _Envelope(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    prompts: list[Annotated[str, Field(max_length=_MAX_PROMPT)]] = Field(min_length=1)
+    rewards: list[str] = Field(default_factory=list)
+
+
+_EnvelopeT = TypeVar("_EnvelopeT", bound=_Envelope)
+
+
+class _JsonRequest(_Envelope):
+    images: list[str] = Field(min_length=1)
+
+
+class _PartScores(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+    total: list[float]
+    parts: dict[str, list[float]] = Field(default_factory=dict)
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+    scores: dict[str, _PartScores]
+
+
+def encode_tensors(request: ScoreRequest) -> bytes:
+    """A request as safetensors: pictures keep every bit."""
+    envelope = json.dumps({"prompts": request.prompts, "rewards": request.rewards})
+    images = request.images.detach().to("cpu", torch.float32).contiguous()
+    return safetensors.torch.save({_IMAGES: images}, metadata={_REQUEST: envelope})
+
+
+def encode_png(request: ScoreRequest) -> bytes:
+    """A request as JSON: pictures are rounded to 8 bits."""
+    pictures = []
+    for pixels in to_bytes(request.images):
+        file = BytesIO()
+        Image.fromarray(pixels).save(file, format="PNG")
+        pictures.append(base64.b64encode(file.getvalue()).decode("ascii"))
+    return json.dumps({"prompts": request.prompts, "rewards": request.rewards, "images": pictures}).encode()
+
+
+def decode_json(body: bytes, *, max_images: int, max_pixels: int) -> ScoreRequest:
+    """The request in a JSON body.
+
+    Raises:
+        UsageError: not such a request, too many images, or pictures that cannot be read or differ in size.
+    """
+    request = _validated(_JsonRequest, body)
+    _check_counts(len(request.images), len(request.prompts), max_images)
+    images = []
+    for index, text in enumerate(request.images):
+        try:
+            images.append(read_image(base64.b64decode(text, validate=True), max_pixels))
+        except binascii.Error:
+            raise UsageError(f"Image {index} is not base64", "Send the bytes of a PNG file in base64.") from None
+        except UsageError as error:
+            raise UsageError(f"Image {index}: {error.what}", error.fix) from None
+    if len({image.shape for image in images}) > 1:
+        raise UsageError("The images of one request differ in size", "Send one request for each size.")
+    return ScoreRequest(torch.stack(images), tuple(request.prompts), tuple(request.rewards))
+
+
+def decode_tensors(body: bytes, *, max_images: int, max_pixels: int) -> ScoreRequest:
+    """The request in a safetensors body.
+
+    Raises:
+        UsageError: not such a request, too many images, or values outside [0, 1].
+    """
+    try:
+        length = int.from_bytes(body[:_HEADER_BYTES], "little")
+        metadata = from_json(body[_HEADER_BYTES : _HEADER_BYTES + length]).get("__metadata__", {})
+        envelope = _validated(_Envelope, metadata[_REQUEST].encode())
+        tensors = safetensors.torch.load(body)
+        images = tensors[_IMAGES]
+    except UsageError:
+        raise
+    except (SafetensorError, ValueError, KeyError, AttributeError, TypeError, OverflowError):
+        raise UsageError(
+            "The body is not a request in safetensors",
+            f"Send the tensor '{_IMAGES}' and the metadata entry '{_REQUEST}'.",
+        ) from None
+    if images.ndim != 4 or images.shape[1] != 3 or not (images.is_floating_point() or images.dtype == torch.uint8):
+        raise UsageError(
+            f"The images are {images.dtype} shaped {tuple(images.shape)}",
+            "Send (b, 3, h, w), floats in [0, 1] or bytes.",
+        )
+    _check_counts(len(images), len(envelope.prompts), max_images)
+    if not 0 < images.shape[2] * images.shape[3] <= max_pixels:
+        raise UsageError(
+            f"The images have {images.shape[3]} x {images.shape[2]} pixels", f"Send 1 to {max_pixels} pixels."
+        )
+    images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    # a NaN fails both comparisons
+    if not bool(((images >= 0) & (images <= 1)).all()):
+        raise UsageError("The images have values outside [0, 1]", "Send floats in [0, 1].")
+    return ScoreRequest(images, tuple(envelope.prompts), tuple(envelope.rewards))
+
+
+def encode_scores(scores: Mapping[str, RewardOutput]) -> dict[str, object]:
+    """The answer as plain JSON values. Every score is finite: the server checks its rewards."""
+    return {
+        "scores": {
+            name: {
+                "total": output.total.tolist(),
+                "parts": {part: values.tolist() for part, values in output.parts.items()},
+            }
+            for name, output in scores.items()
+        }
+    }
+
+
+def decode_scores(answer: object, names: Sequence[str], count: int) -> dict[str, RewardOutput]:
+    """Scores by reward from an answer.
+
+    Args:
+        answer: the parsed JSON.
+        names: the rewards that were asked for.
+        count: how many images were sent.
+
+    Raises:
+        ValueError: anything but `count` finite numbers for the total and every part of each reward; says what.
+    """
+    try:
+        parsed = _Answer.model_validate(answer)
+    except ValidationError:
+        raise ValueError("the answer holds no scores") from None
+    scores = {}
+    for name in names:
+        if name not in parsed.scores:
+            raise ValueError(f"the answer has no scores of '{name}'")
+        entry = parsed.scores[name]
+        for part, values in (("total", entry.total), *entry.parts.items()):
+            if len(values) != count:
+                raise ValueError(f"'{name}' has {len(values)} scores ({part}) for {count} images")
+            bad = next((value for value in values if not math.isfinite(value)), None)
+            if bad is not None:
+                raise ValueError(f"'{name}' has the score {bad} ({part})")
+        parts = {part: torch.tensor(values, dtype=torch.float32) for part, values in entry.parts.items()}
+        scores[name] = RewardOutput(torch.tensor(entry.total, dtype=torch.float32), parts)
+    return scores
+
+
+def probe_image() -> Float[Tensor, "1 3 32 32"]:
+    """The generated picture that a client has scored before a run: gradients in red and green, a square in blue."""
+    ramp = torch.linspace(0, 1, PROBE_SIZE)
+    square = torch.zeros(PROBE_SIZE, PROBE_SIZE)
+    square[8:24, 8:24] = 1
+    return torch.stack([ramp.expand(PROBE_SIZE, -1), ramp[:, None].expand(-1, PROBE_SIZE), square])[None]
+
+
+def _validated(model: type[_EnvelopeT], body: bytes) -> _EnvelopeT:
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        problem = first_problem(error, model, "The request", noun="key")
+        raise UsageError(problem.what, problem.fix) from None
+
+
+def _check_counts(images: int, prompts: int, max_images: int) -> None:
+    if images != prompts:
+        raise UsageError(f"There are {images} images for {prompts} prompts", "Send one prompt for each image.")
+    if images > max_images:
+        raise UsageError(f"There are {images} images in one request", f"Send at most {max_images}.")

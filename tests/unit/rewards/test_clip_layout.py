@@ -1,0 +1,66 @@
+"""The names of CLIP weights in OpenCLIP's layout and in that of transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import CLIPModel
+
+from fmg.core.errors import CheckpointError
+from fmg.rewards.clip_family import open_clip_config
+from fmg.rewards.clip_layout import from_open_clip, to_open_clip
+from tests.tiny_rewards import open_clip_shapes, random_tensors
+
+
+def test_both_ways_give_back_every_tensor() -> None:
+    tensors = random_tensors(open_clip_shapes())
+    back = to_open_clip(from_open_clip(tensors))
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+
+
+def test_query_key_and_value_are_the_thirds_in_this_order() -> None:
+    tensors = random_tensors(open_clip_shapes())
+    renamed = from_open_clip(tensors)
+    packed = tensors["visual.transformer.resblocks.1.attn.in_proj_weight"]
+    for third, name in enumerate(("q_proj", "k_proj", "v_proj")):
+        part = renamed[f"vision_model.encoder.layers.1.self_attn.{name}.weight"]
+        assert torch.equal(part, packed[32 * third : 32 * (third + 1)])
+    assert torch.equal(renamed["visual_projection.weight"], tensors["visual.proj"].T)
+
+
+def test_full_size_has_every_tensor_of_vit_h_14() -> None:
+    with torch.device("meta"):
+        model = CLIPModel(open_clip_config(None))
+    wanted = {name: x.shape for name, x in model.state_dict().items() if not name.endswith("position_ids")}
+    published = to_open_clip(model.state_dict())
+    assert sum(x.numel() for x in published.values()) == 986_109_441
+    assert published["visual.transformer.resblocks.31.attn.in_proj_weight"].shape == (3840, 1280)
+    assert {name: x.shape for name, x in from_open_clip(published).items()} == wanted
+
+
+def test_the_causal_mask_is_dropped() -> None:
+    assert from_open_clip({"attn_mask": torch.zeros(2, 2)}) == {}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "visual.trunk.blocks.0.norm1.weight",
+        "transformer.resblocks.0.attn.in_proj_scale",
+        "transformer.resblocks.0.ln_3.weight",
+        "module.logit_scale",
+        "logit_bias",
+    ],
+)
+def test_foreign_keys_are_named(name: str) -> None:
+    with pytest.raises(CheckpointError, match=name):
+        from_open_clip({name: torch.zeros(3)})
+
+
+def test_foreign_keys_are_named_on_the_way_back() -> None:
+    name = "vision_model.encoder.layers.0.layer_norm3.weight"
+    with pytest.raises(CheckpointError, match=name):
+        to_open_clip({name: torch.zeros(3)})
+    with pytest.raises(CheckpointError, match=r"vision_model\.head"):
+        to_open_clip({"vision_model.head.weight": torch.zeros(3)})
