@@ -49,7 +49,7 @@ class FlowMapConventions(BaseModel):
             resolution=self.resolution,
             default_steps=self.default_steps,
             default_grid=self.default_grid,
-            default_stochasticizer=("asfmc-endpoint", ()),
+            default_stochasticizer=("asfmc", ()) if self.map == "two-time" else ("asfmc-endpoint", ()),
             default_recipe=recipe,
         )
 

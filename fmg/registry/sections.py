@@ -70,7 +70,6 @@ class TrainSection(Section):
         "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:INDEX"
     )
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="precision of the network; log-probs are always fp32")
-    ema_decay: float | None = Field(None, gt=0, lt=1, description="decay of the adapter's moving average; null: none")
     shuffle_advantages: bool = Field(False, description="the null control: advantages are given to random samples")
     recompute_old: Literal["auto", "always"] = Field(
         "auto", description="whether old log-probs are recomputed through the update path: when needed, or always"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from fmg.training.compose import Composed
 GRID_PROMPTS = 6
 GRID_SEEDS = 6
 SCORE_KEY = "eval/score"
+MAX_CURVES = 8
 
 
 @dataclass
@@ -73,20 +74,24 @@ class Watcher:
     def curve(self, lines: list[Mapping[str, float]]) -> None:
         """Writes `curve.png` from the metrics so far."""
         trained = [metric_curve(lines, "reward/mean", "mean reward", "reward/se")]
-        heldout = [self._heldout_curve(lines, key) for key in self._headline_keys(lines)]
-        name = self.composed.recipe.model.name
-        curve_figure(trained, heldout, self.run / "curve.png", f"{name}, {self.composed.recipe.stochasticizer.name}")
+        recipe = self.composed.recipe
+        title = f"{recipe.model.name}, {recipe.stochasticizer.name}"
+        curve_figure(trained, list(self._heldout_curves(lines)), self.run / "curve.png", title)
 
-    @staticmethod
-    def _heldout_curve(lines: list[Mapping[str, float]], key: str) -> Curve:
-        label = key.removeprefix("eval/").removesuffix("_mean").replace("_", " ")
-        return metric_curve(lines, key, label, f"{SCORE_KEY}_se" if key == SCORE_KEY else None)
+    def _heldout_curves(self, lines: list[Mapping[str, float]]) -> Iterator[Curve]:
+        """The total of every measured reward and the parts of the trained ones, without lines that coincide."""
+        seen: set[tuple[float, ...]] = set()
+        for key in self._heldout_keys(lines):
+            label = key.removeprefix("eval/").removesuffix("_mean").replace("_", " ")
+            curve = metric_curve(lines, key, label)
+            if curve.y and tuple(curve.y) not in seen and len(seen) < MAX_CURVES:
+                seen.add(tuple(curve.y))
+                yield curve
 
-    @staticmethod
-    def _headline_keys(lines: list[Mapping[str, float]]) -> list[str]:
-        """The chosen score first, then at most six parts, totals before parts."""
-        keys = sorted({key for line in lines for key in line if key.startswith("eval/") and key.endswith("_mean")})
-        return [SCORE_KEY, *sorted(keys, key=lambda key: key.count("_"))[:6]]
+    def _heldout_keys(self, lines: list[Mapping[str, float]]) -> list[str]:
+        totals = [f"eval/{name}_mean" for name in self.composed.measured]
+        known = [key for key in lines[0] if key.endswith("_mean")]
+        return totals + [key for name in self.composed.reward.names for key in known if key.startswith(f"eval/{name}_")]
 
     def _rows(self) -> tuple[GridRow, ...]:
         prompts = _spread(self.composed.eval_prompts, GRID_PROMPTS)

@@ -25,8 +25,8 @@ from fmg.models.flux.loading import FluxComponents, load_folder
 from fmg.models.flux.network import FluxNetwork
 from fmg.models.flux.text import TextEncoders
 
-DECODE_PIXELS = 2**20
-"""Image pixels that one decoder call may make: an activation of 128 channels, FLUX's width, takes 256 MB in bf16."""
+DECODE_PIXELS = 2**18
+"""Image pixels that one decoder call may make: one FLUX image of 512 px, or as many small ones as a CPU cache likes."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def test_each_layer_wins_over_the_ones_below_and_is_named(write: Write) -> None:
     assert got["train.seed"] == (8, "flag", "--seed")
     assert got["rollout.steps"] == (6, "set", "--set rollout.steps=6")
     assert got["lora.alpha"][1:] == ("model", f"configs/meanflow-shapes.yaml:{_line('lora')}")
-    assert got["train.ema_decay"] == (None, "built-in", "default")
+    assert got["train.micro_batch"] == (None, "built-in", "default")
 
 
 def _line(section: str) -> int:
@@ -189,7 +189,7 @@ def test_python_overrides_and_their_order() -> None:
         {},
         {"stochasticizer": "asfmc-euler", "rollout.grid": [1, 0.7, 1 / 3, 0], "rollout.steps": 3},
         {"rewards": [{"name": "python", "target": "a.b:c", "weight": 0.1}, "jpeg-compressibility"]},
-        {"prompts": 'it\'s "odd" # not a comment: ü.txt', "eval.rewards": [], "train.ema_decay": 0.999},
+        {"prompts": 'it\'s "odd" # not a comment: ü.txt', "eval.rewards": [], "train.micro_batch": 999},
         {"optimizer.lr": 1e-5, "lora.targets": ["to_q", "to_out.0"], "train.device": "cuda:1", "train.dtype": "bf16"},
     ],
 )
