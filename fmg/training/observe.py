@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fmg.core.events import Observer, StageProgress
+from fmg.core.protocols import PromptSet
 from fmg.core.types import Prompt
 from fmg.data.pictures import Curve, GridRow, before_after, curve_figure, metric_curve, sample_grid
 from fmg.eval.scoring import EvalSet, Scores, means, score_target
@@ -103,8 +104,8 @@ class Watcher:
         )
 
 
-def _spread(prompts: object, count: int) -> list[Prompt]:
+def _spread(prompts: PromptSet, count: int) -> list[Prompt]:
     """`count` prompts evenly spread over a set, so that a sorted set still shows its variety."""
-    entries: list[Prompt] = list(prompts)  # type: ignore[call-overload]
+    entries = list(prompts)
     picks = np.linspace(0, len(entries) - 1, min(count, len(entries))).round().astype(int)
     return [entries[i] for i in picks]
