@@ -1,6 +1,6 @@
 """Stochasticizers on the embedded models: the same training, several seeds, evaluated against the base in pairs.
 
-Every arm trains with `fmg train` and is evaluated with `fmg eval RUN --against MODEL`: the deterministic sampler, the same
+Every arm trains with `fmg train` and is evaluated with `fmg eval RUN --against MODEL`: the native sampler, and the same
 held-out prompts and seeds for run and base. Finished arms are read from the result file, so it can be interrupted.
 
     python benchmarks/embedded.py [--arms default,shuffled] [--seeds 0,1,2] [--jobs 2] [--num 2000]
