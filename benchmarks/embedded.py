@@ -44,11 +44,7 @@ ARMS = {
     "gap": Arm(
         MEANFLOW, ("--stochasticizer", "asfmc", *_set(stochasticizer__gap=0.0147)), "asfmc, the paper's gap .0147"
     ),
-    "euler": Arm(
-        MEANFLOW,
-        ("--stochasticizer", "asfmc-euler", "--iterations", "80"),
-        "asfmc-euler, the paper's .03 and .7, twice the samples",
-    ),
+    "euler": Arm(MEANFLOW, ("--stochasticizer", "asfmc-euler"), "asfmc-euler, the paper's .03 and .7"),
     "shuffled": Arm(MEANFLOW, _set(train__shuffle_advantages="true"), "the default with shuffled advantages"),
     "paper-clip": Arm(MEANFLOW, _set(objective__clip_range="1e-4"), "the default with the paper's clip range 1e-4"),
     "scm": Arm("scm-shapes", (), "scm-shapes, asfmc-endpoint (its only one)"),

@@ -1,23 +1,69 @@
-"""Log keys of an iteration."""
+"""What a trainer computes from rewards: advantages, log keys, and whether a run got worse."""
 
 from __future__ import annotations
 
-from jaxtyping import Int
+import math
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fmg.core.types import RewardOutput
-from fmg.rl import zero_std_ratio
+from fmg.registry.recipe import Recipe
+from fmg.rewards.partial import complete_groups, select_rows
+from fmg.rl import group_advantages, shuffle_advantages, zero_std_ratio
+
+# A decline is reported when the last held-out score is this many standard errors below the first.
+DECLINE_ERRORS = 3.0
+
+
+def advantages(rewards: RewardOutput, groups: Int[Tensor, " n"], recipe: Recipe, iteration: int) -> Float[Tensor, " n"]:
+    """Group advantages as the recipe's objective wants them; 0 for groups with an image that has no score.
+
+    With `train.shuffle_advantages` they are dealt out to random samples, the null control.
+    """
+    kept = complete_groups(rewards, groups)
+    values = torch.zeros(len(kept))
+    if bool(kept.any()):
+        options = recipe.objective.config
+        total = select_rows(rewards, kept).total
+        values[kept] = group_advantages(
+            total, groups[kept], global_std=options.global_std, clip_max=options.adv_clip_max
+        )
+    if recipe.train.shuffle_advantages:
+        return shuffle_advantages(values, recipe.train.seed * 1_000_003 + iteration)
+    return values
 
 
 def reward_metrics(rewards: RewardOutput, groups: Int[Tensor, " n"]) -> dict[str, float]:
-    """`reward/mean` with its spread and standard error, `reward/<name>_mean` for every part, `zero_std_ratio`."""
-    total = rewards.total.double()
-    metrics = {
+    """`reward/mean` with its spread and standard error, `reward/<name>_mean` for every part, `zero_std_ratio`.
+
+    Groups with an image that has no score are left out; `reward/dropped` is their share of the images.
+    """
+    kept = complete_groups(rewards, groups)
+    metrics = {"reward/dropped": float((~kept).double().mean())} if not bool(kept.all()) else {}
+    if not bool(kept.any()):
+        return metrics
+    known = select_rows(rewards, kept)
+    total = known.total.double()
+    metrics |= {
         "reward/mean": float(total.mean()),
         "reward/std": float(total.std()),
         "reward/se": float(total.std() / len(total) ** 0.5),
-        "zero_std_ratio": zero_std_ratio(rewards.total, groups),
+        "zero_std_ratio": zero_std_ratio(known.total, groups[kept]),
     }
-    for name, values in rewards.parts.items():
+    for name, values in known.parts.items():
         metrics[f"reward/{name.replace('/', '_')}_mean"] = float(values.double().mean())
     return metrics
+
+
+def decline(initial: Mapping[str, float], final: Mapping[str, float], key: str) -> str | None:
+    """A warning when the held-out score `key` ended clearly below where it began, else None."""
+    error = math.hypot(initial[f"{key}_se"], final[f"{key}_se"])
+    if final[key] - initial[key] >= -DECLINE_ERRORS * error:
+        return None
+    return (
+        f"The held-out score fell from {initial[key]:.3f} at iteration 0 to {final[key]:.3f}: lower the learning rate,"
+        " use larger groups, or add a KL term (objective.kl_beta)."
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,27 +9,23 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fmg.core.errors import FmgError
 from fmg.core.events import Evaluated, Event, Finished, IterationDone, Notice, Observer, Started
 from fmg.core.types import Conditioning, Rollout, ScoredRollout
 from fmg.data.checkpoints import CheckpointIndex, Saved
 from fmg.data.run_folder import RunFolder
 from fmg.rl import (
-    group_advantages,
     rollout,
     sample_rollout,
-    shuffle_advantages,
 )
 from fmg.training.checkpoint import save_checkpoint
 from fmg.training.compose import Composed
 from fmg.training.gates import ReplayGate, movement, movement_gate
-from fmg.training.metrics import reward_metrics
+from fmg.training.metrics import advantages, decline, reward_metrics
 from fmg.training.observe import SCORE_KEY, Watcher
 from fmg.training.prompts import iteration_prompts
 from fmg.training.sizes import Sizes
 from fmg.training.update import Updater, partition
-
-# A decline is reported when the mean reward of the last iterations is this many standard errors below iteration 0.
-_DECLINE_ERRORS = 3.0
 
 
 @dataclass(frozen=True)
@@ -94,6 +89,10 @@ class Trainer:
                 done = iteration + 1
                 if done % recipe.eval.every == 0 or done == recipe.train.iterations:
                     index = self._evaluate(done)
+        except FmgError:
+            # a reward service that went away must not cost the hours before it
+            self._save(done, self._last(SCORE_KEY))
+            raise
         except KeyboardInterrupt:
             interrupted = True
             index = self._save(done, self._last(SCORE_KEY))
@@ -111,7 +110,7 @@ class Trainer:
             images = self._decode(drawn)
         with self._clock("reward"):
             rewards = self.composed.reward(images, drawn.cond.prompts)
-        scored = ScoredRollout(drawn, rewards, self._advantages(rewards.total, drawn.groups, iteration))
+        scored = ScoredRollout(drawn, rewards, advantages(rewards, drawn.groups, self.composed.recipe, iteration))
         with self._clock("update"):
             updates = self._update(scored, iteration)
         metrics: dict[str, float] = {"iteration": iteration + 1, **reward_metrics(rewards, drawn.groups), **updates}
@@ -158,14 +157,6 @@ class Trainer:
         chunks = drawn.x0.split(self.sizes.rollout_batch)
         return torch.cat([self.composed.model.decode(chunk) for chunk in chunks])
 
-    def _advantages(self, total: torch.Tensor, groups: torch.Tensor, iteration: int) -> torch.Tensor:
-        recipe = self.composed.recipe
-        options = recipe.objective.config
-        values = group_advantages(total, groups, global_std=options.global_std, clip_max=options.adv_clip_max)
-        if recipe.train.shuffle_advantages:
-            return shuffle_advantages(values, recipe.train.seed * 1_000_003 + iteration)
-        return values
-
     def _update(self, scored: ScoredRollout, iteration: int) -> dict[str, float]:
         recipe, policies = self.composed.recipe, self.composed.model.policies
         self.composed.model.snapshot()
@@ -204,19 +195,10 @@ class Trainer:
     def _finish(self, index: CheckpointIndex, done: int, interrupted: bool) -> TrainResult:
         evaluations = [line for line in self._lines if SCORE_KEY in line]
         initial, final, best = evaluations[0], evaluations[-1], index.entry(index.best)
-        self._warn_of_decline(initial, final)
+        if warning := decline(initial, final, SCORE_KEY):
+            self._tell(Notice("warning", warning))
         self._tell(Finished(self.run.path, interrupted, {"best/iteration": best.iteration, "best/score": best.score}))
         return TrainResult(self.run, done, initial, final, best, interrupted)
-
-    def _warn_of_decline(self, initial: Mapping[str, float], final: Mapping[str, float]) -> None:
-        error = math.hypot(initial[f"{SCORE_KEY}_se"], final[f"{SCORE_KEY}_se"])
-        change = final[SCORE_KEY] - initial[SCORE_KEY]
-        if change < -_DECLINE_ERRORS * error:
-            text = (
-                f"The held-out score fell from {initial[SCORE_KEY]:.3f} at iteration 0 to {final[SCORE_KEY]:.3f}: lower"
-                " the learning rate, use larger groups, or add a KL term (objective.kl_beta)."
-            )
-            self._tell(Notice("warning", text))
 
     def _facts(self) -> dict[str, str]:
         recipe, shape = self.composed.recipe, self.composed.recipe.rollout
