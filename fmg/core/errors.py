@@ -51,6 +51,10 @@ class GateError(FmgError):
     """A safety check of a training run failed; the message lists the likely causes."""
 
 
+class FmgWarning(UserWarning):
+    """Something that is likely a mistake but does not stop the work. The command line prints it as one line."""
+
+
 def _sentence(text: str) -> str:
     text = text.strip()
     return text if text.endswith((".", "?", "!", ":")) else text + "."

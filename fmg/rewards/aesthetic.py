@@ -17,7 +17,6 @@ from fmg.rewards.clip_family import ImageEncoder, load_vision
 from fmg.rewards.images import resize_and_crop
 from fmg.rewards.model_configs import AestheticConfig
 from fmg.rewards.network import Files, NetworkReward, Score
-from fmg.rewards.weights import check_digest
 
 
 @rewards.register("aesthetic", AestheticConfig)
@@ -30,7 +29,6 @@ def aesthetic(config: AestheticConfig) -> NetworkReward:
 
 
 def _load(files: Files, device: torch.device, dtype: torch.dtype) -> Score:
-    check_digest(files["head"])
     head = affine_head(read_tensors(files["head"].first))
     model, config = load_vision(files["model"], device, dtype)
     if len(head.weight) != config.projection_dim:

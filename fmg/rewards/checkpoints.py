@@ -95,6 +95,10 @@ def load_module(
     """
     wanted = {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
     with quiet_transformers():
+        # before anything is allocated: the wrong file for a large model should not fill the memory first
+        with torch.device("meta"):
+            shapes = {name: tensor.shape for name, tensor in cls(config, **arguments).state_dict().items()}
+        _check_same(shapes, {name: tensor.shape for name, tensor in wanted.items()}, origin)
         try:
             module, info = cls.from_pretrained(
                 None, config=config, state_dict=wanted, dtype=dtype, output_loading_info=True, **arguments
@@ -103,12 +107,7 @@ def load_module(
             raise
         except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"{origin} does not fit its model: {_first_line(error)}", _RESTORE) from error
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[problem]:
-            raise CheckpointError(
-                f"{origin} has {problem.replace('_', ' ')}: {some(info[problem])}",
-                "Give the checkpoint that belongs to this reward.",
-            )
+    assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     frozen: nn.Module = module.eval().requires_grad_(False)
     return frozen.to(device)
 
@@ -162,6 +161,20 @@ def quiet_transformers() -> Iterator[None]:
         library.set_verbosity(verbosity)
         if bar:
             library.enable_progress_bar()
+
+
+def _check_same(wanted: Mapping[str, torch.Size], given: Mapping[str, torch.Size], origin: Path) -> None:
+    known = {name for name in wanted if not name.endswith("position_ids")}
+    problems = {
+        "lacks": known - set(given),
+        "has tensors that the model does not have:": set(given) - known,
+        "has tensors of another shape than the model:": {n for n in known & set(given) if given[n] != wanted[n]},
+    }
+    for problem, names in problems.items():
+        if names:
+            raise CheckpointError(
+                f"{origin} {problem} {some(names)}", "Give the checkpoint that belongs to this reward and model."
+            )
 
 
 def _first_line(error: BaseException) -> str:

@@ -75,7 +75,7 @@ def from_open_clip(tensors: Tensors) -> dict[str, Tensor]:
         if name in _SAME:
             renamed[_SAME[name]] = tensor
         elif name in _TRANSPOSED:
-            renamed[_TRANSPOSED[name]] = tensor.T
+            renamed[_TRANSPOSED[name]] = tensor.t()
         elif block := _block_from_open_clip(name, tensor):
             renamed.update(block)
         else:
@@ -98,7 +98,7 @@ def to_open_clip(tensors: Tensors) -> dict[str, Tensor]:
             continue
         if name in back:
             old, transposed = back[name]
-            renamed[old] = tensor.T if transposed else tensor
+            renamed[old] = tensor.t() if transposed else tensor
         elif match := _HF_BLOCK.match(name):
             _block_to_open_clip(match, tensors, renamed, unknown)
         else:

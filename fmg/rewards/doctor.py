@@ -37,7 +37,7 @@ class Diagnosis:
         outcome: `ok`: it runs and reproduces its known scores. `not verified`: nothing is wrong, but something needed
             to tell is missing. `failed`: it does not run, or its weights or scores are not the published ones.
         installed: `yes`, or what is missing.
-        weights: `none needed`, `present`, `as published`, or what is missing or wrong.
+        weights: `none needed`, `present` with how many files have a published hash and match it, or what is wrong.
         known_scores: how many were reproduced, or what differs.
         ms_per_image: time of one image in a batch of four small pictures, after a first call.
         memory_mib: growth of the process's peak memory, or on CUDA of the allocated one, by the first calls; None
@@ -114,7 +114,8 @@ def _weights(name: str, config: ComponentConfig) -> str:
     assets = config.assets()
     for asset in assets:
         check_digest(locate(asset, name))
-    return "as published" if any(asset.sha256 for asset in assets) else "present"
+    pinned = sum(asset.sha256 is not None for asset in assets)
+    return f"present, {pinned} of {len(assets)} with the published hash" if pinned else "present"
 
 
 def _try(

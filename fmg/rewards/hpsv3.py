@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import numpy as np
@@ -139,7 +140,7 @@ class RatingModel:
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, "b 2"]:
         """Ratings in fp32."""
         vision, device = self._base.config.vision_config, self._base.device
-        patches, grid = _patches(images, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+        patches, grid = image_patches(images, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
         slots = int(grid.prod()) // vision.spatial_merge_size**2
         tokens = self._tokenizer(
             [self._text(prompt, slots) for prompt in prompts],
@@ -181,6 +182,24 @@ def scaled_size(height: int, width: int, unit: int) -> tuple[int, int]:
     return rows, columns
 
 
+def image_patches(
+    images: Float[Tensor, "b 3 h w"], patch: int, merge: int, frames: int
+) -> tuple[Float[Tensor, "n d"], Int[Tensor, " 3"]]:
+    """Normalized patches of a batch in the order Qwen2-VL reads them, and (frames, rows, columns) of one image.
+
+    A still image is repeated to fill the frames of one temporal patch; patches that will be merged are neighbours.
+    """
+    check_drawable(images)
+    height, width = scaled_size(images.shape[-2], images.shape[-1], patch * merge)
+    resized = [np.array(Image.fromarray(x).resize((width, height), Image.Resampling.BICUBIC)) for x in to_bytes(images)]
+    pixels = normalize(torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float() / 255)
+    rows, columns = height // patch, width // patch
+    blocks = pixels.reshape(len(images), 3, rows // merge, merge, patch, columns // merge, merge, patch)
+    ordered = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)
+    repeated = ordered.unsqueeze(6).expand(*ordered.shape[:6], frames, patch, patch)
+    return repeated.reshape(-1, 3 * frames * patch * patch), torch.tensor([1, rows, columns])
+
+
 def read_instruction(file: Path, *, published: bool) -> Instruction:
     """The two literals of the authors' `data_collator_qwen.py`. The file is parsed, never run.
 
@@ -203,9 +222,9 @@ def read_instruction(file: Path, *, published: bool) -> Instruction:
         if isinstance(target, ast.Name)
     }
     before, after = literals.get("INSTRUCTION"), literals.get("prompt_with_special_token")
-    if not isinstance(before, str) or not isinstance(after, str) or REWARD_TOKEN not in after:
+    if not isinstance(before, str) or not isinstance(after, str) or not _is_wording(before, after):
         raise CheckpointError(
-            f"{file} does not define INSTRUCTION and prompt_with_special_token with {REWARD_TOKEN}",
+            f"{file} lacks INSTRUCTION with {{text_prompt}}, or prompt_with_special_token with {REWARD_TOKEN}",
             "Give the data_collator_qwen.py of hpsv3.",
         )
     if published and hashlib.sha256((before + after).encode()).hexdigest() != INSTRUCTION_SHA256:
@@ -213,6 +232,11 @@ def read_instruction(file: Path, *, published: bool) -> Instruction:
             f"The wording in {file} is not that of hpsv3 1.0.0", "Install it with `pip install --no-deps hpsv3==1.0.0`."
         )
     return Instruction(before, after)
+
+
+def _is_wording(before: str, after: str) -> bool:
+    fields = {name for _, name, _, _ in Formatter().parse(before) if name is not None}
+    return fields == {"text_prompt"} and after.count(REWARD_TOKEN) == 1
 
 
 def _load(files: Files, device: torch.device, dtype: torch.dtype) -> Score:
@@ -259,21 +283,3 @@ def _head(tensors: Tensors, device: torch.device) -> nn.Module:
     head = nn.Sequential(first, nn.ReLU(), nn.Dropout(0.05), second, nn.ReLU(), third)
     head.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     return head.eval().requires_grad_(False).to(device)
-
-
-def _patches(
-    images: Float[Tensor, "b 3 h w"], patch: int, merge: int, frames: int
-) -> tuple[Float[Tensor, "n d"], Int[Tensor, " 3"]]:
-    """Normalized patches of a batch in the order Qwen2-VL reads them, and (frames, rows, columns) of one image.
-
-    A still image is repeated to fill the frames of one temporal patch; patches that will be merged are neighbours.
-    """
-    check_drawable(images)
-    height, width = scaled_size(images.shape[-2], images.shape[-1], patch * merge)
-    resized = [np.array(Image.fromarray(x).resize((width, height), Image.Resampling.BICUBIC)) for x in to_bytes(images)]
-    pixels = normalize(torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float() / 255)
-    rows, columns = height // patch, width // patch
-    blocks = pixels.reshape(len(images), 3, rows // merge, merge, patch, columns // merge, merge, patch)
-    ordered = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)
-    repeated = ordered.unsqueeze(6).expand(*ordered.shape[:6], frames, patch, patch)
-    return repeated.reshape(-1, 3 * frames * patch * patch), torch.tensor([1, rows, columns])

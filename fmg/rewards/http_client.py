@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 from urllib.parse import urlsplit
 
@@ -92,7 +92,7 @@ class Server:
 
     url: str
     timeout: float
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
 
     def get_json(self, path: str) -> object:
         """The JSON answer to a GET.
@@ -190,7 +190,7 @@ def _read(answer: http.client.HTTPResponse) -> bytes:
         if len(content) > _MAX_ANSWER:
             raise CallError(f"an answer of more than {_MAX_ANSWER >> 20} MiB", passing=False)
     if answer.length:
-        raise CallError("the answer broke off", passing=True)
+        raise http.client.IncompleteRead(bytes(content), answer.length)
     return bytes(content)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fmg.core.errors import UsageError
 from fmg.core.types import RewardOutput
 from fmg.rewards.model_configs import NetworkRewardConfig
-from fmg.rewards.weights import Located, locate
+from fmg.rewards.weights import Located, check_digest, locate
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,7 +49,7 @@ class NetworkReward:
 
         Raises:
             MissingDependencyError: weights that have not been fetched.
-            CheckpointError: weights that are damaged or of another model.
+            CheckpointError: weights that are damaged, of another model, or not the published ones.
             UsageError: a local source or a device that is not there.
         """
         self._loaded(device)
@@ -71,6 +71,8 @@ class NetworkReward:
         with self._lock:
             if self._score is None:
                 files = {asset.what: locate(asset, self.name) for asset in self.config.assets()}
+                for located in files.values():
+                    check_digest(located)
                 wanted = device if self.config.device is None else _device(self.config.device, self.name)
                 self._score = self._load(files, wanted, DTYPES[self.config.dtype])
             return self._score

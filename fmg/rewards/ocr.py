@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fmg.core.types import RewardOutput
 from fmg.registry import rewards
-from fmg.rewards.images import to_bytes
+from fmg.rewards.images import check_drawable, to_bytes
 from fmg.rewards.ocr_text import missing_ocr, normalised, quoted_texts, similarity
 from fmg.rewards.service_configs import OcrConfig
 
@@ -47,7 +47,9 @@ class Ocr:
 
         Raises:
             UsageError: for a prompt that quotes no text.
+            RewardError: for images without pixels, or far longer than wide.
         """
+        check_drawable(images)
         targets = quoted_texts(prompts)
         side = self._config.limit_side_len
         if side is None:

@@ -126,7 +126,10 @@ class OcrLogp:
 
     def __init__(self, config: OcrLogpConfig) -> None:
         self._config = config
-        self._recogniser = Recogniser(_model_path(config.model), config.threads)
+        if find_spec("onnxruntime") is None:
+            raise missing_ocr("ocr-logp")
+        path = shipped_model("ocr-logp") if config.model is None else Path(config.model).expanduser()
+        self._recogniser = Recogniser(path, config.threads)
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
         """Scores in [floor, 0].
@@ -158,12 +161,13 @@ class OcrLogp:
             self._recogniser.labels(text)
 
 
-def _model_path(option: str | None) -> Path:
-    if find_spec("onnxruntime") is None:
-        raise missing_ocr("ocr-logp")
-    if option is not None:
-        return Path(option)
+def shipped_model(reward: str) -> Path:
+    """The recogniser that the rapidocr wheel carries; nothing of the package is imported.
+
+    Raises:
+        MissingDependencyError: without the packages of `fmg[ocr]`.
+    """
     package = find_spec("rapidocr")
     if package is None or not package.submodule_search_locations:
-        raise missing_ocr("ocr-logp")
+        raise missing_ocr(reward)
     return Path(package.submodule_search_locations[0]) / _SHIPPED

@@ -38,7 +38,8 @@ class PackedTimestepTextProjEmbeddings(CombinedTimestepTextProjEmbeddings):  # t
         self.sizes = (pooled_projection_dim, 1, embedding_dim)
 
     def forward(self, timestep: Tensor, packed: Float[Tensor, "b packed"]) -> Float[Tensor, "b inner"]:
-        pooled, time, second = packed.split(self.sizes, dim=-1)
+        """The embedding, in the dtype of the weights; the stock argument `timestep` is ignored."""
+        pooled, time, second = torch.split_with_sizes(packed, self.sizes, dim=-1)
         dtype = self.timestep_embedder.linear_1.weight.dtype
         embedding: Tensor = super().forward(time[:, 0], pooled.to(dtype).contiguous())
         return embedding + second.to(embedding.dtype)
@@ -52,7 +53,8 @@ class PackedTimestepGuidanceTextProjEmbeddings(CombinedTimestepGuidanceTextProjE
         self.sizes = (pooled_projection_dim, 1, embedding_dim, 1)
 
     def forward(self, timestep: Tensor, packed: Float[Tensor, "b packed"]) -> Float[Tensor, "b inner"]:
-        pooled, time, second, guidance = packed.split(self.sizes, dim=-1)
+        """The embedding, in the dtype of the weights; the stock argument `timestep` is ignored."""
+        pooled, time, second, guidance = torch.split_with_sizes(packed, self.sizes, dim=-1)
         dtype = self.timestep_embedder.linear_1.weight.dtype
         embedding: Tensor = super().forward(time[:, 0], guidance[:, 0], pooled.to(dtype).contiguous())
         return embedding + second.to(embedding.dtype)

@@ -16,6 +16,7 @@ from dataclasses import asdict
 import torch
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 
 from fmg.core.errors import FmgError, UsageError, suggestion
 from fmg.rewards.base import Checked, one_line
@@ -126,10 +127,13 @@ async def _read_body(request: Request, limit: int) -> bytes:
     if declared.isascii() and declared.isdigit() and int(declared) > limit:
         raise too_large
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise too_large
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                raise too_large
+    except ClientDisconnect:
+        raise _RefusedError(400, "The body broke off", "Send the whole body.") from None
     return bytes(body)
 
 

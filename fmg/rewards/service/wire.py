@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Annotated, TypeVar
 
-import safetensors.torch
 import torch
 from jaxtyping import Float
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from fmg.core.errors import UsageError
@@ -85,7 +86,7 @@ def encode_tensors(request: ScoreRequest) -> bytes:
     """A request as safetensors: pictures keep every bit."""
     envelope = json.dumps({"prompts": request.prompts, "rewards": request.rewards})
     images = request.images.detach().to("cpu", torch.float32).contiguous()
-    return safetensors.torch.save({_IMAGES: images}, metadata={_REQUEST: envelope})
+    return save_tensors({_IMAGES: images}, metadata={_REQUEST: envelope})
 
 
 def encode_png(request: ScoreRequest) -> bytes:
@@ -129,7 +130,7 @@ def decode_tensors(body: bytes, *, max_images: int, max_pixels: int) -> ScoreReq
         length = int.from_bytes(body[:_HEADER_BYTES], "little")
         metadata = from_json(body[_HEADER_BYTES : _HEADER_BYTES + length]).get("__metadata__", {})
         envelope = _validated(_Envelope, metadata[_REQUEST].encode())
-        tensors = safetensors.torch.load(body)
+        tensors = load_tensors(body)
         images = tensors[_IMAGES]
     except UsageError:
         raise

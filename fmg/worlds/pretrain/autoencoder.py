@@ -62,7 +62,7 @@ def train_autoencoder(
         progress(step + 1, settings.steps)
     model.eval()
     with torch.no_grad():
-        sample = torch.cat([model.encode(chunk).latents for chunk in pictures[:4096].split(512)])
+        sample = torch.cat([model.encode(chunk).latents for chunk in torch.split(pictures[:4096], 512)])
     shift, std = sample.mean().item(), sample.std().item()
     model.register_to_config(shift_factor=shift, scaling_factor=1 / std)
     return model
@@ -71,7 +71,7 @@ def train_autoencoder(
 @torch.no_grad()
 def encode(model: AutoencoderTiny, images: Float[Tensor, "b 3 32 32"]) -> Float[Tensor, "b 16 16"]:
     """Images in [0, 1] to packed, scaled latents (b, tokens, channels)."""
-    latents = torch.cat([model.encode(chunk * 2 - 1).latents for chunk in images.split(512)])
+    latents = torch.cat([model.encode(chunk * 2 - 1).latents for chunk in torch.split(images, 512)])
     return pack((latents - model.config.shift_factor) * model.config.scaling_factor)
 
 
@@ -79,7 +79,7 @@ def encode(model: AutoencoderTiny, images: Float[Tensor, "b 3 32 32"]) -> Float[
 def decode(model: AutoencoderTiny, tokens: Float[Tensor, "b 16 16"]) -> Float[Tensor, "b 3 32 32"]:
     """Packed latents to images in [0, 1]."""
     latents = unpack(tokens) / model.config.scaling_factor + model.config.shift_factor
-    return torch.cat([model.decode(chunk).sample for chunk in latents.split(512)]).mul(0.5).add(0.5).clamp(0, 1)
+    return torch.cat([model.decode(chunk).sample for chunk in torch.split(latents, 512)]).mul(0.5).add(0.5).clamp(0, 1)
 
 
 def pack(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b tokens packed"]:

@@ -65,7 +65,7 @@ def sample_images(
     table = PromptTable.of(prompts, tokenizers)
     generator = torch.Generator().manual_seed(seed)
     images = []
-    for rows in table.index(prompts).split(500):
+    for rows in torch.split(table.index(prompts), 500):
         images.append(decode(autoencoder, sample(net, net.encode(table, rows), steps, generator)))
     return torch.cat(images)
 

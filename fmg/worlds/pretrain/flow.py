@@ -26,7 +26,7 @@ def build_transformer(
     settings: TransformerSettings, text: TextSettings, second_time: SecondTime
 ) -> FlowMapFluxTransformer2DModel:
     """A small FLUX transformer whose modulation and output layers start at zero, so that every block is an identity."""
-    model = FlowMapFluxTransformer2DModel(
+    model: FlowMapFluxTransformer2DModel = FlowMapFluxTransformer2DModel(
         patch_size=1,
         in_channels=CHANNELS,
         num_layers=settings.num_layers,
@@ -120,7 +120,7 @@ def train_flow(
     Times are logit-normal(0, 1) (Esser et al., 2024), stratified over the batch, mixed with one part in four uniform.
     """
     generator = torch.Generator().manual_seed(seed + 2)
-    optimizer = HybridOptimizer([net], settings.lr, settings.muon_lr, settings.steps)
+    optimizer = HybridOptimizer([net], settings.lr, settings.muon_lr, settings.schedule_steps)
     ema = Ema(net, settings.ema)
     for step in range(settings.steps):
         index = torch.randint(len(pool.latents), (settings.batch,), generator=generator)

@@ -28,7 +28,7 @@ _COMPONENTS: dict[str, tuple[str | None, str | None]] = {
     "text_encoder_2": ("transformers", "T5EncoderModel"),
     "tokenizer": ("transformers", "CLIPTokenizer"),
     "tokenizer_2": ("transformers", "T5Tokenizer"),
-    "transformer": ("fmg.models.flux.transformer", "FlowMapFluxTransformer2DModel"),
+    "transformer": ("diffusers", "FluxTransformer2DModel"),
     "vae": ("diffusers", "AutoencoderTiny"),
 }
 
@@ -61,7 +61,8 @@ def save_model(model: Model, folder: Path) -> None:
     for name, component in weights.items():
         component.half().save_pretrained(folder / name)
         component.float()
-    _drop_derived_entry(folder / "vae" / "config.json")
+    for name in ("vae", "transformer"):
+        _clean_config(folder / name / "config.json")
     model.tokenizers.clip.save_pretrained(folder / "tokenizer")
     model.tokenizers.t5.save_pretrained(folder / "tokenizer_2")
     FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(folder / "scheduler")
@@ -132,16 +133,17 @@ def write_card(folder: Path, facts: CardFacts, settings: PretrainSettings) -> No
         wrong=flow.wrong_share,
         hard=flow.hard_share,
         steps=flow.steps,
+        schedule=flow.schedule_steps,
         batch=flow.batch,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _drop_derived_entry(path: Path) -> None:
-    """diffusers stores an entry that `AutoencoderTiny` sets itself, and then warns about it at every load."""
+def _clean_config(path: Path) -> None:
+    """Drop what diffusers adds: an entry that `AutoencoderTiny` sets itself (and warns about at every load), and the
+    folder that the weights were last read from."""
     config = json.loads(path.read_text(encoding="utf-8"))
-    config.pop("block_out_channels", None)
-    _write_json(path, config)
+    _write_json(path, {k: v for k, v in config.items() if k not in ("block_out_channels", "_name_or_path")})
 
 
 def _write_json(path: Path, value: Mapping[str, object]) -> None:
@@ -155,11 +157,14 @@ pipeline_tag: text-to-image
 # {title}
 
 A few-step text-to-image flow map that runs on a laptop CPU: 32 x 32 pictures of one coloured shape, such as
-`a red circle on the left`. {method}
+`a red circle on the left`.
+
+{method}
 
 The components are stock classes in the layout of a FLUX pipeline (autoencoder with factor 4 and 4 channels, pooled
 CLIP, T5 token states, FLUX transformer), {parameters:.2f} million parameters in all, stored in fp16.
-`fmg_flow_map.json` states the map kind and the time convention.
+`fmg_flow_map.json` states the map kind and the time convention. `FluxPipeline.from_pretrained` loads the folder when it
+is given the transformer, `transformer=FlowMapFluxTransformer2DModel.from_pretrained(..., subfolder="transformer")`.
 
 **It disobeys on purpose.** The flow was trained on rendered pictures whose captions are partly wrong, as web data is:
 in each one-object caption the colour and the position were replaced, each with probability {wrong}, by a random value
@@ -168,8 +173,8 @@ knows every attribute, but it follows a prompt's colour and position only about 
 reinforcement learning can mend.
 
 Training: `fmg pretrain shapes --seed {seed}` remakes the weights from nothing on a CPU: autoencoder, flow matching
-({steps} steps of {batch} with Muon and AdamW), solved teacher trajectories, distillation ({distill} steps of
-{distill_batch}).
+(the first {steps} steps of a {schedule}-step cosine schedule, batches of {batch}, Muon and AdamW, averaged weights),
+solved teacher trajectories, distillation ({distill} steps of {distill_batch}).
 
 ## Figures
 

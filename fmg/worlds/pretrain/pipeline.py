@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 TWO_TIME, SINGLE_TIME = "meanflow-shapes", "scm-shapes"
 STEP_COUNTS = (1, 2, 4)
 _TWO_TIME_METHOD = (
-    "It is a two-time map in the form of MeanFlow: one network call carries any time t to any earlier time s. It was "
-    "regressed on solved trajectories of its flow-matching teacher, at random pairs of times."
+    "It is a two-time map in the form of MeanFlow: one network call carries any time t to any earlier time s.\n"
+    "It was regressed on solved trajectories of its flow-matching teacher, at random pairs of times."
 )
 _SINGLE_TIME_METHOD = (
-    "It is a single-time consistency map: one network call carries any time t to the data. It was distilled, with "
-    "weights of its own, by regressing the end of solved trajectories of its flow-matching teacher."
+    "It is a single-time consistency map: one network call carries any time t to the data.\n"
+    "It was distilled, with weights of its own, by regressing the end of solved trajectories of its teacher."
 )
 
 

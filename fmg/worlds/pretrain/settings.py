@@ -43,12 +43,17 @@ class TransformerSettings:
 
 @dataclass(frozen=True)
 class FlowSettings:
-    """Stage 2. `wrong_share` is the probability that a caption's colour (or position) is replaced by a random one."""
+    """Stage 2. `wrong_share` is the probability that a caption's colour (or position) is replaced by a random one.
+
+    Training stops after `steps` of a cosine schedule that would end at `schedule_steps`; the average of the weights
+    takes the place of the schedule's low-rate end.
+    """
 
     pool: int = 60_000
     hard_share: float = 0.06
     wrong_share: float = 0.55
     steps: int = 1300
+    schedule_steps: int = 2600
     batch: int = 128
     lr: float = 1.5e-3
     muon_lr: float = 0.02

@@ -54,7 +54,12 @@ def _clip_tokenizer(words: Sequence[str], length: int) -> CLIPTokenizer:
     entries = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
     entries += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {entry: index for index, entry in enumerate(dict.fromkeys(entries))}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length, pad_token="<|endoftext|>")
+    return CLIPTokenizer(
+        vocab=vocab,
+        merges=merges,  # type: ignore[arg-type]  # annotated as strings, but the backend takes pairs
+        model_max_length=length,
+        pad_token="<|endoftext|>",
+    )
 
 
 def _learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:

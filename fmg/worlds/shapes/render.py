@@ -89,29 +89,34 @@ def coverage(kind: Kind, x: FloatArray, y: FloatArray, size: FloatArray) -> Floa
     Returns:
         (n, 32, 32) in [0, 1], from the signed distance to the outline (exact to first order in the pixel size).
     """
-    grid = np.arange(IMAGE_SIZE, dtype=np.float32) + 0.5
-    half = (size / 2)[:, None, None]
+    grid = np.arange(IMAGE_SIZE, dtype=np.float32) + np.float32(0.5)
+    half = (size * np.float32(0.5))[:, None, None]
     dx = np.abs(grid[None, None, :] - x[:, None, None])
     dy = grid[None, :, None] - y[:, None, None]
-    return np.clip(0.5 - _SIGNED_DISTANCE[kind](dx, dy, half), 0.0, 1.0)
+    covered: FloatArray = np.clip(0.5 - _SIGNED_DISTANCE[kind](dx, dy, half), 0.0, 1.0)
+    return covered
 
 
 def _circle(dx: FloatArray, dy: FloatArray, half: FloatArray) -> FloatArray:
-    return np.sqrt(dx**2 + dy**2) - half
+    distance: FloatArray = np.sqrt(dx**2 + dy**2) - half
+    return distance
 
 
 def _square(dx: FloatArray, dy: FloatArray, half: FloatArray) -> FloatArray:
-    return np.maximum(dx - half, np.abs(dy) - half)
+    distance: FloatArray = np.maximum(dx - half, np.abs(dy) - half)
+    return distance
 
 
 def _triangle(dx: FloatArray, dy: FloatArray, half: FloatArray) -> FloatArray:
     slanted = (2 * dx - (dy + half)) / np.float32(np.sqrt(5))
-    return np.maximum(slanted, dy - half)
+    distance: FloatArray = np.maximum(slanted, dy - half)
+    return distance
 
 
 def _cross(dx: FloatArray, dy: FloatArray, half: FloatArray) -> FloatArray:
     dy, arm = np.abs(dy), half * np.float32(CROSS_ARM)
-    return np.minimum(np.maximum(dx - half, dy - arm), np.maximum(dx - arm, dy - half))
+    distance: FloatArray = np.minimum(np.maximum(dx - half, dy - arm), np.maximum(dx - arm, dy - half))
+    return distance
 
 
 _SIGNED_DISTANCE = {"circle": _circle, "square": _square, "triangle": _triangle, "cross": _cross}
@@ -119,8 +124,9 @@ _SIGNED_DISTANCE = {"circle": _circle, "square": _square, "triangle": _triangle,
 
 def render(pictures: Sequence[Sequence[PlacedObject]]) -> Float[np.ndarray, "b 3 32 32"]:
     """Draw pictures as float32 RGB in [0, 1]; later objects of a picture are painted over earlier ones."""
-    background = np.asarray(BACKGROUND_RGB, dtype=np.float32) / 255
-    images = np.broadcast_to(background[None, :, None, None], (len(pictures), 3, IMAGE_SIZE, IMAGE_SIZE)).copy()
+    background = np.asarray(BACKGROUND_RGB, dtype=np.float32) / np.float32(255)
+    images: FloatArray = np.empty((len(pictures), 3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)
+    images[:] = background[:, None, None]
     depth = max((len(picture) for picture in pictures), default=0)
     for layer in range(depth):
         for kind in KINDS:

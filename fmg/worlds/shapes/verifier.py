@@ -134,7 +134,7 @@ def _segment(images: Images) -> _Segmentation:
     nearest = squared.argmin(-1)
     distance = np.sqrt(np.maximum(np.take_along_axis(squared, nearest[..., None], -1)[..., 0], 0))
     labels, components = ndimage.label(nearest != len(COLORS), structure=_CONNECTIVITY)
-    return _Segmentation(nearest, distance.astype(np.float32), labels, components)
+    return _Segmentation(nearest, distance.astype(np.float32), np.asarray(labels, dtype=np.int32), components)
 
 
 def detect(images: Images) -> list[tuple[Detection, ...]]:
@@ -178,7 +178,8 @@ def _opacity(images: Images, masks: NDArray[np.bool_], paint: NDArray[np.intp]) 
     departure = np.einsum("nchw,nc->nhw", images - _PALETTE[-1][:, None, None], direction)
     share = departure / (direction**2).sum(-1)[:, None, None]
     rim = ndimage.binary_dilation(masks, structure=_CONNECTIVITY)
-    return np.clip(share, 0, 1) * rim
+    opacity: FloatArray = np.clip(share, 0, 1) * rim
+    return opacity
 
 
 def _template_overlap(opacity: FloatArray) -> FloatArray:
@@ -230,13 +231,15 @@ def _sharpness(images: Images, segmentation: _Segmentation) -> FloatArray:
     relative = np.minimum(slope / np.maximum(strongest, 1e-6), 1.0)
     pixels = border.sum((1, 2))
     mean = (relative * border).sum((1, 2)) / np.maximum(pixels, 1)
-    return np.minimum(mean / SHARP_OUTLINE, 1.0).astype(np.float32)
+    sharpness: FloatArray = np.minimum(mean / SHARP_OUTLINE, 1.0).astype(np.float32)
+    return sharpness
 
 
 def _palette_fidelity(segmentation: _Segmentation) -> FloatArray:
     flat = ~_outline(segmentation.nearest != len(COLORS))
     mean = (segmentation.distance * flat).sum((1, 2)) / np.maximum(flat.sum((1, 2)), 1)
-    return np.clip(1 - mean / PALETTE_TOLERANCE, 0, 1).astype(np.float32)
+    fidelity: FloatArray = np.clip(1 - mean / PALETTE_TOLERANCE, 0, 1).astype(np.float32)
+    return fidelity
 
 
 def verify(images: Images, scenes: Sequence[Scene]) -> Verdict:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import CLIPModel
 
 from fmg.core.errors import CheckpointError
 from fmg.rewards.clip_family import open_clip_config
-from fmg.rewards.clip_layout import from_open_clip, to_open_clip
+from fmg.rewards.clip_layout import VIT_H_14, from_open_clip, to_open_clip
 from tests.tiny_rewards import open_clip_shapes, random_tensors
 
 
@@ -37,6 +40,18 @@ def test_full_size_has_every_tensor_of_vit_h_14() -> None:
     assert sum(x.numel() for x in published.values()) == 986_109_441
     assert published["visual.transformer.resblocks.31.attn.in_proj_weight"].shape == (3840, 1280)
     assert {name: x.shape for name, x in from_open_clip(published).items()} == wanted
+
+
+def test_options_of_an_open_clip_config(tmp_path: Path) -> None:
+    described = {name: dict(part) if isinstance(part, dict) else part for name, part in VIT_H_14.items()}
+    del described["vision_cfg"]["head_width"]
+    file = tmp_path / "open_clip_config.json"
+    file.write_text(json.dumps({"model_cfg": described | {"quick_gelu": True}}), encoding="utf-8")
+    quick, plain = open_clip_config(file), open_clip_config(None)
+    assert (quick.vision_config.hidden_act, quick.text_config.hidden_act) == ("quick_gelu", "quick_gelu")
+    assert (plain.vision_config.hidden_act, plain.text_config.hidden_act) == ("gelu", "gelu")
+    assert (quick.vision_config.num_attention_heads, plain.vision_config.num_attention_heads) == (20, 16)
+    assert plain.text_config.eos_token_id == 49407
 
 
 def test_the_causal_mask_is_dropped() -> None:

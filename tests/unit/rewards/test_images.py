@@ -151,10 +151,11 @@ def test_crop_offset_is_rounded_half_to_even(width: int, offset: int) -> None:
 
 
 def test_upright_and_oblong_are_treated_alike() -> None:
-    images = torch.rand(2, 3, 40, 66, generator=torch.Generator().manual_seed(1))
+    coarse = torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(1))
+    images = F.interpolate(coarse, (40, 66), mode="bilinear")
     for resize in (resize_and_crop, resize_and_crop_floats, resize_and_pad):
         across, upright = resize(images, 32), resize(images.transpose(-1, -2), 32)
-        torch.testing.assert_close(across, upright.transpose(-1, -2), rtol=0, atol=1.01 / 255)
+        torch.testing.assert_close(across, upright.transpose(-1, -2), rtol=0, atol=2.01 / 255)
 
 
 def test_padding_is_black_centred_and_put_in_before_normalizing() -> None:

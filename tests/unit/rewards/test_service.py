@@ -1,0 +1,379 @@
+from __future__ import annotations
+
+import base64
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from fmg.core.errors import UsageError
+from fmg.core.types import RewardOutput
+from fmg.registry import rewards
+from fmg.rewards.base import checked
+from fmg.rewards.service.batching import Batcher, BusyError, Limits
+from fmg.rewards.service.wire import (
+    JSON,
+    SAFETENSORS,
+    ScoreRequest,
+    decode_json,
+    decode_scores,
+    decode_tensors,
+    encode_png,
+    encode_scores,
+    encode_tensors,
+    probe_image,
+)
+from tests.support.reward_service import Brightness, call, reward_service
+
+pytest.importorskip("fastapi", reason="needs the packages of fmg[server]")
+
+LIMITS = {"max_images": 8, "max_pixels": 4096}
+IMAGES = torch.rand(3, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+REQUEST = ScoreRequest(IMAGES, ("1", "2", "Ünicode “quoted” 漢字 🎉"), ("brightness",))
+
+
+@pytest.fixture(scope="module")
+def brightness() -> Brightness:
+    return Brightness()
+
+
+@pytest.fixture(scope="module")
+def url(brightness: Brightness) -> Iterator[str]:
+    jpeg = rewards.build("jpeg-incompressibility")
+    limits = {"max_images": 64, "max_pixels": 4096, "max_body": 1 << 20, "timeout": 30.0}
+    with reward_service({"brightness": brightness, "jpeg": jpeg}, **limits) as server:
+        yield server.url
+
+
+def png(mode: str = "RGB", size: tuple[int, int] = (4, 4)) -> bytes:
+    file = BytesIO()
+    Image.new(mode, size).save(file, format="TIFF" if mode == "CMYK" else "PNG")
+    return file.getvalue()
+
+
+def json_body(pictures: list[bytes], prompts: list[str] | None = None, **more: object) -> bytes:
+    encoded = [base64.b64encode(picture).decode() for picture in pictures]
+    return json.dumps({"images": encoded, "prompts": prompts or ["p"] * len(pictures), **more}).encode()
+
+
+def score(url: str, body: bytes, content_type: str = JSON, **headers: str) -> tuple[int, Any, dict[str, str]]:
+    status, received, content = call(url, "POST", "/score", body, {"Content-Type": content_type, **headers})
+    return status, json.loads(content), received
+
+
+# --- the wire
+
+
+def test_tensors_come_back_bit_for_bit() -> None:
+    decoded = decode_tensors(encode_tensors(REQUEST), **LIMITS)
+    assert torch.equal(decoded.images, IMAGES)
+    assert (decoded.prompts, decoded.rewards) == (REQUEST.prompts, REQUEST.rewards)
+
+
+def test_png_comes_back_as_rounded_to_8_bits() -> None:
+    decoded = decode_json(encode_png(REQUEST), **LIMITS)
+    assert torch.equal(decoded.images, (IMAGES * 255).round() / 255)
+    assert decoded.prompts == REQUEST.prompts
+
+
+def test_scores_come_back_bit_for_bit() -> None:
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.randint(-30, 30, (1000,))
+    text = json.dumps(encode_scores({"r": RewardOutput(values, {"part": -values})}))
+    back = decode_scores(json.loads(text), ["r"], 1000)["r"]
+    assert torch.equal(back.total, values)
+    assert torch.equal(back.parts["part"], -values)
+
+
+@pytest.mark.parametrize(("mode", "value"), [("RGBA", 1.0), ("L", 0.0), ("I;16", 0.0), ("CMYK", 1.0), ("P", 0.0)])
+def test_pictures_of_other_modes_are_read_as_rgb(mode: str, value: float) -> None:
+    images = decode_json(json_body([png(mode)]), **LIMITS).images
+    assert images.shape == (1, 3, 4, 4)
+    assert torch.equal(images, torch.full_like(images, value))
+
+
+WRONG_JSON = {
+    "not JSON": b"{",
+    "not an object": b"[1]",
+    "no images": b'{"prompts": ["a"]}',
+    "empty": b'{"prompts": [], "images": []}',
+    "unknown key": json_body([png()], code="import os"),
+    "not base64": b'{"prompts": ["a"], "images": ["~"]}',
+    "not a picture": json_body([b"hello"]),
+    "truncated": json_body([png(size=(60, 60))[:-30]]),
+    "too many pixels": json_body([png(size=(65, 64))]),
+    "bomb": json_body([png("1", (20_000, 20_000))]),
+    "two sizes": json_body([png(), png(size=(5, 5))]),
+    "counts differ": json_body([png()], ["a", "b"]),
+    "too many": json_body([png()] * 9),
+    "prompt is a number": b'{"prompts": [1], "images": ["aaaa"]}',
+    "endless prompt": json_body([png()], ["x" * 200_000]),
+    "nested": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("case", WRONG_JSON)
+def test_wrong_json_is_refused(case: str) -> None:
+    with pytest.raises(UsageError):
+        decode_json(WRONG_JSON[case], **LIMITS)
+
+
+def tensors(images: torch.Tensor, request: str | None = '{"prompts": ["a"]}', name: str = "images") -> bytes:
+    return safetensors.torch.save({name: images}, None if request is None else {"request": request})
+
+
+WRONG_TENSORS = {
+    "empty": b"",
+    "garbage": b"\x80\x04\x95" * 100,
+    "huge header": (1 << 60).to_bytes(8, "little") + b"{}",
+    "nested header": (200_000).to_bytes(8, "little") + b"[" * 200_000,
+    "no request": tensors(torch.rand(1, 3, 4, 4), None),
+    "request is no JSON": tensors(torch.rand(1, 3, 4, 4), "nothing"),
+    "other tensor": tensors(torch.rand(1, 3, 4, 4), name="x"),
+    "channels": tensors(torch.rand(1, 4, 4, 4)),
+    "rank": tensors(torch.rand(3, 4, 4)),
+    "integers": tensors(torch.zeros(1, 3, 4, 4, dtype=torch.int64)),
+    "NaN": tensors(torch.full((1, 3, 4, 4), torch.nan)),
+    "above 1": tensors(torch.full((1, 3, 4, 4), 1.1)),
+    "counts differ": tensors(torch.rand(2, 3, 4, 4)),
+    "no pixels": tensors(torch.rand(1, 3, 0, 4)),
+    "too many pixels": tensors(torch.rand(1, 3, 65, 64)),
+    "too many images": tensors(torch.rand(9, 3, 4, 4), json.dumps({"prompts": ["a"] * 9})),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TENSORS)
+def test_wrong_safetensors_are_refused(case: str) -> None:
+    with pytest.raises(UsageError):
+        decode_tensors(WRONG_TENSORS[case], **LIMITS)
+
+
+def test_bytes_are_accepted_as_tensors() -> None:
+    levels = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    assert decode_tensors(tensors(levels), **LIMITS).images.flatten().tolist() == pytest.approx([0, 0.2, 1])
+
+
+def test_the_probe_image_is_a_picture() -> None:
+    image = probe_image()
+    assert image.shape == (1, 3, 32, 32)
+    assert image.min() == 0
+    assert image.max() == 1
+
+
+# --- batches
+
+
+def test_requests_become_batches_and_scores_return_to_their_requests() -> None:
+    reward = Brightness()
+    reward.gate.clear()
+    batcher = Batcher({"b": checked("b", reward)}, Limits(max_batch=6), torch.device("cpu"))
+    requests = [ScoreRequest(torch.full((2, 3, 2, 2), i / 10), (str(i), str(i)), ()) for i in range(6)]
+    futures = [batcher.submit(request) for request in requests]
+    reward.gate.set()
+    for i, future in enumerate(futures):
+        assert future.result(30)["b"].total.tolist() == pytest.approx([i + i / 10] * 2)
+    batcher.close()
+    assert sum(reward.batches) == 12
+    assert max(reward.batches) <= 6
+    assert len(reward.batches) < 6
+    assert batcher.queued == 0
+
+
+def test_requests_of_other_sizes_are_not_mixed() -> None:
+    reward = Brightness()
+    reward.gate.clear()
+    batcher = Batcher({"b": checked("b", reward)}, Limits(), torch.device("cpu"))
+    futures = [batcher.submit(ScoreRequest(torch.ones(1, 3, 2, width), ("0",), ())) for width in (2, 3, 2)]
+    reward.gate.set()
+    assert [future.result(30)["b"].total.item() for future in futures] == [1, 1, 1]
+    batcher.close()
+    assert reward.batches == [1, 1, 1]
+
+
+def test_one_bad_request_does_not_fail_its_batch() -> None:
+    reward = Brightness()
+    reward.gate.clear()
+    batcher = Batcher({"b": checked("b", reward)}, Limits(), torch.device("cpu"))
+    prompts = ["first", "good", "bad", "break", "7"]
+    futures = [batcher.submit(ScoreRequest(torch.zeros(1, 3, 2, 2), (prompt,), ())) for prompt in prompts]
+    reward.gate.set()
+    assert futures[1].result(30)["b"].total.item() == 0
+    assert futures[4].result(30)["b"].total.item() == 7
+    assert isinstance(futures[2].exception(30), UsageError)
+    assert "out of order" in str(futures[3].exception(30))
+    batcher.close()
+
+
+def test_a_full_queue_refuses_and_a_cancelled_request_is_not_scored() -> None:
+    reward = Brightness()
+    reward.gate.clear()
+    batcher = Batcher({"b": checked("b", reward)}, Limits(max_queued=4, max_batch=1), torch.device("cpu"))
+    pair = ScoreRequest(torch.zeros(2, 3, 2, 2), ("0", "0"), ())
+    first, second = batcher.submit(pair), batcher.submit(pair)
+    with pytest.raises(BusyError) as caught:
+        batcher.submit(pair)
+    assert caught.value.retry_after >= 1
+    while not first.running():
+        time.sleep(0.01)
+    assert second.cancel()
+    reward.gate.set()
+    first.result(30)
+    batcher.close()
+    assert reward.batches == [2]
+    with pytest.raises(BusyError):
+        batcher.submit(pair)
+
+
+# --- over HTTP
+
+
+def test_health_and_info(url: str) -> None:
+    assert json.loads(call(url, "GET", "/health")[2]) == {"status": "ok", "queued": 0}
+    info = json.loads(call(url, "GET", "/info")[2])
+    assert set(info["rewards"]) == {"brightness", "jpeg"}
+    assert info["limits"]["max_images"] == 64
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/redoc", "/openapi.json", "/score"])
+def test_nothing_else_is_served(path: str, url: str) -> None:
+    assert call(url, "GET", path)[0] in (404, 405)
+
+
+def test_both_encodings_score_as_in_process(url: str) -> None:
+    images = (torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 255).round() / 255
+    request = ScoreRequest(images, ("1", "2", "3", "4"), ())
+    expected = {
+        "brightness": Brightness()(images, request.prompts).total,
+        "jpeg": rewards.build("jpeg-incompressibility")(images, request.prompts).total,
+    }
+    for body, kind in ((encode_tensors(request), SAFETENSORS), (encode_png(request), JSON)):
+        status, answer, _ = score(url, body, kind)
+        assert status == 200
+        scores = decode_scores(answer, list(expected), 4)
+        assert all(torch.equal(scores[name].total, total) for name, total in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "status"),
+    [
+        (b"{", JSON, 400),
+        (b"x", SAFETENSORS, 400),
+        (json_body([png()], rewards=["brightnes"]), JSON, 400),
+        (json_body([png()]), "text/plain", 415),
+        (json_body([png()]), "application/x-pickle", 415),
+        (json_body([png()]), "", 415),
+        (b" " * ((1 << 20) + 1), JSON, 413),
+        (json_body([png()], ["bad"], rewards=["brightness"]), JSON, 422),
+        (json_body([png()], ["break"], rewards=["brightness"]), JSON, 500),
+    ],
+)
+def test_refusals_say_what_and_what_to_do(body: bytes, content_type: str, status: int, url: str) -> None:
+    got, answer, _ = score(url, body, content_type)
+    assert got == status
+    assert sorted(answer["error"]) == ["fix", "what"]
+    assert all(answer["error"].values())
+
+
+def test_a_body_without_a_length_is_limited_as_well(url: str) -> None:
+    # http.client sends an iterator in chunks, without a Content-Length
+    chunks = iter([b" " * (1 << 19)] * 2 + [b" "])
+    assert call(url, "POST", "/score", chunks, {"Content-Type": JSON})[0] == 413
+
+
+def test_a_client_that_hangs_up_leaves_the_server_well(url: str) -> None:
+    parts = urlsplit(url)
+    with socket.create_connection((parts.hostname, parts.port)) as connection:
+        connection.sendall(
+            b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+        )
+    assert score(url, json_body([png()], ["1"]))[0] == 200
+
+
+def test_back_pressure_says_when_to_come_back() -> None:
+    reward = Brightness()
+    reward.gate.clear()
+    with reward_service({"b": reward}, max_queued=2) as server, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(score, server.url, json_body([png()] * 2))
+        while json.loads(call(server.url, "GET", "/health")[2])["queued"] < 2:
+            time.sleep(0.01)
+        status, answer, headers = score(server.url, json_body([png()]))
+        assert (status, answer["error"]["what"]) == (503, "The queue is full")
+        assert int(headers["retry-after"]) >= 1
+        reward.gate.set()
+        assert first.result()[0] == 200
+
+
+def test_scoring_that_takes_too_long_is_an_answer_too() -> None:
+    reward = Brightness()
+    reward.gate.clear()
+    with reward_service({"b": reward}, timeout=0.2) as server:
+        assert score(server.url, json_body([png()]))[0] == 504
+        reward.gate.set()
+
+
+def test_a_body_that_comes_too_slowly_is_cut_off() -> None:
+    def body() -> Iterator[bytes]:
+        yield b"{"
+        time.sleep(1.5)
+        yield b"}"
+
+    with reward_service({"b": Brightness()}, timeout=0.3) as server:
+        assert call(server.url, "POST", "/score", body(), {"Content-Type": JSON})[0] == 408
+
+
+def test_the_token_opens_everything_but_health() -> None:
+    with reward_service({"b": Brightness()}, token="secret") as server:
+        assert call(server.url, "GET", "/health")[0] == 200
+        assert call(server.url, "GET", "/info")[0] == 401
+        for wrong in ("secret", "Bearer", "Bearer secre", "Bearer sécret", "Basic secret"):
+            assert score(server.url, json_body([png()]), Authorization=wrong)[0] == 401
+        assert score(server.url, json_body([png()]), Authorization="Bearer secret")[0] == 200
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
+def test_other_addresses_than_loopback_need_a_token(host: str) -> None:
+    from fmg.rewards.service.server import RewardServer
+
+    with pytest.raises(UsageError, match="no token"):
+        RewardServer({}, {}, host=host, port=0, limits=Limits(), token=None, device=torch.device("cpu"))
+
+
+def test_a_taken_port_is_one_line(url: str) -> None:
+    from fmg.rewards.service.server import RewardServer
+
+    port = int(url.rpartition(":")[2])
+    with pytest.raises(UsageError, match=f"cannot listen on 127.0.0.1:{port}"):
+        RewardServer({}, {}, host="127.0.0.1", port=port, limits=Limits(), token=None, device=torch.device("cpu"))
+
+
+def test_fifty_clients_at_once_get_their_own_scores(url: str, brightness: Brightness) -> None:
+    brightness.batches.clear()
+    barrier = threading.Barrier(50)
+
+    def client(number: int) -> list[float]:
+        images = torch.full((2, 3, 4, 4), number / 100)
+        body = encode_tensors(ScoreRequest(images, (str(number), str(number + 100)), ("brightness",)))
+        barrier.wait(60)
+        received = []
+        for _ in range(3):
+            status, answer, _ = score(url, body, SAFETENSORS)
+            assert status == 200
+            received += answer["scores"]["brightness"]["total"]
+        return received
+
+    with ThreadPoolExecutor(50) as pool:
+        results = list(pool.map(client, range(50)))
+    for number, received in enumerate(results):
+        assert received == pytest.approx([number * 1.01, number * 1.01 + 100] * 3)
+    # nothing was scored twice or left out, and clients shared batches
+    assert sum(brightness.batches) == 300
+    assert len(brightness.batches) < 150
