@@ -12,7 +12,10 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.fmg-installed
 PINS := $(VENV)/constraints.txt
-PIP := $(BIN)/python -m pip --no-input --disable-pip-version-check
+# Tools are run as modules: one that comes with the interpreter's own packages has no script in the environment.
+RUN := $(BIN)/python -m
+LINT_IMPORTS := $(BIN)/python -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
+PIP := $(RUN) pip --no-input --disable-pip-version-check
 TORCH_PIN := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_MIN := $(shell sed -n 's/^ *"torch>=\(.*\)",$$/\1/p' pyproject.toml)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -56,22 +59,22 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup ## train on the CPU, compare with the base, draw before and after
 	@set -e; n=1; while test -e runs/demo-$$n; do n=$$((n + 1)); done; run=runs/demo-$$n; \
 	$(BIN)/fmg train --run $$run; \
-	$(BIN)/fmg eval $$run --against meanflow-shapes; \
+	$(BIN)/fmg eval $$run --against base; \
 	echo; echo "Pictures: $$run/before_after.png and $$run/curve.png"
 
 test: setup ## the whole test-suite, without the tests that need a GPU
-	$(BIN)/python -m pytest -m "not gpu and not rtx"
+	$(RUN) pytest -m "not gpu and not rtx"
 
 check: setup ## format, lint, types, layers and the fast tests
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m "not slow and not gpu and not rtx" tests/unit
+	$(RUN) ruff format --check .
+	$(RUN) ruff check .
+	$(RUN) mypy
+	$(LINT_IMPORTS)
+	$(RUN) pytest -m "not slow and not gpu and not rtx" tests/unit
 
 format: setup ## rewrite the sources in the project's style
-	$(BIN)/ruff format .
-	$(BIN)/ruff check --fix .
+	$(RUN) ruff format .
+	$(RUN) ruff check --fix .
 
 clean: ## remove the environment and every cache
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

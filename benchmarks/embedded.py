@@ -61,7 +61,7 @@ def run_arm(name: str, seed: int, num: int, threads: int) -> dict[str, object]:
         _fmg(["train", "--model", arm.model, "--seed", str(seed), "--run", str(run), "--json", *arm.flags], environment)
         trained = time.perf_counter() - start
         report = json.loads(
-            _fmg(["eval", str(run), "--against", arm.model, "--num", str(num), "--steps", "2,4", "--json"], environment)
+            _fmg(["eval", str(run), "--against", "base", "--num", str(num), "--steps", "2,4", "--json"], environment)
         )
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {"arm": name, "seed": seed, "threads": threads, "train_s": trained, "eval": report, "metrics": lines}

@@ -27,7 +27,7 @@ def main(iterations: int = 60, num: int = 1000) -> Path:
     )
     result = train(recipe, observer=show)
 
-    report = evaluate(result.run.path, against="meanflow-shapes", num=num)
+    report = evaluate(result.run.path, against="base", num=num)
     for row in report.differences:
         if row.reward == "shapes" and row.part == "strict":
             low, high = row.ci95

@@ -10,7 +10,7 @@ import typer
 from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.metrics import signed
 from fmg.cli.observers import LOADING, reporter_for
-from fmg.cli.options import AsJson, BatchSize, Device, Dtype, Grid, Seed, check_grid, parse_steps
+from fmg.cli.options import AsJson, BatchSize, Device, Dtype, Grid, Num, Seed, check_grid, given_text, parse_steps
 from fmg.cli.tables import change, interval, number, table
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def evaluate(
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(metavar="T", help="A second target: adds the difference on the same prompts and seeds."),
+        typer.Option(metavar="T", help="A second target, or base: adds the difference on the same prompts and seeds."),
     ] = None,
     prompts: Annotated[
         str | None,
@@ -41,16 +41,22 @@ def evaluate(
         typer.Option(metavar="1,2,4", help="Numbers of network calls to sweep.", show_default="the target's"),
     ] = None,
     grid: Grid = None,
-    num: Annotated[int, typer.Option(min=1, metavar="N", help="Images for each number of steps.")] = 1000,
+    num: Num = 1000,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "fp32",
     batch_size: BatchSize = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Let the recipe of a run name reward code and reward servers.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model or a run with its deterministic few-step sampler."""
     sweep = parse_steps(steps) if steps is not None else None
     check_grid(grid)
+    given_text(target, "TARGET")
+    given_text(against, "--against")
+    given_text(prompts, "--prompts")
 
     with reporter_for(stderr()) as reporter:
         reporter(LOADING)
@@ -68,6 +74,7 @@ def evaluate(
             device=device,
             dtype=dtype,
             batch_size=batch_size,
+            allow_code=allow_code,
             observer=reporter,
         )
     if as_json:

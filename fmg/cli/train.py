@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +12,8 @@ import typer
 from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.metrics import headline
 from fmg.cli.observers import LOADING, JsonReporter, reporter_for
-from fmg.cli.options import AsJson
+from fmg.cli.options import AsJson, given_text
+from fmg.cli.preflight import check_inputs
 from fmg.cli.tables import change, table
 
 if TYPE_CHECKING:
@@ -67,10 +67,10 @@ def train(
         typer.Option("--set", metavar="K=V", help="Any value of the recipe, such as lora.rank=4; repeat for several."),
     ] = None,
     run: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of the run.", show_default="a new one under runs/")
+        str | None, typer.Option(metavar="DIR", help="Folder of the run.", show_default="a new one under runs/")
     ] = None,
     allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Let a recipe file name reward code of your own.")
+        bool, typer.Option("--allow-code", help="Let a recipe file name reward code and reward servers.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print every value, where it came from and the plan; start nothing.")
@@ -81,6 +81,9 @@ def train(
     from fmg.data.run_folder import RunFolder
     from fmg.registry.resolve import resolve
 
+    given_text(config, "--config")
+    given_text(prompts, "--prompts")
+    given_text(run, "--run")
     flags: dict[str, object] = {
         "model": model,
         "stochasticizer": stochasticizer,
@@ -98,6 +101,7 @@ def train(
     resolved = resolve(config, flags, sets or [], allow_code)
     RunFolder.check_free(run)
     if dry_run:
+        check_inputs(resolved.recipe)
         _print_plan(resolved, as_json=as_json)
         return 0
 
@@ -140,14 +144,21 @@ def _print_result(resolved: ResolvedRecipe, result: TrainResult) -> None:
     best = result.best
     out.print()
     out.print(table(["", "before -> after"], _improvements(result.initial, result.final)))
-    out.print(f"\nBest checkpoint: iteration {best.iteration} ({best.score_key} {best.score:.3f})")
+    judged = "not evaluated" if best.score is None else f"{best.score_key} {best.score:.3f}"
+    out.print(f"\nBest checkpoint: iteration {best.iteration} ({judged})")
     for name in ("before_after.png", "curve.png"):
         if (run / name).is_file():
             out.print(f"Picture: {run / name}", soft_wrap=True)
     folder = shlex.quote(str(run))
     out.print("\nNext:")
-    out.print(f"  fmg eval {folder} --against {shlex.quote(resolved.recipe.model.name)}", soft_wrap=True)
+    out.print(f"  fmg eval {folder} --against base{_consent(resolved)}", soft_wrap=True)
     out.print(f"  fmg generate {shlex.quote(_example_prompt(resolved))} --from {folder}", soft_wrap=True)
+
+
+def _consent(resolved: ResolvedRecipe) -> str:
+    """The flag that evaluating the run needs when its rewards are the user's own code or ask a server."""
+    asks = any(ref.config.needs_consent for ref in resolved.recipe.measured_rewards)
+    return " --allow-code" if asks else ""
 
 
 def _improvements(initial: Mapping[str, float], final: Mapping[str, float]) -> list[tuple[str, str]]:

@@ -15,12 +15,12 @@ INDEX = "index.json"
 
 @dataclass(frozen=True)
 class Saved:
-    """One saved adapter: the iteration, and the held-out score it was judged by (log key and value)."""
+    """One saved adapter: the iteration, and the held-out score it was judged by; None when it was never evaluated."""
 
     name: str
     iteration: int
     score_key: str
-    score: float
+    score: float | None
 
 
 @dataclass(frozen=True)

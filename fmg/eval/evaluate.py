@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from fmg.inference.target import Target, load_target, resolve_target
 from fmg.rewards.base import build_rewards, check_prompts
 
 SCHEMA = 1
+BASE = "base"
 
 
 @dataclass(frozen=True)
@@ -94,22 +96,25 @@ def evaluate(
     device: str = "auto",
     dtype: str = "fp32",
     batch_size: int | None = None,
+    allow_code: bool = False,
     observer: Observer = ignore,
 ) -> EvalReport:
     """Draws `num` images of a target with its native few-step sampler and scores them.
 
     Args:
         target: model name or run folder; None is the newest run.
-        against: a second target; differences are paired image by image.
+        against: a second target, or `base` for the target's own model without its adapter; differences are paired image
+            by image.
         prompts: prompt set by name or file; None takes the recipe's evaluation set.
         rewards: rewards by name (`python:module:fn` allowed); None takes the recipe's own and its evaluation rewards.
         steps: numbers of network calls to sweep; None takes the recipe's.
-        grid: time grid by name; None takes the recipe's.
+        grid: time grid by name; None takes the target's recipe's, for both targets.
         num: images for each number of steps.
         seed: evaluation seed.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: `fp32` or `bf16`.
         batch_size: images a network call; None takes the default.
+        allow_code: whether rewards that the recipe of a run names as code may run; `rewards` given here always may.
         observer: receives `StageProgress` events.
 
     Raises:
@@ -117,8 +122,8 @@ def evaluate(
     """
     if num < 1:
         raise UsageError(f"The number of images is {num}", "Give --num of at least 1.")
-    first = resolve_target(target)
-    other = resolve_target(against) if against is not None else None
+    first = resolve_target(target, allow_code=allow_code or bool(rewards))
+    other = _other(first, against)
     set_name = prompts or first.recipe.eval.prompts.name
     prompt_set = load_prompts(prompts or first.recipe.eval.prompts)
     scorers = build_rewards(rewards or first.recipe.measured_rewards)
@@ -126,12 +131,20 @@ def evaluate(
     for name, reward in scorers.items():
         check_prompts(name, reward, eval_set.prompts)
     sweep = tuple(steps) if steps else (first.recipe.rollout.steps,)
-    runs = [_Run(t, scorers, eval_set, sweep, grid, device, dtype, batch_size, observer) for t in (first, other) if t]
+    times = grid or first.recipe.rollout.grid
+    runs = [_Run(t, scorers, eval_set, sweep, times, device, dtype, batch_size, observer) for t in (first, other) if t]
     scored = [run.scores() for run in runs]
     reports = [_report(run, scores, set_name, seed) for run, scores in zip(runs, scored, strict=True)]
     if other is None:
         return reports[0]
     return replace(reports[0], against=(reports[1],), differences=_differences(scored[0], scored[1]))
+
+
+def _other(first: Target, against: str | Path | None) -> Target | None:
+    if against is None:
+        return None
+    # only the rewards of the first target are measured, so code that the other's recipe names stays unused
+    return first.base() if against == BASE else resolve_target(against, allow_code=True)
 
 
 @dataclass(frozen=True)
@@ -140,7 +153,7 @@ class _Run:
     rewards: Mapping[str, Reward]
     eval_set: EvalSet
     sweep: tuple[int, ...]
-    grid: str | None
+    grid: str | tuple[float, ...]
     device: str
     dtype: str
     batch_size: int | None
@@ -152,16 +165,14 @@ class _Run:
             generator.times(count, self.grid)
         out = {}
         for count in self.sweep:
-            stage = f"{self.target.label}, {count} steps"
+            progress = partial(self._report_progress, f"{self.target.label}, {count} steps")
             out[count] = score_target(
-                generator,
-                self.rewards,
-                self.eval_set,
-                steps=count,
-                grid=self.grid,
-                progress=lambda done, total, stage=stage: self.observer(StageProgress(stage, done, total)),
+                generator, self.rewards, self.eval_set, steps=count, grid=self.grid, progress=progress
             )
         return out
+
+    def _report_progress(self, stage: str, done: int, total: int) -> None:
+        self.observer(StageProgress(stage, done, total))
 
 
 def _report(run: _Run, scored: Mapping[int, Scores], prompts: str, seed: int) -> EvalReport:
@@ -171,13 +182,12 @@ def _report(run: _Run, scored: Mapping[int, Scores], prompts: str, seed: int) ->
         for (reward, part), values in scores.parts.items():
             low_high = _interval(values, clusters)
             results.append(Result(steps, reward, part, float(values.mean()), float(values.std()), low_high))
-    own_grid = run.target.recipe.rollout.grid
     return EvalReport(
         target=run.target.label,
         adapter=str(run.target.adapter) if run.target.adapter else None,
         seed=seed,
         num=len(run.eval_set.prompts),
-        grid=run.grid or (own_grid if isinstance(own_grid, str) else "explicit"),
+        grid=run.grid if isinstance(run.grid, str) else "explicit",
         prompts=prompts,
         results=tuple(results),
         against=(),

@@ -27,12 +27,10 @@ def bootstrap_mean(
     """
     if values.size == 0:
         raise ValueError("an interval needs at least one value")
-    if clusters is None:
-        sums, counts = values.astype(np.float64), np.ones(values.size)
-    else:
-        _, index = np.unique(clusters, return_inverse=True)
-        sums = np.bincount(index, weights=values)
-        counts = np.bincount(index).astype(np.float64)
+    labels = np.arange(values.size) if clusters is None else clusters
+    _, index = np.unique(labels, return_inverse=True)
+    sums: NDArray[np.float64] = np.bincount(index, weights=values).astype(np.float64)
+    counts: NDArray[np.float64] = np.bincount(index).astype(np.float64)
     n = sums.size
     if n == 1:
         return (-np.inf, np.inf)

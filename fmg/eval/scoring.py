@@ -37,10 +37,17 @@ class EvalSet:
     seeds: tuple[int, ...]
 
     @staticmethod
-    def make(prompt_set: PromptSet, num: int, seed: int) -> EvalSet:
-        """`num` images that go round the prompt set in order."""
-        chosen = [prompt_set[i % len(prompt_set)] for i in range(num)]
+    def make(prompt_set: PromptSet, num: int, seed: int, *, selection: bool = False) -> EvalSet:
+        """`num` images that go round the prompt set in order, or are spread evenly over it when they are fewer.
+
+        With `selection`, the seeds are others than those of any evaluation: a checkpoint must not be chosen on the
+        noise on which it is then judged.
+        """
+        size = len(prompt_set)
+        chosen = [prompt_set[i * size // num if num < size else i % size] for i in range(num)]
         seeds = tuple(seed * _SEED_STRIDE + i for i in range(num))
+        if selection:
+            seeds = tuple(-1 - value for value in seeds)
         return EvalSet(tuple(p.text for p in chosen), tuple(p.tag for p in chosen), seeds)
 
 

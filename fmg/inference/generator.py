@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -98,9 +99,7 @@ class Generator:
             with clock.stage("noise"):
                 x_1 = self._noise(chosen, step=0)
             with clock.stage("transformer"):
-                x_0 = native_sample(
-                    self.backend.flow_map, cond, x_1, times, lambda k, chosen=chosen: self._noise(chosen, step=k + 1)
-                )
+                x_0 = native_sample(self.backend.flow_map, cond, x_1, times, partial(self._renoise, chosen))
             with clock.stage("decode"):
                 picture = self.backend.decode(x_0)
             images.append(picture.cpu())
@@ -112,6 +111,9 @@ class Generator:
     def _noise(self, seeds: Sequence[int], step: int) -> Tensor:
         keys = [NoiseKey(seed, GENERATION_ITERATION, 0, 0, step) for seed in seeds]
         return noise(keys, self.backend.latent_shape).to(self.backend.device)
+
+    def _renoise(self, seeds: Sequence[int], interval: int) -> Tensor:
+        return self._noise(seeds, step=interval + 1)
 
     def _image_tokens(self) -> int:
         """Transformer tokens of one image: latents are packed two by two, as in FLUX."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fmg.core.errors import CheckpointError, UsageError, suggestion
 from fmg.data.checkpoints import chosen_checkpoint
-from fmg.data.run_folder import RUNS, RunFolder, is_run, newest_run
+from fmg.data.run_folder import RUNS, RunFolder, is_run, list_runs
 from fmg.inference.backend import TorchBackend
-from fmg.inference.devices import pick_device, pick_dtype
+from fmg.inference.devices import device_for, pick_dtype
 from fmg.inference.generator import DEFAULT_BATCH, Generator
 from fmg.registry import models
 from fmg.registry.recipe import Recipe
@@ -23,26 +23,28 @@ class Target:
     recipe: Recipe
     adapter: Path | None
 
+    def base(self) -> Target:
+        """The same model without the adapter."""
+        return replace(self, label=f"base of {self.label}", adapter=None)
 
-def resolve_target(target: str | Path | None, runs: Path = RUNS) -> Target:
+
+def resolve_target(target: str | Path | None, runs: Path = RUNS, *, allow_code: bool = False) -> Target:
     """Finds out what `target` is without loading weights.
 
     Args:
-        target: a registered model, a run folder, or None for the newest run under `runs`.
+        target: a registered model, a run folder, or None for the newest run under `runs` that has a saved adapter.
         runs: where runs are kept.
+        allow_code: whether the recipe of a run may name code of the user's own; a run folder can come from anyone.
 
     Raises:
-        UsageError: when it is neither, or there is no run yet.
+        UsageError: when it is neither, there is no run yet, or its recipe names code.
         CheckpointError: when a run folder has no saved adapter.
     """
     if target is None:
-        newest = newest_run(runs)
-        if newest is None:
-            raise UsageError(f"There is no run under '{runs}'", "Run `fmg train` first, or name a model.")
-        return _run_target(RunFolder(newest))
-    if Path(target).is_dir():
-        return _run_target(RunFolder(Path(target)))
+        return _run_target(_newest_usable(runs), allow_code)
     name = str(target)
+    if name and Path(target).is_dir():
+        return _run_target(RunFolder(Path(target)), allow_code)
     if name not in models.names():
         raise UsageError(f"'{name}' is neither a model nor a run folder", suggestion(name, models.names()))
     return Target(name, Recipe.default(model=name), None)
@@ -54,7 +56,7 @@ def load_target(
     """Loads the weights of `target` and returns its sampler."""
     recipe = target.recipe
     source = models.build_config(recipe.model.name, recipe.model.config)
-    model = source.load(pick_device(device), pick_dtype(dtype))
+    model = source.load(device_for(device, recipe.model.name, source.spec), pick_dtype(dtype))
     if adapter and target.adapter is not None:
         model.load_adapter(target.adapter)
     return Generator(TorchBackend(model), recipe.rollout.grid, recipe.rollout.steps, batch_size or DEFAULT_BATCH)
@@ -77,10 +79,24 @@ def load(
         batch_size: images a network call; None takes the default.
         adapter: False loads a run's base without its adapter.
     """
-    return load_target(resolve_target(target), device=device, dtype=dtype, batch_size=batch_size, adapter=adapter)
+    # drawing runs no reward, so code that the recipe names stays unused
+    found = resolve_target(target, allow_code=True)
+    return load_target(found, device=device, dtype=dtype, batch_size=batch_size, adapter=adapter)
 
 
-def _run_target(run: RunFolder) -> Target:
+def _newest_usable(runs: Path) -> RunFolder:
+    """The run that began last among those that ended; one that is still going only when there is no other."""
+    usable = [run for run in list_runs(runs) if chosen_checkpoint(run.path) is not None]
+    ended = [run for run in usable if run.state().state != "running"]
+    for run in reversed(ended or usable):
+        return run
+    raise UsageError(
+        f"There is no run with a saved adapter under '{runs}'",
+        "Run `fmg train` first, or name a model or a run folder.",
+    )
+
+
+def _run_target(run: RunFolder, allow_code: bool) -> Target:
     if not is_run(run.path):
         raise UsageError(f"'{run.path}' is not a run folder", "Name one that `fmg train` made; `fmg runs` lists them.")
     checkpoint = chosen_checkpoint(run.path)
@@ -88,5 +104,4 @@ def _run_target(run: RunFolder) -> Target:
         raise CheckpointError(
             f"The run '{run.path}' has no saved adapter", "Let it run until its first evaluation, or name another run."
         )
-    # a run was composed with the user's consent to its code; reading its recipe again must not ask twice
-    return Target(str(run.path), Recipe.from_yaml(run.recipe, allow_code=True), checkpoint)
+    return Target(str(run.path), Recipe.from_yaml(run.recipe, allow_code=allow_code), checkpoint)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
+from fmg.core.errors import CheckpointError
 from fmg.core.events import Observer, ignore
-from fmg.data.run_folder import RunFolder
-from fmg.inference.devices import pick_device, pick_dtype
+from fmg.data.run_folder import RunFolder, State
+from fmg.inference.devices import device_for, pick_dtype
 from fmg.registry.recipe import Recipe
 from fmg.registry.resolve import ResolvedRecipe
 from fmg.training.compose import compose
@@ -31,15 +33,25 @@ def train(recipe: Recipe | ResolvedRecipe, run: str | Path | None = None, observ
         GateError: when a safety check of the run fails; what was saved before stays.
     """
     plain = recipe.recipe if isinstance(recipe, ResolvedRecipe) else recipe
-    device, dtype = pick_device(plain.train.device), pick_dtype(plain.train.dtype)
+    device = device_for(plain.train.device, plain.model.name, plain.model.config.spec())
+    dtype = pick_dtype(plain.train.dtype)
     RunFolder.check_free(run)
     composed = compose(plain, device, dtype)
     folder = RunFolder.create(run, plain.model.name)
-    folder.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
+    state: State = "failed"
     try:
+        folder.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
         result = Trainer(composed, folder, choose_sizes(plain, device), observer).train()
-    except BaseException:
-        folder.set_state("failed")
+        state = "interrupted" if result.interrupted else "finished"
+    except KeyboardInterrupt:
+        state = "interrupted"
         raise
-    folder.set_state("interrupted" if result.interrupted else "finished")
+    except OSError as error:
+        raise CheckpointError(
+            f"Writing to '{folder.path}' failed: {error.strerror or error}", "Free some space, or choose another --run."
+        ) from error
+    finally:
+        # on a full disk the state cannot be written either, and the first error is the one that matters
+        with contextlib.suppress(OSError, CheckpointError):
+            folder.set_state(state)
     return result

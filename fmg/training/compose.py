@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
+from fmg.core.errors import CompositionError
 from fmg.core.protocols import Model, Objective, OptimizerFactory, PromptSet, Reward, Stochasticizer
 from fmg.data.prompt_sets import load_prompts
 from fmg.flow.grids import make_grid
 from fmg.registry import models, objectives, optimizers, stochasticizers
+from fmg.registry.composition import check_target_times
 from fmg.registry.recipe import Recipe
 from fmg.rewards.base import Mixture, build_rewards, check_prompts
 
@@ -39,6 +41,14 @@ def compose(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Compose
         UsageError: for a component, prompt set or grid that does not fit; raised before weights are read.
         CheckpointError: when weights are missing or damaged.
     """
+    samples = recipe.rollout.groups * recipe.rollout.group_size
+    if recipe.train.updates_per_iteration > samples:
+        raise CompositionError(
+            f"{recipe.train.updates_per_iteration} updates do not fit a rollout of {samples} samples",
+            "Lower train.updates_per_iteration, or use more groups or larger ones.",
+        )
+    source = models.build_config(recipe.model.name, recipe.model.config)
+    source.check()
     measured = build_rewards(recipe.measured_rewards)
     mixture = Mixture([(ref.label, measured[ref.label], ref.weight) for ref in recipe.rewards])
     prompts, eval_prompts = load_prompts(recipe.prompts), load_prompts(recipe.eval.prompts)
@@ -48,11 +58,12 @@ def compose(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Compose
     stochasticizer = stochasticizers.build_config(recipe.stochasticizer.name, recipe.stochasticizer.config)
     objective = objectives.build_config(recipe.objective.name, recipe.objective.config).bind(stochasticizer)
     optimizer = optimizers.build_config(recipe.optimizer.name, recipe.optimizer.config)
-    model = models.build_config(recipe.model.name, recipe.model.config).load(device, dtype)
+    model = source.load(device, dtype)
     lora = recipe.lora
     adapted = model.attach_adapter(lora.rank, lora.alpha, lora.target_names(), lora.dropout, recipe.train.seed)
     _, height, width = model.latent_shape
     grid = make_grid(recipe.rollout.grid, recipe.rollout.steps, image_tokens=(height // 2) * (width // 2))
+    check_target_times(recipe.stochasticizer.name, recipe.stochasticizer.config.requires(), grid)
     return Composed(
         recipe, model, stochasticizer, objective, mixture, measured, optimizer, prompts, eval_prompts, grid, adapted
     )

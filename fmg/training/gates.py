@@ -16,10 +16,14 @@ from fmg.rl import refresh_old, replay_ratio
 
 # The replayed ratio may differ from 1 by this share of the clip range before the first update.
 RATIO_TOLERANCE = 0.1
+CHECKED_ROLLOUTS = 2
 
 
 class ReplayGate:
-    """Decides once, before the first update, whether a rollout's own log-probs can be compared with an update's.
+    """Decides whether a rollout's own log-probs can be compared with an update's.
+
+    It looks before the first update, and again at the next rollout: a fresh LoRA adds exactly nothing, so what the
+    adapter itself does to the replay (dropout, rounding) shows only after the first update.
 
     Rollout and update may run other shapes or kernels, whose rounding alone can exceed the clip range; then the old
     log-probs of every rollout are recomputed through the update path.
@@ -49,17 +53,17 @@ class ReplayGate:
         self._micro_batch = micro_batch
         self._recompute = always_recompute
         self._observer = observer
-        self._passed = False
+        self._checked = 0
 
     def admit(self, batch: Batch) -> Batch:
         """The batch with old log-probs that are comparable with the update's.
 
         Raises:
-            GateError: when the replayed ratio is not 1 within a tenth of the clip range, before the first update.
+            GateError: when the replayed ratio of a checked rollout is not 1 within a tenth of the clip range.
         """
         if self._clip_range is None:
             return batch
-        if self._passed:
+        if self._checked >= CHECKED_ROLLOUTS:
             return self._refreshed(batch) if self._recompute else batch
         error = math.inf if self._recompute else self._error(batch)
         if error > RATIO_TOLERANCE * self._clip_range:
@@ -67,10 +71,11 @@ class ReplayGate:
             batch = self._refreshed(batch)
             error = self._error(batch)
         ratio_gate(error, self._clip_range)
-        self._passed = True
-        how = "recomputed through the update path" if self._recompute else "taken from the rollout"
-        text = f"Replay gate passed: |ratio - 1| <= {error:.1e}, old log-probs {how}."
-        self._observer(Notice("info", text))
+        self._checked += 1
+        if self._checked == CHECKED_ROLLOUTS:
+            how = "recomputed through the update path" if self._recompute else "taken from the rollout"
+            text = f"Replay gate passed twice: |ratio - 1| <= {error:.1e}, old log-probs {how}."
+            self._observer(Notice("info", text))
         return batch
 
     def _error(self, batch: Batch) -> float:
@@ -89,7 +94,7 @@ def ratio_gate(error: float, clip_range: float) -> None:
     limit = RATIO_TOLERANCE * clip_range
     if not error <= limit:
         raise GateError(
-            f"Before the first update the replayed ratio is off by {error:.2e}, more than {limit:.0e}"
+            f"Before an update the replayed ratio is off by {error:.2e}, more than {limit:.0e}"
             " (a tenth of the clip range), so clipping would act on noise",
             "Likely causes: dropout or another randomness in the network, a dtype too coarse for the clip range"
             " (try --dtype fp32 or a larger clip_range), or a rollout and an update that run different code.",

@@ -38,7 +38,7 @@ class Watcher:
         batch = recipe.eval.batch_size or DEFAULT_BATCH
         self._generator = Generator(TorchBackend(self.composed.model), recipe.rollout.grid, recipe.rollout.steps, batch)
         self._steps = recipe.eval.steps
-        self._set = EvalSet.make(self.composed.eval_prompts, recipe.eval.num, recipe.eval.seed)
+        self._set = EvalSet.make(self.composed.eval_prompts, recipe.eval.num, recipe.eval.seed, selection=True)
 
     def evaluate(self) -> dict[str, float]:
         """Held-out means by log key; `eval/score` is the trained mixture, by which the best checkpoint is chosen."""
@@ -57,7 +57,8 @@ class Watcher:
     def _totals(self, scores: Scores) -> NDArray[np.float64]:
         """The trained mixture of every image."""
         weighted = [weight * scores.parts[name, "total"] for name, weight in self.composed.reward.weights().items()]
-        return np.sum(weighted, axis=0)
+        total: NDArray[np.float64] = np.sum(weighted, axis=0)
+        return total
 
     def draw(self, iteration: int) -> Path:
         """Writes `samples/iteration-NNNN.png` at fixed prompts and seeds, and `before_after.png` after the first."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fmg.core.errors import FmgError
+from fmg.core.errors import RewardError
 from fmg.core.events import Evaluated, Event, Finished, IterationDone, Notice, Observer, Started
 from fmg.core.types import Conditioning, Rollout, ScoredRollout
 from fmg.data.checkpoints import CheckpointIndex, Saved
@@ -50,6 +50,7 @@ class Trainer:
     observer: Observer
     _lines: list[dict[str, float]] = field(default_factory=list, init=False)
     _times: dict[str, float] = field(default_factory=dict, init=False)
+    _touched: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         recipe, model = self.composed.recipe, self.composed.model
@@ -89,14 +90,14 @@ class Trainer:
                 done = iteration + 1
                 if done % recipe.eval.every == 0 or done == recipe.train.iterations:
                     index = self._evaluate(done)
-        except FmgError:
+        except RewardError:
             # a reward service that went away must not cost the hours before it
-            self._save(done, self._last(SCORE_KEY))
+            self._save(self._touched, None)
             raise
         except KeyboardInterrupt:
             interrupted = True
-            index = self._save(done, self._last(SCORE_KEY))
-            text = f"Interrupted: the adapter after {done} iterations is saved in {self.run.checkpoints}."
+            index = self._save(self._touched, None)
+            text = f"Interrupted in iteration {done + 1}: the adapter as it was is saved in {self.run.checkpoints}."
             self._tell(Notice("warning", text))
         return self._finish(index, done, interrupted)
 
@@ -154,8 +155,8 @@ class Trainer:
 
     @torch.no_grad()
     def _decode(self, drawn: Rollout) -> torch.Tensor:
-        chunks = drawn.x0.split(self.sizes.rollout_batch)
-        return torch.cat([self.composed.model.decode(chunk) for chunk in chunks])
+        x_0, size = drawn.x0, self.sizes.rollout_batch
+        return torch.cat([self.composed.model.decode(x_0[i : i + size]) for i in range(0, len(x_0), size)])
 
     def _update(self, scored: ScoredRollout, iteration: int) -> dict[str, float]:
         recipe, policies = self.composed.recipe, self.composed.model.policies
@@ -169,6 +170,7 @@ class Trainer:
         parts = partition(batch, recipe.train.updates_per_iteration, recipe.train.seed + iteration)
         for number, part in enumerate(parts):
             logged = self._updater.update(part)
+            self._touched = iteration + 1
             by_update |= {f"update_{number}/{key}": value for key, value in logged.items()}
             self._check_movement()
         return {**by_update, **logged}
@@ -189,7 +191,7 @@ class Trainer:
         self._tell(Evaluated(iteration, line, grid))
         return self._save(iteration, metrics[SCORE_KEY])
 
-    def _save(self, iteration: int, score: float) -> CheckpointIndex:
+    def _save(self, iteration: int, score: float | None) -> CheckpointIndex:
         return save_checkpoint(self.run.path, self.composed.model, iteration, SCORE_KEY, score)
 
     def _finish(self, index: CheckpointIndex, done: int, interrupted: bool) -> TrainResult:
@@ -197,7 +199,10 @@ class Trainer:
         initial, final, best = evaluations[0], evaluations[-1], index.entry(index.best)
         if warning := decline(initial, final, SCORE_KEY):
             self._tell(Notice("warning", warning))
-        self._tell(Finished(self.run.path, interrupted, {"best/iteration": best.iteration, "best/score": best.score}))
+        summary = {"best/iteration": float(best.iteration)}
+        if best.score is not None:
+            summary["best/score"] = best.score
+        self._tell(Finished(self.run.path, interrupted, summary))
         return TrainResult(self.run, done, initial, final, best, interrupted)
 
     def _facts(self) -> dict[str, str]:
@@ -210,9 +215,6 @@ class Trainer:
             "rollout": f"{shape.groups} prompts x {shape.group_size} images, {shape.steps} steps",
             "run": str(self.run.path),
         }
-
-    def _last(self, key: str) -> float:
-        return next(line[key] for line in reversed(self._lines) if key in line)
 
     def _record(self, line: dict[str, float]) -> None:
         self._lines.append(line)

@@ -37,7 +37,7 @@ def test_partition_is_a_seeded_disjoint_cover_of_the_rows() -> None:
     batch = prepared()[3]
     marked = batch.with_rows(mark=torch.arange(len(batch)))
     parts = [part.rows["mark"].tolist() for part in partition(marked, 5, seed=3)]
-    assert sorted(sum(parts, [])) == list(range(len(batch)))
+    assert sorted(row for part in parts for row in part) == list(range(len(batch)))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     assert parts == [part.rows["mark"].tolist() for part in partition(marked, 5, seed=3)]
     assert parts != [part.rows["mark"].tolist() for part in partition(marked, 5, seed=4)]
@@ -105,7 +105,9 @@ def gate(stochasticizer: object, policies: toy.ToyPolicies, heard: list[Event], 
 def test_an_exact_replay_passes_and_keeps_the_rollouts_log_probs() -> None:
     _, policies, _, batch = prepared()
     heard: list[Event] = []
-    assert gate(toy.stochasticizer(), policies, heard).admit(batch) is batch
+    checked = gate(toy.stochasticizer(), policies, heard)
+    assert checked.admit(batch) is batch
+    assert checked.admit(batch) is batch
     assert isinstance(heard[0], Notice)
     assert "taken from the rollout" in heard[0].text
 
@@ -117,11 +119,23 @@ def test_a_rollout_of_other_rounding_is_recomputed_through_the_update_path_ever_
     checked = gate(noisy, policies, heard)
     fresh = checked.admit(batch)
     assert not torch.equal(fresh.rows["log_prob_old"], batch.rows["log_prob_old"])
+    checked.admit(batch)
     assert isinstance(heard[0], Notice)
     assert "recomputed" in heard[0].text
     calls = noisy.calls
     checked.admit(batch)
     assert noisy.calls > calls
+
+
+def test_a_replay_that_only_a_trained_adapter_breaks_stops_the_second_rollout() -> None:
+    """A fresh LoRA adds exactly nothing, so dropout on it cannot be seen before the first update."""
+    _, policies, _, batch = prepared()
+    noisy = NoisyReplay(0.0, lasting=True)
+    checked = gate(noisy, policies, [])
+    checked.admit(batch)
+    noisy.size = 1e-3
+    with pytest.raises(GateError, match="tenth of the clip range"):
+        checked.admit(batch)
 
 
 def test_a_replay_that_never_agrees_stops_the_run() -> None:
