@@ -31,19 +31,7 @@ def build_tiny_flux(
     """Writes a FLUX pipeline folder with its `fmg_flow_map.json`; guidance is 3.5 where it is embedded."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        transformer = FlowMapFluxTransformer2DModel(
-            in_channels=64,
-            num_layers=2,
-            num_single_layers=2,
-            attention_head_dim=32,
-            num_attention_heads=2,
-            joint_attention_dim=WIDTH,
-            pooled_projection_dim=WIDTH,
-            guidance_embeds=guidance_embeds,
-            axes_dims_rope=(8, 12, 12),
-            time_scale=time_scale,
-            second_time=second_time,
-        )
+        transformer = _transformer(second_time, guidance_embeds=guidance_embeds, time_scale=time_scale)
         clip_tokenizer, t5_tokenizer = _clip_tokenizer(), _t5_tokenizer()
         pipeline = FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
@@ -69,6 +57,53 @@ def build_tiny_flux(
     }
     (folder / CONVENTIONS_FILE).write_text(json.dumps(conventions), encoding="utf-8")
     return folder
+
+
+def build_tiny_teacher(folder: Path) -> Path:
+    """A stock guidance-distilled FLUX pipeline folder, as a teacher is published: nothing in it knows of flow maps."""
+    build_tiny_flux(folder, second_time="none", guidance_embeds=True)
+    (folder / CONVENTIONS_FILE).unlink()
+    file = folder / "transformer" / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    stock = {key: value for key, value in config.items() if key not in ("time_scale", "second_time")}
+    file.write_text(json.dumps({**stock, "_class_name": "FluxTransformer2DModel"}), encoding="utf-8")
+    return folder
+
+
+def publish_student(file: Path, second_time: Literal["none", "duration"], seed: int = 1) -> Path:
+    """A student in the form that T2I-Distill published: a torch file with the state dict under `module`.
+
+    The single-time one has the head `logvar_linear` of its training.
+    """
+    tensors = student_tensors(second_time, seed)
+    if second_time == "none":
+        tensors["logvar_linear.weight"] = torch.zeros(1, 256)
+    torch.save({"module": tensors}, file)
+    return file
+
+
+def student_tensors(second_time: Literal["none", "duration"], seed: int = 1) -> dict[str, torch.Tensor]:
+    """The state dict of a student of `build_tiny_teacher`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = _transformer(second_time, guidance_embeds=True, time_scale=1.0)
+    return dict(transformer.state_dict())
+
+
+def _transformer(second_time: str, *, guidance_embeds: bool, time_scale: float) -> FlowMapFluxTransformer2DModel:
+    return FlowMapFluxTransformer2DModel(
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        pooled_projection_dim=WIDTH,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(8, 12, 12),
+        time_scale=time_scale,
+        second_time=second_time,
+    )
 
 
 def store_in(folder: Path, dtype: torch.dtype) -> Path:

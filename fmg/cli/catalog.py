@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ from fmg.cli.tables import table
 
 if TYPE_CHECKING:
     from fmg.registry import Description
+    from fmg.registry.config import About
 
 Kind = Annotated[
     str,
@@ -58,15 +60,18 @@ def show(
     from fmg.registry import registry_for
 
     registry = registry_for(kind)
-    description = registry.describe(name)
-    ranges = _ranges(registry.config_class(name).model_json_schema())
+    description, config = registry.describe(name), registry.config_class(name)
+    ranges = _ranges(config.model_json_schema())
     if as_json:
-        print_json(_plain(description, ranges))
+        print_json(_plain(description, ranges) | asdict(config.about))
         return
     out = stdout()
     out.print(f"{description.kind} {description.name}: {description.summary}\n")
     if description.doc:
         out.print(f"{description.doc}\n")
+    origin = list(_origin(config.about))
+    if origin:
+        out.print("\n".join(origin), end="\n\n", soft_wrap=True)
     if not description.fields:
         out.print("It has no options.")
         return
@@ -75,6 +80,14 @@ def show(
         for field in description.fields
     ]
     out.print(table(["option", "type", "default", "range", "meaning"], cells))
+
+
+def _origin(about: About) -> Iterator[str]:
+    if about.licence:
+        yield f"licence: {about.licence}"
+    if about.citation:
+        yield f"to cite: {about.citation}"
+    yield from (f"weights: {line}" for line in about.weights)
 
 
 def _plain(description: Description, ranges: Mapping[str, str]) -> dict[str, object]:

@@ -29,9 +29,20 @@ def print_json(value: object, *, indent: int | None = 2) -> None:
 
 
 def print_error(text: str) -> None:
-    """`error: text` on stderr, unwrapped."""
+    """`error: text` on stderr, on one line whatever the text holds."""
     typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
-    typer.echo(text, err=True)
+    typer.echo(escaped(text), err=True)
+
+
+def print_warning(text: str) -> None:
+    """`warning: text` on stderr, on one line whatever the text holds."""
+    typer.secho("warning: ", fg="yellow", bold=True, nl=False, err=True)
+    typer.echo(escaped(text), err=True)
+
+
+def escaped(text: str) -> str:
+    """`text` with control characters written as in Python (`\\n`, `\\x1b`): names of files may hold them."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def tolerate_narrow_encodings() -> None:

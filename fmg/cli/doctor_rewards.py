@@ -15,12 +15,14 @@ from fmg.cli.tables import table
 if TYPE_CHECKING:
     from fmg.rewards.doctor import Diagnosis
 
-doctor = typer.Typer(no_args_is_help=True, help="Examine the installation.")
+doctor = typer.Typer(help="Examine the installation.", invoke_without_command=True)
 
 
 @doctor.callback()
-def _group() -> None:
+def _group(ctx: typer.Context) -> None:
     """Examine the installation."""
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
 
 
 @doctor.command("rewards")
@@ -31,7 +33,9 @@ def doctor_rewards(
     ] = None,
     sets: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME.OPTION=VALUE", help="Option of a reward, as in a recipe.", show_default=""),
+        typer.Option(
+            "--set", metavar="NAME.OPTION=VALUE", help="Option of a reward, as in a recipe.", show_default=False
+        ),
     ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -54,7 +58,7 @@ def doctor_rewards(
         stdout().print(table(columns, map(_cells, found), right=["ms/image", "memory MiB"]))
         for diagnosis in found:
             if diagnosis.advice:
-                stdout().print(f"{diagnosis.reward}: {diagnosis.advice}")
+                stdout().print(f"{diagnosis.reward}: {diagnosis.advice}", soft_wrap=True)
     if any(diagnosis.outcome == "failed" for diagnosis in found):
         raise typer.Exit(1)
 

@@ -11,7 +11,17 @@ import typer
 
 from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.observers import LOADING, reporter_for
-from fmg.cli.options import AsJson, BatchSize, Device, Dtype, Grid, check_grid, checked_folder, checked_prompts
+from fmg.cli.options import (
+    AsJson,
+    BatchSize,
+    Device,
+    Dtype,
+    Grid,
+    check_grid,
+    checked_folder,
+    checked_prompts,
+    given_text,
+)
 from fmg.core.errors import FmgError
 from fmg.core.events import StageProgress
 
@@ -29,12 +39,14 @@ def generate(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Network calls an image.", show_default="the target's"),
+        typer.Option(min=1, max=1000, metavar="N", help="Network calls an image.", show_default="the target's"),
     ] = None,
     grid: Grid = None,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the first image of each prompt.")] = 0,
-    num: Annotated[int, typer.Option(min=1, metavar="N", help="Images a prompt, with consecutive seeds.")] = 1,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write; nothing is overwritten.")] = Path("images"),
+    num: Annotated[
+        int, typer.Option(min=1, max=100_000, metavar="N", help="Images a prompt, with consecutive seeds.")
+    ] = 1,
+    out: Annotated[str, typer.Option(metavar="DIR", help="Where to write; nothing is overwritten.")] = "images",
     sheet: Annotated[bool, typer.Option("--sheet", help="Write one more picture with all images on it.")] = False,
     device: Device = "auto",
     dtype: Dtype = "fp32",
@@ -43,6 +55,7 @@ def generate(
 ) -> None:
     """Draw pictures from prompts and write them as PNG files."""
     texts = checked_prompts(prompts)
+    given_text(source, "--from")
     check_grid(grid)
     folder = checked_folder(out, "--out")
 

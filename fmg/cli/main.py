@@ -5,28 +5,30 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperGroup
 
 from fmg.cli.catalog import list_components, show
-from fmg.cli.console import print_error, tolerate_narrow_encodings
+from fmg.cli.console import print_error, print_warning, tolerate_narrow_encodings
 from fmg.cli.doctor_rewards import doctor
 from fmg.cli.evaluate import evaluate
+from fmg.cli.fetch import fetch
 from fmg.cli.generate import generate
+from fmg.cli.options import check_words
 from fmg.cli.pretrain import pretrain
 from fmg.cli.reward_server import reward_server
 from fmg.cli.runs import runs
-from fmg.cli.train import train
-from fmg.core.errors import FmgError
+from fmg.cli.train import INTERRUPTED, train
+from fmg.core.errors import FmgError, FmgWarning
 from fmg.version import __version__
 
 # sysexits.h: EX_SOFTWARE, an error of the program itself
 _BUG = 70
-_INTERRUPTED = 130
 # The reader of stdout went away, as `head` does; Rich ends with the same code
 _BROKEN_PIPE = 1
 
@@ -41,7 +43,7 @@ class Session:
 class InterruptedByUserError(FmgError):
     """Ctrl-C outside the training loop, which saves and ends by itself."""
 
-    exit_code = _INTERRUPTED
+    exit_code = INTERRUPTED
 
 
 class _Commands(TyperGroup):
@@ -89,6 +91,7 @@ app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("list")(list_components)
 app.command("show")(show)
+app.command("fetch")(fetch)
 app.command("runs")(runs)
 app.command("reward-server")(reward_server)
 app.add_typer(pretrain, name="pretrain")
@@ -107,8 +110,15 @@ def main(args: Sequence[str]) -> int:
     130 interrupted.
     """
     tolerate_narrow_encodings()
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        return _main(args)
+
+
+def _main(args: Sequence[str]) -> int:
     session = Session()
     try:
+        check_words(args)
         code = typer.main.get_command(app).main(list(args), prog_name="fmg", standalone_mode=False, obj=session)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
@@ -119,12 +129,34 @@ def main(args: Sequence[str]) -> int:
     except FmgError as error:
         return _failed(str(error), error.exit_code, session)
     except typer.TyperException as error:
-        return _failed(_one_line(error.format_message(), args), error.exit_code, session)
+        return _failed(_usage(error), error.exit_code, session)
+    except OSError as error:
+        if error.errno is None:
+            return _bug(error, args, session)
+        where = "" if error.filename is None else f" '{os.fsdecode(error.filename)}'"
+        what = f"The system refused the file or folder{where}: {error.strerror}."
+        return _failed(f"{what} Check its name, its permissions and the free space.", 1, session)
     except Exception as error:
-        again = shlex.join(["fmg", "--debug", *(arg for arg in args if arg != "--debug")])
-        first = next(iter(str(error).splitlines()), "no message")
-        what = f"Unexpected {type(error).__name__}: {first.rstrip('.')}."
-        return _failed(what if session.debug else f"{what} See where: {again}", _BUG, session)
+        return _bug(error, args, session)
+
+
+def _bug(error: Exception, args: Sequence[str], session: Session) -> int:
+    again = shlex.join(["fmg", "--debug", *(arg for arg in args if arg != "--debug")])
+    first = next(iter(str(error).splitlines()), "no message")
+    what = f"Unexpected {type(error).__name__}: {first.rstrip('.')}."
+    return _failed(what if session.debug else f"{what} See where: {again}", _BUG, session)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    ours = issubclass(category, FmgWarning)
+    print_warning(str(message) if ours else f"{filename}:{lineno}: {category.__name__}: {message}")
 
 
 def _failed(text: str, code: int, session: Session) -> int:
@@ -136,8 +168,10 @@ def _failed(text: str, code: int, session: Session) -> int:
     return code
 
 
-def _one_line(message: str, args: Sequence[str]) -> str:
-    command = next((arg for arg in args if any(arg == known.name for known in app.registered_commands)), None)
-    text = " ".join(message.split()).rstrip(".?")
+def _usage(error: typer.TyperException) -> str:
+    """Typer's message on one line, and where to read more."""
+    message = error.format_message()
     end = "?" if message.rstrip().endswith("?") else "."
-    return f"{text}{end} See `{' '.join(['fmg', *([command] if command else []), '--help'])}`."
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "fmg"
+    return f"{' '.join(message.split()).rstrip('.?')}{end} See `{command} --help`."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -22,17 +23,47 @@ Grid = Annotated[
 Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of the noise.")]
 
 
+Num = Annotated[int, typer.Option("--num", min=1, max=1_000_000, metavar="N", help="Images for each number of steps.")]
+_MAX_STEPS = 1000
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Whether every word of the command line is text.
+
+    Raises:
+        UsageError: for bytes that are not UTF-8, which neither a prompt nor a recipe can hold.
+    """
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"'{word}' is not UTF-8 text", "Type it in a terminal that uses UTF-8.") from None
+
+
+def given_text(text: str | None, flag: str) -> str | None:
+    """A text that is not empty, or None.
+
+    Raises:
+        UsageError: when it is empty, as a variable of the shell that is not set makes it.
+    """
+    if text is not None and not text.strip():
+        raise UsageError(f"{flag} is empty", "Give a value, or leave it out.")
+    return text
+
+
 def parse_steps(text: str) -> tuple[int, ...]:
     """Numbers of network calls from a list such as `1,2,4`.
 
     Raises:
-        UsageError: when an entry is not a whole number of at least 1, or is given twice.
+        UsageError: when an entry is not a whole number from 1 to 1000, or is given twice.
     """
     counts = []
     for part in text.split(","):
         word = part.strip()
-        if not word.isascii() or not word.isdigit() or int(word) < 1:
-            raise UsageError(f"--steps {text}: '{word}' is not a whole number of at least 1", "Write --steps 1,2,4.")
+        if not word.isascii() or not word.isdigit() or len(word) > 9 or not 1 <= int(word) <= _MAX_STEPS:
+            raise UsageError(
+                f"--steps {text}: '{word}' is not a whole number from 1 to {_MAX_STEPS}", "Write --steps 1,2,4."
+            )
         counts.append(int(word))
     if len(set(counts)) < len(counts):
         raise UsageError(f"--steps {text} names a number twice", "Give each number of steps once.")
@@ -63,12 +94,14 @@ def checked_prompts(prompts: list[str]) -> list[str]:
     return stripped
 
 
-def checked_folder(folder: Path, flag: str) -> Path:
-    """A folder that exists or can be made.
+def checked_folder(text: str, flag: str) -> Path:
+    """A folder that exists or can be made. (Typer's own paths turn an empty text into the working directory.)
 
     Raises:
-        UsageError: when a file is in the way.
+        UsageError: when the text is empty or a file is in the way.
     """
+    given_text(text, flag)
+    folder = Path(text)
     for part in (folder, *folder.parents):
         if part.exists():
             if not part.is_dir():

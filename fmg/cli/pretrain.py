@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,9 +22,9 @@ def group(ctx: typer.Context) -> None:
 
 @pretrain.command("shapes")
 def shapes(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write; a finished stage there is reused.")] = Path(
-        "pretrained/shapes"
-    ),
+    out: Annotated[
+        str, typer.Option(metavar="DIR", help="Where to write; a finished stage there is reused.")
+    ] = "pretrained/shapes",
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of everything.")] = 0,
 ) -> None:
     """Train meanflow-shapes and scm-shapes from random weights: about 40 minutes on two cores."""

@@ -20,7 +20,9 @@ def reward_server(
     ],
     sets: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME.OPTION=VALUE", help="Option of a reward, as in a recipe.", show_default=""),
+        typer.Option(
+            "--set", metavar="NAME.OPTION=VALUE", help="Option of a reward, as in a recipe.", show_default=False
+        ),
     ] = None,
     host: Annotated[
         str, typer.Option(metavar="A", help="Address to listen on; others than loopback need a token.")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fmg.cli.console import print_json, stdout
 from fmg.cli.metrics import REWARD, headline
-from fmg.cli.options import AsJson
+from fmg.cli.options import AsJson, checked_folder
 from fmg.cli.tables import change, table
-from fmg.core.errors import UsageError
+from fmg.core.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from fmg.data.run_folder import RunFolder
@@ -41,21 +41,24 @@ class RunRow:
 
 
 def runs(
-    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder that holds the runs.")] = Path("runs"),
+    folder: Annotated[
+        str | None, typer.Argument(metavar="[DIR]", help="Folder that holds the runs.", show_default="runs")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the runs, with the reward and the held-out score before and after."""
-    from fmg.data.run_folder import list_runs
+    """List the runs, with the reward and the held-out score before and after; files that cannot be read: damaged."""
+    from fmg.data.run_folder import RUNS, damaged_runs, list_runs
 
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"'{folder}' is a file", "Name the folder that holds the runs.")
-    rows = [_row(run) for run in list_runs(folder)]
+    root = RUNS if folder is None else checked_folder(folder, "DIR")
+    if folder is not None and not root.exists():
+        raise UsageError(f"There is no folder '{folder}'", "Name the folder that holds the runs.")
+    rows = [*map(_row, list_runs(root)), *(_damaged(run, "-") for run in damaged_runs(root))]
     if as_json:
         print_json([asdict(row) for row in rows])
         return
     out = stdout()
     if not rows:
-        out.print(f"There is no run under '{folder}' yet. Train one with `fmg train`.")
+        out.print(f"There is no run under '{root}' yet. Train one with `fmg train`.")
         return
     cells = [
         (
@@ -76,12 +79,24 @@ def _row(run: RunFolder) -> RunRow:
     from fmg.data.run_folder import read_metrics
 
     state = run.state()
-    lines = [{key: v for key, v in line.items() if isinstance(v, (int, float))} for line in read_metrics(run.metrics)]
+    try:
+        lines = [_finite(line) for line in read_metrics(run.metrics)]
+    except CheckpointError:
+        return _damaged(run, state.model)
     done = max((int(line.get("iteration", 0)) for line in lines), default=0)
     scored = [headline(line) for line in lines]
     names = next((list(scores) for scores in scored if scores), [])
     held_out = _first_and_last(scored, names[0]) if names else Gain("-", None, None)
     return RunRow(str(run.path), state.model, state.state, done, _first_and_last(lines, REWARD), held_out)
+
+
+def _damaged(run: RunFolder, model: str) -> RunRow:
+    nothing = Gain("-", None, None)
+    return RunRow(str(run.path), model, "damaged", 0, nothing, nothing)
+
+
+def _finite(line: Mapping[str, object]) -> dict[str, float]:
+    return {key: value for key, value in line.items() if isinstance(value, (int, float)) and math.isfinite(value)}
 
 
 def _first_and_last(lines: Sequence[Mapping[str, float]], key: str) -> Gain:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from rich import box
@@ -26,8 +27,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Seque
 
 
 def number(value: float) -> str:
-    """A score, with three decimals."""
-    return f"{value:.3f}"
+    """A score, with three decimals; what rounds to nothing has no sign."""
+    return f"{round(value, 3) + 0.0:.3f}"
 
 
 def change(before: float | None, after: float | None) -> str:
@@ -37,5 +38,5 @@ def change(before: float | None, after: float | None) -> str:
 
 def interval(bounds: Sequence[float]) -> str:
     """A confidence interval; unbounded sides are dashes."""
-    low, high = (f"{bound:.3f}" if abs(bound) != float("inf") else "-" for bound in bounds)
+    low, high = (number(bound) if math.isfinite(bound) else "-" for bound in bounds)
     return f"[{low}, {high}]"

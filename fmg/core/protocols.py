@@ -216,6 +216,9 @@ class ModelSource(Protocol):
     def spec(self) -> MapSpec:
         """Known without reading any weight."""
 
+    def check(self) -> None:
+        """Raises what `load` would for files that are not there, without reading a weight."""
+
     def load(self, device: torch.device, dtype: torch.dtype) -> Model:
         """Reads the weights straight to `device` in `dtype`."""
 

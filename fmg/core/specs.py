@@ -19,6 +19,7 @@ class MapSpec:
         default_stochasticizer: what `auto` means for this model, as (name, options).
         default_recipe: name of the recipe under `configs/` that the model ships; for a model of another package, the
             absolute path of the file.
+        gpu_memory_gb: GPU memory that it takes, about, in units of 10^9 bytes; 0 for a model that runs on a CPU.
     """
 
     anchors: Literal["endpoint", "any"]
@@ -28,6 +29,7 @@ class MapSpec:
     default_grid: str
     default_stochasticizer: tuple[str, tuple[tuple[str, object], ...]]
     default_recipe: str
+    gpu_memory_gb: float = 0.0
 
 
 @dataclass(frozen=True)

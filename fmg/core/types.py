@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fmg.core.prompt import Prompt as Prompt
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -144,24 +146,6 @@ class Loss:
 
     total: Float[Tensor, ""]
     parts: Mapping[str, Float[Tensor, ""]]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One entry of a prompt set. `metadata` follows GenEval (`include`: class, count, color, position)."""
-
-    text: str
-    tag: str
-    metadata: Mapping[str, object]
-
-
-def cat_conditioning(parts: Sequence[Conditioning]) -> Conditioning:
-    """Rows of several conditionings, one after the other."""
-    if not parts:
-        raise ValueError("nothing to concatenate")
-    names = parts[0].tensors.keys()
-    tensors = {name: torch.cat([p.tensors[name] for p in parts]) for name in names}
-    return Conditioning(tuple(text for p in parts for text in p.prompts), tensors)
 
 
 def cat_transitions(parts: Sequence[Transition]) -> Transition:

@@ -13,3 +13,7 @@ class FilePromptsConfig(ComponentConfig):
     """Prompts from a file: `.txt` with one a line, `.jsonl` with one object (`prompt`, `tag`, `metadata`) a line."""
 
     path: str = Field(min_length=1, description="a .txt or .jsonl file, UTF-8, no blank lines, no duplicates")
+
+
+class EverydayPromptsConfig(ComponentConfig):
+    """Everyday scenes in four styles, of our own making."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fmg.core.errors import UsageError
-from fmg.core.types import Prompt
+from fmg.core.prompt import Prompt
 from fmg.data.configs import PROMPT_FILE_SUFFIXES, FilePromptsConfig
 from fmg.data.prompt_sets import PromptList
 from fmg.registry import prompt_sets

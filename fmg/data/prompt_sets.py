@@ -1,16 +1,19 @@
-"""Prompt sets: the value type, and loading one by name, by file or from a recipe."""
+"""Prompt sets: the value type, and loading one by name, by file or from a recipe. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fmg.core.errors import UsageError
-from fmg.core.protocols import PromptSet
-from fmg.core.types import Prompt
+from fmg.core.prompt import Prompt
 from fmg.data.configs import PROMPT_FILE_SUFFIXES
 from fmg.registry import prompt_sets
 from fmg.registry.references import PromptsRef
+
+if TYPE_CHECKING:
+    from fmg.core.protocols import PromptSet
 
 
 class PromptList:
@@ -52,3 +55,23 @@ def load_prompts(reference: str | PromptsRef) -> PromptSet:
     if Path(reference).suffix in PROMPT_FILE_SUFFIXES:
         return prompt_sets.build("file", {"path": reference})
     return prompt_sets.build(reference)
+
+
+def overlap_warning(train_prompts: Iterable[Prompt], eval_prompts: Iterable[Prompt]) -> str | None:
+    """What to tell the user when prompts are trained on and evaluated on; None when none is.
+
+    Prompts are compared without regard to case and white space.
+    """
+    trained = {_normal(prompt.text) for prompt in train_prompts}
+    held_out = [_normal(prompt.text) for prompt in eval_prompts]
+    shared = sum(text in trained for text in held_out)
+    if shared == 0:
+        return None
+    return (
+        f"{shared} of the {len(held_out)} evaluation prompts are training prompts as well: the evaluation overstates what "
+        "was learnt. Give eval.prompts a set of its own."
+    )
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.casefold().split())

@@ -86,12 +86,13 @@ class RunFolder:
         if folder is None:
             return
         path = Path(folder)
-        if is_run(path):
-            raise UsageError(f"'{path}' already holds a run", "Choose another --run; a run is never overwritten.")
         try:
+            holds_run = is_run(path)
             taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
         except OSError as error:
             raise UsageError(f"'{path}' cannot hold a run: {error.strerror}", "Choose another --run.") from None
+        if holds_run:
+            raise UsageError(f"'{path}' already holds a run", "Choose another --run; a run is never overwritten.")
         if taken:
             raise UsageError(f"'{path}' exists and is not a run folder", "Choose a --run that does not exist yet.")
 
@@ -136,6 +137,8 @@ class RunFolder:
         try:
             state = RunState(**json.loads(file.read_text(encoding="utf-8")))
             state.began  # noqa: B018
+            if not isinstance(state.model, str):
+                raise TypeError("the model is no text")
         except FileNotFoundError:
             raise CheckpointError(f"'{self.path}' is not a run folder", fix) from None
         except (OSError, ValueError, TypeError) as error:
@@ -173,16 +176,26 @@ def is_run(path: Path) -> bool:
 
 def list_runs(root: Path = RUNS) -> list[RunFolder]:
     """The run folders directly under `root`, oldest first; damaged ones are left out."""
-    if not root.is_dir():
-        return []
-    found: list[tuple[float, str, RunFolder]] = []
-    for path in root.iterdir():
+    return _sorted_runs(root)[0]
+
+
+def damaged_runs(root: Path = RUNS) -> list[RunFolder]:
+    """The run folders directly under `root` whose state cannot be read, by name."""
+    return _sorted_runs(root)[1]
+
+
+def _sorted_runs(root: Path) -> tuple[list[RunFolder], list[RunFolder]]:
+    readable: list[tuple[float, str, RunFolder]] = []
+    damaged: list[RunFolder] = []
+    for path in sorted(root.iterdir()) if root.is_dir() else ():
+        if not is_run(path):
+            continue
         run = RunFolder(path)
         try:
-            found.append((run.state().began, path.name, run))
+            readable.append((run.state().began, path.name, run))
         except CheckpointError:
-            continue
-    return [run for _, _, run in sorted(found, key=lambda entry: entry[:2])]
+            damaged.append(run)
+    return [run for _, _, run in sorted(readable, key=lambda entry: entry[:2])], damaged
 
 
 def newest_run(root: Path = RUNS) -> Path | None:

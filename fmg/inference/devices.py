@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fmg.core.errors import UsageError, suggestion
+from fmg.core.specs import MapSpec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -28,6 +29,21 @@ def pick_device(name: str) -> torch.device:
         )
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"The device '{name}' is not supported", "Use auto, cpu, cuda or cuda:N.")
+    return device
+
+
+def device_for(name: str, model: str, spec: MapSpec) -> torch.device:
+    """The device called `name` for a model; `auto` never means the CPU for a model of full size.
+
+    Raises:
+        UsageError: as `pick_device`, or when `auto` finds no GPU for a model that needs one.
+    """
+    device = pick_device(name)
+    if name == "auto" and device.type == "cpu" and spec.gpu_memory_gb:
+        raise UsageError(
+            f"The model '{model}' needs a GPU with about {spec.gpu_memory_gb:.0f} GB, and torch sees none here",
+            f"Use one that has (`fmg fetch {model}` gets the weights there), or --device cpu for minutes an image.",
+        )
     return device
 
 

@@ -26,6 +26,14 @@ class EmbeddedSource:
         """Declared properties, known without reading a weight."""
         return self.config.spec()
 
+    def check(self) -> None:
+        """Looks whether the folder is there.
+
+        Raises:
+            CheckpointError: it is missing or is not a flow-map model.
+        """
+        self.config.spec()
+
     def load(self, device: torch.device, dtype: torch.dtype) -> FluxModel:
         """Reads the weights to `device` in `dtype`.
 

@@ -18,17 +18,6 @@ if TYPE_CHECKING:
 _MAPS = {"any": "two-time", "endpoint": "single-time"}
 
 
-def check_composition(recipe: Recipe) -> None:
-    """Refuses a recipe whose components do not fit together.
-
-    Raises:
-        CompositionError: the first misfit, and what to use instead.
-        CheckpointError: when the model's declaration is missing.
-    """
-    for problem in problems(recipe):
-        raise CompositionError(problem.what, problem.fix)
-
-
 def check_target_times(name: str, requires: Requirements, grid: Sequence[float]) -> None:
     """Refuses a grid with a stochastic transition to a time at which the stochasticizer `name` is not defined.
 
@@ -72,6 +61,12 @@ def _sampler_problems(recipe: Recipe) -> Iterator[Problem]:
     if objective.config.needs == "transitions" and rollout.steps < 2:
         what = f"The objective '{objective.name}' needs a stochastic transition, but a rollout of one step has none"
         yield Problem(("rollout", "steps"), what, "Set rollout.steps to 2 or more, or use an objective on samples")
+    if objective.config.needs == "transitions" and recipe.lora.dropout > 0:
+        what = (
+            f"lora.dropout is {recipe.lora.dropout:g}, but the objective '{objective.name}' compares the densities of two "
+            "passes through the network, and dropout alone would make them differ"
+        )
+        yield Problem(("lora", "dropout"), what, "Set lora.dropout to 0, or use an objective on samples")
     try:
         grid = grid_times(rollout.grid, rollout.steps)
     except UsageError as error:

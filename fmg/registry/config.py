@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -36,9 +37,15 @@ class ComponentConfig(BaseModel):
 
     about: ClassVar[About] = About()
 
+    needs_consent: ClassVar[Mapping[str, str]] = {}
+    """Options that a recipe file may set only with the user's consent, and what each lets the file's author do."""
+
 
 class ModelConfig(ComponentConfig, ABC):
     """Options of a model; knows what kind of map it is without reading a weight."""
+
+    recipe: ClassVar[str | None] = None
+    """The model's default recipe, for a config with options that have no default: the recipe states them."""
 
     @abstractmethod
     def spec(self) -> MapSpec:

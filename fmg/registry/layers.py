@@ -12,7 +12,7 @@ from typing import Any
 
 from fmg.core.errors import UsageError, suggestion
 from fmg.registry.document import Node, Source, node_of, parse_value
-from fmg.registry.kinds import prompt_sets
+from fmg.registry.kinds import prompt_sets, rewards
 from fmg.registry.references import PYTHON_REWARD
 
 FLAGS: Mapping[str, str] = {
@@ -147,23 +147,28 @@ def merge_all(layers: Iterable[Node]) -> Node:
 
 
 def refuse_code(root: Node, *, allowed: bool) -> None:
-    """Refuses a user's own reward function that a recipe file names, unless that is `allowed`.
+    """Refuses options of rewards in a recipe file that need the user's consent, unless they are `allowed`.
+
+    Which these are, the config of a reward declares (`ComponentConfig.needs_consent`): code to run, addresses to send
+    pictures to, environment variables to send there.
 
     Raises:
-        UsageError: naming the flag that allows it.
+        UsageError: naming the option and the flag that allows it.
     """
     for path in () if allowed else (("rewards",), ("eval", "rewards")):
         found = root.exact(path)
         for entry in found.value if found is not None and isinstance(found.value, tuple) else ():
-            name, target = entry.exact(("name",)), entry.exact(("target",))
-            if name is None or name.value != PYTHON_REWARD:
+            name = entry.exact(("name",))
+            if name is None or name.value not in rewards.names():
                 continue
-            culprit = target or name
-            if culprit.source.kind in ("model", "file"):
-                raise UsageError(
-                    f"{culprit.source.text}: the recipe runs Python code, the reward '{culprit.value}'",
-                    "Read that code, then give --allow-code; or name the reward on the command line with --reward.",
-                )
+            for option, effect in rewards.config_class(str(name.value)).needs_consent.items():
+                given = entry.exact((option,))
+                if given is not None and given.value is not None and given.source.kind in ("model", "file"):
+                    raise UsageError(
+                        f"{given.source.text}: the recipe {effect}: '{option}' of the reward '{name.value}' "
+                        f"is '{given.plain()}'",
+                        "If you trust it, give --allow-code; or give the reward and its options on the command line.",
+                    )
 
 
 def _at(path: Sequence[str], node: Node, source: Source) -> Node:

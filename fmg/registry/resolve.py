@@ -6,12 +6,15 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from pydantic import ValidationError
 
 from fmg.core.errors import CompositionError, UsageError, suggestion
 from fmg.registry.composition import problems
+from fmg.registry.config import ModelConfig
 from fmg.registry.document import Node, Plain, Source, is_block, node_of, read_document, render
+from fmg.registry.kinds import models
 from fmg.registry.layers import argument_layers, flag_layers, merge, merge_all, refuse_code, set_layers
 from fmg.registry.paths import config_path, recipe_names
 from fmg.registry.recipe import Recipe
@@ -63,7 +66,7 @@ def resolve(
         flags: the flags of `fmg.registry.layers.FLAGS` by name; None means not given. `reward` is a list of
             `NAME[=WEIGHT]` or `python:module:function[=WEIGHT]` and replaces the recipe's rewards.
         sets: `path=value` texts, the value in YAML 1.2.
-        allow_code: whether a recipe file may name a user's own reward function.
+        allow_code: whether a recipe file may name reward code to run, and servers to send pictures to.
 
     Raises:
         UsageError: a wrong name, key, type or range, with the file and line or the flag that gave it.
@@ -86,14 +89,23 @@ def override(recipe: Recipe, values: Mapping[str, object]) -> ResolvedRecipe:
 
 def _resolve(layers: Sequence[Node], *, allow_code: bool) -> ResolvedRecipe:
     start = node_of({"model": {"name": DEFAULT_MODEL}}, _DEFAULT)
-    model = _model(merge_all([start, *layers]))
-    base = _default_recipe(model.config.spec().default_recipe)
+    given = merge_all([start, *layers])
+    base = _default_recipe(_default_recipe_name(given))
     missing = [section for section in Recipe.model_fields if section not in (base.mapping or {})]
     if missing:
         # a section left out would fall back on numbers that were chosen for another model
-        what = f"{base.source.text}: the default recipe of {model.name} lacks the section '{missing[0]}'"
+        what = f"{base.source.text}: the default recipe of the model lacks the section '{missing[0]}'"
         raise UsageError(what, "A model's own recipe states every section; add it.")
     return _finish(merge_all([base, *layers]), allow_code=allow_code)
+
+
+def _default_recipe_name(root: Node) -> str:
+    name = root.exact(("model", "name"))
+    if name is not None and name.value in models.names():
+        stated = cast("type[ModelConfig]", models.config_class(str(name.value))).recipe
+        if stated is not None:
+            return stated
+    return _model(root).config.spec().default_recipe
 
 
 def _default_recipe(name: str) -> Node:
@@ -106,11 +118,15 @@ def _read(config: str | Path) -> Node:
     text = str(config)
     path = Path(config).expanduser()
     looks_like_path = isinstance(config, Path) or path.suffix in (".yaml", ".yml") or len(path.parts) > 1
-    if looks_like_path or path.is_file():
+    try:
+        exists, is_file = path.exists(), path.is_file()
+    except OSError as error:
+        raise UsageError(f"{text} cannot be a recipe: {error.strerror}", "Check its path.") from None
+    if looks_like_path or is_file:
         return read_document(path, "file", text)
     if text in recipe_names():
         return read_document(config_path(text), "file", f"configs/{text}.yaml")
-    if path.is_dir():
+    if exists:
         return read_document(path, "file", text)
     raise UsageError(f"There is no recipe file and no shipped recipe named '{text}'", suggestion(text, recipe_names()))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from fmg.core.errors import suggestion
 from fmg.registry.references import PromptsRef, RewardRef
@@ -23,9 +25,13 @@ def _grid(value: object) -> object:
         if value not in grid_names():
             raise Problem((), f"There is no grid named '{value}'", suggestion(value, grid_names())).as_pydantic()
         return value
-    if isinstance(value, (list, tuple)) and value and all(type(time) in (int, float) for time in value):
+    if (
+        isinstance(value, (list, tuple))
+        and value
+        and all(type(time) in (int, float) and math.isfinite(time) for time in value)
+    ):
         return tuple(float(time) for time in value)
-    what = f"The grid must be a name or a list of times (given: {value!r})"
+    what = f"The grid must be a name or a list of finite times (given: {value!r})"
     fix = f"Names: {', '.join(grid_names())}; times fall from 1 to 0, as in [1, 0.5, 0]"
     raise Problem((), what, fix).as_pydantic()
 
@@ -43,6 +49,13 @@ def _targets(value: object) -> object:
     raise Problem((), what, f"Presets: {', '.join(presets)}; a list: [to_q, to_k]").as_pydantic()
 
 
+def _device(value: str) -> str:
+    if re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value) is None:
+        raise ValueError("must be auto, cpu, cuda or cuda:INDEX")
+    return value
+
+
+Device = Annotated[str, AfterValidator(_device)]
 Grid = Annotated[str | tuple[float, ...], BeforeValidator(_grid)]
 LoraTargets = Annotated[str | tuple[str, ...], BeforeValidator(_targets)]
 
@@ -50,25 +63,25 @@ LoraTargets = Annotated[str | tuple[str, ...], BeforeValidator(_targets)]
 class RolloutSection(Section):
     """How samples are drawn for one iteration."""
 
-    groups: int = Field(24, ge=1, description="prompts of one iteration; each is a group")
-    group_size: int = Field(16, ge=2, description="samples of one prompt, compared with each other")
+    groups: int = Field(24, ge=1, le=100_000, description="prompts of one iteration; each is a group")
+    group_size: int = Field(16, ge=2, le=4096, description="samples of one prompt, compared with each other")
     steps: int = Field(4, ge=1, le=1000, description="network calls of the sampler (N - 1 stochastic transitions)")
     grid: Grid = Field("uniform", description="times from 1 to 0: the name of a rule, or the list of times itself")
     same_initial_noise: bool = Field(False, description="whether a group starts from one noise instead of many")
-    batch_size: int | None = Field(None, ge=1, description="samples drawn at once; null chooses by device")
+    batch_size: int | None = Field(None, ge=1, le=100_000, description="samples drawn at once; null chooses by device")
 
 
 class TrainSection(Section):
     """The optimisation loop."""
 
-    iterations: int = Field(60, ge=1, description="rollouts, each followed by its updates")
-    updates_per_iteration: int = Field(2, ge=1, description="optimizer steps on one rollout")
+    iterations: int = Field(60, ge=1, le=10_000_000, description="rollouts, each followed by its updates")
+    updates_per_iteration: int = Field(2, ge=1, le=1000, description="optimizer steps on one rollout")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     seed: int = Field(0, ge=0, lt=2**63, description="keys prompts, noise and the adapter's initial values")
-    micro_batch: int | None = Field(None, ge=1, description="rows of one backward pass; null chooses by device")
-    device: str = Field(
-        "auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:INDEX"
+    micro_batch: int | None = Field(
+        None, ge=1, le=100_000, description="rows of one backward pass; null chooses by device"
     )
+    device: Device = Field("auto", description="where the run computes; auto is CUDA where there is one, else the CPU")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="precision of the network; log-probs are always fp32")
     shuffle_advantages: bool = Field(False, description="the null control: advantages are given to random samples")
     recompute_old: Literal["auto", "always"] = Field(
@@ -79,8 +92,8 @@ class TrainSection(Section):
 class LoraSection(Section):
     """The adapter that is trained."""
 
-    rank: int = Field(8, ge=1, description="rank of every adapted matrix")
-    alpha: float = Field(16.0, gt=0, description="the adapter's output is scaled by alpha / rank")
+    rank: int = Field(8, ge=1, le=4096, description="rank of every adapted matrix")
+    alpha: float = Field(16.0, gt=0, le=1e6, description="the adapter's output is scaled by alpha / rank")
     targets: LoraTargets = Field("attention", description="preset of module names, or the list of names")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
 
@@ -92,10 +105,12 @@ class LoraSection(Section):
 class EvalSection(Section):
     """Held-out evaluation during training."""
 
-    every: int = Field(10, ge=1, description="iterations between evaluations; the first and the last always are")
+    every: int = Field(
+        10, ge=1, le=10_000_000, description="iterations between evaluations; the first and the last always are"
+    )
     prompts: PromptsRef = Field(description="prompt set that training does not see")
-    num: int = Field(1000, ge=1, description="images of one evaluation")
+    num: int = Field(1000, ge=1, le=1_000_000, description="images of one evaluation")
     rewards: tuple[RewardRef, ...] = Field((), description="rewards that are measured besides the trained ones")
     steps: int | None = Field(None, ge=1, le=1000, description="network calls; null takes rollout.steps")
     seed: int = Field(0, ge=0, lt=2**63, description="keys prompts and noise of the evaluation")
-    batch_size: int | None = Field(None, ge=1, description="images drawn at once; null chooses by device")
+    batch_size: int | None = Field(None, ge=1, le=100_000, description="images drawn at once; null chooses by device")

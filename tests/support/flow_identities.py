@@ -20,6 +20,7 @@ from fmg.flow import (
     make_grid,
     trigflow_prediction,
 )
+from fmg.flow.sampling import native_sample
 from tests.support.analytic import PATHS, gaussian_map, mixture_map, times, unconditional
 
 LATTICE = torch.linspace(0, 1, 21, dtype=torch.float64)
@@ -230,6 +231,26 @@ def check_single_time_map() -> None:
     t, zero = torch.tensor([1.0, 0.8, 0.2]).double(), torch.zeros(3).double()
     adapter = SingleTimeMap(lambda x, t, cond: (x - exact.jump(x, t, 0 * t, cond)) / t[:, None], LinearPath())
     torch.testing.assert_close(adapter.jump(x, t, zero, cond), exact.jump(x, t, zero, cond))
+
+
+def check_native_sampler_keeps_the_path() -> None:
+    """Eq. 13 at full noise, and eq. 5: jumps of an exact map compose to one; a single-time map is renoised at each time."""
+    grid, cond, x_1 = (1.0, 0.7, 0.3, 0.0), unconditional(4), draw(4, 2).double()
+    noises = [draw(4, 3 + k)[:, :2].double() for k in range(2)]
+    for path in PATHS:
+        exact = gaussian_map(path)
+        zero = times(0.0, 4)
+        composed = native_sample(exact, cond, x_1, grid, noises.__getitem__)
+        torch.testing.assert_close(composed, exact.jump(x_1, times(1.0, 4), zero, cond), rtol=1e-5, atol=1e-5)
+
+        single = SingleTimeMap(lambda x, t, cond, f=exact: (x - f.jump(x, t, 0 * t, cond)) / t[:, None], path)
+        state = exact.jump(x_1, times(1.0, 4), zero, cond)
+        for time, noise in zip(grid[1:-1], noises, strict=True):
+            level = times(time, 4)
+            state = path.alpha(level)[:, None] * state + path.sigma(level)[:, None] * noise
+            state = exact.jump(state, level, zero, cond)
+        sampled = native_sample(single, cond, x_1, grid, noises.__getitem__)
+        torch.testing.assert_close(sampled, state, rtol=1e-5, atol=1e-5)
 
 
 def check_trigflow_wrapper_cancels() -> None:

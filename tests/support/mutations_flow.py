@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.support.mutation import Mutation
 
 _PATH, _GAUSSIAN, _GRIDS = "fmg.flow.path", "fmg.flow.gaussian", "fmg.flow.grids"
-_MAPS, _ANALYTIC = "fmg.flow.maps", "fmg.flow.analytic"
+_MAPS, _ANALYTIC, _SAMPLING = "fmg.flow.maps", "fmg.flow.analytic", "fmg.flow.sampling"
 _ASFMC, _EULER = "fmg.stochasticizers.asfmc", "fmg.stochasticizers.asfmc_euler"
 _VELOCITY, _NAIVE, _CONFIGS = (f"fmg.stochasticizers.{name}" for name in ("velocity", "naive", "configs"))
 
@@ -32,6 +32,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(_PATH, "_HALF_PI = math.pi / 2", "_HALF_PI = math.pi / 4", _flow("path_coefficients")),
     Mutation(_PATH, "return -one, one", "return one, one", _flow("path_rates", "gaussian_map_velocity")),
     Mutation(_PATH, "return -_HALF_PI * self.sigma(t)", "return -self.sigma(t)", _flow("path_rates")),
+    Mutation(_PATH, "_HALF_PI * self.alpha(t)\n", "self.alpha(t)\n", _flow("path_rates")),
+    Mutation(_PATH, "_HALF_PI * self.alpha(t)\n", "-_HALF_PI * self.alpha(t)\n", _flow("path_rates")),
     # paths: kernel, noise share and its inverse
     Mutation(_PATH, "self.alpha(s) / alpha_a)", "self.alpha(s))", _flow("kernel_moments") + _MARGINALS),
     Mutation(_PATH, "return scale, variance.sqrt()", "return scale, variance", _flow("kernel_moments") + _MARGINALS),
@@ -121,6 +123,31 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(_MAPS, "expand(1 - 2 * s, x) * z", "expand(1 - s, x) * z", _flow("trigflow_wrapper_cancels")),
     Mutation(
         _MAPS, "z = x * expand(norm / sigma_data, x)", "z = x * expand(norm, x)", _flow("trigflow_wrapper_cancels")
+    ),
+    # few-step sampler
+    Mutation(
+        _SAMPLING,
+        "flow_map.jump(x, t, s, cond)",
+        "flow_map.jump(x, t, torch.zeros_like(s), cond)",
+        _flow("native_sampler_keeps_the_path"),
+    ),
+    Mutation(
+        _SAMPLING,
+        "expand(scale, x_0) * x_0 + expand(std, x_0) * renoise(k)",
+        "x_0 + expand(std, x_0) * renoise(k)",
+        _flow("native_sampler_keeps_the_path"),
+    ),
+    Mutation(
+        _SAMPLING,
+        "expand(std, x_0) * renoise(k)",
+        "expand(std.square(), x_0) * renoise(k)",
+        _flow("native_sampler_keeps_the_path"),
+    ),
+    Mutation(
+        _SAMPLING,
+        "flow_map.path.kernel(torch.zeros_like(s), s)",
+        "flow_map.path.kernel(torch.zeros_like(s), t)",
+        _flow("native_sampler_keeps_the_path"),
     ),
     # exact maps
     Mutation(
@@ -217,6 +244,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         "flow_map.velocity(x_t, t, cond)",
         _stochastic("exact_kernel_tends_to_euler", "euler_form_preserves_the_path_to_first_order"),
     ),
+    Mutation(_EULER, "if self.config.detach_velocity:", "if False:", _stochastic("detached_velocity")),
+    Mutation(_EULER, "if self.config.detach_velocity:", "if True:", _stochastic("detached_velocity")),
     # velocity samplers
     Mutation(
         _VELOCITY, "torch.where(t == 1, s, t)", "torch.where(t == 1, 1 - s, t)", _stochastic("flow_sde_closed_form")

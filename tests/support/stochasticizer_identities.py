@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from fmg.core.protocols import Density
 from fmg.core.types import Conditioning
 from fmg.flow import GaussianMap, LinearPath, UnscaledGaussian
 from fmg.registry import stochasticizers
+from fmg.stochasticizers.asfmc import Asfmc
+from fmg.stochasticizers.configs import AsfmcConfig
 from tests.support.analytic import EXACT_KERNELS, PATHS, STEPS, gaussian_map, moment_error, times, unconditional
 
 X = torch.randn(4, 2, generator=torch.Generator().manual_seed(5)).double()
@@ -79,8 +82,10 @@ def check_asfmc_at_the_target_is_the_map() -> None:
         flow_map = gaussian_map(path)
         for t, s in STEPS:
             jump = flow_map.jump(X, times(t, 4), times(s, 4), unconditional(4))
+            # nearer than the options allow, where the limit shows
             for options in ({"ratio": 1 - 1e-7}, {"noise_share": 1 - 1e-7}, {"gap": 1e-8}):
-                density = transition("asfmc", options, t, s, flow_map)
+                near = Asfmc(AsfmcConfig.model_construct(**options))
+                density = near.transition(flow_map, X, times(t, 4), times(s, 4), unconditional(4))
                 torch.testing.assert_close(density.mean, jump.float(), rtol=1e-5, atol=1e-5)
                 assert float(density.std.max()) < 1e-3
 
@@ -129,6 +134,36 @@ def check_euler_depends_on_one_product() -> None:
         default = transition("asfmc-euler", {}, t, s)
         same = transition("asfmc-euler", {"epsilon": 0.0147, "strength": 1.0}, t, s)
         close(default, same.mean, math.sqrt(2 * 0.0147 * s / (1 - s)))
+
+
+@dataclass(frozen=True)
+class _TwoFactors:
+    """A map whose jump and velocity have a parameter each."""
+
+    jump_factor: Tensor
+    velocity_factor: Tensor
+    path: LinearPath = field(default_factory=LinearPath)
+    anchors: Literal["any"] = "any"
+
+    def jump(self, x_t: Tensor, t: Tensor, s: Tensor, cond: Conditioning) -> Tensor:
+        return self.jump_factor * x_t
+
+    def velocity(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        return self.velocity_factor * x_t.detach()
+
+
+def check_detached_velocity() -> None:
+    """Eq. 14: the mean depends on the velocity with factor `-h`, and not at all for the gradient when it is detached."""
+    for detach in (False, True):
+        flow_map = _TwoFactors(torch.tensor(2.0, requires_grad=True), torch.tensor(3.0, requires_grad=True))
+        density = transition("asfmc-euler", {"detach_velocity": detach}, 0.75, 0.5, flow_map)
+        factors = (flow_map.jump_factor, flow_map.velocity_factor)
+        jump, velocity = torch.autograd.grad(density.mean.sum(), factors, allow_unused=True)
+        torch.testing.assert_close(jump, (X.sum() * (1 - 0.0147 / 0.5)).float(), rtol=1e-4, atol=1e-4)
+        if detach:
+            assert velocity is None
+        else:
+            torch.testing.assert_close(velocity, (-0.0147 * 2 * X.sum()).float(), rtol=1e-4, atol=1e-4)
 
 
 def check_flow_sde_closed_form() -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,9 +11,7 @@ from torch import Tensor, nn
 
 from fmg.core.errors import CheckpointError
 from fmg.models.flux.adapter import base_name, is_adapter
-
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-INDEX_FILE = f"{WEIGHTS_FILE}.index.json"
+from fmg.models.flux.weights import WeightFiles
 
 
 def live_digest(module: nn.Module) -> str:
@@ -24,8 +20,8 @@ def live_digest(module: nn.Module) -> str:
     return _digest((name, tensors[name]) for name in sorted(tensors))
 
 
-def stored_digest(folder: Path) -> str:
-    """Sha256 over the weights as a diffusers component folder stores them.
+def stored_digest(weights: WeightFiles) -> str:
+    """Sha256 over the weights as their files store them.
 
     It does not depend on how they are sharded, nor on the dtype and device they are loaded to, and equals
     `live_digest` of a module loaded in the stored dtype. Tensors are read one at a time.
@@ -34,23 +30,17 @@ def stored_digest(folder: Path) -> str:
         CheckpointError: a weight file is missing or damaged.
     """
     try:
-        return _digest(_stored_tensors(folder))
+        return _digest(_stored_tensors(weights))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(
-            f"The weights in {folder} cannot be read: {error}", "Restore the folder from where the model came from."
+            f"The weights in {weights.origin} cannot be read: {error}", "Restore them from where the model came from."
         ) from error
 
 
-def _stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    index = folder / INDEX_FILE
-    if index.is_file():
-        files: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    else:
-        with safe_open(str(folder / WEIGHTS_FILE), framework="pt") as stored:
-            files = dict.fromkeys(stored.keys(), WEIGHTS_FILE)
-    opened = {name: safe_open(str(folder / name), framework="pt") for name in sorted(set(files.values()))}
-    for name in sorted(files):
-        tensor: Tensor = opened[files[name]].get_tensor(name)  # type: ignore[no-untyped-call]
+def _stored_tensors(weights: WeightFiles) -> Iterator[tuple[str, Tensor]]:
+    opened = {file: safe_open(str(file), framework="pt") for file in sorted(set(weights.files.values()))}
+    for name in sorted(weights.files):
+        tensor: Tensor = opened[weights.files[name]].get_tensor(name)  # type: ignore[no-untyped-call]
         yield name, tensor
 
 

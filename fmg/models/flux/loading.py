@@ -21,6 +21,15 @@ from fmg.core.errors import CheckpointError
 from fmg.models.conventions import CONVENTIONS_FILE, FlowMapConventions, read_conventions
 from fmg.models.flux.text import TextStack
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
+from fmg.models.flux.weights import (
+    WeightFiles,
+    empty_transformer,
+    folder_weights,
+    load_transformer,
+    some,
+    student_weights,
+    transformer_shapes,
+)
 
 _CLASSES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -50,11 +59,7 @@ class FluxComponents:
     transformer: FlowMapFluxTransformer2DModel
     vae: AutoencoderKL | AutoencoderTiny
     text: TextStack
-
-    @property
-    def transformer_folder(self) -> Path:
-        """Where the weights of the transformer are stored."""
-        return self.folder / "transformer"
+    weights: WeightFiles
 
 
 def load_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> FluxComponents:
@@ -63,24 +68,71 @@ def load_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> FluxC
     Raises:
         CheckpointError: a file is missing, damaged, of a class that is not known, or does not fit the others.
     """
-    conventions = read_conventions(folder)
+    return load_parts(folder, read_conventions(folder), device, dtype)
+
+
+def load_parts(
+    folder: Path,
+    conventions: FlowMapConventions,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    student: Path | None = None,
+    text_device: torch.device | None = None,
+) -> FluxComponents:
+    """Loads a pipeline folder by stated conventions, with the weights of its transformer or those of a student.
+
+    Args:
+        folder: a diffusers pipeline folder.
+        conventions: how the transformer's weights want to be sampled.
+        device: where transformer and decoder go.
+        dtype: of every weight.
+        student: weights of the transformer in place of the folder's own (`fmg.models.flux.weights.student_weights`).
+        text_device: where the text encoders go; None: to `device`.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, of a class that is not known, or does not fit the others.
+    """
     with _quiet():
-        transformer = _load_transformer(folder / "transformer", conventions, dtype)
-        vae = _load_module(folder / "vae", dtype, {})
-        text_encoder = _load_module(folder / "text_encoder", dtype, {})
-        text_encoder_2 = _load_module(folder / "text_encoder_2", dtype, {})
+        own = folder / "transformer"
+        config = _config(own) if student is None else _student_config(own, student)
+        _check_conventions(own if student is None else student, config, conventions)
+        options: dict[str, object] = {"time_scale": conventions.time_scale, "second_time": conventions.second_time}
+        if student is None:
+            weights = folder_weights(own)
+        else:
+            shapes = transformer_shapes(empty_transformer(config, options, own))
+            weights = student_weights(student, shapes)
+        transformer = load_transformer(config, options, weights, device, dtype)
+        vae = _load_module(folder / "vae", dtype)
+        text_encoder = _load_module(folder / "text_encoder", dtype)
+        text_encoder_2 = _load_module(folder / "text_encoder_2", dtype)
         tokenizer = _load_tokenizer(folder / "tokenizer", CLIPTokenizer)
         tokenizer_2 = _load_tokenizer(folder / "tokenizer_2", T5Tokenizer)
     for module in (transformer, vae, text_encoder, text_encoder_2):
-        module.eval().requires_grad_(False).to(device)
+        module.eval().requires_grad_(False)
+    vae.to(device, memory_format=torch.channels_last)
+    for module in (text_encoder, text_encoder_2):
+        module.to(device if text_device is None else text_device)
     text = TextStack(tokenizer, text_encoder, tokenizer_2, text_encoder_2)
-    components = FluxComponents(folder, conventions, transformer, vae, text)
+    components = FluxComponents(folder, conventions, transformer, vae, text, weights)
     _check_fit(components)
     return components
 
 
-def _load_transformer(folder: Path, conventions: FlowMapConventions, dtype: torch.dtype) -> Any:
-    config = _read_config(folder)
+def _config(folder: Path) -> dict[str, Any]:
+    _class_of(folder, "transformer")
+    return _read_config(folder)
+
+
+def _student_config(teacher: Path, student: Path) -> dict[str, Any]:
+    """The architecture that a student's folder states, or else its teacher's; never the teacher's conventions."""
+    if (student / "config.json").is_file():
+        return _config(student)
+    return {key: value for key, value in _config(teacher).items() if key not in ("time_scale", "second_time")}
+
+
+def _check_conventions(folder: Path, config: Mapping[str, Any], conventions: FlowMapConventions) -> None:
     stated: dict[str, object] = {"time_scale": conventions.time_scale, "second_time": conventions.second_time}
     for key, value in stated.items():
         if config.get(key, value) != value:
@@ -88,11 +140,10 @@ def _load_transformer(folder: Path, conventions: FlowMapConventions, dtype: torc
                 f"{folder / 'config.json'} says {key} {config[key]!r} and {CONVENTIONS_FILE} says {value!r}",
                 "Correct the one that is wrong: under the wrong convention the model draws noise.",
             )
-    return _load_module(folder, dtype, stated)
 
 
-def _load_module(folder: Path, dtype: torch.dtype, options: Mapping[str, object]) -> Any:
-    cls = _class_of(folder)
+def _load_module(folder: Path, dtype: torch.dtype) -> Any:
+    cls = _class_of(folder, folder.name)
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(
             f"{folder} has no .safetensors file",
@@ -105,7 +156,6 @@ def _load_module(folder: Path, dtype: torch.dtype, options: Mapping[str, object]
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
-            **options,
         )
     except torch.OutOfMemoryError:
         raise
@@ -113,20 +163,19 @@ def _load_module(folder: Path, dtype: torch.dtype, options: Mapping[str, object]
         raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}", _RESTORE) from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(str(name) for name in info[problem]):
-            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            raise CheckpointError(f"The weights in {folder} have {problem.replace('_', ' ')}: {shown}", _RESTORE)
+            raise CheckpointError(f"The weights in {folder} have {problem.replace('_', ' ')}: {some(names)}", _RESTORE)
     return module
 
 
-def _class_of(folder: Path) -> Any:
+def _class_of(folder: Path, component: str) -> Any:
     config = _read_config(folder)
-    known = _CLASSES[folder.name]
+    known = _CLASSES[component]
     architectures = config.get("architectures") or [None]
     named = str(config.get("_class_name") or architectures[0])
     if named not in known:
         raise CheckpointError(
-            f"{folder / 'config.json'} names the class {named!r}, which is not a FLUX {folder.name}",
-            f"Give a folder whose {folder.name} is one of: {', '.join(known)}.",
+            f"{folder / 'config.json'} names the class {named!r}, which is not a FLUX {component}",
+            f"Give a folder whose {component} is one of: {', '.join(known)}.",
         )
     return known[named]
 

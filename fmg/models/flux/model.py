@@ -47,15 +47,18 @@ class FluxModel:
     Args:
         components: a loaded folder.
         name: registered name of the model, written into saved adapters.
+        text: encoder of prompts; None takes the folder's own, beside the transformer.
     """
 
-    def __init__(self, components: FluxComponents, name: str) -> None:
+    def __init__(self, components: FluxComponents, name: str, *, text: TextEncoders | None = None) -> None:
         self._components = components
         self._name = name
         self._spec = components.conventions.spec(name)
         self._latent_shape = _latent_shape(components)
         transformer = components.transformer
-        self._text = TextEncoders(components.text, components.conventions.max_sequence_length, transformer.device)
+        self._text = text or TextEncoders(
+            components.text, components.conventions.max_sequence_length, transformer.device
+        )
         self._network = FluxNetwork(transformer, transformer.dtype, components.conventions.guidance)
         self._after_adapter_change()
 
@@ -177,7 +180,7 @@ class FluxModel:
     @cached_property
     def _base(self) -> adapter_files.BaseReference:
         # hashed when first asked for: an 8 B model takes seconds, and generating never needs it
-        digest = stored_digest(self._components.transformer_folder)
+        digest = stored_digest(self._components.weights)
         return adapter_files.BaseReference(name=self._name, digest=digest)
 
     def _check_base(self, folder: Path, manifest: adapter_files.AdapterManifest) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, T5EncoderModel
 
 from fmg.core.types import Conditioning
+from fmg.models.text_cache import TextCache
 
 
 @runtime_checkable
@@ -58,6 +60,9 @@ class TextEncoders:
         device: where the embeddings go.
         batch_size: prompts for one encoder call.
         cache_bytes: bound on the memory of kept embeddings.
+        offload: whether the encoders compute on `device` and go back to where they were after each call.
+        disk: embeddings of earlier runs. A row is read back bit for bit; that it also equals what another batch would
+            have given takes `batch_size` 1.
     """
 
     def __init__(
@@ -67,12 +72,17 @@ class TextEncoders:
         device: torch.device,
         batch_size: int = 32,
         cache_bytes: int = 256 * 2**20,
+        *,
+        offload: bool = False,
+        disk: TextCache | None = None,
     ) -> None:
         self._stack = stack
         self._length = max_sequence_length
         self._device = device
         self._batch_size = batch_size
         self._cache: EmbeddingCache = EmbeddingCache(cache_bytes)
+        self._offload = offload
+        self._disk = disk
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning with `tokens` (b, l, d) and `pooled` (b, p), in the encoders' dtype.
@@ -83,16 +93,41 @@ class TextEncoders:
         if not prompts:
             raise ValueError("no prompts to encode")
         distinct = tuple(dict.fromkeys(prompts))
-        found = {prompt: row for prompt in distinct if (row := self._cache.get(prompt)) is not None}
+        found = {prompt: row for prompt in distinct if (row := self._known(prompt)) is not None}
         missing = [prompt for prompt in distinct if prompt not in found]
-        for start in range(0, len(missing), self._batch_size):
-            chunk = missing[start : start + self._batch_size]
-            for prompt, row in zip(chunk, self._rows(chunk), strict=True):
-                found[prompt] = row
-                self._cache.put(prompt, row)
+        with self._at_work(bool(missing)):
+            for start in range(0, len(missing), self._batch_size):
+                chunk = missing[start : start + self._batch_size]
+                for prompt, row in zip(chunk, self._rows(chunk), strict=True):
+                    found[prompt] = row
+                    self._cache.put(prompt, row)
+                    if self._disk is not None:
+                        self._disk.put(prompt, row)
         rows = [found[prompt] for prompt in prompts]
         tensors = {"tokens": torch.stack([row[0] for row in rows]), "pooled": torch.stack([row[1] for row in rows])}
         return Conditioning(tuple(prompts), tensors)
+
+    def _known(self, prompt: str) -> tuple[Tensor, Tensor] | None:
+        row = self._cache.get(prompt)
+        stored = self._disk.get(prompt) if row is None and self._disk is not None else None
+        if stored is None:
+            return row
+        row = (stored[0].to(self._device), stored[1].to(self._device))
+        self._cache.put(prompt, row)
+        return row
+
+    @contextmanager
+    def _at_work(self, needed: bool) -> Iterator[None]:
+        """Runs the body with offloaded encoders on the device."""
+        encoders: list[Any] = [self._stack.text_encoder, self._stack.text_encoder_2] if needed and self._offload else []
+        rest = [encoder.device for encoder in encoders]
+        for encoder in encoders:
+            encoder.to(self._device)
+        try:
+            yield
+        finally:
+            for encoder, device in zip(encoders, rest, strict=True):
+                encoder.to(device)
 
     def _rows(self, prompts: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
         # clones, because a row that is a view would keep its whole batch alive in the cache

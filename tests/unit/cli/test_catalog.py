@@ -30,6 +30,16 @@ def test_show_states_type_default_range_and_meaning_of_every_option() -> None:
     assert "half-width of the ratio clip" in line
 
 
+def test_show_says_where_published_weights_come_from_and_on_which_terms() -> None:
+    shown = fmg("show", "reward", "pickscore")
+    assert "licence: MIT" in shown.stdout
+    assert "to cite: Kirstain et al." in shown.stdout
+    assert "weights: yuvalkirstain/PickScore_v1@" in shown.stdout
+    plain = json.loads(fmg("show", "reward", "pickscore", "--json").stdout)
+    assert {"licence", "citation", "weights"} <= plain.keys()
+    assert "licence:" not in fmg("show", "reward", "shapes").stdout
+
+
 def test_every_component_can_be_shown_as_json() -> None:
     for registry in REGISTRIES:
         for name in registry.names():

@@ -24,7 +24,7 @@ def test_every_command_has_help(command: tuple[str, ...], flag: str) -> None:
     assert f"Usage: fmg {' '.join(command)}" in shown.stdout
 
 
-@pytest.mark.parametrize("group", [(), ("pretrain",)])
+@pytest.mark.parametrize("group", [(), ("pretrain",), ("doctor",)])
 def test_a_group_without_a_command_prints_its_help(group: tuple[str, ...]) -> None:
     assert fmg(*group).stdout == fmg(*group, "--help").stdout
 
@@ -84,5 +84,19 @@ def test_a_reader_that_goes_away_is_no_error(command: list[str]) -> None:
 def test_a_narrow_encoding_loses_letters_and_not_the_command() -> None:
     call = [sys.executable, "-m", "fmg", "runs", "größe"]
     done = subprocess.run(call, env={"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "no run under 'gr??e'" in done.stdout
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no folder 'gr??e'" in done.stderr
+
+
+def test_what_the_system_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_with(OSError(28, "No space left on device", "runs/x"), monkeypatch)
+    shown = fmg("runs")
+    assert shown.code == 1
+    assert shown.stderr.startswith("error: The system refused the file or folder 'runs/x': No space left on device.")
+    fail_with(OSError("a library's own"), monkeypatch)
+    assert fmg("runs").code == 70
+
+
+def test_control_characters_of_a_name_do_not_reach_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_with(UsageError("No 'a\x1b[31m\nb\u2028c' für", "Do"), monkeypatch)
+    assert fmg("runs").stderr == "error: No 'a\\x1b[31m\\nb\\u2028c' für. Do.\n"

@@ -41,7 +41,27 @@ def test_runs_as_json(two_runs: Path) -> None:
     assert second["reward"]["after"] is None
 
 
-def test_no_runs_yet_says_how_to_make_one(tmp_path: Path) -> None:
-    shown = fmg("runs", str(tmp_path / "none"))
-    assert shown.code == 0
-    assert "fmg train" in shown.stdout
+def test_no_runs_yet_says_how_to_make_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in (["runs"], ["runs", "."]):
+        shown = fmg(*command)
+        assert shown.code == 0
+        assert "fmg train" in shown.stdout
+
+
+def test_a_damaged_run_is_a_row_and_the_others_are_shown(two_runs: Path) -> None:
+    first, second = sorted(two_runs.iterdir())
+    first.joinpath("metrics.jsonl").write_text('{"iteration": 1, "reward/mean": NaN}\n{"iteration": Infinity}\n')
+    second.joinpath("metrics.jsonl").write_bytes(b"\xff\xfe\n{\n")
+    third = two_runs / "third"
+    third.mkdir()
+    third.joinpath("run.json").write_text('{"schema": 1, "model": 3, "created": "2030-01-03", "state": "running"}')
+    shown = json.loads(fmg("runs", str(two_runs), "--json").stdout)
+    assert [(Path(row["run"]), row["state"]) for row in shown] == [
+        (first, "finished"),
+        (second, "damaged"),
+        (third, "damaged"),
+    ]
+    assert shown[0]["iterations"] == 1
+    assert shown[0]["reward"]["after"] is None
+    assert fmg("runs", str(two_runs)).stdout.count("damaged") == 2

@@ -10,8 +10,7 @@ import pytest
 from fmg.core.errors import CompositionError
 from fmg.core.specs import Requirements
 from fmg.registry import stochasticizers
-from fmg.registry.composition import check_composition, check_target_times
-from fmg.registry.recipe import Recipe
+from fmg.registry.composition import check_target_times
 from fmg.registry.resolve import resolve
 
 Write = Callable[[str | bytes], Path]
@@ -96,9 +95,9 @@ def test_flux_shift_is_checked_when_the_image_size_is_known() -> None:
     check_target_times("asfmc-euler", Requirements("any", "linear", 2, 0.38), (1.0, 0.849, 0.653, 0.385, 0.0))
 
 
-def test_a_recipe_that_was_built_by_hand_is_checked_too() -> None:
-    good = Recipe.default(model="two-time", stochasticizer="asfmc")
-    check_composition(good)
-    bad = good.model_copy(update={"model": Recipe.default(model="single-time").model})
-    with pytest.raises(CompositionError, match="needs a two-time map"):
-        check_composition(bad)
+def test_dropout_would_show_as_a_ratio() -> None:
+    with pytest.raises(
+        CompositionError, match=r"^--set lora.dropout=0.1: lora.dropout is 0.1, but the objective 'grpo'"
+    ):
+        resolve(None, {"model": "two-time"}, ["lora.dropout=0.1"])
+    assert resolve(None, {"model": "two-time", "objective": "rwfm"}, ["lora.dropout=0.1"]).recipe.lora.dropout == 0.1

@@ -172,6 +172,61 @@ def test_code_in_a_file_needs_permission(write: Write, text: str) -> None:
     assert any(r.label == "my.mod:fn" for r in Recipe.from_yaml(path, allow_code=True).measured_rewards)
 
 
+@pytest.mark.parametrize(
+    ("entry", "option"),
+    [
+        ("name: remote, url: 'http://10.0.0.1:1'", "url"),
+        ("name: vlm-judge, model: m, url: 'http://10.0.0.1:1'", "url"),
+    ],
+)
+@pytest.mark.parametrize("place", ["rewards: [{%s}]", "rewards: {%s}", "eval: {rewards: [{%s}]}"])
+def test_an_address_in_a_file_needs_permission(write: Write, place: str, entry: str, option: str) -> None:
+    path = write(f"model: two-time\n{place % entry}\n")
+    message = refusal(path, {})
+    assert message.startswith("r.yaml:2: the recipe sends pictures and prompts over the network: ")
+    assert f"'{option}' of the reward" in message
+    assert "--allow-code" in message
+    assert Recipe.from_yaml(path, allow_code=True).measured_rewards
+
+
+@pytest.mark.parametrize(("name", "option"), [("remote", "token_env"), ("vlm-judge", "api_key_env")])
+def test_a_secret_that_a_file_names_needs_permission(write: Write, name: str, option: str) -> None:
+    path = write(f"model: two-time\nrewards: [{{name: {name}, {option}: HOME}}]\n")
+    message = refusal(path, {}, ["rewards.0.url=http://10.0.0.1:1"])
+    assert message.startswith("r.yaml:2: the recipe sends the content of an environment variable")
+    assert f"'{option}'" in message
+
+
+def test_an_address_on_the_command_line_needs_no_permission() -> None:
+    given = resolve(None, {"model": "two-time", "reward": ["remote"]}, ["rewards.0.url=http://127.0.0.1:1"])
+    assert given.recipe.rewards[0].name == "remote"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rollout.groups=100001",
+        "rollout.group_size=4097",
+        "rollout.steps=1001",
+        "train.updates_per_iteration=1001",
+        "train.iterations=10000001",
+        "lora.rank=4097",
+        "eval.num=1000001",
+    ],
+)
+def test_numbers_beyond_use_are_typing_errors(text: str) -> None:
+    assert "less than or equal to" in refusal(None, {"model": "two-time"}, [text])
+
+
+def test_a_device_is_one_of_those_that_there_are() -> None:
+    assert "must be auto, cpu, cuda or cuda:INDEX (given: 'x')" in refusal(None, {"model": "two-time", "device": "x"})
+
+
+def test_times_of_a_grid_are_finite_numbers() -> None:
+    message = refusal(None, {"model": "two-time"}, ["rollout.grid=[1, .nan, 0.5, 0.2, 0]"])
+    assert "The grid must be a name or a list of finite times" in message
+
+
 def test_code_of_a_file_that_a_flag_replaces_needs_none(write: Write) -> None:
     path = write("model: two-time\nrewards: [python:my.mod:fn]\n")
     assert resolve(path, {"reward": ["shapes"]}).recipe.rewards[0].name == "shapes"

@@ -205,7 +205,7 @@ def test_yaml_round_trip_is_exact(tmp_path: Path, values: dict[str, object]) -> 
     assert {source.kind for source in again.provenance.values()} == {"file"}
 
 
-@given(lr=st.floats(1e-300, 1e300), alpha=st.floats(5e-324, 1e308), seed=st.integers(0, 2**63 - 1))
+@given(lr=st.floats(1e-300, 1e300), alpha=st.floats(5e-324, 1e6), seed=st.integers(0, 2**63 - 1))
 @settings(max_examples=25, deadline=None)
 def test_numbers_survive_the_round_trip(lr: float, alpha: float, seed: int) -> None:
     recipe = Recipe.default(model="two-time", **{"optimizer.lr": lr, "lora.alpha": alpha, "train.seed": seed})

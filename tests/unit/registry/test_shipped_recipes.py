@@ -8,7 +8,6 @@ import pytest
 
 import fmg
 from fmg.core.errors import UsageError
-from fmg.registry import models
 from fmg.registry.catalog import ROWS
 from fmg.registry.paths import config_path, configs_folder, recipe_names
 from fmg.registry.recipe import Recipe
@@ -34,8 +33,7 @@ def test_every_built_in_model_has_a_default_recipe_that_names_it() -> None:
     for name in (row.name for row in ROWS if row.kind == "model"):
         recipe = Recipe.default(name)
         assert recipe.model.name == name
-        default = models.config(name).spec().default_recipe  # type: ignore[attr-defined]
-        assert resolve(default).recipe.model.name == name
+        assert resolve(recipe.model.config.spec().default_recipe).recipe.model.name == name
 
 
 def test_the_embedded_default() -> None:
@@ -44,7 +42,7 @@ def test_the_embedded_default() -> None:
     assert (recipe.rollout.groups, recipe.rollout.group_size, recipe.rollout.steps) == (24, 16, 4)
     assert recipe.rollout.grid == "uniform"
     assert recipe.objective.config.model_dump() == {
-        "clip_range": 1e-4,
+        "clip_range": 1e-3,
         "kl_beta": 0.0,
         "adv_clip_max": 5.0,
         "global_std": True,

@@ -1,0 +1,225 @@
+"""Options of the FLUX-class models of full size. Imports no torch."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from fmg.core.specs import MapSpec
+from fmg.models.conventions import FlowMapConventions
+from fmg.models.flux.size import FLUX_LITE, FLUX_SCHNELL, transformer_parameters
+from fmg.models.sources import Part, parse_source, read_json
+from fmg.registry.config import About, ModelConfig
+
+COMPONENTS = ("vae", "text_encoder", "text_encoder_2")
+"""What a student borrows from its teacher's folder, besides tokenizers and the transformer's `config.json`."""
+
+_CONFIG_FILES = ("model_index.json", "transformer/*.json", "tokenizer/*", "tokenizer_2/*")
+_COMPONENT_FILES = tuple(f"{name}/{files}" for name in COMPONENTS for files in ("*.json", "*.safetensors"))
+
+_FLUX_DEV_TERMS = "FLUX.1 [dev] Non-Commercial License"
+_T2I_DISTILL = "Pu et al. 2025, Few-Step Distillation for Text-to-Image Generation, arXiv 2512.13006"
+_TEACHER = "Freepik/flux.1-lite-8B: T5, CLIP and VAE, about 9.9 GB"
+
+# From here on a model is refused on a machine without a GPU, unless the CPU is asked for by name.
+_LARGE = 1_000_000_000
+_BYTES = 2  # of a weight in bf16
+_WORK_SPACE = 1.4  # activations, decoder and adapter over the weights, at 512 px in micro-batches
+
+# The local anchor of the Flow-Map GRPO paper (epsilon 0.03, strength 0.7) in its exact form.
+_PAPER_ANCHOR = ("asfmc", (("gap", 0.0147),))
+
+
+class FluxConfig(ModelConfig):
+    """What every FLUX-class model of full size states."""
+
+    published: ClassVar[Mapping[str, object]] = FLUX_LITE
+    """The transformer's config where it is not on this computer yet."""
+
+    time_scale: float = Field(
+        gt=0,
+        description="Factor on times and guidance before their sinusoids: 1 for the published students, 1000 for stock "
+        "FLUX weights. Under the wrong one the model draws noise, without an error.",
+    )
+    resolution: int = Field(default=512, gt=0, multiple_of=16, description="Side of the square image in pixels.")
+    guidance: float | None = Field(
+        default=3.5, ge=0, description="Embedded guidance scale; null for weights that embed none."
+    )
+    max_sequence_length: int = Field(
+        default=256, gt=0, le=512, description="Length that T5 tokens are padded and cut to."
+    )
+    attention: Literal["native", "flash", "sage", "xformers"] = Field(
+        default="native", description="Attention backend of diffusers; native is PyTorch's own."
+    )
+    gradient_checkpointing: bool = Field(
+        default=True, description="Recompute each block in the backward pass instead of keeping its activations."
+    )
+    text_device: Literal["model", "cpu", "offload"] = Field(
+        default="offload",
+        description="Where T5 and CLIP live: beside the model, on the CPU, or in host memory except while they encode.",
+    )
+
+    text_cache: bool = Field(
+        default=True, description="Keep prompt embeddings on disk, so that a prompt is encoded once for all runs."
+    )
+
+    @abstractmethod
+    def conventions(self) -> FlowMapConventions:
+        """How the weights want to be sampled."""
+
+    @abstractmethod
+    def parts(self) -> tuple[Part, ...]:
+        """The files that the model reads."""
+
+    @abstractmethod
+    def architecture(self) -> Part:
+        """The part whose folder has the transformer's `config.json`."""
+
+    def parameters(self) -> int:
+        """Parameters of the transformer, by its `config.json` in a local folder, else by the published one."""
+        source = parse_source(self.architecture().source)
+        stated = read_json(source / "transformer" / "config.json") if isinstance(source, Path) else None
+        two_time = self.conventions().second_time != "none"
+        return transformer_parameters(stated or self.published, second_time=two_time)
+
+    def spec(self) -> MapSpec:
+        """Declared properties, known without reading a weight or having fetched anything."""
+        assert self.recipe is not None
+        spec = self.conventions().spec(self.recipe)
+        parameters = self.parameters()
+        memory = _WORK_SPACE * _BYTES * parameters / 1e9 if parameters >= _LARGE else 0.0
+        default = _PAPER_ANCHOR if spec.anchors == "any" else spec.default_stochasticizer
+        return replace(spec, default_stochasticizer=default, gpu_memory_gb=memory)
+
+
+class FluxStudentConfig(FluxConfig):
+    """A distilled student whose file has the transformer alone; everything else comes from its teacher's folder."""
+
+    student: str = Field(
+        min_length=1,
+        description="Weights of the transformer: hub file owner/name@revision:file, or a local .pt, .safetensors or "
+        "diffusers component folder.",
+    )
+    teacher: str = Field(
+        min_length=1, description="Folder of the teacher's pipeline: hub id owner/name@revision, or a local folder."
+    )
+
+    def parts(self) -> tuple[Part, ...]:
+        """The student's weights, and what it borrows from its teacher."""
+        return (
+            Part(
+                "student",
+                "student",
+                self.student,
+                patterns=("*.safetensors", "*.json"),
+                size_gb=_BYTES * transformer_parameters(FLUX_LITE, second_time=True) / 1e9,
+                licence="not stated by its authors; derived from FLUX.1 [dev]",
+            ),
+            self.architecture(),
+        )
+
+    def architecture(self) -> Part:
+        """The teacher."""
+        patterns = (*_CONFIG_FILES, *_COMPONENT_FILES)
+        return Part("teacher", "teacher", self.teacher, COMPONENTS, patterns, 9.9, _FLUX_DEV_TERMS)
+
+
+class MeanFlowFluxConfig(FluxStudentConfig):
+    """The two-time student (MeanFlow) of FLUX.1-lite-8B that T2I-Distill published."""
+
+    recipe: ClassVar[str | None] = "meanflow-flux"
+    about: ClassVar[About] = About(
+        licence=f"student: not stated by its authors; teacher: {_FLUX_DEV_TERMS}",
+        citation=_T2I_DISTILL,
+        weights=("Alibaba-DAMO-Academy/T2I-Distill: student, about 16.3 GB", _TEACHER),
+    )
+
+    def conventions(self) -> FlowMapConventions:
+        """Two times, the second as the duration; five steps of the Flow-Map GRPO paper."""
+        return _conventions(self, "two-time", "duration", steps=5, grid="paper")
+
+
+class ScmFluxConfig(FluxStudentConfig):
+    """The single-time student (sCM) of FLUX.1-lite-8B that T2I-Distill published."""
+
+    recipe: ClassVar[str | None] = "scm-flux"
+    about: ClassVar[About] = MeanFlowFluxConfig.about
+
+    def conventions(self) -> FlowMapConventions:
+        """One time; the TrigFlow wrapper of its authors cancels to `x - t net(x, t)` on the linear path."""
+        return _conventions(self, "single-time", "none", steps=2, grid="scm")
+
+
+class FluxFewStepConfig(FluxConfig):
+    """Any few-step FLUX-class flow map in a diffusers pipeline folder, by the conventions that are stated here."""
+
+    recipe: ClassVar[str | None] = "flux-fewstep"
+    published: ClassVar[Mapping[str, object]] = FLUX_SCHNELL
+    about: ClassVar[About] = About(
+        licence="by default FLUX.1 [schnell], Apache-2.0",
+        citation="Sauer et al. 2024, Fast High-Resolution Image Synthesis with Latent Adversarial Diffusion "
+        "Distillation, arXiv 2403.12015",
+        weights=("black-forest-labs/FLUX.1-schnell: about 33.7 GB",),
+    )
+
+    folder: str = Field(
+        min_length=1, description="Pipeline folder: hub id owner/name@revision, or a local diffusers folder."
+    )
+    map: Literal["two-time", "single-time"] = Field(
+        description="Whether the network takes a second time, or only knows the way to 0."
+    )
+    second_time: Literal["none", "duration", "target"] = Field(
+        description="What timestep_embedder2 receives: t - s, s, or nothing for a single-time map."
+    )
+    path: Literal["linear"] = Field(
+        default="linear",
+        description="Path of the latents; a TrigFlow student of FLUX is linear in these coordinates, see docs/math.md.",
+    )
+    default_steps: int = Field(default=4, ge=1, description="Network calls that the map was distilled for.")
+    default_grid: str = Field(default="uniform", description="Name of the time grid that it was distilled for.")
+
+    @model_validator(mode="after")
+    def _times_fit(self) -> FluxFewStepConfig:
+        if (self.map == "single-time") != (self.second_time == "none"):
+            raise ValueError(f"a {self.map} map cannot have second_time '{self.second_time}'")
+        return self
+
+    def conventions(self) -> FlowMapConventions:
+        """As stated."""
+        return _conventions(self, self.map, self.second_time, steps=self.default_steps, grid=self.default_grid)
+
+    def parts(self) -> tuple[Part, ...]:
+        """The one folder."""
+        return (self.architecture(),)
+
+    def architecture(self) -> Part:
+        """The one folder."""
+        patterns = (*_CONFIG_FILES, *_COMPONENT_FILES, "transformer/*.safetensors")
+        return Part("pipeline", "folder", self.folder, (*COMPONENTS, "transformer"), patterns, 33.7, "Apache-2.0")
+
+
+def _conventions(
+    config: FluxConfig,
+    kind: Literal["two-time", "single-time"],
+    second: Literal["none", "duration", "target"],
+    *,
+    steps: int,
+    grid: str,
+) -> FlowMapConventions:
+    return FlowMapConventions(
+        schema=1,
+        map=kind,
+        path="linear",
+        time_scale=config.time_scale,
+        second_time=second,
+        resolution=config.resolution,
+        max_sequence_length=config.max_sequence_length,
+        default_steps=steps,
+        default_grid=grid,
+        guidance=config.guidance,
+    )
