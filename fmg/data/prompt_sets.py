@@ -68,8 +68,8 @@ def overlap_warning(train_prompts: Iterable[Prompt], eval_prompts: Iterable[Prom
     if shared == 0:
         return None
     return (
-        f"{shared} of the {len(held_out)} evaluation prompts are training prompts as well: the evaluation overstates what "
-        "was learnt. Give eval.prompts a set of its own."
+        f"{shared} of the {len(held_out)} evaluation prompts are training prompts as well: the evaluation overstates "
+        "what was learnt. Give eval.prompts a set of its own."
     )
 
 

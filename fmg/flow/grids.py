@@ -17,6 +17,11 @@ GridSpec = str | Sequence[float]
 
 EXPLICIT = "explicit"
 
+MAX_STEPS = 1000
+"""More network calls than any sampler makes; beyond it a number of steps is a typing error."""
+MIN_STRIDE = 1e-4
+"""Least distance of two grid times: below it, fp32 keeps too few digits of the difference."""
+
 _PAPER_LAST = 0.05
 _FLUX_TOKENS = (256, 4096)
 _FLUX_SHIFTS = (0.5, 1.15)
@@ -28,7 +33,7 @@ def make_grid(spec: GridSpec, steps: int, *, image_tokens: int | None = None) ->
 
     Args:
         spec: one of `grid_names()`, or a list of times (an explicit grid).
-        steps: number of network calls N, at least 1.
+        steps: number of network calls N, from 1 to 1000.
         image_tokens: tokens the transformer sees for one image; only `flux-shift` asks for it (512 px FLUX: 1024).
 
     Grids:
@@ -40,10 +45,27 @@ def make_grid(spec: GridSpec, steps: int, *, image_tokens: int | None = None) ->
             (1, 0.7827, 0), else `linspace(pi/2, 0, N + 1)` (SANA-Sprint, arXiv 2503.09641; diffusers' SCMScheduler).
 
     Raises:
-        UsageError: unknown name, a grid that does not exist for `steps`, or times that do not fall from 1 to 0.
+        UsageError: unknown name, a grid that does not exist for `steps`, or times that do not fall from 1 to 0 by
+            at least 1e-4 each.
     """
-    if steps < 1:
-        raise UsageError(f"A grid needs at least one step, got {steps}", "Set steps to 1 or more.")
+    if not 1 <= steps <= MAX_STEPS:
+        raise UsageError(f"A grid has at least one step and at most {MAX_STEPS}, got {steps}", "Change the steps.")
+    times = _times(spec, steps, image_tokens)
+    closest = min(earlier - later for earlier, later in itertools.pairwise(times))
+    if closest < MIN_STRIDE:
+        raise UsageError(
+            f"Two times of the grid are only {closest:.2g} apart, too close for the precision of a step",
+            f"Keep times {MIN_STRIDE:g} apart or more, or use fewer steps.",
+        )
+    return times
+
+
+def grid_names() -> tuple[str, ...]:
+    """The names that `make_grid` knows; `explicit` stands for a list of times."""
+    return (*_BY_STEPS, "flux-shift", EXPLICIT)
+
+
+def _times(spec: GridSpec, steps: int, image_tokens: int | None) -> tuple[float, ...]:
     if not isinstance(spec, str):
         return _explicit(spec, steps)
     if spec == EXPLICIT:
@@ -53,11 +75,6 @@ def make_grid(spec: GridSpec, steps: int, *, image_tokens: int | None = None) ->
     if spec not in _BY_STEPS:
         raise UsageError(f"There is no grid named '{spec}'", suggestion(spec, grid_names()))
     return _BY_STEPS[spec](steps)
-
-
-def grid_names() -> tuple[str, ...]:
-    """The names that `make_grid` knows; `explicit` stands for a list of times."""
-    return (*_BY_STEPS, "flux-shift", EXPLICIT)
 
 
 def _uniform(steps: int) -> tuple[float, ...]:

@@ -117,7 +117,7 @@ class LinearPath(AffinePath):
         """`a = m s / (1 - s + m s)`; for `m = 0` it is 0, at `s = 1` too."""
         m, s = check_times(noise_share, "noise_share"), check_times(s)
         noise = m * s
-        return noise / torch.where(noise == 0, 1.0, 1 - s + noise)
+        return torch.minimum(noise / torch.where(noise == 0, 1.0, 1 - s + noise), s)
 
     def _variance(self, a: Tensor, s: Tensor, alpha_a: Tensor) -> Tensor:
         return (s - a) * (s * (1 - a) + a * (1 - s)) / alpha_a.square()
@@ -143,8 +143,9 @@ class TrigPath(AffinePath):
 
     def anchor(self, noise_share: Float[Tensor, " b"], s: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """`tan(a pi/2) = m tan(s pi/2)`."""
-        m = check_times(noise_share, "noise_share")
-        return torch.atan2(m * self.sigma(s), self.alpha(s)) / _HALF_PI
+        m, s = check_times(noise_share, "noise_share"), check_times(s)
+        # at a share of nearly 1 the rounding of atan2 could pass s, from where the kernel has no way back
+        return torch.minimum(torch.atan2(m * self.sigma(s), self.alpha(s)) / _HALF_PI, s)
 
     def _variance(self, a: Tensor, s: Tensor, alpha_a: Tensor) -> Tensor:
         # sin(x) = sin(pi - x) keeps the second factor accurate, and never negative, when both times are near 1

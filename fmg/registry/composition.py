@@ -63,8 +63,8 @@ def _sampler_problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("rollout", "steps"), what, "Set rollout.steps to 2 or more, or use an objective on samples")
     if objective.config.needs == "transitions" and recipe.lora.dropout > 0:
         what = (
-            f"lora.dropout is {recipe.lora.dropout:g}, but the objective '{objective.name}' compares the densities of two "
-            "passes through the network, and dropout alone would make them differ"
+            f"lora.dropout is {recipe.lora.dropout:g}, but the objective '{objective.name}' compares the densities of "
+            "two passes through the network, and dropout alone would make them differ"
         )
         yield Problem(("lora", "dropout"), what, "Set lora.dropout to 0, or use an objective on samples")
     try:

@@ -93,7 +93,7 @@ class LoraSection(Section):
     """The adapter that is trained."""
 
     rank: int = Field(8, ge=1, le=4096, description="rank of every adapted matrix")
-    alpha: float = Field(16.0, gt=0, le=1e6, description="the adapter's output is scaled by alpha / rank")
+    alpha: float = Field(16.0, gt=0, description="the adapter's output is scaled by alpha / rank")
     targets: LoraTargets = Field("attention", description="preset of module names, or the list of names")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from pydantic import Field
 
 from fmg.registry.config import ComponentConfig
@@ -15,6 +18,8 @@ class JpegConfig(ComponentConfig):
 
 class PythonRewardConfig(ComponentConfig):
     """A function of one's own: `fn(images (b, 3, h, w) in [0, 1], prompts) -> (b,)`."""
+
+    needs_consent: ClassVar[Mapping[str, str]] = {"target": "runs Python code"}
 
     target: str = Field(
         pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$",

@@ -19,6 +19,7 @@ from fmg.core.types import RewardOutput
 from fmg.registry import rewards
 from fmg.rewards.base import one_line
 from fmg.rewards.configs import PythonRewardConfig
+from fmg.rewards.python_module import no_module
 
 SIGNATURE = "fn(images, prompts) -> (b,)"
 
@@ -48,7 +49,7 @@ class PythonReward:
             returned = self._function(images, list(prompts))
         except FmgError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RewardError(
                 f"The reward '{self._target}' failed{_place(error)}: {one_line(error)}", "Correct the function."
             ) from error
@@ -75,12 +76,9 @@ def _find(target: str) -> Callable[..., object]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise UsageError(
-                f"There is no module '{module_name}' for the reward '{target}'",
-                f"Run in the folder that holds it ('{folder}' was searched first), or install it.",
-            ) from None
+            raise no_module(target) from None
         raise _import_failure(module_name, error) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _import_failure(module_name, error) from error
     try:
         function = reduce(getattr, attribute.split("."), module)
@@ -93,7 +91,7 @@ def _find(target: str) -> Callable[..., object]:
     return function
 
 
-def _import_failure(module_name: str, error: Exception) -> UsageError:
+def _import_failure(module_name: str, error: BaseException) -> UsageError:
     return UsageError(f"The module '{module_name}' cannot be imported{_place(error)}: {one_line(error)}", "Correct it.")
 
 

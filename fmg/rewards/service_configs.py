@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
 
@@ -36,6 +37,8 @@ def _http_address(value: str) -> str:
 
 
 HttpAddress = Annotated[str, AfterValidator(_http_address)]
+_SENDS_PICTURES = "sends pictures and prompts over the network"
+_SENDS_SECRET = "sends the content of an environment variable over the network"
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
@@ -137,6 +140,8 @@ class CallConfig(ComponentConfig):
 class VlmJudgeConfig(CallConfig):
     """A vision-language model behind an OpenAI-compatible endpoint as the judge."""
 
+    needs_consent: ClassVar[Mapping[str, str]] = {"url": _SENDS_PICTURES, "api_key_env": _SENDS_SECRET}
+
     url: HttpAddress = Field(description="address of the API, such as http://127.0.0.1:8000/v1")
     model: str = Field(min_length=1, description="name of the model at that endpoint")
     mode: Literal["yes-probability", "score"] = Field(
@@ -160,6 +165,8 @@ class VlmJudgeConfig(CallConfig):
 
 class RemoteConfig(CallConfig):
     """Rewards computed by `fmg reward-server`."""
+
+    needs_consent: ClassVar[Mapping[str, str]] = {"url": _SENDS_PICTURES, "token_env": _SENDS_SECRET}
 
     url: HttpAddress = Field(description="address of the server, such as http://127.0.0.1:8765")
     weights: dict[str, float] = Field(

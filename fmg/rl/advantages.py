@@ -13,7 +13,7 @@ def group_advantages(
     rewards: Float[Tensor, " n"],
     groups: Int[Tensor, " n"],
     *,
-    global_std: bool,
+    global_std: bool = True,
     clip_max: float = 5.0,
     eps: float = 1e-4,
 ) -> Float[Tensor, " n"]:

@@ -25,7 +25,7 @@ def rollout(
     flow_map: FlowMap,
     stochasticizer: Stochasticizer,
     cond: Conditioning,
-    groups: Int[Tensor, " n"],
+    groups: Int[Tensor, " n"] | Sequence[int],
     grid: Sequence[float],
     *,
     seed: int,
@@ -45,7 +45,8 @@ def rollout(
         flow_map: the policy's map.
         stochasticizer: turns the map into a Gaussian over the next state.
         cond: conditioning of the `n` samples, one row each.
-        groups: prompt group of each sample; part of the noise key, so groups of one iteration need distinct indices.
+        groups: prompt group of each sample, a tensor or whole numbers; part of the noise key, so groups of one
+            iteration need distinct indices.
         grid: strictly falling times, the first at most 1, the last 0.
         seed: seed of the run.
         iteration: training iteration, part of the noise key.
@@ -61,7 +62,8 @@ def rollout(
     """
     times = _checked_grid(grid)
     stochastic = _checked_steps(stochastic_steps, len(times) - 1)
-    keys = sample_keys(groups, seed, iteration)
+    index = torch.as_tensor(groups)
+    keys = sample_keys(index, seed, iteration)
     place = device or _device_of(cond)
     parts: list[tuple[Tensor, list[Transition]]] = []
     with torch.no_grad():
@@ -72,7 +74,7 @@ def rollout(
     steps = zip(*(transitions for _, transitions in parts), strict=True)
     return TransitionRollout(
         cond=cond.to(place),
-        groups=groups,
+        groups=index,
         x0=torch.cat([x_0 for x_0, _ in parts]),
         grid=times,
         transitions=tuple(cat_transitions(step) for step in steps),
@@ -82,7 +84,7 @@ def rollout(
 def sample_rollout(
     flow_map: FlowMap,
     cond: Conditioning,
-    groups: Int[Tensor, " n"],
+    groups: Int[Tensor, " n"] | Sequence[int],
     grid: Sequence[float],
     *,
     seed: int,
@@ -97,7 +99,8 @@ def sample_rollout(
     Deterministic after the initial noise for two-time maps; single-time maps draw keyed noise at interior times.
     """
     times = _checked_grid(grid)
-    keys = sample_keys(groups, seed, iteration)
+    index = torch.as_tensor(groups)
+    keys = sample_keys(index, seed, iteration)
     place = device or _device_of(cond)
     parts: list[Tensor] = []
     for rows in _chunks(cond, keys, batch_size):
@@ -108,7 +111,7 @@ def sample_rollout(
 
         with torch.no_grad():
             parts.append(native_sample(flow_map, cond.select(rows).to(place), draw(0), times, renoise))
-    return SampleRollout(cond.to(place), groups, torch.cat(parts).float(), times)
+    return SampleRollout(cond.to(place), index, torch.cat(parts).float(), times)
 
 
 def sample(

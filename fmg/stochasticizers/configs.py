@@ -14,21 +14,31 @@ AnchorRule = Literal["gap", "ratio", "noise_share"]
 DEFAULT_ANCHOR: tuple[AnchorRule, float] = ("ratio", 0.9)
 """The anchor rule of `asfmc` when no option is given."""
 
+# an anchor nearer to the target leaves a std so small that fp32 log-probabilities lose their digits
+_LEAST_GAP, _LARGEST_SHARE = 1e-4, 0.9999
+_LEAST_NOISE, _LARGEST_NOISE = 1e-3, 10.0
+
 
 class AsfmcConfig(StochasticizerConfig):
     """Anchored stochastic flow map composition, exact form. The three options exclude each other."""
 
     gap: float | None = Field(
-        None, gt=0, le=1, description="Anchor a = max(0, s - gap); 0.0147 is the regime of the Flow-Map GRPO paper."
+        None,
+        ge=_LEAST_GAP,
+        le=1,
+        description="Anchor a = max(0, s - gap); 0.0147 is the regime of the Flow-Map GRPO paper.",
     )
     ratio: float | None = Field(
         None,
         ge=0,
-        lt=1,
+        le=_LARGEST_SHARE,
         description=f"Anchor a = ratio * s. With no option at all, {DEFAULT_ANCHOR[0]} = {DEFAULT_ANCHOR[1]}.",
     )
     noise_share: float | None = Field(
-        None, ge=0, lt=1, description="Anchor whose noise-to-signal ratio is this fraction m of the one at s."
+        None,
+        ge=0,
+        le=_LARGEST_SHARE,
+        description="Anchor whose noise-to-signal ratio is this fraction m of the one at s.",
     )
 
     @model_validator(mode="after")
@@ -58,7 +68,7 @@ class AsfmcEndpointConfig(StochasticizerConfig):
     """Anchor at the clean endpoint."""
 
     noise_level: float = Field(
-        1.0, gt=0, le=1, description="Multiplies the std; the probability path is preserved only at 1."
+        1.0, ge=_LEAST_NOISE, le=1, description="Multiplies the std; the probability path is preserved only at 1."
     )
 
     def requires(self) -> Requirements:
@@ -69,8 +79,10 @@ class AsfmcEndpointConfig(StochasticizerConfig):
 class AsfmcEulerConfig(StochasticizerConfig):
     """The local anchor of the Flow-Map GRPO paper in first-order form."""
 
-    epsilon: float = Field(0.03, gt=0, lt=1, description="Distance of the local anchor; every target time is above it.")
-    strength: float = Field(0.7, gt=0, le=1, description="Noise strength; only epsilon * strength^2 matters.")
+    epsilon: float = Field(
+        0.03, ge=_LEAST_GAP, lt=1, description="Distance of the local anchor; every target time is above it."
+    )
+    strength: float = Field(0.7, ge=0.01, le=1, description="Noise strength; only epsilon * strength^2 matters.")
     detach_velocity: bool = Field(False, description="Stop the gradient at the diagonal velocity v.")
 
     def requires(self) -> Requirements:
@@ -87,19 +99,23 @@ class _BaselineConfig(StochasticizerConfig):
 class FlowSdeConfig(_BaselineConfig):
     """Flow-GRPO's SDE."""
 
-    noise_level: float = Field(0.7, gt=0, description="Factor k of the diffusion eta = k sqrt(t / (1 - t)).")
+    noise_level: float = Field(
+        0.7, ge=_LEAST_NOISE, le=_LARGEST_NOISE, description="Factor k of the diffusion eta = k sqrt(t / (1 - t))."
+    )
 
 
 class DanceSdeConfig(_BaselineConfig):
     """DanceGRPO's SDE."""
 
-    noise_level: float = Field(0.3, gt=0, description="The constant diffusion eta.")
+    noise_level: float = Field(0.3, ge=_LEAST_NOISE, le=_LARGEST_NOISE, description="The constant diffusion eta.")
 
 
 class CpsConfig(_BaselineConfig):
     """Flow-CPS."""
 
-    noise_level: float = Field(0.8, gt=0, le=1, description="Share k of the noise that is fresh: std = s sin(k pi/2).")
+    noise_level: float = Field(
+        0.8, ge=_LEAST_NOISE, le=1, description="Share k of the noise that is fresh: std = s sin(k pi/2)."
+    )
     published_log_prob: bool = Field(
         False, description="Use -mean (x - mean)^2 as log-probability, as the published code does, not the Gaussian."
     )
@@ -108,4 +124,4 @@ class CpsConfig(_BaselineConfig):
 class NaiveNoiseConfig(_BaselineConfig):
     """Noise on top of the map."""
 
-    noise_level: float = Field(0.7, gt=0, description="Factor k of the std k s.")
+    noise_level: float = Field(0.7, ge=_LEAST_NOISE, le=_LARGEST_NOISE, description="Factor k of the std k s.")

@@ -25,14 +25,13 @@ def advantages(rewards: RewardOutput, groups: Int[Tensor, " n"], recipe: Recipe,
     """
     kept = complete_groups(rewards, groups)
     values = torch.zeros(len(kept))
-    if bool(kept.any()):
-        options = recipe.objective.config
-        total = select_rows(rewards, kept).total
-        values[kept] = group_advantages(
-            total, groups[kept], global_std=options.global_std, clip_max=options.adv_clip_max
-        )
+    if not bool(kept.any()):
+        return values
+    options, total = recipe.objective.config, select_rows(rewards, kept).total
+    compared = group_advantages(total, groups[kept], global_std=options.global_std, clip_max=options.adv_clip_max)
     if recipe.train.shuffle_advantages:
-        return shuffle_advantages(values, recipe.train.seed * 1_000_003 + iteration)
+        compared = shuffle_advantages(compared, recipe.train.seed * 1_000_003 + iteration)
+    values[kept] = compared
     return values
 
 

@@ -13,6 +13,7 @@ from fmg.core.errors import RewardError
 from fmg.core.events import Evaluated, Event, Finished, IterationDone, Notice, Observer, Started
 from fmg.core.types import Conditioning, Rollout, ScoredRollout
 from fmg.data.checkpoints import CheckpointIndex, Saved
+from fmg.data.prompt_sets import overlap_warning
 from fmg.data.run_folder import RunFolder
 from fmg.rl import (
     rollout,
@@ -82,6 +83,8 @@ class Trainer:
         """
         recipe = self.composed.recipe
         self._tell(Started(recipe.model.name, recipe.train.iterations, self._facts()))
+        if overlap := overlap_warning(self.composed.prompts, self.composed.eval_prompts):
+            self._tell(Notice("warning", overlap))
         index = self._evaluate(0)
         done, interrupted = 0, False
         try:

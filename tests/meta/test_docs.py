@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,10 +33,12 @@ def run(step: Step, page: str) -> None:
     if isinstance(step, NewFile):
         Path(step.name).write_text(step.content, encoding="utf-8")
     elif isinstance(step, Program):
-        exec(compile("\n" * (step.line - 1) + step.source, page, "exec"), {"__name__": "__main__"})
+        # a process of its own: what a page registers must not be there for other tests
+        done = subprocess.run([sys.executable, "-c", step.source], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{page}:{step.line}:\n{done.stderr}"
     elif step.words[0] == "fmg":
-        done = fmg(*shrunk(step))
-        assert done.code == 0, f"{page}:{step.line}: {' '.join(step.words)}\n{done.stderr}"
+        shown = fmg(*shrunk(step))
+        assert shown.code == 0, f"{page}:{step.line}: {' '.join(step.words)}\n{shown.stderr}"
     elif step.words[0] == "make":
         # running the target would run this test again; that make knows it is what can break
         subprocess.run([*step.words, "--dry-run"], cwd=ROOT, check=True, capture_output=True)

@@ -24,7 +24,7 @@ class Misuse:
 
     def args(self) -> list[str]:
         """The words of the command; `''` is an empty word, `+` a blank inside one."""
-        return ["" if word == "''" else word.replace("+", " ") for word in self.command.split()]
+        return ["" if word == "''" else word.replace("+", " ") for word in self.command.split(" ")]
 
 
 def text(name: str, content: str) -> Prepare:
@@ -44,6 +44,7 @@ def finished_run(folder: Path) -> None:
     RunFolder.create(folder / "taken", "meanflow-shapes").set_state("finished")
 
 
+LONG = "x" * 300
 GENERATE = "generate a+red+circle --from meanflow-shapes"
 
 MISUSES = (
@@ -58,6 +59,10 @@ MISUSES = (
     Misuse("show reward shapez", "'shapes'"),
     Misuse("runs notes.txt", "'notes.txt' is a file", text("notes.txt", "")),
     Misuse("pretrain shape", "Did you mean 'shapes'"),
+    Misuse("runs nowhere", "no folder 'nowhere'"),
+    Misuse("runs ''", "DIR is empty"),
+    Misuse(f"runs {LONG}", "File name too long"),
+    Misuse("show reward a\nb\x1b[31m", r"'a\nb\x1b[31m'"),
     # numbers
     Misuse("train --steps abc", "--steps"),
     Misuse("train --steps 0", "--steps"),
@@ -112,6 +117,11 @@ MISUSES = (
     Misuse("eval meanflow-shapes --prompts p.jsonl", "p.jsonl:1", text("p.jsonl", '{"text": "a red circle"}\n')),
     Misuse("generate", "PROMPT"),
     Misuse("generate ''", "prompt is empty"),
+    Misuse("generate \udcff", "not UTF-8"),
+    Misuse("train --dry-run --prompts nowhere.txt", "nowhere.txt"),
+    Misuse("train --dry-run --prompts p.jsonl", "p.jsonl:1", text("p.jsonl", "{\n")),
+    Misuse("train --dry-run --reward python:no.such.module:fn", "no.such.module"),
+    Misuse("train --reward python:leave:fn", "SystemExit", text("leave.py", "raise SystemExit(0)\n")),
     # recipes
     Misuse("train --set lr", "PATH=VALUE"),
     Misuse("train --set optimizer.lrr=1", "'lr'"),
@@ -132,7 +142,22 @@ MISUSES = (
     Misuse("train --stochasticizer asfmc --set stochasticizer.gap=0.1 --set stochasticizer.ratio=0.5", "gap"),
     Misuse("train --steps 1", "steps"),
     Misuse("train --set rollout.group_size=1", "rollout.group_size"),
+    Misuse("train --set rollout.groups=1000000000", "rollout.groups"),
+    Misuse("train --steps 100000", "rollout.steps"),
+    Misuse("train --set rollout.grid=[1,.nan,0.5,0.2,0]", "finite times"),
+    Misuse("train --set lora.dropout=0.5", "lora.dropout"),
+    Misuse("train --stochasticizer asfmc --set stochasticizer.ratio=0.9999999", "ratio"),
+    Misuse("train --config r.yaml", "--allow-code", text("r.yaml", "rewards: {name: remote, url: 'http://h'}\n")),
+    Misuse("train --config ''", "--config is empty"),
+    Misuse(f"train --config {LONG}", "File name too long"),
     # folders
+    Misuse("train --run ''", "--run is empty"),
+    Misuse(f"train --run {LONG}", "File name too long"),
+    Misuse("eval ''", "TARGET is empty"),
+    Misuse(f"eval {LONG}", "File name too long"),
+    Misuse(f"{GENERATE} --out ''", "--out is empty"),
+    Misuse(f"{GENERATE} --num 100001", "--num"),
+    Misuse("eval meanflow-shapes --num 1000001", "--num"),
     Misuse("train --run taken", "taken", folder_with_a_file),
     Misuse("train --run taken", "taken", finished_run),
     Misuse("train --run notes.txt", "notes.txt", text("notes.txt", "")),

@@ -234,7 +234,7 @@ def check_single_time_map() -> None:
 
 
 def check_native_sampler_keeps_the_path() -> None:
-    """Eq. 13 at full noise, and eq. 5: jumps of an exact map compose to one; a single-time map is renoised at each time."""
+    """Eq. 13 at full noise, and eq. 5: jumps of an exact map compose; a single-time map is renoised at each time."""
     grid, cond, x_1 = (1.0, 0.7, 0.3, 0.0), unconditional(4), draw(4, 2).double()
     noises = [draw(4, 3 + k)[:, :2].double() for k in range(2)]
     for path in PATHS:

@@ -153,7 +153,7 @@ class _TwoFactors:
 
 
 def check_detached_velocity() -> None:
-    """Eq. 14: the mean depends on the velocity with factor `-h`, and not at all for the gradient when it is detached."""
+    """Eq. 14: the mean depends on the velocity with factor `-h`, and its gradient not at all when detached."""
     for detach in (False, True):
         flow_map = _TwoFactors(torch.tensor(2.0, requires_grad=True), torch.tensor(3.0, requires_grad=True))
         density = transition("asfmc-euler", {"detach_velocity": detach}, 0.75, 0.5, flow_map)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -48,7 +49,9 @@ def test_an_expected_error_is_two_sentences_on_one_line(
     assert (shown.code, shown.stdout, shown.stderr) == (code, "", "error: No. Do.\n")
 
 
-def test_an_error_of_the_program_says_how_to_see_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_program_says_how_to_see_the_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a folder").mkdir()
     fail_with(ZeroDivisionError("first line\nsecond line"), monkeypatch)
     shown = fmg("runs", "a folder")
     assert shown.code == 70
@@ -81,11 +84,13 @@ def test_a_reader_that_goes_away_is_no_error(command: list[str]) -> None:
         assert process.wait() == 1
 
 
-def test_a_narrow_encoding_loses_letters_and_not_the_command() -> None:
+def test_a_narrow_encoding_loses_letters_and_not_the_command(tmp_path: Path) -> None:
+    (tmp_path / "größe").mkdir()
     call = [sys.executable, "-m", "fmg", "runs", "größe"]
-    done = subprocess.run(call, env={"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "no folder 'gr??e'" in done.stderr
+    environment = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
+    done = subprocess.run(call, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "no run under 'gr??e'" in done.stdout
 
 
 def test_what_the_system_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

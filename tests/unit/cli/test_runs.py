@@ -64,4 +64,4 @@ def test_a_damaged_run_is_a_row_and_the_others_are_shown(two_runs: Path) -> None
     ]
     assert shown[0]["iterations"] == 1
     assert shown[0]["reward"]["after"] is None
-    assert fmg("runs", str(two_runs)).stdout.count("damaged") == 2
+    assert fmg("runs", str(two_runs)).stdout.count(" damaged ") == 2

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from fmg.core.errors import UsageError
 from fmg.core.types import Prompt
-from fmg.data.prompt_sets import PromptList, load_prompts
+from fmg.data.prompt_sets import PromptList, load_prompts, overlap_warning
 from fmg.registry.references import PromptsRef
 
 
@@ -82,3 +84,22 @@ def test_prompt_lists_are_not_empty_and_have_no_duplicates() -> None:
         PromptList("mine", [])
     with pytest.raises(UsageError, match="'a' twice"):
         PromptList("mine", [Prompt("a", "", {}), Prompt("b", "", {}), Prompt("a", "x", {})])
+
+
+def test_overlap_of_training_and_evaluation_is_said() -> None:
+    def named(*texts: str) -> PromptList:
+        return PromptList("given", [Prompt(text, "", {}) for text in texts])
+
+    assert overlap_warning(named("a red circle", "two"), named("a blue square")) is None
+    said = overlap_warning(named("A red  circle", "two"), named("a red circle", "a blue square", "two"))
+    assert said is not None
+    assert said.startswith("2 of the 3 evaluation prompts")
+
+
+def test_files_are_read_without_torch(tmp_path: Path) -> None:
+    file = write(tmp_path / "p.txt", "a\n")
+    program = (
+        "import sys; from fmg.data.prompt_sets import load_prompts\n"
+        f"load_prompts({file!r}); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -33,6 +33,9 @@ def test_one_step_is_one_jump() -> None:
     [
         ("unifrom", 4, None, "Did you mean 'uniform'"),
         ("uniform", 0, None, "at least one step"),
+        ("uniform", 1001, None, "at most 1000"),
+        ("flux-shift", 1000, 16384, "apart"),
+        ([1, 0.5, 0.49999, 0], 3, None, "apart"),
         ("paper", 2, None, "3 steps or more"),
         ("flux-shift", 4, None, "number of image tokens"),
         ("flux-shift", 4, 0, "number of image tokens"),

@@ -59,3 +59,12 @@ def test_paths_by_name() -> None:
     assert [path_by_name(path.name) for path in PATHS] == list(PATHS)
     with pytest.raises(UsageError, match="Did you mean 'linear'"):
         path_by_name("linaer")
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.name)
+def test_an_anchor_never_passes_its_target(path: AffinePath) -> None:
+    s = torch.linspace(0.001, 0.999, 2000)
+    for share in (1.0, 1 - 2**-24, 0.9999):
+        anchor = path.anchor(torch.full_like(s, share), s)
+        assert bool((anchor <= s).all())
+        path.kernel(anchor, s)

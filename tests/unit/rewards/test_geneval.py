@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
@@ -227,4 +228,15 @@ def test_scores_end_to_end_on_tiny_folders(folders: dict[str, str]) -> None:
 def test_a_detector_of_other_classes_is_refused(folders: dict[str, str], tmp_path: Path) -> None:
     reward = rewards.build("geneval", {**folders, "detector": str(write_detector(tmp_path, labels=5))})
     with pytest.raises(CheckpointError, match="5 classes"):
+        reward(torch.rand(1, 3, 32, 32), ["a photo of a dog"])
+
+
+def test_a_detector_that_lacks_a_tensor_is_refused(folders: dict[str, str], tmp_path: Path) -> None:
+    folder = write_detector(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    lost = next(name for name in tensors if name.endswith("class_predictor.weight"))
+    kept = {name: tensor for name, tensor in tensors.items() if name != lost}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    reward = rewards.build("geneval", {**folders, "detector": str(folder)})
+    with pytest.raises(CheckpointError, match="missing keys: class_predictor"):
         reward(torch.rand(1, 3, 32, 32), ["a photo of a dog"])

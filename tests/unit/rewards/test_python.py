@@ -9,6 +9,7 @@ import torch
 from fmg.core.errors import FmgError, RewardError, UsageError
 from fmg.registry import rewards
 from fmg.rewards.base import build_rewards
+from fmg.rewards.python_module import check_module
 
 MODULE = """
 import numpy as np
@@ -50,6 +51,10 @@ class Holder:
         return images.amax(dim=(1, 2, 3))
 
 
+def leaving(images, prompts):
+    raise SystemExit(0)
+
+
 CONSTANT = 3
 """
 
@@ -63,6 +68,7 @@ def _workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "my_syntax": "def f(:\n",
         "my_import": "import surely_not_installed\n",
         "my_crash": "value = 1\nvalue / 0\n",
+        "my_exit": "raise SystemExit(0)\n",
     }
     for name, text in files.items():
         Path(f"{name}.py").write_text(text, encoding="utf-8")
@@ -92,6 +98,8 @@ def test_functions_of_all_return_types() -> None:
         ("my_syntax:f", UsageError, "cannot be imported: SyntaxError"),
         ("my_import:f", UsageError, "cannot be imported at my_import.py:1: ModuleNotFoundError"),
         ("my_crash:f", UsageError, "cannot be imported at my_crash.py:2: ZeroDivisionError"),
+        ("my_exit:f", UsageError, "cannot be imported at my_exit.py:1: SystemExit: 0"),
+        ("my_rewards:leaving", RewardError, "failed at my_rewards.py:42: SystemExit: 0"),
         ("my_rewards", UsageError, "target"),
         ("my_rewards:", UsageError, "target"),
         ("../my_rewards:fn", UsageError, "target"),
@@ -109,3 +117,14 @@ def test_every_mistake_is_one_line(target: str, kind: type[FmgError], message: s
 def test_target_is_described() -> None:
     (field,) = rewards.describe("python").fields
     assert (field.name, field.required) == ("target", True)
+
+
+def test_a_module_is_found_without_running_it() -> None:
+    Path("my_package").mkdir()
+    Path("my_package/__init__.py").write_text("raise RuntimeError('imported')\n", encoding="utf-8")
+    Path("my_package/inner.py").touch()
+    for target in ("my_exit:f", "my_package.inner:f", "json:loads", "sys:exit", "torch.nn.functional:relu"):
+        check_module(target)
+    for target in ("my_missing:f", "my_package.outer:f", "my_exit.inner:f"):
+        with pytest.raises(UsageError, match="There is no module"):
+            check_module(target)

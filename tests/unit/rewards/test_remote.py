@@ -240,19 +240,30 @@ def test_no_server_is_one_readable_line_after_bounded_attempts(client: Any, serv
     assert "\n" not in str(caught.value)
 
 
-def test_waits_grow_are_capped_and_follow_the_server() -> None:
-    waits: list[float] = []
-    errors = iter([CallError("x", passing=True)] * 4 + [CallError("x", passing=True, retry_after=7.0)] * 2)
+def failing(*errors: CallError) -> Callable[[], str]:
+    left = iter(errors)
 
     def attempt() -> str:
-        error = next(errors, None)
+        error = next(left, None)
         if error is not None:
             raise error
         return "done"
 
-    assert RetryPolicy(retries=6, backoff=1.0, max_backoff=6.0).run(attempt, waits.append) == "done"
-    assert all(low <= wait <= high for wait, low, high in zip(waits[:3], (0.5, 1, 2), (1, 2, 4), strict=True))
-    assert waits[4:] == [6.0, 6.0]
+    return attempt
+
+
+def test_waits_double_up_to_a_limit() -> None:
+    waits: list[float] = []
+    attempt = failing(*[CallError("x", passing=True)] * 5)
+    assert RetryPolicy(retries=5, backoff=1.0, max_backoff=6.0).run(attempt, waits.append) == "done"
+    assert all(low <= wait <= high for wait, low, high in zip(waits, (0.5, 1, 2, 4, 6), (1, 2, 4, 6, 6), strict=True))
+
+
+def test_waits_follow_the_server_up_to_a_limit() -> None:
+    waits: list[float] = []
+    attempt = failing(*[CallError("x", passing=True, retry_after=seconds) for seconds in (3.0, 7.0)])
+    RetryPolicy(retries=2, backoff=0.001, max_backoff=6.0).run(attempt, waits.append)
+    assert waits == [3.0, 6.0]
 
 
 class Red:

@@ -84,3 +84,8 @@ def test_rewards_must_be_finite(value: float) -> None:
 def test_shapes_must_agree() -> None:
     with pytest.raises(ValueError, match="1-D"):
         group_advantages(torch.zeros(3, 1), torch.zeros(3, 1, dtype=torch.long), global_std=True)
+
+
+def test_the_std_is_the_batch_s_unless_told_otherwise() -> None:
+    rewards, groups = torch.tensor([0.0, 1.0, 0.0, 4.0]), torch.tensor([0, 0, 1, 1])
+    assert torch.equal(group_advantages(rewards, groups), group_advantages(rewards, groups, global_std=True))

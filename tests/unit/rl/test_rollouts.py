@@ -22,6 +22,16 @@ def test_batch_size_changes_nothing() -> None:
         assert torch.equal(a.log_prob, b.log_prob)
 
 
+def test_groups_are_any_sequence_of_numbers() -> None:
+    _, flow_map = two_time()
+    cond, groups = grouped(2, 3)
+    whole = rollout(flow_map, stochasticizer(), cond, groups, GRID, seed=1, latent_shape=SHAPE)
+    listed = rollout(flow_map, stochasticizer(), cond, groups.tolist(), GRID, seed=1, latent_shape=SHAPE)
+    assert torch.equal(whole.x0, listed.x0)
+    assert torch.equal(listed.groups, groups)
+    assert torch.equal(sample_rollout(flow_map, cond, tuple(groups), GRID, seed=1, latent_shape=SHAPE).groups, groups)
+
+
 def test_network_sees_chunks_of_the_asked_size_and_no_gradient() -> None:
     sizes: list[int] = []
     network, flow_map = two_time()
