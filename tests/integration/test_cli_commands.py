@@ -127,7 +127,12 @@ def test_dry_run_names_every_source_and_starts_nothing(trained: Invocation) -> N
 
 
 def start(*args: str, **streams: Any) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-m", "fmg", *args], **streams)
+    # a test-suite that runs in the background has SIGINT ignored, and its children would inherit that
+    return subprocess.Popen(
+        [sys.executable, "-m", "fmg", *args],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        **streams,
+    )
 
 
 def test_ctrl_c_saves_the_adapter_and_says_so(workplace: Path) -> None:
@@ -163,7 +168,7 @@ def test_a_terminal_sees_the_live_view(workplace: Path) -> None:
     text = shown.decode()
     assert "iteration" in text
     assert "1/1" in text
-    assert "fmg eval runs/seen --against meanflow-shapes" in text
+    assert "fmg eval runs/seen --against base" in text
     assert "--from runs/seen" in text
 
 
