@@ -132,6 +132,12 @@ MISUSES = (
     Misuse("train --stochasticizer asfmc --set stochasticizer.gap=0.1 --set stochasticizer.ratio=0.5", "gap"),
     Misuse("train --steps 1", "steps"),
     Misuse("train --set rollout.group_size=1", "rollout.group_size"),
+    Misuse("train --model scm-shapes --set rollout.window={size:+1}", "needs a two-time map"),
+    Misuse("train --set rollout.window={size:+9}", "does not fit"),
+    Misuse("train --set rollout.window.mode=random", "rollout.window.size"),
+    Misuse("train --objective grpo-gaurd", "Did you mean 'grpo-guard'"),
+    Misuse("train --set objective.reward_combination=mean", "'per-reward'"),
+    Misuse("train --set objective.target_kl=0", "target_kl"),
     # folders
     Misuse("train --run taken", "taken", folder_with_a_file),
     Misuse("train --run taken", "taken", finished_run),
