@@ -33,7 +33,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(_ADVANTAGES, "centred.square(), index, count).sqrt()", "centred.square(), index, count)", _CLOSED_FORM),
     Mutation(_ADVANTAGES, "if global_std else group_std", "if not global_std else group_std", _CLOSED_FORM),
     Mutation(_ADVANTAGES, "(std + eps)[index]", "std[index]", _CLOSED_FORM),
-    Mutation(_ADVANTAGES, ".clamp(-clip_max, clip_max)", "", _CLOSED_FORM),
+    Mutation(_ADVANTAGES, "[index]).clamp(-clip_max, clip_max)", "[index])", _CLOSED_FORM),
     Mutation(_ADVANTAGES, "scaled, 0.0).float()", "scaled, scaled).float()", _rl("equal_rewards_have_no_advantage")),
     Mutation(
         _ADVANTAGES, "return largest[index] > 0", "return largest[index] >= 0", _rl("equal_rewards_have_no_advantage")
