@@ -22,7 +22,8 @@ def advantages(rewards: RewardOutput, groups: Int[Tensor, " n"], recipe: Recipe,
     """Group advantages as the recipe's objective wants them; 0 for groups with an image that has no score.
 
     They are those of the rewards' weighted sum, or with `reward_combination: per-reward` the weighted sum of each
-    reward's own (docs/math.md, eq. 19 and 29). With `train.shuffle_advantages` they are dealt out to random samples, the null control.
+    reward's own (docs/math.md, eq. 19 and 29). With `train.shuffle_advantages` they are dealt out to random samples,
+    the null control.
     """
     kept = complete_groups(rewards, groups)
     values = torch.zeros(len(kept))
