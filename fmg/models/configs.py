@@ -8,8 +8,10 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from fmg.core.geometry import ModelGeometry
 from fmg.core.specs import MapSpec
 from fmg.models.conventions import read_conventions
+from fmg.models.geometry import flux_geometry
 from fmg.registry.config import ModelConfig
 
 
@@ -37,6 +39,10 @@ class EmbeddedConfig(ModelConfig):
             CheckpointError: the folder is missing or is not a flow-map model.
         """
         return read_conventions(self.directory()).spec(self.asset)
+
+    def geometry(self) -> ModelGeometry:
+        """Measures by the JSON files and safetensors headers of the folder."""
+        return flux_geometry(self.directory(), read_conventions(self.directory()))
 
 
 class MeanFlowShapesConfig(EmbeddedConfig):

@@ -37,7 +37,7 @@ def train(recipe: Recipe | ResolvedRecipe, run: str | Path | None = None, observ
     folder = RunFolder.create(run, plain.model.name)
     folder.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
     try:
-        result = Trainer(composed, folder, choose_sizes(plain, device), observer).train()
+        result = Trainer(composed, folder, choose_sizes(plain, device.type), observer).train()
     except BaseException:
         folder.set_state("failed")
         raise
