@@ -16,6 +16,7 @@ from fmg.cli.catalog import list_components, show
 from fmg.cli.console import print_error, tolerate_narrow_encodings
 from fmg.cli.doctor_rewards import doctor
 from fmg.cli.evaluate import evaluate
+from fmg.cli.export import export
 from fmg.cli.generate import generate
 from fmg.cli.pretrain import pretrain
 from fmg.cli.reward_server import reward_server
@@ -89,6 +90,7 @@ app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("list")(list_components)
 app.command("show")(show)
+app.command("export")(export)
 app.command("runs")(runs)
 app.command("reward-server")(reward_server)
 app.add_typer(pretrain, name="pretrain")

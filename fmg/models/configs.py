@@ -12,7 +12,7 @@ from fmg.core.geometry import ModelGeometry
 from fmg.core.specs import MapSpec
 from fmg.models.conventions import read_conventions
 from fmg.models.geometry import flux_geometry
-from fmg.registry.config import ModelConfig
+from fmg.registry.config import About, ModelConfig
 
 
 class EmbeddedConfig(ModelConfig):
@@ -20,6 +20,10 @@ class EmbeddedConfig(ModelConfig):
 
     asset: ClassVar[str]
     """Name of the model, of its folder under the package's assets, and of its recipe."""
+
+    about: ClassVar[About] = About(
+        licence="Apache-2.0", weights=("in the package; `fmg pretrain shapes` remakes them",)
+    )
 
     folder: str | None = Field(
         default=None,

@@ -9,6 +9,7 @@ from fmg.data.run_folder import RunFolder
 from fmg.inference.devices import pick_device, pick_dtype
 from fmg.registry.recipe import Recipe
 from fmg.registry.resolve import ResolvedRecipe
+from fmg.training.card import write_cards
 from fmg.training.compose import compose
 from fmg.training.sizes import choose_sizes
 from fmg.training.trainer import Trainer, TrainResult
@@ -41,5 +42,6 @@ def train(recipe: Recipe | ResolvedRecipe, run: str | Path | None = None, observ
     except BaseException:
         folder.set_state("failed")
         raise
+    write_cards(folder, plain)
     folder.set_state("interrupted" if result.interrupted else "finished")
     return result

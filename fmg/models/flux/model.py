@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -179,9 +179,12 @@ class FluxModel:
         self.snapshot()
 
     def _prove(self, folder: Path) -> None:
-        stock = FluxModel(prove.reloaded(self._components, folder), self._name)
+        transformer = self._components.transformer
+        fresh = prove.reloaded(transformer, folder)
+        prove.check_adapter(transformer, fresh, folder)
+        stock = FluxModel(replace(self._components, transformer=fresh), self._name)
         cond = self.encode([prove.PROMPT])
-        prove.check_same(self._picture(cond), stock._picture(cond), self._components.transformer.dtype, folder)
+        prove.check_same(self._picture(cond), stock._picture(cond), transformer.dtype, folder)
 
     @torch.no_grad()
     def _picture(self, cond: Conditioning) -> Float[Tensor, "1 3 height width"]:

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from fmg.core.errors import CheckpointError
 from fmg.models.flux import prove
@@ -38,20 +42,50 @@ def test_a_save_is_read_back_by_stock_diffusers_within_the_tolerance(
     assert found[0] <= prove.TOLERANCE[dtype] / 2
 
 
+def _zeros(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(x) for name, x in tensors.items()}
+
+
+def _without_the_last(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    last = sorted(tensors)[-1].removesuffix("lora_B.weight")
+    return {name: x for name, x in tensors.items() if not name.startswith(last)}
+
+
+@pytest.mark.parametrize("damage", [_zeros, _without_the_last])
 def test_a_file_that_lost_values_is_never_reported_as_saved(
+    damage: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    two_time_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read = prove.reloaded
+
+    def damaged(transformer: object, folder: Path) -> object:
+        file = folder / DIFFUSERS_FILE
+        with safe_open(str(file), framework="pt") as stored:
+            metadata = stored.metadata()
+        save_file(damage(load_file(file)), file, metadata=metadata)
+        return read(transformer, folder)
+
+    monkeypatch.setattr(prove, "reloaded", damaged)
+    with pytest.raises(CheckpointError, match=r"comes back changed when diffusers reads it.*not kept"):
+        _trained(two_time_folder).save_adapter(tmp_path / "runs" / "adapter")
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_an_adapter_that_comes_back_at_another_scale_draws_another_picture(
     two_time_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = prove.reloaded
 
-    def damaged(components: prove.FluxComponents, folder: Path) -> prove.FluxComponents:
-        tensors = load_file(folder / DIFFUSERS_FILE)
-        save_file({name: torch.zeros_like(x) for name, x in tensors.items()}, folder / DIFFUSERS_FILE)
-        return read(components, folder)
+    def rescaled(transformer: object, folder: Path) -> Any:
+        fresh = read(transformer, folder)
+        fresh.set_adapters(["default"], [0.5])
+        return fresh
 
-    monkeypatch.setattr(prove, "reloaded", damaged)
+    monkeypatch.setattr(prove, "reloaded", rescaled)
     with pytest.raises(CheckpointError, match=r"draws another picture when diffusers reads it back.*not kept"):
-        _trained(two_time_folder).save_adapter(tmp_path / "runs" / "adapter")
-    assert list((tmp_path / "runs").iterdir()) == []
+        _trained(two_time_folder).save_adapter(tmp_path / "adapter")
 
 
 def test_pictures_that_are_no_numbers_prove_nothing() -> None:

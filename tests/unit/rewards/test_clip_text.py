@@ -47,16 +47,7 @@ def test_prompts_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     tiny, tokenizer = write_open_clip(tmp_path / "hps"), write_clip_tokenizer(tmp_path / "tokenizer")
     reward = rewards.build("hpsv2", {"weights": str(tiny.file), "tokenizer": str(tokenizer)})
     start = "a cat on a mat, " * 8
-    prompts = [
-        "",
-        " ",
-        "x" * 10_000,
-        start,
-        start + "y" * 10_000,
-        "小さな猫 🐈 \u202e",
-        "<|endoftext|> after",
-        "\x00\x07",
-    ]
+    prompts = ["", " ", "x" * 10_000, start, start + "y" * 10_000, "小さな猫 🐈 \u202e", "<|endoftext|> after", "\x00\x07"]
     images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)).expand(len(prompts), -1, -1, -1)
     scores = reward(images, prompts).total
     assert scores.isfinite().all()
