@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,8 @@ class Check:
         with tempfile.TemporaryDirectory() as folder:
             for name, module in (("transformer", self.transformer), ("vae", self.vae)):
                 module.save_config(str(Path(folder) / name))
-            return flux_geometry(Path(folder), self.conventions, checkpointing=True, encoders_resident=False)
+            stated = flux_geometry(Path(folder), self.conventions, checkpointing=True, encoders_resident=False)
+        return replace(stated, decoder_parameters=sum(p.numel() for p in self.vae.parameters()))
 
     def run(self) -> dict[str, Any]:
         """Every check, in order, as one JSON object."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -27,7 +28,7 @@ Stock diffusers rounds an adapter to the dtype of the base, so a bf16 picture ag
 
 
 def fresh_transformer(transformer: Any) -> Any:
-    """A transformer without adapter over the same base tensors: no weight is copied, so it costs nothing at any size."""
+    """A transformer without adapter over the same base tensors: no weight is copied, so any size costs nothing."""
     with torch.device("meta"):
         fresh = type(transformer).from_config(transformer.config)
     tensors = {base_name(name): x for name, x in transformer.state_dict().items() if not is_adapter(name)}
@@ -50,7 +51,10 @@ def reloaded(transformer: Any, folder: Path) -> Any:
     # it says for each text encoder that the file has nothing for it
     diffusers_logging.set_verbosity_error()
     try:
-        pipeline.load_lora_weights(str(folder), adapter_name=ADAPTER)
+        with warnings.catch_warnings():
+            # what PEFT suspects of a file is decided by comparing the tensors
+            warnings.simplefilter("ignore", RuntimeWarning)
+            pipeline.load_lora_weights(str(folder), adapter_name=ADAPTER)
     finally:
         diffusers_logging.set_verbosity(before)
     return pipeline.transformer
