@@ -55,8 +55,8 @@ def _lines(
     yield f"# {name}, tuned for {rewards}"
     yield ""
     yield (
-        f"A LoRA (rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}) on the few-step flow map `{name}`, after"
-        f" {saved.iteration} iterations of `{recipe.objective.name}` on `{recipe.stochasticizer.name}` transitions,"
+        f"A LoRA (rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}) on the few-step flow map `{name}`, after iteration"
+        f" {saved.iteration} of `{recipe.objective.name}` on `{recipe.stochasticizer.name}` transitions,"
         f" made with fmg {__version__}. Before it was kept, stock diffusers read it back and drew the same picture."
     )
     yield from ("", "## Terms", "", "| part | licence | publication |", "|---|---|---|")
@@ -83,7 +83,9 @@ def _lines(
 
 
 def _terms(part: str, about: About) -> str:
-    return f"| {part} | {about.licence or _NOT_STATED} | {about.citation or '-'} |"
+    # a component that states nothing at all loads nothing that somebody published
+    licence = about.licence or (_NOT_STATED if about.weights else "no published weights")
+    return f"| {part} | {licence} | {about.citation or '-'} |"
 
 
 def _scores(lines: list[dict[str, object]], iteration: int) -> dict[str, tuple[float | None, float | None]]:

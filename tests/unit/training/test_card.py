@@ -32,6 +32,7 @@ def test_a_card_states_base_terms_scores_pictures_commands_and_recipe(tmp_path: 
     assert "# meanflow-shapes, tuned for 1 shapes" in text
     assert "| base `meanflow-shapes` | Apache-2.0 |" in text
     assert "| reward `pickscore` | MIT (code)" in text
+    assert "| reward `shapes` | no published weights | - |" in text
     assert "| shapes_strict | 0.25 | 0.75 |" in text
     assert "| score | 0.5 | 0.875 |" in text
     assert "score_se" not in text
