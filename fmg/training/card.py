@@ -55,8 +55,8 @@ def _lines(
     yield f"# {name}, tuned for {rewards}"
     yield ""
     yield (
-        f"A LoRA (rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}) on the few-step flow map `{name}`, after iteration"
-        f" {saved.iteration} of `{recipe.objective.name}` on `{recipe.stochasticizer.name}` transitions,"
+        f"A LoRA (rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}) on the few-step flow map `{name}`, after"
+        f" iteration {saved.iteration} of `{recipe.objective.name}` on `{recipe.stochasticizer.name}` transitions,"
         f" made with fmg {__version__}. Before it was kept, stock diffusers read it back and drew the same picture."
     )
     yield from ("", "## Terms", "", "| part | licence | publication |", "|---|---|---|")

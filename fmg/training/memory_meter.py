@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 
-class MemoryMeter(TorchDispatchMode):
+class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active, follows the storage of every tensor that an operation makes, on the CPU also in backward passes.
 
     Work space inside a kernel is not seen, nor is what was there before.
@@ -25,7 +25,7 @@ class MemoryMeter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self._live = 0
         self._known: set[int] = set()
