@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from fmg.core.cache import cache_dir, content_hash, replacing_file
 from fmg.core.errors import CheckpointError
-from fmg.rewards.weights import cache_dir, content_hash, replacing
 
 Tensors = Mapping[str, Tensor]
 
@@ -65,7 +65,7 @@ def read_renamed(path: Path, layout: str, rename: Callable[[Tensors], dict[str, 
         raise CheckpointError(f"{path} cannot be read: {_first_line(error)}", _RESTORE) from error
     if not target.is_file():
         tensors = {name: tensor.contiguous() for name, tensor in rename(read_tensors(path)).items()}
-        with replacing(target) as partial:
+        with replacing_file(target) as partial:
             save_file(tensors, partial, metadata={"format": "pt"})
     return read_tensors(target)
 

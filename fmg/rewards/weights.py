@@ -7,18 +7,16 @@ fetches it, and only `fetch` downloads. Hub files live in the hub's own cache, e
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 from urllib.request import urlopen
 
+from fmg.core.cache import cache_dir, content_hash, replacing_file
 from fmg.core.errors import CheckpointError, MissingDependencyError, UsageError
 from fmg.core.events import Observer, StageProgress, ignore
 
@@ -84,11 +82,6 @@ class Located:
     def get(self, name: str) -> Path | None:
         """The file of this name, if it is there."""
         return self.files.get(name)
-
-
-def cache_dir() -> Path:
-    """Where converted checkpoints and downloads are kept: `$FMG_CACHE`, else `~/.cache/fmg`."""
-    return Path(os.environ.get("FMG_CACHE") or "~/.cache/fmg").expanduser()
 
 
 def missing(asset: Asset) -> tuple[str, ...]:
@@ -163,36 +156,6 @@ def check_digest(located: Located) -> None:
         )
 
 
-def content_hash(path: Path) -> str:
-    """Sha256 of a file. It is computed once for a file that does not change (path, size and time of change)."""
-    stat = path.stat()
-    key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
-    note = cache_dir() / "hashes" / key
-    if note.is_file():
-        return note.read_text(encoding="ascii")
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(CHUNK):
-            digest.update(block)
-    with replacing(note) as partial:
-        partial.write_text(digest.hexdigest(), encoding="ascii")
-    return digest.hexdigest()
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, which takes its place when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-    os.close(handle)
-    partial = Path(name)
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _present(asset: Asset) -> Iterator[tuple[str, Path]]:
     for index, name in enumerate((*asset.files, *asset.optional)):
         for alternative in name.split("|"):
@@ -249,7 +212,7 @@ def _fetch_url(asset: Asset, reward: str) -> None:
     try:
         with (
             urlopen(asset.source, timeout=_TIMEOUT_S) as answer,
-            replacing(_download_path(asset)) as partial,
+            replacing_file(_download_path(asset)) as partial,
             partial.open("wb") as file,
         ):
             shutil.copyfileobj(answer, file)

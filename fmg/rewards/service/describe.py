@@ -8,13 +8,14 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from fmg.core.cache import content_hash
 from fmg.core.errors import FmgError, UsageError
 from fmg.registry import rewards as rewards_registry
 from fmg.registry.references import PYTHON_REWARD, RewardRef
 from fmg.rewards.base import Checked
 from fmg.rewards.model_configs import NetworkRewardConfig
 from fmg.rewards.service.wire import probe_image
-from fmg.rewards.weights import content_hash, locate
+from fmg.rewards.weights import locate
 from fmg.version import __version__
 
 _PACKAGES = ("torch", "transformers", "onnxruntime", "rapidocr", "pillow")

@@ -12,6 +12,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
+from fmg.core.cache import cache_dir, content_hash
 from fmg.core.errors import CheckpointError, MissingDependencyError, UsageError
 from fmg.core.events import Event, StageProgress
 from fmg.registry import rewards
@@ -19,7 +20,7 @@ from fmg.rewards import weights
 from fmg.rewards.affine import affine_head
 from fmg.rewards.checkpoints import read_tensors
 from fmg.rewards.model_configs import AESTHETIC_HEAD, NetworkRewardConfig
-from fmg.rewards.weights import Asset, cache_dir, check_digest, content_hash, fetch, locate, missing
+from fmg.rewards.weights import Asset, check_digest, fetch, locate, missing
 
 NETWORKS = ("aesthetic", "clipscore", "hpsv2", "hpsv3", "imagereward", "pickscore")
 SHA = "0" * 40
