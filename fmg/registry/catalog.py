@@ -75,6 +75,8 @@ ROWS: tuple[Row, ...] = (
          "Rewards computed by a running `fmg reward-server`"),
     _row("objective", "grpo", "rl", "GrpoConfig", "grpo:Grpo",
          "Clipped policy ratio on transition densities with group advantages and optional KL"),
+    _row("objective", "grpo-guard", "rl", "GrpoGuardConfig", "grpo:grpo_guard",
+         "GRPO whose ratio has the same scale at every step (ratio-norm)"),
     _row("objective", "rwfm", "rl", "RwfmConfig", "rwfm:RewardWeightedFlowMatching",
          "Reward-weighted flow matching on the samples of a deterministic or stochastic rollout"),
     _row("optimizer", "adamw", "training", "AdamWConfig", "optimizers:adamw",

@@ -36,6 +36,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     spec = recipe.model.config.spec()
     yield from _map_problems(recipe, spec)
     yield from _sampler_problems(recipe)
+    yield from _window_problems(recipe, spec)
     yield from _reward_problems(("rewards",), recipe.rewards)
     yield from _reward_problems(("eval", "rewards"), recipe.eval.rewards)
     if all(reward.weight == 0 for reward in recipe.rewards):
@@ -80,6 +81,29 @@ def _sampler_problems(recipe: Recipe) -> Iterator[Problem]:
         except UsageError as error:
             what = f"The evaluation cannot use the rollout's grid: {error.what}"
             yield Problem(("eval", "steps"), what, "Set eval.steps to null, which takes rollout.steps")
+
+
+def _window_problems(recipe: Recipe, spec: MapSpec) -> Iterator[Problem]:
+    window, objective, stochastic = recipe.rollout.window, recipe.objective, recipe.rollout.steps - 1
+    if window is None:
+        return
+    location = ("rollout", "window")
+    everything = "Set rollout.window to null, which takes every step"
+    if objective.config.needs != "transitions":
+        what = f"The objective '{objective.name}' trains no transitions, so a window of stochastic steps has no effect"
+        yield Problem(location, what, everything)
+    elif window.start + window.size > stochastic:
+        what = (
+            f"A window of {window.size} from step {window.start} does not fit a rollout of {stochastic + 1} steps, "
+            f"whose stochastic ones are 0 to {stochastic - 1}"
+        )
+        yield Problem(location, what, "Use a smaller window, an earlier start or more rollout.steps")
+    elif spec.anchors == "endpoint" and window.size < stochastic:
+        what = (
+            f"A window of {window.size} of {stochastic} stochastic steps needs a two-time map for the other steps, "
+            f"but '{recipe.model.name}' is {_MAPS[spec.anchors]}"
+        )
+        yield Problem(location, what, everything)
 
 
 def _target_times(name: str, requires: Requirements, grid: Sequence[float]) -> Iterator[Problem]:

@@ -65,8 +65,20 @@ class ObjectiveConfig(ComponentConfig, ABC):
 
     adv_clip_max: float = Field(default=5.0, gt=0, description="bound on the absolute advantage")
     global_std: bool = Field(default=True, description="divide advantages by the std of the batch, not of the group")
+    reward_combination: Literal["sum", "per-reward"] = Field(
+        default="sum",
+        description="advantage of the weighted sum of rewards, or weighted sum of each reward's advantage (GDPO)",
+    )
 
     @property
     @abstractmethod
     def needs(self) -> Literal["transitions", "samples"]:
         """What kind of rollout it consumes."""
+
+    @property
+    def kl_limit(self) -> float | None:
+        """Bound on `approx_kl` after an update, past which the iteration's other updates are skipped; None: no bound.
+
+        Only an objective whose loss reports the part `approx_kl` can have one.
+        """
+        return None

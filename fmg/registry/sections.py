@@ -60,6 +60,18 @@ Grid = Annotated[str | tuple[float, ...], BeforeValidator(_grid)]
 LoraTargets = Annotated[str | tuple[str, ...], BeforeValidator(_targets)]
 
 
+class WindowSection(Section):
+    """Steps that are stochastic and trained; the others are deterministic jumps, which only a two-time map can make."""
+
+    size: int = Field(ge=1, description="consecutive stochastic steps, at most rollout.steps - 1")
+    mode: Literal["fixed", "random", "progressive"] = Field(
+        "progressive",
+        description="fixed: at start; random: drawn anew; progressive: moves on by one step and stays at the last",
+    )
+    start: int = Field(0, ge=0, description="first step at which the window may begin; 0 is the noisiest")
+    every: int = Field(10, ge=1, description="iterations between moves or draws; fixed ignores it")
+
+
 class RolloutSection(Section):
     """How samples are drawn for one iteration."""
 
@@ -69,6 +81,7 @@ class RolloutSection(Section):
     grid: Grid = Field("uniform", description="times from 1 to 0: the name of a rule, or the list of times itself")
     same_initial_noise: bool = Field(False, description="whether a group starts from one noise instead of many")
     batch_size: int | None = Field(None, ge=1, le=100_000, description="samples drawn at once; null chooses by device")
+    window: WindowSection | None = Field(None, description="moving window of stochastic steps; null: all but the last")
 
 
 class TrainSection(Section):

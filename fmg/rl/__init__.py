@@ -9,13 +9,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fmg.rl.advantages import group_advantages, informative, shuffle_advantages, zero_std_ratio
+    from fmg.rl.advantages import combined_advantages, group_advantages, informative, shuffle_advantages, zero_std_ratio
     from fmg.rl.noise import NoiseKey
     from fmg.rl.replay import refresh_old, replay_ratio
     from fmg.rl.rollouts import rollout, sample, sample_rollout
+    from fmg.rl.windows import window_steps
 
 _HOME = {
     "NoiseKey": "noise",
+    "combined_advantages": "advantages",
     "group_advantages": "advantages",
     "informative": "advantages",
     "refresh_old": "replay",
@@ -24,11 +26,13 @@ _HOME = {
     "sample": "rollouts",
     "sample_rollout": "rollouts",
     "shuffle_advantages": "advantages",
+    "window_steps": "windows",
     "zero_std_ratio": "advantages",
 }
 
 __all__ = [
     "NoiseKey",
+    "combined_advantages",
     "group_advantages",
     "informative",
     "refresh_old",
@@ -37,6 +41,7 @@ __all__ = [
     "sample",
     "sample_rollout",
     "shuffle_advantages",
+    "window_steps",
     "zero_std_ratio",
 ]
 

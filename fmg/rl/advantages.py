@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -21,7 +24,6 @@ def group_advantages(
 
     The std is the population one (divisor n), as in Flow-GRPO: of the group's rewards, or with `global_std` of the raw
     rewards of the whole batch. A group whose rewards are all equal gets exactly 0, whatever rounding does to its mean.
-    Several rewards are normalised one by one by calling this on each (GDPO) and adding the results.
 
     Args:
         rewards: finite rewards.
@@ -48,6 +50,38 @@ def group_advantages(
     std = values.std(correction=0).expand(count) if global_std else group_std
     scaled = (centred / (std + eps)[index]).clamp(-clip_max, clip_max)
     return torch.where(_varied(values, index, count)[index], scaled, 0.0).float()
+
+
+def combined_advantages(
+    rewards: Mapping[str, Float[Tensor, " n"]],
+    weights: Mapping[str, float],
+    groups: Int[Tensor, " n"],
+    *,
+    global_std: bool,
+    clip_max: float = 5.0,
+    eps: float = 1e-4,
+) -> Float[Tensor, " n"]:
+    """Each reward's own group advantage, then their weighted sum over its std in the batch (docs/math.md, eq. 29).
+
+    GDPO (Liu et al., arXiv 2601.05242): rewards of other units count by their weights alone, and samples whose sums are
+    equal are told apart by their parts. The last division keeps the range whatever the number and scale of weights.
+
+    Departures from the paper: each reward's std may be the batch's (`global_std`); the result is clamped once, at the
+    end. Subtracting the batch mean is left out, since that of centred groups is 0.
+
+    Args:
+        rewards: finite rewards by name.
+        weights: weight of each, by the same names.
+        groups: as in `group_advantages`, like the remaining arguments.
+
+    Raises:
+        RewardError: for a reward that is not finite.
+    """
+    total = torch.zeros(len(groups), dtype=torch.float64, device=groups.device)
+    for name, weight in weights.items():
+        own = group_advantages(rewards[name], groups, global_std=global_std, clip_max=math.inf, eps=eps)
+        total = total + weight * own.to(total)
+    return (total / (total.std(correction=0) + eps)).clamp(-clip_max, clip_max).float()
 
 
 def zero_std_ratio(rewards: Float[Tensor, " n"], groups: Int[Tensor, " n"]) -> float:

@@ -15,12 +15,45 @@ class GrpoConfig(ObjectiveConfig):
     clip_range: float = Field(
         default=1e-4, gt=0, lt=1, description="half-width of the ratio clip; log-probs are averaged over coordinates"
     )
+    clip_range_high: float | None = Field(
+        default=None, gt=0, description="width of the clip above 1 (clip-higher); null takes clip_range"
+    )
     kl_beta: float = Field(default=0.0, ge=0, description="weight of the KL to the adapter-off reference; 0 skips it")
+    ratio_norm: bool = Field(
+        default=False, description="ratio of the same scale at every step (GRPO-Guard) instead of the density ratio"
+    )
+    noise_weighting: bool = Field(
+        default=False, description="weight transitions by their std, mean 1 over a rollout (TempFlow-GRPO)"
+    )
+    target_kl: float | None = Field(
+        default=None,
+        gt=0,
+        description="policy KL after an update above which the iteration's other updates are skipped; null never skips",
+    )
 
     @property
     def needs(self) -> Literal["transitions", "samples"]:
         """Transition densities."""
         return "transitions"
+
+    @property
+    def kl_limit(self) -> float | None:
+        """The option `target_kl`."""
+        return self.target_kl
+
+    @property
+    def clip_bounds(self) -> tuple[float, float]:
+        """Widths of the clip below and above 1."""
+        return self.clip_range, self.clip_range if self.clip_range_high is None else self.clip_range_high
+
+
+class GrpoGuardConfig(GrpoConfig):
+    """GRPO with GRPO-Guard's ratio normalisation (arXiv 2510.22319); every other option is that of `grpo`.
+
+    The normalised log-ratio is smaller than the plain one by the factor std, so one clip range binds later.
+    """
+
+    ratio_norm: Literal[True] = Field(default=True, description="always on; `grpo` has it as an option")
 
 
 class RwfmConfig(ObjectiveConfig):

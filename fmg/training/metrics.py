@@ -12,7 +12,7 @@ from torch import Tensor
 from fmg.core.types import RewardOutput
 from fmg.registry.recipe import Recipe
 from fmg.rewards.partial import complete_groups, select_rows
-from fmg.rl import group_advantages, shuffle_advantages, zero_std_ratio
+from fmg.rl import combined_advantages, group_advantages, shuffle_advantages, zero_std_ratio
 
 # A decline is reported when the last held-out score is this many standard errors below the first.
 DECLINE_ERRORS = 3.0
@@ -21,14 +21,21 @@ DECLINE_ERRORS = 3.0
 def advantages(rewards: RewardOutput, groups: Int[Tensor, " n"], recipe: Recipe, iteration: int) -> Float[Tensor, " n"]:
     """Group advantages as the recipe's objective wants them; 0 for groups with an image that has no score.
 
-    With `train.shuffle_advantages` they are dealt out to random samples, the null control.
+    They are those of the rewards' weighted sum, or with `reward_combination: per-reward` the weighted sum of each
+    reward's own (docs/math.md, eq. 19 and 29). With `train.shuffle_advantages` they are dealt out to random samples,
+    the null control.
     """
     kept = complete_groups(rewards, groups)
     values = torch.zeros(len(kept))
     if not bool(kept.any()):
         return values
-    options, total = recipe.objective.config, select_rows(rewards, kept).total
-    compared = group_advantages(total, groups[kept], global_std=options.global_std, clip_max=options.adv_clip_max)
+    options, known = recipe.objective.config, select_rows(rewards, kept)
+    global_std, clip_max = options.global_std, options.adv_clip_max
+    if options.reward_combination == "per-reward":
+        weights = {reward.label: reward.weight for reward in recipe.rewards}
+        compared = combined_advantages(known.parts, weights, groups[kept], global_std=global_std, clip_max=clip_max)
+    else:
+        compared = group_advantages(known.total, groups[kept], global_std=global_std, clip_max=clip_max)
     if recipe.train.shuffle_advantages:
         compared = shuffle_advantages(compared, recipe.train.seed * 1_000_003 + iteration)
     values[kept] = compared

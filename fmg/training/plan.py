@@ -19,9 +19,10 @@ class Plan:
 def plan(resolved: ResolvedRecipe) -> Plan:
     """Counts the work of a run.
 
-    A network call is one image through the network once. A rollout of N steps takes N - 1 stochastic transitions, of
-    one or more calls as the stochasticizer declares, and one deterministic step; the updates together replay each
-    transition once, with gradients. Evaluations, and a reference that an objective compares with, come on top.
+    A network call is one image through the network once. A rollout of N steps takes N - 1 stochastic transitions, or as
+    many as its window has, of one or more calls as the stochasticizer declares; its other steps are deterministic and
+    take one. The updates together replay each transition once, with gradients. Evaluations, and a reference that an
+    objective compares with, come on top.
     """
     recipe = resolved.recipe
     shape, loop, model = recipe.rollout, recipe.train, recipe.model.config.spec()
@@ -44,9 +45,11 @@ def _calls(recipe: Recipe, images: int) -> dict[str, str]:
     steps = recipe.rollout.steps
     if recipe.objective.config.needs == "samples":
         return {"network calls an iteration": f"{images * steps} in the rollout"}
-    transitions = steps - 1
+    window = recipe.rollout.window
+    transitions = steps - 1 if window is None else window.size
     replayed = images * transitions * recipe.stochasticizer.config.requires().calls
+    drawn = replayed + images * (steps - transitions)
     return {
         "transitions an image": str(transitions),
-        "network calls an iteration": f"{replayed + images} in the rollout, {replayed} in the updates",
+        "network calls an iteration": f"{drawn} in the rollout, {replayed} in the updates",
     }

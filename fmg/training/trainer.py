@@ -15,10 +15,7 @@ from fmg.core.types import Conditioning, Rollout, ScoredRollout
 from fmg.data.checkpoints import CheckpointIndex, Saved
 from fmg.data.prompt_sets import overlap_warning
 from fmg.data.run_folder import RunFolder
-from fmg.rl import (
-    rollout,
-    sample_rollout,
-)
+from fmg.rl import rollout, sample_rollout, window_steps
 from fmg.training.checkpoint import save_checkpoint
 from fmg.training.compose import Composed
 from fmg.training.gates import ReplayGate, movement, movement_gate
@@ -26,7 +23,7 @@ from fmg.training.metrics import advantages, decline, reward_metrics
 from fmg.training.observe import SCORE_KEY, Watcher
 from fmg.training.prompts import iteration_prompts
 from fmg.training.sizes import Sizes
-from fmg.training.update import Updater, partition
+from fmg.training.update import Updater
 
 
 @dataclass(frozen=True)
@@ -140,6 +137,7 @@ class Trainer:
                 iteration=iteration,
                 latent_shape=model.latent_shape,
                 same_initial_noise=shape.same_initial_noise,
+                stochastic_steps=window_steps(shape.window, shape.steps, iteration=iteration, seed=recipe.train.seed),
                 batch_size=self.sizes.rollout_batch,
                 device=model.device,
             )
@@ -158,8 +156,8 @@ class Trainer:
 
     @torch.no_grad()
     def _decode(self, drawn: Rollout) -> torch.Tensor:
-        x_0, size = drawn.x0, self.sizes.rollout_batch
-        return torch.cat([self.composed.model.decode(x_0[i : i + size]) for i in range(0, len(x_0), size)])
+        chunks = torch.split(drawn.x0, self.sizes.rollout_batch)
+        return torch.cat([self.composed.model.decode(chunk) for chunk in chunks])
 
     def _update(self, scored: ScoredRollout, iteration: int) -> dict[str, float]:
         recipe, policies = self.composed.recipe, self.composed.model.policies
@@ -168,15 +166,14 @@ class Trainer:
         if not len(batch):
             return {"skipped_updates": float(recipe.train.updates_per_iteration)}
         batch = self._gate.admit(batch)
-        logged: dict[str, float] = {}
-        by_update: dict[str, float] = {}
-        parts = partition(batch, recipe.train.updates_per_iteration, recipe.train.seed + iteration)
-        for number, part in enumerate(parts):
-            logged = self._updater.update(part)
+        wanted, kl_limit = recipe.train.updates_per_iteration, recipe.objective.config.kl_limit
+        done: list[dict[str, float]] = []
+        for logged in self._updater.updates(batch, wanted, recipe.train.seed + iteration, kl_limit):
             self._touched = iteration + 1
-            by_update |= {f"update_{number}/{key}": value for key, value in logged.items()}
+            done.append(logged)
             self._check_movement()
-        return {**by_update, **logged}
+        by_update = {f"update_{i}/{key}": value for i, logged in enumerate(done) for key, value in logged.items()}
+        return {**by_update, **done[-1], "skipped_updates": float(wanted - len(done))}
 
     def _check_movement(self) -> None:
         if self._start:

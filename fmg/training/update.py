@@ -66,6 +66,18 @@ class Updater:
         rows = torch.linspace(0, len(batch) - 1, min(PROBE_ROWS, len(batch))).long()
         return {"loss": total, "grad_norm": norm, **self.measure(batch.select(rows))}
 
+    def updates(self, batch: Batch, count: int, seed: int, kl_limit: float | None) -> Iterator[dict[str, float]]:
+        """At most `count` updates, each on its own random part of `batch`; yields what `update` returns of each.
+
+        Stops after an update whose measured `approx_kl` exceeds `kl_limit` (docs/math.md, eq. 27): the rest of the rows
+        was drawn by a policy that is no longer near. None never stops early.
+        """
+        for part in partition(batch, count, seed):
+            logged = self.update(part)
+            yield logged
+            if kl_limit is not None and logged["approx_kl"] > kl_limit:
+                return
+
     @torch.no_grad()
     def measure(self, batch: Batch) -> dict[str, float]:
         """The objective's parts over `batch`: means over rows, maxima for keys ending in `_max`."""

@@ -150,6 +150,12 @@ MISUSES = (
     Misuse("train --config r.yaml", "--allow-code", text("r.yaml", "rewards: {name: remote, url: 'http://h'}\n")),
     Misuse("train --config ''", "--config is empty"),
     Misuse(f"train --config {LONG}", "File name too long"),
+    Misuse("train --model scm-shapes --set rollout.window={size:+1}", "needs a two-time map"),
+    Misuse("train --set rollout.window={size:+9}", "does not fit"),
+    Misuse("train --set rollout.window.mode=random", "rollout.window.size"),
+    Misuse("train --objective grpo-gaurd", "Did you mean 'grpo-guard'"),
+    Misuse("train --set objective.reward_combination=mean", "'per-reward'"),
+    Misuse("train --set objective.target_kl=0", "target_kl"),
     # folders
     Misuse("train --run ''", "--run is empty"),
     Misuse(f"train --run {LONG}", "File name too long"),

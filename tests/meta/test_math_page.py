@@ -28,7 +28,7 @@ def test_listed_code_exists(path: str) -> None:
 
 
 def test_docstrings_cite_equations_that_exist() -> None:
-    for room in ("core", "flow", "stochasticizers"):
+    for room in ("core", "flow", "stochasticizers", "rl", "training"):
         for file in (ROOT / "fmg" / room).glob("*.py"):
             for first, last in re.findall(r"\beq\. (\d+)(?:(?:-| and )(\d+))?", file.read_text(encoding="utf-8")):
                 assert {int(number) for number in (first, last) if number} <= set(NUMBERS), file.name
@@ -43,7 +43,7 @@ def test_named_checks_and_test_files_exist() -> None:
 
 
 def test_every_check_of_the_flow_is_on_the_page() -> None:
-    for room in ("flow", "stochasticizer"):
+    for room in ("flow", "stochasticizer", "variant"):
         source = (ROOT / "tests" / "support" / f"{room}_identities.py").read_text(encoding="utf-8")
         # grids are lists of numbers, not equations
         missing = set(re.findall(r"^def (check_\w+)\(\)", source, re.MULTILINE)) - set(re.findall(r"check_\w+", PAGE))

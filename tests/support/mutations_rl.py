@@ -6,15 +6,24 @@ from tests.support.mutation import Mutation
 
 _ADVANTAGES, _GRPO, _NOISE = "fmg.rl.advantages", "fmg.rl.grpo", "fmg.rl.noise"
 _REPLAY, _ROLLOUTS, _RWFM = "fmg.rl.replay", "fmg.rl.rollouts", "fmg.rl.rwfm"
+_CONFIGS, _UPDATE, _WINDOWS = "fmg.rl.configs", "fmg.training.update", "fmg.rl.windows"
 
 
 def _rl(*names: str) -> tuple[str, ...]:
     return tuple(f"rl_identities:check_{name}" for name in names)
 
 
+def _variant(*names: str) -> tuple[str, ...]:
+    return tuple(f"variant_identities:check_{name}" for name in names)
+
+
 _CLOSED_FORM = _rl("advantages_closed_form")
 _STEP = _rl("ratio_and_distances_after_a_step")
 _RECORD = _rl("rollout_records_what_it_did")
+_GUARD = "ratio_norm_uses_the_noise_of_the_rollout"
+_NORM = _variant("ratio_norm_identity", _GUARD)
+_WINDOW = _variant("window_positions")
+_COMBINED = _variant("per_reward_advantages")
 
 MUTATIONS: tuple[Mutation, ...] = (
     # advantages
@@ -24,14 +33,14 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(_ADVANTAGES, "centred.square(), index, count).sqrt()", "centred.square(), index, count)", _CLOSED_FORM),
     Mutation(_ADVANTAGES, "if global_std else group_std", "if not global_std else group_std", _CLOSED_FORM),
     Mutation(_ADVANTAGES, "(std + eps)[index]", "std[index]", _CLOSED_FORM),
-    Mutation(_ADVANTAGES, ".clamp(-clip_max, clip_max)", "", _CLOSED_FORM),
+    Mutation(_ADVANTAGES, "[index]).clamp(-clip_max, clip_max)", "[index])", _CLOSED_FORM),
     Mutation(_ADVANTAGES, "scaled, 0.0).float()", "scaled, scaled).float()", _rl("equal_rewards_have_no_advantage")),
     Mutation(
         _ADVANTAGES, "return largest[index] > 0", "return largest[index] >= 0", _rl("equal_rewards_have_no_advantage")
     ),
     # ratio, clip, loss
-    Mutation(_GRPO, '- rows["log_prob_old"]).exp()', '+ rows["log_prob_old"]).exp()', _rl("replay_gives_ratio_one")),
-    Mutation(_GRPO, '- rows["log_prob_old"]).exp()', '- rows["log_prob_old"]) + 1', _STEP),
+    Mutation(_GRPO, '- rows["log_prob_old"]\n', '+ rows["log_prob_old"]\n', _rl("replay_gives_ratio_one")),
+    Mutation(_GRPO, "self._log_ratio(density, rows).exp()", "self._log_ratio(density, rows) + 1", _STEP),
     Mutation(
         _GRPO,
         "return -torch.minimum(ratio * advantage, clipped * advantage)",
@@ -41,9 +50,9 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(_GRPO, "torch.minimum(", "torch.maximum(", _rl("clip_is_pessimistic")),
     Mutation(
         _GRPO,
-        "ratio.clamp(1 - clip_range, 1 + clip_range)",
-        "ratio.clamp(max=1 + clip_range)",
-        _rl("clip_is_pessimistic"),
+        "ratio.clamp(1 - low, 1 + high)",
+        "ratio.clamp(max=1 + high)",
+        _rl("clip_is_pessimistic") + _variant("clip_higher"),
     ),
     Mutation(_GRPO, '* rows["weight"]).mean()', ").mean()", _rl("weights_scale_rows")),
     Mutation(_GRPO, '* rows["weight"]).mean()', '* rows["weight"]).sum()', _rl("first_gradient_is_reinforce")),
@@ -56,7 +65,48 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(_GRPO, "replay(self.stochasticizer, reference, batch).mean", "mean", _STEP),
     Mutation(_GRPO, '"ratio_max": ratio.max()', '"ratio_max": ratio.min()', _STEP),
-    Mutation(_GRPO, "(ratio - 1).abs() > self.clip_range", "(ratio - 1) > self.clip_range", _STEP),
+    Mutation(_GRPO, "(ratio < 1 - low) | (ratio > 1 + high)", "(ratio > 1 + high)", _STEP + _variant("clip_higher")),
+    # variants
+    Mutation(_GRPO, "ratio.clamp(1 - low, 1 + high)", "ratio.clamp(1 - low, 1 + low)", _variant("clip_higher")),
+    Mutation(
+        _GRPO, "return min(self.config.clip_bounds)", "return max(self.config.clip_bounds)", _variant("clip_higher")
+    ),
+    Mutation(_GRPO, "if self.config.ratio_norm:", "if not self.config.ratio_norm:", _variant(_GUARD) + _STEP),
+    Mutation(_GRPO, ".flatten(1) / std[:, None]", ".flatten(1)", _NORM),
+    Mutation(_GRPO, ".flatten(1) / std[:, None]", ".flatten(1) / std[:, None].square()", _NORM),
+    Mutation(
+        _GRPO, "(x_s.float() - mean_old.float())", "(x_s.float() - mean.float())", _variant("ratio_norm_identity")
+    ),
+    Mutation(_GRPO, "(mean.float() - mean_old.float()).flatten(1)", "(mean_old - mean).float().flatten(1)", _NORM),
+    Mutation(_GRPO, ".flatten(1)).mean(1)", ".flatten(1)).sum(1)", _NORM),
+    Mutation(_GRPO, "return std / std.mean()", "return std", _variant("noise_weights")),
+    Mutation(_GRPO, "return std / std.mean()", "return std.square() / std.square().mean()", _variant("noise_weights")),
+    Mutation(
+        _GRPO,
+        "noise_weights(std) if self.config.noise_weighting else torch.ones_like(std)",
+        "torch.ones_like(std)",
+        _variant("noise_weights"),
+    ),
+    Mutation(_CONFIGS, "return self.target_kl", "return None", _variant("target_kl_stops")),
+    Mutation(_UPDATE, '["approx_kl"] > kl_limit', '["approx_kl"] >= kl_limit', _variant("target_kl_stops")),
+    Mutation(_UPDATE, '["approx_kl"] > kl_limit', '["approx_kl"] < kl_limit', _variant("target_kl_stops")),
+    Mutation(_WINDOWS, "iteration // window.every", "iteration", _WINDOW),
+    Mutation(_WINDOWS, "steps - 1 - window.size", "steps - window.size", _WINDOW),
+    Mutation(_WINDOWS, "min(window.start + moves, last)", "(window.start + moves) % (last + 1)", _WINDOW),
+    Mutation(_WINDOWS, "min(window.start + moves, last)", "min(moves, last)", _WINDOW),
+    Mutation(_WINDOWS, ".integers(window.start, last + 1)", ".integers(window.start, last)", _WINDOW),
+    Mutation(_WINDOWS, "(seed, moves, _STREAM)", "(moves, _STREAM)", _WINDOW),
+    Mutation(_WINDOWS, "return tuple(range(steps - 1))", "return tuple(range(steps))", _WINDOW),
+    Mutation(
+        _ROLLOUTS, "if k not in stochastic:", "if k in ():", _variant("only_the_window_is_stochastic_and_trained")
+    ),
+    Mutation(_ROLLOUTS, "member=0 if shared else key.member", "member=key.member", _variant("same_initial_noise")),
+    Mutation(_ROLLOUTS, "same_initial_noise and step == 0", "same_initial_noise", _variant("same_initial_noise")),
+    Mutation(_ADVANTAGES, "total + weight * own.to(total)", "total + own.to(total)", _COMBINED),
+    Mutation(_ADVANTAGES, "total + weight * own.to(total)", "total + weight * rewards[name]", _COMBINED),
+    Mutation(_ADVANTAGES, "(total / (total.std(correction=0) + eps))", "total", _COMBINED),
+    Mutation(_ADVANTAGES, "total.std(correction=0)", "total.std()", _COMBINED),
+    Mutation(_ADVANTAGES, ".clamp(-clip_max, clip_max).float()", ".float()", _COMBINED),
     # divergence and replay
     Mutation(_REPLAY, "/ (2 * std.square())", "/ std.square()", _rl("mean_distance_is_a_kl") + _STEP),
     Mutation(_REPLAY, "/ (2 * std.square())", "/ (2 * std)", _rl("mean_distance_is_a_kl") + _STEP),

@@ -263,7 +263,7 @@ def check_clip_is_pessimistic() -> None:
     )
     for value, advantage, expected, slope in cases:
         ratio = torch.tensor([value], requires_grad=True)
-        loss = clipped_surrogate(ratio, torch.tensor([advantage]), 0.1)
+        loss = clipped_surrogate(ratio, torch.tensor([advantage]), 0.1, 0.1)
         loss.sum().backward()  # type: ignore[no-untyped-call]
         assert ratio.grad is not None
         torch.testing.assert_close(loss.detach(), torch.tensor([expected]))

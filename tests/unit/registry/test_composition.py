@@ -49,6 +49,37 @@ def test_one_step_has_no_stochastic_transition() -> None:
     assert resolve(None, {"model": "two-time", "steps": 1, "objective": "rwfm"}).recipe.rollout.steps == 1
 
 
+def test_a_window_needs_a_two_time_map_unless_it_is_the_whole() -> None:
+    with pytest.raises(CompositionError) as caught:
+        resolve(None, {"model": "single-time"}, ["rollout.window={size: 2}"])
+    text = str(caught.value)
+    assert text.startswith("--set rollout.window={size: 2}: A window of 2 of 3 stochastic steps needs a two-time map")
+    assert text.endswith("Set rollout.window to null, which takes every step.")
+    assert resolve(None, {"model": "single-time"}, ["rollout.window={size: 3}"]).recipe.rollout.window is not None
+    assert resolve(None, {"model": "two-time"}, ["rollout.window={size: 2}"]).recipe.rollout.window is not None
+
+
+def test_a_window_has_to_fit_the_rollout_and_the_objective() -> None:
+    for sets in (["rollout.window={size: 4}"], ["rollout.window={size: 2, start: 2}"]):
+        with pytest.raises(
+            CompositionError, match="does not fit a rollout of 4 steps, whose stochastic ones are 0 to 2"
+        ):
+            resolve(None, {"model": "two-time"}, sets)
+    with pytest.raises(CompositionError, match="'rwfm' trains no transitions"):
+        resolve(None, {"model": "two-time", "objective": "rwfm"}, ["rollout.window={size: 1}"])
+
+
+def test_a_window_is_set_key_by_key_and_taken_away_again(write: Write) -> None:
+    path = write("model: two-time\nrollout:\n  window: {size: 1, mode: random, every: 3}\n")
+    window = resolve(path, sets=["rollout.window.start=1"]).recipe.rollout.window
+    assert window is not None
+    assert (window.size, window.mode, window.start, window.every) == (1, "random", 1, 3)
+    assert resolve(path, sets=["rollout.window=null"]).recipe.rollout.window is None
+    recipe = resolve(path).recipe
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert resolve(path).recipe == recipe
+
+
 @pytest.mark.parametrize(
     ("sets", "message"),
     [

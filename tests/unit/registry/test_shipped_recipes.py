@@ -43,9 +43,14 @@ def test_the_embedded_default() -> None:
     assert recipe.rollout.grid == "uniform"
     assert recipe.objective.config.model_dump() == {
         "clip_range": 1e-3,
+        "clip_range_high": None,
         "kl_beta": 0.0,
+        "ratio_norm": False,
+        "noise_weighting": False,
+        "target_kl": None,
         "adv_clip_max": 5.0,
         "global_std": True,
+        "reward_combination": "sum",
     }
     assert (recipe.lora.rank, recipe.lora.alpha) == (8, 16.0)
     assert [r.name for r in recipe.eval.rewards] == ["shapes-quality"]

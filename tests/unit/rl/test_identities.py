@@ -4,9 +4,14 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.support import rl_identities
+from tests.support import rl_identities, variant_identities
 
-CHECKS = [function for name, function in vars(rl_identities).items() if name.startswith("check_")]
+CHECKS = [
+    function
+    for module in (rl_identities, variant_identities)
+    for name, function in vars(module).items()
+    if name.startswith("check_")
+]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))

@@ -28,6 +28,12 @@ def test_a_stochasticizer_with_two_calls_doubles_its_transitions() -> None:
     assert facts["network calls an iteration"] == "105 in the rollout, 90 in the updates"
 
 
+def test_steps_outside_a_window_are_not_replayed_and_cost_one_call() -> None:
+    facts = plan(resolve(None, {"stochasticizer": "asfmc-euler"}, [*SHAPE, "rollout.window={size: 1}"])).facts
+    assert facts["transitions an image"] == "1"
+    assert facts["network calls an iteration"] == "75 in the rollout, 30 in the updates"
+
+
 def test_an_objective_on_samples_has_no_transitions() -> None:
     facts = plan(resolve(None, {"objective": "rwfm"}, SHAPE)).facts
     assert "transitions an image" not in facts
