@@ -29,10 +29,10 @@ TORCH_FOLDER := -c 'from importlib.util import find_spec; from pathlib import Pa
   print(Path(find_spec("torch").origin).parents[1])'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test check gpu-check format clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 setup: $(STAMP) ## build the environment in .venv
 
@@ -71,6 +71,9 @@ check: setup ## format, lint, types, layers and the fast tests
 	$(RUN) mypy
 	$(LINT_IMPORTS)
 	$(RUN) pytest -m "not slow and not gpu and not rtx" tests/unit
+
+gpu-check: setup ## throughput, memory against the plan and parity on the GPU that is here; JSON in benchmarks/results
+	$(BIN)/python benchmarks/gpu_check.py
 
 format: setup ## rewrite the sources in the project's style
 	$(RUN) ruff format .

@@ -68,7 +68,7 @@ def main() -> None:
     recipe = Recipe.default(model=args.model)
     device = pick_device("cpu")
     composed = compose(recipe, device, torch.float32)
-    sizes = choose_sizes(recipe, device)
+    sizes = choose_sizes(recipe, device.type)
     loop, bare = [], []
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(composed, RunFolder.create(Path(folder) / "run", args.model), sizes, lambda event: None)

@@ -17,6 +17,7 @@ from fmg.cli.catalog import list_components, show
 from fmg.cli.console import print_error, print_warning, tolerate_narrow_encodings
 from fmg.cli.doctor_rewards import doctor
 from fmg.cli.evaluate import evaluate
+from fmg.cli.export import export
 from fmg.cli.fetch import fetch
 from fmg.cli.generate import generate
 from fmg.cli.options import check_words
@@ -92,6 +93,7 @@ app.command("generate")(generate)
 app.command("list")(list_components)
 app.command("show")(show)
 app.command("fetch")(fetch)
+app.command("export")(export)
 app.command("runs")(runs)
 app.command("reward-server")(reward_server)
 app.add_typer(pretrain, name="pretrain")

@@ -119,18 +119,23 @@ def train(
 
 
 def _print_plan(resolved: ResolvedRecipe, *, as_json: bool) -> None:
-    from fmg.training.plan import plan
+    from fmg.training.plan import plan, size_text
 
-    facts = plan(resolved).facts
-    rows = resolved.table()
+    planned = plan(resolved)
+    rows, memory = resolved.table(), planned.memory
     if as_json:
         values = {row.path: {"value": row.value, "source": row.source.text} for row in rows}
-        print_json({"recipe": values, "plan": dict(facts)})
+        parts = {} if memory is None else {"memory_bytes": {**memory.parts, "peak": memory.peak}}
+        print_json({"recipe": values, "plan": dict(planned.facts), **parts})
         return
     out = stdout()
     out.print(table(["value", "is", "from"], [(row.path, _shown(row.value), row.source.text) for row in rows]))
     out.print()
-    out.print(table(["plan", ""], list(facts.items())))
+    out.print(table(["plan", ""], list(planned.facts.items())))
+    if memory is not None:
+        out.print()
+        sizes = [(part, size_text(size)) for part, size in memory.parts.items()]
+        out.print(table(["memory of a device", "size"], [*sizes, ("together", size_text(memory.peak))], right=["size"]))
 
 
 def _shown(value: object) -> str:

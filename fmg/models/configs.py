@@ -8,9 +8,11 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from fmg.core.geometry import ModelGeometry
 from fmg.core.specs import MapSpec
 from fmg.models.conventions import read_conventions
-from fmg.registry.config import ModelConfig
+from fmg.models.geometry import flux_geometry
+from fmg.registry.config import About, ModelConfig
 
 
 class EmbeddedConfig(ModelConfig):
@@ -18,6 +20,10 @@ class EmbeddedConfig(ModelConfig):
 
     asset: ClassVar[str]
     """Name of the model, of its folder under the package's assets, and of its recipe."""
+
+    about: ClassVar[About] = About(
+        licence="Apache-2.0", weights=("in the package; `fmg pretrain shapes` remakes them",)
+    )
 
     folder: str | None = Field(
         default=None,
@@ -37,6 +43,10 @@ class EmbeddedConfig(ModelConfig):
             CheckpointError: the folder is missing or is not a flow-map model.
         """
         return read_conventions(self.directory()).spec(self.asset)
+
+    def geometry(self) -> ModelGeometry:
+        """Measures by the JSON files and safetensors headers of the folder."""
+        return flux_geometry(self.directory(), read_conventions(self.directory()))
 
 
 class MeanFlowShapesConfig(EmbeddedConfig):

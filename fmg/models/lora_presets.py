@@ -22,3 +22,8 @@ def expand_targets(targets: Iterable[str]) -> tuple[str, ...]:
     """Presets replaced by their suffixes, other entries kept; without repeats, in order."""
     expanded = (suffix for target in targets for suffix in LORA_PRESETS.get(target, (target,)))
     return tuple(dict.fromkeys(expanded))
+
+
+def is_target(name: str, suffixes: Iterable[str]) -> bool:
+    """Whether the name of a module is, or ends with a dot and, one of the suffixes."""
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)

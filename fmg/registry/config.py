@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fmg.core.geometry import ModelGeometry
 from fmg.core.specs import MapSpec, Requirements
 
 
@@ -50,6 +51,10 @@ class ModelConfig(ComponentConfig, ABC):
     @abstractmethod
     def spec(self) -> MapSpec:
         """Declared properties, read from the config or the small JSON beside the weights."""
+
+    def geometry(self) -> ModelGeometry | None:
+        """The measures that a memory plan needs, read without a weight; None: the plan counts calls only."""
+        return None
 
 
 class StochasticizerConfig(ComponentConfig, ABC):

@@ -40,12 +40,10 @@ def refresh_old(stochasticizer: Stochasticizer, policies: Policies, batch: Batch
     """
     log_probs, means, stds = [], [], []
     for part in batch.split(micro_batch):
-        with torch.enable_grad():
-            density = replay(stochasticizer, policies.current, part)
-            log_prob = density.log_prob(part.rows["x_s"])
-        log_probs.append(log_prob.detach())
-        means.append(density.mean.detach())
-        stds.append(density.std.detach())
+        log_prob, mean, std = _as_in_an_update(stochasticizer, policies, part)
+        log_probs.append(log_prob)
+        means.append(mean)
+        stds.append(std)
     if not log_probs:
         return batch
     return batch.with_rows(log_prob_old=torch.cat(log_probs), mean_old=torch.cat(means), std=torch.cat(stds))
@@ -59,6 +57,16 @@ def replay_ratio(stochasticizer: Stochasticizer, policies: Policies, batch: Batc
     fresh = refresh_old(stochasticizer, policies, batch, micro_batch).rows
     log_ratio = fresh["log_prob_old"] - batch.rows["log_prob_old"]
     return float(torch.expm1(log_ratio).abs().max()) if len(batch) else 0.0
+
+
+def _as_in_an_update(
+    stochasticizer: Stochasticizer, policies: Policies, part: Batch
+) -> tuple[Float[Tensor, " b"], Float[Tensor, "b *shape"], Float[Tensor, " b"]]:
+    """Log-prob, mean and std of a forward pass that records gradients; its graph ends here, before the next begins."""
+    with torch.enable_grad():
+        density = replay(stochasticizer, policies.current, part)
+        log_prob = density.log_prob(part.rows["x_s"])
+    return log_prob.detach(), density.mean.detach(), density.std.detach()
 
 
 class Unbound:

@@ -11,6 +11,7 @@ from fmg.data.run_folder import RunFolder, State
 from fmg.inference.devices import device_for, pick_dtype
 from fmg.registry.recipe import Recipe
 from fmg.registry.resolve import ResolvedRecipe
+from fmg.training.card import write_cards
 from fmg.training.compose import compose
 from fmg.training.sizes import choose_sizes
 from fmg.training.trainer import Trainer, TrainResult
@@ -41,7 +42,8 @@ def train(recipe: Recipe | ResolvedRecipe, run: str | Path | None = None, observ
     state: State = "failed"
     try:
         folder.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
-        result = Trainer(composed, folder, choose_sizes(plain, device), observer).train()
+        result = Trainer(composed, folder, choose_sizes(plain, device.type), observer).train()
+        write_cards(folder, plain)
         state = "interrupted" if result.interrupted else "finished"
     except KeyboardInterrupt:
         state = "interrupted"

@@ -2,54 +2,153 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+from fmg.core.geometry import ModelGeometry
+from fmg.data.run_folder import RUNS
 from fmg.registry.recipe import Recipe
 from fmg.registry.resolve import ResolvedRecipe
+from fmg.training.plan_memory import FULL, Memory, adapted_layers, adapter_parameters, plan_memory
+from fmg.training.plan_time import Work, estimate_iteration, transitions_of
+from fmg.training.sizes import Sizes, choose_sizes
+
+REFERENCE_GROUPS, REFERENCE_SIZE, REFERENCE_DEVICES = 48, 24, 8
+"""Samples of an iteration and GPUs of the published recipe (Flow-Map GRPO, arXiv 2607.00535)."""
+
+# From this size on a model is planned for a GPU when the recipe leaves the device open.
+_LARGE = 1_000_000_000
+# The newest checkpoint and the best one, each as a diffusers file and as a PEFT file.
+_ADAPTER_FILES = 4
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Facts about a run, by name, in the order in which they are read."""
+    """Facts about a run, by name, in the order in which they are read, and its memory where the model states sizes."""
 
     facts: Mapping[str, str]
+    memory: Memory | None
 
 
-def plan(resolved: ResolvedRecipe) -> Plan:
-    """Counts the work of a run.
+def plan(resolved: ResolvedRecipe, *, devices: int | None = None, runs: Path = RUNS) -> Plan:
+    """Counts the work, the memory and the disk of a run.
 
     A network call is one image through the network once. A rollout of N steps takes N - 1 stochastic transitions, or as
     many as its window has, of one or more calls as the stochasticizer declares; its other steps are deterministic and
     take one. The updates together replay each transition once, with gradients. Evaluations, and a reference that an
     objective compares with, come on top.
+
+    Args:
+        resolved: the recipe.
+        devices: equal devices that share an iteration's samples; None: as many as `WORLD_SIZE` says, else one.
+        runs: folder of earlier runs, whose times are scaled.
     """
     recipe = resolved.recipe
     shape, loop, model = recipe.rollout, recipe.train, recipe.model.config.spec()
     images = shape.groups * shape.group_size
     evaluations = 1 + -(-loop.iterations // recipe.eval.every)
+    geometry = recipe.model.config.geometry()
+    count = devices or _world_size()
+    kind = _device_type(recipe, geometry)
+    sizes = choose_sizes(recipe, kind)
     facts = {
         "model": f"{recipe.model.name}, {'two' if model.anchors == 'any' else 'single'}-time map, {model.path} path, "
         f"{model.resolution} px",
+        **({} if geometry is None else _size_facts(recipe, geometry)),
         "stochasticizer": recipe.stochasticizer.name,
         "images an iteration": f"{images} ({shape.groups} prompts x {shape.group_size})",
-        **_calls(recipe, images),
+        **_calls(recipe),
         "images in all": f"{images * loop.iterations} in {loop.iterations} iterations",
         "evaluations": f"{evaluations} x {recipe.eval.num} images",
-        "device": f"{loop.device}, {loop.dtype}",
+        "device": f"{loop.device if loop.device != 'auto' else f'auto (planned as {kind})'}, {loop.dtype}"
+        + (f", {count} of them" if count > 1 else ""),
+        **_equivalence(recipe, sizes, count),
+        **_time_facts(recipe, runs),
     }
-    return Plan(facts)
+    memory = None if geometry is None else plan_memory(recipe, geometry, sizes, count)
+    if memory is not None:
+        facts["memory at the peak"] = f"{size_text(memory.peak)} a device"
+    return Plan(facts, memory)
 
 
-def _calls(recipe: Recipe, images: int) -> dict[str, str]:
-    steps = recipe.rollout.steps
-    if recipe.objective.config.needs == "samples":
-        return {"network calls an iteration": f"{images * steps} in the rollout"}
-    window = recipe.rollout.window
-    transitions = steps - 1 if window is None else window.size
-    replayed = images * transitions * recipe.stochasticizer.config.requires().calls
-    drawn = replayed + images * (steps - transitions)
+def size_text(size: float) -> str:
+    """Bytes for people, in units of 1000."""
+    for unit, power in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= power:
+            return f"{size / power:.3g} {unit}"
+    return f"{size:.0f} B"
+
+
+def _size_facts(recipe: Recipe, geometry: ModelGeometry) -> dict[str, str]:
+    layers = adapted_layers(geometry, recipe.lora.target_names())
+    trained = adapter_parameters(layers, recipe.lora.rank)
     return {
-        "transitions an image": str(transitions),
-        "network calls an iteration": f"{drawn} in the rollout, {replayed} in the updates",
+        "parameters": f"{_count(geometry.parameters)} transformer, {_count(geometry.encoder_parameters)} text encoders,"
+        f" {_count(geometry.decoder_parameters)} autoencoder (by {geometry.origin})",
+        "trainable": f"{_count(trained)}, LoRA of rank {recipe.lora.rank} on {len(layers)} modules",
+        "disk": f"{size_text(_ADAPTER_FILES * FULL * trained)} of checkpoints, besides pictures",
     }
+
+
+def _calls(recipe: Recipe) -> dict[str, str]:
+    work = Work.of(recipe)
+    if recipe.objective.config.needs == "samples":
+        return {"network calls an iteration": f"{work.rollout_calls} in the rollout"}
+    return {
+        "transitions an image": str(transitions_of(recipe)),
+        "network calls an iteration": f"{work.rollout_calls} in the rollout, {work.update_calls} in the updates",
+    }
+
+
+def _equivalence(recipe: Recipe, sizes: Sizes, devices: int) -> dict[str, str]:
+    """How an update comes about on these devices, and how its batch compares with the published one."""
+    shape, updates = recipe.rollout, recipe.train.updates_per_iteration
+    images = shape.groups * shape.group_size
+    reference = REFERENCE_GROUPS * REFERENCE_SIZE
+    rows = -(-images * max(1, transitions_of(recipe)) // updates)
+    passes = -(-rows // (devices * sizes.micro_batch))
+    published = f"{REFERENCE_GROUPS} prompts x {REFERENCE_SIZE} on {REFERENCE_DEVICES} GPUs"
+    if (shape.groups, shape.group_size) == (REFERENCE_GROUPS, REFERENCE_SIZE):
+        compared = f"the same batch as the published {published}, {REFERENCE_DEVICES / devices:g} times the work a GPU"
+    else:
+        compared = (
+            f"{images / reference:.2g} of the published batch ({published}); for the same one set"
+            f" rollout.groups={REFERENCE_GROUPS} and rollout.group_size={REFERENCE_SIZE}"
+        )
+    return {
+        "updates an iteration": f"{updates}, each on {rows} rows: {devices} x {passes} passes of"
+        f" {min(sizes.micro_batch, rows)} rows, accumulated",
+        "reference recipe": compared,
+    }
+
+
+def _time_facts(recipe: Recipe, runs: Path) -> dict[str, str]:
+    estimate = estimate_iteration(recipe, runs)
+    if estimate is None:
+        return {"time": "not known: no run of this model, device and rewards has been made here"}
+    total = estimate.seconds * recipe.train.iterations / 60
+    each = f"{estimate.seconds:.3g} s an iteration, {total:.2g} minutes in all without evaluations"
+    return {"time": f"about {each} (scaled from {estimate.run})"}
+
+
+def _device_type(recipe: Recipe, geometry: ModelGeometry | None) -> str:
+    if recipe.train.device != "auto":
+        return recipe.train.device.partition(":")[0]
+    large = geometry is not None and geometry.parameters >= _LARGE
+    return "cuda" if large or _NVIDIA_DRIVER.exists() else "cpu"
+
+
+def _world_size() -> int:
+    """Processes that `torchrun` or `accelerate launch` started, one for each device."""
+    stated = os.environ.get("WORLD_SIZE", "")
+    return max(1, int(stated)) if stated.isdecimal() else 1
+
+
+def _count(number: int) -> str:
+    for unit, power in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= power:
+            return f"{number / power:.3g} {unit}"
+    return str(number)

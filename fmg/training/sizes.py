@@ -1,10 +1,8 @@
-"""How many samples go through the network at once: chosen by device when a recipe leaves it open."""
+"""How many samples go through the network at once: chosen by device when a recipe leaves it open. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
 
 from fmg.registry.recipe import Recipe
 
@@ -21,9 +19,9 @@ class Sizes:
     micro_batch: int
 
 
-def choose_sizes(recipe: Recipe, device: torch.device) -> Sizes:
-    """The recipe's sizes, or else the device's; never more than there are samples."""
+def choose_sizes(recipe: Recipe, device_type: str) -> Sizes:
+    """The recipe's sizes, or else those of the type of device; never more than there are samples."""
     samples = recipe.rollout.groups * recipe.rollout.group_size
-    default = _CPU_BATCH if device.type == "cpu" else _GPU_BATCH
+    default = _CPU_BATCH if device_type == "cpu" else _GPU_BATCH
     rollout_batch = min(samples, recipe.rollout.batch_size or default)
     return Sizes(rollout_batch, recipe.train.micro_batch or rollout_batch)

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from fmg.core.errors import UsageError
-from fmg.models.lora_presets import LORA_PRESETS, expand_targets
+from fmg.models.lora_presets import LORA_PRESETS, expand_targets, is_target
 
 ADAPTER = "default"
 
@@ -57,10 +57,10 @@ def matching_modules(transformer: nn.Module, targets: Sequence[str]) -> dict[str
     """
     linears = _linear_modules(transformer)
     suffixes = expand_targets(targets)
-    found = {name: linear for name, linear in linears.items() if any(_matches(name, suffix) for suffix in suffixes)}
+    found = {name: linear for name, linear in linears.items() if is_target(name, suffixes)}
     # a preset lists what any FLUX-class model may have; a name that somebody typed has to exist
     typed = [target for target in targets if target not in LORA_PRESETS]
-    unmatched = [target for target in typed if not any(_matches(name, target) for name in linears)]
+    unmatched = [target for target in typed if not any(is_target(name, (target,)) for name in linears)]
     if unmatched or not found:
         raise UsageError(
             f"The LoRA targets {', '.join(unmatched or targets) or '(none)'} match no linear module of the model",
@@ -90,7 +90,7 @@ def attach(
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=[s for s in expand_targets(targets) if any(_matches(name, s) for name in found)],
+        target_modules=[s for s in expand_targets(targets) if any(is_target(name, (s,)) for name in found)],
         lora_dropout=dropout,
         init_lora_weights="gaussian",
     )
@@ -189,10 +189,6 @@ def _linear_modules(transformer: nn.Module) -> dict[str, nn.Linear]:
         for name, module in transformer.named_modules()
         if isinstance(module, nn.Linear) and not is_adapter(f"{name}.")
     }
-
-
-def _matches(name: str, suffix: str) -> bool:
-    return name == suffix or name.endswith(f".{suffix}")
 
 
 def _endings(names: Iterable[str]) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -58,8 +58,16 @@ class AdapterManifest(BaseModel):
     targets: tuple[str, ...] = Field(description="Suffixes of the names of the adapted modules.")
 
 
-def save(folder: Path, transformer: Any, base: BaseReference, conventions: FlowMapConventions) -> None:
+def save(
+    folder: Path,
+    transformer: Any,
+    base: BaseReference,
+    conventions: FlowMapConventions,
+    prove: Callable[[Path], object],
+) -> None:
     """Writes the adapter of `transformer` to a new folder; either all of it appears or nothing.
+
+    `prove` gets the folder before it appears under its name; when it raises, nothing is kept.
 
     Raises:
         UsageError: there is no adapter, or the folder exists.
@@ -78,7 +86,7 @@ def save(folder: Path, transformer: Any, base: BaseReference, conventions: FlowM
     )
     # PEFT keeps the targets in a set, whose order would change from run to run
     stated = {**config.to_dict(), "target_modules": list(manifest.targets)}
-    with _new_folder(folder) as partial:
+    with new_folder(folder) as partial:
         FluxLoraLoaderMixin.save_lora_weights(
             str(partial),
             transformer_lora_layers=tensors,
@@ -89,6 +97,7 @@ def save(folder: Path, transformer: Any, base: BaseReference, conventions: FlowM
         _write_text(peft / PEFT_CONFIG_FILE, json.dumps(stated, indent=2, sort_keys=True))
         save_file({PEFT_PREFIX + name: x for name, x in tensors.items()}, peft / PEFT_FILE, metadata={"format": "pt"})
         _write_text(partial / MANIFEST_FILE, manifest.model_dump_json(indent=2, by_alias=True))
+        prove(partial)
 
 
 def read_manifest(folder: Path) -> AdapterManifest:
@@ -151,7 +160,7 @@ def _write_text(file: Path, text: str) -> None:
 
 
 @contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path) -> Iterator[Path]:
     """A folder under another name that takes its own when the body has finished, and is removed when it fails."""
     if folder.exists():
         raise UsageError(f"{folder} exists already", "Save to another folder, or move that one away.")

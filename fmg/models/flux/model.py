@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from fmg.core.protocols import FlowMap
 from fmg.core.specs import MapSpec
 from fmg.core.types import Conditioning
 from fmg.flow import SingleTimeMap, TwoTimeMap, path_by_name
-from fmg.models.flux import adapter, adapter_files
+from fmg.models.flux import adapter, adapter_files, prove
 from fmg.models.flux.adapter import WeightSnapshot
 from fmg.models.flux.digest import live_digest, stored_digest
 from fmg.models.flux.latents import PATCH
@@ -151,10 +151,14 @@ class FluxModel:
     def save_adapter(self, folder: Path) -> None:
         """Writes `pytorch_lora_weights.safetensors`, the PEFT folder `peft/` and `fmg_adapter.json`, all or nothing.
 
+        What is written is proven first: stock diffusers reads it back and draws the same picture.
+
         Raises:
             UsageError: there is no adapter, or the folder exists.
+            CheckpointError: the files do not give the model back; they are not kept.
         """
-        adapter_files.save(folder, self._components.transformer, self._base, self._components.conventions)
+        parts = self._components
+        adapter_files.save(folder, parts.transformer, self._base, parts.conventions, self._prove)
 
     def load_adapter(self, folder: Path) -> None:
         """Reads what `save_adapter` wrote, into the adapter that is attached or a new one of the saved geometry.
@@ -176,6 +180,20 @@ class FluxModel:
             for name, parameter in self.trainable():
                 parameter.copy_(tensors[name])
         self.snapshot()
+
+    def _prove(self, folder: Path) -> None:
+        transformer = self._components.transformer
+        fresh = prove.reloaded(transformer, folder)
+        prove.check_adapter(transformer, fresh, folder)
+        stock = FluxModel(replace(self._components, transformer=fresh), self._name)
+        cond = self.encode([prove.PROMPT])
+        prove.check_same(self._picture(cond), stock._picture(cond), transformer.dtype, folder)
+
+    @torch.no_grad()
+    def _picture(self, cond: Conditioning) -> Float[Tensor, "1 3 height width"]:
+        noise = prove.picture_noise(self.latent_shape, self.device)
+        start, end = torch.ones(1, device=self.device), torch.zeros(1, device=self.device)
+        return self.decode(self.flow_map.jump(noise, start, end, cond))
 
     @cached_property
     def _base(self) -> adapter_files.BaseReference:

@@ -1,0 +1,102 @@
+"""The proof of a saved adapter: stock diffusers reads it into a fresh transformer, which must draw the same picture."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline
+from diffusers.utils import logging as diffusers_logging
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fmg.core.errors import CheckpointError
+from fmg.models.flux.adapter import ADAPTER, adapter_parameters, base_name, is_adapter
+
+_FIX = "Check the disk, and the versions of diffusers and peft."
+PROMPT = "a red circle left"
+"""What proofs draw."""
+TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType({torch.float32: 1e-5, torch.bfloat16: 1e-2})
+"""Mean difference of the pixels in [0, 1] between the trained model and the reloaded one, by the network's dtype.
+
+Stock diffusers rounds an adapter to the dtype of the base, so a bf16 picture agrees to bf16's precision only.
+"""
+
+
+def fresh_transformer(transformer: Any) -> Any:
+    """A transformer without adapter over the same base tensors: no weight is copied, so any size costs nothing."""
+    with torch.device("meta"):
+        fresh = type(transformer).from_config(transformer.config)
+    tensors = {base_name(name): x for name, x in transformer.state_dict().items() if not is_adapter(name)}
+    fresh.load_state_dict(tensors, assign=True)
+    return fresh.eval().requires_grad_(False)
+
+
+def reloaded(transformer: Any, folder: Path) -> Any:
+    """A fresh transformer over the same base, into which `FluxPipeline.load_lora_weights` has read `folder`."""
+    pipeline = FluxPipeline(
+        scheduler=None,
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=fresh_transformer(transformer),
+    )
+    before = diffusers_logging.get_verbosity()
+    # it says for each text encoder that the file has nothing for it
+    diffusers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            # what PEFT suspects of a file is decided by comparing the tensors
+            warnings.simplefilter("ignore", RuntimeWarning)
+            pipeline.load_lora_weights(str(folder), adapter_name=ADAPTER)
+    finally:
+        diffusers_logging.set_verbosity(before)
+    return pipeline.transformer
+
+
+def check_adapter(trained: nn.Module, stock: nn.Module, folder: Path) -> None:
+    """Whether the reloaded adapter has the trained values, bit for bit after rounding to its own dtype.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over or another one.
+    """
+    wanted, given = adapter_parameters(trained), adapter_parameters(stock)
+    wrong = sorted(wanted.keys() ^ given.keys()) or [
+        name for name, x in given.items() if not torch.equal(x.detach(), wanted[name].detach().to(x.dtype))
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"The adapter saved as {folder.name} comes back changed when diffusers reads it: {wrong[0]}"
+            f" (one of {len(wrong)}); it was not kept",
+            _FIX,
+        )
+
+
+def check_same(
+    trained: Float[Tensor, "b 3 h w"], drawn: Float[Tensor, "b 3 h w"], dtype: torch.dtype, folder: Path
+) -> float:
+    """The mean difference of the pixels.
+
+    Raises:
+        CheckpointError: it is beyond the tolerance of `dtype`, or not a number.
+    """
+    difference = float((trained - drawn).abs().mean())
+    tolerance = TOLERANCE[dtype]
+    if not difference <= tolerance:
+        raise CheckpointError(
+            f"The adapter saved as {folder.name} draws another picture when diffusers reads it back: pixels differ by"
+            f" {difference:.2g} in the mean, more than {tolerance:g}; it was not kept",
+            _FIX,
+        )
+    return difference
+
+
+def picture_noise(shape: tuple[int, ...], device: torch.device) -> Float[Tensor, "1 c h w"]:
+    """The noise that proofs start from."""
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(device)

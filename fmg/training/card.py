@@ -1,0 +1,117 @@
+"""The model card of a checkpoint: base, terms, recipe, scores, pictures and the commands that use it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from fmg.data.checkpoints import FOLDER, Saved, read_index
+from fmg.data.run_folder import RunFolder, read_metrics, write_atomic
+from fmg.registry.config import About
+from fmg.registry.recipe import Recipe
+from fmg.version import __version__
+
+CARD = "README.md"
+SAMPLES = "samples.png"
+_NOT_STATED = "not stated by its authors"
+
+
+def write_cards(run: RunFolder, recipe: Recipe) -> None:
+    """Writes `README.md` and `samples.png` into every checkpoint that the run kept."""
+    index = read_index(run.path)
+    for saved in index.saved if index else ():
+        folder = run.path / FOLDER / saved.name
+        drawn = run.samples / f"iteration-{saved.iteration:04d}.png"
+        if drawn.is_file():
+            shutil.copyfile(drawn, folder / SAMPLES)
+        scores = _scores(read_metrics(run.metrics), saved.iteration)
+        text = card_text(recipe, saved, scores, pictured=drawn.is_file())
+        write_atomic(folder / CARD, text.encode())
+
+
+def card_text(
+    recipe: Recipe, saved: Saved, scores: Mapping[str, tuple[float | None, float | None]], *, pictured: bool
+) -> str:
+    """The card in Markdown, with the front matter that model hubs read.
+
+    Args:
+        recipe: of the run.
+        saved: the checkpoint.
+        scores: held-out scores by log key, of the base and of the checkpoint.
+        pictured: whether there is a `samples.png` beside the card.
+    """
+    return "\n".join(_lines(recipe, saved, scores, pictured=pictured)) + "\n"
+
+
+def _lines(
+    recipe: Recipe, saved: Saved, scores: Mapping[str, tuple[float | None, float | None]], *, pictured: bool
+) -> Iterator[str]:
+    name = recipe.model.name
+    rewards = " + ".join(f"{reward.weight:g} {reward.label}" for reward in recipe.rewards)
+    yield from ("---", f"base_model: {name}", "library_name: diffusers", "pipeline_tag: text-to-image")
+    yield from ("tags: [lora, flow-map, reinforcement-learning, fmg]", "---")
+    yield f"# {name}, tuned for {rewards}"
+    yield ""
+    yield (
+        f"A LoRA (rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}) on the few-step flow map `{name}`, after"
+        f" iteration {saved.iteration} of `{recipe.objective.name}` on `{recipe.stochasticizer.name}` transitions,"
+        f" made with fmg {__version__}. Before it was kept, stock diffusers read it back and drew the same picture."
+    )
+    yield from ("", "## Terms", "", "| part | licence | publication |", "|---|---|---|")
+    yield _terms(f"base `{name}`", recipe.model.config.about)
+    for reward in recipe.measured_rewards:
+        yield _terms(f"reward `{reward.label}`", reward.config.about)
+    yield from ("", "## Held-out scores", "")
+    steps = recipe.eval.steps or recipe.rollout.steps
+    yield f"{recipe.eval.num} images of prompts that training did not see, {steps} network calls each."
+    yield from ("", "| score | base | this adapter |", "|---|---|---|")
+    for key, (before, after) in scores.items():
+        yield f"| {key} | {_number(before)} | {_number(after)} |"
+    if pictured:
+        yield from ("", f"![Samples at fixed prompts and seeds]({SAMPLES})")
+    yield from ("", "## Use", "", "```sh", "# RUN is the run folder that holds this checkpoint")
+    yield from ('fmg generate "PROMPT" --from RUN', f"fmg eval RUN --against {name}")
+    yield from ("fmg export --diffusers RUN OUT", "```", "")
+    yield (
+        "In diffusers: `pipe.load_lora_weights(FOLDER)` on the pipeline of the base, with its transformer loaded as"
+        " `fmg.models.flux.transformer.FlowMapFluxTransformer2DModel`; `peft/` is the same adapter for PEFT."
+    )
+    # as JSON, which is YAML too: the values without the paths of the machine that made them
+    yield from ("", "## Recipe", "", "```json", json.dumps(_shareable(recipe), indent=2), "```")
+
+
+def _terms(part: str, about: About) -> str:
+    # a component that states nothing at all loads nothing that somebody published
+    licence = about.licence or (_NOT_STATED if about.weights else "no published weights")
+    return f"| {part} | {licence} | {about.citation or '-'} |"
+
+
+def _scores(lines: list[dict[str, object]], iteration: int) -> dict[str, tuple[float | None, float | None]]:
+    evaluated = [line for line in lines if any(key.startswith("eval/") for key in line)]
+    base = next((line for line in evaluated if line.get("iteration") == 0), {})
+    own = next((line for line in evaluated if line.get("iteration") == iteration), {})
+    keys = [key for key in own if key.startswith("eval/") and not key.endswith("_se")]
+    return {key.removeprefix("eval/").removesuffix("_mean"): (_float(base.get(key)), _float(own[key])) for key in keys}
+
+
+def _float(value: object) -> float | None:
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _shareable(recipe: Recipe) -> object:
+    """The recipe's values, with the last name only of every absolute path."""
+
+    def clean(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: clean(child) for key, child in value.items()}
+        if isinstance(value, list):
+            return [clean(child) for child in value]
+        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+    return clean(recipe.plain())

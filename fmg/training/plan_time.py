@@ -1,0 +1,90 @@
+"""Time of an iteration, scaled from runs that were made on this computer. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from fmg.core.errors import FmgError
+from fmg.data.run_folder import RUNS, list_runs, read_metrics
+from fmg.registry.recipe import Recipe
+
+_STAGES = ("rollout", "decode", "reward", "update")
+
+
+def transitions_of(recipe: Recipe) -> int:
+    """Stochastic transitions of one sample: all steps but the last, or those of the window; 0 where none is needed."""
+    if recipe.objective.config.needs == "samples":
+        return 0
+    window = recipe.rollout.window
+    return recipe.rollout.steps - 1 if window is None else window.size
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an iteration does, in the units that its stages' times grow with."""
+
+    images: int
+    rollout_calls: int
+    update_calls: int
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Work:
+        """Counts of one iteration: the updates replay every transition of the rollout once."""
+        images, steps = recipe.rollout.groups * recipe.rollout.group_size, recipe.rollout.steps
+        transitions = transitions_of(recipe)
+        if not transitions:
+            return cls(images, images * steps, images)
+        replayed = images * transitions * recipe.stochasticizer.config.requires().calls
+        return cls(images, replayed + images * (steps - transitions), replayed)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of one iteration, and the run that they were scaled from."""
+
+    seconds: float
+    run: Path
+
+
+def estimate_iteration(recipe: Recipe, root: Path = RUNS) -> Estimate | None:
+    """Scales the times of the newest run under `root` with the same model, device, dtype and rewards; None without.
+
+    Times of the first iteration, which warms up, are left out where there are others.
+    """
+    for run in reversed(list_runs(root)):
+        try:
+            past, lines = Recipe.from_yaml(run.recipe, allow_code=True), read_metrics(run.metrics)
+        except FmgError:
+            continue
+        timed = [line for line in lines if "time/iteration_s" in line]
+        if timed and _alike(recipe, past):
+            seconds = _scaled(Work.of(recipe), Work.of(past), timed[1:] or timed)
+            return Estimate(seconds, run.path)
+    return None
+
+
+def _alike(recipe: Recipe, past: Recipe) -> bool:
+    def traits(r: Recipe) -> tuple[object, ...]:
+        rewards = tuple(sorted(reward.label for reward in r.rewards))
+        return r.model, r.objective.name, r.train.device, r.train.dtype, rewards
+
+    return traits(recipe) == traits(past)
+
+
+def _scaled(now: Work, past: Work, lines: list[dict[str, object]]) -> float:
+    images = now.images / past.images
+    scale: Mapping[str, float] = {
+        "rollout": now.rollout_calls / past.rollout_calls,
+        "decode": images,
+        "reward": images,
+        "update": now.update_calls / past.update_calls if past.update_calls else images,
+    }
+    return sum(scale[stage] * _median(lines, f"time/{stage}_s") for stage in _STAGES)
+
+
+def _median(lines: list[dict[str, object]], key: str) -> float:
+    values = [value for line in lines if isinstance(value := line.get(key), (int, float))]
+    return float(median(values)) if values else 0.0

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fmg.core.errors import CheckpointError, UsageError
+from fmg.export.diffusers import merge_folder
+from fmg.models.flux.adapter_files import DIFFUSERS_FILE
+from fmg.models.flux.loading import load_folder
+from fmg.models.flux.model import FluxModel
+from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
+from fmg.models.flux.weights import INDEX_FILE
+from tests.tiny_flux import build_tiny_flux
+
+CPU = torch.device("cpu")
+PROMPTS = ["a red circle", "a blue square"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_flux(tmp_path_factory.mktemp("base") / "flux")
+
+
+@pytest.fixture(scope="module")
+def tuned(base: Path) -> FluxModel:
+    model = FluxModel.from_folder(base, CPU, torch.float32, name="tiny")
+    model.attach_adapter(2, 6.0, ["attention"], 0.0, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, parameter in model.trainable():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(tuned: FluxModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "adapter"
+    tuned.save_adapter(folder)
+    (folder / "README.md").write_text("the card\n")
+    return folder
+
+
+@torch.no_grad()
+def _images(model: FluxModel) -> Tensor:
+    noise = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    cond = model.encode(PROMPTS)
+    return model.decode(model.flow_map.jump(noise, torch.ones(2), torch.zeros(2), cond))
+
+
+def test_stock_flux_pipeline_of_the_folder_draws_what_base_and_adapter_draw(
+    base: Path, tuned: FluxModel, saved: Path, tmp_path: Path
+) -> None:
+    merged = merge_folder(base, saved, tmp_path / "merged")
+    # 2 double-stream blocks with 8 projections, 2 single-stream blocks with 3
+    assert merged.changed == 22
+    transformer = FlowMapFluxTransformer2DModel.from_pretrained(str(tmp_path / "merged"), subfolder="transformer")
+    pipeline = FluxPipeline.from_pretrained(str(tmp_path / "merged"), transformer=transformer)
+    parts = load_folder(tmp_path / "merged", CPU, torch.float32)
+    assert pipeline.transformer.state_dict().keys() == parts.transformer.state_dict().keys()
+    stock, ours = pipeline.transformer.state_dict(), parts.transformer.state_dict()
+    assert all(torch.equal(stock[name], x) for name, x in ours.items())
+    drawn, expected = _images(FluxModel(parts, "tiny")), _images(tuned)
+    assert torch.allclose(drawn, expected, atol=1e-5, rtol=0)
+    with tuned.adapter_enabled(False):
+        assert not torch.allclose(_images(tuned), expected, atol=1e-3)
+    assert (tmp_path / "merged" / "README.md").read_text() == "the card\n"
+
+
+def test_shards_stay_shards_and_say_their_size(base: Path, tuned: FluxModel, saved: Path, tmp_path: Path) -> None:
+    sharded = Path(shutil.copytree(base, tmp_path / "sharded"))
+    transformer = load_folder(sharded, CPU, torch.float32).transformer
+    shutil.rmtree(sharded / "transformer")
+    transformer.save_pretrained(str(sharded / "transformer"), max_shard_size="200KB")
+    merge_folder(sharded, saved, tmp_path / "merged", dtype=torch.bfloat16)
+    shards = sorted((tmp_path / "merged" / "transformer").glob("*.safetensors"))
+    assert len(shards) > 2
+    assert {x.dtype for shard in shards for x in load_file(shard).values()} == {torch.bfloat16}
+    index = json.loads((tmp_path / "merged" / "transformer" / INDEX_FILE).read_text())
+    assert index["metadata"]["total_size"] == sum(p.numel() * 2 for p in transformer.parameters())
+    drawn = _images(FluxModel(load_folder(tmp_path / "merged", CPU, torch.float32), "tiny"))
+    assert torch.allclose(drawn, _images(tuned), atol=0.05, rtol=0)
+
+
+def test_another_base_unknown_keys_and_taken_folders_are_refused_and_leave_nothing(
+    base: Path, saved: Path, tmp_path: Path
+) -> None:
+    other = build_tiny_flux(tmp_path / "other", seed=1)
+    out = tmp_path / "exports" / "merged"
+    with pytest.raises(CheckpointError, match="trained on other weights of 'tiny'"):
+        merge_folder(other, saved, out)
+    strange = Path(shutil.copytree(saved, tmp_path / "strange"))
+    tensors = load_file(strange / DIFFUSERS_FILE)
+    save_file({**tensors, "transformer.nowhere.lora_A.weight": torch.zeros(2, 4)}, strange / DIFFUSERS_FILE)
+    with pytest.raises(CheckpointError, match=r"nowhere\.lora_A\.weight is unknown"):
+        merge_folder(base, strange, out)
+    assert not out.parent.exists()
+    out.mkdir(parents=True)
+    with pytest.raises(UsageError, match="merged exists already"):
+        merge_folder(base, saved, out)
+
+
+def test_an_export_that_fails_on_the_way_leaves_nothing(
+    base: Path, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("fmg.export.diffusers.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        merge_folder(base, saved, tmp_path / "exports" / "merged")
+    assert list((tmp_path / "exports").iterdir()) == []

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from fmg.data.checkpoints import CheckpointIndex, Saved, write_index
+from fmg.data.run_folder import RunFolder
+from fmg.registry.recipe import Recipe
+from fmg.training.card import write_cards
+
+
+def _run(tmp_path: Path) -> RunFolder:
+    run = RunFolder.create(tmp_path / "run", "meanflow-shapes")
+    for iteration, strict, score in ((0, 0.25, 0.5), (10, 0.75, 0.875)):
+        line = {"iteration": iteration, "eval/shapes_strict_mean": strict, "eval/score": score, "eval/score_se": 0.01}
+        run.append_metrics(line)
+        run.append_metrics({"iteration": iteration + 1, "reward/mean": 0.1})
+    for name in ("checkpoint-10",):
+        (run.checkpoints / name).mkdir()
+    saved = (Saved("checkpoint-10", 10, "eval/score", 0.875),)
+    write_index(run.path, CheckpointIndex(saved, "checkpoint-10", "checkpoint-10"))
+    (run.samples / "iteration-0010.png").write_bytes(b"picture")
+    return run
+
+
+def test_a_card_states_base_terms_scores_pictures_commands_and_recipe(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    recipe = Recipe.default().with_({"eval.rewards": ["pickscore"]})
+    write_cards(run, recipe)
+    folder = run.checkpoints / "checkpoint-10"
+    text = (folder / "README.md").read_text()
+    assert text.startswith("---\nbase_model: meanflow-shapes\n")
+    assert "# meanflow-shapes, tuned for 1 shapes" in text
+    assert "| base `meanflow-shapes` | Apache-2.0 |" in text
+    assert "| reward `pickscore` | MIT (code)" in text
+    assert "| reward `shapes` | no published weights | - |" in text
+    assert "| shapes_strict | 0.25 | 0.75 |" in text
+    assert "| score | 0.5 | 0.875 |" in text
+    assert "score_se" not in text
+    assert (folder / "samples.png").read_bytes() == b"picture"
+    assert "![Samples at fixed prompts and seeds](samples.png)" in text
+    assert "fmg export --diffusers RUN OUT" in text
+    assert '"clip_range": 0.001' in text
+
+
+def test_no_path_of_the_machine_reaches_a_card(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n")
+    recipe = Recipe.default().with_({"prompts": {"name": "file", "path": str(prompts)}})
+    write_cards(run, recipe)
+    text = (run.checkpoints / "checkpoint-10" / "README.md").read_text()
+    assert '"path": "prompts.txt"' in text
+    assert str(tmp_path) not in text
+
+
+def test_a_run_without_checkpoints_gets_no_card(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", "meanflow-shapes")
+    write_cards(run, Recipe.default())
+    assert not list(run.path.rglob("README.md"))
