@@ -30,7 +30,7 @@ from torch import Tensor
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.models.common.adapter import ADAPTER, adapter_parameters
 from fmg.models.common.digest import stored_digest
-from fmg.models.common.weights import WeightFiles
+from fmg.models.common.weights import Shapes, WeightFiles
 from fmg.models.conventions import FlowMapConventions
 
 _HUB_CACHE = re.compile(r"/models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/")
@@ -156,50 +156,20 @@ def read_manifest(folder: Path) -> AdapterManifest:
 
 
 def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors of a saved adapter by their names without prefix.
+    """The tensors of a saved adapter by their names without prefix: those of the LoRA, and those trained beside it.
 
     Args:
         folder: what `save` wrote.
-        shapes: names and shapes that must be there, no more and no fewer.
+        shapes: names and shapes that must be there, no more and no fewer. A reader that knows of a LoRA alone gets an
+            error for an adapter that is more than one.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or its names, shapes or values are not as they must be.
+        CheckpointError: a file is missing or damaged, or names, shapes or values are not as they must be.
     """
-    return _read(folder / DIFFUSERS_FILE, shapes)
-
-
-def read_extra(folder: Path, manifest: AdapterManifest, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The weights that were trained themselves, by their names in the state dict; none where there were none.
-
-    Args:
-        folder: what `save` wrote.
-        manifest: its manifest.
-        shapes: names and shapes of weights of the base.
-
-    Raises:
-        CheckpointError: the file is missing, damaged or not named in the manifest, or does not fit the base.
-    """
-    file = folder / EXTRA_FILE
-    if not manifest.extra:
-        if file.exists():
-            raise CheckpointError(
-                f"{file} is there, and {MANIFEST_FILE} does not name it", "Restore the manifest, or remove the file."
-            )
-        return {}
-    unknown = sorted(set(manifest.extra) - shapes.keys())
-    if unknown:
-        raise CheckpointError(
-            f"The adapter in {folder} trains {unknown[0]}, which the model does not have",
-            "Load it into the model it was trained on.",
-        )
-    return _read(file, {name: shapes[name] for name in manifest.extra})
-
-
-def _read(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    try:
-        stored = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}", "Restore it or save the adapter again.") from error
+    file = folder / DIFFUSERS_FILE
+    stored = _read(file)
+    if (folder / EXTRA_FILE).exists():
+        stored |= _read(folder / EXTRA_FILE)
     tensors = {
         name.removeprefix(DIFFUSERS_PREFIX): x for name, x in stored.items() if name.startswith(DIFFUSERS_PREFIX)
     }
@@ -218,6 +188,39 @@ def _read(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor
         raise CheckpointError(
             f"{file} does not fit the model: {wrong[0]}{more}", "Load it into the model it was trained on."
         )
+    return tensors
+
+
+def extra_shapes(folder: Path, manifest: AdapterManifest, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
+    """Names and shapes of the weights that were trained themselves, for `read_tensors`.
+
+    Args:
+        folder: what `save` wrote.
+        manifest: its manifest.
+        shapes: names and shapes of the weights of the base.
+
+    Raises:
+        CheckpointError: their file is missing, or the base has no such weights.
+    """
+    if manifest.extra and not (folder / EXTRA_FILE).is_file():
+        raise CheckpointError(
+            f"{folder} lacks {EXTRA_FILE}, the weights that were trained beside the LoRA",
+            "Restore it: without them the adapter is half of what was trained.",
+        )
+    unknown = sorted(set(manifest.extra) - shapes.keys())
+    if unknown:
+        raise CheckpointError(
+            f"The adapter in {folder} trains {unknown[0]}, which the model does not have",
+            "Load it into the model it was trained on.",
+        )
+    return {name: shapes[name] for name in manifest.extra}
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}", "Restore it or save the adapter again.") from error
     return tensors
 
 

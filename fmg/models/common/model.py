@@ -270,8 +270,8 @@ class AdaptedModel(ABC, Generic[C]):
             return
         manifest = adapter_files.read_manifest(folder)
         self._check_base(folder, manifest.base)
-        tensors = adapter_files.read_tensors(folder, self._shapes(folder, manifest))
-        extra = adapter_files.read_extra(folder, manifest, self._second_time_shapes())
+        extra = adapter_files.extra_shapes(folder, manifest, self._second_time_shapes())
+        tensors = adapter_files.read_tensors(folder, self._shapes(folder, manifest) | extra)
         if self._scopes.layers:
             self._check_geometry(folder, manifest)
         else:
@@ -280,7 +280,7 @@ class AdaptedModel(ABC, Generic[C]):
             self.unfreeze("duration")
         with torch.no_grad():
             for name, parameter in self.trainable():
-                parameter.copy_((tensors | extra)[name])
+                parameter.copy_(tensors[name])
         self.snapshot()
 
     def _load_component(self, folder: Path) -> None:
@@ -303,9 +303,10 @@ class AdaptedModel(ABC, Generic[C]):
         if self._unfrozen is not None:
             # what no loader of diffusers knows is read as `load_adapter` reads it
             manifest = adapter_files.read_manifest(folder)
-            extra = adapter_files.read_extra(folder, manifest, self._unfrozen.shapes)
-            prove.check_tensors(self._unfrozen.parameters, extra, folder)
-            placed = {name: x.to(transformer.device) for name, x in extra.items()}
+            extra = adapter_files.extra_shapes(folder, manifest, self._unfrozen.shapes)
+            tensors = adapter_files.read_tensors(folder, self._shapes(folder, manifest) | extra)
+            prove.check_tensors(self._unfrozen.parameters, {name: tensors[name] for name in extra}, folder)
+            placed = {name: tensors[name].to(transformer.device) for name in extra}
             fresh.load_state_dict(placed, strict=False, assign=True)
         self._prove_picture(fresh, folder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
@@ -106,5 +107,12 @@ class PolicyScopes:
             )
         return nullcontext() if self._unfrozen is None else self._unfrozen.base_in_place()
 
-    def _precision(self) -> AbstractContextManager[object]:
-        return nullcontext() if self._autocast is None else torch.autocast(self._device_type, dtype=self._autocast)
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        if self._autocast is None:
+            yield
+            return
+        with warnings.catch_warnings(), torch.autocast(self._device_type, dtype=self._autocast):
+            # fp32 weights of norms over bf16 inputs are what autocast is for, not a mistake
+            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+            yield
