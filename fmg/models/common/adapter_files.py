@@ -30,7 +30,7 @@ from torch import Tensor
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.models.common.adapter import ADAPTER, adapter_parameters
 from fmg.models.common.digest import stored_digest
-from fmg.models.common.weights import Shapes, WeightFiles
+from fmg.models.common.weights import WeightFiles
 from fmg.models.conventions import FlowMapConventions
 
 _HUB_CACHE = re.compile(r"/models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/")
@@ -191,7 +191,9 @@ def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
     return tensors
 
 
-def extra_shapes(folder: Path, manifest: AdapterManifest, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
+def extra_shapes(
+    folder: Path, manifest: AdapterManifest, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights that were trained themselves, for `read_tensors`.
 
     Args:
