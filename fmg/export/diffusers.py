@@ -16,10 +16,10 @@ from torch import Tensor
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.events import Observer, StageProgress, ignore
 from fmg.inference.target import resolve_target
+from fmg.models.common.adapter_files import AdapterManifest, new_folder, read_manifest, read_tensors
+from fmg.models.common.digest import stored_digest
+from fmg.models.common.weights import INDEX_FILE, folder_weights
 from fmg.models.configs import EmbeddedConfig
-from fmg.models.flux.adapter_files import AdapterManifest, new_folder, read_manifest, read_tensors
-from fmg.models.flux.digest import stored_digest
-from fmg.models.flux.weights import INDEX_FILE, folder_weights
 from fmg.models.lora_presets import expand_targets, is_target
 from fmg.training.card import CARD, SAMPLES
 

@@ -15,7 +15,7 @@ from fmg.registry import models
 if TYPE_CHECKING:
     import torch
 
-    from fmg.models.flux.model import FluxModel
+    from fmg.models.flux.family import FluxModel
 
 
 @dataclass(frozen=True)

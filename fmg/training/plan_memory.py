@@ -33,7 +33,7 @@ _REWARD_PARAMETERS: Mapping[str, float] = {
 _REWARD_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _PLACE_OF_IMAGES = (None, "auto")
 
-# Pixels of one decoder call, as in fmg.models.flux.model, which imports torch.
+# Pixels of one decoder call, as in fmg.models.common.model, which imports torch.
 DECODE_PIXELS = 2**18
 
 

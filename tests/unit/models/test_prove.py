@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fmg.core.errors import CheckpointError
-from fmg.models.flux import prove
-from fmg.models.flux.adapter_files import DIFFUSERS_FILE
-from fmg.models.flux.model import FluxModel
+from fmg.models.common import prove
+from fmg.models.common.adapter_files import DIFFUSERS_FILE
+from fmg.models.flux.family import FluxModel
 
 CPU = torch.device("cpu")
 
@@ -60,12 +60,12 @@ def test_a_file_that_lost_values_is_never_reported_as_saved(
 ) -> None:
     read = prove.reloaded
 
-    def damaged(transformer: object, folder: Path) -> object:
+    def damaged(transformer: object, folder: Path, pipeline: object) -> object:
         file = folder / DIFFUSERS_FILE
         with safe_open(str(file), framework="pt") as stored:
             metadata = stored.metadata()
         save_file(damage(load_file(file)), file, metadata=metadata)
-        return read(transformer, folder)
+        return read(transformer, folder, pipeline)
 
     monkeypatch.setattr(prove, "reloaded", damaged)
     with pytest.raises(CheckpointError, match=r"comes back changed when diffusers reads it.*not kept"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,13 +10,12 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline
 from diffusers.utils import logging as diffusers_logging
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from fmg.core.errors import CheckpointError
-from fmg.models.flux.adapter import ADAPTER, adapter_parameters, base_name, is_adapter
+from fmg.models.common.adapter import ADAPTER, adapter_parameters, base_name, is_adapter
 
 _FIX = "Check the disk, and the versions of diffusers and peft."
 PROMPT = "a red circle left"
@@ -36,17 +36,10 @@ def fresh_transformer(transformer: Any) -> Any:
     return fresh.eval().requires_grad_(False)
 
 
-def reloaded(transformer: Any, folder: Path) -> Any:
-    """A fresh transformer over the same base, into which `FluxPipeline.load_lora_weights` has read `folder`."""
-    pipeline = FluxPipeline(
-        scheduler=None,
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=fresh_transformer(transformer),
-    )
+def reloaded(transformer: Any, folder: Path, pipeline: Any) -> Any:
+    """A fresh transformer over the same base, into which the stock `pipeline` class has read `folder`."""
+    others = dict.fromkeys(list(inspect.signature(pipeline).parameters))
+    stock = pipeline(**{**others, "transformer": fresh_transformer(transformer)})
     before = diffusers_logging.get_verbosity()
     # it says for each text encoder that the file has nothing for it
     diffusers_logging.set_verbosity_error()
@@ -54,10 +47,10 @@ def reloaded(transformer: Any, folder: Path) -> Any:
         with warnings.catch_warnings():
             # what PEFT suspects of a file is decided by comparing the tensors
             warnings.simplefilter("ignore", RuntimeWarning)
-            pipeline.load_lora_weights(str(folder), adapter_name=ADAPTER)
+            stock.load_lora_weights(str(folder), adapter_name=ADAPTER)
     finally:
         diffusers_logging.set_verbosity(before)
-    return pipeline.transformer
+    return stock.transformer
 
 
 def check_adapter(trained: nn.Module, stock: nn.Module, folder: Path) -> None:

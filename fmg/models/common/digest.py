@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fmg.core.errors import CheckpointError
-from fmg.models.flux.adapter import base_name, is_adapter
-from fmg.models.flux.weights import WeightFiles
+from fmg.models.common.adapter import base_name, is_adapter
+from fmg.models.common.weights import WeightFiles
 
 
 def live_digest(module: nn.Module) -> str:

@@ -58,7 +58,7 @@ def matching_modules(transformer: nn.Module, targets: Sequence[str]) -> dict[str
     linears = _linear_modules(transformer)
     suffixes = expand_targets(targets)
     found = {name: linear for name, linear in linears.items() if is_target(name, suffixes)}
-    # a preset lists what any FLUX-class model may have; a name that somebody typed has to exist
+    # a preset lists what any model of a family may have; a name that somebody typed has to exist
     typed = [target for target in targets if target not in LORA_PRESETS]
     unmatched = [target for target in typed if not any(is_target(name, (target,)) for name in linears)]
     if unmatched or not found:
@@ -112,7 +112,7 @@ def tuner_layers(transformer: nn.Module) -> list[Any]:
 
 
 def dropout_modules(transformer: nn.Module) -> list[nn.Module]:
-    """The dropout of the LoRA; FLUX itself has none that is active."""
+    """The dropout of the LoRA; the networks themselves have none that is active."""
     dropouts = (layer.lora_dropout.values() for layer in tuner_layers(transformer))
     return [module for modules in dropouts for module in modules if isinstance(module, nn.Dropout)]
 

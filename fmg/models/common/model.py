@@ -1,12 +1,14 @@
-"""A loaded FLUX-class flow map: what the rest of the project sees of a model."""
+"""A loaded flow map with an adapter: what the rest of the project sees of a model, whatever its family."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -16,21 +18,53 @@ from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.protocols import FlowMap
 from fmg.core.specs import MapSpec
 from fmg.core.types import Conditioning
-from fmg.flow import SingleTimeMap, TwoTimeMap, path_by_name
-from fmg.models.flux import adapter, adapter_files, prove
-from fmg.models.flux.adapter import WeightSnapshot
-from fmg.models.flux.digest import live_digest, stored_digest
-from fmg.models.flux.latents import PATCH
-from fmg.models.flux.loading import FluxComponents, load_folder
-from fmg.models.flux.network import FluxNetwork
-from fmg.models.flux.text import TextEncoders
+from fmg.models.common import adapter, adapter_files, prove
+from fmg.models.common.adapter import WeightSnapshot
+from fmg.models.common.digest import live_digest, stored_digest
+from fmg.models.common.text import TextEncoders, TextStack
+from fmg.models.common.weights import WeightFiles
+from fmg.models.conventions import FlowMapConventions
 
 DECODE_PIXELS = 2**18
-"""Image pixels that one decoder call may make: one FLUX image of 512 px, or as many small ones as a CPU cache likes."""
+"""Image pixels that one decoder call may make: one image of 512 px, or as many small ones as a CPU cache likes."""
+
+Scope = Callable[[], AbstractContextManager[None]]
+"""What makes the context that a call of the network runs in."""
+
+
+class Components(Protocol):
+    """The parts of a loaded pipeline folder, in evaluation mode and without gradients."""
+
+    @property
+    def folder(self) -> Path:
+        """Where they were read."""
+
+    @property
+    def conventions(self) -> FlowMapConventions:
+        """How the weights want to be sampled."""
+
+    @property
+    def transformer(self) -> Any:
+        """The diffusers transformer."""
+
+    @property
+    def vae(self) -> Any:
+        """The diffusers autoencoder."""
+
+    @property
+    def text(self) -> TextStack:
+        """Text encoders and tokenizers."""
+
+    @property
+    def weights(self) -> WeightFiles:
+        """The files of the transformer."""
+
+
+C = TypeVar("C", bound=Components)
 
 
 @dataclass(frozen=True)
-class FluxPolicies:
+class AdapterPolicies:
     """Three views of the same weights."""
 
     current: FlowMap
@@ -38,38 +72,43 @@ class FluxPolicies:
     reference: FlowMap
 
 
-class FluxModel:
+class AdaptedModel(ABC, Generic[C]):
     """Flow map, text encoders, decoder and one LoRA adapter. Implements `fmg.core.protocols.Model`.
 
-    Latents are unpacked images (c, h, w); packing into tokens happens inside, so that a latent's noise belongs to
-    a place in the picture. The base weights never get a gradient.
+    A family of models gives its maps and its twin with another transformer; everything about adapters is here. Latents
+    are images (c, h, w), so that a latent's noise belongs to a place in the picture. The base weights never get a
+    gradient.
 
     Args:
         components: a loaded folder.
         name: registered name of the model, written into saved adapters.
+        latent_shape: (c, h, w) of one latent.
         text: encoder of prompts; None takes the folder's own, beside the transformer.
     """
 
-    def __init__(self, components: FluxComponents, name: str, *, text: TextEncoders | None = None) -> None:
+    pipeline: ClassVar[Any]
+    """The class of diffusers that runs the family: its `load_lora_weights` has to read what is saved."""
+
+    def __init__(
+        self, components: C, name: str, latent_shape: tuple[int, int, int], *, text: TextEncoders | None = None
+    ) -> None:
         self._components = components
         self._name = name
         self._spec = components.conventions.spec(name)
-        self._latent_shape = _latent_shape(components)
+        self._latent_shape = latent_shape
         transformer = components.transformer
         self._text = text or TextEncoders(
             components.text, components.conventions.max_sequence_length, transformer.device
         )
-        self._network = FluxNetwork(transformer, transformer.dtype, components.conventions.guidance)
         self._after_adapter_change()
 
-    @classmethod
-    def from_folder(cls, folder: Path, device: torch.device, dtype: torch.dtype, name: str) -> FluxModel:
-        """Loads a diffusers folder with its `fmg_flow_map.json`.
+    @abstractmethod
+    def _map(self, scope: Scope) -> FlowMap:
+        """The flow map, every network call of which runs in the context of `scope`."""
 
-        Raises:
-            CheckpointError: a file of the folder is missing, damaged or of another kind.
-        """
-        return cls(load_folder(folder, device, dtype), name)
+    @abstractmethod
+    def _with_transformer(self, transformer: Any) -> AdaptedModel[C]:
+        """The same model around another transformer."""
 
     @property
     def spec(self) -> MapSpec:
@@ -77,7 +116,7 @@ class FluxModel:
         return self._spec
 
     @property
-    def components(self) -> FluxComponents:
+    def components(self) -> C:
         """The modules themselves, for export and for tools of the diffusers ecosystem."""
         return self._components
 
@@ -87,7 +126,7 @@ class FluxModel:
         return self._policies.current
 
     @property
-    def policies(self) -> FluxPolicies:
+    def policies(self) -> AdapterPolicies:
         """Current, old (the last `snapshot`) and reference (adapter off); only the first ever has gradients."""
         return self._policies
 
@@ -103,13 +142,15 @@ class FluxModel:
         return device
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """`tokens` (b, l, d) of T5 and `pooled` (b, p) of CLIP, as `FluxPipeline.encode_prompt` makes them."""
+        """Prompt embeddings with the tensors of the family's text encoders, one row a prompt."""
         return self._text.encode(prompts)
 
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
         """Images in [0, 1], fp32: `vae.decode(z / scaling_factor + shift_factor)` mapped from [-1, 1] and clamped."""
         vae, rows = self._components.vae, max(1, DECODE_PIXELS // self._spec.resolution**2)
-        scaled = (latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
+        # only some autoencoders have a shift
+        shift = vae.config.get("shift_factor") or 0.0
+        scaled = (latents / vae.config.scaling_factor + shift).to(vae.dtype)
         images = torch.cat([vae.decode(chunk, return_dict=False)[0].float() for chunk in scaled.split(rows)])
         return ((images + 1) / 2).clamp(0, 1)
 
@@ -158,7 +199,7 @@ class FluxModel:
             CheckpointError: the files do not give the model back; they are not kept.
         """
         parts = self._components
-        adapter_files.save(folder, parts.transformer, self._base, parts.conventions, self._prove)
+        adapter_files.save(folder, parts.transformer, self.pipeline, self._base, parts.conventions, self._prove)
 
     def load_adapter(self, folder: Path) -> None:
         """Reads what `save_adapter` wrote, into the adapter that is attached or a new one of the saved geometry.
@@ -183,9 +224,9 @@ class FluxModel:
 
     def _prove(self, folder: Path) -> None:
         transformer = self._components.transformer
-        fresh = prove.reloaded(transformer, folder)
+        fresh = prove.reloaded(transformer, folder, self.pipeline)
         prove.check_adapter(transformer, fresh, folder)
-        stock = FluxModel(replace(self._components, transformer=fresh), self._name)
+        stock = self._with_transformer(fresh)
         cond = self.encode([prove.PROMPT])
         prove.check_same(self._picture(cond), stock._picture(cond), transformer.dtype, folder)
 
@@ -233,18 +274,12 @@ class FluxModel:
         transformer = self._components.transformer
         self._layers = adapter.tuner_layers(transformer)
         self._dropouts = adapter.dropout_modules(transformer)
-        self._policies = FluxPolicies(
-            current=self._view(self._current_scope),
-            old=self._view(self._old_scope),
-            reference=self._view(self._reference_scope),
+        self._policies = AdapterPolicies(
+            current=self._map(self._current_scope),
+            old=self._map(self._old_scope),
+            reference=self._map(self._reference_scope),
         )
         self.snapshot()
-
-    def _view(self, scope: Callable[[], AbstractContextManager[None]]) -> FlowMap:
-        network, path = self._network.within(scope), path_by_name(self._spec.path)
-        if self._components.conventions.map == "two-time":
-            return TwoTimeMap(network.two_time, path)
-        return SingleTimeMap(network.single_time, path)
 
     def _current_scope(self) -> AbstractContextManager[None]:
         return nullcontext() if torch.is_grad_enabled() else adapter.dropout_off(self._dropouts)
@@ -262,15 +297,3 @@ class FluxModel:
     def _reference_scope(self) -> Iterator[None]:
         with torch.no_grad(), adapter.adapter_switched(self._layers, enabled=False):
             yield
-
-
-def _latent_shape(components: FluxComponents) -> tuple[int, int, int]:
-    # the rule by which FluxPipeline finds the latent size
-    scale = 2 ** (len(components.vae.config.block_out_channels) - 1)
-    resolution = components.conventions.resolution
-    if resolution % (scale * PATCH):
-        raise CheckpointError(
-            f"The resolution {resolution} is not a multiple of {scale * PATCH}, the side of a token in pixels",
-            "Use a resolution that is.",
-        )
-    return components.vae.config.latent_channels, resolution // scale, resolution // scale

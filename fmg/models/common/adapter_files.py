@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers.loaders import FluxLoraLoaderMixin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fmg.core.errors import CheckpointError, UsageError
+from fmg.models.common.adapter import ADAPTER, adapter_parameters
 from fmg.models.conventions import FlowMapConventions
-from fmg.models.flux.adapter import ADAPTER, adapter_parameters
 
 MANIFEST_FILE = "fmg_adapter.json"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -61,13 +60,20 @@ class AdapterManifest(BaseModel):
 def save(
     folder: Path,
     transformer: Any,
+    pipeline: Any,
     base: BaseReference,
     conventions: FlowMapConventions,
     prove: Callable[[Path], object],
 ) -> None:
     """Writes the adapter of `transformer` to a new folder; either all of it appears or nothing.
 
-    `prove` gets the folder before it appears under its name; when it raises, nothing is kept.
+    Args:
+        folder: what to make.
+        transformer: what has the adapter.
+        pipeline: class of diffusers whose `load_lora_weights` is to read it.
+        base: what the adapter was trained on.
+        conventions: how that wants to be sampled.
+        prove: gets the folder before it appears under its name; when it raises, nothing is kept.
 
     Raises:
         UsageError: there is no adapter, or the folder exists.
@@ -87,7 +93,7 @@ def save(
     # PEFT keeps the targets in a set, whose order would change from run to run
     stated = {**config.to_dict(), "target_modules": list(manifest.targets)}
     with new_folder(folder) as partial:
-        FluxLoraLoaderMixin.save_lora_weights(
+        pipeline.save_lora_weights(
             str(partial),
             transformer_lora_layers=tensors,
             transformer_lora_adapter_metadata=stated,
