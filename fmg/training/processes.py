@@ -159,14 +159,14 @@ class Processes:
         self._raise_agreed(next(filter(None, self.texts(failure)), ""))
         return result[0]
 
-    def on_first(self, work: Callable[[], str]) -> str:
-        """Runs `work` in the first process alone; all get its text, or raise its error."""
+    def on_first(self, work: Callable[[], str | None]) -> str:
+        """Runs `work` in the first process alone; all get its text (empty for None), or raise its error."""
         if self.alone:
-            return work()
+            return work() or ""
         text, failure = "", ""
         if self.first:
             try:
-                text = work()
+                text = work() or ""
             except (FmgError, OSError) as error:
                 failure = _packed(error)
         self._raise_agreed(self.texts(failure)[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ JOIN_TIMEOUT = timedelta(minutes=5)
 """How long a process waits for the others to come."""
 _STEP_TIMEOUT = timedelta(minutes=30)
 """How long a collective operation may take; a process that is gone is noticed much sooner."""
+_MEETINGS = itertools.count()
+"""Numbers the runs of this process: a launcher's store outlives them, and what one wrote must not reach the next."""
 _GRACE = 5.0
 """Seconds in which the main thread may notice by itself that a process is gone, before this one is ended."""
 _FIX = "Read what that process printed last (a killed one may have run out of memory), and start the run again."
@@ -85,6 +88,7 @@ def _meet(launch: Launch, device: torch.device) -> dist.Store:
     try:
         store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.count, timeout=JOIN_TIMEOUT))
         store.set_timeout(JOIN_TIMEOUT)
+        store = dist.PrefixStore(f"fmg-{next(_MEETINGS)}", store)
         backend = "gloo"
         if device.type == "cuda":
             torch.cuda.set_device(device)

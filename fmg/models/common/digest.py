@@ -10,13 +10,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fmg.core.errors import CheckpointError
-from fmg.models.common.adapter import base_name, is_adapter
+from fmg.models.common.adapter import base_tensors
 from fmg.models.common.weights import WeightFiles
 
 
 def live_digest(module: nn.Module) -> str:
     """Sha256 over the base weights in memory: every tensor of the state dict that is not part of an adapter."""
-    tensors = {base_name(name): x for name, x in module.state_dict().items() if not is_adapter(name)}
+    tensors = base_tensors(module)
     return _digest((name, tensors[name]) for name in sorted(tensors))
 
 

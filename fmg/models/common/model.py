@@ -21,6 +21,7 @@ from fmg.core.types import Conditioning
 from fmg.models.common import adapter, adapter_files, prove
 from fmg.models.common.adapter import WeightSnapshot
 from fmg.models.common.digest import live_digest, stored_digest
+from fmg.models.common.sharding import gathered, shard_frozen
 from fmg.models.common.text import TextEncoders, TextStack
 from fmg.models.common.weights import WeightFiles
 from fmg.models.conventions import FlowMapConventions
@@ -186,8 +187,26 @@ class AdaptedModel(ABC, Generic[C]):
             yield
 
     def base_digest(self) -> str:
-        """Sha256 over the transformer's base weights in memory; training an adapter must not change it."""
-        return live_digest(self._components.transformer)
+        """Sha256 over the transformer's base weights in memory; training an adapter must not change it.
+
+        After `shard` every process asks for it.
+        """
+        with self.gathered():
+            return live_digest(self._components.transformer)
+
+    def shard(self) -> None:
+        """Keeps only this process's part of the frozen weights in memory (FSDP2); what is trained stays whole.
+
+        Raises:
+            CompositionError: nothing is frozen.
+        """
+        shard_frozen(self._components.transformer)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Runs the body with all weights in this process, as `save_adapter` needs them; all processes enter."""
+        with gathered(self._components.transformer):
+            yield
 
     def save_adapter(self, folder: Path) -> None:
         """Writes `pytorch_lora_weights.safetensors`, the PEFT folder `peft/` and `fmg_adapter.json`, all or nothing.
