@@ -6,6 +6,7 @@ Times are `(b,)` float tensors in [0, 1]; noise is at 1, data at 0.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
@@ -218,6 +219,17 @@ class Model(Protocol):
         """Reads what `save_adapter` wrote; unknown or missing keys are a `CheckpointError`."""
 
 
+@runtime_checkable
+class Shardable(Protocol):
+    """A model whose frozen weights can be spread over the processes of a run."""
+
+    def shard(self) -> None:
+        """Keeps only this process's part of them; called once by every process, before the first network call."""
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """All weights in this process for the length of the body, in which nothing communicates; all enter."""
+
+
 class ModelSource(Protocol):
     """What the model registry builds: a description that can be loaded."""
 
@@ -245,5 +257,6 @@ __all__ = [
     "PromptSet",
     "Requirements",
     "Reward",
+    "Shardable",
     "Stochasticizer",
 ]

@@ -96,6 +96,10 @@ class TrainSection(Section):
     )
     device: Device = Field("auto", description="where the run computes; auto is CUDA where there is one, else the CPU")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="precision of the network; log-probs are always fp32")
+    parallel: Literal["auto", "ddp", "fsdp2"] = Field(
+        "auto",
+        description="several processes: ddp keeps the model in each, fsdp2 a part of its base; auto asks the launcher",
+    )
     shuffle_advantages: bool = Field(False, description="the null control: advantages are given to random samples")
     trainable: Literal["lora", "lora+duration", "full"] = Field(
         "lora",

@@ -11,20 +11,20 @@ import torch
 
 from fmg.core.errors import RewardError
 from fmg.core.events import Evaluated, Event, Finished, IterationDone, Notice, Observer, Started
-from fmg.core.types import Conditioning, Rollout, ScoredRollout
+from fmg.core.types import ScoredRollout
 from fmg.data.checkpoints import CheckpointIndex, Saved
 from fmg.data.prompt_sets import overlap_warning
 from fmg.data.run_folder import RunFolder
 from fmg.data.states import newest_state, resume_command
-from fmg.rl import rollout, sample_rollout, window_steps
 from fmg.training.compose import Composed
 from fmg.training.gates import ReplayGate, movement, movement_gate
 from fmg.training.keeper import Keeper
 from fmg.training.keys import SCORE_KEY
 from fmg.training.metrics import advantages, decline, reward_metrics
 from fmg.training.observe import Watcher
-from fmg.training.prompts import iteration_prompts
+from fmg.training.processes import Processes
 from fmg.training.resume import Progress, SavedState
+from fmg.training.samples import decode_samples, draw_samples, score_samples
 from fmg.training.sizes import Sizes
 from fmg.training.update import Updater
 
@@ -43,12 +43,16 @@ class TrainResult:
 
 @dataclass
 class Trainer:
-    """Runs a composed recipe in a run folder and reports to an observer."""
+    """Runs a composed recipe in a run folder and reports to an observer.
+
+    With several processes each has a trainer; the first writes and reports.
+    """
 
     composed: Composed
     run: RunFolder
     sizes: Sizes
     observer: Observer
+    processes: Processes = field(default_factory=Processes)
     resumed: SavedState | None = None
     _lines: list[dict[str, float]] = field(default_factory=list, init=False)
     _times: dict[str, float] = field(default_factory=dict, init=False)
@@ -60,7 +64,7 @@ class Trainer:
         model.fix_rows(self.sizes.micro_batch if recipe.train.dtype == "bf16" else None)
         named = list(model.trainable())
         optimizer = self.composed.optimizer(named)
-        self._keeper = Keeper.make(self.composed, self.run, named, optimizer)
+        self._keeper = Keeper.make(self.composed, self.run, named, optimizer, self.processes)
         self._updater = Updater(
             self.composed.objective,
             model.policies,
@@ -68,8 +72,9 @@ class Trainer:
             [p for _, p in named],
             recipe.train.max_grad_norm,
             self.sizes.micro_batch,
+            self.processes,
         )
-        self._watcher = Watcher(self.composed, self.run.path, self.observer)
+        self._watcher = Watcher(self.composed, self.run.path, self.observer, self.processes)
         self._gate = ReplayGate(
             self.composed.stochasticizer,
             model.policies,
@@ -77,6 +82,7 @@ class Trainer:
             micro_batch=self.sizes.micro_batch,
             always_recompute=recipe.train.recompute_old == "always",
             observer=self.observer,
+            processes=self.processes,
         )
         self._start = {name: p.detach().clone() for name, p in named}
 
@@ -102,14 +108,19 @@ class Trainer:
         except RewardError:
             # a reward service that went away must not cost the hours before it
             self._keeper.checkpoint(self._touched, {})
+            self._tell(
+                Notice("info", f"The weights as they were are saved in {self.run.checkpoints}.{self._how_to_go_on()}")
+            )
             raise
         except KeyboardInterrupt:
             interrupted = True
             index = self._keeper.checkpoint(self._touched, {})
             text = f"Interrupted in iteration {done + 1}: the weights as they were are saved in {self.run.checkpoints}."
-            again = f" Go on with: {resume_command(self.run.path)}" if newest_state(self.run.path) else ""
-            self._tell(Notice("warning", text + again))
+            self._tell(Notice("warning", f"{text}{self._how_to_go_on()}"))
         return self._finish(index, done, interrupted)
+
+    def _how_to_go_on(self) -> str:
+        return f" Go on with: {resume_command(self.run.path)}" if newest_state(self.run.path) else ""
 
     def _begin(self) -> tuple[CheckpointIndex, int]:
         """The evaluation of the untouched model, or what an earlier process left; and the iterations done."""
@@ -133,11 +144,11 @@ class Trainer:
         started = time.perf_counter()
         self._times = {}
         with self._clock("rollout"):
-            drawn = self._rollout(iteration)
+            own, drawn = draw_samples(self.composed, self.sizes, self.processes, iteration)
         with self._clock("decode"):
-            images = self._decode(drawn)
+            images = decode_samples(self.composed, self.sizes, own)
         with self._clock("reward"):
-            rewards = self.composed.reward(images, drawn.cond.prompts)
+            rewards = score_samples(self.composed, self.processes, own, images, len(drawn.groups))
         scored = ScoredRollout(drawn, rewards, advantages(rewards, drawn.groups, self.composed.recipe, iteration))
         with self._clock("update"):
             updates = self._update(scored, iteration)
@@ -146,45 +157,6 @@ class Trainer:
         metrics["time/iteration_s"] = time.perf_counter() - started
         self._record(metrics)
         self._tell(IterationDone(iteration + 1, self.composed.recipe.train.iterations, metrics))
-
-    def _rollout(self, iteration: int) -> Rollout:
-        recipe, model = self.composed.recipe, self.composed.model
-        shape = recipe.rollout
-        prompts = iteration_prompts(self.composed.prompts, shape.groups, iteration, recipe.train.seed)
-        groups = torch.arange(shape.groups).repeat_interleave(shape.group_size)
-        cond: Conditioning = model.encode([p.text for p in prompts]).select(groups)
-        if self.composed.objective.needs == "transitions":
-            return rollout(
-                model.flow_map,
-                self.composed.stochasticizer,
-                cond,
-                groups,
-                self.composed.grid,
-                seed=recipe.train.seed,
-                iteration=iteration,
-                latent_shape=model.latent_shape,
-                same_initial_noise=shape.same_initial_noise,
-                stochastic_steps=window_steps(shape.window, shape.steps, iteration=iteration, seed=recipe.train.seed),
-                batch_size=self.sizes.rollout_batch,
-                device=model.device,
-            )
-        return sample_rollout(
-            model.flow_map,
-            cond,
-            groups,
-            self.composed.grid,
-            seed=recipe.train.seed,
-            iteration=iteration,
-            latent_shape=model.latent_shape,
-            same_initial_noise=shape.same_initial_noise,
-            batch_size=self.sizes.rollout_batch,
-            device=model.device,
-        )
-
-    @torch.no_grad()
-    def _decode(self, drawn: Rollout) -> torch.Tensor:
-        chunks = torch.split(drawn.x0, self.sizes.rollout_batch)
-        return torch.cat([self.composed.model.decode(chunk) for chunk in chunks])
 
     def _update(self, scored: ScoredRollout, iteration: int) -> dict[str, float]:
         recipe, policies = self.composed.recipe, self.composed.model.policies
@@ -200,6 +172,7 @@ class Trainer:
             self._keeper.updated()
             done.append(logged)
             self._check_movement()
+            self.processes.check_stop()
         by_update = {f"update_{i}/{key}": value for i, logged in enumerate(done) for key, value in logged.items()}
         return {**by_update, **done[-1], "skipped_updates": float(wanted - len(done))}
 
@@ -214,7 +187,7 @@ class Trainer:
             grid = self._watcher.draw(iteration)
         line = {"iteration": iteration, **metrics, "time/eval_s": self._times["eval"]}
         self._record(line)
-        if len(self._lines) > 1:
+        if len(self._lines) > 1 and self.processes.first:
             self._watcher.curve(list(self._lines))
         self._tell(Evaluated(iteration, line, grid))
         return self._keeper.checkpoint(iteration, metrics)
@@ -243,13 +216,15 @@ class Trainer:
 
     def _record(self, line: dict[str, float]) -> None:
         self._lines.append(line)
-        self.run.append_metrics(line)
+        if self.processes.first:
+            self.run.append_metrics(line)
 
     def _tell(self, event: Event) -> None:
         self.observer(event)
 
     @contextmanager
     def _clock(self, stage: str) -> Iterator[None]:
+        self.processes.check_stop()
         started = time.perf_counter()
         yield
         if self.composed.model.device.type == "cuda":

@@ -35,6 +35,18 @@ def adapter_name(name: str) -> str:
     return name.replace(f".{ADAPTER}.", ".")
 
 
+def base_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """What a network stores without its adapter: parameters and buffers by the names they have in files.
+
+    Not through `state_dict`, which spreads a gathered FSDP2 network again.
+    """
+    stored = dict(network.named_parameters())
+    for prefix, module in network.named_modules():
+        kept = module._buffers.keys() - module._non_persistent_buffers_set
+        stored |= {".".join(filter(None, (prefix, name))): x for name, x in module._buffers.items() if name in kept}
+    return {base_name(name): x.detach() for name, x in stored.items() if not is_adapter(name)}
+
+
 def adapter_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
     """LoRA parameters by their names in files, in module order."""
     return {adapter_name(name): p for name, p in transformer.named_parameters() if is_adapter(name)}

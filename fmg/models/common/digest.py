@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fmg.core.errors import CheckpointError
-from fmg.models.common.adapter import base_name, is_adapter
+from fmg.models.common.adapter import base_tensors
 from fmg.models.common.weights import WeightFiles
 
 
@@ -20,7 +20,7 @@ def live_digest(module: nn.Module, base: Mapping[str, Tensor] = MappingProxyType
 
     `base` has the values of weights that are trained themselves, which stand for those in the module.
     """
-    tensors = {base_name(name): x for name, x in module.state_dict().items() if not is_adapter(name)} | dict(base)
+    tensors = {**base_tensors(module), **base}
     return _digest((name, tensors[name]) for name in sorted(tensors))
 
 

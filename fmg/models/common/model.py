@@ -22,6 +22,7 @@ from fmg.models.common import adapter, adapter_files, full_files, prove
 from fmg.models.common.digest import live_digest
 from fmg.models.common.fixed_rows import FixedRows
 from fmg.models.common.scopes import PolicyScopes, Scope
+from fmg.models.common.sharding import gathered, shard_frozen
 from fmg.models.common.text import TextEncoders, TextStack
 from fmg.models.common.unfrozen import Unfrozen
 from fmg.models.common.weights import WeightFiles
@@ -228,11 +229,28 @@ class AdaptedModel(ABC, Generic[C]):
     def base_digest(self) -> str:
         """Sha256 over the transformer's base weights in memory; training must not change it.
 
+        After `shard` every process asks for it.
+
         Raises:
             CompositionError: every weight is trained and no copy of the base was kept.
         """
         base = {} if self._unfrozen is None else self._unfrozen.base_tensors()
-        return live_digest(self._components.transformer, base)
+        with self.gathered():
+            return live_digest(self._components.transformer, base)
+
+    def shard(self) -> None:
+        """Keeps only this process's part of the frozen weights in memory (FSDP2); what is trained stays whole.
+
+        Raises:
+            CompositionError: nothing is frozen.
+        """
+        shard_frozen(self._components.transformer)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Runs the body with all weights in this process, as `save_adapter` needs them; all processes enter."""
+        with gathered(self._components.transformer):
+            yield
 
     def save_adapter(self, folder: Path) -> None:
         """Writes what is trained to a new folder, all or nothing.

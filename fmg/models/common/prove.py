@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fmg.core.errors import CheckpointError
-from fmg.models.common.adapter import ADAPTER, adapter_parameters, base_name, is_adapter
+from fmg.models.common.adapter import ADAPTER, adapter_parameters, base_tensors
 
 _FIX = "Check the disk, and the versions of diffusers and peft."
 PROMPT = "a red circle left"
@@ -34,9 +34,7 @@ def fresh_transformer(transformer: Any, base: Mapping[str, Tensor] = MappingProx
     """
     with torch.device("meta"):
         fresh = type(transformer).from_config(transformer.config)
-    tensors = {base_name(name): x for name, x in transformer.state_dict().items() if not is_adapter(name)}
-    tensors |= base
-    fresh.load_state_dict(tensors, assign=True)
+    fresh.load_state_dict({**base_tensors(transformer), **base}, assign=True)
     return fresh.eval().requires_grad_(False)
 
 
