@@ -15,6 +15,7 @@ from fmg.core.events import Notice, Observer
 from fmg.core.protocols import Policies, Stochasticizer
 from fmg.core.types import Batch
 from fmg.rl import refresh_old, replay_ratio
+from fmg.rl.replay import REFRESHED
 from fmg.training.processes import Processes
 
 # The replayed ratio may differ from 1 by this share of the clip range before the first update.
@@ -102,8 +103,7 @@ class ReplayGate:
         fresh = refresh_old(self._stochasticizer, self._policies, own, self._micro_batch)
         if self._processes.alone:
             return fresh
-        changed = {name: x for name, x in fresh.rows.items() if x is not own.rows[name]}
-        return batch.with_rows(**{name: self._processes.gather(x, len(batch)) for name, x in changed.items()})
+        return batch.with_rows(**{name: self._processes.gather(fresh.rows[name], len(batch)) for name in REFRESHED})
 
 
 def ratio_gate(error: float, clip_range: float) -> None:

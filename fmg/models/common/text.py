@@ -107,9 +107,12 @@ class TextEncoders:
                     self._cache.put(prompt, row)
                     if self._disk is not None:
                         self._disk.put(prompt, row)
-        rows = [found[prompt] for prompt in prompts]
-        tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        return Conditioning(tuple(prompts), tensors)
+        rows = [found[prompt] for prompt in distinct]
+        encoded = Conditioning(distinct, {name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+        if distinct == tuple(prompts):
+            return encoded
+        place = {prompt: index for index, prompt in enumerate(distinct)}
+        return encoded.select(torch.tensor([place[prompt] for prompt in prompts]))
 
     def _known(self, prompt: str) -> Row | None:
         row = self._cache.get(prompt)
