@@ -1,4 +1,4 @@
-"""A complete SANA-Sprint folder of about a megabyte with random weights: every class of the real one, none of the size."""
+"""A complete SANA-Sprint folder of about a megabyte with random weights: every class of the real one."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ import torch
 
 from fmg.core.errors import FmgWarning, MissingDependencyError
 from fmg.models.common.text import cached_encoders
-from fmg.models.flux.family import FluxModel
 from fmg.models.flux.loading import load_parts
+from fmg.models.flux.model import FluxModel
 from fmg.models.flux.probe import time_scale_doubt
 from fmg.models.flux_configs import FluxConfig, FluxStudentConfig
 from fmg.models.sources import locate
