@@ -65,15 +65,15 @@ def rollout(
     index = torch.as_tensor(groups)
     keys = sample_keys(index, seed, iteration)
     place = device or _device_of(cond)
+    cond = cond.to(place)
     parts: list[tuple[Tensor, list[Transition]]] = []
     with torch.no_grad():
         for rows in _chunks(cond, keys, batch_size):
             draw = _noise_source([keys[i] for i in rows], latent_shape, same_initial_noise, place)
-            part = cond.select(rows).to(place)
-            parts.append(_draw_transitions(flow_map, stochasticizer, part, times, stochastic, draw))
+            parts.append(_draw_transitions(flow_map, stochasticizer, cond.select(rows), times, stochastic, draw))
     steps = zip(*(transitions for _, transitions in parts), strict=True)
     return TransitionRollout(
-        cond=cond.to(place),
+        cond=cond,
         groups=index,
         x0=torch.cat([x_0 for x_0, _ in parts]),
         grid=times,
@@ -102,6 +102,7 @@ def sample_rollout(
     index = torch.as_tensor(groups)
     keys = sample_keys(index, seed, iteration)
     place = device or _device_of(cond)
+    cond = cond.to(place)
     parts: list[Tensor] = []
     for rows in _chunks(cond, keys, batch_size):
         draw = _noise_source([keys[i] for i in rows], latent_shape, same_initial_noise, place)
@@ -110,8 +111,8 @@ def sample_rollout(
             return draw(k + 1)
 
         with torch.no_grad():
-            parts.append(native_sample(flow_map, cond.select(rows).to(place), draw(0), times, renoise))
-    return SampleRollout(cond.to(place), index, torch.cat(parts).float(), times)
+            parts.append(native_sample(flow_map, cond.select(rows), draw(0), times, renoise))
+    return SampleRollout(cond, index, torch.cat(parts).float(), times)
 
 
 def sample(
@@ -203,7 +204,7 @@ def _noise_source(
 
 
 def _device_of(cond: Conditioning) -> torch.device:
-    return next((tensor.device for tensor in cond.tensors.values()), torch.device("cpu"))
+    return next((tensor.device for tensor in cond.stored.values()), torch.device("cpu"))
 
 
 def _chunks(cond: Conditioning, keys: Sequence[NoiseKey], batch_size: int | None) -> list[Tensor]:

@@ -78,6 +78,15 @@ class ReplayGate:
             self._observer(Notice("info", text))
         return batch
 
+    @property
+    def findings(self) -> tuple[int, bool]:
+        """Rollouts that were checked so far, and whether old log-probs are recomputed."""
+        return self._checked, self._recompute
+
+    def resume(self, checked: int, recompute: bool) -> None:
+        """Goes on from the findings of an earlier process."""
+        self._checked, self._recompute = checked, recompute
+
     def _error(self, batch: Batch) -> float:
         return replay_ratio(self._stochasticizer, self._policies, batch, self._micro_batch)
 

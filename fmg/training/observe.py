@@ -17,10 +17,10 @@ from fmg.eval.scoring import EvalSet, Scores, means, score_target
 from fmg.inference.backend import TorchBackend
 from fmg.inference.generator import DEFAULT_BATCH, Generator
 from fmg.training.compose import Composed
+from fmg.training.keys import SCORE_KEY
 
 GRID_PROMPTS = 6
 GRID_SEEDS = 6
-SCORE_KEY = "eval/score"
 MAX_CURVES = 8
 
 
@@ -31,7 +31,8 @@ class Watcher:
     composed: Composed
     run: Path
     observer: Observer
-    _first: tuple[GridRow, ...] = field(default=(), init=False)
+    first: tuple[GridRow, ...] = field(default=(), init=False)
+    """The pictures of the untouched model, once they are drawn."""
 
     def __post_init__(self) -> None:
         recipe = self.composed.recipe
@@ -67,10 +68,10 @@ class Watcher:
         folder.mkdir(exist_ok=True)
         path = folder / f"iteration-{iteration:04d}.png"
         sample_grid(rows, f"iteration {iteration}").save(path)
-        if not self._first:
-            self._first = rows
+        if not self.first:
+            self.first = rows
         titles = ("before", f"after {iteration} iterations")
-        before_after(self._first, rows, titles).save(self.run / "before_after.png")
+        before_after(self.first, rows, titles).save(self.run / "before_after.png")
         return path
 
     def curve(self, lines: list[Mapping[str, float]]) -> None:
@@ -84,15 +85,17 @@ class Watcher:
         """The total of every measured reward and the parts of the trained ones, without lines that coincide."""
         seen: set[tuple[float, ...]] = set()
         for key in self._heldout_keys(lines):
-            label = key.removeprefix("eval/").removesuffix("_mean").replace("_", " ")
+            place, _, name = key.removesuffix("_mean").partition("/")
+            label = name.replace("_", " ") + (" (EMA)" if place == "eval_ema" else "")
             curve = metric_curve(lines, key, label)
             if curve.y and tuple(curve.y) not in seen and len(seen) < MAX_CURVES:
                 seen.add(tuple(curve.y))
                 yield curve
 
     def _heldout_keys(self, lines: list[Mapping[str, float]]) -> list[str]:
-        totals = [f"eval/{name}_mean" for name in self.composed.measured]
         known = [key for key in lines[0] if key.endswith("_mean")]
+        wanted = [f"{place}/{name}_mean" for place in ("eval", "eval_ema") for name in self.composed.measured]
+        totals = [key for key in wanted if key in known]
         return totals + [key for name in self.composed.reward.names for key in known if key.startswith(f"eval/{name}_")]
 
     def _rows(self) -> tuple[GridRow, ...]:

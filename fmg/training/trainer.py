@@ -15,13 +15,16 @@ from fmg.core.types import Conditioning, Rollout, ScoredRollout
 from fmg.data.checkpoints import CheckpointIndex, Saved
 from fmg.data.prompt_sets import overlap_warning
 from fmg.data.run_folder import RunFolder
+from fmg.data.states import newest_state, resume_command
 from fmg.rl import rollout, sample_rollout, window_steps
-from fmg.training.checkpoint import save_checkpoint
 from fmg.training.compose import Composed
 from fmg.training.gates import ReplayGate, movement, movement_gate
+from fmg.training.keeper import Keeper
+from fmg.training.keys import SCORE_KEY
 from fmg.training.metrics import advantages, decline, reward_metrics
-from fmg.training.observe import SCORE_KEY, Watcher
+from fmg.training.observe import Watcher
 from fmg.training.prompts import iteration_prompts
+from fmg.training.resume import Progress, SavedState
 from fmg.training.sizes import Sizes
 from fmg.training.update import Updater
 
@@ -46,6 +49,7 @@ class Trainer:
     run: RunFolder
     sizes: Sizes
     observer: Observer
+    resumed: SavedState | None = None
     _lines: list[dict[str, float]] = field(default_factory=list, init=False)
     _times: dict[str, float] = field(default_factory=dict, init=False)
     _touched: int = field(default=0, init=False)
@@ -53,10 +57,12 @@ class Trainer:
     def __post_init__(self) -> None:
         recipe, model = self.composed.recipe, self.composed.model
         named = list(model.trainable())
+        optimizer = self.composed.optimizer(named)
+        self._keeper = Keeper.make(self.composed, self.run, named, optimizer)
         self._updater = Updater(
             self.composed.objective,
             model.policies,
-            self.composed.optimizer(named),
+            optimizer,
             [p for _, p in named],
             recipe.train.max_grad_norm,
             self.sizes.micro_batch,
@@ -82,24 +88,43 @@ class Trainer:
         self._tell(Started(recipe.model.name, recipe.train.iterations, self._facts()))
         if overlap := overlap_warning(self.composed.prompts, self.composed.eval_prompts):
             self._tell(Notice("warning", overlap))
-        index = self._evaluate(0)
-        done, interrupted = 0, False
+        index, done = self._begin()
+        interrupted = False
         try:
-            for iteration in range(recipe.train.iterations):
+            for iteration in range(done, recipe.train.iterations):
                 self.iterate(iteration)
                 done = iteration + 1
                 if done % recipe.eval.every == 0 or done == recipe.train.iterations:
                     index = self._evaluate(done)
+                self._keeper.state(self._progress(done), self._watcher)
         except RewardError:
             # a reward service that went away must not cost the hours before it
-            self._save(self._touched, None)
+            self._keeper.checkpoint(self._touched, {})
             raise
         except KeyboardInterrupt:
             interrupted = True
-            index = self._save(self._touched, None)
-            text = f"Interrupted in iteration {done + 1}: the adapter as it was is saved in {self.run.checkpoints}."
-            self._tell(Notice("warning", text))
+            index = self._keeper.checkpoint(self._touched, {})
+            text = f"Interrupted in iteration {done + 1}: the weights as they were are saved in {self.run.checkpoints}."
+            again = f" Go on with: {resume_command(self.run.path)}" if newest_state(self.run.path) else ""
+            self._tell(Notice("warning", text + again))
         return self._finish(index, done, interrupted)
+
+    def _begin(self) -> tuple[CheckpointIndex, int]:
+        """The evaluation of the untouched model, or what an earlier process left; and the iterations done."""
+        if self.resumed is None:
+            index = self._evaluate(0)
+            self._keeper.state(self._progress(0), self._watcher)
+            return index, 0
+        progress = self.resumed.progress
+        index, self._lines = self._keeper.restore(self.resumed, self._watcher)
+        self._touched = progress.touched
+        self._gate.resume(progress.gate_checked, progress.gate_recompute)
+        self._start = {} if progress.moved else self._start
+        self._tell(Notice("info", f"Resumed after iteration {progress.iteration}."))
+        return index, progress.iteration
+
+    def _progress(self, done: int) -> Progress:
+        return Progress(done, self._touched, len(self._lines), *self._gate.findings, moved=not self._start)
 
     def iterate(self, iteration: int) -> None:
         """One iteration: rollout, rewards, updates, one line of metrics."""
@@ -170,6 +195,7 @@ class Trainer:
         done: list[dict[str, float]] = []
         for logged in self._updater.updates(batch, wanted, recipe.train.seed + iteration, kl_limit):
             self._touched = iteration + 1
+            self._keeper.updated()
             done.append(logged)
             self._check_movement()
         by_update = {f"update_{i}/{key}": value for i, logged in enumerate(done) for key, value in logged.items()}
@@ -182,17 +208,14 @@ class Trainer:
 
     def _evaluate(self, iteration: int) -> CheckpointIndex:
         with self._clock("eval"):
-            metrics = self._watcher.evaluate()
+            metrics = self._keeper.evaluate(iteration, self._watcher.evaluate)
             grid = self._watcher.draw(iteration)
         line = {"iteration": iteration, **metrics, "time/eval_s": self._times["eval"]}
         self._record(line)
         if len(self._lines) > 1:
             self._watcher.curve(list(self._lines))
         self._tell(Evaluated(iteration, line, grid))
-        return self._save(iteration, metrics[SCORE_KEY])
-
-    def _save(self, iteration: int, score: float | None) -> CheckpointIndex:
-        return save_checkpoint(self.run.path, self.composed.model, iteration, SCORE_KEY, score)
+        return self._keeper.checkpoint(iteration, metrics)
 
     def _finish(self, index: CheckpointIndex, done: int, interrupted: bool) -> TrainResult:
         evaluations = [line for line in self._lines if SCORE_KEY in line]

@@ -155,32 +155,34 @@ class WeightSnapshot:
 
     The values are exchanged in place rather than through `torch.func.functional_call`: the wrapped module is called
     as it is, so hooks of DDP, FSDP2 (which would gather the current weights again under substituted ones) and PEFT
-    see nothing unusual. It costs two copies of the adapter a call and leaves a pending backward of the current policy
-    valid, because the values are back, bit for bit, when it runs.
+    see nothing unusual. It costs two copies of the weights a call and the memory of one tensor, and leaves a pending
+    backward of the current policy valid, because the values are back, bit for bit, when it runs.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters = list(parameters)
-        self._values = [_copy(parameter) for parameter in parameters]
+        self._values = [parameter.detach().clone() for parameter in parameters]
+
+    @property
+    def values(self) -> Sequence[Tensor]:
+        """The frozen values, in the order of the parameters; while they are in place, the current ones."""
+        return self._values
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Runs the body with the frozen values."""
-        current = [_copy(parameter) for parameter in self._parameters]
-        self._write(self._values)
+        self._exchange()
         try:
             yield
         finally:
-            self._write(current)
+            self._exchange()
 
-    def _write(self, values: Sequence[Tensor]) -> None:
-        for parameter, value in zip(self._parameters, values, strict=True):
+    def _exchange(self) -> None:
+        for parameter, value in zip(self._parameters, self._values, strict=True):
+            current = parameter.detach().clone()
             # through .data, so that autograd's version counter does not call the exchange a modification
             parameter.data.copy_(value)
-
-
-def _copy(parameter: nn.Parameter) -> Tensor:
-    return parameter.detach().clone()
+            value.copy_(current)
 
 
 def _linear_modules(transformer: nn.Module) -> dict[str, nn.Linear]:
