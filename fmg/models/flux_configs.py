@@ -9,9 +9,11 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from fmg.core.geometry import ModelGeometry
 from fmg.core.specs import MapSpec
 from fmg.models.conventions import FlowMapConventions
 from fmg.models.flux.size import FLUX_LITE, FLUX_SCHNELL, transformer_parameters
+from fmg.models.geometry import flux_geometry
 from fmg.models.published import BYTES, PublishedConfig
 from fmg.models.sources import Part, parse_source, read_json
 from fmg.registry.config import About
@@ -58,6 +60,16 @@ class FluxConfig(PublishedConfig):
         stated = read_json(source / "transformer" / "config.json") if isinstance(source, Path) else None
         two_time = self.conventions().second_time != "none"
         return transformer_parameters(stated or self.published, second_time=two_time)
+
+    def geometry(self) -> ModelGeometry:
+        """Measures by the JSON files and safetensors headers of the folder, or as published."""
+        return flux_geometry(
+            self.folder_here(),
+            self.conventions(),
+            checkpointing=self.gradient_checkpointing,
+            encoders_resident=self.text_device == "model",
+            published=self.published,
+        )
 
     def spec(self) -> MapSpec:
         """Declared properties, known without reading a weight or having fetched anything."""

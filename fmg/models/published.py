@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from fmg.core.specs import MapSpec
 from fmg.models.conventions import FlowMapConventions
-from fmg.models.sources import Part
+from fmg.models.sources import Part, locate, missing
 from fmg.registry.config import ModelConfig
 
 BYTES = 2
@@ -53,6 +54,11 @@ class PublishedConfig(ModelConfig):
     @abstractmethod
     def parameters(self) -> int:
         """Parameters of the transformer, by its `config.json` in a local folder, else by the published one."""
+
+    def folder_here(self) -> Path | None:
+        """The folder of `architecture` where it is on this computer, fetched or local."""
+        part = self.architecture()
+        return None if missing(part) else locate(part, self.recipe or "")
 
     def spec(self) -> MapSpec:
         """Declared properties, known without reading a weight or having fetched anything."""

@@ -8,8 +8,10 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from fmg.core.geometry import ModelGeometry
 from fmg.models.conventions import FlowMapConventions
 from fmg.models.published import PublishedConfig
+from fmg.models.sana.geometry import sana_geometry
 from fmg.models.sana.size import SPRINT_06B, SPRINT_16B, SanaSize
 from fmg.models.sources import HubSource, Part, parse_source, read_json
 from fmg.registry.config import About
@@ -30,7 +32,7 @@ class SanaSprintConfig(PublishedConfig):
 
     recipe: ClassVar[str | None] = "sana-sprint"
     # at 1024 px the activations weigh more than so small a transformer, and the autoencoder is not small beside it
-    work_space: ClassVar[float] = 6.0
+    work_space: ClassVar[float] = 4.5
     about: ClassVar[About] = About(
         licence=f"{_TERMS}; as the model cards state them, not checked here",
         citation="Chen et al. 2025, SANA-Sprint: One-Step Diffusion with Continuous-Time Consistency Distillation, "
@@ -84,6 +86,16 @@ class SanaSprintConfig(PublishedConfig):
         source = parse_source(self.folder)
         stated = read_json(source / "transformer" / "config.json") if isinstance(source, Path) else None
         return stated or self._published()
+
+    def geometry(self) -> ModelGeometry:
+        """Measures by the JSON files and safetensors headers of the folder, or as published."""
+        return sana_geometry(
+            self.folder_here(),
+            self._published(),
+            self.conventions(),
+            checkpointing=self.gradient_checkpointing,
+            encoders_resident=self.text_device == "model",
+        )
 
     def parameters(self) -> int:
         """Parameters of the transformer, by its `config.json` in a local folder, else by the published one."""
