@@ -196,14 +196,23 @@ class Model(Protocol):
     def attach_adapter(self, rank: int, alpha: float, targets: Sequence[str], dropout: float, seed: int) -> int:
         """Adds a trainable LoRA (gaussian init from `seed`); returns the number of adapted modules."""
 
+    def unfreeze(self, what: Literal["duration", "full"], *, old: bool = True, reference: bool = True) -> int:
+        """Trains weights of the base themselves, in fp32: the embedder of the second time beside a LoRA, or all of them
+        without one; returns the number of tensors. With `full`, `policies.old` and `policies.reference` exist only
+        where they are asked for, since each is a copy of the network."""
+
+    def fix_rows(self, rows: int | None) -> None:
+        """Fills network calls with fewer rows up to `rows`, so that kernels see one shape; None leaves them."""
+
     def trainable(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Named parameters that the optimizer may change."""
 
     def snapshot(self) -> None:
-        """Freezes a copy of the trainable weights as `policies.old`."""
+        """Freezes a copy of the trainable weights as `policies.old`, where one is kept."""
 
     def save_adapter(self, folder: Path) -> None:
-        """Writes `pytorch_lora_weights.safetensors` (diffusers layout) and the PEFT folder `peft/`."""
+        """Writes what is trained, proven: a LoRA as `pytorch_lora_weights.safetensors` (diffusers layout) and the PEFT
+        folder `peft/`, with what is trained beside it; a whole network as the component folder `transformer/`."""
 
     def load_adapter(self, folder: Path) -> None:
         """Reads what `save_adapter` wrote; unknown or missing keys are a `CheckpointError`."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fmg.models.flux.adapter import WeightSnapshot
+from fmg.models.common.adapter import WeightSnapshot
 from fmg.training.keys import AVERAGED, RAW
 
 

@@ -69,7 +69,7 @@ class Keeper:
             return save_checkpoint(run, model, iteration, EMA_SCORE_KEY, metrics.get(EMA_SCORE_KEY), ema=True)
 
     def state(self, progress: Progress, watcher: Watcher) -> None:
-        """Saves the state when its turn has come: at the start and every `train.state_every` iterations, but not at the end."""
+        """Saves the state when its turn has come: at the start, then every `train.state_every` iterations."""
         train = self.composed.recipe.train
         ended = progress.iteration == train.iterations
         if train.state_every is not None and progress.iteration % train.state_every == 0 and not ended:

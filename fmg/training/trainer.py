@@ -56,6 +56,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         recipe, model = self.composed.recipe, self.composed.model
+        # fp32 rounds far below any clip range, bf16 does not
+        model.fix_rows(self.sizes.micro_batch if recipe.train.dtype == "bf16" else None)
         named = list(model.trainable())
         optimizer = self.composed.optimizer(named)
         self._keeper = Keeper.make(self.composed, self.run, named, optimizer)
@@ -234,7 +236,7 @@ class Trainer:
             "stochasticizer": recipe.stochasticizer.name,
             "objective": recipe.objective.name,
             "reward": " + ".join(f"{weight:g} {name}" for name, weight in self.composed.reward.weights().items()),
-            "adapted modules": str(self.composed.adapted),
+            "trained": self.composed.trained,
             "rollout": f"{shape.groups} prompts x {shape.group_size} images, {shape.steps} steps",
             "run": str(self.run.path),
         }

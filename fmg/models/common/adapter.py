@@ -163,6 +163,11 @@ class WeightSnapshot:
         self._parameters = list(parameters)
         self._values = [parameter.detach().clone() for parameter in parameters]
 
+    def take(self) -> None:
+        """Freezes the values as they are now, in the memory of the earlier ones."""
+        for parameter, value in zip(self._parameters, self._values, strict=True):
+            value.copy_(parameter.detach())
+
     @property
     def values(self) -> Sequence[Tensor]:
         """The frozen values, in the order of the parameters; while they are in place, the current ones."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,9 +15,12 @@ from fmg.models.common.adapter import base_name, is_adapter
 from fmg.models.common.weights import WeightFiles
 
 
-def live_digest(module: nn.Module) -> str:
-    """Sha256 over the base weights in memory: every tensor of the state dict that is not part of an adapter."""
-    tensors = {base_name(name): x for name, x in module.state_dict().items() if not is_adapter(name)}
+def live_digest(module: nn.Module, base: Mapping[str, Tensor] = MappingProxyType({})) -> str:
+    """Sha256 over the base weights in memory: every tensor of the state dict that is not part of an adapter.
+
+    `base` has the values of weights that are trained themselves, which stand for those in the module.
+    """
+    tensors = {base_name(name): x for name, x in module.state_dict().items() if not is_adapter(name)} | dict(base)
     return _digest((name, tensors[name]) for name in sorted(tensors))
 
 

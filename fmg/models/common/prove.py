@@ -27,19 +27,23 @@ Stock diffusers rounds an adapter to the dtype of the base, so a bf16 picture ag
 """
 
 
-def fresh_transformer(transformer: Any) -> Any:
-    """A transformer without adapter over the same base tensors: no weight is copied, so any size costs nothing."""
+def fresh_transformer(transformer: Any, base: Mapping[str, Tensor] = MappingProxyType({})) -> Any:
+    """A transformer without adapter over the same base tensors: no weight is copied, so any size costs nothing.
+
+    `base` has the values of weights that are trained themselves, which stand for those in the transformer.
+    """
     with torch.device("meta"):
         fresh = type(transformer).from_config(transformer.config)
     tensors = {base_name(name): x for name, x in transformer.state_dict().items() if not is_adapter(name)}
+    tensors |= base
     fresh.load_state_dict(tensors, assign=True)
     return fresh.eval().requires_grad_(False)
 
 
-def reloaded(transformer: Any, folder: Path, pipeline: Any) -> Any:
+def reloaded(transformer: Any, folder: Path, pipeline: Any, base: Mapping[str, Tensor] = MappingProxyType({})) -> Any:
     """A fresh transformer over the same base, into which the stock `pipeline` class has read `folder`."""
     others = dict.fromkeys(list(inspect.signature(pipeline).parameters))
-    stock = pipeline(**{**others, "transformer": fresh_transformer(transformer)})
+    stock = pipeline(**{**others, "transformer": fresh_transformer(transformer, base)})
     before = diffusers_logging.get_verbosity()
     # it says for each text encoder that the file has nothing for it
     diffusers_logging.set_verbosity_error()
@@ -53,19 +57,40 @@ def reloaded(transformer: Any, folder: Path, pipeline: Any) -> Any:
     return stock.transformer
 
 
+def component(transformer: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """The transformer that stock diffusers reads from a saved component folder, on the device of `transformer`."""
+    before = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        stock = type(transformer).from_pretrained(
+            str(folder), torch_dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+    finally:
+        diffusers_logging.set_verbosity(before)
+    return stock.to(transformer.device).eval().requires_grad_(False)
+
+
 def check_adapter(trained: nn.Module, stock: nn.Module, folder: Path) -> None:
     """Whether the reloaded adapter has the trained values, bit for bit after rounding to its own dtype.
 
     Raises:
         CheckpointError: a tensor is missing, left over or another one.
     """
-    wanted, given = adapter_parameters(trained), adapter_parameters(stock)
+    check_tensors(adapter_parameters(trained), adapter_parameters(stock), folder)
+
+
+def check_tensors(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], folder: Path) -> None:
+    """Whether tensors that were read back are the saved ones, bit for bit after rounding to their own dtype.
+
+    Raises:
+        CheckpointError: one is missing, left over or another one.
+    """
     wrong = sorted(wanted.keys() ^ given.keys()) or [
         name for name, x in given.items() if not torch.equal(x.detach(), wanted[name].detach().to(x.dtype))
     ]
     if wrong:
         raise CheckpointError(
-            f"The adapter saved as {folder.name} comes back changed when diffusers reads it: {wrong[0]}"
+            f"What was saved as {folder.name} comes back changed when diffusers reads it: {wrong[0]}"
             f" (one of {len(wrong)}); it was not kept",
             _FIX,
         )
@@ -83,7 +108,7 @@ def check_same(
     tolerance = TOLERANCE[dtype]
     if not difference <= tolerance:
         raise CheckpointError(
-            f"The adapter saved as {folder.name} draws another picture when diffusers reads it back: pixels differ by"
+            f"What was saved as {folder.name} draws another picture when diffusers reads it back: pixels differ by"
             f" {difference:.2g} in the mean, more than {tolerance:g}; it was not kept",
             _FIX,
         )

@@ -103,8 +103,8 @@ def load_transformer(
     transformer = empty_transformer(cls, config, weights.origin)
     wanted = transformer_shapes(transformer)
     try:
-        check(wanted, _stored_shapes(weights), weights.origin)
-        for chunk in _windows(weights, wanted):
+        check(wanted, stored_shapes(weights), weights.origin)
+        for chunk in weight_windows(weights):
             placed = {name: x.to(device=device, dtype=dtype, copy=True) for name, x in chunk.items()}
             transformer.load_state_dict(placed, strict=False, assign=True)
     except (OSError, SafetensorError, KeyError) as error:
@@ -136,7 +136,8 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _stored_shapes(weights: WeightFiles) -> dict[str, tuple[int, ...]]:
+def stored_shapes(weights: WeightFiles) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors by the headers of their files."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file, names in _by_file(weights.files):
         with safe_open(str(file), framework="pt") as opened:
@@ -144,7 +145,7 @@ def _stored_shapes(weights: WeightFiles) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _windows(weights: WeightFiles, shapes: Shapes) -> Iterator[dict[str, Tensor]]:
+def weight_windows(weights: WeightFiles) -> Iterator[dict[str, Tensor]]:
     """All tensors, file by file, as many at a time as fit a window; at least one."""
     for file, names in _by_file(weights.files):
         pending = list(names)

@@ -12,7 +12,8 @@ from diffusers import FluxPipeline
 from fmg.core.errors import CheckpointError
 from fmg.core.protocols import FlowMap
 from fmg.flow import SingleTimeMap, TwoTimeMap, path_by_name
-from fmg.models.common.model import AdaptedModel, Scope
+from fmg.models.common.model import AdaptedModel
+from fmg.models.common.scopes import Scope
 from fmg.models.common.text import TextEncoders
 from fmg.models.flux.latents import PATCH
 from fmg.models.flux.loading import FluxComponents, load_folder
@@ -29,6 +30,7 @@ class FluxModel(AdaptedModel[FluxComponents]):
     """
 
     pipeline: ClassVar[Any] = FluxPipeline
+    second_time_embedder: ClassVar[str | None] = "timestep_embedder2"
 
     def __init__(self, components: FluxComponents, name: str, *, text: TextEncoders | None = None) -> None:
         transformer = components.transformer

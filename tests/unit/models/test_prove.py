@@ -60,12 +60,12 @@ def test_a_file_that_lost_values_is_never_reported_as_saved(
 ) -> None:
     read = prove.reloaded
 
-    def damaged(transformer: object, folder: Path, pipeline: object) -> object:
+    def damaged(transformer: object, folder: Path, *rest: Any) -> object:
         file = folder / DIFFUSERS_FILE
         with safe_open(str(file), framework="pt") as stored:
             metadata = stored.metadata()
         save_file(damage(load_file(file)), file, metadata=metadata)
-        return read(transformer, folder, pipeline)
+        return read(transformer, folder, *rest)
 
     monkeypatch.setattr(prove, "reloaded", damaged)
     with pytest.raises(CheckpointError, match=r"comes back changed when diffusers reads it.*not kept"):
@@ -78,8 +78,8 @@ def test_an_adapter_that_comes_back_at_another_scale_draws_another_picture(
 ) -> None:
     read = prove.reloaded
 
-    def rescaled(transformer: object, folder: Path, pipeline: object) -> Any:
-        fresh = read(transformer, folder, pipeline)
+    def rescaled(transformer: object, folder: Path, *rest: Any) -> Any:
+        fresh = read(transformer, folder, *rest)
         fresh.set_adapters(["default"], [0.5])
         return fresh
 
