@@ -12,7 +12,7 @@ from fmg.registry import models
 if TYPE_CHECKING:
     import torch
 
-    from fmg.models.flux.family import FluxModel
+    from fmg.models.flux.model import FluxModel
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class EmbeddedSource:
             CheckpointError: a file of the folder is missing, damaged or of another kind.
         """
         # diffusers and transformers take seconds to import, and composing a run does not need them
-        from fmg.models.flux.family import FluxModel
+        from fmg.models.flux.model import FluxModel
 
         return FluxModel.from_folder(self.config.directory(), device, dtype, name=self.config.asset)
 

@@ -51,13 +51,15 @@ class TextCache:
         return self._folder / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"
 
 
-def encoder_key(folder: Path, components: Sequence[str], length: int, dtype: torch.dtype, device: torch.device) -> str:
+def encoder_key(
+    folder: Path, components: Sequence[str], length: int, dtype: torch.dtype, device: torch.device, *facts: str
+) -> str:
     """Hash of the encoders' and tokenizers' files, the length, and where and in what the encoders compute.
 
-    The device's kind is part of it, because CPU and GPU round differently.
+    The device's kind is part of it, because CPU and GPU round differently. `facts` is what else decides an embedding.
     """
-    facts = [str(length), str(dtype), device.type, *_hashes(folder, components)]
-    return hashlib.sha256("\n".join(facts).encode()).hexdigest()
+    known = [*facts, str(length), str(dtype), device.type, *_hashes(folder, components)]
+    return hashlib.sha256("\n".join(known).encode()).hexdigest()
 
 
 def _hashes(folder: Path, names: Sequence[str]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from fmg.core.events import Evaluated, Event, IterationDone
 from fmg.data.checkpoints import chosen_checkpoint, read_index
 from fmg.data.run_folder import RunFolder
 from fmg.inference.backend import TorchBackend
-from fmg.models.flux.family import FluxModel
+from fmg.models.flux.model import FluxModel
 from fmg.registry import models
 from fmg.training.compose import compose
 from fmg.training.sizes import choose_sizes

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from fmg.core.types import Conditioning
 from fmg.flow import make_grid, trigflow_prediction
 from fmg.flow.sampling import native_sample
-from fmg.models.flux.family import FluxModel
 from fmg.models.flux.latents import pack, unpack
+from fmg.models.flux.model import FluxModel
 from fmg.registry import models
 from tests.tiny_flux import RESOLUTION, SEQUENCE, build_tiny_teacher, publish_student
 

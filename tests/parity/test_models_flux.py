@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 from torch import Tensor
 
 from fmg.models.flux import latents
-from fmg.models.flux.family import FluxModel
+from fmg.models.flux.model import FluxModel
 from tests.tiny_flux import RESOLUTION, SEQUENCE, build_tiny_flux
 
 CPU = torch.device("cpu")

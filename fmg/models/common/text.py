@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from fmg.core.types import Conditioning
-from fmg.models.text_cache import Row, TextCache
+from fmg.models.text_cache import Row, TextCache, encoder_key
 
 
 @runtime_checkable
@@ -141,6 +142,36 @@ class TextEncoders:
         tensors = {name: x.to(self._device) for name, x in self._stack.embed(prompts, self._length).items()}
         # clones, because a row that is a view would keep its whole batch alive in the cache
         return [{name: x[i].clone() for name, x in tensors.items()} for i in range(len(prompts))]
+
+
+def cached_encoders(
+    stack: TextStack,
+    folder: Path,
+    components: Sequence[str],
+    length: int,
+    device: torch.device,
+    *,
+    place: Literal["model", "cpu", "offload"],
+    cache: bool,
+    facts: Sequence[str] = (),
+) -> TextEncoders:
+    """Encoders for a run: where a recipe wants them, and with its cache on disk.
+
+    Args:
+        stack: encoders and tokenizers.
+        folder: the pipeline folder that they were read from.
+        components: their folders in it.
+        length: length that tokens are padded and cut to.
+        device: where the embeddings go.
+        place: where the encoders compute and rest: beside the model, on the CPU, or offloaded.
+        cache: whether embeddings are kept on disk.
+        facts: what decides an embedding besides the files.
+    """
+    encoder = stack.encoders[-1]
+    computes_on = encoder.device if place == "cpu" else device
+    disk = TextCache(encoder_key(folder, components, length, encoder.dtype, computes_on, *facts)) if cache else None
+    # one prompt a call, so that an embedding does not depend on what else was missing when it was made
+    return TextEncoders(stack, length, device, batch_size=1, offload=place == "offload", disk=disk)
 
 
 class EmbeddingCache:

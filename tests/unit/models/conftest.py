@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fmg.models.flux.family import FluxModel
+from fmg.models.flux.model import FluxModel
 from tests.tiny_flux import build_tiny_flux
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fmg.core.errors import UsageError
 from fmg.core.protocols import FlowMap
-from fmg.models.flux.family import FluxModel
+from fmg.models.flux.model import FluxModel
 
 CPU = torch.device("cpu")
 

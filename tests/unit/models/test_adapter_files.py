@@ -17,8 +17,8 @@ from fmg.core.errors import CheckpointError, UsageError
 from fmg.models.common.adapter_files import DIFFUSERS_FILE, MANIFEST_FILE
 from fmg.models.common.digest import stored_digest
 from fmg.models.common.weights import folder_weights
-from fmg.models.flux.family import FluxModel
 from fmg.models.flux.loading import load_folder
+from fmg.models.flux.model import FluxModel
 from tests.tiny_flux import build_tiny_flux, store_in
 
 CPU = torch.device("cpu")

@@ -13,8 +13,8 @@ from transformers.utils import logging as transformers_logging
 
 from fmg.core.errors import CheckpointError
 from fmg.models.conventions import CONVENTIONS_FILE
-from fmg.models.flux.family import FluxModel
 from fmg.models.flux.loading import load_folder
+from fmg.models.flux.model import FluxModel
 from tests.tiny_flux import store_in
 
 CPU = torch.device("cpu")

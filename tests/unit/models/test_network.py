@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fmg.core.errors import CompositionError
 from fmg.models.common.model import DECODE_PIXELS
-from fmg.models.flux.family import FluxModel
+from fmg.models.flux.model import FluxModel
 from tests.tiny_flux import build_tiny_flux
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from torch import Tensor
 from fmg.core.errors import CheckpointError
 from fmg.models.common import prove
 from fmg.models.common.adapter_files import DIFFUSERS_FILE
-from fmg.models.flux.family import FluxModel
+from fmg.models.flux.model import FluxModel
 
 CPU = torch.device("cpu")
 
