@@ -54,14 +54,11 @@ def _lines(
     name = recipe.model.name
     rewards = " + ".join(f"{reward.weight:g} {reward.label}" for reward in recipe.rewards)
     yield from ("---", f"base_model: {name}", "library_name: diffusers", "pipeline_tag: text-to-image")
-    yield from ("tags: [lora, flow-map, reinforcement-learning, fmg]", "---")
+    lora = "" if recipe.train.trainable == "full" else "lora, "
+    yield from (f"tags: [{lora}flow-map, reinforcement-learning, fmg]", "---")
     yield f"# {name}, tuned for {rewards}"
     yield ""
-    yield (
-        f"A LoRA (rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}) on the few-step flow map `{name}`, after"
-        f" iteration {saved.iteration} of `{recipe.objective.name}` on `{recipe.stochasticizer.name}` transitions,"
-        f" made with fmg {__version__}. Before it was kept, stock diffusers read it back and drew the same picture."
-    )
+    yield _origin(recipe, saved)
     yield from ("", "## Terms", "", "| part | licence | publication |", "|---|---|---|")
     yield _terms(f"base `{name}`", recipe.model.config.about)
     for reward in recipe.measured_rewards:
@@ -81,8 +78,30 @@ def _lines(
         "In diffusers: `pipe.load_lora_weights(FOLDER)` on the pipeline of the base, with its transformer loaded as"
         " `fmg.models.flux.transformer.FlowMapFluxTransformer2DModel`; `peft/` is the same adapter for PEFT."
     )
+    if recipe.train.trainable == "lora+duration":
+        yield (
+            "\nThe embedder of the second time was trained beside the LoRA and is in `fmg_extra.safetensors`. Without it"
+            " the adapter is half of what was trained, and diffusers does not read it: use fmg, or an export."
+        )
     # as JSON, which is YAML too: the values without the paths of the machine that made them
     yield from ("", "## Recipe", "", "```json", json.dumps(_shareable(recipe), indent=2), "```")
+
+
+def _origin(recipe: Recipe, saved: Saved) -> str:
+    name, rank = recipe.model.name, recipe.lora.rank
+    what = {
+        "lora": f"A LoRA (rank {rank}, alpha {recipe.lora.alpha:g}) on",
+        "lora+duration": f"A LoRA (rank {rank}, alpha {recipe.lora.alpha:g}) and the embedder of the second time of",
+        "full": "A full fine-tune of",
+    }[recipe.train.trainable]
+    averaged = ""
+    if saved.score_key != SCORE_KEY:
+        averaged = f", the moving average of its weights (decay {recipe.train.ema_decay:g}),"
+    return (
+        f"{what} the few-step flow map `{name}`{averaged} after iteration {saved.iteration} of"
+        f" `{recipe.objective.name}` on `{recipe.stochasticizer.name}` transitions, made with fmg {__version__}. Before"
+        " it was kept, stock diffusers read it back and drew the same picture."
+    )
 
 
 def _terms(part: str, about: About) -> str:
