@@ -12,7 +12,6 @@ from fmg.core.errors import CompositionError
 from fmg.core.protocols import Density, FlowMap, Policies, Stochasticizer
 from fmg.core.types import Batch, Conditioning
 
-
 REFRESHED = ("log_prob_old", "mean_old", "std")
 """Columns of a batch that `refresh_old` recomputes."""
 

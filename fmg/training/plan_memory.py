@@ -120,7 +120,10 @@ def forward_bytes(geometry: ModelGeometry, layers: Sequence[LinearModule], numbe
 def decode_bytes(geometry: ModelGeometry, number: int, rows: int) -> int:
     """The most that decoding holds at once; images go through the decoder a few at a time."""
     pixels = geometry.resolution**2
-    return min(rows, max(1, DECODE_PIXELS // pixels)) * pixels * int(geometry.decoder.size(number))
+    images = rows * 3 * pixels * FULL
+    chunk = min(rows, max(1, DECODE_PIXELS // pixels)) * pixels * int(geometry.decoder.size(number))
+    # the images so far beside a chunk of the decoder, or all of them while they are joined and their range is changed
+    return max(chunk + images, 3 * images)
 
 
 def rollout_bytes(recipe: Recipe, geometry: ModelGeometry, number: int, devices: int = 1) -> int:

@@ -10,7 +10,8 @@ from diffusers import SanaSprintPipeline
 from fmg.core.errors import CheckpointError
 from fmg.core.protocols import FlowMap
 from fmg.flow import TrigFlowMap
-from fmg.models.common.model import AdaptedModel, Scope
+from fmg.models.common.model import AdaptedModel
+from fmg.models.common.scopes import Scope
 from fmg.models.common.text import TextEncoders
 from fmg.models.sana.loading import SanaComponents
 from fmg.models.sana.network import SanaNetwork

@@ -29,8 +29,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     folder = build_tiny_sana(tmp_path_factory.mktemp("sana") / "sana")
     changes = {
         "model.folder": str(folder),
-        "model.resolution": 512,
-        "model.max_sequence_length": 24,
+        "model.resolution": 256,
+        "model.max_sequence_length": 6,
         "model.text_cache": False,
         "model.text_device": "model",
         "rewards": ["jpeg-incompressibility"],
@@ -57,7 +57,7 @@ def test_a_folder_is_counted_as_its_loaded_components(recipe: Recipe) -> None:
     assert geometry.origin == "its files"
     assert geometry.parameters == sum(p.numel() for p in parts.transformer.parameters()) - trained
     layers = adapted_layers(geometry, recipe.lora.target_names())
-    assert (adapter_parameters(layers, recipe.lora.rank), len(layers)) == (trained, composed.adapted)
+    assert adapter_parameters(layers, recipe.lora.rank) == trained
     assert geometry.decoder_parameters == sum(p.numel() for p in parts.vae.parameters())
     assert geometry.encoder_parameters == sum(p.numel() for p in parts.text.text_encoder.parameters())
     assert geometry.latent == torch.Size(composed.model.latent_shape).numel()
@@ -76,7 +76,6 @@ def test_flops_of_a_call_are_those_that_torch_counts(recipe: Recipe) -> None:
     "changes",
     [
         {"train.dtype": "fp32", "model.gradient_checkpointing": False},
-        {"train.dtype": "bf16", "model.gradient_checkpointing": False},
         {"train.dtype": "bf16"},
     ],
     ids=str,
