@@ -77,10 +77,8 @@ def _lines(
     yield from ("", "## Use", "", "```sh", "# RUN is the run folder that holds this checkpoint")
     yield from ('fmg generate "PROMPT" --from RUN', f"fmg eval RUN --against {name}")
     yield from ("fmg export --diffusers RUN OUT", "```", "")
-    yield (
-        "In diffusers: `pipe.load_lora_weights(FOLDER)` on the pipeline of the base, with its transformer loaded as"
-        " `fmg.models.flux.transformer.FlowMapFluxTransformer2DModel`; `peft/` is the same adapter for PEFT."
-    )
+    if place := recipe.model.config.in_diffusers:
+        yield f"In diffusers: `pipe.load_lora_weights(FOLDER)` on {place}; `peft/` is the same adapter for PEFT."
     # as JSON, which is YAML too: the values without the paths of the machine that made them
     yield from ("", "## Recipe", "", "```json", json.dumps(_shareable(recipe), indent=2), "```")
 

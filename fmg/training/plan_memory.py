@@ -122,8 +122,8 @@ def decode_bytes(geometry: ModelGeometry, number: int, rows: int) -> int:
     pixels = geometry.resolution**2
     images = rows * 3 * pixels * FULL
     chunk = min(rows, max(1, DECODE_PIXELS // pixels)) * pixels * int(geometry.decoder.size(number))
-    # the images so far beside a chunk of the decoder, or all of them while they are joined and their range is changed
-    return max(chunk + images, 3 * images)
+    # a chunk, or copies of the images while they are joined and their range is changed; they themselves are stored
+    return max(chunk, 2 * images)
 
 
 def rollout_bytes(recipe: Recipe, geometry: ModelGeometry, number: int, devices: int = 1) -> int:

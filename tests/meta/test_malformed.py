@@ -63,6 +63,11 @@ MISUSES = (
     Misuse("runs ''", "DIR is empty"),
     Misuse(f"runs {LONG}", "File name too long"),
     Misuse("show reward a\nb\x1b[31m", r"'a\nb\x1b[31m'"),
+    Misuse("train --offline=yes", "--offline"),
+    Misuse("eval sana-sprint --offline --device cpu", "Fetch it with `fmg fetch sana-sprint`"),
+    Misuse("fetch sana-sprint --offline --yes", "Run `fmg fetch sana-sprint` without it"),
+    Misuse("train --model sana-sprint --stochasticizer asfmc", "asfmc"),
+    Misuse("train --model sana-sprint --set model.resolution=100", "resolution"),
     # numbers
     Misuse("train --steps abc", "--steps"),
     Misuse("train --steps 0", "--steps"),
