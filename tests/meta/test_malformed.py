@@ -64,8 +64,10 @@ MISUSES = (
     Misuse(f"runs {LONG}", "File name too long"),
     Misuse("show reward a\nb\x1b[31m", r"'a\nb\x1b[31m'"),
     Misuse("train --offline=yes", "--offline"),
-    Misuse("eval sana-sprint --offline --device cpu", "Fetch it with `fmg fetch sana-sprint`"),
-    Misuse("fetch sana-sprint --offline --yes", "Run `fmg fetch sana-sprint` without it"),
+    Misuse(
+        "eval sana-sprint --offline --device cpu --reward jpeg-compressibility",
+        "Fetch it with `fmg fetch sana-sprint`",
+    ),
     Misuse("train --model sana-sprint --stochasticizer asfmc", "asfmc"),
     Misuse("train --model sana-sprint --set model.resolution=100", "resolution"),
     # numbers
