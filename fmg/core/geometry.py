@@ -81,6 +81,7 @@ class ModelGeometry:
         decoder: what decoding holds at once for one pixel of the image.
         checkpointing: whether blocks are computed again in the backward pass.
         encoders_resident: whether the text encoders stay on the device of the transformer.
+        decoder_tile: side of the tiles in pixels that images are decoded in; None decodes them whole.
     """
 
     origin: str
@@ -100,6 +101,7 @@ class ModelGeometry:
     decoder: Holding
     checkpointing: bool
     encoders_resident: bool
+    decoder_tile: int | None = None
 
     @property
     def tokens(self) -> Mapping[str, int]:

@@ -55,6 +55,15 @@ class FluxConfig(PublishedConfig):
     attention: Literal["native", "flash", "sage", "xformers"] = Field(
         default="native", description="Attention backend of diffusers; native is PyTorch's own."
     )
+    vae_tile: int | None = Field(
+        default=None,
+        ge=128,
+        multiple_of=16,
+        description="Side in pixels of the tiles that larger images are decoded in, blended at the seams; null: whole.",
+    )
+    vae_slicing: bool = Field(
+        default=False, description="Decode one image at a time, also where several would fit a call."
+    )
 
     def parameters(self) -> int:
         """Parameters of the transformer, by its `config.json` in a local folder, else by the published one."""
@@ -71,6 +80,7 @@ class FluxConfig(PublishedConfig):
             checkpointing=self.gradient_checkpointing,
             encoders_resident=self.text_device == "model",
             published=self.published,
+            decoder_tile=self.vae_tile,
         )
 
     def spec(self) -> MapSpec:

@@ -42,6 +42,7 @@ def flux_geometry(
     checkpointing: bool = False,
     encoders_resident: bool = True,
     published: Mapping[str, object] = FLUX_LITE,
+    decoder_tile: int | None = None,
 ) -> ModelGeometry:
     """The geometry of a pipeline folder; what is not there is as published.
 
@@ -51,6 +52,7 @@ def flux_geometry(
         checkpointing: whether the model recomputes its blocks in the backward pass.
         encoders_resident: whether T5 and CLIP stay on the transformer's device.
         published: the transformer's config where the folder has none.
+        decoder_tile: side of the tiles in pixels that images are decoded in.
     """
     stated = None if folder is None else _read_json(folder / "transformer" / "config.json")
     vae = (None if folder is None else _read_json(folder / "vae" / "config.json")) or FLUX_VAE
@@ -88,6 +90,7 @@ def flux_geometry(
         decoder=Holding(_decoder_values(vae)),
         checkpointing=checkpointing,
         encoders_resident=encoders_resident,
+        decoder_tile=decoder_tile,
     )
 
 

@@ -83,6 +83,8 @@ ROWS: tuple[Row, ...] = (
          "Reward-weighted flow matching on the samples of a deterministic or stochastic rollout"),
     _row("optimizer", "adamw", "training", "AdamWConfig", "optimizers:adamw",
          "AdamW (decoupled weight decay)"),
+    _row("optimizer", "adamw8bit", "training", "AdamW8bitConfig", "optimizers:adamw8bit",
+         "AdamW with 8-bit moments (bitsandbytes)"),
     _row("optimizer", "sgd", "training", "SgdConfig", "optimizers:sgd",
          "SGD with momentum"),
     _row("optimizer", "muon", "training", "MuonConfig", "optimizers:muon",

@@ -11,15 +11,14 @@ from fmg.core.geometry import ModelGeometry
 from fmg.data.run_folder import RUNS
 from fmg.registry.recipe import Recipe
 from fmg.registry.resolve import ResolvedRecipe
-from fmg.training.plan_memory import FULL, Memory, adapted_layers, adapter_parameters, plan_memory
+from fmg.training.plan_memory import DTYPE_BYTES, Memory, plan_memory
 from fmg.training.plan_time import Work, estimate_iteration, transitions_of
+from fmg.training.plan_trained import disk_bytes, trained_by
 from fmg.training.sizes import Sizes, choose_sizes
 
 REFERENCE_GROUPS, REFERENCE_SIZE, REFERENCE_DEVICES = 48, 24, 8
 """Samples of an iteration and GPUs of the published recipe (Flow-Map GRPO, arXiv 2607.00535)."""
 
-# The newest checkpoint and the best one, each as a diffusers file and as a PEFT file.
-_ADAPTER_FILES = 4
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -81,13 +80,13 @@ def size_text(size: float) -> str:
 
 
 def _size_facts(recipe: Recipe, geometry: ModelGeometry) -> dict[str, str]:
-    layers = adapted_layers(geometry, recipe.lora.target_names())
-    trained = adapter_parameters(layers, recipe.lora.rank)
+    trained = trained_by(recipe, geometry)
+    checkpoints, state = disk_bytes(recipe, trained, DTYPE_BYTES[recipe.train.dtype])
     return {
         "parameters": f"{_count(geometry.parameters)} transformer, {_count(geometry.encoder_parameters)} text encoders,"
         f" {_count(geometry.decoder_parameters)} autoencoder (by {geometry.origin})",
-        "trainable": f"{_count(trained)}, LoRA of rank {recipe.lora.rank} on {len(layers)} modules",
-        "disk": f"{size_text(_ADAPTER_FILES * FULL * trained)} of checkpoints, besides pictures",
+        "trainable": f"{_count(trained.parameters)}, {trained.words}",
+        "disk": f"{size_text(checkpoints)} of checkpoints and {size_text(state)} of state, besides pictures",
     }
 
 

@@ -11,15 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fmg.core.geometry import LinearModule, ModelGeometry
-from fmg.models.lora_presets import expand_targets, is_target
 from fmg.registry.recipe import Recipe
 from fmg.training.plan_time import transitions_of
+from fmg.training.plan_trained import FULL, Trained, average_bytes, copies_bytes, optimizer_bytes, trained_by
 from fmg.training.sizes import Sizes
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
-FULL = 4
-"""Bytes of a number in fp32: adapters, optimizers, latents, images and log-probs always are."""
-
 _REWARD_PARAMETERS: Mapping[str, float] = {
     "hpsv2": 986e6,
     "pickscore": 986e6,
@@ -49,17 +46,6 @@ class Memory:
         return sum(self.parts.values())
 
 
-def adapted_layers(geometry: ModelGeometry, targets: Sequence[str]) -> list[LinearModule]:
-    """The linear layers that a LoRA on `targets` (presets or ends of names) adapts."""
-    suffixes = expand_targets(targets)
-    return [layer for layer in geometry.linears if is_target(layer.name, suffixes)]
-
-
-def adapter_parameters(layers: Sequence[LinearModule], rank: int) -> int:
-    """Parameters of a LoRA of this rank: A is (rank, inputs), B is (outputs, rank)."""
-    return sum(rank * (layer.inputs + layer.outputs) for layer in layers)
-
-
 def plan_memory(recipe: Recipe, geometry: ModelGeometry, sizes: Sizes, devices: int = 1) -> Memory:
     """The peak of a training run on each of `devices` equal devices, which share the samples of an iteration.
 
@@ -67,63 +53,64 @@ def plan_memory(recipe: Recipe, geometry: ModelGeometry, sizes: Sizes, devices: 
     counted beside what is there all the time.
     """
     number = DTYPE_BYTES[recipe.train.dtype]
-    layers = adapted_layers(geometry, recipe.lora.target_names())
-    trained = adapter_parameters(layers, recipe.lora.rank)
+    trained = trained_by(recipe, geometry)
     encoders = geometry.encoder_parameters * number if geometry.encoders_resident else 0
     work = max(
-        update_bytes(geometry, layers, recipe.lora.rank, number, sizes.micro_batch),
-        forward_bytes(geometry, layers, number, sizes.rollout_batch),
+        update_bytes(geometry, trained, recipe.lora.rank, number, sizes.micro_batch),
+        forward_bytes(geometry, trained, number, sizes.rollout_batch),
         decode_bytes(geometry, number, sizes.rollout_batch),
+        # a whole network that was saved is read back beside the trained one, to prove the file
+        geometry.parameters * number if trained.whole else 0,
     )
+    gathered = max(sizes.micro_batch, sizes.rollout_batch) * geometry.conditioning * number
     return Memory(
         {
-            "transformer": geometry.parameters * number,
+            "transformer": (geometry.parameters - trained.base_parameters) * number,
             "text encoders": encoders,
             "autoencoder": geometry.decoder_parameters * number,
-            # the adapter, its gradient, the frozen old policy, and the copy that the movement gate compares with
-            "adapter and its copies": 4 * trained * FULL,
-            "optimizer": optimizer_bytes(recipe.optimizer.name, layers, recipe.lora.rank),
+            "trained weights and copies": copies_bytes(recipe, trained),
+            "moving average": average_bytes(recipe, trained),
+            "optimizer": optimizer_bytes(recipe.optimizer.name, (*trained.lora, *trained.unfrozen)),
             "rollout store": rollout_bytes(recipe, geometry, number, devices),
-            "activations": work,
+            "activations": work + gathered,
             "rewards": reward_bytes(recipe),
         }
     )
 
 
-def update_bytes(
-    geometry: ModelGeometry, layers: Sequence[LinearModule], rank: int, number: int, micro_batch: int
-) -> int:
-    """Activations of one forward and backward pass of `micro_batch` rows through the adapted transformer.
+def update_bytes(geometry: ModelGeometry, trained: Trained, rank: int, number: int, micro_batch: int) -> int:
+    """Activations of one forward and backward pass of `micro_batch` rows through the trained transformer.
 
     Each block keeps what its kind says. A LoRA keeps its input in fp32: one for all layers that read it in fp32 runs, a
-    copy for each in bf16 ones.
+    copy for each in bf16 ones. A weight that is trained itself keeps its input as the network computes it, and under
+    autocast the network's copy of the weight as well.
     """
-    adapted = _adapter_inputs(geometry, layers, rank, number)
+    adapted = _adapter_inputs(geometry, trained.layers, rank, number) + _own_inputs(geometry, trained, number)
     # the backward pass begins in the last block
     extra = geometry.blocks[-1].backward.size(number)
     count = sum(kind.count for kind in geometry.blocks)
     if geometry.checkpointing:
         largest = max(kind.kept.size(number) for kind in geometry.blocks)
-        return int(micro_batch * (geometry.unit * (count * number + largest + extra) + adapted // count))
+        work = micro_batch * (geometry.unit * (count * number + largest + extra) + adapted // count)
+        return int(work) + _cast_bytes(geometry, trained, number)
     kept = sum(kind.count * kind.kept.size(number) for kind in geometry.blocks)
-    return int(micro_batch * (geometry.unit * (kept + extra) + adapted))
+    return int(micro_batch * (geometry.unit * (kept + extra) + adapted)) + _cast_bytes(geometry, trained, number)
 
 
-def forward_bytes(geometry: ModelGeometry, layers: Sequence[LinearModule], number: int, rows: int) -> int:
+def forward_bytes(geometry: ModelGeometry, trained: Trained, number: int, rows: int) -> int:
     """The most that a forward pass of `rows` rows without gradients holds at once, inside its widest block."""
     kind = geometry.blocks[-1]
-    wide = any(layer.outputs == 4 * geometry.width for layer in layers)
+    wide = any(layer.outputs == 4 * geometry.width for layer in trained.layers)
     added = (kind.forward_wide if number == FULL else kind.low_wide) if wide else 0
-    return int(rows * geometry.unit * (kind.forward.size(number) + added))
+    return int(rows * geometry.unit * (kind.forward.size(number) + added)) + _cast_bytes(geometry, trained, number)
 
 
 def decode_bytes(geometry: ModelGeometry, number: int, rows: int) -> int:
-    """The most that decoding holds at once; images go through the decoder a few at a time."""
-    pixels = geometry.resolution**2
-    images = rows * 3 * pixels * FULL
+    """The most that decoding holds at once; images go through the decoder a few at a time, or in tiles."""
+    pixels = min(geometry.resolution, geometry.decoder_tile or geometry.resolution) ** 2
     chunk = min(rows, max(1, DECODE_PIXELS // pixels)) * pixels * int(geometry.decoder.size(number))
     # a chunk, or copies of the images while they are joined and their range is changed; they themselves are stored
-    return max(chunk, 2 * images)
+    return max(chunk, 2 * rows * 3 * geometry.resolution**2 * FULL)
 
 
 def rollout_bytes(recipe: Recipe, geometry: ModelGeometry, number: int, devices: int = 1) -> int:
@@ -133,18 +120,10 @@ def rollout_bytes(recipe: Recipe, geometry: ModelGeometry, number: int, devices:
     rows = images * max(1, transitions)
     part = -(-rows // recipe.train.updates_per_iteration)
     latents = images + 3 * (images * transitions + rows + part)
-    conditioned = images + rows + part
+    # one row a prompt, which samples, rows and parts share
+    conditioned = -(-recipe.rollout.groups // devices)
     pixels = images * 3 * geometry.resolution**2
     return latents * geometry.latent * FULL + conditioned * geometry.conditioning * number + pixels * FULL
-
-
-def optimizer_bytes(name: str, layers: Sequence[LinearModule], rank: int) -> int:
-    """State of an optimizer over a LoRA, in fp32. An unknown optimizer is taken for one with two moments."""
-    if name == "adafactor":
-        # a row and a column of second moments for each matrix
-        return FULL * sum(layer.inputs + layer.outputs + 2 * rank for layer in layers)
-    moments = {"sgd": 1, "muon": 1}.get(name, 2)
-    return FULL * moments * adapter_parameters(layers, rank)
 
 
 def reward_bytes(recipe: Recipe) -> int:
@@ -165,3 +144,19 @@ def _adapter_inputs(geometry: ModelGeometry, layers: Sequence[LinearModule], ran
         return FULL * (inner + sum(tokens[layer.tokens] * layer.inputs for layer in layers))
     shared = {layer.source: tokens[layer.tokens] * layer.inputs for layer in layers}
     return FULL * (inner + sum(shared.values()))
+
+
+def _own_inputs(geometry: ModelGeometry, trained: Trained, number: int) -> int:
+    """Inputs that a network keeps for the gradients of its own weights."""
+    if not trained.whole:
+        return 0
+    tokens = geometry.tokens
+    if number < FULL:
+        return number * sum(tokens[layer.tokens] * layer.inputs for layer in geometry.linears)
+    shared = {layer.source: tokens[layer.tokens] * layer.inputs for layer in geometry.linears}
+    return FULL * sum(shared.values())
+
+
+def _cast_bytes(geometry: ModelGeometry, trained: Trained, number: int) -> int:
+    """Weights in the dtype of the computation, which autocast makes of fp32 ones and keeps for the length of a pass."""
+    return geometry.parameters * number if trained.whole and number < FULL else 0

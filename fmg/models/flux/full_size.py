@@ -38,6 +38,7 @@ def load(name: str, config: FluxConfig, device: torch.device, dtype: torch.dtype
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     _set_attention(transformer, config.attention)
+    _set_decoding(components.vae, config)
     doubt = time_scale_doubt(transformer.time_text_embed.timestep_embedder, config.time_scale)
     if doubt is not None:
         warnings.warn(f"'{name}': {doubt}", FmgWarning, stacklevel=2)
@@ -51,6 +52,16 @@ def load(name: str, config: FluxConfig, device: torch.device, dtype: torch.dtype
         cache=config.text_cache,
     )
     return FluxModel(components, name, text=text)
+
+
+def _set_decoding(vae: Any, config: FluxConfig) -> None:
+    if config.vae_slicing:
+        vae.enable_slicing()
+    if config.vae_tile is not None:
+        vae.enable_tiling()
+        # the class takes the size of its tiles from its training images, which are as large as those that it decodes
+        vae.tile_sample_min_size = config.vae_tile
+        vae.tile_latent_min_size = config.vae_tile // 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def _set_attention(transformer: Any, backend: str) -> None:

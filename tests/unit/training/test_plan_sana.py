@@ -14,7 +14,8 @@ from fmg.data.run_folder import RunFolder
 from fmg.registry.recipe import Recipe
 from fmg.training.compose import compose
 from fmg.training.memory_meter import MemoryMeter
-from fmg.training.plan_memory import adapted_layers, adapter_parameters, plan_memory
+from fmg.training.plan_memory import plan_memory
+from fmg.training.plan_trained import trained_by
 from fmg.training.sizes import choose_sizes
 from fmg.training.trainer import Trainer
 from tests.tiny_sana import build_tiny_sana
@@ -56,8 +57,8 @@ def test_a_folder_is_counted_as_its_loaded_components(recipe: Recipe) -> None:
     trained = sum(p.numel() for _, p in composed.model.trainable())
     assert geometry.origin == "its files"
     assert geometry.parameters == sum(p.numel() for p in parts.transformer.parameters()) - trained
-    layers = adapted_layers(geometry, recipe.lora.target_names())
-    assert adapter_parameters(layers, recipe.lora.rank) == trained
+    planned = trained_by(recipe, geometry)
+    assert (planned.parameters, planned.words) == (trained, composed.trained)
     assert geometry.decoder_parameters == sum(p.numel() for p in parts.vae.parameters())
     assert geometry.encoder_parameters == sum(p.numel() for p in parts.text.text_encoder.parameters())
     assert geometry.latent == torch.Size(composed.model.latent_shape).numel()
