@@ -13,7 +13,7 @@ import typer
 from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.metrics import headline
 from fmg.cli.observers import LOADING, JsonReporter, Reporter, reporter_for
-from fmg.cli.options import AsJson, given_text
+from fmg.cli.options import AsJson, Offline, given_text
 from fmg.cli.preflight import check_inputs
 from fmg.cli.tables import change, table
 from fmg.core.errors import UsageError
@@ -82,6 +82,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print every value, where it came from and the plan; start nothing.")
     ] = False,
+    offline: Offline = False,
     as_json: AsJson = False,
 ) -> int:
     """Tune a generator with reinforcement learning; without options, the embedded one on this computer."""

@@ -11,6 +11,11 @@ from fmg.core.errors import CheckpointError
 from fmg.core.specs import MapSpec
 
 CONVENTIONS_FILE = "fmg_flow_map.json"
+FLUX_IN_DIFFUSERS = (
+    "the pipeline of the base, with its transformer loaded as"
+    " `fmg.models.flux.transformer.FlowMapFluxTransformer2DModel`"
+)
+"""For model cards: the one class that stock diffusers does not have."""
 
 
 class FlowMapConventions(BaseModel):

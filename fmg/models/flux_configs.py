@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from fmg.core.geometry import ModelGeometry
 from fmg.core.specs import MapSpec
-from fmg.models.conventions import FlowMapConventions
+from fmg.models.conventions import FLUX_IN_DIFFUSERS, FlowMapConventions
 from fmg.models.flux.size import FLUX_LITE, FLUX_SCHNELL, transformer_parameters
 from fmg.models.geometry import flux_geometry
 from fmg.models.published import BYTES, PublishedConfig
@@ -37,6 +37,8 @@ class FluxConfig(PublishedConfig):
 
     published: ClassVar[Mapping[str, object]] = FLUX_LITE
     """The transformer's config where it is not on this computer yet."""
+
+    in_diffusers: ClassVar[str] = FLUX_IN_DIFFUSERS
 
     time_scale: float = Field(
         gt=0,

@@ -43,6 +43,8 @@ class SanaSprintConfig(PublishedConfig):
         ),
     )
 
+    in_diffusers: ClassVar[str] = "a `SanaSprintPipeline` of the base"
+
     folder: str = Field(
         min_length=1, description="Pipeline folder: hub id owner/name@revision, or a local diffusers folder."
     )

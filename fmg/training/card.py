@@ -74,13 +74,15 @@ def _lines(
     yield from ("", "## Use", "", "```sh", "# RUN is the run folder that holds this checkpoint")
     yield from ('fmg generate "PROMPT" --from RUN', f"fmg eval RUN --against {name}")
     yield from ("fmg export --diffusers RUN OUT", "```", "")
-    yield (
-        "In diffusers: `pipe.load_lora_weights(FOLDER)` on the pipeline of the base, with its transformer loaded as"
-        " `fmg.models.flux.transformer.FlowMapFluxTransformer2DModel`; `peft/` is the same adapter for PEFT."
-    )
+    place = recipe.model.config.in_diffusers
+    if recipe.train.trainable == "full":
+        yield "In diffusers: the folder `transformer/` in place of the pipeline's own transformer."
+    elif place:
+        yield f"In diffusers: `pipe.load_lora_weights(FOLDER)` on {place}; `peft/` is the same adapter for PEFT."
     if recipe.train.trainable == "lora+duration":
         yield (
-            "\nThe embedder of the second time was trained beside the LoRA and is in `fmg_extra.safetensors`. Without it"
+            "
+The embedder of the second time was trained beside the LoRA and is in `fmg_extra.safetensors`. Without it"
             " the adapter is half of what was trained, and diffusers does not read it: use fmg, or an export."
         )
     # as JSON, which is YAML too: the values without the paths of the machine that made them

@@ -108,7 +108,9 @@ def forward_bytes(geometry: ModelGeometry, trained: Trained, number: int, rows: 
 def decode_bytes(geometry: ModelGeometry, number: int, rows: int) -> int:
     """The most that decoding holds at once; images go through the decoder a few at a time, or in tiles."""
     pixels = min(geometry.resolution, geometry.decoder_tile or geometry.resolution) ** 2
-    return min(rows, max(1, DECODE_PIXELS // pixels)) * pixels * int(geometry.decoder.size(number))
+    chunk = min(rows, max(1, DECODE_PIXELS // pixels)) * pixels * int(geometry.decoder.size(number))
+    # a chunk, or copies of the images while they are joined and their range is changed; they themselves are stored
+    return max(chunk, 2 * rows * 3 * geometry.resolution**2 * FULL)
 
 
 def rollout_bytes(recipe: Recipe, geometry: ModelGeometry, number: int, devices: int = 1) -> int:

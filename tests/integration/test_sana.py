@@ -58,6 +58,10 @@ def test_sana_sprint_is_evaluated_trained_saved_and_drawn_by_its_pipeline(
     drawn = generator.generate([PROMPT], [7], steps=1)
     assert not torch.equal(drawn.images, base.images)
 
+    card = (adapter / "README.md").read_text(encoding="utf-8")
+    assert "on a `SanaSprintPipeline` of the base" in card
+    assert "NSCL v2-custom" in card
+
     pipeline = SanaSprintPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(adapter)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal
 
 import torch
 from jaxtyping import Float
@@ -19,48 +19,16 @@ from fmg.core.protocols import FlowMap
 from fmg.core.specs import MapSpec
 from fmg.core.types import Conditioning
 from fmg.models.common import adapter, adapter_files, full_files, prove
+from fmg.models.common.components import C
 from fmg.models.common.digest import live_digest
 from fmg.models.common.fixed_rows import FixedRows
 from fmg.models.common.scopes import PolicyScopes, Scope
 from fmg.models.common.sharding import gathered, shard_frozen
-from fmg.models.common.text import TextEncoders, TextStack
+from fmg.models.common.text import TextEncoders
 from fmg.models.common.unfrozen import Unfrozen
-from fmg.models.common.weights import WeightFiles
-from fmg.models.conventions import FlowMapConventions
 
 DECODE_PIXELS = 2**18
 """Image pixels that one decoder call may make: one image of 512 px, or as many small ones as a CPU cache likes."""
-
-
-class Components(Protocol):
-    """The parts of a loaded pipeline folder, in evaluation mode and without gradients."""
-
-    @property
-    def folder(self) -> Path:
-        """Where they were read."""
-
-    @property
-    def conventions(self) -> FlowMapConventions:
-        """How the weights want to be sampled."""
-
-    @property
-    def transformer(self) -> Any:
-        """The diffusers transformer."""
-
-    @property
-    def vae(self) -> Any:
-        """The diffusers autoencoder."""
-
-    @property
-    def text(self) -> TextStack:
-        """Text encoders and tokenizers."""
-
-    @property
-    def weights(self) -> WeightFiles:
-        """The files of the transformer."""
-
-
-C = TypeVar("C", bound=Components)
 
 
 @dataclass(frozen=True)

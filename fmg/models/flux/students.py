@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,13 +78,19 @@ def read_torch_file(file: Path) -> dict[str, Tensor]:
                 damaged = opened.read(2) == b"PK" or file.stat().st_size == 0
             if damaged:
                 raise CheckpointError(f"{file} is truncated", "Fetch or copy it again.")
-        loaded = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
+        with warnings.catch_warnings():
+            # what torch thinks of a pickle's version says nothing to somebody who gave the wrong file
+            warnings.simplefilter("ignore", UserWarning)
+            loaded = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{file} is no checkpoint of tensors: what else a torch file holds is not loaded, because it can run code",
             "Give the published student, or plain tensors as .safetensors.",
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+    except (EOFError, LookupError, AttributeError, TypeError) as error:
+        # the unpickler's way of saying that it met neither tensors nor code
+        raise CheckpointError(f"{file} is not a torch file", "Give the student's checkpoint file.") from error
+    except (OSError, RuntimeError, ValueError) as error:
         raise unreadable(file, error) from error
     inner = loaded.get(PUBLISHED_KEY, loaded) if isinstance(loaded, Mapping) else loaded
     if not isinstance(inner, Mapping) or not inner or not all(isinstance(x, Tensor) for x in inner.values()):

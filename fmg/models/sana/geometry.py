@@ -54,7 +54,7 @@ def sana_geometry(
         width=size.width,
         stream="image",
         blocks=(Blocks(layers, _KEPT, _BACKWARD, _FORWARD),),
-        other_flops=layers * (_attention_flops(size, image, text) + 2 * image * size.convolution_parameters),
+        other_flops=layers * (_attention_flops(size, image, text) + 2 * image * size.convolution_weights),
         image_tokens=image,
         text_tokens=text,
         conditioning=text * size.number("caption_channels"),

@@ -68,10 +68,9 @@ class SanaSize:
         return int(float(str(self._get("mlp_ratio"))) * self.width)
 
     @property
-    def convolution_parameters(self) -> int:
-        """Weights of the convolutions of one block: 1 x 1, 3 x 3 in each channel, 1 x 1."""
-        inverted = (self.width + 1) * 2 * self.hidden
-        return inverted + (9 + 1) * 2 * self.hidden + self.hidden * self.width
+    def convolution_weights(self) -> int:
+        """Of the convolutions of one block: 1 x 1, 3 x 3 in each channel, 1 x 1; the first two have biases besides."""
+        return self.width * 2 * self.hidden + 9 * 2 * self.hidden + self.hidden * self.width
 
     @property
     def parameters(self) -> int:
@@ -79,7 +78,7 @@ class SanaSize:
         width, patches = self.width, self.number("in_channels") * self.number("patch_size") ** 2
         cross = self.number("num_cross_attention_heads") * self.number("cross_attention_head_dim")
         norms = 2 * (width + cross) if self._get("qk_norm") else 0
-        block = self.convolution_parameters + 6 * width + norms
+        block = self.convolution_weights + 2 * 2 * self.hidden + 6 * width + norms
         linears = sum(
             layer.inputs * layer.outputs + (layer.outputs if self._has_bias(layer) else 0) for layer in self.linears()
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -142,7 +143,8 @@ def _without_second(tensors: dict[str, Tensor]) -> None:
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no file": (Path.unlink, "there is no file or folder"),
-    "wrong file": (lambda f: f.write_text("hello"), "is no checkpoint of tensors|cannot be loaded"),
+    "wrong file": (lambda f: f.write_text("hello"), "is not a torch file"),
+    "a pickle of its own": (lambda f: f.write_bytes(pickle.dumps({"a": print}, 4)), "is no checkpoint of tensors"),
     "empty": (lambda f: f.write_bytes(b""), "is truncated"),
     "truncated": (_truncate, "is truncated"),
     "no module": (lambda f: torch.save({"module": 3}, f), "no mapping of names to tensors under 'module'"),
