@@ -81,9 +81,8 @@ def _lines(
         yield f"In diffusers: `pipe.load_lora_weights(FOLDER)` on {place}; `peft/` is the same adapter for PEFT."
     if recipe.train.trainable == "lora+duration":
         yield (
-            "
-The embedder of the second time was trained beside the LoRA and is in `fmg_extra.safetensors`. Without it"
-            " the adapter is half of what was trained, and diffusers does not read it: use fmg, or an export."
+            "\nThe embedder of the second time was trained beside the LoRA and is in `fmg_extra.safetensors`. Without"
+            " it the adapter is half of what was trained, and diffusers does not read it: use fmg, or an export."
         )
     # as JSON, which is YAML too: the values without the paths of the machine that made them
     yield from ("", "## Recipe", "", "```json", json.dumps(_shareable(recipe), indent=2), "```")

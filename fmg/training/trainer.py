@@ -125,6 +125,10 @@ class Trainer:
     def _begin(self) -> tuple[CheckpointIndex, int]:
         """The evaluation of the untouched model, or what an earlier process left; and the iterations done."""
         if self.resumed is None:
+            recipe = self.composed.recipe
+            if recipe.lora.dropout > 0:
+                # the only draw of a run that is not keyed
+                torch.manual_seed(recipe.train.seed + self.processes.rank)
             index = self._evaluate(0)
             self._keeper.state(self._progress(0), self._watcher)
             return index, 0

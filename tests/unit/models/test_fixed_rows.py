@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fmg.models.flux.model import FluxModel
 from torch import Tensor
 
 from fmg.core.types import Conditioning, RewardOutput, ScoredRollout
 from fmg.flow.grids import make_grid
 from fmg.models.common.fixed_rows import FixedRows
+from fmg.models.flux.model import FluxModel
 from fmg.registry import objectives
 from fmg.rl import group_advantages, replay_ratio, rollout
 from tests.support import toy

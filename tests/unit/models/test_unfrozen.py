@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from fmg.models.flux.model import FluxModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from fmg.models.common import full_files, prove
 from fmg.models.common.adapter import adapter_shapes
 from fmg.models.common.adapter_files import EXTRA_FILE, BaseReference, read_manifest, read_tensors
 from fmg.models.common.weights import WeightFiles, folder_weights
+from fmg.models.flux.model import FluxModel
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
 
 CPU = torch.device("cpu")

@@ -84,7 +84,10 @@ def test_of_equal_scores_the_raw_weights_come_before_their_average(tmp_path: Pat
 def test_what_was_saved_in_mid_iteration_goes_before_a_run_goes_on(tmp_path: Path) -> None:
     save(tmp_path, 0, 0.5)
     save_checkpoint(tmp_path, cast(Model, Saver()), 3, "eval/score", None)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()) == ["checkpoint-0", "checkpoint-3"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()) == [
+        "checkpoint-0",
+        "checkpoint-3",
+    ]
     index = drop_unscored(tmp_path)
     assert (index.best, index.latest) == ("checkpoint-0", "checkpoint-0")
     assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()] == ["checkpoint-0"]
