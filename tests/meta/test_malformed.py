@@ -73,7 +73,11 @@ MISUSES = (
     Misuse("train --resume taken --dry-run", "--dry-run would change it", interrupted_run),
     # what is trained
     Misuse("train --set train.trainable=everything", "'lora+duration'"),
-    Misuse("train --model scm-shapes --set train.trainable=lora+duration", "has no embedder of a second time"),
+    Misuse(
+        "train --config r.yaml",
+        "has no embedder of a second time",
+        text("r.yaml", "model: scm-shapes\ntrain: {trainable: lora+duration}\n"),
+    ),
     Misuse("train --set train.ema_decay=1", "train.ema_decay"),
     Misuse("train --set train.state_every=0", "train.state_every"),
     Misuse("train --optimizer adamw8bit", "pip install bitsandbytes"),
