@@ -59,7 +59,8 @@ def plan(resolved: ResolvedRecipe, *, devices: int | None = None, runs: Path = R
         "images an iteration": f"{images} ({shape.groups} prompts x {shape.group_size})",
         **_calls(recipe),
         "images in all": f"{images * loop.iterations} in {loop.iterations} iterations",
-        "evaluations": f"{evaluations} x {recipe.eval.num} images",
+        "evaluations": f"{evaluations} x {recipe.eval.num} images"
+        + ("" if loop.ema_decay is None else ", of the weights and of their average"),
         "device": f"{loop.device if loop.device != 'auto' else f'auto (planned as {kind})'}, {loop.dtype}"
         + (f", {count} of them" if count > 1 else ""),
         **_equivalence(recipe, sizes, count),
