@@ -117,7 +117,7 @@ class Processes:
         # not every backend knows truth values
         sent = own.contiguous().to(torch.uint8 if own.dtype == torch.bool else own.dtype)
         everyone = sent.new_empty((self.count * len(sent), *sent.shape[1:]))
-        dist.all_gather_into_tensor(everyone, sent)
+        dist.all_gather(list(everyone.chunk(self.count)), sent)
         return everyone[:total].to(own.dtype)
 
     def sum_gradients(self, parameters: Sequence[Parameter]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -63,7 +64,9 @@ def joined(
     heartbeat = Heartbeat(dist.PrefixStore("heartbeat", store), launch.rank, launch.count, end)
     heartbeat.start()
     try:
-        with processes.stoppable():
+        with processes.stoppable(), warnings.catch_warnings():
+            # nothing here writes in place into what a network returns
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
             yield processes
     except BaseException as error:
         over.set()
