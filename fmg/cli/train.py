@@ -11,10 +11,11 @@ import typer
 
 from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.metrics import headline
-from fmg.cli.observers import LOADING, JsonReporter, reporter_for
+from fmg.cli.observers import LOADING, JsonReporter, Outspoken, Reporter, SilentReporter, reporter_for
 from fmg.cli.options import AsJson, given_text
 from fmg.cli.preflight import check_inputs
 from fmg.cli.tables import change, table
+from fmg.core.errors import said_once
 
 if TYPE_CHECKING:
     from fmg.registry.resolve import ResolvedRecipe
@@ -80,6 +81,7 @@ def train(
     """Tune a generator with reinforcement learning; without options, the embedded one on this computer."""
     from fmg.data.run_folder import RunFolder
     from fmg.registry.resolve import resolve
+    from fmg.training.launch import is_first
 
     given_text(config, "--config")
     given_text(prompts, "--prompts")
@@ -98,24 +100,37 @@ def train(
         "device": device,
         "dtype": dtype,
     }
-    resolved = resolve(config, flags, sets or [], allow_code)
-    RunFolder.check_free(run)
+    first = is_first()
+    with said_once(first):
+        resolved = resolve(config, flags, sets or [], allow_code)
+    if first:
+        # the others might already meet the folder that the first process makes
+        RunFolder.check_free(run)
     if dry_run:
         check_inputs(resolved.recipe)
-        _print_plan(resolved, as_json=as_json)
+        if first:
+            _print_plan(resolved, as_json=as_json)
         return 0
 
-    with JsonReporter(stderr()) if as_json else reporter_for(stdout()) as reporter:
+    with _reporter(first=first, as_json=as_json) as reporter:
         reporter(LOADING)
         from fmg.training.api import train as run_training
 
-        result = run_training(resolved, run, reporter)
+        result = run_training(resolved, run, Outspoken(reporter))
+    if not first:
+        return INTERRUPTED if result.interrupted else 0
     if as_json:
         best = {"iteration": result.best.iteration, "key": result.best.score_key, "value": result.best.score}
         print_json({"run": str(result.run.path), "best": best, "interrupted": result.interrupted}, indent=None)
     else:
         _print_result(resolved, result)
     return INTERRUPTED if result.interrupted else 0
+
+
+def _reporter(*, first: bool, as_json: bool) -> Reporter:
+    if not first:
+        return SilentReporter()
+    return JsonReporter(stderr()) if as_json else reporter_for(stdout())
 
 
 def _print_plan(resolved: ResolvedRecipe, *, as_json: bool) -> None:

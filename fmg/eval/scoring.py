@@ -50,7 +50,6 @@ class EvalSet:
             seeds = tuple(-1 - value for value in seeds)
         return EvalSet(tuple(p.text for p in chosen), tuple(p.tag for p in chosen), seeds)
 
-
     def __len__(self) -> int:
         return len(self.prompts)
 

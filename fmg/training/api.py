@@ -109,4 +109,3 @@ def _errors_only(observer: Observer) -> Observer:
             observer(event)
 
     return hear
-

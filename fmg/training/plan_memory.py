@@ -60,11 +60,14 @@ def adapter_parameters(layers: Sequence[LinearModule], rank: int) -> int:
     return sum(rank * (layer.inputs + layer.outputs) for layer in layers)
 
 
-def plan_memory(recipe: Recipe, geometry: ModelGeometry, sizes: Sizes, devices: int = 1) -> Memory:
-    """The peak of a training run on each of `devices` equal devices, which share the samples of an iteration.
+def plan_memory(
+    recipe: Recipe, geometry: ModelGeometry, sizes: Sizes, devices: int = 1, *, sharded: bool = False
+) -> Memory:
+    """The peak of a training run on each of `devices` equal devices, which share the work of an iteration.
 
     It is reached in an update: the largest of the activations of an update, of a rollout call and of a decoder call is
-    counted beside what is there all the time.
+    counted beside what is there all the time. With `sharded` (FSDP2) the transformer is spread over the devices; then
+    saving, which gathers it to prove what was saved, may need more.
     """
     number = DTYPE_BYTES[recipe.train.dtype]
     layers = adapted_layers(geometry, recipe.lora.target_names())
@@ -75,9 +78,14 @@ def plan_memory(recipe: Recipe, geometry: ModelGeometry, sizes: Sizes, devices: 
         forward_bytes(geometry, layers, number, sizes.rollout_batch),
         decode_bytes(geometry, number, sizes.rollout_batch),
     )
-    return Memory(
+    whole = geometry.parameters * number
+    spread = sharded and devices > 1
+    share = -(-whole // devices)
+    # a block that computes and the next one, which is on its way
+    gathered = 2 * whole // max(1, geometry.double_blocks + geometry.single_blocks)
+    update = Memory(
         {
-            "transformer": geometry.parameters * number,
+            "transformer": share + gathered if spread else whole,
             "text encoders": encoders,
             "autoencoder": geometry.decoder_parameters * number,
             # the adapter, its gradient, the frozen old policy, and the copy that the movement gate compares with
@@ -88,6 +96,11 @@ def plan_memory(recipe: Recipe, geometry: ModelGeometry, sizes: Sizes, devices: 
             "rewards": reward_bytes(recipe),
         }
     )
+    if not spread:
+        return update
+    picture = max(forward_bytes(geometry, layers, number, 1), decode_bytes(geometry, number, 1))
+    save = Memory({**update.parts, "transformer": share + whole, "rollout store": 0, "activations": picture})
+    return max(update, save, key=lambda memory: memory.peak)
 
 
 def update_bytes(
@@ -128,14 +141,17 @@ def decode_bytes(geometry: ModelGeometry, number: int, rows: int) -> int:
 
 
 def rollout_bytes(recipe: Recipe, geometry: ModelGeometry, number: int, devices: int = 1) -> int:
-    """States, conditioning and images of one iteration: as the rollout, as the batch, and the part of one update."""
-    images = -(-recipe.rollout.groups * recipe.rollout.group_size // devices)
+    """States, conditioning and images of one iteration: as the rollout, as the batch, and the part of one update.
+
+    Every device holds the whole rollout, and the images of its own share.
+    """
+    images = recipe.rollout.groups * recipe.rollout.group_size
     transitions = transitions_of(recipe)
     rows = images * max(1, transitions)
     part = -(-rows // recipe.train.updates_per_iteration)
     latents = images + 3 * (images * transitions + rows + part)
     conditioned = images + rows + part
-    pixels = images * 3 * geometry.resolution**2
+    pixels = -(-images // devices) * 3 * geometry.resolution**2
     return latents * geometry.latent * FULL + conditioned * geometry.conditioning * number + pixels * FULL
 
 

@@ -128,7 +128,7 @@ class Processes:
         for bucket in _buckets(gradients):
             flat = torch.cat([gradient.flatten() for gradient in bucket])
             dist.all_reduce(flat)
-            for gradient, summed in zip(bucket, flat.split([x.numel() for x in bucket]), strict=True):
+            for gradient, summed in zip(bucket, torch.split(flat, [x.numel() for x in bucket]), strict=True):
                 gradient.copy_(summed.view_as(gradient))
 
     def combine(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -232,7 +232,7 @@ def _unpacked(text: str) -> FmgError | OSError:
     if not name:
         return OSError(what, fix)
     kind = getattr(errors, name, FmgError)
-    return kind(what, fix)  # type: ignore[no-any-return]
+    return kind(what, fix)
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -246,9 +246,3 @@ def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         bucket.append(gradient)
     if bucket:
         yield bucket
-
-
-def weighted(parts: Mapping[str, float], share: float) -> dict[str, float]:
-    """Means over some rows as their part of the mean over all; maxima (`_max`) stay what they are."""
-    return {key: value if key.endswith("_max") else value * share for key, value in parts.items()}
-
