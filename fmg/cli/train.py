@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
@@ -112,6 +113,8 @@ def train(
             _print_plan(resolved, as_json=as_json)
         return 0
 
+    # what torch's store prints when its other end is gone would drown the line that says so
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with _reporter(first=first, as_json=as_json) as reporter:
         reporter(LOADING)
         from fmg.training.api import train as run_training

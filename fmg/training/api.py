@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from fmg.core.errors import CheckpointError, CompositionError
+from fmg.core.errors import CheckpointError, CompositionError, ProcessError
 from fmg.core.events import Event, Notice, Observer, ignore
 from fmg.core.protocols import Shardable
 from fmg.data.run_folder import RunFolder, State
@@ -49,17 +49,22 @@ def train(recipe: Recipe | ResolvedRecipe, run: str | Path | None = None, observ
     dtype = pick_dtype(plain.train.dtype)
     heard = observer if launch.first else _errors_only(observer)
     open_run: list[RunFolder] = []
-    with joined(launch, device, heard, on_abort=lambda: _close(open_run, "failed")) as processes:
-        processes.on_first(lambda: RunFolder.check_free(run))
-        composed = processes.first_goes_ahead(lambda: compose(plain, device, dtype))
-        if not processes.alone and engine == "fsdp2":
-            _shard(composed)
-        with _run_folder(processes, run, plain, open_run) as folder:
-            processes.on_first(lambda: str(folder.recipe.write_text(recipe.to_yaml(), encoding="utf-8")))
-            result = Trainer(composed, folder, choose_sizes(plain, device.type), heard, processes).train()
-            processes.on_first(lambda: write_cards(folder, plain))
-            if result.interrupted:
-                _close(open_run, "interrupted")
+    try:
+        with joined(launch, device, heard, on_abort=lambda: _close(open_run, "failed")) as processes:
+            processes.on_first(lambda: RunFolder.check_free(run))
+            composed = processes.first_goes_ahead(lambda: compose(plain, device, dtype))
+            if not processes.alone and engine == "fsdp2":
+                _shard(composed)
+            with _run_folder(processes, run, plain, open_run) as folder:
+                processes.on_first(lambda: str(folder.recipe.write_text(recipe.to_yaml(), encoding="utf-8")))
+                result = Trainer(composed, folder, choose_sizes(plain, device.type), heard, processes).train()
+                processes.on_first(lambda: write_cards(folder, plain))
+                if result.interrupted:
+                    _close(open_run, "interrupted")
+    except ProcessError:
+        # whoever is left says how the run ended: the first process may be the one that is gone
+        _close(open_run, "failed")
+        raise
     return result
 
 
@@ -70,8 +75,7 @@ def _run_folder(
     """A new run folder, which all processes name alike and the first makes and leaves in the state it ended in."""
     path = Path(processes.on_first(lambda: str(RunFolder.create(wanted, recipe.model.name).path)))
     folder = RunFolder(path)
-    if processes.first:
-        open_run.append(folder)
+    open_run.append(folder)
     state: State = "failed"
     try:
         yield folder
@@ -84,15 +88,18 @@ def _run_folder(
             f"Writing to '{path}' failed: {error.strerror or error}", "Free some space, or choose another --run."
         ) from error
     finally:
-        _close(open_run, state)
+        if processes.first:
+            _close(open_run, state)
 
 
 def _close(open_run: list[RunFolder], state: State) -> None:
     """Sets the state that a run ended in, once."""
     while open_run:
+        run = open_run.pop()
         # on a full disk the state cannot be written either, and the first error is the one that matters
         with contextlib.suppress(OSError, CheckpointError):
-            open_run.pop().set_state(state)
+            if run.state().state == "running":
+                run.set_state(state)
 
 
 def _shard(composed: Composed) -> None:
