@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,13 +14,14 @@ import typer
 
 from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.metrics import headline
-from fmg.cli.observers import LOADING, JsonReporter, Reporter, reporter_for
+from fmg.cli.observers import LOADING, JsonReporter, Outspoken, Reporter, SilentReporter, reporter_for
 from fmg.cli.options import AsJson, Offline, given_text
 from fmg.cli.preflight import check_inputs
 from fmg.cli.tables import change, table
-from fmg.core.errors import UsageError
+from fmg.core.errors import UsageError, said_once
 
 if TYPE_CHECKING:
+    from fmg.core.events import Observer
     from fmg.registry.recipe import Recipe
     from fmg.registry.resolve import ResolvedRecipe
     from fmg.training.trainer import TrainResult
@@ -88,6 +91,7 @@ def train(
     """Tune a generator with reinforcement learning; without options, the embedded one on this computer."""
     from fmg.data.run_folder import RunFolder
     from fmg.registry.resolve import resolve
+    from fmg.training.launch import is_first
 
     given_text(config, "--config")
     given_text(prompts, "--prompts")
@@ -106,58 +110,75 @@ def train(
         "device": device,
         "dtype": dtype,
     }
+    first = is_first()
     if resume is not None:
         others = {"config": config, **flags, "set": sets, "run": run, "dry-run": dry_run or None}
-        return _resume(resume, others, allow_code=allow_code, as_json=as_json)
-    resolved = resolve(config, flags, sets or [], allow_code)
-    RunFolder.check_free(run)
+        return _resume(resume, others, first=first, allow_code=allow_code, as_json=as_json)
+    with said_once(first):
+        resolved = resolve(config, flags, sets or [], allow_code)
+    if first:
+        # the others might already meet the folder that the first process makes
+        RunFolder.check_free(run)
     if dry_run:
         check_inputs(resolved.recipe)
-        _print_plan(resolved, as_json=as_json)
+        if first:
+            _print_plan(resolved, as_json=as_json)
         return 0
 
-    with _reporter(as_json) as reporter:
-        reporter(LOADING)
+    with _reporting(first=first, as_json=as_json) as reporter:
         from fmg.training.api import train as run_training
 
         result = run_training(resolved, run, reporter)
-    return _report(resolved.recipe, result, as_json=as_json)
+    return _report(resolved.recipe, result, first=first, as_json=as_json)
 
 
-def _resume(run: str, others: Mapping[str, object], *, allow_code: bool, as_json: bool) -> int:
+def _resume(run: str, others: Mapping[str, object], *, first: bool, allow_code: bool, as_json: bool) -> int:
     """Goes on with a run; everything that a run is made of stands in its own recipe."""
     from fmg.data.states import check_resumable
     from fmg.registry.recipe import Recipe
 
-    given_text(run, "--resume")
-    for name, value in others.items():
-        if value not in (None, []):
-            raise UsageError(
-                f"--resume goes on with a run as it was begun, and --{name} would change it",
-                "Leave one of the two out; a run with other values is a new run.",
-            )
     folder = Path(run)
-    check_resumable(folder)
-    recipe = Recipe.from_yaml(folder / "recipe.yaml", allow_code=allow_code)
-    with _reporter(as_json) as reporter:
-        reporter(LOADING)
+    with said_once(first):
+        given_text(run, "--resume")
+        for name, value in others.items():
+            if value not in (None, []):
+                raise UsageError(
+                    f"--resume goes on with a run as it was begun, and --{name} would change it",
+                    "Leave one of the two out; a run with other values is a new run.",
+                )
+        check_resumable(folder)
+        recipe = Recipe.from_yaml(folder / "recipe.yaml", allow_code=allow_code)
+    with _reporting(first=first, as_json=as_json) as reporter:
         from fmg.training.api import resume as resume_training
 
         result = resume_training(folder, reporter, allow_code=allow_code)
-    return _report(recipe, result, as_json=as_json)
+    return _report(recipe, result, first=first, as_json=as_json)
 
 
-def _reporter(as_json: bool) -> Reporter:
-    return JsonReporter(stderr()) if as_json else reporter_for(stdout())
+@contextmanager
+def _reporting(*, first: bool, as_json: bool) -> Iterator[Observer]:
+    # what torch's store prints when its other end is gone would drown the line that says so
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    with _reporter(first=first, as_json=as_json) as reporter:
+        reporter(LOADING)
+        yield Outspoken(reporter)
 
 
-def _report(recipe: Recipe, result: TrainResult, *, as_json: bool) -> int:
+def _report(recipe: Recipe, result: TrainResult, *, first: bool, as_json: bool) -> int:
+    if not first:
+        return INTERRUPTED if result.interrupted else 0
     if as_json:
         best = {"iteration": result.best.iteration, "key": result.best.score_key, "value": result.best.score}
         print_json({"run": str(result.run.path), "best": best, "interrupted": result.interrupted}, indent=None)
     else:
         _print_result(recipe, result)
     return INTERRUPTED if result.interrupted else 0
+
+
+def _reporter(*, first: bool, as_json: bool) -> Reporter:
+    if not first:
+        return SilentReporter()
+    return JsonReporter(stderr()) if as_json else reporter_for(stdout())
 
 
 def _print_plan(resolved: ResolvedRecipe, *, as_json: bool) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class FmgError(Exception):
@@ -55,6 +56,16 @@ class GateError(FmgError):
 
 class ProcessError(FmgError):
     """Another process of the run ended, or cannot be reached."""
+
+
+@contextmanager
+def said_once(speaks: bool) -> Iterator[None]:
+    """Marks an error of the body, which every process of a run meets alike, as reported where `speaks` is false."""
+    try:
+        yield
+    except FmgError as error:
+        error.reported = not speaks
+        raise
 
 
 class FmgWarning(UserWarning):

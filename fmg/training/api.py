@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fmg.core.errors import CheckpointError, CompositionError
+from fmg.core.errors import CheckpointError, CompositionError, ProcessError
 from fmg.core.events import Event, Notice, Observer, ignore
 from fmg.core.protocols import Shardable
 from fmg.data.run_folder import RunFolder, State
@@ -95,19 +95,24 @@ def _train(
     dtype = pick_dtype(recipe.train.dtype)
     heard = observer if launch.first else _errors_only(observer)
     open_run: list[RunFolder] = []
-    with joined(launch, device, heard, on_abort=lambda: _close(open_run, "failed")) as processes:
-        processes.on_first(check)
-        composed = processes.first_goes_ahead(lambda: compose(recipe, device, dtype))
-        if not processes.alone and engine == "fsdp2":
-            _shard(composed)
-        with _run_folder(processes, begin, open_run) as folder:
-            sizes = choose_sizes(recipe, device.type)
-            result = Trainer(composed, folder, sizes, heard, processes, saved).train()
-            processes.on_first(lambda: write_cards(folder, recipe))
-            if result.interrupted:
-                _close(open_run, "interrupted")
-        if not result.interrupted:
-            processes.on_first(lambda: drop_states(folder.path))
+    try:
+        with joined(launch, device, heard, on_abort=lambda: _close(open_run, "failed")) as processes:
+            processes.on_first(check)
+            composed = processes.first_goes_ahead(lambda: compose(recipe, device, dtype))
+            if not processes.alone and engine == "fsdp2":
+                _shard(composed)
+            with _run_folder(processes, begin, open_run) as folder:
+                sizes = choose_sizes(recipe, device.type)
+                result = Trainer(composed, folder, sizes, heard, processes, saved).train()
+                processes.on_first(lambda: write_cards(folder, recipe))
+                if result.interrupted:
+                    _close(open_run, "interrupted")
+            if not result.interrupted:
+                processes.on_first(lambda: drop_states(folder.path))
+    except ProcessError:
+        # whoever is left says how the run ended: the first process may be the one that is gone
+        _close(open_run, "failed")
+        raise
     return result
 
 
@@ -127,8 +132,7 @@ def _run_folder(processes: Processes, begin: Callable[[], RunFolder], open_run: 
 
 
 def _held(processes: Processes, folder: RunFolder, open_run: list[RunFolder]) -> Iterator[RunFolder]:
-    if processes.first:
-        open_run.append(folder)
+    open_run.append(folder)
     state: State = "failed"
     try:
         yield folder
@@ -141,15 +145,18 @@ def _held(processes: Processes, folder: RunFolder, open_run: list[RunFolder]) ->
             f"Writing to '{folder.path}' failed: {error.strerror or error}", "Free some space, or choose another --run."
         ) from error
     finally:
-        _close(open_run, state)
+        if processes.first:
+            _close(open_run, state)
 
 
 def _close(open_run: list[RunFolder], state: State) -> None:
     """Sets the state that a run ended in, once."""
     while open_run:
+        run = open_run.pop()
         # on a full disk the state cannot be written either, and the first error is the one that matters
         with contextlib.suppress(OSError, CheckpointError):
-            open_run.pop().set_state(state)
+            if run.state().state == "running":
+                run.set_state(state)
 
 
 def _shard(composed: Composed) -> None:

@@ -48,6 +48,16 @@ def world_size(environment: Mapping[str, str] | None = None) -> int:
     return _number(os.environ if environment is None else environment, "WORLD_SIZE", 1, least=1)
 
 
+def is_first(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether this process is the one that writes and prints; so is one whose rank is not stated.
+
+    Raises:
+        UsageError: `WORLD_SIZE` is not a number of processes.
+    """
+    env = os.environ if environment is None else environment
+    return world_size(env) == 1 or env.get("RANK", "").strip() in ("", "0")
+
+
 def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
     """This process as the environment describes it; alone when nothing does.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from fmg.core.geometry import ModelGeometry
 from fmg.data.run_folder import RUNS
 from fmg.registry.recipe import Recipe
 from fmg.registry.resolve import ResolvedRecipe
+from fmg.training.launch import choose_engine, world_size
 from fmg.training.plan_memory import DTYPE_BYTES, Memory, plan_memory
 from fmg.training.plan_time import Work, estimate_iteration, transitions_of
 from fmg.training.plan_trained import disk_bytes, trained_by
@@ -42,13 +42,17 @@ def plan(resolved: ResolvedRecipe, *, devices: int | None = None, runs: Path = R
         resolved: the recipe.
         devices: equal devices that share an iteration's samples; None: as many as `WORLD_SIZE` says, else one.
         runs: folder of earlier runs, whose times are scaled.
+
+    Raises:
+        UsageError: the launcher's environment does not make sense.
     """
     recipe = resolved.recipe
     shape, loop, model = recipe.rollout, recipe.train, recipe.model.config.spec()
     images = shape.groups * shape.group_size
     evaluations = 1 + -(-loop.iterations // recipe.eval.every)
     geometry = recipe.model.config.geometry()
-    count = devices or _world_size()
+    count = devices or world_size()
+    engine = choose_engine(recipe)
     kind = _device_type(recipe)
     sizes = choose_sizes(recipe, kind)
     facts = {
@@ -62,11 +66,11 @@ def plan(resolved: ResolvedRecipe, *, devices: int | None = None, runs: Path = R
         "evaluations": f"{evaluations} x {recipe.eval.num} images"
         + ("" if loop.ema_decay is None else ", of the weights and of their average"),
         "device": f"{loop.device if loop.device != 'auto' else f'auto (planned as {kind})'}, {loop.dtype}"
-        + (f", {count} of them" if count > 1 else ""),
+        + (f", {count} of them ({engine})" if count > 1 else ""),
         **_equivalence(recipe, sizes, count),
         **_time_facts(recipe, runs),
     }
-    memory = None if geometry is None else plan_memory(recipe, geometry, sizes, count)
+    memory = None if geometry is None else plan_memory(recipe, geometry, sizes, count, sharded=engine == "fsdp2")
     if memory is not None:
         facts["memory at the peak"] = f"{size_text(memory.peak)} a device"
     return Plan(facts, memory)
@@ -136,12 +140,6 @@ def _device_type(recipe: Recipe) -> str:
     if recipe.train.device != "auto":
         return recipe.train.device.partition(":")[0]
     return "cuda" if recipe.model.config.spec().gpu_memory_gb or _NVIDIA_DRIVER.exists() else "cpu"
-
-
-def _world_size() -> int:
-    """Processes that `torchrun` or `accelerate launch` started, one for each device."""
-    stated = os.environ.get("WORLD_SIZE", "")
-    return max(1, int(stated)) if stated.isdecimal() else 1
 
 
 def _count(number: int) -> str:

@@ -46,11 +46,14 @@ class Memory:
         return sum(self.parts.values())
 
 
-def plan_memory(recipe: Recipe, geometry: ModelGeometry, sizes: Sizes, devices: int = 1) -> Memory:
-    """The peak of a training run on each of `devices` equal devices, which share the samples of an iteration.
+def plan_memory(
+    recipe: Recipe, geometry: ModelGeometry, sizes: Sizes, devices: int = 1, *, sharded: bool = False
+) -> Memory:
+    """The peak of a training run on each of `devices` equal devices, which share the work of an iteration.
 
     It is reached in an update: the largest of the activations of an update, of a rollout call and of a decoder call is
-    counted beside what is there all the time.
+    counted beside what is there all the time. With `sharded` (FSDP2) the transformer is spread over the devices; then
+    saving, which gathers it to prove what was saved, may need more.
     """
     number = DTYPE_BYTES[recipe.train.dtype]
     trained = trained_by(recipe, geometry)
@@ -62,20 +65,30 @@ def plan_memory(recipe: Recipe, geometry: ModelGeometry, sizes: Sizes, devices: 
         # a whole network that was saved is read back beside the trained one, to prove the file
         geometry.parameters * number if trained.whole else 0,
     )
-    gathered = max(sizes.micro_batch, sizes.rollout_batch) * geometry.conditioning * number
-    return Memory(
+    rows = max(sizes.micro_batch, sizes.rollout_batch) * geometry.conditioning * number
+    whole = (geometry.parameters - trained.base_parameters) * number
+    spread = sharded and devices > 1
+    share = -(-whole // devices)
+    # a block that computes and the next one, which is on its way
+    gathered = 2 * whole // max(1, sum(kind.count for kind in geometry.blocks))
+    update = Memory(
         {
-            "transformer": (geometry.parameters - trained.base_parameters) * number,
+            "transformer": share + gathered if spread else whole,
             "text encoders": encoders,
             "autoencoder": geometry.decoder_parameters * number,
             "trained weights and copies": copies_bytes(recipe, trained),
             "moving average": average_bytes(recipe, trained),
             "optimizer": optimizer_bytes(recipe.optimizer.name, (*trained.lora, *trained.unfrozen)),
             "rollout store": rollout_bytes(recipe, geometry, number, devices),
-            "activations": work + gathered,
+            "activations": work + rows,
             "rewards": reward_bytes(recipe),
         }
     )
+    if not spread:
+        return update
+    picture = max(forward_bytes(geometry, trained, number, 1), decode_bytes(geometry, number, 1))
+    save = Memory({**update.parts, "transformer": share + whole, "rollout store": 0, "activations": picture})
+    return max(update, save, key=lambda memory: memory.peak)
 
 
 def update_bytes(geometry: ModelGeometry, trained: Trained, rank: int, number: int, micro_batch: int) -> int:
@@ -114,15 +127,18 @@ def decode_bytes(geometry: ModelGeometry, number: int, rows: int) -> int:
 
 
 def rollout_bytes(recipe: Recipe, geometry: ModelGeometry, number: int, devices: int = 1) -> int:
-    """States, conditioning and images of one iteration: as the rollout, as the batch, and the part of one update."""
-    images = -(-recipe.rollout.groups * recipe.rollout.group_size // devices)
+    """States, conditioning and images of one iteration: as the rollout, as the batch, and the part of one update.
+
+    Every device holds the whole rollout, and the images of its own share.
+    """
+    images = recipe.rollout.groups * recipe.rollout.group_size
     transitions = transitions_of(recipe)
     rows = images * max(1, transitions)
     part = -(-rows // recipe.train.updates_per_iteration)
     latents = images + 3 * (images * transitions + rows + part)
     # one row a prompt, which samples, rows and parts share
-    conditioned = -(-recipe.rollout.groups // devices)
-    pixels = images * 3 * geometry.resolution**2
+    conditioned = recipe.rollout.groups
+    pixels = -(-images // devices) * 3 * geometry.resolution**2
     return latents * geometry.latent * FULL + conditioned * geometry.conditioning * number + pixels * FULL
 
 

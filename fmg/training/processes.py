@@ -117,7 +117,7 @@ class Processes:
         # not every backend knows truth values
         sent = own.contiguous().to(torch.uint8 if own.dtype == torch.bool else own.dtype)
         everyone = sent.new_empty((self.count * len(sent), *sent.shape[1:]))
-        dist.all_gather_into_tensor(everyone, sent)
+        dist.all_gather(list(everyone.chunk(self.count)), sent)
         return everyone[:total].to(own.dtype)
 
     def sum_gradients(self, parameters: Sequence[Parameter]) -> None:
@@ -128,7 +128,7 @@ class Processes:
         for bucket in _buckets(gradients):
             flat = torch.cat([gradient.flatten() for gradient in bucket])
             dist.all_reduce(flat)
-            for gradient, summed in zip(bucket, flat.split([x.numel() for x in bucket]), strict=True):
+            for gradient, summed in zip(bucket, torch.split(flat, [x.numel() for x in bucket]), strict=True):
                 gradient.copy_(summed.view_as(gradient))
 
     def combine(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -232,7 +232,7 @@ def _unpacked(text: str) -> FmgError | OSError:
     if not name:
         return OSError(what, fix)
     kind = getattr(errors, name, FmgError)
-    return kind(what, fix)  # type: ignore[no-any-return]
+    return kind(what, fix)
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from fmg.core.errors import FmgError, GateError, ProcessError
 from fmg.core.events import Notice, Observer
@@ -60,10 +63,12 @@ def joined(
             on_abort()
             os._exit(ProcessError.exit_code)
 
-    heartbeat = Heartbeat(dist.PrefixStore("heartbeat", store), launch.rank, launch.count, end)
+    heartbeat = Heartbeat(store, launch.rank, launch.count, end)
     heartbeat.start()
     try:
-        with processes.stoppable():
+        with processes.stoppable(), warnings.catch_warnings():
+            # nothing here writes in place into what a network returns
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
             yield processes
     except BaseException as error:
         over.set()
@@ -84,11 +89,11 @@ def joined(
     dist.destroy_process_group()
 
 
-def _meet(launch: Launch, device: torch.device) -> dist.Store:
+def _meet(launch: Launch, device: torch.device) -> Store:
     try:
-        store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.count, timeout=JOIN_TIMEOUT))
+        store, _, _ = next(rendezvous("env://", launch.rank, launch.count, timeout=JOIN_TIMEOUT))
         store.set_timeout(JOIN_TIMEOUT)
-        store = dist.PrefixStore(f"fmg-{next(_MEETINGS)}", store)
+        prefix = f"fmg-{next(_MEETINGS)}"
         backend = "gloo"
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -96,7 +101,7 @@ def _meet(launch: Launch, device: torch.device) -> dist.Store:
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore("group", store),
+            store=PrefixStore(f"{prefix}-group", store),
             rank=launch.rank,
             world_size=launch.count,
             timeout=_STEP_TIMEOUT,
@@ -107,7 +112,8 @@ def _meet(launch: Launch, device: torch.device) -> dist.Store:
             f"The {launch.count} processes of the run do not come together at {address}: {_first_line(error)}",
             "Start as many as WORLD_SIZE says, with different RANKs and a MASTER_PORT that is free.",
         ) from error
-    return store.clone()
+    # a client of its own: the thread that watches may not wait behind an operation of this one
+    return PrefixStore(f"{prefix}-heartbeat", store.clone())
 
 
 def _is_broken_link(error: BaseException) -> bool:

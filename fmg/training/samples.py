@@ -41,7 +41,10 @@ def draw_samples(
     cond: Conditioning = model.encode([p.text for p in prompts]).select(groups)
     rows = processes.share(len(groups)).rows
     own = _draw(composed, sizes, iteration, processes.own(cond), groups[rows], group_members(groups)[rows])
-    return own, own if processes.alone else _gathered(own, cond, groups, processes)
+    if processes.alone:
+        return own, own
+    # the transitions of the share are part of the whole, and large
+    return SampleRollout(own.cond, own.groups, own.x0, own.grid), _gathered(own, cond, groups, processes)
 
 
 @torch.no_grad()
@@ -118,7 +121,7 @@ def _gathered(own: Rollout, cond: Conditioning, groups: Tensor, processes: Proce
     return replace(
         whole,
         transitions=tuple(
-            replace(step, **{name: processes.gather(getattr(step, name), total) for name in names})
+            Transition(step.index, **{name: processes.gather(getattr(step, name), total) for name in names})
             for step in whole.transitions
         ),
     )

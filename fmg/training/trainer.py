@@ -215,6 +215,7 @@ class Trainer:
             "reward": " + ".join(f"{weight:g} {name}" for name, weight in self.composed.reward.weights().items()),
             "trained": self.composed.trained,
             "rollout": f"{shape.groups} prompts x {shape.group_size} images, {shape.steps} steps",
+            **({} if self.processes.alone else {"processes": str(self.processes.count)}),
             "run": str(self.run.path),
         }
 
