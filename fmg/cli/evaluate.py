@@ -10,7 +10,19 @@ import typer
 from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.metrics import signed
 from fmg.cli.observers import LOADING, reporter_for
-from fmg.cli.options import AsJson, BatchSize, Device, Dtype, Grid, Num, Seed, check_grid, given_text, parse_steps
+from fmg.cli.options import (
+    AsJson,
+    BatchSize,
+    Device,
+    Dtype,
+    Grid,
+    Num,
+    Offline,
+    Seed,
+    check_grid,
+    given_text,
+    parse_steps,
+)
 from fmg.cli.tables import change, interval, number, table
 
 if TYPE_CHECKING:
@@ -49,6 +61,7 @@ def evaluate(
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Let the recipe of a run name reward code and reward servers.")
     ] = False,
+    offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model or a run with its deterministic few-step sampler."""

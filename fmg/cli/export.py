@@ -9,7 +9,7 @@ import typer
 
 from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.observers import reporter_for
-from fmg.cli.options import AsJson
+from fmg.cli.options import AsJson, Offline
 from fmg.core.errors import UsageError, suggestion
 
 _DTYPES = ("stored", "fp32", "bf16", "fp16")
@@ -27,6 +27,7 @@ def export(
             metavar="T", help="Merged weights: stored, fp32, bf16 or fp16. fp32 loses nothing of a small adapter."
         ),
     ] = "stored",
+    offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a tuned model in a form that other software reads."""

@@ -8,8 +8,10 @@ from typing import Annotated, cast
 import typer
 
 from fmg.cli.console import stdout
+from fmg.cli.options import Offline
 from fmg.cli.tables import table
 from fmg.core.errors import UsageError
+from fmg.core.offline import is_offline, refuse_offline
 
 _REWARDS = ("reward", "rewards")
 
@@ -26,6 +28,7 @@ def fetch(
         list[str] | None, typer.Option("--set", metavar="K=V", help="Any value of the recipe, such as model.student.")
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    offline: Offline = False,
 ) -> None:
     """Download the weights of a model or a reward; size and licence are shown first."""
     match names:
@@ -39,12 +42,12 @@ def fetch(
 
 def _fetch_model(name: str, config: str | None, sets: list[str], *, yes: bool) -> None:
     from fmg.models import fetch as work
-    from fmg.models.flux_configs import FluxConfig
+    from fmg.models.published import PublishedConfig
     from fmg.models.sources import missing
     from fmg.registry.resolve import resolve
 
     model = resolve(config, {"model": name}, sets).recipe.model
-    parts = model.config.parts() if isinstance(model.config, FluxConfig) else ()
+    parts = model.config.parts() if isinstance(model.config, PublishedConfig) else ()
     wanted = work.downloads(parts)
     out = stdout()
     if not wanted:
@@ -53,20 +56,19 @@ def _fetch_model(name: str, config: str | None, sets: list[str], *, yes: bool) -
             raise UsageError(f"The model '{name}': {local[0]}", "Give a hub id, or correct the path.")
         out.print(f"Everything that '{name}' reads is on this computer.")
         return
-    if not work.is_offline():
+    if not is_offline():
         wanted = tuple(work.exact(download) for download in wanted)
     rows = [(d.part.what, d.part.source, f"{'' if d.exact else 'about '}{d.size_gb:.1f} GB", d.licence) for d in wanted]
     out.print(table(["part", "from", "size", "licence"], rows))
-    work.refuse_offline()
+    refuse_offline(f"fmg fetch {name}", ", ".join(f"'{d.part.source}'" for d in wanted))
     work.check_space(wanted)
     _ask(yes=yes)
     for download in wanted:
-        work.fetch(download)
+        out.print(f"{download.part.what}: {work.fetch(download)}", soft_wrap=True)
     out.print(f"Fetched. Try: fmg train --model {name} --dry-run")
 
 
 def _fetch_reward(name: str, *, yes: bool) -> None:
-    from fmg.models.fetch import refuse_offline
     from fmg.registry import rewards
     from fmg.rewards.weights import Asset, missing
     from fmg.rewards.weights import fetch as download
@@ -82,9 +84,11 @@ def _fetch_reward(name: str, *, yes: bool) -> None:
     for line in config.about.weights:
         out.print(line)
     out.print(f"licence: {config.about.licence}")
-    refuse_offline()
+    refuse_offline(f"fmg fetch reward {name}", ", ".join(f"'{asset.source}'" for asset in wanted))
     _ask(yes=yes)
-    download(name, assets)
+    for located in download(name, assets):
+        if located.asset in wanted:
+            out.print(f"{located.asset.what}: {located.pinned}", soft_wrap=True)
     out.print("Fetched.")
 
 

@@ -17,6 +17,7 @@ from fmg.cli.options import (
     Device,
     Dtype,
     Grid,
+    Offline,
     check_grid,
     checked_folder,
     checked_prompts,
@@ -51,6 +52,7 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "fp32",
     batch_size: BatchSize = None,
+    offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
     """Draw pictures from prompts and write them as PNG files."""

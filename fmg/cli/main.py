@@ -26,6 +26,7 @@ from fmg.cli.reward_server import reward_server
 from fmg.cli.runs import runs
 from fmg.cli.train import INTERRUPTED, train
 from fmg.core.errors import FmgError, FmgWarning
+from fmg.core.offline import OFFLINE
 from fmg.version import __version__
 
 # sysexits.h: EX_SOFTWARE, an error of the program itself
@@ -112,9 +113,17 @@ def main(args: Sequence[str]) -> int:
     130 interrupted.
     """
     tolerate_narrow_encodings()
-    with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
-        return _main(args)
+    offline = os.environ.get(OFFLINE)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return _main(args)
+    finally:
+        # --offline is of one command, and a program may call several
+        if offline is None:
+            os.environ.pop(OFFLINE, None)
+        else:
+            os.environ[OFFLINE] = offline
 
 
 def _main(args: Sequence[str]) -> int:
@@ -129,7 +138,7 @@ def _main(args: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
     except FmgError as error:
-        return _failed(str(error), error.exit_code, session)
+        return error.exit_code if error.reported else _failed(str(error), error.exit_code, session)
     except typer.TyperException as error:
         return _failed(_usage(error), error.exit_code, session)
     except OSError as error:

@@ -6,19 +6,25 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 REWARD = "reward/mean"
-_PREFIX, _SUFFIX = "eval/", "_mean"
+_SUFFIX = "_mean"
 _BARS = "▁▂▃▄▅▆▇█"
 
 
 def headline(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Held-out scores by label: strict accuracies first, then the total of each reward.
+    """Held-out scores by label: strict accuracies first, then the total of each reward; a moving average's after both.
 
-    The log keys are `eval/<reward>_mean` for totals and `eval/<reward>_<part>_mean` for parts.
+    The log keys are `eval/<reward>_mean` for totals and `eval/<reward>_<part>_mean` for parts, `eval_ema/...` those of
+    the average.
     """
+    averaged = {f"{label} (EMA)": value for label, value in _scores(metrics, "eval_ema/").items()}
+    return _scores(metrics, "eval/") | averaged
+
+
+def _scores(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
     scores = {
-        key.removeprefix(_PREFIX).removesuffix(_SUFFIX): value
+        key.removeprefix(prefix).removesuffix(_SUFFIX): value
         for key, value in metrics.items()
-        if key.startswith(_PREFIX) and key.endswith(_SUFFIX)
+        if key.startswith(prefix) and key.endswith(_SUFFIX)
     }
     strict = {_label(name): value for name, value in scores.items() if name.endswith("_strict")}
     totals = {

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from rich.console import Console
 
-from fmg.cli.console import print_json
+from fmg.cli.console import print_error, print_json
 from fmg.cli.metrics import REWARD, headline, signed
 from fmg.core.events import Evaluated, Event, IterationDone, Notice, StageProgress, Started
 
@@ -110,6 +110,32 @@ class JsonReporter(_Stateless):
             print_json({**finite, "iteration": event.iteration}, indent=None)
         elif isinstance(event, Notice):
             self._notices.print(f"{event.level}: {event.text}", soft_wrap=True)
+
+
+class SilentReporter(_Stateless):
+    """Shows nothing: for a process whose events another one shows."""
+
+    def __enter__(self) -> SilentReporter:
+        return self
+
+    def __call__(self, event: Event) -> None:
+        """Leaves it out."""
+
+
+class Outspoken:
+    """A reporter's events, but an error, after which the process may end at once, is written to stderr."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+
+    def __call__(self, event: Event) -> None:
+        """Shows an event."""
+        if isinstance(event, Notice) and event.level == "error":
+            # a live view gives the terminal back
+            self._reporter.__exit__(None, None, None)
+            print_error(event.text)
+        else:
+            self._reporter(event)
 
 
 def reporter_for(console: Console) -> Reporter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,15 @@ from typing import Annotated
 import typer
 
 from fmg.core.errors import UsageError, suggestion
+from fmg.core.offline import OFFLINE
+
+
+def _go_offline(asked: bool) -> bool:
+    """Tells huggingface_hub, transformers and diffusers in this process, and in those that it starts."""
+    if asked:
+        os.environ[OFFLINE] = "1"
+    return asked
+
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for programs.")]
 BatchSize = Annotated[
@@ -19,6 +29,12 @@ Dtype = Annotated[str, typer.Option("--dtype", metavar="T", help="fp32 or bf16."
 Grid = Annotated[
     str | None,
     typer.Option("--grid", metavar="G", help="Time grid by name, such as uniform.", show_default="the target's own"),
+]
+Offline = Annotated[
+    bool,
+    typer.Option(
+        "--offline", help="Use no network for weights, as HF_HUB_OFFLINE=1 does.", callback=_go_offline, is_eager=True
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of the noise.")]
 

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.metrics import headline
-from fmg.cli.observers import LOADING, JsonReporter, reporter_for
-from fmg.cli.options import AsJson, given_text
+from fmg.cli.observers import LOADING, JsonReporter, Outspoken, Reporter, SilentReporter, reporter_for
+from fmg.cli.options import AsJson, Offline, given_text
 from fmg.cli.preflight import check_inputs
 from fmg.cli.tables import change, table
+from fmg.core.errors import UsageError, said_once
 
 if TYPE_CHECKING:
+    from fmg.core.events import Observer
+    from fmg.registry.recipe import Recipe
     from fmg.registry.resolve import ResolvedRecipe
     from fmg.training.trainer import TrainResult
 
@@ -69,17 +75,23 @@ def train(
     run: Annotated[
         str | None, typer.Option(metavar="DIR", help="Folder of the run.", show_default="a new one under runs/")
     ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="Go on with an interrupted run, by its own recipe.", show_default=False),
+    ] = None,
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Let a recipe file name reward code and reward servers.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print every value, where it came from and the plan; start nothing.")
     ] = False,
+    offline: Offline = False,
     as_json: AsJson = False,
 ) -> int:
     """Tune a generator with reinforcement learning; without options, the embedded one on this computer."""
     from fmg.data.run_folder import RunFolder
     from fmg.registry.resolve import resolve
+    from fmg.training.launch import is_first
 
     given_text(config, "--config")
     given_text(prompts, "--prompts")
@@ -98,24 +110,75 @@ def train(
         "device": device,
         "dtype": dtype,
     }
-    resolved = resolve(config, flags, sets or [], allow_code)
-    RunFolder.check_free(run)
+    first = is_first()
+    if resume is not None:
+        others = {"config": config, **flags, "set": sets, "run": run, "dry-run": dry_run or None}
+        return _resume(resume, others, first=first, allow_code=allow_code, as_json=as_json)
+    with said_once(first):
+        resolved = resolve(config, flags, sets or [], allow_code)
+    if first:
+        # the others might already meet the folder that the first process makes
+        RunFolder.check_free(run)
     if dry_run:
         check_inputs(resolved.recipe)
-        _print_plan(resolved, as_json=as_json)
+        if first:
+            _print_plan(resolved, as_json=as_json)
         return 0
 
-    with JsonReporter(stderr()) if as_json else reporter_for(stdout()) as reporter:
-        reporter(LOADING)
+    with _reporting(first=first, as_json=as_json) as reporter:
         from fmg.training.api import train as run_training
 
         result = run_training(resolved, run, reporter)
+    return _report(resolved.recipe, result, first=first, as_json=as_json)
+
+
+def _resume(run: str, others: Mapping[str, object], *, first: bool, allow_code: bool, as_json: bool) -> int:
+    """Goes on with a run; everything that a run is made of stands in its own recipe."""
+    from fmg.data.states import check_resumable
+    from fmg.registry.recipe import Recipe
+
+    folder = Path(run)
+    with said_once(first):
+        given_text(run, "--resume")
+        for name, value in others.items():
+            if value not in (None, []):
+                raise UsageError(
+                    f"--resume goes on with a run as it was begun, and --{name} would change it",
+                    "Leave one of the two out; a run with other values is a new run.",
+                )
+        check_resumable(folder)
+        recipe = Recipe.from_yaml(folder / "recipe.yaml", allow_code=allow_code)
+    with _reporting(first=first, as_json=as_json) as reporter:
+        from fmg.training.api import resume as resume_training
+
+        result = resume_training(folder, reporter, allow_code=allow_code)
+    return _report(recipe, result, first=first, as_json=as_json)
+
+
+@contextmanager
+def _reporting(*, first: bool, as_json: bool) -> Iterator[Observer]:
+    # what torch's store prints when its other end is gone would drown the line that says so
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    with _reporter(first=first, as_json=as_json) as reporter:
+        reporter(LOADING)
+        yield Outspoken(reporter)
+
+
+def _report(recipe: Recipe, result: TrainResult, *, first: bool, as_json: bool) -> int:
+    if not first:
+        return INTERRUPTED if result.interrupted else 0
     if as_json:
         best = {"iteration": result.best.iteration, "key": result.best.score_key, "value": result.best.score}
         print_json({"run": str(result.run.path), "best": best, "interrupted": result.interrupted}, indent=None)
     else:
-        _print_result(resolved, result)
+        _print_result(recipe, result)
     return INTERRUPTED if result.interrupted else 0
+
+
+def _reporter(*, first: bool, as_json: bool) -> Reporter:
+    if not first:
+        return SilentReporter()
+    return JsonReporter(stderr()) if as_json else reporter_for(stdout())
 
 
 def _print_plan(resolved: ResolvedRecipe, *, as_json: bool) -> None:
@@ -143,7 +206,9 @@ def _shown(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _print_result(resolved: ResolvedRecipe, result: TrainResult) -> None:
+def _print_result(recipe: Recipe, result: TrainResult) -> None:
+    from fmg.data.states import newest_state, resume_command
+
     out = stdout()
     run = result.run.path
     best = result.best
@@ -156,13 +221,15 @@ def _print_result(resolved: ResolvedRecipe, result: TrainResult) -> None:
             out.print(f"Picture: {run / name}", soft_wrap=True)
     folder = shlex.quote(str(run))
     out.print("\nNext:")
-    out.print(f"  fmg eval {folder} --against base{_consent(resolved)}", soft_wrap=True)
-    out.print(f"  fmg generate {shlex.quote(_example_prompt(resolved))} --from {folder}", soft_wrap=True)
+    if result.interrupted and newest_state(run) is not None:
+        out.print(f"  {resume_command(run)}{_consent(recipe)}", soft_wrap=True)
+    out.print(f"  fmg eval {folder} --against base{_consent(recipe)}", soft_wrap=True)
+    out.print(f"  fmg generate {shlex.quote(_example_prompt(recipe))} --from {folder}", soft_wrap=True)
 
 
-def _consent(resolved: ResolvedRecipe) -> str:
+def _consent(recipe: Recipe) -> str:
     """The flag that evaluating the run needs when its rewards are the user's own code or ask a server."""
-    asks = any(ref.config.needs_consent for ref in resolved.recipe.measured_rewards)
+    asks = any(ref.config.needs_consent for ref in recipe.measured_rewards)
     return " --allow-code" if asks else ""
 
 
@@ -171,7 +238,7 @@ def _improvements(initial: Mapping[str, float], final: Mapping[str, float]) -> l
     return [(name, change(before.get(name), value)) for name, value in after.items()]
 
 
-def _example_prompt(resolved: ResolvedRecipe) -> str:
+def _example_prompt(recipe: Recipe) -> str:
     from fmg.data.prompt_sets import load_prompts
 
-    return load_prompts(resolved.recipe.eval.prompts)[0].text
+    return load_prompts(recipe.eval.prompts)[0].text

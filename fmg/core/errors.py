@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class FmgError(Exception):
@@ -20,6 +21,8 @@ class FmgError(Exception):
         super().__init__(what, fix)
         self.what = what
         self.fix = fix
+        self.reported = False
+        """Whether another process of the run prints it."""
 
     def __str__(self) -> str:
         return f"{_sentence(self.what)} {_sentence(self.fix)}"
@@ -49,6 +52,20 @@ class RewardError(FmgError):
 
 class GateError(FmgError):
     """A safety check of a training run failed; the message lists the likely causes."""
+
+
+class ProcessError(FmgError):
+    """Another process of the run ended, or cannot be reached."""
+
+
+@contextmanager
+def said_once(speaks: bool) -> Iterator[None]:
+    """Marks an error of the body, which every process of a run meets alike, as reported where `speaks` is false."""
+    try:
+        yield
+    except FmgError as error:
+        error.reported = not speaks
+        raise
 
 
 class FmgWarning(UserWarning):

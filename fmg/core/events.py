@@ -45,7 +45,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Notice:
-    """Something a person should know. `level` is `info` or `warning`."""
+    """Something a person should know. `level` is `info`, `warning`, or `error` just before a process has to end."""
 
     level: str
     text: str

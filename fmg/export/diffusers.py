@@ -16,10 +16,11 @@ from torch import Tensor
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.events import Observer, StageProgress, ignore
 from fmg.inference.target import resolve_target
+from fmg.models.common.adapter_files import AdapterManifest, extra_shapes, new_folder, read_manifest, read_tensors
+from fmg.models.common.digest import stored_digest
+from fmg.models.common.full_files import is_full
+from fmg.models.common.weights import INDEX_FILE, folder_weights
 from fmg.models.configs import EmbeddedConfig
-from fmg.models.flux.adapter_files import AdapterManifest, new_folder, read_manifest, read_tensors
-from fmg.models.flux.digest import stored_digest
-from fmg.models.flux.weights import INDEX_FILE, folder_weights
 from fmg.models.lora_presets import expand_targets, is_target
 from fmg.training.card import CARD, SAMPLES
 
@@ -86,6 +87,11 @@ def merge_folder(
         UsageError: `out` exists.
         CheckpointError: the adapter was made for other weights, names an unknown module, or a file is damaged.
     """
+    if is_full(adapter):
+        raise UsageError(
+            f"{adapter} is a whole transformer, so there is nothing to merge",
+            f"Use its folder {adapter / TRANSFORMER} in place of the pipeline's own.",
+        )
     manifest = read_manifest(adapter)
     weights = base / TRANSFORMER
     if manifest.base.digest != stored_digest(folder_weights(weights)):
@@ -95,7 +101,8 @@ def merge_folder(
         )
     shards = sorted(weights.glob(_WEIGHTS))
     shapes = {name: shape for shard in shards for name, shape in _shapes(shard)}
-    tensors = read_tensors(adapter, _adapter_shapes(shapes, manifest))
+    extra = extra_shapes(adapter, manifest, shapes)
+    tensors = read_tensors(adapter, {**_adapter_shapes(shapes, manifest), **extra})
     changed = 0
     with new_folder(out) as partial:
         shutil.copytree(base, partial, dirs_exist_ok=True, ignore=_without_transformer_weights(base))
@@ -122,7 +129,10 @@ def _merge_shard(
             tensor: Tensor = stored.get_tensor(name)
             kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
             module = name.removesuffix(".weight")
-            if module + _LORA_A in adapter:
+            if name in adapter:
+                tensor = adapter[name]
+                changed += 1
+            elif module + _LORA_A in adapter:
                 delta = adapter[module + _LORA_B].float() @ adapter[module + _LORA_A].float()
                 tensor = tensor.float() + scale * delta
                 changed += 1

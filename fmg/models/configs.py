@@ -10,7 +10,7 @@ from pydantic import Field
 
 from fmg.core.geometry import ModelGeometry
 from fmg.core.specs import MapSpec
-from fmg.models.conventions import read_conventions
+from fmg.models.conventions import FLUX_IN_DIFFUSERS, read_conventions
 from fmg.models.geometry import flux_geometry
 from fmg.registry.config import About, ModelConfig
 
@@ -24,6 +24,8 @@ class EmbeddedConfig(ModelConfig):
     about: ClassVar[About] = About(
         licence="Apache-2.0", weights=("in the package; `fmg pretrain shapes` remakes them",)
     )
+
+    in_diffusers: ClassVar[str] = FLUX_IN_DIFFUSERS
 
     folder: str | None = Field(
         default=None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,8 +10,9 @@ from pathlib import Path
 from fmg.core.errors import MissingDependencyError, UsageError
 from fmg.models.sources import HubSource, Part, missing, parse_source
 
-_TRUE = {"1", "ON", "YES", "TRUE"}
 _TIMEOUT_S = 10
+SNAPSHOTS = "snapshots"
+"""Folder of the hub's cache whose subfolders are named after commits."""
 
 
 @dataclass(frozen=True)
@@ -71,21 +71,6 @@ def exact(download: Download) -> Download:
     return replace(download, size_gb=size, licence=stated or download.licence, exact=True)
 
 
-def is_offline() -> bool:
-    """Whether the user forbids the network."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
-
-
-def refuse_offline() -> None:
-    """Stops when the user forbids the network.
-
-    Raises:
-        UsageError: `HF_HUB_OFFLINE` is set.
-    """
-    if is_offline():
-        raise UsageError("HF_HUB_OFFLINE is set, so nothing can be fetched", "Unset it, or copy the files here.")
-
-
 def check_space(wanted: Sequence[Download]) -> None:
     """Compares the sizes with the free space of the hub's cache.
 
@@ -104,8 +89,11 @@ def check_space(wanted: Sequence[Download]) -> None:
         )
 
 
-def fetch(download: Download) -> None:
+def fetch(download: Download) -> str:
     """Downloads one part into the hub's cache; files that are there already are not fetched again.
+
+    Returns:
+        The source as `parse_source` takes it, at the commit that was fetched: it means the same files for ever.
 
     Raises:
         MissingDependencyError: when the hub cannot be reached or refuses.
@@ -115,9 +103,11 @@ def fetch(download: Download) -> None:
     source = download.source
     try:
         if source.file is not None:
-            hf_hub_download(source.repository, source.file, revision=source.revision)
+            path = hf_hub_download(source.repository, source.file, revision=source.revision)
         else:
-            snapshot_download(source.repository, revision=source.revision, allow_patterns=list(download.part.patterns))
+            path = snapshot_download(
+                source.repository, revision=source.revision, allow_patterns=list(download.part.patterns)
+            )
     except Exception as error:
         # as in `exact`
         reason = " ".join(str(error).split())[:200]
@@ -125,3 +115,12 @@ def fetch(download: Download) -> None:
             f"The {download.part.what} cannot be fetched from '{source.repository}': {reason}",
             "Check the connection, accept the model's terms on its page, and log in with `hf auth login`.",
         ) from error
+    return pinned(source, Path(path))
+
+
+def pinned(source: HubSource, path: Path) -> str:
+    """The source at the commit whose snapshot in the hub's cache `path` is, or lies in."""
+    parts = path.parts
+    commit = parts[parts.index(SNAPSHOTS) + 1] if SNAPSHOTS in parts else source.revision
+    revision = "" if commit is None else f"@{commit}"
+    return f"{source.repository}{revision}" + ("" if source.file is None else f":{source.file}")

@@ -48,6 +48,9 @@ class ModelConfig(ComponentConfig, ABC):
     recipe: ClassVar[str | None] = None
     """The model's default recipe, for a config with options that have no default: the recipe states them."""
 
+    in_diffusers: ClassVar[str] = ""
+    """What `load_lora_weights` of a saved adapter is called on, for model cards."""
+
     @abstractmethod
     def spec(self) -> MapSpec:
         """Declared properties, read from the config or the small JSON beside the weights."""
@@ -79,6 +82,11 @@ class ObjectiveConfig(ComponentConfig, ABC):
     @abstractmethod
     def needs(self) -> Literal["transitions", "samples"]:
         """What kind of rollout it consumes."""
+
+    @property
+    def compares_with(self) -> frozenset[Literal["old", "reference"]]:
+        """Which policies besides the current one the loss evaluates; a full fine-tune keeps copies for these alone."""
+        return frozenset({"old", "reference"})
 
     @property
     def kl_limit(self) -> float | None:

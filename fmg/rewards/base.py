@@ -15,6 +15,7 @@ from fmg.core.protocols import Reward
 from fmg.core.types import PartialRewardOutput, RewardOutput
 from fmg.registry import rewards
 from fmg.registry.references import PYTHON_REWARD, RewardRef
+from fmg.rewards.weights import locate
 
 
 @runtime_checkable
@@ -175,13 +176,17 @@ def build_rewards(references: Sequence[str | RewardRef]) -> dict[str, Checked]:
         references: registered names, `python:module:function`, or references of a recipe, which carry options.
 
     Raises:
-        UsageError: for an unknown name, or one given twice.
+        UsageError: for an unknown name, one given twice, or a local file that is not there.
+        MissingDependencyError: for weights that have not been fetched. A network is only loaded when it first scores,
+            which would be after a run has begun.
     """
     refs = [_reference(ref) if isinstance(ref, str) else ref for ref in references]
     built: dict[str, Checked] = {}
     for ref in refs:
         if ref.label in built:
             raise UsageError(f"The reward '{ref.label}' is given twice", "Give each reward once.")
+        for asset in getattr(ref.config, "assets", tuple)():
+            locate(asset, ref.name)
         built[ref.label] = checked(ref.label, rewards.build_config(ref.name, ref.config))
     return built
 

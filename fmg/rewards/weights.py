@@ -25,6 +25,7 @@ _TIMEOUT_S = 60
 _HUB_ID = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?$")
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".py", ".txt")
 _PACKAGE = "package:"
+_SNAPSHOTS = "snapshots"
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,14 @@ class Located:
     def folder(self) -> Path:
         """Where the first file lies."""
         return self.first.parent
+
+    @property
+    def pinned(self) -> str:
+        """The source at the commit that is in the hub's cache; other sources as they are."""
+        parts = self.first.parts
+        if self.asset.kind != "hub" or _SNAPSHOTS not in parts:
+            return self.asset.source
+        return f"{self.asset.source.partition('@')[0]}@{parts[parts.index(_SNAPSHOTS) + 1]}"
 
     def get(self, name: str) -> Path | None:
         """The file of this name, if it is there."""

@@ -11,6 +11,7 @@ from fmg.data.checkpoints import FOLDER, Saved, read_index
 from fmg.data.run_folder import RunFolder, read_metrics, write_atomic
 from fmg.registry.config import About
 from fmg.registry.recipe import Recipe
+from fmg.training.keys import SCORE_KEY
 from fmg.version import __version__
 
 CARD = "README.md"
@@ -24,10 +25,12 @@ def write_cards(run: RunFolder, recipe: Recipe) -> None:
     for saved in index.saved if index else ():
         folder = run.path / FOLDER / saved.name
         drawn = run.samples / f"iteration-{saved.iteration:04d}.png"
-        if drawn.is_file():
+        # the samples of a run are drawn by its raw weights
+        pictured = drawn.is_file() and saved.score_key == SCORE_KEY
+        if pictured:
             shutil.copyfile(drawn, folder / SAMPLES)
-        scores = _scores(read_metrics(run.metrics), saved.iteration)
-        text = card_text(recipe, saved, scores, pictured=drawn.is_file())
+        scores = _scores(read_metrics(run.metrics), saved)
+        text = card_text(recipe, saved, scores, pictured=pictured)
         write_atomic(folder / CARD, text.encode())
 
 
@@ -51,14 +54,11 @@ def _lines(
     name = recipe.model.name
     rewards = " + ".join(f"{reward.weight:g} {reward.label}" for reward in recipe.rewards)
     yield from ("---", f"base_model: {name}", "library_name: diffusers", "pipeline_tag: text-to-image")
-    yield from ("tags: [lora, flow-map, reinforcement-learning, fmg]", "---")
+    lora = "" if recipe.train.trainable == "full" else "lora, "
+    yield from (f"tags: [{lora}flow-map, reinforcement-learning, fmg]", "---")
     yield f"# {name}, tuned for {rewards}"
     yield ""
-    yield (
-        f"A LoRA (rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}) on the few-step flow map `{name}`, after"
-        f" iteration {saved.iteration} of `{recipe.objective.name}` on `{recipe.stochasticizer.name}` transitions,"
-        f" made with fmg {__version__}. Before it was kept, stock diffusers read it back and drew the same picture."
-    )
+    yield _origin(recipe, saved)
     yield from ("", "## Terms", "", "| part | licence | publication |", "|---|---|---|")
     yield _terms(f"base `{name}`", recipe.model.config.about)
     for reward in recipe.measured_rewards:
@@ -74,12 +74,35 @@ def _lines(
     yield from ("", "## Use", "", "```sh", "# RUN is the run folder that holds this checkpoint")
     yield from ('fmg generate "PROMPT" --from RUN', f"fmg eval RUN --against {name}")
     yield from ("fmg export --diffusers RUN OUT", "```", "")
-    yield (
-        "In diffusers: `pipe.load_lora_weights(FOLDER)` on the pipeline of the base, with its transformer loaded as"
-        " `fmg.models.flux.transformer.FlowMapFluxTransformer2DModel`; `peft/` is the same adapter for PEFT."
-    )
+    place = recipe.model.config.in_diffusers
+    if recipe.train.trainable == "full":
+        yield "In diffusers: the folder `transformer/` in place of the pipeline's own transformer."
+    elif place:
+        yield f"In diffusers: `pipe.load_lora_weights(FOLDER)` on {place}; `peft/` is the same adapter for PEFT."
+    if recipe.train.trainable == "lora+duration":
+        yield (
+            "\nThe embedder of the second time was trained beside the LoRA and is in `fmg_extra.safetensors`. Without"
+            " it the adapter is half of what was trained, and diffusers does not read it: use fmg, or an export."
+        )
     # as JSON, which is YAML too: the values without the paths of the machine that made them
     yield from ("", "## Recipe", "", "```json", json.dumps(_shareable(recipe), indent=2), "```")
+
+
+def _origin(recipe: Recipe, saved: Saved) -> str:
+    name, rank = recipe.model.name, recipe.lora.rank
+    what = {
+        "lora": f"A LoRA (rank {rank}, alpha {recipe.lora.alpha:g}) on",
+        "lora+duration": f"A LoRA (rank {rank}, alpha {recipe.lora.alpha:g}) and the embedder of the second time of",
+        "full": "A full fine-tune of",
+    }[recipe.train.trainable]
+    averaged = ""
+    if saved.score_key != SCORE_KEY:
+        averaged = f", the moving average of its weights (decay {recipe.train.ema_decay:g}),"
+    return (
+        f"{what} the few-step flow map `{name}`{averaged} after iteration {saved.iteration} of"
+        f" `{recipe.objective.name}` on `{recipe.stochasticizer.name}` transitions, made with fmg {__version__}. Before"
+        " it was kept, stock diffusers read it back and drew the same picture."
+    )
 
 
 def _terms(part: str, about: About) -> str:
@@ -88,12 +111,13 @@ def _terms(part: str, about: About) -> str:
     return f"| {part} | {licence} | {about.citation or '-'} |"
 
 
-def _scores(lines: list[dict[str, object]], iteration: int) -> dict[str, tuple[float | None, float | None]]:
-    evaluated = [line for line in lines if any(key.startswith("eval/") for key in line)]
+def _scores(lines: list[dict[str, object]], saved: Saved) -> dict[str, tuple[float | None, float | None]]:
+    place = saved.score_key.partition("/")[0] + "/"
+    evaluated = [line for line in lines if any(key.startswith(place) for key in line)]
     base = next((line for line in evaluated if line.get("iteration") == 0), {})
-    own = next((line for line in evaluated if line.get("iteration") == iteration), {})
-    keys = [key for key in own if key.startswith("eval/") and not key.endswith("_se")]
-    return {key.removeprefix("eval/").removesuffix("_mean"): (_float(base.get(key)), _float(own[key])) for key in keys}
+    own = next((line for line in evaluated if line.get("iteration") == saved.iteration), {})
+    keys = [key for key in own if key.startswith(place) and not key.endswith("_se")]
+    return {key.removeprefix(place).removesuffix("_mean"): (_float(base.get(key)), _float(own[key])) for key in keys}
 
 
 def _float(value: object) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +10,15 @@ from fmg.core.geometry import ModelGeometry
 from fmg.data.run_folder import RUNS
 from fmg.registry.recipe import Recipe
 from fmg.registry.resolve import ResolvedRecipe
-from fmg.training.plan_memory import FULL, Memory, adapted_layers, adapter_parameters, plan_memory
+from fmg.training.launch import choose_engine, world_size
+from fmg.training.plan_memory import DTYPE_BYTES, Memory, plan_memory
 from fmg.training.plan_time import Work, estimate_iteration, transitions_of
+from fmg.training.plan_trained import disk_bytes, trained_by
 from fmg.training.sizes import Sizes, choose_sizes
 
 REFERENCE_GROUPS, REFERENCE_SIZE, REFERENCE_DEVICES = 48, 24, 8
 """Samples of an iteration and GPUs of the published recipe (Flow-Map GRPO, arXiv 2607.00535)."""
 
-# From this size on a model is planned for a GPU when the recipe leaves the device open.
-_LARGE = 1_000_000_000
-# The newest checkpoint and the best one, each as a diffusers file and as a PEFT file.
-_ADAPTER_FILES = 4
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -45,14 +42,18 @@ def plan(resolved: ResolvedRecipe, *, devices: int | None = None, runs: Path = R
         resolved: the recipe.
         devices: equal devices that share an iteration's samples; None: as many as `WORLD_SIZE` says, else one.
         runs: folder of earlier runs, whose times are scaled.
+
+    Raises:
+        UsageError: the launcher's environment does not make sense.
     """
     recipe = resolved.recipe
     shape, loop, model = recipe.rollout, recipe.train, recipe.model.config.spec()
     images = shape.groups * shape.group_size
     evaluations = 1 + -(-loop.iterations // recipe.eval.every)
     geometry = recipe.model.config.geometry()
-    count = devices or _world_size()
-    kind = _device_type(recipe, geometry)
+    count = devices or world_size()
+    engine = choose_engine(recipe)
+    kind = _device_type(recipe)
     sizes = choose_sizes(recipe, kind)
     facts = {
         "model": f"{recipe.model.name}, {'two' if model.anchors == 'any' else 'single'}-time map, {model.path} path, "
@@ -62,13 +63,14 @@ def plan(resolved: ResolvedRecipe, *, devices: int | None = None, runs: Path = R
         "images an iteration": f"{images} ({shape.groups} prompts x {shape.group_size})",
         **_calls(recipe),
         "images in all": f"{images * loop.iterations} in {loop.iterations} iterations",
-        "evaluations": f"{evaluations} x {recipe.eval.num} images",
+        "evaluations": f"{evaluations} x {recipe.eval.num} images"
+        + ("" if loop.ema_decay is None else ", of the weights and of their average"),
         "device": f"{loop.device if loop.device != 'auto' else f'auto (planned as {kind})'}, {loop.dtype}"
-        + (f", {count} of them" if count > 1 else ""),
+        + (f", {count} of them ({engine})" if count > 1 else ""),
         **_equivalence(recipe, sizes, count),
         **_time_facts(recipe, runs),
     }
-    memory = None if geometry is None else plan_memory(recipe, geometry, sizes, count)
+    memory = None if geometry is None else plan_memory(recipe, geometry, sizes, count, sharded=engine == "fsdp2")
     if memory is not None:
         facts["memory at the peak"] = f"{size_text(memory.peak)} a device"
     return Plan(facts, memory)
@@ -83,13 +85,13 @@ def size_text(size: float) -> str:
 
 
 def _size_facts(recipe: Recipe, geometry: ModelGeometry) -> dict[str, str]:
-    layers = adapted_layers(geometry, recipe.lora.target_names())
-    trained = adapter_parameters(layers, recipe.lora.rank)
+    trained = trained_by(recipe, geometry)
+    checkpoints, state = disk_bytes(recipe, trained, DTYPE_BYTES[recipe.train.dtype])
     return {
         "parameters": f"{_count(geometry.parameters)} transformer, {_count(geometry.encoder_parameters)} text encoders,"
         f" {_count(geometry.decoder_parameters)} autoencoder (by {geometry.origin})",
-        "trainable": f"{_count(trained)}, LoRA of rank {recipe.lora.rank} on {len(layers)} modules",
-        "disk": f"{size_text(_ADAPTER_FILES * FULL * trained)} of checkpoints, besides pictures",
+        "trainable": f"{_count(trained.parameters)}, {trained.words}",
+        "disk": f"{size_text(checkpoints)} of checkpoints and {size_text(state)} of state, besides pictures",
     }
 
 
@@ -134,17 +136,10 @@ def _time_facts(recipe: Recipe, runs: Path) -> dict[str, str]:
     return {"time": f"about {each} (scaled from {estimate.run})"}
 
 
-def _device_type(recipe: Recipe, geometry: ModelGeometry | None) -> str:
+def _device_type(recipe: Recipe) -> str:
     if recipe.train.device != "auto":
         return recipe.train.device.partition(":")[0]
-    large = geometry is not None and geometry.parameters >= _LARGE
-    return "cuda" if large or _NVIDIA_DRIVER.exists() else "cpu"
-
-
-def _world_size() -> int:
-    """Processes that `torchrun` or `accelerate launch` started, one for each device."""
-    stated = os.environ.get("WORLD_SIZE", "")
-    return max(1, int(stated)) if stated.isdecimal() else 1
+    return "cuda" if recipe.model.config.spec().gpu_memory_gb or _NVIDIA_DRIVER.exists() else "cpu"
 
 
 def _count(number: int) -> str:

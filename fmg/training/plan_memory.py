@@ -1,7 +1,7 @@
 """Peak memory of a run by part, from counts alone: no weights, no torch.
 
-The numbers of bytes a token that the blocks of FLUX keep were counted on diffusers' modules under PEFT with every
-allocation observed (tests/unit/training/test_plan_memory.py holds them to measured peaks). Kernels' own work space and
+What the blocks of a model hold is part of its geometry (tests/unit/training/test_plan_memory.py holds plans to measured
+peaks). Kernels' own work space and
 the allocator's fragments come on top, a few per cent.
 """
 
@@ -11,15 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fmg.core.geometry import LinearModule, ModelGeometry
-from fmg.models.lora_presets import expand_targets, is_target
 from fmg.registry.recipe import Recipe
 from fmg.training.plan_time import transitions_of
+from fmg.training.plan_trained import FULL, Trained, average_bytes, copies_bytes, optimizer_bytes, trained_by
 from fmg.training.sizes import Sizes
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
-FULL = 4
-"""Bytes of a number in fp32: adapters, optimizers, latents, images and log-probs always are."""
-
 _REWARD_PARAMETERS: Mapping[str, float] = {
     "hpsv2": 986e6,
     "pickscore": 986e6,
@@ -33,7 +30,7 @@ _REWARD_PARAMETERS: Mapping[str, float] = {
 _REWARD_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _PLACE_OF_IMAGES = (None, "auto")
 
-# Pixels of one decoder call, as in fmg.models.flux.model, which imports torch.
+# Pixels of one decoder call, as in fmg.models.common.model, which imports torch.
 DECODE_PIXELS = 2**18
 
 
@@ -49,103 +46,100 @@ class Memory:
         return sum(self.parts.values())
 
 
-def adapted_layers(geometry: ModelGeometry, targets: Sequence[str]) -> list[LinearModule]:
-    """The linear layers that a LoRA on `targets` (presets or ends of names) adapts."""
-    suffixes = expand_targets(targets)
-    return [layer for layer in geometry.linears if is_target(layer.name, suffixes)]
-
-
-def adapter_parameters(layers: Sequence[LinearModule], rank: int) -> int:
-    """Parameters of a LoRA of this rank: A is (rank, inputs), B is (outputs, rank)."""
-    return sum(rank * (layer.inputs + layer.outputs) for layer in layers)
-
-
-def plan_memory(recipe: Recipe, geometry: ModelGeometry, sizes: Sizes, devices: int = 1) -> Memory:
-    """The peak of a training run on each of `devices` equal devices, which share the samples of an iteration.
+def plan_memory(
+    recipe: Recipe, geometry: ModelGeometry, sizes: Sizes, devices: int = 1, *, sharded: bool = False
+) -> Memory:
+    """The peak of a training run on each of `devices` equal devices, which share the work of an iteration.
 
     It is reached in an update: the largest of the activations of an update, of a rollout call and of a decoder call is
-    counted beside what is there all the time.
+    counted beside what is there all the time. With `sharded` (FSDP2) the transformer is spread over the devices; then
+    saving, which gathers it to prove what was saved, may need more.
     """
     number = DTYPE_BYTES[recipe.train.dtype]
-    layers = adapted_layers(geometry, recipe.lora.target_names())
-    trained = adapter_parameters(layers, recipe.lora.rank)
+    trained = trained_by(recipe, geometry)
     encoders = geometry.encoder_parameters * number if geometry.encoders_resident else 0
     work = max(
-        update_bytes(geometry, layers, recipe.lora.rank, number, sizes.micro_batch),
-        forward_bytes(geometry, layers, number, sizes.rollout_batch),
+        update_bytes(geometry, trained, recipe.lora.rank, number, sizes.micro_batch),
+        forward_bytes(geometry, trained, number, sizes.rollout_batch),
         decode_bytes(geometry, number, sizes.rollout_batch),
+        # a whole network that was saved is read back beside the trained one, to prove the file
+        geometry.parameters * number if trained.whole else 0,
     )
-    return Memory(
+    rows = max(sizes.micro_batch, sizes.rollout_batch) * geometry.conditioning * number
+    whole = (geometry.parameters - trained.base_parameters) * number
+    spread = sharded and devices > 1
+    share = -(-whole // devices)
+    # a block that computes and the next one, which is on its way
+    gathered = 2 * whole // max(1, sum(kind.count for kind in geometry.blocks))
+    update = Memory(
         {
-            "transformer": geometry.parameters * number,
+            "transformer": share + gathered if spread else whole,
             "text encoders": encoders,
             "autoencoder": geometry.decoder_parameters * number,
-            # the adapter, its gradient, the frozen old policy, and the copy that the movement gate compares with
-            "adapter and its copies": 4 * trained * FULL,
-            "optimizer": optimizer_bytes(recipe.optimizer.name, layers, recipe.lora.rank),
+            "trained weights and copies": copies_bytes(recipe, trained),
+            "moving average": average_bytes(recipe, trained),
+            "optimizer": optimizer_bytes(recipe.optimizer.name, (*trained.lora, *trained.unfrozen)),
             "rollout store": rollout_bytes(recipe, geometry, number, devices),
-            "activations": work,
+            "activations": work + rows,
             "rewards": reward_bytes(recipe),
         }
     )
+    if not spread:
+        return update
+    picture = max(forward_bytes(geometry, trained, number, 1), decode_bytes(geometry, number, 1))
+    save = Memory({**update.parts, "transformer": share + whole, "rollout store": 0, "activations": picture})
+    return max(update, save, key=lambda memory: memory.peak)
 
 
-def update_bytes(
-    geometry: ModelGeometry, layers: Sequence[LinearModule], rank: int, number: int, micro_batch: int
-) -> int:
-    """Activations of one forward and backward pass of `micro_batch` rows through the adapted transformer.
+def update_bytes(geometry: ModelGeometry, trained: Trained, rank: int, number: int, micro_batch: int) -> int:
+    """Activations of one forward and backward pass of `micro_batch` rows through the trained transformer.
 
-    A block keeps, in units of tokens x width: the input of the activation function (4), of its norms (2, or 1 in a
-    single-stream block), q, k, v and the output of attention (4), and q and k before their norms, which are fp32 (2).
-    A LoRA keeps its input in fp32: one for all layers that read it in fp32 runs, a copy for each in bf16 ones.
+    Each block keeps what its kind says. A LoRA keeps its input in fp32: one for all layers that read it in fp32 runs, a
+    copy for each in bf16 ones. A weight that is trained itself keeps its input as the network computes it, and under
+    autocast the network's copy of the weight as well.
     """
-    unit = geometry.tokens["both"] * geometry.width
-    adapted = _adapter_inputs(geometry, layers, rank, number)
-    double, single = unit * (10 * number + 8), unit * (9 * number + 8)
-    # what the backward pass of one block holds besides
-    extra = unit * (int(9.5 * number + 7.5) if geometry.single_blocks else int(5.5 * number + 1))
-    blocks = geometry.double_blocks + geometry.single_blocks
+    adapted = _adapter_inputs(geometry, trained.layers, rank, number) + _own_inputs(geometry, trained, number)
+    # the backward pass begins in the last block
+    extra = geometry.blocks[-1].backward.size(number)
+    count = sum(kind.count for kind in geometry.blocks)
     if geometry.checkpointing:
-        largest = (double if geometry.double_blocks else single) + adapted // max(1, blocks)
-        return micro_batch * (blocks * unit * number + largest + extra)
-    kept = geometry.double_blocks * double + geometry.single_blocks * single + adapted
-    return micro_batch * (kept + extra)
+        largest = max(kind.kept.size(number) for kind in geometry.blocks)
+        work = micro_batch * (geometry.unit * (count * number + largest + extra) + adapted // count)
+        return int(work) + _cast_bytes(geometry, trained, number)
+    kept = sum(kind.count * kind.kept.size(number) for kind in geometry.blocks)
+    return int(micro_batch * (geometry.unit * (kept + extra) + adapted)) + _cast_bytes(geometry, trained, number)
 
 
-def forward_bytes(geometry: ModelGeometry, layers: Sequence[LinearModule], number: int, rows: int) -> int:
+def forward_bytes(geometry: ModelGeometry, trained: Trained, number: int, rows: int) -> int:
     """The most that a forward pass of `rows` rows without gradients holds at once, inside its widest block."""
-    unit = geometry.tokens["both"] * geometry.width
-    wide = any(layer.outputs == 4 * geometry.width for layer in layers)
-    single = 13 * number + 9 + (16 if wide and number < FULL else 0)
-    double = 9 * number + 9 + (16 if wide else 0)
-    return rows * unit * (single if geometry.single_blocks else double)
+    kind = geometry.blocks[-1]
+    wide = any(layer.outputs == 4 * geometry.width for layer in trained.layers)
+    added = (kind.forward_wide if number == FULL else kind.low_wide) if wide else 0
+    return int(rows * geometry.unit * (kind.forward.size(number) + added)) + _cast_bytes(geometry, trained, number)
 
 
 def decode_bytes(geometry: ModelGeometry, number: int, rows: int) -> int:
-    """The most that decoding holds at once; images go through the decoder a few at a time."""
-    pixels = geometry.resolution**2
-    return min(rows, max(1, DECODE_PIXELS // pixels)) * pixels * geometry.decoder_values * number
+    """The most that decoding holds at once; images go through the decoder a few at a time, or in tiles."""
+    pixels = min(geometry.resolution, geometry.decoder_tile or geometry.resolution) ** 2
+    chunk = min(rows, max(1, DECODE_PIXELS // pixels)) * pixels * int(geometry.decoder.size(number))
+    # a chunk, or copies of the images while they are joined and their range is changed; they themselves are stored
+    return max(chunk, 2 * rows * 3 * geometry.resolution**2 * FULL)
 
 
 def rollout_bytes(recipe: Recipe, geometry: ModelGeometry, number: int, devices: int = 1) -> int:
-    """States, conditioning and images of one iteration: as the rollout, as the batch, and the part of one update."""
-    images = -(-recipe.rollout.groups * recipe.rollout.group_size // devices)
+    """States, conditioning and images of one iteration: as the rollout, as the batch, and the part of one update.
+
+    Every device holds the whole rollout, and the images of its own share.
+    """
+    images = recipe.rollout.groups * recipe.rollout.group_size
     transitions = transitions_of(recipe)
     rows = images * max(1, transitions)
     part = -(-rows // recipe.train.updates_per_iteration)
     latents = images + 3 * (images * transitions + rows + part)
-    conditioned = images + rows + part
-    pixels = images * 3 * geometry.resolution**2
+    # one row a prompt, which samples, rows and parts share
+    conditioned = recipe.rollout.groups
+    pixels = -(-images // devices) * 3 * geometry.resolution**2
     return latents * geometry.latent * FULL + conditioned * geometry.conditioning * number + pixels * FULL
-
-
-def optimizer_bytes(name: str, layers: Sequence[LinearModule], rank: int) -> int:
-    """State of an optimizer over a LoRA, in fp32. An unknown optimizer is taken for one with two moments."""
-    if name == "adafactor":
-        # a row and a column of second moments for each matrix
-        return FULL * sum(layer.inputs + layer.outputs + 2 * rank for layer in layers)
-    moments = {"sgd": 1, "muon": 1}.get(name, 2)
-    return FULL * moments * adapter_parameters(layers, rank)
 
 
 def reward_bytes(recipe: Recipe) -> int:
@@ -166,3 +160,19 @@ def _adapter_inputs(geometry: ModelGeometry, layers: Sequence[LinearModule], ran
         return FULL * (inner + sum(tokens[layer.tokens] * layer.inputs for layer in layers))
     shared = {layer.source: tokens[layer.tokens] * layer.inputs for layer in layers}
     return FULL * (inner + sum(shared.values()))
+
+
+def _own_inputs(geometry: ModelGeometry, trained: Trained, number: int) -> int:
+    """Inputs that a network keeps for the gradients of its own weights."""
+    if not trained.whole:
+        return 0
+    tokens = geometry.tokens
+    if number < FULL:
+        return number * sum(tokens[layer.tokens] * layer.inputs for layer in geometry.linears)
+    shared = {layer.source: tokens[layer.tokens] * layer.inputs for layer in geometry.linears}
+    return FULL * sum(shared.values())
+
+
+def _cast_bytes(geometry: ModelGeometry, trained: Trained, number: int) -> int:
+    """Weights in the dtype of the computation, which autocast makes of fp32 ones and keeps for the length of a pass."""
+    return geometry.parameters * number if trained.whole and number < FULL else 0

@@ -44,6 +44,10 @@ def finished_run(folder: Path) -> None:
     RunFolder.create(folder / "taken", "meanflow-shapes").set_state("finished")
 
 
+def interrupted_run(folder: Path) -> None:
+    RunFolder.create(folder / "taken", "meanflow-shapes").set_state("interrupted")
+
+
 LONG = "x" * 300
 GENERATE = "generate a+red+circle --from meanflow-shapes"
 
@@ -56,6 +60,27 @@ MISUSES = (
     Misuse("train --lr", "--lr"),
     Misuse("list modelz", "'models'"),
     Misuse("show reward", "NAME"),
+    # going on with a run
+    Misuse("train --resume", "--resume"),
+    Misuse("train --resume ''", "--resume is empty"),
+    Misuse("train --resume nowhere", "'nowhere' is not a run folder"),
+    Misuse("train --resume taken", "'taken' is not a run folder", folder_with_a_file),
+    Misuse("train --resume taken", "The run 'taken' is finished", finished_run),
+    Misuse("train --resume taken", "has no saved state to go on from", interrupted_run),
+    Misuse("train --resume taken --lr 1e-3", "--lr would change it", interrupted_run),
+    Misuse("train --resume taken --set lora.rank=4", "--set would change it", interrupted_run),
+    Misuse("train --resume taken --run other", "--run would change it", interrupted_run),
+    Misuse("train --resume taken --dry-run", "--dry-run would change it", interrupted_run),
+    # what is trained
+    Misuse("train --set train.trainable=everything", "'lora+duration'"),
+    Misuse(
+        "train --config r.yaml",
+        "has no embedder of a second time",
+        text("r.yaml", "model: scm-shapes\ntrain: {trainable: lora+duration}\n"),
+    ),
+    Misuse("train --set train.ema_decay=1", "train.ema_decay"),
+    Misuse("train --set train.state_every=0", "train.state_every"),
+    Misuse("train --optimizer adamw8bit", "pip install bitsandbytes"),
     Misuse("show reward shapez", "'shapes'"),
     Misuse("runs notes.txt", "'notes.txt' is a file", text("notes.txt", "")),
     Misuse("pretrain shape", "Did you mean 'shapes'"),
@@ -63,6 +88,13 @@ MISUSES = (
     Misuse("runs ''", "DIR is empty"),
     Misuse(f"runs {LONG}", "File name too long"),
     Misuse("show reward a\nb\x1b[31m", r"'a\nb\x1b[31m'"),
+    Misuse("train --offline=yes", "--offline"),
+    Misuse(
+        "eval sana-sprint --offline --device cpu --reward jpeg-compressibility",
+        "Fetch it with `fmg fetch sana-sprint`",
+    ),
+    Misuse("train --model sana-sprint --stochasticizer asfmc", "asfmc"),
+    Misuse("train --model sana-sprint --set model.resolution=100", "resolution"),
     # numbers
     Misuse("train --steps abc", "--steps"),
     Misuse("train --steps 0", "--steps"),

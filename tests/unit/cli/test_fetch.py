@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import io
+import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from fmg.core.errors import UsageError
 from fmg.models import fetch as work
+from fmg.models import sources
+from fmg.registry import rewards
+from fmg.registry.recipe import Recipe
+from fmg.rewards import weights
 from tests.support.cli import fmg
 
 TEACHER = "Freepik/flux.1-lite-8B"
 STUDENTS = "Alibaba-DAMO-Academy/T2I-Distill"
+SANA = "Efficient-Large-Model/Sana_Sprint_0.6B_1024px_diffusers"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +37,12 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     calls: list[tuple[Any, ...]] = []
     files = {
         STUDENTS: {"flux1lite_meanflow.pt": 16_400_000_000, "README.md": 10},
+        SANA: {
+            "vae/diffusion_pytorch_model.safetensors": 1_250_000_000,
+            "text_encoder/model-00001-of-00002.safetensors": 5_230_000_000,
+            "transformer/diffusion_pytorch_model.safetensors": 1_190_000_000,
+            "checkpoints/original.pth": 10**10,
+        },
         TEACHER: {"vae/diffusion_pytorch_model.safetensors": 170_000_000, "flux.1-lite-8B.safetensors": 10**10},
     }
 
@@ -35,8 +51,14 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         return SimpleNamespace(siblings=siblings, card_data=SimpleNamespace(license="some-licence"))
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *args, **kw: calls.append((*args, kw)))
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kw: calls.append((*args, kw)))
+
+    def download(*args: Any, **named: Any) -> str:
+        calls.append((*args, named))
+        # as the hub's cache does, and without :file the folder itself
+        return "/".join(["hub", "models--x", "snapshots", COMMIT, *args[1:]])
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr(work.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
     return calls
 
@@ -55,6 +77,85 @@ def test_size_and_licence_are_shown_before_anything_is_fetched(hub: list[tuple[A
     assert hub[1][0] == TEACHER
     assert "vae/*.safetensors" in hub[1][1]["allow_patterns"]
     assert "transformer/*.safetensors" not in hub[1][1]["allow_patterns"]
+    # what stands there can be written into a recipe, and means these files for ever
+    assert f"student: {STUDENTS}@{COMMIT}:flux1lite_meanflow.pt\n" in done.stdout
+    assert f"teacher: {TEACHER}@{COMMIT}\n" in done.stdout
+
+
+def test_sana_is_one_folder_without_the_files_of_its_own_code(hub: list[tuple[Any, ...]]) -> None:
+    done = fmg("fetch", "sana-sprint", "--yes")
+    assert done.code == 0, done.stderr
+    assert "7.7 GB" in done.stdout, "files that the model does not read were counted"
+    ((repository, named),) = hub
+    assert (repository, named["revision"]) == (SANA, "main")
+    assert "transformer/*.safetensors" in named["allow_patterns"]
+    assert f"pipeline: {SANA}@{COMMIT}\n" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["meanflow-flux", "scm-flux", "flux-fewstep", "sana-sprint"])
+def test_every_published_model_states_size_and_licence_without_the_hub(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = fmg("fetch", name)
+    assert "about " in done.stdout
+    assert done.stderr.startswith("error: '")
+    parts = Recipe.default(name).model.config.parts()  # type: ignore[attr-defined]
+    assert all(part.size_gb > 1 and part.licence for part in parts)
+
+
+def _weighty_rewards() -> list[str]:
+    return [name for name in rewards.names() if getattr(_defaults(name), "assets", tuple)()]
+
+
+def _defaults(name: str) -> object:
+    try:
+        return rewards.config(name)
+    except UsageError:
+        # options without a default, such as an address
+        return None
+
+
+@pytest.mark.parametrize("name", _weighty_rewards())
+def test_a_reward_states_size_and_licence_then_fetches_and_names_the_commit(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))
+    assets = rewards.config(name).assets()  # type: ignore[attr-defined]
+    fetched: list[str] = []
+
+    def listed(_: object, repository: str, **__: object) -> list[str]:
+        return [choice.split("|")[0] for a in assets if a.source.startswith(repository) for choice in a.files]
+
+    def download(repository: str, file: str, **_: object) -> None:
+        fetched.append(repository)
+        path = tmp_path / "hub" / f"models--{repository.replace('/', '--')}" / "snapshots" / COMMIT / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    def cached(repository: str, file: str, **_: object) -> str | None:
+        path = tmp_path / "hub" / f"models--{repository.replace('/', '--')}" / "snapshots" / COMMIT / file
+        return str(path) if path.is_file() else None
+
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", listed)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)
+    monkeypatch.setattr("fmg.rewards.weights.urlopen", lambda *_, **__: io.BytesIO(b"file"))
+    monkeypatch.setattr("fmg.rewards.weights.check_digest", lambda _: None)
+    asked = fmg("fetch", "reward", name)
+    assert asked.code == 2
+    assert re.search(r"\d (MB|GB)|no weights", asked.stdout), asked.stdout
+    assert re.search(r"licence: \S", asked.stdout)
+    assert not fetched
+    done = fmg("fetch", "reward", name, "--yes")
+    if any(asset.kind == "package" and weights.missing(asset) for asset in assets):
+        assert "pip install" in done.stderr
+        return
+    assert done.code == 0, done.stderr
+    for asset in assets:
+        if asset.kind == "hub":
+            assert f"{asset.what}: {asset.source.partition('@')[0]}@{COMMIT}\n" in done.stdout
+    assert "is on this computer" in fmg("fetch", "reward", name).stdout
 
 
 def test_a_file_that_the_repository_lacks_is_answered_with_those_it_has(hub: list[tuple[Any, ...]]) -> None:
@@ -73,14 +174,49 @@ def test_too_little_space_is_said_before_the_download(
     assert not hub
 
 
-def test_offline_is_one_line_after_the_known_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    done = fmg("fetch", "meanflow-flux", "--yes")
+@pytest.mark.parametrize("flag", [True, False])
+def test_offline_is_one_line_after_the_known_figures(flag: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not flag:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = fmg("fetch", "meanflow-flux", "--yes", *(["--offline"] if flag else []))
     assert done.code == 2
     assert done.stderr == (
-        "error: HF_HUB_OFFLINE is set, so nothing can be fetched. Unset it, or copy the files here.\n"
+        f"error: '{STUDENTS}@main:flux1lite_meanflow.pt', '{TEACHER}@main' has not been fetched, and --offline or"
+        " HF_HUB_OFFLINE forbids the network. Run `fmg fetch meanflow-flux` without it, or copy the files here.\n"
     )
     assert "about 16.3 GB" in done.stdout
+    done = fmg("fetch", "reward", "pickscore", "--yes", *(["--offline"] if flag else []))
+    assert done.code == 2
+    assert "Run `fmg fetch reward pickscore` without it" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --model sana-sprint --reward jpeg-incompressibility --device cpu",
+        "train --model meanflow-flux --reward jpeg-incompressibility --device cpu",
+        "eval sana-sprint --device cpu",
+        "generate cat --from scm-flux --device cpu",
+        "train --reward pickscore",
+    ],
+)
+def test_offline_names_what_is_missing_and_the_command_that_fetches_it(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen: list[str | None] = []
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: pytest.fail("the hub was asked"))
+    original = sources.missing
+    monkeypatch.setattr(
+        sources, "missing", lambda part: (seen.append(os.environ.get("HF_HUB_OFFLINE")), original(part))[1]
+    )
+    done = fmg(*command.split(), "--offline")
+    assert done.code == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert re.search(r"Fetch it with `fmg fetch (reward )?[a-z-]+`", done.stderr), done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert set(seen) <= {"1"}
+    assert "HF_HUB_OFFLINE" not in os.environ, "one command changed the next"
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(hub: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,3 +38,8 @@ def test_sparkline_has_at_most_the_width_and_rises_with_its_values(count: int) -
     line = sparkline([float(i) for i in range(count)], 30)
     assert len(line) == min(count, 30)
     assert list(line) == sorted(line)
+
+
+def test_scores_of_a_moving_average_follow_those_of_the_weights() -> None:
+    metrics = {"eval_ema/a_mean": 0.25, "eval_ema/a_strict_mean": 0.5, "eval/a_mean": 0.75, "eval_ema/score": 0.1}
+    assert list(headline(metrics).items()) == [("a", 0.75), ("a strict (EMA)", 0.5), ("a (EMA)", 0.25)]

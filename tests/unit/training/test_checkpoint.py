@@ -8,7 +8,7 @@ import pytest
 from fmg.core.errors import CheckpointError
 from fmg.core.protocols import Model
 from fmg.data.checkpoints import chosen_checkpoint, read_index
-from fmg.training.checkpoint import save_checkpoint
+from fmg.training.checkpoint import drop_unscored, save_checkpoint
 
 
 class Saver:
@@ -60,3 +60,34 @@ def test_a_checkpoint_that_is_gone_is_named(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "checkpoint-0").rmdir()
     with pytest.raises(CheckpointError, match="checkpoint-0"):
         read_index(tmp_path)
+
+
+def test_an_average_is_kept_beside_the_newest_and_wins_only_when_it_is_better(tmp_path: Path) -> None:
+    model = cast(Model, Saver())
+    for iteration, raw, averaged in ((0, 0.1, None), (10, 0.5, 0.6), (20, 0.6, 0.6)):
+        save(tmp_path, iteration, raw)
+        if averaged is not None:
+            save_checkpoint(tmp_path, model, iteration, "eval_ema/score", averaged, ema=True)
+    index = read_index(tmp_path)
+    assert index is not None
+    assert (index.best, index.latest) == ("checkpoint-10-ema", "checkpoint-20")
+    assert [entry.name for entry in index.saved] == ["checkpoint-10-ema", "checkpoint-20", "checkpoint-20-ema"]
+    assert index.entry(index.best).score_key == "eval_ema/score"
+
+
+def test_of_equal_scores_the_raw_weights_come_before_their_average(tmp_path: Path) -> None:
+    save(tmp_path, 10, 0.5)
+    index = save_checkpoint(tmp_path, cast(Model, Saver()), 10, "eval_ema/score", 0.5, ema=True)
+    assert index.best == "checkpoint-10"
+
+
+def test_what_was_saved_in_mid_iteration_goes_before_a_run_goes_on(tmp_path: Path) -> None:
+    save(tmp_path, 0, 0.5)
+    save_checkpoint(tmp_path, cast(Model, Saver()), 3, "eval/score", None)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()) == [
+        "checkpoint-0",
+        "checkpoint-3",
+    ]
+    index = drop_unscored(tmp_path)
+    assert (index.best, index.latest) == ("checkpoint-0", "checkpoint-0")
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()] == ["checkpoint-0"]

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import copy
+import sys
+import types
 
 import pytest
 import torch
 from torch import nn
 
-from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.errors import CheckpointError, MissingDependencyError, UsageError
 from fmg.registry import optimizers
 
 NAMES = ("adafactor", "adamw", "muon", "sgd")
@@ -126,3 +128,26 @@ def test_state_of_another_optimizer_is_refused() -> None:
 def test_options_out_of_range_are_refused(name: str, options: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         optimizers.build(name, options)
+
+
+def test_8bit_moments_need_bitsandbytes_before_any_weight_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(MissingDependencyError, match="pip install bitsandbytes"):
+        optimizers.build("adamw8bit")
+
+
+def test_8bit_options_reach_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wiring only: a module of that name stands for bitsandbytes, whose kernels are not run here."""
+    given: dict[str, object] = {}
+
+    def adamw8bit(parameters: list[nn.Parameter], **options: object) -> torch.optim.Optimizer:
+        given.update(options, count=len(parameters))
+        return torch.optim.AdamW(parameters, lr=float(str(options["lr"])))
+
+    library = types.ModuleType("bitsandbytes")
+    library.optim = types.SimpleNamespace(AdamW8bit=adamw8bit)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", library)
+    model = network()
+    optimizer = optimizers.build("adamw8bit", {"lr": 0.02, "eps": 1e-6})(model.named_parameters())
+    assert given == {"lr": 0.02, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 1e-4, "count": 4}
+    assert descend(model, optimizer, 20) < 0.95 * descend(network(), torch.optim.SGD(network().parameters(), 0.0), 1)

@@ -8,15 +8,16 @@ import torch
 from fmg.core.events import ignore
 from fmg.core.geometry import ModelGeometry
 from fmg.data.run_folder import RunFolder
+from fmg.models.common.adapter import attach
 from fmg.models.conventions import FlowMapConventions, read_conventions
-from fmg.models.flux.adapter import attach
 from fmg.models.flux.size import FLUX_LITE, transformer_parameters
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
 from fmg.models.geometry import flux_geometry
 from fmg.registry.recipe import Recipe
 from fmg.training.compose import compose
 from fmg.training.memory_meter import MemoryMeter
-from fmg.training.plan_memory import adapted_layers, adapter_parameters, plan_memory
+from fmg.training.plan_memory import decode_bytes, plan_memory
+from fmg.training.plan_trained import trained_by
 from fmg.training.sizes import choose_sizes
 from fmg.training.trainer import Trainer
 
@@ -58,28 +59,35 @@ def test_flux_lite_is_counted_as_its_modules_on_the_meta_device(second_time: str
         counts["lora" in name] += parameter.numel()
     assert geometry.parameters == counts[False]
     assert geometry.parameters == transformer_parameters(FLUX_LITE, second_time=second_time == "duration")
-    assert adapter_parameters(adapted_layers(geometry, ["attention-mlp"]), 32) == counts[True]
+    recipe = Recipe.default().with_({"lora.targets": "attention-mlp", "lora.rank": 32})
+    assert trained_by(recipe, geometry).parameters == counts[True]
+    assert trained_by(recipe.with_({"train.trainable": "full"}), geometry).parameters == counts[False]
     assert (geometry.image_tokens, geometry.latent) == (1024, 16 * 64 * 64)
-    assert geometry.origin == "FLUX.1-lite-8B"
+    assert geometry.origin == "the published config"
 
 
 def _arguments() -> dict[str, object]:
     return {**FLUX_LITE}
 
 
-def test_a_folder_is_counted_as_its_loaded_components() -> None:
-    recipe = Recipe.default()
+@pytest.mark.parametrize("trainable", ["lora", "lora+duration", "full"])
+def test_a_folder_is_counted_as_its_loaded_components(trainable: str) -> None:
+    recipe = Recipe.default().with_({"train.trainable": trainable})
     geometry = _geometry(recipe)
     composed = compose(recipe, CPU, torch.float32)
     parts = composed.model.components  # type: ignore[attr-defined]
-    trained = sum(p.numel() for _, p in composed.model.trainable())
+    planned = trained_by(recipe, geometry)
+    named = list(composed.model.trainable())
+    assert planned.parameters == sum(p.numel() for _, p in named)
+    assert planned.base_parameters == sum(p.numel() for name, p in named if "lora" not in name)
+    assert len(planned.layers) == sum(name.endswith("lora_A.weight") for name, _ in named)
+    assert composed.trained.startswith(planned.words)
 
     def count(*modules: torch.nn.Module) -> int:
         return sum(p.numel() for module in modules for p in module.parameters())
 
-    assert geometry.parameters == count(parts.transformer) - trained
-    layers = adapted_layers(geometry, recipe.lora.target_names())
-    assert (adapter_parameters(layers, recipe.lora.rank), len(layers)) == (trained, composed.adapted)
+    adapter = planned.parameters - planned.base_parameters
+    assert geometry.parameters == count(parts.transformer) - adapter
     assert geometry.decoder_parameters == count(parts.vae)
     # the files hold no position ids and no tied copies
     assert geometry.encoder_parameters == pytest.approx(
@@ -109,6 +117,9 @@ def test_flops_of_a_call_are_those_that_torch_counts() -> None:
         ("meanflow-shapes", {"lora.targets": "attention-mlp", "train.dtype": "bf16", "optimizer": "sgd"}),
         ("scm-shapes", {"rollout.steps": 3, "train.updates_per_iteration": 1}),
         ("meanflow-shapes", {"objective": "rwfm", "optimizer": "adafactor"}),
+        ("meanflow-shapes", {"train.trainable": "lora+duration", "train.ema_decay": 0.9}),
+        ("meanflow-shapes", {"train.trainable": "full", "train.ema_decay": 0.9, "train.micro_batch": 5}),
+        ("meanflow-shapes", {"train.trainable": "full", "train.dtype": "bf16", "objective.kl_beta": 0.1}),
     ],
     ids=str,
 )
@@ -139,10 +150,37 @@ def test_a_full_size_plan_shares_the_samples_among_devices() -> None:
     one, eight = plan_memory(recipe, geometry, sizes), plan_memory(recipe, geometry, sizes, devices=8)
     assert one.parts["transformer"] == 2 * geometry.parameters == pytest.approx(16.35e9, rel=0.01)
     assert one.parts["text encoders"] == 0
-    assert eight.parts["rollout store"] == pytest.approx(one.parts["rollout store"] / 8, rel=0.01)
+    # every device holds the whole rollout, and the images of its own share
+    assert one.parts["rollout store"] - eight.parts["rollout store"] == 1152 * 7 // 8 * 3 * 512**2 * 4
     assert {k: v for k, v in one.parts.items() if k != "rollout store"} == {
         k: v for k, v in eight.parts.items() if k != "rollout store"
     }
+
+
+def test_samples_of_a_prompt_share_its_conditioning() -> None:
+    geometry = flux_geometry(None, FLUX, checkpointing=True, encoders_resident=False)
+    recipe = Recipe.default().with_(
+        {"rollout.groups": 48, "rollout.group_size": 24, "rollout.steps": 5, "train.dtype": "bf16"}
+    )
+    wider = flux_geometry(None, FLUX.model_copy(update={"max_sequence_length": 512}), checkpointing=True)
+    sizes = choose_sizes(recipe, "cuda")
+    one, other = (plan_memory(recipe, g, sizes).parts["rollout store"] for g in (geometry, wider))
+    # 256 T5 states more for each of 48 prompts, not of 1152 images
+    assert other - one == 48 * 256 * 4096 * 2
+
+
+def test_tiles_bound_the_decoder() -> None:
+    large = FLUX.model_copy(update={"resolution": 2048})
+    whole, tiled = (decode_bytes(flux_geometry(None, large, decoder_tile=tile), 2, rows=1) for tile in (None, 512))
+    assert whole == 16 * tiled
+
+
+@pytest.mark.parametrize(("optimizer", "bytes_each"), [("adamw", 8), ("adamw8bit", 2.1), ("sgd", 4), ("muon", 4)])
+def test_moments_of_a_full_fine_tune(optimizer: str, bytes_each: float) -> None:
+    recipe = Recipe.default().with_({"train.trainable": "full", "optimizer": optimizer})
+    geometry = flux_geometry(None, FLUX)
+    planned = plan_memory(recipe, geometry, choose_sizes(recipe, "cuda")).parts
+    assert planned["optimizer"] == pytest.approx(bytes_each * geometry.parameters, rel=0.05)
 
 
 def test_checkpointing_keeps_one_number_a_token_and_block() -> None:

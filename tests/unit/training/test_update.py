@@ -14,6 +14,7 @@ from fmg.flow import Gaussian
 from fmg.rl.configs import GrpoConfig
 from fmg.rl.grpo import Grpo
 from fmg.training.gates import ReplayGate, movement, movement_gate
+from fmg.training.processes import Processes
 from fmg.training.update import Updater, partition
 from tests.support import toy
 
@@ -99,6 +100,7 @@ def gate(stochasticizer: object, policies: toy.ToyPolicies, heard: list[Event], 
         micro_batch=24,
         always_recompute=always,
         observer=heard.append,
+        processes=Processes(),
     )
 
 

@@ -1,0 +1,204 @@
+"""A run that was cut and resumed is the run that was never cut, bit for bit; everything else is one clear line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fmg import Recipe, train
+from fmg.core.errors import CheckpointError, FmgError, UsageError
+from fmg.core.events import Event, IterationDone, Notice
+from fmg.data.checkpoints import read_index
+from fmg.data.run_folder import RunFolder
+from fmg.data.run_lock import run_lock
+from fmg.data.states import newest_state
+from fmg.training.api import resume
+from fmg.training.resume import load_state
+from fmg.training.state_files import read_state
+
+pytestmark = pytest.mark.slow
+
+TINY = {
+    "train.iterations": 3,
+    "train.state_every": 1,
+    "rollout.groups": 2,
+    "rollout.group_size": 4,
+    "eval.num": 4,
+    "eval.every": 3,
+    "eval.rewards": [],
+}
+KINDS: dict[str, dict[str, object]] = {
+    "lora and average": {"train.ema_decay": 0.9},
+    # dropout draws from the global generator, muon joins two optimizers
+    "embedder, dropout": {
+        "train.trainable": "lora+duration",
+        "objective": "rwfm",
+        "optimizer": "muon",
+        "lora.dropout": 0.2,
+        "train.shuffle_advantages": True,
+    },
+}
+
+
+def _stop_after(iteration: int) -> Callable[[Event], None]:
+    def hear(event: Event) -> None:
+        if isinstance(event, IterationDone) and event.iteration == iteration:
+            raise KeyboardInterrupt
+
+    return hear
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: x for key, child in value.items() for k, x in _flat(child, f"{name}/{key}").items()}
+    if isinstance(value, (list, tuple)):
+        return {k: x for i, child in enumerate(value) for k, x in _flat(child, f"{name}/{i}").items()}
+    return {name: value.flatten().tolist() if isinstance(value, Tensor) else value}
+
+
+def _metrics(run: Path) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+
+
+def _weights(run: Path) -> dict[str, Tensor]:
+    files = sorted((run / "checkpoints").rglob("*.safetensors"))
+    return {f"{file.relative_to(run)} {name}": x for file in files for name, x in load_file(file).items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    recipe = Recipe.default(None, **{**TINY, **KINDS[kind]})
+    last: dict[str, dict[str, Any]] = {}
+
+    def keep_state(name: str) -> Callable[[Event], None]:
+        def hear(event: Event) -> None:
+            if isinstance(event, IterationDone) and event.iteration == 3:
+                # the state after iteration 2, with the optimizer as it was then
+                folder = newest_state(tmp_path / name)
+                assert folder is not None
+                last[name] = _flat({k: v for k, v in read_state(folder).items() if k != "run"})
+
+        return hear
+
+    whole = train(recipe, tmp_path / "whole", keep_state("whole"))
+    cut = train(recipe, tmp_path / "cut", _stop_after(2))
+    assert cut.interrupted
+    torch.manual_seed(12345)
+    resumed = resume(tmp_path / "cut", keep_state("cut"))
+    assert not resumed.interrupted
+    assert _metrics(tmp_path / "cut") == _metrics(tmp_path / "whole")
+    assert last["cut"] == last["whole"]
+    ours, theirs = _weights(tmp_path / "cut"), _weights(tmp_path / "whole")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert read_index(tmp_path / "cut") == read_index(tmp_path / "whole")
+    assert (resumed.initial["eval/score"], resumed.best) == (whole.initial["eval/score"], whole.best)
+    assert RunFolder(tmp_path / "cut").state().state == "finished"
+    assert not (tmp_path / "cut" / "state").exists()
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "my run"
+    heard: list[Event] = []
+
+    def hear(event: Event) -> None:
+        heard.append(event)
+        _stop_after(1)(event)
+
+    train(Recipe.default(None, **{**TINY, "train.ema_decay": 0.9}), run, hear)
+    said = [event.text for event in heard if isinstance(event, Notice)]
+    assert any(f"fmg train --resume '{run}'" in text for text in said)
+    return run
+
+
+def test_an_average_is_evaluated_and_saved_beside_the_weights(interrupted: Path) -> None:
+    evaluation = _metrics(interrupted)[0]
+    keys = {key.removeprefix("eval/") for key in evaluation if key.startswith("eval/")}
+    assert keys == {key.removeprefix("eval_ema/") for key in evaluation if key.startswith("eval_ema/")}
+    index = read_index(interrupted)
+    assert index is not None
+    # without a score the raw weights stand for the run, and the untouched base is not thrown away
+    assert (index.best, index.latest) == ("checkpoint-1", "checkpoint-1")
+    assert [entry.name for entry in index.saved] == ["checkpoint-0", "checkpoint-1", "checkpoint-1-ema"]
+    folder = interrupted / "checkpoints"
+    raw, averaged = (
+        load_file(folder / name / "pytorch_lora_weights.safetensors") for name in ("checkpoint-1", "checkpoint-1-ema")
+    )
+    assert any(not torch.equal(raw[name], averaged[name]) for name in raw)
+
+
+def _load(run: Path) -> None:
+    folder = RunFolder(run)
+    load_state(folder, Recipe.from_yaml(folder.recipe))
+
+
+def _edit_recipe(run: Path) -> None:
+    text = (run / "recipe.yaml").read_text()
+    assert "seed: 0" in text
+    (run / "recipe.yaml").write_text(text.replace("seed: 0", "seed: 1"))
+
+
+def _replace_state(run: Path) -> None:
+    file = run / "run.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "created": "2020-01-01T00:00:00+00:00"}))
+
+
+def _truncate(run: Path) -> None:
+    file = next(run.glob("state/*/state.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _newer_schema(run: Path) -> None:
+    file = next(run.glob("state/*/state.json"))
+    file.write_text(file.read_text().replace('["schema", 1]', '["schema", 2]'))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        (_edit_recipe, UsageError, "is not the recipe that the run was begun with"),
+        (_replace_state, UsageError, "belongs to another run"),
+        (_truncate, CheckpointError, "cannot be read"),
+        (_newer_schema, CheckpointError, "has schema 2"),
+        (lambda run: shutil.rmtree(run / "state"), UsageError, "no saved state"),
+        (lambda run: RunFolder(run).set_state("finished"), UsageError, "is finished"),
+        (lambda run: (run / "run.json").unlink(), UsageError, "is not a run folder"),
+    ],
+)
+def test_what_cannot_be_resumed_is_one_clear_error(
+    change: Callable[[Path], object], error: type[FmgError], says: str, interrupted: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(interrupted, tmp_path / "run"))
+    _load(run)
+    change(run)
+    with pytest.raises(error, match=says):
+        _load(run)
+
+
+def test_a_run_that_is_still_trained_is_not_resumed(interrupted: Path) -> None:
+    with run_lock(interrupted), pytest.raises(UsageError, match="by another process"), run_lock(interrupted):
+        pass
+    with run_lock(interrupted):
+        pass
+
+
+def test_a_full_fine_tune_trains_and_its_best_checkpoint_is_used(tmp_path: Path) -> None:
+    from fmg import load
+
+    recipe = Recipe.default(None, **{**TINY, "train.trainable": "full", "train.iterations": 1, "optimizer.lr": 1e-5})
+    result = train(recipe, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-1" / "transformer" / "config.json").is_file()
+    assert "A full fine-tune" in (tmp_path / "run" / "checkpoints" / "checkpoint-1" / "README.md").read_text()
+    assert not result.interrupted
+    images = load(tmp_path / "run").generate(["a red circle on the left"], [3]).images
+    assert images.shape[0] == 1
