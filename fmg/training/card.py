@@ -76,7 +76,9 @@ def _lines(
         yield from ("", f"![Samples at fixed prompts and seeds]({SAMPLES})")
     yield from ("", "## Use", "", "```sh", "# RUN is the run folder that holds this checkpoint")
     yield from ('fmg generate "PROMPT" --from RUN', f"fmg eval RUN --against {name}")
-    yield from ("fmg export --diffusers RUN OUT", "```", "")
+    if recipe.model.config.mergeable:
+        yield "fmg export --diffusers RUN OUT"
+    yield from ("```", "")
     if place := recipe.model.config.in_diffusers:
         yield f"In diffusers: `pipe.load_lora_weights(FOLDER)` on {place}; `peft/` is the same adapter for PEFT."
     # as JSON, which is YAML too: the values without the paths of the machine that made them
