@@ -44,6 +44,7 @@ class SanaSprintConfig(PublishedConfig):
     )
 
     in_diffusers: ClassVar[str] = "a `SanaSprintPipeline` of the base"
+    mergeable: ClassVar[bool] = False
 
     folder: str = Field(
         min_length=1, description="Pipeline folder: hub id owner/name@revision, or a local diffusers folder."

@@ -50,6 +50,8 @@ class ModelConfig(ComponentConfig, ABC):
 
     in_diffusers: ClassVar[str] = ""
     """What `load_lora_weights` of a saved adapter is called on, for model cards."""
+    mergeable: ClassVar[bool] = True
+    """Whether `fmg export --diffusers` merges an adapter into the model's folder."""
 
     @abstractmethod
     def spec(self) -> MapSpec:

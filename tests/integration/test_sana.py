@@ -61,6 +61,7 @@ def test_sana_sprint_is_evaluated_trained_saved_and_drawn_by_its_pipeline(
     card = (adapter / "README.md").read_text(encoding="utf-8")
     assert "on a `SanaSprintPipeline` of the base" in card
     assert "NSCL v2-custom" in card
+    assert "fmg export" not in card
 
     pipeline = SanaSprintPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)

@@ -29,6 +29,8 @@ sys.exit(f"imported {{loaded}}" if loaded else code)
         ["list"],
         ["show", "stochasticizer", "asfmc"],
         ["show", "model", "meanflow-shapes"],
+        ["show", "model", "sana-sprint"],
+        ["train", "--model", "sana-sprint", "--reward", "jpeg-incompressibility", "--dry-run", "--offline"],
         ["runs"],
         ["train", "--dry-run"],
         ["train", "--dry-run", "--json", "--reward", "shapes=0.5", "--set", "lora.rank=4"],
