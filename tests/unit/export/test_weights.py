@@ -73,7 +73,7 @@ def test_merge_is_that_of_peft_however_many_rows_are_merged_at_once(
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(24, 96))
     stored = base[0].weight.detach().clone().to(dtype)
-    base[0].weight.data = stored.float()
+    base[0].weight.data = stored.float().clone()
     tuned: Any = inject_adapter_in_model(LoraConfig(r=2, lora_alpha=6.0, target_modules=["0"]), base)
     nn.init.normal_(tuned[0].lora_B["default"].weight)
     a, b = tuned[0].lora_A["default"].weight.detach().clone(), tuned[0].lora_B["default"].weight.detach().clone()
