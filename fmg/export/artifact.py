@@ -53,9 +53,10 @@ from fmg.inference.artifact.manifest import (
     TokenizerFacts,
 )
 from fmg.inference.target import resolve_target
-from fmg.models.flux.adapter_files import new_folder
+from fmg.models.common.adapter_files import new_folder
+from fmg.models.common.loading import read_config
 from fmg.models.flux.latents import PATCH
-from fmg.models.flux.loading import component_class, read_config
+from fmg.models.flux.loading import FLUX
 from fmg.models.geometry import latent_scale
 
 ExportPrecision = Literal["fp32", "bf16", "fp16"]
@@ -165,18 +166,18 @@ class _Export:
             self._observer(StageProgress("8-bit weights", 0, 1))
             self._add_int8(folder)
             self._observer(StageProgress("8-bit weights", 1, 1))
-        return self._manifest(Base(source.name, source.digest, base_dtypes(source.stored), base))
+        return self._manifest(Base(source.base, source.digest, base_dtypes(source.stored), base))
 
     def _plans(self) -> tuple[GraphPlan, ...]:
         source, precision = self._source, self._options.precision
         text = _TEXT_DTYPES[precision]
         for name in ("text_encoder", "text_encoder_2"):
-            component_class(source.folder / name, name)
+            FLUX.class_of(source.folder / name, name)
         return (
             clip_plan(read_config(source.folder / "text_encoder"), self._tokenizers[TEXT_ENCODER].length, text),
             t5_plan(read_config(source.folder / "text_encoder_2"), text),
-            transformer_plan(source.config, DTYPES[precision]),
-            decoder_plan(component_class(source.folder / "vae", "vae"), self._vae),
+            transformer_plan(source.transformer.config, DTYPES[precision]),
+            decoder_plan(FLUX.class_of(source.folder / "vae", "vae"), self._vae),
         )
 
     def _write_graph(self, folder: Path, plan: GraphPlan) -> None:
@@ -230,7 +231,7 @@ class _Export:
         return Manifest(
             schema=1,
             files=dict(sorted(self._files.items())),
-            model=ModelFacts(source.name, _plain(source.config), _plain(self._vae)),
+            model=ModelFacts(source.name, _plain(source.transformer.config), _plain(self._vae)),
             sampling=self._sampling,
             precision=self._options.precision,
             opset=OPSET,

@@ -14,16 +14,18 @@ from fmg.core.errors import UsageError
 from fmg.core.events import Observer, StageProgress, ignore
 from fmg.export.delta import Delta, check_base, read_delta
 from fmg.export.merge import merged
-from fmg.export.source import ExportSource, find_source
+from fmg.export.source import find_source
 from fmg.export.space import check_space
 from fmg.export.weights import TensorType, lay_out, write_weights
 from fmg.inference.target import resolve_target
+from fmg.models.common.adapter_files import new_folder
+from fmg.models.common.digest import stored_digest
+from fmg.models.common.full_files import is_full
+from fmg.models.common.reader import TensorReader
+from fmg.models.common.weights import INDEX_FILE
 from fmg.models.conventions import CONVENTIONS_FILE, FlowMapConventions, read_conventions
-from fmg.models.flux.adapter_files import new_folder
-from fmg.models.flux.digest import stored_digest
 from fmg.models.flux.loading import TransformerSource, transformer_source
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
-from fmg.models.flux.weights import INDEX_FILE, TensorReader
 from fmg.models.flux_configs import FluxStudentConfig
 from fmg.training.card import CARD, SAMPLES
 
@@ -69,9 +71,10 @@ def export_diffusers(
     found = resolve_target(target)
     source = find_source(found)
     student = isinstance(found.recipe.model.config, FluxStudentConfig)
-    if source.delta is None and not student:
+    if source.checkpoint is None and not student:
         raise UsageError(f"'{found.label}' has no adapter to merge", "Name a run folder; `fmg runs` lists them.")
-    return _write(_Folder.of(source, student=student), source.delta, source.adapter, out, DTYPES[dtype], observer)
+    folder = _Folder(source.folder, source.conventions, source.transformer, student=student)
+    return _write(folder, source.delta, source.checkpoint, out, DTYPES[dtype], observer)
 
 
 def merge_folder(
@@ -90,6 +93,11 @@ def merge_folder(
         UsageError: `out` exists, or the disk is too small.
         CheckpointError: the adapter was made for other weights, names an unknown module, or a file is damaged.
     """
+    if is_full(adapter):
+        raise UsageError(
+            f"{adapter} is a whole transformer, so there is nothing to merge",
+            f"Use its folder {adapter / TRANSFORMER} in place of the pipeline's own.",
+        )
     conventions = read_conventions(base)
     folder = _Folder(base, conventions, transformer_source(base, conventions), student=False)
     shapes = {name: shape for name, (_, shape) in folder.stored().items()}
@@ -106,10 +114,6 @@ class _Folder:
     conventions: FlowMapConventions
     transformer: TransformerSource
     student: bool
-
-    @classmethod
-    def of(cls, source: ExportSource, *, student: bool) -> _Folder:
-        return cls(source.folder, source.conventions, source.transformer, student)
 
     def stored(self) -> dict[str, TensorType]:
         """Dtype and shape of each weight of the transformer, in the order of the files."""
@@ -159,10 +163,10 @@ def _write_transformer(
 def _state_conventions(out: Path, folder: _Folder) -> None:
     """Says what the weights are: the class and its times in the config, the sampling in `fmg_flow_map.json`."""
     source = folder.transformer
-    stock = source.options["second_time"] == "none" and source.options["time_scale"] == _STOCK_SCALE
+    stock = source.config["second_time"] == "none" and source.config["time_scale"] == _STOCK_SCALE
     # under the stock class, a transformer with other times would load and draw noise
-    told = {"_class_name": _STOCK_CLASS} if stock else {"_class_name": FlowMapFluxTransformer2DModel.__name__}
-    config = {**source.config, **({} if stock else source.options), **told}
+    config = {**source.config, "_class_name": _STOCK_CLASS if stock else FlowMapFluxTransformer2DModel.__name__}
+    config = {key: value for key, value in config.items() if not (stock and key in ("second_time", "time_scale"))}
     (out / TRANSFORMER / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     text = folder.conventions.model_dump_json(indent=2, by_alias=True, exclude_none=True)
     (out / CONVENTIONS_FILE).write_text(text + "\n", encoding="utf-8")

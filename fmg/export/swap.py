@@ -28,7 +28,9 @@ from fmg.inference.artifact.layout import (
 )
 from fmg.inference.artifact.manifest import MANIFEST, TRANSFORMER, TRANSFORMER_INT8, FileEntry, Manifest
 from fmg.inference.target import Target, resolve_target
-from fmg.models.flux.weights import TensorReader, stored_names
+from fmg.models.common.full_files import is_full
+from fmg.models.common.reader import TensorReader
+from fmg.models.common.weights import tensor_names
 from fmg.registry.recipe import Recipe
 
 BASE = "base"
@@ -101,7 +103,7 @@ def _reader(artifact: Artifact, name: str | None) -> TensorReader:
     if name is None:
         return TensorReader({})
     file = artifact.path(name)
-    return TensorReader(dict.fromkeys(stored_names(file), file))
+    return TensorReader(dict.fromkeys(tensor_names(file), file))
 
 
 def _delta(artifact: Artifact, found: Target, exported: TensorReader) -> Delta:
@@ -109,6 +111,10 @@ def _delta(artifact: Artifact, found: Target, exported: TensorReader) -> Delta:
         raise UsageError(
             f"'{found.label}' has no adapter to put into {artifact.folder}",
             f"Name a run folder, or {BASE} for the weights without an adapter.",
+        )
+    if is_full(found.adapter):
+        raise UsageError(
+            f"'{found.label}' tuned every weight, which is more than an adapter", "Export it to an artifact of its own."
         )
     shapes = {name: exported.describe(name)[1] for name in exported.names}
     delta = read_delta(found.adapter, shapes, found.label)

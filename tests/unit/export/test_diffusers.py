@@ -12,11 +12,11 @@ from torch import Tensor
 
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.export.diffusers import merge_folder
-from fmg.models.flux.adapter_files import DIFFUSERS_FILE
+from fmg.models.common.adapter_files import DIFFUSERS_FILE
+from fmg.models.common.weights import INDEX_FILE
 from fmg.models.flux.loading import load_folder
 from fmg.models.flux.model import FluxModel
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
-from fmg.models.flux.weights import INDEX_FILE
 from tests.tiny_flux import build_tiny_flux
 
 CPU = torch.device("cpu")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from fmg.models.common.text import EmbeddingCache, TextEncoders
 from fmg.models.flux.loading import FluxComponents, load_folder
-from fmg.models.flux.text import EmbeddingCache, TextEncoders
 
 CPU = torch.device("cpu")
 
@@ -62,8 +62,8 @@ def test_no_prompts_is_an_error(components: FluxComponents) -> None:
         TextEncoders(components.text, 12, CPU).encode([])
 
 
-def _row(values: int) -> tuple[Tensor, Tensor]:
-    return torch.zeros(values), torch.zeros(0)
+def _row(values: int) -> dict[str, Tensor]:
+    return {"tokens": torch.zeros(values), "pooled": torch.zeros(0)}
 
 
 def test_the_cache_drops_what_was_used_least_recently() -> None:

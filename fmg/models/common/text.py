@@ -1,20 +1,19 @@
-"""Prompt embeddings as FLUX takes them: T5 token states and the pooled CLIP state."""
+"""Prompt embeddings: computed once for each prompt, kept in memory and on disk."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
-from transformers import CLIPTextModel, T5EncoderModel
 
 from fmg.core.types import Conditioning
-from fmg.models.text_cache import TextCache
+from fmg.models.text_cache import Row, TextCache, encoder_key
 
 
 @runtime_checkable
@@ -38,25 +37,31 @@ class TokenizedText(Protocol):
         """Token ids."""
 
 
-@dataclass(frozen=True)
-class TextStack:
-    """The two text encoders of FLUX with their tokenizers (`tokenizer`, `text_encoder`: CLIP; `_2`: T5)."""
+@runtime_checkable
+class TextStack(Protocol):
+    """The text encoders of a family of models, with their tokenizers."""
 
-    tokenizer: Tokenizer
-    text_encoder: CLIPTextModel
-    tokenizer_2: Tokenizer
-    text_encoder_2: T5EncoderModel
+    @property
+    def encoders(self) -> tuple[Any, ...]:
+        """The modules that compute."""
+
+    def embed(self, prompts: list[str], length: int) -> Mapping[str, Tensor]:
+        """The tensors of `Conditioning` by name, one row a prompt, where the encoders are.
+
+        Args:
+            prompts: what to encode.
+            length: length that tokens are padded and cut to.
+        """
 
 
 class TextEncoders:
-    """Encodes prompts exactly as `FluxPipeline.encode_prompt`, once for each distinct prompt.
+    """Encodes prompts by a family's `TextStack`, once for each distinct prompt.
 
-    T5 gets no attention mask and sees its padding, CLIP gives the state at the end-of-text token; both cut what is
-    longer than their length. The embeddings of recent prompts are kept, the least recently used go first.
+    The embeddings of recent prompts are kept, the least recently used go first.
 
     Args:
         stack: encoders and tokenizers.
-        max_sequence_length: length that T5 tokens are padded and cut to.
+        max_sequence_length: length that tokens are padded and cut to.
         device: where the embeddings go.
         batch_size: prompts for one encoder call.
         cache_bytes: bound on the memory of kept embeddings.
@@ -85,7 +90,7 @@ class TextEncoders:
         self._disk = disk
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning with `tokens` (b, l, d) and `pooled` (b, p), in the encoders' dtype.
+        """Conditioning with the tensors of the stack, one row a prompt, in the encoders' dtype.
 
         Raises:
             ValueError: no prompt was given.
@@ -103,23 +108,26 @@ class TextEncoders:
                     self._cache.put(prompt, row)
                     if self._disk is not None:
                         self._disk.put(prompt, row)
-        rows = [found[prompt] for prompt in prompts]
-        tensors = {"tokens": torch.stack([row[0] for row in rows]), "pooled": torch.stack([row[1] for row in rows])}
-        return Conditioning(tuple(prompts), tensors)
+        rows = [found[prompt] for prompt in distinct]
+        encoded = Conditioning(distinct, {name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+        if distinct == tuple(prompts):
+            return encoded
+        place = {prompt: index for index, prompt in enumerate(distinct)}
+        return encoded.select(torch.tensor([place[prompt] for prompt in prompts]))
 
-    def _known(self, prompt: str) -> tuple[Tensor, Tensor] | None:
+    def _known(self, prompt: str) -> Row | None:
         row = self._cache.get(prompt)
         stored = self._disk.get(prompt) if row is None and self._disk is not None else None
         if stored is None:
             return row
-        row = (stored[0].to(self._device), stored[1].to(self._device))
+        row = {name: x.to(self._device) for name, x in stored.items()}
         self._cache.put(prompt, row)
         return row
 
     @contextmanager
     def _at_work(self, needed: bool) -> Iterator[None]:
         """Runs the body with offloaded encoders on the device."""
-        encoders: list[Any] = [self._stack.text_encoder, self._stack.text_encoder_2] if needed and self._offload else []
+        encoders = self._stack.encoders if needed and self._offload else ()
         rest = [encoder.device for encoder in encoders]
         for encoder in encoders:
             encoder.to(self._device)
@@ -129,44 +137,61 @@ class TextEncoders:
             for encoder, device in zip(encoders, rest, strict=True):
                 encoder.to(device)
 
-    def _rows(self, prompts: list[str]) -> Iterator[tuple[Tensor, Tensor]]:
+    @torch.no_grad()
+    def _rows(self, prompts: list[str]) -> list[Row]:
+        tensors = {name: x.to(self._device) for name, x in self._stack.embed(prompts, self._length).items()}
         # clones, because a row that is a view would keep its whole batch alive in the cache
-        tokens, pooled = self._tokens(prompts), self._pooled(prompts)
-        return ((tokens[i].clone(), pooled[i].clone()) for i in range(len(prompts)))
+        return [{name: x[i].clone() for name, x in tensors.items()} for i in range(len(prompts))]
 
-    @torch.no_grad()
-    def _tokens(self, prompts: list[str]) -> Float[Tensor, "b l d"]:
-        encoder = self._stack.text_encoder_2
-        ids = _token_ids(self._stack.tokenizer_2, prompts, self._length).to(encoder.device)
-        states: Tensor = encoder(ids)[0]
-        return states.to(self._device)
 
-    @torch.no_grad()
-    def _pooled(self, prompts: list[str]) -> Float[Tensor, "b p"]:
-        encoder, tokenizer = self._stack.text_encoder, self._stack.tokenizer
-        ids = _token_ids(tokenizer, prompts, tokenizer.model_max_length).to(encoder.device)
-        pooled: Tensor = encoder(ids).pooler_output
-        return pooled.to(self._device)
+def cached_encoders(
+    stack: TextStack,
+    folder: Path,
+    components: Sequence[str],
+    length: int,
+    device: torch.device,
+    *,
+    place: Literal["model", "cpu", "offload"],
+    cache: bool,
+    facts: Sequence[str] = (),
+) -> TextEncoders:
+    """Encoders for a run: where a recipe wants them, and with its cache on disk.
+
+    Args:
+        stack: encoders and tokenizers.
+        folder: the pipeline folder that they were read from.
+        components: their folders in it.
+        length: length that tokens are padded and cut to.
+        device: where the embeddings go.
+        place: where the encoders compute and rest: beside the model, on the CPU, or offloaded.
+        cache: whether embeddings are kept on disk.
+        facts: what decides an embedding besides the files.
+    """
+    encoder = stack.encoders[-1]
+    computes_on = encoder.device if place == "cpu" else device
+    disk = TextCache(encoder_key(folder, components, length, encoder.dtype, computes_on, *facts)) if cache else None
+    # one prompt a call, so that an embedding does not depend on what else was missing when it was made
+    return TextEncoders(stack, length, device, batch_size=1, offload=place == "offload", disk=disk)
 
 
 class EmbeddingCache:
-    """Least-recently-used store of (tokens, pooled) rows, bounded by the bytes of its tensors."""
+    """Least-recently-used store of rows, bounded by the bytes of their tensors."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._size = 0
-        self._rows: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+        self._rows: OrderedDict[str, Row] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def get(self, prompt: str) -> tuple[Tensor, Tensor] | None:
+    def get(self, prompt: str) -> Row | None:
         """The row of `prompt`, which becomes the most recently used one."""
         if prompt in self._rows:
             self._rows.move_to_end(prompt)
         return self._rows.get(prompt)
 
-    def put(self, prompt: str, row: tuple[Tensor, Tensor]) -> None:
+    def put(self, prompt: str, row: Row) -> None:
         """Keeps a new row and drops the least recently used ones until everything fits."""
         self._rows[prompt] = row
         self._size += _bytes(row)
@@ -175,10 +200,5 @@ class EmbeddingCache:
             self._size -= _bytes(dropped)
 
 
-def _bytes(row: tuple[Tensor, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in row)
-
-
-def _token_ids(tokenizer: Tokenizer, prompts: list[str], length: int) -> Int[Tensor, "b l"]:
-    encoded = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    return encoded.input_ids
+def _bytes(row: Row) -> int:
+    return sum(tensor.nbytes for tensor in row.values())
