@@ -17,7 +17,7 @@ from fmg.cli.export_options import (
     resolution_list,
 )
 from fmg.cli.observers import LOADING, reporter_for
-from fmg.cli.options import AsJson, checked_folder
+from fmg.cli.options import AsJson, checked_folder, given_text
 
 if TYPE_CHECKING:
     from fmg.export.diffusers import Merged
@@ -74,6 +74,7 @@ def export(
         {"--int8": int8, "--resolutions": resolutions is not None, "--batch": batch is not None},
         {"--precision": precision is not None, "OUT": place is not None or out is not None},
     )
+    target = given_text(target, "TARGET")
     sides, rows, folder = resolution_list(resolutions), batch_range(batch), one_folder(place, out)
     kept = folder_precision(precision) if diffusers else precision_of(precision)
     with reporter_for(stderr()) as reporter:
