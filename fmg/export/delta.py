@@ -65,7 +65,7 @@ class Delta:
         rows = max(1, _ROWS_BYTES // (4 * base.shape[1]))
         for start in range(0, base.shape[0], rows):
             part = slice(start, start + rows)
-            merged[part] = base[part].float().addmm_(b[part], a, alpha=self.adapter.scale).to(dtype)
+            merged[part] = torch.addmm(base[part].float(), b[part], a, alpha=self.adapter.scale).to(dtype)
         return merged
 
 
