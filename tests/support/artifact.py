@@ -69,7 +69,7 @@ def student_recipe(folder: Path) -> Recipe:
 
 def exported(target: Path, out: Path, options: ExportOptions | None = None) -> Artifact:
     """`export_artifact`, with graphs that are traced once a session."""
-    with patch.object(exporter, "trace", _trace_once):
+    with patch.object(exporter, "trace", trace_once):
         return export_artifact(target, out, options)
 
 
@@ -78,7 +78,8 @@ def copied(artifact: Artifact, folder: Path) -> Path:
     return Path(shutil.copytree(artifact.folder, folder))
 
 
-def _trace_once(plan: GraphPlan) -> TracedGraph:
+def trace_once(plan: GraphPlan) -> TracedGraph:
+    """`trace`, once a session for plans with equal borders."""
     key = (plan.name, plan.dtype, plan.inputs, plan.outputs)
     if key not in _TRACED:
         _TRACED[key] = trace(plan)
