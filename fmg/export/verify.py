@@ -192,7 +192,7 @@ class _Proof:
             )
             self._observer(StageProgress("graphs", number + 1, len(graphs)))
             yield self._tensors(graph, found)
-        transformer = graphs[-1] if TRANSFORMER not in graphs else TRANSFORMER
+        transformer = TRANSFORMER if TRANSFORMER in graphs else TRANSFORMER_INT8
         yield from self._pictures(candidate, transformer)
 
     def _tensors(self, graph: str, found: GraphParity) -> Check:

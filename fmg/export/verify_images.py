@@ -15,7 +15,10 @@ from fmg.inference import Generator
 from fmg.inference.artifact.manifest import Precision
 
 IMAGES_ALLOWED: Mapping[Precision, float] = {"fp32": 1e-4}
-"""Largest absolute difference of one value of an image in [0, 1]; other precisions are judged by their PSNR."""
+"""Largest absolute difference of one value in [0, 1] in 99 of 100 images; other precisions are judged by their PSNR."""
+LEVEL = 1 / 255
+"""What no value of any fp32 image may differ by: one level of an 8-bit picture. Few-step maps are stiff in places, and
+there one image in hundreds amplifies rounding, as it does between two batch sizes in torch."""
 PSNR_ALLOWED: Mapping[Precision, float] = {"bf16": 25.0, "fp16": 30.0, "int8": 20.0}
 """Least peak signal-to-noise ratio over all images together, in dB."""
 REWARD_ALLOWED: Mapping[Precision, float] = {"fp32": 0.005, "fp16": 0.02, "bf16": 0.02, "int8": 0.02}
@@ -24,9 +27,18 @@ REWARD_ALLOWED: Mapping[Precision, float] = {"fp32": 0.005, "fp16": 0.02, "bf16"
 
 @dataclass(frozen=True)
 class ImageParity:
-    """Largest and mean absolute difference of values in [0, 1], and the peak signal-to-noise ratio in dB."""
+    """How far images are apart.
+
+    Attributes:
+        max_abs: largest difference of a value in [0, 1].
+        p99_abs: 99th percentile over images of the largest difference in an image.
+        mean_abs: mean difference.
+        psnr: peak signal-to-noise ratio of all images together, dB.
+        images: how many.
+    """
 
     max_abs: float
+    p99_abs: float
     mean_abs: float
     psnr: float
     images: int
@@ -34,14 +46,14 @@ class ImageParity:
     def passed(self, precision: Precision) -> bool:
         """Whether the differences are those of rounding in this precision."""
         if precision in IMAGES_ALLOWED:
-            return self.max_abs <= IMAGES_ALLOWED[precision]
+            return self.p99_abs <= IMAGES_ALLOWED[precision] and self.max_abs <= LEVEL
         return self.psnr >= PSNR_ALLOWED[precision]
 
 
 def image_bound(precision: Precision) -> str:
     """What `ImageParity.passed` asks, for people."""
     if precision in IMAGES_ALLOWED:
-        return f"largest difference {IMAGES_ALLOWED[precision]:g}"
+        return f"a difference of {IMAGES_ALLOWED[precision]:g} in 99 of 100 images, of {LEVEL:.4f} in any"
     return f"PSNR of {PSNR_ALLOWED[precision]:g} dB or more"
 
 
@@ -111,23 +123,23 @@ class _Difference:
     """Statistics of differences, batch by batch."""
 
     def __init__(self) -> None:
-        self._images, self._values = 0, 0
-        self._max, self._sum, self._squares = 0.0, 0.0, 0.0
+        self._largest: list[NDArray[np.float64]] = []
+        self._values, self._sum, self._squares = 0, 0.0, 0.0
 
     def add(self, images: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
         difference = np.abs(images.astype(np.float64) - expected)
-        self._images += len(images)
+        self._largest.append(difference.reshape(len(images), -1).max(1))
         self._values += difference.size
-        # np.maximum keeps a NaN, which Python's max() may drop
-        self._max = float(np.maximum(self._max, difference.max()))
         self._sum += float(difference.sum())
         self._squares += float(np.square(difference).sum())
 
     def result(self) -> ImageParity:
+        largest = np.concatenate(self._largest)
+        p99 = float(np.quantile(largest, 0.99, method="higher"))
         mean_square = self._squares / self._values
         # 200 dB stands for images that are equal: JSON has no infinity
         psnr = min(200.0, -10 * float(np.log10(mean_square))) if mean_square else 200.0
-        return ImageParity(self._max, self._sum / self._values, psnr, self._images)
+        return ImageParity(float(largest.max()), p99, self._sum / self._values, psnr, len(largest))
 
 
 def _gap(

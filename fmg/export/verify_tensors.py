@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 
 Tensors = Mapping[str, NDArray[Any]]
 
-ALLOWED: Mapping[Precision, float] = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 1e-2, "int8": 3e-2}
-"""Relative L2 error of one output against fp32 torch, by precision of the graph."""
+ALLOWED: Mapping[Precision, float] = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 1e-2, "int8": 1e-1}
+"""Relative L2 error of one output against fp32 torch, by precision of the graph. The random inputs are hard on int8,
+whose scales are those of the largest value: its pictures and rewards decide."""
 DECODER_ALLOWED = 1e-4
 """The decoder's: its images are clamped to [0, 1] after a long chain of convolutions."""
 # No size of a trace (fmg.export.onnx) is among them.
