@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from numpy.typing import NDArray
 
 from fmg.core.errors import CheckpointError, FmgError, MissingDependencyError, UsageError
 from fmg.core.stages import StageClock, wall_clock
-from fmg.inference.artifact.layout import Artifact
-from fmg.inference.artifact.manifest import Graph
+from fmg.inference.artifact.backend import ArtifactBackend, checked_batch
+from fmg.inference.artifact.layout import Artifact, open_artifact
+from fmg.inference.artifact.manifest import TRANSFORMER, TRANSFORMER_INT8, Graph
+from fmg.inference.generator import DEFAULT_BATCH, Generator
 from fmg.inference.memory import peak_rss, reset_peak_rss
 
 if TYPE_CHECKING:
@@ -49,6 +52,55 @@ def installed() -> Any:
         reason = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be loaded: {error}"
         raise MissingDependencyError(f"onnxruntime {reason}", INSTALL) from None
     return onnxruntime
+
+
+def load(
+    folder: str | Path,
+    *,
+    threads: int | None = None,
+    batch_size: int | None = None,
+    resolution: int | None = None,
+    int8: bool = False,
+) -> Generator:
+    """The sampler of an artifact on a CPU, for programs that have onnxruntime, numpy and tokenizers and nothing else.
+
+    Args:
+        folder: what `fmg export` made.
+        threads: of one operator; None takes OMP_NUM_THREADS, and without that as many as there are cores.
+        batch_size: images a network call; None takes the default.
+        resolution: side of the square image in pixels; None is the artifact's own.
+        int8: run its int8 transformer.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or not the one that was exported.
+        UsageError: the artifact does not have what was asked for.
+        MissingDependencyError: onnxruntime is not installed.
+
+    Example:
+        >>> from fmg.inference.onnxruntime import load
+        >>> with load("artifact") as generator:  # doctest: +SKIP
+        ...     images = generator.generate(["a red circle"], seeds=[0]).image_array
+    """
+    artifact = open_artifact(folder)
+    sampling = artifact.manifest.sampling
+    size = checked_batch(artifact, batch_size, DEFAULT_BATCH)
+    runtime = OnnxRuntime(artifact, threads=threads)
+    backend = ArtifactBackend(artifact, runtime, resolution=resolution, transformer=transformer_graph(artifact, int8))
+    return Generator(backend, sampling.grid, sampling.steps, size)
+
+
+def transformer_graph(artifact: Artifact, int8: bool) -> str:
+    """The name of the transformer's graph.
+
+    Raises:
+        UsageError: the int8 one was asked for, and the artifact has none.
+    """
+    name = TRANSFORMER_INT8 if int8 else TRANSFORMER
+    if name not in artifact.manifest.graphs:
+        raise UsageError(
+            f"The artifact {artifact.folder} has no int8 transformer", "Export with --int8, or leave int8 out."
+        )
+    return name
 
 
 class OnnxRuntime:

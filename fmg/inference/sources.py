@@ -11,7 +11,6 @@ from fmg.core.errors import FmgError, MissingDependencyError, UsageError
 from fmg.inference import onnxruntime as ort
 from fmg.inference.artifact.backend import ArtifactBackend
 from fmg.inference.artifact.layout import Artifact
-from fmg.inference.artifact.manifest import TRANSFORMER, TRANSFORMER_INT8
 from fmg.inference.configs import OnnxRuntimeConfig, TorchBackendConfig
 from fmg.registry import backends
 
@@ -81,14 +80,9 @@ class OnnxRuntimeSource:
         Raises:
             UsageError: there is no such device or provider, or no int8 transformer.
         """
-        transformer = TRANSFORMER_INT8 if self.config.int8 else TRANSFORMER
-        if transformer not in subject.manifest.graphs:
-            raise UsageError(
-                f"The artifact {subject.folder} has no int8 transformer", "Export with --int8, or leave int8 out."
-            )
-        return ArtifactBackend(
-            subject, self._runtime(subject, device), resolution=self.config.resolution, transformer=transformer
-        )
+        transformer = ort.transformer_graph(subject, self.config.int8)
+        runtime = self._runtime(subject, device)
+        return ArtifactBackend(subject, runtime, resolution=self.config.resolution, transformer=transformer)
 
     def _runtime(self, artifact: Artifact, device: str) -> Any:
         provider, index = self._provider(device)
