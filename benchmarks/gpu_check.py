@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, FluxPipeline
 
 from fmg.core.geometry import ModelGeometry
 from fmg.core.types import Conditioning, RewardOutput, ScoredRollout
 from fmg.flow import LinearPath, TwoTimeMap
 from fmg.flow.grids import make_grid
+from fmg.models.common import adapter, adapter_files, prove
 from fmg.models.conventions import FlowMapConventions
-from fmg.models.flux import adapter, adapter_files, prove
 from fmg.models.flux.network import FluxNetwork
 from fmg.models.flux.size import FLUX_LITE
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
@@ -206,9 +206,9 @@ class Check:
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent) / "adapter"
             base = adapter_files.BaseReference(name="random", digest="0" * 64)
-            adapter_files.save(folder, self.transformer, base, self.conventions, lambda _: None)
+            adapter_files.save(folder, self.transformer, FluxPipeline, base, self.conventions, lambda _: None)
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-            stock = _view(prove.reloaded(self.transformer, folder), self.scale.dtype, nullcontext)
+            stock = _view(prove.reloaded(self.transformer, folder, FluxPipeline), self.scale.dtype, nullcontext)
         noise = prove.picture_noise((16, self.side, self.side), self.device)
         cond = self._rollout().cond.select(torch.zeros(1, dtype=torch.long))
         start, end = torch.ones(1, device=self.device), torch.zeros(1, device=self.device)

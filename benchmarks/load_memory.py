@@ -95,16 +95,17 @@ def write(arguments: argparse.Namespace) -> dict[str, float]:
 def load(arguments: argparse.Namespace) -> dict[str, object]:
     import torch
 
-    from fmg.models.flux import weights as w
+    from fmg.models.common import weights as w
+    from fmg.models.flux.students import student_weights
+    from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel as Transformer
 
-    options = {"time_scale": 1.0, "second_time": "duration"}
-    stated = config(arguments.parameters)
-    shapes = w.transformer_shapes(w.empty_transformer(stated, options, arguments.folder))
+    stated = {**config(arguments.parameters), "time_scale": 1.0, "second_time": "duration"}
+    shapes = w.transformer_shapes(w.empty_transformer(Transformer, stated, arguments.folder))
     before, started = _peak(), time.perf_counter()
     name = "student.pt" if arguments.torch_file else "transformer"
-    files = w.student_weights(arguments.folder / name, shapes)
+    files = student_weights(arguments.folder / name, shapes)
     dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
-    transformer = w.load_transformer(stated, options, files, torch.device("cpu"), dtype)
+    transformer = w.load_transformer(Transformer, stated, files, torch.device("cpu"), dtype)
     assert not any(parameter.is_meta for parameter in transformer.parameters())
     return {"peak_bytes": _peak() - before, "seconds": time.perf_counter() - started, "torch": torch.__version__}
 

@@ -39,12 +39,12 @@ def fetch(
 
 def _fetch_model(name: str, config: str | None, sets: list[str], *, yes: bool) -> None:
     from fmg.models import fetch as work
-    from fmg.models.flux_configs import FluxConfig
+    from fmg.models.published import PublishedConfig
     from fmg.models.sources import missing
     from fmg.registry.resolve import resolve
 
     model = resolve(config, {"model": name}, sets).recipe.model
-    parts = model.config.parts() if isinstance(model.config, FluxConfig) else ()
+    parts = model.config.parts() if isinstance(model.config, PublishedConfig) else ()
     wanted = work.downloads(parts)
     out = stdout()
     if not wanted:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.metrics import headline
-from fmg.cli.observers import LOADING, JsonReporter, reporter_for
+from fmg.cli.observers import LOADING, JsonReporter, Reporter, reporter_for
 from fmg.cli.options import AsJson, given_text
 from fmg.cli.preflight import check_inputs
 from fmg.cli.tables import change, table
+from fmg.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from fmg.registry.recipe import Recipe
     from fmg.registry.resolve import ResolvedRecipe
     from fmg.training.trainer import TrainResult
 
@@ -69,6 +72,10 @@ def train(
     run: Annotated[
         str | None, typer.Option(metavar="DIR", help="Folder of the run.", show_default="a new one under runs/")
     ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="Go on with an interrupted run, by its own recipe.", show_default=False),
+    ] = None,
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Let a recipe file name reward code and reward servers.")
     ] = False,
@@ -98,6 +105,9 @@ def train(
         "device": device,
         "dtype": dtype,
     }
+    if resume is not None:
+        others = {"config": config, **flags, "set": sets, "run": run, "dry-run": dry_run or None}
+        return _resume(resume, others, allow_code=allow_code, as_json=as_json)
     resolved = resolve(config, flags, sets or [], allow_code)
     RunFolder.check_free(run)
     if dry_run:
@@ -105,16 +115,47 @@ def train(
         _print_plan(resolved, as_json=as_json)
         return 0
 
-    with JsonReporter(stderr()) if as_json else reporter_for(stdout()) as reporter:
+    with _reporter(as_json) as reporter:
         reporter(LOADING)
         from fmg.training.api import train as run_training
 
         result = run_training(resolved, run, reporter)
+    return _report(resolved.recipe, result, as_json=as_json)
+
+
+def _resume(run: str, others: Mapping[str, object], *, allow_code: bool, as_json: bool) -> int:
+    """Goes on with a run; everything that a run is made of stands in its own recipe."""
+    from fmg.data.states import check_resumable
+    from fmg.registry.recipe import Recipe
+
+    given_text(run, "--resume")
+    for name, value in others.items():
+        if value not in (None, []):
+            raise UsageError(
+                f"--resume goes on with a run as it was begun, and --{name} would change it",
+                "Leave one of the two out; a run with other values is a new run.",
+            )
+    folder = Path(run)
+    check_resumable(folder)
+    recipe = Recipe.from_yaml(folder / "recipe.yaml", allow_code=allow_code)
+    with _reporter(as_json) as reporter:
+        reporter(LOADING)
+        from fmg.training.api import resume as resume_training
+
+        result = resume_training(folder, reporter, allow_code=allow_code)
+    return _report(recipe, result, as_json=as_json)
+
+
+def _reporter(as_json: bool) -> Reporter:
+    return JsonReporter(stderr()) if as_json else reporter_for(stdout())
+
+
+def _report(recipe: Recipe, result: TrainResult, *, as_json: bool) -> int:
     if as_json:
         best = {"iteration": result.best.iteration, "key": result.best.score_key, "value": result.best.score}
         print_json({"run": str(result.run.path), "best": best, "interrupted": result.interrupted}, indent=None)
     else:
-        _print_result(resolved, result)
+        _print_result(recipe, result)
     return INTERRUPTED if result.interrupted else 0
 
 
@@ -143,7 +184,9 @@ def _shown(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _print_result(resolved: ResolvedRecipe, result: TrainResult) -> None:
+def _print_result(recipe: Recipe, result: TrainResult) -> None:
+    from fmg.data.states import newest_state, resume_command
+
     out = stdout()
     run = result.run.path
     best = result.best
@@ -156,13 +199,15 @@ def _print_result(resolved: ResolvedRecipe, result: TrainResult) -> None:
             out.print(f"Picture: {run / name}", soft_wrap=True)
     folder = shlex.quote(str(run))
     out.print("\nNext:")
-    out.print(f"  fmg eval {folder} --against base{_consent(resolved)}", soft_wrap=True)
-    out.print(f"  fmg generate {shlex.quote(_example_prompt(resolved))} --from {folder}", soft_wrap=True)
+    if result.interrupted and newest_state(run) is not None:
+        out.print(f"  {resume_command(run)}{_consent(recipe)}", soft_wrap=True)
+    out.print(f"  fmg eval {folder} --against base{_consent(recipe)}", soft_wrap=True)
+    out.print(f"  fmg generate {shlex.quote(_example_prompt(recipe))} --from {folder}", soft_wrap=True)
 
 
-def _consent(resolved: ResolvedRecipe) -> str:
+def _consent(recipe: Recipe) -> str:
     """The flag that evaluating the run needs when its rewards are the user's own code or ask a server."""
-    asks = any(ref.config.needs_consent for ref in resolved.recipe.measured_rewards)
+    asks = any(ref.config.needs_consent for ref in recipe.measured_rewards)
     return " --allow-code" if asks else ""
 
 
@@ -171,7 +216,7 @@ def _improvements(initial: Mapping[str, float], final: Mapping[str, float]) -> l
     return [(name, change(before.get(name), value)) for name, value in after.items()]
 
 
-def _example_prompt(resolved: ResolvedRecipe) -> str:
+def _example_prompt(recipe: Recipe) -> str:
     from fmg.data.prompt_sets import load_prompts
 
-    return load_prompts(resolved.recipe.eval.prompts)[0].text
+    return load_prompts(recipe.eval.prompts)[0].text

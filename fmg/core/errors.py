@@ -20,6 +20,8 @@ class FmgError(Exception):
         super().__init__(what, fix)
         self.what = what
         self.fix = fix
+        self.reported = False
+        """Whether another process of the run prints it."""
 
     def __str__(self) -> str:
         return f"{_sentence(self.what)} {_sentence(self.fix)}"
@@ -49,6 +51,10 @@ class RewardError(FmgError):
 
 class GateError(FmgError):
     """A safety check of a training run failed; the message lists the likely causes."""
+
+
+class ProcessError(FmgError):
+    """Another process of the run ended, or cannot be reached."""
 
 
 class FmgWarning(UserWarning):

@@ -6,6 +6,7 @@ Times are `(b,)` float tensors in [0, 1]; noise is at 1, data at 0.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
@@ -196,17 +197,37 @@ class Model(Protocol):
     def attach_adapter(self, rank: int, alpha: float, targets: Sequence[str], dropout: float, seed: int) -> int:
         """Adds a trainable LoRA (gaussian init from `seed`); returns the number of adapted modules."""
 
+    def unfreeze(self, what: Literal["duration", "full"], *, old: bool = True, reference: bool = True) -> int:
+        """Trains weights of the base themselves, in fp32: the embedder of the second time beside a LoRA, or all of them
+        without one; returns the number of tensors. With `full`, `policies.old` and `policies.reference` exist only
+        where they are asked for, since each is a copy of the network."""
+
+    def fix_rows(self, rows: int | None) -> None:
+        """Fills network calls with fewer rows up to `rows`, so that kernels see one shape; None leaves them."""
+
     def trainable(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Named parameters that the optimizer may change."""
 
     def snapshot(self) -> None:
-        """Freezes a copy of the trainable weights as `policies.old`."""
+        """Freezes a copy of the trainable weights as `policies.old`, where one is kept."""
 
     def save_adapter(self, folder: Path) -> None:
-        """Writes `pytorch_lora_weights.safetensors` (diffusers layout) and the PEFT folder `peft/`."""
+        """Writes what is trained, proven: a LoRA as `pytorch_lora_weights.safetensors` (diffusers layout) and the PEFT
+        folder `peft/`, with what is trained beside it; a whole network as the component folder `transformer/`."""
 
     def load_adapter(self, folder: Path) -> None:
         """Reads what `save_adapter` wrote; unknown or missing keys are a `CheckpointError`."""
+
+
+@runtime_checkable
+class Shardable(Protocol):
+    """A model whose frozen weights can be spread over the processes of a run."""
+
+    def shard(self) -> None:
+        """Keeps only this process's part of them; called once by every process, before the first network call."""
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """All weights in this process for the length of the body, in which nothing communicates; all enter."""
 
 
 class ModelSource(Protocol):
@@ -236,5 +257,6 @@ __all__ = [
     "PromptSet",
     "Requirements",
     "Reward",
+    "Shardable",
     "Stochasticizer",
 ]

@@ -16,34 +16,86 @@ from torch import Tensor
 from fmg.core.prompt import Prompt as Prompt
 
 
+class SharedRows(Mapping[str, Tensor]):
+    """Tensors of which each row may stand for many: a lookup gathers the rows that an index names.
+
+    A rollout has as many rows as samples and transitions, and only as many different ones as prompts; T5 states of
+    each row would be gigabytes. So rows are gathered where they are read, which is a micro-batch.
+    """
+
+    def __init__(self, stored: Mapping[str, Tensor], index: Int[Tensor, " b"]) -> None:
+        self._stored = stored
+        self._index = index.cpu()
+
+    def __getitem__(self, name: str) -> Tensor:
+        rows = self._stored[name]
+        return rows[self._index.to(rows.device)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows that a lookup gives."""
+        return len(self._index)
+
+    @property
+    def stored(self) -> Mapping[str, Tensor]:
+        """The tensors that the index points into."""
+        return self._stored
+
+    def select(self, rows: Int[Tensor, " k"]) -> SharedRows:
+        """The given rows, without gathering any."""
+        return SharedRows(self._stored, self._index[rows.cpu()])
+
+    def to(self, device: torch.device) -> SharedRows:
+        """The same rows with the stored tensors on another device."""
+        return SharedRows({name: x.to(device) for name, x in self._stored.items()}, self._index)
+
+
 @dataclass(frozen=True)
 class Conditioning:
     """What a flow map is conditioned on: the prompts and the tensors that encode them.
 
     `tensors` maps a name that the model defines (FLUX: `tokens` (b, l, d), `pooled` (b, p)) to a tensor whose
-    leading dimension is `len(prompts)`. A model without conditioning uses an empty mapping.
+    leading dimension is `len(prompts)`. A model without conditioning uses an empty mapping. What `select` returns
+    shares the tensors it was selected from and gathers its rows when they are looked up.
     """
 
     prompts: tuple[str, ...]
     tensors: Mapping[str, Tensor]
 
     def __post_init__(self) -> None:
-        for name, tensor in self.tensors.items():
-            if tensor.shape[0] != len(self.prompts):
-                raise ValueError(f"conditioning '{name}' has {tensor.shape[0]} rows for {len(self.prompts)} prompts")
+        for name, rows in self._row_counts().items():
+            if rows != len(self.prompts):
+                raise ValueError(f"conditioning '{name}' has {rows} rows for {len(self.prompts)} prompts")
 
     def __len__(self) -> int:
         return len(self.prompts)
 
+    @property
+    def stored(self) -> Mapping[str, Tensor]:
+        """The tensors that are kept in memory, whose rows may be shared; nothing is gathered."""
+        return self.tensors.stored if isinstance(self.tensors, SharedRows) else self.tensors
+
     def select(self, rows: Int[Tensor, " k"]) -> Conditioning:
-        """The given rows, in the given order (repeats allowed)."""
-        index = [int(i) for i in rows]
-        picked = {name: x[rows.to(x.device)] for name, x in self.tensors.items()}
-        return Conditioning(tuple(self.prompts[i] for i in index), picked)
+        """The given rows, in the given order (repeats allowed); costs an index, whatever the tensors weigh."""
+        shared = self.tensors.select(rows) if isinstance(self.tensors, SharedRows) else SharedRows(self.tensors, rows)
+        return Conditioning(tuple(self.prompts[i] for i in rows.tolist()), shared)
 
     def to(self, device: torch.device) -> Conditioning:
         """The same values on another device."""
+        if isinstance(self.tensors, SharedRows):
+            return Conditioning(self.prompts, self.tensors.to(device))
         return Conditioning(self.prompts, {name: x.to(device) for name, x in self.tensors.items()})
+
+    def _row_counts(self) -> dict[str, int]:
+        if isinstance(self.tensors, SharedRows):
+            return dict.fromkeys(self.tensors, self.tensors.rows)
+        return {name: x.shape[0] for name, x in self.tensors.items()}
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,23 @@ class CheckpointIndex:
         """The entry called `name`."""
         return next(s for s in self.saved if s.name == name)
 
+    def to_json(self) -> str:
+        """The text of the file."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> CheckpointIndex:
+        """The index that `to_json` wrote.
+
+        Raises:
+            ValueError, KeyError, TypeError, StopIteration: for another text.
+        """
+        raw = json.loads(text)
+        index = cls(tuple(Saved(**entry) for entry in raw["saved"]), raw["best"], raw["latest"])
+        for name in (index.best, index.latest):
+            index.entry(name)
+        return index
+
 
 def read_index(run: Path) -> CheckpointIndex | None:
     """The index of a run, or None before its first checkpoint.
@@ -46,11 +63,8 @@ def read_index(run: Path) -> CheckpointIndex | None:
     if not path.is_file():
         return None
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        index = CheckpointIndex(tuple(Saved(**entry) for entry in raw["saved"]), raw["best"], raw["latest"])
+        index = CheckpointIndex.from_json(path.read_text(encoding="utf-8"))
         missing = [s.name for s in index.saved if not (run / FOLDER / s.name).is_dir()]
-        for name in (index.best, index.latest):
-            index.entry(name)
     except (ValueError, KeyError, TypeError, StopIteration) as error:
         raise CheckpointError(f"'{path}' is damaged ({error})", "Restore it from a copy, or train again.") from None
     if missing:
@@ -60,7 +74,7 @@ def read_index(run: Path) -> CheckpointIndex | None:
 
 def write_index(run: Path, index: CheckpointIndex) -> None:
     """Replaces the index in one step, so that a crash leaves the old or the new one."""
-    write_atomic(run / FOLDER / INDEX, (json.dumps(asdict(index), indent=2) + "\n").encode())
+    write_atomic(run / FOLDER / INDEX, index.to_json().encode())
 
 
 def chosen_checkpoint(run: Path) -> Path | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -49,6 +49,15 @@ class EvalSet:
         if selection:
             seeds = tuple(-1 - value for value in seeds)
         return EvalSet(tuple(p.text for p in chosen), tuple(p.tag for p in chosen), seeds)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def select(self, rows: Int[Tensor, " k"]) -> EvalSet:
+        """Some of the triples, in the given order."""
+        chosen = rows.tolist()
+        prompts, tags = tuple(self.prompts[i] for i in chosen), tuple(self.tags[i] for i in chosen)
+        return EvalSet(prompts, tags, tuple(self.seeds[i] for i in chosen))
 
 
 def score_images(

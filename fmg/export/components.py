@@ -15,8 +15,10 @@ from transformers import CLIPTokenizer, T5Tokenizer
 from fmg.core.errors import CheckpointError
 from fmg.inference.artifact.layout import TOKENIZER_FILE, TOKENIZERS
 from fmg.inference.artifact.manifest import TEXT_ENCODER, TEXT_ENCODER_2, TokenizerFacts
-from fmg.models.flux.loading import load_module, load_tokenizer, quiet
-from fmg.models.flux.weights import TensorReader, folder_weights
+from fmg.models.common.loading import load_tokenizer, quiet
+from fmg.models.common.reader import TensorReader
+from fmg.models.common.weights import folder_weights
+from fmg.models.flux.loading import FLUX
 
 _TOKENIZER_CLASSES = {TEXT_ENCODER: CLIPTokenizer, TEXT_ENCODER_2: T5Tokenizer}
 
@@ -36,7 +38,7 @@ def component_reader(folder: Path, names: Iterable[str], dtype: torch.dtype) -> 
         reader = TensorReader({name: files[alias] for name, alias in aliases.items()}, aliases)
         return lambda name: reader.read(name).to(dtype)
     with quiet():
-        tensors = load_module(folder, dtype).state_dict()
+        tensors = FLUX.module(folder, dtype).state_dict()
     return lambda name: tensors[name]
 
 

@@ -13,7 +13,13 @@ from torch import Tensor
 from fmg.core.errors import CheckpointError
 from fmg.inference.artifact.layout import sha256
 from fmg.inference.artifact.manifest import Adapter
-from fmg.models.flux.adapter_files import DIFFUSERS_FILE, AdapterManifest, read_manifest, read_tensors
+from fmg.models.common.adapter_files import (
+    DIFFUSERS_FILE,
+    AdapterManifest,
+    extra_shapes,
+    read_manifest,
+    read_tensors,
+)
 from fmg.models.lora_presets import expand_targets, is_target
 
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
@@ -30,12 +36,14 @@ class Delta:
         lora: A (rank, inputs) and B (outputs, rank) for a matrix (outputs, inputs).
         replaced: tensors that take the place of the base's.
         adapter: what the manifest says of it.
-        base_digest: sha256 of the weights that it belongs to.
+        base_name: registered name of the model that it belongs to.
+        base_digest: sha256 of that model's stored weights.
     """
 
     lora: Mapping[str, tuple[Tensor, Tensor]]
     replaced: Mapping[str, Tensor]
     adapter: Adapter
+    base_name: str
     base_digest: str
 
     @property
@@ -73,7 +81,8 @@ def read_delta(folder: Path, shapes: Shapes, run: str) -> Delta:
         CheckpointError: the folder is damaged or does not fit weights of these names and shapes.
     """
     manifest = read_manifest(folder)
-    tensors = read_tensors(folder, _adapter_shapes(shapes, manifest))
+    extra = extra_shapes(folder, manifest, shapes)
+    tensors = read_tensors(folder, {**_adapter_shapes(shapes, manifest), **extra})
     modules = [name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)]
     lora = {f"{module}.weight": (tensors[module + LORA_A], tensors[module + LORA_B]) for module in sorted(modules)}
     facts = Adapter(
@@ -84,7 +93,8 @@ def read_delta(folder: Path, shapes: Shapes, run: str) -> Delta:
         targets=manifest.targets,
         run=run,
     )
-    return Delta(lora, {}, facts, manifest.base.digest)
+    replaced = {name: tensors[name] for name in extra}
+    return Delta(lora, replaced, facts, manifest.base.name, manifest.base.digest)
 
 
 def check_base(delta: Delta, digest: str, where: str) -> None:
@@ -95,7 +105,8 @@ def check_base(delta: Delta, digest: str, where: str) -> None:
     """
     if delta.base_digest != digest:
         raise CheckpointError(
-            f"The adapter of {delta.adapter.run} was trained on other weights than those in {where}",
+            f"The adapter of {delta.adapter.run} was trained on other weights of '{delta.base_name}' than those in"
+            f" {where}",
             f"Give the folder it was trained on (sha256 {delta.base_digest[:12]}).",
         )
 

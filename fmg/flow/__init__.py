@@ -14,7 +14,7 @@ from fmg.flow.grids import GridSpec, grid_names, make_grid
 if TYPE_CHECKING:
     from fmg.flow.analytic import GaussianMap, MixtureMap
     from fmg.flow.gaussian import Gaussian, UnscaledGaussian
-    from fmg.flow.maps import SingleTimeMap, TwoTimeMap, trigflow_prediction
+    from fmg.flow.maps import SingleTimeMap, TrigFlowMap, TwoTimeMap, trigflow_prediction
     from fmg.flow.path import AffinePath, LinearPath, TrigPath, expand, path_by_name
 
 _HOMES = {
@@ -26,6 +26,7 @@ _HOMES = {
     "Gaussian": "gaussian",
     "UnscaledGaussian": "gaussian",
     "SingleTimeMap": "maps",
+    "TrigFlowMap": "maps",
     "TwoTimeMap": "maps",
     "trigflow_prediction": "maps",
     "GaussianMap": "analytic",
@@ -47,6 +48,7 @@ __all__ = [
     "LinearPath",
     "MixtureMap",
     "SingleTimeMap",
+    "TrigFlowMap",
     "TrigPath",
     "TwoTimeMap",
     "UnscaledGaussian",

@@ -43,6 +43,8 @@ def make_grid(spec: GridSpec, steps: int, *, image_tokens: int | None = None) ->
             from 0.5 at 256 to 1.15 at 4096 (diffusers' FlowMatchEulerDiscreteScheduler, dynamic shifting).
         `scm`: TrigFlow angles `theta` mapped to rectified-flow times `sin / (sin + cos)`: pi/2, 1.3, 0 for two steps
             (1, 0.7827, 0), else `linspace(pi/2, 0, N + 1)` (SANA-Sprint, arXiv 2503.09641; diffusers' SCMScheduler).
+        `scm-angle`: the same angles as times of the trig path, `theta / (pi/2)`: (1, 0.8276, 0) for two steps, else the
+            uniform grid.
 
     Raises:
         UsageError: unknown name, a grid that does not exist for `steps`, or times that do not fall from 1 to 0 by
@@ -91,12 +93,13 @@ def _paper(steps: int) -> tuple[float, ...]:
 
 
 def _scm(steps: int) -> tuple[float, ...]:
-    if steps == 2:
-        angles = [math.pi / 2, _SCM_TWO_STEP_ANGLE, 0.0]
-    else:
-        angles = [math.pi / 2 * (1 - i / steps) for i in range(steps + 1)]
+    angles = [math.pi / 2 * time for time in _scm_angle(steps)]
     inner = (math.sin(angle) / (math.sin(angle) + math.cos(angle)) for angle in angles[1:-1])
     return (1.0, *inner, 0.0)
+
+
+def _scm_angle(steps: int) -> tuple[float, ...]:
+    return (1.0, _SCM_TWO_STEP_ANGLE / (math.pi / 2), 0.0) if steps == 2 else _uniform(steps)
 
 
 def _flux_shift(steps: int, image_tokens: int | None) -> tuple[float, ...]:
@@ -126,4 +129,9 @@ def _explicit(given: Sequence[float], steps: int) -> tuple[float, ...]:
     return times
 
 
-_BY_STEPS: dict[str, Callable[[int], tuple[float, ...]]] = {"uniform": _uniform, "paper": _paper, "scm": _scm}
+_BY_STEPS: dict[str, Callable[[int], tuple[float, ...]]] = {
+    "uniform": _uniform,
+    "paper": _paper,
+    "scm": _scm,
+    "scm-angle": _scm_angle,
+}

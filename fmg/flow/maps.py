@@ -7,7 +7,7 @@ distributed wrappers fire, and bf16 never rounds a time.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from fmg.core.errors import CompositionError
 from fmg.core.protocols import ProbabilityPath
 from fmg.core.types import Conditioning
-from fmg.flow.path import expand
+from fmg.flow.path import TrigPath, expand
 
 TwoTimeNetwork = Callable[[Tensor, Tensor, Tensor, Conditioning], Tensor]
 """`(x_t, t, s, cond) -> u`, the average velocity between `s` and `t`."""
@@ -73,11 +73,7 @@ class SingleTimeMap:
         Raises:
             CompositionError: when a target time is not 0. Not looked at while a graph is being traced.
         """
-        if not torch.compiler.is_compiling() and bool((s != 0).any()):
-            raise CompositionError(
-                f"A single-time map only jumps to 0, but was asked for {s.max().item():g}",
-                "Use the stochasticizer 'asfmc-endpoint' or a two-time model.",
-            )
+        _only_to_zero(s)
         t = _full_precision(t)
         return x_t - expand(t, x_t) * self.network(x_t, t, cond)
 
@@ -89,9 +85,48 @@ class SingleTimeMap:
         Raises:
             CompositionError: always.
         """
-        raise CompositionError(
-            "A single-time map has no diagonal velocity", "Use the stochasticizer 'asfmc-endpoint' or a two-time model."
-        )
+        raise _no_velocity()
+
+
+@dataclass(frozen=True)
+class TrigFlowMap:
+    """`X_{t->0}(x) = cos x - sin F(x)` on the trig path, `F` from a rectified-flow network (eq. 8; SANA-Sprint).
+
+    The state `x = cos x_0 + sin eps` has unit data, so `sigma_data` is gone. The network gets `z = x r` at the
+    rectified-flow time `sin / (sin + cos)`, and the wrapper cancels to `z - sin / (sin + cos) net(z)`.
+    """
+
+    network: SingleTimeNetwork
+    path: TrigPath = field(default_factory=TrigPath)
+
+    @property
+    def anchors(self) -> Literal["endpoint"]:
+        """Only the clean endpoint."""
+        return "endpoint"
+
+    def jump(
+        self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], s: Float[Tensor, " b"], cond: Conditioning
+    ) -> Float[Tensor, "b *shape"]:
+        """`X_{t->0}(x_t)`, one network call.
+
+        Raises:
+            CompositionError: when a target time is not 0. Not looked at while a graph is being traced.
+        """
+        _only_to_zero(s)
+        sine, cosine = self.path.sigma(t), self.path.alpha(t)
+        time = sine / (sine + cosine)
+        z = x_t / expand(sine + cosine, x_t)
+        return z - expand(time, x_t) * self.network(z, time, cond)
+
+    def velocity(
+        self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], cond: Conditioning
+    ) -> Float[Tensor, "b *shape"]:
+        """Not defined, as for `SingleTimeMap`.
+
+        Raises:
+            CompositionError: always.
+        """
+        raise _no_velocity()
 
 
 def trigflow_prediction(
@@ -116,6 +151,20 @@ def trigflow_prediction(
     norm = (s.square() + (1 - s).square()).sqrt()
     z = x * expand(norm / sigma_data, x)
     return (expand(1 - 2 * s, x) * z + expand(norm.square(), x) * network(z, s)) / expand(norm, x)
+
+
+def _only_to_zero(s: Tensor) -> None:
+    if not torch.compiler.is_compiling() and bool((s != 0).any()):
+        raise CompositionError(
+            f"A single-time map only jumps to 0, but was asked for {s.max().item():g}",
+            "Use the stochasticizer 'asfmc-endpoint' or a two-time model.",
+        )
+
+
+def _no_velocity() -> CompositionError:
+    return CompositionError(
+        "A single-time map has no diagonal velocity", "Use the stochasticizer 'asfmc-endpoint' or a two-time model."
+    )
 
 
 def _full_precision(t: Tensor) -> Tensor:

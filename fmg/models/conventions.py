@@ -1,4 +1,4 @@
-"""How a folder of FLUX-class weights wants to be sampled: the small JSON beside the weights. Imports no torch."""
+"""How a folder of weights wants to be sampled: the small JSON beside the weights. Imports no torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class FlowMapConventions(BaseModel):
     time_scale: float = Field(gt=0, description="Factor on times and guidance before their sinusoids: 1 or 1000.")
     second_time: Literal["none", "duration", "target"] = Field(description="What the second time embedder receives.")
     resolution: int = Field(gt=0, description="Side of the square image in pixels.")
-    max_sequence_length: int = Field(gt=0, le=512, description="Length that T5 tokens are padded and cut to.")
+    max_sequence_length: int = Field(gt=0, le=512, description="Length that text tokens are padded and cut to.")
     default_steps: int = Field(gt=0, description="Network calls of the deterministic sampler.")
     default_grid: str = Field(description="Name of the time grid.")
     guidance: float | None = Field(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +9,14 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from fmg.core.geometry import ModelGeometry
 from fmg.core.specs import MapSpec
 from fmg.models.conventions import FlowMapConventions
 from fmg.models.flux.size import FLUX_LITE, FLUX_SCHNELL, transformer_parameters
+from fmg.models.geometry import flux_geometry
+from fmg.models.published import BYTES, PublishedConfig
 from fmg.models.sources import Part, parse_source, read_json
-from fmg.registry.config import About, ModelConfig
+from fmg.registry.config import About
 
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2")
 """What a student borrows from its teacher's folder, besides tokenizers and the transformer's `config.json`."""
@@ -26,16 +28,11 @@ _FLUX_DEV_TERMS = "FLUX.1 [dev] Non-Commercial License"
 _T2I_DISTILL = "Pu et al. 2025, Few-Step Distillation for Text-to-Image Generation, arXiv 2512.13006"
 _TEACHER = "Freepik/flux.1-lite-8B: T5, CLIP and VAE, about 9.9 GB"
 
-# From here on a model is refused on a machine without a GPU, unless the CPU is asked for by name.
-_LARGE = 1_000_000_000
-_BYTES = 2  # of a weight in bf16
-_WORK_SPACE = 1.4  # activations, decoder and adapter over the weights, at 512 px in micro-batches
-
 # The local anchor of the Flow-Map GRPO paper (epsilon 0.03, strength 0.7) in its exact form.
 _PAPER_ANCHOR = ("asfmc", (("gap", 0.0147),))
 
 
-class FluxConfig(ModelConfig):
+class FluxConfig(PublishedConfig):
     """What every FLUX-class model of full size states."""
 
     published: ClassVar[Mapping[str, object]] = FLUX_LITE
@@ -56,29 +53,6 @@ class FluxConfig(ModelConfig):
     attention: Literal["native", "flash", "sage", "xformers"] = Field(
         default="native", description="Attention backend of diffusers; native is PyTorch's own."
     )
-    gradient_checkpointing: bool = Field(
-        default=True, description="Recompute each block in the backward pass instead of keeping its activations."
-    )
-    text_device: Literal["model", "cpu", "offload"] = Field(
-        default="offload",
-        description="Where T5 and CLIP live: beside the model, on the CPU, or in host memory except while they encode.",
-    )
-
-    text_cache: bool = Field(
-        default=True, description="Keep prompt embeddings on disk, so that a prompt is encoded once for all runs."
-    )
-
-    @abstractmethod
-    def conventions(self) -> FlowMapConventions:
-        """How the weights want to be sampled."""
-
-    @abstractmethod
-    def parts(self) -> tuple[Part, ...]:
-        """The files that the model reads."""
-
-    @abstractmethod
-    def architecture(self) -> Part:
-        """The part whose folder has the transformer's `config.json`."""
 
     def parameters(self) -> int:
         """Parameters of the transformer, by its `config.json` in a local folder, else by the published one."""
@@ -87,14 +61,21 @@ class FluxConfig(ModelConfig):
         two_time = self.conventions().second_time != "none"
         return transformer_parameters(stated or self.published, second_time=two_time)
 
+    def geometry(self) -> ModelGeometry:
+        """Measures by the JSON files and safetensors headers of the folder, or as published."""
+        return flux_geometry(
+            self.folder_here(),
+            self.conventions(),
+            checkpointing=self.gradient_checkpointing,
+            encoders_resident=self.text_device == "model",
+            published=self.published,
+        )
+
     def spec(self) -> MapSpec:
         """Declared properties, known without reading a weight or having fetched anything."""
-        assert self.recipe is not None
-        spec = self.conventions().spec(self.recipe)
-        parameters = self.parameters()
-        memory = _WORK_SPACE * _BYTES * parameters / 1e9 if parameters >= _LARGE else 0.0
+        spec = super().spec()
         default = _PAPER_ANCHOR if spec.anchors == "any" else spec.default_stochasticizer
-        return replace(spec, default_stochasticizer=default, gpu_memory_gb=memory)
+        return replace(spec, default_stochasticizer=default)
 
 
 class FluxStudentConfig(FluxConfig):
@@ -117,7 +98,7 @@ class FluxStudentConfig(FluxConfig):
                 "student",
                 self.student,
                 patterns=("*.safetensors", "*.json"),
-                size_gb=_BYTES * transformer_parameters(FLUX_LITE, second_time=True) / 1e9,
+                size_gb=BYTES * transformer_parameters(FLUX_LITE, second_time=True) / 1e9,
                 licence="not stated by its authors; derived from FLUX.1 [dev]",
             ),
             self.architecture(),

@@ -1,29 +1,41 @@
-"""The FLUX-class models of full size: a student's published weights in its teacher's pipeline."""
+"""The models whose weights somebody published: looked for on this computer, never on the network."""
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fmg.core.errors import FmgWarning
 from fmg.core.specs import MapSpec
-from fmg.models.flux_configs import FluxConfig, FluxFewStepConfig, MeanFlowFluxConfig, ScmFluxConfig
+from fmg.models.flux_configs import FluxFewStepConfig, MeanFlowFluxConfig, ScmFluxConfig
+from fmg.models.published import PublishedConfig
+from fmg.models.sana_configs import SanaSprintConfig
 from fmg.models.sources import locate
 from fmg.registry import models
 
 if TYPE_CHECKING:
     import torch
 
-    from fmg.models.flux.model import FluxModel
+    from fmg.core.protocols import Model
+
+FLUX, SANA = "fmg.models.flux.full_size", "fmg.models.sana.full_size"
 
 
 @dataclass(frozen=True)
-class FluxSource:
-    """A FLUX-class model that has not been loaded yet."""
+class PublishedSource:
+    """A model that has not been loaded yet.
+
+    Attributes:
+        name: registered name of the model.
+        config: its options.
+        loader: module whose `load(name, config, device, dtype)` reads it.
+    """
 
     name: str
-    config: FluxConfig
+    config: PublishedConfig
+    loader: str = FLUX
 
     @property
     def spec(self) -> MapSpec:
@@ -40,7 +52,7 @@ class FluxSource:
         for part in self.config.parts():
             locate(part, self.name)
 
-    def load(self, device: torch.device, dtype: torch.dtype) -> FluxModel:
+    def load(self, device: torch.device, dtype: torch.dtype) -> Model:
         """Reads the weights to `device` in `dtype`; warns when they do not fit the stated time scale.
 
         Raises:
@@ -49,26 +61,32 @@ class FluxSource:
         """
         self.check()
         # diffusers and transformers take seconds to import, and composing a run does not need them
-        from fmg.models.flux.full_size import load
 
         if device.type == "cpu" and self.spec.gpu_memory_gb:
             warnings.warn(f"'{self.name}' runs on the CPU, which takes minutes an image.", FmgWarning, stacklevel=2)
-        return load(self.name, self.config, device, dtype)
+        model: Model = importlib.import_module(self.loader).load(self.name, self.config, device, dtype)
+        return model
 
 
 @models.register("meanflow-flux", MeanFlowFluxConfig)
-def meanflow_flux(config: MeanFlowFluxConfig) -> FluxSource:
+def meanflow_flux(config: MeanFlowFluxConfig) -> PublishedSource:
     """The two-time MeanFlow student of FLUX.1-lite-8B."""
-    return FluxSource("meanflow-flux", config)
+    return PublishedSource("meanflow-flux", config)
 
 
 @models.register("scm-flux", ScmFluxConfig)
-def scm_flux(config: ScmFluxConfig) -> FluxSource:
+def scm_flux(config: ScmFluxConfig) -> PublishedSource:
     """The single-time sCM student of FLUX.1-lite-8B."""
-    return FluxSource("scm-flux", config)
+    return PublishedSource("scm-flux", config)
 
 
 @models.register("flux-fewstep", FluxFewStepConfig)
-def flux_fewstep(config: FluxFewStepConfig) -> FluxSource:
+def flux_fewstep(config: FluxFewStepConfig) -> PublishedSource:
     """A few-step FLUX-class flow map in a diffusers folder."""
-    return FluxSource("flux-fewstep", config)
+    return PublishedSource("flux-fewstep", config)
+
+
+@models.register("sana-sprint", SanaSprintConfig)
+def sana_sprint(config: SanaSprintConfig) -> PublishedSource:
+    """The single-time SANA-Sprint model."""
+    return PublishedSource("sana-sprint", config, SANA)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from fmg.core.geometry import LinearModule, ModelGeometry
+from fmg.core.geometry import Blocks, Holding, LinearModule, ModelGeometry
 from fmg.models.conventions import FlowMapConventions
 from fmg.models.flux.size import FLUX_LITE
 
@@ -24,6 +24,13 @@ FLUX_VAE: Mapping[str, object] = MappingProxyType(
 _SINUSOID = 256
 _PATCH = 2
 _FLOATS = ("F64", "F32", "F16", "BF16")
+# What the blocks of diffusers' FLUX modules hold, counted under PEFT with every allocation observed. Kept: the input of
+# the activation function (4), of its norms (2, or 1 in a single-stream block), q, k, v and the output of attention (4),
+# and q and k before their norms, which are fp32.
+_DOUBLE_KEPT, _SINGLE_KEPT = Holding(10, 8), Holding(9, 8)
+_DOUBLE_BACKWARD, _SINGLE_BACKWARD = Holding(5.5, 1), Holding(9.5, 7.5)
+_DOUBLE_FORWARD, _SINGLE_FORWARD = Holding(9, 9), Holding(13, 9)
+_WIDE = 16
 # Feature maps at full resolution that are alive at once while the last blocks of an autoencoder run, measured.
 _KL_WIDE, _KL_NARROW, _TINY = 3, 5, 2
 
@@ -34,39 +41,51 @@ def flux_geometry(
     *,
     checkpointing: bool = False,
     encoders_resident: bool = True,
+    published: Mapping[str, object] = FLUX_LITE,
 ) -> ModelGeometry:
-    """The geometry of a pipeline folder; what is not there is taken from FLUX.1-lite-8B.
+    """The geometry of a pipeline folder; what is not there is as published.
 
     Args:
         folder: a diffusers pipeline folder, or None when it has not been fetched.
         conventions: resolution, text length and second time.
         checkpointing: whether the model recomputes its blocks in the backward pass.
         encoders_resident: whether T5 and CLIP stay on the transformer's device.
+        published: the transformer's config where the folder has none.
     """
     stated = None if folder is None else _read_json(folder / "transformer" / "config.json")
     vae = (None if folder is None else _read_json(folder / "vae" / "config.json")) or FLUX_VAE
-    config = {**FLUX_LITE, **(stated or {})}
+    config = {**published, **(stated or {})}
     linears = tuple(transformer_linears(config, second_time=conventions.second_time != "none"))
     head = _int(config, "attention_head_dim")
     double, single = _int(config, "num_layers"), _int(config, "num_single_layers")
     channels = _int(vae, "latent_channels")
     side = conventions.resolution // latent_scale(vae)
-    text = conventions.max_sequence_length
+    text, image, width = (
+        conventions.max_sequence_length,
+        (side // _PATCH) ** 2,
+        head * _int(config, "num_attention_heads"),
+    )
+    kinds = (
+        Blocks(double, _DOUBLE_KEPT, _DOUBLE_BACKWARD, _DOUBLE_FORWARD, _WIDE, _WIDE),
+        Blocks(single, _SINGLE_KEPT, _SINGLE_BACKWARD, _SINGLE_FORWARD, 0, _WIDE),
+    )
     return ModelGeometry(
-        origin="FLUX.1-lite-8B" if stated is None else "its files",
+        origin="the published config" if stated is None else "its files",
         linears=linears,
         parameters=sum((m.inputs + 1) * m.outputs for m in linears) + (4 * double + 2 * single) * head,
-        width=_int(config, "num_attention_heads") * head,
-        double_blocks=double,
-        single_blocks=single,
-        image_tokens=(side // _PATCH) ** 2,
+        width=width,
+        stream="both",
+        blocks=tuple(kind for kind in kinds if kind.count),
+        # attention
+        other_flops=(double + single) * 4 * (image + text) ** 2 * width,
+        image_tokens=image,
         text_tokens=text,
         conditioning=text * _int(config, "joint_attention_dim") + _int(config, "pooled_projection_dim"),
         latent=channels * side**2,
         resolution=conventions.resolution,
-        encoder_parameters=_stored(folder, "text_encoder", "text_encoder_2") or FLUX_ENCODERS,
-        decoder_parameters=_stored(folder, "vae") or FLUX_DECODER,
-        decoder_values=_decoder_values(vae),
+        encoder_parameters=stored_parameters(folder, "text_encoder", "text_encoder_2") or FLUX_ENCODERS,
+        decoder_parameters=stored_parameters(folder, "vae") or FLUX_DECODER,
+        decoder=Holding(_decoder_values(vae)),
         checkpointing=checkpointing,
         encoders_resident=encoders_resident,
     )
@@ -135,7 +154,7 @@ def _channels(vae: Mapping[str, object]) -> list[int]:
     return [int(c) for c in stated] if isinstance(stated, list) else [128, 256, 512, 512]
 
 
-def _stored(folder: Path | None, *components: str) -> int:
+def stored_parameters(folder: Path | None, *components: str) -> int:
     """Parameters in the safetensors files of some components, by their headers; 0 when one has no file."""
     total = 0
     for name in components:

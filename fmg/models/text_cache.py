@@ -7,7 +7,7 @@ besides the prompt, and `<prompt>` the hash of its text.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,12 +17,14 @@ from torch import Tensor
 
 from fmg.core.cache import cache_dir, content_hash, replacing_file
 
-ENCODER_FOLDERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 _SUFFIXES = (".json", ".model", ".safetensors", ".txt")
+
+Row = Mapping[str, Tensor]
+"""What conditions one sample, by the names that `Conditioning` has."""
 
 
 class TextCache:
-    """Rows (tokens, pooled) of prompts, kept under a folder of their own for each set of encoders.
+    """Rows of prompts, kept under a folder of their own for each set of encoders.
 
     Args:
         key: hash of what decides an embedding besides the prompt; see `encoder_key`.
@@ -31,18 +33,17 @@ class TextCache:
     def __init__(self, key: str) -> None:
         self._folder = cache_dir() / "text" / key
 
-    def get(self, prompt: str) -> tuple[Tensor, Tensor] | None:
+    def get(self, prompt: str) -> Row | None:
         """The row of `prompt` on the CPU; None where there is none that can be read."""
         try:
-            stored = load_file(self._file(prompt))
-            return stored["tokens"], stored["pooled"]
-        except (OSError, KeyError, SafetensorError):
+            return load_file(self._file(prompt))
+        except (OSError, SafetensorError):
             # a damaged file is a miss: the row is computed again and takes its place
             return None
 
-    def put(self, prompt: str, row: tuple[Tensor, Tensor]) -> None:
+    def put(self, prompt: str, row: Row) -> None:
         """Stores a row; other processes see all of it or nothing."""
-        tensors = {name: x.detach().cpu().contiguous() for name, x in zip(("tokens", "pooled"), row, strict=True)}
+        tensors = {name: x.detach().cpu().contiguous() for name, x in row.items()}
         with replacing_file(self._file(prompt)) as partial:
             save_file(tensors, partial)
 
@@ -50,13 +51,15 @@ class TextCache:
         return self._folder / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"
 
 
-def encoder_key(folder: Path, length: int, dtype: torch.dtype, device: torch.device) -> str:
+def encoder_key(
+    folder: Path, components: Sequence[str], length: int, dtype: torch.dtype, device: torch.device, *facts: str
+) -> str:
     """Hash of the encoders' and tokenizers' files, the length, and where and in what the encoders compute.
 
-    The device's kind is part of it, because CPU and GPU round differently.
+    The device's kind is part of it, because CPU and GPU round differently. `facts` is what else decides an embedding.
     """
-    facts = [str(length), str(dtype), device.type, *_hashes(folder, ENCODER_FOLDERS)]
-    return hashlib.sha256("\n".join(facts).encode()).hexdigest()
+    known = [*facts, str(length), str(dtype), device.type, *_hashes(folder, components)]
+    return hashlib.sha256("\n".join(known).encode()).hexdigest()
 
 
 def _hashes(folder: Path, names: Sequence[str]) -> Iterator[str]:

@@ -27,6 +27,8 @@ ROWS: tuple[Row, ...] = (
          "sCM student of FLUX.1-lite-8B, a single-time consistency model (512 px, GPU; T2I-Distill)"),
     _row("model", "flux-fewstep", "models", "flux_configs:FluxFewStepConfig", "full_size:flux_fewstep",
          "Any few-step FLUX-class flow map in a diffusers folder, by stated conventions (default: FLUX.1 [schnell])"),
+    _row("model", "sana-sprint", "models", "sana_configs:SanaSprintConfig", "full_size:sana_sprint",
+         "SANA-Sprint 0.6B or 1.6B, a single-time consistency model on the trig path (1024 px, GPU)"),
     _row("stochasticizer", "asfmc", "stochasticizers", "AsfmcConfig", "asfmc:Asfmc",
          "Anchored stochastic flow map composition, exact, interior anchor (two-time maps)"),
     _row("stochasticizer", "asfmc-endpoint", "stochasticizers", "AsfmcEndpointConfig", "asfmc:AsfmcEndpoint",

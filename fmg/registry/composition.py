@@ -37,6 +37,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _map_problems(recipe, spec)
     yield from _sampler_problems(recipe)
     yield from _window_problems(recipe, spec)
+    yield from _trainable_problems(recipe, spec)
     yield from _reward_problems(("rewards",), recipe.rewards)
     yield from _reward_problems(("eval", "rewards"), recipe.eval.rewards)
     if all(reward.weight == 0 for reward in recipe.rewards):
@@ -104,6 +105,12 @@ def _window_problems(recipe: Recipe, spec: MapSpec) -> Iterator[Problem]:
             f"but '{recipe.model.name}' is {_MAPS[spec.anchors]}"
         )
         yield Problem(location, what, everything)
+
+
+def _trainable_problems(recipe: Recipe, spec: MapSpec) -> Iterator[Problem]:
+    if recipe.train.trainable == "lora+duration" and spec.anchors != "any":
+        what = f"'{recipe.model.name}' is a single-time map, which has no embedder of a second time to train"
+        yield Problem(("train", "trainable"), what, "Set train.trainable to lora or full, or use a two-time map")
 
 
 def _target_times(name: str, requires: Requirements, grid: Sequence[float]) -> Iterator[Problem]:

@@ -81,6 +81,11 @@ class ObjectiveConfig(ComponentConfig, ABC):
         """What kind of rollout it consumes."""
 
     @property
+    def compares_with(self) -> frozenset[Literal["old", "reference"]]:
+        """Which policies besides the current one the loss evaluates; a full fine-tune keeps copies for these alone."""
+        return frozenset({"old", "reference"})
+
+    @property
     def kl_limit(self) -> float | None:
         """Bound on `approx_kl` after an update, past which the iteration's other updates are skipped; None: no bound.
 

@@ -96,7 +96,24 @@ class TrainSection(Section):
     )
     device: Device = Field("auto", description="where the run computes; auto is CUDA where there is one, else the CPU")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="precision of the network; log-probs are always fp32")
+    parallel: Literal["auto", "ddp", "fsdp2"] = Field(
+        "auto",
+        description="several processes: ddp keeps the model in each, fsdp2 a part of its base; auto asks the launcher",
+    )
     shuffle_advantages: bool = Field(False, description="the null control: advantages are given to random samples")
+    trainable: Literal["lora", "lora+duration", "full"] = Field(
+        "lora",
+        description="what is trained: a LoRA; it and the embedder of the second time; or every weight of the network",
+    )
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="moving average over updates, evaluated and saved beside the raw weights; null keeps none",
+    )
+    state_every: int | None = Field(
+        10, ge=1, le=10_000_000, description="iterations between full states, for --resume; null saves none"
+    )
     recompute_old: Literal["auto", "always"] = Field(
         "auto", description="whether old log-probs are recomputed through the update path: when needed, or always"
     )

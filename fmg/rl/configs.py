@@ -37,6 +37,11 @@ class GrpoConfig(ObjectiveConfig):
         return "transitions"
 
     @property
+    def compares_with(self) -> frozenset[Literal["old", "reference"]]:
+        """The reference where there is a KL to it; the old policy is in the rollout's stored densities."""
+        return frozenset({"reference"} if self.kl_beta > 0 else ())
+
+    @property
     def kl_limit(self) -> float | None:
         """The option `target_kl`."""
         return self.target_kl
@@ -66,3 +71,8 @@ class RwfmConfig(ObjectiveConfig):
     def needs(self) -> Literal["transitions", "samples"]:
         """Finished samples only."""
         return "samples"
+
+    @property
+    def compares_with(self) -> frozenset[Literal["old", "reference"]]:
+        """No policy but the current one."""
+        return frozenset()

@@ -12,6 +12,9 @@ from fmg.core.errors import CompositionError
 from fmg.core.protocols import Density, FlowMap, Policies, Stochasticizer
 from fmg.core.types import Batch, Conditioning
 
+REFRESHED = ("log_prob_old", "mean_old", "std")
+"""Columns of a batch that `refresh_old` recomputes."""
+
 
 def replay(stochasticizer: Stochasticizer, flow_map: FlowMap, batch: Batch) -> Density:
     """The transition densities of the rows' `x_t`, `t`, `s` under `flow_map`."""
@@ -27,36 +30,39 @@ def mean_distance(
 
 
 def refresh_old(stochasticizer: Stochasticizer, policies: Policies, batch: Batch, micro_batch: int) -> Batch:
-    """The batch with `log_prob_old`, `mean_old` and `std` recomputed by the current policy through the update path.
+    """The batch with the columns `REFRESHED` recomputed by the current policy through the update path.
 
     Rollout and update may use other shapes or kernels, whose rounding alone moves the ratio by more than the clip
-    range. Gradients are enabled and thrown away, because kernels may differ with and without them.
+    range. Gradients are enabled and thrown away, because kernels may differ with and without them. The means, which are
+    as large as the states, are overwritten where they are, so no second copy of them is held.
 
     Args:
         stochasticizer: the one that drew the rollout.
         policies: views of the weights; `current` must still be the policy that drew the rollout.
-        batch: rows as `fmg.rl.grpo.Grpo` documents them.
+        batch: rows as `fmg.rl.grpo.Grpo` documents them; its `mean_old` is overwritten.
         micro_batch: rows a network call, as in the update.
     """
-    log_probs, means, stds = [], [], []
+    means, start = batch.rows["mean_old"], 0
+    log_probs, stds = torch.empty_like(batch.rows["log_prob_old"]), torch.empty_like(batch.rows["std"])
     for part in batch.split(micro_batch):
-        log_prob, mean, std = _as_in_an_update(stochasticizer, policies, part)
-        log_probs.append(log_prob)
-        means.append(mean)
-        stds.append(std)
-    if not log_probs:
-        return batch
-    return batch.with_rows(log_prob_old=torch.cat(log_probs), mean_old=torch.cat(means), std=torch.cat(stds))
+        here = slice(start, start + len(part))
+        log_probs[here], means[here], stds[here] = _as_in_an_update(stochasticizer, policies, part)
+        start = here.stop
+    return batch.with_rows(log_prob_old=log_probs, std=stds)
 
 
 def replay_ratio(stochasticizer: Stochasticizer, policies: Policies, batch: Batch, micro_batch: int) -> float:
     """Largest `|r - 1|` over the rows under the current policy: 0 before the first update, but for rounding.
 
-    Arguments as in `refresh_old`. A batch without rows gives 0.
+    Arguments as in `refresh_old`; nothing is overwritten. A batch without rows gives 0.
     """
-    fresh = refresh_old(stochasticizer, policies, batch, micro_batch).rows
-    log_ratio = fresh["log_prob_old"] - batch.rows["log_prob_old"]
-    return float(torch.expm1(log_ratio).abs().max()) if len(batch) else 0.0
+    largest = 0.0
+    for part in batch.split(micro_batch):
+        log_prob, _, _ = _as_in_an_update(stochasticizer, policies, part)
+        error = float(torch.expm1(log_prob - part.rows["log_prob_old"]).abs().max())
+        # a comparison with a number that is none must not hide it
+        largest = error if not error <= largest else largest
+    return largest
 
 
 def _as_in_an_update(

@@ -33,6 +33,7 @@ def rollout(
     latent_shape: Sequence[int],
     same_initial_noise: bool = False,
     stochastic_steps: Sequence[int] | None = None,
+    members: Int[Tensor, " n"] | None = None,
     batch_size: int | None = None,
     device: torch.device | None = None,
 ) -> TransitionRollout:
@@ -53,6 +54,8 @@ def rollout(
         latent_shape: shape of one latent.
         same_initial_noise: whether all members of a group start from the same noise.
         stochastic_steps: indices of the stochastic intervals, in [0, N - 2]; None means all of them.
+        members: index of each sample within its group, part of the noise key; None counts the earlier samples of the
+            same group. A process that draws a share of a rollout gives those of the whole (`group_members`).
         batch_size: samples a network call; the last chunk may be shorter. None draws all at once.
         device: where the states live; None takes the device of the conditioning, or the CPU when it has no tensor.
 
@@ -63,17 +66,17 @@ def rollout(
     times = _checked_grid(grid)
     stochastic = _checked_steps(stochastic_steps, len(times) - 1)
     index = torch.as_tensor(groups)
-    keys = sample_keys(index, seed, iteration)
+    keys = sample_keys(index, seed, iteration, members)
     place = device or _device_of(cond)
+    cond = cond.to(place)
     parts: list[tuple[Tensor, list[Transition]]] = []
     with torch.no_grad():
         for rows in _chunks(cond, keys, batch_size):
             draw = _noise_source([keys[i] for i in rows], latent_shape, same_initial_noise, place)
-            part = cond.select(rows).to(place)
-            parts.append(_draw_transitions(flow_map, stochasticizer, part, times, stochastic, draw))
+            parts.append(_draw_transitions(flow_map, stochasticizer, cond.select(rows), times, stochastic, draw))
     steps = zip(*(transitions for _, transitions in parts), strict=True)
     return TransitionRollout(
-        cond=cond.to(place),
+        cond=cond,
         groups=index,
         x0=torch.cat([x_0 for x_0, _ in parts]),
         grid=times,
@@ -91,6 +94,7 @@ def sample_rollout(
     iteration: int = 0,
     latent_shape: Sequence[int],
     same_initial_noise: bool = False,
+    members: Int[Tensor, " n"] | None = None,
     batch_size: int | None = None,
     device: torch.device | None = None,
 ) -> SampleRollout:
@@ -100,8 +104,9 @@ def sample_rollout(
     """
     times = _checked_grid(grid)
     index = torch.as_tensor(groups)
-    keys = sample_keys(index, seed, iteration)
+    keys = sample_keys(index, seed, iteration, members)
     place = device or _device_of(cond)
+    cond = cond.to(place)
     parts: list[Tensor] = []
     for rows in _chunks(cond, keys, batch_size):
         draw = _noise_source([keys[i] for i in rows], latent_shape, same_initial_noise, place)
@@ -110,8 +115,8 @@ def sample_rollout(
             return draw(k + 1)
 
         with torch.no_grad():
-            parts.append(native_sample(flow_map, cond.select(rows).to(place), draw(0), times, renoise))
-    return SampleRollout(cond.to(place), index, torch.cat(parts).float(), times)
+            parts.append(native_sample(flow_map, cond.select(rows), draw(0), times, renoise))
+    return SampleRollout(cond, index, torch.cat(parts).float(), times)
 
 
 def sample(
@@ -156,14 +161,23 @@ def sample(
     return torch.cat(parts)
 
 
-def sample_keys(groups: Int[Tensor, " n"], seed: int, iteration: int) -> list[NoiseKey]:
-    """Keys of the initial noise of each sample; `member` counts the earlier samples of the same group."""
+def sample_keys(
+    groups: Int[Tensor, " n"], seed: int, iteration: int, members: Int[Tensor, " n"] | None = None
+) -> list[NoiseKey]:
+    """Keys of the initial noise of each sample; `members` as in `rollout`."""
+    chosen = group_members(groups) if members is None else members
+    pairs = zip(groups.tolist(), chosen.tolist(), strict=True)
+    return [NoiseKey(seed, iteration, group, member, 0) for group, member in pairs]
+
+
+def group_members(groups: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """The number of earlier samples of the same group, for each sample."""
     seen: Counter[int] = Counter()
-    keys: list[NoiseKey] = []
+    members: list[int] = []
     for group in groups.tolist():
-        keys.append(NoiseKey(seed, iteration, group, seen[group], 0))
+        members.append(seen[group])
         seen[group] += 1
-    return keys
+    return torch.tensor(members, dtype=torch.int64)
 
 
 def _draw_transitions(
@@ -203,7 +217,7 @@ def _noise_source(
 
 
 def _device_of(cond: Conditioning) -> torch.device:
-    return next((tensor.device for tensor in cond.tensors.values()), torch.device("cpu"))
+    return next((tensor.device for tensor in cond.stored.values()), torch.device("cpu"))
 
 
 def _chunks(cond: Conditioning, keys: Sequence[NoiseKey], batch_size: int | None) -> list[Tensor]:

@@ -1,29 +1,40 @@
-"""`train`: what `fmg train` does, as a Python call."""
+"""`train` and `resume`: what `fmg train` does, as Python calls."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fmg.core.errors import CheckpointError
-from fmg.core.events import Observer, ignore
+from fmg.core.errors import CheckpointError, CompositionError
+from fmg.core.events import Event, Notice, Observer, ignore
+from fmg.core.protocols import Shardable
 from fmg.data.run_folder import RunFolder, State
+from fmg.data.run_lock import run_lock
+from fmg.data.states import check_resumable, drop_states
 from fmg.inference.devices import device_for, pick_dtype
 from fmg.registry.recipe import Recipe
 from fmg.registry.resolve import ResolvedRecipe
 from fmg.training.card import write_cards
-from fmg.training.compose import compose
+from fmg.training.compose import Composed, compose
+from fmg.training.launch import check_shares, choose_engine, device_of, read_launch
+from fmg.training.processes import Processes
+from fmg.training.rendezvous import joined
+from fmg.training.resume import SavedState, load_state
 from fmg.training.sizes import choose_sizes
 from fmg.training.trainer import Trainer, TrainResult
 
 
 def train(recipe: Recipe | ResolvedRecipe, run: str | Path | None = None, observer: Observer = ignore) -> TrainResult:
-    """Trains the adapter that `recipe` describes and writes a run folder.
+    """Trains what `recipe` describes and writes a run folder.
+
+    Where a launcher started several processes, each makes this call; together they train what one would, and the first
+    writes (docs/distributed.md).
 
     Args:
         recipe: a recipe, or a resolved one whose provenance is stored with it.
         run: where to write; None makes a new folder under `runs/`. A finished or foreign folder is never overwritten.
-        observer: receives events (`fmg.core.events`).
+        observer: receives events (`fmg.core.events`); in other processes than the first only those of level `error`.
 
     Returns:
         The run folder, the first and last evaluation, and the best checkpoint by held-out score.
@@ -32,19 +43,96 @@ def train(recipe: Recipe | ResolvedRecipe, run: str | Path | None = None, observ
         UsageError: for parts that do not fit, a device that is not there, or a folder that is taken.
         CheckpointError: when weights are missing or damaged.
         GateError: when a safety check of the run fails; what was saved before stays.
+        ProcessError: when another process of the run ends or cannot be reached.
     """
     plain = recipe.recipe if isinstance(recipe, ResolvedRecipe) else recipe
-    device = device_for(plain.train.device, plain.model.name, plain.model.config.spec())
-    dtype = pick_dtype(plain.train.dtype)
-    RunFolder.check_free(run)
-    composed = compose(plain, device, dtype)
-    folder = RunFolder.create(run, plain.model.name)
+
+    def begin() -> RunFolder:
+        folder = RunFolder.create(run, plain.model.name)
+        folder.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
+        return folder
+
+    return _train(plain, observer, lambda: RunFolder.check_free(run), begin)
+
+
+def resume(run: str | Path, observer: Observer = ignore, *, allow_code: bool = False) -> TrainResult:
+    """Goes on with an interrupted run from its newest state, to the weights and metrics that it would have had.
+
+    Several processes go on as several began; each reads the state.
+
+    Args:
+        run: the run folder; its own recipe says what is done.
+        observer: receives events (`fmg.core.events`).
+        allow_code: whether the recipe of the run may name reward code and servers, as in `Recipe.from_yaml`.
+
+    Returns:
+        As `train`.
+
+    Raises:
+        UsageError: it is no run, is finished, has no state, is still being trained, or its recipe was changed.
+        CheckpointError: its files are damaged, or weights are missing.
+        GateError: when a safety check of the run fails.
+        ProcessError: when another process of the run ends or cannot be reached.
+    """
+    folder = RunFolder(Path(run))
+    check_resumable(folder.path)
+    recipe = Recipe.from_yaml(folder.recipe, allow_code=allow_code)
+    saved = load_state(folder, recipe)
+    return _train(recipe, observer, lambda: check_resumable(folder.path), lambda: folder, saved)
+
+
+def _train(
+    recipe: Recipe,
+    observer: Observer,
+    check: Callable[[], None],
+    begin: Callable[[], RunFolder],
+    saved: SavedState | None = None,
+) -> TrainResult:
+    """Trains in the folder that `begin` gives, from `saved` on where there is one; `check` comes before anything."""
+    launch, engine = read_launch(), choose_engine(recipe)
+    check_shares(recipe, launch.count)
+    device = device_for(device_of(recipe, launch), recipe.model.name, recipe.model.config.spec())
+    dtype = pick_dtype(recipe.train.dtype)
+    heard = observer if launch.first else _errors_only(observer)
+    open_run: list[RunFolder] = []
+    with joined(launch, device, heard, on_abort=lambda: _close(open_run, "failed")) as processes:
+        processes.on_first(check)
+        composed = processes.first_goes_ahead(lambda: compose(recipe, device, dtype))
+        if not processes.alone and engine == "fsdp2":
+            _shard(composed)
+        with _run_folder(processes, begin, open_run) as folder:
+            sizes = choose_sizes(recipe, device.type)
+            result = Trainer(composed, folder, sizes, heard, processes, saved).train()
+            processes.on_first(lambda: write_cards(folder, recipe))
+            if result.interrupted:
+                _close(open_run, "interrupted")
+        if not result.interrupted:
+            processes.on_first(lambda: drop_states(folder.path))
+    return result
+
+
+@contextlib.contextmanager
+def _run_folder(processes: Processes, begin: Callable[[], RunFolder], open_run: list[RunFolder]) -> Iterator[RunFolder]:
+    """The run folder, which all processes name alike and the first holds and leaves in the state it ended in."""
+    with contextlib.ExitStack() as stack:
+
+        def claim() -> str:
+            claimed = begin()
+            stack.enter_context(run_lock(claimed.path))
+            claimed.set_state("running")
+            return str(claimed.path)
+
+        folder = RunFolder(Path(processes.on_first(claim)))
+        yield from _held(processes, folder, open_run)
+
+
+def _held(processes: Processes, folder: RunFolder, open_run: list[RunFolder]) -> Iterator[RunFolder]:
+    if processes.first:
+        open_run.append(folder)
     state: State = "failed"
     try:
-        folder.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
-        result = Trainer(composed, folder, choose_sizes(plain, device.type), observer).train()
-        write_cards(folder, plain)
-        state = "interrupted" if result.interrupted else "finished"
+        yield folder
+        state = "finished"
     except KeyboardInterrupt:
         state = "interrupted"
         raise
@@ -53,7 +141,28 @@ def train(recipe: Recipe | ResolvedRecipe, run: str | Path | None = None, observ
             f"Writing to '{folder.path}' failed: {error.strerror or error}", "Free some space, or choose another --run."
         ) from error
     finally:
+        _close(open_run, state)
+
+
+def _close(open_run: list[RunFolder], state: State) -> None:
+    """Sets the state that a run ended in, once."""
+    while open_run:
         # on a full disk the state cannot be written either, and the first error is the one that matters
         with contextlib.suppress(OSError, CheckpointError):
-            folder.set_state(state)
-    return result
+            open_run.pop().set_state(state)
+
+
+def _shard(composed: Composed) -> None:
+    if not isinstance(composed.model, Shardable):
+        raise CompositionError(
+            f"The model '{composed.recipe.model.name}' cannot be spread over several processes", "Use ddp."
+        )
+    composed.model.shard()
+
+
+def _errors_only(observer: Observer) -> Observer:
+    def hear(event: Event) -> None:
+        if isinstance(event, Notice) and event.level == "error":
+            observer(event)
+
+    return hear

@@ -11,6 +11,7 @@ from fmg.data.checkpoints import FOLDER, Saved, read_index
 from fmg.data.run_folder import RunFolder, read_metrics, write_atomic
 from fmg.registry.config import About
 from fmg.registry.recipe import Recipe
+from fmg.training.keys import SCORE_KEY
 from fmg.version import __version__
 
 CARD = "README.md"
@@ -24,10 +25,12 @@ def write_cards(run: RunFolder, recipe: Recipe) -> None:
     for saved in index.saved if index else ():
         folder = run.path / FOLDER / saved.name
         drawn = run.samples / f"iteration-{saved.iteration:04d}.png"
-        if drawn.is_file():
+        # the samples of a run are drawn by its raw weights
+        pictured = drawn.is_file() and saved.score_key == SCORE_KEY
+        if pictured:
             shutil.copyfile(drawn, folder / SAMPLES)
-        scores = _scores(read_metrics(run.metrics), saved.iteration)
-        text = card_text(recipe, saved, scores, pictured=drawn.is_file())
+        scores = _scores(read_metrics(run.metrics), saved)
+        text = card_text(recipe, saved, scores, pictured=pictured)
         write_atomic(folder / CARD, text.encode())
 
 
@@ -88,12 +91,13 @@ def _terms(part: str, about: About) -> str:
     return f"| {part} | {licence} | {about.citation or '-'} |"
 
 
-def _scores(lines: list[dict[str, object]], iteration: int) -> dict[str, tuple[float | None, float | None]]:
-    evaluated = [line for line in lines if any(key.startswith("eval/") for key in line)]
+def _scores(lines: list[dict[str, object]], saved: Saved) -> dict[str, tuple[float | None, float | None]]:
+    place = saved.score_key.partition("/")[0] + "/"
+    evaluated = [line for line in lines if any(key.startswith(place) for key in line)]
     base = next((line for line in evaluated if line.get("iteration") == 0), {})
-    own = next((line for line in evaluated if line.get("iteration") == iteration), {})
-    keys = [key for key in own if key.startswith("eval/") and not key.endswith("_se")]
-    return {key.removeprefix("eval/").removesuffix("_mean"): (_float(base.get(key)), _float(own[key])) for key in keys}
+    own = next((line for line in evaluated if line.get("iteration") == saved.iteration), {})
+    keys = [key for key in own if key.startswith(place) and not key.endswith("_se")]
+    return {key.removeprefix(place).removesuffix("_mean"): (_float(base.get(key)), _float(own[key])) for key in keys}
 
 
 def _float(value: object) -> float | None:

@@ -31,11 +31,11 @@ class Composed:
     prompts: PromptSet
     eval_prompts: PromptSet
     grid: tuple[float, ...]
-    adapted: int
+    trained: str
 
 
 def compose(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Composed:
-    """Builds every component of `recipe` and loads the model with a fresh adapter.
+    """Builds every component of `recipe` and loads the model, ready to be trained.
 
     Raises:
         UsageError: for a component, prompt set or grid that does not fit; raised before weights are read.
@@ -59,11 +59,29 @@ def compose(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Compose
     objective = objectives.build_config(recipe.objective.name, recipe.objective.config).bind(stochasticizer)
     optimizer = optimizers.build_config(recipe.optimizer.name, recipe.optimizer.config)
     model = source.load(device, dtype)
-    lora = recipe.lora
-    adapted = model.attach_adapter(lora.rank, lora.alpha, lora.target_names(), lora.dropout, recipe.train.seed)
+    trained = make_trainable(model, recipe)
     _, height, width = model.latent_shape
     grid = make_grid(recipe.rollout.grid, recipe.rollout.steps, image_tokens=(height // 2) * (width // 2))
     check_target_times(recipe.stochasticizer.name, recipe.stochasticizer.config.requires(), grid)
     return Composed(
-        recipe, model, stochasticizer, objective, mixture, measured, optimizer, prompts, eval_prompts, grid, adapted
+        recipe, model, stochasticizer, objective, mixture, measured, optimizer, prompts, eval_prompts, grid, trained
     )
+
+
+def make_trainable(model: Model, recipe: Recipe) -> str:
+    """Attaches and unfreezes what the recipe trains; returns it in words.
+
+    Raises:
+        UsageError: the LoRA fits no module, or the model has no embedder of a second time.
+    """
+    lora, what = recipe.lora, recipe.train.trainable
+    if what == "full":
+        asked = recipe.objective.config.compares_with
+        tensors = model.unfreeze("full", old="old" in asked, reference="reference" in asked)
+        return f"every weight, {tensors} tensors"
+    adapted = model.attach_adapter(lora.rank, lora.alpha, lora.target_names(), lora.dropout, recipe.train.seed)
+    words = f"LoRA of rank {lora.rank} on {adapted} modules"
+    if what == "lora+duration":
+        model.unfreeze("duration")
+        words += " and the embedder of the second time"
+    return words

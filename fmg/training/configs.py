@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from fmg.registry.config import ComponentConfig
+from fmg.registry.config import About, ComponentConfig
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class AdamWConfig(ComponentConfig):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
+
+    lr: float = Field(default=1e-4, gt=0, description="learning rate")
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.99), description="decay of the gradient's two moments")
+    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(default=1e-4, ge=0, description="decoupled weight decay")
+
+
+class AdamW8bitConfig(ComponentConfig):
+    """AdamW with 8-bit moments in blocks of 256 (Dettmers et al., arXiv 2110.02861), by bitsandbytes."""
+
+    about: ClassVar[About] = About(
+        licence="bitsandbytes: MIT", citation="Dettmers et al. 2021, 8-bit Optimizers via Block-wise Quantization"
+    )
 
     lr: float = Field(default=1e-4, gt=0, description="learning rate")
     betas: tuple[Decay, Decay] = Field(default=(0.9, 0.99), description="decay of the gradient's two moments")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -13,6 +15,8 @@ from fmg.core.events import Notice, Observer
 from fmg.core.protocols import Policies, Stochasticizer
 from fmg.core.types import Batch
 from fmg.rl import refresh_old, replay_ratio
+from fmg.rl.replay import REFRESHED
+from fmg.training.processes import Processes
 
 # The replayed ratio may differ from 1 by this share of the clip range before the first update.
 RATIO_TOLERANCE = 0.1
@@ -35,6 +39,7 @@ class ReplayGate:
         micro_batch: rows a network call, as in the update.
         always_recompute: whether to recompute without asking.
         observer: hears how the gate was passed.
+        processes: those that share the rows.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class ReplayGate:
         micro_batch: int,
         always_recompute: bool,
         observer: Observer,
+        processes: Processes,
     ) -> None:
         self._stochasticizer = stochasticizer
         self._policies = policies
@@ -53,6 +59,7 @@ class ReplayGate:
         self._micro_batch = micro_batch
         self._recompute = always_recompute
         self._observer = observer
+        self._processes = processes
         self._checked = 0
 
     def admit(self, batch: Batch) -> Batch:
@@ -78,11 +85,25 @@ class ReplayGate:
             self._observer(Notice("info", text))
         return batch
 
+    @property
+    def findings(self) -> tuple[int, bool]:
+        """Rollouts that were checked so far, and whether old log-probs are recomputed."""
+        return self._checked, self._recompute
+
+    def resume(self, checked: int, recompute: bool) -> None:
+        """Goes on from the findings of an earlier process."""
+        self._checked, self._recompute = checked, recompute
+
     def _error(self, batch: Batch) -> float:
-        return replay_ratio(self._stochasticizer, self._policies, batch, self._micro_batch)
+        own = self._processes.own(batch)
+        return self._processes.largest(replay_ratio(self._stochasticizer, self._policies, own, self._micro_batch))
 
     def _refreshed(self, batch: Batch) -> Batch:
-        return refresh_old(self._stochasticizer, self._policies, batch, self._micro_batch)
+        own = self._processes.own(batch)
+        fresh = refresh_old(self._stochasticizer, self._policies, own, self._micro_batch)
+        if self._processes.alone:
+            return fresh
+        return batch.with_rows(**{name: self._processes.gather(fresh.rows[name], len(batch)) for name in REFRESHED})
 
 
 def ratio_gate(error: float, clip_range: float) -> None:
@@ -98,6 +119,26 @@ def ratio_gate(error: float, clip_range: float) -> None:
             " (a tenth of the clip range), so clipping would act on noise",
             "Likely causes: dropout or another randomness in the network, a dtype too coarse for the clip range"
             " (try --dtype fp32 or a larger clip_range), or a rollout and an update that run different code.",
+        )
+
+
+def replica_gate(processes: Processes, parameters: Sequence[tuple[str, Parameter]]) -> None:
+    """Stops a run whose processes no longer train the same weights.
+
+    Raises:
+        GateError: when the bits of a parameter differ between two processes.
+    """
+    if processes.alone:
+        return
+    digest = hashlib.sha256()
+    for name, parameter in parameters:
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    if len(set(processes.texts(digest.hexdigest()))) > 1:
+        raise GateError(
+            f"The {processes.count} processes no longer train the same weights",
+            "Likely causes: devices of different kinds, or a reward or objective that gives other values in another"
+            " process.",
         )
 
 

@@ -7,20 +7,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from fmg.core.events import Observer, StageProgress
-from fmg.core.protocols import PromptSet
+from fmg.core.protocols import PromptSet, Reward
 from fmg.core.types import Prompt
 from fmg.data.pictures import Curve, GridRow, before_after, curve_figure, metric_curve, sample_grid
 from fmg.eval.scoring import EvalSet, Scores, means, score_target
 from fmg.inference.backend import TorchBackend
 from fmg.inference.generator import DEFAULT_BATCH, Generator
 from fmg.training.compose import Composed
+from fmg.training.keys import SCORE_KEY
+from fmg.training.processes import Processes
 
 GRID_PROMPTS = 6
 GRID_SEEDS = 6
-SCORE_KEY = "eval/score"
 MAX_CURVES = 8
 
 
@@ -31,7 +33,9 @@ class Watcher:
     composed: Composed
     run: Path
     observer: Observer
-    _first: tuple[GridRow, ...] = field(default=(), init=False)
+    processes: Processes = field(default_factory=Processes)
+    first: tuple[GridRow, ...] = field(default=(), init=False)
+    """The pictures of the untouched model, once they are drawn."""
 
     def __post_init__(self) -> None:
         recipe = self.composed.recipe
@@ -42,17 +46,30 @@ class Watcher:
 
     def evaluate(self) -> dict[str, float]:
         """Held-out means by log key; `eval/score` is the trained mixture, by which the best checkpoint is chosen."""
-        scores = score_target(
+        own = score_target(
             self._generator,
-            self.composed.measured,
-            self._set,
+            {name: self._agreed(reward) for name, reward in self.composed.measured.items()},
+            self.processes.own(self._set),
             steps=self._steps,
             grid=None,
             progress=lambda done, total: self.observer(StageProgress("evaluation", done, total)),
         )
+        scores = self._gathered(own)
         total = self._totals(scores)
         error = float(total.std() / np.sqrt(len(total)))
         return {**means(scores), SCORE_KEY: float(total.mean()), f"{SCORE_KEY}_se": error}
+
+    def _agreed(self, reward: Reward) -> Reward:
+        """The reward, whose failure in one process stops all of them before the next network call."""
+        return lambda images, prompts: self.processes.together(lambda: reward(images, prompts))
+
+    def _gathered(self, own: Scores) -> Scores:
+        """The scores of all images of the evaluation, of which each process drew its share."""
+        if self.processes.alone:
+            return own
+        count = len(self._set)
+        parts = {key: self.processes.gather(torch.from_numpy(x), count).numpy() for key, x in own.parts.items()}
+        return Scores(parts, self._set.prompts, self._set.tags)
 
     def _totals(self, scores: Scores) -> NDArray[np.float64]:
         """The trained mixture of every image."""
@@ -61,16 +78,21 @@ class Watcher:
         return total
 
     def draw(self, iteration: int) -> Path:
-        """Writes `samples/iteration-NNNN.png` at fixed prompts and seeds, and `before_after.png` after the first."""
+        """Writes `samples/iteration-NNNN.png` at fixed prompts and seeds, and `before_after.png` after the first.
+
+        All processes draw; the first writes.
+        """
         rows = self._rows()
         folder = self.run / "samples"
-        folder.mkdir(exist_ok=True)
         path = folder / f"iteration-{iteration:04d}.png"
+        if not self.processes.first:
+            return path
+        folder.mkdir(exist_ok=True)
         sample_grid(rows, f"iteration {iteration}").save(path)
-        if not self._first:
-            self._first = rows
+        if not self.first:
+            self.first = rows
         titles = ("before", f"after {iteration} iterations")
-        before_after(self._first, rows, titles).save(self.run / "before_after.png")
+        before_after(self.first, rows, titles).save(self.run / "before_after.png")
         return path
 
     def curve(self, lines: list[Mapping[str, float]]) -> None:
@@ -84,22 +106,26 @@ class Watcher:
         """The total of every measured reward and the parts of the trained ones, without lines that coincide."""
         seen: set[tuple[float, ...]] = set()
         for key in self._heldout_keys(lines):
-            label = key.removeprefix("eval/").removesuffix("_mean").replace("_", " ")
+            place, _, name = key.removesuffix("_mean").partition("/")
+            label = name.replace("_", " ") + (" (EMA)" if place == "eval_ema" else "")
             curve = metric_curve(lines, key, label)
             if curve.y and tuple(curve.y) not in seen and len(seen) < MAX_CURVES:
                 seen.add(tuple(curve.y))
                 yield curve
 
     def _heldout_keys(self, lines: list[Mapping[str, float]]) -> list[str]:
-        totals = [f"eval/{name}_mean" for name in self.composed.measured]
         known = [key for key in lines[0] if key.endswith("_mean")]
+        wanted = [f"{place}/{name}_mean" for place in ("eval", "eval_ema") for name in self.composed.measured]
+        totals = [key for key in wanted if key in known]
         return totals + [key for name in self.composed.reward.names for key in known if key.startswith(f"eval/{name}_")]
 
     def _rows(self) -> tuple[GridRow, ...]:
         prompts = _spread(self.composed.eval_prompts, GRID_PROMPTS)
         texts = [p.text for p in prompts for _ in range(GRID_SEEDS)]
         seeds = [seed for _ in prompts for seed in range(GRID_SEEDS)]
-        images = self._generator.generate(texts, seeds, steps=self._steps).images
+        own = self.processes.share(len(texts)).rows.tolist()
+        drawn = self._generator.generate([texts[i] for i in own], [seeds[i] for i in own], steps=self._steps).images
+        images = self.processes.gather(drawn, len(texts))
         return tuple(
             GridRow(prompt.text, images[i * GRID_SEEDS : (i + 1) * GRID_SEEDS]) for i, prompt in enumerate(prompts)
         )

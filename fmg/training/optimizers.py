@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from fmg.core.errors import CheckpointError
+from fmg.core.errors import CheckpointError, MissingDependencyError
 from fmg.core.protocols import OptimizerFactory
 from fmg.registry import optimizers
-from fmg.training.configs import AdafactorConfig, AdamWConfig, MuonConfig, SgdConfig
+from fmg.training.configs import AdafactorConfig, AdamW8bitConfig, AdamWConfig, MuonConfig, SgdConfig
 
 NamedParameters = Iterable[tuple[str, Parameter]]
 
@@ -25,6 +26,33 @@ def adamw(config: AdamWConfig) -> OptimizerFactory:
         return torch.optim.AdamW(
             list(parameters), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
         )
+
+    return make
+
+
+@optimizers.register("adamw8bit", AdamW8bitConfig)
+def adamw8bit(config: AdamW8bitConfig) -> OptimizerFactory:
+    """`bitsandbytes.optim.AdamW8bit`; tensors of fewer than 4096 numbers keep fp32 moments, as it decides.
+
+    Raises:
+        MissingDependencyError: bitsandbytes is not installed, found before any weight is read.
+    """
+    try:
+        library = import_module("bitsandbytes")
+    except ImportError as error:
+        raise MissingDependencyError(
+            "The optimizer 'adamw8bit' needs bitsandbytes", "Run: pip install bitsandbytes; or use --optimizer adamw."
+        ) from error
+
+    def make(parameters: NamedParameters) -> Optimizer:
+        optimizer: Optimizer = library.optim.AdamW8bit(
+            [p for _, p in parameters],
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+        return optimizer
 
     return make
 

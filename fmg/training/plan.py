@@ -18,8 +18,6 @@ from fmg.training.sizes import Sizes, choose_sizes
 REFERENCE_GROUPS, REFERENCE_SIZE, REFERENCE_DEVICES = 48, 24, 8
 """Samples of an iteration and GPUs of the published recipe (Flow-Map GRPO, arXiv 2607.00535)."""
 
-# From this size on a model is planned for a GPU when the recipe leaves the device open.
-_LARGE = 1_000_000_000
 # The newest checkpoint and the best one, each as a diffusers file and as a PEFT file.
 _ADAPTER_FILES = 4
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -52,7 +50,7 @@ def plan(resolved: ResolvedRecipe, *, devices: int | None = None, runs: Path = R
     evaluations = 1 + -(-loop.iterations // recipe.eval.every)
     geometry = recipe.model.config.geometry()
     count = devices or _world_size()
-    kind = _device_type(recipe, geometry)
+    kind = _device_type(recipe)
     sizes = choose_sizes(recipe, kind)
     facts = {
         "model": f"{recipe.model.name}, {'two' if model.anchors == 'any' else 'single'}-time map, {model.path} path, "
@@ -134,11 +132,10 @@ def _time_facts(recipe: Recipe, runs: Path) -> dict[str, str]:
     return {"time": f"about {each} (scaled from {estimate.run})"}
 
 
-def _device_type(recipe: Recipe, geometry: ModelGeometry | None) -> str:
+def _device_type(recipe: Recipe) -> str:
     if recipe.train.device != "auto":
         return recipe.train.device.partition(":")[0]
-    large = geometry is not None and geometry.parameters >= _LARGE
-    return "cuda" if large or _NVIDIA_DRIVER.exists() else "cpu"
+    return "cuda" if recipe.model.config.spec().gpu_memory_gb or _NVIDIA_DRIVER.exists() else "cpu"
 
 
 def _world_size() -> int:

@@ -1,7 +1,7 @@
 """Peak memory of a run by part, from counts alone: no weights, no torch.
 
-The numbers of bytes a token that the blocks of FLUX keep were counted on diffusers' modules under PEFT with every
-allocation observed (tests/unit/training/test_plan_memory.py holds them to measured peaks). Kernels' own work space and
+What the blocks of a model hold is part of its geometry (tests/unit/training/test_plan_memory.py holds plans to measured
+peaks). Kernels' own work space and
 the allocator's fragments come on top, a few per cent.
 """
 
@@ -33,7 +33,7 @@ _REWARD_PARAMETERS: Mapping[str, float] = {
 _REWARD_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _PLACE_OF_IMAGES = (None, "auto")
 
-# Pixels of one decoder call, as in fmg.models.flux.model, which imports torch.
+# Pixels of one decoder call, as in fmg.models.common.model, which imports torch.
 DECODE_PIXELS = 2**18
 
 
@@ -95,36 +95,32 @@ def update_bytes(
 ) -> int:
     """Activations of one forward and backward pass of `micro_batch` rows through the adapted transformer.
 
-    A block keeps, in units of tokens x width: the input of the activation function (4), of its norms (2, or 1 in a
-    single-stream block), q, k, v and the output of attention (4), and q and k before their norms, which are fp32 (2).
-    A LoRA keeps its input in fp32: one for all layers that read it in fp32 runs, a copy for each in bf16 ones.
+    Each block keeps what its kind says. A LoRA keeps its input in fp32: one for all layers that read it in fp32 runs, a
+    copy for each in bf16 ones.
     """
-    unit = geometry.tokens["both"] * geometry.width
     adapted = _adapter_inputs(geometry, layers, rank, number)
-    double, single = unit * (10 * number + 8), unit * (9 * number + 8)
-    # what the backward pass of one block holds besides
-    extra = unit * (int(9.5 * number + 7.5) if geometry.single_blocks else int(5.5 * number + 1))
-    blocks = geometry.double_blocks + geometry.single_blocks
+    # the backward pass begins in the last block
+    extra = geometry.blocks[-1].backward.size(number)
+    count = sum(kind.count for kind in geometry.blocks)
     if geometry.checkpointing:
-        largest = (double if geometry.double_blocks else single) + adapted // max(1, blocks)
-        return micro_batch * (blocks * unit * number + largest + extra)
-    kept = geometry.double_blocks * double + geometry.single_blocks * single + adapted
-    return micro_batch * (kept + extra)
+        largest = max(kind.kept.size(number) for kind in geometry.blocks)
+        return int(micro_batch * (geometry.unit * (count * number + largest + extra) + adapted // count))
+    kept = sum(kind.count * kind.kept.size(number) for kind in geometry.blocks)
+    return int(micro_batch * (geometry.unit * (kept + extra) + adapted))
 
 
 def forward_bytes(geometry: ModelGeometry, layers: Sequence[LinearModule], number: int, rows: int) -> int:
     """The most that a forward pass of `rows` rows without gradients holds at once, inside its widest block."""
-    unit = geometry.tokens["both"] * geometry.width
+    kind = geometry.blocks[-1]
     wide = any(layer.outputs == 4 * geometry.width for layer in layers)
-    single = 13 * number + 9 + (16 if wide and number < FULL else 0)
-    double = 9 * number + 9 + (16 if wide else 0)
-    return rows * unit * (single if geometry.single_blocks else double)
+    added = (kind.forward_wide if number == FULL else kind.low_wide) if wide else 0
+    return int(rows * geometry.unit * (kind.forward.size(number) + added))
 
 
 def decode_bytes(geometry: ModelGeometry, number: int, rows: int) -> int:
     """The most that decoding holds at once; images go through the decoder a few at a time."""
     pixels = geometry.resolution**2
-    return min(rows, max(1, DECODE_PIXELS // pixels)) * pixels * geometry.decoder_values * number
+    return min(rows, max(1, DECODE_PIXELS // pixels)) * pixels * int(geometry.decoder.size(number))
 
 
 def rollout_bytes(recipe: Recipe, geometry: ModelGeometry, number: int, devices: int = 1) -> int:

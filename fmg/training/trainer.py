@@ -11,17 +11,20 @@ import torch
 
 from fmg.core.errors import RewardError
 from fmg.core.events import Evaluated, Event, Finished, IterationDone, Notice, Observer, Started
-from fmg.core.types import Conditioning, Rollout, ScoredRollout
+from fmg.core.types import ScoredRollout
 from fmg.data.checkpoints import CheckpointIndex, Saved
 from fmg.data.prompt_sets import overlap_warning
 from fmg.data.run_folder import RunFolder
-from fmg.rl import rollout, sample_rollout, window_steps
-from fmg.training.checkpoint import save_checkpoint
+from fmg.data.states import newest_state, resume_command
 from fmg.training.compose import Composed
 from fmg.training.gates import ReplayGate, movement, movement_gate
+from fmg.training.keeper import Keeper
+from fmg.training.keys import SCORE_KEY
 from fmg.training.metrics import advantages, decline, reward_metrics
-from fmg.training.observe import SCORE_KEY, Watcher
-from fmg.training.prompts import iteration_prompts
+from fmg.training.observe import Watcher
+from fmg.training.processes import Processes
+from fmg.training.resume import Progress, SavedState
+from fmg.training.samples import decode_samples, draw_samples, score_samples
 from fmg.training.sizes import Sizes
 from fmg.training.update import Updater
 
@@ -40,28 +43,38 @@ class TrainResult:
 
 @dataclass
 class Trainer:
-    """Runs a composed recipe in a run folder and reports to an observer."""
+    """Runs a composed recipe in a run folder and reports to an observer.
+
+    With several processes each has a trainer; the first writes and reports.
+    """
 
     composed: Composed
     run: RunFolder
     sizes: Sizes
     observer: Observer
+    processes: Processes = field(default_factory=Processes)
+    resumed: SavedState | None = None
     _lines: list[dict[str, float]] = field(default_factory=list, init=False)
     _times: dict[str, float] = field(default_factory=dict, init=False)
     _touched: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         recipe, model = self.composed.recipe, self.composed.model
+        # fp32 rounds far below any clip range, bf16 does not
+        model.fix_rows(self.sizes.micro_batch if recipe.train.dtype == "bf16" else None)
         named = list(model.trainable())
+        optimizer = self.composed.optimizer(named)
+        self._keeper = Keeper.make(self.composed, self.run, named, optimizer, self.processes)
         self._updater = Updater(
             self.composed.objective,
             model.policies,
-            self.composed.optimizer(named),
+            optimizer,
             [p for _, p in named],
             recipe.train.max_grad_norm,
             self.sizes.micro_batch,
+            self.processes,
         )
-        self._watcher = Watcher(self.composed, self.run.path, self.observer)
+        self._watcher = Watcher(self.composed, self.run.path, self.observer, self.processes)
         self._gate = ReplayGate(
             self.composed.stochasticizer,
             model.policies,
@@ -69,6 +82,7 @@ class Trainer:
             micro_batch=self.sizes.micro_batch,
             always_recompute=recipe.train.recompute_old == "always",
             observer=self.observer,
+            processes=self.processes,
         )
         self._start = {name: p.detach().clone() for name, p in named}
 
@@ -82,35 +96,59 @@ class Trainer:
         self._tell(Started(recipe.model.name, recipe.train.iterations, self._facts()))
         if overlap := overlap_warning(self.composed.prompts, self.composed.eval_prompts):
             self._tell(Notice("warning", overlap))
-        index = self._evaluate(0)
-        done, interrupted = 0, False
+        index, done = self._begin()
+        interrupted = False
         try:
-            for iteration in range(recipe.train.iterations):
+            for iteration in range(done, recipe.train.iterations):
                 self.iterate(iteration)
                 done = iteration + 1
                 if done % recipe.eval.every == 0 or done == recipe.train.iterations:
                     index = self._evaluate(done)
+                self._keeper.state(self._progress(done), self._watcher)
         except RewardError:
             # a reward service that went away must not cost the hours before it
-            self._save(self._touched, None)
+            self._keeper.checkpoint(self._touched, {})
+            self._tell(
+                Notice("info", f"The weights as they were are saved in {self.run.checkpoints}.{self._how_to_go_on()}")
+            )
             raise
         except KeyboardInterrupt:
             interrupted = True
-            index = self._save(self._touched, None)
-            text = f"Interrupted in iteration {done + 1}: the adapter as it was is saved in {self.run.checkpoints}."
-            self._tell(Notice("warning", text))
+            index = self._keeper.checkpoint(self._touched, {})
+            text = f"Interrupted in iteration {done + 1}: the weights as they were are saved in {self.run.checkpoints}."
+            self._tell(Notice("warning", f"{text}{self._how_to_go_on()}"))
         return self._finish(index, done, interrupted)
+
+    def _how_to_go_on(self) -> str:
+        return f" Go on with: {resume_command(self.run.path)}" if newest_state(self.run.path) else ""
+
+    def _begin(self) -> tuple[CheckpointIndex, int]:
+        """The evaluation of the untouched model, or what an earlier process left; and the iterations done."""
+        if self.resumed is None:
+            index = self._evaluate(0)
+            self._keeper.state(self._progress(0), self._watcher)
+            return index, 0
+        progress = self.resumed.progress
+        index, self._lines = self._keeper.restore(self.resumed, self._watcher)
+        self._touched = progress.touched
+        self._gate.resume(progress.gate_checked, progress.gate_recompute)
+        self._start = {} if progress.moved else self._start
+        self._tell(Notice("info", f"Resumed after iteration {progress.iteration}."))
+        return index, progress.iteration
+
+    def _progress(self, done: int) -> Progress:
+        return Progress(done, self._touched, len(self._lines), *self._gate.findings, moved=not self._start)
 
     def iterate(self, iteration: int) -> None:
         """One iteration: rollout, rewards, updates, one line of metrics."""
         started = time.perf_counter()
         self._times = {}
         with self._clock("rollout"):
-            drawn = self._rollout(iteration)
+            own, drawn = draw_samples(self.composed, self.sizes, self.processes, iteration)
         with self._clock("decode"):
-            images = self._decode(drawn)
+            images = decode_samples(self.composed, self.sizes, own)
         with self._clock("reward"):
-            rewards = self.composed.reward(images, drawn.cond.prompts)
+            rewards = score_samples(self.composed, self.processes, own, images, len(drawn.groups))
         scored = ScoredRollout(drawn, rewards, advantages(rewards, drawn.groups, self.composed.recipe, iteration))
         with self._clock("update"):
             updates = self._update(scored, iteration)
@@ -119,45 +157,6 @@ class Trainer:
         metrics["time/iteration_s"] = time.perf_counter() - started
         self._record(metrics)
         self._tell(IterationDone(iteration + 1, self.composed.recipe.train.iterations, metrics))
-
-    def _rollout(self, iteration: int) -> Rollout:
-        recipe, model = self.composed.recipe, self.composed.model
-        shape = recipe.rollout
-        prompts = iteration_prompts(self.composed.prompts, shape.groups, iteration, recipe.train.seed)
-        groups = torch.arange(shape.groups).repeat_interleave(shape.group_size)
-        cond: Conditioning = model.encode([p.text for p in prompts]).select(groups)
-        if self.composed.objective.needs == "transitions":
-            return rollout(
-                model.flow_map,
-                self.composed.stochasticizer,
-                cond,
-                groups,
-                self.composed.grid,
-                seed=recipe.train.seed,
-                iteration=iteration,
-                latent_shape=model.latent_shape,
-                same_initial_noise=shape.same_initial_noise,
-                stochastic_steps=window_steps(shape.window, shape.steps, iteration=iteration, seed=recipe.train.seed),
-                batch_size=self.sizes.rollout_batch,
-                device=model.device,
-            )
-        return sample_rollout(
-            model.flow_map,
-            cond,
-            groups,
-            self.composed.grid,
-            seed=recipe.train.seed,
-            iteration=iteration,
-            latent_shape=model.latent_shape,
-            same_initial_noise=shape.same_initial_noise,
-            batch_size=self.sizes.rollout_batch,
-            device=model.device,
-        )
-
-    @torch.no_grad()
-    def _decode(self, drawn: Rollout) -> torch.Tensor:
-        chunks = torch.split(drawn.x0, self.sizes.rollout_batch)
-        return torch.cat([self.composed.model.decode(chunk) for chunk in chunks])
 
     def _update(self, scored: ScoredRollout, iteration: int) -> dict[str, float]:
         recipe, policies = self.composed.recipe, self.composed.model.policies
@@ -170,8 +169,10 @@ class Trainer:
         done: list[dict[str, float]] = []
         for logged in self._updater.updates(batch, wanted, recipe.train.seed + iteration, kl_limit):
             self._touched = iteration + 1
+            self._keeper.updated()
             done.append(logged)
             self._check_movement()
+            self.processes.check_stop()
         by_update = {f"update_{i}/{key}": value for i, logged in enumerate(done) for key, value in logged.items()}
         return {**by_update, **done[-1], "skipped_updates": float(wanted - len(done))}
 
@@ -182,17 +183,14 @@ class Trainer:
 
     def _evaluate(self, iteration: int) -> CheckpointIndex:
         with self._clock("eval"):
-            metrics = self._watcher.evaluate()
+            metrics = self._keeper.evaluate(iteration, self._watcher.evaluate)
             grid = self._watcher.draw(iteration)
         line = {"iteration": iteration, **metrics, "time/eval_s": self._times["eval"]}
         self._record(line)
-        if len(self._lines) > 1:
+        if len(self._lines) > 1 and self.processes.first:
             self._watcher.curve(list(self._lines))
         self._tell(Evaluated(iteration, line, grid))
-        return self._save(iteration, metrics[SCORE_KEY])
-
-    def _save(self, iteration: int, score: float | None) -> CheckpointIndex:
-        return save_checkpoint(self.run.path, self.composed.model, iteration, SCORE_KEY, score)
+        return self._keeper.checkpoint(iteration, metrics)
 
     def _finish(self, index: CheckpointIndex, done: int, interrupted: bool) -> TrainResult:
         evaluations = [line for line in self._lines if SCORE_KEY in line]
@@ -211,20 +209,22 @@ class Trainer:
             "stochasticizer": recipe.stochasticizer.name,
             "objective": recipe.objective.name,
             "reward": " + ".join(f"{weight:g} {name}" for name, weight in self.composed.reward.weights().items()),
-            "adapted modules": str(self.composed.adapted),
+            "trained": self.composed.trained,
             "rollout": f"{shape.groups} prompts x {shape.group_size} images, {shape.steps} steps",
             "run": str(self.run.path),
         }
 
     def _record(self, line: dict[str, float]) -> None:
         self._lines.append(line)
-        self.run.append_metrics(line)
+        if self.processes.first:
+            self.run.append_metrics(line)
 
     def _tell(self, event: Event) -> None:
         self.observer(event)
 
     @contextmanager
     def _clock(self, stage: str) -> Iterator[None]:
+        self.processes.check_stop()
         started = time.perf_counter()
         yield
         if self.composed.model.device.type == "cuda":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn import Parameter
@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from fmg.core.errors import GateError
 from fmg.core.protocols import Objective, Policies
 from fmg.core.types import Batch
+from fmg.training.processes import Processes
 
 # Rows on which the policy is measured after each update; enough for a KL, little beside the update itself.
 PROBE_ROWS = 48
@@ -29,6 +30,7 @@ class Updater:
         parameters: those parameters.
         max_grad_norm: gradients are scaled down to this global norm.
         micro_batch: rows a forward pass; the update does not depend on it beyond rounding.
+        processes: those that share the rows of every update, which does not depend on their number beyond rounding.
     """
 
     objective: Objective
@@ -37,6 +39,7 @@ class Updater:
     parameters: Sequence[Parameter]
     max_grad_norm: float
     micro_batch: int
+    processes: Processes = field(default_factory=Processes)
 
     def update(self, batch: Batch) -> dict[str, float]:
         """One optimizer step on the mean loss over `batch`.
@@ -50,11 +53,12 @@ class Updater:
         """
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
-        for part in batch.split(self.micro_batch):
+        for part, share in self._micro_batches(batch):
             loss = self.objective.loss(self.policies, part)
-            share = len(part) / len(batch)
             (loss.total * share).backward()  # type: ignore[no-untyped-call]
             total += float(loss.total.detach()) * share
+        self.processes.sum_gradients(self.parameters)
+        total = self.processes.combine({"loss": total})["loss"]
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
         if not math.isfinite(norm) or not math.isfinite(total):
             self.optimizer.zero_grad(set_to_none=True)
@@ -82,13 +86,25 @@ class Updater:
     def measure(self, batch: Batch) -> dict[str, float]:
         """The objective's parts over `batch`: means over rows, maxima for keys ending in `_max`."""
         sums: defaultdict[str, float] = defaultdict(float)
-        for part in batch.split(self.micro_batch):
+        for part, share in self._micro_batches(batch):
             for key, value in self.objective.loss(self.policies, part).parts.items():
                 if key.endswith("_max"):
                     sums[key] = max(sums[key], float(value))
                 else:
-                    sums[key] += float(value) * len(part) / len(batch)
-        return dict(sums)
+                    sums[key] += float(value) * share
+        return self.processes.combine(sums)
+
+    def _micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
+        """This process's rows in micro-batches, each with its share of the whole batch.
+
+        Every process gets as many, since each runs the same network calls and learns of the same parameters whether
+        they have gradients; one that has no row left takes any, with a share of 0.
+        """
+        rows, own = self.processes.share(len(batch)).rows, self.processes.share(len(batch)).own
+        for start in range(0, len(rows), self.micro_batch):
+            count = max(0, min(self.micro_batch, own - start))
+            part = batch.select(rows[start : start + max(1, count)])
+            yield part, count / len(batch)
 
 
 def partition(batch: Batch, updates: int, seed: int) -> Iterator[Batch]:

@@ -56,5 +56,3 @@ def _link(name: str, site: Path) -> None:
         source, target = Path(str(found.locate_file(top))), site / top
         if source.exists() and not target.exists():
             target.symlink_to(source.resolve())
-
-

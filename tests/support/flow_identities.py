@@ -14,6 +14,7 @@ from fmg.flow import (
     LinearPath,
     MixtureMap,
     SingleTimeMap,
+    TrigFlowMap,
     TrigPath,
     TwoTimeMap,
     UnscaledGaussian,
@@ -149,6 +150,8 @@ def check_grids() -> None:
     close(make_grid("flux-shift", 4, image_tokens=1024), [1, 0.84925, 0.65249, 0.38495, 0])
     close(make_grid("scm", 2), [1, 0.78271, 0])
     close(make_grid("scm", 3), [1, 0.63397, 0.36603, 0])
+    close(make_grid("scm-angle", 2), [1, 0.82761, 0])
+    close(make_grid("scm-angle", 3), [1, 0.66667, 0.33333, 0])
 
 
 def check_gaussian_map_marginals() -> None:
@@ -266,3 +269,7 @@ def check_trigflow_wrapper_cancels() -> None:
     z = x / sigma_data * (s**2 + (1 - s) ** 2).sqrt()[:, None]
     adapter = SingleTimeMap(lambda z, s, cond: network(z, s), LinearPath())
     torch.testing.assert_close(denoised, sigma_data * adapter.jump(z, s, torch.zeros_like(s), unconditional(5)))
+    # on the trig path itself, where the state has unit data and the time is the angle
+    trig = TrigFlowMap(lambda z, s, cond: network(z, s))
+    moved = trig.jump(x / sigma_data, angle / (math.pi / 2), torch.zeros_like(angle), unconditional(5))
+    torch.testing.assert_close(denoised, sigma_data * moved)

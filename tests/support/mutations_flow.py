@@ -124,6 +124,10 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         _MAPS, "z = x * expand(norm / sigma_data, x)", "z = x * expand(norm, x)", _flow("trigflow_wrapper_cancels")
     ),
+    Mutation(_MAPS, "time = sine / (sine + cosine)", "time = sine", _flow("trigflow_wrapper_cancels")),
+    Mutation(_MAPS, "z = x_t / expand(sine + cosine, x_t)", "z = x_t", _flow("trigflow_wrapper_cancels")),
+    Mutation(_MAPS, "return z - expand(time, x_t) *", "return z -", _flow("trigflow_wrapper_cancels")),
+    Mutation(_GRIDS, "_SCM_TWO_STEP_ANGLE / (math.pi / 2)", "_SCM_TWO_STEP_ANGLE / 2", _flow("grids")),
     # few-step sampler
     Mutation(
         _SAMPLING,

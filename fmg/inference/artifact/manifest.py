@@ -266,7 +266,7 @@ def from_json(text: str | bytes, origin: Path) -> Manifest:
     if raw["schema"] > SCHEMA:
         raise CheckpointError(
             f"{origin} has schema {raw['schema']}, and this fmg reads up to {SCHEMA}",
-            "Upgrade fmg, or export the artifact again with this one.",
+            "Export the artifact again with this one, or upgrade fmg.",
         )
     try:
         manifest = decode(Manifest, raw)

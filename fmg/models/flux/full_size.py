@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from fmg.core.errors import FmgWarning, MissingDependencyError
-from fmg.models.flux.loading import FluxComponents, load_parts
+from fmg.models.common.text import cached_encoders
+from fmg.models.flux.loading import load_parts
 from fmg.models.flux.model import FluxModel
 from fmg.models.flux.probe import time_scale_doubt
-from fmg.models.flux.text import TextEncoders
 from fmg.models.flux_configs import FluxConfig, FluxStudentConfig
 from fmg.models.sources import locate
-from fmg.models.text_cache import TextCache, encoder_key
+
+ENCODER_FOLDERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
 def load(name: str, config: FluxConfig, device: torch.device, dtype: torch.dtype) -> FluxModel:
@@ -40,19 +41,16 @@ def load(name: str, config: FluxConfig, device: torch.device, dtype: torch.dtype
     doubt = time_scale_doubt(transformer.time_text_embed.timestep_embedder, config.time_scale)
     if doubt is not None:
         warnings.warn(f"'{name}': {doubt}", FmgWarning, stacklevel=2)
-    return FluxModel(components, name, text=_text_encoders(components, config, device))
-
-
-def _text_encoders(components: FluxComponents, config: FluxConfig, device: torch.device) -> TextEncoders:
-    encoder, length = components.text.text_encoder_2, config.max_sequence_length
-    computes_on = encoder.device if config.text_device == "cpu" else device
-    disk = None
-    if config.text_cache:
-        disk = TextCache(encoder_key(components.folder, length, encoder.dtype, computes_on))
-    # one prompt a call, so that an embedding does not depend on what else was missing when it was made
-    return TextEncoders(
-        components.text, length, device, batch_size=1, offload=config.text_device == "offload", disk=disk
+    text = cached_encoders(
+        components.text,
+        components.folder,
+        ENCODER_FOLDERS,
+        config.max_sequence_length,
+        device,
+        place=config.text_device,
+        cache=config.text_cache,
     )
+    return FluxModel(components, name, text=text)
 
 
 def _set_attention(transformer: Any, backend: str) -> None:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.export.diffusers import merge_folder
-from fmg.models.flux.adapter_files import DIFFUSERS_FILE
+from fmg.models.common.adapter_files import DIFFUSERS_FILE
+from fmg.models.common.weights import INDEX_FILE
 from fmg.models.flux.loading import load_folder
 from fmg.models.flux.model import FluxModel
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
-from fmg.models.flux.weights import INDEX_FILE
 from tests.tiny_flux import build_tiny_flux
 
 CPU = torch.device("cpu")
@@ -112,7 +112,7 @@ def test_an_export_that_fails_on_the_way_leaves_nothing(
     def fail(*_: object, **__: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("fmg.export.diffusers.save_file", fail)
+    monkeypatch.setattr("fmg.export.diffusers.write_weights", fail)
     with pytest.raises(OSError, match="No space left"):
         merge_folder(base, saved, tmp_path / "exports" / "merged")
     assert list((tmp_path / "exports").iterdir()) == []

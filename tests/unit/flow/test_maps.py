@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from fmg.core.errors import CompositionError
 from fmg.core.protocols import FlowMap
 from fmg.core.types import Conditioning
-from fmg.flow import LinearPath, SingleTimeMap, TwoTimeMap
+from fmg.flow import LinearPath, SingleTimeMap, TrigFlowMap, TwoTimeMap
 from tests.support.analytic import unconditional
 
 
@@ -45,8 +45,11 @@ def test_jump_to_the_same_time_is_the_identity() -> None:
     assert torch.equal(TwoTimeMap(TwoTimeNetwork(), LinearPath()).jump(x, t, t, unconditional(3)), x)
 
 
-def test_single_time_map_refuses_what_it_does_not_know() -> None:
-    flow_map, x, t = SingleTimeMap(lambda x, t, cond: x, LinearPath()), torch.ones(2, 3), torch.ones(2)
+@pytest.mark.parametrize(
+    "flow_map", [SingleTimeMap(lambda x, t, cond: x, LinearPath()), TrigFlowMap(lambda x, t, cond: x)]
+)
+def test_single_time_map_refuses_what_it_does_not_know(flow_map: FlowMap) -> None:
+    x, t = torch.ones(2, 3), torch.ones(2)
     with pytest.raises(CompositionError, match=r"only jumps to 0, but was asked for 0\.25"):
         flow_map.jump(x, t, torch.tensor([0.0, 0.25]), unconditional(2))
     with pytest.raises(CompositionError, match="no diagonal velocity"):
@@ -66,6 +69,9 @@ def test_both_are_flow_maps() -> None:
     assert (two.anchors, one.anchors) == ("any", "endpoint")
     assert isinstance(two, FlowMap)
     assert isinstance(one, FlowMap)
+    trig: FlowMap = TrigFlowMap(lambda x, t, cond: x)
+    assert (trig.anchors, trig.path.name) == ("endpoint", "trig")
+    assert isinstance(trig, FlowMap)
 
 
 @pytest.mark.compile

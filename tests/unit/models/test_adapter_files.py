@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fmg.core.errors import CheckpointError, UsageError
-from fmg.models.flux.adapter_files import DIFFUSERS_FILE, MANIFEST_FILE
-from fmg.models.flux.digest import stored_digest
+from fmg.models.common.adapter_files import DIFFUSERS_FILE, MANIFEST_FILE
+from fmg.models.common.digest import stored_digest
+from fmg.models.common.weights import folder_weights
 from fmg.models.flux.loading import load_folder
 from fmg.models.flux.model import FluxModel
-from fmg.models.flux.weights import folder_weights
 from tests.tiny_flux import build_tiny_flux, store_in
 
 CPU = torch.device("cpu")
@@ -132,7 +132,7 @@ def test_a_failing_save_leaves_nothing(two_time_folder: Path, tmp_path: Path, mo
     def fail(*_: object, **__: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("fmg.models.flux.adapter_files.save_file", fail)
+    monkeypatch.setattr("fmg.models.common.adapter_files.save_file", fail)
     with pytest.raises(OSError, match="No space left"):
         _trained(two_time_folder).save_adapter(tmp_path / "runs" / "adapter")
     assert list((tmp_path / "runs").iterdir()) == []

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fmg.core.errors import CompositionError
-from fmg.models.flux.model import DECODE_PIXELS, FluxModel
+from fmg.models.common.model import DECODE_PIXELS
+from fmg.models.flux.model import FluxModel
 from tests.tiny_flux import build_tiny_flux
 
 CPU = torch.device("cpu")
@@ -56,7 +57,7 @@ def test_decoding_in_chunks_changes_nothing(model: FluxModel, monkeypatch: pytes
     whole = model.decode(latents)
     sizes: list[int] = []
     model.components.vae.decoder.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
-    monkeypatch.setattr("fmg.models.flux.model.DECODE_PIXELS", 2 * 64 * 64)
+    monkeypatch.setattr("fmg.models.common.model.DECODE_PIXELS", 2 * 64 * 64)
     assert torch.allclose(model.decode(latents), whole, atol=1e-6)
     assert sizes == [2, 2, 1]
     assert DECODE_PIXELS > 2 * 64 * 64

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fmg.core.errors import CheckpointError
-from fmg.models.flux import prove
-from fmg.models.flux.adapter_files import DIFFUSERS_FILE
+from fmg.models.common import prove
+from fmg.models.common.adapter_files import DIFFUSERS_FILE
 from fmg.models.flux.model import FluxModel
 
 CPU = torch.device("cpu")
@@ -60,12 +60,12 @@ def test_a_file_that_lost_values_is_never_reported_as_saved(
 ) -> None:
     read = prove.reloaded
 
-    def damaged(transformer: object, folder: Path) -> object:
+    def damaged(transformer: object, folder: Path, *rest: Any) -> object:
         file = folder / DIFFUSERS_FILE
         with safe_open(str(file), framework="pt") as stored:
             metadata = stored.metadata()
         save_file(damage(load_file(file)), file, metadata=metadata)
-        return read(transformer, folder)
+        return read(transformer, folder, *rest)
 
     monkeypatch.setattr(prove, "reloaded", damaged)
     with pytest.raises(CheckpointError, match=r"comes back changed when diffusers reads it.*not kept"):
@@ -78,8 +78,8 @@ def test_an_adapter_that_comes_back_at_another_scale_draws_another_picture(
 ) -> None:
     read = prove.reloaded
 
-    def rescaled(transformer: object, folder: Path) -> Any:
-        fresh = read(transformer, folder)
+    def rescaled(transformer: object, folder: Path, *rest: Any) -> Any:
+        fresh = read(transformer, folder, *rest)
         fresh.set_adapters(["default"], [0.5])
         return fresh
 

@@ -16,7 +16,7 @@ from fmg.core.errors import CheckpointError, FmgWarning, MissingDependencyError,
 from fmg.inference.devices import device_for
 from fmg.models.flux.model import FluxModel
 from fmg.models.flux.transformer import SecondTime
-from fmg.models.full_size import FluxSource
+from fmg.models.full_size import PublishedSource
 from fmg.registry import models
 from fmg.registry.recipe import Recipe
 from tests.tiny_flux import RESOLUTION, SEQUENCE, build_tiny_flux, build_tiny_teacher, publish_student, student_tensors
@@ -35,9 +35,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_teacher(tmp_path_factory.mktemp("teacher") / "flux")
 
 
-def source(name: str, student: Path, teacher: Path, **options: object) -> FluxSource:
+def source(name: str, student: Path, teacher: Path, **options: object) -> PublishedSource:
     given = {"student": str(student), "teacher": str(teacher), "time_scale": 1.0, "resolution": RESOLUTION}
-    return cast(FluxSource, models.build(name, {**given, "max_sequence_length": SEQUENCE, **options}))
+    return cast(PublishedSource, models.build(name, {**given, "max_sequence_length": SEQUENCE, **options}))
 
 
 def load(name: str, student: Path, teacher: Path, **options: object) -> FluxModel:
@@ -103,8 +103,8 @@ def test_other_forms_of_the_same_student_are_the_same_model(form: str, teacher: 
 
 
 def test_weights_are_shards_of_bounded_size(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fmg.models.flux.weights._SHARD_BYTES", 200_000)
-    monkeypatch.setattr("fmg.models.flux.weights._WINDOW_BYTES", 50_000)
+    monkeypatch.setattr("fmg.models.flux.students._SHARD_BYTES", 200_000)
+    monkeypatch.setattr("fmg.models.common.weights._WINDOW_BYTES", 50_000)
     model = load("scm-flux", publish_student(tmp_path / "student.pt", "none"), teacher)
     shards = list((tmp_path / "cache" / "models").glob("*/*.safetensors"))
     assert len(shards) > 2

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fmg.models.common.text import TextEncoders
+from fmg.models.flux.full_size import ENCODER_FOLDERS
 from fmg.models.flux.loading import FluxComponents, load_folder
-from fmg.models.flux.text import TextEncoders
 from fmg.models.text_cache import TextCache, encoder_key
 
 CPU = torch.device("cpu")
@@ -38,7 +39,7 @@ def forbid_encoding(components: FluxComponents, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_hit_is_a_miss_bit_for_bit(components: FluxComponents, monkeypatch: pytest.MonkeyPatch) -> None:
-    key = encoder_key(components.folder, 12, torch.float32, CPU)
+    key = encoder_key(components.folder, ENCODER_FOLDERS, 12, torch.float32, CPU)
     without = encoders(components, None).encode(PROMPTS)
     miss = encoders(components, TextCache(key)).encode(PROMPTS)
     forbid_encoding(components, monkeypatch)
@@ -49,11 +50,12 @@ def test_a_hit_is_a_miss_bit_for_bit(components: FluxComponents, monkeypatch: py
 
 
 def test_bf16_rows_come_back_as_they_were() -> None:
-    row = (torch.randn(3, 4).bfloat16(), torch.randn(4).bfloat16())
+    row = {"tokens": torch.randn(3, 4).bfloat16(), "pooled": torch.randn(4).bfloat16()}
     TextCache("key").put("a", row)
     stored = TextCache("key").get("a")
     assert stored is not None
-    assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(stored, row, strict=True))
+    assert stored.keys() == row.keys()
+    assert all(torch.equal(stored[name], x) and stored[name].dtype == x.dtype for name, x in row.items())
     assert TextCache("key").get("b") is None
     assert TextCache("other").get("a") is None
 
@@ -69,16 +71,16 @@ def test_a_damaged_file_is_computed_again(components: FluxComponents, tmp_path: 
 
 def test_the_key_is_that_of_everything_that_decides_an_embedding(two_time_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(two_time_folder, tmp_path / "copy"))
-    key = encoder_key(two_time_folder, 12, torch.float32, CPU)
-    assert encoder_key(folder, 12, torch.float32, CPU) == key
+    key = encoder_key(two_time_folder, ENCODER_FOLDERS, 12, torch.float32, CPU)
+    assert encoder_key(folder, ENCODER_FOLDERS, 12, torch.float32, CPU) == key
     others = {
-        encoder_key(folder, 13, torch.float32, CPU),
-        encoder_key(folder, 12, torch.bfloat16, CPU),
-        encoder_key(folder, 12, torch.float32, torch.device("cuda")),
+        encoder_key(folder, ENCODER_FOLDERS, 13, torch.float32, CPU),
+        encoder_key(folder, ENCODER_FOLDERS, 12, torch.bfloat16, CPU),
+        encoder_key(folder, ENCODER_FOLDERS, 12, torch.float32, torch.device("cuda")),
     }
     weights = folder / "text_encoder_2" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    others.add(encoder_key(folder, 12, torch.float32, CPU))
+    others.add(encoder_key(folder, ENCODER_FOLDERS, 12, torch.float32, CPU))
     assert len(others | {key}) == 5

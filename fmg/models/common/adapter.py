@@ -35,6 +35,18 @@ def adapter_name(name: str) -> str:
     return name.replace(f".{ADAPTER}.", ".")
 
 
+def base_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """What a network stores without its adapter: parameters and buffers by the names they have in files.
+
+    Not through `state_dict`, which spreads a gathered FSDP2 network again.
+    """
+    stored = dict(network.named_parameters())
+    for prefix, module in network.named_modules():
+        kept = module._buffers.keys() - module._non_persistent_buffers_set
+        stored |= {".".join(filter(None, (prefix, name))): x for name, x in module._buffers.items() if name in kept}
+    return {base_name(name): x.detach() for name, x in stored.items() if not is_adapter(name)}
+
+
 def adapter_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
     """LoRA parameters by their names in files, in module order."""
     return {adapter_name(name): p for name, p in transformer.named_parameters() if is_adapter(name)}
@@ -58,7 +70,7 @@ def matching_modules(transformer: nn.Module, targets: Sequence[str]) -> dict[str
     linears = _linear_modules(transformer)
     suffixes = expand_targets(targets)
     found = {name: linear for name, linear in linears.items() if is_target(name, suffixes)}
-    # a preset lists what any FLUX-class model may have; a name that somebody typed has to exist
+    # a preset lists what any model of a family may have; a name that somebody typed has to exist
     typed = [target for target in targets if target not in LORA_PRESETS]
     unmatched = [target for target in typed if not any(is_target(name, (target,)) for name in linears)]
     if unmatched or not found:
@@ -112,7 +124,7 @@ def tuner_layers(transformer: nn.Module) -> list[Any]:
 
 
 def dropout_modules(transformer: nn.Module) -> list[nn.Module]:
-    """The dropout of the LoRA; FLUX itself has none that is active."""
+    """The dropout of the LoRA; the networks themselves have none that is active."""
     dropouts = (layer.lora_dropout.values() for layer in tuner_layers(transformer))
     return [module for modules in dropouts for module in modules if isinstance(module, nn.Dropout)]
 
@@ -155,32 +167,39 @@ class WeightSnapshot:
 
     The values are exchanged in place rather than through `torch.func.functional_call`: the wrapped module is called
     as it is, so hooks of DDP, FSDP2 (which would gather the current weights again under substituted ones) and PEFT
-    see nothing unusual. It costs two copies of the adapter a call and leaves a pending backward of the current policy
-    valid, because the values are back, bit for bit, when it runs.
+    see nothing unusual. It costs two copies of the weights a call and the memory of one tensor, and leaves a pending
+    backward of the current policy valid, because the values are back, bit for bit, when it runs.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters = list(parameters)
-        self._values = [_copy(parameter) for parameter in parameters]
+        self._values = [parameter.detach().clone() for parameter in parameters]
+
+    def take(self) -> None:
+        """Freezes the values as they are now, in the memory of the earlier ones."""
+        for parameter, value in zip(self._parameters, self._values, strict=True):
+            value.copy_(parameter.detach())
+
+    @property
+    def values(self) -> Sequence[Tensor]:
+        """The frozen values, in the order of the parameters; while they are in place, the current ones."""
+        return self._values
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Runs the body with the frozen values."""
-        current = [_copy(parameter) for parameter in self._parameters]
-        self._write(self._values)
+        self._exchange()
         try:
             yield
         finally:
-            self._write(current)
+            self._exchange()
 
-    def _write(self, values: Sequence[Tensor]) -> None:
-        for parameter, value in zip(self._parameters, values, strict=True):
+    def _exchange(self) -> None:
+        for parameter, value in zip(self._parameters, self._values, strict=True):
+            current = parameter.detach().clone()
             # through .data, so that autograd's version counter does not call the exchange a modification
             parameter.data.copy_(value)
-
-
-def _copy(parameter: nn.Parameter) -> Tensor:
-    return parameter.detach().clone()
+            value.copy_(current)
 
 
 def _linear_modules(transformer: nn.Module) -> dict[str, nn.Linear]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,13 +10,12 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline
 from diffusers.utils import logging as diffusers_logging
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from fmg.core.errors import CheckpointError
-from fmg.models.flux.adapter import ADAPTER, adapter_parameters, base_name, is_adapter
+from fmg.models.common.adapter import ADAPTER, adapter_parameters, base_tensors
 
 _FIX = "Check the disk, and the versions of diffusers and peft."
 PROMPT = "a red circle left"
@@ -27,26 +27,21 @@ Stock diffusers rounds an adapter to the dtype of the base, so a bf16 picture ag
 """
 
 
-def fresh_transformer(transformer: Any) -> Any:
-    """A transformer without adapter over the same base tensors: no weight is copied, so any size costs nothing."""
+def fresh_transformer(transformer: Any, base: Mapping[str, Tensor] = MappingProxyType({})) -> Any:
+    """A transformer without adapter over the same base tensors: no weight is copied, so any size costs nothing.
+
+    `base` has the values of weights that are trained themselves, which stand for those in the transformer.
+    """
     with torch.device("meta"):
         fresh = type(transformer).from_config(transformer.config)
-    tensors = {base_name(name): x for name, x in transformer.state_dict().items() if not is_adapter(name)}
-    fresh.load_state_dict(tensors, assign=True)
+    fresh.load_state_dict({**base_tensors(transformer), **base}, assign=True)
     return fresh.eval().requires_grad_(False)
 
 
-def reloaded(transformer: Any, folder: Path) -> Any:
-    """A fresh transformer over the same base, into which `FluxPipeline.load_lora_weights` has read `folder`."""
-    pipeline = FluxPipeline(
-        scheduler=None,
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=fresh_transformer(transformer),
-    )
+def reloaded(transformer: Any, folder: Path, pipeline: Any, base: Mapping[str, Tensor] = MappingProxyType({})) -> Any:
+    """A fresh transformer over the same base, into which the stock `pipeline` class has read `folder`."""
+    others = dict.fromkeys(list(inspect.signature(pipeline).parameters))
+    stock = pipeline(**{**others, "transformer": fresh_transformer(transformer, base)})
     before = diffusers_logging.get_verbosity()
     # it says for each text encoder that the file has nothing for it
     diffusers_logging.set_verbosity_error()
@@ -54,10 +49,23 @@ def reloaded(transformer: Any, folder: Path) -> Any:
         with warnings.catch_warnings():
             # what PEFT suspects of a file is decided by comparing the tensors
             warnings.simplefilter("ignore", RuntimeWarning)
-            pipeline.load_lora_weights(str(folder), adapter_name=ADAPTER)
+            stock.load_lora_weights(str(folder), adapter_name=ADAPTER)
     finally:
         diffusers_logging.set_verbosity(before)
-    return pipeline.transformer
+    return stock.transformer
+
+
+def component(transformer: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """The transformer that stock diffusers reads from a saved component folder, on the device of `transformer`."""
+    before = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        stock = type(transformer).from_pretrained(
+            str(folder), torch_dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+    finally:
+        diffusers_logging.set_verbosity(before)
+    return stock.to(transformer.device).eval().requires_grad_(False)
 
 
 def check_adapter(trained: nn.Module, stock: nn.Module, folder: Path) -> None:
@@ -66,13 +74,21 @@ def check_adapter(trained: nn.Module, stock: nn.Module, folder: Path) -> None:
     Raises:
         CheckpointError: a tensor is missing, left over or another one.
     """
-    wanted, given = adapter_parameters(trained), adapter_parameters(stock)
+    check_tensors(adapter_parameters(trained), adapter_parameters(stock), folder)
+
+
+def check_tensors(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], folder: Path) -> None:
+    """Whether tensors that were read back are the saved ones, bit for bit after rounding to their own dtype.
+
+    Raises:
+        CheckpointError: one is missing, left over or another one.
+    """
     wrong = sorted(wanted.keys() ^ given.keys()) or [
         name for name, x in given.items() if not torch.equal(x.detach(), wanted[name].detach().to(x.dtype))
     ]
     if wrong:
         raise CheckpointError(
-            f"The adapter saved as {folder.name} comes back changed when diffusers reads it: {wrong[0]}"
+            f"What was saved as {folder.name} comes back changed when diffusers reads it: {wrong[0]}"
             f" (one of {len(wrong)}); it was not kept",
             _FIX,
         )
@@ -90,7 +106,7 @@ def check_same(
     tolerance = TOLERANCE[dtype]
     if not difference <= tolerance:
         raise CheckpointError(
-            f"The adapter saved as {folder.name} draws another picture when diffusers reads it back: pixels differ by"
+            f"What was saved as {folder.name} draws another picture when diffusers reads it back: pixels differ by"
             f" {difference:.2g} in the mean, more than {tolerance:g}; it was not kept",
             _FIX,
         )

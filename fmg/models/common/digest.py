@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fmg.core.errors import CheckpointError
-from fmg.models.flux.adapter import base_name, is_adapter
-from fmg.models.flux.weights import TensorReader, WeightFiles
+from fmg.models.common.adapter import base_tensors
+from fmg.models.common.reader import TensorReader
+from fmg.models.common.weights import WeightFiles
 
 
-def live_digest(module: nn.Module) -> str:
-    """Sha256 over the base weights in memory: every tensor of the state dict that is not part of an adapter."""
-    tensors = {base_name(name): x for name, x in module.state_dict().items() if not is_adapter(name)}
+def live_digest(module: nn.Module, base: Mapping[str, Tensor] = MappingProxyType({})) -> str:
+    """Sha256 over the base weights in memory: every tensor of the state dict that is not part of an adapter.
+
+    `base` has the values of weights that are trained themselves, which stand for those in the module.
+    """
+    tensors = {**base_tensors(module), **base}
     return _digest((name, tensors[name]) for name in sorted(tensors))
 
 

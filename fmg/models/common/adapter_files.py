@@ -3,28 +3,37 @@
 <folder>/pytorch_lora_weights.safetensors   `pipe.load_lora_weights(folder)`
 <folder>/peft/adapter_config.json, adapter_model.safetensors   `PeftModel.from_pretrained(transformer, folder/peft)`
 <folder>/fmg_adapter.json   base, map kind and time convention, which neither format can state
+<folder>/fmg_extra.safetensors   weights that were trained themselves, such as the embedder of the second time
+
+The manifest names the tensors of the last file. A reader that would leave them out gives the student back as half of
+what was trained, so a file that is missing is an error, and so is one that the manifest does not name.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from diffusers.loaders import FluxLoraLoaderMixin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fmg.core.errors import CheckpointError, UsageError
+from fmg.models.common.adapter import ADAPTER, adapter_parameters
+from fmg.models.common.digest import stored_digest
+from fmg.models.common.weights import WeightFiles
 from fmg.models.conventions import FlowMapConventions
-from fmg.models.flux.adapter import ADAPTER, adapter_parameters
+
+_HUB_CACHE = re.compile(r"/models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/")
 
 MANIFEST_FILE = "fmg_adapter.json"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
@@ -33,6 +42,7 @@ PEFT_FOLDER = "peft"
 PEFT_CONFIG_FILE = "adapter_config.json"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
+EXTRA_FILE = "fmg_extra.safetensors"
 
 
 class BaseReference(BaseModel):
@@ -42,6 +52,16 @@ class BaseReference(BaseModel):
 
     name: str = Field(description="Registered name of the model.")
     digest: str = Field(description="Sha256 of the stored transformer weights.")
+    repository: str | None = Field(default=None, description="Hub id of the weights; null for a local file or folder.")
+    commit: str | None = Field(default=None, description="Commit of the hub repository that they were fetched at.")
+
+    @classmethod
+    def of(cls, name: str, weights: WeightFiles) -> BaseReference:
+        """The reference of a model by its weight files; hashes them, and reads hub id and commit from their place."""
+        match = _HUB_CACHE.search(weights.origin.absolute().as_posix())
+        repository = None if match is None else f"{match['owner']}/{match['name']}"
+        commit = None if match is None else match["commit"]
+        return cls(name=name, digest=stored_digest(weights), repository=repository, commit=commit)
 
 
 class AdapterManifest(BaseModel):
@@ -56,18 +76,30 @@ class AdapterManifest(BaseModel):
     alpha: float = Field(gt=0, description="Scale of the LoRA, divided by the rank.")
     dropout: float = Field(ge=0, lt=1, description="Dropout on the input of A during training.")
     targets: tuple[str, ...] = Field(description="Suffixes of the names of the adapted modules.")
+    extra: tuple[str, ...] = Field(
+        default=(), description="Names of weights that were trained themselves and replace those of the base."
+    )
 
 
 def save(
     folder: Path,
     transformer: Any,
+    pipeline: Any,
     base: BaseReference,
     conventions: FlowMapConventions,
     prove: Callable[[Path], object],
+    extra: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Writes the adapter of `transformer` to a new folder; either all of it appears or nothing.
 
-    `prove` gets the folder before it appears under its name; when it raises, nothing is kept.
+    Args:
+        folder: what to make.
+        transformer: what has the adapter.
+        pipeline: class of diffusers whose `load_lora_weights` is to read it.
+        base: what the adapter was trained on.
+        conventions: how that wants to be sampled.
+        prove: gets the folder before it appears under its name; when it raises, nothing is kept.
+        extra: weights that were trained themselves, by their names in the state dict.
 
     Raises:
         UsageError: there is no adapter, or the folder exists.
@@ -83,11 +115,12 @@ def save(
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
         targets=tuple(sorted(config.target_modules)),
+        extra=tuple(sorted(extra)),
     )
     # PEFT keeps the targets in a set, whose order would change from run to run
     stated = {**config.to_dict(), "target_modules": list(manifest.targets)}
     with new_folder(folder) as partial:
-        FluxLoraLoaderMixin.save_lora_weights(
+        pipeline.save_lora_weights(
             str(partial),
             transformer_lora_layers=tensors,
             transformer_lora_adapter_metadata=stated,
@@ -96,6 +129,9 @@ def save(
         peft.mkdir()
         _write_text(peft / PEFT_CONFIG_FILE, json.dumps(stated, indent=2, sort_keys=True))
         save_file({PEFT_PREFIX + name: x for name, x in tensors.items()}, peft / PEFT_FILE, metadata={"format": "pt"})
+        if extra:
+            stored = {DIFFUSERS_PREFIX + name: x.detach().cpu().contiguous() for name, x in extra.items()}
+            save_file(stored, partial / EXTRA_FILE, metadata={"format": "pt"})
         _write_text(partial / MANIFEST_FILE, manifest.model_dump_json(indent=2, by_alias=True))
         prove(partial)
 
@@ -120,20 +156,20 @@ def read_manifest(folder: Path) -> AdapterManifest:
 
 
 def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors of a saved adapter by their names without prefix.
+    """The tensors of a saved adapter by their names without prefix: those of the LoRA, and those trained beside it.
 
     Args:
         folder: what `save` wrote.
-        shapes: names and shapes that must be there, no more and no fewer.
+        shapes: names and shapes that must be there, no more and no fewer. A reader that knows of a LoRA alone gets an
+            error for an adapter that is more than one.
 
     Raises:
-        CheckpointError: the file is missing or damaged, or its names, shapes or values are not as they must be.
+        CheckpointError: a file is missing or damaged, or names, shapes or values are not as they must be.
     """
     file = folder / DIFFUSERS_FILE
-    try:
-        stored = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}", "Restore it or save the adapter again.") from error
+    stored = _read(file)
+    if (folder / EXTRA_FILE).exists():
+        stored |= _read(folder / EXTRA_FILE)
     tensors = {
         name.removeprefix(DIFFUSERS_PREFIX): x for name, x in stored.items() if name.startswith(DIFFUSERS_PREFIX)
     }
@@ -152,6 +188,41 @@ def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
         raise CheckpointError(
             f"{file} does not fit the model: {wrong[0]}{more}", "Load it into the model it was trained on."
         )
+    return tensors
+
+
+def extra_shapes(
+    folder: Path, manifest: AdapterManifest, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights that were trained themselves, for `read_tensors`.
+
+    Args:
+        folder: what `save` wrote.
+        manifest: its manifest.
+        shapes: names and shapes of the weights of the base.
+
+    Raises:
+        CheckpointError: their file is missing, or the base has no such weights.
+    """
+    if manifest.extra and not (folder / EXTRA_FILE).is_file():
+        raise CheckpointError(
+            f"{folder} lacks {EXTRA_FILE}, the weights that were trained beside the LoRA",
+            "Restore it: without them the adapter is half of what was trained.",
+        )
+    unknown = sorted(set(manifest.extra) - shapes.keys())
+    if unknown:
+        raise CheckpointError(
+            f"The adapter in {folder} trains {unknown[0]}, which the model does not have",
+            "Load it into the model it was trained on.",
+        )
+    return {name: shapes[name] for name in manifest.extra}
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}", "Restore it or save the adapter again.") from error
     return tensors
 
 

@@ -1,0 +1,1 @@
+"""What every family of flow maps shares: adapters, saving and its proof, text embeddings, strict loading of weights."""

@@ -1,0 +1,420 @@
+"""A loaded flow map with an adapter: what the rest of the project sees of a model, whatever its family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.protocols import FlowMap
+from fmg.core.specs import MapSpec
+from fmg.core.types import Conditioning
+from fmg.models.common import adapter, adapter_files, full_files, prove
+from fmg.models.common.digest import live_digest
+from fmg.models.common.fixed_rows import FixedRows
+from fmg.models.common.scopes import PolicyScopes, Scope
+from fmg.models.common.sharding import gathered, shard_frozen
+from fmg.models.common.text import TextEncoders, TextStack
+from fmg.models.common.unfrozen import Unfrozen
+from fmg.models.common.weights import WeightFiles
+from fmg.models.conventions import FlowMapConventions
+
+DECODE_PIXELS = 2**18
+"""Image pixels that one decoder call may make: one image of 512 px, or as many small ones as a CPU cache likes."""
+
+
+class Components(Protocol):
+    """The parts of a loaded pipeline folder, in evaluation mode and without gradients."""
+
+    @property
+    def folder(self) -> Path:
+        """Where they were read."""
+
+    @property
+    def conventions(self) -> FlowMapConventions:
+        """How the weights want to be sampled."""
+
+    @property
+    def transformer(self) -> Any:
+        """The diffusers transformer."""
+
+    @property
+    def vae(self) -> Any:
+        """The diffusers autoencoder."""
+
+    @property
+    def text(self) -> TextStack:
+        """Text encoders and tokenizers."""
+
+    @property
+    def weights(self) -> WeightFiles:
+        """The files of the transformer."""
+
+
+C = TypeVar("C", bound=Components)
+
+
+@dataclass(frozen=True)
+class AdapterPolicies:
+    """Three views of the same weights."""
+
+    current: FlowMap
+    old: FlowMap
+    reference: FlowMap
+
+
+class AdaptedModel(ABC, Generic[C]):
+    """Flow map, text encoders, decoder and what is trained of them. Implements `fmg.core.protocols.Model`.
+
+    A family of models gives its maps and its twin with another transformer; everything about training and saving is
+    here. Latents are images (c, h, w), so that a latent's noise belongs to a place in the picture. What is not a LoRA
+    and was not unfrozen never gets a gradient.
+
+    Args:
+        components: a loaded folder.
+        name: registered name of the model, written into saved adapters.
+        latent_shape: (c, h, w) of one latent.
+        text: encoder of prompts; None takes the folder's own, beside the transformer.
+    """
+
+    pipeline: ClassVar[Any]
+    """The class of diffusers that runs the family: its `load_lora_weights` has to read what is saved."""
+    second_time_embedder: ClassVar[str | None] = None
+    """Name of the transformer's embedder of the second time, in a family that has one."""
+
+    def __init__(
+        self, components: C, name: str, latent_shape: tuple[int, int, int], *, text: TextEncoders | None = None
+    ) -> None:
+        self._components = components
+        self._name = name
+        self._spec = components.conventions.spec(name)
+        self._latent_shape = latent_shape
+        transformer = components.transformer
+        self._dtype: torch.dtype = transformer.dtype
+        self._unfrozen: Unfrozen | None = None
+        self._keep_old = True
+        self._rows: int | None = None
+        self._text = text or TextEncoders(
+            components.text, components.conventions.max_sequence_length, transformer.device
+        )
+        self._after_change()
+
+    @abstractmethod
+    def _map(self, scope: Scope) -> FlowMap:
+        """The flow map, every network call of which runs in the context of `scope`."""
+
+    @abstractmethod
+    def _with_transformer(self, transformer: Any) -> AdaptedModel[C]:
+        """The same model around another transformer."""
+
+    @property
+    def spec(self) -> MapSpec:
+        """What kind of map it is and its sampling conventions."""
+        return self._spec
+
+    @property
+    def components(self) -> C:
+        """The modules themselves, for export and for tools of the diffusers ecosystem."""
+        return self._components
+
+    @property
+    def flow_map(self) -> FlowMap:
+        """The map with the adapter as it is set now."""
+        return self._policies.current
+
+    @property
+    def policies(self) -> AdapterPolicies:
+        """Current, old (the last `snapshot`) and reference (adapter off); only the first ever has gradients."""
+        return self._policies
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(c, h, w) of one latent."""
+        return self._latent_shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        device: torch.device = self._components.transformer.device
+        return device
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Prompt embeddings with the tensors of the family's text encoders, one row a prompt."""
+        return self._text.encode(prompts)
+
+    def text_uncached(self) -> AbstractContextManager[None]:
+        """Inside, every prompt is encoded, so that its time can be measured."""
+        return self._text.uncached()
+
+    def release_text(self) -> None:
+        """Frees the memory that the text encoders take of the device."""
+        self._text.release()
+
+    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
+        """Images in [0, 1], fp32: `vae.decode(z / scaling_factor + shift_factor)` mapped from [-1, 1] and clamped."""
+        vae, rows = self._components.vae, max(1, DECODE_PIXELS // self._spec.resolution**2)
+        # only some autoencoders have a shift
+        shift = vae.config.get("shift_factor") or 0.0
+        scaled = (latents / vae.config.scaling_factor + shift).to(vae.dtype)
+        images = torch.cat([vae.decode(chunk, return_dict=False)[0].float() for chunk in scaled.split(rows)])
+        return ((images + 1) / 2).clamp(0, 1)
+
+    def attach_adapter(self, rank: int, alpha: float, targets: Sequence[str], dropout: float, seed: int) -> int:
+        """Adds a trainable LoRA in fp32 (A gaussian from `seed`, B zero); returns the number of adapted modules.
+
+        Args:
+            rank: rank of the LoRA.
+            alpha: its scale, divided by the rank.
+            targets: presets of `fmg.models.lora_presets` or ends of names of linear modules.
+            dropout: probability of dropping an input of A, active in calls that record gradients.
+            seed: of the initial values; the global generator is not touched.
+
+        Raises:
+            UsageError: a value is out of range, a target matches nothing, or there is an adapter already.
+        """
+        adapted = adapter.attach(self._components.transformer, rank, alpha, targets, dropout, seed)
+        self._after_change()
+        return len(adapted)
+
+    def unfreeze(self, what: Literal["duration", "full"], *, old: bool = True, reference: bool = True) -> int:
+        """Trains weights of the base themselves, in fp32; returns the number of tensors.
+
+        A network that was loaded in bf16 and is unfrozen as a whole computes under bf16 autocast, so that its updates
+        are not rounded away.
+
+        Args:
+            what: `duration`: the embedder of the second time, beside a LoRA; `full`: every weight, without a LoRA.
+            old: whether `snapshot` keeps a copy for `policies.old`; only asked for with `full`.
+            reference: whether a copy of the base is kept for `policies.reference`; only asked for with `full`.
+
+        Raises:
+            UsageError: weights are unfrozen already, the map has no second time, or there is an adapter in the way.
+        """
+        transformer = self._components.transformer
+        if self._unfrozen is not None:
+            raise UsageError("Weights of the model are unfrozen already", "Load the model again.")
+        whole = what == "full"
+        chosen = dict(transformer.named_parameters()) if whole else self._second_time_parameters()
+        if any(adapter.is_adapter(name) or adapter.base_name(name) != name for name in chosen):
+            raise UsageError(
+                "A LoRA adapts weights that are to be trained themselves",
+                "Train one of the two: unfreeze before an adapter is attached, or adapt other modules.",
+            )
+        self._unfrozen = Unfrozen(chosen, keep_base=reference or not whole, whole=whole)
+        self._keep_old = old or not whole
+        self._after_change()
+        return len(chosen)
+
+    def fix_rows(self, rows: int | None) -> None:
+        """Fills network calls with fewer rows up to `rows`, so that kernels see one shape; None leaves them."""
+        self._rows = rows
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of the adapter, then the unfrozen ones, by the names they have in saved files."""
+        yield from adapter.adapter_parameters(self._components.transformer).items()
+        if self._unfrozen is not None:
+            yield from self._unfrozen.parameters.items()
+
+    def snapshot(self) -> None:
+        """Freezes a copy of the trainable weights as `policies.old`, unless `unfreeze` was told that nobody asks."""
+        self._scopes.snapshot()
+
+    @contextmanager
+    def adapter_enabled(self, enabled: bool) -> Iterator[None]:
+        """Runs the body with what is trained of `flow_map`, or with the base."""
+        with self._scopes.adapter(enabled=enabled):
+            yield
+
+    def base_digest(self) -> str:
+        """Sha256 over the transformer's base weights in memory; training must not change it.
+
+        After `shard` every process asks for it.
+
+        Raises:
+            CompositionError: every weight is trained and no copy of the base was kept.
+        """
+        base = {} if self._unfrozen is None else self._unfrozen.base_tensors()
+        with self.gathered():
+            return live_digest(self._components.transformer, base)
+
+    def shard(self) -> None:
+        """Keeps only this process's part of the frozen weights in memory (FSDP2); what is trained stays whole.
+
+        Raises:
+            CompositionError: nothing is frozen.
+        """
+        shard_frozen(self._components.transformer)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Runs the body with all weights in this process, as `save_adapter` needs them; all processes enter."""
+        with gathered(self._components.transformer):
+            yield
+
+    def save_adapter(self, folder: Path) -> None:
+        """Writes what is trained to a new folder, all or nothing.
+
+        A LoRA is written as `pytorch_lora_weights.safetensors`, the PEFT folder `peft/` and `fmg_adapter.json`, with
+        an embedder that was trained beside it as `fmg_extra.safetensors`; a network that was unfrozen as a whole as the
+        component folder `transformer/`, in the dtype that the base was loaded in, and `fmg_transformer.json`.
+
+        What is written is proven first: stock diffusers reads it back and draws the same picture.
+
+        Raises:
+            UsageError: there is nothing to save, or the folder exists.
+            CheckpointError: the files do not give the model back; they are not kept.
+        """
+        parts, unfrozen = self._components, self._unfrozen
+        if unfrozen is not None and unfrozen.whole:
+            full_files.save(
+                folder, parts.transformer, self._base, parts.conventions, self._dtype, self._prove_component
+            )
+            return
+        extra = {} if unfrozen is None else unfrozen.parameters
+        adapter_files.save(folder, parts.transformer, self.pipeline, self._base, parts.conventions, self._prove, extra)
+
+    def load_adapter(self, folder: Path) -> None:
+        """Reads what `save_adapter` wrote, into what is attached and unfrozen or, where nothing is, as saved.
+
+        Nothing changes when it fails.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, it was trained on other weights, its tensors do not fit, or
+                another adapter is attached.
+        """
+        if full_files.is_full(folder):
+            self._load_component(folder)
+            return
+        manifest = adapter_files.read_manifest(folder)
+        self._check_base(folder, manifest.base)
+        extra = adapter_files.extra_shapes(folder, manifest, self._second_time_shapes())
+        tensors = adapter_files.read_tensors(folder, self._shapes(folder, manifest) | extra)
+        if self._scopes.layers:
+            self._check_geometry(folder, manifest)
+        else:
+            self.attach_adapter(manifest.rank, manifest.alpha, manifest.targets, manifest.dropout, seed=0)
+        if extra and self._unfrozen is None:
+            self.unfreeze("duration")
+        with torch.no_grad():
+            for name, parameter in self.trainable():
+                parameter.copy_(tensors[name])
+        self.snapshot()
+
+    def _load_component(self, folder: Path) -> None:
+        self._check_base(folder, full_files.read_manifest(folder).base)
+        unfrozen = self._unfrozen
+        if self._scopes.layers or (unfrozen is not None and not unfrozen.whole):
+            raise CheckpointError(
+                f"{folder} holds every weight of a transformer, and this model has an adapter",
+                "Load it into a model without one.",
+            )
+        full_files.load_into(self._components.transformer, folder)
+        self._scopes.base_lost = unfrozen is None
+        self.snapshot()
+
+    def _prove(self, folder: Path) -> None:
+        transformer = self._components.transformer
+        base = {} if self._unfrozen is None else self._unfrozen.base_tensors()
+        fresh = prove.reloaded(transformer, folder, self.pipeline, base)
+        prove.check_adapter(transformer, fresh, folder)
+        if self._unfrozen is not None:
+            # what no loader of diffusers knows is read as `load_adapter` reads it
+            manifest = adapter_files.read_manifest(folder)
+            extra = adapter_files.extra_shapes(folder, manifest, self._unfrozen.shapes)
+            tensors = adapter_files.read_tensors(folder, self._shapes(folder, manifest) | extra)
+            prove.check_tensors(self._unfrozen.parameters, {name: tensors[name] for name in extra}, folder)
+            placed = {name: tensors[name].to(transformer.device) for name in extra}
+            fresh.load_state_dict(placed, strict=False, assign=True)
+        self._prove_picture(fresh, folder)
+
+    def _prove_component(self, folder: Path) -> None:
+        transformer = self._components.transformer
+        stock = prove.component(transformer, folder / full_files.COMPONENT, self._dtype)
+        prove.check_tensors(transformer.state_dict(), stock.state_dict(), folder)
+        self._prove_picture(stock, folder)
+
+    def _prove_picture(self, stock: Any, folder: Path) -> None:
+        cond = self.encode([prove.PROMPT])
+        pictures = self._picture(cond), self._with_transformer(stock)._picture(cond)
+        prove.check_same(*pictures, self._dtype, folder)
+
+    @torch.no_grad()
+    def _picture(self, cond: Conditioning) -> Float[Tensor, "1 3 height width"]:
+        noise = prove.picture_noise(self.latent_shape, self.device)
+        start, end = torch.ones(1, device=self.device), torch.zeros(1, device=self.device)
+        return self.decode(self.flow_map.jump(noise, start, end, cond))
+
+    @cached_property
+    def _base(self) -> adapter_files.BaseReference:
+        # hashed when first asked for: an 8 B model takes seconds, and generating never needs it
+        return adapter_files.BaseReference.of(self._name, self._components.weights)
+
+    def _check_base(self, folder: Path, base: adapter_files.BaseReference) -> None:
+        if base.digest != self._base.digest:
+            raise CheckpointError(
+                f"The adapter in {folder} was trained on other weights of '{base.name}' than those of"
+                f" '{self._name}' here",
+                f"Load it into the model it was trained on (sha256 {base.digest[:12]}).",
+            )
+
+    def _second_time_parameters(self) -> dict[str, nn.Parameter]:
+        name = self.second_time_embedder
+        module = None if name is None else getattr(self._components.transformer, name, None)
+        if module is None:
+            raise UsageError(f"'{self._name}' has no embedder of a second time", "Train a LoRA, or a two-time map.")
+        return {f"{name}.{rest}": parameter for rest, parameter in module.named_parameters()}
+
+    def _second_time_shapes(self) -> dict[str, tuple[int, ...]]:
+        module = getattr(self._components.transformer, self.second_time_embedder or "", None)
+        if module is None:
+            return {}
+        return {f"{self.second_time_embedder}.{rest}": tuple(p.shape) for rest, p in module.named_parameters()}
+
+    def _shapes(self, folder: Path, manifest: adapter_files.AdapterManifest) -> dict[str, tuple[int, ...]]:
+        try:
+            return adapter.adapter_shapes(self._components.transformer, manifest.targets, manifest.rank)
+        except UsageError as error:
+            raise CheckpointError(
+                f"The adapter in {folder} does not fit the model: {error.what}",
+                "Load it into the model it was trained on.",
+            ) from None
+
+    def _check_geometry(self, folder: Path, manifest: adapter_files.AdapterManifest) -> None:
+        config = self._components.transformer.peft_config[adapter.ADAPTER]
+        attached = (config.r, float(config.lora_alpha), set(config.target_modules))
+        saved = (manifest.rank, manifest.alpha, set(manifest.targets))
+        trained = set() if self._unfrozen is None else set(self._unfrozen.parameters)
+        if trained and trained != set(manifest.extra):
+            raise CheckpointError(
+                f"The adapter in {folder} lacks the embedder of the second time, which this model trains",
+                "Load it into a model that trains a LoRA alone.",
+            )
+        if attached != saved:
+            raise CheckpointError(
+                f"The adapter in {folder} has rank {saved[0]}, alpha {saved[1]:g} on {', '.join(sorted(saved[2]))}, and"
+                f" the attached one has rank {attached[0]}, alpha {attached[1]:g} on {', '.join(sorted(attached[2]))}",
+                "Attach an adapter with the saved values, or load into a model without one.",
+            )
+
+    def _after_change(self) -> None:
+        trained = [parameter for _, parameter in self.trainable()]
+        self._scopes = PolicyScopes(
+            self._components.transformer, trained, self._unfrozen, self._dtype, keep_old=self._keep_old
+        )
+        self._policies = AdapterPolicies(
+            current=self._view(self._scopes.current),
+            old=self._view(self._scopes.old),
+            reference=self._view(self._scopes.reference),
+        )
+
+    def _view(self, scope: Scope) -> FlowMap:
+        return FixedRows(self._map(scope), lambda: self._rows)

@@ -1,0 +1,58 @@
+"""The base of a model spread over several processes: torch's FSDP2 on what is frozen.
+
+What is trained stays whole in every process. An adapter is a fraction of a percent of the model, it is fp32 over a base
+of another dtype, and optimizers such as Muon need whole matrices (ADR 6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from fmg.core.errors import CompositionError
+
+
+def shard_frozen(network: nn.Module) -> None:
+    """Keeps only this process's part of every frozen parameter; a block is gathered while it computes.
+
+    Units are the members of the network's module lists (its transformer blocks) and what is left of the network.
+
+    Raises:
+        CompositionError: nothing is frozen, so there is no base to spread.
+    """
+    parameters = list(network.parameters())
+    trained = {p for p in parameters if p.requires_grad}
+    if len(trained) == len(parameters):
+        raise CompositionError(
+            "FSDP2 spreads the frozen base over the processes, and every weight of this run is trained",
+            "Train an adapter, or use train.parallel=ddp.",
+        )
+    mesh = init_device_mesh(parameters[0].device.type, (dist.get_world_size(),))
+    blocks = [block for child in network.children() if isinstance(child, nn.ModuleList) for block in child]
+    for unit in (*blocks, network):
+        # the root too gives its weights back after a forward pass: a snapshot may take their place in the next one
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
+
+
+@contextmanager
+def gathered(network: nn.Module) -> Iterator[None]:
+    """Runs the body with the whole network in this process; nothing in the body communicates.
+
+    Every process enters. Parameters are plain tensors meanwhile, but for `state_dict`, which spreads them again. A
+    network that was never spread is as it is.
+    """
+    units = [module for module in network.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(True, recurse=False)

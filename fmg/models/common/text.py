@@ -1,0 +1,192 @@
+"""Prompt embeddings: computed once for each prompt, kept in memory and on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from fmg.core.lru import ByteCache
+from fmg.core.types import Conditioning
+from fmg.models.text_cache import Row, TextCache, encoder_key
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that encoding needs."""
+
+    model_max_length: int
+
+    def __call__(
+        self, text: list[str], *, padding: str, max_length: int, truncation: bool, return_tensors: str
+    ) -> TokenizedText:
+        """Token ids of a batch of texts, padded to `max_length`."""
+
+
+@runtime_checkable
+class TokenizedText(Protocol):
+    """What a tokenizer returns."""
+
+    @property
+    def input_ids(self) -> Int[Tensor, "b l"]:
+        """Token ids."""
+
+
+@runtime_checkable
+class TextStack(Protocol):
+    """The text encoders of a family of models, with their tokenizers."""
+
+    @property
+    def encoders(self) -> tuple[Any, ...]:
+        """The modules that compute."""
+
+    def embed(self, prompts: list[str], length: int) -> Mapping[str, Tensor]:
+        """The tensors of `Conditioning` by name, one row a prompt, where the encoders are.
+
+        Args:
+            prompts: what to encode.
+            length: length that tokens are padded and cut to.
+        """
+
+
+class TextEncoders:
+    """Encodes prompts by a family's `TextStack`, once for each distinct prompt.
+
+    The embeddings of recent prompts are kept, the least recently used go first.
+
+    Args:
+        stack: encoders and tokenizers.
+        max_sequence_length: length that tokens are padded and cut to.
+        device: where the embeddings go.
+        batch_size: prompts for one encoder call.
+        cache_bytes: bound on the memory of kept embeddings.
+        offload: whether the encoders compute on `device` and go back to where they were after each call.
+        disk: embeddings of earlier runs. A row is read back bit for bit; that it also equals what another batch would
+            have given takes `batch_size` 1.
+    """
+
+    def __init__(
+        self,
+        stack: TextStack,
+        max_sequence_length: int,
+        device: torch.device,
+        batch_size: int = 32,
+        cache_bytes: int = 256 * 2**20,
+        *,
+        offload: bool = False,
+        disk: TextCache | None = None,
+    ) -> None:
+        self._stack = stack
+        self._length = max_sequence_length
+        self._device = device
+        self._batch_size = batch_size
+        self._cache: ByteCache[Row] = ByteCache(cache_bytes)
+        self._remember = True
+        self._offload = offload
+        self._disk = disk
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning with the tensors of the stack, one row a prompt, in the encoders' dtype.
+
+        Raises:
+            ValueError: no prompt was given.
+        """
+        if not prompts:
+            raise ValueError("no prompts to encode")
+        distinct = tuple(dict.fromkeys(prompts))
+        found = {prompt: row for prompt in distinct if (row := self._known(prompt)) is not None}
+        missing = [prompt for prompt in distinct if prompt not in found]
+        with self._at_work(bool(missing)):
+            for start in range(0, len(missing), self._batch_size):
+                chunk = missing[start : start + self._batch_size]
+                for prompt, row in zip(chunk, self._rows(chunk), strict=True):
+                    found[prompt] = row
+                    if self._remember:
+                        self._cache.put(prompt, row)
+                    if self._remember and self._disk is not None:
+                        self._disk.put(prompt, row)
+        rows = [found[prompt] for prompt in distinct]
+        encoded = Conditioning(distinct, {name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+        if distinct == tuple(prompts):
+            return encoded
+        place = {prompt: index for index, prompt in enumerate(distinct)}
+        return encoded.select(torch.tensor([place[prompt] for prompt in prompts]))
+
+    @contextmanager
+    def uncached(self) -> Iterator[None]:
+        """Inside, every prompt is encoded, and none is remembered."""
+        self._remember = False
+        try:
+            yield
+        finally:
+            self._remember = True
+
+    def release(self) -> None:
+        """Moves the encoders to the CPU, where a prompt that comes later is encoded."""
+        for encoder in self._stack.encoders:
+            encoder.to("cpu")
+
+    def _known(self, prompt: str) -> Row | None:
+        if not self._remember:
+            return None
+        row = self._cache.get(prompt)
+        stored = self._disk.get(prompt) if row is None and self._disk is not None else None
+        if stored is None:
+            return row
+        row = {name: x.to(self._device) for name, x in stored.items()}
+        self._cache.put(prompt, row)
+        return row
+
+    @contextmanager
+    def _at_work(self, needed: bool) -> Iterator[None]:
+        """Runs the body with offloaded encoders on the device."""
+        encoders = self._stack.encoders if needed and self._offload else ()
+        rest = [encoder.device for encoder in encoders]
+        for encoder in encoders:
+            encoder.to(self._device)
+        try:
+            yield
+        finally:
+            for encoder, device in zip(encoders, rest, strict=True):
+                encoder.to(device)
+
+    @torch.no_grad()
+    def _rows(self, prompts: list[str]) -> list[Row]:
+        tensors = {name: x.to(self._device) for name, x in self._stack.embed(prompts, self._length).items()}
+        # clones, because a row that is a view would keep its whole batch alive in the cache
+        return [{name: x[i].clone() for name, x in tensors.items()} for i in range(len(prompts))]
+
+
+def cached_encoders(
+    stack: TextStack,
+    folder: Path,
+    components: Sequence[str],
+    length: int,
+    device: torch.device,
+    *,
+    place: Literal["model", "cpu", "offload"],
+    cache: bool,
+    facts: Sequence[str] = (),
+) -> TextEncoders:
+    """Encoders for a run: where a recipe wants them, and with its cache on disk.
+
+    Args:
+        stack: encoders and tokenizers.
+        folder: the pipeline folder that they were read from.
+        components: their folders in it.
+        length: length that tokens are padded and cut to.
+        device: where the embeddings go.
+        place: where the encoders compute and rest: beside the model, on the CPU, or offloaded.
+        cache: whether embeddings are kept on disk.
+        facts: what decides an embedding besides the files.
+    """
+    encoder = stack.encoders[-1]
+    computes_on = encoder.device if place == "cpu" else device
+    disk = TextCache(encoder_key(folder, components, length, encoder.dtype, computes_on, *facts)) if cache else None
+    # one prompt a call, so that an embedding does not depend on what else was missing when it was made
+    return TextEncoders(stack, length, device, batch_size=1, offload=place == "offload", disk=disk)

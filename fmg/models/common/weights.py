@@ -1,0 +1,179 @@
+"""Weights of a transformer: safetensors files, single or sharded, checked by name and shape, streamed into place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from fmg.core.errors import CheckpointError
+
+INDEX_FILE = "diffusion_pytorch_model.safetensors.index.json"
+_RESTORE = "Restore the folder from where the model came from."
+WINDOW_BYTES = 64 * 2**20
+"""What is read between two openings of a file: mapped pages count as the process's memory until it is closed."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+T = TypeVar("T", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """Tensors of safetensors files: where they came from, and the file of each by name."""
+
+    origin: Path
+    files: Mapping[str, Path]
+
+
+def folder_weights(folder: Path) -> WeightFiles:
+    """The tensors of a diffusers component folder, in one file or sharded.
+
+    Raises:
+        CheckpointError: there is no safetensors file, or it or its index cannot be read.
+    """
+    index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
+    single = next(iter(sorted(folder.glob("*.safetensors"))), None)
+    if index is None and single is None:
+        raise CheckpointError(
+            f"{folder} has no .safetensors file",
+            f"Other formats are not read, because a pickle can run code. {_RESTORE}",
+        )
+    try:
+        if index is None:
+            assert single is not None
+            return WeightFiles(folder, dict.fromkeys(tensor_names(single), single))
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return WeightFiles(folder, {str(name): folder / str(file) for name, file in shards.items()})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
+        raise unreadable(folder, error) from error
+
+
+def check_names(wanted: Shapes, given: Shapes, origin: Path) -> None:
+    """Refuses weights with missing, left-over or wrongly shaped tensors.
+
+    Raises:
+        CheckpointError: naming them.
+    """
+    absent, extra = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
+    for problem, names in (("missing keys", absent), ("unexpected keys", extra)):
+        if names:
+            raise CheckpointError(
+                f"The weights in {origin} have {problem}: {some(names)}",
+                "Give the file that belongs to this model and teacher, or restore it from where it came from.",
+            )
+    for name in sorted(wanted):
+        if wanted[name] != given[name]:
+            raise CheckpointError(
+                f"The weights in {origin} cannot be loaded: {name} has shape {given[name]} instead of {wanted[name]}",
+                "Give the file and the config of one model.",
+            )
+
+
+def load_transformer(
+    cls: type[T],
+    config: Mapping[str, Any],
+    weights: WeightFiles,
+    device: torch.device,
+    dtype: torch.dtype,
+    check: Callable[[Shapes, Shapes, Path], None] = check_names,
+) -> T:
+    """A transformer with exactly these tensors, streamed straight to `device` in `dtype`.
+
+    The modules are made without memory, and each tensor goes from its file to its place, so the host holds at most
+    one window of a file besides a model on the CPU.
+
+    Args:
+        cls: class of the transformer, a diffusers model.
+        config: its config.
+        weights: its tensors.
+        device: where it goes.
+        dtype: of its weights.
+        check: what refuses names and shapes that do not fit, as `check_names` does.
+
+    Raises:
+        CheckpointError: the config does not describe a transformer, or the tensors do not fit it.
+    """
+    transformer = empty_transformer(cls, config, weights.origin)
+    wanted = transformer_shapes(transformer)
+    try:
+        check(wanted, stored_shapes(weights), weights.origin)
+        for chunk in weight_windows(weights):
+            placed = {name: x.to(device=device, dtype=dtype, copy=True) for name, x in chunk.items()}
+            transformer.load_state_dict(placed, strict=False, assign=True)
+    except (OSError, SafetensorError, KeyError) as error:
+        raise unreadable(weights.origin, error) from error
+    return transformer
+
+
+def empty_transformer(cls: type[T], config: Mapping[str, Any], origin: Path) -> T:
+    """The transformer of a diffusers config on the meta device: names and shapes without memory.
+
+    Raises:
+        CheckpointError: a value of the config is impossible.
+    """
+    try:
+        with torch.device("meta"):
+            transformer: T = cls.from_config({**config, "_class_name": cls.__name__})  # type: ignore[attr-defined]
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise unreadable(origin, error) from error
+    return transformer
+
+
+def transformer_shapes(transformer: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of the state dict."""
+    return {name: tuple(x.shape) for name, x in transformer.state_dict().items()}
+
+
+def some(names: Sequence[str]) -> str:
+    """At most five of the names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def stored_shapes(weights: WeightFiles) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors by the headers of their files."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file, names in _by_file(weights.files):
+        with safe_open(str(file), framework="pt") as opened:
+            shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in names}
+    return shapes
+
+
+def weight_windows(weights: WeightFiles) -> Iterator[dict[str, Tensor]]:
+    """All tensors, file by file, as many at a time as fit a window; at least one."""
+    for file, names in _by_file(weights.files):
+        pending = list(names)
+        while pending:
+            chunk: dict[str, Tensor] = {}
+            size = 0
+            with safe_open(str(file), framework="pt") as opened:
+                while pending and size < WINDOW_BYTES:
+                    tensor: Tensor = opened.get_tensor(pending[0])
+                    chunk[pending.pop(0)] = tensor
+                    size += tensor.nbytes
+            yield chunk
+
+
+def _by_file(files: Mapping[str, Path]) -> Iterator[tuple[Path, list[str]]]:
+    ordered = sorted(files, key=lambda name: (str(files[name]), name))
+    for file, names in groupby(ordered, key=lambda name: files[name]):
+        yield file, list(names)
+
+
+def tensor_names(file: Path) -> list[str]:
+    """Names in a safetensors file."""
+    with safe_open(str(file), framework="pt") as opened:
+        return list(opened.keys())
+
+
+def unreadable(origin: Path, error: BaseException) -> CheckpointError:
+    """The error of weights that a library cannot read, with the first line of its reason."""
+    lines = str(error).strip().splitlines()
+    reason = lines[0] if lines else type(error).__name__
+    return CheckpointError(f"{origin} cannot be loaded: {reason}", "Restore it from where the model came from.")

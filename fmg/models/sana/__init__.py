@@ -1,0 +1,1 @@
+"""SANA-Sprint: a single-time consistency model on the trig path with linear attention."""

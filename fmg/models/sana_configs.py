@@ -1,0 +1,107 @@
+"""Options of SANA-Sprint. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+
+from fmg.core.geometry import ModelGeometry
+from fmg.models.conventions import FlowMapConventions
+from fmg.models.published import PublishedConfig
+from fmg.models.sana.geometry import sana_geometry
+from fmg.models.sana.size import SPRINT_06B, SPRINT_16B, SanaSize
+from fmg.models.sources import HubSource, Part, parse_source, read_json
+from fmg.registry.config import About
+
+COMPONENTS = ("vae", "text_encoder", "transformer")
+_FILES = (
+    "model_index.json",
+    "tokenizer/*",
+    *(f"{name}/{files}" for name in COMPONENTS for files in ("*.json", "*.safetensors")),
+)
+_TERMS = "NSCL v2-custom (NVIDIA License, its LICENSE.txt); text encoder: Gemma Terms of Use"
+_GEMMA_GB, _DCAE_GB = 5.2, 1.2
+_SCALE = 32
+
+
+class SanaSprintConfig(PublishedConfig):
+    """SANA-Sprint in a diffusers pipeline folder: a single-time consistency model of 0.6 or 1.6 B parameters."""
+
+    recipe: ClassVar[str | None] = "sana-sprint"
+    # at 1024 px the activations weigh more than so small a transformer, and the autoencoder is not small beside it
+    work_space: ClassVar[float] = 4.5
+    about: ClassVar[About] = About(
+        licence=f"{_TERMS}; as the model cards state them, not checked here",
+        citation="Chen et al. 2025, SANA-Sprint: One-Step Diffusion with Continuous-Time Consistency Distillation, "
+        "arXiv 2503.09641",
+        weights=(
+            "Efficient-Large-Model/Sana_Sprint_0.6B_1024px_diffusers: about 7.6 GB",
+            "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers: about 9.6 GB",
+        ),
+    )
+
+    folder: str = Field(
+        min_length=1, description="Pipeline folder: hub id owner/name@revision, or a local diffusers folder."
+    )
+    resolution: int = Field(default=1024, gt=0, multiple_of=_SCALE, description="Side of the square image in pixels.")
+    guidance: float = Field(default=4.5, ge=0, description="Embedded guidance scale.")
+    max_sequence_length: int = Field(
+        default=300, ge=2, le=512, description="Tokens of the prompt that the transformer sees."
+    )
+    instruction: bool = Field(
+        default=True,
+        description="Put the authors' instruction to the text encoder (enhance this prompt) before each prompt, as "
+        "their pipeline does.",
+    )
+
+    def conventions(self) -> FlowMapConventions:
+        """One time on the trig path, unscaled; two steps, at the angles of diffusers' SCMScheduler."""
+        return FlowMapConventions(
+            schema=1,
+            map="single-time",
+            path="trig",
+            time_scale=1.0,
+            second_time="none",
+            resolution=self.resolution,
+            max_sequence_length=self.max_sequence_length,
+            default_steps=2,
+            default_grid="scm-angle",
+            guidance=self.guidance,
+        )
+
+    def parts(self) -> tuple[Part, ...]:
+        """The one folder."""
+        return (self.architecture(),)
+
+    def architecture(self) -> Part:
+        """The one folder."""
+        size = 2 * SanaSize(self._published()).parameters / 1e9 + _GEMMA_GB + _DCAE_GB
+        return Part("pipeline", "folder", self.folder, COMPONENTS, _FILES, size, _TERMS)
+
+    def transformer(self) -> Mapping[str, object]:
+        """The transformer's `config.json` in a local folder, else the published one."""
+        source = parse_source(self.folder)
+        stated = read_json(source / "transformer" / "config.json") if isinstance(source, Path) else None
+        return stated or self._published()
+
+    def geometry(self) -> ModelGeometry:
+        """Measures by the JSON files and safetensors headers of the folder, or as published."""
+        return sana_geometry(
+            self.folder_here(),
+            self._published(),
+            self.conventions(),
+            checkpointing=self.gradient_checkpointing,
+            encoders_resident=self.text_device == "model",
+        )
+
+    def parameters(self) -> int:
+        """Parameters of the transformer, by its `config.json` in a local folder, else by the published one."""
+        return SanaSize(self.transformer()).parameters
+
+    def _published(self) -> Mapping[str, object]:
+        source = parse_source(self.folder)
+        name = source.repository if isinstance(source, HubSource) else ""
+        return SPRINT_16B if "1.6b" in name.lower() else SPRINT_06B

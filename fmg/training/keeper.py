@@ -1,0 +1,106 @@
+"""What a run keeps of its weights: their moving average, checkpoints for use, and the state that it resumes from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from fmg.core.protocols import Shardable
+from fmg.data.checkpoints import CheckpointIndex
+from fmg.data.run_folder import RunFolder
+from fmg.training.checkpoint import drop_unscored, save_checkpoint
+from fmg.training.compose import Composed
+from fmg.training.ema import Ema, averaged_keys
+from fmg.training.gates import replica_gate
+from fmg.training.keys import EMA_SCORE_KEY, SCORE_KEY
+from fmg.training.observe import Watcher
+from fmg.training.processes import Processes
+from fmg.training.resume import Live, Progress, SavedState, rewind_metrics, save_state
+
+
+@dataclass
+class Keeper:
+    """Saves the trained weights of a run, raw and averaged, and its state.
+
+    Attributes:
+        composed: the live parts of the run.
+        run: where to.
+        ema: the moving average, where the recipe asks for one.
+        live: what a state is made of.
+        processes: those of the run; all of them make each call, and the first writes.
+    """
+
+    composed: Composed
+    run: RunFolder
+    ema: Ema | None
+    live: Live
+    processes: Processes
+
+    @classmethod
+    def make(
+        cls,
+        composed: Composed,
+        run: RunFolder,
+        named: list[tuple[str, Parameter]],
+        optimizer: Optimizer,
+        processes: Processes,
+    ) -> Keeper:
+        """The keeper of a run over these trained parameters."""
+        decay = composed.recipe.train.ema_decay
+        ema = None if decay is None else Ema([p for _, p in named], decay)
+        return cls(composed, run, ema, Live(named, optimizer, ema, composed.model.device), processes)
+
+    def updated(self) -> None:
+        """After an optimizer step: the average follows."""
+        if self.ema is not None:
+            self.ema.update()
+
+    def evaluate(self, iteration: int, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """`eval/...` of the weights and, where there is an average, `eval_ema/...` of it, on the same noise."""
+        metrics = evaluate()
+        if self.ema is None:
+            return metrics
+        if iteration == 0:
+            # nothing has been averaged yet, so both are the untouched base
+            return {**metrics, **averaged_keys(metrics)}
+        with self.ema.in_place():
+            return {**metrics, **averaged_keys(evaluate())}
+
+    def checkpoint(self, iteration: int, metrics: Mapping[str, float]) -> CheckpointIndex:
+        """Saves the weights and their average; `metrics` has their scores, or nothing when they have none."""
+        replica_gate(self.processes, self.live.trained)
+        index = self._saved(iteration, SCORE_KEY, metrics.get(SCORE_KEY), ema=False)
+        if self.ema is None or iteration == 0:
+            return index
+        with self.ema.in_place():
+            return self._saved(iteration, EMA_SCORE_KEY, metrics.get(EMA_SCORE_KEY), ema=True)
+
+    def _saved(self, iteration: int, key: str, score: float | None, *, ema: bool) -> CheckpointIndex:
+        run, model = self.run.path, self.composed.model
+        with model.gathered() if isinstance(model, Shardable) else nullcontext():
+            text = self.processes.on_first(
+                lambda: save_checkpoint(run, model, iteration, key, score, ema=ema).to_json()
+            )
+        return CheckpointIndex.from_json(text)
+
+    def state(self, progress: Progress, watcher: Watcher) -> None:
+        """Saves the state when its turn has come: at the start, then every `train.state_every` iterations."""
+        train = self.composed.recipe.train
+        ended = progress.iteration == train.iterations
+        if train.state_every is not None and progress.iteration % train.state_every == 0 and not ended:
+            self.processes.on_first(
+                lambda: str(save_state(self.run, self.composed.recipe, progress, self.live, watcher.first))
+            )
+
+    def restore(self, saved: SavedState, watcher: Watcher) -> tuple[CheckpointIndex, list[dict[str, float]]]:
+        """Puts a run back to `saved`: weights, files and pictures; returns its checkpoints and its metrics so far."""
+        saved.restore(self.live)
+        watcher.first = saved.pictures()
+        text = self.processes.on_first(lambda: json.dumps(rewind_metrics(self.run, saved.progress.lines)))
+        index = self.processes.on_first(lambda: drop_unscored(self.run.path).to_json())
+        return CheckpointIndex.from_json(index), json.loads(text)

@@ -1,0 +1,153 @@
+"""The processes of a run, as a launcher states them in the environment. Imports no torch.
+
+`torchrun` and `accelerate launch` set `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR` and `MASTER_PORT`; so can a
+shell script. Of Accelerate's own variables only the choice of the engine is read (docs/distributed.md).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from fmg.core.errors import UsageError
+from fmg.registry.recipe import Recipe
+
+Engine = Literal["ddp", "fsdp2"]
+
+_LAUNCH = "Start with torchrun or accelerate launch, which set it, or unset WORLD_SIZE for one process."
+_TRUE = ("1", "true", "yes", "y", "t", "on")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among those of a run: `rank` of `count`, and `local_rank` on its machine."""
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether it is the one that writes and prints."""
+        return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other."""
+        return self.count == 1
+
+
+def world_size(environment: Mapping[str, str] | None = None) -> int:
+    """The number of processes that the environment states; 1 without a statement.
+
+    Raises:
+        UsageError: `WORLD_SIZE` is not a number of processes.
+    """
+    return _number(os.environ if environment is None else environment, "WORLD_SIZE", 1, least=1)
+
+
+def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
+    """This process as the environment describes it; alone when nothing does.
+
+    Raises:
+        UsageError: a variable is missing, not a number or out of range.
+    """
+    env = os.environ if environment is None else environment
+    count = world_size(env)
+    if count == 1:
+        return Launch()
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not env.get(name):
+            raise UsageError(f"WORLD_SIZE is {count}, and {name} is not set", _LAUNCH)
+    rank = _number(env, "RANK", 0)
+    if rank >= count:
+        raise UsageError(f"RANK is {rank}, and there are {count} processes", "Count ranks from 0 to WORLD_SIZE - 1.")
+    if not 0 < _number(env, "MASTER_PORT", 0) < 2**16:
+        raise UsageError(f"MASTER_PORT is {env['MASTER_PORT']}, which is no port", "Use a free one, such as 29500.")
+    # a launcher always states it; a shell script for one machine may leave it out
+    return Launch(rank, count, _number(env, "LOCAL_RANK", rank))
+
+
+def choose_engine(recipe: Recipe, environment: Mapping[str, str] | None = None) -> Engine:
+    """How several processes share the model: what the recipe says, or with `auto` what Accelerate was configured for.
+
+    Raises:
+        UsageError: Accelerate was configured for an engine that is not there, or against the recipe.
+    """
+    env = os.environ if environment is None else environment
+    stated = recipe.train.parallel
+    asked = _asked_of_accelerate(env)
+    if asked is not None and stated not in ("auto", asked):
+        raise UsageError(
+            f"Accelerate is configured for {asked}, and the recipe says train.parallel={stated}",
+            "Leave train.parallel at auto, or use the other configuration under configs/accelerate.",
+        )
+    return asked or ("ddp" if stated == "auto" else stated)
+
+
+def check_shares(recipe: Recipe, count: int) -> None:
+    """Whether every process has work.
+
+    Raises:
+        UsageError: there are more processes than samples in an iteration.
+    """
+    samples = recipe.rollout.groups * recipe.rollout.group_size
+    if count > samples:
+        raise UsageError(
+            f"{count} processes cannot share the {samples} samples of an iteration",
+            "Start fewer, or raise rollout.groups or rollout.group_size.",
+        )
+
+
+def device_of(recipe: Recipe, launch: Launch) -> str:
+    """The device of this process by name: with several processes each takes the CUDA device of its local rank.
+
+    Raises:
+        UsageError: the recipe names one CUDA device for several processes.
+    """
+    stated = recipe.train.device
+    if launch.alone or stated in ("auto", "cpu"):
+        return stated
+    if stated != "cuda":
+        raise UsageError(
+            f"The recipe names the one device '{stated}' for {launch.count} processes",
+            "Use --device cuda: each process then takes its own.",
+        )
+    return f"cuda:{launch.local_rank}"
+
+
+def _asked_of_accelerate(env: Mapping[str, str]) -> Engine | None:
+    for name, engine in (("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
+        if _is_true(env.get(f"ACCELERATE_USE_{name}", "")):
+            raise UsageError(
+                f"Accelerate is configured for {engine}, which fmg does not run on",
+                "Use a configuration under configs/accelerate: ddp.yaml or fsdp2.yaml.",
+            )
+    if not _is_true(env.get("ACCELERATE_USE_FSDP", "")):
+        return None
+    if env.get("FSDP_VERSION", "1") != "2":
+        raise UsageError(
+            "Accelerate is configured for the first version of FSDP, which fmg does not run on",
+            "Set fsdp_version: 2, as configs/accelerate/fsdp2.yaml does.",
+        )
+    if _is_true(env.get("FSDP_OFFLOAD_PARAMS", "")):
+        raise UsageError(
+            "Accelerate is configured to offload parameters to the CPU, which fmg does not do",
+            "Set fsdp_offload_params: false.",
+        )
+    return "fsdp2"
+
+
+def _is_true(text: str) -> bool:
+    return text.strip().lower() in _TRUE
+
+
+def _number(env: Mapping[str, str], name: str, default: int, least: int = 0) -> int:
+    text = env.get(name, "").strip()
+    if not text:
+        return default
+    if not text.isascii() or not text.isdigit() or int(text) < least:
+        raise UsageError(f"{name} is '{text}', which is not a whole number from {least} on", f"Set or unset {name}.")
+    return int(text)

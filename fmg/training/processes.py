@@ -1,0 +1,253 @@
+"""What the processes of a run do together. For one process alone everything here does nothing, and copies nothing.
+
+Every method that communicates is called by all processes in the same order with the same shapes.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn import Parameter
+
+from fmg.core import errors
+from fmg.core.errors import FmgError
+
+T = TypeVar("T")
+
+# Bytes of gradients that travel together: large enough for the bandwidth, small beside a model.
+_BUCKET = 2**26
+
+
+class _Rows(Protocol):
+    """Anything with rows: a batch, or conditioning."""
+
+    def __len__(self) -> int: ...
+
+    def select(self, rows: Int[Tensor, " k"], /) -> Any:
+        """The given rows."""
+
+
+Rows = TypeVar("Rows", bound=_Rows)
+
+
+@dataclass(frozen=True)
+class Share:
+    """The rows of `total` that one of `count` processes works on: consecutive, and as many for each.
+
+    Where `total` does not divide, the last row fills up, so that all processes make the same network calls.
+    """
+
+    total: int
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def size(self) -> int:
+        """Rows of each process, with those that fill up."""
+        return -(-self.total // self.count)
+
+    @property
+    def own(self) -> int:
+        """Rows of this process without those that fill up."""
+        return max(0, min(self.size, self.total - self.rank * self.size))
+
+    @property
+    def rows(self) -> Int[Tensor, " size"]:
+        """Indices of the rows; the first `own` are this process's."""
+        start = self.rank * self.size
+        return torch.arange(start, start + self.size).clamp_(max=self.total - 1)
+
+
+@dataclass
+class Processes:
+    """This process among those of a run.
+
+    Attributes:
+        rank: 0 for the process that writes and reports.
+        count: number of processes.
+        device: where tensors of collective operations live.
+    """
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    _stop_asked: threading.Event = field(default_factory=threading.Event, init=False)
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other process."""
+        return self.count == 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes and reports."""
+        return self.rank == 0
+
+    def share(self, total: int) -> Share:
+        """This process's share of `total` rows."""
+        return Share(total, self.rank, self.count)
+
+    def own(self, whole: Rows) -> Rows:
+        """This process's share of the rows of `whole`; `whole` itself for one process."""
+        if self.alone:
+            return whole
+        picked: Rows = whole.select(self.share(len(whole)).rows)
+        return picked
+
+    def gather(self, own: Tensor, total: int) -> Tensor:
+        """The `total` rows of which every process holds its share, in order, where `own` is.
+
+        Args:
+            own: this process's share, filled up as `Share` says: (size, ...).
+            total: rows of all.
+        """
+        if self.alone:
+            return own
+        # not every backend knows truth values
+        sent = own.contiguous().to(torch.uint8 if own.dtype == torch.bool else own.dtype)
+        everyone = sent.new_empty((self.count * len(sent), *sent.shape[1:]))
+        dist.all_gather_into_tensor(everyone, sent)
+        return everyone[:total].to(own.dtype)
+
+    def sum_gradients(self, parameters: Sequence[Parameter]) -> None:
+        """Replaces every gradient by its sum over the processes, which then hold the same bits."""
+        if self.alone:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for bucket in _buckets(gradients):
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            dist.all_reduce(flat)
+            for gradient, summed in zip(bucket, flat.split([x.numel() for x in bucket]), strict=True):
+                gradient.copy_(summed.view_as(gradient))
+
+    def combine(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sums over the processes, and maxima for keys that end in `_max`; the keys are the same everywhere."""
+        if self.alone:
+            return dict(values)
+        own = torch.tensor(list(values.values()), dtype=torch.float64)
+        columns = self.gather(own[None], self.count).T
+        return {
+            key: float(column.max()) if key.endswith("_max") else float(column.sum())
+            for key, column in zip(values, columns, strict=True)
+        }
+
+    def largest(self, value: float) -> float:
+        """The largest value of any process; NaN when one is."""
+        return self.combine({"_max": value})["_max"]
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Runs `work` in every process; when it fails in one, all raise the error of the lowest rank that has one."""
+        if self.alone:
+            return work()
+        result: list[T] = []
+        failure = ""
+        try:
+            result.append(work())
+        except FmgError as error:
+            failure = _packed(error)
+        self._raise_agreed(next(filter(None, self.texts(failure)), ""))
+        return result[0]
+
+    def on_first(self, work: Callable[[], str | None]) -> str:
+        """Runs `work` in the first process alone; all get its text (empty for None), or raise its error."""
+        if self.alone:
+            return work() or ""
+        text, failure = "", ""
+        if self.first:
+            try:
+                text = work() or ""
+            except (FmgError, OSError) as error:
+                failure = _packed(error)
+        self._raise_agreed(self.texts(failure)[0])
+        return self.texts(text)[0]
+
+    def first_goes_ahead(self, work: Callable[[], T]) -> T:
+        """Runs `work` in the first process, then in the others, so that what it caches is made once."""
+        if self.alone:
+            return work()
+        ahead = self.together(lambda: [work()] if self.first else [])
+        return self.together(lambda: ahead[0] if ahead else work())
+
+    def texts(self, text: str) -> list[str]:
+        """The text of every process, by rank. Sent as bytes: nothing that is received is ever unpickled."""
+        if self.alone:
+            return [text]
+        data = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        lengths = self.gather(torch.tensor([len(data)]), self.count).tolist()
+        padded = torch.cat([data, data.new_zeros(max(1, *lengths) - len(data))])
+        everyone = self.gather(padded[None], self.count)
+        return [bytes(row[:length].tolist()).decode() for row, length in zip(everyone, lengths, strict=True)]
+
+    def check_stop(self) -> None:
+        """Raises `KeyboardInterrupt` in every process when one has been asked to stop since."""
+        if not self.alone and self.largest(float(self._stop_asked.is_set())) > 0:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """Makes the first Ctrl-C wait for the next `check_stop`, where all processes stop at one point of the run."""
+        if self.alone or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.getsignal(signal.SIGINT)
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            self._stop_asked.set()
+            # a second one is meant at once
+            signal.signal(signal.SIGINT, before)
+
+        signal.signal(signal.SIGINT, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _raise_agreed(self, packed: str) -> None:
+        if packed:
+            error = _unpacked(packed)
+            if isinstance(error, FmgError):
+                error.reported = not self.first
+            raise error
+
+
+def _packed(error: FmgError | OSError) -> str:
+    if isinstance(error, FmgError):
+        return json.dumps([type(error).__name__, error.what, error.fix])
+    return json.dumps(["", error.errno, error.strerror])
+
+
+def _unpacked(text: str) -> FmgError | OSError:
+    name, what, fix = json.loads(text)
+    if not name:
+        return OSError(what, fix)
+    kind = getattr(errors, name, FmgError)
+    return kind(what, fix)  # type: ignore[no-any-return]
+
+
+def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one dtype that together fill a bucket."""
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        full = sum(x.nbytes for x in bucket) >= _BUCKET
+        if bucket and (full or gradient.dtype != bucket[0].dtype):
+            yield bucket
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        yield bucket
+
+
+def weighted(parts: Mapping[str, float], share: float) -> dict[str, float]:
+    """Means over some rows as their part of the mean over all; maxima (`_max`) stay what they are."""
+    return {key: value if key.endswith("_max") else value * share for key, value in parts.items()}

@@ -1,0 +1,176 @@
+"""The full state of a run, from which it goes on as if it had never stopped.
+
+RUN/state/iteration-N/{state.json, state.safetensors}: the trained weights, the optimizer, the moving average, how far
+the run and its gates are, the pictures of before, and the global random generators. Noise, prompts and partitions need
+nothing, because they are keyed by (seed, iteration). The newest state is the only one that stays, and a finished run
+has none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from fmg.core.cache import new_folder
+from fmg.core.errors import CheckpointError, UsageError
+from fmg.data.pictures import GridRow
+from fmg.data.run_folder import RunFolder, read_metrics, write_atomic
+from fmg.data.states import check_resumable, newest_state, state_folder
+from fmg.registry.recipe import Recipe
+from fmg.training.ema import Ema
+from fmg.training.state_files import generator_states, read_state, restore_generators, write_state
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is, at the end of an iteration.
+
+    Attributes:
+        iteration: iterations done.
+        touched: the last of them that changed the weights.
+        lines: lines of `metrics.jsonl`.
+        gate_checked: rollouts that the replay gate has looked at.
+        gate_recompute: whether it decided to recompute old log-probs.
+        moved: whether the movement gate has passed.
+    """
+
+    iteration: int
+    touched: int
+    lines: int
+    gate_checked: int
+    gate_recompute: bool
+    moved: bool
+
+
+@dataclass(frozen=True)
+class Live:
+    """What a state is taken from and put back into."""
+
+    trained: Sequence[tuple[str, Parameter]]
+    optimizer: Optimizer
+    ema: Ema | None
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A state on disk that fits its run."""
+
+    progress: Progress
+    content: Mapping[str, Any]
+
+    def pictures(self) -> tuple[GridRow, ...]:
+        """The pictures of the untouched model, to the nearest of 256 levels."""
+        return tuple(GridRow(prompt, images.float() / 255) for prompt, images in self.content["pictures"])
+
+    def restore(self, live: Live) -> None:
+        """Puts weights, optimizer, average and generators back where they were, bit for bit.
+
+        Raises:
+            CheckpointError: the state holds other tensors than this run trains.
+        """
+        trained: Mapping[str, Tensor] = self.content["trained"]
+        wanted = {name: tuple(p.shape) for name, p in live.trained}
+        if wanted != {name: tuple(x.shape) for name, x in trained.items()}:
+            raise CheckpointError(
+                "The saved state is of other tensors than the run trains",
+                "Restore the model that the run was begun with.",
+            )
+        with torch.no_grad():
+            for name, parameter in live.trained:
+                parameter.copy_(trained[name])
+        live.optimizer.load_state_dict(self.content["optimizer"])
+        if live.ema is not None:
+            live.ema.restore(self.content["ema"], self.content["ema_updates"])
+        restore_generators(self.content["generators"], live.device)
+
+
+def save_state(
+    run: RunFolder, recipe: Recipe, progress: Progress, live: Live, pictures: Sequence[GridRow] = ()
+) -> Path:
+    """Writes the state of a run and removes the one before it; a crash leaves one or the other, never a part."""
+    folder = state_folder(run.path, progress.iteration)
+    content = {
+        "schema": SCHEMA,
+        "run": _identity(run, recipe),
+        "progress": asdict(progress),
+        "trained": dict(live.trained),
+        "optimizer": live.optimizer.state_dict(),
+        "ema": None if live.ema is None else list(live.ema.values),
+        "ema_updates": 0 if live.ema is None else live.ema.updates,
+        "generators": generator_states(live.device),
+        "pictures": [(row.prompt, (row.images.clamp(0, 1) * 255).round().byte()) for row in pictures],
+    }
+    with new_folder(folder) as partial:
+        write_state(partial, content)
+    for other in folder.parent.iterdir():
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
+    return folder
+
+
+def load_state(run: RunFolder, recipe: Recipe) -> SavedState:
+    """The newest state of a run.
+
+    Raises:
+        UsageError: there is none, it belongs to another run, or the recipe has been changed since.
+        CheckpointError: it is damaged.
+    """
+    check_resumable(run.path)
+    folder = newest_state(run.path)
+    assert folder is not None
+    content = read_state(folder)
+    try:
+        if content["schema"] != SCHEMA:
+            raise CheckpointError(
+                f"The state in '{folder}' has schema {content['schema']}, which this version does not know",
+                "Use the version of fmg that made the run, or a newer one.",
+            )
+        progress = Progress(**content["progress"])
+        saved, here = content["run"], _identity(run, recipe)
+        if (saved["model"], saved["created"]) != (here["model"], here["created"]):
+            raise UsageError(f"The state in '{folder}' belongs to another run", "Restore the run's own folder `state`.")
+        if saved["recipe"] != here["recipe"]:
+            raise UsageError(
+                f"'{run.recipe}' is not the recipe that the run was begun with",
+                f"Restore it, or start a new run with `fmg train --config {shlex.quote(str(run.recipe))}`.",
+            )
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"The state in '{folder}' is damaged ({error})", "Train again.") from None
+    return SavedState(progress, content)
+
+
+def rewind_metrics(run: RunFolder, lines: int) -> list[dict[str, float]]:
+    """Cuts `metrics.jsonl` back to its first `lines` lines and returns them; null becomes NaN again.
+
+    Raises:
+        CheckpointError: there are fewer.
+    """
+    kept = read_metrics(run.metrics)[:lines]
+    if len(kept) < lines:
+        raise CheckpointError(
+            f"'{run.metrics}' has {len(kept)} lines, and the saved state follows line {lines}", "Restore the file."
+        )
+    text = b"".join(run.metrics.read_bytes().splitlines(keepends=True)[:lines])
+    write_atomic(run.metrics, text)
+    return [{key: math.nan if value is None else float(str(value)) for key, value in line.items()} for line in kept]
+
+
+def _identity(run: RunFolder, recipe: Recipe) -> dict[str, str]:
+    state = run.state()
+    plain = json.dumps(recipe.plain(), sort_keys=True)
+    return {"model": state.model, "created": state.created, "recipe": hashlib.sha256(plain.encode()).hexdigest()}
