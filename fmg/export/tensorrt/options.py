@@ -57,7 +57,7 @@ class EngineOptions:
             )
         if self.hardware != "none":
             raise UsageError(
-                "TensorRT-RTX engines already run on every GPU that it supports; it has no hardware compatibility level",
+                "TensorRT-RTX engines run on every GPU that it supports; it has no hardware compatibility level",
                 "Leave --hardware out.",
             )
         if self.refittable and gpu is None:

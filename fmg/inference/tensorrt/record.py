@@ -5,34 +5,47 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
+from fmg.core.cache import content_hash
 from fmg.core.errors import CheckpointError
+from fmg.inference.artifact.decode import decode, encode
+from fmg.inference.artifact.layout import ENGINES
 from fmg.inference.tensorrt.flavours import ANY, Flavour, Gpu
 
-SCHEMA = 1
-FOLDER = "engines"
 KEY_LENGTH = 12
-_CHUNK = 1 << 22
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
+class ShapeRange:
+    """Smallest, best-tuned and largest shape of one input."""
+
+    minimum: Shape
+    optimum: Shape
+    maximum: Shape
+
+    def admits(self, shape: Shape) -> bool:
+        """Whether `shape` has the right rank and every axis lies between minimum and maximum."""
+        return len(shape) == len(self.minimum) and all(
+            low <= size <= high for low, size, high in zip(self.minimum, shape, self.maximum, strict=True)
+        )
+
+
+@dataclass(frozen=True)
 class Profile:
-    """An optimization profile: for every input of the graph its smallest, best-tuned and largest shape."""
+    """An optimization profile: what it is for, such as `512px`, and the shapes of every input of the graph."""
 
     name: str
-    shapes: Mapping[str, tuple[Shape, Shape, Shape]]
+    shapes: Mapping[str, ShapeRange]
 
     def admits(self, shapes: Mapping[str, Shape]) -> bool:
         """Whether inputs of these shapes lie in its ranges."""
         return shapes.keys() == self.shapes.keys() and all(
-            len(shape) == len(low) and all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True))
-            for name, shape in shapes.items()
-            for low, _, high in (self.shapes[name],)
+            self.shapes[name].admits(shape) for name, shape in shapes.items()
         )
 
 
@@ -65,7 +78,7 @@ class Ingredients:
 
     def key(self) -> str:
         """sha256 over all of them, hexadecimal."""
-        text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        text = json.dumps(encode(self), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -74,6 +87,8 @@ class EngineRecord:
     """The sidecar `<graph>-<key>.json` of a plan.
 
     Attributes:
+        schema: version of this layout.
+        key: cache key, `ingredients.key()`.
         graph: name of the graph, such as `transformer`.
         plan: file name of the plan.
         size, sha256: of the plan, to notice a damaged file.
@@ -83,6 +98,8 @@ class EngineRecord:
         seconds: how long the build took.
     """
 
+    schema: Literal[1]
+    key: str
     graph: str
     plan: str
     size: int
@@ -94,7 +111,7 @@ class EngineRecord:
 
     def to_json(self) -> str:
         """The text of the sidecar."""
-        return json.dumps({"schema": SCHEMA, "key": self.ingredients.key(), **asdict(self)}, indent=2) + "\n"
+        return json.dumps(encode(self), indent=2) + "\n"
 
     def fits(self, flavour: Flavour, version: str, gpu: Gpu | None) -> str:
         """Why the plan cannot run here; empty when nothing speaks against it.
@@ -122,22 +139,12 @@ def read_record(path: Path) -> EngineRecord:
     Raises:
         CheckpointError: it is damaged, of another schema, or names a plan outside its folder.
     """
-    fix = "Delete the file and its plan, and build the engine again with fmg export --trt."
+    fix = "Delete it with its plan, and build the engine again: fmg export --trt."
     try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-        if content["schema"] != SCHEMA:
-            raise CheckpointError(f"{path} has schema {content['schema']}, and this fmg reads {SCHEMA}", fix)
-        made = content["ingredients"]
-        profiles = tuple(_profile(entry) for entry in made["profiles"])
-        record = EngineRecord(
-            **{name: content[name] for name in ("graph", "plan", "size", "sha256", "precision", "layers", "seconds")},
-            ingredients=Ingredients(**{**made, "profiles": profiles}),
-        )
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is no record of an engine ({type(error).__name__}: {error})", fix) from None
-    if Path(record.plan).name != record.plan or record.ingredients.key() != content.get("key"):
+        record = decode(EngineRecord, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is no record of an engine: {error}", fix) from None
+    if record.plan != f"{path.stem}.plan" or record.key != record.ingredients.key():
         raise CheckpointError(f"{path} contradicts itself: its plan or key is not what its content gives", fix)
     return record
 
@@ -148,7 +155,7 @@ def read_records(artifact: Path) -> list[EngineRecord]:
     Raises:
         CheckpointError: as `read_record`.
     """
-    return [read_record(path) for path in sorted((artifact / FOLDER).glob("*.json"))]
+    return [read_record(path) for path in sorted((artifact / ENGINES).glob("*.json"))]
 
 
 def check_plan(folder: Path, record: EngineRecord) -> Path:
@@ -161,26 +168,9 @@ def check_plan(folder: Path, record: EngineRecord) -> Path:
     fix = "Build it again: fmg export --trt."
     if not path.is_file():
         raise CheckpointError(f"The engine {path} is missing", fix)
-    if path.stat().st_size != record.size or file_sha256(path) != record.sha256:
+    if path.stat().st_size != record.size or content_hash(path) != record.sha256:
         raise CheckpointError(f"The engine {path} is damaged: its hash is not the one in its record", fix)
     return path
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_CHUNK):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def _profile(entry: Mapping[str, Any]) -> Profile:
-    shapes = {
-        name: (tuple(low), tuple(opt), tuple(high))
-        for name, (low, opt, high) in sorted(entry["shapes"].items())
-    }
-    return Profile(entry["name"], shapes)
 
 
 def _same_hardware(made: Ingredients, gpu: Gpu) -> bool:
