@@ -54,7 +54,7 @@ def build(job: Job, send: Send) -> Built | Failed:
     log = _ErrorLog()
     began = time.monotonic()
     try:
-        network = NetworkFromOnnxPath(job.onnx)()
+        network = NetworkFromOnnxPath(job.onnx, strongly_typed=True)()
     except PolygraphyException as error:
         return log.failure(str(error))
     layers = count_layers(network[1])
