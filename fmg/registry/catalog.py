@@ -99,5 +99,9 @@ ROWS: tuple[Row, ...] = (
          "Everyday scenes whose combination of subject and setting training never sees"),
     _row("prompt-set", "file", "data", "FilePromptsConfig", "files:file_prompts",
          "Prompts from a .txt (one a line) or .jsonl file"),
+    _row("backend", "torch", "inference", "TorchBackendConfig", "sources:torch_source",
+         "A model or a run in torch, eager"),
+    _row("backend", "onnxruntime", "inference", "OnnxRuntimeConfig", "sources:onnxruntime_source",
+         "An exported artifact in ONNX Runtime, on a CPU or with its CUDA and TensorRT providers"),
 )
 # fmt: on

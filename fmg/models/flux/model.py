@@ -106,6 +106,14 @@ class FluxModel:
         """`tokens` (b, l, d) of T5 and `pooled` (b, p) of CLIP, as `FluxPipeline.encode_prompt` makes them."""
         return self._text.encode(prompts)
 
+    def text_uncached(self) -> AbstractContextManager[None]:
+        """Inside, every prompt is encoded, so that its time can be measured."""
+        return self._text.uncached()
+
+    def release_text(self) -> None:
+        """Frees the memory that the text encoders take of the device."""
+        self._text.release()
+
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
         """Images in [0, 1], fp32: `vae.decode(z / scaling_factor + shift_factor)` mapped from [-1, 1] and clamped."""
         vae, rows = self._components.vae, max(1, DECODE_PIXELS // self._spec.resolution**2)

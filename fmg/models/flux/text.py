@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import CLIPTextModel, T5EncoderModel
 
+from fmg.core.lru import ByteCache
+from fmg.core.stages import TOKENISE, stage
 from fmg.core.types import Conditioning
 from fmg.models.text_cache import TextCache
 
@@ -80,7 +81,8 @@ class TextEncoders:
         self._length = max_sequence_length
         self._device = device
         self._batch_size = batch_size
-        self._cache: EmbeddingCache = EmbeddingCache(cache_bytes)
+        self._cache: ByteCache[tuple[Tensor, Tensor]] = ByteCache(cache_bytes)
+        self._remember = True
         self._offload = offload
         self._disk = disk
 
@@ -100,14 +102,32 @@ class TextEncoders:
                 chunk = missing[start : start + self._batch_size]
                 for prompt, row in zip(chunk, self._rows(chunk), strict=True):
                     found[prompt] = row
-                    self._cache.put(prompt, row)
-                    if self._disk is not None:
+                    if self._remember:
+                        self._cache.put(prompt, row)
+                    if self._remember and self._disk is not None:
                         self._disk.put(prompt, row)
         rows = [found[prompt] for prompt in prompts]
         tensors = {"tokens": torch.stack([row[0] for row in rows]), "pooled": torch.stack([row[1] for row in rows])}
         return Conditioning(tuple(prompts), tensors)
 
+    @contextmanager
+    def uncached(self) -> Iterator[None]:
+        """Inside, every prompt is encoded, and none is remembered."""
+        self._remember = False
+        try:
+            yield
+        finally:
+            self._remember = True
+
+    def release(self) -> None:
+        """Moves the encoders to the CPU, where a prompt that comes later is encoded."""
+        encoders: list[Any] = [self._stack.text_encoder, self._stack.text_encoder_2]
+        for encoder in encoders:
+            encoder.to("cpu")
+
     def _known(self, prompt: str) -> tuple[Tensor, Tensor] | None:
+        if not self._remember:
+            return None
         row = self._cache.get(prompt)
         stored = self._disk.get(prompt) if row is None and self._disk is not None else None
         if stored is None:
@@ -149,36 +169,7 @@ class TextEncoders:
         return pooled.to(self._device)
 
 
-class EmbeddingCache:
-    """Least-recently-used store of (tokens, pooled) rows, bounded by the bytes of its tensors."""
-
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._size = 0
-        self._rows: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def get(self, prompt: str) -> tuple[Tensor, Tensor] | None:
-        """The row of `prompt`, which becomes the most recently used one."""
-        if prompt in self._rows:
-            self._rows.move_to_end(prompt)
-        return self._rows.get(prompt)
-
-    def put(self, prompt: str, row: tuple[Tensor, Tensor]) -> None:
-        """Keeps a new row and drops the least recently used ones until everything fits."""
-        self._rows[prompt] = row
-        self._size += _bytes(row)
-        while self._size > self._capacity:
-            _, dropped = self._rows.popitem(last=False)
-            self._size -= _bytes(dropped)
-
-
-def _bytes(row: tuple[Tensor, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in row)
-
-
 def _token_ids(tokenizer: Tokenizer, prompts: list[str], length: int) -> Int[Tensor, "b l"]:
-    encoded = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    with stage(TOKENISE):
+        encoded = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return encoded.input_ids
