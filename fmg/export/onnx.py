@@ -105,7 +105,13 @@ def save_graph(graph: TracedGraph, file: Path, weights: str, places: Mapping[str
                 "This is a mistake of fmg; please report it.",
             )
         value.const_value = ir.ExternalTensor(
-            weights, place.offset, place.length, value.dtype, shape=ir.Shape(place.shape), name=name, base_dir=file.parent
+            weights,
+            place.offset,
+            place.length,
+            value.dtype,
+            shape=ir.Shape(place.shape),
+            name=name,
+            base_dir=file.parent,
         )
     ir.save(graph.model, file)
     check_file(file)

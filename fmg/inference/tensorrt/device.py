@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+
+from fmg.core.stages import StageClock
+from fmg.inference.backend import cuda_clock
 
 Enqueue = Callable[[int], None]
 """Queues work on the stream with this handle."""
@@ -32,6 +35,18 @@ class Device(Protocol):
     def capture(self, enqueue: Enqueue) -> Callable[[], None]:
         """Records what `enqueue` queues, without running it; the result replays it on that stream."""
 
+    def clock(self) -> StageClock[Any]:
+        """A clock of the caller's stream."""
+
+    def reset_peak_memory(self) -> None:
+        """Begins a new measurement of `peak_memory`."""
+
+    def peak_memory(self) -> int:
+        """Most bytes that torch held since the last reset. What TensorRT takes by itself is not in it."""
+
+    def free_memory(self) -> int:
+        """Free bytes of the device, as its driver says."""
+
 
 class CudaDevice:
     """A GPU. Engines run on a stream of their own: on the default stream TensorRT synchronizes again and again.
@@ -42,7 +57,7 @@ class CudaDevice:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     @property
     def torch_device(self) -> torch.device:
@@ -69,3 +84,20 @@ class CudaDevice:
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             enqueue(int(self._stream.cuda_stream))
         return graph.replay
+
+    def clock(self) -> StageClock[Any]:
+        """CUDA events on the caller's stream."""
+        return cuda_clock(self._device)
+
+    def reset_peak_memory(self) -> None:
+        """Of torch's allocator."""
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def peak_memory(self) -> int:
+        """Of torch's allocator."""
+        return torch.cuda.max_memory_allocated(self._device)
+
+    def free_memory(self) -> int:
+        """After pending work, because the driver frees late."""
+        torch.cuda.synchronize(self._device)
+        return torch.cuda.mem_get_info(self._device)[0]

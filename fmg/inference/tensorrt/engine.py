@@ -75,8 +75,8 @@ class Engine:
         self._trt: Any = trt
         self._plan = plan
         self._device = device
-        self._log = _error_log(trt)
-        self._runtime = trt.Runtime(self._log)
+        self.log = _error_log(trt)
+        self._runtime = trt.Runtime(self.log)
         if carries_code:
             self._runtime.engine_host_code_allowed = True
         self._engine = self._deserialise()
@@ -129,7 +129,7 @@ class Engine:
         return FmgError(f"The engine {self._plan.name}: {what}{self._reason()}", "Build it again: fmg export --trt.")
 
     def _reason(self) -> str:
-        lines = self._log.take()
+        lines = self.log.take()
         return f" ({lines[0]})" if lines else ""
 
     def _deserialise(self) -> Any:

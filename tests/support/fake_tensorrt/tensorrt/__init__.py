@@ -5,7 +5,7 @@ them), insists on the order of calls that the documentation demands, and compute
 ONNX Runtime on the memory behind the addresses it was given. Its "device" is `tests.support.fake_cuda`.
 """
 
-from tensorrt._build import (
+from ._build import (
     Builder,
     IBuilderConfig,
     INetworkDefinition,
@@ -16,7 +16,7 @@ from tensorrt._build import (
     ParserError,
     init_libnvinfer_plugins,
 )
-from tensorrt._enums import (
+from ._enums import (
     BuilderFlag,
     DataType,
     DeviceType,
@@ -33,9 +33,10 @@ from tensorrt._enums import (
     TacticSource,
     TensorIOMode,
 )
-from tensorrt._run import EngineInspector, ICudaEngine, IExecutionContext, Refitter, Runtime, Weights
-from tensorrt._shared import VERSION as __version__
-from tensorrt._shared import ILogger, Logger
+from ._run import EngineInspector, ICudaEngine, IExecutionContext, Refitter, Runtime, Weights
+from ._shared import VERSION, ILogger, Logger
+
+__version__ = VERSION
 
 __all__ = [
     "Builder",
@@ -69,6 +70,5 @@ __all__ = [
     "TacticSource",
     "TensorIOMode",
     "Weights",
-    "__version__",
     "init_libnvinfer_plugins",
 ]

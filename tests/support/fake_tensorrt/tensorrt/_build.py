@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import onnx
-from tensorrt._enums import (
+from ._enums import (
     BuilderFlag,
     DeviceType,
     EngineCapability,
@@ -14,7 +14,7 @@ from tensorrt._enums import (
     MemoryPoolType,
     ProfilingVerbosity,
 )
-from tensorrt._shared import DTYPES, ILogger, Plan, dims
+from ._shared import DTYPES, VERSION, ILogger, Plan, dims
 
 LAYERS = {
     "MatMul": LayerType.MATRIX_MULTIPLY,
@@ -116,9 +116,8 @@ class OnnxParser:
         for index, node in enumerate(model.graph.node):
             if node.op_type == "Unique":
                 self._logger.log(ILogger.ERROR, f"ModelImporter.cpp:140: While parsing node number {index} [Unique]:")
-                return self._fail(
-                    f"In node {index} with name: {node.name} and operator: Unique (checkUnique): UNSUPPORTED_NODE: false"
-                )
+                where = f"In node {index} with name: {node.name} and operator: Unique"
+                return self._fail(f"{where} (checkUnique): UNSUPPORTED_NODE: false")
         known = {value.name: value for value in onnx.shape_inference.infer_shapes(model).graph.value_info}
         known |= {value.name: value for value in model.graph.output}
         for value in model.graph.input:
@@ -242,7 +241,9 @@ class Builder:
     def build_serialized_network(self, network, config):
         problem = _misfit(network, config)
         if problem:
-            self._logger.log(ILogger.ERROR, f"IBuilder::buildSerializedNetwork: Error Code 4: API Usage Error ({problem})")
+            self._logger.log(
+                ILogger.ERROR, f"IBuilder::buildSerializedNetwork: Error Code 4: API Usage Error ({problem})"
+            )
             return None
         misbehave = os.environ.get("FAKE_TENSORRT_BUILD", "")
         if misbehave == "crash":
@@ -264,8 +265,6 @@ class Builder:
             Path(seen).write_text(f"{sorted(f.name for f in config._flags)} {level} {hardware} {pools}")
         flags = sorted(flag.name for flag in config._flags)
         profiles = [profile._shapes for profile in config._profiles]
-        from tensorrt._shared import VERSION
-
         return _Memory(Plan(VERSION, profiles, flags, config.profiling_verbosity.name, network._model).pack())
 
 

@@ -53,9 +53,7 @@ MemoryPoolType = IntEnum(
 )
 NetworkDefinitionCreationFlag = IntEnum("NetworkDefinitionCreationFlag", {"STRONGLY_TYPED": 0})
 OnnxParserFlag = IntEnum("OnnxParserFlag", ["NATIVE_INSTANCENORM", "ENABLE_PLUGIN_OVERRIDE"], start=0)
-PreviewFeature = IntEnum(
-    "PreviewFeature", ["ALIASED_PLUGIN_IO_10_03", "RUNTIME_ACTIVATION_RESIZE_10_10"], start=0
-)
+PreviewFeature = IntEnum("PreviewFeature", ["ALIASED_PLUGIN_IO_10_03", "RUNTIME_ACTIVATION_RESIZE_10_10"], start=0)
 ProfilingVerbosity = IntEnum("ProfilingVerbosity", ["LAYER_NAMES_ONLY", "NONE", "DETAILED"], start=0)
 TacticSource = IntEnum("TacticSource", ["EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"], start=0)
 TensorIOMode = IntEnum("TensorIOMode", ["NONE", "INPUT", "OUTPUT"], start=0)

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import onnx
 from onnx import numpy_helper
-from tensorrt._enums import DataType, ExecutionContextAllocationStrategy, TensorIOMode
-from tensorrt._shared import DTYPES, VERSION, ILogger, Plan, dims
+from ._enums import DataType, ExecutionContextAllocationStrategy, TensorIOMode
+from ._shared import DTYPES, VERSION, ILogger, Plan, dims
 
 from tests.support.fake_device import DEVICE
 
@@ -38,7 +38,9 @@ class Runtime:
         except Exception:
             return self._refuse("Error Code 1: Serialization (Serialization assertion failed. magic tag)")
         if plan.version != VERSION and "VERSION_COMPATIBLE" not in plan.flags:
-            return self._refuse(f"Error Code 6: API Usage Error (The engine plan file is not compatible: {plan.version})")
+            return self._refuse(
+                f"Error Code 6: API Usage Error (The engine plan file is not compatible: {plan.version})"
+            )
         if "VERSION_COMPATIBLE" in plan.flags and not self.engine_host_code_allowed:
             return self._refuse("Error Code 6: API Usage Error (engine host code is not allowed)")
         return ICudaEngine(plan, self._logger)
@@ -152,9 +154,7 @@ class IExecutionContext:
                 axes[dim.dim_param] = size
         output = self._engine._value(name)
         names = [dim.dim_param for dim in output.type.tensor_type.shape.dim]
-        return tuple(
-            _axis(name, axes) if size == -1 else size for name, size in zip(names, dims(output), strict=True)
-        )
+        return tuple(_axis(name, axes) if size == -1 else size for name, size in zip(names, dims(output), strict=True))
 
     def set_tensor_address(self, name, memory):
         self._settle("set_tensor_address")
@@ -232,10 +232,7 @@ class EngineInspector:
         layers = []
         for node in model.graph.node:
             outputs = [known[name] for name in node.output if name in known]
-            described = [
-                {"Name": v.name, "Format/Datatype": f"Row major linear {_format(v)}"}
-                for v in outputs
-            ]
+            described = [{"Name": v.name, "Format/Datatype": f"Row major linear {_format(v)}"} for v in outputs]
             kind = "gemm" if node.op_type in ("MatMul", "Gemm") else node.op_type
             layers.append({"Name": node.name, "LayerType": kind, "Inputs": [], "Outputs": described})
         return json.dumps({"Layers": layers, "Bindings": [v.name for v in self._engine._values]})
