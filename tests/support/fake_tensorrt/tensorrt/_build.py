@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import onnx
+
 from ._enums import (
     BuilderFlag,
     DeviceType,

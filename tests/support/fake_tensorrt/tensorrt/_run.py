@@ -6,10 +6,11 @@ import json
 import numpy as np
 import onnx
 from onnx import numpy_helper
-from ._enums import DataType, ExecutionContextAllocationStrategy, TensorIOMode
-from ._shared import DTYPES, VERSION, ILogger, Plan, dims
 
 from tests.support.fake_device import DEVICE
+
+from ._enums import DataType, ExecutionContextAllocationStrategy, TensorIOMode
+from ._shared import DTYPES, VERSION, ILogger, Plan, dims
 
 NUMPY = {DataType.FLOAT: np.float32, DataType.HALF: np.float16, DataType.INT64: np.int64, DataType.INT32: np.int32}
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import onnx
+
 from ._enums import DataType
 
 VERSION = os.environ.get("FAKE_TENSORRT_VERSION", "11.4.0.106")
