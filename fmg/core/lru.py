@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar
 
-
-class Sized(Protocol):
-    """A numpy array or a torch tensor."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its values."""
-
-
-Row = TypeVar("Row", bound=tuple[Sized, ...])
+Row = TypeVar("Row", bound=Mapping[str, Any])
 
 
 class ByteCache(Generic[Row]):
-    """Least-recently-used store of rows of arrays by name.
+    """Least-recently-used store of rows: mappings of numpy arrays or torch tensors, which have `nbytes`.
 
     Args:
         capacity: bytes that the arrays of all rows may take together.
@@ -52,5 +44,5 @@ class ByteCache(Generic[Row]):
         self._size = 0
 
 
-def _bytes(row: tuple[Sized, ...]) -> int:
-    return sum(array.nbytes for array in row)
+def _bytes(row: Mapping[str, Any]) -> int:
+    return sum(array.nbytes for array in row.values())

@@ -74,7 +74,7 @@ def trace(plan: GraphPlan) -> TracedGraph:
     require_onnx()
     from onnxscript.optimizer import optimize_ir
 
-    with _quiet():
+    with quiet():
         model, shapes = _export(plan)
         for value in model.graph.initializers.values():
             if value.name is not None and value.name.startswith(_INNER):
@@ -252,9 +252,9 @@ def _reason(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No advice from the tracer, whose warnings are about its own deprecations."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export", "onnx_ir")]
+def quiet() -> Iterator[None]:
+    """No advice from tracer, optimiser and quantiser, whose warnings are about their own affairs."""
+    loggers = [logging.getLogger(name) for name in (None, "torch.onnx", "onnxscript", "torch.export", "onnx_ir")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -31,7 +31,12 @@ CACHE_BYTES = 256 * 2**20
 TEXT_BATCH = 32
 """Prompts for one call of a text encoder; the torch model takes as many."""
 
+TEXT_STATES = (TEXT_ENCODER_2, TEXT_ENCODER)
+"""The graphs of token states and of the pooled state, in the order of `Encoded`."""
+
 Array = TypeVar("Array", bound=Any)
+Row = Mapping[str, NDArray[np.float32]]
+"""What the text encoders make of one prompt, by graph."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class ArtifactBackend(Generic[Array]):
         self._transformer = transformer
         self._sampling = artifact.manifest.sampling
         self._resolution = checked_resolution(artifact, resolution)
-        self._known: ByteCache[tuple[NDArray[np.float32], ...]] = ByteCache(CACHE_BYTES)
+        self._known: ByteCache[Row] = ByteCache(CACHE_BYTES)
         self._remember = True
 
     @property
@@ -106,8 +111,8 @@ class ArtifactBackend(Generic[Array]):
                 if self._remember:
                     self._known.put(prompt, row)
         with stage(TEXT_ENCODERS):
-            tokens, pooled = (np.stack([known[prompt][i] for prompt in prompts]) for i in range(2))
-            return Encoded(self.runtime.put(tokens), self.runtime.put(pooled))
+            rows = [known[prompt] for prompt in prompts]
+            return Encoded(*(self.runtime.put(np.stack([row[name] for row in rows])) for name in TEXT_STATES))
 
     def draw(self, cond: Encoded[Array], noise: NoiseSource, times: Sequence[float]) -> Drawn:
         """One image for each row of `cond`."""
@@ -137,7 +142,7 @@ class ArtifactBackend(Generic[Array]):
 
     def release_text(self) -> None:
         """Frees the text encoders; a new prompt loads them again."""
-        self.runtime.free((TEXT_ENCODER, TEXT_ENCODER_2))
+        self.runtime.free(TEXT_STATES)
 
     def clock(self) -> StageClock[Any]:
         """The runtime's clock."""
@@ -159,7 +164,7 @@ class ArtifactBackend(Generic[Array]):
     ) -> None:
         self.runtime.close()
 
-    def _recall(self, prompt: str) -> tuple[NDArray[np.float32], ...] | None:
+    def _recall(self, prompt: str) -> Row | None:
         return self._known.get(prompt) if self._remember else None
 
     @cached_property
@@ -167,15 +172,15 @@ class ArtifactBackend(Generic[Array]):
         facts = self.artifact.manifest.tokenizers
         return {name: PromptTokenizer(self.artifact.path(entry.file), entry) for name, entry in facts.items()}
 
-    def _rows(self, prompts: Sequence[str]) -> Iterator[tuple[NDArray[np.float32], ...]]:
+    def _rows(self, prompts: Sequence[str]) -> list[Row]:
         with stage(TOKENISE):
             # T5 reads all of a prompt; CLIP only ever sees its beginning
             self._tokenizers[TEXT_ENCODER_2].check_lengths(prompts)
-            ids = {name: self._tokenizers[name](prompts) for name in (TEXT_ENCODER_2, TEXT_ENCODER)}
+            ids = {name: self._tokenizers[name](prompts) for name in TEXT_STATES}
         with stage(TEXT_ENCODERS):
-            states = [self._states(name, rows) for name, rows in ids.items()]
+            states = {name: self._states(name, rows) for name, rows in ids.items()}
         # copies, because a row that is a view would keep its whole batch alive in the cache
-        return (tuple(batch[i].copy() for batch in states) for i in range(len(prompts)))
+        return [{name: batch[i].copy() for name, batch in states.items()} for i in range(len(prompts))]
 
     def _states(self, graph: str, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         return self.runtime.get(self.runtime.run(graph, {layout.INPUT_IDS: self.runtime.put(ids)}))

@@ -157,14 +157,19 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Base:
-    """The weights under the adapter: registered name of the model and sha256 of its stored transformer.
+    """The weights under the adapter.
 
-    `weights` is the file that keeps what the adapter changed, as the base stores it, so that `fmg export
-    --swap-weights` needs nothing but the artifact; None when nothing was changed.
+    Attributes:
+        name: registered name of the model.
+        digest: sha256 of its stored transformer, whatever the shards.
+        dtypes: that its transformer is stored in, by torch's names, sorted.
+        weights: the file that keeps what the adapter changed, as the base stores it, so that `fmg export
+            --swap-weights` needs nothing but the artifact; None when nothing was changed.
     """
 
     name: str
     digest: str
+    dtypes: tuple[str, ...]
     weights: str | None
 
 

@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Iterator
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fmg.core.errors import CheckpointError
 from fmg.models.flux.adapter import base_name, is_adapter
-from fmg.models.flux.weights import WeightFiles
+from fmg.models.flux.weights import TensorReader, WeightFiles
 
 
 def live_digest(module: nn.Module) -> str:
@@ -38,10 +38,9 @@ def stored_digest(weights: WeightFiles) -> str:
 
 
 def _stored_tensors(weights: WeightFiles) -> Iterator[tuple[str, Tensor]]:
-    opened = {file: safe_open(str(file), framework="pt") for file in sorted(set(weights.files.values()))}
+    reader = TensorReader(weights.files)
     for name in sorted(weights.files):
-        tensor: Tensor = opened[weights.files[name]].get_tensor(name)  # type: ignore[no-untyped-call]
-        yield name, tensor
+        yield name, reader.read(name)
 
 
 def _digest(tensors: Iterator[tuple[str, Tensor]]) -> str:

@@ -62,6 +62,15 @@ class FluxComponents:
     weights: WeightFiles
 
 
+@dataclass(frozen=True)
+class TransformerSource:
+    """A transformer before it is loaded: its diffusers config, its conventions as options, and its files."""
+
+    config: Mapping[str, Any]
+    options: Mapping[str, object]
+    weights: WeightFiles
+
+
 def load_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> FluxComponents:
     """Loads a pipeline folder with its `fmg_flow_map.json` to `device` in `dtype`, whatever dtype it is stored in.
 
@@ -93,36 +102,40 @@ def load_parts(
     Raises:
         CheckpointError: a file is missing, damaged, of a class that is not known, or does not fit the others.
     """
-    with _quiet():
-        own = folder / "transformer"
-        config = _config(own) if student is None else _student_config(own, student)
-        _check_conventions(own if student is None else student, config, conventions)
-        options: dict[str, object] = {"time_scale": conventions.time_scale, "second_time": conventions.second_time}
-        if student is None:
-            weights = folder_weights(own)
-        else:
-            shapes = transformer_shapes(empty_transformer(config, options, own))
-            weights = student_weights(student, shapes)
-        transformer = load_transformer(config, options, weights, device, dtype)
-        vae = _load_module(folder / "vae", dtype)
-        text_encoder = _load_module(folder / "text_encoder", dtype)
-        text_encoder_2 = _load_module(folder / "text_encoder_2", dtype)
-        tokenizer = _load_tokenizer(folder / "tokenizer", CLIPTokenizer)
-        tokenizer_2 = _load_tokenizer(folder / "tokenizer_2", T5Tokenizer)
+    with quiet():
+        source = transformer_source(folder, conventions, student)
+        transformer = load_transformer(source.config, source.options, source.weights, device, dtype)
+        vae = load_module(folder / "vae", dtype)
+        text_encoder = load_module(folder / "text_encoder", dtype)
+        text_encoder_2 = load_module(folder / "text_encoder_2", dtype)
+        tokenizer = load_tokenizer(folder / "tokenizer", CLIPTokenizer)
+        tokenizer_2 = load_tokenizer(folder / "tokenizer_2", T5Tokenizer)
     for module in (transformer, vae, text_encoder, text_encoder_2):
         module.eval().requires_grad_(False)
     vae.to(device, memory_format=torch.channels_last)
     for module in (text_encoder, text_encoder_2):
         module.to(device if text_device is None else text_device)
     text = TextStack(tokenizer, text_encoder, tokenizer_2, text_encoder_2)
-    components = FluxComponents(folder, conventions, transformer, vae, text, weights)
+    components = FluxComponents(folder, conventions, transformer, vae, text, source.weights)
     _check_fit(components)
     return components
 
 
+def transformer_source(folder: Path, conventions: FlowMapConventions, student: Path | None = None) -> TransformerSource:
+    """Config and files of a transformer, without reading a weight. Arguments and errors as in `load_parts`."""
+    own = folder / "transformer"
+    config = _config(own) if student is None else _student_config(own, student)
+    _check_conventions(own if student is None else student, config, conventions)
+    options: dict[str, object] = {"time_scale": conventions.time_scale, "second_time": conventions.second_time}
+    if student is None:
+        return TransformerSource(config, options, folder_weights(own))
+    shapes = transformer_shapes(empty_transformer(config, options, own))
+    return TransformerSource(config, options, student_weights(student, shapes))
+
+
 def _config(folder: Path) -> dict[str, Any]:
-    _class_of(folder, "transformer")
-    return _read_config(folder)
+    component_class(folder, "transformer")
+    return read_config(folder)
 
 
 def _student_config(teacher: Path, student: Path) -> dict[str, Any]:
@@ -142,8 +155,13 @@ def _check_conventions(folder: Path, config: Mapping[str, Any], conventions: Flo
             )
 
 
-def _load_module(folder: Path, dtype: torch.dtype) -> Any:
-    cls = _class_of(folder, folder.name)
+def load_module(folder: Path, dtype: torch.dtype) -> Any:
+    """A component other than the transformer, of a known class, with exactly the weights of its folder.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, of a class that is not known, or does not fit its config.
+    """
+    cls = component_class(folder, folder.name)
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(
             f"{folder} has no .safetensors file",
@@ -167,8 +185,13 @@ def _load_module(folder: Path, dtype: torch.dtype) -> Any:
     return module
 
 
-def _class_of(folder: Path, component: str) -> Any:
-    config = _read_config(folder)
+def component_class(folder: Path, component: str) -> Any:
+    """The class that a component folder names, one of those that are known.
+
+    Raises:
+        CheckpointError: the config is missing or damaged, or names another class.
+    """
+    config = read_config(folder)
     known = _CLASSES[component]
     architectures = config.get("architectures") or [None]
     named = str(config.get("_class_name") or architectures[0])
@@ -180,7 +203,12 @@ def _class_of(folder: Path, component: str) -> Any:
     return known[named]
 
 
-def _load_tokenizer(folder: Path, cls: Any) -> Any:
+def load_tokenizer(folder: Path, cls: Any) -> Any:
+    """The tokenizer of a folder.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise CheckpointError(f"{folder} has none of the files {', '.join(_TOKENIZER_FILES)}", _RESTORE)
     try:
@@ -189,7 +217,12 @@ def _load_tokenizer(folder: Path, cls: Any) -> Any:
         raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}", _RESTORE) from error
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a component folder.
+
+    Raises:
+        CheckpointError: it is missing or is no JSON object.
+    """
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -233,7 +266,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and no advice from the libraries while weights load; their settings are restored."""
     before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in _LIBRARIES]
     for library in _LIBRARIES:

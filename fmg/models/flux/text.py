@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import CLIPTextModel, T5EncoderModel
 
-from fmg.core.lru import ByteCache
 from fmg.core.stages import TOKENISE, stage
 from fmg.core.types import Conditioning
 from fmg.models.text_cache import TextCache
@@ -81,7 +81,7 @@ class TextEncoders:
         self._length = max_sequence_length
         self._device = device
         self._batch_size = batch_size
-        self._cache: ByteCache[tuple[Tensor, Tensor]] = ByteCache(cache_bytes)
+        self._cache: EmbeddingCache = EmbeddingCache(cache_bytes)
         self._remember = True
         self._offload = offload
         self._disk = disk
@@ -167,6 +167,36 @@ class TextEncoders:
         ids = _token_ids(tokenizer, prompts, tokenizer.model_max_length).to(encoder.device)
         pooled: Tensor = encoder(ids).pooler_output
         return pooled.to(self._device)
+
+
+class EmbeddingCache:
+    """Least-recently-used store of (tokens, pooled) rows, bounded by the bytes of its tensors."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._size = 0
+        self._rows: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def get(self, prompt: str) -> tuple[Tensor, Tensor] | None:
+        """The row of `prompt`, which becomes the most recently used one."""
+        if prompt in self._rows:
+            self._rows.move_to_end(prompt)
+        return self._rows.get(prompt)
+
+    def put(self, prompt: str, row: tuple[Tensor, Tensor]) -> None:
+        """Keeps a new row and drops the least recently used ones until everything fits."""
+        self._rows[prompt] = row
+        self._size += _bytes(row)
+        while self._size > self._capacity:
+            _, dropped = self._rows.popitem(last=False)
+            self._size -= _bytes(dropped)
+
+
+def _bytes(row: tuple[Tensor, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in row)
 
 
 def _token_ids(tokenizer: Tokenizer, prompts: list[str], length: int) -> Int[Tensor, "b l"]:

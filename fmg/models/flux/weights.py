@@ -37,6 +37,19 @@ _WINDOW_BYTES = 64 * 2**20
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+STORED_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Dtypes by the names that safetensors files give them."""
+
 
 @dataclass(frozen=True)
 class WeightFiles:
@@ -44,6 +57,51 @@ class WeightFiles:
 
     origin: Path
     files: Mapping[str, Path]
+
+
+class TensorReader:
+    """Reads stored tensors one at a time, in any order.
+
+    A file is opened again once a window of it has been read: mapped pages count as the process's memory until then.
+
+    Args:
+        files: file of each tensor by its name.
+        aliases: names that tensors have in their files, where those differ.
+    """
+
+    def __init__(self, files: Mapping[str, Path], aliases: Mapping[str, str] | None = None) -> None:
+        self._files = files
+        self._aliases = aliases or {}
+        self._file: Path | None = None
+        self._opened: Any = None
+        self._size = 0
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def read(self, name: str) -> Tensor:
+        """The tensor called `name`, in its stored dtype, memory-mapped.
+
+        Raises:
+            CheckpointError: there is no such tensor, or its file is missing or damaged.
+        """
+        tensor: Tensor = self._at(name).get_tensor(self._aliases.get(name, name))
+        self._size += tensor.nbytes
+        return tensor
+
+    def describe(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Dtype and shape of the tensor called `name`, from the header of its file. Errors as `read`."""
+        stored = self._at(name).get_slice(self._aliases.get(name, name))
+        return STORED_DTYPES[stored.get_dtype()], tuple(stored.get_shape())
+
+    def _at(self, name: str) -> Any:
+        file = self._files[name]
+        try:
+            if file != self._file or self._size > _WINDOW_BYTES:
+                self._opened, self._file, self._size = safe_open(str(file), framework="pt"), file, 0
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(file, error) from error
+        return self._opened
 
 
 def folder_weights(folder: Path) -> WeightFiles:
