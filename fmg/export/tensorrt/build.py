@@ -8,7 +8,8 @@ from pathlib import Path
 
 from fmg.core.cache import replacing_file
 from fmg.core.errors import CheckpointError, FmgError
-from fmg.core.events import Notice, Observer, ignore
+from fmg.core.events import Notice, Observer, StageProgress, ignore
+from fmg.export.tensorrt.check import check_network, check_refit
 from fmg.export.tensorrt.graph import check_buildable
 from fmg.export.tensorrt.options import AUTO, EngineOptions, pick_flavour, polygraphy_version
 from fmg.export.tensorrt.process import run
@@ -18,9 +19,11 @@ from fmg.inference.artifact import Artifact
 from fmg.inference.artifact.layout import sha256
 from fmg.inference.artifact.manifest import GRAPHS, AxisRange
 from fmg.inference.tensorrt.flavours import ANY, Flavour, Gpu, current_gpu, load_module
+from fmg.inference.tensorrt.device import open_device
 from fmg.inference.tensorrt.record import EngineRecord, Ingredients, check_plan, engine_name, read_record
 
 TIMING_CACHE = "timing-{version}-{capability}.cache"
+DEVICE = "auto"
 _READABLE = 0o644
 
 
@@ -137,6 +140,11 @@ def _engine(
             timing_cache=_timing_cache(artifact, builder, options),
         )
         built = run(job, graph, observer, memory_gib)
+        check_network(graph, built.layers, artifact.manifest.graphs[graph].precision)
+        if options.refittable:
+            observer(StageProgress(f"{graph}: checking biases", 0, 0))
+            module, first = load_module(builder.flavour), ingredients.profiles[0].shapes
+            check_refit(module, partial, artifact, graph, first, open_device(DEVICE))
         partial.chmod(_READABLE)
         size, digest = partial.stat().st_size, sha256(partial)
     record = EngineRecord(

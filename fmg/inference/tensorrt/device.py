@@ -8,8 +8,10 @@ from typing import Any, Protocol
 
 import torch
 
+from fmg.core.errors import UsageError
 from fmg.core.stages import StageClock
 from fmg.inference.backend import cuda_clock
+from fmg.inference.devices import pick_device
 
 Enqueue = Callable[[int], None]
 """Queues work on the stream with this handle."""
@@ -101,3 +103,15 @@ class CudaDevice:
         """After pending work, because the driver frees late."""
         torch.cuda.synchronize(self._device)
         return torch.cuda.mem_get_info(self._device)[0]
+
+
+def open_device(name: str) -> Device:
+    """The GPU called `name` (`auto`, `cuda` or `cuda:N`).
+
+    Raises:
+        UsageError: it is not there, or no GPU.
+    """
+    device = pick_device(name)
+    if device.type != "cuda":
+        raise UsageError("TensorRT engines run on a GPU, and torch sees none here", "Use --backend onnxruntime.")
+    return CudaDevice(torch.device("cuda", device.index or 0))

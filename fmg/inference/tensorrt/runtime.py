@@ -49,7 +49,7 @@ class EngineRuntime:
         self._artifact = artifact
         self._records = records
         self._flavour = flavour
-        self._trt = trt
+        self.trt = trt
         self._device = device
         self._options = options
         self._engines: dict[str, Engine] = {}
@@ -64,7 +64,7 @@ class EngineRuntime:
     def detail(self) -> str:
         """Version, and the engines by name."""
         names = ", ".join(record.plan.removesuffix(".plan") for record in self._records.values())
-        return f"{self._flavour.module} {self._trt.__version__}: {names}"
+        return f"{self._flavour.module} {self.trt.__version__}: {names}"
 
     @property
     def device(self) -> str:
@@ -135,9 +135,9 @@ class EngineRuntime:
             plan = check_plan(self._artifact.engines, record)
             before = self._device.free_memory()
             carries_code = bool(record.ingredients.options.get("version_compatible"))
-            engine = Engine(self._trt, plan, self._device, self._options, carries_code=carries_code)
+            engine = Engine(self.trt, plan, self._device, self._options, carries_code=carries_code)
             if needs_refit(self._artifact, record):
-                Refit(self._trt, engine, self._artifact, graph).apply()
+                Refit(self.trt, engine, self._artifact, graph).apply()
             self._engines[graph] = engine
             self._memory[graph] = max(0, before - self._device.free_memory())
         return self._engines[graph]

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from fmg.core.backends import Backend, Subject
-from fmg.core.errors import FmgError, UsageError
+from fmg.core.errors import FmgError
 from fmg.inference.artifact.backend import ArtifactBackend
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.configs import TensorRtConfig
 from fmg.inference.tensorrt.flavours import RTX, TENSORRT, Flavour, current_gpu, load_module
 from fmg.inference.tensorrt.matching import Machine, fitting_engines
 from fmg.registry import backends
-
-if TYPE_CHECKING:
-    from fmg.inference.tensorrt.device import Device
 
 _GIB = 1 << 30
 
@@ -56,6 +52,7 @@ class EngineSource:
         """
         machine = self._machine()
         records = fitting_engines(subject, machine, self.config.resolution)
+        from fmg.inference.tensorrt.device import open_device
         from fmg.inference.tensorrt.engine import RunOptions
         from fmg.inference.tensorrt.runtime import EngineRuntime
 
@@ -71,23 +68,6 @@ class EngineSource:
     def _machine(self) -> Machine:
         module = load_module(self.flavour)
         return Machine(self.flavour, str(module.__version__), current_gpu())
-
-
-def open_device(name: str) -> Device:
-    """The GPU called `name` (`auto`, `cuda` or `cuda:N`).
-
-    Raises:
-        UsageError: it is not there, or no GPU.
-    """
-    import torch
-
-    from fmg.inference.devices import pick_device
-    from fmg.inference.tensorrt.device import CudaDevice
-
-    device = pick_device(name)
-    if device.type != "cuda":
-        raise UsageError("TensorRT engines run on a GPU, and torch sees none here", "Use --backend onnxruntime.")
-    return CudaDevice(torch.device("cuda", device.index or 0))
 
 
 @backends.register("tensorrt", TensorRtConfig)
