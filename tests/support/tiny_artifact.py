@@ -1,4 +1,4 @@
-"""An artifact of a few hundred weights with the borders of a real one: built in milliseconds, drawn by every backend."""
+"""An artifact of a few hundred weights with the borders of a real one, which every backend draws."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from fmg.export.tensorrt.protocol import Job
 from fmg.inference.artifact import Artifact
 from fmg.inference.artifact.layout import sha256
 from fmg.inference.artifact.manifest import GRAPHS, AxisRange
-from fmg.inference.tensorrt.flavours import ANY, Flavour, Gpu, current_gpu, load_module
 from fmg.inference.tensorrt.device import open_device
+from fmg.inference.tensorrt.flavours import ANY, Flavour, Gpu, current_gpu, load_module
 from fmg.inference.tensorrt.record import EngineRecord, Ingredients, check_plan, engine_name, read_record
 
 TIMING_CACHE = "timing-{version}-{capability}.cache"
