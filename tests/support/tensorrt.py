@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,8 +27,9 @@ _STAND_IN = Path(__file__).parent / "fake_tensorrt"
 @contextmanager
 def stand_in(gpu: Gpu | None = GPU) -> Iterator[ModuleType]:
     """The stand-in as `tensorrt`, on a machine with this GPU; forgotten at the end."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as cache:
         _forget()
+        patch.setenv("FMG_CACHE", cache)
         patch.syspath_prepend(str(_STAND_IN))
         for place in ("fmg.export.tensorrt.build", "fmg.inference.tensorrt.source"):
             patch.setattr(f"{place}.current_gpu", lambda: gpu)

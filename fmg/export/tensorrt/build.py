@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fmg.core.cache import replacing_file
+from fmg.core.cache import cache_dir, replacing_file
 from fmg.core.errors import CheckpointError, FmgError
 from fmg.core.events import Notice, Observer, StageProgress, ignore
 from fmg.export.tensorrt.check import check_network, check_refit
@@ -22,7 +23,6 @@ from fmg.inference.tensorrt.device import open_device
 from fmg.inference.tensorrt.flavours import ANY, Flavour, Gpu, current_gpu, load_module
 from fmg.inference.tensorrt.record import EngineRecord, Ingredients, check_plan, engine_name, read_record
 
-TIMING_CACHE = "timing-{version}-{capability}.cache"
 DEVICE = "auto"
 _READABLE = 0o644
 
@@ -137,7 +137,7 @@ def _engine(
             flavour=builder.flavour.name,
             profiles=ingredients.profiles,
             options=ingredients.options,
-            timing_cache=_timing_cache(artifact, builder, options),
+            timing_cache=_timing_cache(builder, options),
         )
         built = run(job, graph, observer, memory_gib)
         check_network(graph, built.layers, artifact.manifest.graphs[graph].precision)
@@ -181,12 +181,14 @@ def _finished(folder: Path, name: str, observer: Observer) -> EngineRecord | Non
     return record
 
 
-def _timing_cache(artifact: Artifact, builder: Builder, options: EngineOptions) -> str | None:
-    """TensorRT-RTX measures nothing when it builds, and a cache would make it look for a GPU."""
+def _timing_cache(builder: Builder, options: EngineOptions) -> str | None:
+    """A file of this computer for each version and GPU. TensorRT-RTX measures nothing when it builds."""
     if not options.timing_cache or builder.flavour.ahead_of_time or builder.gpu is None:
         return None
-    path = artifact.engines / TIMING_CACHE.format(version=builder.version, capability=builder.gpu.capability)
+    model = re.sub(r"[^a-z0-9]+", "-", builder.gpu.name.lower()).strip("-")
+    path = cache_dir() / "tensorrt" / f"timing-{builder.version}-{model}-{builder.gpu.capability}.cache"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     except OSError as error:
         raise FmgError(f"{path} cannot be written: {error.strerror}", "Check permissions and free space.") from None

@@ -184,5 +184,5 @@ def test_a_graph_that_points_into_another_file_is_refused(tmp_path: Path) -> Non
     model = onnx.load(str(path), load_external_data=False)
     next(e for e in model.graph.initializer[0].external_data if e.key == "location").value = "../secret"
     path.write_bytes(model.SerializeToString())
-    with pytest.raises(CheckpointError, match="has weights in '../secret'"):
+    with pytest.raises(CheckpointError, match=r"has weights in '\.\./secret'"):
         check_buildable(path, "transformer.safetensors", "fp32")
