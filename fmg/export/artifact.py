@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +19,8 @@ from fmg.export.graphs import GraphPlan, clip_plan, decoder_plan, t5_plan, trans
 from fmg.export.int8 import quantise
 from fmg.export.merge import base_dtypes, merged, write_base
 from fmg.export.onnx import OPSET, TracedGraph, require_onnx, save_graph, trace
-from fmg.export.source import ExportSource, find_source
+from fmg.export.source import ExportSource, find_source, recipe_facts
+from fmg.export.space import check_space
 from fmg.export.weights import lay_out, write_weights
 from fmg.inference.artifact.layout import (
     BASE_WEIGHTS,
@@ -50,6 +50,7 @@ from fmg.inference.artifact.manifest import (
     ModelFacts,
     Precision,
     Sampling,
+    TokenizerFacts,
 )
 from fmg.inference.target import resolve_target
 from fmg.models.flux.adapter_files import new_folder
@@ -68,7 +69,6 @@ SMALL_BATCH, LARGE_BATCH = (1, 16, 64), (1, 1, 4)
 """Rows of a call when nothing is said: for a model that runs on a CPU, and for one of full size."""
 
 _MEGABYTE = 10**6
-_SLACK = 64 * _MEGABYTE  # graphs, tokenizers and what the file system itself takes
 _LIBRARIES = ("fmg", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
 
@@ -120,7 +120,7 @@ def export_source(source: ExportSource, out: Path, options: ExportOptions, *, ob
             f"8-bit weights are for a CPU and go with fp32, not with {options.precision}", "Leave one of them out."
         )
     export = _Export(source, options, observer)
-    export.check_space(out)
+    check_space(out, sum(export.sizes()))
     with new_folder(out) as partial_folder:
         manifest = export.write(partial_folder)
         write_manifest(partial_folder, manifest)
@@ -138,23 +138,8 @@ class _Export:
         self._sampling = _sampling(source, self._vae, options.resolutions)
         self._files: dict[str, FileEntry] = {}
         self._graphs: dict[str, Graph] = {}
-        self._tokenizers = {}
+        self._tokenizers: dict[str, TokenizerFacts] = {}
         self._delta = source.delta
-
-    def check_space(self, out: Path) -> None:
-        """Whether the disk has room for what will be written.
-
-        Raises:
-            UsageError: it has not.
-        """
-        needed = _SLACK + sum(self._sizes())
-        parent = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
-        free = shutil.disk_usage(parent).free
-        if free < needed:
-            raise UsageError(
-                f"The artifact takes about {needed / 1e9:.1f} GB and {parent} has {free / 1e9:.1f} GB free",
-                "Free some space, or name a folder on another disk with --out.",
-            )
 
     def write(self, folder: Path) -> Manifest:
         """Writes every file but the manifest, which it returns."""
@@ -224,7 +209,7 @@ class _Export:
         stage = f"weights of {graph} (MB)"
         self._observer(StageProgress(stage, math.ceil(done / _MEGABYTE), math.ceil(total / _MEGABYTE)))
 
-    def _sizes(self) -> Iterator[int]:
+    def sizes(self) -> Iterator[int]:
         """Bytes of the weight files to come."""
         source, itemsize = self._source, DTYPES[self._options.precision].itemsize
         elements = {name: math.prod(shape) for name, (_, shape) in source.stored.items()}
@@ -241,7 +226,7 @@ class _Export:
 
     def _manifest(self, base: Base) -> Manifest:
         source = self._source
-        recipe: dict[str, Any] = source.recipe.plain()
+        rewards, prompts = recipe_facts(source.recipe)
         return Manifest(
             schema=1,
             files=dict(sorted(self._files.items())),
@@ -254,8 +239,8 @@ class _Export:
             tokenizers=self._tokenizers,
             base=base,
             adapter=None if self._delta is None else self._delta.adapter,
-            rewards=tuple(recipe["rewards"]),
-            prompts={"train": recipe["prompts"], "eval": recipe["eval"]["prompts"]},
+            rewards=rewards,
+            prompts=prompts,
             libraries=_versions(),
             checks=(),
         )

@@ -30,12 +30,14 @@ class Delta:
         lora: A (rank, inputs) and B (outputs, rank) for a matrix (outputs, inputs).
         replaced: tensors that take the place of the base's.
         adapter: what the manifest says of it.
-        base_digest: sha256 of the weights that it belongs to.
+        base_name: registered name of the model that it belongs to.
+        base_digest: sha256 of that model's stored weights.
     """
 
     lora: Mapping[str, tuple[Tensor, Tensor]]
     replaced: Mapping[str, Tensor]
     adapter: Adapter
+    base_name: str
     base_digest: str
 
     @property
@@ -84,7 +86,7 @@ def read_delta(folder: Path, shapes: Shapes, run: str) -> Delta:
         targets=manifest.targets,
         run=run,
     )
-    return Delta(lora, {}, facts, manifest.base.digest)
+    return Delta(lora, {}, facts, manifest.base.name, manifest.base.digest)
 
 
 def check_base(delta: Delta, digest: str, where: str) -> None:
@@ -95,7 +97,8 @@ def check_base(delta: Delta, digest: str, where: str) -> None:
     """
     if delta.base_digest != digest:
         raise CheckpointError(
-            f"The adapter of {delta.adapter.run} was trained on other weights than those in {where}",
+            f"The adapter of {delta.adapter.run} was trained on other weights of '{delta.base_name}' than those in"
+            f" {where}",
             f"Give the folder it was trained on (sha256 {delta.base_digest[:12]}).",
         )
 

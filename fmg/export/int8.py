@@ -1,7 +1,9 @@
 """A transformer with 8-bit weights for ONNX Runtime on a CPU.
 
 Signed, one scale a tensor, activations quantised as they come: of the schemes of ONNX Runtime the one that a CPU runs
-fastest at equal error. Attention's products of activations stay fp32.
+fastest at about equal error. Weights use seven of the eight bits: a CPU without VNNI adds pairs of products in 16 bits,
+which saturate otherwise (on the embedded model the error of one forward is 5 % with eight bits and 2 % with seven).
+Attention's products of activations stay fp32, and so do the small layers at the borders, through which everything goes.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 OPERATORS = ("MatMul", "Gemm")
+BORDERS = ("x_embedder.", "context_embedder.", "proj_out.")
+_TRANSPOSED = ".transposed"
 _INLINE_BYTES = 1024
 
 
@@ -61,6 +65,8 @@ def quantise(graph: Path, out: Path, weights: Path) -> None:
                 quantised,
                 op_types_to_quantize=list(OPERATORS),
                 per_channel=False,
+                reduce_range=True,
+                nodes_to_exclude=_border_nodes(model),
                 weight_type=QuantType.QInt8,
                 use_external_data_format=True,
             )
@@ -80,7 +86,7 @@ def _transpose_weights(model: ir.Model) -> None:
             continue
         permutation = node.attributes["perm"].as_ints()
         values = np.ascontiguousarray(source.const_value.numpy().transpose(permutation))
-        name = f"{source.name}.transposed"
+        name = f"{source.name}{_TRANSPOSED}"
         if name not in model.graph.initializers:
             weight = ir.Value(name=name, shape=ir.Shape(values.shape), type=ir.TensorType(source.const_value.dtype))
             weight.const_value = ir.Tensor(values, name=name)
@@ -89,6 +95,15 @@ def _transpose_weights(model: ir.Model) -> None:
         model.graph.remove(node, safe=True)
         if not source.uses():
             del model.graph.initializers[str(source.name)]
+
+
+def _border_nodes(model: ir.Model) -> list[str]:
+    """Names of the products with a weight of `BORDERS`."""
+    return [
+        str(node.name)
+        for node in model.graph.all_nodes()
+        if node.op_type in OPERATORS and any(str(x.name).startswith(BORDERS) for x in node.inputs if x is not None)
+    ]
 
 
 def _move_weights(model: ir.Model, weights: Path) -> None:

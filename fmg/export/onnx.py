@@ -98,7 +98,7 @@ def save_graph(graph: TracedGraph, file: Path, weights: str, places: Mapping[str
 
     for name in graph.parameters:
         value, place = graph.model.graph.initializers[name], places[name]
-        stated = tuple(int(size) for size in value.shape or ())
+        stated = _axes(value)
         if stated != place.shape or value.dtype != ir.DataType[_ONNX_DTYPES[place.dtype]]:
             raise CheckpointError(
                 f"'{name}' is {place.dtype} {place.shape} in {weights} and {value.dtype} {stated} in the graph",
@@ -220,7 +220,7 @@ def _check(
         problems += [f"the parameter {name} is not in the graph" for name in sorted(shapes.keys() - parameters.keys())]
     for name, shape in parameters.items():
         value = model.graph.initializers[name]
-        if tuple(int(size) for size in value.shape or ()) != shape:
+        if _axes(value) != shape:
             problems.append(f"the parameter {name} has shape {value.shape} instead of {shape}")
         if value.const_value is not None:
             problems.append(f"the parameter {name} has a value")

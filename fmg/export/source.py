@@ -112,3 +112,9 @@ def find_source(target: Target) -> ExportSource:
         )
     source = transformer_source(folder, conventions, student)
     return ExportSource(target.label, name, target.recipe, folder, conventions, source, target.adapter)
+
+
+def recipe_facts(recipe: Recipe) -> tuple[tuple[Mapping[str, object], ...], Mapping[str, object]]:
+    """What a manifest keeps of a recipe to repeat the proof of equal reward: its rewards, and its prompt sets."""
+    plain: Any = recipe.plain()
+    return tuple(plain["rewards"]), {"train": plain["prompts"], "eval": plain["eval"]["prompts"]}

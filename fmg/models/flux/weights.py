@@ -76,8 +76,14 @@ class TensorReader:
         self._opened: Any = None
         self._size = 0
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors, sorted."""
+        return tuple(sorted(self._files))
+
+    def under(self, other: TensorReader) -> TensorReader:
+        """These tensors, but those of `other` where it has one of that name; for readers without aliases."""
+        return TensorReader({**self._files, **other._files})
 
     def read(self, name: str) -> Tensor:
         """The tensor called `name`, in its stored dtype, memory-mapped.
@@ -120,7 +126,7 @@ def folder_weights(folder: Path) -> WeightFiles:
     try:
         if index is None:
             assert single is not None
-            return WeightFiles(folder, dict.fromkeys(_names(single), single))
+            return WeightFiles(folder, dict.fromkeys(stored_names(single), single))
         shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return WeightFiles(folder, {str(name): folder / str(file) for name, file in shards.items()})
     except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
@@ -141,7 +147,7 @@ def student_weights(source: Path, shapes: Shapes) -> WeightFiles:
         return folder_weights(source)
     try:
         if source.suffix == ".safetensors":
-            kept = [name for name in _names(source) if not name.startswith(DROPPED_PREFIX)]
+            kept = [name for name in stored_names(source) if not name.startswith(DROPPED_PREFIX)]
             return WeightFiles(source, dict.fromkeys(kept, source))
         folder = cache_dir() / "models" / content_hash(source)
     except (OSError, SafetensorError) as error:
@@ -318,7 +324,8 @@ def _by_file(files: Mapping[str, Path]) -> Iterator[tuple[Path, list[str]]]:
         yield file, list(names)
 
 
-def _names(file: Path) -> list[str]:
+def stored_names(file: Path) -> list[str]:
+    """Names of the tensors in a safetensors file."""
     with safe_open(str(file), framework="pt") as opened:
         return list(opened.keys())
 

@@ -112,7 +112,7 @@ def test_an_export_that_fails_on_the_way_leaves_nothing(
     def fail(*_: object, **__: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("fmg.export.diffusers.save_file", fail)
+    monkeypatch.setattr("fmg.export.diffusers.write_weights", fail)
     with pytest.raises(OSError, match="No space left"):
         merge_folder(base, saved, tmp_path / "exports" / "merged")
     assert list((tmp_path / "exports").iterdir()) == []
