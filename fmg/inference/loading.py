@@ -58,12 +58,11 @@ def pick_backend(
         MissingDependencyError: what it needs is not installed.
     """
     options = options or {}
-    kind = _kind(subject)
     if name == AUTO:
         return _preferred(subject, device, options)
-    source = backends.build(name, options)
-    if source.opens != kind:
+    if backends.build(name).opens != _kind(subject):
         raise UsageError(*_mismatch(name, subject))
+    source = backends.build(name, options)
     source.check()
     return source
 

@@ -33,6 +33,10 @@ _NOT_ON_A_CPU = ("bf16",)
 _LOG_LEVEL = 3
 
 
+class PrecisionError(UsageError):
+    """A graph in a precision that the provider cannot compute in. Exit code 2."""
+
+
 def installed() -> Any:
     """The onnxruntime module.
 
@@ -227,7 +231,7 @@ class Sessions:
         """The session of a graph.
 
         Raises:
-            UsageError: the provider cannot compute in the graph's precision.
+            PrecisionError: the provider cannot compute in the graph's precision.
             CheckpointError: the graph cannot be loaded.
             FmgError: the provider cannot be started.
         """
@@ -265,7 +269,7 @@ class Sessions:
 
     def _check_precision(self, name: str, graph: Graph) -> None:
         if self.providers[0] == CPU and graph.precision in _NOT_ON_A_CPU:
-            raise UsageError(
+            raise PrecisionError(
                 f"The graph '{name}' is {graph.precision}, which ONNX Runtime cannot compute on a CPU",
                 "Export with --precision fp32 for a CPU, or use a GPU.",
             )

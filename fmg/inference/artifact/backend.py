@@ -233,8 +233,9 @@ def checked_resolution(artifact: Artifact, resolution: int | None) -> int:
     smallest, largest = sampling.resolutions[0], sampling.resolutions[-1]
     token = sampling.latent_scale * PATCH
     if resolution % token or not smallest <= resolution <= largest:
+        sides = f"{smallest} pixels" if smallest == largest else f"{smallest} to {largest} pixels in steps of {token}"
         raise UsageError(
-            f"The artifact draws {smallest} to {largest} pixels in steps of {token}, not {resolution}",
+            f"The artifact draws {sides}, not {resolution}",
             "Use such a resolution, or export with --resolutions for another.",
         )
     return resolution

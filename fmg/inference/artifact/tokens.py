@@ -55,5 +55,5 @@ class PromptTokenizer:
             if len(row.ids) > self._length:
                 raise UsageError(
                     f"The prompt '{prompt:.60}' has {len(row.ids)} tokens, and the model reads {self._length}",
-                    "Shorten it, or export with a larger text length.",
+                    "Shorten it.",
                 )
