@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from fmg.core.events import Observer
     from fmg.export.tensorrt.build import Engine
     from fmg.inference.artifact import Artifact
-    from fmg.inference.artifact.manifest import AxisRange
 
 _FLAVOURS = ("auto", "tensorrt", "rtx")
 _HARDWARE = ("none", "same-capability", "ampere-plus")
@@ -123,32 +122,31 @@ def engine_request(
     return EngineRequest(flavour or "auto", options, build_memory)
 
 
-def build(
+def added(
     request: EngineRequest,
     artifact: Artifact,
     resolutions: tuple[int, ...] | None,
     batch: tuple[int, int, int] | None,
     observer: Observer,
-) -> list[Engine]:
-    """Builds the engines of an artifact; what is complete stays when it fails."""
+) -> tuple[dict[str, object], str]:
+    """Builds the engines of an artifact: facts for `--json`, text for people. What is complete stays when it fails."""
     from fmg.export.tensorrt.build import build_engines
     from fmg.export.tensorrt.options import EngineOptions
     from fmg.inference.artifact.manifest import AxisRange
 
-    rows: AxisRange | None = None if batch is None else AxisRange(*batch)
-    return build_engines(
+    built = build_engines(
         artifact,
         flavour=request.flavour,
         resolutions=resolutions,
-        batch=rows,
+        batch=None if batch is None else AxisRange(*batch),
         options=EngineOptions(**request.options),
         memory_gib=request.memory_gib,
         observer=observer,
     )
+    return {"folder": str(artifact.folder), "engines": _facts(built)}, f"{artifact.folder}:\n{_text(built)}"
 
 
-def facts(engines: list[Engine]) -> list[dict[str, object]]:
-    """The engines for `--json`."""
+def _facts(engines: list[Engine]) -> list[dict[str, object]]:
     return [
         {
             "graph": engine.record.graph,
@@ -163,8 +161,7 @@ def facts(engines: list[Engine]) -> list[dict[str, object]]:
     ]
 
 
-def text(engines: list[Engine]) -> str:
-    """The engines for people, one a line."""
+def _text(engines: list[Engine]) -> str:
     lines = []
     for engine in engines:
         record = engine.record

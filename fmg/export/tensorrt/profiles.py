@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,22 +36,6 @@ class Wanted:
 
     resolutions: tuple[int, ...]
     batch: AxisRange
-
-
-def parse_batch(text: str) -> AxisRange:
-    """A batch range from `MIN:OPT:MAX`, or one number for all three.
-
-    Raises:
-        UsageError: it is neither, or does not rise from 1.
-    """
-    fix = "Write --batch 1:1:4, or --batch 1 for engines of one fixed batch."
-    if not re.fullmatch(r"\d{1,6}(:\d{1,6}:\d{1,6})?", text, re.ASCII):
-        raise UsageError(f"--batch {text} is not MIN:OPT:MAX", fix)
-    numbers = [int(part) for part in text.split(":")]
-    low, opt, high = numbers if len(numbers) == 3 else numbers * 3
-    if not 1 <= low <= opt <= high:
-        raise UsageError(f"--batch {text} does not rise from 1", fix)
-    return AxisRange(low, opt, high)
 
 
 def wanted(manifest: Manifest, resolutions: Sequence[int] | None, batch: AxisRange | None) -> Wanted:

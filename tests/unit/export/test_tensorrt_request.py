@@ -13,7 +13,7 @@ from fmg.core.errors import CheckpointError, MissingDependencyError, UsageError
 from fmg.export.tensorrt import options as options_module
 from fmg.export.tensorrt.graph import check_buildable
 from fmg.export.tensorrt.options import EngineOptions, pick_flavour
-from fmg.export.tensorrt.profiles import parse_batch, profiles, wanted
+from fmg.export.tensorrt.profiles import profiles, wanted
 from fmg.inference.artifact.manifest import BATCH, AxisRange, Manifest
 from fmg.inference.tensorrt.flavours import RTX, TENSORRT, Flavour, Gpu, load_module
 from fmg.inference.tensorrt.record import ShapeRange
@@ -69,17 +69,6 @@ def test_what_the_artifact_was_not_exported_for_is_refused(
 
 def test_resolutions_are_sorted_and_named_once(manifest: Manifest) -> None:
     assert wanted(manifest, (16, 8, 16), AxisRange(1, 1, 2)).resolutions == (8, 16)
-
-
-@pytest.mark.parametrize(("text", "parsed"), [("1:2:4", (1, 2, 4)), ("3", (3, 3, 3)), ("1:1:1", (1, 1, 1))])
-def test_batch_ranges(text: str, parsed: tuple[int, int, int]) -> None:
-    assert parse_batch(text) == AxisRange(*parsed)
-
-
-@pytest.mark.parametrize("text", ["", "0", "1:2", "2:1:4", "1:4:2", "a:b:c", "1:2:4:8", "-1", "1:2:٤"])
-def test_batch_ranges_that_are_none(text: str) -> None:
-    with pytest.raises(UsageError, match="--batch"):
-        parse_batch(text)
 
 
 @pytest.mark.parametrize(
