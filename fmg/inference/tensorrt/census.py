@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from fmg.core.errors import FmgError
 from fmg.inference.artifact.manifest import Precision
 from fmg.inference.tensorrt.engine import Engine
 
@@ -18,6 +17,7 @@ PRODUCTS = ("MATRIX_MULTIPLY", "CONVOLUTION", "gemm", "conv")
 """Kinds of layers that do the work, as networks and inspected engines name them, by their beginning."""
 
 _TYPES: Mapping[str, str] = {"fp32": "FLOAT", "bf16": "BF16", "fp16": "HALF"}
+_NAMES: Mapping[str, str] = {**_TYPES, "fp8": "FP8", "int8": "INT8"}
 # The inspector writes `Row major linear FP16` or `Half`, by version and kind of layer.
 _WORDS = (
     ("BF16", r"bf16|bfloat16"),
@@ -35,7 +35,7 @@ _FP32_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Census:
-    """Layers by kind and by the type of their result; empty when nothing could be read."""
+    """Layers by kind and by the type of their result, both as TensorRT calls them."""
 
     layers: Mapping[str, Mapping[str, int]]
 
@@ -55,6 +55,11 @@ class Census:
             if kind.lower().startswith(tuple(word.lower() for word in PRODUCTS)):
                 total.update(counts)
         return dict(sorted(total.items()))
+
+    def by_precision(self) -> Mapping[str, int]:
+        """Products by the names that manifests use (`fp32`, `bf16`, ...); all layers where no product can be told."""
+        counts = self.products or self.types
+        return {name: counts[kind] for name, kind in _NAMES.items() if kind in counts}
 
     def problem(self, precision: Precision) -> str:
         """What is not as asked, in one clause; empty when all is.
@@ -79,12 +84,8 @@ class Census:
         return ""
 
 
-def inspect(trt: ModuleType, engine: Engine) -> Census:
-    """What the inspector of a loaded engine says.
-
-    Raises:
-        FmgError: it says nothing of types, as for an engine that was built without detailed verbosity.
-    """
+def inspect(trt: ModuleType, engine: Engine) -> Census | None:
+    """What the inspector of a loaded engine says; None for an engine that was built without detailed verbosity."""
     api: Any = trt
     inspector = engine.raw.create_engine_inspector()
     text = inspector.get_engine_information(api.LayerInformationFormat.JSON)
@@ -96,12 +97,7 @@ def inspect(trt: ModuleType, engine: Engine) -> Census:
         for output in layer.get("Outputs", [])[:1]:
             dtype = _type(str(output.get("Format/Datatype", output.get("Datatype", ""))))
             counts.setdefault(str(layer.get("LayerType", "unknown")), Counter())[dtype] += 1
-    if not counts:
-        raise FmgError(
-            "The inspector of the engine does not name the types of its layers",
-            "Build the engine again: fmg export --trt builds with detailed verbosity.",
-        )
-    return Census({kind: dict(sorted(types.items())) for kind, types in sorted(counts.items())})
+    return Census({kind: dict(sorted(types.items())) for kind, types in sorted(counts.items())}) if counts else None
 
 
 def _type(text: str) -> str:

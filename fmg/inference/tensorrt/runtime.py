@@ -14,6 +14,7 @@ from torch import Tensor
 from fmg.core.stages import StageClock
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.artifact.manifest import BATCH
+from fmg.inference.tensorrt.census import inspect
 from fmg.inference.tensorrt.device import Device
 from fmg.inference.tensorrt.engine import Engine, RunOptions
 from fmg.inference.tensorrt.flavours import Flavour
@@ -49,7 +50,7 @@ class EngineRuntime:
         self._artifact = artifact
         self._records = records
         self._flavour = flavour
-        self.trt = trt
+        self._trt = trt
         self._device = device
         self._options = options
         self._engines: dict[str, Engine] = {}
@@ -64,7 +65,7 @@ class EngineRuntime:
     def detail(self) -> str:
         """Version, and the engines by name."""
         names = ", ".join(record.plan.removesuffix(".plan") for record in self._records.values())
-        return f"{self._flavour.module} {self.trt.__version__}: {names}"
+        return f"{self._flavour.module} {self._trt.__version__}: {names}"
 
     @property
     def device(self) -> str:
@@ -93,9 +94,10 @@ class EngineRuntime:
             parts.append(engine.run(part)[entry.outputs[0].name][:taken])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def engine(self, graph: str) -> Engine:
-        """The engine of a graph, loaded now if it was not yet."""
-        return self._engine(graph)
+    def precision(self, graph: str) -> Mapping[str, int] | None:
+        """Products of an engine by precision, as its inspector says; None where it does not say."""
+        census = inspect(self._trt, self._engine(graph))
+        return None if census is None else census.by_precision()
 
     def free(self, graphs: Iterable[str]) -> None:
         """Closes the engines of these graphs."""
@@ -135,9 +137,9 @@ class EngineRuntime:
             plan = check_plan(self._artifact.engines, record)
             before = self._device.free_memory()
             carries_code = bool(record.ingredients.options.get("version_compatible"))
-            engine = Engine(self.trt, plan, self._device, self._options, carries_code=carries_code)
+            engine = Engine(self._trt, plan, self._device, self._options, carries_code=carries_code)
             if needs_refit(self._artifact, record):
-                Refit(self.trt, engine, self._artifact, graph).apply()
+                Refit(self._trt, engine, self._artifact, graph).apply()
             self._engines[graph] = engine
             self._memory[graph] = max(0, before - self._device.free_memory())
         return self._engines[graph]
