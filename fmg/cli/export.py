@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fmg.cli import export_engines as engines
 from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.export_options import (
     batch_range,
+    check_artifact_only,
     check_combination,
     default_folder,
     folder_precision,
@@ -18,6 +20,8 @@ from fmg.cli.export_options import (
 )
 from fmg.cli.observers import LOADING, reporter_for
 from fmg.cli.options import AsJson, checked_folder, given_text
+from fmg.core.events import Notice
+from fmg.inference.artifact import is_artifact, open_artifact
 
 if TYPE_CHECKING:
     from fmg.export.diffusers import Merged
@@ -66,17 +70,39 @@ def export(
         str | None,
         typer.Option(metavar="DIR", help="Folder to make.", show_default="RUN/artifact or artifacts/MODEL"),
     ] = None,
+    trt: engines.Trt = False,
+    flavour: engines.FlavourName = None,
+    builder_level: engines.Level = None,
+    workspace: engines.Workspace = None,
+    hardware: engines.Hardware = None,
+    version_compatible: engines.VersionCompatible = False,
+    weight_streaming: engines.WeightStreaming = False,
+    refittable: engines.Refittable = False,
+    no_timing_cache: engines.NoTimingCache = False,
+    build_memory: engines.BuildMemory = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a tuned model in a form that runs without fmg's training stack, or that other software reads."""
     check_combination(
         {"--onnx": onnx, "--diffusers": diffusers, "--swap-weights": swap_weights is not None},
-        {"--int8": int8, "--resolutions": resolutions is not None, "--batch": batch is not None},
+        {"--int8": int8, "--resolutions": resolutions is not None, "--batch": batch is not None, "--trt": trt},
         {"--precision": precision is not None, "OUT": place is not None or out is not None},
     )
     target = given_text(target, "TARGET")
     sides, rows, folder = resolution_list(resolutions), batch_range(batch), one_folder(place, out)
     kept = folder_precision(precision) if diffusers else precision_of(precision)
+    request = engines.engine_request(
+        trt,
+        flavour=flavour,
+        level=builder_level,
+        workspace=workspace,
+        hardware=hardware,
+        version_compatible=version_compatible,
+        weight_streaming=weight_streaming,
+        refittable=refittable,
+        no_timing_cache=no_timing_cache,
+        build_memory=build_memory,
+    )
     with reporter_for(stderr()) as reporter:
         reporter(LOADING)
         if diffusers:
@@ -89,6 +115,10 @@ def export(
 
             artifact = swap(checked_folder(swap_weights, "--swap-weights"), target, observer=reporter)
             facts, text = _facts(artifact), _text(artifact)
+        elif request is not None and target is not None and is_artifact(target):
+            check_artifact_only({"--onnx": onnx, "--int8": int8, "--precision": precision, "OUT": place or out})
+            artifact = open_artifact(target)
+            facts, text = engines.added(request, artifact, sides, rows, reporter)
         else:
             from fmg.export.artifact import ExportOptions, export_artifact
 
@@ -96,6 +126,10 @@ def export(
             folder = folder or default_folder(target, "artifact")
             artifact = export_artifact(target, folder, options, observer=reporter)
             facts, text = _facts(artifact), _text(artifact)
+            if request is not None:
+                reporter(Notice("info", text))
+                built, text = engines.added(request, artifact, None, None, reporter)
+                facts |= built
     if as_json:
         print_json(facts)
     else:

@@ -38,6 +38,18 @@ def check_combination(forms: Mapping[str, bool], artifact: Mapping[str, bool], f
         raise UsageError(f"{taken[0]} does not go with {form}", "Leave one of them out.")
 
 
+def check_artifact_only(fresh: Mapping[str, object]) -> None:
+    """Whether nothing was said about a new artifact where engines are added to one that is there.
+
+    Raises:
+        UsageError: naming the first option of a new one.
+    """
+    if given := [name for name, value in fresh.items() if value]:
+        raise UsageError(
+            f"{given[0]} does not go with --trt of an artifact that is there", "Leave it out, or name the run instead."
+        )
+
+
 def precision_of(text: str | None) -> ExportPrecision:
     """The precision of an artifact.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -37,3 +38,15 @@ class OnnxRuntimeConfig(ArtifactBackendConfig):
         default="auto", description="execution provider; auto takes CUDA where the device is one"
     )
     int8: bool = Field(default=False, description="run the int8 transformer of the artifact (CPU)")
+
+
+class TensorRtConfig(ArtifactBackendConfig):
+    """TensorRT engines of an artifact, built by `fmg export --trt`."""
+
+    cuda_graphs: bool = Field(default=True, description="replay each shape as one CUDA graph from its third use on")
+    streaming_budget_gib: float | None = Field(
+        default=None, ge=0, description="weights of a weight-streaming engine to keep on the GPU; none: what fits"
+    )
+    allow_code: bool = Field(default=False, description="run the host code inside a version-compatible engine")
+
+    needs_consent: ClassVar[Mapping[str, str]] = {"allow_code": "run code that comes with an engine"}

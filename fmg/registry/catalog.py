@@ -105,5 +105,9 @@ ROWS: tuple[Row, ...] = (
          "A model or a run in torch, eager"),
     _row("backend", "onnxruntime", "inference", "OnnxRuntimeConfig", "sources:onnxruntime_source",
          "An exported artifact in ONNX Runtime, on a CPU or with its CUDA and TensorRT providers"),
+    _row("backend", "tensorrt", "inference", "TensorRtConfig", "tensorrt.source:tensorrt",
+         "TensorRT engines of an exported artifact, built on this kind of GPU"),
+    _row("backend", "tensorrt-rtx", "inference", "TensorRtConfig", "tensorrt.source:tensorrt_rtx",
+         "TensorRT-RTX engines of an exported artifact, built ahead of time for GeForce and RTX GPUs"),
 )
 # fmt: on
