@@ -17,15 +17,21 @@ from fmg.cli.export_options import (
     one_folder,
     precision_of,
     resolution_list,
+    verify_level,
 )
 from fmg.cli.observers import LOADING, reporter_for
 from fmg.cli.options import AsJson, checked_folder, given_text
+from fmg.cli.verify import print_report
 from fmg.core.events import Notice
 from fmg.inference.artifact import is_artifact, open_artifact
 
 if TYPE_CHECKING:
+    from fmg.core.events import Observer
     from fmg.export.diffusers import Merged
+    from fmg.inference.alone import VerifyReport
     from fmg.inference.artifact import Artifact
+
+_NOT_PROVEN = 1
 
 
 def export(
@@ -70,6 +76,13 @@ def export(
         str | None,
         typer.Option(metavar="DIR", help="Folder to make.", show_default="RUN/artifact or artifacts/MODEL"),
     ] = None,
+    verify: Annotated[
+        str,
+        typer.Option(
+            metavar="LEVEL",
+            help="Prove afterwards that the artifact draws what its run draws: quick, full or off; see fmg verify.",
+        ),
+    ] = "off",
     trt: engines.Trt = False,
     flavour: engines.FlavourName = None,
     builder_level: engines.Level = None,
@@ -88,7 +101,7 @@ def export(
         {"--int8": int8, "--resolutions": resolutions is not None, "--batch": batch is not None, "--trt": trt},
         {"--precision": precision is not None, "OUT": place is not None or out is not None},
     )
-    target = given_text(target, "TARGET")
+    target, level = given_text(target, "TARGET"), verify_level(verify, diffusers=diffusers)
     sides, rows, folder = resolution_list(resolutions), batch_range(batch), one_folder(place, out)
     kept = folder_precision(precision) if diffusers else precision_of(precision)
     request = engines.engine_request(
@@ -130,10 +143,21 @@ def export(
                 reporter(Notice("info", text))
                 built, text = engines.added(request, artifact, None, None, reporter)
                 facts |= built
+        report = None if level is None else _proof(open_artifact(artifact.folder), level, reporter)
     if as_json:
-        print_json(facts)
+        print_json(facts if report is None else {**facts, "verify": report.to_json()})
     else:
         stdout().print(text, soft_wrap=True)
+        if report is not None:
+            print_report(stdout(), report)
+    if report is not None and not report.passed:
+        raise typer.Exit(_NOT_PROVEN)
+
+
+def _proof(artifact: Artifact, level: str, observer: Observer) -> VerifyReport:
+    from fmg.export.verify import verify
+
+    return verify(artifact, level=level, observer=observer)
 
 
 def _folder_facts(merged: Merged) -> dict[str, object]:

@@ -13,6 +13,8 @@ ExportPrecision = Literal["fp32", "bf16", "fp16"]
 
 _ARTIFACT: Mapping[str, ExportPrecision] = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16"}
 _STORED = "stored"
+_OFF = "off"
+_LEVELS = ("quick", "full", _OFF)
 _MAX_SIDE = 8192
 _MAX_ROWS = 1024
 
@@ -66,6 +68,21 @@ def folder_precision(text: str | None) -> str:
         UsageError: for a name that is not known.
     """
     return _STORED if text is None else _known(text, (_STORED, *_ARTIFACT))
+
+
+def verify_level(text: str, *, diffusers: bool) -> str | None:
+    """How much to prove, or None for nothing.
+
+    Raises:
+        UsageError: for a word that is not known, or a folder of diffusers, which has no such proof.
+    """
+    if text not in _LEVELS:
+        raise UsageError(f"--verify: '{text}' is not a level", suggestion(text, _LEVELS))
+    if text == _OFF:
+        return None
+    if diffusers:
+        raise UsageError("--verify does not go with --diffusers", "Leave one of them out.")
+    return text
 
 
 def resolution_list(text: str | None) -> tuple[int, ...] | None:

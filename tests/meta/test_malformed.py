@@ -184,6 +184,8 @@ MISUSES = (
     Misuse(f"{EXPORT} --precision fp8", "Did you mean 'fp16'"),
     Misuse(f"{EXPORT} --precision stored", "'stored' is not a precision"),
     Misuse(f"{EXPORT} --precision bf16 --int8", "8-bit weights are for a CPU"),
+    Misuse(f"{EXPORT} --verify fast", "'fast' is not a level"),
+    Misuse(f"{EXPORT} --diffusers --verify quick", "--verify does not go with --diffusers"),
     Misuse(f"{EXPORT} --onnx --diffusers", "exclude each other"),
     Misuse(f"{EXPORT} --diffusers --int8", "--int8 does not go with --diffusers"),
     Misuse(f"{EXPORT} --diffusers out", "has no adapter to merge"),
