@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import onnxruntime
@@ -13,12 +14,15 @@ import torch
 from safetensors.torch import load_file
 
 from fmg.core.errors import CheckpointError, UsageError
-from fmg.export.artifact import ExportOptions
+from fmg.export import artifact as exporter
+from fmg.export.artifact import ExportOptions, export_artifact
+from fmg.export.graphs import GraphPlan
+from fmg.export.onnx import TracedGraph
 from fmg.export.swap import swap_weights
 from fmg.inference.artifact import Artifact, layout, open_artifact
 from fmg.inference.artifact.manifest import TRANSFORMER, TRANSFORMER_INT8, Check
-from fmg.inference.target import load
-from tests.support.artifact import copied, exported
+from fmg.inference.target import Target, load, load_target, resolve_target
+from tests.support.artifact import copied, exported, make_run, trace_once
 from tests.unit.export.test_artifact import difference, transformer_feed
 
 pytestmark = [pytest.mark.slow, pytest.mark.compile]
@@ -85,39 +89,42 @@ def test_another_run_equals_its_fresh_export_and_the_way_back_equals_the_base(
     assert np.isfinite(given).all()
 
 
+def without_graphs(target: Path, out: Path, options: ExportOptions) -> Artifact:
+    """An export whose weights are real and whose graphs are empty files: what is looked at here are the weights."""
+
+    def traced(plan: GraphPlan) -> TracedGraph:
+        return replace(trace_once(replace(plan, dtype=torch.float32)), plan=plan)
+
+    def save(graph: TracedGraph, file: Path, *_: object) -> None:
+        file.write_bytes(graph.plan.name.encode())
+
+    with patch.object(exporter, "trace", traced), patch.object(exporter, "save_graph", save):
+        return export_artifact(target, out, options)
+
+
 def test_half_precision_keeps_what_it_cannot_tell(
     student_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FMG_CACHE", str(student_run.parent / "cache"))
-    artifact = exported(student_run, tmp_path / "artifact", ExportOptions(precision="bf16"))
+    artifact = without_graphs(student_run, tmp_path / "artifact", ExportOptions(precision="bf16"))
     before = contents(artifact.folder)
-    kept = set(load_file(artifact.path("base.safetensors")))
-    assert kept
-    assert all(".attn." in name for name in kept)
-    weights = load_file(artifact.path(WEIGHTS))
-    assert {x.dtype for x in weights.values()} == {torch.bfloat16}
+    kept = load_file(artifact.path("base.safetensors"))
+    assert all(".attn." in name and x.dtype == torch.float32 for name, x in kept.items())
+    assert {x.dtype for x in load_file(artifact.path(WEIGHTS)).values()} == {torch.bfloat16}
 
     base = swap_weights(artifact.folder, "base")
-    stored: Any = load(student_run, device="cpu", adapter=False).backend
+    recipe = resolve_target(student_run).recipe
+    stored: Any = load_target(Target("base", recipe, None), device="cpu").backend
     plain = stored.model.components.transformer.state_dict()
     back = load_file(base.path(WEIGHTS))
     assert all(torch.equal(back[name], x.bfloat16()) for name, x in plain.items())
     swap_weights(artifact.folder, student_run)
     assert contents(artifact.folder) == before
 
-    # the stored fp32 of other modules is gone
-    from tests.support.artifact import make_run
-
-    recipe = stored_recipe(student_run).with_({"lora.targets": "attention-mlp"})
-    wider = make_run(tmp_path / "wider", recipe, seed=5)
+    # of the other modules only bf16 is left, which is not what they were
+    wider = make_run(tmp_path / "wider", recipe.with_({"lora.targets": "attention-mlp"}), seed=5)
     with unchanged(artifact.folder), pytest.raises(UsageError, match=r"has only what is left in torch\.bfloat16"):
         swap_weights(artifact.folder, wider)
-
-
-def stored_recipe(run: Path) -> Any:
-    from fmg.inference.target import resolve_target
-
-    return resolve_target(run).recipe
 
 
 def test_what_does_not_fit_or_fails_leaves_the_artifact_as_it_was(
