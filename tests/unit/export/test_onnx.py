@@ -52,7 +52,7 @@ def test_equal_weights_stay_apart_and_keep_name_shape_and_place(tmp_path: Path) 
 
 
 def test_a_graph_that_is_not_as_planned_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="'y'.* is not the planned"):
+    with pytest.raises(CheckpointError, match=r"'y'.* is not the planned"):
         trace(twins(outputs=(TensorSpec("y", "int64", ("batch", 4)),)))
 
 
