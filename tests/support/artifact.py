@@ -19,7 +19,7 @@ from fmg.export.artifact import ExportOptions, export_artifact
 from fmg.export.graphs import GraphPlan
 from fmg.export.onnx import TracedGraph, trace
 from fmg.inference.artifact import Artifact
-from fmg.inference.target import Target, load_target
+from fmg.inference.target import Target, load_model
 from fmg.registry.recipe import Recipe
 from tests.tiny_flux import RESOLUTION, SEQUENCE, build_tiny_teacher, publish_student
 
@@ -30,14 +30,14 @@ def make_run(folder: Path, recipe: Recipe, seed: int) -> Path:
     """A finished run whose adapter has random values: as a training would leave it, without the training."""
     run = RunFolder.create(folder, recipe.model.name)
     run.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
-    backend: Any = load_target(Target("base", recipe, None), device="cpu").backend
+    model: Any = load_model(Target("base", recipe, None), device="cpu")
     lora = recipe.lora
-    backend.model.attach_adapter(lora.rank, lora.alpha, lora.target_names(), 0.0, seed)
+    model.attach_adapter(lora.rank, lora.alpha, lora.target_names(), 0.0, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for _, parameter in backend.model.trainable():
+        for _, parameter in model.trainable():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-    backend.model.save_adapter(run.path / FOLDER / "checkpoint-1")
+    model.save_adapter(run.path / FOLDER / "checkpoint-1")
     saved = Saved("checkpoint-1", 1, "eval/score", 0.5)
     write_index(run.path, CheckpointIndex((saved,), saved.name, saved.name))
     run.set_state("finished")

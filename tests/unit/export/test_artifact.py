@@ -17,7 +17,7 @@ from fmg.core.errors import CheckpointError, UsageError
 from fmg.export.artifact import ExportOptions, export_artifact
 from fmg.inference.artifact import Artifact, layout, open_artifact
 from fmg.inference.artifact.manifest import TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER, TRANSFORMER_INT8, VAE_DECODER
-from fmg.inference.target import load
+from fmg.inference.target import load_model, resolve_target
 from fmg.models.flux.latents import image_ids
 from fmg.models.flux.model import FluxModel
 
@@ -34,8 +34,8 @@ def pair(request: pytest.FixtureRequest) -> tuple[Artifact, FluxModel]:
     run: Path = request.getfixturevalue(request.param)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FMG_CACHE", str(run.parent / "cache"))
-        backend: Any = load(run, device="cpu").backend
-    return artifact, backend.model
+        model: Any = load_model(resolve_target(run), device="cpu")
+    return artifact, model
 
 
 def session(artifact: Artifact, graph: str) -> onnxruntime.InferenceSession:
@@ -131,8 +131,7 @@ def test_decoder_of_the_artifact_draws_what_the_model_draws(
 
 @torch.no_grad()
 def test_weights_with_eight_bits_stay_near(shapes_artifact: Artifact, shapes_run: Path) -> None:
-    backend: Any = load(shapes_run, device="cpu").backend
-    model: FluxModel = backend.model
+    model: Any = load_model(resolve_target(shapes_run), device="cpu")
     cond = model.encode(["a red circle left", "a blue square right", "a green triangle top"])
     feed = transformer_feed(model, (3, 8, 8, 16))
     feed |= {layout.ENCODER_HIDDEN_STATES: cond.tensors["tokens"], layout.POOLED_PROJECTIONS: cond.tensors["pooled"]}
@@ -217,7 +216,6 @@ def test_an_export_that_fails_on_the_way_leaves_nothing(
 
 
 def test_a_base_that_moved_is_refused(student_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fmg.inference.target import resolve_target
     from tests.tiny_flux import publish_student
 
     monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))

@@ -21,7 +21,7 @@ from fmg.export.onnx import TracedGraph
 from fmg.export.swap import swap_weights
 from fmg.inference.artifact import Artifact, layout, open_artifact
 from fmg.inference.artifact.manifest import TRANSFORMER, TRANSFORMER_INT8, Check
-from fmg.inference.target import Target, load, load_target, resolve_target
+from fmg.inference.target import Target, load_model, resolve_target
 from tests.support.artifact import copied, exported, make_run, trace_once
 from tests.unit.export.test_artifact import difference, transformer_feed
 
@@ -66,14 +66,14 @@ def test_another_run_equals_its_fresh_export_and_the_way_back_equals_the_base(
     volatile = {"files": swapped.manifest.files, "checks": ()}
     assert replace(fresh.manifest, **volatile) == swapped.manifest  # type: ignore[arg-type]
 
-    backend: Any = load(other_shapes_run, device="cpu").backend
-    feed = transformer_feed(backend.model, (3, 8, 8, 16))
+    model: Any = load_model(resolve_target(other_shapes_run), device="cpu")
+    feed = transformer_feed(model, (3, 8, 8, 16))
     session = onnxruntime.InferenceSession(str(swapped.onnx(TRANSFORMER)), providers=["CPUExecutionProvider"])
     given = session.run(None, {name: x.numpy() for name, x in feed.items()})[0]
-    assert difference(given, backend.model.components.transformer(**feed)[0]) <= 1e-5
+    assert difference(given, model.components.transformer(**feed)[0]) <= 1e-5
 
     base = swap_weights(folder, "base")
-    stored = backend.model.components.weights
+    stored = model.components.weights
     asset = load_file(next(iter(stored.files.values())))
     weights = load_file(folder / WEIGHTS)
     assert weights.keys() == asset.keys()
@@ -114,8 +114,8 @@ def test_half_precision_keeps_what_it_cannot_tell(
 
     base = swap_weights(artifact.folder, "base")
     recipe = resolve_target(student_run).recipe
-    stored: Any = load_target(Target("base", recipe, None), device="cpu").backend
-    plain = stored.model.components.transformer.state_dict()
+    stored: Any = load_model(Target("base", recipe, None), device="cpu")
+    plain = stored.components.transformer.state_dict()
     back = load_file(base.path(WEIGHTS))
     assert all(torch.equal(back[name], x.bfloat16()) for name, x in plain.items())
     swap_weights(artifact.folder, student_run)
