@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fmg.core.errors import UsageError
+from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.events import Observer, StageProgress, ignore
 from fmg.export.delta import Delta, check_base, read_delta
 from fmg.export.int8 import quantise
@@ -183,5 +183,15 @@ def _replaced(folder: Path) -> Iterator[Path]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Files of the artifact, engines included; never links."""
-    return [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
+    """Every file of the artifact, engines included.
+
+    Raises:
+        CheckpointError: there is a link, which would be lost or lead somewhere else.
+    """
+    found = sorted(folder.rglob("*"))
+    if links := [path for path in found if path.is_symlink()]:
+        raise CheckpointError(
+            f"{links[0]} is a link, which an artifact must not have",
+            "Copy the artifact with its files, not with links.",
+        )
+    return [path for path in found if path.is_file()]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
@@ -26,13 +26,16 @@ from tests.tiny_flux import RESOLUTION, SEQUENCE, build_tiny_teacher, publish_st
 _TRACED: dict[object, TracedGraph] = {}
 
 
-def make_run(folder: Path, recipe: Recipe, seed: int) -> Path:
-    """A finished run whose adapter has random values: as a training would leave it, without the training."""
+def make_run(folder: Path, recipe: Recipe, seed: int, trained: Literal["lora", "duration", "full"] = "lora") -> Path:
+    """A finished run with random values in what it trains: as a training would leave it, without the training."""
     run = RunFolder.create(folder, recipe.model.name)
     run.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
     model: Any = load_model(Target("base", recipe, None), device="cpu")
     lora = recipe.lora
-    model.attach_adapter(lora.rank, lora.alpha, lora.target_names(), 0.0, seed)
+    if trained != "full":
+        model.attach_adapter(lora.rank, lora.alpha, lora.target_names(), 0.0, seed)
+    if trained != "lora":
+        model.unfreeze(trained)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, parameter in model.trainable():

@@ -147,6 +147,11 @@ def test_what_does_not_fit_or_fails_leaves_the_artifact_as_it_was(
         monkeypatch.setattr("fmg.export.swap.write_base", fail)
         with pytest.raises(OSError, match="No space left"):
             swap_weights(folder, other_shapes_run)
+    (folder / "engines").mkdir()
+    (folder / "engines" / "key.plan").symlink_to(folder / "transformer.onnx")
+    with unchanged(folder), pytest.raises(CheckpointError, match=r"key\.plan is a link"):
+        swap_weights(folder, other_shapes_run)
+    (folder / "engines" / "key.plan").unlink()
     weights = folder / layout.weights_file(TRANSFORMER)
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1

@@ -158,6 +158,14 @@ def test_a_change_that_keeps_size_and_time_is_found_when_read_afresh(folder: Pat
         artifact.check_hashes(afresh=True)
 
 
+def test_an_artifact_opens_where_nothing_can_be_noted(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("FMG_CACHE", str(tmp_path / "file" / "cache"))
+    assert open_artifact(folder).manifest.schema == 1
+
+
 def test_links_are_refused_wherever_they_lead(folder: Path, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_bytes((folder / "transformer.onnx").read_bytes())
