@@ -20,7 +20,7 @@ Kind = Annotated[
     str,
     typer.Argument(
         metavar="KIND",
-        help="models, stochasticizers, rewards, objectives, optimizers or prompt-sets (singular works too).",
+        help="models, stochasticizers, rewards, objectives, optimizers, prompt-sets or backends (singular works too).",
         show_default=False,
     ),
 ]
@@ -33,7 +33,7 @@ def list_components(
         str | None,
         typer.Argument(
             metavar="[KIND]",
-            help="models, stochasticizers, rewards, objectives, optimizers or prompt-sets.",
+            help="models, stochasticizers, rewards, objectives, optimizers, prompt-sets or backends.",
             show_default="all kinds",
         ),
     ] = None,

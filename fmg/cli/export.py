@@ -1,48 +1,188 @@
-"""`fmg export`: a run for other software."""
+"""`fmg export`: a tuned model for other software and other machines."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fmg.cli import export_engines as engines
 from fmg.cli.console import print_json, stderr, stdout
-from fmg.cli.observers import reporter_for
-from fmg.cli.options import AsJson, Offline
-from fmg.core.errors import UsageError, suggestion
+from fmg.cli.export_options import (
+    batch_range,
+    check_artifact_only,
+    check_combination,
+    default_folder,
+    folder_precision,
+    one_folder,
+    precision_of,
+    resolution_list,
+    verify_level,
+)
+from fmg.cli.observers import LOADING, reporter_for
+from fmg.cli.options import AsJson, Offline, checked_folder, given_text
+from fmg.cli.verify import print_report
+from fmg.core.events import Notice
+from fmg.inference.artifact import is_artifact, open_artifact
 
-_DTYPES = ("stored", "fp32", "bf16", "fp16")
+if TYPE_CHECKING:
+    from fmg.core.events import Observer
+    from fmg.export.diffusers import Merged
+    from fmg.inference.alone import VerifyReport
+    from fmg.inference.artifact import Artifact
+
+_NOT_PROVEN = 1
 
 
 def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
+    target: Annotated[
+        str | None, typer.Argument(metavar="TARGET", help="Run folder or model.", show_default="the newest run")
+    ] = None,
+    place: Annotated[str | None, typer.Argument(metavar="OUT", help="Folder to make, as --out.")] = None,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="An artifact: ONNX graphs, weights, tokenizers and a manifest (the default).")
+    ] = False,
     diffusers: Annotated[
         bool, typer.Option("--diffusers", help="A complete diffusers folder, the adapter merged into its weights.")
     ] = False,
-    dtype: Annotated[
+    swap_weights: Annotated[
+        str | None,
+        typer.Option(
+            "--swap-weights",
+            metavar="ARTIFACT",
+            help="Put the adapter of TARGET, or none when TARGET is 'base', into an artifact that is there.",
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="P",
+            help="fp32 for a CPU, bf16 or fp16 for a GPU; a diffusers folder may also keep the stored one.",
+            show_default="fp32; of --diffusers: stored",
+        ),
+    ] = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Also write a transformer with 8-bit weights, for a CPU.")
+    ] = False,
+    resolutions: Annotated[
+        str | None,
+        typer.Option(metavar="N,...", help="Sides of the square images in pixels.", show_default="the model's own"),
+    ] = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(metavar="MIN:OPT:MAX", help="Images of one call.", show_default="by the size of the model"),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Folder to make.", show_default="RUN/artifact or artifacts/MODEL"),
+    ] = None,
+    verify: Annotated[
         str,
         typer.Option(
-            metavar="T", help="Merged weights: stored, fp32, bf16 or fp16. fp32 loses nothing of a small adapter."
+            metavar="LEVEL",
+            help="Prove afterwards that the artifact draws what its run draws: quick, full or off; see fmg verify.",
         ),
-    ] = "stored",
+    ] = "off",
+    trt: engines.Trt = False,
+    flavour: engines.FlavourName = None,
+    builder_level: engines.Level = None,
+    workspace: engines.Workspace = None,
+    hardware: engines.Hardware = None,
+    version_compatible: engines.VersionCompatible = False,
+    weight_streaming: engines.WeightStreaming = False,
+    refittable: engines.Refittable = False,
+    no_timing_cache: engines.NoTimingCache = False,
+    build_memory: engines.BuildMemory = None,
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a tuned model in a form that other software reads."""
-    if not diffusers:
-        raise UsageError("The form of the export is missing", "Say --diffusers for a diffusers folder.")
-    if dtype not in _DTYPES:
-        raise UsageError(f"--dtype: '{dtype}' is not a dtype", suggestion(dtype, _DTYPES))
-    if out.exists():
-        raise UsageError(f"{out} exists already", "Export to another folder, or move that one away.")
-
-    from fmg.export.diffusers import export_diffusers
-
+    """Write a tuned model in a form that runs without fmg's training stack, or that other software reads."""
+    check_combination(
+        {"--onnx": onnx, "--diffusers": diffusers, "--swap-weights": swap_weights is not None},
+        {"--int8": int8, "--resolutions": resolutions is not None, "--batch": batch is not None, "--trt": trt},
+        {"--precision": precision is not None, "OUT": place is not None or out is not None},
+    )
+    target, level = given_text(target, "TARGET"), verify_level(verify, diffusers=diffusers)
+    sides, rows, folder = resolution_list(resolutions), batch_range(batch), one_folder(place, out)
+    kept = folder_precision(precision) if diffusers else precision_of(precision)
+    request = engines.engine_request(
+        trt,
+        flavour=flavour,
+        level=builder_level,
+        workspace=workspace,
+        hardware=hardware,
+        version_compatible=version_compatible,
+        weight_streaming=weight_streaming,
+        refittable=refittable,
+        no_timing_cache=no_timing_cache,
+        build_memory=build_memory,
+    )
     with reporter_for(stderr()) as reporter:
-        merged = export_diffusers(run, out, dtype=dtype, observer=reporter)
+        reporter(LOADING)
+        if diffusers:
+            from fmg.export.diffusers import export_diffusers
+
+            merged = export_diffusers(target, folder or default_folder(target, "diffusers"), kept, observer=reporter)
+            facts, text = _folder_facts(merged), f"{merged.folder}: {merged.changed} of {merged.tensors} weights merged"
+        elif swap_weights is not None:
+            from fmg.export.swap import swap_weights as swap
+
+            artifact = swap(checked_folder(swap_weights, "--swap-weights"), target, observer=reporter)
+            facts, text = _facts(artifact), _text(artifact)
+        elif request is not None and target is not None and is_artifact(target):
+            check_artifact_only({"--onnx": onnx, "--int8": int8, "--precision": precision, "OUT": place or out})
+            artifact = open_artifact(target)
+            facts, text = engines.added(request, artifact, sides, rows, reporter)
+        else:
+            from fmg.export.artifact import ExportOptions, export_artifact
+
+            options = ExportOptions(precision_of(precision), int8, sides, rows)
+            folder = folder or default_folder(target, "artifact")
+            artifact = export_artifact(target, folder, options, observer=reporter)
+            facts, text = _facts(artifact), _text(artifact)
+            if request is not None:
+                reporter(Notice("info", text))
+                built, text = engines.added(request, artifact, None, None, reporter)
+                facts |= built
+        report = None if level is None else _proof(open_artifact(artifact.folder), level, reporter)
     if as_json:
-        print_json({"folder": str(merged.folder), "changed": merged.changed, "tensors": merged.tensors})
+        print_json(facts if report is None else {**facts, "verify": report.to_json()})
     else:
-        stdout().print(f"{merged.folder}: {merged.changed} of {merged.tensors} weights merged", soft_wrap=True)
+        stdout().print(text, soft_wrap=True)
+        if report is not None:
+            print_report(stdout(), report)
+    if report is not None and not report.passed:
+        raise typer.Exit(_NOT_PROVEN)
+
+
+def _proof(artifact: Artifact, level: str, observer: Observer) -> VerifyReport:
+    from fmg.export.verify import verify
+
+    return verify(artifact, level=level, observer=observer)
+
+
+def _folder_facts(merged: Merged) -> dict[str, object]:
+    return {"folder": str(merged.folder), "changed": merged.changed, "tensors": merged.tensors}
+
+
+def _facts(artifact: Artifact) -> dict[str, object]:
+    manifest = artifact.manifest
+    return {
+        "folder": str(artifact.folder),
+        "model": manifest.model.name,
+        "adapter": None if manifest.adapter is None else manifest.adapter.run,
+        "precision": manifest.precision,
+        "graphs": {name: graph.file for name, graph in manifest.graphs.items()},
+        "resolutions": list(manifest.sampling.resolutions),
+        "bytes": sum(entry.size for entry in manifest.files.values()),
+    }
+
+
+def _text(artifact: Artifact) -> str:
+    manifest = artifact.manifest
+    size = sum(entry.size for entry in manifest.files.values()) / 1e6
+    adapter = "no adapter" if manifest.adapter is None else f"adapter of {manifest.adapter.run}"
+    return (
+        f"{artifact.folder}: {manifest.model.name}, {adapter}, {len(manifest.graphs)} graphs,"
+        f" {manifest.precision}, {size:.1f} MB"
+    )

@@ -10,24 +10,32 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmg.cli.console import print_json, stderr, stdout
-from fmg.cli.observers import LOADING, reporter_for
+from fmg.cli.observers import LOADING, Reporter, reporter_for
 from fmg.cli.options import (
     AsJson,
+    Backend,
     BatchSize,
     Device,
-    Dtype,
     Grid,
+    Int8,
+    LoadedDtype,
     Offline,
+    Resolution,
+    Threads,
     check_grid,
     checked_folder,
     checked_prompts,
     given_text,
 )
+from fmg.cli.timings import print_timing
 from fmg.core.errors import FmgError
-from fmg.core.events import StageProgress
+from fmg.core.events import Notice, StageProgress
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from fmg.inference import Generator
+    from fmg.inference.timing import Timing
 
 _SLUG_LENGTH = 40
 
@@ -36,7 +44,9 @@ def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One or more prompts, each in quotes.")],
     source: Annotated[
         str | None,
-        typer.Option("--from", metavar="TARGET", help="A model or a run folder.", show_default="the newest run"),
+        typer.Option(
+            "--from", metavar="TARGET", help="A model, a run folder or an artifact.", show_default="the newest run"
+        ),
     ] = None,
     steps: Annotated[
         int | None,
@@ -49,9 +59,19 @@ def generate(
     ] = 1,
     out: Annotated[str, typer.Option(metavar="DIR", help="Where to write; nothing is overwritten.")] = "images",
     sheet: Annotated[bool, typer.Option("--sheet", help="Write one more picture with all images on it.")] = False,
+    backend: Backend = "auto",
     device: Device = "auto",
-    dtype: Dtype = "fp32",
+    dtype: LoadedDtype = None,
+    resolution: Resolution = None,
+    int8: Int8 = False,
+    threads: Threads = None,
     batch_size: BatchSize = None,
+    release_text: Annotated[
+        bool, typer.Option("--release-text", help="Free the text encoders before the first image is drawn.")
+    ] = False,
+    timed: Annotated[
+        bool, typer.Option("--time", help="Draw the first batch again, five times, and print where the time goes.")
+    ] = False,
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
@@ -67,28 +87,59 @@ def generate(
         from fmg.data.pictures import GridRow, sample_grid, to_pil
         from fmg.inference import load
 
-        generator = load(source, device=device, dtype=dtype, batch_size=batch_size)
-        drawn = generator.generate(
-            [text for text, _ in orders],
-            [key for _, key in orders],
-            steps=steps,
-            grid=grid,
-            progress=lambda done, total: reporter(StageProgress("images", done, total)),
-        )
-    pictures = [(to_pil(image), text) for image, (text, _) in zip(drawn.images, orders, strict=True)]
+        with load(
+            source,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+            resolution=resolution,
+            int8=int8,
+            threads=threads,
+            batch_size=batch_size,
+        ) as generator:
+            runtime = generator.backend
+            reporter(Notice("info", f"backend {runtime.name}: {runtime.detail}, on {runtime.device}"))
+            drawn = generator.generate(
+                [text for text, _ in orders],
+                [key for _, key in orders],
+                steps=steps,
+                grid=grid,
+                release_text=release_text,
+                progress=lambda done, total: reporter(StageProgress("images", done, total)),
+            )
+            timing = _timing(generator, orders, steps, grid, reporter) if timed else None
+    pictures = [(to_pil(image), text) for image, (text, _) in zip(drawn.image_array, orders, strict=True)]
     if sheet:
-        rows = [GridRow(text, drawn.images[i * num : (i + 1) * num]) for i, text in enumerate(texts)]
+        rows = [GridRow(text, drawn.image_array[i * num : (i + 1) * num]) for i, text in enumerate(texts)]
         pictures.append((sample_grid(rows, source or "newest run"), "sheet"))
     files = save_pictures(pictures, folder)
     if as_json:
         images = [
             {"path": str(file), "prompt": text, "seed": key} for file, (text, key) in zip(files, orders, strict=False)
         ]
-        print_json({"images": images, "timings_ms": dict(drawn.timings_ms)})
+        document = {"images": images, "backend": runtime.name, "timings_ms": dict(drawn.timings_ms)}
+        print_json(document if timing is None else {**document, "timing": timing.to_json()})
         return
     console = stdout()
     for file in files:
         console.print(str(file), soft_wrap=True)
+    if timing is not None:
+        print_timing(console, timing)
+
+
+def _timing(
+    generator: Generator, orders: Sequence[tuple[str, int]], steps: int | None, grid: str | None, reporter: Reporter
+) -> Timing:
+    """Latency of the first batch; it has just been drawn, which warms everything but the text encoders up."""
+    from fmg.inference.timing import Workload, measure
+
+    batch = orders[: generator.batch_size]
+    work = Workload(tuple(text for text, _ in batch), tuple(key for _, key in batch), steps, grid)
+    label = "this"
+    timings = measure(
+        {label: generator}, work, progress=lambda done, total: reporter(StageProgress("timing", done, total))
+    )
+    return timings[label]
 
 
 def save_pictures(pictures: Sequence[tuple[Image, str]], folder: Path) -> list[Path]:

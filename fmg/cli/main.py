@@ -25,6 +25,7 @@ from fmg.cli.pretrain import pretrain
 from fmg.cli.reward_server import reward_server
 from fmg.cli.runs import runs
 from fmg.cli.train import INTERRUPTED, train
+from fmg.cli.verify import verify
 from fmg.core.errors import FmgError, FmgWarning
 from fmg.core.offline import OFFLINE
 from fmg.version import __version__
@@ -95,6 +96,7 @@ app.command("list")(list_components)
 app.command("show")(show)
 app.command("fetch")(fetch)
 app.command("export")(export)
+app.command("verify")(verify)
 app.command("runs")(runs)
 app.command("reward-server")(reward_server)
 app.add_typer(pretrain, name="pretrain")

@@ -24,8 +24,25 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for 
 BatchSize = Annotated[
     int | None, typer.Option("--batch-size", min=1, metavar="N", help="Images a network call.", show_default="64")
 ]
+Backend = Annotated[
+    str, typer.Option("--backend", metavar="B", help="auto, torch, onnxruntime, ...: fmg list backends.")
+]
 Device = Annotated[str, typer.Option("--device", metavar="D", help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option("--dtype", metavar="T", help="fp32 or bf16.")]
+LoadedDtype = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar="T", help="fp32 or bf16, of a model or a run in torch.", show_default="fp32"),
+]
+Int8 = Annotated[bool, typer.Option("--int8", help="Run the int8 transformer of an artifact.")]
+Resolution = Annotated[
+    int | None,
+    typer.Option(
+        "--resolution", min=8, max=16384, metavar="N", help="Side of an artifact's image.", show_default="its own"
+    ),
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, max=1024, metavar="N", help="CPU threads.", show_default="all cores")
+]
 Grid = Annotated[
     str | None,
     typer.Option("--grid", metavar="G", help="Time grid by name, such as uniform.", show_default="the target's own"),

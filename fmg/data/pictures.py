@@ -1,4 +1,4 @@
-"""Pictures of a run: sample grids with their prompts, before and after side by side, and the curve."""
+"""Pictures of a run: sample grids with their prompts, before and after side by side, the curve. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 _BACKGROUND = (255, 255, 255)
 _INK = (32, 32, 32)
@@ -26,13 +30,14 @@ class GridRow:
     """One prompt and its images (k, 3, h, w) in [0, 1]."""
 
     prompt: str
-    images: Float[Tensor, "k 3 h w"]
+    images: Float[Tensor, "k 3 h w"] | NDArray[np.float32]
 
 
-def to_pil(image: Float[Tensor, "3 h w"]) -> Image.Image:
-    """An 8-bit RGB picture; values are clamped to [0, 1] and rounded to the nearest level."""
-    array = (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(array)
+def to_pil(image: Float[Tensor, "3 h w"] | NDArray[np.float32]) -> Image.Image:
+    """An 8-bit RGB picture of a (3, h, w) image; values are clamped to [0, 1] and rounded to the nearest level."""
+    values = image if isinstance(image, np.ndarray) else image.detach().float().cpu().numpy()
+    levels = np.rint(values.clip(0, 1) * 255).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(levels.transpose(1, 2, 0)))
 
 
 def sample_grid(rows: Sequence[GridRow], title: str) -> Image.Image:

@@ -1,27 +1,32 @@
-"""A run as a complete diffusers folder: the adapter merged into the base weights, one shard in memory at a time."""
+"""A run as a complete diffusers folder: the adapter merged into the base weights, one tensor in memory at a time."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
-from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.errors import UsageError
 from fmg.core.events import Observer, StageProgress, ignore
+from fmg.export.delta import Delta, check_base, read_delta
+from fmg.export.merge import merged
+from fmg.export.source import find_source
+from fmg.export.space import check_space
+from fmg.export.weights import TensorType, lay_out, write_weights
 from fmg.inference.target import resolve_target
-from fmg.models.common.adapter_files import AdapterManifest, extra_shapes, new_folder, read_manifest, read_tensors
+from fmg.models.common.adapter_files import new_folder
 from fmg.models.common.digest import stored_digest
 from fmg.models.common.full_files import is_full
-from fmg.models.common.weights import INDEX_FILE, folder_weights
-from fmg.models.configs import EmbeddedConfig
-from fmg.models.lora_presets import expand_targets, is_target
+from fmg.models.common.reader import TensorReader
+from fmg.models.common.weights import INDEX_FILE
+from fmg.models.conventions import CONVENTIONS_FILE, FlowMapConventions, read_conventions
+from fmg.models.flux.loading import TransformerSource, transformer_source
+from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
+from fmg.models.flux_configs import FluxStudentConfig
 from fmg.training.card import CARD, SAMPLES
 
 TRANSFORMER = "transformer"
@@ -31,8 +36,9 @@ DTYPES: Mapping[str, torch.dtype | None] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-_WEIGHTS = "*.safetensors"
-_LORA_A, _LORA_B = ".lora_A.weight", ".lora_B.weight"
+_STOCK_CLASS = "FluxTransformer2DModel"
+_STOCK_SCALE = 1000.0
+_SINGLE_FILE = "diffusion_pytorch_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -45,30 +51,30 @@ class Merged:
 
 
 def export_diffusers(
-    target: str | Path | None, out: Path, *, dtype: str = "stored", observer: Observer = ignore
+    target: str | Path | None, out: Path, dtype: str = "stored", *, observer: Observer = ignore
 ) -> Merged:
     """Writes the pipeline of a run, adapter merged, as a new diffusers folder.
 
+    A student's folder is its teacher's with the student's transformer; `fmg` loads it as the model `flux-fewstep`.
+
     Args:
-        target: a run folder, or None for the newest run.
+        target: a run folder, a student by name, or None for the newest run.
         out: the folder to make.
-        dtype: of the merged transformer: `stored`, `fp32`, `bf16` or `fp16`. The sums are made in fp32.
+        dtype: of the transformer: `stored`, `fp32`, `bf16` or `fp16`. The sums are made in fp32.
         observer: hears of every shard.
 
     Raises:
-        UsageError: the target has no adapter, its base is no folder on this computer, or `out` exists.
+        UsageError: there is nothing to merge, the model is of another family, or `out` exists.
+        MissingDependencyError: published files that have not been fetched.
         CheckpointError: base and adapter do not belong together, or a file is damaged; nothing is left behind.
     """
     found = resolve_target(target)
-    config = found.recipe.model.config
-    if found.adapter is None:
+    source = find_source(found)
+    student = isinstance(found.recipe.model.config, FluxStudentConfig)
+    if source.checkpoint is None and not student:
         raise UsageError(f"'{found.label}' has no adapter to merge", "Name a run folder; `fmg runs` lists them.")
-    if not isinstance(config, EmbeddedConfig):
-        raise UsageError(
-            f"The base of '{found.label}', {found.recipe.model.name}, is not one diffusers folder",
-            "Load the adapter with `pipe.load_lora_weights` instead.",
-        )
-    return merge_folder(config.directory(), found.adapter, out, dtype=DTYPES[dtype], observer=observer)
+    folder = _Folder(source.folder, source.conventions, source.transformer, student=student)
+    return _write(folder, source.delta, source.checkpoint, out, DTYPES[dtype], observer)
 
 
 def merge_folder(
@@ -84,7 +90,7 @@ def merge_folder(
         observer: hears of every shard.
 
     Raises:
-        UsageError: `out` exists.
+        UsageError: `out` exists, or the disk is too small.
         CheckpointError: the adapter was made for other weights, names an unknown module, or a file is damaged.
     """
     if is_full(adapter):
@@ -92,96 +98,91 @@ def merge_folder(
             f"{adapter} is a whole transformer, so there is nothing to merge",
             f"Use its folder {adapter / TRANSFORMER} in place of the pipeline's own.",
         )
-    manifest = read_manifest(adapter)
-    weights = base / TRANSFORMER
-    if manifest.base.digest != stored_digest(folder_weights(weights)):
-        raise CheckpointError(
-            f"The adapter in {adapter} was trained on other weights of '{manifest.base.name}' than those in {base}",
-            f"Give the folder it was trained on (sha256 {manifest.base.digest[:12]}).",
-        )
-    shards = sorted(weights.glob(_WEIGHTS))
-    shapes = {name: shape for shard in shards for name, shape in _shapes(shard)}
-    extra = extra_shapes(adapter, manifest, shapes)
-    tensors = read_tensors(adapter, {**_adapter_shapes(shapes, manifest), **extra})
-    changed = 0
+    conventions = read_conventions(base)
+    folder = _Folder(base, conventions, transformer_source(base, conventions), student=False)
+    shapes = {name: shape for name, (_, shape) in folder.stored().items()}
+    delta = read_delta(adapter, shapes, str(adapter))
+    check_base(delta, stored_digest(folder.transformer.weights), str(base))
+    return _write(folder, delta, adapter, out, dtype, observer)
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """A pipeline folder and the transformer that belongs into it, its own or a student's."""
+
+    base: Path
+    conventions: FlowMapConventions
+    transformer: TransformerSource
+    student: bool
+
+    def stored(self) -> dict[str, TensorType]:
+        """Dtype and shape of each weight of the transformer, in the order of the files."""
+        reader = TensorReader(self.transformer.weights.files)
+        return {name: reader.describe(name) for name in self.transformer.weights.files}
+
+
+def _write(
+    folder: _Folder, delta: Delta | None, adapter: Path | None, out: Path, dtype: torch.dtype | None, observer: Observer
+) -> Merged:
+    if out.exists():
+        raise UsageError(f"{out} exists already", "Export to another folder, or move that one away.")
+    stored = folder.stored()
+    types = {name: (_dtype(given, dtype), shape) for name, (given, shape) in stored.items()}
+    others = sum(file.stat().st_size for file in folder.base.rglob("*") if file.is_file())
+    check_space(out, others + lay_out(types).size)
     with new_folder(out) as partial:
-        shutil.copytree(base, partial, dirs_exist_ok=True, ignore=_without_transformer_weights(base))
-        for number, shard in enumerate(shards, start=1):
-            changed += _merge_shard(shard, partial / TRANSFORMER / shard.name, tensors, manifest, dtype)
-            observer(StageProgress("export", number, len(shards)))
-        if dtype is not None:
-            _restate_size(partial / TRANSFORMER)
+        shutil.copytree(folder.base, partial, dirs_exist_ok=True, ignore=_without_transformer(folder))
+        _write_transformer(partial / TRANSFORMER, folder, delta, types, observer)
+        if folder.student:
+            _state_conventions(partial, folder)
         for name in (CARD, SAMPLES):
-            if (adapter / name).is_file():
+            if adapter is not None and (adapter / name).is_file():
                 shutil.copyfile(adapter / name, partial / name)
-    return Merged(out, changed, len(shapes))
+    return Merged(out, 0 if delta is None else len(delta.changed), len(stored))
 
 
-def _merge_shard(
-    shard: Path, out: Path, adapter: Mapping[str, Tensor], manifest: AdapterManifest, dtype: torch.dtype | None
-) -> int:
-    """Writes one shard of the merged transformer; returns the number of weights that the adapter changed."""
-    scale = manifest.alpha / manifest.rank
-    merged: dict[str, Tensor] = {}
-    changed = 0
-    with safe_open(str(shard), framework="pt") as stored:
-        for name in stored.keys():  # noqa: SIM118
-            tensor: Tensor = stored.get_tensor(name)
-            kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-            module = name.removesuffix(".weight")
-            if name in adapter:
-                tensor = adapter[name]
-                changed += 1
-            elif module + _LORA_A in adapter:
-                delta = adapter[module + _LORA_B].float() @ adapter[module + _LORA_A].float()
-                tensor = tensor.float() + scale * delta
-                changed += 1
-            merged[name] = tensor.to(kept).contiguous()
-    save_file(merged, out, metadata={"format": "pt"})
-    return changed
+def _write_transformer(
+    out: Path, folder: _Folder, delta: Delta | None, types: Mapping[str, TensorType], observer: Observer
+) -> None:
+    """Writes the weights in as many files as they are stored in."""
+    out.mkdir(exist_ok=True)
+    files = folder.transformer.weights.files
+    shards = sorted(set(files.values()))
+    names = {file: _shard_name(number, len(shards)) for number, file in enumerate(shards, start=1)}
+    reader = TensorReader(files)
+    for number, file in enumerate(shards, start=1):
+        layout = lay_out({name: types[name] for name, home in files.items() if home == file})
+        write_weights(out / names[file], layout, lambda name: merged(reader, delta, types[name][0])(name))
+        observer(StageProgress("export", number, len(shards)))
+    if len(shards) > 1:
+        total = sum(place.length for place in lay_out(types).places.values())
+        index = {"metadata": {"total_size": total}, "weight_map": {name: names[files[name]] for name in sorted(files)}}
+        (out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _adapter_shapes(shapes: Mapping[str, tuple[int, ...]], manifest: AdapterManifest) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that the tensors of the adapter must have on these weights."""
-    suffixes = expand_targets(manifest.targets)
-    expected: dict[str, tuple[int, ...]] = {}
-    for name, shape in shapes.items():
-        module = name.removesuffix(".weight")
-        if len(shape) == 2 and module != name and is_target(module, suffixes):
-            outputs, inputs = shape
-            expected[module + _LORA_A] = (manifest.rank, inputs)
-            expected[module + _LORA_B] = (outputs, manifest.rank)
-    return expected
+def _state_conventions(out: Path, folder: _Folder) -> None:
+    """Says what the weights are: the class and its times in the config, the sampling in `fmg_flow_map.json`."""
+    source = folder.transformer
+    stock = source.config["second_time"] == "none" and source.config["time_scale"] == _STOCK_SCALE
+    # under the stock class, a transformer with other times would load and draw noise
+    config = {**source.config, "_class_name": _STOCK_CLASS if stock else FlowMapFluxTransformer2DModel.__name__}
+    config = {key: value for key, value in config.items() if not (stock and key in ("second_time", "time_scale"))}
+    (out / TRANSFORMER / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    text = folder.conventions.model_dump_json(indent=2, by_alias=True, exclude_none=True)
+    (out / CONVENTIONS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def _shapes(shard: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    try:
-        with safe_open(str(shard), framework="pt") as stored:
-            for name in stored.keys():  # noqa: SIM118
-                yield name, tuple(stored.get_slice(name).get_shape())
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{shard} cannot be read: {error}", "Restore it from where the model came from."
-        ) from error
+def _shard_name(number: int, count: int) -> str:
+    return _SINGLE_FILE if count == 1 else f"diffusion_pytorch_model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _without_transformer_weights(base: Path) -> Callable[[str, list[str]], set[str]]:
-    def ignored(folder: str, names: list[str]) -> set[str]:
-        inside = Path(folder) == base / TRANSFORMER
-        return {name for name in names if inside and name.endswith(".safetensors")}
+def _dtype(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return wanted if wanted is not None and stored.is_floating_point else stored
+
+
+def _without_transformer(folder: _Folder) -> Callable[[str, list[str]], set[str]]:
+    def ignored(where: str, names: list[str]) -> set[str]:
+        inside = Path(where) == folder.base / TRANSFORMER
+        return {name for name in names if inside and name.endswith((".safetensors", ".safetensors.index.json"))}
 
     return ignored
-
-
-def _restate_size(folder: Path) -> None:
-    """Corrects the total size that a shard index states, after a change of dtype."""
-    file = folder / INDEX_FILE
-    if file.is_file():
-        index = json.loads(file.read_text(encoding="utf-8"))
-        index["metadata"]["total_size"] = sum(_bytes(shard) for shard in folder.glob(_WEIGHTS))
-        file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _bytes(shard: Path) -> int:
-    with safe_open(str(shard), framework="pt") as stored:
-        return sum(stored.get_tensor(name).nbytes for name in stored.keys())  # noqa: SIM118

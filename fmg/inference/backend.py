@@ -1,66 +1,47 @@
-"""What runs the network: torch here; exported artifacts bring their own backends."""
+"""The backend `torch`: the model itself, eager, in the dtype it was loaded in."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from fmg.core.backends import Drawn, NoiseSource
 from fmg.core.protocols import FlowMap, Model
 from fmg.core.specs import MapSpec
+from fmg.core.stages import TEXT_ENCODERS, TRANSFORMER, VAE, StageClock, stage, wall_clock
 from fmg.core.types import Conditioning
+from fmg.flow.sampling import native_sample
+from fmg.inference.memory import peak_rss, reset_peak_rss
 
 
-class Backend(Protocol):
-    """Encoder, flow map and decoder of one model on one runtime. A context manager: leaving it frees the runtime."""
+@runtime_checkable
+class ForgetsText(Protocol):
+    """A model whose memory of encoded prompts can be switched off, and whose text encoders can be freed."""
 
-    @property
-    def name(self) -> str:
-        """Registered name of the runtime, such as `torch`."""
+    def text_uncached(self) -> AbstractContextManager[None]:
+        """Inside, every prompt is encoded."""
 
-    @property
-    def spec(self) -> MapSpec:
-        """Kind of map and sampling conventions."""
-
-    @property
-    def flow_map(self) -> FlowMap:
-        """The map; tensors in and out are torch tensors on `device`."""
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Shape of one latent."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where latents live."""
-
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Prompt embeddings."""
-
-    def decode(self, latents: Float[Tensor, "b *shape"]) -> Float[Tensor, "b 3 h w"]:
-        """Images in [0, 1]."""
-
-    def synchronize(self) -> None:
-        """Waits until queued work is done, so that a clock read after it is honest."""
-
-    def __enter__(self) -> Backend: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def release_text(self) -> None:
+        """Frees the memory of the text encoders on the device."""
 
 
 class TorchBackend:
-    """The model itself, eager, in the dtype it was loaded in."""
+    """A loaded model with the adapter as it is set on it. Implements `fmg.core.backends.Backend`."""
 
     name = "torch"
 
     def __init__(self, model: Model) -> None:
         self.model = model
+
+    @property
+    def detail(self) -> str:
+        """`eager`, and the threads of a CPU."""
+        return f"eager, {torch.get_num_threads()} thread(s)" if self._device.type == "cpu" else "eager"
 
     @property
     def spec(self) -> MapSpec:
@@ -73,27 +54,61 @@ class TorchBackend:
         return self.model.flow_map
 
     @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Shape of one latent."""
-        return self.model.latent_shape
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of one latent."""
+        channels, height, width = self.model.latent_shape
+        return channels, height, width
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> str:
         """Where latents live."""
-        return self.model.device
+        return str(self._device)
 
+    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Prompt embeddings."""
-        return self.model.encode(prompts)
+        with stage(TEXT_ENCODERS):
+            return self.model.encode(prompts)
 
-    def decode(self, latents: Float[Tensor, "b *shape"]) -> Float[Tensor, "b 3 h w"]:
-        """Images in [0, 1]."""
-        return self.model.decode(latents)
+    @torch.no_grad()
+    def draw(self, cond: Conditioning, noise: NoiseSource, times: Sequence[float]) -> Drawn:
+        """One image for each row of `cond`."""
 
-    def synchronize(self) -> None:
-        """Waits for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        def on_device(step: int) -> Tensor:
+            return torch.from_numpy(noise(step)).to(self._device)
+
+        start = on_device(0)
+        with stage(TRANSFORMER):
+            latents = native_sample(self.flow_map, cond, start, times, lambda interval: on_device(interval + 1))
+        with stage(VAE):
+            images = self.model.decode(latents)
+            return Drawn(images.cpu().numpy(), latents.cpu().numpy())
+
+    def uncached(self) -> AbstractContextManager[None]:
+        """Inside, every prompt is encoded, by a model that can be told to."""
+        return self.model.text_uncached() if isinstance(self.model, ForgetsText) else nullcontext()
+
+    def release_text(self) -> None:
+        """Frees the text encoders of a model that can do without."""
+        if isinstance(self.model, ForgetsText):
+            self.model.release_text()
+
+    def clock(self) -> StageClock[Any]:
+        """Wall time on a CPU, CUDA events on a GPU."""
+        if self._device.type == "cpu":
+            return wall_clock()
+        return cuda_clock(self._device)
+
+    def reset_peak_memory(self) -> None:
+        """Of the device's allocator, or of the process."""
+        if self._device.type == "cpu":
+            reset_peak_rss()
+        else:
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def peak_memory(self) -> int:
+        """Of the device's allocator, or of the process."""
+        return peak_rss() if self._device.type == "cpu" else torch.cuda.max_memory_allocated(self._device)
 
     def __enter__(self) -> TorchBackend:
         return self
@@ -102,3 +117,22 @@ class TorchBackend:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         return None
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.device
+
+
+def cuda_clock(device: torch.device) -> StageClock[Any]:
+    """A clock of CUDA events on the current stream of `device`: nothing waits until the times are asked for."""
+
+    def mark() -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(device))
+        return event
+
+    def milliseconds(begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        end.synchronize()
+        return float(begin.elapsed_time(end))
+
+    return StageClock(mark, milliseconds)

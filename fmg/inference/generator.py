@@ -1,22 +1,26 @@
-"""Few-step sampling with keyed noise: the same prompt and seed draw the same picture, whatever the batch split."""
+"""Few-step sampling with keyed noise: the same prompt and seed draw the same picture, whatever the batch split.
+
+Imports no torch: the backend decides what computes.
+"""
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
+from fmg.core.backends import Backend, Drawn
 from fmg.core.errors import UsageError
+from fmg.core.stages import NOISE, stage
 from fmg.flow.grids import make_grid
-from fmg.flow.sampling import native_sample
-from fmg.inference.backend import Backend
-from fmg.rl.noise import NoiseKey, noise
+from fmg.rl.keyed_noise import NoiseKey, normal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Noise of generated images must differ from the noise of every training iteration, which counts from 0.
 GENERATION_ITERATION = -1
@@ -25,15 +29,35 @@ DEFAULT_BATCH = 64
 
 @dataclass(frozen=True)
 class Generated:
-    """Images in [0, 1] (n, 3, h, w) on the CPU, their latents, and milliseconds spent in each stage."""
+    """What was drawn, and milliseconds spent in each stage (`fmg.core.stages`).
 
-    images: Float[Tensor, "n 3 h w"]
-    latents: Float[Tensor, "n *shape"]
+    Attributes:
+        image_array: images (n, 3, h, w) in [0, 1], fp32.
+        latent_array: their latents (n, *shape), fp32.
+        timings_ms: by stage, with `total`.
+    """
+
+    image_array: NDArray[np.float32]
+    latent_array: NDArray[np.float32]
     timings_ms: Mapping[str, float]
+
+    @property
+    def images(self) -> Tensor:
+        """The images as a torch tensor on the CPU."""
+        import torch
+
+        return torch.from_numpy(self.image_array)
+
+    @property
+    def latents(self) -> Tensor:
+        """The latents as a torch tensor on the CPU."""
+        import torch
+
+        return torch.from_numpy(self.latent_array)
 
 
 class Generator:
-    """Draws images with a backend.
+    """Draws images with a backend. A context manager: leaving it frees the runtime.
 
     Args:
         backend: the runtime.
@@ -62,7 +86,6 @@ class Generator:
         count = self.steps if steps is None else steps
         return make_grid(self.grid if grid is None else grid, count, image_tokens=self._image_tokens())
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[str],
@@ -70,6 +93,7 @@ class Generator:
         *,
         steps: int | None = None,
         grid: str | Sequence[float] | None = None,
+        release_text: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> Generated:
         """One image for each (prompt, seed).
@@ -79,6 +103,7 @@ class Generator:
             seeds: `n` integers; each seed keys its own noise, so an image does not depend on its neighbours.
             steps: network calls; None takes the default.
             grid: time grid; None takes the default.
+            release_text: encode every prompt first, then free the text encoders before the first image is drawn.
             progress: called with (done, total) after each batch.
 
         Raises:
@@ -89,31 +114,38 @@ class Generator:
         if len(prompts) != len(seeds):
             raise UsageError(f"{len(prompts)} prompts came with {len(seeds)} seeds", "Give one seed for each prompt.")
         times = self.times(steps, grid)
-        clock = _Clock(self.backend.synchronize)
-        images, latents = [], []
-        for start in range(0, len(prompts), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            chosen = seeds[rows]
-            with clock.stage("text"):
-                cond = self.backend.encode(prompts[rows])
-            with clock.stage("noise"):
-                x_1 = self._noise(chosen, step=0)
-            with clock.stage("transformer"):
-                x_0 = native_sample(self.backend.flow_map, cond, x_1, times, partial(self._renoise, chosen))
-            with clock.stage("decode"):
-                picture = self.backend.decode(x_0)
-            images.append(picture.cpu())
-            latents.append(x_0.cpu())
-            if progress is not None:
-                progress(min(start + self.batch_size, len(prompts)), len(prompts))
-        return Generated(torch.cat(images), torch.cat(latents), clock.total())
+        clock = self.backend.clock()
+        parts: list[Drawn] = []
+        with clock.running():
+            for rows, cond in self._encoded(prompts, release_text):
+                parts.append(self.backend.draw(cond, _KeyedSource(seeds[rows], self.backend.latent_shape), times))
+                if progress is not None:
+                    progress(min(rows.stop, len(prompts)), len(prompts))
+        return Generated(
+            np.concatenate([part.images for part in parts]),
+            np.concatenate([part.latents for part in parts]),
+            clock.spent(),
+        )
 
-    def _noise(self, seeds: Sequence[int], step: int) -> Tensor:
-        keys = [NoiseKey(seed, GENERATION_ITERATION, 0, 0, step) for seed in seeds]
-        return noise(keys, self.backend.latent_shape).to(self.backend.device)
+    def __enter__(self) -> Generator:
+        return self
 
-    def _renoise(self, seeds: Sequence[int], interval: int) -> Tensor:
-        return self._noise(seeds, step=interval + 1)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.backend.__exit__(kind, error, trace)
+
+    def _encoded(self, prompts: Sequence[str], release_text: bool) -> Iterator[tuple[slice, Any]]:
+        """The rows of each batch and what their prompts are encoded to."""
+        starts = range(0, len(prompts), self.batch_size)
+        batches = [slice(start, start + self.batch_size) for start in starts]
+        encoded = ((rows, self.backend.encode(prompts[rows])) for rows in batches)
+        if not release_text:
+            yield from encoded
+            return
+        ready = list(encoded)
+        self.backend.release_text()
+        yield from ready
 
     def _image_tokens(self) -> int:
         """Transformer tokens of one image: latents are packed two by two, as in FLUX."""
@@ -121,26 +153,14 @@ class Generator:
         return (height // 2) * (width // 2)
 
 
-class _Clock:
-    """Wall time by stage, in milliseconds, with the device drained at each boundary."""
+@dataclass(frozen=True)
+class _KeyedSource:
+    """The noise of generated images by step."""
 
-    def __init__(self, drain: Callable[[], None]) -> None:
-        self._drain = drain
-        self._spent: defaultdict[str, float] = defaultdict(float)
-        self._stage = ""
-        self._start = 0.0
+    seeds: Sequence[int]
+    shape: tuple[int, int, int]
 
-    def stage(self, name: str) -> _Clock:
-        self._stage = name
-        return self
-
-    def __enter__(self) -> None:
-        self._drain()
-        self._start = time.perf_counter()
-
-    def __exit__(self, *exc: object) -> None:
-        self._drain()
-        self._spent[self._stage] += (time.perf_counter() - self._start) * 1e3
-
-    def total(self) -> dict[str, float]:
-        return {**self._spent, "total": sum(self._spent.values())}
+    def __call__(self, step: int) -> NDArray[np.float32]:
+        with stage(NOISE):
+            keys = [NoiseKey(seed, GENERATION_ITERATION, 0, 0, step) for seed in self.seeds]
+            return normal(keys, self.shape)

@@ -1,18 +1,20 @@
-"""What a command points at: a model by name, or a run folder with its tuned adapter."""
+"""What a command points at: a model by name, or a run folder with its tuned adapter. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fmg.core.errors import CheckpointError, UsageError, suggestion
 from fmg.data.checkpoints import chosen_checkpoint
 from fmg.data.run_folder import RUNS, RunFolder, is_run, list_runs
-from fmg.inference.backend import TorchBackend
-from fmg.inference.devices import device_for, pick_dtype
 from fmg.inference.generator import DEFAULT_BATCH, Generator
 from fmg.registry import models
 from fmg.registry.recipe import Recipe
+
+if TYPE_CHECKING:
+    from fmg.core.protocols import Model
 
 
 @dataclass(frozen=True)
@@ -50,38 +52,27 @@ def resolve_target(target: str | Path | None, runs: Path = RUNS, *, allow_code: 
     return Target(name, Recipe.default(model=name), None)
 
 
-def load_target(
-    target: Target, *, device: str = "auto", dtype: str = "fp32", batch_size: int | None = None, adapter: bool = True
-) -> Generator:
-    """Loads the weights of `target` and returns its sampler."""
+def load_model(target: Target, *, device: str = "auto", dtype: str = "fp32", adapter: bool = True) -> Model:
+    """Loads the weights of `target` in torch, with its adapter unless told otherwise."""
+    from fmg.inference.devices import device_for, pick_dtype
+
     recipe = target.recipe
     source = models.build_config(recipe.model.name, recipe.model.config)
     model = source.load(device_for(device, recipe.model.name, source.spec), pick_dtype(dtype))
     if adapter and target.adapter is not None:
         model.load_adapter(target.adapter)
-    return Generator(TorchBackend(model), recipe.rollout.grid, recipe.rollout.steps, batch_size or DEFAULT_BATCH)
+    return model
 
 
-def load(
-    target: str | Path | None = None,
-    *,
-    device: str = "auto",
-    dtype: str = "fp32",
-    batch_size: int | None = None,
-    adapter: bool = True,
+def load_target(
+    target: Target, *, device: str = "auto", dtype: str = "fp32", batch_size: int | None = None, adapter: bool = True
 ) -> Generator:
-    """The sampler of a model, a run folder or (None) the newest run, ready to draw.
+    """The sampler of `target` in torch."""
+    from fmg.inference.backend import TorchBackend
 
-    Args:
-        target: model name or run folder.
-        device: `auto`, `cpu`, `cuda`, ...
-        dtype: `fp32` or `bf16`.
-        batch_size: images a network call; None takes the default.
-        adapter: False loads a run's base without its adapter.
-    """
-    # drawing runs no reward, so code that the recipe names stays unused
-    found = resolve_target(target, allow_code=True)
-    return load_target(found, device=device, dtype=dtype, batch_size=batch_size, adapter=adapter)
+    rollout = target.recipe.rollout
+    model = load_model(target, device=device, dtype=dtype, adapter=adapter)
+    return Generator(TorchBackend(model), rollout.grid, rollout.steps, batch_size or DEFAULT_BATCH)
 
 
 def _newest_usable(runs: Path) -> RunFolder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fmg.registry.config import ComponentConfig, ModelConfig, ObjectiveConfig, StochasticizerConfig
 from fmg.registry.kinds import (
+    backends,
     models,
     objectives,
     optimizers,
@@ -23,6 +24,7 @@ __all__ = [
     "Registry",
     "Row",
     "StochasticizerConfig",
+    "backends",
     "models",
     "objectives",
     "optimizers",

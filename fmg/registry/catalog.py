@@ -103,5 +103,13 @@ ROWS: tuple[Row, ...] = (
          "Everyday scenes whose combination of subject and setting training never sees"),
     _row("prompt-set", "file", "data", "FilePromptsConfig", "files:file_prompts",
          "Prompts from a .txt (one a line) or .jsonl file"),
+    _row("backend", "torch", "inference", "TorchBackendConfig", "sources:torch_source",
+         "A model or a run in torch, eager"),
+    _row("backend", "onnxruntime", "inference", "OnnxRuntimeConfig", "sources:onnxruntime_source",
+         "An exported artifact in ONNX Runtime, on a CPU or with its CUDA and TensorRT providers"),
+    _row("backend", "tensorrt", "inference", "TensorRtConfig", "tensorrt.source:tensorrt",
+         "TensorRT engines of an exported artifact, built on this kind of GPU"),
+    _row("backend", "tensorrt-rtx", "inference", "TensorRtConfig", "tensorrt.source:tensorrt_rtx",
+         "TensorRT-RTX engines of an exported artifact, built ahead of time for GeForce and RTX GPUs"),
 )
 # fmt: on

@@ -1,4 +1,4 @@
-"""The six registries, one per kind of component."""
+"""The seven registries, one per kind of component."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from fmg.registry.config import ComponentConfig, ModelConfig, ObjectiveConfig, S
 from fmg.registry.registry import Registry, Row
 
 if TYPE_CHECKING:
+    from fmg.core.backends import BackendSource
     from fmg.core.protocols import ModelSource, Objective, OptimizerFactory, PromptSet, Reward, Stochasticizer
 
 
@@ -25,8 +26,17 @@ rewards: Registry[Reward] = Registry("reward", "rewards", _rows("reward"), Compo
 objectives: Registry[Objective] = Registry("objective", "objectives", _rows("objective"), ObjectiveConfig)
 optimizers: Registry[OptimizerFactory] = Registry("optimizer", "optimizers", _rows("optimizer"), ComponentConfig)
 prompt_sets: Registry[PromptSet] = Registry("prompt-set", "prompt-sets", _rows("prompt-set"), ComponentConfig)
+backends: Registry[BackendSource] = Registry("backend", "backends", _rows("backend"), ComponentConfig)
 
-REGISTRIES: tuple[Registry[Any], ...] = (models, stochasticizers, rewards, objectives, optimizers, prompt_sets)
+REGISTRIES: tuple[Registry[Any], ...] = (
+    models,
+    stochasticizers,
+    rewards,
+    objectives,
+    optimizers,
+    prompt_sets,
+    backends,
+)
 
 
 def registry_for(kind: str) -> Registry[Any]:

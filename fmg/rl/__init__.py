@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fmg.rl.advantages import combined_advantages, group_advantages, informative, shuffle_advantages, zero_std_ratio
-    from fmg.rl.noise import NoiseKey
+    from fmg.rl.keyed_noise import NoiseKey
     from fmg.rl.replay import refresh_old, replay_ratio
     from fmg.rl.rollouts import rollout, sample, sample_rollout
     from fmg.rl.windows import window_steps
 
 _HOME = {
-    "NoiseKey": "noise",
+    "NoiseKey": "keyed_noise",
     "combined_advantages": "advantages",
     "group_advantages": "advantages",
     "informative": "advantages",

@@ -1,44 +1,20 @@
 """Noise as a pure function of its key: the same key gives the same bits on any machine, batch split or process count.
 
-The numbers come from numpy's counter-based Philox generator (Salmon et al., 2011, "Parallel random numbers: as easy as
-1, 2, 3") under a 128-bit hash of the key. A torch CPU generator would not do: it keeps 32 bits of its seed, so two of a
-million draws would coincide, and its normal numbers depend on the vector instructions of the processor.
+The numbers are those of `fmg.rl.keyed_noise`, as tensors.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-ROLLOUT = "rollout"
-"""Stream of the noise that draws images."""
-OBJECTIVE = "objective"
-"""Stream of the noise that an objective adds to finished images."""
+from fmg.rl import keyed_noise
+from fmg.rl.keyed_noise import OBJECTIVE, ROLLOUT, NoiseKey
 
-
-class NoiseKey(NamedTuple):
-    """Names one draw. Any integers, negative ones too.
-
-    Attributes:
-        seed: seed of the run, or of one generated image.
-        iteration: training iteration.
-        group: prompt group.
-        member: index within the group.
-        step: 0 for the initial noise, k + 1 for the noise of grid interval k.
-    """
-
-    seed: int
-    iteration: int
-    group: int
-    member: int
-    step: int
+__all__ = ["OBJECTIVE", "ROLLOUT", "NoiseKey", "noise", "uniform"]
 
 
 def noise(keys: Sequence[NoiseKey], shape: Sequence[int], stream: str = ROLLOUT) -> Float[Tensor, "n *shape"]:
@@ -49,36 +25,9 @@ def noise(keys: Sequence[NoiseKey], shape: Sequence[int], stream: str = ROLLOUT)
         shape: shape of one sample.
         stream: separates draws for different purposes under the same keys; at most 16 bytes.
     """
-    out = np.empty((len(keys), math.prod(shape)), dtype=np.float32)
-    source = _KeyedGenerator(stream)
-    for row, key in zip(out, keys, strict=True):
-        source.at(key).standard_normal(dtype=np.float32, out=row)
-    return torch.from_numpy(out).reshape(len(keys), *shape)
+    return torch.from_numpy(keyed_noise.normal(keys, shape, stream))
 
 
 def uniform(keys: Sequence[NoiseKey], stream: str = OBJECTIVE) -> Float[Tensor, " n"]:
     """Uniform numbers in [0, 1), one a key, fp32 on the CPU."""
-    source = _KeyedGenerator(stream)
-    return torch.tensor([source.at(key).random(dtype=np.float32) for key in keys], dtype=torch.float32)
-
-
-class _KeyedGenerator:
-    """One Philox generator that is moved to the start of each key's stream: four times cheaper than making it anew."""
-
-    def __init__(self, stream: str) -> None:
-        self._person = stream.encode()
-        self._bits = np.random.Philox(key=0)
-        self._generator = np.random.Generator(self._bits)
-        self._start = self._bits.state
-
-    def at(self, key: NoiseKey) -> np.random.Generator:
-        digest = hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=16, person=self._person).digest()
-        start = self._start
-        self._bits.state = {
-            **start,
-            "state": {
-                "counter": start["state"]["counter"],
-                "key": np.frombuffer(digest, dtype="<u8").astype(np.uint64),
-            },
-        }
-        return self._generator
+    return torch.from_numpy(keyed_noise.uniform(keys, stream))

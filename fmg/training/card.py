@@ -73,18 +73,13 @@ def _lines(
         yield from ("", f"![Samples at fixed prompts and seeds]({SAMPLES})")
     yield from ("", "## Use", "", "```sh", "# RUN is the run folder that holds this checkpoint")
     yield from ('fmg generate "PROMPT" --from RUN', f"fmg eval RUN --against {name}")
-<<<<<<< HEAD
-    yield from ("fmg export --diffusers RUN OUT", "```", "")
+    if recipe.model.config.mergeable:
+        yield "fmg export --diffusers RUN OUT"
+    yield from ("```", "")
     place = recipe.model.config.in_diffusers
     if recipe.train.trainable == "full":
         yield "In diffusers: the folder `transformer/` in place of the pipeline's own transformer."
     elif place:
-=======
-    if recipe.model.config.mergeable:
-        yield "fmg export --diffusers RUN OUT"
-    yield from ("```", "")
-    if place := recipe.model.config.in_diffusers:
->>>>>>> sana
         yield f"In diffusers: `pipe.load_lora_weights(FOLDER)` on {place}; `peft/` is the same adapter for PEFT."
     if recipe.train.trainable == "lora+duration":
         yield (

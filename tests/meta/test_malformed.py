@@ -48,7 +48,13 @@ def interrupted_run(folder: Path) -> None:
     RunFolder.create(folder / "taken", "meanflow-shapes").set_state("interrupted")
 
 
+def artifact_of_tomorrow(folder: Path) -> None:
+    (folder / "taken").mkdir()
+    (folder / "taken" / "manifest.json").write_text('{"schema": 99}')
+
+
 LONG = "x" * 300
+EXPORT = "export meanflow-shapes"
 GENERATE = "generate a+red+circle --from meanflow-shapes"
 
 MISUSES = (
@@ -203,6 +209,31 @@ MISUSES = (
     Misuse("eval taken", "taken", finished_run),
     Misuse(f"{GENERATE} --out notes.txt", "'notes.txt' is a file", text("notes.txt", "")),
     Misuse("pretrain shapes --out notes.txt", "'notes.txt' is a file", text("notes.txt", "")),
+    # exports
+    Misuse("export nowhere", "neither a model nor a run folder"),
+    Misuse("export", "no run"),
+    Misuse("export ''", "TARGET is empty"),
+    Misuse(f"{EXPORT} --precision fp8", "'fp8' is not a precision"),
+    Misuse(f"{EXPORT} --precision stored", "'stored' is not a precision"),
+    Misuse(f"{EXPORT} --precision bf16 --int8", "8-bit weights are for a CPU"),
+    Misuse(f"{EXPORT} --verify fast", "'fast' is not a level"),
+    Misuse(f"{EXPORT} --diffusers --verify quick", "--verify does not go with --diffusers"),
+    Misuse(f"{EXPORT} --onnx --diffusers", "exclude each other"),
+    Misuse(f"{EXPORT} --diffusers --int8", "--int8 does not go with --diffusers"),
+    Misuse(f"{EXPORT} --diffusers out", "has no adapter to merge"),
+    Misuse(f"{EXPORT} --swap-weights taken --batch 1:1:1", "--batch does not go with --swap-weights"),
+    Misuse(f"{EXPORT} --swap-weights taken", "is not an artifact", folder_with_a_file),
+    Misuse(f"{EXPORT} --swap-weights ''", "--swap-weights is empty"),
+    Misuse(f"{EXPORT} --swap-weights taken", "upgrade fmg", artifact_of_tomorrow),
+    Misuse(f"{EXPORT} --resolutions 33", "not a multiple of 8"),
+    Misuse(f"{EXPORT} --resolutions 32,big", "'big'"),
+    Misuse(f"{EXPORT} --batch 4", "three numbers that rise"),
+    Misuse(f"{EXPORT} --batch 4:2:8", "three numbers that rise"),
+    Misuse(f"{EXPORT} --batch 0:1:2", "'0'"),
+    Misuse(f"{EXPORT} out --out other", "given twice"),
+    Misuse(f"{EXPORT} --out taken", "taken exists already", folder_with_a_file),
+    Misuse(f"{EXPORT} --out notes.txt", "'notes.txt' is a file", text("notes.txt", "")),
+    Misuse(f"{EXPORT} --out ''", "--out is empty"),
 )
 
 

@@ -26,6 +26,7 @@ sys.exit(f"imported {{loaded}}" if loaded else code)
         ["train", "--help"],
         ["eval", "--help"],
         ["generate", "--help"],
+        ["export", "--help"],
         ["list"],
         ["show", "stochasticizer", "asfmc"],
         ["show", "model", "meanflow-shapes"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.support.mutation import Mutation
 
-_ADVANTAGES, _GRPO, _NOISE = "fmg.rl.advantages", "fmg.rl.grpo", "fmg.rl.noise"
+_ADVANTAGES, _GRPO, _NOISE = "fmg.rl.advantages", "fmg.rl.grpo", "fmg.rl.keyed_noise"
 _REPLAY, _ROLLOUTS, _RWFM = "fmg.rl.replay", "fmg.rl.rollouts", "fmg.rl.rwfm"
 _CONFIGS, _UPDATE, _WINDOWS = "fmg.rl.configs", "fmg.training.update", "fmg.rl.windows"
 

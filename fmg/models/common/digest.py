@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fmg.core.errors import CheckpointError
 from fmg.models.common.adapter import base_tensors
+from fmg.models.common.reader import TensorReader
 from fmg.models.common.weights import WeightFiles
 
 
@@ -42,10 +43,9 @@ def stored_digest(weights: WeightFiles) -> str:
 
 
 def _stored_tensors(weights: WeightFiles) -> Iterator[tuple[str, Tensor]]:
-    opened = {file: safe_open(str(file), framework="pt") for file in sorted(set(weights.files.values()))}
+    reader = TensorReader(weights.files)
     for name in sorted(weights.files):
-        tensor: Tensor = opened[weights.files[name]].get_tensor(name)  # type: ignore[no-untyped-call]
-        yield name, tensor
+        yield name, reader.read(name)
 
 
 def _digest(tensors: Iterator[tuple[str, Tensor]]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -118,6 +118,14 @@ class AdaptedModel(ABC, Generic[C]):
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Prompt embeddings with the tensors of the family's text encoders, one row a prompt."""
         return self._text.encode(prompts)
+
+    def text_uncached(self) -> AbstractContextManager[None]:
+        """Inside, every prompt is encoded, so that its time can be measured."""
+        return self._text.uncached()
+
+    def release_text(self) -> None:
+        """Frees the memory that the text encoders take of the device."""
+        self._text.release()
 
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
         """Images in [0, 1], fp32: `vae.decode(z / scaling_factor + shift_factor)` mapped from [-1, 1] and clamped."""

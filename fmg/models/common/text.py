@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from fmg.core.lru import ByteCache
 from fmg.core.types import Conditioning
 from fmg.models.text_cache import Row, TextCache, encoder_key
 
@@ -85,7 +85,8 @@ class TextEncoders:
         self._length = max_sequence_length
         self._device = device
         self._batch_size = batch_size
-        self._cache: EmbeddingCache = EmbeddingCache(cache_bytes)
+        self._cache: ByteCache[Row] = ByteCache(cache_bytes)
+        self._remember = True
         self._offload = offload
         self._disk = disk
 
@@ -105,8 +106,9 @@ class TextEncoders:
                 chunk = missing[start : start + self._batch_size]
                 for prompt, row in zip(chunk, self._rows(chunk), strict=True):
                     found[prompt] = row
-                    self._cache.put(prompt, row)
-                    if self._disk is not None:
+                    if self._remember:
+                        self._cache.put(prompt, row)
+                    if self._remember and self._disk is not None:
                         self._disk.put(prompt, row)
         rows = [found[prompt] for prompt in distinct]
         encoded = Conditioning(distinct, {name: torch.stack([row[name] for row in rows]) for name in rows[0]})
@@ -115,7 +117,23 @@ class TextEncoders:
         place = {prompt: index for index, prompt in enumerate(distinct)}
         return encoded.select(torch.tensor([place[prompt] for prompt in prompts]))
 
+    @contextmanager
+    def uncached(self) -> Iterator[None]:
+        """Inside, every prompt is encoded, and none is remembered."""
+        self._remember = False
+        try:
+            yield
+        finally:
+            self._remember = True
+
+    def release(self) -> None:
+        """Moves the encoders to the CPU, where a prompt that comes later is encoded."""
+        for encoder in self._stack.encoders:
+            encoder.to("cpu")
+
     def _known(self, prompt: str) -> Row | None:
+        if not self._remember:
+            return None
         row = self._cache.get(prompt)
         stored = self._disk.get(prompt) if row is None and self._disk is not None else None
         if stored is None:
@@ -172,33 +190,3 @@ def cached_encoders(
     disk = TextCache(encoder_key(folder, components, length, encoder.dtype, computes_on, *facts)) if cache else None
     # one prompt a call, so that an embedding does not depend on what else was missing when it was made
     return TextEncoders(stack, length, device, batch_size=1, offload=place == "offload", disk=disk)
-
-
-class EmbeddingCache:
-    """Least-recently-used store of rows, bounded by the bytes of their tensors."""
-
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._size = 0
-        self._rows: OrderedDict[str, Row] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def get(self, prompt: str) -> Row | None:
-        """The row of `prompt`, which becomes the most recently used one."""
-        if prompt in self._rows:
-            self._rows.move_to_end(prompt)
-        return self._rows.get(prompt)
-
-    def put(self, prompt: str, row: Row) -> None:
-        """Keeps a new row and drops the least recently used ones until everything fits."""
-        self._rows[prompt] = row
-        self._size += _bytes(row)
-        while self._size > self._capacity:
-            _, dropped = self._rows.popitem(last=False)
-            self._size -= _bytes(dropped)
-
-
-def _bytes(row: Row) -> int:
-    return sum(tensor.nbytes for tensor in row.values())

@@ -17,8 +17,8 @@ from fmg.core.errors import CheckpointError
 
 INDEX_FILE = "diffusion_pytorch_model.safetensors.index.json"
 _RESTORE = "Restore the folder from where the model came from."
-# What is read between two openings of a file: mapped pages count as the process's memory until it is closed.
-_WINDOW_BYTES = 64 * 2**20
+WINDOW_BYTES = 64 * 2**20
+"""What is read between two openings of a file: mapped pages count as the process's memory until it is closed."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 T = TypeVar("T", bound=nn.Module)
@@ -153,7 +153,7 @@ def weight_windows(weights: WeightFiles) -> Iterator[dict[str, Tensor]]:
             chunk: dict[str, Tensor] = {}
             size = 0
             with safe_open(str(file), framework="pt") as opened:
-                while pending and size < _WINDOW_BYTES:
+                while pending and size < WINDOW_BYTES:
                     tensor: Tensor = opened.get_tensor(pending[0])
                     chunk[pending.pop(0)] = tensor
                     size += tensor.nbytes

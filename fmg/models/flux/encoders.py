@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import CLIPTextModel, T5EncoderModel
 
+from fmg.core.stages import TOKENISE, stage
 from fmg.models.common.text import Tokenizer
 
 
@@ -45,4 +46,6 @@ class FluxText:
 
 
 def _ids(tokenizer: Tokenizer, prompts: list[str], length: int) -> Int[Tensor, "b l"]:
-    return tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    with stage(TOKENISE):
+        encoded = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return encoded.input_ids

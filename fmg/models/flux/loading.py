@@ -55,6 +55,14 @@ class FluxComponents:
     weights: WeightFiles
 
 
+@dataclass(frozen=True)
+class TransformerSource:
+    """A transformer before it is loaded: its diffusers config with the time convention, and its files."""
+
+    config: Mapping[str, Any]
+    weights: WeightFiles
+
+
 def load_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> FluxComponents:
     """Loads a pipeline folder with its `fmg_flow_map.json` to `device` in `dtype`, whatever dtype it is stored in.
 
@@ -87,16 +95,10 @@ def load_parts(
         CheckpointError: a file is missing, damaged, of a class that is not known, or does not fit the others.
     """
     with quiet():
-        own = folder / "transformer"
-        config = _config(own) if student is None else _student_config(own, student)
-        _check_conventions(own if student is None else student, config, conventions)
-        config |= {"time_scale": conventions.time_scale, "second_time": conventions.second_time}
-        if student is None:
-            weights = folder_weights(own)
-        else:
-            shapes = transformer_shapes(empty_transformer(FlowMapFluxTransformer2DModel, config, own))
-            weights = student_weights(student, shapes)
-        transformer = load_transformer(FlowMapFluxTransformer2DModel, config, weights, device, dtype, check_student)
+        source = transformer_source(folder, conventions, student)
+        transformer = load_transformer(
+            FlowMapFluxTransformer2DModel, source.config, source.weights, device, dtype, check_student
+        )
         vae = FLUX.module(folder / "vae", dtype)
         text_encoder = FLUX.module(folder / "text_encoder", dtype)
         text_encoder_2 = FLUX.module(folder / "text_encoder_2", dtype)
@@ -108,9 +110,21 @@ def load_parts(
     for module in (text_encoder, text_encoder_2):
         module.to(device if text_device is None else text_device)
     text = FluxText(tokenizer, text_encoder, tokenizer_2, text_encoder_2)
-    components = FluxComponents(folder, conventions, transformer, vae, text, weights)
+    components = FluxComponents(folder, conventions, transformer, vae, text, source.weights)
     _check_fit(components)
     return components
+
+
+def transformer_source(folder: Path, conventions: FlowMapConventions, student: Path | None = None) -> TransformerSource:
+    """Config and files of a transformer, without reading a weight. Arguments and errors as in `load_parts`."""
+    own = folder / "transformer"
+    config = _config(own) if student is None else _student_config(own, student)
+    _check_conventions(own if student is None else student, config, conventions)
+    config |= {"time_scale": conventions.time_scale, "second_time": conventions.second_time}
+    if student is None:
+        return TransformerSource(config, folder_weights(own))
+    shapes = transformer_shapes(empty_transformer(FlowMapFluxTransformer2DModel, config, own))
+    return TransformerSource(config, student_weights(student, shapes))
 
 
 def _config(folder: Path) -> dict[str, Any]:

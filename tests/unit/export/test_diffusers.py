@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -11,12 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fmg.core.errors import CheckpointError, UsageError
-from fmg.export.diffusers import merge_folder
+from fmg.export.diffusers import export_diffusers, merge_folder
+from fmg.inference.target import Target, load_model, resolve_target
 from fmg.models.common.adapter_files import DIFFUSERS_FILE
 from fmg.models.common.weights import INDEX_FILE
 from fmg.models.flux.loading import load_folder
 from fmg.models.flux.model import FluxModel
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
+from fmg.registry.recipe import Recipe
+from tests.support.artifact import make_run
 from tests.tiny_flux import build_tiny_flux
 
 CPU = torch.device("cpu")
@@ -112,7 +116,25 @@ def test_an_export_that_fails_on_the_way_leaves_nothing(
     def fail(*_: object, **__: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("fmg.export.diffusers.save_file", fail)
+    monkeypatch.setattr("fmg.export.diffusers.write_weights", fail)
     with pytest.raises(OSError, match="No space left"):
         merge_folder(base, saved, tmp_path / "exports" / "merged")
     assert list((tmp_path / "exports").iterdir()) == []
+
+
+@pytest.mark.parametrize(("trained", "changed"), [("duration", 22 + 4), ("full", 0)])
+def test_what_was_trained_beside_a_lora_or_whole_is_in_the_folder(
+    base: Path, tmp_path: Path, trained: Literal["duration", "full"], changed: int
+) -> None:
+    recipe = Recipe.default("meanflow-shapes", **{"model.folder": str(base), "lora.rank": 2, "lora.alpha": 4.0})
+    run = make_run(tmp_path / "run", recipe, seed=4, trained=trained)
+    merged = export_diffusers(run, tmp_path / "merged")
+    assert merged.changed == changed
+    tuned: Any = load_model(resolve_target(run), device="cpu")
+    plain: Any = load_model(Target("base", recipe, None), device="cpu")
+    drawn, expected = _images(FluxModel(load_folder(tmp_path / "merged", CPU, torch.float32), "tiny")), _images(tuned)
+    assert torch.allclose(drawn, expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(_images(plain), expected, atol=1e-4)
+    second = "timestep_embedder2.linear_1.weight"
+    state = load_folder(tmp_path / "merged", CPU, torch.float32).transformer.state_dict()
+    assert not torch.equal(state[second], plain.components.transformer.state_dict()[second])

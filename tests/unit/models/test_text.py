@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fmg.models.common.text import EmbeddingCache, TextEncoders
+from fmg.core.lru import ByteCache
+from fmg.models.common.text import TextEncoders
 from fmg.models.flux.loading import FluxComponents, load_folder
 
 CPU = torch.device("cpu")
@@ -67,7 +68,7 @@ def _row(values: int) -> dict[str, Tensor]:
 
 
 def test_the_cache_drops_what_was_used_least_recently() -> None:
-    cache = EmbeddingCache(capacity=3 * 4)
+    cache: ByteCache[dict[str, Tensor]] = ByteCache(capacity=3 * 4)
     for prompt in ("a", "b", "c"):
         cache.put(prompt, _row(1))
     assert cache.get("a") is not None
@@ -79,6 +80,6 @@ def test_the_cache_drops_what_was_used_least_recently() -> None:
 
 
 def test_a_row_larger_than_the_cache_is_not_kept() -> None:
-    cache = EmbeddingCache(capacity=4)
+    cache: ByteCache[dict[str, Tensor]] = ByteCache(capacity=4)
     cache.put("a", _row(2))
     assert len(cache) == 0

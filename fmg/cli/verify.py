@@ -1,0 +1,135 @@
+"""`fmg verify`: whether an exported artifact is what was exported, and draws what its run draws."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fmg.cli.console import print_json, stderr, stdout
+from fmg.cli.observers import LOADING, reporter_for
+from fmg.cli.options import AsJson, Backend, Device, Seed, given_text
+from fmg.cli.tables import table
+from fmg.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fmg.core.events import Observer
+    from fmg.inference.alone import VerifyReport
+
+_FAILED = 1
+
+
+def verify(
+    artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="A folder that `fmg export` made.")],
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="T", help="The run or model it was made from.", show_default="what its manifest names"),
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Files, precision, each graph, 16 pictures. What is done if nothing is said."),
+    ] = False,
+    full: Annotated[bool, typer.Option("--full", help="Also the run's own rewards, on 512 pictures.")] = False,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Only what needs neither torch nor the run: files, and that it draws.")
+    ] = False,
+    num: Annotated[
+        int | None,
+        typer.Option(min=1, max=1_000_000, metavar="N", help="Pictures to compare.", show_default="16 or 512"),
+    ] = None,
+    backend: Backend = "auto",
+    device: Device = "auto",
+    seed: Seed = 0,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Let the recipe of a run name reward code and reward servers.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Prove that an artifact draws what its run draws; exit code 1 and the first differing layer when it does not."""
+    given_text(artifact, "ARTIFACT")
+    given_text(against, "--against")
+    if quick + full + alone > 1:
+        raise UsageError("--quick, --full and --alone exclude each other", "Give one of them.")
+    if alone and (against is not None or num is not None):
+        raise UsageError("--alone compares with nothing", "Leave --against and --num out, or --alone.")
+    with reporter_for(stderr()) as reporter:
+        reporter(LOADING)
+        report = (
+            _alone(artifact, backend, device)
+            if alone
+            else _compared(
+                artifact, against, "full" if full else "quick", backend, device, num, seed, allow_code, reporter
+            )
+        )
+    if as_json:
+        print_json(report.to_json())
+    else:
+        print_report(stdout(), report)
+    if not report.passed:
+        raise typer.Exit(_FAILED)
+
+
+def print_report(console: Console, report: VerifyReport) -> None:
+    """One row a check, what was measured, and why one failed."""
+    against = f" against {report.against}" if report.against else ""
+    console.print(f"{report.artifact}{against}, {report.level}, {report.backend}\n", soft_wrap=True)
+    rows = [("passed" if check.passed else "FAILED", check.name, _measured(check.values)) for check in report.checks]
+    console.print(table(["", "check", "measured"], rows))
+    for check in report.checks:
+        if not check.passed:
+            console.print(f"\n{check.name}: {check.note}", soft_wrap=True)
+
+
+def _alone(artifact: str, backend: str, device: str) -> VerifyReport:
+    from fmg.inference.alone import verify_alone
+    from fmg.inference.artifact import open_artifact
+
+    return verify_alone(open_artifact(artifact, hashes=False), backend=backend, device=device)
+
+
+def _compared(
+    artifact: str,
+    against: str | None,
+    level: str,
+    backend: str,
+    device: str,
+    num: int | None,
+    seed: int,
+    allow_code: bool,
+    observer: Observer,
+) -> VerifyReport:
+    from fmg.inference.artifact import open_artifact
+
+    opened = open_artifact(artifact, hashes=False)
+    _check_torch()
+    from fmg.export.verify import verify as prove
+
+    return prove(
+        opened,
+        against,
+        level=level,
+        backend=backend,
+        device=device,
+        num=num,
+        seed=seed,
+        allow_code=allow_code,
+        observer=observer,
+    )
+
+
+def _check_torch() -> None:
+    from importlib.util import find_spec
+
+    from fmg.core.errors import MissingDependencyError
+
+    if find_spec("torch") is None:
+        raise MissingDependencyError(
+            "Comparing an artifact with its run needs torch", "Run: pip install fmg, or check it --alone."
+        )
+
+
+def _measured(values: object) -> str:
+    assert isinstance(values, dict)
+    return "  ".join(f"{name} {value:.6g}" for name, value in values.items())

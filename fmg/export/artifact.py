@@ -1,0 +1,310 @@
+"""From a run to an artifact: graphs, weights with the adapter merged, tokenizers and a manifest, all or nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fmg.core.errors import UsageError
+from fmg.core.events import Observer, StageProgress, ignore
+from fmg.export.components import component_reader, stored_elements, write_tokenizer
+from fmg.export.graphs import GraphPlan, clip_plan, decoder_plan, t5_plan, transformer_plan
+from fmg.export.int8 import quantise
+from fmg.export.merge import base_dtypes, merged, write_base
+from fmg.export.onnx import OPSET, TracedGraph, require_onnx, save_graph, trace
+from fmg.export.source import ExportSource, find_source, recipe_facts
+from fmg.export.space import check_space
+from fmg.export.weights import lay_out, write_weights
+from fmg.inference.artifact.layout import (
+    BASE_WEIGHTS,
+    Artifact,
+    file_entry,
+    graph_file,
+    weights_file,
+    write_manifest,
+)
+from fmg.inference.artifact.manifest import (
+    BATCH,
+    HEIGHT,
+    IMAGE,
+    PIXEL_HEIGHT,
+    PIXEL_WIDTH,
+    TEXT,
+    TEXT_ENCODER,
+    TEXT_ENCODER_2,
+    TRANSFORMER,
+    TRANSFORMER_INT8,
+    WIDTH,
+    AxisRange,
+    Base,
+    FileEntry,
+    Graph,
+    Manifest,
+    ModelFacts,
+    Precision,
+    Sampling,
+    TokenizerFacts,
+)
+from fmg.inference.target import resolve_target
+from fmg.models.common.adapter_files import new_folder
+from fmg.models.common.loading import read_config
+from fmg.models.flux.latents import PATCH
+from fmg.models.flux.loading import FLUX
+from fmg.models.geometry import latent_scale
+
+ExportPrecision = Literal["fp32", "bf16", "fp16"]
+
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# T5 leaves the range of fp16, so encoders stay fp32 beside an fp16 transformer
+_TEXT_DTYPES: Mapping[str, torch.dtype] = {**DTYPES, "fp16": torch.float32}
+_NAMES: Mapping[torch.dtype, Precision] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+SMALL_BATCH, LARGE_BATCH = (1, 16, 64), (1, 1, 4)
+"""Rows of a call when nothing is said: for a model that runs on a CPU, and for one of full size."""
+
+_MEGABYTE = 10**6
+_LIBRARIES = ("fmg", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export.
+
+    Attributes:
+        precision: of transformer and text encoders; the decoder is always fp32, and so are text encoders beside an
+            fp16 transformer.
+        int8: also write a transformer with 8-bit weights for a CPU.
+        resolutions: sides of square images; None: the model's own.
+        batch: least, usual and largest number of rows of a call; None: by the size of the model.
+    """
+
+    precision: ExportPrecision = "fp32"
+    int8: bool = False
+    resolutions: tuple[int, ...] | None = None
+    batch: tuple[int, int, int] | None = None
+
+
+def export_artifact(
+    target: str | Path | None, out: Path, options: ExportOptions | None = None, *, observer: Observer = ignore
+) -> Artifact:
+    """Writes the artifact of a run, its adapter merged, or of a model as it is.
+
+    Args:
+        target: a run folder, a model by name, or None for the newest run.
+        out: the folder to make.
+        options: precision and sizes.
+        observer: hears of the progress.
+
+    Raises:
+        UsageError: `out` exists, an option does not fit the model, or the disk is too small.
+        MissingDependencyError: the ONNX packages or published files are not there.
+        CheckpointError: base and adapter do not belong together, a file is damaged, or a graph cannot be traced;
+            nothing is left behind.
+    """
+    return export_source(find_source(resolve_target(target)), out, options or ExportOptions(), observer=observer)
+
+
+def export_source(source: ExportSource, out: Path, options: ExportOptions, *, observer: Observer = ignore) -> Artifact:
+    """As `export_artifact`, for files that have been found."""
+    require_onnx()
+    if out.exists():
+        raise UsageError(f"{out} exists already", "Export to another folder, or move that one away.")
+    if options.int8 and options.precision != "fp32":
+        raise UsageError(
+            f"8-bit weights are for a CPU and go with fp32, not with {options.precision}", "Leave one of them out."
+        )
+    export = _Export(source, options, observer)
+    check_space(out, sum(export.sizes()))
+    with new_folder(out) as partial_folder:
+        manifest = export.write(partial_folder)
+        write_manifest(partial_folder, manifest)
+    return Artifact(out, manifest)
+
+
+class _Export:
+    """One export under way: its facts, and the entries of the files that are written so far."""
+
+    def __init__(self, source: ExportSource, options: ExportOptions, observer: Observer) -> None:
+        self._source = source
+        self._options = options
+        self._observer = observer
+        self._vae = read_config(source.folder / "vae")
+        self._sampling = _sampling(source, self._vae, options.resolutions)
+        self._files: dict[str, FileEntry] = {}
+        self._graphs: dict[str, Graph] = {}
+        self._tokenizers: dict[str, TokenizerFacts] = {}
+        self._delta = source.delta
+
+    def write(self, folder: Path) -> Manifest:
+        """Writes every file but the manifest, which it returns."""
+        source = self._source
+        self._tokenizers = {
+            TEXT_ENCODER: write_tokenizer(source.folder, TEXT_ENCODER, folder, None),
+            TEXT_ENCODER_2: write_tokenizer(
+                source.folder, TEXT_ENCODER_2, folder, source.conventions.max_sequence_length
+            ),
+        }
+        for tokenizer in self._tokenizers.values():
+            self._files[tokenizer.file] = file_entry(folder / tokenizer.file)
+        plans = self._plans()
+        for number, plan in enumerate(plans):
+            self._observer(StageProgress("tracing", number, len(plans)))
+            self._write_graph(folder, plan)
+        self._observer(StageProgress("tracing", len(plans), len(plans)))
+        base = None
+        if self._delta is not None:
+            base = BASE_WEIGHTS
+            self._files[base] = write_base(folder / base, source.reader, self._delta.changed)
+        if self._options.int8:
+            self._observer(StageProgress("8-bit weights", 0, 1))
+            self._add_int8(folder)
+            self._observer(StageProgress("8-bit weights", 1, 1))
+        return self._manifest(Base(source.base, source.digest, base_dtypes(source.stored), base))
+
+    def _plans(self) -> tuple[GraphPlan, ...]:
+        source, precision = self._source, self._options.precision
+        text = _TEXT_DTYPES[precision]
+        for name in ("text_encoder", "text_encoder_2"):
+            FLUX.class_of(source.folder / name, name)
+        return (
+            clip_plan(read_config(source.folder / "text_encoder"), self._tokenizers[TEXT_ENCODER].length, text),
+            t5_plan(read_config(source.folder / "text_encoder_2"), text),
+            transformer_plan(source.transformer.config, DTYPES[precision]),
+            decoder_plan(FLUX.class_of(source.folder / "vae", "vae"), self._vae),
+        )
+
+    def _write_graph(self, folder: Path, plan: GraphPlan) -> None:
+        traced = trace(plan)
+        layout = lay_out({name: (plan.dtype, shape) for name, shape in traced.parameters.items()})
+        weights = weights_file(plan.name)
+        self._files[weights] = write_weights(
+            folder / weights, layout, self._reader(traced), partial(self._written, plan.name)
+        )
+        file = graph_file(plan.name)
+        save_graph(traced, folder / file, weights, layout.places)
+        self._files[file] = file_entry(folder / file)
+        self._graphs[plan.name] = Graph(file, weights, _NAMES[plan.dtype], plan.inputs, plan.outputs)
+
+    def _reader(self, traced: TracedGraph) -> Any:
+        plan, source = traced.plan, self._source
+        if plan.name == TRANSFORMER:
+            return merged(source.reader, self._delta, plan.dtype)
+        component = "vae" if plan.name not in (TEXT_ENCODER, TEXT_ENCODER_2) else plan.name
+        return component_reader(source.folder / component, list(traced.parameters), plan.dtype)
+
+    def _add_int8(self, folder: Path) -> None:
+        graph = self._graphs[TRANSFORMER]
+        file, weights = graph_file(TRANSFORMER_INT8), weights_file(TRANSFORMER_INT8)
+        quantise(folder / graph.file, folder / file, folder / weights)
+        self._files |= {name: file_entry(folder / name) for name in (file, weights)}
+        self._graphs[TRANSFORMER_INT8] = Graph(file, weights, "int8", graph.inputs, graph.outputs)
+
+    def _written(self, graph: str, done: int, total: int) -> None:
+        stage = f"weights of {graph} (MB)"
+        self._observer(StageProgress(stage, math.ceil(done / _MEGABYTE), math.ceil(total / _MEGABYTE)))
+
+    def sizes(self) -> Iterator[int]:
+        """Bytes of the weight files to come."""
+        source, itemsize = self._source, DTYPES[self._options.precision].itemsize
+        elements = {name: math.prod(shape) for name, (_, shape) in source.stored.items()}
+        total = sum(elements.values())
+        yield total * itemsize
+        for name in ("text_encoder", "text_encoder_2"):
+            yield stored_elements(source.folder / name) * _TEXT_DTYPES[self._options.precision].itemsize
+        yield stored_elements(source.folder / "vae") * torch.float32.itemsize
+        for name in self._delta.changed if self._delta is not None else ():
+            yield elements[name] * source.stored[name][0].itemsize
+        if self._options.int8:
+            # the quantiser's working copies are there until it is done
+            yield total * (2 * torch.float32.itemsize + 2)
+
+    def _manifest(self, base: Base) -> Manifest:
+        source = self._source
+        rewards, prompts = recipe_facts(source.recipe)
+        return Manifest(
+            schema=1,
+            files=dict(sorted(self._files.items())),
+            model=ModelFacts(source.name, _plain(source.transformer.config), _plain(self._vae)),
+            sampling=self._sampling,
+            precision=self._options.precision,
+            opset=OPSET,
+            axes=self._axes(),
+            graphs=self._graphs,
+            tokenizers=self._tokenizers,
+            base=base,
+            adapter=None if self._delta is None else self._delta.adapter,
+            rewards=rewards,
+            prompts=prompts,
+            libraries=_versions(),
+            checks=(),
+        )
+
+    def _axes(self) -> dict[str, AxisRange]:
+        sampling, length = self._sampling, self._tokenizers[TEXT_ENCODER_2].length
+        large = bool(self._source.conventions.spec(self._source.name).gpu_memory_gb)
+        default = sampling.resolution
+        sides = {size: sampling.latent_shape(size)[1] for size in sampling.resolutions}
+        latent = _range(list(sides.values()), sides.get(default, max(sides.values())))
+        pixels = _range(list(sides), default if default in sides else max(sides))
+        tokens = [sampling.image_tokens(size) for size in sampling.resolutions]
+        return {
+            BATCH: AxisRange(*(self._options.batch or (LARGE_BATCH if large else SMALL_BATCH))),
+            IMAGE: _range(tokens, sampling.image_tokens(pixels.optimum)),
+            TEXT: AxisRange(length, length, length),
+            HEIGHT: latent,
+            WIDTH: latent,
+            PIXEL_HEIGHT: pixels,
+            PIXEL_WIDTH: pixels,
+        }
+
+
+def _sampling(source: ExportSource, vae: Mapping[str, Any], resolutions: Sequence[int] | None) -> Sampling:
+    conventions, rollout = source.conventions, source.recipe.rollout
+    scale = latent_scale(vae)
+    sizes = tuple(sorted(set(resolutions or (conventions.resolution,))))
+    for size in sizes:
+        if size < scale * PATCH or size % (scale * PATCH):
+            raise UsageError(
+                f"The resolution {size} is not a multiple of {scale * PATCH}, the side of a token of '{source.name}'",
+                "Use resolutions that are.",
+            )
+    return Sampling(
+        map=conventions.map,
+        path=conventions.path,
+        time_scale=conventions.time_scale,
+        second_time=conventions.second_time,
+        guidance=conventions.guidance,
+        latent_channels=int(vae["latent_channels"]),
+        latent_scale=scale,
+        resolution=conventions.resolution if conventions.resolution in sizes else sizes[-1],
+        resolutions=sizes,
+        grid=rollout.grid,
+        steps=rollout.steps,
+    )
+
+
+def _range(values: Sequence[int], optimum: int) -> AxisRange:
+    return AxisRange(min(values), optimum, max(values))
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, object]:
+    """A config as JSON has it, without what libraries note about the machine."""
+    kept = {key: value for key, value in config.items() if key != "_name_or_path"}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,219 @@
+"""What is traced: thin modules with flat tensor signatures around the components of a FLUX-class folder.
+
+Every border is fp32 or int64 (`fmg.inference.artifact.manifest`); the casts to the precision inside are part of the
+graph. The modules are built by a function, so that the tracer can build them without memory (`fmg.export.onnx`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
+from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from fmg.inference.artifact import layout
+from fmg.inference.artifact.manifest import (
+    BATCH,
+    HEIGHT,
+    IMAGE,
+    PIXEL_HEIGHT,
+    PIXEL_WIDTH,
+    TEXT,
+    TEXT_ENCODER,
+    TEXT_ENCODER_2,
+    TRANSFORMER,
+    VAE_DECODER,
+    WIDTH,
+    TensorSpec,
+)
+from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
+
+
+@dataclass(frozen=True)
+class GraphPlan:
+    """One graph to trace.
+
+    Attributes:
+        name: of the graph, one of `fmg.inference.artifact.manifest.GRAPHS`.
+        build: makes the module in the default dtype of the moment, with any values.
+        dtype: of its weights.
+        inputs, outputs: the borders.
+        strict: whether every tensor of the wrapped module's state dict must become an initialiser.
+    """
+
+    name: str
+    build: Callable[[], GraphModule]
+    dtype: torch.dtype
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    strict: bool = True
+
+
+class GraphModule(nn.Module):
+    """A component behind a flat signature. Initialisers get the names that tensors have inside `inner`."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+
+class TransformerGraph(GraphModule):
+    """The flow-map transformer with both times explicit and rotary positions from float ids."""
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "b image c"],
+        encoder_hidden_states: Float[Tensor, "b text d"],
+        pooled_projections: Float[Tensor, "b p"],
+        timestep: Float[Tensor, " b"],
+        second: Float[Tensor, " b"] | None = None,
+        guidance: Float[Tensor, " b"] | None = None,
+        *,
+        img_ids: Float[Tensor, "image 3"],
+        txt_ids: Float[Tensor, "text 3"],
+    ) -> Float[Tensor, "b image c"]:
+        """The (average) velocity at `timestep` towards `second`, fp32."""
+        dtype = self.inner.x_embedder.weight.dtype
+        output: Tensor = self.inner(
+            hidden_states=hidden_states.to(dtype),
+            encoder_hidden_states=encoder_hidden_states.to(dtype),
+            pooled_projections=pooled_projections,
+            timestep=timestep,
+            second=second,
+            guidance=guidance,
+            img_ids=img_ids,
+            txt_ids=txt_ids,
+            return_dict=False,
+        )[0]
+        return output.float()
+
+
+class ClipGraph(GraphModule):
+    """CLIP's text model up to the state of the end-of-text token."""
+
+    def forward(self, input_ids: Int[Tensor, "b l"]) -> Float[Tensor, "b p"]:
+        """The pooled state, fp32."""
+        # the module's own positions are a buffer, which has no value while a graph is traced without memory
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        pooled: Tensor = self.inner(input_ids=input_ids, position_ids=positions).pooler_output
+        return pooled.float()
+
+
+class T5Graph(GraphModule):
+    """T5's encoder, which sees its padding as FLUX lets it."""
+
+    def forward(self, input_ids: Int[Tensor, "b text"]) -> Float[Tensor, "b text d"]:
+        """The token states, fp32."""
+        states: Tensor = self.inner(input_ids=input_ids)[0]
+        return states.float()
+
+
+class DecoderGraph(GraphModule):
+    """The autoencoder's decoder with the scaling of latents and the range of images, as `FluxModel.decode`."""
+
+    def forward(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
+        """Images in [0, 1]."""
+        config = self.inner.config
+        scaled = latents / config.scaling_factor + config.shift_factor
+        images: Tensor = self.inner.decode(scaled, return_dict=False)[0]
+        return ((images.float() + 1) / 2).clamp(0, 1)
+
+
+class SingleRotaryEmbedding(FluxPosEmbed):  # type: ignore[misc]
+    """FLUX's rotary positions in fp32 rather than fp64, which engines narrow on their own terms."""
+
+    def forward(self, ids: Float[Tensor, "tokens axes"]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (tokens, head), fp32."""
+        pairs = [
+            get_1d_rotary_pos_embed(
+                size,
+                ids[:, axis],
+                theta=self.theta,
+                repeat_interleave_real=True,
+                use_real=True,
+                freqs_dtype=torch.float32,
+            )
+            for axis, size in enumerate(self.axes_dim)
+        ]
+        return torch.cat([cos for cos, _ in pairs], dim=-1), torch.cat([sin for _, sin in pairs], dim=-1)
+
+
+def transformer_plan(config: Mapping[str, Any], dtype: torch.dtype) -> GraphPlan:
+    """The transformer of a diffusers config that states `time_scale` and `second_time`."""
+    channels, width = int(config["in_channels"]), int(config["joint_attention_dim"])
+    inputs = [
+        _float(layout.HIDDEN_STATES, BATCH, IMAGE, channels),
+        _float(layout.ENCODER_HIDDEN_STATES, BATCH, TEXT, width),
+        _float(layout.POOLED_PROJECTIONS, BATCH, int(config["pooled_projection_dim"])),
+        _float(layout.TIMESTEP, BATCH),
+    ]
+    inputs += [_float(layout.SECOND, BATCH)] if config["second_time"] != "none" else []
+    inputs += [_float(layout.GUIDANCE, BATCH)] if config.get("guidance_embeds") else []
+    inputs += [_float(layout.IMG_IDS, IMAGE, 3), _float(layout.TXT_IDS, TEXT, 3)]
+    out = int(config.get("out_channels") or channels)
+
+    def build() -> GraphModule:
+        transformer = FlowMapFluxTransformer2DModel.from_config(
+            {**config, "_class_name": FlowMapFluxTransformer2DModel.__name__}
+        )
+        axes = list(transformer.config.axes_dims_rope)
+        transformer.pos_embed = SingleRotaryEmbedding(theta=transformer.pos_embed.theta, axes_dim=axes)
+        return TransformerGraph(transformer)
+
+    return GraphPlan(TRANSFORMER, build, dtype, tuple(inputs), (_float(layout.VELOCITY, BATCH, IMAGE, out),))
+
+
+def clip_plan(config: Mapping[str, Any], length: int, dtype: torch.dtype) -> GraphPlan:
+    """CLIP's text encoder of a transformers config, for prompts of exactly `length` tokens."""
+    parsed = CLIPTextConfig.from_dict({**config, "attn_implementation": "eager"})
+    return GraphPlan(
+        TEXT_ENCODER,
+        lambda: ClipGraph(_with_eager_attention(CLIPTextModel(parsed))),
+        dtype,
+        (TensorSpec(layout.INPUT_IDS, "int64", (BATCH, length)),),
+        (_float(layout.POOLED, BATCH, parsed.hidden_size),),
+        strict=False,
+    )
+
+
+def t5_plan(config: Mapping[str, Any], dtype: torch.dtype) -> GraphPlan:
+    """T5's encoder of a transformers config."""
+    parsed = T5Config.from_dict(dict(config))
+    return GraphPlan(
+        TEXT_ENCODER_2,
+        lambda: T5Graph(_with_eager_attention(T5EncoderModel(parsed))),
+        dtype,
+        (TensorSpec(layout.INPUT_IDS, "int64", (BATCH, TEXT)),),
+        (_float(layout.TOKENS, BATCH, TEXT, parsed.d_model),),
+        strict=False,
+    )
+
+
+def decoder_plan(cls: Any, config: Mapping[str, Any]) -> GraphPlan:
+    """The decoder of an autoencoder, always fp32: its last feature maps leave the range of half precision."""
+    channels = int(config["latent_channels"])
+    return GraphPlan(
+        VAE_DECODER,
+        lambda: DecoderGraph(cls.from_config(dict(config))),
+        torch.float32,
+        (_float(layout.LATENTS, BATCH, channels, HEIGHT, WIDTH),),
+        (_float(layout.IMAGES, BATCH, 3, PIXEL_HEIGHT, PIXEL_WIDTH),),
+        strict=False,
+    )
+
+
+def _with_eager_attention(encoder: Any) -> Any:
+    # the fused attention of T5 does not export: its output's strides cannot be viewed with a dynamic length
+    encoder.set_attn_implementation("eager")
+    return encoder
+
+
+def _float(name: str, *shape: int | str) -> TensorSpec:
+    kind: Literal["float32"] = "float32"
+    return TensorSpec(name, kind, shape)

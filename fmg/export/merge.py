@@ -1,0 +1,32 @@
+"""The transformer's weights of an artifact: base plus what a run changed, and what the base had in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fmg.export.delta import Delta
+from fmg.export.weights import TensorType, lay_out, write_weights
+from fmg.inference.artifact.manifest import FileEntry
+from fmg.models.common.reader import TensorReader
+
+
+def merged(base: TensorReader, delta: Delta | None, dtype: torch.dtype) -> Callable[[str], Tensor]:
+    """Reads weights with the changes of a run, in `dtype`; the sums are made in fp32."""
+    if delta is None:
+        return lambda name: base.read(name).to(dtype)
+    return lambda name: delta.apply(name, base.read(name), dtype)
+
+
+def write_base(file: Path, base: TensorReader, names: Iterable[str]) -> FileEntry:
+    """Writes some weights of the base as it stores them."""
+    layout = lay_out({name: base.describe(name) for name in names})
+    return write_weights(file, layout, base.read)
+
+
+def base_dtypes(stored: Mapping[str, TensorType]) -> tuple[str, ...]:
+    """Names of the dtypes that weights are stored in, sorted."""
+    return tuple(sorted({str(dtype).removeprefix("torch.") for dtype, _ in stored.values()}))

@@ -1,0 +1,280 @@
+"""From a module to an ONNX graph that points into a safetensors file, without ever holding the weights.
+
+The module is built and traced on fake tensors, so a graph costs about a gigabyte at any size. Its parameters become
+initialisers without values under their state-dict names; only after the optimiser has run do they get their places in
+the weight file. With values there, the optimiser would merge parameters that happen to be equal and transpose others,
+and a later change of the weights would silently be wrong (docs/adr/0010-graphs-without-weights.md).
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim
+
+from fmg.core.errors import CheckpointError, MissingDependencyError
+from fmg.export.graphs import GraphPlan
+from fmg.inference.artifact.manifest import BATCH, HEIGHT, IMAGE, TEXT, WIDTH, TensorSpec
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from fmg.export.weights import Placement
+
+OPSET = 20
+"""LayerNormalization and Gelu are operators of their own; attention is still the pattern that engines fuse in fp32."""
+
+_INNER = "inner."
+# Sizes that the tracer sees: all different, so that no axis is taken for another, and none 1, which would be fixed.
+_TRACED = {BATCH: 2, IMAGE: 12, TEXT: 5, HEIGHT: 6, WIDTH: 4}
+_KEPT_METADATA = ("namespace", "pkg.torch.onnx.name_scopes")
+
+
+@dataclass(frozen=True)
+class TracedGraph:
+    """A traced graph whose parameters have names, shapes and dtypes but no values yet."""
+
+    plan: GraphPlan
+    model: ir.Model
+    parameters: Mapping[str, tuple[int, ...]]
+
+
+def require_onnx() -> None:
+    """Whether the packages that write graphs are there.
+
+    Raises:
+        MissingDependencyError: naming the extra that installs them.
+    """
+    try:
+        import onnx
+        import onnx_ir
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"Exporting to ONNX needs the package '{error.name}'", "Install it: pip install 'fmg[onnx]'."
+        ) from None
+    del onnx, onnx_ir
+
+
+def trace(plan: GraphPlan) -> TracedGraph:
+    """The optimised graph of a plan, its parameters without values.
+
+    Raises:
+        CheckpointError: the module cannot be traced, or a name or an axis is not as planned.
+    """
+    require_onnx()
+    from onnxscript.optimizer import optimize_ir
+
+    with quiet():
+        model, shapes = _export(plan)
+        for value in model.graph.initializers.values():
+            if value.name is not None and value.name.startswith(_INNER):
+                value.const_value = None
+        optimize_ir(model, should_fold=_unless_transposing)
+    _take_names(model)
+    _strip_metadata(model)
+    _name_axes(model, plan)
+    parameters = {name: shapes[name] for name in model.graph.initializers if name in shapes}
+    _check(model, plan, parameters, shapes)
+    return TracedGraph(plan, model, parameters)
+
+
+def save_graph(graph: TracedGraph, file: Path, weights: str, places: Mapping[str, Placement]) -> None:
+    """Writes the ONNX file; every parameter points to its place in `weights`, a file name in the same folder.
+
+    Raises:
+        CheckpointError: a parameter has no place, another shape or dtype there, or the checker refuses the file.
+    """
+    import onnx_ir as ir
+
+    for name in graph.parameters:
+        value, place = graph.model.graph.initializers[name], places[name]
+        stated = _axes(value)
+        if stated != place.shape or value.dtype != ir.DataType[_ONNX_DTYPES[place.dtype]]:
+            raise CheckpointError(
+                f"'{name}' is {place.dtype} {place.shape} in {weights} and {value.dtype} {stated} in the graph",
+                "This is a mistake of fmg; please report it.",
+            )
+        value.const_value = ir.ExternalTensor(
+            weights,
+            place.offset,
+            place.length,
+            value.dtype,
+            shape=ir.Shape(place.shape),
+            name=name,
+            base_dir=file.parent,
+        )
+    ir.save(graph.model, file)
+    check_file(file)
+
+
+def check_file(file: Path) -> None:
+    """Runs ONNX's checker on a file by its path, so that weights beyond two gigabytes stay outside.
+
+    Raises:
+        CheckpointError: with the checker's reason.
+    """
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(file))
+    except Exception as error:  # ValidationError, or what protobuf raises on a damaged file
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{file} is not a valid ONNX graph: {reason}", "Export the artifact again.") from error
+
+
+def _export(plan: GraphPlan) -> tuple[ir.Model, dict[str, tuple[int, ...]]]:
+    dims = {name: Dim(name, min=1) for name in _TRACED}
+    kept = torch.get_default_dtype()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        torch.set_default_dtype(plan.dtype)
+        try:
+            module = plan.build().eval()
+        finally:
+            torch.set_default_dtype(kept)
+        module.requires_grad_(False)
+        shapes = {name: tuple(x.shape) for name, x in module.inner.state_dict().items()}
+        try:
+            program: Any = torch.onnx.export(
+                module,
+                (),
+                kwargs={spec.name: _example(spec) for spec in plan.inputs},
+                input_names=[spec.name for spec in plan.inputs],
+                output_names=[spec.name for spec in plan.outputs],
+                dynamic_shapes={
+                    spec.name: {i: dims[axis] for i, axis in enumerate(spec.shape) if isinstance(axis, str)}
+                    for spec in plan.inputs
+                },
+                opset_version=OPSET,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise CheckpointError(
+                f"The graph '{plan.name}' cannot be traced: {_reason(error)}",
+                "Use the versions of torch and onnxscript in constraints.txt.",
+            ) from error
+    model: ir.Model = program.model
+    return model, shapes
+
+
+def _example(spec: TensorSpec) -> Tensor:
+    shape = [_TRACED[size] if isinstance(size, str) else size for size in spec.shape]
+    return torch.zeros(shape, dtype=torch.int64 if spec.dtype == "int64" else torch.float32)
+
+
+def _unless_transposing(node: ir.Node) -> bool | None:
+    # a folded Transpose would be a second copy of a weight, under a name of its own
+    return False if node.op_type == "Transpose" else None
+
+
+def _take_names(model: ir.Model) -> None:
+    """Gives parameters the names that they have in the component's own state dict."""
+    for name in [name for name in model.graph.initializers if name.startswith(_INNER)]:
+        value = model.graph.initializers.pop(name)
+        value.name = name.removeprefix(_INNER)
+        model.graph.initializers[value.name] = value
+
+
+def _strip_metadata(model: ir.Model) -> None:
+    """Drops what the tracer noted, such as paths of source files on this computer; module names stay."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        for key in [key for key in node.metadata_props if key not in _KEPT_METADATA]:
+            del node.metadata_props[key]
+        for output in node.outputs:
+            output.metadata_props.clear()
+
+
+def _name_axes(model: ir.Model, plan: GraphPlan) -> None:
+    """States the planned axis names of outputs, where the tracer writes expressions such as `8*height`."""
+    import onnx_ir as ir
+
+    for value, spec in zip(model.graph.outputs, plan.outputs, strict=True):
+        value.shape = ir.Shape(spec.shape)
+
+
+def _check(
+    model: ir.Model,
+    plan: GraphPlan,
+    parameters: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> None:
+    import onnx_ir as ir
+
+    problems = []
+    if plan.strict:
+        problems += [f"the parameter {name} is not in the graph" for name in sorted(shapes.keys() - parameters.keys())]
+    for name, shape in parameters.items():
+        value = model.graph.initializers[name]
+        if _axes(value) != shape:
+            problems.append(f"the parameter {name} has shape {value.shape} instead of {shape}")
+        if value.const_value is not None:
+            problems.append(f"the parameter {name} has a value")
+    for name, value in model.graph.initializers.items():
+        if name not in parameters and value.const_value is None:
+            problems.append(f"the constant {name} has no value")
+    for values, specs in ((model.graph.inputs, plan.inputs), (model.graph.outputs, plan.outputs)):
+        for value, spec in zip(values, specs, strict=False):
+            stated = (value.name, value.dtype, _axes(value))
+            if stated != (spec.name, ir.DataType[_ONNX_DTYPES[_TORCH_DTYPES[spec.dtype]]], spec.shape):
+                problems.append(f"{stated} is not the planned {spec}")
+        if len(values) != len(specs):
+            problems.append(f"{len(values)} borders are not the {len(specs)} planned")
+    if problems:
+        raise CheckpointError(
+            f"The graph '{plan.name}' is not as planned: {problems[0]}",
+            "Use the versions of torch and onnxscript in constraints.txt.",
+        )
+
+
+def _axes(value: ir.Value) -> tuple[int | str | None, ...]:
+    return tuple(size if isinstance(size, int) else size.value for size in value.shape or ())
+
+
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:300]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No advice from tracer, optimiser and quantiser, whose warnings are about their own affairs."""
+    loggers = [logging.getLogger(name) for name in (None, "torch.onnx", "onnxscript", "torch.export", "onnx_ir")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+_TORCH_DTYPES = {"float32": torch.float32, "int64": torch.int64}
+_ONNX_DTYPES = {
+    torch.float32: "FLOAT",
+    torch.bfloat16: "BFLOAT16",
+    torch.float16: "FLOAT16",
+    torch.float64: "DOUBLE",
+    torch.int64: "INT64",
+    torch.int8: "INT8",
+    torch.uint8: "UINT8",
+    torch.int32: "INT32",
+}

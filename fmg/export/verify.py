@@ -1,0 +1,261 @@
+"""The proof that an artifact draws what its run draws: files, precision, tensors, pictures, rewards.
+
+Every check is made anew from the artifact and its manifest, can be repeated at any time, and is written into the
+manifest with the hash of the weights it was made on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Literal, Protocol, get_args, runtime_checkable
+
+import numpy as np
+
+from fmg.core.errors import UsageError, suggestion
+from fmg.core.events import Observer, StageProgress, ignore
+from fmg.data.prompt_sets import load_prompts
+from fmg.data.run_folder import is_run
+from fmg.eval.scoring import EvalSet
+from fmg.export.bisect import first_divergence
+from fmg.export.census import census
+from fmg.export.verify_images import REWARD_ALLOWED, RewardGap, compare, image_bound
+from fmg.export.verify_tensors import GraphParity, parity, sample_inputs
+from fmg.inference import Generator, Target
+from fmg.inference.alone import VerifyReport, check_drawing, check_files, described
+from fmg.inference.artifact.backend import ArtifactBackend
+from fmg.inference.artifact.layout import Artifact
+from fmg.inference.artifact.manifest import GRAPHS, TRANSFORMER, TRANSFORMER_INT8, Check
+from fmg.inference.backend import TorchBackend
+from fmg.inference.loading import AUTO, find, load
+from fmg.inference.onnxruntime import NAME as ONNXRUNTIME
+from fmg.inference.onnxruntime import PrecisionError
+from fmg.inference.target import load_model
+from fmg.models.flux.model import FluxModel
+from fmg.rewards.base import build_rewards, check_prompts
+
+Level = Literal["quick", "full"]
+LEVELS: tuple[Level, ...] = get_args(Level)
+QUICK_IMAGES, FULL_IMAGES = 16, 512
+RUN = "run"
+"""Name of the check that fails when the backend cannot compute in the artifact's precision."""
+
+_FEW_PROMPTS = 32
+_HUGE = 1e30
+
+
+@runtime_checkable
+class ReportsPrecision(Protocol):
+    """A runtime that can tell in which precision it runs a graph, as an engine can that kept its layers' names."""
+
+    def precision(self, graph: str) -> Mapping[str, int] | None:
+        """Computing layers by precision (`fp32`, `bf16`, ...); None where it cannot be read."""
+
+
+def verify(
+    artifact: Artifact,
+    against: str | Path | Target | None = None,
+    *,
+    level: str = "quick",
+    backend: str = AUTO,
+    device: str = AUTO,
+    num: int | None = None,
+    seed: int = 0,
+    allow_code: bool = False,
+    observer: Observer = ignore,
+) -> VerifyReport:
+    """Compares an artifact with the run or model that it was made from, and writes what was found into its manifest.
+
+    Args:
+        artifact: what to check.
+        against: the run or model; None takes what the manifest names.
+        level: `quick` compares files, precision, graphs and 16 pictures; `full` also the run's rewards on 512.
+        backend: what runs the artifact.
+        device: where both sides compute.
+        num: pictures, in place of those of the level.
+        seed: of inputs and noise.
+        allow_code: whether the recipe of a run may name reward code; see `fmg eval`.
+        observer: hears of the progress.
+
+    Raises:
+        UsageError: an unknown level, or the run or model is not here any more.
+        CheckpointError: a file of either side is damaged.
+    """
+    if level not in LEVELS:
+        raise UsageError(f"There is no level '{level}' of verification", suggestion(level, LEVELS))
+    target = reference_of(artifact, against, allow_code=allow_code)
+    proof = _Proof(artifact, target, level == "full", device, num, seed, observer)
+    checks = [check_files(artifact), *proof.precision()]
+    with load(artifact, backend=backend, device=device) as candidate:
+        detail = described(candidate)
+        try:
+            checks += [check_drawing(artifact, candidate), *proof.engine_precision(candidate)]
+            checks += proof.against(candidate, (*GRAPHS,))
+        except PrecisionError as error:
+            checks.append(Check(RUN, False, {}, f"{error.what}: nothing was run", artifact.manifest.weights_digest()))
+    if TRANSFORMER_INT8 in artifact.manifest.graphs:
+        with load(artifact, backend=ONNXRUNTIME, device="cpu", int8=True) as candidate:
+            checks += proof.against(candidate, (TRANSFORMER_INT8,))
+    artifact.with_checks(checks)
+    return VerifyReport(str(artifact.folder), target.label, level, detail, tuple(checks))
+
+
+def reference_of(artifact: Artifact, against: str | Path | Target | None = None, *, allow_code: bool = False) -> Target:
+    """The run or model that an artifact is compared with.
+
+    Raises:
+        UsageError: it is not here, or is an artifact itself.
+    """
+    if isinstance(against, Target):
+        return against
+    adapter = artifact.manifest.adapter
+    if against is None and adapter is not None and not is_run(Path(adapter.run)):
+        raise UsageError(
+            f"The run '{adapter.run}' that the artifact was made from is not here", "Name it: --against RUN."
+        )
+    if against is None:
+        against = artifact.manifest.base.name if adapter is None else adapter.run
+    found = find(against, allow_code=allow_code)
+    if isinstance(found, Artifact):
+        raise UsageError(f"'{against}' is an artifact", "Name the run or the model that the artifact was made from.")
+    return found
+
+
+class _Proof:
+    """The checks of one artifact against one target, which is loaded once."""
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        target: Target,
+        full: bool,
+        device: str,
+        num: int | None,
+        seed: int,
+        observer: Observer,
+    ) -> None:
+        recipe = target.recipe
+        self._artifact = artifact
+        self._target = target
+        self._device = device
+        self._seed = seed
+        self._observer = observer
+        self._rewards = build_rewards(recipe.rewards) if full else {}
+        prompts = load_prompts(recipe.eval.prompts)
+        self._set = EvalSet.make(prompts, num or (FULL_IMAGES if full else QUICK_IMAGES), seed)
+        for label, reward in self._rewards.items():
+            check_prompts(label, reward, self._set.prompts)
+
+    @cached_property
+    def _model(self) -> FluxModel:
+        model = load_model(self._target, device=self._device, dtype="fp32")
+        if not isinstance(model, FluxModel):
+            raise UsageError(f"The model of '{self._target.label}' has no exported form", "Verify a FLUX-class model.")
+        return model
+
+    def precision(self) -> Iterator[Check]:
+        """The dtypes of every graph's weights and nodes."""
+        for graph in self._artifact.manifest.graphs:
+            counted = census(self._artifact, graph)
+            foreign = counted.foreign
+            more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+            note = f"asked for {self._artifact.graph(graph).precision}; {foreign[0]}{more}" if foreign else ""
+            yield self._check(f"precision/{graph}", graph, not foreign, counted.values(), note)
+
+    def engine_precision(self, candidate: Generator) -> Iterator[Check]:
+        """The same of what the backend made of the graphs, where it can tell."""
+        backend = candidate.backend
+        runtime = backend.runtime if isinstance(backend, ArtifactBackend) else None
+        if not isinstance(runtime, ReportsPrecision):
+            return
+        for graph in GRAPHS:
+            counts = runtime.precision(graph)
+            if counts is None:
+                continue
+            asked = self._artifact.graph(graph).precision
+            rest = {name: n for name, n in counts.items() if name != asked}
+            values = {f"layers_{name}": float(n) for name, n in counts.items()}
+            note = (
+                "" if not rest else f"asked for {asked}; {', '.join(f'{n} layers {name}' for name, n in rest.items())}"
+            )
+            passed = sum(rest.values()) <= counts.get(asked, 0)
+            yield self._check(f"precision/{backend.name}/{graph}", graph, passed, values, note)
+
+    def against(self, candidate: Generator, graphs: Sequence[str]) -> Iterator[Check]:
+        """Tensors of these graphs, then whole pictures, then rewards."""
+        assert isinstance(candidate.backend, ArtifactBackend)
+        for number, graph in enumerate(graphs):
+            found = parity(
+                self._model, candidate.backend.runtime, self._artifact, graph, self._few_prompts, seed=self._seed
+            )
+            self._observer(StageProgress("graphs", number + 1, len(graphs)))
+            yield self._tensors(graph, found)
+        transformer = TRANSFORMER if TRANSFORMER in graphs else TRANSFORMER_INT8
+        yield from self._pictures(candidate, transformer)
+
+    def _tensors(self, graph: str, found: GraphParity) -> Check:
+        values = {
+            "relative_l2": _number(found.relative_l2),
+            "max_abs": _number(found.max_abs),
+            "allowed": found.allowed,
+            "shapes": float(found.shapes),
+        }
+        note = "" if found.passed else self._where(graph, found.allowed)
+        return self._check(f"tensors/{graph}", graph, found.passed, values, note)
+
+    def _where(self, graph: str, allowed: float) -> str:
+        """The first module that differs, found with ONNX Runtime whatever the backend was."""
+        if self._artifact.graph(graph).precision not in ("fp32", "fp16"):
+            return ""
+        inputs = next(iter(sample_inputs(self._artifact, graph, self._few_prompts, seed=self._seed)))
+        first = first_divergence(self._model, self._artifact, graph, inputs, allowed=allowed)
+        return str(first) if first else "every module agrees in ONNX Runtime: the backend computes otherwise"
+
+    def _pictures(self, candidate: Generator, transformer: str) -> Iterator[Check]:
+        sampling = self._artifact.manifest.sampling
+        precision = self._artifact.graph(transformer).precision
+        reference = Generator(TorchBackend(self._model), sampling.grid, sampling.steps, candidate.batch_size)
+        progress = partial(self._progress, "pictures" if not self._rewards else "pictures and rewards")
+        found = compare(reference, candidate, self._set, self._rewards, progress=progress)
+        suffix = "" if transformer == TRANSFORMER else "/int8"
+        images = found.images
+        values = {name: _number(value) for name, value in asdict(images).items()}
+        note = "" if images.passed(precision) else f"allowed for {precision}: {image_bound(precision)}"
+        yield self._check(f"images{suffix}", transformer, images.passed(precision), values, note)
+        allowed = REWARD_ALLOWED[precision]
+        for gap in found.gaps:
+            if gap.part == "total":
+                yield self._reward(gap, f"reward/{gap.reward}{suffix}", transformer, allowed)
+
+    def _reward(self, gap: RewardGap, name: str, transformer: str, allowed: float) -> Check:
+        low, high = gap.ci95
+        values = {
+            "torch": gap.torch,
+            "artifact": gap.artifact,
+            "gap": gap.gap,
+            "low": _number(low),
+            "high": _number(high),
+            "allowed": allowed,
+            "images": float(gap.images),
+        }
+        passed = gap.passed(allowed)
+        wide = not passed and -allowed <= gap.gap <= allowed
+        note = "the interval is too wide to say: use more images" if wide else "" if passed else "the rewards differ"
+        return self._check(name, transformer, passed, values, note)
+
+    def _check(self, name: str, graph: str, passed: bool, values: Mapping[str, float], note: str) -> Check:
+        return Check(name, passed, dict(values), note, self._artifact.manifest.weights_digest(graph))
+
+    def _progress(self, stage: str, done: int, total: int) -> None:
+        self._observer(StageProgress(stage, done, total))
+
+    @property
+    def _few_prompts(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self._set.prompts))[:_FEW_PROMPTS]
+
+
+def _number(value: float) -> float:
+    """A value that JSON can hold: what is no number, or infinite, becomes a very large one of its sign."""
+    return float(np.nan_to_num(value, nan=_HUGE, posinf=_HUGE, neginf=-_HUGE))

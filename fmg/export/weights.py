@@ -1,0 +1,108 @@
+"""One safetensors file for a graph, written tensor by tensor: the same names and sizes give the same layout.
+
+The layout depends on names, dtypes and shapes alone, so another adapter gives a file of identical header and offsets,
+and the graph that points into it stays as it is. Data begin on a page.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fmg.core.errors import CheckpointError
+from fmg.inference.artifact.manifest import FileEntry
+from fmg.models.common.reader import STORED_DTYPES
+
+PAGE = 4096
+_LENGTH = 8  # bytes of a safetensors file before its header
+_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
+
+TensorType = tuple[torch.dtype, tuple[int, ...]]
+"""Dtype and shape."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a tensor is: `length` bytes from `offset` of the file on."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class WeightLayout:
+    """A safetensors file before its data: header bytes, the place of each tensor in order, and the size of it all."""
+
+    header: bytes
+    places: Mapping[str, Placement]
+    size: int
+
+
+def lay_out(tensors: Mapping[str, TensorType]) -> WeightLayout:
+    """The layout of a file with these tensors: widest dtype first, then by name."""
+    order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
+    relative: dict[str, tuple[int, int]] = {}
+    end = 0
+    for name in order:
+        dtype, shape = tensors[name]
+        start, end = end, end + dtype.itemsize * math.prod(shape)
+        relative[name] = (start, end)
+    entries = {
+        name: {"dtype": _NAMES[tensors[name][0]], "shape": list(tensors[name][1]), "data_offsets": list(relative[name])}
+        for name in order
+    }
+    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+    text += b" " * (-(_LENGTH + len(text)) % PAGE)
+    header = len(text).to_bytes(_LENGTH, "little") + text
+    places = {
+        name: Placement(*tensors[name], len(header) + start, stop - start) for name, (start, stop) in relative.items()
+    }
+    return WeightLayout(header, places, len(header) + end)
+
+
+def write_weights(
+    file: Path,
+    layout: WeightLayout,
+    read: Callable[[str], Tensor],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> FileEntry:
+    """Writes a file tensor by tensor and hashes it on the way.
+
+    Args:
+        file: what to write; it must not exist.
+        layout: of `lay_out`.
+        read: gives the tensor of a name in the dtype and shape of the layout; asked once for each, in order.
+        progress: hears of (bytes done, bytes in all) after each tensor.
+
+    Raises:
+        CheckpointError: a tensor is not as the layout says, or is not finite.
+    """
+    digest = hashlib.sha256(layout.header)
+    with file.open("xb") as out:
+        out.write(layout.header)
+        for name, place in layout.places.items():
+            tensor = read(name)
+            if (tensor.dtype, tuple(tensor.shape)) != (place.dtype, place.shape):
+                raise CheckpointError(
+                    f"'{name}' is {tensor.dtype} {tuple(tensor.shape)} instead of {place.dtype} {place.shape}",
+                    "Give weights and config of one model.",
+                )
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise CheckpointError(
+                    f"'{name}' is not finite in {str(place.dtype).removeprefix('torch.')}",
+                    "Export with another --precision (bf16 has the range of fp32), or restore the weights.",
+                )
+            data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+            out.write(data)
+            digest.update(data)
+            progress(place.offset + place.length, layout.size)
+    return FileEntry(digest.hexdigest(), layout.size)

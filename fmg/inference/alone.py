@@ -1,0 +1,92 @@
+"""What can be checked of an artifact where there is nothing else: its files, and that it draws. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from fmg.inference.artifact.layout import Artifact
+from fmg.inference.artifact.manifest import Check
+from fmg.inference.generator import Generator
+from fmg.inference.loading import AUTO, load
+
+SCHEMA = 1
+FILES, DRAWING = "files", "drawing"
+_PROMPTS = ("a red circle", "a blue square", "a red circle")
+_SEEDS = (0, 1, 0)
+# One level of an 8-bit picture: rows of one batch are computed alike, but not always bit for bit
+_SAME = 1 / 255
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was checked.
+
+    Attributes:
+        artifact: its folder.
+        against: the run or model that it was compared with; empty for none.
+        level: `alone`, `quick` or `full`.
+        backend: what ran the graphs, and how.
+        checks: in the order in which they were made.
+    """
+
+    artifact: str
+    against: str
+    level: str
+    backend: str
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON values (docs/schemas/verify.schema.json)."""
+        return {"schema": SCHEMA, "passed": self.passed, **asdict(self)}
+
+
+def verify_alone(artifact: Artifact, *, backend: str = AUTO, device: str = AUTO) -> VerifyReport:
+    """Hashes of all files, and that pictures are drawn and repeat; needs neither torch nor the run.
+
+    Raises:
+        CheckpointError: a file is not the one that was exported, or a graph cannot be loaded.
+    """
+    files = check_files(artifact)
+    with load(artifact, backend=backend, device=device) as generator:
+        drawing = check_drawing(artifact, generator)
+        return VerifyReport(str(artifact.folder), "", "alone", described(generator), (files, drawing))
+
+
+def described(generator: Generator) -> str:
+    """What a generator runs on, for people."""
+    return f"{generator.backend.name} ({generator.backend.detail})"
+
+
+def check_files(artifact: Artifact) -> Check:
+    """Reads every file again and compares its hash.
+
+    Raises:
+        CheckpointError: naming the first that is missing, a link, or has another content.
+    """
+    artifact.check_hashes(afresh=True)
+    size = sum(entry.size for entry in artifact.manifest.files.values())
+    values = {"files": float(len(artifact.manifest.files)), "bytes": float(size)}
+    return Check(FILES, True, values, "", artifact.manifest.weights_digest())
+
+
+def check_drawing(artifact: Artifact, generator: Generator) -> Check:
+    """Draws three pictures, two of which are of one prompt and seed."""
+    images = generator.generate(_PROMPTS, _SEEDS).image_array.astype(np.float64)
+    finite = bool(np.isfinite(images).all())
+    repeat, other = (float(np.abs(images[0] - images[i]).max()) if finite else 1.0 for i in (2, 1))
+    problems = {
+        "a picture holds values that are no numbers": not finite,
+        "values leave [0, 1]": finite and not (images.min() >= 0 and images.max() <= 1),
+        "the same prompt and seed gave two pictures": repeat > _SAME,
+        "two prompts gave one picture": other <= _SAME,
+    }
+    found = [problem for problem, there in problems.items() if there]
+    return Check(DRAWING, not found, {"repeat": repeat}, "; ".join(found), artifact.manifest.weights_digest())

@@ -1,0 +1,207 @@
+"""The folder of an artifact: what is where, and whether it is what the manifest says. Standard library only.
+
+ARTIFACT/manifest.json
+  transformer.onnx       transformer.safetensors       the graph's external data points into the safetensors file
+  transformer_int8.onnx  transformer_int8.safetensors  optional, for a CPU
+  text_encoder.onnx      text_encoder.safetensors      CLIP: input_ids (batch, 77) -> pooled (batch, p)
+  text_encoder_2.onnx    text_encoder_2.safetensors    T5: input_ids (batch, text) -> tokens (batch, text, d)
+  vae_decoder.onnx       vae_decoder.safetensors       latents (batch, c, height, width) -> images in [0, 1]
+  tokenizer/tokenizer.json  tokenizer_2/tokenizer.json
+  base.safetensors       what the adapter changed, as the base has it
+  engines/KEY.plan  engines/KEY.json                   TensorRT engines, added later, each with its own description
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fmg.core.cache import content_hash, replacing_file
+from fmg.core.errors import CheckpointError, UsageError
+from fmg.inference.artifact.manifest import MANIFEST, Check, FileEntry, Graph, Manifest, from_json, to_json
+
+BASE_WEIGHTS = "base.safetensors"
+ENGINES = "engines"
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+TOKENIZER_FILE = "tokenizer.json"
+
+HIDDEN_STATES = "hidden_states"
+ENCODER_HIDDEN_STATES = "encoder_hidden_states"
+POOLED_PROJECTIONS = "pooled_projections"
+TIMESTEP = "timestep"
+SECOND = "second"
+GUIDANCE = "guidance"
+IMG_IDS = "img_ids"
+TXT_IDS = "txt_ids"
+VELOCITY = "velocity"
+INPUT_IDS = "input_ids"
+POOLED = "pooled"
+TOKENS = "tokens"
+LATENTS = "latents"
+IMAGES = "images"
+
+_CHUNK = 1 << 22
+
+
+def graph_file(graph: str) -> str:
+    """The ONNX file of a graph."""
+    return f"{graph}.onnx"
+
+
+def weights_file(graph: str) -> str:
+    """The weight file of a graph."""
+    return f"{graph}.safetensors"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact whose manifest has been read."""
+
+    folder: Path
+    manifest: Manifest
+
+    def path(self, name: str) -> Path:
+        """A listed file.
+
+        Raises:
+            CheckpointError: it is missing, a link, or leads out of the artifact.
+        """
+        path = self.folder / name
+        inside = self.folder.resolve()
+        steps = [path, *(parent for parent in path.parents if parent != self.folder and self.folder in parent.parents)]
+        if any(step.is_symlink() for step in steps) or not path.resolve().is_relative_to(inside):
+            raise CheckpointError(
+                f"{path} is a link, which an artifact must not have",
+                "Copy the artifact with its files, not with links.",
+            )
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing", "Restore the artifact, or export it again.")
+        return path
+
+    def graph(self, name: str) -> Graph:
+        """The description of a graph.
+
+        Raises:
+            UsageError: the artifact has no such graph.
+        """
+        if name not in self.manifest.graphs:
+            raise UsageError(
+                f"The artifact {self.folder} has no graph '{name}'",
+                f"It has {', '.join(self.manifest.graphs)}; export again for another.",
+            )
+        return self.manifest.graphs[name]
+
+    def onnx(self, name: str) -> Path:
+        """The ONNX file of a graph, its weight file being there as well."""
+        graph = self.graph(name)
+        self.path(graph.weights)
+        return self.path(graph.file)
+
+    @property
+    def engines(self) -> Path:
+        """Where engines are kept; need not exist."""
+        return self.folder / ENGINES
+
+    def check_sizes(self, names: Iterable[str] | None = None) -> None:
+        """Whether files are there with their size; None: all of them.
+
+        Raises:
+            CheckpointError: naming the first that is missing, a link, or of another size.
+        """
+        for name, entry in self._entries(names):
+            path, size = self.path(name), self.path(name).stat().st_size
+            if size != entry.size:
+                raise CheckpointError(
+                    f"{path} has {size} bytes, and the manifest says {entry.size}", "Copy or export the artifact again."
+                )
+
+    def check_hashes(self, names: Iterable[str] | None = None, *, afresh: bool = False) -> None:
+        """Whether files have the content that the manifest says; None: all of them.
+
+        Args:
+            names: which files.
+            afresh: read every byte, also of a file whose hash is known and that has not changed since by its size and
+                time.
+
+        Raises:
+            CheckpointError: naming the first that is missing, a link, or has another content.
+        """
+        self.check_sizes(names)
+        for name, entry in self._entries(names):
+            path = self.path(name)
+            if (sha256(path) if afresh else _remembered(path)) != entry.sha256:
+                raise CheckpointError(
+                    f"{path} is not the file that was exported: its sha256 differs from the manifest",
+                    "Copy the artifact again from where it was made, or export it again.",
+                )
+
+    def with_checks(self, checks: Iterable[Check]) -> Artifact:
+        """The artifact with proofs added to its manifest, on disk as well; an older proof of the same name goes."""
+        added = tuple(checks)
+        names = {check.name for check in added}
+        kept = tuple(check for check in self.manifest.checks if check.name not in names)
+        manifest = replace(self.manifest, checks=(*kept, *added))
+        write_manifest(self.folder, manifest)
+        return Artifact(self.folder, manifest)
+
+    def _entries(self, names: Iterable[str] | None) -> list[tuple[str, FileEntry]]:
+        files = self.manifest.files
+        return list(files.items()) if names is None else [(name, files[name]) for name in names]
+
+
+def is_artifact(folder: str | Path) -> bool:
+    """Whether a folder looks like an artifact."""
+    return (Path(folder) / MANIFEST).is_file()
+
+
+def open_artifact(folder: str | Path, *, hashes: bool = True) -> Artifact:
+    """Reads the manifest and looks at the files.
+
+    Args:
+        folder: what `fmg export` made.
+        hashes: compare contents (once for a file that does not change), not only sizes.
+
+    Raises:
+        CheckpointError: it is no artifact, of a newer schema, or a file is missing, a link or not what was exported.
+    """
+    root = Path(folder)
+    if not is_artifact(root):
+        raise CheckpointError(f"{root} is not an artifact: it has no {MANIFEST}", "Name a folder that fmg export made.")
+    artifact = Artifact(root, from_json((root / MANIFEST).read_bytes(), root / MANIFEST))
+    if hashes:
+        artifact.check_hashes()
+    else:
+        artifact.check_sizes()
+    return artifact
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes `manifest.json` in one step."""
+    with replacing_file(folder / MANIFEST) as partial:
+        partial.write_text(to_json(manifest), encoding="utf-8")
+        partial.chmod(0o644)
+
+
+def sha256(path: Path) -> str:
+    """Sha256 of a file, read now."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(_CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _remembered(path: Path) -> str:
+    """Sha256 of a file, from the cache's notes where there can be any."""
+    try:
+        return content_hash(path)
+    except OSError:
+        # a home that cannot be written to is no reason not to draw
+        return sha256(path)
+
+
+def file_entry(path: Path) -> FileEntry:
+    """What the manifest says of a file."""
+    return FileEntry(sha256(path), path.stat().st_size)

@@ -1,0 +1,59 @@
+"""Prompts to token ids with the tokenizers library alone, as the transformers tokenizers of the model make them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fmg.core.errors import CheckpointError, MissingDependencyError, UsageError
+from fmg.inference.artifact.manifest import TokenizerFacts
+
+
+class PromptTokenizer:
+    """One tokenizer of an artifact; pads on the right and cuts to its length.
+
+    Args:
+        file: a `tokenizer.json`.
+        facts: its length and padding.
+
+    Raises:
+        MissingDependencyError: tokenizers is not installed.
+        CheckpointError: the file cannot be read.
+    """
+
+    def __init__(self, file: Path, facts: TokenizerFacts) -> None:
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise MissingDependencyError("Reading prompts needs tokenizers", "Run: pip install tokenizers") from None
+        try:
+            self._whole = Tokenizer.from_file(str(file))
+            self._cut = Tokenizer.from_file(str(file))
+        except Exception as error:
+            # the library raises Exception itself
+            raise CheckpointError(f"{file} cannot be read: {error}", "Export the artifact again.") from None
+        self._whole.no_truncation()
+        self._whole.no_padding()
+        self._cut.enable_truncation(facts.length)
+        self._cut.enable_padding(length=facts.length, pad_id=facts.pad_id, pad_token=facts.pad_token)
+        self._length = facts.length
+
+    def __call__(self, prompts: Sequence[str]) -> NDArray[np.int64]:
+        """Ids (b, length)."""
+        return np.array([row.ids for row in self._cut.encode_batch(list(prompts))], dtype=np.int64)
+
+    def check_lengths(self, prompts: Sequence[str]) -> None:
+        """Whether every prompt is read to its end.
+
+        Raises:
+            UsageError: naming the first that is not.
+        """
+        for prompt, row in zip(prompts, self._whole.encode_batch(list(prompts)), strict=True):
+            if len(row.ids) > self._length:
+                raise UsageError(
+                    f"The prompt '{prompt:.60}' has {len(row.ids)} tokens, and the model reads {self._length}",
+                    "Shorten it.",
+                )

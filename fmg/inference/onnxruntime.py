@@ -1,0 +1,335 @@
+"""Graphs on ONNX Runtime: numpy arrays on a CPU, torch CUDA tensors bound in place on a GPU.
+
+onnxruntime is imported when the first runtime is made; torch only for a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fmg.core.errors import CheckpointError, FmgError, MissingDependencyError, UsageError
+from fmg.core.stages import StageClock, wall_clock
+from fmg.inference.artifact.backend import ArtifactBackend, checked_batch
+from fmg.inference.artifact.layout import Artifact, open_artifact
+from fmg.inference.artifact.manifest import TRANSFORMER, TRANSFORMER_INT8, Graph
+from fmg.inference.generator import DEFAULT_BATCH, Generator
+from fmg.inference.memory import peak_rss, reset_peak_rss
+
+if TYPE_CHECKING:
+    import torch
+
+NAME = "onnxruntime"
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+TENSORRT = "TensorrtExecutionProvider"
+INSTALL = "Run: pip install 'fmg[onnx]'"
+INSTALL_GPU = "Run: pip install onnxruntime-gpu in place of onnxruntime, on a machine with an NVIDIA GPU."
+
+_NOT_ON_A_CPU = ("bf16",)
+# ONNX Runtime's own messages go to stderr from this level on: errors
+_LOG_LEVEL = 3
+
+
+class PrecisionError(UsageError):
+    """A graph in a precision that the provider cannot compute in. Exit code 2."""
+
+
+def installed() -> Any:
+    """The onnxruntime module.
+
+    Raises:
+        MissingDependencyError: it is not installed, or cannot be loaded.
+    """
+    try:
+        import onnxruntime
+    except (ImportError, OSError) as error:
+        reason = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be loaded: {error}"
+        raise MissingDependencyError(f"onnxruntime {reason}", INSTALL) from None
+    return onnxruntime
+
+
+def load(
+    folder: str | Path,
+    *,
+    threads: int | None = None,
+    batch_size: int | None = None,
+    resolution: int | None = None,
+    int8: bool = False,
+) -> Generator:
+    """The sampler of an artifact on a CPU, for programs that have onnxruntime, numpy and tokenizers and nothing else.
+
+    Args:
+        folder: what `fmg export` made.
+        threads: of one operator; None takes OMP_NUM_THREADS, and without that as many as there are cores.
+        batch_size: images a network call; None takes the default.
+        resolution: side of the square image in pixels; None is the artifact's own.
+        int8: run its int8 transformer.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or not the one that was exported.
+        UsageError: the artifact does not have what was asked for.
+        MissingDependencyError: onnxruntime is not installed.
+
+    Example:
+        >>> from fmg.inference.onnxruntime import load
+        >>> with load("artifact") as generator:  # doctest: +SKIP
+        ...     images = generator.generate(["a red circle"], seeds=[0]).image_array
+    """
+    artifact = open_artifact(folder)
+    sampling = artifact.manifest.sampling
+    size = checked_batch(artifact, batch_size, DEFAULT_BATCH)
+    runtime = OnnxRuntime(artifact, threads=threads)
+    backend = ArtifactBackend(artifact, runtime, resolution=resolution, transformer=transformer_graph(artifact, int8))
+    return Generator(backend, sampling.grid, sampling.steps, size)
+
+
+def transformer_graph(artifact: Artifact, int8: bool) -> str:
+    """The name of the transformer's graph.
+
+    Raises:
+        UsageError: the int8 one was asked for, and the artifact has none.
+    """
+    name = TRANSFORMER_INT8 if int8 else TRANSFORMER
+    if name not in artifact.manifest.graphs:
+        raise UsageError(
+            f"The artifact {artifact.folder} has no int8 transformer", "Export with --int8, or leave int8 out."
+        )
+    return name
+
+
+class OnnxRuntime:
+    """One session a graph on a CPU, with all of ONNX Runtime's optimisations. Implements `GraphRuntime`.
+
+    Args:
+        artifact: the graphs.
+        threads: of one operator; None takes OMP_NUM_THREADS, and without that as many as there are cores.
+    """
+
+    name = NAME
+    device = "cpu"
+
+    def __init__(self, artifact: Artifact, *, threads: int | None = None) -> None:
+        self._sessions = Sessions(artifact, [CPU], threads)
+        self._threads = threads
+
+    @property
+    def detail(self) -> str:
+        """The execution provider and its threads."""
+        threads = self._sessions.threads
+        return f"{CPU}, {f'{threads} thread(s)' if threads else 'all cores'}"
+
+    def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """The output of a graph.
+
+        Raises:
+            FmgError: the graph cannot be loaded, or does not run on these inputs.
+        """
+        session = self._sessions.get(graph)
+        try:
+            (output,) = session.run(None, dict(inputs))
+        except Exception as error:
+            raise _failed(graph, error) from error
+        return np.asarray(output, np.float32)
+
+    def free(self, graphs: Iterable[str]) -> None:
+        """Drops the sessions of these graphs."""
+        self._sessions.drop(graphs)
+
+    def put(self, array: NDArray[Any]) -> NDArray[Any]:
+        """The array itself."""
+        return array
+
+    def get(self, array: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The array itself."""
+        return array
+
+    def clock(self) -> StageClock[Any]:
+        """Wall time: a call returns when its work is done."""
+        return wall_clock()
+
+    def reset_peak_memory(self) -> None:
+        """Of the process."""
+        reset_peak_rss()
+
+    def peak_memory(self) -> int:
+        """Of the process."""
+        return peak_rss()
+
+    def close(self) -> None:
+        """Drops every session."""
+        self._sessions.drop(None)
+
+
+class BoundOnnxRuntime:
+    """One session a graph, whose inputs and outputs stay on the device as torch tensors. Implements `GraphRuntime`.
+
+    Args:
+        artifact: the graphs.
+        device: a torch device; `cpu` works as well.
+        providers: execution providers, the preferred one first.
+        threads: as `OnnxRuntime`.
+    """
+
+    name = NAME
+
+    def __init__(
+        self, artifact: Artifact, device: torch.device, providers: Sequence[str], *, threads: int | None = None
+    ) -> None:
+        self._artifact = artifact
+        self._device = device
+        self._sessions = Sessions(artifact, providers, threads, device_id=device.index or 0)
+
+    @property
+    def detail(self) -> str:
+        """The execution provider."""
+        return f"{self._sessions.providers[0]}, IO binding"
+
+    @property
+    def device(self) -> str:
+        """The torch device."""
+        return str(self._device)
+
+    def run(self, graph: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The output of a graph, in memory of its own.
+
+        Raises:
+            FmgError: the graph cannot be loaded, or does not run on these inputs.
+        """
+        import torch
+
+        session, described = self._sessions.get(graph), self._artifact.graph(graph)
+        binding = session.io_binding()
+        where = (self._device.type, self._device.index or 0)
+        kept = {name: tensor.contiguous() for name, tensor in inputs.items()}
+        for name, tensor in kept.items():
+            kind = np.int64 if tensor.dtype == torch.int64 else np.float32
+            binding.bind_input(name, *where, kind, tuple(tensor.shape), tensor.data_ptr())
+        binding.bind_output(described.outputs[0].name, *where)
+        if self._device.type == "cuda":
+            # the session has a stream of its own, which does not wait for torch's
+            torch.cuda.current_stream(self._device).synchronize()
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:
+            raise _failed(graph, error) from error
+        (output,) = binding.get_outputs()
+        return torch.utils.dlpack.from_dlpack(output.to_dlpack())
+
+    def free(self, graphs: Iterable[str]) -> None:
+        """Drops the sessions of these graphs."""
+        self._sessions.drop(graphs)
+
+    def put(self, array: NDArray[Any]) -> torch.Tensor:
+        """The array on the device."""
+        import torch
+
+        return torch.from_numpy(array).to(self._device)
+
+    def get(self, array: torch.Tensor) -> NDArray[np.float32]:
+        """The tensor in numpy."""
+        host: NDArray[np.float32] = array.cpu().numpy()
+        return host
+
+    def clock(self) -> StageClock[Any]:
+        """Wall time: `run` waits for the device."""
+        return wall_clock()
+
+    def reset_peak_memory(self) -> None:
+        """Of the process: ONNX Runtime does not tell what it takes of a device."""
+        reset_peak_rss()
+
+    def peak_memory(self) -> int:
+        """Of the process."""
+        return peak_rss()
+
+    def close(self) -> None:
+        """Drops every session."""
+        self._sessions.drop(None)
+
+
+class Sessions:
+    """The sessions of an artifact's graphs, each made when it is first asked for.
+
+    Args:
+        artifact: the graphs.
+        providers: execution providers, the preferred one first; the CPU is always the last.
+        threads: of one operator; None takes OMP_NUM_THREADS, and without that as many as there are cores.
+        device_id: which GPU.
+
+    Raises:
+        MissingDependencyError: onnxruntime is not installed.
+        UsageError: it was built without the first provider.
+    """
+
+    def __init__(
+        self, artifact: Artifact, providers: Sequence[str], threads: int | None = None, device_id: int = 0
+    ) -> None:
+        self._library = installed()
+        if providers[0] not in self._library.get_available_providers():
+            raise UsageError(f"This onnxruntime has no {providers[0]}", INSTALL_GPU)
+        self.providers = tuple(dict.fromkeys((*providers, CPU)))
+        self.threads = threads or int(os.environ.get("OMP_NUM_THREADS", "").partition(",")[0] or 0)
+        self._artifact = artifact
+        self._device_id = device_id
+        self._sessions: dict[str, Any] = {}
+
+    def get(self, graph: str) -> Any:
+        """The session of a graph.
+
+        Raises:
+            PrecisionError: the provider cannot compute in the graph's precision.
+            CheckpointError: the graph cannot be loaded.
+            FmgError: the provider cannot be started.
+        """
+        if graph not in self._sessions:
+            self._sessions[graph] = self._load(graph)
+        return self._sessions[graph]
+
+    def drop(self, graphs: Iterable[str] | None) -> None:
+        """Frees the sessions of these graphs; None: of all."""
+        for graph in list(self._sessions) if graphs is None else graphs:
+            self._sessions.pop(graph, None)
+
+    def _load(self, graph: str) -> Any:
+        self._check_precision(graph, self._artifact.graph(graph))
+        file = self._artifact.onnx(graph)
+        options = self._library.SessionOptions()
+        options.graph_optimization_level = self._library.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.intra_op_num_threads = self.threads
+        options.log_severity_level = _LOG_LEVEL
+        try:
+            session = self._library.InferenceSession(str(file), options, providers=self._with_options())
+        except Exception as error:
+            raise CheckpointError(
+                f"{file} cannot be loaded: {_reason(error)}", "Run fmg verify on the artifact, or export it again."
+            ) from error
+        if session.get_providers()[0] != self.providers[0]:
+            raise FmgError(
+                f"ONNX Runtime cannot start {self.providers[0]} here and fell back to {session.get_providers()[0]}",
+                "Check the driver and the CUDA libraries, or use --device cpu.",
+            )
+        return session
+
+    def _with_options(self) -> list[str | tuple[str, dict[str, object]]]:
+        return [name if name == CPU else (name, {"device_id": self._device_id}) for name in self.providers]
+
+    def _check_precision(self, name: str, graph: Graph) -> None:
+        if self.providers[0] == CPU and graph.precision in _NOT_ON_A_CPU:
+            raise PrecisionError(
+                f"The graph '{name}' is {graph.precision}, which ONNX Runtime cannot compute on a CPU",
+                "Export with --precision fp32 for a CPU, or use a GPU.",
+            )
+
+
+def _failed(graph: str, error: Exception) -> FmgError:
+    return FmgError(f"The graph '{graph}' failed: {_reason(error)}", "Run fmg verify on the artifact.")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,0 +1,1 @@
+"""TensorRT engines of an artifact: finding them, running them, checking and refitting them. Imports no TensorRT."""

@@ -1,0 +1,104 @@
+"""Which types an engine computes in, as TensorRT's own inspector says: nobody has to trust that a flag was honoured."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from fmg.inference.artifact.manifest import Precision
+from fmg.inference.tensorrt.engine import Engine
+
+PRODUCTS = ("MATRIX_MULTIPLY", "CONVOLUTION", "gemm", "conv")
+"""Kinds of layers that do the work, as networks and inspected engines name them, by their beginning."""
+
+_TYPES: Mapping[str, str] = {"fp32": "FLOAT", "bf16": "BF16", "fp16": "HALF"}
+_NAMES: Mapping[str, str] = {**_TYPES, "fp8": "FP8", "int8": "INT8"}
+# The inspector writes `Row major linear FP16` or `Half`, by version and kind of layer.
+_WORDS = (
+    ("BF16", r"bf16|bfloat16"),
+    ("FP8", r"fp8|e4m3|e5m2"),
+    ("HALF", r"fp16|half"),
+    ("FLOAT", r"fp32|float"),
+    ("INT8", r"int8"),
+    ("INT32", r"int32"),
+    ("INT64", r"int64"),
+    ("BOOL", r"bool"),
+)
+# Of the products of a graph in half precision, the share that may be fp32: the embedders of times.
+_FP32_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Census:
+    """Layers by kind and by the type of their result, both as TensorRT calls them."""
+
+    layers: Mapping[str, Mapping[str, int]]
+
+    @property
+    def types(self) -> Mapping[str, int]:
+        """Layers by type, of all kinds together."""
+        total: Counter[str] = Counter()
+        for counts in self.layers.values():
+            total.update(counts)
+        return dict(sorted(total.items()))
+
+    @property
+    def products(self) -> Mapping[str, int]:
+        """Matrix products and convolutions by type."""
+        total: Counter[str] = Counter()
+        for kind, counts in self.layers.items():
+            if kind.lower().startswith(tuple(word.lower() for word in PRODUCTS)):
+                total.update(counts)
+        return dict(sorted(total.items()))
+
+    def by_precision(self) -> Mapping[str, int]:
+        """Products by the names that manifests use (`fp32`, `bf16`, ...); all layers where no product can be told."""
+        counts = self.products or self.types
+        return {name: counts[kind] for name, kind in _NAMES.items() if kind in counts}
+
+    def problem(self, precision: Precision) -> str:
+        """What is not as asked, in one clause; empty when all is.
+
+        An engine of an fp32 graph has no narrower type in it. One of a bf16 or fp16 graph has products of that type,
+        few in fp32 (embedders of times), and of no third type.
+        """
+        if precision not in _TYPES:
+            return f"engines have no precision '{precision}'"
+        wanted, types = _TYPES[precision], self.types
+        foreign = sorted(types.keys() & ({"BF16", "HALF", "FP8", "INT8"} - {wanted}))
+        if foreign:
+            return f"{types[foreign[0]]} layers compute in {foreign[0]} where {wanted} was asked for"
+        products = self.products or types
+        total = (
+            sum(products.get(name, 0) for name in (wanted, "FLOAT")) if wanted != "FLOAT" else products.get(wanted, 0)
+        )
+        if not products.get(wanted):
+            return f"no layer computes in {wanted}, which was asked for"
+        if wanted != "FLOAT" and products.get("FLOAT", 0) > _FP32_SHARE * total:
+            return f"{products['FLOAT']} of {total} products compute in FLOAT where {wanted} was asked for"
+        return ""
+
+
+def inspect(trt: ModuleType, engine: Engine) -> Census | None:
+    """What the inspector of a loaded engine says; None for an engine that was built without detailed verbosity."""
+    api: Any = trt
+    inspector = engine.raw.create_engine_inspector()
+    text = inspector.get_engine_information(api.LayerInformationFormat.JSON)
+    counts: dict[str, Counter[str]] = {}
+    for layer in json.loads(text).get("Layers", []):
+        # without detailed verbosity a layer is nothing but its name
+        if not isinstance(layer, dict):
+            continue
+        for output in layer.get("Outputs", [])[:1]:
+            dtype = _type(str(output.get("Format/Datatype", output.get("Datatype", ""))))
+            counts.setdefault(str(layer.get("LayerType", "unknown")), Counter())[dtype] += 1
+    return Census({kind: dict(sorted(types.items())) for kind, types in sorted(counts.items())}) if counts else None
+
+
+def _type(text: str) -> str:
+    return next((name for name, pattern in _WORDS if re.search(pattern, text, re.IGNORECASE)), text or "unknown")

@@ -1,0 +1,105 @@
+"""The two TensorRT packages that share one API, and what can be known of the GPU that is here."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal
+
+from fmg.core.errors import MissingDependencyError
+
+FlavourName = Literal["tensorrt", "rtx"]
+
+ANY = "any"
+"""What a record says of the GPU when the engine was built ahead of time, for every GPU that its flavour supports."""
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One of the two packages.
+
+    Attributes:
+        name: the value of `--flavour`.
+        backend: name of the backend that runs its engines.
+        module: what Python imports.
+        install: the command that gets it.
+        ahead_of_time: whether its builder needs no GPU and its engines are made for no GPU in particular.
+    """
+
+    name: FlavourName
+    backend: str
+    module: str
+    install: str
+    ahead_of_time: bool
+
+
+TENSORRT = Flavour(
+    "tensorrt",
+    "tensorrt",
+    "tensorrt",
+    "pip install 'fmg[trt]' --extra-index-url https://pypi.nvidia.com",
+    ahead_of_time=False,
+)
+RTX = Flavour("rtx", "tensorrt-rtx", "tensorrt_rtx", "pip install 'fmg[trt-rtx]'", ahead_of_time=True)
+FLAVOURS: Mapping[str, Flavour] = {flavour.name: flavour for flavour in (TENSORRT, RTX)}
+
+
+def load_module(flavour: Flavour) -> ModuleType:
+    """The Python module of a flavour.
+
+    Raises:
+        MissingDependencyError: it is not installed, or only half of it is (bindings without their libraries).
+    """
+    try:
+        return importlib.import_module(flavour.module)
+    except (ImportError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise MissingDependencyError(
+            f"The package {flavour.module} cannot be imported ({reason})", f"Install it: {flavour.install}"
+        ) from None
+
+
+def importable(flavour: Flavour) -> bool:
+    """Whether the package of a flavour is complete."""
+    try:
+        load_module(flavour)
+    except MissingDependencyError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The GPU that engines are built for or run on.
+
+    Attributes:
+        name: as its maker calls it, such as `NVIDIA H100 80GB HBM3`.
+        capability: compute capability, such as `9.0`.
+        driver: major version of the driver, such as `580`; empty when nobody could say.
+    """
+
+    name: str
+    capability: str
+    driver: str
+
+
+def current_gpu() -> Gpu | None:
+    """The current CUDA device of torch, or None where torch sees none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return Gpu(torch.cuda.get_device_name(), f"{major}.{minor}", _driver_major())
+
+
+def _driver_major() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return listed.strip().split("\n")[0].split(".")[0]

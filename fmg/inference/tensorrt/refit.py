@@ -1,0 +1,129 @@
+"""New weights for a refittable engine without a build, by the names of the state dict; and the check that goes with it.
+
+The graph names its initialisers as the state dict does, and TensorRT its refittable weights as the graph: no search for
+equal values is needed. The plan on disk is never touched, so what it was built from comes back by loading it again.
+
+TensorRT's release notes of 11.3 say that a refittable engine may drop the bias of a matrix product, with or without a
+refit. `check_biases` finds that out without a second implementation: an output that does not depend on a bias has lost
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fmg.core.errors import CheckpointError, FmgError, UsageError
+from fmg.inference.artifact.layout import Artifact
+from fmg.inference.tensorrt.engine import Engine
+
+_DTYPES: Mapping[torch.dtype, str] = {
+    torch.float32: "FLOAT",
+    torch.float16: "HALF",
+    torch.bfloat16: "BF16",
+    torch.int64: "INT64",
+}
+
+
+class Refit:
+    """Changes the weights of a loaded engine to those of its artifact.
+
+    Args:
+        trt: the TensorRT module.
+        engine: built with `refittable`.
+        artifact: whose weights it shall have.
+        graph: which graph it is of.
+
+    Raises:
+        UsageError: the engine was not built for it.
+    """
+
+    def __init__(self, trt: ModuleType, engine: Engine, artifact: Artifact, graph: str) -> None:
+        if not engine.raw.refittable:
+            raise UsageError(
+                f"The engine of '{graph}' is not refittable", "Build it with fmg export --trt --refittable."
+            )
+        self._trt: Any = trt
+        self._engine = engine
+        self._file = artifact.path(artifact.graph(graph).weights)
+        self._graph = graph
+        self._refitter = trt.Refitter(engine.raw, engine.log)
+        self._names: list[str] = sorted(self._refitter.get_all_weights())
+
+    def apply(self) -> int:
+        """Sets every weight that the file has; returns how many.
+
+        Raises:
+            CheckpointError: the file lacks weights that the engine needs.
+            FmgError: TensorRT refused a weight or the whole; the engine must be loaded again.
+        """
+        with safe_open(self._file, framework="pt") as tensors:
+            known = set(tensors.keys())
+            chosen = [name for name in self._names if name in known]
+            # TensorRT reads the memory when it refits, so it has to live until then
+            kept = [self._set(name, tensors.get_tensor(name)) for name in chosen]
+            if missing := self._refitter.get_missing_weights():
+                raise CheckpointError(
+                    f"{self._file} lacks the weight '{missing[0]}', which the engine of '{self._graph}' needs",
+                    "Build the engine again: fmg export --trt.",
+                )
+            self._finish()
+            del kept
+        return len(chosen)
+
+    def check_biases(self, run: Callable[[], Tensor], names: Sequence[str] | None = None) -> list[str]:
+        """Names of the biases that the output does not depend on.
+
+        Each is moved by 1 in turn and set back. Costs one refit and one run a bias.
+
+        Args:
+            run: one execution of the engine, always on the same inputs.
+            names: the biases to look at; None: every refittable weight called `….bias`.
+        """
+        biases = [name for name in self._names if name.endswith(".bias")] if names is None else list(names)
+        reference = run().float()
+        lost = []
+        with safe_open(self._file, framework="pt") as tensors:
+            for name in biases:
+                value = tensors.get_tensor(name)
+                moved = self._set(name, value + 1)
+                self._finish()
+                if torch.equal(run().float(), reference):
+                    lost.append(name)
+                del moved
+                kept = self._set(name, value)
+                self._finish()
+                del kept
+        return lost
+
+    def _set(self, name: str, value: Tensor) -> Tensor:
+        memory = value.contiguous()
+        dtype = getattr(self._trt.DataType, _DTYPES[memory.dtype])
+        if not self._refitter.set_named_weights(name, self._trt.Weights(dtype, memory.data_ptr(), memory.numel())):
+            raise self._engine.failure(f"the weight '{name}' was refused in a refit")
+        return memory
+
+    def _finish(self) -> None:
+        # a recording may hold the addresses of weights that a refit moves
+        self._engine.reset()
+        if not self._refitter.refit_cuda_engine():
+            raise self._engine.failure("the refit failed, and the engine may hold a part of the new weights")
+
+
+def refuse_lost_biases(lost: Sequence[str], graph: str) -> None:
+    """Whether an engine may be used after `Refit.check_biases`.
+
+    Raises:
+        FmgError: it lost a bias.
+    """
+    if lost:
+        raise FmgError(
+            f"The refittable engine of '{graph}' ignores the bias '{lost[0]}'"
+            f"{f' and {len(lost) - 1} more' if len(lost) > 1 else ''}, a known defect of TensorRT 11.3",
+            "Build it without --refittable.",
+        )

@@ -1,0 +1,163 @@
+"""The graphs of an artifact as engines on one GPU, with torch CUDA tensors in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fmg.core.stages import StageClock
+from fmg.inference.artifact.layout import Artifact
+from fmg.inference.artifact.manifest import BATCH
+from fmg.inference.tensorrt.census import inspect
+from fmg.inference.tensorrt.device import Device
+from fmg.inference.tensorrt.engine import Engine, RunOptions
+from fmg.inference.tensorrt.flavours import Flavour
+from fmg.inference.tensorrt.matching import needs_refit
+from fmg.inference.tensorrt.record import EngineRecord, check_plan
+from fmg.inference.tensorrt.refit import Refit
+
+
+class EngineRuntime:
+    """One engine a graph, loaded when it is first run. Implements `fmg.inference.artifact.runtime.GraphRuntime`.
+
+    Rows beyond the largest batch of an engine are run one batch after the other, and fewer than its smallest are
+    filled up; the rows of a batch do not depend on each other.
+
+    Args:
+        artifact: what the engines were built from.
+        records: the engine of every graph.
+        flavour: which TensorRT.
+        trt: its module.
+        device: the GPU.
+        options: how to run them.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        records: Mapping[str, EngineRecord],
+        flavour: Flavour,
+        trt: ModuleType,
+        device: Device,
+        options: RunOptions,
+    ) -> None:
+        self._artifact = artifact
+        self._records = records
+        self._flavour = flavour
+        self._trt = trt
+        self._device = device
+        self._options = options
+        self._engines: dict[str, Engine] = {}
+        self._memory: dict[str, int] = {}
+
+    @property
+    def name(self) -> str:
+        """Registered name of the backend."""
+        return self._flavour.backend
+
+    @property
+    def detail(self) -> str:
+        """Version, and the engines by name."""
+        names = ", ".join(record.plan.removesuffix(".plan") for record in self._records.values())
+        return f"{self._flavour.module} {self._trt.__version__}: {names}"
+
+    @property
+    def device(self) -> str:
+        """The GPU."""
+        return str(self._device.torch_device)
+
+    def run(self, graph: str, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The output of a graph, in memory of its own.
+
+        Raises:
+            UsageError: the inputs are of shapes that the engine was not built for.
+            CheckpointError: the engine is damaged, or cannot be loaded here.
+            FmgError: TensorRT failed.
+        """
+        engine = self._engine(graph)
+        entry = self._artifact.graph(graph)
+        rows_of = [spec.name for spec in entry.inputs if spec.shape[:1] == (BATCH,)]
+        rows = inputs[rows_of[0]].shape[0]
+        least, most = _batch(engine, inputs, rows_of) or (rows, rows)
+        parts = []
+        for start in range(0, rows, most):
+            taken = min(most, rows - start)
+            part = {name: x[start : start + taken] if name in rows_of else x for name, x in inputs.items()}
+            if taken < least:
+                part = {name: _filled(x, least) if name in rows_of else x for name, x in part.items()}
+            parts.append(engine.run(part)[entry.outputs[0].name][:taken])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def precision(self, graph: str) -> Mapping[str, int] | None:
+        """Products of an engine by precision, as its inspector says; None where it does not say."""
+        census = inspect(self._trt, self._engine(graph))
+        return None if census is None else census.by_precision()
+
+    def free(self, graphs: Iterable[str]) -> None:
+        """Closes the engines of these graphs."""
+        for graph in graphs:
+            if (engine := self._engines.pop(graph, None)) is not None:
+                engine.close()
+                self._memory.pop(graph)
+
+    def put(self, array: NDArray[Any]) -> Tensor:
+        """The array on the device."""
+        return torch.from_numpy(array).to(self._device.torch_device)
+
+    def get(self, array: Tensor) -> NDArray[np.float32]:
+        """The tensor in numpy."""
+        host: NDArray[np.float32] = array.cpu().numpy()
+        return host
+
+    def clock(self) -> StageClock[Any]:
+        """The device's clock."""
+        return self._device.clock()
+
+    def reset_peak_memory(self) -> None:
+        """Of the device."""
+        self._device.reset_peak_memory()
+
+    def peak_memory(self) -> int:
+        """What torch held at most, and what the loaded engines took when they were loaded."""
+        return self._device.peak_memory() + sum(self._memory.values())
+
+    def close(self) -> None:
+        """Closes every engine."""
+        self.free(list(self._engines))
+
+    def _engine(self, graph: str) -> Engine:
+        if graph not in self._engines:
+            record = self._records[graph]
+            plan = check_plan(self._artifact.engines, record)
+            before = self._device.free_memory()
+            carries_code = bool(record.ingredients.options.get("version_compatible"))
+            engine = Engine(self._trt, plan, self._device, self._options, carries_code=carries_code)
+            if needs_refit(self._artifact, record):
+                Refit(self._trt, engine, self._artifact, graph).apply()
+            self._engines[graph] = engine
+            self._memory[graph] = max(0, before - self._device.free_memory())
+        return self._engines[graph]
+
+
+def _batch(engine: Engine, inputs: Mapping[str, Tensor], rows_of: list[str]) -> tuple[int, int] | None:
+    """Smallest and largest batch of a profile that admits the other axes; None: the engine itself says why none."""
+    for profile in engine.profiles:
+        if profile.keys() != inputs.keys():
+            continue
+        low = profile[rows_of[0]].minimum[0]
+        shapes = {name: (low, *x.shape[1:]) if name in rows_of else tuple(x.shape) for name, x in inputs.items()}
+        if all(profile[name].admits(shape) for name, shape in shapes.items()):
+            return low, profile[rows_of[0]].maximum[0]
+    return None
+
+
+def _filled(tensor: Tensor, rows: int) -> Tensor:
+    """The tensor with its last row repeated until there are `rows`."""
+    missing = rows - tensor.shape[0]
+    return torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])])

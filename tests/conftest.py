@@ -1,0 +1,59 @@
+"""Fixtures that several packages of tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fmg.inference.artifact import Artifact
+
+
+@pytest.fixture(scope="session")
+def shapes_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the embedded two-time model."""
+    from tests.support.artifact import make_run, shapes_recipe
+
+    return make_run(tmp_path_factory.mktemp("runs") / "first", shapes_recipe(), seed=1)
+
+
+@pytest.fixture(scope="session")
+def other_shapes_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another run of the same model, with another adapter on other modules, other steps and another reward."""
+    from tests.support.artifact import make_run, shapes_recipe
+
+    recipe = shapes_recipe(
+        **{"lora.rank": 2, "lora.targets": "attention-mlp", "rollout.steps": 3, "rewards": ["jpeg-compressibility"]}
+    )
+    return make_run(tmp_path_factory.mktemp("runs") / "second", recipe, seed=2)
+
+
+@pytest.fixture(scope="session")
+def shapes_artifact(shapes_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The artifact of `shapes_run`, fp32, with 8-bit weights beside. Do not change it: copy it."""
+    from fmg.export.artifact import ExportOptions
+    from tests.support.artifact import exported
+
+    out = tmp_path_factory.mktemp("artifacts") / "shapes"
+    return exported(shapes_run, out, ExportOptions(int8=True, resolutions=(32, 48), batch=(1, 4, 64)))
+
+
+@pytest.fixture(scope="session")
+def student_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a tiny single-time FLUX student with embedded guidance; its cache is its own."""
+    from tests.support.artifact import make_run, student_recipe
+
+    folder = tmp_path_factory.mktemp("student")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FMG_CACHE", str(folder / "cache"))
+        return make_run(folder / "run", student_recipe(folder), seed=3)
+
+
+@pytest.fixture(scope="session")
+def student_artifact(student_run: Path) -> Artifact:
+    """The artifact of `student_run`, fp32. Do not change it: copy it."""
+    from tests.support.artifact import exported
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FMG_CACHE", str(student_run.parent / "cache"))
+        return exported(student_run, student_run.parent / "artifact")

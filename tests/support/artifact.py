@@ -1,0 +1,89 @@
+"""Runs and artifacts that many tests look at: made once a session, never changed in place.
+
+Tracing a graph takes most of an export's time, so an export inside the session reuses the graphs of one before.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+from unittest.mock import patch
+
+import torch
+
+from fmg.data.checkpoints import FOLDER, CheckpointIndex, Saved, write_index
+from fmg.data.run_folder import RunFolder
+from fmg.export import artifact as exporter
+from fmg.export.artifact import ExportOptions, export_artifact
+from fmg.export.graphs import GraphPlan
+from fmg.export.onnx import TracedGraph, trace
+from fmg.inference.artifact import Artifact
+from fmg.inference.target import Target, load_model
+from fmg.registry.recipe import Recipe
+from tests.tiny_flux import RESOLUTION, SEQUENCE, build_tiny_teacher, publish_student
+
+_TRACED: dict[object, TracedGraph] = {}
+
+
+def make_run(folder: Path, recipe: Recipe, seed: int, trained: Literal["lora", "duration", "full"] = "lora") -> Path:
+    """A finished run with random values in what it trains: as a training would leave it, without the training."""
+    run = RunFolder.create(folder, recipe.model.name)
+    run.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
+    model: Any = load_model(Target("base", recipe, None), device="cpu")
+    lora = recipe.lora
+    if trained != "full":
+        model.attach_adapter(lora.rank, lora.alpha, lora.target_names(), 0.0, seed)
+    if trained != "lora":
+        model.unfreeze(trained)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in model.trainable():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    model.save_adapter(run.path / FOLDER / "checkpoint-1")
+    saved = Saved("checkpoint-1", 1, "eval/score", 0.5)
+    write_index(run.path, CheckpointIndex((saved,), saved.name, saved.name))
+    run.set_state("finished")
+    return run.path
+
+
+def shapes_recipe(**overrides: object) -> Recipe:
+    """A recipe of the embedded two-time model with a small adapter."""
+    return Recipe.default("meanflow-shapes", **{"lora.rank": 4, "lora.alpha": 8.0, **overrides})
+
+
+def student_recipe(folder: Path) -> Recipe:
+    """A recipe of a tiny single-time student with embedded guidance, in the form that T2I-Distill published."""
+    return Recipe.default(
+        "scm-flux",
+        **{
+            "model.student": str(publish_student(folder / "student.pt", "none")),
+            "model.teacher": str(build_tiny_teacher(folder / "teacher")),
+            "model.resolution": RESOLUTION,
+            "model.max_sequence_length": SEQUENCE,
+            "model.text_cache": False,
+            "rewards": ["jpeg-incompressibility"],
+            "train.dtype": "fp32",
+            "lora.rank": 4,
+            "lora.alpha": 8,
+        },
+    )
+
+
+def exported(target: Path, out: Path, options: ExportOptions | None = None) -> Artifact:
+    """`export_artifact`, with graphs that are traced once a session."""
+    with patch.object(exporter, "trace", trace_once):
+        return export_artifact(target, out, options)
+
+
+def copied(artifact: Artifact, folder: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(artifact.folder, folder))
+
+
+def trace_once(plan: GraphPlan) -> TracedGraph:
+    """`trace`, once a session for plans with equal borders."""
+    key = (plan.name, plan.dtype, plan.inputs, plan.outputs)
+    if key not in _TRACED:
+        _TRACED[key] = trace(plan)
+    return _TRACED[key]

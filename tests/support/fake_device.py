@@ -1,0 +1,50 @@
+"""What the stand-in for TensorRT and the tests know of its device: memory is the host's, capturing is a list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+STREAM = 0x5EED
+
+
+@dataclass
+class FakeDevice:
+    """What the stand-in and the tests know of the device.
+
+    Attributes:
+        calls: names and arguments of the calls that reached TensorRT, in order.
+        recording: what is captured, while something is.
+        broken: reason why no engine can be deserialised.
+        failing: reason why no execution succeeds.
+        dropped: weights that a refit does not reach, as the known defect of TensorRT 11.3.
+        pixels: image pixels along the side of a latent pixel.
+    """
+
+    calls: list[tuple[Any, ...]] = field(default_factory=list)
+    recording: list[Callable[[], None]] | None = None
+    broken: str = ""
+    failing: str = ""
+    dropped: frozenset[str] = frozenset()
+    pixels: int = 4
+    kept: list[Callable[[], None]] = field(default_factory=list)
+
+    def record(self, *call: Any) -> None:
+        self.calls.append(call)
+
+    def names(self) -> list[str]:
+        return [call[0] for call in self.calls]
+
+    def is_stream(self, handle: int) -> bool:
+        return handle == STREAM
+
+    def recorded(self, context: object) -> bool:
+        """Whether a captured execution is of this context."""
+        return any(work.__self__ is context for work in self.kept)  # type: ignore[attr-defined]
+
+    def reset(self) -> None:
+        self.__init__()  # type: ignore[misc]
+
+
+DEVICE = FakeDevice()

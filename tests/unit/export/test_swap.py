@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fmg.core.errors import CheckpointError, UsageError
+from fmg.export import artifact as exporter
+from fmg.export.artifact import ExportOptions, export_artifact
+from fmg.export.graphs import GraphPlan
+from fmg.export.onnx import TracedGraph
+from fmg.export.swap import swap_weights
+from fmg.inference.artifact import Artifact, layout, open_artifact
+from fmg.inference.artifact.manifest import TRANSFORMER, TRANSFORMER_INT8, Check
+from fmg.inference.target import Target, load_model, resolve_target
+from tests.support.artifact import copied, exported, make_run, trace_once
+from tests.unit.export.test_artifact import difference, transformer_feed
+
+pytestmark = [pytest.mark.slow, pytest.mark.compile]
+
+WEIGHTS = "transformer.safetensors"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@contextmanager
+def unchanged(folder: Path) -> Iterator[None]:
+    before, beside = contents(folder), sorted(folder.parent.iterdir())
+    yield
+    assert contents(folder) == before
+    assert sorted(folder.parent.iterdir()) == beside
+
+
+@torch.no_grad()
+def test_another_run_equals_its_fresh_export_and_the_way_back_equals_the_base(
+    shapes_artifact: Artifact, shapes_run: Path, other_shapes_run: Path, tmp_path: Path
+) -> None:
+    options = ExportOptions(int8=True, resolutions=(32, 48), batch=(1, 4, 64))
+    folder = copied(shapes_artifact, tmp_path / "artifact")
+    (folder / "engines").mkdir()
+    (folder / "engines" / "key.plan").write_bytes(b"an engine")
+    first = contents(folder)
+    proof = Check("images", True, {"gap": 0.0}, "", shapes_artifact.manifest.weights_digest())
+    open_artifact(folder).with_checks([proof])
+
+    swapped = swap_weights(folder, other_shapes_run)
+    fresh = exported(other_shapes_run, tmp_path / "fresh", options)
+    assert (folder / WEIGHTS).read_bytes() == fresh.path(WEIGHTS).read_bytes()
+    assert (folder / WEIGHTS).read_bytes() != first[WEIGHTS]
+    assert (folder / "transformer.onnx").read_bytes() == first["transformer.onnx"]
+    assert (folder / "engines" / "key.plan").read_bytes() == b"an engine"
+    int8 = fresh.graph(TRANSFORMER_INT8).weights
+    assert (folder / int8).read_bytes() == fresh.path(int8).read_bytes()
+    assert open_artifact(folder) == swapped
+    volatile = {"files": swapped.manifest.files, "checks": ()}
+    assert replace(fresh.manifest, **volatile) == swapped.manifest  # type: ignore[arg-type]
+
+    model: Any = load_model(resolve_target(other_shapes_run), device="cpu")
+    feed = transformer_feed(model, (3, 8, 8, 16))
+    session = onnxruntime.InferenceSession(str(swapped.onnx(TRANSFORMER)), providers=["CPUExecutionProvider"])
+    given = session.run(None, {name: x.numpy() for name, x in feed.items()})[0]
+    assert difference(given, model.components.transformer(**feed)[0]) <= 1e-5
+
+    base = swap_weights(folder, "base")
+    stored = model.components.weights
+    asset = load_file(next(iter(stored.files.values())))
+    weights = load_file(folder / WEIGHTS)
+    assert weights.keys() == asset.keys()
+    assert all(torch.equal(weights[name], x.float()) for name, x in asset.items())
+    assert base.manifest.adapter is None
+    assert base.manifest.base.weights is None
+    assert not (folder / "base.safetensors").exists()
+
+    again = swap_weights(folder, shapes_run)
+    assert (folder / WEIGHTS).read_bytes() == first[WEIGHTS]
+    assert again.manifest.checks == ()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["artifact", "fresh"]
+    assert np.isfinite(given).all()
+
+
+def without_graphs(target: Path, out: Path, options: ExportOptions) -> Artifact:
+    """An export whose weights are real and whose graphs are empty files: what is looked at here are the weights."""
+
+    def traced(plan: GraphPlan) -> TracedGraph:
+        return replace(trace_once(replace(plan, dtype=torch.float32)), plan=plan)
+
+    def save(graph: TracedGraph, file: Path, *_: object) -> None:
+        file.write_bytes(graph.plan.name.encode())
+
+    with patch.object(exporter, "trace", traced), patch.object(exporter, "save_graph", save):
+        return export_artifact(target, out, options)
+
+
+def test_half_precision_keeps_what_it_cannot_tell(
+    student_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FMG_CACHE", str(student_run.parent / "cache"))
+    artifact = without_graphs(student_run, tmp_path / "artifact", ExportOptions(precision="bf16"))
+    before = contents(artifact.folder)
+    kept = load_file(artifact.path("base.safetensors"))
+    assert all(".attn." in name and x.dtype == torch.float32 for name, x in kept.items())
+    assert {x.dtype for x in load_file(artifact.path(WEIGHTS)).values()} == {torch.bfloat16}
+
+    base = swap_weights(artifact.folder, "base")
+    recipe = resolve_target(student_run).recipe
+    stored: Any = load_model(Target("base", recipe, None), device="cpu")
+    plain = stored.components.transformer.state_dict()
+    back = load_file(base.path(WEIGHTS))
+    assert all(torch.equal(back[name], x.bfloat16()) for name, x in plain.items())
+    swap_weights(artifact.folder, student_run)
+    assert contents(artifact.folder) == before
+
+    # of the other modules only bf16 is left, which is not what they were
+    wider = make_run(tmp_path / "wider", recipe.with_({"lora.targets": "attention-mlp"}), seed=5)
+    with unchanged(artifact.folder), pytest.raises(UsageError, match=r"has only what is left in torch\.bfloat16"):
+        swap_weights(artifact.folder, wider)
+
+
+def test_what_does_not_fit_or_fails_leaves_the_artifact_as_it_was(
+    shapes_artifact: Artifact,
+    student_run: Path,
+    other_shapes_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = copied(shapes_artifact, tmp_path / "artifacts" / "shapes")
+    with unchanged(folder):
+        with pytest.raises(CheckpointError, match="does not fit the model"):
+            swap_weights(folder, student_run)
+        with pytest.raises(UsageError, match="'meanflow-shapes' has no adapter to put into"):
+            swap_weights(folder, "meanflow-shapes")
+
+        def fail(*_: object, **__: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("fmg.export.swap.write_base", fail)
+        with pytest.raises(OSError, match="No space left"):
+            swap_weights(folder, other_shapes_run)
+    (folder / "engines").mkdir()
+    (folder / "engines" / "key.plan").symlink_to(folder / "transformer.onnx")
+    with unchanged(folder), pytest.raises(CheckpointError, match=r"key\.plan is a link"):
+        swap_weights(folder, other_shapes_run)
+    (folder / "engines" / "key.plan").unlink()
+    weights = folder / layout.weights_file(TRANSFORMER)
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with unchanged(folder), pytest.raises(CheckpointError, match=r"is not the file that was exported"):
+        swap_weights(folder, other_shapes_run)

@@ -1,0 +1,207 @@
+"""The contract of an artifact: strict manifests and files that are what was exported. No graph is needed for it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fmg.core.errors import CheckpointError, UsageError
+from fmg.inference.artifact import layout, open_artifact
+from fmg.inference.artifact.layout import file_entry, write_manifest
+from fmg.inference.artifact.manifest import (
+    GRAPHS,
+    MANIFEST,
+    AxisRange,
+    Base,
+    Check,
+    Graph,
+    Manifest,
+    ModelFacts,
+    Sampling,
+    TensorSpec,
+    TokenizerFacts,
+    from_json,
+    to_json,
+)
+
+Change = Callable[[dict[str, Any]], object]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An artifact whose files hold no graphs, but have the hashes that its manifest says."""
+    root = tmp_path / "artifact"
+    for name in ("tokenizer", "tokenizer_2"):
+        (root / name).mkdir(parents=True)
+        (root / name / "tokenizer.json").write_text("{}")
+    for name in GRAPHS:
+        (root / layout.graph_file(name)).write_bytes(name.encode())
+        (root / layout.weights_file(name)).write_bytes(b"weights of " + name.encode())
+    spec = TensorSpec("x", "float32", ("batch", 3))
+    graphs = {
+        name: Graph(layout.graph_file(name), layout.weights_file(name), "fp32", (spec,), (spec,)) for name in GRAPHS
+    }
+    files = {str(path.relative_to(root)): file_entry(path) for path in sorted(root.rglob("*")) if path.is_file()}
+    manifest = Manifest(
+        schema=1,
+        files=files,
+        model=ModelFacts("meanflow-shapes", {"in_channels": 16}, {}),
+        sampling=Sampling("two-time", "linear", 1000.0, "duration", None, 4, 4, 32, (32, 48), (1.0, 0.5, 0.0), 2),
+        precision="fp32",
+        opset=20,
+        axes={"batch": AxisRange(1, 4, 16)},
+        graphs=graphs,
+        tokenizers={
+            name: TokenizerFacts(f"{home}/tokenizer.json", 16, 0, "<pad>")
+            for name, home in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
+        },
+        base=Base("meanflow-shapes", "0" * 64, ("float16",), None),
+        adapter=None,
+        rewards=({"name": "shapes", "weight": 1.0},),
+        prompts={},
+        libraries={},
+        checks=(),
+    )
+    write_manifest(root, manifest)
+    return root
+
+
+def edit(folder: Path, change: Change) -> None:
+    raw = json.loads((folder / MANIFEST).read_text())
+    change(raw)
+    (folder / MANIFEST).write_text(json.dumps(raw))
+
+
+def test_manifest_survives_a_round_trip(folder: Path) -> None:
+    manifest = open_artifact(folder).manifest
+    assert from_json(to_json(manifest), folder) == manifest
+    assert manifest.sampling.grid == (1.0, 0.5, 0.0)
+    assert manifest.sampling.latent_shape() == (4, 8, 8)
+    assert manifest.sampling.latent_shape(48) == (4, 12, 12)
+    assert manifest.sampling.image_tokens(48) == 36
+
+
+def move(raw: dict[str, Any], old: str, new: str) -> None:
+    raw["files"][new] = raw["files"].pop(old)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda raw: raw.update(schema=2), "has schema 2, and this fmg reads up to 1"),
+        (lambda raw: raw.pop("schema"), "it does not state its schema"),
+        (lambda raw: raw.update(schema=True), "it does not state its schema"),
+        (lambda raw: raw.pop("opset"), "opset is missing"),
+        (lambda raw: raw.update(code="import os"), "code is not a known key"),
+        (lambda raw: raw.update(opset="20"), "opset is '20' instead of int"),
+        (lambda raw: raw.update(opset=True), "opset is True instead of int"),
+        (lambda raw: raw["sampling"].update(time_scale=float("nan")), "sampling.time_scale is nan"),
+        (lambda raw: raw["sampling"].update(map="three-time"), "sampling.map is 'three-time' instead of one of"),
+        (lambda raw: raw["axes"].pop("batch"), "axes.batch is missing, which graphs.text_encoder has"),
+        (lambda raw: raw["axes"]["batch"].update(minimum=8), "axes.batch is impossible: the range 8:4:16"),
+        (lambda raw: raw["graphs"].pop("transformer"), "graphs.transformer is missing"),
+        (lambda raw: raw["graphs"]["transformer"].update(weights="other"), "files does not list 'other'"),
+        (lambda raw: raw["tokenizers"].pop("text_encoder_2"), "tokenizers.text_encoder_2 is missing"),
+        (lambda raw: move(raw, "transformer.onnx", "../transformer.onnx"), "which is not inside the artifact"),
+        (lambda raw: move(raw, "transformer.onnx", "/etc/passwd"), "which is not inside the artifact"),
+        (lambda raw: move(raw, "transformer.onnx", "a/../../b"), "which is not inside the artifact"),
+        (lambda raw: move(raw, "transformer.onnx", "..\\b"), "which is not inside the artifact"),
+        (lambda raw: move(raw, "transformer.onnx", "C:b"), "which is not inside the artifact"),
+        (lambda raw: move(raw, "transformer.onnx", "./b"), "which is not inside the artifact"),
+        (lambda raw: raw.update(files=[]), r"files is \[\] instead of dict"),
+    ],
+)
+def test_a_manifest_that_is_not_as_it_must_be_is_one_clear_error(folder: Path, change: Change, says: str) -> None:
+    edit(folder, change)
+    with pytest.raises(CheckpointError, match=says) as caught:
+        open_artifact(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00"])
+def test_a_manifest_that_is_no_json_object_is_refused(folder: Path, text: str) -> None:
+    (folder / MANIFEST).write_text(text)
+    with pytest.raises(CheckpointError, match=r"manifest\.json cannot be used"):
+        open_artifact(folder)
+
+
+def test_changed_files_are_found(folder: Path) -> None:
+    weights = folder / "transformer.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + b"!")
+    with pytest.raises(CheckpointError, match=r"transformer\.safetensors is not the file that was exported"):
+        open_artifact(folder)
+    assert open_artifact(folder, hashes=False).manifest.model.name == "meanflow-shapes"
+    weights.write_bytes(content[:-4])
+    with pytest.raises(CheckpointError, match=r"has \d+ bytes, and the manifest says"):
+        open_artifact(folder, hashes=False)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match=r"transformer\.safetensors is missing"):
+        open_artifact(folder)
+
+
+def test_a_change_that_keeps_size_and_time_is_found_when_read_afresh(folder: Path) -> None:
+    import os
+
+    artifact = open_artifact(folder)
+    weights = folder / "transformer.safetensors"
+    stat = weights.stat()
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(CheckpointError, match="sha256 differs"):
+        artifact.check_hashes(afresh=True)
+
+
+def test_an_artifact_opens_where_nothing_can_be_noted(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("FMG_CACHE", str(tmp_path / "file" / "cache"))
+    assert open_artifact(folder).manifest.schema == 1
+
+
+def test_links_are_refused_wherever_they_lead(folder: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes((folder / "transformer.onnx").read_bytes())
+    (folder / "transformer.onnx").unlink()
+    (folder / "transformer.onnx").symlink_to(secret)
+    with pytest.raises(CheckpointError, match="is a link, which an artifact must not have"):
+        open_artifact(folder)
+
+
+def test_a_linked_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    (folder / "tokenizer").rename(tmp_path / "elsewhere")
+    (folder / "tokenizer").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="is a link"):
+        open_artifact(folder)
+
+
+def test_a_folder_without_manifest_and_an_unknown_graph_are_refused(folder: Path) -> None:
+    with pytest.raises(UsageError, match="has no graph 'transformer_int8'"):
+        open_artifact(folder).onnx("transformer_int8")
+    (folder / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match=r"is not an artifact: it has no manifest\.json"):
+        open_artifact(folder)
+
+
+def test_a_newer_proof_takes_the_place_of_an_older_one(folder: Path) -> None:
+    old, new, other = (Check(name, ok, {"gap": 0.1}, "", "0") for name, ok in (("a", False), ("a", True), ("b", True)))
+    artifact = open_artifact(folder).with_checks([old, other]).with_checks([new])
+    assert artifact.manifest.checks == (other, new)
+    assert open_artifact(folder) == artifact
+
+
+def test_opening_imports_the_standard_library_only() -> None:
+    script = (
+        "import sys; import fmg.inference.artifact;"
+        "heavy = [m for m in ('torch', 'numpy', 'pydantic', 'diffusers', 'safetensors') if m in sys.modules];"
+        "sys.exit(','.join(heavy) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,99 @@
+"""The generator on a backend that only records: seeds, batches, grids, and when the text encoders go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fmg.core.backends import Drawn, NoiseSource
+from fmg.core.errors import UsageError
+from fmg.core.stages import NOISE, TOTAL, StageClock, wall_clock
+from fmg.inference import Generator
+from fmg.rl.noise import NoiseKey, noise
+
+
+class RecordingBackend:
+    name, detail, device = "recording", "", "cpu"
+    latent_shape = (2, 4, 4)
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def encode(self, prompts: Sequence[str]) -> tuple[str, ...]:
+        self.calls.append(f"encode {len(prompts)}")
+        return tuple(prompts)
+
+    def draw(self, cond: tuple[str, ...], source: NoiseSource, times: Sequence[float]) -> Drawn:
+        self.calls.append(f"draw {len(cond)}")
+        latents = source(0) + 10 * source(1)
+        return Drawn(np.zeros((len(cond), 3, 8, 8), np.float32), latents)
+
+    def uncached(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def release_text(self) -> None:
+        self.calls.append("release")
+
+    def clock(self) -> StageClock[Any]:
+        return wall_clock()
+
+    def reset_peak_memory(self) -> None:
+        return None
+
+    def peak_memory(self) -> int:
+        return 0
+
+    def __enter__(self) -> RecordingBackend:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.calls.append("closed")
+
+
+def test_an_image_depends_on_its_seed_alone() -> None:
+    seeds = [5, 0, 2**40, 5]
+    drawn = [Generator(RecordingBackend(), "uniform", 2, batch).generate(["p"] * 4, seeds) for batch in (1, 3, 64)]
+    for other in drawn[1:]:
+        np.testing.assert_array_equal(drawn[0].latent_array, other.latent_array)
+    keyed = [noise([NoiseKey(seed, -1, 0, 0, step) for seed in seeds], (2, 4, 4)) for step in (0, 1)]
+    assert torch.equal(drawn[0].latents, keyed[0] + 10 * keyed[1])
+    assert drawn[0].timings_ms[NOISE] <= drawn[0].timings_ms[TOTAL]
+
+
+def test_text_encoders_go_before_the_first_image() -> None:
+    backend = RecordingBackend()
+    with Generator(backend, "uniform", 2, 2) as generator:
+        generator.generate(list("abc"), [0, 1, 2], release_text=True)
+    assert backend.calls == ["encode 2", "encode 1", "release", "draw 2", "draw 1", "closed"]
+
+
+def test_otherwise_each_batch_is_encoded_when_it_is_drawn() -> None:
+    backend = RecordingBackend()
+    seen: list[tuple[int, int]] = []
+    Generator(backend, "uniform", 2, 2).generate(list("abc"), [0, 1, 2], progress=lambda *at: seen.append(at))
+    assert backend.calls == ["encode 2", "draw 2", "encode 1", "draw 1"]
+    assert seen == [(2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize(("prompts", "seeds", "says"), [([], [], "no prompt"), (["a"], [0, 1], "2 seeds")])
+def test_wrong_uses(prompts: list[str], seeds: list[int], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        Generator(RecordingBackend(), "uniform", 2).generate(prompts, seeds)
+
+
+def test_an_explicit_grid_has_its_own_number_of_steps() -> None:
+    generator = Generator(RecordingBackend(), (1.0, 0.3, 0.0), 2)
+    assert generator.times() == (1.0, 0.3, 0.0)
+    assert generator.times(1, "uniform") == (1.0, 0.0)
+    with pytest.raises(UsageError, match="2 steps and 3"):
+        generator.times(3)
+    with pytest.raises(UsageError, match="batch size"):
+        Generator(RecordingBackend(), "uniform", 2, 0)
