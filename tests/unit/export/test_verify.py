@@ -1,0 +1,189 @@
+"""The proof of an artifact: it passes on what was exported, and fails, naming the place, on anything else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fmg.core.errors import CheckpointError, UsageError
+from fmg.eval.scoring import EvalSet
+from fmg.export.census import census, census_of
+from fmg.export.verify import FULL_IMAGES, reference_of, verify
+from fmg.export.verify_images import REWARD_ALLOWED, RewardGap, compare
+from fmg.export.verify_tensors import relative_l2
+from fmg.inference.artifact import Artifact, open_artifact
+from fmg.inference.artifact.manifest import MANIFEST, Check
+from tests.support.artifact import copied
+
+pytestmark = [pytest.mark.slow, pytest.mark.compile]
+
+WEIGHTS = "transformer.safetensors"
+
+
+def by_name(checks: tuple[Check, ...]) -> dict[str, Check]:
+    return {check.name: check for check in checks}
+
+
+def planted(artifact: Artifact, folder: Path, tensor: str, add: float) -> Artifact:
+    """A copy in which one number of one weight is another, and whose manifest says that this is right."""
+    copied(artifact, folder)
+    raw = bytearray((folder / WEIGHTS).read_bytes())
+    size = int.from_bytes(raw[:8], "little")
+    start = 8 + size + json.loads(raw[8 : 8 + size])[tensor]["data_offsets"][0]
+    value = np.frombuffer(raw, np.float32, 1, start)[0]
+    raw[start : start + 4] = np.float32(value + add).tobytes()
+    (folder / WEIGHTS).write_bytes(raw)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"][WEIGHTS]["sha256"] = hashlib.sha256(raw).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return open_artifact(folder)
+
+
+def test_an_export_is_proven(shapes_artifact: Artifact, shapes_run: Path, tmp_path: Path) -> None:
+    artifact = open_artifact(copied(shapes_artifact, tmp_path / "a"))
+    report = verify(artifact, level="full", device="cpu", num=64)
+    assert report.passed, [check for check in report.checks if not check.passed]
+    assert report.against == str(shapes_run)
+    checks = by_name(report.checks)
+    assert {f"tensors/{graph}" for graph in artifact.manifest.graphs} <= checks.keys()
+    assert checks["tensors/transformer"].values["relative_l2"] <= 1e-5
+    assert checks["tensors/transformer"].values["shapes"] >= 4
+    assert checks["images"].values["images"] == 64
+    assert checks["reward/shapes"].values["torch"] > 0.2, "a reward of nothing would compare nothing"
+    assert {"images/int8", "reward/shapes/int8", "precision/transformer_int8"} <= checks.keys()
+    # and the manifest keeps it, beside the hash of what was proven
+    again = open_artifact(artifact.folder).manifest
+    assert by_name(again.checks) == checks
+    assert checks["images"].weights == again.weights_digest()
+
+
+@pytest.mark.parametrize(
+    "tensor", ["single_transformer_blocks.1.attn.to_k.weight", "transformer_blocks.0.ff.net.2.weight"]
+)
+def test_a_planted_error_is_found_and_its_module_named(
+    tensor: str, shapes_artifact: Artifact, shapes_run: Path, tmp_path: Path
+) -> None:
+    report = verify(planted(shapes_artifact, tmp_path / "bad", tensor, 2.0), shapes_run, device="cpu", num=4)
+    checks = by_name(report.checks)
+    assert not report.passed
+    assert not checks["tensors/transformer"].passed
+    assert f"first differs in {tensor.removesuffix('.weight')} " in checks["tensors/transformer"].note
+    assert checks["tensors/vae_decoder"].passed
+
+
+def test_another_adapter_is_not_proven(shapes_artifact: Artifact, other_shapes_run: Path, tmp_path: Path) -> None:
+    artifact = open_artifact(copied(shapes_artifact, tmp_path / "a"))
+    checks = by_name(verify(artifact, other_shapes_run, device="cpu", num=8).checks)
+    assert not checks["images"].passed
+    assert not checks["tensors/transformer"].passed
+    assert checks["tensors/text_encoder"].passed
+
+
+def test_a_changed_file_is_refused_before_anything_is_run(shapes_artifact: Artifact, tmp_path: Path) -> None:
+    folder = copied(shapes_artifact, tmp_path / "a")
+    raw = bytearray((folder / WEIGHTS).read_bytes())
+    raw[-1] ^= 1
+    (folder / WEIGHTS).write_bytes(raw)
+    with pytest.raises(CheckpointError, match=r"transformer\.safetensors is not the file"):
+        verify(open_artifact(folder, hashes=False))
+
+
+def test_what_it_is_compared_with(shapes_artifact: Artifact, shapes_run: Path, tmp_path: Path) -> None:
+    assert reference_of(shapes_artifact).label == str(shapes_run)
+    with pytest.raises(UsageError, match="is an artifact"):
+        reference_of(shapes_artifact, shapes_artifact.folder)
+    folder = copied(shapes_artifact, tmp_path / "a")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["adapter"]["run"] = "runs/gone"
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UsageError, match="'runs/gone' .* --against"):
+        reference_of(open_artifact(folder))
+    with pytest.raises(UsageError, match="no level 'fast'"):
+        verify(shapes_artifact, level="fast")
+
+
+@pytest.mark.parametrize(
+    ("ci95", "passed"),
+    [
+        ((-0.001, 0.004), True),
+        ((0.0, 0.0), True),
+        ((-0.006, 0.004), False),
+        ((0.006, 0.007), False),
+        ((-math.inf, math.inf), False),
+        ((math.nan, math.nan), False),
+    ],
+)
+def test_an_interval_has_to_lie_inside_the_band(ci95: tuple[float, float], passed: bool) -> None:
+    gap = RewardGap("shapes", "total", 0.5, 0.5, 0.0, ci95, FULL_IMAGES)
+    assert gap.passed(REWARD_ALLOWED["fp32"]) is passed
+
+
+class Fixed:
+    """A generator of given images."""
+
+    def __init__(self, images: NDArray[np.float32]) -> None:
+        self._images = images
+
+    def generate(self, prompts: tuple[str, ...], seeds: tuple[int, ...]) -> Fixed:
+        return self
+
+    @property
+    def image_array(self) -> NDArray[np.float32]:
+        return self._images
+
+
+def test_differences_of_pictures() -> None:
+    images = np.full((200, 3, 4, 4), 0.5, np.float32)
+    other = images.copy()
+    other[0, 0, 0, 0] += 2e-3
+    eval_set = EvalSet(("p",) * 200, ("",) * 200, tuple(range(200)))
+
+    def result(candidate: NDArray[np.float32]) -> tuple[bool, float]:
+        sides = Fixed(images), Fixed(candidate)
+        found = compare(*sides, eval_set, {}, progress=lambda *at: None).images  # type: ignore[arg-type]
+        return found.passed("fp32"), found.max_abs
+
+    assert result(images) == (True, 0.0)
+    # one image in two hundred may be off by less than a level of a picture
+    assert result(other) == (True, pytest.approx(2e-3, rel=1e-3))
+    other[0, 0, 0, 0] += 1e-2
+    assert not result(other)[0]
+    other = images.copy()
+    other[:5, 0, 0, 0] += 2e-3
+    assert not result(other)[0]
+    other = images.copy()
+    other[7, 0, 0, 0] = np.nan
+    assert not result(other)[0]
+
+
+def test_relative_l2() -> None:
+    ones = np.ones(4, np.float32)
+    assert relative_l2(ones, ones) == 0
+    assert relative_l2(ones * 1.5, ones) == pytest.approx(0.5)
+    assert math.isnan(relative_l2(ones * math.nan, ones))
+    assert relative_l2(ones, 0 * ones) == 2
+
+
+def test_the_census_counts_what_is_in_the_file(shapes_artifact: Artifact) -> None:
+    counted = census(shapes_artifact, "transformer")
+    assert counted.weights.keys() == {"fp32"}
+    assert counted.products.keys() == {"fp32"}
+    assert counted.foreign == ()
+    quantised = census(shapes_artifact, "transformer_int8")
+    assert quantised.products["int8"] > quantised.products["fp32"]
+    assert quantised.foreign == ()
+
+
+def test_a_graph_of_another_precision_than_asked_is_not_passed(shapes_artifact: Artifact) -> None:
+    file = shapes_artifact.onnx("transformer")
+    for asked in ("bf16", "fp16", "int8"):
+        foreign = census_of(file, asked).foreign  # type: ignore[arg-type]
+        assert foreign, asked
+        assert "fp32" in foreign[0] or "int8" in foreign[0]
+    assert census_of(shapes_artifact.onnx("transformer_int8"), "fp32").foreign[0].startswith("weights: ")

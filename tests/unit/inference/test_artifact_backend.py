@@ -1,0 +1,167 @@
+"""Artifacts drawn by ONNX Runtime: the pictures of torch, and a clear line where they cannot be drawn."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from fmg.core.errors import CheckpointError, FmgError, MissingDependencyError, UsageError
+from fmg.core.stages import NOISE, TEXT_ENCODERS, TOKENISE, TOTAL, TRANSFORMER, VAE
+from fmg.inference import load
+from fmg.inference import onnxruntime as ort
+from fmg.inference.artifact import Artifact, open_artifact
+from fmg.inference.artifact.backend import ArtifactBackend
+from fmg.inference.artifact.manifest import MANIFEST, Graph
+from fmg.inference.loading import find, pick_backend
+from fmg.inference.timing import Workload, measure, ratios
+from tests.support.artifact import copied
+
+pytestmark = [pytest.mark.slow, pytest.mark.compile]
+
+SUBJECTS = ("a red circle", "a big blue square", "a small green triangle", "a yellow star left", "a purple circle top")
+PROMPTS = [SUBJECTS[i % 5] for i in range(20)]
+SEEDS = [7 * i for i in range(20)]
+
+
+def drawn(target: object, **options: object) -> NDArray[np.float32]:
+    with load(target, device="cpu", **options) as generator:  # type: ignore[arg-type]
+        return generator.generate(PROMPTS, SEEDS).image_array
+
+
+def largest(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
+    return float(np.abs(first.astype(np.float64) - second).max())
+
+
+@pytest.mark.parametrize("kind", ["shapes", "student"])
+def test_it_draws_the_pictures_of_torch(kind: str, request: pytest.FixtureRequest) -> None:
+    run, artifact = (request.getfixturevalue(f"{kind}_{what}") for what in ("run", "artifact"))
+    if kind == "student":
+        request.getfixturevalue("monkeypatch").setenv("FMG_CACHE", str(run.parent / "cache"))
+    expected = drawn(run)
+    assert largest(drawn(artifact), expected) <= 1e-4
+    assert largest(drawn(artifact, batch_size=1), expected) <= 1e-4
+    base = drawn(run, adapter=False)
+    assert largest(base, expected) > 1 / 255, "the adapter must matter, or this test could not fail"
+
+
+def test_io_binding_draws_the_same(shapes_artifact: Artifact) -> None:
+    runtime = ort.BoundOnnxRuntime(shapes_artifact, torch.device("cpu"), [ort.CPU])
+    with load(shapes_artifact, device="cpu") as plain:
+        expected = plain.generate(PROMPTS[:3], SEEDS[:3], steps=2)
+        plain.backend = ArtifactBackend(shapes_artifact, runtime)
+        bound = plain.generate(PROMPTS[:3], SEEDS[:3], steps=2)
+    np.testing.assert_allclose(bound.image_array, expected.image_array, rtol=0, atol=1e-5)
+    assert "IO binding" in runtime.detail
+
+
+def test_int8_and_other_sizes(shapes_artifact: Artifact) -> None:
+    exact, small = drawn(shapes_artifact), drawn(shapes_artifact, int8=True)
+    error = float(np.square(small.astype(np.float64) - exact).mean())
+    assert 1e-12 < error < 1e-2
+    with load(shapes_artifact, resolution=48) as generator:
+        assert generator.generate(PROMPTS[:1], [0], steps=1).image_array.shape == (1, 3, 48, 48)
+
+
+def test_text_encoders_are_freed_and_come_back(shapes_artifact: Artifact) -> None:
+    with load(shapes_artifact) as generator:
+        runtime = generator.backend.runtime  # type: ignore[attr-defined]
+        whole = generator.generate(PROMPTS[:2], [0, 1], release_text=True)
+        assert {name for name in runtime._sessions._sessions if name.startswith("text")} == set()
+        again = generator.generate([*PROMPTS[:2], "a white square"], [0, 1, 2])
+        np.testing.assert_allclose(again.image_array[:2], whole.image_array, rtol=0, atol=1e-5)
+        assert len(runtime._sessions._sessions) == 4
+    assert runtime._sessions._sessions == {}
+
+
+def test_stages_and_ratios(shapes_artifact: Artifact, shapes_run: Path) -> None:
+    generators = {"torch": load(shapes_run, device="cpu"), "onnx": load(shapes_artifact)}
+    seen: list[tuple[int, int]] = []
+    timings = measure(
+        generators, Workload.of(PROMPTS, 2, steps=2), repeats=3, warmup=1, progress=lambda *at: seen.append(at)
+    )
+    for timing in timings.values():
+        parts = [timing.stages[name] for name in (TOKENISE, TEXT_ENCODERS, NOISE, TRANSFORMER, VAE)]
+        # embeddings are remembered, and still every repeat has to encode
+        assert all(0 < part.min <= part.p50 <= part.p90 for part in parts)
+        assert sum(part.min for part in parts) <= timing.stages[TOTAL].p90
+        assert (timing.steps, timing.images, timing.repeats, len(timing.totals_ms)) == (2, 2, 3, 3)
+        assert timing.peak_memory > 10**7
+    (ratio,) = ratios(timings)
+    assert (ratio.label, ratio.reference) == ("onnx", "torch")
+    assert ratio.p10 <= ratio.p50 <= ratio.p90
+    assert seen == [(i + 1, 8) for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"resolution": 40}, None),
+        ({"resolution": 64}, "32 to 48 pixels in steps of 8, not 64"),
+        ({"resolution": 42}, "32 to 48"),
+        ({"batch_size": 65}, "1 to 64 images a call, not 65"),
+        ({"dtype": "bf16"}, "set when it is exported"),
+        ({"adapter": False}, "set when it is exported"),
+        ({"backend": "torch"}, "does not draw an exported artifact"),
+        ({"backend": "onnx"}, "Did you mean 'onnxruntime'"),
+        ({"device": "tpu"}, "'tpu' is not supported"),
+        ({"device": "cuda"}, "has no CUDAExecutionProvider"),
+    ],
+    ids=str,
+)
+def test_what_an_artifact_cannot_do(shapes_artifact: Artifact, options: dict[str, object], says: str | None) -> None:
+    if says is None:
+        load(shapes_artifact, **options)  # type: ignore[arg-type]
+        return
+    with pytest.raises(UsageError, match=says):
+        load(shapes_artifact, **options)  # type: ignore[arg-type]
+
+
+def test_what_a_model_cannot_do(shapes_artifact: Artifact, student_artifact: Artifact) -> None:
+    with pytest.raises(UsageError, match="draws an exported artifact"):
+        pick_backend(find("meanflow-shapes"), "onnxruntime")
+    with pytest.raises(UsageError, match="not an exported artifact"):
+        load("meanflow-shapes", int8=True)
+    with pytest.raises(UsageError, match="no int8 transformer"):
+        load(student_artifact, int8=True)
+    with load(shapes_artifact) as generator, pytest.raises(UsageError, match="tokens, and the model reads 16"):
+        generator.generate(["a red circle and " * 20], [0])
+
+
+def test_a_missing_runtime_is_one_line(shapes_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    with pytest.raises(MissingDependencyError, match=r"onnxruntime .* pip install 'fmg\[onnx\]'"):
+        load(shapes_artifact)
+
+
+def test_bf16_needs_a_gpu(shapes_artifact: Artifact) -> None:
+    graphs = {name: replace(graph, precision="bf16") for name, graph in shapes_artifact.manifest.graphs.items()}
+    artifact = replace(shapes_artifact, manifest=replace(shapes_artifact.manifest, graphs=graphs))
+    with load(artifact) as generator, pytest.raises(UsageError, match=r"is bf16, .* on a CPU"):
+        generator.generate(PROMPTS[:1], [0])
+
+
+def test_a_damaged_graph_is_named(shapes_artifact: Artifact, tmp_path: Path) -> None:
+    folder = copied(shapes_artifact, tmp_path / "a")
+    (folder / "vae_decoder.onnx").write_bytes((folder / "vae_decoder.onnx").read_bytes()[:2000])
+    with pytest.raises(CheckpointError, match=r"vae_decoder\.onnx has 2000 bytes"):
+        load(folder)
+    # and when somebody has made the manifest agree
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"]["vae_decoder.onnx"]["size"] = 2000
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with load(open_artifact(folder, hashes=False)) as generator:
+        with pytest.raises(CheckpointError, match=r"vae_decoder\.onnx cannot be loaded"):
+            generator.generate(PROMPTS[:1], [0])
+
+
+def test_a_graph_that_fails_is_named(shapes_artifact: Artifact) -> None:
+    runtime = ort.OnnxRuntime(shapes_artifact)
+    with pytest.raises(FmgError, match="The graph 'text_encoder' failed"):
+        runtime.run("text_encoder", {"input_ids": np.zeros((1, 5, 5), np.int64)})
+    assert isinstance(shapes_artifact.graph("text_encoder"), Graph)
