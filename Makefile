@@ -29,7 +29,7 @@ TORCH_FOLDER := -c 'from importlib.util import find_spec; from pathlib import Pa
   print(Path(find_spec("torch").origin).parents[1])'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check gpu-check format clean
+.PHONY: help setup demo test rtx check gpu-check format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -64,6 +64,10 @@ demo: setup ## train on the CPU, compare with the base, draw before and after
 
 test: setup ## the whole test-suite, without the tests that need a GPU
 	$(RUN) pytest -m "not gpu and not rtx"
+
+rtx: setup ## TensorRT-RTX engines of the embedded model, built on the CPU; installs the package (95 MB) first
+	$(PIP) install --constraint $(PINS) --editable '.[dev,trt-rtx]'
+	$(RUN) pytest -m rtx
 
 check: setup ## format, lint, types, layers and the fast tests
 	$(RUN) ruff format --check .

@@ -1,0 +1,154 @@
+"""TensorRT-RTX builds real engines on a CPU: `make rtx`. What it refuses there is what fmg refuses before."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from onnx import TensorProto, helper
+
+from fmg.core.errors import CheckpointError, FmgError, UsageError
+from fmg.core.events import ignore
+from fmg.export.tensorrt import process
+from fmg.export.tensorrt.build import build_engines
+from fmg.export.tensorrt.check import check_network
+from fmg.export.tensorrt.options import EngineOptions
+from fmg.export.tensorrt.protocol import Job
+from fmg.inference.artifact import Artifact, open_artifact
+from fmg.inference.artifact.layout import ENGINES
+from fmg.inference.artifact.manifest import GRAPHS, AxisRange
+from fmg.inference.loading import load
+from fmg.inference.tensorrt.engine import Engine, RunOptions
+from fmg.inference.tensorrt.flavours import ANY, RTX, load_module
+from fmg.inference.tensorrt.record import Profile, ShapeRange, check_plan, read_records
+from tests.support.artifact import copied
+from tests.support.cli import fmg
+from tests.support.fake_cuda import FakeCuda
+from tests.support.tensorrt import stand_in
+from tests.support.tiny_artifact import build_tiny_artifact
+
+pytestmark = pytest.mark.rtx
+
+PLAIN = EngineOptions().ingredients()
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Artifact:
+    return build_tiny_artifact(tmp_path / "artifact")
+
+
+def attention(folder: Path, *, precision: int, opset: int = 23) -> Job:
+    """One Attention operator of opset 23, and the job to build it."""
+    value = helper.make_tensor_value_info("x", precision, ["batch", 16, 64])
+    out = helper.make_tensor_value_info("y", precision, ["batch", 16, 64])
+    heads = {"q_num_heads": 2, "kv_num_heads": 2}
+    graph = helper.make_graph([helper.make_node("Attention", ["x"] * 3, ["y"], name="n", **heads)], "g", [value], [out])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+    (folder / "g.onnx").write_bytes(model.SerializeToString())
+    profile = Profile("g", {"x": ShapeRange((1, 16, 64), (1, 16, 64), (2, 16, 64))})
+    return Job(str(folder / "g.onnx"), str(folder / "g.plan"), "rtx", (profile,), PLAIN, None)
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+def test_every_graph_of_the_embedded_model_builds(shapes_artifact: Artifact, tmp_path: Path) -> None:
+    artifact = open_artifact(copied(shapes_artifact, tmp_path / "artifact"))
+    engines = build_engines(artifact, flavour="rtx", resolutions=(32, 48), batch=AxisRange(1, 2, 4))
+    assert [engine.record.graph for engine in engines] == list(GRAPHS)
+    for engine in engines:
+        check_plan(artifact.engines, engine.record)
+        check_network(engine.record.graph, engine.record.layers, "fp32")
+        made = engine.record.ingredients
+        assert (made.flavour, made.gpu, made.driver) == ("rtx", ANY, ANY)
+    transformer = engines[2].record
+    assert [profile.name for profile in transformer.ingredients.profiles] == ["32px", "48px"]
+    assert transformer.layers["MATRIX_MULTIPLY"]["FLOAT"] > 50
+    again = build_engines(artifact, flavour="auto", resolutions=(32, 48), batch=AxisRange(1, 2, 4))
+    assert all(engine.reused for engine in again)
+
+
+def test_the_command_builds_engines_into_an_artifact(tiny: Artifact) -> None:
+    done = fmg("export", str(tiny.folder), "--trt", "--resolutions", "8")
+    assert (done.code, done.stderr.count("built the engine")) == (0, len(GRAPHS))
+    assert {record.graph for record in read_records(tiny.folder)} == set(GRAPHS)
+    assert done.stdout.count(".plan") == len(GRAPHS)
+
+
+def test_weight_streaming_builds(tiny: Artifact) -> None:
+    engines = build_engines(tiny, flavour="rtx", options=EngineOptions(weight_streaming=True))
+    assert not any(engine.reused for engine in engines)
+
+
+def test_an_engine_that_cannot_be_loaded_without_a_gpu_says_why(tiny: Artifact) -> None:
+    build_engines(tiny, flavour="rtx", resolutions=(8,))
+    plan = next((tiny.folder / ENGINES).glob("transformer-*.plan"))
+    with pytest.raises(CheckpointError, match=r"cannot load the engine .*cudaError 35"):
+        Engine(load_module(RTX), plan, FakeCuda(), RunOptions())
+    with pytest.raises(UsageError, match=r"fits here: .* no GPU is here"):
+        load(tiny, backend="tensorrt-rtx")
+    assert load(tiny).backend.name == "onnxruntime"
+
+
+def test_fp32_attention_of_opset_23_ends_the_builder(tmp_path: Path) -> None:
+    """By an error or a crash, depending on the graph: hence the refusal before, and the process of its own."""
+    with pytest.raises(FmgError, match="engine of g was not built"):
+        process.run(attention(tmp_path, precision=TensorProto.FLOAT), "g", ignore)
+    assert not (tmp_path / "g.plan").exists()
+
+
+@pytest.mark.parametrize("option", ["refittable", "version_compatible"])
+def test_what_is_refused_for_rtx_really_fails_there(tmp_path: Path, option: str) -> None:
+    job = attention(tmp_path, precision=TensorProto.BFLOAT16)
+    process.run(job, "g", ignore)
+    with pytest.raises(FmgError, match="engine of g was not built"):
+        process.run(replace(job, options={**job.options, option: True}), "g", ignore)
+
+
+def test_a_bf16_graph_becomes_a_bf16_network_and_fp32_is_refused_for_it(tmp_path: Path) -> None:
+    built = process.run(attention(tmp_path, precision=TensorProto.BFLOAT16), "g", ignore)
+    check_network("g", {"MATRIX_MULTIPLY": built.layers["ATTENTION_OUTPUT"]}, "bf16")
+    with pytest.raises(FmgError, match="BF16 where FLOAT was asked for"):
+        check_network("g", built.layers, "fp32")
+
+
+def test_a_workspace_that_is_too_small_is_the_builders_own_reason(tmp_path: Path) -> None:
+    job = attention(tmp_path, precision=TensorProto.BFLOAT16)
+    with pytest.raises(FmgError, match=r"engine of g was not built: .+"):
+        process.run(replace(job, options={**job.options, "workspace_gib": 1e-7}), "g", ignore)
+
+
+def test_a_profile_that_does_not_fit_the_graph_is_the_builders_own_reason(tmp_path: Path) -> None:
+    job = attention(tmp_path, precision=TensorProto.BFLOAT16)
+    narrow = Profile("g", {"x": ShapeRange((1, 16, 32), (1, 16, 32), (1, 16, 32))})
+    with pytest.raises(FmgError, match="Dimension mismatch for tensor x and profile 0"):
+        process.run(replace(job, profiles=(narrow,)), "g", ignore)
+
+
+def test_the_parser_names_the_node_that_it_does_not_know(tmp_path: Path) -> None:
+    job = attention(tmp_path, precision=TensorProto.FLOAT)
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 16, 64])
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n"])
+    graph = helper.make_graph([helper.make_node("Unique", ["x"], ["y"], name="node_odd")], "g", [value], [out])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    Path(job.onnx).write_bytes(model.SerializeToString())
+    with pytest.raises(FmgError, match=r"node_odd and operator: Unique .*UNSUPPORTED_NODE"):
+        process.run(job, "g", ignore)
+
+
+def test_the_stand_in_has_no_name_that_the_real_api_lacks() -> None:
+    """TensorRT-RTX is the flavour at hand; its Python API is that of TensorRT 11."""
+    real = importlib.import_module("tensorrt_rtx")
+    with stand_in():
+        fake = sys.modules["tensorrt"]
+        for name in fake.__all__:
+            assert hasattr(real, name), name
+            ours, theirs = getattr(fake, name), getattr(real, name)
+            for member in vars(ours):
+                assert member.startswith("_") or hasattr(theirs, member), f"{name}.{member}"
+            members = getattr(ours, "__members__", {})
+            assert {key: int(value) for key, value in members.items()} == {
+                key: int(theirs.__members__[key]) for key in members
+            }, name
