@@ -49,7 +49,7 @@ def within_groups(vectors: Vectors, groups: Labels) -> Float[np.ndarray, " group
     """Mean squared Euclidean distance over the pairs of each group with two images or more, by rising label.
 
     Args:
-        vectors: one feature vector an image, such as `fmg.eval.extractors.pixels` makes.
+        vectors: one feature vector an image, such as the maps of a feature extractor, in whose unit the answer is.
         groups: the prompt or rollout group of each image.
     """
     spread = GroupSpread()

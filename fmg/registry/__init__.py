@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fmg.registry.config import ComponentConfig, ModelConfig, ObjectiveConfig, StochasticizerConfig
 from fmg.registry.kinds import (
+    feature_extractors,
     models,
     objectives,
     optimizers,
@@ -23,6 +24,7 @@ __all__ = [
     "Registry",
     "Row",
     "StochasticizerConfig",
+    "feature_extractors",
     "models",
     "objectives",
     "optimizers",

@@ -99,5 +99,11 @@ ROWS: tuple[Row, ...] = (
          "Everyday scenes whose combination of subject and setting training never sees"),
     _row("prompt-set", "file", "data", "FilePromptsConfig", "files:file_prompts",
          "Prompts from a .txt (one a line) or .jsonl file"),
+    _row("feature-extractor", "pixels", "eval", "PixelsConfig", "pixels:Pixels",
+         "The picture itself, scaled down: for small synthetic pictures; needs no weights"),
+    _row("feature-extractor", "clip", "eval", "ClipFeaturesConfig", "network_extractors:clip",
+         "Image embedding and patch tokens of CLIP ViT-L/14"),
+    _row("feature-extractor", "dinov2", "eval", "Dinov2Config", "network_extractors:dinov2",
+         "Class and patch tokens of DINOv2 ViT-L/14, trained without labels or captions"),
 )
 # fmt: on

@@ -1,4 +1,4 @@
-"""The six registries, one per kind of component."""
+"""The registries, one per kind of component."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from fmg.registry.config import ComponentConfig, ModelConfig, ObjectiveConfig, S
 from fmg.registry.registry import Registry, Row
 
 if TYPE_CHECKING:
-    from fmg.core.protocols import ModelSource, Objective, OptimizerFactory, PromptSet, Reward, Stochasticizer
+    from fmg.core.protocols import (
+        FeatureExtractor,
+        ModelSource,
+        Objective,
+        OptimizerFactory,
+        PromptSet,
+        Reward,
+        Stochasticizer,
+    )
 
 
 def _rows(kind: str) -> tuple[Row, ...]:
@@ -25,8 +33,19 @@ rewards: Registry[Reward] = Registry("reward", "rewards", _rows("reward"), Compo
 objectives: Registry[Objective] = Registry("objective", "objectives", _rows("objective"), ObjectiveConfig)
 optimizers: Registry[OptimizerFactory] = Registry("optimizer", "optimizers", _rows("optimizer"), ComponentConfig)
 prompt_sets: Registry[PromptSet] = Registry("prompt-set", "prompt-sets", _rows("prompt-set"), ComponentConfig)
+feature_extractors: Registry[FeatureExtractor] = Registry(
+    "feature-extractor", "feature-extractors", _rows("feature-extractor"), ComponentConfig
+)
 
-REGISTRIES: tuple[Registry[Any], ...] = (models, stochasticizers, rewards, objectives, optimizers, prompt_sets)
+REGISTRIES: tuple[Registry[Any], ...] = (
+    models,
+    stochasticizers,
+    rewards,
+    objectives,
+    optimizers,
+    prompt_sets,
+    feature_extractors,
+)
 
 
 def registry_for(kind: str) -> Registry[Any]:
