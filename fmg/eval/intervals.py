@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,48 +72,27 @@ class Estimate:
 
 
 def subset_estimate(
-    statistic: Callable[[NDArray[np.int64]], float], clusters: NDArray[np.int64], *, seed: int = 0
+    statistic: Callable[[NDArray[np.int64]], float], count: int, *, least: int = 1, seed: int = 0
 ) -> Estimate:
     """A statistic of a whole set with an interval from random halves without replacement (the delete-half jackknife).
 
     Resampling with replacement would repeat images, which biases distances between sets and nearest neighbours. The
     spread of a statistic over halves estimates its standard error on the whole set (Shao and Wu, Annals of Statistics
-    17(3), 1989); halves are of whole clusters, or of single images when there is one cluster.
+    17(3), 1989). Images are halved, not prompts: a set is compared with a reference for these prompts, and half of the
+    prompts would be another mixture. The interval is therefore that of new images of the same prompts.
 
     Args:
         statistic: of the images in the given rows; called with all rows, and `HALVES` times with half of them.
-        clusters: (n,) labels of images that are not independent.
+        count: images.
+        least: images that the statistic needs.
         seed: seed of the halving.
     """
-    value = statistic(np.arange(len(clusters)))
-    halves = list(_halves(clusters, seed))
-    if not halves:
-        return Estimate(value, (-np.inf, np.inf), value)
-    values = np.asarray([statistic(rows) for rows, _ in halves])
-    scale = np.asarray([scale for _, scale in halves])
-    error = float(np.sqrt(np.mean((scale * (values - values.mean())) ** 2) * len(values) / (len(values) - 1)))
-    return Estimate(value, (value - _TWO_SIDED_95 * error, value + _TWO_SIDED_95 * error), float(values.mean()))
-
-
-def difference_estimate(
-    first: Callable[[NDArray[np.int64]], float],
-    second: Callable[[NDArray[np.int64]], float],
-    clusters: NDArray[np.int64],
-) -> Estimate:
-    """The paired difference of a statistic on two sets whose images correspond: both are halved alike."""
-    return subset_estimate(lambda rows: first(rows) - second(rows), clusters)
-
-
-def _halves(clusters: NDArray[np.int64], seed: int) -> Iterator[tuple[NDArray[np.int64], float]]:
-    """Rows of each half, and the factor from its deviation to a standard error of the whole."""
-    labels = clusters if np.ptp(clusters) > 0 else np.arange(len(clusters))
-    _, index = np.unique(labels, return_inverse=True)
-    count = int(index.max()) + 1
+    value = statistic(np.arange(count))
     size = count // 2
-    if size == 0:
-        return
+    if size < least:
+        return Estimate(value, (-np.inf, np.inf), value)
     rng = np.random.default_rng(seed)
-    for _ in range(HALVES):
-        chosen = np.zeros(count, dtype=bool)
-        chosen[rng.permutation(count)[:size]] = True
-        yield np.flatnonzero(chosen[index]), float(np.sqrt(size / (count - size)))
+    halves = np.asarray([statistic(np.sort(rng.permutation(count)[:size])) for _ in range(HALVES)])
+    # 1 when the count is even
+    error = _TWO_SIDED_95 * float(halves.std(ddof=1)) * np.sqrt(size / (count - size))
+    return Estimate(value, (value - error, value + error), float(halves.mean()))

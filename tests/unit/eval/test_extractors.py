@@ -74,7 +74,7 @@ def test_pixels_is_the_mean_squared_difference() -> None:
     distance = within_groups(features.maps.numpy(), np.zeros(2, int))
     assert distance == pytest.approx(float(((images[0] - images[1]) ** 2).mean()), rel=1e-5)
     assert features.vectors.shape == (2, 3 * SIDE * SIDE)
-    with pytest.raises(RewardError, match="0 x 4"):
+    with pytest.raises(RewardError, match="4 x 0"):
         feature_extractors.build("pixels")(torch.zeros(1, 3, 0, 4))
 
 

@@ -5,12 +5,15 @@ import itertools
 import numpy as np
 import pytest
 import scipy.linalg
+import torch
 from numpy.typing import NDArray
 
 from fmg.eval.diversity import GroupSpread, cosine_diversity, unit, within_groups
 from fmg.eval.frechet import fit, frechet_distance
-from fmg.eval.intervals import difference_estimate, subset_estimate
+from fmg.eval.intervals import subset_estimate
 from fmg.eval.manifold import Manifolds, manifolds
+from fmg.eval.set_metrics import FeatureSet, Reference, SetMetrics
+from fmg.registry import feature_extractors
 
 
 def gaussian(n: int, d: int, seed: int, mean: float = 0.0) -> NDArray[np.float64]:
@@ -116,16 +119,12 @@ def test_precision_and_recall_tell_fidelity_from_coverage() -> None:
         manifolds(one_mode[:3], real)
 
 
-def test_halves_give_the_standard_error_of_a_mean_with_and_without_clusters() -> None:
-    rng = np.random.default_rng(10)
-    independent = rng.normal(size=400)
-    found = subset_estimate(lambda rows: float(independent[rows].mean()), np.zeros(400, dtype=np.int64))
-    assert (found.ci95[1] - found.ci95[0]) / 2 == pytest.approx(1.96 * independent.std() / 20, rel=0.25)
-    assert found.value == independent.mean()
-    repeated, clusters = np.repeat(independent[:41], 10), np.repeat(np.arange(41), 10)
-    found = subset_estimate(lambda rows: float(repeated[rows].mean()), clusters)
-    assert (found.ci95[1] - found.ci95[0]) / 2 == pytest.approx(1.96 * independent[:41].std() / 41**0.5, rel=0.25)
-    alone = subset_estimate(lambda rows: float(independent[rows].mean()), np.zeros(1, dtype=np.int64))
+def test_halves_give_the_standard_error_of_a_mean() -> None:
+    values = np.random.default_rng(10).normal(size=401)
+    found = subset_estimate(lambda rows: float(values[rows].mean()), 401)
+    assert (found.ci95[1] - found.ci95[0]) / 2 == pytest.approx(1.96 * values.std() / 401**0.5, rel=0.25)
+    assert found.value == values.mean()
+    alone = subset_estimate(lambda rows: float(values[rows].mean()), 7, least=4)
     assert alone.ci95 == (-np.inf, np.inf)
 
 
@@ -137,10 +136,7 @@ def test_the_frechet_interval_covers_and_the_extrapolation_removes_the_bias() ->
     values, covered, corrected = [], [], []
     for seed in range(60):
         sample = np.random.default_rng(100 + seed).normal(size=(n, d)) @ mixing
-        found = subset_estimate(
-            lambda rows, x=sample: frechet_distance(fit(x[rows]), truth),
-            np.zeros(n, dtype=np.int64),
-        )
+        found = subset_estimate(lambda rows, x=sample: frechet_distance(fit(x[rows]), truth), n)
         values.append(found.value)
         covered.append(found.ci95)
         corrected.append(found.extrapolated().value)
@@ -149,15 +145,53 @@ def test_the_frechet_interval_covers_and_the_extrapolation_removes_the_bias() ->
     assert abs(np.mean(corrected)) < 0.15 * bias
 
 
-def test_a_paired_difference_is_narrower_than_two_intervals() -> None:
-    rng = np.random.default_rng(13)
-    shared = rng.normal(size=300)
-    ours, theirs = shared + 0.5, shared + 0.1 * rng.normal(size=300)
-    alone = np.zeros(300, dtype=np.int64)
+def seen(pictures: torch.Tensor, groups: NDArray[np.int64]) -> FeatureSet:
+    found = FeatureSet(feature_extractors.build("pixels", {"side": 2}), groups)
+    for chunk in pictures.split(7):
+        found.take(chunk)
+    return found
 
-    def mean_of(values: NDArray[np.float64]) -> float:
-        return subset_estimate(lambda rows: float(values[rows].mean()), alone).ci95[1] - values.mean()
 
-    found = difference_estimate(lambda rows: float(ours[rows].mean()), lambda rows: float(theirs[rows].mean()), alone)
-    assert found.ci95[0] <= 0.5 <= found.ci95[1]
-    assert found.ci95[1] - found.value < 0.2 * mean_of(ours)
+def test_the_metrics_of_a_set_and_their_paired_differences() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.rand(60, 3, 4, 4, generator=generator)
+    groups = np.arange(60) % 6
+    reference = Reference.of(seen(torch.rand(80, 3, 4, 4, generator=generator), np.zeros(80, int)).vectors)
+    ours = SetMetrics.of(seen(base * 0.8 + 0.1, groups), reference)
+    theirs = SetMetrics.of(seen(base, groups), reference)
+    rows = {row.metric: row for row in ours.rows(4, "pixels")}
+    assert list(rows) == [
+        "diversity_within_prompts",
+        "cosine_diversity",
+        "frechet",
+        "frechet_extrapolated",
+        "precision",
+        "recall",
+    ]
+    for row in rows.values():
+        assert row.ci95[0] <= row.value <= row.ci95[1]
+        assert row.metric == "recall" or row.ci95[0] < row.ci95[1]
+        assert (row.steps, row.extractor) == (4, "pixels")
+    delta = {row.metric: row for row in ours.difference(theirs, 4, "pixels")}
+    before = {row.metric: row for row in theirs.rows(4, "pixels")}
+    for name in rows:
+        assert delta[name].value == pytest.approx(rows[name].value - before[name].value, abs=1e-9)
+    # contrasts of 0.8, image by image
+    assert rows["diversity_within_prompts"].value == pytest.approx(0.64 * before["diversity_within_prompts"].value)
+    assert delta["frechet"].ci95[0] > 0
+    assert rows["frechet_extrapolated"].value < rows["frechet"].value
+    assert [row.value for row in theirs.difference(theirs, 4, "pixels")] == [0.0] * 6
+
+
+def test_small_sets_say_what_they_can() -> None:
+    pictures = torch.rand(21, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    reference = Reference.of(seen(pictures, np.arange(21)).vectors)
+    assert [row.metric for row in SetMetrics.of(seen(pictures[:2], np.zeros(2, int)), reference).rows(1, "p")] == [
+        "diversity_within_prompts"
+    ]
+    few = {row.metric: row for row in SetMetrics.of(seen(pictures[:5], np.arange(5)), reference).rows(1, "p")}
+    assert "diversity_within_prompts" not in few
+    assert few["frechet"].ci95 == (-np.inf, np.inf)
+    rows = {row.metric: row for row in SetMetrics.of(seen(pictures, np.arange(21)), reference).rows(1, "p")}
+    assert rows["frechet"].value == pytest.approx(0, abs=1e-9)
+    assert rows["precision"].value == rows["recall"].value == 1.0
