@@ -22,6 +22,7 @@ from fmg.cli.fetch import fetch
 from fmg.cli.generate import generate
 from fmg.cli.options import check_words
 from fmg.cli.pretrain import pretrain
+from fmg.cli.report import report
 from fmg.cli.reward_server import reward_server
 from fmg.cli.runs import runs
 from fmg.cli.train import INTERRUPTED, train
@@ -95,6 +96,7 @@ app.command("show")(show)
 app.command("fetch")(fetch)
 app.command("export")(export)
 app.command("runs")(runs)
+app.command("report")(report)
 app.command("reward-server")(reward_server)
 app.add_typer(pretrain, name="pretrain")
 app.add_typer(doctor, name="doctor")

@@ -109,11 +109,15 @@ def score_target(
 
 
 def means(scores: Scores, prefix: str = "eval") -> dict[str, float]:
-    """Log keys `<prefix>/<reward>_<part>_mean`; the total of a reward is `<prefix>/<reward>_mean`."""
+    """Log keys `<prefix>/<reward>_<part>_mean`; the total of a reward is `<prefix>/<reward>_mean`.
+
+    Each has a standard error, `..._se`, for new images of the same prompts.
+    """
     out = {}
     for (reward, part), values in scores.parts.items():
         name = reward if part == "total" else f"{reward}_{part}"
         out[f"{prefix}/{name}_mean"] = float(values.mean())
+        out[f"{prefix}/{name}_se"] = float(values.std() / np.sqrt(len(values)))
     return out
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from fmg.core.errors import CheckpointError
 from fmg.core.events import Observer, ignore
+from fmg.data.environment import write_environment
 from fmg.data.run_folder import RunFolder, State
+from fmg.data.run_report import write_run_report
 from fmg.inference.devices import device_for, pick_dtype
 from fmg.registry.recipe import Recipe
 from fmg.registry.resolve import ResolvedRecipe
@@ -42,6 +44,7 @@ def train(recipe: Recipe | ResolvedRecipe, run: str | Path | None = None, observ
     state: State = "failed"
     try:
         folder.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
+        write_environment(folder.path)
         result = Trainer(composed, folder, choose_sizes(plain, device.type), observer).train()
         write_cards(folder, plain)
         state = "interrupted" if result.interrupted else "finished"
@@ -56,4 +59,5 @@ def train(recipe: Recipe | ResolvedRecipe, run: str | Path | None = None, observ
         # on a full disk the state cannot be written either, and the first error is the one that matters
         with contextlib.suppress(OSError, CheckpointError):
             folder.set_state(state)
+    write_run_report(folder)
     return result
