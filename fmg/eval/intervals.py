@@ -94,5 +94,5 @@ def subset_estimate(
     rng = np.random.default_rng(seed)
     halves = np.asarray([statistic(np.sort(rng.permutation(count)[:size])) for _ in range(HALVES)])
     # 1 when the count is even
-    error = _TWO_SIDED_95 * float(halves.std(ddof=1)) * np.sqrt(size / (count - size))
+    error = float(_TWO_SIDED_95 * halves.std(ddof=1) * np.sqrt(size / (count - size)))
     return Estimate(value, (value - error, value + error), float(halves.mean()))
