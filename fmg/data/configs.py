@@ -10,7 +10,7 @@ PROMPT_FILE_SUFFIXES = (".txt", ".jsonl")
 
 
 class FilePromptsConfig(ComponentConfig):
-    """Prompts from a file: `.txt` with one a line, `.jsonl` with one object a line: GenEval's, or prompt, tag, metadata."""
+    """Prompts from a file: `.txt` with one a line, `.jsonl` with one object a line (see `fmg.data.files`)."""
 
     path: str = Field(min_length=1, description="a .txt or .jsonl file, UTF-8, no blank lines, no duplicates")
 

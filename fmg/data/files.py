@@ -20,8 +20,8 @@ def file_prompts(config: FilePromptsConfig) -> PromptList:
     """The prompts of a file, in its order; surrounding white space is removed.
 
     A `.txt` file has one prompt a line. A `.jsonl` file has one object a line: `prompt`, and optionally `tag` (text)
-    and `metadata` (object); or GenEval's: `prompt`, `tag`, `include` and more, all of which become the metadata. A prompt
-    without a tag gets the tag `''`.
+    and `metadata` (object); or GenEval's: `prompt`, `tag`, `include` and more, all of which become the metadata.
+    A prompt without a tag gets the tag `''`.
 
     Raises:
         UsageError: naming file and line: missing, not UTF-8, empty, blank line, duplicate, wrong JSON.

@@ -41,7 +41,8 @@ def test_what_is_held_out_is_not_trained_on(name: str) -> None:
 def test_a_geneval_metadata_file_is_a_prompt_set(tmp_path: Path) -> None:
     file = tmp_path / "evaluation_metadata.jsonl"
     file.write_text(
-        '{"tag": "colors", "include": [{"class": "cup", "count": 1, "color": "red"}], "prompt": "a photo of a red cup"}\n'
+        '{"tag": "colors", "include": [{"class": "cup", "count": 1, "color": "red"}], '
+        '"prompt": "a photo of a red cup"}\n'
         '{"tag": "counting", "include": [{"class": "cup", "count": 2}], "exclude": [{"class": "cup", "count": 3}], '
         '"prompt": "a photo of two cups"}\n'
     )
