@@ -159,12 +159,11 @@ def _comparison(report: EvalReport) -> Table:
 
 
 def _tags(report: EvalReport) -> Table | None:
-    """By tag, the part that a reward is known for."""
-    known_for = {row.reward: row.part for row in report.results if row.part in ("strict", "correct")}
+    from fmg.eval.results import headline_tags
+
     rows = [
         (str(row.steps), row.reward, row.part, row.tag, str(row.num), number(row.mean), interval(row.ci95))
-        for row in report.tags
-        if row.part == known_for.get(row.reward, "total")
+        for row in headline_tags(report.results, report.tags)
     ]
     columns = ["steps", "reward", "part", "tag", "images", "mean", "95 % interval"]
     return table(columns, rows, right=["steps", "images", "mean", "95 % interval"]) if rows else None

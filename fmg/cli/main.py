@@ -25,6 +25,7 @@ from fmg.cli.pretrain import pretrain
 from fmg.cli.report import report
 from fmg.cli.reward_server import reward_server
 from fmg.cli.runs import runs
+from fmg.cli.score import score
 from fmg.cli.train import INTERRUPTED, train
 from fmg.core.errors import FmgError, FmgWarning
 from fmg.version import __version__
@@ -90,6 +91,7 @@ def root(
 
 app.command("train")(train)
 app.command("eval")(evaluate)
+app.command("score")(score)
 app.command("generate")(generate)
 app.command("list")(list_components)
 app.command("show")(show)

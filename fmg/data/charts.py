@@ -36,7 +36,8 @@ def line_chart(curves: Sequence[Curve], title: str, x_label: str = "iteration") 
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         if len(curves) > 1:
-            axes.legend(frameon=False, fontsize=8)
+            # below the axes, where it hides no curve
+            figure.legend(loc="outside lower center", ncols=min(len(curves), 3), frameon=False, fontsize=8)
         file = BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()

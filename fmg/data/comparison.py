@@ -85,7 +85,7 @@ def _charts(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Pict
     wanted += [(key, f"{key.removesuffix(SUFFIX)}_se", f"{name}, held out") for key, name in keys.items()]
     for key, error, title in wanted:
         if curves := over(key, error):
-            yield Picture(inline_svg(line_chart(curves, title)), "", title, wide=True)
+            yield Picture(inline_svg(line_chart(curves, title)), "", title, layout="wide")
 
 
 def _differences(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Block]:
@@ -104,7 +104,7 @@ def _differences(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator
 
 def _pictures(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Block]:
     for record, name in zip(records, names, strict=True):
-        picture = inlined(record.path / "before_after.png", _SIDE, f"before and after {name}")
+        picture = inlined(record.path / "before_after.png", _SIDE, f"before and after {name}", "panorama")
         if picture is not None:
             yield Gallery([picture], name)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image
@@ -31,14 +31,15 @@ class Picture:
         caption: text below it; empty for none.
         alt: what it shows, for those who do not see it.
         pixelated: whether an enlarged pixel stays a square.
-        wide: whether it takes the whole width of the page.
+        layout: `picture`: a tile among others; `wide`: up to half of a wide page; `panorama`: the whole width, and on a
+            narrow screen it scrolls instead of shrinking.
     """
 
     source: str
     caption: str
     alt: str
     pixelated: bool = False
-    wide: bool = False
+    layout: Literal["picture", "wide", "panorama"] = "picture"
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Gallery:
     @property
     def narrow(self) -> bool:
         """Whether two such galleries fit side by side on a wide screen."""
-        return len(self.pictures) <= 4 and not any(picture.wide for picture in self.pictures)
+        return len(self.pictures) <= 4 and not any(picture.layout != "picture" for picture in self.pictures)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -123,7 +124,9 @@ def run_page(record: RunRecord) -> str:
 
 
 def _before_after(record: RunRecord) -> Iterator[Block]:
-    picture = inlined(record.path / "before_after.png", _WIDE_SIDE, "the same prompts and seeds before and after")
+    picture = inlined(
+        record.path / "before_after.png", _WIDE_SIDE, "the same prompts and seeds before and after", "panorama"
+    )
     if picture is not None:
         yield Text("The same prompts and seeds, drawn by the base and by the last evaluated policy.")
         yield Gallery([picture])
@@ -139,7 +142,11 @@ def _scores(record: RunRecord) -> Iterator[Block]:
     )
     columns = ("score", "base", "kept", "gain", "95 % interval", "last")
     rows = []
-    for key in sorted(key for key in kept if key.startswith(PREFIX) and key.endswith(SUFFIX) and key in first):
+    known = [key for key in kept if key.startswith(PREFIX) and key.endswith(SUFFIX) and key in first]
+    headlines = list(headline(kept))
+    # headline scores first; the others in the order of the log, which keeps a reward's parts together
+    known.sort(key=lambda key: headlines.index(label(key)) if label(key) in headlines else len(headlines))
+    for key in known:
         stem = key.removesuffix(SUFFIX)
         gain = kept[key] - first[key]
         errors = [line[f"{stem}_se"] for line in (first, kept) if f"{stem}_se" in line]
@@ -196,7 +203,7 @@ def _chart(curves: Sequence[Curve], title: str) -> Iterator[Picture]:
     drawn = [found for found in curves if len(found.y) > 1]
     # a line that is zero throughout says nothing
     if any(any(found.y) for found in drawn):
-        yield Picture(inline_svg(line_chart(drawn, title)), "", title, wide=True)
+        yield Picture(inline_svg(line_chart(drawn, title)), "", title, layout="wide")
 
 
 def _grids(record: RunRecord) -> Iterator[Block]:
@@ -206,14 +213,14 @@ def _grids(record: RunRecord) -> Iterator[Block]:
         yield Gallery([picture for picture in pictures if picture is not None])
 
 
-def inlined(file: Path, side: int, alt: str) -> Picture | None:
+def inlined(file: Path, side: int, alt: str, layout: Literal["wide", "panorama"] = "wide") -> Picture | None:
     """A picture file for a page, or None when it is missing or damaged."""
     try:
         with Image.open(file) as image:
             source, pixelated = inline_image(image, side)
     except (OSError, SyntaxError, ValueError):
         return None
-    return Picture(source, "", alt, pixelated, wide=True)
+    return Picture(source, "", alt, pixelated, layout)
 
 
 def _timings(record: RunRecord) -> Iterator[Block]:

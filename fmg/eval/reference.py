@@ -33,14 +33,15 @@ class DrawsTruth(Protocol):
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """The picture files under a folder, by name and path.
+    """The picture files under a folder, by name and path; the grids of a GenEval tree are no pictures of their own.
 
     Raises:
         UsageError: when it is not a folder, or holds no picture.
     """
     if not folder.is_dir():
         raise UsageError(f"There is no folder '{folder}'", "Name a folder of pictures.")
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
+    found = (file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
+    files = sorted(file for file in found if file.name != "grid.png" or not (file.parent / "samples").is_dir())
     if not files:
         raise UsageError(f"'{folder}' holds no pictures", f"Known endings: {', '.join(_SUFFIXES)}.")
     return files
@@ -76,10 +77,19 @@ def check_reference(reference: str, prompt_set: PromptSet) -> list[Path]:
                 "The reference 'world' needs prompts of an embedded world", "Name a folder of real pictures instead."
             )
         return []
-    files = picture_files(Path(reference))
+    return reference_files(reference)
+
+
+def reference_files(folder: str) -> list[Path]:
+    """The files of a reference folder.
+
+    Raises:
+        UsageError: when there is no such folder, or too few pictures in it.
+    """
+    files = picture_files(Path(folder))
     if len(files) < LEAST:
         raise UsageError(
-            f"'{reference}' holds {len(files)} picture(s)", f"A reference set needs {LEAST}; thousands are usual."
+            f"'{folder}' holds {len(files)} picture(s)", f"A reference set needs {LEAST}; thousands are usual."
         )
     return files
 

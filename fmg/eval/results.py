@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 SCHEMA = 1
@@ -105,6 +106,13 @@ class EvalReport:
         return out
 
 
-def plain(rows: tuple[Result | TagResult | Metric | Difference, ...]) -> list[dict[str, object]]:
+def headline_tags(results: Sequence[Result], tags: Sequence[TagResult]) -> list[TagResult]:
+    """Of each reward the part that it is known for: `correct` or `strict` where it has one, else its total."""
+    known_for = {row.reward: row.part for row in results if row.part in ("strict", "correct")}
+    known_for |= {row.reward: row.part for row in results if row.part == "correct"}
+    return [row for row in tags if row.part == known_for.get(row.reward, "total")]
+
+
+def plain(rows: Sequence[Result | TagResult | Metric | Difference]) -> list[dict[str, object]]:
     """Rows as JSON values; bounds that are not finite are null."""
     return [asdict(row) | {"ci95": [bound if math.isfinite(bound) else None for bound in row.ci95]} for row in rows]
