@@ -158,13 +158,14 @@ def _geneval(tree: Path) -> Iterator[Captioned]:
 
 def _captions(file: Path) -> Iterator[tuple[str, str]]:
     for number, entry in _objects(file):
-        name = next((entry[key] for key in _NAME_KEYS if isinstance(entry.get(key), str)), None)
-        text = next((entry[key] for key in _TEXT_KEYS if isinstance(entry.get(key), str)), None)
+        name, text = _text_under(entry, _NAME_KEYS), _text_under(entry, _TEXT_KEYS)
         if name is None or text is None:
-            raise UsageError(
-                f"{file}:{number}: no file_name and prompt", 'Write {"file_name": "...", "prompt": "..."}.'
-            )
+            raise UsageError(f"{file}:{number}: no file_name and prompt", 'Write {"file_name": "a.png", "prompt": ""}.')
         yield name, text
+
+
+def _text_under(entry: Mapping[str, object], keys: Sequence[str]) -> str | None:
+    return next((value for key in keys if isinstance(value := entry.get(key), str)), None)
 
 
 def _objects(file: Path) -> Iterator[tuple[int, dict[str, object]]]:

@@ -6,7 +6,7 @@ The features are collected while the images are drawn and scored, so that a set 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -21,8 +21,11 @@ from fmg.eval.manifold import NEIGHBOURS, manifolds, thinned
 from fmg.eval.results import Metric
 from fmg.eval.scoring import Parts
 
-Statistic = Callable[[NDArray[np.int64]], float]
 FRECHET = "frechet"
+_RANGES = {FRECHET: (0.0, np.inf), "precision": (0.0, 1.0), "recall": (0.0, 1.0)}
+"""What a metric can be; its interval is symmetric and cut there."""
+
+Statistic = Callable[[NDArray[np.int64]], float]
 LEAST = NEIGHBOURS + 1
 """Images that a set needs for anything but diversity within prompts."""
 
@@ -104,7 +107,10 @@ class SetMetrics:
             ci95 = bootstrap_mean(self.spread)
             yield Metric(steps, extractor, "diversity_within_prompts", float(self.spread.mean()), ci95)
         for name, statistic in self.statistics.items():
-            yield from _rows(steps, extractor, name, subset_estimate(statistic, self.count, least=LEAST))
+            low, high = _RANGES.get(name, (-np.inf, np.inf))
+            for row in _rows(steps, extractor, name, subset_estimate(statistic, self.count, least=LEAST)):
+                inside = (max(row.ci95[0], low), min(row.ci95[1], high)) if row.metric == name else row.ci95
+                yield replace(row, ci95=inside)
 
     def difference(self, other: SetMetrics, steps: int, extractor: str) -> Iterator[Metric]:
         """This set minus another one of the same prompts and seeds."""
