@@ -17,7 +17,7 @@ from fmg.cli.tables import change, compact, interval, number, table
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fmg.eval import EvalReport
+    from fmg.eval.results import EvalReport
 
 
 def evaluate(
@@ -95,7 +95,7 @@ def evaluate(
 
     with reporter_for(stderr()) as reporter:
         reporter(LOADING)
-        from fmg.eval import evaluate as run_evaluation
+        from fmg.eval.evaluate import evaluate as run_evaluation
 
         found = run_evaluation(
             target,

@@ -15,9 +15,9 @@ from fmg.core.errors import UsageError
 from fmg.core.events import Event, Notice
 from fmg.core.prompt import Prompt
 from fmg.data.prompt_sets import PromptList
-from fmg.eval import EvalReport, evaluate
+from fmg.eval.evaluate import evaluate
 from fmg.eval.gallery import ImageGallery
-from fmg.eval.results import Result, TagResult, headline_tags
+from fmg.eval.results import EvalReport, Result, TagResult, headline_tags
 from fmg.eval.rows import tag_rows
 from fmg.eval.scoring import EvalSet, Scores
 from fmg.inference import load
