@@ -10,7 +10,20 @@ import typer
 from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.metrics import signed
 from fmg.cli.observers import LOADING, reporter_for
-from fmg.cli.options import AsJson, BatchSize, Device, Dtype, Grid, Num, Seed, check_grid, given_text, parse_steps
+from fmg.cli.options import (
+    AsJson,
+    BatchSize,
+    Device,
+    Dtype,
+    Features,
+    Grid,
+    Num,
+    OptionsByName,
+    Seed,
+    check_grid,
+    given_text,
+    parse_steps,
+)
 from fmg.cli.reward_options import reward_options
 from fmg.cli.tables import change, compact, interval, number, table
 
@@ -37,14 +50,7 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="N", help="Reward to measure; repeat for several.", show_default="the target's"),
     ] = None,
-    features: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="N",
-            help="Feature extractor: adds diversity and, with --reference, Fréchet distance, precision and recall.",
-            show_default=False,
-        ),
-    ] = None,
+    features: Features = None,
     reference: Annotated[
         str | None,
         typer.Option(
@@ -53,12 +59,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="NAME.OPTION=VALUE", help="Option of a reward or an extractor.", show_default=False
-        ),
-    ] = None,
+    sets: OptionsByName = None,
     steps: Annotated[
         str | None,
         typer.Option(metavar="1,2,4", help="Numbers of network calls to sweep.", show_default="the target's"),

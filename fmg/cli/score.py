@@ -8,7 +8,7 @@ import typer
 
 from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.observers import LOADING, reporter_for
-from fmg.cli.options import AsJson, Device, given_text
+from fmg.cli.options import AsJson, Device, Features, OptionsByName, given_text
 from fmg.cli.reward_options import reward_options
 from fmg.cli.tables import compact, interval, number, table
 
@@ -25,20 +25,12 @@ def score(
         str | None,
         typer.Option(metavar="TEXT", help="Prompt of every picture.", show_default="from metadata.jsonl"),
     ] = None,
-    features: Annotated[
-        list[str] | None,
-        typer.Option(metavar="N", help="Feature extractor: adds metrics of the whole set.", show_default=False),
-    ] = None,
+    features: Features = None,
     reference: Annotated[
         str | None,
         typer.Option(metavar="DIR", help="Real pictures to compare the set with.", show_default=False),
     ] = None,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="NAME.OPTION=VALUE", help="Option of a reward or an extractor.", show_default=False
-        ),
-    ] = None,
+    sets: OptionsByName = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
