@@ -191,7 +191,10 @@ def test_small_sets_say_what_they_can() -> None:
     ]
     few = {row.metric: row for row in SetMetrics.of(seen(pictures[:5], np.arange(5)), reference).rows(1, "p")}
     assert "diversity_within_prompts" not in few
-    assert few["frechet"].ci95 == (-np.inf, np.inf)
+    assert few["cosine_diversity"].ci95 == (-np.inf, np.inf)
+    # a distance is not negative and a share is not above 1
+    assert few["frechet"].ci95 == (0.0, np.inf)
+    assert few["recall"].ci95 == (0.0, 1.0)
     rows = {row.metric: row for row in SetMetrics.of(seen(pictures, np.arange(21)), reference).rows(1, "p")}
     assert rows["frechet"].value == pytest.approx(0, abs=1e-9)
     assert rows["precision"].value == rows["recall"].value == 1.0
