@@ -29,10 +29,10 @@ TORCH_FOLDER := -c 'from importlib.util import find_spec; from pathlib import Pa
   print(Path(find_spec("torch").origin).parents[1])'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test rtx check gpu-check format clean
+.PHONY: help setup demo test test-transformers rtx check gpu-check format clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
 
 setup: $(STAMP) ## build the environment in .venv
 
@@ -68,6 +68,9 @@ test: setup ## the whole test-suite, without the tests that need a GPU
 rtx: setup ## TensorRT-RTX engines of the embedded model, built on the CPU; installs the package (95 MB) first
 	$(PIP) install --constraint $(PINS) --editable '.[dev,trt-rtx]'
 	$(RUN) pytest -m rtx
+
+test-transformers: setup ## the tests of the rewards under the pinned and the newest transformers
+	PYTHON=$(BIN)/python scripts/test_transformers.sh
 
 check: setup ## format, lint, types, layers and the fast tests
 	$(RUN) ruff format --check .

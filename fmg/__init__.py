@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from fmg.version import __version__
 
 if TYPE_CHECKING:
-    from fmg.eval import evaluate
+    from fmg.eval.evaluate import evaluate
     from fmg.inference import Generator, load
     from fmg.registry.recipe import Recipe
     from fmg.registry.resolve import resolve
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Generator": "fmg.inference",
     "Recipe": "fmg.registry.recipe",
-    "evaluate": "fmg.eval",
+    "evaluate": "fmg.eval.evaluate",
     "load": "fmg.inference",
     "resolve": "fmg.registry.resolve",
     "train": "fmg.training.api",

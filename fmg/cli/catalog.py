@@ -20,7 +20,7 @@ Kind = Annotated[
     str,
     typer.Argument(
         metavar="KIND",
-        help="models, stochasticizers, rewards, objectives, optimizers, prompt-sets or backends (singular works too).",
+        help="models, stochasticizers, rewards, objectives, optimizers, prompt-sets, backends or feature-extractors.",
         show_default=False,
     ),
 ]
@@ -33,13 +33,13 @@ def list_components(
         str | None,
         typer.Argument(
             metavar="[KIND]",
-            help="models, stochasticizers, rewards, objectives, optimizers, prompt-sets or backends.",
+            help="models, stochasticizers, rewards, objectives, optimizers, prompt-sets, backends or feature-extractors.",
             show_default="all kinds",
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the components that a recipe can name."""
+    """List the components that recipes and commands can name."""
     from fmg.registry import registry_for
     from fmg.registry.kinds import REGISTRIES
 

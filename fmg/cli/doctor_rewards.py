@@ -8,7 +8,7 @@ import typer
 
 from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.observers import reporter_for
-from fmg.cli.options import AsJson, Device
+from fmg.cli.options import AsJson, Device, OptionsByName
 from fmg.cli.reward_options import reward_options
 from fmg.cli.tables import table
 
@@ -31,12 +31,7 @@ def doctor_rewards(
         list[str] | None,
         typer.Argument(metavar="[NAME]...", help="Rewards that must work.", show_default="all, as far as installed"),
     ] = None,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="NAME.OPTION=VALUE", help="Option of a reward, as in a recipe.", show_default=False
-        ),
-    ] = None,
+    sets: OptionsByName = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:

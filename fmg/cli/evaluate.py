@@ -15,20 +15,23 @@ from fmg.cli.options import (
     BatchSize,
     Device,
     Dtype,
+    Features,
     Grid,
     Num,
     Offline,
+    OptionsByName,
     Seed,
     check_grid,
     given_text,
     parse_steps,
 )
-from fmg.cli.tables import change, interval, number, table
+from fmg.cli.reward_options import reward_options
+from fmg.cli.tables import change, compact, interval, number, table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fmg.eval import EvalReport
+    from fmg.eval.results import EvalReport
 
 
 def evaluate(
@@ -48,6 +51,16 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="N", help="Reward to measure; repeat for several.", show_default="the target's"),
     ] = None,
+    features: Features = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|world",
+            help="Real images to compare with: a folder, or true pictures of an embedded world.",
+            show_default=False,
+        ),
+    ] = None,
+    sets: OptionsByName = None,
     steps: Annotated[
         str | None,
         typer.Option(metavar="1,2,4", help="Numbers of network calls to sweep.", show_default="the target's"),
@@ -58,6 +71,14 @@ def evaluate(
     device: Device = "auto",
     dtype: Dtype = "fp32",
     batch_size: BatchSize = None,
+    dump: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="geneval DIR", help="Write the images as GenEval reads them.", show_default=False),
+    ] = None,
+    report: Annotated[
+        str | None,
+        typer.Option(metavar="DIR|F.html", help="Write a page with pictures, and its JSON.", show_default=False),
+    ] = None,
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Let the recipe of a run name reward code and reward servers.")
     ] = False,
@@ -70,16 +91,23 @@ def evaluate(
     given_text(target, "TARGET")
     given_text(against, "--against")
     given_text(prompts, "--prompts")
+    given_text(reference, "--reference")
+    given_text(report, "--report")
+    given_text(dump[1] if dump else None, "--dump")
+    options = reward_options(sets or ())
 
     with reporter_for(stderr()) as reporter:
         reporter(LOADING)
-        from fmg.eval import evaluate as run_evaluation
+        from fmg.eval.evaluate import evaluate as run_evaluation
 
-        report = run_evaluation(
+        found = run_evaluation(
             target,
             against=against,
             prompts=prompts,
             rewards=reward or None,
+            options=options,
+            extractors=features or (),
+            reference=reference,
             steps=sweep,
             grid=grid,
             num=num,
@@ -87,21 +115,29 @@ def evaluate(
             device=device,
             dtype=dtype,
             batch_size=batch_size,
+            dump=dump,
+            report=report,
             allow_code=allow_code,
             observer=reporter,
         )
     if as_json:
-        print_json(report.to_json())
+        print_json(found.to_json())
         return
     out = stdout()
-    out.print(f"{report.num} images on {report.prompts}, grid {report.grid}, seed {report.seed}\n")
-    if not report.against:
-        out.print(_scores(report))
-        return
-    out.print(_comparison(report))
-    out.print()
-    for line in _headlines(report):
-        out.print(line, soft_wrap=True)
+    out.print(f"{found.num} images on {found.prompts}, grid {found.grid}, seed {found.seed}\n")
+    out.print(_comparison(found) if found.against else _scores(found))
+    for extra in (_tags(found), _metrics(found)):
+        if extra is not None:
+            out.print()
+            out.print(extra)
+    if found.against:
+        out.print()
+        for line in _headlines(found):
+            out.print(line, soft_wrap=True)
+    if dump is not None:
+        out.print(f"Images: {dump[1]}", soft_wrap=True)
+    if report is not None:
+        out.print(f"Report: {report}", soft_wrap=True)
 
 
 def _scores(report: EvalReport) -> Table:
@@ -123,6 +159,32 @@ def _comparison(report: EvalReport) -> Table:
         )
     columns = ["steps", "reward", "part", other.target, report.target, "difference", "95 % interval"]
     return table(columns, rows, right=["steps", other.target, report.target, "difference", "95 % interval"])
+
+
+def _tags(report: EvalReport) -> Table | None:
+    from fmg.eval.results import headline_tags
+
+    rows = [
+        (str(row.steps), row.reward, row.part, row.tag, str(row.num), number(row.mean), interval(row.ci95))
+        for row in headline_tags(report.results, report.tags)
+    ]
+    columns = ["steps", "reward", "part", "tag", "images", "mean", "95 % interval"]
+    return table(columns, rows, right=["steps", "images", "mean", "95 % interval"]) if rows else None
+
+
+def _metrics(report: EvalReport) -> Table | None:
+    rows: list[tuple[str, ...]] = [
+        (str(row.steps), row.extractor, row.metric, compact(row.value), interval(row.ci95, compact))
+        for row in report.metrics
+    ]
+    columns = ["steps", "features", "metric", "value", "95 % interval"]
+    if report.against:
+        columns += ["difference", "its interval"]
+        rows = [
+            (*row, f"{delta.value:+.3g}", interval(delta.ci95, compact))
+            for row, delta in zip(rows, report.metric_differences, strict=True)
+        ]
+    return table(columns, rows, right=[*columns[:1], *columns[3:]]) if rows else None
 
 
 def _headlines(report: EvalReport) -> Iterator[str]:

@@ -13,13 +13,18 @@ from fmg.cli.tables import table
 from fmg.core.errors import UsageError
 from fmg.core.offline import is_offline, refuse_offline
 
-_REWARDS = ("reward", "rewards")
+_EXTRACTOR = "feature-extractor"
+_KINDS = {"reward": "reward", "rewards": "reward", _EXTRACTOR: _EXTRACTOR, f"{_EXTRACTOR}s": _EXTRACTOR}
 
 
 def fetch(
     names: Annotated[
         list[str],
-        typer.Argument(metavar="[reward] NAME", help="A model, or the word reward and a reward.", show_default=False),
+        typer.Argument(
+            metavar="[KIND] NAME",
+            help="A model; or reward and a reward, feature-extractor and an extractor.",
+            show_default=False,
+        ),
     ],
     config: Annotated[
         str | None, typer.Option(metavar="F", help="Recipe whose model to fetch.", show_default="the model's own")
@@ -30,14 +35,14 @@ def fetch(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     offline: Offline = False,
 ) -> None:
-    """Download the weights of a model or a reward; size and licence are shown first."""
+    """Download the weights of a model, a reward or a feature extractor; size and licence are shown first."""
     match names:
-        case [kind, name] if kind in _REWARDS:
-            _fetch_reward(name, yes=yes)
+        case [kind, name] if kind in _KINDS:
+            _fetch_network(_KINDS[kind], name, yes=yes)
         case [name] | ["model" | "models", name]:
             _fetch_model(name, config, sets or [], yes=yes)
         case _:
-            raise UsageError(f"'fmg fetch {' '.join(names)}' names no one thing", "Write fmg fetch [reward] NAME.")
+            raise UsageError(f"'fmg fetch {' '.join(names)}' names no one thing", "Write fmg fetch [KIND] NAME.")
 
 
 def _fetch_model(name: str, config: str | None, sets: list[str], *, yes: bool) -> None:
@@ -68,12 +73,12 @@ def _fetch_model(name: str, config: str | None, sets: list[str], *, yes: bool) -
     out.print(f"Fetched. Try: fmg train --model {name} --dry-run")
 
 
-def _fetch_reward(name: str, *, yes: bool) -> None:
-    from fmg.registry import rewards
+def _fetch_network(kind: str, name: str, *, yes: bool) -> None:
+    from fmg.registry import registry_for
     from fmg.rewards.weights import Asset, missing
     from fmg.rewards.weights import fetch as download
 
-    config = rewards.config(name)
+    config = registry_for(kind).config(name)
     assets = cast("tuple[Asset, ...]", getattr(config, "assets", tuple)())
     wanted = [asset for asset in assets if missing(asset)]
     out = stdout()
@@ -84,9 +89,9 @@ def _fetch_reward(name: str, *, yes: bool) -> None:
     for line in config.about.weights:
         out.print(line)
     out.print(f"licence: {config.about.licence}")
-    refuse_offline(f"fmg fetch reward {name}", ", ".join(f"'{asset.source}'" for asset in wanted))
+    refuse_offline(f"fmg fetch {kind} {name}", ", ".join(f"'{asset.source}'" for asset in wanted))
     _ask(yes=yes)
-    for located in download(name, assets):
+    for located in download(name, assets, kind=kind):
         if located.asset in wanted:
             out.print(f"{located.asset.what}: {located.pinned}", soft_wrap=True)
     out.print("Fetched.")

@@ -19,8 +19,9 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from fmg.cli.metrics import REWARD, headline, signed, sparkline
+from fmg.cli.metrics import signed, sparkline
 from fmg.core.events import Evaluated, Event, IterationDone, Notice, StageProgress, Started
+from fmg.data.run_metrics import REWARD, headline
 
 _SPARK_WIDTH = 30
 # Iterations can take minutes; a shorter window would forget the rate between two of them.

@@ -22,8 +22,10 @@ from fmg.cli.fetch import fetch
 from fmg.cli.generate import generate
 from fmg.cli.options import check_words
 from fmg.cli.pretrain import pretrain
+from fmg.cli.report import report
 from fmg.cli.reward_server import reward_server
 from fmg.cli.runs import runs
+from fmg.cli.score import score
 from fmg.cli.train import INTERRUPTED, train
 from fmg.cli.verify import verify
 from fmg.core.errors import FmgError, FmgWarning
@@ -91,6 +93,7 @@ def root(
 
 app.command("train")(train)
 app.command("eval")(evaluate)
+app.command("score")(score)
 app.command("generate")(generate)
 app.command("list")(list_components)
 app.command("show")(show)
@@ -98,6 +101,7 @@ app.command("fetch")(fetch)
 app.command("export")(export)
 app.command("verify")(verify)
 app.command("runs")(runs)
+app.command("report")(report)
 app.command("reward-server")(reward_server)
 app.add_typer(pretrain, name="pretrain")
 app.add_typer(doctor, name="doctor")

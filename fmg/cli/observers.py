@@ -11,8 +11,9 @@ from typing import Protocol
 from rich.console import Console
 
 from fmg.cli.console import print_error, print_json
-from fmg.cli.metrics import REWARD, headline, signed
+from fmg.cli.metrics import signed
 from fmg.core.events import Evaluated, Event, IterationDone, Notice, StageProgress, Started
+from fmg.data.run_metrics import REWARD, headline
 
 # Seconds without a line after which a pipe is told where a long stage stands
 _HEARTBEAT = 10.0

@@ -54,8 +54,21 @@ Offline = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of the noise.")]
-
-
+Features = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--features",
+        metavar="N",
+        help="Feature extractor: adds diversity and, with --reference, Fréchet distance, precision and recall.",
+        show_default=False,
+    ),
+]
+OptionsByName = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="NAME.OPTION=VALUE", help="Option of a reward or a feature extractor.", show_default=False
+    ),
+]
 Num = Annotated[int, typer.Option("--num", min=1, max=1_000_000, metavar="N", help="Images for each number of steps.")]
 _MAX_STEPS = 1000
 

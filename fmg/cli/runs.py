@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmg.cli.console import print_json, stdout
-from fmg.cli.metrics import REWARD, headline
 from fmg.cli.options import AsJson, checked_folder
 from fmg.cli.tables import change, table
 from fmg.core.errors import CheckpointError, UsageError
+from fmg.data.run_metrics import REWARD, headline
 
 if TYPE_CHECKING:
     from fmg.data.run_folder import RunFolder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from rich import box
 from rich.table import Table
@@ -31,12 +31,17 @@ def number(value: float) -> str:
     return f"{round(value, 3) + 0.0:.3f}"
 
 
+def compact(value: float) -> str:
+    """A number of unknown size, with three digits."""
+    return f"{value:.3g}"
+
+
 def change(before: float | None, after: float | None) -> str:
     """`before -> after`, with a dash for what was not measured."""
     return " -> ".join("-" if value is None else number(value) for value in (before, after))
 
 
-def interval(bounds: Sequence[float]) -> str:
+def interval(bounds: Sequence[float], form: Callable[[float], str] = number) -> str:
     """A confidence interval; unbounded sides are dashes."""
-    low, high = (number(bound) if math.isfinite(bound) else "-" for bound in bounds)
+    low, high = (form(bound) if math.isfinite(bound) else "-" for bound in bounds)
     return f"[{low}, {high}]"

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fmg.core.specs import MapSpec, Requirements
-from fmg.core.types import Batch, Conditioning, Loss, Prompt, RewardOutput, ScoredRollout
+from fmg.core.types import Batch, Conditioning, ImageFeatures, Loss, Prompt, RewardOutput, ScoredRollout
 
 Anchors = Literal["endpoint", "any"]
 
@@ -109,6 +109,13 @@ class Reward(Protocol):
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
         """Scores of images in [0, 1]; non-finite scores are a `RewardError`, never a zero."""
+
+
+class FeatureExtractor(Protocol):
+    """Turns images into features for metrics of sets: diversity, Fréchet distance, precision and recall."""
+
+    def __call__(self, images: Float[Tensor, "b 3 h w"]) -> ImageFeatures:
+        """Features of images in [0, 1], fp32 on the CPU; those of an image do not depend on its batch."""
 
 
 class Policies(Protocol):
@@ -247,6 +254,7 @@ class ModelSource(Protocol):
 __all__ = [
     "Anchors",
     "Density",
+    "FeatureExtractor",
     "FlowMap",
     "Model",
     "ModelSource",

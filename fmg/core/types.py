@@ -145,6 +145,20 @@ class RewardOutput:
 
 
 @dataclass(frozen=True)
+class ImageFeatures:
+    """What a feature extractor sees in a batch of images.
+
+    Attributes:
+        vectors: one embedding an image, which distances between sets of images compare.
+        maps: activations over the picture, scaled so that the squared Euclidean distance of two rows is the
+            perceptual distance of the two images.
+    """
+
+    vectors: Float[Tensor, "b d"]
+    maps: Float[Tensor, "b m"]
+
+
+@dataclass(frozen=True)
 class PartialRewardOutput(RewardOutput):
     """Scores of a batch in which some images could not be scored: `scored` is False there, and the total NaN.
 

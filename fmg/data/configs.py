@@ -10,10 +10,18 @@ PROMPT_FILE_SUFFIXES = (".txt", ".jsonl")
 
 
 class FilePromptsConfig(ComponentConfig):
-    """Prompts from a file: `.txt` with one a line, `.jsonl` with one object (`prompt`, `tag`, `metadata`) a line."""
+    """Prompts from a file: `.txt` with one a line, `.jsonl` with one object a line (see `fmg.data.files`)."""
 
     path: str = Field(min_length=1, description="a .txt or .jsonl file, UTF-8, no blank lines, no duplicates")
 
 
 class EverydayPromptsConfig(ComponentConfig):
     """Everyday scenes in four styles, of our own making."""
+
+
+class DetectionPromptsConfig(ComponentConfig):
+    """Prompts in GenEval's templates, of our own making."""
+
+
+class LetteringPromptsConfig(ComponentConfig):
+    """Prompts that ask for written words, of our own making."""

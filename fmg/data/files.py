@@ -20,7 +20,8 @@ def file_prompts(config: FilePromptsConfig) -> PromptList:
     """The prompts of a file, in its order; surrounding white space is removed.
 
     A `.txt` file has one prompt a line. A `.jsonl` file has one object a line: `prompt`, and optionally `tag` (text)
-    and `metadata` (object). A prompt without a tag gets the tag `''`.
+    and `metadata` (object); or GenEval's: `prompt`, `tag`, `include` and more, all of which become the metadata.
+    A prompt without a tag gets the tag `''`.
 
     Raises:
         UsageError: naming file and line: missing, not UTF-8, empty, blank line, duplicate, wrong JSON.
@@ -77,10 +78,11 @@ def _json_line(line: str, where: str) -> Prompt:
         raise UsageError(f"{where}: not JSON ({error.msg}, column {error.colno})", "Write one object a line.") from None
     if not isinstance(entry, dict):
         raise UsageError(f"{where}: the line is not a JSON object", 'Write {"prompt": "..."}.')
+    geneval = isinstance(entry.get("include"), list)
     unknown = sorted(set(entry) - set(_JSON_KEYS))
-    if unknown:
+    if unknown and not geneval:
         raise UsageError(f"{where}: unknown key '{unknown[0]}'", f"Known: {', '.join(_JSON_KEYS)}.")
-    text, tag, metadata = entry.get("prompt"), entry.get("tag", ""), entry.get("metadata", {})
+    text, tag, metadata = entry.get("prompt"), entry.get("tag", ""), entry if geneval else entry.get("metadata", {})
     if not isinstance(text, str) or not text.strip():
         raise UsageError(f"{where}: 'prompt' must be a text that is not empty", 'Write {"prompt": "..."}.')
     if not isinstance(tag, str) or not isinstance(metadata, dict):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from fmg.core.errors import UsageError
 from fmg.core.prompt import Prompt
@@ -14,6 +14,9 @@ from fmg.registry.references import PromptsRef
 
 if TYPE_CHECKING:
     from fmg.core.protocols import PromptSet
+
+
+T = TypeVar("T")
 
 
 class PromptList:
@@ -55,6 +58,13 @@ def load_prompts(reference: str | PromptsRef) -> PromptSet:
     if Path(reference).suffix in PROMPT_FILE_SUFFIXES:
         return prompt_sets.build("file", {"path": reference})
     return prompt_sets.build(reference)
+
+
+def spread(entries: Sequence[T], count: int) -> list[T]:
+    """At most `count` entries, evenly spread, so that a few of a sorted set still show its variety."""
+    if len(entries) <= count:
+        return list(entries)
+    return [entries[round(i * (len(entries) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
 def overlap_warning(train_prompts: Iterable[Prompt], eval_prompts: Iterable[Prompt]) -> str | None:

@@ -1,6 +1,7 @@
 """Run folders: what one training run writes, where, and in which state it is. Imports no torch.
 
-Layout: `recipe.yaml`, `run.json` (state), `metrics.jsonl`, `samples/`, `checkpoints/`, `curve.png`, `before_after.png`.
+Layout: `recipe.yaml`, `run.json` (state), `environment.json`, `metrics.jsonl`, `samples/`, `checkpoints/`, `curve.png`,
+`before_after.png`, `report.html`.
 """
 
 from __future__ import annotations

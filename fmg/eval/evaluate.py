@@ -2,85 +2,34 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
 
 from fmg.core.errors import UsageError
-from fmg.core.events import Observer, StageProgress, ignore
-from fmg.core.protocols import Reward
+from fmg.core.events import Notice, Observer, StageProgress, ignore
+from fmg.core.protocols import FeatureExtractor, PromptSet, Reward
 from fmg.data.prompt_sets import load_prompts
-from fmg.eval.intervals import bootstrap_mean
-from fmg.eval.scoring import EvalSet, Scores, prompt_clusters, score_target
+from fmg.eval.dump import FORMATS, geneval_dump
+from fmg.eval.gallery import ImageGallery
+from fmg.eval.options import chosen_extractors, chosen_rewards
+from fmg.eval.reference import WORLD, DrawsTruth, check_reference, folder_reference, world_reference
+from fmg.eval.report import check_report, write_report
+from fmg.eval.results import EvalReport
+from fmg.eval.rows import difference_rows, metric_rows, result_rows, tag_rows
+from fmg.eval.scoring import EvalSet, Scores, Sink, prompt_clusters, score_target
+from fmg.eval.set_metrics import FeatureSet, Reference, SetMetrics
+from fmg.inference.devices import pick_device
 from fmg.inference.target import Target, load_target, resolve_target
 from fmg.rewards.base import build_rewards, check_prompts
 
-SCHEMA = 1
 BASE = "base"
-
-
-@dataclass(frozen=True)
-class Result:
-    """Mean score of one part of one reward at one number of steps, with a 95 % bootstrap interval over prompts."""
-
-    steps: int
-    reward: str
-    part: str
-    mean: float
-    std: float
-    ci95: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Paired difference target minus other (same prompts and seeds), with a 95 % bootstrap interval over prompts."""
-
-    steps: int
-    reward: str
-    part: str
-    mean: float
-    ci95: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class EvalReport:
-    """What `fmg eval --json` prints; `against` and `differences` are empty for a single target."""
-
-    target: str
-    adapter: str | None
-    seed: int
-    num: int
-    grid: str
-    prompts: str
-    results: tuple[Result, ...]
-    against: tuple[EvalReport, ...]
-    differences: tuple[Difference, ...]
-
-    def result(self, reward: str, part: str, steps: int) -> Result:
-        """The row of one score."""
-        return next(r for r in self.results if (r.reward, r.part, r.steps) == (reward, part, steps))
-
-    def to_json(self) -> dict[str, object]:
-        """The report as plain JSON values; unbounded intervals are null (docs/schemas/eval.schema.json)."""
-        out: dict[str, object] = {
-            "schema": SCHEMA,
-            "target": self.target,
-            "adapter": self.adapter,
-            "seed": self.seed,
-            "num": self.num,
-            "grid": self.grid,
-            "prompts": self.prompts,
-            "results": [_plain(row) for row in self.results],
-        }
-        if self.against:
-            out["against"] = self.against[0].to_json()
-            out["differences"] = [_plain(row) for row in self.differences]
-        return out
+# The reference pictures of a world are the same for every evaluation.
+_WORLD_SEED = 0
 
 
 def evaluate(
@@ -89,6 +38,9 @@ def evaluate(
     against: str | Path | None = None,
     prompts: str | None = None,
     rewards: Sequence[str] | None = None,
+    options: Mapping[str, Mapping[str, object]] | None = None,
+    extractors: Sequence[str] = (),
+    reference: str | None = None,
     steps: Sequence[int] | None = None,
     grid: str | None = None,
     num: int = 1000,
@@ -96,6 +48,8 @@ def evaluate(
     device: str = "auto",
     dtype: str = "fp32",
     batch_size: int | None = None,
+    dump: tuple[str, str | Path] | None = None,
+    report: str | Path | None = None,
     allow_code: bool = False,
     observer: Observer = ignore,
 ) -> EvalReport:
@@ -107,6 +61,10 @@ def evaluate(
             by image.
         prompts: prompt set by name or file; None takes the recipe's evaluation set.
         rewards: rewards by name (`python:module:fn` allowed); None takes the recipe's own and its evaluation rewards.
+        options: options of rewards and extractors by name.
+        extractors: feature extractors by name; each adds metrics of the whole set.
+        reference: what Fréchet distance, precision and recall compare with: a folder of pictures, or `world` for true
+            pictures of the prompts of an embedded world; None leaves them out.
         steps: numbers of network calls to sweep; None takes the recipe's.
         grid: time grid by name; None takes the target's recipe's, for both targets.
         num: images for each number of steps.
@@ -114,30 +72,42 @@ def evaluate(
         device: `auto`, `cpu`, `cuda`, ...
         dtype: `fp32` or `bf16`.
         batch_size: images a network call; None takes the default.
+        dump: format (`geneval`) and a new folder for the images of the target.
+        report: where a page with pictures and its JSON go: a `.html` file, or a folder for `report.html`.
         allow_code: whether rewards that the recipe of a run names as code may run; `rewards` given here always may.
-        observer: receives `StageProgress` events.
+        observer: receives `StageProgress` and `Notice` events.
 
     Raises:
-        UsageError: unknown target, reward, prompt set or grid, or a number out of range.
+        UsageError: unknown target, reward, prompt set, extractor or grid, a number out of range, a file in the way.
     """
     if num < 1:
         raise UsageError(f"The number of images is {num}", "Give --num of at least 1.")
     first = resolve_target(target, allow_code=allow_code or bool(rewards))
     other = _other(first, against)
-    set_name = prompts or first.recipe.eval.prompts.name
     prompt_set = load_prompts(prompts or first.recipe.eval.prompts)
-    scorers = build_rewards(rewards or first.recipe.measured_rewards)
+    given = dict(options or {})
+    features = chosen_extractors(extractors, given)
+    scorers = build_rewards(chosen_rewards(rewards, first.recipe.measured_rewards, given, taken=features))
     eval_set = EvalSet.make(prompt_set, num, seed)
     for name, reward in scorers.items():
         check_prompts(name, reward, eval_set.prompts)
     sweep = tuple(steps) if steps else (first.recipe.rollout.steps,)
-    times = grid or first.recipe.rollout.grid
-    runs = [_Run(t, scorers, eval_set, sweep, times, device, dtype, batch_size, observer) for t in (first, other) if t]
-    scored = [run.scores() for run in runs]
-    reports = [_report(run, scores, set_name, seed) for run, scores in zip(runs, scored, strict=True)]
-    if other is None:
-        return reports[0]
-    return replace(reports[0], against=(reports[1],), differences=_differences(scored[0], scored[1]))
+    _check_dump(dump, sweep)
+    page = None if report is None else check_report(report)
+    references = _references(reference, prompt_set, features, eval_set, pick_device(device))
+    plan = _Plan(scorers, features, references, eval_set, sweep, grid or first.recipe.rollout.grid, observer)
+    with ExitStack() as stack:
+        sink = [] if dump is None else [stack.enter_context(geneval_dump(Path(dump[1]), eval_set.entries))]
+        runs = [
+            plan.measure(found, device, dtype, batch_size, sinks=sinks, gallery=page is not None)
+            for found, sinks in ((first, sink), (other, []))
+            if found is not None
+        ]
+    set_name = prompts or first.recipe.eval.prompts.name
+    result = _compare([plan.report(run, set_name, seed) for run in runs], runs)
+    if page is not None:
+        write_report(page, result, [{steps: m.gallery for steps, m in run.measured.items()} for run in runs])
+    return result
 
 
 def _other(first: Target, against: str | Path | None) -> Target | None:
@@ -147,70 +117,134 @@ def _other(first: Target, against: str | Path | None) -> Target | None:
     return first.base() if against == BASE else resolve_target(against, allow_code=True)
 
 
+def _check_dump(dump: tuple[str, str | Path] | None, sweep: Sequence[int]) -> None:
+    if dump is None:
+        return
+    if dump[0] not in FORMATS:
+        raise UsageError(f"There is no dump format '{dump[0]}'", f"Known: {', '.join(FORMATS)}.")
+    if len(sweep) > 1:
+        raise UsageError("A dump is of one number of steps", "Give --steps one number.")
+
+
+def _references(
+    reference: str | None,
+    prompt_set: PromptSet,
+    features: Mapping[str, FeatureExtractor],
+    eval_set: EvalSet,
+    device: torch.device,
+) -> dict[str, Reference]:
+    if reference is None:
+        return {}
+    if not features:
+        raise UsageError(
+            "A reference set is compared through features", "Name an extractor: --features clip, or pixels."
+        )
+    files = check_reference(reference, prompt_set)
+    if reference == WORLD and isinstance(prompt_set, DrawsTruth):
+        return {
+            name: world_reference(prompt_set, eval_set.prompts, _WORLD_SEED, extractor, device)
+            for name, extractor in features.items()
+        }
+    return {name: folder_reference(files, extractor, device) for name, extractor in features.items()}
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What was measured of one target at one number of steps."""
+
+    scores: Scores
+    metrics: Mapping[str, SetMetrics]
+    gallery: ImageGallery | None
+
+
 @dataclass(frozen=True)
 class _Run:
     target: Target
+    measured: Mapping[int, _Measured]
+
+
+@dataclass(frozen=True)
+class _Plan:
     rewards: Mapping[str, Reward]
+    extractors: Mapping[str, FeatureExtractor]
+    references: Mapping[str, Reference]
     eval_set: EvalSet
     sweep: tuple[int, ...]
     grid: str | tuple[float, ...]
-    device: str
-    dtype: str
-    batch_size: int | None
     observer: Observer
 
-    def scores(self) -> dict[int, Scores]:
-        generator = load_target(self.target, device=self.device, dtype=self.dtype, batch_size=self.batch_size)
+    def measure(
+        self,
+        target: Target,
+        device: str,
+        dtype: str,
+        batch_size: int | None,
+        *,
+        sinks: Sequence[Sink],
+        gallery: bool,
+    ) -> _Run:
+        """Draws all images of a target, at every number of steps."""
+        generator = load_target(target, device=device, dtype=dtype, batch_size=batch_size)
         for count in self.sweep:
             generator.times(count, self.grid)
-        out = {}
+        groups = prompt_clusters(self.eval_set.prompts)
+        measured = {}
         for count in self.sweep:
-            progress = partial(self._report_progress, f"{self.target.label}, {count} steps")
-            out[count] = score_target(
-                generator, self.rewards, self.eval_set, steps=count, grid=self.grid, progress=progress
+            progress = partial(self._progress, f"{target.label}, {count} steps")
+            sets = {name: FeatureSet(extractor, groups) for name, extractor in self.extractors.items()}
+            shown = ImageGallery(self.eval_set, (next(iter(self.rewards)), "total")) if gallery else None
+            watching: list[Sink] = [*sinks, *(found.sink for found in sets.values()), *([shown] if shown else [])]
+            scores = score_target(
+                generator,
+                self.rewards,
+                self.eval_set,
+                steps=count,
+                grid=self.grid,
+                progress=progress,
+                sinks=watching,
             )
-        return out
+            metrics = {name: SetMetrics.of(found, self.references.get(name)) for name, found in sets.items()}
+            measured[count] = _Measured(scores, metrics, shown)
+        if any(not len(m.spread) for found in measured.values() for m in found.metrics.values()):
+            text = "No prompt was drawn twice, so there is no diversity within prompts: raise --num."
+            self.observer(Notice("warning", text))
+        return _Run(target, measured)
 
-    def _report_progress(self, stage: str, done: int, total: int) -> None:
+    def report(self, run: _Run, prompts: str, seed: int) -> EvalReport:
+        """The rows of one target."""
+        return EvalReport(
+            target=run.target.label,
+            adapter=str(run.target.adapter) if run.target.adapter else None,
+            seed=seed,
+            num=len(self.eval_set.prompts),
+            grid=self.grid if isinstance(self.grid, str) else "explicit",
+            prompts=prompts,
+            results=tuple(row for steps, m in run.measured.items() for row in result_rows(steps, m.scores)),
+            tags=tuple(row for steps, m in run.measured.items() for row in tag_rows(steps, m.scores)),
+            metrics=tuple(row for steps, m in run.measured.items() for row in metric_rows(steps, m.metrics)),
+            against=(),
+            differences=(),
+            metric_differences=(),
+        )
+
+    def _progress(self, stage: str, done: int, total: int) -> None:
         self.observer(StageProgress(stage, done, total))
 
 
-def _report(run: _Run, scored: Mapping[int, Scores], prompts: str, seed: int) -> EvalReport:
-    results = []
-    for steps, scores in scored.items():
-        clusters = prompt_clusters(scores.prompts)
-        for (reward, part), values in scores.parts.items():
-            low_high = _interval(values, clusters)
-            results.append(Result(steps, reward, part, float(values.mean()), float(values.std()), low_high))
-    return EvalReport(
-        target=run.target.label,
-        adapter=str(run.target.adapter) if run.target.adapter else None,
-        seed=seed,
-        num=len(run.eval_set.prompts),
-        grid=run.grid if isinstance(run.grid, str) else "explicit",
-        prompts=prompts,
-        results=tuple(results),
-        against=(),
-        differences=(),
+def _compare(reports: Sequence[EvalReport], runs: Sequence[_Run]) -> EvalReport:
+    if len(reports) == 1:
+        return reports[0]
+    ours, theirs = (run.measured for run in runs)
+    return replace(
+        reports[0],
+        against=(reports[1],),
+        differences=tuple(
+            row for steps, m in ours.items() for row in difference_rows(steps, m.scores, theirs[steps].scores)
+        ),
+        metric_differences=tuple(
+            row
+            for steps, m in ours.items()
+            for name, metrics in m.metrics.items()
+            for row in metrics.difference(theirs[steps].metrics[name], steps, name)
+        ),
     )
-
-
-def _differences(first: Mapping[int, Scores], other: Mapping[int, Scores]) -> tuple[Difference, ...]:
-    rows = []
-    for steps, scores in first.items():
-        clusters = prompt_clusters(scores.prompts)
-        for key, values in scores.parts.items():
-            delta = values - other[steps].parts[key]
-            rows.append(Difference(steps, *key, float(delta.mean()), _interval(delta, clusters)))
-    return tuple(rows)
-
-
-def _interval(values: NDArray[np.float64], clusters: NDArray[np.int64]) -> tuple[float, float]:
-    # with a single prompt its images are all the evidence there is
-    return bootstrap_mean(values, clusters if np.ptp(clusters) > 0 else None)
-
-
-def _plain(row: Result | Difference) -> dict[str, object]:
-    out = asdict(row)
-    out["ci95"] = [value if math.isfinite(value) else None for value in row.ci95]
-    return out

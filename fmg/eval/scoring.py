@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fmg.core.prompt import Prompt
 from fmg.core.protocols import PromptSet, Reward
 from fmg.inference.generator import Generator
 
@@ -30,10 +31,9 @@ class Scores:
 
 @dataclass(frozen=True)
 class EvalSet:
-    """The (prompt, tag, seed) triples of an evaluation: the same for every target, so differences are paired."""
+    """The (prompt, seed) pairs of an evaluation: the same for every target, so differences are paired."""
 
-    prompts: tuple[str, ...]
-    tags: tuple[str, ...]
+    entries: tuple[Prompt, ...]
     seeds: tuple[int, ...]
 
     @staticmethod
@@ -44,11 +44,28 @@ class EvalSet:
         noise on which it is then judged.
         """
         size = len(prompt_set)
-        chosen = [prompt_set[i * size // num if num < size else i % size] for i in range(num)]
+        chosen = tuple(prompt_set[i * size // num if num < size else i % size] for i in range(num))
         seeds = tuple(seed * _SEED_STRIDE + i for i in range(num))
         if selection:
             seeds = tuple(-1 - value for value in seeds)
-        return EvalSet(tuple(p.text for p in chosen), tuple(p.tag for p in chosen), seeds)
+        return EvalSet(chosen, seeds)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Text of each prompt."""
+        return tuple(prompt.text for prompt in self.entries)
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Tag of each prompt."""
+        return tuple(prompt.tag for prompt in self.entries)
+
+
+Parts = Mapping[tuple[str, str], NDArray[np.float64]]
+"""Scores by reward and part."""
+
+Sink = Callable[[Float[Tensor, "b 3 h w"], Parts], None]
+"""What else looks at the images of an evaluation: batch by batch, in order, with their scores."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -81,26 +98,35 @@ def score_target(
     steps: int | None,
     grid: str | Sequence[float] | None,
     progress: Callable[[int, int], None],
+    sinks: Sequence[Sink] = (),
 ) -> Scores:
-    """Draws and scores all images of `eval_set` with one number of steps."""
+    """Draws and scores all images of `eval_set` with one number of steps, on the device of the generator."""
     collected: defaultdict[tuple[str, str], list[NDArray[np.float64]]] = defaultdict(list)
-    total = len(eval_set.prompts)
+    texts = eval_set.prompts
+    total = len(texts)
     for start in range(0, total, CHUNK):
         rows = slice(start, start + CHUNK)
-        prompts = eval_set.prompts[rows]
-        drawn = generator.generate(prompts, eval_set.seeds[rows], steps=steps, grid=grid)
-        for key, values in score_images(rewards, drawn.images, prompts).items():
+        drawn = generator.generate(texts[rows], eval_set.seeds[rows], steps=steps, grid=grid)
+        images = drawn.images.to(generator.backend.device)
+        scores = score_images(rewards, images, texts[rows])
+        for key, values in scores.items():
             collected[key].append(values)
+        for sink in sinks:
+            sink(images, scores)
         progress(min(start + CHUNK, total), total)
-    return Scores({k: np.concatenate(v) for k, v in collected.items()}, eval_set.prompts, eval_set.tags)
+    return Scores({k: np.concatenate(v) for k, v in collected.items()}, texts, eval_set.tags)
 
 
 def means(scores: Scores, prefix: str = "eval") -> dict[str, float]:
-    """Log keys `<prefix>/<reward>_<part>_mean`; the total of a reward is `<prefix>/<reward>_mean`."""
+    """Log keys `<prefix>/<reward>_<part>_mean`; the total of a reward is `<prefix>/<reward>_mean`.
+
+    Each has a standard error, `..._se`, for new images of the same prompts.
+    """
     out = {}
     for (reward, part), values in scores.parts.items():
         name = reward if part == "total" else f"{reward}_{part}"
         out[f"{prefix}/{name}_mean"] = float(values.mean())
+        out[f"{prefix}/{name}_se"] = float(values.std() / np.sqrt(len(values)))
     return out
 
 

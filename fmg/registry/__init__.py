@@ -5,6 +5,7 @@ from __future__ import annotations
 from fmg.registry.config import ComponentConfig, ModelConfig, ObjectiveConfig, StochasticizerConfig
 from fmg.registry.kinds import (
     backends,
+    feature_extractors,
     models,
     objectives,
     optimizers,
@@ -25,6 +26,7 @@ __all__ = [
     "Row",
     "StochasticizerConfig",
     "backends",
+    "feature_extractors",
     "models",
     "objectives",
     "optimizers",

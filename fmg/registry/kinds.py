@@ -1,4 +1,4 @@
-"""The seven registries, one per kind of component."""
+"""The registries, one per kind of component."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from fmg.registry.registry import Registry, Row
 
 if TYPE_CHECKING:
     from fmg.core.backends import BackendSource
-    from fmg.core.protocols import ModelSource, Objective, OptimizerFactory, PromptSet, Reward, Stochasticizer
+    from fmg.core.protocols import (
+        FeatureExtractor,
+        ModelSource,
+        Objective,
+        OptimizerFactory,
+        PromptSet,
+        Reward,
+        Stochasticizer,
+    )
 
 
 def _rows(kind: str) -> tuple[Row, ...]:
@@ -27,6 +35,9 @@ objectives: Registry[Objective] = Registry("objective", "objectives", _rows("obj
 optimizers: Registry[OptimizerFactory] = Registry("optimizer", "optimizers", _rows("optimizer"), ComponentConfig)
 prompt_sets: Registry[PromptSet] = Registry("prompt-set", "prompt-sets", _rows("prompt-set"), ComponentConfig)
 backends: Registry[BackendSource] = Registry("backend", "backends", _rows("backend"), ComponentConfig)
+feature_extractors: Registry[FeatureExtractor] = Registry(
+    "feature-extractor", "feature-extractors", _rows("feature-extractor"), ComponentConfig
+)
 
 REGISTRIES: tuple[Registry[Any], ...] = (
     models,
@@ -36,6 +47,7 @@ REGISTRIES: tuple[Registry[Any], ...] = (
     optimizers,
     prompt_sets,
     backends,
+    feature_extractors,
 )
 
 

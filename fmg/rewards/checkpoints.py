@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -124,6 +125,37 @@ def load_pretrained(load: Callable[..., Any], folder: Path, what: str) -> Any:
         except Exception as error:
             # the tokenizers library raises bare Exception on a damaged file
             raise CheckpointError(f"The {what} in {folder} cannot be loaded: {_first_line(error)}", _RESTORE) from error
+
+
+def load_folder(
+    cls: Any, folder: Path, what: str, config: Any, dtype: torch.dtype, *, not_used: Sequence[str] = ()
+) -> Any:
+    """An instance of the transformers class `cls` from a folder, in evaluation mode without gradients.
+
+    For classes whose tensors were renamed over the years: transformers maps the names itself, and its own account of
+    what found no place is checked.
+
+    Args:
+        cls: a `PreTrainedModel` class.
+        folder: with `config.json` and weights.
+        what: what it is, for messages.
+        config: its config.
+        dtype: what floating-point tensors become.
+        not_used: parts of names whose absence or presence does not matter.
+
+    Raises:
+        CheckpointError: when it cannot be loaded, or tensors are missing, unexpected or wrongly shaped.
+    """
+    load = partial(cls.from_pretrained, config=config, dtype=dtype, output_loading_info=True)
+    model, info = load_pretrained(load, folder, what)
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = [str(name) for name in info[problem] if not any(word in str(name) for word in not_used)]
+        if names:
+            raise CheckpointError(
+                f"The {what} in {folder} has {problem.replace('_', ' ')}: {some(names)}",
+                f"Give a {cls.__name__} in the layout of transformers.",
+            )
+    return model.eval().requires_grad_(False)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from fmg.registry import rewards
 from fmg.registry.config import ComponentConfig
 from fmg.rewards.base import Checked, checked
 from fmg.rewards.known_answers import KNOWN_ANSWERS, PICTURES, KnownAnswer
-from fmg.rewards.model_configs import NetworkRewardConfig
+from fmg.rewards.model_configs import NetworkConfig
 from fmg.rewards.service.describe import probe_prompt
 from fmg.rewards.weights import check_digest, locate
 
@@ -109,7 +109,7 @@ def _examine(name: str, options: Mapping[str, object], device: torch.device, *, 
 
 def _weights(name: str, config: ComponentConfig) -> str:
     """Looks for the files of a network and compares their digests with the published ones, where there are any."""
-    if not isinstance(config, NetworkRewardConfig):
+    if not isinstance(config, NetworkConfig):
         return "none needed"
     assets = config.assets()
     for asset in assets:

@@ -19,7 +19,7 @@ from transformers.models.mask2former.image_processing_pil_mask2former import Mas
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.types import RewardOutput
 from fmg.registry import rewards
-from fmg.rewards.checkpoints import load_pretrained, some
+from fmg.rewards.checkpoints import load_folder, load_pretrained
 from fmg.rewards.clip_family import ClipEncoder, load_clip
 from fmg.rewards.geneval_prompts import COLORS, OBJECT_NAMES, parse_prompt, read_metadata
 from fmg.rewards.geneval_rules import ColorsOf, Detections, Specification, Thresholds, Verdict, judge
@@ -194,25 +194,11 @@ def load_detector(files: Located, device: torch.device, dtype: torch.dtype, leas
             f"The detector in {files.folder} knows {config.num_labels} classes, not the {len(OBJECT_NAMES)} of COCO",
             "Set detector to a Mask2Former trained on COCO instances.",
         )
-    model = _load_instances(files.folder, config, dtype).to(device)
+    model = load_folder(
+        Mask2FormerForUniversalSegmentation, files.folder, "detector", config, dtype, not_used=_NOT_USED
+    ).to(device)
     processor = load_pretrained(Mask2FormerImageProcessorPil.from_pretrained, files.folder, "image processor")
     return Mask2FormerDetector(model, processor, least_score)
-
-
-def _load_instances(folder: Path, config: Any, dtype: torch.dtype) -> Any:
-    """The network; transformers renames the tensors of older versions itself, so its own account is checked."""
-    load = partial(
-        Mask2FormerForUniversalSegmentation.from_pretrained, config=config, dtype=dtype, output_loading_info=True
-    )
-    model, info = load_pretrained(load, folder, "detector")
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = [str(name) for name in info[problem] if not any(word in str(name) for word in _NOT_USED)]
-        if names:
-            raise CheckpointError(
-                f"The detector in {folder} has {problem.replace('_', ' ')}: {some(names)}",
-                "Set detector to a Mask2Former in the layout of transformers.",
-            )
-    return model.eval().requires_grad_(False)
 
 
 def _parts(verdicts: Sequence[Verdict]) -> dict[str, Tensor]:

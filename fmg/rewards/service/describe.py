@@ -13,7 +13,7 @@ from fmg.core.errors import FmgError, UsageError
 from fmg.registry import rewards as rewards_registry
 from fmg.registry.references import PYTHON_REWARD, RewardRef
 from fmg.rewards.base import Checked
-from fmg.rewards.model_configs import NetworkRewardConfig
+from fmg.rewards.model_configs import NetworkConfig
 from fmg.rewards.service.wire import probe_image
 from fmg.rewards.weights import locate
 from fmg.version import __version__
@@ -82,7 +82,7 @@ def describe(
 
 
 def _weights(reference: RewardRef) -> list[dict[str, str]]:
-    if not isinstance(reference.config, NetworkRewardConfig):
+    if not isinstance(reference.config, NetworkConfig):
         return []
     located = [locate(asset, reference.label) for asset in reference.config.assets()]
     return [{"what": one.asset.what, "source": one.asset.source, "sha256": content_hash(one.first)} for one in located]

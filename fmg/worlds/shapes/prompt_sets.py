@@ -2,31 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from fmg.core.types import Prompt
 from fmg.data.prompt_sets import PromptList
 from fmg.registry import prompt_sets
 from fmg.worlds.configs import ShapesPromptsConfig
-from fmg.worlds.shapes.prompts import Split, prompt_set
+from fmg.worlds.shapes.prompts import Split, parse_prompt, prompt_set
+from fmg.worlds.shapes.render import place, render
+
+
+class ShapesPrompts(PromptList):
+    """Prompts of the shapes world, which knows what they look like."""
+
+    def true_images(self, prompts: Sequence[str], seed: int) -> Float[Tensor, "n 3 32 32"]:
+        """One true picture of each prompt, in [0, 1]; positions and sizes are random.
+
+        Raises:
+            UsageError: for a prompt outside the grammar of the shapes world.
+        """
+        rng = np.random.default_rng(seed)
+        return torch.from_numpy(render([place(parse_prompt(prompt), rng) for prompt in prompts]))
 
 
 @prompt_sets.register("shapes-train", ShapesPromptsConfig)
-def shapes_train(config: ShapesPromptsConfig) -> PromptList:
+def shapes_train(config: ShapesPromptsConfig) -> ShapesPrompts:
     """Prompts that training draws from: one object with a colour, a kind and a position."""
     return _prompts("shapes-train", "train")
 
 
 @prompt_sets.register("shapes-heldout", ShapesPromptsConfig)
-def shapes_heldout(config: ShapesPromptsConfig) -> PromptList:
+def shapes_heldout(config: ShapesPromptsConfig) -> ShapesPrompts:
     """Prompts of combinations that training never sees."""
     return _prompts("shapes-heldout", "heldout")
 
 
 @prompt_sets.register("shapes-hard", ShapesPromptsConfig)
-def shapes_hard(config: ShapesPromptsConfig) -> PromptList:
+def shapes_hard(config: ShapesPromptsConfig) -> ShapesPrompts:
     """Counts, two objects and relations: evaluated only."""
     return _prompts("shapes-hard", "hard")
 
 
-def _prompts(name: str, split: Split) -> PromptList:
+def _prompts(name: str, split: Split) -> ShapesPrompts:
     items = prompt_set(split)
-    return PromptList(name, [Prompt(i.prompt, i.scene.tag, i.scene.metadata(i.prompt)) for i in items])
+    return ShapesPrompts(name, [Prompt(i.prompt, i.scene.tag, i.scene.metadata(i.prompt)) for i in items])

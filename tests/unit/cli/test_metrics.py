@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from fmg.cli.metrics import headline, signed, sparkline
+from fmg.cli.metrics import signed, sparkline
+from fmg.data.run_metrics import headline
 
 
 def test_headline_names_strict_scores_first_and_leaves_other_parts_out() -> None:

@@ -33,7 +33,8 @@ def test_kinds_in_singular_and_plural(kind: str) -> None:
 
 def test_unknown_kind_gets_a_suggestion_and_the_list() -> None:
     with pytest.raises(
-        UsageError, match=r"no kind of component named 'reword'. Did you mean 'rewards'\? Known: backends, models, "
+        UsageError,
+        match=r"no kind of component named 'reword'. Did you mean 'rewards'\? Known: backends, feature-extractors, ",
     ):
         registry_for("reword")
 

@@ -19,7 +19,7 @@ from fmg.registry import rewards
 from fmg.rewards import weights
 from fmg.rewards.affine import affine_head
 from fmg.rewards.checkpoints import read_tensors
-from fmg.rewards.model_configs import AESTHETIC_HEAD, NetworkRewardConfig
+from fmg.rewards.model_configs import AESTHETIC_HEAD, NetworkConfig
 from fmg.rewards.weights import Asset, check_digest, fetch, locate, missing
 
 NETWORKS = ("aesthetic", "clipscore", "hpsv2", "hpsv3", "imagereward", "pickscore")
@@ -119,7 +119,7 @@ def test_hub_files_are_found_in_the_cache_by_revision(hub: Path) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_what_has_not_been_fetched_is_one_line_with_the_command(name: str) -> None:
     config = rewards.config(name)
-    assert isinstance(config, NetworkRewardConfig)
+    assert isinstance(config, NetworkConfig)
     assert len({item.what for item in config.assets()}) == len(config.assets())
     for item in config.assets():
         with pytest.raises(MissingDependencyError) as caught:
@@ -135,7 +135,7 @@ def test_what_has_not_been_fetched_is_one_line_with_the_command(name: str) -> No
 @pytest.mark.parametrize("name", NETWORKS)
 def test_published_sources_are_pinned(name: str) -> None:
     config = rewards.config(name)
-    assert isinstance(config, NetworkRewardConfig)
+    assert isinstance(config, NetworkConfig)
     for item in config.assets():
         if item.kind == "hub":
             assert len(item.source.partition("@")[2]) == 40
@@ -149,7 +149,7 @@ def test_published_sources_are_pinned(name: str) -> None:
 def test_digests_belong_to_the_published_sources_only() -> None:
     def digest(name: str, **options: str) -> str | None:
         config = rewards.config(name, options)
-        assert isinstance(config, NetworkRewardConfig)
+        assert isinstance(config, NetworkConfig)
         return next(item.sha256 for item in config.assets() if item.what in ("checkpoint", "head"))
 
     assert digest("hpsv2") is not None

@@ -1,0 +1,127 @@
+"""A page that compares several runs: scores, curves over each other, and where their recipes differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from fmg.core.errors import CheckpointError, UsageError
+from fmg.data.charts import line_chart
+from fmg.data.page import Block, Gallery, Picture, Section, Table, Text, inline_svg, page
+from fmg.data.pictures import Curve
+from fmg.data.run_folder import RunFolder, write_atomic
+from fmg.data.run_metrics import PREFIX, REWARD, SUFFIX, headline
+from fmg.data.run_report import RunRecord, curve, inlined, label
+
+_SIDE = 1600
+
+
+def write_comparison(runs: Sequence[RunFolder], path: Path) -> None:
+    """Writes the comparison of two or more runs.
+
+    Raises:
+        UsageError: when the file exists, or a run is named twice.
+        CheckpointError: when a folder is not that of a run, or a file in it is damaged.
+    """
+    if path.exists():
+        raise UsageError(f"'{path}' exists already", "Name another --out; nothing is overwritten.")
+    places = [run.path.resolve() for run in runs]
+    twice = next((run for run in runs if places.count(run.path.resolve()) > 1), None)
+    if twice is not None:
+        raise UsageError(f"The run '{twice.path}' is named twice", "Name each run once.")
+    text = comparison_page([RunRecord.read(run) for run in runs])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, text.encode())
+
+
+def comparison_page(records: Sequence[RunRecord]) -> str:
+    """The HTML of a comparison."""
+    names = _names(records)
+    sections = [
+        Section("Scores", [_scores(records, names)]),
+        Section("Curves", [Text("Bands cover 95 %."), Gallery(list(_charts(records, names)))]),
+        Section("Where the recipes differ", list(_differences(records, names))),
+        Section("Before and after", list(_pictures(records, names))),
+    ]
+    title = f"Comparison of {len(records)} runs"
+    return page(title, ", ".join(names), [], [section for section in sections if section.blocks])
+
+
+def _names(records: Sequence[RunRecord]) -> list[str]:
+    """The last name of each run, or its path where that is not enough."""
+    short = [record.path.name for record in records]
+    return [name if short.count(name) == 1 else str(record.path) for name, record in zip(short, records, strict=True)]
+
+
+def _scores(records: Sequence[RunRecord], names: Sequence[str]) -> Table:
+    """One row a run; before and after for every headline score that a run has."""
+    scores = list(dict.fromkeys(name for record in records for name in headline(record.kept)))
+    columns = ("run", "model", "state", "iterations", "kept", *scores)
+    rows = []
+    for record, name in zip(records, names, strict=True):
+        before = headline(record.evaluations[0]) if record.evaluations else {}
+        after = headline(record.kept)
+        cells = [f"{before[s]:.3f} → {after[s]:.3f}" if s in before and s in after else "-" for s in scores]
+        kept = f"{record.kept['iteration']:.0f}" if record.kept else "-"
+        rows.append((name, record.state.model, record.state.state, str(record.iterations), kept, *cells))
+    return Table(columns, rows, frozenset(columns) - {"run", "model", "state"})
+
+
+def _charts(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Picture]:
+    def over(key: str, error: str) -> list[Curve]:
+        found = (curve(list(r.lines), key, error, name) for r, name in zip(records, names, strict=True))
+        return [one for one in found if len(one.y) > 1]
+
+    keys = {
+        key: label(key)
+        for record in records
+        for key in record.kept
+        if key.startswith(PREFIX) and key.endswith(SUFFIX) and label(key) in headline(record.kept)
+    }
+    wanted = [(REWARD, "reward/se", "reward on training prompts")]
+    wanted += [(key, f"{key.removesuffix(SUFFIX)}_se", f"{name}, held out") for key, name in keys.items()]
+    for key, error, title in wanted:
+        if curves := over(key, error):
+            yield Picture(inline_svg(line_chart(curves, title)), "", title, layout="wide")
+
+
+def _differences(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Block]:
+    flat = [dict(_leaves(_parsed(record), ())) for record in records]
+    paths = list(dict.fromkeys(path for values in flat for path in values))
+    rows = [
+        (path, *(values.get(path, "-") for values in flat))
+        for path in paths
+        if len({values.get(path) for values in flat}) > 1
+    ]
+    if rows:
+        yield Table(("value", *names), rows)
+    else:
+        yield Text("The recipes are equal.")
+
+
+def _pictures(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Block]:
+    for record, name in zip(records, names, strict=True):
+        picture = inlined(record.path / "before_after.png", _SIDE, f"before and after {name}", "panorama")
+        if picture is not None:
+            yield Gallery([picture], name)
+
+
+def _parsed(record: RunRecord) -> object:
+    try:
+        return YAML(typ="safe", pure=True).load(record.recipe)
+    except YAMLError:
+        raise CheckpointError(f"The recipe of '{record.path}' is damaged", "Restore it from a copy.") from None
+
+
+def _leaves(value: object, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for key, child in value.items():
+            yield from _leaves(child, (*path, str(key)))
+    elif isinstance(value, list) and any(isinstance(child, dict) for child in value):
+        for number, child in enumerate(value):
+            yield from _leaves(child, (*path, str(number)))
+    else:
+        yield ".".join(path), str(value)

@@ -1,0 +1,144 @@
+"""One self-contained HTML page from typed blocks: for the report of a run and of an evaluation.
+
+Pictures are inlined, there is no script and no address to load from, and a content security policy forbids both.
+Every text is escaped by the template: prompts and file names can hold anything.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from io import BytesIO
+from typing import ClassVar, Literal
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from PIL import Image
+
+from fmg.version import __version__
+
+_SMALL = 128
+_LARGE = 512
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An inlined picture.
+
+    Attributes:
+        source: data URI.
+        caption: text below it; empty for none.
+        alt: what it shows, for those who do not see it.
+        pixelated: whether an enlarged pixel stays a square.
+        layout: `picture`: a tile among others; `wide`: up to half of a wide page; `panorama`: the whole width, and on a
+            narrow screen it scrolls instead of shrinking.
+    """
+
+    source: str
+    caption: str
+    alt: str
+    pixelated: bool = False
+    layout: Literal["picture", "wide", "panorama"] = "picture"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph."""
+
+    kind: ClassVar[str] = "text"
+    text: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; columns named in `numbers` are aligned to the right. Rows are as long as `columns`."""
+
+    kind: ClassVar[str] = "table"
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numbers: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures side by side, as many as fit; `title` stands before them."""
+
+    kind: ClassVar[str] = "gallery"
+    pictures: Sequence[Picture]
+    title: str = ""
+
+    @property
+    def narrow(self) -> bool:
+        """Whether two such galleries fit side by side on a wide screen."""
+        return len(self.pictures) <= 4 and not any(picture.layout != "picture" for picture in self.pictures)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Lines of code, each with a comment that is set back."""
+
+    kind: ClassVar[str] = "listing"
+    lines: Sequence[tuple[str, str]]
+
+
+Block = Text | Table | Gallery | Listing
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what follows it; a folded one is opened with a click."""
+
+    title: str
+    blocks: Sequence[Block]
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A headline number: what it is, its value, and what it is compared with."""
+
+    name: str
+    value: str
+    note: str
+
+
+def page(title: str, subtitle: str, tiles: Sequence[Tile], sections: Sequence[Section]) -> str:
+    """The HTML of a page."""
+    return _template().render(title=title, subtitle=subtitle, tiles=tiles, sections=sections, version=__version__)
+
+
+def inline_svg(data: bytes) -> str:
+    """The data URI of an SVG."""
+    return f"data:image/svg+xml;base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def inline_png(data: bytes) -> str:
+    """The data URI of a PNG file."""
+    return f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def inline_image(image: Image.Image, side: int = _LARGE) -> tuple[str, bool]:
+    """The data URI of a picture scaled down to `side`, and whether it is small enough to be shown pixelated.
+
+    Small pictures stay exact (PNG); large ones become JPEG, which is a tenth of the size.
+    """
+    shown = image.convert("RGB")
+    if max(shown.size) > side:
+        shown.thumbnail((side, side), Image.Resampling.LANCZOS)
+    small = max(shown.size) <= _SMALL
+    file = BytesIO()
+    if small:
+        shown.save(file, format="PNG")
+        return inline_png(file.getvalue()), True
+    shown.save(file, format="JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode('ascii')}", False
+
+
+@cache
+def _template() -> Template:
+    loader = PackageLoader("fmg.data")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("page.html")

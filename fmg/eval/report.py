@@ -1,0 +1,181 @@
+"""The report of an evaluation: one JSON file, and one self-contained page with its pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fmg.core.errors import UsageError
+from fmg.data.page import Block, Gallery, Picture, Section, Table, Text, Tile, page
+from fmg.data.prompt_sets import spread
+from fmg.data.run_folder import write_atomic
+from fmg.eval.gallery import ImageGallery, PromptShow
+from fmg.eval.results import EvalReport
+
+_NAME = "report.html"
+_SHOWN_PROMPTS = 6
+_EXTREMES = 8
+
+
+@dataclass(frozen=True)
+class ReportFiles:
+    """Where a report goes."""
+
+    html: Path
+    json: Path
+
+
+def check_report(path: str | Path) -> ReportFiles:
+    """The files of a report: `path` when it ends in `.html`, else `report.html` in that folder; and JSON beside it.
+
+    Raises:
+        UsageError: when one is there already, or a file is in the way of the folder.
+    """
+    given = Path(path)
+    html = given if given.suffix.lower() in (".html", ".htm") else given / _NAME
+    files = ReportFiles(html, html.with_suffix(".json"))
+    for file in (files.html, files.json):
+        if file.exists():
+            raise UsageError(f"'{file}' exists already", "Name another --report; nothing is overwritten.")
+    in_the_way = next((parent for parent in html.parents if parent.exists() and not parent.is_dir()), None)
+    if in_the_way is not None:
+        raise UsageError(f"'{in_the_way}' is a file", "Name another --report.")
+    return files
+
+
+def write_report(
+    files: ReportFiles, report: EvalReport, galleries: Sequence[Mapping[int, ImageGallery | None]]
+) -> None:
+    """Writes both files.
+
+    Args:
+        files: from `check_report`.
+        report: of the target, with that of the other target inside.
+        galleries: pictures by number of steps, of the target and of the other one.
+    """
+    files.html.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(files.json, (json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n").encode())
+    write_atomic(files.html, report_page(report, galleries).encode())
+
+
+def report_page(report: EvalReport, galleries: Sequence[Mapping[int, ImageGallery | None]]) -> str:
+    """The HTML of a report."""
+    other = report.against[0] if report.against else None
+    title = f"Evaluation of {report.target}" + (f" against {other.target}" if other else "")
+    subtitle = (
+        f"{report.num} images of {report.prompts} for each number of steps, grid {report.grid}, seed {report.seed}"
+    )
+    sections = [Section("Scores", list(_scores(report)))]
+    if report.tags:
+        sections.append(Section("By tag", list(_tags(report))))
+    if report.metrics:
+        sections.append(Section("The set as a whole", list(_metrics(report))))
+    sections += _pictures(report, galleries)
+    return page(title, subtitle, list(_tiles(report)), sections)
+
+
+def _tiles(report: EvalReport) -> Iterator[Tile]:
+    other = report.against[0].results if report.against else ()
+    before = {(row.steps, row.reward, row.part): row.mean for row in other}
+    for row in report.results:
+        strict = any((r.reward, r.part) == (row.reward, "strict") for r in report.results)
+        if row.part == ("strict" if strict else "total"):
+            name = row.reward if row.part == "total" else f"{row.reward} {row.part}"
+            known = before.get((row.steps, row.reward, row.part))
+            note = bounds(row.ci95) if known is None else f"from {known:.3f}"
+            yield Tile(f"{name}, {row.steps} steps", f"{row.mean:.3f}", note)
+
+
+def _scores(report: EvalReport) -> Iterator[Block]:
+    yield Text("Means over images. Intervals cover 95 % and come from resampling whole prompts.")
+    if not report.against:
+        rows = [
+            (str(r.steps), r.reward, r.part, f"{r.mean:.3f}", bounds(r.ci95), f"{r.std:.3f}") for r in report.results
+        ]
+        columns: tuple[str, ...] = ("steps", "reward", "part", "mean", "95 % interval", "std")
+        yield Table(columns, rows, frozenset(columns) - {"reward", "part"})
+        return
+    (other,) = report.against
+    columns = ("steps", "reward", "part", other.target, report.target, "difference", "95 % interval")
+    yield Table(
+        columns,
+        [
+            (str(a.steps), a.reward, a.part, f"{b.mean:.3f}", f"{a.mean:.3f}", f"{d.mean:+.3f}", bounds(d.ci95))
+            for a, b, d in zip(report.results, other.results, report.differences, strict=True)
+        ],
+        frozenset(columns) - {"reward", "part"},
+    )
+
+
+def _tags(report: EvalReport) -> Iterator[Block]:
+    rows = [(str(r.steps), r.reward, r.part, r.tag, str(r.num), f"{r.mean:.3f}", bounds(r.ci95)) for r in report.tags]
+    columns = ("steps", "reward", "part", "tag", "images", "mean", "95 % interval")
+    yield Table(columns, rows, frozenset(columns) - {"reward", "part", "tag"})
+
+
+def _metrics(report: EvalReport) -> Iterator[Block]:
+    yield Text(
+        "Diversity: mean distance over pairs of images of one prompt, and mean cosine distance over all pairs."
+        " Fréchet distance grows as images get fewer; the extrapolated value removes the part that falls as 1 / n."
+    )
+    other = report.against[0].metrics if report.against else ()
+    columns: tuple[str, ...] = ("steps", "features", "metric", "value", "95 % interval")
+    rows: list[tuple[str, ...]] = [
+        (str(m.steps), m.extractor, m.metric, f"{m.value:.3g}", bounds(m.ci95, ".3g")) for m in report.metrics
+    ]
+    if other:
+        columns += ("of the other", "difference", "its 95 % interval")
+        rows = [
+            (*row, f"{b.value:.3g}", f"{d.value:+.3g}", bounds(d.ci95, ".3g"))
+            for row, b, d in zip(rows, other, report.metric_differences, strict=True)
+        ]
+    yield Table(columns, rows, frozenset(columns) - {"features", "metric"})
+
+
+def _pictures(report: EvalReport, galleries: Sequence[Mapping[int, ImageGallery | None]]) -> Iterator[Section]:
+    labels = [report.target, *(other.target for other in report.against)]
+    for steps, gallery in galleries[0].items():
+        if gallery is None:
+            continue
+        reward = gallery.key[0]
+        others = [found for shown in galleries[1:] if (found := shown[steps]) is not None]
+        paired = f" The images of {labels[0]} and {labels[-1]} share their seeds." if others else ""
+        blocks: list[Block] = [Text(f"Below each image is its score by {reward}.{paired}")]
+        for prompt in spread(list(gallery.prompts), _SHOWN_PROMPTS):
+            for label, source in zip(reversed(labels), reversed([gallery, *others]), strict=True):
+                title = f"{prompt}, by {label}" if others else prompt
+                blocks.append(Gallery([s.picture(prompt) for s in source.prompts[prompt].first], title))
+        yield Section(f"Images with {steps} steps", blocks)
+        yield Section(f"Worst and best with {steps} steps, by {reward}", list(_extremes(gallery)))
+
+
+def _extremes(gallery: ImageGallery) -> Iterator[Block]:
+    ordered = sorted(gallery.prompts.items(), key=lambda entry: entry[1].mean)
+    count = min(_EXTREMES, -(-len(ordered) // 2))
+    yield Text("Prompts with the lowest and the highest mean; of each its worst and its best image.")
+    for title, chosen in (("Lowest", ordered[:count]), ("Highest", ordered[-count:][::-1])):
+        yield Gallery([picture for prompt, show in chosen for picture in _pair(prompt, show)], f"{title} means")
+    columns = ("prompt", "images", "mean", "lowest", "highest")
+    yield Table(
+        columns,
+        [
+            (prompt, str(len(s.scores)), f"{s.mean:.3f}", f"{min(s.scores):.3f}", f"{max(s.scores):.3f}")
+            for prompt, s in (*ordered[:count], *ordered[max(count, len(ordered) - count) :])
+        ],
+        frozenset(columns) - {"prompt"},
+    )
+
+
+def _pair(prompt: str, show: PromptShow) -> Iterator[Picture]:
+    for shown, word in ((show.worst, "worst"), (show.best, "best")):
+        if shown is not None:
+            yield Picture(shown.source, f"{word} {shown.value:.3f}: {prompt}", prompt, shown.pixelated)
+
+
+def bounds(ci95: tuple[float, float], form: str = ".3f") -> str:
+    """An interval for a table; unbounded sides are dashes."""
+    low, high = (format(bound, form) if math.isfinite(bound) else "-" for bound in ci95)
+    return f"[{low}, {high}]"

@@ -1,0 +1,118 @@
+"""What an evaluation finds, as values and as JSON (docs/schemas/eval.schema.json)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+SCHEMA = 1
+MEAN_OF_TAGS = "mean of tags"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Mean score of one part of one reward at one number of steps, with a 95 % bootstrap interval over prompts."""
+
+    steps: int
+    reward: str
+    part: str
+    mean: float
+    std: float
+    ci95: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class TagResult:
+    """The same for the `num` images whose prompts have one tag, or as the mean over tags (GenEval's own figure)."""
+
+    steps: int
+    reward: str
+    part: str
+    tag: str
+    num: int
+    mean: float
+    ci95: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number about the whole set of images, from the features of one extractor, with a 95 % interval."""
+
+    steps: int
+    extractor: str
+    metric: str
+    value: float
+    ci95: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Paired difference target minus other (same prompts and seeds), with a 95 % bootstrap interval over prompts."""
+
+    steps: int
+    reward: str
+    part: str
+    mean: float
+    ci95: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """What `fmg eval --json` prints.
+
+    `tags` is empty unless the prompts have several tags, `metrics` without feature extractors; `against`, `differences`
+    and `metric_differences` for a single target.
+    """
+
+    target: str
+    adapter: str | None
+    seed: int
+    num: int
+    grid: str
+    prompts: str
+    results: tuple[Result, ...]
+    tags: tuple[TagResult, ...]
+    metrics: tuple[Metric, ...]
+    against: tuple[EvalReport, ...]
+    differences: tuple[Difference, ...]
+    metric_differences: tuple[Metric, ...]
+
+    def result(self, reward: str, part: str, steps: int) -> Result:
+        """The row of one score."""
+        return next(r for r in self.results if (r.reward, r.part, r.steps) == (reward, part, steps))
+
+    def to_json(self) -> dict[str, object]:
+        """The report as plain JSON values; unbounded intervals are null (docs/schemas/eval.schema.json)."""
+        out: dict[str, object] = {
+            "schema": SCHEMA,
+            "target": self.target,
+            "adapter": self.adapter,
+            "seed": self.seed,
+            "num": self.num,
+            "grid": self.grid,
+            "prompts": self.prompts,
+            "results": plain(self.results),
+        }
+        if self.tags:
+            out["tags"] = plain(self.tags)
+        if self.metrics:
+            out["metrics"] = plain(self.metrics)
+        if self.against:
+            out["against"] = self.against[0].to_json()
+            out["differences"] = plain(self.differences)
+        if self.metric_differences:
+            out["metric_differences"] = plain(self.metric_differences)
+        return out
+
+
+def headline_tags(results: Sequence[Result], tags: Sequence[TagResult]) -> list[TagResult]:
+    """Of each reward the part that it is known for: `correct` or `strict` where it has one, else its total."""
+    known_for = {row.reward: row.part for row in results if row.part in ("strict", "correct")}
+    known_for |= {row.reward: row.part for row in results if row.part == "correct"}
+    return [row for row in tags if row.part == known_for.get(row.reward, "total")]
+
+
+def plain(rows: Sequence[Result | TagResult | Metric | Difference]) -> list[dict[str, object]]:
+    """Rows as JSON values; bounds that are not finite are null."""
+    return [asdict(row) | {"ci95": [bound if math.isfinite(bound) else None for bound in row.ci95]} for row in rows]

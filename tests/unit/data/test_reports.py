@@ -1,0 +1,150 @@
+"""Pages: self-contained, escaped, and true to the run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fmg.core.errors import CheckpointError, UsageError
+from fmg.data.charts import line_chart
+from fmg.data.comparison import write_comparison
+from fmg.data.page import Gallery, Listing, Picture, Section, Table, Text, Tile, inline_image, page
+from fmg.data.pictures import Curve
+from fmg.data.run_folder import RunFolder
+from fmg.data.run_report import write_run_report
+from tests.support.pages import made_up_run, self_contained
+
+HOSTILE = "<script>alert('x')</script>\"'&{{ 7 * 7 }} {% raw %} </style> ☃ \u202e"
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, RunFolder]:
+    folder = tmp_path_factory.mktemp("runs")
+    first, second = made_up_run(folder / "first"), made_up_run(folder / "second", lr=5e-4)
+    write_run_report(first)
+    return first, second
+
+
+def test_every_text_of_a_page_is_escaped() -> None:
+    picture = Picture("data:image/png;base64,AAAA", HOSTILE, HOSTILE)
+    blocks = [
+        Text(HOSTILE),
+        Table((HOSTILE, "b"), [(HOSTILE, "1")], frozenset({"b"})),
+        Gallery([picture], HOSTILE),
+        Listing([(HOSTILE, HOSTILE)]),
+    ]
+    html = page(HOSTILE, HOSTILE, [Tile(HOSTILE, HOSTILE, HOSTILE)], [Section(HOSTILE, blocks), Section("b", [], True)])
+    parsed = self_contained(html)
+    # title, heading, subtitle, tile (3), section, text, table (2), gallery title and caption, listing (2)
+    assert parsed.words.count("alert('x')") == 14
+    assert "49" not in parsed.words
+    assert parsed.words.count("{{ 7 * 7 }} {% raw %}") == 14
+
+
+def test_the_report_of_a_run_says_what_its_files_say(runs: tuple[RunFolder, RunFolder]) -> None:
+    run = runs[0]
+    parsed = self_contained((run.path / "report.html").read_text(encoding="utf-8"))
+    words = parsed.words
+    assert "3 iterations, finished" in words
+    # the checkpoint that is kept is that of iteration 1: strict 0.32, with 1.96 sqrt(2) 0.004 around the gain
+    assert "shapes strict 0.300 0.320 +0.020 [+0.009, +0.031] 0.360" in words
+    assert "shapes color 0.600 0.600 +0.000 [-0.055, +0.055] 0.600" in words
+    assert "update 3 3.00 9.0 45 %" in words
+    assert "optimizer" in words
+    assert "--lr" in words
+    assert "torch 2." in words
+    # reward, strict, total, by part, KL and clipping; before and after; four grids
+    assert parsed.tags.count("img") == 6 + 1 + 4
+
+
+def test_a_report_is_replaced_and_repeats_byte_by_byte(runs: tuple[RunFolder, RunFolder]) -> None:
+    before = (runs[0].path / "report.html").read_bytes()
+    write_run_report(runs[0])
+    assert (runs[0].path / "report.html").read_bytes() == before
+
+
+def test_a_run_that_has_just_begun_has_a_report(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", "meanflow-shapes")
+    with pytest.raises(CheckpointError, match=r"recipe.yaml"):
+        write_run_report(run)
+    run.recipe.write_text("model:\n  name: x  # here\n")
+    (run.path / "environment.json").write_text("[")
+    (run.path / "before_after.png").write_bytes(b"no picture")
+    words = self_contained(write_run_report(run).read_text(encoding="utf-8")).words
+    assert "0 iterations, running" in words
+    assert "name: x" in words
+
+
+def test_a_comparison_shows_scores_and_what_differs(runs: tuple[RunFolder, RunFolder], tmp_path: Path) -> None:
+    write_comparison(runs, tmp_path / "c.html")
+    words = self_contained((tmp_path / "c.html").read_text(encoding="utf-8")).words
+    assert "first meanflow-shapes finished 3 1 0.300 → 0.320 0.700 → 0.700" in words
+    assert "optimizer.lr 0.001 0.0005" in words
+    assert "lora.rank" not in words
+    with pytest.raises(UsageError, match="exists already"):
+        write_comparison(runs, tmp_path / "c.html")
+    with pytest.raises(UsageError, match="named twice"):
+        write_comparison([runs[0], runs[0]], tmp_path / "d.html")
+    with pytest.raises(CheckpointError, match="not a run folder"):
+        write_comparison([runs[0], RunFolder(tmp_path)], tmp_path / "d.html")
+    assert not (tmp_path / "d.html").exists()
+
+
+def test_a_chart_draws_its_bands_and_survives_gaps() -> None:
+    flat, banded = (line_chart([Curve("a", [0, 1, 2], [0.1, 0.2, 0.3], band)], "t") for band in ([0] * 3, [0.1] * 3))
+    assert banded.count(b"<path") > flat.count(b"<path")
+    assert line_chart([Curve("a", [0, 1], [float("nan"), 1.0], [0, 0])], "t").startswith(b"<?xml")
+
+
+def test_large_pictures_are_scaled_down_and_small_ones_stay_exact() -> None:
+    small = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
+    source, pixelated = inline_image(small)
+    assert source.startswith("data:image/png")
+    assert pixelated
+    source, pixelated = inline_image(small.resize((2000, 1000)), 500)
+    assert source.startswith("data:image/jpeg")
+    assert not pixelated
+    assert len(source) < 150_000
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs chromium (apt-get install chromium)")
+@pytest.mark.parametrize("width", [1280, 420])
+def test_a_browser_shows_the_report(runs: tuple[RunFolder, RunFolder], tmp_path: Path, width: int) -> None:
+    """Nothing is broken or blocked, every picture decodes, and the page is not wider than the window."""
+    html = (runs[0].path / "report.html").read_text(encoding="utf-8")
+    # a probe that the test adds, under a policy that allows it
+    probe = (
+        "<script>addEventListener('load', () => { const r = document.documentElement; document.title = JSON.stringify({"
+        "images: document.images.length, broken: [...document.images].filter(i => !i.naturalWidth).length,"
+        "wide: r.scrollWidth - r.clientWidth, height: r.scrollHeight}); });</script></body>"
+    )
+    opened = html.replace("default-src 'none';", "default-src 'none'; script-src 'unsafe-inline';")
+    (tmp_path / "page.html").write_text(opened.replace("</body>", probe), encoding="utf-8")
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--user-data-dir={tmp_path / 'user'}",
+    ]
+    shown = subprocess.run(
+        [CHROMIUM, *options, f"--window-size={width},900", "--dump-dom", (tmp_path / "page.html").as_uri()],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    found = json.loads(shown.stdout.partition("<title>")[2].partition("</title>")[0])
+    assert found["images"] == 11
+    assert found["broken"] == 0
+    assert found["wide"] <= 0
+    assert found["height"] > 1500
