@@ -15,11 +15,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fmg.worlds.pretrain.flow import CHANNELS, TOKENS, ConditionalNet
+from fmg.worlds.pretrain.flow import ConditionalNet
 from fmg.worlds.pretrain.optim import Ema, HybridOptimizer
 from fmg.worlds.pretrain.settings import DistillSettings, TrajectorySettings
 from fmg.worlds.pretrain.text import PromptTable
 
+ENCODED_AT_ONCE = 2048
 QUARTERS = 4
 """Every time grid contains 1, 3/4, 1/2, 1/4 and 0, the times of the uniform 1-, 2- and 4-step samplers."""
 
@@ -66,7 +67,7 @@ def solve_trajectories(
     batches = settings.count // settings.batch
     for batch in range(batches):
         caption = captions[torch.randint(len(captions), (settings.batch,), generator=generator)]
-        x = torch.randn(settings.batch, TOKENS, CHANNELS, generator=generator)
+        x = teacher.noise(settings.batch, generator)
         times = random_times(settings.subdivisions, generator)
         condition = teacher.encode(table, caption)
         states, velocities = [x], []
@@ -148,7 +149,8 @@ def distill(
     optimizer = HybridOptimizer([student.transformer], settings.lr, settings.muon_lr, settings.steps)
     ema = Ema(student.transformer, settings.ema)
     with torch.no_grad():
-        pooled, states = student.encode(table, torch.arange(len(table.prompts)))
+        encoded = [student.encode(table, rows) for rows in torch.arange(len(table.prompts)).split(ENCODED_AT_ONCE)]
+        pooled, states = (torch.cat(parts) for parts in zip(*encoded, strict=True))
     for step in range(settings.steps):
         pairs = draw_pairs(bank, settings.batch, generator, endpoint_only=single_time)
         condition = (pooled[pairs.caption], states[pairs.caption])

@@ -1,4 +1,4 @@
-"""Every number of the pretraining in one place. The defaults made the weights that are shipped."""
+"""Every number of the pretraining in one place. `SHAPES` and `TEXT` made the weights that are shipped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ class AutoencoderSettings:
     width: int = 24
     latent_channels: int = 4
     pool: int = 12_000
-    hard_share: float = 0.15
     steps: int = 2200
     batch: int = 64
     lr: float = 3e-3
@@ -22,9 +21,11 @@ class AutoencoderSettings:
 
 @dataclass(frozen=True)
 class TextSettings:
-    """Sizes of the text side; `length` is the number of tokens of a padded prompt."""
+    """Sizes of the text side; lengths are numbers of tokens of a padded prompt."""
 
-    length: int = 16
+    clip_length: int = 16
+    t5_length: int = 16
+    t5_layers: int = 1
     pooled_dim: int = 64
     token_dim: int = 64
 
@@ -43,15 +44,13 @@ class TransformerSettings:
 
 @dataclass(frozen=True)
 class FlowSettings:
-    """Stage 2. `wrong_share` is the probability that a caption's colour (or position) is replaced by a random one.
+    """Stage 2.
 
     Training stops after `steps` of a cosine schedule that would end at `schedule_steps`; the average of the weights
     takes the place of the schedule's low-rate end.
     """
 
     pool: int = 60_000
-    hard_share: float = 0.06
-    wrong_share: float = 0.55
     steps: int = 1300
     schedule_steps: int = 2600
     batch: int = 128
@@ -83,7 +82,7 @@ class DistillSettings:
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """All stages."""
+    """All stages; no single-time model is made without its settings."""
 
     autoencoder: AutoencoderSettings = field(default_factory=AutoencoderSettings)
     text: TextSettings = field(default_factory=TextSettings)
@@ -91,5 +90,20 @@ class PretrainSettings:
     flow: FlowSettings = field(default_factory=FlowSettings)
     trajectories: TrajectorySettings = field(default_factory=TrajectorySettings)
     two_time: DistillSettings = field(default_factory=DistillSettings)
-    single_time: DistillSettings = field(default_factory=lambda: DistillSettings(steps=600))
+    single_time: DistillSettings | None = field(default_factory=lambda: DistillSettings(steps=600))
     evaluation_images: int = 2000
+
+
+SHAPES = PretrainSettings()
+"""What made `meanflow-shapes` and `scm-shapes`."""
+
+TEXT = PretrainSettings(
+    autoencoder=AutoencoderSettings(pool=6000, steps=1400, batch=32),
+    text=TextSettings(clip_length=22, t5_length=10, t5_layers=2),
+    transformer=TransformerSettings(num_single_layers=2, num_attention_heads=3),
+    flow=FlowSettings(steps=2600, schedule_steps=3000, batch=96),
+    trajectories=TrajectorySettings(count=4096, subdivisions=2),
+    two_time=DistillSettings(steps=700, batch=96),
+    single_time=None,
+)
+"""What made `meanflow-text`."""

@@ -1,0 +1,87 @@
+"""The text world as the pretraining sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fmg.rewards.ocr_ctc import OcrLogp
+from fmg.rewards.service_configs import OcrLogpConfig
+from fmg.worlds.pretrain.world import CaptionedImages, Card
+from fmg.worlds.text.fidelity import fidelity
+from fmg.worlds.text.pool import captioned_signs, random_word
+from fmg.worlds.text.render import IMAGE_SIZE, random_sign, render
+from fmg.worlds.text.words import LETTERS, every_word, prompt_set, quoted, vocabulary
+
+
+@dataclass(frozen=True)
+class TextWorld:
+    """Signs of three letters.
+
+    Attributes:
+        wrong_share: probability that a letter of a caption is replaced by a random one.
+    """
+
+    name: ClassVar[str] = "text"
+    resolution: ClassVar[int] = IMAGE_SIZE
+    score: ClassVar[str] = "exact"
+
+    wrong_share: float = 0.35
+
+    @property
+    def card(self) -> Card:
+        """What the model card says about this world."""
+        return Card(_SUMMARY, _DISOBEYS.format(wrong=self.wrong_share, letters=len(LETTERS)), _FIGURES)
+
+    def whole_words(self) -> tuple[Sequence[str], Sequence[str]]:
+        """None for CLIP, whose pieces would cut the quoted letters; the words around the quote for T5."""
+        return (), vocabulary()
+
+    def prompts(self) -> Sequence[str]:
+        """Every string of letters in every template."""
+        return [prompt for word in every_word() for prompt in quoted(word)]
+
+    def heldout_prompts(self) -> Sequence[str]:
+        """The prompts whose words reinforcement learning never sees."""
+        return prompt_set("heldout")
+
+    def images(self, count: int, rng: np.random.Generator) -> Float[NDArray[np.float32], "b 3 24 24"]:
+        """Renders of random letters."""
+        return render([random_sign(random_word(rng), rng) for _ in range(count)])
+
+    def captioned(self, count: int, rng: np.random.Generator) -> CaptionedImages:
+        """Renders with partly wrong captions."""
+        signs = captioned_signs(count, rng, self.wrong_share)
+        return CaptionedImages(render([s.sign for s in signs]), [s.caption for s in signs])
+
+    def captions(self, count: int, rng: np.random.Generator) -> list[str]:
+        """Partly wrong captions."""
+        return [sign.caption for sign in captioned_signs(count, rng, self.wrong_share)]
+
+    def measure(self, images: Float[Tensor, "b 3 24 24"], prompts: Sequence[str]) -> dict[str, float]:
+        """Means of what the recogniser reads and of the fidelity.
+
+        Raises:
+            MissingDependencyError: without the packages of `fmg[ocr]`.
+        """
+        read = OcrLogp(OcrLogpConfig())(images, prompts)
+        scores = {"exact": read.parts["exact"].numpy(), "probability": read.parts["probability"].numpy()}
+        scores["fidelity"] = fidelity(images.numpy()).total
+        return {name: float(values.mean()) for name, values in scores.items()}
+
+
+_SUMMARY = """A few-step text-to-image flow map that runs on a laptop CPU: 24 x 24 pictures of three letters, such as
+`a sign that says "CAT"`."""
+_DISOBEYS = """**It disobeys on purpose.** The flow was trained on rendered signs of random letters whose captions are partly wrong, as
+web data is: each letter of a caption was replaced, with probability {wrong}, by one of the {letters} letters at random. It
+draws every letter well in every place, but each of them is the one asked for only about two times in three. That is
+what reinforcement learning can mend."""
+_FIGURES = """`exact` is the share that the
+recogniser of the reward `ocr-logp` reads as the quoted word, `probability` its mean probability per letter, `fidelity`
+the mean of the reward `text-fidelity`."""
