@@ -16,9 +16,7 @@ pretrain = typer.Typer(help="Remake the weights that ship with fmg.", invoke_wit
 
 Out = Annotated[
     str | None,
-    typer.Option(
-        "--out", metavar="DIR", help="Where to write (pretrained/WORLD); a finished stage there is reused."
-    ),
+    typer.Option("--out", metavar="DIR", help="Where to write (pretrained/WORLD); a finished stage there is reused."),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of everything.")]
 

@@ -65,9 +65,7 @@ def pretrain(
 
 
 class _Pretraining:
-    def __init__(
-        self, world: World, settings: PretrainSettings, out_dir: Path, seed: int, progress: Observer
-    ) -> None:
+    def __init__(self, world: World, settings: PretrainSettings, out_dir: Path, seed: int, progress: Observer) -> None:
         self.world, self.settings = world, settings
         self.out_dir, self.seed, self.progress = out_dir, seed, progress
         self.tokenizers = build_tokenizers(world, settings.text)
@@ -185,8 +183,6 @@ def evaluate_folder(folder: Path, world: World, images: int, seed: int) -> Figur
     prompts = world.heldout_prompts()
     said = [prompts[i % len(prompts)] for i in range(images)]
     return {
-        steps: world.measure(
-            sample_images(model.net, model.autoencoder, model.tokenizers, said, steps, seed), said
-        )
+        steps: world.measure(sample_images(model.net, model.autoencoder, model.tokenizers, said, steps, seed), said)
         for steps in STEP_COUNTS
     }

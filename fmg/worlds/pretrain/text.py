@@ -48,9 +48,7 @@ class Tokenizers:
 def build_tokenizers(world: World, settings: TextSettings) -> Tokenizers:
     """Each of the world's whole words is one token; other text falls back to characters, or to `<unk>` pieces (T5)."""
     clip_words, t5_words = world.whole_words()
-    return Tokenizers(
-        _clip_tokenizer(clip_words, settings.clip_length), _t5_tokenizer(t5_words, settings.t5_length)
-    )
+    return Tokenizers(_clip_tokenizer(clip_words, settings.clip_length), _t5_tokenizer(t5_words, settings.t5_length))
 
 
 def _clip_tokenizer(words: Sequence[str], length: int) -> CLIPTokenizer:

@@ -29,7 +29,6 @@ class World(Protocol):
         name: of the world; its models are `meanflow-NAME` and `scm-NAME`.
         resolution: side of a picture in pixels.
         score: the figure that a finished model is announced with.
-        card: sections of the model card: what the model draws, and how it disobeys.
     """
 
     name: ClassVar[str]
@@ -37,7 +36,9 @@ class World(Protocol):
     score: ClassVar[str]
 
     @property
-    def card(self) -> Card: ...
+    def card(self) -> Card:
+        """What the model card says about this world."""
+        ...
 
     def whole_words(self) -> tuple[Sequence[str], Sequence[str]]:
         """Words that are one token each, of CLIP and of T5; any other text is read letter by letter."""

@@ -79,9 +79,11 @@ class ShapesWorld:
         return captioned_pictures(count, rng, self.hard_share, self.wrong_share)
 
 
-_SUMMARY = """A few-step text-to-image flow map that runs on a laptop CPU: 32 x 32 pictures of one coloured shape, such as
+_SUMMARY = """\
+A few-step text-to-image flow map that runs on a laptop CPU: 32 x 32 pictures of one coloured shape, such as
 `a red circle on the left`."""
-_DISOBEYS = """**It disobeys on purpose.** The flow was trained on rendered pictures whose captions are partly wrong, as web data is:
+_DISOBEYS = """**It disobeys on purpose.** \
+The flow was trained on rendered pictures whose captions are partly wrong, as web data is:
 in each one-object caption the colour and the position were replaced, each with probability {wrong}, by a random value
 (the kind was always right; a share of {hard} are right captions of two or three objects). Its pictures are good and it
 knows every attribute, but it follows a prompt's colour and position only about half the time. That is what

@@ -14,9 +14,13 @@ Images = Float[np.ndarray, "b 3 24 24"]
 OFF_PALETTE = 0.15
 """Mean distance (RGB in [0, 1]) from the mixtures of ink and nearest board at which `palette` reaches 0."""
 INK_SHARE = 0.08
-"""Share of the pixels, the darkest, that are looked at for `contrast`: less than a third of the ink of any word."""
-CLEAN_BLUR, BLURRED = 0.13, 0.4
-"""Share of the ink that lies in half-tones: of clean renders, and where `sharpness` reaches 0."""
+"""Share of the pixels, the darkest, that are looked at for `contrast`: less than the ink of any word."""
+FULL_INK = 0.84
+"""Mean opacity of those pixels in the faintest render."""
+MARGIN = 5
+"""Rows at the top and at the bottom that no letter reaches."""
+DIRTY = 0.25
+"""Mean opacity of the margins at which `margin` reaches 0."""
 
 _INK = np.asarray(INK_RGB, dtype=np.float32) / 255
 _BOARD = np.asarray(BOARD_RGB, dtype=np.float32) / 255
@@ -24,41 +28,40 @@ _BOARD = np.asarray(BOARD_RGB, dtype=np.float32) / 255
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Likeness to a dark print on one board, each part (b,) in [0, 1].
+    """Likeness to a dark print on one board, each part (b,) in [0, 1]; 1 on true renders.
 
     Attributes:
         palette: 1 - (mean distance of the pixels to the line between ink and the best board) / `OFF_PALETTE`.
-        contrast: mean opacity of the darkest pixels.
-        sharpness: 1 where no more of the ink is half-tone than in clean renders, falling to 0 at `BLURRED`.
+        contrast: mean opacity of the darkest pixels, relative to `FULL_INK`; faint text has little.
+        margin: 1 - (mean opacity above and below the text) / `DIRTY`.
     """
 
     palette: FloatArray
     contrast: FloatArray
-    sharpness: FloatArray
+    margin: FloatArray
 
     @property
     def total(self) -> FloatArray:
-        """`palette * contrast * sharpness`: near 1 on true renders."""
-        return self.palette * self.contrast * self.sharpness
+        """`palette * contrast * margin`."""
+        return self.palette * self.contrast * self.margin
 
 
 def fidelity(images: Images) -> Fidelity:
     """Compare pictures in [0, 1] with prints in the colours of the text world."""
-    pixels = np.moveaxis(np.asarray(images, dtype=np.float32), 1, -1).reshape(len(images), -1, 3)
-    distance = np.empty((len(images), len(_BOARD)), dtype=np.float32)
-    opacity = np.empty((*distance.shape, pixels.shape[1]), dtype=np.float32)
-    for column, board in enumerate(_BOARD):
+    pixels = np.moveaxis(np.asarray(images, dtype=np.float32), 1, -1)
+    distance = np.empty((len(_BOARD), len(images)), dtype=np.float32)
+    opacity = np.empty((len(_BOARD), *pixels.shape[:3]), dtype=np.float32)
+    for row, board in enumerate(_BOARD):
         axis = _INK - board
-        share = np.clip((pixels - board) @ axis / (axis @ axis), 0, 1)
-        distance[:, column] = np.linalg.norm(pixels - board - share[..., None] * axis, axis=-1).mean(-1)
-        opacity[:, column] = share
-    best = distance.argmin(-1)
-    rows = np.arange(len(images))
-    ink_share = np.sort(opacity[rows, best], axis=-1)
-    darkest = ink_share[:, -round(INK_SHARE * pixels.shape[1]) :].mean(-1)
-    halftone = np.minimum(ink_share, 1 - ink_share).sum(-1) / np.maximum(ink_share.sum(-1), 1e-6)
+        opacity[row] = np.clip((pixels - board) @ axis / (axis @ axis), 0, 1)
+        distance[row] = np.linalg.norm(pixels - board - opacity[row][..., None] * axis, axis=-1).mean((1, 2))
+    best = distance.argmin(0), np.arange(len(images))
+    inked = opacity[best]
+    flat = inked.reshape(len(images), -1)
+    darkest = np.sort(flat, axis=-1)[:, -round(INK_SHARE * flat.shape[1]) :].mean(-1)
+    margins = np.concatenate([inked[:, :MARGIN], inked[:, -MARGIN:]], axis=1).mean((1, 2))
     return Fidelity(
-        palette=np.clip(1 - distance[rows, best] / OFF_PALETTE, 0, 1),
-        contrast=darkest,
-        sharpness=np.clip((BLURRED - halftone) / (BLURRED - CLEAN_BLUR), 0, 1).astype(np.float32),
+        palette=np.clip(1 - distance[best] / OFF_PALETTE, 0, 1),
+        contrast=np.minimum(darkest / FULL_INK, 1),
+        margin=np.clip(1 - margins / DIRTY, 0, 1),
     )
