@@ -14,10 +14,7 @@ from fmg.cli.options import checked_folder
 
 pretrain = typer.Typer(help="Remake the weights that ship with fmg.", invoke_without_command=True)
 
-Out = Annotated[
-    str | None,
-    typer.Option("--out", metavar="DIR", help="Where to write (pretrained/WORLD); a finished stage there is reused."),
-]
+Out = Annotated[str, typer.Option("--out", metavar="DIR", help="Where to write; a finished stage there is reused.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of everything.")]
 
 
@@ -29,9 +26,9 @@ def group(ctx: typer.Context) -> None:
 
 
 @pretrain.command("shapes")
-def shapes(out: Out = None, seed: Seed = 0) -> None:
+def shapes(out: Out = "pretrained/shapes", seed: Seed = 0) -> None:
     """Train meanflow-shapes and scm-shapes from random weights: about 40 minutes on two cores."""
-    folder = checked_folder(out or "pretrained/shapes", "--out")
+    folder = checked_folder(out, "--out")
 
     from fmg.worlds.pretrain.pipeline import pretrain as run
     from fmg.worlds.pretrain.settings import SHAPES
@@ -43,9 +40,9 @@ def shapes(out: Out = None, seed: Seed = 0) -> None:
 
 
 @pretrain.command("text")
-def text(out: Out = None, seed: Seed = 0) -> None:
+def text(out: Out = "pretrained/text", seed: Seed = 0) -> None:
     """Train meanflow-text from random weights: about 40 minutes on two cores. Needs fmg[ocr]."""
-    folder = checked_folder(out or "pretrained/text", "--out")
+    folder = checked_folder(out, "--out")
 
     from fmg.rewards.ocr_ctc import shipped_model
 

@@ -146,7 +146,9 @@ def distill(
     """
     single_time = student.transformer.config.second_time == "none"
     generator = torch.Generator().manual_seed(seed + (5 if single_time else 4))
-    optimizer = HybridOptimizer([student.transformer], settings.lr, settings.muon_lr, settings.steps)
+    optimizer = HybridOptimizer(
+        [student.transformer], settings.lr, settings.muon_lr, settings.steps, fp32=settings.muon_fp32
+    )
     ema = Ema(student.transformer, settings.ema)
     with torch.no_grad():
         encoded = [student.encode(table, rows) for rows in torch.arange(len(table.prompts)).split(ENCODED_AT_ONCE)]

@@ -131,7 +131,7 @@ def train_flow(
     Times are logit-normal(0, 1) (Esser et al., 2024), stratified over the batch, mixed with one part in four uniform.
     """
     generator = torch.Generator().manual_seed(seed + 2)
-    optimizer = HybridOptimizer([net], settings.lr, settings.muon_lr, settings.schedule_steps)
+    optimizer = HybridOptimizer([net], settings.lr, settings.muon_lr, settings.schedule_steps, fp32=settings.muon_fp32)
     ema = Ema(net, settings.ema)
     for step in range(settings.steps):
         index = torch.randint(len(pool.latents), (settings.batch,), generator=generator)

@@ -47,7 +47,7 @@ class FlowSettings:
     """Stage 2.
 
     Training stops after `steps` of a cosine schedule that would end at `schedule_steps`; the average of the weights
-    takes the place of the schedule's low-rate end.
+    takes the place of the schedule's low-rate end. `muon_fp32` chooses `Fp32Muon`, here and in `DistillSettings`.
     """
 
     pool: int = 60_000
@@ -56,6 +56,7 @@ class FlowSettings:
     batch: int = 128
     lr: float = 1.5e-3
     muon_lr: float = 0.02
+    muon_fp32: bool = False
     ema: float = 0.998
 
 
@@ -76,6 +77,7 @@ class DistillSettings:
     batch: int = 128
     lr: float = 1e-3
     muon_lr: float = 0.01
+    muon_fp32: bool = False
     ema: float = 0.997
     huber: float = 0.1
 
@@ -101,9 +103,9 @@ TEXT = PretrainSettings(
     autoencoder=AutoencoderSettings(pool=6000, steps=1400, batch=32),
     text=TextSettings(clip_length=22, t5_length=10, t5_layers=2),
     transformer=TransformerSettings(num_single_layers=2, num_attention_heads=3),
-    flow=FlowSettings(steps=2600, schedule_steps=3000, batch=96),
+    flow=FlowSettings(steps=2400, schedule_steps=2600, batch=96, muon_fp32=True),
     trajectories=TrajectorySettings(count=4096, subdivisions=2),
-    two_time=DistillSettings(steps=700, batch=96),
+    two_time=DistillSettings(steps=700, batch=96, muon_fp32=True),
     single_time=None,
 )
 """What made `meanflow-text`."""

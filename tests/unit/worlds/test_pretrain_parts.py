@@ -14,7 +14,7 @@ from transformers import CLIPTokenizer, T5Tokenizer
 from fmg.worlds.pretrain.autoencoder import pack, unpack
 from fmg.worlds.pretrain.distill import Trajectories, draw_pairs, random_times, solve_trajectories
 from fmg.worlds.pretrain.flow import build_transformer, flow_times, image_ids
-from fmg.worlds.pretrain.optim import Ema, HybridOptimizer, cosine
+from fmg.worlds.pretrain.optim import Ema, Fp32Muon, HybridOptimizer, cosine, orthogonalised
 from fmg.worlds.pretrain.settings import TextSettings, TrajectorySettings, TransformerSettings
 from fmg.worlds.pretrain.text import PromptTable, Tokenizers, build_tokenizers
 from fmg.worlds.shapes.pool import captioned_pictures
@@ -139,6 +139,35 @@ def test_block_matrices_go_to_muon_and_the_rest_to_adamw() -> None:
     assert any(p is block.attn.to_q.weight for p in muon)
     assert any(p is block.norm.linear.weight for p in adamw)
     assert len(adamw) + len(muon) == len(list(model.parameters()))
+
+
+def test_fp32_muon_takes_the_steps_of_torch_muon() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in ((8, 24), (8, 24), (24, 8))]
+    ours, theirs = ([nn.Parameter(matrix.clone()) for matrix in start] for _ in range(2))
+    muons = (
+        Fp32Muon(ours, lr=0.1, momentum=0.95, weight_decay=0.01),
+        torch.optim.Muon(theirs, lr=0.1, momentum=0.95, weight_decay=0.01),
+    )
+    for _ in range(4):
+        gradients = [torch.randn(matrix.shape, generator=generator) for matrix in start]
+        for parameters, muon in zip((ours, theirs), muons, strict=True):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient.clone()
+            muon.step()
+    for a, b, first in zip(ours, theirs, start, strict=True):
+        assert (a - first).norm() > 0.5
+        assert (a - b).norm() < 0.02 * (a - first).norm()
+
+
+def test_orthogonalised_matrices_keep_directions_and_lose_scales() -> None:
+    matrices = (
+        torch.randn(3, 6, 20, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1, 1e3])[:, None, None]
+    )
+    values = torch.linalg.svdvals(orthogonalised(matrices))
+    assert 0.6 < values.min() <= values.max() < 1.3
+    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+    assert (torch.linalg.diagonal(u.mT @ orthogonalised(matrices) @ vh.mT) > 0.6).all()
 
 
 def test_the_average_tends_to_constant_weights_and_replaces_them() -> None:
