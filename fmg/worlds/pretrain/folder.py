@@ -127,13 +127,11 @@ def write_card(folder: Path, world: World, facts: CardFacts, settings: PretrainS
         method=facts.method,
         seed=facts.seed,
         parameters=facts.parameters / 1e6,
+        teacher=_EXACT if flow is None else _TRAINED.format(**asdict(flow)),
         distill=facts.distillation.steps,
         distill_batch=facts.distillation.batch,
         images=settings.evaluation_images,
         table="\n".join([header, *rows]),
-        steps=flow.steps,
-        schedule=flow.schedule_steps,
-        batch=flow.batch,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -166,8 +164,7 @@ is given the transformer, `transformer=FlowMapFluxTransformer2DModel.from_pretra
 
 {disobeys}
 
-Training: `fmg pretrain {world} --seed {seed}` remakes the weights from nothing on a CPU: autoencoder, flow matching
-(the first {steps} steps of a {schedule}-step cosine schedule, batches of {batch}, Muon and AdamW, averaged weights),
+Training: `fmg pretrain {world} --seed {seed}` remakes the weights from nothing on a CPU: autoencoder, {teacher},
 solved teacher trajectories, distillation ({distill} steps of {distill_batch}).
 
 ## Figures
@@ -178,3 +175,7 @@ Held-out prompts, {images} images, uniform grid, after the fp16 round trip. {fig
 
 Licence: Apache-2.0. Training data: procedurally drawn by this project.
 """
+_TRAINED = """flow matching
+(the first {steps} steps of a {schedule_steps}-step cosine schedule, batches of {batch}, Muon and AdamW, averaged weights)"""
+_EXACT = """the flow of
+all pictures that there are and of how they are captioned, which is known in closed form"""

@@ -18,8 +18,9 @@ from torch import Tensor
 from fmg.core.events import Notice, Observer, StageProgress, ignore
 from fmg.models.flux.transformer import SecondTime
 from fmg.worlds.pretrain.autoencoder import train_autoencoder
-from fmg.worlds.pretrain.distill import Trajectories, distill, solve_trajectories
+from fmg.worlds.pretrain.distill import Teacher, Trajectories, distill, solve_trajectories
 from fmg.worlds.pretrain.evaluate import sample_images
+from fmg.worlds.pretrain.exact import ExactTeacher
 from fmg.worlds.pretrain.flow import ConditionalNet, build_pool, build_transformer, train_flow
 from fmg.worlds.pretrain.folder import CardFacts, Model, load_model, save_model, write_card
 from fmg.worlds.pretrain.settings import DistillSettings, PretrainSettings
@@ -36,7 +37,7 @@ PACKED = 4
 STEP_COUNTS = (1, 2, 4)
 _TWO_TIME_METHOD = (
     "It is a two-time map in the form of MeanFlow: one network call carries any time t to any earlier time s.\n"
-    "It was regressed on solved trajectories of its flow-matching teacher, at random pairs of times."
+    "It was regressed on solved trajectories of its teacher, at random pairs of times."
 )
 _SINGLE_TIME_METHOD = (
     "It is a single-time consistency map: one network call carries any time t to the data.\n"
@@ -94,18 +95,23 @@ class _Pretraining:
         autoencoder = AutoencoderTiny.from_pretrained(folder)
         return autoencoder.eval().to(memory_format=torch.channels_last)
 
-    def _teacher(self, autoencoder: AutoencoderTiny) -> ConditionalNet:
+    def _teacher(self, autoencoder: AutoencoderTiny) -> ConditionalNet | ExactTeacher:
+        flow, support = self.settings.flow, self.world.support()
+        if flow is None:
+            if support is None:
+                raise ValueError(f"the {self.world.name} world has infinitely many pictures: its teacher must be trained")
+            return ExactTeacher(support, autoencoder)
         net = self._network("none")
 
         def train() -> dict[str, Tensor]:
-            pool = build_pool(self.world, self.settings.flow, autoencoder, self.table, self.seed)
-            train_flow(net, pool, self.table, self.settings.flow, self.seed, self._ticker("flow"))
+            pool = build_pool(self.world, flow, autoencoder, self.table, self.seed)
+            train_flow(net, pool, self.table, flow, self.seed, self._ticker("flow"))
             return net.state_dict()
 
-        net.load_state_dict(self._stage("flow", self._flow_inputs(), train))
+        net.load_state_dict(self._stage("flow", self._teacher_inputs(), train))
         return net.eval()
 
-    def _trajectories(self, teacher: ConditionalNet) -> Trajectories:
+    def _trajectories(self, teacher: Teacher) -> Trajectories:
         def solve() -> dict[str, Tensor]:
             rng = np.random.default_rng([self.seed, 3])
             captions = self.table.index(self.world.captions(self.settings.trajectories.count, rng))
@@ -113,7 +119,7 @@ class _Pretraining:
             bank = solve_trajectories(teacher, self.table, captions, self.settings.trajectories, self.seed, ticker)
             return dict(vars(bank))
 
-        return Trajectories(**self._stage("trajectories", [*self._flow_inputs(), self.settings.trajectories], solve))
+        return Trajectories(**self._stage("trajectories", [*self._teacher_inputs(), self.settings.trajectories], solve))
 
     def _student(
         self,
@@ -121,17 +127,18 @@ class _Pretraining:
         second_time: SecondTime,
         settings: DistillSettings,
         autoencoder: AutoencoderTiny,
-        teacher: ConditionalNet,
+        teacher: ConditionalNet | ExactTeacher,
         bank: Trajectories,
     ) -> Figures:
         net = self._network(second_time)
-        net.load_state_dict(teacher.state_dict(), strict=False)
+        if isinstance(teacher, ConditionalNet):
+            net.load_state_dict(teacher.state_dict(), strict=False)
 
         def train() -> dict[str, Tensor]:
             distill(net, self.table, bank, settings, self.seed, self._ticker(name))
             return net.state_dict()
 
-        inputs = [*self._flow_inputs(), self.settings.trajectories, settings]
+        inputs = [*self._teacher_inputs(), self.settings.text, self.settings.transformer, self.settings.trajectories, settings]
         net.load_state_dict(self._stage(name, inputs, train))
         folder = self.out_dir / name
         model = Model(net.eval(), autoencoder, self.tokenizers, self.world.resolution)
@@ -152,8 +159,10 @@ class _Pretraining:
         transformer = build_transformer(settings.transformer, settings.text, channels, second_time)
         return ConditionalNet(transformer, encoders, self.world.resolution, settings.text.t5_length)
 
-    def _flow_inputs(self) -> list[DataclassInstance]:
+    def _teacher_inputs(self) -> list[DataclassInstance]:
         settings = self.settings
+        if settings.flow is None:
+            return [self.world, settings.autoencoder]
         return [self.world, settings.autoencoder, settings.text, settings.transformer, settings.flow]
 
     def _digest(self, *inputs: DataclassInstance) -> str:

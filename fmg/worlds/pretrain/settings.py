@@ -71,7 +71,10 @@ class TrajectorySettings:
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """Stages 4 and 5. `huber` is the pseudo-Huber constant, in units of the velocity's root mean square error."""
+    """Stages 4 and 5. `huber` is the pseudo-Huber constant, in units of the velocity's root mean square error.
+
+    `from_scratch` trains the whole network from random weights, which an exact teacher asks for.
+    """
 
     steps: int = 800
     batch: int = 128
@@ -80,16 +83,17 @@ class DistillSettings:
     muon_fp32: bool = False
     ema: float = 0.997
     huber: float = 0.1
+    from_scratch: bool = False
 
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """All stages; no single-time model is made without its settings."""
+    """All stages. Without a flow the teacher is the exact one; without `single_time` no such model is made."""
 
     autoencoder: AutoencoderSettings = field(default_factory=AutoencoderSettings)
     text: TextSettings = field(default_factory=TextSettings)
     transformer: TransformerSettings = field(default_factory=TransformerSettings)
-    flow: FlowSettings = field(default_factory=FlowSettings)
+    flow: FlowSettings | None = field(default_factory=FlowSettings)
     trajectories: TrajectorySettings = field(default_factory=TrajectorySettings)
     two_time: DistillSettings = field(default_factory=DistillSettings)
     single_time: DistillSettings | None = field(default_factory=lambda: DistillSettings(steps=600))
@@ -100,12 +104,11 @@ SHAPES = PretrainSettings()
 """What made `meanflow-shapes` and `scm-shapes`."""
 
 TEXT = PretrainSettings(
-    autoencoder=AutoencoderSettings(pool=6000, steps=1400, batch=32),
+    autoencoder=AutoencoderSettings(pool=5184, steps=700, batch=32),
     text=TextSettings(clip_length=22, t5_length=10, t5_layers=2),
-    transformer=TransformerSettings(num_single_layers=2, num_attention_heads=3),
-    flow=FlowSettings(steps=2400, schedule_steps=2600, batch=96, muon_fp32=True),
-    trajectories=TrajectorySettings(count=4096, subdivisions=2),
-    two_time=DistillSettings(steps=700, batch=96, muon_fp32=True),
+    transformer=TransformerSettings(num_single_layers=2, num_attention_heads=2),
+    flow=None,
+    two_time=DistillSettings(steps=1500, batch=96, lr=1.5e-3, muon_lr=0.02, muon_fp32=True, from_scratch=True),
     single_time=None,
 )
 """What made `meanflow-text`."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from jaxtyping import Float
@@ -20,6 +20,19 @@ class CaptionedImages:
     captions: list[str]
 
 
+@dataclass(frozen=True)
+class Support:
+    """Every picture that a world can draw, for a world with finitely many.
+
+    Attributes:
+        images: all pictures, each as likely as the next before a caption is read.
+        log_likelihood: for captions, the log-probability of each caption given each picture, up to a constant.
+    """
+
+    images: Float[NDArray[np.float32], "n 3 h w"]
+    log_likelihood: Callable[[Sequence[str]], Float[NDArray[np.float32], "b n"]]
+
+
 class World(Protocol):
     """A procedural task: it draws pictures, captions them, and measures how well pictures answer prompts.
 
@@ -31,6 +44,7 @@ class World(Protocol):
         score: the figure that a finished model is announced with.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
     name: ClassVar[str]
     resolution: ClassVar[int]
     score: ClassVar[str]
@@ -62,6 +76,10 @@ class World(Protocol):
 
     def captions(self, count: int, rng: np.random.Generator) -> list[str]:
         """The captions of `captioned` alone."""
+        ...
+
+    def support(self) -> Support | None:
+        """All pictures, or None when there are infinitely many."""
         ...
 
     def measure(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Mapping[str, float]:

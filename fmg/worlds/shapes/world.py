@@ -67,6 +67,10 @@ class ShapesWorld:
         """Partly wrong captions."""
         return [picture.caption for picture in self._pictures(count, rng)]
 
+    def support(self) -> None:
+        """None: positions and sizes are continuous."""
+        return None
+
     def measure(self, images: Float[Tensor, "b 3 32 32"], prompts: Sequence[str]) -> dict[str, float]:
         """Means of the verifier's and the quality's parts."""
         pixels = images.numpy()

@@ -21,9 +21,6 @@ FONT_SIZE = 12
 """Of Pillow's own scalable font (Aileron), in pixels."""
 PITCH = 8.0
 """Distance between the centres of neighbouring letters, in pixels: the width of a token, so each letter has its own."""
-DROPS = (-1, 0, 1)
-"""By how many pixels a word may stand below the centre."""
-
 INK_RGB = (20, 20, 30)
 BOARD_RGB = ((255, 255, 255), (250, 235, 190), (210, 230, 250))
 
@@ -35,35 +32,34 @@ class Sign:
     Attributes:
         word: `SLOTS` letters.
         board: row of `BOARD_RGB`.
-        drop: pixels below the centre.
     """
 
     word: str
     board: int
-    drop: int
 
 
 def random_sign(word: str, rng: np.random.Generator) -> Sign:
-    """A sign with a random board at a random height."""
-    return Sign(word, int(rng.integers(len(BOARD_RGB))), DROPS[rng.integers(len(DROPS))])
+    """A sign with a random board."""
+    return Sign(word, int(rng.integers(len(BOARD_RGB))))
 
 
 def render(signs: Sequence[Sign]) -> Float[np.ndarray, "b 3 24 24"]:
     """Draw signs as float32 RGB in [0, 1]."""
-    cover = np.stack([_cover(sign) for sign in signs])[:, None]
+    cover = np.stack([_cover(sign.word) for sign in signs])[:, None]
     ink, board = (np.asarray(rgb, dtype=np.float32)[..., None, None] / 255 for rgb in (INK_RGB, BOARD_RGB))
     behind = board[[sign.board for sign in signs]]
     images: FloatArray = behind + cover * (ink - behind)
     return images
 
 
-def _cover(sign: Sign) -> FloatArray:
+@lru_cache(maxsize=4096)
+def _cover(word: str) -> FloatArray:
     """Share of each pixel that is ink."""
     picture = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE), 0)
     pen = ImageDraw.Draw(picture)
-    for slot, letter in enumerate(sign.word):
+    for slot, letter in enumerate(word):
         x = IMAGE_SIZE / 2 + (slot - (SLOTS - 1) / 2) * PITCH
-        pen.text((x, IMAGE_SIZE / 2 + sign.drop), letter, font=_font(), fill=255, anchor="mm")
+        pen.text((x, IMAGE_SIZE / 2), letter, font=_font(), fill=255, anchor="mm")
     return np.asarray(picture, dtype=np.float32) / np.float32(255)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,12 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fmg.rewards.ocr_ctc import OcrLogp
+from fmg.rewards.ocr_text import quoted_text
 from fmg.rewards.service_configs import OcrLogpConfig
-from fmg.worlds.pretrain.world import CaptionedImages, Card
+from fmg.worlds.pretrain.world import CaptionedImages, Card, Support
 from fmg.worlds.text.fidelity import fidelity
 from fmg.worlds.text.pool import captioned_signs, random_word
-from fmg.worlds.text.render import IMAGE_SIZE, random_sign, render
-from fmg.worlds.text.words import LETTERS, every_word, prompt_set, quoted, vocabulary
+from fmg.worlds.text.render import BOARD_RGB, IMAGE_SIZE, Sign, random_sign, render
+from fmg.worlds.text.words import LETTERS, SLOTS, every_word, prompt_set, quoted, vocabulary
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class TextWorld:
     score: ClassVar[str] = "exact"
 
     wrong_share: float = 0.35
+
+    def __post_init__(self) -> None:
+        if not 0 < self.wrong_share < 1:
+            raise ValueError(f"wrong_share is {self.wrong_share} and must be between 0 and 1")
 
     @property
     def card(self) -> Card:
@@ -64,6 +70,21 @@ class TextWorld:
         """Partly wrong captions."""
         return [sign.caption for sign in captioned_signs(count, rng, self.wrong_share)]
 
+    def support(self) -> Support:
+        """Every string of letters on every board."""
+        words = every_word()
+        signs = [Sign(word, board) for word in words for board in range(len(BOARD_RGB))]
+        letters = np.repeat(_letters(words), len(BOARD_RGB), axis=0)
+        other = self.wrong_share / len(LETTERS)
+        odds = math.log((1 - self.wrong_share + other) / other)
+
+        def log_likelihood(captions: Sequence[str]) -> Float[NDArray[np.float32], "b n"]:
+            said = _letters([quoted_text(caption) for caption in captions])
+            right = (said[:, None] == letters).sum(-1, dtype=np.float32)
+            return np.float32(odds) * right
+
+        return Support(render(signs), log_likelihood)
+
     def measure(self, images: Float[Tensor, "b 3 24 24"], prompts: Sequence[str]) -> dict[str, float]:
         """Means of what the recogniser reads and of the fidelity.
 
@@ -74,6 +95,11 @@ class TextWorld:
         scores = {"exact": read.parts["exact"].numpy(), "probability": read.parts["probability"].numpy()}
         scores["fidelity"] = fidelity(images.numpy()).total
         return {name: float(values.mean()) for name, values in scores.items()}
+
+
+def _letters(words: Sequence[str]) -> NDArray[np.int64]:
+    """Numbers (b, SLOTS) of the letters of words."""
+    return np.array([[LETTERS.index(letter) for letter in word] for word in words], dtype=np.int64)
 
 
 _SUMMARY = """A few-step text-to-image flow map that runs on a laptop CPU: 24 x 24 pictures of three letters, such as

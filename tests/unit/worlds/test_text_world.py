@@ -14,7 +14,7 @@ from fmg.worlds.pretrain.settings import TEXT
 from fmg.worlds.pretrain.text import Tokenizers, build_tokenizers
 from fmg.worlds.text.fidelity import MARGIN
 from fmg.worlds.text.pool import captioned_signs
-from fmg.worlds.text.render import BOARD_RGB, DROPS, Sign, random_sign, render
+from fmg.worlds.text.render import BOARD_RGB, Sign, random_sign, render
 from fmg.worlds.text.words import LETTERS, SLOTS, WORDS, every_word, prompt_set, quoted
 from fmg.worlds.text.world import TextWorld
 
@@ -55,7 +55,7 @@ def test_a_letter_of_a_caption_is_wrong_as_often_as_asked() -> None:
 
 def test_each_letter_is_drawn_in_its_own_columns() -> None:
     def drawn(word: str) -> np.ndarray:
-        return render([Sign(word, board=0, drop=0)])[0]
+        return render([Sign(word, board=0)])[0]
 
     for slot in range(SLOTS):
         other = [*"AAA"]
@@ -66,13 +66,23 @@ def test_each_letter_is_drawn_in_its_own_columns() -> None:
         assert slot * width - 1 <= columns.min() < columns.max() <= (slot + 1) * width
 
 
-def test_signs_differ_in_board_and_height_only() -> None:
-    rng = np.random.default_rng(3)
-    signs = [random_sign("CAT", rng) for _ in range(200)]
-    assert {(s.board, s.drop) for s in signs} == {(b, d) for b in range(len(BOARD_RGB)) for d in DROPS}
-    upper, lower = render([Sign("CAT", 0, DROPS[0]), Sign("CAT", 0, DROPS[-1])])
-    shift = DROPS[-1] - DROPS[0]
-    assert np.array_equal(upper[:, :-shift], lower[:, shift:])
+def test_the_support_is_every_picture_and_its_prior_is_how_captions_err() -> None:
+    world = TextWorld(wrong_share=0.35)
+    support = world.support()
+    assert len(support.images) == len(LETTERS) ** SLOTS * len(BOARD_RGB)
+    assert len(np.unique(support.images.reshape(len(support.images), -1), axis=0)) == len(support.images)
+    rng = np.random.default_rng(0)
+    drawn = world.captioned(40, rng)
+    for image in drawn.images:
+        assert (np.abs(support.images - image).max((1, 2, 3)) == 0).sum() == 1
+    # the posterior of a caption, summed over boards: .65 + .35 / 12 for each right letter
+    posterior = np.exp(support.log_likelihood(['the word "TON"']).astype(np.float64))[0]
+    posterior = (posterior / posterior.sum()).reshape(-1, len(BOARD_RGB)).sum(1)
+    right = 0.65 + 0.35 / len(LETTERS)
+    words = every_word()
+    assert posterior[words.index("TON")] == pytest.approx(right**3, rel=1e-5)
+    assert posterior[words.index("TOP")] == pytest.approx(right**2 * 0.35 / len(LETTERS), rel=1e-5)
+    assert posterior[words.index("PEA")] == pytest.approx((0.35 / len(LETTERS)) ** 3, rel=1e-5)
 
 
 def test_the_recogniser_reads_true_renders_and_not_those_of_other_words(images: torch.Tensor, words: list[str]) -> None:
