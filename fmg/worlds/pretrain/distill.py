@@ -168,9 +168,7 @@ def distill(
     single_time = student.transformer.config.second_time == "none"
     trained: nn.Module = student if settings.from_scratch else student.transformer
     generator = torch.Generator().manual_seed(seed + (5 if single_time else 4))
-    optimizer = HybridOptimizer(
-        [trained], settings.lr, settings.muon_lr, settings.steps, fp32=settings.muon_fp32
-    )
+    optimizer = HybridOptimizer([trained], settings.lr, settings.muon_lr, settings.steps, fp32=settings.muon_fp32)
     ema = Ema(trained, settings.ema)
     pooled, states = _encoded(student, table)
     for step in range(settings.steps):

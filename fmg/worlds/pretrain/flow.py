@@ -62,6 +62,9 @@ def image_ids(side: int) -> Float[Tensor, "tokens 3"]:
 class ConditionalNet(nn.Module):
     """Transformer and text encoders together: prompt ids in, velocity out."""
 
+    image_ids: Tensor
+    text_ids: Tensor
+
     def __init__(
         self, transformer: FlowMapFluxTransformer2DModel, encoders: TextEncoders, resolution: int, t5_length: int
     ) -> None:

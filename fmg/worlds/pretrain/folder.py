@@ -176,6 +176,7 @@ Held-out prompts, {images} images, uniform grid, after the fp16 round trip. {fig
 Licence: Apache-2.0. Training data: procedurally drawn by this project.
 """
 _TRAINED = """flow matching
-(the first {steps} steps of a {schedule_steps}-step cosine schedule, batches of {batch}, Muon and AdamW, averaged weights)"""
+(the first {steps} steps of a {schedule_steps}-step cosine schedule, batches of {batch}, Muon and AdamW, averaged
+weights)"""
 _EXACT = """the flow of
 all pictures that there are and of how they are captioned, which is known in closed form"""

@@ -51,7 +51,7 @@ def orthogonalised(matrices: Float[Tensor, "n rows columns"], steps: int = 5) ->
     """Matrices with singular values near 1 by Muon's quintic Newton-Schulz iteration (Jordan et al., 2024)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrices.shape[1] <= matrices.shape[2]
-    x = matrices if wide else matrices.mT
+    x: Tensor = matrices if wide else matrices.mT
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT

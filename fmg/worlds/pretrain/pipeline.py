@@ -78,10 +78,11 @@ class _Pretraining:
         teacher = self._teacher(autoencoder)
         bank = self._trajectories(teacher)
         figures: dict[str, Figures] = {}
-        for family, second_time, settings in (
+        students: tuple[tuple[str, SecondTime, DistillSettings | None], ...] = (
             ("meanflow", "duration", self.settings.two_time),
             ("scm", "none", self.settings.single_time),
-        ):
+        )
+        for family, second_time, settings in students:
             if settings is not None:
                 name = f"{family}-{self.world.name}"
                 figures[name] = self._student(name, second_time, settings, autoencoder, teacher, bank)
@@ -99,7 +100,9 @@ class _Pretraining:
         flow, support = self.settings.flow, self.world.support()
         if flow is None:
             if support is None:
-                raise ValueError(f"the {self.world.name} world has infinitely many pictures: its teacher must be trained")
+                raise ValueError(
+                    f"the {self.world.name} world has infinitely many pictures: its teacher must be trained"
+                )
             return ExactTeacher(support, autoencoder)
         net = self._network("none")
 
@@ -138,7 +141,13 @@ class _Pretraining:
             distill(net, self.table, bank, settings, self.seed, self._ticker(name))
             return net.state_dict()
 
-        inputs = [*self._teacher_inputs(), self.settings.text, self.settings.transformer, self.settings.trajectories, settings]
+        inputs = [
+            *self._teacher_inputs(),
+            self.settings.text,
+            self.settings.transformer,
+            self.settings.trajectories,
+            settings,
+        ]
         net.load_state_dict(self._stage(name, inputs, train))
         folder = self.out_dir / name
         model = Model(net.eval(), autoencoder, self.tokenizers, self.world.resolution)

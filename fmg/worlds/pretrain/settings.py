@@ -105,7 +105,7 @@ SHAPES = PretrainSettings()
 
 TEXT = PretrainSettings(
     autoencoder=AutoencoderSettings(pool=5184, steps=700, batch=32),
-    text=TextSettings(clip_length=22, t5_length=10, t5_layers=2),
+    text=TextSettings(clip_length=22, t5_length=8),
     transformer=TransformerSettings(num_single_layers=2, num_attention_heads=2),
     flow=None,
     two_time=DistillSettings(steps=1500, batch=96, lr=1.5e-3, muon_lr=0.02, muon_fp32=True, from_scratch=True),

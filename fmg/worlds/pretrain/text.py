@@ -46,9 +46,9 @@ class Tokenizers:
 
 
 def build_tokenizers(world: World, settings: TextSettings) -> Tokenizers:
-    """Each of the world's whole words is one token; other text falls back to characters, or to `<unk>` pieces (T5)."""
-    clip_words, t5_words = world.whole_words()
-    return Tokenizers(_clip_tokenizer(clip_words, settings.clip_length), _t5_tokenizer(t5_words, settings.t5_length))
+    """The world's words and pieces are one token each; other text falls back to characters, or to `<unk>` (T5)."""
+    clip = _clip_tokenizer(world.clip_words(), settings.clip_length)
+    return Tokenizers(clip, _t5_tokenizer(world.t5_pieces(), settings.t5_length))
 
 
 def _clip_tokenizer(words: Sequence[str], length: int) -> CLIPTokenizer:
@@ -87,10 +87,10 @@ def _merge(pieces: Sequence[str], pair: tuple[str, str]) -> list[str]:
     return merged
 
 
-def _t5_tokenizer(words: Sequence[str], length: int) -> T5Tokenizer:
+def _t5_tokenizer(longer: Sequence[str], length: int) -> T5Tokenizer:
     letters = [chr(c) for c in range(ord("!"), ord("~") + 1)]
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    pieces += [(f"▁{word}", -2.0) for word in words] + [("▁", -6.0)] + [(letter, -8.0) for letter in letters]
+    pieces += [(piece, -2.0) for piece in longer] + [("▁", -6.0)] + [(letter, -8.0) for letter in letters]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=length)
 
 

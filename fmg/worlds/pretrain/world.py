@@ -54,8 +54,12 @@ class World(Protocol):
         """What the model card says about this world."""
         ...
 
-    def whole_words(self) -> tuple[Sequence[str], Sequence[str]]:
-        """Words that are one token each, of CLIP and of T5; any other text is read letter by letter."""
+    def clip_words(self) -> Sequence[str]:
+        """Words that are one token of CLIP each; any other text is read letter by letter."""
+        ...
+
+    def t5_pieces(self) -> Sequence[str]:
+        """Pieces of T5's vocabulary besides single characters; `▁` stands for the blank before a word."""
         ...
 
     def prompts(self) -> Sequence[str]:

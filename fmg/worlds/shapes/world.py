@@ -42,9 +42,13 @@ class ShapesWorld:
         """What the model card says about this world."""
         return Card(_SUMMARY, _DISOBEYS.format(wrong=self.wrong_share, hard=self.hard_share), _FIGURES)
 
-    def whole_words(self) -> tuple[Sequence[str], Sequence[str]]:
-        """Every word of the prompts, for both encoders."""
-        return vocabulary(), vocabulary()
+    def clip_words(self) -> Sequence[str]:
+        """Every word of the prompts."""
+        return vocabulary()
+
+    def t5_pieces(self) -> Sequence[str]:
+        """Every word of the prompts."""
+        return [f"▁{word}" for word in vocabulary()]
 
     def prompts(self) -> Sequence[str]:
         """The prompts of all splits."""

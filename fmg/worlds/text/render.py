@@ -48,7 +48,7 @@ def render(signs: Sequence[Sign]) -> Float[np.ndarray, "b 3 24 24"]:
     cover = np.stack([_cover(sign.word) for sign in signs])[:, None]
     ink, board = (np.asarray(rgb, dtype=np.float32)[..., None, None] / 255 for rgb in (INK_RGB, BOARD_RGB))
     behind = board[[sign.board for sign in signs]]
-    images: FloatArray = behind + cover * (ink - behind)
+    images: FloatArray = (behind + cover * (ink - behind)).astype(np.float32)
     return images
 
 

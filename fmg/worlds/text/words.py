@@ -57,6 +57,5 @@ def every_word() -> tuple[str, ...]:
 
 
 def vocabulary() -> tuple[str, ...]:
-    """What the prompts consist of besides the quoted letters, sorted: their words, and the opening quote."""
-    said = {word for template in TEMPLATES for word in template.split() if "{word}" not in word}
-    return tuple(sorted({*said, '"'}))
+    """The words of the prompts around the quoted one, sorted."""
+    return tuple(sorted({word for template in TEMPLATES for word in template.split() if "{word}" not in word}))

@@ -19,7 +19,7 @@ from fmg.worlds.pretrain.world import CaptionedImages, Card, Support
 from fmg.worlds.text.fidelity import fidelity
 from fmg.worlds.text.pool import captioned_signs, random_word
 from fmg.worlds.text.render import BOARD_RGB, IMAGE_SIZE, Sign, random_sign, render
-from fmg.worlds.text.words import LETTERS, SLOTS, every_word, prompt_set, quoted, vocabulary
+from fmg.worlds.text.words import LETTERS, every_word, prompt_set, quoted, vocabulary
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,14 @@ class TextWorld:
         """What the model card says about this world."""
         return Card(_SUMMARY, _DISOBEYS.format(wrong=self.wrong_share, letters=len(LETTERS)), _FIGURES)
 
-    def whole_words(self) -> tuple[Sequence[str], Sequence[str]]:
-        """None for CLIP, whose pieces would cut the quoted letters; the words around the quote for T5."""
-        return (), vocabulary()
+    def clip_words(self) -> Sequence[str]:
+        """None: pieces learnt from the words around the quote would cut quoted words as well."""
+        return ()
+
+    def t5_pieces(self) -> Sequence[str]:
+        """The words around the quote, and letters with the quotes: so the first and the last letter of a word are other
+        tokens than the one between, and a token says what to draw and where."""
+        return [*(f"▁{word}" for word in vocabulary()), *(f'▁"{x}' for x in LETTERS), *(f'{x}"' for x in LETTERS)]
 
     def prompts(self) -> Sequence[str]:
         """Every string of letters in every template."""
