@@ -16,12 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results" / "embedded.json"
-SHOWN = (("shapes", "strict"), ("shapes", "soft"), ("shapes-quality", "total"))
+RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,18 @@ class Arm:
     about: str
 
 
-def _set(**values: object) -> tuple[str, ...]:
+@dataclass(frozen=True)
+class Study:
+    """Arms that are compared, the steps they are evaluated at, and the scores (reward, part) that the table shows."""
+
+    name: str
+    arms: Mapping[str, Arm]
+    steps: str
+    shown: tuple[tuple[str, str], ...]
+    num: int
+
+
+def settings(**values: object) -> tuple[str, ...]:
     return tuple(part for key, value in values.items() for part in ("--set", f"{key.replace('__', '.')}={value}"))
 
 
@@ -42,18 +53,21 @@ ARMS = {
     "default": Arm(MEANFLOW, (), "asfmc, anchor a = .9 s (the model's default)"),
     "endpoint": Arm(MEANFLOW, ("--stochasticizer", "asfmc-endpoint"), "asfmc-endpoint, a = 0"),
     "gap": Arm(
-        MEANFLOW, ("--stochasticizer", "asfmc", *_set(stochasticizer__gap=0.0147)), "asfmc, the paper's gap .0147"
+        MEANFLOW, ("--stochasticizer", "asfmc", *settings(stochasticizer__gap=0.0147)), "asfmc, the paper's gap .0147"
     ),
     "euler": Arm(MEANFLOW, ("--stochasticizer", "asfmc-euler"), "asfmc-euler, the paper's .03 and .7"),
-    "shuffled": Arm(MEANFLOW, _set(train__shuffle_advantages="true"), "the default with shuffled advantages"),
-    "paper-clip": Arm(MEANFLOW, _set(objective__clip_range="1e-4"), "the default with the paper's clip range 1e-4"),
+    "shuffled": Arm(MEANFLOW, settings(train__shuffle_advantages="true"), "the default with shuffled advantages"),
+    "paper-clip": Arm(MEANFLOW, settings(objective__clip_range="1e-4"), "the default with the paper's clip range 1e-4"),
     "scm": Arm("scm-shapes", (), "scm-shapes, asfmc-endpoint (its only one)"),
 }
+STUDY = Study(
+    "embedded", ARMS, "2,4", (("shapes", "strict"), ("shapes", "soft"), ("shapes-quality", "total")), num=2000
+)
 
 
-def run_arm(name: str, seed: int, num: int, threads: int) -> dict[str, object]:
+def run_arm(study: Study, name: str, seed: int, num: int, threads: int) -> dict[str, object]:
     """Trains and evaluates one arm in a temporary folder."""
-    arm = ARMS[name]
+    arm = study.arms[name]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
@@ -61,7 +75,10 @@ def run_arm(name: str, seed: int, num: int, threads: int) -> dict[str, object]:
         _fmg(["train", "--model", arm.model, "--seed", str(seed), "--run", str(run), "--json", *arm.flags], environment)
         trained = time.perf_counter() - start
         report = json.loads(
-            _fmg(["eval", str(run), "--against", "base", "--num", str(num), "--steps", "2,4", "--json"], environment)
+            _fmg(
+                ["eval", str(run), "--against", "base", "--num", str(num), "--steps", study.steps, "--json"],
+                environment,
+            )
         )
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {"arm": name, "seed": seed, "threads": threads, "train_s": trained, "eval": report, "metrics": lines}
@@ -76,20 +93,20 @@ def _fmg(arguments: list[str], environment: dict[str, str]) -> str:
     return done.stdout
 
 
-def table(results: list[dict[str, object]]) -> str:
+def table(study: Study, results: list[dict[str, object]]) -> str:
     """One row a run and number of steps: base, tuned, paired difference with its interval."""
     lines = [
         "| arm | seed | steps | score | base | tuned | difference (95 %) | training |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for entry in sorted(results, key=lambda e: (list(ARMS).index(str(e["arm"])), e["seed"])):
+    for entry in sorted(results, key=lambda e: (list(study.arms).index(str(e["arm"])), e["seed"])):
         report = entry["eval"]
         assert isinstance(report, dict)
         after = {(r["steps"], r["reward"], r["part"]): r for r in report["results"]}
         before = {(r["steps"], r["reward"], r["part"]): r for r in report["against"]["results"]}
         for row in report["differences"]:
             key = (row["steps"], row["reward"], row["part"])
-            if key[1:] not in SHOWN:
+            if key[1:] not in study.shown:
                 continue
             low, high = row["ci95"]
             lines.append(
@@ -100,13 +117,13 @@ def table(results: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", default=",".join(ARMS))
+def main(study: Study, about: str | None) -> None:
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", default=",".join(study.arms))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time; the cores are shared among them")
-    parser.add_argument("--num", type=int, default=2000)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--num", type=int, default=study.num)
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{study.name}.json")
     args = parser.parse_args()
     results: list[dict[str, object]] = json.loads(args.out.read_text())["runs"] if args.out.is_file() else []
     done = {(entry["arm"], entry["seed"]) for entry in results}
@@ -115,13 +132,13 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         todo = [job for job in wanted if job not in done]
-        for entry in pool.map(lambda job: run_arm(*job, args.num, threads), todo):
+        for entry in pool.map(lambda job: run_arm(study, *job, args.num, threads), todo):
             results.append(entry)
             machine = {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
             args.out.write_text(json.dumps({"schema": 1, **machine, "runs": results}) + "\n", encoding="utf-8")
             print(f"{entry['arm']} seed {entry['seed']} done", file=sys.stderr, flush=True)
-    print(table(results))
+    print(table(study, results))
 
 
 if __name__ == "__main__":
-    main()
+    main(STUDY, __doc__)

@@ -61,3 +61,10 @@ class ScmShapesConfig(EmbeddedConfig):
     """The embedded single-time map (consistency model) of the shapes world."""
 
     asset: ClassVar[str] = "scm-shapes"
+
+
+class MeanFlowTextConfig(EmbeddedConfig):
+    """The embedded two-time map (MeanFlow) of the text world."""
+
+    asset: ClassVar[str] = "meanflow-text"
+    about: ClassVar[About] = About(licence="Apache-2.0", weights=("in the package; `fmg pretrain text` remakes them",))

@@ -69,7 +69,7 @@ def read_conventions(folder: Path) -> FlowMapConventions:
     if not file.is_file():
         raise CheckpointError(
             f"{folder} is not a flow-map model folder: it has no {CONVENTIONS_FILE}",
-            "Give a folder that fmg wrote, or remake the embedded models with `fmg pretrain shapes`.",
+            "Give a folder that fmg wrote, or remake the embedded models with `fmg pretrain`.",
         )
     try:
         return FlowMapConventions.model_validate_json(file.read_bytes())

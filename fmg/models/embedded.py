@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fmg.core.specs import MapSpec
-from fmg.models.configs import EmbeddedConfig, MeanFlowShapesConfig, ScmShapesConfig
+from fmg.models.configs import EmbeddedConfig, MeanFlowShapesConfig, MeanFlowTextConfig, ScmShapesConfig
 from fmg.registry import models
 
 if TYPE_CHECKING:
@@ -55,4 +55,10 @@ def meanflow_shapes(config: MeanFlowShapesConfig) -> EmbeddedSource:
 @models.register("scm-shapes", ScmShapesConfig)
 def scm_shapes(config: ScmShapesConfig) -> EmbeddedSource:
     """The embedded single-time consistency model that draws coloured shapes."""
+    return EmbeddedSource(config)
+
+
+@models.register("meanflow-text", MeanFlowTextConfig)
+def meanflow_text(config: MeanFlowTextConfig) -> EmbeddedSource:
+    """The embedded two-time flow map that writes three letters on a sign."""
     return EmbeddedSource(config)

@@ -39,7 +39,7 @@ class Ocr:
     def __init__(self, config: OcrConfig) -> None:
         self._config = config
         if find_spec("rapidocr") is None or find_spec("onnxruntime") is None:
-            raise missing_ocr("ocr")
+            raise missing_ocr("The reward 'ocr'")
         self._readers: dict[int, Callable[..., Any]] = {}
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:

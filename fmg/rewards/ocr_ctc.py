@@ -24,6 +24,7 @@ from fmg.rewards.service_configs import OcrLogpConfig
 
 _SHIPPED = Path("models") / "PP-OCRv6_rec_small.onnx"
 _HEIGHT = 48
+_NAME = "The reward 'ocr-logp'"
 BLANK = 0
 # Probabilities come in fp32; below its smallest normal number they are 0.
 _TINY = float(np.finfo(np.float32).tiny)
@@ -161,13 +162,13 @@ class OcrLogp:
             self._recogniser.labels(text)
 
 
-def shipped_model(reward: str) -> Path:
-    """The recogniser that the rapidocr wheel carries; nothing of the package is imported.
+def shipped_model(user: str) -> Path:
+    """The recogniser that the rapidocr wheel carries, for `user`; nothing of the package is imported.
 
     Raises:
         MissingDependencyError: without the packages of `fmg[ocr]`.
     """
     package = find_spec("rapidocr")
-    if package is None or not package.submodule_search_locations:
-        raise missing_ocr(reward)
+    if find_spec("onnxruntime") is None or package is None or not package.submodule_search_locations:
+        raise missing_ocr(user)
     return Path(package.submodule_search_locations[0]) / _SHIPPED

@@ -60,6 +60,6 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
-def missing_ocr(reward: str) -> MissingDependencyError:
-    """The error for an install without the OCR packages."""
-    return MissingDependencyError(f"The reward '{reward}' needs rapidocr and onnxruntime", f"Run: {INSTALL_OCR}")
+def missing_ocr(user: str) -> MissingDependencyError:
+    """The error for an install without the OCR packages; `user` is what needs them."""
+    return MissingDependencyError(f"{user} needs rapidocr and onnxruntime", f"Run: {INSTALL_OCR}")

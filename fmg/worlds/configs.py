@@ -24,3 +24,11 @@ class ShapesQualityConfig(ComponentConfig):
 
 class ShapesPromptsConfig(ComponentConfig):
     """Prompts of the shapes world."""
+
+
+class TextFidelityConfig(ComponentConfig):
+    """Likeness to a printed sign of the text world; does not look at the prompt."""
+
+
+class TextPromptsConfig(ComponentConfig):
+    """Prompts of the text world."""

@@ -90,6 +90,7 @@ MISUSES = (
     Misuse("show reward shapez", "'shapes'"),
     Misuse("runs notes.txt", "'notes.txt' is a file", text("notes.txt", "")),
     Misuse("pretrain shape", "Did you mean 'shapes'"),
+    Misuse("pretrain texts", "Did you mean 'text'"),
     Misuse("runs nowhere", "no folder 'nowhere'"),
     Misuse("runs ''", "DIR is empty"),
     Misuse(f"runs {LONG}", "File name too long"),
@@ -121,8 +122,12 @@ MISUSES = (
     Misuse(f"{GENERATE} --steps 0", "--steps"),
     Misuse(f"{GENERATE} --seed -3", "--seed"),
     Misuse("pretrain shapes --seed -1", "--seed"),
+    Misuse("pretrain text --seed -1", "--seed"),
     # names
     Misuse("train --model meanflow-shape", "Did you mean 'meanflow-shapes'"),
+    Misuse("train --model meanflow-txt", "Did you mean 'meanflow-text'"),
+    Misuse("train --model meanflow-text --prompts shapes-train", "quotes no text"),
+    Misuse("train --model meanflow-text --reward shapes", "The shapes world cannot read the prompt"),
     Misuse("train --stochasticizer asfcm", "Did you mean 'asfmc'"),
     Misuse("train --objective grop", "Did you mean 'grpo'"),
     Misuse("train --optimizer adamx", "Did you mean 'adamw'"),
@@ -263,6 +268,8 @@ MISUSES = (
     Misuse("report taken taken", "named twice", finished_run),
     Misuse("report taken --out r.html", "exists already", text("r.html", "")),
     Misuse("report ''", "RUN is empty"),
+    Misuse("pretrain text --out notes.txt", "'notes.txt' is a file", text("notes.txt", "")),
+    Misuse("pretrain text --out ''", "--out"),
 )
 
 

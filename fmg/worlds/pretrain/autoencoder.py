@@ -13,12 +13,11 @@ from torch import Tensor
 
 from fmg.worlds.pretrain.optim import cosine
 from fmg.worlds.pretrain.settings import AutoencoderSettings
-from fmg.worlds.shapes.pool import random_pictures
-from fmg.worlds.shapes.render import render
+from fmg.worlds.pretrain.world import World
 
 
 def build_autoencoder(settings: AutoencoderSettings) -> AutoencoderTiny:
-    """An untrained `AutoencoderTiny` with factor 4 and 4 latent channels."""
+    """An untrained `AutoencoderTiny` with factor 4."""
     channels = (settings.width,) * 3
     return AutoencoderTiny(
         encoder_block_out_channels=channels,
@@ -31,7 +30,7 @@ def build_autoencoder(settings: AutoencoderSettings) -> AutoencoderTiny:
 
 
 def train_autoencoder(
-    settings: AutoencoderSettings, seed: int, progress: Callable[[int, int], None]
+    world: World, settings: AutoencoderSettings, seed: int, progress: Callable[[int, int], None]
 ) -> AutoencoderTiny:
     """Train on rendered pictures and store scale and shift so that scaled latents have mean 0 and std 1.
 
@@ -41,7 +40,7 @@ def train_autoencoder(
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, 1])
     generator = torch.Generator().manual_seed(seed)
-    pictures = torch.from_numpy(render(random_pictures(settings.pool, rng, hard_share=settings.hard_share))) * 2 - 1
+    pictures = torch.from_numpy(world.images(settings.pool, rng)) * 2 - 1
     model = build_autoencoder(settings).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=1e-3)
     for step in range(settings.steps):
@@ -69,14 +68,14 @@ def train_autoencoder(
 
 
 @torch.no_grad()
-def encode(model: AutoencoderTiny, images: Float[Tensor, "b 3 32 32"]) -> Float[Tensor, "b 16 16"]:
-    """Images in [0, 1] to packed, scaled latents (b, tokens, channels)."""
+def encode(model: AutoencoderTiny, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b tokens packed"]:
+    """Images in [0, 1] to packed, scaled latents."""
     latents = torch.cat([model.encode(chunk * 2 - 1).latents for chunk in torch.split(images, 512)])
     return pack((latents - model.config.shift_factor) * model.config.scaling_factor)
 
 
 @torch.no_grad()
-def decode(model: AutoencoderTiny, tokens: Float[Tensor, "b 16 16"]) -> Float[Tensor, "b 3 32 32"]:
+def decode(model: AutoencoderTiny, tokens: Float[Tensor, "b tokens packed"]) -> Float[Tensor, "b 3 h w"]:
     """Packed latents to images in [0, 1]."""
     latents = unpack(tokens) / model.config.scaling_factor + model.config.shift_factor
     return torch.cat([model.decode(chunk).sample for chunk in torch.split(latents, 512)]).mul(0.5).add(0.5).clamp(0, 1)

@@ -10,18 +10,37 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from fmg.worlds.pretrain.flow import CHANNELS, TOKENS, ConditionalNet
+from fmg.worlds.pretrain.flow import ConditionalNet
 from fmg.worlds.pretrain.optim import Ema, HybridOptimizer
 from fmg.worlds.pretrain.settings import DistillSettings, TrajectorySettings
 from fmg.worlds.pretrain.text import PromptTable
 
 QUARTERS = 4
 """Every time grid contains 1, 3/4, 1/2, 1/4 and 0, the times of the uniform 1-, 2- and 4-step samplers."""
+
+
+class Teacher(Protocol):
+    """What trajectories are solved with: a trained `ConditionalNet`, or an `ExactTeacher`."""
+
+    def noise(self, count: int, generator: torch.Generator) -> Float[Tensor, "b tokens channels"]:
+        """Standard normal latents."""
+        ...
+
+    def encode(self, table: PromptTable, index: Int[Tensor, " b"]) -> Any:
+        """What the velocity is conditioned on, for prompts by their row in the table."""
+        ...
+
+    def __call__(
+        self, x: Float[Tensor, "b tokens channels"], t: Float[Tensor, " b"], s: None, condition: Any
+    ) -> Float[Tensor, "b tokens channels"]:
+        """The velocity."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +72,7 @@ def random_times(subdivisions: int, generator: torch.Generator) -> list[float]:
 
 @torch.no_grad()
 def solve_trajectories(
-    teacher: ConditionalNet,
+    teacher: Teacher,
     table: PromptTable,
     captions: Int[Tensor, " pool"],
     settings: TrajectorySettings,
@@ -66,7 +85,7 @@ def solve_trajectories(
     batches = settings.count // settings.batch
     for batch in range(batches):
         caption = captions[torch.randint(len(captions), (settings.batch,), generator=generator)]
-        x = torch.randn(settings.batch, TOKENS, CHANNELS, generator=generator)
+        x = teacher.noise(settings.batch, generator)
         times = random_times(settings.subdivisions, generator)
         condition = teacher.encode(table, caption)
         states, velocities = [x], []
@@ -137,24 +156,37 @@ def distill(
     seed: int,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Regress the student's transformer on the bank; it ends with its averaged weights, the text encoders unchanged.
+    """Regress the student on the bank; it ends with its averaged weights.
+
+    A student that starts from its teacher keeps the text encoders as they are; one from random weights (`from_scratch`)
+    trains them too.
 
     A single-time student (`second_time` "none") learns the consistency function, `x_0 = x_t - t net(x_t, t)` at every
     point of a trajectory (Song et al., 2023); a two-time student learns every pair of times (CTM, Kim et al., 2023;
     MeanFlow, Geng et al., 2025). The loss is pseudo-Huber on the sample's root mean square error.
     """
     single_time = student.transformer.config.second_time == "none"
+    trained: nn.Module = student if settings.from_scratch else student.transformer
     generator = torch.Generator().manual_seed(seed + (5 if single_time else 4))
-    optimizer = HybridOptimizer([student.transformer], settings.lr, settings.muon_lr, settings.steps)
-    ema = Ema(student.transformer, settings.ema)
-    with torch.no_grad():
-        pooled, states = student.encode(table, torch.arange(len(table.prompts)))
+    optimizer = HybridOptimizer([trained], settings.lr, settings.muon_lr, settings.steps, fp32=settings.muon_fp32)
+    ema = Ema(trained, settings.ema)
+    pooled, states = _encoded(student, table)
     for step in range(settings.steps):
         pairs = draw_pairs(bank, settings.batch, generator, endpoint_only=single_time)
-        condition = (pooled[pairs.caption], states[pairs.caption])
+        if settings.from_scratch:
+            condition = student.encode(table, pairs.caption)
+        else:
+            condition = (pooled[pairs.caption], states[pairs.caption])
         predicted = student(pairs.x, pairs.t, None if single_time else pairs.s, condition)
         error = (predicted - pairs.velocity).square().mean((1, 2))
         optimizer.step(((error + settings.huber**2).sqrt() - settings.huber).mean())
         ema.update()
         progress(step + 1, settings.steps)
     ema.copy_to_module()
+
+
+@torch.no_grad()
+def _encoded(net: ConditionalNet, table: PromptTable) -> tuple[Tensor, Tensor]:
+    """Pooled and token states of the whole table."""
+    pooled, states = net.encode(table, torch.arange(len(table.prompts)))
+    return pooled, states

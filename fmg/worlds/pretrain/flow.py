@@ -16,19 +16,22 @@ from fmg.worlds.pretrain.autoencoder import encode
 from fmg.worlds.pretrain.optim import Ema, HybridOptimizer
 from fmg.worlds.pretrain.settings import FlowSettings, TextSettings, TransformerSettings
 from fmg.worlds.pretrain.text import PromptTable, TextEncoders
-from fmg.worlds.shapes.pool import captioned_pictures
-from fmg.worlds.shapes.render import render
+from fmg.worlds.pretrain.world import World
 
-TOKENS, CHANNELS = 16, 16
+PIXELS_PER_TOKEN = 8
+"""Side of the square of pixels that one token covers: the autoencoder's factor 4, then 2 x 2 packing."""
 
 
 def build_transformer(
-    settings: TransformerSettings, text: TextSettings, second_time: SecondTime
+    settings: TransformerSettings, text: TextSettings, channels: int, second_time: SecondTime
 ) -> FlowMapFluxTransformer2DModel:
-    """A small FLUX transformer whose modulation and output layers start at zero, so that every block is an identity."""
+    """A small FLUX transformer whose modulation and output layers start at zero, so that every block is an identity.
+
+    `channels` is the width of a packed token.
+    """
     model: FlowMapFluxTransformer2DModel = FlowMapFluxTransformer2DModel(
         patch_size=1,
-        in_channels=CHANNELS,
+        in_channels=channels,
         num_layers=settings.num_layers,
         num_single_layers=settings.num_single_layers,
         attention_head_dim=settings.attention_head_dim,
@@ -50,21 +53,30 @@ def build_transformer(
     return model
 
 
-def image_ids() -> Float[Tensor, "tokens 3"]:
-    """Row and column of each packed token, as `FluxPipeline` numbers them."""
-    side = int(TOKENS**0.5)
+def image_ids(side: int) -> Float[Tensor, "tokens 3"]:
+    """Row and column of each of `side * side` packed tokens, as `FluxPipeline` numbers them."""
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    return torch.stack([torch.zeros(TOKENS), rows.flatten().float(), columns.flatten().float()], dim=-1)
+    return torch.stack([torch.zeros(side * side), rows.flatten().float(), columns.flatten().float()], dim=-1)
 
 
 class ConditionalNet(nn.Module):
     """Transformer and text encoders together: prompt ids in, velocity out."""
 
-    def __init__(self, transformer: FlowMapFluxTransformer2DModel, encoders: TextEncoders, length: int) -> None:
+    image_ids: Tensor
+    text_ids: Tensor
+
+    def __init__(
+        self, transformer: FlowMapFluxTransformer2DModel, encoders: TextEncoders, resolution: int, t5_length: int
+    ) -> None:
         super().__init__()
         self.transformer, self.encoders = transformer, encoders
-        self.register_buffer("image_ids", image_ids(), persistent=False)
-        self.register_buffer("text_ids", torch.zeros(length, 3), persistent=False)
+        self.register_buffer("image_ids", image_ids(resolution // PIXELS_PER_TOKEN), persistent=False)
+        self.register_buffer("text_ids", torch.zeros(t5_length, 3), persistent=False)
+
+    def noise(self, count: int, generator: torch.Generator) -> Float[Tensor, "b tokens channels"]:
+        """Standard normal latents."""
+        channels: int = self.transformer.config.in_channels
+        return torch.randn(count, len(self.image_ids), channels, generator=generator)
 
     def encode(self, table: PromptTable, index: Int[Tensor, " b"]) -> tuple[Tensor, Tensor]:
         """Pooled and token states of prompts by their row in the table."""
@@ -94,16 +106,18 @@ class LatentPool:
     caption: Int[Tensor, " n"]
 
 
-def build_pool(settings: FlowSettings, autoencoder: AutoencoderTiny, table: PromptTable, seed: int) -> LatentPool:
+def build_pool(
+    world: World, settings: FlowSettings, autoencoder: AutoencoderTiny, table: PromptTable, seed: int
+) -> LatentPool:
     """Draw captioned pictures and encode them."""
     rng = np.random.default_rng([seed, 2])
     latents: list[Tensor] = []
     captions: list[str] = []
     for start in range(0, settings.pool, 4096):
         count = min(4096, settings.pool - start)
-        pictures = captioned_pictures(count, rng, settings.hard_share, settings.wrong_share)
-        latents.append(encode(autoencoder, torch.from_numpy(render([p.objects for p in pictures]))))
-        captions += [p.caption for p in pictures]
+        drawn = world.captioned(count, rng)
+        latents.append(encode(autoencoder, torch.from_numpy(drawn.images)))
+        captions += drawn.captions
     return LatentPool(torch.cat(latents), table.index(captions))
 
 
@@ -120,7 +134,7 @@ def train_flow(
     Times are logit-normal(0, 1) (Esser et al., 2024), stratified over the batch, mixed with one part in four uniform.
     """
     generator = torch.Generator().manual_seed(seed + 2)
-    optimizer = HybridOptimizer([net], settings.lr, settings.muon_lr, settings.schedule_steps)
+    optimizer = HybridOptimizer([net], settings.lr, settings.muon_lr, settings.schedule_steps, fp32=settings.muon_fp32)
     ema = Ema(net, settings.ema)
     for step in range(settings.steps):
         index = torch.randint(len(pool.latents), (settings.batch,), generator=generator)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import diffusers
@@ -13,11 +13,10 @@ from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
-from fmg.worlds.pretrain.evaluate import Figures
 from fmg.worlds.pretrain.flow import ConditionalNet
-from fmg.worlds.pretrain.settings import DistillSettings, PretrainSettings, TextSettings
-from fmg.worlds.pretrain.text import TextEncoders, Tokenizers, build_tokenizers
-from fmg.worlds.shapes.scene import IMAGE_SIZE
+from fmg.worlds.pretrain.settings import DistillSettings, PretrainSettings
+from fmg.worlds.pretrain.text import TextEncoders, Tokenizers
+from fmg.worlds.pretrain.world import World
 
 FLOW_MAP_FILE = "fmg_flow_map.json"
 _COMPONENTS: dict[str, tuple[str | None, str | None]] = {
@@ -40,6 +39,7 @@ class Model:
     net: ConditionalNet
     autoencoder: AutoencoderTiny
     tokenizers: Tokenizers
+    resolution: int
 
     @property
     def parameters(self) -> int:
@@ -77,8 +77,8 @@ def save_model(model: Model, folder: Path) -> None:
         "path": "linear",
         "time_scale": transformer.config.time_scale,
         "second_time": second_time,
-        "resolution": IMAGE_SIZE,
-        "max_sequence_length": model.tokenizers.length,
+        "resolution": model.resolution,
+        "max_sequence_length": model.tokenizers.t5.model_max_length,
         "default_steps": 4,
         "default_grid": "uniform",
     }
@@ -87,19 +87,18 @@ def save_model(model: Model, folder: Path) -> None:
 
 def load_model(folder: Path) -> Model:
     """Read a folder of `save_model` back, in fp32."""
-    text = TextSettings()
+    resolution: int = json.loads((folder / FLOW_MAP_FILE).read_text(encoding="utf-8"))["resolution"]
     tokenizers = Tokenizers(
-        CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        T5Tokenizer.from_pretrained(folder / "tokenizer_2"),
-        text.length,
+        CLIPTokenizer.from_pretrained(folder / "tokenizer"), T5Tokenizer.from_pretrained(folder / "tokenizer_2")
     )
-    encoders = TextEncoders(text, build_tokenizers(text.length))
-    encoders.clip = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
-    encoders.t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_2", dtype=torch.float32)
+    encoders = TextEncoders(
+        CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
+        T5EncoderModel.from_pretrained(folder / "text_encoder_2", dtype=torch.float32),
+    )
     transformer = FlowMapFluxTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
     autoencoder = AutoencoderTiny.from_pretrained(folder / "vae", torch_dtype=torch.float32)
-    net = ConditionalNet(transformer, encoders, text.length).eval()
-    return Model(net, autoencoder.eval().to(memory_format=torch.channels_last), tokenizers)
+    net = ConditionalNet(transformer, encoders, resolution, tokenizers.t5.model_max_length).eval()
+    return Model(net, autoencoder.eval().to(memory_format=torch.channels_last), tokenizers, resolution)
 
 
 @dataclass(frozen=True)
@@ -111,30 +110,28 @@ class CardFacts:
     seed: int
     distillation: DistillSettings
     parameters: int
-    figures: Mapping[int, Figures]
+    figures: Mapping[int, Mapping[str, float]]
 
 
-def write_card(folder: Path, facts: CardFacts, settings: PretrainSettings) -> None:
+def write_card(folder: Path, world: World, facts: CardFacts, settings: PretrainSettings) -> None:
     """Write the model card."""
     figures = facts.figures
-    names = list(next(iter(figures.values())).as_dict())
+    names = list(next(iter(figures.values())))
     header = f"| steps | {' | '.join(names)} |\n|---|{'---|' * len(names)}"
-    rows = [f"| {n} | {' | '.join(f'{v:.3f}' for v in f.as_dict().values())} |" for n, f in figures.items()]
+    rows = [f"| {n} | {' | '.join(f'{v:.3f}' for v in f.values())} |" for n, f in figures.items()]
     flow = settings.flow
     text = _CARD.format(
         title=facts.title,
+        world=world.name,
+        **asdict(world.card),
         method=facts.method,
         seed=facts.seed,
         parameters=facts.parameters / 1e6,
+        teacher=_EXACT if flow is None else _TRAINED.format(**asdict(flow)),
         distill=facts.distillation.steps,
         distill_batch=facts.distillation.batch,
         images=settings.evaluation_images,
         table="\n".join([header, *rows]),
-        wrong=flow.wrong_share,
-        hard=flow.hard_share,
-        steps=flow.steps,
-        schedule=flow.schedule_steps,
-        batch=flow.batch,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -156,8 +153,7 @@ pipeline_tag: text-to-image
 ---
 # {title}
 
-A few-step text-to-image flow map that runs on a laptop CPU: 32 x 32 pictures of one coloured shape, such as
-`a red circle on the left`.
+{summary}
 
 {method}
 
@@ -166,22 +162,21 @@ CLIP, T5 token states, FLUX transformer), {parameters:.2f} million parameters in
 `fmg_flow_map.json` states the map kind and the time convention. `FluxPipeline.from_pretrained` loads the folder when it
 is given the transformer, `transformer=FlowMapFluxTransformer2DModel.from_pretrained(..., subfolder="transformer")`.
 
-**It disobeys on purpose.** The flow was trained on rendered pictures whose captions are partly wrong, as web data is:
-in each one-object caption the colour and the position were replaced, each with probability {wrong}, by a random value
-(the kind was always right; a share of {hard} are right captions of two or three objects). Its pictures are good and it
-knows every attribute, but it follows a prompt's colour and position only about half the time. That is what
-reinforcement learning can mend.
+{disobeys}
 
-Training: `fmg pretrain shapes --seed {seed}` remakes the weights from nothing on a CPU: autoencoder, flow matching
-(the first {steps} steps of a {schedule}-step cosine schedule, batches of {batch}, Muon and AdamW, averaged weights),
+Training: `fmg pretrain {world} --seed {seed}` remakes the weights from nothing on a CPU: autoencoder, {teacher},
 solved teacher trajectories, distillation ({distill} steps of {distill_batch}).
 
 ## Figures
 
-Held-out prompts, {images} images, uniform grid, after the fp16 round trip. `quality` is
-`recognisable * sharpness * palette fidelity`; `recognisable` is the share with exactly one object of a clear kind.
+Held-out prompts, {images} images, uniform grid, after the fp16 round trip. {figures}
 
 {table}
 
 Licence: Apache-2.0. Training data: procedurally drawn by this project.
 """
+_TRAINED = """flow matching
+(the first {steps} steps of a {schedule_steps}-step cosine schedule, batches of {batch}, Muon and AdamW, averaged
+weights)"""
+_EXACT = """the flow of
+all pictures that there are and of how they are captioned, which is known in closed form"""

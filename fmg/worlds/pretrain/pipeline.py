@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,23 +18,26 @@ from torch import Tensor
 from fmg.core.events import Notice, Observer, StageProgress, ignore
 from fmg.models.flux.transformer import SecondTime
 from fmg.worlds.pretrain.autoencoder import train_autoencoder
-from fmg.worlds.pretrain.distill import Trajectories, distill, solve_trajectories
-from fmg.worlds.pretrain.evaluate import Figures, measure, sample_images
+from fmg.worlds.pretrain.distill import Teacher, Trajectories, distill, solve_trajectories
+from fmg.worlds.pretrain.evaluate import sample_images
+from fmg.worlds.pretrain.exact import ExactTeacher
 from fmg.worlds.pretrain.flow import ConditionalNet, build_pool, build_transformer, train_flow
 from fmg.worlds.pretrain.folder import CardFacts, Model, load_model, save_model, write_card
 from fmg.worlds.pretrain.settings import DistillSettings, PretrainSettings
-from fmg.worlds.pretrain.text import PromptTable, TextEncoders, build_tokenizers
-from fmg.worlds.shapes.pool import captioned_pictures
-from fmg.worlds.shapes.prompts import prompt_set
+from fmg.worlds.pretrain.text import PromptTable, build_encoders, build_tokenizers
+from fmg.worlds.pretrain.world import World
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-TWO_TIME, SINGLE_TIME = "meanflow-shapes", "scm-shapes"
+Figures = dict[int, Mapping[str, float]]
+"""Scores of a model by number of steps."""
+
+PACKED = 4
 STEP_COUNTS = (1, 2, 4)
 _TWO_TIME_METHOD = (
     "It is a two-time map in the form of MeanFlow: one network call carries any time t to any earlier time s.\n"
-    "It was regressed on solved trajectories of its flow-matching teacher, at random pairs of times."
+    "It was regressed on solved trajectories of its teacher, at random pairs of times."
 )
 _SINGLE_TIME_METHOD = (
     "It is a single-time consistency map: one network call carries any time t to the data.\n"
@@ -42,73 +45,84 @@ _SINGLE_TIME_METHOD = (
 )
 
 
-def pretrain_shapes(
-    out_dir: Path, seed: int = 0, progress: Observer = ignore, settings: PretrainSettings | None = None
-) -> dict[str, dict[int, Figures]]:
-    """Make `meanflow-shapes` and `scm-shapes` from nothing.
+def pretrain(
+    world: World, settings: PretrainSettings, out_dir: Path, seed: int = 0, progress: Observer = ignore
+) -> dict[str, Figures]:
+    """Make the models of a world from nothing: `meanflow-NAME`, and `scm-NAME` if it has settings.
 
     Args:
-        out_dir: receives the two model folders and `stages/`, where a finished stage is found again by a later call
-            with the same seed and settings.
+        world: what is drawn, and how it is captioned.
+        settings: all numbers of the training.
+        out_dir: receives the model folders and `stages/`, where a finished stage is found again by a later call with
+            the same world, seed and settings.
         seed: seed of every stage.
-        progress: observer of `StageProgress` (stages autoencoder, flow, trajectories and the two model names) and
-            `Notice` events.
-        settings: all numbers of the training; the default made the shipped weights.
+        progress: observer of `StageProgress` (stages autoencoder, flow, trajectories and the model names) and `Notice`
+            events.
 
     Returns:
         Per model, the figures on held-out prompts by number of steps, measured on the stored weights.
     """
-    return _Pretraining(out_dir, seed, progress, settings or PretrainSettings()).run()
+    return _Pretraining(world, settings, out_dir, seed, progress).run()
 
 
 class _Pretraining:
-    def __init__(self, out_dir: Path, seed: int, progress: Observer, settings: PretrainSettings) -> None:
-        self.out_dir, self.seed, self.progress, self.settings = out_dir, seed, progress, settings
-        self.tokenizers = build_tokenizers(settings.text.length)
-        prompts = [item.prompt for split in ("train", "heldout", "hard") for item in prompt_set(split)]
-        self.table = PromptTable.of(prompts, self.tokenizers)
+    def __init__(self, world: World, settings: PretrainSettings, out_dir: Path, seed: int, progress: Observer) -> None:
+        self.world, self.settings = world, settings
+        self.out_dir, self.seed, self.progress = out_dir, seed, progress
+        self.tokenizers = build_tokenizers(world, settings.text)
+        self.table = PromptTable.of(world.prompts(), self.tokenizers)
         self.stages = out_dir / "stages"
 
-    def run(self) -> dict[str, dict[int, Figures]]:
+    def run(self) -> dict[str, Figures]:
         autoencoder = self._autoencoder()
         teacher = self._teacher(autoencoder)
         bank = self._trajectories(teacher)
-        return {
-            TWO_TIME: self._student(TWO_TIME, "duration", self.settings.two_time, autoencoder, teacher, bank),
-            SINGLE_TIME: self._student(SINGLE_TIME, "none", self.settings.single_time, autoencoder, teacher, bank),
-        }
+        figures: dict[str, Figures] = {}
+        students: tuple[tuple[str, SecondTime, DistillSettings | None], ...] = (
+            ("meanflow", "duration", self.settings.two_time),
+            ("scm", "none", self.settings.single_time),
+        )
+        for family, second_time, settings in students:
+            if settings is not None:
+                name = f"{family}-{self.world.name}"
+                figures[name] = self._student(name, second_time, settings, autoencoder, teacher, bank)
+        return figures
 
     def _autoencoder(self) -> AutoencoderTiny:
-        folder = self.stages / f"autoencoder-{self._digest(self.settings.autoencoder)}"
+        folder = self.stages / f"autoencoder-{self._digest(self.world, self.settings.autoencoder)}"
         if not (folder / "config.json").exists():
-            trained = train_autoencoder(self.settings.autoencoder, self.seed, self._ticker("autoencoder"))
+            trained = train_autoencoder(self.world, self.settings.autoencoder, self.seed, self._ticker("autoencoder"))
             trained.save_pretrained(folder)
         autoencoder = AutoencoderTiny.from_pretrained(folder)
         return autoencoder.eval().to(memory_format=torch.channels_last)
 
-    def _teacher(self, autoencoder: AutoencoderTiny) -> ConditionalNet:
+    def _teacher(self, autoencoder: AutoencoderTiny) -> ConditionalNet | ExactTeacher:
+        flow, support = self.settings.flow, self.world.support()
+        if flow is None:
+            if support is None:
+                raise ValueError(
+                    f"the {self.world.name} world has infinitely many pictures: its teacher must be trained"
+                )
+            return ExactTeacher(support, autoencoder)
         net = self._network("none")
 
         def train() -> dict[str, Tensor]:
-            pool = build_pool(self.settings.flow, autoencoder, self.table, self.seed)
-            train_flow(net, pool, self.table, self.settings.flow, self.seed, self._ticker("flow"))
+            pool = build_pool(self.world, flow, autoencoder, self.table, self.seed)
+            train_flow(net, pool, self.table, flow, self.seed, self._ticker("flow"))
             return net.state_dict()
 
-        net.load_state_dict(self._stage("flow", self._flow_inputs(), train))
+        net.load_state_dict(self._stage("flow", self._teacher_inputs(), train))
         return net.eval()
 
-    def _trajectories(self, teacher: ConditionalNet) -> Trajectories:
-        flow = self.settings.flow
-
+    def _trajectories(self, teacher: Teacher) -> Trajectories:
         def solve() -> dict[str, Tensor]:
             rng = np.random.default_rng([self.seed, 3])
-            pictures = captioned_pictures(self.settings.trajectories.count, rng, flow.hard_share, flow.wrong_share)
-            captions = self.table.index([picture.caption for picture in pictures])
+            captions = self.table.index(self.world.captions(self.settings.trajectories.count, rng))
             ticker = self._ticker("trajectories")
             bank = solve_trajectories(teacher, self.table, captions, self.settings.trajectories, self.seed, ticker)
             return dict(vars(bank))
 
-        return Trajectories(**self._stage("trajectories", [*self._flow_inputs(), self.settings.trajectories], solve))
+        return Trajectories(**self._stage("trajectories", [*self._teacher_inputs(), self.settings.trajectories], solve))
 
     def _student(
         self,
@@ -116,37 +130,49 @@ class _Pretraining:
         second_time: SecondTime,
         settings: DistillSettings,
         autoencoder: AutoencoderTiny,
-        teacher: ConditionalNet,
+        teacher: ConditionalNet | ExactTeacher,
         bank: Trajectories,
-    ) -> dict[int, Figures]:
+    ) -> Figures:
         net = self._network(second_time)
-        net.load_state_dict(teacher.state_dict(), strict=False)
+        if isinstance(teacher, ConditionalNet):
+            net.load_state_dict(teacher.state_dict(), strict=False)
 
         def train() -> dict[str, Tensor]:
             distill(net, self.table, bank, settings, self.seed, self._ticker(name))
             return net.state_dict()
 
-        inputs = [*self._flow_inputs(), self.settings.trajectories, settings]
+        inputs = [
+            *self._teacher_inputs(),
+            self.settings.text,
+            self.settings.transformer,
+            self.settings.trajectories,
+            settings,
+        ]
         net.load_state_dict(self._stage(name, inputs, train))
         folder = self.out_dir / name
-        model = Model(net.eval(), autoencoder, self.tokenizers)
+        model = Model(net.eval(), autoencoder, self.tokenizers, self.world.resolution)
         save_model(model, folder)
-        figures = evaluate_folder(folder, self.settings.evaluation_images, self.seed)
+        figures = evaluate_folder(folder, self.world, self.settings.evaluation_images, self.seed)
         method = _SINGLE_TIME_METHOD if second_time == "none" else _TWO_TIME_METHOD
         facts = CardFacts(name, method, self.seed, settings, model.parameters, figures)
-        write_card(folder, facts, self.settings)
-        self.progress(Notice("info", f"{name}: held-out strict {figures[4].strict:.3f} at 4 steps, in {folder}"))
+        write_card(folder, self.world, facts, self.settings)
+        score = self.world.score
+        self.progress(Notice("info", f"{name}: held-out {score} {figures[4][score]:.3f} at 4 steps, in {folder}"))
         return figures
 
     def _network(self, second_time: SecondTime) -> ConditionalNet:
         torch.manual_seed(self.seed)
-        encoders = TextEncoders(self.settings.text, self.tokenizers)
-        transformer = build_transformer(self.settings.transformer, self.settings.text, second_time)
-        return ConditionalNet(transformer, encoders, self.settings.text.length)
-
-    def _flow_inputs(self) -> list[DataclassInstance]:
         settings = self.settings
-        return [settings.autoencoder, settings.text, settings.transformer, settings.flow]
+        encoders = build_encoders(settings.text, self.tokenizers)
+        channels = PACKED * settings.autoencoder.latent_channels
+        transformer = build_transformer(settings.transformer, settings.text, channels, second_time)
+        return ConditionalNet(transformer, encoders, self.world.resolution, settings.text.t5_length)
+
+    def _teacher_inputs(self) -> list[DataclassInstance]:
+        settings = self.settings
+        if settings.flow is None:
+            return [self.world, settings.autoencoder]
+        return [self.world, settings.autoencoder, settings.text, settings.transformer, settings.flow]
 
     def _digest(self, *inputs: DataclassInstance) -> str:
         """Short name of the seed and of all settings that a stage's result depends on."""
@@ -169,13 +195,12 @@ class _Pretraining:
         return lambda done, total: self.progress(StageProgress(stage, done, total))
 
 
-def evaluate_folder(folder: Path, images: int, seed: int) -> dict[int, Figures]:
+def evaluate_folder(folder: Path, world: World, images: int, seed: int) -> Figures:
     """Figures on held-out prompts, cycled in order, by number of steps."""
     model = load_model(folder)
-    prompts = prompt_set("heldout")
-    items = [prompts[i % len(prompts)] for i in range(images)]
-    said = [item.prompt for item in items]
+    prompts = world.heldout_prompts()
+    said = [prompts[i % len(prompts)] for i in range(images)]
     return {
-        steps: measure(sample_images(model.net, model.autoencoder, model.tokenizers, said, steps, seed), items)
+        steps: world.measure(sample_images(model.net, model.autoencoder, model.tokenizers, said, steps, seed), said)
         for steps in STEP_COUNTS
     }

@@ -20,32 +20,35 @@ from transformers import (
 )
 
 from fmg.worlds.pretrain.settings import TextSettings
-from fmg.worlds.shapes.prompts import vocabulary
+from fmg.worlds.pretrain.world import World
 
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """The two tokenizers of a FLUX pipeline."""
+    """The two tokenizers of a FLUX pipeline; each knows the length that its prompts are padded to."""
 
     clip: CLIPTokenizer
     t5: T5Tokenizer
-    length: int
 
-    def ids(self, prompts: Sequence[str]) -> tuple[Int[Tensor, "b length"], Int[Tensor, "b length"]]:
+    def ids(self, prompts: Sequence[str]) -> tuple[Int[Tensor, "b clip"], Int[Tensor, "b t5"]]:
         """CLIP and T5 token ids, padded as `FluxPipeline` does (no attention mask reaches the T5 encoder)."""
         clip, t5 = (
             tokenizer(
-                list(prompts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+                list(prompts),
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
             ).input_ids
             for tokenizer in (self.clip, self.t5)
         )
         return clip, t5
 
 
-def build_tokenizers(length: int) -> Tokenizers:
-    """Every word of the world is one token; other text falls back to characters (CLIP) or to `<unk>` pieces (T5)."""
-    words = vocabulary()
-    return Tokenizers(_clip_tokenizer(words, length), _t5_tokenizer(words, length), length)
+def build_tokenizers(world: World, settings: TextSettings) -> Tokenizers:
+    """The world's words and pieces are one token each; other text falls back to characters, or to `<unk>` (T5)."""
+    clip = _clip_tokenizer(world.clip_words(), settings.clip_length)
+    return Tokenizers(clip, _t5_tokenizer(world.t5_pieces(), settings.t5_length))
 
 
 def _clip_tokenizer(words: Sequence[str], length: int) -> CLIPTokenizer:
@@ -84,50 +87,54 @@ def _merge(pieces: Sequence[str], pair: tuple[str, str]) -> list[str]:
     return merged
 
 
-def _t5_tokenizer(words: Sequence[str], length: int) -> T5Tokenizer:
+def _t5_tokenizer(longer: Sequence[str], length: int) -> T5Tokenizer:
     letters = [chr(c) for c in range(ord("!"), ord("~") + 1)]
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    pieces += [(f"▁{word}", -2.0) for word in words] + [("▁", -6.0)] + [(letter, -8.0) for letter in letters]
+    pieces += [(piece, -2.0) for piece in longer] + [("▁", -6.0)] + [(letter, -8.0) for letter in letters]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=length)
 
 
 class TextEncoders(nn.Module):
     """CLIP (pooled) and T5 (token states) encoders, trained jointly with the flow."""
 
-    def __init__(self, settings: TextSettings, tokenizers: Tokenizers) -> None:
+    def __init__(self, clip: CLIPTextModel, t5: T5EncoderModel) -> None:
         super().__init__()
-        clip_config = CLIPTextConfig(
-            vocab_size=len(tokenizers.clip),
-            hidden_size=settings.pooled_dim,
-            intermediate_size=2 * settings.pooled_dim,
-            projection_dim=settings.pooled_dim,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=settings.length,
-            bos_token_id=tokenizers.clip.bos_token_id,
-            eos_token_id=tokenizers.clip.eos_token_id,
-            pad_token_id=tokenizers.clip.pad_token_id,
-        )
-        t5_config = T5Config(
-            vocab_size=len(tokenizers.t5),
-            d_model=settings.token_dim,
-            d_kv=settings.token_dim // 2,
-            d_ff=2 * settings.token_dim,
-            num_layers=1,
-            num_heads=2,
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-        )
-        self.clip = CLIPTextModel(clip_config)
-        self.t5 = T5EncoderModel(t5_config)
+        self.clip, self.t5 = clip, t5
 
     def forward(
-        self, clip_ids: Int[Tensor, "b length"], t5_ids: Int[Tensor, "b length"]
-    ) -> tuple[Float[Tensor, "b pooled"], Float[Tensor, "b length tokens"]]:
+        self, clip_ids: Int[Tensor, "b clip"], t5_ids: Int[Tensor, "b t5"]
+    ) -> tuple[Float[Tensor, "b pooled"], Float[Tensor, "b t5 tokens"]]:
         """Pooled CLIP state and T5 token states."""
         pooled: Tensor = self.clip(clip_ids).pooler_output
         states: Tensor = self.t5(t5_ids).last_hidden_state
         return pooled, states
+
+
+def build_encoders(settings: TextSettings, tokenizers: Tokenizers) -> TextEncoders:
+    """Untrained encoders for the tokenizers' vocabularies."""
+    clip_config = CLIPTextConfig(
+        vocab_size=len(tokenizers.clip),
+        hidden_size=settings.pooled_dim,
+        intermediate_size=2 * settings.pooled_dim,
+        projection_dim=settings.pooled_dim,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=settings.clip_length,
+        bos_token_id=tokenizers.clip.bos_token_id,
+        eos_token_id=tokenizers.clip.eos_token_id,
+        pad_token_id=tokenizers.clip.pad_token_id,
+    )
+    t5_config = T5Config(
+        vocab_size=len(tokenizers.t5),
+        d_model=settings.token_dim,
+        d_kv=settings.token_dim // 2,
+        d_ff=2 * settings.token_dim,
+        num_layers=settings.t5_layers,
+        num_heads=2,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+    )
+    return TextEncoders(CLIPTextModel(clip_config), T5EncoderModel(t5_config))
 
 
 @dataclass(frozen=True)
@@ -135,8 +142,8 @@ class PromptTable:
     """Token ids of every distinct prompt, so that a batch needs an index and no tokenizer."""
 
     prompts: tuple[str, ...]
-    clip_ids: Int[Tensor, "n length"]
-    t5_ids: Int[Tensor, "n length"]
+    clip_ids: Int[Tensor, "n clip"]
+    t5_ids: Int[Tensor, "n t5"]
 
     @classmethod
     def of(cls, prompts: Sequence[str], tokenizers: Tokenizers) -> PromptTable:

@@ -102,7 +102,7 @@ def test_what_it_is_compared_with(shapes_artifact: Artifact, shapes_run: Path, t
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["adapter"]["run"] = "runs/gone"
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(UsageError, match="'runs/gone' .* --against"):
+    with pytest.raises(UsageError, match=r"'runs/gone' .* --against"):
         reference_of(open_artifact(folder))
     with pytest.raises(UsageError, match="no level 'fast'"):
         verify(shapes_artifact, level="fast")

@@ -155,9 +155,11 @@ def test_a_damaged_graph_is_named(shapes_artifact: Artifact, tmp_path: Path) -> 
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["files"]["vae_decoder.onnx"]["size"] = 2000
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    with load(open_artifact(folder, hashes=False)) as generator:
-        with pytest.raises(CheckpointError, match=r"vae_decoder\.onnx cannot be loaded"):
-            generator.generate(PROMPTS[:1], [0])
+    with (
+        load(open_artifact(folder, hashes=False)) as generator,
+        pytest.raises(CheckpointError, match=r"vae_decoder\.onnx cannot be loaded"),
+    ):
+        generator.generate(PROMPTS[:1], [0])
 
 
 def test_a_graph_that_fails_is_named(shapes_artifact: Artifact) -> None:

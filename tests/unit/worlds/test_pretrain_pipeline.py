@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 
 from fmg.core.events import Event, StageProgress
 from fmg.worlds.pretrain.folder import FLOW_MAP_FILE, load_model
-from fmg.worlds.pretrain.pipeline import SINGLE_TIME, TWO_TIME, pretrain_shapes
+from fmg.worlds.pretrain.pipeline import pretrain
 from fmg.worlds.pretrain.settings import (
     AutoencoderSettings,
     DistillSettings,
@@ -18,6 +19,9 @@ from fmg.worlds.pretrain.settings import (
     TrajectorySettings,
     TransformerSettings,
 )
+from fmg.worlds.shapes.world import ShapesWorld
+
+TWO_TIME, SINGLE_TIME = "meanflow-shapes", "scm-shapes"
 
 TINY = PretrainSettings(
     autoencoder=AutoencoderSettings(width=4, pool=32, steps=2, batch=4),
@@ -41,7 +45,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pretrained")
-    figures = pretrain_shapes(folder, seed=3, settings=TINY)
+    figures = pretrain(ShapesWorld(), TINY, folder, seed=3)
     assert set(figures) == {TWO_TIME, SINGLE_TIME}
     assert all(set(by_steps) == {1, 2, 4} for by_steps in figures.values())
     return folder
@@ -69,17 +73,24 @@ def test_no_machine_path_is_written(made: Path) -> None:
 def test_finished_stages_are_reused_and_a_lost_one_is_remade_bit_for_bit(made: Path) -> None:
     before = _weights(made / TWO_TIME)
     events: list[Event] = []
-    pretrain_shapes(made, seed=3, progress=events.append, settings=TINY)
+    pretrain(ShapesWorld(), TINY, made, seed=3, progress=events.append)
     assert not [event for event in events if isinstance(event, StageProgress)]
     (lost,) = (made / "stages").glob(f"{TWO_TIME}-*.safetensors")
     lost.unlink()
-    pretrain_shapes(made, seed=3, progress=events.append, settings=TINY)
+    pretrain(ShapesWorld(), TINY, made, seed=3, progress=events.append)
     assert {event.stage for event in events if isinstance(event, StageProgress)} == {TWO_TIME}
     for name, tensor in _weights(made / TWO_TIME).items():
         assert torch.equal(tensor, before[name])
 
 
+def test_another_world_finds_no_finished_stage(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path / "copy")
+    events: list[Event] = []
+    pretrain(ShapesWorld(wrong_share=0.5), TINY, tmp_path / "copy", seed=3, progress=events.append)
+    assert {"autoencoder", "flow", "trajectories"} <= {e.stage for e in events if isinstance(e, StageProgress)}
+
+
 def test_another_seed_gives_other_weights(made: Path, tmp_path: Path) -> None:
-    pretrain_shapes(tmp_path, seed=4, settings=TINY)
+    pretrain(ShapesWorld(), TINY, tmp_path, seed=4)
     first, second = _weights(made / SINGLE_TIME), _weights(tmp_path / SINGLE_TIME)
     assert any(not torch.equal(first[name], second[name]) for name in first)
