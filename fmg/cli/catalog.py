@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from fmg.registry import Description
     from fmg.registry.config import About
 
+_KINDS = "models, stochasticizers, rewards, objectives, optimizers, prompt-sets, backends or feature-extractors."
+
 Kind = Annotated[
     str,
     typer.Argument(
         metavar="KIND",
-        help="models, stochasticizers, rewards, objectives, optimizers, prompt-sets, backends or feature-extractors.",
+        help=_KINDS,
         show_default=False,
     ),
 ]
@@ -33,7 +35,7 @@ def list_components(
         str | None,
         typer.Argument(
             metavar="[KIND]",
-            help="models, stochasticizers, rewards, objectives, optimizers, prompt-sets, backends or feature-extractors.",
+            help=_KINDS,
             show_default="all kinds",
         ),
     ] = None,

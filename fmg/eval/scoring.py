@@ -60,21 +60,20 @@ class EvalSet:
         """Tag of each prompt."""
         return tuple(prompt.tag for prompt in self.entries)
 
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def select(self, rows: Int[Tensor, " k"]) -> EvalSet:
+        """Some of the pairs, in the given order."""
+        chosen = rows.tolist()
+        return EvalSet(tuple(self.entries[i] for i in chosen), tuple(self.seeds[i] for i in chosen))
+
 
 Parts = Mapping[tuple[str, str], NDArray[np.float64]]
 """Scores by reward and part."""
 
 Sink = Callable[[Float[Tensor, "b 3 h w"], Parts], None]
 """What else looks at the images of an evaluation: batch by batch, in order, with their scores."""
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def select(self, rows: Int[Tensor, " k"]) -> EvalSet:
-        """Some of the triples, in the given order."""
-        chosen = rows.tolist()
-        prompts, tags = tuple(self.prompts[i] for i in chosen), tuple(self.tags[i] for i in chosen)
-        return EvalSet(prompts, tags, tuple(self.seeds[i] for i in chosen))
 
 
 def score_images(

@@ -118,12 +118,14 @@ def read_graph(file: Path) -> ModelProto:
         CheckpointError: the file is damaged or no ONNX model.
     """
     import onnx
-    from google.protobuf.message import DecodeError
 
     try:
         return onnx.load(str(file), load_external_data=False)
-    except (DecodeError, ValueError, OSError) as error:
-        raise CheckpointError(f"{file} is not an ONNX graph: {error}", "Export the artifact again.") from None
+    except Exception as error:
+        # protobuf's own DecodeError lives in another module for each of its implementations
+        raise CheckpointError(
+            f"{file} is no ONNX file ({type(error).__name__})", "Restore the artifact, or export it again."
+        ) from None
 
 
 def module_of(node: NodeProto) -> str:

@@ -167,7 +167,7 @@ class _Proof:
     def engine_precision(self, candidate: Generator) -> Iterator[Check]:
         """The same of what the backend made of the graphs, where it can tell."""
         backend = candidate.backend
-        runtime = backend.runtime if isinstance(backend, ArtifactBackend) else None
+        runtime: object = backend.runtime if isinstance(backend, ArtifactBackend) else None
         if not isinstance(runtime, ReportsPrecision):
             return
         for graph in GRAPHS:

@@ -112,7 +112,7 @@ def _train(
                     _close(open_run, "interrupted")
             if not result.interrupted:
                 processes.on_first(lambda: drop_states(folder.path))
-            processes.on_first(lambda: write_run_report(folder))
+            processes.on_first(lambda: _report(folder))
     except ProcessError:
         # whoever is left says how the run ended: the first process may be the one that is gone
         _close(open_run, "failed")
@@ -151,6 +151,10 @@ def _held(processes: Processes, folder: RunFolder, open_run: list[RunFolder]) ->
     finally:
         if processes.first:
             _close(open_run, state)
+
+
+def _report(folder: RunFolder) -> None:
+    write_run_report(folder)
 
 
 def _close(open_run: list[RunFolder], state: State) -> None:

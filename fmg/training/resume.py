@@ -113,7 +113,7 @@ def save_state(
         "ema": None if live.ema is None else list(live.ema.values),
         "ema_updates": 0 if live.ema is None else live.ema.updates,
         "generators": generator_states(live.device),
-        "pictures": [(row.prompt, (row.images.clamp(0, 1) * 255).round().byte()) for row in pictures],
+        "pictures": [(row.prompt, (torch.as_tensor(row.images).clamp(0, 1) * 255).round().byte()) for row in pictures],
     }
     with new_folder(folder) as partial:
         write_state(partial, content)

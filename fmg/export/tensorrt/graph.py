@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import onnx
-
 from fmg.core.errors import CheckpointError, UsageError
+from fmg.export.census import read_graph
 from fmg.inference.artifact.manifest import Precision
 
 _ATTENTION_OPSET = 23
@@ -25,13 +24,7 @@ def check_buildable(path: Path, weights: str, precision: Precision) -> None:
         CheckpointError: it is no ONNX file, or it points to another file, which the parser would follow.
         UsageError: no engine can be made of it, and why.
     """
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:
-        # protobuf's own DecodeError lives in another module for each of its implementations
-        raise CheckpointError(
-            f"{path} is no ONNX file ({type(error).__name__})", "Restore the artifact, or export it again."
-        ) from None
+    model = read_graph(path)
     external = (
         entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
     )

@@ -86,7 +86,8 @@ class TextWorld:
         def log_likelihood(captions: Sequence[str]) -> Float[NDArray[np.float32], "b n"]:
             said = _letters([quoted_text(caption) for caption in captions])
             right = (said[:, None] == letters).sum(-1, dtype=np.float32)
-            return np.float32(odds) * right
+            scores: NDArray[np.float32] = np.float32(odds) * right
+            return scores
 
         return Support(render(signs), log_likelihood)
 

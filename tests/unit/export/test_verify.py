@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.prompt import Prompt
 from fmg.eval.scoring import EvalSet
 from fmg.export.census import census, census_of
 from fmg.export.verify import FULL_IMAGES, reference_of, verify
@@ -142,7 +143,7 @@ def test_differences_of_pictures() -> None:
     images = np.full((200, 3, 4, 4), 0.5, np.float32)
     other = images.copy()
     other[0, 0, 0, 0] += 2e-3
-    eval_set = EvalSet(("p",) * 200, ("",) * 200, tuple(range(200)))
+    eval_set = EvalSet((Prompt("p", "", {}),) * 200, tuple(range(200)))
 
     def result(candidate: NDArray[np.float32]) -> tuple[bool, float]:
         sides = Fixed(images), Fixed(candidate)
