@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from fmg.inference.tensorrt.record import Profile, ShapeRange, check_plan, read_
 from tests.support.artifact import copied
 from tests.support.cli import fmg
 from tests.support.fake_cuda import FakeCuda
+from tests.support.fake_rtx import NAMES, as_rtx
 from tests.support.tensorrt import stand_in
 from tests.support.tiny_artifact import build_tiny_artifact
 
@@ -141,9 +141,9 @@ def test_the_parser_names_the_node_that_it_does_not_know(tmp_path: Path) -> None
 def test_the_stand_in_has_no_name_that_the_real_api_lacks() -> None:
     """TensorRT-RTX is the flavour at hand; its Python API is that of TensorRT 11."""
     real = importlib.import_module("tensorrt_rtx")
-    with stand_in():
-        fake = sys.modules["tensorrt"]
-        for name in fake.__all__:
+    with stand_in() as trt:
+        fake = as_rtx(trt)
+        for name in (*trt.__all__, *NAMES):
             assert hasattr(real, name), name
             ours, theirs = getattr(fake, name), getattr(real, name)
             for member in vars(ours):
