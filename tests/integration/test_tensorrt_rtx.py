@@ -77,9 +77,14 @@ def test_the_command_builds_engines_into_an_artifact(tiny: Artifact) -> None:
     assert done.stdout.count(".plan") == len(GRAPHS)
 
 
-def test_weight_streaming_builds(tiny: Artifact) -> None:
+def test_weight_streaming_builds_and_no_timing_cache_is_kept(
+    tiny: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))
     engines = build_engines(tiny, flavour="rtx", options=EngineOptions(weight_streaming=True))
     assert not any(engine.reused for engine in engines)
+    # it would ask for a GPU
+    assert not (tmp_path / "cache" / "tensorrt").exists()
 
 
 def test_an_engine_that_cannot_be_loaded_without_a_gpu_says_why(tiny: Artifact) -> None:
