@@ -1,7 +1,7 @@
 """`python -m tests.support.recorded_run PLAN.json`: trains recipes one after the other, alone or as one of several.
 
-The plan maps the folder of each run to its recipe file and, for a run that is cut by Ctrl-C and resumed, to the
-iteration after which that happens (`[recipe, iteration]`, with null for a run that goes through).
+The plan is a list of `Planned` values. A run leaves in its folder `run/` and, for each process, the gradients of the
+first update, or the error that it ended with.
 """
 
 from __future__ import annotations
@@ -10,29 +10,49 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 import fmg
+from fmg.core.errors import FmgError
 from fmg.core.events import Event, IterationDone
 from fmg.core.types import Batch
 from fmg.registry.recipe import Recipe
 from fmg.training.api import resume
 from fmg.training.update import Updater
 
-Plan = Mapping[str, tuple[str, int | None]]
+
+@dataclass(frozen=True)
+class Planned:
+    """A run: where it is kept, its recipe file, and after which iteration Ctrl-C cuts it, to be resumed at once."""
+
+    folder: str
+    recipe: str
+    cut: int | None = None
 
 
-def record(plan: Plan, rank: int = 0) -> None:
-    """Trains each recipe into `FOLDER/run` and keeps the first update's gradients in `FOLDER/gradients-RANK`."""
-    for folder, (recipe, cut) in plan.items():
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        gradients = _train(Recipe.from_yaml(Path(recipe), allow_code=True), target / "run", cut)
-        save_file(gradients, target / f"gradients-{rank}.safetensors")
+def record(plan: Sequence[Planned], rank: int = 0) -> None:
+    """Trains all of them as this process of the given rank."""
+    for planned in plan:
+        folder = Path(planned.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            gradients = _train(Recipe.from_yaml(Path(planned.recipe), allow_code=True), folder / "run", planned.cut)
+        except FmgError as error:
+            said = {"kind": type(error).__name__, "what": error.what, "reported": error.reported}
+            (folder / f"error-{rank}.json").write_text(json.dumps(said), encoding="utf-8")
+        else:
+            save_file(gradients, folder / f"gradients-{rank}.safetensors")
+
+
+def write_plan(file: Path, plan: Sequence[Planned]) -> Path:
+    """The plan as a file for other processes."""
+    file.write_text(json.dumps([asdict(planned) for planned in plan]), encoding="utf-8")
+    return file
 
 
 def _train(recipe: Recipe, run: Path, cut: int | None) -> dict[str, torch.Tensor]:
@@ -40,7 +60,6 @@ def _train(recipe: Recipe, run: Path, cut: int | None) -> dict[str, torch.Tensor
     update = Updater.update
 
     def recording(updater: Updater, batch: Batch) -> dict[str, float]:
-        # the norm is far above any gradient here, so that what is kept has not been scaled
         logged = update(updater, batch)
         if not recorded:
             found = {f"{i:04d}": p.grad for i, p in enumerate(updater.parameters) if p.grad is not None}
@@ -48,6 +67,7 @@ def _train(recipe: Recipe, run: Path, cut: int | None) -> dict[str, torch.Tensor
         return logged
 
     def stop(event: Event) -> None:
+        # a signal, as from a terminal: only the first process hears events
         if isinstance(event, IterationDone) and event.iteration == cut:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -63,4 +83,5 @@ def _train(recipe: Recipe, run: Path, cut: int | None) -> dict[str, torch.Tensor
 
 
 if __name__ == "__main__":
-    record(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), int(os.environ.get("RANK", "0")))
+    file = Path(sys.argv[1])
+    record([Planned(**row) for row in json.loads(file.read_text(encoding="utf-8"))], int(os.environ.get("RANK", "0")))
