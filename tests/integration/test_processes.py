@@ -63,6 +63,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "train.dtype": "fp32",
         "lora.rank": 4,
         "lora.alpha": 8,
+        # the fewest that its grid has
+        "eval.steps": 3,
         "optimizer.lr": 1e-3,
     }
     fails = {**UNEVEN, "rewards": ["python:tests.support.user_rewards:fails_in_process_1"]}
