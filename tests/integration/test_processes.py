@@ -156,7 +156,7 @@ LONG = ["train", "--iterations", "1000", "--set", "eval.every=1000", "--set", "e
 SMALL = ["--device", "cpu", "--set", "rollout.groups=2", "--set", "rollout.group_size=4", "--run", "run"]
 
 
-def _wait_for_updates(run: Path, seconds: float = 240) -> None:
+def _wait_for_updates(run: Path, seconds: float = 400) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         file = run / "metrics.jsonl"
@@ -173,7 +173,7 @@ def test_a_killed_process_ends_the_other_with_one_message(killed: int, tmp_path:
         _wait_for_updates(tmp_path / "run")
         os.kill(pair[killed].pid, signal.SIGKILL)
     finally:
-        ended = processes.finish(pair, timeout=120)
+        ended = processes.finish(pair, timeout=200)
     code, _, err = ended[1 - killed]
     assert (ended[killed][0], code) == (-signal.SIGKILL, 1)
     said = [line for line in err.splitlines() if not line.startswith("[transformers]")]

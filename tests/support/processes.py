@@ -62,7 +62,7 @@ def start(
     ]
 
 
-def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 300) -> list[tuple[int, str, str]]:
+def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 600) -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of each; a process that hangs is killed and fails the test."""
     try:
         outputs = [process.communicate(timeout=timeout) for process in processes]
@@ -72,7 +72,7 @@ def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 300) -> 
     return [(process.returncode, out, err) for process, (out, err) in zip(processes, outputs, strict=True)]
 
 
-def launch(arguments: Sequence[str], folder: Path, timeout: float = 300) -> tuple[int, str, str]:
+def launch(arguments: Sequence[str], folder: Path, timeout: float = 600) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of `python ARGUMENTS`, a launcher that starts processes itself."""
     launcher = subprocess.Popen(
         [sys.executable, *arguments],

@@ -56,6 +56,13 @@ def test_a_wrong_launch_is_one_line_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_all_processes_find_wrong_is_said_by_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**PAIR, "WORLD_SIZE": "1000"}.items():
+        monkeypatch.setenv(name, value)
+    shown = fmg("train", "--device", "cpu")
+    assert (shown.code, shown.stdout, shown.stderr) == (2, "", "")
+
+
 def test_the_engine_is_the_recipes_or_what_accelerate_was_configured_for() -> None:
     automatic, ddp, fsdp2 = (Recipe.default(None, **{"train.parallel": x}) for x in ("auto", "ddp", "fsdp2"))
     assert [choose_engine(recipe, {}) for recipe in (automatic, ddp, fsdp2)] == ["ddp", "ddp", "fsdp2"]
@@ -73,6 +80,14 @@ def test_each_process_takes_the_device_of_its_place() -> None:
 
 def test_there_may_be_as_many_processes_as_samples() -> None:
     recipe = Recipe.default(None, **{"rollout.groups": 2, "rollout.group_size": 4})
-    check_shares(recipe, 8)
+    check_shares(recipe, 8, "fsdp2")
     with pytest.raises(UsageError, match="9 processes cannot share the 8 samples"):
-        check_shares(recipe, 9)
+        check_shares(recipe, 9, "ddp")
+
+
+def test_nothing_of_a_full_fine_tune_can_be_spread() -> None:
+    recipe = Recipe.default(None, **{"train.trainable": "full"})
+    check_shares(recipe, 2, "ddp")
+    check_shares(recipe, 1, "fsdp2")
+    with pytest.raises(UsageError, match="leaves nothing frozen"):
+        check_shares(recipe, 2, "fsdp2")
