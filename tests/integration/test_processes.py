@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,7 +49,7 @@ VARIANT = {
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process trains as NAME, and two as NAME-ENGINE, all of it in one launch."""
     root = tmp_path_factory.mktemp("processes")
     flux = {
@@ -93,7 +92,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         record(alone)
     ended = processes.finish(launched)
     assert [code for code, _, _ in ended] == [0, 0], ended
-    yield root
+    return root
 
 
 def _distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:

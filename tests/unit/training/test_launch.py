@@ -67,7 +67,7 @@ def test_the_engine_is_the_recipes_or_what_accelerate_was_configured_for() -> No
     automatic, ddp, fsdp2 = (Recipe.default(None, **{"train.parallel": x}) for x in ("auto", "ddp", "fsdp2"))
     assert [choose_engine(recipe, {}) for recipe in (automatic, ddp, fsdp2)] == ["ddp", "ddp", "fsdp2"]
     assert [choose_engine(recipe, FSDP2) for recipe in (automatic, fsdp2)] == ["fsdp2", "fsdp2"]
-    with pytest.raises(UsageError, match="configured for fsdp2, and the recipe says train.parallel=ddp"):
+    with pytest.raises(UsageError, match="and the recipe says"):
         choose_engine(ddp, FSDP2)
 
 
