@@ -24,23 +24,25 @@ pytestmark = pytest.mark.slow
 
 ENGINES = ("ddp", "fsdp2")
 REDNESS = "python:tests.support.user_rewards:redness"
-# 15 samples, 45 rows, 9 an update: neither groups, samples, rows nor micro-batches divide by two
+# 15 samples and 45 rows, 23 and 22 of them in an update: neither groups, samples, rows nor micro-batches divide by two
 UNEVEN = {
     "train.device": "cpu",
-    "train.iterations": 2,
-    "train.updates_per_iteration": 5,
+    "train.iterations": 5,
+    "train.updates_per_iteration": 2,
+    # network calls of one shape, whose rounding is the same in one process and in two
     "train.micro_batch": 4,
+    "rollout.batch_size": 4,
     "train.state_every": 1,
     "rollout.groups": 3,
     "rollout.group_size": 5,
     "eval.num": 5,
-    "eval.every": 2,
+    "eval.every": 5,
     "eval.steps": 1,
     "eval.rewards": [],
 }
 VARIANT = {
     **UNEVEN,
-    "train.updates_per_iteration": 2,
+    "train.iterations": 2,
     "train.trainable": "lora+duration",
     "train.ema_decay": 0.9,
     # any movement is more, so that each iteration stops after its first update
@@ -80,7 +82,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for engine in ENGINES
     ]
     together += [
-        planned("shapes-cut", None, {**UNEVEN, "train.parallel": "fsdp2"}, cut=1),
+        planned("shapes-cut", None, {**UNEVEN, "train.parallel": "fsdp2"}, cut=3),
         planned("variant-fsdp2", None, {**VARIANT, "train.parallel": "fsdp2"}),
         planned("fails", None, fails),
     ]
@@ -102,7 +104,7 @@ def _distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return (moved / sum(float(x.double().square().sum()) for x in theirs.values())) ** 0.5
 
 
-def _adapter(folder: Path, name: str = "checkpoint-2") -> dict[str, Tensor]:
+def _adapter(folder: Path, name: str = "checkpoint-5") -> dict[str, Tensor]:
     files = sorted((folder / "run" / "checkpoints" / name).glob("*.safetensors"))
     return {f"{file.stem} {key}": x for file in files for key, x in load_file(file).items()}
 
