@@ -182,14 +182,3 @@ def test_a_killed_process_ends_the_other_with_one_message(killed: int, tmp_path:
     assert len(said) == 1, err
     assert f"Process {killed} of 2 (counted from 0) ended without a word." in said[0]
     assert RunFolder(tmp_path / "run").state().state == "failed"
-
-
-def test_accelerate_launches_a_run_that_the_first_process_tells(tmp_path: Path) -> None:
-    config = processes.ROOT / "configs" / "accelerate" / "fsdp2.yaml"
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--cpu", "--num_processes", "2"]
-    command = ["train", "--iterations", "1", "--set", "eval.num=4", "--set", "eval.steps=1", *SMALL]
-    code, out, err = processes.launch([*launcher, "-m", "fmg", *command], tmp_path)
-    assert code == 0, err
-    assert out.count("iteration 1/1") == 1
-    assert "processes: 2" in out
-    assert RunFolder(tmp_path / "run").state().state == "finished"

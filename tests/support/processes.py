@@ -70,16 +70,3 @@ def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 600) -> 
         for process in processes:
             process.kill()
     return [(process.returncode, out, err) for process, (out, err) in zip(processes, outputs, strict=True)]
-
-
-def launch(arguments: Sequence[str], folder: Path, timeout: float = 600) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of `python ARGUMENTS`, a launcher that starts processes itself."""
-    launcher = subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    return finish([launcher], timeout)[0]
