@@ -95,15 +95,16 @@ class ReplayGate:
         self._checked, self._recompute = checked, recompute
 
     def _error(self, batch: Batch) -> float:
-        own = self._processes.own(batch)
+        own = self._processes.own(batch, self._micro_batch)
         return self._processes.largest(replay_ratio(self._stochasticizer, self._policies, own, self._micro_batch))
 
     def _refreshed(self, batch: Batch) -> Batch:
-        own = self._processes.own(batch)
+        own = self._processes.own(batch, self._micro_batch)
         fresh = refresh_old(self._stochasticizer, self._policies, own, self._micro_batch)
         if self._processes.alone:
             return fresh
-        return batch.with_rows(**{name: self._processes.gather(fresh.rows[name], len(batch)) for name in REFRESHED})
+        total, unit = len(batch), self._micro_batch
+        return batch.with_rows(**{name: self._processes.gather(fresh.rows[name], total, unit) for name in REFRESHED})
 
 
 def ratio_gate(error: float, clip_range: float) -> None:

@@ -43,19 +43,27 @@ Rows = TypeVar("Rows", bound=_Rows)
 
 @dataclass(frozen=True)
 class Share:
-    """The rows of `total` that one of `count` processes works on: consecutive, and as many for each.
+    """The rows of `total` that one of `count` processes works on: consecutive, in whole calls of `unit` rows.
 
-    Where `total` does not divide, the last row fills up, so that all processes make the same network calls.
+    One process alone makes calls of `unit` rows and a shorter last one. Each of several makes some of the same calls,
+    with the same rows, so that what they compute together has the same rounding. All make as many: one that has no
+    call left makes it with the last row of all.
     """
 
     total: int
     rank: int = 0
     count: int = 1
+    unit: int = 1
+
+    @property
+    def calls(self) -> int:
+        """Network calls of each process."""
+        return -(-self.total // (self.unit * self.count))
 
     @property
     def size(self) -> int:
-        """Rows of each process, with those that fill up."""
-        return -(-self.total // self.count)
+        """Rows that the calls of a process hold at most."""
+        return self.calls * self.unit
 
     @property
     def own(self) -> int:
@@ -63,10 +71,12 @@ class Share:
         return max(0, min(self.size, self.total - self.rank * self.size))
 
     @property
-    def rows(self) -> Int[Tensor, " size"]:
-        """Indices of the rows; the first `own` are this process's."""
+    def rows(self) -> Int[Tensor, " k"]:
+        """Indices of the rows; the first `own` are this process's, the others make up the number of calls."""
         start = self.rank * self.size
-        return torch.arange(start, start + self.size).clamp_(max=self.total - 1)
+        complete = -(-self.own // self.unit) == self.calls
+        wanted = self.own if complete else (self.calls - 1) * self.unit + 1
+        return torch.arange(start, start + wanted).clamp_(max=self.total - 1)
 
 
 @dataclass
@@ -94,28 +104,31 @@ class Processes:
         """Whether this one writes and reports."""
         return self.rank == 0
 
-    def share(self, total: int) -> Share:
-        """This process's share of `total` rows."""
-        return Share(total, self.rank, self.count)
+    def share(self, total: int, unit: int = 1) -> Share:
+        """This process's share of `total` rows that go through the network `unit` at a time."""
+        return Share(total, self.rank, self.count, unit)
 
-    def own(self, whole: Rows) -> Rows:
+    def own(self, whole: Rows, unit: int = 1) -> Rows:
         """This process's share of the rows of `whole`; `whole` itself for one process."""
         if self.alone:
             return whole
-        picked: Rows = whole.select(self.share(len(whole)).rows)
+        picked: Rows = whole.select(self.share(len(whole), unit).rows)
         return picked
 
-    def gather(self, own: Tensor, total: int) -> Tensor:
+    def gather(self, own: Tensor, total: int, unit: int = 1) -> Tensor:
         """The `total` rows of which every process holds its share, in order, where `own` is.
 
         Args:
-            own: this process's share, filled up as `Share` says: (size, ...).
+            own: this process's `Share.rows` of them: (k, ...).
             total: rows of all.
+            unit: as in `share`.
         """
         if self.alone:
             return own
+        # every process sends as many
+        filled = torch.cat([own, own[-1:].expand(self.share(total, unit).size - len(own), *own.shape[1:])])
         # not every backend knows truth values
-        sent = own.contiguous().to(torch.uint8 if own.dtype == torch.bool else own.dtype)
+        sent = filled.contiguous().to(torch.uint8 if own.dtype == torch.bool else own.dtype)
         everyone = sent.new_empty((self.count * len(sent), *sent.shape[1:]))
         dist.all_gather(list(everyone.chunk(self.count)), sent)
         return everyone[:total].to(own.dtype)

@@ -39,12 +39,13 @@ def draw_samples(
     prompts = iteration_prompts(composed.prompts, shape.groups, iteration, recipe.train.seed)
     groups = torch.arange(shape.groups).repeat_interleave(shape.group_size)
     cond: Conditioning = model.encode([p.text for p in prompts]).select(groups)
-    rows = processes.share(len(groups)).rows
-    own = _draw(composed, sizes, iteration, processes.own(cond), groups[rows], group_members(groups)[rows])
+    rows = processes.share(len(groups), sizes.rollout_batch).rows
+    own_cond = processes.own(cond, sizes.rollout_batch)
+    own = _draw(composed, sizes, iteration, own_cond, groups[rows], group_members(groups)[rows])
     if processes.alone:
         return own, own
     # the transitions of the share are part of the whole, and large
-    return SampleRollout(own.cond, own.groups, own.x0, own.grid), _gathered(own, cond, groups, processes)
+    return SampleRollout(own.cond, own.groups, own.x0, own.grid), _gathered(own, cond, groups, processes, sizes)
 
 
 @torch.no_grad()
@@ -55,7 +56,12 @@ def decode_samples(composed: Composed, sizes: Sizes, drawn: SampleRollout) -> Fl
 
 
 def score_samples(
-    composed: Composed, processes: Processes, own: SampleRollout, images: Float[Tensor, "n 3 h w"], total: int
+    composed: Composed,
+    sizes: Sizes,
+    processes: Processes,
+    own: SampleRollout,
+    images: Float[Tensor, "n 3 h w"],
+    total: int,
 ) -> RewardOutput:
     """The scores of all `total` samples of an iteration, of which `images` are this process's.
 
@@ -71,8 +77,12 @@ def score_samples(
             "A reward reports other parts in one process than in another", "Return the same parts for every batch."
         )
     scored = scores.scored if isinstance(scores, PartialRewardOutput) else torch.ones(len(images), dtype=torch.bool)
-    totals, known = processes.gather(scores.total, total), processes.gather(scored, total)
-    parts = {name: processes.gather(values, total) for name, values in scores.parts.items()}
+
+    def gathered(values: Tensor) -> Tensor:
+        return processes.gather(values, total, sizes.rollout_batch)
+
+    totals, known = gathered(scores.total), gathered(scored)
+    parts = {name: gathered(values) for name, values in scores.parts.items()}
     return RewardOutput(totals, parts) if bool(known.all()) else PartialRewardOutput(totals, parts, known)
 
 
@@ -112,16 +122,18 @@ def _draw(
     )
 
 
-def _gathered(own: Rollout, cond: Conditioning, groups: Tensor, processes: Processes) -> Rollout:
-    total = len(groups)
-    whole = replace(own, cond=cond.to(own.x0.device), groups=groups, x0=processes.gather(own.x0, total))
+def _gathered(own: Rollout, cond: Conditioning, groups: Tensor, processes: Processes, sizes: Sizes) -> Rollout:
+    def gathered(values: Tensor) -> Tensor:
+        return processes.gather(values, len(groups), sizes.rollout_batch)
+
+    whole = replace(own, cond=cond.to(own.x0.device), groups=groups, x0=gathered(own.x0))
     if not isinstance(whole, TransitionRollout):
         return whole
     names = [entry.name for entry in fields(Transition) if entry.name != "index"]
     return replace(
         whole,
         transitions=tuple(
-            Transition(step.index, **{name: processes.gather(getattr(step, name), total) for name in names})
+            Transition(step.index, **{name: gathered(getattr(step, name)) for name in names})
             for step in whole.transitions
         ),
     )

@@ -152,7 +152,7 @@ class Trainer:
         with self._clock("decode"):
             images = decode_samples(self.composed, self.sizes, own)
         with self._clock("reward"):
-            rewards = score_samples(self.composed, self.processes, own, images, len(drawn.groups))
+            rewards = score_samples(self.composed, self.sizes, self.processes, own, images, len(drawn.groups))
         scored = ScoredRollout(drawn, rewards, advantages(rewards, drawn.groups, self.composed.recipe, iteration))
         with self._clock("update"):
             updates = self._update(scored, iteration)

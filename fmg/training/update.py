@@ -100,9 +100,10 @@ class Updater:
         Every process gets as many, since each runs the same network calls and learns of the same parameters whether
         they have gradients; one that has no row left takes any, with a share of 0.
         """
-        rows, own = self.processes.share(len(batch)).rows, self.processes.share(len(batch)).own
-        for start in range(0, len(rows), self.micro_batch):
-            count = max(0, min(self.micro_batch, own - start))
+        share = self.processes.share(len(batch), self.micro_batch)
+        rows = share.rows
+        for start in range(0, share.size, self.micro_batch):
+            count = max(0, min(self.micro_batch, share.own - start))
             part = batch.select(rows[start : start + max(1, count)])
             yield part, count / len(batch)
 

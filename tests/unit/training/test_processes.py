@@ -11,15 +11,19 @@ from fmg.core.errors import RewardError
 from fmg.training.processes import Processes, Share
 
 
-@given(total=st.integers(1, 200), count=st.integers(1, 20))
-def test_shares_are_in_order_of_one_size_and_complete(total: int, count: int) -> None:
-    shares = [Share(total, rank, count) for rank in range(count)]
-    assert {len(share.rows) for share in shares} == {shares[0].size}
+@given(total=st.integers(1, 200), count=st.integers(1, 20), unit=st.integers(1, 30))
+def test_shares_are_in_order_of_as_many_calls_and_complete(total: int, count: int, unit: int) -> None:
+    shares = [Share(total, rank, count, unit) for rank in range(count)]
+    calls = [[rows.tolist() for rows in share.rows.split(unit)] for share in shares]
+    assert {len(made) for made in calls} == {shares[0].calls}
     assert [row for share in shares for row in share.rows[: share.own].tolist()] == list(range(total))
-    # what `Processes.gather` cuts off is what fills up
-    joined = [row for share in shares for row in share.rows.tolist()]
+    # a filled-up share, of which `Processes.gather` cuts off what fills up
+    joined = [row for share in shares for row in [*share.rows.tolist(), *[0] * (share.size - len(share.rows))]]
     assert joined[:total] == list(range(total))
-    assert all(row < total for row in joined)
+    # whole calls are those of one process alone
+    alone = [rows.tolist() for rows in torch.arange(total).split(unit)]
+    full = [rows for share, made in zip(shares, calls, strict=True) for rows in made[: share.own // unit]]
+    assert full == [rows for rows in alone if len(rows) == unit]
 
 
 def test_one_process_gets_back_what_it_gave() -> None:
