@@ -111,14 +111,14 @@ def bench(
 
         runtimes = () if compare is None else parse_runtimes(compare)
         entered = entrants(targets or (), runtimes)
-        conditions = Conditions(batch_size, device, dtype, threads)
+        conditions = Conditions(None if frontier else batch_size, device, dtype, threads)
         found: Frontier | None = None
         if frontier:
             _needs_torch()
             from fmg.export.frontier import FrontierPlan
             from fmg.export.frontier import frontier as measured
 
-            plan = FrontierPlan(counts, num, repeats, warmup, grid, seed, not cached_text)
+            plan = FrontierPlan(counts, num, repeats, warmup, batch_size, grid, seed, not cached_text)
             where = machine()
             found = measured(entered, conditions, plan, allow_code=allow_code, observer=reporter)
             timings, ratios = found.timings, found.ratios
@@ -127,7 +127,7 @@ def bench(
             timings, ratios = _measured(
                 entered,
                 conditions,
-                prompt=prompt,
+                prompts=[prompt] * batch_size,
                 steps=counts[0] if counts else None,
                 grid=grid,
                 repeats=repeats,
@@ -196,7 +196,7 @@ def _measured(
     entered: Sequence[Entrant],
     conditions: Conditions,
     *,
-    prompt: str,
+    prompts: Sequence[str],
     steps: int | None,
     grid: str | None,
     repeats: int,
@@ -211,7 +211,7 @@ def _measured(
         generators = open_entrants(entered, conditions, stack)
         timings = measure(
             generators,
-            Workload.of([prompt], conditions.batch_size, steps=steps, grid=grid),
+            Workload.of(prompts, len(prompts), steps=steps, grid=grid),
             repeats=repeats,
             warmup=warmup,
             encode=encode,

@@ -73,6 +73,7 @@ class FrontierPlan:
         num: images scored a point.
         repeats: measured drawings of one batch.
         warmup: drawings before.
+        batch: images of one drawing. What is scored is drawn in the default batches.
         grid: time grid by name; None takes the target's.
         seed: of the images that are scored.
         encode: whether prompts are encoded in every repeat.
@@ -82,6 +83,7 @@ class FrontierPlan:
     num: int
     repeats: int
     warmup: int = 1
+    batch: int = 1
     grid: str | None = None
     seed: int = 0
     encode: bool = True
@@ -99,7 +101,7 @@ def frontier(
 
     Args:
         entered: sides of one target.
-        conditions: how they are opened; the batch size is also what is drawn in one repeat.
+        conditions: how they are opened.
         plan: what is measured.
         allow_code: whether the recipe of a run may name reward code.
         observer: hears of the progress.
@@ -122,7 +124,7 @@ def frontier(
             for count in plan.steps:
                 generator.times(count, plan.grid)
         for count in plan.steps:
-            measured = _measured(generators, images, conditions.batch_size, count, plan, observer)
+            measured = _measured(generators, images, count, plan, observer)
             timings += measured.values()
             compared += ratios(measured)
             for entrant in both:
@@ -156,12 +158,11 @@ def frontier(
 def _measured(
     generators: Mapping[str, Generator],
     images: EvalSet,
-    batch: int,
     count: int,
     plan: FrontierPlan,
     observer: Observer,
 ) -> dict[str, Timing]:
-    work = Workload.of(images.prompts, batch, steps=count, grid=plan.grid)
+    work = Workload.of(images.prompts, plan.batch, steps=count, grid=plan.grid)
     return measure(
         generators,
         work,

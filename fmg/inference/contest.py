@@ -58,9 +58,9 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Conditions:
-    """How every entrant is opened."""
+    """How every entrant is opened; without a batch size, in the default batches."""
 
-    batch_size: int
+    batch_size: int | None = None
     device: str = AUTO
     dtype: str | None = None
     threads: int | None = None
