@@ -16,6 +16,7 @@ from fmg.models.flux.latents import pack, unpack
 from fmg.models.flux.loading import FluxComponents
 from fmg.registry.recipe import Recipe
 from tests.support.cli import fmg as cli
+from tests.support.first_noise import first_noise
 from tests.support.pages import self_contained
 from tests.tiny_flux import RESOLUTION, SEQUENCE, build_tiny_teacher, publish_student
 from tests.tiny_rewards import write_clip_folder, write_clip_tokenizer, write_open_clip
@@ -71,7 +72,7 @@ def test_a_student_is_evaluated_trained_saved_and_drawn_by_stock_diffusers(
     assert not torch.equal(drawn.images, base.images)
 
     parts = generator.backend.model.components  # type: ignore[attr-defined]
-    noise = generator._noise([7], step=0)
+    noise = first_noise(7, generator.backend.latent_shape)
     picture = _stock_picture(parts, adapter, noise, two_time=generator.backend.spec.anchors == "any")
     assert torch.allclose(picture, drawn.images, atol=1e-5, rtol=0)
 

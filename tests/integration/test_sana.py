@@ -12,6 +12,7 @@ from diffusers import SanaSprintPipeline
 
 import fmg
 from fmg.registry.recipe import Recipe
+from tests.support.first_noise import first_noise
 from tests.tiny_sana import RESOLUTION, SEQUENCE, build_tiny_sana
 
 pytestmark = pytest.mark.slow
@@ -71,7 +72,7 @@ def test_sana_sprint_is_evaluated_trained_saved_and_drawn_by_its_pipeline(
         num_inference_steps=1,
         max_timesteps=math.pi / 2,
         intermediate_timesteps=None,
-        latents=generator._noise([7], step=0),
+        latents=first_noise(7, generator.backend.latent_shape),
         height=RESOLUTION,
         width=RESOLUTION,
         use_resolution_binning=False,

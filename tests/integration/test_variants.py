@@ -11,7 +11,7 @@ import torch
 from fmg import Recipe, train
 from fmg.core.types import TransitionRollout
 from fmg.rl import rollout
-from fmg.training import trainer
+from fmg.training import samples
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +23,7 @@ def test_a_run_with_every_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         drawn.append(rollout(*args, **options))  # type: ignore[arg-type]
         return drawn[-1]
 
-    monkeypatch.setattr(trainer, "rollout", spy)
+    monkeypatch.setattr(samples, "rollout", spy)
     recipe = Recipe.default(
         "meanflow-shapes",
         objective={

@@ -111,9 +111,9 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(_REPLAY, "/ (2 * std.square())", "/ std.square()", _rl("mean_distance_is_a_kl") + _STEP),
     Mutation(_REPLAY, "/ (2 * std.square())", "/ (2 * std)", _rl("mean_distance_is_a_kl") + _STEP),
     Mutation(_REPLAY, ".flatten(1).mean(1)", ".flatten(1).sum(1)", _rl("mean_distance_is_a_kl") + _STEP),
-    Mutation(_REPLAY, "torch.expm1(log_ratio).abs()", "torch.expm1(log_ratio)", _STEP),
-    Mutation(_REPLAY, "log_prob_old=torch.cat(log_probs), ", "", _STEP),
-    Mutation(_REPLAY, "mean_old=torch.cat(means), ", "", _STEP),
+    Mutation(_REPLAY, 'part.rows["log_prob_old"]).abs()', 'part.rows["log_prob_old"])', _STEP),
+    Mutation(_REPLAY, "log_prob_old=log_probs, ", "", _STEP),
+    Mutation(_REPLAY, "log_probs[here], means[here], stds", "log_probs[here], _, stds", _STEP),
     # noise and rollout
     Mutation(_NOISE, '",".join(map(str, key))', '",".join(map(str, key[1:]))', _rl("noise_depends_on_its_key_alone")),
     Mutation(_NOISE, ", person=self._person", "", _rl("noise_depends_on_its_key_alone")),
