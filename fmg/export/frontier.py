@@ -242,9 +242,12 @@ def frontier_figure(points: Sequence[Point], path: Path, title: str) -> None:
                     str(point.steps), (point.latency_ms.p50, point.mean), (5, 5), textcoords="offset points", fontsize=8
                 )
         axes.set_xscale("log")
+        for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            ticks("{x:g}")
+        axes.tick_params(axis="x", which="both", labelsize=7)
         axes.set_xlabel("latency of one batch, ms (median)")
         axes.set_ylabel(f"{reward}, mean")
         axes.grid(alpha=0.3, which="both")
-        axes.legend(frameon=False, fontsize=8, loc="best")
+        axes.legend(frameon=False, fontsize=8, loc="best", handlelength=3.5)
     figure.suptitle(f"{title}: reward against latency, steps at the points", fontsize=11)
     figure.savefig(path)
