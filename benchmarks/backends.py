@@ -1,7 +1,7 @@
 """ONNX Runtime against eager torch, end to end on an embedded model: one process, in turn, with the same threads.
 
-The model is exported first. What is measured is `fmg bench --compare torch,onnxruntime,onnxruntime:int8`: prompt to
-picture, text encoders included, at several batch sizes.
+The model is exported first; torch draws what the artifact was made from. What is measured is what
+`fmg bench --compare torch,onnxruntime,onnxruntime:int8` measures, from prompt to picture, text encoders included.
 
     python benchmarks/backends.py [--model meanflow-shapes] [--threads 1] --out benchmarks/results/backends.json
 """
@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from fmg.export.artifact import ExportOptions, export_artifact
-from fmg.inference.artifact.layout import Artifact
+from fmg.inference.artifact.layout import Artifact, open_artifact
 from fmg.inference.contest import Conditions, Entrant, Runtime, open_entrants
-from fmg.inference.loading import find
+from fmg.inference.loading import made_from
 from fmg.inference.machine import machine
 from fmg.inference.timing import Workload, measure, ratios
 
@@ -30,6 +30,7 @@ TARGET_RATIO = 1.8
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="meanflow-shapes")
+    parser.add_argument("--artifact", type=Path, help="exported with --int8, in place of a fresh export")
     parser.add_argument("--batches", default="1,4,16", help="images of one drawing")
     parser.add_argument("--threads", type=int, default=1, help="of both runtimes")
     parser.add_argument("--repeats", type=int, default=20)
@@ -37,12 +38,16 @@ def main() -> None:
     arguments = parser.parse_args()
     where = machine()
     with tempfile.TemporaryDirectory() as folder:
-        artifact = export_artifact(arguments.model, Path(folder) / "artifact", ExportOptions(int8=True))
+        if arguments.artifact is not None:
+            artifact = open_artifact(arguments.artifact)
+        else:
+            artifact = export_artifact(arguments.model, Path(folder) / "artifact", ExportOptions(int8=True))
         sizes = [int(batch) for batch in arguments.batches.split(",")]
         measured = [compared(arguments, artifact, batch) for batch in sizes]
     result = {
         "benchmark": "backends",
-        "model": arguments.model,
+        "model": artifact.manifest.model.name,
+        "adapter": artifact.manifest.adapter is not None,
         "threads": arguments.threads,
         "target_ratio": TARGET_RATIO,
         "machine": where,
@@ -56,7 +61,7 @@ def main() -> None:
 
 def compared(arguments: argparse.Namespace, artifact: Artifact, batch: int) -> dict[str, Any]:
     """Timings and ratios at one batch size."""
-    entered = [Entrant("torch", find(arguments.model), Runtime("torch"))]
+    entered = [Entrant("torch", made_from(artifact), Runtime("torch"))]
     entered += [
         Entrant(runtime.label, artifact, runtime) for runtime in (Runtime("onnxruntime"), Runtime("onnxruntime", True))
     ]
