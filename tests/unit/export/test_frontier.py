@@ -22,7 +22,7 @@ from tests.support.schemas import check
 pytestmark = [pytest.mark.slow, pytest.mark.compile]
 
 
-def test_each_backend_gets_its_side(shapes_artifact: Artifact, shapes_run: Path) -> None:
+def test_each_backend_gets_its_side(shapes_artifact: Artifact, shapes_run: Path, tmp_path: Path) -> None:
     entered = entrants([str(shapes_artifact.folder)], parse_runtimes("torch, onnxruntime,onnxruntime:int8"))
     assert [entrant.label for entrant in entered] == ["torch", "onnxruntime", "onnxruntime:int8"]
     torch, exact, small = (entrant.subject for entrant in entered)
@@ -33,13 +33,11 @@ def test_each_backend_gets_its_side(shapes_artifact: Artifact, shapes_run: Path)
     # and from the run to the artifact, where `fmg export` puts it
     with pytest.raises(UsageError, match=f"fmg export {shapes_run}"):
         entrants([str(shapes_run)], [Runtime("onnxruntime")])
-    place = copied(shapes_artifact, shapes_run / "artifact")
-    try:
-        (found,) = entrants([str(shapes_run)], [Runtime("onnxruntime")])
-        assert isinstance(found.subject, Artifact)
-        assert found.subject.folder == place
-    finally:
-        shutil.rmtree(place)
+    run = shutil.copytree(shapes_run, tmp_path / "run")
+    place = copied(shapes_artifact, run / "artifact")
+    (found,) = entrants([str(run)], [Runtime("onnxruntime")])
+    assert isinstance(found.subject, Artifact)
+    assert found.subject.folder == place
 
 
 def test_the_run_of_an_artifact_may_be_gone(shapes_artifact: Artifact, tmp_path: Path) -> None:
