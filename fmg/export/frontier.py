@@ -118,7 +118,7 @@ def frontier(
     timings: list[Timing] = []
     compared: list[Ratio] = []
     with ExitStack() as stack:
-        both = stack.enter_context(_with_bases(entered))
+        both = stack.enter_context(with_bases(entered))
         generators = open_entrants(both, conditions, stack)
         for generator in generators.values():
             for count in plan.steps:
@@ -178,7 +178,7 @@ def _reference(subject: Target | Artifact, allow_code: bool) -> Target:
 
 
 @contextmanager
-def _with_bases(entered: Sequence[Entrant]) -> Iterator[list[Entrant]]:
+def with_bases(entered: Sequence[Entrant]) -> Iterator[list[Entrant]]:
     """The entrants, each tuned one followed by its base; bases of artifacts are made for the while."""
     with ExitStack() as stack:
         both, bases = [], dict[Path, Artifact]()

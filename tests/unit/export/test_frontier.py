@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from fmg.core.errors import UsageError
+from fmg.export.frontier import with_bases
 from fmg.export.swap import copy_without_adapter
 from fmg.inference import Target, load
 from fmg.inference.artifact import Artifact, open_artifact
@@ -78,12 +79,25 @@ def test_the_frontier_has_every_point(shapes_artifact: Artifact, tmp_path: Path)
         for adapter in (True, False):
             torch, onnx = (points[steps, name, adapter]["mean"] for name in ("torch", "onnxruntime"))
             assert torch == pytest.approx(onnx, abs=0.01), "the backends draw the same pictures"
-        tuned, base = (points[steps, "onnxruntime", adapter]["mean"] for adapter in (True, False))
-        assert tuned != base, "the adapter must matter"
     assert all(p["latency_ms"]["min"] > 0 and p["ci95"][0] <= p["mean"] <= p["ci95"][1] for p in points.values())
     with Image.open(picture) as figure:
         assert min(figure.size) > 300
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "f.png"], "the base was only for the while"
+
+
+def test_what_has_an_adapter_is_measured_without_it_too(shapes_artifact: Artifact, tmp_path: Path) -> None:
+    folder = copied(shapes_artifact, tmp_path / "a")
+    with with_bases(entrants([str(folder)], parse_runtimes("torch,onnxruntime"))) as both:
+        assert [entrant.label for entrant in both] == [
+            *("torch, tuned", "torch, base", "onnxruntime, tuned", "onnxruntime, base")
+        ]
+        assert [entrant.adapter for entrant in both] == [True, False, True, False]
+        tuned, base = (entrant.subject for entrant in both[2:])
+        assert isinstance(tuned, Artifact)
+        assert isinstance(base, Artifact)
+        assert tuned.manifest.adapter is not None
+        assert base.manifest.adapter is None
+    assert not base.folder.exists()
 
 
 def test_backends_take_turns(shapes_artifact: Artifact) -> None:
