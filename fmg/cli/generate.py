@@ -72,6 +72,9 @@ def generate(
     timed: Annotated[
         bool, typer.Option("--time", help="Draw the first batch again, five times, and print where the time goes.")
     ] = False,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Run the code inside version-compatible TensorRT engines.")
+    ] = False,
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
@@ -96,6 +99,7 @@ def generate(
             int8=int8,
             threads=threads,
             batch_size=batch_size,
+            allow_code=allow_code,
         ) as generator:
             runtime = generator.backend
             reporter(Notice("info", f"backend {runtime.name}: {runtime.detail}, on {runtime.device}"))

@@ -32,6 +32,7 @@ from fmg.inference.loading import AUTO, find, load, made_from
 from fmg.inference.onnxruntime import NAME as ONNXRUNTIME
 from fmg.inference.onnxruntime import PrecisionError
 from fmg.inference.target import load_model
+from fmg.inference.tensorrt.census import Census as EngineCensus
 from fmg.models.flux.model import FluxModel
 from fmg.rewards.base import build_rewards, check_prompts
 
@@ -49,8 +50,8 @@ _HUGE = 1e30
 class ReportsPrecision(Protocol):
     """A runtime that can tell in which precision it runs a graph, as an engine can that kept its layers' names."""
 
-    def precision(self, graph: str) -> Mapping[str, int] | None:
-        """Computing layers by precision (`fp32`, `bf16`, ...); None where it cannot be read."""
+    def precision(self, graph: str) -> EngineCensus | None:
+        """The layers of a graph's engine by kind and type; None where they cannot be read."""
 
 
 def verify(
@@ -90,7 +91,7 @@ def verify(
     with load(artifact, backend=backend, device=device) as candidate:
         detail = described(candidate)
         try:
-            checks += [check_drawing(artifact, candidate), *proof.engine_precision(candidate)]
+            checks += [check_drawing(artifact, candidate), *engine_precision(artifact, candidate)]
             checks += proof.against(candidate, (*GRAPHS,))
         except PrecisionError as error:
             checks.append(Check(RUN, False, {}, f"{error.what}: nothing was run", artifact.manifest.weights_digest()))
@@ -115,6 +116,22 @@ def reference_of(artifact: Artifact, against: str | Path | Target | None = None,
     if isinstance(found, Artifact):
         raise UsageError(f"'{against}' is an artifact", "Name the run or the model that the artifact was made from.")
     return found
+
+
+def engine_precision(artifact: Artifact, candidate: Generator) -> Iterator[Check]:
+    """What the backend made of each graph, where it can tell: whether it computes in the graph's precision."""
+    backend = candidate.backend
+    runtime: object = backend.runtime if isinstance(backend, ArtifactBackend) else None
+    if not isinstance(runtime, ReportsPrecision):
+        return
+    for graph in GRAPHS:
+        counted = runtime.precision(graph)
+        if counted is None:
+            continue
+        problem = counted.problem(artifact.graph(graph).precision)
+        values = {f"layers_{name}": float(n) for name, n in counted.by_precision().items()}
+        digest = artifact.manifest.weights_digest(graph)
+        yield Check(f"precision/{backend.name}/{graph}", not problem, values, problem, digest)
 
 
 class _Proof:
@@ -157,25 +174,6 @@ class _Proof:
             more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
             note = f"asked for {self._artifact.graph(graph).precision}; {foreign[0]}{more}" if foreign else ""
             yield self._check(f"precision/{graph}", graph, not foreign, counted.values(), note)
-
-    def engine_precision(self, candidate: Generator) -> Iterator[Check]:
-        """The same of what the backend made of the graphs, where it can tell."""
-        backend = candidate.backend
-        runtime: object = backend.runtime if isinstance(backend, ArtifactBackend) else None
-        if not isinstance(runtime, ReportsPrecision):
-            return
-        for graph in GRAPHS:
-            counts = runtime.precision(graph)
-            if counts is None:
-                continue
-            asked = self._artifact.graph(graph).precision
-            rest = {name: n for name, n in counts.items() if name != asked}
-            values = {f"layers_{name}": float(n) for name, n in counts.items()}
-            note = (
-                "" if not rest else f"asked for {asked}; {', '.join(f'{n} layers {name}' for name, n in rest.items())}"
-            )
-            passed = sum(rest.values()) <= counts.get(asked, 0)
-            yield self._check(f"precision/{backend.name}/{graph}", graph, passed, values, note)
 
     def against(self, candidate: Generator, graphs: Sequence[str]) -> Iterator[Check]:
         """Tensors of these graphs, then whole pictures, then rewards."""

@@ -100,6 +100,7 @@ def load(
     resolution: int | None = None,
     threads: int | None = None,
     int8: bool = False,
+    allow_code: bool = False,
 ) -> Generator:
     """The sampler of a model, a run folder, an artifact or (None) the newest run, ready to draw.
 
@@ -114,6 +115,7 @@ def load(
         resolution: side of the square image in pixels, for an artifact; None is its own.
         threads: CPU threads of one operator; None takes the runtime's default.
         int8: run the int8 transformer of an artifact, on a CPU.
+        allow_code: run the code inside version-compatible TensorRT engines.
 
     Raises:
         UsageError: unknown target, backend or device, or an option that the target does not have.
@@ -121,7 +123,9 @@ def load(
         CheckpointError: files are missing or damaged.
     """
     subject = find(target) if target is None or isinstance(target, str | Path) else target
-    options = _options(subject, dtype=dtype, adapter=adapter, resolution=resolution, threads=threads, int8=int8)
+    options = _options(
+        subject, dtype=dtype, adapter=adapter, resolution=resolution, threads=threads, int8=int8, allow_code=allow_code
+    )
     if int8 and backend == AUTO:
         backend = "onnxruntime"
     source = pick_backend(subject, backend, device=device, options=options)
@@ -141,6 +145,7 @@ def _options(
     resolution: int | None,
     threads: int | None,
     int8: bool,
+    allow_code: bool,
 ) -> dict[str, object]:
     """The options of a backend of this subject; what it cannot have is refused."""
     common = {} if threads is None else {"threads": threads}
@@ -151,10 +156,11 @@ def _options(
                 "Leave the option out, or export again with --precision or --swap-weights.",
             )
         size = {} if resolution is None else {"resolution": resolution}
-        return {**common, **size, **({"int8": True} if int8 else {})}
-    if resolution is not None or int8:
+        flags = {name: True for name, given in (("int8", int8), ("allow_code", allow_code)) if given}
+        return {**common, **size, **flags}
+    if resolution is not None or int8 or allow_code:
         raise UsageError(
-            f"'{subject.label}' is not an exported artifact, which the resolution and int8 are options of",
+            f"'{subject.label}' is not an exported artifact, which resolution, int8 and allow_code are options of",
             "Export it first: fmg export.",
         )
     return {**common, "dtype": dtype or "fp32", "adapter": adapter}

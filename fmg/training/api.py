@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fmg.core.errors import CheckpointError, CompositionError, ProcessError
+from fmg.core.errors import CheckpointError, CompositionError, ProcessError, said_once
 from fmg.core.events import Event, Notice, Observer, ignore
 from fmg.core.protocols import Shardable
 from fmg.data.environment import write_environment
@@ -92,8 +92,10 @@ def _train(
     saved: SavedState | None = None,
 ) -> TrainResult:
     """Trains in the folder that `begin` gives, from `saved` on where there is one; `check` comes before anything."""
-    launch, engine = read_launch(), choose_engine(recipe)
-    check_shares(recipe, launch.count)
+    launch = read_launch()
+    with said_once(launch.first):
+        engine = choose_engine(recipe)
+        check_shares(recipe, launch.count, engine)
     device = device_for(device_of(recipe, launch), recipe.model.name, recipe.model.config.spec())
     dtype = pick_dtype(recipe.train.dtype)
     heard = observer if launch.first else _errors_only(observer)

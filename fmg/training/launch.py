@@ -97,17 +97,22 @@ def choose_engine(recipe: Recipe, environment: Mapping[str, str] | None = None) 
     return asked or ("ddp" if stated == "auto" else stated)
 
 
-def check_shares(recipe: Recipe, count: int) -> None:
-    """Whether every process has work.
+def check_shares(recipe: Recipe, count: int, engine: Engine) -> None:
+    """Whether `count` processes can share the work, and every one has some.
 
     Raises:
-        UsageError: there are more processes than samples in an iteration.
+        UsageError: there are more processes than samples in an iteration, or no frozen base that FSDP2 could spread.
     """
     samples = recipe.rollout.groups * recipe.rollout.group_size
     if count > samples:
         raise UsageError(
             f"{count} processes cannot share the {samples} samples of an iteration",
             "Start fewer, or raise rollout.groups or rollout.group_size.",
+        )
+    if count > 1 and engine == "fsdp2" and recipe.train.trainable == "full":
+        raise UsageError(
+            "FSDP2 spreads the frozen base over the processes, and train.trainable=full leaves nothing frozen",
+            "Train an adapter, or use DDP (train.parallel=ddp, configs/accelerate/ddp.yaml).",
         )
 
 

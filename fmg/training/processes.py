@@ -246,8 +246,3 @@ def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         bucket.append(gradient)
     if bucket:
         yield bucket
-
-
-def weighted(parts: Mapping[str, float], share: float) -> dict[str, float]:
-    """Means over some rows as their part of the mean over all; maxima (`_max`) stay what they are."""
-    return {key: value if key.endswith("_max") else value * share for key, value in parts.items()}

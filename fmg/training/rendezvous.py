@@ -80,6 +80,9 @@ def joined(
             error.reported = not processes.first
         if lost is not None:
             raise ProcessError(lost, _FIX) from error
+        if isinstance(error, FmgError):
+            # the next run of this interpreter meets anew
+            dist.destroy_process_group()
         raise
     heartbeat.stop()
     over.set()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from onnx import TensorProto, helper
+from onnx import NodeProto, TensorProto, helper
 
 from fmg.core.errors import CheckpointError, FmgError, UsageError
 from fmg.core.events import ignore
@@ -27,6 +26,7 @@ from fmg.inference.tensorrt.record import Profile, ShapeRange, check_plan, read_
 from tests.support.artifact import copied
 from tests.support.cli import fmg
 from tests.support.fake_cuda import FakeCuda
+from tests.support.fake_rtx import NAMES, as_rtx
 from tests.support.tensorrt import stand_in
 from tests.support.tiny_artifact import build_tiny_artifact
 
@@ -40,16 +40,23 @@ def tiny(tmp_path: Path) -> Artifact:
     return build_tiny_artifact(tmp_path / "artifact")
 
 
-def attention(folder: Path, *, precision: int, opset: int = 23) -> Job:
-    """One Attention operator of opset 23, and the job to build it."""
+def job_of(folder: Path, nodes: list[NodeProto], *, precision: int, opset: int, axes: tuple[int | str, ...]) -> Job:
+    """A graph from `x` (batch, 16, 64) to `y`, with a weight `w` (64, 64), and the job to build it."""
     value = helper.make_tensor_value_info("x", precision, ["batch", 16, 64])
-    out = helper.make_tensor_value_info("y", precision, ["batch", 16, 64])
-    heads = {"q_num_heads": 2, "kv_num_heads": 2}
-    graph = helper.make_graph([helper.make_node("Attention", ["x"] * 3, ["y"], name="n", **heads)], "g", [value], [out])
+    out = helper.make_tensor_value_info("y", precision, list(axes))
+    used = any("w" in node.input for node in nodes)
+    weight = helper.make_tensor("w", precision, (64, 64), [0.01 * (i % 7) for i in range(64 * 64)])
+    graph = helper.make_graph(nodes, "g", [value], [out], [weight] if used else [])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
     (folder / "g.onnx").write_bytes(model.SerializeToString())
     profile = Profile("g", {"x": ShapeRange((1, 16, 64), (1, 16, 64), (2, 16, 64))})
     return Job(str(folder / "g.onnx"), str(folder / "g.plan"), "rtx", (profile,), PLAIN, None)
+
+
+def product(folder: Path, precision: int = TensorProto.BFLOAT16) -> Job:
+    """A matrix product."""
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], name="n")
+    return job_of(folder, [node], precision=precision, opset=20, axes=("batch", 16, 64))
 
 
 @pytest.mark.slow
@@ -77,9 +84,14 @@ def test_the_command_builds_engines_into_an_artifact(tiny: Artifact) -> None:
     assert done.stdout.count(".plan") == len(GRAPHS)
 
 
-def test_weight_streaming_builds(tiny: Artifact) -> None:
+def test_weight_streaming_builds_and_no_timing_cache_is_kept(
+    tiny: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))
     engines = build_engines(tiny, flavour="rtx", options=EngineOptions(weight_streaming=True))
     assert not any(engine.reused for engine in engines)
+    # it would ask for a GPU
+    assert not (tmp_path / "cache" / "tensorrt").exists()
 
 
 def test_an_engine_that_cannot_be_loaded_without_a_gpu_says_why(tiny: Artifact) -> None:
@@ -94,46 +106,44 @@ def test_an_engine_that_cannot_be_loaded_without_a_gpu_says_why(tiny: Artifact) 
 
 def test_fp32_attention_of_opset_23_ends_the_builder(tmp_path: Path) -> None:
     """By an error or a crash, depending on the graph: hence the refusal before, and the process of its own."""
+    node = helper.make_node("Attention", ["x"] * 3, ["y"], name="n", q_num_heads=2, kv_num_heads=2)
+    job = job_of(tmp_path, [node], precision=TensorProto.FLOAT, opset=23, axes=("batch", 16, 64))
     with pytest.raises(FmgError, match="engine of g was not built"):
-        process.run(attention(tmp_path, precision=TensorProto.FLOAT), "g", ignore)
+        process.run(job, "g", ignore)
     assert not (tmp_path / "g.plan").exists()
 
 
 @pytest.mark.parametrize("option", ["refittable", "version_compatible"])
 def test_what_is_refused_for_rtx_really_fails_there(tmp_path: Path, option: str) -> None:
-    job = attention(tmp_path, precision=TensorProto.BFLOAT16)
+    job = product(tmp_path)
     process.run(job, "g", ignore)
     with pytest.raises(FmgError, match="engine of g was not built"):
         process.run(replace(job, options={**job.options, option: True}), "g", ignore)
 
 
 def test_a_bf16_graph_becomes_a_bf16_network_and_fp32_is_refused_for_it(tmp_path: Path) -> None:
-    built = process.run(attention(tmp_path, precision=TensorProto.BFLOAT16), "g", ignore)
-    check_network("g", {"MATRIX_MULTIPLY": built.layers["ATTENTION_OUTPUT"]}, "bf16")
+    built = process.run(product(tmp_path), "g", ignore)
+    check_network("g", built.layers, "bf16")
     with pytest.raises(FmgError, match="BF16 where FLOAT was asked for"):
         check_network("g", built.layers, "fp32")
 
 
 def test_a_workspace_that_is_too_small_is_the_builders_own_reason(tmp_path: Path) -> None:
-    job = attention(tmp_path, precision=TensorProto.BFLOAT16)
+    job = product(tmp_path)
     with pytest.raises(FmgError, match=r"engine of g was not built: .+"):
         process.run(replace(job, options={**job.options, "workspace_gib": 1e-7}), "g", ignore)
 
 
 def test_a_profile_that_does_not_fit_the_graph_is_the_builders_own_reason(tmp_path: Path) -> None:
-    job = attention(tmp_path, precision=TensorProto.BFLOAT16)
+    job = product(tmp_path)
     narrow = Profile("g", {"x": ShapeRange((1, 16, 32), (1, 16, 32), (1, 16, 32))})
     with pytest.raises(FmgError, match="Dimension mismatch for tensor x and profile 0"):
         process.run(replace(job, profiles=(narrow,)), "g", ignore)
 
 
 def test_the_parser_names_the_node_that_it_does_not_know(tmp_path: Path) -> None:
-    job = attention(tmp_path, precision=TensorProto.FLOAT)
-    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 16, 64])
-    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n"])
-    graph = helper.make_graph([helper.make_node("Unique", ["x"], ["y"], name="node_odd")], "g", [value], [out])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    Path(job.onnx).write_bytes(model.SerializeToString())
+    node = helper.make_node("Unique", ["x"], ["y"], name="node_odd")
+    job = job_of(tmp_path, [node], precision=TensorProto.FLOAT, opset=20, axes=("n",))
     with pytest.raises(FmgError, match=r"node_odd and operator: Unique .*UNSUPPORTED_NODE"):
         process.run(job, "g", ignore)
 
@@ -141,9 +151,9 @@ def test_the_parser_names_the_node_that_it_does_not_know(tmp_path: Path) -> None
 def test_the_stand_in_has_no_name_that_the_real_api_lacks() -> None:
     """TensorRT-RTX is the flavour at hand; its Python API is that of TensorRT 11."""
     real = importlib.import_module("tensorrt_rtx")
-    with stand_in():
-        fake = sys.modules["tensorrt"]
-        for name in fake.__all__:
+    with stand_in() as trt:
+        fake = as_rtx(trt)
+        for name in (*trt.__all__, *NAMES):
             assert hasattr(real, name), name
             ours, theirs = getattr(fake, name), getattr(real, name)
             for member in vars(ours):

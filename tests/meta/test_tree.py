@@ -73,7 +73,8 @@ def test_only_the_command_line_knows_rich_and_typer() -> None:
     assert not offenders(r"^\s*(?:from|import) (?:rich|typer)\b", others)
 
 
-@pytest.mark.parametrize("recipe", files("configs/*.yaml"), ids=lambda path: path.stem)
+# without glob, * reaches into configs/accelerate, whose files are Accelerate's
+@pytest.mark.parametrize("recipe", files(":(glob)configs/*.yaml"), ids=lambda path: path.stem)
 def test_every_shipped_recipe_resolves(recipe: Path) -> None:
     assert resolve(recipe).recipe.model.name
 

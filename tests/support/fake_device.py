@@ -20,6 +20,7 @@ class FakeDevice:
         failing: reason why no execution succeeds.
         dropped: weights that a refit does not reach, as the known defect of TensorRT 11.3.
         pixels: image pixels along the side of a latent pixel.
+        invalid: bits of `EngineInvalidityDiagnostics` that TensorRT-RTX finds in a plan's header.
     """
 
     calls: list[tuple[Any, ...]] = field(default_factory=list)
@@ -28,6 +29,7 @@ class FakeDevice:
     failing: str = ""
     dropped: frozenset[str] = frozenset()
     pixels: int = 4
+    invalid: int = 0
     kept: list[Callable[[], None]] = field(default_factory=list)
 
     def record(self, *call: Any) -> None:

@@ -62,7 +62,7 @@ def start(
     ]
 
 
-def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 300) -> list[tuple[int, str, str]]:
+def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 600) -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of each; a process that hangs is killed and fails the test."""
     try:
         outputs = [process.communicate(timeout=timeout) for process in processes]

@@ -25,6 +25,7 @@ _GIB = 1 << 30
 _MEMORY_SHARE = 0.9
 _WATCH_EVERY = 0.25
 _TAIL_BYTES = 2000
+_HINTS = ("[V]", "[I]", "[W]")
 
 
 def run(job: Job, graph: str, observer: Observer, memory_gib: float | None = None) -> Built:
@@ -139,8 +140,9 @@ class _MemoryWatch:
 
 
 def _tail(log: IO[bytes]) -> str:
-    """The end of what the builder wrote to stderr, on one line."""
+    """The last line that the builder wrote to stderr, without Polygraphy's own hints and warnings."""
     size = log.seek(0, os.SEEK_END)
     log.seek(max(0, size - _TAIL_BYTES))
-    lines = [" ".join(line.split()) for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    lines = [" ".join(line.split()) for line in log.read().decode(errors="replace").splitlines()]
+    told = [line for line in lines if line and not line.startswith(_HINTS)]
+    return told[-1] if told else ""

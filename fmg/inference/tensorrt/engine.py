@@ -70,7 +70,7 @@ class Engine:
         if carries_code and not options.allow_code:
             raise UsageError(
                 f"The engine {plan.name} is version-compatible: it carries a runtime, code that nobody has checked",
-                "Build it here without --version-compatible, or allow its code if you trust who made it.",
+                "Build it here without --version-compatible, or give --allow-code if you trust who made it.",
             )
         self._trt: Any = trt
         self._plan = plan
@@ -136,11 +136,25 @@ class Engine:
         with self._plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
             engine = self._runtime.deserialize_cuda_engine(memoryview(plan))
         if engine is None:
+            reason = self._reason() or self._diagnosis()
             raise CheckpointError(
-                f"TensorRT cannot load the engine {self._plan.name} on this machine{self._reason()}",
+                f"TensorRT cannot load the engine {self._plan.name} on this machine{reason}",
                 "Build it on the machine that runs it (fmg export --trt), or use --backend onnxruntime or torch.",
             )
         return engine
+
+    def _diagnosis(self) -> str:
+        """What TensorRT-RTX finds wrong in the plan's header.
+
+        Asked only about plans that did not load: on GPUs that it does not list, it calls plans invalid that run.
+        """
+        if not hasattr(self._runtime, "get_engine_validity"):
+            return ""
+        with self._plan.open("rb") as file:
+            header = file.read(self._runtime.engine_header_size)
+        _, flags = self._runtime.get_engine_validity(memoryview(header))
+        found = [name for name, bit in self._trt.EngineInvalidityDiagnostics.__members__.items() if flags & int(bit)]
+        return f" ({', '.join(name.lower().replace('_', ' ') for name in found)})" if found else self._reason()
 
     def _set_streaming_budget(self, budget: int | None) -> bool:
         """Whether weights are streamed. Must come before the first context, which TensorRT enforces."""

@@ -87,13 +87,28 @@ class Gpu:
 
 
 def current_gpu() -> Gpu | None:
-    """The current CUDA device of torch, or None where torch sees none."""
-    import torch
+    """The current CUDA device of torch, or None where torch sees none.
+
+    Raises:
+        MissingDependencyError: torch, in whose memory engines work, is not installed.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise MissingDependencyError(
+            "TensorRT engines work on tensors of torch, which is not installed", "Install it: pip install torch"
+        ) from None
 
     if not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability()
     return Gpu(torch.cuda.get_device_name(), f"{major}.{minor}", _driver_major())
+
+
+def lists_gpu(module: ModuleType, gpu: Gpu) -> bool:
+    """Whether a flavour names the compute capability of a GPU, as TensorRT-RTX does; one that names none takes all."""
+    named = getattr(module, "ComputeCapability", None)
+    return named is None or f"SM{gpu.capability.replace('.', '')}" in named.__members__
 
 
 def _driver_major() -> str:

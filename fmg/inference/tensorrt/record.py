@@ -109,6 +109,11 @@ class EngineRecord:
     layers: Mapping[str, Mapping[str, int]]
     seconds: float
 
+    @property
+    def carries_code(self) -> bool:
+        """Whether the plan has a runtime of its own inside."""
+        return bool(self.ingredients.options.get("version_compatible"))
+
     def to_json(self) -> str:
         """The text of the sidecar."""
         return json.dumps(encode(self), indent=2) + "\n"

@@ -14,7 +14,7 @@ from torch import Tensor
 from fmg.core.stages import StageClock
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.artifact.manifest import BATCH
-from fmg.inference.tensorrt.census import inspect
+from fmg.inference.tensorrt.census import Census, inspect
 from fmg.inference.tensorrt.device import Device
 from fmg.inference.tensorrt.engine import Engine, RunOptions
 from fmg.inference.tensorrt.flavours import Flavour
@@ -94,10 +94,9 @@ class EngineRuntime:
             parts.append(engine.run(part)[entry.outputs[0].name][:taken])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def precision(self, graph: str) -> Mapping[str, int] | None:
-        """Products of an engine by precision, as its inspector says; None where it does not say."""
-        census = inspect(self._trt, self._engine(graph))
-        return None if census is None else census.by_precision()
+    def precision(self, graph: str) -> Census | None:
+        """What the inspector of an engine says of its layers; None where it does not say."""
+        return inspect(self._trt, self._engine(graph))
 
     def free(self, graphs: Iterable[str]) -> None:
         """Closes the engines of these graphs."""
@@ -136,8 +135,7 @@ class EngineRuntime:
             record = self._records[graph]
             plan = check_plan(self._artifact.engines, record)
             before = self._device.free_memory()
-            carries_code = bool(record.ingredients.options.get("version_compatible"))
-            engine = Engine(self._trt, plan, self._device, self._options, carries_code=carries_code)
+            engine = Engine(self._trt, plan, self._device, self._options, carries_code=record.carries_code)
             if needs_refit(self._artifact, record):
                 Refit(self._trt, engine, self._artifact, graph).apply()
             self._engines[graph] = engine

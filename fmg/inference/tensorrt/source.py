@@ -9,7 +9,7 @@ from fmg.core.errors import FmgError
 from fmg.inference.artifact.backend import ArtifactBackend
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.configs import TensorRtConfig
-from fmg.inference.tensorrt.flavours import RTX, TENSORRT, Flavour, current_gpu, load_module
+from fmg.inference.tensorrt.flavours import RTX, TENSORRT, Flavour, current_gpu, lists_gpu, load_module
 from fmg.inference.tensorrt.matching import Machine, fitting_engines
 from fmg.registry import backends
 
@@ -34,14 +34,20 @@ class EngineSource:
         load_module(self.flavour)
 
     def suits(self, subject: Artifact, device: str) -> bool:
-        """Whether package, GPU and an engine of every graph are there."""
+        """Whether package, GPU and an engine of every graph are there, and nothing of it needs a decision of the user.
+
+        A GPU that the package does not list, or an engine with code inside, has to be asked for by name.
+        """
         if device.partition(":")[0] not in ("auto", "cuda") or not any(subject.engines.glob("*.json")):
             return False
         try:
-            fitting_engines(subject, self._machine(), self.config.resolution)
+            machine = self._machine()
+            records = fitting_engines(subject, machine, self.config.resolution)
         except FmgError:
             return False
-        return True
+        if not self.config.allow_code and any(record.carries_code for record in records.values()):
+            return False
+        return machine.gpu is not None and lists_gpu(load_module(self.flavour), machine.gpu)
 
     def open(self, subject: Artifact, device: str) -> Backend:
         """Opens the artifact; each engine is loaded when it is first run.

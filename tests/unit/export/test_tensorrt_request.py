@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from fmg.export.tensorrt.profiles import profiles, wanted
 from fmg.inference.artifact.manifest import BATCH, AxisRange, Manifest
 from fmg.inference.tensorrt.flavours import RTX, TENSORRT, Flavour, Gpu, load_module
 from fmg.inference.tensorrt.record import ShapeRange
+from tests.support.cli import fmg
 from tests.support.tiny_artifact import LENGTH, build_tiny_artifact
 
 GPU = Gpu("NVIDIA H100 80GB HBM3", "9.0", "580")
@@ -126,6 +128,25 @@ def test_auto_without_a_builder_says_how_to_get_each(
     assert caught.value.exit_code == 2
     assert RTX.install in str(caught.value)
     assert TENSORRT.install in str(caught.value)
+
+
+def test_the_artifact_is_kept_when_no_builder_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    artifact = build_tiny_artifact(tmp_path / "artifact")
+    before = {path: path.read_bytes() for path in artifact.folder.rglob("*") if path.is_file()}
+    monkeypatch.setattr(options_module, "importable", lambda flavour: False)
+    done = fmg("export", str(artifact.folder), "--trt", "--json")
+    assert (done.code, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "the ONNX artifact is complete without one" in done.stderr
+    assert {path: path.read_bytes() for path in artifact.folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_default_installation_needs_nothing_from_nvidias_index() -> None:
+    """The sdist of tensorrt-cu13-libs ends a whole `pip install` where that index cannot be reached."""
+    project = tomllib.loads((Path(__file__).resolve().parents[3] / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert any(line.startswith("tensorrt-cu13") for line in extras["trt"])
+    others = [line for name, lines in extras.items() if name not in ("trt", "trt-rtx") for line in lines]
+    assert not [line for line in (*project["dependencies"], *others) if "tensorrt" in line or "trt" in line]
 
 
 def test_half_of_a_package_counts_as_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

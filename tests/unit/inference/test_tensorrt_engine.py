@@ -15,21 +15,20 @@ import torch
 from fmg.core.errors import CheckpointError, FmgError, UsageError
 from fmg.export.tensorrt.check import check_refit
 from fmg.export.tensorrt.options import EngineOptions
-from fmg.export.verify import ReportsPrecision
 from fmg.inference.artifact import Artifact, open_artifact
 from fmg.inference.artifact.layout import ENGINES
 from fmg.inference.artifact.manifest import BATCH, HEIGHT, IMAGE, TEXT, WIDTH
 from fmg.inference.loading import load
 from fmg.inference.tensorrt import engine as engine_module
-from fmg.inference.tensorrt.census import Census, inspect
 from fmg.inference.tensorrt.engine import Engine, RunOptions
-from fmg.inference.tensorrt.flavours import TENSORRT
+from fmg.inference.tensorrt.flavours import TENSORRT, Gpu, lists_gpu
 from fmg.inference.tensorrt.record import EngineRecord, read_records
 from fmg.inference.tensorrt.refit import Refit
 from fmg.inference.tensorrt.runtime import EngineRuntime
 from tests.support import tensorrt as support
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_device import DEVICE
+from tests.support.fake_rtx import as_rtx
 from tests.support.tiny_artifact import LENGTH, PROMPTS, build_tiny_artifact, random_inputs
 
 SMALL, LARGE = {IMAGE: 4, HEIGHT: 4, WIDTH: 4, TEXT: LENGTH}, {IMAGE: 16, HEIGHT: 8, WIDTH: 8, TEXT: LENGTH}
@@ -167,6 +166,36 @@ def test_tensorrts_reason_is_told_when_it_cannot_run(plain: Path, trt: ModuleTyp
         engine.run(inputs(plain, SMALL, 1))
 
 
+@pytest.mark.parametrize(("invalid", "says"), [(2, r"\(unsupported cc\)"), (0, "cudaError 35"), (5, "old cuda driver")])
+def test_tensorrt_rtx_says_what_it_finds_in_the_header_of_a_plan_that_does_not_load(
+    plain: Path, trt: ModuleType, invalid: int, says: str
+) -> None:
+    DEVICE.broken, DEVICE.invalid = "cudaError 35", invalid
+    with pytest.raises(CheckpointError, match=rf"cannot load the engine transformer-.*{says}"):
+        transformer(plain, as_rtx(trt))
+
+
+def test_tensorrt_rtx_compiles_for_a_shape_before_it_is_recorded_and_records_nothing_itself(
+    plain: Path, trt: ModuleType
+) -> None:
+    engine = transformer(plain, as_rtx(trt))
+    # a verdict on the header is no reason to refuse an engine that loads: it is wrong on GPUs that are not listed
+    DEVICE.invalid = 2
+    for seed in range(3):
+        feeds = inputs(plain, SMALL, 2, seed)
+        assert torch.equal(engine.run(feeds)["velocity"], reference(plain, feeds))
+    assert [call for call in DEVICE.calls if call[0] == "runtime_config"] == [("runtime_config", "EAGER", "DISABLED")]
+    assert DEVICE.names().count("captured") == 1
+    assert "get_engine_validity" not in DEVICE.names()
+
+
+def test_a_gpu_that_tensorrt_rtx_does_not_list_is_not_taken_by_itself(trt: ModuleType) -> None:
+    ada, hopper = Gpu("NVIDIA L40S", "8.9", "580"), support.GPU
+    assert lists_gpu(as_rtx(trt), ada)
+    assert not lists_gpu(as_rtx(trt), hopper)
+    assert lists_gpu(trt, hopper)
+
+
 def test_a_file_that_is_no_plan_is_refused(plain: Path, trt: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "x.plan").write_bytes(b"not a plan")
     with pytest.raises(CheckpointError, match="magic tag"):
@@ -182,8 +211,10 @@ def test_code_inside_an_engine_runs_only_with_consent(tmp_path: Path) -> None:
         engine = Engine(trt, plan, FakeCuda(), RunOptions(allow_code=True), carries_code=True)
         assert engine.run(inputs(folder, SMALL, 1))["velocity"].shape == (1, 4, 16)
         artifact = open_artifact(folder)
-        with pytest.raises(UsageError, match="carries a runtime"):
+        with pytest.raises(UsageError, match=r"carries a runtime.*--allow-code"):
             load(artifact, backend="tensorrt").generate(["a"], [0])
+        assert load(artifact).backend.name == "onnxruntime"
+        assert load(artifact, allow_code=True).backend.name == "tensorrt"
 
 
 def test_a_streaming_budget_is_set_before_the_first_context_and_stops_recording(special: Path, trt: ModuleType) -> None:
@@ -332,46 +363,3 @@ def test_biases_that_an_engine_ignores_are_found(special: Path, trt: ModuleType,
         return
     with pytest.raises(FmgError, match=r"ignores the bias 'proj_out\.bias', a known defect"):
         check_refit(trt, plan, open_artifact(special), "transformer", profile, FakeCuda())
-
-
-def test_the_inspector_says_what_an_engine_computes_in(plain: Path, trt: ModuleType) -> None:
-    census = inspect(trt, transformer(plain, trt))
-    assert census is not None
-    assert census.products == {"FLOAT": 6}
-    assert census.problem("fp32") == ""
-    assert census.problem("bf16") == "no layer computes in BF16, which was asked for"
-    graphs: object = runtime(plain, trt)
-    assert isinstance(graphs, ReportsPrecision)
-    assert graphs.precision("transformer") == {"fp32": 6}
-    assert graphs.precision("vae_decoder") == {"fp32": 1}
-
-
-def test_an_inspector_without_types_is_no_proof(plain: Path, trt: ModuleType, tmp_path: Path) -> None:
-    plan = next((plain / ENGINES).glob("transformer-*.plan"))
-    (tmp_path / "x.plan").write_bytes(plan.read_bytes().replace(b"DETAILED", b"NONE"))
-    assert inspect(trt, Engine(trt, tmp_path / "x.plan", FakeCuda(), RunOptions())) is None
-
-
-def test_half_precision_is_told_by_the_names_of_manifests() -> None:
-    layers = {"gemm": {"BF16": 8, "FLOAT": 2}, "kgen": {"FLOAT": 40, "INT64": 3}}
-    assert Census(layers).by_precision() == {"fp32": 2, "bf16": 8}
-    assert Census({"kgen": {"HALF": 4, "BOOL": 1}}).by_precision() == {"fp16": 4}
-
-
-@pytest.mark.parametrize(
-    ("layers", "precision", "says"),
-    [
-        ({"gemm": {"BF16": 9, "FLOAT": 1}, "myelin": {"FLOAT": 40}}, "bf16", ""),
-        ({"gemm": {"BF16": 8, "FLOAT": 2}}, "bf16", "2 of 10 products compute in FLOAT where BF16"),
-        ({"gemm": {"BF16": 9, "HALF": 1}}, "bf16", "1 layers compute in HALF where BF16"),
-        ({"gemm": {"HALF": 9}}, "fp16", ""),
-        ({"gemm": {"FLOAT": 9}, "kgen": {"FP8": 1}}, "fp32", "1 layers compute in FP8 where FLOAT"),
-        ({"kgen": {"FLOAT": 3, "INT64": 2}}, "fp32", ""),
-        ({"gemm": {"INT8": 3}}, "int8", "engines have no precision 'int8'"),
-        ({}, "fp32", "no layer computes in FLOAT"),
-    ],
-)
-def test_what_a_census_finds(layers: dict[str, dict[str, int]], precision: str, says: str) -> None:
-    problem = Census(layers).problem(precision)  # type: ignore[arg-type]
-    assert problem.startswith(says)
-    assert bool(problem) == bool(says)

@@ -43,8 +43,16 @@ HardwareCompatibilityLevel = IntEnum(
 LayerInformationFormat = IntEnum("LayerInformationFormat", ["ONELINE", "JSON"], start=0)
 LayerType = IntEnum(
     "LayerType",
-    ["CONVOLUTION", "CAST", "ACTIVATION", "ELEMENTWISE", "MATRIX_MULTIPLY", "SOFTMAX", "NORMALIZATION", "SHUFFLE"],
-    start=0,
+    {
+        "CONVOLUTION": 0,
+        "CAST": 1,
+        "ACTIVATION": 2,
+        "SOFTMAX": 6,
+        "ELEMENTWISE": 9,
+        "SHUFFLE": 13,
+        "MATRIX_MULTIPLY": 17,
+        "NORMALIZATION": 45,
+    },
 )
 MemoryPoolType = IntEnum(
     "MemoryPoolType",
@@ -52,7 +60,7 @@ MemoryPoolType = IntEnum(
     start=0,
 )
 NetworkDefinitionCreationFlag = IntEnum("NetworkDefinitionCreationFlag", {"STRONGLY_TYPED": 0})
-OnnxParserFlag = IntEnum("OnnxParserFlag", ["NATIVE_INSTANCENORM", "ENABLE_PLUGIN_OVERRIDE"], start=0)
+OnnxParserFlag = IntEnum("OnnxParserFlag", {"NATIVE_INSTANCENORM": 0, "ENABLE_PLUGIN_OVERRIDE": 3})
 PreviewFeature = IntEnum("PreviewFeature", ["ALIASED_PLUGIN_IO_10_03", "RUNTIME_ACTIVATION_RESIZE_10_10"], start=0)
 ProfilingVerbosity = IntEnum("ProfilingVerbosity", ["LAYER_NAMES_ONLY", "NONE", "DETAILED"], start=0)
 TacticSource = IntEnum("TacticSource", ["EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"], start=0)

@@ -44,7 +44,10 @@ class Runtime:
             )
         if "VERSION_COMPATIBLE" in plan.flags and not self.engine_host_code_allowed:
             return self._refuse("Error Code 6: API Usage Error (engine host code is not allowed)")
-        return ICudaEngine(plan, self._logger)
+        return self._engine(plan, self._logger)
+
+    def _engine(self, plan, logger):
+        return ICudaEngine(plan, logger)
 
     def _refuse(self, reason):
         self._logger.log(ILogger.ERROR, f"IRuntime::deserializeCudaEngine: {reason}")
@@ -211,13 +214,13 @@ class IExecutionContext:
 
 
 def _axis(name, axes):
-    """The size of an output axis: of the input axis of that name, or of `2*height` and the like."""
+    """The size of an output axis: that of the input axis of its name, or of latents for pixels."""
     if name in axes:
         return axes[name]
     for known, size in axes.items():
         if known and name == f"pixel_{known}":
             return size * DEVICE.pixels
-    return int(eval(name, {"__builtins__": {}}, axes))
+    raise MisuseError(f"no input has the axis '{name}'")
 
 
 class EngineInspector:

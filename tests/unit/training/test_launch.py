@@ -1,0 +1,93 @@
+"""What the environment says of a process, and what it may not say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fmg import Recipe
+from fmg.core.errors import UsageError
+from fmg.training.launch import Launch, check_shares, choose_engine, device_of, is_first, read_launch
+from tests.support.cli import fmg
+
+PAIR = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "false"}
+
+
+def test_a_process_reads_its_place_from_the_environment() -> None:
+    assert read_launch({}) == read_launch({"WORLD_SIZE": "1"}) == Launch()
+    assert read_launch(PAIR) == Launch(1, 2, 1)
+    # on another machine the first process is not the first of the run
+    assert read_launch({**PAIR, "RANK": "9", "WORLD_SIZE": "16"}) == Launch(9, 16, 1)
+    without_local = {name: value for name, value in PAIR.items() if name != "LOCAL_RANK"}
+    assert read_launch(without_local).local_rank == 1
+    assert (is_first({}), is_first({**PAIR, "RANK": "0"}), is_first(PAIR)) == (True, True, False)
+
+
+MISUSES = (
+    ({"RANK": ""}, "WORLD_SIZE is 2, and RANK is not set"),
+    ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
+    ({"MASTER_PORT": ""}, "MASTER_PORT is not set"),
+    ({"MASTER_PORT": "70000"}, "which is no port"),
+    ({"RANK": "2"}, "RANK is 2, and there are 2 processes"),
+    ({"RANK": "-1"}, "RANK is '-1'"),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+    ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+    ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
+    ({"ACCELERATE_USE_DEEPSPEED": "true"}, "configured for DeepSpeed"),
+    ({"ACCELERATE_USE_FSDP": "true"}, "the first version of FSDP"),
+    ({**FSDP2, "FSDP_OFFLOAD_PARAMS": "true"}, "offload parameters"),
+    ({"WORLD_SIZE": "1000", "RANK": "0"}, "1000 processes cannot share the 384 samples"),
+)
+
+
+@pytest.mark.parametrize(("changed", "says"), MISUSES, ids=[says for _, says in MISUSES])
+def test_a_wrong_launch_is_one_line_and_writes_nothing(
+    changed: dict[str, str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in {**PAIR, "RANK": "0", **changed}.items():
+        monkeypatch.setenv(name, value)
+    shown = fmg("train", "--device", "cpu")
+    assert shown.code == 2
+    assert shown.stderr.count("\n") == 1
+    assert says in shown.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_all_processes_find_wrong_is_said_by_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**PAIR, "WORLD_SIZE": "1000"}.items():
+        monkeypatch.setenv(name, value)
+    shown = fmg("train", "--device", "cpu")
+    assert (shown.code, shown.stdout, shown.stderr) == (2, "", "")
+
+
+def test_the_engine_is_the_recipes_or_what_accelerate_was_configured_for() -> None:
+    automatic, ddp, fsdp2 = (Recipe.default(None, **{"train.parallel": x}) for x in ("auto", "ddp", "fsdp2"))
+    assert [choose_engine(recipe, {}) for recipe in (automatic, ddp, fsdp2)] == ["ddp", "ddp", "fsdp2"]
+    assert [choose_engine(recipe, FSDP2) for recipe in (automatic, fsdp2)] == ["fsdp2", "fsdp2"]
+    with pytest.raises(UsageError, match="and the recipe says"):
+        choose_engine(ddp, FSDP2)
+
+
+def test_each_process_takes_the_device_of_its_place() -> None:
+    cuda, second = (Recipe.default(None, **{"train.device": x}) for x in ("cuda", "cuda:1"))
+    assert (device_of(cuda, Launch(5, 8, 1)), device_of(second, Launch())) == ("cuda:1", "cuda:1")
+    with pytest.raises(UsageError, match="one device 'cuda:1' for 2 processes"):
+        device_of(second, Launch(0, 2, 0))
+
+
+def test_there_may_be_as_many_processes_as_samples() -> None:
+    recipe = Recipe.default(None, **{"rollout.groups": 2, "rollout.group_size": 4})
+    check_shares(recipe, 8, "fsdp2")
+    with pytest.raises(UsageError, match="9 processes cannot share the 8 samples"):
+        check_shares(recipe, 9, "ddp")
+
+
+def test_nothing_of_a_full_fine_tune_can_be_spread() -> None:
+    recipe = Recipe.default(None, **{"train.trainable": "full"})
+    check_shares(recipe, 2, "ddp")
+    check_shares(recipe, 1, "fsdp2")
+    with pytest.raises(UsageError, match="leaves nothing frozen"):
+        check_shares(recipe, 2, "fsdp2")
