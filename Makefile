@@ -56,10 +56,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install --constraint $(PINS) --editable '.[dev]'; \
 	touch $(STAMP)
 
-demo: setup ## train on the CPU, compare with the base, draw before and after
+demo: setup ## train on the CPU, compare with the base, export, prove the export and draw from it
 	@set -e; n=1; while test -e runs/demo-$$n; do n=$$((n + 1)); done; run=runs/demo-$$n; \
 	$(BIN)/fmg train --run $$run; \
 	$(BIN)/fmg eval $$run --against base; \
+	$(BIN)/fmg export $$run --verify quick; \
+	$(BIN)/fmg generate 'a red circle left' 'a blue square right' 'a green triangle top' --num 4 --sheet --time \
+	  --from $$run/artifact --out $$run/images; \
 	echo; echo "Pictures: $$run/before_after.png and $$run/curve.png"
 
 test: setup ## the whole test-suite, without the tests that need a GPU

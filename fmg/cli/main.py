@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn, TextIO
 import typer
 from typer.core import TyperGroup
 
+from fmg.cli.bench import bench
 from fmg.cli.catalog import list_components, show
 from fmg.cli.console import print_error, print_warning, tolerate_narrow_encodings
 from fmg.cli.doctor_rewards import doctor
@@ -95,6 +96,7 @@ app.command("train")(train)
 app.command("eval")(evaluate)
 app.command("score")(score)
 app.command("generate")(generate)
+app.command("bench")(bench)
 app.command("list")(list_components)
 app.command("show")(show)
 app.command("fetch")(fetch)

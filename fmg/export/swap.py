@@ -98,6 +98,16 @@ def swap_weights(folder: Path, target: str | Path | None, *, observer: Observer 
     return Artifact(folder, manifest)
 
 
+def copy_without_adapter(artifact: Artifact, folder: Path) -> Artifact:
+    """A new artifact with the weights of the base: the same graphs, made of hard links where there are any.
+
+    Raises:
+        UsageError: as `swap_weights`.
+    """
+    _link_files(artifact.folder, folder)
+    return swap_weights(folder, BASE)
+
+
 def _reader(artifact: Artifact, name: str | None) -> TensorReader:
     """The tensors of one weight file; none for None."""
     if name is None:
@@ -162,13 +172,7 @@ def _replaced(folder: Path) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(dir=folder.absolute().parent, prefix=f".{folder.name}.", suffix=".partial"))
     old = partial.with_suffix(".old")
     try:
-        for path in _files(folder):
-            copy = partial / path.relative_to(folder)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                copy.hardlink_to(path)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(path, copy)
+        _link_files(folder, partial)
         partial.chmod(folder.stat().st_mode)
         yield partial
         folder.rename(old)
@@ -180,6 +184,16 @@ def _replaced(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _link_files(folder: Path, copy: Path) -> None:
+    for path in _files(folder):
+        linked = copy / path.relative_to(folder)
+        linked.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            linked.hardlink_to(path)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, linked)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -17,7 +17,6 @@ import numpy as np
 from fmg.core.errors import UsageError, suggestion
 from fmg.core.events import Observer, StageProgress, ignore
 from fmg.data.prompt_sets import load_prompts
-from fmg.data.run_folder import is_run
 from fmg.eval.scoring import EvalSet
 from fmg.export.bisect import first_divergence
 from fmg.export.census import census
@@ -29,7 +28,7 @@ from fmg.inference.artifact.backend import ArtifactBackend
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.artifact.manifest import GRAPHS, TRANSFORMER, TRANSFORMER_INT8, Check
 from fmg.inference.backend import TorchBackend
-from fmg.inference.loading import AUTO, find, load
+from fmg.inference.loading import AUTO, find, load, made_from
 from fmg.inference.onnxruntime import NAME as ONNXRUNTIME
 from fmg.inference.onnxruntime import PrecisionError
 from fmg.inference.target import load_model
@@ -111,13 +110,8 @@ def reference_of(artifact: Artifact, against: str | Path | Target | None = None,
     """
     if isinstance(against, Target):
         return against
-    adapter = artifact.manifest.adapter
-    if against is None and adapter is not None and not is_run(Path(adapter.run)):
-        raise UsageError(
-            f"The run '{adapter.run}' that the artifact was made from is not here", "Name it: --against RUN."
-        )
     if against is None:
-        against = artifact.manifest.base.name if adapter is None else adapter.run
+        return made_from(artifact, allow_code=allow_code, advice="Name it: --against RUN.")
     found = find(against, allow_code=allow_code)
     if isinstance(found, Artifact):
         raise UsageError(f"'{against}' is an artifact", "Name the run or the model that the artifact was made from.")

@@ -42,6 +42,28 @@ def find(target: str | Path | None, *, allow_code: bool = True) -> Target | Arti
     return resolve_target(target, allow_code=allow_code)
 
 
+def made_from(
+    artifact: Artifact, *, allow_code: bool = True, advice: str = "Name the run in place of the artifact."
+) -> Target:
+    """The run or model that an artifact was made from, as its manifest names it.
+
+    Args:
+        artifact: what was exported.
+        allow_code: as `find`.
+        advice: what to do when the run is gone.
+
+    Raises:
+        UsageError: the run is not here any more.
+    """
+    from fmg.data.run_folder import is_run
+    from fmg.inference.target import resolve_target
+
+    adapter = artifact.manifest.adapter
+    if adapter is not None and not is_run(Path(adapter.run)):
+        raise UsageError(f"The run '{adapter.run}' that the artifact was made from is not here", advice)
+    return resolve_target(artifact.manifest.base.name if adapter is None else adapter.run, allow_code=allow_code)
+
+
 def pick_backend(
     subject: Target | Artifact, name: str = AUTO, *, device: str = AUTO, options: Mapping[str, object] | None = None
 ) -> BackendSource:

@@ -14,24 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jsonschema import Draft202012Validator
 from PIL import Image
 
 from fmg.data.run_folder import RunFolder
 from fmg.version import __version__
 from tests.support.cli import Invocation, fmg
+from tests.support.schemas import check
 
 pytestmark = pytest.mark.slow
 
-SCHEMAS = Path(__file__).resolve().parents[2] / "docs" / "schemas"
 SMALL = ["--set", "rollout.groups=2", "--set", "rollout.group_size=4", "--set", "eval.num=8", "--set", "eval.every=1"]
-
-
-def check(value: object, schema: str) -> None:
-    """Validates against a schema of `docs/schemas`."""
-    document = json.loads((SCHEMAS / f"{schema}.schema.json").read_text(encoding="utf-8"))
-    Draft202012Validator.check_schema(document)
-    Draft202012Validator(document).validate(value)
 
 
 def size(picture: Path) -> tuple[int, int]:

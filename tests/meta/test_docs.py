@@ -18,6 +18,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 TINY = {
     "train": ["--iterations", "1", "--set", "rollout.groups=2", "--set", "rollout.group_size=4", "--set", "eval.num=8"],
     "eval": ["--num", "8"],
+    "bench": ["--repeats", "1", "--num", "8"],
 }
 
 

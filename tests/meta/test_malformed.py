@@ -53,8 +53,14 @@ def artifact_of_tomorrow(folder: Path) -> None:
     (folder / "taken" / "manifest.json").write_text('{"schema": 99}')
 
 
+def artifact_with_half_a_manifest(folder: Path) -> None:
+    (folder / "taken").mkdir()
+    (folder / "taken" / "manifest.json").write_text('{"schema": 1, "files": {}}')
+
+
 LONG = "x" * 300
 EXPORT = "export meanflow-shapes"
+BENCH = "bench meanflow-shapes"
 GENERATE = "generate a+red+circle --from meanflow-shapes"
 
 MISUSES = (
@@ -239,6 +245,47 @@ MISUSES = (
     Misuse(f"{EXPORT} --out taken", "taken exists already", folder_with_a_file),
     Misuse(f"{EXPORT} --out notes.txt", "'notes.txt' is a file", text("notes.txt", "")),
     Misuse(f"{EXPORT} --out ''", "--out is empty"),
+    # artifacts
+    Misuse("verify", "ARTIFACT"),
+    Misuse("verify ''", "ARTIFACT is empty"),
+    Misuse("verify nowhere", "nowhere"),
+    Misuse("verify taken", "is not an artifact", folder_with_a_file),
+    Misuse("verify taken", "upgrade fmg", artifact_of_tomorrow),
+    Misuse("verify taken", "cannot be used", artifact_with_half_a_manifest),
+    Misuse("verify taken --quick --full", "exclude each other", artifact_of_tomorrow),
+    Misuse("verify taken --alone --num 3", "--alone compares with nothing", artifact_of_tomorrow),
+    Misuse("verify taken --against ''", "--against is empty", artifact_of_tomorrow),
+    Misuse("verify taken --num 0", "--num", artifact_of_tomorrow),
+    Misuse("generate x --from taken", "upgrade fmg", artifact_of_tomorrow),
+    Misuse("generate x --from ''", "--from is empty"),
+    Misuse(f"{GENERATE} --backend onyxruntime", "Did you mean 'onnxruntime'"),
+    Misuse(f"{GENERATE} --backend onnxruntime", "draws an exported artifact"),
+    Misuse(f"{GENERATE} --int8", "not an exported artifact"),
+    Misuse(f"{GENERATE} --resolution 64", "not an exported artifact"),
+    Misuse(f"{GENERATE} --threads 0", "--threads"),
+    # timings
+    Misuse("bench", "no run"),
+    Misuse("bench nowhere", "neither a model nor a run folder"),
+    Misuse("bench ''", "TARGET is empty"),
+    Misuse("bench taken", "upgrade fmg", artifact_of_tomorrow),
+    Misuse(f"{BENCH} meanflow-shapes", "named twice"),
+    Misuse(f"{BENCH} --compare torch,onyxruntime", "Did you mean 'onnxruntime'"),
+    Misuse(f"{BENCH} --compare torch,torch", "names a backend twice"),
+    Misuse(f"{BENCH} --compare torch:int8", "has no int8"),
+    Misuse(f"{BENCH} --compare onnxruntime:int4", "'int4' is no option"),
+    Misuse(f"{BENCH} --compare torch,onnxruntime", "fmg export meanflow-shapes"),
+    Misuse(f"{BENCH} --steps 1,2", "--frontier"),
+    Misuse(f"{BENCH} --steps 0", "'0'"),
+    Misuse(f"{BENCH} --repeats 0", "--repeats"),
+    Misuse(f"{BENCH} --warmup -1", "--warmup"),
+    Misuse(f"{BENCH} --batch-size 0", "--batch-size"),
+    Misuse(f"{BENCH} --prompt ''", "--prompt is empty"),
+    Misuse(f"{BENCH} --out f.png", "--frontier"),
+    Misuse(f"{BENCH} --frontier --num 1", "--num"),
+    Misuse(f"{BENCH} --frontier --out f.jpg", "not a .png"),
+    Misuse(f"{BENCH} --frontier --out taken.png", "exists already", binary("taken.png", b"mine")),
+    Misuse(f"{BENCH} --frontier --out no/f.png", "does not exist"),
+    Misuse(f"{BENCH} scm-shapes --frontier", "of one target"),
     # engines
     Misuse(f"{EXPORT} --flavour rtx", "--flavour is an option of TensorRT engines"),
     Misuse(f"{EXPORT} --refittable", "--refittable is an option of TensorRT engines"),

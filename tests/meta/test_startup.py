@@ -26,6 +26,8 @@ sys.exit(f"imported {{loaded}}" if loaded else code)
         ["train", "--help"],
         ["eval", "--help"],
         ["generate", "--help"],
+        ["bench", "--help"],
+        ["verify", "--help"],
         ["export", "--help"],
         ["score", "--help"],
         ["report", "--help"],

@@ -5,11 +5,14 @@ Tracing a graph takes most of an export's time, so an export inside the session 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
 
+import numpy as np
 import torch
 
 from fmg.data.checkpoints import FOLDER, CheckpointIndex, Saved, write_index
@@ -18,11 +21,13 @@ from fmg.export import artifact as exporter
 from fmg.export.artifact import ExportOptions, export_artifact
 from fmg.export.graphs import GraphPlan
 from fmg.export.onnx import TracedGraph, trace
-from fmg.inference.artifact import Artifact
+from fmg.inference.artifact import Artifact, open_artifact
+from fmg.inference.artifact.manifest import MANIFEST
 from fmg.inference.target import Target, load_model
 from fmg.registry.recipe import Recipe
 from tests.tiny_flux import RESOLUTION, SEQUENCE, build_tiny_teacher, publish_student
 
+_WEIGHTS = "transformer.safetensors"
 _TRACED: dict[object, TracedGraph] = {}
 
 
@@ -79,6 +84,21 @@ def exported(target: Path, out: Path, options: ExportOptions | None = None) -> A
 def copied(artifact: Artifact, folder: Path) -> Path:
     """A copy that a test may damage."""
     return Path(shutil.copytree(artifact.folder, folder))
+
+
+def planted(artifact: Artifact, folder: Path, tensor: str, add: float) -> Artifact:
+    """A copy in which one number of one weight is another, and whose manifest says that this is right."""
+    copied(artifact, folder)
+    raw = bytearray((folder / _WEIGHTS).read_bytes())
+    size = int.from_bytes(raw[:8], "little")
+    start = 8 + size + json.loads(raw[8 : 8 + size])[tensor]["data_offsets"][0]
+    value = np.frombuffer(raw, np.float32, 1, start)[0]
+    raw[start : start + 4] = np.float32(value + add).tobytes()
+    (folder / _WEIGHTS).write_bytes(raw)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"][_WEIGHTS]["sha256"] = hashlib.sha256(raw).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return open_artifact(folder)
 
 
 def trace_once(plan: GraphPlan) -> TracedGraph:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -20,7 +19,7 @@ from fmg.export.verify_images import REWARD_ALLOWED, RewardGap, compare
 from fmg.export.verify_tensors import relative_l2
 from fmg.inference.artifact import Artifact, open_artifact
 from fmg.inference.artifact.manifest import MANIFEST, Check
-from tests.support.artifact import copied
+from tests.support.artifact import copied, planted
 
 pytestmark = [pytest.mark.slow, pytest.mark.compile]
 
@@ -29,21 +28,6 @@ WEIGHTS = "transformer.safetensors"
 
 def by_name(checks: tuple[Check, ...]) -> dict[str, Check]:
     return {check.name: check for check in checks}
-
-
-def planted(artifact: Artifact, folder: Path, tensor: str, add: float) -> Artifact:
-    """A copy in which one number of one weight is another, and whose manifest says that this is right."""
-    copied(artifact, folder)
-    raw = bytearray((folder / WEIGHTS).read_bytes())
-    size = int.from_bytes(raw[:8], "little")
-    start = 8 + size + json.loads(raw[8 : 8 + size])[tensor]["data_offsets"][0]
-    value = np.frombuffer(raw, np.float32, 1, start)[0]
-    raw[start : start + 4] = np.float32(value + add).tobytes()
-    (folder / WEIGHTS).write_bytes(raw)
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["files"][WEIGHTS]["sha256"] = hashlib.sha256(raw).hexdigest()
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-    return open_artifact(folder)
 
 
 def test_an_export_is_proven(shapes_artifact: Artifact, shapes_run: Path, tmp_path: Path) -> None:

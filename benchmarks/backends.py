@@ -1,0 +1,79 @@
+"""ONNX Runtime against eager torch, end to end on an embedded model: one process, in turn, with the same threads.
+
+The model is exported first; torch draws what the artifact was made from. What is measured is what
+`fmg bench --compare torch,onnxruntime,onnxruntime:int8` measures, from prompt to picture, text encoders included.
+
+    python benchmarks/backends.py [--model meanflow-shapes] [--threads 1] --out benchmarks/results/backends.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fmg.export.artifact import ExportOptions, export_artifact
+from fmg.inference.artifact.layout import Artifact, open_artifact
+from fmg.inference.contest import Conditions, Entrant, Runtime, open_entrants
+from fmg.inference.loading import made_from
+from fmg.inference.machine import machine
+from fmg.inference.timing import Workload, measure, ratios
+
+PROMPTS = ("a red circle left", "a blue square right", "a green triangle top", "a yellow star bottom")
+TARGET_RATIO = 1.8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="meanflow-shapes")
+    parser.add_argument("--artifact", type=Path, help="exported with --int8, in place of a fresh export")
+    parser.add_argument("--batches", default="1,4,16", help="images of one drawing")
+    parser.add_argument("--threads", type=int, default=1, help="of both runtimes")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--out", type=Path, help="file for the result, besides stdout")
+    arguments = parser.parse_args()
+    where = machine()
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.artifact is not None:
+            artifact = open_artifact(arguments.artifact)
+        else:
+            artifact = export_artifact(arguments.model, Path(folder) / "artifact", ExportOptions(int8=True))
+        sizes = [int(batch) for batch in arguments.batches.split(",")]
+        measured = [compared(arguments, artifact, batch) for batch in sizes]
+    result = {
+        "benchmark": "backends",
+        "model": artifact.manifest.model.name,
+        "adapter": artifact.manifest.adapter is not None,
+        "threads": arguments.threads,
+        "target_ratio": TARGET_RATIO,
+        "machine": where,
+        "batches": measured,
+    }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if arguments.out is not None:
+        arguments.out.write_text(text + "\n", encoding="utf-8")
+
+
+def compared(arguments: argparse.Namespace, artifact: Artifact, batch: int) -> dict[str, Any]:
+    """Timings and ratios at one batch size."""
+    entered = [Entrant("torch", made_from(artifact), Runtime("torch"))]
+    entered += [
+        Entrant(runtime.label, artifact, runtime) for runtime in (Runtime("onnxruntime"), Runtime("onnxruntime", True))
+    ]
+    with ExitStack() as stack:
+        generators = open_entrants(entered, Conditions(batch, "cpu", threads=arguments.threads), stack)
+        timings = measure(generators, Workload.of(PROMPTS, batch), repeats=arguments.repeats, warmup=3)
+    return {
+        "batch": batch,
+        "timings": [timing.to_json() for timing in timings.values()],
+        "ratios": [asdict(ratio) for ratio in ratios(timings)],
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""Reward against latency: one target at several numbers of steps, on several backends, with and without its adapter."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fmg.core.events import Observer, StageProgress, ignore
+from fmg.data.prompt_sets import load_prompts
+from fmg.eval.rows import result_rows
+from fmg.eval.scoring import EvalSet, score_target
+from fmg.export.swap import copy_without_adapter
+from fmg.inference import Generator
+from fmg.inference.artifact.layout import Artifact
+from fmg.inference.contest import Conditions, Entrant, open_entrants
+from fmg.inference.loading import made_from
+from fmg.inference.target import Target
+from fmg.inference.timing import Ratio, StageTime, Timing, Workload, measure, ratios
+from fmg.rewards.base import build_rewards, check_prompts
+
+
+@dataclass(frozen=True)
+class Point:
+    """One entrant at one number of steps.
+
+    Attributes:
+        label: the entrant's.
+        backend: what drew it.
+        adapter: whether the adapter was in it.
+        steps: network calls an image.
+        reward: which reward of the run.
+        mean: its mean over the images.
+        ci95: bootstrap interval over prompts.
+        num: images scored.
+        latency_ms: total time of one batch.
+    """
+
+    label: str
+    backend: str
+    adapter: bool
+    steps: int
+    reward: str
+    mean: float
+    ci95: tuple[float, float]
+    num: int
+    latency_ms: StageTime
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; an unbounded side of the interval is null."""
+        return asdict(self) | {"ci95": [bound if math.isfinite(bound) else None for bound in self.ci95]}
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """All points, the timings they come from, and how the entrants compare at each number of steps."""
+
+    points: tuple[Point, ...]
+    timings: tuple[Timing, ...]
+    ratios: tuple[Ratio, ...]
+
+
+@dataclass(frozen=True)
+class FrontierPlan:
+    """What is measured at every point.
+
+    Attributes:
+        steps: numbers of network calls.
+        num: images scored a point.
+        repeats: measured drawings of one batch.
+        warmup: drawings before.
+        batch: images of one drawing. What is scored is drawn in the default batches.
+        grid: time grid by name; None takes the target's.
+        seed: of the images that are scored.
+        encode: whether prompts are encoded in every repeat.
+    """
+
+    steps: tuple[int, ...]
+    num: int
+    repeats: int
+    warmup: int = 1
+    batch: int = 1
+    grid: str | None = None
+    seed: int = 0
+    encode: bool = True
+
+
+def frontier(
+    entered: Sequence[Entrant],
+    conditions: Conditions,
+    plan: FrontierPlan,
+    *,
+    allow_code: bool = False,
+    observer: Observer = ignore,
+) -> Frontier:
+    """Measures and scores every entrant at every number of steps; entrants with an adapter also without it.
+
+    Args:
+        entered: sides of one target.
+        conditions: how they are opened.
+        plan: what is measured.
+        allow_code: whether the recipe of a run may name reward code.
+        observer: hears of the progress.
+
+    Raises:
+        UsageError: the run that an artifact was made from is not here, or a number of steps does not fit the grid.
+    """
+    target = _reference(entered[0].subject, allow_code)
+    rewards = build_rewards(target.recipe.rewards)
+    images = EvalSet.make(load_prompts(target.recipe.eval.prompts), plan.num, plan.seed)
+    for label, reward in rewards.items():
+        check_prompts(label, reward, images.prompts)
+    points: list[Point] = []
+    timings: list[Timing] = []
+    compared: list[Ratio] = []
+    with ExitStack() as stack:
+        both = stack.enter_context(with_bases(entered))
+        generators = open_entrants(both, conditions, stack)
+        for generator in generators.values():
+            for count in plan.steps:
+                generator.times(count, plan.grid)
+        for count in plan.steps:
+            measured = _measured(generators, images, count, plan, observer)
+            timings += measured.values()
+            compared += ratios(measured)
+            for entrant in both:
+                timing = measured[entrant.label]
+                scores = score_target(
+                    generators[entrant.label],
+                    rewards,
+                    images,
+                    steps=count,
+                    grid=plan.grid,
+                    progress=_reporting(observer, f"{entrant.label}, {count} steps"),
+                )
+                points += [
+                    Point(
+                        entrant.label,
+                        entrant.runtime.label,
+                        entrant.adapter,
+                        count,
+                        row.reward,
+                        row.mean,
+                        row.ci95,
+                        plan.num,
+                        timing.stages["total"],
+                    )
+                    for row in result_rows(count, scores)
+                    if row.part == "total"
+                ]
+    return Frontier(tuple(points), tuple(timings), tuple(compared))
+
+
+def _measured(
+    generators: Mapping[str, Generator],
+    images: EvalSet,
+    count: int,
+    plan: FrontierPlan,
+    observer: Observer,
+) -> dict[str, Timing]:
+    work = Workload.of(images.prompts, plan.batch, steps=count, grid=plan.grid)
+    return measure(
+        generators,
+        work,
+        repeats=plan.repeats,
+        warmup=plan.warmup,
+        encode=plan.encode,
+        progress=_reporting(observer, f"timing, {count} steps"),
+    )
+
+
+def _reference(subject: Target | Artifact, allow_code: bool) -> Target:
+    return made_from(subject, allow_code=allow_code) if isinstance(subject, Artifact) else subject
+
+
+@contextmanager
+def with_bases(entered: Sequence[Entrant]) -> Iterator[list[Entrant]]:
+    """The entrants, each tuned one followed by its base; bases of artifacts are made for the while."""
+    with ExitStack() as stack:
+        both, bases = [], dict[Path, Artifact]()
+        for entrant in entered:
+            subject = entrant.subject
+            if not isinstance(subject, Artifact):
+                tuned = subject.adapter is not None
+                base: Target | Artifact = subject
+            else:
+                tuned = subject.manifest.adapter is not None
+                if tuned and subject.folder not in bases:
+                    bases[subject.folder] = copy_without_adapter(subject, stack.enter_context(_beside(subject)))
+                base = bases.get(subject.folder, subject)
+            if tuned:
+                both.append(replace(entrant, label=f"{entrant.label}, tuned"))
+            both.append(replace(entrant, label=f"{entrant.label}, base", subject=base, adapter=False))
+        yield both
+
+
+@contextmanager
+def _beside(artifact: Artifact) -> Iterator[Path]:
+    """A folder on the same file system, so that gigabytes are linked and not copied."""
+    parent = artifact.folder.absolute().parent
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{artifact.folder.name}.") as folder:
+        yield Path(folder) / "base"
+
+
+def _reporting(observer: Observer, stage: str) -> Any:
+    return lambda done, total: observer(StageProgress(stage, done, total))
+
+
+def frontier_figure(points: Sequence[Point], path: Path, title: str) -> None:
+    """Writes a PNG: a panel for each reward, latency against its mean with intervals, steps at the points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    rewards = list(dict.fromkeys(point.reward for point in points))
+    figure = Figure(figsize=(6.4 * len(rewards), 4.4), dpi=120, layout="constrained")
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(point.backend for point in points))}
+    for axes, reward in zip(figure.subplots(1, len(rewards), squeeze=False)[0], rewards, strict=True):
+        for label in dict.fromkeys(point.label for point in points):
+            line = [point for point in points if (point.label, point.reward) == (label, reward)]
+            x, y = [point.latency_ms.p50 for point in line], [point.mean for point in line]
+            errors = [[point.mean - point.ci95[0] for point in line], [point.ci95[1] - point.mean for point in line]]
+            axes.errorbar(
+                x,
+                y,
+                yerr=errors,
+                label=label,
+                color=colours[line[0].backend],
+                linestyle="-" if line[0].adapter else "--",
+                marker="o",
+                markersize=4,
+                linewidth=1.6,
+                capsize=2,
+            )
+            for point in line:
+                axes.annotate(
+                    str(point.steps), (point.latency_ms.p50, point.mean), (5, 5), textcoords="offset points", fontsize=8
+                )
+        axes.set_xscale("log")
+        for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            ticks("{x:g}")
+        axes.tick_params(axis="x", which="both", labelsize=7)
+        axes.set_xlabel("latency of one batch, ms (median)")
+        axes.set_ylabel(f"{reward}, mean")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(frameon=False, fontsize=8, loc="best", handlelength=3.5)
+    figure.suptitle(f"{title}: reward against latency, steps at the points", fontsize=11)
+    figure.savefig(path)

@@ -1,0 +1,133 @@
+"""An exported artifact at work: drawn and checked where there is no torch, proven and refused on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from fmg.inference import load
+from fmg.inference.artifact import Artifact
+from tests.support.artifact import copied, planted
+from tests.support.bare_environment import ARTIFACT, COMMAND_LINE, BareEnvironment
+from tests.support.cli import fmg
+from tests.support.schemas import check
+
+pytestmark = [pytest.mark.slow, pytest.mark.compile]
+
+_PLACES = ("left", "right", "top", "bottom")
+_SUBJECTS = ("red circle", "blue square", "green triangle", "yellow star", "purple circle")
+PROMPTS = [f"a {subject} {place}" for subject in _SUBJECTS for place in _PLACES]
+
+DRAW = """
+import json, sys
+import numpy as np
+from fmg.inference.onnxruntime import load
+prompts, seeds = json.loads(sys.argv[2])
+with load(sys.argv[1]) as generator:
+    np.save("drawn.npy", generator.generate(prompts, seeds).image_array)
+foreign = {"torch", "diffusers", "transformers", "pydantic", "rich", "typer"} & set(sys.modules)
+assert not foreign, foreign
+"""
+
+
+@pytest.fixture(scope="module")
+def torch_images(shapes_run: Path) -> NDArray[np.float32]:
+    """What torch draws of the prompts, each with its place in the list as its seed."""
+    with load(shapes_run, device="cpu") as generator:
+        return generator.generate(PROMPTS, range(len(PROMPTS))).image_array
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> BareEnvironment:
+    return BareEnvironment.make(tmp_path_factory.mktemp("bare") / "venv", [*ARTIFACT, *COMMAND_LINE])
+
+
+def test_a_program_draws_the_pictures_of_torch_with_four_packages(
+    shapes_artifact: Artifact, torch_images: NDArray[np.float32], tmp_path: Path
+) -> None:
+    environment = BareEnvironment.make(tmp_path / "venv", ARTIFACT)
+    for absent in ("torch", "pydantic", "rich"):
+        assert environment.run("-c", f"import {absent}", cwd=tmp_path).returncode == 1
+    asked = json.dumps([PROMPTS, list(range(len(PROMPTS)))])
+    done = environment.run("-c", DRAW, str(shapes_artifact.folder), asked, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    drawn = np.load(tmp_path / "drawn.npy")
+    largest = np.sort(np.abs(drawn - torch_images).reshape(20, -1).max(1))
+    # one image in hundreds amplifies rounding (fmg.export.verify_images)
+    assert largest[17] <= 1e-4
+    assert largest[-1] <= 1 / 255
+
+
+def test_the_commands_work_without_torch(
+    shapes_artifact: Artifact, torch_images: NDArray[np.float32], bare: BareEnvironment, tmp_path: Path
+) -> None:
+    artifact = str(shapes_artifact.folder)
+    for seed, prompt in enumerate(PROMPTS[:2]):
+        done = bare.run(
+            "-m", "fmg", "generate", prompt, "--from", artifact, "--seed", str(seed), "--json", cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        (entry,) = json.loads(done.stdout)["images"]
+        levels = np.asarray(Image.open(tmp_path / entry["path"]), np.float32).transpose(2, 0, 1)
+        assert float(np.abs(levels / 255 - torch_images[seed]).max()) <= 1 / 255
+    done = bare.run("-m", "fmg", "verify", artifact, "--alone", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    check(report, "verify")
+    assert [entry["name"] for entry in report["checks"]] == ["files", "drawing"]
+    done = bare.run("-m", "fmg", "bench", artifact, "--repeats", "1", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    check(json.loads(done.stdout), "bench")
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["verify"], "needs torch"),
+        (["generate", "a red circle", "--backend", "torch", "--from"], "does not draw an exported artifact"),
+        (["bench", "--compare", "torch,onnxruntime"], "needs torch"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_needs_torch_says_so_in_one_line(
+    command: list[str], says: str, shapes_artifact: Artifact, bare: BareEnvironment, tmp_path: Path
+) -> None:
+    done = bare.run("-m", "fmg", *command, str(shapes_artifact.folder), cwd=tmp_path)
+    assert done.returncode in (1, 2)
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert says in line
+
+
+def test_verify_passes_and_is_kept(shapes_artifact: Artifact, tmp_path: Path) -> None:
+    folder = copied(shapes_artifact, tmp_path / "a")
+    done = fmg("verify", str(folder), "--num", "4", "--device", "cpu", "--json")
+    assert done.code == 0, done.stderr
+    report = json.loads(done.stdout)
+    check(report, "verify")
+    assert report["passed"] is True
+    kept = json.loads((folder / "manifest.json").read_text())["checks"]
+    assert {entry["name"] for entry in kept} == {entry["name"] for entry in report["checks"]}
+
+
+def test_verify_ends_with_1_and_names_the_layer(shapes_artifact: Artifact, shapes_run: Path, tmp_path: Path) -> None:
+    tensor = "single_transformer_blocks.1.attn.to_k.weight"
+    bad = planted(shapes_artifact, tmp_path / "bad", tensor, 2.0)
+    done = fmg("verify", str(bad.folder), "--against", str(shapes_run), "--num", "4", "--device", "cpu")
+    assert done.code == 1
+    assert "FAILED" in done.stdout
+    assert "transformer first differs in single_transformer_blocks.1.attn.to_k " in done.stdout
+
+
+def test_verify_ends_with_1_when_the_interval_says_nothing(shapes_artifact: Artifact, tmp_path: Path) -> None:
+    folder = copied(shapes_artifact, tmp_path / "a")
+    done = fmg("verify", str(folder), "--full", "--num", "1", "--device", "cpu", "--json")
+    assert done.code == 1, done.stderr
+    failed = [entry for entry in json.loads(done.stdout)["checks"] if not entry["passed"]]
+    assert {entry["name"] for entry in failed} == {"reward/shapes", "reward/shapes/int8"}
+    assert all("too wide to say" in entry["note"] for entry in failed)
