@@ -128,7 +128,7 @@ def main(study: Study, about: str | None) -> None:
     results: list[dict[str, object]] = json.loads(args.out.read_text())["runs"] if args.out.is_file() else []
     done = {(entry["arm"], entry["seed"]) for entry in results}
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    wanted = [(arm, int(seed)) for arm in args.arms.split(",") for seed in args.seeds.split(",")]
+    wanted = [(arm, int(seed)) for seed in args.seeds.split(",") for arm in args.arms.split(",")]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         todo = [job for job in wanted if job not in done]
