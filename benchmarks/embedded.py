@@ -68,25 +68,32 @@ STUDY = Study(
 def run_arm(study: Study, name: str, seed: int, num: int, threads: int) -> dict[str, object]:
     """Trains and evaluates one arm in a temporary folder."""
     arm = study.arms[name]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    # run in the folder, so that the result names no path of this machine
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
         start = time.perf_counter()
-        _fmg(["train", "--model", arm.model, "--seed", str(seed), "--run", str(run), "--json", *arm.flags], environment)
+        _fmg(
+            ["train", "--model", arm.model, "--seed", str(seed), "--run", "run", "--json", *arm.flags], folder, threads
+        )
         trained = time.perf_counter() - start
         report = json.loads(
             _fmg(
-                ["eval", str(run), "--against", "base", "--num", str(num), "--steps", study.steps, "--json"],
-                environment,
+                ["eval", "run", "--against", "base", "--num", str(num), "--steps", study.steps, "--json"],
+                folder,
+                threads,
             )
         )
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
     return {"arm": name, "seed": seed, "threads": threads, "train_s": trained, "eval": report, "metrics": lines}
 
 
-def _fmg(arguments: list[str], environment: dict[str, str]) -> str:
+def _fmg(arguments: list[str], folder: str, threads: int) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "fmg", *arguments], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "fmg", *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         sys.exit(f"fmg {' '.join(arguments)} failed:\n{done.stderr}")
