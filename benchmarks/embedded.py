@@ -82,8 +82,13 @@ def run_arm(study: Study, name: str, seed: int, num: int, threads: int) -> dict[
                 threads,
             )
         )
-        lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+        lines = [_short(json.loads(line)) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
     return {"arm": name, "seed": seed, "threads": threads, "train_s": trained, "eval": report, "metrics": lines}
+
+
+def _short(metrics: dict[str, object]) -> dict[str, object]:
+    """Six digits are enough to plot, and halve the file."""
+    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in metrics.items()}
 
 
 def _fmg(arguments: list[str], folder: str, threads: int) -> str:
