@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import importlib.util
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from fmg.core.errors import RewardError
+from fmg.core.errors import MissingDependencyError, RewardError
 from fmg.registry import prompt_sets, rewards
 from fmg.rewards.base import check_prompts, checked
+from fmg.rewards.ocr_ctc import shipped_model
 from fmg.rewards.ocr_text import quoted_text
 from fmg.worlds.pretrain.settings import TEXT
 from fmg.worlds.pretrain.text import Tokenizers, build_tokenizers
@@ -93,6 +95,18 @@ def test_the_recogniser_reads_true_renders_and_not_those_of_other_words(images: 
     assert output.parts["exact"][: len(WORDS)].mean() >= 0.99
     assert output.parts["exact"].mean() >= 0.97
     assert reward(images[:40], said[7:47]).parts["exact"].mean() <= 0.02
+
+
+@pytest.mark.parametrize("missing", ["rapidocr", "onnxruntime"])
+def test_without_the_recogniser_it_is_said_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "fmg.rewards.ocr_ctc.find_spec", lambda name: None if name == missing else importlib.util.find_spec(name)
+    )
+    with pytest.raises(MissingDependencyError, match=r"^The reward 'ocr-logp' needs rapidocr") as error:
+        rewards.build("ocr-logp")
+    assert "pip install 'fmg[ocr]'" in error.value.fix
+    with pytest.raises(MissingDependencyError, match="fmg pretrain text"):
+        shipped_model("fmg pretrain text")
 
 
 def test_a_token_says_which_letter_and_which_place(tokenizers: Tokenizers) -> None:
