@@ -68,25 +68,37 @@ STUDY = Study(
 def run_arm(study: Study, name: str, seed: int, num: int, threads: int) -> dict[str, object]:
     """Trains and evaluates one arm in a temporary folder."""
     arm = study.arms[name]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    # run in the folder, so that the result names no path of this machine
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
         start = time.perf_counter()
-        _fmg(["train", "--model", arm.model, "--seed", str(seed), "--run", str(run), "--json", *arm.flags], environment)
+        _fmg(
+            ["train", "--model", arm.model, "--seed", str(seed), "--run", "run", "--json", *arm.flags], folder, threads
+        )
         trained = time.perf_counter() - start
         report = json.loads(
             _fmg(
-                ["eval", str(run), "--against", "base", "--num", str(num), "--steps", study.steps, "--json"],
-                environment,
+                ["eval", "run", "--against", "base", "--num", str(num), "--steps", study.steps, "--json"],
+                folder,
+                threads,
             )
         )
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines = [_short(json.loads(line)) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
     return {"arm": name, "seed": seed, "threads": threads, "train_s": trained, "eval": report, "metrics": lines}
 
 
-def _fmg(arguments: list[str], environment: dict[str, str]) -> str:
+def _short(metrics: dict[str, object]) -> dict[str, object]:
+    """Six digits are enough to plot, and halve the file."""
+    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in metrics.items()}
+
+
+def _fmg(arguments: list[str], folder: str, threads: int) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "fmg", *arguments], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "fmg", *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         sys.exit(f"fmg {' '.join(arguments)} failed:\n{done.stderr}")
@@ -128,7 +140,7 @@ def main(study: Study, about: str | None) -> None:
     results: list[dict[str, object]] = json.loads(args.out.read_text())["runs"] if args.out.is_file() else []
     done = {(entry["arm"], entry["seed"]) for entry in results}
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    wanted = [(arm, int(seed)) for arm in args.arms.split(",") for seed in args.seeds.split(",")]
+    wanted = [(arm, int(seed)) for seed in args.seeds.split(",") for arm in args.arms.split(",")]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         todo = [job for job in wanted if job not in done]

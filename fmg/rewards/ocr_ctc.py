@@ -128,8 +128,8 @@ class OcrLogp:
     def __init__(self, config: OcrLogpConfig) -> None:
         self._config = config
         if find_spec("onnxruntime") is None:
-            raise missing_ocr("ocr-logp")
-        path = shipped_model("ocr-logp") if config.model is None else Path(config.model).expanduser()
+            raise missing_ocr(_NAME)
+        path = shipped_model(_NAME) if config.model is None else Path(config.model).expanduser()
         self._recogniser = Recogniser(path, config.threads)
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:

@@ -30,7 +30,7 @@ def test_the_text_recipe_trains_on_one_split_and_reads_the_other(tmp_path: Path)
     assert result.iterations == 2
     assert result.initial != result.final
     for scores in (result.initial, result.final):
-        assert 0 <= scores["eval/ocr-logp_exact"] < 0.9
+        assert 0 <= scores["eval/ocr-logp_exact_mean"] < 0.9
         assert -20 <= scores["eval/ocr-logp_mean"] < 0
         assert 0.5 < scores["eval/text-fidelity_mean"] <= 1
     trained = {quoted_text(p.text) for p in prompt_sets.build(recipe.prompts.name)}

@@ -1,1 +1,1 @@
-"""Pretraining of the two embedded models of the shapes world, from nothing, on a CPU."""
+"""Pretraining of the embedded models of a world, from nothing, on a CPU."""

@@ -12,7 +12,7 @@ from fmg.worlds.pretrain.folder import Model, load_model
 from fmg.worlds.text.world import TextWorld
 
 FOLDER = Path(fmg.__file__).parent / "assets" / "meanflow-text"
-IMAGES = 200
+IMAGES = 120
 
 
 @pytest.fixture(scope="module")
