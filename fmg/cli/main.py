@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from fmg.cli.catalog import list_components, show
+from fmg.cli.check_component import check_component
 from fmg.cli.console import print_error, print_warning, tolerate_narrow_encodings
 from fmg.cli.doctor_rewards import doctor
 from fmg.cli.evaluate import evaluate
@@ -97,6 +98,7 @@ app.command("score")(score)
 app.command("generate")(generate)
 app.command("list")(list_components)
 app.command("show")(show)
+app.command("check-component")(check_component)
 app.command("fetch")(fetch)
 app.command("export")(export)
 app.command("verify")(verify)
