@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from fmg.cli.catalog import list_components, show
 from fmg.cli.check_component import check_component
 from fmg.cli.console import print_error, print_warning, tolerate_narrow_encodings
-from fmg.cli.doctor_rewards import doctor
+from fmg.cli.doctor import doctor
 from fmg.cli.evaluate import evaluate
 from fmg.cli.export import export
 from fmg.cli.fetch import fetch
