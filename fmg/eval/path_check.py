@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -175,6 +176,13 @@ def _fits(name: str, spec: MapSpec, times: Sequence[float]) -> bool:
     return requires.path in ("any", spec.path) and (requires.anchors != "any" or spec.anchors == "any")
 
 
+class _Draws(TypedDict):
+    seed: int
+    iteration: int
+    latent_shape: tuple[int, ...]
+    device: torch.device
+
+
 @dataclass(frozen=True)
 class _Study:
     model: Model
@@ -182,6 +190,15 @@ class _Study:
     eval_set: EvalSet
     times: tuple[float, ...]
     seed: int
+
+    @property
+    def _draws(self) -> _Draws:
+        return {
+            "seed": self.seed,
+            "iteration": _ITERATION,
+            "latent_shape": self.model.latent_shape,
+            "device": self.model.device,
+        }
 
     def measure(self, name: str, kernel: Stochasticizer | None) -> Values:
         """The numbers of every image at every interior time; without a kernel those of the noised samples."""
@@ -199,30 +216,11 @@ class _Study:
     def _rolled(
         self, cond: Conditioning, index: Int[Tensor, " n"], kernel: Stochasticizer
     ) -> Iterator[tuple[int, Tensor]]:
-        drawn = rollout(
-            self.model.flow_map,
-            kernel,
-            cond,
-            index,
-            self.times,
-            seed=self.seed,
-            iteration=_ITERATION,
-            latent_shape=self.model.latent_shape,
-            device=self.model.device,
-        )
+        drawn = rollout(self.model.flow_map, kernel, cond, index, self.times, **self._draws)
         return ((step.index + 1, step.x_s) for step in drawn.transitions)
 
     def _noised(self, cond: Conditioning, index: Int[Tensor, " n"], name: str) -> Iterator[tuple[int, Tensor]]:
-        clean = sample_rollout(
-            self.model.flow_map,
-            cond,
-            index,
-            self.times,
-            seed=self.seed,
-            iteration=_ITERATION,
-            latent_shape=self.model.latent_shape,
-            device=self.model.device,
-        ).x0
+        clean = sample_rollout(self.model.flow_map, cond, index, self.times, **self._draws).x0
         path, draw = self.model.flow_map.path, 0 if name == REFERENCE else 1
         for step in range(1, len(self.times) - 1):
             keys = [NoiseKey(self.seed, _ITERATION, i, draw, step) for i in index.tolist()]
