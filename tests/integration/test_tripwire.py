@@ -1,4 +1,4 @@
-"""The tripwire on whole runs: a reward that is known to be hacked is stopped in time, healthy runs go on."""
+"""The tripwire in whole runs, on rewards whose course is scripted; `benchmarks/tripwire.py` is the real case."""
 
 from __future__ import annotations
 
@@ -7,65 +7,77 @@ from pathlib import Path
 
 import pytest
 
-from fmg import Recipe, train
-from fmg.core.events import Event, Notice
 from fmg.data.checkpoints import read_index
-from tests.support.cli import fmg
+from tests.support.cli import Invocation, fmg
 
 pytestmark = pytest.mark.slow
 
-SHORT = {
-    "train.iterations": 3,
-    "rollout.groups": 6,
-    "rollout.group_size": 8,
-    "rollout.steps": 2,
-    "eval.num": 128,
-    "eval.every": 1,
-    "eval.stop_on_hacking": True,
-    "train.state_every": None,
-}
-# what a picture gains by being red where its prompt says blue
-RED_MINUS_BLUE = (
-    "def score(images, prompts):\n    return images[:, 0].mean(dim=(1, 2)) - images[:, 2].mean(dim=(1, 2))\n"
-)
+# A score that differs between images, and a part that moves from evaluation to evaluation; rollouts have 8 images.
+SCRIPTED = """
+import torch
+EVALUATED = 64
+calls = {"trained": 0, "held": 0}
+
+def _score(name, images, rates):
+    count = calls[name]
+    calls[name] += len(images) == EVALUATED
+    return images.mean(dim=(1, 2, 3)) + rates[min(count, len(rates) - 1)]
+
+def trained(images, prompts):
+    return _score("trained", images, [0.0, 1.0, 2.0, 3.0])
+
+def held(images, prompts):
+    return _score("held", images, [0.0, 0.0, -1.0, -2.0])
+
+def steady(images, prompts):
+    return images.mean(dim=(1, 2, 3))
+"""
 
 
-def test_a_hacked_run_is_stopped_before_the_verifier_has_lost_ten_points(
+def run(folder: Path, held_out: str, monkeypatch: pytest.MonkeyPatch, module: str, *more: str) -> Invocation:
+    monkeypatch.chdir(folder)
+    (folder / f"{module}.py").write_text(SCRIPTED)
+    values = ["rollout.groups=2", "rollout.group_size=4", "rollout.steps=2", "eval.num=64", "eval.every=1"]
+    sets = [word for value in values for word in ("--set", value)]
+    held = ("--set", f"eval.rewards=[{{name: python, target: '{module}:{held_out}'}}]")
+    reward = f"python:{module}:trained"
+    return fmg("train", "--reward", reward, "--iterations", "4", "--run", "run", "--json", *sets, *held, *more)
+
+
+def test_a_hacked_run_is_stopped_and_stands_for_what_was_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "colour_bias.py").write_text(RED_MINUS_BLUE)
-    values = {**SHORT, "train.iterations": 60, "optimizer.lr": 2e-3, "train.state_every": "null"}
-    values["eval.rewards"] = "[shapes]"
-    del values["eval.stop_on_hacking"]
-    sets = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
-    done = fmg("train", "--reward", "python:colour_bias:score", "--stop-on-hacking", "--run", "run", "--json", *sets)
+    done = run(tmp_path, "held", monkeypatch, "scripted_hack", "--stop-on-hacking")
     assert done.code == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    lines = [json.loads(line) for line in done.stdout.splitlines()[:-1]]
-    verifier = {line["iteration"]: line["eval/shapes_mean"] for line in lines if "eval/score" in line}
-    found, began = result["hacking"]["found"], result["hacking"]["began"]
-    assert max(verifier) == found < 60
-    assert max(verifier.values()) - verifier[found] < 0.10
-    assert "shapes" in result["hacking"]["lost"]
-    assert "Reward hacking: after iteration" in done.stderr
-    # what the run stands for is from before the gap, although the trained score went on rising
-    assert result["best"]["iteration"] <= began < found
+    *lines, result = (json.loads(line) for line in done.stdout.splitlines())
+    assert result["hacking"] == {"began": 1, "found": 2, "lost": ["python:scripted_hack:held"]}
+    assert not result["interrupted"]
+    # the trained score went on rising, but the gap is not what the run stands for
+    assert result["best"]["iteration"] == 1
+    assert max(line["iteration"] for line in lines) == 2
+    assert "Reward hacking: after iteration 1 a gap opened" in done.stderr
+    assert "Stopped after iteration 2" in done.stderr
     index = read_index(tmp_path / "run")
     assert index is not None
-    assert not index.entry(index.latest).sound
+    assert (index.entry(index.best).sound, index.entry(index.latest).sound) == (True, False)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "finished"
+    shown = fmg("doctor", "run", "run")
+    assert shown.code == 1
+    assert "--stop-on-hacking" in shown.stdout
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_healthy_run_is_not_stopped(seed: int, tmp_path: Path) -> None:
-    notices: list[str] = []
-
-    def hear(event: Event) -> None:
-        if isinstance(event, Notice):
-            notices.append(event.text)
-
-    result = train(Recipe.default(None, **{**SHORT, "train.seed": seed}), tmp_path / "run", hear)
-    assert result.hacking is None
-    assert result.iterations == SHORT["train.iterations"]
-    assert not notices
-    assert result.final["watch/diversity_loss"] < 0.5
+def test_without_the_flag_it_is_reported_once_and_a_healthy_run_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported = run(tmp_path, "held", monkeypatch, "scripted_report")
+    *lines, result = (json.loads(line) for line in reported.stdout.splitlines())
+    assert reported.stderr.count("Reward hacking") == 1
+    assert max(line["iteration"] for line in lines) == 4
+    assert (result["hacking"]["found"], result["best"]["iteration"]) == (2, 1)
+    (tmp_path / "healthy").mkdir()
+    healthy = run(tmp_path / "healthy", "steady", monkeypatch, "scripted_health", "--stop-on-hacking")
+    *lines, result = (json.loads(line) for line in healthy.stdout.splitlines())
+    assert result["hacking"] is None
+    assert "Reward hacking" not in healthy.stderr
+    assert max(line["iteration"] for line in lines) == 4
+    assert {"watch/trained_gain", "watch/diversity_loss"} <= lines[-1].keys()
