@@ -1,8 +1,8 @@
 """Does the tripwire stop a hacked run in time, and leave healthy ones alone?
 
-`hacked` trains the embedded model on red minus blue, with the verifier held out: it must be stopped before the verifier has
-lost 10 points. `healthy` is the default recipe, which must run to its end. Every unit is an arm with a seed; finished
-ones are in the result file, so it can be interrupted.
+`hacked` trains the embedded model on red minus blue, with the verifier held out: it must be stopped before the verifier
+has lost 10 points. `healthy` is the default recipe, which must run to its end. Every unit is an arm with a seed;
+finished ones are in the result file, so it can be interrupted.
 
     python benchmarks/tripwire.py [--seeds 0,1,2] [--iterations 40] [--out FILE]
 """
