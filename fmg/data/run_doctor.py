@@ -153,14 +153,10 @@ def _equal_groups(log: Log) -> Iterator[Advice]:
     share, limit = log.late("zero_std_ratio"), LIMITS["equal groups"]
     if share is not None and share > limit:
         sign = f"{share:.0%} of the prompts teach nothing, above {limit:.0%}: all of their images have the same reward"
-        change = log.change(SCORE)
-        done = log.risen and change is not None
-        text = (
-            "The task may be solved: use harder prompts, or stop."
-            if done
-            else ("Raise it, or use a reward with more values (such as soft in place of strict), or easier prompts.")
-        )
-        yield Advice("note" if done else "problem", sign, "rollout.group_size", text)
+        text = "Raise it, or use a reward with more values (such as soft in place of strict), or easier prompts."
+        if log.risen:
+            text = "The task may be solved: use harder prompts, or stop."
+        yield Advice("note" if log.risen else "problem", sign, "rollout.group_size", text)
 
 
 def _gradient(log: Log) -> Iterator[Advice]:

@@ -50,7 +50,7 @@ def test_a_hacked_run_is_stopped_and_stands_for_what_was_before(
     done = run(tmp_path, "held", monkeypatch, "scripted_hack", "--stop-on-hacking")
     assert done.code == 0, done.stderr
     *lines, result = (json.loads(line) for line in done.stdout.splitlines())
-    assert result["hacking"] == {"began": 1, "found": 2, "lost": ["python:scripted_hack:held"]}
+    assert result["hacking"] == {"began": 1, "found": 2, "lost": ["scripted_hack:held"]}
     assert not result["interrupted"]
     # the trained score went on rising, but the gap is not what the run stands for
     assert result["best"]["iteration"] == 1
