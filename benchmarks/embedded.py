@@ -1,9 +1,10 @@
 """Stochasticizers on the embedded models: the same training, several seeds, evaluated against the base in pairs.
 
 Every arm trains with `fmg train` and is evaluated with `fmg eval RUN --against MODEL`: the native sampler, and the same
-held-out prompts and seeds for run and base. Finished arms are read from the result file, so it can be interrupted.
+held-out prompts and seeds for run and base. All arms of a study see the same number of samples. An arm with a seed is a
+unit: what is finished is in the result file, so the script can be interrupted, and goes on where it was.
 
-    python benchmarks/embedded.py [--arms default,shuffled] [--seeds 0,1,2] [--jobs 2] [--num 2000]
+    python benchmarks/embedded.py [--arms default,shuffled] [--seeds 0,1,2] [--jobs 2] [--num 2000] [--list]
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from comparison import figure, summary
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -42,6 +46,17 @@ class Study:
     steps: str
     shown: tuple[tuple[str, str], ...]
     num: int
+    shortened: tuple[str, ...] = ()
+    """Flags of `fmg train` for all arms, after the arm's own."""
+
+    def flags(self, arm: str) -> list[str]:
+        """What `fmg train` is called with for an arm, but for the seed and the folder."""
+        return ["--model", self.arms[arm].model, *self.arms[arm].flags, *self.shortened]
+
+    @property
+    def counts(self) -> list[int]:
+        """The numbers of steps."""
+        return [int(count) for count in self.steps.split(",")]
 
 
 def settings(**values: object) -> tuple[str, ...]:
@@ -50,30 +65,33 @@ def settings(**values: object) -> tuple[str, ...]:
 
 MEANFLOW = "meanflow-shapes"
 ARMS = {
-    "default": Arm(MEANFLOW, (), "asfmc, anchor a = .9 s (the model's default)"),
+    "default": Arm(MEANFLOW, (), "asfmc, the exact form, anchor a = .9 s (the model's default)"),
     "endpoint": Arm(MEANFLOW, ("--stochasticizer", "asfmc-endpoint"), "asfmc-endpoint, a = 0"),
     "gap": Arm(
         MEANFLOW, ("--stochasticizer", "asfmc", *settings(stochasticizer__gap=0.0147)), "asfmc, the paper's gap .0147"
     ),
     "euler": Arm(MEANFLOW, ("--stochasticizer", "asfmc-euler"), "asfmc-euler, the paper's .03 and .7"),
+    "flow-sde": Arm(MEANFLOW, ("--stochasticizer", "flow-sde"), "Flow-GRPO's sampler, k = .7"),
+    "dance-sde": Arm(MEANFLOW, ("--stochasticizer", "dance-sde"), "DanceGRPO's sampler, .3"),
+    "cps": Arm(MEANFLOW, ("--stochasticizer", "cps"), "Flow-CPS, k = .8"),
+    "naive-noise": Arm(MEANFLOW, ("--stochasticizer", "naive-noise"), "noise on top of the map, k = .7"),
     "shuffled": Arm(MEANFLOW, settings(train__shuffle_advantages="true"), "the default with shuffled advantages"),
     "paper-clip": Arm(MEANFLOW, settings(objective__clip_range="1e-4"), "the default with the paper's clip range 1e-4"),
     "scm": Arm("scm-shapes", (), "scm-shapes, asfmc-endpoint (its only one)"),
 }
 STUDY = Study(
-    "embedded", ARMS, "2,4", (("shapes", "strict"), ("shapes", "soft"), ("shapes-quality", "total")), num=2000
+    "embedded", ARMS, "2,4", (("shapes", "strict"), ("shapes-quality", "total"), ("shapes", "soft")), num=2000
 )
+COMPARED = tuple(arm for arm in ARMS if arm not in ("paper-clip", "scm"))
+"""Arms of the comparison: one model, one recipe, one budget; only the stochasticizer differs, or the advantages."""
 
 
 def run_arm(study: Study, name: str, seed: int, num: int, threads: int) -> dict[str, object]:
     """Trains and evaluates one arm in a temporary folder."""
-    arm = study.arms[name]
     # run in the folder, so that the result names no path of this machine
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        _fmg(
-            ["train", "--model", arm.model, "--seed", str(seed), "--run", "run", "--json", *arm.flags], folder, threads
-        )
+        _fmg(["train", *study.flags(name), "--seed", str(seed), "--run", "run", "--json"], folder, threads)
         trained = time.perf_counter() - start
         report = json.loads(
             _fmg(
@@ -83,7 +101,16 @@ def run_arm(study: Study, name: str, seed: int, num: int, threads: int) -> dict[
             )
         )
         lines = [_short(json.loads(line)) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
-    return {"arm": name, "seed": seed, "threads": threads, "train_s": trained, "eval": report, "metrics": lines}
+    return {
+        "arm": name,
+        "seed": seed,
+        "flags": study.flags(name),
+        "threads": threads,
+        "train_s": trained,
+        "total_s": time.perf_counter() - start,
+        "eval": report,
+        "metrics": lines,
+    }
 
 
 def _short(metrics: dict[str, object]) -> dict[str, object]:
@@ -101,7 +128,7 @@ def _fmg(arguments: list[str], folder: str, threads: int) -> str:
         check=False,
     )
     if done.returncode:
-        sys.exit(f"fmg {' '.join(arguments)} failed:\n{done.stderr}")
+        raise SystemExit(f"fmg {' '.join(arguments)} failed:\n{done.stderr}")
     return done.stdout
 
 
@@ -129,28 +156,67 @@ def table(study: Study, results: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
-def main(study: Study, about: str | None) -> None:
+def is_done(entry: Mapping[str, Any], study: Study, arm: str, seed: int, num: int) -> bool:
+    """Whether a unit of the file is this one, trained and evaluated as it would be now."""
+    same = (entry["arm"], entry["seed"], entry["eval"]["num"]) == (arm, seed, num)
+    steps = {row["steps"] for row in entry["eval"]["results"]}
+    return same and entry.get("flags") == study.flags(arm) and steps == set(study.counts)
+
+
+def store(path: Path, results: list[dict[str, Any]]) -> None:
+    """Replaces the result file in one step, so that an interruption loses no finished unit; notes in it stay."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    machine = {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+    draft = path.with_suffix(".partial")
+    draft.write_text(json.dumps({**known, "schema": 2, **machine, "runs": results}) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def main(study: Study, about: str | None, compared: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", default=",".join(study.arms))
+    parser.add_argument("--arms", default=",".join(compared or study.arms))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time; the cores are shared among them")
-    parser.add_argument("--num", type=int, default=study.num)
+    parser.add_argument("--num", type=int, default=study.num, help="held-out images a point")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="K=V", help="shorten every arm alike, for a trial"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / f"{study.name}.json")
+    parser.add_argument("--figure", type=Path, help="a PNG to draw")
+    parser.add_argument("--list", action="store_true", help="print which units are missing, and start nothing")
     args = parser.parse_args()
-    results: list[dict[str, object]] = json.loads(args.out.read_text())["runs"] if args.out.is_file() else []
-    done = {(entry["arm"], entry["seed"]) for entry in results}
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    study = replace(study, shortened=tuple(word for text in args.set for word in ("--set", text)))
+    results: list[dict[str, Any]] = json.loads(args.out.read_text())["runs"] if args.out.is_file() else []
     wanted = [(arm, int(seed)) for seed in args.seeds.split(",") for arm in args.arms.split(",")]
+    if unknown := [arm for arm, _ in wanted if arm not in study.arms]:
+        parser.error(f"there is no arm '{unknown[0]}'; known: {', '.join(study.arms)}")
+    todo = [job for job in wanted if not any(is_done(entry, study, *job, args.num) for entry in results)]
+    print(f"{len(wanted) - len(todo)} of {len(wanted)} units are done", file=sys.stderr)
+    if args.list:
+        print("\n".join(f"{arm} {seed}" for arm, seed in todo))
+        return
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(args.jobs) as pool:
-        todo = [job for job in wanted if job not in done]
-        for entry in pool.map(lambda job: run_arm(study, *job, args.num, threads), todo):
-            results.append(entry)
-            machine = {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
-            args.out.write_text(json.dumps({"schema": 1, **machine, "runs": results}) + "\n", encoding="utf-8")
-            print(f"{entry['arm']} seed {entry['seed']} done", file=sys.stderr, flush=True)
-    print(table(study, results))
+        running = [pool.submit(run_arm, study, *job, args.num, threads) for job in todo]
+        try:
+            for finished in as_completed(running):
+                entry = finished.result()
+                results = [e for e in results if (e["arm"], e["seed"]) != (entry["arm"], entry["seed"])] + [entry]
+                store(args.out, results)
+                print(f"{entry['arm']} seed {entry['seed']}: {entry['total_s']:.0f} s", file=sys.stderr, flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    chosen = [e for e in results if any(is_done(e, study, *job, args.num) for job in wanted)]
+    print(table(study, chosen))
+    print()
+    print(summary(chosen, {name: arm.about for name, arm in study.arms.items()}, study.counts, study.shown[:2]))
+    spent = sum(entry.get("total_s", entry["train_s"]) for entry in chosen)
+    print(f"\n{len(chosen)} units, {spent / 60 / args.jobs:.0f} minutes with {args.jobs} at a time")
+    if args.figure:
+        figure(chosen, list(study.arms), study.counts, *study.shown[:2], args.figure)
 
 
 if __name__ == "__main__":
-    main(STUDY, __doc__)
+    main(STUDY, __doc__, COMPARED)

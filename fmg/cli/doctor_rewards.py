@@ -15,17 +15,7 @@ from fmg.cli.tables import table
 if TYPE_CHECKING:
     from fmg.rewards.doctor import Diagnosis
 
-doctor = typer.Typer(help="Examine the installation.", invoke_without_command=True)
 
-
-@doctor.callback()
-def _group(ctx: typer.Context) -> None:
-    """Examine the installation."""
-    if ctx.invoked_subcommand is None:
-        typer.echo(ctx.get_help())
-
-
-@doctor.command("rewards")
 def doctor_rewards(
     names: Annotated[
         list[str] | None,

@@ -25,6 +25,7 @@ from fmg.cli.options import (
     given_text,
     parse_steps,
 )
+from fmg.cli.path_check import path_check as check_path
 from fmg.cli.reward_options import reward_options
 from fmg.cli.tables import change, compact, interval, number, table
 
@@ -79,6 +80,15 @@ def evaluate(
         str | None,
         typer.Option(metavar="DIR|F.html", help="Write a page with pictures, and its JSON.", show_default=False),
     ] = None,
+    path_check: Annotated[
+        str | None,
+        typer.Option(
+            "--path-check",
+            metavar="F.png",
+            help="Instead: which stochasticizers stay on the model's probability path; a picture, and JSON beside it.",
+            show_default=False,
+        ),
+    ] = None,
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Let the recipe of a run name reward code and reward servers.")
     ] = False,
@@ -94,6 +104,31 @@ def evaluate(
     given_text(reference, "--reference")
     given_text(report, "--report")
     given_text(dump[1] if dump else None, "--dump")
+    if path_check is not None:
+        check_path(
+            target,
+            path_check,
+            others={
+                "against": against,
+                "features": features,
+                "reference": reference,
+                "set": sets,
+                "batch-size": batch_size,
+                "dump": dump,
+                "report": report,
+            },
+            prompts=prompts,
+            rewards=reward,
+            sweep=sweep,
+            grid=grid,
+            num=num,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            allow_code=allow_code,
+            as_json=as_json,
+        )
+        return
     options = reward_options(sets or ())
 
     with reporter_for(stderr()) as reporter:

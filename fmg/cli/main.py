@@ -15,8 +15,9 @@ from typer.core import TyperGroup
 
 from fmg.cli.bench import bench
 from fmg.cli.catalog import list_components, show
+from fmg.cli.check_component import check_component
 from fmg.cli.console import print_error, print_warning, tolerate_narrow_encodings
-from fmg.cli.doctor_rewards import doctor
+from fmg.cli.doctor import doctor
 from fmg.cli.evaluate import evaluate
 from fmg.cli.export import export
 from fmg.cli.fetch import fetch
@@ -99,6 +100,7 @@ app.command("generate")(generate)
 app.command("bench")(bench)
 app.command("list")(list_components)
 app.command("show")(show)
+app.command("check-component")(check_component)
 app.command("fetch")(fetch)
 app.command("export")(export)
 app.command("verify")(verify)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fmg.registry.recipe import Recipe
     from fmg.registry.resolve import ResolvedRecipe
     from fmg.training.trainer import TrainResult
+    from fmg.training.tripwire import Verdict
 
 INTERRUPTED = 130
 _RECIPE = "the recipe's"
@@ -68,6 +69,13 @@ def train(
         str | None, typer.Option(metavar="D", help="auto, cpu, cuda or cuda:N.", show_default=_RECIPE)
     ] = None,
     dtype: Annotated[str | None, typer.Option(metavar="T", help="fp32 or bf16.", show_default=_RECIPE)] = None,
+    stop_on_hacking: Annotated[
+        bool,
+        typer.Option(
+            "--stop-on-hacking",
+            help="End when the trained reward rises while a held-out one or the diversity falls.",
+        ),
+    ] = False,
     sets: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="K=V", help="Any value of the recipe, such as lora.rank=4; repeat for several."),
@@ -109,6 +117,7 @@ def train(
         "seed": seed,
         "device": device,
         "dtype": dtype,
+        "stop-on-hacking": stop_on_hacking or None,
     }
     first = is_first()
     if resume is not None:
@@ -169,10 +178,19 @@ def _report(recipe: Recipe, result: TrainResult, *, first: bool, as_json: bool) 
         return INTERRUPTED if result.interrupted else 0
     if as_json:
         best = {"iteration": result.best.iteration, "key": result.best.score_key, "value": result.best.score}
-        print_json({"run": str(result.run.path), "best": best, "interrupted": result.interrupted}, indent=None)
+        hacking = None if result.hacking is None else _hacking(result.hacking)
+        print_json(
+            {"run": str(result.run.path), "best": best, "interrupted": result.interrupted, "hacking": hacking},
+            indent=None,
+        )
     else:
         _print_result(recipe, result)
     return INTERRUPTED if result.interrupted else 0
+
+
+def _hacking(verdict: Verdict) -> dict[str, object]:
+    """What the tripwire found, for programs."""
+    return {"began": verdict.began, "found": verdict.iteration, "lost": [r.name for r in verdict.hacked]}
 
 
 def _reporter(*, first: bool, as_json: bool) -> Reporter:

@@ -15,12 +15,21 @@ INDEX = "index.json"
 
 @dataclass(frozen=True)
 class Saved:
-    """One saved adapter: the iteration, and the held-out score it was judged by; None when it was never evaluated."""
+    """One saved adapter.
+
+    Attributes:
+        name: its folder.
+        iteration: iterations that are in it.
+        score_key: log key of `score`.
+        score: the score on held-out prompts that it was judged by; None when it was never evaluated.
+        sound: False where the tripwire found that a held-out reward or the diversity was lost for the trained reward.
+    """
 
     name: str
     iteration: int
     score_key: str
     score: float | None
+    sound: bool = True
 
 
 @dataclass(frozen=True)

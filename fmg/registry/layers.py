@@ -28,6 +28,7 @@ FLAGS: Mapping[str, str] = {
     "seed": "train.seed",
     "device": "train.device",
     "dtype": "train.dtype",
+    "stop-on-hacking": "eval.stop_on_hacking",
 }
 """Flags of `fmg train` that set a value of the recipe, and the dotted path they set."""
 

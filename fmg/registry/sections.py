@@ -144,3 +144,12 @@ class EvalSection(Section):
     steps: int | None = Field(None, ge=1, le=1000, description="network calls; null takes rollout.steps")
     seed: int = Field(0, ge=0, lt=2**63, description="keys prompts and noise of the evaluation")
     batch_size: int | None = Field(None, ge=1, le=100_000, description="images drawn at once; null chooses by device")
+    stop_on_hacking: bool = Field(
+        False, description="end the run when the trained reward rises at the cost of a held-out one or of diversity"
+    )
+    hacking_tolerance: float = Field(
+        0.15, ge=0, le=10, description="fall of a held-out reward that is no hacking, in stds over untouched images"
+    )
+    min_diversity: float = Field(
+        0.1, ge=0, lt=1, description="share of the first rollout's diversity within prompts that has to stay"
+    )

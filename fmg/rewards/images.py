@@ -138,6 +138,16 @@ def check_drawable(images: Float[Tensor, "b 3 h w"]) -> None:
         )
 
 
+def check_finite(name: str, images: Float[Tensor, "b 3 h w"]) -> None:
+    """Refuses pictures of a broken model, which 8-bit pixels would hide.
+
+    Raises:
+        RewardError: for values that are no numbers, naming the reward.
+    """
+    if not bool(images.isfinite().all()):
+        raise RewardError(f"The reward '{name}' got a picture that is not finite", "Look for the cause in the model.")
+
+
 def _check_size(name: str, picture: Image.Image, max_pixels: int) -> None:
     width, height = picture.size
     if width * height == 0:

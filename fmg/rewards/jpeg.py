@@ -13,6 +13,7 @@ from torch import Tensor
 from fmg.core.types import RewardOutput
 from fmg.registry import rewards
 from fmg.rewards.configs import JpegConfig
+from fmg.rewards.images import check_finite
 
 
 class JpegSize:
@@ -32,6 +33,7 @@ class JpegSize:
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
         """Scores of images in [0, 1]; prompts do not matter."""
+        check_finite("jpeg", images)
         pixels = (images.detach().float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         kilobytes = torch.tensor([self._bytes(Image.fromarray(picture)) / 1000 for picture in pixels])
         return RewardOutput(self._score(kilobytes), {"kilobytes": kilobytes})

@@ -16,14 +16,21 @@ EMA_SUFFIX = "-ema"
 
 
 def save_checkpoint(
-    run: Path, model: Model, iteration: int, score_key: str, score: float | None, *, ema: bool = False
+    run: Path,
+    model: Model,
+    iteration: int,
+    score_key: str,
+    score: float | None,
+    *,
+    ema: bool = False,
+    sound: bool = True,
 ) -> CheckpointIndex:
     """Saves the weights as they are in `model` as `checkpoints/checkpoint-<iteration>` and updates the index.
 
-    The best checkpoint has the highest held-out score; of equal ones the earlier, and the raw weights before their
-    average. One that was never evaluated (`score` None: the run was interrupted) is best only while nothing but the
-    untouched base has been, and replaces none that was. A checkpoint that is neither best nor newest is removed after
-    the index no longer names it.
+    The best checkpoint is the sound one with the highest held-out score; of equal ones the earlier, and the raw weights
+    before their average. One that was never evaluated (`score` None: the run was interrupted) is best only while
+    nothing but the untouched base has been, and replaces none that was. A checkpoint that is neither best nor newest is
+    removed after the index no longer names it.
 
     Args:
         run: the run folder.
@@ -32,6 +39,7 @@ def save_checkpoint(
         score_key: log key of the score.
         score: by which the best is chosen.
         ema: whether the weights are the moving average, saved beside the raw ones as `checkpoint-<iteration>-ema`.
+        sound: whether it may be the best one (`fmg.training.tripwire`).
     """
     newest = f"checkpoint-{iteration}"
     name = newest + EMA_SUFFIX * ema
@@ -40,7 +48,7 @@ def save_checkpoint(
     if not any(entry.name == name for entry in known):
         (run / FOLDER).mkdir(parents=True, exist_ok=True)
         model.save_adapter(run / FOLDER / name)
-        known = (*known, Saved(name, iteration, score_key, score))
+        known = (*known, Saved(name, iteration, score_key, score, sound))
     best = _best(known)
     kept = tuple(entry for entry in known if score is None or entry.name == best or entry.iteration == iteration)
     index = CheckpointIndex(kept, best, newest)
@@ -75,7 +83,7 @@ def _best(known: Sequence[Saved]) -> str:
     trained = [entry for entry in known if entry.iteration > 0]
     if trained and all(entry.score is None for entry in trained):
         return max(trained, key=lambda entry: (entry.iteration, not _is_ema(entry))).name
-    scored = [(e.score, -e.iteration, not _is_ema(e), e.name) for e in known if e.score is not None]
+    scored = [(e.score, -e.iteration, not _is_ema(e), e.name) for e in known if e.score is not None and e.sound]
     return max(scored)[3]
 
 

@@ -60,31 +60,37 @@ class Keeper:
         if self.ema is not None:
             self.ema.update()
 
-    def evaluate(self, iteration: int, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """`eval/...` of the weights and, where there is an average, `eval_ema/...` of it, on the same noise."""
-        metrics = evaluate()
+    def evaluate(self, iteration: int, evaluate: Callable[[bool], dict[str, float]]) -> dict[str, float]:
+        """`eval/...` of the weights and, where there is an average, `eval_ema/...` of it, on the same noise.
+
+        `evaluate` is told whether it measures the average.
+        """
+        metrics = evaluate(False)
         if self.ema is None:
             return metrics
         if iteration == 0:
             # nothing has been averaged yet, so both are the untouched base
             return {**metrics, **averaged_keys(metrics)}
         with self.ema.in_place():
-            return {**metrics, **averaged_keys(evaluate())}
+            return {**metrics, **averaged_keys(evaluate(True))}
 
-    def checkpoint(self, iteration: int, metrics: Mapping[str, float]) -> CheckpointIndex:
-        """Saves the weights and their average; `metrics` has their scores, or nothing when they have none."""
+    def checkpoint(self, iteration: int, metrics: Mapping[str, float], *, sound: bool = True) -> CheckpointIndex:
+        """Saves the weights and their average; `metrics` has their scores, or nothing when they have none.
+
+        What the tripwire finds of the weights (`sound`) holds for their average, which follows them.
+        """
         replica_gate(self.processes, self.live.trained)
-        index = self._saved(iteration, SCORE_KEY, metrics.get(SCORE_KEY), ema=False)
+        index = self._saved(iteration, SCORE_KEY, metrics.get(SCORE_KEY), ema=False, sound=sound)
         if self.ema is None or iteration == 0:
             return index
         with self.ema.in_place():
-            return self._saved(iteration, EMA_SCORE_KEY, metrics.get(EMA_SCORE_KEY), ema=True)
+            return self._saved(iteration, EMA_SCORE_KEY, metrics.get(EMA_SCORE_KEY), ema=True, sound=sound)
 
-    def _saved(self, iteration: int, key: str, score: float | None, *, ema: bool) -> CheckpointIndex:
+    def _saved(self, iteration: int, key: str, score: float | None, *, ema: bool, sound: bool) -> CheckpointIndex:
         run, model = self.run.path, self.composed.model
         with model.gathered() if isinstance(model, Shardable) else nullcontext():
             text = self.processes.on_first(
-                lambda: save_checkpoint(run, model, iteration, key, score, ema=ema).to_json()
+                lambda: save_checkpoint(run, model, iteration, key, score, ema=ema, sound=sound).to_json()
             )
         return CheckpointIndex.from_json(text)
 
@@ -94,13 +100,18 @@ class Keeper:
         ended = progress.iteration == train.iterations
         if train.state_every is not None and progress.iteration % train.state_every == 0 and not ended:
             self.processes.on_first(
-                lambda: str(save_state(self.run, self.composed.recipe, progress, self.live, watcher.first))
+                lambda: str(
+                    save_state(
+                        self.run, self.composed.recipe, progress, self.live, watcher.first, watcher.tripwire.state()
+                    )
+                )
             )
 
     def restore(self, saved: SavedState, watcher: Watcher) -> tuple[CheckpointIndex, list[dict[str, float]]]:
         """Puts a run back to `saved`: weights, files and pictures; returns its checkpoints and its metrics so far."""
         saved.restore(self.live)
         watcher.first = saved.pictures()
+        watcher.tripwire.restore(saved.content["tripwire"])
         text = self.processes.on_first(lambda: json.dumps(rewind_metrics(self.run, saved.progress.lines)))
         index = self.processes.on_first(lambda: drop_unscored(self.run.path).to_json())
         return CheckpointIndex.from_json(index), json.loads(text)

@@ -8,18 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fmg.core.events import Observer, StageProgress
 from fmg.core.protocols import Reward
 from fmg.data.pictures import Curve, GridRow, before_after, curve_figure, metric_curve, sample_grid
 from fmg.data.prompt_sets import spread
+from fmg.eval.diversity import within_groups
 from fmg.eval.scoring import EvalSet, Scores, means, score_target
 from fmg.inference.backend import TorchBackend
 from fmg.inference.generator import DEFAULT_BATCH, Generator
+from fmg.registry import feature_extractors
 from fmg.training.compose import Composed
 from fmg.training.keys import SCORE_KEY
 from fmg.training.processes import Processes
+from fmg.training.tripwire import Tripwire, Verdict
 
 GRID_PROMPTS = 6
 GRID_SEEDS = 6
@@ -36,16 +41,23 @@ class Watcher:
     processes: Processes = field(default_factory=Processes)
     first: tuple[GridRow, ...] = field(default=(), init=False)
     """The pictures of the untouched model, once they are drawn."""
+    tripwire: Tripwire = field(init=False)
+    _judged: Scores | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         recipe = self.composed.recipe
         batch = recipe.eval.batch_size or DEFAULT_BATCH
         self._generator = Generator(TorchBackend(self.composed.model), recipe.rollout.grid, recipe.rollout.steps, batch)
         self._steps = recipe.eval.steps
+        self._pixels = feature_extractors.build("pixels")
+        self.tripwire = Tripwire(recipe.eval.hacking_tolerance, recipe.eval.min_diversity)
         self._set = EvalSet.make(self.composed.eval_prompts, recipe.eval.num, recipe.eval.seed, selection=True)
 
-    def evaluate(self) -> dict[str, float]:
-        """Held-out means by log key; `eval/score` is the trained mixture, by which the best checkpoint is chosen."""
+    def evaluate(self, averaged: bool = False) -> dict[str, float]:
+        """Held-out means by log key; `eval/score` is the trained mixture, by which the best checkpoint is chosen.
+
+        `averaged` says that the weights are a moving average, which the tripwire does not judge.
+        """
         own = score_target(
             self._generator,
             {name: self._agreed(reward) for name, reward in self.composed.measured.items()},
@@ -55,9 +67,39 @@ class Watcher:
             progress=lambda done, total: self.observer(StageProgress("evaluation", done, total)),
         )
         scores = self._gathered(own)
+        if not averaged:
+            self._judged = scores
         total = self._totals(scores)
         error = float(total.std() / np.sqrt(len(total)))
         return {**means(scores), SCORE_KEY: float(total.mean()), f"{SCORE_KEY}_se": error}
+
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """Rewards that are measured and not trained."""
+        return tuple(name for name in self.composed.measured if name not in self.composed.reward.weights())
+
+    def judge(self, iteration: int) -> Verdict:
+        """What the tripwire says of the evaluation that was made last."""
+        assert self._judged is not None
+        held_out = {name: self._judged.parts[name, "total"] for name in self.held_out}
+        return self.tripwire.evaluation(iteration, self._totals(self._judged), held_out)
+
+    def diversity(self, images: Float[Tensor, "n 3 h w"], groups: Int[Tensor, " n"], total: int) -> dict[str, float]:
+        """Mean squared distance of the images of a rollout group, at the resolution of the extractor `pixels`.
+
+        Args:
+            images: this process's share of the images.
+            groups: the group of each.
+            total: images of all processes.
+        """
+        own = self.processes.share(total).own
+        values = within_groups(self._pixels(images[:own]).maps.numpy(), groups[:own].numpy())
+        sums = {"count": len(values), "total": values.sum(), "squares": np.square(values).sum()}
+        found = self.processes.combine({name: float(value) for name, value in sums.items()})
+        if found["count"] == 0:
+            return {}
+        self.tripwire.rollout(**found)
+        return {"diversity/within_groups": found["total"] / found["count"]}
 
     def _agreed(self, reward: Reward) -> Reward:
         """The reward, whose failure in one process stops all of them before the next network call."""

@@ -32,7 +32,7 @@ from fmg.registry.recipe import Recipe
 from fmg.training.ema import Ema
 from fmg.training.state_files import generator_states, read_state, restore_generators, write_state
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,12 @@ class SavedState:
 
 
 def save_state(
-    run: RunFolder, recipe: Recipe, progress: Progress, live: Live, pictures: Sequence[GridRow] = ()
+    run: RunFolder,
+    recipe: Recipe,
+    progress: Progress,
+    live: Live,
+    pictures: Sequence[GridRow] = (),
+    tripwire: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes the state of a run and removes the one before it; a crash leaves one or the other, never a part."""
     folder = state_folder(run.path, progress.iteration)
@@ -114,6 +119,7 @@ def save_state(
         "ema_updates": 0 if live.ema is None else live.ema.updates,
         "generators": generator_states(live.device),
         "pictures": [(row.prompt, (torch.as_tensor(row.images).clamp(0, 1) * 255).round().byte()) for row in pictures],
+        "tripwire": tripwire,
     }
     with new_folder(folder) as partial:
         write_state(partial, content)

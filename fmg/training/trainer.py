@@ -26,6 +26,7 @@ from fmg.training.processes import Processes
 from fmg.training.resume import Progress, SavedState
 from fmg.training.samples import decode_samples, draw_samples, score_samples
 from fmg.training.sizes import Sizes
+from fmg.training.tripwire import Verdict
 from fmg.training.update import Updater
 
 
@@ -39,6 +40,8 @@ class TrainResult:
     final: Mapping[str, float]
     best: Saved
     interrupted: bool
+    hacking: Verdict | None = None
+    """What the tripwire found first, or None."""
 
 
 @dataclass
@@ -57,6 +60,7 @@ class Trainer:
     _lines: list[dict[str, float]] = field(default_factory=list, init=False)
     _times: dict[str, float] = field(default_factory=dict, init=False)
     _touched: int = field(default=0, init=False)
+    _hacking: Verdict | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         recipe, model = self.composed.recipe, self.composed.model
@@ -96,6 +100,9 @@ class Trainer:
         self._tell(Started(recipe.model.name, recipe.train.iterations, self._facts()))
         if overlap := overlap_warning(self.composed.prompts, self.composed.eval_prompts):
             self._tell(Notice("warning", overlap))
+        if recipe.eval.stop_on_hacking and not self._watcher.held_out:
+            text = "No reward is held out, so that only the diversity of samples is watched: name some in eval.rewards."
+            self._tell(Notice("warning", text))
         index, done = self._begin()
         interrupted = False
         try:
@@ -105,6 +112,9 @@ class Trainer:
                 if done % recipe.eval.every == 0 or done == recipe.train.iterations:
                     index = self._evaluate(done)
                 self._keeper.state(self._progress(done), self._watcher)
+                if self._hacking is not None and recipe.eval.stop_on_hacking:
+                    self._tell(Notice("warning", f"Stopped after iteration {done}, as --stop-on-hacking asks."))
+                    break
         except RewardError:
             # a reward service that went away must not cost the hours before it
             self._keeper.checkpoint(self._touched, {})
@@ -151,12 +161,14 @@ class Trainer:
             own, drawn = draw_samples(self.composed, self.sizes, self.processes, iteration)
         with self._clock("decode"):
             images = decode_samples(self.composed, self.sizes, own)
+        diversity = self._watcher.diversity(images, own.groups, len(drawn.groups))
         with self._clock("reward"):
             rewards = score_samples(self.composed, self.sizes, self.processes, own, images, len(drawn.groups))
         scored = ScoredRollout(drawn, rewards, advantages(rewards, drawn.groups, self.composed.recipe, iteration))
         with self._clock("update"):
             updates = self._update(scored, iteration)
         metrics: dict[str, float] = {"iteration": iteration + 1, **reward_metrics(rewards, drawn.groups), **updates}
+        metrics |= diversity
         metrics |= {f"time/{stage}_s": spent for stage, spent in self._times.items()}
         metrics["time/iteration_s"] = time.perf_counter() - started
         self._record(metrics)
@@ -189,12 +201,16 @@ class Trainer:
         with self._clock("eval"):
             metrics = self._keeper.evaluate(iteration, self._watcher.evaluate)
             grid = self._watcher.draw(iteration)
-        line = {"iteration": iteration, **metrics, "time/eval_s": self._times["eval"]}
+        verdict = self._watcher.judge(iteration)
+        line = {"iteration": iteration, **metrics, **verdict.metrics(), "time/eval_s": self._times["eval"]}
         self._record(line)
         if len(self._lines) > 1 and self.processes.first:
             self._watcher.curve(list(self._lines))
         self._tell(Evaluated(iteration, line, grid))
-        return self._keeper.checkpoint(iteration, metrics)
+        if verdict.hacked and self._hacking is None:
+            self._hacking = verdict
+            self._tell(Notice("warning", verdict.text()))
+        return self._keeper.checkpoint(iteration, metrics, sound=verdict.sound)
 
     def _finish(self, index: CheckpointIndex, done: int, interrupted: bool) -> TrainResult:
         evaluations = [line for line in self._lines if SCORE_KEY in line]
@@ -205,7 +221,7 @@ class Trainer:
         if best.score is not None:
             summary["best/score"] = best.score
         self._tell(Finished(self.run.path, interrupted, summary))
-        return TrainResult(self.run, done, initial, final, best, interrupted)
+        return TrainResult(self.run, done, initial, final, best, interrupted, self._hacking)
 
     def _facts(self) -> dict[str, str]:
         recipe, shape = self.composed.recipe, self.composed.recipe.rollout

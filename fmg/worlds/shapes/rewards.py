@@ -13,6 +13,7 @@ from torch import Tensor
 from fmg.core.errors import RewardError
 from fmg.core.types import RewardOutput
 from fmg.registry import rewards
+from fmg.rewards.images import check_finite
 from fmg.worlds.configs import ShapesQualityConfig, ShapesRewardConfig
 from fmg.worlds.shapes.prompts import parse_prompt
 from fmg.worlds.shapes.scene import IMAGE_SIZE
@@ -89,5 +90,6 @@ def _pixels(name: str, images: Float[Tensor, "b 3 h w"]) -> NDArray[np.float32]:
             f"The reward '{name}' reads pictures of {IMAGE_SIZE} x {IMAGE_SIZE} and got {tuple(images.shape)}",
             "Use it with the models of the shapes world.",
         )
+    check_finite(name, images)
     array: NDArray[np.float32] = images.detach().float().cpu().numpy()
     return array

@@ -25,7 +25,7 @@ def test_every_command_has_help(command: tuple[str, ...], flag: str) -> None:
     assert f"Usage: fmg {' '.join(command)}" in shown.stdout
 
 
-@pytest.mark.parametrize("group", [(), ("pretrain",), ("doctor",)])
+@pytest.mark.parametrize("group", [(), ("pretrain",)])
 def test_a_group_without_a_command_prints_its_help(group: tuple[str, ...]) -> None:
     assert fmg(*group).stdout == fmg(*group, "--help").stdout
 

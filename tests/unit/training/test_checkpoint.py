@@ -91,3 +91,15 @@ def test_what_was_saved_in_mid_iteration_goes_before_a_run_goes_on(tmp_path: Pat
     index = drop_unscored(tmp_path)
     assert (index.best, index.latest) == ("checkpoint-0", "checkpoint-0")
     assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()] == ["checkpoint-0"]
+
+
+def test_an_unsound_checkpoint_is_never_the_best(tmp_path: Path) -> None:
+    saver = cast(Model, Saver())
+    for iteration, score, sound in ((0, 0.1, True), (10, 0.4, True), (20, 0.7, False), (30, 0.9, False)):
+        save_checkpoint(tmp_path, saver, iteration, "eval/score", score, sound=sound)
+    index = read_index(tmp_path)
+    assert index is not None
+    assert (index.best, index.latest) == ("checkpoint-10", "checkpoint-30")
+    assert chosen_checkpoint(tmp_path) == tmp_path / "checkpoints" / "checkpoint-10"
+    save_checkpoint(tmp_path, saver, 40, "eval/score", 0.5)
+    assert chosen_checkpoint(tmp_path) == tmp_path / "checkpoints" / "checkpoint-40"

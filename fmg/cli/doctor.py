@@ -1,0 +1,67 @@
+"""`fmg doctor`: the installation, the rewards, and the log of a run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from fmg.cli.console import print_json, stderr, stdout
+from fmg.cli.doctor_rewards import doctor_rewards
+from fmg.cli.observers import LOADING, reporter_for
+from fmg.cli.options import AsJson, given_text
+from fmg.cli.tables import table
+
+doctor = typer.Typer(help="Examine the installation, the rewards, or a run.", invoke_without_command=True)
+doctor.command("rewards")(doctor_rewards)
+
+
+@doctor.callback()
+def examine_installation(
+    ctx: typer.Context,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out the self-test.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Examine the installation: versions, devices, disk, extras with their install lines, and a tiny training run.
+
+    Exit code 1 when something is wrong. An extra that is not installed is no fault. Nothing uses the network.
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    with reporter_for(stderr()) as reporter:
+        reporter(LOADING)
+        from fmg.training.doctor import examine
+
+        checks = examine(self_test=not quick, observer=reporter)
+    if as_json:
+        print_json([asdict(check) for check in checks])
+    else:
+        rows = [(c.topic, c.name, c.outcome, " ".join(filter(None, (c.found, c.advice)))) for c in checks]
+        stdout().print(table(["about", "what", "verdict", "found"], rows))
+    if any(check.outcome == "failed" for check in checks):
+        raise typer.Exit(1)
+
+
+@doctor.command("run")
+def examine_run(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Read the log of a run and name the knob: learning rate, clip, groups, KL, a held-out reward that falls.
+
+    Exit code 1 when there is a problem. The rules and their thresholds are in docs/doctor.md.
+    """
+    given_text(run, "RUN")
+    from fmg.data import run_doctor
+
+    found = run_doctor.examine_run(run)
+    if as_json:
+        print_json([asdict(advice) for advice in found])
+    elif found:
+        rows = [(advice.severity, advice.sign, advice.knob, advice.advice) for advice in found]
+        stdout().print(table(["", "sign", "knob", "what to do"], rows))
+    else:
+        stdout().print("Nothing in the log looks wrong.")
+    if any(advice.severity == "problem" for advice in found):
+        raise typer.Exit(1)

@@ -1,0 +1,158 @@
+"""Rules of a reward, on pictures that are drawn here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from fmg.conformance.rules import Rule, Violation, require
+from fmg.conformance.subject import Subject
+from fmg.core.errors import RewardError
+from fmg.core.protocols import Reward
+from fmg.core.types import PartialRewardOutput, RewardOutput
+from fmg.rewards.base import Checked, checked
+from fmg.rewards.service.describe import probe_prompt
+
+COUNT = 6
+# The embedded worlds have pictures of one size.
+SIDES = (32, 24, 64, 224)
+# Kernels for other batch sizes round otherwise; a score that depends on its neighbours is off by its own scale.
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class RewardCase:
+    """A reward and what it is shown: different pictures of a size, with one prompt, that it accepts."""
+
+    subject: Subject
+
+    @cached_property
+    def reward(self) -> Reward:
+        """The reward as it was built."""
+        built: Reward = self.subject.build()
+        return built
+
+    @cached_property
+    def checked(self) -> Checked:
+        """The same behind the checks of a run."""
+        return checked(self.subject.name, self.reward)
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """One for each picture."""
+        return [probe_prompt(self.checked)] * COUNT
+
+    @cached_property
+    def side(self) -> int:
+        """The first of `SIDES` that the reward does not refuse."""
+        for side in SIDES:
+            try:
+                self.reward(pictures(side), self.prompts)
+            except RewardError:
+                continue
+            return side
+        return SIDES[0]
+
+    def images(self) -> Float[Tensor, "b 3 h w"]:
+        """The pictures, new ones each time."""
+        return pictures(self.side)
+
+    @cached_property
+    def output(self) -> RewardOutput:
+        """The scores of `images`."""
+        return self.reward(self.images(), self.prompts)
+
+
+def pictures(side: int) -> Float[Tensor, "b 3 h w"]:
+    """Smooth coloured pictures, each another."""
+    coarse = torch.rand(COUNT, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    return F.interpolate(coarse, size=(side, side), mode="bilinear").clamp(0, 1)
+
+
+def _scores(case: RewardCase) -> None:
+    if isinstance(case.output, PartialRewardOutput):
+        raise Violation("It left images without a score; only a reward that was told to (`on_failure`) may.")
+    # says what is wrong with type, shape and values
+    case.checked(case.images(), case.prompts)
+
+
+def _same(ours: RewardOutput, theirs: RewardOutput, what: str) -> None:
+    require(set(ours.parts) == set(theirs.parts), f"It reports other parts {what}.")
+    pairs = {"total": (ours.total, theirs.total)}
+    pairs |= {part: (ours.parts[part], theirs.parts[part]) for part in ours.parts}
+    for part, (a, b) in pairs.items():
+        a, b = a.detach().double().cpu(), b.detach().double().cpu()
+        require(a.shape == b.shape, f"Its {part} has another shape {what}.")
+        gap = float((a - b).abs().max())
+        bound = TOLERANCE * max(1.0, float(a.abs().max()))
+        require(gap <= bound, f"Its {part} differs by {gap:.3g} {what}.")
+
+
+def _deterministic(case: RewardCase) -> None:
+    _same(case.output, case.reward(case.images(), case.prompts), "when it scores the same pictures again")
+
+
+def _alone(case: RewardCase) -> None:
+    singles = [case.reward(case.images()[i : i + 1], case.prompts[:1]) for i in range(COUNT)]
+    whole = RewardOutput(
+        torch.cat([one.total for one in singles]),
+        {part: torch.cat([one.parts[part] for one in singles]) for part in case.output.parts},
+    )
+    _same(case.output, whole, "when the pictures come one by one: a score must not depend on its batch")
+
+
+def _order(case: RewardCase) -> None:
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    shuffled = case.reward(case.images()[order], [case.prompts[i] for i in order.tolist()])
+    expected = RewardOutput(
+        case.output.total[order.to(case.output.total.device)],
+        {part: values[order.to(values.device)] for part, values in case.output.parts.items()},
+    )
+    _same(expected, shuffled, "when the pictures come in another order")
+
+
+def _untouched(case: RewardCase) -> None:
+    given, prompts = case.images(), list(case.prompts)
+    case.reward(given, prompts)
+    require(torch.equal(given, case.images()), "It changes the pictures that it is given; work on a copy.")
+    require(prompts == case.prompts, "It changes the list of prompts that it is given; work on a copy.")
+
+
+def _extremes(case: RewardCase) -> None:
+    for name, value in (("black", 0.0), ("white", 1.0)):
+        try:
+            case.checked(torch.full((1, 3, case.side, case.side), value), case.prompts[:1])
+        except RewardError as error:
+            raise Violation(f"It fails on a {name} picture: {error.what}") from None
+
+
+def _non_finite(case: RewardCase) -> None:
+    broken = case.images()
+    broken[2] = torch.nan
+    try:
+        output = case.reward(broken, case.prompts)
+    except Exception:
+        return
+    hidden = bool(output.total.detach().cpu()[2].isfinite())
+    require(not hidden, "It gives a picture of NaN a finite score, which hides a broken model: raise, or return NaN.")
+
+
+def _rule(name: str, check: Callable[[RewardCase], None]) -> Rule[RewardCase]:
+    return Rule(name, check)
+
+
+RULES = (
+    _rule("one finite score an image", _scores),
+    _rule("deterministic", _deterministic),
+    _rule("independent of the batch", _alone),
+    _rule("follows the order of images", _order),
+    _rule("leaves its inputs alone", _untouched),
+    _rule("scores black and white", _extremes),
+    _rule("hides no broken picture", _non_finite),
+)

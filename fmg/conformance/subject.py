@@ -1,0 +1,103 @@
+"""Which component is examined: a registered name, or what a module registers, or a function as a reward."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fmg.core.errors import FmgError, UsageError
+from fmg.registry.config import ComponentConfig
+from fmg.registry.kinds import REGISTRIES, registry_for, rewards
+from fmg.registry.references import PYTHON_REWARD
+from fmg.registry.registry import Registry, Row
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A component with the options that it is examined with."""
+
+    registry: Registry[Any]
+    row: Row
+    config: ComponentConfig
+
+    @property
+    def name(self) -> str:
+        """Its registered name."""
+        return self.row.name
+
+    @property
+    def kind(self) -> str:
+        """Its kind."""
+        return self.row.kind
+
+    @property
+    def built_in(self) -> bool:
+        """Whether it is part of this package."""
+        return self.row.factory.startswith("fmg.")
+
+    def build(self) -> Any:
+        """A new instance.
+
+        Raises:
+            FmgError: when it cannot be imported or built.
+        """
+        return self.registry.build_config(self.name, self.config)
+
+
+def find(target: str, name: str | None, options: Mapping[str, object]) -> Subject:
+    """The component `name` of the kind `target`; without a name, the one behind the path `target`.
+
+    Args:
+        target: a kind, or `module:attribute` of a factory that is registered, by its decorator or by an entry point,
+            or of a plain function `fn(images, prompts)`, which is a reward. Modules are looked up in the working
+            directory first.
+        name: a registered name.
+        options: options of the component.
+
+    Raises:
+        UsageError: unknown kind, name or option; a module that is missing, or an attribute that is not registered.
+    """
+    if name is not None:
+        registry = registry_for(target)
+        return Subject(registry, registry.row(name), registry.config(name, options))
+    if ":" not in target:
+        raise UsageError(
+            f"'{target}' is neither a kind with a name nor module:attribute",
+            "Write `fmg check-component my_pkg:MyReward`, or `fmg check-component reward my-reward`.",
+        )
+    factory = _imported(target)
+    for registry in REGISTRIES:
+        for known in registry.names():
+            if registry.row(known).factory == target:
+                return Subject(registry, registry.row(known), registry.config(known, options))
+    if inspect.isfunction(factory):
+        config = rewards.config(PYTHON_REWARD, {"target": target, **options})
+        return Subject(rewards, rewards.row(PYTHON_REWARD), config)
+    raise UsageError(
+        f"'{target}' is not registered",
+        "Decorate it with @<registry>.register(name, Config), or name an entry point of the group fmg.components.",
+    )
+
+
+def _imported(target: str) -> object:
+    module_name, _, attribute = target.partition(":")
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        found: object = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except FmgError:
+        raise
+    except (Exception, SystemExit) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(
+            f"'{target}' cannot be imported: {reason}", "Install its package, or run where its module is."
+        ) from None
+    return found

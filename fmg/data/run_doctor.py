@@ -1,0 +1,262 @@
+"""What the log of a run says is wrong with it, and which knob to turn. Imports no torch.
+
+Every rule reads `metrics.jsonl` alone. Its threshold is in `LIMITS` and in docs/doctor.md; a rule says nothing where
+the log does not have what it reads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Literal
+
+from fmg.core.errors import UsageError
+from fmg.data.run_folder import RunFolder, read_metrics
+from fmg.data.run_metrics import AVERAGED, PREFIX, REWARD
+
+Severity = Literal["problem", "note"]
+Line = Mapping[str, float]
+
+SCORE, EMA_SCORE = f"{PREFIX}score", f"{AVERAGED}score"
+ERRORS = 3.0
+"""Standard errors that make a difference of two evaluations certain."""
+LIMITS: Mapping[str, float] = {
+    "kl still": 1e-6,
+    "kl far": 1e-2,
+    "clip idle": 0.001,
+    "clip bound": 0.9,
+    "equal groups": 0.5,
+    "gradient": 10.0,
+    "ratio": 1.5,
+    "no score": 0.05,
+    "skipped": 0.5,
+    "late": 20,
+}
+"""Thresholds by rule; what each is compared with stands in docs/doctor.md."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One thing that the log shows.
+
+    Attributes:
+        severity: `problem`: the run does not do what it is for. `note`: worth knowing.
+        sign: what was seen, with the number and its bound.
+        knob: the recipe value, or the flag, that changes it.
+        advice: what to do with it.
+    """
+
+    severity: Severity
+    sign: str
+    knob: str
+    advice: str
+
+
+@dataclass(frozen=True)
+class Log:
+    """The lines of a run: of iterations, and of evaluations."""
+
+    iterations: Sequence[Line]
+    evaluations: Sequence[Line]
+
+    @classmethod
+    def of(cls, lines: Sequence[Mapping[str, object]]) -> Log:
+        """Sorts the lines of `metrics.jsonl`; null is NaN."""
+        plain = [
+            {key: math.nan if value is None else float(str(value)) for key, value in line.items()} for line in lines
+        ]
+        return cls([x for x in plain if SCORE not in x], [x for x in plain if SCORE in x])
+
+    def late(self, key: str) -> float | None:
+        """Median over the second half of the iterations, or None where too few have a number."""
+        values = [line[key] for line in self.iterations if key in line and math.isfinite(line[key])]
+        return median(values[len(values) // 2 :]) if values else None
+
+    def change(self, key: str) -> tuple[float, float] | None:
+        """Last evaluation minus the first, and its standard error as of independent images."""
+        scored = [line for line in self.evaluations if key in line and f"{key}_se" in line]
+        if len(scored) < 2:
+            return None
+        first, last = scored[0], scored[-1]
+        return last[key] - first[key], math.hypot(first[f"{key}_se"], last[f"{key}_se"])
+
+    @property
+    def risen(self) -> bool:
+        """Whether the held-out score has certainly risen."""
+        change = self.change(SCORE)
+        return change is not None and change[0] > ERRORS * change[1]
+
+
+def examine_run(run: str | Path) -> list[Advice]:
+    """What the log of a run folder shows; empty when nothing is wrong.
+
+    Raises:
+        UsageError: it is no run folder, or has no line yet.
+        CheckpointError: a line of the log is damaged.
+    """
+    folder = RunFolder(Path(run))
+    folder.state()
+    lines = read_metrics(folder.metrics)
+    if not lines:
+        raise UsageError(f"'{folder.metrics}' has no line yet", "Wait for the first evaluation of the run.")
+    return examine_log(Log.of(lines))
+
+
+def examine_log(log: Log) -> list[Advice]:
+    """What a log shows, problems first."""
+    found = [advice for rule in RULES for advice in rule(log)]
+    return sorted(found, key=lambda advice: advice.severity != "problem")
+
+
+def _numbers(log: Log) -> Iterator[Advice]:
+    for line in (*log.iterations, *log.evaluations):
+        for key in (REWARD, "loss", "grad_norm", SCORE):
+            if key in line and not math.isfinite(line[key]):
+                sign = f"{key} is no number in iteration {line['iteration']:.0f}"
+                text = "Lower it; in bf16 also try --dtype fp32. Go on from the best checkpoint, which is from before."
+                yield Advice("problem", sign, "optimizer.lr", text)
+                return
+
+
+def _still(log: Log) -> Iterator[Advice]:
+    kl, limit = log.late("approx_kl"), LIMITS["kl still"]
+    if kl is not None and kl < limit and not log.risen:
+        sign = f"The policy hardly moves: KL after an update {kl:.1e}, below {limit:.0e}"
+        text = "Raise it threefold until the KL is about 1e-4; more train.updates_per_iteration help as well."
+        yield Advice("problem", sign, "optimizer.lr", text)
+
+
+def _far(log: Log) -> Iterator[Advice]:
+    kl, limit = log.late("approx_kl"), LIMITS["kl far"]
+    if kl is not None and kl > limit:
+        sign = f"Every update moves the policy far: KL {kl:.1e}, above {limit:.0e}"
+        yield Advice("problem", sign, "optimizer.lr", "Lower it, or skip updates past a KL with objective.target_kl.")
+
+
+def _clip(log: Log) -> Iterator[Advice]:
+    clipped, kl = log.late("clip_frac"), log.late("approx_kl")
+    if clipped is None:
+        return
+    if clipped > LIMITS["clip bound"]:
+        sign = f"The clip cuts nearly everything: {clipped:.0%} of the rows, above {LIMITS['clip bound']:.0%}"
+        text = "Widen it three- to tenfold, or lower optimizer.lr: most of the rollout teaches nothing."
+        yield Advice("problem", sign, "objective.clip_range", text)
+    elif clipped < LIMITS["clip idle"] and kl is not None and kl >= LIMITS["kl still"]:
+        sign = f"The clip never binds: {clipped:.1%} of the rows, below {LIMITS['clip idle']:.1%}"
+        yield Advice("note", sign, "objective.clip_range", "Narrow it if runs of other seeds diverge.")
+
+
+def _equal_groups(log: Log) -> Iterator[Advice]:
+    share, limit = log.late("zero_std_ratio"), LIMITS["equal groups"]
+    if share is not None and share > limit:
+        sign = f"{share:.0%} of the prompts teach nothing, above {limit:.0%}: all of their images have the same reward"
+        text = "Raise it, or use a reward with more values (such as soft in place of strict), or easier prompts."
+        if log.risen:
+            text = "The task may be solved: use harder prompts, or stop."
+        yield Advice("note" if log.risen else "problem", sign, "rollout.group_size", text)
+
+
+def _gradient(log: Log) -> Iterator[Advice]:
+    norm, limit = log.late("grad_norm"), LIMITS["gradient"]
+    if norm is not None and norm > limit:
+        sign = f"Gradients are large: norm {norm:.3g} before it is scaled down, above {limit:g}"
+        yield Advice("note", sign, "train.max_grad_norm", "Updates have that length only: compare with optimizer.lr.")
+
+
+def _ratio(log: Log) -> Iterator[Advice]:
+    ratio, limit = log.late("ratio_max"), LIMITS["ratio"]
+    if ratio is not None and ratio > limit:
+        sign = f"Some policy ratios explode: largest {ratio:.3g}, above {limit:g}"
+        text = "Lower it; with steps of very different noise try --objective grpo-guard."
+        yield Advice("problem", sign, "optimizer.lr", text)
+
+
+def _no_score(log: Log) -> Iterator[Advice]:
+    # the key is there only where images were dropped
+    shares, limit = [line.get("reward/dropped", 0.0) for line in log.iterations], LIMITS["no score"]
+    dropped = mean(shares) if shares else 0.0
+    if dropped > limit:
+        sign = f"{dropped:.0%} of the images have no score, above {limit:.0%}"
+        yield Advice("problem", sign, "rewards", "Look at the reward service: `fmg doctor rewards NAME`.")
+
+
+def _skipped(log: Log) -> Iterator[Advice]:
+    skipped, limit = log.late("skipped_updates"), LIMITS["skipped"]
+    if skipped is not None and skipped > limit:
+        sign = f"Updates are skipped: {skipped:g} of an iteration, above {limit:g}"
+        text = "Raise it or lower optimizer.lr; where it is not set, no group had unequal rewards."
+        yield Advice("note", sign, "objective.target_kl", text)
+
+
+def _decline(log: Log) -> Iterator[Advice]:
+    change = log.change(SCORE)
+    if change is not None and change[0] < -ERRORS * change[1]:
+        sign = f"The held-out score fell by {-change[0]:.3f}, which is {-change[0] / change[1]:.1f} standard errors"
+        text = "Lower it, use larger rollout.groups, or add objective.kl_beta."
+        yield Advice("problem", sign, "optimizer.lr", text)
+
+
+def _flat(log: Log) -> Iterator[Advice]:
+    change, kl = log.change(SCORE), log.late("approx_kl")
+    moves = kl is None or kl >= LIMITS["kl still"]
+    if change is None or not moves or len(log.iterations) < LIMITS["late"]:
+        return
+    if abs(change[0]) <= ERRORS * change[1]:
+        sign = (
+            f"After {len(log.iterations)} iterations the held-out score has not moved: {change[0]:+.3f}"
+            f" with a standard error of {change[1]:.3f}, although the policy does"
+        )
+        text = (
+            "Raise it: advantages of few images are noise. Check train.shuffle_advantages and that the reward varies."
+        )
+        yield Advice("problem", sign, "rollout.groups", text)
+
+
+def _gap(log: Log) -> Iterator[Advice]:
+    """Train and held-out reward, and what the tripwire measured."""
+    if not log.evaluations:
+        return
+    last = log.evaluations[-1]
+    gain, gain_error = last.get("watch/trained_gain", 0.0), last.get("watch/trained_gain_se", math.inf)
+    if not gain > ERRORS * gain_error:
+        return
+    for key, loss in last.items():
+        if not (key.startswith("watch/") and key.endswith("_loss")) or key == "watch/diversity_loss":
+            continue
+        name = key.removeprefix("watch/").removesuffix("_loss")
+        if loss > ERRORS * last[f"{key}_se"]:
+            sign = (
+                f"'{name}', which is not trained, fell by {loss:.2f} standard deviations, and the trained reward rose"
+            )
+            text = "It is being hacked: train with --stop-on-hacking, add the reward with a weight, or a KL term."
+            yield Advice("problem", sign, "objective.kl_beta", text)
+
+
+def _average(log: Log) -> Iterator[Advice]:
+    if not log.evaluations or EMA_SCORE not in log.evaluations[-1]:
+        return
+    last = log.evaluations[-1]
+    behind = last[SCORE] - last[EMA_SCORE]
+    if behind > ERRORS * math.hypot(last[f"{SCORE}_se"], last[f"{EMA_SCORE}_se"]):
+        sign = f"The moving average is {behind:.3f} behind the weights"
+        yield Advice("note", sign, "train.ema_decay", "Lower it: the run is too short for this average.")
+
+
+RULES: tuple[Callable[[Log], Iterator[Advice]], ...] = (
+    _numbers,
+    _still,
+    _far,
+    _clip,
+    _equal_groups,
+    _ratio,
+    _gradient,
+    _no_score,
+    _skipped,
+    _decline,
+    _flat,
+    _gap,
+    _average,
+)

@@ -1,0 +1,279 @@
+"""Who leaves the probability path of a learned map: the states of every stochasticizer against the model's own.
+
+A stochastic rollout stays on the path when its state at a time `s` is distributed as a sample of the deterministic
+sampler that is noised to `s`. Both are compared at every interior time of the grid: their moments, and what becomes of
+them when the deterministic map finishes them. Prompts and initial noise are the same, so differences are paired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fmg.core.errors import CompositionError, UsageError
+from fmg.core.events import Observer, StageProgress, ignore
+from fmg.core.protocols import Model, Reward, Stochasticizer
+from fmg.core.specs import MapSpec
+from fmg.core.types import Conditioning
+from fmg.data.prompt_sets import load_prompts
+from fmg.eval.intervals import bootstrap_mean
+from fmg.eval.scoring import EvalSet, prompt_clusters, score_images
+from fmg.flow import expand
+from fmg.flow.grids import make_grid
+from fmg.inference.target import load_model, resolve_target
+from fmg.registry import stochasticizers
+from fmg.registry.composition import check_target_times
+from fmg.registry.config import StochasticizerConfig
+from fmg.rewards.base import build_rewards, check_prompts
+from fmg.rl import NoiseKey, rollout, sample_rollout
+from fmg.rl.noise import noise
+
+SCHEMA = 1
+REFERENCE = "deterministic"
+AGAIN = "deterministic, other noise"
+"""The floor: the reference against itself, noised another time."""
+RMS, MEAN = "rms", "mean"
+# Neither an iteration of a run nor that of generated images.
+_ITERATION = -2
+_CHUNK = 256
+_STREAM = "path-check"
+
+Values = dict[tuple[float, str], NDArray[np.float64]]
+"""One number an image, by time and quantity."""
+
+
+@dataclass(frozen=True)
+class PathRow:
+    """One quantity of one stochasticizer at one time, beside the reference's.
+
+    Attributes:
+        stochasticizer: its name.
+        time: of the state, in (0, 1).
+        quantity: `rms` and `mean` of the latents; otherwise a score of the images that the deterministic map makes of
+            the states: `<reward>`, or `<reward>/recognisable`, the share with exactly one object that can be told.
+        value, reference: means over images.
+        difference: of moments as a share of the reference's rms; of scores plain.
+        ci95: its 95 % interval, from resampling prompts.
+    """
+
+    stochasticizer: str
+    time: float
+    quantity: str
+    value: float
+    reference: float
+    difference: float
+    ci95: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class PathReport:
+    """What `fmg eval --path-check` prints."""
+
+    target: str
+    prompts: str
+    num: int
+    seed: int
+    grid: tuple[float, ...]
+    rows: tuple[PathRow, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """Plain JSON values; unbounded intervals are null."""
+        rows = [
+            asdict(row) | {"ci95": [bound if np.isfinite(bound) else None for bound in row.ci95]} for row in self.rows
+        ]
+        return {"schema": SCHEMA, **asdict(self), "grid": list(self.grid), "rows": rows}
+
+    def names(self) -> list[str]:
+        """The stochasticizers, in order."""
+        return list(dict.fromkeys(row.stochasticizer for row in self.rows))
+
+    def quantities(self) -> list[str]:
+        """What was measured, in order."""
+        return list(dict.fromkeys(row.quantity for row in self.rows))
+
+
+def path_check(
+    target: str | Path | None = None,
+    *,
+    prompts: str | None = None,
+    rewards: Sequence[str] | None = None,
+    steps: int | None = None,
+    grid: str | None = None,
+    num: int = 1000,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "fp32",
+    allow_code: bool = False,
+    observer: Observer = ignore,
+) -> PathReport:
+    """Rolls out every registered stochasticizer that fits a model, with its default options, and compares its states.
+
+    Args:
+        target: model name or run folder; None is the newest run.
+        prompts: prompt set by name or file; None takes the recipe's evaluation set.
+        rewards: rewards by name; None takes the recipe's own and its evaluation rewards.
+        steps: network calls; None takes the recipe's. At least 2.
+        grid: time grid by name; None takes the recipe's.
+        num: images for each stochasticizer and time.
+        seed: of the noise.
+        device: `auto`, `cpu`, `cuda`, ...
+        dtype: `fp32` or `bf16`.
+        allow_code: as in `evaluate`.
+        observer: receives `StageProgress` events.
+
+    Raises:
+        UsageError: unknown target, reward or prompt set, or a grid without an interior time.
+    """
+    found = resolve_target(target, allow_code=allow_code or bool(rewards))
+    shape = found.recipe.rollout
+    scorers = build_rewards(list(rewards) if rewards else list(found.recipe.measured_rewards))
+    eval_set = EvalSet.make(load_prompts(prompts or found.recipe.eval.prompts), num, seed)
+    for name, reward in scorers.items():
+        check_prompts(name, reward, eval_set.prompts)
+    model = load_model(found, device=device, dtype=dtype)
+    _, height, width = model.latent_shape
+    times = make_grid(grid or shape.grid, steps or shape.steps, image_tokens=(height // 2) * (width // 2))
+    if len(times) < 3:
+        raise UsageError("A grid of one step has no interior time", "Give --steps of 2 or more.")
+    study = _Study(model, scorers, eval_set, times, seed)
+    kernels = {name: stochasticizers.build(name) for name in fitting(model.spec, times)}
+    values: dict[str, Values] = {}
+    for count, name in enumerate((REFERENCE, AGAIN, *kernels)):
+        observer(StageProgress(f"path check: {name}", count, len(kernels) + 2))
+        values[name] = study.measure(name, kernels.get(name))
+    clusters = prompt_clusters(eval_set.prompts)
+    rows = [
+        row for name, x in values.items() if name != REFERENCE for row in _rows(name, x, values[REFERENCE], clusters)
+    ]
+    set_name = prompts or found.recipe.eval.prompts.name
+    return PathReport(found.label, set_name, num, seed, times, tuple(rows))
+
+
+def fitting(spec: MapSpec, times: Sequence[float]) -> list[str]:
+    """Names of the stochasticizers that fit a map and a grid with their default options."""
+    return [name for name in stochasticizers.names() if _fits(name, spec, times)]
+
+
+def _fits(name: str, spec: MapSpec, times: Sequence[float]) -> bool:
+    if any(field.required for field in stochasticizers.describe(name).fields):
+        return False
+    config = stochasticizers.config(name)
+    assert isinstance(config, StochasticizerConfig)
+    requires = config.requires()
+    try:
+        check_target_times(name, requires, times)
+    except CompositionError:
+        return False
+    return requires.path in ("any", spec.path) and (requires.anchors != "any" or spec.anchors == "any")
+
+
+class _Draws(TypedDict):
+    seed: int
+    iteration: int
+    latent_shape: tuple[int, ...]
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class _Study:
+    model: Model
+    rewards: Mapping[str, Reward]
+    eval_set: EvalSet
+    times: tuple[float, ...]
+    seed: int
+
+    @property
+    def _draws(self) -> _Draws:
+        return {
+            "seed": self.seed,
+            "iteration": _ITERATION,
+            "latent_shape": self.model.latent_shape,
+            "device": self.model.device,
+        }
+
+    def measure(self, name: str, kernel: Stochasticizer | None) -> Values:
+        """The numbers of every image at every interior time; without a kernel those of the noised samples."""
+        collected: dict[tuple[float, str], list[NDArray[np.float64]]] = {}
+        for start in range(0, len(self.eval_set), _CHUNK):
+            index = torch.arange(start, min(start + _CHUNK, len(self.eval_set)))
+            texts = self.eval_set.prompts[start : start + len(index)]
+            cond = self.model.encode(list(texts))
+            states = self._noised(cond, index, name) if kernel is None else self._rolled(cond, index, kernel)
+            for step, x in states:
+                for key, value in self._numbers(cond, x, step, texts).items():
+                    collected.setdefault((self.times[step], key), []).append(value)
+        return {key: np.concatenate(parts) for key, parts in collected.items()}
+
+    def _rolled(
+        self, cond: Conditioning, index: Int[Tensor, " n"], kernel: Stochasticizer
+    ) -> Iterator[tuple[int, Tensor]]:
+        drawn = rollout(self.model.flow_map, kernel, cond, index, self.times, **self._draws)
+        return ((step.index + 1, step.x_s) for step in drawn.transitions)
+
+    def _noised(self, cond: Conditioning, index: Int[Tensor, " n"], name: str) -> Iterator[tuple[int, Tensor]]:
+        clean = sample_rollout(self.model.flow_map, cond, index, self.times, **self._draws).x0
+        path, draw = self.model.flow_map.path, 0 if name == REFERENCE else 1
+        for step in range(1, len(self.times) - 1):
+            keys = [NoiseKey(self.seed, _ITERATION, i, draw, step) for i in index.tolist()]
+            fresh = noise(keys, self.model.latent_shape, _STREAM).to(clean.device)
+            s = torch.full((len(index),), self.times[step], device=clean.device)
+            yield step, expand(path.alpha(s), clean) * clean + expand(path.sigma(s), clean) * fresh
+
+    @torch.no_grad()
+    def _numbers(
+        self, cond: Conditioning, x: Float[Tensor, "n *shape"], step: int, texts: Sequence[str]
+    ) -> dict[str, NDArray[np.float64]]:
+        flat = x.double().flatten(1).cpu().numpy()
+        numbers: dict[str, NDArray[np.float64]] = {RMS: np.square(flat).mean(1), MEAN: flat.mean(1)}
+        images = self.model.decode(self._finished(cond, x, step))
+        for (reward, part), scores in score_images(self.rewards, images, texts).items():
+            if part == "total":
+                numbers[reward] = scores
+            elif part == "recognisable":
+                numbers[f"{reward}/{part}"] = scores
+        return numbers
+
+    def _finished(self, cond: Conditioning, x: Tensor, step: int) -> Tensor:
+        """Along the rest of the grid; a single-time map jumps to the end at once, since it adds noise otherwise."""
+        flow_map = self.model.flow_map
+        rest = self.times[step:] if flow_map.anchors == "any" else (self.times[step], 0.0)
+        for t_value, s_value in pairwise(rest):
+            t, s = (torch.full((len(x),), value, device=x.device) for value in (t_value, s_value))
+            x = flow_map.jump(x, t, s, cond)
+        return x
+
+
+def _rows(name: str, ours: Values, reference: Values, clusters: NDArray[np.int64]) -> Iterator[PathRow]:
+    for (time, quantity), values in ours.items():
+        theirs = reference[time, quantity]
+        scale, show = _scale(quantity, reference, time)
+        paired = (values - theirs) * scale
+        yield PathRow(
+            name,
+            time,
+            quantity,
+            show(float(values.mean())),
+            show(float(theirs.mean())),
+            float(paired.mean()),
+            bootstrap_mean(paired, clusters),
+        )
+
+
+def _scale(quantity: str, reference: Values, time: float) -> tuple[float, Callable[[float], float]]:
+    """What a difference is multiplied with, and how a mean is shown."""
+    energy = float(reference[time, RMS].mean())
+    if quantity == RMS:
+        # to first order, the relative change of a root is half of that of its square
+        return 0.5 / energy, lambda value: float(np.sqrt(value))
+    if quantity == MEAN:
+        return 1 / float(np.sqrt(energy)), float
+    return 1.0, float

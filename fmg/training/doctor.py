@@ -1,0 +1,159 @@
+"""Is this installation able to work? What is there, what is missing, and one tiny training run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from fmg.core.cache import cache_dir
+from fmg.core.events import Observer, StageProgress, ignore
+from fmg.core.offline import is_offline
+from fmg.data.environment import environment
+from fmg.registry.recipe import Recipe
+from fmg.training.api import train
+
+Outcome = Literal["ok", "missing", "failed"]
+
+_PURPOSES: Mapping[str, tuple[str, str]] = {
+    "rewards": ("text cleaning of the published CLIP rewards", ""),
+    "ocr": ("the rewards ocr and ocr-logp", ""),
+    "server": ("fmg reward-server", ""),
+    "onnx": ("fmg export, and artifacts in ONNX Runtime", ""),
+    "trt": ("TensorRT engines", " --extra-index-url https://pypi.nvidia.com"),
+    "trt-rtx": ("TensorRT-RTX engines", ""),
+    "dev": ("the tests of fmg itself", ""),
+}
+_INDEXES = (
+    ("https://download.pytorch.org/whl/cpu", "torch without CUDA: pip install torch --index-url ..."),
+    ("https://pypi.nvidia.com", "TensorRT's libraries: pip install ... --extra-index-url ..."),
+    ("https://huggingface.co", "weights of models and rewards: `fmg fetch`; HF_ENDPOINT names a mirror"),
+)
+_MIB = 1 << 20
+_LOW_DISK = 2048 * _MIB
+SELF_TEST: Mapping[str, object] = {
+    "train.iterations": 1,
+    "train.updates_per_iteration": 1,
+    "rollout.groups": 2,
+    "rollout.group_size": 4,
+    "rollout.steps": 2,
+    "eval.num": 4,
+    "train.device": "cpu",
+}
+"""The run of the self-test: every stage of a real one, on eight images."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the examination.
+
+    Attributes:
+        topic: `environment`, `device`, `storage`, `extra`, `index` or `self-test`.
+        name: what was looked at.
+        outcome: `missing` is an extra that is not installed; only `failed` is wrong.
+        found: what there is.
+        advice: what to do; empty when there is nothing to do.
+    """
+
+    topic: str
+    name: str
+    outcome: Outcome
+    found: str
+    advice: str = ""
+
+
+def examine(*, self_test: bool = True, observer: Observer = ignore) -> list[Check]:
+    """Looks at everything; nothing uses the network. Progress arrives as `StageProgress("doctor", ...)`."""
+    checks = [Check("environment", name, "ok", value) for name, value in environment().items() if name != "devices"]
+    checks += [*_devices(), *_storage(), *_extras()]
+    checks += [Check("index", name, "ok", purpose) for name, purpose in _INDEXES]
+    if self_test:
+        observer(StageProgress("doctor: a tiny training run", 0, 1))
+        checks.append(_self_test())
+        observer(StageProgress("doctor: a tiny training run", 1, 1))
+    return checks
+
+
+def _devices() -> Iterator[Check]:
+    yield Check("device", "cpu", "ok", f"{torch.get_num_threads()} of {os.cpu_count()} cores")
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        advice = "" if built is None else "This torch has CUDA, but sees no GPU: check the driver (`nvidia-smi`)."
+        yield Check("device", "cuda", "missing", "torch sees no GPU", advice)
+    for index in range(torch.cuda.device_count()):
+        name, (free, total) = torch.cuda.get_device_name(index), torch.cuda.mem_get_info(index)
+        yield Check("device", f"cuda:{index}", "ok", f"{name}, {free // _MIB} of {total // _MIB} MiB free")
+
+
+def _storage() -> Iterator[Check]:
+    hub = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub")
+    places = {"runs": Path.cwd(), "cache of fmg": cache_dir(), "cache of the hub": hub.expanduser()}
+    for name, place in places.items():
+        # the nearest folder that exists says whether the rest can be made
+        there = next(folder for folder in (place, *place.parents) if folder.is_dir())
+        free = shutil.disk_usage(there).free
+        found = f"{place}: {free // _MIB} MiB free"
+        if not os.access(there, os.W_OK):
+            yield Check("storage", name, "failed", found, f"'{there}' cannot be written: choose another place.")
+        elif free < _LOW_DISK:
+            yield Check("storage", name, "failed", found, f"Less than {_LOW_DISK // _MIB} MiB: free some space.")
+        else:
+            yield Check("storage", name, "ok", found)
+    network = "not used: HF_HUB_OFFLINE is set" if is_offline() else "used for weights, by `fmg fetch` and on first use"
+    yield Check("storage", "network", "ok", network)
+
+
+def _extras() -> Iterator[Check]:
+    for extra, packages in extras().items():
+        purpose, index = _PURPOSES.get(extra, ("", ""))
+        missing = [name for name in packages if not _installed(name)]
+        if missing:
+            line = f"pip install 'fmg[{extra}]'{index}"
+            yield Check("extra", extra, "missing", f"{purpose}; without {', '.join(missing)}", line)
+        else:
+            yield Check("extra", extra, "ok", purpose)
+
+
+def extras() -> dict[str, list[str]]:
+    """Packages of each extra, as the installed metadata states them; empty when fmg is not installed."""
+    try:
+        lines = requires("fmg") or []
+    except PackageNotFoundError:
+        return {}
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        if match := re.match(r"""([\w.-]+)[^;]*;.*extra\s*==\s*["']([\w-]+)["']""", line):
+            package, extra = match.groups()
+            found.setdefault(extra, []).extend([] if package == "fmg" else [package])
+    return found
+
+
+def _installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _self_test() -> Check:
+    started = time.perf_counter()
+    name = "one iteration of meanflow-shapes"
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            result = train(Recipe.default(None, **SELF_TEST), Path(folder) / "run")
+            scored = "eval/score" in result.final
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return Check("self-test", name, "failed", reason, "See where: fmg --debug train --iterations 1")
+    took = f"{time.perf_counter() - started:.0f} s: drawn, scored, updated, saved and read back"
+    return Check("self-test", name, "ok" if scored else "failed", took)

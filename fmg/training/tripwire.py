@@ -1,0 +1,263 @@
+"""Reward hacking: the trained reward rises while a reward that is not trained, or the diversity of samples, falls.
+
+Every evaluation draws the same prompts and noise, so two of them are compared image by image. A held-out reward is
+compared with the evaluation at which it was highest, since over-optimisation often lets it rise first (Gao et al.,
+arXiv 2210.10760). Its fall is measured in standard deviations of its scores over the images of the untouched model, a
+unit that rewards share. Diversity is that of the rollouts' groups, compared with the first rollout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+
+ERRORS = 3.0
+"""Standard errors by which something has to be beyond a bound. One evaluation of a run whose true loss is the tolerance
+exceeds it with probability 0.0013; at a true loss of 0 and 1000 images practically never."""
+DIVERSITY = "diversity"
+
+Scores = Float[np.ndarray, " n"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A difference and its standard error."""
+
+    value: float
+    error: float
+
+    @property
+    def low(self) -> float:
+        """What it confidently exceeds."""
+        return self.value - ERRORS * self.error
+
+    @property
+    def high(self) -> float:
+        """What it is confidently below."""
+        return self.value + ERRORS * self.error
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One watched quantity at one evaluation.
+
+    Attributes:
+        name: the held-out reward, or `diversity`.
+        loss: how far it fell: in standard deviations of a reward; for the diversity as a share of the first.
+        limit: loss that is tolerated.
+        before, now: its mean at the reference and now.
+        since: the last evaluation at which the loss was within the limit.
+    """
+
+    name: str
+    loss: Change
+    limit: float
+    before: float
+    now: float
+    since: int
+
+    @property
+    def sound(self) -> bool:
+        """Whether the loss is within the limit, or cannot be told from none."""
+        return self.loss.value <= self.limit or self.loss.low <= 0
+
+    @property
+    def lost(self) -> bool:
+        """Whether the loss is confidently beyond the limit."""
+        return self.loss.low > self.limit
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the tripwire says of one evaluation.
+
+    Attributes:
+        iteration: of the evaluation.
+        gain: rise of the trained reward since the untouched model, in its standard deviations.
+        readings: what is watched.
+        hacked: those that are lost while the trained reward has risen.
+    """
+
+    iteration: int
+    gain: Change
+    readings: tuple[Reading, ...]
+    hacked: tuple[Reading, ...]
+
+    @property
+    def sound(self) -> bool:
+        """Whether the checkpoint of this evaluation may be the best one."""
+        return self.gain.low <= 0 or all(reading.sound for reading in self.readings)
+
+    @property
+    def began(self) -> int | None:
+        """The last evaluation before the gap, or None without one."""
+        return min((reading.since for reading in self.hacked), default=None)
+
+    def metrics(self) -> dict[str, float]:
+        """`watch/trained_gain`, and `watch/<name>_loss` of everything that is watched, each with its `_se`."""
+        named = {"trained_gain": self.gain, **{f"{r.name}_loss": r.loss for r in self.readings}}
+        return {f"watch/{k}{end}": v for k, c in named.items() for end, v in (("", c.value), ("_se", c.error))}
+
+    def text(self) -> str:
+        """The warning."""
+        falls = " and ".join(f"{r.name} fell from {r.before:.3f} to {r.now:.3f}" for r in self.hacked)
+        return (
+            f"Reward hacking: after iteration {self.began} a gap opened. While the trained reward rose by"
+            f" {self.gain.value:.2f} standard deviations, {falls}. Checkpoints of the gap are never the best one."
+        )
+
+
+@dataclass
+class _Reference:
+    """Scores of the evaluation at which a held-out reward was highest; the last one that was sound, with its scores."""
+
+    scores: Scores
+    sound: int
+    trained: Scores
+
+
+@dataclass
+class _Spread:
+    """Running sums of the diversity of groups."""
+
+    count: float = 0.0
+    total: float = 0.0
+    squares: float = 0.0
+
+    def add(self, other: _Spread) -> None:
+        self.count, self.total = self.count + other.count, self.total + other.total
+        self.squares += other.squares
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count
+
+    @property
+    def error(self) -> float:
+        if self.count < 2:
+            return math.inf
+        variance = max(0.0, self.squares / self.count - self.mean**2) * self.count / (self.count - 1)
+        return math.sqrt(variance / self.count)
+
+
+def _scale(first: Scores, now: Scores) -> float:
+    # a strict score may be 0 for every image at first
+    return float(first.std()) or float(now.std())
+
+
+def _paired(after: Scores, before: Scores, scale: float) -> Change:
+    """The mean of `after - before` over `scale`. One image has no standard error."""
+    difference = after - before
+    if scale <= 0 or not np.any(difference):
+        return Change(0.0, 0.0)
+    if len(difference) < 2:
+        return Change(float(difference.mean()) / scale, math.inf)
+    error = float(difference.std(ddof=1)) / math.sqrt(len(difference))
+    return Change(float(difference.mean()) / scale, error / scale)
+
+
+@dataclass
+class Tripwire:
+    """Compares evaluation after evaluation; its `state` is what a resumed run goes on from.
+
+    Attributes:
+        tolerance: fall of a held-out reward that is tolerated, in standard deviations over images.
+        min_diversity: share of the first rollout's diversity that samples of one prompt have to keep.
+    """
+
+    tolerance: float
+    min_diversity: float
+    _trained: Scores | None = field(default=None, init=False)
+    _first: dict[str, Scores] = field(default_factory=dict, init=False)
+    _best: dict[str, _Reference] = field(default_factory=dict, init=False)
+    _diverse_at_first: _Spread = field(default_factory=_Spread, init=False)
+    _diverse: _Spread = field(default_factory=_Spread, init=False)
+    _diverse_until: int = field(default=0, init=False)
+
+    def rollout(self, count: float, total: float, squares: float) -> None:
+        """Takes the diversity of one rollout: the number of groups, the sum over them, and the sum of squares."""
+        if self._diverse_at_first.count == 0:
+            self._diverse_at_first = _Spread(count, total, squares)
+        self._diverse.add(_Spread(count, total, squares))
+
+    def evaluation(self, iteration: int, trained: NDArray[np.float64], held_out: Mapping[str, Scores]) -> Verdict:
+        """Judges an evaluation; the first one is the untouched model.
+
+        Args:
+            iteration: iterations done.
+            trained: the trained mixture of every image.
+            held_out: the total of every reward that is not trained, for the same images in the same order.
+        """
+        if self._trained is None:
+            self._trained, self._first = trained, dict(held_out)
+            self._best = {name: _Reference(scores, iteration, trained) for name, scores in held_out.items()}
+        gain = _paired(trained, self._trained, _scale(self._trained, trained))
+        readings = [self._reward(name, iteration, trained, scores) for name, scores in held_out.items()]
+        if spread := self._diversity(iteration):
+            readings.append(spread)
+        risen = gain.low > 0
+        hacked = tuple(r for r in readings if risen and r.lost and self._still_up(r.name, trained))
+        return Verdict(iteration, gain, tuple(readings), hacked)
+
+    def _still_up(self, name: str, trained: Scores) -> bool:
+        """Whether the trained reward has not fallen since the gap opened: a run that loses both is no hacker."""
+        known = self._best.get(name)
+        return known is None or _paired(trained, known.trained, 1.0).high >= 0
+
+    def _reward(self, name: str, iteration: int, trained: Scores, scores: Scores) -> Reading:
+        best = self._best[name]
+        if scores.mean() > best.scores.mean():
+            best = self._best[name] = _Reference(scores, iteration, trained)
+        loss = _paired(best.scores, scores, _scale(self._first[name], scores))
+        before, now = float(best.scores.mean()), float(scores.mean())
+        reading = Reading(name, loss, self.tolerance, before, now, best.sound)
+        if reading.sound:
+            best.sound, best.trained = iteration, trained
+        return reading
+
+    def _diversity(self, iteration: int) -> Reading | None:
+        first, since = self._diverse_at_first, self._diverse
+        if since.count == 0 or first.mean <= 0:
+            return None
+        share = since.mean / first.mean
+        error = math.hypot(since.error, share * first.error) / first.mean
+        loss, limit = Change(1 - share, error), 1 - self.min_diversity
+        reading = Reading(DIVERSITY, loss, limit, first.mean, since.mean, self._diverse_until)
+        if reading.sound:
+            self._diverse_until = iteration
+        self._diverse = _Spread()
+        return reading
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs, as nested values with tensors."""
+        return {
+            "trained": None if self._trained is None else torch.from_numpy(self._trained.copy()),
+            "first": {name: torch.from_numpy(x.copy()) for name, x in self._first.items()},
+            "best": {
+                name: {
+                    "scores": torch.from_numpy(x.scores.copy()),
+                    "trained": torch.from_numpy(x.trained.copy()),
+                    "sound": x.sound,
+                }
+                for name, x in self._best.items()
+            },
+            "diversity": [[x.count, x.total, x.squares] for x in (self._diverse_at_first, self._diverse)],
+            "diverse_until": self._diverse_until,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Puts back what `state` gave."""
+        self._trained = None if state["trained"] is None else state["trained"].numpy()
+        self._first = {name: x.numpy() for name, x in state["first"].items()}
+        self._best = {
+            name: _Reference(x["scores"].numpy(), x["sound"], x["trained"].numpy()) for name, x in state["best"].items()
+        }
+        self._diverse_at_first, self._diverse = (_Spread(*sums) for sums in state["diversity"])
+        self._diverse_until = state["diverse_until"]

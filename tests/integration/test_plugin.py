@@ -1,0 +1,52 @@
+"""The worked third-party package: installed by pip, found by its entry point, and used through the command line."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "examples" / "fmg-plugin-warmth"
+
+# One process for all commands: most of the time goes into importing torch and diffusers.
+PROGRAM = """
+import sys
+from fmg.cli.main import main
+assert "torch" not in sys.modules
+assert main(["list", "rewards"]) == 0
+assert "torch" not in sys.modules, "listing the components of the package imported torch"
+assert main(["show", "reward", "warmth"]) == 0
+assert main(["check-component", "reward", "warmth"]) == 0
+assert main(["check-component", "fmg_warmth.stochasticizer:Halfway", "--set", "fraction=0.8"]) == 0
+small = ["rollout.groups=2", "rollout.group_size=4", "rollout.steps=2", "eval.num=8", "eval.rewards=[shapes]"]
+flags = [word for value in small for word in ("--set", value)]
+parts = ["--reward", "warmth", "--stochasticizer", "asfmc-halfway"]
+assert main(["train", *parts, "--iterations", "2", "--run", "run", *flags]) == 0
+assert main(["train", "--model", "scm-shapes", *parts, "--dry-run"]) == 2
+"""
+
+
+def test_the_example_works_as_installed(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "installed"
+    # pip builds in the folder of the sources
+    shutil.copytree(EXAMPLE, source)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]
+    subprocess.run([*pip, "--no-deps", "--no-build-isolation", "--target", str(target), str(source)], check=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(target), str(ROOT)])}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Warm colours: red minus blue" in done.stdout
+    assert "It keeps every rule." in done.stdout
+    assert "needs a two-time map" in done.stderr
+    recipe = (tmp_path / "run" / "recipe.yaml").read_text()
+    assert "name: warmth" in recipe
+    assert "name: asfmc-halfway" in recipe

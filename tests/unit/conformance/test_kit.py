@@ -1,0 +1,239 @@
+"""The conformance kit: what fmg ships keeps the contract, and each planted violation is named by its rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar
+
+import pytest
+import torch
+from pydantic import ConfigDict, Field
+from torch import Tensor
+
+from fmg.conformance import assert_conforms, check_component
+from fmg.core.errors import UsageError
+from fmg.core.protocols import FlowMap
+from fmg.core.specs import Requirements
+from fmg.core.types import Conditioning, RewardOutput
+from fmg.flow import Gaussian, expand
+from fmg.registry import rewards, stochasticizers
+from fmg.registry.config import About, ComponentConfig, StochasticizerConfig
+from fmg.registry.registry import Registry
+from tests.support.cli import fmg
+
+SHIPPED = [
+    *(("stochasticizer", name) for name in ("asfmc", "asfmc-endpoint", "asfmc-euler", "flow-sde", "dance-sde", "cps")),
+    *(("reward", name) for name in ("shapes", "shapes-quality", "text-fidelity", "jpeg-compressibility")),
+    *(("objective", name) for name in ("grpo", "grpo-guard", "rwfm")),
+    *(("optimizer", name) for name in ("adamw", "muon", "adafactor", "sgd")),
+    ("prompt-set", "shapes-heldout"),
+    ("feature-extractor", "pixels"),
+    ("model", "scm-shapes"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), SHIPPED)
+def test_what_is_shipped_conforms(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # test_lazy_import checks all configs in one process instead of one process each
+    from fmg.conformance import configs
+
+    kept = tuple(rule for rule in configs.RULES if rule.name != "config imports no torch")
+    monkeypatch.setattr("fmg.conformance.check.RULES", kept)
+    assert_conforms(kind, name)
+
+
+@pytest.fixture
+def registry_state() -> Iterator[None]:
+    """Takes back what a test registers."""
+    registries: tuple[Registry[object], ...] = (rewards, stochasticizers)  # type: ignore[assignment]
+    before = [(dict(r._rows), dict(r._configs), dict(r._factories)) for r in registries]
+    yield
+    for registry, (rows, configs, factories) in zip(registries, before, strict=True):
+        registry._rows, registry._configs, registry._factories = rows, configs, factories
+
+
+def broken_rules(kind: str, name: str) -> dict[str, str]:
+    return {finding.rule: finding.text for finding in check_component(kind, name).violations}
+
+
+class PlainConfig(ComponentConfig):
+    """Options of the planted rewards."""
+
+    about: ClassVar[About] = About(licence="MIT")
+
+
+Score = Callable[[Tensor], Tensor]
+
+
+def brightness(images: Tensor) -> Tensor:
+    return images.mean(dim=(1, 2, 3))
+
+
+def against_neighbours(images: Tensor) -> Tensor:
+    values = brightness(images)
+    return values - values.mean()
+
+
+def noisy(images: Tensor) -> Tensor:
+    return brightness(images) + torch.rand(len(images))
+
+
+def sorted_scores(images: Tensor) -> Tensor:
+    return brightness(images).sort().values
+
+
+def darkening(images: Tensor) -> Tensor:
+    return brightness(images.mul_(0.5))
+
+
+def hiding(images: Tensor) -> Tensor:
+    return brightness(images).nan_to_num(0.0)
+
+
+def one_number(images: Tensor) -> Tensor:
+    return brightness(images).mean()
+
+
+def logarithm(images: Tensor) -> Tensor:
+    return brightness(images).log()
+
+
+@pytest.mark.usefixtures("registry_state")
+@pytest.mark.parametrize(
+    ("score", "rule", "says"),
+    [
+        (against_neighbours, "independent of the batch", "one by one"),
+        (noisy, "deterministic", "scores the same pictures again"),
+        (sorted_scores, "follows the order of images", "another order"),
+        (darkening, "leaves its inputs alone", "changes the pictures"),
+        (hiding, "hides no broken picture", "finite score"),
+        (one_number, "one finite score an image", "shaped ()"),
+        (logarithm, "scores black and white", "black picture"),
+    ],
+)
+def test_a_planted_violation_of_a_reward_is_named(score: Score, rule: str, says: str) -> None:
+    @rewards.register("planted", PlainConfig, "A planted violation")
+    class Planted:
+        def __init__(self, config: PlainConfig) -> None:
+            pass
+
+        def __call__(self, images: Tensor, prompts: Sequence[str]) -> RewardOutput:
+            return RewardOutput(score(images), {})
+
+    found = broken_rules("reward", "planted")
+    assert says in found[rule]
+    with pytest.raises(AssertionError, match=rule):
+        assert_conforms("reward", "planted")
+
+
+@pytest.mark.usefixtures("registry_state")
+def test_a_careless_config_is_named() -> None:
+    class Careless(ComponentConfig):
+        model_config = ConfigDict(extra="ignore", frozen=False)
+        strength: float = 1.0
+
+    @rewards.register("careless", Careless)
+    class Reward:
+        def __init__(self, config: Careless) -> None:
+            pass
+
+        def __call__(self, images: Tensor, prompts: Sequence[str]) -> RewardOutput:
+            return RewardOutput(brightness(images), {})
+
+    found = broken_rules("reward", "careless")
+    assert found.keys() == {"summary", "licence", "options are described", "options are strict"}
+    assert "strength" in found["options are described"]
+
+
+class KernelConfig(StochasticizerConfig):
+    """Options of the planted stochasticizers."""
+
+    about: ClassVar[About] = About(licence="MIT")
+    fault: str = Field("", description="what is wrong with it")
+
+    def requires(self) -> Requirements:
+        return Requirements(anchors="any", path="any", calls=1, min_target_time=0.0)
+
+
+class Kernel:
+    """`asfmc` with the anchor s / 2, and faults."""
+
+    path_preserving = True
+
+    def __init__(self, config: KernelConfig) -> None:
+        self._fault = config.fault
+        self._drawn = torch.Generator().manual_seed(0)
+
+    def transition(self, flow_map: FlowMap, x_t: Tensor, t: Tensor, s: Tensor, cond: Conditioning) -> Gaussian:
+        anchor = s / 2
+        scale, std = flow_map.path.kernel(anchor, s)
+        x_a = flow_map.jump(x_t, t, anchor, cond)
+        if self._fault == "second call":
+            flow_map.jump(x_t, t, anchor, cond)
+        if self._fault == "narrow":
+            std = 0.5 * std
+        if self._fault == "learned std":
+            std = std * (1 + 0.01 * x_a.float().flatten(1).mean(1) ** 2)
+        if self._fault == "noise":
+            x_a = x_a + 0.01 * torch.randn(x_a.shape, generator=self._drawn)
+        if self._fault == "batch":
+            x_a = x_a - 0.1 * x_a.mean(0)
+        return Gaussian(expand(scale, x_a) * x_a, std)
+
+
+@pytest.mark.usefixtures("registry_state")
+@pytest.mark.parametrize(
+    ("fault", "rule"),
+    [
+        ("second call", "network calls as declared"),
+        ("narrow", "marginals as declared"),
+        ("learned std", "parameters in the mean alone"),
+        ("noise", "replay gives ratio 1"),
+        ("batch", "rows are independent"),
+    ],
+)
+def test_a_planted_violation_of_a_stochasticizer_is_named(fault: str, rule: str) -> None:
+    stochasticizers.register("planted", KernelConfig)(Kernel)
+    found = {f.rule for f in check_component("stochasticizer", "planted", {"fault": fault}).violations}
+    # a single-time map refuses interior times by itself
+    assert "refuses what it does not fit" not in found
+    assert rule in found
+
+
+@pytest.mark.usefixtures("registry_state")
+def test_a_kernel_that_uses_a_map_it_does_not_fit_is_named() -> None:
+    class Endpoint:
+        path_preserving = False
+
+        def __init__(self, config: KernelConfig) -> None:
+            pass
+
+        def transition(self, flow_map: FlowMap, x_t: Tensor, t: Tensor, s: Tensor, cond: Conditioning) -> Gaussian:
+            return Gaussian(flow_map.jump(x_t, t, torch.zeros_like(s), cond), s)
+
+    stochasticizers.register("planted", KernelConfig, "Declares more than it needs")(Endpoint)
+    assert "single-time map" in broken_rules("stochasticizer", "planted")["refuses what it does not fit"]
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "says"),
+    [
+        ("warmth", None, "neither a kind with a name nor module:attribute"),
+        ("no.such.module:Thing", None, "cannot be imported"),
+        ("fmg.flow:Gaussian", None, "is not registered"),
+        ("backend", "torch", "There are no rules for a backend"),
+    ],
+)
+def test_what_cannot_be_examined(target: str, name: str | None, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        check_component(target, name)
+
+
+def test_a_function_is_examined_as_a_reward(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("mine")
+    (folder / "my_functions.py").write_text("def red(images, prompts):\n    return images[:, 0].mean(dim=(1, 2))\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        done = fmg("check-component", "my_functions:red")
+    assert done.code == 0, done.stdout + done.stderr
+    assert "It keeps every rule." in done.stdout

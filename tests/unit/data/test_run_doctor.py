@@ -1,0 +1,115 @@
+"""The doctor of runs on synthetic logs: each sign leads to its knob, and a healthy log to nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fmg.data.run_doctor import LIMITS, RULES, Log, examine_log
+from fmg.data.run_folder import RunFolder
+from tests.support.cli import fmg
+
+Lines = list[dict[str, object]]
+
+HEALTHY: dict[str, object] = {
+    "approx_kl": 2e-4,
+    "clip_frac": 0.3,
+    "zero_std_ratio": 0.05,
+    "grad_norm": 0.4,
+    "ratio_max": 1.01,
+    "loss": 0.0,
+    "skipped_updates": 0.0,
+}
+
+
+def log(iterations: int = 30, scores: tuple[float, float] = (0.5, 0.7), **changes: object) -> Lines:
+    """A run with two evaluations; `changes` replace values of every iteration, `last_...` of the last evaluation."""
+    final = {key.removeprefix("last_"): value for key, value in changes.items() if key.startswith("last_")}
+    values = HEALTHY | {key: value for key, value in changes.items() if not key.startswith("last_")}
+    first, last = ({"eval/score": score, "eval/score_se": 0.01} for score in scores)
+    lines: Lines = [{"iteration": 0, **first}]
+    lines += [{"iteration": i + 1, "reward/mean": 0.5 + 0.005 * i, **values} for i in range(iterations)]
+    lines.append({"iteration": iterations, **last, **{key.replace("__", "/"): value for key, value in final.items()}})
+    return lines
+
+
+def signs(lines: Lines) -> list[tuple[str, str]]:
+    return [(advice.severity, advice.knob) for advice in examine_log(Log.of(lines))]
+
+
+HACKED = {
+    "last_watch__trained_gain": 2.0,
+    "last_watch__trained_gain_se": 0.05,
+    "last_watch__shapes-quality_loss": 0.3,
+    "last_watch__shapes-quality_loss_se": 0.04,
+    "last_watch__diversity_loss": 0.6,
+    "last_watch__diversity_loss_se": 0.01,
+}
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (log(), []),
+        (log(scores=(0.5, 0.5), approx_kl=1e-7), [("problem", "optimizer.lr")]),
+        # a KL that small is no fault of a run that learns
+        (log(approx_kl=1e-7), []),
+        (log(approx_kl=0.05), [("problem", "optimizer.lr")]),
+        (log(clip_frac=0.97), [("problem", "objective.clip_range")]),
+        (log(clip_frac=0.0), [("note", "objective.clip_range")]),
+        (log(scores=(0.5, 0.5), zero_std_ratio=0.8, iterations=5), [("problem", "rollout.group_size")]),
+        # solved
+        (log(scores=(0.5, 0.99), zero_std_ratio=0.8), [("note", "rollout.group_size")]),
+        (log(ratio_max=3.0), [("problem", "optimizer.lr")]),
+        (log(grad_norm=50.0), [("note", "train.max_grad_norm")]),
+        (log(**{"reward/dropped": 0.2}), [("problem", "rewards")]),
+        (log(skipped_updates=1.0), [("note", "objective.target_kl")]),
+        (log(scores=(0.7, 0.6)), [("problem", "optimizer.lr")]),
+        (log(scores=(0.5, 0.51)), [("problem", "rollout.groups")]),
+        # too early to say
+        (log(scores=(0.5, 0.51), iterations=8), []),
+        (log(**HACKED), [("problem", "objective.kl_beta")]),
+        (log(**{**HACKED, "last_watch__shapes-quality_loss_se": 0.2}), []),
+        (log(**{**HACKED, "last_watch__trained_gain": 0.1}), []),
+        (log(**{"last_eval_ema__score": 0.6, "last_eval_ema__score_se": 0.01}), [("note", "train.ema_decay")]),
+        (log(loss=None, grad_norm=None), []),
+        (log(**{"last_eval__score": None}), [("problem", "optimizer.lr")]),
+    ],
+)
+def test_a_sign_leads_to_its_knob(lines: Lines, expected: list[tuple[str, str]]) -> None:
+    if lines[5].get("loss", 0.0) is None:
+        expected = [("problem", "optimizer.lr")]
+    assert signs(lines) == expected
+
+
+def test_problems_come_first() -> None:
+    severities = [severity for severity, _ in signs(log(grad_norm=50.0, clip_frac=0.97, skipped_updates=1.0))]
+    assert severities == ["problem", "note", "note"]
+
+
+def test_an_empty_and_a_young_log_say_nothing() -> None:
+    assert signs([]) == []
+    assert signs(log()[:1]) == []
+    assert signs(log()[1:3]) == []
+
+
+def test_the_page_states_every_threshold() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "doctor.md").read_text(encoding="utf-8")
+    for name, limit in LIMITS.items():
+        shown = f"{limit:.0e}".replace("e-0", "e-") if limit < 1e-3 else f"{limit:g}"
+        assert f"| {name} | {shown} |" in page
+    assert len(RULES) >= 10
+
+
+def test_the_command(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", "meanflow-shapes")
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in log(clip_frac=0.97)))
+    shown = fmg("doctor", "run", str(run.path))
+    assert shown.code == 1
+    assert "objective.clip_range" in shown.stdout
+    (advice,) = json.loads(fmg("doctor", "run", str(run.path), "--json").stdout)
+    assert advice["severity"] == "problem"
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in log()))
+    assert fmg("doctor", "run", str(run.path)).stdout == "Nothing in the log looks wrong.\n"

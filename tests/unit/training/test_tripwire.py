@@ -1,0 +1,138 @@
+"""The rule of the tripwire, on scores whose true course is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fmg.training.state_files import read_state, write_state
+from fmg.training.tripwire import ERRORS, Tripwire, Verdict
+
+Course = Callable[[int], float]
+N = 1000
+STD = 0.2
+
+
+def wire() -> Tripwire:
+    return Tripwire(tolerance=0.15, min_diversity=0.1)
+
+
+def scores(rng: np.random.Generator, common: NDArray[np.float64], mean: float, own: float = 0.1) -> NDArray[np.float64]:
+    """Scores of the same prompts and noise: a part that evaluations share, and one that is new in each."""
+    values: NDArray[np.float64] = mean + STD * (common + own * rng.standard_normal(len(common)))
+    return values
+
+
+def run(
+    trained: Course, held_out: Course, evaluations: Sequence[int], seed: int = 0, tripwire: Tripwire | None = None
+) -> list[Verdict]:
+    rng = np.random.default_rng(seed)
+    shared = rng.standard_normal((2, N))
+    tripwire = tripwire or wire()
+    return [
+        tripwire.evaluation(i, scores(rng, shared[0], trained(i)), {"held": scores(rng, shared[1], held_out(i))})
+        for i in evaluations
+    ]
+
+
+def test_a_gap_is_reported_with_where_it_began() -> None:
+    verdicts = run(lambda i: 0.01 * i, lambda i: 0.8 - 0.01 * max(0, i - 4), range(0, 20, 2))
+    found = next(v for v in verdicts if v.hacked)
+    # it is confidently beyond 0.15 stds = 3 points soon after it has passed them, which is at iteration 7
+    assert found.iteration in (8, 10)
+    assert found.began == 6
+    assert "after iteration 6" in found.text()
+    assert "held fell from 0.799" in found.text()
+    assert all(v.sound for v in verdicts if v.iteration <= 6)
+    assert not any(v.sound for v in verdicts if v.iteration >= 8)
+
+
+def test_what_rose_first_is_compared_with_its_peak() -> None:
+    verdicts = run(lambda i: 0.01 * i, lambda i: 0.7 + 0.02 * min(i, 10) - 0.02 * max(0, i - 10), range(0, 20, 2))
+    found = next(v for v in verdicts if v.hacked)
+    (lost,) = found.hacked
+    assert lost.before == pytest.approx(0.9, abs=0.02)
+    assert 10 <= lost.since <= 12
+    # still above where the run began
+    assert lost.now > 0.7
+
+
+def test_a_run_that_loses_everything_is_no_hacker() -> None:
+    assert not any(v.hacked for v in run(lambda i: 0.8 - 0.01 * i, lambda i: 0.8 - 0.01 * i, range(0, 20, 2)))
+    reversed_later = run(
+        lambda i: 0.5 + 0.02 * min(i, 8) - 0.04 * max(0, i - 8), lambda i: 0.8 - 0.02 * max(0, i - 8), range(0, 14, 2)
+    )
+    assert not any(v.hacked for v in reversed_later)
+
+
+def test_false_alarms_are_rare_at_the_bound_and_absent_below_it() -> None:
+    """A true loss of exactly the tolerance is what the stated probability is of; half of it is nothing at all."""
+    at, below = 0, 0
+    for seed in range(400):
+        flat = run(lambda i: 0.1 * (i > 0), lambda i: 0.8 - 0.15 * STD * (i > 0), (0, 1), seed)
+        half = run(lambda i: 0.1 * (i > 0), lambda i: 0.8 - 0.075 * STD * (i > 0), range(6), seed)
+        at += bool(flat[-1].hacked)
+        below += any(v.hacked for v in half)
+    assert ERRORS == 3
+    # 400 x 0.00135 is half a run
+    assert at <= 4
+    assert below == 0
+
+
+def test_few_images_are_not_enough_to_stop_a_run() -> None:
+    tripwire = wire()
+    low, high = np.array([0.0, 1.0, 0.5, 0.2]), np.array([0.9, 0.2, 0.7, 0.6])
+    tripwire.evaluation(0, low, {"held": high})
+    assert not tripwire.evaluation(1, low + 1, {"held": high - np.array([0.1, 0.5, 0.0, 0.3])}).hacked
+    one = wire()
+    one.evaluation(0, low[:1], {"held": high[:1]})
+    assert not one.evaluation(1, low[:1] + 1, {"held": high[:1] - 1}).hacked
+
+
+def test_a_strict_score_that_was_zero_for_every_image_has_a_scale() -> None:
+    tripwire = wire()
+    zero, held = np.zeros(N), np.linspace(0, 1, N)
+    tripwire.evaluation(0, zero, {"held": held})
+    verdict = tripwire.evaluation(1, (np.arange(N) % 2).astype(np.float64), {"held": held - 0.3})
+    assert verdict.gain.value == pytest.approx(1.0)
+    assert [r.name for r in verdict.hacked] == ["held"]
+
+
+@pytest.mark.parametrize(("later", "caught"), [(0.5, False), (0.02, True)])
+def test_collapsed_diversity(later: float, caught: bool) -> None:
+    tripwire, rng = wire(), np.random.default_rng(0)
+    base = rng.standard_normal(N)
+    assert not tripwire.evaluation(0, base, {}).readings
+    for iteration in range(1, 5):
+        groups = (1.0 if iteration < 3 else later) * rng.uniform(0.8, 1.2, 24)
+        tripwire.rollout(len(groups), groups.sum(), np.square(groups).sum())
+        if iteration % 2 == 0:
+            verdict = tripwire.evaluation(iteration, base + iteration, {})
+            assert bool(verdict.hacked) == (caught and iteration == 4)
+    assert verdict.metrics()["watch/diversity_loss"] == pytest.approx(1 - later, abs=0.1)
+    if caught:
+        assert verdict.began == 2
+
+
+def test_a_restored_tripwire_goes_on_as_the_saved_one(tmp_path_factory: pytest.TempPathFactory) -> None:
+    def feed(tripwire: Tripwire, iterations: range) -> list[Verdict]:
+        rng = np.random.default_rng(5)
+        found = []
+        for i in iterations:
+            base = np.random.default_rng(1).standard_normal((2, N))
+            tripwire.rollout(4, 2.0 + 0.1 * i, 1.2)
+            trained, held = base[0] + 0.1 * i, base[1] - 0.1 * i + 0.01 * rng.standard_normal(N)
+            found.append(tripwire.evaluation(i, trained, {"held": held}))
+        return found
+
+    whole, before, after = wire(), wire(), wire()
+    for early in (whole, before):
+        feed(early, range(3))
+        early.rollout(4, 1.0, 0.5)
+    folder = tmp_path_factory.mktemp("state")
+    write_state(folder, {"tripwire": before.state()})
+    after.restore(read_state(folder)["tripwire"])
+    assert feed(after, range(3, 8)) == feed(whole, range(3, 8))
