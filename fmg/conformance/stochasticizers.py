@@ -56,9 +56,8 @@ class StochasticizerCase:
 
     def transition(self, flow_map: FlowMap, x: Tensor, t: float, s: float) -> Density:
         """The density after `x`."""
-        rows = len(x)
-        times = (torch.full((rows,), value, dtype=torch.float64) for value in (t, s))
-        return self.stochasticizer.transition(flow_map, x, *times, unconditional(rows))
+        t_rows, s_rows = (torch.full((len(x),), value, dtype=torch.float64) for value in (t, s))
+        return self.stochasticizer.transition(flow_map, x, t_rows, s_rows, unconditional(len(x)))
 
 
 def _declares(case: StochasticizerCase) -> None:
