@@ -14,7 +14,7 @@ from statistics import mean, median
 from typing import Literal
 
 from fmg.core.errors import UsageError
-from fmg.data.run_folder import RunFolder, read_metrics
+from fmg.data.run_folder import RunFolder, is_run, read_metrics
 from fmg.data.run_metrics import AVERAGED, PREFIX, REWARD
 
 Severity = Literal["problem", "note"]
@@ -98,6 +98,8 @@ def examine_run(run: str | Path) -> list[Advice]:
         CheckpointError: a line of the log is damaged.
     """
     folder = RunFolder(Path(run))
+    if not is_run(folder.path):
+        raise UsageError(f"'{run}' is not a run folder", "Name one that `fmg train` made; `fmg runs` lists them.")
     folder.state()
     lines = read_metrics(folder.metrics)
     if not lines:

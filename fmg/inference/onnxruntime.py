@@ -219,7 +219,7 @@ class BoundOnnxRuntime:
         except Exception as error:
             raise _failed(graph, error) from error
         (output,) = binding.get_outputs()
-        return torch.utils.dlpack.from_dlpack(output.to_dlpack())
+        return torch.utils.dlpack.from_dlpack(output)
 
     def free(self, graphs: Iterable[str]) -> None:
         """Drops the sessions of these graphs."""

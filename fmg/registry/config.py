@@ -38,6 +38,9 @@ class ComponentConfig(BaseModel):
 
     about: ClassVar[About] = About()
 
+    judges: ClassVar[bool] = True
+    """Of a reward: whether less of it is worse. A plain measurement, held out, is no sign of reward hacking."""
+
     needs_consent: ClassVar[Mapping[str, str]] = {}
     """Options that a recipe file may set only with the user's consent, and what each lets the file's author do."""
 

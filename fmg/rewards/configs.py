@@ -13,6 +13,8 @@ from fmg.registry.config import ComponentConfig
 class JpegConfig(ComponentConfig):
     """Size of an image as a JPEG file."""
 
+    judges: ClassVar[bool] = False
+
     quality: int = Field(default=95, ge=1, le=100, description="JPEG quality")
 
 

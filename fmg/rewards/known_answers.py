@@ -67,8 +67,21 @@ def disc() -> Picture:
     return _tensor(picture.resize((32, 32), Image.Resampling.BOX))
 
 
+def tag() -> Picture:
+    """CAT in the dark ink of the text world on white, 24 x 24, each letter in its slot."""
+    picture = Image.new("RGB", (24, 24), "white")
+    for x, letter in zip((4, 12, 20), "CAT", strict=True):
+        ImageDraw.Draw(picture).text((x, 12), letter, (20, 20, 30), ImageFont.load_default(12), anchor="mm")
+    return _tensor(picture)
+
+
+def blank_tag() -> Picture:
+    """Nothing, 24 x 24."""
+    return torch.ones(3, 24, 24)
+
+
 PICTURES: Mapping[str, Callable[[], Picture]] = MappingProxyType(
-    {"gradient": gradient, "white": white, "sign": sign, "disc": disc}
+    {"gradient": gradient, "white": white, "sign": sign, "disc": disc, "tag": tag, "blank tag": blank_tag}
 )
 
 KNOWN_ANSWERS: Mapping[str, tuple[KnownAnswer, ...]] = MappingProxyType(
@@ -91,6 +104,10 @@ KNOWN_ANSWERS: Mapping[str, tuple[KnownAnswer, ...]] = MappingProxyType(
         ),
         "shapes-quality": (
             KnownAnswer("disc", "a red circle", 1.0, 1e-6, "the rule: one object", part="recognisable"),
+        ),
+        "text-fidelity": (
+            KnownAnswer("tag", "anything", 1.0, 0.01, "the rule: a printed sign and nothing else"),
+            KnownAnswer("blank tag", "anything", 0.0, 1e-6, "the rule: without ink there is no contrast"),
         ),
     }
 )

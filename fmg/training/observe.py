@@ -75,8 +75,10 @@ class Watcher:
 
     @property
     def held_out(self) -> tuple[str, ...]:
-        """Rewards that are measured and not trained."""
-        return tuple(name for name in self.composed.measured if name not in self.composed.reward.weights())
+        """Rewards that are measured and not trained, and of which less is worse."""
+        judging = {reward.label for reward in self.composed.recipe.measured_rewards if reward.config.judges}
+        trained = self.composed.reward.weights()
+        return tuple(name for name in self.composed.measured if name in judging and name not in trained)
 
     def judge(self, iteration: int) -> Verdict:
         """What the tripwire says of the evaluation that was made last."""
@@ -84,16 +86,14 @@ class Watcher:
         held_out = {name: self._judged.parts[name, "total"] for name in self.held_out}
         return self.tripwire.evaluation(iteration, self._totals(self._judged), held_out)
 
-    def diversity(self, images: Float[Tensor, "n 3 h w"], groups: Int[Tensor, " n"], total: int) -> dict[str, float]:
+    def diversity(self, images: Float[Tensor, "n 3 h w"], groups: Int[Tensor, " n"]) -> dict[str, float]:
         """Mean squared distance of the images of a rollout group, at the resolution of the extractor `pixels`.
 
         Args:
-            images: this process's share of the images.
+            images: this process's share of the images, without those that fill up.
             groups: the group of each.
-            total: images of all processes.
         """
-        own = self.processes.share(total).own
-        values = within_groups(self._pixels(images[:own]).maps.numpy(), groups[:own].numpy())
+        values = within_groups(self._pixels(images).maps.numpy(), groups.numpy()) if len(images) else np.empty(0)
         sums = {"count": len(values), "total": values.sum(), "squares": np.square(values).sum()}
         found = self.processes.combine({name: float(value) for name, value in sums.items()})
         if found["count"] == 0:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from fmg.core.errors import CheckpointError, UsageError
@@ -121,6 +122,10 @@ class Fixed:
     @property
     def image_array(self) -> NDArray[np.float32]:
         return self._images
+
+    @property
+    def images(self) -> torch.Tensor:
+        return torch.from_numpy(self._images)
 
 
 def test_differences_of_pictures() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,9 +30,9 @@ PROMPTS = [SUBJECTS[i % 5] for i in range(20)]
 SEEDS = [7 * i for i in range(20)]
 
 
-def drawn(target: object, **options: object) -> NDArray[np.float32]:
+def drawn(target: object, prompts: Sequence[str] = PROMPTS, **options: object) -> NDArray[np.float32]:
     with load(target, device="cpu", **options) as generator:  # type: ignore[arg-type]
-        return generator.generate(PROMPTS, SEEDS).image_array
+        return generator.generate(prompts, SEEDS).image_array
 
 
 def largest(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
@@ -43,10 +44,12 @@ def test_it_draws_the_pictures_of_torch(kind: str, request: pytest.FixtureReques
     run, artifact = (request.getfixturevalue(f"{kind}_{what}") for what in ("run", "artifact"))
     if kind == "student":
         request.getfixturevalue("monkeypatch").setenv("FMG_CACHE", str(run.parent / "cache"))
-    expected = drawn(run)
-    assert largest(drawn(artifact), expected) <= 1e-4
-    assert largest(drawn(artifact, batch_size=1), expected) <= 1e-4
-    base = drawn(run, adapter=False)
+    # the tiny student reads no more than twelve tokens, which are hardly more than letters
+    prompts = [text[-4:] for text in PROMPTS] if kind == "student" else PROMPTS
+    expected = drawn(run, prompts)
+    assert largest(drawn(artifact, prompts), expected) <= 1e-4
+    assert largest(drawn(artifact, prompts, batch_size=1), expected) <= 1e-4
+    base = drawn(run, prompts, adapter=False)
     assert largest(base, expected) > 1 / 255, "the adapter must matter, or this test could not fail"
 
 

@@ -60,7 +60,7 @@ def test_missing_weights_are_not_verified_unless_named() -> None:
     assert set(everything) == set(rewards.names())
     assert (everything["hpsv2"].outcome, everything["hpsv2"].weights) == ("not verified", "missing")
     assert everything["remote"].outcome == "not verified"
-    assert not any(found.outcome == "failed" for found in everything.values())
+    assert [name for name, found in everything.items() if found.outcome == "failed"] == []
     named = one("hpsv2")
     assert (named.outcome, named.weights) == ("failed", "missing")
     assert "fmg fetch reward hpsv2" in named.advice
