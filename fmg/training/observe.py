@@ -86,20 +86,21 @@ class Watcher:
         held_out = {name: self._judged.parts[name, "total"] for name in self.held_out}
         return self.tripwire.evaluation(iteration, self._totals(self._judged), held_out)
 
-    def diversity(self, images: Float[Tensor, "n 3 h w"], groups: Int[Tensor, " n"]) -> dict[str, float]:
+    def diversity(self, images: Float[Tensor, "k 3 h w"], groups: Int[Tensor, " n"], unit: int) -> dict[str, float]:
         """Mean squared distance of the images of a rollout group, at the resolution of the extractor `pixels`.
 
         Args:
-            images: this process's share of the images, without those that fill up.
-            groups: the group of each.
+            images: this process's share of the images.
+            groups: the group of every image.
+            unit: images of one network call, as in `Processes.share`.
         """
-        values = within_groups(self._pixels(images).maps.numpy(), groups.numpy()) if len(images) else np.empty(0)
-        sums = {"count": len(values), "total": values.sum(), "squares": np.square(values).sum()}
-        found = self.processes.combine({name: float(value) for name, value in sums.items()})
-        if found["count"] == 0:
+        # a group may be cut between two processes
+        maps = self.processes.gather(self._pixels(images).maps, len(groups), unit)
+        values = within_groups(maps.numpy(), groups.numpy())
+        if not len(values):
             return {}
-        self.tripwire.rollout(**found)
-        return {"diversity/within_groups": found["total"] / found["count"]}
+        self.tripwire.rollout(float(len(values)), float(values.sum()), float(np.square(values).sum()))
+        return {"diversity/within_groups": float(values.mean())}
 
     def _agreed(self, reward: Reward) -> Reward:
         """The reward, whose failure in one process stops all of them before the next network call."""

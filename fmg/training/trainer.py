@@ -161,8 +161,7 @@ class Trainer:
             own, drawn = draw_samples(self.composed, self.sizes, self.processes, iteration)
         with self._clock("decode"):
             images = decode_samples(self.composed, self.sizes, own)
-        counted = self.processes.share(len(drawn.groups), self.sizes.rollout_batch).own
-        diversity = self._watcher.diversity(images[:counted], own.groups[:counted])
+        diversity = self._watcher.diversity(images, drawn.groups, self.sizes.rollout_batch)
         with self._clock("reward"):
             rewards = score_samples(self.composed, self.sizes, self.processes, own, images, len(drawn.groups))
         scored = ScoredRollout(drawn, rewards, advantages(rewards, drawn.groups, self.composed.recipe, iteration))

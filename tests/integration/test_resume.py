@@ -21,7 +21,7 @@ from fmg.data.run_folder import RunFolder
 from fmg.data.run_lock import run_lock
 from fmg.data.states import newest_state
 from fmg.training.api import resume
-from fmg.training.resume import load_state
+from fmg.training.resume import SCHEMA, load_state
 from fmg.training.state_files import read_state
 
 pytestmark = pytest.mark.slow
@@ -160,7 +160,7 @@ def _truncate(run: Path) -> None:
 
 def _newer_schema(run: Path) -> None:
     file = next(run.glob("state/*/state.json"))
-    file.write_text(file.read_text().replace('["schema", 1]', '["schema", 2]'))
+    file.write_text(file.read_text().replace(f'["schema", {SCHEMA}]', '["schema", 99]'))
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def _newer_schema(run: Path) -> None:
         (_edit_recipe, UsageError, "is not the recipe that the run was begun with"),
         (_replace_state, UsageError, "belongs to another run"),
         (_truncate, CheckpointError, "cannot be read"),
-        (_newer_schema, CheckpointError, "has schema 2"),
+        (_newer_schema, CheckpointError, "has schema 99"),
         (lambda run: shutil.rmtree(run / "state"), UsageError, "no saved state"),
         (lambda run: RunFolder(run).set_state("finished"), UsageError, "is finished"),
         (lambda run: (run / "run.json").unlink(), UsageError, "is not a run folder"),
