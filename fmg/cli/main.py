@@ -113,6 +113,9 @@ app.add_typer(doctor, name="doctor")
 
 def run() -> NoReturn:
     """The entry point of the `fmg` script."""
+    if "--debug" not in sys.argv:
+        # importing diffusers makes transformers advise to install torchvision, which fmg has no use for
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     sys.exit(main(sys.argv[1:]))
 
 

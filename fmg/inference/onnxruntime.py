@@ -103,7 +103,36 @@ def transformer_graph(artifact: Artifact, int8: bool) -> str:
     return name
 
 
-class OnnxRuntime:
+class _SessionRuntime:
+    """What does not depend on where the arrays are."""
+
+    name = NAME
+
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions = sessions
+
+    def free(self, graphs: Iterable[str]) -> None:
+        """Drops the sessions of these graphs."""
+        self._sessions.drop(graphs)
+
+    def clock(self) -> StageClock[Any]:
+        """Wall time: `run` returns when its work is done."""
+        return wall_clock()
+
+    def reset_peak_memory(self) -> None:
+        """Of the process: ONNX Runtime does not tell what it takes of a device."""
+        reset_peak_rss()
+
+    def peak_memory(self) -> int:
+        """Of the process."""
+        return peak_rss()
+
+    def close(self) -> None:
+        """Drops every session."""
+        self._sessions.drop(None)
+
+
+class OnnxRuntime(_SessionRuntime):
     """One session a graph on a CPU, with all of ONNX Runtime's optimisations. Implements `GraphRuntime`.
 
     Args:
@@ -111,12 +140,10 @@ class OnnxRuntime:
         threads: of one operator; None takes OMP_NUM_THREADS, and without that as many as there are cores.
     """
 
-    name = NAME
     device = "cpu"
 
     def __init__(self, artifact: Artifact, *, threads: int | None = None) -> None:
-        self._sessions = Sessions(artifact, [CPU], threads)
-        self._threads = threads
+        super().__init__(Sessions(artifact, [CPU], threads))
 
     @property
     def detail(self) -> str:
@@ -137,10 +164,6 @@ class OnnxRuntime:
             raise _failed(graph, error) from error
         return np.asarray(output, np.float32)
 
-    def free(self, graphs: Iterable[str]) -> None:
-        """Drops the sessions of these graphs."""
-        self._sessions.drop(graphs)
-
     def put(self, array: NDArray[Any]) -> NDArray[Any]:
         """The array itself."""
         return array
@@ -149,24 +172,8 @@ class OnnxRuntime:
         """The array itself."""
         return array
 
-    def clock(self) -> StageClock[Any]:
-        """Wall time: a call returns when its work is done."""
-        return wall_clock()
 
-    def reset_peak_memory(self) -> None:
-        """Of the process."""
-        reset_peak_rss()
-
-    def peak_memory(self) -> int:
-        """Of the process."""
-        return peak_rss()
-
-    def close(self) -> None:
-        """Drops every session."""
-        self._sessions.drop(None)
-
-
-class BoundOnnxRuntime:
+class BoundOnnxRuntime(_SessionRuntime):
     """One session a graph, whose inputs and outputs stay on the device as torch tensors. Implements `GraphRuntime`.
 
     Args:
@@ -176,14 +183,12 @@ class BoundOnnxRuntime:
         threads: as `OnnxRuntime`.
     """
 
-    name = NAME
-
     def __init__(
         self, artifact: Artifact, device: torch.device, providers: Sequence[str], *, threads: int | None = None
     ) -> None:
         self._artifact = artifact
         self._device = device
-        self._sessions = Sessions(artifact, providers, threads, device_id=device.index or 0)
+        super().__init__(Sessions(artifact, providers, threads, device_id=device.index or 0))
 
     @property
     def detail(self) -> str:
@@ -221,10 +226,6 @@ class BoundOnnxRuntime:
         (output,) = binding.get_outputs()
         return torch.utils.dlpack.from_dlpack(output)
 
-    def free(self, graphs: Iterable[str]) -> None:
-        """Drops the sessions of these graphs."""
-        self._sessions.drop(graphs)
-
     def put(self, array: NDArray[Any]) -> torch.Tensor:
         """The array on the device."""
         import torch
@@ -235,22 +236,6 @@ class BoundOnnxRuntime:
         """The tensor in numpy."""
         host: NDArray[np.float32] = array.cpu().numpy()
         return host
-
-    def clock(self) -> StageClock[Any]:
-        """Wall time: `run` waits for the device."""
-        return wall_clock()
-
-    def reset_peak_memory(self) -> None:
-        """Of the process: ONNX Runtime does not tell what it takes of a device."""
-        reset_peak_rss()
-
-    def peak_memory(self) -> int:
-        """Of the process."""
-        return peak_rss()
-
-    def close(self) -> None:
-        """Drops every session."""
-        self._sessions.drop(None)
 
 
 class Sessions:

@@ -1,55 +1,28 @@
-"""A flow map small enough to differentiate by hand: two parameters a coordinate."""
+"""Rollouts of the conformance kit's network, small enough to differentiate by hand: two parameters a coordinate."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from fmg.conformance.toys import GRID, SHAPE, Network, SingleTimeNetwork, ToyPolicies
 from fmg.core.protocols import FlowMap, Stochasticizer
 from fmg.core.types import Conditioning, RewardOutput, ScoredRollout, TransitionRollout
 from fmg.flow import LinearPath, SingleTimeMap, TwoTimeMap
 from fmg.registry import stochasticizers
 from fmg.rl import group_advantages, rollout
 
-GRID = (1.0, 0.75, 0.5, 0.25, 0.0)
-SHAPE = (2, 3)
 
-
-class ToyNetwork(nn.Module):
-    """`u = scale x + shift + 0.3 (t + s)`, coordinate by coordinate, so rounding cannot depend on the batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.linspace(0.2, 0.7, 6).reshape(SHAPE))
-        self.shift = nn.Parameter(torch.linspace(-0.4, 0.4, 6).reshape(SHAPE))
-
-    def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Conditioning) -> Tensor:
-        return self.scale * x + self.shift + 0.3 * (t + s)[:, None, None]
-
-
-class ToySingleTimeNetwork(ToyNetwork):
-    def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:  # type: ignore[override]
-        return super().forward(x, t, torch.zeros_like(t), cond)
-
-
-@dataclass(frozen=True)
-class ToyPolicies:
-    current: FlowMap
-    old: FlowMap
-    reference: FlowMap
-
-
-def two_time() -> tuple[ToyNetwork, TwoTimeMap]:
-    network = ToyNetwork()
+def two_time() -> tuple[Network, TwoTimeMap]:
+    network = Network()
     return network, TwoTimeMap(network, LinearPath())
 
 
-def single_time() -> tuple[ToyNetwork, SingleTimeMap]:
-    network = ToySingleTimeNetwork()
+def single_time() -> tuple[Network, SingleTimeMap]:
+    network = SingleTimeNetwork()
     return network, SingleTimeMap(network, LinearPath())
 
 

@@ -24,7 +24,7 @@ from tests.support.toy import GRID, SHAPE, drawn, grouped, preference, scored, s
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 
 
-def _prepared(config: GrpoConfig) -> tuple[toy.ToyNetwork, toy.ToyPolicies, Grpo, ScoredRollout, Batch]:
+def _prepared(config: GrpoConfig) -> tuple[toy.Network, toy.ToyPolicies, Grpo, ScoredRollout, Batch]:
     network, flow_map = two_time()
     result = drawn(flow_map)
     views, state = toy.policies(network), scored(result, preference(result))

@@ -13,7 +13,7 @@ from fmg.rl import group_advantages, replay_ratio, rollout
 from tests.support import toy
 
 
-class Recording(toy.ToyNetwork):
+class Recording(toy.Network):
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[int] = []

@@ -19,7 +19,7 @@ from fmg.training.update import Updater, partition
 from tests.support import toy
 
 
-def prepared(clip_range: float = 1e-4) -> tuple[toy.ToyNetwork, toy.ToyPolicies, Grpo, Batch]:
+def prepared(clip_range: float = 1e-4) -> tuple[toy.Network, toy.ToyPolicies, Grpo, Batch]:
     network, flow_map = toy.two_time()
     policies = toy.policies(network)
     drawn = toy.drawn(flow_map)
@@ -27,9 +27,7 @@ def prepared(clip_range: float = 1e-4) -> tuple[toy.ToyNetwork, toy.ToyPolicies,
     return network, policies, objective, objective.prepare(toy.scored(drawn, toy.preference(drawn)), policies, 0)
 
 
-def updater(
-    network: toy.ToyNetwork, policies: toy.ToyPolicies, objective: Grpo, micro_batch: int, lr: float
-) -> Updater:
+def updater(network: toy.Network, policies: toy.ToyPolicies, objective: Grpo, micro_batch: int, lr: float) -> Updater:
     parameters = list(network.parameters())
     return Updater(objective, policies, torch.optim.SGD(parameters, lr=lr), parameters, 1.0, micro_batch)
 
