@@ -29,7 +29,7 @@ def verify(
     ] = None,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="Files, precision, each graph, 16 pictures. What is done if nothing is said."),
+        typer.Option("--quick", help="Files, weights, each graph, 16 pictures. What is done if nothing is said."),
     ] = False,
     full: Annotated[bool, typer.Option("--full", help="Also the run's own rewards, on 512 pictures.")] = False,
     alone: Annotated[

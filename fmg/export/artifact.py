@@ -136,7 +136,7 @@ class _Export:
         self._options = options
         self._observer = observer
         self._vae = read_config(source.folder / "vae")
-        self._sampling = _sampling(source, self._vae, options.resolutions)
+        self._sampling = sampling_of(source, self._vae, options.resolutions)
         self._files: dict[str, FileEntry] = {}
         self._graphs: dict[str, Graph] = {}
         self._tokenizers: dict[str, TokenizerFacts] = {}
@@ -231,7 +231,7 @@ class _Export:
         return Manifest(
             schema=1,
             files=dict(sorted(self._files.items())),
-            model=ModelFacts(source.name, _plain(source.transformer.config), _plain(self._vae)),
+            model=ModelFacts(source.name, plain_config(source.transformer.config), plain_config(self._vae)),
             sampling=self._sampling,
             precision=self._options.precision,
             opset=OPSET,
@@ -265,7 +265,17 @@ class _Export:
         }
 
 
-def _sampling(source: ExportSource, vae: Mapping[str, Any], resolutions: Sequence[int] | None) -> Sampling:
+def sampling_of(source: ExportSource, vae: Mapping[str, Any], resolutions: Sequence[int] | None) -> Sampling:
+    """How an artifact of `source` is sampled.
+
+    Args:
+        source: model and run.
+        vae: config of its autoencoder.
+        resolutions: sides of square images; None: the model's own.
+
+    Raises:
+        UsageError: a side is not a whole number of tokens.
+    """
     conventions, rollout = source.conventions, source.recipe.rollout
     scale = latent_scale(vae)
     sizes = tuple(sorted(set(resolutions or (conventions.resolution,))))
@@ -294,7 +304,7 @@ def _range(values: Sequence[int], optimum: int) -> AxisRange:
     return AxisRange(min(values), optimum, max(values))
 
 
-def _plain(config: Mapping[str, Any]) -> dict[str, object]:
+def plain_config(config: Mapping[str, Any]) -> dict[str, object]:
     """A config as JSON has it, without what libraries note about the machine."""
     kept = {key: value for key, value in config.items() if key != "_name_or_path"}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}

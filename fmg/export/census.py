@@ -86,7 +86,8 @@ def census_of(file: Path, asked: Precision) -> Census:
     dtypes = _dtypes(model)
     weights: Counter[str] = Counter()
     for tensor in model.graph.initializer:
-        if len(tensor.dims) >= _WEIGHT_RANK and dtypes[tensor.name] is not None:
+        may = asked in ("bf16", "fp16") and dtypes[tensor.name] == "fp32" and FP32_MAY.search(tensor.name)
+        if len(tensor.dims) >= _WEIGHT_RANK and dtypes[tensor.name] is not None and not may:
             size = 1
             for dim in tensor.dims:
                 size *= dim
@@ -104,7 +105,8 @@ def census_of(file: Path, asked: Precision) -> Census:
             foreign.append(f"{module_of(node) or 'the graph itself'}: {node.op_type} ({kind})")
     # weights of another dtype that are cast before the product would hide from the count of products
     stray = {name: n for name, n in weights.items() if name != asked}
-    if (asked == "fp32" and stray) or sum(stray.values()) > weights[asked]:
+    # an 8-bit graph keeps the small layers at its borders; elsewhere only what may compute in fp32 may be stored so
+    if (asked != "int8" and stray) or sum(stray.values()) > weights[asked]:
         foreign.insert(0, f"weights: {', '.join(f'{n} elements {name}' for name, n in sorted(stray.items()))}")
     if asked == "int8" and not products["int8"]:
         foreign.insert(0, "products: none is int8")

@@ -8,7 +8,9 @@ Attention's products of activations stay fp32, and so do the small layers at the
 
 from __future__ import annotations
 
+import re
 import tempfile
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +28,10 @@ OPERATORS = ("MatMul", "Gemm")
 BORDERS = ("x_embedder.", "context_embedder.", "proj_out.")
 _TRANSPOSED = ".transposed"
 _INLINE_BYTES = 1024
+# `_Transposed` and `_quantized` are ONNX Runtime's
+_DERIVED = re.compile(rf"(?P<weight>.+?)(?P<turned>{re.escape(_TRANSPOSED)}|_Transposed)?(?P<rounded>_quantized)?")
+# Half a step is the rounding of the quantiser; the rest is that of its arithmetic in fp32
+_HALF_STEP = 0.501
 
 
 def require_quantiser() -> None:
@@ -74,6 +80,41 @@ def quantise(graph: Path, out: Path, weights: Path) -> None:
         _move_weights(result, weights)
         ir.save(result, out)
     check_file(out)
+
+
+def other_weight(graph: Path, names: Collection[str], read: Callable[[str], torch.Tensor]) -> str:
+    """The first weight of an 8-bit graph that is not a rounding of the fp32 weight; empty for none.
+
+    Args:
+        graph: what `quantise` wrote.
+        names: of the fp32 weights.
+        read: gives the fp32 weight of a name.
+    """
+    import onnx_ir as ir
+
+    values = {
+        name: value.const_value.numpy()
+        for name, value in ir.load(graph).graph.initializers.items()
+        if value.const_value is not None
+    }
+    for name, stored in values.items():
+        match = _DERIVED.fullmatch(name)
+        assert match is not None, name
+        if match["weight"] not in names:
+            if match["rounded"] or stored.nbytes >= _INLINE_BYTES:
+                return f"'{name}' is no weight of the model"
+            continue
+        exact = read(match["weight"]).numpy()
+        exact = exact.T if match["turned"] else exact
+        if not match["rounded"]:
+            same = np.array_equal(stored, exact)
+        else:
+            scale, zero = (values[name.removesuffix("_quantized") + end] for end in ("_scale", "_zero_point"))
+            steps = stored.astype(np.float32) - np.float32(zero)
+            same = stored.shape == exact.shape and bool((np.abs(steps * scale - exact) <= _HALF_STEP * scale).all())
+        if not same:
+            return f"'{name}' is not the weight of the model and the run in 8 bits"
+    return ""
 
 
 def _transpose_weights(model: ir.Model) -> None:

@@ -23,6 +23,8 @@ PSNR_ALLOWED: Mapping[Precision, float] = {"bf16": 25.0, "fp16": 30.0, "int8": 2
 """Least peak signal-to-noise ratio over all images together, in dB."""
 REWARD_ALLOWED: Mapping[Precision, float] = {"fp32": 0.005, "fp16": 0.02, "bf16": 0.02, "int8": 0.02}
 """Half-width of the band that the 95 % interval of the paired reward gap has to lie in."""
+LEAST_IMAGES = 500
+"""Fewer prove nothing about a reward: where a rule gives both sides equal scores, the interval has no width at all."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,18 @@ class RewardGap:
     images: int
 
     def passed(self, allowed: float) -> bool:
-        """Whether the whole interval lies within `allowed` of zero; one that is too wide to say does not."""
+        """Whether the whole interval lies within `allowed` of zero; with too few images to say it does not."""
+        return not self.problem(allowed)
+
+    def problem(self, allowed: float) -> str:
+        """Why it does not pass; empty when it does."""
         low, high = self.ci95
-        return -allowed <= low and high <= allowed
+        if self.images < LEAST_IMAGES:
+            return f"too few images to say: {self.images} of {LEAST_IMAGES}"
+        if -allowed <= low and high <= allowed:
+            return ""
+        inside = -allowed <= self.gap <= allowed
+        return "the interval is too wide to say: use more images" if inside else "the rewards differ"
 
 
 @dataclass(frozen=True)

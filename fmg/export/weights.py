@@ -22,6 +22,7 @@ from fmg.models.common.reader import STORED_DTYPES
 
 PAGE = 4096
 _LENGTH = 8  # bytes of a safetensors file before its header
+_LARGEST_HEADER = 100 * 2**20  # safetensors' own limit
 _NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
 TensorType = tuple[torch.dtype, tuple[int, ...]]
@@ -67,6 +68,22 @@ def lay_out(tensors: Mapping[str, TensorType]) -> WeightLayout:
         name: Placement(*tensors[name], len(header) + start, stop - start) for name, (start, stop) in relative.items()
     }
     return WeightLayout(header, places, len(header) + end)
+
+
+def stored_places(file: Path) -> Mapping[str, tuple[int, int]]:
+    """Offset and length in bytes of each tensor of a safetensors file, from the beginning of the file.
+
+    Raises:
+        CheckpointError: it is no safetensors file.
+    """
+    try:
+        with file.open("rb") as stored:
+            size = int.from_bytes(stored.read(_LENGTH), "little")
+            header = json.loads(stored.read(min(size, _LARGEST_HEADER)))
+        spans = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+        return {name: (_LENGTH + size + start, stop - start) for name, (start, stop) in spans.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise CheckpointError(f"{file} is no safetensors file", "Restore the artifact, or export it again.") from None
 
 
 def write_weights(

@@ -74,7 +74,7 @@ def check_files(artifact: Artifact) -> Check:
     artifact.check_hashes(afresh=True)
     size = sum(entry.size for entry in artifact.manifest.files.values())
     values = {"files": float(len(artifact.manifest.files)), "bytes": float(size)}
-    return Check(FILES, True, values, "", artifact.manifest.weights_digest())
+    return Check(FILES, True, values, "", artifact.manifest.drawing_digest())
 
 
 def check_drawing(artifact: Artifact, generator: Generator) -> Check:
@@ -89,4 +89,4 @@ def check_drawing(artifact: Artifact, generator: Generator) -> Check:
         "two prompts gave one picture": other <= _SAME,
     }
     found = [problem for problem, there in problems.items() if there]
-    return Check(DRAWING, not found, {"repeat": repeat}, "; ".join(found), artifact.manifest.weights_digest())
+    return Check(DRAWING, not found, {"repeat": repeat}, "; ".join(found), artifact.manifest.drawing_digest())

@@ -31,12 +31,18 @@ class ForgetsText(Protocol):
 
 
 class TorchBackend:
-    """A loaded model with the adapter as it is set on it. Implements `fmg.core.backends.Backend`."""
+    """A loaded model with the adapter as it is set on it. Implements `fmg.core.backends.Backend`.
+
+    Args:
+        model: what draws.
+        latent_shape: (c, h, w) of one latent; None takes the model's own.
+    """
 
     name = "torch"
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, latent_shape: tuple[int, int, int] | None = None) -> None:
         self.model = model
+        self._latent_shape = latent_shape
 
     @property
     def detail(self) -> str:
@@ -56,7 +62,7 @@ class TorchBackend:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(c, h, w) of one latent."""
-        channels, height, width = self.model.latent_shape
+        channels, height, width = self._latent_shape or self.model.latent_shape
         return channels, height, width
 
     @property

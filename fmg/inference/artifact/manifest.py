@@ -6,6 +6,7 @@ one border serves every runtime. Times and guidance enter unscaled; the graph mu
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -192,7 +193,8 @@ class Adapter:
 class Check:
     """One proof that was made: its name, whether it held, what was measured and allowed, and on which weights.
 
-    `weights` is the sha256 of the transformer's weight file at that time.
+    `weights` is the sha256 of the weight file of the graph that it is about; of a check of whole pictures,
+    `Manifest.drawing_digest` at that time.
     """
 
     name: str
@@ -243,6 +245,11 @@ class Manifest:
     def weights_digest(self, graph: str = TRANSFORMER) -> str:
         """Sha256 of the weight file of a graph."""
         return self.files[self.graphs[graph].weights].sha256
+
+    def drawing_digest(self) -> str:
+        """Sha256 of everything that a picture depends on: all files, and how they are sampled."""
+        text = json.dumps([encode(self.files), encode(self.sampling), encode(self.tokenizers)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def to_json(manifest: Manifest) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.prompt import Prompt
 from fmg.eval.scoring import EvalSet
+from fmg.export import verify_images
 from fmg.export.census import census, census_of
 from fmg.export.verify import FULL_IMAGES, reference_of, verify
 from fmg.export.verify_images import REWARD_ALLOWED, RewardGap, compare
@@ -31,7 +33,10 @@ def by_name(checks: tuple[Check, ...]) -> dict[str, Check]:
     return {check.name: check for check in checks}
 
 
-def test_an_export_is_proven(shapes_artifact: Artifact, shapes_run: Path, tmp_path: Path) -> None:
+def test_an_export_is_proven(
+    shapes_artifact: Artifact, shapes_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify_images, "LEAST_IMAGES", 64)
     artifact = open_artifact(copied(shapes_artifact, tmp_path / "a"))
     report = verify(artifact, level="full", device="cpu", num=64)
     assert report.passed, [check for check in report.checks if not check.passed]
@@ -46,7 +51,8 @@ def test_an_export_is_proven(shapes_artifact: Artifact, shapes_run: Path, tmp_pa
     # and the manifest keeps it, beside the hash of what was proven
     again = open_artifact(artifact.folder).manifest
     assert by_name(again.checks) == checks
-    assert checks["images"].weights == again.weights_digest()
+    assert checks["images"].weights == again.drawing_digest()
+    assert checks["tensors/transformer"].weights == again.weights_digest()
 
 
 @pytest.mark.parametrize(
@@ -108,6 +114,10 @@ def test_what_it_is_compared_with(shapes_artifact: Artifact, shapes_run: Path, t
 def test_an_interval_has_to_lie_inside_the_band(ci95: tuple[float, float], passed: bool) -> None:
     gap = RewardGap("shapes", "total", 0.5, 0.5, 0.0, ci95, FULL_IMAGES)
     assert gap.passed(REWARD_ALLOWED["fp32"]) is passed
+    # equal scores have an interval without width, which says little of a few images
+    few = replace(gap, images=2)
+    assert not few.passed(REWARD_ALLOWED["fp32"])
+    assert few.problem(REWARD_ALLOWED["fp32"]) == "too few images to say: 2 of 500"
 
 
 class Fixed:
