@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.events import Event, Notice
 from fmg.core.prompt import Prompt
 from fmg.eval.scoring import EvalSet
 from fmg.export.census import census, census_of
@@ -47,6 +48,22 @@ def test_an_export_is_proven(shapes_artifact: Artifact, shapes_run: Path, tmp_pa
     again = open_artifact(artifact.folder).manifest
     assert by_name(again.checks) == checks
     assert checks["images"].weights == again.weights_digest()
+
+
+def test_an_artifact_that_may_only_be_read_is_verified(
+    shapes_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    # in place of chmod, which does not bind the superuser
+    monkeypatch.setattr("fmg.inference.artifact.layout.write_manifest", refuse)
+    events: list[Event] = []
+    artifact = open_artifact(copied(shapes_artifact, tmp_path / "a"))
+    report = verify(artifact, device="cpu", num=2, observer=events.append)
+    assert "images" in by_name(report.checks)
+    said = [event for event in events if isinstance(event, Notice)]
+    assert said == [Notice("warning", "The checks are not written into the manifest: Permission denied")]
 
 
 @pytest.mark.parametrize(
