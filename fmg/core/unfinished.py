@@ -38,9 +38,12 @@ def leftovers(folder: Path, kind: str) -> list[Path]:
         kind: `PARTIAL` or `OLD`.
     """
     named = re.compile(rf"\.{re.escape(folder.name)}\.(\d+)\.[0-9a-f]+\.{kind}")
-    if not folder.parent.is_dir():
+    try:
+        beside = sorted(folder.parent.iterdir())
+    except OSError:
+        # not there, or not to be listed
         return []
-    found = [(path, named.fullmatch(path.name)) for path in sorted(folder.parent.iterdir())]
+    found = [(path, named.fullmatch(path.name)) for path in beside]
     return [path for path, match in found if match and not _alive(int(match[1]), path.stem)]
 
 
@@ -54,6 +57,7 @@ def _alive(pid: int, stem: str) -> bool:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except OSError:
+    except PermissionError:
+        # somebody else's
         return True
     return True
