@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +25,7 @@ from fmg.export.weights import lay_out, write_weights
 from fmg.inference.artifact.layout import (
     BASE_WEIGHTS,
     Artifact,
+    check_not_interrupted,
     file_entry,
     graph_file,
     weights_file,
@@ -106,7 +107,7 @@ def export_artifact(
         UsageError: `out` exists, an option does not fit the model, or the disk is too small.
         MissingDependencyError: the ONNX packages or published files are not there.
         CheckpointError: base and adapter do not belong together, a file is damaged, or a graph cannot be traced;
-            nothing is left behind.
+            nothing is left behind. Or a swap that was killed left the artifact of that name beside `out`.
     """
     return export_source(find_source(resolve_target(target)), out, options or ExportOptions(), observer=observer)
 
@@ -114,6 +115,7 @@ def export_artifact(
 def export_source(source: ExportSource, out: Path, options: ExportOptions, *, observer: Observer = ignore) -> Artifact:
     """As `export_artifact`, for files that have been found."""
     require_onnx()
+    check_not_interrupted(out)
     if out.exists():
         raise UsageError(f"{out} exists already", "Export to another folder, or move that one away.")
     if options.int8 and options.precision != "fp32":
@@ -247,21 +249,12 @@ class _Export:
         )
 
     def _axes(self) -> dict[str, AxisRange]:
-        sampling, length = self._sampling, self._tokenizers[TEXT_ENCODER_2].length
+        length = self._tokenizers[TEXT_ENCODER_2].length
         large = bool(self._source.conventions.spec(self._source.name).gpu_memory_gb)
-        default = sampling.resolution
-        sides = {size: sampling.latent_shape(size)[1] for size in sampling.resolutions}
-        latent = _range(list(sides.values()), sides.get(default, max(sides.values())))
-        pixels = _range(list(sides), default if default in sides else max(sides))
-        tokens = [sampling.image_tokens(size) for size in sampling.resolutions]
         return {
             BATCH: AxisRange(*(self._options.batch or (LARGE_BATCH if large else SMALL_BATCH))),
-            IMAGE: _range(tokens, sampling.image_tokens(pixels.optimum)),
             TEXT: AxisRange(length, length, length),
-            HEIGHT: latent,
-            WIDTH: latent,
-            PIXEL_HEIGHT: pixels,
-            PIXEL_WIDTH: pixels,
+            **image_axes(self._sampling),
         }
 
 
@@ -293,15 +286,34 @@ def sampling_of(source: ExportSource, vae: Mapping[str, Any], resolutions: Seque
         guidance=conventions.guidance,
         latent_channels=int(vae["latent_channels"]),
         latent_scale=scale,
-        resolution=conventions.resolution if conventions.resolution in sizes else sizes[-1],
+        resolution=default_resolution(conventions.resolution, sizes),
         resolutions=sizes,
         grid=rollout.grid,
         steps=rollout.steps,
     )
 
 
-def _range(values: Sequence[int], optimum: int) -> AxisRange:
-    return AxisRange(min(values), optimum, max(values))
+def default_resolution(own: int, sizes: Sequence[int]) -> int:
+    """The side in pixels that is drawn when nothing is said: the model's own, or the largest of `sizes` (rising)."""
+    return own if own in sizes else sizes[-1]
+
+
+def image_axes(sampling: Sampling) -> dict[str, AxisRange]:
+    """The axes that follow from the resolutions of an artifact, best at its default one."""
+    latent = _range(sampling, lambda size: sampling.latent_shape(size)[1])
+    pixels = _range(sampling, lambda size: size)
+    return {
+        IMAGE: _range(sampling, sampling.image_tokens),
+        HEIGHT: latent,
+        WIDTH: latent,
+        PIXEL_HEIGHT: pixels,
+        PIXEL_WIDTH: pixels,
+    }
+
+
+def _range(sampling: Sampling, measure: Callable[[int], int]) -> AxisRange:
+    values = [measure(size) for size in sampling.resolutions]
+    return AxisRange(min(values), measure(sampling.resolution), max(values))
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, object]:

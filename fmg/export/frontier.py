@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import tempfile
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fmg.core.events import Observer, StageProgress, ignore
+from fmg.core.unfinished import partial_folder
 from fmg.data.prompt_sets import load_prompts
 from fmg.eval.rows import result_rows
 from fmg.eval.scoring import EvalSet, score_target
@@ -201,9 +202,11 @@ def with_bases(entered: Sequence[Entrant]) -> Iterator[list[Entrant]]:
 @contextmanager
 def _beside(artifact: Artifact) -> Iterator[Path]:
     """A folder on the same file system, so that gigabytes are linked and not copied."""
-    parent = artifact.folder.absolute().parent
-    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{artifact.folder.name}.") as folder:
-        yield Path(folder) / "base"
+    folder = partial_folder(artifact.folder.resolve())
+    try:
+        yield folder / "base"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _reporting(observer: Observer, stage: str) -> Any:

@@ -96,6 +96,24 @@ class ExportSource:
         return delta
 
 
+def conventions_of(recipe: Recipe) -> FlowMapConventions:
+    """How the model of a recipe wants to be sampled; its weights need not be there.
+
+    Raises:
+        UsageError: the model is of a family that has no export.
+        CheckpointError: a local folder that does not state it.
+    """
+    config, name = recipe.model.config, recipe.model.name
+    if isinstance(config, EmbeddedConfig):
+        return read_conventions(config.directory())
+    if isinstance(config, FluxConfig):
+        return config.conventions()
+    raise UsageError(
+        f"The model '{name}' is not of the FLUX family, the only one that can be exported",
+        "Load the adapter of the run with `pipe.load_lora_weights` instead.",
+    )
+
+
 def find_source(target: Target) -> ExportSource:
     """The files behind a target.
 
@@ -105,20 +123,15 @@ def find_source(target: Target) -> ExportSource:
         CheckpointError: a local source that does not exist or is not complete.
     """
     config, name = target.recipe.model.config, target.recipe.model.name
+    conventions = conventions_of(target.recipe)
     student = None
-    if isinstance(config, EmbeddedConfig):
-        folder = config.directory()
-        conventions = read_conventions(folder)
-    elif isinstance(config, FluxConfig):
+    if isinstance(config, FluxConfig):
         folder = locate(config.architecture(), name)
-        conventions = config.conventions()
         if isinstance(config, FluxStudentConfig):
             student = locate(config.parts()[0], name)
     else:
-        raise UsageError(
-            f"The model '{name}' is not of the FLUX family, the only one that can be exported",
-            "Load the adapter of the run with `pipe.load_lora_weights` instead.",
-        )
+        assert isinstance(config, EmbeddedConfig)
+        folder = config.directory()
     source = transformer_source(folder, conventions, student)
     if target.adapter is not None and is_full(target.adapter):
         read_manifest(target.adapter)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 
 from fmg.core.errors import CheckpointError, UsageError
-from fmg.core.events import Observer, StageProgress, ignore
+from fmg.core.events import Notice, Observer, StageProgress, ignore
+from fmg.core.unfinished import OLD, leftovers, partial_folder
+from fmg.export.artifact import default_resolution, image_axes
 from fmg.export.delta import Delta, check_base, read_delta
 from fmg.export.int8 import quantise
 from fmg.export.merge import merged, write_base
-from fmg.export.source import recipe_facts
+from fmg.export.source import conventions_of, recipe_facts
 from fmg.export.space import check_space
 from fmg.export.weights import lay_out, write_weights
 from fmg.inference.artifact.layout import (
@@ -26,11 +28,19 @@ from fmg.inference.artifact.layout import (
     open_artifact,
     write_manifest,
 )
-from fmg.inference.artifact.manifest import MANIFEST, TRANSFORMER, TRANSFORMER_INT8, FileEntry, Manifest
+from fmg.inference.artifact.manifest import (
+    MANIFEST,
+    TEXT_ENCODER_2,
+    TRANSFORMER,
+    TRANSFORMER_INT8,
+    FileEntry,
+    Manifest,
+)
 from fmg.inference.target import Target, resolve_target
 from fmg.models.common.full_files import is_full
 from fmg.models.common.reader import TensorReader
 from fmg.models.common.weights import tensor_names
+from fmg.registry import models
 from fmg.registry.recipe import Recipe
 
 BASE = "base"
@@ -47,24 +57,54 @@ _EXACT: Mapping[str, frozenset[str]] = {
 def swap_weights(folder: Path, target: str | Path | None, *, observer: Observer = ignore) -> Artifact:
     """Puts the adapter of a run into an artifact in place of what was merged before; the graphs stay.
 
-    The weights equal those of a fresh export bit for bit. Engines stay, but belong to the old weights. Proofs that the
-    manifest holds are of the old weights as well and go.
+    Weights and manifest equal those of a fresh export, the weights bit for bit. Engines stay, but belong to the old
+    weights. Proofs that the manifest holds are of the old weights as well and go. What a killed swap left is put right.
 
     Args:
-        folder: the artifact.
+        folder: the artifact; of a link to one, what it leads to.
         target: a run folder, `base`, or None for the newest run.
         observer: hears of the progress.
 
     Raises:
-        UsageError: the target has no adapter, or its adapter changes weights whose stored values the artifact does
-            not keep.
+        UsageError: the target has no adapter, its adapter changes weights whose stored values the artifact does not
+            keep, or its model is sampled in a way that the graphs do not have.
         CheckpointError: artifact or adapter are damaged or do not belong together; the artifact stays as it was.
     """
+    folder = folder.resolve()
+    _recover(folder)
     artifact = open_artifact(folder)
-    exported = _reader(artifact, artifact.graph(TRANSFORMER).weights)
+    if target == BASE:
+        delta, recipe = None, _base_recipe(artifact.manifest)
+    else:
+        found = resolve_target(target)
+        delta, recipe = _delta(artifact, found), found.recipe
+        _check_graphs(artifact, found)
+    here = Path.cwd()
+    swapped = _swapped(artifact, delta, _as_sampled(artifact.manifest, recipe), observer)
+    if here.is_relative_to(folder):
+        # paths of this process mean what they meant; a shell has to be told
+        os.chdir(here if here.is_dir() else folder)
+        observer(Notice("info", "The working directory has been replaced; a shell enters the new one with `cd .`"))
+    return swapped
+
+
+def copy_without_adapter(artifact: Artifact, folder: Path) -> Artifact:
+    """A new artifact with the weights of the base, to be sampled and judged as the tuned one is.
+
+    It has the same graphs, made of hard links where there are any.
+
+    Raises:
+        UsageError: as `swap_weights`.
+    """
+    _link_files(artifact.folder, folder)
+    return _swapped(Artifact(folder, artifact.manifest), None, artifact.manifest, ignore)
+
+
+def _swapped(artifact: Artifact, delta: Delta | None, manifest: Manifest, observer: Observer) -> Artifact:
+    """The artifact with other weights; of `manifest` is taken what does not follow from them."""
+    folder = artifact.folder
+    exported = _exported(artifact)
     kept = _reader(artifact, artifact.manifest.base.weights)
-    found = None if target == BASE else resolve_target(target)
-    delta = None if found is None else _delta(artifact, found, exported)
     dtype = exported.describe(exported.names[0])[0]
     remembered = _remembered(artifact, delta, kept, dtype)
     base = exported.under(kept)
@@ -87,7 +127,7 @@ def swap_weights(folder: Path, target: str | Path | None, *, observer: Observer 
         if TRANSFORMER_INT8 in artifact.manifest.graphs:
             files |= _requantised(partial, artifact)
         manifest = replace(
-            artifact.manifest if found is None else _as_sampled(artifact.manifest, found.recipe),
+            manifest,
             files=dict(sorted(files.items())),
             base=replace(artifact.manifest.base, weights=BASE_WEIGHTS if remembered else None),
             adapter=None if delta is None else delta.adapter,
@@ -98,16 +138,6 @@ def swap_weights(folder: Path, target: str | Path | None, *, observer: Observer 
     return Artifact(folder, manifest)
 
 
-def copy_without_adapter(artifact: Artifact, folder: Path) -> Artifact:
-    """A new artifact with the weights of the base: the same graphs, made of hard links where there are any.
-
-    Raises:
-        UsageError: as `swap_weights`.
-    """
-    _link_files(artifact.folder, folder)
-    return swap_weights(folder, BASE)
-
-
 def _reader(artifact: Artifact, name: str | None) -> TensorReader:
     """The tensors of one weight file; none for None."""
     if name is None:
@@ -116,7 +146,11 @@ def _reader(artifact: Artifact, name: str | None) -> TensorReader:
     return TensorReader(dict.fromkeys(tensor_names(file), file))
 
 
-def _delta(artifact: Artifact, found: Target, exported: TensorReader) -> Delta:
+def _exported(artifact: Artifact) -> TensorReader:
+    return _reader(artifact, artifact.graph(TRANSFORMER).weights)
+
+
+def _delta(artifact: Artifact, found: Target) -> Delta:
     if found.adapter is None:
         raise UsageError(
             f"'{found.label}' has no adapter to put into {artifact.folder}",
@@ -126,17 +160,63 @@ def _delta(artifact: Artifact, found: Target, exported: TensorReader) -> Delta:
         raise UsageError(
             f"'{found.label}' tuned every weight, which is more than an adapter", "Export it to an artifact of its own."
         )
+    exported = _exported(artifact)
     shapes = {name: exported.describe(name)[1] for name in exported.names}
     delta = read_delta(found.adapter, shapes, found.label)
     check_base(delta, artifact.manifest.base.digest, str(artifact.folder))
     return delta
 
 
+def _base_recipe(manifest: Manifest) -> Recipe:
+    """How the base is sampled and judged: a model by default, and a run that tuned every weight as it was trained.
+
+    Raises:
+        UsageError: that run is not here any more.
+    """
+    name = manifest.base.name
+    return Recipe.default(model=name) if name in models.names() else resolve_target(name).recipe
+
+
+def _check_graphs(artifact: Artifact, found: Target) -> None:
+    """Whether the graphs are those that an export of a run would write.
+
+    Raises:
+        UsageError: the run is sampled otherwise.
+    """
+    wanted, sampling = conventions_of(found.recipe), artifact.manifest.sampling
+    sizes, length = sampling.resolutions, artifact.manifest.tokenizers[TEXT_ENCODER_2].length
+    fits = (wanted.guidance is None) == (sampling.guidance is None)
+    facts: Mapping[str, tuple[object, object]] = {
+        "map": (wanted.map, sampling.map),
+        "path": (wanted.path, sampling.path),
+        "time_scale": (wanted.time_scale, sampling.time_scale),
+        "second_time": (wanted.second_time, sampling.second_time),
+        "guidance": (wanted.guidance, wanted.guidance if fits else sampling.guidance),
+        "max_sequence_length": (wanted.max_sequence_length, length),
+        "resolution": (wanted.resolution, wanted.resolution if wanted.resolution in sizes else list(sizes)),
+    }
+    for name, (asked, there) in facts.items():
+        if asked != there:
+            raise UsageError(
+                f"'{found.label}' is sampled with {name} {asked}, and {artifact.folder} was exported for {there}",
+                "Export the run to an artifact of its own.",
+            )
+
+
 def _as_sampled(manifest: Manifest, recipe: Recipe) -> Manifest:
-    """The manifest with the grid, the steps and the rewards of a run."""
+    """The manifest with all that a recipe says and no graph contains."""
     rewards, prompts = recipe_facts(recipe)
-    sampling = replace(manifest.sampling, grid=recipe.rollout.grid, steps=recipe.rollout.steps)
-    return replace(manifest, sampling=sampling, rewards=rewards, prompts=prompts)
+    conventions, sampling = conventions_of(recipe), manifest.sampling
+    embedded = None not in (sampling.guidance, conventions.guidance)
+    sampling = replace(
+        sampling,
+        guidance=conventions.guidance if embedded else sampling.guidance,
+        resolution=default_resolution(conventions.resolution, sampling.resolutions),
+        grid=recipe.rollout.grid,
+        steps=recipe.rollout.steps,
+    )
+    axes = {**manifest.axes, **image_axes(sampling)}
+    return replace(manifest, sampling=sampling, axes=axes, rewards=rewards, prompts=prompts)
 
 
 def _remembered(artifact: Artifact, delta: Delta | None, kept: TensorReader, dtype: torch.dtype) -> frozenset[str]:
@@ -166,20 +246,29 @@ def _requantised(folder: Path, artifact: Artifact) -> dict[str, FileEntry]:
     return {name: file_entry(folder / name) for name in (graph.file, graph.weights)}
 
 
+def _recover(folder: Path) -> None:
+    """Puts back what a swap moved away that was killed before it was done."""
+    if not folder.exists() and (left := leftovers(folder, OLD)):
+        left[-1].rename(folder)
+
+
 @contextmanager
 def _replaced(folder: Path) -> Iterator[Path]:
     """A copy of a folder made of hard links, which takes its place when the body ends without an error."""
-    partial = Path(tempfile.mkdtemp(dir=folder.absolute().parent, prefix=f".{folder.name}.", suffix=".partial"))
-    old = partial.with_suffix(".old")
+    for left in leftovers(folder, OLD):
+        shutil.rmtree(left, ignore_errors=True)
+    partial = partial_folder(folder)
+    old = partial.with_suffix(f".{OLD}")
     try:
         _link_files(folder, partial)
         partial.chmod(folder.stat().st_mode)
         yield partial
-        folder.rename(old)
         try:
+            folder.rename(old)
             partial.rename(folder)
         except BaseException:
-            old.rename(folder)
+            if old.exists() and not folder.exists():
+                old.rename(folder)
             raise
         shutil.rmtree(old, ignore_errors=True)
     finally:

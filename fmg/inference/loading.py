@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from fmg.core.errors import UsageError
 from fmg.inference.artifact.backend import checked_batch
-from fmg.inference.artifact.layout import Artifact, is_artifact, open_artifact
+from fmg.inference.artifact.layout import Artifact, check_not_interrupted, is_artifact, open_artifact
 from fmg.inference.generator import DEFAULT_BATCH, Generator
 from fmg.registry import backends
 
@@ -35,8 +35,10 @@ def find(target: str | Path | None, *, allow_code: bool = True) -> Target | Arti
         UsageError: it is none of them.
         CheckpointError: a folder that is damaged.
     """
-    if target is not None and str(target) and is_artifact(target):
-        return open_artifact(target)
+    if target is not None and str(target):
+        if is_artifact(target):
+            return open_artifact(target)
+        check_not_interrupted(target)
     from fmg.inference.target import resolve_target
 
     return resolve_target(target, allow_code=allow_code)

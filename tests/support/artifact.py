@@ -75,7 +75,7 @@ def student_recipe(folder: Path) -> Recipe:
     )
 
 
-def exported(target: Path, out: Path, options: ExportOptions | None = None) -> Artifact:
+def exported(target: str | Path, out: Path, options: ExportOptions | None = None) -> Artifact:
     """`export_artifact`, with graphs that are traced once a session."""
     with patch.object(exporter, "trace", trace_once):
         return export_artifact(target, out, options)

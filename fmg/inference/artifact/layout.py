@@ -20,6 +20,7 @@ from pathlib import Path
 
 from fmg.core.cache import content_hash, replacing_file
 from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.unfinished import OLD, leftovers
 from fmg.inference.artifact.manifest import MANIFEST, Check, FileEntry, Graph, Manifest, from_json, to_json
 
 BASE_WEIGHTS = "base.safetensors"
@@ -138,11 +139,18 @@ class Artifact:
                 )
 
     def with_checks(self, checks: Iterable[Check]) -> Artifact:
-        """The artifact with proofs added to its manifest, on disk as well; an older proof of the same name goes."""
+        """The artifact with proofs added to its manifest, on disk as well; an older proof of the same name goes.
+
+        Raises:
+            CheckpointError: what is on disk is another artifact by now; nothing is written.
+        """
+        current = _read_manifest(self.folder)
+        if replace(current, checks=()) != replace(self.manifest, checks=()):
+            raise CheckpointError(f"{self.folder} changed while it was verified", "Run fmg verify again.")
         added = tuple(checks)
         names = {check.name for check in added}
-        kept = tuple(check for check in self.manifest.checks if check.name not in names)
-        manifest = replace(self.manifest, checks=(*kept, *added))
+        kept = tuple(check for check in current.checks if check.name not in names)
+        manifest = replace(current, checks=(*kept, *added))
         write_manifest(self.folder, manifest)
         return Artifact(self.folder, manifest)
 
@@ -164,17 +172,40 @@ def open_artifact(folder: str | Path, *, hashes: bool = True) -> Artifact:
         hashes: compare contents (once for a file that does not change), not only sizes.
 
     Raises:
-        CheckpointError: it is no artifact, of a newer schema, or a file is missing, a link or not what was exported.
+        CheckpointError: it is no artifact, of a newer schema, or a file is missing, a link or not what was exported;
+            or a swap that was killed left it under another name.
     """
     root = Path(folder)
-    if not is_artifact(root):
-        raise CheckpointError(f"{root} is not an artifact: it has no {MANIFEST}", "Name a folder that fmg export made.")
-    artifact = Artifact(root, from_json((root / MANIFEST).read_bytes(), root / MANIFEST))
+    artifact = Artifact(root, _read_manifest(root))
     if hashes:
         artifact.check_hashes()
     else:
         artifact.check_sizes()
     return artifact
+
+
+def check_not_interrupted(folder: str | Path) -> None:
+    """Whether a folder that is not there is so because a swap was killed while it replaced it.
+
+    Raises:
+        CheckpointError: naming the folder that holds what was there.
+    """
+    place = Path(folder)
+    if not place.exists() and (left := leftovers(place, OLD)):
+        raise CheckpointError(
+            f"{place} is not there: an interrupted swap left '{left[0].name}'",
+            f"Rename it back to '{place.name}', or swap again.",
+        )
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    """The manifest on disk; errors as in `open_artifact`."""
+    check_not_interrupted(folder)
+    if not is_artifact(folder):
+        raise CheckpointError(
+            f"{folder} is not an artifact: it has no {MANIFEST}", "Name a folder that fmg export made."
+        )
+    return from_json((folder / MANIFEST).read_bytes(), folder / MANIFEST)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -12,7 +12,6 @@ what was trained, so a file that is missing is an error, and so is one that the 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.unfinished import partial_folder
 from fmg.models.common.adapter import ADAPTER, adapter_parameters
 from fmg.models.common.digest import stored_digest
 from fmg.models.common.weights import WeightFiles
@@ -235,8 +235,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """A folder under another name that takes its own when the body has finished, and is removed when it fails."""
     if folder.exists():
         raise UsageError(f"{folder} exists already", "Save to another folder, or move that one away.")
-    partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
-    partial.mkdir(parents=True)
+    folder = folder.resolve()
+    partial = partial_folder(folder)
     try:
         yield partial
         partial.rename(folder)

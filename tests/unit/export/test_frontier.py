@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,12 +55,19 @@ def test_a_copy_without_adapter_draws_the_base_and_leaves_the_original(
     shapes_artifact: Artifact, shapes_run: Path, tmp_path: Path
 ) -> None:
     before = shapes_artifact.manifest.weights_digest()
-    base = copy_without_adapter(open_artifact(copied(shapes_artifact, tmp_path / "a")), tmp_path / "b")
+    tuned = open_artifact(copied(shapes_artifact, tmp_path / "a"))
+    base = copy_without_adapter(tuned, tmp_path / "b")
     assert base.manifest.adapter is None
     assert open_artifact(tmp_path / "a").manifest.weights_digest() == before
     with load(base) as ours, load(shapes_run, device="cpu", adapter=False) as theirs:
         drawn, expected = (side.generate(["a red circle"], [3]).image_array for side in (ours, theirs))
     np.testing.assert_allclose(drawn, expected, rtol=0, atol=1e-3)
+
+
+def test_a_copy_without_adapter_is_sampled_as_the_tuned_one(shapes_artifact: Artifact, tmp_path: Path) -> None:
+    other = replace(shapes_artifact.manifest, sampling=replace(shapes_artifact.manifest.sampling, steps=7), rewards=())
+    base = copy_without_adapter(replace(shapes_artifact, manifest=other), tmp_path / "b").manifest
+    assert (base.sampling, base.rewards) == (other.sampling, other.rewards)
 
 
 def test_the_frontier_has_every_point(shapes_artifact: Artifact, tmp_path: Path) -> None:

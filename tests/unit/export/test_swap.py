@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import re
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,8 +26,11 @@ from fmg.export.onnx import TracedGraph
 from fmg.export.swap import swap_weights
 from fmg.inference.artifact import Artifact, layout, open_artifact
 from fmg.inference.artifact.manifest import TRANSFORMER, TRANSFORMER_INT8, Check
+from fmg.inference.loading import find
 from fmg.inference.target import Target, load_model, resolve_target
 from tests.support.artifact import copied, exported, make_run, trace_once
+from tests.support.cli import fmg
+from tests.tiny_flux import RESOLUTION, SEQUENCE
 from tests.unit.export.test_artifact import difference, transformer_feed
 
 pytestmark = [pytest.mark.slow, pytest.mark.compile]
@@ -78,18 +86,19 @@ def test_another_run_equals_its_fresh_export_and_the_way_back_equals_the_base(
     weights = load_file(folder / WEIGHTS)
     assert weights.keys() == asset.keys()
     assert all(torch.equal(weights[name], x.float()) for name, x in asset.items())
-    assert base.manifest.adapter is None
-    assert base.manifest.base.weights is None
     assert not (folder / "base.safetensors").exists()
+    # all of it: sampling, rewards and prompts are the base's own as well, not those of the run before
+    assert base.manifest == exported("meanflow-shapes", tmp_path / "plain", options).manifest
+    assert base.manifest.sampling.steps != swapped.manifest.sampling.steps
 
     again = swap_weights(folder, shapes_run)
     assert (folder / WEIGHTS).read_bytes() == first[WEIGHTS]
     assert again.manifest.checks == ()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["artifact", "fresh"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["artifact", "fresh", "plain"]
     assert np.isfinite(given).all()
 
 
-def without_graphs(target: Path, out: Path, options: ExportOptions) -> Artifact:
+def without_graphs(target: str | Path, out: Path, options: ExportOptions) -> Artifact:
     """An export whose weights are real and whose graphs are empty files: what is looked at here are the weights."""
 
     def traced(plan: GraphPlan) -> TracedGraph:
@@ -158,3 +167,110 @@ def test_what_does_not_fit_or_fails_leaves_the_artifact_as_it_was(
     weights.write_bytes(data)
     with unchanged(folder), pytest.raises(CheckpointError, match=r"is not the file that was exported"):
         swap_weights(folder, other_shapes_run)
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Artifact:
+    """An artifact of the embedded two-time model without adapter and without graphs."""
+    return without_graphs("meanflow-shapes", tmp_path / "in" / "artifact", ExportOptions())
+
+
+@pytest.mark.parametrize("place", [".", "../artifact", "tokenizer/.."])
+def test_from_inside_the_folder_and_by_a_roundabout_path(
+    place: str, plain: Artifact, shapes_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(plain.folder)
+    done = fmg("export", str(shapes_run), "--swap-weights", place)
+    assert done.code == 0, done.stderr
+    assert "cd ." in done.stderr
+    assert Path("manifest.json").is_file(), "the working directory is the new folder"
+    assert [path.name for path in plain.folder.parent.iterdir()] == ["artifact"]
+    swapped = open_artifact(plain.folder).manifest.adapter
+    assert swapped is not None
+    assert swapped.run == str(shapes_run)
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(plain: Artifact, shapes_run: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(plain.folder)
+    swap_weights(link, shapes_run)
+    assert link.is_symlink()
+    assert open_artifact(plain.folder).manifest.adapter is not None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "link"]
+
+
+def test_a_run_that_is_sampled_otherwise_is_taken_or_refused(
+    student_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FMG_CACHE", str(student_run.parent / "cache"))
+    recipe = resolve_target(student_run).recipe
+    options = ExportOptions(resolutions=(RESOLUTION, 2 * RESOLUTION))
+    artifact = without_graphs(student_run, tmp_path / "in" / "artifact", options)
+
+    def run(name: str, **changes: object) -> Path:
+        """The same adapter under another recipe."""
+        folder = Path(shutil.copytree(student_run, tmp_path / name))
+        (folder / "recipe.yaml").write_text(recipe.with_({f"model.{k}": v for k, v in changes.items()}).to_yaml())
+        return folder
+
+    other = run("other", guidance=5.0, resolution=2 * RESOLUTION)
+    swapped = swap_weights(artifact.folder, other).manifest
+    assert (swapped.sampling.guidance, swapped.sampling.resolution) == (5.0, 2 * RESOLUTION)
+    assert swapped == without_graphs(other, tmp_path / "fresh", options).manifest
+    for option, value in {
+        "time_scale": 1000.0,
+        "guidance": None,
+        "max_sequence_length": SEQUENCE + 1,
+        "resolution": 3 * RESOLUTION,
+    }.items():
+        with (
+            unchanged(artifact.folder),
+            pytest.raises(UsageError, match=f"is sampled with {option} {value}, and .* was exported for"),
+        ):
+            swap_weights(artifact.folder, run(f"{option}-run", **{option: value}))
+
+
+def test_a_swap_that_is_killed_between_its_renames_is_put_right(
+    plain: Artifact, shapes_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, before = plain.folder, contents(plain.folder)
+    killed = f"""
+import os
+import pathlib
+import signal
+from fmg.export.swap import swap_weights
+
+rename = pathlib.Path.rename
+def die_at_the_second(path, to):
+    if path.suffix == ".partial":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(path, to)
+
+pathlib.Path.rename = die_at_the_second
+swap_weights(pathlib.Path({str(place)!r}), {str(shapes_run)!r})
+"""
+    done = subprocess.run([sys.executable, "-c", killed], check=False)
+    assert done.returncode == -signal.SIGKILL
+    partial, old = sorted(place.parent.iterdir(), key=lambda path: path.suffix, reverse=True)
+    assert (partial.suffix, old.suffix, place.exists()) == (".partial", ".old", False)
+    for attempt in (
+        lambda: open_artifact(place),
+        lambda: find(place),
+        lambda: without_graphs("meanflow-shapes", place, ExportOptions()),
+    ):
+        with pytest.raises(CheckpointError, match=rf"an interrupted swap left '{re.escape(old.name)}'"):
+            attempt()
+
+    swap_weights(place, shapes_run)
+    swap_weights(place, "base")
+    assert contents(place) == before
+    assert list(place.parent.iterdir()) == [place], "what the killed process left is gone"
+
+
+def test_what_is_left_beside_an_artifact_that_is_there_goes(plain: Artifact, shapes_run: Path) -> None:
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    pid = int(dead.stdout)
+    for suffix in ("old", "partial"):
+        (plain.folder.parent / f".artifact.{pid}.0.{suffix}" / "inside").mkdir(parents=True)
+    swap_weights(plain.folder, shapes_run)
+    assert list(plain.folder.parent.iterdir()) == [plain.folder]

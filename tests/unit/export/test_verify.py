@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.events import Event, Notice
 from fmg.core.prompt import Prompt
 from fmg.eval.scoring import EvalSet
 from fmg.export import verify_images
@@ -53,6 +54,22 @@ def test_an_export_is_proven(
     assert by_name(again.checks) == checks
     assert checks["images"].weights == again.drawing_digest()
     assert checks["tensors/transformer"].weights == again.weights_digest()
+
+
+def test_an_artifact_that_may_only_be_read_is_verified(
+    shapes_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    # in place of chmod, which does not bind the superuser
+    monkeypatch.setattr("fmg.inference.artifact.layout.write_manifest", refuse)
+    events: list[Event] = []
+    artifact = open_artifact(copied(shapes_artifact, tmp_path / "a"))
+    report = verify(artifact, device="cpu", num=2, observer=events.append)
+    assert "images" in by_name(report.checks)
+    said = [event for event in events if isinstance(event, Notice)]
+    assert said == [Notice("warning", "The checks are not written into the manifest: Permission denied")]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,24 @@ def test_a_newer_proof_takes_the_place_of_an_older_one(folder: Path) -> None:
     artifact = open_artifact(folder).with_checks([old, other]).with_checks([new])
     assert artifact.manifest.checks == (other, new)
     assert open_artifact(folder) == artifact
+
+
+def test_proofs_are_not_written_over_an_artifact_that_changed_meanwhile(folder: Path) -> None:
+    verified = open_artifact(folder)
+    swapped = replace(verified.manifest, opset=21)
+    write_manifest(folder, swapped)
+    proof = Check("a", True, {"gap": 0.1}, "", "0")
+    with pytest.raises(CheckpointError, match="changed while it was verified"):
+        verified.with_checks([proof])
+    assert open_artifact(folder).manifest == swapped
+
+
+def test_proofs_of_two_processes_are_kept(folder: Path) -> None:
+    first, second = (Check(name, True, {"gap": 0.1}, "", "0") for name in "ab")
+    mine, theirs = open_artifact(folder), open_artifact(folder)
+    theirs.with_checks([first])
+    assert mine.with_checks([second]).manifest.checks == (first, second)
+    assert open_artifact(folder).manifest.checks == (first, second)
 
 
 def test_opening_imports_the_standard_library_only() -> None:
