@@ -20,27 +20,13 @@ from pathlib import Path
 
 from fmg.core.cache import content_hash, replacing_file
 from fmg.core.errors import CheckpointError, UsageError
-from fmg.inference.artifact.manifest import MANIFEST, Check, FileEntry, Graph, Manifest, from_json, to_json
+from fmg.inference.artifact.manifest import MANIFEST, Check, FileEntry, Graph, Manifest
+from fmg.inference.artifact.reading import from_json, to_json
 
 BASE_WEIGHTS = "base.safetensors"
 ENGINES = "engines"
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 TOKENIZER_FILE = "tokenizer.json"
-
-HIDDEN_STATES = "hidden_states"
-ENCODER_HIDDEN_STATES = "encoder_hidden_states"
-POOLED_PROJECTIONS = "pooled_projections"
-TIMESTEP = "timestep"
-SECOND = "second"
-GUIDANCE = "guidance"
-IMG_IDS = "img_ids"
-TXT_IDS = "txt_ids"
-VELOCITY = "velocity"
-INPUT_IDS = "input_ids"
-POOLED = "pooled"
-TOKENS = "tokens"
-LATENTS = "latents"
-IMAGES = "images"
 
 _CHUNK = 1 << 22
 

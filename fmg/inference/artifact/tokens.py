@@ -21,7 +21,7 @@ class PromptTokenizer:
 
     Raises:
         MissingDependencyError: tokenizers is not installed.
-        CheckpointError: the file cannot be read.
+        CheckpointError: the file cannot be read, or adds as many special tokens as a prompt may have.
     """
 
     def __init__(self, file: Path, facts: TokenizerFacts) -> None:
@@ -37,6 +37,12 @@ class PromptTokenizer:
             raise CheckpointError(f"{file} cannot be read: {error}", "Export the artifact again.") from None
         self._whole.no_truncation()
         self._whole.no_padding()
+        # the library panics when there is no room between them
+        if (special := self._whole.num_special_tokens_to_add(False)) >= facts.length:
+            raise CheckpointError(
+                f"{file} adds {special} special tokens to a prompt, and the manifest says it has {facts.length} in all",
+                "Export the artifact again.",
+            )
         self._cut.enable_truncation(facts.length)
         self._cut.enable_padding(length=facts.length, pad_id=facts.pad_id, pad_token=facts.pad_token)
         self._length = facts.length
