@@ -20,6 +20,7 @@ from pathlib import Path
 
 from fmg.core.cache import content_hash, replacing_file
 from fmg.core.errors import CheckpointError, UsageError
+from fmg.inference.artifact.external import check_external
 from fmg.inference.artifact.manifest import MANIFEST, Check, FileEntry, Graph, Manifest
 from fmg.inference.artifact.reading import from_json, to_json
 
@@ -80,10 +81,17 @@ class Artifact:
         return self.manifest.graphs[name]
 
     def onnx(self, name: str) -> Path:
-        """The ONNX file of a graph, its weight file being there as well."""
+        """The ONNX file of a graph, its weight file being there as well and the only one that it points into.
+
+        Raises:
+            UsageError: the artifact has no such graph.
+            CheckpointError: a file is missing or a link, or the graph has weights outside its weight file.
+        """
         graph = self.graph(name)
         self.path(graph.weights)
-        return self.path(graph.file)
+        file = self.path(graph.file)
+        check_external(file, graph.weights)
+        return file
 
     @property
     def engines(self) -> Path:
@@ -121,6 +129,21 @@ class Artifact:
                 raise CheckpointError(
                     f"{path} is not the file that was exported: its sha256 differs from the manifest",
                     "Copy the artifact again from where it was made, or export it again.",
+                )
+
+    def check_listed(self) -> None:
+        """Whether the folder has no files but those of the manifest, the manifest itself and engines.
+
+        Raises:
+            CheckpointError: naming the first other one.
+        """
+        for path in sorted(self.folder.rglob("*")):
+            name = path.relative_to(self.folder)
+            apart = name.parts[0] == ENGINES or str(name) == MANIFEST or name.as_posix() in self.manifest.files
+            if not apart and (path.is_symlink() or not path.is_dir()):
+                raise CheckpointError(
+                    f"{path} is not in the manifest, which lists every file of the artifact",
+                    "Move it away, or copy the artifact again from where it was made.",
                 )
 
     def with_checks(self, checks: Iterable[Check]) -> Artifact:

@@ -160,7 +160,7 @@ def test_a_damaged_graph_is_named(shapes_artifact: Artifact, tmp_path: Path) -> 
     (folder / MANIFEST).write_text(json.dumps(manifest))
     with (
         load(open_artifact(folder, hashes=False)) as generator,
-        pytest.raises(CheckpointError, match=r"vae_decoder\.onnx cannot be loaded"),
+        pytest.raises(CheckpointError, match=r"vae_decoder\.onnx is no ONNX file"),
     ):
         generator.generate(PROMPTS[:1], [0])
 
