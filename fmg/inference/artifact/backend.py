@@ -100,7 +100,7 @@ class ArtifactBackend(Generic[Array]):
         """Embeddings of the prompts, each computed once as long as it is remembered.
 
         Raises:
-            UsageError: a prompt is longer than the model reads.
+            PromptLengthError: a prompt is longer than the model reads.
         """
         known = {prompt: row for prompt in prompts if (row := self._recall(prompt)) is not None}
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]

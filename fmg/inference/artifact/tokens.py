@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fmg.core.errors import CheckpointError, MissingDependencyError, UsageError
+from fmg.core.errors import CheckpointError, MissingDependencyError, PromptLengthError
 from fmg.inference.artifact.manifest import TokenizerFacts
 
 
@@ -55,11 +55,8 @@ class PromptTokenizer:
         """Whether every prompt is read to its end.
 
         Raises:
-            UsageError: naming the first that is not.
+            PromptLengthError: naming the first that is not.
         """
         for prompt, row in zip(prompts, self._whole.encode_batch(list(prompts)), strict=True):
             if len(row.ids) > self._length:
-                raise UsageError(
-                    f"The prompt '{prompt:.60}' has {len(row.ids)} tokens, and the model reads {self._length}",
-                    "Shorten it.",
-                )
+                raise PromptLengthError(prompt, len(row.ids), self._length)
