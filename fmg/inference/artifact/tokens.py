@@ -37,7 +37,7 @@ class PromptTokenizer:
             raise CheckpointError(f"{file} cannot be read: {error}", "Export the artifact again.") from None
         self._whole.no_truncation()
         self._whole.no_padding()
-        # the library panics when there is no room between them
+        # the library does not cut special tokens, so rows would be longer than the graph takes, or hold no word
         if (special := self._whole.num_special_tokens_to_add(False)) >= facts.length:
             raise CheckpointError(
                 f"{file} adds {special} special tokens to a prompt, and the manifest says it has {facts.length} in all",
