@@ -113,6 +113,9 @@ def _fields(content: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int
 
 
 def _varint(content: mmap.mmap, at: int, end: int) -> tuple[int, int]:
+    # most numbers have one byte
+    if at < end and content[at] < 0x80:
+        return content[at], at + 1
     value = 0
     for place in range(_MAX_VARINT):
         if at + place >= end:

@@ -22,7 +22,6 @@ from fmg.inference.loading import load
 from fmg.inference.tensorrt import engine as engine_module
 from fmg.inference.tensorrt.engine import Engine, RunOptions
 from fmg.inference.tensorrt.flavours import TENSORRT, Gpu, lists_gpu
-from fmg.inference.tensorrt.origin import built_here, note_built
 from fmg.inference.tensorrt.record import EngineRecord, read_records
 from fmg.inference.tensorrt.refit import Refit
 from fmg.inference.tensorrt.runtime import EngineRuntime
@@ -246,14 +245,6 @@ def test_a_plan_that_claims_to_have_been_built_here_is_not_loaded(plain: Path, t
     with pytest.raises(CheckpointError, match="is damaged: its hash is not the one in its record"):
         load(folder).generate(["a"], [0])
     assert "deserialize_cuda_engine" not in DEVICE.names()
-
-
-@pytest.mark.parametrize("digest", ["", ".", "../built", "/etc/passwd", "A" * 64, "0" * 64])
-def test_a_digest_that_nobody_noted_is_foreign(digest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FMG_CACHE", str(tmp_path))
-    note_built("1" * 64)
-    assert built_here("1" * 64)
-    assert not built_here(digest)
 
 
 def test_a_streaming_budget_is_set_before_the_first_context_and_stops_recording(special: Path, trt: ModuleType) -> None:
