@@ -28,7 +28,7 @@ from fmg.cli.options import (
     given_text,
 )
 from fmg.cli.timings import print_timing
-from fmg.core.errors import FmgError
+from fmg.core.errors import FmgError, UsageError
 from fmg.core.events import Notice, StageProgress
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ def generate(
     given_text(source, "--from")
     check_grid(grid)
     folder = checked_folder(out, "--out")
+    if timed and release_text:
+        raise UsageError("--release-text frees the text encoders, which --time runs again", "Leave one of them out.")
 
     orders = [(text, seed + i) for text in texts for i in range(num)]
     with reporter_for(stderr()) as reporter:

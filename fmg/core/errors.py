@@ -42,6 +42,19 @@ class MissingDependencyError(UsageError):
     """An optional package or a file that has to be fetched first. Exit code 2."""
 
 
+class PromptLengthError(UsageError):
+    """A prompt that the model does not read to its end. Exit code 2.
+
+    Args:
+        prompt: its text.
+        tokens: how many it has.
+        limit: how many the model reads.
+    """
+
+    def __init__(self, prompt: str, tokens: int, limit: int) -> None:
+        super().__init__(f"The prompt '{prompt:.60}' has {tokens} tokens, and the model reads {limit}", "Shorten it.")
+
+
 class CheckpointError(FmgError):
     """A weight file or run folder that is missing, damaged or of another kind."""
 

@@ -242,7 +242,7 @@ def _requantised(folder: Path, artifact: Artifact) -> dict[str, FileEntry]:
     graph = artifact.graph(TRANSFORMER_INT8)
     for name in (graph.file, graph.weights):
         (folder / name).unlink()
-    quantise(folder / artifact.graph(TRANSFORMER).file, folder / graph.file, folder / graph.weights)
+    quantise(Artifact(folder, artifact.manifest).onnx(TRANSFORMER), folder / graph.file, folder / graph.weights)
     return {name: file_entry(folder / name) for name in (graph.file, graph.weights)}
 
 

@@ -232,7 +232,7 @@ class _Proof:
         for resolution in (own, *(size for size in sampling.resolutions if size != own)):
             few = EvalSet.make(self._prompts, min(self._num, QUICK_IMAGES), self._seed)
             eval_set, rewards = (self._set, self._rewards) if resolution == own else (few, {})
-            torch_side = TorchBackend(self._model, sampling.latent_shape(resolution))
+            torch_side = TorchBackend(self._model, latent_shape=sampling.latent_shape(resolution))
             backend = ArtifactBackend(
                 self._artifact, candidate.backend.runtime, resolution=resolution, transformer=transformer
             )

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from fmg.export.graphs import ClipGraph, DecoderGraph, GraphModule, T5Graph, TransformerGraph
-from fmg.inference.artifact import layout
+from fmg.inference.artifact import borders
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.artifact.manifest import (
     BATCH,
@@ -131,17 +131,17 @@ def _inputs(artifact: Artifact, graph: str, prompts: Sequence[str], number: int,
     sizes |= {BATCH: batch, HEIGHT: side, WIDTH: side, IMAGE: (side // PATCH) ** 2}
     t = rng.uniform(_SMALLEST_TIME, 1.0, batch).astype(np.float32)
     known: dict[str, NDArray[Any]] = {
-        layout.TIMESTEP: t,
-        layout.SECOND: t * rng.uniform(0.0, 1.0, batch).astype(np.float32),
-        layout.GUIDANCE: np.full(batch, manifest.sampling.guidance or 0.0, np.float32),
-        layout.IMG_IDS: image_ids(side, side),
+        borders.TIMESTEP: t,
+        borders.SECOND: t * rng.uniform(0.0, 1.0, batch).astype(np.float32),
+        borders.GUIDANCE: np.full(batch, manifest.sampling.guidance or 0.0, np.float32),
+        borders.IMG_IDS: image_ids(side, side),
     }
     made: dict[str, NDArray[Any]] = {}
     for spec in manifest.graphs[graph].inputs:
         shape = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in spec.shape)
-        if spec.name == layout.INPUT_IDS:
+        if spec.name == borders.INPUT_IDS:
             made[spec.name] = _token_ids(artifact, graph, prompts, number)[: shape[0], : shape[1]]
-        elif spec.name == layout.TXT_IDS:
+        elif spec.name == borders.TXT_IDS:
             made[spec.name] = np.zeros(shape, np.float32)
         else:
             made[spec.name] = known.get(spec.name, rng.standard_normal(shape, np.float32))

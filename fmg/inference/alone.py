@@ -52,7 +52,7 @@ def verify_alone(artifact: Artifact, *, backend: str = AUTO, device: str = AUTO)
     """Hashes of all files, and that pictures are drawn and repeat; needs neither torch nor the run.
 
     Raises:
-        CheckpointError: a file is not the one that was exported, or a graph cannot be loaded.
+        CheckpointError: a file is not the one that was exported or is not in the manifest, or a graph cannot be loaded.
     """
     files = check_files(artifact)
     with load(artifact, backend=backend, device=device) as generator:
@@ -66,12 +66,15 @@ def described(generator: Generator) -> str:
 
 
 def check_files(artifact: Artifact) -> Check:
-    """Reads every file again and compares its hash.
+    """Reads every file again and compares its hash; there are no other files, and graphs point into none.
 
     Raises:
-        CheckpointError: naming the first that is missing, a link, or has another content.
+        CheckpointError: naming the first that is missing, a link, has another content, or does not belong here.
     """
     artifact.check_hashes(afresh=True)
+    artifact.check_listed()
+    for graph in artifact.manifest.graphs:
+        artifact.onnx(graph)
     size = sum(entry.size for entry in artifact.manifest.files.values())
     values = {"files": float(len(artifact.manifest.files)), "bytes": float(size)}
     return Check(FILES, True, values, "", artifact.manifest.drawing_digest())

@@ -34,6 +34,8 @@ INSTALL_GPU = "Run: pip install onnxruntime-gpu in place of onnxruntime, on a ma
 _NOT_ON_A_CPU = ("bf16",)
 # ONNX Runtime's own messages go to stderr from this level on: errors
 _LOG_LEVEL = 3
+# as many as --threads takes
+_MOST_THREADS = 1024
 
 
 class PrecisionError(UsageError):
@@ -259,7 +261,7 @@ class Sessions:
         if providers[0] not in self._library.get_available_providers():
             raise UsageError(f"This onnxruntime has no {providers[0]}", INSTALL_GPU)
         self.providers = tuple(dict.fromkeys((*providers, CPU)))
-        self.threads = threads or int(os.environ.get("OMP_NUM_THREADS", "").partition(",")[0] or 0)
+        self.threads = threads or _threads_of_openmp()
         self._artifact = artifact
         self._device_id = device_id
         self._sessions: dict[str, Any] = {}
@@ -310,6 +312,13 @@ class Sessions:
                 f"The graph '{name}' is {graph.precision}, which ONNX Runtime cannot compute on a CPU",
                 "Export with --precision fp32 for a CPU, or use a GPU.",
             )
+
+
+def _threads_of_openmp() -> int:
+    """The outermost number of OMP_NUM_THREADS (`4` of `4,2`); 0, all cores, where it has none."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    number = int(first) if first.isascii() and first.isdecimal() else 0
+    return number if number <= _MOST_THREADS else 0
 
 
 def _failed(graph: str, error: Exception) -> FmgError:

@@ -51,7 +51,8 @@ class TorchSource:
 
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
-        return TorchBackend(load_model(subject, device=device, dtype=self.config.dtype, adapter=self.config.adapter))
+        model = load_model(subject, device=device, dtype=self.config.dtype, adapter=self.config.adapter)
+        return TorchBackend(model, whole_prompts=True)
 
 
 @dataclass(frozen=True)

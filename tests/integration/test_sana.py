@@ -17,7 +17,7 @@ from tests.tiny_sana import RESOLUTION, SEQUENCE, build_tiny_sana
 
 pytestmark = pytest.mark.slow
 
-PROMPT = "a red circle left"
+PROMPT = "a left"
 
 
 def test_sana_sprint_is_evaluated_trained_saved_and_drawn_by_its_pipeline(

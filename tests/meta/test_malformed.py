@@ -263,6 +263,7 @@ MISUSES = (
     Misuse(f"{GENERATE} --int8", "not an exported artifact"),
     Misuse(f"{GENERATE} --resolution 64", "not an exported artifact"),
     Misuse(f"{GENERATE} --threads 0", "--threads"),
+    Misuse(f"{GENERATE} --release-text --time", "--release-text frees the text encoders, which --time runs again"),
     # timings
     Misuse("bench", "no run"),
     Misuse("bench nowhere", "neither a model nor a run folder"),

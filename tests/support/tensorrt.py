@@ -25,11 +25,11 @@ _STAND_IN = Path(__file__).parent / "fake_tensorrt"
 
 
 @contextmanager
-def stand_in(gpu: Gpu | None = GPU) -> Iterator[ModuleType]:
-    """The stand-in as `tensorrt`, on a machine with this GPU; forgotten at the end."""
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as cache:
+def stand_in(gpu: Gpu | None = GPU, cache: Path | None = None) -> Iterator[ModuleType]:
+    """The stand-in as `tensorrt`, on a machine with this GPU and fmg's cache; forgotten at the end."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as empty:
         _forget()
-        patch.setenv("FMG_CACHE", cache)
+        patch.setenv("FMG_CACHE", str(cache or empty))
         patch.syspath_prepend(str(_STAND_IN))
         for place in ("fmg.export.tensorrt.build", "fmg.inference.tensorrt.source"):
             patch.setattr(f"{place}.current_gpu", lambda: gpu)

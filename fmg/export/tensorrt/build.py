@@ -21,6 +21,7 @@ from fmg.inference.artifact.layout import sha256
 from fmg.inference.artifact.manifest import GRAPHS, AxisRange
 from fmg.inference.tensorrt.device import open_device
 from fmg.inference.tensorrt.flavours import ANY, Flavour, Gpu, current_gpu, load_module
+from fmg.inference.tensorrt.origin import built_here, note_built
 from fmg.inference.tensorrt.record import EngineRecord, Ingredients, check_plan, engine_name, read_record
 
 DEVICE = "auto"
@@ -127,7 +128,8 @@ def _engine(
     ingredients = builder.ingredients(artifact, graph, request, options)
     name = engine_name(graph, ingredients.key())
     if (found := _finished(artifact.engines, name, observer)) is not None:
-        observer(Notice("info", f"{graph}: the engine {name} is there already"))
+        origin = "" if built_here(found.sha256) else ", and this computer does not remember building it"
+        observer(Notice("info", f"{graph}: the engine {name} is there already{origin}"))
         return Engine(found, reused=True)
     plan = artifact.engines / f"{name}.plan"
     with replacing_file(plan) as partial:
@@ -159,12 +161,22 @@ def _engine(
         layers=built.layers,
         seconds=built.seconds,
     )
+    _remember(record, observer)
     # after the plan: a plan without a record is ignored, a record without its plan would be an error
     with replacing_file(plan.with_suffix(".json")) as partial:
         partial.write_text(record.to_json(), encoding="utf-8")
         partial.chmod(_READABLE)
     observer(Notice("info", f"{graph}: built the engine {name} in {built.seconds:.1f} s"))
     return Engine(record, reused=False)
+
+
+def _remember(record: EngineRecord, observer: Observer) -> None:
+    try:
+        note_built(record.sha256)
+    except OSError as error:
+        observer(
+            Notice("warning", f"{cache_dir()} cannot be written ({error.strerror}): ask for this engine with --backend")
+        )
 
 
 def _finished(folder: Path, name: str, observer: Observer) -> EngineRecord | None:

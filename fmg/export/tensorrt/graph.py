@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.errors import UsageError
 from fmg.export.census import read_graph
+from fmg.inference.artifact.external import check_external
 from fmg.inference.artifact.manifest import Precision
 
 _ATTENTION_OPSET = 23
@@ -25,13 +26,7 @@ def check_buildable(path: Path, weights: str, precision: Precision) -> None:
         UsageError: no engine can be made of it, and why.
     """
     model = read_graph(path)
-    external = (
-        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
-    )
-    if strays := sorted(set(external) - {weights}):
-        raise CheckpointError(
-            f"{path} has weights in '{strays[0]}', and the manifest says {weights}", "Export the artifact again."
-        )
+    check_external(path, weights)
     opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
     operators = {node.op_type for node in model.graph.node}
     if opset >= _ATTENTION_OPSET and "Attention" in operators and precision == "fp32":

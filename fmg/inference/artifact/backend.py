@@ -16,7 +16,7 @@ from fmg.core.backends import Drawn, NoiseSource
 from fmg.core.errors import UsageError
 from fmg.core.lru import ByteCache
 from fmg.core.stages import TEXT_ENCODERS, TOKENISE, TRANSFORMER, VAE, StageClock, stage
-from fmg.inference.artifact import layout
+from fmg.inference.artifact import borders
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.artifact.manifest import BATCH, TEXT_ENCODER, TEXT_ENCODER_2, VAE_DECODER
 from fmg.inference.artifact.manifest import TRANSFORMER as TRANSFORMER_GRAPH
@@ -100,7 +100,7 @@ class ArtifactBackend(Generic[Array]):
         """Embeddings of the prompts, each computed once as long as it is remembered.
 
         Raises:
-            UsageError: a prompt is longer than the model reads.
+            PromptLengthError: a prompt is longer than the model reads.
         """
         known = {prompt: row for prompt in prompts if (row := self._recall(prompt)) is not None}
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
@@ -183,22 +183,22 @@ class ArtifactBackend(Generic[Array]):
         return [{name: batch[i].copy() for name, batch in states.items()} for i in range(len(prompts))]
 
     def _states(self, graph: str, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        return self.runtime.get(self.runtime.run(graph, {layout.INPUT_IDS: self.runtime.put(ids)}))
+        return self.runtime.get(self.runtime.run(graph, {borders.INPUT_IDS: self.runtime.put(ids)}))
 
     def _inputs(self, x: Array, t: float, s: float, cond: Encoded[Array]) -> dict[str, Array]:
         rows = x.shape[0]
         inputs = {
-            layout.HIDDEN_STATES: x,
-            layout.ENCODER_HIDDEN_STATES: cond.tokens,
-            layout.POOLED_PROJECTIONS: cond.pooled,
-            layout.TIMESTEP: self._constant(rows, t),
-            layout.IMG_IDS: self._image_ids,
-            layout.TXT_IDS: self._text_ids(cond.tokens.shape[1]),
+            borders.HIDDEN_STATES: x,
+            borders.ENCODER_HIDDEN_STATES: cond.tokens,
+            borders.POOLED_PROJECTIONS: cond.pooled,
+            borders.TIMESTEP: self._constant(rows, t),
+            borders.IMG_IDS: self._image_ids,
+            borders.TXT_IDS: self._text_ids(cond.tokens.shape[1]),
         }
         if self._sampling.map == "two-time":
-            inputs[layout.SECOND] = self._constant(rows, s)
+            inputs[borders.SECOND] = self._constant(rows, s)
         if self._sampling.guidance is not None:
-            inputs[layout.GUIDANCE] = self._constant(rows, self._sampling.guidance)
+            inputs[borders.GUIDANCE] = self._constant(rows, self._sampling.guidance)
         return inputs
 
     def _constant(self, rows: int, value: float) -> Array:
@@ -215,7 +215,7 @@ class ArtifactBackend(Generic[Array]):
     def _decode(self, latents: Array) -> NDArray[np.float32]:
         rows = max(1, DECODE_PIXELS // self._resolution**2)
         parts = [
-            self.runtime.get(self.runtime.run(VAE_DECODER, {layout.LATENTS: latents[start : start + rows]}))
+            self.runtime.get(self.runtime.run(VAE_DECODER, {borders.LATENTS: latents[start : start + rows]}))
             for start in range(0, latents.shape[0], rows)
         ]
         return np.concatenate(parts)

@@ -94,7 +94,10 @@ def _union(annotation: Any, value: object, where: str) -> Any:
 
 def _scalar(annotation: Any, value: object, where: str) -> Any:
     if annotation is float:
-        number = _typed(float, float(value) if type(value) is int else value, where)
+        try:
+            number = _typed(float, float(value) if type(value) is int else value, where)
+        except OverflowError:
+            raise DecodeError(f"{where} is an integer that no float holds") from None
         if not math.isfinite(number):
             raise DecodeError(f"{where} is {number}, which is not a finite number")
         return number

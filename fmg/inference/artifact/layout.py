@@ -21,27 +21,14 @@ from pathlib import Path
 from fmg.core.cache import content_hash, replacing_file
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.unfinished import OLD, leftovers
-from fmg.inference.artifact.manifest import MANIFEST, Check, FileEntry, Graph, Manifest, from_json, to_json
+from fmg.inference.artifact.external import check_external
+from fmg.inference.artifact.manifest import MANIFEST, Check, FileEntry, Graph, Manifest
+from fmg.inference.artifact.reading import from_json, to_json
 
 BASE_WEIGHTS = "base.safetensors"
 ENGINES = "engines"
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 TOKENIZER_FILE = "tokenizer.json"
-
-HIDDEN_STATES = "hidden_states"
-ENCODER_HIDDEN_STATES = "encoder_hidden_states"
-POOLED_PROJECTIONS = "pooled_projections"
-TIMESTEP = "timestep"
-SECOND = "second"
-GUIDANCE = "guidance"
-IMG_IDS = "img_ids"
-TXT_IDS = "txt_ids"
-VELOCITY = "velocity"
-INPUT_IDS = "input_ids"
-POOLED = "pooled"
-TOKENS = "tokens"
-LATENTS = "latents"
-IMAGES = "images"
 
 _CHUNK = 1 << 22
 
@@ -95,10 +82,17 @@ class Artifact:
         return self.manifest.graphs[name]
 
     def onnx(self, name: str) -> Path:
-        """The ONNX file of a graph, its weight file being there as well."""
+        """The ONNX file of a graph, its weight file being there as well and the only one that it points into.
+
+        Raises:
+            UsageError: the artifact has no such graph.
+            CheckpointError: a file is missing or a link, or the graph has weights outside its weight file.
+        """
         graph = self.graph(name)
         self.path(graph.weights)
-        return self.path(graph.file)
+        file = self.path(graph.file)
+        check_external(file, graph.weights)
+        return file
 
     @property
     def engines(self) -> Path:
@@ -136,6 +130,21 @@ class Artifact:
                 raise CheckpointError(
                     f"{path} is not the file that was exported: its sha256 differs from the manifest",
                     "Copy the artifact again from where it was made, or export it again.",
+                )
+
+    def check_listed(self) -> None:
+        """Whether the folder has no files but those of the manifest, the manifest itself and engines.
+
+        Raises:
+            CheckpointError: naming the first other one.
+        """
+        for path in sorted(self.folder.rglob("*")):
+            name = path.relative_to(self.folder)
+            apart = name.parts[0] == ENGINES or str(name) == MANIFEST or name.as_posix() in self.manifest.files
+            if not apart and (path.is_symlink() or not path.is_dir()):
+                raise CheckpointError(
+                    f"{path} is not in the manifest, which lists every file of the artifact",
+                    "Move it away, or copy the artifact again from where it was made.",
                 )
 
     def with_checks(self, checks: Iterable[Check]) -> Artifact:

@@ -2,6 +2,8 @@
 
 Tensors of every graph are float32 or int64 at its borders, whatever the precision inside: numpy has no bfloat16, and
 one border serves every runtime. Times and guidance enter unscaled; the graph multiplies them by `time_scale`.
+
+Every class refuses values that nothing can be made of with a ValueError: a manifest can come from anyone.
 """
 
 from __future__ import annotations
@@ -10,11 +12,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from itertools import pairwise
 from typing import Literal
 
-from fmg.core.errors import CheckpointError
-from fmg.inference.artifact.decode import DecodeError, decode, encode
+from fmg.flow.grids import MAX_STEPS
+from fmg.inference.artifact.decode import encode
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -40,6 +42,20 @@ BATCH, IMAGE, TEXT, HEIGHT, WIDTH, PIXEL_HEIGHT, PIXEL_WIDTH = (
 
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
 
+MAX_LENGTH = 4096
+"""Tokens of a prompt, at most."""
+MAX_SIDE = 16384
+"""Pixels along the side of an image, at most."""
+_MAX_CHANNELS = 1024
+_MAX_SCALE = 64
+# 256 MB: sixteen channels at the largest side and FLUX's scale of eight
+_MAX_LATENT = 2**26
+_MAX_SIZE = 2**31 - 1
+_MAX_GUIDANCE = 1e6
+_MAX_TIME_SCALE = 1e6
+# latents are packed two by two
+_PACKED = 2
+
 
 @dataclass(frozen=True)
 class FileEntry:
@@ -60,6 +76,7 @@ class AxisRange:
     def __post_init__(self) -> None:
         if not 1 <= self.minimum <= self.optimum <= self.maximum:
             raise ValueError(f"the range {self.minimum}:{self.optimum}:{self.maximum} does not rise from 1")
+        _check_within("maximum", self.maximum, 1, _MAX_SIZE)
 
 
 @dataclass(frozen=True)
@@ -69,6 +86,11 @@ class TensorSpec:
     name: str
     dtype: Literal["float32", "int64"]
     shape: tuple[int | str, ...]
+
+    def __post_init__(self) -> None:
+        for size in self.shape:
+            if isinstance(size, int):
+                _check_within("an axis", size, 1, _MAX_SIZE)
 
 
 @dataclass(frozen=True)
@@ -104,6 +126,10 @@ class TokenizerFacts:
     length: int
     pad_id: int
     pad_token: str
+
+    def __post_init__(self) -> None:
+        _check_within("length", self.length, 1, MAX_LENGTH)
+        _check_within("pad_id", self.pad_id, 0, _MAX_SIZE)
 
 
 @dataclass(frozen=True)
@@ -145,6 +171,32 @@ class Sampling:
     grid: str | tuple[float, ...]
     steps: int
 
+    def __post_init__(self) -> None:
+        _check_within("time_scale", self.time_scale, 1 / _MAX_TIME_SCALE, _MAX_TIME_SCALE)
+        if self.guidance is not None:
+            _check_within("guidance", self.guidance, 0, _MAX_GUIDANCE)
+        if (self.map == "single-time") != (self.second_time == "none"):
+            raise ValueError(f"a {self.map} map cannot have second_time '{self.second_time}'")
+        _check_within("latent_channels", self.latent_channels, 1, _MAX_CHANNELS)
+        _check_within("latent_scale", self.latent_scale, 1, _MAX_SCALE)
+        _check_within("steps", self.steps, 1, MAX_STEPS)
+        self._check_resolutions()
+        if not isinstance(self.grid, str):
+            _check_times(self.grid)
+
+    def _check_resolutions(self) -> None:
+        if not self.resolutions or any(small >= large for small, large in pairwise(self.resolutions)):
+            raise ValueError(f"the resolutions {_listed(self.resolutions)} do not rise")
+        token = self.latent_scale * _PACKED
+        for side in self.resolutions:
+            _check_within("a resolution", side, token, MAX_SIDE)
+            if side % token:
+                raise ValueError(f"the resolution {side!s:.30} is not a multiple of {token}, the side of a token")
+        if self.resolution not in self.resolutions:
+            raise ValueError(f"the resolution {self.resolution!s:.30} is not one of {_listed(self.resolutions)}")
+        channels, height, width = self.latent_shape(self.resolutions[-1])
+        _check_within("a latent", channels * height * width, 1, _MAX_LATENT)
+
     def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
         """(c, h, w) of one latent of a square image; None: of the default resolution."""
         side = (resolution or self.resolution) // self.latent_scale
@@ -153,7 +205,7 @@ class Sampling:
     def image_tokens(self, resolution: int | None = None) -> int:
         """Packed tokens of one square image: latents are packed two by two."""
         _, height, width = self.latent_shape(resolution)
-        return (height // 2) * (width // 2)
+        return (height // _PACKED) * (width // _PACKED)
 
 
 @dataclass(frozen=True)
@@ -252,62 +304,17 @@ class Manifest:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def to_json(manifest: Manifest) -> str:
-    """The text of `manifest.json`."""
-    return json.dumps(encode(manifest), indent=2) + "\n"
+def _check_within(name: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        raise ValueError(f"{name} is {value!s:.30}, which is not between {least} and {most}")
 
 
-def from_json(text: str | bytes, origin: Path) -> Manifest:
-    """A manifest from its text; `origin` is the file that error messages name.
-
-    Raises:
-        CheckpointError: it is no JSON, of a newer schema, lacks a key or has an unknown one, names a path outside the
-            artifact, or refers to a file, graph or axis that it does not list.
-    """
-    try:
-        raw = json.loads(text)
-    except ValueError as error:
-        raise _unusable(origin, f"it is not JSON ({error})") from None
-    if not isinstance(raw, dict) or type(raw.get("schema")) is not int:
-        raise _unusable(origin, "it does not state its schema")
-    if raw["schema"] > SCHEMA:
-        raise CheckpointError(
-            f"{origin} has schema {raw['schema']}, and this fmg reads up to {SCHEMA}",
-            "Export the artifact again with this one, or upgrade fmg.",
-        )
-    try:
-        manifest = decode(Manifest, raw)
-        _check_paths(manifest)
-        _check_references(manifest)
-    except DecodeError as error:
-        raise _unusable(origin, str(error)) from None
-    return manifest
+def _check_times(times: tuple[float, ...]) -> None:
+    falls = all(earlier > later for earlier, later in pairwise(times))
+    if not 1 < len(times) <= MAX_STEPS + 1 or (times[0], times[-1]) != (1, 0) or not falls:
+        raise ValueError(f"the grid {_listed(times)} does not fall from 1 to 0")
 
 
-def _check_paths(manifest: Manifest) -> None:
-    for name in manifest.files:
-        path = PurePosixPath(name)
-        unusual = path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name
-        if unusual or name != str(path) or name in (MANIFEST, "."):
-            raise DecodeError(f"files has the path {name!r}, which is not inside the artifact")
-
-
-def _check_references(manifest: Manifest) -> None:
-    if absent := [name for name in GRAPHS if name not in manifest.graphs]:
-        raise DecodeError(f"graphs.{absent[0]} is missing")
-    if absent := [name for name in (TEXT_ENCODER, TEXT_ENCODER_2) if name not in manifest.tokenizers]:
-        raise DecodeError(f"tokenizers.{absent[0]} is missing")
-    named = [graph.file for graph in manifest.graphs.values()]
-    named += [graph.weights for graph in manifest.graphs.values()]
-    named += [tokenizer.file for tokenizer in manifest.tokenizers.values()]
-    named += [] if manifest.base.weights is None else [manifest.base.weights]
-    if absent := [name for name in named if name not in manifest.files]:
-        raise DecodeError(f"files does not list {absent[0]!r}")
-    for name, graph in manifest.graphs.items():
-        axes = {axis for spec in (*graph.inputs, *graph.outputs) for axis in spec.shape if isinstance(axis, str)}
-        if unknown := sorted(axes - manifest.axes.keys()):
-            raise DecodeError(f"axes.{unknown[0]} is missing, which graphs.{name} has")
-
-
-def _unusable(origin: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"{origin} cannot be used: {reason}", "Restore the artifact, or export it again.")
+def _listed(values: tuple[float, ...]) -> str:
+    shown = ", ".join(f"{value!s:.30}" for value in values[:4])
+    return f"[{shown}{', …' if len(values) > 4 else ''}]"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fmg.core.errors import CheckpointError, MissingDependencyError, UsageError
+from fmg.core.errors import CheckpointError, MissingDependencyError, PromptLengthError
 from fmg.inference.artifact.manifest import TokenizerFacts
 
 
@@ -21,7 +21,7 @@ class PromptTokenizer:
 
     Raises:
         MissingDependencyError: tokenizers is not installed.
-        CheckpointError: the file cannot be read.
+        CheckpointError: the file cannot be read, or adds as many special tokens as a prompt may have.
     """
 
     def __init__(self, file: Path, facts: TokenizerFacts) -> None:
@@ -37,6 +37,12 @@ class PromptTokenizer:
             raise CheckpointError(f"{file} cannot be read: {error}", "Export the artifact again.") from None
         self._whole.no_truncation()
         self._whole.no_padding()
+        # the library does not cut special tokens, so rows would be longer than the graph takes, or hold no word
+        if (special := self._whole.num_special_tokens_to_add(False)) >= facts.length:
+            raise CheckpointError(
+                f"{file} adds {special} special tokens to a prompt, and the manifest says it has {facts.length} in all",
+                "Export the artifact again.",
+            )
         self._cut.enable_truncation(facts.length)
         self._cut.enable_padding(length=facts.length, pad_id=facts.pad_id, pad_token=facts.pad_token)
         self._length = facts.length
@@ -49,11 +55,8 @@ class PromptTokenizer:
         """Whether every prompt is read to its end.
 
         Raises:
-            UsageError: naming the first that is not.
+            PromptLengthError: naming the first that is not.
         """
         for prompt, row in zip(prompts, self._whole.encode_batch(list(prompts)), strict=True):
             if len(row.ids) > self._length:
-                raise UsageError(
-                    f"The prompt '{prompt:.60}' has {len(row.ids)} tokens, and the model reads {self._length}",
-                    "Shorten it.",
-                )
+                raise PromptLengthError(prompt, len(row.ids), self._length)

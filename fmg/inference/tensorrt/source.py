@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 from fmg.core.backends import Backend, Subject
-from fmg.core.errors import FmgError
+from fmg.core.errors import FmgError, FmgWarning
 from fmg.inference.artifact.backend import ArtifactBackend
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.configs import TensorRtConfig
 from fmg.inference.tensorrt.flavours import RTX, TENSORRT, Flavour, current_gpu, lists_gpu, load_module
 from fmg.inference.tensorrt.matching import Machine, fitting_engines
+from fmg.inference.tensorrt.origin import built_here
 from fmg.registry import backends
 
 _GIB = 1 << 30
@@ -36,7 +38,8 @@ class EngineSource:
     def suits(self, subject: Artifact, device: str) -> bool:
         """Whether package, GPU and an engine of every graph are there, and nothing of it needs a decision of the user.
 
-        A GPU that the package does not list, or an engine with code inside, has to be asked for by name.
+        A GPU that the package does not list, an engine with code inside, or one that was not built on this computer
+        (which is warned of) has to be asked for by name.
         """
         if device.partition(":")[0] not in ("auto", "cuda") or not any(subject.engines.glob("*.json")):
             return False
@@ -47,7 +50,17 @@ class EngineSource:
             return False
         if not self.config.allow_code and any(record.carries_code for record in records.values()):
             return False
-        return machine.gpu is not None and lists_gpu(load_module(self.flavour), machine.gpu)
+        if machine.gpu is None or not lists_gpu(load_module(self.flavour), machine.gpu):
+            return False
+        foreign = [record.plan for record in records.values() if not built_here(record.sha256)]
+        if foreign:
+            warnings.warn(
+                f"The engine {foreign[0]} was not built on this computer and is left alone, for a plan is as good as"
+                f" a program; --backend {self.flavour.backend} takes it, if you trust who made it.",
+                FmgWarning,
+                stacklevel=2,
+            )
+        return not foreign
 
     def open(self, subject: Artifact, device: str) -> Backend:
         """Opens the artifact; each engine is loaded when it is first run.

@@ -119,6 +119,14 @@ class AdaptedModel(ABC, Generic[C]):
         """Prompt embeddings with the tensors of the family's text encoders, one row a prompt."""
         return self._text.encode(prompts)
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Whether the model reads every prompt to its end.
+
+        Raises:
+            PromptLengthError: naming the first that it would cut.
+        """
+        self._text.check_lengths(prompts)
+
     def text_uncached(self) -> AbstractContextManager[None]:
         """Inside, every prompt is encoded, so that its time can be measured."""
         return self._text.uncached()

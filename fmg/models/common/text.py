@@ -11,7 +11,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from fmg.core.errors import PromptLengthError
 from fmg.core.lru import ByteCache
+from fmg.core.stages import TOKENISE, stage
 from fmg.core.types import Conditioning
 from fmg.models.text_cache import Row, TextCache, encoder_key
 
@@ -26,6 +28,9 @@ class Tokenizer(Protocol):
         self, text: list[str], *, padding: str, max_length: int, truncation: bool, return_tensors: str
     ) -> TokenizedText:
         """Token ids of a batch of texts, padded to `max_length`."""
+
+    def encode(self, text: str, *, verbose: bool = True) -> list[int]:
+        """Token ids of one text, all of them; not `verbose` says nothing about their number."""
 
 
 @runtime_checkable
@@ -52,6 +57,9 @@ class TextStack(Protocol):
             prompts: what to encode.
             length: length that tokens are padded and cut to.
         """
+
+    def count(self, prompt: str) -> int:
+        """Tokens of a prompt of which `embed` cuts off those beyond its `length`."""
 
 
 class TextEncoders:
@@ -116,6 +124,17 @@ class TextEncoders:
             return encoded
         place = {prompt: index for index, prompt in enumerate(distinct)}
         return encoded.select(torch.tensor([place[prompt] for prompt in prompts]))
+
+    def check_lengths(self, prompts: Sequence[str]) -> None:
+        """Whether every prompt is read to its end: `encode` itself cuts what is too long, as diffusers does.
+
+        Raises:
+            PromptLengthError: naming the first that is not.
+        """
+        with stage(TOKENISE):
+            for prompt in dict.fromkeys(prompts):
+                if (count := self._stack.count(prompt)) > self._length:
+                    raise PromptLengthError(prompt, count, self._length)
 
     @contextmanager
     def uncached(self) -> Iterator[None]:

@@ -35,6 +35,10 @@ class FluxText:
         """`tokens` (b, length, d) of T5 and `pooled` (b, p) of CLIP, as `FluxPipeline.encode_prompt` makes them."""
         return {"tokens": self._tokens(prompts, length), "pooled": self._pooled(prompts)}
 
+    def count(self, prompt: str) -> int:
+        """Tokens of T5, its end included; CLIP only ever sees the beginning of a prompt."""
+        return len(self.tokenizer_2.encode(prompt, verbose=False))
+
     def _tokens(self, prompts: list[str], length: int) -> Float[Tensor, "b l d"]:
         states: Tensor = self.text_encoder_2(_ids(self.tokenizer_2, prompts, length).to(self.text_encoder_2.device))[0]
         return states

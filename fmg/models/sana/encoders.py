@@ -37,16 +37,25 @@ class SanaText:
         As `SanaSprintPipeline.encode_prompt`: the prompt in lower case after the instruction, and of all states the
         first and the last `length - 1`, so that the instruction shapes the states without being seen itself.
         """
-        texts = [self.instruction + prompt.lower().strip() for prompt in prompts]
-        total = length
-        if self.instruction:
-            total = len(self.tokenizer.encode(self.instruction)) + length - 2
+        texts = [self._instructed(prompt) for prompt in prompts]
+        total = length + self._extra()
         encoded = self.tokenizer(
             texts, padding="max_length", max_length=total, truncation=True, return_tensors="pt"
         ).to(self.text_encoder.device)
         states: Tensor = self.text_encoder(encoded.input_ids, attention_mask=encoded.attention_mask)[0]
         chosen = [0, *range(1 - length, 0)]
         return {"tokens": states[:, chosen], "mask": encoded.attention_mask[:, chosen]}
+
+    def count(self, prompt: str) -> int:
+        """Tokens of Gemma without those of the instruction."""
+        return len(self.tokenizer.encode(self._instructed(prompt), verbose=False)) - self._extra()
+
+    def _instructed(self, prompt: str) -> str:
+        return self.instruction + prompt.lower().strip()
+
+    def _extra(self) -> int:
+        """Tokens that the instruction adds to a prompt, as `SanaSprintPipeline` counts them."""
+        return len(self.tokenizer.encode(self.instruction)) - 2 if self.instruction else 0
 
 
 def published_instruction() -> str:

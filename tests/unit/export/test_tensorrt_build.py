@@ -94,6 +94,13 @@ def test_the_same_request_takes_the_engines_that_are_there(artifact: Path, trt: 
     assert all("is there already" in text for text in notices)
 
 
+def test_an_engine_of_unknown_origin_is_said_to_be_one(artifact: Path) -> None:
+    with support.stand_in():
+        _, events = support.build(artifact)
+    origin = "is there already, and this computer does not remember building it"
+    assert sum(isinstance(event, Notice) and event.text.endswith(origin) for event in events) == 4
+
+
 def test_other_options_and_profiles_make_other_engines_beside_them(artifact: Path, trt: ModuleType) -> None:
     before = {record.plan for record in read_records(artifact)}
     engines, _ = support.build(artifact, resolutions=(8,))

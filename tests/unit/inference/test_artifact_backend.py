@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from fmg.core.errors import CheckpointError, FmgError, MissingDependencyError, UsageError
+from fmg.core.errors import CheckpointError, FmgError, MissingDependencyError, PromptLengthError, UsageError
 from fmg.core.stages import NOISE, TEXT_ENCODERS, TOKENISE, TOTAL, TRANSFORMER, VAE
 from fmg.inference import load
 from fmg.inference import onnxruntime as ort
@@ -149,6 +149,15 @@ def test_bf16_needs_a_gpu(shapes_artifact: Artifact) -> None:
         generator.generate(PROMPTS[:1], [0])
 
 
+def test_a_prompt_that_is_cut_is_refused_by_every_backend(shapes_artifact: Artifact, shapes_run: Path) -> None:
+    said = set()
+    for target in (shapes_artifact, shapes_run):
+        with pytest.raises(PromptLengthError, match="has 6001 tokens, and the model reads 16") as caught:
+            drawn(target, ["red " * 6000] * 20)
+        said.add(str(caught.value))
+    assert len(said) == 1
+
+
 def test_a_damaged_graph_is_named(shapes_artifact: Artifact, tmp_path: Path) -> None:
     folder = copied(shapes_artifact, tmp_path / "a")
     (folder / "vae_decoder.onnx").write_bytes((folder / "vae_decoder.onnx").read_bytes()[:2000])
@@ -160,7 +169,7 @@ def test_a_damaged_graph_is_named(shapes_artifact: Artifact, tmp_path: Path) -> 
     (folder / MANIFEST).write_text(json.dumps(manifest))
     with (
         load(open_artifact(folder, hashes=False)) as generator,
-        pytest.raises(CheckpointError, match=r"vae_decoder\.onnx cannot be loaded"),
+        pytest.raises(CheckpointError, match=r"vae_decoder\.onnx is no ONNX file"),
     ):
         generator.generate(PROMPTS[:1], [0])
 

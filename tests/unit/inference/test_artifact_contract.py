@@ -27,11 +27,36 @@ from fmg.inference.artifact.manifest import (
     Sampling,
     TensorSpec,
     TokenizerFacts,
-    from_json,
-    to_json,
 )
+from fmg.inference.artifact.reading import from_json, to_json
 
 Change = Callable[[dict[str, Any]], object]
+
+AXES = ("image", "height", "width", "pixel_height", "pixel_width")
+BORDERS: dict[str, tuple[dict[str, tuple[int | str, ...]], dict[str, tuple[int | str, ...]]]] = {
+    "text_encoder": ({"input_ids": ("batch", 16)}, {"pooled": ("batch", 6)}),
+    "text_encoder_2": ({"input_ids": ("batch", "text")}, {"tokens": ("batch", "text", 8)}),
+    "transformer": (
+        {
+            "hidden_states": ("batch", "image", 16),
+            "encoder_hidden_states": ("batch", "text", 8),
+            "pooled_projections": ("batch", 6),
+            "timestep": ("batch",),
+            "second": ("batch",),
+            "img_ids": ("image", 3),
+            "txt_ids": ("text", 3),
+        },
+        {"velocity": ("batch", "image", 16)},
+    ),
+    "vae_decoder": (
+        {"latents": ("batch", 4, "height", "width")},
+        {"images": ("batch", 3, "pixel_height", "pixel_width")},
+    ),
+}
+
+
+def specs(shapes: dict[str, tuple[int | str, ...]]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(name, "int64" if name == "input_ids" else "float32", s) for name, s in shapes.items())
 
 
 @pytest.fixture
@@ -44,9 +69,9 @@ def folder(tmp_path: Path) -> Path:
     for name in GRAPHS:
         (root / layout.graph_file(name)).write_bytes(name.encode())
         (root / layout.weights_file(name)).write_bytes(b"weights of " + name.encode())
-    spec = TensorSpec("x", "float32", ("batch", 3))
     graphs = {
-        name: Graph(layout.graph_file(name), layout.weights_file(name), "fp32", (spec,), (spec,)) for name in GRAPHS
+        name: Graph(layout.graph_file(name), layout.weights_file(name), "fp32", *map(specs, BORDERS[name]))
+        for name in GRAPHS
     }
     files = {str(path.relative_to(root)): file_entry(path) for path in sorted(root.rglob("*")) if path.is_file()}
     manifest = Manifest(
@@ -56,7 +81,7 @@ def folder(tmp_path: Path) -> Path:
         sampling=Sampling("two-time", "linear", 1000.0, "duration", None, 4, 4, 32, (32, 48), (1.0, 0.5, 0.0), 2),
         precision="fp32",
         opset=20,
-        axes={"batch": AxisRange(1, 4, 16)},
+        axes={"batch": AxisRange(1, 4, 16), "text": AxisRange(16, 16, 16)} | dict.fromkeys(AXES, AxisRange(8, 64, 144)),
         graphs=graphs,
         tokenizers={
             name: TokenizerFacts(f"{home}/tokenizer.json", 16, 0, "<pad>")
@@ -77,6 +102,26 @@ def edit(folder: Path, change: Change) -> None:
     raw = json.loads((folder / MANIFEST).read_text())
     change(raw)
     (folder / MANIFEST).write_text(json.dumps(raw))
+
+
+def sampling(**values: object) -> Change:
+    return lambda raw: raw["sampling"].update(values)
+
+
+def tokenizer(**values: object) -> Change:
+    return lambda raw: raw["tokenizers"]["text_encoder_2"].update(values)
+
+
+def inputs(graph: str, change: Callable[[list[Any]], object]) -> Change:
+    return lambda raw: change(raw["graphs"][graph]["inputs"])
+
+
+def nested(levels: int) -> Change:
+    def change(raw: dict[str, Any]) -> None:
+        for _ in range(levels):
+            raw["prompts"] = {"deeper": raw["prompts"]}
+
+    return change
 
 
 def test_manifest_survives_a_round_trip(folder: Path) -> None:
@@ -116,6 +161,52 @@ def move(raw: dict[str, Any], old: str, new: str) -> None:
         (lambda raw: move(raw, "transformer.onnx", "C:b"), "which is not inside the artifact"),
         (lambda raw: move(raw, "transformer.onnx", "./b"), "which is not inside the artifact"),
         (lambda raw: raw.update(files=[]), r"files is \[\] instead of dict"),
+        (lambda raw: move(raw, "transformer.onnx", "\ud800"), "which is not inside the artifact"),
+        (lambda raw: move(raw, "transformer.onnx", "x" * 256), "which is not inside the artifact"),
+        (nested(100), "nested deeper than 64 levels"),
+        (tokenizer(length=10**12), "length is 1000000000000, which is not between 1 and 4096"),
+        (tokenizer(length=10**400), "length is 10{29}, which is not between"),
+        (tokenizer(length=-1), "length is -1, which is not between"),
+        (tokenizer(length=20), "axes.text is 16 to 16, which does not hold the 20 tokens"),
+        (tokenizer(pad_id=-1), "pad_id is -1"),
+        (tokenizer(pad_id=2**70), "pad_id is 1180591620717411303424"),
+        (lambda raw: raw["tokenizers"].update(weird=raw["tokenizers"]["text_encoder"]), "weird belongs to no text"),
+        (sampling(guidance=10**400), "sampling.guidance is an integer that no float holds"),
+        (sampling(guidance=1e300), "guidance is 1e\\+300"),
+        (sampling(guidance=3.5), "graphs.transformer.inputs lacks 'guidance'"),
+        (sampling(time_scale=0), "time_scale is 0"),
+        (sampling(latent_scale=0), "latent_scale is 0"),
+        (sampling(latent_scale=65), "latent_scale is 65"),
+        (sampling(latent_channels=-4), "latent_channels is -4"),
+        (sampling(latent_channels=10**9), "latent_channels is 1000000000"),
+        (sampling(latent_channels=1024, latent_scale=1, resolutions=[32, 16384]), "a latent is 274877906944"),
+        (sampling(resolution=0), r"the resolution 0 is not one of \[32, 48\]"),
+        (sampling(resolution=2**40), "the resolution 1099511627776 is not one of"),
+        (sampling(resolutions=[]), r"the resolutions \[\] do not rise"),
+        (sampling(resolutions=[48, 32]), "do not rise"),
+        (sampling(resolutions=[32, 36]), "36 is not a multiple of 8"),
+        (sampling(resolutions=[0, 32]), "a resolution is 0"),
+        (sampling(resolutions=[32, 2**40]), "a resolution is 1099511627776"),
+        (sampling(steps=10**9), "steps is 1000000000"),
+        (sampling(grid=[]), r"the grid \[\] does not fall from 1 to 0"),
+        (sampling(grid=[1.0, 0.5]), "does not fall from 1 to 0"),
+        (sampling(grid=[1.0, 1.0, 0.0]), "does not fall from 1 to 0"),
+        (sampling(map="single-time"), "a single-time map cannot have second_time 'duration'"),
+        (
+            sampling(map="single-time", second_time="none"),
+            "transformer.inputs has 'second', which the sampling does not",
+        ),
+        (inputs("transformer", lambda given: given.clear()), "graphs.transformer.inputs lacks 'hidden_states'"),
+        (inputs("vae_decoder", lambda given: given.append(given[0])), "has 'latents', which the sampling does not"),
+        (inputs("vae_decoder", lambda given: given[0]["shape"].pop()), r"'latents' as float32 \(batch, 4, height\)"),
+        (inputs("vae_decoder", lambda given: given[0].update(dtype="int64")), "'latents' as int64"),
+        (
+            inputs("transformer", lambda given: given[1]["shape"].__setitem__(2, -3)),
+            r"inputs\[1\] is impossible: an axis is -3",
+        ),
+        (lambda raw: raw["graphs"]["text_encoder"].update(outputs=[]), "graphs.text_encoder.outputs lacks 'pooled'"),
+        (lambda raw: raw["graphs"].update(weird=raw["graphs"]["transformer"]), "graphs.weird is not a known graph"),
+        (lambda raw: raw["axes"]["image"].update(maximum=2**70), "axes.image is impossible: maximum is"),
     ],
 )
 def test_a_manifest_that_is_not_as_it_must_be_is_one_clear_error(folder: Path, change: Change, says: str) -> None:
@@ -125,7 +216,7 @@ def test_a_manifest_that_is_not_as_it_must_be_is_one_clear_error(folder: Path, c
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00", "[" * 100_000, '{"schema":' * 100_000], ids=range(7))
 def test_a_manifest_that_is_no_json_object_is_refused(folder: Path, text: str) -> None:
     (folder / MANIFEST).write_text(text)
     with pytest.raises(CheckpointError, match=r"manifest\.json cannot be used"):

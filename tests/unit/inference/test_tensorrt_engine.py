@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import torch
 
-from fmg.core.errors import CheckpointError, FmgError, UsageError
+from fmg.core.errors import CheckpointError, FmgError, FmgWarning, UsageError
 from fmg.export.tensorrt.check import check_refit
 from fmg.export.tensorrt.options import EngineOptions
 from fmg.inference.artifact import Artifact, open_artifact
@@ -34,29 +34,35 @@ from tests.support.tiny_artifact import LENGTH, PROMPTS, build_tiny_artifact, ra
 SMALL, LARGE = {IMAGE: 4, HEIGHT: 4, WIDTH: 4, TEXT: LENGTH}, {IMAGE: 16, HEIGHT: 8, WIDTH: 8, TEXT: LENGTH}
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of this computer, which remembers what was built here."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def trt() -> Iterator[ModuleType]:
-    with support.stand_in() as module:
+def trt(cache: Path) -> Iterator[ModuleType]:
+    with support.stand_in(cache=cache) as module:
         yield module
 
 
-def _built(folder: Path, options: EngineOptions, batch: tuple[int, int, int] = (1, 2, 4)) -> Path:
+def _built(folder: Path, cache: Path, options: EngineOptions, batch: tuple[int, int, int] = (1, 2, 4)) -> Path:
     build_tiny_artifact(folder, batch=batch)
-    with support.stand_in():
+    with support.stand_in(cache=cache):
         support.build(folder, options=options)
     return folder
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _built(tmp_path_factory.mktemp("plain") / "artifact", EngineOptions())
+def plain(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    return _built(tmp_path_factory.mktemp("plain") / "artifact", cache, EngineOptions())
 
 
 @pytest.fixture(scope="module")
-def special(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def special(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """Refittable, weight-streaming engines that take at least two rows."""
     options = EngineOptions(refittable=True, weight_streaming=True)
-    return _built(tmp_path_factory.mktemp("special") / "artifact", options, batch=(2, 2, 4))
+    return _built(tmp_path_factory.mktemp("special") / "artifact", cache, options, batch=(2, 2, 4))
 
 
 def transformer(folder: Path, trt: ModuleType, options: RunOptions | None = None) -> Engine:
@@ -202,9 +208,9 @@ def test_a_file_that_is_no_plan_is_refused(plain: Path, trt: ModuleType, tmp_pat
         Engine(trt, tmp_path / "x.plan", FakeCuda(), RunOptions())
 
 
-def test_code_inside_an_engine_runs_only_with_consent(tmp_path: Path) -> None:
-    folder = _built(tmp_path / "artifact", EngineOptions(version_compatible=True))
-    with support.stand_in() as trt:
+def test_code_inside_an_engine_runs_only_with_consent(tmp_path: Path, cache: Path) -> None:
+    folder = _built(tmp_path / "artifact", cache, EngineOptions(version_compatible=True))
+    with support.stand_in(cache=cache) as trt:
         plan = next((folder / ENGINES).glob("transformer-*.plan"))
         with pytest.raises(UsageError, match="carries a runtime, code that nobody has checked"):
             Engine(trt, plan, FakeCuda(), RunOptions(), carries_code=True)
@@ -215,6 +221,30 @@ def test_code_inside_an_engine_runs_only_with_consent(tmp_path: Path) -> None:
             load(artifact, backend="tensorrt").generate(["a"], [0])
         assert load(artifact).backend.name == "onnxruntime"
         assert load(artifact, allow_code=True).backend.name == "tensorrt"
+
+
+def test_an_engine_of_another_computer_is_taken_only_by_name(plain: Path) -> None:
+    assert load(plain, backend="onnxruntime", device="cpu").backend.name == "onnxruntime"
+    with support.stand_in():
+        says = r"text_encoder-.*\.plan was not built on this computer .* --backend tensorrt takes it, if you trust"
+        with pytest.warns(FmgWarning, match=says):
+            backend = load(plain).backend.name
+        assert backend == "onnxruntime"
+        assert "deserialize_cuda_engine" not in DEVICE.names()
+        named = load(plain, backend="tensorrt")
+        assert named.backend.name == "tensorrt"
+        assert named.generate(["a"], [0]).image_array.std() > 0
+
+
+def test_a_plan_that_claims_to_have_been_built_here_is_not_loaded(plain: Path, trt: ModuleType, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(plain, tmp_path / "artifact"))
+    # the engine that is run first
+    plan = next((folder / ENGINES).glob("text_encoder_2-*.plan"))
+    plan.write_bytes(plan.read_bytes()[:-1] + b"!")
+    # its record still says the sha256 of the plan that this computer remembers
+    with pytest.raises(CheckpointError, match="is damaged: its hash is not the one in its record"):
+        load(folder).generate(["a"], [0])
+    assert "deserialize_cuda_engine" not in DEVICE.names()
 
 
 def test_a_streaming_budget_is_set_before_the_first_context_and_stops_recording(special: Path, trt: ModuleType) -> None:

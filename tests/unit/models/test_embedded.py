@@ -8,9 +8,11 @@ from typing import cast
 import pytest
 import torch
 
-from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.errors import CheckpointError, PromptLengthError, UsageError
 from fmg.core.protocols import Model
+from fmg.inference.backend import TorchBackend
 from fmg.models.configs import EmbeddedConfig
+from fmg.models.flux.model import FluxModel
 from fmg.registry import models
 
 NAMES = ("meanflow-shapes", "scm-shapes")
@@ -40,6 +42,20 @@ def test_an_embedded_model_draws_pictures_that_depend_on_the_prompt(embedded: tu
     assert images.dtype == torch.float32
     assert 0 <= images.min() < images.max() <= 1
     assert not torch.equal(images[0], images[1])
+
+
+def test_a_prompt_that_is_read_to_its_end_is_told_from_one_that_is_cut(embedded: tuple[str, Model]) -> None:
+    model = cast(FluxModel, embedded[1])
+    limit = model.components.conventions.max_sequence_length
+    # a word and its end
+    fitting = " ".join(["red"] * (limit - 1))
+    assert model.components.text.count(fitting) == limit
+    TorchBackend(model, whole_prompts=True).encode(["a red circle", fitting])
+    longer = f"{fitting} red"
+    with pytest.raises(PromptLengthError, match=f"has {limit + 1} tokens, and the model reads {limit}"):
+        TorchBackend(model, whole_prompts=True).encode(["a red circle", longer])
+    # training cuts, as diffusers does
+    TorchBackend(model).encode([longer])
 
 
 def test_lora_round_trip_on_an_embedded_model(embedded: tuple[str, Model], tmp_path: Path) -> None:

@@ -1,0 +1,110 @@
+"""The inputs and outputs of every graph: their names, and whether a manifest states those that backends fill.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from fmg.inference.artifact.decode import DecodeError
+from fmg.inference.artifact.manifest import (
+    BATCH,
+    HEIGHT,
+    IMAGE,
+    PIXEL_HEIGHT,
+    PIXEL_WIDTH,
+    TEXT,
+    TEXT_ENCODER,
+    TEXT_ENCODER_2,
+    TRANSFORMER,
+    TRANSFORMER_INT8,
+    VAE_DECODER,
+    WIDTH,
+    Manifest,
+    Sampling,
+    TensorSpec,
+)
+
+HIDDEN_STATES = "hidden_states"
+ENCODER_HIDDEN_STATES = "encoder_hidden_states"
+POOLED_PROJECTIONS = "pooled_projections"
+TIMESTEP = "timestep"
+SECOND = "second"
+GUIDANCE = "guidance"
+IMG_IDS = "img_ids"
+TXT_IDS = "txt_ids"
+VELOCITY = "velocity"
+INPUT_IDS = "input_ids"
+POOLED = "pooled"
+TOKENS = "tokens"
+LATENTS = "latents"
+IMAGES = "images"
+
+Shape = tuple[int | str | None, ...]
+"""The axes of a tensor: a size, a name of `Manifest.axes`, or None for a size that the weights decide."""
+
+# two by two entries of a latent make one token
+_ENTRIES = 4
+
+
+def check_borders(manifest: Manifest) -> None:
+    """Whether every graph has the inputs and outputs that its name and the sampling ask for, and no others.
+
+    Raises:
+        DecodeError: naming the graph and what is missing, too much or of another shape.
+    """
+    for graph, entry in manifest.graphs.items():
+        inputs, outputs = _expected(graph, manifest)
+        _check(f"graphs.{graph}.inputs", entry.inputs, inputs)
+        _check(f"graphs.{graph}.outputs", entry.outputs, outputs)
+
+
+def _check(where: str, specs: Sequence[TensorSpec], expected: Mapping[str, Shape]) -> None:
+    names = [spec.name for spec in specs]
+    if absent := [name for name in expected if name not in names]:
+        raise DecodeError(f"{where} lacks {absent[0]!r}, which the sampling asks for")
+    for spec in specs:
+        if spec.name not in expected or names.count(spec.name) > 1:
+            raise DecodeError(f"{where} has {spec.name!r}, which the sampling does not ask for")
+        dtype, shape = "int64" if spec.name == INPUT_IDS else "float32", expected[spec.name]
+        fits = len(spec.shape) == len(shape) and all(map(_fits, spec.shape, shape))
+        if spec.dtype != dtype or not fits:
+            stated = ", ".join(map(str, spec.shape))
+            asked = ", ".join("any" if axis is None else str(axis) for axis in shape)
+            raise DecodeError(f"{where} has {spec.name!r} as {spec.dtype} ({stated}) instead of {dtype} ({asked})")
+
+
+def _fits(axis: int | str, expected: int | str | None) -> bool:
+    return isinstance(axis, int) if expected is None else axis == expected
+
+
+def _expected(graph: str, manifest: Manifest) -> tuple[Mapping[str, Shape], Mapping[str, Shape]]:
+    """Inputs and outputs of a graph by name."""
+    sampling = manifest.sampling
+    if graph in (TRANSFORMER, TRANSFORMER_INT8):
+        tokens = (BATCH, IMAGE, _ENTRIES * sampling.latent_channels)
+        return dict(_transformer_inputs(sampling, tokens)), {VELOCITY: tokens}
+    if graph == TEXT_ENCODER:
+        return {INPUT_IDS: (BATCH, manifest.tokenizers[graph].length)}, {POOLED: (BATCH, None)}
+    if graph == TEXT_ENCODER_2:
+        return {INPUT_IDS: (BATCH, TEXT)}, {TOKENS: (BATCH, TEXT, None)}
+    if graph == VAE_DECODER:
+        return (
+            {LATENTS: (BATCH, sampling.latent_channels, HEIGHT, WIDTH)},
+            {IMAGES: (BATCH, 3, PIXEL_HEIGHT, PIXEL_WIDTH)},
+        )
+    raise DecodeError(f"graphs.{graph} is not a known graph")
+
+
+def _transformer_inputs(sampling: Sampling, tokens: Shape) -> Iterator[tuple[str, Shape]]:
+    yield HIDDEN_STATES, tokens
+    yield ENCODER_HIDDEN_STATES, (BATCH, TEXT, None)
+    yield POOLED_PROJECTIONS, (BATCH, None)
+    yield TIMESTEP, (BATCH,)
+    if sampling.map == "two-time":
+        yield SECOND, (BATCH,)
+    if sampling.guidance is not None:
+        yield GUIDANCE, (BATCH,)
+    yield IMG_IDS, (IMAGE, 3)
+    yield TXT_IDS, (TEXT, 3)

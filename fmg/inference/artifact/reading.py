@@ -1,0 +1,119 @@
+"""`manifest.json` as text: written, and read with everything in it looked at. Standard library only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+
+from fmg.core.errors import CheckpointError
+from fmg.inference.artifact.borders import check_borders
+from fmg.inference.artifact.decode import DecodeError, decode, encode
+from fmg.inference.artifact.manifest import (
+    GRAPHS,
+    MANIFEST,
+    MAX_LENGTH,
+    SCHEMA,
+    TEXT,
+    TEXT_ENCODER,
+    TEXT_ENCODER_2,
+    TRANSFORMER_INT8,
+    Manifest,
+)
+
+_MAX_DEPTH = 64
+_NESTED = f"it is nested deeper than {_MAX_DEPTH} levels"
+_MAX_NAME = 255
+
+
+def to_json(manifest: Manifest) -> str:
+    """The text of `manifest.json`."""
+    return json.dumps(encode(manifest), indent=2) + "\n"
+
+
+def from_json(text: str | bytes, origin: Path) -> Manifest:
+    """A manifest from its text; `origin` is the file that error messages name.
+
+    Raises:
+        CheckpointError: it is no JSON, of a newer schema, lacks a key or has an unknown one, has a value that nothing
+            can be made of, names a path outside the artifact, refers to a file, graph or axis that it does not list,
+            or has graphs with other inputs and outputs than backends fill.
+    """
+    try:
+        raw = json.loads(text)
+    except RecursionError:
+        raise _unusable(origin, _NESTED) from None
+    except ValueError as error:
+        raise _unusable(origin, f"it is not JSON ({error})") from None
+    if not isinstance(raw, dict) or type(raw.get("schema")) is not int:
+        raise _unusable(origin, "it does not state its schema")
+    if raw["schema"] > SCHEMA:
+        raise CheckpointError(
+            f"{origin} has schema {raw['schema']}, and this fmg reads up to {SCHEMA}",
+            "Export the artifact again with this one, or upgrade fmg.",
+        )
+    try:
+        _check_depth(raw)
+        manifest = decode(Manifest, raw)
+        _check_paths(manifest)
+        _check_references(manifest)
+        _check_text_axis(manifest)
+        check_borders(manifest)
+    except DecodeError as error:
+        raise _unusable(origin, str(error)) from None
+    return manifest
+
+
+def _check_depth(raw: object) -> None:
+    # level by level, because what recurses over it later must not be the first to find out
+    level = [raw]
+    for _ in range(_MAX_DEPTH):
+        lists = [value for value in level if isinstance(value, list)]
+        tables = [value.values() for value in level if isinstance(value, dict)]
+        level = [value for inner in (*lists, *tables) for value in inner]
+        if not level:
+            return
+    raise DecodeError(_NESTED)
+
+
+def _check_paths(manifest: Manifest) -> None:
+    for name in manifest.files:
+        path = PurePosixPath(name)
+        unusual = path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name
+        # what cannot be printed includes what no file system takes: NUL and halves of surrogate pairs
+        unusual = unusual or not name.isprintable() or any(len(part.encode()) > _MAX_NAME for part in path.parts)
+        if unusual or name != str(path) or name in (MANIFEST, "."):
+            raise DecodeError(f"files has the path {name!r}, which is not inside the artifact")
+
+
+def _check_references(manifest: Manifest) -> None:
+    if absent := [name for name in GRAPHS if name not in manifest.graphs]:
+        raise DecodeError(f"graphs.{absent[0]} is missing")
+    if unknown := sorted(manifest.graphs.keys() - {*GRAPHS, TRANSFORMER_INT8}):
+        raise DecodeError(f"graphs.{unknown[0]} is not a known graph")
+    if absent := [name for name in (TEXT_ENCODER, TEXT_ENCODER_2) if name not in manifest.tokenizers]:
+        raise DecodeError(f"tokenizers.{absent[0]} is missing")
+    if unknown := sorted(manifest.tokenizers.keys() - {TEXT_ENCODER, TEXT_ENCODER_2}):
+        raise DecodeError(f"tokenizers.{unknown[0]} belongs to no text encoder")
+    named = [graph.file for graph in manifest.graphs.values()]
+    named += [graph.weights for graph in manifest.graphs.values()]
+    named += [tokenizer.file for tokenizer in manifest.tokenizers.values()]
+    named += [] if manifest.base.weights is None else [manifest.base.weights]
+    if absent := [name for name in named if name not in manifest.files]:
+        raise DecodeError(f"files does not list {absent[0]!r}")
+    for name, graph in manifest.graphs.items():
+        axes = {axis for spec in (*graph.inputs, *graph.outputs) for axis in spec.shape if isinstance(axis, str)}
+        if unknown := sorted(axes - manifest.axes.keys()):
+            raise DecodeError(f"axes.{unknown[0]} is missing, which graphs.{name} has")
+
+
+def _check_text_axis(manifest: Manifest) -> None:
+    axis, length = manifest.axes.get(TEXT), manifest.tokenizers[TEXT_ENCODER_2].length
+    if axis is not None and not axis.minimum <= length <= axis.maximum <= MAX_LENGTH:
+        raise DecodeError(
+            f"axes.{TEXT} is {axis.minimum} to {axis.maximum}, which does not hold the {length} tokens of a prompt"
+            f" or goes beyond {MAX_LENGTH}"
+        )
+
+
+def _unusable(origin: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{origin} cannot be used: {reason}", "Restore the artifact, or export it again.")
