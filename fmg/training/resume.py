@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ from fmg.core.cache import new_folder
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.data.pictures import GridRow
 from fmg.data.run_folder import RunFolder, read_metrics, write_atomic
-from fmg.data.states import check_resumable, newest_state, state_folder
+from fmg.data.states import check_resumable, newest_state, repeat_command, state_folder
 from fmg.registry.recipe import Recipe
 from fmg.training.ema import Ema
 from fmg.training.state_files import generator_states, read_state, restore_generators, write_state
@@ -153,7 +152,7 @@ def load_state(run: RunFolder, recipe: Recipe) -> SavedState:
         if saved["recipe"] != here["recipe"]:
             raise UsageError(
                 f"'{run.recipe}' is not the recipe that the run was begun with",
-                f"Restore it, or start a new run with `fmg train --config {shlex.quote(str(run.recipe))}`.",
+                f"Restore it, or start a new run with `{repeat_command(run.recipe, recipe)}`.",
             )
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"The state in '{folder}' is damaged ({error})", "Train again.") from None

@@ -130,7 +130,9 @@ class Trainer:
         return self._finish(index, done, interrupted)
 
     def _how_to_go_on(self) -> str:
-        return f" Go on with: {resume_command(self.run.path)}" if newest_state(self.run.path) else ""
+        if newest_state(self.run.path) is None:
+            return ""
+        return f" Go on with: {resume_command(self.run.path, self.composed.recipe)}"
 
     def _begin(self) -> tuple[CheckpointIndex, int]:
         """The evaluation of the untouched model, or what an earlier process left; and the iterations done."""
