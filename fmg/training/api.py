@@ -113,7 +113,7 @@ def _train(
             with _run_folder(processes, begin, open_run) as folder:
                 sizes = choose_sizes(recipe, device.type)
                 result = Trainer(composed, folder, sizes, heard, processes, saved).train()
-                processes.on_first(lambda: write_cards(folder, recipe))
+                processes.on_first(lambda: write_cards(folder, recipe, composed.prompts, composed.eval_prompts))
                 if result.interrupted:
                     _close(open_run, "interrupted")
             if not result.interrupted:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fmg.core.errors import RewardError
-from fmg.core.events import Evaluated, Event, Finished, IterationDone, Notice, Observer, Started
+from fmg.core.events import Evaluated, Event, Finished, IterationDone, Notice, Observer, Resumed, Started
 from fmg.core.types import ScoredRollout
 from fmg.data.checkpoints import CheckpointIndex, Saved
 from fmg.data.prompt_sets import overlap_warning
@@ -148,7 +148,7 @@ class Trainer:
         self._touched = progress.touched
         self._gate.resume(progress.gate_checked, progress.gate_recompute)
         self._start = {} if progress.moved else self._start
-        self._tell(Notice("info", f"Resumed after iteration {progress.iteration}."))
+        self._tell(Resumed(progress.iteration, tuple(self._lines)))
         return index, progress.iteration
 
     def _progress(self, done: int) -> Progress:
