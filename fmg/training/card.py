@@ -7,8 +7,8 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from fmg.data.checkpoints import FOLDER, Saved, read_index
 from fmg.core.protocols import PromptSet
+from fmg.data.checkpoints import FOLDER, Saved, read_index
 from fmg.data.prompt_sets import shared_prompts
 from fmg.data.run_folder import RunFolder, read_metrics, write_atomic
 from fmg.registry.config import About

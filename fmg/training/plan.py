@@ -35,8 +35,9 @@ def plan(resolved: ResolvedRecipe, *, devices: int | None = None, runs: Path = R
 
     A network call is one image through the network once. A rollout of N steps takes N - 1 stochastic transitions, or as
     many as its window has, of one or more calls as the stochasticizer declares; its other steps are deterministic and
-    take one. The updates together replay each transition once, with gradients; those of an objective on finished samples
-    make one call for each row of its batch. Evaluations, and a reference that an objective compares with, come on top.
+    take one. The updates together replay each transition once, with gradients; for an objective on finished samples
+    they make one call for each row of its batch. Evaluations, and a reference that an objective compares with, come on
+    top.
 
     Args:
         resolved: the recipe.

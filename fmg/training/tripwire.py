@@ -98,7 +98,9 @@ class Verdict:
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> Verdict:
         """What `dataclasses.asdict` took apart."""
-        readings, hacked = (tuple(Reading.restored(reading) for reading in state[key]) for key in ("readings", "hacked"))
+        readings, hacked = (
+            tuple(Reading.restored(reading) for reading in state[key]) for key in ("readings", "hacked")
+        )
         return cls(state["iteration"], Change(**state["gain"]), readings, hacked)
 
     @property

@@ -72,9 +72,7 @@ def test_a_stopped_run_whose_ending_failed_does_not_train_on(tmp_path: Path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr("fmg.training.api.write_cards", fail)
-        failed = run(
-            tmp_path, "held", monkeypatch, "scripted_end", "--stop-on-hacking", "--set", "train.state_every=1"
-        )
+        failed = run(tmp_path, "held", monkeypatch, "scripted_end", "--stop-on-hacking", "--set", "train.state_every=1")
     assert failed.code == 1
     assert "no space left" in failed.stderr
     resumed = fmg("train", "--resume", "run", "--allow-code", "--json")

@@ -18,7 +18,7 @@ from fmg.training.state_files import STRUCTURE
 from fmg.training.tripwire import Tripwire
 
 RECIPE = Recipe.default()
-KEYS = "schema run progress trained optimizer ema ema_updates generators pictures tripwire".split()
+KEYS = ["schema", "run", "progress", "trained", "optimizer", "ema", "ema_updates", "generators", "pictures", "tripwire"]
 
 
 class Saver:
