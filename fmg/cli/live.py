@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
@@ -20,7 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fmg.cli.metrics import signed, sparkline
-from fmg.core.events import Evaluated, Event, IterationDone, Notice, StageProgress, Started
+from fmg.cli.observers import resumed_text
+from fmg.core.events import Evaluated, Event, IterationDone, Notice, Resumed, StageProgress, Started
 from fmg.data.run_metrics import REWARD, headline
 
 _SPARK_WIDTH = 30
@@ -80,18 +82,30 @@ class LiveReporter:
             self._iterations = self._progress.add_task("iteration", total=event.total)
         elif isinstance(event, StageProgress):
             self._show_stage(event)
+        elif isinstance(event, Resumed):
+            self._console.print(Text(resumed_text(event)))
+            if self._iterations is not None:
+                self._progress.update(self._iterations, completed=event.iteration)
+            for line in event.lines:
+                self._keep(int(line["iteration"]), line)
         elif isinstance(event, IterationDone):
             self._end_stage()
             if self._iterations is not None:
                 self._progress.update(self._iterations, completed=event.iteration, total=event.total)
-            if REWARD in event.metrics:
-                self._rewards.append(event.metrics[REWARD])
+            self._keep(event.iteration, event.metrics)
         elif isinstance(event, Evaluated):
             self._end_stage()
-            self._scores, self._scored_at = headline(event.metrics), event.iteration
-            self._first_scores = self._first_scores or self._scores
+            self._keep(event.iteration, event.metrics)
         elif isinstance(event, Notice):
             self._console.print(Text(event.text, style="yellow" if event.level == "warning" else ""))
+
+    def _keep(self, iteration: int, line: Mapping[str, float]) -> None:
+        """Takes in one line of metrics, of a rollout or of an evaluation."""
+        if REWARD in line:
+            self._rewards.append(line[REWARD])
+        elif scores := headline(line):
+            self._scores, self._scored_at = scores, iteration
+            self._first_scores = self._first_scores or scores
 
     def _show_stage(self, event: StageProgress) -> None:
         if self._stage is None or self._stage[0] != event.stage:

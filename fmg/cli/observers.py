@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fmg.cli.console import print_error, print_json
 from fmg.cli.metrics import signed
-from fmg.core.events import Evaluated, Event, IterationDone, Notice, StageProgress, Started
+from fmg.core.events import Evaluated, Event, IterationDone, Notice, Resumed, StageProgress, Started
 from fmg.data.run_metrics import REWARD, headline
 
 # Seconds without a line after which a pipe is told where a long stage stands
@@ -21,6 +21,11 @@ _HEARTBEAT = 10.0
 
 LOADING = StageProgress("loading", 0, 0)
 """What a command reports before it imports torch: nobody knows how long that takes."""
+
+
+def resumed_text(event: Resumed) -> str:
+    """What a person is told of it."""
+    return f"Resumed after iteration {event.iteration}."
 
 
 class Reporter(Protocol):
@@ -67,22 +72,26 @@ class PlainReporter(_Stateless):
             facts = "".join(f"\n  {name}: {value}" for name, value in event.facts.items())
             self._line(f"{event.title}, {event.total} iterations{facts}")
             self._iteration_began = self._clock()
+        elif isinstance(event, Resumed):
+            for line in event.lines:
+                self._first = {**_watched(line), **self._first}
+            self._line(resumed_text(event))
         elif isinstance(event, StageProgress):
             if self._clock() - self._last_line >= _HEARTBEAT:
                 self._line(f"{event.stage}: {event.done}/{event.total}")
         elif isinstance(event, IterationDone):
             took = self._clock() - self._iteration_began
             self._iteration_began = self._clock()
-            scores = self._changes({"reward": event.metrics[REWARD]} if REWARD in event.metrics else {})
+            scores = self._changes(_watched(event.metrics))
             self._line(f"iteration {event.iteration}/{event.total}  {scores}  {took:.1f} s")
         elif isinstance(event, Evaluated):
-            self._line(f"held out, after iteration {event.iteration}  {self._changes(headline(event.metrics))}")
+            self._line(f"held out, after iteration {event.iteration}  {self._changes(_watched(event.metrics))}")
             self._iteration_began = self._clock()
         elif isinstance(event, Notice):
             self._line(f"{event.level}: {event.text}" if event.level != "info" else event.text)
 
     def _changes(self, scores: Mapping[str, float]) -> str:
-        """Values with their difference from the first time each was seen."""
+        """Values with their difference from the first that the run had of each."""
         parts = []
         for name, value in scores.items():
             change = f" ({signed(value - self._first[name])})" if name in self._first else ""
@@ -93,6 +102,11 @@ class PlainReporter(_Stateless):
     def _line(self, text: str) -> None:
         self._console.print(text, soft_wrap=True)
         self._last_line = self._clock()
+
+
+def _watched(metrics: Mapping[str, float]) -> dict[str, float]:
+    """What of a line a person watches: the reward of a rollout, the headline scores of an evaluation."""
+    return {"reward": metrics[REWARD]} if REWARD in metrics else headline(metrics)
 
 
 class JsonReporter(_Stateless):
@@ -109,6 +123,8 @@ class JsonReporter(_Stateless):
         if isinstance(event, (IterationDone, Evaluated)):
             finite = {key: value if math.isfinite(value) else None for key, value in event.metrics.items()}
             print_json({**finite, "iteration": event.iteration}, indent=None)
+        elif isinstance(event, Resumed):
+            self._notices.print(f"info: {resumed_text(event)}", soft_wrap=True)
         elif isinstance(event, Notice):
             self._notices.print(f"{event.level}: {event.text}", soft_wrap=True)
 

@@ -225,7 +225,7 @@ def _shown(value: object) -> str:
 
 
 def _print_result(recipe: Recipe, result: TrainResult) -> None:
-    from fmg.data.states import newest_state, resume_command
+    from fmg.data.states import consent_flag, newest_state, resume_command
 
     out = stdout()
     run = result.run.path
@@ -240,15 +240,9 @@ def _print_result(recipe: Recipe, result: TrainResult) -> None:
     folder = shlex.quote(str(run))
     out.print("\nNext:")
     if result.interrupted and newest_state(run) is not None:
-        out.print(f"  {resume_command(run)}{_consent(recipe)}", soft_wrap=True)
-    out.print(f"  fmg eval {folder} --against base{_consent(recipe)}", soft_wrap=True)
+        out.print(f"  {resume_command(run, recipe)}", soft_wrap=True)
+    out.print(f"  fmg eval {folder} --against base{consent_flag(recipe)}", soft_wrap=True)
     out.print(f"  fmg generate {shlex.quote(_example_prompt(recipe))} --from {folder}", soft_wrap=True)
-
-
-def _consent(recipe: Recipe) -> str:
-    """The flag that evaluating the run needs when its rewards are the user's own code or ask a server."""
-    asks = any(ref.config.needs_consent for ref in recipe.measured_rewards)
-    return " --allow-code" if asks else ""
 
 
 def _improvements(initial: Mapping[str, float], final: Mapping[str, float]) -> list[tuple[str, str]]:

@@ -17,6 +17,14 @@ class Started:
 
 
 @dataclass(frozen=True)
+class Resumed:
+    """A run goes on after `iteration`. `lines` are those of its `metrics.jsonl` until then, null as NaN."""
+
+    iteration: int
+    lines: tuple[Mapping[str, float], ...]
+
+
+@dataclass(frozen=True)
 class StageProgress:
     """Work inside one stage (`loading`, `rollout`, `evaluation`, ...): `done` of `total` units."""
 
@@ -60,7 +68,7 @@ class Finished:
     summary: Mapping[str, float]
 
 
-Event = Started | StageProgress | IterationDone | Evaluated | Notice | Finished
+Event = Started | Resumed | StageProgress | IterationDone | Evaluated | Notice | Finished
 Observer = Callable[[Event], None]
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import warnings
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from fmg.core.errors import CheckpointError
+from fmg.core.errors import CheckpointError, FmgWarning
 from fmg.data.run_folder import write_atomic
 
 FOLDER = "checkpoints"
@@ -65,19 +66,39 @@ class CheckpointIndex:
 def read_index(run: Path) -> CheckpointIndex | None:
     """The index of a run, or None before its first checkpoint.
 
+    The run stands for its best checkpoint, which has to be there. Of the others those that are gone are left out, with
+    a warning.
+
     Raises:
-        CheckpointError: when the file is damaged or names a folder that is gone.
+        CheckpointError: when the file is damaged or the best checkpoint is gone.
     """
     path = run / FOLDER / INDEX
     if not path.is_file():
         return None
     try:
         index = CheckpointIndex.from_json(path.read_text(encoding="utf-8"))
-        missing = [s.name for s in index.saved if not (run / FOLDER / s.name).is_dir()]
     except (ValueError, KeyError, TypeError, StopIteration) as error:
         raise CheckpointError(f"'{path}' is damaged ({error})", "Restore it from a copy, or train again.") from None
-    if missing:
-        raise CheckpointError(f"'{path}' names '{missing[0]}', which is gone", "Restore the folder, or train again.")
+    there = tuple(saved for saved in index.saved if (run / FOLDER / saved.name).is_dir())
+    if index.entry(index.best) not in there:
+        raise CheckpointError(f"'{path}' names '{index.best}', which is gone", "Restore the folder, or train again.")
+    gone = [saved.name for saved in index.saved if saved not in there]
+    if not gone:
+        return index
+    warnings.warn(f"'{run}' is without {', '.join(gone)}, which '{path}' names", FmgWarning, stacklevel=2)
+    latest = index.latest if index.latest not in gone else max(there, key=lambda saved: saved.iteration).name
+    return replace(index, saved=there, latest=latest)
+
+
+def existing_index(run: Path) -> CheckpointIndex:
+    """The index of a run that has saved something.
+
+    Raises:
+        CheckpointError: there is none, or as for `read_index`.
+    """
+    index = read_index(run)
+    if index is None:
+        raise CheckpointError(f"'{run}' has no index of checkpoints", "Restore it, or train again.")
     return index
 
 

@@ -67,14 +67,16 @@ def spread(entries: Sequence[T], count: int) -> list[T]:
     return [entries[round(i * (len(entries) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
-def overlap_warning(train_prompts: Iterable[Prompt], eval_prompts: Iterable[Prompt]) -> str | None:
-    """What to tell the user when prompts are trained on and evaluated on; None when none is.
-
-    Prompts are compared without regard to case and white space.
-    """
+def shared_prompts(train_prompts: Iterable[Prompt], eval_prompts: Iterable[Prompt]) -> int:
+    """How many evaluation prompts are trained on. They are compared without regard to case and white space."""
     trained = {_normal(prompt.text) for prompt in train_prompts}
-    held_out = [_normal(prompt.text) for prompt in eval_prompts]
-    shared = sum(text in trained for text in held_out)
+    return sum(_normal(prompt.text) in trained for prompt in eval_prompts)
+
+
+def overlap_warning(train_prompts: Iterable[Prompt], eval_prompts: Iterable[Prompt]) -> str | None:
+    """What to tell the user when prompts are trained on and evaluated on; None when none is."""
+    held_out = list(eval_prompts)
+    shared = shared_prompts(train_prompts, held_out)
     if shared == 0:
         return None
     return (

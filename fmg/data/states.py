@@ -1,4 +1,4 @@
-"""The saved states of a run folder: which there is, and whether the run can go on from it. Imports no torch."""
+"""The saved states of a run folder: which there is, whether the run can go on from it, and how. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import shlex
 import shutil
 from pathlib import Path
 
-from fmg.core.errors import UsageError
+from fmg.core.errors import FmgError, UsageError
 from fmg.data.run_folder import RunFolder, is_run
+from fmg.registry.recipe import Recipe
 
 FOLDER = "state"
 _PREFIX = "iteration-"
@@ -29,9 +30,22 @@ def drop_states(run: Path) -> None:
     shutil.rmtree(run / FOLDER, ignore_errors=True)
 
 
-def resume_command(run: Path) -> str:
-    """What a person types to go on with a run."""
-    return f"fmg train --resume {shlex.quote(str(run))}"
+def consent_flag(recipe: Recipe) -> str:
+    """The flag, after a space, of commands that read this recipe from a file and score; empty where it needs none.
+
+    It is that of rewards which are the user's own code, or ask a server.
+    """
+    return " --allow-code" if any(ref.config.needs_consent for ref in recipe.measured_rewards) else ""
+
+
+def resume_command(run: Path, recipe: Recipe) -> str:
+    """What a person types to go on with a run of this recipe."""
+    return f"fmg train --resume {shlex.quote(str(run))}{consent_flag(recipe)}"
+
+
+def repeat_command(file: Path, recipe: Recipe) -> str:
+    """What a person types to start a new run of the recipe in a file."""
+    return f"fmg train --config {shlex.quote(str(file))}{consent_flag(recipe)}"
 
 
 def check_resumable(run: Path) -> None:
@@ -42,8 +56,17 @@ def check_resumable(run: Path) -> None:
     """
     if not is_run(run):
         raise UsageError(f"'{run}' is not a run folder", "Name one that `fmg train` made; `fmg runs` lists them.")
-    again = f"Start a new one, for example with `fmg train --config {shlex.quote(str(run / 'recipe.yaml'))}`."
     if RunFolder(run).state().state == "finished":
-        raise UsageError(f"The run '{run}' is finished", again)
+        raise UsageError(f"The run '{run}' is finished", _start_anew(run))
     if newest_state(run) is None:
-        raise UsageError(f"The run '{run}' has no saved state to go on from", again)
+        raise UsageError(f"The run '{run}' has no saved state to go on from", _start_anew(run))
+
+
+def _start_anew(run: Path) -> str:
+    file = RunFolder(run).recipe
+    try:
+        # which reads what the recipe names, and runs none of it
+        recipe = Recipe.from_yaml(file, allow_code=True)
+    except FmgError:
+        return "Start a new one."
+    return f"Start a new one, for example with `{repeat_command(file, recipe)}`."

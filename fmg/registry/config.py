@@ -88,6 +88,10 @@ class ObjectiveConfig(ComponentConfig, ABC):
     def needs(self) -> Literal["transitions", "samples"]:
         """What kind of rollout it consumes."""
 
+    def rows_per_sample(self, transitions: int) -> int:
+        """Rows of a batch that `prepare` makes of one sample with `transitions` stored transitions, at least 1."""
+        return max(1, transitions)
+
     @property
     def compares_with(self) -> frozenset[Literal["old", "reference"]]:
         """Which policies besides the current one the loss evaluates; a full fine-tune keeps copies for these alone."""

@@ -72,6 +72,10 @@ class RwfmConfig(ObjectiveConfig):
         """Finished samples only."""
         return "samples"
 
+    def rows_per_sample(self, transitions: int) -> int:
+        """The option `draws`."""
+        return self.draws
+
     @property
     def compares_with(self) -> frozenset[Literal["old", "reference"]]:
         """No policy but the current one."""

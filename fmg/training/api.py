@@ -104,12 +104,16 @@ def _train(
         with joined(launch, device, heard, on_abort=lambda: _close(open_run, "failed")) as processes:
             processes.on_first(check)
             composed = processes.first_goes_ahead(lambda: compose(recipe, device, dtype))
+            if saved is not None:
+                # before the folder is said to be running
+                fits = saved.check_trained
+                processes.together(lambda: fits(composed.model.trainable()))
             if not processes.alone and engine == "fsdp2":
                 _shard(composed)
             with _run_folder(processes, begin, open_run) as folder:
                 sizes = choose_sizes(recipe, device.type)
                 result = Trainer(composed, folder, sizes, heard, processes, saved).train()
-                processes.on_first(lambda: write_cards(folder, recipe))
+                processes.on_first(lambda: write_cards(folder, recipe, composed.prompts, composed.eval_prompts))
                 if result.interrupted:
                     _close(open_run, "interrupted")
             if not result.interrupted:

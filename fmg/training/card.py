@@ -7,7 +7,9 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from fmg.core.protocols import PromptSet
 from fmg.data.checkpoints import FOLDER, Saved, read_index
+from fmg.data.prompt_sets import shared_prompts
 from fmg.data.run_folder import RunFolder, read_metrics, write_atomic
 from fmg.registry.config import About
 from fmg.registry.recipe import Recipe
@@ -19,9 +21,18 @@ SAMPLES = "samples.png"
 _NOT_STATED = "not stated by its authors"
 
 
-def write_cards(run: RunFolder, recipe: Recipe) -> None:
-    """Writes `README.md` and `samples.png` into every checkpoint that the run kept."""
+def write_cards(run: RunFolder, recipe: Recipe, prompts: PromptSet, eval_prompts: PromptSet) -> None:
+    """Writes `README.md` and `samples.png` into every checkpoint that the run kept.
+
+    Args:
+        run: the folder.
+        recipe: of the run.
+        prompts: what it was trained on.
+        eval_prompts: what it was evaluated on.
+    """
     index = read_index(run.path)
+    seen = shared_prompts(prompts, eval_prompts)
+    held_out = "that training did not see" if not seen else f"of which training saw {seen} of {len(eval_prompts)}"
     for saved in index.saved if index else ():
         folder = run.path / FOLDER / saved.name
         drawn = run.samples / f"iteration-{saved.iteration:04d}.png"
@@ -30,26 +41,37 @@ def write_cards(run: RunFolder, recipe: Recipe) -> None:
         if pictured:
             shutil.copyfile(drawn, folder / SAMPLES)
         scores = _scores(read_metrics(run.metrics), saved)
-        text = card_text(recipe, saved, scores, pictured=pictured)
+        text = card_text(recipe, saved, scores, prompts=held_out, pictured=pictured)
         write_atomic(folder / CARD, text.encode())
 
 
 def card_text(
-    recipe: Recipe, saved: Saved, scores: Mapping[str, tuple[float | None, float | None]], *, pictured: bool
+    recipe: Recipe,
+    saved: Saved,
+    scores: Mapping[str, tuple[float | None, float | None]],
+    *,
+    prompts: str,
+    pictured: bool,
 ) -> str:
     """The card in Markdown, with the front matter that model hubs read.
 
     Args:
         recipe: of the run.
         saved: the checkpoint.
-        scores: held-out scores by log key, of the base and of the checkpoint.
+        scores: scores on the evaluation prompts by log key, of the base and of the checkpoint.
+        prompts: which prompts these are, as what follows "prompts".
         pictured: whether there is a `samples.png` beside the card.
     """
-    return "\n".join(_lines(recipe, saved, scores, pictured=pictured)) + "\n"
+    return "\n".join(_lines(recipe, saved, scores, prompts, pictured=pictured)) + "\n"
 
 
 def _lines(
-    recipe: Recipe, saved: Saved, scores: Mapping[str, tuple[float | None, float | None]], *, pictured: bool
+    recipe: Recipe,
+    saved: Saved,
+    scores: Mapping[str, tuple[float | None, float | None]],
+    prompts: str,
+    *,
+    pictured: bool,
 ) -> Iterator[str]:
     name = recipe.model.name
     rewards = " + ".join(f"{reward.weight:g} {reward.label}" for reward in recipe.rewards)
@@ -63,9 +85,9 @@ def _lines(
     yield _terms(f"base `{name}`", recipe.model.config.about)
     for reward in recipe.measured_rewards:
         yield _terms(f"reward `{reward.label}`", reward.config.about)
-    yield from ("", "## Held-out scores", "")
+    yield from ("", "## Scores", "")
     steps = recipe.eval.steps or recipe.rollout.steps
-    yield f"{recipe.eval.num} images of prompts that training did not see, {steps} network calls each."
+    yield f"{recipe.eval.num} images of prompts {prompts}, {steps} network calls each."
     yield from ("", "| score | base | this adapter |", "|---|---|---|")
     for key, (before, after) in scores.items():
         yield f"| {key} | {_number(before)} | {_number(after)} |"
@@ -100,10 +122,16 @@ def _origin(recipe: Recipe, saved: Saved) -> str:
     averaged = ""
     if saved.score_key != SCORE_KEY:
         averaged = f", the moving average of its weights (decay {recipe.train.ema_decay:g}),"
+    proven = "stock diffusers read it back and drew the same picture."
+    if recipe.train.trainable == "lora+duration":
+        proven = (
+            "stock diffusers read its LoRA back, and fmg's own reader the embedder, which diffusers does not know. Both"
+            " together drew the same picture."
+        )
     return (
         f"{what} the few-step flow map `{name}`{averaged} after iteration {saved.iteration} of"
         f" `{recipe.objective.name}` on `{recipe.stochasticizer.name}` transitions, made with fmg {__version__}. Before"
-        " it was kept, stock diffusers read it back and drew the same picture."
+        f" it was kept, {proven}"
     )
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fmg.core.errors import CheckpointError
 from fmg.core.protocols import Model
-from fmg.data.checkpoints import FOLDER, CheckpointIndex, Saved, read_index, write_index
+from fmg.data.checkpoints import FOLDER, CheckpointIndex, Saved, existing_index, read_index, write_index
 
 EMA_SUFFIX = "-ema"
 """End of the name of a checkpoint that holds the moving average of the weights."""
+_NAME = re.compile(rf"checkpoint-\d+({EMA_SUFFIX})?")
 
 
 def save_checkpoint(
@@ -47,43 +48,48 @@ def save_checkpoint(
     known = before.saved if before else ()
     if not any(entry.name == name for entry in known):
         (run / FOLDER).mkdir(parents=True, exist_ok=True)
+        # a process that was killed may have saved it and not named it
+        _remove(run, [name])
         model.save_adapter(run / FOLDER / name)
         known = (*known, Saved(name, iteration, score_key, score, sound))
     best = _best(known)
     kept = tuple(entry for entry in known if score is None or entry.name == best or entry.iteration == iteration)
     index = CheckpointIndex(kept, best, newest)
     write_index(run, index)
-    _remove(run, [entry for entry in known if entry not in kept])
+    _remove(run, [entry.name for entry in known if entry not in kept])
     return index
 
 
 def drop_unscored(run: Path) -> CheckpointIndex:
-    """Removes what an interrupted run saved in the middle of an iteration; a resumed run makes it again, whole.
+    """Removes what an interrupted run saved in the middle of an iteration, and checkpoints that its index does not name
+    because it was killed; a resumed run makes them again, whole.
 
     Raises:
-        CheckpointError: the run has no index of checkpoints.
+        CheckpointError: the run has no index of checkpoints, or as for `read_index`; nothing was removed.
     """
-    index = read_index(run)
-    if index is None:
-        raise CheckpointError(f"'{run}' has no index of checkpoints", "Restore it, or train again.")
+    index = existing_index(run)
     kept = tuple(entry for entry in index.saved if entry.score is not None)
     if kept and kept != index.saved:
-        newest = max(entry.iteration for entry in kept)
-        write_index(run, replace(index, saved=kept, best=_best(kept), latest=f"checkpoint-{newest}"))
-        _remove(run, [entry for entry in index.saved if entry not in kept])
-    return read_index(run) or index
+        newest = max(kept, key=lambda entry: entry.iteration)
+        index = replace(index, saved=kept, best=_best(kept), latest=newest.name)
+        write_index(run, index)
+    named = {entry.name for entry in index.saved}
+    there = [path.name for path in (run / FOLDER).iterdir() if _NAME.fullmatch(path.name)]
+    _remove(run, [name for name in there if name not in named])
+    return index
 
 
-def _remove(run: Path, entries: Sequence[Saved]) -> None:
-    for entry in entries:
-        shutil.rmtree(run / FOLDER / entry.name)
+def _remove(run: Path, names: Sequence[str]) -> None:
+    for name in names:
+        if (folder := run / FOLDER / name).is_dir():
+            shutil.rmtree(folder)
 
 
 def _best(known: Sequence[Saved]) -> str:
     trained = [entry for entry in known if entry.iteration > 0]
-    if trained and all(entry.score is None for entry in trained):
-        return max(trained, key=lambda entry: (entry.iteration, not _is_ema(entry))).name
     scored = [(e.score, -e.iteration, not _is_ema(e), e.name) for e in known if e.score is not None and e.sound]
+    if trained and (not scored or all(entry.score is None for entry in trained)):
+        return max(trained, key=lambda entry: (entry.iteration, not _is_ema(entry))).name
     return max(scored)[3]
 
 

@@ -13,14 +13,14 @@ from torch.optim import Optimizer
 from fmg.core.protocols import Shardable
 from fmg.data.checkpoints import CheckpointIndex
 from fmg.data.run_folder import RunFolder
-from fmg.training.checkpoint import drop_unscored, save_checkpoint
+from fmg.training.checkpoint import save_checkpoint
 from fmg.training.compose import Composed
 from fmg.training.ema import Ema, averaged_keys
 from fmg.training.gates import replica_gate
 from fmg.training.keys import EMA_SCORE_KEY, SCORE_KEY
 from fmg.training.observe import Watcher
 from fmg.training.processes import Processes
-from fmg.training.resume import Live, Progress, SavedState, rewind_metrics, save_state
+from fmg.training.resume import Live, Progress, SavedState, rewind, save_state
 
 
 @dataclass
@@ -112,6 +112,10 @@ class Keeper:
         saved.restore(self.live)
         watcher.first = saved.pictures()
         watcher.tripwire.restore(saved.content["tripwire"])
-        text = self.processes.on_first(lambda: json.dumps(rewind_metrics(self.run, saved.progress.lines)))
-        index = self.processes.on_first(lambda: drop_unscored(self.run.path).to_json())
-        return CheckpointIndex.from_json(index), json.loads(text)
+
+        def files() -> str:
+            index, lines = rewind(self.run, saved.progress.lines)
+            return json.dumps([index.to_json(), lines])
+
+        index, lines = json.loads(self.processes.on_first(files))
+        return CheckpointIndex.from_json(index), lines

@@ -12,7 +12,7 @@ from fmg.registry.recipe import Recipe
 from fmg.registry.resolve import ResolvedRecipe
 from fmg.training.launch import choose_engine, world_size
 from fmg.training.plan_memory import DTYPE_BYTES, Memory, plan_memory
-from fmg.training.plan_time import Work, estimate_iteration, transitions_of
+from fmg.training.plan_time import Work, estimate_iteration, rows_of, transitions_of
 from fmg.training.plan_trained import disk_bytes, trained_by
 from fmg.training.sizes import Sizes, choose_sizes
 
@@ -35,8 +35,9 @@ def plan(resolved: ResolvedRecipe, *, devices: int | None = None, runs: Path = R
 
     A network call is one image through the network once. A rollout of N steps takes N - 1 stochastic transitions, or as
     many as its window has, of one or more calls as the stochasticizer declares; its other steps are deterministic and
-    take one. The updates together replay each transition once, with gradients. Evaluations, and a reference that an
-    objective compares with, come on top.
+    take one. The updates together replay each transition once, with gradients; for an objective on finished samples
+    they make one call for each row of its batch. Evaluations, and a reference that an objective compares with, come on
+    top.
 
     Args:
         resolved: the recipe.
@@ -96,11 +97,9 @@ def _size_facts(recipe: Recipe, geometry: ModelGeometry) -> dict[str, str]:
 
 
 def _calls(recipe: Recipe) -> dict[str, str]:
-    work = Work.of(recipe)
-    if recipe.objective.config.needs == "samples":
-        return {"network calls an iteration": f"{work.rollout_calls} in the rollout"}
+    work, transitions = Work.of(recipe), transitions_of(recipe)
     return {
-        "transitions an image": str(transitions_of(recipe)),
+        **({"transitions an image": str(transitions)} if transitions else {}),
         "network calls an iteration": f"{work.rollout_calls} in the rollout, {work.update_calls} in the updates",
     }
 
@@ -110,7 +109,7 @@ def _equivalence(recipe: Recipe, sizes: Sizes, devices: int) -> dict[str, str]:
     shape, updates = recipe.rollout, recipe.train.updates_per_iteration
     images = shape.groups * shape.group_size
     reference = REFERENCE_GROUPS * REFERENCE_SIZE
-    rows = -(-images * max(1, transitions_of(recipe)) // updates)
+    rows = -(-rows_of(recipe) // updates)
     passes = -(-rows // (devices * sizes.micro_batch))
     published = f"{REFERENCE_GROUPS} prompts x {REFERENCE_SIZE} on {REFERENCE_DEVICES} GPUs"
     if (shape.groups, shape.group_size) == (REFERENCE_GROUPS, REFERENCE_SIZE):

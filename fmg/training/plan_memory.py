@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from fmg.core.geometry import LinearModule, ModelGeometry
 from fmg.registry.recipe import Recipe
-from fmg.training.plan_time import transitions_of
+from fmg.training.plan_time import rows_of, transitions_of
 from fmg.training.plan_trained import FULL, Trained, average_bytes, copies_bytes, optimizer_bytes, trained_by
 from fmg.training.sizes import Sizes
 
@@ -132,8 +132,7 @@ def rollout_bytes(recipe: Recipe, geometry: ModelGeometry, number: int, devices:
     Every device holds the whole rollout, and the images of its own share.
     """
     images = recipe.rollout.groups * recipe.rollout.group_size
-    transitions = transitions_of(recipe)
-    rows = images * max(1, transitions)
+    transitions, rows = transitions_of(recipe), rows_of(recipe)
     part = -(-rows // recipe.train.updates_per_iteration)
     latents = images + 3 * (images * transitions + rows + part)
     # one row a prompt, which samples, rows and parts share

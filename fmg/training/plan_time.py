@@ -22,6 +22,12 @@ def transitions_of(recipe: Recipe) -> int:
     return recipe.rollout.steps - 1 if window is None else window.size
 
 
+def rows_of(recipe: Recipe) -> int:
+    """Rows that the updates of one iteration share: those that the objective makes of every sample."""
+    images = recipe.rollout.groups * recipe.rollout.group_size
+    return images * recipe.objective.config.rows_per_sample(transitions_of(recipe))
+
+
 @dataclass(frozen=True)
 class Work:
     """What an iteration does, in the units that its stages' times grow with."""
@@ -32,13 +38,13 @@ class Work:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Work:
-        """Counts of one iteration: the updates replay every transition of the rollout once."""
+        """Counts of one iteration: the updates go once over every row, and replay the transition that it holds."""
         images, steps = recipe.rollout.groups * recipe.rollout.group_size, recipe.rollout.steps
-        transitions = transitions_of(recipe)
+        transitions, rows = transitions_of(recipe), rows_of(recipe)
         if not transitions:
-            return cls(images, images * steps, images)
-        replayed = images * transitions * recipe.stochasticizer.config.requires().calls
-        return cls(images, replayed + images * (steps - transitions), replayed)
+            return cls(images, images * steps, rows)
+        calls = recipe.stochasticizer.config.requires().calls
+        return cls(images, images * (transitions * calls + steps - transitions), rows * calls)
 
 
 @dataclass(frozen=True)

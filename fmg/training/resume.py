@@ -11,9 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,19 @@ from torch.optim import Optimizer
 
 from fmg.core.cache import new_folder
 from fmg.core.errors import CheckpointError, UsageError
+from fmg.data.checkpoints import CheckpointIndex, existing_index
 from fmg.data.pictures import GridRow
 from fmg.data.run_folder import RunFolder, read_metrics, write_atomic
-from fmg.data.states import check_resumable, newest_state, state_folder
+from fmg.data.states import check_resumable, newest_state, repeat_command, state_folder
 from fmg.registry.recipe import Recipe
+from fmg.training.checkpoint import drop_unscored
 from fmg.training.ema import Ema
 from fmg.training.state_files import generator_states, read_state, restore_generators, write_state
 
-SCHEMA = 2
+SCHEMA = 3
+_KEYS = frozenset(
+    ("schema", "run", "progress", "trained", "optimizer", "ema", "ema_updates", "generators", "pictures", "tripwire")
+)
 
 
 @dataclass(frozen=True)
@@ -77,19 +81,27 @@ class SavedState:
         """The pictures of the untouched model, to the nearest of 256 levels."""
         return tuple(GridRow(prompt, images.float() / 255) for prompt, images in self.content["pictures"])
 
-    def restore(self, live: Live) -> None:
-        """Puts weights, optimizer, average and generators back where they were, bit for bit.
+    def check_trained(self, trained: Iterable[tuple[str, Parameter]]) -> None:
+        """Whether the state is of what the run trains.
 
         Raises:
-            CheckpointError: the state holds other tensors than this run trains.
+            CheckpointError: it holds other tensors.
         """
-        trained: Mapping[str, Tensor] = self.content["trained"]
-        wanted = {name: tuple(p.shape) for name, p in live.trained}
-        if wanted != {name: tuple(x.shape) for name, x in trained.items()}:
+        wanted = {name: tuple(p.shape) for name, p in trained}
+        if wanted != {name: tuple(x.shape) for name, x in self.content["trained"].items()}:
             raise CheckpointError(
                 "The saved state is of other tensors than the run trains",
                 "Restore the model that the run was begun with.",
             )
+
+    def restore(self, live: Live) -> None:
+        """Puts weights, optimizer, average and generators back where they were, bit for bit.
+
+        Raises:
+            CheckpointError: as for `check_trained`.
+        """
+        self.check_trained(live.trained)
+        trained: Mapping[str, Tensor] = self.content["trained"]
         with torch.no_grad():
             for name, parameter in live.trained:
                 parameter.copy_(trained[name])
@@ -104,8 +116,8 @@ def save_state(
     recipe: Recipe,
     progress: Progress,
     live: Live,
-    pictures: Sequence[GridRow] = (),
-    tripwire: Mapping[str, Any] | None = None,
+    pictures: Sequence[GridRow],
+    tripwire: Mapping[str, Any],
 ) -> Path:
     """Writes the state of a run and removes the one before it; a crash leaves one or the other, never a part."""
     folder = state_folder(run.path, progress.iteration)
@@ -130,11 +142,11 @@ def save_state(
 
 
 def load_state(run: RunFolder, recipe: Recipe) -> SavedState:
-    """The newest state of a run.
+    """The newest state of a run, when the run can go on from it: nothing is changed in finding out.
 
     Raises:
         UsageError: there is none, it belongs to another run, or the recipe has been changed since.
-        CheckpointError: it is damaged.
+        CheckpointError: it is damaged, or the checkpoints or the metrics that it goes on from are.
     """
     check_resumable(run.path)
     folder = newest_state(run.path)
@@ -146,6 +158,8 @@ def load_state(run: RunFolder, recipe: Recipe) -> SavedState:
                 f"The state in '{folder}' has schema {content['schema']}, which this version does not know",
                 "Use the version of fmg that made the run, or a newer one.",
             )
+        if missing := sorted(_KEYS - content.keys()):
+            raise KeyError(missing[0])
         progress = Progress(**content["progress"])
         saved, here = content["run"], _identity(run, recipe)
         if (saved["model"], saved["created"]) != (here["model"], here["created"]):
@@ -153,27 +167,39 @@ def load_state(run: RunFolder, recipe: Recipe) -> SavedState:
         if saved["recipe"] != here["recipe"]:
             raise UsageError(
                 f"'{run.recipe}' is not the recipe that the run was begun with",
-                f"Restore it, or start a new run with `fmg train --config {shlex.quote(str(run.recipe))}`.",
+                f"Restore it, or start a new run with `{repeat_command(run.recipe, recipe)}`.",
             )
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"The state in '{folder}' is damaged ({error})", "Train again.") from None
+    existing_index(run.path)
+    metrics_until(run, progress.lines)
     return SavedState(progress, content)
 
 
-def rewind_metrics(run: RunFolder, lines: int) -> list[dict[str, float]]:
-    """Cuts `metrics.jsonl` back to its first `lines` lines and returns them; null becomes NaN again.
+def metrics_until(run: RunFolder, lines: int) -> list[dict[str, float]]:
+    """The first `lines` lines of `metrics.jsonl`; null becomes NaN again.
 
     Raises:
-        CheckpointError: there are fewer.
+        CheckpointError: there are fewer, or one is damaged.
     """
     kept = read_metrics(run.metrics)[:lines]
     if len(kept) < lines:
         raise CheckpointError(
             f"'{run.metrics}' has {len(kept)} lines, and the saved state follows line {lines}", "Restore the file."
         )
-    text = b"".join(run.metrics.read_bytes().splitlines(keepends=True)[:lines])
-    write_atomic(run.metrics, text)
     return [{key: math.nan if value is None else float(str(value)) for key, value in line.items()} for line in kept]
+
+
+def rewind(run: RunFolder, lines: int) -> tuple[CheckpointIndex, list[dict[str, float]]]:
+    """Puts the files of a run back to where its metrics have `lines` lines; returns its checkpoints and these lines.
+
+    Raises:
+        CheckpointError: the metrics or the index of checkpoints are damaged; nothing was changed.
+    """
+    kept = metrics_until(run, lines)
+    index = drop_unscored(run.path)
+    write_atomic(run.metrics, b"".join(run.metrics.read_bytes().splitlines(keepends=True)[:lines]))
+    return index, kept
 
 
 def _identity(run: RunFolder, recipe: Recipe) -> dict[str, str]:

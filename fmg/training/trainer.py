@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fmg.core.errors import RewardError
-from fmg.core.events import Evaluated, Event, Finished, IterationDone, Notice, Observer, Started
+from fmg.core.events import Evaluated, Event, Finished, IterationDone, Notice, Observer, Resumed, Started
 from fmg.core.types import ScoredRollout
 from fmg.data.checkpoints import CheckpointIndex, Saved
 from fmg.data.prompt_sets import overlap_warning
@@ -60,7 +60,6 @@ class Trainer:
     _lines: list[dict[str, float]] = field(default_factory=list, init=False)
     _times: dict[str, float] = field(default_factory=dict, init=False)
     _touched: int = field(default=0, init=False)
-    _hacking: Verdict | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         recipe, model = self.composed.recipe, self.composed.model
@@ -107,14 +106,14 @@ class Trainer:
         interrupted = False
         try:
             for iteration in range(done, recipe.train.iterations):
+                if recipe.eval.stop_on_hacking and self._watcher.tripwire.found is not None:
+                    self._tell(Notice("warning", f"Stopped after iteration {done}, as --stop-on-hacking asks."))
+                    break
                 self.iterate(iteration)
                 done = iteration + 1
                 if done % recipe.eval.every == 0 or done == recipe.train.iterations:
                     index = self._evaluate(done)
                 self._keeper.state(self._progress(done), self._watcher)
-                if self._hacking is not None and recipe.eval.stop_on_hacking:
-                    self._tell(Notice("warning", f"Stopped after iteration {done}, as --stop-on-hacking asks."))
-                    break
         except RewardError:
             # a reward service that went away must not cost the hours before it
             self._keeper.checkpoint(self._touched, {})
@@ -130,7 +129,9 @@ class Trainer:
         return self._finish(index, done, interrupted)
 
     def _how_to_go_on(self) -> str:
-        return f" Go on with: {resume_command(self.run.path)}" if newest_state(self.run.path) else ""
+        if newest_state(self.run.path) is None:
+            return ""
+        return f" Go on with: {resume_command(self.run.path, self.composed.recipe)}"
 
     def _begin(self) -> tuple[CheckpointIndex, int]:
         """The evaluation of the untouched model, or what an earlier process left; and the iterations done."""
@@ -147,7 +148,7 @@ class Trainer:
         self._touched = progress.touched
         self._gate.resume(progress.gate_checked, progress.gate_recompute)
         self._start = {} if progress.moved else self._start
-        self._tell(Notice("info", f"Resumed after iteration {progress.iteration}."))
+        self._tell(Resumed(progress.iteration, tuple(self._lines)))
         return index, progress.iteration
 
     def _progress(self, done: int) -> Progress:
@@ -207,8 +208,7 @@ class Trainer:
         if len(self._lines) > 1 and self.processes.first:
             self._watcher.curve(list(self._lines))
         self._tell(Evaluated(iteration, line, grid))
-        if verdict.hacked and self._hacking is None:
-            self._hacking = verdict
+        if verdict is self._watcher.tripwire.found:
             self._tell(Notice("warning", verdict.text()))
         return self._keeper.checkpoint(iteration, metrics, sound=verdict.sound)
 
@@ -221,7 +221,7 @@ class Trainer:
         if best.score is not None:
             summary["best/score"] = best.score
         self._tell(Finished(self.run.path, interrupted, summary))
-        return TrainResult(self.run, done, initial, final, best, interrupted, self._hacking)
+        return TrainResult(self.run, done, initial, final, best, interrupted, self._watcher.tripwire.found)
 
     def _facts(self) -> dict[str, str]:
         recipe, shape = self.composed.recipe, self.composed.recipe.rollout

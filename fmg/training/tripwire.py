@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,11 @@ class Reading:
     now: float
     since: int
 
+    @classmethod
+    def restored(cls, state: Mapping[str, Any]) -> Reading:
+        """What `dataclasses.asdict` took apart."""
+        return cls(**{**state, "loss": Change(**state["loss"])})
+
     @property
     def sound(self) -> bool:
         """Whether the loss is within the limit, or cannot be told from none."""
@@ -89,6 +94,14 @@ class Verdict:
     gain: Change
     readings: tuple[Reading, ...]
     hacked: tuple[Reading, ...]
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any]) -> Verdict:
+        """What `dataclasses.asdict` took apart."""
+        readings, hacked = (
+            tuple(Reading.restored(reading) for reading in state[key]) for key in ("readings", "hacked")
+        )
+        return cls(state["iteration"], Change(**state["gain"]), readings, hacked)
 
     @property
     def sound(self) -> bool:
@@ -170,10 +183,12 @@ class Tripwire:
     Attributes:
         tolerance: fall of a held-out reward that is tolerated, in standard deviations over images.
         min_diversity: share of the first rollout's diversity that samples of one prompt have to keep.
+        found: the first verdict of hacking, or None.
     """
 
     tolerance: float
     min_diversity: float
+    found: Verdict | None = field(default=None, init=False)
     _trained: Scores | None = field(default=None, init=False)
     _first: dict[str, Scores] = field(default_factory=dict, init=False)
     _best: dict[str, _Reference] = field(default_factory=dict, init=False)
@@ -204,7 +219,10 @@ class Tripwire:
             readings.append(spread)
         risen = gain.low > 0
         hacked = tuple(r for r in readings if risen and r.lost and self._still_up(r.name, trained))
-        return Verdict(iteration, gain, tuple(readings), hacked)
+        verdict = Verdict(iteration, gain, tuple(readings), hacked)
+        if hacked and self.found is None:
+            self.found = verdict
+        return verdict
 
     def _still_up(self, name: str, trained: Scores) -> bool:
         """Whether the trained reward has not fallen since the gap opened: a run that loses both is no hacker."""
@@ -250,6 +268,7 @@ class Tripwire:
             },
             "diversity": [[x.count, x.total, x.squares] for x in (self._diverse_at_first, self._diverse)],
             "diverse_until": self._diverse_until,
+            "found": None if self.found is None else asdict(self.found),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -261,3 +280,4 @@ class Tripwire:
         }
         self._diverse_at_first, self._diverse = (_Spread(*sums) for sums in state["diversity"])
         self._diverse_until = state["diverse_until"]
+        self.found = None if state["found"] is None else Verdict.restored(state["found"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fmg import Recipe, train
@@ -183,6 +183,30 @@ def test_what_cannot_be_resumed_is_one_clear_error(
     change(run)
     with pytest.raises(error, match=says):
         _load(run)
+
+
+def _damage_index(run: Path) -> None:
+    (run / "checkpoints" / "index.json").write_text("{")
+
+
+def _swap_tensors(run: Path) -> None:
+    file = next(run.glob("state/*/state.safetensors"))
+    save_file({name: x[..., :1].clone() for name, x in load_file(file).items()}, file)
+
+
+@pytest.mark.parametrize(("change", "says"), [(_damage_index, r"index\.json"), (_swap_tensors, "other tensors")])
+def test_a_refused_resume_leaves_the_run_as_it_was(
+    change: Callable[[Path], object], says: str, interrupted: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(interrupted, tmp_path / "run"))
+    change(run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 2}\n')
+    before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+    with pytest.raises(CheckpointError, match=says):
+        resume(run)
+    assert {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()} == before
+    assert RunFolder(run).state().state == "interrupted"
 
 
 def test_a_run_that_is_still_trained_is_not_resumed(interrupted: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fmg import Recipe, evaluate, load, train
 from fmg.core.errors import CompositionError, RewardError, UsageError
-from fmg.core.events import Evaluated, Event, IterationDone
+from fmg.core.events import Evaluated, Event, IterationDone, Notice
 from fmg.data.checkpoints import chosen_checkpoint, read_index
 from fmg.data.run_folder import RunFolder
 from fmg.inference.backend import TorchBackend
@@ -125,8 +125,12 @@ def test_a_reward_that_fails_in_mid_run_costs_nothing_that_was_trained(
         **{"rewards": [{"name": "python", "target": "dying:reward"}], "eval.rewards": [], "eval.every": 100},
         **{"train.iterations": 9},
     )
+    heard: list[Event] = []
     with pytest.raises(RewardError, match="gone"):
-        train(recipe, tmp_path / "run")
+        train(recipe, tmp_path / "run", heard.append)
+    (saved,) = (event.text for event in heard if isinstance(event, Notice) and "Go on with" in event.text)
+    # the reward is code, which resuming has to be allowed to run
+    assert saved.endswith(f"fmg train --resume {tmp_path / 'run'} --allow-code")
     assert RunFolder(tmp_path / "run").state().state == "failed"
     index = read_index(tmp_path / "run")
     assert index is not None

@@ -66,6 +66,26 @@ def test_a_hacked_run_is_stopped_and_stands_for_what_was_before(
     assert "--stop-on-hacking" in shown.stdout
 
 
+def test_a_stopped_run_whose_ending_failed_does_not_train_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fmg.training.api.write_cards", fail)
+        failed = run(tmp_path, "held", monkeypatch, "scripted_end", "--stop-on-hacking", "--set", "train.state_every=1")
+    assert failed.code == 1
+    assert "no space left" in failed.stderr
+    resumed = fmg("train", "--resume", "run", "--allow-code", "--json")
+    assert resumed.code == 0, resumed.stderr
+    (result,) = (json.loads(line) for line in resumed.stdout.splitlines())
+    assert result["hacking"] == {"began": 1, "found": 2, "lost": ["scripted_end:held"]}
+    assert result["best"]["iteration"] == 1
+    assert "Stopped after iteration 2" in resumed.stderr
+    # it was said when it was found
+    assert "Reward hacking" not in resumed.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "finished"
+
+
 def test_without_the_flag_it_is_reported_once_and_a_healthy_run_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from fmg.cli.live import LiveReporter
 from fmg.cli.observers import LOADING, JsonReporter, PlainReporter, reporter_for
-from fmg.core.events import Evaluated, Event, Finished, IterationDone, Notice, StageProgress, Started
+from fmg.core.events import Evaluated, Event, Finished, IterationDone, Notice, Resumed, StageProgress, Started
 
 STORY: tuple[Event, ...] = (
     Started("meanflow-shapes", 2, {"stochasticizer": "asfmc-endpoint"}),
@@ -20,6 +20,21 @@ STORY: tuple[Event, ...] = (
     IterationDone(2, 2, {"iteration": 2, "reward/mean": 0.75}),
     Evaluated(2, {"eval/shapes_mean": 0.625, "eval/shapes_strict_mean": 0.5}, Path("grid.png")),
     Finished(Path("runs/a"), False, {}),
+)
+
+
+GOES_ON: tuple[Event, ...] = (
+    Started("meanflow-shapes", 3, {}),
+    Resumed(
+        1,
+        (
+            {"iteration": 0.0, "eval/shapes_mean": 0.5},
+            {"iteration": 1.0, "reward/mean": 0.25},
+            {"iteration": 1.0, "eval/shapes_mean": 0.75},
+        ),
+    ),
+    IterationDone(2, 3, {"iteration": 2, "reward/mean": 0.5}),
+    Evaluated(2, {"iteration": 2, "eval/shapes_mean": 0.875}, None),
 )
 
 
@@ -52,6 +67,35 @@ def test_plain_lines_tell_the_story_with_differences_from_the_start() -> None:
         "iteration 2/2  reward 0.750 (+0.250)  0.0 s",
         "held out, after iteration 2  shapes strict 0.500 (+0.250)  shapes 0.625 (+0.125)",
     ]
+
+
+def test_a_resumed_run_is_compared_with_its_own_first_lines() -> None:
+    console, text = plain_console()
+    with PlainReporter(console, Clock()) as reporter:
+        for event in GOES_ON:
+            reporter(event)
+    assert text.getvalue().splitlines()[1:] == [
+        "Resumed after iteration 1.",
+        "iteration 2/3  reward 0.500 (+0.250)  0.0 s",
+        "held out, after iteration 2  shapes 0.875 (+0.375)",
+    ]
+
+
+def test_the_live_view_of_a_resumed_run_goes_on_with_its_course() -> None:
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=100, markup=False, emoji=False, highlight=False)
+    with LiveReporter(console) as reporter:
+        for event in GOES_ON[:2]:
+            reporter(event)
+        frame = shown(reporter)
+        assert "1/3" in frame
+        assert "shapes  0.750  +0.250  held out, after iteration 1" in frame
+        for event in GOES_ON[2:]:
+            reporter(event)
+        frame = shown(reporter)
+    assert "reward  0.500  +0.250  ▁█" in frame
+    assert "shapes  0.875  +0.375  held out, after iteration 2" in frame
+    assert "Resumed after iteration 1." in text.getvalue()
 
 
 def test_a_long_stage_gives_a_sign_of_life_every_ten_seconds() -> None:

@@ -143,6 +143,8 @@ def test_rwfm_takes_rollouts_without_transitions_and_keys_its_noise() -> None:
     assert torch.equal(rows["x_t"], objective.prepare(state, views, seed=4).rows["x_t"])
     assert not torch.equal(rows["x_t"], objective.prepare(state, views, seed=5).rows["x_t"])
     assert len({value.item() for value in rows["t"]}) == len(rows["t"])
+    # what a plan counts
+    assert len(rows["t"]) == len(plain.groups) * RwfmConfig().rows_per_sample(transitions=0)
 
 
 def test_misuse_is_explained() -> None:

@@ -3,9 +3,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from fmg.data.checkpoints import CheckpointIndex, Saved, write_index
+from fmg.data.prompt_sets import load_prompts
 from fmg.data.run_folder import RunFolder
 from fmg.registry.recipe import Recipe
-from fmg.training.card import write_cards
+from fmg.training.card import write_cards as write_cards_of
+
+
+def write_cards(run: RunFolder, recipe: Recipe) -> None:
+    write_cards_of(run, recipe, load_prompts(recipe.prompts), load_prompts(recipe.eval.prompts))
 
 
 def _run(tmp_path: Path) -> RunFolder:
@@ -40,6 +45,29 @@ def test_a_card_states_base_terms_scores_pictures_commands_and_recipe(tmp_path: 
     assert "![Samples at fixed prompts and seeds](samples.png)" in text
     assert "fmg export --diffusers RUN OUT" in text
     assert '"clip_range": 0.001' in text
+
+
+def test_a_card_says_which_prompts_its_scores_are_of(tmp_path: Path) -> None:
+    run, held_out = _run(tmp_path), Recipe.default()
+    write_cards(run, held_out)
+    card = run.checkpoints / "checkpoint-10" / "README.md"
+    assert "images of prompts that training did not see, 4 network calls each." in card.read_text()
+    write_cards(run, held_out.with_({"eval.prompts": held_out.prompts.name}))
+    count = len(load_prompts(held_out.prompts))
+    assert f"images of prompts of which training saw {count} of {count}, 4 network calls each." in card.read_text()
+    assert "did not see" not in card.read_text()
+    assert "Held-out" not in card.read_text()
+
+
+def test_a_card_says_who_read_back_what(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    card = run.checkpoints / "checkpoint-10" / "README.md"
+    for trainable in ("lora", "full"):
+        write_cards(run, Recipe.default().with_({"train.trainable": trainable}))
+        assert "stock diffusers read it back and drew the same picture." in card.read_text()
+    write_cards(run, Recipe.default().with_({"train.trainable": "lora+duration"}))
+    assert "stock diffusers read it back" not in card.read_text()
+    assert "stock diffusers read its LoRA back, and fmg's own reader the embedder" in card.read_text()
 
 
 def test_no_path_of_the_machine_reaches_a_card(tmp_path: Path) -> None:

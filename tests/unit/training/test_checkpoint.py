@@ -5,7 +5,7 @@ from typing import cast
 
 import pytest
 
-from fmg.core.errors import CheckpointError
+from fmg.core.errors import CheckpointError, FmgWarning
 from fmg.core.protocols import Model
 from fmg.data.checkpoints import chosen_checkpoint, read_index
 from fmg.training.checkpoint import drop_unscored, save_checkpoint
@@ -55,11 +55,53 @@ def test_a_damaged_index_is_named(tmp_path: Path, damage: str) -> None:
         read_index(tmp_path)
 
 
-def test_a_checkpoint_that_is_gone_is_named(tmp_path: Path) -> None:
+def folders(run: Path) -> list[str]:
+    return sorted(p.name for p in (run / "checkpoints").iterdir() if p.is_dir())
+
+
+def test_a_best_checkpoint_that_is_gone_is_named(tmp_path: Path) -> None:
     save(tmp_path, 0, 0.5)
     (tmp_path / "checkpoints" / "checkpoint-0").rmdir()
     with pytest.raises(CheckpointError, match="checkpoint-0"):
         read_index(tmp_path)
+
+
+def test_another_checkpoint_that_is_gone_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    save(tmp_path, 10, 0.5)
+    save(tmp_path, 20, 0.4)
+    save_checkpoint(tmp_path, cast(Model, Saver()), 20, "eval_ema/score", 0.3, ema=True)
+    (tmp_path / "checkpoints" / "checkpoint-20").rmdir()
+    with pytest.warns(FmgWarning, match="is without checkpoint-20, which"):
+        index = read_index(tmp_path)
+    assert index is not None
+    assert [entry.name for entry in index.saved] == ["checkpoint-10", "checkpoint-20-ema"]
+    assert (index.best, index.latest) == ("checkpoint-10", "checkpoint-20-ema")
+    with pytest.warns(FmgWarning, match="checkpoint-20"):
+        assert chosen_checkpoint(tmp_path) == tmp_path / "checkpoints" / "checkpoint-10"
+    with pytest.warns(FmgWarning, match="checkpoint-20"):
+        save(tmp_path, 20, 0.4)
+    # it was made again
+    assert folders(tmp_path) == ["checkpoint-10", "checkpoint-20", "checkpoint-20-ema"]
+    assert read_index(tmp_path) is not None
+
+
+def test_a_folder_that_a_killed_run_left_does_not_keep_it_from_saving(tmp_path: Path) -> None:
+    save(tmp_path, 0, 0.5)
+    left = tmp_path / "checkpoints" / "checkpoint-10"
+    left.mkdir()
+    (left / "half").write_text("of it")
+    save(tmp_path, 10, 0.6)
+    assert list(left.iterdir()) == []
+    assert chosen_checkpoint(tmp_path) == left
+
+
+def test_folders_that_the_index_does_not_name_go_before_a_run_goes_on(tmp_path: Path) -> None:
+    save(tmp_path, 0, 0.5)
+    for name in ("checkpoint-10", "checkpoint-10-ema", "checkpoint-of-mine"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    index = drop_unscored(tmp_path)
+    assert index == read_index(tmp_path)
+    assert folders(tmp_path) == ["checkpoint-0", "checkpoint-of-mine"]
 
 
 def test_an_average_is_kept_beside_the_newest_and_wins_only_when_it_is_better(tmp_path: Path) -> None:

@@ -39,10 +39,20 @@ def test_steps_outside_a_window_are_not_replayed_and_cost_one_call() -> None:
     assert facts["network calls an iteration"] == "75 in the rollout, 30 in the updates"
 
 
-def test_an_objective_on_samples_has_no_transitions() -> None:
-    facts = plan(resolve(None, {"objective": "rwfm"}, SHAPE)).facts
+def test_an_objective_on_samples_has_no_transitions_and_the_rows_that_it_draws() -> None:
+    facts = plan(resolve(None, {"objective": "rwfm"}, [*SHAPE, "objective.draws=3"])).facts
     assert "transitions an image" not in facts
-    assert facts["network calls an iteration"] == "60 in the rollout"
+    assert facts["network calls an iteration"] == "60 in the rollout, 45 in the updates"
+    assert facts["updates an iteration"].startswith("2, each on 23 rows")
+
+
+def test_the_rollout_store_grows_with_the_rows_that_an_objective_makes() -> None:
+    few, many = (plan(resolve(None, {"objective": "rwfm"}, [*SHAPE, f"objective.draws={n}"])) for n in (1, 5))
+    assert few.memory is not None
+    assert many.memory is not None
+    # 60 rows and half of them, a part of an update, of 3 latents of 4 x 8 x 8 in fp32 each
+    grown = many.memory.parts["rollout store"] - few.memory.parts["rollout store"]
+    assert grown == 3 * (60 + 38 - 8) * 4 * 8 * 8 * 4
 
 
 def test_sizes_of_the_embedded_model_by_name() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,3 +137,17 @@ def test_a_restored_tripwire_goes_on_as_the_saved_one(tmp_path_factory: pytest.T
     write_state(folder, {"tripwire": before.state()})
     after.restore(read_state(folder)["tripwire"])
     assert feed(after, range(3, 8)) == feed(whole, range(3, 8))
+
+
+def test_what_was_found_first_is_kept_through_a_saved_state(tmp_path: Path) -> None:
+    tripwire, resumed, healthy = wire(), wire(), wire()
+    verdicts = run(lambda i: 0.01 * i, lambda i: 0.8 - 0.01 * i, range(0, 20, 2), tripwire=tripwire)
+    first = next(v for v in verdicts if v.hacked)
+    assert tripwire.found is first is not verdicts[-1]
+    write_state(tmp_path, {"hacked": tripwire.state(), "healthy": healthy.state()})
+    states = read_state(tmp_path)
+    resumed.restore(states["hacked"])
+    assert resumed.found == first
+    assert resumed.found.text() == first.text()
+    resumed.restore(states["healthy"])
+    assert resumed.found is None

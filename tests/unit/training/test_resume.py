@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+
+from fmg.core.errors import CheckpointError
+from fmg.core.protocols import Model
+from fmg.data.checkpoints import read_index
+from fmg.data.run_folder import RunFolder
+from fmg.registry.recipe import Recipe
+from fmg.training.checkpoint import save_checkpoint
+from fmg.training.resume import Live, Progress, load_state, rewind, save_state
+from fmg.training.state_files import STRUCTURE
+from fmg.training.tripwire import Tripwire
+
+RECIPE = Recipe.default()
+KEYS = ["schema", "run", "progress", "trained", "optimizer", "ema", "ema_updates", "generators", "pictures", "tripwire"]
+
+
+class Saver:
+    def save_adapter(self, folder: Path) -> None:
+        folder.mkdir()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """A run of two iterations, saved after the first, and a checkpoint of the second in mid-iteration."""
+    folder = RunFolder.create(tmp_path / "run", RECIPE.model.name)
+    for iteration in range(3):
+        folder.append_metrics({"iteration": iteration, "grad_norm": float("nan")})
+    save_checkpoint(folder.path, cast(Model, Saver()), 0, "eval/score", 0.5)
+    save_checkpoint(folder.path, cast(Model, Saver()), 2, "eval/score", None)
+    network = torch.nn.Linear(2, 1)
+    live = Live(list(network.named_parameters()), torch.optim.SGD(network.parameters(), 0.1), None, torch.device("cpu"))
+    save_state(folder, RECIPE, Progress(1, 1, 2, 0, False, True), live, (), Tripwire(0.1, 0.1).state())
+    return folder
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_state_without_one_of_its_parts_is_damaged(key: str, run: RunFolder) -> None:
+    file = next(run.path.glob(f"state/*/{STRUCTURE}"))
+    pairs = json.loads(file.read_text())["$pairs"]
+    assert {name for name, _ in pairs} == set(KEYS)
+    load_state(run, RECIPE)
+    file.write_text(json.dumps({"$pairs": [[name, value] for name, value in pairs if name != key]}))
+    with pytest.raises(CheckpointError, match=f"is damaged .*'{key}'"):
+        load_state(run, RECIPE)
+
+
+def _files(run: RunFolder) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(run.path.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("checkpoints/index.json", "{", r"index\.json' is damaged"),
+        ("checkpoints/index.json", None, "has no index of checkpoints"),
+        ("metrics.jsonl", '{"iteration": 0}\n', "has 1 lines, and the saved state follows line 2"),
+        ("metrics.jsonl", '{"iteration": 0}\n[]\n', "the line is damaged"),
+    ],
+)
+def test_a_run_that_cannot_go_on_is_left_as_it_was(file: str, content: str | None, says: str, run: RunFolder) -> None:
+    path = run.path / file
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content)
+    before = _files(run)
+    with pytest.raises(CheckpointError, match=says):
+        load_state(run, RECIPE)
+    with pytest.raises(CheckpointError, match=says):
+        rewind(run, 2)
+    assert _files(run) == before
+
+
+def test_a_run_goes_back_to_its_state(run: RunFolder) -> None:
+    progress = load_state(run, RECIPE).progress
+    index, lines = rewind(run, progress.lines)
+    assert [line["iteration"] for line in lines] == [0, 1]
+    assert all(line["grad_norm"] != line["grad_norm"] for line in lines)
+    assert len(run.metrics.read_text().splitlines()) == 2
+    assert index == read_index(run.path)
+    assert [entry.name for entry in index.saved] == ["checkpoint-0"]
+
+
+def test_other_tensors_than_the_run_trains_are_refused(run: RunFolder) -> None:
+    saved = load_state(run, RECIPE)
+    saved.check_trained(torch.nn.Linear(2, 1).named_parameters())
+    with pytest.raises(CheckpointError, match="other tensors"):
+        saved.check_trained(torch.nn.Linear(3, 1).named_parameters())
