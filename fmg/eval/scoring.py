@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -119,14 +120,19 @@ def score_target(
 def means(scores: Scores, prefix: str = "eval") -> dict[str, float]:
     """Log keys `<prefix>/<reward>_<part>_mean`; the total of a reward is `<prefix>/<reward>_mean`.
 
-    Each has a standard error, `..._se`, for new images of the same prompts.
+    Each has a standard error, `..._se`, for new images of the same prompts; NaN for a single image.
     """
     out = {}
     for (reward, part), values in scores.parts.items():
         name = reward if part == "total" else f"{reward}_{part}"
         out[f"{prefix}/{name}_mean"] = float(values.mean())
-        out[f"{prefix}/{name}_se"] = float(values.std() / np.sqrt(len(values)))
+        out[f"{prefix}/{name}_se"] = standard_error(values)
     return out
+
+
+def standard_error(values: NDArray[np.float64]) -> float:
+    """Of the mean of `values`; NaN for a single one, which does not tell how much another would differ."""
+    return float(values.std() / np.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
 def prompt_clusters(prompts: Iterable[str]) -> NDArray[np.int64]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from torch.optim import Optimizer
 from fmg.core.cache import new_folder
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.data.pictures import GridRow
-from fmg.data.run_folder import RunFolder, read_metrics, write_atomic
+from fmg.data.run_folder import RunFolder, read_numbers, write_atomic
 from fmg.data.states import check_resumable, newest_state, state_folder
 from fmg.registry.recipe import Recipe
 from fmg.training.ema import Ema
@@ -164,16 +163,16 @@ def rewind_metrics(run: RunFolder, lines: int) -> list[dict[str, float]]:
     """Cuts `metrics.jsonl` back to its first `lines` lines and returns them; null becomes NaN again.
 
     Raises:
-        CheckpointError: there are fewer.
+        CheckpointError: there are fewer, or one is damaged.
     """
-    kept = read_metrics(run.metrics)[:lines]
+    kept = read_numbers(run.metrics)[:lines]
     if len(kept) < lines:
         raise CheckpointError(
             f"'{run.metrics}' has {len(kept)} lines, and the saved state follows line {lines}", "Restore the file."
         )
     text = b"".join(run.metrics.read_bytes().splitlines(keepends=True)[:lines])
     write_atomic(run.metrics, text)
-    return [{key: math.nan if value is None else float(str(value)) for key, value in line.items()} for line in kept]
+    return kept
 
 
 def _identity(run: RunFolder, recipe: Recipe) -> dict[str, str]:
