@@ -169,7 +169,11 @@ def _scores(record: RunRecord) -> Iterator[Block]:
         gain = kept[key] - first[key]
         errors = [line[f"{stem}_se"] for line in (first, kept) if f"{stem}_se" in line]
         half = _TWO_SIDED_95 * math.hypot(*errors) if len(errors) == 2 else None
-        between = "-" if half is None or kept["iteration"] == first["iteration"] else f"[{gain - half:+.3f}, {gain + half:+.3f}]"
+        between = (
+            "-"
+            if half is None or kept["iteration"] == first["iteration"]
+            else f"[{gain - half:+.3f}, {gain + half:+.3f}]"
+        )
         shown = [label(key), f"{first[key]:.3f}", f"{kept[key]:.3f}", f"{gain:+.3f}", between]
         logged = record.logged(key)
         rows.append((*shown, f"{last[logged]:.3f}" if logged in last else "-"))

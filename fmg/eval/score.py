@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from fmg.core.errors import UsageError
 from fmg.core.events import Observer, StageProgress, ignore
@@ -18,7 +14,7 @@ from fmg.eval.options import chosen_extractors, chosen_rewards
 from fmg.eval.reference import WORLD, batches, folder_reference, picture_files, reference_files
 from fmg.eval.results import Metric, Result, TagResult, plain
 from fmg.eval.rows import metric_rows, result_rows, tag_rows
-from fmg.eval.scoring import Scores, prompt_clusters, score_images
+from fmg.eval.scoring import Collected, Scores, prompt_clusters, score_images
 from fmg.eval.set_metrics import FeatureSet, SetMetrics
 from fmg.inference.devices import pick_device
 from fmg.rewards.base import build_rewards, check_prompts
@@ -87,6 +83,7 @@ def score(
     Raises:
         UsageError: nothing to measure, no pictures, pictures that cannot be read or lack a prompt, also when only some
             of a folder's do; unknown names.
+        RewardError: when a reward fails, or reports other parts for some pictures than for others.
     """
     if not rewards and not extractors:
         raise UsageError("There is nothing to measure", "Give --reward, or --features, or both.")
@@ -106,16 +103,14 @@ def score(
     real = [] if reference is None else reference_files(reference)
     references = {name: folder_reference(real, extractor, where) for name, extractor in features.items() if real}
     sets = {name: FeatureSet(extractor, prompt_clusters(texts)) for name, extractor in features.items()}
-    collected: defaultdict[tuple[str, str], list[NDArray[np.float64]]] = defaultdict(list)
+    collected = Collected()
     for rows, batch in batches([entry.file for entry in found]):
         images = batch.to(where)
-        for key, values in score_images(scorers, images, texts[rows]).items():
-            collected[key].append(values)
+        collected.add(score_images(scorers, images, texts[rows]))
         for features_of in sets.values():
             features_of.take(images)
         observer(StageProgress("scoring", rows.stop, len(found)))
-    parts = {key: np.concatenate(values) for key, values in collected.items()}
-    scores = Scores(parts, tuple(texts), tuple(entry.tag for entry in entries))
+    scores = Scores(collected.parts(), tuple(texts), tuple(entry.tag for entry in entries))
     metrics = {name: SetMetrics.of(s, references.get(name)) for name, s in sets.items()}
     return ScoreReport(
         images=tuple(_image_rows(found, scores)),

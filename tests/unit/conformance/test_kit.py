@@ -137,7 +137,9 @@ def test_a_planted_violation_of_a_reward_is_named(score: Score, rule: str, says:
 
 
 @pytest.mark.usefixtures("registry_state")
-@pytest.mark.parametrize("pairs_wrongly", [lambda prompts: sorted(prompts), lambda prompts: [prompts[0]] * len(prompts)])
+@pytest.mark.parametrize(
+    "pairs_wrongly", [lambda prompts: sorted(prompts), lambda prompts: [prompts[0]] * len(prompts)]
+)
 def test_a_reward_that_pairs_pictures_with_other_prompts_is_named(pairs_wrongly: Callable[..., list[str]]) -> None:
     @rewards.register("mismatched", PlainConfig, "A planted violation")
     class Mismatched:
