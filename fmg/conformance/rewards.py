@@ -27,7 +27,7 @@ SIDES = (32, 24, 64, 224)
 AGAIN, ELSEWHERE = 1e-4, 1e-2
 ROUNDING = 1e-6
 """Rounding of fp32, relative to scores above 1."""
-# Free text, GenEval's templates, quoted text, and the scenes of the shapes world: a reward is asked with those it takes.
+# Free text, GenEval's templates, quoted text, scenes of the shapes world: a reward is asked with those that it takes.
 PROMPTS = (
     "a photo of a red apple",
     "a photo of two dogs",

@@ -16,7 +16,7 @@ _stdout: TextIO | None = None
 @contextmanager
 def prints_aside() -> Iterator[None]:
     """While the body runs, `print` writes to stderr, in every thread; bodies may overlap and be nested."""
-    global _inside, _stdout  # noqa: PLW0603
+    global _inside, _stdout
     with _lock:
         if _inside == 0:
             _stdout, sys.stdout = sys.stdout, sys.stderr

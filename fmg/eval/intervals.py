@@ -57,8 +57,8 @@ class Estimate:
     Attributes:
         value: on the whole set.
         ci95: `value` -+ 1.96 standard errors; unbounded for a set that cannot be halved.
-        halved: mean over random halves of the set, None for one that cannot be halved. A statistic with a bias of order 1/n is about
-            `2 * value - halved` on a set without end (Chong and Forsyth, arXiv 1911.07023).
+        halved: mean over random halves of the set, None for one that cannot be halved. A statistic with a bias of order
+            1/n is about `2 * value - halved` on a set without end (Chong and Forsyth, arXiv 1911.07023).
     """
 
     value: float

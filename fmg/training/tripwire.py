@@ -4,7 +4,8 @@ Every evaluation draws the same prompts and noise, so two of them are compared i
 compared with the evaluation at which it was highest, since over-optimisation often lets it rise first (Gao et al.,
 arXiv 2210.10760). Its fall is measured in standard deviations of its scores over the images of the untouched model, a
 unit that rewards share; in those of the evaluation where they are larger, and never in less than `FLOOR` of the mean or
-`TINY`, so that a reward which the untouched model saturates has a unit as well. Diversity is that of the rollouts' groups, compared with the first rollout.
+`TINY`, so that a reward which the untouched model saturates has a unit as well. Diversity is that of the rollouts'
+groups, compared with the first rollout.
 """
 
 from __future__ import annotations

@@ -14,11 +14,12 @@ import torch
 from jsonschema import Draft202012Validator
 from PIL import Image
 
-from fmg.core.errors import UsageError
+from fmg.core.errors import RewardError, UsageError
 from fmg.data.prompt_sets import load_prompts
 from fmg.eval.dump import geneval_dump
 from fmg.eval.reference import batches, folder_reference, picture_files
 from fmg.eval.score import score
+from fmg.eval.scoring import Collected
 from fmg.registry import feature_extractors, rewards
 from fmg.rewards.images import read_image
 from tests.tiny_rewards import write_clip_folder
@@ -164,6 +165,16 @@ def test_a_geneval_tree_is_read_back_with_its_prompts_and_tags(tmp_path: Path) -
     assert [image["prompt"] for image in found.images[::2]] == [entry.text for entry in entries[:4]]
     # the grids are not pictures of their own
     assert len(picture_files(tmp_path / "tree")) == 8
+
+
+def test_parts_that_differ_between_batches_name_the_reward() -> None:
+    collected = Collected()
+    collected.add({("mine", "total"): np.ones(2), ("mine", "sharp"): np.ones(2)})
+    collected.add({("mine", "total"): np.ones(1), ("mine", "sharp"): np.zeros(1)})
+    for other in ({("mine", "total"): np.ones(2)}, {**collected.parts(), ("mine", "late"): np.ones(2)}):
+        with pytest.raises(RewardError, match=r"The reward 'mine' reports the part '(sharp|late)' for some"):
+            collected.add(other)
+    assert collected.parts()["mine", "sharp"].tolist() == [1.0, 1.0, 0.0]
 
 
 def test_a_dump_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:

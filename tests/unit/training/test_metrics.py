@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from fmg import Recipe
-from fmg.core.errors import RewardError
 from fmg.core.types import PartialRewardOutput, RewardOutput
-from fmg.eval.scoring import Collected, Scores, means
+from fmg.eval.scoring import Scores, means
 from fmg.training.metrics import advantages, decline, reward_metrics
 
 GROUPS = torch.tensor([0, 0, 1, 1, 2, 2])
@@ -55,16 +54,6 @@ def test_one_image_has_no_standard_error_and_shows_no_decline() -> None:
     assert two["eval/shapes_se"] == pytest.approx(0.1 / 2**0.5)
     before, after = ({"eval/score": value, "eval/score_se": one["eval/shapes_se"]} for value in (0.9, 0.1))
     assert decline(before, after, "eval/score") is None
-
-
-def test_parts_that_differ_between_batches_name_the_reward() -> None:
-    collected = Collected()
-    collected.add({("mine", "total"): np.ones(2), ("mine", "sharp"): np.ones(2)})
-    collected.add({("mine", "total"): np.ones(1), ("mine", "sharp"): np.zeros(1)})
-    for other in ({("mine", "total"): np.ones(2)}, {**collected.parts(), ("mine", "late"): np.ones(2)}):
-        with pytest.raises(RewardError, match=r"The reward 'mine' reports the part '(sharp|late)' for some"):
-            collected.add(other)
-    assert collected.parts()["mine", "sharp"].tolist() == [1.0, 1.0, 0.0]
 
 
 def test_only_a_clear_decline_is_said() -> None:
