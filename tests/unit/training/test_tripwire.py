@@ -118,7 +118,7 @@ def test_equal_scores_are_no_unit_for_a_fall(later: NDArray[np.float64], lost: b
     assert verdict.sound != lost
 
 
-@pytest.mark.parametrize(("later", "lost"), [(985, False), (930, True)])
+@pytest.mark.parametrize(("later", "lost"), [(980, False), (930, True)])
 def test_a_saturated_reward_may_lose_a_few_images(later: int, lost: bool) -> None:
     tripwire, images = wire(), np.arange(N)
     tripwire.evaluation(0, images / N, {"held": (images < 995).astype(np.float64)})
