@@ -12,6 +12,7 @@ from fmg.cli.doctor_rewards import doctor_rewards
 from fmg.cli.observers import LOADING, reporter_for
 from fmg.cli.options import AsJson, given_text
 from fmg.cli.tables import table
+from fmg.core.errors import UsageError
 
 doctor = typer.Typer(help="Examine the installation, the rewards, or a run.", invoke_without_command=True)
 doctor.command("rewards")(doctor_rewards)
@@ -27,7 +28,11 @@ def examine_installation(
 
     Exit code 1 when something is wrong. An extra that is not installed is no fault. Nothing uses the network.
     """
-    if ctx.invoked_subcommand is not None:
+    if (command := ctx.invoked_subcommand) is not None:
+        if quick:
+            raise UsageError(f"--quick does not go with `doctor {command}`", "Leave it out: it is of the installation.")
+        if as_json:
+            raise UsageError(f"--json comes after `doctor {command}`", f"Write `fmg doctor {command} ... --json`.")
         return
     with reporter_for(stderr()) as reporter:
         reporter(LOADING)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
+from fmg.core.aside import prints_aside
+
 S = TypeVar("S")
 
 Outcome = Literal["ok", "violated", "not checked"]
@@ -49,7 +51,8 @@ def require(holds: bool, text: str) -> None:
 
 def _check(rule: Rule[S], subject: S) -> Finding:
     try:
-        rule.check(subject)
+        with prints_aside():
+            rule.check(subject)
     except NotApplicable as reason:
         return Finding(rule.name, "not checked", str(reason))
     except Violation as violation:

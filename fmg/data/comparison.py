@@ -65,14 +65,17 @@ def _scores(records: Sequence[RunRecord], names: Sequence[str]) -> Table:
         before = headline(record.evaluations[0]) if record.evaluations else {}
         after = headline(record.kept)
         cells = [f"{before[s]:.3f} → {after[s]:.3f}" if s in before and s in after else "-" for s in scores]
-        kept = f"{record.kept['iteration']:.0f}" if record.kept else "-"
+        kept = f"{record.kept['iteration']:.0f}{_whose(record)}" if record.kept else "-"
         rows.append((name, record.state.model, record.state.state, str(record.iterations), kept, *cells))
     return Table(columns, rows, frozenset(columns) - {"run", "model", "state"})
 
 
 def _charts(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Picture]:
     def over(key: str, error: str) -> list[Curve]:
-        found = (curve(list(r.lines), key, error, name) for r, name in zip(records, names, strict=True))
+        found = (
+            curve(list(r.lines), r.logged(key), r.logged(error), name if r.logged(key) == key else name + _whose(r))
+            for r, name in zip(records, names, strict=True)
+        )
         return [one for one in found if len(one.y) > 1]
 
     keys = {
@@ -86,6 +89,10 @@ def _charts(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Pict
     for key, error, title in wanted:
         if curves := over(key, error):
             yield Picture(inline_svg(line_chart(curves, title)), "", title, layout="wide")
+
+
+def _whose(record: RunRecord) -> str:
+    return " (moving average)" if record.averaged else ""
 
 
 def _differences(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Block]:

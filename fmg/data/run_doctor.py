@@ -14,7 +14,7 @@ from statistics import mean, median
 from typing import Literal
 
 from fmg.core.errors import UsageError
-from fmg.data.run_folder import RunFolder, is_run, read_metrics
+from fmg.data.run_folder import RunFolder, is_run, read_numbers
 from fmg.data.run_metrics import AVERAGED, PREFIX, REWARD
 
 Severity = Literal["problem", "note"]
@@ -63,12 +63,9 @@ class Log:
     evaluations: Sequence[Line]
 
     @classmethod
-    def of(cls, lines: Sequence[Mapping[str, object]]) -> Log:
-        """Sorts the lines of `metrics.jsonl`; null is NaN."""
-        plain = [
-            {key: math.nan if value is None else float(str(value)) for key, value in line.items()} for line in lines
-        ]
-        return cls([x for x in plain if SCORE not in x], [x for x in plain if SCORE in x])
+    def of(cls, lines: Sequence[Line]) -> Log:
+        """Sorts the lines of `metrics.jsonl`."""
+        return cls([x for x in lines if SCORE not in x], [x for x in lines if SCORE in x])
 
     def late(self, key: str) -> float | None:
         """Median over the second half of the iterations, or None where too few have a number."""
@@ -76,7 +73,7 @@ class Log:
         return median(values[len(values) // 2 :]) if values else None
 
     def change(self, key: str) -> tuple[float, float] | None:
-        """Last evaluation minus the first, and its standard error as of independent images."""
+        """Last evaluation minus the first, and its standard error as of independent images; NaN for single images."""
         scored = [line for line in self.evaluations if key in line and f"{key}_se" in line]
         if len(scored) < 2:
             return None
@@ -101,7 +98,7 @@ def examine_run(run: str | Path) -> list[Advice]:
     if not is_run(folder.path):
         raise UsageError(f"'{run}' is not a run folder", "Name one that `fmg train` made; `fmg runs` lists them.")
     folder.state()
-    lines = read_metrics(folder.metrics)
+    lines = read_numbers(folder.metrics)
     if not lines:
         raise UsageError(f"'{folder.metrics}' has no line yet", "Wait for the first evaluation of the run.")
     return examine_log(Log.of(lines))
@@ -196,7 +193,9 @@ def _skipped(log: Log) -> Iterator[Advice]:
 def _decline(log: Log) -> Iterator[Advice]:
     change = log.change(SCORE)
     if change is not None and change[0] < -ERRORS * change[1]:
-        sign = f"The held-out score fell by {-change[0]:.3f}, which is {-change[0] / change[1]:.1f} standard errors"
+        # scores that are equal for all images have no error
+        size = f"which is {-change[0] / change[1]:.1f} standard errors" if change[1] else "for every image alike"
+        sign = f"The held-out score fell by {-change[0]:.3f}, {size}"
         text = "Lower it, use larger rollout.groups, or add objective.kl_beta."
         yield Advice("problem", sign, "optimizer.lr", text)
 
@@ -229,7 +228,7 @@ def _gap(log: Log) -> Iterator[Advice]:
         if not (key.startswith("watch/") and key.endswith("_loss")) or key == "watch/diversity_loss":
             continue
         name = key.removeprefix("watch/").removesuffix("_loss")
-        if loss > ERRORS * last[f"{key}_se"]:
+        if loss > ERRORS * last.get(f"{key}_se", math.inf):
             sign = (
                 f"'{name}', which is not trained, fell by {loss:.2f} standard deviations, and the trained reward rose"
             )
@@ -242,7 +241,7 @@ def _average(log: Log) -> Iterator[Advice]:
         return
     last = log.evaluations[-1]
     behind = last[SCORE] - last[EMA_SCORE]
-    if behind > ERRORS * math.hypot(last[f"{SCORE}_se"], last[f"{EMA_SCORE}_se"]):
+    if behind > ERRORS * math.hypot(last.get(f"{SCORE}_se", math.nan), last.get(f"{EMA_SCORE}_se", math.nan)):
         sign = f"The moving average is {behind:.3f} behind the weights"
         yield Advice("note", sign, "train.ema_decay", "Lower it: the run is too short for this average.")
 

@@ -220,9 +220,18 @@ def read_metrics(path: Path) -> list[dict[str, object]]:
         except ValueError:
             entry = None
         if not isinstance(entry, dict):
-            raise CheckpointError(f"{path}:{number}: the line is damaged", "Remove it; the others do not depend on it.")
+            raise _damaged(path, number)
         lines.append(entry)
     return lines
+
+
+def read_numbers(path: Path) -> list[dict[str, float]]:
+    """The same as numbers; null, which stands for what is not finite, is NaN.
+
+    Raises:
+        CheckpointError: for a line that is not a JSON object of numbers, or does not say of which iteration it is.
+    """
+    return [_numbers(path, number, line) for number, line in enumerate(read_metrics(path), start=1)]
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -236,6 +245,18 @@ def write_atomic(path: Path, data: bytes) -> None:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _numbers(path: Path, number: int, line: Mapping[str, object]) -> dict[str, float]:
+    plain = {key: math.nan if value is None else value for key, value in line.items()}
+    numbers = {key: float(value) for key, value in plain.items() if isinstance(value, (int, float))}
+    if numbers.keys() != plain.keys() or not math.isfinite(numbers.get("iteration", math.nan)):
+        raise _damaged(path, number)
+    return numbers
+
+
+def _damaged(path: Path, number: int) -> CheckpointError:
+    return CheckpointError(f"{path}:{number}: the line is damaged", "Remove it; the others do not depend on it.")
 
 
 def _finite(value: object) -> object:

@@ -19,7 +19,7 @@ from fmg.data.page import Block, Gallery, Listing, Picture, Section, Table, Text
 from fmg.data.pictures import Curve, metric_curve
 from fmg.data.prompt_sets import spread
 from fmg.data.run_folder import RunFolder, RunState, read_metrics, write_atomic
-from fmg.data.run_metrics import PREFIX, REWARD, SUFFIX, headline
+from fmg.data.run_metrics import AVERAGED, PREFIX, REWARD, SUFFIX, headline
 
 FILE = "report.html"
 SCORE = "eval/score"
@@ -79,20 +79,36 @@ class RunRecord:
         return int(max((line.get("iteration", 0) for line in self.lines), default=0))
 
     @property
+    def averaged(self) -> bool:
+        """Whether the checkpoint that the run stands for is a moving average of the weights."""
+        return self.index is not None and self.index.entry(self.index.best).score_key.startswith(AVERAGED)
+
+    @property
     def kept(self) -> Line:
-        """The evaluation of the checkpoint that the run stands for; the last one when there is none."""
+        """The evaluation of the checkpoint that the run stands for; the last one when there is none.
+
+        The scores are those of its weights, under `eval/...`, also where these are a moving average.
+        """
         at = None if self.index is None else self.index.entry(self.index.best).iteration
         found = [line for line in self.evaluations if line["iteration"] == at]
-        return (found or self.evaluations or [{}])[-1]
+        line = (found or self.evaluations or [{}])[-1]
+        own = AVERAGED if self.averaged else PREFIX
+        others = {key: value for key, value in line.items() if not key.startswith((PREFIX, AVERAGED))}
+        return others | {PREFIX + key.removeprefix(own): value for key, value in line.items() if key.startswith(own)}
+
+    def logged(self, key: str) -> str:
+        """The key under which the log has a score `eval/...` of the weights that `kept` is of."""
+        return AVERAGED + key.removeprefix(PREFIX) if self.averaged and key.startswith(PREFIX) else key
 
     def tiles(self) -> Iterator[Tile]:
         """Headline scores of the checkpoint that the run stands for, with those of the base."""
         if not self.evaluations:
             return
         before = headline(self.evaluations[0])
+        whose = "moving average, " if self.averaged else ""
         for name, value in headline(self.kept).items():
             note = f"base {before[name]:.3f}" if name in before else ""
-            yield Tile(f"{name}, held out", f"{value:.3f}", note)
+            yield Tile(f"{name}, held out", f"{value:.3f}", whose + note)
 
 
 def write_run_report(run: RunFolder) -> Path:
@@ -136,11 +152,13 @@ def _scores(record: RunRecord) -> Iterator[Block]:
     if not record.evaluations:
         return
     first, last, kept = record.evaluations[0], record.evaluations[-1], record.kept
+    whose = "moving average" if record.averaged else "checkpoint"
     yield Text(
-        f"The run stands for the checkpoint of iteration {kept['iteration']:.0f}. The interval of the gain takes the"
+        f"The run stands for the {whose} of iteration {kept['iteration']:.0f}. The interval of the gain takes the"
         " two evaluations as independent; they share prompts and seeds, so it is on the wide side."
     )
-    columns = ("score", "base", "kept", "gain", "95 % interval", "last")
+    own = "kept (moving average)" if record.averaged else "kept"
+    columns = ("score", "base", own, "gain", "95 % interval", "last")
     rows = []
     known = [key for key in kept if key.startswith(PREFIX) and key.endswith(SUFFIX) and key in first]
     headlines = list(headline(kept))
@@ -151,9 +169,14 @@ def _scores(record: RunRecord) -> Iterator[Block]:
         gain = kept[key] - first[key]
         errors = [line[f"{stem}_se"] for line in (first, kept) if f"{stem}_se" in line]
         half = _TWO_SIDED_95 * math.hypot(*errors) if len(errors) == 2 else None
-        between = "-" if half is None or kept is first else f"[{gain - half:+.3f}, {gain + half:+.3f}]"
+        between = (
+            "-"
+            if half is None or kept["iteration"] == first["iteration"]
+            else f"[{gain - half:+.3f}, {gain + half:+.3f}]"
+        )
         shown = [label(key), f"{first[key]:.3f}", f"{kept[key]:.3f}", f"{gain:+.3f}", between]
-        rows.append((*shown, f"{last[key]:.3f}" if key in last else "-"))
+        logged = record.logged(key)
+        rows.append((*shown, f"{last[logged]:.3f}" if logged in last else "-"))
     yield Table(columns, rows, frozenset(columns) - {"score"})
 
 
@@ -166,9 +189,10 @@ def charts(record: RunRecord) -> Iterator[Picture]:
         key = next((k for k in record.kept if k.startswith(PREFIX) and k.endswith(SUFFIX) and label(k) == name), None)
         if key is not None:
             shown.add(key)
-            yield from _chart([_held_out(lines, key)], f"{name}, held out")
+            both = (key, AVERAGED + key.removeprefix(PREFIX))
+            yield from _chart([_held_out(lines, one) for one in both], f"{name}, held out")
     for reward, keys in _parts(record.kept, shown):
-        yield from _chart([_held_out(lines, key) for key in keys], f"{reward} by part, held out")
+        yield from _chart([_held_out(lines, record.logged(key)) for key in keys], f"{reward} by part, held out")
     for key, title in _UPDATE_CHARTS.items():
         yield from _chart([metric_curve(lines, key, key)], title)
 
@@ -180,8 +204,9 @@ def curve(lines: Sequence[Line], key: str, error: str, name: str) -> Curve:
 
 
 def label(key: str) -> str:
-    """A log key for people: `eval/shapes_strict_mean` is `shapes strict`."""
-    return key.removeprefix(PREFIX).removesuffix(SUFFIX).replace("_", " ")
+    """A log key for people: `eval/shapes_strict_mean` is `shapes strict`, that of a moving average `... (EMA)`."""
+    name = key.removeprefix(PREFIX).removeprefix(AVERAGED).removesuffix(SUFFIX).replace("_", " ")
+    return f"{name} (EMA)" if key.startswith(AVERAGED) else name
 
 
 def _held_out(lines: Sequence[Line], key: str) -> Curve:

@@ -57,16 +57,18 @@ class Estimate:
     Attributes:
         value: on the whole set.
         ci95: `value` -+ 1.96 standard errors; unbounded for a set that cannot be halved.
-        halved: mean over random halves of the set. A statistic with a bias of order 1/n is about
-            `2 * value - halved` on a set without end (Chong and Forsyth, arXiv 1911.07023).
+        halved: mean over random halves of the set, None for one that cannot be halved. A statistic with a bias of order
+            1/n is about `2 * value - halved` on a set without end (Chong and Forsyth, arXiv 1911.07023).
     """
 
     value: float
     ci95: tuple[float, float]
-    halved: float
+    halved: float | None
 
-    def extrapolated(self) -> Estimate:
-        """The estimate with its bias of order 1/n removed; the interval keeps its width."""
+    def extrapolated(self) -> Estimate | None:
+        """The estimate with its bias of order 1/n removed; the interval keeps its width. None without halves."""
+        if self.halved is None:
+            return None
         shift = self.value - self.halved
         return Estimate(self.value + shift, (self.ci95[0] + shift, self.ci95[1] + shift), self.value + shift)
 
@@ -90,7 +92,7 @@ def subset_estimate(
     value = statistic(np.arange(count))
     size = count // 2
     if size < least:
-        return Estimate(value, (-np.inf, np.inf), value)
+        return Estimate(value, (-np.inf, np.inf), None)
     rng = np.random.default_rng(seed)
     halves = np.asarray([statistic(np.sort(rng.permutation(count)[:size])) for _ in range(HALVES)])
     # 1 when the count is even

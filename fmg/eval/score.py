@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
 
 from fmg.core.errors import UsageError
 from fmg.core.events import Observer, StageProgress, ignore
@@ -18,7 +14,7 @@ from fmg.eval.options import chosen_extractors, chosen_rewards
 from fmg.eval.reference import WORLD, batches, folder_reference, picture_files, reference_files
 from fmg.eval.results import Metric, Result, TagResult, plain
 from fmg.eval.rows import metric_rows, result_rows, tag_rows
-from fmg.eval.scoring import Scores, prompt_clusters, score_images
+from fmg.eval.scoring import Collected, Scores, prompt_clusters, score_images
 from fmg.eval.set_metrics import FeatureSet, SetMetrics
 from fmg.inference.devices import pick_device
 from fmg.rewards.base import build_rewards, check_prompts
@@ -74,7 +70,8 @@ def score(
 
     Args:
         paths: picture files, folders of them, or GenEval trees. Prompts come from `metadata.jsonl`: that of GenEval in
-            each prompt's folder, or lines with `file_name` and `prompt` beside the pictures.
+            each prompt's folder, or lines with `file_name` and `prompt` beside the pictures. A picture with two lines
+            is scored twice.
         rewards: by name.
         prompt: of every picture, instead of what the folders say.
         options: options of rewards and extractors by name.
@@ -84,7 +81,9 @@ def score(
         observer: receives `StageProgress` events.
 
     Raises:
-        UsageError: nothing to measure, no pictures, pictures that cannot be read or lack a prompt, unknown names.
+        UsageError: nothing to measure, no pictures, pictures that cannot be read or lack a prompt, also when only some
+            of a folder's do; unknown names.
+        RewardError: when a reward fails, or reports other parts for some pictures than for others.
     """
     if not rewards and not extractors:
         raise UsageError("There is nothing to measure", "Give --reward, or --features, or both.")
@@ -94,7 +93,7 @@ def score(
     features = chosen_extractors(extractors, given)
     scorers = build_rewards(chosen_rewards(rewards, (), given, taken=features))
     where = pick_device(device)
-    found = [entry for path in paths for entry in captioned(Path(path))]
+    found = [entry for path in paths for entry in captioned(Path(path), everything=prompt is not None)]
     entries = [_prompted(entry, prompt, needed=bool(scorers)) for entry in found]
     texts = [entry.text for entry in entries]
     for name, reward in scorers.items():
@@ -104,16 +103,14 @@ def score(
     real = [] if reference is None else reference_files(reference)
     references = {name: folder_reference(real, extractor, where) for name, extractor in features.items() if real}
     sets = {name: FeatureSet(extractor, prompt_clusters(texts)) for name, extractor in features.items()}
-    collected: defaultdict[tuple[str, str], list[NDArray[np.float64]]] = defaultdict(list)
+    collected = Collected()
     for rows, batch in batches([entry.file for entry in found]):
         images = batch.to(where)
-        for key, values in score_images(scorers, images, texts[rows]).items():
-            collected[key].append(values)
+        collected.add(score_images(scorers, images, texts[rows]))
         for features_of in sets.values():
             features_of.take(images)
         observer(StageProgress("scoring", rows.stop, len(found)))
-    parts = {key: np.concatenate(values) for key, values in collected.items()}
-    scores = Scores(parts, tuple(texts), tuple(entry.tag for entry in entries))
+    scores = Scores(collected.parts(), tuple(texts), tuple(entry.tag for entry in entries))
     metrics = {name: SetMetrics.of(s, references.get(name)) for name, s in sets.items()}
     return ScoreReport(
         images=tuple(_image_rows(found, scores)),
@@ -123,27 +120,50 @@ def score(
     )
 
 
-def captioned(path: Path) -> list[Captioned]:
-    """The pictures under a path with their prompts.
+def captioned(path: Path, *, everything: bool = False) -> list[Captioned]:
+    """The pictures under a path with their prompts; of a file, those that the `metadata.jsonl` beside it has.
+
+    Args:
+        path: a picture file, a folder, or a GenEval tree.
+        everything: whether to take all pictures of a folder and leave prompts aside.
 
     Raises:
-        UsageError: no such path, no pictures in it, or a `metadata.jsonl` that does not fit.
+        UsageError: no such path, no pictures in it, a `metadata.jsonl` that does not fit, or one that gives only some
+            of the pictures a prompt.
     """
     if not path.exists():
         raise UsageError(f"There is no picture or folder '{path}'", "Check the path.")
     if path.is_file():
-        return [Captioned(path, None)]
+        beside = [] if everything else [x for x in _listed(path.parent) if x.file.resolve() == path.resolve()]
+        return beside or [Captioned(path, None)]
     files = picture_files(path)
+    if everything:
+        return [Captioned(file, None) for file in files]
     trees = sorted(file.parent for file in path.glob(f"*/{METADATA}") if (file.parent / "samples").is_dir())
-    if trees:
-        return [entry for tree in trees for entry in _geneval(tree)]
-    if (path / METADATA).is_file():
-        prompts = dict(_captions(path / METADATA))
-        missing = next((name for name in prompts if not (path / name).is_file()), None)
-        if missing is not None:
-            raise UsageError(f"'{path / METADATA}' names '{missing}', which is not there", "Correct the file.")
-        return [Captioned(path / name, Prompt(text, "", {})) for name, text in prompts.items()]
-    return [Captioned(file, None) for file in files]
+    found = [entry for tree in trees for entry in _geneval(tree)] if trees else list(_listed(path))
+    if not found:
+        return [Captioned(file, None) for file in files]
+    missing = next((entry.file for entry in found if not entry.file.is_file()), None)
+    if missing is not None:
+        raise UsageError(f"'{path / METADATA}' names '{missing}', which is not there", "Correct the file.")
+    named = {entry.file.resolve() for entry in found}
+    left = [file for file in files if file.resolve() not in named]
+    if left:
+        where = "GenEval tree" if trees else METADATA
+        raise UsageError(
+            f"The {where} in '{path}' gives no prompt for '{left[0]}', the first of {len(left)} such pictures",
+            "Add them there, move them elsewhere, or give --prompt for all.",
+        )
+    return found
+
+
+def _listed(folder: Path) -> Iterator[Captioned]:
+    """One entry for each line of the `metadata.jsonl` of a folder, none without the file."""
+    file = folder / METADATA
+    if not file.is_file():
+        return
+    for name, text in _captions(file):
+        yield Captioned(folder / name, Prompt(text, "", {}))
 
 
 def _geneval(tree: Path) -> Iterator[Captioned]:

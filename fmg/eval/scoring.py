@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fmg.core.errors import RewardError
 from fmg.core.prompt import Prompt
 from fmg.core.protocols import PromptSet, Reward
 from fmg.inference.generator import Generator
@@ -89,6 +91,35 @@ def score_images(
     return scores
 
 
+class Collected:
+    """The scores of one batch of images after another."""
+
+    def __init__(self) -> None:
+        self._batches: defaultdict[tuple[str, str], list[NDArray[np.float64]]] = defaultdict(list)
+        self._count = 0
+
+    def add(self, scores: Parts) -> None:
+        """Takes those of the next batch.
+
+        Raises:
+            RewardError: when a reward reports other parts than for the batches before.
+        """
+        other = next(iter(sorted(self._batches.keys() ^ scores.keys())), None) if self._count else None
+        if other is not None:
+            reward, part = other
+            raise RewardError(
+                f"The reward '{reward}' reports the part '{part}' for some batches of images and not for others",
+                "Return the same parts for every batch.",
+            )
+        for key, values in scores.items():
+            self._batches[key].append(values)
+        self._count += 1
+
+    def parts(self) -> Parts:
+        """Those of all images."""
+        return {key: np.concatenate(values) for key, values in self._batches.items()}
+
+
 def score_target(
     generator: Generator,
     rewards: Mapping[str, Reward],
@@ -99,8 +130,12 @@ def score_target(
     progress: Callable[[int, int], None],
     sinks: Sequence[Sink] = (),
 ) -> Scores:
-    """Draws and scores all images of `eval_set` with one number of steps, on the device of the generator."""
-    collected: defaultdict[tuple[str, str], list[NDArray[np.float64]]] = defaultdict(list)
+    """Draws and scores all images of `eval_set` with one number of steps, on the device of the generator.
+
+    Raises:
+        RewardError: when a reward fails, or reports other parts for some images than for others.
+    """
+    collected = Collected()
     texts = eval_set.prompts
     total = len(texts)
     for start in range(0, total, CHUNK):
@@ -108,25 +143,29 @@ def score_target(
         drawn = generator.generate(texts[rows], eval_set.seeds[rows], steps=steps, grid=grid)
         images = drawn.images.to(generator.backend.device)
         scores = score_images(rewards, images, texts[rows])
-        for key, values in scores.items():
-            collected[key].append(values)
+        collected.add(scores)
         for sink in sinks:
             sink(images, scores)
         progress(min(start + CHUNK, total), total)
-    return Scores({k: np.concatenate(v) for k, v in collected.items()}, texts, eval_set.tags)
+    return Scores(collected.parts(), texts, eval_set.tags)
 
 
 def means(scores: Scores, prefix: str = "eval") -> dict[str, float]:
     """Log keys `<prefix>/<reward>_<part>_mean`; the total of a reward is `<prefix>/<reward>_mean`.
 
-    Each has a standard error, `..._se`, for new images of the same prompts.
+    Each has a standard error, `..._se`, for new images of the same prompts; NaN for a single image.
     """
     out = {}
     for (reward, part), values in scores.parts.items():
         name = reward if part == "total" else f"{reward}_{part}"
         out[f"{prefix}/{name}_mean"] = float(values.mean())
-        out[f"{prefix}/{name}_se"] = float(values.std() / np.sqrt(len(values)))
+        out[f"{prefix}/{name}_se"] = standard_error(values)
     return out
+
+
+def standard_error(values: NDArray[np.float64]) -> float:
+    """Of the mean of `values`; NaN for a single one, which does not tell how much another would differ."""
+    return float(values.std() / np.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
 def prompt_clusters(prompts: Iterable[str]) -> NDArray[np.int64]:

@@ -129,9 +129,8 @@ def _difference(ours: Statistic, theirs: Statistic) -> Statistic:
 
 def _rows(steps: int, extractor: str, name: str, estimate: Estimate) -> Iterator[Metric]:
     yield Metric(steps, extractor, name, estimate.value, estimate.ci95)
-    if name == FRECHET:
-        # its bias falls as 1 / n, and at the sizes that people can afford it is larger than many differences
-        corrected = estimate.extrapolated()
+    # its bias falls as 1 / n, and at the sizes that people can afford it is larger than many differences
+    if name == FRECHET and (corrected := estimate.extrapolated()) is not None:
         yield Metric(steps, extractor, f"{FRECHET}_extrapolated", corrected.value, corrected.ci95)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from pydantic import ValidationError
 
+from fmg.core.aside import prints_aside
 from fmg.core.errors import FmgError, UsageError, suggestion
 from fmg.registry.config import ComponentConfig
 from fmg.registry.validation import first_problem
@@ -189,7 +190,8 @@ class Registry(Generic[P]):
             # importing the module runs its decorator, which fills the table; a plain attribute works as well
             factory = self._import(row, row.factory)
             self._factories.setdefault(name, cast("Callable[[Any], P]", factory))
-        return self._factories[name](config)
+        with prints_aside():
+            return self._factories[name](config)
 
     def describe(self, name: str) -> Description:
         """Summary and options of `name`; imports no torch."""
@@ -242,7 +244,8 @@ class Registry(Generic[P]):
 def load(path: str) -> object:
     """The attribute behind a `module:attribute` path."""
     module, _, attribute = path.partition(":")
-    loaded: object = importlib.import_module(module)
+    with prints_aside():
+        loaded: object = importlib.import_module(module)
     for part in attribute.split("."):
         loaded = getattr(loaded, part)
     return loaded
@@ -250,7 +253,8 @@ def load(path: str) -> object:
 
 def _load_entry_point(point: EntryPoint) -> None:
     try:
-        point.load()
+        with prints_aside():
+            point.load()
     except FmgError:
         raise
     except Exception as error:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from fmg.core.aside import prints_aside
 from fmg.core.errors import FmgError, RewardError, UsageError
 from fmg.core.protocols import Reward
 from fmg.core.types import PartialRewardOutput, RewardOutput
@@ -28,6 +29,8 @@ class ReadsPrompts(Protocol):
 
 class Checked:
     """A reward whose images and scores are checked; what it returns is fp32 on the CPU.
+
+    It works on a copy of the images: they are scored by other rewards, shown and saved afterwards.
 
     Raises:
         RewardError: when the images are not floats `(b, 3, h, w)` in [0, 1]; when the reward fails, or returns anything
@@ -53,7 +56,9 @@ class Checked:
         """The same, but a `PartialRewardOutput` when the reward was told to go on without some scores."""
         _check_images(self.name, images, prompts)
         try:
-            output: object = self.reward(images, prompts)
+            # a NumPy view that is written to changes a tensor without a trace, so nothing less than a copy is safe
+            with prints_aside():
+                output: object = self.reward(images.clone(), list(prompts))
         except FmgError:
             raise
         except Exception as error:

@@ -71,16 +71,18 @@ def combined_advantages(
 
     Args:
         rewards: finite rewards by name.
-        weights: weight of each, by the same names.
+        weights: weight of each, by the same names; only their ratios count.
         groups: as in `group_advantages`, like the remaining arguments.
 
     Raises:
         RewardError: for a reward that is not finite.
     """
     total = torch.zeros(len(groups), dtype=torch.float64, device=groups.device)
+    # `eps` is meant for advantages of about 1
+    whole = sum(abs(weight) for weight in weights.values()) or 1.0
     for name, weight in weights.items():
         own = group_advantages(rewards[name], groups, global_std=global_std, clip_max=math.inf, eps=eps)
-        total = total + weight * own.to(total)
+        total = total + weight / whole * own.to(total)
     return (total / (total.std(correction=0) + eps)).clamp(-clip_max, clip_max).float()
 
 

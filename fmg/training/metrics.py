@@ -65,9 +65,12 @@ def reward_metrics(rewards: RewardOutput, groups: Int[Tensor, " n"]) -> dict[str
 
 
 def decline(initial: Mapping[str, float], final: Mapping[str, float], key: str) -> str | None:
-    """A warning when the held-out score `key` ended clearly below where it began, else None."""
+    """A warning when the held-out score `key` ended clearly below where it began, else None.
+
+    Nothing is clear where a standard error is NaN, as that of a single image.
+    """
     error = math.hypot(initial[f"{key}_se"], final[f"{key}_se"])
-    if final[key] - initial[key] >= -DECLINE_ERRORS * error:
+    if not final[key] - initial[key] < -DECLINE_ERRORS * error:
         return None
     return (
         f"The held-out score fell from {initial[key]:.3f} at iteration 0 to {final[key]:.3f}: lower the learning rate,"

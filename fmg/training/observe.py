@@ -17,7 +17,7 @@ from fmg.core.protocols import Reward
 from fmg.data.pictures import Curve, GridRow, before_after, curve_figure, metric_curve, sample_grid
 from fmg.data.prompt_sets import spread
 from fmg.eval.diversity import within_groups
-from fmg.eval.scoring import EvalSet, Scores, means, score_target
+from fmg.eval.scoring import EvalSet, Scores, means, score_target, standard_error
 from fmg.inference.backend import TorchBackend
 from fmg.inference.generator import DEFAULT_BATCH, Generator
 from fmg.registry import feature_extractors
@@ -70,8 +70,7 @@ class Watcher:
         if not averaged:
             self._judged = scores
         total = self._totals(scores)
-        error = float(total.std() / np.sqrt(len(total)))
-        return {**means(scores), SCORE_KEY: float(total.mean()), f"{SCORE_KEY}_se": error}
+        return {**means(scores), SCORE_KEY: float(total.mean()), f"{SCORE_KEY}_se": standard_error(total)}
 
     @property
     def held_out(self) -> tuple[str, ...]:

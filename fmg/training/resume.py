@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from fmg.core.cache import new_folder
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.data.checkpoints import CheckpointIndex, existing_index
 from fmg.data.pictures import GridRow
-from fmg.data.run_folder import RunFolder, read_metrics, write_atomic
+from fmg.data.run_folder import RunFolder, read_numbers, write_atomic
 from fmg.data.states import check_resumable, newest_state, repeat_command, state_folder
 from fmg.registry.recipe import Recipe
 from fmg.training.checkpoint import drop_unscored
@@ -182,12 +181,12 @@ def metrics_until(run: RunFolder, lines: int) -> list[dict[str, float]]:
     Raises:
         CheckpointError: there are fewer, or one is damaged.
     """
-    kept = read_metrics(run.metrics)[:lines]
+    kept = read_numbers(run.metrics)[:lines]
     if len(kept) < lines:
         raise CheckpointError(
             f"'{run.metrics}' has {len(kept)} lines, and the saved state follows line {lines}", "Restore the file."
         )
-    return [{key: math.nan if value is None else float(str(value)) for key, value in line.items()} for line in kept]
+    return kept
 
 
 def rewind(run: RunFolder, lines: int) -> tuple[CheckpointIndex, list[dict[str, float]]]:

@@ -3,7 +3,9 @@
 Every evaluation draws the same prompts and noise, so two of them are compared image by image. A held-out reward is
 compared with the evaluation at which it was highest, since over-optimisation often lets it rise first (Gao et al.,
 arXiv 2210.10760). Its fall is measured in standard deviations of its scores over the images of the untouched model, a
-unit that rewards share. Diversity is that of the rollouts' groups, compared with the first rollout.
+unit that rewards share; in those of the evaluation where they are larger, and never in less than `FLOOR` of the mean or
+`TINY`, so that a reward which the untouched model saturates has a unit as well. Diversity is that of the rollouts'
+groups, compared with the first rollout.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ from numpy.typing import NDArray
 ERRORS = 3.0
 """Standard errors by which something has to be beyond a bound. One evaluation of a run whose true loss is the tolerance
 exceeds it with probability 0.0013; at a true loss of 0 and 1000 images practically never."""
+FLOOR, TINY = 1e-3, 1e-5
+"""Least unit of a reward: relative to its mean on the untouched model, and absolute. Equal scores have a spread of
+rounding alone, in which any fall is enormous."""
 DIVERSITY = "diversity"
 
 Scores = Float[np.ndarray, " n"]
@@ -85,7 +90,7 @@ class Verdict:
 
     Attributes:
         iteration: of the evaluation.
-        gain: rise of the trained reward since the untouched model, in its standard deviations.
+        gain: rise of the trained reward since the untouched model, in the same unit as losses.
         readings: what is watched.
         hacked: those that are lost while the trained reward has risen.
     """
@@ -161,14 +166,14 @@ class _Spread:
 
 
 def _scale(first: Scores, now: Scores) -> float:
-    # a strict score may be 0 for every image at first
-    return float(first.std()) or float(now.std())
+    # a strict score may be 0, or nearly 1, for every image at first
+    return max(float(first.std()), float(now.std()), FLOOR * abs(float(first.mean())), TINY)
 
 
 def _paired(after: Scores, before: Scores, scale: float) -> Change:
     """The mean of `after - before` over `scale`. One image has no standard error."""
     difference = after - before
-    if scale <= 0 or not np.any(difference):
+    if not np.any(difference):
         return Change(0.0, 0.0)
     if len(difference) < 2:
         return Change(float(difference.mean()) / scale, math.inf)

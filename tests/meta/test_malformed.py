@@ -345,6 +345,8 @@ MISUSES = (
     Misuse("check-component backend torch", "no rules for a backend"),
     Misuse("doctor rewardz", "Did you mean 'rewards'"),
     Misuse("doctor --fast", "No such option: --fast"),
+    Misuse("doctor --quick rewards", "--quick does not go with `doctor rewards`"),
+    Misuse("doctor --json run taken", "Write `fmg doctor run ... --json`", finished_run),
     Misuse("doctor run", "RUN"),
     Misuse("doctor run ''", "RUN is empty"),
     Misuse("doctor run nowhere", "'nowhere'"),

@@ -61,8 +61,11 @@ def self_contained(html: str) -> Page:
     return page
 
 
-def made_up_run(folder: Path, *, lr: float = 1e-3, evaluations: int = 4) -> RunFolder:
-    """A finished run with metrics that follow a known line: the reward rises by 0.01 an iteration, strict by 0.02."""
+def made_up_run(folder: Path, *, lr: float = 1e-3, evaluations: int = 4, averaged: bool = False) -> RunFolder:
+    """A finished run with metrics that follow a known line: the reward rises by 0.01 an iteration, strict by 0.02.
+
+    With `averaged` the moving average is evaluated as well, is 0.1 better once it has begun, and is what is kept.
+    """
     run = RunFolder.create(folder, "meanflow-shapes")
     run.recipe.write_text(resolve(flags={"lr": lr}).to_yaml(), encoding="utf-8")
     write_environment(run.path)
@@ -79,14 +82,21 @@ def made_up_run(folder: Path, *, lr: float = 1e-3, evaluations: int = 4) -> RunF
             "eval/shapes_strict_mean": 0.3 + 0.02 * iteration,
             "eval/shapes_strict_se": 0.004,
         }
+        if averaged:
+            ahead = 0.1 * (iteration > 0)
+            scores |= {
+                key.replace("eval/", "eval_ema/"): value + ahead * key.endswith("_mean")
+                for key, value in scores.items()
+            } | {"eval_ema/score": 0.7 + iteration, "eval_ema/score_se": 0.1}
         line = {"iteration": iteration, **scores, "eval/score": 0.7 + iteration, "eval/score_se": 0.1}
         run.append_metrics({**line, "time/eval_s": 2.0})
         pixels = np.random.default_rng(iteration).integers(0, 255, (300, 900, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(run.samples / f"iteration-{iteration:04d}.png")
     Image.fromarray(pixels).save(run.before_after)
-    for name in ("checkpoint-1", f"checkpoint-{evaluations - 1}"):
-        (run.checkpoints / name).mkdir()
-    best, last = (Saved(f"checkpoint-{n}", n, "eval/score", 0.7 + n) for n in (1, evaluations - 1))
+    end, key = ("-ema", "eval_ema/score") if averaged else ("", "eval/score")
+    best, last = (Saved(f"checkpoint-{n}{end}", n, key, 0.7 + n) for n in (1, evaluations - 1))
+    for saved in (best, last):
+        (run.checkpoints / saved.name).mkdir()
     write_index(run.path, CheckpointIndex((best, last), best.name, last.name))
     run.set_state("finished")
     return run

@@ -222,6 +222,12 @@ def check_per_reward_advantages() -> None:
     # neither the units of a reward nor the scale of all weights matters
     torch.testing.assert_close(combined(1, 1, scale=100.0), combined(1, 1))
     torch.testing.assert_close(combined(3, 3), combined(1, 1))
+    for tiny in (1e-3, 1e-6):
+        # also with the eps that keeps equal advantages from being blown up
+        exact = combined(0.8 * tiny, 0.2 * tiny, eps=1e-4)
+        torch.testing.assert_close(exact, combined(0.8, 0.2, eps=1e-4))
+        torch.testing.assert_close(exact.std(correction=0), torch.tensor(1.0), atol=1e-3, rtol=0)
+    assert combined(0, 0, eps=1e-4).eq(0).all()
     assert combined(1, 1, clip_max=0.5).tolist() == [-0.5, 0.5, -0.5, 0.5]
     # with the stds of the batch, which are 1/2 and sqrt(3)/4
     whole = combined_advantages(rewards, {"a": 1.0, "b": 1.0}, groups, global_std=True, eps=0.0)

@@ -74,6 +74,14 @@ def against_neighbours(images: Tensor) -> Tensor:
     return values - values.mean()
 
 
+def slightly_against_neighbours(images: Tensor) -> Tensor:
+    return 1e-3 * against_neighbours(images)
+
+
+def slightly_noisy(images: Tensor) -> Tensor:
+    return 1e-3 * torch.rand(len(images))
+
+
 def noisy(images: Tensor) -> Tensor:
     return brightness(images) + torch.rand(len(images))
 
@@ -103,6 +111,8 @@ def logarithm(images: Tensor) -> Tensor:
     ("score", "rule", "says"),
     [
         (against_neighbours, "independent of the batch", "one by one"),
+        (slightly_against_neighbours, "independent of the batch", "one by one"),
+        (slightly_noisy, "deterministic", "scores the same pictures again"),
         (noisy, "deterministic", "scores the same pictures again"),
         (sorted_scores, "follows the order of images", "another order"),
         (darkening, "leaves its inputs alone", "changes the pictures"),
@@ -124,6 +134,42 @@ def test_a_planted_violation_of_a_reward_is_named(score: Score, rule: str, says:
     assert says in found[rule]
     with pytest.raises(AssertionError, match=rule):
         assert_conforms("reward", "planted")
+
+
+@pytest.mark.usefixtures("registry_state")
+@pytest.mark.parametrize(
+    "pairs_wrongly", [lambda prompts: sorted(prompts), lambda prompts: [prompts[0]] * len(prompts)]
+)
+def test_a_reward_that_pairs_pictures_with_other_prompts_is_named(pairs_wrongly: Callable[..., list[str]]) -> None:
+    @rewards.register("mismatched", PlainConfig, "A planted violation")
+    class Mismatched:
+        def __init__(self, config: PlainConfig) -> None:
+            pass
+
+        def __call__(self, images: Tensor, prompts: Sequence[str]) -> RewardOutput:
+            lengths = torch.tensor([float(len(prompt)) for prompt in pairs_wrongly(list(prompts))])
+            return RewardOutput(brightness(images) * lengths, {})
+
+    found = broken_rules("reward", "mismatched")
+    assert "another order, each with its prompt" in found["follows the order of images"]
+
+
+@pytest.mark.usefixtures("registry_state")
+def test_a_large_offset_hides_no_violation_and_a_picky_reward_is_asked_what_it_takes() -> None:
+    @rewards.register("picky", PlainConfig, "A planted violation")
+    class Picky:
+        def __init__(self, config: PlainConfig) -> None:
+            pass
+
+        def __call__(self, images: Tensor, prompts: Sequence[str]) -> RewardOutput:
+            assert set(prompts) <= {"a red circle", "a blue square"}
+            return RewardOutput(100 + 0.01 * against_neighbours(images), {})
+
+        def check_prompts(self, prompts: Sequence[str]) -> None:
+            if set(prompts) - {"a red circle", "a blue square"}:
+                raise UsageError("Unknown", "Ask for shapes.")
+
+    assert broken_rules("reward", "picky").keys() == {"independent of the batch"}
 
 
 @pytest.mark.usefixtures("registry_state")

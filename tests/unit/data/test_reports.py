@@ -66,6 +66,21 @@ def test_the_report_of_a_run_says_what_its_files_say(runs: tuple[RunFolder, RunF
     assert parsed.tags.count("img") == 6 + 1 + 4
 
 
+def test_a_report_shows_the_scores_of_the_moving_average_that_it_keeps(
+    runs: tuple[RunFolder, RunFolder], tmp_path: Path
+) -> None:
+    run = made_up_run(tmp_path / "averaged", averaged=True)
+    words = self_contained(write_run_report(run).read_text(encoding="utf-8")).words
+    assert "shapes strict, held out 0.420 moving average, base 0.300" in words
+    assert "stands for the moving average of iteration 1" in words
+    assert "base kept (moving average) gain" in words
+    assert "shapes strict 0.300 0.420 +0.120 [+0.109, +0.131] 0.460" in words
+    write_comparison([runs[0], run], tmp_path / "c.html")
+    words = self_contained((tmp_path / "c.html").read_text(encoding="utf-8")).words
+    assert "averaged meanflow-shapes finished 3 1 (moving average) 0.300 → 0.420 0.700 → 0.800" in words
+    assert "first meanflow-shapes finished 3 1 0.300 → 0.320 0.700 → 0.700" in words
+
+
 def test_a_report_is_replaced_and_repeats_byte_by_byte(runs: tuple[RunFolder, RunFolder]) -> None:
     before = (runs[0].path / "report.html").read_bytes()
     write_run_report(runs[0])

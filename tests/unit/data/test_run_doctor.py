@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
-from fmg.data.run_doctor import LIMITS, RULES, Log, examine_log
+from fmg.core.errors import CheckpointError
+from fmg.data.run_doctor import LIMITS, RULES, Advice, Log, examine_log, examine_run
 from fmg.data.run_folder import RunFolder
+from fmg.training.resume import rewind_metrics
 from tests.support.cli import fmg
 
 Lines = list[dict[str, object]]
@@ -36,7 +39,13 @@ def log(iterations: int = 30, scores: tuple[float, float] = (0.5, 0.7), **change
 
 
 def signs(lines: Lines) -> list[tuple[str, str]]:
-    return [(advice.severity, advice.knob) for advice in examine_log(Log.of(lines))]
+    return [(advice.severity, advice.knob) for advice in found(lines)]
+
+
+def found(lines: Lines) -> list[Advice]:
+    """As read from a file, where null is NaN."""
+    numbers = [{key: math.nan if value is None else float(str(value)) for key, value in x.items()} for x in lines]
+    return examine_log(Log.of(numbers))
 
 
 HACKED = {
@@ -82,6 +91,32 @@ def test_a_sign_leads_to_its_knob(lines: Lines, expected: list[tuple[str, str]])
     if lines[5].get("loss", 0.0) is None:
         expected = [("problem", "optimizer.lr")]
     assert signs(lines) == expected
+
+
+def test_scores_that_are_equal_for_all_images_have_no_error_to_divide_by() -> None:
+    lines = log(scores=(0.7, 0.6))
+    lines[0]["eval/score_se"] = lines[-1]["eval/score_se"] = 0.0
+    (advice,) = found(lines)
+    assert advice.sign == "The held-out score fell by 0.100, for every image alike"
+    assert signs(log(scores=(0.7, 0.7), iterations=5)) == []
+
+
+def test_nothing_is_said_of_a_score_whose_error_is_unknown() -> None:
+    averaged = log(scores=(0.7, 0.6), **{"last_eval_ema__score": 0.1})
+    averaged[0]["eval/score_se"] = averaged[-1]["eval/score_se"] = None
+    assert signs(averaged) == []
+
+
+@pytest.mark.parametrize("damage", ['{"iteration": 1, "loss": "NaN?"}', '{"iteration": [1]}', '{"loss": 1.0}'])
+def test_a_line_that_is_not_numbers_is_named(tmp_path: Path, damage: str) -> None:
+    run = RunFolder.create(tmp_path / "run", "meanflow-shapes")
+    run.metrics.write_text('{"iteration": 0, "eval/score": null}\n' + damage + "\n")
+    for reads in (lambda: examine_run(run.path), lambda: rewind_metrics(run, 2)):
+        with pytest.raises(CheckpointError, match=r"metrics.jsonl:2: the line is damaged"):
+            reads()
+    run.metrics.write_text('{"iteration": 0, "loss": null}\n')
+    (line,) = rewind_metrics(run, 1)
+    assert math.isnan(line["loss"])
 
 
 def test_problems_come_first() -> None:

@@ -14,11 +14,12 @@ import torch
 from jsonschema import Draft202012Validator
 from PIL import Image
 
-from fmg.core.errors import UsageError
+from fmg.core.errors import RewardError, UsageError
 from fmg.data.prompt_sets import load_prompts
 from fmg.eval.dump import geneval_dump
 from fmg.eval.reference import batches, folder_reference, picture_files
 from fmg.eval.score import score
+from fmg.eval.scoring import Collected
 from fmg.registry import feature_extractors, rewards
 from fmg.rewards.images import read_image
 from tests.tiny_rewards import write_clip_folder
@@ -109,18 +110,49 @@ def test_prompts_come_from_metadata_beside_the_pictures(pictures: Path) -> None:
         {"file_name": "rgba.png", "prompt": "a photo of a red cup"},
         {"file_name": "deeper/oblong.webp", "text": "a photo of a bus"},
     ]
+    for file in picture_files(pictures):
+        if file.name not in ("rgba.png", "oblong.webp"):
+            file.unlink()
     (pictures / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
     found = score([pictures], rewards=["jpeg-compressibility"])
     assert [image["prompt"] for image in found.images] == ["a photo of a red cup", "a photo of a bus"]
+    alone = score([pictures / "rgba.png"], rewards=["jpeg-compressibility"])
+    assert [image["prompt"] for image in alone.images] == ["a photo of a red cup"]
+    over = score([pictures / "rgba.png"], rewards=["jpeg-compressibility"], prompt="mine")
+    assert [image["prompt"] for image in over.images] == ["mine"]
     for broken, says in (
         ("{", r"metadata.jsonl:1: not JSON"),
         ("[1]", r"metadata.jsonl:1: .* not a JSON object"),
         ('{"file_name": "rgba.png"}', r"metadata.jsonl:1: no file_name and prompt"),
-        ('{"file_name": "gone.png", "prompt": "x"}', "names 'gone.png'"),
+        ('{"file_name": "gone.png", "prompt": "x"}', r"names '.*gone.png'"),
     ):
         (pictures / "metadata.jsonl").write_text(broken)
         with pytest.raises(UsageError, match=says):
             score([pictures], rewards=["jpeg-compressibility"])
+
+
+def test_a_picture_with_two_lines_is_scored_for_both(pictures: Path) -> None:
+    lines = [{"file_name": "rgba.png", "prompt": prompt} for prompt in ("a red cup", "a dog")]
+    for file in picture_files(pictures):
+        if file.name != "rgba.png":
+            file.unlink()
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for path in (pictures, pictures / "rgba.png"):
+        found = score([path], rewards=["jpeg-compressibility"])
+        assert [image["prompt"] for image in found.images] == ["a red cup", "a dog"]
+
+
+def test_a_picture_without_a_caption_is_not_left_out(pictures: Path, tmp_path: Path) -> None:
+    (pictures / "metadata.jsonl").write_text('{"file_name": "rgba.png", "prompt": "a red cup"}\n')
+    with pytest.raises(UsageError, match=r"no prompt for '.*cmyk.jpg', the first of 5 such pictures"):
+        score([pictures], rewards=["jpeg-compressibility"])
+    found = score([pictures], rewards=["jpeg-compressibility"], prompt="a cup")
+    assert [image["prompt"] for image in found.images] == ["a cup"] * 6
+    with geneval_dump(tmp_path / "tree", list(load_prompts("geneval-heldout"))[:2]) as dump:
+        dump(torch.rand(2, 3, 16, 16), {})
+    Image.fromarray(PIXELS[:, :, :3]).save(tmp_path / "tree" / "stray.png")
+    with pytest.raises(UsageError, match=r"GenEval tree .* no prompt for '.*stray.png', the first of 1 such"):
+        score([tmp_path / "tree"], rewards=["jpeg-compressibility"])
 
 
 def test_a_geneval_tree_is_read_back_with_its_prompts_and_tags(tmp_path: Path) -> None:
@@ -133,6 +165,16 @@ def test_a_geneval_tree_is_read_back_with_its_prompts_and_tags(tmp_path: Path) -
     assert [image["prompt"] for image in found.images[::2]] == [entry.text for entry in entries[:4]]
     # the grids are not pictures of their own
     assert len(picture_files(tmp_path / "tree")) == 8
+
+
+def test_parts_that_differ_between_batches_name_the_reward() -> None:
+    collected = Collected()
+    collected.add({("mine", "total"): np.ones(2), ("mine", "sharp"): np.ones(2)})
+    collected.add({("mine", "total"): np.ones(1), ("mine", "sharp"): np.zeros(1)})
+    for other in ({("mine", "total"): np.ones(2)}, {**collected.parts(), ("mine", "late"): np.ones(2)}):
+        with pytest.raises(RewardError, match=r"The reward 'mine' reports the part '(sharp|late)' for some"):
+            collected.add(other)
+    assert collected.parts()["mine", "sharp"].tolist() == [1.0, 1.0, 0.0]
 
 
 def test_a_dump_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:

@@ -139,7 +139,9 @@ def test_the_frechet_interval_covers_and_the_extrapolation_removes_the_bias() ->
         found = subset_estimate(lambda rows, x=sample: frechet_distance(fit(x[rows]), truth), n)
         values.append(found.value)
         covered.append(found.ci95)
-        corrected.append(found.extrapolated().value)
+        beyond = found.extrapolated()
+        assert beyond is not None
+        corrected.append(beyond.value)
     bias = float(np.mean(values))
     assert np.mean([low <= bias <= high for low, high in covered]) > 0.8
     assert abs(np.mean(corrected)) < 0.15 * bias
@@ -181,6 +183,17 @@ def test_the_metrics_of_a_set_and_their_paired_differences() -> None:
     assert delta["frechet"].ci95[0] > 0
     assert rows["frechet_extrapolated"].value < rows["frechet"].value
     assert [row.value for row in theirs.difference(theirs, 4, "pixels")] == [0.0] * 6
+
+
+def test_a_set_that_cannot_be_halved_has_no_extrapolated_row() -> None:
+    pictures = torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    reference = Reference.of(seen(pictures[8:], np.zeros(12, int)).vectors)
+    few, more = (SetMetrics.of(seen(pictures[:n], np.zeros(n, int)), reference) for n in (7, 8))
+    for found, expected in ((few, False), (more, True)):
+        for rows in (found.rows(4, "pixels"), found.difference(found, 4, "pixels")):
+            names = [row.metric for row in rows]
+            assert "frechet" in names
+            assert ("frechet_extrapolated" in names) == expected
 
 
 def test_small_sets_say_what_they_can() -> None:

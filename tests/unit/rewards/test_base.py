@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fmg.core.errors import RewardError, UsageError
+from fmg.core.protocols import Reward
 from fmg.core.types import RewardOutput
 from fmg.rewards.base import Mixture, build_rewards, check_prompts, checked
 
@@ -34,6 +35,32 @@ class Refuses:
         for prompt in prompts:
             if prompt != "one":
                 raise UsageError(f"There is no target in '{prompt}'", "Quote the target.")
+
+
+def black_pictures(images: Tensor, prompts: Sequence[str]) -> RewardOutput:
+    return RewardOutput(images.zero_().mean((1, 2, 3)), {})
+
+
+def brightened_through_numpy(images: Tensor, prompts: Sequence[str]) -> RewardOutput:
+    pixels = images.numpy()
+    pixels[:] = 1
+    return RewardOutput(torch.from_numpy(pixels.mean((1, 2, 3))), {})
+
+
+def sorted_prompts(images: Tensor, prompts: Sequence[str]) -> RewardOutput:
+    assert isinstance(prompts, list)
+    prompts.sort()
+    return RewardOutput(torch.ones(len(prompts)), {})
+
+
+@pytest.mark.parametrize("reward", [black_pictures, brightened_through_numpy, sorted_prompts])
+def test_a_reward_that_works_in_place_changes_nothing_for_those_after_it(reward: Reward) -> None:
+    given, prompts = IMAGES.clone(), list(PROMPTS)
+    after = checked("after", lambda images, prompts: RewardOutput(images.mean((1, 2, 3)), {}))
+    mixture = Mixture([("before", reward, 1.0), ("after", after, 1.0)])
+    assert torch.equal(mixture(given, prompts).parts["after"], IMAGES.mean((1, 2, 3)))
+    assert torch.equal(given, IMAGES)
+    assert prompts == list(PROMPTS)
 
 
 NAN = torch.tensor([0.0, float("nan"), 1.0])

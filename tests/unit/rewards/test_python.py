@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
+from fmg.core.aside import prints_aside
 from fmg.core.errors import FmgError, RewardError, UsageError
 from fmg.registry import rewards
 from fmg.rewards.base import build_rewards
@@ -51,6 +53,11 @@ class Holder:
         return images.amax(dim=(1, 2, 3))
 
 
+def talking(images, prompts):
+    print("scoring")
+    return images.mean(dim=(1, 2, 3))
+
+
 def leaving(images, prompts):
     raise SystemExit(0)
 
@@ -68,6 +75,7 @@ def _workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "my_syntax": "def f(:\n",
         "my_import": "import surely_not_installed\n",
         "my_crash": "value = 1\nvalue / 0\n",
+        "my_talk": "print('imported')\nfrom my_rewards import talking\n",
         "my_exit": "raise SystemExit(0)\n",
     }
     for name, text in files.items():
@@ -88,6 +96,34 @@ def test_functions_of_all_return_types() -> None:
     assert score("my_rewards:Holder.score")[1] == 1.0
 
 
+def test_what_a_function_prints_is_kept_out_of_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    """stdout may be a JSON document."""
+    score("my_talk:talking")
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err == "imported\nscoring\n"
+    sys.stdout.write("heard")
+    assert capsys.readouterr().out == "heard"
+
+
+def test_threads_that_overlap_leave_stdout_as_it_was() -> None:
+    before, entered, left = sys.stdout, threading.Event(), threading.Event()
+
+    def other() -> None:
+        with prints_aside():
+            entered.set()
+            left.wait()
+
+    thread = threading.Thread(target=other)
+    with prints_aside():
+        thread.start()
+        assert entered.wait(10)
+    assert sys.stdout is sys.stderr
+    left.set()
+    thread.join()
+    assert sys.stdout is before
+
+
 @pytest.mark.parametrize(
     ("target", "kind", "message"),
     [
@@ -99,7 +135,7 @@ def test_functions_of_all_return_types() -> None:
         ("my_import:f", UsageError, "cannot be imported at my_import.py:1: ModuleNotFoundError"),
         ("my_crash:f", UsageError, "cannot be imported at my_crash.py:2: ZeroDivisionError"),
         ("my_exit:f", UsageError, "cannot be imported at my_exit.py:1: SystemExit: 0"),
-        ("my_rewards:leaving", RewardError, "failed at my_rewards.py:42: SystemExit: 0"),
+        ("my_rewards:leaving", RewardError, "failed at my_rewards.py:47: SystemExit: 0"),
         ("my_rewards", UsageError, "target"),
         ("my_rewards:", UsageError, "target"),
         ("../my_rewards:fn", UsageError, "target"),

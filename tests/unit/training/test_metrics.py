@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import numpy as np
+import pytest
 import torch
 
 from fmg import Recipe
 from fmg.core.types import PartialRewardOutput, RewardOutput
+from fmg.eval.scoring import Scores, means
 from fmg.training.metrics import advantages, decline, reward_metrics
 
 GROUPS = torch.tensor([0, 0, 1, 1, 2, 2])
@@ -41,6 +44,16 @@ def test_shuffled_advantages_are_the_same_values_elsewhere() -> None:
     shuffled = advantages(RewardOutput(SCORES, {}), GROUPS, RECIPE.with_({"train.shuffle_advantages": True}), 3)
     assert sorted(shuffled.tolist()) == sorted(plain.tolist())
     assert shuffled.tolist() != plain.tolist()
+
+
+def test_one_image_has_no_standard_error_and_shows_no_decline() -> None:
+    one = means(Scores({("shapes", "total"): np.array([0.9])}, ("a",), ("",)))
+    assert one["eval/shapes_mean"] == 0.9
+    assert np.isnan(one["eval/shapes_se"])
+    two = means(Scores({("shapes", "total"): np.array([0.9, 0.7])}, ("a", "b"), ("", "")))
+    assert two["eval/shapes_se"] == pytest.approx(0.1 / 2**0.5)
+    before, after = ({"eval/score": value, "eval/score_se": one["eval/shapes_se"]} for value in (0.9, 0.1))
+    assert decline(before, after, "eval/score") is None
 
 
 def test_only_a_clear_decline_is_said() -> None:

@@ -102,6 +102,32 @@ def test_a_strict_score_that_was_zero_for_every_image_has_a_scale() -> None:
     assert [r.name for r in verdict.hacked] == ["held"]
 
 
+@pytest.mark.parametrize(
+    ("later", "lost"),
+    [
+        # 240 x 0.1 in fp64 has a standard deviation of 1e-17
+        (np.full(240, 0.1 - 1e-6), False),
+        (np.full(240, 0.09), True),
+        (np.full(240, 0.1) - 0.02 * (np.arange(240) % 2), True),
+    ],
+)
+def test_equal_scores_are_no_unit_for_a_fall(later: NDArray[np.float64], lost: bool) -> None:
+    tripwire, trained = wire(), np.linspace(0, 1, 240)
+    tripwire.evaluation(0, trained, {"held": np.full(240, 0.1)})
+    verdict = tripwire.evaluation(1, trained + 0.1, {"held": later})
+    assert bool(verdict.hacked) == lost
+    assert verdict.sound != lost
+
+
+@pytest.mark.parametrize(("later", "lost"), [(980, False), (930, True)])
+def test_a_saturated_reward_may_lose_a_few_images(later: int, lost: bool) -> None:
+    tripwire, images = wire(), np.arange(N)
+    tripwire.evaluation(0, images / N, {"held": (images < 995).astype(np.float64)})
+    verdict = tripwire.evaluation(1, images / N + 0.1, {"held": (images < later).astype(np.float64)})
+    assert bool(verdict.hacked) == lost
+    assert verdict.sound != lost
+
+
 @pytest.mark.parametrize(("later", "caught"), [(0.5, False), (0.02, True)])
 def test_collapsed_diversity(later: float, caught: bool) -> None:
     tripwire, rng = wire(), np.random.default_rng(0)
