@@ -11,7 +11,7 @@ import pytest
 from fmg.core.errors import CheckpointError
 from fmg.data.run_doctor import LIMITS, RULES, Advice, Log, examine_log, examine_run
 from fmg.data.run_folder import RunFolder
-from fmg.training.resume import rewind_metrics
+from fmg.training.resume import metrics_until
 from tests.support.cli import fmg
 
 Lines = list[dict[str, object]]
@@ -111,11 +111,11 @@ def test_nothing_is_said_of_a_score_whose_error_is_unknown() -> None:
 def test_a_line_that_is_not_numbers_is_named(tmp_path: Path, damage: str) -> None:
     run = RunFolder.create(tmp_path / "run", "meanflow-shapes")
     run.metrics.write_text('{"iteration": 0, "eval/score": null}\n' + damage + "\n")
-    for reads in (lambda: examine_run(run.path), lambda: rewind_metrics(run, 2)):
+    for reads in (lambda: examine_run(run.path), lambda: metrics_until(run, 2)):
         with pytest.raises(CheckpointError, match=r"metrics.jsonl:2: the line is damaged"):
             reads()
     run.metrics.write_text('{"iteration": 0, "loss": null}\n')
-    (line,) = rewind_metrics(run, 1)
+    (line,) = metrics_until(run, 1)
     assert math.isnan(line["loss"])
 
 
