@@ -124,10 +124,10 @@ def test_verify_ends_with_1_and_names_the_layer(shapes_artifact: Artifact, shape
     assert "transformer first differs in single_transformer_blocks.1.attn.to_k " in done.stdout
 
 
-def test_verify_ends_with_1_when_the_interval_says_nothing(shapes_artifact: Artifact, tmp_path: Path) -> None:
+def test_verify_ends_with_1_when_the_rewards_say_nothing(shapes_artifact: Artifact, tmp_path: Path) -> None:
     folder = copied(shapes_artifact, tmp_path / "a")
     done = fmg("verify", str(folder), "--full", "--num", "1", "--device", "cpu", "--json")
     assert done.code == 1, done.stderr
     failed = [entry for entry in json.loads(done.stdout)["checks"] if not entry["passed"]]
     assert {entry["name"] for entry in failed} == {"reward/shapes", "reward/shapes/int8"}
-    assert all("too wide to say" in entry["note"] for entry in failed)
+    assert all("too few images to say: 1 of 500" in entry["note"] for entry in failed)
