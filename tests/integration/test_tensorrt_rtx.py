@@ -90,8 +90,8 @@ def test_weight_streaming_builds_and_no_timing_cache_is_kept(
     monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))
     engines = build_engines(tiny, flavour="rtx", options=EngineOptions(weight_streaming=True))
     assert not any(engine.reused for engine in engines)
-    # it would ask for a GPU
-    assert not (tmp_path / "cache" / "tensorrt").exists()
+    # a timing cache would ask for a GPU: what is noted is which engines were built here
+    assert [path.name for path in (tmp_path / "cache" / "tensorrt").iterdir()] == ["built"]
 
 
 def test_an_engine_that_cannot_be_loaded_without_a_gpu_says_why(tiny: Artifact) -> None:
