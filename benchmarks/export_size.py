@@ -184,12 +184,11 @@ def stage_merge(arguments: argparse.Namespace) -> dict[str, object]:
     from fmg.export.weights import lay_out, write_weights
     from fmg.inference.artifact.manifest import Adapter
     from fmg.models.common.reader import TensorReader
-    from fmg.models.common.weights import tensor_names
 
     stored = arguments.folder / "stored.safetensors"
     if shutil.disk_usage(arguments.folder).free < 1.25 * stored.stat().st_size:
         return {"skipped": "the disk has no room for the merged weights"}
-    reader = TensorReader(dict.fromkeys(tensor_names(stored), stored))
+    reader = TensorReader.of(stored)
     types = {name: reader.describe(name) for name in reader.names}
     torch.manual_seed(0)
     lora = {

@@ -14,11 +14,11 @@ import torch
 
 from fmg.core.errors import UsageError
 from fmg.core.events import Observer, StageProgress, ignore
-from fmg.export.components import component_reader, stored_elements, write_tokenizer
+from fmg.export.components import graph_reader, graph_tokenizer, stored_elements
 from fmg.export.graphs import GraphPlan, clip_plan, decoder_plan, t5_plan, transformer_plan
 from fmg.export.int8 import quantise
-from fmg.export.merge import base_dtypes, merged, write_base
-from fmg.export.onnx import OPSET, TracedGraph, require_onnx, save_graph, trace
+from fmg.export.merge import base_dtypes, write_base
+from fmg.export.onnx import OPSET, require_onnx, save_graph, trace
 from fmg.export.source import ExportSource, find_source, recipe_facts
 from fmg.export.space import check_space
 from fmg.export.weights import lay_out, write_weights
@@ -147,12 +147,7 @@ class _Export:
     def write(self, folder: Path) -> Manifest:
         """Writes every file but the manifest, which it returns."""
         source = self._source
-        self._tokenizers = {
-            TEXT_ENCODER: write_tokenizer(source.folder, TEXT_ENCODER, folder, None),
-            TEXT_ENCODER_2: write_tokenizer(
-                source.folder, TEXT_ENCODER_2, folder, source.conventions.max_sequence_length
-            ),
-        }
+        self._tokenizers = {graph: graph_tokenizer(source, graph, folder) for graph in (TEXT_ENCODER, TEXT_ENCODER_2)}
         for tokenizer in self._tokenizers.values():
             self._files[tokenizer.file] = file_entry(folder / tokenizer.file)
         plans = self._plans()
@@ -186,20 +181,12 @@ class _Export:
         traced = trace(plan)
         layout = lay_out({name: (plan.dtype, shape) for name, shape in traced.parameters.items()})
         weights = weights_file(plan.name)
-        self._files[weights] = write_weights(
-            folder / weights, layout, self._reader(traced), partial(self._written, plan.name)
-        )
+        read = graph_reader(self._source, plan.name, list(traced.parameters), plan.dtype)
+        self._files[weights] = write_weights(folder / weights, layout, read, partial(self._written, plan.name))
         file = graph_file(plan.name)
         save_graph(traced, folder / file, weights, layout.places)
         self._files[file] = file_entry(folder / file)
         self._graphs[plan.name] = Graph(file, weights, _NAMES[plan.dtype], plan.inputs, plan.outputs)
-
-    def _reader(self, traced: TracedGraph) -> Any:
-        plan, source = traced.plan, self._source
-        if plan.name == TRANSFORMER:
-            return merged(source.reader, self._delta, plan.dtype)
-        component = "vae" if plan.name not in (TEXT_ENCODER, TEXT_ENCODER_2) else plan.name
-        return component_reader(source.folder / component, list(traced.parameters), plan.dtype)
 
     def _add_int8(self, folder: Path) -> None:
         graph = self._graphs[TRANSFORMER]

@@ -6,6 +6,7 @@ engines follow the graph (networks are strongly typed), so no builder flag would
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -86,12 +87,10 @@ def census_of(file: Path, asked: Precision) -> Census:
     dtypes = _dtypes(model)
     weights: Counter[str] = Counter()
     for tensor in model.graph.initializer:
-        may = asked in ("bf16", "fp16") and dtypes[tensor.name] == "fp32" and FP32_MAY.search(tensor.name)
-        if len(tensor.dims) >= _WEIGHT_RANK and dtypes[tensor.name] is not None and not may:
-            size = 1
-            for dim in tensor.dims:
-                size *= dim
-            weights[str(dtypes[tensor.name])] += size
+        kind = dtypes[tensor.name]
+        may = asked in ("bf16", "fp16") and kind == "fp32" and FP32_MAY.search(tensor.name)
+        if len(tensor.dims) >= _WEIGHT_RANK and kind is not None and not may:
+            weights[kind] += math.prod(tensor.dims)
     products: Counter[str] = Counter()
     others: Counter[str] = Counter()
     foreign = []

@@ -1,4 +1,4 @@
-"""Weights and tokenizers of the parts that no run changes: text encoders and the autoencoder."""
+"""Weights of every graph, and the tokenizers, from the files of a model and the changes of a run."""
 
 from __future__ import annotations
 
@@ -13,14 +13,34 @@ from torch import Tensor
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from fmg.core.errors import CheckpointError
+from fmg.export.merge import merged
+from fmg.export.source import ExportSource
 from fmg.inference.artifact.layout import TOKENIZER_FILE, TOKENIZERS
-from fmg.inference.artifact.manifest import TEXT_ENCODER, TEXT_ENCODER_2, TokenizerFacts
+from fmg.inference.artifact.manifest import TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER, TokenizerFacts
 from fmg.models.common.loading import load_tokenizer, quiet
 from fmg.models.common.reader import TensorReader
 from fmg.models.common.weights import folder_weights
 from fmg.models.flux.loading import FLUX
 
 _TOKENIZER_CLASSES = {TEXT_ENCODER: CLIPTokenizer, TEXT_ENCODER_2: T5Tokenizer}
+
+
+def graph_reader(source: ExportSource, graph: str, names: Iterable[str], dtype: torch.dtype) -> Callable[[str], Tensor]:
+    """Reads the weights of a graph by the names that they have in it, in `dtype`; a run changes the transformer's only.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or lacks a tensor.
+    """
+    if graph == TRANSFORMER:
+        return merged(source.reader, source.delta, dtype)
+    component = graph if graph in (TEXT_ENCODER, TEXT_ENCODER_2) else "vae"
+    return component_reader(source.folder / component, names, dtype)
+
+
+def graph_tokenizer(source: ExportSource, graph: str, out: Path) -> TokenizerFacts:
+    """Writes the tokenizer of a text encoder under `out`, cut to what the model reads. Errors as `write_tokenizer`."""
+    length = source.conventions.max_sequence_length if graph == TEXT_ENCODER_2 else None
+    return write_tokenizer(source.folder, graph, out, length)
 
 
 def component_reader(folder: Path, names: Iterable[str], dtype: torch.dtype) -> Callable[[str], Tensor]:

@@ -39,7 +39,6 @@ from fmg.inference.artifact.manifest import (
 from fmg.inference.target import Target, resolve_target
 from fmg.models.common.full_files import is_full
 from fmg.models.common.reader import TensorReader
-from fmg.models.common.weights import tensor_names
 from fmg.registry import models
 from fmg.registry.recipe import Recipe
 
@@ -143,7 +142,7 @@ def _reader(artifact: Artifact, name: str | None) -> TensorReader:
     if name is None:
         return TensorReader({})
     file = artifact.path(name)
-    return TensorReader(dict.fromkeys(tensor_names(file), file))
+    return TensorReader.of(file)
 
 
 def _exported(artifact: Artifact) -> TensorReader:

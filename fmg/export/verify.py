@@ -229,8 +229,8 @@ class _Proof:
         precision = self._artifact.graph(transformer).precision
         suffix = "" if transformer == TRANSFORMER else "/int8"
         own = sampling.resolution
+        few = EvalSet.make(self._prompts, min(self._num, QUICK_IMAGES), self._seed)
         for resolution in (own, *(size for size in sampling.resolutions if size != own)):
-            few = EvalSet.make(self._prompts, min(self._num, QUICK_IMAGES), self._seed)
             eval_set, rewards = (self._set, self._rewards) if resolution == own else (few, {})
             torch_side = TorchBackend(self._model, latent_shape=sampling.latent_shape(resolution))
             backend = ArtifactBackend(

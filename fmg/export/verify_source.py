@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import astuple, fields, replace
 from pathlib import Path
 
 import torch
@@ -15,22 +16,27 @@ from torch import Tensor
 
 from fmg.export.artifact import plain_config, sampling_of
 from fmg.export.census import read_graph
-from fmg.export.components import component_reader, write_tokenizer
-from fmg.export.delta import Delta
+from fmg.export.components import graph_reader, graph_tokenizer
 from fmg.export.int8 import other_weight
-from fmg.export.merge import base_dtypes, merged
+from fmg.export.merge import base_dtypes
 from fmg.export.source import ExportSource, recipe_facts
 from fmg.export.weights import stored_places
 from fmg.inference.artifact.decode import encode
 from fmg.inference.artifact.layout import Artifact
-from fmg.inference.artifact.manifest import TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER, TRANSFORMER_INT8, Check
+from fmg.inference.artifact.manifest import (
+    TEXT_ENCODER,
+    TEXT_ENCODER_2,
+    TRANSFORMER,
+    TRANSFORMER_INT8,
+    Adapter,
+    Check,
+    Sampling,
+)
 from fmg.models.common.loading import read_config
 from fmg.models.common.reader import TensorReader
 
 _SUM_ERROR = 1e-6
 """Of a sum of base and adapter, relative to the largest entry: another CPU adds in another order."""
-
-Reader = Callable[[str], Tensor]
 
 
 def check_source(artifact: Artifact, source: ExportSource) -> Iterator[Check]:
@@ -47,20 +53,9 @@ def check_source(artifact: Artifact, source: ExportSource) -> Iterator[Check]:
     for graph in (TEXT_ENCODER, TEXT_ENCODER_2):
         yield _check(artifact, f"tokenizer/{graph}", graph, _other_tokenizer(artifact, source, graph), {})
     for graph, described in artifact.manifest.graphs.items():
-        reader = _reader(artifact, graph)
-        problem = _misplaced(artifact, graph)
-        if not problem and graph == TRANSFORMER_INT8:
-            exact = _reader(artifact, TRANSFORMER)
-            problem = other_weight(artifact.path(described.file), exact.names, exact.read)
-        elif not problem:
-            expected = _expected(source, graph, reader)
-            problem = _other_weight(reader, expected, source.delta if graph == TRANSFORMER else None)
+        reader = TensorReader.of(artifact.path(described.weights))
+        problem = _misplaced(artifact, graph) or _other_weights(artifact, source, graph, reader)
         yield _check(artifact, f"weights/{graph}", graph, problem, {"tensors": float(len(reader.names))})
-
-
-def _reader(artifact: Artifact, graph: str) -> TensorReader:
-    file = artifact.path(artifact.graph(graph).weights)
-    return TensorReader(dict.fromkeys(stored_places(file), file))
 
 
 def _check(artifact: Artifact, name: str, graph: str, problem: str, values: Mapping[str, float]) -> Check:
@@ -72,35 +67,28 @@ def _other_fact(artifact: Artifact, source: ExportSource) -> str:
     manifest, vae = artifact.manifest, read_config(source.folder / "vae")
     sampling = sampling_of(source, vae, manifest.sampling.resolutions)
     rewards, prompts = recipe_facts(source.recipe)
-    adapter = None if source.delta is None else encode(source.delta.adapter)
-    stated: dict[str, tuple[object, object]] = {
+    adapter = None if source.delta is None else source.delta.adapter
+    stated = {
         "model.name": (manifest.model.name, source.name),
         "model.transformer": (manifest.model.transformer, plain_config(source.transformer.config)),
         "model.vae": (manifest.model.vae, plain_config(vae)),
         "base.digest": (manifest.base.digest, source.digest),
         "base.dtypes": (manifest.base.dtypes, base_dtypes(source.stored)),
-        "adapter": (_without_run(encode(manifest.adapter)), _without_run(adapter)),
+        "adapter": (_without_run(manifest.adapter), _without_run(adapter)),
         "rewards": (manifest.rewards, rewards),
         "prompts": (manifest.prompts, prompts),
     }
-    for key, (ours, theirs) in {**stated, **_fields("sampling", manifest.sampling, sampling)}.items():
-        if _plain(ours) != _plain(theirs):
+    sampled = (f"sampling.{entry.name}" for entry in fields(Sampling))
+    pairs = zip(sampled, zip(astuple(manifest.sampling), astuple(sampling), strict=True), strict=True)
+    for key, (ours, theirs) in (*stated.items(), *pairs):
+        if encode(ours) != encode(theirs):
             return f"{key} is {_short(ours)} in the manifest and {_short(theirs)} in {source.label}"
     return ""
 
 
-def _fields(name: str, ours: object, theirs: object) -> dict[str, tuple[object, object]]:
-    left, right = (json.loads(json.dumps(encode(value))) for value in (ours, theirs))
-    return {f"{name}.{key}": (left.get(key), right.get(key)) for key in {**left, **right}}
-
-
-def _without_run(adapter: object) -> object:
+def _without_run(adapter: Adapter | None) -> Adapter | None:
     """A run may have been moved: what counts is the digest of its files."""
-    return {key: value for key, value in adapter.items() if key != "run"} if isinstance(adapter, Mapping) else adapter
-
-
-def _plain(value: object) -> object:
-    return json.loads(json.dumps(encode(value)))
+    return None if adapter is None else replace(adapter, run="")
 
 
 def _short(value: object) -> str:
@@ -110,9 +98,8 @@ def _short(value: object) -> str:
 
 def _other_tokenizer(artifact: Artifact, source: ExportSource, graph: str) -> str:
     facts = artifact.manifest.tokenizers[graph]
-    length = source.conventions.max_sequence_length if graph == TEXT_ENCODER_2 else None
     with tempfile.TemporaryDirectory() as folder:
-        expected = write_tokenizer(source.folder, graph, Path(folder), length)
+        expected = graph_tokenizer(source, graph, Path(folder))
         text = (Path(folder) / expected.file).read_bytes()
     if facts != expected:
         return f"the manifest says {facts}, and {source.folder} has {expected}"
@@ -129,31 +116,24 @@ def _json(text: bytes) -> object:
 
 def _misplaced(artifact: Artifact, graph: str) -> str:
     """The first weight of a graph that is not read from its own place in the graph's weight file; empty for none."""
-    described = artifact.graph(graph)
-    places = stored_places(artifact.path(described.weights))
-    for tensor in read_graph(artifact.path(described.file)).graph.initializer:
-        if not tensor.external_data:
-            continue
+    weights = artifact.graph(graph).weights
+    places = stored_places(artifact.path(weights))
+    # that it is this file and no other is known: `Artifact.onnx` hands out no graph that points elsewhere
+    for tensor in read_graph(artifact.onnx(graph)).graph.initializer:
         entry = {item.key: item.value for item in tensor.external_data}
-        where = (entry.get("location"), entry.get("offset", "0"), entry.get("length", ""))
-        place = places.get(tensor.name)
-        if place is None or where != (described.weights, str(place[0]), str(place[1])):
-            return f"the graph reads '{tensor.name}' from {where[0]}, byte {where[1]}, where it is not stored"
+        where = (entry.get("offset", "0"), entry.get("length", ""))
+        if entry and where != tuple(map(str, places.get(tensor.name, ()))):
+            return f"the graph reads '{tensor.name}' from {weights}, byte {where[0]}, where it is not stored"
     return ""
 
 
-def _expected(source: ExportSource, graph: str, exported: TensorReader) -> Reader:
-    names = exported.names
-    dtype = exported.describe(names[0])[0]
-    if graph == TRANSFORMER:
-        return merged(source.reader, source.delta, dtype)
-    component = graph if graph in (TEXT_ENCODER, TEXT_ENCODER_2) else "vae"
-    return component_reader(source.folder / component, names, dtype)
-
-
-def _other_weight(exported: TensorReader, expected: Reader, delta: Delta | None) -> str:
+def _other_weights(artifact: Artifact, source: ExportSource, graph: str, exported: TensorReader) -> str:
     """The first weight that is not the one of the model and the run; empty for none."""
-    summed = frozenset() if delta is None else frozenset(delta.lora)
+    if graph == TRANSFORMER_INT8:
+        exact = TensorReader.of(artifact.path(artifact.graph(TRANSFORMER).weights))
+        return other_weight(artifact.onnx(graph), exact.names, exact.read)
+    expected = graph_reader(source, graph, exported.names, exported.describe(exported.names[0])[0])
+    summed = source.delta.lora.keys() if graph == TRANSFORMER and source.delta is not None else ()
     for name in exported.names:
         ours = exported.read(name)
         try:

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fmg.models.common.weights import WINDOW_BYTES, unreadable
+from fmg.models.common.weights import WINDOW_BYTES, tensor_names, unreadable
 
 STORED_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -42,6 +42,18 @@ class TensorReader:
         self._file: Path | None = None
         self._opened: Any = None
         self._size = 0
+
+    @classmethod
+    def of(cls, file: Path) -> TensorReader:
+        """All tensors of one file.
+
+        Raises:
+            CheckpointError: it is missing or no safetensors file.
+        """
+        try:
+            return cls(dict.fromkeys(tensor_names(file), file))
+        except (OSError, SafetensorError) as error:
+            raise unreadable(file, error) from error
 
     @property
     def names(self) -> tuple[str, ...]:
