@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim
 
 from fmg.core.errors import CheckpointError, MissingDependencyError
@@ -75,9 +75,9 @@ def trace(plan: GraphPlan) -> TracedGraph:
     from onnxscript.optimizer import optimize_ir
 
     with quiet():
-        model, shapes = _export(plan)
-        for value in model.graph.initializers.values():
-            if value.name is not None and value.name.startswith(_INNER):
+        model, shapes, known = _export(plan)
+        for name, value in model.graph.initializers.items():
+            if name.startswith(_INNER) and name not in known:
                 value.const_value = None
         optimize_ir(model, should_fold=_unless_transposing)
     _take_names(model)
@@ -132,7 +132,8 @@ def check_file(file: Path) -> None:
         raise CheckpointError(f"{file} is not a valid ONNX graph: {reason}", "Export the artifact again.") from error
 
 
-def _export(plan: GraphPlan) -> tuple[ir.Model, dict[str, tuple[int, ...]]]:
+def _export(plan: GraphPlan) -> tuple[ir.Model, dict[str, tuple[int, ...]], set[str]]:
+    """The graph, the shapes of the state dict, and the names of constants that were written in a forward."""
     dims = {name: Dim(name, min=1) for name in _TRACED}
     kept = torch.get_default_dtype()
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -165,7 +166,8 @@ def _export(plan: GraphPlan) -> tuple[ir.Model, dict[str, tuple[int, ...]]]:
                 "Use the versions of torch and onnxscript in constraints.txt.",
             ) from error
     model: ir.Model = program.model
-    return model, shapes
+    constants = program.exported_program.constants
+    return model, shapes, {name for name, x in constants.items() if not isinstance(x, FakeTensor)}
 
 
 def _example(spec: TensorSpec) -> Tensor:

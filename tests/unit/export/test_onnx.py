@@ -102,3 +102,25 @@ def test_a_bf16_transformer_has_bf16_weights_and_fp32_borders_and_times() -> Non
     # bf16 would round 0.999 to 1 before the sinusoid
     assert {str(node.inputs[0].dtype) for node in graph.all_nodes() if node.op_type in ("Sin", "Cos")} == {"FLOAT"}
     assert not [node for node in graph.all_nodes() for x in node.outputs if str(x.dtype) == "DOUBLE"]
+
+
+class Floored(nn.Linear):
+    """A layer whose forward writes down a number, as transformers' masks do in some versions."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.where(x > 0, super().forward(x), torch.tensor(0.5, device=x.device))
+
+
+class OfFloored(GraphModule):
+    """`Floored` inside a graph."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)  # type: ignore[no-any-return]
+
+
+def test_a_number_that_a_forward_writes_down_keeps_its_value() -> None:
+    graph = trace(GraphPlan("floored", lambda: OfFloored(Floored(4, 4)), torch.float32, BATCH, OUT))
+    assert set(graph.parameters) == {"weight", "bias"}
+    initializers = graph.model.graph.initializers
+    written = [value.const_value for name, value in initializers.items() if name not in graph.parameters]
+    assert 0.5 in [x.numpy().item() for x in written if x is not None]
