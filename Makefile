@@ -82,8 +82,10 @@ check: setup ## format, lint, types, layers and the fast tests
 	$(LINT_IMPORTS)
 	$(RUN) pytest -m "not slow and not gpu and not rtx" tests/unit
 
-gpu-check: setup ## throughput, memory against the plan and parity on the GPU that is here; JSON in benchmarks/results
+gpu-check: setup ## throughput, memory against the plan, latency and the GPU's tests; JSON in benchmarks/results
 	$(BIN)/python benchmarks/gpu_check.py
+	$(BIN)/python benchmarks/gpu_export.py
+	$(RUN) pytest -m gpu
 
 format: setup ## rewrite the sources in the project's style
 	$(RUN) ruff format .

@@ -25,6 +25,8 @@ from typing import Any
 
 from comparison import figure, summary
 
+from fmg.inference.machine import machine
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -106,6 +108,7 @@ def run_arm(study: Study, name: str, seed: int, num: int, threads: int) -> dict[
         "seed": seed,
         "flags": study.flags(name),
         "threads": threads,
+        "machine": machine(),
         "train_s": trained,
         "total_s": time.perf_counter() - start,
         "eval": report,

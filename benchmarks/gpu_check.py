@@ -37,6 +37,7 @@ from fmg.models.geometry import flux_geometry
 from fmg.registry import objectives, stochasticizers
 from fmg.registry.recipe import Recipe
 from fmg.rl import group_advantages, refresh_old, replay_ratio, rollout
+from fmg.training.attention import finite_attention
 from fmg.training.memory_meter import MemoryMeter
 from fmg.training.plan_memory import Memory, plan_memory
 from fmg.training.sizes import Sizes
@@ -301,7 +302,7 @@ def main() -> None:
     check = Check(FULL if gpu else TINY, device, args.images, args.micro_batch)
     weights = sum(p.nbytes for module in (check.transformer, check.vae) for p in module.parameters())
     meter = MemoryMeter()
-    with nullcontext() if gpu else meter:
+    with finite_attention(), nullcontext() if gpu else meter:
         report = check.run()
     peak = torch.cuda.max_memory_allocated(device) if gpu else weights + meter.peak
     planned = check.planned()

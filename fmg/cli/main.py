@@ -36,6 +36,8 @@ from fmg.version import __version__
 
 # sysexits.h: EX_SOFTWARE, an error of the program itself
 _BUG = 70
+# torch's class, told by its name, because most commands need no torch
+_OUT_OF_MEMORY = "OutOfMemoryError"
 # The reader of stdout went away, as `head` does; Rich ends with the same code
 _BROKEN_PIPE = 1
 
@@ -161,7 +163,16 @@ def _main(args: Sequence[str]) -> int:
         what = f"The system refused the file or folder{where}: {error.strerror}."
         return _failed(f"{what} Check its name, its permissions and the free space.", 1, session)
     except Exception as error:
+        if type(error).__name__ == _OUT_OF_MEMORY:
+            return _failed(_without_memory(error), 1, session)
         return _bug(error, args, session)
+
+
+def _without_memory(error: Exception) -> str:
+    # torch's message goes on with its own settings, which seldom help
+    said = ". ".join(str(error).split(". ")[:2]).rstrip(".")
+    fix = "Take smaller batches (`train.micro_batch` and `rollout.batch_size`, or `--batch-size`) or another GPU"
+    return f"The device ran out of memory: {said}. {fix}; `fmg train --dry-run` prints what a run needs."
 
 
 def _bug(error: Exception, args: Sequence[str], session: Session) -> int:

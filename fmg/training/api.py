@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
+
 from fmg.core.errors import CheckpointError, CompositionError, ProcessError, said_once
 from fmg.core.events import Event, Notice, Observer, ignore
 from fmg.core.protocols import Shardable
@@ -17,6 +19,7 @@ from fmg.data.states import check_resumable, drop_states
 from fmg.inference.devices import device_for, pick_dtype
 from fmg.registry.recipe import Recipe
 from fmg.registry.resolve import ResolvedRecipe
+from fmg.training.attention import finite_attention
 from fmg.training.card import write_cards
 from fmg.training.compose import Composed, compose
 from fmg.training.launch import check_shares, choose_engine, device_of, read_launch
@@ -96,12 +99,16 @@ def _train(
     with said_once(launch.first):
         engine = choose_engine(recipe)
         check_shares(recipe, launch.count, engine)
-    device = device_for(device_of(recipe, launch), recipe.model.name, recipe.model.config.spec())
+    named = device_of(recipe, launch, torch.cuda.device_count())
+    device = device_for(named, recipe.model.name, recipe.model.config.spec())
     dtype = pick_dtype(recipe.train.dtype)
     heard = observer if launch.first else _errors_only(observer)
     open_run: list[RunFolder] = []
     try:
-        with joined(launch, device, heard, on_abort=lambda: _close(open_run, "failed")) as processes:
+        with (
+            finite_attention(),
+            joined(launch, device, heard, on_abort=lambda: _close(open_run, "failed")) as processes,
+        ):
             processes.on_first(check)
             composed = processes.first_goes_ahead(lambda: compose(recipe, device, dtype))
             if saved is not None:

@@ -116,16 +116,21 @@ def check_shares(recipe: Recipe, count: int, engine: Engine) -> None:
         )
 
 
-def device_of(recipe: Recipe, launch: Launch) -> str:
+def device_of(recipe: Recipe, launch: Launch, gpus: int) -> str:
     """The device of this process by name: with several processes each takes the CUDA device of its local rank.
+
+    Args:
+        recipe: states a device, or `auto`.
+        launch: this process among the others.
+        gpus: how many CUDA devices torch sees here.
 
     Raises:
         UsageError: the recipe names one CUDA device for several processes.
     """
     stated = recipe.train.device
-    if launch.alone or stated in ("auto", "cpu"):
+    if launch.alone or stated == "cpu" or (stated == "auto" and not gpus):
         return stated
-    if stated != "cuda":
+    if stated not in ("auto", "cuda"):
         raise UsageError(
             f"The recipe names the one device '{stated}' for {launch.count} processes",
             "Use --device cuda: each process then takes its own.",

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fmg.core.errors import CheckpointError, GateError, UsageError
 from fmg.version import __version__
@@ -56,6 +57,17 @@ def test_an_error_of_the_program_says_how_to_see_the_traceback(tmp_path: Path, m
     shown = fmg("runs", "a folder")
     assert shown.code == 70
     assert shown.stderr == ("error: Unexpected ZeroDivisionError: first line. See where: fmg --debug runs 'a folder'\n")
+
+
+def test_memory_of_the_device_that_runs_out_is_no_error_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB. See the documents"
+    fail_with(torch.OutOfMemoryError(said), monkeypatch)
+    shown = fmg("runs")
+    assert shown.code == 1
+    assert shown.stderr.startswith(
+        "error: The device ran out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. Take smaller batches"
+    )
+    assert shown.stderr.count("\n") == 1
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

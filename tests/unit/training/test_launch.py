@@ -73,9 +73,12 @@ def test_the_engine_is_the_recipes_or_what_accelerate_was_configured_for() -> No
 
 def test_each_process_takes_the_device_of_its_place() -> None:
     cuda, second = (Recipe.default(None, **{"train.device": x}) for x in ("cuda", "cuda:1"))
-    assert (device_of(cuda, Launch(5, 8, 1)), device_of(second, Launch())) == ("cuda:1", "cuda:1")
+    assert (device_of(cuda, Launch(5, 8, 1), 4), device_of(second, Launch(), 4)) == ("cuda:1", "cuda:1")
+    auto = Recipe.default(None, **{"train.device": "auto"})
+    assert [device_of(auto, Launch(5, 8, 1), gpus) for gpus in (4, 0)] == ["cuda:1", "auto"]
+    assert device_of(auto, Launch(), 4) == "auto"
     with pytest.raises(UsageError, match="one device 'cuda:1' for 2 processes"):
-        device_of(second, Launch(0, 2, 0))
+        device_of(second, Launch(0, 2, 0), 4)
 
 
 def test_there_may_be_as_many_processes_as_samples() -> None:
