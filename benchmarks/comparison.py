@@ -25,17 +25,30 @@ def differences(unit: Entry, steps: int, score: Score) -> tuple[float, float, fl
     return row["mean"], *row["ci95"]
 
 
+def course(unit: Entry, score: Score) -> dict[int, float]:
+    """A score on held-out prompts by iteration, as training measured it."""
+    name = score[0] if score[1] == "total" else "_".join(score)
+    key = f"eval/{name}_mean"
+    return {line["iteration"]: line[key] for line in unit["metrics"] if key in line}
+
+
 def summary(results: Sequence[Entry], arms: Mapping[str, str], steps: Sequence[int], scores: Sequence[Score]) -> str:
-    """One row an arm and number of steps: each score's mean over seeds, and the lowest and highest seed's change."""
-    heads = [f"{' '.join(score)}, change" for score in scores]
-    lines = [f"| arm | what | seeds | steps | {' | '.join(heads)} |", "|---" * (4 + len(heads)) + "|"]
+    """One row an arm: each score after the last iteration, by seed; and what the run keeps against its base, at each
+    number of steps: the mean over seeds, from the lowest to the highest bound of the seeds' paired 95 % intervals."""
+    names = [" ".join(score) for score in scores]
+    heads = ["arm", "seeds", *(f"{name} at the end" for name in names)]
+    heads += [f"kept: {name}, {count} steps" for name in names for count in steps]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for arm, units in by_arm(results, list(arms)).items():
-        for count in steps:
-            cells = []
-            for score in scores:
-                changes = [differences(unit, count, score)[0] for unit in units]
-                cells.append(f"{mean(changes):+.3f} ({min(changes):+.3f} to {max(changes):+.3f})")
-            lines.append(f"| {arm} | {arms[arm]} | {len(units)} | {count} | {' | '.join(cells)} |")
+        cells = [arms[arm], str(len(units))]
+        for score in scores:
+            ends = [course(unit, score) for unit in units]
+            cells.append(", ".join(f"{end[max(end)]:.3f}" if end else "not measured" for end in ends))
+        for score in scores:
+            for count in steps:
+                means, lows, highs = zip(*(differences(unit, count, score) for unit in units), strict=True)
+                cells.append(f"{mean(means):+.3f} ({min(lows):+.3f} to {max(highs):+.3f})")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -87,10 +100,8 @@ def figure(
 
 
 def _curve(panel: Any, units: Sequence[Entry], score: Score, label: str, color: str) -> None:
-    name = score[0] if score[1] == "total" else "_".join(score)
-    key = f"eval/{name}_mean"
-    courses = [{line["iteration"]: line[key] for line in unit["metrics"] if key in line} for unit in units]
-    at = sorted(set.intersection(*(set(course) for course in courses)))
-    values = [[course[i] for course in courses] for i in at]
+    courses = [course(unit, score) for unit in units]
+    at = sorted(set.intersection(*map(set, courses)))
+    values = [[values[i] for values in courses] for i in at]
     panel.plot(at, [mean(row) for row in values], label=label, color=color, linewidth=1.7, marker="o", ms=3)
     panel.fill_between(at, [min(row) for row in values], [max(row) for row in values], color=color, alpha=0.15, lw=0)
