@@ -80,7 +80,9 @@ class RolloutSection(Section):
     steps: int = Field(4, ge=1, le=1000, description="network calls of the sampler (N - 1 stochastic transitions)")
     grid: Grid = Field("uniform", description="times from 1 to 0: the name of a rule, or the list of times itself")
     same_initial_noise: bool = Field(False, description="whether a group starts from one noise instead of many")
-    batch_size: int | None = Field(None, ge=1, le=100_000, description="samples drawn at once; null chooses by device")
+    batch_size: int | None = Field(
+        None, ge=1, le=100_000, description="samples drawn at once; null: by device and model"
+    )
     window: WindowSection | None = Field(None, description="moving window of stochastic steps; null: all but the last")
 
 
@@ -92,7 +94,7 @@ class TrainSection(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     seed: int = Field(0, ge=0, lt=2**63, description="keys prompts, noise and the adapter's initial values")
     micro_batch: int | None = Field(
-        None, ge=1, le=100_000, description="rows of one backward pass; null chooses by device"
+        None, ge=1, le=100_000, description="rows of one backward pass; null: as many as are drawn at once"
     )
     device: Device = Field("auto", description="where the run computes; auto is CUDA where there is one, else the CPU")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="precision of the network; log-probs are always fp32")

@@ -59,7 +59,7 @@ class Checked:
             # a NumPy view that is written to changes a tensor without a trace, so nothing less than a copy is safe
             with prints_aside():
                 output: object = self.reward(images.clone(), list(prompts))
-        except FmgError:
+        except (FmgError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise RewardError(

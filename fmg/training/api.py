@@ -99,7 +99,7 @@ def _train(
     with said_once(launch.first):
         engine = choose_engine(recipe)
         check_shares(recipe, launch.count, engine)
-    named = device_of(recipe, launch, torch.cuda.device_count())
+        named = device_of(recipe, launch, torch.cuda.device_count())
     device = device_for(named, recipe.model.name, recipe.model.config.spec())
     dtype = pick_dtype(recipe.train.dtype)
     heard = observer if launch.first else _errors_only(observer)
@@ -118,7 +118,7 @@ def _train(
             if not processes.alone and engine == "fsdp2":
                 _shard(composed)
             with _run_folder(processes, begin, open_run) as folder:
-                sizes = choose_sizes(recipe, device.type)
+                sizes = choose_sizes(recipe, device.type, launch.count)
                 result = Trainer(composed, folder, sizes, heard, processes, saved).train()
                 processes.on_first(lambda: write_cards(folder, recipe, composed.prompts, composed.eval_prompts))
                 if result.interrupted:

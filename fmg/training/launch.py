@@ -22,11 +22,12 @@ _TRUE = ("1", "true", "yes", "y", "t", "on")
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among those of a run: `rank` of `count`, and `local_rank` on its machine."""
+    """This process among those of a run: `rank` of `count`, and `local_rank` of `local_count` on its machine."""
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
+    local_count: int = 1
 
     @property
     def first(self) -> bool:
@@ -77,7 +78,8 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
     if not 0 < _number(env, "MASTER_PORT", 0) < 2**16:
         raise UsageError(f"MASTER_PORT is {env['MASTER_PORT']}, which is no port", "Use a free one, such as 29500.")
     # a launcher always states it; a shell script for one machine may leave it out
-    return Launch(rank, count, _number(env, "LOCAL_RANK", rank))
+    local_rank = _number(env, "LOCAL_RANK", rank)
+    return Launch(rank, count, local_rank, _number(env, "LOCAL_WORLD_SIZE", local_rank + 1))
 
 
 def choose_engine(recipe: Recipe, environment: Mapping[str, str] | None = None) -> Engine:
@@ -125,7 +127,7 @@ def device_of(recipe: Recipe, launch: Launch, gpus: int) -> str:
         gpus: how many CUDA devices torch sees here.
 
     Raises:
-        UsageError: the recipe names one CUDA device for several processes.
+        UsageError: the recipe names one CUDA device for several processes, or there are fewer GPUs than processes.
     """
     stated = recipe.train.device
     if launch.alone or stated == "cpu" or (stated == "auto" and not gpus):
@@ -134,6 +136,11 @@ def device_of(recipe: Recipe, launch: Launch, gpus: int) -> str:
         raise UsageError(
             f"The recipe names the one device '{stated}' for {launch.count} processes",
             "Use --device cuda: each process then takes its own.",
+        )
+    if 0 < gpus < launch.local_count:
+        raise UsageError(
+            f"{launch.local_count} processes were started on this machine, and torch sees {gpus} GPU(s)",
+            "Start one for each GPU, and let each of them see all (SLURM: not --gpus-per-task); or take --device cpu.",
         )
     return f"cuda:{launch.local_rank}"
 

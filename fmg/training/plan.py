@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from fmg.training.sizes import Sizes, choose_sizes
 REFERENCE_GROUPS, REFERENCE_SIZE, REFERENCE_DEVICES = 48, 24, 8
 """Samples of an iteration and GPUs of the published recipe (Flow-Map GRPO, arXiv 2607.00535)."""
 
-_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+# The second is the driver of Windows as its Linux subsystem sees it.
+_NVIDIA_DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def plan(resolved: ResolvedRecipe, *, devices: int | None = None, runs: Path = R
     count = devices or world_size()
     engine = choose_engine(recipe)
     kind = _device_type(recipe)
-    sizes = choose_sizes(recipe, kind)
+    sizes = choose_sizes(recipe, kind, count)
     facts = {
         "model": f"{recipe.model.name}, {'two' if model.anchors == 'any' else 'single'}-time map, {model.path} path, "
         f"{model.resolution} px",
@@ -138,7 +140,9 @@ def _time_facts(recipe: Recipe, runs: Path) -> dict[str, str]:
 def _device_type(recipe: Recipe) -> str:
     if recipe.train.device != "auto":
         return recipe.train.device.partition(":")[0]
-    return "cuda" if recipe.model.config.spec().gpu_memory_gb or _NVIDIA_DRIVER.exists() else "cpu"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
+    seen = not hidden and any(driver.exists() for driver in _NVIDIA_DRIVERS)
+    return "cuda" if recipe.model.config.spec().gpu_memory_gb or seen else "cpu"
 
 
 def _count(number: int) -> str:

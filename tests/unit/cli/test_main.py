@@ -59,14 +59,26 @@ def test_an_error_of_the_program_says_how_to_see_the_traceback(tmp_path: Path, m
     assert shown.stderr == ("error: Unexpected ZeroDivisionError: first line. See where: fmg --debug runs 'a folder'\n")
 
 
-def test_memory_of_the_device_that_runs_out_is_no_error_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB. See the documents"
-    fail_with(torch.OutOfMemoryError(said), monkeypatch)
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has a capacity of 79 GiB. See"),
+            "CUDA out of memory. Tried to allocate 2 GiB",
+        ),
+        (torch.OutOfMemoryError("Allocation on device 0\nCurrently allocated: 7 GiB"), "Allocation on device 0"),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors"), "CUDA error: out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "DefaultCPUAllocator: can't allocate memory"),
+        (MemoryError(), "MemoryError"),
+    ],
+)
+def test_memory_that_runs_out_is_no_error_of_the_program(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_with(error, monkeypatch)
     shown = fmg("runs")
     assert shown.code == 1
-    assert shown.stderr.startswith(
-        "error: The device ran out of memory: CUDA out of memory. Tried to allocate 2.00 GiB. Take smaller batches"
-    )
+    assert shown.stderr.startswith(f"error: Memory ran out: {said}. Take smaller batches: --batch-size")
     assert shown.stderr.count("\n") == 1
 
 

@@ -17,9 +17,9 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAM
 
 def test_a_process_reads_its_place_from_the_environment() -> None:
     assert read_launch({}) == read_launch({"WORLD_SIZE": "1"}) == Launch()
-    assert read_launch(PAIR) == Launch(1, 2, 1)
+    assert read_launch(PAIR) == Launch(1, 2, 1, 2)
     # on another machine the first process is not the first of the run
-    assert read_launch({**PAIR, "RANK": "9", "WORLD_SIZE": "16"}) == Launch(9, 16, 1)
+    assert read_launch({**PAIR, "RANK": "9", "WORLD_SIZE": "16"}) == Launch(9, 16, 1, 2)
     without_local = {name: value for name, value in PAIR.items() if name != "LOCAL_RANK"}
     assert read_launch(without_local).local_rank == 1
     assert (is_first({}), is_first({**PAIR, "RANK": "0"}), is_first(PAIR)) == (True, True, False)
@@ -73,10 +73,12 @@ def test_the_engine_is_the_recipes_or_what_accelerate_was_configured_for() -> No
 
 def test_each_process_takes_the_device_of_its_place() -> None:
     cuda, second = (Recipe.default(None, **{"train.device": x}) for x in ("cuda", "cuda:1"))
-    assert (device_of(cuda, Launch(5, 8, 1), 4), device_of(second, Launch(), 4)) == ("cuda:1", "cuda:1")
+    assert (device_of(cuda, Launch(5, 8, 1, 4), 4), device_of(second, Launch(), 4)) == ("cuda:1", "cuda:1")
     auto = Recipe.default(None, **{"train.device": "auto"})
     assert [device_of(auto, Launch(5, 8, 1), gpus) for gpus in (4, 0)] == ["cuda:1", "auto"]
     assert device_of(auto, Launch(), 4) == "auto"
+    with pytest.raises(UsageError, match=r"4 processes were started on this machine, and torch sees 1 GPU"):
+        device_of(auto, Launch(0, 4, 0, 4), 1)
     with pytest.raises(UsageError, match="one device 'cuda:1' for 2 processes"):
         device_of(second, Launch(0, 2, 0), 4)
 

@@ -143,7 +143,13 @@ def test_the_planned_peak_is_the_measured_one_within_the_stated_factor(
 
 def test_a_full_size_plan_shares_the_samples_among_devices() -> None:
     recipe = Recipe.default().with_(
-        {"rollout.groups": 48, "rollout.group_size": 24, "rollout.steps": 5, "train.dtype": "bf16"}
+        {
+            "rollout.groups": 48,
+            "rollout.group_size": 24,
+            "rollout.steps": 5,
+            "rollout.batch_size": 16,
+            "train.dtype": "bf16",
+        }
     )
     geometry = flux_geometry(None, FLUX, checkpointing=True, encoders_resident=False)
     sizes = choose_sizes(recipe, "cuda")
@@ -160,7 +166,13 @@ def test_a_full_size_plan_shares_the_samples_among_devices() -> None:
 def test_samples_of_a_prompt_share_its_conditioning() -> None:
     geometry = flux_geometry(None, FLUX, checkpointing=True, encoders_resident=False)
     recipe = Recipe.default().with_(
-        {"rollout.groups": 48, "rollout.group_size": 24, "rollout.steps": 5, "train.dtype": "bf16"}
+        {
+            "rollout.groups": 48,
+            "rollout.group_size": 24,
+            "rollout.steps": 5,
+            "rollout.batch_size": 16,
+            "train.dtype": "bf16",
+        }
     )
     wider = flux_geometry(None, FLUX.model_copy(update={"max_sequence_length": 512}), checkpointing=True)
     sizes = choose_sizes(recipe, "cuda")
@@ -177,7 +189,7 @@ def test_tiles_bound_the_decoder() -> None:
 
 @pytest.mark.parametrize(("optimizer", "bytes_each"), [("adamw", 8), ("adamw8bit", 2.1), ("sgd", 4), ("muon", 4)])
 def test_moments_of_a_full_fine_tune(optimizer: str, bytes_each: float) -> None:
-    recipe = Recipe.default().with_({"train.trainable": "full", "optimizer": optimizer})
+    recipe = Recipe.default().with_({"train.trainable": "full", "optimizer": optimizer, "rollout.batch_size": 16})
     geometry = flux_geometry(None, FLUX)
     planned = plan_memory(recipe, geometry, choose_sizes(recipe, "cuda")).parts
     assert planned["optimizer"] == pytest.approx(bytes_each * geometry.parameters, rel=0.05)

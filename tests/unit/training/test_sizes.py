@@ -9,8 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fmg import Recipe, train
-from fmg.core.events import Event
-from fmg.training.attention import finite_attention
+from fmg.training.processes import Share
 from fmg.training.sizes import Sizes, choose_sizes
 
 
@@ -21,6 +20,17 @@ def test_a_small_model_takes_a_whole_rollout_on_a_gpu_and_a_large_one_does_not()
     assert choose_sizes(large.with_({"train.micro_batch": None, "rollout.batch_size": None}), "cuda") == Sizes(16, 16)
 
 
+@pytest.mark.parametrize(("processes", "rows"), [(2, 192), (3, 128), (8, 48)])
+def test_every_process_has_a_share_of_what_a_small_model_draws(processes: int, rows: int) -> None:
+    sizes = choose_sizes(Recipe.default(None), "cuda", processes)
+    assert sizes == Sizes(rows, rows)
+    assert all(Share(384, rank, processes, sizes.rollout_batch).own > 0 for rank in range(processes))
+
+
+def test_bf16_calls_which_are_padded_stay_small() -> None:
+    assert choose_sizes(Recipe.default(None, **{"train.dtype": "bf16"}), "cuda") == Sizes(16, 16)
+
+
 def test_what_the_recipe_states_is_taken() -> None:
     stated = Recipe.default(None, **{"rollout.batch_size": 24, "train.micro_batch": 7})
     assert choose_sizes(stated, "cuda") == Sizes(24, 7)
@@ -28,13 +38,12 @@ def test_what_the_recipe_states_is_taken() -> None:
 
 @pytest.mark.parametrize("before", [True, False])
 def test_cudnn_attention_is_off_for_the_length_of_a_training_only(before: bool, tmp_path: Path) -> None:
-    enabled = torch.backends.cuda.cudnn_sdp_enabled
-    heard: list[tuple[bool, bool]] = []
+    cuda = torch.backends.cuda
+    heard: list[tuple[bool, ...]] = []
 
-    def hear(event: Event) -> None:
-        heard.append((enabled(), torch.backends.cuda.flash_sdp_enabled()))
+    def flags() -> tuple[bool, ...]:
+        return cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()
 
-    kernels = [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, *([SDPBackend.CUDNN_ATTENTION] if before else [])]
     recipe = Recipe.default(
         None,
         **{
@@ -46,15 +55,8 @@ def test_cudnn_attention_is_off_for_the_length_of_a_training_only(before: bool, 
             "eval.rewards": [],
         },
     )
+    kernels = [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, *([SDPBackend.CUDNN_ATTENTION] if before else [])]
     with sdpa_kernel(kernels):
-        train(recipe, tmp_path / "run", hear)
-        assert enabled() is before
-    assert set(heard) == {(False, True)}
-
-
-def test_the_other_kernels_stay() -> None:
-    with finite_attention():
-        assert torch.backends.cuda.flash_sdp_enabled()
-        assert torch.backends.cuda.mem_efficient_sdp_enabled()
-        assert torch.backends.cuda.math_sdp_enabled()
-        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        train(recipe, tmp_path / "run", lambda _: heard.append(flags()))
+        assert flags() == (before, True, False)
+    assert set(heard) == {(False, True, False)}
