@@ -56,7 +56,8 @@ class Estimate:
 
 
 def estimate_iteration(recipe: Recipe, root: Path = RUNS) -> Estimate | None:
-    """Scales the times of the newest run under `root` with the same model, device, dtype and rewards; None without.
+    """Scales the times of the newest run under `root` with the same model, device, dtype, batch sizes and rewards; None
+    without.
 
     Times of the first iteration, which warms up, are left out where there are others.
     """
@@ -75,7 +76,9 @@ def estimate_iteration(recipe: Recipe, root: Path = RUNS) -> Estimate | None:
 def _alike(recipe: Recipe, past: Recipe) -> bool:
     def traits(r: Recipe) -> tuple[object, ...]:
         rewards = tuple(sorted(reward.label for reward in r.rewards))
-        return r.model, r.objective.name, r.train.device, r.train.dtype, rewards
+        # small calls of a small network cost what large ones do
+        sizes = r.rollout.batch_size, r.train.micro_batch
+        return r.model, r.objective.name, r.train.device, r.train.dtype, rewards, sizes
 
     return traits(recipe) == traits(past)
 

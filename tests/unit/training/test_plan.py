@@ -102,6 +102,8 @@ def test_the_time_of_a_past_run_is_scaled_by_the_work(tmp_path: Path) -> None:
     assert plan(resolve(None, {}, more), runs=tmp_path).facts["time"].startswith("about 7.25 s an iteration")
     other = resolve(None, {"model": "scm-shapes"}, SHAPE)
     assert plan(other, runs=tmp_path).facts["time"].startswith("not known")
+    smaller = resolve(None, {}, [*SHAPE, "train.micro_batch=16"])
+    assert plan(smaller, runs=tmp_path).facts["time"].startswith("not known")
 
 
 @pytest.mark.parametrize(("size", "text"), [(12, "12 B"), (20_500, "20.5 kB"), (16.35e9, "16.4 GB")])
