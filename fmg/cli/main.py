@@ -39,7 +39,7 @@ _BUG = 70
 _MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
 _LESS_MEMORY = (
     "Take smaller batches: --batch-size, or for `fmg train` --set with train.micro_batch, rollout.batch_size and"
-    " eval.batch_size; its --dry-run says what a run needs."
+    " eval.batch_size (in recipe.yaml of a run to resume); its --dry-run says what a run needs."
 )
 # The reader of stdout went away, as `head` does; Rich ends with the same code
 _BROKEN_PIPE = 1

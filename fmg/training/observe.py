@@ -37,6 +37,8 @@ class Watcher:
 
     composed: Composed
     run: Path
+    most: int
+    """Images that the run's memory is planned for in one network call; an evaluation takes no more by itself."""
     observer: Observer
     processes: Processes = field(default_factory=Processes)
     first: tuple[GridRow, ...] = field(default=(), init=False)
@@ -46,7 +48,7 @@ class Watcher:
 
     def __post_init__(self) -> None:
         recipe = self.composed.recipe
-        batch = recipe.eval.batch_size or DEFAULT_BATCH
+        batch = recipe.eval.batch_size or min(DEFAULT_BATCH, self.most)
         self._generator = Generator(TorchBackend(self.composed.model), recipe.rollout.grid, recipe.rollout.steps, batch)
         self._steps = recipe.eval.steps
         self._pixels = feature_extractors.build("pixels")

@@ -57,15 +57,16 @@ def plan_memory(
     """
     number = DTYPE_BYTES[recipe.train.dtype]
     trained = trained_by(recipe, geometry)
+    drawn = max(sizes.rollout_batch, recipe.eval.batch_size or 0)
     encoders = geometry.encoder_parameters * number if geometry.encoders_resident else 0
     work = max(
         update_bytes(geometry, trained, recipe.lora.rank, number, sizes.micro_batch),
-        forward_bytes(geometry, trained, number, sizes.rollout_batch),
-        decode_bytes(geometry, number, sizes.rollout_batch),
+        forward_bytes(geometry, trained, number, drawn),
+        decode_bytes(geometry, number, drawn),
         # a whole network that was saved is read back beside the trained one, to prove the file
         geometry.parameters * number if trained.whole else 0,
     )
-    rows = max(sizes.micro_batch, sizes.rollout_batch) * geometry.conditioning * number
+    rows = max(sizes.micro_batch, drawn) * geometry.conditioning * number
     whole = (geometry.parameters - trained.base_parameters) * number
     spread = sharded and devices > 1
     share = -(-whole // devices)

@@ -32,7 +32,9 @@ from fmg.training.checkpoint import drop_unscored
 from fmg.training.ema import Ema
 from fmg.training.state_files import generator_states, read_state, restore_generators, write_state
 
-SCHEMA = 3
+SCHEMA = 4
+# How much is computed at once changes nothing but rounding, and what ran out of memory has to go on with less.
+_BATCHES = ("rollout.batch_size", "train.micro_batch", "eval.batch_size")
 _KEYS = frozenset(
     ("schema", "run", "progress", "trained", "optimizer", "ema", "ema_updates", "generators", "pictures", "tripwire")
 )
@@ -165,7 +167,7 @@ def load_state(run: RunFolder, recipe: Recipe) -> SavedState:
             raise UsageError(f"The state in '{folder}' belongs to another run", "Restore the run's own folder `state`.")
         if saved["recipe"] != here["recipe"]:
             raise UsageError(
-                f"'{run.recipe}' is not the recipe that the run was begun with",
+                f"'{run.recipe}' is not the recipe that the run was begun with, batch sizes aside",
                 f"Restore it, or start a new run with `{repeat_command(run.recipe, recipe)}`.",
             )
     except (KeyError, TypeError) as error:
@@ -202,6 +204,6 @@ def rewind(run: RunFolder, lines: int) -> tuple[CheckpointIndex, list[dict[str, 
 
 
 def _identity(run: RunFolder, recipe: Recipe) -> dict[str, str]:
-    state = run.state()
-    plain = json.dumps(recipe.plain(), sort_keys=True)
-    return {"model": state.model, "created": state.created, "recipe": hashlib.sha256(plain.encode()).hexdigest()}
+    state, plain = run.state(), recipe.with_(dict.fromkeys(_BATCHES)).plain()
+    text = json.dumps(plain, sort_keys=True)
+    return {"model": state.model, "created": state.created, "recipe": hashlib.sha256(text.encode()).hexdigest()}

@@ -77,7 +77,7 @@ class Trainer:
             self.sizes.micro_batch,
             self.processes,
         )
-        self._watcher = Watcher(self.composed, self.run.path, self.observer, self.processes)
+        self._watcher = Watcher(self.composed, self.run.path, self.sizes.rollout_batch, self.observer, self.processes)
         self._gate = ReplayGate(
             self.composed.stochasticizer,
             model.policies,

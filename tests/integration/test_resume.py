@@ -141,6 +141,16 @@ def test_an_average_is_evaluated_and_saved_beside_the_weights(interrupted: Path)
     assert any(not torch.equal(raw[name], averaged[name]) for name in raw)
 
 
+def test_a_run_goes_on_with_smaller_batches(interrupted: Path, tmp_path: Path) -> None:
+    runs = [Path(shutil.copytree(interrupted, tmp_path / name)) for name in ("as it was", "smaller")]
+    changed = {"train.micro_batch": 3, "rollout.batch_size": 2, "eval.batch_size": 1}
+    file = RunFolder(runs[1]).recipe
+    file.write_text(Recipe.from_yaml(file).with_(changed).to_yaml(), encoding="utf-8")
+    assert [resume(run).iterations for run in runs] == [3, 3]
+    for ours, theirs in zip(*map(_metrics, runs), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+
+
 def _load(run: Path) -> None:
     folder = RunFolder(run)
     load_state(folder, Recipe.from_yaml(folder.recipe))
