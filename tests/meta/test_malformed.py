@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -382,6 +383,8 @@ def test_there_are_at_least_forty() -> None:
 @pytest.mark.parametrize("misuse", MISUSES, ids=lambda misuse: misuse.command)
 def test_a_wrong_use_is_one_clear_line(misuse: Misuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    # it may well be installed here
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     misuse.prepare(tmp_path)
     before = contents(tmp_path)
     done = fmg(*misuse.args())
