@@ -30,16 +30,15 @@ from fmg.cli.runs import runs
 from fmg.cli.score import score
 from fmg.cli.train import INTERRUPTED, train
 from fmg.cli.verify import verify
-from fmg.core.errors import FmgError, FmgWarning
+from fmg.core.errors import FmgError, FmgWarning, out_of_memory
 from fmg.core.offline import OFFLINE
 from fmg.version import __version__
 
 # sysexits.h: EX_SOFTWARE, an error of the program itself
 _BUG = 70
-_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
 _LESS_MEMORY = (
-    "Take smaller batches: --batch-size, or for `fmg train` --set with train.micro_batch, rollout.batch_size and"
-    " eval.batch_size (in recipe.yaml of a run to resume); its --dry-run says what a run needs."
+    "Take smaller batches: --batch-size of eval, generate and bench, or for `fmg train` --set with train.micro_batch,"
+    " rollout.batch_size and eval.batch_size (in recipe.yaml of a run to resume); its --dry-run says what a run needs."
 )
 # The reader of stdout went away, as `head` does; Rich ends with the same code
 _BROKEN_PIPE = 1
@@ -166,19 +165,9 @@ def _main(args: Sequence[str]) -> int:
         what = f"The system refused the file or folder{where}: {error.strerror}."
         return _failed(f"{what} Check its name, its permissions and the free space.", 1, session)
     except Exception as error:
-        if (said := _out_of_memory(error)) is not None:
+        if (said := out_of_memory(error)) is not None:
             return _failed(f"Memory ran out: {said}. {_LESS_MEMORY}", 1, session)
         return _bug(error, args, session)
-
-
-def _out_of_memory(error: Exception) -> str | None:
-    """What was said when memory ran out, in one line; None for another error."""
-    said = next(iter(str(error).splitlines()), "")
-    # torch is not imported for the sake of a class; a driver and a CPU have no class of their own
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or any(m in said for m in _MEMORY):
-        # torch's message goes on with its own settings, which seldom help
-        return ". ".join(said.split(". ")[:2]).rstrip(".") or type(error).__name__
-    return None
 
 
 def _bug(error: Exception, args: Sequence[str], session: Session) -> int:

@@ -145,7 +145,9 @@ class EvalSection(Section):
     rewards: tuple[RewardRef, ...] = Field((), description="rewards that are measured besides the trained ones")
     steps: int | None = Field(None, ge=1, le=1000, description="network calls; null takes rollout.steps")
     seed: int = Field(0, ge=0, lt=2**63, description="keys prompts and noise of the evaluation")
-    batch_size: int | None = Field(None, ge=1, le=100_000, description="images drawn at once; null: at most 64")
+    batch_size: int | None = Field(
+        None, ge=1, le=100_000, description="images drawn at once; null: as a rollout, at most 64"
+    )
     stop_on_hacking: bool = Field(
         False, description="end the run when the trained reward rises at the cost of a held-out one or of diversity"
     )

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fmg.core.aside import prints_aside
-from fmg.core.errors import FmgError, RewardError, UsageError
+from fmg.core.errors import FmgError, RewardError, UsageError, out_of_memory
 from fmg.core.protocols import Reward
 from fmg.core.types import PartialRewardOutput, RewardOutput
 from fmg.registry import rewards
@@ -59,9 +59,14 @@ class Checked:
             # a NumPy view that is written to changes a tensor without a trace, so nothing less than a copy is safe
             with prints_aside():
                 output: object = self.reward(images.clone(), list(prompts))
-        except (FmgError, torch.OutOfMemoryError):
+        except FmgError:
             raise
         except Exception as error:
+            if (said := out_of_memory(error)) is not None:
+                raise RewardError(
+                    f"Memory ran out in the reward '{self.name}': {said}",
+                    "Give it a smaller batch_size, where it has one, or another device.",
+                ) from error
             raise RewardError(
                 f"The reward '{self.name}' failed: {one_line(error)}", "Correct the reward, or leave it out."
             ) from error

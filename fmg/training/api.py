@@ -99,7 +99,8 @@ def _train(
     with said_once(launch.first):
         engine = choose_engine(recipe)
         check_shares(recipe, launch.count, engine)
-        named = device_of(recipe, launch, torch.cuda.device_count())
+    # other machines and processes may see other devices, so each speaks for itself
+    named = device_of(recipe, launch, torch.cuda.device_count())
     device = device_for(named, recipe.model.name, recipe.model.config.spec())
     dtype = pick_dtype(recipe.train.dtype)
     heard = observer if launch.first else _errors_only(observer)

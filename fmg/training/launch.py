@@ -79,7 +79,13 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
         raise UsageError(f"MASTER_PORT is {env['MASTER_PORT']}, which is no port", "Use a free one, such as 29500.")
     # a launcher always states it; a shell script for one machine may leave it out
     local_rank = _number(env, "LOCAL_RANK", rank)
-    return Launch(rank, count, local_rank, _number(env, "LOCAL_WORLD_SIZE", local_rank + 1))
+    local_count = _number(env, "LOCAL_WORLD_SIZE", local_rank + 1 if env.get("LOCAL_RANK") else count)
+    if local_rank >= local_count:
+        raise UsageError(
+            f"LOCAL_RANK is {local_rank}, and LOCAL_WORLD_SIZE {local_count}",
+            "Count local ranks from 0 to LOCAL_WORLD_SIZE - 1.",
+        )
+    return Launch(rank, count, local_rank, local_count)
 
 
 def choose_engine(recipe: Recipe, environment: Mapping[str, str] | None = None) -> Engine:
@@ -139,7 +145,7 @@ def device_of(recipe: Recipe, launch: Launch, gpus: int) -> str:
         )
     if 0 < gpus < launch.local_count:
         raise UsageError(
-            f"{launch.local_count} processes were started on this machine, and torch sees {gpus} GPU(s)",
+            f"At least {launch.local_count} processes were started on this machine, and torch sees {gpus} GPU(s)",
             "Start one for each GPU, and let each of them see all (SLURM: not --gpus-per-task); or take --device cpu.",
         )
     return f"cuda:{launch.local_rank}"

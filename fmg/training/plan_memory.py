@@ -57,7 +57,7 @@ def plan_memory(
     """
     number = DTYPE_BYTES[recipe.train.dtype]
     trained = trained_by(recipe, geometry)
-    drawn = max(sizes.rollout_batch, recipe.eval.batch_size or 0)
+    drawn = max(sizes.rollout_batch, min(recipe.eval.batch_size or 0, recipe.eval.num))
     encoders = geometry.encoder_parameters * number if geometry.encoders_resident else 0
     work = max(
         update_bytes(geometry, trained, recipe.lora.rank, number, sizes.micro_batch),

@@ -33,7 +33,7 @@ from fmg.training.ema import Ema
 from fmg.training.state_files import generator_states, read_state, restore_generators, write_state
 
 SCHEMA = 4
-# How much is computed at once changes nothing but rounding, and what ran out of memory has to go on with less.
+# How much is computed at once changes rounding (and the masks of a dropout), and what ran out of memory has to go on.
 _BATCHES = ("rollout.batch_size", "train.micro_batch", "eval.batch_size")
 _KEYS = frozenset(
     ("schema", "run", "progress", "trained", "optimizer", "ema", "ema_updates", "generators", "pictures", "tripwire")
@@ -48,6 +48,7 @@ class Progress:
         iteration: iterations done.
         touched: the last of them that changed the weights.
         lines: lines of `metrics.jsonl`.
+        sizes: samples a rollout call and rows an update call, to which the gate's findings belong.
         gate_checked: rollouts that the replay gate has looked at.
         gate_recompute: whether it decided to recompute old log-probs.
         moved: whether the movement gate has passed.
@@ -56,6 +57,7 @@ class Progress:
     iteration: int
     touched: int
     lines: int
+    sizes: tuple[int, int]
     gate_checked: int
     gate_recompute: bool
     moved: bool

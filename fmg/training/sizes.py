@@ -35,7 +35,9 @@ def choose_sizes(recipe: Recipe, device_type: str, processes: int = 1) -> Sizes:
     if device_type == "cpu":
         default = _CPU_BATCH
     elif _is_small(recipe):
-        default = min(_GPU_BATCH_OF_SMALL, -(-samples // processes))
+        share = -(-samples // processes)
+        # equal calls, since processes share whole ones
+        default = -(-share // -(-share // _GPU_BATCH_OF_SMALL))
     else:
         default = _GPU_BATCH
     rollout_batch = min(samples, recipe.rollout.batch_size or default)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 import torch
 
@@ -146,13 +146,16 @@ class Trainer:
         progress = self.resumed.progress
         index, self._lines = self._keeper.restore(self.resumed, self._watcher)
         self._touched = progress.touched
-        self._gate.resume(progress.gate_checked, progress.gate_recompute)
+        # calls of other shapes round otherwise, so they are checked anew
+        same = tuple(progress.sizes) == astuple(self.sizes)
+        self._gate.resume(progress.gate_checked if same else 0, progress.gate_recompute)
         self._start = {} if progress.moved else self._start
         self._tell(Resumed(progress.iteration, tuple(self._lines)))
         return index, progress.iteration
 
     def _progress(self, done: int) -> Progress:
-        return Progress(done, self._touched, len(self._lines), *self._gate.findings, moved=not self._start)
+        sizes = (self.sizes.rollout_batch, self.sizes.micro_batch)
+        return Progress(done, self._touched, len(self._lines), sizes, *self._gate.findings, moved=not self._start)
 
     def iterate(self, iteration: int) -> None:
         """One iteration: rollout, rewards, updates, one line of metrics."""

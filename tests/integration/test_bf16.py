@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from fmg import Recipe, train
-from fmg.core.events import Event, Notice
+from fmg.core.events import Event, IterationDone, Notice
+from fmg.data.run_folder import RunFolder
+from fmg.training.api import resume
 from tests.tiny_flux import RESOLUTION, SEQUENCE, build_tiny_flux
 
 pytestmark = pytest.mark.slow
@@ -19,12 +21,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_flux(tmp_path_factory.mktemp("bf16") / "flux", time_scale=1.0)
 
 
-@pytest.mark.parametrize("rollout_batch", [4, 10])
-def test_a_bf16_run_passes_the_replay_gate(
-    folder: Path, rollout_batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))
-    recipe = Recipe.default(
+def _recipe(folder: Path, rollout_batch: int) -> Recipe:
+    return Recipe.default(
         "flux-fewstep",
         **{
             "model.folder": str(folder),
@@ -44,6 +42,14 @@ def test_a_bf16_run_passes_the_replay_gate(
             "eval.rewards": [],
         },
     )
+
+
+@pytest.mark.parametrize("rollout_batch", [4, 10])
+def test_a_bf16_run_passes_the_replay_gate(
+    folder: Path, rollout_batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))
+    recipe = _recipe(folder, rollout_batch)
     heard: list[Event] = []
     train(recipe, tmp_path / "run", heard.append)
     gate = [event.text for event in heard if isinstance(event, Notice) and "Replay gate" in event.text]
@@ -54,3 +60,24 @@ def test_a_bf16_run_passes_the_replay_gate(
         assert "taken from the rollout" in gate[0]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(line["grad_norm"] > 0 for line in lines if "grad_norm" in line)
+
+
+@pytest.mark.parametrize(("micro_batch", "looks_again"), [(4, False), (3, True)])
+def test_a_run_that_goes_on_with_other_calls_is_checked_anew(
+    folder: Path, micro_batch: int, looks_again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))
+    recipe = _recipe(folder, 4).with_({"train.iterations": 5, "train.state_every": 1})
+    run = tmp_path / "run"
+
+    def stop(event: Event) -> None:
+        if isinstance(event, IterationDone) and event.iteration == 3:
+            raise KeyboardInterrupt
+
+    assert train(recipe, run, stop).interrupted
+    file = RunFolder(run).recipe
+    file.write_text(recipe.with_({"train.micro_batch": micro_batch}).to_yaml(), encoding="utf-8")
+    heard: list[Event] = []
+    resume(run, heard.append)
+    gates = [event for event in heard if isinstance(event, Notice) and "Replay gate" in event.text]
+    assert bool(gates) is looks_again

@@ -20,6 +20,7 @@ from fmg.data.checkpoints import read_index
 from fmg.data.run_folder import RunFolder
 from fmg.data.run_lock import run_lock
 from fmg.data.states import newest_state
+from fmg.flow import TwoTimeMap
 from fmg.training.api import resume
 from fmg.training.resume import SCHEMA, load_state
 from fmg.training.state_files import read_state
@@ -141,12 +142,24 @@ def test_an_average_is_evaluated_and_saved_beside_the_weights(interrupted: Path)
     assert any(not torch.equal(raw[name], averaged[name]) for name in raw)
 
 
-def test_a_run_goes_on_with_smaller_batches(interrupted: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_smaller_batches(interrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [Path(shutil.copytree(interrupted, tmp_path / name)) for name in ("as it was", "smaller")]
     changed = {"train.micro_batch": 3, "rollout.batch_size": 2, "eval.batch_size": 1}
     file = RunFolder(runs[1]).recipe
     file.write_text(Recipe.from_yaml(file).with_(changed).to_yaml(), encoding="utf-8")
-    assert [resume(run).iterations for run in runs] == [3, 3]
+    rows: list[set[int]] = []
+    call = TwoTimeMap.jump
+    for run in runs:
+        seen: set[int] = set()
+
+        def counting(self: TwoTimeMap, x: Tensor, *rest: Any, seen: set[int] = seen) -> Tensor:
+            seen.add(len(x))
+            return call(self, x, *rest)
+
+        monkeypatch.setattr(TwoTimeMap, "jump", counting)
+        assert resume(run).iterations == 3
+        rows.append(seen)
+    assert max(rows[1]) <= 3 < max(rows[0])
     for ours, theirs in zip(*map(_metrics, runs), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 

@@ -121,6 +121,18 @@ def test_errors_of_our_own_pass_unchanged() -> None:
         checked("mine", unreadable)(IMAGES, PROMPTS)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("DefaultCPUAllocator: no"), MemoryError()],
+)
+def test_memory_that_runs_out_in_a_reward_names_it_and_its_batches(error: Exception) -> None:
+    def hungry(images: Tensor, prompts: Sequence[str]) -> RewardOutput:
+        raise error
+
+    with pytest.raises(RewardError, match=r"Memory ran out in the reward 'hungry': .*smaller batch_size"):
+        checked("hungry", hungry)(IMAGES, PROMPTS)
+
+
 def test_mixture_is_the_weighted_sum_and_reports_every_part() -> None:
     first = Returns(torch.tensor([1.0, 2.0, 3.0]), {"soft": torch.tensor([0.1, 0.2, 0.3])})
     mixture = Mixture([("a", first, 2.0), ("b", Returns(torch.tensor([1.0, 0.0, -1.0])), -0.5)])

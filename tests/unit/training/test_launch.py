@@ -35,6 +35,7 @@ MISUSES = (
     ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
     ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
     ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
+    ({"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK is 2, and LOCAL_WORLD_SIZE 2"),
     ({"ACCELERATE_USE_DEEPSPEED": "true"}, "configured for DeepSpeed"),
     ({"ACCELERATE_USE_FSDP": "true"}, "the first version of FSDP"),
     ({**FSDP2, "FSDP_OFFLOAD_PARAMS": "true"}, "offload parameters"),
@@ -77,7 +78,7 @@ def test_each_process_takes_the_device_of_its_place() -> None:
     auto = Recipe.default(None, **{"train.device": "auto"})
     assert [device_of(auto, Launch(5, 8, 1), gpus) for gpus in (4, 0)] == ["cuda:1", "auto"]
     assert device_of(auto, Launch(), 4) == "auto"
-    with pytest.raises(UsageError, match=r"4 processes were started on this machine, and torch sees 1 GPU"):
+    with pytest.raises(UsageError, match=r"At least 4 processes were started on this machine, and torch sees 1 GPU"):
         device_of(auto, Launch(0, 4, 0, 4), 1)
     with pytest.raises(UsageError, match="one device 'cuda:1' for 2 processes"):
         device_of(second, Launch(0, 2, 0), 4)

@@ -109,3 +109,12 @@ def test_the_time_of_a_past_run_is_scaled_by_the_work(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("size", "text"), [(12, "12 B"), (20_500, "20.5 kB"), (16.35e9, "16.4 GB")])
 def test_sizes_for_people(size: float, text: str) -> None:
     assert size_text(size) == text
+
+
+@pytest.mark.parametrize(("visible", "kind"), [("", "cpu"), ("-1", "cpu"), ("0", "cuda"), (None, "cuda")])
+def test_a_hidden_gpu_is_none(visible: str | None, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fmg.training.plan._NVIDIA_DRIVERS", (tmp_path,))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert f"planned as {kind}" in plan(resolve(None, {}, SHAPE)).facts["device"]

@@ -208,3 +208,14 @@ def test_checkpointing_keeps_one_number_a_token_and_block() -> None:
 def test_a_folder_that_is_there_is_read() -> None:
     folder = Recipe.default().model.config.directory()  # type: ignore[attr-defined]
     assert flux_geometry(folder, read_conventions(folder)).origin == "its files"
+
+
+def test_an_evaluation_that_draws_more_at_once_than_a_rollout_is_planned_for() -> None:
+    geometry = flux_geometry(None, FLUX, checkpointing=True, encoders_resident=False)
+    recipe = Recipe.default().with_({"rollout.batch_size": 4, "train.micro_batch": 1, "train.dtype": "bf16"})
+    sizes = choose_sizes(recipe, "cuda")
+    asked, more, most = (
+        plan_memory(recipe.with_({"eval.batch_size": size, "eval.num": 256}), geometry, sizes).parts["activations"]
+        for size in (4, 256, 100_000)
+    )
+    assert asked < more == most

@@ -27,6 +27,14 @@ def test_every_process_has_a_share_of_what_a_small_model_draws(processes: int, r
     assert all(Share(384, rank, processes, sizes.rollout_batch).own > 0 for rank in range(processes))
 
 
+@pytest.mark.parametrize(("groups", "processes"), [(72, 2), (100, 3), (144, 4)])
+def test_shares_of_more_than_a_call_are_equal_calls(groups: int, processes: int) -> None:
+    sizes = choose_sizes(Recipe.default(None, **{"rollout.groups": groups}), "cuda", processes)
+    own = [Share(16 * groups, rank, processes, sizes.rollout_batch).own for rank in range(processes)]
+    assert max(own) - min(own) <= processes
+    assert sizes.rollout_batch <= 512
+
+
 def test_bf16_calls_which_are_padded_stay_small() -> None:
     assert choose_sizes(Recipe.default(None, **{"train.dtype": "bf16"}), "cuda") == Sizes(16, 16)
 
