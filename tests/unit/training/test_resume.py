@@ -36,7 +36,7 @@ def run(tmp_path: Path) -> RunFolder:
     save_checkpoint(folder.path, cast(Model, Saver()), 2, "eval/score", None)
     network = torch.nn.Linear(2, 1)
     live = Live(list(network.named_parameters()), torch.optim.SGD(network.parameters(), 0.1), None, torch.device("cpu"))
-    save_state(folder, RECIPE, Progress(1, 1, 2, 0, False, True), live, (), Tripwire(0.1, 0.1).state())
+    save_state(folder, RECIPE, Progress(1, 1, 2, (4, 4), 0, False, True), live, (), Tripwire(0.1, 0.1).state())
     return folder
 
 
