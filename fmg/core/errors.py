@@ -28,27 +28,6 @@ class FmgError(Exception):
         return f"{_sentence(self.what)} {_sentence(self.fix)}"
 
 
-_MEMORY = (
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "DefaultCPUAllocator",
-    "Failed to allocate memory for requested buffer",
-)
-
-
-def out_of_memory(error: BaseException) -> str | None:
-    """What was said when memory ran out, in one line; None for any other error.
-
-    Known by torch's class, whose name is enough, and by the words of drivers, cuBLAS, CPU and ONNX Runtime.
-    """
-    said = next(iter(str(error).splitlines()), "")
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if not named and not any(words in said for words in _MEMORY):
-        return None
-    # torch's message goes on with its own settings, which seldom help
-    return ". ".join(said.split(". ")[:2]).rstrip(".") or type(error).__name__
-
-
 class UsageError(FmgError):
     """A wrong flag, name, option or recipe: nothing has been started or written. Exit code 2."""
 
@@ -117,3 +96,30 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     lead = f"Did you mean '{close[0]}'? " if close else ""
     return f"{lead}Known: {', '.join(names) if names else 'none'}."
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+_MEMORY = (
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "DefaultCPUAllocator",
+    "Failed to allocate memory for requested buffer",
+)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What was said when memory ran out, in one line; None for any other error.
+
+    Known by torch's class, whose name is enough, and by the words of drivers, cuBLAS, CPU and ONNX Runtime.
+    """
+    said = first_line(error)
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if not named and not any(words in said for words in _MEMORY):
+        return None
+    # torch's message goes on with its own settings, which seldom help
+    return ". ".join(said.split(". ")[:2]).rstrip(".")

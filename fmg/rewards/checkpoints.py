@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from fmg.core.cache import cache_dir, content_hash, replacing_file
-from fmg.core.errors import CheckpointError
+from fmg.core.errors import CheckpointError, first_line, out_of_memory
 
 Tensors = Mapping[str, Tensor]
 
@@ -45,7 +45,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             "Give a file of plain tensors, best as .safetensors.",
         ) from error
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}", _RESTORE) from error
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}", _RESTORE) from error
     inner = next((loaded[key] for key in _WRAPPERS if isinstance(loaded, Mapping) and key in loaded), loaded)
     if not isinstance(inner, Mapping) or not all(isinstance(value, Tensor) for value in inner.values()):
         raise CheckpointError(f"{path} is not a mapping of names to tensors", "Give the published checkpoint file.")
@@ -63,7 +63,7 @@ def read_renamed(path: Path, layout: str, rename: Callable[[Tensors], dict[str, 
     try:
         target = cache_dir() / "rewards" / content_hash(path) / f"{layout}.safetensors"
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}", _RESTORE) from error
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}", _RESTORE) from error
     if not target.is_file():
         tensors = {name: tensor.contiguous() for name, tensor in rename(read_tensors(path)).items()}
         with replacing_file(target) as partial:
@@ -104,10 +104,10 @@ def load_module(
             module, info = cls.from_pretrained(
                 None, config=config, state_dict=wanted, dtype=dtype, output_loading_info=True, **arguments
             )
-        except torch.OutOfMemoryError:
-            raise
         except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"{origin} does not fit its model: {_first_line(error)}", _RESTORE) from error
+            if out_of_memory(error) is not None:
+                raise
+            raise CheckpointError(f"{origin} does not fit its model: {first_line(error)}", _RESTORE) from error
     assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     frozen: nn.Module = module.eval().requires_grad_(False)
     return frozen.to(device)
@@ -124,7 +124,7 @@ def load_pretrained(load: Callable[..., Any], folder: Path, what: str) -> Any:
             return load(str(folder), local_files_only=True)
         except Exception as error:
             # the tokenizers library raises bare Exception on a damaged file
-            raise CheckpointError(f"The {what} in {folder} cannot be loaded: {_first_line(error)}", _RESTORE) from error
+            raise CheckpointError(f"The {what} in {folder} cannot be loaded: {first_line(error)}", _RESTORE) from error
 
 
 def load_folder(
@@ -167,7 +167,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}", _RESTORE) from error
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}", _RESTORE) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is not a JSON object", _RESTORE)
     return value
@@ -207,8 +207,3 @@ def _check_same(wanted: Mapping[str, torch.Size], given: Mapping[str, torch.Size
             raise CheckpointError(
                 f"{origin} {problem} {some(names)}", "Give the checkpoint that belongs to this reward and model."
             )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
-from fmg.core.errors import RewardError, UsageError
+from fmg.core.errors import RewardError, UsageError, first_line
 
 MAX_PIXELS = 64_000_000
 MAX_ASPECT = 200
@@ -59,8 +59,7 @@ def read_image(source: Path | str | bytes, max_pixels: int = MAX_PIXELS) -> Floa
     except UnidentifiedImageError:
         raise UsageError(f"{name} is not an image file", "Give a PNG, JPEG, WebP or another common format.") from None
     except (OSError, SyntaxError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UsageError(f"{name} cannot be decoded: {reason}", "Give an undamaged picture.") from error
+        raise UsageError(f"{name} cannot be decoded: {first_line(error)}", "Give an undamaged picture.") from error
 
 
 def to_bytes(images: Float[Tensor, "b 3 h w"]) -> NDArray[np.uint8]:

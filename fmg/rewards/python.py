@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fmg.core.errors import FmgError, RewardError, UsageError
+from fmg.core.errors import FmgError, RewardError, UsageError, out_of_memory
 from fmg.core.types import RewardOutput
 from fmg.registry import rewards
 from fmg.rewards.base import one_line
@@ -50,6 +50,9 @@ class PythonReward:
         except FmgError:
             raise
         except (Exception, SystemExit) as error:
+            if out_of_memory(error) is not None:
+                # no mistake of the function: whoever called says what to lower
+                raise
             raise RewardError(
                 f"The reward '{self._target}' failed{_place(error)}: {one_line(error)}", "Correct the function."
             ) from error

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from fmg.core.errors import FmgError, GateError, ProcessError
+from fmg.core.errors import FmgError, GateError, ProcessError, out_of_memory
 from fmg.core.events import Notice, Observer
 from fmg.training.heartbeat import Heartbeat
 from fmg.training.launch import Launch
@@ -121,7 +121,7 @@ def _meet(launch: Launch, device: torch.device) -> Store:
 
 def _is_broken_link(error: BaseException) -> bool:
     """Whether an error may come from an operation that another process broke off."""
-    return isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
+    return isinstance(error, RuntimeError) and out_of_memory(error) is None
 
 
 def _first_line(error: BaseException) -> str:

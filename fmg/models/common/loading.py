@@ -14,7 +14,7 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from fmg.core.errors import CheckpointError
+from fmg.core.errors import CheckpointError, first_line, out_of_memory
 from fmg.models.common.weights import some
 from fmg.models.conventions import CONVENTIONS_FILE, FlowMapConventions
 
@@ -74,10 +74,10 @@ class Family:
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except torch.OutOfMemoryError:
-            raise
         except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}", _RESTORE) from error
+            if out_of_memory(error) is not None:
+                raise
+            raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}", _RESTORE) from error
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if names := sorted(str(name) for name in info[problem]):
                 raise CheckpointError(
@@ -97,7 +97,7 @@ def load_tokenizer(folder: Path, cls: Any) -> Any:
     try:
         return cls.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
-        raise CheckpointError(f"{folder} cannot be loaded: {_first_line(error)}", _RESTORE) from error
+        raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}", _RESTORE) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -159,8 +159,3 @@ def quiet() -> Iterator[None]:
             library.set_verbosity(verbosity)
             if bar:
                 library.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -63,6 +63,10 @@ def leaving(images, prompts):
 
 
 CONSTANT = 3
+
+
+def hungry(images, prompts):
+    raise MemoryError
 """
 
 
@@ -142,6 +146,7 @@ def test_threads_that_overlap_leave_stdout_as_it_was() -> None:
         ("my_rewards:words", RewardError, "returned list, which is not numbers"),
         ("my_rewards:nothing", RewardError, r"'my_rewards:nothing' is torch.float32 shaped \(\)"),
         ("my_rewards:broken", RewardError, "failed at my_rewards.py:32: RuntimeError"),
+        ("my_rewards:hungry", RewardError, "Memory ran out in the reward 'my_rewards:hungry': MemoryError"),
     ],
 )
 def test_every_mistake_is_one_line(target: str, kind: type[FmgError], message: str) -> None:
