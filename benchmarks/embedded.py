@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -169,9 +168,8 @@ def is_done(entry: Mapping[str, Any], study: Study, arm: str, seed: int, num: in
 def store(path: Path, results: list[dict[str, Any]]) -> None:
     """Replaces the result file in one step, so that an interruption loses no finished unit; notes in it stay."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    machine = {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
     draft = path.with_suffix(".partial")
-    draft.write_text(json.dumps({**known, "schema": 2, **machine, "runs": results}) + "\n", encoding="utf-8")
+    draft.write_text(json.dumps({**known, "schema": 2, "runs": results}) + "\n", encoding="utf-8")
     draft.replace(path)
 
 

@@ -312,7 +312,7 @@ def main() -> None:
             # only engines and ONNX Runtime read the graph
             report["export_seconds"] = round(bench.export(), 1)
         report["reached"] = reached(device, scale.dtype)
-        ways = dict(bench.ways(not args.no_compile, not args.no_engines))
+        ways = dict(bench.ways(not args.no_compile, engines))
         for side in scale.sides:
             found = measured(bench, side, args, ways)
             report[f"{side}px"] = {"ways": found, "roofline": roofline(bench, side, report["reached"], found)}

@@ -82,6 +82,16 @@ def publish_student(file: Path, second_time: Literal["none", "duration"], seed: 
     return file
 
 
+def student_options(folder: Path, second_time: Literal["none", "duration"]) -> dict[str, object]:
+    """The options of a recipe for a student and its teacher, both written into `folder`."""
+    return {
+        "model.student": str(publish_student(folder / "student.pt", second_time)),
+        "model.teacher": str(build_tiny_teacher(folder / "teacher")),
+        "model.resolution": RESOLUTION,
+        "model.max_sequence_length": SEQUENCE,
+    }
+
+
 def student_tensors(second_time: Literal["none", "duration"], seed: int = 1) -> dict[str, torch.Tensor]:
     """The state dict of a student of `build_tiny_teacher`."""
     with torch.random.fork_rng(devices=[]):

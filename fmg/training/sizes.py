@@ -46,7 +46,8 @@ def choose_sizes(recipe: Recipe, device_type: str, processes: int = 1) -> Sizes:
 
 def _is_small(recipe: Recipe) -> bool:
     """Whether hundreds of rows fit any GPU, as far as it is known; bf16 calls are all padded to the update's rows."""
-    geometry = recipe.model.config.geometry()
-    if geometry is None or recipe.train.dtype != "fp32":
+    model = recipe.model.config
+    if recipe.train.dtype != "fp32" or model.spec().resolution > _SMALL_PIXELS:
         return False
-    return geometry.parameters <= _SMALL_PARAMETERS and recipe.model.config.spec().resolution <= _SMALL_PIXELS
+    geometry = model.geometry()
+    return geometry is not None and geometry.parameters <= _SMALL_PARAMETERS

@@ -154,8 +154,8 @@ class Trainer:
         return index, progress.iteration
 
     def _progress(self, done: int) -> Progress:
-        sizes = (self.sizes.rollout_batch, self.sizes.micro_batch)
-        return Progress(done, self._touched, len(self._lines), sizes, *self._gate.findings, moved=not self._start)
+        sizes, moved = astuple(self.sizes), not self._start
+        return Progress(done, self._touched, len(self._lines), sizes, *self._gate.findings, moved=moved)
 
     def iterate(self, iteration: int) -> None:
         """One iteration: rollout, rewards, updates, one line of metrics."""

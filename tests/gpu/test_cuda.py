@@ -8,20 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 import fmg
-from fmg.core.events import Event, IterationDone, Notice
+from fmg.core.events import Event, Notice
 from fmg.registry import rewards
 from fmg.registry.recipe import Recipe
 from fmg.training.api import resume
 from tests.support.cli import fmg as cli
-from tests.tiny_flux import RESOLUTION, SEQUENCE, build_tiny_teacher, publish_student
+from tests.support.run_files import adapter, metrics, stop_after
+from tests.tiny_flux import student_options
 from tests.tiny_rewards import write_clip_tokenizer, write_open_clip
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
 
+LAST = "checkpoint-3"
 PROMPTS = ["a red circle left", "a blue square right"]
 SMALL: dict[str, object] = {
     "train.device": "cuda",
@@ -39,25 +39,12 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def _lines(run: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
-
-
-def _adapter(run: Path, checkpoint: str = "checkpoint-3") -> dict[str, Tensor]:
-    files = sorted((run / "checkpoints" / checkpoint).glob("*.safetensors"))
-    return {f"{file.stem} {key}": x for file in files for key, x in load_file(file).items()}
-
-
 def _student(folder: Path, **overrides: object) -> Recipe:
     return Recipe.default(
         "meanflow-flux",
         **{
             **SMALL,
-            "model.student": str(publish_student(folder / "student.pt", "duration")),
-            "model.teacher": str(build_tiny_teacher(folder / "teacher")),
-            "model.resolution": RESOLUTION,
-            "model.max_sequence_length": SEQUENCE,
+            **student_options(folder, "duration"),
             "rewards": ["jpeg-incompressibility"],
             "lora.rank": 4,
             "lora.alpha": 8,
@@ -79,13 +66,13 @@ def test_training_follows_the_cpu_and_its_run_is_used_on_both(tmp_path: Path) ->
     runs = {device: tmp_path / device for device in ("cuda", "cpu")}
     for device, run in runs.items():
         fmg.train(Recipe.default(None, **{**SMALL, "train.device": device}), run)
-    ours, theirs = (_lines(run) for run in runs.values())
+    ours, theirs = (metrics(run) for run in runs.values())
     assert [set(line) for line in ours] == [set(line) for line in theirs]
     first = next(i for i, line in enumerate(ours) if "reward/mean" in line)
     assert ours[first]["reward/mean"] == pytest.approx(theirs[first]["reward/mean"], abs=1e-3)
     assert ours[first]["grad_norm"] == pytest.approx(theirs[first]["grad_norm"], rel=1e-2)
 
-    assert all(float(x.norm()) > 0 for key, x in _adapter(runs["cuda"]).items() if "lora_B" in key)
+    assert all(float(x.norm()) > 0 for key, x in adapter(runs["cuda"], LAST).items() if "lora_B" in key)
     here, there = (
         fmg.load(runs["cuda"], device=device).generate(PROMPTS, [3, 4]).images.cpu() for device in ("cuda", "cpu")
     )
@@ -95,14 +82,9 @@ def test_training_follows_the_cpu_and_its_run_is_used_on_both(tmp_path: Path) ->
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     recipe = Recipe.default(None, **SMALL)
     fmg.train(recipe, tmp_path / "whole")
-
-    def stop_after_two(event: Event) -> None:
-        if isinstance(event, IterationDone) and event.iteration == 2:
-            raise KeyboardInterrupt
-
-    assert fmg.train(recipe, tmp_path / "cut", stop_after_two).interrupted
+    assert fmg.train(recipe, tmp_path / "cut", stop_after(2)).interrupted
     resume(tmp_path / "cut")
-    ours, theirs = _adapter(tmp_path / "cut"), _adapter(tmp_path / "whole")
+    ours, theirs = adapter(tmp_path / "cut", LAST), adapter(tmp_path / "whole", LAST)
     assert ours.keys() == theirs.keys()
     for name, x in ours.items():
         torch.testing.assert_close(x, theirs[name], rtol=1e-4, atol=1e-6)
@@ -119,7 +101,7 @@ def test_a_student_trains_through_its_replay_gate(dtype: str, trainable: str, tm
     fmg.train(_student(tmp_path, **{"train.dtype": dtype, "train.trainable": trainable}), tmp_path / "run", hear)
     gates = [event.text for event in heard if isinstance(event, Notice) and "Replay gate" in event.text]
     assert len(gates) == 1
-    assert all(line["grad_norm"] > 0 for line in _lines(tmp_path / "run") if "grad_norm" in line)
+    assert all(line["grad_norm"] > 0 for line in metrics(tmp_path / "run") if "grad_norm" in line)
     drawn = fmg.load(tmp_path / "run", device="cuda").generate(PROMPTS[:1], [0])
     assert torch.isfinite(drawn.images).all()
 
@@ -128,7 +110,7 @@ def test_adamw_with_8_bit_moments_trains(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     recipe = _student(tmp_path, **{"optimizer": {"name": "adamw8bit", "lr": 1e-3}, "lora.rank": 64})
     fmg.train(recipe, tmp_path / "run")
-    assert all(float(x.norm()) > 0 for key, x in _adapter(tmp_path / "run").items() if "lora_B" in key)
+    assert all(float(x.norm()) > 0 for key, x in adapter(tmp_path / "run", LAST).items() if "lora_B" in key)
 
 
 def test_a_reward_network_scores_on_the_gpu_as_on_the_cpu(tmp_path: Path) -> None:
@@ -160,7 +142,7 @@ def test_the_doctor_names_the_gpu() -> None:
     assert torch.cuda.get_device_name() in done.stdout
 
 
-def test_memory_that_runs_out_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_runs_out_is_one_line() -> None:
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1e-6)
     try:

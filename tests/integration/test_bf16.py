@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from fmg import Recipe, train
-from fmg.core.events import Event, IterationDone, Notice
+from fmg.core.events import Event, Notice
 from fmg.data.run_folder import RunFolder
 from fmg.training.api import resume
+from tests.support.run_files import stop_after
 from tests.tiny_flux import RESOLUTION, SEQUENCE, build_tiny_flux
 
 pytestmark = pytest.mark.slow
@@ -69,12 +70,7 @@ def test_a_run_that_goes_on_with_other_calls_is_checked_anew(
     monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))
     recipe = _recipe(folder, 4).with_({"train.iterations": 5, "train.state_every": 1})
     run = tmp_path / "run"
-
-    def stop(event: Event) -> None:
-        if isinstance(event, IterationDone) and event.iteration == 3:
-            raise KeyboardInterrupt
-
-    assert train(recipe, run, stop).interrupted
+    assert train(recipe, run, stop_after(3)).interrupted
     file = RunFolder(run).recipe
     file.write_text(recipe.with_({"train.micro_batch": micro_batch}).to_yaml(), encoding="utf-8")
     heard: list[Event] = []

@@ -18,7 +18,7 @@ from fmg.registry.recipe import Recipe
 from tests.support.cli import fmg as cli
 from tests.support.first_noise import first_noise
 from tests.support.pages import self_contained
-from tests.tiny_flux import RESOLUTION, SEQUENCE, build_tiny_teacher, publish_student
+from tests.tiny_flux import SEQUENCE, student_options
 from tests.tiny_rewards import write_clip_folder, write_clip_tokenizer, write_open_clip
 
 pytestmark = pytest.mark.slow
@@ -34,10 +34,7 @@ def recipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Recipe.default(
         name,
         **{
-            "model.student": str(publish_student(folder / "student.pt", STUDENTS[name])),
-            "model.teacher": str(build_tiny_teacher(folder / "teacher")),
-            "model.resolution": RESOLUTION,
-            "model.max_sequence_length": SEQUENCE,
+            **student_options(folder, STUDENTS[name]),
             "rewards": ["jpeg-incompressibility"],
             "optimizer.lr": 1e-3,
             "rollout.groups": 2,
@@ -125,10 +122,7 @@ def test_a_shipped_reward_recipe_trains_on_tiny_folders_of_student_and_reward(
     monkeypatch.chdir(tmp_path)
     weights, tokenizer = write_open_clip(tmp_path / "hpsv2").file, write_clip_tokenizer(tmp_path / "tokenizer")
     sets = {
-        "model.student": publish_student(tmp_path / "student.pt", "duration"),
-        "model.teacher": build_tiny_teacher(tmp_path / "teacher"),
-        "model.resolution": RESOLUTION,
-        "model.max_sequence_length": SEQUENCE,
+        **student_options(tmp_path, "duration"),
         "rewards": f"[{{name: hpsv2, weights: {weights}, tokenizer: {tokenizer}}}]",
         "rollout.groups": 2,
         "rollout.group_size": 3,

@@ -18,7 +18,8 @@ from fmg.data.checkpoints import read_index
 from fmg.data.run_folder import RunFolder
 from tests.support import processes
 from tests.support.recorded_run import Planned, record, write_plan
-from tests.tiny_flux import RESOLUTION, SEQUENCE, build_tiny_teacher, publish_student
+from tests.support.run_files import adapter, metrics
+from tests.tiny_flux import student_options
 
 pytestmark = pytest.mark.slow
 
@@ -56,10 +57,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("processes")
     flux = {
         **UNEVEN,
-        "model.student": str(publish_student(root / "student.pt", "duration")),
-        "model.teacher": str(build_tiny_teacher(root / "teacher")),
-        "model.resolution": RESOLUTION,
-        "model.max_sequence_length": SEQUENCE,
+        **student_options(root, "duration"),
         "rewards": [REDNESS],
         "train.dtype": "fp32",
         "lora.rank": 4,
@@ -105,13 +103,11 @@ def _distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 
 def _adapter(folder: Path, name: str = "checkpoint-5") -> dict[str, Tensor]:
-    files = sorted((folder / "run" / "checkpoints" / name).glob("*.safetensors"))
-    return {f"{file.stem} {key}": x for file in files for key, x in load_file(file).items()}
+    return adapter(folder / "run", name)
 
 
 def _metrics(folder: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+    return metrics(folder / "run")
 
 
 @pytest.mark.parametrize("engine", ENGINES)

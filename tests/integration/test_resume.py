@@ -24,6 +24,7 @@ from fmg.flow import TwoTimeMap
 from fmg.training.api import resume
 from fmg.training.resume import SCHEMA, load_state
 from fmg.training.state_files import read_state
+from tests.support.run_files import metrics, stop_after
 
 pytestmark = pytest.mark.slow
 
@@ -51,25 +52,12 @@ KINDS: dict[str, dict[str, object]] = {
 }
 
 
-def _stop_after(iteration: int) -> Callable[[Event], None]:
-    def hear(event: Event) -> None:
-        if isinstance(event, IterationDone) and event.iteration == iteration:
-            raise KeyboardInterrupt
-
-    return hear
-
-
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
     if isinstance(value, dict):
         return {k: x for key, child in value.items() for k, x in _flat(child, f"{name}/{key}").items()}
     if isinstance(value, (list, tuple)):
         return {k: x for i, child in enumerate(value) for k, x in _flat(child, f"{name}/{i}").items()}
     return {name: value.flatten().tolist() if isinstance(value, Tensor) else value}
-
-
-def _metrics(run: Path) -> list[dict[str, object]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
 
 
 def _weights(run: Path) -> dict[str, Tensor]:
@@ -95,12 +83,12 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(kind: str, tmp_path:
         return hear
 
     whole = train(recipe, tmp_path / "whole", keep_state("whole"))
-    cut = train(recipe, tmp_path / "cut", _stop_after(2))
+    cut = train(recipe, tmp_path / "cut", stop_after(2))
     assert cut.interrupted
     torch.manual_seed(12345)
     resumed = resume(tmp_path / "cut", keep_state("cut"))
     assert not resumed.interrupted
-    assert _metrics(tmp_path / "cut") == _metrics(tmp_path / "whole")
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
     assert last["cut"] == last["whole"]
     ours, theirs = _weights(tmp_path / "cut"), _weights(tmp_path / "whole")
     assert ours.keys() == theirs.keys()
@@ -118,7 +106,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def hear(event: Event) -> None:
         heard.append(event)
-        _stop_after(1)(event)
+        stop_after(1)(event)
 
     train(Recipe.default(None, **{**TINY, "train.ema_decay": 0.9}), run, hear)
     said = [event.text for event in heard if isinstance(event, Notice)]
@@ -127,7 +115,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_average_is_evaluated_and_saved_beside_the_weights(interrupted: Path) -> None:
-    evaluation = _metrics(interrupted)[0]
+    evaluation = metrics(interrupted)[0]
     keys = {key.removeprefix("eval/") for key in evaluation if key.startswith("eval/")}
     assert keys == {key.removeprefix("eval_ema/") for key in evaluation if key.startswith("eval_ema/")}
     index = read_index(interrupted)
@@ -160,7 +148,7 @@ def test_a_run_goes_on_with_smaller_batches(interrupted: Path, tmp_path: Path, m
         assert resume(run).iterations == 3
         rows.append(seen)
     assert max(rows[1]) <= 3 < max(rows[0])
-    for ours, theirs in zip(*map(_metrics, runs), strict=True):
+    for ours, theirs in zip(*map(metrics, runs), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 

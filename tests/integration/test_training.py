@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fmg import Recipe, evaluate, load, train
 from fmg.core.errors import CompositionError, RewardError, UsageError
-from fmg.core.events import Evaluated, Event, IterationDone, Notice
+from fmg.core.events import Evaluated, Event, Notice
 from fmg.data.checkpoints import chosen_checkpoint, read_index
 from fmg.data.run_folder import RunFolder
 from fmg.inference.backend import TorchBackend
@@ -20,6 +20,7 @@ from fmg.registry import models
 from fmg.training.compose import compose
 from fmg.training.sizes import choose_sizes
 from fmg.training.trainer import Trainer
+from tests.support.run_files import stop_after
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +53,7 @@ def test_training_leaves_the_base_as_it_was(tmp_path: Path) -> None:
     assert isinstance(composed.model, FluxModel)
     digest = composed.model.base_digest()
     run = RunFolder.create(tmp_path / "run", "meanflow-shapes")
-    Trainer(composed, run, choose_sizes(composed.recipe, torch.device("cpu")), lambda event: None).train()
+    Trainer(composed, run, choose_sizes(composed.recipe, "cpu"), lambda event: None).train()
     assert composed.model.base_digest() == digest
     assert not torch.equal(pictures(composed.model), before)
     with composed.model.adapter_enabled(False):
@@ -80,11 +81,7 @@ def test_the_micro_batch_and_the_rollout_batch_are_no_part_of_the_result(tmp_pat
 
 
 def test_ctrl_c_keeps_and_uses_what_was_trained(tmp_path: Path) -> None:
-    def stop(event: Event) -> None:
-        if isinstance(event, IterationDone) and event.iteration == 1:
-            raise KeyboardInterrupt
-
-    result = train(tiny(**{"eval.every": 100, "train.iterations": 5}), tmp_path / "run", stop)
+    result = train(tiny(**{"eval.every": 100, "train.iterations": 5}), tmp_path / "run", stop_after(1))
     assert result.interrupted
     assert result.run.state().state == "interrupted"
     index = read_index(result.run.path)

@@ -25,7 +25,7 @@ from fmg.inference.artifact import Artifact, open_artifact
 from fmg.inference.artifact.manifest import MANIFEST
 from fmg.inference.target import Target, load_model
 from fmg.registry.recipe import Recipe
-from tests.tiny_flux import RESOLUTION, SEQUENCE, build_tiny_teacher, publish_student
+from tests.tiny_flux import student_options
 
 _WEIGHTS = "transformer.safetensors"
 _TRACED: dict[object, TracedGraph] = {}
@@ -62,10 +62,7 @@ def student_recipe(folder: Path) -> Recipe:
     return Recipe.default(
         "scm-flux",
         **{
-            "model.student": str(publish_student(folder / "student.pt", "none")),
-            "model.teacher": str(build_tiny_teacher(folder / "teacher")),
-            "model.resolution": RESOLUTION,
-            "model.max_sequence_length": SEQUENCE,
+            **student_options(folder, "none"),
             "model.text_cache": False,
             "rewards": ["jpeg-incompressibility"],
             "train.dtype": "fp32",

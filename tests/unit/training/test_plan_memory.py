@@ -25,6 +25,13 @@ CPU = torch.device("cpu")
 FACTOR = 1.25
 """A planned peak lies within this factor of the measured one."""
 
+PUBLISHED = {
+    "rollout.groups": 48,
+    "rollout.group_size": 24,
+    "rollout.steps": 5,
+    "rollout.batch_size": 16,
+    "train.dtype": "bf16",
+}
 FLUX = FlowMapConventions(
     schema=1,
     map="two-time",
@@ -142,15 +149,7 @@ def test_the_planned_peak_is_the_measured_one_within_the_stated_factor(
 
 
 def test_a_full_size_plan_shares_the_samples_among_devices() -> None:
-    recipe = Recipe.default().with_(
-        {
-            "rollout.groups": 48,
-            "rollout.group_size": 24,
-            "rollout.steps": 5,
-            "rollout.batch_size": 16,
-            "train.dtype": "bf16",
-        }
-    )
+    recipe = Recipe.default().with_(PUBLISHED)
     geometry = flux_geometry(None, FLUX, checkpointing=True, encoders_resident=False)
     sizes = choose_sizes(recipe, "cuda")
     one, eight = plan_memory(recipe, geometry, sizes), plan_memory(recipe, geometry, sizes, devices=8)
@@ -165,15 +164,7 @@ def test_a_full_size_plan_shares_the_samples_among_devices() -> None:
 
 def test_samples_of_a_prompt_share_its_conditioning() -> None:
     geometry = flux_geometry(None, FLUX, checkpointing=True, encoders_resident=False)
-    recipe = Recipe.default().with_(
-        {
-            "rollout.groups": 48,
-            "rollout.group_size": 24,
-            "rollout.steps": 5,
-            "rollout.batch_size": 16,
-            "train.dtype": "bf16",
-        }
-    )
+    recipe = Recipe.default().with_(PUBLISHED)
     wider = flux_geometry(None, FLUX.model_copy(update={"max_sequence_length": 512}), checkpointing=True)
     sizes = choose_sizes(recipe, "cuda")
     one, other = (plan_memory(recipe, g, sizes).parts["rollout store"] for g in (geometry, wider))
