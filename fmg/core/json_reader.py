@@ -1,0 +1,262 @@
+"""The one reader of JSON and JSON lines: strict, bounded, standard library only.
+
+Files that people and other programs write are JSON with a byte order mark, with U+2028 inside a text, nested 100,000
+levels deep, with an integer of 5,000 digits, with half of a surrogate pair. Everything that fmg reads as JSON comes
+through here, so that all of these have one answer:
+
+- A byte order mark at the beginning is skipped. Text is UTF-8.
+- Lines end at LF, CR LF or CR, and at nothing else.
+- Refused: more than `MAX_BYTES`, more than `MAX_DEPTH` levels, numbers that no double holds (`1e400`, an integer of 400
+  digits), `NaN` and `Infinity`, half of a surrogate pair, and a key that an object has twice.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from fmg.core.errors import FmgError, UsageError
+
+MAX_BYTES = 1 << 24
+"""Most bytes of a JSON document: 16 MiB."""
+MAX_LINES_BYTES = 1 << 26
+"""Most bytes of a file of lines that people give, such as a prompt file: 64 MiB."""
+MAX_LINE_BYTES = 1 << 20
+"""Most bytes of one line: 1 MiB."""
+MAX_DEPTH = 64
+"""Most levels of lists and objects inside each other."""
+
+# every integer of so many digits fits a double
+_MAX_DIGITS = 308
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_BOM = "\ufeff"
+
+
+class JsonError(ValueError):
+    """Text that is not JSON as fmg reads it. The message is the reason, without the name of the file.
+
+    Attributes:
+        line: of the file, from 1; None where there is one document.
+    """
+
+    def __init__(self, reason: str, line: int | None = None) -> None:
+        super().__init__(reason)
+        self.line = line
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a text file.
+
+    Attributes:
+        number: from 1.
+        data: its bytes, without the end.
+        ended: whether it has an end; only the last line may lack it.
+    """
+
+    number: int
+    data: bytes
+    ended: bool
+
+    def text(self) -> str:
+        """The line as text, without a byte order mark.
+
+        Raises:
+            JsonError: it is not UTF-8.
+        """
+        return _decoded(self.data, self.number)
+
+
+def parse(text: str | bytes) -> object:
+    """The value of a JSON text.
+
+    Raises:
+        JsonError: it is none, or refused for a reason that the module names.
+    """
+    if isinstance(text, bytes):
+        text = _decoded(text)
+    text = text.removeprefix(_BOM)
+    try:
+        value: object = _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
+        raise JsonError(f"{error.msg}, {where}") from None
+    except RecursionError:
+        raise JsonError(_NESTED) from None
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        _check_depth(value)
+    if _SURROGATE.search(text):
+        _check_texts(value)
+    return value
+
+
+def parse_object(text: str | bytes) -> dict[str, object]:
+    """The object of a JSON text.
+
+    Raises:
+        JsonError: as `parse`, or it is another value.
+    """
+    value = parse(text)
+    if not isinstance(value, dict):
+        raise JsonError("it is not a JSON object")
+    return value
+
+
+def read_json(file: Path, max_bytes: int = MAX_BYTES) -> object:
+    """The value in a JSON file.
+
+    Raises:
+        OSError: the file cannot be read.
+        JsonError: as `parse`, or it has more than `max_bytes`.
+    """
+    with file.open("rb") as opened:
+        data = opened.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise JsonError(f"it has more than {max_bytes:,} bytes")
+    return parse(data)
+
+
+def read_object(file: Path, max_bytes: int = MAX_BYTES) -> dict[str, object]:
+    """The object in a JSON file.
+
+    Raises:
+        OSError: the file cannot be read.
+        JsonError: as `read_json`, or it holds another value.
+    """
+    value = read_json(file, max_bytes)
+    if not isinstance(value, dict):
+        raise JsonError("it is not a JSON object")
+    return value
+
+
+def read_lines(file: Path, max_bytes: int = MAX_LINES_BYTES, max_line: int = MAX_LINE_BYTES) -> Iterator[Line]:
+    """The lines of a text file, one after the other, so that a long file does not fill the memory.
+
+    Raises:
+        OSError: the file cannot be read.
+        JsonError: the file or one of its lines is too long.
+    """
+    number, left = 0, max_bytes
+    with file.open("rb") as opened:
+        while block := opened.readline(max_line + 1):
+            left -= len(block)
+            if left < 0:
+                raise JsonError(f"the file has more than {max_bytes:,} bytes")
+            if len(block) > max_line and not block.endswith(b"\n"):
+                raise JsonError(f"the line has more than {max_line:,} bytes", number + 1)
+            # bytes.splitlines cuts at LF, CR LF and CR only; str.splitlines would also cut at U+2028
+            for piece in block.splitlines(keepends=True):
+                number += 1
+                data = piece.rstrip(b"\r\n")
+                yield Line(number, data, ended=len(data) < len(piece))
+
+
+def read_objects(
+    file: Path, *, error: type[FmgError] = UsageError, fix: str = "Write one JSON object a line, in UTF-8."
+) -> Iterator[tuple[int, dict[str, object]]]:
+    """The objects of a file of JSON lines with their line numbers; blank lines are skipped.
+
+    Args:
+        file: to read.
+        error: what to raise.
+        fix: what the user can do about it.
+
+    Raises:
+        FmgError: of the kind `error`, naming the file and the line: unreadable, not UTF-8, too long, not JSON.
+    """
+    try:
+        for line in read_lines(file):
+            if line.data.strip():
+                try:
+                    entry = parse_object(line.text())
+                except JsonError as problem:
+                    raise JsonError(str(problem), line.number) from None
+                yield line.number, entry
+    except JsonError as problem:
+        raise error(located(file, problem), fix) from None
+    except OSError as problem:
+        raise error(f"'{file}' cannot be read: {problem.strerror}", "Check its name and permissions.") from None
+
+
+def located(file: Path, error: JsonError) -> str:
+    """What is wrong and where: `file:line: reason`, or `file: reason`."""
+    return f"{file}: {error}" if error.line is None else f"{file}:{error.line}: {error}"
+
+
+def _decoded(data: bytes, line: int | None = None) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise JsonError(f"it is not UTF-8 (byte {error.start})", line) from None
+
+
+_NESTED = f"it is nested deeper than {MAX_DEPTH} levels"
+
+
+def _check_depth(value: object) -> None:
+    # level by level, because what recurses over it later must not be the first to find out
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [inner for outer in level for inner in _children(outer)]
+        if not level:
+            return
+    if any(isinstance(inner, list | dict) for inner in level):
+        raise JsonError(_NESTED)
+
+
+def _check_texts(value: object) -> None:
+    level = [value]
+    while level:
+        texts = (text for outer in level for text in (outer, *(outer if isinstance(outer, dict) else ())))
+        for text in texts:
+            if isinstance(text, str) and not _encodable(text):
+                raise JsonError("a text holds half of a surrogate pair, which is no character")
+        level = [inner for outer in level for inner in _children(outer)]
+
+
+def _children(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _integer(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise JsonError(f"an integer has {len(text.lstrip('-'))} digits, which no double holds")
+    return int(text)
+
+
+def _float(text: str) -> float:
+    number = float(text)
+    if number - number != 0:
+        raise JsonError(f"the number {text:.40} is larger than a double holds")
+    return number
+
+
+def _constant(text: str) -> NoReturn:
+    raise JsonError(f"{text} is not JSON")
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        left = dict(pairs)
+        twice = next(name for name, _ in pairs if left.pop(name, _GONE) is _GONE)
+        raise JsonError(f"the key {twice!r:.60} is given twice")
+    return made
+
+
+_GONE = object()
+_DECODER = json.JSONDecoder(parse_float=_float, parse_int=_integer, parse_constant=_constant, object_pairs_hook=_unique)
