@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
-from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.errors import UsageError
 from fmg.data.charts import line_chart
 from fmg.data.page import Block, Gallery, Picture, Section, Table, Text, inline_svg, page
 from fmg.data.pictures import Curve
@@ -96,7 +93,7 @@ def _whose(record: RunRecord) -> str:
 
 
 def _differences(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Block]:
-    flat = [dict(_leaves(_parsed(record), ())) for record in records]
+    flat = [dict(_leaves(RunFolder(record.path).values(), ())) for record in records]
     paths = list(dict.fromkeys(path for values in flat for path in values))
     rows = [
         (path, *(values.get(path, "-") for values in flat))
@@ -114,13 +111,6 @@ def _pictures(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Bl
         picture = inlined(record.path / "before_after.png", _SIDE, f"before and after {name}", "panorama")
         if picture is not None:
             yield Gallery([picture], name)
-
-
-def _parsed(record: RunRecord) -> object:
-    try:
-        return YAML(typ="safe", pure=True).load(record.recipe)
-    except YAMLError:
-        raise CheckpointError(f"The recipe of '{record.path}' is damaged", "Restore it from a copy.") from None
 
 
 def _leaves(value: object, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:

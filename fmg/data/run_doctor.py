@@ -1,7 +1,7 @@
 """What the log of a run says is wrong with it, and which knob to turn. Imports no torch.
 
-Every rule reads `metrics.jsonl` alone. Its threshold is in `LIMITS` and in docs/doctor.md; a rule says nothing where
-the log does not have what it reads.
+Every rule reads `metrics.jsonl`. Its threshold is in `LIMITS` and in docs/doctor.md, that of reward hacking in the
+run's own recipe; a rule says nothing where the log does not have what it reads.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Literal
 
-from fmg.core.errors import UsageError
+from fmg.core.errors import CheckpointError, UsageError
 from fmg.data.run_folder import RunFolder, is_run, read_numbers
-from fmg.data.run_metrics import AVERAGED, PREFIX, REWARD
+from fmg.data.run_metrics import AVERAGED, DIVERSITY, ERRORS, PREFIX, REWARD, HackingLimits, hacked
+from fmg.registry.sections import EvalSection
 
 Severity = Literal["problem", "note"]
 Line = Mapping[str, float]
 
 SCORE, EMA_SCORE = f"{PREFIX}score", f"{AVERAGED}score"
-ERRORS = 3.0
-"""Standard errors that make a difference of two evaluations certain."""
 LIMITS: Mapping[str, float] = {
     "kl still": 1e-6,
     "kl far": 1e-2,
@@ -57,15 +56,16 @@ class Advice:
 
 @dataclass(frozen=True)
 class Log:
-    """The lines of a run: of iterations, and of evaluations."""
+    """The lines of a run: of iterations, and of evaluations; and the losses that its recipe tolerates."""
 
     iterations: Sequence[Line]
     evaluations: Sequence[Line]
+    limits: HackingLimits
 
     @classmethod
-    def of(cls, lines: Sequence[Line]) -> Log:
+    def of(cls, lines: Sequence[Line], limits: HackingLimits) -> Log:
         """Sorts the lines of `metrics.jsonl`."""
-        return cls([x for x in lines if SCORE not in x], [x for x in lines if SCORE in x])
+        return cls([x for x in lines if SCORE not in x], [x for x in lines if SCORE in x], limits)
 
     def late(self, key: str) -> float | None:
         """Median over the second half of the iterations, or None where too few have a number."""
@@ -92,7 +92,7 @@ def examine_run(run: str | Path) -> list[Advice]:
 
     Raises:
         UsageError: it is no run folder, or has no line yet.
-        CheckpointError: a line of the log is damaged.
+        CheckpointError: a line of the log, or the recipe, is damaged.
     """
     folder = RunFolder(Path(run))
     if not is_run(folder.path):
@@ -101,7 +101,25 @@ def examine_run(run: str | Path) -> list[Advice]:
     lines = read_numbers(folder.metrics)
     if not lines:
         raise UsageError(f"'{folder.metrics}' has no line yet", "Wait for the first evaluation of the run.")
-    return examine_log(Log.of(lines))
+    return examine_log(Log.of(lines, hacking_limits(folder)))
+
+
+def hacking_limits(run: RunFolder) -> HackingLimits:
+    """The losses that a run's recipe tolerates; the defaults where it has no recipe or does not state them.
+
+    Raises:
+        CheckpointError: the recipe is damaged.
+    """
+    section = run.values().get("eval")
+    stated = section if isinstance(section, dict) else {}
+
+    def limit(name: str) -> float:
+        value = stated.get(name, EvalSection.model_fields[name].default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise CheckpointError(f"'{run.recipe}' is damaged (eval.{name} is no number)", "Restore it from a copy.")
+        return float(value)
+
+    return HackingLimits(limit("hacking_tolerance"), limit("min_diversity"))
 
 
 def examine_log(log: Log) -> list[Advice]:
@@ -217,23 +235,17 @@ def _flat(log: Log) -> Iterator[Advice]:
 
 
 def _gap(log: Log) -> Iterator[Advice]:
-    """Train and held-out reward, and what the tripwire measured."""
-    if not log.evaluations:
-        return
-    last = log.evaluations[-1]
-    gain, gain_error = last.get("watch/trained_gain", 0.0), last.get("watch/trained_gain_se", math.inf)
-    if not gain > ERRORS * gain_error:
-        return
-    for key, loss in last.items():
-        if not (key.startswith("watch/") and key.endswith("_loss")) or key == "watch/diversity_loss":
-            continue
-        name = key.removeprefix("watch/").removesuffix("_loss")
-        if loss > ERRORS * last.get(f"{key}_se", math.inf):
-            sign = (
-                f"'{name}', which is not trained, fell by {loss:.2f} standard deviations, and the trained reward rose"
-            )
-            text = "It is being hacked: train with --stop-on-hacking, add the reward with a weight, or a KL term."
-            yield Advice("problem", sign, "objective.kl_beta", text)
+    """What the tripwire found, by its own rule: in the first evaluation that shows it."""
+    found = ((line, lost) for line in log.evaluations if (lost := list(hacked(line, log.limits))))
+    line, lost = next(found, ({}, []))
+    for name, loss in lost:
+        what, unit = f"'{name}', which is not trained, fell", "standard deviations"
+        if name == DIVERSITY:
+            what, unit = "The images of one prompt became alike", "of their diversity"
+        when = f"by iteration {line['iteration']:.0f} while the trained reward rose"
+        sign = f"{what} {when}: by {loss.value:.2f} ± {loss.error:.2f} {unit}, limit {log.limits.of(name):g}"
+        text = "It is being hacked: train with --stop-on-hacking, add the reward with a weight, or a KL term."
+        yield Advice("problem", sign, "objective.kl_beta", text)
 
 
 def _average(log: Log) -> Iterator[Advice]:

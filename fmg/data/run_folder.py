@@ -13,9 +13,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from fmg.core.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from fmg.registry.document import Plain
 
 RUNS = Path("runs")
 """Where runs go unless told otherwise, relative to the working directory."""
@@ -150,6 +153,24 @@ class RunFolder:
                 "Use the version of fmg that made the run, or a newer one.",
             )
         return state
+
+    def values(self) -> Mapping[str, Plain]:
+        """The recipe's values as `recipe.yaml` states them, components not resolved; none where there is no recipe.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        from fmg.registry.document import read_document
+
+        if not self.recipe.is_file():
+            return {}
+        try:
+            found = read_document(self.recipe, "file", self.recipe.name).plain()
+        except UsageError as error:
+            raise CheckpointError(f"'{self.recipe}' is damaged ({error.what})", "Restore it from a copy.") from None
+        if not isinstance(found, dict):
+            raise CheckpointError(f"'{self.recipe}' is damaged (no mapping)", "Restore it from a copy.")
+        return found
 
     def set_state(self, state: State) -> None:
         """Changes the state, in one step on disk."""

@@ -20,33 +20,14 @@ import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-ERRORS = 3.0
-"""Standard errors by which something has to be beyond a bound. One evaluation of a run whose true loss is the tolerance
-exceeds it with probability 0.0013; at a true loss of 0 and 1000 images practically never."""
+from fmg.data.run_metrics import DIVERSITY, WATCH, Change, HackingLimits, is_hacking
+
 FLOOR, TINY = 1e-3, 1e-5
 """Least unit of a reward: relative to its mean on the untouched model, and absolute. Equal scores have a spread of
 rounding alone, in which any fall is enormous."""
-DIVERSITY = "diversity"
 
 Scores = Float[np.ndarray, " n"]
-
-
-@dataclass(frozen=True)
-class Change:
-    """A difference and its standard error."""
-
-    value: float
-    error: float
-
-    @property
-    def low(self) -> float:
-        """What it confidently exceeds."""
-        return self.value - ERRORS * self.error
-
-    @property
-    def high(self) -> float:
-        """What it is confidently below."""
-        return self.value + ERRORS * self.error
+_UNKNOWN = Change(0.0, math.inf)
 
 
 @dataclass(frozen=True)
@@ -59,6 +40,7 @@ class Reading:
         limit: loss that is tolerated.
         before, now: its mean at the reference and now.
         since: the last evaluation at which the loss was within the limit.
+        trained: change of the trained reward since then; unknown for the diversity.
     """
 
     name: str
@@ -67,21 +49,19 @@ class Reading:
     before: float
     now: float
     since: int
+    trained: Change = _UNKNOWN
 
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> Reading:
         """What `dataclasses.asdict` took apart."""
-        return cls(**{**state, "loss": Change(**state["loss"])})
+        # states of before the change was kept have none
+        changes = {key: Change(**state[key]) for key in ("loss", "trained") if key in state}
+        return cls(**{**state, **changes})
 
     @property
     def sound(self) -> bool:
         """Whether the loss is within the limit, or cannot be told from none."""
         return self.loss.value <= self.limit or self.loss.low <= 0
-
-    @property
-    def lost(self) -> bool:
-        """Whether the loss is confidently beyond the limit."""
-        return self.loss.low > self.limit
 
 
 @dataclass(frozen=True)
@@ -119,9 +99,11 @@ class Verdict:
         return min((reading.since for reading in self.hacked), default=None)
 
     def metrics(self) -> dict[str, float]:
-        """`watch/trained_gain`, and `watch/<name>_loss` of everything that is watched, each with its `_se`."""
+        """`watch/trained_gain`, and of everything that is watched `watch/<name>_loss` and the change of the trained
+        reward since the gap opened, `watch/<name>_trained`; each with its `_se`."""
         named = {"trained_gain": self.gain, **{f"{r.name}_loss": r.loss for r in self.readings}}
-        return {f"watch/{k}{end}": v for k, c in named.items() for end, v in (("", c.value), ("_se", c.error))}
+        named |= {f"{r.name}_trained": r.trained for r in self.readings if r.trained != _UNKNOWN}
+        return {f"{WATCH}{k}{end}": v for k, c in named.items() for end, v in (("", c.value), ("_se", c.error))}
 
     def text(self) -> str:
         """The warning."""
@@ -201,6 +183,10 @@ class Tripwire:
     _diverse: _Spread = field(default_factory=_Spread, init=False)
     _diverse_until: int = field(default=0, init=False)
 
+    @property
+    def _limits(self) -> HackingLimits:
+        return HackingLimits(self.tolerance, self.min_diversity)
+
     def rollout(self, count: float, total: float, squares: float) -> None:
         """Takes the diversity of one rollout: the number of groups, the sum over them, and the sum of squares."""
         if self._diverse_at_first.count == 0:
@@ -222,17 +208,11 @@ class Tripwire:
         readings = [self._reward(name, iteration, trained, scores) for name, scores in held_out.items()]
         if spread := self._diversity(iteration):
             readings.append(spread)
-        risen = gain.low > 0
-        hacked = tuple(r for r in readings if risen and r.lost and self._still_up(r.name, trained))
+        hacked = tuple(r for r in readings if is_hacking(gain, r.loss, r.limit, r.trained))
         verdict = Verdict(iteration, gain, tuple(readings), hacked)
         if hacked and self.found is None:
             self.found = verdict
         return verdict
-
-    def _still_up(self, name: str, trained: Scores) -> bool:
-        """Whether the trained reward has not fallen since the gap opened: a run that loses both is no hacker."""
-        known = self._best.get(name)
-        return known is None or _paired(trained, known.trained, 1.0).high >= 0
 
     def _reward(self, name: str, iteration: int, trained: Scores, scores: Scores) -> Reading:
         best = self._best[name]
@@ -240,7 +220,8 @@ class Tripwire:
             best = self._best[name] = _Reference(scores, iteration, trained)
         loss = _paired(best.scores, scores, _scale(self._first[name], scores))
         before, now = float(best.scores.mean()), float(scores.mean())
-        reading = Reading(name, loss, self.tolerance, before, now, best.sound)
+        since = _paired(trained, best.trained, _scale(best.trained, trained))
+        reading = Reading(name, loss, self._limits.of(name), before, now, best.sound, since)
         if reading.sound:
             best.sound, best.trained = iteration, trained
         return reading
@@ -251,7 +232,7 @@ class Tripwire:
             return None
         share = since.mean / first.mean
         error = math.hypot(since.error, share * first.error) / first.mean
-        loss, limit = Change(1 - share, error), 1 - self.min_diversity
+        loss, limit = Change(1 - share, error), self._limits.of(DIVERSITY)
         reading = Reading(DIVERSITY, loss, limit, first.mean, since.mean, self._diverse_until)
         if reading.sound:
             self._diverse_until = iteration

@@ -11,11 +11,13 @@ import pytest
 from fmg.core.errors import CheckpointError
 from fmg.data.run_doctor import LIMITS, RULES, Advice, Log, examine_log, examine_run
 from fmg.data.run_folder import RunFolder
+from fmg.data.run_metrics import HackingLimits
 from fmg.training.resume import metrics_until
 from tests.support.cli import fmg
 
 Lines = list[dict[str, object]]
 
+LIMITS_OF_RECIPE = HackingLimits(tolerance=0.15, min_diversity=0.1)
 HEALTHY: dict[str, object] = {
     "approx_kl": 2e-4,
     "clip_frac": 0.3,
@@ -45,7 +47,7 @@ def signs(lines: Lines) -> list[tuple[str, str]]:
 def found(lines: Lines) -> list[Advice]:
     """As read from a file, where null is NaN."""
     numbers = [{key: math.nan if value is None else float(str(value)) for key, value in x.items()} for x in lines]
-    return examine_log(Log.of(numbers))
+    return examine_log(Log.of(numbers, LIMITS_OF_RECIPE))
 
 
 HACKED = {
@@ -81,6 +83,16 @@ HACKED = {
         (log(scores=(0.5, 0.51), iterations=8), []),
         (log(**HACKED), [("problem", "objective.kl_beta")]),
         (log(**{**HACKED, "last_watch__shapes-quality_loss_se": 0.2}), []),
+        # beyond nothing, and within the tolerance of the recipe
+        (log(**{**HACKED, "last_watch__shapes-quality_loss": 0.12, "last_watch__shapes-quality_loss_se": 0.02}), []),
+        # both fell: a decline, no hacking
+        (
+            log(
+                **HACKED, **{"last_watch__shapes-quality_trained": -0.4, "last_watch__shapes-quality_trained_se": 0.05}
+            ),
+            [],
+        ),
+        (log(**{**HACKED, "last_watch__diversity_loss": 0.95}), [("problem", "objective.kl_beta")] * 2),
         (log(**{**HACKED, "last_watch__trained_gain": 0.1}), []),
         (log(**{"last_eval_ema__score": 0.6, "last_eval_ema__score_se": 0.01}), [("note", "train.ema_decay")]),
         (log(loss=None, grad_norm=None), []),
@@ -117,6 +129,30 @@ def test_a_line_that_is_not_numbers_is_named(tmp_path: Path, damage: str) -> Non
     run.metrics.write_text('{"iteration": 0, "loss": null}\n')
     (line,) = metrics_until(run, 1)
     assert math.isnan(line["loss"])
+
+
+def test_hacking_is_named_where_the_tripwire_found_it() -> None:
+    lines = log(**HACKED)
+    lines.append({**lines[0], "iteration": 40, "eval/score": 0.7})
+    (advice,) = found(lines)
+    assert "by iteration 30" in advice.sign
+    assert "0.30 ± 0.04 standard deviations, limit 0.15" in advice.sign
+
+
+def test_the_limits_are_those_of_the_run(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", "meanflow-shapes")
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in log(**HACKED)))
+    for stated, problems in (
+        ("train: {seed: 1}", 1),
+        ("eval: {hacking_tolerance: 0.5}", 0),
+        ("eval: {min_diversity: 0.5}", 2),
+    ):
+        run.recipe.write_text(stated)
+        assert len(examine_run(run.path)) == problems, stated
+    for damaged in ("eval: {hacking_tolerance: much}", "eval: [", "- 1"):
+        run.recipe.write_text(damaged)
+        with pytest.raises(CheckpointError, match=r"recipe.yaml' is damaged"):
+            examine_run(run.path)
 
 
 def test_problems_come_first() -> None:

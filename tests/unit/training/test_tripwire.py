@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from fmg.data.run_metrics import ERRORS, HackingLimits, hacked
 from fmg.training.state_files import read_state, write_state
-from fmg.training.tripwire import ERRORS, Tripwire, Verdict
+from fmg.training.tripwire import Tripwire, Verdict
 
 Course = Callable[[int], float]
 N = 1000
@@ -67,6 +68,23 @@ def test_a_run_that_loses_everything_is_no_hacker() -> None:
         lambda i: 0.5 + 0.02 * min(i, 8) - 0.04 * max(0, i - 8), lambda i: 0.8 - 0.02 * max(0, i - 8), range(0, 14, 2)
     )
     assert not any(v.hacked for v in reversed_later)
+
+
+def test_the_log_shows_what_the_tripwire_found() -> None:
+    """`fmg doctor run` reads the log by the same rule."""
+    courses: list[tuple[Course, Course]] = [
+        (lambda i: 0.01 * i, lambda i: 0.8 - 0.01 * max(0, i - 4)),
+        (lambda i: 0.01 * i, lambda i: 0.8 - 0.0015 * i),
+        (lambda i: 0.8 - 0.01 * i, lambda i: 0.8 - 0.01 * i),
+        (lambda i: 0.5 + 0.02 * min(i, 8) - 0.04 * max(0, i - 8), lambda i: 0.8 - 0.02 * max(0, i - 8)),
+    ]
+    limits, caught = HackingLimits(0.15, 0.1), 0
+    for trained, held_out in courses:
+        for verdict in run(trained, held_out, range(0, 20, 2)):
+            named = [name for name, _ in hacked(verdict.metrics(), limits)]
+            assert named == [reading.name for reading in verdict.hacked]
+            caught += len(named)
+    assert caught > 3
 
 
 def test_false_alarms_are_rare_at_the_bound_and_absent_below_it() -> None:
