@@ -2,7 +2,7 @@
 
 `default` is the recipe (ocr-logp and the world's own text-fidelity, advantages a reward); `jpeg` takes the JPEG size
 for fidelity; `logp-only` has no second reward; `shuffled` is the recipe with the advantages of a rollout permuted.
-Needs fmg[ocr]. Finished arms are read from the result file, so it can be interrupted.
+Needs flow-map-grpo[ocr]. Finished arms are read from the result file, so it can be interrupted.
 
     python benchmarks/text.py [--arms default,shuffled] [--seeds 0,1,2] [--jobs 1] [--num 800]
 """

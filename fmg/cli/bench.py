@@ -27,6 +27,7 @@ from fmg.cli.tables import interval, number, table
 from fmg.cli.timings import print_timing, ratio_lines
 from fmg.core.errors import MissingDependencyError, UsageError
 from fmg.core.events import StageProgress
+from fmg.version import install_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -188,7 +189,7 @@ def _needs_torch() -> None:
 
     if find_spec("torch") is None:
         raise MissingDependencyError(
-            "--frontier scores rewards, which needs torch", "Run: pip install fmg, or leave it out."
+            "--frontier scores rewards, which needs torch", f"Run: {install_line()}, or leave it out."
         )
 
 

@@ -12,6 +12,7 @@ from fmg.cli.observers import reporter_for
 from fmg.cli.options import Device
 from fmg.cli.reward_options import reward_options
 from fmg.core.errors import MissingDependencyError, UsageError
+from fmg.version import install_line
 
 
 def reward_server(
@@ -51,7 +52,7 @@ def reward_server(
     if unused:
         raise UsageError(f"--set {unused[0]}: this reward is not served", f"Add --reward {unused[0]}.")
     if find_spec("fastapi") is None or find_spec("uvicorn") is None:
-        raise MissingDependencyError("The reward server needs fastapi and uvicorn", "Run: pip install 'fmg[server]'")
+        raise MissingDependencyError("The reward server needs fastapi and uvicorn", f"Run: {install_line('server')}")
 
     from fmg.inference.devices import pick_device
     from fmg.rewards.base import build_rewards

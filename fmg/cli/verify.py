@@ -123,10 +123,11 @@ def _check_torch() -> None:
     from importlib.util import find_spec
 
     from fmg.core.errors import MissingDependencyError
+    from fmg.version import install_line
 
     if find_spec("torch") is None:
         raise MissingDependencyError(
-            "Comparing an artifact with its run needs torch", "Run: pip install fmg, or check it --alone."
+            "Comparing an artifact with its run needs torch", f"Run: {install_line()}, or check it --alone."
         )
 
 

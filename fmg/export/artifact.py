@@ -59,6 +59,7 @@ from fmg.models.common.loading import read_config
 from fmg.models.flux.latents import PATCH
 from fmg.models.flux.loading import FLUX
 from fmg.models.geometry import latent_scale
+from fmg.version import __version__
 
 ExportPrecision = Literal["fp32", "bf16", "fp16"]
 
@@ -71,7 +72,7 @@ SMALL_BATCH, LARGE_BATCH = (1, 16, 64), (1, 1, 4)
 """Rows of a call when nothing is said: for a model that runs on a CPU, and for one of full size."""
 
 _MEGABYTE = 10**6
-_LIBRARIES = ("fmg", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+_LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -310,7 +311,7 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, object]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    found = {"fmg": __version__}
     for name in _LIBRARIES:
         try:
             found[name] = version(name)

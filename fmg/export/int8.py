@@ -20,6 +20,7 @@ import torch
 from fmg.core.errors import MissingDependencyError
 from fmg.export.onnx import check_file, quiet
 from fmg.export.weights import lay_out, write_weights
+from fmg.version import install_line
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -44,7 +45,7 @@ def require_quantiser() -> None:
         import onnxruntime.quantization  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(
-            f"8-bit weights need the package '{error.name}'", "Install it: pip install 'fmg[onnx]'."
+            f"8-bit weights need the package '{error.name}'", f"Install it: {install_line('onnx')}."
         ) from None
 
 

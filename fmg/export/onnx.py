@@ -24,6 +24,7 @@ from torch.export import Dim
 from fmg.core.errors import CheckpointError, MissingDependencyError
 from fmg.export.graphs import GraphPlan
 from fmg.inference.artifact.manifest import BATCH, HEIGHT, IMAGE, TEXT, WIDTH, TensorSpec
+from fmg.version import install_line
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -60,7 +61,7 @@ def require_onnx() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(
-            f"Exporting to ONNX needs the package '{error.name}'", "Install it: pip install 'fmg[onnx]'."
+            f"Exporting to ONNX needs the package '{error.name}'", f"Install it: {install_line('onnx')}."
         ) from None
     del onnx, onnx_ir
 

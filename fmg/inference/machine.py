@@ -10,7 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-_LIBRARIES = ("fmg", "numpy", "onnxruntime", "torch", "diffusers", "tensorrt", "tensorrt-rtx-cu13")
+from fmg.version import __version__
+
+_LIBRARIES = ("numpy", "onnxruntime", "torch", "diffusers", "tensorrt", "tensorrt-rtx-cu13")
 
 
 def machine() -> dict[str, Any]:
@@ -22,7 +24,8 @@ def machine() -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "gpus": _gpus(),
         "python": platform.python_version(),
-        "libraries": {name: found for name in _LIBRARIES if (found := _version(name)) is not None},
+        "libraries": {"fmg": __version__}
+        | {name: found for name in _LIBRARIES if (found := _version(name)) is not None},
     }
 
 

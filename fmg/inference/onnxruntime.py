@@ -20,6 +20,7 @@ from fmg.inference.artifact.layout import Artifact, open_artifact
 from fmg.inference.artifact.manifest import TRANSFORMER, TRANSFORMER_INT8, Graph
 from fmg.inference.generator import DEFAULT_BATCH, Generator
 from fmg.inference.memory import peak_rss, reset_peak_rss
+from fmg.version import install_line
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,7 @@ NAME = "onnxruntime"
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
-INSTALL = "Run: pip install 'fmg[onnx]'"
+INSTALL = f"Run: {install_line('onnx')}"
 INSTALL_GPU = "Run: pip install onnxruntime-gpu in place of onnxruntime, on a machine with an NVIDIA GPU."
 
 _NOT_ON_A_CPU = ("bf16",)

@@ -13,11 +13,12 @@ from fmg.inference.artifact.backend import ArtifactBackend
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.configs import OnnxRuntimeConfig, TorchBackendConfig
 from fmg.registry import backends
+from fmg.version import install_line
 
 if TYPE_CHECKING:
     from fmg.inference.target import Target
 
-_INSTALL_TORCH = "Run: pip install fmg"
+_INSTALL_TORCH = f"Run: {install_line()}"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import html
 from importlib.util import find_spec
 
 from fmg.core.errors import MissingDependencyError
+from fmg.version import install_line
 
 
 def require_ftfy(reward: str) -> None:
@@ -17,7 +18,7 @@ def require_ftfy(reward: str) -> None:
     if find_spec("ftfy") is None:
         raise MissingDependencyError(
             f"The reward '{reward}' needs the package ftfy, which repairs text the way its authors did",
-            "Install it with `pip install 'fmg[rewards]'`.",
+            f"Install it with `{install_line('rewards')}`.",
         )
 
 

@@ -33,7 +33,7 @@ class Ocr:
     of the reader is an error, where the original scores 0.
 
     Raises:
-        MissingDependencyError: without the packages of `fmg[ocr]`.
+        MissingDependencyError: without the packages of `flow-map-grpo[ocr]`.
     """
 
     def __init__(self, config: OcrConfig) -> None:

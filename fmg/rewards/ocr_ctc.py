@@ -121,7 +121,7 @@ class OcrLogp:
     It saturates at faint text: pair it with a reward for fidelity, or with a KL term.
 
     Raises:
-        MissingDependencyError: without the packages of `fmg[ocr]`.
+        MissingDependencyError: without the packages of `flow-map-grpo[ocr]`.
         CheckpointError: when `model` is not a recogniser.
     """
 
@@ -166,7 +166,7 @@ def shipped_model(user: str) -> Path:
     """The recogniser that the rapidocr wheel carries, for `user`; nothing of the package is imported.
 
     Raises:
-        MissingDependencyError: without the packages of `fmg[ocr]`.
+        MissingDependencyError: without the packages of `flow-map-grpo[ocr]`.
     """
     package = find_spec("rapidocr")
     if find_spec("onnxruntime") is None or package is None or not package.submodule_search_locations:

@@ -6,8 +6,9 @@ import re
 from collections.abc import Sequence
 
 from fmg.core.errors import MissingDependencyError, UsageError
+from fmg.version import install_line
 
-INSTALL_OCR = "pip install 'fmg[ocr]'"
+INSTALL_OCR = install_line("ocr")
 _QUOTED = re.compile('["“”„]([^"“”„]*)["“”„]')
 
 

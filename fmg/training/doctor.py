@@ -21,6 +21,7 @@ from fmg.core.offline import is_offline
 from fmg.data.environment import environment
 from fmg.registry.recipe import Recipe
 from fmg.training.api import train
+from fmg.version import DISTRIBUTION, install_line
 
 Outcome = Literal["ok", "missing", "failed"]
 
@@ -117,7 +118,7 @@ def _extras() -> Iterator[Check]:
         purpose, index = _PURPOSES.get(extra, ("", ""))
         missing = [name for name in packages if not _installed(name)]
         if missing:
-            line = f"pip install 'fmg[{extra}]'{index}"
+            line = f"{install_line(extra)}{index}"
             yield Check("extra", extra, "missing", f"{purpose}; without {', '.join(missing)}", line)
         else:
             yield Check("extra", extra, "ok", purpose)
@@ -126,14 +127,14 @@ def _extras() -> Iterator[Check]:
 def extras() -> dict[str, list[str]]:
     """Packages of each extra, as the installed metadata states them; empty when fmg is not installed."""
     try:
-        lines = requires("fmg") or []
+        lines = requires(DISTRIBUTION) or []
     except PackageNotFoundError:
         return {}
     found: dict[str, list[str]] = {}
     for line in lines:
         if match := re.match(r"""([\w.-]+)[^;]*;.*extra\s*==\s*["']([\w-]+)["']""", line):
             package, extra = match.groups()
-            found.setdefault(extra, []).extend([] if package == "fmg" else [package])
+            found.setdefault(extra, []).extend([] if package == DISTRIBUTION else [package])
     return found
 
 

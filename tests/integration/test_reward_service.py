@@ -25,7 +25,7 @@ from fmg.rewards.service.wire import decode_tensors
 from tests.support.reward_service import call
 from tests.support.web import Call, Handler, fake_server
 
-pytest.importorskip("fastapi", reason="needs the packages of fmg[server]")
+pytest.importorskip("fastapi", reason="needs the packages of flow-map-grpo[server]")
 pytestmark = pytest.mark.slow
 
 SMALL = {

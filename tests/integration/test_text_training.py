@@ -11,7 +11,7 @@ from fmg.registry import prompt_sets
 from fmg.rewards.ocr_text import quoted_text
 
 pytestmark = pytest.mark.slow
-pytest.importorskip("rapidocr", reason="needs the packages of fmg[ocr]")
+pytest.importorskip("rapidocr", reason="needs the packages of flow-map-grpo[ocr]")
 
 
 def test_the_text_recipe_trains_on_one_split_and_reads_the_other(tmp_path: Path) -> None:

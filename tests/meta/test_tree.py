@@ -61,6 +61,13 @@ def test_no_file_is_large() -> None:
         ("unsafe loading", r"weights_only *= *False", ["fmg", "benchmarks", "examples"]),
         ("loading without weights_only", r"torch\.load\((?!.*weights_only=True)", ["fmg", "benchmarks", "examples"]),
         ("code from a checkpoint", r"trust_remote_code *= *True", ["*.py"]),
+        # an index has another project under the name of the command
+        (
+            "an installation of another project's fmg",
+            r"\b(?:pip\d?|uv|pipx) (?:install|add)(?: +-\S+)* +['\"]?fmg(?![\w-])"
+            r"|\bfmg\[\w|dependencies.*\"fmg[\"\[<>=~]",
+            ["."],
+        ),
         ("leftovers", r"\b(?:TODO|FIXME|XXX)\b|raise NotImplementedError", ["fmg", "benchmarks", "examples"]),
     ],
 )

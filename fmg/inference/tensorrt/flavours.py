@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Literal
 
 from fmg.core.errors import MissingDependencyError
+from fmg.version import install_line
 
 FlavourName = Literal["tensorrt", "rtx"]
 
@@ -40,10 +41,10 @@ TENSORRT = Flavour(
     "tensorrt",
     "tensorrt",
     "tensorrt",
-    "pip install 'fmg[trt]' --extra-index-url https://pypi.nvidia.com",
+    f"{install_line('trt')} --extra-index-url https://pypi.nvidia.com",
     ahead_of_time=False,
 )
-RTX = Flavour("rtx", "tensorrt-rtx", "tensorrt_rtx", "pip install 'fmg[trt-rtx]'", ahead_of_time=True)
+RTX = Flavour("rtx", "tensorrt-rtx", "tensorrt_rtx", install_line("trt-rtx"), ahead_of_time=True)
 FLAVOURS: Mapping[str, Flavour] = {flavour.name: flavour for flavour in (TENSORRT, RTX)}
 
 

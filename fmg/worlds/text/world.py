@@ -95,7 +95,7 @@ class TextWorld:
         """Means of what the recogniser reads and of the fidelity.
 
         Raises:
-            MissingDependencyError: without the packages of `fmg[ocr]`.
+            MissingDependencyError: without the packages of `flow-map-grpo[ocr]`.
         """
         read = OcrLogp(OcrLogpConfig())(images, prompts)
         scores = {"exact": read.parts["exact"].numpy(), "probability": read.parts["probability"].numpy()}

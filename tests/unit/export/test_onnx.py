@@ -74,7 +74,9 @@ def test_missing_packages_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(MissingDependencyError, match=r"needs the package 'onnxscript'.* pip install 'fmg\[onnx\]'"):
+    with pytest.raises(
+        MissingDependencyError, match=r"needs the package 'onnxscript'.* pip install 'flow-map-grpo\[onnx\]'"
+    ):
         tracer.require_onnx()
 
 

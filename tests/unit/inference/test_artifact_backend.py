@@ -138,7 +138,7 @@ def test_what_a_model_cannot_do(shapes_artifact: Artifact, student_artifact: Art
 
 def test_a_missing_runtime_is_one_line(shapes_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    with pytest.raises(MissingDependencyError, match=r"onnxruntime .* pip install 'fmg\[onnx\]'"):
+    with pytest.raises(MissingDependencyError, match=r"onnxruntime .* pip install 'flow-map-grpo\[onnx\]'"):
         load(shapes_artifact)
 
 

@@ -39,7 +39,7 @@ def test_without_ftfy_there_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(MissingDependencyError) as caught:
         rewards.build("hpsv2")
     assert str(caught.value).count("\n") == 0
-    assert "pip install 'fmg[rewards]'" in str(caught.value)
+    assert "pip install 'flow-map-grpo[rewards]'" in str(caught.value)
 
 
 def test_prompts_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from fmg.rewards.base import check_prompts
 from fmg.rewards.ocr_ctc import Recogniser, ctc_log_prob, greedy_labels, shipped_model
 from fmg.rewards.ocr_text import edit_distance, quoted_text, similarity
 
-pytest.importorskip("rapidocr", reason="needs the packages of fmg[ocr]")
+pytest.importorskip("rapidocr", reason="needs the packages of flow-map-grpo[ocr]")
 
 
 def strip(
@@ -236,5 +236,5 @@ def test_a_missing_package_is_one_line_with_the_command(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(f"fmg.rewards.{'ocr' if name == 'ocr' else 'ocr_ctc'}.find_spec", lambda wanted: None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'fmg\[ocr\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'flow-map-grpo\[ocr\]'"):
         rewards.build(name)

@@ -35,7 +35,7 @@ from fmg.rewards.service.wire import (
 )
 from tests.support.reward_service import Brightness, call, reward_service
 
-pytest.importorskip("fastapi", reason="needs the packages of fmg[server]")
+pytest.importorskip("fastapi", reason="needs the packages of flow-map-grpo[server]")
 
 LIMITS = {"max_images": 8, "max_pixels": 4096}
 IMAGES = torch.rand(3, 3, 5, 7, generator=torch.Generator().manual_seed(0))

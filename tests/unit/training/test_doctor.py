@@ -22,12 +22,17 @@ def test_everything_is_looked_at_and_an_absent_extra_is_no_fault(monkeypatch: py
     absent = checks["extra", "trt"]
     assert absent["outcome"] == "missing"
     assert "without no-such-package" in absent["found"]
-    assert absent["advice"].startswith("pip install 'fmg[trt]' --extra-index-url")
+    assert absent["advice"].startswith("pip install 'flow-map-grpo[trt]' --extra-index-url")
     assert done.code == (1 if any(check["outcome"] == "failed" for check in checks.values()) else 0)
 
 
 def test_extras_come_from_the_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = ["torch>=2.11", 'onnx>=1.20; extra == "onnx"', "fmg[onnx]; extra == 'trt'", "psutil>=5.9; extra == 'trt'"]
+    lines = [
+        "torch>=2.11",
+        'onnx>=1.20; extra == "onnx"',
+        "flow-map-grpo[onnx]; extra == 'trt'",
+        "psutil>=5.9; extra == 'trt'",
+    ]
     monkeypatch.setattr(doctor, "requires", lambda name: lines)
     assert doctor.extras() == {"onnx": ["onnx"], "trt": ["psutil"]}
 

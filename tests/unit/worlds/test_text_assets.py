@@ -21,7 +21,7 @@ def model() -> Model:
 
 
 def test_the_base_writes_legibly_and_is_neither_perfect_nor_useless(model: Model) -> None:
-    pytest.importorskip("rapidocr", reason="needs the packages of fmg[ocr]")
+    pytest.importorskip("rapidocr", reason="needs the packages of flow-map-grpo[ocr]")
     world = TextWorld()
     prompts = world.heldout_prompts()
     said = [prompts[i % len(prompts)] for i in range(IMAGES)]

@@ -88,7 +88,7 @@ def test_the_support_is_every_picture_and_its_prior_is_how_captions_err() -> Non
 
 
 def test_the_recogniser_reads_true_renders_and_not_those_of_other_words(images: torch.Tensor, words: list[str]) -> None:
-    pytest.importorskip("rapidocr", reason="needs the packages of fmg[ocr]")
+    pytest.importorskip("rapidocr", reason="needs the packages of flow-map-grpo[ocr]")
     reward = rewards.build("ocr-logp")
     said = [quoted(word)[i % len(quoted(word))] for i, word in enumerate(words)]
     output = reward(images, said)
@@ -104,7 +104,7 @@ def test_without_the_recogniser_it_is_said_what_to_install(missing: str, monkeyp
     )
     with pytest.raises(MissingDependencyError, match=r"^The reward 'ocr-logp' needs rapidocr") as error:
         rewards.build("ocr-logp")
-    assert "pip install 'fmg[ocr]'" in error.value.fix
+    assert "pip install 'flow-map-grpo[ocr]'" in error.value.fix
     with pytest.raises(MissingDependencyError, match="fmg pretrain text"):
         shipped_model("fmg pretrain text")
 
@@ -129,7 +129,7 @@ def test_a_token_says_which_letter_and_which_place(tokenizers: Tokenizers) -> No
 def test_prompt_sets_suit_the_reward() -> None:
     train, heldout = (prompt_sets.build(f"text-{split}") for split in ("train", "heldout"))
     assert not {p.text for p in train} & {p.text for p in heldout}
-    pytest.importorskip("rapidocr", reason="needs the packages of fmg[ocr]")
+    pytest.importorskip("rapidocr", reason="needs the packages of flow-map-grpo[ocr]")
     for prompts in (train, heldout):
         check_prompts("ocr-logp", rewards.build("ocr-logp"), [p.text for p in prompts])
 
