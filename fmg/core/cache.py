@@ -1,16 +1,33 @@
-"""The cache on this computer: where it is, content hashes that are computed once, files that appear whole or not."""
+"""The cache on this computer: where it is, what is remembered of files there, files that appear whole or not.
+
+Nothing there is trusted by its name alone: a hash is remembered for one state of one file, and what was converted once
+is compared with its own digests. A cache that cannot be written costs time, not the work.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_CHUNK = 1 << 20
+from fmg.core.errors import CheckpointError, FmgError, FmgWarning, first_line
+from fmg.core.files import digest, inside
+
+DIGESTS = "sha256.json"
+"""The file of a folder from `made_once` that lists the others, with the sha256 of each."""
+
+# The coarsest clock of a file system in use (FAT) ticks every two seconds: a file may change twice within a tick and
+# look the same, so that only the hash of an older one is remembered.
+_TICK_NS = 2 * 10**9
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def cache_dir() -> Path:
@@ -19,19 +36,112 @@ def cache_dir() -> Path:
 
 
 def content_hash(path: Path) -> str:
-    """Sha256 of a file. It is computed once for a file that does not change (path, size and time of change)."""
+    """Sha256 of a file, 64 hexadecimal digits, computed once for as long as the file stays as it is.
+
+    The file is the same while its device, inode, size, time of change and time of modification are. The time of change
+    cannot be set back by what changes a file, as that of modification can.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    began, state = time.time_ns(), _state(path)
+    note = cache_dir() / "hashes" / hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
+    known = _remembered(note, state)
+    if known is not None:
+        return known
+    found = digest(path)
+    if path.stat().st_ctime_ns + _TICK_NS < began and _state(path) == state:
+        with optional_cache(), replacing_file(note) as partial:
+            partial.write_text(f"{state} {found}", encoding="ascii")
+    return found
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """A folder of files in the cache that is made when it is not there, and made again when it is damaged.
+
+    Args:
+        folder: where it is kept.
+        make: fills an empty folder, always with the same content for the same `folder`.
+
+    Returns:
+        `folder`, whose files all have the content that `make` gave them.
+
+    Raises:
+        OSError: the cache cannot be written; see `required_cache` and `optional_cache`.
+    """
+    if _is_whole(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, suffix=".partial"))
+    try:
+        make(partial)
+        names = sorted(file.name for file in partial.iterdir())
+        digests = {name: digest(partial / name) for name in names}
+        (partial / DIGESTS).write_text(json.dumps(digests, indent=2), encoding="utf-8")
+        folder.mkdir(exist_ok=True)
+        # one file at a time over what is there: another process that reads it finds every file at any moment
+        for name in (*names, DIGESTS):
+            (partial / name).replace(folder / name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+@contextmanager
+def optional_cache(folder: Path | None = None) -> Iterator[None]:
+    """For a body that only writes to the cache: when that fails, the work goes on without it, with one warning.
+
+    Args:
+        folder: the cache, where it is not `cache_dir()`.
+    """
+    try:
+        yield
+    except OSError as error:
+        advice = "Name a folder that can be written; FMG_CACHE sets that of fmg."
+        text = f"{_unwritable(error, folder)}, so nothing is remembered there. {advice}"
+        warnings.warn(text, FmgWarning, stacklevel=1)
+
+
+@contextmanager
+def required_cache() -> Iterator[None]:
+    """For a body that writes to the cache what the work needs there.
+
+    Raises:
+        FmgError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        fix = "Free space there, or set FMG_CACHE to a folder that can be written."
+        raise FmgError(_unwritable(error), fix) from error
+
+
+def _unwritable(error: Exception, folder: Path | None = None) -> str:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+    return f"The cache {folder or cache_dir()} cannot be written ({reason})"
+
+
+def _state(path: Path) -> str:
     stat = path.stat()
-    key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
-    note = cache_dir() / "hashes" / key
-    if note.is_file():
-        return note.read_text(encoding="ascii")
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_CHUNK):
-            digest.update(block)
-    with replacing_file(note) as partial:
-        partial.write_text(digest.hexdigest(), encoding="ascii")
-    return digest.hexdigest()
+    return f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_ctime_ns} {stat.st_mtime_ns}"
+
+
+def _remembered(note: Path, state: str) -> str | None:
+    """The hash that a note has for this state of the file."""
+    try:
+        known, _, found = note.read_text(encoding="ascii").rpartition(" ")
+    except (OSError, ValueError):
+        return None
+    return found if known == state and _SHA256.fullmatch(found) else None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder of `made_once` has all its files as they were made."""
+    try:
+        digests = json.loads((folder / DIGESTS).read_text(encoding="utf-8")).items()
+        return all(content_hash(inside(folder, name)) == found for name, found in digests)
+    except (OSError, ValueError, AttributeError, CheckpointError):
+        return False
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fmg.core.errors import CheckpointError
-from fmg.inference.artifact.layout import sha256
+from fmg.core.files import digest
 from fmg.inference.artifact.manifest import Adapter
 from fmg.models.common.adapter_files import (
     DIFFUSERS_FILE,
@@ -127,5 +127,5 @@ def _adapter_shapes(shapes: Shapes, manifest: AdapterManifest) -> dict[str, tupl
 def _digest(folder: Path) -> str:
     """Sha256 over the weight files of an adapter, each under its name."""
     files = sorted(folder.glob("*.safetensors"), key=lambda file: (file.name != DIFFUSERS_FILE, file.name))
-    text = "".join(f"{sha256(file)} {file.name}\n" for file in files)
+    text = "".join(f"{digest(file)} {file.name}\n" for file in files)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -11,12 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from fmg.core.cache import cache_dir, content_hash, replacing_file
+from fmg.core.cache import cache_dir, content_hash, optional_cache, replacing_file
+from fmg.models.common.digest import tensors_digest
 
+_DIGEST = "sha256"
 _SUFFIXES = (".json", ".model", ".safetensors", ".txt")
 
 Row = Mapping[str, Tensor]
@@ -36,16 +38,19 @@ class TextCache:
     def get(self, prompt: str) -> Row | None:
         """The row of `prompt` on the CPU; None where there is none that can be read."""
         try:
-            return load_file(self._file(prompt))
+            with safe_open(str(self._file(prompt)), framework="pt") as opened:
+                row = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                noted = (opened.metadata() or {}).get(_DIGEST)
         except (OSError, SafetensorError):
-            # a damaged file is a miss: the row is computed again and takes its place
             return None
+        # a damaged file is a miss: the row is computed again and takes its place
+        return row if noted == tensors_digest(sorted(row.items())) else None
 
     def put(self, prompt: str, row: Row) -> None:
         """Stores a row; other processes see all of it or nothing."""
         tensors = {name: x.detach().cpu().contiguous() for name, x in row.items()}
-        with replacing_file(self._file(prompt)) as partial:
-            save_file(tensors, partial)
+        with optional_cache(), replacing_file(self._file(prompt)) as partial:
+            save_file(tensors, partial, metadata={_DIGEST: tensors_digest(sorted(tensors.items()))})
 
     def _file(self, prompt: str) -> Path:
         return self._folder / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"

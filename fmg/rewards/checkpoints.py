@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from fmg.core.cache import cache_dir, content_hash, replacing_file
+from fmg.core.cache import cache_dir, content_hash, made_once, optional_cache
 from fmg.core.errors import CheckpointError, first_line, out_of_memory
 
 Tensors = Mapping[str, Tensor]
 
 _RESTORE = "Restore the file from where it came from."
+_CONVERTED = "tensors.safetensors"
 _WRAPPERS = ("state_dict", "model")
 
 
@@ -56,19 +57,26 @@ def read_renamed(path: Path, layout: str, rename: Callable[[Tensors], dict[str, 
     """The tensors of a checkpoint under the names of `rename`.
 
     A torch file is converted once, to safetensors in the cache under the hash of its content and `layout`, the name
-    of the renaming. A safetensors file is renamed as it is read.
+    of the renaming; each time it is read where the cache cannot be written. A safetensors file is renamed as it is
+    read.
     """
     if path.suffix == ".safetensors":
         return rename(read_tensors(path))
     try:
-        target = cache_dir() / "rewards" / content_hash(path) / f"{layout}.safetensors"
+        folder = cache_dir() / "rewards" / f"{content_hash(path)}-{layout}"
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {first_line(error)}", _RESTORE) from error
-    if not target.is_file():
-        tensors = {name: tensor.contiguous() for name, tensor in rename(read_tensors(path)).items()}
-        with replacing_file(target) as partial:
-            save_file(tensors, partial, metadata={"format": "pt"})
-    return read_tensors(target)
+
+    def convert() -> dict[str, Tensor]:
+        return {name: tensor.contiguous() for name, tensor in rename(read_tensors(path)).items()}
+
+    def make(partial: Path) -> None:
+        save_file(convert(), partial / _CONVERTED, metadata={"format": "pt"})
+
+    kept: list[dict[str, Tensor]] = []
+    with optional_cache():
+        kept.append(read_tensors(made_once(folder, make) / _CONVERTED))
+    return kept[0] if kept else convert()
 
 
 def load_module(

@@ -10,6 +10,7 @@ from pathlib import Path
 from fmg.core.cache import cache_dir, replacing_file
 from fmg.core.errors import CheckpointError, FmgError
 from fmg.core.events import Notice, Observer, StageProgress, ignore
+from fmg.core.files import digest
 from fmg.export.tensorrt.check import check_network, check_refit
 from fmg.export.tensorrt.graph import check_buildable
 from fmg.export.tensorrt.options import AUTO, EngineOptions, pick_flavour, polygraphy_version
@@ -17,7 +18,6 @@ from fmg.export.tensorrt.process import run
 from fmg.export.tensorrt.profiles import Wanted, profiles, wanted
 from fmg.export.tensorrt.protocol import Job
 from fmg.inference.artifact import Artifact
-from fmg.inference.artifact.layout import sha256
 from fmg.inference.artifact.manifest import GRAPHS, AxisRange
 from fmg.inference.tensorrt.device import open_device
 from fmg.inference.tensorrt.flavours import ANY, Flavour, Gpu, current_gpu, load_module
@@ -148,14 +148,14 @@ def _engine(
             module, first = load_module(builder.flavour), ingredients.profiles[0].shapes
             check_refit(module, partial, artifact, graph, first, open_device(DEVICE))
         partial.chmod(_READABLE)
-        size, digest = partial.stat().st_size, sha256(partial)
+        size, sha256 = partial.stat().st_size, digest(partial)
     record = EngineRecord(
         schema=1,
         key=ingredients.key(),
         graph=graph,
         plan=plan.name,
         size=size,
-        sha256=digest,
+        sha256=sha256,
         ingredients=ingredients,
         precision=artifact.manifest.graphs[graph].precision,
         layers=built.layers,

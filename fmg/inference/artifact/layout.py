@@ -13,13 +13,13 @@ ARTIFACT/manifest.json
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fmg.core.cache import content_hash, replacing_file
 from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.files import digest
 from fmg.core.unfinished import OLD, leftovers
 from fmg.inference.artifact.external import check_external
 from fmg.inference.artifact.manifest import MANIFEST, Check, FileEntry, Graph, Manifest
@@ -29,8 +29,6 @@ BASE_WEIGHTS = "base.safetensors"
 ENGINES = "engines"
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 TOKENIZER_FILE = "tokenizer.json"
-
-_CHUNK = 1 << 22
 
 
 def graph_file(graph: str) -> str:
@@ -117,8 +115,8 @@ class Artifact:
 
         Args:
             names: which files.
-            afresh: read every byte, also of a file whose hash is known and that has not changed since by its size and
-                time.
+            afresh: read every byte, also of a file whose hash is known and that has not changed since as far as the
+                file system tells.
 
         Raises:
             CheckpointError: naming the first that is missing, a link, or has another content.
@@ -126,7 +124,7 @@ class Artifact:
         self.check_sizes(names)
         for name, entry in self._entries(names):
             path = self.path(name)
-            if (sha256(path) if afresh else _remembered(path)) != entry.sha256:
+            if (digest(path) if afresh else content_hash(path)) != entry.sha256:
                 raise CheckpointError(
                     f"{path} is not the file that was exported: its sha256 differs from the manifest",
                     "Copy the artifact again from where it was made, or export it again.",
@@ -224,24 +222,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         partial.chmod(0o644)
 
 
-def sha256(path: Path) -> str:
-    """Sha256 of a file, read now."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(_CHUNK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _remembered(path: Path) -> str:
-    """Sha256 of a file, from the cache's notes where there can be any."""
-    try:
-        return content_hash(path)
-    except OSError:
-        # a home that cannot be written to is no reason not to draw
-        return sha256(path)
-
-
 def file_entry(path: Path) -> FileEntry:
     """What the manifest says of a file."""
-    return FileEntry(sha256(path), path.stat().st_size)
+    return FileEntry(digest(path), path.stat().st_size)

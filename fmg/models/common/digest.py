@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 
 import torch
@@ -22,7 +22,7 @@ def live_digest(module: nn.Module, base: Mapping[str, Tensor] = MappingProxyType
     `base` has the values of weights that are trained themselves, which stand for those in the module.
     """
     tensors = {**base_tensors(module), **base}
-    return _digest((name, tensors[name]) for name in sorted(tensors))
+    return tensors_digest((name, tensors[name]) for name in sorted(tensors))
 
 
 def stored_digest(weights: WeightFiles) -> str:
@@ -35,7 +35,7 @@ def stored_digest(weights: WeightFiles) -> str:
         CheckpointError: a weight file is missing or damaged.
     """
     try:
-        return _digest(_stored_tensors(weights))
+        return tensors_digest(_stored_tensors(weights))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(
             f"The weights in {weights.origin} cannot be read: {error}", "Restore them from where the model came from."
@@ -48,7 +48,8 @@ def _stored_tensors(weights: WeightFiles) -> Iterator[tuple[str, Tensor]]:
         yield name, reader.read(name)
 
 
-def _digest(tensors: Iterator[tuple[str, Tensor]]) -> str:
+def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Sha256 over names, dtypes, shapes and values, in the order given."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

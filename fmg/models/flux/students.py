@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fmg.core.cache import cache_dir, content_hash, new_folder
+from fmg.core.cache import cache_dir, content_hash, made_once, required_cache
 from fmg.core.errors import CheckpointError
 from fmg.models.common.weights import (
     INDEX_FILE,
@@ -48,6 +48,7 @@ def student_weights(source: Path, shapes: Shapes) -> WeightFiles:
 
     Raises:
         CheckpointError: a file that cannot be read, holds anything but tensors, or does not fit the transformer.
+        FmgError: the cache cannot be written.
     """
     if source.is_dir():
         return folder_weights(source)
@@ -58,12 +59,14 @@ def student_weights(source: Path, shapes: Shapes) -> WeightFiles:
         folder = cache_dir() / "models" / content_hash(source)
     except (OSError, SafetensorError) as error:
         raise unreadable(source, error) from error
-    if not folder.is_dir():
+
+    def make(partial: Path) -> None:
         tensors = {n: x for n, x in read_torch_file(source).items() if not n.startswith(DROPPED_PREFIX)}
         check_student(shapes, {name: tuple(x.shape) for name, x in tensors.items()}, source)
-        with new_folder(folder) as partial:
-            _write_shards(partial, tensors)
-    return WeightFiles(source, folder_weights(folder).files)
+        _write_shards(partial, tensors)
+
+    with required_cache():
+        return WeightFiles(source, folder_weights(made_once(folder, make)).files)
 
 
 def read_torch_file(file: Path) -> dict[str, Tensor]:

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fmg.core.errors import CheckpointError
+from fmg.core.files import digest
 from fmg.export import delta as delta_module
 from fmg.export.delta import Delta
 from fmg.export.weights import PAGE, lay_out, write_weights
-from fmg.inference.artifact.layout import sha256
 from fmg.inference.artifact.manifest import Adapter
 
 TENSORS = {
@@ -36,7 +36,7 @@ def test_file_is_safetensors_with_aligned_data_and_the_hash_it_says(tmp_path: Pa
     stored = load_file(tmp_path / "w.safetensors")
     assert stored.keys() == TENSORS.keys()
     assert all(torch.equal(stored[name], x) for name, x in TENSORS.items())
-    assert entry.sha256 == sha256(tmp_path / "w.safetensors")
+    assert entry.sha256 == digest(tmp_path / "w.safetensors")
     assert entry.size == (tmp_path / "w.safetensors").stat().st_size
     assert len(layout.header) % PAGE == 0
     raw = (tmp_path / "w.safetensors").read_bytes()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fmg.core.errors import CheckpointError
-from fmg.inference.artifact.layout import sha256
+from fmg.core.files import digest
 from fmg.inference.tensorrt.flavours import ANY, RTX, TENSORRT, Gpu
 from fmg.inference.tensorrt.record import (
     EngineRecord,
@@ -93,7 +93,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     path = write(tmp_path / "engines", record())
     assert read_record(path) == record()
     assert read_records(tmp_path) == [record()]
-    assert sha256(check_plan(tmp_path / "engines", record())) == record().sha256
+    assert digest(check_plan(tmp_path / "engines", record())) == record().sha256
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,12 @@ def test_bf16_rows_come_back_as_they_were() -> None:
 
 def test_a_damaged_file_is_computed_again(components: FluxComponents, tmp_path: Path) -> None:
     expected = encoders(components, TextCache("key")).encode(PROMPTS)
-    for file in (tmp_path / "cache" / "text" / "key").iterdir():
-        file.write_bytes(b"\0" * 10)
+    truncated, *flipped = (tmp_path / "cache" / "text" / "key").iterdir()
+    truncated.write_bytes(b"\0" * 10)
+    for file in flipped:
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
     again = encoders(components, TextCache("key")).encode(PROMPTS)
     assert torch.equal(again.tensors["tokens"], expected.tensors["tokens"])
     assert TextCache("key").get(PROMPTS[0]) is not None

@@ -12,7 +12,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from fmg.core.cache import cache_dir, content_hash
+from fmg.core.cache import cache_dir
 from fmg.core.errors import CheckpointError, MissingDependencyError, UsageError
 from fmg.core.events import Event, StageProgress
 from fmg.registry import rewards
@@ -157,21 +157,6 @@ def test_digests_belong_to_the_published_sources_only() -> None:
     assert digest("hpsv2", version="v2.0") is None
     assert digest("aesthetic") is not None
     assert digest("aesthetic", head="head.pth") is None
-
-
-def test_content_hash_follows_the_content(tmp_path: Path) -> None:
-    file = tmp_path / "a"
-    file.write_bytes(b"one")
-    assert content_hash(file) == hashlib.sha256(b"one").hexdigest()
-    file.write_bytes(b"three")
-    assert content_hash(file) == hashlib.sha256(b"three").hexdigest()
-    notes = sorted((cache_dir() / "hashes").iterdir())
-    assert len(notes) == 2
-    # the note stands for the file while it does not change
-    stat = file.stat()
-    file.write_bytes(b"THREE")
-    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert content_hash(file) == hashlib.sha256(b"three").hexdigest()
 
 
 def test_fetch_from_the_hub_takes_the_first_alternative_and_the_options(

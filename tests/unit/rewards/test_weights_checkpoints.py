@@ -90,7 +90,7 @@ def test_a_torch_file_is_converted_once_and_again_when_it_changes(tmp_path: Path
     torch.save(TENSORS, file)
     first, second = (read_renamed(file, "layout-1", rename) for _ in range(2))
     assert len(calls) == 1
-    converted = cache_dir() / "rewards" / content_hash(file) / "layout-1.safetensors"
+    converted = cache_dir() / "rewards" / f"{content_hash(file)}-layout-1" / "tensors.safetensors"
     assert load_file(converted).keys() == first.keys() == second.keys() == {"new.a", "new.b"}
     assert torch.equal(second["new.a"], TENSORS["a"].T)
     read_renamed(file, "layout-2", rename)
