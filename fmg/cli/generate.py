@@ -28,7 +28,7 @@ from fmg.cli.options import (
     given_text,
 )
 from fmg.cli.timings import print_timing
-from fmg.core.errors import FmgError, UsageError
+from fmg.core.errors import UsageError, writing
 from fmg.core.events import Notice, StageProgress
 
 if TYPE_CHECKING:
@@ -154,15 +154,13 @@ def save_pictures(pictures: Sequence[tuple[Image, str]], folder: Path) -> list[P
     Files are created exclusively, so two processes that write into one folder cannot overwrite each other.
 
     Raises:
-        FmgError: when the system refuses.
+        StorageError: the system refused.
     """
-    try:
+    with writing(folder, called="--out "):
         folder.mkdir(parents=True, exist_ok=True)
         taken = [int(match[0]) for file in folder.iterdir() if (match := re.match(r"\d+", file.name))]
         first = max(taken, default=0) + 1
         return [_save(picture, folder, number, text) for number, (picture, text) in enumerate(pictures, first)]
-    except OSError as error:
-        raise FmgError(f"--out {folder} cannot be written: {error.strerror}", "Name another folder.") from None
 
 
 def _save(picture: Image, folder: Path, number: int, text: str) -> Path:
@@ -173,4 +171,8 @@ def _save(picture: Image, folder: Path, number: int, text: str) -> Path:
             picture.save(file, "PNG")
     except FileExistsError:
         return _save(picture, folder, number + 1, text)
+    except BaseException:
+        # not the whole picture, and nobody else's: the name was free
+        path.unlink(missing_ok=True)
+        raise
     return path

@@ -30,7 +30,7 @@ from fmg.cli.runs import runs
 from fmg.cli.score import score
 from fmg.cli.train import INTERRUPTED, train
 from fmg.cli.verify import verify
-from fmg.core.errors import FmgError, FmgWarning, out_of_memory
+from fmg.core.errors import FmgError, FmgWarning, out_of_memory, system_refusal
 from fmg.core.offline import OFFLINE
 from fmg.version import __version__
 
@@ -158,15 +158,14 @@ def _main(args: Sequence[str]) -> int:
         return error.exit_code if error.reported else _failed(str(error), error.exit_code, session)
     except typer.TyperException as error:
         return _failed(_usage(error), error.exit_code, session)
-    except OSError as error:
-        if error.errno is None:
-            return _bug(error, args, session)
-        where = "" if error.filename is None else f" '{os.fsdecode(error.filename)}'"
-        what = f"The system refused the file or folder{where}: {error.strerror}."
-        return _failed(f"{what} Check its name, its permissions and the free space.", 1, session)
     except Exception as error:
         if (said := out_of_memory(error)) is not None:
             return _failed(f"Memory ran out: {said}. {_LESS_MEMORY}", 1, session)
+        if (reason := system_refusal(error)) is not None:
+            name = getattr(error, "filename", None)
+            where = "" if name is None else f" '{os.fsdecode(name)}'"
+            what = f"The system refused the file or folder{where}: {reason}."
+            return _failed(f"{what} Check its name, its permissions and the free space.", 1, session)
         return _bug(error, args, session)
 
 

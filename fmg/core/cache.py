@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fmg.core.errors import CheckpointError, FmgError, FmgWarning, first_line
+from fmg.core.errors import CheckpointError, FmgError, FmgWarning, first_line, writing
 from fmg.core.files import digest, inside
 
 DIGESTS = "sha256.json"
@@ -67,23 +67,24 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
         `folder`, whose files all have the content that `make` gave them.
 
     Raises:
-        OSError: the cache cannot be written; see `required_cache` and `optional_cache`.
+        StorageError: the cache cannot be written; see `required_cache` and `optional_cache`.
     """
     if _is_whole(folder):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, suffix=".partial"))
-    try:
-        make(partial)
-        names = sorted(file.name for file in partial.iterdir())
-        digests = {name: digest(partial / name) for name in names}
-        (partial / DIGESTS).write_text(json.dumps(digests, indent=2), encoding="utf-8")
-        folder.mkdir(exist_ok=True)
-        # one file at a time over what is there: another process that reads it finds every file at any moment
-        for name in (*names, DIGESTS):
-            (partial / name).replace(folder / name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=folder.parent, suffix=".partial"))
+        try:
+            make(partial)
+            names = sorted(file.name for file in partial.iterdir())
+            digests = {name: digest(partial / name) for name in names}
+            (partial / DIGESTS).write_text(json.dumps(digests, indent=2), encoding="utf-8")
+            folder.mkdir(exist_ok=True)
+            # one file at a time over what is there: another process that reads it finds every file at any moment
+            for name in (*names, DIGESTS):
+                (partial / name).replace(folder / name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -147,15 +148,16 @@ def _is_whole(folder: Path) -> bool:
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
     """A file to write beside `path`, which takes its place when the body ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-    os.close(handle)
-    partial = Path(name)
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+        os.close(handle)
+        partial = Path(name)
+        try:
+            yield partial
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -164,11 +166,12 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Where another process was faster, its folder stays: both were made from the same content.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=path.parent, suffix=".partial"))
-    try:
-        yield partial
-        if not path.is_dir():
-            partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=path.parent, suffix=".partial"))
+        try:
+            yield partial
+            if not path.is_dir():
+                partial.rename(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class FmgError(Exception):
@@ -57,6 +61,22 @@ class PromptLengthError(UsageError):
 
 class CheckpointError(FmgError):
     """A weight file or run folder that is missing, damaged or of another kind."""
+
+
+class StorageError(FmgError, OSError):
+    """A file that could not be written: a full, read-only or vanished disk, or a folder without permission.
+
+    It is an `OSError` as well, as Python raises for its own files, whatever the library raised that was writing.
+
+    Args:
+        what: as in `FmgError`.
+        fix: as in `FmgError`.
+        reason: the system's, such as `No space left on device`.
+    """
+
+    def __init__(self, what: str, fix: str, reason: str) -> None:
+        super().__init__(what, fix)
+        self.errno, self.strerror = None, reason
 
 
 class RewardError(FmgError):
@@ -123,3 +143,57 @@ def out_of_memory(error: BaseException) -> str | None:
         return None
     # torch's message goes on with its own settings, which seldom help
     return ". ".join(said.split(". ")[:2]).rstrip(".")
+
+
+# Rust's libraries (safetensors, tokenizers) quote the system's number, C and C++ ones its words
+_SYSTEM_NUMBER = re.compile(r"\(os error (\d+)\)")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+# Pillow's encoders and NumPy's `tofile` stop short without a reason
+_CUT_SHORT = re.compile(r"encoder error -?\d+ when writing|\d+ requested and \d+ written")
+
+
+def system_refusal(error: BaseException) -> str | None:
+    """The system's reason for refusing a file, such as `No space left on device`; None for any other error.
+
+    Known by `OSError` with a number, and by the words of libraries that raise errors of their own, in the error or in
+    what it was raised from.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, FmgError):
+            return seen.strerror if isinstance(seen, StorageError) else None
+        said = str(seen)
+        if isinstance(seen, OSError) and seen.errno is not None:
+            return seen.strerror or os.strerror(seen.errno)
+        if (number := _SYSTEM_NUMBER.search(said)) is not None:
+            return os.strerror(int(number[1]))
+        for reason in map(os.strerror, _FULL):
+            if reason in said:
+                return reason
+        if isinstance(seen, OSError) and _CUT_SHORT.search(said):
+            return "the file could not be written to its end"
+        seen = seen.__cause__
+    return None
+
+
+@contextmanager
+def writing(place: Path, *, called: str = "") -> Iterator[None]:
+    """Makes one line of whatever a library raises in the body when the system refuses a file.
+
+    Args:
+        place: the file or folder that is written.
+        called: what it is called, before its name.
+
+    Raises:
+        StorageError: the system refused.
+    """
+    try:
+        yield
+    except (FmgError, ConnectionError, TimeoutError):
+        # what is written may come from a network
+        raise
+    except Exception as error:
+        if (reason := system_refusal(error)) is None:
+            raise
+        fix = "Free some space, check its permissions, or write to another place."
+        raise StorageError(f"{called}'{place}' cannot be written: {reason}", fix, reason) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from fmg.data.run_folder import write_atomic
+
 if TYPE_CHECKING:
     from jaxtyping import Float
+    from matplotlib.figure import Figure
     from torch import Tensor
 
 _BACKGROUND = (255, 255, 255)
@@ -72,6 +76,28 @@ def before_after(before: Sequence[GridRow], after: Sequence[GridRow], titles: tu
     return canvas
 
 
+def write_picture(picture: Image.Image, path: Path) -> None:
+    """Writes a PNG in one step.
+
+    Raises:
+        StorageError: the system refused; there is no part of a file.
+    """
+    file = BytesIO()
+    picture.save(file, "PNG")
+    write_atomic(path, file.getvalue())
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure in one step, in the format that the ending names.
+
+    Raises:
+        StorageError: the system refused; there is no part of a file.
+    """
+    file = BytesIO()
+    figure.savefig(file, format=path.suffix.removeprefix(".") or "png")
+    write_atomic(path, file.getvalue())
+
+
 @dataclass(frozen=True)
 class Curve:
     """A line of the run's figure: x, y, and the half-width of its band (zeros for none)."""
@@ -105,7 +131,7 @@ def curve_figure(trained: Sequence[Curve], heldout: Sequence[Curve], path: Path,
         if curves:
             panel.legend(frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=12)
-    figure.savefig(path)
+    write_figure(figure, path)
 
 
 def metric_curve(lines: Sequence[Mapping[str, float]], key: str, label: str, band_key: str | None = None) -> Curve:

@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.errors import CheckpointError, UsageError, writing
 
 if TYPE_CHECKING:
     from fmg.registry.document import Plain
@@ -256,16 +256,21 @@ def read_numbers(path: Path) -> list[dict[str, float]]:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replaces a file in one step: after a crash it holds the old or the new contents, never a part."""
+    """Replaces a file in one step: after a crash it holds the old or the new contents, never a part.
+
+    Raises:
+        StorageError: the system refused; the old contents stay.
+    """
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with draft.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with writing(path):
+        try:
+            with draft.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
 
 
 def _numbers(path: Path, number: int, line: Mapping[str, object]) -> dict[str, float]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fmg.data.pictures import write_figure
 from fmg.eval.path_check import AGAIN, MEAN, PathReport
 
 _COLUMNS = 2
@@ -41,4 +42,4 @@ def path_figure(report: PathReport, path: Path) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.suptitle(f"{report.target}: states minus noised deterministic samples, {report.num} images", fontsize=12)
-    figure.savefig(path)
+    write_figure(figure, path)

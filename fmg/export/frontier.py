@@ -12,6 +12,7 @@ from typing import Any
 
 from fmg.core.events import Observer, StageProgress, ignore
 from fmg.core.unfinished import partial_folder
+from fmg.data.pictures import write_figure
 from fmg.data.prompt_sets import load_prompts
 from fmg.eval.rows import result_rows
 from fmg.eval.scoring import EvalSet, score_target
@@ -253,4 +254,4 @@ def frontier_figure(points: Sequence[Point], path: Path, title: str) -> None:
         axes.grid(alpha=0.3, which="both")
         axes.legend(frameon=False, fontsize=8, loc="best", handlelength=3.5)
     figure.suptitle(f"{title}: reward against latency, steps at the points", fontsize=11)
-    figure.savefig(path)
+    write_figure(figure, path)

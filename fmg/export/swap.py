@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.errors import CheckpointError, UsageError, writing
 from fmg.core.events import Notice, Observer, StageProgress, ignore
 from fmg.core.unfinished import OLD, leftovers, partial_folder
 from fmg.export.artifact import default_resolution, image_axes
@@ -254,24 +254,25 @@ def _recover(folder: Path) -> None:
 @contextmanager
 def _replaced(folder: Path) -> Iterator[Path]:
     """A copy of a folder made of hard links, which takes its place when the body ends without an error."""
-    for left in leftovers(folder, OLD):
-        shutil.rmtree(left, ignore_errors=True)
-    partial = partial_folder(folder)
-    old = partial.with_suffix(f".{OLD}")
-    try:
-        _link_files(folder, partial)
-        partial.chmod(folder.stat().st_mode)
-        yield partial
+    with writing(folder):
+        for left in leftovers(folder, OLD):
+            shutil.rmtree(left, ignore_errors=True)
+        partial = partial_folder(folder)
+        old = partial.with_suffix(f".{OLD}")
         try:
-            folder.rename(old)
-            partial.rename(folder)
-        except BaseException:
-            if old.exists() and not folder.exists():
-                old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            _link_files(folder, partial)
+            partial.chmod(folder.stat().st_mode)
+            yield partial
+            try:
+                folder.rename(old)
+                partial.rename(folder)
+            except BaseException:
+                if old.exists() and not folder.exists():
+                    old.rename(folder)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _link_files(folder: Path, copy: Path) -> None:

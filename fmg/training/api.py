@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-from fmg.core.errors import CheckpointError, CompositionError, ProcessError, said_once
+from fmg.core.errors import CheckpointError, CompositionError, ProcessError, StorageError, said_once, system_refusal
 from fmg.core.events import Event, Notice, Observer, ignore
 from fmg.core.protocols import Shardable
 from fmg.data.environment import write_environment
-from fmg.data.run_folder import RunFolder, State
+from fmg.data.run_folder import RunFolder, State, write_atomic
 from fmg.data.run_lock import run_lock
 from fmg.data.run_report import write_run_report
-from fmg.data.states import check_resumable, drop_states
+from fmg.data.states import check_resumable, drop_states, newest_state, resume_command
 from fmg.inference.devices import device_for, pick_dtype
 from fmg.registry.recipe import Recipe
 from fmg.registry.resolve import ResolvedRecipe
@@ -54,8 +55,13 @@ def train(recipe: Recipe | ResolvedRecipe, run: str | Path | None = None, observ
 
     def begin() -> RunFolder:
         folder = RunFolder.create(run, plain.model.name)
-        folder.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
-        write_environment(folder.path)
+        try:
+            write_atomic(folder.recipe, recipe.to_yaml().encode())
+            write_environment(folder.path)
+        except BaseException:
+            # it holds nothing yet, and a taken folder could not be named again
+            shutil.rmtree(folder.path, ignore_errors=True)
+            raise
         return folder
 
     return _train(plain, observer, lambda: RunFolder.check_free(run), begin)
@@ -118,7 +124,7 @@ def _train(
                 processes.together(lambda: fits(composed.model.trainable()))
             if not processes.alone and engine == "fsdp2":
                 _shard(composed)
-            with _run_folder(processes, begin, open_run) as folder:
+            with _run_folder(processes, begin, recipe, open_run) as folder:
                 sizes = choose_sizes(recipe, device.type, launch.count)
                 result = Trainer(composed, folder, sizes, heard, processes, saved).train()
                 processes.on_first(lambda: write_cards(folder, recipe, composed.prompts, composed.eval_prompts))
@@ -135,7 +141,9 @@ def _train(
 
 
 @contextlib.contextmanager
-def _run_folder(processes: Processes, begin: Callable[[], RunFolder], open_run: list[RunFolder]) -> Iterator[RunFolder]:
+def _run_folder(
+    processes: Processes, begin: Callable[[], RunFolder], recipe: Recipe, open_run: list[RunFolder]
+) -> Iterator[RunFolder]:
     """The run folder, which all processes name alike and the first holds and leaves in the state it ended in."""
     with contextlib.ExitStack() as stack:
 
@@ -146,10 +154,10 @@ def _run_folder(processes: Processes, begin: Callable[[], RunFolder], open_run: 
             return str(claimed.path)
 
         folder = RunFolder(Path(processes.on_first(claim)))
-        yield from _held(processes, folder, open_run)
+        yield from _held(processes, folder, recipe, open_run)
 
 
-def _held(processes: Processes, folder: RunFolder, open_run: list[RunFolder]) -> Iterator[RunFolder]:
+def _held(processes: Processes, folder: RunFolder, recipe: Recipe, open_run: list[RunFolder]) -> Iterator[RunFolder]:
     open_run.append(folder)
     state: State = "failed"
     try:
@@ -158,10 +166,13 @@ def _held(processes: Processes, folder: RunFolder, open_run: list[RunFolder]) ->
     except KeyboardInterrupt:
         state = "interrupted"
         raise
-    except OSError as error:
-        raise CheckpointError(
-            f"Writing to '{folder.path}' failed: {error.strerror or error}", "Free some space, or choose another --run."
-        ) from error
+    except Exception as error:
+        if (reason := system_refusal(error)) is None:
+            raise
+        fix = "Free some space, or choose another --run."
+        if newest_state(folder.path) is not None:
+            fix = f"Free some space, then resume with: {resume_command(folder.path, recipe)}"
+        raise StorageError(f"Writing to '{folder.path}' failed: {reason}", fix, reason) from error
     finally:
         if processes.first:
             _close(open_run, state)

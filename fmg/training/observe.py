@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fmg.core.events import Observer, StageProgress
 from fmg.core.protocols import Reward
-from fmg.data.pictures import Curve, GridRow, before_after, curve_figure, metric_curve, sample_grid
+from fmg.data.pictures import Curve, GridRow, before_after, curve_figure, metric_curve, sample_grid, write_picture
 from fmg.data.prompt_sets import spread
 from fmg.eval.diversity import within_groups
 from fmg.eval.scoring import EvalSet, Scores, means, score_target, standard_error
@@ -132,11 +132,11 @@ class Watcher:
         if not self.processes.first:
             return path
         folder.mkdir(exist_ok=True)
-        sample_grid(rows, f"iteration {iteration}").save(path)
+        write_picture(sample_grid(rows, f"iteration {iteration}"), path)
         if not self.first:
             self.first = rows
         titles = ("before", f"after {iteration} iterations")
-        before_after(self.first, rows, titles).save(self.run / "before_after.png")
+        write_picture(before_after(self.first, rows, titles), self.run / "before_after.png")
         return path
 
     def curve(self, lines: list[Mapping[str, float]]) -> None:
