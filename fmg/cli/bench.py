@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fmg.cli.console import print_json, stderr, stdout
-from fmg.cli.observers import LOADING, Reporter, reporter_for
 from fmg.cli.options import (
     AsJson,
     Device,
@@ -27,6 +26,7 @@ from fmg.cli.tables import interval, number, table
 from fmg.cli.timings import print_timing, ratio_lines
 from fmg.core.errors import MissingDependencyError, UsageError
 from fmg.core.events import StageProgress
+from fmg.progress.reporters import LOADING, Reporter, reporter_for
 from fmg.version import install_line
 
 if TYPE_CHECKING:

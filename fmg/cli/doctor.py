@@ -9,10 +9,10 @@ import typer
 
 from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.doctor_rewards import doctor_rewards
-from fmg.cli.observers import LOADING, reporter_for
 from fmg.cli.options import AsJson, given_text
 from fmg.cli.tables import table
 from fmg.core.errors import UsageError
+from fmg.progress.reporters import LOADING, reporter_for
 
 doctor = typer.Typer(help="Examine the installation, the rewards, or a run.", invoke_without_command=True)
 doctor.command("rewards")(doctor_rewards)

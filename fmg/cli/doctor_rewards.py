@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmg.cli.console import print_json, stderr, stdout
-from fmg.cli.observers import reporter_for
 from fmg.cli.options import AsJson, Device, OptionsByName
 from fmg.cli.reward_options import reward_options
 from fmg.cli.tables import table
+from fmg.progress.reporters import reporter_for
 
 if TYPE_CHECKING:
     from fmg.rewards.doctor import Diagnosis

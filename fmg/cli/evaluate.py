@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmg.cli.console import print_json, stderr, stdout
-from fmg.cli.metrics import signed
-from fmg.cli.observers import LOADING, reporter_for
 from fmg.cli.options import (
     AsJson,
     BatchSize,
@@ -28,6 +26,8 @@ from fmg.cli.options import (
 from fmg.cli.path_check import path_check as check_path
 from fmg.cli.reward_options import reward_options
 from fmg.cli.tables import change, compact, interval, number, table
+from fmg.progress.figures import signed
+from fmg.progress.reporters import LOADING, reporter_for
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -19,11 +19,11 @@ from fmg.cli.export_options import (
     resolution_list,
     verify_level,
 )
-from fmg.cli.observers import LOADING, reporter_for
 from fmg.cli.options import AsJson, Offline, checked_folder, given_text
 from fmg.cli.verify import print_report
 from fmg.core.events import Notice
 from fmg.inference.artifact import is_artifact, open_artifact
+from fmg.progress.reporters import LOADING, reporter_for
 
 if TYPE_CHECKING:
     from fmg.core.events import Observer

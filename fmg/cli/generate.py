@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmg.cli.console import print_json, stderr, stdout
-from fmg.cli.observers import LOADING, Reporter, reporter_for
 from fmg.cli.options import (
     AsJson,
     Backend,
@@ -30,6 +29,7 @@ from fmg.cli.options import (
 from fmg.cli.timings import print_timing
 from fmg.core.errors import UsageError, writing
 from fmg.core.events import Notice, StageProgress
+from fmg.progress.reporters import LOADING, Reporter, reporter_for
 
 if TYPE_CHECKING:
     from PIL.Image import Image

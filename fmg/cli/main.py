@@ -155,7 +155,7 @@ def _main(args: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
     except FmgError as error:
-        return error.exit_code if error.reported else _failed(str(error), error.exit_code, session)
+        return error.exit_code if error.reported else _failed(error.text, error.exit_code, session)
     except typer.TyperException as error:
         return _failed(_usage(error), error.exit_code, session)
     except Exception as error:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fmg.cli.console import print_json, stderr, stdout
-from fmg.cli.metrics import signed
-from fmg.cli.observers import LOADING, reporter_for
 from fmg.cli.options import given_text
 from fmg.cli.tables import interval, number, table
 from fmg.core.errors import UsageError
+from fmg.progress.figures import signed
+from fmg.progress.reporters import LOADING, reporter_for
 
 if TYPE_CHECKING:
     from fmg.eval.path_check import PathReport

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from fmg.cli.console import stderr, stdout
-from fmg.cli.observers import reporter_for
 from fmg.cli.options import checked_folder
+from fmg.progress.reporters import reporter_for
 
 pretrain = typer.Typer(help="Remake the weights that ship with fmg.", invoke_without_command=True)
 

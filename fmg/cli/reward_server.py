@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from fmg.cli.console import stderr
-from fmg.cli.observers import reporter_for
 from fmg.cli.options import Device
 from fmg.cli.reward_options import reward_options
 from fmg.core.errors import MissingDependencyError, UsageError
+from fmg.progress.reporters import reporter_for
 from fmg.version import install_line
 
 

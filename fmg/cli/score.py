@@ -7,10 +7,10 @@ from typing import Annotated
 import typer
 
 from fmg.cli.console import print_json, stderr, stdout
-from fmg.cli.observers import LOADING, reporter_for
 from fmg.cli.options import AsJson, Device, Features, OptionsByName, given_text
 from fmg.cli.reward_options import reward_options
 from fmg.cli.tables import compact, interval, number, table
+from fmg.progress.reporters import LOADING, reporter_for
 
 
 def score(

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmg.cli.console import print_json, stderr, stdout
-from fmg.cli.observers import LOADING, JsonReporter, Outspoken, Reporter, SilentReporter, reporter_for
+from fmg.cli.observers import JsonReporter, Outspoken, SilentReporter
 from fmg.cli.options import AsJson, Offline, given_text
 from fmg.cli.preflight import check_inputs
 from fmg.cli.tables import change, table
 from fmg.core.errors import UsageError, said_once
 from fmg.data.run_metrics import headline
+from fmg.progress.reporters import LOADING, Reporter, reporter_for
 
 if TYPE_CHECKING:
     from fmg.core.events import Observer

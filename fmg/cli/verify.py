@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmg.cli.console import print_json, stderr, stdout
-from fmg.cli.observers import LOADING, reporter_for
 from fmg.cli.options import AsJson, Backend, Device, Seed, given_text
 from fmg.cli.tables import table
 from fmg.core.errors import UsageError
+from fmg.progress.reporters import LOADING, reporter_for
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import difflib
 import errno
+import functools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class FmgError(Exception):
     """A failure that the user can act on. The command line prints it without a traceback.
+
+    Both sentences name options as the command line does (`--batch-size`). An error that leaves a public Python function
+    (`python_call`) names arguments instead when it is printed.
 
     Args:
         what: one sentence that says what is wrong, without a final full stop being required.
@@ -27,15 +35,35 @@ class FmgError(Exception):
         self.fix = fix
         self.reported = False
         """Whether another process of the run prints it."""
+        self.in_python = False
+        """Whether `str` names Python arguments instead of options of the command line."""
+
+    @property
+    def text(self) -> str:
+        """Both sentences in the words of the command line."""
+        return f"{_sentence(self.what)} {_sentence(self.fix)}"
 
     def __str__(self) -> str:
-        return f"{_sentence(self.what)} {_sentence(self.fix)}"
+        return python_words(self.text) if self.in_python else self.text
 
 
 class UsageError(FmgError):
     """A wrong flag, name, option or recipe: nothing has been started or written. Exit code 2."""
 
     exit_code = 2
+
+
+class WrongTypeError(UsageError, TypeError):
+    """An argument of a Python call whose type is wrong; also a `TypeError`, which a Python caller expects.
+
+    Args:
+        argument: its name.
+        value: what was given.
+        expected: the types that it takes, in words.
+    """
+
+    def __init__(self, argument: str, value: object, expected: str) -> None:
+        super().__init__(f"The argument '{argument}' is of type {type(value).__name__}", f"Give {expected}.")
 
 
 class CompositionError(UsageError):
@@ -89,6 +117,47 @@ class GateError(FmgError):
 
 class ProcessError(FmgError):
     """Another process of the run ended, or cannot be reached."""
+
+
+def python_call(call: Callable[P, R]) -> Callable[P, R]:
+    """Decorates a public function: errors that leave it name Python arguments instead of command-line options."""
+
+    @functools.wraps(call)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return call(*args, **kwargs)
+        except FmgError as error:
+            error.in_python = True
+            raise
+
+    return called
+
+
+# Quoted texts and shell commands stay as they are.
+_KEPT = r"`[^`]*`|(?<!\w)'[^']*'(?!\w)|\b(?:fmg|pip) [a-z][^.;:,)]*"
+_OPTION = re.compile(rf"(?P<kept>{_KEPT})|(?<![\w-])--(?P<name>[a-z][a-z0-9-]*)(?: (?P<value>[a-z][a-z0-9-]*))?")
+_ARGUMENTS = {"reward": "rewards", "features": "extractors", "config": "recipe", "from": "target", "set": "options"}
+_TAKE_A_WORD = {"backend", "device", "dtype", "extractors", "objective", "optimizer", "precision", "rewards"}
+_SWITCHES = {"allow_code", "int8", "stop_on_hacking"}
+_NO_VALUES = {"and", "for", "in", "is", "of", "or", "to", "with"}
+
+
+def python_words(text: str) -> str:
+    """`text` with every option of the command line (`--batch-size`, `--device cpu`) written as a Python argument."""
+    return _OPTION.sub(_argument, text)
+
+
+def _argument(match: re.Match[str]) -> str:
+    if match["kept"] is not None:
+        return match["kept"]
+    name, value = match["name"].replace("-", "_"), match["value"]
+    name = _ARGUMENTS.get(name, name)
+    rest = "" if value is None else f" {value}"
+    if name in _SWITCHES:
+        return f"{name}=True{rest}"
+    if name in _TAKE_A_WORD and value is not None and value not in _NO_VALUES:
+        return f"{name}='{value}'"
+    return f"'{name}'{rest}"
 
 
 @contextmanager

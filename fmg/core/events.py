@@ -23,14 +23,28 @@ class Resumed:
     iteration: int
     lines: tuple[Mapping[str, float], ...]
 
+    @property
+    def text(self) -> str:
+        """What a person is told of it."""
+        return f"Resumed after iteration {self.iteration}."
+
 
 @dataclass(frozen=True)
 class StageProgress:
-    """Work inside one stage (`loading`, `rollout`, `evaluation`, ...): `done` of `total` units."""
+    """Work inside one stage (`loading`, `rollout`, `evaluation`, ...): `done` of `total` units.
+
+    A total of 0 means that nobody knows how much there is. `what` names the thing that is worked on.
+    """
 
     stage: str
     done: int
     total: int
+    what: str = ""
+
+    @property
+    def title(self) -> str:
+        """The stage and what it works on, for a person."""
+        return f"{self.stage} {self.what}".rstrip()
 
 
 @dataclass(frozen=True)

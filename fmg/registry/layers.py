@@ -32,8 +32,12 @@ FLAGS: Mapping[str, str] = {
 }
 """Flags of `fmg train` that set a value of the recipe, and the dotted path they set."""
 
+ARGUMENTS: Mapping[str, str] = {name.replace("-", "_"): path for name, path in FLAGS.items()} | {"rewards": "rewards"}
+"""Short names of values in Python calls (`iterations=2`), and the dotted path they set."""
+
 Keys = tuple[str, ...]
 
+_SECTIONS = ("rollout", "train", "lora", "eval")
 _COMPONENTS = ("model", "stochasticizer", "objective", "optimizer", "prompts")
 _PROMPT_SUFFIXES = (".txt", ".jsonl")
 
@@ -80,10 +84,16 @@ def set_layers(sets: Sequence[str]) -> list[Node]:
 
 
 def argument_layers(values: Mapping[str, object]) -> list[Node]:
-    """One layer for every dotted path of a Python call."""
+    """One layer for every dotted path, or short name of `ARGUMENTS`, of a Python call.
+
+    Raises:
+        UsageError: for a name that is neither.
+    """
     layers: list[tuple[Keys, Node]] = []
     for path, value in values.items():
-        parts, source = tuple(path.split(".")), Source("argument", path)
+        if "." not in path and path not in ARGUMENTS and path not in _SECTIONS:
+            raise UsageError(f"The recipe has no key '{path}'", suggestion(path, {*ARGUMENTS, *_SECTIONS}))
+        parts, source = tuple(ARGUMENTS.get(path, path).split(".")), Source("argument", path)
         layers.append((parts, _at(parts, node_of(value, source), source)))
     return _general_first(layers)
 

@@ -8,6 +8,8 @@ from typing import cast
 
 from pydantic import Field
 
+from fmg.core.errors import python_call
+from fmg.core.shown import counted, html_text
 from fmg.registry.document import Plain, render
 from fmg.registry.references import (
     ModelRef,
@@ -27,8 +29,8 @@ class Recipe(Section):
     Example:
         >>> from fmg import Recipe
         >>> recipe = Recipe.default(model="meanflow-shapes", **{"train.iterations": 3})
-        >>> recipe.with_({"objective.kl_beta": 0.01}).objective.config.kl_beta
-        0.01
+        >>> recipe.with_(iterations=5, **{"objective.kl_beta": 0.01})
+        Recipe(meanflow-shapes, asfmc, grpo, rewards: shapes, 5 iterations)
     """
 
     model: ModelRef
@@ -43,12 +45,14 @@ class Recipe(Section):
     eval: EvalSection
 
     @classmethod
+    @python_call
     def default(cls, model: str | None = None, **overrides: object) -> Recipe:
         """The default recipe of a model with some values replaced.
 
         Args:
             model: name of a model; the embedded two-time model when None.
-            overrides: dotted path of the recipe → value, as `**{"train.iterations": 3}`.
+            overrides: dotted path of the recipe → value, as `**{"train.iterations": 3}`, or a flag of `fmg train` →
+                value, as `iterations=3`.
 
         Raises:
             UsageError: unknown name or key, wrong type, value out of range.
@@ -59,14 +63,20 @@ class Recipe(Section):
         return resolve_arguments(overrides if model is None else {"model": model, **overrides}).recipe
 
     @classmethod
+    @python_call
     def from_yaml(cls, path: str | Path, *, allow_code: bool = False) -> Recipe:
         """The recipe in a file, over the default recipe of the model that it names. Errors as in `resolve`."""
         from fmg.registry.resolve import resolve  # which imports this module
 
         return resolve(Path(path), allow_code=allow_code).recipe
 
-    def with_(self, values: Mapping[str, object]) -> Recipe:
-        """This recipe with the values at some dotted paths replaced; another component's name drops the old options.
+    @python_call
+    def with_(self, values: Mapping[str, object] | None = None, /, **overrides: object) -> Recipe:
+        """This recipe with some values replaced; another component's name drops the old options.
+
+        Args:
+            values: as `overrides`, for keys that are no Python names.
+            overrides: as in `default`: `recipe.with_(iterations=3, **{"lora.rank": 4})`.
 
         Raises:
             UsageError: unknown name or key, wrong type, value out of range.
@@ -74,7 +84,7 @@ class Recipe(Section):
         """
         from fmg.registry.resolve import override  # which imports this module
 
-        return override(self, values).recipe
+        return override(self, {**(values or {}), **overrides}).recipe
 
     def plain(self) -> dict[str, Plain]:
         """Nested plain values, every option stated."""
@@ -83,6 +93,16 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """YAML 1.2 that `from_yaml` reads back to an equal recipe."""
         return render(self.plain(), {})
+
+    def __repr__(self) -> str:
+        rewards = " + ".join(ref.label if ref.weight == 1 else f"{ref.weight:g} {ref.label}" for ref in self.rewards)
+        parts = (self.model.name, self.stochasticizer.name, self.objective.name, f"rewards: {rewards}")
+        return f"Recipe({', '.join(parts)}, {counted(self.train.iterations, 'iteration')})"
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        return html_text(repr(self), self.to_yaml())
 
     @property
     def measured_rewards(self) -> tuple[RewardRef, ...]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import cast
 
 from pydantic import ValidationError
 
-from fmg.core.errors import CompositionError, UsageError, suggestion
+from fmg.core.errors import CompositionError, UsageError, WrongTypeError, suggestion
+from fmg.core.shown import html_text
 from fmg.registry.composition import problems
 from fmg.registry.config import ModelConfig
 from fmg.registry.document import Node, Plain, Source, is_block, node_of, read_document, render
@@ -41,6 +43,12 @@ class ResolvedRecipe:
 
     recipe: Recipe
     provenance: Mapping[str, Source]
+
+    def __repr__(self) -> str:
+        return f"Resolved{self.recipe!r}"
+
+    def _repr_html_(self) -> str:
+        return html_text(repr(self), self.to_yaml())
 
     def table(self) -> tuple[Row, ...]:
         """All values in the recipe's order, with their sources."""
@@ -79,6 +87,42 @@ def resolve(
 def resolve_arguments(values: Mapping[str, object]) -> ResolvedRecipe:
     """The default recipe of a model with the values at some dotted paths replaced. Errors as in `resolve`."""
     return _resolve(argument_layers(values), allow_code=True)
+
+
+def recipe_of(
+    given: str | PathLike[str] | Mapping[str, object] | Recipe | ResolvedRecipe | None,
+    values: Mapping[str, object] | None = None,
+    *,
+    allow_code: bool = False,
+) -> ResolvedRecipe:
+    """What a Python call means by a recipe.
+
+    Args:
+        given: a recipe; the name of a shipped one, or of a model, whose default recipe is taken; the path of a file;
+            a mapping of sections; None is the default recipe of the embedded two-time model.
+        values: replaced in it, by dotted path or short name (`fmg.registry.layers.ARGUMENTS`).
+        allow_code: whether a recipe file may name reward code to run, and servers to send pictures to.
+
+    Raises:
+        WrongTypeError: it is nothing of these.
+        UsageError: as in `resolve`.
+        CompositionError: as in `resolve`.
+    """
+    values = values or {}
+    if isinstance(given, ResolvedRecipe):
+        return override(given.recipe, values) if values else given
+    if isinstance(given, Recipe):
+        return override(given, values)
+    if given is None:
+        return resolve_arguments(values)
+    if isinstance(given, Mapping):
+        return _resolve([node_of(given, Source("argument", "recipe")), *argument_layers(values)], allow_code=True)
+    if not isinstance(given, (str, PathLike)):
+        raise WrongTypeError("recipe", given, "a Recipe, the name of a model or of a shipped recipe, or a path")
+    if isinstance(given, str) and given not in recipe_names() and given in models.names() and not Path(given).exists():
+        return resolve_arguments({"model": given, **values})
+    config = given if isinstance(given, str) else Path(given)
+    return _resolve([_read(config), *argument_layers(values)], allow_code=allow_code)
 
 
 def override(recipe: Recipe, values: Mapping[str, object]) -> ResolvedRecipe:
@@ -128,7 +172,8 @@ def _read(config: str | Path) -> Node:
         return read_document(config_path(text), "file", f"configs/{text}.yaml")
     if exists:
         return read_document(path, "file", text)
-    raise UsageError(f"There is no recipe file and no shipped recipe named '{text}'", suggestion(text, recipe_names()))
+    known = {*recipe_names(), *models.names()}
+    raise UsageError(f"There is no recipe file and no shipped recipe named '{text}'", suggestion(text, known))
 
 
 def _model(root: Node) -> ModelRef:

@@ -75,9 +75,10 @@ def test_no_trace_of(rule: str, pattern: str, where: list[str]) -> None:
     assert not offenders(pattern, files(*where)), rule
 
 
-def test_only_the_command_line_knows_rich_and_typer() -> None:
-    others = [path for path in files("fmg/*.py") if "cli" not in path.relative_to(ROOT).parts]
-    assert not offenders(r"^\s*(?:from|import) (?:rich|typer)\b", others)
+@pytest.mark.parametrize(("library", "rooms"), [("typer", {"cli"}), ("rich", {"cli", "progress"})])
+def test_only_the_rooms_that_print_know(library: str, rooms: set[str]) -> None:
+    others = [path for path in files("fmg/*.py") if not rooms & set(path.relative_to(ROOT).parts)]
+    assert not offenders(rf"^\s*(?:from|import) {library}\b", others)
 
 
 # without glob, * reaches into configs/accelerate, whose files are Accelerate's

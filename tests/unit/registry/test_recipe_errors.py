@@ -179,7 +179,7 @@ def test_code_in_a_file_needs_permission(write: Write, text: str) -> None:
     assert message.startswith("r.yaml:")
     assert "'my.mod:fn'" in message
     assert "--allow-code" in message
-    with pytest.raises(UsageError, match="--allow-code"):
+    with pytest.raises(UsageError, match="allow_code=True"):
         Recipe.from_yaml(path)
     assert any(r.label == "my.mod:fn" for r in Recipe.from_yaml(path, allow_code=True).measured_rewards)
 

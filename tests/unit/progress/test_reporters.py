@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fmg.cli.live import LiveReporter
-from fmg.cli.observers import LOADING, JsonReporter, PlainReporter, reporter_for
+from fmg.cli.observers import JsonReporter
 from fmg.core.events import Evaluated, Event, Finished, IterationDone, Notice, Resumed, StageProgress, Started
+from fmg.progress.live import LiveReporter
+from fmg.progress.reporters import LOADING, PlainReporter, reporter_for
 
 STORY: tuple[Event, ...] = (
     Started("meanflow-shapes", 2, {"stochasticizer": "asfmc-endpoint"}),

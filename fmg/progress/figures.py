@@ -1,4 +1,4 @@
-"""Numbers of a run in a few characters."""
+"""Numbers in a few characters."""
 
 from __future__ import annotations
 

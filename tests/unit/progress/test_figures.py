@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from fmg.cli.metrics import signed, sparkline
+from fmg.core.shown import counted
 from fmg.data.run_metrics import headline
+from fmg.progress.figures import signed, sparkline
 
 
 def test_headline_names_strict_scores_first_and_leaves_other_parts_out() -> None:
@@ -44,3 +45,12 @@ def test_sparkline_has_at_most_the_width_and_rises_with_its_values(count: int) -
 def test_scores_of_a_moving_average_follow_those_of_the_weights() -> None:
     metrics = {"eval_ema/a_mean": 0.25, "eval_ema/a_strict_mean": 0.5, "eval/a_mean": 0.75, "eval_ema/score": 0.1}
     assert list(headline(metrics).items()) == [("a", 0.75), ("a strict (EMA)", 0.5), ("a (EMA)", 0.25)]
+
+
+@pytest.mark.parametrize(("number", "text"), [(0, "0 images"), (1, "1 image"), (2, "2 images"), (1000, "1000 images")])
+def test_counted_has_the_right_plural(number: int, text: str) -> None:
+    assert counted(number, "image") == text
+
+
+def test_counted_takes_a_plural_of_its_own() -> None:
+    assert counted(2, "box", "boxes") == "2 boxes"
