@@ -11,6 +11,7 @@ import typer
 
 from fmg.core.errors import UsageError, suggestion
 from fmg.core.offline import OFFLINE
+from fmg.core.prompt import is_blank
 
 
 def _go_offline(asked: bool) -> bool:
@@ -135,7 +136,7 @@ def checked_prompts(prompts: list[str]) -> list[str]:
         UsageError: when one is empty.
     """
     stripped = [prompt.strip() for prompt in prompts]
-    if not all(stripped):
+    if any(map(is_blank, stripped)):
         raise UsageError("A prompt is empty", 'Give it in quotes: fmg generate "a red circle left".')
     return stripped
 

@@ -12,6 +12,7 @@ from fmg.conformance.rewards import COUNT, SIDES, pictures
 from fmg.conformance.rules import NotApplicable, Rule, Violation, require
 from fmg.conformance.subject import Subject
 from fmg.core.errors import CompositionError
+from fmg.core.prompt import is_blank
 from fmg.core.protocols import FeatureExtractor, Model, ModelSource, PromptSet
 from fmg.core.types import ImageFeatures
 from fmg.registry.config import ModelConfig
@@ -33,7 +34,7 @@ class PromptsCase:
 def _prompts(case: PromptsCase) -> None:
     texts = [prompt.text for prompt in case.prompts]
     require(len(texts) > 0 and len(texts) == len(case.prompts), "Its length is not the number of prompts it gives.")
-    require(all(text.strip() for text in texts), "A prompt is empty.")
+    require(not any(map(is_blank, texts)), "A prompt is empty.")
     twice = next((text for text in texts if texts.count(text) > 1), None) if len(texts) < 5000 else None
     require(twice is None, f"'{twice}' is there twice: a prompt that is drawn twice in an iteration is one group.")
     indexed = [case.prompts[i].text for i in range(len(texts))]

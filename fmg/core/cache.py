@@ -20,6 +20,7 @@ from pathlib import Path
 
 from fmg.core.errors import CheckpointError, FmgError, FmgWarning, first_line, writing
 from fmg.core.files import digest, inside
+from fmg.core.json_reader import JsonError, read_object
 
 DIGESTS = "sha256.json"
 """The file of a folder from `made_once` that lists the others, with the sha256 of each."""
@@ -139,9 +140,9 @@ def _remembered(note: Path, state: str) -> str | None:
 def _is_whole(folder: Path) -> bool:
     """Whether a folder of `made_once` has all its files as they were made."""
     try:
-        digests = json.loads((folder / DIGESTS).read_text(encoding="utf-8")).items()
+        digests = read_object(folder / DIGESTS).items()
         return all(content_hash(inside(folder, name)) == found for name, found in digests)
-    except (OSError, ValueError, AttributeError, CheckpointError):
+    except (OSError, JsonError, CheckpointError):
         return False
 
 

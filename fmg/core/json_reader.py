@@ -30,6 +30,9 @@ MAX_LINE_BYTES = 1 << 20
 MAX_DEPTH = 64
 """Most levels of lists and objects inside each other."""
 
+# of a safetensors file: the bytes before its header, and its own limit of the header
+_HEADER_LENGTH = 8
+_LARGEST_HEADER = 100 * 2**20
 # every integer of so many digits fits a double
 _MAX_DIGITS = 308
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -71,8 +74,13 @@ class Line:
         return _decoded(self.data, self.number)
 
 
-def parse(text: str | bytes) -> object:
+def parse(text: str | bytes, *, finite: bool = True) -> object:
     """The value of a JSON text.
+
+    Args:
+        text: to read.
+        finite: whether to refuse `NaN`, `Infinity` and what is too large for a double; only what fmg wrote for itself
+            may hold them.
 
     Raises:
         JsonError: it is none, or refused for a reason that the module names.
@@ -81,10 +89,10 @@ def parse(text: str | bytes) -> object:
         text = _decoded(text)
     text = text.removeprefix(_BOM)
     try:
-        value: object = _DECODER.decode(text)
+        value: object = (_DECODER if finite else _NON_FINITE).decode(text)
     except json.JSONDecodeError as error:
         where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
-        raise JsonError(f"{error.msg}, {where}") from None
+        raise JsonError(f"not JSON ({error.msg}, {where})") from None
     except RecursionError:
         raise JsonError(_NESTED) from None
     if text.count("[") + text.count("{") > MAX_DEPTH:
@@ -94,13 +102,13 @@ def parse(text: str | bytes) -> object:
     return value
 
 
-def parse_object(text: str | bytes) -> dict[str, object]:
-    """The object of a JSON text.
+def parse_object(text: str | bytes, *, finite: bool = True) -> dict[str, object]:
+    """The object of a JSON text; arguments as for `parse`.
 
     Raises:
         JsonError: as `parse`, or it is another value.
     """
-    value = parse(text)
+    value = parse(text, finite=finite)
     if not isinstance(value, dict):
         raise JsonError("it is not a JSON object")
     return value
@@ -131,6 +139,20 @@ def read_object(file: Path, max_bytes: int = MAX_BYTES) -> dict[str, object]:
     if not isinstance(value, dict):
         raise JsonError("it is not a JSON object")
     return value
+
+
+def read_safetensors_header(file: Path) -> tuple[dict[str, object], int]:
+    """The JSON header of a safetensors file, and where its data begin: bytes from the beginning of the file.
+
+    Raises:
+        OSError: the file cannot be read.
+        JsonError: the file does not begin with such a header.
+    """
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(_HEADER_LENGTH), "little")
+        if size > _LARGEST_HEADER:
+            raise JsonError("it has no safetensors header")
+        return parse_object(opened.read(size)), _HEADER_LENGTH + size
 
 
 def read_lines(file: Path, max_bytes: int = MAX_LINES_BYTES, max_line: int = MAX_LINE_BYTES) -> Iterator[Line]:
@@ -260,3 +282,4 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 _GONE = object()
 _DECODER = json.JSONDecoder(parse_float=_float, parse_int=_integer, parse_constant=_constant, object_pairs_hook=_unique)
+_NON_FINITE = json.JSONDecoder(parse_int=_integer, object_pairs_hook=_unique)

@@ -6,8 +6,10 @@ import json
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fmg.core.errors import CheckpointError, FmgWarning
+from fmg.core.json_reader import parse_object
 from fmg.data.run_folder import write_atomic
 
 FOLDER = "checkpoints"
@@ -56,7 +58,7 @@ class CheckpointIndex:
         Raises:
             ValueError, KeyError, TypeError, StopIteration: for another text.
         """
-        raw = json.loads(text)
+        raw: Any = parse_object(text)
         index = cls(tuple(Saved(**entry) for entry in raw["saved"]), raw["best"], raw["latest"])
         for name in (index.best, index.latest):
             index.entry(name)

@@ -12,7 +12,7 @@ PROMPT_FILE_SUFFIXES = (".txt", ".jsonl")
 class FilePromptsConfig(ComponentConfig):
     """Prompts from a file: `.txt` with one a line, `.jsonl` with one object a line (see `fmg.data.files`)."""
 
-    path: str = Field(min_length=1, description="a .txt or .jsonl file, UTF-8, no blank lines, no duplicates")
+    path: str = Field(min_length=1, description="a .txt or .jsonl file, UTF-8, no blank lines, at most 64 MiB")
 
 
 class EverydayPromptsConfig(ComponentConfig):

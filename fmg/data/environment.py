@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from fmg.core.json_reader import JsonError, read_object
 from fmg.data.run_folder import write_atomic
 from fmg.version import __version__
 
@@ -42,10 +43,9 @@ def write_environment(run: Path) -> None:
 def read_environment(run: Path) -> Mapping[str, str]:
     """The environment of a run; empty when it was not recorded or is damaged."""
     try:
-        found = json.loads((run / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return {name: str(value) for name, value in read_object(run / FILE).items()}
+    except (OSError, JsonError):
         return {}
-    return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
 
 
 def _processor() -> str:

@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from fmg.core.errors import CheckpointError, UsageError, writing
+from fmg.core.json_reader import JsonError, Line, located, parse_object, read_lines, read_object
 
 if TYPE_CHECKING:
     from fmg.registry.document import Plain
@@ -25,6 +26,8 @@ RUNS = Path("runs")
 SCHEMA = 1
 State = Literal["running", "finished", "interrupted", "failed"]
 STATES: tuple[State, ...] = get_args(State)
+MAX_METRICS_BYTES = 1 << 30
+"""Most bytes of a `metrics.jsonl` that is read: 1 GiB, a million lines."""
 
 
 @dataclass(frozen=True)
@@ -139,13 +142,13 @@ class RunFolder:
         file = _state_file(self.path)
         fix = "Name a folder that `fmg train` made; `fmg runs` lists them."
         try:
-            state = RunState(**json.loads(file.read_text(encoding="utf-8")))
+            state = RunState(**cast(Any, read_object(file)))
             state.began  # noqa: B018
             if not isinstance(state.model, str):
                 raise TypeError("the model is no text")
         except FileNotFoundError:
             raise CheckpointError(f"'{self.path}' is not a run folder", fix) from None
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, OverflowError) as error:
             raise CheckpointError(f"'{file}' is damaged ({error})", fix) from None
         if state.schema != SCHEMA or state.state not in STATES:
             raise CheckpointError(
@@ -234,16 +237,10 @@ def read_metrics(path: Path) -> list[dict[str, object]]:
     """
     if not path.is_file():
         return []
-    lines: list[dict[str, object]] = []
-    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            entry = json.loads(text)
-        except ValueError:
-            entry = None
-        if not isinstance(entry, dict):
-            raise _damaged(path, number)
-        lines.append(entry)
-    return lines
+    try:
+        return [_entry(path, line) for line in read_lines(path, MAX_METRICS_BYTES) if line.ended]
+    except JsonError as error:
+        raise CheckpointError(located(path, error), "Move the file away, or shorten it.") from None
 
 
 def read_numbers(path: Path) -> list[dict[str, float]]:
@@ -276,13 +273,22 @@ def write_atomic(path: Path, data: bytes) -> None:
 def _numbers(path: Path, number: int, line: Mapping[str, object]) -> dict[str, float]:
     plain = {key: math.nan if value is None else value for key, value in line.items()}
     numbers = {key: float(value) for key, value in plain.items() if isinstance(value, (int, float))}
-    if numbers.keys() != plain.keys() or not math.isfinite(numbers.get("iteration", math.nan)):
-        raise _damaged(path, number)
+    if numbers.keys() != plain.keys():
+        raise _damaged(path, number, "it holds something else than numbers")
+    if not math.isfinite(numbers.get("iteration", math.nan)):
+        raise _damaged(path, number, "it does not name its iteration")
     return numbers
 
 
-def _damaged(path: Path, number: int) -> CheckpointError:
-    return CheckpointError(f"{path}:{number}: the line is damaged", "Remove it; the others do not depend on it.")
+def _entry(path: Path, line: Line) -> dict[str, object]:
+    try:
+        return parse_object(line.text(), finite=False)
+    except JsonError as error:
+        raise _damaged(path, line.number, str(error)) from None
+
+
+def _damaged(path: Path, number: int, why: str) -> CheckpointError:
+    return CheckpointError(f"{path}:{number}: the line is damaged: {why}", "Remove it; the others do not depend on it.")
 
 
 def _finite(value: object) -> object:

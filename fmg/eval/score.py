@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fmg.core.errors import UsageError
 from fmg.core.events import Observer, StageProgress, ignore
+from fmg.core.json_reader import read_objects
 from fmg.core.prompt import Prompt
 from fmg.eval.options import chosen_extractors, chosen_rewards
 from fmg.eval.reference import WORLD, batches, folder_reference, picture_files, reference_files
@@ -168,7 +168,7 @@ def _listed(folder: Path) -> Iterator[Captioned]:
 
 def _geneval(tree: Path) -> Iterator[Captioned]:
     file = tree / METADATA
-    ((_, entry),) = list(_objects(file))[:1] or [(0, {})]
+    ((_, entry),) = list(read_objects(file))[:1] or [(0, {})]
     text = entry.get("prompt")
     if not isinstance(text, str):
         raise UsageError(f"'{file}' has no prompt", "GenEval writes one JSON object with a prompt there.")
@@ -177,7 +177,7 @@ def _geneval(tree: Path) -> Iterator[Captioned]:
 
 
 def _captions(file: Path) -> Iterator[tuple[str, str]]:
-    for number, entry in _objects(file):
+    for number, entry in read_objects(file):
         name, text = _text_under(entry, _NAME_KEYS), _text_under(entry, _TEXT_KEYS)
         if name is None or text is None:
             raise UsageError(f"{file}:{number}: no file_name and prompt", 'Write {"file_name": "a.png", "prompt": ""}.')
@@ -186,23 +186,6 @@ def _captions(file: Path) -> Iterator[tuple[str, str]]:
 
 def _text_under(entry: Mapping[str, object], keys: Sequence[str]) -> str | None:
     return next((value for key in keys if isinstance(value := entry.get(key), str)), None)
-
-
-def _objects(file: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError):
-        raise UsageError(f"'{file}' cannot be read", "Save it as UTF-8 text.") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{file}:{number}: not JSON ({error.msg})", "Write one object a line.") from None
-        if not isinstance(entry, dict):
-            raise UsageError(f"{file}:{number}: the line is not a JSON object", "Write one object a line.")
-        yield number, entry
 
 
 def _prompted(entry: Captioned, prompt: str | None, *, needed: bool) -> Prompt:

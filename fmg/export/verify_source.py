@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fmg.core.json_reader import JsonError, parse
 from fmg.export.artifact import plain_config, sampling_of
 from fmg.export.census import read_graph
 from fmg.export.components import graph_reader, graph_tokenizer
@@ -104,14 +105,14 @@ def _other_tokenizer(artifact: Artifact, source: ExportSource, graph: str) -> st
     if facts != expected:
         return f"the manifest says {facts}, and {source.folder} has {expected}"
     ours = artifact.path(facts.file).read_bytes()
-    return "" if ours == text or _json(ours) == _json(text) else f"{facts.file} is not the one of {source.folder}"
+    return "" if ours == text or _same_json(ours, text) else f"{facts.file} is not the one of {source.folder}"
 
 
-def _json(text: bytes) -> object:
+def _same_json(one: bytes, other: bytes) -> bool:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+        return parse(one) == parse(other)
+    except JsonError:
+        return False
 
 
 def _misplaced(artifact: Artifact, graph: str) -> str:

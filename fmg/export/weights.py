@@ -12,17 +12,18 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fmg.core.errors import CheckpointError
+from fmg.core.json_reader import read_safetensors_header
 from fmg.inference.artifact.manifest import FileEntry
 from fmg.models.common.reader import STORED_DTYPES
 
 PAGE = 4096
 _LENGTH = 8  # bytes of a safetensors file before its header
-_LARGEST_HEADER = 100 * 2**20  # safetensors' own limit
 _NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
 TensorType = tuple[torch.dtype, tuple[int, ...]]
@@ -77,12 +78,11 @@ def stored_places(file: Path) -> Mapping[str, tuple[int, int]]:
         CheckpointError: it is no safetensors file.
     """
     try:
-        with file.open("rb") as stored:
-            size = int.from_bytes(stored.read(_LENGTH), "little")
-            header = json.loads(stored.read(min(size, _LARGEST_HEADER)))
-        spans = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
-        return {name: (_LENGTH + size + start, stop - start) for name, (start, stop) in spans.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        header, data = read_safetensors_header(file)
+        entries: dict[str, Any] = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        spans = {name: entry["data_offsets"] for name, entry in entries.items()}
+        return {name: (data + start, stop - start) for name, (start, stop) in spans.items()}
+    except (ValueError, TypeError, KeyError):
         raise CheckpointError(f"{file} is no safetensors file", "Restore the artifact, or export it again.") from None
 
 

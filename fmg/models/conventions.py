@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fmg.core.errors import CheckpointError
+from fmg.core.json_reader import JsonError, read_object
 from fmg.core.specs import MapSpec
 
 CONVENTIONS_FILE = "fmg_flow_map.json"
@@ -59,6 +60,9 @@ class FlowMapConventions(BaseModel):
         )
 
 
+_RESTORE = "Restore the file from where the model came from, or use the version of fmg that wrote it."
+
+
 def read_conventions(folder: Path) -> FlowMapConventions:
     """The conventions of a model folder.
 
@@ -72,11 +76,13 @@ def read_conventions(folder: Path) -> FlowMapConventions:
             "Give a folder that fmg wrote, or remake the embedded models with `fmg pretrain`.",
         )
     try:
-        return FlowMapConventions.model_validate_json(file.read_bytes())
+        return FlowMapConventions.model_validate(read_object(file))
+    except (OSError, JsonError) as error:
+        raise CheckpointError(f"{file} cannot be used: {error}", _RESTORE) from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise CheckpointError(
             f"{file} cannot be used: {where}: {first['msg'].removeprefix('Value error, ')}",
-            "Restore the file from where the model came from, or use the version of fmg that wrote it.",
+            _RESTORE,
         ) from None

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
+from fmg.core.errors import CheckpointError, first_line
 from fmg.core.geometry import Blocks, Holding, LinearModule, ModelGeometry
+from fmg.core.json_reader import JsonError, read_safetensors_header
 from fmg.models.conventions import FlowMapConventions
 from fmg.models.flux.size import FLUX_LITE
+from fmg.models.sources import read_json
 
 FLUX_ENCODERS = 123_060_480 + 4_762_310_656
 """Parameters of FLUX's CLIP ViT-L/14 and T5-XXL text encoders, for plans made before the files are there."""
@@ -54,8 +56,8 @@ def flux_geometry(
         published: the transformer's config where the folder has none.
         decoder_tile: side of the tiles in pixels that images are decoded in.
     """
-    stated = None if folder is None else _read_json(folder / "transformer" / "config.json")
-    vae = (None if folder is None else _read_json(folder / "vae" / "config.json")) or FLUX_VAE
+    stated = None if folder is None else read_json(folder / "transformer" / "config.json")
+    vae = (None if folder is None else read_json(folder / "vae" / "config.json")) or FLUX_VAE
     config = {**published, **(stated or {})}
     linears = tuple(transformer_linears(config, second_time=conventions.second_time != "none"))
     head = _int(config, "attention_head_dim")
@@ -169,18 +171,13 @@ def stored_parameters(folder: Path | None, *components: str) -> int:
 
 
 def _header(file: Path) -> list[dict[str, list[int]]]:
-    """The tensors that a safetensors file announces: eight bytes of length, then JSON."""
-    with file.open("rb") as opened:
-        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-    return [entry for name, entry in header.items() if name != "__metadata__" and entry["dtype"] in _FLOATS]
-
-
-def _read_json(file: Path) -> dict[str, object] | None:
+    """The tensors that a safetensors file announces."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
+        header, _ = read_safetensors_header(file)
+        entries: list[Any] = [entry for name, entry in header.items() if name != "__metadata__"]
+        return [entry for entry in entries if entry["dtype"] in _FLOATS]
+    except (OSError, JsonError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is no safetensors file: {first_line(error)}", "Restore the file.") from None
 
 
 def _int(config: Mapping[str, object], key: str) -> int:

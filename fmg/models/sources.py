@@ -5,7 +5,6 @@ Loading never touches the network. What is not on this computer is an error that
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from fmg.core.errors import CheckpointError, MissingDependencyError
+from fmg.core.json_reader import JsonError, read_object
 
 _HUB = re.compile(
     r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./-]+))?"
@@ -104,10 +104,9 @@ def locate(part: Part, model: str) -> Path:
 def read_json(file: Path) -> dict[str, object] | None:
     """The JSON object in a file, or None where there is no such file or it holds something else."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(file)
+    except (OSError, JsonError):
         return None
-    return value if isinstance(value, dict) else None
 
 
 def _path(source: Path | HubSource, part: Part) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from fmg.core.cache import cache_dir, content_hash, made_once, optional_cache
 from fmg.core.errors import CheckpointError, first_line, out_of_memory
+from fmg.core.json_reader import JsonError, read_object
 
 Tensors = Mapping[str, Tensor]
 
@@ -173,12 +173,9 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: when it is not one.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return read_object(path)
+    except (OSError, JsonError) as error:
         raise CheckpointError(f"{path} cannot be read: {first_line(error)}", _RESTORE) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object", _RESTORE)
-    return value
 
 
 def some(names: Iterable[object]) -> str:

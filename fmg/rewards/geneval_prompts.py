@@ -6,7 +6,6 @@ renamed (computer mouse, tv remote, computer keyboard), and ten colours.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -16,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fmg.core.errors import UsageError
+from fmg.core.json_reader import read_objects
 from fmg.registry.validation import first_problem
 from fmg.rewards.geneval_rules import RELATIONS, Clause, Position, Relation, Specification
 
@@ -107,19 +107,10 @@ def read_metadata(path: Path) -> dict[str, Specification]:
     Raises:
         UsageError: naming file and line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        raise UsageError(f"The GenEval metadata '{path}' cannot be read", "Name a .jsonl file in UTF-8.") from None
     specifications: dict[str, Specification] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, entry in read_objects(path):
         try:
-            entry = json.loads(line)
-            if not isinstance(entry, dict):
-                raise UsageError("the line is not a JSON object", "Write one object a line.")
             specifications[str(entry.get("prompt"))] = specification_of(entry)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{path}:{number}: not JSON ({error.msg})", "Write one object a line.") from None
         except UsageError as error:
             raise UsageError(f"{path}:{number}: {error.what}", error.fix) from None
     return specifications

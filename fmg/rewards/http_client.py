@@ -6,7 +6,6 @@ Only the standard library is used, so a training machine needs nothing installed
 from __future__ import annotations
 
 import http.client
-import json
 import os
 import random
 import socket
@@ -20,6 +19,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from fmg.core.errors import UsageError
+from fmg.core.json_reader import parse
 
 T = TypeVar("T")
 
@@ -197,7 +197,7 @@ def _read(answer: http.client.HTTPResponse) -> bytes:
 def _detail(content: bytes) -> str:
     """What the server says is wrong, in the forms of fmg and of OpenAI-compatible endpoints."""
     try:
-        answer: object = json.loads(content)
+        answer = parse(content)
     except ValueError:
         return ""
     error = answer.get("error") if isinstance(answer, dict) else None
@@ -209,8 +209,7 @@ def _detail(content: bytes) -> str:
 
 def _json(content: bytes) -> object:
     try:
-        parsed: object = json.loads(content)
-        return parsed
+        return parse(content)
     except ValueError:
         raise CallError("an answer that is not JSON", passing=True) from None
 

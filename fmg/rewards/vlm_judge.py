@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from fmg.core.cache import cache_dir, optional_cache, replacing_file
+from fmg.core.json_reader import read_object
 from fmg.core.types import RewardOutput
 from fmg.registry import rewards
 from fmg.rewards.calls import Caller, Chunk
@@ -183,7 +184,7 @@ def _choice(answer: object) -> _Choice:
 def _cached(path: Path) -> float | None:
     """The score in a cache file; None when there is none, or only a damaged one."""
     try:
-        score = json.loads(path.read_text(encoding="utf-8"))["score"]
-    except (OSError, ValueError, KeyError, TypeError):
+        score = read_object(path)["score"]
+    except (OSError, ValueError, KeyError):
         return None
     return float(score) if isinstance(score, int | float) and 0 <= score <= 1 else None

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fmg.core.errors import CheckpointError
+from fmg.core.json_reader import parse
 
 TENSORS, STRUCTURE = "state.safetensors", "state.json"
 _TENSOR, _TUPLE, _PAIRS = "$tensor", "$tuple", "$pairs"
@@ -47,7 +48,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     try:
         tensors = load_file(folder / TENSORS)
-        value: object = _unpack(json.loads((folder / STRUCTURE).read_text(encoding="utf-8")), tensors)
+        value: object = _unpack(parse((folder / STRUCTURE).read_bytes(), finite=False), tensors)
         if not isinstance(value, dict):
             raise TypeError("it is not a mapping")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fmg.core.json_reader import parse
 from fmg.inference.artifact.decode import decode, encode
 from fmg.inference.tensorrt.record import Profile
 
@@ -74,7 +75,7 @@ def from_line(line: str) -> Message:
     Raises:
         ValueError: it is none.
     """
-    content = json.loads(line)
+    content = parse(line)
     if not isinstance(content, dict) or content.get("kind") not in _KINDS:
         raise ValueError(f"{line!r:.80} is no message of the engine builder")
     return decode(_KINDS[content.pop("kind")], content)
@@ -87,4 +88,4 @@ def job_to_json(job: Job) -> str:
 
 def job_from_json(text: str) -> Job:
     """The job of that text."""
-    return decode(Job, json.loads(text))
+    return decode(Job, parse(text))

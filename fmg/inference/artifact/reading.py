@@ -6,6 +6,7 @@ import json
 from pathlib import Path, PurePosixPath
 
 from fmg.core.errors import CheckpointError
+from fmg.core.json_reader import JsonError, parse_object
 from fmg.inference.artifact.borders import check_borders
 from fmg.inference.artifact.decode import DecodeError, decode, encode
 from fmg.inference.artifact.manifest import (
@@ -20,8 +21,6 @@ from fmg.inference.artifact.manifest import (
     Manifest,
 )
 
-_MAX_DEPTH = 64
-_NESTED = f"it is nested deeper than {_MAX_DEPTH} levels"
 _MAX_NAME = 255
 
 
@@ -39,20 +38,18 @@ def from_json(text: str | bytes, origin: Path) -> Manifest:
             or has graphs with other inputs and outputs than backends fill.
     """
     try:
-        raw = json.loads(text)
-    except RecursionError:
-        raise _unusable(origin, _NESTED) from None
-    except ValueError as error:
-        raise _unusable(origin, f"it is not JSON ({error})") from None
-    if not isinstance(raw, dict) or type(raw.get("schema")) is not int:
+        raw = parse_object(text)
+    except JsonError as error:
+        raise _unusable(origin, str(error)) from None
+    schema = raw.get("schema")
+    if type(schema) is not int:
         raise _unusable(origin, "it does not state its schema")
-    if raw["schema"] > SCHEMA:
+    if schema > SCHEMA:
         raise CheckpointError(
-            f"{origin} has schema {raw['schema']}, and this fmg reads up to {SCHEMA}",
+            f"{origin} has schema {schema}, and this fmg reads up to {SCHEMA}",
             "Export the artifact again with this one, or upgrade fmg.",
         )
     try:
-        _check_depth(raw)
         manifest = decode(Manifest, raw)
         _check_paths(manifest)
         _check_references(manifest)
@@ -61,18 +58,6 @@ def from_json(text: str | bytes, origin: Path) -> Manifest:
     except DecodeError as error:
         raise _unusable(origin, str(error)) from None
     return manifest
-
-
-def _check_depth(raw: object) -> None:
-    # level by level, because what recurses over it later must not be the first to find out
-    level = [raw]
-    for _ in range(_MAX_DEPTH):
-        lists = [value for value in level if isinstance(value, list)]
-        tables = [value.values() for value in level if isinstance(value, dict)]
-        level = [value for inner in (*lists, *tables) for value in inner]
-        if not level:
-            return
-    raise DecodeError(_NESTED)
 
 
 def _check_paths(manifest: Manifest) -> None:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from fmg.core.cache import content_hash
 from fmg.core.errors import CheckpointError
+from fmg.core.json_reader import read_json
 from fmg.inference.artifact.decode import decode, encode
 from fmg.inference.artifact.layout import ENGINES
 from fmg.inference.tensorrt.flavours import ANY, Flavour, Gpu
@@ -146,7 +147,7 @@ def read_record(path: Path) -> EngineRecord:
     """
     fix = "Delete it with its plan, and build the engine again: fmg export --trt."
     try:
-        record = decode(EngineRecord, json.loads(path.read_text(encoding="utf-8")))
+        record = decode(EngineRecord, read_json(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is no record of an engine: {error}", fix) from None
     if record.plan != f"{path.stem}.plan" or record.key != record.ingredients.key():

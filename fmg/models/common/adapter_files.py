@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fmg.core.errors import CheckpointError, UsageError, writing
+from fmg.core.json_reader import JsonError, read_object
 from fmg.core.unfinished import partial_folder
 from fmg.models.common.adapter import ADAPTER, adapter_parameters
 from fmg.models.common.digest import stored_digest
@@ -136,6 +137,9 @@ def save(
         prove(partial)
 
 
+_OTHER_VERSION = "Use the version of fmg that wrote it, or train again."
+
+
 def read_manifest(folder: Path) -> AdapterManifest:
     """The manifest of a saved adapter.
 
@@ -146,13 +150,13 @@ def read_manifest(folder: Path) -> AdapterManifest:
     if not file.is_file():
         raise CheckpointError(f"{folder} is not an adapter: it has no {MANIFEST_FILE}", "Give a folder that fmg saved.")
     try:
-        return AdapterManifest.model_validate_json(file.read_bytes())
+        return AdapterManifest.model_validate(read_object(file))
+    except (OSError, JsonError) as error:
+        raise CheckpointError(f"{file} cannot be used: {error}", _OTHER_VERSION) from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise CheckpointError(
-            f"{file} cannot be used: {where}: {first['msg']}", "Use the version of fmg that wrote it, or train again."
-        ) from None
+        raise CheckpointError(f"{file} cannot be used: {where}: {first['msg']}", _OTHER_VERSION) from None
 
 
 def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

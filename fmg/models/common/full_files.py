@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fmg.core.errors import CheckpointError
+from fmg.core.json_reader import JsonError, read_object
 from fmg.models.common.adapter_files import BaseReference, new_folder
 from fmg.models.common.weights import check_names, folder_weights, stored_shapes, unreadable, weight_windows
 from fmg.models.conventions import FlowMapConventions
@@ -84,8 +85,8 @@ def read_manifest(folder: Path) -> TransformerManifest:
     """
     file = folder / MANIFEST_FILE
     try:
-        return TransformerManifest.model_validate_json(file.read_bytes())
-    except (OSError, ValidationError) as error:
+        return TransformerManifest.model_validate(read_object(file))
+    except (OSError, JsonError, ValidationError) as error:
         first = str(error).splitlines()[0]
         raise CheckpointError(
             f"{file} cannot be used: {first}", "Use the version of fmg that wrote it, or train again."

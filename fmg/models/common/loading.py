@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from fmg.core.errors import CheckpointError, first_line, out_of_memory
+from fmg.core.json_reader import JsonError, read_object
 from fmg.models.common.weights import some
 from fmg.models.conventions import CONVENTIONS_FILE, FlowMapConventions
 
@@ -108,14 +108,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        return read_object(file)
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing", _RESTORE) from None
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}", _RESTORE) from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} is not a JSON object", _RESTORE)
-    return config
+    except (OSError, JsonError) as error:
+        raise CheckpointError(f"{file} cannot be read: {first_line(error)}", _RESTORE) from None
 
 
 def check_same(component: str, key: str, value: int, transformer_key: str, transformer_value: int) -> None:

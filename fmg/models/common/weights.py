@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fmg.core.errors import CheckpointError
+from fmg.core.json_reader import read_object
 
 INDEX_FILE = "diffusion_pytorch_model.safetensors.index.json"
 _RESTORE = "Restore the folder from where the model came from."
@@ -49,7 +49,7 @@ def folder_weights(folder: Path) -> WeightFiles:
         if index is None:
             assert single is not None
             return WeightFiles(folder, dict.fromkeys(tensor_names(single), single))
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards: Any = read_object(index)["weight_map"]
         return WeightFiles(folder, {str(name): folder / str(file) for name, file in shards.items()})
     except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
         raise unreadable(folder, error) from error

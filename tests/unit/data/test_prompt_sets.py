@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fmg.core.errors import UsageError
+from fmg.core.errors import FmgWarning, UsageError
 from fmg.core.types import Prompt
 from fmg.data.prompt_sets import PromptList, load_prompts, overlap_warning
 from fmg.registry.references import PromptsRef
@@ -47,11 +47,29 @@ def test_by_reference_of_a_recipe(tmp_path: Path) -> None:
         ("p.txt", "a\n\nb\n", r"p.txt:2: the line is blank"),
         ("p.txt", "a\nb\n   \n", r"p.txt:3: the line is blank"),
         ("p.txt", "a\nb\n\n", r"p.txt:3: the line is blank"),
-        ("p.txt", "a\nb\n a\n", r"p.txt:3: the prompt 'a' is already on line 1"),
+        ("p.txt", "a\n\u200b\u2060\ufeff\n", r"p.txt:2: the line is blank"),
+        (
+            "p.txt",
+            "a" * (1 << 20) + "\nb" * 2 + "\n" + "c" * (2 << 20),
+            r"p.txt:4: the line has more than 1,048,576 bytes",
+        ),
         ("p.txt", "", "is empty"),
-        ("p.txt", "\n", r"is empty"),
+        ("p.txt", "\n", r"p.txt:1: the line is blank"),
         ("p.txt", b"caf\xe9\n", r"not UTF-8 \(byte 3\)"),
-        ("p.jsonl", '{"prompt": "a"}\n{"prompt": "a"}\n', r"p.jsonl:2: the prompt 'a' is already on line 1"),
+        (
+            "p.jsonl",
+            '{"prompt": "a"}\n{"prompt": "a", "tag": "x"}\n',
+            r"p.jsonl:2: the prompt 'a' is on line 1 with another tag or metadata",
+        ),
+        (
+            "p.jsonl",
+            '{"prompt": "a", "include": [], "n": 1}\n{"prompt": "a", "include": [{}]}\n',
+            r"p.jsonl:2: the prompt 'a' is on line 1 with another tag or metadata",
+        ),
+        ("p.jsonl", '{"prompt": "a", "metadata": {"x": ' + "[" * 99 + "]" * 99 + "}}", r"p.jsonl:1: .*nested deeper"),
+        ("p.jsonl", '{"prompt": "a", "metadata": {"x": ' + "9" * 5000 + "}}", r"p.jsonl:1: .*5000 digits"),
+        ("p.jsonl", r'{"prompt": "a \ud83d"}', r"p.jsonl:1: .*half of a surrogate pair"),
+        ("p.jsonl", '{"prompt": "\u200b"}', r"p.jsonl:1: 'prompt' must be a text"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b"\n', r"p.jsonl:2: not JSON"),
         ("p.jsonl", '["a"]\n', r"p.jsonl:1: the line is not a JSON object"),
         ("p.jsonl", '{"text": "a"}\n', r"p.jsonl:1: unknown key 'text'"),
@@ -65,6 +83,21 @@ def test_by_reference_of_a_recipe(tmp_path: Path) -> None:
 def test_bad_files_are_refused_with_their_line(tmp_path: Path, name: str, data: str | bytes, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         load_prompts(write(tmp_path / name, data))
+
+
+def test_repeated_prompts_are_read_once_and_counted(tmp_path: Path) -> None:
+    line = '{"prompt": "a photo of a bench", "tag": "single_object", "include": [{"class": "bench", "count": 1}]'
+    file = write(tmp_path / "p.jsonl", "".join(f'{line}, "seed": {seed}}}\n' for seed in range(4)))
+    with pytest.warns(FmgWarning, match="has 1 prompt on 4 lines"):
+        prompts = load_prompts(file)
+    assert [prompt.text for prompt in prompts] == ["a photo of a bench"]
+    assert prompts[0].metadata["seed"] == 0
+
+
+def test_old_line_ends_and_marks_of_joined_files(tmp_path: Path) -> None:
+    assert [p.text for p in load_prompts(write(tmp_path / "p.txt", "a\rb\r"))] == ["a", "b"]
+    joined = '\ufeff{"prompt": "a"}\r\n\ufeff{"prompt": "b\u2028"}\r\n'
+    assert [p.text for p in load_prompts(write(tmp_path / "p.jsonl", joined))] == ["a", "b"]
 
 
 def test_what_is_no_prompt_file(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def _pickle_only(folder: Path) -> None:
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no component": (lambda f: shutil.rmtree(f / "vae"), "vae/config.json is missing"),
-    "config is not JSON": (lambda f: (f / "vae/config.json").write_text("{"), "vae/config.json is not JSON"),
+    "config is not JSON": (lambda f: (f / "vae/config.json").write_text("{"), "vae/config.json .*: not JSON"),
     "config is a list": (lambda f: (f / "vae/config.json").write_text("[]"), "not a JSON object"),
     "foreign class": (
         lambda f: _edit(f / "transformer/config.json", _class_name="SD3Transformer2DModel"),
