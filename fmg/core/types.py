@@ -133,7 +133,33 @@ class TransitionRollout(SampleRollout):
     transitions: tuple[Transition, ...]
 
 
-Rollout = SampleRollout | TransitionRollout
+@dataclass(frozen=True)
+class BranchRollout(SampleRollout):
+    """One star for each of `g` groups: a state, the density of one transition from it, and `m` siblings drawn from it.
+
+    `x0` are the completions of the siblings. Samples are group-major, `n = g m`: sample `i` completes sibling `i % m`
+    of group `i // m`. Only the transition has a density; completions carry none (docs/math.md, branched rollouts).
+
+    Attributes:
+        step: index of the grid interval at which each group branches.
+        t, s: its times.
+        x_t: the state that the siblings share.
+        mean, std: the density `N(mean, std^2 I)` of the policy that generated the rollout.
+        x_s: the siblings.
+        log_prob: their log-densities, averaged over latent coordinates.
+    """
+
+    step: Int[Tensor, " g"]
+    t: Float[Tensor, " g"]
+    s: Float[Tensor, " g"]
+    x_t: Float[Tensor, "g *shape"]
+    mean: Float[Tensor, "g *shape"]
+    std: Float[Tensor, " g"]
+    x_s: Float[Tensor, "g m *shape"]
+    log_prob: Float[Tensor, "g m"]
+
+
+Rollout = SampleRollout | TransitionRollout | BranchRollout
 
 
 @dataclass(frozen=True)

@@ -36,14 +36,24 @@ def native_sample(
         renoise: noise for interval `k`; not called for two-time maps.
     """
     x = x_1
-    endpoint = flow_map.anchors == "endpoint"
-    for k, (t_value, s_value) in enumerate(pairwise(grid)):
-        t = torch.full((x.shape[0],), t_value, device=x.device)
-        s = torch.full((x.shape[0],), s_value, device=x.device)
-        if not endpoint or s_value == 0.0:
-            x = flow_map.jump(x, t, s, cond)
-            continue
-        x_0 = flow_map.jump(x, t, torch.zeros_like(s), cond)
-        scale, std = flow_map.path.kernel(torch.zeros_like(s), s)
-        x = expand(scale, x_0) * x_0 + expand(std, x_0) * renoise(k)
+    for k, (t, s) in enumerate(pairwise(grid)):
+        x = native_step(flow_map, cond, x, t, s, lambda k=k: renoise(k))  # type: ignore[misc]
     return x
+
+
+def native_step(
+    flow_map: FlowMap,
+    cond: Conditioning,
+    x: Float[Tensor, "b *shape"],
+    t_value: float,
+    s_value: float,
+    renoise: Callable[[], Float[Tensor, "b *shape"]],
+) -> Float[Tensor, "b *shape"]:
+    """One interval of `native_sample`, from `t` to `s`; `renoise` is called for interior times of single-time maps."""
+    t = torch.full((x.shape[0],), t_value, device=x.device)
+    s = torch.full((x.shape[0],), s_value, device=x.device)
+    if flow_map.anchors == "any" or s_value == 0.0:
+        return flow_map.jump(x, t, s, cond)
+    x_0 = flow_map.jump(x, t, torch.zeros_like(s), cond)
+    scale, std = flow_map.path.kernel(torch.zeros_like(s), s)
+    return expand(scale, x_0) * x_0 + expand(std, x_0) * renoise()

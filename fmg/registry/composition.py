@@ -37,6 +37,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _map_problems(recipe, spec)
     yield from _sampler_problems(recipe)
     yield from _window_problems(recipe, spec)
+    yield from _branch_problems(recipe)
     yield from _trainable_problems(recipe, spec)
     yield from _reward_problems(("rewards",), recipe.rewards)
     yield from _reward_problems(("eval", "rewards"), recipe.eval.rewards)
@@ -105,6 +106,23 @@ def _window_problems(recipe: Recipe, spec: MapSpec) -> Iterator[Problem]:
             f"but '{recipe.model.name}' is {_MAPS[spec.anchors]}"
         )
         yield Problem(location, what, everything)
+
+
+def _branch_problems(recipe: Recipe) -> Iterator[Problem]:
+    rollout, objective = recipe.rollout, recipe.objective
+    if rollout.kind == "chain":
+        return
+    if not objective.config.branches:
+        what = f"The objective '{objective.name}' does not take branched rollouts"
+        fix = "Set rollout.kind to chain, or use an objective that does, such as grpo"
+        yield Problem(("rollout", "kind"), what, fix)
+    if rollout.window is not None:
+        what = "rollout.window belongs to chains; rollout.branch.steps chooses the one stochastic step of a group"
+        yield Problem(("rollout", "window"), what, "Set rollout.window to null, or rollout.kind to chain")
+    if rollout.branch.antithetic and rollout.group_size % 2:
+        what = f"Antithetic siblings come in pairs, but a group has {rollout.group_size}"
+        fix = "Use an even rollout.group_size, or set rollout.branch.antithetic to false"
+        yield Problem(("rollout", "group_size"), what, fix)
 
 
 def _trainable_problems(recipe: Recipe, spec: MapSpec) -> Iterator[Problem]:

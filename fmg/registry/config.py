@@ -88,6 +88,11 @@ class ObjectiveConfig(ComponentConfig, ABC):
     def needs(self) -> Literal["transitions", "samples"]:
         """What kind of rollout it consumes."""
 
+    @property
+    def branches(self) -> bool:
+        """Whether it takes branched rollouts (`BranchRollout`), of which it makes one row a group."""
+        return False
+
     def rows_per_sample(self, transitions: int) -> int:
         """Rows of a batch that `prepare` makes of one sample with `transitions` stored transitions, at least 1."""
         return max(1, transitions)

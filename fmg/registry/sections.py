@@ -72,9 +72,31 @@ class WindowSection(Section):
     every: int = Field(10, ge=1, description="iterations between moves or draws; fixed ignores it")
 
 
-class RolloutSection(Section):
-    """How samples are drawn for one iteration."""
+class BranchSection(Section):
+    """How `rollout.kind: branch` makes a group; a chain ignores it (docs/branching.md)."""
 
+    steps: Literal["first", "cycle", "random", "adaptive"] = Field(
+        "first",
+        description="transition at which a group branches: the noisiest, each in turn, a random one, or adaptive: more"
+        " groups for the transitions whose siblings' rewards differ most",
+    )
+    floor: float = Field(0.05, ge=0, le=1, description="least share of the groups for every transition; adaptive only")
+    completion: Literal["jump", "grid"] = Field(
+        "jump", description="how siblings reach 0: one jump, or the remaining intervals of the grid"
+    )
+    prefix: Literal["native", "stochastic"] = Field(
+        "native", description="how the state is reached: by the map's own sampler, or by the stochasticizer"
+    )
+    antithetic: bool = Field(False, description="whether siblings come in pairs of opposite noise")
+
+
+class RolloutSection(Section):
+    """How samples are generated for one iteration."""
+
+    kind: Literal["chain", "branch"] = Field(
+        "chain",
+        description="chain: every sample has its own transitions; branch: a group shares one state and one transition",
+    )
     groups: int = Field(24, ge=1, le=100_000, description="prompts of one iteration; each is a group")
     group_size: int = Field(16, ge=2, le=4096, description="samples of one prompt, compared with each other")
     steps: int = Field(4, ge=1, le=1000, description="network calls of the sampler (N - 1 stochastic transitions)")
@@ -84,6 +106,24 @@ class RolloutSection(Section):
         None, ge=1, le=100_000, description="samples drawn at once; null: by device and model"
     )
     window: WindowSection | None = Field(None, description="moving window of stochastic steps; null: all but the last")
+    branch: BranchSection = BranchSection()
+    prompt_sampling: Literal["uniform", "dynamic"] = Field(
+        "uniform",
+        description="uniform: every prompt equally often; dynamic: less often those whose images got equal rewards",
+    )
+    prompt_floor: float = Field(
+        0.2, gt=0, le=1, description="least weight of a prompt under dynamic sampling; 1 for one that still teaches"
+    )
+
+    @property
+    def samples(self) -> int:
+        """Images of one iteration."""
+        return self.groups * self.group_size
+
+    @property
+    def units(self) -> int:
+        """What processes and updates share: the groups of branched rollouts, the samples of chains."""
+        return self.groups if self.kind == "branch" else self.samples
 
 
 class TrainSection(Section):

@@ -25,6 +25,9 @@ class GrpoConfig(ObjectiveConfig):
     noise_weighting: bool = Field(
         default=False, description="weight transitions by their std, mean 1 over a rollout (TempFlow-GRPO)"
     )
+    noise_power: float = Field(
+        default=1.0, ge=-4, le=4, description="power of the std that noise_weighting weighs transitions by"
+    )
     target_kl: float | None = Field(
         default=None,
         gt=0,
@@ -35,6 +38,11 @@ class GrpoConfig(ObjectiveConfig):
     def needs(self) -> Literal["transitions", "samples"]:
         """Transition densities."""
         return "transitions"
+
+    @property
+    def branches(self) -> bool:
+        """Siblings of one transition share a row."""
+        return True
 
     @property
     def compares_with(self) -> frozenset[Literal["old", "reference"]]:

@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fmg.core.errors import CompositionError
 from fmg.core.protocols import Density, FlowMap, Policies, Stochasticizer
-from fmg.core.types import Batch, Loss, ScoredRollout, TransitionRollout
+from fmg.core.types import Batch, BranchRollout, Conditioning, Loss, ScoredRollout, TransitionRollout
 from fmg.registry import objectives
 from fmg.rl.advantages import informative
 from fmg.rl.configs import GrpoConfig, GrpoGuardConfig
-from fmg.rl.replay import Unbound, mean_distance, replay
+from fmg.rl.replay import Unbound, log_probs, mean_distance, replay
 
 
 @objectives.register("grpo", GrpoConfig)
@@ -33,9 +33,12 @@ class Grpo:
     Of GRPO-Guard it has the ratio normalisation without the reweighting of gradients; of TempFlow-GRPO the noise
     weighting without trajectory branching.
 
-    Batch rows, transition-major (all samples of the first transition, then of the second, ...):
+    Batch rows of a chain, transition-major (all samples of the first transition, then of the second, ...):
         `x_t`, `x_s`, `mean_old`: (rows, *shape); `t`, `s`, `std`, `log_prob_old`, `advantage`, `weight`: (rows,) fp32;
         `step`: (rows,) int64, index of the grid interval. `weight` has mean 1.
+    A branched rollout has one row a group: its `m` siblings share state and mean, so `x_s` is (rows, m, *shape), and
+    `log_prob_old` and `advantage` are (rows, m). The loss of a row is the mean over its siblings, which equals that of
+    `m` repeated rows (docs/math.md, eq. 33).
     """
 
     needs: Literal["transitions"] = "transitions"
@@ -62,29 +65,19 @@ class Grpo:
             CompositionError: for a rollout without transitions.
         """
         rollout = scored.rollout
-        if not isinstance(rollout, TransitionRollout):
+        keep = informative(scored.advantages, rollout.groups).cpu()
+        if isinstance(rollout, BranchRollout):
+            rows, cond = _star_rows(rollout, scored.advantages, keep)
+        elif isinstance(rollout, TransitionRollout):
+            rows, cond = _chain_rows(rollout, scored.advantages, keep)
+        else:
             raise CompositionError(
                 "The objective 'grpo' got a rollout without transition densities",
                 "Roll out with a stochasticizer, or choose an objective that needs samples only.",
             )
-        keep = informative(scored.advantages, rollout.groups).cpu().nonzero().squeeze(1)
-        kept = keep.to(rollout.x0.device)
-        advantage = scored.advantages.to(kept.device, torch.float32)[kept]
-        steps = rollout.transitions
-        std = torch.cat([step.std[kept] for step in steps])
-        rows = {
-            "x_t": torch.cat([step.x_t[kept] for step in steps]),
-            "x_s": torch.cat([step.x_s[kept] for step in steps]),
-            "t": torch.cat([step.t[kept] for step in steps]),
-            "s": torch.cat([step.s[kept] for step in steps]),
-            "mean_old": torch.cat([step.mean[kept] for step in steps]),
-            "std": std,
-            "log_prob_old": torch.cat([step.log_prob[kept] for step in steps]),
-            "advantage": advantage.repeat(len(steps)),
-            "weight": noise_weights(std) if self.config.noise_weighting else torch.ones_like(std),
-            "step": torch.cat([torch.full_like(kept, step.index) for step in steps]),
-        }
-        return Batch(rows, rollout.cond.select(keep.repeat(len(steps))))
+        std = rows["std"]
+        weight = noise_weights(std, self.config.noise_power) if self.config.noise_weighting else torch.ones_like(std)
+        return Batch({**rows, "weight": weight}, cond)
 
     def loss(self, policies: Policies, batch: Batch) -> Loss:
         """Mean loss over the rows.
@@ -96,7 +89,10 @@ class Grpo:
         density = replay(self.stochasticizer, policies.current, batch)
         low, high = self.config.clip_bounds
         ratio = self._log_ratio(density, rows).exp()
-        total = (clipped_surrogate(ratio, rows["advantage"], low, high) * rows["weight"]).mean()
+        surrogate = clipped_surrogate(ratio, rows["advantage"], low, high)
+        # siblings share their row
+        by_row = surrogate if surrogate.ndim == 1 else surrogate.mean(1)
+        total = (by_row * rows["weight"]).mean()
         with torch.no_grad():
             parts = {
                 "approx_kl": mean_distance(density.mean, rows["mean_old"], density.std).mean(),
@@ -110,10 +106,10 @@ class Grpo:
             parts["kl_ref"] = kl_ref.detach()
         return Loss(total, parts)
 
-    def _log_ratio(self, density: Density, rows: Mapping[str, Tensor]) -> Float[Tensor, " b"]:
+    def _log_ratio(self, density: Density, rows: Mapping[str, Tensor]) -> Float[Tensor, "b *m"]:
         if self.config.ratio_norm:
             return normalised_log_ratio(density.mean, rows["mean_old"], rows["x_s"], density.std)
-        return density.log_prob(rows["x_s"]) - rows["log_prob_old"]
+        return log_probs(density, rows["x_s"]) - rows["log_prob_old"]
 
     def _reference_kl(
         self, reference: FlowMap, mean: Float[Tensor, "b *shape"], std: Float[Tensor, " b"], batch: Batch
@@ -130,8 +126,8 @@ def grpo_guard(config: GrpoGuardConfig) -> Grpo:
 
 
 def clipped_surrogate(
-    ratio: Float[Tensor, " b"], advantage: Float[Tensor, " b"], low: float, high: float
-) -> Float[Tensor, " b"]:
+    ratio: Float[Tensor, "b *m"], advantage: Float[Tensor, "b *m"], low: float, high: float
+) -> Float[Tensor, "b *m"]:
     """`-min(r A, clip(r, 1 - low, 1 + high) A)` (Schulman et al., arXiv 1707.06347, eq. 7).
 
     `high > low` is clip-higher (DAPO, Yu et al., arXiv 2503.14476; docs/math.md, eq. 26).
@@ -143,19 +139,66 @@ def clipped_surrogate(
 def normalised_log_ratio(
     mean: Float[Tensor, "b *shape"],
     mean_old: Float[Tensor, "b *shape"],
-    x_s: Float[Tensor, "b *shape"],
+    x_s: Tensor,
     std: Float[Tensor, " b"],
-) -> Float[Tensor, " b"]:
+) -> Float[Tensor, "b *m"]:
     """GRPO-Guard's exponent `mean(xi * (mean - mean_old))` with `xi = (x_s - mean_old) / std` (docs/math.md, eq. 24).
 
     For Gaussians it equals `std * log_ratio + mean|mean - mean_old|^2 / (2 std)`: the log-ratio without its quadratic
     bias, times the std, so that it has one scale at steps of different noise. The product is taken directly, since that
     sum cancels most of its digits in fp32. The gradient flows through `mean` alone.
+
+    Args:
+        mean, mean_old, std: of the densities.
+        x_s: (b, *shape), or (b, m, *shape) for the siblings of a branched rollout, which share the mean.
     """
+    if x_s.ndim > mean.ndim:
+        return torch.stack([normalised_log_ratio(mean, mean_old, x, std) for x in x_s.unbind(1)], dim=1)
     noise = (x_s.float() - mean_old.float()).flatten(1) / std[:, None]
     return (noise * (mean.float() - mean_old.float()).flatten(1)).mean(1)
 
 
-def noise_weights(std: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Weights proportional to the std of each transition, mean 1 (TempFlow-GRPO, arXiv 2508.04324; eq. 25)."""
-    return std / std.mean()
+def noise_weights(std: Float[Tensor, " n"], power: float = 1.0) -> Float[Tensor, " n"]:
+    """Weights proportional to a power of each transition's std, mean 1 (TempFlow-GRPO, arXiv 2508.04324; eq. 25)."""
+    scaled = std if power == 1 else std**power
+    return scaled / scaled.mean()
+
+
+def _chain_rows(
+    rollout: TransitionRollout, advantages: Float[Tensor, " n"], keep: Bool[Tensor, " n"]
+) -> tuple[dict[str, Tensor], Conditioning]:
+    index = keep.nonzero().squeeze(1)
+    kept = index.to(rollout.x0.device)
+    steps = rollout.transitions
+    rows = {
+        "x_t": torch.cat([step.x_t[kept] for step in steps]),
+        "x_s": torch.cat([step.x_s[kept] for step in steps]),
+        "t": torch.cat([step.t[kept] for step in steps]),
+        "s": torch.cat([step.s[kept] for step in steps]),
+        "mean_old": torch.cat([step.mean[kept] for step in steps]),
+        "std": torch.cat([step.std[kept] for step in steps]),
+        "log_prob_old": torch.cat([step.log_prob[kept] for step in steps]),
+        "advantage": advantages.to(kept.device, torch.float32)[kept].repeat(len(steps)),
+        "step": torch.cat([torch.full_like(kept, step.index) for step in steps]),
+    }
+    return rows, rollout.cond.select(index.repeat(len(steps)))
+
+
+def _star_rows(
+    rollout: BranchRollout, advantages: Float[Tensor, " n"], keep: Bool[Tensor, " n"]
+) -> tuple[dict[str, Tensor], Conditioning]:
+    count, size = rollout.log_prob.shape
+    index = keep.reshape(count, size).any(1).nonzero().squeeze(1)
+    kept = index.to(rollout.x0.device)
+    rows = {
+        "x_t": rollout.x_t[kept],
+        "x_s": rollout.x_s[kept],
+        "t": rollout.t[kept],
+        "s": rollout.s[kept],
+        "mean_old": rollout.mean[kept],
+        "std": rollout.std[kept],
+        "log_prob_old": rollout.log_prob[kept],
+        "advantage": advantages.to(kept.device, torch.float32).reshape(count, size)[kept],
+        "step": rollout.step.to(kept.device)[kept],
+    }
+    return rows, rollout.cond.select(index * size)

@@ -22,6 +22,13 @@ def replay(stochasticizer: Stochasticizer, flow_map: FlowMap, batch: Batch) -> D
     return stochasticizer.transition(flow_map, rows["x_t"], rows["t"], rows["s"], batch.cond)
 
 
+def log_probs(density: Density, x_s: Float[Tensor, "b *shape"]) -> Float[Tensor, "b *m"]:
+    """Log-densities of the rows (b, *shape), or of `m` siblings a row (b, m, *shape), averaged over coordinates."""
+    if x_s.ndim == density.mean.ndim:
+        return density.log_prob(x_s)
+    return torch.stack([density.log_prob(x) for x in x_s.unbind(1)], dim=1)
+
+
 def mean_distance(
     mean: Float[Tensor, "b *shape"], other: Float[Tensor, "b *shape"], std: Float[Tensor, " b"]
 ) -> Float[Tensor, " b"]:
@@ -67,11 +74,11 @@ def replay_ratio(stochasticizer: Stochasticizer, policies: Policies, batch: Batc
 
 def _as_in_an_update(
     stochasticizer: Stochasticizer, policies: Policies, part: Batch
-) -> tuple[Float[Tensor, " b"], Float[Tensor, "b *shape"], Float[Tensor, " b"]]:
+) -> tuple[Float[Tensor, "b *m"], Float[Tensor, "b *shape"], Float[Tensor, " b"]]:
     """Log-prob, mean and std of a forward pass that records gradients; its graph ends here, before the next begins."""
     with torch.enable_grad():
         density = replay(stochasticizer, policies.current, part)
-        log_prob = density.log_prob(part.rows["x_s"])
+        log_prob = log_probs(density, part.rows["x_s"])
     return log_prob.detach(), density.mean.detach(), density.std.detach()
 
 

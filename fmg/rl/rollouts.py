@@ -63,11 +63,11 @@ def rollout(
         UsageError: for a grid without a stochastic interval, a step out of range, or a wrong number of rows.
         CompositionError: from a single-time map that is asked for a deterministic interior jump.
     """
-    times = _checked_grid(grid)
+    times = checked_grid(grid)
     stochastic = _checked_steps(stochastic_steps, len(times) - 1)
     index = torch.as_tensor(groups)
     keys = sample_keys(index, seed, iteration, members)
-    place = device or _device_of(cond)
+    place = device or device_of(cond)
     cond = cond.to(place)
     parts: list[tuple[Tensor, list[Transition]]] = []
     with torch.no_grad():
@@ -102,10 +102,10 @@ def sample_rollout(
 
     Deterministic after the initial noise for two-time maps; single-time maps draw keyed noise at interior times.
     """
-    times = _checked_grid(grid)
+    times = checked_grid(grid)
     index = torch.as_tensor(groups)
     keys = sample_keys(index, seed, iteration, members)
-    place = device or _device_of(cond)
+    place = device or device_of(cond)
     cond = cond.to(place)
     parts: list[Tensor] = []
     for rows in _chunks(cond, keys, batch_size):
@@ -142,7 +142,7 @@ def sample(
     Raises:
         UsageError: when a single-time map gets no keys for a grid of several steps.
     """
-    times = _checked_grid(grid)
+    times = checked_grid(grid)
     if flow_map.anchors == "endpoint" and len(times) > 2 and len(keys) != len(x_1):
         raise UsageError(
             f"A single-time map draws new noise at interior times, and {len(keys)} noise keys came for {len(x_1)} rows",
@@ -150,7 +150,7 @@ def sample(
         )
     shape = x_1.shape[1:]
     parts: list[Tensor] = []
-    for rows in _row_chunks(len(x_1), batch_size):
+    for rows in row_chunks(len(x_1), batch_size):
         chosen = [keys[i] for i in rows] if keys else []
 
         def renoise(k: int, chosen: Sequence[NoiseKey] = chosen) -> Tensor:
@@ -216,7 +216,8 @@ def _noise_source(
     return draw
 
 
-def _device_of(cond: Conditioning) -> torch.device:
+def device_of(cond: Conditioning) -> torch.device:
+    """Where the tensors of a conditioning are; the CPU when it has none."""
     return next((tensor.device for tensor in cond.stored.values()), torch.device("cpu"))
 
 
@@ -226,16 +227,22 @@ def _chunks(cond: Conditioning, keys: Sequence[NoiseKey], batch_size: int | None
             f"The conditioning has {len(cond)} rows for {len(keys)} samples",
             "Give one row of conditioning and one group index for each sample, and at least one sample.",
         )
-    return _row_chunks(len(keys), batch_size)
+    return row_chunks(len(keys), batch_size)
 
 
-def _row_chunks(count: int, batch_size: int | None) -> list[Tensor]:
+def row_chunks(count: int, batch_size: int | None) -> list[Tensor]:
+    """Consecutive row indices, at most `batch_size` at a time."""
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"The rollout batch size is {batch_size}", "Give a batch size of at least 1.")
     return list(torch.split(torch.arange(count), batch_size or count))
 
 
-def _checked_grid(grid: Sequence[float]) -> tuple[float, ...]:
+def checked_grid(grid: Sequence[float]) -> tuple[float, ...]:
+    """The times of a grid that falls from at most 1 to 0.
+
+    Raises:
+        UsageError: it does not.
+    """
     times = tuple(float(t) for t in grid)
     falling = all(t > s for t, s in pairwise(times))
     if len(times) < 2 or not falling or times[0] > 1.0 or times[-1] != 0.0:

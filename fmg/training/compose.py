@@ -41,10 +41,10 @@ def compose(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Compose
         UsageError: for a component, prompt set or grid that does not fit; raised before weights are read.
         CheckpointError: when weights are missing or damaged.
     """
-    samples = recipe.rollout.groups * recipe.rollout.group_size
-    if recipe.train.updates_per_iteration > samples:
+    units, what = recipe.rollout.units, "groups" if recipe.rollout.kind == "branch" else "samples"
+    if recipe.train.updates_per_iteration > units:
         raise CompositionError(
-            f"{recipe.train.updates_per_iteration} updates do not fit a rollout of {samples} samples",
+            f"{recipe.train.updates_per_iteration} updates do not fit a rollout of {units} {what}",
             "Lower train.updates_per_iteration, or use more groups or larger ones.",
         )
     source = models.build_config(recipe.model.name, recipe.model.config)

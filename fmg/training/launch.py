@@ -111,10 +111,10 @@ def check_shares(recipe: Recipe, count: int, engine: Engine) -> None:
     Raises:
         UsageError: there are more processes than samples in an iteration, or no frozen base that FSDP2 could spread.
     """
-    samples = recipe.rollout.groups * recipe.rollout.group_size
-    if count > samples:
+    units, what = recipe.rollout.units, "groups" if recipe.rollout.kind == "branch" else "samples"
+    if count > units:
         raise UsageError(
-            f"{count} processes cannot share the {samples} samples of an iteration",
+            f"{count} processes cannot share the {units} {what} of an iteration",
             "Start fewer, or raise rollout.groups or rollout.group_size.",
         )
     if count > 1 and engine == "fsdp2" and recipe.train.trainable == "full":

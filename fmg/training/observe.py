@@ -90,13 +90,19 @@ class Watcher:
     def diversity(self, images: Float[Tensor, "k 3 h w"], groups: Int[Tensor, " n"], unit: int) -> dict[str, float]:
         """Mean squared distance of the images of a rollout group, at the resolution of the extractor `pixels`.
 
+        Nothing for branched rollouts, whose siblings share a state: `draw` measures the diversity of those runs.
+
         Args:
             images: this process's share of the images.
             groups: the group of every image.
             unit: images of one network call, as in `Processes.share`.
         """
+        if self.composed.recipe.rollout.kind == "branch":
+            return {}
         # a group may be cut between two processes
-        maps = self.processes.gather(self._pixels(images).maps, len(groups), unit)
+        return self._spread(self.processes.gather(self._pixels(images).maps, len(groups), unit), groups)
+
+    def _spread(self, maps: Float[Tensor, "n m"], groups: Int[Tensor, " n"]) -> dict[str, float]:
         values = within_groups(maps.numpy(), groups.numpy())
         if not len(values):
             return {}
@@ -121,23 +127,31 @@ class Watcher:
         total: NDArray[np.float64] = np.sum(weighted, axis=0)
         return total
 
-    def draw(self, iteration: int) -> Path:
+    def draw(self, iteration: int) -> tuple[Path, dict[str, float]]:
         """Writes `samples/iteration-NNNN.png` at fixed prompts and seeds, and `before_after.png` after the first.
 
-        All processes draw; the first writes.
+        All processes generate; the first writes.
+
+        Returns:
+            The picture, and for a run with branched rollouts the diversity of its images within prompts: siblings share
+            a state, so what they have in common says little of the generator.
         """
         rows = self._rows()
+        diversity = {}
+        if self.composed.recipe.rollout.kind == "branch":
+            maps = self._pixels(torch.cat([row.images for row in rows])).maps
+            diversity = self._spread(maps, torch.arange(len(rows)).repeat_interleave(GRID_SEEDS))
         folder = self.run / "samples"
         path = folder / f"iteration-{iteration:04d}.png"
         if not self.processes.first:
-            return path
+            return path, diversity
         folder.mkdir(exist_ok=True)
         write_picture(sample_grid(rows, f"iteration {iteration}"), path)
         if not self.first:
             self.first = rows
         titles = ("before", f"after {iteration} iterations")
         write_picture(before_after(self.first, rows, titles), self.run / "before_after.png")
-        return path
+        return path, diversity
 
     def curve(self, lines: list[Mapping[str, float]]) -> None:
         """Writes `curve.png` from the metrics so far."""

@@ -23,9 +23,10 @@ def transitions_of(recipe: Recipe) -> int:
 
 
 def rows_of(recipe: Recipe) -> int:
-    """Rows that the updates of one iteration share: those that the objective makes of every sample."""
-    images = recipe.rollout.groups * recipe.rollout.group_size
-    return images * recipe.objective.config.rows_per_sample(transitions_of(recipe))
+    """Rows that the updates of one iteration share: one a branched group, else what the objective makes of a sample."""
+    if recipe.rollout.kind == "branch":
+        return recipe.rollout.groups
+    return recipe.rollout.samples * recipe.objective.config.rows_per_sample(transitions_of(recipe))
 
 
 @dataclass(frozen=True)

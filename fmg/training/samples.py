@@ -6,7 +6,9 @@ are computed from the same numbers as in one process, and every update can be sh
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,8 +16,10 @@ from torch import Tensor
 
 from fmg.core.errors import RewardError
 from fmg.core.types import (
+    BranchRollout,
     Conditioning,
     PartialRewardOutput,
+    Prompt,
     RewardOutput,
     Rollout,
     SampleRollout,
@@ -23,29 +27,139 @@ from fmg.core.types import (
     TransitionRollout,
 )
 from fmg.rl import rollout, sample_rollout, window_steps
+from fmg.rl.branches import Branching, StepChooser, branch_rollout, reward_spread, siblings_of
 from fmg.rl.rollouts import group_members
 from fmg.training.compose import Composed
 from fmg.training.processes import Processes
-from fmg.training.prompts import iteration_prompts
+from fmg.training.prompts import DynamicPrompts, iteration_prompts
 from fmg.training.sizes import Sizes
 
 
-def draw_samples(
-    composed: Composed, sizes: Sizes, processes: Processes, iteration: int
-) -> tuple[SampleRollout, Rollout]:
-    """This process's share of an iteration's samples, and all of them; the same object for one process."""
-    recipe, model = composed.recipe, composed.model
-    shape = recipe.rollout
-    prompts = iteration_prompts(composed.prompts, shape.groups, iteration, recipe.train.seed)
-    groups = torch.arange(shape.groups).repeat_interleave(shape.group_size)
-    cond: Conditioning = model.encode([p.text for p in prompts]).select(groups)
-    rows = processes.share(len(groups), sizes.rollout_batch).rows
-    own_cond = processes.own(cond, sizes.rollout_batch)
-    own = _draw(composed, sizes, iteration, own_cond, groups[rows], group_members(groups)[rows])
-    if processes.alone:
-        return own, own
-    # the transitions of the share are part of the whole, and large
-    return SampleRollout(own.cond, own.groups, own.x0, own.grid), _gathered(own, cond, groups, processes, sizes)
+@dataclass
+class Sampler:
+    """Generates the samples of each iteration, and learns from their rewards where to sample next.
+
+    Attributes:
+        composed: the live parts of the run.
+        sizes: samples a network call.
+        processes: those that share the samples.
+    """
+
+    composed: Composed
+    sizes: Sizes
+    processes: Processes
+    _steps: StepChooser | None = field(default=None, init=False)
+    _prompts: DynamicPrompts | None = field(default=None, init=False)
+    _chosen: list[int] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        shape, seed = self.composed.recipe.rollout, self.composed.recipe.train.seed
+        if shape.kind == "branch":
+            self._steps = StepChooser(shape.branch.steps, shape.steps - 1, shape.branch.floor, seed)
+        if shape.prompt_sampling == "dynamic":
+            self._prompts = DynamicPrompts(self.composed.prompts, shape.prompt_floor, seed)
+
+    @property
+    def unit(self) -> int:
+        """Samples that go through the network together, of which a process takes whole ones: `Processes.share`."""
+        return self._unit_groups * self.composed.recipe.rollout.group_size if self._steps else self.sizes.rollout_batch
+
+    @property
+    def _unit_groups(self) -> int:
+        return max(1, self.sizes.rollout_batch // self.composed.recipe.rollout.group_size)
+
+    def sample(self, iteration: int) -> tuple[SampleRollout, Rollout]:
+        """This process's share of an iteration's samples, and all of them; the same object for one process."""
+        shape = self.composed.recipe.rollout
+        cond = self.composed.model.encode([prompt.text for prompt in self._prompts_of(iteration)])
+        return self._branches(cond, iteration) if self._steps else self._chains(cond, shape.group_size, iteration)
+
+    def learn(self, whole: Rollout, rewards: RewardOutput) -> dict[str, float]:
+        """Takes the rewards of an iteration's samples; returns what is worth logging of them."""
+        metrics: dict[str, float] = {}
+        if isinstance(whole, BranchRollout) and self._steps is not None:
+            spread, equal = reward_spread(rewards.total, whole.step)
+            self._steps.learn(spread)
+            metrics |= {f"branch/step_{k}_reward_std": value for k, value in spread.items()}
+            metrics |= {f"branch/zero_std_ratio_{k}": value for k, value in equal.items()}
+            metrics |= {f"branch/step_{k}_groups": float((whole.step == k).sum()) for k in spread}
+        if self._prompts is not None:
+            values = rewards.total.double().reshape(len(self._chosen), -1)
+            # a group with an image that has no score says nothing
+            teaches = ~(values.amax(1) == values.amin(1))
+            self._prompts.learn(self._chosen, teaches.tolist())
+            metrics["prompts/mean_weight"] = float(self._prompts.weights.mean())
+        return metrics
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs to sample as this object would."""
+        return {
+            "steps": self._steps.state() if self._steps else None,
+            "prompts": torch.from_numpy(self._prompts.weights.copy()) if self._prompts else None,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Puts back what `state` gave."""
+        if self._steps is not None:
+            self._steps.restore(state["steps"])
+        if self._prompts is not None:
+            self._prompts.weights = state["prompts"].numpy().copy()
+
+    def _prompts_of(self, iteration: int) -> list[Prompt]:
+        groups, seed = self.composed.recipe.rollout.groups, self.composed.recipe.train.seed
+        if self._prompts is None:
+            return iteration_prompts(self.composed.prompts, groups, iteration, seed)
+        self._chosen = self._prompts.choose(iteration, groups)
+        return [self.composed.prompts[i] for i in self._chosen]
+
+    def _branches(self, cond: Conditioning, iteration: int) -> tuple[SampleRollout, Rollout]:
+        recipe, model, processes = self.composed.recipe, self.composed.model, self.processes
+        shape, unit = recipe.rollout, self._unit_groups
+        assert self._steps is not None
+        steps = self._steps.choose(iteration, shape.groups)
+        rows = processes.share(shape.groups, unit).rows
+        own = branch_rollout(
+            model.flow_map,
+            self.composed.stochasticizer,
+            processes.own(cond, unit),
+            torch.arange(shape.groups)[rows],
+            steps[rows],
+            self.composed.grid,
+            Branching(shape.group_size, shape.branch.completion, shape.branch.prefix, shape.branch.antithetic),
+            seed=recipe.train.seed,
+            iteration=iteration,
+            latent_shape=model.latent_shape,
+            batch_size=self.sizes.rollout_batch,
+            device=model.device,
+        )
+        if processes.alone:
+            return own, own
+
+        def gathered(values: Tensor) -> Tensor:
+            return processes.gather(values, shape.groups, unit)
+
+        by_group = {name: gathered(getattr(own, name)) for name in ("t", "s", "x_t", "mean", "std", "x_s", "log_prob")}
+        whole = BranchRollout(
+            cond=siblings_of(cond, shape.group_size).to(own.x0.device),
+            groups=torch.arange(shape.groups).repeat_interleave(shape.group_size),
+            x0=processes.gather(own.x0, shape.samples, self.unit),
+            grid=own.grid,
+            step=steps,
+            **by_group,
+        )
+        return SampleRollout(own.cond, own.groups, own.x0, own.grid), whole
+
+    def _chains(self, prompts: Conditioning, size: int, iteration: int) -> tuple[SampleRollout, Rollout]:
+        processes, sizes = self.processes, self.sizes
+        groups = torch.arange(len(prompts)).repeat_interleave(size)
+        cond = prompts.select(groups)
+        rows = processes.share(len(groups), sizes.rollout_batch).rows
+        own_cond = processes.own(cond, sizes.rollout_batch)
+        own = _draw(self.composed, sizes, iteration, own_cond, groups[rows], group_members(groups)[rows])
+        if processes.alone:
+            return own, own
+        # the transitions of the share are part of the whole, and large
+        return SampleRollout(own.cond, own.groups, own.x0, own.grid), _gathered(own, cond, groups, processes, sizes)
 
 
 @torch.no_grad()
@@ -57,13 +171,15 @@ def decode_samples(composed: Composed, sizes: Sizes, drawn: SampleRollout) -> Fl
 
 def score_samples(
     composed: Composed,
-    sizes: Sizes,
     processes: Processes,
     own: SampleRollout,
     images: Float[Tensor, "n 3 h w"],
     total: int,
+    unit: int,
 ) -> RewardOutput:
     """The scores of all `total` samples of an iteration, of which `images` are this process's.
+
+    `unit` is that of the sampler.
 
     Raises:
         RewardError: a reward failed in some process; every process raises it.
@@ -79,7 +195,7 @@ def score_samples(
     scored = scores.scored if isinstance(scores, PartialRewardOutput) else torch.ones(len(images), dtype=torch.bool)
 
     def gathered(values: Tensor) -> Tensor:
-        return processes.gather(values, total, sizes.rollout_batch)
+        return processes.gather(values, total, unit)
 
     totals, known = gathered(scores.total), gathered(scored)
     parts = {name: gathered(values) for name, values in scores.parts.items()}

@@ -24,7 +24,7 @@ from fmg.training.metrics import advantages, decline, reward_metrics
 from fmg.training.observe import Watcher
 from fmg.training.processes import Processes
 from fmg.training.resume import Progress, SavedState
-from fmg.training.samples import decode_samples, draw_samples, score_samples
+from fmg.training.samples import Sampler, decode_samples, score_samples
 from fmg.training.sizes import Sizes
 from fmg.training.tripwire import Verdict
 from fmg.training.update import Updater
@@ -77,6 +77,7 @@ class Trainer:
             self.sizes.micro_batch,
             self.processes,
         )
+        self._sampler = Sampler(self.composed, self.sizes, self.processes)
         self._watcher = Watcher(self.composed, self.run.path, self.sizes.rollout_batch, self.observer, self.processes)
         self._gate = ReplayGate(
             self.composed.stochasticizer,
@@ -162,17 +163,17 @@ class Trainer:
         started = time.perf_counter()
         self._times = {}
         with self._clock("rollout"):
-            own, drawn = draw_samples(self.composed, self.sizes, self.processes, iteration)
+            own, drawn = self._sampler.sample(iteration)
         with self._clock("decode"):
             images = decode_samples(self.composed, self.sizes, own)
-        diversity = self._watcher.diversity(images, drawn.groups, self.sizes.rollout_batch)
+        diversity = self._watcher.diversity(images, drawn.groups, self._sampler.unit)
         with self._clock("reward"):
-            rewards = score_samples(self.composed, self.sizes, self.processes, own, images, len(drawn.groups))
+            rewards = score_samples(self.composed, self.processes, own, images, len(drawn.groups), self._sampler.unit)
         scored = ScoredRollout(drawn, rewards, advantages(rewards, drawn.groups, self.composed.recipe, iteration))
         with self._clock("update"):
             updates = self._update(scored, iteration)
         metrics: dict[str, float] = {"iteration": iteration + 1, **reward_metrics(rewards, drawn.groups), **updates}
-        metrics |= diversity
+        metrics |= diversity | self._sampler.learn(drawn, rewards)
         metrics |= {f"time/{stage}_s": spent for stage, spent in self._times.items()}
         metrics["time/iteration_s"] = time.perf_counter() - started
         self._record(metrics)
@@ -204,9 +205,9 @@ class Trainer:
     def _evaluate(self, iteration: int) -> CheckpointIndex:
         with self._clock("eval"):
             metrics = self._keeper.evaluate(iteration, self._watcher.evaluate)
-            grid = self._watcher.draw(iteration)
+            grid, diversity = self._watcher.draw(iteration)
         verdict = self._watcher.judge(iteration)
-        line = {"iteration": iteration, **metrics, **verdict.metrics(), "time/eval_s": self._times["eval"]}
+        line = {"iteration": iteration, **metrics, **diversity, **verdict.metrics(), "time/eval_s": self._times["eval"]}
         self._record(line)
         if len(self._lines) > 1 and self.processes.first:
             self._watcher.curve(list(self._lines))
