@@ -160,7 +160,7 @@ def normalised_log_ratio(
 
 def noise_weights(std: Float[Tensor, " n"], power: float = 1.0) -> Float[Tensor, " n"]:
     """Weights proportional to a power of each transition's std, mean 1 (TempFlow-GRPO, arXiv 2508.04324; eq. 25)."""
-    scaled = std if power == 1 else std**power
+    scaled = std**power
     return scaled / scaled.mean()
 
 

@@ -139,7 +139,7 @@ class Watcher:
         rows = self._rows()
         diversity = {}
         if self.composed.recipe.rollout.kind == "branch":
-            maps = self._pixels(torch.cat([row.images for row in rows])).maps
+            maps = self._pixels(torch.cat([torch.as_tensor(row.images) for row in rows])).maps
             diversity = self._spread(maps, torch.arange(len(rows)).repeat_interleave(GRID_SEEDS))
         folder = self.run / "samples"
         path = folder / f"iteration-{iteration:04d}.png"

@@ -6,6 +6,7 @@ from tests.support.mutation import Mutation
 
 _ADVANTAGES, _GRPO, _NOISE = "fmg.rl.advantages", "fmg.rl.grpo", "fmg.rl.keyed_noise"
 _REPLAY, _ROLLOUTS, _RWFM = "fmg.rl.replay", "fmg.rl.rollouts", "fmg.rl.rwfm"
+_BRANCHES = "fmg.rl.branches"
 _CONFIGS, _UPDATE, _WINDOWS = "fmg.rl.configs", "fmg.training.update", "fmg.rl.windows"
 
 
@@ -17,9 +18,16 @@ def _variant(*names: str) -> tuple[str, ...]:
     return tuple(f"variant_identities:check_{name}" for name in names)
 
 
+def _branch(*names: str) -> tuple[str, ...]:
+    return tuple(f"branch_identities:check_{name}" for name in names)
+
+
 _CLOSED_FORM = _rl("advantages_closed_form")
 _STEP = _rl("ratio_and_distances_after_a_step")
 _RECORD = _rl("rollout_records_what_it_did")
+_STAR = _branch("a_star_is_a_chain_with_one_stochastic_step")
+_GRID = _branch("the_grid_without_noise_is_the_deterministic_sampler")
+_ROWS = _branch("a_star_row_equals_its_repeated_rows")
 _GUARD = "ratio_norm_uses_the_noise_of_the_rollout"
 _NORM = _variant("ratio_norm_identity", _GUARD)
 _WINDOW = _variant("window_positions")
@@ -79,11 +87,12 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(_GRPO, "(mean.float() - mean_old.float()).flatten(1)", "(mean_old - mean).float().flatten(1)", _NORM),
     Mutation(_GRPO, ".flatten(1)).mean(1)", ".flatten(1)).sum(1)", _NORM),
-    Mutation(_GRPO, "return std / std.mean()", "return std", _variant("noise_weights")),
-    Mutation(_GRPO, "return std / std.mean()", "return std.square() / std.square().mean()", _variant("noise_weights")),
+    Mutation(_GRPO, "return scaled / scaled.mean()", "return scaled", _variant("noise_weights")),
+    Mutation(_GRPO, "std**power", "std.square()", _variant("noise_weights")),
+    Mutation(_GRPO, "std**power", "std", _branch("noise_weights_take_a_power")),
     Mutation(
         _GRPO,
-        "noise_weights(std) if self.config.noise_weighting else torch.ones_like(std)",
+        "noise_weights(std, self.config.noise_power) if self.config.noise_weighting else torch.ones_like(std)",
         "torch.ones_like(std)",
         _variant("noise_weights"),
     ),
@@ -136,6 +145,55 @@ MUTATIONS: tuple[Mutation, ...] = (
         "key for key in chosen",
         _rl("sample_is_the_native_sampler"),
     ),
+    # branched rollouts
+    Mutation(_BRANCHES, "times[step], times[step + 1]", "times[step + 1], times[step]", _STAR),
+    Mutation(_BRANCHES, "t, s = times[step], times[step + 1]", "t, s = times[step], times[step + 1] * 0.9", _STAR),
+    Mutation(_BRANCHES, "member=member, step=k + 1)", "member=0, step=k + 1)", _STAR),
+    Mutation(_BRANCHES, "member=member, step=k + 1)", "member=member, step=k)", _STAR),
+    Mutation(_BRANCHES, "for j in range(int(self.step.max())):", "for j in range(0):", _STAR),
+    Mutation(_BRANCHES, "(self.step > j).nonzero()", "(self.step >= j).nonzero()", _GRID),
+    Mutation(_BRANCHES, "(step < j).nonzero()", "(step <= j).nonzero()", _GRID),
+    Mutation(_BRANCHES, "range(int(step.min()) + 1,", "range(int(step.min()) + 2,", _STAR + _GRID),
+    Mutation(_BRANCHES, "[step.to(self.device) + 1]", "[step.to(self.device)]", _branch("completions_are_one_jump")),
+    Mutation(_BRANCHES, "completing or flow_map", "flow_map", _branch("completions_are_one_jump")),
+    Mutation(_BRANCHES, "for sign in (1.0, -1.0)", "for sign in (1.0, 1.0)", _branch("antithetic_siblings_mirror")),
+    Mutation(_BRANCHES, "self.step.repeat_interleave", "self.step.repeat", _GRID),
+    Mutation(
+        _BRANCHES,
+        "stars, j + 1, members)",
+        "stars, j + 1, None)",
+        _branch("a_single_time_map_completes_by_its_sampler"),
+    ),
+    Mutation(
+        _BRANCHES,
+        "(sample // self.how.size)",
+        "(sample // 1 % 4)",
+        _branch("a_single_time_map_completes_by_its_sampler"),
+    ),
+    Mutation(_BRANCHES, 'prefix == "native"', 'prefix != ""', _branch("the_stochastic_prefix_is_the_kernel")),
+    Mutation(_BRANCHES, "self._std[k] ** 2", "self._std[k]", _branch("steps_are_chosen_as_asked")),
+    Mutation(_BRANCHES, "floor + (1 - floor *", "(1 - floor *", _branch("steps_are_chosen_as_asked")),
+    Mutation(_BRANCHES, "_MEMORY * before", "before", _branch("steps_are_chosen_as_asked")),
+    Mutation(
+        _BRANCHES, "(self.seed, iteration, _STREAM)", "(self.seed, _STREAM)", _branch("steps_are_chosen_as_asked")
+    ),
+    Mutation(_BRANCHES, "std(dim=1, correction=0)", "std(dim=1)", _branch("reward_spread_by_step")),
+    Mutation(
+        _GRPO,
+        "else surrogate.mean(1)",
+        "else surrogate.sum(1)",
+        _ROWS + _branch("the_gradient_has_its_closed_form_and_variance"),
+    ),
+    Mutation(
+        _GRPO, "cond.select(index * size)", "cond.select(index)", _branch("a_group_with_equal_rewards_is_left_out")
+    ),
+    Mutation(
+        _GRPO,
+        ".reshape(count, size)[kept]",
+        ".reshape(size, count).T[kept]",
+        _branch("a_group_with_equal_rewards_is_left_out"),
+    ),
+    Mutation(_REPLAY, "x_s.unbind(1)], dim=1)", "x_s.flip(1).unbind(1)], dim=1)", _STAR),
     # reward-weighted flow matching
     Mutation(_RWFM, "target = eps - x_0 if", "target = x_0 - eps if", _rl("rwfm_targets")),
     Mutation(_RWFM, "advantage / self.config.temperature", "advantage * self.config.temperature", _rl("rwfm_targets")),

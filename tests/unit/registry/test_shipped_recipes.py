@@ -47,6 +47,7 @@ def test_the_embedded_default() -> None:
         "kl_beta": 0.0,
         "ratio_norm": False,
         "noise_weighting": False,
+        "noise_power": 1.0,
         "target_kl": None,
         "adv_clip_max": 5.0,
         "global_std": True,
