@@ -40,7 +40,12 @@ def reward_server(
     max_images: Annotated[int, typer.Option(min=1, metavar="N", help="Images of one request.")] = 256,
     max_mib: Annotated[int, typer.Option(min=1, metavar="N", help="Size of one request in MiB.")] = 256,
     timeout: Annotated[
-        float, typer.Option(min=1.0, metavar="S", help="Seconds for a request to arrive, and again to be scored.")
+        float,
+        typer.Option(
+            min=1.0,
+            metavar="S",
+            help="Seconds for a request to arrive, 5 to 20 of them for its headers, and again to be scored.",
+        ),
     ] = 300.0,
 ) -> None:
     """Serve rewards over HTTP: GET /health, GET /info, POST /score. Pictures and prompts only.

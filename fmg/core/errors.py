@@ -111,6 +111,10 @@ class RewardError(FmgError):
     """A reward that failed or returned something that is not a finite number for every image."""
 
 
+class RefusedImageError(RewardError):
+    """An image of a size or shape that a reward does not score."""
+
+
 class GateError(FmgError):
     """A safety check of a training run failed; the message lists the likely causes."""
 

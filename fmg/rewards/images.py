@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
-from fmg.core.errors import RewardError, UsageError, first_line
+from fmg.core.errors import RefusedImageError, RewardError, UsageError, first_line
 
 MAX_PIXELS = 64_000_000
 MAX_ASPECT = 200
@@ -127,11 +127,11 @@ def check_drawable(images: Float[Tensor, "b 3 h w"]) -> None:
     """Refuses images that no resize is defined for.
 
     Raises:
-        RewardError: for images without pixels, and those more than `MAX_ASPECT` times as long as wide.
+        RefusedImageError: for images without pixels, and those more than `MAX_ASPECT` times as long as wide.
     """
     height, width = images.shape[-2:]
     if min(height, width) < 1 or max(height, width) > MAX_ASPECT * min(height, width):
-        raise RewardError(
+        raise RefusedImageError(
             f"An image of {width} x {height} pixels cannot be scored",
             f"Give images with pixels, at most {MAX_ASPECT} times as long as wide.",
         )

@@ -10,10 +10,14 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from fmg.core.errors import RefusedImageError
 from fmg.core.types import RewardOutput
 from fmg.registry import rewards
 from fmg.rewards.configs import JpegConfig
 from fmg.rewards.images import check_finite
+
+# of libjpeg; the format ends 35 later
+_MAX_SIDE = 65500
 
 
 class JpegSize:
@@ -34,6 +38,8 @@ class JpegSize:
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
         """Scores of images in [0, 1]; prompts do not matter."""
         check_finite("jpeg", images)
+        if max(images.shape[-2:]) > _MAX_SIDE:
+            raise RefusedImageError(f"A JPEG file holds at most {_MAX_SIDE} pixels a side", "Scale the images down.")
         pixels = (images.detach().float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         kilobytes = torch.tensor([self._bytes(Image.fromarray(picture)) / 1000 for picture in pixels])
         return RewardOutput(self._score(kilobytes), {"kilobytes": kilobytes})

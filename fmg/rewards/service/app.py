@@ -1,14 +1,16 @@
 """The endpoints: `GET /health`, `GET /info`, `POST /score`.
 
 Errors are JSON, `{"error": {"what": ..., "fix": ...}}`: 400 a request that cannot be read, 401 no or a wrong token,
-408 a body that came too slowly, 413 one that is too large, 415 of another type, 422 prompts or pictures that a reward
-refuses, 500 a reward that failed, 503 with `Retry-After` when the queue is full, 504 no scores in time.
+404 and 405 another path or method, 408 a body that came too slowly, 413 one that is too large, 415 of another type,
+422 prompts or pictures that a reward refuses, 500 a reward that failed, 503 with `Retry-After` when the queue is full,
+504 no scores in time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import asdict
@@ -16,13 +18,15 @@ from dataclasses import asdict
 import torch
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from fmg.core.errors import FmgError, UsageError, suggestion
+from fmg.core.errors import FmgError, RefusedImageError, UsageError, suggestion
 from fmg.rewards.base import Checked, one_line
 from fmg.rewards.service.batching import Batcher, BusyError, Limits
 from fmg.rewards.service.wire import JSON, SAFETENSORS, ScoreRequest, decode_json, decode_tensors, encode_scores
 
+_log = logging.getLogger("uvicorn.error")
 _DECODERS = {JSON: decode_json, SAFETENSORS: decode_tensors}
 
 
@@ -75,6 +79,18 @@ def create_app(
         content = {"error": {"what": error.what, "fix": error.fix}}
         return JSONResponse(content, status_code=error.status, headers=error.headers)
 
+    @app.exception_handler(HTTPException)
+    async def unknown(_: Request, error: HTTPException) -> Response:
+        # what the framework refuses by itself: another path, another method
+        fix = "Ask GET /health, GET /info or POST /score."
+        content = {"error": {"what": str(error.detail), "fix": fix}}
+        return JSONResponse(content, status_code=error.status_code, headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> Response:
+        content = {"error": {"what": f"The server failed: {one_line(error)}", "fix": "See its log."}}
+        return JSONResponse(content, status_code=500)
+
     @app.get("/health")
     async def health() -> dict[str, object]:
         return {"status": "ok", "queued": batcher.queued}
@@ -95,11 +111,12 @@ def create_app(
             scores = await asyncio.wait_for(asyncio.wrap_future(future), limits.timeout)
         except TimeoutError:
             raise _RefusedError(504, f"No scores within {limits.timeout:g} s", "Send fewer images.") from None
-        except UsageError as error:
+        except (UsageError, RefusedImageError) as error:
             raise _RefusedError(422, error.what, error.fix) from None
         except FmgError as error:
             raise _RefusedError(500, error.what, error.fix) from None
         except Exception as error:
+            _log.exception("scoring failed")
             raise _RefusedError(500, f"Scoring failed: {one_line(error)}", "See the log of the server.") from error
         return JSONResponse(encode_scores(scores))
 

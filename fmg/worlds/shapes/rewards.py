@@ -10,7 +10,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fmg.core.errors import RewardError
+from fmg.core.errors import RefusedImageError
 from fmg.core.types import RewardOutput
 from fmg.registry import rewards
 from fmg.rewards.images import check_finite
@@ -35,7 +35,7 @@ class ShapesReward:
         """Scores of images in [0, 1].
 
         Raises:
-            RewardError: for images of another size.
+            RefusedImageError: for images of another size.
             UsageError: for a prompt outside the grammar of the shapes world.
         """
         verdict = verify(_pixels("shapes", images), [parse_prompt(prompt) for prompt in prompts])
@@ -73,7 +73,7 @@ class ShapesQuality:
         """Scores of images in [0, 1].
 
         Raises:
-            RewardError: for images of another size.
+            RefusedImageError: for images of another size.
         """
         judged = quality(_pixels("shapes-quality", images))
         parts = {
@@ -86,7 +86,7 @@ class ShapesQuality:
 
 def _pixels(name: str, images: Float[Tensor, "b 3 h w"]) -> NDArray[np.float32]:
     if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
-        raise RewardError(
+        raise RefusedImageError(
             f"The reward '{name}' reads pictures of {IMAGE_SIZE} x {IMAGE_SIZE} and got {tuple(images.shape)}",
             "Use it with the models of the shapes world.",
         )

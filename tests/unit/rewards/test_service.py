@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from typing import Any
@@ -245,7 +246,100 @@ def test_health_and_info(url: str) -> None:
 
 @pytest.mark.parametrize("path", ["/", "/docs", "/redoc", "/openapi.json", "/score"])
 def test_nothing_else_is_served(path: str, url: str) -> None:
-    assert call(url, "GET", path)[0] in (404, 405)
+    status, _, content = call(url, "GET", path)
+    assert status in (404, 405)
+    assert sorted(json.loads(content)["error"]) == ["fix", "what"]
+
+
+def test_a_malformed_request_is_refused_in_json_and_without_a_word_in_the_log(
+    url: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    parts = urlsplit(url)
+    with socket.create_connection((parts.hostname, parts.port)) as connection:
+        connection.settimeout(30)
+        connection.sendall(b"\x16\x03\x01 no HTTP at all\r\n\r\n")
+        head, _, content = received(connection).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert sorted(json.loads(content)["error"]) == ["fix", "what"]
+    assert capfd.readouterr().err == ""
+
+
+def received(connection: socket.socket) -> bytes:
+    """What a connection brings until the server closes it."""
+    content = b""
+    with contextlib.suppress(ConnectionResetError):
+        while chunk := connection.recv(1 << 16):
+            content += chunk
+    return content
+
+
+@pytest.mark.parametrize(
+    "opening",
+    [
+        b"",
+        b"POST /score HTTP/1.1\r\nHost: x\r\n",
+        # an answer ends the wait for a body that is not read any more
+        b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\nContent-Length: 9\r\n\r\n",
+        # the second request of a connection
+        b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nPOST /score HTTP/1.1\r\n",
+    ],
+)
+def test_a_connection_without_a_whole_request_is_closed(opening: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fmg.rewards.service.server._HEADERS_S", 0.3)
+    with reward_service({"b": Brightness()}) as server:
+        parts = urlsplit(server.url)
+        with socket.create_connection((parts.hostname, parts.port)) as connection:
+            connection.settimeout(30)
+            connection.sendall(opening)
+            received(connection)
+        assert call(server.url, "GET", "/health")[0] == 200
+
+
+def test_clients_that_hold_connections_open_shut_out_only_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fmg.rewards.service import server as module
+
+    monkeypatch.setattr(module, "_descriptors", lambda: 64)
+    with reward_service({"b": Brightness()}) as server, contextlib.ExitStack() as stack:
+        parts = urlsplit(server.url)
+        held = []
+        for _ in range(100):
+            connection = stack.enter_context(socket.create_connection((parts.hostname, parts.port)))
+            connection.settimeout(30)
+            connection.sendall(b"POST /score HTTP/1.1\r\n")
+            held.append(connection)
+            if len(held) % 10 == 0:
+                assert call(server.url, "GET", "/health")[0] == 200
+        # the first were closed long before their time
+        assert all(received(connection) == b"" for connection in held[:60])
+        assert score(server.url, json_body([png()], ["1"]))[0] == 200
+
+
+def test_too_many_requests_at_work_are_told_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fmg.rewards.service import server as module
+
+    monkeypatch.setattr(module, "_descriptors", lambda: 2)
+    arrived = threading.Event()
+    reward = Brightness()
+    reward.gate.clear()
+
+    def held(images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
+        arrived.set()
+        return reward(images, prompts)
+
+    with reward_service({"b": held}) as server, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(score, server.url, json_body([png()]))
+        assert arrived.wait(30)
+        status, _, content = call(server.url, "GET", "/health")
+        assert status == 503
+        assert sorted(json.loads(content)["error"]) == ["fix", "what"]
+        reward.gate.set()
+        assert first.result()[0] == 200
+
+
+def test_a_picture_that_a_reward_refuses_is_told_as_such() -> None:
+    with reward_service({"shapes": rewards.build("shapes")}) as server:
+        status, answer, _ = score(server.url, json_body([png()], ["a red circle"]))
+    assert (status, "32 x 32" in answer["error"]["what"]) == (422, True)
 
 
 def test_both_encodings_score_as_in_process(url: str) -> None:
