@@ -8,6 +8,9 @@ import sys
 import typer
 from rich.console import Console
 
+from fmg.core.shown import visible, visible_json
+from fmg.progress.console import SafeConsole
+
 # A pipe has no width of its own; tables for `grep` must not be folded at 80 columns.
 _PIPE_WIDTH = 200
 
@@ -24,25 +27,20 @@ def stderr() -> Console:
 
 def print_json(value: object, *, indent: int | None = 2) -> None:
     """One JSON document on stdout, flushed so that a reader of the pipe sees it at once."""
-    typer.echo(json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False))
+    typer.echo(visible_json(json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)))
     sys.stdout.flush()
 
 
 def print_error(text: str) -> None:
     """`error: text` on stderr, on one line whatever the text holds."""
     typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
-    typer.echo(escaped(text), err=True)
+    typer.echo(visible(text), err=True)
 
 
 def print_warning(text: str) -> None:
     """`warning: text` on stderr, on one line whatever the text holds."""
     typer.secho("warning: ", fg="yellow", bold=True, nl=False, err=True)
-    typer.echo(escaped(text), err=True)
-
-
-def escaped(text: str) -> str:
-    """`text` with control characters written as in Python (`\\n`, `\\x1b`): names of files may hold them."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    typer.echo(visible(text), err=True)
 
 
 def tolerate_narrow_encodings() -> None:
@@ -56,4 +54,4 @@ def tolerate_narrow_encodings() -> None:
 def _console(*, stderr: bool) -> Console:
     interactive = (sys.stderr if stderr else sys.stdout).isatty()
     width = None if interactive else _PIPE_WIDTH
-    return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+    return SafeConsole(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)

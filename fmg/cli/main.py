@@ -30,9 +30,10 @@ from fmg.cli.runs import runs
 from fmg.cli.score import score
 from fmg.cli.train import INTERRUPTED, train
 from fmg.cli.verify import verify
-from fmg.core.errors import FmgError, FmgWarning, out_of_memory, system_refusal
+from fmg.core.errors import FmgError, FmgWarning, MissingDependencyError, first_line, out_of_memory, system_refusal
 from fmg.core.offline import OFFLINE
-from fmg.version import __version__
+from fmg.core.shown import bounded
+from fmg.version import __version__, install_line
 
 # sysexits.h: EX_SOFTWARE, an error of the program itself
 _BUG = 70
@@ -117,10 +118,24 @@ app.add_typer(doctor, name="doctor")
 
 def run() -> NoReturn:
     """The entry point of the `fmg` script."""
+    _open_streams()
     if "--debug" not in sys.argv:
         # importing diffusers makes transformers advise to install torchvision, which fmg has no use for
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     sys.exit(main(sys.argv[1:]))
+
+
+def _open_streams() -> None:
+    """Opens streams that the shell closed (`>&-`) to nowhere: the next file would take the place of a closed one."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            # the lowest free number, which is this one
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def main(args: Sequence[str]) -> int:
@@ -157,7 +172,13 @@ def _main(args: Sequence[str]) -> int:
     except FmgError as error:
         return error.exit_code if error.reported else _failed(error.text, error.exit_code, session)
     except typer.TyperException as error:
-        return _failed(_usage(error), error.exit_code, session)
+        return _failed(bounded(_usage(error)), error.exit_code, session)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "fmg"):
+            return _bug(error, args, session)
+        missing = MissingDependencyError(f"The package '{package}' is not installed", f"Run: {install_line()}")
+        return _failed(missing.text, missing.exit_code, session)
     except Exception as error:
         if (said := out_of_memory(error)) is not None:
             return _failed(f"Memory ran out: {said}. {_LESS_MEMORY}", 1, session)
@@ -171,9 +192,9 @@ def _main(args: Sequence[str]) -> int:
 
 def _bug(error: Exception, args: Sequence[str], session: Session) -> int:
     again = shlex.join(["fmg", "--debug", *(arg for arg in args if arg != "--debug")])
-    first = next(iter(str(error).splitlines()), "no message")
+    first = bounded(first_line(error))
     what = f"Unexpected {type(error).__name__}: {first.rstrip('.')}."
-    return _failed(what if session.debug else f"{what} See where: {again}", _BUG, session)
+    return _failed(what if session.debug else f"{what} See where: {bounded(again)}", _BUG, session)
 
 
 def _show_warning(
@@ -185,7 +206,7 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     ours = issubclass(category, FmgWarning)
-    print_warning(str(message) if ours else f"{filename}:{lineno}: {category.__name__}: {message}")
+    print_warning(bounded(str(message)) if ours else f"{filename}:{lineno}: {category.__name__}: {message}")
 
 
 def _failed(text: str, code: int, session: Session) -> int:

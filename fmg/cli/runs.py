@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fmg.cli.console import print_json, stdout
+from fmg.cli.console import print_json, print_warning, stdout
 from fmg.cli.options import AsJson, checked_folder
 from fmg.cli.tables import change, table
 from fmg.core.errors import CheckpointError, UsageError
@@ -52,7 +52,7 @@ def runs(
     root = RUNS if folder is None else checked_folder(folder, "DIR")
     if folder is not None and not root.exists():
         raise UsageError(f"There is no folder '{folder}'", "Name the folder that holds the runs.")
-    rows = [*map(_row, list_runs(root)), *(_damaged(run, "-") for run in damaged_runs(root))]
+    rows = [*map(_row, list_runs(root)), *(_damaged(run, "-", error) for run, error in damaged_runs(root))]
     if as_json:
         print_json([asdict(row) for row in rows])
         return
@@ -81,8 +81,8 @@ def _row(run: RunFolder) -> RunRow:
     state = run.state()
     try:
         lines = [_finite(line) for line in read_metrics(run.metrics)]
-    except CheckpointError:
-        return _damaged(run, state.model)
+    except CheckpointError as error:
+        return _damaged(run, state.model, error)
     done = max((int(line.get("iteration", 0)) for line in lines), default=0)
     scored = [headline(line) for line in lines]
     names = next((list(scores) for scores in scored if scores), [])
@@ -90,7 +90,8 @@ def _row(run: RunFolder) -> RunRow:
     return RunRow(str(run.path), state.model, state.state, done, _first_and_last(lines, REWARD), held_out)
 
 
-def _damaged(run: RunFolder, model: str) -> RunRow:
+def _damaged(run: RunFolder, model: str, why: CheckpointError) -> RunRow:
+    print_warning(why.text)
     nothing = Gain("-", None, None)
     return RunRow(str(run.path), model, "damaged", 0, nothing, nothing)
 

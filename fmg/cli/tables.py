@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from rich import box
 from rich.table import Table
 
+from fmg.core.shown import visible
+
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> Table:
     """A borderless table.
@@ -22,7 +24,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Seque
         number = column in right
         grid.add_column(column, justify="right" if number else "left", no_wrap=number, overflow="fold")
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*map(visible, row))
     return grid
 
 

@@ -11,15 +11,17 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
-from fmg.core.errors import CheckpointError, FmgError, FmgWarning, first_line, writing
-from fmg.core.files import digest, inside
+from fmg.core.errors import CheckpointError, FmgError, FmgWarning, UsageError, first_line, writing
+from fmg.core.files import digest, from_home, inside
 from fmg.core.json_reader import JsonError, read_object
 
 DIGESTS = "sha256.json"
@@ -32,8 +34,28 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def cache_dir() -> Path:
-    """Where converted weights and embeddings are kept: `$FMG_CACHE`, else `~/.cache/fmg`."""
-    return Path(os.environ.get("FMG_CACHE") or "~/.cache/fmg").expanduser()
+    """Where converted weights and embeddings are kept: `$FMG_CACHE`, else `~/.cache/fmg`.
+
+    A user without a home, as containers have it, gets a private folder among the temporary files, with a warning.
+
+    Raises:
+        UsageError: that folder is open to others.
+    """
+    if named := os.environ.get("FMG_CACHE"):
+        return from_home(named)
+    folder = from_home("~/.cache/fmg")
+    return folder if folder.is_absolute() else _without_home()
+
+
+@cache
+def _without_home() -> Path:
+    folder = Path(tempfile.gettempdir()) / f"fmg-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    facts = folder.lstat()
+    if facts.st_uid != os.getuid() or not stat.S_ISDIR(facts.st_mode) or facts.st_mode & 0o077:
+        raise UsageError(f"There is no home folder, and '{folder}' is open to others", "Set FMG_CACHE to a folder.")
+    warnings.warn(f"There is no home folder: the cache is '{folder}'. Set HOME or FMG_CACHE", FmgWarning, stacklevel=3)
+    return folder
 
 
 def content_hash(path: Path) -> str:

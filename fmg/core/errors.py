@@ -12,6 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+from fmg.core.shown import bounded
+
+# long enough for the names of everything that is known
+_LONGEST_FIX = 2000
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -23,7 +28,8 @@ class FmgError(Exception):
     (`python_call`) names arguments instead when it is printed.
 
     Args:
-        what: one sentence that says what is wrong, without a final full stop being required.
+        what: one sentence that says what is wrong, without a final full stop being required. Values in it are cut at
+            200 characters.
         fix: one sentence that says what to do about it.
     """
 
@@ -31,8 +37,8 @@ class FmgError(Exception):
 
     def __init__(self, what: str, fix: str) -> None:
         super().__init__(what, fix)
-        self.what = what
-        self.fix = fix
+        self.what = bounded(what)
+        self.fix = bounded(fix, _LONGEST_FIX)
         self.reported = False
         """Whether another process of the run prints it."""
         self.in_python = False

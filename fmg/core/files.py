@@ -6,6 +6,7 @@ Standard library only.
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path, PureWindowsPath
 
 from fmg.core.errors import CheckpointError
@@ -42,6 +43,12 @@ def inside(folder: Path, name: str, *, named_in: Path | None = None) -> Path:
         f"{where} {str(name)[:200]!r}, which is no path within '{folder}'",
         "Use an unchanged copy; nothing was read or written there.",
     )
+
+
+def from_home(text: str | Path) -> Path:
+    """A path in which `~` and `~name` are replaced; where nobody knows that home, it stays as it is."""
+    # unlike `Path.expanduser`, which raises a RuntimeError then
+    return Path(os.path.expanduser(text))  # noqa: PTH111
 
 
 def digest(path: Path) -> str:

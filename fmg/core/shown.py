@@ -1,10 +1,33 @@
-"""How values show themselves to a person: counts with the right plural, and the HTML that a notebook displays."""
+"""How values show themselves to a person: counts with the right plural, values of strangers, HTML of a notebook.
+
+What comes from a file or a network can hold anything: sequences that repaint a terminal, characters that turn the
+order of letters around, 100 kB without a blank. `visible` and `bounded` make it fit for a screen; consoles, pages and
+errors use them, so that nobody else has to.
+"""
 
 from __future__ import annotations
 
 import base64
+import json
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
+
+LONGEST_VALUE = 200
+"""Most characters of a value that an error shows."""
+
+# Control characters, also those of eight bits; invisible marks, but not the joiners of emoji and Persian; line and
+# paragraph separators; what turns the direction of text around; half surrogate pairs; invisible tags
+_UNSEEN = (
+    "\\x7f-\\x9f\\u061c\\u180e\\u200b\\u200e\\u200f\\u2028-\\u202e\\u2060-\\u206f\\ufeff\\ufff9-\\ufffb"
+    "\\ud800-\\udfff\\U000e0000-\\U000e0fff"
+)
+_HIDDEN_BUT_LAYOUT = re.compile(f"[\\x00-\\x08\\x0b-\\x1f{_UNSEEN}]")
+_HIDDEN = re.compile(f"[\\x00-\\x1f{_UNSEEN}]")
+_HIDDEN_IN_JSON = re.compile(f"[{_UNSEEN}]")
+_MORE = f"{{{LONGEST_VALUE + 1},}}"
+_LONG_VALUE = re.compile(rf"(?<=')[^']{_MORE}(?=')|[^\s']{_MORE}")
+_TAIL = 150
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
@@ -12,24 +35,58 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
+def visible(text: str, *, lines: bool = False) -> str:
+    """`text` with what cannot be seen written as in Python: `\\x1b`, `\\u202e`, `\\n`.
+
+    Args:
+        text: from anywhere.
+        lines: whether line feeds and tabs stay.
+    """
+    return (_HIDDEN_BUT_LAYOUT if lines else _HIDDEN).sub(_escape, text)
+
+
+def visible_json(text: str) -> str:
+    """A JSON text of the same value, with what cannot be seen as escapes of JSON."""
+    return _HIDDEN_IN_JSON.sub(lambda match: json.dumps(match[0])[1:-1], text)
+
+
+def cut(text: str, most: int = LONGEST_VALUE) -> str:
+    """At most `most` characters of `text`, and how many there are if that is not all."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+
+
+def bounded(text: str, most: int = 600) -> str:
+    """A sentence with quoted values and words cut at `LONGEST_VALUE`; above `most` characters it loses its middle."""
+    text = _LONG_VALUE.sub(lambda match: cut(match[0]), text)
+    return text if len(text) <= most else f"{text[: most - _TAIL]} ... {text[-_TAIL:]}"
+
+
 def html_text(title: str, text: str = "") -> str:
     """A heading, and below it lines as they are."""
-    lines = f'<pre style="max-height:24em;overflow:auto">{escape(text)}</pre>' if text else ""
-    return f"<div><b>{escape(title)}</b>{lines}</div>"
+    lines = f'<pre style="max-height:24em;overflow:auto">{_html(text)}</pre>' if text else ""
+    return f"<div><b>{_html(title)}</b>{lines}</div>"
 
 
 def html_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A heading and a table; every cell is text."""
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<div><b>{escape(title)}</b><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    head = "".join(f"<th>{_html(column)}</th>" for column in columns)
+    body = "".join(f"<tr>{''.join(f'<td>{_html(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<div><b>{_html(title)}</b><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def html_picture(png: bytes, caption: str, width: int) -> str:
     """An inlined PNG, `width` CSS pixels wide, with a caption; the pixels of an enlarged one stay squares."""
-    source, text = f"data:image/png;base64,{base64.b64encode(png).decode()}", escape(caption)
+    source, text = f"data:image/png;base64,{base64.b64encode(png).decode()}", _html(caption)
     style = f"max-width:{width}px;width:100%;image-rendering:pixelated"
     return (
         f'<figure style="display:inline-block;margin:4px;max-width:{width}px">'
         f'<img src="{source}" alt="{text}" style="{style}"><figcaption>{text}</figcaption></figure>'
     )
+
+
+def _escape(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape", "surrogatepass").decode()
+
+
+def _html(text: str) -> str:
+    return escape(visible(text, lines=True))

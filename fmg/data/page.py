@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image
 
+from fmg.core.shown import visible
 from fmg.version import __version__
 
 _SMALL = 128
@@ -139,6 +140,11 @@ def inline_image(image: Image.Image, side: int = _LARGE) -> tuple[str, bool]:
 def _template() -> Template:
     loader = PackageLoader("fmg.data")
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=loader,
+        autoescape=True,
+        finalize=lambda value: visible(value, lines=True) if type(value) is str else value,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.get_template("page.html")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from fmg.core.errors import CheckpointError, UsageError, writing
 from fmg.core.json_reader import JsonError, Line, located, parse_object, read_lines, read_object
+from fmg.core.shown import LONGEST_VALUE
 
 if TYPE_CHECKING:
     from fmg.registry.document import Plain
@@ -144,8 +145,8 @@ class RunFolder:
         try:
             state = RunState(**cast(Any, read_object(file)))
             state.began  # noqa: B018
-            if not isinstance(state.model, str):
-                raise TypeError("the model is no text")
+            if not isinstance(state.model, str) or len(state.model) > LONGEST_VALUE:
+                raise TypeError("the model is no name")
         except FileNotFoundError:
             raise CheckpointError(f"'{self.path}' is not a run folder", fix) from None
         except (OSError, ValueError, TypeError, OverflowError) as error:
@@ -204,22 +205,22 @@ def list_runs(root: Path = RUNS) -> list[RunFolder]:
     return _sorted_runs(root)[0]
 
 
-def damaged_runs(root: Path = RUNS) -> list[RunFolder]:
-    """The run folders directly under `root` whose state cannot be read, by name."""
+def damaged_runs(root: Path = RUNS) -> list[tuple[RunFolder, CheckpointError]]:
+    """The run folders directly under `root` whose state cannot be read, by name, and why."""
     return _sorted_runs(root)[1]
 
 
-def _sorted_runs(root: Path) -> tuple[list[RunFolder], list[RunFolder]]:
+def _sorted_runs(root: Path) -> tuple[list[RunFolder], list[tuple[RunFolder, CheckpointError]]]:
     readable: list[tuple[float, str, RunFolder]] = []
-    damaged: list[RunFolder] = []
+    damaged: list[tuple[RunFolder, CheckpointError]] = []
     for path in sorted(root.iterdir()) if root.is_dir() else ():
         if not is_run(path):
             continue
         run = RunFolder(path)
         try:
             readable.append((run.state().began, path.name, run))
-        except CheckpointError:
-            damaged.append(run)
+        except CheckpointError as error:
+            damaged.append((run, error))
     return [run for _, _, run in sorted(readable, key=lambda entry: entry[:2])], damaged
 
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from fmg.core.files import from_home
 from fmg.core.geometry import ModelGeometry
 from fmg.core.specs import MapSpec
 from fmg.models.conventions import FLUX_IN_DIFFUSERS, read_conventions
@@ -35,7 +36,7 @@ class EmbeddedConfig(ModelConfig):
     def directory(self) -> Path:
         """Where the weights are."""
         if self.folder is not None:
-            return Path(self.folder).expanduser()
+            return from_home(self.folder)
         return Path(str(files("fmg").joinpath("assets", self.asset)))
 
     def spec(self) -> MapSpec:

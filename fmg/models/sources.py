@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from fmg.core.errors import CheckpointError, MissingDependencyError
+from fmg.core.files import from_home
 from fmg.core.json_reader import JsonError, read_object
 
 _HUB = re.compile(
@@ -32,7 +33,7 @@ class HubSource:
 
 def parse_source(text: str) -> Path | HubSource:
     """`owner/name[@revision][:file]`, or a path. What exists on this computer is a path, whatever it looks like."""
-    path = Path(text).expanduser()
+    path = from_home(text)
     match = _HUB.fullmatch(text)
     looks_local = text.startswith(("/", ".", "~")) or ("@" not in text and ":" not in text and _is_weight_name(text))
     if match is None or looks_local or path.exists():

@@ -39,9 +39,9 @@ def _reporter(observer: Observer | None, progress: bool | None) -> Reporter:
     from fmg.progress.reporters import LogReporter, is_interactive, reporter_for
 
     if progress or (progress is None and observer is None):
-        from rich.console import Console
+        from fmg.progress.console import SafeConsole
 
-        console = Console(stderr=True, markup=False, emoji=False, highlight=False)
+        console = SafeConsole(stderr=True, markup=False, emoji=False, highlight=False)
         if progress or is_interactive(console):
             return reporter_for(console)
     return LogReporter()

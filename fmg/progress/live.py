@@ -22,6 +22,7 @@ from rich.text import Text
 
 from fmg.core.events import Evaluated, Event, IterationDone, Notice, Resumed, StageProgress, Started
 from fmg.data.run_metrics import REWARD, headline
+from fmg.progress.console import SafeConsole
 from fmg.progress.figures import signed, sparkline
 
 _SPARK_WIDTH = 30
@@ -228,7 +229,7 @@ class NotebookReporter(LiveReporter):
 
 
 def _html_console() -> Console:
-    return Console(
+    return SafeConsole(
         file=io.StringIO(),
         record=True,
         width=_NOTEBOOK_WIDTH,

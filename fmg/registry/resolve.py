@@ -12,6 +12,7 @@ from typing import cast
 from pydantic import ValidationError
 
 from fmg.core.errors import CompositionError, UsageError, WrongTypeError, suggestion
+from fmg.core.files import from_home
 from fmg.core.shown import html_text
 from fmg.registry.composition import problems
 from fmg.registry.config import ModelConfig
@@ -160,7 +161,7 @@ def _default_recipe(name: str) -> Node:
 
 def _read(config: str | Path) -> Node:
     text = str(config)
-    path = Path(config).expanduser()
+    path = from_home(config)
     looks_like_path = isinstance(config, Path) or path.suffix in (".yaml", ".yml") or len(path.parts) > 1
     try:
         exists, is_file = path.exists(), path.is_file()

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.files import from_home
 from fmg.core.types import RewardOutput
 from fmg.registry import rewards
 from fmg.rewards.images import check_drawable, to_bytes
@@ -129,7 +130,7 @@ class OcrLogp:
         self._config = config
         if find_spec("onnxruntime") is None:
             raise missing_ocr(_NAME)
-        path = shipped_model(_NAME) if config.model is None else Path(config.model).expanduser()
+        path = shipped_model(_NAME) if config.model is None else from_home(config.model)
         self._recogniser = Recogniser(path, config.threads)
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:

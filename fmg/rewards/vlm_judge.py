@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from fmg.core.cache import cache_dir, optional_cache, replacing_file
+from fmg.core.files import from_home
 from fmg.core.json_reader import read_object
 from fmg.core.types import RewardOutput
 from fmg.registry import rewards
@@ -98,7 +99,7 @@ class VlmJudge:
         advice = f"Check the endpoint {config.url} and its model '{config.model}'."
         self._caller = Caller("vlm-judge", config, advice)
         self._instruction = config.instruction or _INSTRUCTIONS[config.mode]
-        self._cache = Path(config.cache).expanduser() if config.cache else cache_dir() / "vlm-judge"
+        self._cache = from_home(config.cache) if config.cache else cache_dir() / "vlm-judge"
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
         """Scores of images in [0, 1]; a `PartialRewardOutput` only with `on_failure: drop-group`.

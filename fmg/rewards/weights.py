@@ -20,6 +20,7 @@ from urllib.request import urlopen
 from fmg.core.cache import cache_dir, content_hash, replacing_file
 from fmg.core.errors import CheckpointError, MissingDependencyError, UsageError
 from fmg.core.events import Observer, StageProgress, ignore
+from fmg.core.files import from_home
 
 CHUNK = 1 << 20
 _TIMEOUT_S = 60
@@ -113,7 +114,7 @@ def locate(asset: Asset, name: str, kind: str = "reward") -> Located:
         return located
     if asset.kind == "path":
         names = ", ".join(file.replace("|", " or ") for file in absent)
-        path = Path(asset.source).expanduser()
+        path = from_home(asset.source)
         what = f"'{asset.source}' has no {names}" if path.exists() else f"There is no file or folder '{asset.source}'"
         raise UsageError(
             f"{what}, which the {kind} '{name}' needs as its {asset.what}",
@@ -178,7 +179,7 @@ def _present(asset: Asset) -> Iterator[tuple[str, Path]]:
 
 def _candidate(asset: Asset, name: str, *, first: bool) -> Path | None:
     if asset.kind == "path":
-        source = Path(asset.source).expanduser()
+        source = from_home(asset.source)
         if source.is_dir():
             return source / name
         return source if first else source.parent / name

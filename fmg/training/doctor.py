@@ -17,6 +17,7 @@ import torch
 
 from fmg.core.cache import cache_dir
 from fmg.core.events import Observer, StageProgress, ignore
+from fmg.core.files import from_home
 from fmg.core.offline import is_offline
 from fmg.data.environment import environment
 from fmg.registry.recipe import Recipe
@@ -97,7 +98,7 @@ def _devices() -> Iterator[Check]:
 
 def _storage() -> Iterator[Check]:
     hub = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub")
-    places = {"runs": Path.cwd(), "cache of fmg": cache_dir(), "cache of the hub": hub.expanduser()}
+    places = {"runs": Path.cwd(), "cache of fmg": cache_dir(), "cache of the hub": from_home(hub)}
     for name, place in places.items():
         # the nearest folder that exists says whether the rest can be made
         there = next(folder for folder in (place, *place.parents) if folder.is_dir())

@@ -31,6 +31,31 @@ def test_a_group_without_a_command_prints_its_help(group: tuple[str, ...]) -> No
     assert fmg(*group).stdout == fmg(*group, "--help").stdout
 
 
+@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
+def test_a_closed_stream_is_like_one_to_nowhere(closed: tuple[int, ...], tmp_path: Path) -> None:
+    program = (
+        "import os\n"
+        f"for number in {closed}: os.close(number)\n"
+        "import sys\n"
+        f"if 1 in {closed}: sys.stdout = None\n"
+        f"if 2 in {closed}: sys.stderr = None\n"
+        "sys.argv = ['fmg', 'runs']\n"
+        "from fmg.cli.main import run\n"
+        "run()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert (done.stdout == "") == (1 in closed)
+
+
+def test_a_missing_package_is_a_line_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_with(ModuleNotFoundError("No module named 'torch._C'", name="torch._C"), monkeypatch)
+    shown = fmg("runs")
+    assert (shown.code, shown.stdout) == (2, "")
+    assert shown.stderr == "error: The package 'torch' is not installed. Run: pip install flow-map-grpo.\n"
+
+
 def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     def raises(root: object) -> None:
         raise error

@@ -64,4 +64,36 @@ def test_a_damaged_run_is_a_row_and_the_others_are_shown(two_runs: Path) -> None
     ]
     assert shown[0]["iterations"] == 1
     assert shown[0]["reward"]["after"] is None
-    assert fmg("runs", str(two_runs)).stdout.count(" damaged ") == 2
+    said = fmg("runs", str(two_runs))
+    assert said.stdout.count(" damaged ") == 2
+    assert "metrics.jsonl:1: the line is damaged: it is not UTF-8" in said.stderr
+    assert "third/run.json' is damaged (the model is no name)" in said.stderr
+    assert said.stderr.count("warning: ") == 2
+
+
+@pytest.mark.parametrize("line", ['{"iteration": 1' + "0" * 400 + "}", "[" * 9999, '{"iteration": 1, "iteration": 2}'])
+def test_one_bad_line_leaves_the_other_runs_alone(line: str, two_runs: Path) -> None:
+    first, _ = sorted(two_runs.iterdir())
+    first.joinpath("recipe.yaml").write_text("model: {name: meanflow-shapes}\n")
+    with first.joinpath("metrics.jsonl").open("a") as metrics:
+        metrics.write(f"{line}\n")
+    shown = fmg("runs", str(two_runs))
+    assert shown.code == 0
+    assert f"{first}/metrics.jsonl:5: the line is damaged" in shown.stderr
+    assert [row.split()[2] for row in shown.stdout.splitlines()[2:]] == ["damaged", "running"]
+    for command in (("report", str(first)), ("doctor", "run", str(first))):
+        refused = fmg(*command)
+        assert refused.code == 1
+        assert f"{first}/metrics.jsonl:5: the line is damaged" in refused.stderr
+
+
+def test_a_name_from_a_file_does_nothing_to_the_terminal(two_runs: Path) -> None:
+    first, _ = sorted(two_runs.iterdir())
+    state = json.loads(first.joinpath("run.json").read_text())
+    for name in ("\x1b]0;TITLE\x07\x1b[31mred", "a\nb", "\x9b31m", "\u202egnp"):
+        first.joinpath("run.json").write_text(json.dumps(state | {"model": name}))
+        table, document = fmg("runs", str(two_runs)).stdout, fmg("runs", str(two_runs), "--json").stdout
+        assert table.replace("\n", "").isprintable()
+        assert document.replace("\n", "").isprintable()
+        assert len(table.splitlines()) == 4
+        assert json.loads(document)[0]["model"] == name

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from fmg.core import cache
-from fmg.core.cache import DIGESTS, cache_dir, content_hash, made_once, required_cache
-from fmg.core.errors import FmgError, FmgWarning
+from fmg.core.cache import DIGESTS, _without_home, cache_dir, content_hash, made_once, required_cache
+from fmg.core.errors import FmgError, FmgWarning, UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +36,23 @@ def write_in_place(file: Path, content: bytes) -> None:
     stat = file.stat()
     file.write_bytes(content)
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_without_a_home_the_cache_is_a_private_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FMG_CACHE", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    _without_home.cache_clear()
+    with pytest.warns(FmgWarning, match="There is no home folder"):
+        folder = cache_dir()
+    assert folder.parent == tmp_path
+    assert folder.stat().st_mode & 0o777 == 0o700
+    _without_home.cache_clear()
+    folder.chmod(0o777)
+    with pytest.raises(UsageError, match="open to others"):
+        cache_dir()
+    monkeypatch.setenv("FMG_CACHE", "~nobody-here/cache")
+    assert cache_dir() == Path("~nobody-here/cache")
 
 
 def test_a_file_that_stays_as_it_is_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
