@@ -57,7 +57,7 @@ def path_check(
 
     with reporter_for(stderr()) as reporter:
         reporter(LOADING)
-        from fmg.data.run_folder import write_atomic
+        from fmg.core.unfinished import write_atomic
         from fmg.eval.path_check import path_check as check
         from fmg.eval.path_figure import path_figure
 

@@ -1,4 +1,4 @@
-"""Hidden folders that are filled before they take their place, and what a killed process left of them.
+"""Hidden files and folders that are filled before they take their place, and what a killed process left of them.
 
 Standard library only.
 """
@@ -9,12 +9,19 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from fmg.core.errors import UsageError, writing
 
 PARTIAL = "partial"
 """Ending of a folder that is being filled."""
 OLD = "old"
 """Ending of a folder that is being replaced."""
+DRAFT = "tmp"
+"""Ending of a file that is being written."""
+_LEFT = re.compile(rf"\..+\.(?:(\d+)\.[0-9a-f]{{8}}\.{PARTIAL}|(\d+)\.{DRAFT})")
 
 # A container starts every process with the same id, so that the id alone would take a leftover for one of our own
 _MADE: set[str] = set()
@@ -45,6 +52,61 @@ def leftovers(folder: Path, kind: str) -> list[Path]:
         return []
     found = [(path, named.fullmatch(path.name)) for path in beside]
     return [path for path, match in found if match and not _alive(int(match[1]), path.stem)]
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed processes left directly in `folder` of files and folders that were to take another name."""
+    try:
+        found = [(path, _LEFT.fullmatch(path.name)) for path in sorted(folder.iterdir())]
+    except OSError:
+        return
+    for path, match in found:
+        if match and not _alive(int(match[1] or match[2]), path.stem):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder under another name that takes its own when the body has finished, and is removed when it fails.
+
+    Raises:
+        UsageError: there is a file or folder of that name.
+        StorageError: the system refused.
+    """
+    if folder.exists():
+        raise UsageError(f"{folder} exists already", "Save to another folder, or move that one away.")
+    folder = folder.resolve()
+    with writing(folder):
+        partial = partial_folder(folder)
+        try:
+            yield partial
+            partial.rename(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replaces a file in one step: after a crash it holds the old or the new contents, never a part.
+
+    Raises:
+        StorageError: the system refused; the old contents stay.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{DRAFT}")
+    _MADE.add(draft.stem)
+    with writing(path):
+        try:
+            with draft.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+            _MADE.discard(draft.stem)
 
 
 def _alive(pid: int, stem: str) -> bool:

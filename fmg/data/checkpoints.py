@@ -1,19 +1,30 @@
-"""The checkpoints of a run folder: which there are, which is best by the held-out score, which is the newest."""
+"""The checkpoints of a run folder: which there are, which is best by the held-out score, which is the newest.
+
+A checkpoint has the digests of its files in `SHA256SUMS`, whose own digest stands in the index, and the index has its
+own in itself. So nothing that a run is used for is read from a file that changed since it was written.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fmg.core.errors import CheckpointError, FmgWarning
+from fmg.core.files import check_sums, inside, sealed, unsealed
 from fmg.core.json_reader import parse_object
-from fmg.data.run_folder import write_atomic
+from fmg.core.unfinished import write_atomic
 
 FOLDER = "checkpoints"
 INDEX = "index.json"
+FIX = "Restore it from a copy, or train again."
+UNCHECKED = "was made by a version of fmg that kept no digests, so that damage of its files would go unnoticed"
+_COVERED = ("recipe.yaml", "metrics.jsonl")
 
 
 @dataclass(frozen=True)
@@ -26,6 +37,7 @@ class Saved:
         score_key: log key of `score`.
         score: the score on held-out prompts that it was judged by; None when it was never evaluated.
         sound: False where the tripwire found that a held-out reward or the diversity was lost for the trained reward.
+        digest: of its `SHA256SUMS`; None in runs of older versions.
     """
 
     name: str
@@ -33,15 +45,40 @@ class Saved:
     score_key: str
     score: float | None
     sound: bool = True
+    digest: str | None = None
+
+    def path(self, run: Path) -> Path:
+        """Its folder.
+
+        Raises:
+            CheckpointError: its name leads out of the run.
+        """
+        return inside(inside(run, FOLDER), self.name, named_in=run / FOLDER / INDEX)
+
+    def check(self, run: Path) -> bool:
+        """Checks its files; False when there are no digests, as in runs of older versions.
+
+        Raises:
+            CheckpointError: naming a file that is missing or damaged.
+        """
+        return check_sums(self.path(run), self.digest, FIX)
 
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """`checkpoints/index.json`. `best` and `latest` name entries of `saved`."""
+    """`checkpoints/index.json`. `best` and `latest` name entries of `saved`.
+
+    Attributes:
+        saved: the checkpoints that were kept.
+        best: the one that the run stands for.
+        latest: the newest.
+        files: for the recipe and the metrics how many bytes they had when the index was written, and their digest.
+    """
 
     saved: tuple[Saved, ...]
     best: str
     latest: str
+    files: Mapping[str, tuple[int, str]] = field(default_factory=lambda: MappingProxyType({}), compare=False)
 
     def entry(self, name: str) -> Saved:
         """The entry called `name`."""
@@ -49,20 +86,27 @@ class CheckpointIndex:
 
     def to_json(self) -> str:
         """The text of the file."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        content = {"saved": [asdict(entry) for entry in self.saved], "best": self.best, "latest": self.latest}
+        return json.dumps(sealed({**content, "files": {k: list(v) for k, v in self.files.items()}}), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> CheckpointIndex:
         """The index that `to_json` wrote.
 
         Raises:
-            ValueError, KeyError, TypeError, StopIteration: for another text.
+            ValueError, KeyError, TypeError, StopIteration, AttributeError: for another text.
         """
-        raw: Any = parse_object(text)
-        index = cls(tuple(Saved(**entry) for entry in raw["saved"]), raw["best"], raw["latest"])
+        raw: dict[str, Any] = unsealed(parse_object(text))
+        files = {name: (int(size), str(digest)) for name, (size, digest) in raw.get("files", {}).items()}
+        index = cls(tuple(Saved(**entry) for entry in raw["saved"]), raw["best"], raw["latest"], files)
         for name in (index.best, index.latest):
             index.entry(name)
         return index
+
+    def changed_files(self, run: Path) -> list[str]:
+        """The recipe and the metrics, where they are not as they were when the index was written. More may follow."""
+        stated = [(name, *self.files[name]) for name in _COVERED if name in self.files]
+        return [name for name, size, digest in stated if _beginning(run / name, size) != (size, digest)]
 
 
 def read_index(run: Path) -> CheckpointIndex | None:
@@ -72,24 +116,49 @@ def read_index(run: Path) -> CheckpointIndex | None:
     a warning.
 
     Raises:
-        CheckpointError: when the file is damaged or the best checkpoint is gone.
+        CheckpointError: when the file is damaged, names what is not in the run, or the best checkpoint is gone.
     """
     path = run / FOLDER / INDEX
     if not path.is_file():
         return None
     try:
         index = CheckpointIndex.from_json(path.read_text(encoding="utf-8"))
-    except (ValueError, KeyError, TypeError, StopIteration) as error:
-        raise CheckpointError(f"'{path}' is damaged ({error})", "Restore it from a copy, or train again.") from None
-    there = tuple(saved for saved in index.saved if (run / FOLDER / saved.name).is_dir())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise CheckpointError(f"'{path}' is damaged ({error!s:.200})", FIX) from None
+    there = tuple(saved for saved in index.saved if saved.path(run).is_dir())
     if index.entry(index.best) not in there:
         raise CheckpointError(f"'{path}' names '{index.best}', which is gone", "Restore the folder, or train again.")
     gone = [saved.name for saved in index.saved if saved not in there]
     if not gone:
         return index
     warnings.warn(f"'{run}' is without {', '.join(gone)}, which '{path}' names", FmgWarning, stacklevel=2)
-    latest = index.latest if index.latest not in gone else max(there, key=lambda saved: saved.iteration).name
-    return replace(index, saved=there, latest=latest)
+    return _without(index, gone)
+
+
+def checked(run: Path, index: CheckpointIndex) -> CheckpointIndex:
+    """The index, with all files of its checkpoints checked.
+
+    Of checkpoints other than the best those that are damaged are left out, with a warning.
+
+    Raises:
+        CheckpointError: a file of the best checkpoint is missing or damaged.
+    """
+    damaged: list[str] = []
+    for saved in index.saved:
+        try:
+            saved.check(run)
+        except CheckpointError as error:
+            if saved.name == index.best:
+                raise
+            damaged.append(saved.name)
+            warnings.warn(f"{error.what}; {saved.name} is left out", FmgWarning, stacklevel=2)
+    return _without(index, damaged) if damaged else index
+
+
+def _without(index: CheckpointIndex, names: list[str]) -> CheckpointIndex:
+    left = tuple(saved for saved in index.saved if saved.name not in names)
+    latest = index.latest if index.latest not in names else max(left, key=lambda saved: saved.iteration).name
+    return replace(index, saved=left, latest=latest)
 
 
 def existing_index(run: Path) -> CheckpointIndex:
@@ -104,12 +173,33 @@ def existing_index(run: Path) -> CheckpointIndex:
     return index
 
 
-def write_index(run: Path, index: CheckpointIndex) -> None:
-    """Replaces the index in one step, so that a crash leaves the old or the new one."""
+def write_index(run: Path, index: CheckpointIndex, covered: tuple[str, ...] = _COVERED) -> CheckpointIndex:
+    """Replaces the index in one step, so that a crash leaves the old or the new one.
+
+    Args:
+        run: the run folder.
+        index: what to write.
+        covered: files that it states the digests of, as they are now.
+
+    Returns:
+        The index as it was written.
+    """
+    files = {name: _beginning(run / name, None) for name in covered}
+    index = replace(index, files={name: found for name, found in files.items() if found is not None})
     write_atomic(run / FOLDER / INDEX, index.to_json().encode())
+    return index
+
+
+def _beginning(path: Path, size: int | None) -> tuple[int, str] | None:
+    """Length and digest of the first `size` bytes of a file, or of all; None when it is not there."""
+    try:
+        data = path.read_bytes()[:size]
+    except OSError:
+        return None
+    return len(data), hashlib.sha256(data).hexdigest()
 
 
 def chosen_checkpoint(run: Path) -> Path | None:
     """The adapter folder that a run stands for: its best by held-out score."""
     index = read_index(run)
-    return run / FOLDER / index.best if index else None
+    return index.entry(index.best).path(run) if index else None

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fmg.core.errors import UsageError
+from fmg.core.unfinished import write_atomic
 from fmg.data.charts import line_chart
 from fmg.data.page import Block, Gallery, Picture, Section, Table, Text, inline_svg, page
 from fmg.data.pictures import Curve
-from fmg.data.run_folder import RunFolder, write_atomic
+from fmg.data.run_folder import RunFolder
 from fmg.data.run_metrics import PREFIX, REWARD, SUFFIX, headline
 from fmg.data.run_report import RunRecord, curve, inlined, label
 

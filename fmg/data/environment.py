@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from fmg.core.json_reader import JsonError, read_object
-from fmg.data.run_folder import write_atomic
+from fmg.core.unfinished import write_atomic
 from fmg.version import __version__
 
 FILE = "environment.json"

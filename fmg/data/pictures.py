@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from fmg.data.run_folder import write_atomic
+from fmg.core.unfinished import write_atomic
 
 if TYPE_CHECKING:
     from jaxtyping import Float

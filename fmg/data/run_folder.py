@@ -15,9 +15,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from fmg.core.errors import CheckpointError, UsageError, writing
+from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.files import sealed, unsealed
 from fmg.core.json_reader import JsonError, Line, located, parse_object, read_lines, read_object
 from fmg.core.shown import LONGEST_VALUE
+from fmg.core.unfinished import write_atomic
 
 if TYPE_CHECKING:
     from fmg.registry.document import Plain
@@ -143,7 +145,7 @@ class RunFolder:
         file = _state_file(self.path)
         fix = "Name a folder that `fmg train` made; `fmg runs` lists them."
         try:
-            state = RunState(**cast(Any, read_object(file)))
+            state = RunState(**cast(Any, unsealed(read_object(file))))
             state.began  # noqa: B018
             if not isinstance(state.model, str) or len(state.model) > LONGEST_VALUE:
                 raise TypeError("the model is no name")
@@ -253,24 +255,6 @@ def read_numbers(path: Path) -> list[dict[str, float]]:
     return [_numbers(path, number, line) for number, line in enumerate(read_metrics(path), start=1)]
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replaces a file in one step: after a crash it holds the old or the new contents, never a part.
-
-    Raises:
-        StorageError: the system refused; the old contents stay.
-    """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with writing(path):
-        try:
-            with draft.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
-
-
 def _numbers(path: Path, number: int, line: Mapping[str, object]) -> dict[str, float]:
     plain = {key: math.nan if value is None else value for key, value in line.items()}
     numbers = {key: float(value) for key, value in plain.items() if isinstance(value, (int, float))}
@@ -301,7 +285,7 @@ def _state_file(path: Path) -> Path:
 
 
 def _write_state(path: Path, state: RunState) -> None:
-    write_atomic(_state_file(path), (json.dumps(asdict(state), indent=2) + "\n").encode())
+    write_atomic(_state_file(path), (json.dumps(sealed(asdict(state)), indent=2) + "\n").encode())
 
 
 def _claim(base: Path) -> Path:

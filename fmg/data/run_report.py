@@ -12,13 +12,14 @@ import numpy as np
 from PIL import Image
 
 from fmg.core.errors import CheckpointError
+from fmg.core.unfinished import write_atomic
 from fmg.data.charts import line_chart
 from fmg.data.checkpoints import CheckpointIndex, read_index
 from fmg.data.environment import read_environment
 from fmg.data.page import Block, Gallery, Listing, Picture, Section, Table, Text, Tile, inline_image, inline_svg, page
 from fmg.data.pictures import Curve, metric_curve
 from fmg.data.prompt_sets import spread
-from fmg.data.run_folder import RunFolder, RunState, read_metrics, write_atomic
+from fmg.data.run_folder import RunFolder, RunState, read_metrics
 from fmg.data.run_metrics import AVERAGED, PREFIX, REWARD, SUFFIX, headline
 
 FILE = "report.html"

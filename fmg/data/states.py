@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import shutil
 from pathlib import Path
 
 from fmg.core.errors import FmgError, UsageError
+from fmg.core.unfinished import remove_leftovers
 from fmg.data.run_folder import RunFolder, is_run
 from fmg.registry.recipe import Recipe
 
@@ -19,15 +21,26 @@ def state_folder(run: Path, iteration: int) -> Path:
     return run / FOLDER / f"{_PREFIX}{iteration:08d}"
 
 
+def saved_states(run: Path) -> list[Path]:
+    """The folders of all states, oldest first. There is one, or two where a run was killed between them."""
+    return sorted(path for path in (run / FOLDER).glob(f"{_PREFIX}*") if path.name[len(_PREFIX) :].isdecimal())
+
+
 def newest_state(run: Path) -> Path | None:
     """The folder of the newest state, or None."""
-    folders = sorted(path for path in (run / FOLDER).glob(f"{_PREFIX}*") if path.name[len(_PREFIX) :].isdecimal())
-    return folders[-1] if folders else None
+    return next(reversed(saved_states(run)), None)
 
 
-def drop_states(run: Path) -> None:
-    """Removes what only an unfinished run needs."""
-    shutil.rmtree(run / FOLDER, ignore_errors=True)
+def drop_states(run: Path, keep: Path | None = None) -> None:
+    """Removes what only an unfinished run needs, apart from the state to keep, and what killed processes left."""
+    for path in saved_states(run):
+        if path != keep:
+            shutil.rmtree(path, ignore_errors=True)
+    remove_leftovers(run / FOLDER)
+    if keep is None:
+        # of anything else that is in there nothing is known
+        with contextlib.suppress(OSError):
+            (run / FOLDER).rmdir()
 
 
 def consent_flag(recipe: Recipe) -> str:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fmg.core.errors import UsageError
+from fmg.core.unfinished import write_atomic
 from fmg.data.page import Block, Gallery, Picture, Section, Table, Text, Tile, page
 from fmg.data.prompt_sets import spread
-from fmg.data.run_folder import write_atomic
 from fmg.eval.gallery import ImageGallery, PromptShow
 from fmg.eval.results import EvalReport
 

@@ -12,13 +12,13 @@ import torch
 
 from fmg.core.errors import UsageError
 from fmg.core.events import Observer, StageProgress, ignore
+from fmg.core.unfinished import new_folder
 from fmg.export.delta import Delta, check_base, read_delta
 from fmg.export.merge import merged
 from fmg.export.source import find_source
 from fmg.export.space import check_space
 from fmg.export.weights import TensorType, lay_out, write_weights
 from fmg.inference.target import resolve_target
-from fmg.models.common.adapter_files import new_folder
 from fmg.models.common.digest import stored_digest
 from fmg.models.common.full_files import is_full
 from fmg.models.common.reader import TensorReader

@@ -58,10 +58,10 @@ def made_from(
         UsageError: the run is not here any more.
     """
     from fmg.data.run_folder import is_run
-    from fmg.inference.target import resolve_target
+    from fmg.inference.target import resolve_target, run_of_checkpoint
 
     adapter = artifact.manifest.adapter
-    if adapter is not None and not is_run(Path(adapter.run)):
+    if adapter is not None and not is_run(run_of_checkpoint(Path(adapter.run)) or Path(adapter.run)):
         raise UsageError(f"The run '{adapter.run}' that the artifact was made from is not here", advice)
     return resolve_target(artifact.manifest.base.name if adapter is None else adapter.run, allow_code=allow_code)
 

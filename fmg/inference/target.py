@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fmg.core.errors import CheckpointError, UsageError, suggestion
-from fmg.data.checkpoints import chosen_checkpoint
+from fmg.core.errors import CheckpointError, FmgWarning, UsageError, suggestion
+from fmg.data.checkpoints import FOLDER, UNCHECKED, chosen_checkpoint, read_index
 from fmg.data.run_folder import RUNS, RunFolder, is_run, list_runs
 from fmg.inference.generator import DEFAULT_BATCH, Generator
 from fmg.registry import models
@@ -34,18 +35,22 @@ def resolve_target(target: str | Path | None, runs: Path = RUNS, *, allow_code: 
     """Finds out what `target` is without loading weights.
 
     Args:
-        target: a registered model, a run folder, or None for the newest run under `runs` that has a saved adapter.
+        target: a registered model, a run folder, one checkpoint of a run (`RUN/checkpoints/checkpoint-20`), or None for
+            the newest run under `runs` that has ended and has a saved adapter.
         runs: where runs are kept.
         allow_code: whether the recipe of a run may name code of the user's own; a run folder can come from anyone.
 
     Raises:
-        UsageError: when it is neither, there is no run yet, or its recipe names code.
-        CheckpointError: when a run folder has no saved adapter.
+        UsageError: when it is none of these, there is no run yet, or its recipe names code.
+        CheckpointError: when a run folder has no saved adapter, or a file of it is missing or damaged.
     """
     if target is None:
         return _run_target(_newest_usable(runs), allow_code)
     name = str(target)
     if name and Path(target).is_dir():
+        run = run_of_checkpoint(Path(target))
+        if run is not None:
+            return _run_target(RunFolder(run), allow_code, Path(target).name, name)
         return _run_target(RunFolder(Path(target)), allow_code)
     if name not in models.names():
         raise UsageError(f"'{name}' is neither a model nor a run folder", suggestion(name, models.names()))
@@ -75,24 +80,52 @@ def load_target(
     return Generator(TorchBackend(model), rollout.grid, rollout.steps, batch_size or DEFAULT_BATCH)
 
 
+def run_of_checkpoint(folder: Path) -> Path | None:
+    """The run that a folder is a checkpoint of, or None."""
+    place = folder.parent
+    return place.parent if place.name == FOLDER and is_run(place.parent) else None
+
+
 def _newest_usable(runs: Path) -> RunFolder:
-    """The run that began last among those that ended; one that is still going only when there is no other."""
-    usable = [run for run in list_runs(runs) if chosen_checkpoint(run.path) is not None]
-    ended = [run for run in usable if run.state().state != "running"]
-    for run in reversed(ended or usable):
-        return run
-    raise UsageError(
-        f"There is no run with a saved adapter under '{runs}'",
-        "Run `fmg train` first, or name a model or a run folder.",
-    )
+    """The run that began last among those that ended; one that is still going only when there is no other.
+
+    Newer ones that are passed over are named in a warning.
+    """
+    known = list_runs(runs)
+    why = {run.path: "has no saved adapter" for run in known if chosen_checkpoint(run.path) is None}
+    usable = [run for run in known if run.path not in why]
+    if ended := [run for run in usable if run.state().state != "running"]:
+        why |= {run.path: "is in state 'running'" for run in usable if run not in ended}
+    if not usable:
+        raise UsageError(
+            f"There is no run with a saved adapter under '{runs}'",
+            "Run `fmg train` first, or name a model or a run folder.",
+        )
+    chosen = (ended or usable)[-1]
+    newer = [f"'{run.path}' {why[run.path]}" for run in known[known.index(chosen) + 1 :]]
+    if newer:
+        what = f"The run '{chosen.path}' is taken, which is not the newest: {'; '.join(newer)}"
+        warnings.warn(f"{what}. Name a run to choose.", FmgWarning, stacklevel=2)
+    return chosen
 
 
-def _run_target(run: RunFolder, allow_code: bool) -> Target:
+def _run_target(run: RunFolder, allow_code: bool, checkpoint: str | None = None, label: str | None = None) -> Target:
+    """A run by its best checkpoint, or by the one that is named, with its files checked."""
     if not is_run(run.path):
         raise UsageError(f"'{run.path}' is not a run folder", "Name one that `fmg train` made; `fmg runs` lists them.")
-    checkpoint = chosen_checkpoint(run.path)
-    if checkpoint is None:
+    index = read_index(run.path)
+    if index is None:
         raise CheckpointError(
             f"The run '{run.path}' has no saved adapter", "Let it run until its first evaluation, or name another run."
         )
-    return Target(str(run.path), Recipe.from_yaml(run.recipe, allow_code=allow_code), checkpoint)
+    names = [saved.name for saved in index.saved]
+    if checkpoint is not None and checkpoint not in names:
+        raise UsageError(f"The run '{run.path}' did not keep '{checkpoint}'", suggestion(checkpoint, names))
+    saved = index.entry(checkpoint or index.best)
+    if not saved.check(run.path):
+        warnings.warn(f"The run '{run.path}' {UNCHECKED}", FmgWarning, stacklevel=2)
+    if "recipe.yaml" in index.changed_files(run.path):
+        text = f"'{run.recipe}' was changed after the run began; what follows is by the recipe as it is now"
+        warnings.warn(text, FmgWarning, stacklevel=2)
+    recipe = Recipe.from_yaml(run.recipe, allow_code=allow_code)
+    return Target(label or str(run.path), recipe, saved.path(run.path))

@@ -12,8 +12,9 @@ import torch
 from fmg.core.errors import CheckpointError, CompositionError, ProcessError, StorageError, said_once, system_refusal
 from fmg.core.events import Event, Notice, Observer, ignore
 from fmg.core.protocols import Shardable
+from fmg.core.unfinished import write_atomic
 from fmg.data.environment import write_environment
-from fmg.data.run_folder import RunFolder, State, write_atomic
+from fmg.data.run_folder import RunFolder, State
 from fmg.data.run_lock import run_lock
 from fmg.data.run_report import write_run_report
 from fmg.data.states import check_resumable, drop_states, newest_state, resume_command

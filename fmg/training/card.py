@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from fmg.core.protocols import PromptSet
-from fmg.data.checkpoints import FOLDER, Saved, read_index
+from fmg.core.unfinished import write_atomic
+from fmg.data.checkpoints import Saved, read_index
 from fmg.data.prompt_sets import shared_prompts
-from fmg.data.run_folder import RunFolder, read_metrics, write_atomic
+from fmg.data.run_folder import RunFolder, read_metrics
 from fmg.registry.config import About
 from fmg.registry.recipe import Recipe
 from fmg.training.keys import SCORE_KEY
@@ -34,7 +35,7 @@ def write_cards(run: RunFolder, recipe: Recipe, prompts: PromptSet, eval_prompts
     seen = shared_prompts(prompts, eval_prompts)
     held_out = "that training did not see" if not seen else f"of which training saw {seen} of {len(eval_prompts)}"
     for saved in index.saved if index else ():
-        folder = run.path / FOLDER / saved.name
+        folder = saved.path(run.path)
         drawn = run.samples / f"iteration-{saved.iteration:04d}.png"
         # the samples of a run are drawn by its raw weights
         pictured = drawn.is_file() and saved.score_key == SCORE_KEY

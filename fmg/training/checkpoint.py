@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fmg.core.files import inside, write_sums
 from fmg.core.protocols import Model
-from fmg.data.checkpoints import FOLDER, CheckpointIndex, Saved, existing_index, read_index, write_index
+from fmg.core.unfinished import remove_leftovers
+from fmg.data.checkpoints import FOLDER, CheckpointIndex, Saved, checked, existing_index, read_index, write_index
 
 EMA_SUFFIX = "-ema"
 """End of the name of a checkpoint that holds the moving average of the weights."""
@@ -51,37 +53,48 @@ def save_checkpoint(
         # a process that was killed may have saved it and not named it
         _remove(run, [name])
         model.save_adapter(run / FOLDER / name)
-        known = (*known, Saved(name, iteration, score_key, score, sound))
+        known = (*known, Saved(name, iteration, score_key, score, sound, write_sums(run / FOLDER / name)))
     best = _best(known)
     kept = tuple(entry for entry in known if score is None or entry.name == best or entry.iteration == iteration)
-    index = CheckpointIndex(kept, best, newest)
-    write_index(run, index)
+    index = write_index(run, CheckpointIndex(kept, best, newest))
     _remove(run, [entry.name for entry in known if entry not in kept])
     return index
 
 
-def drop_unscored(run: Path) -> CheckpointIndex:
-    """Removes what an interrupted run saved in the middle of an iteration, and checkpoints that its index does not name
-    because it was killed; a resumed run makes them again, whole.
+def scored_index(run: Path) -> CheckpointIndex:
+    """The checkpoints that a resumed run begins with, checked: without those that were saved in mid-iteration.
 
     Raises:
-        CheckpointError: the run has no index of checkpoints, or as for `read_index`; nothing was removed.
+        CheckpointError: the run has no index of checkpoints, or as for `read_index` and `checked`.
     """
     index = existing_index(run)
     kept = tuple(entry for entry in index.saved if entry.score is not None)
     if kept and kept != index.saved:
         newest = max(kept, key=lambda entry: entry.iteration)
         index = replace(index, saved=kept, best=_best(kept), latest=newest.name)
-        write_index(run, index)
+    return checked(run, index)
+
+
+def drop_unscored(run: Path) -> CheckpointIndex:
+    """Removes what an interrupted run saved in the middle of an iteration, and what is there and not named by its index
+    because it was killed; a resumed run makes them again, whole.
+
+    Raises:
+        CheckpointError: as for `scored_index`; nothing was removed.
+    """
+    index = scored_index(run)
+    # the metrics are about to be cut
+    index = write_index(run, index, covered=("recipe.yaml",))
     named = {entry.name for entry in index.saved}
     there = [path.name for path in (run / FOLDER).iterdir() if _NAME.fullmatch(path.name)]
     _remove(run, [name for name in there if name not in named])
+    remove_leftovers(run / FOLDER)
     return index
 
 
 def _remove(run: Path, names: Sequence[str]) -> None:
     for name in names:
-        if (folder := run / FOLDER / name).is_dir():
+        if (folder := inside(inside(run, FOLDER), name)).is_dir():
             shutil.rmtree(folder)
 
 

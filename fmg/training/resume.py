@@ -1,16 +1,16 @@
 """The full state of a run, from which it goes on as if it had never stopped.
 
-RUN/state/iteration-N/{state.json, state.safetensors}: the trained weights, the optimizer, the moving average, how far
-the run and its gates are, the pictures of before, and the global random generators. Noise, prompts and partitions need
-nothing, because they are keyed by (seed, iteration). The newest state is the only one that stays, and a finished run
-has none.
+RUN/state/iteration-N/{state.json, state.safetensors, SHA256SUMS}: the trained weights, the optimizer, the moving
+average, how far the run and its gates are, the pictures of before, and the global random generators. Noise, prompts and
+partitions need nothing, because they are keyed by (seed, iteration). The newest state is the only one that stays, and a
+finished run has none.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,14 +21,23 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from fmg.core.cache import new_folder
-from fmg.core.errors import CheckpointError, UsageError
-from fmg.data.checkpoints import CheckpointIndex, existing_index
+from fmg.core.errors import CheckpointError, FmgWarning, UsageError
+from fmg.core.files import SUMS, refuse_links_out
+from fmg.core.unfinished import new_folder, remove_leftovers, write_atomic
+from fmg.data.checkpoints import UNCHECKED, CheckpointIndex
 from fmg.data.pictures import GridRow
-from fmg.data.run_folder import RunFolder, read_numbers, write_atomic
-from fmg.data.states import check_resumable, newest_state, repeat_command, state_folder
+from fmg.data.run_folder import RunFolder, read_numbers
+from fmg.data.states import (
+    check_resumable,
+    drop_states,
+    newest_state,
+    repeat_command,
+    resume_command,
+    saved_states,
+    state_folder,
+)
 from fmg.registry.recipe import Recipe
-from fmg.training.checkpoint import drop_unscored
+from fmg.training.checkpoint import drop_unscored, scored_index
 from fmg.training.ema import Ema
 from fmg.training.state_files import generator_states, read_state, restore_generators, write_state
 
@@ -126,7 +135,7 @@ def save_state(
     folder = state_folder(run.path, progress.iteration)
     content = {
         "schema": SCHEMA,
-        "run": _identity(run, recipe),
+        "run": {**_identity(run, recipe), "metrics": _digest_of_lines(run, progress.lines)},
         "progress": asdict(progress),
         "trained": dict(live.trained),
         "optimizer": live.optimizer.state_dict(),
@@ -136,11 +145,11 @@ def save_state(
         "pictures": [(row.prompt, (torch.as_tensor(row.images).clamp(0, 1) * 255).round().byte()) for row in pictures],
         "tripwire": tripwire,
     }
-    with new_folder(folder) as partial:
-        write_state(partial, content)
-    for other in folder.parent.iterdir():
-        if other != folder:
-            shutil.rmtree(other, ignore_errors=True)
+    if not folder.exists():
+        # else it was saved when the run was interrupted right here, and is the same
+        with new_folder(folder) as partial:
+            write_state(partial, content)
+    drop_states(run.path, keep=folder)
     return folder
 
 
@@ -149,12 +158,14 @@ def load_state(run: RunFolder, recipe: Recipe) -> SavedState:
 
     Raises:
         UsageError: there is none, it belongs to another run, or the recipe has been changed since.
-        CheckpointError: it is damaged, or the checkpoints or the metrics that it goes on from are.
+        CheckpointError: it is damaged, or the checkpoints or the metrics that it goes on from are, or a link in the
+            run leads out of it.
     """
     check_resumable(run.path)
+    refuse_links_out(run.path)
     folder = newest_state(run.path)
     assert folder is not None
-    content = read_state(folder)
+    content = read_state(folder, _instead(run, recipe))
     try:
         if content["schema"] != SCHEMA:
             raise CheckpointError(
@@ -174,9 +185,32 @@ def load_state(run: RunFolder, recipe: Recipe) -> SavedState:
             )
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"The state in '{folder}' is damaged ({error})", "Train again.") from None
-    existing_index(run.path)
+    index = scored_index(run.path)
     metrics_until(run, progress.lines)
+    if saved.get("metrics") not in (None, _digest_of_lines(run, progress.lines)):
+        raise CheckpointError(
+            f"'{run.metrics}' was changed in its first {progress.lines} lines, which the run resumes from",
+            f"Restore the file, or start a new run with `{repeat_command(run.recipe, recipe)}`.",
+        )
+    if not (folder / SUMS).is_file() or any(entry.digest is None for entry in index.saved):
+        warnings.warn(f"The run '{run.path}' {UNCHECKED}", FmgWarning, stacklevel=2)
     return SavedState(progress, content)
+
+
+def _instead(run: RunFolder, recipe: Recipe) -> str:
+    """What to do where the newest state is damaged."""
+    _, *older = reversed(saved_states(run.path))
+    if older:
+        return f"Remove that folder; `{resume_command(run.path, recipe)}` then resumes from {older[0].name}."
+    return (
+        f"Restore it from a copy, or start a new run with `{repeat_command(run.recipe, recipe)}`; the checkpoints that"
+        " the run saved can be used."
+    )
+
+
+def _digest_of_lines(run: RunFolder, lines: int) -> str:
+    data = run.metrics.read_bytes() if run.metrics.is_file() else b""
+    return hashlib.sha256(b"".join(data.splitlines(keepends=True)[:lines])).hexdigest()
 
 
 def metrics_until(run: RunFolder, lines: int) -> list[dict[str, float]]:
@@ -201,6 +235,9 @@ def rewind(run: RunFolder, lines: int) -> tuple[CheckpointIndex, list[dict[str, 
     """
     kept = metrics_until(run, lines)
     index = drop_unscored(run.path)
+    drop_states(run.path, keep=newest_state(run.path))
+    for folder in (run.path, run.samples, *(saved.path(run.path) for saved in index.saved)):
+        remove_leftovers(folder)
     write_atomic(run.metrics, b"".join(run.metrics.read_bytes().splitlines(keepends=True)[:lines]))
     return index, kept
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fmg.core.errors import CheckpointError
+from fmg.core.files import SUMS, check_sums, write_sums
 from fmg.core.json_reader import parse
 
 TENSORS, STRUCTURE = "state.safetensors", "state.json"
@@ -26,7 +27,7 @@ _PLAIN = (bool, int, float, str)
 
 
 def write_state(folder: Path, value: Mapping[str, object]) -> None:
-    """Writes `state.safetensors` and `state.json` into a folder.
+    """Writes `state.safetensors`, `state.json` and their digests into a folder.
 
     Raises:
         TypeError: for a value that is no tensor, number, text, None, list, tuple or dict of these.
@@ -35,27 +36,33 @@ def write_state(folder: Path, value: Mapping[str, object]) -> None:
     structure = _pack(value, "", tensors)
     save_file(tensors, folder / TENSORS)
     (folder / STRUCTURE).write_text(json.dumps(structure) + "\n", encoding="utf-8")
-    for name in (TENSORS, STRUCTURE):
+    write_sums(folder)
+    for name in (TENSORS, STRUCTURE, SUMS):
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """What `write_state` wrote, tensors on the CPU.
+def read_state(folder: Path, fix: str = "Train again.") -> dict[str, Any]:
+    """What `write_state` wrote, tensors on the CPU. States of older versions have no digests to check.
+
+    Args:
+        folder: where it is.
+        fix: what to do about damage, for the error.
 
     Raises:
         CheckpointError: a file is missing or damaged.
     """
     try:
+        check_sums(folder, None, fix, (TENSORS, STRUCTURE))
         tensors = load_file(folder / TENSORS)
         value: object = _unpack(parse((folder / STRUCTURE).read_bytes(), finite=False), tensors)
         if not isinstance(value, dict):
             raise TypeError("it is not a mapping")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except CheckpointError as error:
+        raise CheckpointError(f"The state in '{folder}' cannot be read: {error.what}", fix) from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"The state in '{folder}' cannot be read: {reason}", "Train again; what the run saved for use stays."
-        ) from None
+        raise CheckpointError(f"The state in '{folder}' cannot be read: {reason}", fix) from None
     return value
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from fmg import Recipe, train
 from fmg.core.errors import CheckpointError, FmgError, UsageError
 from fmg.core.events import Event, IterationDone, Notice
+from fmg.core.files import sealed, unsealed, write_sums
 from fmg.data.checkpoints import read_index
 from fmg.data.run_folder import RunFolder
 from fmg.data.run_lock import run_lock
@@ -165,7 +166,8 @@ def _edit_recipe(run: Path) -> None:
 
 def _replace_state(run: Path) -> None:
     file = run / "run.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "created": "2020-01-01T00:00:00+00:00"}))
+    state = {**unsealed(json.loads(file.read_text())), "created": "2020-01-01T00:00:00+00:00"}
+    file.write_text(json.dumps(sealed(state)))
 
 
 def _truncate(run: Path) -> None:
@@ -176,6 +178,7 @@ def _truncate(run: Path) -> None:
 def _newer_schema(run: Path) -> None:
     file = next(run.glob("state/*/state.json"))
     file.write_text(file.read_text().replace(f'["schema", {SCHEMA}]', '["schema", 99]'))
+    write_sums(file.parent)
 
 
 @pytest.mark.parametrize(
@@ -207,6 +210,7 @@ def _damage_index(run: Path) -> None:
 def _swap_tensors(run: Path) -> None:
     file = next(run.glob("state/*/state.safetensors"))
     save_file({name: x[..., :1].clone() for name, x in load_file(file).items()}, file)
+    write_sums(file.parent)
 
 
 @pytest.mark.parametrize(("change", "says"), [(_damage_index, r"index\.json"), (_swap_tensors, "other tensors")])

@@ -20,7 +20,7 @@ from fmg.registry import models
 from fmg.training.compose import compose
 from fmg.training.sizes import choose_sizes
 from fmg.training.trainer import Trainer
-from tests.support.run_files import stop_after
+from tests.support.run_files import change_recipe, stop_after
 
 pytestmark = pytest.mark.slow
 
@@ -138,7 +138,7 @@ def test_a_foreign_run_does_not_run_code(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     run = train(tiny(), tmp_path / "run").run
     recipe = Recipe.from_yaml(run.recipe).with_({"rewards": [{"name": "python", "target": "evil:f"}]})
-    run.recipe.write_text(recipe.to_yaml())
+    change_recipe(run.path, recipe)
     (tmp_path / "evil.py").write_text(
         "from pathlib import Path\nPath('PWNED').touch()\ndef f(images, prompts):\n    return images.mean((1, 2, 3))\n"
     )

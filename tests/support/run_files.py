@@ -10,6 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fmg.core.events import Event, IterationDone
+from fmg.core.files import SUMS
+from fmg.data.checkpoints import existing_index, write_index
+from fmg.registry.recipe import Recipe
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
@@ -32,3 +35,33 @@ def stop_after(iteration: int) -> Callable[[Event], None]:
             raise KeyboardInterrupt
 
     return hear
+
+
+def change_recipe(run: Path, recipe: Recipe) -> None:
+    """Gives a run another recipe as if it had been begun with it."""
+    (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    write_index(run, existing_index(run))
+
+
+def flip_bit(file: Path) -> None:
+    """Damages a file as a bad disk would: one bit in its middle."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0x40
+    file.write_bytes(data)
+
+
+def without_digests(run: Path) -> None:
+    """Makes a run what an older version of fmg would have left: no digests of anything."""
+    for file in run.rglob(SUMS):
+        file.unlink()
+    for name in ("run.json", "checkpoints/index.json"):
+        content = json.loads((run / name).read_text())
+        content = {key: value for key, value in content.items() if key not in ("sha256", "files")}
+        for entry in content.get("saved", ()):
+            del entry["digest"]
+        (run / name).write_text(json.dumps(content))
+    for file in run.glob("state/*/state.json"):
+        state = json.loads(file.read_text())
+        identity = dict(state["$pairs"])["run"]["$pairs"]
+        identity[:] = [[key, value] for key, value in identity if key in ("model", "created", "recipe")]
+        file.write_text(json.dumps(state))

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -26,9 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fmg.core.errors import CheckpointError, UsageError, writing
+from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.json_reader import JsonError, read_object
-from fmg.core.unfinished import partial_folder
+from fmg.core.unfinished import new_folder
 from fmg.models.common.adapter import ADAPTER, adapter_parameters
 from fmg.models.common.digest import stored_digest
 from fmg.models.common.weights import WeightFiles
@@ -232,19 +230,3 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 def _write_text(file: Path, text: str) -> None:
     file.write_text(text + "\n", encoding="utf-8")
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder under another name that takes its own when the body has finished, and is removed when it fails."""
-    if folder.exists():
-        raise UsageError(f"{folder} exists already", "Save to another folder, or move that one away.")
-    folder = folder.resolve()
-    with writing(folder):
-        partial = partial_folder(folder)
-        try:
-            yield partial
-            partial.rename(folder)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from fmg.core.errors import CheckpointError
 from fmg.core.json_reader import JsonError, read_object
-from fmg.models.common.adapter_files import BaseReference, new_folder
+from fmg.core.unfinished import new_folder
+from fmg.models.common.adapter_files import BaseReference
 from fmg.models.common.weights import check_names, folder_weights, stored_shapes, unreadable, weight_windows
 from fmg.models.conventions import FlowMapConventions
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fmg.core.files import sealed, unsealed
 from fmg.data.run_folder import RunFolder
 from tests.support.cli import fmg
 
@@ -89,9 +90,9 @@ def test_one_bad_line_leaves_the_other_runs_alone(line: str, two_runs: Path) -> 
 
 def test_a_name_from_a_file_does_nothing_to_the_terminal(two_runs: Path) -> None:
     first, _ = sorted(two_runs.iterdir())
-    state = json.loads(first.joinpath("run.json").read_text())
+    state = unsealed(json.loads(first.joinpath("run.json").read_text()))
     for name in ("\x1b]0;TITLE\x07\x1b[31mred", "a\nb", "\x9b31m", "\u202egnp"):
-        first.joinpath("run.json").write_text(json.dumps(state | {"model": name}))
+        first.joinpath("run.json").write_text(json.dumps(sealed(state | {"model": name})))
         table, document = fmg("runs", str(two_runs)).stdout, fmg("runs", str(two_runs), "--json").stdout
         assert table.replace("\n", "").isprintable()
         assert document.replace("\n", "").isprintable()

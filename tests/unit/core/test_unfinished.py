@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fmg.core.unfinished import OLD, PARTIAL, leftovers, partial_folder
-from fmg.models.common.adapter_files import new_folder
+from fmg.core.unfinished import OLD, PARTIAL, leftovers, new_folder, partial_folder, remove_leftovers
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +48,17 @@ def test_a_new_folder_does_not_meet_a_leftover_of_its_own_process_id(tmp_path: P
 
 def test_a_place_whose_parent_is_not_there_has_no_leftovers(tmp_path: Path) -> None:
     assert leftovers(tmp_path / "absent" / "x", PARTIAL) == []
+
+
+def test_leftovers_of_every_name_are_removed_from_a_folder(tmp_path: Path, dead: int) -> None:
+    mine = partial_folder(tmp_path / "x")
+    (tmp_path / "kept").mkdir()
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (tmp_path / f".y.{dead}.0123abcd.partial" / "inside").mkdir(parents=True)
+    (tmp_path / f".z.{dead}.0123abcd.partial").symlink_to(victim)
+    for name in (f".index.json.{dead}.tmp", f".index.json.{os.getpid()}.tmp", f".index.json.{os.getppid()}.tmp"):
+        (tmp_path / name).write_text("half")
+    remove_leftovers(tmp_path)
+    alive = f".index.json.{os.getppid()}.tmp"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([mine.name, "kept", "victim", alive])

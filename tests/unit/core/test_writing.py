@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 from fmg.core.cache import new_folder, replacing_file
 from fmg.core.errors import CheckpointError, StorageError, system_refusal, writing
+from fmg.core.unfinished import new_folder as new_checkpoint
+from fmg.core.unfinished import write_atomic
 from fmg.data.pictures import write_picture
-from fmg.data.run_folder import write_atomic
-from fmg.models.common.adapter_files import new_folder as new_checkpoint
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 

@@ -21,6 +21,7 @@ from fmg.inference.artifact.manifest import TEXT_ENCODER, TEXT_ENCODER_2, TRANSF
 from fmg.inference.target import load_model, resolve_target
 from fmg.models.flux.latents import image_ids
 from fmg.models.flux.model import FluxModel
+from tests.support.run_files import change_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.compile]
 
@@ -228,7 +229,7 @@ def test_a_base_that_moved_is_refused(student_run: Path, tmp_path: Path, monkeyp
     import shutil
 
     shutil.copytree(student_run, copy)
-    (copy / "recipe.yaml").write_text(changed.to_yaml())
+    change_recipe(copy, changed)
     with pytest.raises(CheckpointError, match="trained on other weights of 'scm-flux'"):
         export_artifact(copy, tmp_path / "artifact")
     assert json.loads((copy / "run.json").read_text())["state"] == "finished"

@@ -30,6 +30,7 @@ from fmg.inference.loading import find
 from fmg.inference.target import Target, load_model, resolve_target
 from tests.support.artifact import copied, exported, make_run, trace_once
 from tests.support.cli import fmg
+from tests.support.run_files import change_recipe
 from tests.tiny_flux import RESOLUTION, SEQUENCE
 from tests.unit.export.test_artifact import difference, transformer_feed
 
@@ -210,7 +211,7 @@ def test_a_run_that_is_sampled_otherwise_is_taken_or_refused(
     def run(name: str, **changes: object) -> Path:
         """The same adapter under another recipe."""
         folder = Path(shutil.copytree(student_run, tmp_path / name))
-        (folder / "recipe.yaml").write_text(recipe.with_({f"model.{k}": v for k, v in changes.items()}).to_yaml())
+        change_recipe(folder, recipe.with_({f"model.{k}": v for k, v in changes.items()}))
         return folder
 
     other = run("other", guidance=5.0, resolution=2 * RESOLUTION)

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import cast
 
 import pytest
 
 from fmg.core.errors import CheckpointError, FmgWarning
+from fmg.core.files import SUMS
 from fmg.core.protocols import Model
 from fmg.data.checkpoints import chosen_checkpoint, read_index
-from fmg.training.checkpoint import drop_unscored, save_checkpoint
+from fmg.training.checkpoint import drop_unscored, save_checkpoint, scored_index
 
 
 class Saver:
@@ -61,7 +64,7 @@ def folders(run: Path) -> list[str]:
 
 def test_a_best_checkpoint_that_is_gone_is_named(tmp_path: Path) -> None:
     save(tmp_path, 0, 0.5)
-    (tmp_path / "checkpoints" / "checkpoint-0").rmdir()
+    shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-0")
     with pytest.raises(CheckpointError, match="checkpoint-0"):
         read_index(tmp_path)
 
@@ -70,7 +73,7 @@ def test_another_checkpoint_that_is_gone_is_left_out_with_a_warning(tmp_path: Pa
     save(tmp_path, 10, 0.5)
     save(tmp_path, 20, 0.4)
     save_checkpoint(tmp_path, cast(Model, Saver()), 20, "eval_ema/score", 0.3, ema=True)
-    (tmp_path / "checkpoints" / "checkpoint-20").rmdir()
+    shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-20")
     with pytest.warns(FmgWarning, match="is without checkpoint-20, which"):
         index = read_index(tmp_path)
     assert index is not None
@@ -91,7 +94,7 @@ def test_a_folder_that_a_killed_run_left_does_not_keep_it_from_saving(tmp_path: 
     left.mkdir()
     (left / "half").write_text("of it")
     save(tmp_path, 10, 0.6)
-    assert list(left.iterdir()) == []
+    assert [path.name for path in left.iterdir()] == [SUMS]
     assert chosen_checkpoint(tmp_path) == left
 
 
@@ -145,3 +148,61 @@ def test_an_unsound_checkpoint_is_never_the_best(tmp_path: Path) -> None:
     assert chosen_checkpoint(tmp_path) == tmp_path / "checkpoints" / "checkpoint-10"
     save_checkpoint(tmp_path, saver, 40, "eval/score", 0.5)
     assert chosen_checkpoint(tmp_path) == tmp_path / "checkpoints" / "checkpoint-40"
+
+
+def _named(run: Path, name: str) -> None:
+    """Names one more checkpoint in the index, as a stranger would."""
+    file = run / "checkpoints" / "index.json"
+    index = json.loads(file.read_text())
+    index.pop("sha256")
+    index["saved"].append({**index["saved"][0], "name": name, "score": -1.0})
+    file.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("name", ["../../victim", "ABSOLUTE", "link", "..", ""])
+def test_a_checkpoint_outside_the_run_is_refused_and_left_alone(tmp_path: Path, name: str) -> None:
+    victim, run = tmp_path / "victim", tmp_path / "run"
+    victim.mkdir()
+    (victim / "thesis.txt").write_text("precious")
+    save(run, 0, 0.5)
+    (run / "checkpoints" / "link").symlink_to(victim)
+    _named(run, str(victim) if name == "ABSOLUTE" else name)
+    for read in (read_index, drop_unscored, lambda run: save(run, 10, 0.6)):
+        with pytest.raises(CheckpointError, match="no path within"):
+            read(run)
+    assert (victim / "thesis.txt").read_text() == "precious"
+
+
+def test_a_changed_index_is_refused(tmp_path: Path) -> None:
+    save(tmp_path, 0, 0.5)
+    file = tmp_path / "checkpoints" / "index.json"
+    file.write_text(file.read_text().replace("0.5", "0.6"))
+    with pytest.raises(CheckpointError, match="changed after it was written"):
+        read_index(tmp_path)
+
+
+class Writer:
+    def save_adapter(self, folder: Path) -> None:
+        (folder / "peft").mkdir(parents=True)
+        (folder / "peft" / "adapter_model.safetensors").write_bytes(b"tensors")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "peft" / "adapter_model.safetensors").write_bytes(b"tensorz"),
+        lambda folder: (folder / "peft" / "adapter_model.safetensors").unlink(),
+        lambda folder: (folder / SUMS).unlink(),
+        lambda folder: (folder / SUMS).write_text(""),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, damage: object) -> None:
+    for iteration, score in ((0, 0.1), (10, 0.5), (20, 0.3)):
+        save_checkpoint(tmp_path, cast(Model, Writer()), iteration, "eval/score", score)
+    assert [entry.name for entry in scored_index(tmp_path).saved] == ["checkpoint-10", "checkpoint-20"]
+    damage(tmp_path / "checkpoints" / "checkpoint-20")  # type: ignore[operator]
+    with pytest.warns(FmgWarning, match="checkpoint-20.*(damaged|missing).*is left out"):
+        assert [entry.name for entry in scored_index(tmp_path).saved] == ["checkpoint-10"]
+    damage(tmp_path / "checkpoints" / "checkpoint-10")  # type: ignore[operator]
+    with pytest.raises(CheckpointError, match=r"checkpoint-10.*(damaged|missing)"):
+        scored_index(tmp_path)

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import cast
 
 import pytest
 import torch
 
-from fmg.core.errors import CheckpointError
+from fmg.core.errors import CheckpointError, FmgWarning
+from fmg.core.files import write_sums
 from fmg.core.protocols import Model
 from fmg.data.checkpoints import read_index
 from fmg.data.run_folder import RunFolder
@@ -16,6 +18,7 @@ from fmg.training.checkpoint import save_checkpoint
 from fmg.training.resume import Live, Progress, load_state, rewind, save_state
 from fmg.training.state_files import STRUCTURE
 from fmg.training.tripwire import Tripwire
+from tests.support.run_files import flip_bit, without_digests
 
 RECIPE = Recipe.default()
 KEYS = ["schema", "run", "progress", "trained", "optimizer", "ema", "ema_updates", "generators", "pictures", "tripwire"]
@@ -47,6 +50,7 @@ def test_a_state_without_one_of_its_parts_is_damaged(key: str, run: RunFolder) -
     assert {name for name, _ in pairs} == set(KEYS)
     load_state(run, RECIPE)
     file.write_text(json.dumps({"$pairs": [[name, value] for name, value in pairs if name != key]}))
+    write_sums(file.parent)
     with pytest.raises(CheckpointError, match=f"is damaged .*'{key}'"):
         load_state(run, RECIPE)
 
@@ -62,6 +66,7 @@ def _files(run: RunFolder) -> dict[str, bytes]:
         ("checkpoints/index.json", None, "has no index of checkpoints"),
         ("metrics.jsonl", '{"iteration": 0}\n', "has 1 lines, and the saved state follows line 2"),
         ("metrics.jsonl", '{"iteration": 0}\n[]\n', "the line is damaged"),
+        ("checkpoints/checkpoint-0/SHA256SUMS", None, "SHA256SUMS' is missing"),
     ],
 )
 def test_a_run_that_cannot_go_on_is_left_as_it_was(file: str, content: str | None, says: str, run: RunFolder) -> None:
@@ -93,3 +98,40 @@ def test_other_tensors_than_the_run_trains_are_refused(run: RunFolder) -> None:
     saved.check_trained(torch.nn.Linear(2, 1).named_parameters())
     with pytest.raises(CheckpointError, match="other tensors"):
         saved.check_trained(torch.nn.Linear(3, 1).named_parameters())
+
+
+def test_changed_metrics_are_not_resumed_from(run: RunFolder) -> None:
+    run.metrics.write_text(run.metrics.read_text().replace('"iteration": 1', '"iteration": 7'))
+    with pytest.raises(CheckpointError, match="was changed in its first 2 lines"):
+        load_state(run, RECIPE)
+
+
+def test_a_damaged_state_says_how_to_go_on(run: RunFolder) -> None:
+    older = next(run.path.glob("state/*"))
+    flip_bit(older / "state.safetensors")
+    with pytest.raises(CheckpointError, match=r"state\.safetensors' is damaged.*fmg train --config"):
+        load_state(run, RECIPE)
+    shutil.copytree(older, older.with_name("iteration-00000002"))
+    with pytest.raises(CheckpointError, match=r"Remove that folder; `fmg train --resume .*iteration-00000001"):
+        load_state(run, RECIPE)
+
+
+def test_a_run_without_digests_is_resumed_with_one_warning(run: RunFolder) -> None:
+    without_digests(run.path)
+    with pytest.warns(FmgWarning, match="kept no digests") as said:
+        assert load_state(run, RECIPE).progress.lines == 2
+    assert len(said) == 1
+    rewind(run, 2)
+
+
+def test_leftovers_of_a_killed_process_go_and_links_out_are_refused(run: RunFolder, tmp_path: Path) -> None:
+    left = ["checkpoints/.index.json.999999999.tmp", ".run.json.999999999.tmp", "state/.x.999999999.0123abcd.partial"]
+    for name in left:
+        (run.path / name).write_text("half")
+    rewind(run, 2)
+    assert [name for name in left if (run.path / name).exists()] == []
+    (tmp_path / "victim").mkdir()
+    (run.path / "samples").rmdir()
+    (run.path / "samples").symlink_to(tmp_path / "victim")
+    with pytest.raises(CheckpointError, match="samples' is a link that leads out"):
+        load_state(run, RECIPE)

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fmg.core.errors import CheckpointError
+from fmg.core.files import SUMS
 from fmg.registry import optimizers
 from fmg.training.state_files import read_state, write_state
+from tests.support.run_files import flip_bit
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -56,6 +58,9 @@ def test_what_neither_file_can_hold_is_refused(tmp_path: Path) -> None:
     "damage",
     [
         lambda folder: (folder / "state.json").unlink(),
+        lambda folder: (folder / SUMS).write_text(""),
+        lambda folder: (folder / SUMS).write_text((folder / SUMS).read_text().replace("safe", "sage")),
+        lambda folder: flip_bit(folder / "state.safetensors"),
         lambda folder: (folder / "state.json").write_text('{"$pickle": "x"}'),
         lambda folder: (folder / "state.json").write_text("[]"),
         lambda folder: (folder / "state.json").write_text("{"),
