@@ -14,11 +14,13 @@ from fmg.version import __version__
 if TYPE_CHECKING:
     from fmg.eval.evaluate import evaluate
     from fmg.inference import Generator, load
+    from fmg.inference.pipeline import FlowMapPipeline
     from fmg.registry.recipe import Recipe
     from fmg.registry.resolve import resolve
     from fmg.training.api import train
 
 _HOMES = {
+    "FlowMapPipeline": "fmg.inference.pipeline",
     "Generator": "fmg.inference",
     "Recipe": "fmg.registry.recipe",
     "evaluate": "fmg.eval.evaluate",
@@ -38,4 +40,4 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-__all__ = ["Generator", "Recipe", "__version__", "evaluate", "load", "resolve", "train"]
+__all__ = ["FlowMapPipeline", "Generator", "Recipe", "__version__", "evaluate", "load", "resolve", "train"]

@@ -15,7 +15,7 @@ class MapSpec:
         path: name of the probability path.
         resolution: side of the square image in pixels.
         default_steps: network calls of the deterministic sampler.
-        default_grid: name of the time grid that the model was distilled for.
+        default_grid: name or times of the grid that the model was distilled for.
         default_stochasticizer: what `auto` means for this model, as (name, options).
         default_recipe: name of the recipe under `configs/` that the model ships; for a model of another package, the
             absolute path of the file.
@@ -26,7 +26,7 @@ class MapSpec:
     path: Literal["linear", "trig"]
     resolution: int
     default_steps: int
-    default_grid: str
+    default_grid: str | tuple[float, ...]
     default_stochasticizer: tuple[str, tuple[tuple[str, object], ...]]
     default_recipe: str
     gpu_memory_gb: float = 0.0

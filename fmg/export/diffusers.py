@@ -18,14 +18,15 @@ from fmg.export.merge import merged
 from fmg.export.source import find_source
 from fmg.export.space import check_space
 from fmg.export.weights import TensorType, lay_out, write_weights
+from fmg.inference.pipeline import sampled_as
 from fmg.inference.target import resolve_target
 from fmg.models.common.digest import stored_digest
 from fmg.models.common.full_files import is_full
 from fmg.models.common.reader import TensorReader
 from fmg.models.common.weights import INDEX_FILE
-from fmg.models.conventions import CONVENTIONS_FILE, FlowMapConventions, read_conventions
+from fmg.models.conventions import FlowMapConventions, read_conventions
 from fmg.models.flux.loading import TransformerSource, transformer_source
-from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
+from fmg.models.flux.pipeline_files import STALE, write_pipeline_files
 from fmg.models.flux_configs import FluxStudentConfig
 from fmg.training.card import CARD, SAMPLES
 
@@ -36,8 +37,6 @@ DTYPES: Mapping[str, torch.dtype | None] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-_STOCK_CLASS = "FluxTransformer2DModel"
-_STOCK_SCALE = 1000.0
 _SINGLE_FILE = "diffusion_pytorch_model.safetensors"
 
 
@@ -73,7 +72,7 @@ def export_diffusers(
     student = isinstance(found.recipe.model.config, FluxStudentConfig)
     if source.checkpoint is None and not student:
         raise UsageError(f"'{found.label}' has no adapter to merge", "Name a run folder; `fmg runs` lists them.")
-    folder = _Folder(source.folder, source.conventions, source.transformer, student=student)
+    folder = _Folder(source.folder, sampled_as(source.conventions, found.recipe), source.transformer)
     return _write(folder, source.delta, source.checkpoint, out, DTYPES[dtype], observer)
 
 
@@ -99,7 +98,7 @@ def merge_folder(
             f"Use its folder {adapter / TRANSFORMER} in place of the pipeline's own.",
         )
     conventions = read_conventions(base)
-    folder = _Folder(base, conventions, transformer_source(base, conventions), student=False)
+    folder = _Folder(base, conventions, transformer_source(base, conventions))
     shapes = {name: shape for name, (_, shape) in folder.stored().items()}
     delta = read_delta(adapter, shapes, str(adapter))
     check_base(delta, stored_digest(folder.transformer.weights), str(base))
@@ -113,7 +112,6 @@ class _Folder:
     base: Path
     conventions: FlowMapConventions
     transformer: TransformerSource
-    student: bool
 
     def stored(self) -> dict[str, TensorType]:
         """Dtype and shape of each weight of the transformer, in the order of the files."""
@@ -131,10 +129,9 @@ def _write(
     others = sum(file.stat().st_size for file in folder.base.rglob("*") if file.is_file())
     check_space(out, others + lay_out(types).size)
     with new_folder(out) as partial:
-        shutil.copytree(folder.base, partial, dirs_exist_ok=True, ignore=_without_transformer(folder))
+        shutil.copytree(folder.base, partial, dirs_exist_ok=True, ignore=_replaced(folder))
         _write_transformer(partial / TRANSFORMER, folder, delta, types, observer)
-        if folder.student:
-            _state_conventions(partial, folder)
+        write_pipeline_files(partial, folder.conventions)
         for name in (CARD, SAMPLES):
             if adapter is not None and (adapter / name).is_file():
                 shutil.copyfile(adapter / name, partial / name)
@@ -144,8 +141,9 @@ def _write(
 def _write_transformer(
     out: Path, folder: _Folder, delta: Delta | None, types: Mapping[str, TensorType], observer: Observer
 ) -> None:
-    """Writes the weights in as many files as they are stored in."""
+    """Writes the config, and the weights in as many files as they are stored in."""
     out.mkdir(exist_ok=True)
+    (out / "config.json").write_text(json.dumps(dict(folder.transformer.config)), encoding="utf-8")
     files = folder.transformer.weights.files
     shards = sorted(set(files.values()))
     names = {file: _shard_name(number, len(shards)) for number, file in enumerate(shards, start=1)}
@@ -160,18 +158,6 @@ def _write_transformer(
         (out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _state_conventions(out: Path, folder: _Folder) -> None:
-    """Says what the weights are: the class and its times in the config, the sampling in `fmg_flow_map.json`."""
-    source = folder.transformer
-    stock = source.config["second_time"] == "none" and source.config["time_scale"] == _STOCK_SCALE
-    # under the stock class, a transformer with other times would load and draw noise
-    config = {**source.config, "_class_name": _STOCK_CLASS if stock else FlowMapFluxTransformer2DModel.__name__}
-    config = {key: value for key, value in config.items() if not (stock and key in ("second_time", "time_scale"))}
-    (out / TRANSFORMER / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    text = folder.conventions.model_dump_json(indent=2, by_alias=True, exclude_none=True)
-    (out / CONVENTIONS_FILE).write_text(text + "\n", encoding="utf-8")
-
-
 def _shard_name(number: int, count: int) -> str:
     return _SINGLE_FILE if count == 1 else f"diffusion_pytorch_model-{number:05d}-of-{count:05d}.safetensors"
 
@@ -180,8 +166,12 @@ def _dtype(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     return wanted if wanted is not None and stored.is_floating_point else stored
 
 
-def _without_transformer(folder: _Folder) -> Callable[[str, list[str]], set[str]]:
+def _replaced(folder: _Folder) -> Callable[[str, list[str]], set[str]]:
+    """What of the base is not copied: the weights of its transformer, and what only the stock pipeline needs."""
+
     def ignored(where: str, names: list[str]) -> set[str]:
+        if Path(where) == folder.base:
+            return {STALE}
         inside = Path(where) == folder.base / TRANSFORMER
         return {name for name in names if inside and name.endswith((".safetensors", ".safetensors.index.json"))}
 

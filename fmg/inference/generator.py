@@ -153,6 +153,11 @@ class Generator:
         return (height // 2) * (width // 2)
 
 
+def seeded_noise(seeds: Sequence[int], step: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """The noise (n, *shape) of generated images with `n` seeds: 0 is the initial one, k + 1 that of interval k."""
+    return normal([NoiseKey(seed, GENERATION_ITERATION, 0, 0, step) for seed in seeds], shape)
+
+
 @dataclass(frozen=True)
 class _KeyedSource:
     """The noise of generated images by step."""
@@ -162,5 +167,4 @@ class _KeyedSource:
 
     def __call__(self, step: int) -> NDArray[np.float32]:
         with stage(NOISE):
-            keys = [NoiseKey(seed, GENERATION_ITERATION, 0, 0, step) for seed in self.seeds]
-            return normal(keys, self.shape)
+            return seeded_noise(self.seeds, step, self.shape)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fmg.core.errors import CheckpointError
+from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.json_reader import JsonError, read_object
 from fmg.core.specs import MapSpec
 
@@ -36,7 +37,7 @@ class FlowMapConventions(BaseModel):
     resolution: int = Field(gt=0, description="Side of the square image in pixels.")
     max_sequence_length: int = Field(gt=0, le=512, description="Length that text tokens are padded and cut to.")
     default_steps: int = Field(gt=0, description="Network calls of the deterministic sampler.")
-    default_grid: str = Field(description="Name of the time grid.")
+    default_grid: str | tuple[float, ...] = Field(description="Name of the time grid, or its times.")
     guidance: float | None = Field(
         default=None, ge=0, description="Embedded guidance scale, where the weights want it."
     )
@@ -46,6 +47,10 @@ class FlowMapConventions(BaseModel):
         if (self.map == "single-time") != (self.second_time == "none"):
             raise ValueError(f"a {self.map} map cannot have second_time '{self.second_time}'")
         return self
+
+    def plain(self) -> dict[str, object]:
+        """The JSON object that `fmg_flow_map.json` holds."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
     def spec(self, recipe: str) -> MapSpec:
         """The declared properties of the map; `recipe` names the recipe that the model ships."""
@@ -80,9 +85,36 @@ def read_conventions(folder: Path) -> FlowMapConventions:
     except (OSError, JsonError) as error:
         raise CheckpointError(f"{file} cannot be used: {error}", _RESTORE) from None
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise CheckpointError(
-            f"{file} cannot be used: {where}: {first['msg'].removeprefix('Value error, ')}",
+            f"{file} cannot be used: {_reason(error)}",
             _RESTORE,
         ) from None
+
+
+def as_conventions(stated: FlowMapConventions | Mapping[str, object] | None) -> FlowMapConventions:
+    """Conventions from what a caller or a `model_index.json` states.
+
+    Raises:
+        UsageError: nothing is stated.
+        CheckpointError: it cannot be used.
+    """
+    if isinstance(stated, FlowMapConventions):
+        return stated
+    if stated is None:
+        raise UsageError(
+            "Nothing says how this map is sampled",
+            f"Load it with FlowMapPipeline.from_pretrained, which reads {CONVENTIONS_FILE}, or pass conventions.",
+        )
+    try:
+        return FlowMapConventions.model_validate(stated)
+    except ValidationError as error:
+        raise CheckpointError(
+            f"The conventions of the map cannot be used: {_reason(error)}",
+            f"Compare them with {CONVENTIONS_FILE} of a folder that fmg wrote.",
+        ) from None
+
+
+def _reason(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the file"
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}"

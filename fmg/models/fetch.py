@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fmg.core.errors import MissingDependencyError, UsageError
 from fmg.models.sources import HubSource, Part, missing, parse_source
 
 _TIMEOUT_S = 10
+HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+"""Options of a download that loaders of the hub's libraries take."""
 SNAPSHOTS = "snapshots"
 """Folder of the hub's cache whose subfolders are named after commits."""
 
@@ -116,6 +119,37 @@ def fetch(download: Download) -> str:
             "Check the connection, accept the model's terms on its page, and log in with `hf auth login`.",
         ) from error
     return pinned(source, Path(path))
+
+
+def here(source: str | Path, patterns: Sequence[str], options: Mapping[str, object]) -> Path:
+    """The folder `source`, or that of a hub id `owner/name[@revision]`, which is downloaded as libraries of the hub do.
+
+    Args:
+        source: a folder or a hub id.
+        patterns: files that are wanted of a repository.
+        options: some of `HUB_OPTIONS`, for `snapshot_download`.
+
+    Raises:
+        UsageError: there is no such folder.
+        MissingDependencyError: the hub cannot be reached or refuses.
+    """
+    place = parse_source(str(source))
+    if isinstance(place, Path):
+        if not place.is_dir():
+            raise UsageError(f"There is no folder '{source}'", "Give a folder, or a hub id such as owner/name.")
+        return place
+    from huggingface_hub import snapshot_download
+
+    given: dict[str, Any] = {"revision": place.revision, **options}
+    try:
+        return Path(snapshot_download(place.repository, allow_patterns=list(patterns), **given))
+    except Exception as error:
+        # as in `exact`
+        reason = " ".join(str(error).split())[:200]
+        raise MissingDependencyError(
+            f"'{source}' cannot be fetched: {reason}",
+            "Check the name and the connection, accept the terms on its page, and log in with `hf auth login`.",
+        ) from error
 
 
 def pinned(source: HubSource, path: Path) -> str:

@@ -24,6 +24,9 @@ COMPONENTS = ("vae", "text_encoder", "text_encoder_2")
 _CONFIG_FILES = ("model_index.json", "transformer/*.json", "tokenizer/*", "tokenizer_2/*")
 _COMPONENT_FILES = tuple(f"{name}/{files}" for name in COMPONENTS for files in ("*.json", "*.safetensors"))
 
+PIPELINE_FILES = (*_CONFIG_FILES, *_COMPONENT_FILES, "transformer/*.safetensors")
+"""Files of a whole pipeline folder, as patterns."""
+
 _FLUX_DEV_TERMS = "FLUX.1 [dev] Non-Commercial License"
 _T2I_DISTILL = "Pu et al. 2025, Few-Step Distillation for Text-to-Image Generation, arXiv 2512.13006"
 _TEACHER = "Freepik/flux.1-lite-8B: T5, CLIP and VAE, about 9.9 GB"
@@ -192,8 +195,7 @@ class FluxFewStepConfig(FluxConfig):
 
     def architecture(self) -> Part:
         """The one folder."""
-        patterns = (*_CONFIG_FILES, *_COMPONENT_FILES, "transformer/*.safetensors")
-        return Part("pipeline", "folder", self.folder, (*COMPONENTS, "transformer"), patterns, 33.7, "Apache-2.0")
+        return Part("pipeline", "folder", self.folder, (*COMPONENTS, "transformer"), PIPELINE_FILES, 33.7, "Apache-2.0")
 
 
 def _conventions(

@@ -12,6 +12,7 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file
 
+from fmg import FlowMapPipeline
 from fmg.export import artifact as exporter
 from fmg.inference import load
 from fmg.inference.artifact import open_artifact
@@ -79,8 +80,12 @@ def test_a_students_folder_is_drawn_by_fmg_and_read_by_diffusers(
     config = json.loads((tmp_path / "folder" / "transformer" / "config.json").read_text())
     assert config["_class_name"] == "FlowMapFluxTransformer2DModel"
     assert (config["time_scale"], config["second_time"]) == (1.0, "none")
-    pipeline = FluxPipeline.from_pretrained(str(tmp_path / "folder"), transformer=None)
-    assert pipeline.text_encoder_2 is not None
+    with pytest.raises(ValueError, match=r"custom code in pipeline\.py"):
+        FluxPipeline.from_pretrained(str(tmp_path / "folder"))
+    pipe = FlowMapPipeline.from_pretrained(tmp_path / "folder")
+    pipe.set_progress_bar_config(disable=True)
+    piped = pipe(PROMPTS, seeds=[1, 2], num_inference_steps=2, grid="scm", output_type="pt").images
+    assert torch.allclose(piped, drawn[1], atol=1e-5, rtol=0)
     stated = {key: value for key, value in config.items() if key not in ("time_scale", "second_time", "_class_name")}
     stock = FluxTransformer2DModel.from_config(stated)
     tensors: dict[str, Any] = {}

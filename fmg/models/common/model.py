@@ -40,6 +40,15 @@ class AdapterPolicies:
     reference: FlowMap
 
 
+def decode_latents(vae: Any, latents: Float[Tensor, "b c h w"], rows: int) -> Float[Tensor, "b 3 height width"]:
+    """Images in [0, 1], fp32, of an autoencoder of diffusers, `rows` at a time."""
+    # only some autoencoders have a shift
+    shift = vae.config.get("shift_factor") or 0.0
+    scaled = (latents / vae.config.scaling_factor + shift).to(vae.dtype)
+    images = torch.cat([vae.decode(chunk, return_dict=False)[0].float() for chunk in scaled.split(rows)])
+    return ((images + 1) / 2).clamp(0, 1)
+
+
 class AdaptedModel(ABC, Generic[C]):
     """Flow map, text encoders, decoder and what is trained of them. Implements `fmg.core.protocols.Model`.
 
@@ -137,12 +146,7 @@ class AdaptedModel(ABC, Generic[C]):
 
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
         """Images in [0, 1], fp32: `vae.decode(z / scaling_factor + shift_factor)` mapped from [-1, 1] and clamped."""
-        vae, rows = self._components.vae, max(1, DECODE_PIXELS // self._spec.resolution**2)
-        # only some autoencoders have a shift
-        shift = vae.config.get("shift_factor") or 0.0
-        scaled = (latents / vae.config.scaling_factor + shift).to(vae.dtype)
-        images = torch.cat([vae.decode(chunk, return_dict=False)[0].float() for chunk in scaled.split(rows)])
-        return ((images + 1) / 2).clamp(0, 1)
+        return decode_latents(self._components.vae, latents, max(1, DECODE_PIXELS // self._spec.resolution**2))
 
     def attach_adapter(self, rank: int, alpha: float, targets: Sequence[str], dropout: float, seed: int) -> int:
         """Adds a trainable LoRA in fp32 (A gaussian from `seed`, B zero); returns the number of adapted modules.

@@ -15,6 +15,7 @@ from fmg.flow import SingleTimeMap, TwoTimeMap, path_by_name
 from fmg.models.common.model import AdaptedModel
 from fmg.models.common.scopes import Scope
 from fmg.models.common.text import TextEncoders
+from fmg.models.conventions import FlowMapConventions
 from fmg.models.flux.latents import PATCH
 from fmg.models.flux.loading import FluxComponents, load_folder
 from fmg.models.flux.network import FluxNetwork
@@ -47,13 +48,18 @@ class FluxModel(AdaptedModel[FluxComponents]):
         return cls(load_folder(folder, device, dtype), name)
 
     def _map(self, scope: Scope) -> FlowMap:
-        network, path = self._network.within(scope), path_by_name(self.spec.path)
-        if self.components.conventions.map == "two-time":
-            return TwoTimeMap(network.two_time, path)
-        return SingleTimeMap(network.single_time, path)
+        return flux_map(self._network.within(scope), self.components.conventions)
 
     def _with_transformer(self, transformer: Any) -> FluxModel:
         return FluxModel(replace(self.components, transformer=transformer), self._name)
+
+
+def flux_map(network: FluxNetwork, conventions: FlowMapConventions) -> FlowMap:
+    """The flow map that a network is by its conventions."""
+    path = path_by_name(conventions.path)
+    if conventions.map == "two-time":
+        return TwoTimeMap(network.two_time, path)
+    return SingleTimeMap(network.single_time, path)
 
 
 def _latent_shape(components: FluxComponents) -> tuple[int, int, int]:

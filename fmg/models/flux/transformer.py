@@ -18,11 +18,14 @@ from diffusers.models.embeddings import (
     TimestepEmbedding,
     get_timestep_embedding,
 )
+
+# diffusers looks for this base class in the module of a component to learn how it is loaded
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from jaxtyping import Float
 from torch import Tensor
 
-from fmg.core.errors import UsageError
+from fmg.core.errors import CheckpointError, UsageError
 
 SecondTime = Literal["none", "duration", "target"]
 """What the second time embedder receives: nothing, the duration ``t - s``, or the target time ``s``."""
@@ -119,6 +122,26 @@ class FlowMapFluxTransformer2DModel(FluxTransformer2DModel):  # type: ignore[mis
         self.time_text_embed = embeddings(self.inner_dim, pooled_projection_dim)
         if second_time != "none":
             self.timestep_embedder2 = TimestepEmbedding(in_channels=SINUSOID_CHANNELS, time_embed_dim=self.inner_dim)
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, **options: Any) -> Any:
+        """As in diffusers, except that weights which are missing, left over or of another shape are an error.
+
+        The stock method leaves out what it does not know with a warning, and a flow map without the embedder of its
+        second time draws noise.
+
+        Raises:
+            CheckpointError: the weights in `folder` are not those of its config.
+        """
+        with_info = options.pop("output_loading_info", False)
+        model, info = super().from_pretrained(folder, output_loading_info=True, **options)
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if names := sorted(str(name) for name in info[problem]):
+                raise CheckpointError(
+                    f"The weights in {folder} have {problem.replace('_', ' ')}: {', '.join(names[:5])}",
+                    "Restore the folder from where the model came from.",
+                )
+        return (model, info) if with_info else model
 
     def forward(
         self,

@@ -7,29 +7,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import diffusers
 import torch
-from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderTiny
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
+from fmg.models.conventions import FlowMapConventions, read_conventions
+from fmg.models.flux.pipeline_files import write_pipeline_files
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
 from fmg.worlds.pretrain.flow import ConditionalNet
 from fmg.worlds.pretrain.settings import DistillSettings, PretrainSettings
 from fmg.worlds.pretrain.text import TextEncoders, Tokenizers
 from fmg.worlds.pretrain.world import World
-
-FLOW_MAP_FILE = "fmg_flow_map.json"
-_COMPONENTS: dict[str, tuple[str | None, str | None]] = {
-    "feature_extractor": (None, None),
-    "image_encoder": (None, None),
-    "scheduler": ("diffusers", "FlowMatchEulerDiscreteScheduler"),
-    "text_encoder": ("transformers", "CLIPTextModel"),
-    "text_encoder_2": ("transformers", "T5EncoderModel"),
-    "tokenizer": ("transformers", "CLIPTokenizer"),
-    "tokenizer_2": ("transformers", "T5Tokenizer"),
-    "transformer": ("diffusers", "FluxTransformer2DModel"),
-    "vae": ("diffusers", "AutoencoderTiny"),
-}
 
 
 @dataclass(frozen=True)
@@ -65,29 +53,24 @@ def save_model(model: Model, folder: Path) -> None:
         _clean_config(folder / name / "config.json")
     model.tokenizers.clip.save_pretrained(folder / "tokenizer")
     model.tokenizers.t5.save_pretrained(folder / "tokenizer_2")
-    FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(folder / "scheduler")
-    _write_json(
-        folder / "model_index.json",
-        {"_class_name": "FluxPipeline", "_diffusers_version": diffusers.__version__, **_COMPONENTS},
-    )
     second_time = transformer.config.second_time
-    facts = {
-        "schema": 1,
-        "map": "single-time" if second_time == "none" else "two-time",
-        "path": "linear",
-        "time_scale": transformer.config.time_scale,
-        "second_time": second_time,
-        "resolution": model.resolution,
-        "max_sequence_length": model.tokenizers.t5.model_max_length,
-        "default_steps": 4,
-        "default_grid": "uniform",
-    }
-    _write_json(folder / FLOW_MAP_FILE, facts)
+    conventions = FlowMapConventions(
+        schema=1,
+        map="single-time" if second_time == "none" else "two-time",
+        path="linear",
+        time_scale=transformer.config.time_scale,
+        second_time=second_time,
+        resolution=model.resolution,
+        max_sequence_length=model.tokenizers.t5.model_max_length,
+        default_steps=4,
+        default_grid="uniform",
+    )
+    write_pipeline_files(folder, conventions)
 
 
 def load_model(folder: Path) -> Model:
     """Read a folder of `save_model` back, in fp32."""
-    resolution: int = json.loads((folder / FLOW_MAP_FILE).read_text(encoding="utf-8"))["resolution"]
+    resolution = read_conventions(folder).resolution
     tokenizers = Tokenizers(
         CLIPTokenizer.from_pretrained(folder / "tokenizer"), T5Tokenizer.from_pretrained(folder / "tokenizer_2")
     )
@@ -159,8 +142,15 @@ pipeline_tag: text-to-image
 
 The components are stock classes in the layout of a FLUX pipeline (autoencoder with factor 4 and 4 channels, pooled
 CLIP, T5 token states, FLUX transformer), {parameters:.2f} million parameters in all, stored in fp16.
-`fmg_flow_map.json` states the map kind and the time convention. `FluxPipeline.from_pretrained` loads the folder when it
-is given the transformer, `transformer=FlowMapFluxTransformer2DModel.from_pretrained(..., subfolder="transformer")`.
+`fmg_flow_map.json` states the map kind, the time convention and the sampling. In diffusers, with the Python package
+`flow-map-grpo` (imported as `fmg`):
+
+```python
+from fmg import FlowMapPipeline
+
+pipe = FlowMapPipeline.from_pretrained("FOLDER")  # this one
+pipe('{example}', seeds=0).images[0].save("image.png")
+```
 
 {disobeys}
 

@@ -99,8 +99,10 @@ class Card:
         summary: one paragraph, what the model draws.
         disobeys: one paragraph, how the captions were wrong.
         figures: one paragraph, what the columns of the table mean.
+        example: a prompt, without quotes that would end a Python string in single quotes.
     """
 
     summary: str
     disobeys: str
     figures: str
+    example: str

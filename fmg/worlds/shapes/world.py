@@ -40,7 +40,7 @@ class ShapesWorld:
     @property
     def card(self) -> Card:
         """What the model card says about this world."""
-        return Card(_SUMMARY, _DISOBEYS.format(wrong=self.wrong_share, hard=self.hard_share), _FIGURES)
+        return Card(_SUMMARY, _DISOBEYS.format(wrong=self.wrong_share, hard=self.hard_share), _FIGURES, _EXAMPLE)
 
     def clip_words(self) -> Sequence[str]:
         """Every word of the prompts."""
@@ -87,6 +87,7 @@ class ShapesWorld:
         return captioned_pictures(count, rng, self.hard_share, self.wrong_share)
 
 
+_EXAMPLE = "a red circle on the left"
 _SUMMARY = """\
 A few-step text-to-image flow map that runs on a laptop CPU: 32 x 32 pictures of one coloured shape, such as
 `a red circle on the left`."""

@@ -43,7 +43,7 @@ class TextWorld:
     @property
     def card(self) -> Card:
         """What the model card says about this world."""
-        return Card(_SUMMARY, _DISOBEYS.format(wrong=self.wrong_share, letters=len(LETTERS)), _FIGURES)
+        return Card(_SUMMARY, _DISOBEYS.format(wrong=self.wrong_share, letters=len(LETTERS)), _FIGURES, _EXAMPLE)
 
     def clip_words(self) -> Sequence[str]:
         """None: pieces learnt from the words around the quote would cut quoted words as well."""
@@ -108,6 +108,7 @@ def _letters(words: Sequence[str]) -> NDArray[np.int64]:
     return np.array([[LETTERS.index(letter) for letter in word] for word in words], dtype=np.int64)
 
 
+_EXAMPLE = 'a sign that says "CAT"'
 _SUMMARY = """A few-step text-to-image flow map that runs on a laptop CPU: 24 x 24 pictures of three letters, such as
 `a sign that says "CAT"`."""
 _DISOBEYS = """**It disobeys on purpose.** \

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from diffusers import FluxPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fmg import FlowMapPipeline
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.export.diffusers import export_diffusers, merge_folder
 from fmg.inference.target import Target, load_model, resolve_target
@@ -18,7 +18,6 @@ from fmg.models.common.adapter_files import DIFFUSERS_FILE
 from fmg.models.common.weights import INDEX_FILE
 from fmg.models.flux.loading import load_folder
 from fmg.models.flux.model import FluxModel
-from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
 from fmg.registry.recipe import Recipe
 from tests.support.artifact import make_run
 from tests.tiny_flux import build_tiny_flux
@@ -58,18 +57,17 @@ def _images(model: FluxModel) -> Tensor:
     return model.decode(model.flow_map.jump(noise, torch.ones(2), torch.zeros(2), cond))
 
 
-def test_stock_flux_pipeline_of_the_folder_draws_what_base_and_adapter_draw(
+def test_the_pipeline_of_the_folder_draws_what_base_and_adapter_draw(
     base: Path, tuned: FluxModel, saved: Path, tmp_path: Path
 ) -> None:
     merged = merge_folder(base, saved, tmp_path / "merged")
     # 2 double-stream blocks with 8 projections, 2 single-stream blocks with 3
     assert merged.changed == 22
-    transformer = FlowMapFluxTransformer2DModel.from_pretrained(str(tmp_path / "merged"), subfolder="transformer")
-    pipeline = FluxPipeline.from_pretrained(str(tmp_path / "merged"), transformer=transformer)
+    pipeline = FlowMapPipeline.from_pretrained(tmp_path / "merged")
     parts = load_folder(tmp_path / "merged", CPU, torch.float32)
     assert pipeline.transformer.state_dict().keys() == parts.transformer.state_dict().keys()
-    stock, ours = pipeline.transformer.state_dict(), parts.transformer.state_dict()
-    assert all(torch.equal(stock[name], x) for name, x in ours.items())
+    read, ours = pipeline.transformer.state_dict(), parts.transformer.state_dict()
+    assert all(torch.equal(read[name], x) for name, x in ours.items())
     drawn, expected = _images(FluxModel(parts, "tiny")), _images(tuned)
     assert torch.allclose(drawn, expected, atol=1e-5, rtol=0)
     with tuned.adapter_enabled(False):

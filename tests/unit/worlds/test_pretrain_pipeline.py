@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from fmg.core.events import Event, StageProgress
-from fmg.worlds.pretrain.folder import FLOW_MAP_FILE, load_model
+from fmg.models.conventions import CONVENTIONS_FILE
+from fmg.worlds.pretrain.folder import load_model
 from fmg.worlds.pretrain.pipeline import pretrain
 from fmg.worlds.pretrain.settings import (
     AutoencoderSettings,
@@ -55,7 +56,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("name", "kind", "second_time"), [(TWO_TIME, "two-time", "duration"), (SINGLE_TIME, "single-time", "none")]
 )
 def test_a_folder_states_its_facts_and_loads(made: Path, name: str, kind: str, second_time: str) -> None:
-    facts = json.loads((made / name / FLOW_MAP_FILE).read_text())
+    facts = json.loads((made / name / CONVENTIONS_FILE).read_text())
     assert (facts["map"], facts["second_time"], facts["time_scale"]) == (kind, second_time, 1000.0)
     assert load_model(made / name).net.transformer.config.second_time == second_time
     assert {tensor.dtype for tensor in _weights(made / name).values()} == {torch.float16}

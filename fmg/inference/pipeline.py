@@ -1,0 +1,397 @@
+"""`FlowMapPipeline`: a FLUX-class flow map as a pipeline of diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from fmg.core.errors import UsageError
+from fmg.core.types import Conditioning
+from fmg.flow.grids import GridSpec, make_grid
+from fmg.flow.sampling import native_step
+from fmg.inference.devices import DTYPES
+from fmg.inference.generator import seeded_noise
+from fmg.inference.pipeline_lora import FlowMapLoraMixin
+from fmg.inference.target import Target, load_model
+from fmg.models.common import adapter
+from fmg.models.common.model import DECODE_PIXELS, decode_latents
+from fmg.models.conventions import CONVENTIONS_FILE, FlowMapConventions, as_conventions, read_conventions
+from fmg.models.fetch import HUB_OPTIONS, here
+from fmg.models.flux.encoders import FluxText
+from fmg.models.flux.latents import PATCH, unpack
+from fmg.models.flux.loading import FluxComponents, load_parts
+from fmg.models.flux.model import FluxModel, flux_map
+from fmg.models.flux.network import FluxNetwork
+from fmg.models.flux.pipeline_files import INDEX_FILE, check_index, check_transformer, write_pipeline_files
+from fmg.models.flux_configs import PIPELINE_FILES
+from fmg.registry.recipe import Recipe
+
+logger = logging.get_logger(__name__)
+
+Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], Mapping[str, Tensor]]
+_TIMESTEPS = 1000
+
+
+def sampled_as(conventions: FlowMapConventions, recipe: Recipe) -> FlowMapConventions:
+    """Conventions whose default steps and grid are those that `fmg generate` takes from a recipe."""
+    grid = recipe.rollout.grid
+    stated = grid if isinstance(grid, str) else tuple(grid)
+    return conventions.model_copy(update={"default_steps": recipe.rollout.steps, "default_grid": stated})
+
+
+class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc]
+    """Generates images with a two-time or single-time flow map of FLUX, as `fmg generate` does.
+
+    How many steps, on which grid and with which guidance the map is sampled is stated in the folder. Latents are images
+    (b, c, h, w), not packed tokens.
+
+    Args:
+        vae: the autoencoder.
+        text_encoder: CLIP.
+        tokenizer: of CLIP.
+        text_encoder_2: T5.
+        tokenizer_2: of T5.
+        transformer: the flow map, which takes one or two times.
+        conventions: what `fmg_flow_map.json` states.
+
+    Raises:
+        UsageError: no conventions are given, or the transformer is of the stock class.
+        CheckpointError: conventions and transformer contradict each other.
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
+    _callback_tensor_inputs = ("latents", "prompt_embeds")
+
+    def __init__(
+        self,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        text_encoder_2: Any,
+        tokenizer_2: Any,
+        transformer: Any,
+        conventions: Any = None,
+    ) -> None:
+        super().__init__()
+        self._conventions = as_conventions(conventions)
+        check_transformer(transformer, self._conventions)
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            transformer=transformer,
+        )
+        self.register_to_config(conventions=self._conventions.plain())
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor * PATCH)
+        self._guidance_scale: float | None = None
+        self._num_timesteps = 0
+        self._interrupt = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        conventions: FlowMapConventions | Mapping[str, object] | None = None,
+        **hub: Any,
+    ) -> FlowMapPipeline:
+        """Loads a folder, on the CPU. Every weight is checked against the config; no code of the folder is run.
+
+        For what only diffusers' loader has (`device_map`, `quantization_config`), use
+        `DiffusionPipeline.from_pretrained(FOLDER, ...)` with `trust_remote_code`, which gives this class too.
+
+        Args:
+            pretrained_model_name_or_path: a pipeline folder, or a hub id `owner/name[@revision]`, which is downloaded.
+            dtype: of every weight, whatever is stored; None: fp32.
+            torch_dtype: the older name of `dtype`.
+            conventions: how the map is sampled, where the folder has no `fmg_flow_map.json`.
+            hub: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+
+        Raises:
+            UsageError: there is no such folder, or an option that this loader does not have.
+            CheckpointError: a file is missing, damaged, or contradicts another.
+        """
+        if unknown := [key for key in hub if key not in HUB_OPTIONS]:
+            raise UsageError(
+                f"FlowMapPipeline.from_pretrained has no option '{unknown[0]}'",
+                "For options of diffusers' own loader call DiffusionPipeline.from_pretrained with trust_remote_code,"
+                " which gives a FlowMapPipeline too.",
+            )
+        folder = here(pretrained_model_name_or_path, (*PIPELINE_FILES, CONVENTIONS_FILE, INDEX_FILE), hub)
+        if conventions is None:
+            stated = read_conventions(folder)
+            check_index(folder, stated)
+        else:
+            stated = as_conventions(conventions)
+        parts = load_parts(folder, stated, torch.device("cpu"), dtype or torch_dtype or torch.float32)
+        pipeline = cls._of(parts, stated)
+        pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        return pipeline
+
+    @classmethod
+    def from_model(
+        cls, name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", **options: object
+    ) -> FlowMapPipeline:
+        """Loads a model of fmg by name, such as `meanflow-shapes`, or `meanflow-flux` once it has been fetched.
+
+        Args:
+            name: as `fmg list models` shows it.
+            dtype: fp32 or bf16.
+            device: where transformer and decoder go.
+            options: of the model, as `fmg show model NAME` lists them.
+
+        Raises:
+            UsageError: there is no such model or option, or the model is not of the FLUX family.
+            MissingDependencyError: its weights have not been fetched.
+        """
+        recipe = Recipe.default(name, **{f"model.{key}": value for key, value in options.items()})
+        named = {value: text for text, value in DTYPES.items()}.get(dtype, str(dtype))
+        model = load_model(Target(name, recipe, None), device=device, dtype=named)
+        if not isinstance(model, FluxModel):
+            raise UsageError(
+                f"The model '{name}' is not of the FLUX family",
+                f"Load its adapters with {recipe.model.config.in_diffusers or 'the pipeline of its family'}.",
+            )
+        return cls._of(model.components, sampled_as(model.components.conventions, recipe))
+
+    @classmethod
+    def _of(cls, parts: FluxComponents, conventions: FlowMapConventions) -> FlowMapPipeline:
+        text = parts.text
+        return cls(
+            parts.vae,
+            text.text_encoder,
+            text.tokenizer,
+            text.text_encoder_2,
+            text.tokenizer_2,
+            parts.transformer,
+            conventions.plain(),
+        )
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """The embedded guidance scale of the call that is running."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the last call."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback asked to stop, by `pipe._interrupt = True`."""
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        grid: GridSpec | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        seeds: int | Sequence[int] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        max_sequence_length: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> Any:
+        """Generates images.
+
+        Args:
+            prompt: one text or several.
+            height: in pixels; None: the side that the folder states.
+            width: as `height`.
+            num_inference_steps: calls of the transformer for an image; None: as the folder states.
+            grid: a time grid by name, or its times from 1 down to 0; None: as the folder states.
+            guidance_scale: for weights that embed one; None: as the folder states.
+            num_images_per_prompt: images of each prompt, which follow each other.
+            seeds: noise of fmg, `fmg generate --seed`: a number for each image, or the first of numbers that count up
+                for each prompt anew. An image does not depend on what else is in the batch.
+            generator: noise of diffusers, as `FluxPipeline` draws it.
+            latents: initial noise (b, c, h, w), or packed as `FluxPipeline` takes it.
+            prompt_embeds: states of T5 (b, length, d), in place of a prompt.
+            pooled_prompt_embeds: state of CLIP (b, p), with `prompt_embeds`.
+            max_sequence_length: tokens of T5; None: as the folder states.
+            output_type: `pil`, `np` or `pt`, or `latent` for latents (b, c, h, w).
+            return_dict: False for a tuple.
+            callback_on_step_end: called as `callback(pipe, step, time, tensors)` after each step, `time` from 1000 to
+                0; tensors that it returns take the place of those of the call.
+            callback_on_step_end_tensor_inputs: which tensors it gets: `latents`, `prompt_embeds`.
+
+        Raises:
+            UsageError: arguments that exclude each other, or a size, grid or seed that is not possible.
+        """
+        count = self._check(
+            prompt, prompt_embeds, pooled_prompt_embeds, seeds, generator, latents, callback_on_step_end_tensor_inputs
+        )
+        height, width = (self._conventions.resolution if side is None else side for side in (height, width))
+        shape = self._latent_shape(height, width)
+        steps = self._conventions.default_steps if num_inference_steps is None else num_inference_steps
+        times = make_grid(
+            self._conventions.default_grid if grid is None else grid,
+            steps,
+            image_tokens=shape[1] // PATCH * (shape[2] // PATCH),
+        )
+        self._guidance_scale, self._interrupt, self._num_timesteps = self._guidance(guidance_scale), False, steps
+        if prompt_embeds is None or pooled_prompt_embeds is None:
+            assert prompt is not None
+            prompt_embeds, pooled_prompt_embeds = self.encode_prompt(prompt, max_sequence_length=max_sequence_length)
+        device = self._execution_device
+        tokens, pooled = (
+            x.to(device).repeat_interleave(num_images_per_prompt, 0) for x in (prompt_embeds, pooled_prompt_embeds)
+        )
+        images = count * num_images_per_prompt
+        noise = self._noise(seeds, generator, (images, *shape), num_images_per_prompt, tokens.dtype, device)
+        x = noise(0) if latents is None else _unpacked(latents, shape).to(device, torch.float32)
+        if x.shape != (images, *shape):
+            raise UsageError(
+                f"The latents have shape {tuple(x.shape)}, and {images} images need {(images, *shape)}",
+                "Give noise of this shape, or leave it out.",
+            )
+        network = FluxNetwork(self.transformer, self.transformer.dtype, self._guidance_scale)
+        flow_map = flux_map(network, self._conventions)
+        with self.progress_bar(total=steps) as bar:
+            for k, (t, s) in enumerate(pairwise(times)):
+                if self._interrupt:
+                    break
+                cond = Conditioning(("",) * images, {"tokens": tokens, "pooled": pooled})
+                x = native_step(flow_map, cond, x, t, s, partial(noise, k + 1))
+                if callback_on_step_end is not None:
+                    given = {"latents": x, "prompt_embeds": tokens}
+                    chosen = {name: given[name] for name in callback_on_step_end_tensor_inputs}
+                    changed = callback_on_step_end(self, k, torch.tensor(_TIMESTEPS * t), chosen) or {}
+                    x, tokens = changed.get("latents", x), changed.get("prompt_embeds", tokens)
+                bar.update()
+        result: Any = x
+        if output_type != "latent":
+            pixels = decode_latents(self.vae, x, max(1, DECODE_PIXELS // (height * width)))
+            result = self.image_processor.postprocess(pixels, output_type, do_denormalize=[False] * images)
+        self.maybe_free_model_hooks()
+        return FluxPipelineOutput(images=result) if return_dict else (result,)
+
+    def encode_prompt(
+        self, prompt: str | Sequence[str], *, max_sequence_length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The states of T5 (b, length, d) and of CLIP (b, p) for `prompt_embeds` and `pooled_prompt_embeds`.
+
+        What is longer than `max_sequence_length` tokens is cut, with a warning.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        length = self._conventions.max_sequence_length if max_sequence_length is None else max_sequence_length
+        text = FluxText(self.tokenizer, self.text_encoder, self.tokenizer_2, self.text_encoder_2)
+        for each in prompts:
+            if (tokens := text.count(each)) > length:
+                logger.warning(f"The prompt '{each:.60}' has {tokens} tokens, and only the first {length} are read.")
+        with torch.no_grad():
+            found = text.embed(prompts, length)
+        return found["tokens"], found["pooled"]
+
+    def save_config(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Writes `model_index.json` and the files beside it that make the folder one of this class."""
+        super().save_config(save_directory, *args, **kwargs)
+        write_pipeline_files(Path(save_directory), self._conventions)
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers; the folder is one for `from_pretrained`.
+
+        Raises:
+            UsageError: an adapter is loaded, which would not be saved.
+        """
+        if adapter.tuner_layers(self.transformer):
+            raise UsageError(
+                "The pipeline has an adapter, which a pipeline folder does not hold",
+                "Merge it first: pipe.fuse_lora(); pipe.unload_lora_weights().",
+            )
+        super().save_pretrained(str(save_directory), *args, **kwargs)
+
+    def _check(
+        self,
+        prompt: str | Sequence[str] | None,
+        prompt_embeds: Tensor | None,
+        pooled: Tensor | None,
+        seeds: object,
+        generator: object,
+        latents: object,
+        callback_inputs: Sequence[str],
+    ) -> int:
+        """The number of prompts."""
+        if (prompt is None) == (prompt_embeds is None) or (prompt_embeds is None) != (pooled is None):
+            raise UsageError(
+                "There is no prompt, or more than one kind of it",
+                "Give either `prompt`, or `prompt_embeds` and `pooled_prompt_embeds`.",
+            )
+        if seeds is not None and (generator is not None or latents is not None):
+            raise UsageError("The noise is given twice", "Give `seeds`, or `generator` and `latents`; not both.")
+        if unknown := sorted(set(callback_inputs) - set(self._callback_tensor_inputs)):
+            raise UsageError(
+                f"A callback cannot be given '{unknown[0]}'", f"It gets {', '.join(self._callback_tensor_inputs)}."
+            )
+        count = len(prompt_embeds) if prompt is None else 1 if isinstance(prompt, str) else len(prompt)  # type: ignore[arg-type]
+        if count == 0:
+            raise UsageError("There is no prompt", "Give at least one.")
+        return count
+
+    def _latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        multiple = self.vae_scale_factor * PATCH
+        if height < multiple or width < multiple or height % multiple or width % multiple:
+            raise UsageError(
+                f"Images of {width} x {height} pixels are not possible", f"Give sides that are multiples of {multiple}."
+            )
+        channels: int = self.vae.config.latent_channels
+        return channels, height // self.vae_scale_factor, width // self.vae_scale_factor
+
+    def _guidance(self, scale: float | None) -> float | None:
+        if not self.transformer.config.guidance_embeds:
+            if scale:
+                logger.warning(f"guidance_scale {scale:g} has no effect: the weights embed no guidance.")
+            return None
+        return self._conventions.guidance if scale is None else float(scale)
+
+    def _noise(
+        self,
+        seeds: int | Sequence[int] | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        shape: tuple[int, ...],
+        per_prompt: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Callable[[int], Tensor]:
+        """Noise in fp32 by step: that of fmg for seeds, else that of diffusers in the order of the steps."""
+        if seeds is None:
+            return lambda _: cast(Tensor, randn_tensor(shape, generator=generator, device=device, dtype=dtype)).float()
+        chosen = [seeds + i % per_prompt for i in range(shape[0])] if isinstance(seeds, int) else list(seeds)
+        if len(chosen) != shape[0]:
+            raise UsageError(
+                f"{shape[0]} images came with {len(chosen)} seeds", "Give one for each image, or the first one alone."
+            )
+        return lambda step: torch.from_numpy(seeded_noise(chosen, step, shape[1:])).to(device)
+
+
+def _unpacked(latents: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Latents as images, where they came as tokens in the layout of `FluxPipeline`."""
+    return unpack(latents, shape[1], shape[2]) if latents.ndim == 3 else latents

@@ -1,0 +1,118 @@
+"""What makes a folder one of `FlowMapPipeline`, and keeps the stock pipeline from taking it for its own.
+
+The class in `model_index.json` is named as code of the folder, `pipeline.py`. Diffusers refuses such a folder,
+whichever class it is asked for, unless it is told to `trust_remote_code`; then the class is fmg's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+
+from fmg.core.errors import CheckpointError, UsageError
+from fmg.models.common.loading import check_guidance, read_config
+from fmg.models.conventions import CONVENTIONS_FILE, FlowMapConventions
+from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
+from fmg.models.sources import read_json
+from fmg.version import DISTRIBUTION
+
+INDEX_FILE = "model_index.json"
+CODE_FILE = "pipeline.py"
+STALE = "scheduler"
+"""Folder of the stock pipeline, which a flow map has no use for: its times are in the conventions."""
+
+_CLASS = [CODE_FILE.removesuffix(".py"), "FlowMapPipeline"]
+_TRANSFORMER = FlowMapFluxTransformer2DModel
+_FIXED: Mapping[str, tuple[str, str]] = {
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "text_encoder_2": ("transformers", "T5EncoderModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "tokenizer_2": ("transformers", "T5Tokenizer"),
+    "transformer": (_TRANSFORMER.__module__, _TRANSFORMER.__name__),
+}
+# not as an import statement: diffusers would advise whoever lacks it to install the index's package of that name
+_CODE = f'''"""The pipeline class of this folder, a few-step flow map. It is fmg's, and nothing else is run."""
+
+import importlib
+
+try:
+    FlowMapPipeline = importlib.import_module("fmg").FlowMapPipeline
+except (ImportError, AttributeError) as error:
+    raise ImportError(
+        "This folder is a few-step flow map. Its pipeline is in the Python package {DISTRIBUTION}, which is imported as"
+        " fmg and is not here; the package that indexes call fmg is another one."
+    ) from error
+'''
+
+
+def write_pipeline_files(folder: Path, conventions: FlowMapConventions) -> None:
+    """Writes `model_index.json`, `pipeline.py`, `fmg_flow_map.json` and the class of the transformer.
+
+    Args:
+        folder: a pipeline folder with all its components.
+        conventions: how the transformer wants to be sampled.
+
+    Raises:
+        CheckpointError: a component states no class.
+    """
+    stated = conventions.plain()
+    transformer = {
+        **read_config(folder / "transformer"),
+        "_class_name": _TRANSFORMER.__name__,
+        "time_scale": conventions.time_scale,
+        "second_time": conventions.second_time,
+    }
+    components = {**_FIXED, "vae": ("diffusers", str(read_config(folder / "vae").get("_class_name")))}
+    index = {"_class_name": _CLASS, "_diffusers_version": diffusers.__version__, "conventions": stated, **components}
+    _write(folder / "transformer" / "config.json", transformer)
+    _write(folder / CONVENTIONS_FILE, stated)
+    _write(folder / INDEX_FILE, index)
+    (folder / CODE_FILE).write_text(_CODE, encoding="utf-8")
+
+
+def check_transformer(transformer: Any, conventions: FlowMapConventions) -> None:
+    """Whether a transformer is a flow map with these conventions.
+
+    Raises:
+        UsageError: it is of the stock class.
+        CheckpointError: its config says otherwise.
+    """
+    inner = getattr(transformer, "_orig_mod", transformer)
+    if not isinstance(inner, FlowMapFluxTransformer2DModel):
+        raise UsageError(
+            f"The transformer is a {type(inner).__name__}, which takes no times of a flow map",
+            "Load it with FlowMapFluxTransformer2DModel, or the folder with FlowMapPipeline.from_pretrained.",
+        )
+    for key in ("time_scale", "second_time"):
+        stated = getattr(conventions, key)
+        if inner.config[key] != stated:
+            raise CheckpointError(
+                f"The transformer has {key} {inner.config[key]!r}, and the conventions say {stated!r}",
+                "Correct the one that is wrong: under the wrong convention the model draws noise.",
+            )
+    check_guidance(
+        Path(str(inner.config.get("_name_or_path") or ".")), conventions, embeds=inner.config.guidance_embeds
+    )
+
+
+def check_index(folder: Path, conventions: FlowMapConventions) -> None:
+    """Whether `model_index.json`, which diffusers' loader reads, says the same as `fmg_flow_map.json`.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    index = read_json(folder / INDEX_FILE) or {}
+    stated = index.get("conventions")
+    if stated is not None and stated != conventions.plain():
+        raise CheckpointError(
+            f"{folder / INDEX_FILE} and {CONVENTIONS_FILE} differ on how the map is sampled",
+            f"Correct the one that is wrong; `conventions` of {INDEX_FILE} is a copy of {CONVENTIONS_FILE}.",
+        )
+
+
+def _write(file: Path, value: Mapping[str, object]) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
