@@ -8,6 +8,7 @@ from typing import Literal
 
 from fmg.cli.options import checked_folder
 from fmg.core.errors import UsageError, suggestion
+from fmg.core.specs import MAX_ROWS, MAX_SIDE
 
 ExportPrecision = Literal["fp32", "bf16", "fp16"]
 
@@ -15,8 +16,6 @@ _ARTIFACT: Mapping[str, ExportPrecision] = {"fp32": "fp32", "bf16": "bf16", "fp1
 _STORED = "stored"
 _OFF = "off"
 _LEVELS = ("quick", "full", _OFF)
-_MAX_SIDE = 8192
-_MAX_ROWS = 1024
 
 
 def check_combination(forms: Mapping[str, bool], artifact: Mapping[str, bool], fresh: Mapping[str, bool]) -> None:
@@ -93,7 +92,7 @@ def resolution_list(text: str | None) -> tuple[int, ...] | None:
     """
     if text is None:
         return None
-    return tuple(_number("--resolutions", text, part, _MAX_SIDE, "512,1024") for part in text.split(","))
+    return tuple(_number("--resolutions", text, part, MAX_SIDE, "512,1024") for part in text.split(","))
 
 
 def batch_range(text: str | None) -> tuple[int, int, int] | None:
@@ -104,7 +103,7 @@ def batch_range(text: str | None) -> tuple[int, int, int] | None:
     """
     if text is None:
         return None
-    numbers = [_number("--batch", text, part, _MAX_ROWS, "1:4:16") for part in text.split(":")]
+    numbers = [_number("--batch", text, part, MAX_ROWS, "1:4:16") for part in text.split(":")]
     if len(numbers) != 3 or sorted(numbers) != numbers:
         raise UsageError(f"--batch {text}: these are not three numbers that rise", "Write --batch 1:4:16.")
     least, usual, largest = numbers

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from fmg.core.errors import CheckpointError, FmgError, FmgWarning, UsageError, first_line, writing
+from fmg.core.errors import CheckpointError, FmgWarning, StorageError, UsageError, writing
 from fmg.core.files import digest, from_home, inside
 from fmg.core.json_reader import JsonError, read_object
 
@@ -118,12 +118,14 @@ def optional_cache(folder: Path | None = None) -> Iterator[None]:
     Args:
         folder: the cache, where it is not `cache_dir()`.
     """
+    place = folder or cache_dir()
     try:
-        yield
-    except OSError as error:
+        with writing(place):
+            yield
+    except StorageError as error:
         advice = "Name a folder that can be written; FMG_CACHE sets that of fmg."
-        text = f"{_unwritable(error, folder)}, so nothing is remembered there. {advice}"
-        warnings.warn(text, FmgWarning, stacklevel=1)
+        what = f"The cache {place} cannot be written ({error.strerror}), so nothing is remembered there"
+        warnings.warn(f"{what}. {advice}", FmgWarning, stacklevel=1)
 
 
 @contextmanager
@@ -131,18 +133,15 @@ def required_cache() -> Iterator[None]:
     """For a body that writes to the cache what the work needs there.
 
     Raises:
-        FmgError: it cannot be written.
+        StorageError: it cannot be written.
     """
     try:
-        yield
-    except OSError as error:
+        with writing(cache_dir()):
+            yield
+    except StorageError as error:
+        what = f"The cache {cache_dir()} cannot be written ({error.strerror})"
         fix = "Free space there, or set FMG_CACHE to a folder that can be written."
-        raise FmgError(_unwritable(error), fix) from error
-
-
-def _unwritable(error: Exception, folder: Path | None = None) -> str:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-    return f"The cache {folder or cache_dir()} cannot be written ({reason})"
+        raise StorageError(what, fix, str(error.strerror)) from error
 
 
 def _state(path: Path) -> str:

@@ -28,15 +28,16 @@ def inside(folder: Path, name: str, *, named_in: Path | None = None, links: bool
         folder: what the path has to stay within; need not exist.
         name: a relative path such as `checkpoint-3` or `transformer/model.onnx`; need not exist.
         named_in: the file that the name was read from, for the error.
-        links: whether links may lead out of the folder, as those of a hub cache do. Only for what is read alone, and
-            checked against a digest; never for what is written or removed.
+        links: whether links may lead out of the folder, as those of a hub cache do. Only for what is read alone, never
+            for what is written or removed.
 
     Returns:
         `folder / name`, not resolved.
 
     Raises:
         CheckpointError: the name is not a text or empty, is absolute on any system, has a `..`, holds what no file
-            name can (NUL, a lone surrogate), or leads out of the folder through a link.
+            name can (NUL, a lone surrogate), or leads out of the folder through a link
+            where `links` is false.
     """
     if isinstance(name, str):
         # reads / and \ alike, and drives, so that a name is judged alike on every system

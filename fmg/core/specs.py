@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+MAX_SIDE = 4096
+"""Pixels along the side of an image, at most."""
+MAX_ROWS = 1024
+"""Images of one network call, at most."""
+
 
 @dataclass(frozen=True)
 class MapSpec:

@@ -14,6 +14,7 @@ import torch
 
 from fmg.core.errors import UsageError
 from fmg.core.events import Observer, StageProgress, ignore
+from fmg.core.model_folder import read_config
 from fmg.core.unfinished import new_folder
 from fmg.export.components import graph_reader, graph_tokenizer, stored_elements
 from fmg.export.graphs import GraphPlan, clip_plan, decoder_plan, t5_plan, transformer_plan
@@ -55,7 +56,6 @@ from fmg.inference.artifact.manifest import (
     TokenizerFacts,
 )
 from fmg.inference.target import resolve_target
-from fmg.models.common.loading import read_config
 from fmg.models.flux.latents import PATCH
 from fmg.models.flux.loading import FLUX
 from fmg.models.geometry import latent_scale

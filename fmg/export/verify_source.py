@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fmg.core.json_reader import JsonError, parse
+from fmg.core.model_folder import read_config
 from fmg.export.artifact import plain_config, sampling_of
 from fmg.export.census import read_graph
 from fmg.export.components import graph_reader, graph_tokenizer
@@ -33,7 +34,6 @@ from fmg.inference.artifact.manifest import (
     Check,
     Sampling,
 )
-from fmg.models.common.loading import read_config
 from fmg.models.common.reader import TensorReader
 
 _SUM_ERROR = 1e-6

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.json_reader import JsonError, read_object
-from fmg.core.specs import MapSpec
+from fmg.core.specs import MAX_SIDE, MapSpec
 
 CONVENTIONS_FILE = "fmg_flow_map.json"
 FLUX_IN_DIFFUSERS = (
@@ -34,7 +34,7 @@ class FlowMapConventions(BaseModel):
     path: Literal["linear", "trig"] = Field(description="Probability path of the latents that the network takes.")
     time_scale: float = Field(gt=0, description="Factor on times and guidance before their sinusoids: 1 or 1000.")
     second_time: Literal["none", "duration", "target"] = Field(description="What the second time embedder receives.")
-    resolution: int = Field(gt=0, description="Side of the square image in pixels.")
+    resolution: int = Field(gt=0, le=MAX_SIDE, description="Side of the square image in pixels.")
     max_sequence_length: int = Field(gt=0, le=512, description="Length that text tokens are padded and cut to.")
     default_steps: int = Field(gt=0, description="Network calls of the deterministic sampler.")
     default_grid: str | tuple[float, ...] = Field(description="Name of the time grid, or its times.")
@@ -81,7 +81,7 @@ def read_conventions(folder: Path) -> FlowMapConventions:
             "Give a folder that fmg wrote, or remake the embedded models with `fmg pretrain`.",
         )
     try:
-        return FlowMapConventions.model_validate(read_object(file))
+        return FlowMapConventions.model_validate(read_object(file), strict=True)
     except (OSError, JsonError) as error:
         raise CheckpointError(f"{file} cannot be used: {error}", _RESTORE) from None
     except ValidationError as error:

@@ -10,12 +10,13 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from fmg.core.geometry import ModelGeometry
-from fmg.core.specs import MapSpec
+from fmg.core.model_folder import stated_config
+from fmg.core.specs import MAX_SIDE, MapSpec
 from fmg.models.conventions import FLUX_IN_DIFFUSERS, FlowMapConventions
 from fmg.models.flux.size import FLUX_LITE, FLUX_SCHNELL, transformer_parameters
 from fmg.models.geometry import flux_geometry
 from fmg.models.published import BYTES, PublishedConfig
-from fmg.models.sources import Part, parse_source, read_json
+from fmg.models.sources import Part, parse_source
 from fmg.registry.config import About
 
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2")
@@ -48,7 +49,9 @@ class FluxConfig(PublishedConfig):
         description="Factor on times and guidance before their sinusoids: 1 for the published students, 1000 for stock "
         "FLUX weights. Under the wrong one the model draws noise, without an error.",
     )
-    resolution: int = Field(default=512, gt=0, multiple_of=16, description="Side of the square image in pixels.")
+    resolution: int = Field(
+        default=512, gt=0, le=MAX_SIDE, multiple_of=16, description="Side of the square image in pixels."
+    )
     guidance: float | None = Field(
         default=3.5, ge=0, description="Embedded guidance scale; null for weights that embed none."
     )
@@ -71,7 +74,7 @@ class FluxConfig(PublishedConfig):
     def parameters(self) -> int:
         """Parameters of the transformer, by its `config.json` in a local folder, else by the published one."""
         source = parse_source(self.architecture().source)
-        stated = read_json(source / "transformer" / "config.json") if isinstance(source, Path) else None
+        stated = stated_config(source / "transformer") if isinstance(source, Path) else None
         two_time = self.conventions().second_time != "none"
         return transformer_parameters(stated or self.published, second_time=two_time)
 

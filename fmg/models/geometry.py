@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from fmg.core.errors import CheckpointError, first_line
 from fmg.core.geometry import Blocks, Holding, LinearModule, ModelGeometry
-from fmg.core.json_reader import JsonError, read_safetensors_header
+from fmg.core.json_reader import read_safetensors_header
+from fmg.core.model_folder import RESTORE, absent_weights, main_weights, stated_config, weight_map, whole, wholes
 from fmg.models.conventions import FlowMapConventions
 from fmg.models.flux.size import FLUX_LITE
-from fmg.models.sources import read_json
 
 FLUX_ENCODERS = 123_060_480 + 4_762_310_656
 """Parameters of FLUX's CLIP ViT-L/14 and T5-XXL text encoders, for plans made before the files are there."""
@@ -56,18 +56,18 @@ def flux_geometry(
         published: the transformer's config where the folder has none.
         decoder_tile: side of the tiles in pixels that images are decoded in.
     """
-    stated = None if folder is None else read_json(folder / "transformer" / "config.json")
-    vae = (None if folder is None else read_json(folder / "vae" / "config.json")) or FLUX_VAE
+    stated = None if folder is None else stated_config(folder / "transformer")
+    vae = (None if folder is None else stated_config(folder / "vae")) or FLUX_VAE
     config = {**published, **(stated or {})}
     linears = tuple(transformer_linears(config, second_time=conventions.second_time != "none"))
-    head = _int(config, "attention_head_dim")
-    double, single = _int(config, "num_layers"), _int(config, "num_single_layers")
-    channels = _int(vae, "latent_channels")
+    head = whole(config, "attention_head_dim")
+    double, single = whole(config, "num_layers", 0), whole(config, "num_single_layers", 0)
+    channels = whole(vae, "latent_channels")
     side = conventions.resolution // latent_scale(vae)
     text, image, width = (
         conventions.max_sequence_length,
         (side // _PATCH) ** 2,
-        head * _int(config, "num_attention_heads"),
+        head * whole(config, "num_attention_heads"),
     )
     kinds = (
         Blocks(double, _DOUBLE_KEPT, _DOUBLE_BACKWARD, _DOUBLE_FORWARD, _WIDE, _WIDE),
@@ -84,7 +84,7 @@ def flux_geometry(
         other_flops=(double + single) * 4 * (image + text) ** 2 * width,
         image_tokens=image,
         text_tokens=text,
-        conditioning=text * _int(config, "joint_attention_dim") + _int(config, "pooled_projection_dim"),
+        conditioning=text * whole(config, "joint_attention_dim") + whole(config, "pooled_projection_dim"),
         latent=channels * side**2,
         resolution=conventions.resolution,
         encoder_parameters=stored_parameters(folder, "text_encoder", "text_encoder_2") or FLUX_ENCODERS,
@@ -98,25 +98,26 @@ def flux_geometry(
 
 def transformer_linears(config: Mapping[str, object], *, second_time: bool) -> Iterator[LinearModule]:
     """Every linear layer of a `FlowMapFluxTransformer2DModel` with this config, by its name in the state dict."""
-    width = _int(config, "num_attention_heads") * _int(config, "attention_head_dim")
-    channels = _int(config, "in_channels")
+    width = whole(config, "num_attention_heads") * whole(config, "attention_head_dim")
+    channels = whole(config, "in_channels")
     embedders = ["time_text_embed.timestep_embedder"]
     embedders += ["time_text_embed.guidance_embedder"] if config.get("guidance_embeds") else []
     embedders += ["timestep_embedder2"] if second_time else []
     yield LinearModule("x_embedder", channels, width, "image", "latent")
-    yield LinearModule("context_embedder", _int(config, "joint_attention_dim"), width, "text", "tokens")
+    yield LinearModule("context_embedder", whole(config, "joint_attention_dim"), width, "text", "tokens")
     for name in embedders:
         yield LinearModule(f"{name}.linear_1", _SINUSOID, width, "row", name)
         yield LinearModule(f"{name}.linear_2", width, width, "row", f"{name} hidden")
     pooled = "time_text_embed.text_embedder"
-    yield LinearModule(f"{pooled}.linear_1", _int(config, "pooled_projection_dim"), width, "row", "pooled")
+    yield LinearModule(f"{pooled}.linear_1", whole(config, "pooled_projection_dim"), width, "row", "pooled")
     yield LinearModule(f"{pooled}.linear_2", width, width, "row", "pooled hidden")
-    for index in range(_int(config, "num_layers")):
+    for index in range(whole(config, "num_layers", 0)):
         yield from _double_block(f"transformer_blocks.{index}", width)
-    for index in range(_int(config, "num_single_layers")):
+    for index in range(whole(config, "num_single_layers", 0)):
         yield from _single_block(f"single_transformer_blocks.{index}", width)
     yield LinearModule("norm_out.linear", width, 2 * width, "row", "time")
-    yield LinearModule("proj_out", width, int(str(config.get("out_channels") or channels)), "image", "last")
+    out = whole(config, "out_channels") if config.get("out_channels") else channels
+    yield LinearModule("proj_out", width, out, "image", "last")
 
 
 def latent_scale(vae: Mapping[str, object]) -> int:
@@ -155,30 +156,28 @@ def _decoder_values(vae: Mapping[str, object]) -> int:
 
 
 def _channels(vae: Mapping[str, object]) -> list[int]:
-    stated = vae.get("block_out_channels") or vae.get("decoder_block_out_channels")
-    return [int(c) for c in stated] if isinstance(stated, list) else [128, 256, 512, 512]
+    stated = wholes(vae, "block_out_channels") or wholes(vae, "decoder_block_out_channels")
+    return stated or [128, 256, 512, 512]
 
 
 def stored_parameters(folder: Path | None, *components: str) -> int:
-    """Parameters in the safetensors files of some components, by their headers; 0 when one has no file."""
-    total = 0
-    for name in components:
-        files = [] if folder is None else sorted((folder / name).glob("*.safetensors"))
-        if not files:
-            return 0
-        total += sum(math.prod(entry["shape"]) for file in files for entry in _header(file))
-    return total
+    """Parameters in the safetensors files of some components, by their headers; 0 when one has no file.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    if folder is None or any(absent_weights(folder / name) for name in components):
+        return 0
+    mains = [main_weights(folder / name) for name in components]
+    files = {file for main in mains for file in (weight_map(main).values() if main.suffix == ".json" else (main,))}
+    return sum(_parameters(file) for file in files)
 
 
-def _header(file: Path) -> list[dict[str, list[int]]]:
-    """The tensors that a safetensors file announces."""
+def _parameters(file: Path) -> int:
+    """Numbers in the tensors that a safetensors file announces."""
     try:
         header, _ = read_safetensors_header(file)
         entries: list[Any] = [entry for name, entry in header.items() if name != "__metadata__"]
-        return [entry for entry in entries if entry["dtype"] in _FLOATS]
-    except (OSError, JsonError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is no safetensors file: {first_line(error)}", "Restore the file.") from None
-
-
-def _int(config: Mapping[str, object], key: str) -> int:
-    return int(str(config[key]))
+        return sum(math.prod(map(int, entry["shape"])) for entry in entries if entry["dtype"] in _FLOATS)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is no safetensors file: {first_line(error)}", RESTORE) from None

@@ -9,11 +9,13 @@ from typing import ClassVar
 from pydantic import Field
 
 from fmg.core.geometry import ModelGeometry
+from fmg.core.model_folder import stated_config
+from fmg.core.specs import MAX_SIDE
 from fmg.models.conventions import FlowMapConventions
 from fmg.models.published import PublishedConfig
 from fmg.models.sana.geometry import sana_geometry
 from fmg.models.sana.size import SPRINT_06B, SPRINT_16B, SanaSize
-from fmg.models.sources import HubSource, Part, parse_source, read_json
+from fmg.models.sources import HubSource, Part, parse_source
 from fmg.registry.config import About
 
 COMPONENTS = ("vae", "text_encoder", "transformer")
@@ -49,7 +51,9 @@ class SanaSprintConfig(PublishedConfig):
     folder: str = Field(
         min_length=1, description="Pipeline folder: hub id owner/name@revision, or a local diffusers folder."
     )
-    resolution: int = Field(default=1024, gt=0, multiple_of=_SCALE, description="Side of the square image in pixels.")
+    resolution: int = Field(
+        default=1024, gt=0, le=MAX_SIDE, multiple_of=_SCALE, description="Side of the square image in pixels."
+    )
     guidance: float = Field(default=4.5, ge=0, description="Embedded guidance scale.")
     max_sequence_length: int = Field(
         default=300, ge=2, le=512, description="Tokens of the prompt that the transformer sees."
@@ -87,7 +91,7 @@ class SanaSprintConfig(PublishedConfig):
     def transformer(self) -> Mapping[str, object]:
         """The transformer's `config.json` in a local folder, else the published one."""
         source = parse_source(self.folder)
-        stated = read_json(source / "transformer" / "config.json") if isinstance(source, Path) else None
+        stated = stated_config(source / "transformer") if isinstance(source, Path) else None
         return stated or self._published()
 
     def geometry(self) -> ModelGeometry:

@@ -6,20 +6,18 @@ Loading never touches the network. What is not on this computer is an error that
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from fmg.core.errors import CheckpointError, MissingDependencyError
 from fmg.core.files import from_home
-from fmg.core.json_reader import JsonError, read_object
+from fmg.core.model_folder import CONFIG, absent_weights
 
 _HUB = re.compile(
     r"(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./-]+))?"
 )
 _WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
-_INDEX = "*.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def missing(part: Part) -> str | None:
         if isinstance(source, Path):
             return f"there is no file or folder '{part.source}'"
         return f"'{part.source}' has not been fetched"
-    absent = _absent(path, part.components)
+    absent = _absent(path, part) if path.is_dir() else []
     return f"'{part.source}' lacks {', '.join(absent[:3])}" if absent else None
 
 
@@ -102,14 +100,6 @@ def locate(part: Part, model: str) -> Path:
     raise CheckpointError(what, f"Correct model.{part.option}, or give a hub id such as owner/name@revision.")
 
 
-def read_json(file: Path) -> dict[str, object] | None:
-    """The JSON object in a file, or None where there is no such file or it holds something else."""
-    try:
-        return read_object(file)
-    except (OSError, JsonError):
-        return None
-
-
 def _path(source: Path | HubSource, part: Part) -> Path | None:
     if isinstance(source, Path):
         return source
@@ -122,22 +112,16 @@ def _path(source: Path | HubSource, part: Part) -> Path | None:
     return Path(cached) if source.file is not None else Path(cached).parents[1]
 
 
-def _absent(folder: Path, components: Sequence[str]) -> list[str]:
+def _absent(folder: Path, part: Part) -> list[str]:
     absent = []
-    for name in components:
-        if not (folder / name / "config.json").is_file():
-            absent.append(f"{name}/config.json")
-        absent += [f"{name}/{file}" for file in _absent_weights(folder / name)]
-    return absent
-
-
-def _absent_weights(folder: Path) -> list[str]:
-    indices = sorted(folder.glob(_INDEX))
-    if not indices:
-        return [] if any(folder.glob("*.safetensors")) else ["*.safetensors"]
-    shards = (read_json(indices[0]) or {}).get("weight_map")
-    names = set(shards.values()) if isinstance(shards, dict) else set()
-    return sorted(str(name) for name in names if not (folder / str(name)).is_file())
+    for name in part.components:
+        if not (folder / name / CONFIG).is_file():
+            absent.append(f"{name}/{CONFIG}")
+        absent += [f"{name}/{file}" for file in absent_weights(folder / name)]
+    # a cache that was pruned or moved keeps links to files that are gone
+    dangling = (path for path in folder.rglob("*") if path.is_symlink() and not path.exists())
+    names = sorted(path.relative_to(folder).as_posix() for path in dangling)
+    return absent + [name for name in names if part.wants(name) and name not in absent]
 
 
 def _is_weight_name(text: str) -> bool:

@@ -47,7 +47,9 @@ def _value(annotation: Any, value: object, where: str) -> Any:
         return _dataclass(annotation, value, where)
     if origin is Literal:
         if value not in get_args(annotation):
-            raise DecodeError(f"{where} is {value!r} instead of one of {', '.join(map(repr, get_args(annotation)))}")
+            raise DecodeError(
+                f"{where} is {value!r:.60} instead of one of {', '.join(map(repr, get_args(annotation)))}"
+            )
         return value
     if origin is Union or origin is types.UnionType:
         return _union(annotation, value, where)
@@ -103,7 +105,7 @@ def _scalar(annotation: Any, value: object, where: str) -> Any:
         return number
     # type() rather than isinstance(), because True is an int
     if type(value) is not annotation:
-        raise DecodeError(f"{where} is {value!r} instead of {annotation.__name__}")
+        raise DecodeError(f"{where} is {value!r:.60} instead of {annotation.__name__}")
     return value
 
 

@@ -23,7 +23,7 @@ from fmg.core.files import digest
 from fmg.core.unfinished import OLD, leftovers
 from fmg.inference.artifact.external import check_external
 from fmg.inference.artifact.manifest import MANIFEST, Check, FileEntry, Graph, Manifest
-from fmg.inference.artifact.reading import from_json, to_json
+from fmg.inference.artifact.reading import MAX_BYTES, from_json, to_json
 
 BASE_WEIGHTS = "base.safetensors"
 ENGINES = "engines"
@@ -60,7 +60,7 @@ class Artifact:
         if any(step.is_symlink() for step in steps) or not path.resolve().is_relative_to(inside):
             raise CheckpointError(
                 f"{path} is a link, which an artifact must not have",
-                "Copy the artifact with its files, not with links.",
+                f"Copy the files that the links mean, `cp -rL {self.folder} COPY`, or download with `--local-dir`.",
             )
         if not path.is_file():
             raise CheckpointError(f"{path} is missing", "Restore the artifact, or export it again.")
@@ -212,7 +212,8 @@ def _read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(
             f"{folder} is not an artifact: it has no {MANIFEST}", "Name a folder that fmg export made."
         )
-    return from_json((folder / MANIFEST).read_bytes(), folder / MANIFEST)
+    with (folder / MANIFEST).open("rb") as file:
+        return from_json(file.read(MAX_BYTES + 1), folder / MANIFEST)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+from fmg.core.specs import MAX_ROWS, MAX_SIDE
 from fmg.flow.grids import MAX_STEPS
 from fmg.inference.artifact.decode import encode
 
@@ -44,12 +45,13 @@ Precision = Literal["fp32", "bf16", "fp16", "int8"]
 
 MAX_LENGTH = 4096
 """Tokens of a prompt, at most."""
-MAX_SIDE = 16384
-"""Pixels along the side of an image, at most."""
+MAX_FILES = 1000
+"""Files that a manifest lists, at most."""
 _MAX_CHANNELS = 1024
 _MAX_SCALE = 64
 # 256 MB: sixteen channels at the largest side and FLUX's scale of eight
 _MAX_LATENT = 2**26
+_MAX_AXES = {BATCH: MAX_ROWS, TEXT: MAX_LENGTH} | dict.fromkeys((HEIGHT, WIDTH, PIXEL_HEIGHT, PIXEL_WIDTH), MAX_SIDE)
 _MAX_SIZE = 2**31 - 1
 _MAX_GUIDANCE = 1e6
 _MAX_TIME_SCALE = 1e6
@@ -293,6 +295,14 @@ class Manifest:
     prompts: Mapping[str, object]
     libraries: Mapping[str, str]
     checks: tuple[Check, ...]
+
+    def __post_init__(self) -> None:
+        _check_within("the number of files", len(self.files), 0, MAX_FILES)
+        for name, axis in self.axes.items():
+            _check_within(f"the maximum of axes.{name}", axis.maximum, 1, _MAX_AXES.get(name, _MAX_SIZE))
+        rows = self.axes[BATCH].minimum if BATCH in self.axes else 1
+        channels, height, width = self.sampling.latent_shape(self.sampling.resolutions[-1])
+        _check_within("the smallest batch of latents", rows * channels * height * width, 1, _MAX_LATENT)
 
     def weights_digest(self, graph: str = TRANSFORMER) -> str:
         """Sha256 of the weight file of a graph."""

@@ -21,6 +21,8 @@ from fmg.inference.artifact.manifest import (
     Manifest,
 )
 
+MAX_BYTES = 1 << 21
+"""Bytes of a manifest, at most: 2 MiB."""
 _MAX_NAME = 255
 
 
@@ -37,6 +39,8 @@ def from_json(text: str | bytes, origin: Path) -> Manifest:
             can be made of, names a path outside the artifact, refers to a file, graph or axis that it does not list,
             or has graphs with other inputs and outputs than backends fill.
     """
+    if len(text) > MAX_BYTES:
+        raise _unusable(origin, f"it has more than {MAX_BYTES:,} bytes")
     try:
         raw = parse_object(text)
     except JsonError as error:
@@ -46,7 +50,7 @@ def from_json(text: str | bytes, origin: Path) -> Manifest:
         raise _unusable(origin, "it does not state its schema")
     if schema > SCHEMA:
         raise CheckpointError(
-            f"{origin} has schema {schema}, and this fmg reads up to {SCHEMA}",
+            f"{origin} has schema {schema!s:.30}, and this fmg reads up to {SCHEMA}",
             "Export the artifact again with this one, or upgrade fmg.",
         )
     try:
@@ -67,7 +71,7 @@ def _check_paths(manifest: Manifest) -> None:
         # what cannot be printed includes what no file system takes: NUL and halves of surrogate pairs
         unusual = unusual or not name.isprintable() or any(len(part.encode()) > _MAX_NAME for part in path.parts)
         if unusual or name != str(path) or name in (MANIFEST, "."):
-            raise DecodeError(f"files has the path {name!r}, which is not inside the artifact")
+            raise DecodeError(f"files has the path {name!r:.200}, which is not inside the artifact")
 
 
 def _check_references(manifest: Manifest) -> None:
@@ -84,7 +88,7 @@ def _check_references(manifest: Manifest) -> None:
     named += [tokenizer.file for tokenizer in manifest.tokenizers.values()]
     named += [] if manifest.base.weights is None else [manifest.base.weights]
     if absent := [name for name in named if name not in manifest.files]:
-        raise DecodeError(f"files does not list {absent[0]!r}")
+        raise DecodeError(f"files does not list {absent[0]!r:.200}")
     for name, graph in manifest.graphs.items():
         axes = {axis for spec in (*graph.inputs, *graph.outputs) for axis in spec.shape if isinstance(axis, str)}
         if unknown := sorted(axes - manifest.axes.keys()):

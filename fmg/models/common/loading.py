@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 import torch
 from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from fmg.core.errors import CheckpointError, first_line, out_of_memory
-from fmg.core.json_reader import JsonError, read_object
-from fmg.models.common.weights import some
+from fmg.core.errors import CheckpointError, FmgWarning, first_line, out_of_memory
+from fmg.core.model_folder import CONFIG, RESTORE, check_no_adapter, read_config
+from fmg.models.common.weights import folder_weights, some
 from fmg.models.conventions import CONVENTIONS_FILE, FlowMapConventions
 
 _LIBRARIES: tuple[Any, ...] = (diffusers_logging, transformers_logging)
+# a whole T5, whose decoder transformers leaves out by itself, has this head of the decoder beside its encoder
+_OF_A_DECODER = ("lm_head.weight",)
+_SCALARS: Mapping[object, tuple[type, ...]] = MappingProxyType(
+    {int: (int,), float: (float, int), bool: (bool,), str: (str,)}
+)
+"""Types of JSON values for the plain types of a signature."""
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
-_RESTORE = "Restore the folder from where the model came from."
 
 
 @dataclass(frozen=True)
@@ -41,17 +49,20 @@ class Family:
         """The class of the component in `folder`.
 
         Raises:
-            CheckpointError: the folder has no `config.json`, or it names another class.
+            CheckpointError: the folder has no `config.json`, or it names another class, or has a value of a type that
+                the class does not take.
         """
         config = read_config(folder)
         known = self.classes[component]
-        architectures = config.get("architectures") or [None]
-        named = str(config.get("_class_name") or architectures[0])
+        architectures = config.get("architectures")
+        first = architectures[0] if isinstance(architectures, list) and architectures else None
+        named = str(config.get("_class_name") or first)
         if named not in known:
             raise CheckpointError(
-                f"{folder / 'config.json'} names the class {named!r}, which is not a {self.name} {component}",
+                f"{folder / CONFIG} names the class {named!r:.60}, which is not a {self.name} {component}",
                 f"Give a folder whose {component} is one of: {', '.join(known)}.",
             )
+        _check_keys(known[named], folder / CONFIG, config)
         return known[named]
 
     def module(self, folder: Path, dtype: torch.dtype) -> Any:
@@ -61,10 +72,12 @@ class Family:
             CheckpointError: it is missing, damaged, of a class that is not known, or its weights do not fit its config.
         """
         cls = self.class_of(folder, folder.name)
-        if not any(folder.glob("*.safetensors")):
+        folder_weights(folder)
+        check_no_adapter(folder)
+        if (folder / CONFIG).read_bytes().startswith(BOM_UTF8):
             raise CheckpointError(
-                f"{folder} has no .safetensors file",
-                f"Other formats are not read, because a pickle can run code. {_RESTORE}",
+                f"{folder / CONFIG} begins with a byte order mark, which {cls.__name__} does not read",
+                "Save it as UTF-8 without one.",
             )
         try:
             module, info = cls.from_pretrained(
@@ -74,16 +87,44 @@ class Family:
                 use_safetensors=True,
                 output_loading_info=True,
             )
-        except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        except Exception as error:
+            # whatever a library makes of a config that it does not expect
             if out_of_memory(error) is not None:
                 raise
-            raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}", _RESTORE) from error
+            raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}", RESTORE) from error
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if names := sorted(str(name) for name in info[problem]):
+            names = sorted(str(name) for name in info[problem] if name not in _OF_A_DECODER)
+            if names:
                 raise CheckpointError(
-                    f"The weights in {folder} have {problem.replace('_', ' ')}: {some(names)}", _RESTORE
+                    f"The weights in {folder} have {problem.replace('_', ' ')}: {some(names)}", RESTORE
                 )
         return module
+
+
+def _check_keys(cls: Any, file: Path, config: Mapping[str, object]) -> None:
+    """Compares a config with the signature of a diffusers class; transformers compares its own.
+
+    Raises:
+        CheckpointError: a number, text or truth value is something else, which the class would notice when it computes.
+    """
+    if not hasattr(cls, "from_config"):
+        return
+    parameters = inspect.signature(cls.__init__).parameters
+    unknown = [key for key in config if key not in parameters and not key.startswith("_")]
+    if unknown:
+        text = f"{file} has keys that {cls.__name__} does not know, which are not used: {some(sorted(unknown))}"
+        warnings.warn(text, FmgWarning, stacklevel=2)
+    for key, parameter in parameters.items():
+        stated = parameter.annotation
+        options = get_args(stated) if get_origin(stated) in (Union, UnionType) else (stated,)
+        if key not in config or not {*_SCALARS, NoneType}.issuperset(options):
+            continue
+        value = config[key]
+        if value is None and (NoneType in options or parameter.default is None):
+            continue
+        if not any(type(value) in _SCALARS.get(option, ()) for option in options):
+            wanted = " or ".join(option.__name__ for option in options if option is not NoneType)
+            raise CheckpointError(f"{file} has {value!r:.60} for {key} instead of {wanted}", RESTORE)
 
 
 def load_tokenizer(folder: Path, cls: Any) -> Any:
@@ -93,26 +134,11 @@ def load_tokenizer(folder: Path, cls: Any) -> Any:
         CheckpointError: it is missing or damaged.
     """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise CheckpointError(f"{folder} has none of the files {', '.join(_TOKENIZER_FILES)}", _RESTORE)
+        raise CheckpointError(f"{folder} has none of the files {', '.join(_TOKENIZER_FILES)}", RESTORE)
     try:
         return cls.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
-        raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}", _RESTORE) from error
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a component.
-
-    Raises:
-        CheckpointError: it is missing or no JSON object.
-    """
-    file = folder / "config.json"
-    try:
-        return read_object(file)
-    except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing", _RESTORE) from None
-    except (OSError, JsonError) as error:
-        raise CheckpointError(f"{file} cannot be read: {first_line(error)}", _RESTORE) from None
+        raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}", RESTORE) from error
 
 
 def check_same(component: str, key: str, value: int, transformer_key: str, transformer_value: int) -> None:

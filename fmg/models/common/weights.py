@@ -12,11 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fmg.core.errors import CheckpointError
-from fmg.core.json_reader import read_object
+from fmg.core.errors import CheckpointError, FmgError, first_line, out_of_memory
+from fmg.core.model_folder import main_weights, weight_map
 
 INDEX_FILE = "diffusion_pytorch_model.safetensors.index.json"
-_RESTORE = "Restore the folder from where the model came from."
 WINDOW_BYTES = 64 * 2**20
 """What is read between two openings of a file: mapped pages count as the process's memory until it is closed."""
 
@@ -36,22 +35,14 @@ def folder_weights(folder: Path) -> WeightFiles:
     """The tensors of a diffusers component folder, in one file or sharded.
 
     Raises:
-        CheckpointError: there is no safetensors file, or it or its index cannot be read.
+        CheckpointError: there is no main safetensors file (`main_weights`), or it or its index cannot be read.
     """
-    index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
-    single = next(iter(sorted(folder.glob("*.safetensors"))), None)
-    if index is None and single is None:
-        raise CheckpointError(
-            f"{folder} has no .safetensors file",
-            f"Other formats are not read, because a pickle can run code. {_RESTORE}",
-        )
+    main = main_weights(folder)
+    if main.name.endswith(".json"):
+        return WeightFiles(folder, weight_map(main))
     try:
-        if index is None:
-            assert single is not None
-            return WeightFiles(folder, dict.fromkeys(tensor_names(single), single))
-        shards: Any = read_object(index)["weight_map"]
-        return WeightFiles(folder, {str(name): folder / str(file) for name, file in shards.items()})
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
+        return WeightFiles(folder, dict.fromkeys(tensor_names(main), main))
+    except (OSError, SafetensorError) as error:
         raise unreadable(folder, error) from error
 
 
@@ -121,7 +112,10 @@ def empty_transformer(cls: type[T], config: Mapping[str, Any], origin: Path) -> 
     try:
         with torch.device("meta"):
             transformer: T = cls.from_config({**config, "_class_name": cls.__name__})  # type: ignore[attr-defined]
-    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+    except Exception as error:
+        # whatever the constructor makes of a value that it does not expect
+        if isinstance(error, FmgError) or out_of_memory(error) is not None:
+            raise
         raise unreadable(origin, error) from error
     return transformer
 
@@ -174,6 +168,6 @@ def tensor_names(file: Path) -> list[str]:
 
 def unreadable(origin: Path, error: BaseException) -> CheckpointError:
     """The error of weights that a library cannot read, with the first line of its reason."""
-    lines = str(error).strip().splitlines()
-    reason = lines[0] if lines else type(error).__name__
-    return CheckpointError(f"{origin} cannot be loaded: {reason}", "Restore it from where the model came from.")
+    return CheckpointError(
+        f"{origin} cannot be loaded: {first_line(error)}", "Restore it from where the model came from."
+    )

@@ -13,7 +13,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from fmg.core.errors import CheckpointError
-from fmg.models.common.loading import Family, check_guidance, check_same, load_tokenizer, quiet, read_config
+from fmg.core.model_folder import read_config, whole, wholes
+from fmg.models.common.loading import Family, check_guidance, check_same, load_tokenizer, quiet
 from fmg.models.common.weights import (
     WeightFiles,
     empty_transformer,
@@ -41,6 +42,11 @@ FLUX = Family(
         }
     ),
 )
+
+
+_AXES = 3
+# what diffusers takes where the config says nothing
+_STOCK_AXES: Mapping[str, object] = MappingProxyType({"attention_head_dim": 128, "axes_dims_rope": [16, 56, 56]})
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,17 @@ def transformer_source(folder: Path, conventions: FlowMapConventions, student: P
 
 def _config(folder: Path) -> dict[str, Any]:
     FLUX.class_of(folder, "transformer")
-    return read_config(folder)
+    config = read_config(folder)
+    known = {**_STOCK_AXES, **config}
+    head, axes = whole(known, "attention_head_dim"), wholes(known, "axes_dims_rope")
+    # the one value that no weight has the shape of: the first forward would be where it is noticed
+    if axes is None or len(axes) != _AXES or sum(axes) != head or any(axis % 2 for axis in axes):
+        stated = "says" if "axes_dims_rope" in config else "leaves out the key, which means"
+        raise CheckpointError(
+            f"{folder / 'config.json'} {stated} axes_dims_rope {axes}, and attention_head_dim is {head}",
+            "Give three even numbers that add up to attention_head_dim, as the weights were trained with.",
+        )
+    return config
 
 
 def _student_config(teacher: Path, student: Path) -> dict[str, Any]:

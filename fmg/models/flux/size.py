@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from fmg.core.model_folder import whole
+
 FLUX_LITE: Mapping[str, object] = MappingProxyType(
     {
         "in_channels": 64,
@@ -33,14 +35,16 @@ def transformer_parameters(config: Mapping[str, object], *, second_time: bool) -
         second_time: whether there is an embedder of the second time.
     """
 
-    def size(key: str) -> int:
-        return int(config.get(key, FLUX_LITE[key]))  # type: ignore[call-overload, no-any-return]
+    known = {**FLUX_LITE, **config}
+
+    def size(key: str, least: int = 1) -> int:
+        return whole(known, key, least)
 
     head = size("attention_head_dim")
     inner = size("num_attention_heads") * head
     channels = size("in_channels")
-    out = int(config.get("out_channels") or channels)  # type: ignore[call-overload]
-    guided = bool(config.get("guidance_embeds", FLUX_LITE["guidance_embeds"]))
+    out = size("out_channels") if config.get("out_channels") else channels
+    guided = bool(known["guidance_embeds"])
 
     def linear(inputs: int, outputs: int) -> int:
         return (inputs + 1) * outputs
@@ -52,4 +56,4 @@ def transformer_parameters(config: Mapping[str, object], *, second_time: bool) -
     double = 2 * linear(inner, 6 * inner) + 8 * square + 4 * head + 2 * feed_forward
     single = linear(inner, 3 * inner) + linear(inner, 4 * inner) + linear(5 * inner, inner) + 3 * square + 2 * head
     last = linear(inner, 2 * inner) + linear(inner, out)
-    return embedders + size("num_layers") * double + size("num_single_layers") * single + last
+    return embedders + size("num_layers", 0) * double + size("num_single_layers", 0) * single + last

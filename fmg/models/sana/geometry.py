@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fmg.core.geometry import Blocks, Holding, ModelGeometry
+from fmg.core.model_folder import stated_config, wholes
 from fmg.models.conventions import FlowMapConventions
 from fmg.models.geometry import stored_parameters
 from fmg.models.sana.size import SanaSize
-from fmg.models.sources import read_json
 
 GEMMA, DCAE = 2_614_341_888, 312_250_275
 """Parameters of Gemma 2 2B and of DC-AE f32c32, for plans made before the files are there."""
@@ -40,13 +40,12 @@ def sana_geometry(
         checkpointing: whether the model recomputes its blocks in the backward pass.
         encoders_resident: whether Gemma stays on the transformer's device.
     """
-    stated = None if folder is None else read_json(folder / "transformer" / "config.json")
-    vae = (None if folder is None else read_json(folder / "vae" / "config.json")) or {}
+    stated = None if folder is None else stated_config(folder / "transformer")
+    vae = (None if folder is None else stated_config(folder / "vae")) or {}
     size = SanaSize(stated or published)
     side, text, layers = conventions.resolution // _SCALE, conventions.max_sequence_length, size.number("num_layers")
     image = (side // size.number("patch_size")) ** 2
-    channels = vae.get("decoder_block_out_channels")
-    widest = int(str(channels[0])) if isinstance(channels, list) else _CHANNELS
+    widest = (wholes(vae, "decoder_block_out_channels") or [_CHANNELS])[0]
     return ModelGeometry(
         origin="the published config" if stated is None else "its files",
         linears=tuple(size.linears()),

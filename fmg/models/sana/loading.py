@@ -11,7 +11,8 @@ from diffusers import AutoencoderDC, SanaTransformer2DModel
 from transformers import Gemma2Model, GemmaTokenizer
 
 from fmg.core.errors import CheckpointError
-from fmg.models.common.loading import Family, check_same, load_tokenizer, quiet, read_config
+from fmg.core.model_folder import read_config
+from fmg.models.common.loading import Family, check_same, load_tokenizer, quiet
 from fmg.models.common.weights import WeightFiles, folder_weights, load_transformer
 from fmg.models.conventions import FlowMapConventions
 from fmg.models.sana.encoders import SanaText

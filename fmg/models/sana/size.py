@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from fmg.core.errors import CheckpointError
 from fmg.core.geometry import LinearModule
+from fmg.core.model_folder import RESTORE, whole
 
 _COMMON: Mapping[str, object] = MappingProxyType(
     {
@@ -44,6 +46,7 @@ SPRINT_16B: Mapping[str, object] = MappingProxyType(
 """The transformer of SANA-Sprint 1.6B."""
 
 _SINUSOID_CHANNELS = 256
+_MAX_RATIO = 100
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,10 @@ class SanaSize:
     @property
     def hidden(self) -> int:
         """Channels of the gated convolution of a block, of which there are two halves."""
-        return int(float(str(self._get("mlp_ratio"))) * self.width)
+        ratio = self._get("mlp_ratio")
+        if not isinstance(ratio, int | float) or not 0 < ratio <= _MAX_RATIO:
+            raise CheckpointError(f"The config of the model has {ratio!r:.60} for mlp_ratio", RESTORE)
+        return int(ratio * self.width)
 
     @property
     def convolution_weights(self) -> int:
@@ -107,12 +113,12 @@ class SanaSize:
             for name in ("to_k", "to_v"):
                 yield LinearModule(f"{block}.attn2.{name}", width, cross, "text", "caption")
             yield LinearModule(f"{block}.attn2.to_out.0", cross, width, "image", f"{block} cross-attention")
-        out = int(str(self.config.get("out_channels") or self.number("in_channels")))
+        out = self.number("out_channels" if self.config.get("out_channels") else "in_channels")
         yield LinearModule("proj_out", width, out * self.number("patch_size") ** 2, "image", "last")
 
     def number(self, key: str) -> int:
         """A whole number of the config."""
-        return int(str(self._get(key)))
+        return whole({**SPRINT_06B, **self.config}, key)
 
     def _get(self, key: str) -> object:
         return self.config.get(key, SPRINT_06B.get(key))

@@ -133,6 +133,11 @@ def test_manifest_survives_a_round_trip(folder: Path) -> None:
     assert manifest.sampling.image_tokens(48) == 36
 
 
+def smallest_batch_of_large_latents(raw: dict[str, Any]) -> None:
+    raw["axes"]["batch"].update(minimum=1024, optimum=1024, maximum=1024)
+    raw["sampling"].update(resolutions=[32, 4096])
+
+
 def move(raw: dict[str, Any], old: str, new: str) -> None:
     raw["files"][new] = raw["files"].pop(old)
 
@@ -179,7 +184,12 @@ def move(raw: dict[str, Any], old: str, new: str) -> None:
         (sampling(latent_scale=65), "latent_scale is 65"),
         (sampling(latent_channels=-4), "latent_channels is -4"),
         (sampling(latent_channels=10**9), "latent_channels is 1000000000"),
-        (sampling(latent_channels=1024, latent_scale=1, resolutions=[32, 16384]), "a latent is 274877906944"),
+        (sampling(latent_channels=1024, latent_scale=1, resolutions=[32, 4096]), "a latent is 17179869184"),
+        (sampling(resolutions=[32, 16384]), "a resolution is 16384, which is not between 8 and 4096"),
+        (lambda raw: raw["axes"]["batch"].update(maximum=10**6), "maximum of axes.batch is 1000000"),
+        (smallest_batch_of_large_latents, "the smallest batch of latents is 4294967296"),
+        (lambda raw: raw["files"].update({f"f{i}": {"sha256": "", "size": 0} for i in range(1001)}), "files is 10"),
+        (lambda raw: raw["files"].update({"f" * 240 + str(i): {} for i in range(10**4)}), "more than 2,097,152 bytes"),
         (sampling(resolution=0), r"the resolution 0 is not one of \[32, 48\]"),
         (sampling(resolution=2**40), "the resolution 1099511627776 is not one of"),
         (sampling(resolutions=[]), r"the resolutions \[\] do not rise"),

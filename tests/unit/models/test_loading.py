@@ -42,6 +42,27 @@ def _pickle_only(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
 
 
+def _begin_with_mark(file: Path) -> None:
+    file.write_text("\ufeff" + file.read_text())
+
+
+def _variants_only(folder: Path, *variants: str) -> None:
+    whole = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).unlink()
+    for variant in variants:
+        (folder / WEIGHTS.replace(".safetensors", f".{variant}.safetensors")).write_bytes(whole)
+
+
+def _dangle(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("../blobs/0")
+
+
+def _shard_outside(folder: Path) -> None:
+    index = {"weight_map": {"decoder.conv_in.weight": f"../transformer/{WEIGHTS}"}}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no component": (lambda f: shutil.rmtree(f / "vae"), "vae/config.json is missing"),
     "config is not JSON": (lambda f: (f / "vae/config.json").write_text("{"), "vae/config.json .*: not JSON"),
@@ -54,7 +75,41 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: _edit(f / "text_encoder_2/config.json", architectures=["EvilModel"]),
         "names the class 'EvilModel'",
     ),
-    "no weights": (lambda f: (f / "transformer" / WEIGHTS).unlink(), "transformer has no .safetensors file"),
+    "no weights": (
+        lambda f: (f / "transformer" / WEIGHTS).unlink(),
+        "transformer has no diffusion_pytorch_model.safetensors",
+    ),
+    "byte order mark": (lambda f: _begin_with_mark(f / "vae/config.json"), "vae/config.json begins with a byte order"),
+    "only variants": (
+        lambda f: _variants_only(f / "transformer", "fp16", "non_ema"),
+        "no diffusion_pytorch_model.safetensors, only the variant fp16, non_ema",
+    ),
+    "only variants of a text encoder": (
+        lambda f: (f / "text_encoder/model.safetensors").rename(f / "text_encoder/model.fp16.safetensors"),
+        "no model.safetensors, only the variant fp16",
+    ),
+    "other name": (
+        lambda f: (f / "transformer" / WEIGHTS).rename(f / "transformer/flux.safetensors"),
+        "no diffusion_pytorch_model.safetensors; it has flux.safetensors",
+    ),
+    "dangling link": (lambda f: _dangle(f / "vae" / WEIGHTS), "is a link to ../blobs/0, which is not there"),
+    "shard outside": (lambda f: _shard_outside(f / "vae"), "'../transformer/.*', which is no path within"),
+    "adapter in its place": (
+        lambda f: (f / "text_encoder/adapter_config.json").write_text("{}"),
+        "an adapter to another model",
+    ),
+    "rope axes missing": (lambda f: _edit(f / "transformer/config.json", axes_dims_rope=...), "leaves out the key"),
+    "rope axes": (lambda f: _edit(f / "transformer/config.json", axes_dims_rope=[8, 8, 8]), r"\[8, 8, 8\], and"),
+    "layers": (lambda f: _edit(f / "text_encoder_2/config.json", num_layers=10**6), "the most that is read is 1000"),
+    "positions": (
+        lambda f: _edit(f / "text_encoder/config.json", max_position_embeddings=10**12),
+        "1000000000000 for max_position_embeddings, and the most",
+    ),
+    "code of a kernel": (
+        lambda f: _edit(f / "text_encoder/config.json", attn_implementation="someone/kernel"),
+        "code from elsewhere",
+    ),
+    "quantised": (lambda f: _edit(f / "text_encoder/config.json", quantization_config={}), "weights are quantised"),
     "pickle": (lambda f: _pickle_only(f / "transformer"), "a pickle can run code"),
     "truncated": (lambda f: _truncate(f / "transformer" / WEIGHTS), "transformer cannot be loaded"),
     "truncated text encoder": (
@@ -158,3 +213,30 @@ def test_loading_is_silent_and_leaves_the_libraries_as_they_were(
     load_folder(two_time_folder, CPU, torch.float32)
     assert [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries] == before
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_variant_beside_the_main_file_is_never_read(scratch_folder: Path) -> None:
+    expected = FluxModel.from_folder(scratch_folder, CPU, torch.float32, name="tiny")
+    for name in (f"transformer/{WEIGHTS}", f"vae/{WEIGHTS}", "text_encoder/model.safetensors"):
+        file = scratch_folder / name
+        zeros = {key: torch.zeros_like(x) for key, x in load_file(file).items()}
+        for variant in ("ema", "fp16", "non_ema"):
+            save_file(zeros, file.with_name(file.name.replace(".safetensors", f".{variant}.safetensors")))
+        index = {"weight_map": dict.fromkeys(zeros, file.name.replace(".safetensors", ".fp16.safetensors"))}
+        file.with_name(f"{file.name}.index.fp16.json").write_text(json.dumps(index))
+    model = FluxModel.from_folder(scratch_folder, CPU, torch.float32, name="tiny")
+    for part in ("transformer", "vae"):
+        pairs = zip(
+            getattr(model.components, part).parameters(), getattr(expected.components, part).parameters(), strict=True
+        )
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_whole_t5_and_byte_order_marks_are_read(scratch_folder: Path) -> None:
+    _edit_weights(
+        scratch_folder / "text_encoder_2/model.safetensors",
+        lambda t: t.update({"lm_head.weight": torch.zeros(4, 4), "decoder.final_layer_norm.weight": torch.zeros(4)}),
+    )
+    for name in ("transformer/config.json", CONVENTIONS_FILE):
+        _begin_with_mark(scratch_folder / name)
+    FluxModel.from_folder(scratch_folder, CPU, torch.float32, name="tiny")

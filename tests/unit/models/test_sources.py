@@ -10,6 +10,8 @@ import pytest
 from fmg.core.errors import CheckpointError, MissingDependencyError
 from fmg.models.sources import HubSource, Part, locate, missing, parse_source
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
 
 @pytest.mark.parametrize(
     ("text", "expected"),
@@ -53,10 +55,12 @@ def test_a_fetched_folder_is_found_and_an_interrupted_fetch_is_not(
     assert missing(part) == "'owner/name@main' has not been fetched"
     (snapshot / "vae").mkdir()
     (snapshot / "vae" / "config.json").write_text("{}")
-    with pytest.raises(MissingDependencyError, match=r"lacks vae/\*.safetensors.*fmg fetch some-model"):
+    with pytest.raises(
+        MissingDependencyError, match=r"lacks vae/diffusion_pytorch_model.safetensors.*fmg fetch some-model"
+    ):
         locate(part, "some-model")
     index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
-    (snapshot / "vae" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (snapshot / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     (snapshot / "vae" / "one.safetensors").touch()
     assert missing(part) == "'owner/name@main' lacks vae/two.safetensors"
     (snapshot / "vae" / "two.safetensors").touch()
@@ -85,3 +89,32 @@ def test_a_part_wants_its_file_or_its_patterns() -> None:
         "vae/m.safetensors",
         "tokenizer/t.json",
     ]
+
+
+def test_a_link_to_a_file_that_is_gone_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = hub_cache(tmp_path, monkeypatch)
+    part = Part("teacher", "teacher", "owner/name@main", ("vae",), ("vae/*", "tokenizer/*"))
+    blobs = tmp_path / "models--owner--name" / "blobs"
+    blobs.mkdir()
+    for number, name in enumerate(("vae/config.json", f"vae/{WEIGHTS}", "tokenizer/tokenizer.json", "other.txt")):
+        file = snapshot / name
+        file.parent.mkdir(exist_ok=True)
+        (blobs / str(number)).write_text("{}")
+        file.symlink_to(f"{'../' * (2 + name.count('/'))}blobs/{number}")
+    assert missing(part) is None
+    # what the part does not read does not matter
+    (blobs / "3").unlink()
+    assert missing(part) is None
+    (blobs / "2").unlink()
+    assert missing(part) == "'owner/name@main' lacks tokenizer/tokenizer.json"
+    (blobs / "1").unlink()
+    assert missing(part) == f"'owner/name@main' lacks vae/{WEIGHTS}, tokenizer/tokenizer.json"
+
+
+def test_a_variant_is_not_taken_for_the_weights(tmp_path: Path) -> None:
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / WEIGHTS.replace(".safetensors", ".fp16.safetensors")).touch()
+    part = Part("teacher", "teacher", str(tmp_path), ("vae",))
+    assert missing(part) == f"'{tmp_path}' lacks vae/{WEIGHTS} (it has the variant fp16)"
