@@ -1,7 +1,7 @@
 """Flow-Map GRPO: reinforcement learning for few-step flow-map image generators.
 
 Importing this package imports nothing else; its names are looked up when they are first used, and torch is imported by
-the calls that need it.
+the calls that need it. docs/python.md shows them.
 """
 
 from __future__ import annotations
@@ -13,20 +13,27 @@ from fmg.version import __version__
 
 if TYPE_CHECKING:
     from fmg.eval.evaluate import evaluate
+    from fmg.export.artifact import export_artifact
+    from fmg.export.diffusers import export_diffusers
+    from fmg.export.verify import verify
     from fmg.inference import Generator, load
     from fmg.inference.pipeline import FlowMapPipeline
     from fmg.registry.recipe import Recipe
     from fmg.registry.resolve import resolve
-    from fmg.training.api import train
+    from fmg.training.api import resume, train
 
 _HOMES = {
     "FlowMapPipeline": "fmg.inference.pipeline",
     "Generator": "fmg.inference",
     "Recipe": "fmg.registry.recipe",
     "evaluate": "fmg.eval.evaluate",
+    "export_artifact": "fmg.export.artifact",
+    "export_diffusers": "fmg.export.diffusers",
     "load": "fmg.inference",
     "resolve": "fmg.registry.resolve",
+    "resume": "fmg.training.api",
     "train": "fmg.training.api",
+    "verify": "fmg.export.verify",
 }
 
 
@@ -40,4 +47,17 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-__all__ = ["FlowMapPipeline", "Generator", "Recipe", "__version__", "evaluate", "load", "resolve", "train"]
+__all__ = [
+    "FlowMapPipeline",
+    "Generator",
+    "Recipe",
+    "__version__",
+    "evaluate",
+    "export_artifact",
+    "export_diffusers",
+    "load",
+    "resolve",
+    "resume",
+    "train",
+    "verify",
+]

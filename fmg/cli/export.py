@@ -12,7 +12,6 @@ from fmg.cli.export_options import (
     batch_range,
     check_artifact_only,
     check_combination,
-    default_folder,
     folder_precision,
     one_folder,
     precision_of,
@@ -119,10 +118,12 @@ def export(
     )
     with reporter_for(stderr()) as reporter:
         reporter(LOADING)
+        from fmg.inference.target import export_folder
+
         if diffusers:
             from fmg.export.diffusers import export_diffusers
 
-            merged = export_diffusers(target, folder or default_folder(target, "diffusers"), kept, observer=reporter)
+            merged = export_diffusers(target, folder or export_folder(target, "diffusers"), kept, observer=reporter)
             facts, text = _folder_facts(merged), f"{merged.folder}: {merged.changed} of {merged.tensors} weights merged"
         elif swap_weights is not None:
             from fmg.export.swap import swap_weights as swap
@@ -137,7 +138,7 @@ def export(
             from fmg.export.artifact import ExportOptions, export_artifact
 
             options = ExportOptions(precision_of(precision), int8, sides, rows)
-            folder = folder or default_folder(target, "artifact")
+            folder = folder or export_folder(target, "artifact")
             artifact = export_artifact(target, folder, options, observer=reporter)
             facts, text = _facts(artifact), _text(artifact)
             if request is not None:

@@ -118,33 +118,16 @@ def one_folder(place: str | None, out: str | None) -> Path | None:
     """
     if place is not None and out is not None:
         raise UsageError("OUT is given twice, as a word and as --out", "Give it once.")
+    from fmg.inference.target import absent_folder
+
     text = place if place is not None else out
-    return None if text is None else _absent(checked_folder(text, "OUT" if out is None else "--out"))
-
-
-def default_folder(target: str | None, name: str) -> Path:
-    """Where an export goes when nothing is said: into its run, or beside others of models.
-
-    Raises:
-        UsageError: it exists, or there is no run yet.
-    """
-    if target is None:
-        from fmg.inference.target import resolve_target
-
-        return _absent(Path(resolve_target(None).label) / name)
-    return _absent(Path(target) / name if Path(target).is_dir() else Path(f"{name}s") / target)
+    return None if text is None else absent_folder(checked_folder(text, "OUT" if out is None else "--out"))
 
 
 def _known(text: str, names: Iterable[str]) -> str:
     if text not in tuple(names):
         raise UsageError(f"--precision: '{text}' is not a precision", suggestion(text, names))
     return text
-
-
-def _absent(folder: Path) -> Path:
-    if folder.exists():
-        raise UsageError(f"{folder} exists already", "Export to another folder, or move that one away.")
-    return folder
 
 
 def _number(flag: str, text: str, part: str, most: int, example: str) -> int:

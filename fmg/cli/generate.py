@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -27,17 +25,13 @@ from fmg.cli.options import (
     given_text,
 )
 from fmg.cli.timings import print_timing
-from fmg.core.errors import UsageError, writing
+from fmg.core.errors import UsageError
 from fmg.core.events import Notice, StageProgress
 from fmg.progress.reporters import LOADING, Reporter, reporter_for
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from fmg.inference import Generator
     from fmg.inference.timing import Timing
-
-_SLUG_LENGTH = 40
 
 
 def generate(
@@ -89,7 +83,7 @@ def generate(
     orders = [(text, seed + i) for text in texts for i in range(num)]
     with reporter_for(stderr()) as reporter:
         reporter(LOADING)
-        from fmg.data.pictures import GridRow, sample_grid, to_pil
+        from fmg.data.pictures import GridRow, sample_grid, save_pictures, to_pil
         from fmg.inference import load
 
         with load(
@@ -118,7 +112,7 @@ def generate(
     if sheet:
         rows = [GridRow(text, drawn.image_array[i * num : (i + 1) * num]) for i, text in enumerate(texts)]
         pictures.append((sample_grid(rows, source or "newest run"), "sheet"))
-    files = save_pictures(pictures, folder)
+    files = save_pictures(pictures, folder, called="--out ")
     if as_json:
         images = [
             {"path": str(file), "prompt": text, "seed": key} for file, (text, key) in zip(files, orders, strict=False)
@@ -146,33 +140,3 @@ def _timing(
         {label: generator}, work, progress=lambda done, total: reporter(StageProgress("timing", done, total))
     )
     return timings[label]
-
-
-def save_pictures(pictures: Sequence[tuple[Image, str]], folder: Path) -> list[Path]:
-    """Saves pictures as `NNNN-<text>.png` in `folder`, numbered on from the highest number there.
-
-    Files are created exclusively, so two processes that write into one folder cannot overwrite each other.
-
-    Raises:
-        StorageError: the system refused.
-    """
-    with writing(folder, called="--out "):
-        folder.mkdir(parents=True, exist_ok=True)
-        taken = [int(match[0]) for file in folder.iterdir() if (match := re.match(r"\d+", file.name))]
-        first = max(taken, default=0) + 1
-        return [_save(picture, folder, number, text) for number, (picture, text) in enumerate(pictures, first)]
-
-
-def _save(picture: Image, folder: Path, number: int, text: str) -> Path:
-    slug = re.sub(r"[^a-z0-9]+", "-", text.lower())[:_SLUG_LENGTH].strip("-") or "image"
-    path = folder / f"{number:04d}-{slug}.png"
-    try:
-        with path.open("xb") as file:
-            picture.save(file, "PNG")
-    except FileExistsError:
-        return _save(picture, folder, number + 1, text)
-    except BaseException:
-        # not the whole picture, and nobody else's: the name was free
-        path.unlink(missing_ok=True)
-        raise
-    return path

@@ -145,7 +145,7 @@ def python_call(call: Callable[P, R]) -> Callable[P, R]:
 
 # Quoted texts and shell commands stay as they are.
 _KEPT = r"`[^`]*`|(?<!\w)'[^']*'(?!\w)|\b(?:fmg|pip) [a-z][^.;:,)]*"
-_OPTION = re.compile(rf"(?P<kept>{_KEPT})|(?<![\w-])--(?P<name>[a-z][a-z0-9-]*)(?: (?P<value>[a-z][a-z0-9-]*))?")
+_OPTION = re.compile(rf"(?P<kept>{_KEPT})|(?<![\w-])--(?P<name>[a-z][a-z0-9-]*)(?: (?P<value>[a-z][a-z0-9-]*|\d+))?")
 _ARGUMENTS = {"reward": "rewards", "features": "extractors", "config": "recipe", "from": "target", "set": "options"}
 _TAKE_A_WORD = {"backend", "device", "dtype", "extractors", "objective", "optimizer", "precision", "rewards"}
 _SWITCHES = {"allow_code", "int8", "stop_on_hacking"}
@@ -165,6 +165,8 @@ def _argument(match: re.Match[str]) -> str:
     rest = "" if value is None else f" {value}"
     if name in _SWITCHES:
         return f"{name}=True{rest}"
+    if value is not None and value.isdigit():
+        return f"{name}={value}"
     if name in _TAKE_A_WORD and value is not None and value not in _NO_VALUES:
         return f"{name}='{value}'"
     return f"'{name}'{rest}"
@@ -189,12 +191,18 @@ def _sentence(text: str) -> str:
     return text if text.endswith((".", "?", "!", ":")) else text + "."
 
 
+# Names of a list that an error prints: of runs there can be thousands
+_LISTED = 40
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """A hint for a mistyped name: the closest known one and the whole list."""
+    """A hint for a mistyped name: the closest known one, which may be a path that ends in it, and the list."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    lead = f"Did you mean '{close[0]}'? " if close else ""
-    return f"{lead}Known: {', '.join(names) if names else 'none'}."
+    by_word = {path.rpartition("/")[2]: path for path in names} | {path: path for path in names}
+    close = difflib.get_close_matches(name, by_word, n=1, cutoff=0.5)
+    lead = f"Did you mean '{by_word[close[0]]}'? " if close else ""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"{lead}Known: {', '.join(names[:_LISTED]) if names else 'none'}{more}."
 
 
 def first_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from fmg.core.errors import CheckpointError, UsageError, first_line, writing
 from fmg.core.unfinished import write_atomic
 
 if TYPE_CHECKING:
@@ -27,6 +29,10 @@ _MIN_TILE = 96
 _MAX_TILE = 256
 _LABEL_WIDTH = 150
 _GAP = 4
+_SLUG_LENGTH = 40
+
+PICTURE_FORMATS: Mapping[str, str] = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+"""Suffixes of picture files that are written, and what Pillow calls their formats."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,40 @@ def to_pil(image: Float[Tensor, "3 h w"] | NDArray[np.float32]) -> Image.Image:
     values = image if isinstance(image, np.ndarray) else image.detach().float().cpu().numpy()
     levels = np.rint(values.clip(0, 1) * 255).astype(np.uint8)
     return Image.fromarray(np.ascontiguousarray(levels.transpose(1, 2, 0)))
+
+
+def save_pictures(pictures: Sequence[tuple[Image.Image, str]], folder: Path, *, called: str = "") -> list[Path]:
+    """Saves pictures as `NNNN-<text>.png` in `folder`, numbered on from the highest number there.
+
+    Files are created exclusively, so two processes that write into one folder cannot overwrite each other.
+
+    Args:
+        pictures: each with the text that its name is made of.
+        folder: where to; is made.
+        called: what leads the folder's name in an error, such as the option that gave it.
+
+    Raises:
+        StorageError: the system refused.
+    """
+    with writing(folder, called=called):
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = [int(match[0]) for file in folder.iterdir() if (match := re.match(r"\d+", file.name))]
+        first = max(taken, default=0) + 1
+        return [_save(picture, folder, number, text) for number, (picture, text) in enumerate(pictures, first)]
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture that a run wrote.
+
+    Raises:
+        CheckpointError: the file is not there or damaged.
+    """
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except OSError as error:
+        raise CheckpointError(f"'{path}' cannot be read: {first_line(error)}", "Make it again: fmg report.") from None
 
 
 def sample_grid(rows: Sequence[GridRow], title: str) -> Image.Image:
@@ -160,3 +200,39 @@ def _label(draw: ImageDraw.ImageDraw, text: str, corner: tuple[int, int], height
     top = corner[1] + max(0, (height - 17 * len(lines)) // 2)
     for i, line in enumerate(lines):
         draw.text((corner[0], top + 17 * i), line, fill=_INK, font=font)
+
+
+def save_picture(picture: Image.Image, path: Path) -> Path:
+    """Saves a picture as a new file, in the format of its suffix (`PICTURE_FORMATS`).
+
+    Raises:
+        UsageError: there is a file of that name.
+        StorageError: the system refused.
+    """
+    with writing(path):
+        try:
+            _write(picture, path, PICTURE_FORMATS[path.suffix.lower()])
+        except FileExistsError:
+            raise UsageError(f"'{path}' exists already", "Give another name; nothing is overwritten.") from None
+    return path
+
+
+def _save(picture: Image.Image, folder: Path, number: int, text: str) -> Path:
+    slug = re.sub(r"[^a-z0-9]+", "-", text.lower())[:_SLUG_LENGTH].strip("-") or "image"
+    path = folder / f"{number:04d}-{slug}.png"
+    try:
+        _write(picture, path, "PNG")
+    except FileExistsError:
+        return _save(picture, folder, number + 1, text)
+    return path
+
+
+def _write(picture: Image.Image, path: Path, form: str) -> None:
+    """Writes a new file; an unfinished one is removed. Raises `FileExistsError`."""
+    with path.open("xb") as file:
+        try:
+            picture.save(file, form)
+        except BaseException:
+            # not the whole picture, and nobody else's: the name was free
+            path.unlink(missing_ok=True)
+            raise

@@ -14,7 +14,7 @@ from statistics import mean, median
 from typing import Literal
 
 from fmg.core.errors import CheckpointError, UsageError
-from fmg.data.run_folder import RunFolder, is_run, read_numbers
+from fmg.data.run_folder import RunFolder, is_run, no_run, read_numbers
 from fmg.data.run_metrics import AVERAGED, DIVERSITY, ERRORS, PREFIX, REWARD, HackingLimits, hacked
 from fmg.registry.sections import EvalSection
 
@@ -96,7 +96,7 @@ def examine_run(run: str | Path) -> list[Advice]:
     """
     folder = RunFolder(Path(run))
     if not is_run(folder.path):
-        raise UsageError(f"'{run}' is not a run folder", "Name one that `fmg train` made; `fmg runs` lists them.")
+        raise no_run(folder.path)
     folder.state()
     lines = read_numbers(folder.metrics)
     if not lines:

@@ -15,10 +15,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.errors import CheckpointError, UsageError, suggestion
 from fmg.core.files import sealed, unsealed
 from fmg.core.json_reader import JsonError, Line, located, parse_object, read_lines, read_object
-from fmg.core.shown import LONGEST_VALUE
+from fmg.core.shown import LONGEST_VALUE, html_picture, html_text
 from fmg.core.unfinished import write_atomic
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ RUNS = Path("runs")
 """Where runs go unless told otherwise, relative to the working directory."""
 SCHEMA = 1
 State = Literal["running", "finished", "interrupted", "failed"]
+_SHOWN_WIDTH = 720
 STATES: tuple[State, ...] = get_args(State)
 MAX_METRICS_BYTES = 1 << 30
 """Most bytes of a `metrics.jsonl` that is read: 1 GiB, a million lines."""
@@ -52,9 +53,9 @@ class RunState:
         return datetime.fromisoformat(self.created).timestamp()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunFolder:
-    """The folder of one run."""
+    """The folder of one run. It can be used wherever a path can."""
 
     path: Path
 
@@ -105,6 +106,20 @@ class RunFolder:
             raise UsageError(f"'{path}' already holds a run", "Choose another --run; a run is never overwritten.")
         if taken:
             raise UsageError(f"'{path}' exists and is not a run folder", "Choose a --run that does not exist yet.")
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        return f"RunFolder('{self.path}')"
+
+    def _repr_html_(self) -> str:
+        pictures = [path for path in (self.curve, self.before_after) if path.is_file()]
+        return html_text(repr(self)) + "".join(html_picture(p.read_bytes(), p.stem, _SHOWN_WIDTH) for p in pictures)
+
+    def exists(self) -> bool:
+        """Whether there is a run, in whatever state."""
+        return is_run(self.path)
 
     @property
     def recipe(self) -> Path:
@@ -200,6 +215,19 @@ class RunFolder:
 def is_run(path: Path) -> bool:
     """Whether `path` is a run folder, in whatever state."""
     return _state_file(path).is_file()
+
+
+def run_names(root: Path = RUNS) -> list[str]:
+    """The paths of the runs directly under `root`, as one types them."""
+    return [str(run.path) for group in _sorted_runs(root) for run in group]
+
+
+def no_run(path: Path, root: Path = RUNS) -> UsageError:
+    """The error for a folder that is not a run, with the run that may have been meant."""
+    return UsageError(
+        f"'{path}' is not a run folder",
+        f"Name one that `fmg train` made. {suggestion(str(path), run_names(root))}",
+    )
 
 
 def list_runs(root: Path = RUNS) -> list[RunFolder]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fmg.core.errors import FmgError, UsageError
 from fmg.core.unfinished import remove_leftovers
-from fmg.data.run_folder import RunFolder, is_run
+from fmg.data.run_folder import RunFolder, is_run, no_run
 from fmg.registry.recipe import Recipe
 
 FOLDER = "state"
@@ -68,7 +68,7 @@ def check_resumable(run: Path) -> None:
         UsageError: it is not a run, has ended, or has no state yet.
     """
     if not is_run(run):
-        raise UsageError(f"'{run}' is not a run folder", "Name one that `fmg train` made; `fmg runs` lists them.")
+        raise no_run(run)
     if RunFolder(run).state().state == "finished":
         raise UsageError(f"The run '{run}' is finished", _start_anew(run))
     if newest_state(run) is None:

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from os import PathLike
 from pathlib import Path
 
 import torch
 
-from fmg.core.errors import UsageError
-from fmg.core.events import Notice, Observer, StageProgress, ignore
+from fmg.core.errors import UsageError, python_call
+from fmg.core.events import Notice, Observer, StageProgress
 from fmg.core.protocols import FeatureExtractor, PromptSet, Reward
 from fmg.data.prompt_sets import load_prompts
 from fmg.eval.dump import FORMATS, geneval_dump
@@ -24,24 +25,27 @@ from fmg.eval.rows import difference_rows, metric_rows, result_rows, tag_rows
 from fmg.eval.scoring import EvalSet, Scores, Sink, prompt_clusters, score_target
 from fmg.eval.set_metrics import FeatureSet, Reference, SetMetrics
 from fmg.inference.devices import pick_device
-from fmg.inference.target import Target, load_target, resolve_target
+from fmg.inference.target import Target, TargetLike, load_target, resolve_target
+from fmg.progress import watching
 from fmg.rewards.base import build_rewards, check_prompts
+from fmg.rewards.functions import Rewards, measured_names
 
 BASE = "base"
 # The reference pictures of a world are the same for every evaluation.
 _WORLD_SEED = 0
 
 
+@python_call
 def evaluate(
-    target: str | Path | None = None,
+    target: TargetLike = None,
     *,
-    against: str | Path | None = None,
+    against: TargetLike = None,
     prompts: str | None = None,
-    rewards: Sequence[str] | None = None,
+    rewards: Rewards | None = None,
     options: Mapping[str, Mapping[str, object]] | None = None,
-    extractors: Sequence[str] = (),
-    reference: str | None = None,
-    steps: Sequence[int] | None = None,
+    extractors: str | Sequence[str] = (),
+    reference: str | PathLike[str] | None = None,
+    steps: int | Sequence[int] | None = None,
     grid: str | None = None,
     num: int = 1000,
     seed: int = 0,
@@ -51,7 +55,8 @@ def evaluate(
     dump: tuple[str, str | Path] | None = None,
     report: str | Path | None = None,
     allow_code: bool = False,
-    observer: Observer = ignore,
+    observer: Observer | None = None,
+    progress: bool | None = None,
 ) -> EvalReport:
     """Draws `num` images of a target with its native few-step sampler and scores them.
 
@@ -60,7 +65,8 @@ def evaluate(
         against: a second target, or `base` for the target's own model without its adapter; differences are paired image
             by image.
         prompts: prompt set by name or file; None takes the recipe's evaluation set.
-        rewards: rewards by name (`python:module:fn` allowed); None takes the recipe's own and its evaluation rewards.
+        rewards: names (`python:module:fn` allowed) or functions, as in `train` but without weights; None takes the
+            recipe's own and its evaluation rewards.
         options: options of rewards and extractors by name.
         extractors: feature extractors by name; each adds metrics of the whole set.
         reference: what Fréchet distance, precision and recall compare with: a folder of pictures, or `world` for true
@@ -76,27 +82,30 @@ def evaluate(
         report: where a page with pictures and its JSON go: a `.html` file, or a folder for `report.html`.
         allow_code: whether rewards that the recipe of a run names as code may run; `rewards` given here always may.
         observer: receives `StageProgress` and `Notice` events.
+        progress: whether progress is shown, as in `train`.
 
     Raises:
         UsageError: unknown target, reward, prompt set, extractor or grid, a number out of range, a file in the way.
     """
     if num < 1:
         raise UsageError(f"The number of images is {num}", "Give --num of at least 1.")
-    first = resolve_target(target, allow_code=allow_code or bool(rewards))
+    names, functions = measured_names(rewards)
+    first = resolve_target(target, allow_code=allow_code or bool(names))
     other = _other(first, against)
     prompt_set = load_prompts(prompts or first.recipe.eval.prompts)
     given = dict(options or {})
-    features = chosen_extractors(extractors, given)
-    scorers = build_rewards(chosen_rewards(rewards, first.recipe.measured_rewards, given, taken=features))
+    features = chosen_extractors([extractors] if isinstance(extractors, str) else extractors, given)
+    scorers = build_rewards(chosen_rewards(names, first.recipe.measured_rewards, given, taken=features), functions)
     eval_set = EvalSet.make(prompt_set, num, seed)
     for name, reward in scorers.items():
         check_prompts(name, reward, eval_set.prompts)
-    sweep = tuple(steps) if steps else (first.recipe.rollout.steps,)
+    sweep = (steps,) if isinstance(steps, int) else tuple(steps or (first.recipe.rollout.steps,))
     _check_dump(dump, sweep)
     page = None if report is None else check_report(report)
-    references = _references(reference, prompt_set, features, eval_set, pick_device(device))
-    plan = _Plan(scorers, features, references, eval_set, sweep, grid or first.recipe.rollout.grid, observer)
-    with ExitStack() as stack:
+    compared = None if reference is None else str(reference)
+    references = _references(compared, prompt_set, features, eval_set, pick_device(device))
+    with watching(observer, progress) as told, ExitStack() as stack:
+        plan = _Plan(scorers, features, references, eval_set, sweep, grid or first.recipe.rollout.grid, told)
         sink = [] if dump is None else [stack.enter_context(geneval_dump(Path(dump[1]), eval_set.entries))]
         runs = [
             plan.measure(found, device, dtype, batch_size, sinks=sinks, gallery=page is not None)
@@ -110,7 +119,7 @@ def evaluate(
     return result
 
 
-def _other(first: Target, against: str | Path | None) -> Target | None:
+def _other(first: Target, against: TargetLike) -> Target | None:
     if against is None:
         return None
     # only the rewards of the first target are measured, so code that the other's recipe names stays unused
@@ -184,6 +193,7 @@ class _Plan:
         gallery: bool,
     ) -> _Run:
         """Draws all images of a target, at every number of steps."""
+        self.observer(StageProgress("loading", 0, 0, target.label))
         generator = load_target(target, device=device, dtype=dtype, batch_size=batch_size)
         for count in self.sweep:
             generator.times(count, self.grid)

@@ -27,12 +27,16 @@ def chosen_extractors(names: Sequence[str], options: Options) -> dict[str, Featu
 
 
 def chosen_rewards(
-    names: Sequence[str] | None, own: Sequence[RewardRef], options: Options, *, taken: Collection[str]
+    names: Sequence[str | Mapping[str, object]] | None,
+    own: Sequence[RewardRef],
+    options: Options,
+    *,
+    taken: Collection[str],
 ) -> list[RewardRef]:
     """The rewards called `names`, or `own`, with `options` instead of what they had.
 
     Args:
-        names: given by the user; None takes `own`.
+        names: given by the user, by name or as entries of a recipe; None takes `own`.
         own: of a recipe.
         options: by name.
         taken: other names that options may belong to.

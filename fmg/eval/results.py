@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+
+from fmg.core.errors import UsageError, python_call, writing
+from fmg.core.shown import counted, html_table
 
 SCHEMA = 1
 MEAN_OF_TAGS = "mean of tags"
@@ -57,7 +63,7 @@ class Difference:
     ci95: tuple[float, float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EvalReport:
     """What `fmg eval --json` prints.
 
@@ -77,6 +83,43 @@ class EvalReport:
     against: tuple[EvalReport, ...]
     differences: tuple[Difference, ...]
     metric_differences: tuple[Metric, ...]
+
+    def __repr__(self) -> str:
+        scores = "".join(
+            f", {row.reward} {row.mean:.3f} at {counted(row.steps, 'step')}"
+            for row in self.results
+            if row.part == "total"
+        )
+        against = "".join(f" against {other.target}" for other in self.against)
+        return f"EvalReport({self.target}{against}, {counted(self.num, 'image')}{scores})"
+
+    def _repr_html_(self) -> str:
+        columns = ["steps", "reward", "part", self.target, "95 % interval"]
+        rows = [[str(row.steps), row.reward, row.part, f"{row.mean:.3f}", _interval(row.ci95)] for row in self.results]
+        if self.differences:
+            columns += ["difference", "95 % interval"]
+            rows = [
+                [*row, f"{delta.mean:+.3f}", _interval(delta.ci95)]
+                for row, delta in zip(rows, self.differences, strict=True)
+            ]
+        return html_table(repr(self), columns, rows)
+
+    @python_call
+    def save(self, path: str | PathLike[str]) -> Path:
+        """Writes what `fmg eval --json` prints; overwrites nothing.
+
+        Raises:
+            UsageError: the file exists.
+            StorageError: the system refused.
+        """
+        file = Path(path)
+        with writing(file):
+            try:
+                with file.open("x", encoding="utf-8") as text:
+                    json.dump(self.to_json(), text, indent=2, ensure_ascii=False)
+            except FileExistsError:
+                raise UsageError(f"'{file}' exists already", "Give another name; nothing is overwritten.") from None
+        return file
 
     def result(self, reward: str, part: str, steps: int) -> Result:
         """The row of one score."""
@@ -116,3 +159,7 @@ def headline_tags(results: Sequence[Result], tags: Sequence[TagResult]) -> list[
 def plain(rows: Sequence[Result | TagResult | Metric | Difference]) -> list[dict[str, object]]:
     """Rows as JSON values; bounds that are not finite are null."""
     return [asdict(row) | {"ci95": [bound if math.isfinite(bound) else None for bound in row.ci95]} for row in rows]
+
+
+def _interval(bounds: tuple[float, float]) -> str:
+    return f"[{bounds[0]:.3f}, {bounds[1]:.3f}]"

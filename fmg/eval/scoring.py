@@ -140,7 +140,7 @@ def score_target(
     total = len(texts)
     for start in range(0, total, CHUNK):
         rows = slice(start, start + CHUNK)
-        drawn = generator.generate(texts[rows], eval_set.seeds[rows], steps=steps, grid=grid)
+        drawn = generator.generate(texts[rows], eval_set.seeds[rows], steps=steps, grid=grid, progress=False)
         images = drawn.images.to(generator.backend.device)
         scores = score_images(rewards, images, texts[rows])
         collected.add(scores)

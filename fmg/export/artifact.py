@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from fmg.core.errors import UsageError
+from fmg.core.errors import UsageError, python_call
 from fmg.core.events import Observer, StageProgress, ignore
 from fmg.core.model_folder import read_config
 from fmg.core.unfinished import new_folder
@@ -55,10 +56,11 @@ from fmg.inference.artifact.manifest import (
     Sampling,
     TokenizerFacts,
 )
-from fmg.inference.target import resolve_target
+from fmg.inference.target import TargetLike, export_folder, resolve_target
 from fmg.models.flux.latents import PATCH
 from fmg.models.flux.loading import FLUX
 from fmg.models.geometry import latent_scale
+from fmg.progress import watching
 from fmg.version import __version__
 
 ExportPrecision = Literal["fp32", "bf16", "fp16"]
@@ -93,16 +95,23 @@ class ExportOptions:
     batch: tuple[int, int, int] | None = None
 
 
+@python_call
 def export_artifact(
-    target: str | Path | None, out: Path, options: ExportOptions | None = None, *, observer: Observer = ignore
+    target: TargetLike = None,
+    out: str | PathLike[str] | None = None,
+    options: ExportOptions | None = None,
+    *,
+    observer: Observer | None = None,
+    progress: bool | None = None,
 ) -> Artifact:
     """Writes the artifact of a run, its adapter merged, or of a model as it is.
 
     Args:
         target: a run folder, a model by name, or None for the newest run.
-        out: the folder to make.
+        out: the folder to make; None is `artifact` in the run's folder, or `artifacts/<model>`.
         options: precision and sizes.
         observer: hears of the progress.
+        progress: whether progress is shown, as in `train`.
 
     Raises:
         UsageError: `out` exists, an option does not fit the model, or the disk is too small.
@@ -110,7 +119,9 @@ def export_artifact(
         CheckpointError: base and adapter do not belong together, a file is damaged, or a graph cannot be traced;
             nothing is left behind. Or a swap that was killed left the artifact of that name beside `out`.
     """
-    return export_source(find_source(resolve_target(target)), out, options or ExportOptions(), observer=observer)
+    folder = export_folder(target, "artifact") if out is None else Path(out)
+    with watching(observer, progress) as told:
+        return export_source(find_source(resolve_target(target)), folder, options or ExportOptions(), observer=told)
 
 
 def export_source(source: ExportSource, out: Path, options: ExportOptions, *, observer: Observer = ignore) -> Artifact:

@@ -6,11 +6,12 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 import torch
 
-from fmg.core.errors import UsageError
+from fmg.core.errors import UsageError, python_call
 from fmg.core.events import Observer, StageProgress, ignore
 from fmg.core.unfinished import new_folder
 from fmg.export.delta import Delta, check_base, read_delta
@@ -19,7 +20,7 @@ from fmg.export.source import find_source
 from fmg.export.space import check_space
 from fmg.export.weights import TensorType, lay_out, write_weights
 from fmg.inference.pipeline import sampled_as
-from fmg.inference.target import resolve_target
+from fmg.inference.target import TargetLike, export_folder, resolve_target
 from fmg.models.common.digest import stored_digest
 from fmg.models.common.full_files import is_full
 from fmg.models.common.reader import TensorReader
@@ -28,6 +29,7 @@ from fmg.models.conventions import FlowMapConventions, read_conventions
 from fmg.models.flux.loading import TransformerSource, transformer_source
 from fmg.models.flux.pipeline_files import STALE, write_pipeline_files
 from fmg.models.flux_configs import FluxStudentConfig
+from fmg.progress import watching
 from fmg.training.card import CARD, SAMPLES
 
 TRANSFORMER = "transformer"
@@ -49,8 +51,14 @@ class Merged:
     tensors: int
 
 
+@python_call
 def export_diffusers(
-    target: str | Path | None, out: Path, dtype: str = "stored", *, observer: Observer = ignore
+    target: TargetLike = None,
+    out: str | PathLike[str] | None = None,
+    dtype: str = "stored",
+    *,
+    observer: Observer | None = None,
+    progress: bool | None = None,
 ) -> Merged:
     """Writes the pipeline of a run, adapter merged, as a new diffusers folder.
 
@@ -58,9 +66,10 @@ def export_diffusers(
 
     Args:
         target: a run folder, a student by name, or None for the newest run.
-        out: the folder to make.
+        out: the folder to make; None is `diffusers` in the run's folder.
         dtype: of the transformer: `stored`, `fp32`, `bf16` or `fp16`. The sums are made in fp32.
         observer: hears of every shard.
+        progress: whether progress is shown, as in `train`.
 
     Raises:
         UsageError: there is nothing to merge, the model is of another family, or `out` exists.
@@ -73,7 +82,9 @@ def export_diffusers(
     if source.checkpoint is None and not student:
         raise UsageError(f"'{found.label}' has no adapter to merge", "Name a run folder; `fmg runs` lists them.")
     folder = _Folder(source.folder, sampled_as(source.conventions, found.recipe), source.transformer)
-    return _write(folder, source.delta, source.checkpoint, out, DTYPES[dtype], observer)
+    place = export_folder(target, "diffusers") if out is None else Path(out)
+    with watching(observer, progress) as told:
+        return _write(folder, source.delta, source.checkpoint, place, DTYPES[dtype], told)
 
 
 def merge_folder(

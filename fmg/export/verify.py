@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
+from os import PathLike
 from pathlib import Path
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
-from fmg.core.errors import UsageError, suggestion
-from fmg.core.events import Notice, Observer, StageProgress, ignore
+from fmg.core.errors import UsageError, python_call, suggestion
+from fmg.core.events import Notice, Observer, StageProgress
 from fmg.data.prompt_sets import load_prompts
 from fmg.eval.scoring import EvalSet
 from fmg.export.bisect import first_divergence
@@ -27,15 +28,16 @@ from fmg.export.verify_tensors import GraphParity, parity, sample_inputs
 from fmg.inference import Generator, Target
 from fmg.inference.alone import VerifyReport, check_drawing, check_files, described
 from fmg.inference.artifact.backend import ArtifactBackend
-from fmg.inference.artifact.layout import Artifact
+from fmg.inference.artifact.layout import Artifact, open_artifact
 from fmg.inference.artifact.manifest import GRAPHS, TRANSFORMER, TRANSFORMER_INT8, Check
 from fmg.inference.backend import TorchBackend
 from fmg.inference.loading import AUTO, find, load, made_from
 from fmg.inference.onnxruntime import NAME as ONNXRUNTIME
 from fmg.inference.onnxruntime import PrecisionError
-from fmg.inference.target import load_model
+from fmg.inference.target import TargetLike, load_model
 from fmg.inference.tensorrt.census import Census as EngineCensus
 from fmg.models.flux.model import FluxModel
+from fmg.progress import watching
 from fmg.rewards.base import build_rewards, check_prompts
 
 Level = Literal["quick", "full"]
@@ -56,9 +58,10 @@ class ReportsPrecision(Protocol):
         """The layers of a graph's engine by kind and type; None where they cannot be read."""
 
 
+@python_call
 def verify(
-    artifact: Artifact,
-    against: str | Path | Target | None = None,
+    artifact: str | PathLike[str] | Artifact,
+    against: TargetLike = None,
     *,
     level: str = "quick",
     backend: str = AUTO,
@@ -66,12 +69,13 @@ def verify(
     num: int | None = None,
     seed: int = 0,
     allow_code: bool = False,
-    observer: Observer = ignore,
+    observer: Observer | None = None,
+    progress: bool | None = None,
 ) -> VerifyReport:
     """Compares an artifact with the run or model that it was made from, and writes what was found into its manifest.
 
     Args:
-        artifact: what to check.
+        artifact: what to check: what `export_artifact` returned, or its folder.
         against: the run or model; None takes what the manifest names.
         level: `quick` compares files, weights, precision, graphs and 16 pictures; `full` also the run's rewards on 512.
         backend: what runs the artifact.
@@ -80,6 +84,7 @@ def verify(
         seed: of inputs and noise.
         allow_code: whether the recipe of a run may name reward code; see `fmg eval`.
         observer: hears of the progress.
+        progress: whether progress is shown, as in `train`.
 
     Raises:
         UsageError: an unknown level, or the run or model is not here any more.
@@ -87,7 +92,22 @@ def verify(
     """
     if level not in LEVELS:
         raise UsageError(f"There is no level '{level}' of verification", suggestion(level, LEVELS))
-    target = reference_of(artifact, against, allow_code=allow_code)
+    opened = artifact if isinstance(artifact, Artifact) else open_artifact(Path(artifact), hashes=False)
+    target = reference_of(opened, against, allow_code=allow_code)
+    with watching(observer, progress) as told:
+        return _verify(opened, target, level, backend, device, num, seed, told)
+
+
+def _verify(
+    artifact: Artifact,
+    target: Target,
+    level: str,
+    backend: str,
+    device: str,
+    num: int | None,
+    seed: int,
+    observer: Observer,
+) -> VerifyReport:
     proof = _Proof(artifact, target, level == "full", device, num, seed, observer)
     checks = [check_files(artifact), *proof.source(), *proof.precision()]
     with load(artifact, backend=backend, device=device) as candidate:
@@ -109,7 +129,7 @@ def verify(
     return VerifyReport(str(artifact.folder), target.label, level, detail, tuple(checks))
 
 
-def reference_of(artifact: Artifact, against: str | Path | Target | None = None, *, allow_code: bool = False) -> Target:
+def reference_of(artifact: Artifact, against: TargetLike = None, *, allow_code: bool = False) -> Target:
     """The run or model that an artifact is compared with.
 
     Raises:

@@ -117,7 +117,7 @@ def compare(
     for start in range(0, total, CHUNK):
         rows = slice(start, start + CHUNK)
         prompts, seeds = eval_set.prompts[rows], eval_set.seeds[rows]
-        sides = [generator.generate(prompts, seeds) for generator in (reference, candidate)]
+        sides = [generator.generate(prompts, seeds, progress=False) for generator in (reference, candidate)]
         difference.add(sides[1].image_array, sides[0].image_array)
         scored = [score_images(rewards, side.images, prompts) for side in sides]
         for key in scored[0]:

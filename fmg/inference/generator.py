@@ -5,8 +5,13 @@ Imports no torch: the backend decides what computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
+from numbers import Integral
+from os import PathLike
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -14,32 +19,89 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fmg.core.backends import Backend, Drawn
-from fmg.core.errors import UsageError
+from fmg.core.errors import UsageError, WrongTypeError, python_call
+from fmg.core.events import StageProgress
+from fmg.core.shown import counted, html_picture, html_text
 from fmg.core.stages import NOISE, stage
 from fmg.flow.grids import make_grid
 from fmg.rl.keyed_noise import NoiseKey, normal
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
 # Noise of generated images must differ from the noise of every training iteration, which counts from 0.
 GENERATION_ITERATION = -1
 DEFAULT_BATCH = 64
+# Images that a notebook shows, and their width there in CSS pixels.
+_SHOWN = 32
+_SHOWN_WIDTH = 192
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Generated:
-    """What was drawn, and milliseconds spent in each stage (`fmg.core.stages`).
+    """Images, what they were made from, and milliseconds spent in each stage (`fmg.core.stages`).
 
     Attributes:
         image_array: images (n, 3, h, w) in [0, 1], fp32.
         latent_array: their latents (n, *shape), fp32.
         timings_ms: by stage, with `total`.
+        prompts: of each image.
+        seeds: of each image.
     """
 
     image_array: NDArray[np.float32]
     latent_array: NDArray[np.float32]
     timings_ms: Mapping[str, float]
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.image_array)
+
+    def __repr__(self) -> str:
+        _, _, height, width = self.image_array.shape
+        return f"Generated({counted(len(self), 'image')} of {width} x {height} pixels)"
+
+    def _repr_html_(self) -> str:
+        shown = [
+            html_picture(_png(image), f"{prompt} (seed {seed})", max(_SHOWN_WIDTH, min(image.width, 2 * _SHOWN_WIDTH)))
+            for image, prompt, seed in zip(self.to_pil()[:_SHOWN], self.prompts, self.seeds, strict=False)
+        ]
+        more = f", the first {_SHOWN} shown" if len(self) > _SHOWN else ""
+        return html_text(f"{self!r}{more}") + "".join(shown)
+
+    def to_pil(self) -> list[Image]:
+        """The images as 8-bit RGB pictures of Pillow."""
+        from fmg.data.pictures import to_pil
+
+        return [to_pil(image) for image in self.image_array]
+
+    @python_call
+    def save(self, path: str | PathLike[str]) -> list[Path]:
+        """Writes the images: one to a file, or any number as `NNNN-<prompt>.png` into a folder. Overwrites nothing.
+
+        Args:
+            path: a file name that ends in `.png`, `.jpg` or `.webp`; any other name is a folder, which is made.
+
+        Returns:
+            The files that were written.
+
+        Raises:
+            UsageError: the file exists, or several images would go into one file.
+            StorageError: the system refused.
+        """
+        from fmg.data.pictures import PICTURE_FORMATS, save_picture, save_pictures
+
+        target = Path(path)
+        if target.suffix.lower() not in PICTURE_FORMATS:
+            return save_pictures(list(zip(self.to_pil(), self.prompts, strict=True)), target)
+        if len(self) != 1:
+            raise UsageError(
+                f"{counted(len(self), 'image')} cannot go into the one file '{target}'",
+                "Give the name of a folder, or save the pictures of to_pil() one by one.",
+            )
+        return [save_picture(self.to_pil()[0], target)]
 
     @property
     def images(self) -> Tensor:
@@ -76,6 +138,10 @@ class Generator:
         self.steps = steps
         self.batch_size = batch_size
 
+    def __repr__(self) -> str:
+        return f"Generator({self.backend.name} on {self.backend.device}, {counted(self.steps, 'step')})"
+
+    @python_call
     def times(self, steps: int | None = None, grid: str | Sequence[float] | None = None) -> tuple[float, ...]:
         """The grid that `generate` uses for these arguments."""
         if grid is None and steps is not None and not isinstance(self.grid, str) and steps != len(self.grid) - 1:
@@ -86,45 +152,71 @@ class Generator:
         count = self.steps if steps is None else steps
         return make_grid(self.grid if grid is None else grid, count, image_tokens=self._image_tokens())
 
+    @python_call
     def generate(
         self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
+        prompts: str | Sequence[str],
+        seeds: int | Iterable[int] = 0,
         *,
+        num: int = 1,
         steps: int | None = None,
         grid: str | Sequence[float] | None = None,
         release_text: bool = False,
-        progress: Callable[[int, int], None] | None = None,
+        progress: bool | Callable[[int, int], None] | None = None,
     ) -> Generated:
-        """One image for each (prompt, seed).
+        """One image for each (prompt, seed), or `num` for each prompt.
 
         Args:
-            prompts: `n` prompts.
-            seeds: `n` integers; each seed keys its own noise, so an image does not depend on its neighbours.
+            prompts: one prompt, or `n` of them.
+            seeds: a list of `n` integers, or the seed of the first image of each prompt: its further images, whether by
+                `num` or because `prompts` repeats it, take the integers that follow. Each seed keys its own noise, so
+                an image does not depend on its neighbours.
+            num: images of each prompt, one after the other; only with `seeds` as one integer.
             steps: network calls; None takes the default.
             grid: time grid; None takes the default.
             release_text: encode every prompt first, then free the text encoders before the first image is drawn.
-            progress: called with (done, total) after each batch.
+            progress: called with (done, total) after each batch. True shows a progress bar, False none; None shows one
+                in a terminal or a notebook when there are several batches.
 
         Raises:
+            WrongTypeError: prompts or seeds are of another type.
             UsageError: when there is no prompt, or not one seed for each prompt.
         """
-        if not prompts:
-            raise UsageError("There is no prompt to draw", "Give at least one prompt.")
-        if len(prompts) != len(seeds):
-            raise UsageError(f"{len(prompts)} prompts came with {len(seeds)} seeds", "Give one seed for each prompt.")
+        texts = _prompts(prompts, num)
+        keys = _seeds(seeds, texts, num)
+        if callable(progress):
+            return self._generate(texts, keys, steps, grid, release_text, progress)
+        from fmg.progress import watching
+
+        with watching(None, progress if len(texts) > self.batch_size else bool(progress)) as tell:
+
+            def told(done: int, total: int) -> None:
+                tell(StageProgress("images", done, total))
+
+            return self._generate(texts, keys, steps, grid, release_text, told)
+
+    def _generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int | None,
+        grid: str | Sequence[float] | None,
+        release_text: bool,
+        progress: Callable[[int, int], None],
+    ) -> Generated:
         times = self.times(steps, grid)
         clock = self.backend.clock()
         parts: list[Drawn] = []
         with clock.running():
             for rows, cond in self._encoded(prompts, release_text):
                 parts.append(self.backend.draw(cond, _KeyedSource(seeds[rows], self.backend.latent_shape), times))
-                if progress is not None:
-                    progress(min(rows.stop, len(prompts)), len(prompts))
+                progress(min(rows.stop, len(prompts)), len(prompts))
         return Generated(
             np.concatenate([part.images for part in parts]),
             np.concatenate([part.latents for part in parts]),
             clock.spent(),
+            tuple(prompts),
+            tuple(seeds),
         )
 
     def __enter__(self) -> Generator:
@@ -156,6 +248,46 @@ class Generator:
 def seeded_noise(seeds: Sequence[int], step: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
     """The noise (n, *shape) of generated images with `n` seeds: 0 is the initial one, k + 1 that of interval k."""
     return normal([NoiseKey(seed, GENERATION_ITERATION, 0, 0, step) for seed in seeds], shape)
+
+
+def _prompts(prompts: object, num: int) -> list[str]:
+    """The prompt of each image."""
+    listed = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(listed, Sequence) or not all(isinstance(prompt, str) for prompt in listed):
+        raise WrongTypeError("prompts", prompts, "a text, or a list of texts")
+    if not listed:
+        raise UsageError("There is no prompt to draw", "Give at least one prompt.")
+    if num < 1:
+        raise UsageError(f"The number of images is {num}", "Give --num of at least 1.")
+    return [prompt for prompt in listed for _ in range(num)]
+
+
+def _seeds(seeds: object, prompts: Sequence[str], num: int) -> list[int]:
+    """The seed of each image; those of one prompt are consecutive."""
+    if isinstance(seeds, Integral):
+        taken: Counter[str] = Counter()
+        found = []
+        for prompt in prompts:
+            found.append(int(seeds) + taken[prompt])
+            taken[prompt] += 1
+        return found
+    if not isinstance(seeds, Iterable) or isinstance(seeds, (str, bytes)):
+        raise WrongTypeError("seeds", seeds, "an integer, or a list of integers")
+    listed = [int(seed) if isinstance(seed, Integral) else seed for seed in seeds]
+    if wrong := [seed for seed in listed if not isinstance(seed, int)]:
+        raise WrongTypeError("seeds", wrong[0], "integers")
+    if num != 1:
+        raise UsageError("A list of seeds says how many images there are, and so does --num", "Leave --num out.")
+    if len(prompts) != len(listed):
+        what = f"{counted(len(prompts), 'prompt')} came with {counted(len(listed), 'seed')}"
+        raise UsageError(what, "Give one seed for each prompt.")
+    return listed
+
+
+def _png(picture: Image) -> bytes:
+    file = BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
 
 
 @dataclass(frozen=True)

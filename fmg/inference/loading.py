@@ -5,11 +5,13 @@ Imports no torch; an artifact is opened without it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fmg.core.errors import UsageError
+from fmg.core.errors import UsageError, python_call
 from fmg.inference.artifact.backend import checked_batch
 from fmg.inference.artifact.layout import Artifact, check_not_interrupted, is_artifact, open_artifact
 from fmg.inference.generator import DEFAULT_BATCH, Generator
@@ -17,17 +19,17 @@ from fmg.registry import backends
 
 if TYPE_CHECKING:
     from fmg.core.backends import BackendSource
-    from fmg.inference.target import Target
+    from fmg.inference.target import Target, TargetLike
 
 AUTO = "auto"
 TORCH = "torch"
 
 
-def find(target: str | Path | None, *, allow_code: bool = True) -> Target | Artifact:
+def find(target: TargetLike | Artifact, *, allow_code: bool = True) -> Target | Artifact:
     """What `target` is: an artifact, a run, a model by name, or (None) the newest run.
 
     Args:
-        target: what was typed.
+        target: what was typed, or passed to a Python call.
         allow_code: whether the recipe of a run may name code of the user's own. Drawing runs no reward, so code that
             the recipe names stays unused.
 
@@ -35,10 +37,12 @@ def find(target: str | Path | None, *, allow_code: bool = True) -> Target | Arti
         UsageError: it is none of them.
         CheckpointError: a folder that is damaged.
     """
-    if target is not None and str(target):
-        if is_artifact(target):
-            return open_artifact(target)
-        check_not_interrupted(target)
+    if isinstance(target, Artifact):
+        return target
+    if isinstance(target, (str, PathLike)) and (place := os.fspath(target)):
+        if is_artifact(place):
+            return open_artifact(place)
+        check_not_interrupted(place)
     from fmg.inference.target import resolve_target
 
     return resolve_target(target, allow_code=allow_code)
@@ -91,8 +95,9 @@ def pick_backend(
     return source
 
 
+@python_call
 def load(
-    target: str | Path | Target | Artifact | None = None,
+    target: TargetLike | Artifact = None,
     *,
     backend: str = AUTO,
     device: str = AUTO,
@@ -107,7 +112,7 @@ def load(
     """The sampler of a model, a run folder, an artifact or (None) the newest run, ready to draw.
 
     Args:
-        target: model name, run folder or artifact.
+        target: model name, run folder or artifact, or what `train` or `export_artifact` returned.
         backend: a registered backend, or `auto`: torch for models and runs; for artifacts an engine that fits this
             machine, else ONNX Runtime.
         device: `auto`, `cpu`, `cuda`, ...
@@ -124,7 +129,7 @@ def load(
         MissingDependencyError: a package is not installed.
         CheckpointError: files are missing or damaged.
     """
-    subject = find(target) if target is None or isinstance(target, str | Path) else target
+    subject = find(target)
     options = _options(
         subject, dtype=dtype, adapter=adapter, resolution=resolution, threads=threads, int8=int8, allow_code=allow_code
     )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fmg.core.errors import CheckpointError, FmgWarning, UsageError, suggestion
+from fmg.core.errors import CheckpointError, FmgWarning, UsageError, WrongTypeError, suggestion
 from fmg.data.checkpoints import FOLDER, UNCHECKED, chosen_checkpoint, read_index
-from fmg.data.run_folder import RUNS, RunFolder, is_run, list_runs
+from fmg.data.run_folder import RUNS, RunFolder, is_run, list_runs, no_run, run_names
 from fmg.inference.generator import DEFAULT_BATCH, Generator
 from fmg.registry import models
 from fmg.registry.recipe import Recipe
@@ -31,7 +33,27 @@ class Target:
         return replace(self, label=f"base of {self.label}", adapter=None)
 
 
-def resolve_target(target: str | Path | None, runs: Path = RUNS, *, allow_code: bool = False) -> Target:
+TargetLike = str | PathLike[str] | Target | None
+"""What a Python call takes for a target: a model or a folder by name, a path, anything with a folder of its own (the
+result of `fmg.train`, a `RunFolder`), what `resolve_target` gave, or None for the newest run."""
+
+
+def target_text(target: TargetLike) -> str | None:
+    """The name or path that a target is given by; None for the newest run.
+
+    Raises:
+        WrongTypeError: it is no text and no path.
+    """
+    if target is None:
+        return None
+    if isinstance(target, Target):
+        return target.label
+    if not isinstance(target, (str, PathLike)):
+        raise WrongTypeError("target", target, "the name of a model, the path of a run, or what fmg.train returned")
+    return os.fspath(target)
+
+
+def resolve_target(target: TargetLike, runs: Path = RUNS, *, allow_code: bool = False) -> Target:
     """Finds out what `target` is without loading weights.
 
     Args:
@@ -41,20 +63,49 @@ def resolve_target(target: str | Path | None, runs: Path = RUNS, *, allow_code: 
         allow_code: whether the recipe of a run may name code of the user's own; a run folder can come from anyone.
 
     Raises:
+        WrongTypeError: when it is no text and no path.
         UsageError: when it is none of these, there is no run yet, or its recipe names code.
         CheckpointError: when a run folder has no saved adapter, or a file of it is missing or damaged.
     """
-    if target is None:
+    if isinstance(target, Target):
+        return target
+    name = target_text(target)
+    if name is None:
         return _run_target(_newest_usable(runs), allow_code)
-    name = str(target)
-    if name and Path(target).is_dir():
-        run = run_of_checkpoint(Path(target))
+    if name and Path(name).is_dir():
+        run = run_of_checkpoint(Path(name))
         if run is not None:
-            return _run_target(RunFolder(run), allow_code, Path(target).name, name)
-        return _run_target(RunFolder(Path(target)), allow_code)
+            return _run_target(RunFolder(run), allow_code, Path(name).name, name)
+        return _run_target(RunFolder(Path(name)), allow_code)
     if name not in models.names():
-        raise UsageError(f"'{name}' is neither a model nor a run folder", suggestion(name, models.names()))
+        known = [*models.names(), *run_names(runs)]
+        raise UsageError(f"'{name}' is neither a model nor a run folder", suggestion(name, known))
     return Target(name, Recipe.default(model=name), None)
+
+
+def export_folder(target: TargetLike, name: str) -> Path:
+    """Where an export goes when nothing is said: into its run, or beside others of models.
+
+    Args:
+        target: what is exported.
+        name: `artifact` or `diffusers`.
+
+    Raises:
+        UsageError: it exists, or there is no run yet.
+    """
+    label = target_text(target) or resolve_target(None).label
+    return absent_folder(Path(label) / name if Path(label).is_dir() else Path(f"{name}s") / label)
+
+
+def absent_folder(folder: Path) -> Path:
+    """The folder that an export is to make.
+
+    Raises:
+        UsageError: it exists.
+    """
+    if folder.exists():
+        raise UsageError(f"{folder} exists already", "Export to another folder, or move that one away.")
+    return folder
 
 
 def load_model(target: Target, *, device: str = "auto", dtype: str = "fp32", adapter: bool = True) -> Model:
@@ -111,8 +162,8 @@ def _newest_usable(runs: Path) -> RunFolder:
 
 def _run_target(run: RunFolder, allow_code: bool, checkpoint: str | None = None, label: str | None = None) -> Target:
     """A run by its best checkpoint, or by the one that is named, with its files checked."""
-    if not is_run(run.path):
-        raise UsageError(f"'{run.path}' is not a run folder", "Name one that `fmg train` made; `fmg runs` lists them.")
+    if not run.exists():
+        raise no_run(run.path)
     index = read_index(run.path)
     if index is None:
         raise CheckpointError(

@@ -128,7 +128,7 @@ def measure(
             backend = generator.backend
             backend.reset_peak_memory()
             with backend.uncached() if encode else nullcontext():
-                drawn = generator.generate(work.prompts, work.seeds, steps=work.steps, grid=work.grid)
+                drawn = generator.generate(work.prompts, work.seeds, steps=work.steps, grid=work.grid, progress=False)
             if turn >= warmup:
                 spent[label].append(drawn.timings_ms)
                 peaks[label] = max(peaks[label], backend.peak_memory())

@@ -5,11 +5,12 @@ Python calls and the command line share them. Importing this package does not im
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from fmg.core.events import Event, Observer
+from fmg.core.events import Event, Notice, Observer
 
 if TYPE_CHECKING:
     from fmg.progress.reporters import Reporter
@@ -24,24 +25,35 @@ def watching(observer: Observer | None, progress: bool | None) -> Iterator[Obser
         progress: True shows progress on stderr; False does not; None shows it where there is no observer and stderr is
             a terminal or the program runs in a notebook. Where neither hears anything, warnings are logged (`fmg`).
     """
-    with _reporter(observer, progress) as reporter:
+    reporter = _reporter(observer, progress)
+    if reporter is None:
+        yield log_notices if observer is None else observer
+        return
+    with reporter:
 
         def tell(event: Event) -> None:
             reporter(event)
             if observer is not None:
                 observer(event)
 
-        # an observer of the caller alone is handed on as it is
-        yield tell if progress or observer is None else observer
+        yield tell
 
 
-def _reporter(observer: Observer | None, progress: bool | None) -> Reporter:
-    from fmg.progress.reporters import LogReporter, is_interactive, reporter_for
+def log_notices(event: Event) -> None:
+    """Warnings and errors to the logger `fmg`, which prints them unless a program says otherwise."""
+    if isinstance(event, Notice) and event.level != "info":
+        logging.getLogger("fmg").log(logging.ERROR if event.level == "error" else logging.WARNING, event.text)
 
-    if progress or (progress is None and observer is None):
+
+def _reporter(observer: Observer | None, progress: bool | None) -> Reporter | None:
+    if progress is False or (progress is None and observer is not None):
+        return None
+    try:
         from fmg.progress.console import SafeConsole
+    except ImportError:
+        # without rich: an artifact generates where there is little more than NumPy
+        return None
+    from fmg.progress.reporters import is_interactive, reporter_for
 
-        console = SafeConsole(stderr=True, markup=False, emoji=False, highlight=False)
-        if progress or is_interactive(console):
-            return reporter_for(console)
-    return LogReporter()
+    console = SafeConsole(stderr=True, markup=False, emoji=False, highlight=False)
+    return reporter_for(console) if progress or is_interactive(console) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -103,18 +102,6 @@ class PlainReporter(Stateless):
 def _watched(metrics: Mapping[str, float]) -> dict[str, float]:
     """What of a line a person watches: the reward of a rollout, the headline scores of an evaluation."""
     return {"reward": metrics[REWARD]} if REWARD in metrics else headline(metrics)
-
-
-class LogReporter(Stateless):
-    """Shows nothing; warnings and errors go to the logger `fmg`, which prints them unless a program says otherwise."""
-
-    def __enter__(self) -> LogReporter:
-        return self
-
-    def __call__(self, event: Event) -> None:
-        """Logs a notice that is no mere information."""
-        if isinstance(event, Notice) and event.level != "info":
-            logging.getLogger("fmg").log(logging.ERROR if event.level == "error" else logging.WARNING, event.text)
 
 
 def is_interactive(console: Console) -> bool:

@@ -57,6 +57,8 @@ ROWS: tuple[Row, ...] = (
          "The size of the JPEG file in kB"),
     _row("reward", "python", "rewards", "PythonRewardConfig", "python:PythonReward",
          "Your own function, module:function (images, prompts) -> one score an image"),
+    _row("reward", "function", "rewards", "FunctionRewardConfig", "python:FunctionReward",
+         "A function that a Python call was given: fmg.train(..., rewards=[my_function])"),
     _row("reward", "hpsv2", "rewards", "model_configs:Hpsv2Config", "hpsv2:hpsv2",
          "HPSv2.1 (or v2.0): cosine of image and prompt under a CLIP ViT-H/14 tuned to human preferences"),
     _row("reward", "pickscore", "rewards", "model_configs:PickScoreConfig", "pickscore:pickscore",

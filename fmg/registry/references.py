@@ -22,7 +22,8 @@ from fmg.registry.config import ComponentConfig, ModelConfig, ObjectiveConfig, S
 from fmg.registry.kinds import registry_for
 from fmg.registry.validation import Problem, first_problem
 
-PYTHON_REWARD = "python"
+PYTHON_REWARD, FUNCTION_REWARD = "python", "function"
+_LABELS = {PYTHON_REWARD: "target", FUNCTION_REWARD: "function"}
 
 
 class ComponentRef(BaseModel):
@@ -120,8 +121,8 @@ class RewardRef(ComponentRef):
 
     @property
     def label(self) -> str:
-        """Its name in log keys: for a user's own function `module:function`, else the registered name."""
-        return cast(str, getattr(self.config, "target")) if self.name == PYTHON_REWARD else self.name  # noqa: B009
+        """Its name in log keys: for a user's own function `module:function` or its name, else the registered name."""
+        return cast(str, getattr(self.config, _LABELS[self.name])) if self.name in _LABELS else self.name
 
 
 class WeightedRewardRef(RewardRef):

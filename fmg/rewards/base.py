@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,7 +15,9 @@ from fmg.core.errors import FmgError, RewardError, UsageError, out_of_memory
 from fmg.core.protocols import Reward
 from fmg.core.types import PartialRewardOutput, RewardOutput
 from fmg.registry import rewards
-from fmg.registry.references import PYTHON_REWARD, RewardRef
+from fmg.registry.references import FUNCTION_REWARD, PYTHON_REWARD, RewardRef
+from fmg.rewards.configs import FunctionRewardConfig
+from fmg.rewards.functions import NO_FUNCTIONS, Functions
 from fmg.rewards.weights import locate
 
 
@@ -179,14 +181,15 @@ def check_prompts(name: str, reward: Reward, prompts: Sequence[str]) -> None:
         raise UsageError(f"The reward '{name}' cannot score every prompt: {error.what}", error.fix) from None
 
 
-def build_rewards(references: Sequence[str | RewardRef]) -> dict[str, Checked]:
+def build_rewards(references: Sequence[str | RewardRef], functions: Functions = NO_FUNCTIONS) -> dict[str, Checked]:
     """Checked rewards by label, in order.
 
     Args:
         references: registered names, `python:module:function`, or references of a recipe, which carry options.
+        functions: those that a Python call was given, by name.
 
     Raises:
-        UsageError: for an unknown name, one given twice, or a local file that is not there.
+        UsageError: for an unknown name, one given twice, a local file that is not there, or a function nobody gave.
         MissingDependencyError: for weights that have not been fetched. A network is only loaded when it first scores,
             which would be after a run has begun.
     """
@@ -197,8 +200,17 @@ def build_rewards(references: Sequence[str | RewardRef]) -> dict[str, Checked]:
             raise UsageError(f"The reward '{ref.label}' is given twice", "Give each reward once.")
         for asset in getattr(ref.config, "assets", tuple)():
             locate(asset, ref.name)
-        built[ref.label] = checked(ref.label, rewards.build_config(ref.name, ref.config))
+        built[ref.label] = checked(ref.label, _built(ref, functions))
     return built
+
+
+def _built(ref: RewardRef, functions: Functions) -> Reward:
+    if ref.name != FUNCTION_REWARD or ref.label not in functions:
+        return rewards.build_config(ref.name, ref.config)
+    # that module imports this one
+    from fmg.rewards.python import FunctionReward
+
+    return FunctionReward(cast(FunctionRewardConfig, ref.config), functions[ref.label])
 
 
 def one_line(error: BaseException) -> str:

@@ -27,3 +27,9 @@ class PythonRewardConfig(ComponentConfig):
         pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$",
         description="module:function, looked up in the working directory and the installed packages",
     )
+
+
+class FunctionRewardConfig(ComponentConfig):
+    """A function that a Python call was given: `fmg.train(..., rewards=[my_function])`. A recipe records its name."""
+
+    function: str = Field(pattern=r"^\w+$", max_length=100, description="name of the function")

@@ -18,7 +18,8 @@ from fmg.core.errors import FmgError, RewardError, UsageError, out_of_memory
 from fmg.core.types import RewardOutput
 from fmg.registry import rewards
 from fmg.rewards.base import one_line
-from fmg.rewards.configs import PythonRewardConfig
+from fmg.rewards.configs import FunctionRewardConfig, PythonRewardConfig
+from fmg.rewards.functions import RewardFunction, no_function
 from fmg.rewards.python_module import no_module
 
 SIGNATURE = "fn(images, prompts) -> (b,)"
@@ -40,7 +41,7 @@ class PythonReward:
         self._function = _find(config.target)
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
-        """The function's numbers as fp32.
+        """The function's numbers as fp32, or the `RewardOutput` that it returns.
 
         Raises:
             RewardError: when the function raises, with the line it failed at, or returns something else than numbers.
@@ -56,7 +57,7 @@ class PythonReward:
             raise RewardError(
                 f"The reward '{self._target}' failed{_place(error)}: {one_line(error)}", "Correct the function."
             ) from error
-        return RewardOutput(self._numbers(returned), {})
+        return returned if isinstance(returned, RewardOutput) else RewardOutput(self._numbers(returned), {})
 
     def _numbers(self, returned: object) -> Float[Tensor, " b"]:
         if isinstance(returned, Tensor):
@@ -68,6 +69,21 @@ class PythonReward:
                 f"The reward '{self._target}' returned {type(returned).__name__}, which is not numbers",
                 f"Return one number for each image: {SIGNATURE}.",
             ) from None
+
+
+@rewards.register("function", FunctionRewardConfig)
+class FunctionReward(PythonReward):
+    """Calls a function that a Python call was given, as `PythonReward` does.
+
+    Raises:
+        UsageError: nobody gave the function.
+    """
+
+    def __init__(self, config: FunctionRewardConfig, function: RewardFunction | None = None) -> None:
+        if function is None:
+            raise no_function(config.function)
+        self._target = config.function
+        self._function = function
 
 
 def _find(target: str) -> Callable[..., object]:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from os import PathLike
 from pathlib import Path
 
 import torch
 
-from fmg.core.errors import CheckpointError, CompositionError, ProcessError, StorageError, said_once, system_refusal
-from fmg.core.events import Event, Notice, Observer, ignore
+from fmg.core.errors import (
+    CheckpointError,
+    CompositionError,
+    ProcessError,
+    StorageError,
+    python_call,
+    said_once,
+    system_refusal,
+)
+from fmg.core.events import Event, Notice, Observer, StageProgress
 from fmg.core.protocols import Shardable
 from fmg.core.unfinished import write_atomic
 from fmg.data.environment import write_environment
@@ -19,8 +28,10 @@ from fmg.data.run_lock import run_lock
 from fmg.data.run_report import write_run_report
 from fmg.data.states import check_resumable, drop_states, newest_state, resume_command
 from fmg.inference.devices import device_for, pick_dtype
+from fmg.progress import watching
 from fmg.registry.recipe import Recipe
-from fmg.registry.resolve import ResolvedRecipe
+from fmg.registry.resolve import ResolvedRecipe, recipe_of
+from fmg.rewards.functions import Functions, Rewards, split_functions
 from fmg.training.attention import finite_attention
 from fmg.training.card import write_cards
 from fmg.training.compose import Composed, compose
@@ -32,32 +43,58 @@ from fmg.training.sizes import choose_sizes
 from fmg.training.trainer import Trainer, TrainResult
 
 
-def train(recipe: Recipe | ResolvedRecipe, run: str | Path | None = None, observer: Observer = ignore) -> TrainResult:
+@python_call
+def train(
+    recipe: str | PathLike[str] | Mapping[str, object] | Recipe | ResolvedRecipe | None = None,
+    run: str | PathLike[str] | None = None,
+    observer: Observer | None = None,
+    *,
+    rewards: Rewards | None = None,
+    progress: bool | None = None,
+    allow_code: bool = False,
+    **values: object,
+) -> TrainResult:
     """Trains what `recipe` describes and writes a run folder.
 
     Where a launcher started several processes, each makes this call; together they train what one would, and the first
     writes (docs/distributed.md).
 
     Args:
-        recipe: a recipe, or a resolved one whose provenance is stored with it.
+        recipe: a `Recipe`; the name of a model or of a shipped recipe; the path of a YAML file; a mapping of sections;
+            None is the default recipe of the embedded two-time model.
         run: where to write; None makes a new folder under `runs/`. A finished or foreign folder is never overwritten.
         observer: receives events (`fmg.core.events`); in other processes than the first only those of level `error`.
+        rewards: in place of the recipe's: names, functions `fn(images (b, 3, h, w) in [0, 1], prompts) -> (b,)`, or a
+            mapping of either to their weights. The run records the names of functions; `resume` needs them again.
+        progress: whether progress is shown on stderr; None shows it in a terminal or a notebook, unless there is an
+            observer.
+        allow_code: whether a recipe file may name reward code to run, and servers to send images to.
+        values: of the recipe, by dotted path or as the flags of `fmg train` are called: `iterations=2`, `lr=1e-3`,
+            `**{"lora.rank": 4}`.
 
     Returns:
         The run folder, the first and last evaluation, and the best checkpoint by held-out score.
 
     Raises:
+        WrongTypeError: an argument has a wrong type.
         UsageError: for parts that do not fit, a device that is not there, or a folder that is taken.
         CheckpointError: when weights are missing or damaged.
         GateError: when a safety check of the run fails; what was saved before stays.
         ProcessError: when another process of the run ends or cannot be reached.
     """
-    plain = recipe.recipe if isinstance(recipe, ResolvedRecipe) else recipe
+    if rewards is not None:
+        values["rewards"] = rewards
+    values, functions = split_functions(values)
+    resolved = recipe_of(recipe, values, allow_code=allow_code)
+    # a recipe as it was given has no sources to tell
+    written = recipe if isinstance(recipe, Recipe) and not values else resolved
+    plain = resolved.recipe
+    folder_name = None if run is None else Path(run)
 
     def begin() -> RunFolder:
-        folder = RunFolder.create(run, plain.model.name)
+        folder = RunFolder.create(folder_name, plain.model.name)
         try:
-            write_atomic(folder.recipe, recipe.to_yaml().encode())
+            write_atomic(folder.recipe, written.to_yaml().encode())
             write_environment(folder.path)
         except BaseException:
             # it holds nothing yet, and a taken folder could not be named again
@@ -65,10 +102,19 @@ def train(recipe: Recipe | ResolvedRecipe, run: str | Path | None = None, observ
             raise
         return folder
 
-    return _train(plain, observer, lambda: RunFolder.check_free(run), begin)
+    with watching(observer, progress) as told:
+        return _train(plain, functions, told, lambda: RunFolder.check_free(folder_name), begin)
 
 
-def resume(run: str | Path, observer: Observer = ignore, *, allow_code: bool = False) -> TrainResult:
+@python_call
+def resume(
+    run: str | PathLike[str],
+    observer: Observer | None = None,
+    *,
+    rewards: Rewards | None = None,
+    progress: bool | None = None,
+    allow_code: bool = False,
+) -> TrainResult:
     """Goes on with an interrupted run from its newest state, to the weights and metrics that it would have had.
 
     Several processes go on as several began; each reads the state.
@@ -76,6 +122,8 @@ def resume(run: str | Path, observer: Observer = ignore, *, allow_code: bool = F
     Args:
         run: the run folder; its own recipe says what is done.
         observer: receives events (`fmg.core.events`).
+        rewards: the functions that the run was begun with, under their names; its other rewards are in its recipe.
+        progress: as in `train`.
         allow_code: whether the recipe of the run may name reward code and servers, as in `Recipe.from_yaml`.
 
     Returns:
@@ -90,12 +138,15 @@ def resume(run: str | Path, observer: Observer = ignore, *, allow_code: bool = F
     folder = RunFolder(Path(run))
     check_resumable(folder.path)
     recipe = Recipe.from_yaml(folder.recipe, allow_code=allow_code)
+    _, functions = split_functions({"rewards": rewards or ()})
     saved = load_state(folder, recipe)
-    return _train(recipe, observer, lambda: check_resumable(folder.path), lambda: folder, saved)
+    with watching(observer, progress) as told:
+        return _train(recipe, functions, told, lambda: check_resumable(folder.path), lambda: folder, saved)
 
 
 def _train(
     recipe: Recipe,
+    functions: Functions,
     observer: Observer,
     check: Callable[[], None],
     begin: Callable[[], RunFolder],
@@ -118,7 +169,8 @@ def _train(
             joined(launch, device, heard, on_abort=lambda: _close(open_run, "failed")) as processes,
         ):
             processes.on_first(check)
-            composed = processes.first_goes_ahead(lambda: compose(recipe, device, dtype))
+            heard(StageProgress("loading", 0, 0, recipe.model.name))
+            composed = processes.first_goes_ahead(lambda: compose(recipe, device, dtype, functions))
             if saved is not None:
                 # before the folder is said to be running
                 fits = saved.check_trained

@@ -15,6 +15,7 @@ from fmg.registry import models, objectives, optimizers, stochasticizers
 from fmg.registry.composition import check_target_times
 from fmg.registry.recipe import Recipe
 from fmg.rewards.base import Mixture, build_rewards, check_prompts
+from fmg.rewards.functions import NO_FUNCTIONS, Functions
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,10 @@ class Composed:
     trained: str
 
 
-def compose(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Composed:
+def compose(recipe: Recipe, device: torch.device, dtype: torch.dtype, functions: Functions = NO_FUNCTIONS) -> Composed:
     """Builds every component of `recipe` and loads the model, ready to be trained.
+
+    `functions` holds the rewards that a Python call was given.
 
     Raises:
         UsageError: for a component, prompt set or grid that does not fit; raised before weights are read.
@@ -49,7 +52,7 @@ def compose(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> Compose
         )
     source = models.build_config(recipe.model.name, recipe.model.config)
     source.check()
-    measured = build_rewards(recipe.measured_rewards)
+    measured = build_rewards(recipe.measured_rewards, functions)
     mixture = Mixture([(ref.label, measured[ref.label], ref.weight) for ref in recipe.rewards])
     prompts, eval_prompts = load_prompts(recipe.prompts), load_prompts(recipe.eval.prompts)
     mixture.check_prompts([prompt.text for prompt in prompts])

@@ -152,7 +152,7 @@ def _self_test() -> Check:
     name = "one iteration of meanflow-shapes"
     try:
         with tempfile.TemporaryDirectory() as folder:
-            result = train(Recipe.default(None, **SELF_TEST), Path(folder) / "run")
+            result = train(Recipe.default(None, **SELF_TEST), Path(folder) / "run", ignore)
             scored = "eval/score" in result.final
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())

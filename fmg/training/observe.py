@@ -182,7 +182,9 @@ class Watcher:
         texts = [p.text for p in prompts for _ in range(GRID_SEEDS)]
         seeds = [seed for _ in prompts for seed in range(GRID_SEEDS)]
         own = self.processes.share(len(texts)).rows.tolist()
-        drawn = self._generator.generate([texts[i] for i in own], [seeds[i] for i in own], steps=self._steps).images
+        drawn = self._generator.generate(
+            [texts[i] for i in own], [seeds[i] for i in own], steps=self._steps, progress=False
+        ).images
         images = self.processes.gather(drawn, len(texts))
         return tuple(
             GridRow(prompt.text, images[i * GRID_SEEDS : (i + 1) * GRID_SEEDS]) for i, prompt in enumerate(prompts)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field
 
 import torch
+from PIL.Image import Image
 
 from fmg.core.errors import RewardError
 from fmg.core.events import Evaluated, Event, Finished, IterationDone, Notice, Observer, Resumed, Started
+from fmg.core.shown import counted, html_table
 from fmg.core.types import ScoredRollout
 from fmg.data.checkpoints import CheckpointIndex, Saved
+from fmg.data.pictures import open_picture
 from fmg.data.prompt_sets import overlap_warning
-from fmg.data.run_folder import RunFolder
+from fmg.data.run_folder import RunFolder, read_numbers
+from fmg.data.run_metrics import headline
 from fmg.data.states import newest_state, resume_command
 from fmg.training.compose import Composed
 from fmg.training.gates import ReplayGate, movement, movement_gate
@@ -30,9 +35,12 @@ from fmg.training.tripwire import Verdict
 from fmg.training.update import Updater
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainResult:
-    """What `train` returns: metrics of the first and last evaluation and the checkpoint the run stands for."""
+    """What `train` returns: metrics of the first and last evaluation and the checkpoint the run stands for.
+
+    It can be used wherever the path of the run can: `fmg.load(result)`.
+    """
 
     run: RunFolder
     iterations: int
@@ -42,6 +50,33 @@ class TrainResult:
     interrupted: bool
     hacking: Verdict | None = None
     """What the tripwire found first, or None."""
+
+    def __fspath__(self) -> str:
+        return str(self.run.path)
+
+    def __repr__(self) -> str:
+        state = "interrupted, " if self.interrupted else ""
+        before, after = headline(self.initial), headline(self.final)
+        scores = "".join(f", {name} {before.get(name, math.nan):.3f} -> {after[name]:.3f}" for name in list(after)[:1])
+        return f"TrainResult('{self.run.path}', {state}{counted(self.iterations, 'iteration')}{scores})"
+
+    def _repr_html_(self) -> str:
+        before, after = headline(self.initial), headline(self.final)
+        rows = [(name, f"{before.get(name, math.nan):.3f}", f"{after[name]:.3f}") for name in after]
+        return html_table(repr(self), ("held out", "before", "after"), rows) + self.run._repr_html_()
+
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        """The lines of the run's `metrics.jsonl`, one for each iteration and each evaluation."""
+        return read_numbers(self.run.metrics)
+
+    def plot(self) -> Image:
+        """The curve of the run as a picture: the reward on training prompts, the scores on held-out ones.
+
+        Raises:
+            CheckpointError: the file is gone or damaged.
+        """
+        return open_picture(self.run.curve)
 
 
 @dataclass

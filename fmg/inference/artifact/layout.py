@@ -41,12 +41,20 @@ def weights_file(graph: str) -> str:
     return f"{graph}.safetensors"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Artifact:
-    """An artifact whose manifest has been read."""
+    """An artifact whose manifest has been read. It can be used wherever a path can."""
 
     folder: Path
     manifest: Manifest
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+    def __repr__(self) -> str:
+        facts = self.manifest
+        adapter = "" if facts.adapter is None else f" with the adapter of {facts.adapter.run}"
+        return f"Artifact('{self.folder}': {facts.model.name}{adapter}, {facts.precision})"
 
     def path(self, name: str) -> Path:
         """A listed file.

@@ -42,16 +42,20 @@ def probe_prompt(reward: Checked) -> str:
     raise UsageError(f"The reward '{reward.name}' accepts none of the probe prompts: {refusal.what}", refusal.fix)
 
 
-def references(names: Sequence[str], options: Mapping[str, Mapping[str, object]]) -> list[RewardRef]:
-    """References to rewards by name, or by `python:module:function`, with options by name.
+def references(
+    names: Sequence[str | Mapping[str, object]], options: Mapping[str, Mapping[str, object]]
+) -> list[RewardRef]:
+    """References to rewards by name, by `python:module:function`, or as entries of a recipe, with options by name.
 
     Raises:
         UsageError: for an unknown name or option.
     """
     found = []
-    for name in names:
+    for entry in names:
+        own = dict(entry) if isinstance(entry, Mapping) else {"name": entry}
+        name = str(own.pop("name"))
         component, _, target = name.partition(":") if name.startswith(f"{PYTHON_REWARD}:") else (name, "", "")
-        given = {**options.get(name, {}), **({"target": target} if target else {})}
+        given = {**options.get(name, {}), **own, **({"target": target} if target else {})}
         found.append(RewardRef(name=component, config=rewards_registry.config(component, given)))
     return found
 

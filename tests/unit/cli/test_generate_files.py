@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fmg.cli.generate import save_pictures
 from fmg.core.errors import FmgError
+from fmg.data.pictures import save_pictures
 
 
 def picture(level: int) -> Image.Image:
@@ -38,4 +38,4 @@ def test_a_name_that_another_process_takes_is_skipped(tmp_path: Path, monkeypatc
 def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FmgError, match=r"--out .* cannot be written"):
-        save_pictures([(picture(1), "x")], tmp_path / "file" / "below")
+        save_pictures([(picture(1), "x")], tmp_path / "file" / "below", called="--out ")

@@ -157,14 +157,14 @@ def test_what_cannot_be_done_is_said_before_anything_is_drawn(folder: Path, tmp_
         Image.new("RGB", (4, 4)).save(tmp_path / "two" / f"{number}.png")
     wrong: list[tuple[dict[str, object], str]] = [
         ({"dump": ("geneval", tmp_path / "taken")}, "exists already"),
-        ({"dump": ("geneval", tmp_path / "x"), "num": 7}, r"--num 12"),
+        ({"dump": ("geneval", tmp_path / "x"), "num": 7}, r"num=12"),
         ({"dump": ("geneval", tmp_path / "x"), "steps": [1, 2]}, "one number of steps"),
         ({"dump": ("coco", tmp_path / "x")}, "no dump format 'coco'"),
         ({"report": tmp_path}, "exists already"),
         ({"report": tmp_path / "report.html" / "x.html"}, "is a file"),
         ({"reference": "world", "extractors": ["pixels"]}, "embedded world"),
         ({"reference": str(tmp_path / "two"), "extractors": ["pixels"]}, r"holds 2 picture"),
-        ({"reference": str(tmp_path / "two")}, "--features"),
+        ({"reference": str(tmp_path / "two")}, "extractors='clip'"),
         ({"reference": str(tmp_path / "none"), "extractors": ["pixels"]}, "no folder"),
         ({"extractors": ["pixel"]}, "Did you mean 'pixels'"),
         ({"extractors": ["pixels", "pixels"]}, "given twice"),

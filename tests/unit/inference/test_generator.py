@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fmg.core.backends import Drawn, NoiseSource
-from fmg.core.errors import UsageError
+from fmg.core.errors import StorageError, UsageError
 from fmg.core.stages import NOISE, TOTAL, StageClock, wall_clock
 from fmg.inference import Generator
 from fmg.rl.noise import NoiseKey, noise
@@ -97,3 +99,72 @@ def test_an_explicit_grid_has_its_own_number_of_steps() -> None:
         generator.times(3)
     with pytest.raises(UsageError, match="batch size"):
         Generator(RecordingBackend(), "uniform", 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "more", "texts", "seeds"),
+    [
+        ("a red circle", {}, ("a red circle",), (0,)),
+        ("a", {"seeds": 7, "num": 3}, ("a", "a", "a"), (7, 8, 9)),
+        (["a", "b"], {"num": 2}, ("a", "a", "b", "b"), (0, 1, 0, 1)),
+        # a prompt that is repeated is not generated twice from one seed
+        (["a", "b", "a"], {"seeds": 3}, ("a", "b", "a"), (3, 3, 4)),
+        (("a", "b"), {"seeds": np.array([5, 6])}, ("a", "b"), (5, 6)),
+        (["a", "b"], {"seeds": range(2)}, ("a", "b"), (0, 1)),
+    ],
+)
+def test_a_text_or_a_list_with_default_seeds(
+    prompts: Any, more: dict[str, Any], texts: tuple[str, ...], seeds: tuple[int, ...]
+) -> None:
+    drawn = Generator(RecordingBackend(), "uniform", 2).generate(prompts, **more)
+    assert (drawn.prompts, drawn.seeds, len(drawn)) == (texts, seeds, len(texts))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"prompts": 3}, "'prompts' is of type int"),
+        ({"prompts": [3]}, "'prompts' is of type list"),
+        ({"prompts": "a", "seeds": "0"}, "'seeds' is of type str"),
+        ({"prompts": "a", "seeds": [0.5]}, "'seeds' is of type float"),
+    ],
+)
+def test_a_wrong_type_is_a_type_error(arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(TypeError, match=says) as caught:
+        Generator(RecordingBackend(), "uniform", 2).generate(**arguments)
+    assert isinstance(caught.value, UsageError)
+
+
+def test_errors_of_a_python_call_name_arguments() -> None:
+    generator = Generator(RecordingBackend(), "uniform", 2)
+    with pytest.raises(UsageError, match=r"Give 'num' of at least 1"):
+        generator.generate("a", num=0)
+    with pytest.raises(UsageError, match=r"Leave 'num' out"):
+        generator.generate("a", [0], num=2)
+
+
+def test_images_are_saved_to_a_file_or_a_folder_and_overwrite_nothing(tmp_path: Path) -> None:
+    generator = Generator(RecordingBackend(), "uniform", 2)
+    one, two = generator.generate("a red circle"), generator.generate(["a", "b"])
+    assert one.save(tmp_path / "one.png") == [tmp_path / "one.png"]
+    assert [path.name for path in two.save(tmp_path / "new" / "folder")] == ["0001-a.png", "0002-b.png"]
+    (picture,) = one.to_pil()
+    with Image.open(tmp_path / "one.png") as saved:
+        assert saved.tobytes() == picture.tobytes()
+    before = (tmp_path / "one.png").read_bytes()
+    with pytest.raises(UsageError, match="exists already"):
+        one.save(tmp_path / "one.png")
+    assert (tmp_path / "one.png").read_bytes() == before
+    with pytest.raises(UsageError, match="2 images cannot go into the one file"):
+        two.save(tmp_path / "two.png")
+    with pytest.raises(StorageError, match="cannot be written"):
+        one.save(tmp_path / "nowhere" / "one.jpg")
+
+
+def test_images_show_themselves_on_one_line_and_in_a_notebook() -> None:
+    drawn = Generator(RecordingBackend(), "uniform", 2).generate(["<b>", "b"])
+    assert repr(drawn) == "Generated(2 images of 8 x 8 pixels)"
+    page = drawn._repr_html_()
+    assert page.count("data:image/png;base64,") == 2
+    assert "&lt;b&gt; (seed 0)" in page
+    assert "<b> (seed" not in page
