@@ -219,7 +219,7 @@ def is_run(path: Path) -> bool:
 
 def run_names(root: Path = RUNS) -> list[str]:
     """The paths of the runs directly under `root`, as one types them."""
-    return [str(run.path) for group in _sorted_runs(root) for run in group]
+    return [str(path) for path in sorted(root.iterdir()) if is_run(path)] if root.is_dir() else []
 
 
 def no_run(path: Path, root: Path = RUNS) -> UsageError:
