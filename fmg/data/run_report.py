@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 
-from fmg.core.errors import CheckpointError
+from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.image_files import decoded
 from fmg.core.unfinished import write_atomic
 from fmg.data.charts import line_chart
 from fmg.data.checkpoints import CheckpointIndex, read_index
@@ -242,9 +242,8 @@ def _grids(record: RunRecord) -> Iterator[Block]:
 def inlined(file: Path, side: int, alt: str, layout: Literal["wide", "panorama"] = "wide") -> Picture | None:
     """A picture file for a page, or None when it is missing or damaged."""
     try:
-        with Image.open(file) as image:
-            source, pixelated = inline_image(image, side)
-    except (OSError, SyntaxError, ValueError):
+        source, pixelated = decoded(file, lambda image: inline_image(image, side))
+    except UsageError:
         return None
     return Picture(source, "", alt, pixelated, layout)
 

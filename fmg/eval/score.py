@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fmg.core.errors import UsageError
 from fmg.core.events import Observer, StageProgress, ignore
+from fmg.core.files import inside
 from fmg.core.json_reader import read_objects
 from fmg.core.prompt import Prompt
 from fmg.eval.options import chosen_extractors, chosen_rewards
@@ -163,7 +164,7 @@ def _listed(folder: Path) -> Iterator[Captioned]:
     if not file.is_file():
         return
     for name, text in _captions(file):
-        yield Captioned(folder / name, Prompt(text, "", {}))
+        yield Captioned(inside(folder, name, named_in=file, links=True), Prompt(text, "", {}))
 
 
 def _geneval(tree: Path) -> Iterator[Captioned]:

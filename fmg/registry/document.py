@@ -20,7 +20,10 @@ Scalar = str | int | float | bool | None
 Plain = Scalar | list["Plain"] | dict[str, "Plain"]
 
 _TAG = "tag:yaml.org,2002:"
-_MAX_BYTES = 1_000_000
+_MAX_BYTES = 200_000
+_NO_TEXT = re.compile("[\x00\ud800-\udfff]")
+_HALF = "a text holds a NUL or half of a surrogate pair"
+_KINDS = {f"{_TAG}bool": "true or false", f"{_TAG}int": "a whole number", f"{_TAG}float": "a number"}
 _NO_TAGS = "Use plain numbers, texts, lists and mappings."
 
 
@@ -90,7 +93,9 @@ def node_of(value: object, source: Source) -> Node:
     if isinstance(value, Node):
         return value
     if isinstance(value, Path):
-        return Node(str(value), source)
+        value = str(value)
+    if isinstance(value, str) and _NO_TEXT.search(value):
+        raise UsageError(f"{source.text}: {_HALF}", "Remove it.")
     if value is None or isinstance(value, (str, int, float, bool)):
         return Node(value, source)
     if isinstance(value, Mapping):
@@ -112,13 +117,14 @@ def read_document(path: Path, kind: Literal["model", "file"], label: str) -> Nod
     if path.is_dir():
         raise UsageError(f"{label} is a folder", _folder_advice(path))
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         raise UsageError(f"There is no file {label}", "Check the path of the recipe.") from None
     except OSError as error:
         raise UsageError(f"{label} cannot be read: {error.strerror}", "Check the file and its permissions.") from None
     if len(data) > _MAX_BYTES:
-        raise UsageError(f"{label} has {len(data)} bytes, too many for a recipe", "Give a recipe of at most 1 MB.")
+        raise UsageError(f"{label} has more than {_MAX_BYTES:,} bytes, too many for a recipe", "Name a recipe.")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -163,7 +169,9 @@ class _Reader:
             line = f":{mark.line + 1}" if mark is not None and self._in_file else ""
             reason = " ".join(str(error.problem or error.context).split())
             raise UsageError(f"{self._label}{line}: this is not YAML: {reason}", "Correct the syntax.") from None
-        except (YAMLError, ValueError, RecursionError) as error:
+        except RecursionError:
+            raise UsageError(f"{self._label}: values are nested too deeply", "A recipe needs five levels.") from None
+        except (YAMLError, ValueError) as error:
             reason = " ".join(str(error).split("\n")[0].split())
             raise UsageError(f"{self._label}: this is not YAML: {reason}", "Correct the syntax.") from None
         return root
@@ -187,7 +195,7 @@ class _Reader:
         for key, child in node.value:
             if not isinstance(key, ScalarNode) or key.tag == f"{_TAG}merge":
                 self._fail(key, "a key must be a plain word", "Write the keys out.")
-            name = str(key.value)
+            name = self._text(key, str(key.value))
             if name in children:
                 first = f" (first on line {lines[name]})" if self._in_file else ""
                 self._fail(key, f"the key '{name}' is given twice{first}", "Keep one of the two.")
@@ -200,14 +208,20 @@ class _Reader:
         if tag == f"{_TAG}null":
             return None
         if tag in (f"{_TAG}str", f"{_TAG}timestamp"):
-            return text
-        if tag in (f"{_TAG}bool", f"{_TAG}int", f"{_TAG}float"):
+            return self._text(node, text)
+        if tag in _KINDS:
             try:
                 value: bool | int | float = self._yaml.constructor.construct_object(node)
-            except (YAMLError, ValueError):
-                self._fail(node, f"'{text}' is not a {tag.removeprefix(_TAG)}", "Correct the value.")
+            except Exception:  # ruamel raises what it stumbles over when a tag does not fit its text
+                self._fail(node, f"'{text}' is not {_KINDS[tag]}", "Correct the value.")
             return value
         return self._fail(node, f"the tag '{tag}' is not allowed", _NO_TAGS)
+
+    def _text(self, node: ScalarNode, text: str) -> str:
+        """A text that a file name, a prompt and JSON can hold."""
+        if _NO_TEXT.search(text):
+            self._fail(node, _HALF, "Remove it.")
+        return text
 
     def _source(self, node: ScalarNode | SequenceNode | MappingNode) -> Source:
         return Source(self._kind, f"{self._label}:{node.start_mark.line + 1}" if self._in_file else self._label)

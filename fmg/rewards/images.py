@@ -6,9 +6,7 @@ authors of each reward published it. Images are RGB, (b, 3, h, w), in [0, 1].
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
@@ -16,13 +14,13 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from fmg.core.errors import RefusedImageError, RewardError, UsageError, first_line
+from fmg.core.errors import RefusedImageError, RewardError
+from fmg.core.image_files import MAX_PIXELS, decoded
 
-MAX_PIXELS = 64_000_000
 MAX_ASPECT = 200
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -38,33 +36,17 @@ def read_image(source: Path | str | bytes, max_pixels: int = MAX_PIXELS) -> Floa
 
     Transparency is composited on white, as a viewer shows it. Grey is repeated; 16-bit grey keeps its precision; 16-bit
     colour is read as 8-bit; CMYK is converted without colour management; the first frame of an animation counts; the
-    orientation in EXIF is ignored, as the published rewards do. The size is checked before any pixel is decoded.
+    orientation in EXIF is ignored, as the published rewards do.
 
     Raises:
-        UsageError: for what is not an image, is truncated, has no pixels or more than `max_pixels`, or whose pixels
-            have no known range (32-bit integers and floats).
+        UsageError: as `fmg.core.image_files.decoded`, and for pixels of no known range (32-bit integers and floats).
     """
-    name = "The image" if isinstance(source, bytes) else f"The image '{source}'"
-    try:
-        with warnings.catch_warnings():
-            # the limit below is lower than Pillow's, and an error instead of a warning
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as picture:
-                _check_size(name, picture, max_pixels)
-                return _to_tensor(name, picture)
-    except FileNotFoundError:
-        raise UsageError(f"There is no image file '{source!s}'", "Check the path.") from None
-    except Image.DecompressionBombError:
-        raise _too_large(name, max_pixels) from None
-    except UnidentifiedImageError:
-        raise UsageError(f"{name} is not an image file", "Give a PNG, JPEG, WebP or another common format.") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UsageError(f"{name} cannot be decoded: {first_line(error)}", "Give an undamaged picture.") from error
+    return decoded(source, _to_tensor, max_pixels)
 
 
 def to_bytes(images: Float[Tensor, "b 3 h w"]) -> NDArray[np.uint8]:
     """8-bit pixels (b, h, w, 3): `round(255 x)`, halves to even, clamped."""
-    levels = (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
+    levels = (images.detach().float() * 255).round_().clamp_(0, 255).to(torch.uint8)
     return np.ascontiguousarray(levels.permute(0, 2, 3, 1).cpu().numpy())
 
 
@@ -143,33 +125,23 @@ def check_finite(name: str, images: Float[Tensor, "b 3 h w"]) -> None:
     Raises:
         RewardError: for values that are no numbers, naming the reward.
     """
-    if not bool(images.isfinite().all()):
+    # unlike isfinite, without a copy of the images
+    if images.numel() and not all(bound.isfinite() for bound in images.aminmax()):
         raise RewardError(f"The reward '{name}' got a picture that is not finite", "Look for the cause in the model.")
 
 
-def _check_size(name: str, picture: Image.Image, max_pixels: int) -> None:
-    width, height = picture.size
-    if width * height == 0:
-        raise UsageError(f"{name} has no pixels ({width} x {height})", "Give a picture with pixels.")
-    if width * height > max_pixels:
-        raise _too_large(name, max_pixels)
-
-
-def _too_large(name: str, max_pixels: int) -> UsageError:
-    return UsageError(f"{name} has more than {max_pixels:,} pixels", "Scale it down first.")
-
-
-def _to_tensor(name: str, picture: Image.Image) -> Float[Tensor, "3 h w"]:
+def _to_tensor(picture: Image.Image) -> Float[Tensor, "3 h w"]:
     if picture.mode in _SIXTEEN_BIT:
-        grey = torch.from_numpy(np.asarray(picture).astype(np.float32) / 65535)
+        grey = torch.from_numpy(np.asarray(picture).astype(np.float32)).div_(65535)
         return grey.expand(3, -1, -1).clone()
     if picture.mode in ("I", "F"):
-        raise UsageError(f"{name} has pixels of unknown range (mode {picture.mode})", "Save it with 8 or 16 bits.")
+        raise ValueError(f"pixels of unknown range (mode {picture.mode}) instead of 8 or 16 bits")
     if picture.has_transparency_data:
         layer = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     pixels = np.array(picture.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    # in place: a large picture is large enough once
+    return torch.from_numpy(pixels).permute(2, 0, 1).float().div_(255)
 
 
 def _square(pixels: NDArray[np.uint8], side: int, rounding: Rounding) -> NDArray[np.uint8]:

@@ -14,7 +14,7 @@ from fmg.core.errors import RefusedImageError
 from fmg.core.types import RewardOutput
 from fmg.registry import rewards
 from fmg.rewards.configs import JpegConfig
-from fmg.rewards.images import check_finite
+from fmg.rewards.images import check_finite, to_bytes
 
 # of libjpeg; the format ends 35 later
 _MAX_SIDE = 65500
@@ -40,8 +40,7 @@ class JpegSize:
         check_finite("jpeg", images)
         if max(images.shape[-2:]) > _MAX_SIDE:
             raise RefusedImageError(f"A JPEG file holds at most {_MAX_SIDE} pixels a side", "Scale the images down.")
-        pixels = (images.detach().float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        kilobytes = torch.tensor([self._bytes(Image.fromarray(picture)) / 1000 for picture in pixels])
+        kilobytes = torch.tensor([self._bytes(Image.fromarray(pixels)) / 1000 for pixels in to_bytes(images)])
         return RewardOutput(self._score(kilobytes), {"kilobytes": kilobytes})
 
     def _bytes(self, picture: Image.Image) -> int:

@@ -14,7 +14,7 @@ import torch
 from jsonschema import Draft202012Validator
 from PIL import Image
 
-from fmg.core.errors import RewardError, UsageError
+from fmg.core.errors import CheckpointError, FmgWarning, RewardError, UsageError
 from fmg.data.prompt_sets import load_prompts
 from fmg.eval.dump import geneval_dump
 from fmg.eval.reference import batches, folder_reference, picture_files
@@ -71,7 +71,7 @@ def test_every_kind_of_picture_is_scored_as_it_would_be_alone(pictures: Path) ->
         ("text.png", b"not an image", "is not an image file"),
         ("empty.png", b"", "is not an image file"),
         ("zero.png", png_claiming(0, 0), "cannot be decoded|no pixels|not an image"),
-        ("huge.png", png_claiming(20_000, 20_000), "more than 64,000,000 pixels"),
+        ("huge.png", png_claiming(20_000, 20_000), "more than 33,554,432 pixels"),
         ("cut.png", png_claiming(8, 8)[:-60], "cannot be decoded"),
     ],
 )
@@ -188,6 +188,35 @@ def test_a_dump_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_links_to_nothing_are_named_and_files_of_macos_left_out(pictures: Path) -> None:
+    (pictures / "._rgba.png").write_bytes(b"\0\5\x16\7")
+    with pytest.warns(FmgWarning, match=r"1 file in '.*pictures'"):
+        assert len(picture_files(pictures)) == 6
+    (pictures / "._rgba.png").unlink()
+    (pictures / "link.png").symlink_to(pictures / "rgba.png")
+    assert len(picture_files(pictures)) == 7
+    (pictures / "gone.png").symlink_to("nowhere.png")
+    with pytest.raises(UsageError, match=r"gone.png' is a link to nothing"):
+        score([pictures], rewards=["jpeg-compressibility"], prompt="x")
+
+
+@pytest.mark.parametrize("name", ["../rgba.png", "/etc/passwd", "a/../../rgba.png"])
+def test_metadata_names_pictures_of_its_own_folder_only(name: str, pictures: Path) -> None:
+    inner = pictures / "deeper"
+    (inner / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps({"file_name": name, "prompt": "x"}).encode())
+    with pytest.raises(CheckpointError, match="which is no path within"):
+        score([inner], rewards=["jpeg-compressibility"])
+
+
+def test_batches_are_bounded_by_pixels(tmp_path: Path) -> None:
+    for number in range(5):
+        Image.new("RGB", (2900, 2900)).save(tmp_path / f"{number}.png")
+    assert [len(batch) for _, batch in batches(picture_files(tmp_path))] == [1, 1, 1, 1, 1]
+    for number in range(5):
+        Image.new("L", (2800, 2900)).save(tmp_path / f"{number}.png")
+    assert [len(batch) for _, batch in batches(picture_files(tmp_path))] == [2, 2, 1]
 
 
 def test_batches_join_neighbours_of_one_size(pictures: Path) -> None:

@@ -75,7 +75,7 @@ def test_every_value_knows_its_line(write: Write) -> None:
         ("a: *nowhere\n", "r.yaml:1: this is not YAML: found undefined alias"),
         ("a: !!python/object/apply:os.system [ls]\n", "r.yaml:1: the tag"),
         ("a: !thing 1\n", "r.yaml:1: the tag '!thing' is not allowed."),
-        ("a: !!int word\n", "r.yaml:1: 'word' is not a int"),
+        ("a: !!int word\n", "r.yaml:1: 'word' is not a whole number"),
         (b"a: 1\nb: \xff\xfe\n", "r.yaml:2: the file is not UTF-8 text."),
         (b"a: 1\nb: \x00\n", "r.yaml: this is not YAML:"),
         ("a: " + "[" * 400, "this is not YAML"),
@@ -109,7 +109,33 @@ def test_too_large_a_file_is_refused_before_it_is_parsed(write: Write) -> None:
         read_document(path, "file", "r.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("seed: !!bool x", "'x' is not true or false"),
+        ('seed: !!int ""', "'' is not a whole number"),
+        ('seed: !!float ""', "'' is not a number"),
+        ("seed: !!int {a: 1}", "is not allowed"),
+        ("seed: " + "9" * 5000, "is not a whole number"),
+        ("a: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("a: " * 3000, "is not YAML"),
+        ("a: &a [1]\nb: [*a, *a]", "alias"),
+        (r'seed: "\ud800"', "half of a surrogate pair"),
+        (r'"\0": 1', "NUL"),
+        (r'seed: "\U00110000"', "is not YAML"),
+    ],
+    ids=lambda value: value[:24],
+)
+def test_what_yaml_allows_and_a_recipe_does_not(text: str, says: str, write: Write) -> None:
+    with pytest.raises(UsageError, match=r"^r\.yaml") as refused:
+        read_document(write(text), "file", "r.yaml")
+    assert says in str(refused.value)
+
+
 def test_values_that_a_recipe_cannot_hold() -> None:
+    for text in ("a\0b", "\ud800"):
+        with pytest.raises(UsageError, match="NUL or half"):
+            node_of({"a": text}, SET)
     with pytest.raises(UsageError, match="cannot hold a value of type object"):
         node_of({"a": [object()]}, SET)
     assert node_of({"a": (Path("x/y"), {"b": None})}, SET).plain() == {"a": ["x/y", {"b": None}]}
@@ -120,7 +146,7 @@ scalars = (
     | st.booleans()
     | st.integers()
     | st.floats(allow_nan=False)
-    | st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+    | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
 )
 keys = st.from_regex(r"[a-z_][a-z_0-9-]{0,8}", fullmatch=True)
 values = st.recursive(

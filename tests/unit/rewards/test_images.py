@@ -115,9 +115,44 @@ def test_damaged_and_foreign_files(tmp_path: Path) -> None:
         read_image(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["DDS", "PCX", "TGA", "ICO", "EPS", "SGI"])
+def test_rare_formats_are_no_images(kind: str) -> None:
+    # some decoders raise errors of any kind, and that of EPS runs another program
+    with pytest.raises(UsageError, match="not an image"):
+        read_image(encoded(Image.new("RGB", (8, 8)), kind))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, KeyError, ZeroDivisionError, OverflowError])
+def test_whatever_a_decoder_raises_is_one_line(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stumble(*args: object) -> None:
+        raise error("first\nsecond")
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load_prepare", stumble)
+    with pytest.raises(UsageError, match="cannot be decoded") as refused:
+        read_image(encoded(Image.new("RGB", (8, 8))))
+    assert "\n" not in str(refused.value)
+
+
+def test_animations_and_turned_photos_are_read(tmp_path: Path) -> None:
+    red, blue = Image.new("RGB", (6, 4), "red"), Image.new("RGB", (6, 4), "blue")
+    for kind in ("GIF", "WEBP", "TIFF", "AVIF", "PNG"):
+        red.save(tmp_path / "a", kind, save_all=True, append_images=[blue])
+        image = read_image(tmp_path / "a")
+        assert image.shape == (3, 4, 6)
+        assert image[0].mean() > 0.9 > 0.1 > image[2].mean()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    red.save(tmp_path / "b.jpg", exif=turned)
+    assert read_image(tmp_path / "b.jpg").shape == (3, 4, 6)
+    red.convert("CMYK").save(tmp_path / "c.jpg")
+    red.convert("P").save(tmp_path / "d.png")
+    for name in ("c.jpg", "d.png"):
+        assert read_image(tmp_path / name)[0].mean() > 0.9
+
+
 def test_sizes_are_checked_before_decoding() -> None:
-    for size in ((20_000, 20_000), (9_000, 9_000), (60_000, 60_000)):
-        with pytest.raises(UsageError, match="more than 64,000,000 pixels"):
+    for size in ((20_000, 20_000), (5_793, 5_793), (60_000, 60_000)):
+        with pytest.raises(UsageError, match="more than 33,554,432 pixels"):
             read_image(png_of_size(*size))
     with pytest.raises(UsageError):
         read_image(png_of_size(0, 0))
