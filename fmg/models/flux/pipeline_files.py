@@ -14,10 +14,11 @@ from typing import Any
 import diffusers
 
 from fmg.core.errors import CheckpointError, UsageError
-from fmg.models.common.loading import check_guidance, read_config
+from fmg.core.json_reader import JsonError, read_object
+from fmg.core.model_folder import read_config
+from fmg.models.common.loading import check_guidance
 from fmg.models.conventions import CONVENTIONS_FILE, FlowMapConventions
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
-from fmg.models.sources import read_json
 from fmg.version import DISTRIBUTION
 
 INDEX_FILE = "model_index.json"
@@ -105,7 +106,10 @@ def check_index(folder: Path, conventions: FlowMapConventions) -> None:
     Raises:
         CheckpointError: it does not.
     """
-    index = read_json(folder / INDEX_FILE) or {}
+    try:
+        index = read_object(folder / INDEX_FILE)
+    except (OSError, JsonError):
+        index = {}
     stated = index.get("conventions")
     if stated is not None and stated != conventions.plain():
         raise CheckpointError(
