@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from signal import SIGINT
 from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
@@ -28,11 +29,12 @@ from fmg.cli.report import report
 from fmg.cli.reward_server import reward_server
 from fmg.cli.runs import runs
 from fmg.cli.score import score
-from fmg.cli.train import INTERRUPTED, train
+from fmg.cli.train import train
 from fmg.cli.verify import verify
 from fmg.core.errors import FmgError, FmgWarning, MissingDependencyError, first_line, out_of_memory, system_refusal
 from fmg.core.offline import OFFLINE
 from fmg.core.shown import bounded
+from fmg.core.signals import exit_code, signal_name, signal_of
 from fmg.version import __version__, install_line
 
 # sysexits.h: EX_SOFTWARE, an error of the program itself
@@ -53,9 +55,12 @@ class Session:
 
 
 class InterruptedByUserError(FmgError):
-    """Ctrl-C outside the training loop, which saves and ends by itself."""
+    """Ctrl-C, or another signal, outside the training loop, which saves and ends by itself."""
 
-    exit_code = INTERRUPTED
+    def __init__(self, number: int) -> None:
+        how = "Interrupted" if number == SIGINT else f"Ended by {signal_name(number)}"
+        super().__init__(how, "Nothing that was already written is lost.")
+        self.exit_code = exit_code(number)
 
 
 class _Commands(TyperGroup):
@@ -63,8 +68,8 @@ class _Commands(TyperGroup):
         """Runs the command; Ctrl-C becomes an error with one line, where Typer would end without a word."""
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise InterruptedByUserError("Interrupted", "Nothing that was already written is lost.") from None
+        except KeyboardInterrupt as error:
+            raise InterruptedByUserError(signal_of(error)) from None
 
 
 app = typer.Typer(
@@ -142,7 +147,7 @@ def main(args: Sequence[str]) -> int:
     """Runs one command and returns its exit code; every expected failure is one line on stderr.
 
     Exit codes: 0 success; 1 a failure at work; 2 a wrong use, with nothing started; 70 an error of fmg itself;
-    130 interrupted.
+    128 + n after signal n: 130 for Ctrl-C, 143 for SIGTERM.
     """
     tolerate_narrow_encodings()
     offline = os.environ.get(OFFLINE)

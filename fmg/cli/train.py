@@ -18,6 +18,7 @@ from fmg.cli.options import AsJson, Offline, given_text
 from fmg.cli.preflight import check_inputs
 from fmg.cli.tables import change, table
 from fmg.core.errors import UsageError, said_once
+from fmg.core.signals import exit_code
 from fmg.data.run_metrics import headline
 from fmg.progress.reporters import LOADING, Reporter, reporter_for
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from fmg.training.trainer import TrainResult
     from fmg.training.tripwire import Verdict
 
-INTERRUPTED = 130
 _RECIPE = "the recipe's"
 
 
@@ -144,7 +144,7 @@ def train(
 
 def _resume(run: str, others: Mapping[str, object], *, first: bool, allow_code: bool, as_json: bool) -> int:
     """Goes on with a run; everything that a run is made of stands in its own recipe."""
-    from fmg.data.states import check_resumable
+    from fmg.data.states import check_resumable, ended_short
     from fmg.registry.recipe import Recipe
 
     folder = Path(run)
@@ -156,7 +156,8 @@ def _resume(run: str, others: Mapping[str, object], *, first: bool, allow_code: 
                     f"--resume goes on with a run as it was begun, and --{name} would change it",
                     "Leave one of the two out; a run with other values is a new run.",
                 )
-        check_resumable(folder)
+        if not ended_short(folder):
+            check_resumable(folder)
         recipe = Recipe.from_yaml(folder / "recipe.yaml", allow_code=allow_code)
     with _reporting(first=first, as_json=as_json) as reporter:
         from fmg.training.api import resume as resume_training
@@ -175,8 +176,9 @@ def _reporting(*, first: bool, as_json: bool) -> Iterator[Observer]:
 
 
 def _report(recipe: Recipe, result: TrainResult, *, first: bool, as_json: bool) -> int:
+    code = 0 if result.signal is None else exit_code(result.signal)
     if not first:
-        return INTERRUPTED if result.interrupted else 0
+        return code
     if as_json:
         best = {"iteration": result.best.iteration, "key": result.best.score_key, "value": result.best.score}
         hacking = None if result.hacking is None else _hacking(result.hacking)
@@ -186,7 +188,7 @@ def _report(recipe: Recipe, result: TrainResult, *, first: bool, as_json: bool) 
         )
     else:
         _print_result(recipe, result)
-    return INTERRUPTED if result.interrupted else 0
+    return code
 
 
 def _hacking(verdict: Verdict) -> dict[str, object]:

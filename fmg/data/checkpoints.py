@@ -45,7 +45,8 @@ class Saved:
     score_key: str
     score: float | None
     sound: bool = True
-    digest: str | None = None
+    # two saves of equal tensors may order the metadata of their files otherwise
+    digest: str | None = field(default=None, compare=False)
 
     def path(self, run: Path) -> Path:
         """Its folder.

@@ -151,6 +151,11 @@ class RunFolder:
         """The picture of base and tuned samples side by side."""
         return self.path / "before_after.png"
 
+    @property
+    def report(self) -> Path:
+        """The page of the run."""
+        return self.path / "report.html"
+
     def state(self) -> RunState:
         """The contents of `run.json`.
 

@@ -22,7 +22,6 @@ from fmg.data.prompt_sets import spread
 from fmg.data.run_folder import RunFolder, RunState, read_metrics
 from fmg.data.run_metrics import AVERAGED, PREFIX, REWARD, SUFFIX, headline
 
-FILE = "report.html"
 SCORE = "eval/score"
 
 _TWO_SIDED_95 = 1.96
@@ -118,7 +117,7 @@ def write_run_report(run: RunFolder) -> Path:
     Raises:
         CheckpointError: when the folder is not that of a run, or a file in it is damaged.
     """
-    path = run.path / FILE
+    path = run.report
     write_atomic(path, run_page(RunRecord.read(run)).encode())
     return path
 

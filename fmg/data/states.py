@@ -61,6 +61,13 @@ def repeat_command(file: Path, recipe: Recipe) -> str:
     return f"fmg train --config {shlex.quote(str(file))}{consent_flag(recipe)}"
 
 
+def ended_short(run: Path) -> bool:
+    """Whether a run finished and was killed before its report was written and its states were removed."""
+    if not is_run(run) or RunFolder(run).state().state != "finished":
+        return False
+    return not RunFolder(run).report.is_file() or (run / FOLDER).is_dir()
+
+
 def check_resumable(run: Path) -> None:
     """Whether a run can be gone on with, by its folder alone.
 

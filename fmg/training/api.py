@@ -20,13 +20,16 @@ from fmg.core.errors import (
     system_refusal,
 )
 from fmg.core.events import Event, Notice, Observer, StageProgress
+from fmg.core.files import refuse_links_out
 from fmg.core.protocols import Shardable
-from fmg.core.unfinished import write_atomic
+from fmg.core.signals import Signals
+from fmg.core.unfinished import remove_leftovers, write_atomic
+from fmg.data.checkpoints import existing_index
 from fmg.data.environment import write_environment
-from fmg.data.run_folder import RunFolder, State
+from fmg.data.run_folder import RunFolder, State, read_numbers
 from fmg.data.run_lock import run_lock
 from fmg.data.run_report import write_run_report
-from fmg.data.states import check_resumable, drop_states, newest_state, resume_command
+from fmg.data.states import check_resumable, drop_states, ended_short, newest_state, resume_command
 from fmg.inference.devices import device_for, pick_dtype
 from fmg.progress import watching
 from fmg.registry.recipe import Recipe
@@ -35,6 +38,7 @@ from fmg.rewards.functions import Functions, Rewards, split_functions
 from fmg.training.attention import finite_attention
 from fmg.training.card import write_cards
 from fmg.training.compose import Composed, compose
+from fmg.training.keys import SCORE_KEY
 from fmg.training.launch import check_shares, choose_engine, device_of, read_launch
 from fmg.training.processes import Processes
 from fmg.training.rendezvous import joined
@@ -117,6 +121,8 @@ def resume(
 ) -> TrainResult:
     """Goes on with an interrupted run from its newest state, to the weights and metrics that it would have had.
 
+    A run that finished and was killed before its report was written gets it.
+
     Several processes go on as several began; each reads the state.
 
     Args:
@@ -136,6 +142,8 @@ def resume(
         ProcessError: when another process of the run ends or cannot be reached.
     """
     folder = RunFolder(Path(run))
+    if ended_short(folder.path):
+        return _completed(folder, first=read_launch().first)
     check_resumable(folder.path)
     recipe = Recipe.from_yaml(folder.recipe, allow_code=allow_code)
     _, functions = split_functions({"rewards": rewards or ()})
@@ -163,10 +171,12 @@ def _train(
     dtype = pick_dtype(recipe.train.dtype)
     heard = observer if launch.first else _errors_only(observer)
     open_run: list[RunFolder] = []
+    signals = Signals()
     try:
         with (
+            signals.caught(),
             finite_attention(),
-            joined(launch, device, heard, on_abort=lambda: _close(open_run, "failed")) as processes,
+            joined(launch, device, heard, on_abort=lambda: _close(open_run, "failed"), signals=signals) as processes,
         ):
             processes.on_first(check)
             heard(StageProgress("loading", 0, 0, recipe.model.name))
@@ -180,12 +190,13 @@ def _train(
             with _run_folder(processes, begin, recipe, open_run) as folder:
                 sizes = choose_sizes(recipe, device.type, launch.count)
                 result = Trainer(composed, folder, sizes, heard, processes, saved).train()
-                processes.on_first(lambda: write_cards(folder, recipe, composed.prompts, composed.eval_prompts))
-                if result.interrupted:
-                    _close(open_run, "interrupted")
-            if not result.interrupted:
-                processes.on_first(lambda: drop_states(folder.path))
-            processes.on_first(lambda: _report(folder))
+                with signals.held():
+                    processes.on_first(lambda: write_cards(folder, recipe, composed.prompts, composed.eval_prompts))
+                    if processes.first:
+                        _close(open_run, "interrupted" if result.interrupted else "finished")
+                    processes.on_first(lambda: _leave(folder))
+                    # the last thing to do is done, whatever was asked meanwhile
+                    signals.asked = 0
     except ProcessError:
         # whoever is left says how the run ended: the first process may be the one that is gone
         _close(open_run, "failed")
@@ -231,8 +242,25 @@ def _held(processes: Processes, folder: RunFolder, recipe: Recipe, open_run: lis
             _close(open_run, state)
 
 
-def _report(folder: RunFolder) -> None:
+def _leave(folder: RunFolder) -> None:
+    """The last steps of a run that has ended; `--resume` makes up for them where they were cut short."""
     write_run_report(folder)
+    if folder.state().state == "finished":
+        drop_states(folder.path)
+
+
+def _completed(folder: RunFolder, *, first: bool) -> TrainResult:
+    """Takes the last steps of a run that finished and was killed before them; what they would have returned."""
+    index = existing_index(folder.path)
+    evaluations = [line for line in read_numbers(folder.metrics) if SCORE_KEY in line]
+    if first:
+        with run_lock(folder.path):
+            refuse_links_out(folder.path)
+            remove_leftovers(folder.path)
+            remove_leftovers(folder.checkpoints)
+            _leave(folder)
+    initial, final = evaluations[0], evaluations[-1]
+    return TrainResult(folder, int(final["iteration"]), initial, final, index.entry(index.best), interrupted=False)
 
 
 def _close(open_run: list[RunFolder], state: State) -> None:

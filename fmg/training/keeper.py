@@ -20,7 +20,8 @@ from fmg.training.gates import replica_gate
 from fmg.training.keys import EMA_SCORE_KEY, SCORE_KEY
 from fmg.training.observe import Watcher
 from fmg.training.processes import Processes
-from fmg.training.resume import Live, Progress, SavedState, rewind, save_state
+from fmg.training.resume import Live, Progress, RestingPoint, SavedState, rewind, save_state
+from fmg.training.state_files import generator_states
 
 
 @dataclass
@@ -94,17 +95,22 @@ class Keeper:
             )
         return CheckpointIndex.from_json(text)
 
-    def state(self, progress: Progress, watcher: Watcher) -> None:
-        """Saves the state when its turn has come: at the start, then every `train.state_every` iterations."""
-        train = self.composed.recipe.train
+    def resting_point(self, progress: Progress, watcher: Watcher) -> RestingPoint:
+        """What a state of now needs beside the weights, for as long as these do not change."""
+        return RestingPoint(progress, generator_states(self.live.device), watcher.tripwire.state())
+
+    def state(self, point: RestingPoint, watcher: Watcher, *, now: bool = False) -> None:
+        """Saves the state when its turn has come: at the start, then every `train.state_every` iterations.
+
+        `now` saves it whenever the recipe asks for states at all.
+        """
+        train, progress = self.composed.recipe.train, point.progress
+        if train.state_every is None:
+            return
         ended = progress.iteration == train.iterations
-        if train.state_every is not None and progress.iteration % train.state_every == 0 and not ended:
+        if now or (progress.iteration % train.state_every == 0 and not ended):
             self.processes.on_first(
-                lambda: str(
-                    save_state(
-                        self.run, self.composed.recipe, progress, self.live, watcher.first, watcher.tripwire.state()
-                    )
-                )
+                lambda: str(save_state(self.run, self.composed.recipe, point, self.live, watcher.first))
             )
 
     def restore(self, saved: SavedState, watcher: Watcher) -> tuple[CheckpointIndex, list[dict[str, float]]]:

@@ -6,12 +6,8 @@ Every method that communicates is called by all processes in the same order with
 from __future__ import annotations
 
 import json
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -22,6 +18,7 @@ from torch.nn import Parameter
 
 from fmg.core import errors
 from fmg.core.errors import FmgError
+from fmg.core.signals import Interruption, Signals
 
 T = TypeVar("T")
 
@@ -87,12 +84,13 @@ class Processes:
         rank: 0 for the process that writes and reports.
         count: number of processes.
         device: where tensors of collective operations live.
+        signals: those that ask the run to end.
     """
 
     rank: int = 0
     count: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    _stop_asked: threading.Event = field(default_factory=threading.Event, init=False)
+    signals: Signals = field(default_factory=Signals)
 
     @property
     def alone(self) -> bool:
@@ -203,28 +201,9 @@ class Processes:
         return [bytes(row[:length].tolist()).decode() for row, length in zip(everyone, lengths, strict=True)]
 
     def check_stop(self) -> None:
-        """Raises `KeyboardInterrupt` in every process when one has been asked to stop since."""
-        if not self.alone and self.largest(float(self._stop_asked.is_set())) > 0:
-            raise KeyboardInterrupt
-
-    @contextmanager
-    def stoppable(self) -> Iterator[None]:
-        """Makes the first Ctrl-C wait for the next `check_stop`, where all processes stop at one point of the run."""
-        if self.alone or threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.getsignal(signal.SIGINT)
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            self._stop_asked.set()
-            # a second one is meant at once
-            signal.signal(signal.SIGINT, before)
-
-        signal.signal(signal.SIGINT, ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+        """Raises `Interruption` in every process when a signal has asked one to stop since."""
+        if not self.alone and (asked := int(self.largest(float(self.signals.asked)))):
+            raise Interruption(asked)
 
     def _raise_agreed(self, packed: str) -> None:
         if packed:

@@ -17,6 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from fmg.core.errors import FmgError, GateError, ProcessError, out_of_memory
 from fmg.core.events import Notice, Observer
+from fmg.core.signals import Signals
 from fmg.training.heartbeat import Heartbeat
 from fmg.training.launch import Launch
 from fmg.training.processes import Processes
@@ -34,7 +35,7 @@ _FIX = "Read what that process printed last (a killed one may have run out of me
 
 @contextmanager
 def joined(
-    launch: Launch, device: torch.device, observer: Observer, on_abort: Callable[[], None]
+    launch: Launch, device: torch.device, observer: Observer, on_abort: Callable[[], None], signals: Signals
 ) -> Iterator[Processes]:
     """The processes of a run for the length of the body, which all of them leave together.
 
@@ -46,15 +47,16 @@ def joined(
         device: where it computes.
         observer: hears an error of level `error` before a hard end.
         on_abort: called before a hard end.
+        signals: those that ask the run to end; of several processes all stop where they agree on it.
 
     Raises:
         ProcessError: the others do not come, or one of them ended.
     """
     if launch.alone:
-        yield Processes()
+        yield Processes(signals=signals)
         return
     store = _meet(launch, device)
-    processes = Processes(launch.rank, launch.count, device)
+    processes = Processes(launch.rank, launch.count, device, signals)
     over = threading.Event()
 
     def end(verdict: str) -> None:
@@ -65,8 +67,9 @@ def joined(
 
     heartbeat = Heartbeat(store, launch.rank, launch.count, end)
     heartbeat.start()
+    signals.at_once = False
     try:
-        with processes.stoppable(), warnings.catch_warnings():
+        with warnings.catch_warnings():
             # nothing here writes in place into what a network returns
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
             yield processes

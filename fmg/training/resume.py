@@ -39,7 +39,7 @@ from fmg.data.states import (
 from fmg.registry.recipe import Recipe
 from fmg.training.checkpoint import drop_unscored, scored_index
 from fmg.training.ema import Ema
-from fmg.training.state_files import generator_states, read_state, restore_generators, write_state
+from fmg.training.state_files import read_state, restore_generators, write_state
 
 SCHEMA = 4
 # How much is computed at once changes rounding (and the masks of a dropout), and what ran out of memory has to go on.
@@ -123,15 +123,18 @@ class SavedState:
         restore_generators(self.content["generators"], live.device)
 
 
-def save_state(
-    run: RunFolder,
-    recipe: Recipe,
-    progress: Progress,
-    live: Live,
-    pictures: Sequence[GridRow],
-    tripwire: Mapping[str, Any],
-) -> Path:
+@dataclass(frozen=True)
+class RestingPoint:
+    """Where a run can be resumed, apart from its weights: taken at the end of an iteration and after an evaluation."""
+
+    progress: Progress
+    generators: Mapping[str, Tensor]
+    tripwire: Mapping[str, Any]
+
+
+def save_state(run: RunFolder, recipe: Recipe, point: RestingPoint, live: Live, pictures: Sequence[GridRow]) -> Path:
     """Writes the state of a run and removes the one before it; a crash leaves one or the other, never a part."""
+    progress = point.progress
     folder = state_folder(run.path, progress.iteration)
     content = {
         "schema": SCHEMA,
@@ -141,12 +144,12 @@ def save_state(
         "optimizer": live.optimizer.state_dict(),
         "ema": None if live.ema is None else list(live.ema.values),
         "ema_updates": 0 if live.ema is None else live.ema.updates,
-        "generators": generator_states(live.device),
+        "generators": point.generators,
         "pictures": [(row.prompt, (torch.as_tensor(row.images).clamp(0, 1) * 255).round().byte()) for row in pictures],
-        "tripwire": tripwire,
+        "tripwire": point.tripwire,
     }
     if not folder.exists():
-        # else it was saved when the run was interrupted right here, and is the same
+        # else it was saved when the run was interrupted right here: an evaluation changes no weights
         with new_folder(folder) as partial:
             write_state(partial, content)
     drop_states(run.path, keep=folder)

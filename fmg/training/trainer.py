@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import astuple, dataclass, field
+from pathlib import Path
+from signal import SIGINT
 
 import torch
 from PIL.Image import Image
@@ -14,6 +16,7 @@ from PIL.Image import Image
 from fmg.core.errors import RewardError
 from fmg.core.events import Evaluated, Event, Finished, IterationDone, Notice, Observer, Resumed, Started
 from fmg.core.shown import counted, html_table
+from fmg.core.signals import signal_name, signal_of
 from fmg.core.types import ScoredRollout
 from fmg.data.checkpoints import CheckpointIndex, Saved
 from fmg.data.pictures import open_picture
@@ -28,7 +31,7 @@ from fmg.training.keys import SCORE_KEY
 from fmg.training.metrics import advantages, decline, reward_metrics
 from fmg.training.observe import Watcher
 from fmg.training.processes import Processes
-from fmg.training.resume import Progress, SavedState
+from fmg.training.resume import Progress, RestingPoint, SavedState
 from fmg.training.samples import Sampler, decode_samples, score_samples
 from fmg.training.sizes import Sizes
 from fmg.training.tripwire import Verdict
@@ -50,6 +53,8 @@ class TrainResult:
     interrupted: bool
     hacking: Verdict | None = None
     """What the tripwire found first, or None."""
+    signal: int | None = None
+    """The number of the signal that interrupted it, or None."""
 
     def __fspath__(self) -> str:
         return str(self.run.path)
@@ -95,6 +100,9 @@ class Trainer:
     _lines: list[dict[str, float]] = field(default_factory=list, init=False)
     _times: dict[str, float] = field(default_factory=dict, init=False)
     _touched: int = field(default=0, init=False)
+    _rest: RestingPoint | None = field(default=None, init=False)
+    """Where the weights belong to; None while they are updated."""
+    _ended_by: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         recipe, model = self.composed.recipe, self.composed.model
@@ -126,7 +134,9 @@ class Trainer:
         self._start = {name: p.detach().clone() for name, p in named}
 
     def train(self) -> TrainResult:
-        """All iterations. Ctrl-C ends the run early with everything saved.
+        """All iterations. Ctrl-C and other signals (`fmg.core.signals`) end the run early with everything saved.
+
+        The updates of an iteration are finished first, so that the run can be resumed from right there.
 
         Raises:
             GateError: when a safety check fails; what was saved before stays.
@@ -139,30 +149,50 @@ class Trainer:
             text = "No reward is held out, so that only the diversity of samples is watched: name some in eval.rewards."
             self._tell(Notice("warning", text))
         index, done = self._begin()
-        interrupted = False
         try:
+            if self._evaluation_is_due(done):
+                # the run was interrupted between the iteration and its evaluation
+                index = self._evaluate(done)
             for iteration in range(done, recipe.train.iterations):
                 if recipe.eval.stop_on_hacking and self._watcher.tripwire.found is not None:
                     self._tell(Notice("warning", f"Stopped after iteration {done}, as --stop-on-hacking asks."))
                     break
                 self.iterate(iteration)
                 done = iteration + 1
-                if done % recipe.eval.every == 0 or done == recipe.train.iterations:
+                if self._evaluation_is_due(done):
                     index = self._evaluate(done)
-                self._keeper.state(self._progress(done), self._watcher)
+                with self.processes.signals.held():
+                    self._keeper.state(self._resting(done), self._watcher)
         except RewardError:
             # a reward service that went away must not cost the hours before it
-            self._keeper.checkpoint(self._touched, {})
+            self._save_as_it_is()
             self._tell(
                 Notice("info", f"The weights as they were are saved in {self.run.checkpoints}.{self._how_to_go_on()}")
             )
             raise
-        except KeyboardInterrupt:
-            interrupted = True
-            index = self._keeper.checkpoint(self._touched, {})
-            text = f"Interrupted in iteration {done + 1}: the weights as they were are saved in {self.run.checkpoints}."
+        except KeyboardInterrupt as error:
+            self._ended_by = signal_of(error)
+            with self.processes.signals.held():
+                index = self._save_as_it_is()
+            if self._rest is not None:
+                done = self._rest.progress.iteration
+            how = "Interrupted" if self._ended_by == SIGINT else f"Ended by {signal_name(self._ended_by)}"
+            text = f"{how} in iteration {done + 1}: the weights as they were are saved in {self.run.checkpoints}."
             self._tell(Notice("warning", f"{text}{self._how_to_go_on()}"))
-        return self._finish(index, done, interrupted)
+        return self._finish(index, done)
+
+    def _save_as_it_is(self) -> CheckpointIndex:
+        """A checkpoint of the weights and, unless they are amid their updates, the state to resume from."""
+        index = self._keeper.checkpoint(self._touched, {})
+        if self._rest is not None:
+            self._keeper.state(self._rest, self._watcher, now=True)
+        return index
+
+    def _evaluation_is_due(self, done: int) -> bool:
+        last = self._lines[-1]
+        if last["iteration"] == done and SCORE_KEY in last:
+            return False
+        return done % self.composed.recipe.eval.every == 0 or done == self.composed.recipe.train.iterations
 
     def _how_to_go_on(self) -> str:
         if newest_state(self.run.path) is None:
@@ -177,7 +207,7 @@ class Trainer:
                 # the only draw of a run that is not keyed
                 torch.manual_seed(recipe.train.seed + self.processes.rank)
             index = self._evaluate(0)
-            self._keeper.state(self._progress(0), self._watcher)
+            self._keeper.state(self._resting(0), self._watcher)
             return index, 0
         progress = self.resumed.progress
         index, self._lines = self._keeper.restore(self.resumed, self._watcher)
@@ -186,12 +216,16 @@ class Trainer:
         same = tuple(progress.sizes) == astuple(self.sizes)
         self._gate.resume(progress.gate_checked if same else 0, progress.gate_recompute)
         self._start = {} if progress.moved else self._start
+        self._resting(progress.iteration)
         self._tell(Resumed(progress.iteration, tuple(self._lines)))
         return index, progress.iteration
 
-    def _progress(self, done: int) -> Progress:
+    def _resting(self, done: int) -> RestingPoint:
+        """The point after `done` iterations, from which the run can be resumed until the next update."""
         sizes, moved = astuple(self.sizes), not self._start
-        return Progress(done, self._touched, len(self._lines), sizes, *self._gate.findings, moved=moved)
+        progress = Progress(done, self._touched, len(self._lines), sizes, *self._gate.findings, moved=moved)
+        self._rest = self._keeper.resting_point(progress, self._watcher)
+        return self._rest
 
     def iterate(self, iteration: int) -> None:
         """One iteration: rollout, rewards, updates, one line of metrics."""
@@ -205,13 +239,22 @@ class Trainer:
         with self._clock("reward"):
             rewards = score_samples(self.composed, self.processes, own, images, len(drawn.groups), self._sampler.unit)
         scored = ScoredRollout(drawn, rewards, advantages(rewards, drawn.groups, self.composed.recipe, iteration))
+        with self.processes.signals.held():
+            self._finish_iteration(scored, diversity, iteration, started)
+
+    def _finish_iteration(
+        self, scored: ScoredRollout, diversity: dict[str, float], iteration: int, started: float
+    ) -> None:
         with self._clock("update"):
+            self._rest = None
             updates = self._update(scored, iteration)
+        drawn, rewards = scored.rollout, scored.rewards
         metrics: dict[str, float] = {"iteration": iteration + 1, **reward_metrics(rewards, drawn.groups), **updates}
         metrics |= diversity | self._sampler.learn(drawn, rewards)
         metrics |= {f"time/{stage}_s": spent for stage, spent in self._times.items()}
         metrics["time/iteration_s"] = time.perf_counter() - started
         self._record(metrics)
+        self._resting(iteration + 1)
         self._tell(IterationDone(iteration + 1, self.composed.recipe.train.iterations, metrics))
 
     def _update(self, scored: ScoredRollout, iteration: int) -> dict[str, float]:
@@ -228,7 +271,6 @@ class Trainer:
             self._keeper.updated()
             done.append(logged)
             self._check_movement()
-            self.processes.check_stop()
         by_update = {f"update_{i}/{key}": value for i, logged in enumerate(done) for key, value in logged.items()}
         return {**by_update, **done[-1], "skipped_updates": float(wanted - len(done))}
 
@@ -241,17 +283,24 @@ class Trainer:
         with self._clock("eval"):
             metrics = self._keeper.evaluate(iteration, self._watcher.evaluate)
             grid, diversity = self._watcher.draw(iteration)
+        with self.processes.signals.held():
+            return self._finish_evaluation(iteration, {**metrics, **diversity}, grid)
+
+    def _finish_evaluation(self, iteration: int, metrics: Mapping[str, float], grid: Path) -> CheckpointIndex:
         verdict = self._watcher.judge(iteration)
-        line = {"iteration": iteration, **metrics, **diversity, **verdict.metrics(), "time/eval_s": self._times["eval"]}
+        line = {"iteration": iteration, **metrics, **verdict.metrics(), "time/eval_s": self._times["eval"]}
         self._record(line)
         if len(self._lines) > 1 and self.processes.first:
             self._watcher.curve(list(self._lines))
         self._tell(Evaluated(iteration, line, grid))
         if verdict is self._watcher.tripwire.found:
             self._tell(Notice("warning", verdict.text()))
-        return self._keeper.checkpoint(iteration, metrics, sound=verdict.sound)
+        index = self._keeper.checkpoint(iteration, metrics, sound=verdict.sound)
+        self._resting(iteration)
+        return index
 
-    def _finish(self, index: CheckpointIndex, done: int, interrupted: bool) -> TrainResult:
+    def _finish(self, index: CheckpointIndex, done: int) -> TrainResult:
+        interrupted = self._ended_by is not None
         evaluations = [line for line in self._lines if SCORE_KEY in line]
         initial, final, best = evaluations[0], evaluations[-1], index.entry(index.best)
         if warning := decline(initial, final, SCORE_KEY):
@@ -260,7 +309,9 @@ class Trainer:
         if best.score is not None:
             summary["best/score"] = best.score
         self._tell(Finished(self.run.path, interrupted, summary))
-        return TrainResult(self.run, done, initial, final, best, interrupted, self._watcher.tripwire.found)
+        return TrainResult(
+            self.run, done, initial, final, best, interrupted, self._watcher.tripwire.found, self._ended_by
+        )
 
     def _facts(self) -> dict[str, str]:
         recipe, shape = self.composed.recipe, self.composed.recipe.rollout
@@ -280,7 +331,9 @@ class Trainer:
             self.run.append_metrics(line)
 
     def _tell(self, event: Event) -> None:
-        self.observer(event)
+        # the terminal may be what went away
+        with suppress(OSError) if self._ended_by else nullcontext():
+            self.observer(event)
 
     @contextmanager
     def _clock(self, stage: str) -> Iterator[None]:

@@ -15,8 +15,8 @@ from fmg.data.checkpoints import read_index
 from fmg.data.run_folder import RunFolder
 from fmg.registry.recipe import Recipe
 from fmg.training.checkpoint import save_checkpoint
-from fmg.training.resume import Live, Progress, load_state, rewind, save_state
-from fmg.training.state_files import STRUCTURE
+from fmg.training.resume import Live, Progress, RestingPoint, load_state, rewind, save_state
+from fmg.training.state_files import STRUCTURE, generator_states
 from fmg.training.tripwire import Tripwire
 from tests.support.run_files import flip_bit, without_digests
 
@@ -39,7 +39,8 @@ def run(tmp_path: Path) -> RunFolder:
     save_checkpoint(folder.path, cast(Model, Saver()), 2, "eval/score", None)
     network = torch.nn.Linear(2, 1)
     live = Live(list(network.named_parameters()), torch.optim.SGD(network.parameters(), 0.1), None, torch.device("cpu"))
-    save_state(folder, RECIPE, Progress(1, 1, 2, (4, 4), 0, False, True), live, (), Tripwire(0.1, 0.1).state())
+    progress, generators = Progress(1, 1, 2, (4, 4), 0, False, True), generator_states(live.device)
+    save_state(folder, RECIPE, RestingPoint(progress, generators, Tripwire(0.1, 0.1).state()), live, ())
     return folder
 
 

@@ -1,0 +1,202 @@
+"""`python scripts/kills.py --kills 200`: kills training runs at random moments and resumes them.
+
+Each run has to end as the one that nobody touched: the same metrics and weights, bit for bit, the same files, a report,
+and nothing outside of its folder. A quarter of the blows are signals that end a run in order (SIGTERM, SIGHUP, SIGUSR1,
+SIGINT), the others SIGKILL, which are what `--kills` counts. A run that is killed before its first state is refused in
+one line, and starts anew.
+
+Processes are forked from one that has imported everything, so that a kill costs a second or two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from fmg import Recipe, train
+from fmg.core.errors import UsageError
+from fmg.core.files import digest
+from fmg.data.checkpoints import read_index
+from fmg.data.run_folder import RunFolder, is_run
+from fmg.data.states import check_resumable, ended_short
+from fmg.training.api import resume
+
+ORDERLY = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT]
+RECIPE: dict[str, object] = {
+    "train.device": "cpu",
+    "train.iterations": 3,
+    "train.state_every": 2,
+    "train.ema_decay": 0.9,
+    "lora.rank": 2,
+    # draws from the global generator
+    "lora.dropout": 0.2,
+    "objective": "rwfm",
+    "rewards": ["jpeg-compressibility"],
+    "rollout.groups": 2,
+    "rollout.group_size": 2,
+    "rollout.steps": 2,
+    "eval.num": 2,
+    "eval.every": 2,
+    "eval.rewards": [],
+}
+
+
+class LostError(AssertionError):
+    """A run did not end as it should."""
+
+
+def start(run: Path) -> int:
+    """Trains, or resumes, in a process of its own; returns its id. It exits with 0 finished, 3 interrupted, 1 error."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        result = resume(run) if is_run(run) else train(Recipe.default(**RECIPE), run)
+        code = 3 if result.interrupted else 0
+    except KeyboardInterrupt:
+        code = 3
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def ended(child: int) -> int:
+    """Waits; the exit code, or minus the signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def strike(child: int, after: float, number: int) -> int | None:
+    """Sends a signal when the time has come; its process's exit code, or None when it had ended before."""
+    until = time.monotonic() + after
+    while time.monotonic() < until:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            code = os.waitstatus_to_exitcode(status)
+            if code:
+                raise LostError(f"a process that nobody touched ended with {code}")
+            return None
+        time.sleep(0.002)
+    os.kill(child, number)
+    return ended(child)
+
+
+def record(run: Path) -> dict[str, object]:
+    """What two equal runs have in common."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    weights = {
+        f"{file.relative_to(run)} {name}": x.flatten().tolist()
+        for file in sorted(run.rglob("*.safetensors"))
+        for name, x in load_file(file).items()
+    }
+    return {
+        "state": RunFolder(run).state().state,
+        "files": sorted(str(path.relative_to(run)) for path in run.rglob("*")),
+        "metrics": [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines],
+        "weights": weights,
+        "index": read_index(run),
+    }
+
+
+def snapshot(root: Path, run: Path) -> dict[str, str]:
+    """Digests of all files below `root` that are not the run's."""
+    files = [path for path in sorted(root.rglob("*")) if path.is_file() and run not in path.parents]
+    return {str(path): digest(path) for path in files}
+
+
+def check(run: Path, reference: dict[str, object]) -> None:
+    """Whether a run ended as the one that nobody touched.
+
+    Raises:
+        LostError: it did not.
+    """
+    found = record(run)
+    for key, value in reference.items():
+        if found[key] != value:
+            raise LostError(f"{key} of {run} differ: {str(found[key])[:2000]} and {str(value)[:2000]}")
+
+
+def main(kills: int, seed: int, root: Path) -> dict[str, int]:
+    """Kills until there were `kills` kills, each run being compared when it has ended; returns what happened."""
+    chance = random.Random(seed)
+    began = time.monotonic()
+    if code := ended(start(root / "reference")):
+        raise LostError(f"the reference ended with {code}")
+    length = time.monotonic() - began
+    reference = record(root / "reference")
+    run = root / "run"
+    (root / "thesis.txt").write_text("precious")
+    outside = snapshot(root, run)
+    counts = dict.fromkeys(["kills", "orderly", "resumed", "anew", "completed", "compared"], 0)
+    finishing = False
+    while counts["kills"] < kills or finishing:
+        if is_run(run):
+            counts["completed"] += ended_short(run)
+            counts["resumed"] += 1
+        child = start(run)
+        if counts["kills"] >= kills:
+            code: int | None = ended(child)
+            if code:
+                raise LostError(f"a process that nobody touched ended with {code}")
+            code = None
+        else:
+            number = chance.choice(ORDERLY) if chance.random() < 0.25 else signal.SIGKILL
+            code = strike(child, chance.uniform(0, 1.1 * length), number)
+        if code == -signal.SIGKILL:
+            counts["kills"] += 1
+        elif code is not None:
+            # before it listens, it dies of a signal as any process
+            if code not in (0, 3, -number):
+                raise LostError(f"a process that was sent {number} ended with {code}")
+            counts["orderly"] += 1
+        finishing = not _over(run, counts)
+        if not finishing:
+            if is_run(run) and RunFolder(run).state().state == "finished":
+                check(run, reference)
+                counts["compared"] += 1
+            shutil.rmtree(run, ignore_errors=True)
+        if snapshot(root, run) != outside:
+            raise LostError("a file outside of the run was touched")
+        sys.stderr.write(json.dumps(counts) + "\n")
+    return counts
+
+
+def _over(run: Path, counts: dict[str, int]) -> bool:
+    """Whether a run has ended, or has nothing to resume from, which is refused in one line."""
+    if is_run(run) and ended_short(run):
+        return False
+    try:
+        check_resumable(run)
+    except UsageError as error:
+        if len(str(error).splitlines()) != 1:
+            raise LostError(f"more than one line: {error}") from None
+        counts["anew"] += "finished" not in error.what
+        return True
+    return False
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["FMG_CACHE"] = f"{folder}/cache"
+        place = Path(folder) / "place"
+        place.mkdir()
+        sys.stdout.write(json.dumps(main(given.kills, given.seed, place)) + "\n")
