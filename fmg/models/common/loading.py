@@ -14,6 +14,7 @@ from typing import Any, Union, get_args, get_origin
 
 import torch
 from diffusers.utils import logging as diffusers_logging
+from torch.func import functional_call
 from transformers.utils import logging as transformers_logging
 
 from fmg.core.errors import CheckpointError, FmgWarning, first_line, out_of_memory
@@ -24,6 +25,7 @@ from fmg.models.conventions import CONVENTIONS_FILE, FlowMapConventions
 _LIBRARIES: tuple[Any, ...] = (diffusers_logging, transformers_logging)
 # a whole T5, whose decoder transformers leaves out by itself, has this head of the decoder beside its encoder
 _OF_A_DECODER = ("lm_head.weight",)
+_PROBE = 4
 _SCALARS: Mapping[object, tuple[type, ...]] = MappingProxyType(
     {int: (int,), float: (float, int), bool: (bool,), str: (str,)}
 )
@@ -98,6 +100,8 @@ class Family:
                 raise CheckpointError(
                     f"The weights in {folder} have {problem.replace('_', ' ')}: {some(names)}", RESTORE
                 )
+        if folder.name.startswith("text_encoder"):
+            _check_encodes(module, folder)
         return module
 
 
@@ -125,6 +129,20 @@ def _check_keys(cls: Any, file: Path, config: Mapping[str, object]) -> None:
         if not any(type(value) in _SCALARS.get(option, ()) for option in options):
             wanted = " or ".join(option.__name__ for option in options if option is not NoneType)
             raise CheckpointError(f"{file} has {value!r:.60} for {key} instead of {wanted}", RESTORE)
+
+
+@torch.no_grad()
+def _check_encodes(encoder: Any, folder: Path) -> None:
+    """Runs a text encoder on the meta device, without memory: some values are only noticed by the first forward.
+
+    Raises:
+        CheckpointError: it cannot run.
+    """
+    state = {name: x.to("meta") for name, x in (*encoder.named_parameters(), *encoder.named_buffers())}
+    try:
+        functional_call(encoder, state, (torch.zeros(1, _PROBE, dtype=torch.int64, device="meta"),))
+    except Exception as error:
+        raise CheckpointError(f"{folder / CONFIG} cannot be used: {first_line(error)}", RESTORE) from error
 
 
 def load_tokenizer(folder: Path, cls: Any) -> Any:

@@ -109,6 +109,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: _edit(f / "text_encoder/config.json", attn_implementation="someone/kernel"),
         "code from elsewhere",
     ),
+    "end of text": (
+        lambda f: _edit(f / "text_encoder/config.json", eos_token_id=[1]),
+        "text_encoder/config.json cannot be used",
+    ),
+    "number as text": (lambda f: _edit(f / "vae/config.json", scaling_factor=""), "'' for scaling_factor instead of"),
     "quantised": (lambda f: _edit(f / "text_encoder/config.json", quantization_config={}), "weights are quantised"),
     "pickle": (lambda f: _pickle_only(f / "transformer"), "a pickle can run code"),
     "truncated": (lambda f: _truncate(f / "transformer" / WEIGHTS), "transformer cannot be loaded"),
