@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fmg.core.aside import prints_aside
+from fmg.core.aside import fenced
 from fmg.core.errors import FmgError, UsageError
 from fmg.registry.config import ComponentConfig
 from fmg.registry.kinds import REGISTRIES, registry_for, rewards
@@ -91,7 +91,7 @@ def _imported(target: str) -> object:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
-        with prints_aside():
+        with fenced(f"The module '{module_name}'"):
             found: object = importlib.import_module(module_name)
             for part in attribute.split("."):
                 found = getattr(found, part)

@@ -1,13 +1,23 @@
-"""Where code of a user's own prints to: stdout carries what a command answers, so it goes to stderr."""
+"""A fence around code of others: where it prints to, and the settings of the process that it leaves as they were.
+
+Stdout carries what a command answers, so prints go to stderr. A script that only infers switches gradients off for good,
+which would stop the run that calls it. Imports no torch.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TextIO
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
 
+from fmg.core.errors import FmgWarning
+
+_DEVICES = ("cpu", "cuda")
 _lock = threading.Lock()
 _inside = 0
 _stdout: TextIO | None = None
@@ -28,3 +38,170 @@ def prints_aside() -> Iterator[None]:
             _inside -= 1
             if _inside == 0 and _stdout is not None:
                 sys.stdout, _stdout = _stdout, None
+
+
+class _Setting(NamedTuple):
+    """A setting of the whole process: what it is called, how it is read and written, and what it is at first."""
+
+    name: str
+    read: Callable[[Any], Any]
+    write: Callable[[Any, Any], object]
+    at_first: Callable[[Any], Any] | None = None
+
+
+def _autocast(torch: Any) -> tuple[tuple[bool, Any], ...]:
+    return tuple((torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _DEVICES)
+
+
+def _set_autocast(torch: Any, value: Sequence[tuple[bool, Any]]) -> None:
+    for kind, (enabled, dtype) in zip(_DEVICES, value, strict=True):
+        torch.set_autocast_enabled(kind, enabled)
+        torch.set_autocast_dtype(kind, dtype)
+
+
+def _set_device(torch: Any, device: Any) -> None:
+    # to name the device that is taken anyway would slow every factory function down
+    torch.set_default_device(None if device.type == "cpu" else device)
+
+
+def _deterministic(torch: Any) -> tuple[bool, bool]:
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+
+
+# what the code of fmg depends on comes first, with the value in a new process
+_OWN = (
+    _Setting(
+        "gradients",
+        lambda torch: torch.is_grad_enabled(),
+        lambda torch, value: torch.set_grad_enabled(value),
+        lambda _: True,
+    ),
+    _Setting(
+        "the default dtype",
+        lambda torch: torch.get_default_dtype(),
+        lambda torch, value: torch.set_default_dtype(value),
+        lambda torch: torch.float32,
+    ),
+    _Setting(
+        "the default device",
+        lambda torch: torch.get_default_device(),
+        _set_device,
+        lambda torch: torch.device("cpu"),
+    ),
+    _Setting(
+        "autocast",
+        _autocast,
+        _set_autocast,
+        lambda torch: tuple((False, torch.get_autocast_dtype(kind)) for kind in _DEVICES),
+    ),
+)
+_SETTINGS = (
+    *_OWN,
+    _Setting(
+        "the number of threads",
+        lambda torch: torch.get_num_threads(),
+        lambda torch, value: torch.set_num_threads(value),
+    ),
+    _Setting(
+        "deterministic algorithms",
+        _deterministic,
+        lambda torch, value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
+        lambda _: (False, False),
+    ),
+    _Setting(
+        "anomaly detection",
+        lambda torch: torch.is_anomaly_enabled(),
+        lambda torch, value: torch.autograd.set_detect_anomaly(value),
+        lambda _: False,
+    ),
+    _Setting(
+        "cuDNN's benchmark",
+        lambda torch: torch.backends.cudnn.benchmark,
+        lambda torch, value: setattr(torch.backends.cudnn, "benchmark", value),
+        lambda _: False,
+    ),
+)
+_told: set[tuple[str, str]] = set()
+
+
+@contextmanager
+def fenced(who: str) -> Iterator[None]:
+    """For a body that runs code of others: it prints to stderr, and what it changed of the process is put back.
+
+    Put back are the working directory and torch's global settings: gradients, default dtype and device, autocast,
+    threads, deterministic algorithms, anomaly detection and cuDNN's benchmark; without a word, since scripts set it
+    for good reason, the state of torch's generator where it was seeded. Drawing from it is allowed: all that a run
+    draws is keyed, but for the masks of `lora.dropout`.
+
+    Args:
+        who: starts the one warning that says what was changed, such as `The reward 'my.module:fn'`.
+    """
+    torch = _loaded_torch()
+    before = _read(torch, _SETTINGS)
+    seeded = None if torch is None else (torch.initial_seed(), torch.get_rng_state())
+    folder = _folder()
+    changed: list[str] = []
+    try:
+        with prints_aside():
+            yield
+    finally:
+        torch = _loaded_torch()
+        if torch is not None:
+            if not before:
+                before = {s.name: s.at_first(torch) for s in _SETTINGS if s.at_first is not None}
+            after = _read(torch, _SETTINGS)
+            wrong = [s for s in _SETTINGS if s.name in before and after[s.name] != before[s.name]]
+            _write(torch, {s.name: before[s.name] for s in wrong})
+            changed = [s.name for s in wrong]
+            if seeded is not None and torch.initial_seed() != seeded[0]:
+                torch.set_rng_state(seeded[1])
+        if folder is not None and _folder() != folder:
+            os.chdir(folder)
+            changed.append("the working directory")
+    new = [what for what in changed if (who, what) not in _told]
+    _told.update((who, what) for what in new)
+    if new:
+        text = f"{who} changed {', '.join(new)} for the whole process, which was put back"
+        warnings.warn(f"{text}. Change it in a `with` block, or put it back.", FmgWarning, stacklevel=3)
+
+
+@contextmanager
+def torch_as_new() -> Iterator[None]:
+    """For work that begins in a program of the user's own: gradients, default dtype and device and autocast are those
+    of a new process in the body, and afterwards what the program had."""
+    import torch
+
+    with torch.inference_mode(False):
+        before = _read(torch, _OWN)
+        _write(torch, {s.name: s.at_first(torch) for s in _OWN if s.at_first is not None})
+        try:
+            yield
+        finally:
+            _write(torch, before)
+
+
+def _loaded_torch() -> Any:
+    """Torch, where something has imported it to its end."""
+    torch = sys.modules.get("torch")
+    return torch if hasattr(torch, "get_default_device") else None
+
+
+def _read(torch: Any, settings: Sequence[_Setting]) -> dict[str, Any]:
+    return {} if torch is None else {setting.name: setting.read(torch) for setting in settings}
+
+
+def _write(torch: Any, values: Mapping[str, Any]) -> None:
+    for setting in _SETTINGS:
+        if setting.name in values:
+            setting.write(torch, values[setting.name])
+
+
+def _folder() -> Path | None:
+    try:
+        return Path.cwd()
+    except OSError:
+        # it was removed
+        return None

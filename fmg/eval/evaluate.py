@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from fmg.core.aside import torch_as_new
 from fmg.core.errors import UsageError, python_call
 from fmg.core.events import Notice, Observer, StageProgress
 from fmg.core.protocols import FeatureExtractor, PromptSet, Reward
@@ -36,6 +37,7 @@ _WORLD_SEED = 0
 
 
 @python_call
+@torch_as_new()
 def evaluate(
     target: TargetLike = None,
     *,

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from pydantic import ValidationError
 
-from fmg.core.aside import prints_aside
+from fmg.core.aside import fenced
 from fmg.core.errors import FmgError, UsageError, suggestion
 from fmg.registry.config import ComponentConfig
 from fmg.registry.validation import first_problem
@@ -190,7 +190,7 @@ class Registry(Generic[P]):
             # importing the module runs its decorator, which fills the table; a plain attribute works as well
             factory = self._import(row, row.factory)
             self._factories.setdefault(name, cast("Callable[[Any], P]", factory))
-        with prints_aside():
+        with fenced(f"The {self.kind} '{name}'"):
             return self._factories[name](config)
 
     def describe(self, name: str) -> Description:
@@ -244,7 +244,7 @@ class Registry(Generic[P]):
 def load(path: str) -> object:
     """The attribute behind a `module:attribute` path."""
     module, _, attribute = path.partition(":")
-    with prints_aside():
+    with fenced(f"The module '{module}'"):
         loaded: object = importlib.import_module(module)
     for part in attribute.split("."):
         loaded = getattr(loaded, part)
@@ -253,7 +253,7 @@ def load(path: str) -> object:
 
 def _load_entry_point(point: EntryPoint) -> None:
     try:
-        with prints_aside():
+        with fenced(f"The plug-in '{point.name}'"):
             point.load()
     except FmgError:
         raise

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fmg.core.aside import prints_aside
+from fmg.core.aside import fenced
 from fmg.core.errors import FmgError, RewardError, UsageError, out_of_memory
 from fmg.core.protocols import Reward
 from fmg.core.types import PartialRewardOutput, RewardOutput
@@ -59,7 +59,7 @@ class Checked:
         _check_images(self.name, images, prompts)
         try:
             # a NumPy view that is written to changes a tensor without a trace, so nothing less than a copy is safe
-            with prints_aside():
+            with fenced(f"The reward '{self.name}'"):
                 output: object = self.reward(images.clone(), list(prompts))
         except FmgError:
             raise

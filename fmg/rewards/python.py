@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fmg.core.aside import fenced
 from fmg.core.errors import FmgError, RewardError, UsageError, out_of_memory
 from fmg.core.types import RewardOutput
 from fmg.registry import rewards
@@ -60,6 +61,12 @@ class PythonReward:
         return returned if isinstance(returned, RewardOutput) else RewardOutput(self._numbers(returned), {})
 
     def _numbers(self, returned: object) -> Float[Tensor, " b"]:
+        if returned is None:
+            # which NumPy would make a NaN of
+            raise RewardError(
+                f"The reward '{self._target}' returned nothing (None)",
+                f"End it with `return` and one number for each image: {SIGNATURE}.",
+            )
         if isinstance(returned, Tensor):
             return returned.float()
         try:
@@ -92,7 +99,8 @@ def _find(target: str) -> Callable[..., object]:
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
-        module = importlib.import_module(module_name)
+        with fenced(f"The reward '{target}'"):
+            module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
             raise no_module(target) from None

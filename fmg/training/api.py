@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from fmg.core.aside import torch_as_new
 from fmg.core.errors import (
     CheckpointError,
     CompositionError,
@@ -152,6 +153,7 @@ def resume(
         return _train(recipe, functions, told, lambda: check_resumable(folder.path), lambda: folder, saved)
 
 
+@torch_as_new()
 def _train(
     recipe: Recipe,
     functions: Functions,

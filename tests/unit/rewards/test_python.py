@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fmg.core.aside import prints_aside
-from fmg.core.errors import FmgError, RewardError, UsageError
+from fmg.core.aside import fenced, prints_aside, torch_as_new
+from fmg.core.errors import FmgError, FmgWarning, RewardError, UsageError
 from fmg.registry import rewards
 from fmg.rewards.base import build_rewards
 from fmg.rewards.python_module import check_module
@@ -70,6 +70,40 @@ def hungry(images, prompts):
 """
 
 
+GLOBALS = """
+import os
+import torch
+
+torch.set_grad_enabled(False)
+torch.set_default_dtype(torch.float64)
+torch.manual_seed(0)
+
+
+def threads(images, prompts):
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    return images.mean(dim=(1, 2, 3))
+
+
+def everything(images, prompts):
+    torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    torch.use_deterministic_algorithms(True)
+    torch.autograd.set_detect_anomaly(True)
+    torch.backends.cudnn.benchmark = True
+    torch.autocast("cpu", torch.bfloat16).__enter__()
+    torch.manual_seed(0)
+    os.mkdir("elsewhere")
+    os.chdir("elsewhere")
+    return images.mean(dim=(1, 2, 3))
+
+
+def failing(images, prompts):
+    torch.set_grad_enabled(False)
+    raise ValueError("no")
+"""
+
+
 @pytest.fixture(autouse=True)
 def _workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -81,6 +115,7 @@ def _workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "my_crash": "value = 1\nvalue / 0\n",
         "my_talk": "print('imported')\nfrom my_rewards import talking\n",
         "my_exit": "raise SystemExit(0)\n",
+        "my_globals": GLOBALS,
     }
     for name, text in files.items():
         Path(f"{name}.py").write_text(text, encoding="utf-8")
@@ -108,6 +143,86 @@ def test_what_a_function_prints_is_kept_out_of_stdout(capsys: pytest.CaptureFixt
     assert shown.err == "imported\nscoring\n"
     sys.stdout.write("heard")
     assert capsys.readouterr().out == "heard"
+
+
+def state() -> list[object]:
+    """What code of others must leave as it was."""
+    torch_state = [
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_anomaly_enabled(),
+        torch.backends.cudnn.benchmark,
+        torch.is_autocast_enabled("cpu"),
+        torch.get_autocast_dtype("cpu"),
+        torch.get_rng_state().tolist(),
+    ]
+    return [*torch_state, Path.cwd()]
+
+
+@pytest.fixture
+def untold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fmg.core.aside._told", set())
+
+
+@pytest.mark.usefixtures("untold")
+def test_a_module_that_changes_torch_is_named_once_and_its_changes_are_put_back() -> None:
+    before = state()
+    with pytest.warns(FmgWarning, match=r"The reward 'my_globals:threads' changed gradients, the default dtype for"):
+        (reward,) = build_rewards(["python:my_globals:threads"]).values()
+    assert state() == before
+    with pytest.warns(FmgWarning, match="changed the number of threads for the whole process"):
+        reward(torch.zeros(1, 3, 4, 4), ["a"])
+    # once is enough for a run of many iterations
+    reward(torch.zeros(1, 3, 4, 4), ["a"])
+    assert state() == before
+
+
+@pytest.mark.usefixtures("untold")
+def test_every_setting_that_a_call_changes_is_put_back() -> None:
+    with pytest.warns(FmgWarning):
+        (reward,) = build_rewards(["python:my_globals:everything"]).values()
+    before = state()
+    with pytest.warns(FmgWarning) as caught:
+        reward(torch.zeros(1, 3, 4, 4), ["a"])
+    assert state() == before
+    (warning,) = caught
+    for what in ("default device", "autocast", "deterministic", "anomaly", "cuDNN", "working directory"):
+        assert what in str(warning.message)
+    assert "seed" not in str(warning.message)
+
+
+@pytest.mark.usefixtures("untold")
+def test_a_call_that_fails_leaves_nothing_changed_either() -> None:
+    with pytest.warns(FmgWarning):
+        (reward,) = build_rewards(["python:my_globals:failing"]).values()
+    with pytest.raises(RewardError, match="ValueError: no"):
+        reward(torch.zeros(1, 3, 4, 4), ["a"])
+    assert torch.is_grad_enabled()
+
+
+def test_drawing_random_numbers_is_no_change() -> None:
+    torch.manual_seed(3)
+    with fenced("The reward 'dice'"):
+        first = torch.rand(3)
+    with fenced("The reward 'dice'"):
+        assert not torch.equal(torch.rand(3), first)
+
+
+def test_work_of_fmg_does_not_depend_on_what_a_program_set() -> None:
+    torch.set_grad_enabled(False)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch_as_new():
+            assert torch.ones(1, requires_grad=True).sum().requires_grad
+            assert torch.zeros(1).dtype == torch.float32
+        assert not torch.is_grad_enabled()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_grad_enabled(True)
+        torch.set_default_dtype(torch.float32)
 
 
 def test_threads_that_overlap_leave_stdout_as_it_was() -> None:
@@ -144,7 +259,7 @@ def test_threads_that_overlap_leave_stdout_as_it_was() -> None:
         ("my_rewards:", UsageError, "target"),
         ("../my_rewards:fn", UsageError, "target"),
         ("my_rewards:words", RewardError, "returned list, which is not numbers"),
-        ("my_rewards:nothing", RewardError, r"'my_rewards:nothing' is torch.float32 shaped \(\)"),
+        ("my_rewards:nothing", RewardError, r"'my_rewards:nothing' returned nothing \(None\)"),
         ("my_rewards:broken", RewardError, "failed at my_rewards.py:32: RuntimeError"),
         ("my_rewards:hungry", RewardError, "Memory ran out in the reward 'my_rewards:hungry': MemoryError"),
     ],
