@@ -1,7 +1,7 @@
 """A fence around code of others: where it prints to, and the settings of the process that it leaves as they were.
 
-Stdout carries what a command answers, so prints go to stderr. A script that only infers switches gradients off for good,
-which would stop the run that calls it. Imports no torch.
+Stdout carries what a command answers, so prints go to stderr. A script that only infers switches gradients off
+for good, which would stop the run that calls it. Imports no torch.
 """
 
 from __future__ import annotations

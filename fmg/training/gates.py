@@ -21,6 +21,9 @@ from fmg.training.processes import Processes
 # The replayed ratio may differ from 1 by this share of the clip range before the first update.
 RATIO_TOLERANCE = 0.1
 CHECKED_ROLLOUTS = 2
+# Iterations in a row without an update after which a run is told so, and ended where it never made one.
+IDLE_ITERATIONS = 10
+_MORE_VALUES = "Use a reward that tells images of a prompt apart, larger groups (rollout.group_size) or other prompts."
 
 
 class ReplayGate:
@@ -141,6 +144,46 @@ def replica_gate(processes: Processes, parameters: Sequence[tuple[str, Parameter
             "Likely causes: devices of different kinds, or a reward or objective that gives other values in another"
             " process.",
         )
+
+
+class LearningGate:
+    """Watches whether iterations have anything to learn from: a rollout whose groups have equal rewards has nothing.
+
+    A reward of few values may well begin so, on prompts that the model cannot draw yet; a run that never makes an
+    update trains nothing.
+
+    Args:
+        observer: hears of iterations without an update.
+    """
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+        self._idle = 0
+
+    def iteration(self, done: int, touched: int, *, last: bool) -> None:
+        """Takes one iteration.
+
+        Args:
+            done: iterations done.
+            touched: the last of them that made an update; 0 for none.
+            last: whether it is the run's last one.
+
+        Raises:
+            GateError: no update was ever made, in `IDLE_ITERATIONS` of this process or in the whole run.
+        """
+        self._idle = 0 if touched == done else self._idle + 1
+        if not self._idle:
+            return
+        if touched == 0 and (last or self._idle >= IDLE_ITERATIONS):
+            raise GateError(
+                f"The run made no update: in every group of every iteration ({done} so far) the rewards were equal,"
+                " or one was missing",
+                _MORE_VALUES,
+            )
+        if self._idle == IDLE_ITERATIONS or (self._idle == 1 and touched == 0):
+            which = f"Iteration {done} made" if self._idle == 1 else f"The last {self._idle} iterations made"
+            text = f"{which} no update: in every group the rewards were equal, or one was missing. {_MORE_VALUES}"
+            self._observer(Notice("warning", text))
 
 
 def movement(before: Mapping[str, Tensor], parameters: Sequence[tuple[str, Parameter]]) -> float:

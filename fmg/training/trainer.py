@@ -25,7 +25,7 @@ from fmg.data.run_folder import RunFolder, read_numbers
 from fmg.data.run_metrics import headline
 from fmg.data.states import newest_state, resume_command
 from fmg.training.compose import Composed
-from fmg.training.gates import ReplayGate, movement, movement_gate
+from fmg.training.gates import LearningGate, ReplayGate, movement, movement_gate
 from fmg.training.keeper import Keeper
 from fmg.training.keys import SCORE_KEY
 from fmg.training.metrics import advantages, decline, reward_metrics
@@ -131,6 +131,7 @@ class Trainer:
             observer=self.observer,
             processes=self.processes,
         )
+        self._learning = LearningGate(self.observer)
         self._start = {name: p.detach().clone() for name, p in named}
 
     def train(self) -> TrainResult:
@@ -163,6 +164,7 @@ class Trainer:
                     index = self._evaluate(done)
                 with self.processes.signals.held():
                     self._keeper.state(self._resting(done), self._watcher)
+                self._learning.iteration(done, self._touched, last=done == recipe.train.iterations)
         except RewardError:
             # a reward service that went away must not cost the hours before it
             self._save_as_it_is()

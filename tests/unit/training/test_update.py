@@ -13,7 +13,7 @@ from fmg.core.types import Batch, Conditioning
 from fmg.flow import Gaussian
 from fmg.rl.configs import GrpoConfig
 from fmg.rl.grpo import Grpo
-from fmg.training.gates import ReplayGate, movement, movement_gate
+from fmg.training.gates import IDLE_ITERATIONS, LearningGate, ReplayGate, movement, movement_gate
 from fmg.training.processes import Processes
 from fmg.training.update import Updater, partition
 from tests.support import toy
@@ -142,6 +142,31 @@ def test_a_replay_that_never_agrees_stops_the_run() -> None:
     _, policies, _, batch = prepared()
     with pytest.raises(GateError, match="tenth of the clip range"):
         gate(NoisyReplay(1e-3, lasting=True), policies, []).admit(batch)
+
+
+def heard_of(steps: list[tuple[int, int]], iterations: int) -> list[str]:
+    """Warnings of a run whose iterations each end with (iterations done, the last that made an update)."""
+    heard: list[Event] = []
+    learning = LearningGate(heard.append)
+    for done, touched in steps:
+        learning.iteration(done, touched, last=done == iterations)
+    return [event.text for event in heard if isinstance(event, Notice)]
+
+
+def test_the_first_iteration_without_an_update_is_told_and_a_run_without_any_fails() -> None:
+    (warning,) = heard_of([(1, 0), (2, 0), (3, 3)], 4)
+    assert warning.startswith("Iteration 1 made no update: in every group the rewards were equal")
+    with pytest.raises(GateError, match=r"The run made no update: .* \(4 so far\)"):
+        heard_of([(done, 0) for done in range(1, 5)], 4)
+
+
+def test_a_run_that_never_learns_is_stopped_early_and_one_that_did_is_told() -> None:
+    with pytest.raises(GateError, match=rf"\({IDLE_ITERATIONS} so far\)"):
+        heard_of([(done, 0) for done in range(1, 100)], 99)
+    rest = [(done, 1) for done in range(2, 30)]
+    (warning,) = heard_of([(1, 1), *rest], 29)
+    assert warning.startswith(f"The last {IDLE_ITERATIONS} iterations made no update")
+    assert heard_of([(done, done - done % 3) for done in range(3, 30)], 29) == []
 
 
 def test_an_adapter_that_did_not_move_stops_the_run() -> None:
