@@ -26,6 +26,7 @@ from fmg.cli.tables import interval, number, table
 from fmg.cli.timings import print_timing, ratio_lines
 from fmg.core.errors import MissingDependencyError, UsageError
 from fmg.core.events import StageProgress
+from fmg.core.files import check_place
 from fmg.progress.reporters import LOADING, Reporter, reporter_for
 from fmg.version import install_line
 
@@ -181,6 +182,7 @@ def _picture(out: str | None, frontier: bool, targets: int) -> Path | None:
         raise UsageError(f"{path} exists already", "Name another file with --out; nothing is overwritten.")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"The folder of --out {path} does not exist", "Make it, or name another.")
+    check_place(path, "--out")
     return path
 
 

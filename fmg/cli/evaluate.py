@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,11 +22,13 @@ from fmg.cli.options import (
     Seed,
     check_grid,
     given_text,
+    new_place,
     parse_steps,
 )
 from fmg.cli.path_check import path_check as check_path
 from fmg.cli.reward_options import reward_options
 from fmg.cli.tables import change, compact, interval, number, table
+from fmg.core.files import check_place
 from fmg.progress.figures import signed
 from fmg.progress.reporters import LOADING, reporter_for
 
@@ -102,8 +105,9 @@ def evaluate(
     given_text(against, "--against")
     given_text(prompts, "--prompts")
     given_text(reference, "--reference")
-    given_text(report, "--report")
-    given_text(dump[1] if dump else None, "--dump")
+    if given_text(report, "--report") is not None:
+        check_place(Path(str(report)), "--report")
+    new_place(dump[1] if dump else None, "--dump")
     if path_check is not None:
         check_path(
             target,

@@ -118,7 +118,7 @@ def export(
     )
     with reporter_for(stderr()) as reporter:
         reporter(LOADING)
-        from fmg.inference.target import export_folder
+        from fmg.inference.target import EXPORTED, export_folder
 
         if diffusers:
             from fmg.export.diffusers import export_diffusers
@@ -138,7 +138,7 @@ def export(
             from fmg.export.artifact import ExportOptions, export_artifact
 
             options = ExportOptions(precision_of(precision), int8, sides, rows)
-            folder = folder or export_folder(target, "artifact")
+            folder = folder or export_folder(target, EXPORTED)
             artifact = export_artifact(target, folder, options, observer=reporter)
             facts, text = _facts(artifact), _text(artifact)
             if request is not None:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from fmg.core.errors import UsageError, suggestion
+from fmg.core.files import check_place
 from fmg.core.offline import OFFLINE
 from fmg.core.prompt import is_blank
 
@@ -21,6 +22,16 @@ def _go_offline(asked: bool) -> bool:
     return asked
 
 
+def _device_name(name: str) -> str:
+    """Refuses what is no device on any machine before torch is imported, which knows those of this one."""
+    from fmg.registry.sections import device_name
+
+    try:
+        return device_name(name)
+    except ValueError as error:
+        raise UsageError(f"--device {name}: {error}", "Use auto, cpu, cuda or cuda:N.") from None
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for programs.")]
 BatchSize = Annotated[
     int | None, typer.Option("--batch-size", min=1, metavar="N", help="Images a network call.", show_default="64")
@@ -28,7 +39,7 @@ BatchSize = Annotated[
 Backend = Annotated[
     str, typer.Option("--backend", metavar="B", help="auto, torch, onnxruntime, ...: fmg list backends.")
 ]
-Device = Annotated[str, typer.Option("--device", metavar="D", help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option("--device", metavar="D", help="auto, cpu, cuda or cuda:N.", callback=_device_name)]
 Dtype = Annotated[str, typer.Option("--dtype", metavar="T", help="fp32 or bf16.")]
 LoadedDtype = Annotated[
     str | None,
@@ -145,13 +156,27 @@ def checked_folder(text: str, flag: str) -> Path:
     """A folder that exists or can be made. (Typer's own paths turn an empty text into the working directory.)
 
     Raises:
-        UsageError: when the text is empty or a file is in the way.
+        UsageError: when the text is empty, a file is in the way, or it cannot be written.
     """
     given_text(text, flag)
     folder = Path(text)
-    for part in (folder, *folder.parents):
-        if part.exists():
-            if not part.is_dir():
-                raise UsageError(f"{flag} {folder}: '{part}' is a file", "Name a folder.")
-            break
+    if folder.is_file():
+        raise UsageError(f"{flag} {folder}: '{folder}' is a file", "Name a folder.")
+    check_place(folder, flag)
     return folder
+
+
+def new_place(text: str | None, flag: str) -> Path | None:
+    """A file or folder that does not exist and can be made; None where none was given.
+
+    Raises:
+        UsageError: when the text is empty, there is something, or it cannot be written.
+    """
+    if given_text(text, flag) is None:
+        return None
+    assert text is not None
+    path = Path(text)
+    if path.exists():
+        raise UsageError(f"{flag} {path} exists already", "Name another one; nothing is overwritten.")
+    check_place(path, flag)
+    return path

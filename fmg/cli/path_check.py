@@ -11,6 +11,7 @@ from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.options import given_text
 from fmg.cli.tables import interval, number, table
 from fmg.core.errors import UsageError
+from fmg.core.files import check_place
 from fmg.progress.figures import signed
 from fmg.progress.reporters import LOADING, reporter_for
 
@@ -54,6 +55,7 @@ def path_check(
             raise UsageError(f"'{file}' exists already", "Name another file; nothing is overwritten.")
     if not picture.parent.is_dir():
         raise UsageError(f"There is no folder '{picture.parent}'", "Make it first.")
+    check_place(picture, "--path-check")
 
     with reporter_for(stderr()) as reporter:
         reporter(LOADING)

@@ -1,27 +1,53 @@
-"""What a dry run looks at besides the recipe itself: the files that it names. Imports no torch and runs no code."""
+"""What can be refused before anything is loaded, besides the recipe itself. Imports no torch and runs no code."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fmg.core.errors import MissingDependencyError
+
 if TYPE_CHECKING:
     from fmg.registry.recipe import Recipe
 
 
-def check_inputs(recipe: Recipe) -> None:
-    """Whether prompt files exist and can be read, and the modules of the user's own rewards can be found.
+def check_inputs(recipe: Recipe, *, planned: bool) -> list[str]:
+    """Whether the files that a recipe names are there and can be read: model, weights of rewards, prompts, modules.
+
+    Args:
+        recipe: what is to be trained.
+        planned: only to be planned, perhaps for another machine, so that published files may be fetched later.
+
+    Returns:
+        One line for each published file that has not been fetched, when that is no error.
 
     Raises:
         UsageError: for the first that is missing or malformed.
+        MissingDependencyError: published files that have not been fetched, unless it is only planned.
+        CheckpointError: local model files that are missing.
     """
     from fmg.data.configs import FilePromptsConfig
     from fmg.data.prompt_sets import load_prompts
+    from fmg.registry import models
     from fmg.rewards.configs import PythonRewardConfig
     from fmg.rewards.python_module import check_module
+    from fmg.rewards.weights import locate
 
     for prompts in (recipe.prompts, recipe.eval.prompts):
         if isinstance(prompts.config, FilePromptsConfig):
             load_prompts(prompts)
+    lacking: list[MissingDependencyError] = []
     for reward in recipe.measured_rewards:
         if isinstance(reward.config, PythonRewardConfig):
             check_module(reward.config.target)
+        for asset in getattr(reward.config, "assets", tuple)():
+            try:
+                locate(asset, reward.name)
+            except MissingDependencyError as error:
+                lacking.append(error)
+    try:
+        models.build_config(recipe.model.name, recipe.model.config).check()
+    except MissingDependencyError as error:
+        lacking.append(error)
+    if lacking and not planned:
+        raise lacking[0]
+    return [str(error) for error in lacking]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fmg.cli.console import print_json, stdout
-from fmg.cli.options import AsJson, given_text
+from fmg.cli.options import AsJson, given_text, new_place
 from fmg.core.errors import UsageError
 
 _COMPARISON = "comparison.html"
@@ -34,7 +34,7 @@ def report(
     from fmg.data.run_folder import RunFolder, newest_run
     from fmg.data.run_report import RunRecord, run_page, write_run_report
 
-    given_text(out, "--out")
+    place = new_place(out, "--out")
     for name in runs or ():
         given_text(name, "RUN")
     newest = newest_run()
@@ -42,14 +42,12 @@ def report(
         raise UsageError("There is no run under 'runs' yet", "Train one with `fmg train`, or name a run folder.")
     folders = [RunFolder(Path(name)) for name in runs or [str(newest)]]
     if len(folders) > 1:
-        path = Path(out or _COMPARISON)
+        path = place or Path(_COMPARISON)
         write_comparison(folders, path)
-    elif out is None:
+    elif place is None:
         path = write_run_report(folders[0])
     else:
-        path = Path(out)
-        if path.exists():
-            raise UsageError(f"--out {path} exists already", "Name another file; nothing is overwritten.")
+        path = place
         text = run_page(RunRecord.read(folders[0]))
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, text.encode())

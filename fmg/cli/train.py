@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fmg.cli.console import print_json, stderr, stdout
+from fmg.cli.console import print_json, print_warning, stderr, stdout
 from fmg.cli.observers import JsonReporter, Outspoken, SilentReporter
 from fmg.cli.options import AsJson, Offline, given_text
 from fmg.cli.preflight import check_inputs
 from fmg.cli.tables import change, table
 from fmg.core.errors import UsageError, said_once
+from fmg.core.files import check_place
 from fmg.core.signals import exit_code
 from fmg.data.run_metrics import headline
 from fmg.progress.reporters import LOADING, Reporter, reporter_for
@@ -129,9 +130,12 @@ def train(
     if first:
         # the others might already meet the folder that the first process makes
         RunFolder.check_free(run)
+    with said_once(first):
+        lacking = check_inputs(resolved.recipe, planned=dry_run)
     if dry_run:
-        check_inputs(resolved.recipe)
         if first:
+            for text in lacking:
+                print_warning(text)
             _print_plan(resolved, as_json=as_json)
         return 0
 
@@ -159,6 +163,8 @@ def _resume(run: str, others: Mapping[str, object], *, first: bool, allow_code: 
         if not ended_short(folder):
             check_resumable(folder)
         recipe = Recipe.from_yaml(folder / "recipe.yaml", allow_code=allow_code)
+        check_place(folder, "--resume")
+        check_inputs(recipe, planned=False)
     with _reporting(first=first, as_json=as_json) as reporter:
         from fmg.training.api import resume as resume_training
 

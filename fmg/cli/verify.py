@@ -22,7 +22,9 @@ _FAILED = 1
 
 
 def verify(
-    artifact: Annotated[str, typer.Argument(metavar="ARTIFACT", help="A folder that `fmg export` made.")],
+    artifact: Annotated[
+        str, typer.Argument(metavar="ARTIFACT", help="A folder that `fmg export` made, or the run that has it.")
+    ],
     against: Annotated[
         str | None,
         typer.Option(metavar="T", help="The run or model it was made from.", show_default="what its manifest names"),
@@ -48,7 +50,10 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Prove that an artifact draws what its run draws; exit code 1 and the first differing layer when it does not."""
+    from fmg.inference.target import artifact_of
+
     given_text(artifact, "ARTIFACT")
+    artifact = str(artifact_of(artifact))
     given_text(against, "--against")
     if quick + full + alone > 1:
         raise UsageError("--quick, --full and --alone exclude each other", "Give one of them.")

@@ -5,15 +5,17 @@ Standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from fmg.core.errors import CheckpointError
+from fmg.core.errors import CheckpointError, UsageError
 
 SUMS = "SHA256SUMS"
 """The digests of a folder's files, as `sha256sum -c` reads them."""
@@ -61,6 +63,41 @@ def from_home(text: str | Path) -> Path:
     """A path in which `~` and `~name` are replaced; where nobody knows that home, it stays as it is."""
     # unlike `Path.expanduser`, which raises a RuntimeError then
     return Path(os.path.expanduser(text))  # noqa: PTH111
+
+
+def check_place(path: Path, option: str) -> None:
+    """Whether a file or folder can be made at `path`, found out before the work whose result goes there.
+
+    Args:
+        path: what is to be made; the folders above it need not exist.
+        option: names the place, for the error, such as `--out`.
+
+    Raises:
+        UsageError: a file is in the way, or the system refuses.
+    """
+    if (reason := refusal_of(path)) is not None:
+        raise UsageError(f"{option} {path} cannot be written: {reason}", "Name another place.")
+
+
+def refusal_of(path: Path) -> str | None:
+    """Why no file or folder can be made at `path`, or in it where it is a folder; None when one can.
+
+    Permissions do not tell (root may write everywhere, but not to a read-only disk), so a folder is made where the
+    first new one would be, and removed again.
+    """
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            # a name that is too long, or a loop of links
+            path.stat()
+        there = next((place for place in (path, *path.parents) if place.exists()), Path())
+        if there != path and not there.is_dir():
+            return f"'{there}' is a file"
+        with tempfile.TemporaryDirectory(dir=there if there.is_dir() else there.parent, prefix=".fmg-"):
+            return None
+    except ValueError as error:
+        return f"it is no path ({error})"
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def digest(path: Path) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from fmg.core.errors import CheckpointError, UsageError, suggestion
-from fmg.core.files import sealed, unsealed
+from fmg.core.files import refusal_of, sealed, unsealed
 from fmg.core.json_reader import JsonError, Line, located, parse_object, read_lines, read_object
 from fmg.core.shown import LONGEST_VALUE, html_picture, html_text
 from fmg.core.unfinished import write_atomic
@@ -89,14 +89,18 @@ class RunFolder:
 
     @staticmethod
     def check_free(folder: str | Path | None) -> None:
-        """Whether `create` would find `folder` free: missing or empty. None always is.
+        """Whether `create` would find `folder` free: missing or empty, in a place that can be written.
+
+        None is a new folder under `RUNS`.
 
         Raises:
-            UsageError: when it holds a run, in whatever state, or anything else.
+            UsageError: when it holds a run, in whatever state, or anything else, or cannot be made.
         """
+        path = RUNS if folder is None else Path(folder)
+        if (reason := refusal_of(path)) is not None:
+            raise UsageError(f"'{path}' cannot hold a run: {reason}", "Choose another --run.")
         if folder is None:
             return
-        path = Path(folder)
         try:
             holds_run = is_run(path)
             taken = path.exists() and (not path.is_dir() or any(path.iterdir()))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fmg.core.cache import new_folder
 from fmg.core.errors import UsageError
+from fmg.core.files import check_place
 from fmg.core.prompt import Prompt
 from fmg.data.pictures import to_pil
 from fmg.eval.scoring import Parts
@@ -68,6 +69,7 @@ def geneval_dump(folder: Path, entries: Sequence[Prompt]) -> Iterator[GenEvalDum
     """
     if folder.exists():
         raise UsageError(f"'{folder}' exists already", "Name a folder that does not exist yet; nothing is overwritten.")
+    check_place(folder, "--dump")
     counts = Counter(entry.text for entry in entries)
     if len(set(counts.values())) > 1:
         n = len(counts)

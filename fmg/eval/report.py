@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fmg.core.errors import UsageError
+from fmg.core.files import check_place
 from fmg.core.unfinished import write_atomic
 from fmg.data.page import Block, Gallery, Picture, Section, Table, Text, Tile, page
 from fmg.data.prompt_sets import spread
@@ -32,7 +33,7 @@ def check_report(path: str | Path) -> ReportFiles:
     """The files of a report: `path` when it ends in `.html`, else `report.html` in that folder; and JSON beside it.
 
     Raises:
-        UsageError: when one is there already, or a file is in the way of the folder.
+        UsageError: when one is there already, a file is in the way of the folder, or it cannot be written.
     """
     given = Path(path)
     html = given if given.suffix.lower() in (".html", ".htm") else given / _NAME
@@ -40,9 +41,7 @@ def check_report(path: str | Path) -> ReportFiles:
     for file in (files.html, files.json):
         if file.exists():
             raise UsageError(f"'{file}' exists already", "Name another --report; nothing is overwritten.")
-    in_the_way = next((parent for parent in html.parents if parent.exists() and not parent.is_dir()), None)
-    if in_the_way is not None:
-        raise UsageError(f"'{in_the_way}' is a file", "Name another --report.")
+    check_place(html, "--report")
     return files
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from os import PathLike
-from pathlib import Path
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
@@ -34,7 +33,7 @@ from fmg.inference.backend import TorchBackend
 from fmg.inference.loading import AUTO, find, load, made_from
 from fmg.inference.onnxruntime import NAME as ONNXRUNTIME
 from fmg.inference.onnxruntime import PrecisionError
-from fmg.inference.target import TargetLike, load_model
+from fmg.inference.target import TargetLike, artifact_of, load_model
 from fmg.inference.tensorrt.census import Census as EngineCensus
 from fmg.models.flux.model import FluxModel
 from fmg.progress import watching
@@ -92,7 +91,7 @@ def verify(
     """
     if level not in LEVELS:
         raise UsageError(f"There is no level '{level}' of verification", suggestion(level, LEVELS))
-    opened = artifact if isinstance(artifact, Artifact) else open_artifact(Path(artifact), hashes=False)
+    opened = artifact if isinstance(artifact, Artifact) else open_artifact(artifact_of(artifact), hashes=False)
     target = reference_of(opened, against, allow_code=allow_code)
     with watching(observer, progress) as told:
         return _verify(opened, target, level, backend, device, num, seed, told)

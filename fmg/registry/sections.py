@@ -49,13 +49,18 @@ def _targets(value: object) -> object:
     raise Problem((), what, f"Presets: {', '.join(presets)}; a list: [to_q, to_k]").as_pydantic()
 
 
-def _device(value: str) -> str:
+def device_name(value: str) -> str:
+    """The name of a device, which this machine may not have.
+
+    Raises:
+        ValueError: it names none on any machine.
+    """
     if re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value) is None:
         raise ValueError("must be auto, cpu, cuda or cuda:INDEX")
     return value
 
 
-Device = Annotated[str, AfterValidator(_device)]
+Device = Annotated[str, AfterValidator(device_name)]
 Grid = Annotated[str | tuple[float, ...], BeforeValidator(_grid)]
 LoraTargets = Annotated[str | tuple[str, ...], BeforeValidator(_targets)]
 

@@ -21,9 +21,7 @@ from fmg.registry import rewards
 from fmg.rewards.base import one_line
 from fmg.rewards.configs import FunctionRewardConfig, PythonRewardConfig
 from fmg.rewards.functions import RewardFunction, no_function
-from fmg.rewards.python_module import no_module
-
-SIGNATURE = "fn(images, prompts) -> (b,)"
+from fmg.rewards.python_module import SIGNATURE, lacks_function, no_module
 
 
 @rewards.register("python", PythonRewardConfig)
@@ -110,9 +108,7 @@ def _find(target: str) -> Callable[..., object]:
     try:
         function = reduce(getattr, attribute.split("."), module)
     except AttributeError:
-        raise UsageError(
-            f"The module '{module_name}' has no function '{attribute}'", f"Define {SIGNATURE} under that name."
-        ) from None
+        raise lacks_function(module_name, attribute) from None
     if not callable(function):
         raise UsageError(f"'{target}' is a {type(function).__name__}, not a function", f"Name a function {SIGNATURE}.")
     return function

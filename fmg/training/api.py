@@ -233,7 +233,8 @@ def _held(processes: Processes, folder: RunFolder, recipe: Recipe, open_run: lis
         state = "interrupted"
         raise
     except Exception as error:
-        if (reason := system_refusal(error)) is None:
+        reason = system_refusal(error) or (str(error) if isinstance(error, OSError) else None)
+        if reason is None:
             raise
         fix = "Free some space, or choose another --run."
         if newest_state(folder.path) is not None:

@@ -114,7 +114,7 @@ def _workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "my_import": "import surely_not_installed\n",
         "my_crash": "value = 1\nvalue / 0\n",
         "my_talk": "print('imported')\nfrom my_rewards import talking\n",
-        "my_exit": "raise SystemExit(0)\n",
+        "my_exit": "raise SystemExit(0)\ndef f(images, prompts): ...\n",
         "my_globals": GLOBALS,
     }
     for name, text in files.items():
@@ -278,7 +278,7 @@ def test_target_is_described() -> None:
 def test_a_module_is_found_without_running_it() -> None:
     Path("my_package").mkdir()
     Path("my_package/__init__.py").write_text("raise RuntimeError('imported')\n", encoding="utf-8")
-    Path("my_package/inner.py").touch()
+    Path("my_package/inner.py").write_text("def f(images, prompts): ...\n", encoding="utf-8")
     for target in ("my_exit:f", "my_package.inner:f", "json:loads", "sys:exit", "torch.nn.functional:relu"):
         check_module(target)
     for target in ("my_missing:f", "my_package.outer:f", "my_exit.inner:f"):
