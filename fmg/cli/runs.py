@@ -11,9 +11,9 @@ import typer
 
 from fmg.cli.console import print_json, print_warning, stdout
 from fmg.cli.options import AsJson, checked_folder
-from fmg.cli.tables import change, table
+from fmg.cli.tables import change, number, table
 from fmg.core.errors import CheckpointError, UsageError
-from fmg.data.run_metrics import REWARD, headline
+from fmg.data.run_metrics import REWARD, Outcome, headline
 
 if TYPE_CHECKING:
     from fmg.data.run_folder import RunFolder
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gain:
-    """The first and the last value of one score; None where it was not measured."""
+    """One score of a run before and after; None where it was not measured."""
 
     name: str
     before: float | None
@@ -29,15 +29,35 @@ class Gain:
 
 
 @dataclass(frozen=True)
+class Result(Gain):
+    """The headline score of the base, of the checkpoint that the run keeps (`after`), and of the last evaluation."""
+
+    last: float | None
+
+
+@dataclass(frozen=True)
 class RunRow:
-    """One run: its folder, model, state, iterations done, reward, and headline score on held-out prompts."""
+    """One run.
+
+    Attributes:
+        run: its folder.
+        model: its name.
+        state: as in `run.json`, or `damaged`.
+        iterations: iterations done.
+        kept: iteration of the checkpoint that the run keeps, its result; None before there is one.
+        averaged: whether that is a moving average of the weights.
+        reward: mean reward on training prompts in the first and the last iteration.
+        held_out: the headline score on held-out prompts.
+    """
 
     run: str
     model: str
     state: str
     iterations: int
+    kept: int | None
+    averaged: bool
     reward: Gain
-    held_out: Gain
+    held_out: Result
 
 
 def runs(
@@ -46,7 +66,7 @@ def runs(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the runs, with the reward and the held-out score before and after; files that cannot be read: damaged."""
+    """List the runs: what each keeps, and its held-out score before and after; files that cannot be read: damaged."""
     from fmg.data.run_folder import RUNS, damaged_runs, list_runs
 
     root = RUNS if folder is None else checked_folder(folder, "DIR")
@@ -67,33 +87,38 @@ def runs(
             row.state,
             str(row.iterations),
             _gain(row.reward),
+            "-" if row.kept is None else f"{row.kept}{' (EMA)' * row.averaged}",
             f"{row.held_out.name} {_gain(row.held_out)}",
+            "-" if row.held_out.last is None else number(row.held_out.last),
         )
         for row in rows
     ]
-    columns = ["run", "model", "state", "iterations", "reward", "held out"]
-    out.print(table(columns, cells, right=["iterations"]))
+    columns = ["run", "model", "state", "iterations", "training reward", "kept", "held out: base -> kept", "last"]
+    out.print(table(columns, cells, right=["iterations", "kept", "last"]))
 
 
 def _row(run: RunFolder) -> RunRow:
+    from fmg.data.checkpoints import read_index
     from fmg.data.run_folder import read_metrics
 
     state = run.state()
     try:
         lines = [_finite(line) for line in read_metrics(run.metrics)]
+        index = read_index(run.path)
     except CheckpointError as error:
         return _damaged(run, state.model, error)
     done = max((int(line.get("iteration", 0)) for line in lines), default=0)
-    scored = [headline(line) for line in lines]
-    names = next((list(scores) for scores in scored if scores), [])
-    held_out = _first_and_last(scored, names[0]) if names else Gain("-", None, None)
-    return RunRow(str(run.path), state.model, state.state, done, _first_and_last(lines, REWARD), held_out)
+    outcome = Outcome.of(lines, index.entry(index.best) if index else None)
+    base, kept, last = map(headline, (outcome.base, outcome.kept, outcome.last))
+    name = next(iter(base), "-")
+    held_out = Result(name, base.get(name), kept.get(name), last.get(name))
+    reward = _first_and_last(lines, REWARD)
+    return RunRow(str(run.path), state.model, state.state, done, outcome.iteration, outcome.averaged, reward, held_out)
 
 
 def _damaged(run: RunFolder, model: str, why: CheckpointError) -> RunRow:
     print_warning(why.text)
-    nothing = Gain("-", None, None)
-    return RunRow(str(run.path), model, "damaged", 0, nothing, nothing)
+    return RunRow(str(run.path), model, "damaged", 0, None, False, Gain("-", None, None), Result("-", None, None, None))
 
 
 def _finite(line: Mapping[str, object]) -> dict[str, float]:

@@ -16,11 +16,10 @@ from fmg.cli.console import print_json, print_warning, stderr, stdout
 from fmg.cli.observers import JsonReporter, Outspoken, SilentReporter
 from fmg.cli.options import AsJson, Offline, given_text
 from fmg.cli.preflight import check_inputs
-from fmg.cli.tables import change, table
+from fmg.cli.tables import table
 from fmg.core.errors import UsageError, said_once
 from fmg.core.files import check_place
 from fmg.core.signals import exit_code
-from fmg.data.run_metrics import headline
 from fmg.progress.reporters import LOADING, Reporter, reporter_for
 
 if TYPE_CHECKING:
@@ -186,10 +185,18 @@ def _report(recipe: Recipe, result: TrainResult, *, first: bool, as_json: bool) 
     if not first:
         return code
     if as_json:
-        best = {"iteration": result.best.iteration, "key": result.best.score_key, "value": result.best.score}
+        key = result.best.score_key
+        best = {"iteration": result.best.iteration, "key": key, "value": result.best.score}
+        last = {"iteration": int(result.final["iteration"]), "key": key, "value": result.final.get(key)}
         hacking = None if result.hacking is None else _hacking(result.hacking)
         print_json(
-            {"run": str(result.run.path), "best": best, "interrupted": result.interrupted, "hacking": hacking},
+            {
+                "run": str(result.run.path),
+                "best": best,
+                "last": last,
+                "interrupted": result.interrupted,
+                "hacking": hacking,
+            },
             indent=None,
         )
     else:
@@ -240,9 +247,10 @@ def _print_result(recipe: Recipe, result: TrainResult) -> None:
     run = result.run.path
     best = result.best
     out.print()
-    out.print(table(["", "before -> after"], _improvements(result.initial, result.final)))
+    columns, rows = result.outcome.table()
+    out.print(table(columns, rows, right=columns[1:]))
     judged = "not evaluated" if best.score is None else f"{best.score_key} {best.score:.3f}"
-    out.print(f"\nBest checkpoint: iteration {best.iteration} ({judged})")
+    out.print(f"\nKept checkpoint: {result.outcome.title} ({judged})")
     for name in ("before_after.png", "curve.png"):
         if (run / name).is_file():
             out.print(f"Picture: {run / name}", soft_wrap=True)
@@ -252,11 +260,6 @@ def _print_result(recipe: Recipe, result: TrainResult) -> None:
         out.print(f"  {resume_command(run, recipe)}", soft_wrap=True)
     out.print(f"  fmg eval {folder} --against base{consent_flag(recipe)}", soft_wrap=True)
     out.print(f"  fmg generate {shlex.quote(_example_prompt(recipe))} --from {folder}", soft_wrap=True)
-
-
-def _improvements(initial: Mapping[str, float], final: Mapping[str, float]) -> list[tuple[str, str]]:
-    before, after = headline(initial), headline(final)
-    return [(name, change(before.get(name), value)) for name, value in after.items()]
 
 
 def _example_prompt(recipe: Recipe) -> str:

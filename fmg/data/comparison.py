@@ -12,9 +12,7 @@ from fmg.data.page import Block, Gallery, Picture, Section, Table, Text, inline_
 from fmg.data.pictures import Curve
 from fmg.data.run_folder import RunFolder
 from fmg.data.run_metrics import PREFIX, REWARD, SUFFIX, headline
-from fmg.data.run_report import RunRecord, curve, inlined, label
-
-_SIDE = 1600
+from fmg.data.run_report import RunRecord, before_after_picture, curve, label
 
 
 def write_comparison(runs: Sequence[RunFolder], path: Path) -> None:
@@ -56,14 +54,13 @@ def _names(records: Sequence[RunRecord]) -> list[str]:
 
 def _scores(records: Sequence[RunRecord], names: Sequence[str]) -> Table:
     """One row a run; before and after for every headline score that a run has."""
-    scores = list(dict.fromkeys(name for record in records for name in headline(record.kept)))
+    scores = list(dict.fromkeys(name for record in records for name in headline(record.outcome.kept)))
     columns = ("run", "model", "state", "iterations", "kept", *scores)
     rows = []
     for record, name in zip(records, names, strict=True):
-        before = headline(record.evaluations[0]) if record.evaluations else {}
-        after = headline(record.kept)
+        before, after = headline(record.outcome.base), headline(record.outcome.kept)
         cells = [f"{before[s]:.3f} → {after[s]:.3f}" if s in before and s in after else "-" for s in scores]
-        kept = f"{record.kept['iteration']:.0f}{_whose(record)}" if record.kept else "-"
+        kept = "-" if record.outcome.iteration is None else f"{record.outcome.iteration}{_whose(record)}"
         rows.append((name, record.state.model, record.state.state, str(record.iterations), kept, *cells))
     return Table(columns, rows, frozenset(columns) - {"run", "model", "state"})
 
@@ -79,8 +76,8 @@ def _charts(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Pict
     keys = {
         key: label(key)
         for record in records
-        for key in record.kept
-        if key.startswith(PREFIX) and key.endswith(SUFFIX) and label(key) in headline(record.kept)
+        for key in record.outcome.kept
+        if key.startswith(PREFIX) and key.endswith(SUFFIX) and label(key) in headline(record.outcome.kept)
     }
     wanted = [(REWARD, "reward/se", "reward on training prompts")]
     wanted += [(key, f"{key.removesuffix(SUFFIX)}_se", f"{name}, held out") for key, name in keys.items()]
@@ -90,7 +87,7 @@ def _charts(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Pict
 
 
 def _whose(record: RunRecord) -> str:
-    return " (moving average)" if record.averaged else ""
+    return " (moving average)" if record.outcome.averaged else ""
 
 
 def _differences(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Block]:
@@ -109,8 +106,7 @@ def _differences(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator
 
 def _pictures(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Block]:
     for record, name in zip(records, names, strict=True):
-        picture = inlined(record.path / "before_after.png", _SIDE, f"before and after {name}", "panorama")
-        if picture is not None:
+        if picture := before_after_picture(record, f"before and after {name}"):
             yield Gallery([picture], name)
 
 

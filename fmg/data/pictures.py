@@ -16,6 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fmg.core.errors import CheckpointError, UsageError, first_line, writing
 from fmg.core.unfinished import write_atomic
+from fmg.data.run_folder import RunFolder
+from fmg.data.run_metrics import Outcome
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -33,6 +35,7 @@ _SLUG_LENGTH = 40
 
 PICTURE_FORMATS: Mapping[str, str] = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 """Suffixes of picture files that are written, and what Pillow calls their formats."""
+_HEADER = 26
 
 
 @dataclass(frozen=True)
@@ -89,12 +92,11 @@ def sample_grid(rows: Sequence[GridRow], title: str) -> Image.Image:
     tiles = max(len(row.images) for row in rows)
     side = _tile_side(rows[0].images.shape[-1])
     width = _LABEL_WIDTH + tiles * (side + _GAP) + _GAP
-    header = 26
-    canvas = Image.new("RGB", (width, header + len(rows) * (side + _GAP) + _GAP), _BACKGROUND)
+    canvas = Image.new("RGB", (width, _HEADER + len(rows) * (side + _GAP) + _GAP), _BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     draw.text((_GAP * 2, 6), title, fill=_INK, font=ImageFont.load_default(14))
     for i, row in enumerate(rows):
-        top = header + i * (side + _GAP)
+        top = _HEADER + i * (side + _GAP)
         _label(draw, row.prompt, (_GAP * 2, top), side)
         for j, image in enumerate(row.images):
             left = _LABEL_WIDTH + j * (side + _GAP)
@@ -103,17 +105,30 @@ def sample_grid(rows: Sequence[GridRow], title: str) -> Image.Image:
     return canvas
 
 
-def before_after(before: Sequence[GridRow], after: Sequence[GridRow], titles: tuple[str, str]) -> Image.Image:
-    """Two grids of the same prompts and seeds side by side."""
-    left, right = sample_grid(before, titles[0]), sample_grid(after, titles[1])
+def before_after(left: Image.Image, right: Image.Image, titles: tuple[str, str]) -> Image.Image:
+    """Two sample grids of the same prompts and seeds side by side, under other titles."""
     bare = right.crop((_LABEL_WIDTH - _GAP, 0, right.width, right.height))
     canvas = Image.new("RGB", (left.width + 24 + bare.width, max(left.height, bare.height)), _BACKGROUND)
     canvas.paste(left, (0, 0))
     canvas.paste(bare, (left.width + 24, 0))
     draw = ImageDraw.Draw(canvas)
-    draw.rectangle((left.width, 0, left.width + 24, 25), fill=_BACKGROUND)
-    draw.text((left.width + 26, 6), titles[1], fill=_INK, font=ImageFont.load_default(14))
+    draw.rectangle((0, 0, canvas.width, _HEADER - 1), fill=_BACKGROUND)
+    for at, title in zip((_LABEL_WIDTH, left.width + 24 + _GAP), titles, strict=True):
+        draw.text((at, 6), title, fill=_INK, font=ImageFont.load_default(14))
     return canvas
+
+
+def kept_picture(run: RunFolder, outcome: Outcome) -> Image.Image | None:
+    """Samples by the base and by the checkpoint that the run keeps; None where one of the two grids is not there."""
+    if outcome.iteration is None:
+        return None
+    kept = run.sample(outcome.iteration, averaged=outcome.averaged and outcome.iteration > 0)
+    title = "kept: the base itself" if outcome.iteration == 0 else f"kept: {outcome.title}"
+    try:
+        with Image.open(run.sample(0)) as left, Image.open(kept) as right:
+            return before_after(left.convert("RGB"), right.convert("RGB"), ("base", title))
+    except (OSError, SyntaxError, ValueError):
+        return None
 
 
 def write_picture(picture: Image.Image, path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
@@ -32,6 +33,7 @@ _SHOWN_WIDTH = 720
 STATES: tuple[State, ...] = get_args(State)
 MAX_METRICS_BYTES = 1 << 30
 """Most bytes of a `metrics.jsonl` that is read: 1 GiB, a million lines."""
+_SAMPLE = re.compile(r"iteration-(\d+)\.png")
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,15 @@ class RunFolder:
         """Sample grids."""
         return self.path / "samples"
 
+    def sample(self, iteration: int, *, averaged: bool = False) -> Path:
+        """The sample grid of an evaluation, by the weights or by their moving average."""
+        return self.samples / f"iteration-{iteration:04d}{'-ema' * averaged}.png"
+
+    def sampled(self) -> list[Path]:
+        """The sample grids of the weights, by iteration."""
+        found = ((_SAMPLE.fullmatch(path.name), path) for path in self.samples.glob("iteration-*.png"))
+        return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
     @property
     def checkpoints(self) -> Path:
         """Saved adapters."""
@@ -152,7 +163,7 @@ class RunFolder:
 
     @property
     def before_after(self) -> Path:
-        """The picture of base and tuned samples side by side."""
+        """The picture of samples by the base and by the checkpoint that the run keeps, side by side."""
         return self.path / "before_after.png"
 
     @property

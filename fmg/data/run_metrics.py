@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from fmg.data.checkpoints import Saved
+
+Line = Mapping[str, float]
+
+SCORE = "eval/score"
 REWARD = "reward/mean"
 PREFIX, AVERAGED, SUFFIX = "eval/", "eval_ema/", "_mean"
 WATCH = "watch/"
@@ -76,6 +81,73 @@ def hacked(line: Mapping[str, float], limits: HackingLimits) -> Iterator[tuple[s
         since = Change.logged(line, f"{WATCH}{name}_trained")
         if is_hacking(Change.logged(line, f"{WATCH}trained_gain"), loss, limits.of(name), since):
             yield name, loss
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run gained. Its result is the checkpoint that it keeps; the last evaluation is named as such beside it.
+
+    Scores are those of the kept kind of weights, under `eval/...`, also where these are a moving average.
+
+    Attributes:
+        iteration: of the checkpoint that the run keeps, or None before there is one.
+        averaged: whether that checkpoint is a moving average of the weights.
+        base: the evaluation of the untouched model; empty before there is one.
+        kept: the evaluation of the kept checkpoint: empty where it was not evaluated, and the last one before there is
+            a checkpoint.
+        last: the last evaluation.
+    """
+
+    iteration: int | None
+    averaged: bool
+    base: Line
+    kept: Line
+    last: Line
+
+    @classmethod
+    def of(cls, lines: Sequence[Line], best: Saved | None) -> Outcome:
+        """That of a run with these log lines and this best checkpoint."""
+        averaged = best is not None and best.score_key.startswith(AVERAGED)
+        scored = [line for line in lines if is_evaluation(line)]
+        base, last = (scored[0], scored[-1]) if scored else ({}, {})
+        kept = last if best is None else next((x for x in reversed(scored) if x["iteration"] == best.iteration), {})
+        views = (_of_weights(line, averaged=averaged) for line in (base, kept, last))
+        return cls(None if best is None else best.iteration, averaged, *views)
+
+    @property
+    def title(self) -> str:
+        """The kept checkpoint for people, as `iteration 30`, or why there is none."""
+        if self.iteration is None:
+            return "no checkpoint yet"
+        return f"iteration {self.iteration}" + (", moving average" if self.averaged else "")
+
+    @property
+    def keeps_last(self) -> bool:
+        """Whether the kept checkpoint is that of the last evaluation, so that there is no other to name."""
+        return self.kept == self.last
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Columns and rows of the headline scores: of the base, of what is kept, and of the last where it is another.
+
+        What was not measured is a dash.
+        """
+        shown = {"base": self.base, f"kept ({self.title})": self.kept}
+        if not self.keeps_last:
+            shown[f"last (iteration {self.last['iteration']:.0f})"] = self.last
+        scores = [headline(line) for line in shown.values()]
+        rows = [[name, *(f"{found[name]:.3f}" if name in found else "-" for found in scores)] for name in scores[0]]
+        return ["held out", *shown], rows
+
+
+def is_evaluation(line: Line) -> bool:
+    """Whether a log line is of an evaluation on held-out prompts."""
+    return any(key.startswith((PREFIX, AVERAGED)) for key in line)
+
+
+def _of_weights(line: Line, *, averaged: bool) -> Line:
+    own = AVERAGED if averaged else PREFIX
+    others = {key: value for key, value in line.items() if not key.startswith((PREFIX, AVERAGED))}
+    return others | {PREFIX + key.removeprefix(own): value for key, value in line.items() if key.startswith(own)}
 
 
 def headline(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -17,12 +18,10 @@ from fmg.data.charts import line_chart
 from fmg.data.checkpoints import CheckpointIndex, read_index
 from fmg.data.environment import read_environment
 from fmg.data.page import Block, Gallery, Listing, Picture, Section, Table, Text, Tile, inline_image, inline_svg, page
-from fmg.data.pictures import Curve, metric_curve
+from fmg.data.pictures import Curve, kept_picture, metric_curve
 from fmg.data.prompt_sets import spread
 from fmg.data.run_folder import RunFolder, RunState, read_metrics
-from fmg.data.run_metrics import AVERAGED, PREFIX, REWARD, SUFFIX, headline
-
-SCORE = "eval/score"
+from fmg.data.run_metrics import AVERAGED, PREFIX, REWARD, SUFFIX, Outcome, headline, is_evaluation
 
 _TWO_SIDED_95 = 1.96
 _GRIDS = 4
@@ -71,44 +70,28 @@ class RunRecord:
     @property
     def evaluations(self) -> list[Line]:
         """The lines of evaluations, in order."""
-        return [line for line in self.lines if SCORE in line]
+        return [line for line in self.lines if is_evaluation(line)]
 
     @property
     def iterations(self) -> int:
         """Iterations done."""
         return int(max((line.get("iteration", 0) for line in self.lines), default=0))
 
-    @property
-    def averaged(self) -> bool:
-        """Whether the checkpoint that the run stands for is a moving average of the weights."""
-        return self.index is not None and self.index.entry(self.index.best).score_key.startswith(AVERAGED)
-
-    @property
-    def kept(self) -> Line:
-        """The evaluation of the checkpoint that the run stands for; the last one when there is none.
-
-        The scores are those of its weights, under `eval/...`, also where these are a moving average.
-        """
-        at = None if self.index is None else self.index.entry(self.index.best).iteration
-        found = [line for line in self.evaluations if line["iteration"] == at]
-        line = (found or self.evaluations or [{}])[-1]
-        own = AVERAGED if self.averaged else PREFIX
-        others = {key: value for key, value in line.items() if not key.startswith((PREFIX, AVERAGED))}
-        return others | {PREFIX + key.removeprefix(own): value for key, value in line.items() if key.startswith(own)}
+    @cached_property
+    def outcome(self) -> Outcome:
+        """What the run gained: its base, the checkpoint that it keeps and its last evaluation."""
+        return Outcome.of(self.evaluations, self.index.entry(self.index.best) if self.index else None)
 
     def logged(self, key: str) -> str:
-        """The key under which the log has a score `eval/...` of the weights that `kept` is of."""
-        return AVERAGED + key.removeprefix(PREFIX) if self.averaged and key.startswith(PREFIX) else key
+        """The key under which the log has a score `eval/...` of the kind of weights that the run keeps."""
+        return AVERAGED + key.removeprefix(PREFIX) if self.outcome.averaged and key.startswith(PREFIX) else key
 
     def tiles(self) -> Iterator[Tile]:
-        """Headline scores of the checkpoint that the run stands for, with those of the base."""
-        if not self.evaluations:
-            return
-        before = headline(self.evaluations[0])
-        whose = "moving average, " if self.averaged else ""
-        for name, value in headline(self.kept).items():
-            note = f"base {before[name]:.3f}" if name in before else ""
-            yield Tile(f"{name}, held out", f"{value:.3f}", whose + note)
+        """Headline scores of the checkpoint that the run keeps, with those of the base."""
+        before, which = headline(self.outcome.base), self.outcome.title
+        for name, value in headline(self.outcome.kept).items():
+            note = f"base {before[name]:.3f}, {which}" if name in before else which
+            yield Tile(f"{name}, held out", f"{value:.3f}", note)
 
 
 def write_run_report(run: RunFolder) -> Path:
@@ -124,7 +107,9 @@ def write_run_report(run: RunFolder) -> Path:
 
 def run_page(record: RunRecord) -> str:
     """The HTML of a run's report."""
-    done = f"{record.iterations} iterations, {record.state.state}, began {record.state.created[:16].replace('T', ' ')}"
+    began = record.state.created[:16].replace("T", " ")
+    kept = "" if record.outcome.iteration is None else f", keeps {record.outcome.title}"
+    done = f"{record.iterations} iterations, {record.state.state}{kept}, began {began}"
     sections = [
         Section("Before and after", list(_before_after(record))),
         Section("Held-out scores", list(_scores(record))),
@@ -140,25 +125,36 @@ def run_page(record: RunRecord) -> str:
 
 
 def _before_after(record: RunRecord) -> Iterator[Block]:
-    picture = inlined(
-        record.path / "before_after.png", _WIDE_SIDE, "the same prompts and seeds before and after", "panorama"
-    )
-    if picture is not None:
-        yield Text("The same prompts and seeds, drawn by the base and by the last evaluated policy.")
+    if picture := before_after_picture(record, "the same prompts and seeds before and after"):
+        which = record.outcome.title
+        yield Text(f"The same prompts and seeds, by the base and by the checkpoint that the run keeps ({which}).")
         yield Gallery([picture])
 
 
+def before_after_picture(record: RunRecord, alt: str) -> Picture | None:
+    """Samples by the base and by the checkpoint that a run keeps, for a page; None where there are none."""
+    image = kept_picture(RunFolder(record.path), record.outcome)
+    if image is None:
+        return None
+    source, pixelated = inline_image(image, _WIDE_SIDE)
+    return Picture(source, "", alt, pixelated, "panorama")
+
+
 def _scores(record: RunRecord) -> Iterator[Block]:
-    if not record.evaluations:
+    first, last, kept = record.outcome.base, record.outcome.last, record.outcome.kept
+    if not first:
+        yield Text("There is no evaluation yet.")
         return
-    first, last, kept = record.evaluations[0], record.evaluations[-1], record.kept
-    whose = "moving average" if record.averaged else "checkpoint"
+    if not kept:
+        yield Text(f"The run keeps the checkpoint of {record.outcome.title}, which was not evaluated.")
+        return
+    which = record.outcome.title if record.outcome.iteration is not None else f"iteration {kept['iteration']:.0f}"
     yield Text(
-        f"The run stands for the {whose} of iteration {kept['iteration']:.0f}. The interval of the gain takes the"
+        f"The result of the run is the checkpoint that it keeps: {which}. The interval of the gain takes the"
         " two evaluations as independent; they share prompts and seeds, so it is on the wide side."
     )
-    own = "kept (moving average)" if record.averaged else "kept"
-    columns = ("score", "base", own, "gain", "95 % interval", "last")
+    ended = f"last (iteration {last['iteration']:.0f})"
+    columns = ("score", "base", f"kept ({which})", "gain", "95 % interval", ended)
     rows = []
     known = [key for key in kept if key.startswith(PREFIX) and key.endswith(SUFFIX) and key in first]
     headlines = list(headline(kept))
@@ -175,8 +171,7 @@ def _scores(record: RunRecord) -> Iterator[Block]:
             else f"[{gain - half:+.3f}, {gain + half:+.3f}]"
         )
         shown = [label(key), f"{first[key]:.3f}", f"{kept[key]:.3f}", f"{gain:+.3f}", between]
-        logged = record.logged(key)
-        rows.append((*shown, f"{last[logged]:.3f}" if logged in last else "-"))
+        rows.append((*shown, f"{last[key]:.3f}" if key in last else "-"))
     yield Table(columns, rows, frozenset(columns) - {"score"})
 
 
@@ -185,13 +180,14 @@ def charts(record: RunRecord) -> Iterator[Picture]:
     lines = list(record.lines)
     yield from _chart([curve(lines, REWARD, "reward/se", "mean reward")], "reward on training prompts")
     shown: set[str] = set()
-    for name in headline(record.kept):
-        key = next((k for k in record.kept if k.startswith(PREFIX) and k.endswith(SUFFIX) and label(k) == name), None)
+    measured = record.outcome.kept or record.outcome.base
+    for name in headline(measured):
+        key = next((k for k in measured if k.startswith(PREFIX) and k.endswith(SUFFIX) and label(k) == name), None)
         if key is not None:
             shown.add(key)
             both = (key, AVERAGED + key.removeprefix(PREFIX))
             yield from _chart([_held_out(lines, one) for one in both], f"{name}, held out")
-    for reward, keys in _parts(record.kept, shown):
+    for reward, keys in _parts(measured, shown):
         yield from _chart([_held_out(lines, record.logged(key)) for key in keys], f"{reward} by part, held out")
     for key, title in _UPDATE_CHARTS.items():
         yield from _chart([metric_curve(lines, key, key)], title)
@@ -232,7 +228,7 @@ def _chart(curves: Sequence[Curve], title: str) -> Iterator[Picture]:
 
 
 def _grids(record: RunRecord) -> Iterator[Block]:
-    files = spread(sorted((record.path / "samples").glob("iteration-*.png")), _GRIDS)
+    files = spread(RunFolder(record.path).sampled(), _GRIDS)
     pictures = [inlined(file, _GRID_SIDE, file.stem.replace("-", " ")) for file in files]
     if any(pictures):
         yield Gallery([picture for picture in pictures if picture is not None])

@@ -34,15 +34,16 @@ def write_cards(run: RunFolder, recipe: Recipe, prompts: PromptSet, eval_prompts
     index = read_index(run.path)
     seen = shared_prompts(prompts, eval_prompts)
     held_out = "that training did not see" if not seen else f"of which training saw {seen} of {len(eval_prompts)}"
-    for saved in index.saved if index else ():
+    if index is None:
+        return
+    for saved in index.saved:
         folder = saved.path(run.path)
-        drawn = run.samples / f"iteration-{saved.iteration:04d}.png"
-        # the samples of a run are drawn by its raw weights
-        pictured = drawn.is_file() and saved.score_key == SCORE_KEY
+        drawn = run.sample(saved.iteration, averaged=saved.score_key != SCORE_KEY)
+        pictured = drawn.is_file()
         if pictured:
             shutil.copyfile(drawn, folder / SAMPLES)
         scores = _scores(read_metrics(run.metrics), saved)
-        text = card_text(recipe, saved, scores, prompts=held_out, pictured=pictured)
+        text = card_text(recipe, saved, scores, prompts=held_out, pictured=pictured, kept=index.entry(index.best))
         write_atomic(folder / CARD, text.encode())
 
 
@@ -53,6 +54,7 @@ def card_text(
     *,
     prompts: str,
     pictured: bool,
+    kept: Saved,
 ) -> str:
     """The card in Markdown, with the front matter that model hubs read.
 
@@ -62,8 +64,9 @@ def card_text(
         scores: scores on the evaluation prompts by log key, of the base and of the checkpoint.
         prompts: which prompts these are, as what follows "prompts".
         pictured: whether there is a `samples.png` beside the card.
+        kept: the checkpoint that the run keeps.
     """
-    return "\n".join(_lines(recipe, saved, scores, prompts, pictured=pictured)) + "\n"
+    return "\n".join(_lines(recipe, saved, scores, prompts, pictured=pictured, kept=kept)) + "\n"
 
 
 def _lines(
@@ -73,6 +76,7 @@ def _lines(
     prompts: str,
     *,
     pictured: bool,
+    kept: Saved,
 ) -> Iterator[str]:
     name = recipe.model.name
     rewards = " + ".join(f"{reward.weight:g} {reward.label}" for reward in recipe.rewards)
@@ -82,6 +86,11 @@ def _lines(
     yield f"# {name}, tuned for {rewards}"
     yield ""
     yield _origin(recipe, saved)
+    yield ""
+    if saved == kept:
+        yield "This is the checkpoint that the run keeps: its result."
+    else:
+        yield f"This is not the result of the run: the run keeps `{kept.name}`."
     yield from ("", "## Terms", "", "| part | licence | publication |", "|---|---|---|")
     yield _terms(f"base `{name}`", recipe.model.config.about)
     for reward in recipe.measured_rewards:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch.nn import Parameter
@@ -72,8 +72,12 @@ class Keeper:
         if iteration == 0:
             # nothing has been averaged yet, so both are the untouched base
             return {**metrics, **averaged_keys(metrics)}
-        with self.ema.in_place():
+        with self.averaged():
             return {**metrics, **averaged_keys(evaluate(True))}
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """A body that runs with the moving average in place of the weights, where there is one."""
+        return nullcontext() if self.ema is None else self.ema.in_place()
 
     def checkpoint(self, iteration: int, metrics: Mapping[str, float], *, sound: bool = True) -> CheckpointIndex:
         """Saves the weights and their average; `metrics` has their scores, or nothing when they have none.
@@ -84,7 +88,7 @@ class Keeper:
         index = self._saved(iteration, SCORE_KEY, metrics.get(SCORE_KEY), ema=False, sound=sound)
         if self.ema is None or iteration == 0:
             return index
-        with self.ema.in_place():
+        with self.averaged():
             return self._saved(iteration, EMA_SCORE_KEY, metrics.get(EMA_SCORE_KEY), ema=True, sound=sound)
 
     def _saved(self, iteration: int, key: str, score: float | None, *, ema: bool, sound: bool) -> CheckpointIndex:
@@ -109,14 +113,11 @@ class Keeper:
             return
         ended = progress.iteration == train.iterations
         if now or (progress.iteration % train.state_every == 0 and not ended):
-            self.processes.on_first(
-                lambda: str(save_state(self.run, self.composed.recipe, point, self.live, watcher.first))
-            )
+            self.processes.on_first(lambda: str(save_state(self.run, self.composed.recipe, point, self.live)))
 
     def restore(self, saved: SavedState, watcher: Watcher) -> tuple[CheckpointIndex, list[dict[str, float]]]:
-        """Puts a run back to `saved`: weights, files and pictures; returns its checkpoints and its metrics so far."""
+        """Puts a run back to `saved`: weights and files; returns its checkpoints and its metrics so far."""
         saved.restore(self.live)
-        watcher.first = saved.pictures()
         watcher.tripwire.restore(saved.content["tripwire"])
 
         def files() -> str:

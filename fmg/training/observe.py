@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,8 +14,11 @@ from torch import Tensor
 
 from fmg.core.events import Observer, StageProgress
 from fmg.core.protocols import Reward
-from fmg.data.pictures import Curve, GridRow, before_after, curve_figure, metric_curve, sample_grid, write_picture
+from fmg.data.checkpoints import Saved
+from fmg.data.pictures import Curve, GridRow, curve_figure, kept_picture, metric_curve, sample_grid, write_picture
 from fmg.data.prompt_sets import spread
+from fmg.data.run_folder import RunFolder
+from fmg.data.run_metrics import Outcome
 from fmg.eval.diversity import within_groups
 from fmg.eval.scoring import EvalSet, Scores, means, score_target, standard_error
 from fmg.inference.backend import TorchBackend
@@ -41,8 +44,6 @@ class Watcher:
     """Images that the run's memory is planned for in one network call; an evaluation takes no more by itself."""
     observer: Observer
     processes: Processes = field(default_factory=Processes)
-    first: tuple[GridRow, ...] = field(default=(), init=False)
-    """The pictures of the untouched model, once they are drawn."""
     tripwire: Tripwire = field(init=False)
     _judged: Scores | None = field(default=None, init=False)
 
@@ -128,7 +129,7 @@ class Watcher:
         return total
 
     def draw(self, iteration: int) -> tuple[Path, dict[str, float]]:
-        """Writes `samples/iteration-NNNN.png` at fixed prompts and seeds, and `before_after.png` after the first.
+        """Writes the sample grid of an evaluation, at fixed prompts and seeds.
 
         All processes generate; the first writes.
 
@@ -141,24 +142,35 @@ class Watcher:
         if self.composed.recipe.rollout.kind == "branch":
             maps = self._pixels(torch.cat([torch.as_tensor(row.images) for row in rows])).maps
             diversity = self._spread(maps, torch.arange(len(rows)).repeat_interleave(GRID_SEEDS))
-        folder = self.run / "samples"
-        path = folder / f"iteration-{iteration:04d}.png"
-        if not self.processes.first:
-            return path, diversity
-        folder.mkdir(exist_ok=True)
-        write_picture(sample_grid(rows, f"iteration {iteration}"), path)
-        if not self.first:
-            self.first = rows
-        titles = ("before", f"after {iteration} iterations")
-        write_picture(before_after(self.first, rows, titles), self.run / "before_after.png")
-        return path, diversity
+        return self._write_samples(rows, iteration, averaged=False), diversity
 
-    def curve(self, lines: list[Mapping[str, float]]) -> None:
-        """Writes `curve.png` from the metrics so far."""
-        trained = [metric_curve(lines, "reward/mean", "mean reward", "reward/se")]
-        recipe = self.composed.recipe
-        title = f"{recipe.model.name}, {recipe.stochasticizer.name}"
-        curve_figure(trained, list(self._heldout_curves(lines)), self.run / "curve.png", title)
+    def draw_averaged(self, iteration: int) -> None:
+        """Writes the same of a moving average, which is in place of the weights."""
+        self._write_samples(self._rows(), iteration, averaged=True)
+
+    def _write_samples(self, rows: Sequence[GridRow], iteration: int, *, averaged: bool) -> Path:
+        path = RunFolder(self.run).sample(iteration, averaged=averaged)
+        if self.processes.first:
+            path.parent.mkdir(exist_ok=True)
+            write_picture(sample_grid(rows, f"iteration {iteration}" + ", moving average" * averaged), path)
+        return path
+
+    def show_result(self, lines: list[Mapping[str, float]], best: Saved) -> None:
+        """Writes `before_after.png` of the checkpoint that the run keeps, and `curve.png` of the metrics so far."""
+        if not self.processes.first:
+            return
+        run, outcome = RunFolder(self.run), Outcome.of(lines, best)
+        picture = kept_picture(run, outcome)
+        if picture is None:
+            # that of a checkpoint which is no longer kept
+            run.before_after.unlink(missing_ok=True)
+        else:
+            write_picture(picture, run.before_after)
+        if len(lines) > 1:
+            trained = [metric_curve(lines, "reward/mean", "mean reward", "reward/se")]
+            recipe = self.composed.recipe
+            title = f"{recipe.model.name}, {recipe.stochasticizer.name}"
+            curve_figure(trained, list(self._heldout_curves(lines)), run.curve, title)
 
     def _heldout_curves(self, lines: list[Mapping[str, float]]) -> Iterator[Curve]:
         """The total of every measured reward and the parts of the trained ones, without lines that coincide."""

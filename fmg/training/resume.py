@@ -1,7 +1,7 @@
 """The full state of a run, from which it goes on as if it had never stopped.
 
 RUN/state/iteration-N/{state.json, state.safetensors, SHA256SUMS}: the trained weights, the optimizer, the moving
-average, how far the run and its gates are, the pictures of before, and the global random generators. Noise, prompts and
+average, how far the run and its gates are, and the global random generators. Noise, prompts and
 partitions need nothing, because they are keyed by (seed, iteration). The newest state is the only one that stays, and a
 finished run has none.
 """
@@ -25,7 +25,6 @@ from fmg.core.errors import CheckpointError, FmgWarning, UsageError
 from fmg.core.files import SUMS, refuse_links_out
 from fmg.core.unfinished import new_folder, remove_leftovers, write_atomic
 from fmg.data.checkpoints import UNCHECKED, CheckpointIndex
-from fmg.data.pictures import GridRow
 from fmg.data.run_folder import RunFolder, read_numbers
 from fmg.data.states import (
     check_resumable,
@@ -44,9 +43,7 @@ from fmg.training.state_files import read_state, restore_generators, write_state
 SCHEMA = 4
 # How much is computed at once changes rounding (and the masks of a dropout), and what ran out of memory has to go on.
 _BATCHES = ("rollout.batch_size", "train.micro_batch", "eval.batch_size")
-_KEYS = frozenset(
-    ("schema", "run", "progress", "trained", "optimizer", "ema", "ema_updates", "generators", "pictures", "tripwire")
-)
+_KEYS = frozenset(("schema", "run", "progress", "trained", "optimizer", "ema", "ema_updates", "generators", "tripwire"))
 
 
 @dataclass(frozen=True)
@@ -89,10 +86,6 @@ class SavedState:
     progress: Progress
     content: Mapping[str, Any]
 
-    def pictures(self) -> tuple[GridRow, ...]:
-        """The pictures of the untouched model, to the nearest of 256 levels."""
-        return tuple(GridRow(prompt, images.float() / 255) for prompt, images in self.content["pictures"])
-
     def check_trained(self, trained: Iterable[tuple[str, Parameter]]) -> None:
         """Whether the state is of what the run trains.
 
@@ -132,7 +125,7 @@ class RestingPoint:
     tripwire: Mapping[str, Any]
 
 
-def save_state(run: RunFolder, recipe: Recipe, point: RestingPoint, live: Live, pictures: Sequence[GridRow]) -> Path:
+def save_state(run: RunFolder, recipe: Recipe, point: RestingPoint, live: Live) -> Path:
     """Writes the state of a run and removes the one before it; a crash leaves one or the other, never a part."""
     progress = point.progress
     folder = state_folder(run.path, progress.iteration)
@@ -145,7 +138,6 @@ def save_state(run: RunFolder, recipe: Recipe, point: RestingPoint, live: Live, 
         "ema": None if live.ema is None else list(live.ema.values),
         "ema_updates": 0 if live.ema is None else live.ema.updates,
         "generators": point.generators,
-        "pictures": [(row.prompt, (torch.as_tensor(row.images).clamp(0, 1) * 255).round().byte()) for row in pictures],
         "tripwire": point.tripwire,
     }
     if not folder.exists():

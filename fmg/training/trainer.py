@@ -22,12 +22,12 @@ from fmg.data.checkpoints import CheckpointIndex, Saved
 from fmg.data.pictures import open_picture
 from fmg.data.prompt_sets import overlap_warning
 from fmg.data.run_folder import RunFolder, read_numbers
-from fmg.data.run_metrics import headline
+from fmg.data.run_metrics import Outcome, headline
 from fmg.data.states import newest_state, resume_command
 from fmg.training.compose import Composed
 from fmg.training.gates import LearningGate, ReplayGate, movement, movement_gate
 from fmg.training.keeper import Keeper
-from fmg.training.keys import SCORE_KEY
+from fmg.training.keys import EMA_SCORE_KEY, SCORE_KEY
 from fmg.training.metrics import advantages, decline, reward_metrics
 from fmg.training.observe import Watcher
 from fmg.training.processes import Processes
@@ -40,7 +40,18 @@ from fmg.training.update import Updater
 
 @dataclass(frozen=True, repr=False)
 class TrainResult:
-    """What `train` returns: metrics of the first and last evaluation and the checkpoint the run stands for.
+    """What `train` returns. The result of a run is the checkpoint that it keeps, which need not be the last.
+
+    Attributes:
+        run: its folder.
+        iterations: iterations done.
+        initial: metrics of the base on held-out prompts.
+        final: those of the last evaluation.
+        best: the checkpoint that the run keeps.
+        interrupted: whether it ended early.
+        hacking: what the tripwire found first, or None.
+        outcome: scores of the base, of the kept checkpoint and of the last evaluation.
+        signal: the number of the signal that interrupted it, or None.
 
     It can be used wherever the path of the run can: `fmg.load(result)`.
     """
@@ -51,24 +62,22 @@ class TrainResult:
     final: Mapping[str, float]
     best: Saved
     interrupted: bool
-    hacking: Verdict | None = None
-    """What the tripwire found first, or None."""
+    hacking: Verdict | None
+    outcome: Outcome
     signal: int | None = None
-    """The number of the signal that interrupted it, or None."""
 
     def __fspath__(self) -> str:
         return str(self.run.path)
 
     def __repr__(self) -> str:
         state = "interrupted, " if self.interrupted else ""
-        before, after = headline(self.initial), headline(self.final)
+        before, after = headline(self.outcome.base), headline(self.outcome.kept)
         scores = "".join(f", {name} {before.get(name, math.nan):.3f} -> {after[name]:.3f}" for name in list(after)[:1])
-        return f"TrainResult('{self.run.path}', {state}{counted(self.iterations, 'iteration')}{scores})"
+        iterations = counted(self.iterations, "iteration")
+        return f"TrainResult('{self.run.path}', {state}{iterations}, keeps {self.outcome.title}{scores})"
 
     def _repr_html_(self) -> str:
-        before, after = headline(self.initial), headline(self.final)
-        rows = [(name, f"{before.get(name, math.nan):.3f}", f"{after[name]:.3f}") for name in after]
-        return html_table(repr(self), ("held out", "before", "after"), rows) + self.run._repr_html_()
+        return html_table(repr(self), *self.outcome.table()) + self.run._repr_html_()
 
     @property
     def metrics(self) -> list[dict[str, float]]:
@@ -188,6 +197,7 @@ class Trainer:
         index = self._keeper.checkpoint(self._touched, {})
         if self._rest is not None:
             self._keeper.state(self._rest, self._watcher, now=True)
+        self._watcher.show_result(list(self._lines), index.entry(index.best))
         return index
 
     def _evaluation_is_due(self, done: int) -> bool:
@@ -292,13 +302,16 @@ class Trainer:
         verdict = self._watcher.judge(iteration)
         line = {"iteration": iteration, **metrics, **verdict.metrics(), "time/eval_s": self._times["eval"]}
         self._record(line)
-        if len(self._lines) > 1 and self.processes.first:
-            self._watcher.curve(list(self._lines))
+        index = self._keeper.checkpoint(iteration, metrics, sound=verdict.sound)
+        self._resting(iteration)
+        best = index.entry(index.best)
+        if best.iteration == iteration > 0 and best.score_key == EMA_SCORE_KEY:
+            with self._keeper.averaged():
+                self._watcher.draw_averaged(iteration)
+        self._watcher.show_result(list(self._lines), best)
         self._tell(Evaluated(iteration, line, grid))
         if verdict is self._watcher.tripwire.found:
             self._tell(Notice("warning", verdict.text()))
-        index = self._keeper.checkpoint(iteration, metrics, sound=verdict.sound)
-        self._resting(iteration)
         return index
 
     def _finish(self, index: CheckpointIndex, done: int) -> TrainResult:
@@ -311,9 +324,8 @@ class Trainer:
         if best.score is not None:
             summary["best/score"] = best.score
         self._tell(Finished(self.run.path, interrupted, summary))
-        return TrainResult(
-            self.run, done, initial, final, best, interrupted, self._watcher.tripwire.found, self._ended_by
-        )
+        outcome, found = Outcome.of(evaluations, best), self._watcher.tripwire.found
+        return TrainResult(self.run, done, initial, final, best, interrupted, found, outcome, self._ended_by)
 
     def _facts(self) -> dict[str, str]:
         recipe, shape = self.composed.recipe, self.composed.recipe.rollout

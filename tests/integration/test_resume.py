@@ -123,6 +123,8 @@ def test_an_average_is_evaluated_and_saved_beside_the_weights(interrupted: Path)
     assert index is not None
     # without a score the raw weights stand for the run, and the untouched base is not thrown away
     assert (index.best, index.latest) == ("checkpoint-1", "checkpoint-1")
+    # which has no samples, and those of the base are not its
+    assert not RunFolder(interrupted).before_after.exists()
     assert [entry.name for entry in index.saved] == ["checkpoint-0", "checkpoint-1", "checkpoint-1-ema"]
     folder = interrupted / "checkpoints"
     raw, averaged = (

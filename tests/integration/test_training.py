@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fmg import Recipe, evaluate, load, train
 from fmg.core.errors import CompositionError, RewardError, UsageError
 from fmg.core.events import Evaluated, Event, Notice
 from fmg.data.checkpoints import chosen_checkpoint, read_index
+from fmg.data.pictures import kept_picture
 from fmg.data.run_folder import RunFolder
 from fmg.inference.backend import TorchBackend
 from fmg.models.flux.model import FluxModel
 from fmg.registry import models
 from fmg.training.compose import compose
+from fmg.training.observe import Watcher
 from fmg.training.sizes import choose_sizes
 from fmg.training.trainer import Trainer
 from tests.support.run_files import change_recipe, stop_after
@@ -157,6 +161,39 @@ def test_two_targets_are_compared_on_one_grid_and_with_the_runs_own_base(tmp_pat
     against_name = evaluate(result.run.path, against="meanflow-shapes", num=8)
     assert against_base.against[0].results == against_name.against[0].results
     assert against_base.against[0].grid == against_base.grid == "explicit"
+
+
+def test_everything_shows_the_checkpoint_that_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is the moving average of iteration 1, while the last evaluation is of iteration 2."""
+    planned = iter([0.1, 0.2, 0.9, 0.3, 0.4])
+    evaluate = Watcher.evaluate
+
+    def scored(watcher: Watcher, averaged: bool = False) -> dict[str, float]:
+        return {**evaluate(watcher, averaged), "eval/score": next(planned)}
+
+    monkeypatch.setattr(Watcher, "evaluate", scored)
+    values = {"train.iterations": 2, "train.ema_decay": 0.9, "eval.every": 1, "eval.min_diversity": 0.0}
+    result = train(tiny(**values), tmp_path / "run")
+    outcome = result.outcome
+    assert (outcome.title, outcome.kept["eval/score"], outcome.last["eval/score"]) == (
+        "iteration 1, moving average",
+        0.9,
+        0.4,
+    )
+    assert sorted(path.name for path in result.run.samples.iterdir()) == [
+        "iteration-0000.png",
+        "iteration-0001-ema.png",
+        "iteration-0001.png",
+        "iteration-0002.png",
+    ]
+    picture = kept_picture(result.run, outcome)
+    assert picture is not None
+    assert np.array_equal(np.asarray(picture), np.asarray(Image.open(result.run.before_after)))
+    assert "iteration 1, moving average" in (result.run.path / "report.html").read_text(encoding="utf-8")
+    cards = {path.parent.name: path.read_text(encoding="utf-8") for path in result.run.checkpoints.glob("*/README.md")}
+    assert "its result" in cards["checkpoint-1-ema"]
+    assert "the run keeps `checkpoint-1-ema`" in cards["checkpoint-2"]
+    assert (result.run.checkpoints / "checkpoint-1-ema" / "samples.png").is_file()
 
 
 def test_a_checkpoint_is_not_chosen_on_the_noise_it_is_judged_on(tmp_path: Path) -> None:

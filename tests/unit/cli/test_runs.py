@@ -9,6 +9,7 @@ import pytest
 from fmg.core.files import sealed, unsealed
 from fmg.data.run_folder import RunFolder
 from tests.support.cli import fmg
+from tests.support.pages import made_up_run
 
 
 @pytest.fixture
@@ -38,8 +39,22 @@ def test_runs_as_json(two_runs: Path) -> None:
     first, second = json.loads(fmg("runs", str(two_runs), "--json").stdout)
     assert first["iterations"] == 2
     assert first["reward"] == {"name": "reward/mean", "before": 0.5, "after": 0.75}
-    assert first["held_out"] == {"name": "shapes strict", "before": 0.25, "after": 0.5}
+    assert first["held_out"] == {"name": "shapes strict", "before": 0.25, "after": 0.5, "last": 0.5}
+    assert (first["kept"], first["averaged"]) == (None, False)
     assert second["reward"]["after"] is None
+
+
+def test_the_result_is_the_checkpoint_that_is_kept(tmp_path: Path) -> None:
+    """Where the last evaluation is another, it stands beside it."""
+    made_up_run(tmp_path / "raw")
+    made_up_run(tmp_path / "averaged", averaged=True)
+    averaged, raw = sorted(json.loads(fmg("runs", str(tmp_path), "--json").stdout), key=lambda row: row["run"])
+    assert (raw["kept"], raw["averaged"], raw["iterations"]) == (1, False, 3)
+    assert raw["held_out"] == pytest.approx({"name": "shapes strict", "before": 0.3, "after": 0.32, "last": 0.36})
+    assert (averaged["kept"], averaged["averaged"]) == (1, True)
+    assert averaged["held_out"] == pytest.approx({"name": "shapes strict", "before": 0.3, "after": 0.42, "last": 0.46})
+    shown = " ".join(fmg("runs", str(tmp_path)).stdout.split())
+    assert "1 (EMA) shapes strict 0.300 -> 0.420 0.460" in shown
 
 
 def test_no_runs_yet_says_how_to_make_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,25 @@ import math
 from rich.console import Console
 
 from fmg.cli.tables import change, interval, number, table
+from fmg.data.checkpoints import Saved
+from fmg.data.run_metrics import Outcome
 
 
 def test_numbers() -> None:
     assert [number(value) for value in (0.12345, -0.00001, -0.5)] == ["0.123", "0.000", "-0.500"]
     assert change(None, 0.5) == "- -> 0.500"
     assert interval((-math.inf, 0.25)) == "[-, 0.250]"
+
+
+def test_the_end_of_a_run_shows_what_it_keeps_and_names_the_last_evaluation_beside_it() -> None:
+    lines = [{"iteration": float(i), "eval/r_mean": 0.25 * i, "eval/score": 0.0} for i in range(3)]
+    columns, rows = Outcome.of(lines, Saved("checkpoint-1", 1, "eval/score", 0.0)).table()
+    assert columns == ["held out", "base", "kept (iteration 1)", "last (iteration 2)"]
+    assert rows == [["r", "0.000", "0.250", "0.500"]]
+    columns, rows = Outcome.of(lines, Saved("checkpoint-2", 2, "eval/score", 0.0)).table()
+    assert columns == ["held out", "base", "kept (iteration 2)"]
+    columns, rows = Outcome.of(lines, Saved("checkpoint-5", 5, "eval/score", None)).table()
+    assert rows == [["r", "0.000", "-", "0.500"]]
 
 
 def test_cells_are_printed_as_they_are_and_numbers_line_up() -> None:

@@ -13,10 +13,12 @@ from PIL import Image
 
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.data.charts import line_chart
+from fmg.data.checkpoints import CheckpointIndex, Saved, write_index
 from fmg.data.comparison import write_comparison
 from fmg.data.page import Gallery, Listing, Picture, Section, Table, Text, Tile, inline_image, page
-from fmg.data.pictures import Curve
-from fmg.data.run_folder import RunFolder
+from fmg.data.pictures import Curve, kept_picture
+from fmg.data.run_folder import RunFolder, read_numbers
+from fmg.data.run_metrics import Outcome
 from fmg.data.run_report import write_run_report
 from tests.support.pages import made_up_run, self_contained
 
@@ -54,7 +56,7 @@ def test_the_report_of_a_run_says_what_its_files_say(runs: tuple[RunFolder, RunF
     run = runs[0]
     parsed = self_contained((run.path / "report.html").read_text(encoding="utf-8"))
     words = parsed.words
-    assert "3 iterations, finished" in words
+    assert "3 iterations, finished, keeps iteration 1, began" in words
     # the checkpoint that is kept is that of iteration 1: strict 0.32, with 1.96 sqrt(2) 0.004 around the gain
     assert "shapes strict 0.300 0.320 +0.020 [+0.009, +0.031] 0.360" in words
     assert "shapes color 0.600 0.600 +0.000 [-0.055, +0.055] 0.600" in words
@@ -71,9 +73,9 @@ def test_a_report_shows_the_scores_of_the_moving_average_that_it_keeps(
 ) -> None:
     run = made_up_run(tmp_path / "averaged", averaged=True)
     words = self_contained(write_run_report(run).read_text(encoding="utf-8")).words
-    assert "shapes strict, held out 0.420 moving average, base 0.300" in words
-    assert "stands for the moving average of iteration 1" in words
-    assert "base kept (moving average) gain" in words
+    assert "shapes strict, held out 0.420 base 0.300, iteration 1, moving average" in words
+    assert "The result of the run is the checkpoint that it keeps: iteration 1, moving average." in words
+    assert "base kept (iteration 1, moving average) gain 95 % interval last (iteration 3)" in words
     assert "shapes strict 0.300 0.420 +0.120 [+0.109, +0.131] 0.460" in words
     write_comparison([runs[0], run], tmp_path / "c.html")
     words = self_contained((tmp_path / "c.html").read_text(encoding="utf-8")).words
@@ -85,6 +87,40 @@ def test_a_report_is_replaced_and_repeats_byte_by_byte(runs: tuple[RunFolder, Ru
     before = (runs[0].path / "report.html").read_bytes()
     write_run_report(runs[0])
     assert (runs[0].path / "report.html").read_bytes() == before
+
+
+def test_the_picture_of_before_and_after_is_of_the_checkpoint_that_is_kept(tmp_path: Path) -> None:
+    run = made_up_run(tmp_path / "run")
+    lines = read_numbers(run.metrics)
+    kept, ema, base, none = (
+        kept_picture(run, Outcome.of(lines, saved))
+        for saved in (
+            Saved("a", 1, "eval/score", 1.7),
+            Saved("a-ema", 1, "eval_ema/score", 1.7),
+            Saved("b", 0, "eval_ema/score", 0.7),
+            None,
+        )
+    )
+    assert (ema, none) == (None, None)
+    assert kept is not None
+    assert base is not None
+    shown, grids = np.asarray(kept), [np.asarray(Image.open(run.sample(i))) for i in (0, 1)]
+    # below the titles, without the second list of prompts
+    assert np.array_equal(shown[26:, :900], grids[0][26:])
+    assert np.array_equal(shown[26:, 924:], grids[1][26:, 146:])
+    assert np.array_equal(np.asarray(base)[26:, 924:], grids[0][26:, 146:])
+    run.sample(1).write_bytes(b"no picture")
+    assert kept_picture(run, Outcome.of(lines, Saved("a", 1, "eval/score", 1.7))) is None
+
+
+def test_the_result_of_a_run_that_was_not_evaluated_is_said_to_be_unknown(tmp_path: Path) -> None:
+    run = made_up_run(tmp_path / "run")
+    write_index(
+        run.path, CheckpointIndex((Saved("checkpoint-1", 5, "eval/score", None),), "checkpoint-1", "checkpoint-1")
+    )
+    words = self_contained(write_run_report(run).read_text(encoding="utf-8")).words
+    assert "The run keeps the checkpoint of iteration 5, which was not evaluated." in words
+    assert "shapes strict, held out 0." not in words
 
 
 def test_a_run_that_has_just_begun_has_a_report(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from fmg.training.tripwire import Tripwire
 from tests.support.run_files import flip_bit, without_digests
 
 RECIPE = Recipe.default()
-KEYS = ["schema", "run", "progress", "trained", "optimizer", "ema", "ema_updates", "generators", "pictures", "tripwire"]
+KEYS = ["schema", "run", "progress", "trained", "optimizer", "ema", "ema_updates", "generators", "tripwire"]
 
 
 class Saver:
@@ -40,7 +40,7 @@ def run(tmp_path: Path) -> RunFolder:
     network = torch.nn.Linear(2, 1)
     live = Live(list(network.named_parameters()), torch.optim.SGD(network.parameters(), 0.1), None, torch.device("cpu"))
     progress, generators = Progress(1, 1, 2, (4, 4), 0, False, True), generator_states(live.device)
-    save_state(folder, RECIPE, RestingPoint(progress, generators, Tripwire(0.1, 0.1).state()), live, ())
+    save_state(folder, RECIPE, RestingPoint(progress, generators, Tripwire(0.1, 0.1).state()), live)
     return folder
 
 
