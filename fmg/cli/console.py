@@ -12,7 +12,7 @@ from fmg.core.shown import visible, visible_json
 from fmg.progress.console import SafeConsole
 
 # A pipe has no width of its own; tables for `grep` must not be folded at 80 columns.
-_PIPE_WIDTH = 200
+_PIPE_WIDTH = 300
 
 
 def stdout() -> Console:

@@ -93,7 +93,7 @@ def runs(
         )
         for row in rows
     ]
-    columns = ["run", "model", "state", "iterations", "training reward", "kept", "held out: base -> kept", "last"]
+    columns = ["run", "model", "state", "iterations", "reward", "kept", "held out", "last"]
     out.print(table(columns, cells, right=["iterations", "kept", "last"]))
 
 
