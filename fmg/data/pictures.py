@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from fmg.core.errors import CheckpointError, UsageError, first_line, writing
+from fmg.core.image_files import decoded
 from fmg.core.unfinished import write_atomic
 from fmg.data.run_folder import RunFolder
 from fmg.data.run_metrics import Outcome
@@ -125,10 +126,10 @@ def kept_picture(run: RunFolder, outcome: Outcome) -> Image.Image | None:
     kept = run.sample(outcome.iteration, averaged=outcome.averaged and outcome.iteration > 0)
     title = "kept: the base itself" if outcome.iteration == 0 else f"kept: {outcome.title}"
     try:
-        with Image.open(run.sample(0)) as left, Image.open(kept) as right:
-            return before_after(left.convert("RGB"), right.convert("RGB"), ("base", title))
-    except (OSError, SyntaxError, ValueError):
+        left, right = (decoded(path, lambda image: image.convert("RGB")) for path in (run.sample(0), kept))
+    except UsageError:
         return None
+    return before_after(left, right, ("base", title))
 
 
 def write_picture(picture: Image.Image, path: Path) -> None:

@@ -44,7 +44,7 @@ def test_a_function_trains_is_recorded_by_name_and_is_needed_again(
     report = fmg.evaluate(result, against="base", rewards=redness, steps=2, num=2)
     assert [row.reward for row in report.results] == ["redness"]
 
-    assert repr(result).startswith("TrainResult('cut', 2 iterations, redness ")
+    assert repr(result).startswith("TrainResult('cut', 2 iterations, keeps iteration ")
     assert result.plot().width > 100
     assert [line["iteration"] for line in result.metrics] == [0, 1, 2, 2]
     assert result._repr_html_().count("<img") == 2
