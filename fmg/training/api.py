@@ -262,8 +262,7 @@ def _completed(folder: RunFolder, *, first: bool) -> TrainResult:
             remove_leftovers(folder.path)
             remove_leftovers(folder.checkpoints)
             _leave(folder)
-    initial, final = evaluations[0], evaluations[-1]
-    return TrainResult(folder, int(final["iteration"]), initial, final, index.entry(index.best), interrupted=False)
+    return TrainResult.of(folder, int(evaluations[-1]["iteration"]), evaluations, index.entry(index.best))
 
 
 def _close(open_run: list[RunFolder], state: State) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
@@ -65,6 +65,20 @@ class TrainResult:
     hacking: Verdict | None
     outcome: Outcome
     signal: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        run: RunFolder,
+        iterations: int,
+        evaluations: Sequence[Mapping[str, float]],
+        best: Saved,
+        hacking: Verdict | None = None,
+        signal: int | None = None,
+    ) -> TrainResult:
+        """The result of a run with these lines of evaluations."""
+        outcome, interrupted = Outcome.of(evaluations, best), signal is not None
+        return cls(run, iterations, evaluations[0], evaluations[-1], best, interrupted, hacking, outcome, signal)
 
     def __fspath__(self) -> str:
         return str(self.run.path)
@@ -315,17 +329,15 @@ class Trainer:
         return index
 
     def _finish(self, index: CheckpointIndex, done: int) -> TrainResult:
-        interrupted = self._ended_by is not None
-        evaluations = [line for line in self._lines if SCORE_KEY in line]
-        initial, final, best = evaluations[0], evaluations[-1], index.entry(index.best)
-        if warning := decline(initial, final, SCORE_KEY):
+        evaluations, best = [line for line in self._lines if SCORE_KEY in line], index.entry(index.best)
+        result = TrainResult.of(self.run, done, evaluations, best, self._watcher.tripwire.found, self._ended_by)
+        if warning := decline(result.initial, result.final, SCORE_KEY):
             self._tell(Notice("warning", warning))
         summary = {"best/iteration": float(best.iteration)}
         if best.score is not None:
             summary["best/score"] = best.score
-        self._tell(Finished(self.run.path, interrupted, summary))
-        outcome, found = Outcome.of(evaluations, best), self._watcher.tripwire.found
-        return TrainResult(self.run, done, initial, final, best, interrupted, found, outcome, self._ended_by)
+        self._tell(Finished(self.run.path, result.interrupted, summary))
+        return result
 
     def _facts(self) -> dict[str, str]:
         recipe, shape = self.composed.recipe, self.composed.recipe.rollout
