@@ -77,7 +77,7 @@ def verify(
 
 
 def print_report(console: Console, report: VerifyReport) -> None:
-    """One row a check, what was measured, and why one failed."""
+    """One row a check, what was measured, why one failed, and on what terms others passed."""
     against = f" against {report.against}" if report.against else ""
     console.print(f"{report.artifact}{against}, {report.level}, {report.backend}\n", soft_wrap=True)
     rows = [("passed" if check.passed else "FAILED", check.name, _measured(check.values)) for check in report.checks]
@@ -85,6 +85,10 @@ def print_report(console: Console, report: VerifyReport) -> None:
     for check in report.checks:
         if not check.passed:
             console.print(f"\n{check.name}: {check.note}", soft_wrap=True)
+    terms = dict.fromkeys(check.note for check in report.checks if check.passed and check.note)
+    for note in terms:
+        names = [check.name for check in report.checks if check.passed and check.note == note]
+        console.print(f"\n{', '.join(names)}: {note}", soft_wrap=True)
 
 
 def _alone(artifact: str, backend: str, device: str) -> VerifyReport:

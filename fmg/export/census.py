@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fmg.core.errors import CheckpointError
 from fmg.export.onnx import require_onnx
+from fmg.inference.artifact import borders
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.artifact.manifest import Precision
 
@@ -28,18 +29,54 @@ INT8_PRODUCTS = frozenset({"ConvInteger", "MatMulInteger", "QLinearConv", "QLine
 ACTIVATION_PRODUCTS = frozenset({"Attention", "MatMul"})
 """Products of two activations (attention) stay fp32 in a dynamically quantised graph."""
 
-FP32_MAY = re.compile(
-    r"""(^|\.)(
-        pos_embed            # rotary positions
-      | time_text_embed | timestep_embedder2 | time_proj   # times and their sinusoids
-      | norm\w* | \w*_norm | layer_norm\w* | final_layer_norm | norm_added_\w+   # statistics of normalisation
-    )(\.|$)""",
-    re.VERBOSE,
+HALF: tuple[Precision, ...] = ("bf16", "fp16")
+TIMES, ROTATION, NORMALISATION, SOFTMAX = (
+    "times and positions, and what is computed from them alone",
+    "rotation of queries and keys",
+    "statistics of normalization",
+    "softmax in the attention of the text encoders",
 )
-"""Modules inside which a graph of lower precision may compute in fp32."""
+STAYS_FP32: Mapping[str, str] = {
+    TIMES: "bf16 rounds 0.999 to 1 and takes neighboring positions of a large image for one",
+    ROTATION: "a sum of two products with fp32 cosines and sines, rounded once, as in diffusers",
+    NORMALISATION: "squares leave the range of fp16, and long sums lose small terms in bf16",
+    SOFTMAX: "some versions of transformers compute it in fp32",
+}
+"""All that a graph of half precision computes in fp32, and why; docs/export.md has the same list.
+
+Inputs and outputs of a graph are fp32 as well, and the decoder is an fp32 graph as a whole. A table that is stored in
+fp32 belongs to the nodes that read it. Moving a value is no computing.
+"""
+
+_PLACES: Mapping[str, tuple[re.Pattern[str], frozenset[str]]] = {
+    # times reach their sinusoids packed with the pooled prompt (fmg.models.flux.transformer), so as data
+    TIMES: (re.compile(r"(^|\.)time_proj$"), frozenset({"Mul", "Sin", "Cos"})),
+    NORMALISATION: (
+        re.compile(
+            r"""(^|\.)(
+                norm_(added_)?[qk]                 # of queries and keys
+              | norm(1|1_context|_out)?\.norm      # inside an adaptive one, whose scale and shift are not fp32
+              | norm2(_context)?
+              | layer_norm[12]? | final_layer_norm # of the text encoders
+            )$""",
+            re.VERBOSE,
+        ),
+        frozenset({"Pow", "ReduceMean", "Add", "Sub", "Sqrt", "Reciprocal", "Mul", "Div"})
+        | {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"},
+    ),
+    SOFTMAX: (re.compile(r"(^|\.)(SelfAttention|self_attn)$"), frozenset({"Softmax"})),
+}
+"""Modules by their dotted names, and what may be fp32 in them; the other entries are told by where values come from."""
+_ATTENTION = re.compile(r"(^|\.)attn$")
+
+# Inputs from which times and positions are computed; what any other input or a weight reaches is data
+_IDS = frozenset({borders.IMG_IDS, borders.TXT_IDS})
+_PLAIN_INPUTS = _IDS | {borders.TIMESTEP, borders.SECOND, borders.GUIDANCE}
+_DATA = "data"
+_SIZES = frozenset({"Shape", "Size"})
 
 _NAMES = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "INT8": "int8", "UINT8": "uint8", "DOUBLE": "fp64"}
-# A weight is a tensor that a product reads; scalars, biases and tables of positions are not counted as such.
+# Scalars and biases are not counted as weights.
 _WEIGHT_RANK = 2
 # Nodes that move or look at values without computing with them
 _MOVES = frozenset(
@@ -85,11 +122,12 @@ def census_of(file: Path, asked: Precision) -> Census:
     require_onnx()
     model = read_graph(file)
     dtypes = _dtypes(model)
+    listed = _Listed(model, dtypes) if asked in HALF else None
     weights: Counter[str] = Counter()
     for tensor in model.graph.initializer:
         kind = dtypes[tensor.name]
-        may = asked in ("bf16", "fp16") and kind == "fp32" and FP32_MAY.search(tensor.name)
-        if len(tensor.dims) >= _WEIGHT_RANK and kind is not None and not may:
+        table = listed is not None and kind == "fp32" and listed.read(tensor.name)
+        if len(tensor.dims) >= _WEIGHT_RANK and kind is not None and not table:
             weights[kind] += math.prod(tensor.dims)
     products: Counter[str] = Counter()
     others: Counter[str] = Counter()
@@ -100,7 +138,7 @@ def census_of(file: Path, asked: Precision) -> Census:
             continue
         product = node.op_type in PRODUCTS | INT8_PRODUCTS
         (products if product else others)[kind] += 1
-        if not _allowed(node, kind, asked, product=product):
+        if not _allowed(node, kind, asked, listed, product=product):
             foreign.append(f"{module_of(node) or 'the graph itself'}: {node.op_type} ({kind})")
     # weights of another dtype that are cast before the product would hide from the count of products
     stray = {name: n for name, n in weights.items() if name != asked}
@@ -143,17 +181,70 @@ def scopes_of(node: NodeProto) -> list[str]:
     return [name.removeprefix("inner.") for name in names if name not in ("", "inner")]
 
 
-def _allowed(node: NodeProto, kind: str, asked: Precision, *, product: bool) -> bool:
+class _Listed:
+    """The nodes and stored tables of a graph that are fp32 as `STAYS_FP32` says.
+
+    Args:
+        model: the graph; ONNX has its nodes in an order in which they can run.
+        dtypes: of its values.
+    """
+
+    def __init__(self, model: ModelProto, dtypes: Mapping[str, str | None]) -> None:
+        # what lies in the weight file is a weight; what the tracer folded lies in the graph
+        sources = {x.name: frozenset({_DATA} if x.external_data else ()) for x in model.graph.initializer}
+        sources |= {x.name: frozenset({x.name if x.name in _PLAIN_INPUTS else _DATA}) for x in model.graph.input}
+        self._readers: dict[str, list[NodeProto]] = {}
+        self._entries: dict[str, str] = {}
+        for node in model.graph.node:
+            for name in node.input:
+                self._readers.setdefault(name, []).append(node)
+            read = [sources.get(name, frozenset()) for name in node.input]
+            found = frozenset[str]() if node.op_type in _SIZES else frozenset[str]().union(*read)
+            sources |= dict.fromkeys(node.output, found)
+            if node.op_type not in _MOVES and _precision(node, dtypes) == "fp32":
+                self._entries |= dict.fromkeys(node.output, self._entry(node, read))
+
+    def computed(self, node: NodeProto) -> bool:
+        """Whether a node is fp32 as the list says."""
+        return any(self._entries.get(name) for name in node.output)
+
+    def read(self, name: str) -> bool:
+        """Whether a stored value is read, through whatever moves it, by nodes that are fp32 as the list says, only."""
+        pending, found = list(self._readers.get(name, ())), False
+        while pending:
+            node = pending.pop()
+            if node.op_type in _MOVES:
+                pending += [reader for output in node.output for reader in self._readers.get(output, ())]
+            elif not self.computed(node):
+                return False
+            else:
+                found = True
+        return found
+
+    def _entry(self, node: NodeProto, read: Sequence[frozenset[str]]) -> str:
+        """The entry of the list that an fp32 node belongs to, whose inputs come from `read`; empty for none."""
+        if node.op_type in PRODUCTS:
+            return ""
+        if not any(_DATA in source for source in read):
+            return TIMES
+        module = module_of(node)
+        for entry, (modules, operators) in _PLACES.items():
+            if modules.search(module) and node.op_type in operators:
+                return entry
+        if _ATTENTION.search(module):
+            by_table = node.op_type == "Mul" and any(source and source <= _IDS for source in read)
+            of_both = node.op_type == "Add" and all(self._entries.get(name) == ROTATION for name in node.input)
+            return ROTATION if by_table or of_both else ""
+        return ""
+
+
+def _allowed(node: NodeProto, kind: str, asked: Precision, listed: _Listed | None, *, product: bool) -> bool:
     if asked == "fp32":
         # sinusoids of positions are in double precision in diffusers, and harmless
         return kind == "fp32" or (kind == "fp64" and not product)
     if asked == "int8":
         return node.op_type in ACTIVATION_PRODUCTS or kind != "fp32" or not product
-    if kind == asked:
-        return True
-    inside = any(FP32_MAY.search(scope) for scope in scopes_of(node))
-    # what stands in no module at all are the borders of the graph: times, guidance and their scale
-    return kind == "fp32" and not product and (inside or not scopes_of(node))
+    return kind == asked or (listed is not None and listed.computed(node))
 
 
 def _precision(node: NodeProto, dtypes: Mapping[str, str | None]) -> str | None:

@@ -11,8 +11,19 @@ SLACK = 64 * 10**6
 """Bytes for graphs, tokenizers and what the file system itself takes."""
 
 
-def check_space(folder: Path, needed: int) -> None:
+def check_space(
+    folder: Path,
+    needed: int,
+    what: str = "The export",
+    fix: str = "Free some space, or name a folder on another disk.",
+) -> None:
     """Whether the disk of a folder, which need not exist yet, has room for `needed` bytes.
+
+    Args:
+        folder: where the files go.
+        needed: their size.
+        what: takes the room, for people.
+        fix: what to do about it.
 
     Raises:
         UsageError: it has not.
@@ -21,6 +32,6 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(there).free
     if free < needed + SLACK:
         raise UsageError(
-            f"The export takes about {(needed + SLACK) / 1e9:.1f} GB, and {there} has {free / 1e9:.1f} GB free",
-            "Free some space, or name a folder on another disk.",
+            f"{what} takes about {(needed + SLACK) / 1e9:.1f} GB, and {there} has {free / 1e9:.1f} GB free",
+            fix,
         )

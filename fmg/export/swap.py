@@ -277,12 +277,16 @@ def _replaced(folder: Path) -> Iterator[Path]:
 
 def _link_files(folder: Path, copy: Path) -> None:
     for path in _files(folder):
-        linked = copy / path.relative_to(folder)
-        linked.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            linked.hardlink_to(path)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, linked)
+        link_file(path, copy / path.relative_to(folder))
+
+
+def link_file(path: Path, linked: Path) -> None:
+    """A second name for a file, or a copy where the file system has no hard links."""
+    linked.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        linked.hardlink_to(path)
+    except OSError:
+        shutil.copyfile(path, linked)
 
 
 def _files(folder: Path) -> list[Path]:

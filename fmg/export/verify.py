@@ -7,7 +7,7 @@ manifest with the hash of the weights it was made on.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from os import PathLike
 from typing import Literal, Protocol, get_args, runtime_checkable
@@ -21,9 +21,10 @@ from fmg.eval.scoring import EvalSet
 from fmg.export.bisect import first_divergence
 from fmg.export.census import census
 from fmg.export.source import find_source
-from fmg.export.verify_images import REWARD_ALLOWED, RewardGap, compare, image_bound
+from fmg.export.verify_images import REWARD_ALLOWED, RewardGap, compare
 from fmg.export.verify_source import check_source
 from fmg.export.verify_tensors import GraphParity, parity, sample_inputs
+from fmg.export.widen import widened
 from fmg.inference import Generator, Target
 from fmg.inference.alone import VerifyReport, check_drawing, check_files, described
 from fmg.inference.artifact.backend import ArtifactBackend
@@ -42,8 +43,11 @@ from fmg.rewards.base import build_rewards, check_prompts
 Level = Literal["quick", "full"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 QUICK_IMAGES, FULL_IMAGES = 16, 512
-RUN = "run"
-"""Name of the check that fails when the backend cannot compute in the artifact's precision."""
+IN_FP32 = (
+    "computed in fp32 with the bf16 weights, because ONNX Runtime has no bf16 on a CPU;"
+    " the rounding of bf16 arithmetic was not run"
+)
+"""Note of the checks for which a bf16 artifact could only be run so (`fmg.export.widen`)."""
 
 _FEW_PROMPTS = 32
 _HUGE = 1e30
@@ -109,14 +113,16 @@ def _verify(
 ) -> VerifyReport:
     proof = _Proof(artifact, target, level == "full", device, num, seed, observer)
     checks = [check_files(artifact), *proof.source(), *proof.precision()]
-    with load(artifact, backend=backend, device=device) as candidate:
-        detail = described(candidate)
-        try:
-            checks += [check_drawing(artifact, candidate), *engine_precision(artifact, candidate)]
-            checks += proof.against(candidate, (*GRAPHS,))
-        except PrecisionError as error:
-            note = f"{error.what}: nothing was run"
-            checks.append(Check(RUN, False, {}, note, artifact.manifest.weights_digest()))
+    try:
+        with load(artifact, backend=backend, device=device) as candidate:
+            detail = described(candidate)
+            checks += proof.run(candidate)
+    except PrecisionError:
+        with widened(artifact) as wide, load(wide, backend=ONNXRUNTIME, device="cpu") as candidate:
+            detail = f"{described(candidate)}, bf16 weights"
+            checks += [
+                replace(check, note="; ".join(filter(None, (check.note, IN_FP32)))) for check in proof.run(candidate)
+            ]
     if TRANSFORMER_INT8 in artifact.manifest.graphs:
         with load(artifact, backend=ONNXRUNTIME, device="cpu", int8=True) as candidate:
             checks += proof.against(candidate, (TRANSFORMER_INT8,))
@@ -208,6 +214,15 @@ class _Proof:
             note = f"asked for {self._artifact.graph(graph).precision}; {foreign[0]}{more}" if foreign else ""
             yield self._check(f"precision/{graph}", graph, not foreign, counted.values(), note)
 
+    def run(self, candidate: Generator) -> list[Check]:
+        """All that takes running the graphs.
+
+        Raises:
+            PrecisionError: the backend cannot compute in the artifact's precision.
+        """
+        checks = [check_drawing(self._artifact, candidate), *engine_precision(self._artifact, candidate)]
+        return [*checks, *self.against(candidate, (*GRAPHS,))]
+
     def against(self, candidate: Generator, graphs: Sequence[str]) -> Iterator[Check]:
         """Tensors of these graphs, then whole pictures, then rewards."""
         assert isinstance(candidate.backend, ArtifactBackend)
@@ -216,27 +231,29 @@ class _Proof:
                 self._model, candidate.backend.runtime, self._artifact, graph, self._few_prompts, seed=self._seed
             )
             self._observer(StageProgress("graphs", number + 1, len(graphs)))
-            yield self._tensors(graph, found)
+            yield self._tensors(candidate.backend.artifact, graph, found)
         transformer = TRANSFORMER if TRANSFORMER in graphs else TRANSFORMER_INT8
         yield from self._pictures(candidate, transformer)
 
-    def _tensors(self, graph: str, found: GraphParity) -> Check:
+    def _tensors(self, ran: Artifact, graph: str, found: GraphParity) -> Check:
         values = {
             "relative_l2": _number(found.relative_l2),
             "max_abs": _number(found.max_abs),
             "allowed": found.allowed,
             "shapes": float(found.shapes),
         }
-        note = "" if found.passed else self._where(graph, found.allowed)
+        note = "" if found.passed else self._where(ran, graph, found)
         return self._check(f"tensors/{graph}", graph, found.passed, values, note)
 
-    def _where(self, graph: str, allowed: float) -> str:
-        """The first module that differs, found with ONNX Runtime whatever the backend was."""
-        if self._artifact.graph(graph).precision not in ("fp32", "fp16"):
-            return ""
+    def _where(self, ran: Artifact, graph: str, found: GraphParity) -> str:
+        """What went wrong, and the first module that differs, found with ONNX Runtime whatever the backend was."""
+        said = "" if np.isfinite(found.relative_l2) else "the output holds values that are not finite"
+        if ran.graph(graph).precision not in ("fp32", "fp16"):
+            return said
         inputs = next(iter(sample_inputs(self._artifact, graph, self._few_prompts, seed=self._seed)))
-        first = first_divergence(self._model, self._artifact, graph, inputs, allowed=allowed)
-        return str(first) if first else "every module agrees in ONNX Runtime: the backend computes otherwise"
+        first = first_divergence(self._model, ran, graph, inputs, allowed=found.allowed)
+        where = str(first) if first else "every module agrees in ONNX Runtime: the backend computes otherwise"
+        return f"{said}; {where}" if said else where
 
     def _pictures(self, candidate: Generator, transformer: str) -> Iterator[Check]:
         """Pictures and rewards at the artifact's own resolution, and a few pictures at each other one.
@@ -264,10 +281,9 @@ class _Proof:
             )
             images = found.images
             values = {name: _number(value) for name, value in asdict(images).items()}
-            passed = images.passed(precision)
-            note = "" if passed else f"allowed for {precision}: {image_bound(precision)}"
+            problem = images.problem(precision)
             at = "" if resolution == own else f"/{resolution}"
-            yield self._check(f"images{suffix}{at}", None, passed, values, note)
+            yield self._check(f"images{suffix}{at}", None, not problem, values, problem)
             for gap in found.gaps:
                 if gap.part == "total":
                     yield self._reward(gap, f"reward/{gap.reward}{suffix}", REWARD_ALLOWED[precision])

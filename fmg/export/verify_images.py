@@ -37,6 +37,7 @@ class ImageParity:
         mean_abs: mean difference.
         psnr: peak signal-to-noise ratio of all images together, dB.
         images: how many.
+        not_finite: images that hold NaN or an infinite value on either side; the rest is then NaN.
     """
 
     max_abs: float
@@ -44,9 +45,19 @@ class ImageParity:
     mean_abs: float
     psnr: float
     images: int
+    not_finite: int
 
     def passed(self, precision: Precision) -> bool:
         """Whether the differences are those of rounding in this precision."""
+        return not self.problem(precision)
+
+    def problem(self, precision: Precision) -> str:
+        """Why they do not pass; empty when they do."""
+        if self.not_finite:
+            return f"{self.not_finite} of {self.images} images hold values that are not finite"
+        return "" if self._close(precision) else f"allowed for {precision}: {image_bound(precision)}"
+
+    def _close(self, precision: Precision) -> bool:
         if precision in IMAGES_ALLOWED:
             return self.p99_abs <= IMAGES_ALLOWED[precision] and self.max_abs <= LEVEL
         return self.psnr >= PSNR_ALLOWED[precision]
@@ -78,6 +89,8 @@ class RewardGap:
     def problem(self, allowed: float) -> str:
         """Why it does not pass; empty when it does."""
         low, high = self.ci95
+        if not np.isfinite([self.torch, self.artifact]).all():
+            return "a reward is not finite"
         if self.images < LEAST_IMAGES:
             return f"too few images to say: {self.images} of {LEAST_IMAGES}"
         if -allowed <= low and high <= allowed:
@@ -148,9 +161,10 @@ class _Difference:
         largest = np.concatenate(self._largest)
         p99 = float(np.quantile(largest, 0.99, method="higher"))
         mean_square = self._squares / self._values
-        # 200 dB stands for images that are equal: JSON has no infinity
-        psnr = min(200.0, -10 * float(np.log10(mean_square))) if mean_square else 200.0
-        return ImageParity(float(largest.max()), p99, self._sum / self._values, psnr, len(largest))
+        # 200 dB stands for images that are equal, as JSON has no infinity; a NaN stays one, which min() would not do
+        psnr = float(np.minimum(200.0, -10 * np.log10(mean_square))) if mean_square else 200.0
+        not_finite = int((~np.isfinite(largest)).sum())
+        return ImageParity(float(largest.max()), p99, self._sum / self._values, psnr, len(largest), not_finite)
 
 
 def _gap(

@@ -106,7 +106,8 @@ def parity(
         errors.append((relative_l2(output, expected), float(np.abs(output - expected).max()), shape))
     # a NaN is worse than any number, which max() alone would not say
     worst = max(errors, key=lambda error: (not np.isfinite(error[0]), error[0]))
-    return GraphParity(graph, worst[0], max(error[1] for error in errors), allowed, len(errors), worst[2])
+    largest = float(np.max([error[1] for error in errors]))
+    return GraphParity(graph, worst[0], largest, allowed, len(errors), worst[2])
 
 
 def relative_l2(output: NDArray[np.float32], expected: NDArray[np.float32]) -> float:

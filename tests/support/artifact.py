@@ -19,9 +19,10 @@ from fmg.core.files import write_sums
 from fmg.data.checkpoints import FOLDER, CheckpointIndex, Saved, write_index
 from fmg.data.run_folder import RunFolder
 from fmg.export import artifact as exporter
-from fmg.export.artifact import ExportOptions, export_artifact
+from fmg.export.artifact import ExportOptions, export_artifact, export_source
 from fmg.export.graphs import GraphPlan
 from fmg.export.onnx import TracedGraph, trace
+from fmg.export.source import find_source
 from fmg.inference.artifact import Artifact, open_artifact
 from fmg.inference.artifact.manifest import MANIFEST
 from fmg.inference.target import Target, load_model
@@ -73,9 +74,11 @@ def student_recipe(folder: Path) -> Recipe:
     )
 
 
-def exported(target: str | Path, out: Path, options: ExportOptions | None = None) -> Artifact:
+def exported(target: str | Path | Target, out: Path, options: ExportOptions | None = None) -> Artifact:
     """`export_artifact`, with graphs that are traced once a session."""
     with patch.object(exporter, "trace", trace_once):
+        if isinstance(target, Target):
+            return export_source(find_source(target), out, options or ExportOptions())
         return export_artifact(target, out, options)
 
 
@@ -100,8 +103,10 @@ def planted(artifact: Artifact, folder: Path, tensor: str, add: float) -> Artifa
 
 
 def trace_once(plan: GraphPlan) -> TracedGraph:
-    """`trace`, once a session for plans with equal borders."""
-    key = (plan.name, plan.dtype, plan.inputs, plan.outputs)
+    """`trace`, once a session for plans with equal borders and weights of equal names and shapes."""
+    with torch.device("meta"):
+        shapes = tuple((name, tuple(x.shape)) for name, x in plan.build().inner.state_dict().items())
+    key = (plan.name, plan.dtype, plan.inputs, plan.outputs, shapes)
     if key not in _TRACED:
         _TRACED[key] = trace(plan)
     return _TRACED[key]

@@ -1,0 +1,157 @@
+"""Exports in fp16 and bf16 verify, and what is fp32 in them without being on the list is named."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import NodeProto, TensorProto, helper
+
+from fmg.core.errors import UsageError
+from fmg.export.artifact import ExportOptions, ExportPrecision
+from fmg.export.census import STAYS_FP32, census_of, module_of
+from fmg.export.source import find_source
+from fmg.export.verify import IN_FP32, verify
+from fmg.inference.artifact import Artifact
+from fmg.inference.target import Target
+from fmg.registry.recipe import Recipe
+from tests.support.artifact import exported
+from tests.tiny_flux import RESOLUTION, SEQUENCE, build_tiny_flux
+from tests.tiny_sana import build_tiny_sana
+
+pytestmark = [pytest.mark.slow, pytest.mark.compile]
+
+EMBEDDED = ("meanflow-shapes", "scm-shapes", "meanflow-text")
+
+
+def recipe_of(model: str, folder: Path) -> Recipe:
+    """The recipe of an embedded model, or of a tiny FLUX folder, made in `folder`."""
+    if model in EMBEDDED:
+        return Recipe.default(model=model)
+    prompts = folder / "prompts.txt"
+    prompts.write_text("a red circle\na blue square\n", encoding="utf-8")
+    options = {
+        "eval.prompts": str(prompts),
+        "model.folder": str(build_tiny_flux(folder / "flux", guidance_embeds=True, time_scale=1.0)),
+        "model.time_scale": 1.0,
+        "model.map": "two-time",
+        "model.second_time": "duration",
+        "model.guidance": 3.5,
+        "model.resolution": RESOLUTION,
+        "model.max_sequence_length": SEQUENCE,
+        "model.text_cache": False,
+        "rewards": ["jpeg-incompressibility"],
+    }
+    return Recipe.default("flux-fewstep", **options)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("model", [*EMBEDDED, "flux"])
+def test_half_precision_verifies(model: str, precision: ExportPrecision, tmp_path: Path) -> None:
+    target = Target(model, recipe_of(model, tmp_path), None)
+    artifact = exported(target, tmp_path / "artifact", ExportOptions(precision=precision))
+    report = verify(artifact, target, device="cpu", num=2)
+    assert report.passed, [check for check in report.checks if not check.passed]
+    checks = {check.name: check for check in report.checks}
+    counted = checks["precision/transformer"].values
+    assert counted.keys() >= {f"weights_{precision}", f"products_{precision}", "others_fp32"}
+    assert not counted.keys() & {"weights_fp32", "products_fp32"}
+    ran = {name for name, check in checks.items() if check.note == IN_FP32}
+    wanted = {name for name in checks if re.match("drawing|tensors|images", name)}
+    assert ran == (wanted if precision == "bf16" else set())
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """An fp16 artifact, whose graphs the tests above have traced. Do not change it."""
+    folder = tmp_path_factory.mktemp("half")
+    return exported("meanflow-shapes", folder / "artifact", ExportOptions(precision="fp16"))
+
+
+def half_node(model: onnx.ModelProto, module: str, operator: str) -> NodeProto:
+    """The first node of an operator in a module whose result is fp16."""
+    kinds = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
+    return next(
+        node
+        for node in model.graph.node
+        if node.op_type == operator and module_of(node) == module and kinds[node.output[0]] == TensorProto.FLOAT16
+    )
+
+
+def compute_in_fp32(model: onnx.ModelProto, node: NodeProto) -> None:
+    """Puts casts around a node, as a forward that upcasts would leave them."""
+    nodes = list(model.graph.node)
+    place = next(i for i, other in enumerate(nodes) if other.output == node.output)
+    inputs, output = list(node.input), node.output[0]
+    before = [
+        helper.make_node("Cast", [name], [f"{name}.wide"], to=TensorProto.FLOAT) for name in dict.fromkeys(inputs)
+    ]
+    wide = NodeProto()
+    wide.CopyFrom(node)
+    wide.ClearField("input")
+    wide.ClearField("output")
+    wide.input.extend(f"{name}.wide" for name in inputs)
+    wide.output.append(f"{output}.wide")
+    after = helper.make_node("Cast", [f"{output}.wide"], [output], to=TensorProto.FLOAT16)
+    model.graph.ClearField("node")
+    model.graph.node.extend([*nodes[:place], *before, wide, after, *nodes[place + 1 :]])
+    # the types of all values are inferred anew
+    model.graph.ClearField("value_info")
+
+
+@pytest.mark.parametrize(
+    ("module", "operator"),
+    [
+        ("transformer_blocks.0.attn", "Softmax"),
+        ("transformer_blocks.0.attn", "MatMul"),
+        ("transformer_blocks.0.attn", "Mul"),  # the scale: a Mul that is no rotation
+        ("transformer_blocks.0.norm1", "Add"),  # scale and shift of an adaptive normalization
+        ("transformer_blocks.0.ff.net.0", "Gelu"),
+        ("time_text_embed.timestep_embedder.act", "Mul"),
+        ("single_transformer_blocks.1", "Add"),
+    ],
+)
+def test_a_node_that_is_fp32_without_reason_is_named(
+    module: str, operator: str, half: Artifact, tmp_path: Path
+) -> None:
+    file = half.onnx("transformer")
+    assert census_of(file, "fp16").foreign == ()
+    model = onnx.load(str(file), load_external_data=False)
+    compute_in_fp32(model, half_node(model, module, operator))
+    (tmp_path / "g.onnx").write_bytes(model.SerializeToString())
+    assert census_of(tmp_path / "g.onnx", "fp16").foreign == (f"{module}: {operator} (fp32)",)
+
+
+@pytest.mark.parametrize("name", ["x_embedder.weight", "time_text_embed.timestep_embedder.linear_1.weight"])
+def test_a_weight_that_is_stored_in_fp32_is_counted(name: str, half: Artifact, tmp_path: Path) -> None:
+    model = onnx.load(str(half.onnx("transformer")), load_external_data=False)
+    stored = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+    reader = next(node for node in model.graph.node if name in node.input)
+    stored.data_type = TensorProto.FLOAT
+    cast = helper.make_node("Cast", [name], ["narrow"], to=TensorProto.FLOAT16)
+    reader.input[list(reader.input).index(name)] = "narrow"
+    nodes = [cast, *model.graph.node]
+    model.graph.ClearField("node")
+    model.graph.node.extend(nodes)
+    model.graph.ClearField("value_info")
+    (tmp_path / "g.onnx").write_bytes(model.SerializeToString())
+    numbers = int(np.prod(stored.dims))
+    assert census_of(tmp_path / "g.onnx", "fp16").foreign == (f"weights: {numbers} elements fp32",)
+
+
+def test_the_documentation_has_the_same_list() -> None:
+    text = Path("docs/export.md").read_text(encoding="utf-8")
+    section = text.partition("### What stays fp32")[2].partition("\n#")[0]
+    listed = dict(re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|$", section, re.MULTILINE)[1:])
+    assert listed == STAYS_FP32
+
+
+def test_a_sana_model_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder = build_tiny_sana(tmp_path / "sana")
+    recipe = Recipe.default("sana-sprint", **{"model.folder": str(folder), "rewards": ["jpeg-incompressibility"]})
+    with pytest.raises(UsageError, match=r"^The model 'sana-sprint' is not of the FLUX family") as caught:
+        find_source(Target("sana", recipe, None))
+    assert "\n" not in str(caught.value)
