@@ -13,7 +13,7 @@ from fmg.cli.export_options import (
     check_artifact_only,
     check_combination,
     folder_precision,
-    one_folder,
+    one_place,
     precision_of,
     resolution_list,
     verify_level,
@@ -37,12 +37,18 @@ def export(
     target: Annotated[
         str | None, typer.Argument(metavar="TARGET", help="Run folder or model.", show_default="the newest run")
     ] = None,
-    place: Annotated[str | None, typer.Argument(metavar="OUT", help="Folder to make, as --out.")] = None,
+    place: Annotated[
+        str | None, typer.Argument(metavar="OUT", help="Folder to make (--kohya: file), as --out.")
+    ] = None,
     onnx: Annotated[
         bool, typer.Option("--onnx", help="An artifact: ONNX graphs, weights, tokenizers and a manifest (the default).")
     ] = False,
     diffusers: Annotated[
         bool, typer.Option("--diffusers", help="A complete diffusers folder, the adapter merged into its weights.")
+    ] = False,
+    kohya: Annotated[
+        bool,
+        typer.Option("--kohya", help="The LoRA as one file in kohya's layout, for Forge, sd-scripts and ComfyUI."),
     ] = False,
     swap_weights: Annotated[
         str | None,
@@ -97,12 +103,13 @@ def export(
 ) -> None:
     """Write a tuned model in a form that runs without fmg's training stack, or that other software reads."""
     check_combination(
-        {"--onnx": onnx, "--diffusers": diffusers, "--swap-weights": swap_weights is not None},
+        {"--onnx": onnx, "--diffusers": diffusers, "--kohya": kohya, "--swap-weights": swap_weights is not None},
         {"--int8": int8, "--resolutions": resolutions is not None, "--batch": batch is not None, "--trt": trt},
         {"--precision": precision is not None, "OUT": place is not None or out is not None},
     )
-    target, level = given_text(target, "TARGET"), verify_level(verify, diffusers=diffusers)
-    sides, rows, folder = resolution_list(resolutions), batch_range(batch), one_folder(place, out)
+    other = "--diffusers" if diffusers else "--kohya" if kohya else None
+    target, level = given_text(target, "TARGET"), verify_level(verify, other)
+    sides, rows, folder = resolution_list(resolutions), batch_range(batch), one_place(place, out, file=kohya)
     kept = folder_precision(precision) if diffusers else precision_of(precision)
     request = engines.engine_request(
         trt,
@@ -125,6 +132,11 @@ def export(
 
             merged = export_diffusers(target, folder or export_folder(target, "diffusers"), kept, observer=reporter)
             facts, text = _folder_facts(merged), f"{merged.folder}: {merged.changed} of {merged.tensors} weights merged"
+        elif kohya:
+            from fmg.export.kohya import FILE, export_kohya
+
+            lora = export_kohya(target, folder or export_folder(target, FILE))
+            facts, text = {"file": str(lora.file), "modules": lora.modules}, f"{lora.file}: {lora.modules} modules"
         elif swap_weights is not None:
             from fmg.export.swap import swap_weights as swap
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
-from fmg.cli.options import checked_folder
+from fmg.cli.options import checked_folder, given_text
 from fmg.core.errors import UsageError, suggestion
 from fmg.core.specs import MAX_ROWS, MAX_SIDE
 
@@ -34,7 +34,8 @@ def check_combination(forms: Mapping[str, bool], artifact: Mapping[str, bool], f
         raise UsageError(f"{asked[0]} and {asked[1]} exclude each other", "Give one of them.")
     form = asked[0] if asked else "--onnx"
     taken = [] if form == "--onnx" else [name for name, given in artifact.items() if given]
-    taken += [name for name, given in fresh.items() if given] if form == "--swap-weights" else []
+    unfit = {"--swap-weights": tuple(fresh), "--kohya": ("--precision",)}.get(form, ())
+    taken += [name for name in unfit if fresh[name]]
     if taken:
         raise UsageError(f"{taken[0]} does not go with {form}", "Leave one of them out.")
 
@@ -69,18 +70,22 @@ def folder_precision(text: str | None) -> str:
     return _STORED if text is None else _known(text, (_STORED, *_ARTIFACT))
 
 
-def verify_level(text: str, *, diffusers: bool) -> str | None:
+def verify_level(text: str, other: str | None) -> str | None:
     """How much to prove, or None for nothing.
 
+    Args:
+        text: what was given.
+        other: the option that asks for something else than an artifact, which has no such proof.
+
     Raises:
-        UsageError: for a word that is not known, or a folder of diffusers, which has no such proof.
+        UsageError: for a word that is not known, or together with `other`.
     """
     if text not in _LEVELS:
         raise UsageError(f"--verify: '{text}' is not a level", suggestion(text, _LEVELS))
     if text == _OFF:
         return None
-    if diffusers:
-        raise UsageError("--verify does not go with --diffusers", "Leave one of them out.")
+    if other is not None:
+        raise UsageError(f"--verify does not go with {other}", "Leave one of them out.")
     return text
 
 
@@ -110,8 +115,8 @@ def batch_range(text: str | None) -> tuple[int, int, int] | None:
     return least, usual, largest
 
 
-def one_folder(place: str | None, out: str | None) -> Path | None:
-    """The folder to make, which is given as OUT or as --out.
+def one_place(place: str | None, out: str | None, *, file: bool = False) -> Path | None:
+    """The folder (or file) to make, which is given as OUT or as --out.
 
     Raises:
         UsageError: it is given twice, is empty, exists, or a file is in the way.
@@ -121,7 +126,10 @@ def one_folder(place: str | None, out: str | None) -> Path | None:
     from fmg.inference.target import absent_folder
 
     text = place if place is not None else out
-    return None if text is None else absent_folder(checked_folder(text, "OUT" if out is None else "--out"))
+    if text is None:
+        return None
+    flag = "OUT" if out is None else "--out"
+    return absent_folder(Path(given_text(text, flag) or "") if file else checked_folder(text, flag))
 
 
 def _known(text: str, names: Iterable[str]) -> str:

@@ -15,6 +15,8 @@ from fmg.core.files import digest
 from fmg.inference.artifact.manifest import Adapter
 from fmg.models.common.adapter_files import (
     DIFFUSERS_FILE,
+    LORA_A,
+    LORA_B,
     AdapterManifest,
     extra_shapes,
     read_manifest,
@@ -22,7 +24,6 @@ from fmg.models.common.adapter_files import (
 )
 from fmg.models.lora_presets import expand_targets, is_target
 
-LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 _ROWS_BYTES = 64 * 2**20
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -1,6 +1,6 @@
 """An adapter on disk: the diffusers file, the PEFT folder, and a manifest of what the adapter belongs to.
 
-<folder>/pytorch_lora_weights.safetensors   `pipe.load_lora_weights(folder)`
+<folder>/pytorch_lora_weights.safetensors   `pipe.load_lora_weights(folder)`; ComfyUI
 <folder>/peft/adapter_config.json, adapter_model.safetensors   `PeftModel.from_pretrained(transformer, folder/peft)`
 <folder>/fmg_adapter.json   base, map kind and time convention, which neither format can state
 <folder>/fmg_extra.safetensors   weights that were trained themselves, such as the embedder of the second time
@@ -42,6 +42,7 @@ PEFT_CONFIG_FILE = "adapter_config.json"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 EXTRA_FILE = "fmg_extra.safetensors"
+LORA_A, LORA_B, ALPHA = ".lora_A.weight", ".lora_B.weight", ".alpha"
 
 
 class BaseReference(BaseModel):
@@ -88,6 +89,8 @@ def save(
     conventions: FlowMapConventions,
     prove: Callable[[Path], object],
     extra: Mapping[str, Tensor] = MappingProxyType({}),
+    *,
+    alpha_tensors: bool = False,
 ) -> None:
     """Writes the adapter of `transformer` to a new folder; either all of it appears or nothing.
 
@@ -99,6 +102,8 @@ def save(
         conventions: how that wants to be sampled.
         prove: gets the folder before it appears under its name; when it raises, nothing is kept.
         extra: weights that were trained themselves, by their names in the state dict.
+        alpha_tensors: state alpha as a tensor beside each module, which ComfyUI reads as well as `pipeline`; else in
+            the metadata of the file, which only diffusers reads. It takes one of them, never both.
 
     Raises:
         UsageError: there is no adapter, or the folder exists.
@@ -119,10 +124,12 @@ def save(
     # PEFT keeps the targets in a set, whose order would change from run to run
     stated = {**config.to_dict(), "target_modules": list(manifest.targets)}
     with new_folder(folder) as partial:
+        modules = [name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)] if alpha_tensors else []
         pipeline.save_lora_weights(
             str(partial),
-            transformer_lora_layers=tensors,
-            transformer_lora_adapter_metadata=stated,
+            transformer_lora_layers=tensors
+            | {module + ALPHA: torch.tensor(float(config.lora_alpha)) for module in modules},
+            transformer_lora_adapter_metadata=None if alpha_tensors else stated,
         )
         peft = partial / PEFT_FOLDER
         peft.mkdir()
@@ -160,6 +167,8 @@ def read_manifest(folder: Path) -> AdapterManifest:
 def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """The tensors of a saved adapter by their names without prefix: those of the LoRA, and those trained beside it.
 
+    Alpha, which the manifest states, is not among them.
+
     Args:
         folder: what `save` wrote.
         shapes: names and shapes that must be there, no more and no fewer. A reader that knows of a LoRA alone gets an
@@ -169,7 +178,8 @@ def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
         CheckpointError: a file is missing or damaged, or names, shapes or values are not as they must be.
     """
     file = folder / DIFFUSERS_FILE
-    stored = _read(file)
+    alphas = {DIFFUSERS_PREFIX + name.replace(LORA_A, ALPHA) for name in shapes if name.endswith(LORA_A)}
+    stored = {name: x for name, x in _read(file).items() if name not in alphas}
     if (folder / EXTRA_FILE).exists():
         stored |= _read(folder / EXTRA_FILE)
     tensors = {

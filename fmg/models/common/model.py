@@ -65,6 +65,8 @@ class AdaptedModel(ABC, Generic[C]):
 
     pipeline: ClassVar[Any]
     """The class of diffusers that runs the family: its `load_lora_weights` has to read what is saved."""
+    alpha_tensors: ClassVar[bool] = False
+    """Whether that method reads alpha from tensors, as ComfyUI does; else it is in the metadata of the file."""
     second_time_embedder: ClassVar[str | None] = None
     """Name of the transformer's embedder of the second time, in a family that has one."""
 
@@ -260,7 +262,16 @@ class AdaptedModel(ABC, Generic[C]):
             )
             return
         extra = {} if unfrozen is None else unfrozen.parameters
-        adapter_files.save(folder, parts.transformer, self.pipeline, self._base, parts.conventions, self._prove, extra)
+        adapter_files.save(
+            folder,
+            parts.transformer,
+            self.pipeline,
+            self._base,
+            parts.conventions,
+            self._prove,
+            extra,
+            alpha_tensors=self.alpha_tensors,
+        )
 
     def load_adapter(self, folder: Path) -> None:
         """Reads what `save_adapter` wrote, into what is attached and unfrozen or, where nothing is, as saved.

@@ -31,6 +31,7 @@ class FluxModel(AdaptedModel[FluxComponents]):
     """
 
     pipeline: ClassVar[Any] = FluxPipeline
+    alpha_tensors: ClassVar[bool] = True
     second_time_embedder: ClassVar[str | None] = "timestep_embedder2"
 
     def __init__(self, components: FluxComponents, name: str, *, text: TextEncoders | None = None) -> None:

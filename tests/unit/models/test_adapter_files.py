@@ -100,7 +100,10 @@ def test_peft_loads_its_folder_and_draws_the_same(saved: tuple[Path, Path, FluxM
 def test_names_are_those_that_peft_gives(saved: tuple[Path, Path, FluxModel]) -> None:
     _, adapter, model = saved
     expected = {f"transformer.{name}" for name in get_peft_model_state_dict(model.components.transformer)}
-    assert set(load_file(adapter / DIFFUSERS_FILE)) == expected
+    alphas = {name.replace(".lora_A.weight", ".alpha") for name in expected if ".lora_A." in name}
+    stored = load_file(adapter / DIFFUSERS_FILE)
+    assert set(stored) == expected | alphas
+    assert {float(stored[name]) for name in alphas} == {6.0}
     assert {f"transformer.{name}" for name, _ in model.trainable()} == expected
 
 
