@@ -20,7 +20,7 @@ from fmg.data.environment import read_environment
 from fmg.data.page import Block, Gallery, Listing, Picture, Section, Table, Text, Tile, inline_image, inline_svg, page
 from fmg.data.pictures import Curve, kept_picture, metric_curve
 from fmg.data.prompt_sets import spread
-from fmg.data.run_folder import RunFolder, RunState, read_metrics
+from fmg.data.run_folder import RunFolder, RunState, read_numbers
 from fmg.data.run_metrics import AVERAGED, PREFIX, REWARD, SUFFIX, Outcome, headline, is_evaluation
 
 _TWO_SIDED_95 = 1.96
@@ -61,9 +61,9 @@ class RunRecord:
             recipe = run.recipe.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
             raise CheckpointError(f"'{run.recipe}' cannot be read", "Restore it from a copy.") from None
+        # what was not finite is not drawn
         lines = tuple(
-            {key: float(value) for key, value in line.items() if isinstance(value, (int, float))}
-            for line in read_metrics(run.metrics)
+            {key: value for key, value in line.items() if math.isfinite(value)} for line in read_numbers(run.metrics)
         )
         return RunRecord(run.path, state, lines, read_index(run.path), recipe)
 

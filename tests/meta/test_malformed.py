@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from fmg.data.run_folder import RunFolder
 from tests.support.cli import fmg
@@ -59,7 +61,33 @@ def artifact_with_half_a_manifest(folder: Path) -> None:
     (folder / "taken" / "manifest.json").write_text('{"schema": 1, "files": {}}')
 
 
+def damaged_metrics(folder: Path) -> None:
+    finished_run(folder)
+    (folder / "taken" / "recipe.yaml").write_text("model: {name: meanflow-shapes}\n")
+    (folder / "taken" / "metrics.jsonl").write_text(f'{{"iteration": 1{"0" * 400}}}\n')
+
+
+def jsonl(value: str) -> Prepare:
+    return text("p.jsonl", f'{{"prompt": "a red circle", "metadata": {{"x": {value}}}}}\n')
+
+
+def picture(name: str, kind: str, *, side: int = 32, keep: int | None = None) -> Prepare:
+    """A picture file of any format, or its first bytes."""
+
+    def prepare(folder: Path) -> None:
+        content = BytesIO()
+        Image.effect_noise((side, side), 64).convert("RGB").save(content, kind)
+        (folder / name).write_bytes(content.getvalue()[:keep])
+
+    return prepare
+
+
+def both(first: Prepare, second: Prepare) -> Prepare:
+    return lambda folder: (first(folder), second(folder))
+
+
 LONG = "x" * 300
+SCORE = "score --reward jpeg-compressibility --prompt x"
 EXPORT = "export meanflow-shapes"
 BENCH = "bench meanflow-shapes"
 GENERATE = "generate a+red+circle --from meanflow-shapes"
@@ -162,11 +190,26 @@ MISUSES = (
     Misuse("train --prompts nowhere.txt", "nowhere.txt"),
     Misuse("train --prompts p.txt", "p.txt", text("p.txt", "")),
     Misuse("train --prompts p.txt", "p.txt:2", text("p.txt", "a red circle\n\na blue square\n")),
-    Misuse("train --prompts p.txt", "p.txt:2", text("p.txt", "a red circle\na red circle\n")),
+    Misuse("train --prompts p.txt", "p.txt:2", text("p.txt", "a red circle\n\u200b\ufeff\u2060\n")),
+    Misuse("train --prompts p.txt", "p.txt:1", text("p.txt", "x" * 2_000_000)),
+    Misuse("train --prompts p.txt", "characters", text("p.txt", "x" * 100_000)),
+    Misuse("train --prompts p.jsonl", "p.jsonl:1: it is nested", jsonl("[" * 100_000 + "]" * 100_000)),
+    Misuse("train --prompts p.jsonl", "p.jsonl:1: an integer has 5000 digits", jsonl("9" * 5000)),
+    Misuse("train --prompts p.jsonl", "p.jsonl:1: the number 1e999", jsonl("1e999")),
+    Misuse("train --prompts p.jsonl", "p.jsonl:1: NaN", jsonl("NaN")),
+    Misuse("train --prompts p.jsonl", "half of a surrogate pair", jsonl(r'"\ud83d"')),
+    Misuse("train --prompts p.jsonl", "the key 'a' is given twice", jsonl('{"a": 1, "a": 2}')),
+    Misuse(
+        "train --prompts p.jsonl",
+        "on line 1 with another tag",
+        text("p.jsonl", '{"prompt": "a red circle"}\n{"prompt": "a red circle", "tag": "x"}\n'),
+    ),
+    Misuse("eval meanflow-shapes --prompts p.jsonl --reward geneval", "p.jsonl", binary("p.jsonl", b"\xff\xfe{")),
     Misuse("train --prompts p.txt", "a nice dog", text("p.txt", "a nice dog\n")),
     Misuse("eval meanflow-shapes --prompts p.jsonl", "p.jsonl:1", text("p.jsonl", '{"text": "a red circle"}\n')),
     Misuse("generate", "PROMPT"),
     Misuse("generate ''", "prompt is empty"),
+    Misuse("generate \u200b\u2060", "prompt is empty"),
     Misuse("generate \udcff", "not UTF-8"),
     Misuse("train --dry-run --prompts nowhere.txt", "nowhere.txt"),
     Misuse("train --dry-run --prompts p.jsonl", "p.jsonl:1", text("p.jsonl", "{\n")),
@@ -184,6 +227,13 @@ MISUSES = (
     Misuse("train --config r.yaml", "r.yaml:2", text("r.yaml", "train: {seed: 1}\nlora: {rank: [}\n")),
     Misuse("train --config r.yaml", "r.yaml:3", text("r.yaml", "lora:\n  rank: 4\n  rnak: 4\n")),
     Misuse("train --config r.yaml", "given twice", text("r.yaml", "lora: {rank: 4}\nlora: {rank: 8}\n")),
+    Misuse("train --config r.yaml", "r.yaml:1: 'x' is not true or false", text("r.yaml", "train: {seed: !!bool x}")),
+    Misuse("train --config r.yaml", "r.yaml:1: '' is not a whole number", text("r.yaml", 'train: {seed: !!int ""}')),
+    Misuse("train --config r.yaml", "r.yaml:1: '' is not a number", text("r.yaml", 'optimizer: {lr: !!float ""}')),
+    Misuse("train --config r.yaml", "r.yaml: values are nested too deeply", text("r.yaml", "train: " + "[" * 9999)),
+    Misuse("train --config r.yaml", "half of a surrogate", text("r.yaml", r'prompts: "\ud800.txt"')),
+    Misuse("train --config r.yaml", "too many for a recipe", text("r.yaml", "#" * 300_000)),
+    Misuse("train --config ~nobody-here/r.yaml", "~nobody-here/r.yaml"),
     Misuse("train --config r.yaml", "mapping", text("r.yaml", "- shapes\n")),
     Misuse("train --config r.yaml", "--allow-code", text("r.yaml", "rewards: ['python:json:loads']\n")),
     Misuse("train --config r.yaml", "UTF-8", binary("r.yaml", b"train: {seed: 1} # \xff\n")),
@@ -361,12 +411,29 @@ MISUSES = (
     Misuse("score . --reward shapes", "holds no pictures"),
     Misuse("score notes.png --reward jpeg-compressibility --prompt x", "not an image file", text("notes.png", "no")),
     Misuse("score notes.png --reward jpeg-compressibility", "Nothing says what", text("notes.png", "no")),
+    Misuse(f"{SCORE} a.png", "not an image file", picture("a.png", "DDS")),
+    Misuse(f"{SCORE} a.png", "'a.png'", picture("a.png", "AVIF", keep=300)),
+    Misuse(f"{SCORE} a.png", "cannot be decoded", picture("a.png", "PNG", keep=60)),
+    Misuse(f"{SCORE} a.png", "more than 33,554,432 pixels", picture("a.png", "PNG", side=5800)),
+    Misuse(f"{SCORE} .", "a.png' is a link to nothing", lambda folder: (folder / "a.png").symlink_to("gone.png")),
+    Misuse(
+        "score . --reward jpeg-compressibility",
+        "no path within",
+        both(picture("a.png", "PNG"), text("metadata.jsonl", '\ufeff{"file_name": "../a.png", "prompt": "x"}\n')),
+    ),
+    Misuse(
+        "score . --reward jpeg-compressibility",
+        "metadata.jsonl:1",
+        both(picture("a.png", "PNG"), text("metadata.jsonl", "[" * 100_000)),
+    ),
     Misuse("score notes.png", "nothing to measure", text("notes.png", "no")),
     Misuse("report", "no run under 'runs'"),
     Misuse("report nowhere", "not a run folder"),
     Misuse("report taken taken", "named twice", finished_run),
     Misuse("report taken --out r.html", "exists already", text("r.html", "")),
     Misuse("report ''", "RUN is empty"),
+    Misuse("report taken", "metrics.jsonl:1: the line is damaged: an integer has 401 digits", damaged_metrics),
+    Misuse("doctor run taken", "metrics.jsonl:1: the line is damaged: an integer has 401 digits", damaged_metrics),
     Misuse("pretrain text --out notes.txt", "'notes.txt' is a file", text("notes.txt", "")),
     Misuse("pretrain text --out ''", "--out"),
 )
@@ -393,4 +460,5 @@ def test_a_wrong_use_is_one_clear_line(misuse: Misuse, tmp_path: Path, monkeypat
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1, done.stderr
     assert misuse.says in done.stderr
+    assert len(done.stderr) < 3000
     assert contents(tmp_path) == before
