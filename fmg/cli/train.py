@@ -91,6 +91,9 @@ def train(
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Let a recipe file name reward code and reward servers.")
     ] = False,
+    accept_changed_prompts: Annotated[
+        bool, typer.Option("--accept-changed-prompts", help="With --resume: take prompts that were changed since.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print every value, where it came from and the plan; start nothing.")
     ] = False,
@@ -123,7 +126,11 @@ def train(
     first = is_first()
     if resume is not None:
         others = {"config": config, **flags, "set": sets, "run": run, "dry-run": dry_run or None}
-        return _resume(resume, others, first=first, allow_code=allow_code, as_json=as_json)
+        return _resume(
+            resume, others, first=first, allow_code=allow_code, accept_prompts=accept_changed_prompts, as_json=as_json
+        )
+    if accept_changed_prompts:
+        raise UsageError("--accept-changed-prompts is of --resume alone", "Leave it out, or name the run to resume.")
     with said_once(first):
         resolved = resolve(config, flags, sets or [], allow_code)
     if first:
@@ -145,7 +152,9 @@ def train(
     return _report(resolved.recipe, result, first=first, as_json=as_json)
 
 
-def _resume(run: str, others: Mapping[str, object], *, first: bool, allow_code: bool, as_json: bool) -> int:
+def _resume(
+    run: str, others: Mapping[str, object], *, first: bool, allow_code: bool, accept_prompts: bool, as_json: bool
+) -> int:
     """Goes on with a run; everything that a run is made of stands in its own recipe."""
     from fmg.data.states import check_resumable, ended_short
     from fmg.registry.recipe import Recipe
@@ -167,7 +176,7 @@ def _resume(run: str, others: Mapping[str, object], *, first: bool, allow_code: 
     with _reporting(first=first, as_json=as_json) as reporter:
         from fmg.training.api import resume as resume_training
 
-        result = resume_training(folder, reporter, allow_code=allow_code)
+        result = resume_training(folder, reporter, allow_code=allow_code, accept_changed_prompts=accept_prompts)
     return _report(recipe, result, first=first, as_json=as_json)
 
 
@@ -263,6 +272,6 @@ def _print_result(recipe: Recipe, result: TrainResult) -> None:
 
 
 def _example_prompt(recipe: Recipe) -> str:
-    from fmg.data.prompt_sets import load_prompts
+    from fmg.data.prompt_sets import load_prompts, prompt_references
 
-    return load_prompts(recipe.eval.prompts)[0].text
+    return load_prompts(prompt_references(recipe)["eval.prompts"])[0].text

@@ -13,6 +13,11 @@ class FilePromptsConfig(ComponentConfig):
     """Prompts from a file: `.txt` with one a line, `.jsonl` with one object a line (see `fmg.data.files`)."""
 
     path: str = Field(min_length=1, description="a .txt or .jsonl file, UTF-8, no blank lines, at most 64 MiB")
+    sha256: str | None = Field(
+        None,
+        pattern="^[0-9a-f]{64}$",
+        description="digest of the prompts, which a run states: a file with others is refused",
+    )
 
 
 class EverydayPromptsConfig(ComponentConfig):

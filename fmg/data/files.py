@@ -10,7 +10,7 @@ from fmg.core.errors import FmgWarning, UsageError
 from fmg.core.json_reader import JsonError, Line, located, parse, read_lines
 from fmg.core.prompt import Prompt, is_blank
 from fmg.data.configs import PROMPT_FILE_SUFFIXES, FilePromptsConfig
-from fmg.data.prompt_sets import PromptList
+from fmg.data.prompt_sets import PromptList, prompts_digest
 from fmg.registry import prompt_sets
 
 _JSON_KEYS = ("prompt", "tag", "metadata")
@@ -29,7 +29,7 @@ def file_prompts(config: FilePromptsConfig) -> PromptList:
 
     Raises:
         UsageError: naming file and line: missing, not UTF-8, too long (`fmg.core.json_reader`), empty, blank line,
-            wrong JSON, or a prompt that is repeated with another tag or meaning.
+            wrong JSON, other prompts than the config states, or a prompt that is repeated with another tag or meaning.
     """
     path = Path(config.path)
     parsers: Mapping[str, Callable[[str, str], Prompt]] = dict(
@@ -58,14 +58,22 @@ def file_prompts(config: FilePromptsConfig) -> PromptList:
             FmgWarning,
             stacklevel=2,
         )
-    return PromptList(str(path), [prompt for _, prompt in prompts.values()])
+    found = [prompt for _, prompt in prompts.values()]
+    if config.sha256 not in (None, prompts_digest(found)):
+        raise UsageError(
+            f"'{path}' has other prompts than those whose digest the recipe states",
+            "Restore it, or name other prompts.",
+        )
+    return PromptList(str(path), found)
 
 
 def _lines(path: Path) -> list[tuple[Line, str]]:
     try:
         lines = [(line, line.text()) for line in read_lines(path)]
     except FileNotFoundError:
-        raise UsageError(f"There is no prompt file '{path}'", "Check the path.") from None
+        raise UsageError(
+            f"There is no prompt file '{path}'", "Check the path; one in a recipe is relative to the recipe's folder."
+        ) from None
     except JsonError as error:
         raise UsageError(located(path, error), "Save it as UTF-8 text with one prompt a line.") from None
     except OSError as error:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from fmg.core.errors import UsageError
 from fmg.core.prompt import Prompt
-from fmg.data.configs import PROMPT_FILE_SUFFIXES
+from fmg.data.configs import PROMPT_FILE_SUFFIXES, FilePromptsConfig
 from fmg.registry import prompt_sets
 from fmg.registry.references import PromptsRef
 
 if TYPE_CHECKING:
     from fmg.core.protocols import PromptSet
+    from fmg.registry.recipe import Recipe
 
 
 T = TypeVar("T")
@@ -58,6 +61,40 @@ def load_prompts(reference: str | PromptsRef) -> PromptSet:
     if Path(reference).suffix in PROMPT_FILE_SUFFIXES:
         return prompt_sets.build("file", {"path": reference})
     return prompt_sets.build(reference)
+
+
+def prompts_digest(prompts: Iterable[Prompt]) -> str:
+    """Sha256 of prompts in their order, with tags and metadata."""
+    entries = [[prompt.text, prompt.tag, prompt.metadata] for prompt in prompts]
+    return hashlib.sha256(json.dumps(entries, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def prompt_references(recipe: Recipe) -> dict[str, PromptsRef]:
+    """The prompt sets of a recipe by their path in it, whatever prompts their files have by now."""
+    found = {"prompts": recipe.prompts, "eval.prompts": recipe.eval.prompts}
+    return {place: _with(ref, sha256=None) if _is_file(ref) else ref for place, ref in found.items()}
+
+
+def file_values(recipe: Recipe) -> dict[str, object]:
+    """The values that tie a recipe to its prompt files, by dotted path: where they are, and what is in them now.
+
+    Raises:
+        UsageError: as for `load_prompts`.
+    """
+    values: dict[str, object] = {}
+    for place, ref in prompt_references(recipe).items():
+        if isinstance(ref.config, FilePromptsConfig):
+            values[f"{place}.path"] = str(Path(ref.config.path).absolute())
+            values[f"{place}.sha256"] = prompts_digest(load_prompts(ref))
+    return values
+
+
+def _is_file(ref: PromptsRef) -> bool:
+    return isinstance(ref.config, FilePromptsConfig)
+
+
+def _with(ref: PromptsRef, **values: object) -> PromptsRef:
+    return ref.model_copy(update={"config": ref.config.model_copy(update=values)})
 
 
 def spread(entries: Sequence[T], count: int) -> list[T]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,7 +66,11 @@ class RunRecord:
         lines = tuple(
             {key: value for key, value in line.items() if math.isfinite(value)} for line in read_numbers(run.metrics)
         )
-        return RunRecord(run.path, state, lines, read_index(run.path), recipe)
+        index = read_index(run.path)
+        for name in index.changed_files(run.path) if index else ():
+            text = f"'{run.path / name}' was changed after it was written; figures from it may be others than the run's"
+            warnings.warn(text, FmgWarning, stacklevel=2)
+        return RunRecord(run.path, state, lines, index, recipe)
 
     @property
     def evaluations(self) -> list[Line]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fmg.core.errors import UsageError, suggestion
@@ -120,6 +121,26 @@ def expand(root: Node) -> Node:
             entries["rewards"] = _reward_list(entries["rewards"])
         sections["eval"] = Node(entries, evaluation.source)
     return Node(sections, root.source)
+
+
+def anchored(root: Node, folder: Path) -> Node:
+    """A recipe file's values, with paths of prompt files that are relative to the folder of the recipe."""
+    root = expand(root)
+    sections = dict(root.mapping or {})
+    if "prompts" in sections:
+        sections["prompts"] = _in_folder(sections["prompts"], folder)
+    evaluation = sections.get("eval")
+    if evaluation is not None and evaluation.mapping is not None and "prompts" in evaluation.mapping:
+        held_out = _in_folder(evaluation.mapping["prompts"], folder)
+        sections["eval"] = Node({**evaluation.mapping, "prompts": held_out}, evaluation.source)
+    return Node(sections, root.source)
+
+
+def _in_folder(prompts: Node, folder: Path) -> Node:
+    path = prompts.exact(("path",))
+    if prompts.mapping is None or path is None or not isinstance(path.value, str) or not path.value:
+        return prompts
+    return Node({**prompts.mapping, "path": Node(str(folder / path.value), path.source)}, prompts.source)
 
 
 def merge(lower: Node, upper: Node) -> Node:

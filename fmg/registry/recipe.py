@@ -91,7 +91,7 @@ class Recipe(Section):
         return cast("dict[str, Plain]", self.model_dump(mode="json"))
 
     def to_yaml(self) -> str:
-        """YAML 1.2 that `from_yaml` reads back to an equal recipe."""
+        """YAML 1.2 that `from_yaml` reads back to an equal recipe; relative prompt files are those beside its file."""
         return render(self.plain(), {})
 
     def __repr__(self) -> str:

@@ -18,7 +18,7 @@ from fmg.registry.composition import problems
 from fmg.registry.config import ModelConfig
 from fmg.registry.document import Node, Plain, Source, is_block, node_of, read_document, render
 from fmg.registry.kinds import models
-from fmg.registry.layers import argument_layers, flag_layers, merge, merge_all, refuse_code, set_layers
+from fmg.registry.layers import anchored, argument_layers, flag_layers, merge, merge_all, refuse_code, set_layers
 from fmg.registry.paths import config_path, recipe_names
 from fmg.registry.recipe import Recipe
 from fmg.registry.references import ModelRef
@@ -54,6 +54,16 @@ class ResolvedRecipe:
     def table(self) -> tuple[Row, ...]:
         """All values in the recipe's order, with their sources."""
         return tuple(Row(path, value, self.provenance[path]) for path, value in _leaves(self.recipe.plain(), ()))
+
+    def with_(self, values: Mapping[str, object], why: str) -> ResolvedRecipe:
+        """The recipe with other values, which come from `why` unless something else gave them. Errors as in `resolve`.
+
+        Args:
+            values: by dotted path.
+            why: what the comment at the end of a line says of a value that nobody gave.
+        """
+        changed = {path: Source("built-in", why) for path in values if self.provenance[path].kind == "built-in"}
+        return ResolvedRecipe(self.recipe.with_(values), {**self.provenance, **changed})
 
     def to_yaml(self) -> str:
         """The recipe as YAML, the source of each value as a comment at its line's end."""
@@ -155,7 +165,7 @@ def _default_recipe_name(root: Node) -> str:
 
 def _default_recipe(name: str) -> Node:
     if Path(name).is_absolute():
-        return read_document(Path(name), "model", name)
+        return anchored(read_document(Path(name), "model", name), Path(name).parent)
     return read_document(config_path(name), "model", f"configs/{name}.yaml")
 
 
@@ -168,11 +178,11 @@ def _read(config: str | Path) -> Node:
     except OSError as error:
         raise UsageError(f"{text} cannot be a recipe: {error.strerror}", "Check its path.") from None
     if looks_like_path or is_file:
-        return read_document(path, "file", text)
+        return anchored(read_document(path, "file", text), path.parent)
     if text in recipe_names():
         return read_document(config_path(text), "file", f"configs/{text}.yaml")
     if exists:
-        return read_document(path, "file", text)
+        return anchored(read_document(path, "file", text), path.parent)
     known = {*recipe_names(), *models.names()}
     raise UsageError(f"There is no recipe file and no shipped recipe named '{text}'", suggestion(text, known))
 

@@ -27,6 +27,7 @@ from fmg.core.signals import Signals
 from fmg.core.unfinished import remove_leftovers, write_atomic
 from fmg.data.checkpoints import existing_index
 from fmg.data.environment import write_environment
+from fmg.data.prompt_sets import file_values
 from fmg.data.run_folder import RunFolder, State, read_numbers
 from fmg.data.run_lock import run_lock
 from fmg.data.run_report import write_run_report
@@ -91,9 +92,11 @@ def train(
         values["rewards"] = rewards
     values, functions = split_functions(values)
     resolved = recipe_of(recipe, values, allow_code=allow_code)
-    # a recipe as it was given has no sources to tell
-    written = recipe if isinstance(recipe, Recipe) and not values else resolved
+    ties = file_values(resolved.recipe)
+    resolved = resolved.with_(ties, "of the run") if ties else resolved
     plain = resolved.recipe
+    # a recipe as it was given has no sources to tell
+    written = plain if isinstance(recipe, Recipe) and not values else resolved
     folder_name = None if run is None else Path(run)
 
     def begin() -> RunFolder:
@@ -119,6 +122,7 @@ def resume(
     rewards: Rewards | None = None,
     progress: bool | None = None,
     allow_code: bool = False,
+    accept_changed_prompts: bool = False,
 ) -> TrainResult:
     """Goes on with an interrupted run from its newest state, to the weights and metrics that it would have had.
 
@@ -132,6 +136,7 @@ def resume(
         rewards: the functions that the run was begun with, under their names; its other rewards are in its recipe.
         progress: as in `train`.
         allow_code: whether the recipe of the run may name reward code and servers, as in `Recipe.from_yaml`.
+        accept_changed_prompts: whether prompts that were changed since the run was begun are trained and evaluated on.
 
     Returns:
         As `train`.
@@ -148,9 +153,16 @@ def resume(
     check_resumable(folder.path)
     recipe = Recipe.from_yaml(folder.recipe, allow_code=allow_code)
     _, functions = split_functions({"rewards": rewards or ()})
-    saved = load_state(folder, recipe)
+    saved = load_state(folder, recipe, accept_changed_prompts=accept_changed_prompts)
+    if accept_changed_prompts:
+        recipe = recipe.with_(file_values(recipe))
+
+    def opened() -> None:
+        if accept_changed_prompts:
+            write_atomic(folder.recipe, recipe.to_yaml().encode())
+
     with watching(observer, progress) as told:
-        return _train(recipe, functions, told, lambda: check_resumable(folder.path), lambda: folder, saved)
+        return _train(recipe, functions, told, lambda: check_resumable(folder.path), lambda: folder, saved, opened)
 
 
 @torch_as_new()
@@ -161,8 +173,12 @@ def _train(
     check: Callable[[], None],
     begin: Callable[[], RunFolder],
     saved: SavedState | None = None,
+    opened: Callable[[], None] = lambda: None,
 ) -> TrainResult:
-    """Trains in the folder that `begin` gives, from `saved` on where there is one; `check` comes before anything."""
+    """Trains in the folder that `begin` gives, from `saved` on where there is one.
+
+    `check` comes before anything, `opened` when no other process can train in the folder.
+    """
     launch = read_launch()
     with said_once(launch.first):
         engine = choose_engine(recipe)
@@ -189,7 +205,7 @@ def _train(
                 processes.together(lambda: fits(composed.model.trainable()))
             if not processes.alone and engine == "fsdp2":
                 _shard(composed)
-            with _run_folder(processes, begin, recipe, open_run) as folder:
+            with _run_folder(processes, begin, opened, recipe, open_run) as folder:
                 sizes = choose_sizes(recipe, device.type, launch.count)
                 result = Trainer(composed, folder, sizes, heard, processes, saved).train()
                 with signals.held():
@@ -208,7 +224,11 @@ def _train(
 
 @contextlib.contextmanager
 def _run_folder(
-    processes: Processes, begin: Callable[[], RunFolder], recipe: Recipe, open_run: list[RunFolder]
+    processes: Processes,
+    begin: Callable[[], RunFolder],
+    opened: Callable[[], None],
+    recipe: Recipe,
+    open_run: list[RunFolder],
 ) -> Iterator[RunFolder]:
     """The run folder, which all processes name alike and the first holds and leaves in the state it ended in."""
     with contextlib.ExitStack() as stack:
@@ -216,6 +236,7 @@ def _run_folder(
         def claim() -> str:
             claimed = begin()
             stack.enter_context(run_lock(claimed.path))
+            opened()
             claimed.set_state("running")
             return str(claimed.path)
 

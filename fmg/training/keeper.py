@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from fmg.core.protocols import Shardable
 from fmg.data.checkpoints import CheckpointIndex
+from fmg.data.prompt_sets import prompts_digest
 from fmg.data.run_folder import RunFolder
 from fmg.training.checkpoint import save_checkpoint
 from fmg.training.compose import Composed
@@ -54,7 +55,9 @@ class Keeper:
         """The keeper of a run over these trained parameters."""
         decay = composed.recipe.train.ema_decay
         ema = None if decay is None else Ema([p for _, p in named], decay)
-        return cls(composed, run, ema, Live(named, optimizer, ema, composed.model.device), processes)
+        prompts = {"prompts": composed.prompts, "eval.prompts": composed.eval_prompts}
+        digests = {place: prompts_digest(found) for place, found in prompts.items()}
+        return cls(composed, run, ema, Live(named, optimizer, ema, composed.model.device, digests), processes)
 
     def updated(self) -> None:
         """After an optimizer step: the average follows."""

@@ -12,9 +12,10 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from fmg.core.errors import CheckpointError, FmgWarning, UsageError
 from fmg.core.files import SUMS, refuse_links_out
 from fmg.core.unfinished import new_folder, remove_leftovers, write_atomic
 from fmg.data.checkpoints import UNCHECKED, CheckpointIndex
+from fmg.data.prompt_sets import load_prompts, prompt_references, prompts_digest
 from fmg.data.run_folder import RunFolder, read_numbers
 from fmg.data.states import (
     check_resumable,
@@ -35,12 +37,14 @@ from fmg.data.states import (
     saved_states,
     state_folder,
 )
+from fmg.registry.document import Plain
 from fmg.registry.recipe import Recipe
 from fmg.training.checkpoint import drop_unscored, scored_index
 from fmg.training.ema import Ema
 from fmg.training.state_files import read_state, restore_generators, write_state
 
 SCHEMA = 4
+ACCEPT_PROMPTS = "--accept-changed-prompts"
 # How much is computed at once changes rounding (and the masks of a dropout), and what ran out of memory has to go on.
 _BATCHES = ("rollout.batch_size", "train.micro_batch", "eval.batch_size")
 _KEYS = frozenset(("schema", "run", "progress", "trained", "optimizer", "ema", "ema_updates", "generators", "tripwire"))
@@ -77,6 +81,8 @@ class Live:
     optimizer: Optimizer
     ema: Ema | None
     device: torch.device
+    prompts: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """Digests of the prompt sets by their path in the recipe."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,11 @@ def save_state(run: RunFolder, recipe: Recipe, point: RestingPoint, live: Live) 
     folder = state_folder(run.path, progress.iteration)
     content = {
         "schema": SCHEMA,
-        "run": {**_identity(run, recipe), "metrics": _digest_of_lines(run, progress.lines)},
+        "run": {
+            **_identity(run, recipe, by_content=True),
+            "prompts": dict(live.prompts),
+            "metrics": _digest_of_lines(run, progress.lines),
+        },
         "progress": asdict(progress),
         "trained": dict(live.trained),
         "optimizer": live.optimizer.state_dict(),
@@ -148,11 +158,16 @@ def save_state(run: RunFolder, recipe: Recipe, point: RestingPoint, live: Live) 
     return folder
 
 
-def load_state(run: RunFolder, recipe: Recipe) -> SavedState:
+def load_state(run: RunFolder, recipe: Recipe, *, accept_changed_prompts: bool = False) -> SavedState:
     """The newest state of a run, when the run can go on from it: nothing is changed in finding out.
 
+    Args:
+        run: the run.
+        recipe: its own.
+        accept_changed_prompts: whether the prompts may be others than those that the run was begun with.
+
     Raises:
-        UsageError: there is none, it belongs to another run, or the recipe has been changed since.
+        UsageError: there is none, it belongs to another run, or the recipe or its prompts have been changed since.
         CheckpointError: it is damaged, or the checkpoints or the metrics that it goes on from are, or a link in the
             run leads out of it.
     """
@@ -170,7 +185,8 @@ def load_state(run: RunFolder, recipe: Recipe) -> SavedState:
         if missing := sorted(_KEYS - content.keys()):
             raise KeyError(missing[0])
         progress = Progress(**content["progress"])
-        saved, here = content["run"], _identity(run, recipe)
+        saved = content["run"]
+        here = _identity(run, recipe, by_content="prompts" in saved)
         if (saved["model"], saved["created"]) != (here["model"], here["created"]):
             raise UsageError(f"The state in '{folder}' belongs to another run", "Restore the run's own folder `state`.")
         if saved["recipe"] != here["recipe"]:
@@ -180,6 +196,8 @@ def load_state(run: RunFolder, recipe: Recipe) -> SavedState:
             )
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"The state in '{folder}' is damaged ({error})", "Train again.") from None
+    if not accept_changed_prompts:
+        _check_prompts(run, recipe, saved.get("prompts", {}))
     index = scored_index(run.path)
     metrics_until(run, progress.lines)
     if saved.get("metrics") not in (None, _digest_of_lines(run, progress.lines)):
@@ -237,7 +255,37 @@ def rewind(run: RunFolder, lines: int) -> tuple[CheckpointIndex, list[dict[str, 
     return index, kept
 
 
-def _identity(run: RunFolder, recipe: Recipe) -> dict[str, str]:
+def _check_prompts(run: RunFolder, recipe: Recipe, digests: Mapping[str, str]) -> None:
+    for place, ref in prompt_references(recipe).items():
+        if place in digests and prompts_digest(load_prompts(ref)) != digests[place]:
+            path = getattr(ref.config, "path", None)
+            which = f"The prompt set '{ref.name}'" if path is None else f"The prompt file '{path}'"
+            raise UsageError(
+                f"{which} ({place}) has other prompts than when the run was begun",
+                f"Restore it, or accept them with `{resume_command(run.path, recipe)} {ACCEPT_PROMPTS}`.",
+            )
+
+
+def _identity(run: RunFolder, recipe: Recipe, *, by_content: bool) -> dict[str, str]:
+    """What a state belongs to. Of the recipe it counts what the run's own file states, so that a version with more
+    options resumes what an older one began; where prompt files are does not count where their content does."""
     state, plain = run.state(), recipe.with_(dict.fromkeys(_BATCHES)).plain()
-    text = json.dumps(plain, sort_keys=True)
+    for ref in (plain["prompts"], cast(dict[str, Plain], plain["eval"])["prompts"]):
+        if isinstance(ref, dict) and ref["name"] == "file":
+            if by_content:
+                del ref["path"]
+            elif (path := Path(str(ref["path"]))).is_relative_to(run.path):
+                # as it was written
+                ref["path"] = path.relative_to(run.path).as_posix()
+            del ref["sha256"]
+    text = json.dumps(_stated(plain, dict(run.values()) or plain), sort_keys=True)
     return {"model": state.model, "created": state.created, "recipe": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _stated(value: Plain, stated: Plain) -> Plain:
+    """The value without the keys that `stated` does not have."""
+    if isinstance(value, dict) and isinstance(stated, Mapping):
+        return {key: _stated(child, stated[key]) for key, child in value.items() if key in stated}
+    if isinstance(value, list) and isinstance(stated, list) and len(value) == len(stated):
+        return [_stated(*both) for both in zip(value, stated, strict=True)]
+    return value

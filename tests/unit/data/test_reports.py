@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.errors import CheckpointError, FmgWarning, UsageError
 from fmg.data.charts import line_chart
 from fmg.data.checkpoints import CheckpointIndex, Saved, write_index
 from fmg.data.comparison import write_comparison
@@ -87,6 +87,15 @@ def test_a_report_is_replaced_and_repeats_byte_by_byte(runs: tuple[RunFolder, Ru
     before = (runs[0].path / "report.html").read_bytes()
     write_run_report(runs[0])
     assert (runs[0].path / "report.html").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "recipe.yaml"])
+def test_a_report_of_changed_files_says_so(tmp_path: Path, name: str) -> None:
+    run = made_up_run(tmp_path / "run")
+    file = run.path / name
+    file.write_text(file.read_text().replace("1", "2", 1))
+    with pytest.warns(FmgWarning, match=f"{name}' was changed after it was written"):
+        write_run_report(run)
 
 
 def test_the_picture_of_before_and_after_is_of_the_checkpoint_that_is_kept(tmp_path: Path) -> None:

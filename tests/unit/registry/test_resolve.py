@@ -189,7 +189,7 @@ def test_python_overrides_and_their_order() -> None:
         {},
         {"stochasticizer": "asfmc-euler", "rollout.grid": [1, 0.7, 1 / 3, 0], "rollout.steps": 3},
         {"rewards": [{"name": "python", "target": "a.b:c", "weight": 0.1}, "jpeg-compressibility"]},
-        {"prompts": 'it\'s "odd" # not a comment: ü.txt', "eval.rewards": [], "train.micro_batch": 999},
+        {"prompts": '/it\'s "odd" # not a comment: ü.txt', "eval.rewards": [], "train.micro_batch": 999},
         {"optimizer.lr": 1e-5, "lora.targets": ["to_q", "to_out.0"], "train.device": "cuda:1", "train.dtype": "bf16"},
     ],
 )
@@ -226,3 +226,18 @@ def test_the_stored_recipe_names_the_source_of_each_value() -> None:
     assert lines["rank: 4"] == "--set lora.rank=4"
     assert lines["dropout: 0.0"] == "default"
     assert all("#" in line for line in text.splitlines() if not line.endswith(":"))
+
+
+@pytest.mark.parametrize("written", ["mine.txt", "{name: file, path: mine.txt}"])
+def test_prompt_files_of_a_recipe_are_found_beside_it_and_those_of_flags_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text(f"prompts: {written}\neval: {{prompts: {written}}}\n")
+    recipe = Recipe.from_yaml(Path("recipes/mine.yaml"))
+    assert recipe.prompts.config == recipe.eval.prompts.config
+    assert recipe.prompts.config.path == str(Path("recipes") / "mine.txt")  # type: ignore[attr-defined]
+    given = resolve(Path("recipes/mine.yaml"), {"prompts": "mine.txt"}).recipe
+    assert given.prompts.config.path == "mine.txt"  # type: ignore[attr-defined]

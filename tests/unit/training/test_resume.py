@@ -8,10 +8,11 @@ from typing import cast
 import pytest
 import torch
 
-from fmg.core.errors import CheckpointError, FmgWarning
+from fmg.core.errors import CheckpointError, FmgWarning, UsageError
 from fmg.core.files import write_sums
 from fmg.core.protocols import Model
 from fmg.data.checkpoints import read_index
+from fmg.data.prompt_sets import file_values, load_prompts, prompt_references, prompts_digest
 from fmg.data.run_folder import RunFolder
 from fmg.registry.recipe import Recipe
 from fmg.training.checkpoint import save_checkpoint
@@ -136,3 +137,60 @@ def test_leftovers_of_a_killed_process_go_and_links_out_are_refused(run: RunFold
     (run.path / "samples").symlink_to(tmp_path / "victim")
     with pytest.raises(CheckpointError, match="samples' is a link that leads out"):
         load_state(run, RECIPE)
+
+
+def _begun(folder: Path, recipe: Recipe) -> RunFolder:
+    """A run of a recipe as `train` would have begun it, with one state."""
+    run = RunFolder.create(folder / "run", recipe.model.name)
+    run.recipe.write_text(recipe.with_(file_values(recipe)).to_yaml())
+    run.append_metrics({"iteration": 0})
+    save_checkpoint(run.path, cast(Model, Saver()), 0, "eval/score", 0.5)
+    parameters = list(torch.nn.Linear(2, 1).named_parameters())
+    digests = {place: prompts_digest(load_prompts(ref)) for place, ref in prompt_references(recipe).items()}
+    optimizer = torch.optim.SGD([p for _, p in parameters], 0.1)
+    live = Live(parameters, optimizer, None, torch.device("cpu"), digests)
+    point = RestingPoint(Progress(0, 0, 1, (4, 4), 0, False, True), generator_states(live.device), {})
+    save_state(run, Recipe.from_yaml(run.recipe), point, live)
+    return run
+
+
+def test_prompts_are_found_from_everywhere_and_changed_ones_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    monkeypatch.chdir(here)
+    (here / "mine.txt").write_text("a red circle\na blue square\n")
+    run = _begun(here, RECIPE.with_({"prompts": "mine.txt", "eval.prompts": "mine.txt"}))
+    monkeypatch.chdir(there)
+    (there / "mine.txt").write_text("a yellow star\n")
+    recipe = Recipe.from_yaml(run.recipe)
+    assert [prompt.text for prompt in load_prompts(recipe.eval.prompts)] == ["a red circle", "a blue square"]
+    load_state(run, recipe)
+    (here / "mine.txt").write_text("a yellow star\n")
+    with pytest.raises(UsageError, match=r"mine\.txt' \(prompts\) has other prompts .*--accept-changed-prompts"):
+        load_state(run, recipe)
+    with pytest.raises(UsageError, match="has other prompts"):
+        load_prompts(recipe.eval.prompts)
+    load_state(run, recipe, accept_changed_prompts=True)
+    # a file that moved is the same by its content
+    (there / "mine.txt").write_text("a red circle\na blue square\n")
+    load_state(run, recipe.with_({f"{place}.path": str(there / "mine.txt") for place in ("prompts", "eval.prompts")}))
+
+
+def test_a_version_with_more_options_resumes_what_an_older_one_began(run: RunFolder, tmp_path: Path) -> None:
+    run = _begun(tmp_path / "new", RECIPE)
+    text = run.recipe.read_text()
+    kept = [line for line in text.splitlines() if "shuffle_advantages" not in line]
+    assert len(kept) == len(text.splitlines()) - 1
+    shutil.rmtree(run.path / "state")
+    run.recipe.write_text("\n".join(kept))
+    parameters = list(torch.nn.Linear(2, 1).named_parameters())
+    live = Live(parameters, torch.optim.SGD([p for _, p in parameters], 0.1), None, torch.device("cpu"))
+    point = RestingPoint(Progress(0, 0, 1, (4, 4), 0, False, True), generator_states(live.device), {})
+    save_state(run, Recipe.from_yaml(run.recipe), point, live)
+    load_state(run, Recipe.from_yaml(run.recipe))
+    run.recipe.write_text("\n".join(kept).replace("seed: 0", "seed: 1", 1))
+    with pytest.raises(UsageError, match="is not the recipe"):
+        load_state(run, Recipe.from_yaml(run.recipe))
