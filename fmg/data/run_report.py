@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.errors import CheckpointError, FmgWarning, UsageError
 from fmg.core.image_files import decoded
 from fmg.core.unfinished import write_atomic
 from fmg.data.charts import line_chart
