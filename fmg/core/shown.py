@@ -55,6 +55,12 @@ def cut(text: str, most: int = LONGEST_VALUE) -> str:
     return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
+def plot_label(text: str) -> str:
+    """`text` as a title or label of matplotlib: it is no formula (`$`), and no name that a legend leaves out (`_a`)."""
+    shown = visible(cut(text)).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
 def bounded(text: str, most: int = 600) -> str:
     """A sentence with quoted values and words cut at `LONGEST_VALUE`; above `most` characters it loses its middle."""
     text = _LONG_VALUE.sub(lambda match: cut(match[0]), text)

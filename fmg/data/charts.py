@@ -7,6 +7,7 @@ from io import BytesIO
 
 import numpy as np
 
+from fmg.core.shown import plot_label
 from fmg.data.pictures import Curve
 
 _SIZE = (5.6, 3.1)
@@ -26,10 +27,12 @@ def line_chart(curves: Sequence[Curve], title: str, x_label: str = "iteration") 
         axes = figure.subplots()
         for curve in curves:
             x, y, band = (np.asarray(values, dtype=float) for values in (curve.x, curve.y, curve.band))
-            (line,) = axes.plot(x, y, label=curve.label, linewidth=1.7, marker="o" if len(y) < 30 else None, ms=3)
+            (line,) = axes.plot(
+                x, y, label=plot_label(curve.label), linewidth=1.7, marker="o" if len(y) < 30 else None, ms=3
+            )
             if band.any():
                 axes.fill_between(x, y - band, y + band, color=line.get_color(), alpha=0.18, linewidth=0)
-        axes.set_title(title, fontsize=10, loc="left", color=_INK)
+        axes.set_title(plot_label(title), fontsize=10, loc="left", color=_INK)
         axes.set_xlabel(x_label, fontsize=9)
         axes.tick_params(labelsize=8)
         axes.grid(color=_SOFT, linewidth=0.8)

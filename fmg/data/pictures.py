@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fmg.core.errors import CheckpointError, UsageError, first_line, writing
 from fmg.core.image_files import decoded
+from fmg.core.shown import plot_label
 from fmg.core.unfinished import write_atomic
 from fmg.data.run_folder import RunFolder
 from fmg.data.run_metrics import Outcome
@@ -177,7 +178,7 @@ def curve_figure(trained: Sequence[Curve], heldout: Sequence[Curve], path: Path,
         for curve in curves:
             y, band = np.asarray(curve.y), np.asarray(curve.band)
             (line,) = panel.plot(
-                curve.x, y, label=curve.label, linewidth=1.8, marker="o" if len(y) < 20 else None, ms=4
+                curve.x, y, label=plot_label(curve.label), linewidth=1.8, marker="o" if len(y) < 20 else None, ms=4
             )
             if band.any():
                 panel.fill_between(curve.x, y - band, y + band, color=line.get_color(), alpha=0.2, linewidth=0)
@@ -186,7 +187,7 @@ def curve_figure(trained: Sequence[Curve], heldout: Sequence[Curve], path: Path,
         panel.grid(alpha=0.3)
         if curves:
             panel.legend(frameon=False, fontsize=9)
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(plot_label(title), fontsize=12)
     write_figure(figure, path)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fmg.core.shown import plot_label
 from fmg.data.pictures import write_figure
 from fmg.eval.path_check import AGAIN, MEAN, PathReport
 
@@ -41,5 +42,7 @@ def path_figure(report: PathReport, path: Path) -> None:
         panel.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    figure.suptitle(f"{report.target}: states minus noised deterministic samples, {report.num} images", fontsize=12)
+    figure.suptitle(
+        f"{plot_label(report.target)}: states minus noised deterministic samples, {report.num} images", fontsize=12
+    )
     write_figure(figure, path)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fmg.core.events import Observer, StageProgress, ignore
+from fmg.core.shown import plot_label
 from fmg.core.unfinished import partial_folder
 from fmg.data.pictures import write_figure
 from fmg.data.prompt_sets import load_prompts
@@ -233,7 +234,7 @@ def frontier_figure(points: Sequence[Point], path: Path, title: str) -> None:
                 x,
                 y,
                 yerr=errors,
-                label=label,
+                label=plot_label(label),
                 color=colours[line[0].backend],
                 linestyle="-" if line[0].adapter else "--",
                 marker="o",
@@ -253,5 +254,5 @@ def frontier_figure(points: Sequence[Point], path: Path, title: str) -> None:
         axes.set_ylabel(f"{reward}, mean")
         axes.grid(alpha=0.3, which="both")
         axes.legend(frameon=False, fontsize=8, loc="best", handlelength=3.5)
-    figure.suptitle(f"{title}: reward against latency, steps at the points", fontsize=11)
+    figure.suptitle(f"{plot_label(title)}: reward against latency, steps at the points", fontsize=11)
     write_figure(figure, path)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.shown import LONGEST_VALUE, bounded, cut, html_table, visible, visible_json
+from fmg.data.charts import line_chart
+from fmg.data.pictures import Curve, curve_figure
 
 HOSTILE = "\x1b[31m \x07 \x9b \x7f \u202e \u2066 \u200b \ufeff \udc80 \U000e0041 \r"
 ORDINARY = "a red circle, 漢字\u3000かな, עברית, e\u0301, \U0001f469\u200d\U0001f52c, \xa0"
@@ -39,6 +43,14 @@ def test_errors_cut_what_they_quote(value: str) -> None:
     assert value[:LONGEST_VALUE] in str(error)
     assert value[: LONGEST_VALUE + 1] not in str(error)
     assert f"({len(value):,} characters)' is too long. Shorten it." in str(error)
+
+
+@pytest.mark.parametrize("name", [r"$\frac$", "cost $x_{", "_hidden", "\ud800", "\x1b[31m", "a<b>&c"])
+def test_any_name_is_a_label_of_a_figure(name: str, tmp_path: Path) -> None:
+    curve = Curve(name, [0, 1], [0, 1], [0, 0])
+    ElementTree.fromstring(line_chart([curve, curve], name))
+    curve_figure([curve], [curve], tmp_path / "curve.png", name)
+    assert (tmp_path / "curve.png").is_file()
 
 
 def test_errors_have_an_end_whatever_they_hold() -> None:

@@ -36,6 +36,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, RunFolder
     return first, second
 
 
+def test_no_control_character_of_a_name_reaches_a_page() -> None:
+    hostile = "\x1b[31mred\u202e\ud800"
+    shown = page(
+        hostile, hostile, [Tile(hostile, hostile, hostile)], [Section(hostile, [Text(f"two\nlines {hostile}")])]
+    )
+    assert not set(shown) & {"\x1b", "\u202e", "\ud800"}
+    assert r"\x1b[31mred\u202e\ud800" in shown
+    assert "two\nlines" in shown
+
+
 def test_every_text_of_a_page_is_escaped() -> None:
     picture = Picture("data:image/png;base64,AAAA", HOSTILE, HOSTILE)
     blocks = [
