@@ -30,7 +30,8 @@ from fmg.models.flux.loading import TransformerSource, transformer_source
 from fmg.models.flux.pipeline_files import STALE, write_pipeline_files
 from fmg.models.flux_configs import FluxStudentConfig
 from fmg.progress import watching
-from fmg.training.card import CARD, SAMPLES
+from fmg.registry.recipe import Recipe
+from fmg.training.card import CARD, SAMPLES, folder_card
 
 TRANSFORMER = "transformer"
 DTYPES: Mapping[str, torch.dtype | None] = {
@@ -81,7 +82,7 @@ def export_diffusers(
     student = isinstance(found.recipe.model.config, FluxStudentConfig)
     if source.checkpoint is None and not student:
         raise UsageError(f"'{found.label}' has no adapter to merge", "Name a run folder; `fmg runs` lists them.")
-    folder = _Folder(source.folder, sampled_as(source.conventions, found.recipe), source.transformer)
+    folder = _Folder(source.folder, sampled_as(source.conventions, found.recipe), source.transformer, found.recipe)
     place = export_folder(target, "diffusers") if out is None else Path(out)
     with watching(observer, progress) as told:
         return _write(folder, source.delta, source.checkpoint, place, DTYPES[dtype], told)
@@ -123,6 +124,7 @@ class _Folder:
     base: Path
     conventions: FlowMapConventions
     transformer: TransformerSource
+    recipe: Recipe | None = None
 
     def stored(self) -> dict[str, TensorType]:
         """Dtype and shape of each weight of the transformer, in the order of the files."""
@@ -143,10 +145,18 @@ def _write(
         shutil.copytree(folder.base, partial, dirs_exist_ok=True, ignore=_replaced(folder))
         _write_transformer(partial / TRANSFORMER, folder, delta, types, observer)
         write_pipeline_files(partial, folder.conventions)
-        for name in (CARD, SAMPLES):
-            if adapter is not None and (adapter / name).is_file():
-                shutil.copyfile(adapter / name, partial / name)
+        if adapter is not None and (adapter / SAMPLES).is_file():
+            shutil.copyfile(adapter / SAMPLES, partial / SAMPLES)
+        if folder.recipe is not None:
+            (partial / CARD).write_text(folder_card(folder.recipe, _card_of(adapter)), encoding="utf-8")
     return Merged(out, 0 if delta is None else len(delta.changed), len(stored))
+
+
+def _card_of(adapter: Path | None) -> str | None:
+    if adapter is None:
+        return None
+    card = adapter / CARD
+    return card.read_text(encoding="utf-8") if card.is_file() else ""
 
 
 def _write_transformer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import ClassVar
@@ -27,6 +28,7 @@ class EmbeddedConfig(ModelConfig):
     )
 
     in_diffusers: ClassVar[str] = FLUX_IN_DIFFUSERS
+    flow_map_pipeline: ClassVar[bool] = True
 
     folder: str | None = Field(
         default=None,
@@ -46,6 +48,10 @@ class EmbeddedConfig(ModelConfig):
             CheckpointError: the folder is missing or is not a flow-map model.
         """
         return read_conventions(self.directory()).spec(self.asset)
+
+    def card_facts(self) -> Mapping[str, str]:
+        """The terms of the weights in the package; nothing is known of a folder of somebody's own."""
+        return {"license": "apache-2.0"} if self.folder is None else {}
 
     def geometry(self) -> ModelGeometry:
         """Measures by the JSON files and safetensors headers of the folder."""

@@ -13,11 +13,8 @@ from fmg.core.json_reader import JsonError, read_object
 from fmg.core.specs import MAX_SIDE, MapSpec
 
 CONVENTIONS_FILE = "fmg_flow_map.json"
-FLUX_IN_DIFFUSERS = (
-    "the pipeline of the base, with its transformer loaded as"
-    " `fmg.models.flux.transformer.FlowMapFluxTransformer2DModel`"
-)
-"""For model cards: the one class that stock diffusers does not have."""
+FLUX_IN_DIFFUSERS = "a `fmg.FlowMapPipeline` of the base"
+"""For model cards."""
 
 
 class FlowMapConventions(BaseModel):

@@ -43,6 +43,7 @@ class FluxConfig(PublishedConfig):
     """The transformer's config where it is not on this computer yet."""
 
     in_diffusers: ClassVar[str] = FLUX_IN_DIFFUSERS
+    flow_map_pipeline: ClassVar[bool] = True
 
     time_scale: float = Field(
         gt=0,

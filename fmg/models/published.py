@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -11,7 +12,7 @@ from pydantic import Field
 
 from fmg.core.specs import MapSpec
 from fmg.models.conventions import FlowMapConventions
-from fmg.models.sources import Part, locate, missing
+from fmg.models.sources import HubSource, Part, locate, missing, parse_source
 from fmg.registry.config import ModelConfig
 
 BYTES = 2
@@ -46,6 +47,13 @@ class PublishedConfig(ModelConfig):
     @abstractmethod
     def parts(self) -> tuple[Part, ...]:
         """The files that the model reads."""
+
+    def card_facts(self) -> Mapping[str, str]:
+        """The repository of the weights that are trained; their terms are in the card itself."""
+        source = parse_source(self.parts()[0].source)
+        if not isinstance(source, HubSource):
+            return {}
+        return {"base_model": source.repository, "license": "other", "license_name": "terms-of-the-base-model"}
 
     @abstractmethod
     def architecture(self) -> Part:

@@ -53,12 +53,18 @@ class ModelConfig(ComponentConfig, ABC):
 
     in_diffusers: ClassVar[str] = ""
     """What `load_lora_weights` of a saved adapter is called on, for model cards."""
+    flow_map_pipeline: ClassVar[bool] = False
+    """Whether `fmg.FlowMapPipeline` runs the model."""
     mergeable: ClassVar[bool] = True
     """Whether `fmg export --diffusers` merges an adapter into the model's folder."""
 
     @abstractmethod
     def spec(self) -> MapSpec:
         """Declared properties, read from the config or the small JSON beside the weights."""
+
+    def card_facts(self) -> Mapping[str, str]:
+        """What the front matter of a card says of the base, where known: `base_model`, a hub id, and `license`."""
+        return {}
 
     def geometry(self) -> ModelGeometry | None:
         """The measures that a memory plan needs, read without a weight; None: the plan counts calls only."""

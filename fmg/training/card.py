@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
 
 from fmg.core.protocols import PromptSet
 from fmg.core.unfinished import write_atomic
@@ -15,7 +19,7 @@ from fmg.data.run_folder import RunFolder, read_metrics
 from fmg.registry.config import About
 from fmg.registry.recipe import Recipe
 from fmg.training.keys import SCORE_KEY
-from fmg.version import __version__
+from fmg.version import DISTRIBUTION, __version__
 
 CARD = "README.md"
 SAMPLES = "samples.png"
@@ -79,11 +83,9 @@ def _lines(
     kept: Saved,
 ) -> Iterator[str]:
     name = recipe.model.name
-    rewards = " + ".join(f"{reward.weight:g} {reward.label}" for reward in recipe.rewards)
-    yield from ("---", f"base_model: {name}", "library_name: diffusers", "pipeline_tag: text-to-image")
-    lora = "" if recipe.train.trainable == "full" else "lora, "
-    yield from (f"tags: [{lora}flow-map, reinforcement-learning, fmg]", "---")
-    yield f"# {name}, tuned for {rewards}"
+    full = recipe.train.trainable == "full"
+    yield _front_matter(recipe, "finetune" if full else "adapter", () if full else ("lora",))
+    yield f"# {_title(recipe)}"
     yield ""
     yield _origin(recipe, saved)
     yield ""
@@ -91,10 +93,7 @@ def _lines(
         yield "This is the checkpoint that the run keeps: its result."
     else:
         yield f"This is not the result of the run: the run keeps `{kept.name}`."
-    yield from ("", "## Terms", "", "| part | licence | publication |", "|---|---|---|")
-    yield _terms(f"base `{name}`", recipe.model.config.about)
-    for reward in recipe.measured_rewards:
-        yield _terms(f"reward `{reward.label}`", reward.config.about)
+    yield from _terms_table(recipe)
     yield from ("", "## Scores", "")
     steps = recipe.eval.steps or recipe.rollout.steps
     yield f"{recipe.eval.num} images of prompts {prompts}, {steps} network calls each."
@@ -108,18 +107,116 @@ def _lines(
     if recipe.model.config.mergeable:
         yield "fmg export --diffusers RUN OUT"
     yield from ("```", "")
-    place = recipe.model.config.in_diffusers
-    if recipe.train.trainable == "full":
-        yield "In diffusers: the folder `transformer/` in place of the pipeline's own transformer."
-    elif place:
-        yield f"In diffusers: `pipe.load_lora_weights(FOLDER)` on {place}; `peft/` is the same adapter for PEFT."
-    if recipe.train.trainable == "lora+duration":
+    yield from _in_diffusers(recipe)
+    # as JSON, which is YAML too: the values without the paths of the machine that made them
+    yield from ("", "## Recipe", "", "```json", json.dumps(_shareable(recipe.plain()), indent=2), "```")
+
+
+def folder_card(recipe: Recipe, adapter_card: str | None) -> str:
+    """The card of an exported pipeline folder: how it is used, and what the adapter's card says of its scores.
+
+    Args:
+        recipe: of the run, or of the model that was exported as it is.
+        adapter_card: of the checkpoint that was merged, empty where it has none; None where nothing was merged.
+    """
+    name, tuned = recipe.model.name, adapter_card is not None
+    made = " with what a run trained merged into its transformer" if tuned else ""
+    lines = [
+        _front_matter(recipe, "finetune" if tuned else None, ()),
+        f"# {_title(recipe) if tuned else name}",
+        "",
+        f"A complete pipeline folder: the few-step flow map `{name}`{made}, written by fmg {__version__}. How it is"
+        f" sampled is stated in `fmg_flow_map.json`: {recipe.rollout.steps} steps, grid {_grid(recipe)}.",
+        "",
+        "## Use",
+        "",
+        f"With the Python package `{DISTRIBUTION}`, which is imported as `fmg`:",
+        "",
+        "```python",
+        "from fmg import FlowMapPipeline",
+        "",
+        'pipe = FlowMapPipeline.from_pretrained("FOLDER")  # this one',
+        'images = pipe("PROMPT", seeds=0).images',
+        "```",
+        "",
+        "It is a pipeline of diffusers. `FluxPipeline` knows neither the times of a flow map nor its grid, and refuses"
+        " the folder.",
+        *_terms_table(recipe),
+    ]
+    for section in re.split(r"^(?=## )", adapter_card or "", flags=re.MULTILINE):
+        if section.startswith(("## Scores", "## Recipe")):
+            lines += ["", section.rstrip()]
+    return "\n".join(lines) + "\n"
+
+
+def _front_matter(recipe: Recipe, relation: str | None, tags: tuple[str, ...]) -> str:
+    facts: dict[str, Any] = dict(recipe.model.config.card_facts())
+    if "base_model" in facts and relation is not None:
+        facts["base_model_relation"] = relation
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=[*tags, "flow-map", "few-step", "reinforcement-learning", "fmg"],
+        **facts,
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _title(recipe: Recipe) -> str:
+    rewards = " + ".join(f"{reward.weight:g} {reward.label}" for reward in recipe.rewards)
+    return f"{recipe.model.name}, tuned for {rewards}"
+
+
+def _grid(recipe: Recipe) -> str:
+    grid = recipe.rollout.grid
+    return repr(grid if isinstance(grid, str) else list(grid))
+
+
+def _in_diffusers(recipe: Recipe) -> Iterator[str]:
+    """How the checkpoint is used in diffusers and in other tools."""
+    config, trainable = recipe.model.config, recipe.train.trainable
+    if not config.flow_map_pipeline:
+        if trainable == "full":
+            yield "In diffusers: the folder `transformer/` in place of the pipeline's own transformer."
+        elif config.in_diffusers:
+            yield (
+                f"In diffusers: `pipe.load_lora_weights(FOLDER)` on {config.in_diffusers}; `peft/` is the same adapter"
+                " for PEFT."
+            )
+        return
+    options = _shareable(config.model_dump(mode="json", exclude_defaults=True))
+    assert isinstance(options, dict)
+    arguments = "".join(f", {key}={value!r}" for key, value in options.items())
+    yield from (f"In diffusers, with the Python package `{DISTRIBUTION}` (imported as `fmg`):", "", "```python")
+    yield "from fmg import FlowMapPipeline"
+    if trainable == "full":
+        yield "from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel"
+    yield from ("", f'pipe = FlowMapPipeline.from_model("{recipe.model.name}"{arguments})')
+    if trainable == "full":
+        yield "# FOLDER is the folder of this card"
+        yield 'pipe.transformer = FlowMapFluxTransformer2DModel.from_pretrained("FOLDER", subfolder="transformer")'
+    else:
+        yield 'pipe.load_lora_weights("FOLDER")  # the folder of this card'
+    steps = f"num_inference_steps={recipe.rollout.steps}, grid={_grid(recipe)}"
+    yield from (f'images = pipe("PROMPT", {steps}, seeds=0).images', "```")
+    if trainable == "lora+duration":
         yield (
             "\nThe embedder of the second time was trained beside the LoRA and is in `fmg_extra.safetensors`. Without"
-            " it the adapter is half of what was trained, and diffusers does not read it: use fmg, or an export."
+            " it the adapter is half of what was trained, and only fmg reads it: other tools need an export."
         )
-    # as JSON, which is YAML too: the values without the paths of the machine that made them
-    yield from ("", "## Recipe", "", "```json", json.dumps(_shareable(recipe), indent=2), "```")
+    elif trainable == "lora":
+        yield (
+            "\nComfyUI reads `pytorch_lora_weights.safetensors`, PEFT reads `peft/`, and `fmg export --kohya RUN FILE`"
+            " writes the LoRA for Forge and sd-scripts. How those tools sample is theirs; none of them passes the"
+            " second time of a two-time map."
+        )
+
+
+def _terms_table(recipe: Recipe) -> Iterator[str]:
+    yield from ("", "## Terms", "", "| part | licence | publication |", "|---|---|---|")
+    yield _terms(f"base `{recipe.model.name}`", recipe.model.config.about)
+    for reward in recipe.measured_rewards:
+        yield _terms(f"reward `{reward.label}`", reward.config.about)
 
 
 def _origin(recipe: Recipe, saved: Saved) -> str:
@@ -168,14 +265,10 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _shareable(recipe: Recipe) -> object:
-    """The recipe's values, with the last name only of every absolute path."""
-
-    def clean(value: object) -> object:
-        if isinstance(value, dict):
-            return {key: clean(child) for key, child in value.items()}
-        if isinstance(value, list):
-            return [clean(child) for child in value]
-        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-
-    return clean(recipe.plain())
+def _shareable(value: object) -> object:
+    """The values, with the last name only of every absolute path."""
+    if isinstance(value, dict):
+        return {key: _shareable(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_shareable(child) for child in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from fmg.registry.resolve import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
-MAX_LINES = 400
+MAX_LINES = 600
 MAX_BYTES = 12_000_000
 TEXT = {"", ".cfg", ".json", ".jsonl", ".md", ".py", ".sh", ".toml", ".txt", ".yaml", ".yml"}
 

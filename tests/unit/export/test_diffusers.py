@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from fmg import FlowMapPipeline
 from fmg.core.errors import CheckpointError, UsageError
+from fmg.data.pictures import to_pil
 from fmg.export.diffusers import export_diffusers, merge_folder
+from fmg.inference import load
 from fmg.inference.target import Target, load_model, resolve_target
 from fmg.models.common.adapter_files import DIFFUSERS_FILE
 from fmg.models.common.weights import INDEX_FILE
@@ -46,7 +49,6 @@ def tuned(base: Path) -> FluxModel:
 def saved(tuned: FluxModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved") / "adapter"
     tuned.save_adapter(folder)
-    (folder / "README.md").write_text("the card\n")
     return folder
 
 
@@ -72,7 +74,6 @@ def test_the_pipeline_of_the_folder_draws_what_base_and_adapter_draw(
     assert torch.allclose(drawn, expected, atol=1e-5, rtol=0)
     with tuned.adapter_enabled(False):
         assert not torch.allclose(_images(tuned), expected, atol=1e-3)
-    assert (tmp_path / "merged" / "README.md").read_text() == "the card\n"
 
 
 def test_shards_stay_shards_and_say_their_size(base: Path, tuned: FluxModel, saved: Path, tmp_path: Path) -> None:
@@ -88,6 +89,23 @@ def test_shards_stay_shards_and_say_their_size(base: Path, tuned: FluxModel, sav
     assert index["metadata"]["total_size"] == sum(p.numel() * 2 for p in transformer.parameters())
     drawn = _images(FluxModel(load_folder(tmp_path / "merged", CPU, torch.float32), "tiny"))
     assert torch.allclose(drawn, _images(tuned), atol=0.05, rtol=0)
+
+
+def test_a_folder_has_a_card_of_its_own(base: Path, tmp_path: Path) -> None:
+    recipe = Recipe.default("meanflow-shapes", **{"model.folder": str(base), "lora.rank": 2, "rollout.steps": 3})
+    run = make_run(tmp_path / "run", recipe, seed=4)
+    card = "---\ntags:\n- lora\n---\n# A\n\nA LoRA.\n\n## Scores\n\n| score | .5 |\n\n## Use\n\nload_lora_weights\n"
+    (run / "checkpoints" / "checkpoint-1" / "README.md").write_text(card)
+    text = (export_diffusers(run, tmp_path / "merged").folder / "README.md").read_text()
+    assert "A complete pipeline folder" in text
+    assert "3 steps, grid 'uniform'" in text
+    assert "| score | .5 |" in text
+    assert "lora" not in text.casefold()
+    code = text.partition("```python\n")[2].partition("```")[0]
+    scope: dict[str, Any] = {}
+    exec(code.replace("FOLDER", str(tmp_path / "merged")).replace("PROMPT", PROMPTS[0]), scope)
+    drawn = load(run, device="cpu").generate([PROMPTS[0]], [0]).images[0]
+    assert np.abs(np.asarray(scope["images"][0], float) - np.asarray(to_pil(drawn), float)).max() <= 1
 
 
 def test_another_base_unknown_keys_and_taken_folders_are_refused_and_leave_nothing(

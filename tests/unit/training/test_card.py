@@ -1,12 +1,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from huggingface_hub import ModelCard
 
 from fmg.data.checkpoints import CheckpointIndex, Saved, write_index
+from fmg.data.pictures import to_pil
 from fmg.data.prompt_sets import load_prompts
 from fmg.data.run_folder import RunFolder
+from fmg.inference import load
 from fmg.registry.recipe import Recipe
 from fmg.training.card import write_cards as write_cards_of
+from tests.support.artifact import make_run
 
 
 def write_cards(run: RunFolder, recipe: Recipe) -> None:
@@ -33,7 +41,12 @@ def test_a_card_states_base_terms_scores_pictures_commands_and_recipe(tmp_path: 
     write_cards(run, recipe)
     folder = run.checkpoints / "checkpoint-10"
     text = (folder / "README.md").read_text()
-    assert text.startswith("---\nbase_model: meanflow-shapes\n")
+    front = ModelCard(text).data.to_dict()
+    # the base is in the package, so there is no hub id to name
+    assert "base_model" not in front
+    assert front["license"] == "apache-2.0"
+    assert front["library_name"] == "diffusers"
+    assert "lora" in front["tags"]
     assert "# meanflow-shapes, tuned for 1 shapes" in text
     assert "| base `meanflow-shapes` | Apache-2.0 |" in text
     assert "| reward `pickscore` | MIT (code)" in text
@@ -85,3 +98,43 @@ def test_a_run_without_checkpoints_gets_no_card(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run", "meanflow-shapes")
     write_cards(run, Recipe.default())
     assert not list(run.path.rglob("README.md"))
+
+
+def test_the_front_matter_names_a_repository_of_the_hub_or_none(tmp_path: Path) -> None:
+    run = _run(tmp_path)
+    card = run.checkpoints / "checkpoint-10" / "README.md"
+
+    def front(recipe: Recipe) -> dict[str, object]:
+        write_cards(run, recipe)
+        return ModelCard(card.read_text()).data.to_dict()
+
+    student = front(_held_out("meanflow-flux"))
+    assert student["base_model"] == "Alibaba-DAMO-Academy/T2I-Distill"
+    assert student["base_model_relation"] == "adapter"
+    assert student["license"] == "other"
+    local = front(_held_out("meanflow-flux", **{"model.student": str(tmp_path / "mine.safetensors")}))
+    assert not {"base_model", "license"} & local.keys()
+
+
+def _held_out(model: str, **options: object) -> Recipe:
+    return Recipe.default(model, **{"rewards": ["jpeg-incompressibility"], **options})
+
+
+@pytest.mark.parametrize("trained", ["lora", "duration", "full"])
+def test_the_diffusers_recipe_of_a_card_draws_what_generate_draws(
+    trained: Literal["lora", "duration", "full"], tmp_path: Path
+) -> None:
+    trainable = {"lora": "lora", "duration": "lora+duration", "full": "full"}[trained]
+    options = {"train.trainable": trainable, "lora.rank": 2, "rollout.steps": 3, "rollout.grid": "paper"}
+    recipe = Recipe.default("meanflow-shapes", **options)
+    run = RunFolder(make_run(tmp_path / "run", recipe, seed=2, trained=trained))
+    write_cards(run, recipe)
+    checkpoint = run.checkpoints / "checkpoint-1"
+    text = (checkpoint / "README.md").read_text()
+    code = text.partition("```python\n")[2].partition("```")[0]
+    assert "FlowMapPipeline" in code
+    scope: dict[str, Any] = {}
+    prompt = "a red circle on the left"
+    exec(code.replace("FOLDER", str(checkpoint)).replace("PROMPT", prompt), scope)
+    expected = load(run.path, device="cpu").generate([prompt], [0]).images[0]
+    assert np.abs(np.asarray(scope["images"][0], float) - np.asarray(to_pil(expected), float)).max() <= 1
