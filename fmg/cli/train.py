@@ -156,7 +156,8 @@ def _resume(
     run: str, others: Mapping[str, object], *, first: bool, allow_code: bool, accept_prompts: bool, as_json: bool
 ) -> int:
     """Goes on with a run; everything that a run is made of stands in its own recipe."""
-    from fmg.data.states import check_resumable, ended_short
+    from fmg.data.prompt_sets import stated_digests, untied
+    from fmg.data.states import check_prompts, check_resumable, ended_short
     from fmg.registry.recipe import Recipe
 
     folder = Path(run)
@@ -172,7 +173,9 @@ def _resume(
             check_resumable(folder)
         recipe = Recipe.from_yaml(folder / "recipe.yaml", allow_code=allow_code)
         check_place(folder, "--resume")
-        check_inputs(recipe, planned=False)
+        if not accept_prompts:
+            check_prompts(folder, recipe, stated_digests(recipe))
+        check_inputs(untied(recipe), planned=False)
     with _reporting(first=first, as_json=as_json) as reporter:
         from fmg.training.api import resume as resume_training
 
@@ -272,6 +275,6 @@ def _print_result(recipe: Recipe, result: TrainResult) -> None:
 
 
 def _example_prompt(recipe: Recipe) -> str:
-    from fmg.data.prompt_sets import load_prompts, prompt_references
+    from fmg.data.prompt_sets import load_prompts, untied
 
-    return load_prompts(prompt_references(recipe)["eval.prompts"])[0].text
+    return load_prompts(untied(recipe).eval.prompts)[0].text

@@ -61,8 +61,8 @@ def file_prompts(config: FilePromptsConfig) -> PromptList:
     found = [prompt for _, prompt in prompts.values()]
     if config.sha256 not in (None, prompts_digest(found)):
         raise UsageError(
-            f"'{path}' has other prompts than those whose digest the recipe states",
-            "Restore it, or name other prompts.",
+            f"The prompt file '{path}' has other prompts than those whose digest the recipe states",
+            "Restore it, or give it anew with --prompts.",
         )
     return PromptList(str(path), found)
 

@@ -70,31 +70,36 @@ def prompts_digest(prompts: Iterable[Prompt]) -> str:
 
 
 def prompt_references(recipe: Recipe) -> dict[str, PromptsRef]:
-    """The prompt sets of a recipe by their path in it, whatever prompts their files have by now."""
-    found = {"prompts": recipe.prompts, "eval.prompts": recipe.eval.prompts}
-    return {place: _with(ref, sha256=None) if _is_file(ref) else ref for place, ref in found.items()}
+    """The prompt sets of a recipe by their path in it."""
+    return {"prompts": recipe.prompts, "eval.prompts": recipe.eval.prompts}
 
 
 def file_values(recipe: Recipe) -> dict[str, object]:
-    """The values that tie a recipe to its prompt files, by dotted path: where they are, and what is in them now.
+    """The values that tie a recipe to its prompt files, by dotted path: where they are, and what is in them.
 
     Raises:
         UsageError: as for `load_prompts`.
     """
     values: dict[str, object] = {}
-    for place, ref in prompt_references(recipe).items():
-        if isinstance(ref.config, FilePromptsConfig):
-            values[f"{place}.path"] = str(Path(ref.config.path).absolute())
-            values[f"{place}.sha256"] = prompts_digest(load_prompts(ref))
+    for place, ref in _files(recipe).items():
+        values[f"{place}.path"] = str(Path(ref.config.path).absolute())  # type: ignore[attr-defined]
+        values[f"{place}.sha256"] = prompts_digest(load_prompts(ref))
     return values
 
 
-def _is_file(ref: PromptsRef) -> bool:
-    return isinstance(ref.config, FilePromptsConfig)
+def untied(recipe: Recipe) -> Recipe:
+    """The recipe, whatever prompts its files have by now."""
+    return recipe.with_(dict.fromkeys(f"{place}.sha256" for place in _files(recipe)))
 
 
-def _with(ref: PromptsRef, **values: object) -> PromptsRef:
-    return ref.model_copy(update={"config": ref.config.model_copy(update=values)})
+def stated_digests(recipe: Recipe) -> dict[str, str]:
+    """The digests of prompts that a recipe states, by the path of the prompt set in it."""
+    stated = {place: ref.config.sha256 for place, ref in _files(recipe).items()}  # type: ignore[attr-defined]
+    return {place: digest for place, digest in stated.items() if digest is not None}
+
+
+def _files(recipe: Recipe) -> dict[str, PromptsRef]:
+    return {k: ref for k, ref in prompt_references(recipe).items() if isinstance(ref.config, FilePromptsConfig)}
 
 
 def spread(entries: Sequence[T], count: int) -> list[T]:

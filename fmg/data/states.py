@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import shlex
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from fmg.core.errors import FmgError, UsageError
 from fmg.core.unfinished import remove_leftovers
+from fmg.data.prompt_sets import load_prompts, prompt_references, prompts_digest, untied
 from fmg.data.run_folder import RunFolder, is_run, no_run
 from fmg.registry.recipe import Recipe
 
@@ -80,6 +82,27 @@ def check_resumable(run: Path) -> None:
         raise UsageError(f"The run '{run}' is finished", _start_anew(run))
     if newest_state(run) is None:
         raise UsageError(f"The run '{run}' has no saved state to go on from", _start_anew(run))
+
+
+def check_prompts(run: Path, recipe: Recipe, digests: Mapping[str, str]) -> None:
+    """Whether the prompts of a run are those that it was begun with.
+
+    Args:
+        run: its folder.
+        recipe: its own.
+        digests: of its prompt sets, by their path in the recipe.
+
+    Raises:
+        UsageError: a prompt set has others, or its file is not there.
+    """
+    for place, ref in prompt_references(untied(recipe)).items():
+        if place in digests and prompts_digest(load_prompts(ref)) != digests[place]:
+            path = getattr(ref.config, "path", None)
+            which = f"The prompt set '{ref.name}'" if path is None else f"The prompt file '{path}'"
+            raise UsageError(
+                f"{which} ({place}) has other prompts than when the run was begun",
+                f"Restore it, or accept them: `{resume_command(run, recipe)} --accept-changed-prompts`.",
+            )
 
 
 def _start_anew(run: Path) -> str:

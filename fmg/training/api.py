@@ -27,7 +27,7 @@ from fmg.core.signals import Signals
 from fmg.core.unfinished import remove_leftovers, write_atomic
 from fmg.data.checkpoints import existing_index
 from fmg.data.environment import write_environment
-from fmg.data.prompt_sets import file_values
+from fmg.data.prompt_sets import file_values, untied
 from fmg.data.run_folder import RunFolder, State, read_numbers
 from fmg.data.run_lock import run_lock
 from fmg.data.run_report import write_run_report
@@ -155,7 +155,7 @@ def resume(
     _, functions = split_functions({"rewards": rewards or ()})
     saved = load_state(folder, recipe, accept_changed_prompts=accept_changed_prompts)
     if accept_changed_prompts:
-        recipe = recipe.with_(file_values(recipe))
+        recipe = recipe.with_(file_values(untied(recipe)))
 
     def opened() -> None:
         if accept_changed_prompts:

@@ -26,9 +26,9 @@ from fmg.core.errors import CheckpointError, FmgWarning, UsageError
 from fmg.core.files import SUMS, refuse_links_out
 from fmg.core.unfinished import new_folder, remove_leftovers, write_atomic
 from fmg.data.checkpoints import UNCHECKED, CheckpointIndex
-from fmg.data.prompt_sets import load_prompts, prompt_references, prompts_digest
 from fmg.data.run_folder import RunFolder, read_numbers
 from fmg.data.states import (
+    check_prompts,
     check_resumable,
     drop_states,
     newest_state,
@@ -44,7 +44,6 @@ from fmg.training.ema import Ema
 from fmg.training.state_files import read_state, restore_generators, write_state
 
 SCHEMA = 4
-ACCEPT_PROMPTS = "--accept-changed-prompts"
 # How much is computed at once changes rounding (and the masks of a dropout), and what ran out of memory has to go on.
 _BATCHES = ("rollout.batch_size", "train.micro_batch", "eval.batch_size")
 _KEYS = frozenset(("schema", "run", "progress", "trained", "optimizer", "ema", "ema_updates", "generators", "tripwire"))
@@ -197,7 +196,7 @@ def load_state(run: RunFolder, recipe: Recipe, *, accept_changed_prompts: bool =
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"The state in '{folder}' is damaged ({error})", "Train again.") from None
     if not accept_changed_prompts:
-        _check_prompts(run, recipe, saved.get("prompts", {}))
+        check_prompts(run.path, recipe, saved.get("prompts", {}))
     index = scored_index(run.path)
     metrics_until(run, progress.lines)
     if saved.get("metrics") not in (None, _digest_of_lines(run, progress.lines)):
@@ -253,17 +252,6 @@ def rewind(run: RunFolder, lines: int) -> tuple[CheckpointIndex, list[dict[str, 
         remove_leftovers(folder)
     write_atomic(run.metrics, b"".join(run.metrics.read_bytes().splitlines(keepends=True)[:lines]))
     return index, kept
-
-
-def _check_prompts(run: RunFolder, recipe: Recipe, digests: Mapping[str, str]) -> None:
-    for place, ref in prompt_references(recipe).items():
-        if place in digests and prompts_digest(load_prompts(ref)) != digests[place]:
-            path = getattr(ref.config, "path", None)
-            which = f"The prompt set '{ref.name}'" if path is None else f"The prompt file '{path}'"
-            raise UsageError(
-                f"{which} ({place}) has other prompts than when the run was begun",
-                f"Restore it, or accept them with `{resume_command(run.path, recipe)} {ACCEPT_PROMPTS}`.",
-            )
 
 
 def _identity(run: RunFolder, recipe: Recipe, *, by_content: bool) -> dict[str, str]:
