@@ -93,3 +93,11 @@ $ fmg never
         NewFile("recipe.yaml", "train: {seed: 1}\n"),
         Program("x = 1\n", 24),
     ]
+
+
+def test_ten_lines_of_python_train_plot_generate_and_export() -> None:
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    first = next(step for step in steps(page) if isinstance(step, Program))
+    lines = [line for line in first.source.splitlines() if line.strip()]
+    assert len(lines) <= 10
+    assert all(word in first.source for word in ("train(", ".plot()", ".generate(", "export_artifact("))
