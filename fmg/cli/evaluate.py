@@ -29,6 +29,7 @@ from fmg.cli.path_check import path_check as check_path
 from fmg.cli.reward_options import reward_options
 from fmg.cli.tables import change, compact, interval, number, table
 from fmg.core.files import check_place
+from fmg.core.shown import counted
 from fmg.progress.figures import signed
 from fmg.progress.reporters import LOADING, reporter_for
 
@@ -163,7 +164,7 @@ def evaluate(
         print_json(found.to_json())
         return
     out = stdout()
-    out.print(f"{found.num} images on {found.prompts}, grid {found.grid}, seed {found.seed}\n")
+    out.print(f"{counted(found.num, 'image')} on {found.prompts}, grid {found.grid}, seed {found.seed}\n")
     out.print(_comparison(found) if found.against else _scores(found))
     for extra in (_tags(found), _metrics(found)):
         if extra is not None:
@@ -216,12 +217,12 @@ def _metrics(report: EvalReport) -> Table | None:
         (str(row.steps), row.extractor, row.metric, compact(row.value), interval(row.ci95, compact))
         for row in report.metrics
     ]
-    columns = ["steps", "features", "metric", "value", "95 % interval"]
-    if report.against:
-        columns += ["difference", "its interval"]
+    columns = ["steps", "features", "metric", report.target, "95 % interval"]
+    for other in report.against:
+        columns += [other.target, "difference", "95 % interval of it"]
         rows = [
-            (*row, f"{delta.value:+.3g}", interval(delta.ci95, compact))
-            for row, delta in zip(rows, report.metric_differences, strict=True)
+            (*row, compact(theirs.value), f"{delta.value:+.3g}", interval(delta.ci95, compact))
+            for row, theirs, delta in zip(rows, other.metrics, report.metric_differences, strict=True)
         ]
     return table(columns, rows, right=[*columns[:1], *columns[3:]]) if rows else None
 
@@ -233,4 +234,4 @@ def _headlines(report: EvalReport) -> Iterator[str]:
     for ours, theirs in zip(report.results, other.results, strict=True):
         if ours.part == ("strict" if ours.reward in strict else "total"):
             name = ours.reward if ours.part == "total" else f"{ours.reward} {ours.part}"
-            yield f"{name}, {ours.steps} steps: {change(theirs.mean, ours.mean)}"
+            yield f"{name}, {counted(ours.steps, 'step')}: {change(theirs.mean, ours.mean)}"

@@ -21,6 +21,7 @@ from fmg.cli.export_options import (
 from fmg.cli.options import AsJson, Offline, checked_folder, given_text
 from fmg.cli.verify import print_report
 from fmg.core.events import Notice
+from fmg.core.shown import counted
 from fmg.inference.artifact import is_artifact, open_artifact
 from fmg.progress.reporters import LOADING, reporter_for
 
@@ -196,6 +197,6 @@ def _text(artifact: Artifact) -> str:
     size = sum(entry.size for entry in manifest.files.values()) / 1e6
     adapter = "no adapter" if manifest.adapter is None else f"adapter of {manifest.adapter.run}"
     return (
-        f"{artifact.folder}: {manifest.model.name}, {adapter}, {len(manifest.graphs)} graphs,"
+        f"{artifact.folder}: {manifest.model.name}, {adapter}, {counted(len(manifest.graphs), 'graph')},"
         f" {manifest.precision}, {size:.1f} MB"
     )

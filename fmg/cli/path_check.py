@@ -12,6 +12,7 @@ from fmg.cli.options import given_text
 from fmg.cli.tables import interval, number, table
 from fmg.core.errors import UsageError
 from fmg.core.files import check_place
+from fmg.core.shown import counted
 from fmg.progress.figures import signed
 from fmg.progress.reporters import LOADING, reporter_for
 
@@ -87,7 +88,7 @@ def path_check(
 def _print(report: PathReport, picture: Path) -> None:
     out = stdout()
     times = ", ".join(f"{time:g}" for time in report.grid)
-    out.print(f"{report.num} images on {report.prompts}, times {times}, seed {report.seed}\n")
+    out.print(f"{counted(report.num, 'image')} on {report.prompts}, times {times}, seed {report.seed}\n")
     rows = [
         (
             row.stochasticizer,

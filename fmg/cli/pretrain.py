@@ -10,6 +10,7 @@ import typer
 
 from fmg.cli.console import stderr, stdout
 from fmg.cli.options import checked_folder
+from fmg.core.shown import counted
 from fmg.progress.reporters import reporter_for
 
 pretrain = typer.Typer(help="Remake the weights that ship with fmg.", invoke_without_command=True)
@@ -61,4 +62,4 @@ def _print(folder: Path, figures: Mapping[str, Mapping[int, Mapping[str, float]]
     for model, by_steps in figures.items():
         for steps, measured in by_steps.items():
             scores = "  ".join(f"{part} {value:.3f}" for part, value in measured.items())
-            stdout().print(f"{folder / model}, {steps} steps: {scores}", soft_wrap=True)
+            stdout().print(f"{folder / model}, {counted(steps, 'step')}: {scores}", soft_wrap=True)

@@ -10,6 +10,7 @@ from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.options import AsJson, Device, Features, OptionsByName, given_text
 from fmg.cli.reward_options import reward_options
 from fmg.cli.tables import compact, interval, number, table
+from fmg.core.shown import counted
 from fmg.progress.reporters import LOADING, reporter_for
 
 
@@ -59,7 +60,7 @@ def score(
         print_json(found.to_json())
         return
     out = stdout()
-    out.print(f"{len(found.images)} pictures\n")
+    out.print(f"{counted(len(found.images), 'picture')}\n")
     if found.results:
         rows = [(r.reward, r.part, number(r.mean), interval(r.ci95), number(r.std)) for r in found.results]
         columns = ["reward", "part", "mean", "95 % interval", "std"]

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fmg.cli.tables import table
+from fmg.core.shown import counted
 from fmg.core.stages import NOISE, OTHER, TEXT_ENCODERS, TOKENISE, TOTAL, TRANSFORMER, VAE
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ def timing_table(timing: Timing) -> Table:
 def timing_lines(timing: Timing) -> tuple[str, str]:
     """What was measured, and what it comes to."""
     what = (
-        f"{timing.label}: {timing.backend} ({timing.detail}) on {timing.device}, {timing.images} image(s), batch"
-        f" {timing.batch}, {timing.steps} step(s), {timing.repeats} repeats"
+        f"{timing.label}: {timing.backend} ({timing.detail}) on {timing.device}, {counted(timing.images, 'image')}, batch"
+        f" {timing.batch}, {counted(timing.steps, 'step')}, {counted(timing.repeats, 'repeat')}"
     )
     where = "process" if timing.device == "cpu" else "device"
     return (
@@ -58,10 +59,14 @@ def timing_lines(timing: Timing) -> tuple[str, str]:
 def ratio_lines(ratios: Sequence[Ratio]) -> list[str]:
     """One line for each generator after the first."""
     return [
-        f"{ratio.label} is {ratio.p50:.2f} times as fast as {ratio.reference}"
-        f" (p10 {ratio.p10:.2f}, p90 {ratio.p90:.2f} over the repeats)"
+        f"{_at(ratio.label, ratio.steps)} is {ratio.p50:.2f} times as fast as"
+        f" {_at(ratio.reference, ratio.reference_steps)} (p10 {ratio.p10:.2f}, p90 {ratio.p90:.2f} over the repeats)"
         for ratio in ratios
     ]
+
+
+def _at(label: str, steps: int) -> str:
+    return f"{label} at {counted(steps, 'step')}"
 
 
 def _milliseconds(value: float) -> str:

@@ -14,6 +14,7 @@ from statistics import mean, median
 from typing import Literal
 
 from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.shown import counted
 from fmg.data.run_folder import RunFolder, is_run, no_run, read_numbers
 from fmg.data.run_metrics import AVERAGED, DIVERSITY, ERRORS, PREFIX, REWARD, HackingLimits, hacked
 from fmg.registry.sections import EvalSection
@@ -225,7 +226,7 @@ def _flat(log: Log) -> Iterator[Advice]:
         return
     if abs(change[0]) <= ERRORS * change[1]:
         sign = (
-            f"After {len(log.iterations)} iterations the held-out score has not moved: {change[0]:+.3f}"
+            f"After {counted(len(log.iterations), 'iteration')} the held-out score has not moved: {change[0]:+.3f}"
             f" with a standard error of {change[1]:.3f}, although the policy does"
         )
         text = (

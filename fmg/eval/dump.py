@@ -16,6 +16,7 @@ from fmg.core.cache import new_folder
 from fmg.core.errors import UsageError
 from fmg.core.files import check_place
 from fmg.core.prompt import Prompt
+from fmg.core.shown import counted
 from fmg.data.pictures import to_pil
 from fmg.eval.scoring import Parts
 
@@ -74,7 +75,7 @@ def geneval_dump(folder: Path, entries: Sequence[Prompt]) -> Iterator[GenEvalDum
     if len(set(counts.values())) > 1:
         n = len(counts)
         raise UsageError(
-            f"{len(entries)} images do not spread evenly over {n} prompts, as GenEval wants them",
+            f"{counted(len(entries), 'image')} do not spread evenly over {counted(n, 'prompt')}, as GenEval wants them",
             f"Give --num a multiple of {n}; the benchmark draws 4 a prompt: --num {4 * n}.",
         )
     with new_folder(folder) as partial:

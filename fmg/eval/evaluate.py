@@ -15,6 +15,7 @@ from fmg.core.aside import torch_as_new
 from fmg.core.errors import UsageError, python_call
 from fmg.core.events import Notice, Observer, StageProgress
 from fmg.core.protocols import FeatureExtractor, PromptSet, Reward
+from fmg.core.shown import counted
 from fmg.data.prompt_sets import load_prompts
 from fmg.eval.dump import FORMATS, geneval_dump
 from fmg.eval.gallery import ImageGallery
@@ -202,7 +203,7 @@ class _Plan:
         groups = prompt_clusters(self.eval_set.prompts)
         measured = {}
         for count in self.sweep:
-            progress = partial(self._progress, f"{target.label}, {count} steps")
+            progress = partial(self._progress, f"{target.label}, {counted(count, 'step')}")
             sets = {name: FeatureSet(extractor, groups) for name, extractor in self.extractors.items()}
             shown = ImageGallery(self.eval_set, (next(iter(self.rewards)), "total")) if gallery else None
             watching: list[Sink] = [*sinks, *(found.sink for found in sets.values()), *([shown] if shown else [])]

@@ -115,7 +115,7 @@ def reference_files(folder: str) -> list[Path]:
     files = picture_files(Path(folder))
     if len(files) < LEAST:
         raise UsageError(
-            f"'{folder}' holds {len(files)} picture(s)", f"A reference set needs {LEAST}; thousands are usual."
+            f"'{folder}' holds {counted(len(files), 'picture')}", f"A reference set needs {LEAST}; thousands are usual."
         )
     return files
 

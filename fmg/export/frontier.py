@@ -12,6 +12,7 @@ from typing import Any
 
 from fmg.core.events import Observer, StageProgress, ignore
 from fmg.core.shown import plot_label
+from fmg.core.shown import counted
 from fmg.core.unfinished import partial_folder
 from fmg.data.pictures import write_figure
 from fmg.data.prompt_sets import load_prompts
@@ -138,7 +139,7 @@ def frontier(
                     images,
                     steps=count,
                     grid=plan.grid,
-                    progress=_reporting(observer, f"{entrant.label}, {count} steps"),
+                    progress=_reporting(observer, f"{entrant.label}, {counted(count, 'step')}"),
                 )
                 points += [
                     Point(
@@ -172,7 +173,7 @@ def _measured(
         repeats=plan.repeats,
         warmup=plan.warmup,
         encode=plan.encode,
-        progress=_reporting(observer, f"timing, {count} steps"),
+        progress=_reporting(observer, f"timing, {counted(count, 'step')}"),
     )
 
 

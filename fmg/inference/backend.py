@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fmg.core.backends import Drawn, NoiseSource
 from fmg.core.protocols import FlowMap, Model
+from fmg.core.shown import counted
 from fmg.core.specs import MapSpec
 from fmg.core.stages import TEXT_ENCODERS, TRANSFORMER, VAE, StageClock, stage, wall_clock
 from fmg.core.types import Conditioning
@@ -60,7 +61,7 @@ class TorchBackend:
     @property
     def detail(self) -> str:
         """`eager`, and the threads of a CPU."""
-        return f"eager, {torch.get_num_threads()} thread(s)" if self._device.type == "cpu" else "eager"
+        return f"eager, {counted(torch.get_num_threads(), 'thread')}" if self._device.type == "cpu" else "eager"
 
     @property
     def spec(self) -> MapSpec:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fmg.core.errors import UsageError, suggestion
+from fmg.core.shown import counted
 from fmg.core.specs import MapSpec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -24,7 +25,7 @@ def pick_device(name: str) -> torch.device:
         raise UsageError(f"'{name}' is not a device", "Use auto, cpu, cuda or cuda:N.") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
-            f"The device '{name}' is not there: torch sees {torch.cuda.device_count()} CUDA device(s)",
+            f"The device '{name}' is not there: torch sees {counted(torch.cuda.device_count(), 'CUDA device')}",
             "Use --device cpu, or install a CUDA build of torch on a machine with a GPU.",
         )
     if device.type not in ("cpu", "cuda"):

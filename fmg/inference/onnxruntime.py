@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fmg.core.errors import CheckpointError, FmgError, MissingDependencyError, UsageError
+from fmg.core.shown import counted
 from fmg.core.stages import StageClock, wall_clock
 from fmg.inference.artifact.backend import ArtifactBackend, checked_batch
 from fmg.inference.artifact.layout import Artifact, open_artifact
@@ -152,7 +153,7 @@ class OnnxRuntime(_SessionRuntime):
     def detail(self) -> str:
         """The execution provider and its threads."""
         threads = self._sessions.threads
-        return f"{CPU}, {f'{threads} thread(s)' if threads else 'all cores'}"
+        return f"{CPU}, {counted(threads, 'thread') if threads else 'all cores'}"
 
     def run(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """The output of a graph.

@@ -69,13 +69,25 @@ class Timing:
 @dataclass(frozen=True)
 class Ratio:
     """How many times faster `label` is than `reference`: median of the repeats' ratios, and their 10th and 90th
-    percentile."""
+    percentile.
+
+    Attributes:
+        label: what is compared.
+        reference: what it is compared with.
+        p50: median.
+        p10: 10th percentile.
+        p90: 90th percentile.
+        steps: those of an image of `label`.
+        reference_steps: those of an image of `reference`.
+    """
 
     label: str
     reference: str
     p50: float
     p10: float
     p90: float
+    steps: int
+    reference_steps: int
 
 
 @dataclass(frozen=True)
@@ -144,7 +156,7 @@ def ratios(timings: Mapping[str, Timing]) -> tuple[Ratio, ...]:
     for other in others:
         quotients = np.array(first.totals_ms) / np.array(other.totals_ms)
         p10, p50, p90 = (float(value) for value in np.percentile(quotients, [10, 50, 90]))
-        out.append(Ratio(other.label, first.label, p50, p10, p90))
+        out.append(Ratio(other.label, first.label, p50, p10, p90, other.steps, first.steps))
     return tuple(out)
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fmg.core.errors import UsageError
+from fmg.core.shown import counted
 from fmg.core.types import RewardOutput
 from fmg.rewards.model_configs import NetworkConfig
 from fmg.rewards.weights import Located, check_digest, locate
@@ -104,6 +105,6 @@ def _device(name: str, owner: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
             f"The device '{name}' of the {owner} is not there",
-            f"torch sees {torch.cuda.device_count()} CUDA device(s); set device to cpu or one of them.",
+            f"torch sees {counted(torch.cuda.device_count(), 'CUDA device')}; set device to cpu or one of them.",
         )
     return device

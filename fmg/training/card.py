@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from fmg.core.protocols import PromptSet
+from fmg.core.shown import counted
 from fmg.core.unfinished import write_atomic
 from fmg.data.checkpoints import Saved, read_index
 from fmg.data.prompt_sets import shared_prompts
@@ -96,7 +97,7 @@ def _lines(
     yield from _terms_table(recipe)
     yield from ("", "## Scores", "")
     steps = recipe.eval.steps or recipe.rollout.steps
-    yield f"{recipe.eval.num} images of prompts {prompts}, {steps} network calls each."
+    yield f"{counted(recipe.eval.num, 'image')} of prompts {prompts}, {counted(steps, 'network call')} each."
     yield from ("", "| score | base | this adapter |", "|---|---|---|")
     for key, (before, after) in scores.items():
         yield f"| {key} | {_number(before)} | {_number(after)} |"

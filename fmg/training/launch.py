@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fmg.core.errors import UsageError
+from fmg.core.shown import counted
 from fmg.registry.recipe import Recipe
 
 Engine = Literal["ddp", "fsdp2"]
@@ -145,7 +146,8 @@ def device_of(recipe: Recipe, launch: Launch, gpus: int) -> str:
         )
     if 0 < gpus < launch.local_count:
         raise UsageError(
-            f"At least {launch.local_count} processes were started on this machine, and torch sees {gpus} GPU(s)",
+            f"At least {launch.local_count} processes were started on this machine,"
+            f" and torch sees {counted(gpus, 'GPU')}",
             "Start one for each GPU, and let each of them see all (SLURM: not --gpus-per-task); or take --device cpu.",
         )
     return f"cuda:{launch.local_rank}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fmg.core.geometry import ModelGeometry
+from fmg.core.shown import counted
 from fmg.data.run_folder import RUNS
 from fmg.registry.recipe import Recipe
 from fmg.registry.resolve import ResolvedRecipe
@@ -63,10 +64,10 @@ def plan(resolved: ResolvedRecipe, *, devices: int | None = None, runs: Path = R
         f"{model.resolution} px",
         **({} if geometry is None else _size_facts(recipe, geometry)),
         "stochasticizer": recipe.stochasticizer.name,
-        "images an iteration": f"{images} ({shape.groups} prompts x {shape.group_size})",
+        "images an iteration": f"{images} ({counted(shape.groups, 'prompt')} x {shape.group_size})",
         **_calls(recipe),
-        "images in all": f"{images * loop.iterations} in {loop.iterations} iterations",
-        "evaluations": f"{evaluations} x {recipe.eval.num} images"
+        "images in all": f"{images * loop.iterations} in {counted(loop.iterations, 'iteration')}",
+        "evaluations": f"{evaluations} x {counted(recipe.eval.num, 'image')}"
         + ("" if loop.ema_decay is None else ", of the weights and of their average"),
         "device": f"{loop.device if loop.device != 'auto' else f'auto (planned as {kind})'}, {loop.dtype}"
         + (f", {count} of them ({engine})" if count > 1 else ""),

@@ -346,7 +346,7 @@ class Trainer:
             "objective": recipe.objective.name,
             "reward": " + ".join(f"{weight:g} {name}" for name, weight in self.composed.reward.weights().items()),
             "trained": self.composed.trained,
-            "rollout": f"{shape.groups} prompts x {shape.group_size} images, {shape.steps} steps",
+            "rollout": f"{counted(shape.groups, 'prompt')} x {shape.group_size} images, {counted(shape.steps, 'step')}",
             **({} if self.processes.alone else {"processes": str(self.processes.count)}),
             "run": str(self.run.path),
         }
