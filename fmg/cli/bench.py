@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fmg.cli import completion
 from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.options import (
     AsJson,
@@ -47,7 +48,12 @@ _PROMPT = "a red circle"
 def bench(
     targets: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[TARGET...]", help="Models, runs or artifacts.", show_default="the newest run"),
+        typer.Argument(
+            metavar="[TARGET...]",
+            help="Models, runs or artifacts.",
+            show_default="the newest run",
+            autocompletion=completion.targets,
+        ),
     ] = None,
     compare: Annotated[
         str | None,
@@ -56,45 +62,84 @@ def bench(
             help="Backends that take turns, such as torch,onnxruntime,onnxruntime:int8; prints how many times faster"
             " each is than the first. torch draws the run, the others its artifact.",
             show_default=False,
+            rich_help_panel="What is timed",
+            autocompletion=completion.components("backend"),
         ),
     ] = None,
     frontier: Annotated[
         bool,
         typer.Option(
-            "--frontier", help="Also score the run's rewards, with and without its adapter, at each of --steps."
+            "--frontier",
+            help="Also score the run's rewards, with and without its adapter, at each of --steps.",
+            rich_help_panel="Reward against latency",
         ),
     ] = False,
     steps: Annotated[
         str | None,
         typer.Option(
-            metavar="1,2,4", help="Network calls an image; several with --frontier.", show_default="the target's"
+            metavar="1,2,4",
+            help="Network calls an image; several with --frontier.",
+            show_default="the target's",
+            rich_help_panel="Sampling",
         ),
     ] = None,
     grid: Grid = None,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, max=4096, metavar="N", help="Images of one drawing.")
+        int,
+        typer.Option(
+            "--batch-size", min=1, max=4096, metavar="N", help="Images of one drawing.", rich_help_panel="What is timed"
+        ),
     ] = 1,
-    repeats: Annotated[int, typer.Option(min=1, max=100_000, metavar="N", help="Drawings to measure.")] = 20,
-    warmup: Annotated[int, typer.Option(min=0, max=1000, metavar="N", help="Drawings before them.")] = 2,
+    repeats: Annotated[
+        int, typer.Option(min=1, max=100_000, metavar="N", help="Drawings to measure.", rich_help_panel="What is timed")
+    ] = 20,
+    warmup: Annotated[
+        int, typer.Option(min=0, max=1000, metavar="N", help="Drawings before them.", rich_help_panel="What is timed")
+    ] = 2,
     prompt: Annotated[
-        str, typer.Option(metavar="TEXT", help="What is drawn; --frontier draws the run's own prompts.")
+        str,
+        typer.Option(
+            metavar="TEXT", help="What is drawn; --frontier draws the run's own prompts.", rich_help_panel="Sampling"
+        ),
     ] = _PROMPT,
     cached_text: Annotated[
-        bool, typer.Option("--cached-text", help="Leave out the text encoders, as for prompts that were seen before.")
+        bool,
+        typer.Option(
+            "--cached-text",
+            help="Leave out the text encoders, as for prompts that were seen before.",
+            rich_help_panel="What is timed",
+        ),
     ] = False,
     num: Annotated[
-        int, typer.Option(min=2, max=1_000_000, metavar="N", help="Images scored at each point of --frontier.")
+        int,
+        typer.Option(
+            min=2,
+            max=1_000_000,
+            metavar="N",
+            help="Images scored at each point of --frontier.",
+            rich_help_panel="Reward against latency",
+        ),
     ] = 500,
     out: Annotated[
         str | None,
-        typer.Option(metavar="F.png", help="Figure of --frontier; nothing is overwritten.", show_default=_PICTURE),
+        typer.Option(
+            metavar="F.png",
+            help="Figure of --frontier; nothing is overwritten.",
+            show_default=_PICTURE,
+            rich_help_panel="Reward against latency",
+        ),
     ] = None,
     device: Device = "auto",
     dtype: LoadedDtype = None,
     threads: Threads = None,
     seed: Seed = 0,
     allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Let the recipe of a run name reward code and reward servers.")
+        bool,
+        typer.Option(
+            "--allow-code",
+            help="Let the recipe of a run name reward code and reward servers.",
+            rich_help_panel="Reward against latency",
+        ),
     ] = False,
     offline: Offline = False,
     as_json: AsJson = False,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fmg.cli import completion
 from fmg.cli.console import print_json, stdout
 from fmg.cli.options import AsJson
 from fmg.cli.tables import table
@@ -16,16 +17,8 @@ if TYPE_CHECKING:
     from fmg.registry import Description
     from fmg.registry.config import About
 
-_KINDS = "models, stochasticizers, rewards, objectives, optimizers, prompt-sets, backends or feature-extractors."
-
-Kind = Annotated[
-    str,
-    typer.Argument(
-        metavar="KIND",
-        help=_KINDS,
-        show_default=False,
-    ),
-]
+_KINDS = "models, stochasticizers, rewards, objectives, optimizers, prompt-sets, backends or feature-extractors"
+_RECIPES = ("recipe", "recipes")
 
 _BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 
@@ -35,33 +28,55 @@ def list_components(
         str | None,
         typer.Argument(
             metavar="[KIND]",
-            help=_KINDS,
-            show_default="all kinds",
+            help=f"{_KINDS}; or recipes.",
+            show_default="all kinds of components",
+            autocompletion=completion.kinds,
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the components that recipes and commands can name."""
-    from fmg.registry import registry_for
-    from fmg.registry.kinds import REGISTRIES
+    """List the components that recipes and commands can name, or the recipes that ship with fmg."""
+    if kind is not None and kind.strip().lower() in _RECIPES:
+        from fmg.registry.paths import recipe_names, recipe_summary
 
-    chosen = REGISTRIES if kind is None else (registry_for(kind),)
-    rows = [registry.row(name) for registry in chosen for name in registry.names()]
+        found = [("recipe", name, recipe_summary(name)) for name in recipe_names()]
+    else:
+        from fmg.registry.kinds import REGISTRIES, registry_for
+
+        chosen = REGISTRIES if kind is None else (registry_for(kind),)
+        rows = [registry.row(name) for registry in chosen for name in registry.names()]
+        found = [(row.kind, row.name, row.summary) for row in rows]
     if as_json:
-        print_json([{"kind": row.kind, "name": row.name, "summary": row.summary} for row in rows])
+        print_json([dict(zip(("kind", "name", "summary"), entry, strict=True)) for entry in found])
         return
-    stdout().print(table(["kind", "name", "what it is"], [(row.kind, row.name, row.summary) for row in rows]))
+    stdout().print(table(["kind", "name", "what it is"], found))
 
 
 def show(
-    kind: Kind,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A name that `fmg list KIND` prints.")],
+    kind: Annotated[
+        str,
+        typer.Argument(
+            metavar="[KIND]",
+            help=f"{_KINDS}; only where two kinds have the name.",
+            show_default=False,
+            autocompletion=completion.kinds_and_names,
+        ),
+    ],
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            help="A name that `fmg list` prints.",
+            show_default=False,
+            autocompletion=completion.names_of_kind,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show one component: what it does, and its options with type, default and range."""
-    from fmg.registry import registry_for
+    from fmg.registry.kinds import registry_for, registry_of
 
-    registry = registry_for(kind)
+    registry, name = (registry_of(kind), kind) if name is None else (registry_for(kind), name)
     description, config = registry.describe(name), registry.config_class(name)
     ranges = _ranges(config.model_json_schema())
     if as_json:

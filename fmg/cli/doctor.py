@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fmg.cli import completion
 from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.doctor_rewards import doctor_rewards
 from fmg.cli.options import AsJson, given_text
@@ -50,7 +51,9 @@ def examine_installation(
 
 @doctor.command("run")
 def examine_run(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run folder.", show_default=False, autocompletion=completion.runs)
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Read the log of a run and name the knob: learning rate, clip, groups, KL, a held-out reward that falls.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fmg.cli import completion
 from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.options import AsJson, Device, OptionsByName
 from fmg.cli.reward_options import reward_options
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
 def doctor_rewards(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME]...", help="Rewards that must work.", show_default="all, as far as installed"),
+        typer.Argument(
+            metavar="[NAME]...",
+            help="Rewards that must work.",
+            show_default="all, as far as installed",
+            autocompletion=completion.components("reward"),
+        ),
     ] = None,
     sets: OptionsByName = None,
     device: Device = "auto",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fmg.cli import completion
 from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.options import (
     AsJson,
@@ -42,19 +43,41 @@ if TYPE_CHECKING:
 def evaluate(
     target: Annotated[
         str | None,
-        typer.Argument(metavar="[TARGET]", help="A model or a run folder.", show_default="the newest run"),
+        typer.Argument(
+            metavar="[TARGET]",
+            help="A model or a run folder.",
+            show_default="the newest run",
+            autocompletion=completion.targets,
+        ),
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(metavar="T", help="A second target, or base: adds the difference on the same prompts and seeds."),
+        typer.Option(
+            metavar="T",
+            help="A second target, or base: adds the difference on the same prompts and seeds.",
+            rich_help_panel="What is measured",
+            autocompletion=completion.other_targets,
+        ),
     ] = None,
     prompts: Annotated[
         str | None,
-        typer.Option(metavar="N|F", help="Prompt set by name, or a .txt or .jsonl file.", show_default="the target's"),
+        typer.Option(
+            metavar="N|F",
+            help="Prompt set by name, or a .txt or .jsonl file.",
+            show_default="the target's",
+            rich_help_panel="What is measured",
+            autocompletion=completion.prompt_sets,
+        ),
     ] = None,
     reward: Annotated[
         list[str] | None,
-        typer.Option(metavar="N", help="Reward to measure; repeat for several.", show_default="the target's"),
+        typer.Option(
+            metavar="N",
+            help="Reward to measure; repeat for several.",
+            show_default="the target's",
+            rich_help_panel="What is measured",
+            autocompletion=completion.components("reward"),
+        ),
     ] = None,
     features: Features = None,
     reference: Annotated[
@@ -63,12 +86,18 @@ def evaluate(
             metavar="DIR|world",
             help="Real images to compare with: a folder, or true pictures of an embedded world.",
             show_default=False,
+            rich_help_panel="What is measured",
         ),
     ] = None,
     sets: OptionsByName = None,
     steps: Annotated[
         str | None,
-        typer.Option(metavar="1,2,4", help="Numbers of network calls to sweep.", show_default="the target's"),
+        typer.Option(
+            metavar="1,2,4",
+            help="Numbers of network calls to sweep.",
+            show_default="the target's",
+            rich_help_panel="Sampling",
+        ),
     ] = None,
     grid: Grid = None,
     num: Num = 1000,
@@ -78,11 +107,21 @@ def evaluate(
     batch_size: BatchSize = None,
     dump: Annotated[
         tuple[str, str] | None,
-        typer.Option(metavar="geneval DIR", help="Write the images as GenEval reads them.", show_default=False),
+        typer.Option(
+            metavar="geneval DIR",
+            help="Write the images as GenEval reads them.",
+            show_default=False,
+            rich_help_panel="Files",
+        ),
     ] = None,
     report: Annotated[
         str | None,
-        typer.Option(metavar="DIR|F.html", help="Write a page with pictures, and its JSON.", show_default=False),
+        typer.Option(
+            metavar="DIR|F.html",
+            help="Write a page with pictures, and its JSON.",
+            show_default=False,
+            rich_help_panel="Files",
+        ),
     ] = None,
     path_check: Annotated[
         str | None,
@@ -91,6 +130,7 @@ def evaluate(
             metavar="F.png",
             help="Instead: which stochasticizers stay on the model's probability path; a picture, and JSON beside it.",
             show_default=False,
+            rich_help_panel="Files",
         ),
     ] = None,
     allow_code: Annotated[

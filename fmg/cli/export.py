@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fmg.cli import completion
 from fmg.cli import export_engines as engines
 from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.export_options import (
@@ -36,16 +37,32 @@ _NOT_PROVEN = 1
 
 def export(
     target: Annotated[
-        str | None, typer.Argument(metavar="TARGET", help="Run folder or model.", show_default="the newest run")
+        str | None,
+        typer.Argument(
+            metavar="TARGET",
+            help="Run folder or model.",
+            show_default="the newest run",
+            autocompletion=completion.targets,
+        ),
     ] = None,
     place: Annotated[
         str | None, typer.Argument(metavar="OUT", help="Folder to make (--kohya: file), as --out.")
     ] = None,
     onnx: Annotated[
-        bool, typer.Option("--onnx", help="An artifact: ONNX graphs, weights, tokenizers and a manifest (the default).")
+        bool,
+        typer.Option(
+            "--onnx",
+            help="An artifact: ONNX graphs, weights, tokenizers and a manifest (the default).",
+            rich_help_panel="What is written",
+        ),
     ] = False,
     diffusers: Annotated[
-        bool, typer.Option("--diffusers", help="A complete diffusers folder, the adapter merged into its weights.")
+        bool,
+        typer.Option(
+            "--diffusers",
+            help="A complete diffusers folder, the adapter merged into its weights.",
+            rich_help_panel="What is written",
+        ),
     ] = False,
     kohya: Annotated[
         bool,
@@ -57,6 +74,8 @@ def export(
             "--swap-weights",
             metavar="ARTIFACT",
             help="Put the adapter of TARGET, or none when TARGET is 'base', into an artifact that is there.",
+            rich_help_panel="What is written",
+            autocompletion=completion.artifacts,
         ),
     ] = None,
     precision: Annotated[
@@ -65,28 +84,50 @@ def export(
             metavar="P",
             help="fp32 for a CPU, bf16 or fp16 for a GPU; a diffusers folder may also keep the stored one.",
             show_default="fp32; of --diffusers: stored",
+            rich_help_panel="What is written",
+            autocompletion=completion.one_of("fp32", "bf16", "fp16", "stored"),
         ),
     ] = None,
     int8: Annotated[
-        bool, typer.Option("--int8", help="Also write a transformer with 8-bit weights, for a CPU.")
+        bool,
+        typer.Option(
+            "--int8", help="Also write a transformer with 8-bit weights, for a CPU.", rich_help_panel="What is written"
+        ),
     ] = False,
     resolutions: Annotated[
         str | None,
-        typer.Option(metavar="N,...", help="Sides of the square images in pixels.", show_default="the model's own"),
+        typer.Option(
+            metavar="N,...",
+            help="Sides of the square images in pixels.",
+            show_default="the model's own",
+            rich_help_panel="What is written",
+        ),
     ] = None,
     batch: Annotated[
         str | None,
-        typer.Option(metavar="MIN:OPT:MAX", help="Images of one call.", show_default="by the size of the model"),
+        typer.Option(
+            metavar="MIN:OPT:MAX",
+            help="Images of one call.",
+            show_default="by the size of the model",
+            rich_help_panel="What is written",
+        ),
     ] = None,
     out: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Folder to make.", show_default="RUN/artifact or artifacts/MODEL"),
+        typer.Option(
+            metavar="DIR",
+            help="Folder to make.",
+            show_default="RUN/artifact or artifacts/MODEL",
+            rich_help_panel="What is written",
+        ),
     ] = None,
     verify: Annotated[
         str,
         typer.Option(
             metavar="LEVEL",
             help="Prove afterwards that the artifact draws what its run draws: quick, full or off; see fmg verify.",
+            rich_help_panel="What is written",
+            autocompletion=completion.one_of("quick", "full", "off"),
         ),
     ] = "off",
     trt: engines.Trt = False,

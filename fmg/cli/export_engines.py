@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fmg.cli import completion
 from fmg.core.errors import UsageError, suggestion
 
 if TYPE_CHECKING:
@@ -18,7 +19,12 @@ _FLAVOURS = ("auto", "tensorrt", "rtx")
 _HARDWARE = ("none", "same-capability", "ampere-plus")
 
 Trt = Annotated[
-    bool, typer.Option("--trt", help="Also build TensorRT engines; of an artifact that is there, only those.")
+    bool,
+    typer.Option(
+        "--trt",
+        help="Also build TensorRT engines; of an artifact that is there, only those.",
+        rich_help_panel="TensorRT engines",
+    ),
 ]
 FlavourName = Annotated[
     str | None,
@@ -27,15 +33,31 @@ FlavourName = Annotated[
         metavar="F",
         help="tensorrt (for this GPU), rtx (ahead of time, without a GPU), or auto.",
         show_default="auto",
+        rich_help_panel="TensorRT engines",
+        autocompletion=completion.one_of(*_FLAVOURS),
     ),
 ]
 Level = Annotated[
     int | None,
-    typer.Option("--builder-level", min=0, max=5, metavar="N", help="Effort of the builder.", show_default="3"),
+    typer.Option(
+        "--builder-level",
+        min=0,
+        max=5,
+        metavar="N",
+        help="Effort of the builder.",
+        show_default="3",
+        rich_help_panel="TensorRT engines",
+    ),
 ]
 Workspace = Annotated[
     float | None,
-    typer.Option("--workspace", metavar="GIB", help="Scratch memory of a layer.", show_default="the builder's own"),
+    typer.Option(
+        "--workspace",
+        metavar="GIB",
+        help="Scratch memory of a layer.",
+        show_default="the builder's own",
+        rich_help_panel="TensorRT engines",
+    ),
 ]
 Hardware = Annotated[
     str | None,
@@ -44,21 +66,49 @@ Hardware = Annotated[
         metavar="H",
         help="Other GPUs to run on: none, same-capability or ampere-plus (tensorrt).",
         show_default="none",
+        rich_help_panel="TensorRT engines",
+        autocompletion=completion.one_of(*_HARDWARE),
     ),
 ]
 VersionCompatible = Annotated[
-    bool, typer.Option("--version-compatible", help="For other versions of TensorRT too; carries code (tensorrt).")
+    bool,
+    typer.Option(
+        "--version-compatible",
+        help="For other versions of TensorRT too; carries code (tensorrt).",
+        rich_help_panel="TensorRT engines",
+    ),
 ]
 WeightStreaming = Annotated[
-    bool, typer.Option("--weight-streaming", help="Weights may stay on the host where the GPU is small.")
+    bool,
+    typer.Option(
+        "--weight-streaming",
+        help="Weights may stay on the host where the GPU is small.",
+        rich_help_panel="TensorRT engines",
+    ),
 ]
 Refittable = Annotated[
-    bool, typer.Option("--refittable", help="New weights need no new build; checks that no bias is lost. Needs a GPU.")
+    bool,
+    typer.Option(
+        "--refittable",
+        help="New weights need no new build; checks that no bias is lost. Needs a GPU.",
+        rich_help_panel="TensorRT engines",
+    ),
 ]
-NoTimingCache = Annotated[bool, typer.Option("--no-timing-cache", help="Measure every kernel again (tensorrt).")]
+NoTimingCache = Annotated[
+    bool,
+    typer.Option(
+        "--no-timing-cache", help="Measure every kernel again (tensorrt).", rich_help_panel="TensorRT engines"
+    ),
+]
 BuildMemory = Annotated[
     float | None,
-    typer.Option("--build-memory", metavar="GIB", help="Host memory of a build.", show_default="9/10 of what is free"),
+    typer.Option(
+        "--build-memory",
+        metavar="GIB",
+        help="Host memory of a build.",
+        show_default="9/10 of what is free",
+        rich_help_panel="TensorRT engines",
+    ),
 ]
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, cast
 
 import typer
 
+from fmg.cli import completion
 from fmg.cli.console import stdout
 from fmg.cli.options import Offline
 from fmg.cli.tables import table
@@ -24,10 +25,17 @@ def fetch(
             metavar="[KIND] NAME",
             help="A model; or reward and a reward, feature-extractor and an extractor.",
             show_default=False,
+            autocompletion=completion.components("model"),
         ),
     ],
     config: Annotated[
-        str | None, typer.Option(metavar="F", help="Recipe whose model to fetch.", show_default="the model's own")
+        str | None,
+        typer.Option(
+            metavar="F",
+            help="Recipe whose model to fetch.",
+            show_default="the model's own",
+            autocompletion=completion.recipes,
+        ),
     ] = None,
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="K=V", help="Any value of the recipe, such as model.student.")

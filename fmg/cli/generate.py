@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fmg.cli import completion
 from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.options import (
     AsJson,
@@ -39,20 +40,42 @@ def generate(
     source: Annotated[
         str | None,
         typer.Option(
-            "--from", metavar="TARGET", help="A model, a run folder or an artifact.", show_default="the newest run"
+            "--from",
+            metavar="TARGET",
+            help="A model, a run folder or an artifact.",
+            show_default="the newest run",
+            rich_help_panel="Sampling",
+            autocompletion=completion.targets,
         ),
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, max=1000, metavar="N", help="Network calls an image.", show_default="the target's"),
+        typer.Option(
+            min=1,
+            max=1000,
+            metavar="N",
+            help="Network calls an image.",
+            show_default="the target's",
+            rich_help_panel="Sampling",
+        ),
     ] = None,
     grid: Grid = None,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the first image of each prompt.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, metavar="N", help="Seed of the first image of each prompt.", rich_help_panel="Sampling"),
+    ] = 0,
     num: Annotated[
-        int, typer.Option(min=1, max=100_000, metavar="N", help="Images a prompt, with consecutive seeds.")
+        int,
+        typer.Option(
+            min=1, max=100_000, metavar="N", help="Images a prompt, with consecutive seeds.", rich_help_panel="Sampling"
+        ),
     ] = 1,
-    out: Annotated[str, typer.Option(metavar="DIR", help="Where to write; nothing is overwritten.")] = "images",
-    sheet: Annotated[bool, typer.Option("--sheet", help="Write one more picture with all images on it.")] = False,
+    out: Annotated[
+        str, typer.Option(metavar="DIR", help="Where to write; nothing is overwritten.", rich_help_panel="Files")
+    ] = "images",
+    sheet: Annotated[
+        bool, typer.Option("--sheet", help="Write one more picture with all images on it.", rich_help_panel="Files")
+    ] = False,
     backend: Backend = "auto",
     device: Device = "auto",
     dtype: LoadedDtype = None,
@@ -61,13 +84,23 @@ def generate(
     threads: Threads = None,
     batch_size: BatchSize = None,
     release_text: Annotated[
-        bool, typer.Option("--release-text", help="Free the text encoders before the first image is drawn.")
+        bool,
+        typer.Option(
+            "--release-text",
+            help="Free the text encoders before the first image is drawn.",
+            rich_help_panel="Where it runs",
+        ),
     ] = False,
     timed: Annotated[
         bool, typer.Option("--time", help="Draw the first batch again, five times, and print where the time goes.")
     ] = False,
     allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Run the code inside version-compatible TensorRT engines.")
+        bool,
+        typer.Option(
+            "--allow-code",
+            help="Run the code inside version-compatible TensorRT engines.",
+            rich_help_panel="Where it runs",
+        ),
     ] = False,
     offline: Offline = False,
     as_json: AsJson = False,

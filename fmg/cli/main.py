@@ -23,6 +23,7 @@ from fmg.cli.evaluate import evaluate
 from fmg.cli.export import export
 from fmg.cli.fetch import fetch
 from fmg.cli.generate import generate
+from fmg.cli.init import init
 from fmg.cli.options import check_words
 from fmg.cli.pretrain import pretrain
 from fmg.cli.report import report
@@ -103,22 +104,25 @@ def root(
         typer.echo(ctx.get_help())
 
 
-app.command("train")(train)
-app.command("eval")(evaluate)
-app.command("score")(score)
-app.command("generate")(generate)
-app.command("bench")(bench)
-app.command("list")(list_components)
-app.command("show")(show)
-app.command("check-component")(check_component)
-app.command("fetch")(fetch)
-app.command("export")(export)
-app.command("verify")(verify)
-app.command("runs")(runs)
-app.command("report")(report)
-app.command("reward-server")(reward_server)
-app.add_typer(pretrain, name="pretrain")
-app.add_typer(doctor, name="doctor")
+_TRAIN, _USE, _CHOOSE, _CARE = "Train and judge", "Generate and export", "Choose and extend", "Set up"
+
+app.command("train", rich_help_panel=_TRAIN)(train)
+app.command("eval", rich_help_panel=_TRAIN)(evaluate)
+app.command("runs", rich_help_panel=_TRAIN)(runs)
+app.command("report", rich_help_panel=_TRAIN)(report)
+app.command("score", rich_help_panel=_TRAIN)(score)
+app.command("generate", rich_help_panel=_USE)(generate)
+app.command("export", rich_help_panel=_USE)(export)
+app.command("verify", rich_help_panel=_USE)(verify)
+app.command("bench", rich_help_panel=_USE)(bench)
+app.command("list", rich_help_panel=_CHOOSE)(list_components)
+app.command("show", rich_help_panel=_CHOOSE)(show)
+app.command("init", rich_help_panel=_CHOOSE)(init)
+app.command("check-component", rich_help_panel=_CHOOSE)(check_component)
+app.add_typer(doctor, name="doctor", rich_help_panel=_CARE)
+app.command("fetch", rich_help_panel=_CARE)(fetch)
+app.command("reward-server", rich_help_panel=_CARE)(reward_server)
+app.add_typer(pretrain, name="pretrain", rich_help_panel=_CARE)
 
 
 def run() -> NoReturn:

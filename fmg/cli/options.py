@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from fmg.cli import completion
 from fmg.core.errors import UsageError, suggestion
 from fmg.core.files import check_place
 from fmg.core.offline import OFFLINE
@@ -34,38 +35,107 @@ def _device_name(name: str) -> str:
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for programs.")]
 BatchSize = Annotated[
-    int | None, typer.Option("--batch-size", min=1, metavar="N", help="Images a network call.", show_default="64")
+    int | None,
+    typer.Option(
+        "--batch-size",
+        min=1,
+        metavar="N",
+        help="Images a network call.",
+        show_default="64",
+        rich_help_panel="Where it runs",
+    ),
 ]
 Backend = Annotated[
-    str, typer.Option("--backend", metavar="B", help="auto, torch, onnxruntime, ...: fmg list backends.")
+    str,
+    typer.Option(
+        "--backend",
+        metavar="B",
+        help="auto, torch, onnxruntime, ...: fmg list backends.",
+        rich_help_panel="Where it runs",
+        autocompletion=completion.components("backend"),
+    ),
 ]
-Device = Annotated[str, typer.Option("--device", metavar="D", help="auto, cpu, cuda or cuda:N.", callback=_device_name)]
-Dtype = Annotated[str, typer.Option("--dtype", metavar="T", help="fp32 or bf16.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="D",
+        help="auto, cpu, cuda or cuda:N.",
+        callback=_device_name,
+        rich_help_panel="Where it runs",
+        autocompletion=completion.one_of("auto", "cpu", "cuda"),
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="T",
+        help="fp32 or bf16.",
+        rich_help_panel="Where it runs",
+        autocompletion=completion.one_of("fp32", "bf16"),
+    ),
+]
 LoadedDtype = Annotated[
     str | None,
-    typer.Option("--dtype", metavar="T", help="fp32 or bf16, of a model or a run in torch.", show_default="fp32"),
+    typer.Option(
+        "--dtype",
+        metavar="T",
+        help="fp32 or bf16, of a model or a run in torch.",
+        show_default="fp32",
+        rich_help_panel="Where it runs",
+        autocompletion=completion.one_of("fp32", "bf16"),
+    ),
 ]
-Int8 = Annotated[bool, typer.Option("--int8", help="Run the int8 transformer of an artifact.")]
+Int8 = Annotated[
+    bool, typer.Option("--int8", help="Run the int8 transformer of an artifact.", rich_help_panel="Where it runs")
+]
 Resolution = Annotated[
     int | None,
     typer.Option(
-        "--resolution", min=8, max=16384, metavar="N", help="Side of an artifact's image.", show_default="its own"
+        "--resolution",
+        min=8,
+        max=16384,
+        metavar="N",
+        help="Side of an artifact's image.",
+        show_default="its own",
+        rich_help_panel="Where it runs",
     ),
 ]
 Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, max=1024, metavar="N", help="CPU threads.", show_default="all cores")
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        max=1024,
+        metavar="N",
+        help="CPU threads.",
+        show_default="all cores",
+        rich_help_panel="Where it runs",
+    ),
 ]
 Grid = Annotated[
     str | None,
-    typer.Option("--grid", metavar="G", help="Time grid by name, such as uniform.", show_default="the target's own"),
+    typer.Option(
+        "--grid",
+        metavar="G",
+        help="Time grid by name, such as uniform.",
+        show_default="the target's own",
+        rich_help_panel="Sampling",
+        autocompletion=completion.grids,
+    ),
 ]
 Offline = Annotated[
     bool,
     typer.Option(
-        "--offline", help="Use no network for weights, as HF_HUB_OFFLINE=1 does.", callback=_go_offline, is_eager=True
+        "--offline",
+        help="Use no network for weights, as HF_HUB_OFFLINE=1 does.",
+        callback=_go_offline,
+        is_eager=True,
+        rich_help_panel="Where it runs",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of the noise.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of the noise.", rich_help_panel="Sampling")]
 Features = Annotated[
     list[str] | None,
     typer.Option(
@@ -73,15 +143,26 @@ Features = Annotated[
         metavar="N",
         help="Feature extractor: adds diversity and, with --reference, Fréchet distance, precision and recall.",
         show_default=False,
+        rich_help_panel="What is measured",
+        autocompletion=completion.components("feature-extractor"),
     ),
 ]
 OptionsByName = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="NAME.OPTION=VALUE", help="Option of a reward or a feature extractor.", show_default=False
+        "--set",
+        metavar="NAME.OPTION=VALUE",
+        help="Option of a reward or a feature extractor.",
+        show_default=False,
+        rich_help_panel="What is measured",
     ),
 ]
-Num = Annotated[int, typer.Option("--num", min=1, max=1_000_000, metavar="N", help="Images for each number of steps.")]
+Num = Annotated[
+    int,
+    typer.Option(
+        "--num", min=1, max=1_000_000, metavar="N", help="Images for each number of steps.", rich_help_panel="Sampling"
+    ),
+]
 _MAX_STEPS = 1000
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fmg.cli import completion
 from fmg.cli.console import print_json, stdout
 from fmg.cli.options import AsJson, given_text, new_place
 from fmg.core.errors import UsageError
@@ -16,7 +17,10 @@ _COMPARISON = "comparison.html"
 
 def report(
     runs: Annotated[
-        list[str] | None, typer.Argument(metavar="[RUN]...", help="Run folders.", show_default="the newest run")
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN]...", help="Run folders.", show_default="the newest run", autocompletion=completion.runs
+        ),
     ] = None,
     out: Annotated[
         str | None,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fmg.cli import completion
 from fmg.cli.console import stderr
 from fmg.cli.options import Device
 from fmg.cli.reward_options import reward_options
@@ -17,7 +18,13 @@ from fmg.version import install_line
 
 def reward_server(
     reward: Annotated[
-        list[str], typer.Option(metavar="N", help="Reward to serve; repeat for several.", show_default=False)
+        list[str],
+        typer.Option(
+            metavar="N",
+            help="Reward to serve; repeat for several.",
+            show_default=False,
+            autocompletion=completion.components("reward"),
+        ),
     ],
     sets: Annotated[
         list[str] | None,

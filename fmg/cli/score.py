@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from fmg.cli import completion
 from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.options import AsJson, Device, Features, OptionsByName, given_text
 from fmg.cli.reward_options import reward_options
@@ -20,7 +21,13 @@ def score(
         typer.Argument(metavar="PATH...", help="Pictures, folders of them, or GenEval trees.", show_default=False),
     ],
     reward: Annotated[
-        list[str] | None, typer.Option(metavar="N", help="Reward; repeat for several.", show_default=False)
+        list[str] | None,
+        typer.Option(
+            metavar="N",
+            help="Reward; repeat for several.",
+            show_default=False,
+            autocompletion=completion.components("reward"),
+        ),
     ] = None,
     prompt: Annotated[
         str | None,

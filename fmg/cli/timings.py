@@ -46,8 +46,8 @@ def timing_table(timing: Timing) -> Table:
 def timing_lines(timing: Timing) -> tuple[str, str]:
     """What was measured, and what it comes to."""
     what = (
-        f"{timing.label}: {timing.backend} ({timing.detail}) on {timing.device}, {counted(timing.images, 'image')}, batch"
-        f" {timing.batch}, {counted(timing.steps, 'step')}, {counted(timing.repeats, 'repeat')}"
+        f"{timing.label}: {timing.backend} ({timing.detail}) on {timing.device}, {counted(timing.images, 'image')},"
+        f" batch {timing.batch}, {counted(timing.steps, 'step')}, {counted(timing.repeats, 'repeat')}"
     )
     where = "process" if timing.device == "cpu" else "device"
     return (

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fmg.cli import completion
 from fmg.cli.console import print_json, print_warning, stderr, stdout
 from fmg.cli.observers import JsonReporter, Outspoken, SilentReporter
 from fmg.cli.options import AsJson, Offline, given_text
@@ -35,14 +36,33 @@ _RECIPE = "the recipe's"
 def train(
     config: Annotated[
         str | None,
-        typer.Option(metavar="F|NAME", help="Recipe file, or a shipped recipe.", show_default="the model's own"),
+        typer.Option(
+            metavar="F|NAME",
+            help="Recipe file, or a shipped recipe.",
+            show_default="the model's own",
+            rich_help_panel="What is trained",
+            autocompletion=completion.recipes,
+        ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="N", help="Model to tune.", show_default="meanflow-shapes")
+        str | None,
+        typer.Option(
+            metavar="N",
+            help="Model to tune.",
+            show_default="meanflow-shapes",
+            rich_help_panel="What is trained",
+            autocompletion=completion.components("model"),
+        ),
     ] = None,
     stochasticizer: Annotated[
         str | None,
-        typer.Option(metavar="N", help="How the map becomes a policy; auto asks the model.", show_default=_RECIPE),
+        typer.Option(
+            metavar="N",
+            help="How the map becomes a policy; auto asks the model.",
+            show_default=_RECIPE,
+            rich_help_panel="How",
+            autocompletion=completion.components("stochasticizer"),
+        ),
     ] = None,
     reward: Annotated[
         list[str] | None,
@@ -50,52 +70,124 @@ def train(
             metavar="N[=W]",
             help="Reward and weight; repeat for several. python:my.mod:fn runs your own function.",
             show_default=_RECIPE,
+            rich_help_panel="What is trained",
+            autocompletion=completion.components("reward"),
         ),
     ] = None,
-    objective: Annotated[str | None, typer.Option(metavar="N", help="Loss.", show_default=_RECIPE)] = None,
-    optimizer: Annotated[str | None, typer.Option(metavar="N", help="Optimizer.", show_default=_RECIPE)] = None,
-    lr: Annotated[float | None, typer.Option(metavar="X", help="Learning rate.", show_default=_RECIPE)] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N",
+            help="Loss.",
+            show_default=_RECIPE,
+            rich_help_panel="How",
+            autocompletion=completion.components("objective"),
+        ),
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N",
+            help="Optimizer.",
+            show_default=_RECIPE,
+            rich_help_panel="How",
+            autocompletion=completion.components("optimizer"),
+        ),
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(metavar="X", help="Learning rate.", show_default=_RECIPE, rich_help_panel="How")
+    ] = None,
     prompts: Annotated[
         str | None,
-        typer.Option(metavar="N|F", help="Prompt set by name, or a .txt or .jsonl file.", show_default=_RECIPE),
+        typer.Option(
+            metavar="N|F",
+            help="Prompt set by name, or a .txt or .jsonl file.",
+            show_default=_RECIPE,
+            rich_help_panel="What is trained",
+            autocompletion=completion.prompt_sets,
+        ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Network calls an image.", show_default=_RECIPE)
+        int | None,
+        typer.Option(metavar="N", help="Network calls an image.", show_default=_RECIPE, rich_help_panel="How"),
     ] = None,
     iterations: Annotated[
-        int | None, typer.Option(metavar="N", help="Rollouts, each with its updates.", show_default=_RECIPE)
+        int | None,
+        typer.Option(metavar="N", help="Rollouts, each with its updates.", show_default=_RECIPE, rich_help_panel="How"),
     ] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed of the run.", show_default=_RECIPE)] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Seed of the run.", show_default=_RECIPE, rich_help_panel="How")
+    ] = None,
     device: Annotated[
-        str | None, typer.Option(metavar="D", help="auto, cpu, cuda or cuda:N.", show_default=_RECIPE)
+        str | None,
+        typer.Option(
+            metavar="D",
+            help="auto, cpu, cuda or cuda:N.",
+            show_default=_RECIPE,
+            rich_help_panel="Where it runs",
+            autocompletion=completion.one_of("auto", "cpu", "cuda"),
+        ),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(metavar="T", help="fp32 or bf16.", show_default=_RECIPE)] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="T",
+            help="fp32 or bf16.",
+            show_default=_RECIPE,
+            rich_help_panel="Where it runs",
+            autocompletion=completion.one_of("fp32", "bf16"),
+        ),
+    ] = None,
     stop_on_hacking: Annotated[
         bool,
         typer.Option(
             "--stop-on-hacking",
             help="End when the trained reward rises while a held-out one or the diversity falls.",
+            rich_help_panel="How",
         ),
     ] = False,
     sets: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="K=V", help="Any value of the recipe, such as lora.rank=4; repeat for several."),
+        typer.Option(
+            "--set",
+            metavar="K=V",
+            help="Any value of the recipe, such as lora.rank=4; repeat for several.",
+            rich_help_panel="What is trained",
+            autocompletion=completion.recipe_values,
+        ),
     ] = None,
     run: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Folder of the run.", show_default="a new one under runs/")
+        str | None,
+        typer.Option(
+            metavar="DIR", help="Folder of the run.", show_default="a new one under runs/", rich_help_panel="The run"
+        ),
     ] = None,
     resume: Annotated[
         str | None,
-        typer.Option(metavar="RUN", help="Go on with an interrupted run, by its own recipe.", show_default=False),
+        typer.Option(
+            metavar="RUN",
+            help="Go on with an interrupted run, by its own recipe.",
+            show_default=False,
+            rich_help_panel="The run",
+            autocompletion=completion.runs,
+        ),
     ] = None,
     allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Let a recipe file name reward code and reward servers.")
+        bool,
+        typer.Option(
+            "--allow-code", help="Let a recipe file name reward code and reward servers.", rich_help_panel="The run"
+        ),
     ] = False,
     accept_changed_prompts: Annotated[
         bool, typer.Option("--accept-changed-prompts", help="With --resume: take prompts that were changed since.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print every value, where it came from and the plan; start nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print every value, where it came from and the plan; start nothing.",
+            rich_help_panel="The run",
+        ),
     ] = False,
     offline: Offline = False,
     as_json: AsJson = False,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fmg.cli import completion
 from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.options import AsJson, Backend, Device, Seed, given_text
 from fmg.cli.tables import table
@@ -23,11 +24,21 @@ _FAILED = 1
 
 def verify(
     artifact: Annotated[
-        str, typer.Argument(metavar="ARTIFACT", help="A folder that `fmg export` made, or the run that has it.")
+        str,
+        typer.Argument(
+            metavar="ARTIFACT",
+            help="A folder that `fmg export` made, or the run that has it.",
+            autocompletion=completion.artifacts,
+        ),
     ],
     against: Annotated[
         str | None,
-        typer.Option(metavar="T", help="The run or model it was made from.", show_default="what its manifest names"),
+        typer.Option(
+            metavar="T",
+            help="The run or model it was made from.",
+            show_default="what its manifest names",
+            autocompletion=completion.targets,
+        ),
     ] = None,
     quick: Annotated[
         bool,

@@ -185,7 +185,8 @@ class RunFolder:
             if not isinstance(state.model, str) or len(state.model) > LONGEST_VALUE:
                 raise TypeError("the model is no name")
         except FileNotFoundError:
-            raise CheckpointError(f"'{self.path}' is not a run folder", fix) from None
+            missing = no_run(self.path)
+            raise CheckpointError(missing.what, missing.fix) from None
         except (OSError, ValueError, TypeError, OverflowError) as error:
             raise CheckpointError(f"'{file}' is damaged ({error})", fix) from None
         if state.schema != SCHEMA or state.state not in STATES:
@@ -244,10 +245,9 @@ def run_names(root: Path = RUNS) -> list[str]:
 
 def no_run(path: Path, root: Path = RUNS) -> UsageError:
     """The error for a folder that is not a run, with the run that may have been meant."""
-    return UsageError(
-        f"'{path}' is not a run folder",
-        f"Name one that `fmg train` made. {suggestion(str(path), run_names(root))}",
-    )
+    known = run_names(root)
+    fix = f"Name one that `fmg train` made. {suggestion(str(path), known)}" if known else "Train one with `fmg train`."
+    return UsageError(f"'{path}' is not a run folder", fix)
 
 
 def list_runs(root: Path = RUNS) -> list[RunFolder]:

@@ -126,7 +126,7 @@ def _other(first: Target, against: TargetLike) -> Target | None:
     if against is None:
         return None
     # only the rewards of the first target are measured, so code that the other's recipe names stays unused
-    return first.base() if against == BASE else resolve_target(against, allow_code=True)
+    return first.base() if against == BASE else resolve_target(against, allow_code=True, other=(BASE,))
 
 
 def _check_dump(dump: tuple[str, str | Path] | None, sweep: Sequence[int]) -> None:

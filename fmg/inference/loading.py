@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from fmg.core.errors import UsageError, python_call
 from fmg.inference.artifact.backend import checked_batch
-from fmg.inference.artifact.layout import Artifact, check_not_interrupted, is_artifact, open_artifact
+from fmg.inference.artifact.layout import Artifact, artifact_names, check_not_interrupted, is_artifact, open_artifact
 from fmg.inference.generator import DEFAULT_BATCH, Generator
 from fmg.registry import backends
 
@@ -45,7 +45,7 @@ def find(target: TargetLike | Artifact, *, allow_code: bool = True) -> Target | 
         check_not_interrupted(place)
     from fmg.inference.target import resolve_target
 
-    return resolve_target(target, allow_code=allow_code)
+    return resolve_target(target, allow_code=allow_code, other=artifact_names())
 
 
 def made_from(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -56,7 +57,9 @@ def target_text(target: TargetLike) -> str | None:
     return os.fspath(target)
 
 
-def resolve_target(target: TargetLike, runs: Path = RUNS, *, allow_code: bool = False) -> Target:
+def resolve_target(
+    target: TargetLike, runs: Path = RUNS, *, allow_code: bool = False, other: Sequence[str] = ()
+) -> Target:
     """Finds out what `target` is without loading weights.
 
     Args:
@@ -64,6 +67,7 @@ def resolve_target(target: TargetLike, runs: Path = RUNS, *, allow_code: bool = 
             the newest run under `runs` that has ended and has a saved adapter.
         runs: where runs are kept.
         allow_code: whether the recipe of a run may name code of the user's own; a run folder can come from anyone.
+        other: names that the caller takes as well, for the suggestion of an error.
 
     Raises:
         WrongTypeError: when it is no text and no path.
@@ -81,7 +85,7 @@ def resolve_target(target: TargetLike, runs: Path = RUNS, *, allow_code: bool = 
             return _run_target(RunFolder(run), allow_code, Path(name).name, name)
         return _run_target(RunFolder(Path(name)), allow_code)
     if name not in models.names():
-        known = [*models.names(), *run_names(runs)]
+        known = [*models.names(), *run_names(runs), *other]
         raise UsageError(f"'{name}' is neither a model nor a run folder", suggestion(name, known))
     return Target(name, Recipe.default(model=name), None)
 

@@ -64,3 +64,22 @@ def registry_for(kind: str) -> Registry[Any]:
     raise UsageError(
         f"There is no kind of component named '{kind}'", suggestion(wanted, [r.plural for r in REGISTRIES])
     )
+
+
+def registry_of(name: str) -> Registry[Any]:
+    """The registry that has a component called `name`.
+
+    Raises:
+        UsageError: none has, or several have.
+    """
+    having = [registry for registry in REGISTRIES if name in registry.names()]
+    if len(having) == 1:
+        return having[0]
+    if having:
+        kinds = " and ".join(registry.kind for registry in having)
+        raise UsageError(f"'{name}' is the name of a {kinds}", f"Name the kind: fmg show {having[0].kind} {name}.")
+    wanted = name.strip().lower().replace("_", "-")
+    if wanted in {word for registry in REGISTRIES for word in (registry.kind, registry.plural)}:
+        raise UsageError(f"'{name}' is a kind of component", f"Add a name; `fmg list {name}` prints them.")
+    known = [known for registry in REGISTRIES for known in registry.names()]
+    raise UsageError(f"There is no component named '{name}'", suggestion(name, known))

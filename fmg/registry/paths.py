@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from fmg.core.errors import UsageError, suggestion
@@ -27,6 +28,17 @@ def configs_folder() -> Path:
 def recipe_names() -> list[str]:
     """Names of the shipped recipes, sorted."""
     return sorted(path.stem for path in configs_folder().glob("*.yaml"))
+
+
+def recipe_summary(name: str) -> str:
+    """What a shipped recipe is for: the first sentence of its leading comment.
+
+    Raises:
+        UsageError: for an unknown name, with a suggestion and the list.
+    """
+    lines = config_path(name).read_text(encoding="utf-8").splitlines()
+    comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    return " ".join(line.removeprefix("#").strip() for line in comment).partition(". ")[0].rstrip(".")
 
 
 def config_path(name: str) -> Path:

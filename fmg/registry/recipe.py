@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from fmg.core.errors import python_call
 from fmg.core.shown import counted, html_text
 from fmg.registry.document import Plain, render
+from fmg.registry.kinds import registry_for
 from fmg.registry.references import (
+    ComponentRef,
     ModelRef,
     ObjectiveRef,
     OptimizerRef,
@@ -94,6 +96,10 @@ class Recipe(Section):
         """YAML 1.2 that `from_yaml` reads back to an equal recipe; relative prompt files are those beside its file."""
         return render(self.plain(), {})
 
+    def notes(self) -> dict[str, str]:
+        """What each value means, by dotted path (`optimizer.lr`, `rewards.0.weight`): to annotate a recipe with."""
+        return dict(_notes(self, ""))
+
     def __repr__(self) -> str:
         rewards = " + ".join(ref.label if ref.weight == 1 else f"{ref.weight:g} {ref.label}" for ref in self.rewards)
         parts = (self.model.name, self.stochasticizer.name, self.objective.name, f"rewards: {rewards}")
@@ -111,3 +117,21 @@ class Recipe(Section):
         for reward in (*self.rewards, *self.eval.rewards):
             by_label.setdefault(reward.label, reward)
         return tuple(by_label.values())
+
+
+def _notes(section: BaseModel, path: str) -> Iterator[tuple[str, str]]:
+    """Path and meaning of every value under `path`; what a component has is described by its config."""
+    if isinstance(section, ComponentRef):
+        yield f"{path}name", registry_for(section.kind).row(section.name).summary
+        yield from _notes(section.config, path)
+    for key, info in type(section).model_fields.items():
+        value = getattr(section, key)
+        if isinstance(section, ComponentRef) and key in ComponentRef.model_fields:
+            continue
+        if isinstance(value, BaseModel):
+            yield from _notes(value, f"{path}{key}.")
+        elif isinstance(value, tuple) and value and all(isinstance(item, BaseModel) for item in value):
+            for number, item in enumerate(value):
+                yield from _notes(item, f"{path}{key}.{number}.")
+        else:
+            yield f"{path}{key}", info.description or ""

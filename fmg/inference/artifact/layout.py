@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fmg.core.cache import content_hash, replacing_file
-from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.errors import CheckpointError, UsageError, suggestion
 from fmg.core.files import digest
 from fmg.core.unfinished import OLD, leftovers
 from fmg.inference.artifact.external import check_external
@@ -179,6 +179,12 @@ def is_artifact(folder: str | Path) -> bool:
     return (Path(folder) / MANIFEST).is_file()
 
 
+def artifact_names(runs: Path = Path("runs"), models: Path = Path("artifacts")) -> list[str]:
+    """The paths of the artifacts where `fmg export` puts them when nothing is said: in runs, and beside each other."""
+    places = [*sorted(runs.glob("*/artifact")), *sorted(models.glob("*"))]
+    return [str(place) for place in places if is_artifact(place)]
+
+
 def open_artifact(folder: str | Path, *, hashes: bool = True) -> Artifact:
     """Reads the manifest and looks at the files.
 
@@ -217,9 +223,9 @@ def _read_manifest(folder: Path) -> Manifest:
     """The manifest on disk; errors as in `open_artifact`."""
     check_not_interrupted(folder)
     if not is_artifact(folder):
-        raise CheckpointError(
-            f"{folder} is not an artifact: it has no {MANIFEST}", "Name a folder that fmg export made."
-        )
+        known = artifact_names()
+        fix = f"Name a folder that fmg export made. {suggestion(str(folder), known) if known else ''}"
+        raise CheckpointError(f"{folder} is not an artifact: it has no {MANIFEST}", fix)
     with (folder / MANIFEST).open("rb") as file:
         return from_json(file.read(MAX_BYTES + 1), folder / MANIFEST)
 
