@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fmg.core.events import Observer, StageProgress, ignore
-from fmg.core.shown import plot_label
-from fmg.core.shown import counted
+from fmg.core.shown import counted, plot_label
 from fmg.core.unfinished import partial_folder
 from fmg.data.pictures import write_figure
 from fmg.data.prompt_sets import load_prompts
