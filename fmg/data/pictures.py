@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from fmg.core.errors import CheckpointError, UsageError, first_line, writing
+from fmg.core.errors import CheckpointError, UsageError, writing
 from fmg.core.image_files import decoded
 from fmg.core.shown import plot_label
 from fmg.core.unfinished import write_atomic
@@ -82,11 +82,9 @@ def open_picture(path: Path) -> Image.Image:
         CheckpointError: the file is not there or damaged.
     """
     try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture
-    except OSError as error:
-        raise CheckpointError(f"'{path}' cannot be read: {first_line(error)}", "Make it again: fmg report.") from None
+        return decoded(path, lambda picture: picture.copy())
+    except UsageError as error:
+        raise CheckpointError(error.what, "Make it again: fmg report.") from None
 
 
 def sample_grid(rows: Sequence[GridRow], title: str) -> Image.Image:

@@ -95,3 +95,25 @@ def test_every_dependency_is_pinned_within_its_range() -> None:
     wanted = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
     ranges = [requirement for requirement in map(Requirement, wanted) if requirement.name != project["name"]]
     assert not [str(r) for r in ranges if pins.get(canonicalize_name(r.name), "none") not in r.specifier]
+
+
+# what fmg sends to itself, what it has just written, and what a library answers
+OWN_JSON = {
+    "conformance/configs.py",
+    "inference/tensorrt/census.py",
+    "training/keeper.py",
+    "training/processes.py",
+    "worlds/pretrain/folder.py",
+}
+
+
+def test_files_and_networks_are_read_by_one_reader_of_json() -> None:
+    readers = offenders(r"json\.loads?\(|model_validate_json\(.*read_bytes", files("fmg/*.py"))
+    strange = [line for line in readers if line.partition(":")[0].removeprefix("fmg/") not in OWN_JSON]
+    assert not strange, "read it by fmg.core.json_reader"
+
+
+def test_pictures_are_opened_in_one_place() -> None:
+    opened = [line.partition(":")[0] for line in offenders(r"Image\.open\(", files("fmg/*.py"))]
+    # the dump reads the pictures that it has just written
+    assert set(opened) <= {"fmg/core/image_files.py", "fmg/eval/dump.py"}
