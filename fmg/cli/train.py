@@ -263,7 +263,7 @@ def _resume(
                 )
         if not ended_short(folder):
             check_resumable(folder)
-        recipe = Recipe.from_yaml(folder / "recipe.yaml", allow_code=allow_code)
+        recipe = Recipe.of_run(folder / "recipe.yaml", allow_code=allow_code)
         check_place(folder, "--resume")
         if not accept_prompts:
             check_prompts(folder, recipe, stated_digests(recipe))

@@ -138,7 +138,7 @@ class BranchRollout(SampleRollout):
     """One star for each of `g` groups: a state, the density of one transition from it, and `m` siblings drawn from it.
 
     `x0` are the completions of the siblings. Samples are group-major, `n = g m`: sample `i` completes sibling `i % m`
-    of group `i // m`. Only the transition has a density; completions carry none (docs/math.md, branched rollouts).
+    of group `i // m`. Only the transition has a density; completions carry none (docs/math.md, eq. 30).
 
     Attributes:
         step: index of the grid interval at which each group branches.

@@ -205,5 +205,5 @@ def _run_target(run: RunFolder, allow_code: bool, checkpoint: str | None = None,
     if "recipe.yaml" in index.changed_files(run.path):
         text = f"'{run.recipe}' was changed after the run began; what follows is by the recipe as it is now"
         warnings.warn(text, FmgWarning, stacklevel=2)
-    recipe = Recipe.from_yaml(run.recipe, allow_code=allow_code)
+    recipe = Recipe.of_run(run.recipe, allow_code=allow_code)
     return Target(label or str(run.path), recipe, saved.path(run.path))

@@ -72,6 +72,14 @@ class Recipe(Section):
 
         return resolve(Path(path), allow_code=allow_code).recipe
 
+    @classmethod
+    @python_call
+    def of_run(cls, path: str | Path, *, allow_code: bool = False) -> Recipe:
+        """The recipe in a run folder, `recipe.yaml`, by which the run was made. Errors as in `resolve`."""
+        from fmg.registry.resolve import resolve_run  # which imports this module
+
+        return resolve_run(path, allow_code=allow_code).recipe
+
     @python_call
     def with_(self, values: Mapping[str, object] | None = None, /, **overrides: object) -> Recipe:
         """This recipe with some values replaced; another component's name drops the old options.

@@ -95,6 +95,15 @@ def resolve(
     return _resolve([*layers, *flag_layers(flags or {}), *set_layers(sets)], allow_code=allow_code)
 
 
+def resolve_run(path: str | Path, *, allow_code: bool = False) -> ResolvedRecipe:
+    """The recipe of a run folder, which states every value of its time.
+
+    Options that recipes have had since take their built-in values, which do what was done before, and not those of the
+    model's default recipe. Errors as in `resolve`.
+    """
+    return _finish(merge_all([_read(Path(path))]), allow_code=allow_code)
+
+
 def resolve_arguments(values: Mapping[str, object]) -> ResolvedRecipe:
     """The default recipe of a model with the values at some dotted paths replaced. Errors as in `resolve`."""
     return _resolve(argument_layers(values), allow_code=True)

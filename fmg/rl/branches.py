@@ -2,7 +2,7 @@
 
 A flow map jumps from any state to the image in one call, so a group needs one short prefix, one density and one
 completion a sibling, where a chain needs the whole sampler a sample. The density belongs to the whole group, so an
-update replays one row a group (docs/math.md, branched rollouts).
+update replays one row a group (docs/math.md, eq. 30-34).
 
 Relatives that branch velocity samplers and pay the remaining ODE steps: TempFlow-GRPO (arXiv 2508.04324) and
 BranchGRPO (arXiv 2509.06040); none shares the trained row.
@@ -76,6 +76,7 @@ def branch_rollout(
     batch_size: int | None = None,
     device: torch.device | None = None,
     completing: FlowMap | None = None,
+    span: tuple[int, int] | None = None,
 ) -> BranchRollout:
     """Generates `g` groups of siblings, without gradients.
 
@@ -95,6 +96,9 @@ def branch_rollout(
         batch_size: samples a network call; groups are whole within a chunk. None takes all at once.
         completing: map that completes the siblings, which may compute otherwise (compiled, exported, in another
             precision), since completions have no density; None takes `flow_map`.
+        span: lowest and highest step of all groups that processes share: each then makes the calls of this span, with
+            any row where its own groups have none, since a network that is spread over processes needs all of them at
+            every call. None makes the calls that have rows.
 
     Raises:
         UsageError: a grid without a stochastic interval, a step out of range, or a wrong number of rows.
@@ -114,7 +118,7 @@ def branch_rollout(
     with torch.no_grad():
         for rows in row_chunks(len(index), size):
             stars = _Stars(
-                flow_map, stochasticizer, cond.select(rows), step[rows], times, tuple(latent_shape), how, place,
+                flow_map, stochasticizer, cond.select(rows), step[rows], times, tuple(latent_shape), how, place, span,
                 [NoiseKey(seed, iteration, group, 0, 0) for group in index[rows].tolist()],
             )  # fmt: skip
             parts.append(stars.roll(index[rows], completing or flow_map, batch_size))
@@ -146,6 +150,7 @@ class _Stars:
     shape: tuple[int, ...]
     how: Branching
     device: torch.device
+    span: tuple[int, int] | None
     keys: Sequence[NoiseKey]
 
     def roll(self, groups: Int[Tensor, " g"], completing: FlowMap, batch_size: int | None) -> BranchRollout:
@@ -173,8 +178,9 @@ class _Stars:
     def _prefix(self, x: Float[Tensor, "g *shape"]) -> Float[Tensor, "g *shape"]:
         """The state of each group at its own branching time."""
         x = x.clone()
-        for j in range(int(self.step.max())):
-            rows = (self.step > j).nonzero().squeeze(1)
+        for j in range(int(self.step.max()) if self.span is None else self.span[1]):
+            active = (self.step > j).nonzero().squeeze(1)
+            rows = active if len(active) else torch.zeros(1, dtype=torch.int64)
             here, cond = rows.to(self.device), self.cond.select(rows)
             t, s = self.times[j], self.times[j + 1]
 
@@ -182,10 +188,12 @@ class _Stars:
                 return self._noise(rows.tolist(), j + 1, None)
 
             if self.how.prefix == "native":
-                x[here] = native_step(self.flow_map, cond, x[here], t, s, renoise).float()
-                continue
-            t_rows, s_rows = torch.full((len(rows),), t, device=x.device), torch.full((len(rows),), s, device=x.device)
-            x[here] = self.stochasticizer.transition(self.flow_map, x[here], t_rows, s_rows, cond).push(renoise())
+                after = native_step(self.flow_map, cond, x[here], t, s, renoise).float()
+            else:
+                t_rows, s_rows = (torch.full((len(rows),), time, device=x.device) for time in (t, s))
+                after = self.stochasticizer.transition(self.flow_map, x[here], t_rows, s_rows, cond).push(renoise())
+            if len(active):
+                x[here] = after
         return x
 
     def _completed(
@@ -207,17 +215,21 @@ class _Stars:
         self, x: Tensor, flow_map: FlowMap, cond: Conditioning, rows: Tensor, step: Tensor
     ) -> Float[Tensor, "k *shape"]:
         x = x.clone()
-        for j in range(int(step.min()) + 1, len(self.times) - 1):
+        lowest = int(step.min()) if self.span is None else self.span[0]
+        for j in range(lowest + 1, len(self.times) - 1):
             active = (step < j).nonzero().squeeze(1)
-            here = active.to(self.device)
+            chosen = active if len(active) else torch.zeros(1, dtype=torch.int64)
+            here = chosen.to(self.device)
 
-            def renoise(j: int = j, active: Tensor = active) -> Tensor:
-                sample = rows[active]
+            def renoise(j: int = j, chosen: Tensor = chosen) -> Tensor:
+                sample = rows[chosen]
                 stars, members = (sample // self.how.size).tolist(), (sample % self.how.size).tolist()
                 return self._noise(stars, j + 1, members)
 
             t, s = self.times[j], self.times[j + 1]
-            x[here] = native_step(flow_map, cond.select(active), x[here], t, s, renoise).float()
+            after = native_step(flow_map, cond.select(chosen), x[here], t, s, renoise).float()
+            if len(active):
+                x[here] = after
         return x
 
     def _sibling_noise(self) -> Sequence[Float[Tensor, "g *shape"]]:

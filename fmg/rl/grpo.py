@@ -38,7 +38,7 @@ class Grpo:
         `step`: (rows,) int64, index of the grid interval. `weight` has mean 1.
     A branched rollout has one row a group: its `m` siblings share state and mean, so `x_s` is (rows, m, *shape), and
     `log_prob_old` and `advantage` are (rows, m). The loss of a row is the mean over its siblings, which equals that of
-    `m` repeated rows (docs/math.md, eq. 33).
+    `m` repeated rows (docs/math.md, eq. 31).
     """
 
     needs: Literal["transitions"] = "transitions"

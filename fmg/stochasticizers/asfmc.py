@@ -16,7 +16,7 @@ from fmg.core.types import Conditioning
 from fmg.flow.gaussian import Gaussian
 from fmg.flow.path import expand
 from fmg.registry import stochasticizers
-from fmg.stochasticizers.configs import AsfmcConfig, AsfmcEndpointConfig
+from fmg.stochasticizers.configs import LARGEST_SHARE, AsfmcConfig, AsfmcEndpointConfig
 from fmg.stochasticizers.guards import step_times
 
 
@@ -56,17 +56,22 @@ class Asfmc:
             CompositionError: from a single-time map.
         """
         t, s = step_times(t, s)
-        a = self.anchor(flow_map, s)
+        a = self.anchor(flow_map, t, s)
         scale, std = flow_map.path.kernel(a, s)
         return Gaussian(expand(scale, x_t) * flow_map.jump(x_t, t, a, cond), std)
 
-    def anchor(self, flow_map: FlowMap, s: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+    def anchor(self, flow_map: FlowMap, t: Float[Tensor, " b"], s: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """The anchor `a` of every row under the rule of the config (eq. 12)."""
         rule, value = self.config.anchor
         if rule == "gap":
             return (s - value).clamp_min(0)
         if rule == "ratio":
             return value * s
+        if rule == "hold":
+            path = flow_map.path
+            # rho(s) / rho(t), which is 0 at t = 1
+            ratio = path.sigma(s) * path.alpha(t) / (path.alpha(s) * path.sigma(t))
+            return path.anchor((ratio**value**2).clamp_max(LARGEST_SHARE), s)
         return flow_map.path.anchor(torch.full_like(s, value), s)
 
 

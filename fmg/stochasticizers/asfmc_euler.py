@@ -26,6 +26,8 @@ class AsfmcEuler:
     The expansion of the exact kernel at `a = s - h` to first order in `h`; both means and both variances differ by
     `O(h^2)`. It leans on the diagonal velocity where the exact form leans on the off-diagonal map. The gradient flows
     through `v` as well, so that the ratio is that of the density it is named after; `detach_velocity` stops it there.
+    With `floor`, `1 - s` is never less than that; with `truncate`, `epsilon` is never more than `s`. Both are in the
+    published code and change nothing on the `paper` grid.
     """
 
     config: AsfmcEulerConfig
@@ -56,8 +58,8 @@ class AsfmcEuler:
         """
         require_linear(flow_map, "asfmc-euler")
         t, s = step_times(t, s)
-        epsilon = self.config.epsilon
-        if not torch.compiler.is_compiling() and bool((s <= epsilon).any()):
+        epsilon, floor = self.config.epsilon, self.config.floor
+        if not self.config.truncate and not torch.compiler.is_compiling() and bool((s <= epsilon).any()):
             raise CompositionError(
                 f"'asfmc-euler' with epsilon {epsilon:g} cannot step to the time {s.min().item():g}",
                 "Lower epsilon below every interior time of the grid, or change the grid.",
@@ -66,6 +68,10 @@ class AsfmcEuler:
         v = flow_map.velocity(y, s, cond)
         if self.config.detach_velocity:
             v = v.detach()
-        h = epsilon * self.config.strength**2
-        mean = y - h * (y / expand(1 - s, y) + v)
-        return Gaussian(mean, (2 * h * s / (1 - s)).sqrt())
+        strength = self.config.strength**2
+        h = torch.full_like(s, epsilon * strength)
+        if self.config.truncate:
+            h = torch.minimum(h, s * strength)
+        rest = 1 - s if floor is None else (1 - s).clamp_min(floor)
+        mean = y - expand(h, y) * (y / expand(rest, y) + v)
+        return Gaussian(mean, (2 * h * s / rest).sqrt())

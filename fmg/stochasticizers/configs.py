@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field, model_validator
 
 from fmg.core.specs import Requirements
 from fmg.registry.config import StochasticizerConfig
 
-AnchorRule = Literal["gap", "ratio", "noise_share"]
+AnchorRule = Literal["gap", "ratio", "noise_share", "hold"]
 
 DEFAULT_ANCHOR: tuple[AnchorRule, float] = ("ratio", 0.9)
 """The anchor rule of `asfmc` when no option is given."""
 
 # an anchor nearer to the target leaves a std so small that fp32 log-probabilities lose their digits
-_LEAST_GAP, _LARGEST_SHARE = 1e-4, 0.9999
+_LEAST_GAP, LARGEST_SHARE = 1e-4, 0.9999
 _LEAST_NOISE, _LARGEST_NOISE = 1e-3, 10.0
 
 
 class AsfmcConfig(StochasticizerConfig):
-    """Anchored stochastic flow map composition, exact form. The three options exclude each other."""
+    """Anchored stochastic flow map composition, exact form. The four options exclude each other."""
 
     gap: float | None = Field(
         None,
@@ -31,21 +31,29 @@ class AsfmcConfig(StochasticizerConfig):
     ratio: float | None = Field(
         None,
         ge=0,
-        le=_LARGEST_SHARE,
+        le=LARGEST_SHARE,
         description=f"Anchor a = ratio * s. With no option at all, {DEFAULT_ANCHOR[0]} = {DEFAULT_ANCHOR[1]}.",
     )
     noise_share: float | None = Field(
         None,
         ge=0,
-        le=_LARGEST_SHARE,
+        le=LARGEST_SHARE,
         description="Anchor whose noise-to-signal ratio is this fraction m of the one at s.",
+    )
+
+    hold: float | None = Field(
+        None,
+        ge=0.01,
+        le=100,
+        description="Noise share m = (rho(s) / rho(t))^(hold^2): the noise follows the length of the step. 1 is the"
+        " standard SDE of the flow, large values the endpoint anchor.",
     )
 
     @model_validator(mode="after")
     def _one_rule(self) -> AsfmcConfig:
-        given = [name for name in ("gap", "ratio", "noise_share") if getattr(self, name) is not None]
+        given = [name for name in get_args(AnchorRule) if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ValueError(f"give only one of gap, ratio and noise_share, not {' and '.join(given)}")
+            raise ValueError(f"give only one of gap, ratio, noise_share and hold, not {' and '.join(given)}")
         return self
 
     @property
@@ -57,6 +65,8 @@ class AsfmcConfig(StochasticizerConfig):
             return "ratio", self.ratio
         if self.noise_share is not None:
             return "noise_share", self.noise_share
+        if self.hold is not None:
+            return "hold", self.hold
         return DEFAULT_ANCHOR
 
     def requires(self) -> Requirements:
@@ -84,10 +94,17 @@ class AsfmcEulerConfig(StochasticizerConfig):
     )
     strength: float = Field(0.7, ge=0.01, le=1, description="Noise strength; only epsilon * strength^2 matters.")
     detach_velocity: bool = Field(False, description="Stop the gradient at the diagonal velocity v.")
+    floor: float | None = Field(
+        None, gt=0, lt=1, description="Least 1 - s in mean and std; the published code has 0.05. null: no floor."
+    )
+    truncate: bool = Field(
+        False, description="Take min(epsilon, s), so that the anchor of an early target time is the data end."
+    )
 
     def requires(self) -> Requirements:
-        """A two-time map on the linear path, and target times above epsilon."""
-        return Requirements(anchors="any", path="linear", calls=2, min_target_time=self.epsilon)
+        """A two-time map on the linear path, and target times above epsilon, unless it is truncated."""
+        least = 0.0 if self.truncate else self.epsilon
+        return Requirements(anchors="any", path="linear", calls=2, min_target_time=least)
 
 
 class _BaselineConfig(StochasticizerConfig):

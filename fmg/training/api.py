@@ -151,7 +151,7 @@ def resume(
     if ended_short(folder.path):
         return _completed(folder, first=read_launch().first)
     check_resumable(folder.path)
-    recipe = Recipe.from_yaml(folder.recipe, allow_code=allow_code)
+    recipe = Recipe.of_run(folder.recipe, allow_code=allow_code)
     _, functions = split_functions({"rewards": rewards or ()})
     saved = load_state(folder, recipe, accept_changed_prompts=accept_changed_prompts)
     if accept_changed_prompts:

@@ -22,6 +22,7 @@ from fmg.training.keys import EMA_SCORE_KEY, SCORE_KEY
 from fmg.training.observe import Watcher
 from fmg.training.processes import Processes
 from fmg.training.resume import Live, Progress, RestingPoint, SavedState, rewind, save_state
+from fmg.training.samples import Sampler
 from fmg.training.state_files import generator_states
 
 
@@ -102,9 +103,9 @@ class Keeper:
             )
         return CheckpointIndex.from_json(text)
 
-    def resting_point(self, progress: Progress, watcher: Watcher) -> RestingPoint:
+    def resting_point(self, progress: Progress, watcher: Watcher, sampler: Sampler) -> RestingPoint:
         """What a state of now needs beside the weights, for as long as these do not change."""
-        return RestingPoint(progress, generator_states(self.live.device), watcher.tripwire.state())
+        return RestingPoint(progress, generator_states(self.live.device), watcher.tripwire.state(), sampler.state())
 
     def state(self, point: RestingPoint, watcher: Watcher, *, now: bool = False) -> None:
         """Saves the state when its turn has come: at the start, then every `train.state_every` iterations.
@@ -118,10 +119,15 @@ class Keeper:
         if now or (progress.iteration % train.state_every == 0 and not ended):
             self.processes.on_first(lambda: str(save_state(self.run, self.composed.recipe, point, self.live)))
 
-    def restore(self, saved: SavedState, watcher: Watcher) -> tuple[CheckpointIndex, list[dict[str, float]]]:
+    def restore(
+        self, saved: SavedState, watcher: Watcher, sampler: Sampler
+    ) -> tuple[CheckpointIndex, list[dict[str, float]]]:
         """Puts a run back to `saved`: weights and files; returns its checkpoints and its metrics so far."""
         saved.restore(self.live)
         watcher.tripwire.restore(saved.content["tripwire"])
+        # a run of before branched rollouts samples without learning
+        if sampling := saved.content.get("sampling"):
+            sampler.restore(sampling)
 
         def files() -> str:
             index, lines = rewind(self.run, saved.progress.lines)

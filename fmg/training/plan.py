@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from fmg.core.geometry import ModelGeometry
 from fmg.core.shown import counted
@@ -103,8 +104,28 @@ def _calls(recipe: Recipe) -> dict[str, str]:
     work, transitions = Work.of(recipe), transitions_of(recipe)
     return {
         **({"transitions an image": str(transitions)} if transitions else {}),
-        "network calls an iteration": f"{work.rollout_calls} in the rollout, {work.update_calls} in the updates",
+        "network calls an iteration": f"{work.rollout_calls:g} in the rollout, {work.update_calls} in the updates",
+        **_cost(recipe),
     }
+
+
+def _cost(recipe: Recipe) -> dict[str, str]:
+    """Row-NFE of this recipe, beside the other kind of rollout where the objective takes both."""
+    if not recipe.objective.config.branches or recipe.rollout.steps < 2:
+        return {}
+    kinds = {kind: _of_kind(recipe, kind) for kind in ("chain", "branch")}
+    texts = []
+    for kind, other in kinds.items():
+        work = Work.of(other)
+        mine = " (this recipe)" if kind == recipe.rollout.kind else ""
+        texts.append(f"{kind} {work.row_nfe:g}, {work.row_nfe / work.images:.3g} an image{mine}")
+    return {"row-NFE an iteration": f"{'; '.join(texts)}: network evaluations of one row, a backward pass counted as 2"}
+
+
+def _of_kind(recipe: Recipe, kind: Literal["chain", "branch"]) -> Recipe:
+    window = recipe.rollout.window if kind == "chain" else None
+    rollout = recipe.rollout.model_copy(update={"kind": kind, "window": window})
+    return recipe.model_copy(update={"rollout": rollout})
 
 
 def _equivalence(recipe: Recipe, sizes: Sizes, devices: int) -> dict[str, str]:

@@ -136,6 +136,10 @@ def rollout_bytes(recipe: Recipe, geometry: ModelGeometry, number: int, devices:
     transitions, rows = transitions_of(recipe), rows_of(recipe)
     part = -(-rows // recipe.train.updates_per_iteration)
     latents = images + 3 * (images * transitions + rows + part)
+    if recipe.rollout.kind == "branch":
+        # completions, then siblings, state and mean as the rollout, as the batch, and the part of one update
+        share = part / rows
+        latents = round(images + (images + 2 * rows) * (2 + share))
     # one row a prompt, which samples, rows and parts share
     conditioned = recipe.rollout.groups
     pixels = -(-images // devices) * 3 * geometry.resolution**2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -18,6 +18,8 @@ def transitions_of(recipe: Recipe) -> int:
     """Stochastic transitions of one sample: all steps but the last, or those of the window; 0 where none is needed."""
     if recipe.objective.config.needs == "samples":
         return 0
+    if recipe.rollout.kind == "branch":
+        return 1
     window = recipe.rollout.window
     return recipe.rollout.steps - 1 if window is None else window.size
 
@@ -29,23 +31,45 @@ def rows_of(recipe: Recipe) -> int:
     return recipe.rollout.samples * recipe.objective.config.rows_per_sample(transitions_of(recipe))
 
 
+def rollout_nfe(recipe: Recipe, steps: Sequence[float] | None = None) -> float:
+    """Network evaluations of one row in the rollout of one iteration.
+
+    Args:
+        recipe: the run.
+        steps: step at which each group of a branched rollout branches. None takes what is known before the run: the
+            first, or the mean of all, since adaptive steps depend on rewards.
+    """
+    shape, transitions = recipe.rollout, transitions_of(recipe)
+    if not transitions:
+        return shape.samples * shape.steps
+    calls = recipe.stochasticizer.config.requires().calls
+    if shape.kind == "chain":
+        return shape.samples * (transitions * calls + shape.steps - transitions)
+    if steps is None:
+        steps = [0.0 if shape.branch.steps == "first" else (shape.steps - 2) / 2] * shape.groups
+    before = calls if shape.branch.prefix == "stochastic" else 1
+    completed = [1.0 if shape.branch.completion == "jump" else shape.steps - 1 - k for k in steps]
+    return sum(k * before + calls + shape.group_size * rest for k, rest in zip(steps, completed, strict=True))
+
+
 @dataclass(frozen=True)
 class Work:
     """What an iteration does, in the units that its stages' times grow with."""
 
     images: int
-    rollout_calls: int
+    rollout_calls: float
     update_calls: int
 
     @classmethod
     def of(cls, recipe: Recipe) -> Work:
         """Counts of one iteration: the updates go once over every row, and replay the transition that it holds."""
-        images, steps = recipe.rollout.groups * recipe.rollout.group_size, recipe.rollout.steps
-        transitions, rows = transitions_of(recipe), rows_of(recipe)
-        if not transitions:
-            return cls(images, images * steps, rows)
-        calls = recipe.stochasticizer.config.requires().calls
-        return cls(images, images * (transitions * calls + steps - transitions), rows * calls)
+        calls = recipe.stochasticizer.config.requires().calls if transitions_of(recipe) else 1
+        return cls(recipe.rollout.samples, rollout_nfe(recipe), rows_of(recipe) * calls)
+
+    @property
+    def row_nfe(self) -> float:
+        """Network evaluations of one row in an iteration, a backward pass counted as two (docs/math.md, eq. 31)."""
+        return self.rollout_calls + 3 * self.update_calls
 
 
 @dataclass(frozen=True)
@@ -64,7 +88,7 @@ def estimate_iteration(recipe: Recipe, root: Path = RUNS) -> Estimate | None:
     """
     for run in reversed(list_runs(root)):
         try:
-            past, lines = Recipe.from_yaml(run.recipe, allow_code=True), read_metrics(run.metrics)
+            past, lines = Recipe.of_run(run.recipe, allow_code=True), read_metrics(run.metrics)
         except FmgError:
             continue
         timed = [line for line in lines if "time/iteration_s" in line]

@@ -128,6 +128,7 @@ class RestingPoint:
     progress: Progress
     generators: Mapping[str, Tensor]
     tripwire: Mapping[str, Any]
+    sampling: Mapping[str, Any]
 
 
 def save_state(run: RunFolder, recipe: Recipe, point: RestingPoint, live: Live) -> Path:
@@ -148,6 +149,7 @@ def save_state(run: RunFolder, recipe: Recipe, point: RestingPoint, live: Live) 
         "ema_updates": 0 if live.ema is None else live.ema.updates,
         "generators": point.generators,
         "tripwire": point.tripwire,
+        "sampling": point.sampling,
     }
     if not folder.exists():
         # else it was saved when the run was interrupted right here: an evaluation changes no weights

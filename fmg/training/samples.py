@@ -30,6 +30,7 @@ from fmg.rl import rollout, sample_rollout, window_steps
 from fmg.rl.branches import Branching, StepChooser, branch_rollout, reward_spread, siblings_of
 from fmg.rl.rollouts import group_members
 from fmg.training.compose import Composed
+from fmg.training.plan_time import rollout_nfe
 from fmg.training.processes import Processes
 from fmg.training.prompts import DynamicPrompts, iteration_prompts
 from fmg.training.sizes import Sizes
@@ -76,7 +77,8 @@ class Sampler:
 
     def learn(self, whole: Rollout, rewards: RewardOutput) -> dict[str, float]:
         """Takes the rewards of an iteration's samples; returns what is worth logging of them."""
-        metrics: dict[str, float] = {}
+        steps = whole.step.tolist() if isinstance(whole, BranchRollout) else None
+        metrics = {"nfe/rollout": float(rollout_nfe(self.composed.recipe, steps))}
         if isinstance(whole, BranchRollout) and self._steps is not None:
             spread, equal = reward_spread(rewards.total, whole.step)
             self._steps.learn(spread)
@@ -131,6 +133,7 @@ class Sampler:
             latent_shape=model.latent_shape,
             batch_size=self.sizes.rollout_batch,
             device=model.device,
+            span=None if processes.alone else (int(steps.min()), int(steps.max())),
         )
         if processes.alone:
             return own, own

@@ -236,7 +236,7 @@ class Trainer:
             self._keeper.state(self._resting(0), self._watcher)
             return index, 0
         progress = self.resumed.progress
-        index, self._lines = self._keeper.restore(self.resumed, self._watcher)
+        index, self._lines = self._keeper.restore(self.resumed, self._watcher, self._sampler)
         self._touched = progress.touched
         # calls of other shapes round otherwise, so they are checked anew
         same = tuple(progress.sizes) == astuple(self.sizes)
@@ -250,7 +250,7 @@ class Trainer:
         """The point after `done` iterations, from which the run can be resumed until the next update."""
         sizes, moved = astuple(self.sizes), not self._start
         progress = Progress(done, self._touched, len(self._lines), sizes, *self._gate.findings, moved=moved)
-        self._rest = self._keeper.resting_point(progress, self._watcher)
+        self._rest = self._keeper.resting_point(progress, self._watcher, self._sampler)
         return self._rest
 
     def iterate(self, iteration: int) -> None:
@@ -288,7 +288,7 @@ class Trainer:
         self.composed.model.snapshot()
         batch = self.composed.objective.prepare(scored, policies, recipe.train.seed * 1_000_003 + iteration)
         if not len(batch):
-            return {"skipped_updates": float(recipe.train.updates_per_iteration)}
+            return {"skipped_updates": float(recipe.train.updates_per_iteration), "nfe/trained_rows": 0.0}
         batch = self._gate.admit(batch)
         wanted, kl_limit = recipe.train.updates_per_iteration, recipe.objective.config.kl_limit
         done: list[dict[str, float]] = []
@@ -297,8 +297,10 @@ class Trainer:
             self._keeper.updated()
             done.append(logged)
             self._check_movement()
+        trained = sum(logged.pop("rows") for logged in done)
         by_update = {f"update_{i}/{key}": value for i, logged in enumerate(done) for key, value in logged.items()}
-        return {**by_update, **done[-1], "skipped_updates": float(wanted - len(done))}
+        skipped = float(wanted - len(done))
+        return {**by_update, **done[-1], "skipped_updates": skipped, "nfe/trained_rows": trained}
 
     def _check_movement(self) -> None:
         if self._start:

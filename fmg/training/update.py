@@ -45,8 +45,8 @@ class Updater:
         """One optimizer step on the mean loss over `batch`.
 
         Returns:
-            `loss`, `grad_norm` (before clipping) and the objective's parts on a probe **after** the step, so that
-            `approx_kl` says how far the policy moved.
+            `rows`, how many it had; `loss`; `grad_norm`, before clipping; and the objective's parts on a probe
+            **after** the step, so that `approx_kl` says how far the policy moved.
 
         Raises:
             GateError: when the gradient is not finite; the weights are then as before the call.
@@ -68,7 +68,7 @@ class Updater:
             )
         self.optimizer.step()
         rows = torch.linspace(0, len(batch) - 1, min(PROBE_ROWS, len(batch))).long()
-        return {"loss": total, "grad_norm": norm, **self.measure(batch.select(rows))}
+        return {"rows": float(len(batch)), "loss": total, "grad_norm": norm, **self.measure(batch.select(rows))}
 
     def updates(self, batch: Batch, count: int, seed: int, kl_limit: float | None) -> Iterator[dict[str, float]]:
         """At most `count` updates, each on its own random part of `batch`; yields what `update` returns of each.

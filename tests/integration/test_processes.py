@@ -41,6 +41,16 @@ UNEVEN = {
     "eval.steps": 1,
     "eval.rewards": [],
 }
+# groups are shared out: 5 of 3 siblings, one group a network call, so that two processes have 3 and 2
+BRANCHED = {
+    **UNEVEN,
+    "rollout.kind": "branch",
+    "rollout.groups": 5,
+    "rollout.group_size": 3,
+    "rollout.branch.steps": "adaptive",
+    "rollout.prompt_sampling": "dynamic",
+    "train.micro_batch": 1,
+}
 VARIANT = {
     **UNEVEN,
     "train.iterations": 2,
@@ -73,7 +83,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         recipe.write_text(Recipe.default(model, **options).to_yaml(), encoding="utf-8")
         return Planned(str(root / name), str(recipe), cut)
 
-    cases = {"shapes": (None, UNEVEN), "flux": ("meanflow-flux", flux)}
+    cases = {"shapes": (None, UNEVEN), "branched": (None, BRANCHED), "flux": ("meanflow-flux", flux)}
     together = [
         planned(f"{name}-{engine}", model, {**options, "train.parallel": engine})
         for name, (model, options) in cases.items()
@@ -81,6 +91,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     together += [
         planned("shapes-cut", None, {**UNEVEN, "train.parallel": "fsdp2"}, cut=3),
+        planned("branched-cut", None, {**BRANCHED, "train.parallel": "fsdp2"}, cut=3),
         planned("variant-fsdp2", None, {**VARIANT, "train.parallel": "fsdp2"}),
         planned("fails", None, fails),
     ]
@@ -111,7 +122,7 @@ def _metrics(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("model", ["shapes", "flux"])
+@pytest.mark.parametrize("model", ["shapes", "branched", "flux"])
 def test_two_processes_train_what_one_trains(model: str, engine: str, root: Path) -> None:
     one, two = root / model, root / f"{model}-{engine}"
     first, second = (load_file(two / f"gradients-{rank}.safetensors") for rank in (0, 1))
@@ -134,8 +145,9 @@ def test_embedder_average_and_an_early_stop_are_those_of_one_process(root: Path)
         assert _distance(_adapter(root / "variant-fsdp2", entry.name), _adapter(root / "variant", entry.name)) <= 1e-5
 
 
-def test_two_processes_resume_a_run_bit_for_bit(root: Path) -> None:
-    cut, whole = root / "shapes-cut", root / "shapes-fsdp2"
+@pytest.mark.parametrize("name", ["shapes", "branched"])
+def test_two_processes_resume_a_run_bit_for_bit(name: str, root: Path) -> None:
+    cut, whole = root / f"{name}-cut", root / f"{name}-fsdp2"
     ours, theirs = _adapter(cut), _adapter(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert _metrics(cut) == _metrics(whole)

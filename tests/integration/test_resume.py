@@ -48,6 +48,13 @@ KINDS: dict[str, dict[str, object]] = {
         "lora.dropout": 0.2,
         "train.shuffle_advantages": True,
     },
+    # what the choice of steps and prompts learned is part of the state
+    "branched": {
+        "rollout.kind": "branch",
+        "rollout.branch.steps": "adaptive",
+        "rollout.branch.completion": "grid",
+        "rollout.prompt_sampling": "dynamic",
+    },
     # runs where bitsandbytes is installed; smaller tensors would keep moments in fp32
     "bitsandbytes": {"optimizer": {"name": "adamw8bit", "lr": 3e-3}, "lora.rank": 64},
 }
@@ -211,7 +218,7 @@ def _damage_index(run: Path) -> None:
 
 def _swap_tensors(run: Path) -> None:
     file = next(run.glob("state/*/state.safetensors"))
-    save_file({name: x[..., :1].clone() for name, x in load_file(file).items()}, file)
+    save_file({name: x[..., :1].clone() if x.ndim else x for name, x in load_file(file).items()}, file)
     write_sums(file.parent)
 
 

@@ -22,6 +22,8 @@ EXACT_KERNELS: tuple[tuple[str, dict[str, object]], ...] = (
     ("asfmc", {"ratio": 0.5}),
     ("asfmc", {"noise_share": 0.3}),
     ("asfmc", {"noise_share": 0.95}),
+    ("asfmc", {"hold": 0.5}),
+    ("asfmc", {"hold": 1.0}),
     ("asfmc-endpoint", {}),
 )
 

@@ -211,6 +211,32 @@ def check_stars_cost_what_theory_says() -> None:
     assert network.calls == 2 + 1 + 1
 
 
+def check_every_process_makes_the_calls_of_the_span() -> None:
+    """With groups at step 1 alone, a span of all steps costs the calls of all, and changes no sample."""
+    counts, drawn = [], []
+    for span in (None, (0, 2)):
+        network, flow_map = two_time()
+        cond = Conditioning(("a", "b"), {})
+        drawn.append(
+            branch_rollout(
+                flow_map,
+                stochasticizer(),
+                cond,
+                [0, 1],
+                [1, 1],
+                GRID,
+                Branching(4, "grid"),
+                seed=7,
+                latent_shape=SHAPE,
+                span=span,
+            )
+        )
+        counts.append(network.calls)
+    assert counts == [1 + 1 + 2, 2 + 1 + 3]
+    assert torch.equal(drawn[0].x0, drawn[1].x0)
+    assert torch.equal(drawn[0].x_t, drawn[1].x_t)
+
+
 def check_stars_do_not_depend_on_batches() -> None:
     _, flow_map = two_time()
     for how in (Branching(6), Branching(6, "grid", "stochastic", antithetic=True)):
@@ -262,7 +288,7 @@ def check_stars_keep_the_path() -> None:
 
 
 def check_the_gradient_has_its_closed_form_and_variance() -> None:
-    """A linear reward through an affine map (docs/math.md, eq. 34-35).
+    """A linear reward through an affine map (docs/math.md, eq. 32 and 33).
 
     With the completion `X_{s->0}(x) = A x + b`, reward `w . x_0` and advantages `R - mean`, the expected gradient is
     `-(1 - 1/M) / D (d mean / d theta)^T A w`. The chain adds the reward's variance from every other noise to it, and

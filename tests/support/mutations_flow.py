@@ -137,14 +137,14 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         _SAMPLING,
-        "expand(scale, x_0) * x_0 + expand(std, x_0) * renoise(k)",
-        "x_0 + expand(std, x_0) * renoise(k)",
+        "expand(scale, x_0) * x_0 + expand(std, x_0) * renoise()",
+        "x_0 + expand(std, x_0) * renoise()",
         _flow("native_sampler_keeps_the_path"),
     ),
     Mutation(
         _SAMPLING,
-        "expand(std, x_0) * renoise(k)",
-        "expand(std.square(), x_0) * renoise(k)",
+        "expand(std, x_0) * renoise()",
+        "expand(std.square(), x_0) * renoise()",
         _flow("native_sampler_keeps_the_path"),
     ),
     Mutation(
@@ -208,37 +208,37 @@ MUTATIONS: tuple[Mutation, ...] = (
     # first-order form
     Mutation(
         _EULER,
-        "h = epsilon * self.config.strength**2",
-        "h = epsilon * self.config.strength",
+        "strength = self.config.strength**2",
+        "strength = self.config.strength",
         _stochastic("euler_depends_on_one_product"),
     ),
     Mutation(
         _EULER,
-        "y / expand(1 - s, y) + v",
-        "y / expand(1 - s, y) - v",
+        "y / expand(rest, y) + v",
+        "y / expand(rest, y) - v",
         _stochastic("exact_kernel_tends_to_euler", "euler_form_preserves_the_path_to_first_order"),
     ),
     Mutation(
         _EULER,
-        "mean = y - h *",
-        "mean = y + h *",
+        "mean = y - expand(h, y) *",
+        "mean = y + expand(h, y) *",
         _stochastic("exact_kernel_tends_to_euler", "euler_form_preserves_the_path_to_first_order"),
     ),
     Mutation(
         _EULER,
-        "y / expand(1 - s, y)",
+        "y / expand(rest, y)",
         "y",
         _stochastic("exact_kernel_tends_to_euler", "euler_form_preserves_the_path_to_first_order"),
     ),
     Mutation(
         _EULER,
-        "(2 * h * s / (1 - s)).sqrt()",
-        "(h * s / (1 - s)).sqrt()",
+        "(2 * h * s / rest).sqrt()",
+        "(h * s / rest).sqrt()",
         _stochastic("exact_kernel_tends_to_euler", "euler_form_preserves_the_path_to_first_order"),
     ),
     Mutation(
         _EULER,
-        "(2 * h * s / (1 - s)).sqrt()",
+        "(2 * h * s / rest).sqrt()",
         "(2 * h * s).sqrt()",
         _stochastic("exact_kernel_tends_to_euler", "euler_form_preserves_the_path_to_first_order"),
     ),
@@ -250,6 +250,14 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(_EULER, "if self.config.detach_velocity:", "if False:", _stochastic("detached_velocity")),
     Mutation(_EULER, "if self.config.detach_velocity:", "if True:", _stochastic("detached_velocity")),
+    Mutation(_EULER, ".clamp_min(floor)", ".clamp_max(floor)", _stochastic("euler_form_as_published")),
+    Mutation(
+        _EULER,
+        "torch.minimum(h, s * strength)",
+        "torch.maximum(h, s * strength)",
+        _stochastic("euler_form_as_published"),
+    ),
+    Mutation(_ASFMC, "ratio ** value**2", "ratio ** value", _stochastic("asfmc_anchor_rules")),
     # velocity samplers
     Mutation(
         _VELOCITY, "torch.where(t == 1, s, t)", "torch.where(t == 1, 1 - s, t)", _stochastic("flow_sde_closed_form")

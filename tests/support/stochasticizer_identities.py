@@ -91,13 +91,16 @@ def check_asfmc_at_the_target_is_the_map() -> None:
 
 
 def check_asfmc_anchor_rules() -> None:
-    """Eq. 12: the three rules, and the default, put the anchor where they say, with the std that follows."""
+    """Eq. 12: the four rules, and the default, put the anchor where they say, with the std that follows."""
     flow_map = gaussian_map(LinearPath())
     for t, s in STEPS:
+        # rho = t / (1 - t), infinite at 1
+        held = 0.0 if t == 1 else (s * (1 - t) / ((1 - s) * t)) ** 0.49
         expected = {
             ("gap", 0.1): max(0.0, s - 0.1),
             ("ratio", 0.6): 0.6 * s,
             ("noise_share", 0.6): 0.6 * s / (1 - 0.4 * s),
+            ("hold", 0.7): held * s / (1 - s + held * s),
             ("", 0.0): 0.9 * s,
         }
         for (rule, value), a in expected.items():
@@ -113,6 +116,20 @@ def check_endpoint_noise_level() -> None:
         full, half = transition("asfmc-endpoint", {}, t, s), transition("asfmc-endpoint", {"noise_level": 0.5}, t, s)
         assert torch.equal(full.mean, half.mean)
         close(half, full.mean, 0.5 * s)
+
+
+def check_euler_form_as_published() -> None:
+    """Eq. 14 with the published floor of `1 - s` and truncation: no change inside, and the data end at early times."""
+    flow_map, published = gaussian_map(LinearPath()), {"floor": 0.05, "truncate": True}
+    for t, s in STEPS:
+        ours, theirs = transition("asfmc-euler", {}, t, s), transition("asfmc-euler", published, t, s)
+        assert torch.equal(ours.mean, theirs.mean)
+        assert torch.equal(ours.std, theirs.std)
+    for t, s, rest, h in ((1.0, 0.98, 0.05, 0.03 * 0.49), (0.5, 0.02, 0.98, 0.02 * 0.49)):
+        density = transition("asfmc-euler", published, t, s)
+        y = flow_map.jump(X, times(t, 4), times(s, 4), unconditional(4))
+        v = flow_map.velocity(y, times(s, 4), unconditional(4))
+        close(density, y - h * (y / rest + v), math.sqrt(2 * h * s / rest))
 
 
 def check_exact_kernel_tends_to_euler() -> None:

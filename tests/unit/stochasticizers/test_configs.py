@@ -10,9 +10,9 @@ from fmg.core.specs import Requirements
 from fmg.registry import StochasticizerConfig, stochasticizers
 
 DEFAULTS: dict[str, dict[str, object]] = {
-    "asfmc": {"gap": None, "ratio": None, "noise_share": None},
+    "asfmc": {"gap": None, "ratio": None, "noise_share": None, "hold": None},
     "asfmc-endpoint": {"noise_level": 1.0},
-    "asfmc-euler": {"epsilon": 0.03, "strength": 0.7, "detach_velocity": False},
+    "asfmc-euler": {"epsilon": 0.03, "strength": 0.7, "detach_velocity": False, "floor": None, "truncate": False},
     "flow-sde": {"noise_level": 0.7},
     "dance-sde": {"noise_level": 0.3},
     "cps": {"noise_level": 0.8, "published_log_prob": False},
@@ -30,7 +30,7 @@ def test_options_and_defaults(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "complaint"),
     [
-        ("asfmc", {"gap": 0.1, "ratio": 0.5}, "give only one of gap, ratio and noise_share, not gap and ratio"),
+        ("asfmc", {"gap": 0.1, "ratio": 0.5}, "give only one of gap, ratio, noise_share and hold, not gap and ratio"),
         ("asfmc", {"gap": 0.1, "noise_share": 0.0}, "not gap and noise_share"),
         ("asfmc", {"gap": 1e-5}, "greater than or equal to 0.0001"),
         ("asfmc", {"ratio": 0.99999}, "less than or equal to 0.9999"),
