@@ -46,7 +46,7 @@ _TIMESTEPS = 1000
 def sampled_as(conventions: FlowMapConventions, recipe: Recipe) -> FlowMapConventions:
     """Conventions whose default steps and grid are those that `fmg generate` takes from a recipe."""
     grid = recipe.rollout.grid
-    stated = grid if isinstance(grid, str) else tuple(grid)
+    stated = grid if isinstance(grid, str) else list(grid)
     return conventions.model_copy(update={"default_steps": recipe.rollout.steps, "default_grid": stated})
 
 

@@ -34,7 +34,7 @@ class FlowMapConventions(BaseModel):
     resolution: int = Field(gt=0, le=MAX_SIDE, description="Side of the square image in pixels.")
     max_sequence_length: int = Field(gt=0, le=512, description="Length that text tokens are padded and cut to.")
     default_steps: int = Field(gt=0, description="Network calls of the deterministic sampler.")
-    default_grid: str | tuple[float, ...] = Field(description="Name of the time grid, or its times.")
+    default_grid: str | list[float] = Field(description="Name of the time grid, or its times.")
     guidance: float | None = Field(
         default=None, ge=0, description="Embedded guidance scale, where the weights want it."
     )
@@ -56,7 +56,7 @@ class FlowMapConventions(BaseModel):
             path=self.path,
             resolution=self.resolution,
             default_steps=self.default_steps,
-            default_grid=self.default_grid,
+            default_grid=self.default_grid if isinstance(self.default_grid, str) else tuple(self.default_grid),
             default_stochasticizer=("asfmc", ()) if self.map == "two-time" else ("asfmc-endpoint", ()),
             default_recipe=recipe,
         )
@@ -103,7 +103,7 @@ def as_conventions(stated: FlowMapConventions | Mapping[str, object] | None) -> 
             f"Load it with FlowMapPipeline.from_pretrained, which reads {CONVENTIONS_FILE}, or pass conventions.",
         )
     try:
-        return FlowMapConventions.model_validate(stated)
+        return FlowMapConventions.model_validate(dict(stated), strict=True)
     except ValidationError as error:
         raise CheckpointError(
             f"The conventions of the map cannot be used: {_reason(error)}",
