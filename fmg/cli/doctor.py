@@ -23,15 +23,21 @@ doctor.command("rewards")(doctor_rewards)
 def examine_installation(
     ctx: typer.Context,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out the self-test.")] = False,
+    network: Annotated[
+        bool, typer.Option("--network", help="Contact the indexes that packages and weights come from.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Examine the installation: versions, devices, disk, extras with their install lines, and a tiny training run.
 
-    Exit code 1 when something is wrong. An extra that is not installed is no fault. Nothing uses the network.
+    Exit code 1 when something is wrong. An extra that is not installed is no fault. Nothing is contacted without
+    --network.
     """
     if (command := ctx.invoked_subcommand) is not None:
-        if quick:
-            raise UsageError(f"--quick does not go with `doctor {command}`", "Leave it out: it is of the installation.")
+        for flag, given in (("--quick", quick), ("--network", network)):
+            if given:
+                what = f"{flag} does not go with `doctor {command}`"
+                raise UsageError(what, "Leave it out: it is of the installation.")
         if as_json:
             raise UsageError(f"--json comes after `doctor {command}`", f"Write `fmg doctor {command} ... --json`.")
         return
@@ -39,7 +45,7 @@ def examine_installation(
         reporter(LOADING)
         from fmg.training.doctor import examine
 
-        checks = examine(self_test=not quick, observer=reporter)
+        checks = examine(self_test=not quick, network=network, observer=reporter)
     if as_json:
         print_json([asdict(check) for check in checks])
     else:

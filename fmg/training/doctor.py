@@ -9,22 +9,26 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import torch
 
 from fmg.core.cache import cache_dir
+from fmg.core.errors import UsageError
 from fmg.core.events import Observer, StageProgress, ignore
 from fmg.core.files import from_home
-from fmg.core.offline import is_offline
+from fmg.core.offline import OFFLINE, is_offline
 from fmg.data.environment import environment
 from fmg.registry.recipe import Recipe
 from fmg.training.api import train
 from fmg.version import DISTRIBUTION, install_line
 
-Outcome = Literal["ok", "missing", "failed"]
+Outcome = Literal["ok", "missing", "not contacted", "failed"]
 
 _PURPOSES: Mapping[str, tuple[str, str]] = {
     "rewards": ("text cleaning of the published CLIP rewards", ""),
@@ -35,10 +39,12 @@ _PURPOSES: Mapping[str, tuple[str, str]] = {
     "trt-rtx": ("TensorRT-RTX engines", ""),
     "dev": ("the tests of fmg itself", ""),
 }
+_HUB = "https://huggingface.co"
+_CONTACT_S = 10
 _INDEXES = (
     ("https://download.pytorch.org/whl/cpu", "torch without CUDA: pip install torch --index-url ..."),
     ("https://pypi.nvidia.com", "TensorRT's libraries: pip install ... --extra-index-url ..."),
-    ("https://huggingface.co", "weights of models and rewards: `fmg fetch`; HF_ENDPOINT names a mirror"),
+    (_HUB, "weights of models and rewards: `fmg fetch`; HF_ENDPOINT names a mirror"),
 )
 _MIB = 1 << 20
 _LOW_DISK = 2048 * _MIB
@@ -61,7 +67,8 @@ class Check:
     Attributes:
         topic: `environment`, `device`, `storage`, `extra`, `index` or `self-test`.
         name: what was looked at.
-        outcome: `missing` is an extra that is not installed; only `failed` is wrong.
+        outcome: `missing` is an extra that is not installed, `not contacted` an index that nobody asked; only `failed`
+            is wrong.
         found: what there is.
         advice: what to do; empty when there is nothing to do.
     """
@@ -73,16 +80,45 @@ class Check:
     advice: str = ""
 
 
-def examine(*, self_test: bool = True, observer: Observer = ignore) -> list[Check]:
-    """Looks at everything; nothing uses the network. Progress arrives as `StageProgress("doctor", ...)`."""
+def examine(*, self_test: bool = True, network: bool = False, observer: Observer = ignore) -> list[Check]:
+    """Looks at everything. Progress arrives as `StageProgress("doctor", ...)`.
+
+    Args:
+        self_test: whether to end with a tiny training run.
+        network: whether to contact the indexes; otherwise nothing uses the network.
+        observer: hears of the progress.
+
+    Raises:
+        UsageError: the network is asked for and forbidden.
+    """
+    if network and is_offline():
+        raise UsageError(f"{OFFLINE} forbids the network, which --network asks for", "Leave one of the two out.")
     checks = [Check("environment", name, "ok", value) for name, value in environment().items() if name != "devices"]
     checks += [*_devices(), *_storage(), *_extras()]
-    checks += [Check("index", name, "ok", purpose) for name, purpose in _INDEXES]
+    for number, (name, purpose) in enumerate(_INDEXES):
+        if network:
+            observer(StageProgress("doctor: indexes", number, len(_INDEXES)))
+        checks.append(_contacted(name, purpose) if network else Check("index", name, "not contacted", purpose))
     if self_test:
         observer(StageProgress("doctor: a tiny training run", 0, 1))
         checks.append(_self_test())
         observer(StageProgress("doctor: a tiny training run", 1, 1))
     return checks
+
+
+def _contacted(index: str, purpose: str) -> Check:
+    """An index is there when it answers at all: what it answers to a stranger's question is its own business."""
+    url = os.environ.get("HF_ENDPOINT") or index if index == _HUB else index
+    try:
+        with urlopen(Request(url, method="HEAD"), timeout=_CONTACT_S) as answer:
+            found = f"answers with {answer.status}"
+    except HTTPError as error:
+        found = f"answers with {error.code}"
+    except (OSError, ValueError, HTTPException) as error:
+        reason = " ".join(str(getattr(error, "reason", error)).split())
+        advice = "Check the connection and the proxy (HTTPS_PROXY)."
+        return Check("index", index, "failed", f"{url} does not answer: {reason}; {purpose}", advice)
+    return Check("index", index, "ok", f"{url} {found}; {purpose}")
 
 
 def _devices() -> Iterator[Check]:
@@ -110,7 +146,7 @@ def _storage() -> Iterator[Check]:
             yield Check("storage", name, "failed", found, f"Less than {_LOW_DISK // _MIB} MiB: free some space.")
         else:
             yield Check("storage", name, "ok", found)
-    network = "not used: HF_HUB_OFFLINE is set" if is_offline() else "used for weights, by `fmg fetch` and on first use"
+    network = "not used: HF_HUB_OFFLINE is set" if is_offline() else "used for weights by `fmg fetch` alone"
     yield Check("storage", "network", "ok", network)
 
 

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from fmg.core.errors import UsageError
@@ -98,6 +96,9 @@ def attach(
             f"A LoRA with rank {rank}, alpha {alpha} and dropout {dropout} is not possible",
             "Use rank >= 1, alpha > 0 and 0 <= dropout < 1.",
         )
+    # which imports all of transformers: whoever only averages weights or composes a run does without
+    from peft import LoraConfig
+
     found = matching_modules(transformer, targets)
     config = LoraConfig(
         r=rank,
@@ -120,6 +121,10 @@ def attach(
 
 def tuner_layers(transformer: nn.Module) -> list[Any]:
     """The PEFT layers that wrap adapted modules."""
+    if not hasattr(transformer, "peft_config"):
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     return [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
 
 

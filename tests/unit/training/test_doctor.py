@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from email.message import Message
 from pathlib import Path
+from urllib.error import HTTPError, URLError
+from urllib.request import Request
 
 import pytest
 
-from fmg.core.errors import CheckpointError
+from fmg.core.errors import CheckpointError, UsageError
 from fmg.training import doctor
 from tests.support.cli import fmg
 
@@ -24,6 +27,38 @@ def test_everything_is_looked_at_and_an_absent_extra_is_no_fault(monkeypatch: py
     assert "without no-such-package" in absent["found"]
     assert absent["advice"].startswith("pip install 'flow-map-grpo[trt]' --extra-index-url")
     assert done.code == (1 if any(check["outcome"] == "failed" for check in checks.values()) else 0)
+
+
+def test_indexes_are_contacted_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def answer(request: Request, timeout: float) -> object:
+        asked.append(request.full_url)
+        raise [
+            HTTPError(request.full_url, 403, "no", Message(), None),
+            URLError("no\nroute"),
+            TimeoutError("timed out"),
+        ][len(asked) - 1]
+
+    monkeypatch.setattr(doctor, "urlopen", answer)
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.test")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    quiet = [check for check in doctor.examine(self_test=False) if check.topic == "index"]
+    assert {check.outcome for check in quiet} == {"not contacted"}
+    assert asked == []
+    loud = [check for check in doctor.examine(self_test=False, network=True) if check.topic == "index"]
+    assert [check.outcome for check in loud] == ["ok", "failed", "failed"]
+    assert "answers with 403" in loud[0].found
+    assert "does not answer: no route" in loud[1].found
+    assert asked[2] == "https://mirror.test"
+
+
+def test_the_network_is_not_used_against_the_users_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UsageError, match="forbids the network"):
+        doctor.examine(self_test=False, network=True)
+    (line,) = (check.found for check in doctor._storage() if check.name == "network")
+    assert line.startswith("not used")
 
 
 def test_extras_come_from_the_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
