@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -27,8 +28,8 @@ STD = 1.0333394966054072
 """Mean and standard deviation of the raw score on the authors' data (`ImageReward.py` of their repository)."""
 
 MAX_TOKENS = 35
-HEAD_WIDTH = 64
-"""Channels of one attention head in BLIP's image encoders, of either size."""
+HEADS: Mapping[int, int] = MappingProxyType({768: 12, 1024: 16})
+"""Attention heads of BLIP's published image encoders, by width."""
 
 _VISION: Mapping[str, str] = MappingProxyType(
     {
@@ -75,7 +76,7 @@ def imagereward(config: ImageRewardConfig) -> NetworkReward:
     Each image is scored against its own prompt, of which the first 35 tokens are read. Images are rounded to 8 bits,
     resized by Pillow and cropped as torchvision does.
     """
-    return NetworkReward("imagereward", config, _load)
+    return NetworkReward("imagereward", config, partial(_load, config.vision_heads))
 
 
 class Blip:
@@ -111,11 +112,11 @@ class Blip:
         return first
 
 
-def _load(files: Files, device: torch.device, dtype: torch.dtype) -> Score:
+def _load(heads: int | None, files: Files, device: torch.device, dtype: torch.dtype) -> Score:
     checkpoint, tokenizer = files["checkpoint"], files["tokenizer"]
     tensors = read_renamed(checkpoint.first, LAYOUT, from_image_reward)
     vision, text, head = (_part(tensors, name) for name in ("vision.", "text.", "head."))
-    image_config = _vision_config(vision)
+    image_config = _vision_config(vision, heads)
     text_config = _text_config(read_json(checkpoint.files["med_config.json"]), image_config.hidden_size)
     loaded = load_pretrained(BertTokenizer.from_pretrained, tokenizer.folder, tokenizer.asset.what)
     # they are never written, but a prompt that holds their text must not be split
@@ -140,8 +141,16 @@ def _scorer(blip: Blip, head: AffineHead) -> Score:
     return score
 
 
-def _vision_config(tensors: Tensors) -> Any:
-    """The architecture that the tensors of a `BlipVisionModel` have."""
+def _vision_config(tensors: Tensors, heads: int | None) -> Any:
+    """The architecture that the tensors of a `BlipVisionModel` have.
+
+    Args:
+        tensors: by name.
+        heads: attention heads; None for a published size.
+
+    Raises:
+        CheckpointError: a tensor is missing, or the width goes with no such number of heads.
+    """
     try:
         patches = tensors["embeddings.patch_embedding.weight"]
         positions = tensors["embeddings.position_embedding"].shape[1]
@@ -150,11 +159,23 @@ def _vision_config(tensors: Tensors) -> Any:
     except KeyError as error:
         raise CheckpointError(f"The ImageReward checkpoint lacks {error}", "Give the published file.") from None
     width, side = patches.shape[0], patches.shape[-1]
+    heads = heads or HEADS.get(width)
+    if heads is None:
+        raise CheckpointError(
+            f"The image encoder of the ImageReward checkpoint is {width} wide, which is no published size, and no weight"
+            " shows the number of its attention heads",
+            "Give the published file, or state it in the option vision_heads.",
+        )
+    if width % heads:
+        raise CheckpointError(
+            f"The image encoder of the ImageReward checkpoint is {width} wide, which {heads} heads do not share evenly",
+            "Correct the option vision_heads.",
+        )
     return BlipVisionConfig(
         hidden_size=width,
         intermediate_size=feedforward,
         num_hidden_layers=len(layers),
-        num_attention_heads=width // HEAD_WIDTH,
+        num_attention_heads=heads,
         image_size=side * round((positions - 1) ** 0.5),
         patch_size=side,
         hidden_act="gelu",

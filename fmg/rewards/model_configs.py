@@ -179,6 +179,12 @@ class ImageRewardConfig(NetworkConfig):
     tokenizer: str = Field(
         default=BERT, min_length=1, description="tokenizer of bert-base-uncased: local folder or hub id@revision"
     )
+    vision_heads: int | None = Field(
+        default=None,
+        ge=1,
+        description="attention heads of the image encoder, which no weight shows; null: those of BLIP's published "
+        "sizes, 12 at a width of 768 and 16 at 1024",
+    )
 
     def assets(self) -> tuple[Asset, ...]:
         """Checkpoint and tokenizer."""

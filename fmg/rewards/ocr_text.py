@@ -9,21 +9,38 @@ from fmg.core.errors import MissingDependencyError, UsageError
 from fmg.version import install_line
 
 INSTALL_OCR = install_line("ocr")
-_QUOTED = re.compile('["“”„]([^"“”„]*)["“”„]')
+_ANY_PAIR = re.compile('["“”„]([^"“”„]*)["“”„]')
+# A straight quote after a digit opens nothing: it is an inch mark. The first quote that opens decides which form it is.
+_QUOTED = re.compile(
+    r"""
+      “([^“”]*)”                                     # may hold straight quotes
+    | „([^„“”]*)[“”]
+    | (?<!\d)""+(?=[^\s"“”„])([^"“”„]+)""+           # doubled
+    | (?<!\d)"((?:[^"“”„]|“[^"“”„]*”)*)"             # may hold curly pairs
+    | (?:(?<!\d)"|[“”„])([^"“”„]*)["“”„]             # two of different kinds
+    """,
+    re.VERBOSE,
+)
 
 
 def quoted_text(prompt: str) -> str:
     """The text between the first pair of double quotes, straight or curly, without blanks at its ends.
 
+    Quotes inside a pair of the other kind belong to the text (`“say "HI"”`), unless they enclose all of it. A straight
+    quote right after a digit is an inch mark (`a 5" disk labelled "DATA"`), unless it opens the only pair there is.
+    Prompts with one kind of quotes and no inch marks are read as Flow-GRPO reads them.
+
     Raises:
         UsageError: when the prompt quotes nothing, or only blanks.
     """
-    found = _QUOTED.search(prompt)
+    found = _QUOTED.search(prompt) or _ANY_PAIR.search(prompt)
     if found is None:
         raise UsageError(
             f"The prompt '{prompt}' quotes no text", 'Write the text to be drawn in double quotes: "HELLO".'
         )
-    text = found.group(1).strip()
+    text = str(found[found.lastindex or 0]).strip()
+    while len(text) > 1 and text[0] + text[-1] in ('""', "“”"):
+        text = text[1:-1].strip()
     if not text:
         raise UsageError(f"The prompt '{prompt}' quotes an empty text", 'Write the text to be drawn: "HELLO".')
     return text

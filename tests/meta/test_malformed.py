@@ -214,7 +214,7 @@ MISUSES = (
     Misuse("train --dry-run --prompts nowhere.txt", "nowhere.txt"),
     Misuse("train --dry-run --prompts p.jsonl", "p.jsonl:1", text("p.jsonl", "{\n")),
     Misuse("train --dry-run --reward python:no.such.module:fn", "no.such.module"),
-    Misuse("train --reward python:leave:fn", "SystemExit", text("leave.py", "raise SystemExit(0)\n")),
+    Misuse("train --reward python:leave:fn", "SystemExit", text("leave.py", "raise SystemExit(0)\nfn = len\n")),
     # recipes
     Misuse("train --set lr", "PATH=VALUE"),
     Misuse("train --set optimizer.lrr=1", "'lr'"),

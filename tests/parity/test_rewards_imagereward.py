@@ -99,7 +99,7 @@ def test_imagereward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
     monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))
     tiny = write_image_reward(tmp_path / "reward")
     weights = tiny.folder if given == "folder" else tiny.file
-    options = {"weights": str(weights), "tokenizer": str(tiny.folder / "tokenizer"), "batch_size": 3}
+    options = {"weights": str(weights), "tokenizer": str(tiny.folder / "tokenizer"), "vision_heads": 2, "batch_size": 3}
     reward = rewards.build("imagereward", options)
     # the last becomes 32 x 35, whose crop is at 2 when rounded half to even, and at 1 when rounded down
     for height, width in ((64, 64), (20, 35), (64, 70)):
@@ -112,7 +112,9 @@ def test_imagereward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
 def test_images_are_scored_against_their_own_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))
     tiny = write_image_reward(tmp_path / "reward")
-    reward = rewards.build("imagereward", {"weights": str(tiny.folder), "tokenizer": str(tiny.folder / "tokenizer")})
+    reward = rewards.build(
+        "imagereward", {"weights": str(tiny.folder), "tokenizer": str(tiny.folder / "tokenizer"), "vision_heads": 2}
+    )
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     together = reward(images, PROMPTS).total
     alone = torch.cat([reward(images[i : i + 1], PROMPTS[i : i + 1]).total for i in range(4)])

@@ -61,7 +61,9 @@ def test_a_checkpoint_that_lacks_a_tensor(
     monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))
     tiny = write_image_reward(tmp_path / "reward")
     torch.save({name: x for name, x in tiny.tensors.items() if name != drop}, tiny.file)
-    reward = rewards.build("imagereward", {"weights": str(tiny.file), "tokenizer": str(tiny.folder / "tokenizer")})
+    reward = rewards.build(
+        "imagereward", {"weights": str(tiny.file), "tokenizer": str(tiny.folder / "tokenizer"), "vision_heads": 2}
+    )
     with pytest.raises(CheckpointError, match=message):
         reward(torch.zeros(1, 3, 32, 32), ["x"])
 
@@ -74,10 +76,24 @@ def test_a_vocabulary_that_is_too_small(tmp_path: Path, monkeypatch: pytest.Monk
     torch.save({**tiny.tensors, words: tiny.tensors[words][:-1]}, tiny.file)
     config = json.loads((tiny.folder / "med_config.json").read_text())
     (tiny.folder / "med_config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] - 1}))
-    options = {"weights": str(tiny.folder), "tokenizer": str(tiny.folder / "tokenizer")}
+    options = {"weights": str(tiny.folder), "tokenizer": str(tiny.folder / "tokenizer"), "vision_heads": 2}
     with pytest.raises(CheckpointError, match="entries and the model has"):
         rewards.build("imagereward", options)(torch.zeros(1, 3, 32, 32), ["x"])
     del config["num_attention_heads"]
     (tiny.folder / "med_config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="num_attention_heads"):
+        rewards.build("imagereward", options)(torch.zeros(1, 3, 32, 32), ["x"])
+
+
+@pytest.mark.parametrize(
+    ("heads", "message"), [({}, "128 wide, which is no published size"), ({"vision_heads": 3}, "3 heads do not share")]
+)
+def test_heads_that_no_weight_shows_are_stated_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heads: dict[str, int], message: str
+) -> None:
+    """One head of 128 channels would load as well as two of 64, and score otherwise."""
+    monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))
+    tiny = write_image_reward(tmp_path / "reward")
+    options = {"weights": str(tiny.folder), "tokenizer": str(tiny.folder / "tokenizer"), **heads}
+    with pytest.raises(CheckpointError, match=message):
         rewards.build("imagereward", options)(torch.zeros(1, 3, 32, 32), ["x"])

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
 from fmg.core.errors import CheckpointError, MissingDependencyError, UsageError
@@ -51,10 +53,30 @@ def logp() -> Any:
         ('"one" and "two"', "one"),
         ('a mixed pair: “left" here', "left"),
         ('padded " x "', "x"),
+        ('a 5" disk labelled "DATA"', "DATA"),
+        ('a 10"x12" print that says "HI"', "HI"),
+        ('"ROUTE 66" on a 5" sign', "ROUTE 66"),
+        # the only pair, as Flow-GRPO reads it
+        ('room 5"EXIT"', "EXIT"),
+        ('a board: “"HELLO"”', "HELLO"),
+        ('a board: ""HELLO""', "HELLO"),
+        ('a board: "“HELLO”"', "HELLO"),
+        ('a board: “say "HI" now”', 'say "HI" now'),
+        ('a board: "say “HI” now"', "say “HI” now"),
+        ("”HEJ” on a board", "HEJ"),
+        ('写着"你好"的牌子', "你好"),
     ],
 )
 def test_quoted_text(prompt: str, text: str) -> None:
     assert quoted_text(prompt) == text
+
+
+@given(st.lists(st.text(st.characters(exclude_characters='"“”„', exclude_categories=["Cs"]), max_size=6), min_size=3))
+def test_ordinary_prompts_are_read_as_flow_grpo_reads_them(parts: list[str]) -> None:
+    prompt = '"'.join([parts[0] + " ", *parts[1:]])
+    expected = prompt.split('"')[1].strip()
+    if expected:
+        assert quoted_text(prompt) == expected
 
 
 @pytest.mark.parametrize("prompt", ["", "a sign that says HELLO", 'one "', 'empty ""', 'blank "  "', "'single'"])
