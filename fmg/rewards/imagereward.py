@@ -162,8 +162,8 @@ def _vision_config(tensors: Tensors, heads: int | None) -> Any:
     heads = heads or HEADS.get(width)
     if heads is None:
         raise CheckpointError(
-            f"The image encoder of the ImageReward checkpoint is {width} wide, which is no published size, and no weight"
-            " shows the number of its attention heads",
+            f"The image encoder of the ImageReward checkpoint is {width} wide, which is no published size, and no"
+            " weight shows the number of its attention heads",
             "Give the published file, or state it in the option vision_heads.",
         )
     if width % heads:

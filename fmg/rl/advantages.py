@@ -11,6 +11,9 @@ from torch import Tensor
 
 from fmg.core.errors import RewardError
 
+RELATIVE_EPS = 1e-2
+"""Most that is added to a std, as a share of the largest absolute reward; it counts for rewards below 0.01."""
+
 
 def group_advantages(
     rewards: Float[Tensor, " n"],
@@ -30,7 +33,8 @@ def group_advantages(
         groups: group index of each sample, any integers in any order.
         global_std: whether to divide by the std of the batch instead of the group's.
         clip_max: bound on the absolute advantage.
-        eps: added to the std.
+        eps: added to the std, so that rewards which differ by rounding alone do not count. Rewards that are all small
+            get less, a hundredth of the largest, so that their scale does not matter.
 
     Returns:
         fp32 advantages in the order of `rewards`.
@@ -48,6 +52,7 @@ def group_advantages(
     centred = values - mean[index]
     group_std = _group_mean(centred.square(), index, count).sqrt()
     std = values.std(correction=0).expand(count) if global_std else group_std
+    eps = min(eps, RELATIVE_EPS * float(values.abs().max())) if len(values) else eps
     scaled = (centred / (std + eps)[index]).clamp(-clip_max, clip_max)
     return torch.where(_varied(values, index, count)[index], scaled, 0.0).float()
 

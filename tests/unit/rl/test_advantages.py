@@ -54,6 +54,29 @@ def test_units_and_order_do_not_matter(
     torch.testing.assert_close(permuted, plain[order], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("global_std", [True, False])
+def test_rewards_of_any_scale_teach_alike_and_ordinary_ones_as_flow_grpo(global_std: bool) -> None:
+    rewards = torch.rand(24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    groups = torch.arange(24) // 4
+    plain = group_advantages(rewards, groups, global_std=global_std)
+    index = (groups[:, None] == groups).double()
+    mean = index @ rewards / 4
+    spread = rewards.std(correction=0) if global_std else (index @ (rewards - mean).square() / 4).sqrt()
+    torch.testing.assert_close(plain, ((rewards - mean) / (spread + 1e-4)).float(), rtol=0, atol=1e-6)
+    tiniest = group_advantages(rewards * 1e-12, groups, global_std=global_std)
+    for scale in (1e-3, 1e-6, 1e-9):
+        tiny = group_advantages(rewards * scale, groups, global_std=global_std)
+        torch.testing.assert_close(tiny, tiniest)
+        torch.testing.assert_close(tiny, plain, rtol=0.2, atol=0)
+
+
+def test_rounding_alone_is_no_preference() -> None:
+    groups = torch.zeros(4, dtype=torch.long)
+    for size in (1.0, 1e-6):
+        rewards = torch.tensor([1.0, 1 + 2**-23, 1.0, 1.0]) * size
+        assert float(group_advantages(rewards, groups, global_std=False).abs().max()) < 1e-2
+
+
 def test_shuffled_advantages_are_a_permutation_across_groups() -> None:
     advantages = torch.arange(64).float()
     shuffled = shuffle_advantages(advantages, seed=3)
