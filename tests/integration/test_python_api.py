@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -52,3 +54,10 @@ def test_a_function_trains_is_recorded_by_name_and_is_needed_again(
     report.save("report.json")
     with fmg.load(result) as generator:
         assert len(generator.generate("a red circle", num=2)) == 2
+
+
+def test_a_fresh_interpreter_says_nothing_but_what_was_asked() -> None:
+    program = "from fmg import load\nprint(load('meanflow-shapes').generate('a red circle'))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "Generated(1 image of 32 x 32 pixels)\n"
+    assert done.stderr == ""

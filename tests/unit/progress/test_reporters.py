@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from rich.console import Console
@@ -163,3 +165,26 @@ def test_a_terminal_gets_the_live_view_and_a_pipe_plain_lines(
 def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     assert isinstance(reporter_for(Console(file=io.StringIO(), force_terminal=True)), PlainReporter)
+
+
+def test_the_loading_line_moves_and_names_what_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, markup=False, emoji=False, highlight=False)
+    with LiveReporter(console) as reporter:
+        reporter(LOADING)
+        monkeypatch.setitem(sys.modules, "a_heavy_package.part", ModuleType("part"))
+        frame = shown(reporter)
+        assert "loading a_heavy_package" in frame
+        assert " 0 s" in frame
+        assert "0/" not in frame
+        reporter(StageProgress("loading", 0, 0, "meanflow-shapes"))
+        assert "loading meanflow-shapes" in shown(reporter)
+
+
+def test_a_pipe_is_told_what_takes_long_to_load() -> None:
+    console, text = plain_console()
+    clock = Clock()
+    reporter = PlainReporter(console, clock)
+    reporter(LOADING)
+    clock.now = 11.0
+    reporter(StageProgress("loading", 0, 0, "meanflow-shapes"))
+    assert text.getvalue() == "loading meanflow-shapes ...\n"
