@@ -170,10 +170,10 @@ def _newest_usable(runs: Path) -> RunFolder:
     Newer ones that are passed over are named in a warning.
     """
     known = list_runs(runs)
-    why = {run.path: "has no saved adapter" for run in known if chosen_checkpoint(run.path) is None}
+    why = {run.path: reason for run in known if (reason := _unusable(run))}
     usable = [run for run in known if run.path not in why]
     if ended := [run for run in usable if run.state().state != "running"]:
-        why |= {run.path: "is in state 'running'" for run in usable if run not in ended}
+        why |= {run.path: "is running, or was killed" for run in usable if run not in ended}
     if not usable:
         raise UsageError(
             f"There is no run with a saved adapter under '{runs}'",
@@ -185,6 +185,13 @@ def _newest_usable(runs: Path) -> RunFolder:
         what = f"The run '{chosen.path}' is taken, which is not the newest: {'; '.join(newer)}"
         warnings.warn(f"{what}. Name a run to choose.", FmgWarning, stacklevel=2)
     return chosen
+
+
+def _unusable(run: RunFolder) -> str | None:
+    try:
+        return None if chosen_checkpoint(run.path) else "has no saved adapter"
+    except CheckpointError as error:
+        return f"is damaged ({error.what})"
 
 
 def _run_target(run: RunFolder, allow_code: bool, checkpoint: str | None = None, label: str | None = None) -> Target:

@@ -105,6 +105,13 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(kind: str, tmp_path:
     assert (resumed.initial["eval/score"], resumed.best) == (whole.initial["eval/score"], whole.best)
     assert RunFolder(tmp_path / "cut").state().state == "finished"
     assert not (tmp_path / "cut" / "state").exists()
+    # as if it had been killed between its end and its report
+    (tmp_path / "cut" / "report.html").unlink()
+    (tmp_path / "cut" / "state").mkdir()
+    assert resume(tmp_path / "cut").best == resumed.best
+    assert (tmp_path / "cut" / "report.html").is_file()
+    with pytest.raises(UsageError, match="is finished"):
+        resume(tmp_path / "cut")
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +124,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         stop_after(1)(event)
 
     train(Recipe.default(None, **{**TINY, "train.ema_decay": 0.9}), run, hear)
+    assert newest_state(run) == run / "state" / "iteration-00000001"
     said = [event.text for event in heard if isinstance(event, Notice)]
     assert any(f"fmg train --resume '{run}'" in text for text in said)
     return run
@@ -218,7 +226,7 @@ def _damage_index(run: Path) -> None:
 
 def _swap_tensors(run: Path) -> None:
     file = next(run.glob("state/*/state.safetensors"))
-    save_file({name: x[..., :1].clone() if x.ndim else x for name, x in load_file(file).items()}, file)
+    save_file({name: (x[..., :1] if x.ndim else x).clone() for name, x in load_file(file).items()}, file)
     write_sums(file.parent)
 
 

@@ -93,7 +93,12 @@ def test_the_same_name_keeps_them(write: Write) -> None:
 
 def test_options_set_after_the_name_reach_the_new_component() -> None:
     resolved = resolve(None, {**TWO, "stochasticizer": "asfmc"}, ["stochasticizer.gap=0.0147"])
-    assert resolved.recipe.stochasticizer.config.model_dump() == {"gap": 0.0147, "ratio": None, "noise_share": None, "hold": None}
+    assert resolved.recipe.stochasticizer.config.model_dump() == {
+        "gap": 0.0147,
+        "ratio": None,
+        "noise_share": None,
+        "hold": None,
+    }
 
 
 def test_reward_flags_replace_the_list(write: Write) -> None:
