@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -98,36 +96,32 @@ def runs(
 
 
 def _row(run: RunFolder) -> RunRow:
+    import numpy as np
+
     from fmg.data.checkpoints import read_index
-    from fmg.data.run_folder import read_metrics
+    from fmg.data.metrics_log import MetricsLog
 
     state = run.state()
     try:
-        lines = [_finite(line) for line in read_metrics(run.metrics)]
+        log = MetricsLog.read(run.metrics)
         index = read_index(run.path)
     except CheckpointError as error:
         return _damaged(run, state.model, error)
-    done = max((int(line.get("iteration", 0)) for line in lines), default=0)
-    outcome = Outcome.of(lines, index.entry(index.best) if index else None)
+    outcome = Outcome.of(log.evaluations, index.entry(index.best) if index else None)
     base, kept, last = map(headline, (outcome.base, outcome.kept, outcome.last))
     name = next(iter(base), "-")
     held_out = Result(name, base.get(name), kept.get(name), last.get(name))
-    reward = _first_and_last(lines, REWARD)
-    return RunRow(str(run.path), state.model, state.state, done, outcome.iteration, outcome.averaged, reward, held_out)
+    rewards = log.columns(REWARD)[1]
+    rewards = rewards[np.isfinite(rewards)]
+    reward = Gain(REWARD, *((float(rewards[0]), float(rewards[-1])) if len(rewards) else (None, None)))
+    return RunRow(
+        str(run.path), state.model, state.state, log.done, outcome.iteration, outcome.averaged, reward, held_out
+    )
 
 
 def _damaged(run: RunFolder, model: str, why: CheckpointError) -> RunRow:
     print_warning(why.text)
     return RunRow(str(run.path), model, "damaged", 0, None, False, Gain("-", None, None), Result("-", None, None, None))
-
-
-def _finite(line: Mapping[str, object]) -> dict[str, float]:
-    return {key: value for key, value in line.items() if isinstance(value, (int, float)) and math.isfinite(value)}
-
-
-def _first_and_last(lines: Sequence[Mapping[str, float]], key: str) -> Gain:
-    values = [line[key] for line in lines if key in line]
-    return Gain(key, values[0] if values else None, values[-1] if values else None)
 
 
 def _gain(gain: Gain) -> str:

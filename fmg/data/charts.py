@@ -1,46 +1,233 @@
-"""Line charts as SVG, for pages."""
+"""Figures: one style for all of them, curves with bands, and how they are written. Imports no torch.
+
+Colours are those of Okabe and Ito, which people with any kind of colour vision tell apart; markers and dashes repeat
+what colours say, so that a figure can be printed in grey.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fmg.core.shown import plot_label
-from fmg.data.pictures import Curve
+from fmg.core.unfinished import write_atomic
 
-_SIZE = (5.6, 3.1)
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FIGURE_FORMATS = ("png", "svg", "pdf")
+"""What figures are written as; the ending of a file's name chooses."""
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A7A00")
+"""Okabe and Ito; the last is their yellow, darkened until it shows on white."""
+GREY = "#707070"
+MAX_POINTS = 200
+"""A longer curve is drawn as the means of so many equal parts, with the lowest and the highest value of each."""
+
+_MARKERS = "osD^vPX*"
+_DASHES: Sequence[Any] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
+_MARKS = 12
+_WIDTH, _HEIGHT = 5.6, 2.9
+_SCALES = 8.0
+_SHORT_LABEL = 26
 _INK, _SOFT = "#1c2330", "#dde2ea"
+_BAND, _RANGE = "95 % interval of the mean", "lowest to highest"
+
+Values = Sequence[float] | NDArray[np.float64]
 
 
-def line_chart(curves: Sequence[Curve], title: str, x_label: str = "iteration") -> bytes:
-    """An SVG of curves with their bands, which are drawn as half-widths around the line."""
+@dataclass(frozen=True)
+class Curve:
+    """A line of a figure.
+
+    Attributes:
+        label: of the legend.
+        x: iterations.
+        y: one value each.
+        band: half-width of the 95 % interval; zeros for none.
+        kept: where the kept checkpoint is, which is marked by a star.
+        low, high: the lowest and highest values that a point stands for, where it is a mean of several.
+    """
+
+    label: str
+    x: Values
+    y: Values
+    band: Values
+    kept: float | None = None
+    low: Values | None = None
+    high: Values | None = None
+
+
+def new_figure(width: float, height: float, dpi: int = 150) -> Figure:
+    """An empty figure of a size in inches."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    # a fixed salt and no date: the same run gives the same bytes
-    with matplotlib.rc_context({"svg.hashsalt": "fmg"}):
-        figure = Figure(figsize=_SIZE, layout="constrained")
-        axes = figure.subplots()
-        for curve in curves:
-            x, y, band = (np.asarray(values, dtype=float) for values in (curve.x, curve.y, curve.band))
-            (line,) = axes.plot(
-                x, y, label=plot_label(curve.label), linewidth=1.7, marker="o" if len(y) < 30 else None, ms=3
+    return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+
+
+def style(index: int) -> dict[str, Any]:
+    """Colour, marker and dashes of the curve number `index`."""
+    repeat = index // len(PALETTE)
+    return {
+        "color": PALETTE[index % len(PALETTE)],
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "linestyle": _DASHES[(index + repeat) % len(_DASHES)],
+        "linewidth": 1.6,
+        "markersize": 4,
+    }
+
+
+def frame(axes: Axes, title: str = "", x_label: str = "", y_label: str = "") -> None:
+    """The grid, the labels and the spines that all figures share."""
+    axes.set_title(plot_label(title), fontsize=10, loc="left", color=_INK)
+    axes.set_xlabel(x_label, fontsize=9)
+    axes.set_ylabel(plot_label(y_label), fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(color=_SOFT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw(axes: Axes, curves: Sequence[Curve], first: int = 0) -> None:
+    """Draws curves in the styles from number `first` on, long ones shortened to `MAX_POINTS`."""
+    for index, curve in enumerate(map(shortened, curves), start=first):
+        x, y, band = (np.asarray(values, dtype=float) for values in (curve.x, curve.y, curve.band))
+        look = style(index)
+        every = max(1, len(x) // _MARKS)
+        # markers of two curves that coincide are beside each other
+        axes.plot(x, y, markevery=(index % every, every), zorder=3, **look)
+        if curve.low is not None and curve.high is not None:
+            axes.fill_between(x, curve.low, curve.high, color=look["color"], alpha=0.1, linewidth=0)
+        if band.any():
+            axes.fill_between(x, y - band, y + band, color=look["color"], alpha=0.22, linewidth=0)
+        if curve.kept is not None and len(x):
+            at = int(np.abs(x - curve.kept).argmin())
+            axes.plot(
+                x[at], y[at], marker="*", ms=13, color=look["color"], mec="white", mew=1, linestyle="none", zorder=4
             )
-            if band.any():
-                axes.fill_between(x, y - band, y + band, color=line.get_color(), alpha=0.18, linewidth=0)
-        axes.set_title(plot_label(title), fontsize=10, loc="left", color=_INK)
-        axes.set_xlabel(x_label, fontsize=9)
-        axes.tick_params(labelsize=8)
-        axes.grid(color=_SOFT, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        if len(curves) > 1:
-            # below the axes, where it hides no curve
-            figure.legend(loc="outside lower center", ncols=min(len(curves), 3), frameon=False, fontsize=8)
-        file = BytesIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
+
+
+def legend(figure: Any, curves: Sequence[Curve]) -> None:
+    """A legend below the figure, where it hides no curve: the curves, what the bands are, and the star."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    shown = [shortened(curve) for curve in curves]
+    handles: list[Any] = []
+    if len(shown) > 1:
+        handles += [Line2D([], [], label=plot_label(curve.label), **style(index)) for index, curve in enumerate(shown)]
+    if any(np.any(curve.band) for curve in shown):
+        handles.append(Patch(facecolor=GREY, alpha=0.35, linewidth=0, label=_BAND))
+    if any(curve.low is not None for curve in shown):
+        handles.append(Patch(facecolor=GREY, alpha=0.15, linewidth=0, label=_RANGE))
+    kept = list(dict.fromkeys(curve.kept for curve in shown if curve.kept is not None))
+    if kept:
+        where = f": iteration {kept[0]:.0f}" if len(kept) == 1 else ""
+        star: dict[str, Any] = {"marker": "*", "ms": 11, "color": GREY, "mec": "white", "linestyle": "none"}
+        handles.append(Line2D([], [], label=f"kept checkpoint{where}", **star))
+    if handles:
+        place, longest = "outside lower center", max(len(str(handle.get_label())) for handle in handles)
+        columns = min(len(handles), 3 if longest <= _SHORT_LABEL or len(handles) == 3 else 2)
+        figure.legend(handles=handles, loc=place, ncols=columns, frameon=False, fontsize=8)
+
+
+def shortened(curve: Curve) -> Curve:
+    """The curve, or where it has more than `MAX_POINTS` the means of equal parts, with lowest and highest values.
+
+    The last point is the mean up to the last value. A part without a finite value is a gap.
+    """
+    if len(curve.y) <= MAX_POINTS:
+        return curve
+    x, y, band = (np.asarray(values, dtype=float) for values in (curve.x, curve.y, curve.band))
+    starts = np.linspace(0, len(y), MAX_POINTS, endpoint=False).astype(int)
+    counts = np.diff(np.append(starts, len(y)))
+    known = np.isfinite(y)
+    number = np.add.reduceat(known, starts).astype(float)
+    number[number == 0] = np.nan
+    mean = np.add.reduceat(np.where(known, y, 0), starts) / number
+    low = np.minimum.reduceat(np.where(known, y, np.inf), starts)
+    high = np.maximum.reduceat(np.where(known, y, -np.inf), starts)
+    low, high = (np.where(np.isfinite(bound), bound, np.nan) for bound in (low, high))
+    widths = np.add.reduceat(np.nan_to_num(band), starts) / counts
+    return replace(curve, x=np.add.reduceat(x, starts) / counts, y=mean, band=widths, low=low, high=high)
+
+
+def by_scale(curves: Sequence[Curve]) -> list[list[Curve]]:
+    """The curves in panels, so that a small one is not flattened by one that is many times as large."""
+    panels: list[tuple[float, list[Curve]]] = []
+    for curve in curves:
+        y = np.abs(np.asarray(curve.y, dtype=float))
+        size = float(y[np.isfinite(y)].max(initial=0.0))
+        for known, panel in panels:
+            if size == known == 0 or (min(size, known) > 0 and max(size, known) / min(size, known) <= _SCALES):
+                panel.append(curve)
+                break
+        else:
+            panels.append((size, [curve]))
+    return [panel for _, panel in panels]
+
+
+def chart(curves: Sequence[Curve], title: str, x_label: str = "iteration", y_label: str = "") -> Figure:
+    """A figure of curves with their bands, in one panel or, where their scales differ, in one for each scale."""
+    panels = by_scale(curves) or [[]]
+    ordered = [curve for panel in panels for curve in panel]
+    figure = new_figure(_WIDTH, 0.4 + _HEIGHT * (1 + 0.65 * (len(panels) - 1)))
+    first = 0
+    for axes, panel in zip(figure.subplots(len(panels), squeeze=False, sharex=True)[:, 0], panels, strict=True):
+        draw(axes, panel, first)
+        several = ", ".join(plot_label(curve.label) for curve in panel) if len(panels) > 1 else ""
+        frame(axes, title if first == 0 else "", x_label if panel is panels[-1] else "", y_label)
+        if several:
+            axes.set_title(several, fontsize=8, loc="right", color=GREY)
+        first += len(panel)
+    legend(figure, ordered)
+    return figure
+
+
+def curve_figure(trained: Sequence[Curve], heldout: Sequence[Curve], title: str) -> Figure:
+    """The figure of a run: the reward on training prompts on the left, the held-out scores on the right."""
+    panels = by_scale(heldout) or [[]]
+    figure = new_figure(11, max(4.2, 2.6 * len(panels) + 0.8))
+    left, right = figure.subfigures(1, 2, squeeze=False)[0]
+    axes = left.subplots()
+    draw(axes, trained)
+    frame(axes, "training prompts", "iteration", "mean reward of an iteration")
+    legend(left, trained)
+    first = 0
+    for axes, panel in zip(right.subplots(len(panels), squeeze=False, sharex=True)[:, 0], panels, strict=True):
+        draw(axes, panel, first)
+        frame(axes, "held-out prompts" if first == 0 else "", "iteration" if panel is panels[-1] else "", "mean score")
+        first += len(panel)
+    legend(right, [curve for panel in panels for curve in panel])
+    figure.suptitle(plot_label(title), fontsize=12)
+    return figure
+
+
+def figure_bytes(figure: Figure, kind: str) -> bytes:
+    """A figure as a file of one of `FIGURE_FORMATS`; the same figure gives the same bytes."""
+    import matplotlib
+
+    file = BytesIO()
+    dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
+    # a fixed salt and no date; fonts that a journal takes
+    with matplotlib.rc_context({"svg.hashsalt": "fmg", "pdf.fonttype": 42}):
+        figure.savefig(file, format=kind, metadata=dated)
     return file.getvalue()
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure in one step, in the format that the ending names.
+
+    Raises:
+        StorageError: the system refused; there is no part of a file.
+    """
+    write_atomic(path, figure_bytes(figure, path.suffix.removeprefix(".").lower() or "png"))

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fmg.core.errors import UsageError
 from fmg.core.unfinished import write_atomic
-from fmg.data.charts import line_chart
+from fmg.data.charts import Curve, chart, figure_bytes
 from fmg.data.page import Block, Gallery, Picture, Section, Table, Text, inline_svg, page
-from fmg.data.pictures import Curve
 from fmg.data.run_folder import RunFolder
 from fmg.data.run_metrics import PREFIX, REWARD, SUFFIX, headline
-from fmg.data.run_report import RunRecord, before_after_picture, curve, label
+from fmg.data.run_report import BANDS, RunRecord, before_after_pictures, curve, label
 
 
 def write_comparison(runs: Sequence[RunFolder], path: Path) -> None:
@@ -38,7 +38,7 @@ def comparison_page(records: Sequence[RunRecord]) -> str:
     names = _names(records)
     sections = [
         Section("Scores", [_scores(records, names)]),
-        Section("Curves", [Text("Bands cover 95 %."), Gallery(list(_charts(records, names)))]),
+        Section("Curves", [Text(BANDS), Gallery(list(_charts(records, names)))]),
         Section("Where the recipes differ", list(_differences(records, names))),
         Section("Before and after", list(_pictures(records, names))),
     ]
@@ -68,7 +68,10 @@ def _scores(records: Sequence[RunRecord], names: Sequence[str]) -> Table:
 def _charts(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Picture]:
     def over(key: str, error: str) -> list[Curve]:
         found = (
-            curve(list(r.lines), r.logged(key), r.logged(error), name if r.logged(key) == key else name + _whose(r))
+            replace(
+                curve(r.log, r.logged(key), r.logged(error), name if r.logged(key) == key else name + _whose(r)),
+                kept=r.outcome.iteration if key.startswith(PREFIX) else None,
+            )
             for r, name in zip(records, names, strict=True)
         )
         return [one for one in found if len(one.y) > 1]
@@ -79,11 +82,12 @@ def _charts(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Pict
         for key in record.outcome.kept
         if key.startswith(PREFIX) and key.endswith(SUFFIX) and label(key) in headline(record.outcome.kept)
     }
-    wanted = [(REWARD, "reward/se", "reward on training prompts")]
-    wanted += [(key, f"{key.removesuffix(SUFFIX)}_se", f"{name}, held out") for key, name in keys.items()]
-    for key, error, title in wanted:
+    wanted = [(REWARD, "reward/se", "reward on training prompts", "mean reward")]
+    wanted += [(key, f"{key.removesuffix(SUFFIX)}_se", f"{name}, held out", "mean score") for key, name in keys.items()]
+    for key, error, title, unit in wanted:
         if curves := over(key, error):
-            yield Picture(inline_svg(line_chart(curves, title)), "", title, layout="wide")
+            image = figure_bytes(chart(curves, title, y_label=unit), "svg")
+            yield Picture(inline_svg(image), "", title, layout="wide")
 
 
 def _whose(record: RunRecord) -> str:
@@ -106,8 +110,8 @@ def _differences(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator
 
 def _pictures(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Block]:
     for record, name in zip(records, names, strict=True):
-        if picture := before_after_picture(record, f"before and after {name}"):
-            yield Gallery([picture], name)
+        if pictures := before_after_pictures(record):
+            yield Gallery(pictures, name)
 
 
 def _leaves(value: object, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:

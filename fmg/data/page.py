@@ -32,15 +32,14 @@ class Picture:
         caption: text below it; empty for none.
         alt: what it shows, for those who do not see it.
         pixelated: whether an enlarged pixel stays a square.
-        layout: `picture`: a tile among others; `wide`: up to half of a wide page; `panorama`: the whole width, and on a
-            narrow screen it scrolls instead of shrinking.
+        layout: `picture`: a tile among others; `wide`: up to half of a wide page, the whole of a narrow one.
     """
 
     source: str
     caption: str
     alt: str
     pixelated: bool = False
-    layout: Literal["picture", "wide", "panorama"] = "picture"
+    layout: Literal["picture", "wide"] = "picture"
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fmg.core.errors import CheckpointError, UsageError, writing
 from fmg.core.image_files import decoded
-from fmg.core.shown import plot_label
 from fmg.core.unfinished import write_atomic
 from fmg.data.run_folder import RunFolder
 from fmg.data.run_metrics import Outcome
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-    from matplotlib.figure import Figure
     from torch import Tensor
 
 _BACKGROUND = (255, 255, 255)
@@ -118,17 +116,28 @@ def before_after(left: Image.Image, right: Image.Image, titles: tuple[str, str])
     return canvas
 
 
-def kept_picture(run: RunFolder, outcome: Outcome) -> Image.Image | None:
-    """Samples by the base and by the checkpoint that the run keeps; None where one of the two grids is not there."""
+def kept_grids(run: RunFolder, outcome: Outcome) -> dict[str, Image.Image]:
+    """Samples by the base and by the checkpoint that the run keeps, by title; none where one of the two is missing."""
     if outcome.iteration is None:
-        return None
+        return {}
     kept = run.sample(outcome.iteration, averaged=outcome.averaged and outcome.iteration > 0)
     title = "kept: the base itself" if outcome.iteration == 0 else f"kept: {outcome.title}"
     try:
-        left, right = (decoded(path, lambda image: image.convert("RGB")) for path in (run.sample(0), kept))
+        return {
+            name: decoded(path, lambda image: image.convert("RGB"))
+            for name, path in (("base", run.sample(0)), (title, kept))
+        }
     except UsageError:
+        return {}
+
+
+def kept_picture(run: RunFolder, outcome: Outcome) -> Image.Image | None:
+    """`before_after.png`: both of them side by side, or None."""
+    grids = kept_grids(run, outcome)
+    if not grids:
         return None
-    return before_after(left, right, ("base", title))
+    (base, left), (kept, right) = grids.items()
+    return before_after(left, right, (base, kept))
 
 
 def write_picture(picture: Image.Image, path: Path) -> None:
@@ -140,60 +149,6 @@ def write_picture(picture: Image.Image, path: Path) -> None:
     file = BytesIO()
     picture.save(file, "PNG")
     write_atomic(path, file.getvalue())
-
-
-def write_figure(figure: Figure, path: Path) -> None:
-    """Writes a figure in one step, in the format that the ending names.
-
-    Raises:
-        StorageError: the system refused; there is no part of a file.
-    """
-    file = BytesIO()
-    figure.savefig(file, format=path.suffix.removeprefix(".") or "png")
-    write_atomic(path, file.getvalue())
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A line of the run's figure: x, y, and the half-width of its band (zeros for none)."""
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[float]
-    band: Sequence[float]
-
-
-def curve_figure(trained: Sequence[Curve], heldout: Sequence[Curve], path: Path, title: str) -> None:
-    """Writes a PNG with the trained reward on the left and the held-out scores on the right."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), dpi=120, layout="constrained")
-    panels = figure.subplots(1, 2)
-    for panel, curves, name in zip(panels, (trained, heldout), ("training prompts", "held-out prompts"), strict=True):
-        for curve in curves:
-            y, band = np.asarray(curve.y), np.asarray(curve.band)
-            (line,) = panel.plot(
-                curve.x, y, label=plot_label(curve.label), linewidth=1.8, marker="o" if len(y) < 20 else None, ms=4
-            )
-            if band.any():
-                panel.fill_between(curve.x, y - band, y + band, color=line.get_color(), alpha=0.2, linewidth=0)
-        panel.set_title(name, fontsize=11)
-        panel.set_xlabel("iteration")
-        panel.grid(alpha=0.3)
-        if curves:
-            panel.legend(frameon=False, fontsize=9)
-    figure.suptitle(plot_label(title), fontsize=12)
-    write_figure(figure, path)
-
-
-def metric_curve(lines: Sequence[Mapping[str, float]], key: str, label: str, band_key: str | None = None) -> Curve:
-    """The values of one log key over iterations; lines without the key are left out."""
-    rows = [line for line in lines if key in line]
-    band = [row.get(band_key, 0.0) if band_key else 0.0 for row in rows]
-    return Curve(label, [row["iteration"] for row in rows], [row[key] for row in rows], band)
 
 
 def _tile_side(width: int) -> int:

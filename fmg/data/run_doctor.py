@@ -7,20 +7,21 @@ run's own recipe; a rule says nothing where the log does not have what it reads.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median
 from typing import Literal
+
+import numpy as np
 
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.shown import counted
-from fmg.data.run_folder import RunFolder, is_run, no_run, read_numbers
+from fmg.data.metrics_log import Lines, MetricsLog
+from fmg.data.run_folder import RunFolder, is_run, no_run
 from fmg.data.run_metrics import AVERAGED, DIVERSITY, ERRORS, PREFIX, REWARD, HackingLimits, hacked
 from fmg.registry.sections import EvalSection
 
 Severity = Literal["problem", "note"]
-Line = Mapping[str, float]
 
 SCORE, EMA_SCORE = f"{PREFIX}score", f"{AVERAGED}score"
 LIMITS: Mapping[str, float] = {
@@ -59,27 +60,27 @@ class Advice:
 class Log:
     """The lines of a run: of iterations, and of evaluations; and the losses that its recipe tolerates."""
 
-    iterations: Sequence[Line]
-    evaluations: Sequence[Line]
+    iterations: Lines
+    evaluations: Lines
     limits: HackingLimits
 
     @classmethod
-    def of(cls, lines: Sequence[Line], limits: HackingLimits) -> Log:
-        """Sorts the lines of `metrics.jsonl`."""
-        return cls([x for x in lines if SCORE not in x], [x for x in lines if SCORE in x], limits)
+    def of(cls, metrics: MetricsLog, limits: HackingLimits) -> Log:
+        """Of the lines of a run and the limits of its recipe."""
+        return cls(metrics.iterations, metrics.evaluations, limits)
 
     def late(self, key: str) -> float | None:
         """Median over the second half of the iterations, or None where too few have a number."""
-        values = [line[key] for line in self.iterations if key in line and math.isfinite(line[key])]
-        return median(values[len(values) // 2 :]) if values else None
+        _, values = self.iterations.columns(key)
+        values = values[np.isfinite(values)]
+        return float(np.median(values[len(values) // 2 :])) if len(values) else None
 
     def change(self, key: str) -> tuple[float, float] | None:
         """Last evaluation minus the first, and its standard error as of independent images; NaN for single images."""
-        scored = [line for line in self.evaluations if key in line and f"{key}_se" in line]
-        if len(scored) < 2:
+        _, scores, errors = self.evaluations.columns(key, f"{key}_se")
+        if len(scores) < 2:
             return None
-        first, last = scored[0], scored[-1]
-        return last[key] - first[key], math.hypot(first[f"{key}_se"], last[f"{key}_se"])
+        return float(scores[-1] - scores[0]), math.hypot(errors[0], errors[-1])
 
     @property
     def risen(self) -> bool:
@@ -99,10 +100,10 @@ def examine_run(run: str | Path) -> list[Advice]:
     if not is_run(folder.path):
         raise no_run(folder.path)
     folder.state()
-    lines = read_numbers(folder.metrics)
-    if not lines:
+    metrics = MetricsLog.read(folder.metrics, strict=True)
+    if not metrics.iterations and not metrics.evaluations:
         raise UsageError(f"'{folder.metrics}' has no line yet", "Wait for the first evaluation of the run.")
-    return examine_log(Log.of(lines, hacking_limits(folder)))
+    return examine_log(Log.of(metrics, hacking_limits(folder)))
 
 
 def hacking_limits(run: RunFolder) -> HackingLimits:
@@ -130,13 +131,17 @@ def examine_log(log: Log) -> list[Advice]:
 
 
 def _numbers(log: Log) -> Iterator[Advice]:
-    for line in (*log.iterations, *log.evaluations):
-        for key in (REWARD, "loss", "grad_norm", SCORE):
-            if key in line and not math.isfinite(line[key]):
-                sign = f"{key} is no number in iteration {line['iteration']:.0f}"
-                text = "Lower it; in bf16 also try --dtype fp32. Go on from the best checkpoint, which is from before."
-                yield Advice("problem", sign, "optimizer.lr", text)
-                return
+    for kind, keys in ((log.iterations, (REWARD, "loss", "grad_norm")), (log.evaluations, (SCORE,))):
+        broken = []
+        for key in keys:
+            places, at, values = kind.columns("iteration", key)
+            broken += [(places[i], key, at[i]) for i in np.flatnonzero(~np.isfinite(values))[:1]]
+        if broken:
+            _, key, iteration = min(broken, key=lambda one: one[0])
+            sign = f"{key} is no number in iteration {iteration:.0f}"
+            text = "Lower it; in bf16 also try --dtype fp32. Go on from the best checkpoint, which is from before."
+            yield Advice("problem", sign, "optimizer.lr", text)
+            return
 
 
 def _still(log: Log) -> Iterator[Advice]:
@@ -194,8 +199,8 @@ def _ratio(log: Log) -> Iterator[Advice]:
 
 def _no_score(log: Log) -> Iterator[Advice]:
     # the key is there only where images were dropped
-    shares, limit = [line.get("reward/dropped", 0.0) for line in log.iterations], LIMITS["no score"]
-    dropped = mean(shares) if shares else 0.0
+    shares, limit = log.iterations.columns("reward/dropped")[1], LIMITS["no score"]
+    dropped = float(shares.sum()) / max(1, len(log.iterations))
     if dropped > limit:
         sign = f"{dropped:.0%} of the images have no score, above {limit:.0%}"
         yield Advice("problem", sign, "rewards", "Look at the reward service: `fmg doctor rewards NAME`.")

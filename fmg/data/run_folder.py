@@ -289,7 +289,7 @@ def read_metrics(path: Path) -> list[dict[str, object]]:
     if not path.is_file():
         return []
     try:
-        return [_entry(path, line) for line in read_lines(path, MAX_METRICS_BYTES) if line.ended]
+        return [metrics_entry(path, line) for line in read_lines(path, MAX_METRICS_BYTES) if line.ended]
     except JsonError as error:
         raise CheckpointError(located(path, error), "Move the file away, or shorten it.") from None
 
@@ -300,12 +300,19 @@ def read_numbers(path: Path) -> list[dict[str, float]]:
     Raises:
         CheckpointError: for a line that is not a JSON object of numbers, or does not say of which iteration it is.
     """
-    return [_numbers(path, number, line) for number, line in enumerate(read_metrics(path), start=1)]
+    return [as_numbers(path, number, line) for number, line in enumerate(read_metrics(path), start=1)]
 
 
-def _numbers(path: Path, number: int, line: Mapping[str, object]) -> dict[str, float]:
+def as_numbers(path: Path, number: int, line: Mapping[str, object], *, strict: bool = True) -> dict[str, float]:
+    """The numbers of a line of `metrics.jsonl`; null, which stands for what is not finite, is NaN.
+
+    Raises:
+        CheckpointError: unless not `strict`: it holds something else, or does not name its iteration.
+    """
     plain = {key: math.nan if value is None else value for key, value in line.items()}
     numbers = {key: float(value) for key, value in plain.items() if isinstance(value, (int, float))}
+    if not strict:
+        return numbers
     if numbers.keys() != plain.keys():
         raise _damaged(path, number, "it holds something else than numbers")
     if not math.isfinite(numbers.get("iteration", math.nan)):
@@ -313,7 +320,12 @@ def _numbers(path: Path, number: int, line: Mapping[str, object]) -> dict[str, f
     return numbers
 
 
-def _entry(path: Path, line: Line) -> dict[str, object]:
+def metrics_entry(path: Path, line: Line) -> dict[str, object]:
+    """The object of a line of `metrics.jsonl`.
+
+    Raises:
+        CheckpointError: it is none.
+    """
     try:
         return parse_object(line.text(), finite=False)
     except JsonError as error:

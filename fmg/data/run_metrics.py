@@ -147,7 +147,9 @@ def is_evaluation(line: Line) -> bool:
 def _of_weights(line: Line, *, averaged: bool) -> Line:
     own = AVERAGED if averaged else PREFIX
     others = {key: value for key, value in line.items() if not key.startswith((PREFIX, AVERAGED))}
-    return others | {PREFIX + key.removeprefix(own): value for key, value in line.items() if key.startswith(own)}
+    scores = {PREFIX + key.removeprefix(own): value for key, value in line.items() if key.startswith(own)}
+    # what is not finite counts as not measured
+    return {key: value for key, value in (others | scores).items() if math.isfinite(value)}
 
 
 def headline(metrics: Mapping[str, float]) -> dict[str, float]:

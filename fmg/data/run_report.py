@@ -5,37 +5,45 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fmg.core.errors import CheckpointError, FmgWarning, UsageError
 from fmg.core.image_files import decoded
 from fmg.core.unfinished import write_atomic
-from fmg.data.charts import line_chart
+from fmg.data.charts import Curve, chart, curve_figure, figure_bytes, write_figure
 from fmg.data.checkpoints import CheckpointIndex, read_index
 from fmg.data.environment import read_environment
+from fmg.data.metrics_log import MetricsLog
 from fmg.data.page import Block, Gallery, Listing, Picture, Section, Table, Text, Tile, inline_image, inline_svg, page
-from fmg.data.pictures import Curve, kept_picture, metric_curve
+from fmg.data.pictures import kept_grids
 from fmg.data.prompt_sets import spread
-from fmg.data.run_folder import RunFolder, RunState, read_numbers
-from fmg.data.run_metrics import AVERAGED, PREFIX, REWARD, SUFFIX, Outcome, headline, is_evaluation
+from fmg.data.run_folder import RunFolder, RunState
+from fmg.data.run_metrics import AVERAGED, PREFIX, REWARD, SUFFIX, Outcome, headline
+
+BANDS = (
+    "Bands are 95 % intervals of each mean, stars the kept checkpoint. A curve of more than 200 points is drawn as the"
+    " means of equal parts, inside a lighter band from the lowest to the highest value of each."
+)
 
 _TWO_SIDED_95 = 1.96
 _GRIDS = 4
-_WIDE_SIDE = 1600
 _GRID_SIDE = 1000
+_MAX_CURVES = 6
 _UPDATE_CHARTS = {
-    "approx_kl": "approximate KL to the policy that drew the rollout",
-    "clip_frac": "share of clipped rows",
-    "grad_norm": "norm of the gradient before clipping",
-    "kl_ref": "KL to the base",
-    "zero_std_ratio": "share of groups whose rewards are all equal",
-    "skipped_updates": "updates that were skipped",
+    "approx_kl": ("approximate KL to the policy that drew the rollout", "nats"),
+    "clip_frac": ("share of clipped rows", "share of rows"),
+    "grad_norm": ("norm of the gradient before clipping", "L2 norm"),
+    "kl_ref": ("KL to the base", "nats"),
+    "zero_std_ratio": ("share of groups whose rewards are all equal", "share of groups"),
+    "skipped_updates": ("updates that were skipped", "updates an iteration"),
 }
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Line = Mapping[str, float]
 
@@ -46,7 +54,7 @@ class RunRecord:
 
     path: Path
     state: RunState
-    lines: tuple[Line, ...]
+    log: MetricsLog
     index: CheckpointIndex | None
     recipe: str
 
@@ -62,30 +70,21 @@ class RunRecord:
             recipe = run.recipe.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
             raise CheckpointError(f"'{run.recipe}' cannot be read", "Restore it from a copy.") from None
-        # what was not finite is not drawn
-        lines = tuple(
-            {key: value for key, value in line.items() if math.isfinite(value)} for line in read_numbers(run.metrics)
-        )
         index = read_index(run.path)
         for name in index.changed_files(run.path) if index else ():
             text = f"'{run.path / name}' was changed after it was written; figures from it may be others than the run's"
             warnings.warn(text, FmgWarning, stacklevel=2)
-        return RunRecord(run.path, state, lines, index, recipe)
-
-    @property
-    def evaluations(self) -> list[Line]:
-        """The lines of evaluations, in order."""
-        return [line for line in self.lines if is_evaluation(line)]
+        return RunRecord(run.path, state, MetricsLog.read(run.metrics, strict=True), index, recipe)
 
     @property
     def iterations(self) -> int:
         """Iterations done."""
-        return int(max((line.get("iteration", 0) for line in self.lines), default=0))
+        return self.log.done
 
     @cached_property
     def outcome(self) -> Outcome:
         """What the run gained: its base, the checkpoint that it keeps and its last evaluation."""
-        return Outcome.of(self.evaluations, self.index.entry(self.index.best) if self.index else None)
+        return Outcome.of(self.log.evaluations, self.index.entry(self.index.best) if self.index else None)
 
     def logged(self, key: str) -> str:
         """The key under which the log has a score `eval/...` of the kind of weights that the run keeps."""
@@ -118,7 +117,7 @@ def run_page(record: RunRecord) -> str:
     sections = [
         Section("Before and after", list(_before_after(record))),
         Section("Held-out scores", list(_scores(record))),
-        Section("Curves", [Text("Bands cover 95 % of the uncertainty of each mean."), Gallery(list(charts(record)))]),
+        Section("Curves", [Text(BANDS), Gallery(list(charts(record)))]),
         Section("Samples on the way", list(_grids(record))),
         Section("Where the time went", list(_timings(record))),
         Section("Recipe, with the source of each value", [Listing(list(_recipe_lines(record.recipe)))], folded=True),
@@ -130,19 +129,19 @@ def run_page(record: RunRecord) -> str:
 
 
 def _before_after(record: RunRecord) -> Iterator[Block]:
-    if picture := before_after_picture(record, "the same prompts and seeds before and after"):
-        which = record.outcome.title
-        yield Text(f"The same prompts and seeds, by the base and by the checkpoint that the run keeps ({which}).")
-        yield Gallery([picture])
+    if pictures := before_after_pictures(record):
+        yield Text("The same prompts and seeds, by the base and by the checkpoint that the run keeps.")
+        yield Gallery(pictures)
 
 
-def before_after_picture(record: RunRecord, alt: str) -> Picture | None:
-    """Samples by the base and by the checkpoint that a run keeps, for a page; None where there are none."""
-    image = kept_picture(RunFolder(record.path), record.outcome)
-    if image is None:
-        return None
-    source, pixelated = inline_image(image, _WIDE_SIDE)
-    return Picture(source, "", alt, pixelated, "panorama")
+def before_after_pictures(record: RunRecord) -> list[Picture]:
+    """Samples by the base and by the checkpoint that a run keeps, for a page; none where one of them is missing."""
+    grids = kept_grids(RunFolder(record.path), record.outcome)
+    found = []
+    for title, image in grids.items():
+        source, pixelated = inline_image(image, _GRID_SIDE)
+        found.append(Picture(source, title, f"samples of the {title}", pixelated, "wide"))
+    return found
 
 
 def _scores(record: RunRecord) -> Iterator[Block]:
@@ -182,8 +181,8 @@ def _scores(record: RunRecord) -> Iterator[Block]:
 
 def charts(record: RunRecord) -> Iterator[Picture]:
     """The curves of a run, one chart for what belongs together."""
-    lines = list(record.lines)
-    yield from _chart([curve(lines, REWARD, "reward/se", "mean reward")], "reward on training prompts")
+    lines = record.log
+    yield from _chart([curve(lines, REWARD, "reward/se", "mean reward")], "reward on training prompts", "mean reward")
     shown: set[str] = set()
     measured = record.outcome.kept or record.outcome.base
     for name in headline(measured):
@@ -191,17 +190,43 @@ def charts(record: RunRecord) -> Iterator[Picture]:
         if key is not None:
             shown.add(key)
             both = (key, AVERAGED + key.removeprefix(PREFIX))
-            yield from _chart([_held_out(lines, one) for one in both], f"{name}, held out")
+            yield from _chart([_held_out(record, one) for one in both], f"{name}, held out", "mean score")
     for reward, keys in _parts(measured, shown):
-        yield from _chart([_held_out(lines, record.logged(key)) for key in keys], f"{reward} by part, held out")
-    for key, title in _UPDATE_CHARTS.items():
-        yield from _chart([metric_curve(lines, key, key)], title)
+        parts = [_held_out(record, record.logged(key)) for key in keys]
+        yield from _chart(parts, f"{reward} by part, held out", "mean score")
+    for key, (title, unit) in _UPDATE_CHARTS.items():
+        yield from _chart([curve(lines, key, None, key)], title, unit)
 
 
-def curve(lines: Sequence[Line], key: str, error: str, name: str) -> Curve:
+def run_figure(log: MetricsLog, outcome: Outcome, title: str) -> Figure:
+    """The curves of a run in one figure: `curve.png`. Held-out scores are without bands, which the report has."""
+    known = [key for key in log.evaluations.logged() if key.startswith((PREFIX, AVERAGED)) and key.endswith(SUFFIX)]
+    first = headline(log.evaluations[0]) if log.evaluations else {}
+    known.sort(key=lambda key: (label(key) not in first, list(first).index(label(key)) if label(key) in first else 0))
+    held_out: list[Curve] = []
+    for key in known:
+        found = _marked(curve(log, key, None, label(key)), key, outcome)
+        # parts that are the whole of a reward coincide with its total
+        if len(held_out) < _MAX_CURVES and not any(np.array_equal(found.y, one.y) for one in held_out):
+            held_out.append(found)
+    return curve_figure([curve(log, REWARD, "reward/se", "mean reward")], held_out, title)
+
+
+def write_run_figure(record: RunRecord, path: Path) -> None:
+    """Writes the curves of a run in the format that the ending names."""
+    write_figure(run_figure(record.log, record.outcome, f"{record.state.model}: {record.path.name}"), path)
+
+
+def _marked(found: Curve, key: str, outcome: Outcome) -> Curve:
+    """The curve with a star at the kept checkpoint, when it is of the kind of weights that was kept."""
+    own = key.startswith(AVERAGED if outcome.averaged else PREFIX)
+    return replace(found, kept=outcome.iteration) if own else found
+
+
+def curve(log: MetricsLog, key: str, error: str | None, name: str) -> Curve:
     """A metric over iterations with a band of 95 %."""
-    found = metric_curve(lines, key, name, error)
-    return Curve(found.label, found.x, found.y, [_TWO_SIDED_95 * half for half in found.band])
+    at, values, errors = log.columns(key, error)
+    return Curve(name, at, values, _TWO_SIDED_95 * errors)
 
 
 def label(key: str) -> str:
@@ -210,8 +235,9 @@ def label(key: str) -> str:
     return f"{name} (EMA)" if key.startswith(AVERAGED) else name
 
 
-def _held_out(lines: Sequence[Line], key: str) -> Curve:
-    return curve(lines, key, f"{key.removesuffix(SUFFIX)}_se", label(key))
+def _held_out(record: RunRecord, key: str) -> Curve:
+    found = curve(record.log, key, f"{key.removesuffix(SUFFIX)}_se", label(key))
+    return _marked(found, key, record.outcome)
 
 
 def _parts(line: Line, shown: set[str]) -> Iterator[tuple[str, list[str]]]:
@@ -225,11 +251,12 @@ def _parts(line: Line, shown: set[str]) -> Iterator[tuple[str, list[str]]]:
             yield label(total), parts
 
 
-def _chart(curves: Sequence[Curve], title: str) -> Iterator[Picture]:
+def _chart(curves: Sequence[Curve], title: str, y_label: str) -> Iterator[Picture]:
     drawn = [found for found in curves if len(found.y) > 1]
     # a line that is zero throughout says nothing
-    if any(any(found.y) for found in drawn):
-        yield Picture(inline_svg(line_chart(drawn, title)), "", title, layout="wide")
+    if any(np.nan_to_num(found.y).any() for found in drawn):
+        image = figure_bytes(chart(drawn, title, y_label=y_label), "svg")
+        yield Picture(inline_svg(image), "", title, layout="wide")
 
 
 def _grids(record: RunRecord) -> Iterator[Block]:
@@ -239,28 +266,29 @@ def _grids(record: RunRecord) -> Iterator[Block]:
         yield Gallery([picture for picture in pictures if picture is not None])
 
 
-def inlined(file: Path, side: int, alt: str, layout: Literal["wide", "panorama"] = "wide") -> Picture | None:
+def inlined(file: Path, side: int, alt: str) -> Picture | None:
     """A picture file for a page, or None when it is missing or damaged."""
     try:
         source, pixelated = decoded(file, lambda image: inline_image(image, side))
     except UsageError:
         return None
-    return Picture(source, "", alt, pixelated, layout)
+    return Picture(source, "", alt, pixelated, "wide")
 
 
 def _timings(record: RunRecord) -> Iterator[Block]:
-    stages = sorted({key for line in record.lines for key in line if key.startswith("time/") and key.endswith("_s")})
-    spent = {stage: [line[stage] for line in record.lines if stage in line] for stage in stages}
+    logged = {*record.log.iterations.logged(), *record.log.evaluations.logged()}
+    stages = sorted(key for key in logged if key.startswith("time/") and key.endswith("_s"))
+    spent = {stage: record.log.columns(stage)[1] for stage in stages}
     whole = "time/iteration_s"
-    total = sum(spent.get(whole, [])) + sum(spent.get("time/eval_s", []))
+    total = sum(float(spent[stage].sum()) for stage in (whole, "time/eval_s") if stage in spent)
     if not total:
         return
     rows = []
-    for stage, seconds in sorted(spent.items(), key=lambda entry: -sum(entry[1])):
+    for stage, seconds in sorted(spent.items(), key=lambda entry: -float(entry[1].sum())):
         name = stage.removeprefix("time/").removesuffix("_s")
         name = "iteration, all stages" if stage == whole else name
-        share = f"{100 * sum(seconds) / total:.0f} %"
-        rows.append((name, str(len(seconds)), f"{np.median(seconds):.2f}", f"{sum(seconds):.1f}", share))
+        share = f"{100 * seconds.sum() / total:.0f} %"
+        rows.append((name, str(len(seconds)), f"{np.median(seconds):.2f}", f"{seconds.sum():.1f}", share))
     columns = ("stage", "times", "median s", "sum s", "share")
     yield Table(columns, rows, frozenset(columns) - {"stage"})
 

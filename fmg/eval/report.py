@@ -169,6 +169,9 @@ def _extremes(gallery: ImageGallery) -> Iterator[Block]:
 
 
 def _pair(prompt: str, show: PromptShow) -> Iterator[Picture]:
+    if show.best is not None and len(show.scores) == 1:
+        yield Picture(show.best.source, f"{show.best.value:.3f}: {prompt}", prompt, show.best.pixelated)
+        return
     for shown, word in ((show.worst, "worst"), (show.best, "best")):
         if shown is not None:
             yield Picture(shown.source, f"{word} {shown.value:.3f}: {prompt}", prompt, shown.pixelated)

@@ -13,7 +13,7 @@ from typing import Any
 from fmg.core.events import Observer, StageProgress, ignore
 from fmg.core.shown import counted, plot_label
 from fmg.core.unfinished import partial_folder
-from fmg.data.pictures import write_figure
+from fmg.data.charts import frame, new_figure, style, write_figure
 from fmg.data.prompt_sets import load_prompts
 from fmg.eval.rows import result_rows
 from fmg.eval.scoring import EvalSet, score_target
@@ -216,17 +216,12 @@ def _reporting(observer: Observer, stage: str) -> Any:
 
 
 def frontier_figure(points: Sequence[Point], path: Path, title: str) -> None:
-    """Writes a PNG: a panel for each reward, latency against its mean with intervals, steps at the points."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
+    """Writes a panel for each reward, latency against its mean with intervals, steps at the points."""
     rewards = list(dict.fromkeys(point.reward for point in points))
-    figure = Figure(figsize=(6.4 * len(rewards), 4.4), dpi=120, layout="constrained")
-    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(point.backend for point in points))}
+    figure = new_figure(6.4 * len(rewards), 4.4)
+    styles = {name: style(i) for i, name in enumerate(dict.fromkeys(point.backend for point in points))}
     for axes, reward in zip(figure.subplots(1, len(rewards), squeeze=False)[0], rewards, strict=True):
-        for label in dict.fromkeys(point.label for point in points):
+        for number, label in enumerate(dict.fromkeys(point.label for point in points)):
             line = [point for point in points if (point.label, point.reward) == (label, reward)]
             x, y = [point.latency_ms.p50 for point in line], [point.mean for point in line]
             errors = [[point.mean - point.ci95[0] for point in line], [point.ci95[1] - point.mean for point in line]]
@@ -235,24 +230,24 @@ def frontier_figure(points: Sequence[Point], path: Path, title: str) -> None:
                 y,
                 yerr=errors,
                 label=plot_label(label),
-                color=colours[line[0].backend],
-                linestyle="-" if line[0].adapter else "--",
-                marker="o",
-                markersize=4,
-                linewidth=1.6,
                 capsize=2,
+                **styles[line[0].backend] | {"linestyle": "-" if line[0].adapter else "--"},
             )
             for point in line:
                 axes.annotate(
-                    str(point.steps), (point.latency_ms.p50, point.mean), (5, 5), textcoords="offset points", fontsize=8
+                    str(point.steps),
+                    (point.latency_ms.p50, point.mean),
+                    # the labels of two lines that meet are on either side
+                    (5, 5 if number % 2 == 0 else -11),
+                    textcoords="offset points",
+                    fontsize=8,
+                    color=styles[line[0].backend]["color"],
                 )
+        frame(axes, "", "latency of one batch, ms (median)", f"{reward}, mean with 95 % interval")
         axes.set_xscale("log")
         for ticks in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
             ticks("{x:g}")
         axes.tick_params(axis="x", which="both", labelsize=7)
-        axes.set_xlabel("latency of one batch, ms (median)")
-        axes.set_ylabel(f"{reward}, mean")
-        axes.grid(alpha=0.3, which="both")
         axes.legend(frameon=False, fontsize=8, loc="best", handlelength=3.5)
     figure.suptitle(f"{plot_label(title)}: reward against latency, steps at the points", fontsize=11)
     write_figure(figure, path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,11 +14,14 @@ from torch import Tensor
 
 from fmg.core.events import Observer, StageProgress
 from fmg.core.protocols import Reward
+from fmg.data.charts import write_figure
 from fmg.data.checkpoints import Saved
-from fmg.data.pictures import Curve, GridRow, curve_figure, kept_picture, metric_curve, sample_grid, write_picture
+from fmg.data.metrics_log import MetricsLog
+from fmg.data.pictures import GridRow, kept_picture, sample_grid, write_picture
 from fmg.data.prompt_sets import spread
 from fmg.data.run_folder import RunFolder
 from fmg.data.run_metrics import Outcome
+from fmg.data.run_report import run_figure
 from fmg.eval.diversity import within_groups
 from fmg.eval.scoring import EvalSet, Scores, means, score_target, standard_error
 from fmg.inference.backend import TorchBackend
@@ -31,7 +34,6 @@ from fmg.training.tripwire import Tripwire, Verdict
 
 GRID_PROMPTS = 6
 GRID_SEEDS = 6
-MAX_CURVES = 8
 
 
 @dataclass
@@ -167,27 +169,9 @@ class Watcher:
         else:
             write_picture(picture, run.before_after)
         if len(lines) > 1:
-            trained = [metric_curve(lines, "reward/mean", "mean reward", "reward/se")]
             recipe = self.composed.recipe
             title = f"{recipe.model.name}, {recipe.stochasticizer.name}"
-            curve_figure(trained, list(self._heldout_curves(lines)), run.curve, title)
-
-    def _heldout_curves(self, lines: list[Mapping[str, float]]) -> Iterator[Curve]:
-        """The total of every measured reward and the parts of the trained ones, without lines that coincide."""
-        seen: set[tuple[float, ...]] = set()
-        for key in self._heldout_keys(lines):
-            place, _, name = key.removesuffix("_mean").partition("/")
-            label = name.replace("_", " ") + (" (EMA)" if place == "eval_ema" else "")
-            curve = metric_curve(lines, key, label)
-            if curve.y and tuple(curve.y) not in seen and len(seen) < MAX_CURVES:
-                seen.add(tuple(curve.y))
-                yield curve
-
-    def _heldout_keys(self, lines: list[Mapping[str, float]]) -> list[str]:
-        known = [key for key in lines[0] if key.endswith("_mean")]
-        wanted = [f"{place}/{name}_mean" for place in ("eval", "eval_ema") for name in self.composed.measured]
-        totals = [key for key in wanted if key in known]
-        return totals + [key for name in self.composed.reward.names for key in known if key.startswith(f"eval/{name}_")]
+            write_figure(run_figure(MetricsLog.of(lines), outcome, title), run.curve)
 
     def _rows(self) -> tuple[GridRow, ...]:
         prompts = spread(list(self.composed.eval_prompts), GRID_PROMPTS)

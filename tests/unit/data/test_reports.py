@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from fmg.core.errors import CheckpointError, FmgWarning, UsageError
-from fmg.data.charts import line_chart
+from fmg.data.charts import Curve, chart, figure_bytes
 from fmg.data.checkpoints import CheckpointIndex, Saved, write_index
 from fmg.data.comparison import write_comparison
 from fmg.data.page import Gallery, Listing, Picture, Section, Table, Text, Tile, inline_image, page
-from fmg.data.pictures import Curve, kept_picture
+from fmg.data.pictures import kept_picture
 from fmg.data.run_folder import RunFolder, read_numbers
 from fmg.data.run_metrics import Outcome
 from fmg.data.run_report import write_run_report
@@ -75,7 +75,7 @@ def test_the_report_of_a_run_says_what_its_files_say(runs: tuple[RunFolder, RunF
     assert "--lr" in words
     assert "torch 2." in words
     # reward, strict, total, by part, KL and clipping; before and after; four grids
-    assert parsed.tags.count("img") == 6 + 1 + 4
+    assert parsed.tags.count("img") == 6 + 2 + 4
 
 
 def test_a_report_shows_the_scores_of_the_moving_average_that_it_keeps(
@@ -169,10 +169,14 @@ def test_a_comparison_shows_scores_and_what_differs(runs: tuple[RunFolder, RunFo
     assert not (tmp_path / "d.html").exists()
 
 
+def _svg(curves: list[Curve]) -> bytes:
+    return figure_bytes(chart(curves, "t"), "svg")
+
+
 def test_a_chart_draws_its_bands_and_survives_gaps() -> None:
-    flat, banded = (line_chart([Curve("a", [0, 1, 2], [0.1, 0.2, 0.3], band)], "t") for band in ([0] * 3, [0.1] * 3))
+    flat, banded = (_svg([Curve("a", [0, 1, 2], [0.1, 0.2, 0.3], band)]) for band in ([0] * 3, [0.1] * 3))
     assert banded.count(b"<path") > flat.count(b"<path")
-    assert line_chart([Curve("a", [0, 1], [float("nan"), 1.0], [0, 0])], "t").startswith(b"<?xml")
+    assert _svg([Curve("a", [0, 1], [float("nan"), 1.0], [0, 0])]).startswith(b"<?xml")
 
 
 def test_large_pictures_are_scaled_down_and_small_ones_stay_exact() -> None:
@@ -214,7 +218,7 @@ def test_a_browser_shows_the_report(runs: tuple[RunFolder, RunFolder], tmp_path:
         timeout=120,
     )
     found = json.loads(shown.stdout.partition("<title>")[2].partition("</title>")[0])
-    assert found["images"] == 11
+    assert found["images"] == 12
     assert found["broken"] == 0
     assert found["wide"] <= 0
     assert found["height"] > 1500

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fmg.core.errors import CheckpointError
+from fmg.data.metrics_log import MetricsLog
 from fmg.data.run_doctor import LIMITS, RULES, Advice, Log, examine_log, examine_run
 from fmg.data.run_folder import RunFolder
 from fmg.data.run_metrics import HackingLimits
@@ -47,7 +48,7 @@ def signs(lines: Lines) -> list[tuple[str, str]]:
 def found(lines: Lines) -> list[Advice]:
     """As read from a file, where null is NaN."""
     numbers = [{key: math.nan if value is None else float(str(value)) for key, value in x.items()} for x in lines]
-    return examine_log(Log.of(numbers, LIMITS_OF_RECIPE))
+    return examine_log(Log.of(MetricsLog.of(numbers), LIMITS_OF_RECIPE))
 
 
 HACKED = {
