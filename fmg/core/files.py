@@ -136,7 +136,14 @@ def write_sums(folder: Path) -> str:
     return digest(folder / SUMS)
 
 
-def check_sums(folder: Path, expected: str | None, fix: str, names: Collection[str] = ()) -> bool:
+def check_sums(
+    folder: Path,
+    expected: str | None,
+    fix: str,
+    names: Collection[str] = (),
+    *,
+    only: Collection[str] | None = None,
+) -> bool:
     """Checks the files of a folder against its `SHA256SUMS`. Files that it does not name are not looked at.
 
     Args:
@@ -144,6 +151,7 @@ def check_sums(folder: Path, expected: str | None, fix: str, names: Collection[s
         expected: what `write_sums` returned; None where nobody kept it.
         fix: what to do about a damaged file, for the error.
         names: files that it has to name.
+        only: the files to check, of those that it names; None: all.
 
     Returns:
         False when there is nothing to check against, as in folders of older versions.
@@ -158,7 +166,11 @@ def check_sums(folder: Path, expected: str | None, fix: str, names: Collection[s
     try:
         # judged before it is parsed
         lines = _sums(file, names) if expected is None or digest(file) == expected else {}
-        named |= {inside(folder, name, named_in=file, links=True): stated for name, stated in lines.items()}
+        named |= {
+            inside(folder, name, named_in=file, links=True): stated
+            for name, stated in lines.items()
+            if only is None or name in only
+        }
         for path, stated in named.items():
             if not path.is_file():
                 raise CheckpointError(f"'{path}' is missing", fix)

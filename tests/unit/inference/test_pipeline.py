@@ -146,9 +146,18 @@ def test_an_adapter_that_lost_a_file_or_belongs_to_another_map_is_refused(tmp_pa
         FlowMapPipeline.from_pretrained(other).load_lora_weights(checkpoint)
     (checkpoint / "fmg_extra.safetensors").unlink()
     pipe = FlowMapPipeline.from_pretrained(folder)
-    with pytest.raises(CheckpointError, match=r"lacks fmg_extra\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"fmg_extra\.safetensors' is missing"):
         pipe.load_lora_weights(checkpoint)
     assert not pipe.get_list_adapters()
+    again = chosen_checkpoint(make_run(tmp_path / "again", _recipe(folder), seed=4))
+    assert again is not None
+    shutil.rmtree(again / "peft")
+    pipe.load_lora_weights(again)
+    pipe.unload_lora_weights()
+    weights = again / "pytorch_lora_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(CheckpointError, match="is damaged: its digest"):
+        pipe.load_lora_weights(again)
     whole = chosen_checkpoint(make_run(tmp_path / "full", _recipe(folder), seed=4, trained="full"))
     with pytest.raises(UsageError, match="whole transformer"):
         pipe.load_lora_weights(whole)
