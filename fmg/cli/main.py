@@ -194,7 +194,7 @@ def _main(args: Sequence[str]) -> int:
         if (reason := system_refusal(error)) is not None:
             name = getattr(error, "filename", None)
             where = "" if name is None else f" '{os.fsdecode(name)}'"
-            what = f"The system refused the file or folder{where}: {reason}."
+            what = bounded(f"The system refused the file or folder{where}: {reason}.")
             return _failed(f"{what} Check its name, its permissions and the free space.", 1, session)
         return _bug(error, args, session)
 

@@ -129,6 +129,9 @@ MISUSES = (
     Misuse("runs nowhere", "no folder 'nowhere'"),
     Misuse("runs ''", "DIR is empty"),
     Misuse(f"runs {LONG}", "File name too long"),
+    Misuse(f"runs {LONG * 300}", "(90,000 characters)': File name too long"),
+    Misuse(f"train --lr {LONG * 300}", "--lr"),
+    Misuse(f"--{LONG * 300}", "No such option"),
     Misuse("show reward a\nb\x1b[31m", r"'a\nb\x1b[31m'"),
     Misuse("train --offline=yes", "--offline"),
     Misuse(
