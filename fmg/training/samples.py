@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fmg.core.errors import RewardError
@@ -27,13 +27,24 @@ from fmg.core.types import (
     TransitionRollout,
 )
 from fmg.rl import rollout, sample_rollout, window_steps
-from fmg.rl.branches import Branching, StepChooser, branch_rollout, reward_spread, siblings_of
+from fmg.rl.branches import (
+    Branching,
+    Completion,
+    StepChooser,
+    branch_rollout,
+    reward_spread,
+    siblings_of,
+    within_correlation,
+)
 from fmg.rl.rollouts import group_members
 from fmg.training.compose import Composed
 from fmg.training.plan_time import rollout_nfe
 from fmg.training.processes import Processes
 from fmg.training.prompts import DynamicPrompts, iteration_prompts
 from fmg.training.sizes import Sizes
+
+AGREEMENT_GROUPS = 6
+"""Groups that are completed both ways where the agreement of completions is measured."""
 
 
 @dataclass
@@ -52,6 +63,7 @@ class Sampler:
     _steps: StepChooser | None = field(default=None, init=False)
     _prompts: DynamicPrompts | None = field(default=None, init=False)
     _chosen: list[int] = field(default_factory=list, init=False)
+    _last: tuple[Conditioning, Int[Tensor, " g"]] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         shape, seed = self.composed.recipe.rollout, self.composed.recipe.train.seed
@@ -93,6 +105,30 @@ class Sampler:
             metrics["prompts/mean_weight"] = float(self._prompts.weights.mean())
         return metrics
 
+    def compares_completions(self, iteration: int) -> bool:
+        """Whether an iteration measures the agreement of completions: of branched runs, those that `eval.every` divides."""
+        return self._steps is not None and iteration % self.composed.recipe.eval.every == 0
+
+    @torch.no_grad()
+    def completion_agreement(self, iteration: int, rewards: RewardOutput) -> dict[str, float]:
+        """How far the rewards of the two completions agree, for an iteration of which `compares_completions` is true.
+
+        A few groups are completed the other way. `branch/completion_agreement` is the correlation of both rewards
+        within groups: near 1 a jump ranks siblings as the sampler of deployment would, at a fraction of its cost.
+        """
+        recipe = self.composed.recipe
+        shape = recipe.rollout
+        assert self._last is not None
+        cond, steps = self._last
+        groups = torch.arange(min(AGREEMENT_GROUPS, shape.groups))
+        other: Completion = "grid" if shape.branch.completion == "jump" else "jump"
+        # all processes complete the same groups, since a spread network needs all of them
+        stars = self._rolled(cond.select(groups), groups, steps[groups], iteration, other, None)
+        images = decode_samples(self.composed, self.sizes, stars)
+        again = self.processes.together(lambda: self.composed.reward(images, stars.cond.prompts)).total
+        agreement = within_correlation(rewards.total[: len(again)], again, shape.group_size)
+        return {} if agreement is None else {"branch/completion_agreement": agreement}
+
     def state(self) -> dict[str, Any]:
         """What `restore` needs to sample as this object would."""
         return {
@@ -115,26 +151,14 @@ class Sampler:
         return [self.composed.prompts[i] for i in self._chosen]
 
     def _branches(self, cond: Conditioning, iteration: int) -> tuple[SampleRollout, Rollout]:
-        recipe, model, processes = self.composed.recipe, self.composed.model, self.processes
-        shape, unit = recipe.rollout, self._unit_groups
+        processes, shape, unit = self.processes, self.composed.recipe.rollout, self._unit_groups
         assert self._steps is not None
         steps = self._steps.choose(iteration, shape.groups)
+        self._last = cond, steps
         rows = processes.share(shape.groups, unit).rows
-        own = branch_rollout(
-            model.flow_map,
-            self.composed.stochasticizer,
-            processes.own(cond, unit),
-            torch.arange(shape.groups)[rows],
-            steps[rows],
-            self.composed.grid,
-            Branching(shape.group_size, shape.branch.completion, shape.branch.prefix, shape.branch.antithetic),
-            seed=recipe.train.seed,
-            iteration=iteration,
-            latent_shape=model.latent_shape,
-            batch_size=self.sizes.rollout_batch,
-            device=model.device,
-            span=None if processes.alone else (int(steps.min()), int(steps.max())),
-        )
+        span = None if processes.alone else (int(steps.min()), int(steps.max()))
+        groups = torch.arange(shape.groups)[rows]
+        own = self._rolled(processes.own(cond, unit), groups, steps[rows], iteration, shape.branch.completion, span)
         if processes.alone:
             return own, own
 
@@ -151,6 +175,33 @@ class Sampler:
             **by_group,
         )
         return SampleRollout(own.cond, own.groups, own.x0, own.grid), whole
+
+    def _rolled(
+        self,
+        cond: Conditioning,
+        groups: Int[Tensor, " g"],
+        steps: Int[Tensor, " g"],
+        iteration: int,
+        completion: Completion,
+        span: tuple[int, int] | None,
+    ) -> BranchRollout:
+        recipe, model = self.composed.recipe, self.composed.model
+        branch = recipe.rollout.branch
+        return branch_rollout(
+            model.flow_map,
+            self.composed.stochasticizer,
+            cond,
+            groups,
+            steps,
+            self.composed.grid,
+            Branching(recipe.rollout.group_size, completion, branch.prefix, branch.antithetic),
+            seed=recipe.train.seed,
+            iteration=iteration,
+            latent_shape=model.latent_shape,
+            batch_size=self.sizes.rollout_batch,
+            device=model.device,
+            span=span,
+        )
 
     def _chains(self, prompts: Conditioning, size: int, iteration: int) -> tuple[SampleRollout, Rollout]:
         processes, sizes = self.processes, self.sizes

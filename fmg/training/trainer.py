@@ -261,22 +261,25 @@ class Trainer:
             own, drawn = self._sampler.sample(iteration)
         with self._clock("decode"):
             images = decode_samples(self.composed, self.sizes, own)
-        diversity = self._watcher.diversity(images, drawn.groups, self._sampler.unit)
+        measured = self._watcher.diversity(images, drawn.groups, self._sampler.unit)
         with self._clock("reward"):
             rewards = score_samples(self.composed, self.processes, own, images, len(drawn.groups), self._sampler.unit)
+        if self._sampler.compares_completions(iteration):
+            with self._clock("agreement"):
+                measured |= self._sampler.completion_agreement(iteration, rewards)
         scored = ScoredRollout(drawn, rewards, advantages(rewards, drawn.groups, self.composed.recipe, iteration))
         with self.processes.signals.held():
-            self._finish_iteration(scored, diversity, iteration, started)
+            self._finish_iteration(scored, measured, iteration, started)
 
     def _finish_iteration(
-        self, scored: ScoredRollout, diversity: dict[str, float], iteration: int, started: float
+        self, scored: ScoredRollout, measured: dict[str, float], iteration: int, started: float
     ) -> None:
         with self._clock("update"):
             self._rest = None
             updates = self._update(scored, iteration)
         drawn, rewards = scored.rollout, scored.rewards
         metrics: dict[str, float] = {"iteration": iteration + 1, **reward_metrics(rewards, drawn.groups), **updates}
-        metrics |= diversity | self._sampler.learn(drawn, rewards)
+        metrics |= measured | self._sampler.learn(drawn, rewards)
         metrics |= {f"time/{stage}_s": spent for stage, spent in self._times.items()}
         metrics["time/iteration_s"] = time.perf_counter() - started
         self._record(metrics)

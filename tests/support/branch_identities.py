@@ -14,7 +14,7 @@ from fmg.core.types import Batch, BranchRollout, Conditioning, RewardOutput, Sco
 from fmg.flow import Gaussian, LinearPath
 from fmg.flow.sampling import native_sample
 from fmg.rl import group_advantages, refresh_old, replay_ratio, rollout, sample
-from fmg.rl.branches import Branching, StepChooser, branch_rollout, reward_spread
+from fmg.rl.branches import Branching, StepChooser, branch_rollout, reward_spread, within_correlation
 from fmg.rl.configs import GrpoConfig
 from fmg.rl.grpo import Grpo, noise_weights
 from fmg.rl.noise import noise
@@ -361,6 +361,16 @@ def check_reward_spread_by_step() -> None:
     spread, equal = reward_spread(rewards, torch.tensor([0, 0, 2, 1]))
     assert spread == {0: 0.5, 2: 2.0}
     assert equal == {0: 0.5, 2: 0.0}
+
+
+def check_correlation_within_groups() -> None:
+    """Levels of groups do not count, equal rewards are left to the others, and nothing to compare is None."""
+    one = torch.tensor([0.0, 1.0, 2.0, 5.0, 5.0, 5.0])
+    assert within_correlation(one, 7 - 2 * one, 3) == -1.0
+    crossed = within_correlation(one, torch.tensor([0.0, 1.0, 0.0, 9.0, 1.0, 5.0]), 3)
+    assert crossed is not None
+    assert abs(crossed) < 1e-12
+    assert within_correlation(torch.ones(6), one, 3) is None
 
 
 def check_steps_are_chosen_as_asked() -> None:

@@ -13,7 +13,7 @@ from fmg.core.types import Prompt
 from fmg.data.prompt_sets import PromptList
 from fmg.registry import prompt_sets
 from fmg.worlds.configs import ShapesPromptsConfig
-from fmg.worlds.shapes.prompts import Split, parse_prompt, prompt_set
+from fmg.worlds.shapes.prompts import PromptItem, hard_prompts, parse_prompt, prompt_set
 from fmg.worlds.shapes.render import place, render
 
 
@@ -33,21 +33,32 @@ class ShapesPrompts(PromptList):
 @prompt_sets.register("shapes-train", ShapesPromptsConfig)
 def shapes_train(config: ShapesPromptsConfig) -> ShapesPrompts:
     """Prompts that training draws from: one object with a colour, a kind and a position."""
-    return _prompts("shapes-train", "train")
+    return _prompts("shapes-train", prompt_set("train"))
 
 
 @prompt_sets.register("shapes-heldout", ShapesPromptsConfig)
 def shapes_heldout(config: ShapesPromptsConfig) -> ShapesPrompts:
     """Prompts of combinations that training never sees."""
-    return _prompts("shapes-heldout", "heldout")
+    return _prompts("shapes-heldout", prompt_set("heldout"))
 
 
 @prompt_sets.register("shapes-hard", ShapesPromptsConfig)
 def shapes_hard(config: ShapesPromptsConfig) -> ShapesPrompts:
-    """Counts, two objects and relations: evaluated only."""
-    return _prompts("shapes-hard", "hard")
+    """Counts, two objects and relations: both halves."""
+    return _prompts("shapes-hard", prompt_set("hard"))
 
 
-def _prompts(name: str, split: Split) -> ShapesPrompts:
-    items = prompt_set(split)
+@prompt_sets.register("shapes-hard-train", ShapesPromptsConfig)
+def shapes_hard_train(config: ShapesPromptsConfig) -> ShapesPrompts:
+    """Counts, two objects and relations that training draws from."""
+    return _prompts("shapes-hard-train", hard_prompts(heldout=False))
+
+
+@prompt_sets.register("shapes-hard-heldout", ShapesPromptsConfig)
+def shapes_hard_heldout(config: ShapesPromptsConfig) -> ShapesPrompts:
+    """Counts, two objects and relations in combinations that training never sees."""
+    return _prompts("shapes-hard-heldout", hard_prompts(heldout=True))
+
+
+def _prompts(name: str, items: Sequence[PromptItem]) -> ShapesPrompts:
     return ShapesPrompts(name, [Prompt(i.prompt, i.scene.tag, i.scene.metadata(i.prompt)) for i in items])

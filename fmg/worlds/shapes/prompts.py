@@ -103,6 +103,20 @@ def prompt_set(split: Split) -> tuple[PromptItem, ...]:
     return tuple(PromptItem(prompt, scene) for scene in scenes for prompt in phrasings(scene))
 
 
+def is_hard_heldout(scene: Scene) -> bool:
+    """Whether a scene of the split `hard` is held out of its training half: about one in three.
+
+    The same two objects are held out side by side and in a relation; each object, count and relation is in both halves.
+    """
+    numbers = [KINDS.index(c.kind) + 2 * COLORS.index(c.color) + c.count for c in scene.include]
+    return sum(place * number for place, number in zip((1, 2), numbers, strict=False)) % 3 == 0
+
+
+def hard_prompts(*, heldout: bool) -> tuple[PromptItem, ...]:
+    """The prompts of the split `hard` that are held out, or the others; the halves share no scene."""
+    return tuple(item for item in prompt_set("hard") if is_hard_heldout(item.scene) == heldout)
+
+
 def _single_scenes(heldout: bool) -> list[Scene]:
     combinations = product(KINDS, COLORS, POSITIONS)
     return [single(k, c, p) for k, c, p in combinations if is_heldout(k, c, p) == heldout]

@@ -5,8 +5,17 @@ from collections import Counter
 import pytest
 
 from fmg.core.errors import UsageError
-from fmg.worlds.shapes.prompts import SPLITS, is_heldout, parse_prompt, phrasings, prompt_set, vocabulary
-from fmg.worlds.shapes.scene import COLORS, KINDS, POSITIONS, Clause, Relation, Scene, single
+from fmg.worlds.shapes.prompts import (
+    SPLITS,
+    PromptItem,
+    hard_prompts,
+    is_heldout,
+    parse_prompt,
+    phrasings,
+    prompt_set,
+    vocabulary,
+)
+from fmg.worlds.shapes.scene import COLORS, DIRECTIONS, KINDS, POSITIONS, Clause, Relation, Scene, single
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -75,3 +84,21 @@ def test_metadata_has_the_form_of_geneval() -> None:
         ],
         "prompt": "a red circle above a blue square",
     }
+
+
+def test_hard_halves_share_no_objects_and_every_attribute_is_in_both() -> None:
+    train, heldout = hard_prompts(heldout=False), hard_prompts(heldout=True)
+    assert sorted(item.prompt for item in (*train, *heldout)) == sorted(item.prompt for item in prompt_set("hard"))
+    assert 1 / 4 < len(heldout) / (len(train) + len(heldout)) < 2 / 5
+
+    def objects(items: tuple[PromptItem, ...]) -> set[tuple[tuple[str, str, int], ...]]:
+        return {tuple(sorted((c.kind, c.color, c.count) for c in item.scene.include)) for item in items}
+
+    assert not objects(train) & objects(heldout)
+    for half in (train, heldout):
+        clauses = [clause for item in half for clause in item.scene.include]
+        assert {item.scene.tag for item in half} == {"counting", "two_object", "position"}
+        assert {c.kind for c in clauses} == set(KINDS)
+        assert {c.color for c in clauses} == set(COLORS)
+        assert {c.count for c in clauses} == {1, 2, 3}
+        assert {c.relation.direction for c in clauses if c.relation is not None} == set(DIRECTIONS)
