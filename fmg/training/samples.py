@@ -106,7 +106,7 @@ class Sampler:
         return metrics
 
     def compares_completions(self, iteration: int) -> bool:
-        """Whether an iteration measures the agreement of completions: of branched runs, those that `eval.every` divides."""
+        """Whether an iteration of a branched run measures the agreement: each that `eval.every` divides."""
         return self._steps is not None and iteration % self.composed.recipe.eval.every == 0
 
     @torch.no_grad()
