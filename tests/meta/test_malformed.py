@@ -100,7 +100,7 @@ MISUSES = (
     Misuse("train now", "unexpected extra argument"),
     Misuse("train --lr", "--lr"),
     Misuse("list modelz", "'models'"),
-    Misuse("show reward", "NAME"),
+    Misuse("show reward", "'reward' is a kind of component. Add a name"),
     # going on with a run
     Misuse("train --resume", "--resume"),
     Misuse("train --resume ''", "--resume is empty"),
