@@ -108,7 +108,8 @@ class Outcome:
     def of(cls, lines: Sequence[Line], best: Saved | None) -> Outcome:
         """That of a run with these log lines and this best checkpoint."""
         averaged = best is not None and best.score_key.startswith(AVERAGED)
-        scored = [line for line in lines if is_evaluation(line)]
+        # a damaged line may not name its iteration
+        scored = [line for line in lines if is_evaluation(line) and math.isfinite(line.get("iteration", math.nan))]
         base, last = (scored[0], scored[-1]) if scored else ({}, {})
         kept = last if best is None else next((x for x in reversed(scored) if x["iteration"] == best.iteration), {})
         views = (_of_weights(line, averaged=averaged) for line in (base, kept, last))

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from fmg.cli.tables import change, interval, number, table
 from fmg.data.checkpoints import Saved
-from fmg.data.run_metrics import Outcome
+from fmg.data.run_metrics import SCORE, Outcome
 
 
 def test_numbers() -> None:
@@ -22,6 +22,8 @@ def test_the_end_of_a_run_shows_what_it_keeps_and_names_the_last_evaluation_besi
     assert rows == [["r", "0.000", "0.250", "0.500"]]
     columns, rows = Outcome.of(lines, Saved("checkpoint-2", 2, "eval/score", 0.0)).table()
     assert columns == ["held out", "base", "kept (iteration 2)"]
+    damaged = [{SCORE: 9.0}, *lines, {SCORE: 9.0, "iteration": float("nan")}]
+    assert Outcome.of(damaged, saved := Saved("checkpoint-2", 2, SCORE, 0.0)) == Outcome.of(lines, saved)
     columns, rows = Outcome.of(lines, Saved("checkpoint-5", 5, "eval/score", None)).table()
     assert rows == [["r", "0.000", "-", "0.500"]]
 

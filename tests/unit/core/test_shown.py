@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.shown import LONGEST_VALUE, bounded, cut, html_table, visible, visible_json
-from fmg.data.charts import line_chart
-from fmg.data.pictures import Curve, curve_figure
+from fmg.data.charts import Curve, chart, curve_figure, figure_bytes
 
 HOSTILE = "\x1b[31m \x07 \x9b \x7f \u202e \u2066 \u200b \ufeff \udc80 \U000e0041 \r"
 ORDINARY = "a red circle, 漢字\u3000かな, עברית, e\u0301, \U0001f469\u200d\U0001f52c, \xa0"
@@ -46,11 +44,11 @@ def test_errors_cut_what_they_quote(value: str) -> None:
 
 
 @pytest.mark.parametrize("name", [r"$\frac$", "cost $x_{", "_hidden", "\ud800", "\x1b[31m", "a<b>&c"])
-def test_any_name_is_a_label_of_a_figure(name: str, tmp_path: Path) -> None:
+def test_any_name_is_a_label_of_a_figure(name: str) -> None:
     curve = Curve(name, [0, 1], [0, 1], [0, 0])
-    ElementTree.fromstring(line_chart([curve, curve], name))
-    curve_figure([curve], [curve], tmp_path / "curve.png", name)
-    assert (tmp_path / "curve.png").is_file()
+    for figure in (chart([curve, curve], name), curve_figure([curve], [curve], name)):
+        ElementTree.fromstring(figure_bytes(figure, "svg"))
+        assert figure_bytes(figure, "png")
 
 
 def test_errors_have_an_end_whatever_they_hold() -> None:
