@@ -187,6 +187,8 @@ def load_state(run: RunFolder, recipe: Recipe, *, accept_changed_prompts: bool =
             raise KeyError(missing[0])
         progress = Progress(**content["progress"])
         saved = content["run"]
+        if "metrics" in saved and not (folder / SUMS).is_file():
+            raise CheckpointError(f"The state in '{folder}' lacks its {SUMS}", _instead(run, recipe))
         here = _identity(run, recipe, by_content="prompts" in saved)
         if (saved["model"], saved["created"]) != (here["model"], here["created"]):
             raise UsageError(f"The state in '{folder}' belongs to another run", "Restore the run's own folder `state`.")

@@ -119,6 +119,12 @@ def test_a_damaged_state_says_how_to_go_on(run: RunFolder) -> None:
         load_state(run, RECIPE)
 
 
+def test_a_state_that_lost_its_digests_is_refused(run: RunFolder) -> None:
+    next(run.path.glob("state/*/SHA256SUMS")).unlink()
+    with pytest.raises(CheckpointError, match="lacks its SHA256SUMS"):
+        load_state(run, RECIPE)
+
+
 def test_a_run_without_digests_is_resumed_with_one_warning(run: RunFolder) -> None:
     without_digests(run.path)
     with pytest.warns(FmgWarning, match="kept no digests") as said:
