@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from fmg.core.errors import CheckpointError, UsageError, writing
+from fmg.core.errors import UsageError, writing
 from fmg.core.image_files import decoded
 from fmg.core.unfinished import write_atomic
 from fmg.data.run_folder import RunFolder
@@ -71,18 +71,6 @@ def save_pictures(pictures: Sequence[tuple[Image.Image, str]], folder: Path, *, 
         taken = [int(match[0]) for file in folder.iterdir() if (match := re.match(r"\d+", file.name))]
         first = max(taken, default=0) + 1
         return [_save(picture, folder, number, text) for number, (picture, text) in enumerate(pictures, first)]
-
-
-def open_picture(path: Path) -> Image.Image:
-    """A picture that a run wrote.
-
-    Raises:
-        CheckpointError: the file is not there or damaged.
-    """
-    try:
-        return decoded(path, lambda picture: picture.copy())
-    except UsageError as error:
-        raise CheckpointError(error.what, "Make it again: fmg report.") from None
 
 
 def sample_grid(rows: Sequence[GridRow], title: str) -> Image.Image:

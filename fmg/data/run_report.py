@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL.Image import Image
 
 from fmg.core.errors import CheckpointError, FmgWarning, UsageError
 from fmg.core.image_files import decoded
@@ -215,6 +216,12 @@ def run_figure(log: MetricsLog, outcome: Outcome, title: str) -> Figure:
 def write_run_figure(record: RunRecord, path: Path) -> None:
     """Writes the curves of a run in the format that the ending names."""
     write_figure(run_figure(record.log, record.outcome, f"{record.state.model}: {record.path.name}"), path)
+
+
+def run_picture(record: RunRecord) -> Image:
+    """The same figure as a picture."""
+    png = figure_bytes(run_figure(record.log, record.outcome, f"{record.state.model}: {record.path.name}"), "png")
+    return decoded(png, lambda picture: picture.convert("RGB"))
 
 
 def _marked(found: Curve, key: str, outcome: Outcome) -> Curve:

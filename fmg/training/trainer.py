@@ -19,10 +19,10 @@ from fmg.core.shown import counted, html_table
 from fmg.core.signals import signal_name, signal_of
 from fmg.core.types import ScoredRollout
 from fmg.data.checkpoints import CheckpointIndex, Saved
-from fmg.data.pictures import open_picture
 from fmg.data.prompt_sets import overlap_warning
 from fmg.data.run_folder import RunFolder, read_numbers
 from fmg.data.run_metrics import Outcome, headline
+from fmg.data.run_report import RunRecord, run_picture
 from fmg.data.states import newest_state, resume_command
 from fmg.training.compose import Composed
 from fmg.training.gates import LearningGate, ReplayGate, movement, movement_gate
@@ -99,12 +99,12 @@ class TrainResult:
         return read_numbers(self.run.metrics)
 
     def plot(self) -> Image:
-        """The curve of the run as a picture: the reward on training prompts, the scores on held-out ones.
+        """The curves of the run as a picture, drawn anew from its log.
 
         Raises:
-            CheckpointError: the file is gone or damaged.
+            CheckpointError: a file of the run is gone or damaged.
         """
-        return open_picture(self.run.curve)
+        return run_picture(RunRecord.read(self.run))
 
 
 @dataclass
