@@ -7,6 +7,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from matplotlib.patches import Patch
+
+from fmg.data.charts import GREY, frame, new_figure, style, write_figure
+
 Entry = Mapping[str, Any]
 Score = tuple[str, str]
 
@@ -53,21 +57,19 @@ def summary(results: Sequence[Entry], arms: Mapping[str, str], steps: Sequence[i
 
 
 def figure(
-    results: Sequence[Entry], arms: Sequence[str], steps: Sequence[int], main: Score, other: Score, path: Path
+    results: Sequence[Entry], arms: Mapping[str, str], steps: Sequence[int], main: Score, other: Score, path: Path
 ) -> None:
     """Curves on held-out prompts with the band between the lowest and the highest seed, for both scores; below, the
-    change of one against that of the other at each number of steps, a point a seed, with paired 95 % intervals."""
-    import matplotlib
+    change of one against that of the other at each number of steps, a point a seed, with paired 95 % intervals.
 
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
-    drawing = Figure(figsize=(11, 8.6), dpi=120, layout="constrained")
+    `arms` names the arms as the table does.
+    """
+    drawing = new_figure(11, 9.2)
     panels = drawing.subplots(2, 2)
-    for number, (arm, units) in enumerate(by_arm(results, arms).items()):
-        color = f"C{number}"
+    for number, (arm, units) in enumerate(by_arm(results, list(arms)).items()):
+        look = style(number)
         for panel, score in zip(panels[0], (main, other), strict=True):
-            _curve(panel, units, score, arm, color)
+            _curve(panel, units, score, arms[arm], look)
         for panel, count in zip(panels[1], steps, strict=False):
             for unit in units:
                 (x, x_low, x_high), (y, y_low, y_high) = (differences(unit, count, s) for s in (main, other))
@@ -76,32 +78,33 @@ def figure(
                     y,
                     xerr=[[x - x_low], [x_high - x]],
                     yerr=[[y - y_low], [y_high - y]],
-                    fmt="o",
-                    ms=4,
+                    fmt=look["marker"],
+                    ms=5,
                     lw=1,
-                    color=color,
+                    color=look["color"],
                 )
     for panel, score in zip(panels[0], (main, other), strict=True):
-        panel.set_title(f"held out: {' '.join(score)}", fontsize=11)
-        panel.set_xlabel("iteration")
+        frame(panel, f"held out: {' '.join(score)}", "iteration", "mean score of the seeds")
     for panel, count in zip(panels[1], steps, strict=False):
         panel.axhline(0, color="#333", linewidth=0.8)
         panel.axvline(0, color="#333", linewidth=0.8)
-        panel.set_title(f"change against the base at {count} steps", fontsize=11)
-        panel.set_xlabel(" ".join(main))
-        panel.set_ylabel(" ".join(other))
-    for panel in panels.ravel():
-        panel.grid(alpha=0.3)
+        frame(
+            panel,
+            f"kept checkpoint against the base, {count} steps",
+            f"difference of {' '.join(main)}",
+            f"difference of {' '.join(other)}",
+        )
     handles, labels = panels[0][0].get_legend_handles_labels()
-    drawing.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
-    draft = path.with_suffix(".partial.png")
-    drawing.savefig(draft)
-    draft.replace(path)
+    handles.append(Patch(facecolor=GREY, alpha=0.3, linewidth=0))
+    labels.append("lowest to highest seed; bars: 95 % intervals")
+    drawing.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    write_figure(drawing, path)
 
 
-def _curve(panel: Any, units: Sequence[Entry], score: Score, label: str, color: str) -> None:
+def _curve(panel: Any, units: Sequence[Entry], score: Score, label: str, look: Mapping[str, Any]) -> None:
     courses = [course(unit, score) for unit in units]
     at = sorted(set.intersection(*map(set, courses)))
     values = [[values[i] for values in courses] for i in at]
-    panel.plot(at, [mean(row) for row in values], label=label, color=color, linewidth=1.7, marker="o", ms=3)
-    panel.fill_between(at, [min(row) for row in values], [max(row) for row in values], color=color, alpha=0.15, lw=0)
+    low, high = [min(row) for row in values], [max(row) for row in values]
+    panel.plot(at, [mean(row) for row in values], label=label, zorder=3, **look)
+    panel.fill_between(at, low, high, color=look["color"], alpha=0.12, lw=0)

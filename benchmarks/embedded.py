@@ -66,17 +66,17 @@ def settings(**values: object) -> tuple[str, ...]:
 
 MEANFLOW = "meanflow-shapes"
 ARMS = {
-    "default": Arm(MEANFLOW, (), "asfmc, the exact form, anchor a = .9 s (the model's default)"),
+    "default": Arm(MEANFLOW, (), "asfmc, a = .9 s (the default)"),
     "endpoint": Arm(MEANFLOW, ("--stochasticizer", "asfmc-endpoint"), "asfmc-endpoint, a = 0"),
     "gap": Arm(
         MEANFLOW, ("--stochasticizer", "asfmc", *settings(stochasticizer__gap=0.0147)), "asfmc, the paper's gap .0147"
     ),
     "euler": Arm(MEANFLOW, ("--stochasticizer", "asfmc-euler"), "asfmc-euler, the paper's .03 and .7"),
-    "flow-sde": Arm(MEANFLOW, ("--stochasticizer", "flow-sde"), "Flow-GRPO's sampler, k = .7"),
-    "dance-sde": Arm(MEANFLOW, ("--stochasticizer", "dance-sde"), "DanceGRPO's sampler, .3"),
-    "cps": Arm(MEANFLOW, ("--stochasticizer", "cps"), "Flow-CPS, k = .8"),
-    "naive-noise": Arm(MEANFLOW, ("--stochasticizer", "naive-noise"), "noise on top of the map, k = .7"),
-    "shuffled": Arm(MEANFLOW, settings(train__shuffle_advantages="true"), "the default with shuffled advantages"),
+    "flow-sde": Arm(MEANFLOW, ("--stochasticizer", "flow-sde"), "flow-sde (Flow-GRPO), .7"),
+    "dance-sde": Arm(MEANFLOW, ("--stochasticizer", "dance-sde"), "dance-sde (DanceGRPO), .3"),
+    "cps": Arm(MEANFLOW, ("--stochasticizer", "cps"), "cps (Flow-CPS), .8"),
+    "naive-noise": Arm(MEANFLOW, ("--stochasticizer", "naive-noise"), "naive-noise, .7"),
+    "shuffled": Arm(MEANFLOW, settings(train__shuffle_advantages="true"), "null: the default, advantages shuffled"),
     "paper-clip": Arm(MEANFLOW, settings(objective__clip_range="1e-4"), "the default with the paper's clip range 1e-4"),
     "scm": Arm("scm-shapes", (), "scm-shapes, asfmc-endpoint (its only one)"),
 }
@@ -183,7 +183,7 @@ def main(study: Study, about: str | None, compared: Sequence[str] | None = None)
         "--set", action="append", default=[], metavar="K=V", help="shorten every arm alike, for a trial"
     )
     parser.add_argument("--out", type=Path, default=RESULTS / f"{study.name}.json")
-    parser.add_argument("--figure", type=Path, help="a PNG to draw")
+    parser.add_argument("--figure", type=Path, help="a figure to write: .png, .svg or .pdf")
     parser.add_argument("--list", action="store_true", help="print which units are missing, and start nothing")
     args = parser.parse_args()
     study = replace(study, shortened=tuple(word for text in args.set for word in ("--set", text)))
@@ -212,11 +212,12 @@ def main(study: Study, about: str | None, compared: Sequence[str] | None = None)
     chosen = [e for e in results if any(is_done(e, study, *job, args.num) for job in wanted)]
     print(table(study, chosen))
     print()
-    print(summary(chosen, {name: arm.about for name, arm in study.arms.items()}, study.counts, study.shown[:2]))
+    names = {name: arm.about for name, arm in study.arms.items()}
+    print(summary(chosen, names, study.counts, study.shown[:2]))
     spent = sum(entry.get("total_s", entry["train_s"]) for entry in chosen)
     print(f"\n{len(chosen)} units, {spent / 60 / args.jobs:.0f} minutes with {args.jobs} at a time")
     if args.figure:
-        figure(chosen, list(study.arms), study.counts, *study.shown[:2], args.figure)
+        figure(chosen, names, study.counts, *study.shown[:2], args.figure)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from fmg.cli.options import (
     Seed,
     Threads,
     check_grid,
+    figure_format,
     given_text,
     parse_steps,
 )
@@ -123,8 +124,8 @@ def bench(
     out: Annotated[
         str | None,
         typer.Option(
-            metavar="F.png",
-            help="Figure of --frontier; nothing is overwritten.",
+            metavar="F",
+            help="Figure of --frontier, a .png, .svg or .pdf file; nothing is overwritten.",
             show_default=_PICTURE,
             rich_help_panel="Reward against latency",
         ),
@@ -221,8 +222,7 @@ def _picture(out: str | None, frontier: bool, targets: int) -> Path | None:
     if targets > 1:
         raise UsageError("--frontier is of one target", "Name one; --compare sets backends side by side.")
     path = Path(out or _PICTURE)
-    if path.suffix != ".png":
-        raise UsageError(f"--out {path} is not a .png file", f"Write --out {_PICTURE}.")
+    figure_format(path, "--out")
     if path.exists():
         raise UsageError(f"{path} exists already", "Name another file with --out; nothing is overwritten.")
     if not path.absolute().parent.is_dir():

@@ -127,8 +127,8 @@ def evaluate(
         str | None,
         typer.Option(
             "--path-check",
-            metavar="F.png",
-            help="Instead: which stochasticizers stay on the model's probability path; a picture, and JSON beside it.",
+            metavar="F",
+            help="Instead: which stochasticizers stay on the model's path; a .png, .svg or .pdf, and JSON beside it.",
             show_default=False,
             rich_help_panel="Files",
         ),

@@ -247,6 +247,19 @@ def checked_folder(text: str, flag: str) -> Path:
     return folder
 
 
+def figure_format(path: Path, flag: str) -> None:
+    """Whether a figure can be written as the ending of its name says.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    from fmg.data.charts import FIGURE_FORMATS
+
+    if path.suffix.lower().removeprefix(".") not in FIGURE_FORMATS:
+        endings = ", ".join(f".{kind}" for kind in FIGURE_FORMATS)
+        raise UsageError(f"{flag} {path} has no ending of a figure", f"Use one of {endings}.")
+
+
 def new_place(text: str | None, flag: str) -> Path | None:
     """A file or folder that does not exist and can be made; None where none was given.
 

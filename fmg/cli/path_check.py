@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fmg.cli.console import print_json, stderr, stdout
-from fmg.cli.options import given_text
+from fmg.cli.options import figure_format, given_text
 from fmg.cli.tables import interval, number, table
 from fmg.core.errors import UsageError
 from fmg.core.files import check_place
@@ -49,8 +49,7 @@ def path_check(
         raise UsageError("A path check is of one number of steps", "Give --steps one number.")
     picture = Path(out)
     data = picture.with_suffix(".json")
-    if picture.suffix != ".png":
-        raise UsageError(f"--path-check {out} is no PNG file", "Name one, such as --path-check path.png.")
+    figure_format(picture, "--path-check")
     for file in (picture, data):
         if file.exists():
             raise UsageError(f"'{file}' exists already", "Name another file; nothing is overwritten.")

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 FIGURE_FORMATS = ("png", "svg", "pdf")
 """What figures are written as; the ending of a file's name chooses."""
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A7A00")
-"""Okabe and Ito; the last is their yellow, darkened until it shows on white."""
 GREY = "#707070"
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A7A00", GREY)
+"""Okabe and Ito, with their yellow darkened until it shows on white, and a grey."""
 MAX_POINTS = 200
 """A longer curve is drawn as the means of so many equal parts, with the lowest and the highest value of each."""
 
-_MARKERS = "osD^vPX*"
+_MARKERS = "osD^vPX*p"
 _DASHES: Sequence[Any] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
 _MARKS = 12
 _WIDTH, _HEIGHT = 5.6, 2.9
@@ -52,6 +52,7 @@ class Curve:
         y: one value each.
         band: half-width of the 95 % interval; zeros for none.
         kept: where the kept checkpoint is, which is marked by a star.
+        look: number of its style, so that a run looks the same in several figures; None for its place in the figure.
         low, high: the lowest and highest values that a point stands for, where it is a mean of several.
     """
 
@@ -60,6 +61,7 @@ class Curve:
     y: Values
     band: Values
     kept: float | None = None
+    look: int | None = None
     low: Values | None = None
     high: Values | None = None
 
@@ -75,12 +77,11 @@ def new_figure(width: float, height: float, dpi: int = 150) -> Figure:
 
 
 def style(index: int) -> dict[str, Any]:
-    """Colour, marker and dashes of the curve number `index`."""
-    repeat = index // len(PALETTE)
+    """Colour, marker and dashes of the curve number `index`, all different for the first 36."""
     return {
         "color": PALETTE[index % len(PALETTE)],
         "marker": _MARKERS[index % len(_MARKERS)],
-        "linestyle": _DASHES[(index + repeat) % len(_DASHES)],
+        "linestyle": _DASHES[index % len(_DASHES)],
         "linewidth": 1.6,
         "markersize": 4,
     }
@@ -101,7 +102,7 @@ def draw(axes: Axes, curves: Sequence[Curve], first: int = 0) -> None:
     """Draws curves in the styles from number `first` on, long ones shortened to `MAX_POINTS`."""
     for index, curve in enumerate(map(shortened, curves), start=first):
         x, y, band = (np.asarray(values, dtype=float) for values in (curve.x, curve.y, curve.band))
-        look = style(index)
+        look = style(index if curve.look is None else curve.look)
         every = max(1, len(x) // _MARKS)
         # markers of two curves that coincide are beside each other
         axes.plot(x, y, markevery=(index % every, every), zorder=3, **look)
@@ -124,7 +125,9 @@ def legend(figure: Any, curves: Sequence[Curve]) -> None:
     shown = [shortened(curve) for curve in curves]
     handles: list[Any] = []
     if len(shown) > 1:
-        handles += [Line2D([], [], label=plot_label(curve.label), **style(index)) for index, curve in enumerate(shown)]
+        looks = (style(index if curve.look is None else curve.look) for index, curve in enumerate(shown))
+        names = (plot_label(curve.label) for curve in shown)
+        handles += [Line2D([], [], label=name, **look) for name, look in zip(names, looks, strict=True)]
     if any(np.any(curve.band) for curve in shown):
         handles.append(Patch(facecolor=GREY, alpha=0.35, linewidth=0, label=_BAND))
     if any(curve.low is not None for curve in shown):
@@ -208,6 +211,26 @@ def curve_figure(trained: Sequence[Curve], heldout: Sequence[Curve], title: str)
         frame(axes, "held-out prompts" if first == 0 else "", "iteration" if panel is panels[-1] else "", "mean score")
         first += len(panel)
     legend(right, [curve for panel in panels for curve in panel])
+    figure.suptitle(plot_label(title), fontsize=12)
+    return figure
+
+
+def grid_figure(charts: Sequence[tuple[str, str, Sequence[Curve]]], title: str) -> Figure:
+    """Several charts (title, label of y, curves) in one figure, two a row, with one legend for all.
+
+    Curves of one label have one style.
+    """
+    panels = [(name, unit, panel) for name, unit, curves in charts for panel in by_scale(curves)]
+    rows = max(1, -(-len(panels) // 2))
+    figure = new_figure(11, 3.2 * rows + 0.9)
+    axes = figure.subplots(rows, 2, squeeze=False).ravel()
+    for empty in axes[len(panels) :]:
+        empty.set_visible(False)
+    for place, (name, unit, panel) in zip(axes, panels, strict=False):
+        draw(place, panel)
+        frame(place, name, "iteration", unit)
+    named = {curve.label: curve for _, _, panel in panels for curve in panel}
+    legend(figure, list(named.values()))
     figure.suptitle(plot_label(title), fontsize=12)
     return figure
 

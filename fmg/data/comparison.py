@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fmg.core.errors import UsageError
 from fmg.core.unfinished import write_atomic
-from fmg.data.charts import Curve, chart, figure_bytes
+from fmg.data.charts import Curve, chart, figure_bytes, grid_figure, write_figure
 from fmg.data.page import Block, Gallery, Picture, Section, Table, Text, inline_svg, page
 from fmg.data.run_folder import RunFolder
 from fmg.data.run_metrics import PREFIX, REWARD, SUFFIX, headline
@@ -38,12 +38,23 @@ def comparison_page(records: Sequence[RunRecord]) -> str:
     names = _names(records)
     sections = [
         Section("Scores", [_scores(records, names)]),
-        Section("Curves", [Text(BANDS), Gallery(list(_charts(records, names)))]),
+        Section("Curves", [Text(BANDS), Gallery([_picture(*one) for one in _charts(records, names)])]),
         Section("Where the recipes differ", list(_differences(records, names))),
         Section("Before and after", list(_pictures(records, names))),
     ]
     title = f"Comparison of {len(records)} runs"
     return page(title, ", ".join(names), [], [section for section in sections if section.blocks])
+
+
+def write_comparison_figure(runs: Sequence[RunFolder], path: Path) -> None:
+    """Writes the curves of several runs over each other, in the format that the ending names.
+
+    Raises:
+        CheckpointError: when a folder is not that of a run, or a file in it is damaged.
+    """
+    records = [RunRecord.read(run) for run in runs]
+    names = _names(records)
+    write_figure(grid_figure(list(_charts(records, names)), f"Comparison of {len(records)} runs"), path)
 
 
 def _names(records: Sequence[RunRecord]) -> list[str]:
@@ -65,14 +76,17 @@ def _scores(records: Sequence[RunRecord], names: Sequence[str]) -> Table:
     return Table(columns, rows, frozenset(columns) - {"run", "model", "state"})
 
 
-def _charts(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Picture]:
+def _charts(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator[tuple[str, str, list[Curve]]]:
+    """Title, label of y and curves, one a run, of the reward and of every headline score."""
+
     def over(key: str, error: str) -> list[Curve]:
         found = (
             replace(
                 curve(r.log, r.logged(key), r.logged(error), name if r.logged(key) == key else name + _whose(r)),
                 kept=r.outcome.iteration if key.startswith(PREFIX) else None,
+                look=number,
             )
-            for r, name in zip(records, names, strict=True)
+            for number, (r, name) in enumerate(zip(records, names, strict=True))
         )
         return [one for one in found if len(one.y) > 1]
 
@@ -86,8 +100,12 @@ def _charts(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Pict
     wanted += [(key, f"{key.removesuffix(SUFFIX)}_se", f"{name}, held out", "mean score") for key, name in keys.items()]
     for key, error, title, unit in wanted:
         if curves := over(key, error):
-            image = figure_bytes(chart(curves, title, y_label=unit), "svg")
-            yield Picture(inline_svg(image), "", title, layout="wide")
+            yield title, unit, curves
+
+
+def _picture(title: str, unit: str, curves: Sequence[Curve]) -> Picture:
+    image = figure_bytes(chart(curves, title, y_label=unit), "svg")
+    return Picture(inline_svg(image), "", title, layout="wide")
 
 
 def _whose(record: RunRecord) -> str:

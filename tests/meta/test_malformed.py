@@ -381,7 +381,7 @@ MISUSES = (
     Misuse("eval meanflow-shapes --report r.html", "exists already", text("r.html", "")),
     # the path of a model
     Misuse("eval meanflow-shapes --path-check ''", "--path-check is empty"),
-    Misuse("eval meanflow-shapes --path-check path", "is no PNG file"),
+    Misuse("eval meanflow-shapes --path-check path", "has no ending of a figure"),
     Misuse("eval meanflow-shapes --path-check nowhere/p.png", "no folder 'nowhere'"),
     Misuse("eval meanflow-shapes --path-check p.png", "'p.png' exists already", text("p.png", "")),
     Misuse("eval meanflow-shapes --path-check p.png", "'p.json' exists already", text("p.json", "")),

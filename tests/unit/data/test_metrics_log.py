@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fmg.core.errors import CheckpointError
-from fmg.data.charts import MAX_POINTS, Curve, by_scale, shortened
+from fmg.data.charts import FIGURE_FORMATS, MAX_POINTS, Curve, by_scale, shortened, style
 from fmg.data.metrics_log import MetricsLog
 from fmg.data.run_folder import read_numbers
 from fmg.data.run_metrics import is_evaluation
 from fmg.data.run_report import write_run_report
+from tests.support.cli import fmg
 from tests.support.pages import made_up_run
 
 KEYS = st.sampled_from(["reward/mean", "loss", "eval/score", "eval/r_mean", "reward/dropped"])
@@ -79,6 +80,30 @@ def test_a_long_curve_is_short_and_shows_its_spikes() -> None:
     assert np.isnan(found.y).sum() in (3, 4)
     assert found.band[0] == 0.5
     assert shortened(found) is found
+
+
+def test_every_curve_has_a_style_of_its_own() -> None:
+    styles = [style(i) for i in range(36)]
+    assert len({(look["color"], look["marker"], str(look["linestyle"])) for look in styles}) == 36
+    assert len({look["color"] for look in styles[:9]}) == len({look["marker"] for look in styles[:9]}) == 9
+
+
+@pytest.mark.parametrize("kind", FIGURE_FORMATS)
+def test_figures_of_one_run_and_of_several_in_every_format(tmp_path: Path, kind: str) -> None:
+    runs = [made_up_run(tmp_path / name) for name in ("one", "two")]
+    begins = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[kind]
+    single = fmg("report", str(runs[0].path), "--format", kind, "--json")
+    assert single.code == 0, single.stderr
+    figure = Path(json.loads(single.stdout)["figure"])
+    assert figure == runs[0].path / f"curve.{kind}"
+    assert figure.read_bytes().startswith(begins)
+    both = ["report", *(str(run.path) for run in runs), "--out", str(tmp_path / "c.html"), "--format", kind]
+    assert fmg(*both).code == 0
+    assert (tmp_path / f"c.{kind}").read_bytes().startswith(begins)
+    (tmp_path / "c.html").unlink()
+    again = fmg(*both)
+    assert (again.code, (tmp_path / "c.html").exists()) == (2, False)
+    assert f"c.{kind} exists already" in again.stderr
 
 
 def test_curves_of_other_scales_have_panels_of_their_own() -> None:
