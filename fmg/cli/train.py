@@ -179,7 +179,12 @@ def train(
         ),
     ] = False,
     accept_changed_prompts: Annotated[
-        bool, typer.Option("--accept-changed-prompts", help="With --resume: take prompts that were changed since.")
+        bool,
+        typer.Option(
+            "--accept-changed-prompts",
+            help="With --resume: take prompts that were changed since.",
+            rich_help_panel="The run",
+        ),
     ] = False,
     dry_run: Annotated[
         bool,
