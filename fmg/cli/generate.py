@@ -139,7 +139,7 @@ def generate(
                 grid=grid,
                 release_text=release_text,
                 progress=lambda done, total: reporter(StageProgress("images", done, total)),
-            )
+            ).check_finite()
             timing = _timing(generator, orders, steps, grid, reporter) if timed else None
     pictures = [(to_pil(image), text) for image, (text, _) in zip(drawn.image_array, orders, strict=True)]
     if sheet:

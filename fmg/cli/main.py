@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from signal import SIGINT
 from typing import Annotated, Any, NoReturn, TextIO
 
@@ -157,7 +158,7 @@ def main(args: Sequence[str]) -> int:
     offline = os.environ.get(OFFLINE)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = partial(_show_warning, set())
             return _main(args)
     finally:
         # --offline is of one command, and a program may call several
@@ -207,6 +208,7 @@ def _bug(error: Exception, args: Sequence[str], session: Session) -> int:
 
 
 def _show_warning(
+    said: set[str],
     message: Warning | str,
     category: type[Warning],
     filename: str,
@@ -214,8 +216,12 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
+    """Prints a warning on one line, and of ours none twice in one command: two backends may have the same to say."""
     ours = issubclass(category, FmgWarning)
-    print_warning(bounded(str(message)) if ours else f"{filename}:{lineno}: {category.__name__}: {message}")
+    text = bounded(str(message)) if ours else f"{filename}:{lineno}: {category.__name__}: {message}"
+    if not ours or text not in said:
+        print_warning(text)
+    said.add(text)
 
 
 def _failed(text: str, code: int, session: Session) -> int:

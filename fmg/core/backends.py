@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+from fmg.core.events import Notice, Observer
 from fmg.core.stages import StageClock
 
 if TYPE_CHECKING:
@@ -29,6 +30,20 @@ class Drawn:
 
     images: NDArray[np.float32]
     latents: NDArray[np.float32]
+
+
+@runtime_checkable
+class CutsPrompts(Protocol):
+    """A model or a backend that can tell which prompts it does not read to their end."""
+
+    def cut_prompts(self, prompts: Sequence[str]) -> str:
+        """One or two sentences for people (`fmg.core.prompt.cut_prompts`); empty when it reads them all."""
+
+
+def tell_of_cuts(reader: object, prompts: Sequence[str], observer: Observer) -> None:
+    """Tells an observer which of the prompts a model or a backend cuts, where it knows."""
+    if isinstance(reader, CutsPrompts) and (said := reader.cut_prompts(prompts)):
+        observer(Notice("warning", said))
 
 
 class Backend(Protocol):

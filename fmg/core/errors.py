@@ -80,19 +80,6 @@ class MissingDependencyError(UsageError):
     """An optional package or a file that has to be fetched first. Exit code 2."""
 
 
-class PromptLengthError(UsageError):
-    """A prompt that the model does not read to its end. Exit code 2.
-
-    Args:
-        prompt: its text.
-        tokens: how many it has.
-        limit: how many the model reads.
-    """
-
-    def __init__(self, prompt: str, tokens: int, limit: int) -> None:
-        super().__init__(f"The prompt '{prompt:.60}' has {tokens} tokens, and the model reads {limit}", "Shorten it.")
-
-
 class CheckpointError(FmgError):
     """A weight file or run folder that is missing, damaged or of another kind."""
 
@@ -111,6 +98,10 @@ class StorageError(FmgError, OSError):
     def __init__(self, what: str, fix: str, reason: str) -> None:
         super().__init__(what, fix)
         self.errno, self.strerror = None, reason
+
+
+class NotFiniteError(FmgError):
+    """Images or outputs of a model with NaN or infinite values."""
 
 
 class RewardError(FmgError):

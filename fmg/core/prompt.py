@@ -1,4 +1,4 @@
-"""The value that a run starts from. Imports no torch, so that prompt files can be checked without it."""
+"""The value that a run starts from, and what is said when a model reads not all of it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,3 +23,21 @@ _FILLERS = "\u115f\u1160\u2800\u3164\uffa0"
 def is_blank(text: str) -> bool:
     """Whether nothing of a text can be seen: it is empty, or white space, control and zero-width characters alone."""
     return all(c.isspace() or c in _FILLERS or unicodedata.category(c) in ("Cc", "Cf") for c in text)
+
+
+def cut_prompts(tokens: Mapping[str, int], limit: int) -> str:
+    """What is said of prompts that a model does not read to their end; empty when it reads them all.
+
+    They are cut at `limit` everywhere, as diffusers does: in training, evaluation, verification and generation.
+
+    Args:
+        tokens: how many each prompt has.
+        limit: how many the model reads.
+    """
+    long = {prompt: count for prompt, count in tokens.items() if count > limit}
+    if not long:
+        return ""
+    prompt, count = next(iter(long.items()))
+    one = f"The prompt '{prompt:.60}' has {count} tokens" if len(tokens) == 1 else ""
+    some = f"{len(long)} of {len(tokens)} prompts have more than {limit} tokens ('{prompt:.60}' has {count})"
+    return f"{one or some}; the model reads the first {limit}. Shorten what should be read to its end."

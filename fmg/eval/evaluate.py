@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from fmg.core.aside import torch_as_new
+from fmg.core.backends import tell_of_cuts
 from fmg.core.errors import UsageError, python_call
 from fmg.core.events import Notice, Observer, StageProgress
 from fmg.core.protocols import FeatureExtractor, PromptSet, Reward
@@ -198,6 +199,7 @@ class _Plan:
         """Draws all images of a target, at every number of steps."""
         self.observer(StageProgress("loading", 0, 0, target.label))
         generator = load_target(target, device=device, dtype=dtype, batch_size=batch_size)
+        tell_of_cuts(generator.backend, self.eval_set.prompts, self.observer)
         for count in self.sweep:
             generator.times(count, self.grid)
         groups = prompt_clusters(self.eval_set.prompts)

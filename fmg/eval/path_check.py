@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fmg.core.backends import tell_of_cuts
 from fmg.core.errors import CompositionError, UsageError
 from fmg.core.events import Observer, StageProgress, ignore
 from fmg.core.protocols import Model, Reward, Stochasticizer
@@ -140,6 +141,7 @@ def path_check(
     for name, reward in scorers.items():
         check_prompts(name, reward, eval_set.prompts)
     model = load_model(found, device=device, dtype=dtype)
+    tell_of_cuts(model, eval_set.prompts, observer)
     _, height, width = model.latent_shape
     times = make_grid(grid or shape.grid, steps or shape.steps, image_tokens=(height // 2) * (width // 2))
     if len(times) < 3:

@@ -133,6 +133,7 @@ def score_target(
     """Draws and scores all images of `eval_set` with one number of steps, on the device of the generator.
 
     Raises:
+        NotFiniteError: an image holds values that are not finite.
         RewardError: when a reward fails, or reports other parts for some images than for others.
     """
     collected = Collected()
@@ -141,6 +142,7 @@ def score_target(
     for start in range(0, total, CHUNK):
         rows = slice(start, start + CHUNK)
         drawn = generator.generate(texts[rows], eval_set.seeds[rows], steps=steps, grid=grid, progress=False)
+        drawn.check_finite()
         images = drawn.images.to(generator.backend.device)
         scores = score_images(rewards, images, texts[rows])
         collected.add(scores)

@@ -184,6 +184,9 @@ def _shard_name(number: int, count: int) -> str:
 
 
 def _dtype(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    if wanted is None and stored.is_floating_point and stored.itemsize == 1:
+        # rounded to 8 bits again, most of what was trained would be gone
+        return torch.bfloat16
     return wanted if wanted is not None and stored.is_floating_point else stored
 
 

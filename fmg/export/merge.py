@@ -21,10 +21,10 @@ def merged(base: TensorReader, delta: Delta | None, dtype: torch.dtype) -> Calla
     return lambda name: delta.apply(name, base.read(name), dtype)
 
 
-def write_base(file: Path, base: TensorReader, names: Iterable[str]) -> FileEntry:
-    """Writes some weights of the base as it stores them."""
-    layout = lay_out({name: base.describe(name) for name in names})
-    return write_weights(file, layout, base.read)
+def write_base(file: Path, base: TensorReader, names: Iterable[str], dtype: torch.dtype | None = None) -> FileEntry:
+    """Writes some weights of the base, in `dtype` or (None) as `base` stores them."""
+    layout = lay_out({name: (dtype or stored, shape) for name in names for stored, shape in [base.describe(name)]})
+    return write_weights(file, layout, lambda name: base.read(name).to(dtype) if dtype else base.read(name))
 
 
 def base_dtypes(stored: Mapping[str, TensorType]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from fmg.inference.target import Target
 from fmg.models.common.digest import stored_digest
 from fmg.models.common.full_files import COMPONENT, is_full, read_manifest
 from fmg.models.common.reader import TensorReader
-from fmg.models.common.weights import empty_transformer, folder_weights, transformer_shapes
+from fmg.models.common.weights import empty_transformer, folder_weights, stored_shapes, transformer_shapes
 from fmg.models.configs import EmbeddedConfig
 from fmg.models.conventions import FlowMapConventions, read_conventions
 from fmg.models.flux.loading import TransformerSource, transformer_source
@@ -74,7 +74,7 @@ class ExportSource:
         described = {name: self.reader.describe(name) for name in sorted(self.transformer.weights.files)}
         origin = self.transformer.weights.origin
         wanted = transformer_shapes(empty_transformer(FlowMapFluxTransformer2DModel, self.transformer.config, origin))
-        check_student(wanted, {name: shape for name, (_, shape) in described.items()}, origin)
+        check_student(wanted, stored_shapes(self.transformer.weights), origin)
         return described
 
     @cached_property

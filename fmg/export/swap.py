@@ -45,11 +45,13 @@ from fmg.registry.recipe import Recipe
 BASE = "base"
 """In place of a run: the weights as they were before any adapter."""
 
+_EIGHT_BITS = frozenset({"float8_e4m3fn", "float8_e5m2"})
+_STORED = _EIGHT_BITS | {"float32", "float16", "bfloat16"}
 # What each dtype holds of another without loss
 _EXACT: Mapping[str, frozenset[str]] = {
-    "float32": frozenset({"float32", "float16", "bfloat16"}),
-    "float16": frozenset({"float16"}),
-    "bfloat16": frozenset({"bfloat16"}),
+    "float32": _EIGHT_BITS | {"float32", "float16", "bfloat16"},
+    "float16": _EIGHT_BITS | {"float16"},
+    "bfloat16": _EIGHT_BITS | {"bfloat16"},
 }
 
 
@@ -122,7 +124,7 @@ def _swapped(artifact: Artifact, delta: Delta | None, manifest: Manifest, observ
         files.pop(BASE_WEIGHTS, None)
         (partial / BASE_WEIGHTS).unlink(missing_ok=True)
         if remembered:
-            files[BASE_WEIGHTS] = write_base(partial / BASE_WEIGHTS, base, remembered)
+            files[BASE_WEIGHTS] = write_base(partial / BASE_WEIGHTS, base, remembered, _base_dtype(artifact.manifest))
         if TRANSFORMER_INT8 in artifact.manifest.graphs:
             files |= _requantised(partial, artifact)
         manifest = replace(
@@ -229,6 +231,13 @@ def _remembered(artifact: Artifact, delta: Delta | None, kept: TensorReader, dty
             "Export the run to a new artifact instead.",
         )
     return frozenset(kept.names)
+
+
+def _base_dtype(manifest: Manifest) -> torch.dtype | None:
+    """The dtype that the base stores its weights in, which the artifact may hold wider; None for several of them."""
+    dtypes = manifest.base.dtypes
+    stored: torch.dtype | None = getattr(torch, dtypes[0]) if len(dtypes) == 1 and dtypes[0] in _STORED else None
+    return stored
 
 
 def _needed(artifact: Artifact, weights: int) -> int:

@@ -14,6 +14,7 @@ from typing import Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
+from fmg.core.backends import tell_of_cuts
 from fmg.core.errors import UsageError, python_call, suggestion
 from fmg.core.events import Notice, Observer, StageProgress
 from fmg.data.prompt_sets import load_prompts
@@ -29,7 +30,8 @@ from fmg.inference import Generator, Target
 from fmg.inference.alone import VerifyReport, check_drawing, check_files, described
 from fmg.inference.artifact.backend import ArtifactBackend
 from fmg.inference.artifact.layout import Artifact, open_artifact
-from fmg.inference.artifact.manifest import GRAPHS, TRANSFORMER, TRANSFORMER_INT8, Check
+from fmg.inference.artifact.manifest import GRAPHS, TEXT_ENCODER_2, TRANSFORMER, TRANSFORMER_INT8, Check
+from fmg.inference.artifact.tokens import PromptTokenizer
 from fmg.inference.backend import TorchBackend
 from fmg.inference.loading import AUTO, find, load, made_from
 from fmg.inference.onnxruntime import NAME as ONNXRUNTIME
@@ -112,7 +114,9 @@ def _verify(
     observer: Observer,
 ) -> VerifyReport:
     proof = _Proof(artifact, target, level == "full", device, num, seed, observer)
-    checks = [check_files(artifact), *proof.source(), *proof.precision()]
+    checks = [check_files(artifact)]
+    proof.tell_of_cuts()
+    checks += [*proof.source(), *proof.precision()]
     try:
         with load(artifact, backend=backend, device=device) as candidate:
             detail = described(candidate)
@@ -199,6 +203,11 @@ class _Proof:
             raise UsageError(f"The model of '{self._target.label}' has no exported form", "Verify a FLUX-class model.")
         return model
 
+    def tell_of_cuts(self) -> None:
+        """Names the prompts that the model does not read to their end, on both sides alike."""
+        facts = self._artifact.manifest.tokenizers[TEXT_ENCODER_2]
+        tell_of_cuts(PromptTokenizer(self._artifact.path(facts.file), facts), self._set.prompts, self._observer)
+
     def source(self) -> Iterator[Check]:
         """Facts, tokenizers and every weight."""
         self._observer(StageProgress("weights", 0, 1))
@@ -273,8 +282,8 @@ class _Proof:
                 self._artifact, candidate.backend.runtime, resolution=resolution, transformer=transformer
             )
             found = compare(
-                Generator(torch_side, rollout.grid, rollout.steps, candidate.batch_size),
-                Generator(backend, sampling.grid, sampling.steps, candidate.batch_size),
+                Generator(torch_side, rollout.grid, rollout.steps, candidate.batch_size, tells=False),
+                Generator(backend, sampling.grid, sampling.steps, candidate.batch_size, tells=False),
                 eval_set,
                 rewards,
                 progress=partial(self._progress, "pictures and rewards" if rewards else "pictures"),

@@ -132,6 +132,9 @@ def compare(
         prompts, seeds = eval_set.prompts[rows], eval_set.seeds[rows]
         sides = [generator.generate(prompts, seeds, progress=False) for generator in (reference, candidate)]
         difference.add(sides[1].image_array, sides[0].image_array)
+        if difference.not_finite:
+            # no reward scores such images, and they fail by themselves
+            rewards, scores = {}, {}
         scored = [score_images(rewards, side.images, prompts) for side in sides]
         for key in scored[0]:
             ours = scores.setdefault(key, ([], []))
@@ -157,14 +160,18 @@ class _Difference:
         self._sum += float(difference.sum())
         self._squares += float(np.square(difference).sum())
 
+    @property
+    def not_finite(self) -> int:
+        """Images with a value that is not finite on either side."""
+        return sum(int((~np.isfinite(largest)).sum()) for largest in self._largest)
+
     def result(self) -> ImageParity:
         largest = np.concatenate(self._largest)
         p99 = float(np.quantile(largest, 0.99, method="higher"))
         mean_square = self._squares / self._values
         # 200 dB stands for images that are equal, as JSON has no infinity; a NaN stays one, which min() would not do
         psnr = float(np.minimum(200.0, -10 * np.log10(mean_square))) if mean_square else 200.0
-        not_finite = int((~np.isfinite(largest)).sum())
-        return ImageParity(float(largest.max()), p99, self._sum / self._values, psnr, len(largest), not_finite)
+        return ImageParity(float(largest.max()), p99, self._sum / self._values, psnr, len(largest), self.not_finite)
 
 
 def _gap(

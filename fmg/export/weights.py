@@ -113,7 +113,7 @@ def write_weights(
                     f"'{name}' is {tensor.dtype} {tuple(tensor.shape)} instead of {place.dtype} {place.shape}",
                     "Give weights and config of one model.",
                 )
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if tensor.is_floating_point() and not _finite(tensor):
                 raise CheckpointError(
                     f"'{name}' is not finite in {str(place.dtype).removeprefix('torch.')}",
                     "Export with another --precision (bf16 has the range of fp32), or restore the weights.",
@@ -123,3 +123,8 @@ def write_weights(
             digest.update(data)
             progress(place.offset + place.length, layout.size)
     return FileEntry(digest.hexdigest(), layout.size)
+
+
+def _finite(tensor: Tensor) -> bool:
+    # torch compares no numbers of 8 bits
+    return bool(torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor).all())

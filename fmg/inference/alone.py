@@ -89,7 +89,7 @@ def check_drawing(artifact: Artifact, generator: Generator) -> Check:
     problems = {
         "a picture holds values that are not finite": not finite,
         "values leave [0, 1]": finite and not (images.min() >= 0 and images.max() <= 1),
-        "the same prompt and seed gave two pictures": repeat > _SAME,
+        "the same prompt and seed gave two pictures": finite and repeat > _SAME,
         "two prompts gave one picture": other <= _SAME,
     }
     found = [problem for problem, there in problems.items() if there]

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from fmg.core.backends import Drawn, NoiseSource
+from fmg.core.backends import CutsPrompts, Drawn, NoiseSource
 from fmg.core.protocols import FlowMap, Model
 from fmg.core.shown import counted
 from fmg.core.specs import MapSpec
@@ -31,32 +31,19 @@ class ForgetsText(Protocol):
         """Frees the memory of the text encoders on the device."""
 
 
-@runtime_checkable
-class CountsTokens(Protocol):
-    """A model that can tell whether it reads a prompt to its end."""
-
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Whether it reads every prompt to its end; a PromptLengthError names the first that it would cut."""
-
-
 class TorchBackend:
     """A loaded model with the adapter as it is set on it. Implements `fmg.core.backends.Backend`.
 
     Args:
         model: what draws.
         latent_shape: (c, h, w) of one latent; None takes the model's own.
-        whole_prompts: refuse prompts that the model does not read to their end, as artifacts do. Training and its
-            evaluations cut them, as diffusers does.
     """
 
     name = "torch"
 
-    def __init__(
-        self, model: Model, *, latent_shape: tuple[int, int, int] | None = None, whole_prompts: bool = False
-    ) -> None:
+    def __init__(self, model: Model, *, latent_shape: tuple[int, int, int] | None = None) -> None:
         self.model = model
         self._latent_shape = latent_shape
-        self._whole_prompts = whole_prompts
 
     @property
     def detail(self) -> str:
@@ -86,15 +73,13 @@ class TorchBackend:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Prompt embeddings.
-
-        Raises:
-            PromptLengthError: a prompt is longer than the model reads, and `whole_prompts` is on.
-        """
+        """Prompt embeddings."""
         with stage(TEXT_ENCODERS):
-            if self._whole_prompts and isinstance(self.model, CountsTokens):
-                self.model.check_prompts(prompts)
             return self.model.encode(prompts)
+
+    def cut_prompts(self, prompts: Sequence[str]) -> str:
+        """What to say of prompts that the model does not read to their end; empty for none."""
+        return self.model.cut_prompts(prompts) if isinstance(self.model, CutsPrompts) else ""
 
     @torch.no_grad()
     def draw(self, cond: Conditioning, noise: NoiseSource, times: Sequence[float]) -> Drawn:

@@ -5,6 +5,7 @@ Imports no torch: the backend decides what computes.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fmg.core.backends import Backend, Drawn
-from fmg.core.errors import UsageError, WrongTypeError, python_call
+from fmg.core.backends import Backend, CutsPrompts, Drawn
+from fmg.core.errors import FmgWarning, NotFiniteError, UsageError, WrongTypeError, python_call
 from fmg.core.events import StageProgress
 from fmg.core.shown import counted, html_picture, html_text
 from fmg.core.stages import NOISE, stage
@@ -71,10 +72,29 @@ class Generated:
         more = f", the first {_SHOWN} shown" if len(self) > _SHOWN else ""
         return html_text(f"{self!r}{more}") + "".join(shown)
 
+    def check_finite(self) -> Generated:
+        """These images themselves.
+
+        Raises:
+            NotFiniteError: an image holds NaN or an infinite value, which no picture shows.
+        """
+        bad = np.flatnonzero(~np.isfinite(self.image_array).all(axis=(1, 2, 3)))
+        if len(bad):
+            first = int(bad[0])
+            which = f"The image of '{self.prompts[first]:.60}' with seed {self.seeds[first]}"
+            others = f", as have {len(bad) - 1} more of {len(self)} images" if len(bad) > 1 else ""
+            raise NotFiniteError(
+                f"{which} has values that are not finite{others}",
+                "The likely cause is the precision: use bf16 or fp32, whose range is larger than that of fp16."
+                " Otherwise the weights are damaged.",
+            )
+        return self
+
     def to_pil(self) -> list[Image]:
-        """The images as 8-bit RGB pictures of Pillow."""
+        """The images as 8-bit RGB pictures of Pillow. Errors as `check_finite`."""
         from fmg.data.pictures import to_pil
 
+        self.check_finite()
         return [to_pil(image) for image in self.image_array]
 
     @python_call
@@ -126,10 +146,18 @@ class Generator:
         grid: default time grid, by name or as a list of times.
         steps: default number of network calls an image.
         batch_size: images a network call; the pictures do not depend on it beyond rounding.
+        tells: whether prompts that the model does not read to their end are named in a warning. Training, evaluation
+            and verification look at all of their prompts once, at their start.
     """
 
     def __init__(
-        self, backend: Backend, grid: str | Sequence[float], steps: int, batch_size: int = DEFAULT_BATCH
+        self,
+        backend: Backend,
+        grid: str | Sequence[float],
+        steps: int,
+        batch_size: int = DEFAULT_BATCH,
+        *,
+        tells: bool = True,
     ) -> None:
         if batch_size < 1:
             raise UsageError(f"The batch size is {batch_size}", "Give a batch size of at least 1.")
@@ -137,6 +165,7 @@ class Generator:
         self.grid = grid
         self.steps = steps
         self.batch_size = batch_size
+        self._tells = tells
 
     def __repr__(self) -> str:
         return f"Generator({self.backend.name} on {self.backend.device}, {counted(self.steps, 'step')})"
@@ -208,6 +237,8 @@ class Generator:
         clock = self.backend.clock()
         parts: list[Drawn] = []
         with clock.running():
+            if self._tells and isinstance(self.backend, CutsPrompts) and (said := self.backend.cut_prompts(prompts)):
+                warnings.warn(said, FmgWarning, stacklevel=2)
             for rows, cond in self._encoded(prompts, release_text):
                 parts.append(self.backend.draw(cond, _KeyedSource(seeds[rows], self.backend.latent_shape), times))
                 progress(min(rows.stop, len(prompts)), len(prompts))

@@ -53,7 +53,7 @@ class TorchSource:
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         model = load_model(subject, device=device, dtype=self.config.dtype, adapter=self.config.adapter)
-        return TorchBackend(model, whole_prompts=True)
+        return TorchBackend(model)
 
 
 @dataclass(frozen=True)

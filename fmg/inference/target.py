@@ -155,7 +155,7 @@ def load_target(
 
     rollout = target.recipe.rollout
     model = load_model(target, device=device, dtype=dtype, adapter=adapter)
-    return Generator(TorchBackend(model), rollout.grid, rollout.steps, batch_size or DEFAULT_BATCH)
+    return Generator(TorchBackend(model), rollout.grid, rollout.steps, batch_size or DEFAULT_BATCH, tells=False)
 
 
 def run_of_checkpoint(folder: Path) -> Path | None:

@@ -236,4 +236,5 @@ def _check_images(name: str, images: object, prompts: Sequence[str]) -> None:
     inside = ((images >= 0) & (images <= 1)).flatten(1).all(1)
     if not bool(inside.all()):
         row = int((~inside).nonzero()[0])
-        raise RewardError(f"The image for the prompt '{prompts[row]}' has values outside [0, 1]", fix)
+        what = "outside [0, 1]" if bool(images[row].isfinite().all()) else "that are not finite"
+        raise RewardError(f"The image for the prompt '{prompts[row]}' has values {what}", fix)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from fmg.core.aside import torch_as_new
+from fmg.core.backends import tell_of_cuts
 from fmg.core.errors import (
     CheckpointError,
     CompositionError,
@@ -199,6 +200,9 @@ def _train(
             processes.on_first(check)
             heard(StageProgress("loading", 0, 0, recipe.model.name))
             composed = processes.first_goes_ahead(lambda: compose(recipe, device, dtype, functions))
+            if launch.first:
+                texts = [prompt.text for prompts in (composed.prompts, composed.eval_prompts) for prompt in prompts]
+                tell_of_cuts(composed.model, texts, heard)
             if saved is not None:
                 # before the folder is said to be running
                 fits = saved.check_trained

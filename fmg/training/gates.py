@@ -195,8 +195,13 @@ def movement_gate(distance: float) -> None:
     """Stops a run whose first update changed nothing.
 
     Raises:
-        GateError: when the distance is zero.
+        GateError: when the distance is zero, or not finite.
     """
+    if not math.isfinite(distance):
+        raise GateError(
+            "The first update left weights that are not finite",
+            "Likely causes: a learning rate that is too large, or a dtype that the network leaves (try --dtype fp32).",
+        )
     if distance == 0.0:
         raise GateError(
             "The first update did not move the adapter",

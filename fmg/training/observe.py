@@ -52,7 +52,8 @@ class Watcher:
     def __post_init__(self) -> None:
         recipe = self.composed.recipe
         batch = recipe.eval.batch_size or min(DEFAULT_BATCH, self.most)
-        self._generator = Generator(TorchBackend(self.composed.model), recipe.rollout.grid, recipe.rollout.steps, batch)
+        backend, rollout = TorchBackend(self.composed.model), recipe.rollout
+        self._generator = Generator(backend, rollout.grid, rollout.steps, batch, tells=False)
         self._steps = recipe.eval.steps
         self._pixels = feature_extractors.build("pixels")
         self.tripwire = Tripwire(recipe.eval.hacking_tolerance, recipe.eval.min_diversity)

@@ -97,11 +97,7 @@ class ArtifactBackend(Generic[Array]):
         return self._sampling.latent_shape(self._resolution)
 
     def encode(self, prompts: Sequence[str]) -> Encoded[Array]:
-        """Embeddings of the prompts, each computed once as long as it is remembered.
-
-        Raises:
-            PromptLengthError: a prompt is longer than the model reads.
-        """
+        """Embeddings of the prompts, each computed once as long as it is remembered."""
         known = {prompt: row for prompt in prompts if (row := self._recall(prompt)) is not None}
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
         for start in range(0, len(missing), TEXT_BATCH):
@@ -113,6 +109,11 @@ class ArtifactBackend(Generic[Array]):
         with stage(TEXT_ENCODERS):
             rows = [known[prompt] for prompt in prompts]
             return Encoded(*(self.runtime.put(np.stack([row[name] for row in rows])) for name in TEXT_STATES))
+
+    def cut_prompts(self, prompts: Sequence[str]) -> str:
+        """What to say of prompts that T5 does not read to their end; CLIP only ever sees the beginning of one."""
+        with stage(TOKENISE):
+            return self._tokenizers[TEXT_ENCODER_2].cut_prompts(prompts)
 
     def draw(self, cond: Encoded[Array], noise: NoiseSource, times: Sequence[float]) -> Drawn:
         """One image for each row of `cond`."""
@@ -174,8 +175,6 @@ class ArtifactBackend(Generic[Array]):
 
     def _rows(self, prompts: Sequence[str]) -> list[Row]:
         with stage(TOKENISE):
-            # T5 reads all of a prompt; CLIP only ever sees its beginning
-            self._tokenizers[TEXT_ENCODER_2].check_lengths(prompts)
             ids = {name: self._tokenizers[name](prompts) for name in TEXT_STATES}
         with stage(TEXT_ENCODERS):
             states = {name: self._states(name, rows) for name, rows in ids.items()}

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fmg.core.errors import CheckpointError, MissingDependencyError, PromptLengthError
+from fmg.core.errors import CheckpointError, MissingDependencyError
+from fmg.core.prompt import cut_prompts
 from fmg.inference.artifact.manifest import TokenizerFacts
 
 
@@ -51,12 +52,8 @@ class PromptTokenizer:
         """Ids (b, length)."""
         return np.array([row.ids for row in self._cut.encode_batch(list(prompts))], dtype=np.int64)
 
-    def check_lengths(self, prompts: Sequence[str]) -> None:
-        """Whether every prompt is read to its end.
-
-        Raises:
-            PromptLengthError: naming the first that is not.
-        """
-        for prompt, row in zip(prompts, self._whole.encode_batch(list(prompts)), strict=True):
-            if len(row.ids) > self._length:
-                raise PromptLengthError(prompt, len(row.ids), self._length)
+    def cut_prompts(self, prompts: Sequence[str]) -> str:
+        """What to say of prompts that are cut (`fmg.core.prompt.cut_prompts`); empty for none."""
+        texts = list(dict.fromkeys(prompts))
+        counts = (len(row.ids) for row in self._whole.encode_batch(texts))
+        return cut_prompts(dict(zip(texts, counts, strict=True)), self._length)

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from fmg.core.errors import CheckpointError, FmgWarning, first_line, out_of_memory
 from fmg.core.model_folder import CONFIG, RESTORE, check_no_adapter, read_config
-from fmg.models.common.weights import folder_weights, some
+from fmg.models.common.weights import FLOATS, folder_weights, some, stored_shapes
 from fmg.models.conventions import CONVENTIONS_FILE, FlowMapConventions
 
 _LIBRARIES: tuple[Any, ...] = (diffusers_logging, transformers_logging)
@@ -30,6 +30,8 @@ _SCALARS: Mapping[object, tuple[type, ...]] = MappingProxyType(
     {int: (int,), float: (float, int), bool: (bool,), str: (str,)}
 )
 """Types of JSON values for the plain types of a signature."""
+# Beside weights, encoders have buffers of positions and masks
+_STORED = frozenset({*FLOATS, "I64", "I32", "BOOL"})
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
 
 
@@ -74,7 +76,7 @@ class Family:
             CheckpointError: it is missing, damaged, of a class that is not known, or its weights do not fit its config.
         """
         cls = self.class_of(folder, folder.name)
-        folder_weights(folder)
+        files = folder_weights(folder)
         check_no_adapter(folder)
         if (folder / CONFIG).read_bytes().startswith(BOM_UTF8):
             raise CheckpointError(
@@ -82,6 +84,7 @@ class Family:
                 "Save it as UTF-8 without one.",
             )
         try:
+            stored_shapes(files, _STORED)
             module, info = cls.from_pretrained(
                 str(folder),
                 torch_dtype=dtype,
@@ -89,6 +92,8 @@ class Family:
                 use_safetensors=True,
                 output_loading_info=True,
             )
+        except CheckpointError:
+            raise
         except Exception as error:
             # whatever a library makes of a config that it does not expect
             if out_of_memory(error) is not None:

@@ -130,13 +130,9 @@ class AdaptedModel(ABC, Generic[C]):
         """Prompt embeddings with the tensors of the family's text encoders, one row a prompt."""
         return self._text.encode(prompts)
 
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Whether the model reads every prompt to its end.
-
-        Raises:
-            PromptLengthError: naming the first that it would cut.
-        """
-        self._text.check_lengths(prompts)
+    def cut_prompts(self, prompts: Sequence[str]) -> str:
+        """What to say of prompts that the model does not read to their end; empty for none."""
+        return self._text.cut_prompts(prompts)
 
     def text_uncached(self) -> AbstractContextManager[None]:
         """Inside, every prompt is encoded, so that its time can be measured."""

@@ -10,13 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fmg.models.common.weights import WINDOW_BYTES, tensor_names, unreadable
+from fmg.models.common.weights import FLOATS, WINDOW_BYTES, check_dtype, tensor_names, unreadable
 
 STORED_DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
+    **FLOATS,
     "I64": torch.int64,
     "I32": torch.int32,
     "I8": torch.int8,
@@ -77,6 +74,7 @@ class TensorReader:
     def describe(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """Dtype and shape of the tensor called `name`, from the header of its file. Errors as `read`."""
         stored = self._at(name).get_slice(self._aliases.get(name, name))
+        check_dtype(name, stored.get_dtype(), self._files[name], STORED_DTYPES)
         return STORED_DTYPES[stored.get_dtype()], tuple(stored.get_shape())
 
     def _at(self, name: str) -> Any:

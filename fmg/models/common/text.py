@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from fmg.core.errors import PromptLengthError
 from fmg.core.lru import ByteCache
+from fmg.core.prompt import cut_prompts
 from fmg.core.stages import TOKENISE, stage
 from fmg.core.types import Conditioning
 from fmg.models.text_cache import Row, TextCache, encoder_key
@@ -125,16 +125,11 @@ class TextEncoders:
         place = {prompt: index for index, prompt in enumerate(distinct)}
         return encoded.select(torch.tensor([place[prompt] for prompt in prompts]))
 
-    def check_lengths(self, prompts: Sequence[str]) -> None:
-        """Whether every prompt is read to its end: `encode` itself cuts what is too long, as diffusers does.
-
-        Raises:
-            PromptLengthError: naming the first that is not.
-        """
+    def cut_prompts(self, prompts: Sequence[str]) -> str:
+        """What to say of prompts that `encode` cuts (`fmg.core.prompt.cut_prompts`); empty for none."""
         with stage(TOKENISE):
-            for prompt in dict.fromkeys(prompts):
-                if (count := self._stack.count(prompt)) > self._length:
-                    raise PromptLengthError(prompt, count, self._length)
+            counts = {prompt: self._stack.count(prompt) for prompt in dict.fromkeys(prompts)}
+        return cut_prompts(counts, self._length)
 
     @contextmanager
     def uncached(self) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -16,6 +16,16 @@ from fmg.core.errors import CheckpointError, FmgError, first_line, out_of_memory
 from fmg.core.model_folder import main_weights, weight_map
 
 INDEX_FILE = "diffusion_pytorch_model.safetensors.index.json"
+FLOATS: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""Dtypes that weights are read from, by the names that safetensors files give them. Numbers of 8 bits stand for
+themselves: they are widened when they are read, and nothing is written in them but what keeps a base as it was."""
 WINDOW_BYTES = 64 * 2**20
 """What is read between two openings of a file: mapped pages count as the process's memory until it is closed."""
 
@@ -130,13 +140,37 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def stored_shapes(weights: WeightFiles) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors by the headers of their files."""
+def stored_shapes(weights: WeightFiles, known: Collection[str] = FLOATS) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors by the headers of their files.
+
+    Args:
+        weights: the files.
+        known: types that a tensor may be stored in.
+
+    Raises:
+        CheckpointError: a tensor is stored in another type, such as quantized weights.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for file, names in _by_file(weights.files):
         with safe_open(str(file), framework="pt") as opened:
-            shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in names}
+            for name in names:
+                stored = opened.get_slice(name)
+                check_dtype(name, stored.get_dtype(), file, known)
+                shapes[name] = tuple(stored.get_shape())
     return shapes
+
+
+def check_dtype(name: str, stored: str, file: Path, known: Collection[str]) -> None:
+    """Whether a tensor is stored in a type that is read.
+
+    Raises:
+        CheckpointError: it is not; quantized weights, for instance, would be taken for what they are not.
+    """
+    if stored not in known:
+        raise CheckpointError(
+            f"'{name}' in {file} is stored as {stored}, and weights are read from {', '.join(FLOATS)}",
+            "Give weights that are not quantized, such as the bf16 ones they were made from.",
+        )
 
 
 def weight_windows(weights: WeightFiles) -> Iterator[dict[str, Tensor]]:

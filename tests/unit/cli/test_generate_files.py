@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,10 @@ from PIL import Image
 
 from fmg.core.errors import FmgError
 from fmg.data.pictures import save_pictures
+from fmg.inference import load
+from tests.support.artifact import planted
+from tests.support.cli import fmg
+from tests.support.tiny_artifact import build_tiny_artifact
 
 
 def picture(level: int) -> Image.Image:
@@ -39,3 +44,33 @@ def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None
     (tmp_path / "file").write_text("")
     with pytest.raises(FmgError, match=r"--out .* cannot be written"):
         save_pictures([(picture(1), "x")], tmp_path / "file" / "below", called="--out ")
+
+
+@pytest.mark.parametrize(
+    "command", [("generate", "a red circle", "a blue square", "--seed", "3"), ("verify", "--alone")]
+)
+def test_images_that_are_not_finite_are_one_line_and_no_picture(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    planted(build_tiny_artifact(tmp_path / "good"), tmp_path / "bad", "proj_out.bias", math.nan)
+    name, *rest = command
+    done = fmg(name, *rest, "--from", "bad", "--out", "images") if name == "generate" else fmg(name, "bad", *rest)
+    assert done.code == 1
+    assert not (tmp_path / "images").exists()
+    if name == "verify":
+        assert "drawing: a picture holds values that are not finite" in done.stdout
+        return
+    error = done.stderr.strip().splitlines()[-1]
+    wanted = "The image of 'a red circle' with seed 3 has values that are not finite, as have 1 more of 2 images."
+    assert wanted in error
+    assert "precision" in error
+
+
+def test_images_that_are_not_finite_are_not_saved_from_python(tmp_path: Path) -> None:
+    broken = planted(build_tiny_artifact(tmp_path / "good"), tmp_path / "bad", "proj_out.bias", math.nan)
+    with load(broken) as generator:
+        made = generator.generate("a red circle")
+    with pytest.raises(FmgError, match="not finite"):
+        made.save(tmp_path / "image.png")
+    assert not (tmp_path / "image.png").exists()

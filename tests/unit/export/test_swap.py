@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.export import artifact as exporter
 from fmg.export.artifact import ExportOptions, export_artifact
+from fmg.export.diffusers import export_diffusers
 from fmg.export.graphs import GraphPlan
 from fmg.export.onnx import TracedGraph
 from fmg.export.swap import swap_weights
@@ -28,10 +29,11 @@ from fmg.inference.artifact import Artifact, layout, open_artifact
 from fmg.inference.artifact.manifest import TRANSFORMER, TRANSFORMER_INT8, Check
 from fmg.inference.loading import find
 from fmg.inference.target import Target, load_model, resolve_target
+from fmg.registry.recipe import Recipe
 from tests.support.artifact import copied, exported, make_run, trace_once
 from tests.support.cli import fmg
 from tests.support.run_files import change_recipe
-from tests.tiny_flux import RESOLUTION, SEQUENCE
+from tests.tiny_flux import RESOLUTION, SEQUENCE, build_tiny_flux, store_in
 from tests.unit.export.test_artifact import difference, transformer_feed
 
 pytestmark = [pytest.mark.slow, pytest.mark.compile]
@@ -275,3 +277,45 @@ def test_what_is_left_beside_an_artifact_that_is_there_goes(plain: Artifact, sha
         (plain.folder.parent / f".artifact.{pid}.0.{suffix}" / "inside").mkdir(parents=True)
     swap_weights(plain.folder, shapes_run)
     assert list(plain.folder.parent.iterdir()) == [plain.folder]
+
+
+def test_weights_of_eight_bits_are_widened_in_all_that_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))
+    # as the tiny student, whose graphs have been traced
+    plain = build_tiny_flux(tmp_path / "flux", second_time="none", guidance_embeds=True, time_scale=1.0)
+    folder = store_in(plain, torch.float8_e4m3fn)
+    recipe = Recipe.default(
+        "flux-fewstep",
+        **{
+            "model.folder": str(folder),
+            "model.map": "single-time",
+            "model.second_time": "none",
+            "model.guidance": 3.5,
+            "model.time_scale": 1.0,
+            "model.resolution": RESOLUTION,
+            "model.max_sequence_length": SEQUENCE,
+            "model.text_cache": False,
+            "rewards": ["jpeg-incompressibility"],
+            "lora.rank": 4,
+        },
+    )
+    run = make_run(tmp_path / "run", recipe, seed=5)
+    stored = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    artifact = without_graphs(run, tmp_path / "artifact", ExportOptions())
+    assert artifact.manifest.base.dtypes == ("float8_e4m3fn",)
+    before = contents(artifact.folder)
+    kept, weights = load_file(artifact.path("base.safetensors")), load_file(artifact.path(WEIGHTS))
+    assert all(x.dtype == torch.float8_e4m3fn for x in kept.values())
+    for name, x in weights.items():
+        assert x.dtype == torch.float32
+        assert torch.equal(x, stored[name].float()) is (name not in kept)
+    base = swap_weights(artifact.folder, "base")
+    assert all(torch.equal(x, stored[name].float()) for name, x in load_file(base.path(WEIGHTS)).items())
+    swap_weights(artifact.folder, run)
+    assert contents(artifact.folder) == before
+    # rounded to 8 bits again, a merged adapter would be lost in the rounding
+    merged = export_diffusers(run, tmp_path / "folder", "stored")
+    for file in (merged.folder / "transformer").glob("*.safetensors"):
+        assert all(torch.equal(x, weights[name].bfloat16()) for name, x in load_file(file).items())

@@ -15,14 +15,16 @@ from numpy.typing import NDArray
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.events import Event, Notice
 from fmg.core.prompt import Prompt
+from fmg.core.types import RewardOutput
 from fmg.eval.scoring import EvalSet
 from fmg.export import verify_images
 from fmg.export.census import census, census_of
 from fmg.export.verify import FULL_IMAGES, reference_of, verify
-from fmg.export.verify_images import REWARD_ALLOWED, RewardGap, compare
+from fmg.export.verify_images import PSNR_ALLOWED, REWARD_ALLOWED, RewardGap, compare
 from fmg.export.verify_tensors import relative_l2
 from fmg.inference.artifact import Artifact, open_artifact
 from fmg.inference.artifact.manifest import MANIFEST, Check
+from fmg.inference.target import resolve_target
 from tests.support.artifact import copied, planted
 
 pytestmark = [pytest.mark.slow, pytest.mark.compile]
@@ -70,6 +72,20 @@ def test_an_artifact_that_may_only_be_read_is_verified(
     assert "images" in by_name(report.checks)
     said = [event for event in events if isinstance(event, Notice)]
     assert said == [Notice("warning", "The checks are not written into the manifest: Permission denied")]
+
+
+def test_long_prompts_are_cut_on_both_sides_and_named_once(
+    shapes_artifact: Artifact, shapes_run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "long.txt").write_text("red " * 100 + "circle\na blue square\n", encoding="utf-8")
+    target = resolve_target(shapes_run)
+    long = replace(target, recipe=target.recipe.with_({"eval.prompts": str(tmp_path / "long.txt")}))
+    events: list[Event] = []
+    artifact = open_artifact(copied(shapes_artifact, tmp_path / "a"))
+    checks = by_name(verify(artifact, long, device="cpu", num=2, observer=events.append).checks)
+    assert checks["images"].passed
+    (notice,) = [event for event in events if isinstance(event, Notice)]
+    assert notice.text.startswith("1 of 2 prompts have more than 16 tokens ('red red")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +159,7 @@ class Fixed:
     def __init__(self, images: NDArray[np.float32]) -> None:
         self._images = images
 
-    def generate(self, prompts: tuple[str, ...], seeds: tuple[int, ...]) -> Fixed:
+    def generate(self, prompts: tuple[str, ...], seeds: tuple[int, ...], *, progress: bool) -> Fixed:
         return self
 
     @property
@@ -153,6 +169,12 @@ class Fixed:
     @property
     def images(self) -> torch.Tensor:
         return torch.from_numpy(self._images)
+
+
+def refuse_all(images: torch.Tensor, prompts: object) -> RewardOutput:
+    """A reward that is asked only for images with numbers in them."""
+    assert images.isfinite().all()
+    return RewardOutput(torch.zeros(len(images)), {})
 
 
 def test_differences_of_pictures() -> None:
@@ -177,6 +199,12 @@ def test_differences_of_pictures() -> None:
     other = images.copy()
     other[7, 0, 0, 0] = np.nan
     assert not result(other)[0]
+    # PSNR alone would not tell: min(200, nan) is 200
+    broken = Fixed(other), Fixed(other)
+    found = compare(*broken, eval_set, {"r": refuse_all}, progress=lambda *at: None)  # type: ignore[arg-type]
+    assert found.gaps == ()
+    for precision in PSNR_ALLOWED:
+        assert found.images.problem(precision) == "1 of 200 images hold values that are not finite"
 
 
 def test_relative_l2() -> None:

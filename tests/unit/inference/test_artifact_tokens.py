@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
-from fmg.core.errors import CheckpointError, PromptLengthError
+from fmg.core.errors import CheckpointError
 from fmg.inference.artifact.manifest import MANIFEST, TokenizerFacts
 from fmg.inference.artifact.tokens import PromptTokenizer
 from tests.support.cli import fmg
@@ -39,9 +39,14 @@ def test_a_length_without_room_for_a_word_is_refused(length: int, file: Path) ->
 def test_prompts_are_padded_cut_and_measured_with_special_tokens(file: Path) -> None:
     tokenizer = PromptTokenizer(file, TokenizerFacts("tokenizer.json", 4, 0, "<pad>"))
     assert tokenizer(["red", "red red red"]).tolist() == [[1, 3, 2, 0], [1, 3, 3, 2]]
-    tokenizer.check_lengths(["red red"])
-    with pytest.raises(PromptLengthError, match="'red red red' has 5 tokens, and the model reads 4"):
-        tokenizer.check_lengths(["red", "red red red"])
+    assert tokenizer.cut_prompts(["red red"]) == ""
+    assert "The prompt 'red red red' has 5 tokens; the model reads the first 4." in tokenizer.cut_prompts(
+        ["red red red"]
+    )
+    several = tokenizer.cut_prompts(["red", "red red red", "red red red", "red red red red"])
+    assert several.startswith(
+        "2 of 3 prompts have more than 4 tokens ('red red red' has 5); the model reads the first 4."
+    )
 
 
 @pytest.mark.parametrize("command", ["generate", "verify"])

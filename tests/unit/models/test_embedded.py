@@ -8,7 +8,7 @@ from typing import cast
 import pytest
 import torch
 
-from fmg.core.errors import CheckpointError, PromptLengthError, UsageError
+from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.protocols import Model
 from fmg.inference.backend import TorchBackend
 from fmg.models.configs import EmbeddedConfig
@@ -50,12 +50,13 @@ def test_a_prompt_that_is_read_to_its_end_is_told_from_one_that_is_cut(embedded:
     # a word and its end
     fitting = " ".join(["red"] * (limit - 1))
     assert model.components.text.count(fitting) == limit
-    TorchBackend(model, whole_prompts=True).encode(["a red circle", fitting])
+    assert TorchBackend(model).cut_prompts(["a red circle", fitting]) == ""
     longer = f"{fitting} red"
-    with pytest.raises(PromptLengthError, match=f"has {limit + 1} tokens, and the model reads {limit}"):
-        TorchBackend(model, whole_prompts=True).encode(["a red circle", longer])
-    # training cuts, as diffusers does
-    TorchBackend(model).encode([longer])
+    said = TorchBackend(model).cut_prompts(["a red circle", longer])
+    assert said.startswith(f"1 of 2 prompts have more than {limit} tokens ('{longer:.60}' has {limit + 1});")
+    # its beginning is read
+    encoded = [TorchBackend(model).encode([prompt]).tensors["tokens"] for prompt in (longer, f"{longer} blue")]
+    assert torch.equal(*encoded)
 
 
 def test_lora_round_trip_on_an_embedded_model(embedded: tuple[str, Model], tmp_path: Path) -> None:

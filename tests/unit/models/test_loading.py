@@ -187,7 +187,7 @@ def _halve_t5(tensors: dict[str, torch.Tensor]) -> None:
             tensors[name] = tensor[:, :1].contiguous()
 
 
-@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("asked", [torch.float32, torch.bfloat16])
 def test_any_stored_dtype_loads_in_the_asked_one(scratch_folder: Path, stored: torch.dtype, asked: torch.dtype) -> None:
     store_in(scratch_folder, stored)
@@ -199,6 +199,27 @@ def test_any_stored_dtype_loads_in_the_asked_one(scratch_folder: Path, stored: t
         assert not any(p.requires_grad for p in module.parameters())
     file = load_file(scratch_folder / "transformer" / WEIGHTS)
     assert torch.equal(components.transformer.proj_out.weight, file["proj_out.weight"].to(asked))
+
+
+@pytest.mark.parametrize(
+    ("component", "stored", "name"),
+    [
+        ("transformer", torch.int8, "I8"),
+        ("transformer", torch.uint8, "U8"),
+        ("transformer", torch.int64, "I64"),
+        ("transformer", torch.bool, "BOOL"),
+        ("text_encoder_2", torch.int8, "I8"),
+        ("vae", torch.uint8, "U8"),
+    ],
+)
+def test_weights_of_another_type_are_refused_by_name(
+    scratch_folder: Path, component: str, stored: torch.dtype, name: str
+) -> None:
+    (file,) = (scratch_folder / component).glob("*.safetensors")
+    _edit_weights(file, lambda tensors: tensors.update({key: x.to(stored) for key, x in tensors.items()}))
+    with pytest.raises(CheckpointError, match=rf"is stored as {name}, .* F8_E4M3, .* not quantized") as caught:
+        load_folder(scratch_folder, CPU, torch.float32)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_that_names_the_stock_class_loads_by_its_conventions(scratch_folder: Path) -> None:

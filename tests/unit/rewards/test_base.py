@@ -96,7 +96,7 @@ def test_bad_scores_name_the_reward(reward: Returns, message: str) -> None:
         ((IMAGES * 255).byte(), "uint8"),
         (IMAGES * 1.01, "prompt 'three' has values outside"),
         (IMAGES - 0.01, "prompt 'one' has values outside"),
-        (IMAGES.where(~IMAGES.eq(IMAGES[1, 0, 0, 0]), torch.nan), "prompt 'two' has values outside"),
+        (IMAGES.where(~IMAGES.eq(IMAGES[1, 0, 0, 0]), torch.nan), "prompt 'two' has values that are not finite"),
         (None, "NoneType"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -178,3 +180,6 @@ def test_an_adapter_that_did_not_move_stops_the_run() -> None:
         movement_gate(movement(start, named))
     updater(network, policies, objective, 24, lr=0.1).update(batch)
     movement_gate(movement(start, named))
+    for distance in (math.nan, math.inf):
+        with pytest.raises(GateError, match="not finite"):
+            movement_gate(distance)
