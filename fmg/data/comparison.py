@@ -36,9 +36,10 @@ def write_comparison(runs: Sequence[RunFolder], path: Path) -> None:
 def comparison_page(records: Sequence[RunRecord]) -> str:
     """The HTML of a comparison."""
     names = _names(records)
+    pictures = [_picture(*one) for one in _charts(records, names)]
     sections = [
         Section("Scores", [_scores(records, names)]),
-        Section("Curves", [Text(BANDS), Gallery([_picture(*one) for one in _charts(records, names)])]),
+        Section("Curves", [Text(BANDS), Gallery(pictures)] if pictures else []),
         Section("Where the recipes differ", list(_differences(records, names))),
         Section("Before and after", list(_pictures(records, names))),
     ]

@@ -118,7 +118,7 @@ def run_page(record: RunRecord) -> str:
     sections = [
         Section("Before and after", list(_before_after(record))),
         Section("Held-out scores", list(_scores(record))),
-        Section("Curves", [Text(BANDS), Gallery(list(charts(record)))]),
+        Section("Curves", list(_curves(record))),
         Section("Samples on the way", list(_grids(record))),
         Section("Where the time went", list(_timings(record))),
         Section("Recipe, with the source of each value", [Listing(list(_recipe_lines(record.recipe)))], folded=True),
@@ -178,6 +178,12 @@ def _scores(record: RunRecord) -> Iterator[Block]:
         shown = [label(key), f"{first[key]:.3f}", f"{kept[key]:.3f}", f"{gain:+.3f}", between]
         rows.append((*shown, f"{last[key]:.3f}" if key in last else "-"))
     yield Table(columns, rows, frozenset(columns) - {"score"})
+
+
+def _curves(record: RunRecord) -> Iterator[Block]:
+    if found := list(charts(record)):
+        yield Text(BANDS)
+        yield Gallery(found)
 
 
 def charts(record: RunRecord) -> Iterator[Picture]:

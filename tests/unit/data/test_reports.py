@@ -151,6 +151,8 @@ def test_a_run_that_has_just_begun_has_a_report(tmp_path: Path) -> None:
     (run.path / "before_after.png").write_bytes(b"no picture")
     words = self_contained(write_run_report(run).read_text(encoding="utf-8")).words
     assert "0 iterations, running" in words
+    assert "There is no evaluation yet." in words
+    assert "Curves" not in words
     assert "name: x" in words
 
 
