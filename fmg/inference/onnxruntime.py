@@ -34,8 +34,8 @@ INSTALL = f"Run: {install_line('onnx')}"
 INSTALL_GPU = "Run: pip install onnxruntime-gpu in place of onnxruntime, on a machine with an NVIDIA GPU."
 
 _NOT_ON_A_CPU = ("bf16",)
-# ONNX Runtime's own messages go to stderr from this level on: errors
-_LOG_LEVEL = 3
+# ONNX Runtime's own messages go to stderr from this level on, fatal ones: its errors are told in a line of ours
+_LOG_LEVEL = 4
 # as many as --threads takes
 _MOST_THREADS = 1024
 

@@ -31,9 +31,11 @@ class FlowMapConventions(BaseModel):
     path: Literal["linear", "trig"] = Field(description="Probability path of the latents that the network takes.")
     time_scale: float = Field(gt=0, description="Factor on times and guidance before their sinusoids: 1 or 1000.")
     second_time: Literal["none", "duration", "target"] = Field(description="What the second time embedder receives.")
-    resolution: int = Field(gt=0, le=MAX_SIDE, description="Side of the square image in pixels.")
-    max_sequence_length: int = Field(gt=0, le=512, description="Length that text tokens are padded and cut to.")
-    default_steps: int = Field(gt=0, description="Network calls of the deterministic sampler.")
+    resolution: int = Field(strict=True, gt=0, le=MAX_SIDE, description="Side of the square image in pixels.")
+    max_sequence_length: int = Field(
+        strict=True, gt=0, le=512, description="Length that text tokens are padded and cut to."
+    )
+    default_steps: int = Field(strict=True, gt=0, description="Network calls of the deterministic sampler.")
     default_grid: str | list[float] = Field(description="Name of the time grid, or its times.")
     guidance: float | None = Field(
         default=None, ge=0, description="Embedded guidance scale, where the weights want it."
@@ -78,7 +80,7 @@ def read_conventions(folder: Path) -> FlowMapConventions:
             "Give a folder that fmg wrote, or remake the embedded models with `fmg pretrain`.",
         )
     try:
-        return FlowMapConventions.model_validate(read_object(file), strict=True)
+        return FlowMapConventions.model_validate(read_object(file))
     except (OSError, JsonError) as error:
         raise CheckpointError(f"{file} cannot be used: {error}", _RESTORE) from None
     except ValidationError as error:

@@ -27,6 +27,7 @@ from fmg.inference.artifact import Artifact, open_artifact
 from fmg.inference.artifact.manifest import MANIFEST
 from fmg.inference.target import Target, load_model
 from fmg.registry.recipe import Recipe
+from tests.support.tiny_artifact import reseal
 from tests.tiny_flux import student_options
 
 _WEIGHTS = "transformer.safetensors"
@@ -99,6 +100,7 @@ def planted(artifact: Artifact, folder: Path, tensor: str, add: float) -> Artifa
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["files"][_WEIGHTS]["sha256"] = hashlib.sha256(raw).hexdigest()
     (folder / MANIFEST).write_text(json.dumps(manifest))
+    reseal(folder)
     return open_artifact(folder)
 
 

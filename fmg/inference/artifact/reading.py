@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from fmg.core.errors import CheckpointError
+from fmg.core.files import sealed, unsealed
 from fmg.core.json_reader import JsonError, parse_object
 from fmg.inference.artifact.borders import check_borders
 from fmg.inference.artifact.decode import DecodeError, decode, encode
@@ -27,17 +29,18 @@ _MAX_NAME = 255
 
 
 def to_json(manifest: Manifest) -> str:
-    """The text of `manifest.json`."""
-    return json.dumps(encode(manifest), indent=2) + "\n"
+    """The text of `manifest.json`, with its own digest under `sha256`."""
+    content: Any = encode(manifest)
+    return json.dumps(sealed(content), indent=2) + "\n"
 
 
 def from_json(text: str | bytes, origin: Path) -> Manifest:
     """A manifest from its text; `origin` is the file that error messages name.
 
     Raises:
-        CheckpointError: it is no JSON, of a newer schema, lacks a key or has an unknown one, has a value that nothing
-            can be made of, names a path outside the artifact, refers to a file, graph or axis that it does not list,
-            or has graphs with other inputs and outputs than backends fill.
+        CheckpointError: it is no JSON, of a newer schema, was changed after it was written, lacks a key or has an
+            unknown one, has a value that nothing can be made of, names a path outside the artifact, refers to a file,
+            graph or axis that it does not list, or has graphs with other inputs and outputs than backends fill.
     """
     if len(text) > MAX_BYTES:
         raise _unusable(origin, f"it has more than {MAX_BYTES:,} bytes")
@@ -54,12 +57,12 @@ def from_json(text: str | bytes, origin: Path) -> Manifest:
             "Export the artifact again with this one, or upgrade fmg.",
         )
     try:
-        manifest = decode(Manifest, raw)
+        manifest = decode(Manifest, unsealed(raw))
         _check_paths(manifest)
         _check_references(manifest)
         _check_text_axis(manifest)
         check_borders(manifest)
-    except DecodeError as error:
+    except ValueError as error:
         raise _unusable(origin, str(error)) from None
     return manifest
 

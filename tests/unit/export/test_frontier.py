@@ -21,6 +21,7 @@ from fmg.inference.contest import Runtime, entrants, parse_runtimes, side_for
 from tests.support.artifact import copied
 from tests.support.cli import fmg
 from tests.support.schemas import check
+from tests.support.tiny_artifact import reseal
 
 pytestmark = [pytest.mark.slow, pytest.mark.compile]
 
@@ -48,6 +49,7 @@ def test_the_run_of_an_artifact_may_be_gone(shapes_artifact: Artifact, tmp_path:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["adapter"]["run"] = "runs/gone"
     (folder / "manifest.json").write_text(json.dumps(manifest))
+    reseal(folder)
     with pytest.raises(UsageError, match="'runs/gone'"):
         side_for(open_artifact(folder), Runtime("torch"))
 

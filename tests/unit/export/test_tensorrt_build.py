@@ -26,7 +26,7 @@ from fmg.inference.artifact.layout import ENGINES
 from fmg.inference.artifact.manifest import GRAPHS, TensorSpec
 from fmg.inference.tensorrt.record import Profile, ShapeRange, read_records
 from tests.support import tensorrt as support
-from tests.support.tiny_artifact import build_tiny_artifact, write_graph
+from tests.support.tiny_artifact import build_tiny_artifact, reseal, write_graph
 
 
 @pytest.fixture
@@ -118,6 +118,7 @@ def test_other_weights_of_one_graph_make_a_new_engine_of_that_graph(
     old = support.open_artifact(artifact, hashes=False).manifest.files["transformer.safetensors"].sha256
     new = other.manifest.files["transformer.safetensors"].sha256
     (artifact / "manifest.json").write_text(manifest.replace(old, new))
+    reseal(artifact)
     engines, _ = support.build(artifact)
     assert [engine.reused for engine in engines] == [True, True, False, True]
 

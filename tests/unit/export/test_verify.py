@@ -26,6 +26,7 @@ from fmg.inference.artifact import Artifact, open_artifact
 from fmg.inference.artifact.manifest import MANIFEST, Check
 from fmg.inference.target import resolve_target
 from tests.support.artifact import copied, planted
+from tests.support.tiny_artifact import reseal
 
 pytestmark = [pytest.mark.slow, pytest.mark.compile]
 
@@ -127,6 +128,7 @@ def test_what_it_is_compared_with(shapes_artifact: Artifact, shapes_run: Path, t
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["adapter"]["run"] = "runs/gone"
     (folder / MANIFEST).write_text(json.dumps(manifest))
+    reseal(folder)
     with pytest.raises(UsageError, match=r"'runs/gone' .* --against"):
         reference_of(open_artifact(folder))
     with pytest.raises(UsageError, match="no level 'fast'"):

@@ -19,6 +19,7 @@ from fmg.inference.artifact import Artifact, open_artifact
 from fmg.inference.artifact.manifest import MANIFEST
 from fmg.inference.target import resolve_target
 from tests.support.artifact import copied
+from tests.support.tiny_artifact import reseal
 
 pytestmark = [pytest.mark.slow, pytest.mark.compile]
 
@@ -35,6 +36,7 @@ def accept(folder: Path, name: str) -> None:
     data = (folder / name).read_bytes()
     manifest["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
     (folder / MANIFEST).write_text(json.dumps(manifest))
+    reseal(folder)
 
 
 def in_manifest(*keys: str, value: object) -> Callable[[Path], None]:
@@ -46,6 +48,7 @@ def in_manifest(*keys: str, value: object) -> Callable[[Path], None]:
         assert entry[keys[-1]] != value
         entry[keys[-1]] = value
         (folder / MANIFEST).write_text(json.dumps(manifest))
+        reseal(folder)
 
     return edit
 

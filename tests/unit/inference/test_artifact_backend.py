@@ -22,6 +22,7 @@ from fmg.inference.artifact.manifest import MANIFEST, Graph
 from fmg.inference.loading import find, pick_backend
 from fmg.inference.timing import Workload, measure, ratios
 from tests.support.artifact import copied
+from tests.support.tiny_artifact import reseal
 
 pytestmark = [pytest.mark.slow, pytest.mark.compile]
 
@@ -169,6 +170,7 @@ def test_a_damaged_graph_is_named(shapes_artifact: Artifact, tmp_path: Path) -> 
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["files"]["vae_decoder.onnx"]["size"] = 2000
     (folder / MANIFEST).write_text(json.dumps(manifest))
+    reseal(folder)
     with (
         load(open_artifact(folder, hashes=False)) as generator,
         pytest.raises(CheckpointError, match=r"vae_decoder\.onnx is no ONNX file"),

@@ -29,6 +29,7 @@ from fmg.inference.artifact.manifest import (
     TokenizerFacts,
 )
 from fmg.inference.artifact.reading import from_json, to_json
+from tests.support.tiny_artifact import reseal
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -102,6 +103,7 @@ def edit(folder: Path, change: Change) -> None:
     raw = json.loads((folder / MANIFEST).read_text())
     change(raw)
     (folder / MANIFEST).write_text(json.dumps(raw))
+    reseal(folder)
 
 
 def sampling(**values: object) -> Change:

@@ -18,7 +18,7 @@ from fmg.inference.artifact.external import check_external, external_files
 from fmg.inference.artifact.layout import file_entry
 from fmg.inference.artifact.manifest import GRAPHS, MANIFEST
 from tests.support.cli import fmg
-from tests.support.tiny_artifact import build_tiny_artifact
+from tests.support.tiny_artifact import build_tiny_artifact, reseal
 
 STRAY = "unlisted.bin"
 
@@ -48,6 +48,7 @@ def redirected(folder: Path, to: str) -> None:
     entry = file_entry(folder / name)
     raw["files"][name] = {"sha256": entry.sha256, "size": entry.size}
     (folder / MANIFEST).write_text(json.dumps(raw))
+    reseal(folder)
 
 
 def test_the_weights_of_every_graph_are_in_its_own_file(clean: Path) -> None:

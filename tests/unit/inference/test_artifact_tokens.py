@@ -15,7 +15,7 @@ from fmg.core.errors import CheckpointError
 from fmg.inference.artifact.manifest import MANIFEST, TokenizerFacts
 from fmg.inference.artifact.tokens import PromptTokenizer
 from tests.support.cli import fmg
-from tests.support.tiny_artifact import build_tiny_artifact
+from tests.support.tiny_artifact import build_tiny_artifact, reseal
 
 
 @pytest.fixture
@@ -57,9 +57,10 @@ def test_a_command_refuses_a_hostile_manifest_in_one_line(command: str, hostile:
     raw["tokenizers"]["text_encoder"]["length"] = 10**12 if hostile == "length" else 8
     raw["sampling"]["resolutions"] = [] if hostile == "resolutions" else [8, 16]
     text = json.dumps(raw)
-    (folder / MANIFEST).write_text(
-        text.replace('"schema": 1', f'"x": {"[" * 100_000}') if hostile == "nested" else text
-    )
+    (folder / MANIFEST).write_text(text)
+    reseal(folder)
+    if hostile == "nested":
+        (folder / MANIFEST).write_text(text.replace('"schema": 1', f'"x": {"[" * 100_000}'))
     words = ["a red circle", "--from", str(folder), "--resolution", "8", "--out", str(tmp_path / "out")]
     done = fmg("generate", *words) if command == "generate" else fmg("verify", str(folder), "--alone")
     assert done.code == 1

@@ -19,7 +19,7 @@ from fmg.inference.tensorrt.census import Census, inspect
 from fmg.inference.tensorrt.engine import Engine, RunOptions
 from tests.support import tensorrt as support
 from tests.support.fake_cuda import FakeCuda
-from tests.support.tiny_artifact import build_tiny_artifact
+from tests.support.tiny_artifact import build_tiny_artifact, reseal
 
 
 @pytest.fixture
@@ -66,6 +66,7 @@ def test_verification_fails_for_an_engine_of_another_precision_than_its_graph(
     assert all(check.passed for check in passed)
     manifest = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text(manifest.replace('"precision": "fp32"', '"precision": "bf16"'))
+    reseal(folder)
     failed = list(engine_precision(open_artifact(folder), load(folder, backend="tensorrt")))
     assert [(check.passed, check.note) for check in failed] == [
         (False, "no layer computes in BF16, which was asked for")

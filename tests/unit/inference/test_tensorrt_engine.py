@@ -29,7 +29,7 @@ from tests.support import tensorrt as support
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_device import DEVICE
 from tests.support.fake_rtx import as_rtx
-from tests.support.tiny_artifact import LENGTH, PROMPTS, build_tiny_artifact, random_inputs
+from tests.support.tiny_artifact import LENGTH, PROMPTS, build_tiny_artifact, random_inputs, reseal
 
 SMALL, LARGE = {IMAGE: 4, HEIGHT: 4, WIDTH: 4, TEXT: LENGTH}, {IMAGE: 16, HEIGHT: 8, WIDTH: 8, TEXT: LENGTH}
 
@@ -333,6 +333,7 @@ def swapped(folder: Path, target: Path) -> Artifact:
     shutil.copy(other.path("transformer.safetensors"), copy / "transformer.safetensors")
     old, new = (a.manifest.files["transformer.safetensors"].sha256 for a in (open_artifact(folder), other))
     (copy / "manifest.json").write_text((copy / "manifest.json").read_text().replace(old, new))
+    reseal(copy)
     return open_artifact(copy)
 
 
