@@ -7,6 +7,7 @@ import os
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -331,7 +332,9 @@ def _print_plan(resolved: ResolvedRecipe, *, as_json: bool) -> None:
     rows, memory = resolved.table(), planned.memory
     if as_json:
         values = {row.path: {"value": row.value, "source": row.source.text} for row in rows}
-        parts = {} if memory is None else {"memory_bytes": {**memory.parts, "peak": memory.peak}}
+        parts: dict[str, object] = {} if memory is None else {"memory_bytes": {**memory.parts, "peak": memory.peak}}
+        if planned.gpus:
+            parts["one_gpu"] = [asdict(gpu) for gpu in planned.gpus]
         print_json({"recipe": values, "plan": dict(planned.facts), **parts})
         return
     out = stdout()
@@ -342,6 +345,25 @@ def _print_plan(resolved: ResolvedRecipe, *, as_json: bool) -> None:
         out.print()
         sizes = [(part, size_text(size)) for part, size in memory.parts.items()]
         out.print(table(["memory of a device", "size"], [*sizes, ("together", size_text(memory.peak))], right=["size"]))
+    if planned.gpus:
+        out.print()
+        columns = ["one GPU", "rollout", "s an iteration", "h a run", "memory", "fits"]
+        on_gpus = [
+            (
+                on.gpu,
+                on.kind,
+                f"{on.seconds:,.0f}",
+                f"{on.hours:,.1f}",
+                size_text(on.memory),
+                "yes" if on.fits else "no",
+            )
+            for on in planned.gpus
+        ]
+        out.print(table(columns, on_gpus, right=columns[2:5]))
+        out.print(
+            "Network time at the shares of peak that an H200 reached with 8 B parameters at 512 px (docs/branching.md);"
+            " decoding, rewards and evaluations come on top."
+        )
 
 
 def _shown(value: object) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,7 @@ from fmg.registry.recipe import Recipe
 from fmg.registry.resolve import ResolvedRecipe
 from fmg.training.launch import choose_engine, world_size
 from fmg.training.plan_memory import DTYPE_BYTES, Memory, plan_memory
-from fmg.training.plan_time import Work, estimate_iteration, rows_of, transitions_of
+from fmg.training.plan_time import GPUS, Work, estimate_iteration, rows_of, seconds_on, transitions_of
 from fmg.training.plan_trained import disk_bytes, trained_by
 from fmg.training.sizes import Sizes, choose_sizes
 
@@ -26,12 +26,43 @@ REFERENCE_GROUPS, REFERENCE_SIZE, REFERENCE_DEVICES = 48, 24, 8
 _NVIDIA_DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
 
 
+Kind = Literal["chain", "branch"]
+
+
+@dataclass(frozen=True)
+class OnGpu:
+    """What a run of one kind of rollout takes on one GPU, without decoding, rewards and evaluations.
+
+    Attributes:
+        gpu: the product.
+        kind: of the rollouts.
+        seconds: of one iteration.
+        hours: of all iterations.
+        memory: planned peak in bytes.
+        fits: whether that is within the GPU's memory.
+    """
+
+    gpu: str
+    kind: Kind
+    seconds: float
+    hours: float
+    memory: int
+    fits: bool
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Facts about a run, by name, in the order in which they are read, and its memory where the model states sizes."""
+    """What a run takes.
+
+    Attributes:
+        facts: by name, in the order in which they are read.
+        memory: its peak, where the model states sizes.
+        gpus: time and memory on one GPU of several sizes, for models of full size in bf16.
+    """
 
     facts: Mapping[str, str]
     memory: Memory | None
+    gpus: tuple[OnGpu, ...] = ()
 
 
 def plan(resolved: ResolvedRecipe, *, devices: int | None = None, runs: Path = RUNS) -> Plan:
@@ -78,7 +109,7 @@ def plan(resolved: ResolvedRecipe, *, devices: int | None = None, runs: Path = R
     memory = None if geometry is None else plan_memory(recipe, geometry, sizes, count, sharded=engine == "fsdp2")
     if memory is not None:
         facts["memory at the peak"] = f"{size_text(memory.peak)} a device"
-    return Plan(facts, memory)
+    return Plan(facts, memory, () if geometry is None else tuple(_on_gpus(recipe, geometry)))
 
 
 def size_text(size: float) -> str:
@@ -111,9 +142,9 @@ def _calls(recipe: Recipe) -> dict[str, str]:
 
 def _cost(recipe: Recipe) -> dict[str, str]:
     """Row-NFE of this recipe, beside the other kind of rollout where the objective takes both."""
-    if not recipe.objective.config.branches or recipe.rollout.steps < 2:
+    kinds = _kinds(recipe)
+    if len(kinds) < 2:
         return {}
-    kinds = {kind: _of_kind(recipe, kind) for kind in ("chain", "branch")}
     texts = []
     for kind, other in kinds.items():
         work = Work.of(other)
@@ -122,10 +153,41 @@ def _cost(recipe: Recipe) -> dict[str, str]:
     return {"row-NFE an iteration": f"{'; '.join(texts)}: network evaluations of one row, a backward pass counted as 2"}
 
 
-def _of_kind(recipe: Recipe, kind: Literal["chain", "branch"]) -> Recipe:
-    window = recipe.rollout.window if kind == "chain" else None
-    rollout = recipe.rollout.model_copy(update={"kind": kind, "window": window})
-    return recipe.model_copy(update={"rollout": rollout})
+def _on_gpus(recipe: Recipe, geometry: ModelGeometry) -> Iterator[OnGpu]:
+    # a small model waits for launches, and peaks of fp32 are others
+    if not recipe.model.config.spec().gpu_memory_gb or recipe.train.dtype != "bf16":
+        return
+    for gpu in GPUS:
+        for kind, other in _kinds(recipe).items():
+            sizes = choose_sizes(other, "cuda")
+            seconds = seconds_on(gpu, other, sizes, geometry)
+            hours = seconds * recipe.train.iterations / 3600
+            memory = plan_memory(other, geometry, sizes).peak
+            yield OnGpu(f"{gpu.name}, {size_text(gpu.memory)}", kind, seconds, hours, memory, memory <= gpu.memory)
+
+
+def _kinds(recipe: Recipe) -> dict[Kind, Recipe]:
+    """The recipe with each kind of rollout that its objective takes."""
+    kinds: tuple[Kind, ...] = ("chain", "branch")
+    if not recipe.objective.config.branches or recipe.rollout.steps < 2:
+        kinds = (recipe.rollout.kind,)
+    return {kind: _of_kind(recipe, kind) for kind in kinds}
+
+
+def _of_kind(recipe: Recipe, kind: Kind) -> Recipe:
+    if kind == recipe.rollout.kind:
+        return recipe
+    if kind == "chain":
+        return recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"kind": kind})})
+    size, batch = recipe.rollout.group_size, recipe.rollout.batch_size
+    rollout: dict[str, object] = {"kind": kind, "window": None}
+    update: dict[str, object] = {}
+    if batch is not None:
+        # calls of whole groups, and as many rows of an update
+        groups = max(1, batch // size)
+        rollout["batch_size"] = groups * size
+        update["train"] = recipe.train.model_copy(update={"micro_batch": groups})
+    return recipe.model_copy(update={**update, "rollout": recipe.rollout.model_copy(update=rollout)})
 
 
 def _equivalence(recipe: Recipe, sizes: Sizes, devices: int) -> dict[str, str]:

@@ -59,14 +59,17 @@ def plan_memory(
     trained = trained_by(recipe, geometry)
     drawn = max(sizes.rollout_batch, min(recipe.eval.batch_size or 0, recipe.eval.num))
     encoders = geometry.encoder_parameters * number if geometry.encoders_resident else 0
+    # an update may have fewer rows than a micro-batch, to which bf16 calls are filled up all the same
+    part = -(-rows_of(recipe) // (recipe.train.updates_per_iteration * devices))
+    micro_batch = sizes.micro_batch if number < FULL else min(sizes.micro_batch, part)
     work = max(
-        update_bytes(geometry, trained, recipe.lora.rank, number, sizes.micro_batch),
+        update_bytes(geometry, trained, recipe.lora.rank, number, micro_batch),
         forward_bytes(geometry, trained, number, drawn),
         decode_bytes(geometry, number, drawn),
         # a whole network that was saved is read back beside the trained one, to prove the file
         geometry.parameters * number if trained.whole else 0,
     )
-    rows = max(sizes.micro_batch, drawn) * geometry.conditioning * number
+    rows = max(micro_batch, drawn) * geometry.conditioning * number
     whole = (geometry.parameters - trained.base_parameters) * number
     spread = sharded and devices > 1
     share = -(-whole // devices)

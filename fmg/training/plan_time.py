@@ -1,4 +1,7 @@
-"""Time of an iteration, scaled from runs that were made on this computer. Imports no torch."""
+"""Time of an iteration: scaled from runs made on this computer, and for full-size models from rates measured on a GPU.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,39 @@ from pathlib import Path
 from statistics import median
 
 from fmg.core.errors import FmgError
+from fmg.core.geometry import ModelGeometry
 from fmg.data.run_folder import RUNS, list_runs, read_metrics
 from fmg.registry.recipe import Recipe
+from fmg.training.sizes import Sizes
 
 _STAGES = ("rollout", "decode", "reward", "update")
+
+SHARE_OF_PEAK: Mapping[str, float] = {"rollout": 0.293, "update": 0.226}
+"""Shares of an H200's peak that 8 B parameters reached at 512 px: benchmarks/results/gpu_check.json."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU that a full-size run is planned for.
+
+    Attributes:
+        name: the product.
+        memory: bytes, as its data sheet states them.
+        peak: floating-point operations a second of its data sheet, dense bf16 with fp32 accumulation.
+    """
+
+    name: str
+    memory: float
+    peak: float
+
+
+GPUS = (
+    Gpu("RTX 4090", 24e9, 165.2e12),
+    Gpu("L40S", 48e9, 362.05e12),
+    Gpu("H100 SXM", 80e9, 989.4e12),
+    Gpu("H200", 141e9, 989.4e12),
+)
+"""One of each size; NVIDIA's data sheets."""
 
 
 def transitions_of(recipe: Recipe) -> int:
@@ -31,13 +63,14 @@ def rows_of(recipe: Recipe) -> int:
     return recipe.rollout.samples * recipe.objective.config.rows_per_sample(transitions_of(recipe))
 
 
-def rollout_nfe(recipe: Recipe, steps: Sequence[float] | None = None) -> float:
+def rollout_nfe(recipe: Recipe, steps: Sequence[float] | None = None, fill: float = 1.0) -> float:
     """Network evaluations of one row in the rollout of one iteration.
 
     Args:
         recipe: the run.
         steps: step at which each group of a branched rollout branches. None takes what is known before the run: the
             first, or the mean of all, since adaptive steps depend on rewards.
+        fill: rows that are computed for each one that siblings share, as of `filled_rows`.
     """
     shape, transitions = recipe.rollout, transitions_of(recipe)
     if not transitions:
@@ -49,7 +82,14 @@ def rollout_nfe(recipe: Recipe, steps: Sequence[float] | None = None) -> float:
         steps = [0.0 if shape.branch.steps == "first" else (shape.steps - 2) / 2] * shape.groups
     before = calls if shape.branch.prefix == "stochastic" else 1
     completed = [1.0 if shape.branch.completion == "jump" else shape.steps - 1 - k for k in steps]
-    return sum(k * before + calls + shape.group_size * rest for k, rest in zip(steps, completed, strict=True))
+    return sum((k * before + calls) * fill + shape.group_size * rest for k, rest in zip(steps, completed, strict=True))
+
+
+def filled_rows(recipe: Recipe, sizes: Sizes) -> float:
+    """Rows computed for each row that the siblings of a group share: a bf16 call is filled up to a micro-batch."""
+    if recipe.rollout.kind == "chain" or recipe.train.dtype != "bf16":
+        return 1.0
+    return max(1.0, sizes.micro_batch / max(1, sizes.rollout_batch // recipe.rollout.group_size))
 
 
 @dataclass(frozen=True)
@@ -70,6 +110,19 @@ class Work:
     def row_nfe(self) -> float:
         """Network evaluations of one row in an iteration, a backward pass counted as two (docs/math.md, eq. 31)."""
         return self.rollout_calls + 3 * self.update_calls
+
+
+def seconds_on(gpu: Gpu, recipe: Recipe, sizes: Sizes, geometry: ModelGeometry) -> float:
+    """Seconds that the network takes in one iteration on one GPU, at the shares of its peak measured on an H200.
+
+    Decoding, rewards and evaluations come on top.
+    """
+    # the forward pass, again where blocks are recomputed, the gradient of activations, that of all weights
+    passes = 2 + geometry.checkpointing + (recipe.train.trainable == "full")
+    rollout = rollout_nfe(recipe, fill=filled_rows(recipe, sizes))
+    flops = {"rollout": rollout, "update": passes * Work.of(recipe).update_calls}
+    busy = sum(flops[stage] / share for stage, share in SHARE_OF_PEAK.items())
+    return busy * geometry.call_flops / gpu.peak
 
 
 @dataclass(frozen=True)

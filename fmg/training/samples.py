@@ -218,9 +218,14 @@ class Sampler:
 
 @torch.no_grad()
 def decode_samples(composed: Composed, sizes: Sizes, drawn: SampleRollout) -> Float[Tensor, "n 3 h w"]:
-    """Images of samples, a few at a time."""
-    chunks = torch.split(drawn.x0, sizes.rollout_batch)
-    return torch.cat([composed.model.decode(chunk) for chunk in chunks])
+    """Images of samples, a few at a time, without a second copy of them all."""
+    images = torch.empty(0)
+    for start in range(0, len(drawn.x0), sizes.rollout_batch):
+        decoded = composed.model.decode(drawn.x0[start : start + sizes.rollout_batch])
+        if not start:
+            images = decoded.new_empty(len(drawn.x0), *decoded.shape[1:])
+        images[start : start + len(decoded)] = decoded
+    return images
 
 
 def score_samples(

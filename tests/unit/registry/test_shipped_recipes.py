@@ -36,6 +36,44 @@ def test_every_built_in_model_has_a_default_recipe_that_names_it() -> None:
         assert resolve(recipe.model.config.spec().default_recipe).recipe.model.name == name
 
 
+LARGE = ("meanflow-flux", "scm-flux", "sana-sprint")
+BRANCHED = [name for name in recipe_names() if "-branch" in name and name.startswith(LARGE)]
+
+
+def test_every_large_model_has_chains_as_published_and_branches_beside_them() -> None:
+    for name in recipe_names():
+        if name.startswith(LARGE):
+            assert resolve(name).recipe.rollout.kind == ("branch" if name in BRANCHED else "chain")
+    assert {name.partition("-branch")[0] for name in BRANCHED} == set(LARGE)
+    assert {name for name in BRANCHED if name.endswith("-1gpu")} == {
+        "meanflow-flux-branch-1gpu",
+        "scm-flux-branch-1gpu",
+    }
+
+
+@pytest.mark.parametrize("name", BRANCHED)
+def test_a_branched_recipe_is_its_chain_but_for_the_rollout(name: str) -> None:
+    branch, chain = resolve(name).recipe, resolve(name.partition("-branch")[0]).recipe
+    same = ("model", "rewards", "objective", "lora", "prompts")
+    assert [getattr(branch, part) for part in same] == [getattr(chain, part) for part in same]
+    alike = ("groups", "group_size", "steps", "grid")
+    assert [getattr(branch.rollout, key) for key in alike] == [getattr(chain.rollout, key) for key in alike]
+    assert branch.rollout.branch.steps == "adaptive"
+    # whole groups a call, and as many rows of an update: no bf16 call is filled up, and the ratio is 1
+    assert branch.rollout.batch_size is not None
+    assert branch.rollout.batch_size == branch.train.micro_batch * branch.rollout.group_size  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", [name for name in BRANCHED if name.endswith("-1gpu")])
+def test_one_gpu_trains_what_eight_train(name: str) -> None:
+    def but_for_sizes(recipe: Recipe) -> Recipe:
+        freed = {"rollout.batch_size": None, "train.micro_batch": None}
+        return recipe.with_({**freed, "eval.every": 10, "eval.batch_size": None})
+
+    one, eight = resolve(name).recipe, resolve(name.removesuffix("-1gpu")).recipe
+    assert but_for_sizes(one) == but_for_sizes(eight)
+
+
 def test_the_embedded_default() -> None:
     recipe = resolve().recipe
     assert recipe == Recipe.default("meanflow-shapes") == Recipe.default()

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from fmg.data.run_folder import RunFolder
 from fmg.registry.resolve import resolve
-from fmg.training.plan import plan, size_text
+from fmg.training.plan import OnGpu, plan, size_text
+from fmg.training.plan_time import GPUS, SHARE_OF_PEAK, filled_rows
+from fmg.training.sizes import Sizes
 
 SHAPE = [
     "eval.every=3",
@@ -118,3 +121,70 @@ def test_a_hidden_gpu_is_none(visible: str | None, kind: str, tmp_path: Path, mo
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert f"planned as {kind}" in plan(resolve(None, {}, SHAPE)).facts["device"]
+
+
+MEASURED = Path(__file__).parents[3] / "benchmarks" / "results" / "gpu_check.json"
+
+
+def on_gpus(name: str, sets: tuple[str, ...] = (), model: str = "meanflow-flux") -> dict[tuple[str, str], OnGpu]:
+    planned = plan(resolve(name, {"model": model}, ["rewards=[jpeg-incompressibility]", *sets]))
+    return {(on.gpu.partition(",")[0], on.kind): on for on in planned.gpus}
+
+
+def test_the_rates_are_those_that_were_measured() -> None:
+    measured = json.loads(MEASURED.read_text())
+    for stage, share in SHARE_OF_PEAK.items():
+        assert share == pytest.approx(measured[stage]["share_of_data_sheet_peak"], abs=5e-4)
+    # the measured seconds come out again: 49 ms a call, 192 ms a trained row
+    found = on_gpus("meanflow-flux-1gpu", ("rollout.groups=2", "rollout.group_size=8"))[("H200", "chain")]
+    assert found.seconds == pytest.approx(measured["rollout"]["seconds"] + measured["update"]["seconds"], rel=0.01)
+
+
+def test_the_published_batch_takes_a_sixteenth_of_the_time_in_branches() -> None:
+    resolved = resolve("meanflow-flux-branch-1gpu", {"model": "meanflow-flux"}, ["rewards=[jpeg-incompressibility]"])
+    cost = plan(resolved).facts["row-NFE an iteration"]
+    assert cost.startswith("chain 19584, 17 an image; branch 1416, 1.23 an image (this recipe)")
+    found = on_gpus("meanflow-flux-branch-1gpu")
+    assert len(found) == 2 * len(GPUS)
+    chain, branch = found[("H200", "chain")], found[("H200", "branch")]
+    assert chain.seconds == pytest.approx(1170, rel=0.01)
+    assert branch.seconds == pytest.approx(72, rel=0.01)
+    assert (chain.hours, branch.hours) == (pytest.approx(97.4, rel=0.01), pytest.approx(6.0, rel=0.01))
+    # the same share of the peak
+    slower = found[("L40S", "branch")].seconds / branch.seconds
+    assert slower == pytest.approx(989.4 / 362.05)
+    assert [on.fits for on in found.values() if on.kind == "branch"] == [False, True, True, True]
+    small = ("rollout.groups=24", "rollout.batch_size=24", "train.micro_batch=1", "eval.batch_size=8")
+    assert on_gpus("meanflow-flux-branch-1gpu", small)[("RTX 4090", "branch")].fits
+
+
+def test_time_grows_with_the_operations_of_a_pass() -> None:
+    usual, larger = (
+        on_gpus("meanflow-flux-1gpu", (f"model.resolution={side}",))[("H200", "branch")].seconds for side in (512, 1024)
+    )
+    assert 3.5 < larger / usual < 6
+    kept = on_gpus("meanflow-flux-1gpu", ("model.gradient_checkpointing=false",))[("H200", "chain")].seconds
+    # two of three passes of an update
+    assert kept == pytest.approx(1168 - 885 / 3, rel=0.01)
+
+
+def test_a_call_of_fewer_groups_than_an_update_has_rows_is_filled_up() -> None:
+    sets = ["rollout.kind=branch", "rollout.group_size=24", "train.dtype=bf16"]
+    recipe = resolve(None, {}, sets).recipe
+    assert filled_rows(recipe, Sizes(48, 2)) == filled_rows(recipe, Sizes(96, 2)) == 1
+    assert filled_rows(recipe, Sizes(12, 12)) == 12
+    assert filled_rows(recipe.with_({"train.dtype": "fp32"}), Sizes(12, 12)) == 1
+    assert filled_rows(recipe.with_({"rollout.kind": "chain"}), Sizes(12, 12)) == 1
+    # a prefix of 1.5 calls on average and a density, for each of 48 groups, in 12 rows instead of one
+    other = on_gpus("meanflow-flux-branch", ("rollout.batch_size=12", "train.micro_batch=12"))[("H200", "branch")]
+    more = other.seconds - on_gpus("meanflow-flux-branch")[("H200", "branch")].seconds
+    assert more == pytest.approx(48 * 2.5 * 11 * 0.0492, rel=0.01)
+
+
+def test_small_models_and_other_precisions_are_not_planned_for_gpus() -> None:
+    assert not plan(resolve(None, {}, SHAPE)).gpus
+    assert not on_gpus("meanflow-flux-1gpu", ("train.dtype=fp32",))
+
+
+def test_an_objective_that_takes_no_branches_is_planned_in_chains() -> None:
+    assert {kind for _, kind in on_gpus("meanflow-flux-1gpu", ("objective={name: rwfm}",))} == {"chain"}

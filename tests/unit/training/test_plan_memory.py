@@ -32,6 +32,8 @@ PUBLISHED = {
     "rollout.batch_size": 16,
     "train.dtype": "bf16",
 }
+# many siblings, so that they are most of what is held
+BRANCHED = {"rollout.kind": "branch", "rollout.group_size": 48, "rollout.batch_size": 12, "eval.every": 1}
 FLUX = FlowMapConventions(
     schema=1,
     map="two-time",
@@ -127,6 +129,8 @@ def test_flops_of_a_call_are_those_that_torch_counts() -> None:
         ("meanflow-shapes", {"train.trainable": "lora+duration", "train.ema_decay": 0.9}),
         ("meanflow-shapes", {"train.trainable": "full", "train.ema_decay": 0.9, "train.micro_batch": 5}),
         ("meanflow-shapes", {"train.trainable": "full", "train.dtype": "bf16", "objective.kl_beta": 0.1}),
+        ("meanflow-shapes", {**BRANCHED, "train.micro_batch": 1}),
+        ("scm-shapes", {**BRANCHED, "rollout.branch.completion": "grid"}),
     ],
     ids=str,
 )
