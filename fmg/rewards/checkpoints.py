@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from fmg.core.cache import cache_dir, content_hash, made_once, optional_cache
 from fmg.core.errors import CheckpointError, first_line, out_of_memory
 from fmg.core.json_reader import JsonError, read_object
+from fmg.core.model_folder import check_no_adapter
 
 Tensors = Mapping[str, Tensor]
 
@@ -154,6 +155,7 @@ def load_folder(
     Raises:
         CheckpointError: when it cannot be loaded, or tensors are missing, unexpected or wrongly shaped.
     """
+    check_no_adapter(folder)
     load = partial(cls.from_pretrained, config=config, dtype=dtype, output_loading_info=True)
     model, info = load_pretrained(load, folder, what)
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fmg.core.errors import CheckpointError, FmgWarning, MissingDependencyError, UsageError
+from fmg.core.errors import CheckpointError, FmgWarning, MissingDependencyError, StorageError, UsageError
 from fmg.inference.devices import device_for
 from fmg.models.flux.model import FluxModel
 from fmg.models.flux.transformer import SecondTime
@@ -282,3 +282,14 @@ def test_a_tensor_has_one_name_in_checkpoint_network_and_adapter(name: str, teac
     # the base under the adapter keeps its published names, by which a saved adapter recognises it
     base = {key.replace(".base_layer.", ".") for key in model.components.transformer.state_dict() if "lora_" not in key}
     assert base == set(published)
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = publish_student(tmp_path / "student.pt", "duration")
+    # a file where the folder should be: permissions do not stop root
+    (tmp_path / "none").touch()
+    monkeypatch.setenv("FMG_CACHE", str(tmp_path / "none"))
+    with pytest.raises(StorageError, match=r"The cache .*/none cannot be written \(.*set FMG_CACHE"):
+        load("meanflow-flux", file, teacher)

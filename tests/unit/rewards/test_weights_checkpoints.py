@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
 from fmg.core.cache import cache_dir, content_hash
-from fmg.core.errors import CheckpointError
+from fmg.core.errors import CheckpointError, FmgWarning
 from fmg.registry import rewards
 from fmg.rewards.affine import affine_head
 from fmg.rewards.checkpoints import load_module, read_json, read_renamed, read_tensors
@@ -99,6 +99,15 @@ def test_a_torch_file_is_converted_once_and_again_when_it_changes(tmp_path: Path
     assert len(calls) == 3
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_renamed(tmp_path / "none.pt", "layout-1", rename)
+
+
+def test_a_torch_file_is_read_where_the_cache_cannot_be_written(tmp_path: Path) -> None:
+    torch.save(TENSORS, tmp_path / "a.pt")
+    # a file where the folder should be: permissions do not stop root
+    (tmp_path / "cache").touch()
+    with pytest.warns(FmgWarning, match="cannot be written"):
+        read = read_renamed(tmp_path / "a.pt", "layout-1", dict)
+    assert torch.equal(read["a"], TENSORS["a"])
 
 
 def test_a_failed_conversion_leaves_nothing_behind(tmp_path: Path) -> None:
