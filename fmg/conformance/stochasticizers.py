@@ -131,6 +131,26 @@ def _rows(case: StochasticizerCase) -> None:
     require(same, "The density of a row depends on the other rows of its batch.")
 
 
+def _times(case: StochasticizerCase) -> None:
+    """Groups of a branched rollout that branch at different steps share a call (docs/branching.md)."""
+    steps = list(case.steps)
+    if len(steps) < 2:
+        raise NotApplicable("It is defined for one transition of a usual grid.")
+    x = states(len(steps))
+    t, s = torch.tensor(steps, dtype=torch.float64).unbind(1)
+    for path in case.paths:
+        _, flow_map = network_map(case.requires.anchors, path)
+        mixed = case.stochasticizer.transition(flow_map, x, t, s, unconditional(len(steps)))
+        for row, step in enumerate(steps):
+            alone = case.transition(flow_map, x[row : row + 1], *step)
+            same = torch.allclose(mixed.mean[row], alone.mean[0], atol=1e-5)
+            require(
+                same and torch.allclose(mixed.std[row], alone.std[0], atol=1e-6),
+                f"A row from t = {step[0]:g} to s = {step[1]:g} on the {path} path has another density beside rows of"
+                " other times: t and s have one value a row.",
+            )
+
+
 def _calls(case: StochasticizerCase) -> None:
     network, flow_map = network_map(case.requires.anchors, case.paths[0])
     case.transition(flow_map, states(ROWS), *next(case.steps))
@@ -194,6 +214,7 @@ RULES: tuple[Rule[StochasticizerCase], ...] = (
     Rule("parameters in the mean alone", _parameters),
     Rule("replay gives ratio 1", _replay),
     Rule("rows are independent", _rows),
+    Rule("times of their own for rows of one call", _times),
     Rule("network calls as declared", _calls),
     Rule("refuses what it does not fit", _refuses),
     Rule("marginals as declared", _marginals),

@@ -11,10 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fmg.core.protocols import FlowMap
-from fmg.core.types import Conditioning, RewardOutput, ScoredRollout, TransitionRollout
+from fmg.core.types import BranchRollout, Conditioning, RewardOutput, ScoredRollout, TransitionRollout
 from fmg.flow import AffinePath, GaussianMap, LinearPath, SingleTimeMap, TrigPath, TwoTimeMap
 from fmg.registry import stochasticizers
 from fmg.rl import group_advantages, rollout
+from fmg.rl.branches import Branching, branch_rollout
 
 SHAPE = (2, 3)
 GRID = (1.0, 0.75, 0.5, 0.25, 0.0)
@@ -86,11 +87,19 @@ def states(rows: int, seed: int = 0) -> Float[Tensor, "b 2 3"]:
     return torch.randn(rows, *SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
-def scored_rollout(flow_map: FlowMap, *, equal_rewards: bool = False) -> ScoredRollout:
-    """A rollout with a reward that differs within every group, or with none that does."""
-    index = torch.arange(GROUPS).repeat_interleave(SIZE)
-    cond = unconditional(len(index))
+def scored_rollout(flow_map: FlowMap, *, branched: bool = False, equal_rewards: bool = False) -> ScoredRollout:
+    """A rollout with a reward that differs within every group, or with none that does.
+
+    A branched one has groups at every step of the grid.
+    """
     kernel = stochasticizers.build("asfmc", {"ratio": 0.5})
-    drawn: TransitionRollout = rollout(flow_map, kernel, cond, index, GRID, seed=7, latent_shape=SHAPE)
+    index = torch.arange(GROUPS).repeat_interleave(SIZE)
+    drawn: TransitionRollout | BranchRollout
+    if branched:
+        steps = torch.arange(GROUPS) % (len(GRID) - 2)
+        how, cond = Branching(SIZE), unconditional(GROUPS)
+        drawn = branch_rollout(flow_map, kernel, cond, range(GROUPS), steps, GRID, how, seed=7, latent_shape=SHAPE)
+    else:
+        drawn = rollout(flow_map, kernel, unconditional(len(index)), index, GRID, seed=7, latent_shape=SHAPE)
     values = torch.ones(len(index)) if equal_rewards else drawn.x0.flatten(1).mean(1)
     return ScoredRollout(drawn, RewardOutput(values, {}), group_advantages(values, index))

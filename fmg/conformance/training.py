@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fmg.conformance.rules import NotApplicable, Rule, Violation, require
 from fmg.conformance.subject import Subject
-from fmg.conformance.toys import policies, scored_rollout
+from fmg.conformance.toys import GROUPS, policies, scored_rollout
 from fmg.core.protocols import Objective, OptimizerFactory
 from fmg.core.types import Batch
 from fmg.registry import stochasticizers
@@ -22,9 +23,22 @@ _SEED = 3
 
 @dataclass(frozen=True)
 class ObjectiveCase:
-    """An objective, bound to the stochasticizer that draws the rollouts of the kit."""
+    """An objective, bound to the stochasticizer that draws the rollouts of the kit.
+
+    Attributes:
+        subject: the component.
+        branched: whether its rollouts are.
+    """
 
     subject: Subject
+    branched: bool = False
+
+    @property
+    def config(self) -> ObjectiveConfig:
+        """Its options."""
+        config = self.subject.config
+        assert isinstance(config, ObjectiveConfig)
+        return config
 
     @cached_property
     def objective(self) -> Objective:
@@ -35,13 +49,12 @@ class ObjectiveCase:
     def prepared(self, *, equal_rewards: bool = False, seed: int = _SEED) -> Batch:
         """A batch of a rollout by the policy that is trained."""
         _, views = policies()
-        scored = scored_rollout(views.current, equal_rewards=equal_rewards)
+        scored = scored_rollout(views.current, branched=self.branched, equal_rewards=equal_rewards)
         return self.objective.prepare(scored, views, seed)
 
 
 def _needs(case: ObjectiveCase) -> None:
-    config = case.subject.config
-    assert isinstance(config, ObjectiveConfig)
+    config = case.config
     require(case.objective.needs == config.needs, "The objective and its config disagree about `needs`.")
     width = case.objective.clip_range
     require(width is None or width > 0, "clip_range has to be positive, or None for an objective without a ratio.")
@@ -64,7 +77,9 @@ def _micro_batches(case: ObjectiveCase) -> None:
     _, views = policies()
     batch = case.prepared()
     whole = case.objective.loss(views, batch).total.detach()
-    parts = [(len(part), case.objective.loss(views, part).total.detach()) for part in batch.split(7)]
+    # several of unequal length
+    size = min(7, max(1, len(batch) - 1))
+    parts = [(len(part), case.objective.loss(views, part).total.detach()) for part in batch.split(size)]
     mean = torch.stack([size * value for size, value in parts]).sum() / len(batch)
     same = torch.allclose(whole, mean, rtol=1e-4, atol=1e-5)
     require(same, "The loss of a batch is not the mean of its rows, so that it depends on the micro-batch.")
@@ -89,12 +104,37 @@ def _nothing_to_learn(case: ObjectiveCase) -> None:
     require(still, "Groups whose rewards are all equal still give a gradient.")
 
 
+def _star_rows(case: ObjectiveCase) -> None:
+    require(case.objective.needs == "transitions", "It declares `branches`, but needs samples alone.")
+    rows = len(case.prepared())
+    require(
+        rows == GROUPS,
+        f"prepare() makes {rows} rows of {GROUPS} branched groups, but the siblings of a group share one.",
+    )
+
+
+def _branched(check: Callable[[ObjectiveCase], None]) -> Callable[[ObjectiveCase], None]:
+    """The check on a branched rollout, for an objective that takes them."""
+
+    def on_branches(case: ObjectiveCase) -> None:
+        if not case.config.branches:
+            raise NotApplicable("It does not declare `branches`, so recipes with rollout.kind: branch refuse it.")
+        check(replace(case, branched=True))
+
+    return on_branches
+
+
 OBJECTIVE_RULES: tuple[Rule[ObjectiveCase], ...] = (
     Rule("needs as declared", _needs),
     Rule("a finite loss with a gradient", _loss),
     Rule("micro-batches add up", _micro_batches),
     Rule("noise is keyed", _keyed),
     Rule("equal rewards teach nothing", _nothing_to_learn),
+    Rule("branched: one row a group", _branched(_star_rows)),
+    Rule("branched: a finite loss with a gradient", _branched(_loss)),
+    Rule("branched: micro-batches add up", _branched(_micro_batches)),
+    Rule("branched: noise is keyed", _branched(_keyed)),
+    Rule("branched: equal rewards teach nothing", _branched(_nothing_to_learn)),
 )
 
 

@@ -30,6 +30,7 @@ LIMITS: Mapping[str, float] = {
     "clip idle": 0.001,
     "clip bound": 0.9,
     "equal groups": 0.5,
+    "agreement": 0.5,
     "gradient": 10.0,
     "ratio": 1.5,
     "no score": 0.05,
@@ -58,22 +59,36 @@ class Advice:
 
 @dataclass(frozen=True)
 class Log:
-    """The lines of a run: of iterations, and of evaluations; and the losses that its recipe tolerates."""
+    """What the rules read.
+
+    Attributes:
+        iterations, evaluations: the lines of a run.
+        limits: the losses that its recipe tolerates.
+        jumps: whether its branched rollouts are completed by one jump.
+        first_alone: whether they branch at the first step alone, though there are others.
+    """
 
     iterations: Lines
     evaluations: Lines
     limits: HackingLimits
+    jumps: bool = True
+    first_alone: bool = False
 
     @classmethod
-    def of(cls, metrics: MetricsLog, limits: HackingLimits) -> Log:
-        """Of the lines of a run and the limits of its recipe."""
-        return cls(metrics.iterations, metrics.evaluations, limits)
+    def of(cls, metrics: MetricsLog, limits: HackingLimits, *, jumps: bool = True, first_alone: bool = False) -> Log:
+        """Of the lines of a run and what its recipe says."""
+        return cls(metrics.iterations, metrics.evaluations, limits, jumps, first_alone)
 
     def late(self, key: str) -> float | None:
         """Median over the second half of the iterations, or None where too few have a number."""
         _, values = self.iterations.columns(key)
         values = values[np.isfinite(values)]
         return float(np.median(values[len(values) // 2 :])) if len(values) else None
+
+    def late_by_step(self, stem: str) -> dict[int, float]:
+        """`late` of the keys `stem` + step that are logged, by step."""
+        found = {int(key[len(stem) :]): self.late(key) for key in self.iterations.logged() if _is_step(key, stem)}
+        return {step: value for step, value in sorted(found.items()) if value is not None}
 
     def change(self, key: str) -> tuple[float, float] | None:
         """Last evaluation minus the first, and its standard error as of independent images; NaN for single images."""
@@ -103,7 +118,7 @@ def examine_run(run: str | Path) -> list[Advice]:
     metrics = MetricsLog.read(folder.metrics, strict=True)
     if not metrics.iterations and not metrics.evaluations:
         raise UsageError(f"'{folder.metrics}' has no line yet", "Wait for the first evaluation of the run.")
-    return examine_log(Log.of(metrics, hacking_limits(folder)))
+    return examine_log(Log.of(metrics, hacking_limits(folder), **_branching(folder)))
 
 
 def hacking_limits(run: RunFolder) -> HackingLimits:
@@ -122,6 +137,20 @@ def hacking_limits(run: RunFolder) -> HackingLimits:
         return float(value)
 
     return HackingLimits(limit("hacking_tolerance"), limit("min_diversity"))
+
+
+def _is_step(key: str, stem: str) -> bool:
+    return key.startswith(stem) and key[len(stem) :].isdecimal()
+
+
+def _branching(run: RunFolder) -> dict[str, bool]:
+    """What a run's recipe says of its branches, as `Log` has it; a chain ignores it."""
+    rollout = run.values().get("rollout")
+    stated = rollout if isinstance(rollout, dict) else {}
+    branch = stated.get("branch")
+    options = branch if isinstance(branch, dict) else {}
+    first = options.get("steps", "first") == "first" and stated.get("steps") != 2
+    return {"jumps": options.get("completion", "jump") == "jump", "first_alone": first}
 
 
 def examine_log(log: Log) -> list[Advice]:
@@ -176,10 +205,30 @@ def _equal_groups(log: Log) -> Iterator[Advice]:
     share, limit = log.late("zero_std_ratio"), LIMITS["equal groups"]
     if share is not None and share > limit:
         sign = f"{share:.0%} of the prompts teach nothing, above {limit:.0%}: all of their images have the same reward"
+        by_step = log.late_by_step("branch/zero_std_ratio_")
+        if by_step and min(by_step.values()) <= limit:
+            shares = ", ".join(f"{value:.0%} of those that branch at step {step}" for step, value in by_step.items())
+            text = "Set it to adaptive: groups then go to the steps whose siblings' rewards differ."
+            yield Advice("note" if log.risen else "problem", f"{sign} ({shares})", "rollout.branch.steps", text)
+            return
+        if by_step and log.first_alone and not log.risen:
+            text = "Set it to adaptive: siblings of later steps, which this run never tries, may differ."
+            yield Advice("problem", sign, "rollout.branch.steps", text)
+            return
         text = "Raise it, or use a reward with more values (such as soft in place of strict), or easier prompts."
         if log.risen:
             text = "The task may be solved: use harder prompts, or stop."
         yield Advice("note" if log.risen else "problem", sign, "rollout.group_size", text)
+
+
+def _agreement(log: Log) -> Iterator[Advice]:
+    agreement, limit = log.late("branch/completion_agreement"), LIMITS["agreement"]
+    if log.jumps and agreement is not None and agreement < limit:
+        sign = (
+            f"A jump ranks siblings otherwise than the rest of the grid: correlation {agreement:.2f}, below {limit:g}"
+        )
+        text = "Set it to grid: the images that are rewarded are then those that the sampler makes."
+        yield Advice("note" if log.risen else "problem", sign, "rollout.branch.completion", text)
 
 
 def _gradient(log: Log) -> Iterator[Advice]:
@@ -270,6 +319,7 @@ RULES: tuple[Callable[[Log], Iterator[Advice]], ...] = (
     _far,
     _clip,
     _equal_groups,
+    _agreement,
     _ratio,
     _gradient,
     _no_score,

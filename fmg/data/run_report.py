@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,6 +43,12 @@ _UPDATE_CHARTS = {
     "kl_ref": ("KL to the base", "nats"),
     "zero_std_ratio": ("share of groups whose rewards are all equal", "share of groups"),
     "skipped_updates": ("updates that were skipped", "updates an iteration"),
+    "branch/completion_agreement": ("agreement of a jump with the grid", "correlation within groups"),
+}
+_STEP_CHARTS = {
+    r"branch/step_(\d+)_reward_std": ("reward of siblings by branching step", "mean std within a group"),
+    r"branch/zero_std_ratio_(\d+)": ("groups with equal rewards by branching step", "share of groups"),
+    r"branch/step_(\d+)_groups": ("groups by branching step", "groups an iteration"),
 }
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -203,6 +210,11 @@ def charts(record: RunRecord) -> Iterator[Picture]:
         yield from _chart(parts, f"{reward} by part, held out", "mean score")
     for key, (title, unit) in _UPDATE_CHARTS.items():
         yield from _chart([curve(lines, key, None, key)], title, unit)
+    logged = lines.iterations.logged()
+    for pattern, (title, unit) in _STEP_CHARTS.items():
+        steps = sorted((int(match[1]), match[0]) for key in logged if (match := re.fullmatch(pattern, key)))
+        by_step = [curve(lines, key, None, f"step {step}") for step, key in steps]
+        yield from _chart(by_step[:_MAX_CURVES], title, unit)
 
 
 def run_figure(log: MetricsLog, outcome: Outcome, title: str) -> Figure:

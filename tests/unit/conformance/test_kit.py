@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -11,14 +12,17 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from fmg.conformance import assert_conforms, check_component
-from fmg.core.errors import UsageError
-from fmg.core.protocols import FlowMap
+from fmg.core.errors import CompositionError, UsageError
+from fmg.core.protocols import FlowMap, Policies, Stochasticizer
 from fmg.core.specs import Requirements
-from fmg.core.types import Conditioning, RewardOutput
+from fmg.core.types import Batch, BranchRollout, Conditioning, Loss, RewardOutput, ScoredRollout
 from fmg.flow import Gaussian, expand
-from fmg.registry import rewards, stochasticizers
+from fmg.registry import objectives, rewards, stochasticizers
 from fmg.registry.config import About, ComponentConfig, StochasticizerConfig
+from fmg.registry.recipe import Recipe
 from fmg.registry.registry import Registry
+from fmg.rl.configs import GrpoConfig
+from fmg.rl.grpo import Grpo
 from tests.support.cli import fmg
 
 SHIPPED = [
@@ -45,7 +49,7 @@ def test_what_is_shipped_conforms(kind: str, name: str, monkeypatch: pytest.Monk
 @pytest.fixture
 def registry_state() -> Iterator[None]:
     """Takes back what a test registers."""
-    registries: tuple[Registry[object], ...] = (rewards, stochasticizers)  # type: ignore[assignment]
+    registries: tuple[Registry[object], ...] = (rewards, stochasticizers, objectives)  # type: ignore[assignment]
     before = [(dict(r._rows), dict(r._configs), dict(r._factories)) for r in registries]
     yield
     for registry, (rows, configs, factories) in zip(registries, before, strict=True):
@@ -211,6 +215,8 @@ class Kernel:
         self._drawn = torch.Generator().manual_seed(0)
 
     def transition(self, flow_map: FlowMap, x_t: Tensor, t: Tensor, s: Tensor, cond: Conditioning) -> Gaussian:
+        if self._fault == "one time":
+            s = s[:1].expand_as(s)
         anchor = s / 2
         scale, std = flow_map.path.kernel(anchor, s)
         x_a = flow_map.jump(x_t, t, anchor, cond)
@@ -236,6 +242,7 @@ class Kernel:
         ("learned std", "parameters in the mean alone"),
         ("noise", "replay gives ratio 1"),
         ("batch", "rows are independent"),
+        ("one time", "times of their own for rows of one call"),
     ],
 )
 def test_a_planted_violation_of_a_stochasticizer_is_named(fault: str, rule: str) -> None:
@@ -259,6 +266,73 @@ def test_a_kernel_that_uses_a_map_it_does_not_fit_is_named() -> None:
 
     stochasticizers.register("planted", KernelConfig, "Declares more than it needs")(Endpoint)
     assert "single-time map" in broken_rules("stochasticizer", "planted")["refuses what it does not fit"]
+
+
+class StarConfig(GrpoConfig):
+    """Options of the planted objectives."""
+
+    about: ClassVar[About] = About(licence="MIT")
+    fault: str = Field("", description="what is wrong with it")
+
+
+class Stars(Grpo):
+    """`grpo`, and faults on branched rollouts alone."""
+
+    config: StarConfig
+
+    def bind(self, stochasticizer: Stochasticizer) -> Stars:
+        return Stars(self.config, stochasticizer)
+
+    def prepare(self, scored: ScoredRollout, policies: Policies, seed: int) -> Batch:
+        branched, fault = isinstance(scored.rollout, BranchRollout), self.config.fault
+        if branched and fault == "chains alone":
+            raise ValueError("no transitions")
+        if branched and fault == "no baseline":
+            scored = replace(scored, advantages=scored.advantages + 1)
+        batch = super().prepare(scored, policies, seed)
+        if branched and fault == "random":
+            return batch.with_rows(weight=torch.rand(len(batch)))
+        return batch.select(torch.arange(2 * len(batch)) // 2) if branched and fault == "two rows" else batch
+
+    def loss(self, policies: Policies, batch: Batch) -> Loss:
+        loss = super().loss(policies, batch)
+        summed = self.config.fault == "sum" and batch.rows["advantage"].ndim == 2
+        # advantages of groups add up to nothing, so that the sum needs something to show
+        return replace(loss, total=loss.total + (1 + loss.total) * (len(batch) - 1)) if summed else loss
+
+
+@pytest.mark.usefixtures("registry_state")
+@pytest.mark.parametrize(
+    ("fault", "rules"),
+    [
+        ("", set()),
+        ("two rows", {"one row a group"}),
+        ("sum", {"micro-batches add up"}),
+        ("random", {"noise is keyed"}),
+        ("no baseline", {"equal rewards teach nothing"}),
+        (
+            "chains alone",
+            {
+                "one row a group",
+                "a finite loss with a gradient",
+                "micro-batches add up",
+                "noise is keyed",
+                "equal rewards teach nothing",
+            },
+        ),
+    ],
+)
+def test_a_planted_violation_on_branched_rollouts_is_named(fault: str, rules: set[str]) -> None:
+    objectives.register("planted", StarConfig)(Stars)
+    found = {f.rule for f in check_component("objective", "planted", {"fault": fault}).violations}
+    assert found == {f"branched: {rule}" for rule in rules}
+
+
+def test_an_objective_that_takes_no_branches_is_not_asked_for_them_and_refused_with_them() -> None:
+    findings = check_component("objective", "rwfm").findings
+    assert {f.outcome for f in findings if f.rule.startswith("branched: ")} == {"not checked"}
+    with pytest.raises(CompositionError, match="'rwfm' does not take branched rollouts"):
+        Recipe.default(objective="rwfm", **{"rollout.kind": "branch"})
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,23 @@ def test_the_report_of_a_run_says_what_its_files_say(runs: tuple[RunFolder, RunF
     assert parsed.tags.count("img") == 6 + 2 + 4
 
 
+def test_a_report_of_a_branched_run_has_curves_by_step(tmp_path: Path) -> None:
+    run = made_up_run(tmp_path / "run")
+    for iteration in (4, 5, 6):
+        # a step without groups in some iteration is not in its line
+        seen = (0, 2) if iteration == 5 else (0, 1, 2)
+        by_step = {f"branch/step_{k}_reward_std": 0.1 - 0.01 * k for k in seen}
+        by_step |= {f"branch/zero_std_ratio_{k}": 0.2 * k for k in seen} | {
+            f"branch/step_{k}_groups": 8.0 for k in seen
+        }
+        run.append_metrics({"iteration": iteration, "branch/completion_agreement": 0.9, **by_step})
+    write_run_report(run)
+    page = (run.path / "report.html").read_text(encoding="utf-8")
+    for title in ("reward of siblings", "groups with equal rewards", "groups"):
+        assert f"{title} by branching step" in page
+    assert "agreement of a jump with the grid" in page
+
+
 def test_a_report_shows_the_scores_of_the_moving_average_that_it_keeps(
     runs: tuple[RunFolder, RunFolder], tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ from fmg.data.metrics_log import MetricsLog
 from fmg.data.run_doctor import LIMITS, RULES, Advice, Log, examine_log, examine_run
 from fmg.data.run_folder import RunFolder
 from fmg.data.run_metrics import HackingLimits
+from fmg.registry.recipe import Recipe
 from fmg.training.resume import metrics_until
 from tests.support.cli import fmg
 
@@ -104,6 +105,58 @@ def test_a_sign_leads_to_its_knob(lines: Lines, expected: list[tuple[str, str]])
     if lines[5].get("loss", 0.0) is None:
         expected = [("problem", "optimizer.lr")]
     assert signs(lines) == expected
+
+
+SATURATED = {"zero_std_ratio": 0.8, "branch/zero_std_ratio_0": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("lines", "knob"),
+    [
+        # steps that vary are told from the one that does not
+        (log(scores=(0.5, 0.5), iterations=5, **SATURATED, **{"branch/zero_std_ratio_2": 0.1}), "rollout.branch.steps"),
+        (log(**SATURATED), "rollout.group_size"),
+        # no step varies
+        (log(**SATURATED, **{"branch/zero_std_ratio_1": 0.9}), "rollout.group_size"),
+        # later steps alone are no fault
+        (log(zero_std_ratio=0.3, **{"branch/zero_std_ratio_0": 0.1, "branch/zero_std_ratio_1": 1.0}), None),
+        (log(**{"branch/completion_agreement": 0.3}), "rollout.branch.completion"),
+        (log(**{"branch/completion_agreement": 0.8}), None),
+    ],
+)
+def test_signs_of_branched_runs(lines: Lines, knob: str | None) -> None:
+    assert [name for _, name in signs(lines)] == ([knob] if knob else [])
+
+
+def test_shares_of_equal_groups_are_shown_by_step() -> None:
+    (advice,) = found(log(**SATURATED, **{"branch/zero_std_ratio_2": 0.1}))
+    assert advice.severity == "note"
+    assert advice.sign.endswith("(90% of those that branch at step 0, 10% of those that branch at step 2)")
+
+
+@pytest.mark.parametrize(
+    ("options", "scores", "change", "knobs"),
+    [
+        ({}, (0.5, 0.7), {"branch/completion_agreement": 0.3}, ["rollout.branch.completion"]),
+        ({"rollout.branch.completion": "grid"}, (0.5, 0.7), {"branch/completion_agreement": 0.3}, []),
+        # the first step is all that is tried
+        ({}, (0.5, 0.5), SATURATED, ["rollout.branch.steps"]),
+        ({"rollout.branch.steps": "adaptive"}, (0.5, 0.5), SATURATED, ["rollout.group_size"]),
+        ({"rollout.steps": 2}, (0.5, 0.5), SATURATED, ["rollout.group_size"]),
+    ],
+)
+def test_what_a_branched_run_could_change_is_read_from_its_recipe(
+    options: dict[str, object],
+    scores: tuple[float, float],
+    change: dict[str, object],
+    knobs: list[str],
+    tmp_path: Path,
+) -> None:
+    run = RunFolder.create(tmp_path / "run", "meanflow-shapes")
+    run.recipe.write_text(Recipe.default(**{"rollout.kind": "branch", **options}).to_yaml())
+    for line in log(iterations=5, scores=scores, **change):
+        run.append_metrics(line)
+    assert [advice.knob for advice in examine_run(run.path)] == knobs
 
 
 def test_scores_that_are_equal_for_all_images_have_no_error_to_divide_by() -> None:
