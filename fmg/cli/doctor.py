@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,6 +14,7 @@ from fmg.cli.doctor_rewards import doctor_rewards
 from fmg.cli.options import AsJson, given_text
 from fmg.cli.tables import table
 from fmg.core.errors import UsageError
+from fmg.data.run_folder import is_run, no_run
 from fmg.progress.reporters import LOADING, reporter_for
 
 doctor = typer.Typer(help="Examine the installation, the rewards, or a run.", invoke_without_command=True)
@@ -67,6 +69,9 @@ def examine_run(
     Exit code 1 when there is a problem. The rules and their thresholds are in docs/doctor.md.
     """
     given_text(run, "RUN")
+    # before numpy is imported
+    if not is_run(Path(run)):
+        raise no_run(Path(run))
     from fmg.data import run_doctor
 
     found = run_doctor.examine_run(run)

@@ -65,19 +65,19 @@ class Log:
         iterations, evaluations: the lines of a run.
         limits: the losses that its recipe tolerates.
         jumps: whether its branched rollouts are completed by one jump.
-        first_alone: whether they branch at the first step alone, though there are others.
+        steps: the rule for their branching steps; `adaptive` where there is but one.
     """
 
     iterations: Lines
     evaluations: Lines
     limits: HackingLimits
     jumps: bool = True
-    first_alone: bool = False
+    steps: str = "first"
 
     @classmethod
-    def of(cls, metrics: MetricsLog, limits: HackingLimits, *, jumps: bool = True, first_alone: bool = False) -> Log:
+    def of(cls, metrics: MetricsLog, limits: HackingLimits, *, jumps: bool = True, steps: str = "first") -> Log:
         """Of the lines of a run and what its recipe says."""
-        return cls(metrics.iterations, metrics.evaluations, limits, jumps, first_alone)
+        return cls(metrics.iterations, metrics.evaluations, limits, jumps, steps)
 
     def late(self, key: str) -> float | None:
         """Median over the second half of the iterations, or None where too few have a number."""
@@ -118,7 +118,7 @@ def examine_run(run: str | Path) -> list[Advice]:
     metrics = MetricsLog.read(folder.metrics, strict=True)
     if not metrics.iterations and not metrics.evaluations:
         raise UsageError(f"'{folder.metrics}' has no line yet", "Wait for the first evaluation of the run.")
-    return examine_log(Log.of(metrics, hacking_limits(folder), **_branching(folder)))
+    return examine_log(_log_of(folder, metrics))
 
 
 def hacking_limits(run: RunFolder) -> HackingLimits:
@@ -143,14 +143,14 @@ def _is_step(key: str, stem: str) -> bool:
     return key.startswith(stem) and key[len(stem) :].isdecimal()
 
 
-def _branching(run: RunFolder) -> dict[str, bool]:
-    """What a run's recipe says of its branches, as `Log` has it; a chain ignores it."""
+def _log_of(run: RunFolder, metrics: MetricsLog) -> Log:
     rollout = run.values().get("rollout")
     stated = rollout if isinstance(rollout, dict) else {}
     branch = stated.get("branch")
     options = branch if isinstance(branch, dict) else {}
-    first = options.get("steps", "first") == "first" and stated.get("steps") != 2
-    return {"jumps": options.get("completion", "jump") == "jump", "first_alone": first}
+    steps = "adaptive" if stated.get("steps") == 2 else str(options.get("steps", "first"))
+    jumps = options.get("completion", "jump") == "jump"
+    return Log.of(metrics, hacking_limits(run), jumps=jumps, steps=steps)
 
 
 def examine_log(log: Log) -> list[Advice]:
@@ -205,15 +205,15 @@ def _equal_groups(log: Log) -> Iterator[Advice]:
     share, limit = log.late("zero_std_ratio"), LIMITS["equal groups"]
     if share is not None and share > limit:
         sign = f"{share:.0%} of the prompts teach nothing, above {limit:.0%}: all of their images have the same reward"
-        by_step = log.late_by_step("branch/zero_std_ratio_")
-        if by_step and min(by_step.values()) <= limit:
+        by_step = log.late_by_step("branch/zero_std_ratio_") if log.steps != "adaptive" else {}
+        differs = bool(by_step) and min(by_step.values()) <= limit
+        if differs or (by_step and log.steps == "first" and not log.risen):
             shares = ", ".join(f"{value:.0%} of those that branch at step {step}" for step, value in by_step.items())
-            text = "Set it to adaptive: groups then go to the steps whose siblings' rewards differ."
-            yield Advice("note" if log.risen else "problem", f"{sign} ({shares})", "rollout.branch.steps", text)
-            return
-        if by_step and log.first_alone and not log.risen:
-            text = "Set it to adaptive: siblings of later steps, which this run never tries, may differ."
-            yield Advice("problem", sign, "rollout.branch.steps", text)
+            text = "siblings of later steps, which this run never tries, may differ."
+            if differs:
+                text = "groups then go to the steps whose siblings' rewards differ."
+            severity: Severity = "note" if log.risen else "problem"
+            yield Advice(severity, f"{sign} ({shares})", "rollout.branch.steps", f"Set it to adaptive: {text}")
             return
         text = "Raise it, or use a reward with more values (such as soft in place of strict), or easier prompts."
         if log.risen:

@@ -107,6 +107,12 @@ def test_a_sign_leads_to_its_knob(lines: Lines, expected: list[tuple[str, str]])
     assert signs(lines) == expected
 
 
+BRANCHED = {
+    "rollout.kind": "branch",
+    "rollout.steps": 4,
+    "rollout.branch.steps": "first",
+    "rollout.branch.completion": "jump",
+}
 SATURATED = {"zero_std_ratio": 0.8, "branch/zero_std_ratio_0": 0.9}
 
 
@@ -142,6 +148,19 @@ def test_shares_of_equal_groups_are_shown_by_step() -> None:
         # the first step is all that is tried
         ({}, (0.5, 0.5), SATURATED, ["rollout.branch.steps"]),
         ({"rollout.branch.steps": "adaptive"}, (0.5, 0.5), SATURATED, ["rollout.group_size"]),
+        # adaptive groups stay at a step for its floor
+        (
+            {"rollout.branch.steps": "adaptive"},
+            (0.5, 0.5),
+            {**SATURATED, "branch/zero_std_ratio_2": 0.1},
+            ["rollout.group_size"],
+        ),
+        (
+            {"rollout.branch.steps": "cycle"},
+            (0.5, 0.5),
+            {**SATURATED, "branch/zero_std_ratio_2": 0.1},
+            ["rollout.branch.steps"],
+        ),
         ({"rollout.steps": 2}, (0.5, 0.5), SATURATED, ["rollout.group_size"]),
     ],
 )
@@ -153,7 +172,7 @@ def test_what_a_branched_run_could_change_is_read_from_its_recipe(
     tmp_path: Path,
 ) -> None:
     run = RunFolder.create(tmp_path / "run", "meanflow-shapes")
-    run.recipe.write_text(Recipe.default(**{"rollout.kind": "branch", **options}).to_yaml())
+    run.recipe.write_text(Recipe.default(**{**BRANCHED, **options}).to_yaml())
     for line in log(iterations=5, scores=scores, **change):
         run.append_metrics(line)
     assert [advice.knob for advice in examine_run(run.path)] == knobs
