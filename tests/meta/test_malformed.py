@@ -340,7 +340,7 @@ MISUSES = (
     Misuse(f"{BENCH} --prompt ''", "--prompt is empty"),
     Misuse(f"{BENCH} --out f.png", "--frontier"),
     Misuse(f"{BENCH} --frontier --num 1", "--num"),
-    Misuse(f"{BENCH} --frontier --out f.jpg", "not a .png"),
+    Misuse(f"{BENCH} --frontier --out f.jpg", "Use one of .png, .svg, .pdf"),
     Misuse(f"{BENCH} --frontier --out taken.png", "exists already", binary("taken.png", b"mine")),
     Misuse(f"{BENCH} --frontier --out no/f.png", "does not exist"),
     Misuse(f"{BENCH} scm-shapes --frontier", "of one target"),

@@ -257,7 +257,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "torch.maximum(h, s * strength)",
         _stochastic("euler_form_as_published"),
     ),
-    Mutation(_ASFMC, "ratio ** value**2", "ratio ** value", _stochastic("asfmc_anchor_rules")),
+    Mutation(_ASFMC, "ratio**value**2", "ratio**value", _stochastic("asfmc_anchor_rules")),
     # velocity samplers
     Mutation(
         _VELOCITY, "torch.where(t == 1, s, t)", "torch.where(t == 1, 1 - s, t)", _stochastic("flow_sde_closed_form")
