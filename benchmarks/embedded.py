@@ -91,17 +91,14 @@ def run_arm(study: Study, name: str, seed: int, num: int, threads: int) -> dict[
     """Trains and evaluates one arm in a temporary folder."""
     # run in the folder, so that the result names no path of this machine
     with tempfile.TemporaryDirectory() as folder:
+        unit = Unit(folder, threads)
         start = time.perf_counter()
-        _fmg(["train", *study.flags(name), "--seed", str(seed), "--run", "run", "--json"], folder, threads)
+        unit.fmg(["train", *study.flags(name), "--seed", str(seed), "--run", "run", "--json"])
         trained = time.perf_counter() - start
         report = json.loads(
-            _fmg(
-                ["eval", "run", "--against", "base", "--num", str(num), "--steps", study.steps, "--json"],
-                folder,
-                threads,
-            )
+            unit.fmg(["eval", "run", "--against", "base", "--num", str(num), "--steps", study.steps, "--json"])
         )
-        lines = [_short(json.loads(line)) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+        lines = unit.metrics("run")
     return {
         "arm": name,
         "seed": seed,
@@ -115,23 +112,36 @@ def run_arm(study: Study, name: str, seed: int, num: int, threads: int) -> dict[
     }
 
 
-def _short(metrics: dict[str, object]) -> dict[str, object]:
-    """Six digits are enough to plot, and halve the file."""
-    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in metrics.items()}
+class Unit:
+    """Commands of `fmg` in one folder, on a number of threads, and the CPU time that they took."""
 
+    def __init__(self, folder: str, threads: int) -> None:
+        self.folder = Path(folder)
+        self.threads = threads
+        self.cpu_s = 0.0
 
-def _fmg(arguments: list[str], folder: str, threads: int) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "fmg", *arguments],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(f"fmg {' '.join(arguments)} failed:\n{done.stderr}")
-    return done.stdout
+    def fmg(self, arguments: list[str]) -> str:
+        """What a command prints; the script ends where it fails."""
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        command = [sys.executable, "-m", "fmg", *arguments]
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            process = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=out, stderr=err)
+            _, status, used = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            self.cpu_s += used.ru_utime + used.ru_stime
+            out.seek(0)
+            err.seek(0)
+            if process.returncode:
+                raise SystemExit(f"fmg {' '.join(arguments)} failed:\n{err.read()}")
+            return out.read()
+
+    def metrics(self, run: str) -> list[dict[str, Any]]:
+        """The log of a run. Six digits are enough to plot, and halve the file."""
+        lines = (self.folder / run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [
+            {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in line.items()}
+            for line in map(json.loads, lines)
+        ]
 
 
 def table(study: Study, results: list[dict[str, object]]) -> str:
