@@ -127,7 +127,7 @@ class RolloutSection(Section):
 
     @property
     def units(self) -> int:
-        """What processes and updates share: the groups of branched rollouts, the samples of chains."""
+        """What processes share: the groups of branched rollouts, the samples of chains."""
         return self.groups if self.kind == "branch" else self.samples
 
 

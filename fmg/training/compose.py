@@ -44,10 +44,10 @@ def compose(recipe: Recipe, device: torch.device, dtype: torch.dtype, functions:
         UsageError: for a component, prompt set or grid that does not fit; raised before weights are read.
         CheckpointError: when weights are missing or damaged.
     """
-    units, what = recipe.rollout.units, "groups" if recipe.rollout.kind == "branch" else "samples"
-    if recipe.train.updates_per_iteration > units:
+    samples = recipe.rollout.samples
+    if recipe.train.updates_per_iteration > samples:
         raise CompositionError(
-            f"{recipe.train.updates_per_iteration} updates do not fit a rollout of {units} {what}",
+            f"{recipe.train.updates_per_iteration} updates do not fit a rollout of {samples} samples",
             "Lower train.updates_per_iteration, or use more groups or larger ones.",
         )
     source = models.build_config(recipe.model.name, recipe.model.config)

@@ -43,6 +43,7 @@ KINDS: dict[str, dict[str, object]] = {
     # dropout draws from the global generator, muon joins two optimizers
     "embedder, dropout": {
         "train.trainable": "lora+duration",
+        "rollout.kind": "chain",
         "objective": "rwfm",
         "optimizer": "muon",
         "lora.dropout": 0.2,

@@ -37,6 +37,7 @@ def test_a_run_with_every_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         **{
             "rollout.groups": 2,
             "rollout.group_size": 4,
+            "rollout.kind": "chain",
             "rollout.same_initial_noise": True,
             "rollout.window": {"size": 2, "every": 1},
             "train.iterations": 3,

@@ -16,6 +16,8 @@ from fmg.registry.resolve import resolve
 Write = Callable[[str | bytes], Path]
 NEEDS_TWO_TIMES = ["asfmc", "asfmc-euler", "flow-sde", "dance-sde", "cps"]
 
+CHAIN = ["rollout.kind=chain"]
+
 
 @pytest.mark.parametrize("name", NEEDS_TWO_TIMES)
 def test_single_time_maps_have_no_interior_anchor_and_no_velocity(name: str) -> None:
@@ -46,17 +48,19 @@ def test_exact_asfmc_and_the_endpoint_fit_the_trig_path() -> None:
 def test_one_step_has_no_stochastic_transition() -> None:
     with pytest.raises(CompositionError, match=r"^--steps: The objective 'grpo' needs a stochastic transition"):
         resolve(None, {"model": "two-time", "steps": 1})
-    assert resolve(None, {"model": "two-time", "steps": 1, "objective": "rwfm"}).recipe.rollout.steps == 1
+    assert resolve(None, {"model": "two-time", "steps": 1, "objective": "rwfm"}, CHAIN).recipe.rollout.steps == 1
 
 
 def test_a_window_needs_a_two_time_map_unless_it_is_the_whole() -> None:
     with pytest.raises(CompositionError) as caught:
-        resolve(None, {"model": "single-time"}, ["rollout.window={size: 2}"])
+        resolve(None, {"model": "single-time"}, [*CHAIN, "rollout.window={size: 2}"])
     text = str(caught.value)
     assert text.startswith("--set rollout.window={size: 2}: A window of 2 of 3 stochastic steps needs a two-time map")
     assert text.endswith("Set rollout.window to null, which takes every step.")
-    assert resolve(None, {"model": "single-time"}, ["rollout.window={size: 3}"]).recipe.rollout.window is not None
-    assert resolve(None, {"model": "two-time"}, ["rollout.window={size: 2}"]).recipe.rollout.window is not None
+    assert (
+        resolve(None, {"model": "single-time"}, [*CHAIN, "rollout.window={size: 3}"]).recipe.rollout.window is not None
+    )
+    assert resolve(None, {"model": "two-time"}, [*CHAIN, "rollout.window={size: 2}"]).recipe.rollout.window is not None
 
 
 def test_a_window_has_to_fit_the_rollout_and_the_objective() -> None:
@@ -64,13 +68,13 @@ def test_a_window_has_to_fit_the_rollout_and_the_objective() -> None:
         with pytest.raises(
             CompositionError, match="does not fit a rollout of 4 steps, whose stochastic ones are 0 to 2"
         ):
-            resolve(None, {"model": "two-time"}, sets)
+            resolve(None, {"model": "two-time"}, [*CHAIN, *sets])
     with pytest.raises(CompositionError, match="'rwfm' trains no transitions"):
-        resolve(None, {"model": "two-time", "objective": "rwfm"}, ["rollout.window={size: 1}"])
+        resolve(None, {"model": "two-time", "objective": "rwfm"}, [*CHAIN, "rollout.window={size: 1}"])
 
 
 def test_a_window_is_set_key_by_key_and_taken_away_again(write: Write) -> None:
-    path = write("model: two-time\nrollout:\n  window: {size: 1, mode: random, every: 3}\n")
+    path = write("model: two-time\nrollout:\n  kind: chain\n  window: {size: 1, mode: random, every: 3}\n")
     window = resolve(path, sets=["rollout.window.start=1"]).recipe.rollout.window
     assert window is not None
     assert (window.size, window.mode, window.start, window.every) == (1, "random", 1, 3)
@@ -131,4 +135,22 @@ def test_dropout_would_show_as_a_ratio() -> None:
         CompositionError, match=r"^--set lora.dropout=0.1: lora.dropout is 0.1, but the objective 'grpo'"
     ):
         resolve(None, {"model": "two-time"}, ["lora.dropout=0.1"])
-    assert resolve(None, {"model": "two-time", "objective": "rwfm"}, ["lora.dropout=0.1"]).recipe.lora.dropout == 0.1
+    assert (
+        resolve(None, {"model": "two-time", "objective": "rwfm"}, [*CHAIN, "lora.dropout=0.1"]).recipe.lora.dropout
+        == 0.1
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "sets", "message"),
+    [
+        ({"objective": "rwfm"}, [], "The objective 'rwfm' does not take branched rollouts"),
+        ({}, ["rollout.window={size: 1}"], "rollout.window belongs to chains"),
+        ({}, ["rollout.branch.antithetic=true", "rollout.group_size=5"], "come in pairs, but a group has 5"),
+        ({"steps": 1}, [], "needs a stochastic transition"),
+        ({"model": "single-time", "stochasticizer": "asfmc"}, [], "needs a two-time map"),
+    ],
+)
+def test_what_branched_rollouts_cannot_be(flags: dict[str, object], sets: list[str], message: str) -> None:
+    with pytest.raises(CompositionError, match=message):
+        resolve(None, {"model": "two-time", **flags}, ["rollout.kind=branch", *sets])

@@ -39,7 +39,7 @@ MISUSES = (
     ({"ACCELERATE_USE_DEEPSPEED": "true"}, "configured for DeepSpeed"),
     ({"ACCELERATE_USE_FSDP": "true"}, "the first version of FSDP"),
     ({**FSDP2, "FSDP_OFFLOAD_PARAMS": "true"}, "offload parameters"),
-    ({"WORLD_SIZE": "1000", "RANK": "0"}, "1000 processes cannot share the 384 samples"),
+    ({"WORLD_SIZE": "1000", "RANK": "0"}, "1000 processes cannot share the 24 groups"),
 )
 
 
@@ -84,11 +84,12 @@ def test_each_process_takes_the_device_of_its_place() -> None:
         device_of(second, Launch(0, 2, 0), 4)
 
 
-def test_there_may_be_as_many_processes_as_samples() -> None:
-    recipe = Recipe.default(None, **{"rollout.groups": 2, "rollout.group_size": 4})
-    check_shares(recipe, 8, "fsdp2")
-    with pytest.raises(UsageError, match="9 processes cannot share the 8 samples"):
-        check_shares(recipe, 9, "ddp")
+@pytest.mark.parametrize(("kind", "most", "what"), [("chain", 8, "samples"), ("branch", 2, "groups")])
+def test_there_may_be_as_many_processes_as_samples_or_groups(kind: str, most: int, what: str) -> None:
+    recipe = Recipe.default(None, **{"rollout.kind": kind, "rollout.groups": 2, "rollout.group_size": 4})
+    check_shares(recipe, most, "fsdp2")
+    with pytest.raises(UsageError, match=f"{most + 1} processes cannot share the {most} {what}"):
+        check_shares(recipe, most + 1, "ddp")
 
 
 def test_nothing_of_a_full_fine_tune_can_be_spread() -> None:

@@ -12,6 +12,7 @@ from fmg.training.plan_time import GPUS, SHARE_OF_PEAK, filled_rows
 from fmg.training.sizes import Sizes
 
 SHAPE = [
+    "rollout.kind=chain",
     "eval.every=3",
     "eval.num=11",
     "rollout.groups=3",
@@ -29,6 +30,22 @@ def test_counts_of_a_run_with_transitions() -> None:
     assert facts["images in all"] == "105 in 7 iterations"
     # iterations 0, 3, 6 and 7
     assert facts["evaluations"] == "4 x 11 images"
+
+
+@pytest.mark.parametrize(
+    ("sets", "rollout", "updates"),
+    [
+        # 3 groups of 5: one transition each, one call a completion, and the mean prefix of three steps
+        (["rollout.branch.steps=first"], "18", "3"),
+        (["rollout.branch.steps=adaptive"], "21", "3"),
+        (["rollout.branch.completion=grid"], "48", "3"),
+        (["stochasticizer=asfmc-euler", "rollout.branch.steps=cycle", "rollout.branch.prefix=stochastic"], "27", "6"),
+    ],
+)
+def test_counts_of_a_branched_run(sets: list[str], rollout: str, updates: str) -> None:
+    planned = plan(resolve(None, {}, [*SHAPE, "rollout.kind=branch", *sets])).facts
+    assert planned["network calls an iteration"] == f"{rollout} in the rollout, {updates} in the updates"
+    assert planned["transitions an image"] == "1"
 
 
 def test_a_stochasticizer_with_two_calls_doubles_its_transitions() -> None:
@@ -69,7 +86,8 @@ def test_sizes_of_the_embedded_model_by_name() -> None:
 
 
 def test_the_published_batch_on_fewer_devices_takes_as_many_updates_of_as_many_rows() -> None:
-    sets = ["rollout.groups=48", "rollout.group_size=24", "rollout.steps=5", "train.micro_batch=16"]
+    sets = ["rollout.kind=chain", "rollout.groups=48", "rollout.group_size=24", "rollout.steps=5"]
+    sets += ["train.micro_batch=16"]
     one, eight = (plan(resolve(None, {}, sets), devices=n).facts for n in (1, 8))
     assert one["updates an iteration"] == "2, each on 2304 rows: 1 x 144 passes of 16 rows, accumulated"
     assert eight["updates an iteration"] == "2, each on 2304 rows: 8 x 18 passes of 16 rows, accumulated"

@@ -125,7 +125,7 @@ def test_flops_of_a_call_are_those_that_torch_counts() -> None:
         ("meanflow-shapes", {"train.micro_batch": 5}),
         ("meanflow-shapes", {"lora.targets": "attention-mlp", "train.dtype": "bf16", "optimizer": "sgd"}),
         ("scm-shapes", {"rollout.steps": 3, "train.updates_per_iteration": 1}),
-        ("meanflow-shapes", {"objective": "rwfm", "optimizer": "adafactor"}),
+        ("meanflow-shapes", {"rollout.kind": "chain", "objective": "rwfm", "optimizer": "adafactor"}),
         ("meanflow-shapes", {"train.trainable": "lora+duration", "train.ema_decay": 0.9}),
         ("meanflow-shapes", {"train.trainable": "full", "train.ema_decay": 0.9, "train.micro_batch": 5}),
         ("meanflow-shapes", {"train.trainable": "full", "train.dtype": "bf16", "objective.kl_beta": 0.1}),
