@@ -335,12 +335,15 @@ def reward_spread(rewards: Float[Tensor, " n"], step: Int[Tensor, " g"]) -> tupl
 def within_correlation(one: Float[Tensor, " n"], other: Float[Tensor, " n"], size: int) -> float | None:
     """Pearson correlation of two rewards of the same samples within their groups of `size`.
 
-    None where one of them is the same for every member of every group, or not finite.
+    A group with an image that has no score (NaN) is left out. None where nothing is left, or one of the rewards is the
+    same for every member of every group.
     """
     a, b = (x.double().cpu().reshape(-1, size) for x in (one, other))
+    scored = (a.isfinite() & b.isfinite()).all(1)
+    a, b = a[scored], b[scored]
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
     scale = (a.square().sum() * b.square().sum()).sqrt()
-    return float((a * b).sum() / scale) if bool(scale > 0) and bool(scale.isfinite()) else None
+    return float((a * b).sum() / scale) if bool(scale > 0) else None
 
 
 def _check_steps(step: Int[Tensor, " g"], intervals: int) -> None:

@@ -159,6 +159,7 @@ def resume(
         recipe = recipe.with_(file_values(untied(recipe)))
 
     def opened() -> None:
+        saved.check_newest(folder, recipe)
         if accept_changed_prompts:
             write_atomic(folder.recipe, recipe.to_yaml().encode())
 

@@ -127,7 +127,8 @@ class Keeper:
         watcher.tripwire.restore(saved.content["tripwire"])
         # a run of before branched rollouts samples without learning
         if sampling := saved.content.get("sampling"):
-            sampler.restore(sampling)
+            same = saved.content["run"]["prompts"]["prompts"] == self.live.prompts["prompts"]
+            sampler.restore(sampling, same_prompts=same)
 
         def files() -> str:
             index, lines = rewind(self.run, saved.progress.lines)

@@ -90,6 +90,20 @@ class SavedState:
 
     progress: Progress
     content: Mapping[str, Any]
+    folder: Path
+
+    def check_newest(self, run: RunFolder, recipe: Recipe) -> None:
+        """Whether the run still is where this state was read, now that no other process can go on with it.
+
+        Raises:
+            UsageError: another process went on with it since, as one that a cluster restarts too early does.
+        """
+        check_resumable(run.path)
+        if newest_state(run.path) != self.folder:
+            raise UsageError(
+                f"Another process went on with the run '{run.path}' while this one was starting",
+                f"Resume it again: `{resume_command(run.path, recipe)}`.",
+            )
 
     def check_trained(self, trained: Iterable[tuple[str, Parameter]]) -> None:
         """Whether the state is of what the run trains.
@@ -210,7 +224,7 @@ def load_state(run: RunFolder, recipe: Recipe, *, accept_changed_prompts: bool =
         )
     if not (folder / SUMS).is_file() or any(entry.digest is None for entry in index.saved):
         warnings.warn(f"The run '{run.path}' {UNCHECKED}", FmgWarning, stacklevel=2)
-    return SavedState(progress, content)
+    return SavedState(progress, content, folder)
 
 
 def _instead(run: RunFolder, recipe: Recipe) -> str:

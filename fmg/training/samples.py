@@ -136,11 +136,11 @@ class Sampler:
             "prompts": torch.from_numpy(self._prompts.weights.copy()) if self._prompts else None,
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Puts back what `state` gave."""
+    def restore(self, state: Mapping[str, Any], *, same_prompts: bool = True) -> None:
+        """Puts back what `state` gave; what was learned of prompts belongs to the same prompts alone."""
         if self._steps is not None:
             self._steps.restore(state["steps"])
-        if self._prompts is not None:
+        if self._prompts is not None and same_prompts:
             self._prompts.weights = state["prompts"].numpy().copy()
 
     def _prompts_of(self, iteration: int) -> list[Prompt]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fmg import Recipe, train
 from fmg.core.errors import CheckpointError, FmgError, UsageError
-from fmg.core.events import Event, IterationDone, Notice
+from fmg.core.events import Event, IterationDone, Notice, StageProgress
 from fmg.core.files import sealed, unsealed, write_sums
 from fmg.data.checkpoints import read_index
 from fmg.data.run_folder import RunFolder
@@ -251,6 +251,28 @@ def test_a_run_that_is_still_trained_is_not_resumed(interrupted: Path) -> None:
         pass
     with run_lock(interrupted):
         pass
+
+
+def test_a_run_that_another_process_went_on_with_meanwhile_is_not_set_back(interrupted: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(interrupted, tmp_path / "run"))
+
+    def goes_on(event: Event) -> None:
+        if isinstance(event, StageProgress) and event.stage == "loading":
+            (run / "state" / "iteration-00000001").rename(run / "state" / "iteration-00000002")
+
+    with pytest.raises(UsageError, match="Another process went on with the run"):
+        resume(run, goes_on)
+    assert RunFolder(run).state().state == "interrupted"
+    assert metrics(run) == metrics(interrupted)
+
+
+def test_what_was_learned_of_prompts_is_forgotten_with_them(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red circle\na blue square\na green circle\na red square\n")
+    values = {"train.iterations": 2, "rollout.prompt_sampling": "dynamic", "prompts": str(file)}
+    train(Recipe.default(None, **{**TINY, **values}), tmp_path / "run", stop_after(1))
+    file.write_text("a blue circle\n")
+    assert resume(tmp_path / "run", accept_changed_prompts=True).iterations == 2
 
 
 def test_a_full_fine_tune_trains_and_its_best_checkpoint_is_used(tmp_path: Path) -> None:

@@ -364,13 +364,20 @@ def check_reward_spread_by_step() -> None:
 
 
 def check_correlation_within_groups() -> None:
-    """Levels of groups do not count, equal rewards are left to the others, and nothing to compare is None."""
+    """Levels of groups do not count, equal and missing rewards are left to the others, nothing to compare is None."""
     one = torch.tensor([0.0, 1.0, 2.0, 5.0, 5.0, 5.0])
     assert within_correlation(one, 7 - 2 * one, 3) == -1.0
     crossed = within_correlation(one, torch.tensor([0.0, 1.0, 0.0, 9.0, 1.0, 5.0]), 3)
     assert crossed is not None
     assert abs(crossed) < 1e-12
     assert within_correlation(torch.ones(6), one, 3) is None
+    # a group in which an image has no score is left out
+    nan = float("nan")
+    assert (
+        within_correlation(torch.tensor([*one.tolist(), nan, 0.0, 1.0]), torch.cat([7 - 2 * one, torch.ones(3)]), 3)
+        == -1.0
+    )
+    assert within_correlation(torch.tensor([nan, 0.0, 1.0]), torch.tensor([0.0, 1.0, 2.0]), 3) is None
 
 
 def check_steps_are_chosen_as_asked() -> None:
