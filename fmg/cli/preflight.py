@@ -18,16 +18,18 @@ def check_inputs(recipe: Recipe, *, planned: bool) -> list[str]:
         planned: only to be planned, perhaps for another machine, so that published files may be fetched later.
 
     Returns:
-        One line for each published file that has not been fetched, when that is no error.
+        One line for each published file that has not been fetched and each missing package, when that is no error.
 
     Raises:
         UsageError: for the first that is missing or malformed.
-        MissingDependencyError: published files that have not been fetched, unless it is only planned.
+        MissingDependencyError: published files that have not been fetched or a missing package, unless it is only
+            planned.
         CheckpointError: local model files that are missing.
     """
     from fmg.data.configs import FilePromptsConfig
     from fmg.data.prompt_sets import load_prompts
     from fmg.registry import models
+    from fmg.registry.composition import check_backend
     from fmg.rewards.configs import PythonRewardConfig
     from fmg.rewards.python_module import check_module
     from fmg.rewards.weights import locate
@@ -46,6 +48,10 @@ def check_inputs(recipe: Recipe, *, planned: bool) -> list[str]:
                 lacking.append(error)
     try:
         models.build_config(recipe.model.name, recipe.model.config).check()
+    except MissingDependencyError as error:
+        lacking.append(error)
+    try:
+        check_backend(recipe, "auto")
     except MissingDependencyError as error:
         lacking.append(error)
     if lacking and not planned:

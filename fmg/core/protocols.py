@@ -5,10 +5,10 @@ Times are `(b,)` float tensors in [0, 1]; noise is at 1, data at 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -237,6 +237,18 @@ class Shardable(Protocol):
         """All weights in this process for the length of the body, in which nothing communicates; all enter."""
 
 
+@runtime_checkable
+class Rerouted(Protocol):
+    """A model whose network calls can go to something else: its compiled form, or an exported graph."""
+
+    @property
+    def network(self) -> torch.nn.Module:
+        """The network module that is trained."""
+
+    def flow_map_through(self, network: Callable[..., Any], /) -> FlowMap:
+        """The current map with another network, which has the call signature of the module."""
+
+
 class ModelSource(Protocol):
     """What the model registry builds: a description that can be loaded."""
 
@@ -264,6 +276,7 @@ __all__ = [
     "ProbabilityPath",
     "PromptSet",
     "Requirements",
+    "Rerouted",
     "Reward",
     "Shardable",
     "Stochasticizer",

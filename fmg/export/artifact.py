@@ -243,7 +243,7 @@ class _Export:
             adapter=None if self._delta is None else self._delta.adapter,
             rewards=rewards,
             prompts=prompts,
-            libraries=_versions(),
+            libraries=library_versions(),
             checks=(),
         )
 
@@ -321,7 +321,8 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, object]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """Versions of what an export depends on, where it is installed."""
     found = {"fmg": __version__}
     for name in _LIBRARIES:
         try:

@@ -13,6 +13,7 @@ from torch import Tensor
 from fmg.core.errors import CheckpointError
 from fmg.core.files import digest
 from fmg.inference.artifact.manifest import Adapter
+from fmg.models.common.adapter import add_low_rank
 from fmg.models.common.adapter_files import (
     DIFFUSERS_FILE,
     LORA_A,
@@ -23,8 +24,6 @@ from fmg.models.common.adapter_files import (
     read_tensors,
 )
 from fmg.models.lora_presets import expand_targets, is_target
-
-_ROWS_BYTES = 64 * 2**20
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -53,21 +52,12 @@ class Delta:
         return frozenset(self.lora) | frozenset(self.replaced)
 
     def apply(self, name: str, base: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight called `name` in `dtype`: W + scale B A, added in fp32 and rounded once.
-
-        Rows are merged a few at a time, so that no second matrix in fp32 is held.
-        """
+        """The weight called `name` in `dtype`: W + scale B A (`add_low_rank`)."""
         if name in self.replaced:
             return self.replaced[name].to(dtype)
         if name not in self.lora:
             return base.to(dtype)
-        a, b = (factor.float() for factor in self.lora[name])
-        merged = torch.empty(base.shape, dtype=dtype)
-        rows = max(1, _ROWS_BYTES // (4 * base.shape[1]))
-        for start in range(0, base.shape[0], rows):
-            part = slice(start, start + rows)
-            merged[part] = torch.addmm(base[part].float(), b[part], a, alpha=self.adapter.scale).to(dtype)
-        return merged
+        return add_low_rank(base, *self.lora[name], self.adapter.scale, dtype)
 
 
 def read_delta(folder: Path, shapes: Shapes, run: str) -> Delta:

@@ -13,61 +13,12 @@ from fmg.eval.intervals import bootstrap_mean
 from fmg.eval.scoring import CHUNK, EvalSet, prompt_clusters, score_images
 from fmg.inference import Generator
 from fmg.inference.artifact.manifest import Precision
+from fmg.inference.parity import Difference, ImageParity
 
-IMAGES_ALLOWED: Mapping[Precision, float] = {"fp32": 1e-4}
-"""Largest absolute difference of one value in [0, 1] in 99 of 100 images; other precisions are judged by their PSNR."""
-LEVEL = 1 / 255
-"""What no value of any fp32 image may differ by: one level of an 8-bit picture. Few-step maps are stiff in places, and
-there one image in hundreds amplifies rounding, as it does between two batch sizes in torch."""
-PSNR_ALLOWED: Mapping[Precision, float] = {"bf16": 25.0, "fp16": 30.0, "int8": 20.0}
-"""Least peak signal-to-noise ratio over all images together, in dB."""
 REWARD_ALLOWED: Mapping[Precision, float] = {"fp32": 0.005, "fp16": 0.02, "bf16": 0.02, "int8": 0.02}
 """Half-width of the band that the 95 % interval of the paired reward gap has to lie in."""
 LEAST_IMAGES = 500
 """Fewer prove nothing about a reward: where a rule gives both sides equal scores, the interval has no width at all."""
-
-
-@dataclass(frozen=True)
-class ImageParity:
-    """How far images are apart.
-
-    Attributes:
-        max_abs: largest difference of a value in [0, 1].
-        p99_abs: 99th percentile over images of the largest difference in an image.
-        mean_abs: mean difference.
-        psnr: peak signal-to-noise ratio of all images together, dB.
-        images: how many.
-        not_finite: images that hold NaN or an infinite value on either side; the rest is then NaN.
-    """
-
-    max_abs: float
-    p99_abs: float
-    mean_abs: float
-    psnr: float
-    images: int
-    not_finite: int
-
-    def passed(self, precision: Precision) -> bool:
-        """Whether the differences are those of rounding in this precision."""
-        return not self.problem(precision)
-
-    def problem(self, precision: Precision) -> str:
-        """Why they do not pass; empty when they do."""
-        if self.not_finite:
-            return f"{self.not_finite} of {self.images} images hold values that are not finite"
-        return "" if self._close(precision) else f"allowed for {precision}: {image_bound(precision)}"
-
-    def _close(self, precision: Precision) -> bool:
-        if precision in IMAGES_ALLOWED:
-            return self.p99_abs <= IMAGES_ALLOWED[precision] and self.max_abs <= LEVEL
-        return self.psnr >= PSNR_ALLOWED[precision]
-
-
-def image_bound(precision: Precision) -> str:
-    """What `ImageParity.passed` asks, for people."""
-    if precision in IMAGES_ALLOWED:
-        return f"a difference of {IMAGES_ALLOWED[precision]:g} in 99 of 100 images, of {LEVEL:.4f} in any"
-    return f"PSNR of {PSNR_ALLOWED[precision]:g} dB or more"
 
 
 @dataclass(frozen=True)
@@ -125,7 +76,7 @@ def compare(
         progress: called with (done, total).
     """
     total = len(eval_set.prompts)
-    difference = _Difference()
+    difference = Difference()
     scores: dict[tuple[str, str], tuple[list[NDArray[np.float64]], list[NDArray[np.float64]]]] = {}
     for start in range(0, total, CHUNK):
         rows = slice(start, start + CHUNK)
@@ -144,34 +95,6 @@ def compare(
     clusters = prompt_clusters(eval_set.prompts)
     gaps = [_gap(key, np.concatenate(a), np.concatenate(b), clusters) for key, (a, b) in scores.items()]
     return Pictures(difference.result(), tuple(gaps))
-
-
-class _Difference:
-    """Statistics of differences, batch by batch."""
-
-    def __init__(self) -> None:
-        self._largest: list[NDArray[np.float64]] = []
-        self._values, self._sum, self._squares = 0, 0.0, 0.0
-
-    def add(self, images: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
-        difference = np.abs(images.astype(np.float64) - expected)
-        self._largest.append(difference.reshape(len(images), -1).max(1))
-        self._values += difference.size
-        self._sum += float(difference.sum())
-        self._squares += float(np.square(difference).sum())
-
-    @property
-    def not_finite(self) -> int:
-        """Images with a value that is not finite on either side."""
-        return sum(int((~np.isfinite(largest)).sum()) for largest in self._largest)
-
-    def result(self) -> ImageParity:
-        largest = np.concatenate(self._largest)
-        p99 = float(np.quantile(largest, 0.99, method="higher"))
-        mean_square = self._squares / self._values
-        # 200 dB stands for images that are equal, as JSON has no infinity; a NaN stays one, which min() would not do
-        psnr = float(np.minimum(200.0, -10 * np.log10(mean_square))) if mean_square else 200.0
-        return ImageParity(float(largest.max()), p99, self._sum / self._values, psnr, len(largest), self.not_finite)
 
 
 def _gap(

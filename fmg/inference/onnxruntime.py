@@ -259,9 +259,7 @@ class Sessions:
     def __init__(
         self, artifact: Artifact, providers: Sequence[str], threads: int | None = None, device_id: int = 0
     ) -> None:
-        self._library = installed()
-        if providers[0] not in self._library.get_available_providers():
-            raise UsageError(f"This onnxruntime has no {providers[0]}", INSTALL_GPU)
+        check_provider(providers[0])
         self.providers = tuple(dict.fromkeys((*providers, CPU)))
         self.threads = threads or _threads_of_openmp()
         self._artifact = artifact
@@ -288,25 +286,14 @@ class Sessions:
     def _load(self, graph: str) -> Any:
         self._check_precision(graph, self._artifact.graph(graph))
         file = self._artifact.onnx(graph)
-        options = self._library.SessionOptions()
-        options.graph_optimization_level = self._library.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.intra_op_num_threads = self.threads
-        options.log_severity_level = _LOG_LEVEL
         try:
-            session = self._library.InferenceSession(str(file), options, providers=self._with_options())
+            return open_session(str(file), self.providers, self.threads, self._device_id)
+        except FmgError:
+            raise
         except Exception as error:
             raise CheckpointError(
                 f"{file} cannot be loaded: {_reason(error)}", "Run fmg verify on the artifact, or export it again."
             ) from error
-        if session.get_providers()[0] != self.providers[0]:
-            raise FmgError(
-                f"ONNX Runtime cannot start {self.providers[0]} here and fell back to {session.get_providers()[0]}",
-                "Check the driver and the CUDA libraries, or use --device cpu.",
-            )
-        return session
-
-    def _with_options(self) -> list[str | tuple[str, dict[str, object]]]:
-        return [name if name == CPU else (name, {"device_id": self._device_id}) for name in self.providers]
 
     def _check_precision(self, name: str, graph: Graph) -> None:
         if self.providers[0] == CPU and graph.precision in _NOT_ON_A_CPU:
@@ -314,6 +301,44 @@ class Sessions:
                 f"The graph '{name}' is {graph.precision}, which ONNX Runtime cannot compute on a CPU",
                 "Export with --precision fp32 for a CPU, or use a GPU.",
             )
+
+
+def check_provider(provider: str) -> None:
+    """Whether this onnxruntime has an execution provider.
+
+    Raises:
+        MissingDependencyError: onnxruntime is not installed.
+        UsageError: it was built without the provider.
+    """
+    if provider not in installed().get_available_providers():
+        raise UsageError(f"This onnxruntime has no {provider}", INSTALL_GPU)
+
+
+def open_session(graph: str | bytes, providers: Sequence[str], threads: int, device_id: int = 0) -> Any:
+    """An inference session with all of ONNX Runtime's optimisations.
+
+    Args:
+        graph: path of the file, or its content.
+        providers: execution providers, the preferred one first.
+        threads: of one operator; 0: as many as there are cores.
+        device_id: which GPU.
+
+    Raises:
+        FmgError: the provider cannot be started. What ONNX Runtime has against the graph comes as its own exceptions.
+    """
+    library = installed()
+    options = library.SessionOptions()
+    options.graph_optimization_level = library.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = threads
+    options.log_severity_level = _LOG_LEVEL
+    placed = [name if name == CPU else (name, {"device_id": device_id}) for name in providers]
+    session = library.InferenceSession(graph, options, providers=placed)
+    if session.get_providers()[0] != providers[0]:
+        raise FmgError(
+            f"ONNX Runtime cannot start {providers[0]} here and fell back to {session.get_providers()[0]}",
+            "Check the driver and the CUDA libraries, or use --device cpu.",
+        )
+    return session
 
 
 def _threads_of_openmp() -> int:

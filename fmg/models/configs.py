@@ -33,6 +33,7 @@ class EmbeddedConfig(ModelConfig):
 
     in_diffusers: ClassVar[str] = FLUX_IN_DIFFUSERS
     flow_map_pipeline: ClassVar[bool] = True
+    exportable: ClassVar[bool] = True
 
     folder: str | None = Field(
         default=None,

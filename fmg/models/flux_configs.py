@@ -44,6 +44,7 @@ class FluxConfig(PublishedConfig):
 
     in_diffusers: ClassVar[str] = FLUX_IN_DIFFUSERS
     flow_map_pipeline: ClassVar[bool] = True
+    exportable: ClassVar[bool] = True
 
     time_scale: float = Field(
         gt=0,

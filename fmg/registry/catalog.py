@@ -9,6 +9,9 @@ GRID_NAMES = "fmg.flow.grids:grid_names"
 GRID_RULE = "fmg.flow.grids:make_grid"
 """Words of a recipe that later rooms define, in torch-free modules that are imported when a recipe is checked."""
 
+LIVE_GRAPH = "fmg.export.live:live_graph"
+"""What puts an exported graph in place of a network that is trained (`rollout.branch.backend: onnxruntime`)."""
+
 
 def _row(kind: str, name: str, room: str, config: str, factory: str, summary: str) -> Row:
     path = config if ":" in config else f"configs:{config}"

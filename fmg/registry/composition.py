@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from fmg.core.errors import CompositionError, UsageError
+from fmg.core.errors import CompositionError, MissingDependencyError, UsageError
 from fmg.core.specs import MapSpec, Requirements
 from fmg.registry.validation import Location, Problem
 from fmg.registry.vocabulary import grid_times
+from fmg.version import install_line
 
 if TYPE_CHECKING:
     from fmg.registry.recipe import Recipe
     from fmg.registry.references import RewardRef
 
+_GRAPH_PACKAGES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 _MAPS = {"any": "two-time", "endpoint": "single-time"}
 
 
@@ -31,6 +34,23 @@ def check_target_times(name: str, requires: Requirements, grid: Sequence[float])
         raise CompositionError(problem.what, problem.fix)
 
 
+def check_backend(recipe: Recipe, device_type: str) -> None:
+    """Refuses a backend of completions that does not run on a type of device, or whose packages are not there.
+
+    Raises:
+        CompositionError: naming the backend.
+        MissingDependencyError: naming the package.
+    """
+    for problem in _backend_problems(recipe, device_type):
+        raise CompositionError(problem.what, problem.fix)
+    if recipe.rollout.branch.backend != "onnxruntime":
+        return
+    if missing := [name for name in _GRAPH_PACKAGES if find_spec(name) is None]:
+        raise MissingDependencyError(
+            f"rollout.branch.backend=onnxruntime needs the package '{missing[0]}'", f"Run: {install_line('onnx')}"
+        )
+
+
 def problems(recipe: Recipe) -> Iterator[Problem]:
     """Every misfit, most basic first."""
     spec = recipe.model.config.spec()
@@ -38,6 +58,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _sampler_problems(recipe)
     yield from _window_problems(recipe, spec)
     yield from _branch_problems(recipe)
+    yield from _backend_problems(recipe, recipe.train.device.partition(":")[0])
     yield from _trainable_problems(recipe, spec)
     yield from _reward_problems(("rewards",), recipe.rewards)
     yield from _reward_problems(("eval", "rewards"), recipe.eval.rewards)
@@ -123,6 +144,23 @@ def _branch_problems(recipe: Recipe) -> Iterator[Problem]:
         what = f"Antithetic siblings come in pairs, but a group has {rollout.group_size}"
         fix = "Use an even rollout.group_size, or set rollout.branch.antithetic to false"
         yield Problem(("rollout", "group_size"), what, fix)
+
+
+def _backend_problems(recipe: Recipe, device_type: str) -> Iterator[Problem]:
+    """Misfits of the backend of completions on a type of device; `auto` is one that is not known yet."""
+    rollout, backend = recipe.rollout, recipe.rollout.branch.backend
+    if backend == "torch":
+        return
+    location, torch = ("rollout", "branch", "backend"), "set rollout.branch.backend to torch"
+    if rollout.kind == "chain":
+        what = f"rollout.branch.backend={backend} runs the completions of branched rollouts, and a chain has none"
+        yield Problem(location, what, f"Set rollout.kind to branch, or {torch}")
+    if backend == "onnxruntime" and not recipe.model.config.exportable:
+        what = f"'{recipe.model.name}' is not of the FLUX family, the only one with an exported graph"
+        yield Problem(location, what, f"Use torch-compile, or {torch}")
+    if backend == "onnxruntime" and recipe.train.dtype == "bf16" and device_type == "cpu":
+        what = "ONNX Runtime cannot compute in bf16 on a CPU"
+        yield Problem(location, what, f"Set train.dtype to fp32, use a GPU, or {torch}")
 
 
 def _trainable_problems(recipe: Recipe, spec: MapSpec) -> Iterator[Problem]:

@@ -55,6 +55,8 @@ class ModelConfig(ComponentConfig, ABC):
     """What `load_lora_weights` of a saved adapter is called on, for model cards."""
     flow_map_pipeline: ClassVar[bool] = False
     """Whether `fmg.FlowMapPipeline` runs the model."""
+    exportable: ClassVar[bool] = False
+    """Whether `fmg export` writes the network as a graph, so that another runtime than torch can run it."""
     mergeable: ClassVar[bool] = True
     """Whether `fmg export --diffusers` merges an adapter into the model's folder."""
 

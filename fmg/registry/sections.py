@@ -93,6 +93,10 @@ class BranchSection(Section):
         "native", description="how the state is reached: by the map's own sampler, or by the stochasticizer"
     )
     antithetic: bool = Field(False, description="whether siblings come in pairs of opposite noise")
+    backend: Literal["torch", "torch-compile", "onnxruntime"] = Field(
+        "torch",
+        description="what runs the completions: the trained network itself, its compiled form, or its exported graph",
+    )
 
 
 class RolloutSection(Section):

@@ -110,7 +110,8 @@ def check_shares(recipe: Recipe, count: int, engine: Engine) -> None:
     """Whether `count` processes can share the work, and every one has some.
 
     Raises:
-        UsageError: there are more processes than samples in an iteration, or no frozen base that FSDP2 could spread.
+        UsageError: there are more processes than samples in an iteration, no frozen base that FSDP2 could
+            spread, or completions that need the whole network.
     """
     units, what = recipe.rollout.units, "groups" if recipe.rollout.kind == "branch" else "samples"
     if count > units:
@@ -122,6 +123,12 @@ def check_shares(recipe: Recipe, count: int, engine: Engine) -> None:
         raise UsageError(
             "FSDP2 spreads the frozen base over the processes, and train.trainable=full leaves nothing frozen",
             "Train an adapter, or use DDP (train.parallel=ddp, configs/accelerate/ddp.yaml).",
+        )
+    if count > 1 and engine == "fsdp2" and recipe.rollout.branch.backend != "torch":
+        raise UsageError(
+            "FSDP2 keeps a part of the weights in each process, and rollout.branch.backend="
+            f"{recipe.rollout.branch.backend} needs all of them",
+            "Set rollout.branch.backend to torch, or use DDP (train.parallel=ddp, configs/accelerate/ddp.yaml).",
         )
 
 

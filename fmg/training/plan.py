@@ -96,6 +96,7 @@ def plan(resolved: ResolvedRecipe, *, devices: int | None = None, runs: Path = R
         f"{model.resolution} px",
         **({} if geometry is None else _size_facts(recipe, geometry)),
         "stochasticizer": recipe.stochasticizer.name,
+        **({"completions": f"{shape.branch.completion}, by {shape.branch.backend}"} if shape.kind == "branch" else {}),
         "images an iteration": f"{images} ({counted(shape.groups, 'prompt')} x {shape.group_size})",
         **_calls(recipe),
         "images in all": f"{images * loop.iterations} in {counted(loop.iterations, 'iteration')}",

@@ -15,6 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fmg.core.errors import RewardError
+from fmg.core.events import Notice, Observer, ignore
+from fmg.core.protocols import FlowMap
 from fmg.core.types import (
     BranchRollout,
     Conditioning,
@@ -37,6 +39,7 @@ from fmg.rl.branches import (
     within_correlation,
 )
 from fmg.rl.rollouts import group_members
+from fmg.training.completing import Completer, completions_gate, open_completer
 from fmg.training.compose import Composed
 from fmg.training.plan_time import rollout_nfe
 from fmg.training.processes import Processes
@@ -45,6 +48,11 @@ from fmg.training.sizes import Sizes
 
 AGREEMENT_GROUPS = 6
 """Groups that are completed both ways where the agreement of completions is measured."""
+CHECKED_ROLLOUTS = 2
+"""Rollouts of a process of which some groups are completed by torch as well: a fresh LoRA adds exactly nothing, so
+that what a backend makes of it shows only after the first update."""
+CHECKED_IMAGES = 128
+"""Images that are compared then, at least where a rollout has as many: one in hundreds amplifies rounding."""
 
 
 @dataclass
@@ -55,20 +63,25 @@ class Sampler:
         composed: the live parts of the run.
         sizes: samples a network call.
         processes: those that share the samples.
+        observer: hears whether another backend completes as torch does.
     """
 
     composed: Composed
     sizes: Sizes
     processes: Processes
+    observer: Observer = ignore
     _steps: StepChooser | None = field(default=None, init=False)
     _prompts: DynamicPrompts | None = field(default=None, init=False)
     _chosen: list[int] = field(default_factory=list, init=False)
     _last: tuple[Conditioning, Int[Tensor, " g"]] | None = field(default=None, init=False)
+    _completer: Completer | None = field(default=None, init=False)
+    _checked: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         shape, seed = self.composed.recipe.rollout, self.composed.recipe.train.seed
         if shape.kind == "branch":
             self._steps = StepChooser(shape.branch.steps, shape.steps - 1, shape.branch.floor, seed)
+            self._completer = open_completer(self.composed, self._completed_at_once, self.processes)
         if shape.prompt_sampling == "dynamic":
             self._prompts = DynamicPrompts(self.composed.prompts, shape.prompt_floor, seed)
 
@@ -76,6 +89,11 @@ class Sampler:
     def unit(self) -> int:
         """Samples that go through the network together, of which a process takes whole ones: `Processes.share`."""
         return self._unit_groups * self.composed.recipe.rollout.group_size if self._steps else self.sizes.rollout_batch
+
+    @property
+    def _completed_at_once(self) -> int:
+        """Siblings that are completed in one call, at most."""
+        return min(self.unit, self.sizes.rollout_batch, self.composed.recipe.rollout.samples)
 
     @property
     def _unit_groups(self) -> int:
@@ -158,6 +176,11 @@ class Sampler:
         rows = processes.share(shape.groups, unit).rows
         span = None if processes.alone else (int(steps.min()), int(steps.max()))
         groups = torch.arange(shape.groups)[rows]
+        if self._completer is not None:
+            self._completer.refresh()
+            if self._checked < CHECKED_ROLLOUTS:
+                self.processes.together(lambda: self._check(cond, steps, iteration))
+                self._checked += 1
         own = self._rolled(processes.own(cond, unit), groups, steps[rows], iteration, shape.branch.completion, span)
         if processes.alone:
             return own, own
@@ -176,6 +199,25 @@ class Sampler:
         )
         return SampleRollout(own.cond, own.groups, own.x0, own.grid), whole
 
+    def _check(self, cond: Conditioning, steps: Int[Tensor, " g"], iteration: int) -> None:
+        """Completes a few groups of an iteration by the backend and by torch, and compares their images."""
+        shape, flow_map = self.composed.recipe.rollout, self.composed.model.flow_map
+        groups = torch.arange(min(-(-CHECKED_IMAGES // shape.group_size), shape.groups))
+        completion, chosen = shape.branch.completion, cond.select(groups)
+        assert self._completer is not None
+        ours, torchs = (
+            decode_samples(
+                self.composed,
+                self.sizes,
+                self._rolled(chosen, groups, steps[groups], iteration, completion, None, completing),
+            )
+            for completing in (self._completer.flow_map, flow_map)
+        )
+        error = completions_gate(ours, torchs, self.composed.recipe)
+        if self._checked + 1 == CHECKED_ROLLOUTS:
+            text = f"Completions by {shape.branch.backend} checked twice: images within {error:.1e} of torch's."
+            self.observer(Notice("info", text))
+
     def _rolled(
         self,
         cond: Conditioning,
@@ -184,9 +226,13 @@ class Sampler:
         iteration: int,
         completion: Completion,
         span: tuple[int, int] | None,
+        completing: FlowMap | None = None,
     ) -> BranchRollout:
+        """Groups of an iteration, completed by `completing`; None: by the backend of the recipe."""
         recipe, model = self.composed.recipe, self.composed.model
         branch = recipe.rollout.branch
+        if completing is None and self._completer is not None:
+            completing = self._completer.flow_map
         return branch_rollout(
             model.flow_map,
             self.composed.stochasticizer,
@@ -200,6 +246,7 @@ class Sampler:
             latent_shape=model.latent_shape,
             batch_size=self.sizes.rollout_batch,
             device=model.device,
+            completing=completing,
             span=span,
         )
 

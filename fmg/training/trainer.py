@@ -143,7 +143,7 @@ class Trainer:
             self.sizes.micro_batch,
             self.processes,
         )
-        self._sampler = Sampler(self.composed, self.sizes, self.processes)
+        self._sampler = Sampler(self.composed, self.sizes, self.processes, self.observer)
         self._watcher = Watcher(self.composed, self.run.path, self.sizes.rollout_batch, self.observer, self.processes)
         self._gate = ReplayGate(
             self.composed.stochasticizer,
@@ -352,6 +352,7 @@ class Trainer:
             "reward": " + ".join(f"{weight:g} {name}" for name, weight in self.composed.reward.weights().items()),
             "trained": self.composed.trained,
             "rollout": f"{counted(shape.groups, 'prompt')} x {shape.group_size} images, {counted(shape.steps, 'step')}",
+            **({} if shape.branch.backend == "torch" else {"completions": f"by {shape.branch.backend}"}),
             **({} if self.processes.alone else {"processes": str(self.processes.count)}),
             "run": str(self.run.path),
         }

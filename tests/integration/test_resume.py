@@ -38,6 +38,7 @@ TINY = {
     "eval.every": 3,
     "eval.rewards": [],
 }
+COMPILED = "completed by a graph"
 KINDS: dict[str, dict[str, object]] = {
     "lora and average": {"train.ema_decay": 0.9},
     # dropout draws from the global generator, muon joins two optimizers
@@ -56,6 +57,8 @@ KINDS: dict[str, dict[str, object]] = {
         "rollout.branch.completion": "grid",
         "rollout.prompt_sampling": "dynamic",
     },
+    # the checks of a resumed process change nothing
+    COMPILED: {"rollout.kind": "branch", "rollout.branch.backend": "onnxruntime"},
     # runs where bitsandbytes is installed; smaller tensors would keep moments in fp32
     "bitsandbytes": {"optimizer": {"name": "adamw8bit", "lr": 3e-3}, "lora.rank": 64},
 }
@@ -74,7 +77,9 @@ def _weights(run: Path) -> dict[str, Tensor]:
     return {f"{file.relative_to(run)} {name}": x for file in files for name, x in load_file(file).items()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.compile] if kind == COMPILED else []) for kind in KINDS]
+)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(kind: str, tmp_path: Path) -> None:
     if kind == "bitsandbytes":
         pytest.importorskip(kind)

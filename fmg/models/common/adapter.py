@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from fmg.core.errors import UsageError
 from fmg.models.lora_presets import LORA_PRESETS, expand_targets, is_target
 
 ADAPTER = "default"
+_ROWS_BYTES = 64 * 2**20
 
 
 def is_adapter(name: str) -> bool:
@@ -121,11 +123,50 @@ def attach(
 
 def tuner_layers(transformer: nn.Module) -> list[Any]:
     """The PEFT layers that wrap adapted modules."""
+    return list(named_tuner_layers(transformer).values())
+
+
+def named_tuner_layers(transformer: nn.Module) -> dict[str, Any]:
+    """The PEFT layers by the names of the modules that they wrap."""
     if not hasattr(transformer, "peft_config"):
-        return []
+        return {}
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    return {name: module for name, module in transformer.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+@torch.no_grad()
+def merged_tensors(transformer: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What the network would store with its adapter merged, in `dtype`, where the network is.
+
+    Tensors that are no matrix of the adapter and have that dtype are the network's own, not copies.
+    """
+    tensors = base_tensors(transformer)
+    merged = {}
+    for name, layer in named_tuner_layers(transformer).items():
+        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        merged[f"{name}.weight"] = add_low_rank(tensors[f"{name}.weight"], a, b, layer.scaling[ADAPTER], dtype)
+    return {name: x.to(dtype) for name, x in tensors.items()} | merged
+
+
+def add_low_rank(
+    base: Float[Tensor, "outputs inputs"],
+    a: Float[Tensor, "rank inputs"],
+    b: Float[Tensor, "outputs rank"],
+    scale: float,
+    dtype: torch.dtype,
+) -> Float[Tensor, "outputs inputs"]:
+    """W + scale B A in `dtype`, added in fp32 and rounded once.
+
+    Rows are merged a few at a time, so that no second matrix in fp32 is held.
+    """
+    a, b = a.float(), b.float()
+    merged = torch.empty(base.shape, dtype=dtype, device=base.device)
+    rows = max(1, _ROWS_BYTES // (4 * base.shape[1]))
+    for start in range(0, base.shape[0], rows):
+        part = slice(start, start + rows)
+        merged[part] = torch.addmm(base[part].float(), b[part], a, alpha=scale).to(dtype)
+    return merged
 
 
 def dropout_modules(transformer: nn.Module) -> list[nn.Module]:

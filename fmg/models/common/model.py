@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +26,9 @@ from fmg.models.common.scopes import PolicyScopes, Scope
 from fmg.models.common.sharding import gathered, shard_frozen
 from fmg.models.common.text import TextEncoders
 from fmg.models.common.unfrozen import Unfrozen
+
+Network = Callable[..., Any]
+"""What has the call signature of the transformer: the module itself, or what stands in for it."""
 
 DECODE_PIXELS = 2**18
 """Image pixels that one decoder call may make: one image of 512 px, or as many small ones as a CPU cache likes."""
@@ -88,8 +91,8 @@ class AdaptedModel(ABC, Generic[C]):
         self._after_change()
 
     @abstractmethod
-    def _map(self, scope: Scope) -> FlowMap:
-        """The flow map, every network call of which runs in the context of `scope`."""
+    def _map(self, scope: Scope, network: Network | None = None) -> FlowMap:
+        """The flow map, every network call of which runs in the context of `scope`, through `network` if given."""
 
     @abstractmethod
     def _with_transformer(self, transformer: Any) -> AdaptedModel[C]:
@@ -109,6 +112,16 @@ class AdaptedModel(ABC, Generic[C]):
     def flow_map(self) -> FlowMap:
         """The map with the adapter as it is set now."""
         return self._policies.current
+
+    @property
+    def network(self) -> nn.Module:
+        """The transformer, with the adapter that is attached."""
+        transformer: nn.Module = self._components.transformer
+        return transformer
+
+    def flow_map_through(self, network: Network) -> FlowMap:
+        """The map with the adapter as it is set now, whose calls go to `network` in place of the transformer."""
+        return self._map(self._scopes.current, network)
 
     @property
     def policies(self) -> AdapterPolicies:

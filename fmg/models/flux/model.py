@@ -12,7 +12,7 @@ from diffusers import FluxPipeline
 from fmg.core.errors import CheckpointError
 from fmg.core.protocols import FlowMap
 from fmg.flow import SingleTimeMap, TwoTimeMap, path_by_name
-from fmg.models.common.model import AdaptedModel
+from fmg.models.common.model import AdaptedModel, Network
 from fmg.models.common.scopes import Scope
 from fmg.models.common.text import TextEncoders
 from fmg.models.conventions import FlowMapConventions
@@ -48,8 +48,8 @@ class FluxModel(AdaptedModel[FluxComponents]):
         """
         return cls(load_folder(folder, device, dtype), name)
 
-    def _map(self, scope: Scope) -> FlowMap:
-        return flux_map(self._network.within(scope), self.components.conventions)
+    def _map(self, scope: Scope, network: Network | None = None) -> FlowMap:
+        return flux_map(self._network.within(scope, network), self.components.conventions)
 
     def _with_transformer(self, transformer: Any) -> FluxModel:
         return FluxModel(replace(self.components, transformer=transformer), self._name)

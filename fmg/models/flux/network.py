@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from fmg.core.types import Conditioning
 from fmg.models.flux.latents import image_ids, pack, unpack
@@ -28,7 +29,7 @@ class FluxNetwork:
 
     def __init__(
         self,
-        transformer: nn.Module,
+        transformer: Callable[..., Any],
         dtype: torch.dtype,
         guidance: float | None,
         scope: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -39,9 +40,11 @@ class FluxNetwork:
         self._scope = scope
         self._ids: dict[tuple[int, int, torch.device], Tensor] = {}
 
-    def within(self, scope: Callable[[], AbstractContextManager[None]]) -> FluxNetwork:
-        """The same network, every call of which runs in another context."""
-        return FluxNetwork(self._transformer, self._dtype, self._guidance, scope)
+    def within(
+        self, scope: Callable[[], AbstractContextManager[None]], transformer: Callable[..., Any] | None = None
+    ) -> FluxNetwork:
+        """The same network, every call of which runs in another context, and through `transformer` if given."""
+        return FluxNetwork(transformer or self._transformer, self._dtype, self._guidance, scope)
 
     def two_time(
         self, x: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], s: Float[Tensor, " b"], cond: Conditioning

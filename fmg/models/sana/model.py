@@ -10,7 +10,7 @@ from diffusers import SanaSprintPipeline
 from fmg.core.errors import CheckpointError
 from fmg.core.protocols import FlowMap
 from fmg.flow import TrigFlowMap
-from fmg.models.common.model import AdaptedModel
+from fmg.models.common.model import AdaptedModel, Network
 from fmg.models.common.scopes import Scope
 from fmg.models.common.text import TextEncoders
 from fmg.models.sana.loading import SanaComponents
@@ -35,8 +35,8 @@ class SanaModel(AdaptedModel[SanaComponents]):
         self._network = SanaNetwork(transformer, transformer.dtype, scaled)
         super().__init__(components, name, _latent_shape(components), text=text)
 
-    def _map(self, scope: Scope) -> FlowMap:
-        return TrigFlowMap(self._network.within(scope))
+    def _map(self, scope: Scope, network: Network | None = None) -> FlowMap:
+        return TrigFlowMap(self._network.within(scope, network))
 
     def _with_transformer(self, transformer: Any) -> SanaModel:
         return SanaModel(replace(self.components, transformer=transformer), self._name)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from fmg.core.types import Conditioning
 
@@ -27,7 +28,7 @@ class SanaNetwork:
 
     def __init__(
         self,
-        transformer: nn.Module,
+        transformer: Callable[..., Any],
         dtype: torch.dtype,
         guidance: float,
         scope: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -37,9 +38,11 @@ class SanaNetwork:
         self._guidance = guidance
         self._scope = scope
 
-    def within(self, scope: Callable[[], AbstractContextManager[None]]) -> SanaNetwork:
-        """The same network, every call of which runs in another context."""
-        return SanaNetwork(self._transformer, self._dtype, self._guidance, scope)
+    def within(
+        self, scope: Callable[[], AbstractContextManager[None]], transformer: Callable[..., Any] | None = None
+    ) -> SanaNetwork:
+        """The same network, every call of which runs in another context, and through `transformer` if given."""
+        return SanaNetwork(transformer or self._transformer, self._dtype, self._guidance, scope)
 
     def __call__(
         self, z: Float[Tensor, "b c h w"], time: Float[Tensor, " b"], cond: Conditioning

@@ -20,10 +20,11 @@ from fmg.eval.scoring import EvalSet
 from fmg.export import verify_images
 from fmg.export.census import census, census_of
 from fmg.export.verify import FULL_IMAGES, reference_of, verify
-from fmg.export.verify_images import PSNR_ALLOWED, REWARD_ALLOWED, RewardGap, compare
+from fmg.export.verify_images import REWARD_ALLOWED, RewardGap, compare
 from fmg.export.verify_tensors import relative_l2
 from fmg.inference.artifact import Artifact, open_artifact
 from fmg.inference.artifact.manifest import MANIFEST, Check
+from fmg.inference.parity import PSNR_ALLOWED
 from fmg.inference.target import resolve_target
 from tests.support.artifact import copied, planted
 from tests.support.tiny_artifact import reseal

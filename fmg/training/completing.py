@@ -1,0 +1,139 @@
+"""Completions of siblings on something else than the trained network: its compiled form, or its exported graph.
+
+They have no density, so nothing of an update depends on how they are computed (docs/branching.md).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fmg.core.errors import CompositionError, GateError
+from fmg.core.protocols import FlowMap, Model, Rerouted
+from fmg.inference.parity import Difference
+from fmg.models.common.fixed_rows import FixedRows
+from fmg.registry.catalog import LIVE_GRAPH
+from fmg.registry.recipe import Recipe
+from fmg.registry.registry import load
+from fmg.training.compose import Composed
+from fmg.training.processes import Processes
+
+_USE_TORCH = "set rollout.branch.backend to torch"
+
+
+class _Network(Protocol):
+    """What is called in place of the network module."""
+
+    def __call__(self, **inputs: Any) -> Any: ...
+
+    def refresh(self) -> None:
+        """Takes over the trained weights as they are now."""
+
+
+@dataclass(frozen=True)
+class Completer:
+    """What completes siblings.
+
+    Attributes:
+        flow_map: the map, without gradients.
+        refresh: takes over the trained weights as they are now.
+    """
+
+    flow_map: FlowMap
+    refresh: Callable[[], None]
+
+
+def open_completer(composed: Composed, rows: int, processes: Processes) -> Completer | None:
+    """What the recipe asks to complete siblings with; None for the trained network itself.
+
+    Args:
+        composed: the live parts of the run.
+        rows: siblings of one call, at most.
+        processes: those of the run; the first traces a graph, the others find it in the cache.
+
+    Raises:
+        CompositionError: the model does not let another network take its calls.
+        CheckpointError, MissingDependencyError, UsageError: the graph cannot be traced or run here.
+    """
+    backend, model = composed.recipe.rollout.branch.backend, composed.model
+    if backend == "torch":
+        return None
+    if not isinstance(model, Rerouted):
+        raise CompositionError(
+            f"The model '{composed.recipe.model.name}' can only be run by torch", f"{_USE_TORCH.capitalize()}."
+        )
+    if backend == "torch-compile":
+        compiled = CompiledNetwork(model.network)
+        # one shape, one compilation
+        return Completer(FixedRows(model.flow_map_through(compiled), lambda: rows), compiled.refresh)
+    # a later room, so that a run without it never imports what exports
+    live = cast("Callable[[Model], _Network]", load(LIVE_GRAPH))
+    network = processes.first_goes_ahead(lambda: live(composed.model))
+    return Completer(model.flow_map_through(network), network.refresh)
+
+
+class CompiledNetwork:
+    """The network module under `torch.compile`, on the live weights.
+
+    Args:
+        module: the network.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        # imported where it is used, because it takes seconds; what it says is of torch's own modules
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            import torch._inductor.compile_fx
+            from torch._dynamo.exc import TorchDynamoException
+            from torch._inductor.exc import InductorError
+
+        self._failures = (TorchDynamoException, InductorError)
+        # of a whole graph, past torch's limit of recompilations there is an error and no silent eager call
+        self._call: Callable[..., Any] = torch.compile(module, dynamic=False, fullgraph=True)
+
+    def refresh(self) -> None:
+        """Nothing: the weights are shared."""
+
+    @torch.no_grad()
+    def __call__(self, **inputs: Any) -> Any:
+        """What the module returns.
+
+        Raises:
+            CompositionError: it cannot be compiled here.
+        """
+        try:
+            return self._call(**inputs)
+        except self._failures as error:
+            raise CompositionError(
+                f"The network cannot be compiled here: {' '.join(str(error).split())[:200]}",
+                f"Install a C++ compiler that torch finds, or {_USE_TORCH}.",
+            ) from error
+
+
+def completions_gate(ours: Float[Tensor, "n 3 h w"], torchs: Float[Tensor, "n 3 h w"], recipe: Recipe) -> float:
+    """Stops a run whose completions are not those of the trained network; returns the largest difference of a value.
+
+    Args:
+        ours: images completed by the backend of the recipe.
+        torchs: the same siblings, completed by the network itself.
+        recipe: states backend and precision.
+
+    Raises:
+        GateError: they are further apart than the images of an exported artifact may be.
+    """
+    difference = Difference()
+    difference.add(ours.cpu().numpy(), torchs.cpu().numpy())
+    found, precision = difference.result(), recipe.train.dtype
+    if problem := found.problem(precision):
+        raise GateError(
+            f"Completions by {recipe.rollout.branch.backend} differ from torch's: {found.max_abs:.2g} at most over"
+            f" {found.images} images, {found.p99_abs:.2g} in 99 of 100, PSNR {found.psnr:.0f} dB ({problem})",
+            f"Use the versions of torch and onnxruntime in constraints.txt, or {_USE_TORCH}.",
+        )
+    return found.max_abs
