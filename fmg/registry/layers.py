@@ -199,7 +199,7 @@ def refuse_code(root: Node, *, allowed: bool) -> None:
                     raise UsageError(
                         f"{given.source.text}: the recipe {effect}: '{option}' of the reward '{name.value}' "
                         f"is '{given.plain()}'",
-                        "If you trust it, give --allow-code; or give the reward and its options on the command line.",
+                        "If you trust it, give --allow-code; or state the reward and its options yourself.",
                     )
 
 

@@ -146,7 +146,7 @@ def test_a_foreign_run_does_not_run_code(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "evil.py").write_text(
         "from pathlib import Path\nPath('PWNED').touch()\ndef f(images, prompts):\n    return images.mean((1, 2, 3))\n"
     )
-    with pytest.raises(UsageError, match="allow-code"):
+    with pytest.raises(UsageError, match="give allow_code=True"):
         evaluate(run.path, num=2)
     assert not (tmp_path / "PWNED").exists()
     load(run.path).generate(PROMPTS, [0, 1])

@@ -105,10 +105,14 @@ def planted(artifact: Artifact, folder: Path, tensor: str, add: float) -> Artifa
 
 
 def trace_once(plan: GraphPlan) -> TracedGraph:
-    """`trace`, once a session for plans with equal borders and weights of equal names and shapes."""
+    """`trace`, once a session for plans with equal borders, configs, and weights of equal names and shapes."""
     with torch.device("meta"):
-        shapes = tuple((name, tuple(x.shape)) for name, x in plan.build().inner.state_dict().items())
-    key = (plan.name, plan.dtype, plan.inputs, plan.outputs, shapes)
+        inner = plan.build().inner
+    shapes = tuple((name, tuple(x.shape)) for name, x in inner.state_dict().items())
+    # its numbers are constants of the graph, such as the scaling of latents; private keys name folders and versions
+    config = inner.config if isinstance(inner.config, dict) else inner.config.to_dict()
+    stated = json.dumps({name: value for name, value in config.items() if name[0] != "_"}, sort_keys=True, default=str)
+    key = (plan.name, plan.dtype, plan.inputs, plan.outputs, shapes, stated)
     if key not in _TRACED:
         _TRACED[key] = trace(plan)
     return _TRACED[key]

@@ -276,7 +276,8 @@ def test_a_tensor_has_one_name_in_checkpoint_network_and_adapter(name: str, teac
     assert all(f"{module}.weight" in published for module in adapted)
     model.save_adapter(tmp_path / "adapter")
     stored = load_file(tmp_path / "adapter" / "pytorch_lora_weights.safetensors")
-    assert set(stored) == {f"transformer.{key}" for key, _ in model.trainable()}
+    alphas = {f"transformer.{module}.alpha" for module in adapted}
+    assert set(stored) == alphas | {f"transformer.{key}" for key, _ in model.trainable()}
     peft = load_file(tmp_path / "adapter" / "peft" / "adapter_model.safetensors")
     assert set(peft) == {f"base_model.model.{key}" for key, _ in model.trainable()}
     # the base under the adapter keeps its published names, by which a saved adapter recognises it
