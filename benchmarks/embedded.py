@@ -1,4 +1,6 @@
-"""Stochasticizers on the embedded models: the same training, several seeds, evaluated against the base in pairs.
+"""Stochasticizers as chains on the embedded models: one training, several seeds, evaluated against the base in pairs.
+
+Branched rollouts, the default now, are compared in branching.py.
 
 Every arm trains with `fmg train` and is evaluated with `fmg eval RUN --against MODEL`: the native sampler, and the same
 held-out prompts and seeds for run and base. All arms of a study see the same number of samples. An arm with a seed is a
@@ -64,21 +66,36 @@ def settings(**values: object) -> tuple[str, ...]:
     return tuple(part for key, value in values.items() for part in ("--set", f"{key.replace('__', '.')}={value}"))
 
 
+def chain(*flags: str, iterations: int = 40, every: int = 10) -> tuple[str, ...]:
+    """Flags of a run whose rollouts are chains, as every default was before branched rollouts."""
+    kind = settings(rollout__kind="chain", train__iterations=iterations, eval__every=every, eval__min_diversity=0.1)
+    return (*kind, *flags)
+
+
+def asfmc(rule: str, value: float) -> tuple[str, ...]:
+    return ("--stochasticizer", "asfmc", *settings(**{f"stochasticizer__{rule}": value}))
+
+
 MEANFLOW = "meanflow-shapes"
+DEFAULT = asfmc("ratio", 0.9)
 ARMS = {
-    "default": Arm(MEANFLOW, (), "asfmc, a = .9 s (the default)"),
-    "endpoint": Arm(MEANFLOW, ("--stochasticizer", "asfmc-endpoint"), "asfmc-endpoint, a = 0"),
-    "gap": Arm(
-        MEANFLOW, ("--stochasticizer", "asfmc", *settings(stochasticizer__gap=0.0147)), "asfmc, the paper's gap .0147"
+    "default": Arm(MEANFLOW, chain(*DEFAULT), "asfmc, the exact form, anchor a = .9 s (the default for chains)"),
+    "endpoint": Arm(MEANFLOW, chain("--stochasticizer", "asfmc-endpoint"), "asfmc-endpoint, a = 0"),
+    "gap": Arm(MEANFLOW, chain(*asfmc("gap", 0.0147)), "asfmc, the paper's gap .0147"),
+    "euler": Arm(MEANFLOW, chain("--stochasticizer", "asfmc-euler"), "asfmc-euler, the paper's .03 and .7"),
+    "flow-sde": Arm(MEANFLOW, chain("--stochasticizer", "flow-sde"), "Flow-GRPO's sampler, k = .7"),
+    "dance-sde": Arm(MEANFLOW, chain("--stochasticizer", "dance-sde"), "DanceGRPO's sampler, .3"),
+    "cps": Arm(MEANFLOW, chain("--stochasticizer", "cps"), "Flow-CPS, k = .8"),
+    "naive-noise": Arm(MEANFLOW, chain("--stochasticizer", "naive-noise"), "noise on top of the map, k = .7"),
+    "shuffled": Arm(
+        MEANFLOW, chain(*DEFAULT, *settings(train__shuffle_advantages="true")), "the default with shuffled advantages"
     ),
-    "euler": Arm(MEANFLOW, ("--stochasticizer", "asfmc-euler"), "asfmc-euler, the paper's .03 and .7"),
-    "flow-sde": Arm(MEANFLOW, ("--stochasticizer", "flow-sde"), "flow-sde (Flow-GRPO), .7"),
-    "dance-sde": Arm(MEANFLOW, ("--stochasticizer", "dance-sde"), "dance-sde (DanceGRPO), .3"),
-    "cps": Arm(MEANFLOW, ("--stochasticizer", "cps"), "cps (Flow-CPS), .8"),
-    "naive-noise": Arm(MEANFLOW, ("--stochasticizer", "naive-noise"), "naive-noise, .7"),
-    "shuffled": Arm(MEANFLOW, settings(train__shuffle_advantages="true"), "null: the default, advantages shuffled"),
-    "paper-clip": Arm(MEANFLOW, settings(objective__clip_range="1e-4"), "the default with the paper's clip range 1e-4"),
-    "scm": Arm("scm-shapes", (), "scm-shapes, asfmc-endpoint (its only one)"),
+    "paper-clip": Arm(
+        MEANFLOW,
+        chain(*DEFAULT, *settings(objective__clip_range="1e-4")),
+        "the default with the paper's clip range 1e-4",
+    ),
+    "scm": Arm("scm-shapes", chain(), "scm-shapes, asfmc-endpoint (its only one)"),
 }
 STUDY = Study(
     "embedded", ARMS, "2,4", (("shapes", "strict"), ("shapes-quality", "total"), ("shapes", "soft")), num=2000

@@ -77,7 +77,7 @@ def test_one_gpu_trains_what_eight_train(name: str) -> None:
 def test_the_embedded_default() -> None:
     recipe = resolve().recipe
     assert recipe == Recipe.default("meanflow-shapes") == Recipe.default()
-    assert (recipe.rollout.groups, recipe.rollout.group_size, recipe.rollout.steps) == (24, 16, 4)
+    assert (recipe.rollout.groups, recipe.rollout.group_size, recipe.rollout.steps) == (48, 8, 4)
     assert recipe.rollout.grid == "uniform"
     assert recipe.objective.config.model_dump() == {
         "clip_range": 1e-3,

@@ -39,7 +39,7 @@ MISUSES = (
     ({"ACCELERATE_USE_DEEPSPEED": "true"}, "configured for DeepSpeed"),
     ({"ACCELERATE_USE_FSDP": "true"}, "the first version of FSDP"),
     ({**FSDP2, "FSDP_OFFLOAD_PARAMS": "true"}, "offload parameters"),
-    ({"WORLD_SIZE": "1000", "RANK": "0"}, "1000 processes cannot share the 24 groups"),
+    ({"WORLD_SIZE": "1000", "RANK": "0"}, "1000 processes cannot share the 48 groups"),
 )
 
 
