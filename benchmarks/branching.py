@@ -69,7 +69,7 @@ KERNELS = {
     "dance-sde": (_kernel("dance-sde"), "dance-sde, .3"),
 }
 ARMS: dict[str, Arm] = {
-    "default": Arm((*SHAPES, *settings(eval__every=4)), "the default recipe"),
+    "default": Arm(SHAPES, "the default recipe"),
     "null": Arm((*SHAPES, *settings(train__shuffle_advantages="true")), "the default with shuffled advantages"),
     "scm": Arm(("--model", "scm-shapes"), "scm-shapes, its default"),
     "text": Arm(("--model", "meanflow-text"), "meanflow-text, its default", "ocr-logp_exact"),

@@ -18,7 +18,9 @@ STUDY = Study(
     "text",
     {
         "default": Arm(TEXT, CHAIN, "ocr-logp and text-fidelity"),
-        "shuffled": Arm(TEXT, (*CHAIN, *settings(train__shuffle_advantages="true")), "the default with shuffled advantages"),
+        "shuffled": Arm(
+            TEXT, (*CHAIN, *settings(train__shuffle_advantages="true")), "the default with shuffled advantages"
+        ),
         "jpeg": Arm(TEXT, (*CHAIN, *JPEG), "ocr-logp and jpeg-incompressibility"),
         "logp-only": Arm(TEXT, (*CHAIN, "--reward", "ocr-logp"), "ocr-logp alone"),
     },
