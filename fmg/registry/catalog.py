@@ -105,7 +105,7 @@ ROWS: tuple[Row, ...] = (
     _row("prompt-set", "shapes-heldout", "worlds", "ShapesPromptsConfig", "shapes.prompt_sets:shapes_heldout",
          "Prompts of the shapes world with attribute combinations that training never sees"),
     _row("prompt-set", "shapes-hard", "worlds", "ShapesPromptsConfig", "shapes.prompt_sets:shapes_hard",
-         "Two objects, counts and relations: all of the two sets below"),
+         "Two objects, counts and relations: a fixed sample, evaluated only"),
     _row("prompt-set", "shapes-hard-train", "worlds", "ShapesPromptsConfig", "shapes.prompt_sets:shapes_hard_train",
          "Two objects, counts and relations that training draws from"),
     _row("prompt-set", "shapes-hard-heldout", "worlds", "ShapesPromptsConfig", "shapes.prompt_sets:shapes_hard_heldout",

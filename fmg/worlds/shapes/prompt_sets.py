@@ -44,7 +44,7 @@ def shapes_heldout(config: ShapesPromptsConfig) -> ShapesPrompts:
 
 @prompt_sets.register("shapes-hard", ShapesPromptsConfig)
 def shapes_hard(config: ShapesPromptsConfig) -> ShapesPrompts:
-    """Counts, two objects and relations: both halves."""
+    """Counts, two objects and relations: a fixed sample, evaluated only."""
     return _prompts("shapes-hard", prompt_set("hard"))
 
 

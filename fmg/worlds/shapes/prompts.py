@@ -104,17 +104,37 @@ def prompt_set(split: Split) -> tuple[PromptItem, ...]:
 
 
 def is_hard_heldout(scene: Scene) -> bool:
-    """Whether a scene of the split `hard` is held out of its training half: about one in three.
+    """Whether objects with counts and relations are held out: one combination in three.
 
-    The same two objects are held out side by side and in a relation; each object, count and relation is in both halves.
+    The same two objects are held out in any order, side by side and in a relation; each kind, colour, count and relation
+    is in both sets.
     """
-    numbers = [KINDS.index(c.kind) + 2 * COLORS.index(c.color) + c.count for c in scene.include]
-    return sum(place * number for place, number in zip((1, 2), numbers, strict=False)) % 3 == 0
+    return sum(KINDS.index(c.kind) + 2 * COLORS.index(c.color) + c.count for c in scene.include) % 3 == 0
 
 
+@lru_cache
 def hard_prompts(*, heldout: bool) -> tuple[PromptItem, ...]:
-    """The prompts of the split `hard` that are held out, or the others; the halves share no scene."""
-    return tuple(item for item in prompt_set("hard") if is_hard_heldout(item.scene) == heldout)
+    """Prompts with counts, two objects and relations, for evaluation or for training; the two share no combination.
+
+    The held-out ones are of the split `hard`. Training has the others of it, and all other pairs of objects that differ
+    in colour and kind: to bind colours to kinds takes more pairs than the split has.
+    """
+    scenes = _hard_scenes() if heldout else [*_hard_scenes(), *_pair_scenes()]
+    items = [
+        PromptItem(text, scene) for scene in scenes if is_hard_heldout(scene) == heldout for text in phrasings(scene)
+    ]
+    return tuple({item.prompt: item for item in items}.values())
+
+
+def _pair_scenes() -> list[Scene]:
+    described = list(product(COLORS, KINDS))
+    pairs = [(a, b) for a in described for b in described if a[0] != b[0] and a[1] != b[1]]
+    two = [Scene("two_object", (Clause(a[1], a[0]), Clause(b[1], b[0]))) for a, b in pairs if a < b]
+    related = [
+        Scene("position", (Clause(a[1], a[0], relation=Relation(DIRECTIONS[n % 4], 1)), Clause(b[1], b[0])))
+        for n, (a, b) in enumerate(pairs)
+    ]
+    return two + related
 
 
 def _single_scenes(heldout: bool) -> list[Scene]:
