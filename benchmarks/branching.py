@@ -74,7 +74,10 @@ ARMS: dict[str, Arm] = {
     "scm": Arm(("--model", "scm-shapes"), "scm-shapes, its default"),
     "text": Arm(("--model", "meanflow-text"), "meanflow-text, its default", "ocr-logp_exact"),
     "hard": Arm(HARD, "shapes-hard"),
-    "hard-null": Arm((*HARD, *settings(train__shuffle_advantages="true")), "shapes-hard with shuffled advantages"),
+    "hard-null": Arm(
+        (*HARD, *settings(train__shuffle_advantages="true", train__iterations=40)),
+        "shapes-hard with shuffled advantages, 40 iterations",
+    ),
     "ladder-1-chain": Arm((*CHAIN, *R7), "chain"),
     "ladder-2-first": Arm((*CHAIN, *R7, *FIRST), "chain, only the first step stochastic and trained"),
     "ladder-3-shared": Arm(

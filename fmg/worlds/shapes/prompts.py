@@ -106,8 +106,8 @@ def prompt_set(split: Split) -> tuple[PromptItem, ...]:
 def is_hard_heldout(scene: Scene) -> bool:
     """Whether objects with counts and relations are held out: one combination in three.
 
-    The same two objects are held out in any order, side by side and in a relation; each kind, colour, count and relation
-    is in both sets.
+    The same two objects are held out in any order, side by side and in a relation; each kind, colour, count and
+    relation is in both sets.
     """
     return sum(KINDS.index(c.kind) + 2 * COLORS.index(c.color) + c.count for c in scene.include) % 3 == 0
 
