@@ -78,7 +78,8 @@ def resolve(
 ) -> ResolvedRecipe:
     """Puts the layers of a recipe together: the model's own default recipe < `config` < `flags` < `sets`.
 
-    Reads no weights and imports no torch.
+    The recipe of a run folder states every value of its time; options that recipes have had since take their built-in
+    values, as in `resolve_run`, so that it is the same run again. Reads no weights and imports no torch.
 
     Args:
         config: path of a YAML file, or the name of a shipped recipe.
@@ -91,8 +92,10 @@ def resolve(
         UsageError: a wrong name, key, type or range, with the file and line or the flag that gave it.
         CompositionError: components that do not fit together.
     """
-    layers = [] if config is None else [_read(config)]
-    return _resolve([*layers, *flag_layers(flags or {}), *set_layers(sets)], allow_code=allow_code)
+    layers = [*flag_layers(flags or {}), *set_layers(sets)]
+    if config is None:
+        return _resolve(layers, allow_code=allow_code)
+    return _over_file(config, layers, allow_code=allow_code)
 
 
 def resolve_run(path: str | Path, *, allow_code: bool = False) -> ResolvedRecipe:
@@ -142,13 +145,21 @@ def recipe_of(
     if isinstance(given, str) and given not in recipe_names() and given in models.names() and not Path(given).exists():
         return resolve_arguments({"model": given, **values})
     config = given if isinstance(given, str) else Path(given)
-    return _resolve([_read(config), *argument_layers(values)], allow_code=allow_code)
+    return _over_file(config, argument_layers(values), allow_code=allow_code)
 
 
 def override(recipe: Recipe, values: Mapping[str, object]) -> ResolvedRecipe:
     """`recipe` with the values at some dotted paths replaced. Errors as in `resolve`."""
     base = node_of(recipe.plain(), Source("argument", "recipe"))
     return _finish(merge_all([base, *argument_layers(values)]), allow_code=True)
+
+
+def _over_file(config: str | Path, layers: Sequence[Node], *, allow_code: bool) -> ResolvedRecipe:
+    """The layers over those of a recipe file, or of a shipped recipe."""
+    path = from_home(config)
+    if path.name == "recipe.yaml" and (path.parent / "run.json").is_file():
+        return _finish(merge_all([_read(config), *layers]), allow_code=allow_code)
+    return _resolve([_read(config), *layers], allow_code=allow_code)
 
 
 def _resolve(layers: Sequence[Node], *, allow_code: bool) -> ResolvedRecipe:
@@ -220,7 +231,8 @@ def _finish(root: Node, *, allow_code: bool) -> ResolvedRecipe:
 
 def _with_default_stochasticizer(root: Node) -> Node:
     name = root.exact(("stochasticizer", "name"))
-    if name is None or name.value != AUTO:
+    # without a model there is no default, and the lack of a model is what is told
+    if name is None or name.value != AUTO or root.exact(("model",)) is None:
         return root
     model = _model(root)
     default, options = model.config.spec().default_stochasticizer

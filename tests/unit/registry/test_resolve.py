@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fmg.core.errors import UsageError
 from fmg.registry import ObjectiveConfig
 from fmg.registry.paths import config_path
 from fmg.registry.recipe import Recipe
-from fmg.registry.resolve import resolve
+from fmg.registry.resolve import recipe_of, resolve, resolve_run
 from tests.unit.registry.components import TwoTimeConfig
 
 Write = Callable[[str | bytes], Path]
@@ -61,6 +62,29 @@ def test_the_named_model_brings_its_own_default_recipe(write: Write) -> None:
         resolved = resolve(text and write(text), flags, sets)
         assert resolved.recipe.model.name == "single-time"
         assert resolved.provenance["train.iterations"].text.startswith("configs/scm-shapes.yaml:")
+
+
+def test_the_recipe_of_a_run_is_the_same_run_again(write: Write, tmp_path: Path) -> None:
+    """What an older version stated of a run has no `rollout.kind`, and the model's recipe of today branches."""
+    stated = resolve(None, TWO, ["rollout.kind=chain", "lora.rank=2"]).to_yaml()
+    older = "".join(line for line in stated.splitlines(keepends=True) if "kind:" not in line)
+    assert len(older) < len(stated)
+    (tmp_path / "run.json").write_text("{}")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(older)
+    for again in (resolve(file, {"seed": 3}), resolve_run(file), recipe_of(file, {"seed": 3})):
+        assert again.provenance["rollout.kind"].kind == "built-in"
+        assert again.recipe.rollout.kind == "chain"
+        assert again.recipe.lora.rank == 2
+    # any other file is over the recipe of its model
+    assert resolve(write(older)).recipe.rollout.kind == "branch"
+
+
+def test_a_run_that_lost_its_model_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "recipe.yaml").write_text("stochasticizer: auto\n")
+    with pytest.raises(UsageError, match="'model'"):
+        resolve(tmp_path / "recipe.yaml")
 
 
 def test_auto_becomes_the_default_of_the_model_and_says_so() -> None:
