@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -70,6 +71,17 @@ class WrongTypeError(UsageError, TypeError):
 
     def __init__(self, argument: str, value: object, expected: str) -> None:
         super().__init__(f"The argument '{argument}' is of type {type(value).__name__}", f"Give {expected}.")
+
+
+def whole_number(argument: str, value: object) -> int:
+    """An integer argument of a Python call, of whatever library, as one of Python.
+
+    Raises:
+        WrongTypeError: it is none.
+    """
+    if not isinstance(value, Integral):
+        raise WrongTypeError(argument, value, "an integer")
+    return int(value)
 
 
 class CompositionError(UsageError):

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 
-from fmg.core.errors import UsageError, suggestion
+from fmg.core.errors import UsageError, suggestion, whole_number
 
 GridSpec = str | Sequence[float]
 """A grid name, or the times themselves."""
@@ -47,9 +47,11 @@ def make_grid(spec: GridSpec, steps: int, *, image_tokens: int | None = None) ->
             uniform grid.
 
     Raises:
+        WrongTypeError: `steps` is no integer.
         UsageError: unknown name, a grid that does not exist for `steps`, or times that do not fall from 1 to 0 by
             at least 1e-4 each.
     """
+    steps = whole_number("steps", steps)
     if not 1 <= steps <= MAX_STEPS:
         raise UsageError(f"A grid has at least one step and at most {MAX_STEPS}, got {steps}", "Change the steps.")
     times = _times(spec, steps, image_tokens)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fmg.core.backends import Backend, CutsPrompts, Drawn
-from fmg.core.errors import FmgWarning, NotFiniteError, UsageError, WrongTypeError, python_call
+from fmg.core.errors import FmgWarning, NotFiniteError, UsageError, WrongTypeError, python_call, whole_number
 from fmg.core.events import StageProgress
 from fmg.core.shown import counted, html_picture, html_text
 from fmg.core.stages import NOISE, stage
@@ -288,31 +288,43 @@ def _prompts(prompts: object, num: int) -> list[str]:
         raise WrongTypeError("prompts", prompts, "a text, or a list of texts")
     if not listed:
         raise UsageError("There is no prompt to draw", "Give at least one prompt.")
-    if num < 1:
+    if whole_number("num", num) < 1:
         raise UsageError(f"The number of images is {num}", "Give --num of at least 1.")
     return [prompt for prompt in listed for _ in range(num)]
 
 
 def _seeds(seeds: object, prompts: Sequence[str], num: int) -> list[int]:
     """The seed of each image; those of one prompt are consecutive."""
-    if isinstance(seeds, Integral):
+    listed = whole_seeds(seeds)
+    if isinstance(listed, int):
         taken: Counter[str] = Counter()
         found = []
         for prompt in prompts:
-            found.append(int(seeds) + taken[prompt])
+            found.append(listed + taken[prompt])
             taken[prompt] += 1
         return found
-    if not isinstance(seeds, Iterable) or isinstance(seeds, (str, bytes)):
-        raise WrongTypeError("seeds", seeds, "an integer, or a list of integers")
-    listed = [int(seed) if isinstance(seed, Integral) else seed for seed in seeds]
-    if wrong := [seed for seed in listed if not isinstance(seed, int)]:
-        raise WrongTypeError("seeds", wrong[0], "integers")
     if num != 1:
         raise UsageError("A list of seeds says how many images there are, and so does --num", "Leave --num out.")
     if len(prompts) != len(listed):
         what = f"{counted(len(prompts), 'prompt')} came with {counted(len(listed), 'seed')}"
         raise UsageError(what, "Give one seed for each prompt.")
     return listed
+
+
+def whole_seeds(seeds: object) -> int | list[int]:
+    """Seeds as integers of Python, also where they were those of NumPy.
+
+    Raises:
+        WrongTypeError: they are neither an integer nor a list of integers.
+    """
+    if isinstance(seeds, Integral):
+        return int(seeds)
+    if not isinstance(seeds, Iterable) or isinstance(seeds, (str, bytes)):
+        raise WrongTypeError("seeds", seeds, "an integer, or a list of integers")
+    listed = list(seeds)
+    if wrong := [seed for seed in listed if not isinstance(seed, Integral)]:
+        raise WrongTypeError("seeds", wrong[0], "integers")
+    return [int(seed) for seed in listed]
 
 
 def _png(picture: Image) -> bytes:

@@ -16,12 +16,12 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fmg.core.errors import UsageError
+from fmg.core.errors import UsageError, suggestion
 from fmg.core.types import Conditioning
 from fmg.flow.grids import GridSpec, make_grid
 from fmg.flow.sampling import native_step
 from fmg.inference.devices import DTYPES
-from fmg.inference.generator import seeded_noise
+from fmg.inference.generator import seeded_noise, whole_seeds
 from fmg.inference.pipeline_lora import FlowMapLoraMixin
 from fmg.inference.target import Target, load_model
 from fmg.models.common import adapter
@@ -40,6 +40,8 @@ from fmg.registry.recipe import Recipe
 logger = logging.get_logger(__name__)
 
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], Mapping[str, Tensor]]
+OUTPUTS = ("pil", "np", "pt", "latent")
+"""What a call may return images as."""
 _TIMESTEPS = 1000
 
 
@@ -249,6 +251,13 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
         count = self._check(
             prompt, prompt_embeds, pooled_prompt_embeds, seeds, generator, latents, callback_on_step_end_tensor_inputs
         )
+        if num_images_per_prompt < 1:
+            raise UsageError(
+                f"The number of images of a prompt is {num_images_per_prompt}",
+                "Give num_images_per_prompt of at least 1.",
+            )
+        if output_type not in OUTPUTS:
+            raise UsageError(f"There is no output_type '{output_type}'", suggestion(str(output_type), OUTPUTS))
         height, width = (self._conventions.resolution if side is None else side for side in (height, width))
         shape = self._latent_shape(height, width)
         steps = self._conventions.default_steps if num_inference_steps is None else num_inference_steps
@@ -384,7 +393,8 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
         """Noise in fp32 by step: that of fmg for seeds, else that of diffusers in the order of the steps."""
         if seeds is None:
             return lambda _: cast(Tensor, randn_tensor(shape, generator=generator, device=device, dtype=dtype)).float()
-        chosen = [seeds + i % per_prompt for i in range(shape[0])] if isinstance(seeds, int) else list(seeds)
+        whole = whole_seeds(seeds)
+        chosen = [whole + i % per_prompt for i in range(shape[0])] if isinstance(whole, int) else whole
         if len(chosen) != shape[0]:
             raise UsageError(
                 f"{shape[0]} images came with {len(chosen)} seeds", "Give one for each image, or the first one alone."

@@ -127,6 +127,8 @@ def test_a_text_or_a_list_with_default_seeds(
         ({"prompts": [3]}, "'prompts' is of type list"),
         ({"prompts": "a", "seeds": "0"}, "'seeds' is of type str"),
         ({"prompts": "a", "seeds": [0.5]}, "'seeds' is of type float"),
+        ({"prompts": "a", "num": 1.5}, "'num' is of type float"),
+        ({"prompts": "a", "steps": 2.0}, "'steps' is of type float"),
     ],
 )
 def test_a_wrong_type_is_a_type_error(arguments: dict[str, Any], says: str) -> None:

@@ -210,7 +210,7 @@ def test_images_depend_on_nothing_but_prompt_and_seed(folder: Path) -> None:
     pipe.set_progress_bar_config(disable=True)
     drawn = pipe(PROMPTS, seeds=5, num_images_per_prompt=2, output_type="pt").images
     assert drawn.shape == (4, 3, 64, 64)
-    assert _same(pipe(PROMPTS[1], seeds=6, output_type="pt").images[0], drawn[3])
+    assert _same(pipe(PROMPTS[1], seeds=np.int64(6), output_type="pt").images[0], drawn[3])
     pictures = pipe(PROMPTS, seeds=5, num_images_per_prompt=2).images
     assert np.array_equal(np.asarray(pictures[3]), np.asarray(to_pil(drawn[3])))
     (arrays,) = pipe(PROMPTS[1], seeds=6, output_type="np", return_dict=False)
@@ -274,6 +274,11 @@ def test_guidance_is_taken_where_the_weights_embed_one(tmp_path: Path) -> None:
         ({"prompt": []}, "no prompt"),
         ({"generator": torch.Generator()}, "noise is given twice"),
         ({"seeds": [1, 2, 3]}, "1 images came with 3 seeds"),
+        ({"seeds": "7"}, "'seeds' is of type str"),
+        ({"seeds": ["7"]}, "'seeds' is of type str"),
+        ({"num_images_per_prompt": 0}, "number of images of a prompt is 0"),
+        ({"output_type": "jpeg"}, "no output_type 'jpeg'"),
+        ({"num_inference_steps": "4"}, "'steps' is of type str"),
         ({"height": 30}, "multiples of 16"),
         ({"seeds": None, "latents": torch.zeros(1, 16, 4, 4)}, r"1 images need \(1, 16, 8, 8\)"),
         ({"num_inference_steps": 0}, "at least one step"),
