@@ -34,6 +34,7 @@ UNEVEN = {
     "train.micro_batch": 4,
     "rollout.batch_size": 4,
     "train.state_every": 1,
+    "rollout.kind": "chain",
     "rollout.groups": 3,
     "rollout.group_size": 5,
     "eval.num": 5,

@@ -73,10 +73,15 @@ def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
     assert lines[0] == lines[1]
 
 
-def test_the_micro_batch_and_the_rollout_batch_are_no_part_of_the_result(tmp_path: Path) -> None:
+# updates of 12 and of 5 rows, so that each of them is whole with one batch and in parts with the other
+@pytest.mark.parametrize(("kind", "groups"), [("chain", 2), ("branch", 10)])
+def test_the_micro_batch_and_the_rollout_batch_are_no_part_of_the_result(
+    kind: str, groups: int, tmp_path: Path
+) -> None:
     weights = []
-    for name, batch in (("whole", 8), ("split", 3)):
-        result = train(tiny(**{"rollout.batch_size": batch, "train.micro_batch": batch}), tmp_path / name)
+    for name, batch in (("whole", 12), ("split", 3)):
+        batches = {"rollout.batch_size": batch, "train.micro_batch": batch}
+        result = train(tiny(**{"rollout.kind": kind, "rollout.groups": groups, **batches}), tmp_path / name)
         path = next((result.run.checkpoints / "checkpoint-2").rglob("adapter_model.safetensors"))
         from safetensors.torch import load_file
 
