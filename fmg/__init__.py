@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from fmg.version import __version__
 
 if TYPE_CHECKING:
+    from fmg.core.errors import FmgError, UsageError
     from fmg.eval.evaluate import evaluate
     from fmg.export.artifact import export_artifact
     from fmg.export.diffusers import export_diffusers
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "FlowMapPipeline": "fmg.inference.pipeline",
+    "FmgError": "fmg.core.errors",
     "Generator": "fmg.inference",
     "Recipe": "fmg.registry.recipe",
+    "UsageError": "fmg.core.errors",
     "evaluate": "fmg.eval.evaluate",
     "export_artifact": "fmg.export.artifact",
     "export_diffusers": "fmg.export.diffusers",
@@ -49,8 +52,10 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "FlowMapPipeline",
+    "FmgError",
     "Generator",
     "Recipe",
+    "UsageError",
     "__version__",
     "evaluate",
     "export_artifact",

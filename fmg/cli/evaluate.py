@@ -217,7 +217,9 @@ def evaluate(
     if dump is not None:
         out.print(f"Images: {dump[1]}", soft_wrap=True)
     if report is not None:
-        out.print(f"Report: {report}", soft_wrap=True)
+        from fmg.eval.report import report_files
+
+        out.print(f"Report: {report_files(report).html}", soft_wrap=True)
 
 
 def _scores(report: EvalReport) -> Table:

@@ -90,7 +90,11 @@ def _figure_file(place: Path | None, folders: Sequence[RunFolder], figure: Figur
         return None
     if place is None and len(folders) == 1:
         return folders[0].path / f"curve.{figure.value}"
-    return new_place(str((place or Path(_COMPARISON)).with_suffix(f".{figure.value}")), "The figure")
+    page = place or Path(_COMPARISON)
+    picture = page.with_suffix(f".{figure.value}")
+    if picture == page:
+        raise UsageError(f"--out {page} would be both the page and the figure", "Give the page a name in .html.")
+    return new_place(str(picture), "The figure")
 
 
 def _write_figure(folders: Sequence[RunFolder], picture: Path) -> None:

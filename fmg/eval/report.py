@@ -29,19 +29,24 @@ class ReportFiles:
     json: Path
 
 
+def report_files(path: str | Path) -> ReportFiles:
+    """The files of a report: `path` when it ends in `.html`, else `report.html` in that folder; and JSON beside it."""
+    given = Path(path)
+    html = given if given.suffix.lower() in (".html", ".htm") else given / _NAME
+    return ReportFiles(html, html.with_suffix(".json"))
+
+
 def check_report(path: str | Path) -> ReportFiles:
-    """The files of a report: `path` when it ends in `.html`, else `report.html` in that folder; and JSON beside it.
+    """The files of a report that can be written there.
 
     Raises:
         UsageError: when one is there already, a file is in the way of the folder, or it cannot be written.
     """
-    given = Path(path)
-    html = given if given.suffix.lower() in (".html", ".htm") else given / _NAME
-    files = ReportFiles(html, html.with_suffix(".json"))
+    files = report_files(path)
     for file in (files.html, files.json):
         if file.exists():
             raise UsageError(f"'{file}' exists already", "Name another --report; nothing is overwritten.")
-    check_place(html, "--report")
+    check_place(files.html, "--report")
     return files
 
 

@@ -76,7 +76,8 @@ def test_eval_json_follows_its_schema_and_pairs_two_targets(trained: Invocation)
 
 
 def test_eval_prints_both_targets_and_their_difference(trained: Invocation) -> None:
-    done = fmg("eval", "runs/first", "--against", "meanflow-shapes", "--num", "8")
+    done = fmg("eval", "runs/first", "--against", "meanflow-shapes", "--num", "8", "--report", "pages")
+    assert "Report: pages/report.html" in done.stdout
     heading = next(line for line in done.stdout.splitlines() if line.startswith("steps"))
     assert heading.split("  ")[0] == "steps"
     assert heading.index("meanflow-shapes") < heading.index("runs/first") < heading.index("difference")

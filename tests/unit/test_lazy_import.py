@@ -22,7 +22,7 @@ def imported(code: str) -> set[str]:
     "code",
     [
         "import fmg; fmg.__version__; dir(fmg)",
-        "from fmg import Recipe, resolve",
+        "from fmg import FmgError, Recipe, UsageError, resolve",
         "import fmg.core.errors, fmg.core.events, fmg.core.specs",
         "from fmg.registry import models, stochasticizers, rewards, objectives, optimizers, prompt_sets",
         # every config class of the catalog, described

@@ -104,6 +104,9 @@ def test_figures_of_one_run_and_of_several_in_every_format(tmp_path: Path, kind:
     again = fmg(*both)
     assert (again.code, (tmp_path / "c.html").exists()) == (2, False)
     assert f"c.{kind} exists already" in again.stderr
+    same = fmg("report", str(runs[0].path), "--out", str(tmp_path / f"d.{kind}"), "--format", kind)
+    assert (same.code, (tmp_path / f"d.{kind}").exists()) == (2, False)
+    assert "both the page and the figure" in same.stderr
 
 
 def test_curves_of_other_scales_have_panels_of_their_own() -> None:
