@@ -192,6 +192,9 @@ def figure(results: Sequence[Mapping[str, Any]], chains: Sequence[Mapping[str, A
         for panel, axis in zip(panels, ("images", "nfe"), strict=True):
             at = [mean(points) for points in zip(*([p[axis] for p in c] for c in courses), strict=False)]
             scores = list(zip(*([p["score"] for p in c] for c in courses), strict=False))
+            # a logarithmic axis has no place for the start
+            first = 1 if axis == "nfe" else 0
+            at, scores = at[first:], scores[first:]
             panel.plot(at, [mean(s) for s in scores], label=label, **line)
             panel.fill_between(at, [min(s) for s in scores], [max(s) for s in scores], color=line["color"], alpha=0.15)
     for panel, title in zip(panels, ("images", "row-NFE (forward 1, backward 2)"), strict=True):
@@ -199,7 +202,7 @@ def figure(results: Sequence[Mapping[str, Any]], chains: Sequence[Mapping[str, A
         panel.set_ylabel("held-out strict accuracy")
         panel.axhline(0.9, color="#999", linewidth=0.8, linestyle=":")
         panel.grid(alpha=0.3)
-    panels[1].set_xscale("symlog", linthresh=1000)
+    panels[1].set_xscale("log")
     handles, labels = panels[0].get_legend_handles_labels()
     drawing.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     write_figure(drawing, path)
