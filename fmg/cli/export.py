@@ -167,7 +167,8 @@ def export(
     )
     with reporter_for(stderr()) as reporter:
         reporter(LOADING)
-        from fmg.inference.target import EXPORTED, export_folder
+        from fmg.inference.artifact.layout import EXPORTED
+        from fmg.inference.target import export_folder
 
         if diffusers:
             from fmg.export.diffusers import export_diffusers

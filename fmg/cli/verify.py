@@ -61,7 +61,7 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Prove that an artifact draws what its run draws; exit code 1 and the first differing layer when it does not."""
-    from fmg.inference.target import artifact_of
+    from fmg.inference.artifact.layout import artifact_of
 
     given_text(artifact, "ARTIFACT")
     artifact = str(artifact_of(artifact))

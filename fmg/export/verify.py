@@ -29,14 +29,14 @@ from fmg.export.widen import widened
 from fmg.inference import Generator, Target
 from fmg.inference.alone import VerifyReport, check_drawing, check_files, described
 from fmg.inference.artifact.backend import ArtifactBackend
-from fmg.inference.artifact.layout import Artifact, open_artifact
+from fmg.inference.artifact.layout import Artifact, artifact_of, open_artifact
 from fmg.inference.artifact.manifest import GRAPHS, TEXT_ENCODER_2, TRANSFORMER, TRANSFORMER_INT8, Check
 from fmg.inference.artifact.tokens import PromptTokenizer
 from fmg.inference.backend import TorchBackend
 from fmg.inference.loading import AUTO, find, load, made_from
 from fmg.inference.onnxruntime import NAME as ONNXRUNTIME
 from fmg.inference.onnxruntime import PrecisionError
-from fmg.inference.target import TargetLike, artifact_of, load_model
+from fmg.inference.target import TargetLike, load_model
 from fmg.inference.tensorrt.census import Census as EngineCensus
 from fmg.models.flux.model import FluxModel
 from fmg.progress import watching

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,6 @@ from fmg.core.errors import CheckpointError, FmgWarning, UsageError, WrongTypeEr
 from fmg.core.files import check_place
 from fmg.data.checkpoints import FOLDER, UNCHECKED, chosen_checkpoint, read_index
 from fmg.data.run_folder import RUNS, RunFolder, is_run, list_runs, no_run, run_names
-from fmg.inference.artifact.layout import is_artifact
 from fmg.inference.generator import DEFAULT_BATCH, Generator
 from fmg.registry import models
 from fmg.registry.recipe import Recipe
@@ -90,10 +88,6 @@ def resolve_target(
     return Target(name, Recipe.default(model=name), None)
 
 
-EXPORTED = "artifact"
-"""Name of the artifact in the folder of its run."""
-
-
 def export_folder(target: TargetLike, name: str) -> Path:
     """Where an export goes when nothing is said: into its run, or beside others of models.
 
@@ -106,21 +100,6 @@ def export_folder(target: TargetLike, name: str) -> Path:
     """
     label = target_text(target) or resolve_target(None).label
     return absent_folder(Path(label) / name if Path(label).is_dir() else Path(f"{name}s") / label)
-
-
-def artifact_of(named: str | PathLike[str]) -> Path:
-    """The folder that was named, or the artifact in the folder of a run.
-
-    Raises:
-        UsageError: a run that has not been exported.
-    """
-    folder = Path(named)
-    if is_artifact(folder) or not is_run(folder):
-        return folder
-    if not is_artifact(folder / EXPORTED):
-        run = shlex.quote(str(folder))
-        raise UsageError(f"The run '{folder}' has no artifact in it", f"Export it first: fmg export {run}")
-    return folder / EXPORTED
 
 
 def absent_folder(folder: Path) -> Path:

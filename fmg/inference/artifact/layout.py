@@ -13,22 +13,42 @@ ARTIFACT/manifest.json
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 
 from fmg.core.cache import content_hash, replacing_file
 from fmg.core.errors import CheckpointError, UsageError, suggestion
 from fmg.core.files import digest
 from fmg.core.unfinished import OLD, leftovers
+from fmg.data.run_folder import is_run
 from fmg.inference.artifact.external import check_external
 from fmg.inference.artifact.manifest import MANIFEST, Check, FileEntry, Graph, Manifest
 from fmg.inference.artifact.reading import MAX_BYTES, from_json, to_json
 
+EXPORTED = "artifact"
+"""Name of the artifact in the folder of its run."""
 BASE_WEIGHTS = "base.safetensors"
 ENGINES = "engines"
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 TOKENIZER_FILE = "tokenizer.json"
+
+
+def artifact_of(named: str | PathLike[str]) -> Path:
+    """The folder that was named, or the artifact in the folder of a run.
+
+    Raises:
+        UsageError: a run that has not been exported.
+    """
+    folder = Path(named)
+    if is_artifact(folder) or not is_run(folder):
+        return folder
+    if not is_artifact(folder / EXPORTED):
+        run = shlex.quote(str(folder))
+        raise UsageError(f"The run '{folder}' has no artifact in it", f"Export it first: fmg export {run}")
+    return folder / EXPORTED
 
 
 def graph_file(graph: str) -> str:
