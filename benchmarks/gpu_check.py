@@ -108,6 +108,7 @@ class Check:
         self.recipe = Recipe.default().with_(
             {
                 "stochasticizer": {"name": "asfmc", "gap": 0.0147},
+                "rollout.kind": "chain",
                 "rollout.groups": images // GROUP,
                 "rollout.group_size": GROUP,
                 "rollout.steps": STEPS,

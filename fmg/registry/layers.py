@@ -40,6 +40,8 @@ Keys = tuple[str, ...]
 
 _SECTIONS = ("rollout", "train", "lora", "eval")
 _COMPONENTS = ("model", "stochasticizer", "objective", "optimizer", "prompts")
+# Of the anchor rules of asfmc only one may be given; naming one replaces that of the layers below.
+_ANCHOR_RULES = frozenset(("gap", "ratio", "noise_share", "hold"))
 _PROMPT_SUFFIXES = (".txt", ".jsonl")
 
 
@@ -166,6 +168,7 @@ def merge(lower: Node, upper: Node) -> Node:
         return Node(tuple(items), lower.source)
     if below is None or _names_another(below, above):
         return upper
+    below = _without_rivals(below, above)
     merged = {**below, **{key: merge(below[key], child) if key in below else child for key, child in above.items()}}
     return Node(merged, upper.source)
 
@@ -207,6 +210,13 @@ def _at(path: Sequence[str], node: Node, source: Source) -> Node:
     for part in reversed(path):
         node = Node({part: node}, source)
     return node
+
+
+def _without_rivals(below: Mapping[str, Node], above: Mapping[str, Node]) -> Mapping[str, Node]:
+    """The options of a lower layer without those that a rule of the upper one replaces."""
+    if any(above[rule].value is not None for rule in _ANCHOR_RULES & above.keys()):
+        return {key: node for key, node in below.items() if key not in _ANCHOR_RULES}
+    return below
 
 
 def _names_another(below: Mapping[str, Node], above: Mapping[str, Node]) -> bool:

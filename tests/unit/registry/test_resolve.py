@@ -270,3 +270,14 @@ def test_prompt_files_of_a_recipe_are_found_beside_it_and_those_of_flags_in_the_
     assert recipe.prompts.config.path == str(Path("recipes") / "mine.txt")  # type: ignore[attr-defined]
     given = resolve(Path("recipes/mine.yaml"), {"prompts": "mine.txt"}).recipe
     assert given.prompts.config.path == "mine.txt"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("rule", ["gap", "noise_share", "hold"])
+def test_another_anchor_rule_replaces_the_default_one(rule: str) -> None:
+    expected = {"gap": None, "ratio": None, "noise_share": None, "hold": None, rule: 0.5}
+    by_set = resolve(None, {}, [f"stochasticizer.{rule}=0.5"]).recipe
+    again = Recipe.default().with_({"stochasticizer": {"name": "asfmc", rule: 0.5}})
+    for recipe in (by_set, again):
+        assert recipe.stochasticizer.config.model_dump() == expected
+    with pytest.raises(UsageError, match="give only one of"):
+        resolve(None, {}, [f"stochasticizer={{name: asfmc, ratio: 0.5, {rule}: 0.5}}"])
