@@ -213,7 +213,8 @@ def _validated(model: type[_EnvelopeT], body: bytes) -> _EnvelopeT:
         return model.model_validate_json(body)
     except ValidationError as error:
         problem = first_problem(error, model, "The request", noun="key")
-        raise UsageError(problem.what, problem.fix) from None
+        fix = problem.fix if problem.location else "Send one JSON object, as docs/reward-service.md shows."
+        raise UsageError(problem.what, fix) from None
 
 
 def _check_counts(images: int, prompts: int, max_images: int) -> None:

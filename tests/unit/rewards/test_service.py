@@ -128,6 +128,13 @@ def test_wrong_json_is_refused(case: str) -> None:
         decode_json(WRONG_JSON[case], **LIMITS)
 
 
+@pytest.mark.parametrize("case", ["not JSON", "not an object", "nested"])
+def test_a_body_that_is_no_object_is_told_in_the_words_of_the_service(case: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        decode_json(WRONG_JSON[case], **LIMITS)
+    assert refused.value.fix.startswith("Send one JSON object")
+
+
 def tensors(images: torch.Tensor, request: str | None = '{"prompts": ["a"]}', name: str = "images") -> bytes:
     return safetensors.torch.save({name: images}, None if request is None else {"request": request})
 
