@@ -18,9 +18,13 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends signals")
 
 @pytest.fixture
 def before() -> Iterator[list[object]]:
+    # a shell that starts the tests in the background has them ignored, and what is ignored stays so
+    outside = [signal.signal(number, signal.SIG_DFL) for number in CAUGHT]
     found = [signal.getsignal(number) for number in CAUGHT]
     yield found
     assert [signal.getsignal(number) for number in CAUGHT] == found
+    for number, handler in zip(CAUGHT, outside, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", CAUGHT)

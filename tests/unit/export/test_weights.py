@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from fmg.core.errors import CheckpointError
 from fmg.core.files import digest
-from fmg.export import delta as delta_module
 from fmg.export.delta import Delta
 from fmg.export.weights import PAGE, lay_out, write_weights
 from fmg.inference.artifact.manifest import Adapter
+from fmg.models.common import adapter as adapter_module
 
 TENSORS = {
     "b.weight": torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).bfloat16(),
@@ -78,7 +78,7 @@ def test_merge_is_that_of_peft_however_many_rows_are_merged_at_once(
     nn.init.normal_(tuned[0].lora_B["default"].weight)
     a, b = tuned[0].lora_A["default"].weight.detach().clone(), tuned[0].lora_B["default"].weight.detach().clone()
     tuned[0].merge()
-    monkeypatch.setattr(delta_module, "_ROWS_BYTES", rows * 4 * 24)
+    monkeypatch.setattr(adapter_module, "_ROWS_BYTES", rows * 4 * 24)
     given = _delta({"0.weight": (a, b)}, 3.0).apply("0.weight", stored, torch.float32)
     wanted = tuned[0].base_layer.weight.detach()
     assert torch.allclose(given, wanted, rtol=0, atol=1e-6 * float(wanted.abs().max()))
