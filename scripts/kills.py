@@ -44,6 +44,7 @@ RECIPE: dict[str, object] = {
     "lora.dropout": 0.2,
     "objective": "rwfm",
     "rewards": ["jpeg-compressibility"],
+    "rollout.kind": "chain",
     "rollout.groups": 2,
     "rollout.group_size": 2,
     "rollout.steps": 2,
