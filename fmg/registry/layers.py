@@ -213,10 +213,12 @@ def _at(path: Sequence[str], node: Node, source: Source) -> Node:
 
 
 def _without_rivals(below: Mapping[str, Node], above: Mapping[str, Node]) -> Mapping[str, Node]:
-    """The options of a lower layer without those that a rule of the upper one replaces."""
-    if any(above[rule].value is not None for rule in _ANCHOR_RULES & above.keys()):
-        return {key: node for key, node in below.items() if key not in _ANCHOR_RULES}
-    return below
+    """The options of a lower layer without those that a rule of the upper one replaces; two of `--set` contradict."""
+    given = [above[rule] for rule in _ANCHOR_RULES & above.keys() if above[rule].value is not None]
+    if not given:
+        return below
+    both = "set" if any(node.source.kind == "set" for node in given) else None
+    return {key: node for key, node in below.items() if key not in _ANCHOR_RULES or node.source.kind == both}
 
 
 def _names_another(below: Mapping[str, Node], above: Mapping[str, Node]) -> bool:
