@@ -25,7 +25,7 @@ from fmg.core.types import BranchRollout, Conditioning
 from fmg.flow.sampling import native_step
 from fmg.rl.noise import NoiseKey, noise
 from fmg.rl.replay import log_probs
-from fmg.rl.rollouts import checked_grid, device_of, row_chunks
+from fmg.rl.rollouts import check_intervals, checked_grid, device_of, row_chunks
 
 Completion = Literal["jump", "grid"]
 Prefix = Literal["native", "stochastic"]
@@ -347,11 +347,7 @@ def within_correlation(one: Float[Tensor, " n"], other: Float[Tensor, " n"], siz
 
 
 def _check_steps(step: Int[Tensor, " g"], intervals: int) -> None:
-    if intervals < 2:
-        raise UsageError(
-            "A grid of one interval has no stochastic transition, since the step to 0 is deterministic",
-            "Use at least 2 steps.",
-        )
+    check_intervals(intervals)
     if len(step) and not 0 <= int(step.min()) <= int(step.max()) <= intervals - 2:
         raise UsageError(
             f"Branching steps from {int(step.min())} to {int(step.max())} do not fit a grid of {intervals} intervals",

@@ -250,12 +250,21 @@ def checked_grid(grid: Sequence[float]) -> tuple[float, ...]:
     return times
 
 
-def _checked_steps(steps: Sequence[int] | None, intervals: int) -> frozenset[int]:
+def check_intervals(intervals: int) -> None:
+    """Refuses a grid without a stochastic transition.
+
+    Raises:
+        UsageError: it has one interval.
+    """
     if intervals < 2:
         raise UsageError(
             "A grid of one interval has no stochastic transition, since the step to 0 is deterministic",
             "Use at least 2 steps.",
         )
+
+
+def _checked_steps(steps: Sequence[int] | None, intervals: int) -> frozenset[int]:
+    check_intervals(intervals)
     chosen = frozenset(range(intervals - 1) if steps is None else steps)
     if not chosen or not chosen <= frozenset(range(intervals - 1)):
         raise UsageError(

@@ -84,7 +84,7 @@ def plan(resolved: ResolvedRecipe, *, devices: int | None = None, runs: Path = R
     """
     recipe = resolved.recipe
     shape, loop, model = recipe.rollout, recipe.train, recipe.model.config.spec()
-    images = shape.groups * shape.group_size
+    images = shape.samples
     evaluations = 1 + -(-loop.iterations // recipe.eval.every)
     geometry = recipe.model.config.geometry()
     count = devices or world_size()
@@ -194,7 +194,7 @@ def _of_kind(recipe: Recipe, kind: Kind) -> Recipe:
 def _equivalence(recipe: Recipe, sizes: Sizes, devices: int) -> dict[str, str]:
     """How an update comes about on these devices, and how its batch compares with the published one."""
     shape, updates = recipe.rollout, recipe.train.updates_per_iteration
-    images = shape.groups * shape.group_size
+    images = shape.samples
     reference = REFERENCE_GROUPS * REFERENCE_SIZE
     rows = -(-rows_of(recipe) // updates)
     passes = -(-rows // (devices * sizes.micro_batch))

@@ -135,7 +135,7 @@ def rollout_bytes(recipe: Recipe, geometry: ModelGeometry, number: int, devices:
 
     Every device holds the whole rollout, and the images of its own share.
     """
-    images = recipe.rollout.groups * recipe.rollout.group_size
+    images = recipe.rollout.samples
     transitions, rows = transitions_of(recipe), rows_of(recipe)
     part = -(-rows // recipe.train.updates_per_iteration)
     latents = images + 3 * (images * transitions + rows + part)

@@ -31,7 +31,7 @@ def choose_sizes(recipe: Recipe, device_type: str, processes: int = 1) -> Sizes:
         device_type: `cpu` or `cuda`.
         processes: how many share the samples of an iteration by whole calls, so that a call is no more than a share.
     """
-    samples = recipe.rollout.groups * recipe.rollout.group_size
+    samples = recipe.rollout.samples
     if device_type == "cpu":
         default = _CPU_BATCH
     elif _is_small(recipe):
