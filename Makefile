@@ -56,7 +56,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install --constraint $(PINS) --editable '.[dev]'; \
 	touch $(STAMP)
 
-demo: setup ## train on the CPU, compare with the base, export, prove the export and draw from it
+demo: setup ## train on the CPU, compare with the base, export, verify the export and generate from it
 	@set -e; n=1; while test -e runs/demo-$$n; do n=$$((n + 1)); done; run=runs/demo-$$n; \
 	$(BIN)/fmg train --run $$run; \
 	$(BIN)/fmg eval $$run --against base; \
