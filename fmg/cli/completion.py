@@ -12,11 +12,10 @@ from typing import Any
 import typer
 
 from fmg.core.errors import FmgError
+from fmg.core.prompt import PROMPT_FILE_SUFFIXES
 
 Offers = list[tuple[str, str]]
 Completer = Callable[[str], Offers]
-
-_PROMPT_FILES = (".txt", ".jsonl")
 
 
 def _offering(found: Callable[[str], Iterable[tuple[str, str]]]) -> Completer:
@@ -134,7 +133,7 @@ def other_targets(incomplete: str) -> Iterator[tuple[str, str]]:
 def prompt_sets(incomplete: str) -> Iterator[tuple[str, str]]:
     """Prompt sets, and files of prompts."""
     yield from _components("prompt-set")
-    yield from _paths(incomplete, lambda path: path.suffix in _PROMPT_FILES)
+    yield from _paths(incomplete, lambda path: path.suffix in PROMPT_FILE_SUFFIXES)
 
 
 @_offering

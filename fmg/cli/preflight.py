@@ -26,8 +26,7 @@ def check_inputs(recipe: Recipe, *, planned: bool) -> list[str]:
             planned.
         CheckpointError: local model files that are missing.
     """
-    from fmg.data.configs import FilePromptsConfig
-    from fmg.data.prompt_sets import load_prompts
+    from fmg.data.prompt_sets import FilePromptsConfig, load_prompts
     from fmg.registry import models
     from fmg.registry.composition import check_backend
     from fmg.rewards.configs import PythonRewardConfig

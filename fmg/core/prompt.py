@@ -6,6 +6,9 @@ import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+PROMPT_FILE_SUFFIXES = (".txt", ".jsonl")
+"""The kinds of prompt files: one prompt a line, or one JSON object a line."""
+
 
 @dataclass(frozen=True)
 class Prompt:

@@ -1,23 +1,31 @@
-"""Prompt sets: the value type, and loading one by name, by file or from a recipe. Imports no torch."""
+"""Prompt sets: loading one by name, from a file or from a recipe, and what ties a recipe to its files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from fmg.core.errors import UsageError
-from fmg.core.prompt import Prompt
-from fmg.data.configs import PROMPT_FILE_SUFFIXES, FilePromptsConfig
+from pydantic import Field
+
+from fmg.core.errors import FmgWarning, UsageError
+from fmg.core.json_reader import JsonError, located, parse, read_lines
+from fmg.core.prompt import PROMPT_FILE_SUFFIXES, Prompt, is_blank
+from fmg.core.shown import counted
 from fmg.registry import prompt_sets
+from fmg.registry.config import ComponentConfig
 from fmg.registry.references import PromptsRef
 
 if TYPE_CHECKING:
     from fmg.core.protocols import PromptSet
     from fmg.registry.recipe import Recipe
 
+_JSON_KEYS = ("prompt", "tag", "metadata")
+# what rewards and results by tag read of an entry
+_MEANING = ("include", "exclude", "metadata")
 
 T = TypeVar("T")
 
@@ -50,11 +58,101 @@ class PromptList:
         return iter(self._prompts)
 
 
+class FilePromptsConfig(ComponentConfig):
+    """Prompts from a file: `.txt` with one prompt a line, `.jsonl` with one object a line."""
+
+    path: str = Field(min_length=1, description="a .txt or .jsonl file, UTF-8, no blank lines, at most 64 MiB")
+    sha256: str | None = Field(
+        None,
+        pattern="^[0-9a-f]{64}$",
+        description="digest of the prompts, as stated by a run: a file with other prompts is refused",
+    )
+
+
+def file_prompts(config: FilePromptsConfig) -> PromptList:
+    """The prompts of a file, in its order; surrounding white space is removed.
+
+    A `.txt` file has one prompt a line. A `.jsonl` file has one object a line: `prompt`, and optionally `tag` (text)
+    and `metadata` (object); or GenEval's: `prompt`, `tag`, `include` and more, all of which become the metadata.
+    A prompt without a tag gets the tag `''`. Published evaluation files repeat a prompt for each of its images: a
+    repeated prompt is read once, with a warning that counts them.
+
+    Raises:
+        UsageError: naming file and line: missing, not UTF-8, too long (`fmg.core.json_reader`), empty, blank line,
+            wrong JSON, prompts other than the config states, or a prompt that is repeated with another tag or meaning.
+    """
+    path = Path(config.path)
+    if path.suffix not in PROMPT_FILE_SUFFIXES:
+        raise UsageError(f"The prompt file '{path}' is of an unknown kind", f"Use {' or '.join(PROMPT_FILE_SUFFIXES)}.")
+    lines = _lines(path)
+    prompts: dict[str, tuple[int, Prompt]] = {}
+    for number, text in lines:
+        where = f"{path}:{number}"
+        if is_blank(text):
+            raise UsageError(f"{where}: the line is blank", "Remove it; every line is one prompt.")
+        prompt = Prompt(text.strip(), "", {}) if path.suffix == ".txt" else _json_prompt(text, where)
+        first, known = prompts.setdefault(prompt.text, (number, prompt))
+        if (known.tag, *map(known.metadata.get, _MEANING)) != (prompt.tag, *map(prompt.metadata.get, _MEANING)):
+            raise UsageError(
+                f"{where}: the prompt '{prompt.text}' is on line {first} with another tag or metadata",
+                "Keep one of the two.",
+            )
+    if len(prompts) < len(lines):
+        warnings.warn(
+            f"'{path}' has {counted(len(prompts), 'prompt')} on {len(lines)} lines:"
+            " each is used once, however often it is repeated; --num of `fmg eval` sets how many images it gets",
+            FmgWarning,
+            stacklevel=2,
+        )
+    found = [prompt for _, prompt in prompts.values()]
+    if config.sha256 not in (None, prompts_digest(found)):
+        raise UsageError(
+            f"The prompt file '{path}' has other prompts than those whose digest the recipe states",
+            "Restore it, or give it anew with --prompts.",
+        )
+    return PromptList(str(path), found)
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    try:
+        lines = [(line.number, line.text()) for line in read_lines(path)]
+    except FileNotFoundError:
+        raise UsageError(
+            f"There is no prompt file '{path}'", "Check the path; one in a recipe is relative to the recipe's folder."
+        ) from None
+    except JsonError as error:
+        raise UsageError(located(path, error), "Save it as UTF-8 text with one prompt a line.") from None
+    except OSError as error:
+        raise UsageError(f"The prompt file '{path}' cannot be read: {error.strerror}", "Name a text file.") from None
+    if not lines:
+        raise UsageError(f"The prompt file '{path}' is empty", "Write one prompt a line.")
+    return lines
+
+
+def _json_prompt(line: str, where: str) -> Prompt:
+    try:
+        entry = parse(line)
+    except JsonError as error:
+        raise UsageError(f"{where}: {error}", "Write one object a line.") from None
+    if not isinstance(entry, dict):
+        raise UsageError(f"{where}: the line is not a JSON object", 'Write {"prompt": "..."}.')
+    geneval = isinstance(entry.get("include"), list)
+    unknown = sorted(set(entry) - set(_JSON_KEYS))
+    if unknown and not geneval:
+        raise UsageError(f"{where}: unknown key '{unknown[0]}'", f"Known: {', '.join(_JSON_KEYS)}.")
+    text, tag, metadata = entry.get("prompt"), entry.get("tag", ""), entry if geneval else entry.get("metadata", {})
+    if not isinstance(text, str) or is_blank(text):
+        raise UsageError(f"{where}: 'prompt' must be a text that is not empty", 'Write {"prompt": "..."}.')
+    if not isinstance(tag, str) or not isinstance(metadata, dict):
+        raise UsageError(f"{where}: 'tag' must be a text and 'metadata' an object", "Correct or remove them.")
+    return Prompt(text.strip(), tag, metadata)
+
+
 def load_prompts(reference: str | PromptsRef) -> PromptSet:
     """A prompt set by registered name, by the path of a `.txt` or `.jsonl` file, or as a recipe refers to it.
 
     Raises:
-        UsageError: for an unknown name, or a file that `fmg.data.files` refuses.
+        UsageError: for an unknown name, or a file that `file_prompts` refuses.
     """
     if isinstance(reference, PromptsRef):
         return prompt_sets.build_config(reference.name, reference.config)
@@ -81,25 +179,28 @@ def file_values(recipe: Recipe) -> dict[str, object]:
         UsageError: as for `load_prompts`.
     """
     values: dict[str, object] = {}
-    for place, ref in _files(recipe).items():
-        values[f"{place}.path"] = str(Path(ref.config.path).absolute())  # type: ignore[attr-defined]
+    for place, (ref, config) in _files(recipe).items():
+        values[f"{place}.path"] = str(Path(config.path).absolute())
         values[f"{place}.sha256"] = prompts_digest(load_prompts(ref))
     return values
 
 
 def untied(recipe: Recipe) -> Recipe:
-    """The recipe, whatever prompts its files have by now."""
+    """The recipe without the digests of its prompt files, so that files that have changed are read as they are."""
     return recipe.with_(dict.fromkeys(f"{place}.sha256" for place in _files(recipe)))
 
 
 def stated_digests(recipe: Recipe) -> dict[str, str]:
     """The digests of prompts that a recipe states, by the path of the prompt set in it."""
-    stated = {place: ref.config.sha256 for place, ref in _files(recipe).items()}  # type: ignore[attr-defined]
-    return {place: digest for place, digest in stated.items() if digest is not None}
+    return {place: config.sha256 for place, (_, config) in _files(recipe).items() if config.sha256 is not None}
 
 
-def _files(recipe: Recipe) -> dict[str, PromptsRef]:
-    return {k: ref for k, ref in prompt_references(recipe).items() if isinstance(ref.config, FilePromptsConfig)}
+def _files(recipe: Recipe) -> dict[str, tuple[PromptsRef, FilePromptsConfig]]:
+    return {
+        place: (ref, ref.config)
+        for place, ref in prompt_references(recipe).items()
+        if isinstance(ref.config, FilePromptsConfig)
+    }
 
 
 def spread(entries: Sequence[T], count: int) -> list[T]:
@@ -110,13 +211,13 @@ def spread(entries: Sequence[T], count: int) -> list[T]:
 
 
 def shared_prompts(train_prompts: Iterable[Prompt], eval_prompts: Iterable[Prompt]) -> int:
-    """How many evaluation prompts are trained on. They are compared without regard to case and white space."""
-    trained = {_normal(prompt.text) for prompt in train_prompts}
-    return sum(_normal(prompt.text) in trained for prompt in eval_prompts)
+    """How many evaluation prompts are also training prompts, ignoring case and white space."""
+    trained = {" ".join(prompt.text.casefold().split()) for prompt in train_prompts}
+    return sum(" ".join(prompt.text.casefold().split()) in trained for prompt in eval_prompts)
 
 
 def overlap_warning(train_prompts: Iterable[Prompt], eval_prompts: Iterable[Prompt]) -> str | None:
-    """What to tell the user when prompts are trained on and evaluated on; None when none is."""
+    """The warning for prompts that are both trained on and evaluated on; None when there are none."""
     held_out = list(eval_prompts)
     shared = shared_prompts(train_prompts, held_out)
     if shared == 0:
@@ -125,7 +226,3 @@ def overlap_warning(train_prompts: Iterable[Prompt], eval_prompts: Iterable[Prom
         f"{shared} of the {len(held_out)} evaluation prompts are training prompts as well: the evaluation overstates "
         "what was learnt. Give eval.prompts a set of its own."
     )
-
-
-def _normal(text: str) -> str:
-    return " ".join(text.casefold().split())

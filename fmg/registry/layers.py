@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fmg.core.errors import UsageError, suggestion
+from fmg.core.prompt import PROMPT_FILE_SUFFIXES
 from fmg.registry.document import Node, Source, node_of, parse_value
 from fmg.registry.kinds import prompt_sets, rewards
 from fmg.registry.references import PYTHON_REWARD
@@ -42,7 +43,6 @@ _SECTIONS = ("rollout", "train", "lora", "eval")
 _COMPONENTS = ("model", "stochasticizer", "objective", "optimizer", "prompts")
 # Of the anchor rules of asfmc only one may be given; naming one replaces that of the layers below.
 _ANCHOR_RULES = frozenset(("gap", "ratio", "noise_share", "hold"))
-_PROMPT_SUFFIXES = (".txt", ".jsonl")
 
 
 def flag_layers(flags: Mapping[str, object]) -> list[Node]:
@@ -235,7 +235,7 @@ def _component(node: Node, *, prompts: bool = False) -> Node:
 
 
 def _is_file_name(text: str) -> bool:
-    return text.endswith(_PROMPT_SUFFIXES) or "/" in text or "\\" in text
+    return text.endswith(PROMPT_FILE_SUFFIXES) or "/" in text or "\\" in text
 
 
 def _reward_list(node: Node) -> Node:

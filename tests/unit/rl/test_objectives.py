@@ -174,6 +174,6 @@ def test_registry_builds_them() -> None:
 
 
 def test_configs_and_run_folders_load_without_torch() -> None:
-    modules = "fmg.rl.configs, fmg.rewards.configs, fmg.data.configs, fmg.data.run_folder, fmg.training.configs"
+    modules = "fmg.rl.configs, fmg.rewards.configs, fmg.data.prompt_sets, fmg.data.run_folder, fmg.training.configs"
     code = f"import sys, {modules}, fmg.worlds.configs; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
