@@ -14,7 +14,7 @@ from fmg.flow.grids import GridSpec, grid_names, make_grid
 if TYPE_CHECKING:
     from fmg.flow.analytic import GaussianMap, MixtureMap
     from fmg.flow.gaussian import Gaussian, UnscaledGaussian
-    from fmg.flow.maps import SingleTimeMap, TrigFlowMap, TwoTimeMap, trigflow_prediction
+    from fmg.flow.maps import SingleTimeMap, TrigFlowMap, TwoTimeMap
     from fmg.flow.path import AffinePath, LinearPath, TrigPath, expand, path_by_name
 
 _HOMES = {
@@ -28,7 +28,6 @@ _HOMES = {
     "SingleTimeMap": "maps",
     "TrigFlowMap": "maps",
     "TwoTimeMap": "maps",
-    "trigflow_prediction": "maps",
     "GaussianMap": "analytic",
     "MixtureMap": "analytic",
 }
@@ -56,5 +55,4 @@ __all__ = [
     "grid_names",
     "make_grid",
     "path_by_name",
-    "trigflow_prediction",
 ]

@@ -1,16 +1,15 @@
-"""Baselines that sample with the diagonal velocity `v(x, t) = u(x, t, t)` (docs/math.md, eq. 15-17).
+"""Baselines on the linear path, which leave the probability path at 4 or 5 steps (docs/math.md, eq. 15-18).
 
-All are discretisations of a stochastic differential equation, or close to one: at 4 or 5 steps they leave the
-probability path. Linear path only.
+Three sample with the diagonal velocity `v(x, t) = u(x, t, t)`, as discretisations of a stochastic differential equation
+or close to one. The last adds noise to the map itself: a test of path preservation has to fail on it.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from fmg.core.protocols import FlowMap
@@ -18,46 +17,25 @@ from fmg.core.types import Conditioning
 from fmg.flow.gaussian import Gaussian, UnscaledGaussian
 from fmg.flow.path import expand
 from fmg.registry import stochasticizers
-from fmg.stochasticizers.configs import CpsConfig, DanceSdeConfig, FlowSdeConfig
-from fmg.stochasticizers.guards import require_linear, step_times
+from fmg.stochasticizers.base import BaseStochasticizer, C
+from fmg.stochasticizers.configs import CpsConfig, DanceSdeConfig, FlowSdeConfig, NaiveNoiseConfig
+
+
+class _Baseline(BaseStochasticizer[C]):
+    path_preserving = False
+    linear_only: ClassVar[bool] = True
 
 
 @stochasticizers.register("flow-sde", FlowSdeConfig)
-@dataclass(frozen=True)
-class FlowSde:
+class FlowSde(_Baseline[FlowSdeConfig]):
     """Flow-GRPO (arXiv 2505.05470): Euler-Maruyama with `eta_t = k sqrt(t / (1 - t))` (eq. 15).
 
     At `t = 1` the denominator takes the next grid time, as its code does.
     """
 
-    config: FlowSdeConfig
+    name = "flow-sde"
 
-    @property
-    def path_preserving(self) -> bool:
-        """False at any finite number of steps."""
-        return False
-
-    @property
-    def exact(self) -> bool:
-        """False: first order in the step."""
-        return False
-
-    def transition(
-        self,
-        flow_map: FlowMap,
-        x_t: Float[Tensor, "b *shape"],
-        t: Float[Tensor, " b"],
-        s: Float[Tensor, " b"],
-        cond: Conditioning,
-    ) -> Gaussian:
-        """The density of `x_s` given `x_t`, for `0 < s < t <= 1`; one velocity call.
-
-        Raises:
-            ValueError: times of another shape or order.
-            CompositionError: another path than the linear one, or a single-time map.
-        """
-        require_linear(flow_map, "flow-sde")
-        t, s = step_times(t, s)
+    def _density(self, flow_map: FlowMap, x_t: Tensor, t: Tensor, s: Tensor, cond: Conditioning) -> Gaussian:
         v = flow_map.velocity(x_t, t, cond)
         dt = s - t
         eta = self.config.noise_level * (t / (1 - torch.where(t == 1, s, t))).sqrt()
@@ -67,38 +45,12 @@ class FlowSde:
 
 
 @stochasticizers.register("dance-sde", DanceSdeConfig)
-@dataclass(frozen=True)
-class DanceSde:
+class DanceSde(_Baseline[DanceSdeConfig]):
     """DanceGRPO (arXiv 2505.07818): constant diffusion `eta`, with the score of the denoised estimate (eq. 16)."""
 
-    config: DanceSdeConfig
+    name = "dance-sde"
 
-    @property
-    def path_preserving(self) -> bool:
-        """False at any finite number of steps."""
-        return False
-
-    @property
-    def exact(self) -> bool:
-        """False: first order in the step."""
-        return False
-
-    def transition(
-        self,
-        flow_map: FlowMap,
-        x_t: Float[Tensor, "b *shape"],
-        t: Float[Tensor, " b"],
-        s: Float[Tensor, " b"],
-        cond: Conditioning,
-    ) -> Gaussian:
-        """The density of `x_s` given `x_t`, for `0 < s < t <= 1`; one velocity call.
-
-        Raises:
-            ValueError: times of another shape or order.
-            CompositionError: another path than the linear one, or a single-time map.
-        """
-        require_linear(flow_map, "dance-sde")
-        t, s = step_times(t, s)
+    def _density(self, flow_map: FlowMap, x_t: Tensor, t: Tensor, s: Tensor, cond: Conditioning) -> Gaussian:
         v = flow_map.velocity(x_t, t, cond)
         dt, eta = s - t, self.config.noise_level
         denoised = x_t - expand(t, x_t) * v
@@ -108,43 +60,17 @@ class DanceSde:
 
 
 @stochasticizers.register("cps", CpsConfig)
-@dataclass(frozen=True)
-class Cps:
+class Cps(_Baseline[CpsConfig]):
     """Flow-CPS (arXiv 2509.05952), coefficients-preserving sampling (eq. 17).
 
     `mean = (1 - s) x0 + s cos(k pi/2) x1`, `std = s sin(k pi/2)`, with the endpoint estimates `x0 = x - t v` and
-    `x1 = x + (1 - t) v`. The published code drops the variance from its log-probability; here it is the Gaussian one
-    unless `published_log_prob` is set.
+    `x1 = x + (1 - t) v`: conditional means, whose spread is too small. The published code drops the variance from its
+    log-probability; here it is the Gaussian one unless `published_log_prob` is set.
     """
 
-    config: CpsConfig
+    name = "cps"
 
-    @property
-    def path_preserving(self) -> bool:
-        """False: the endpoint estimates are conditional means, whose spread is too small."""
-        return False
-
-    @property
-    def exact(self) -> bool:
-        """False: first order in the step."""
-        return False
-
-    def transition(
-        self,
-        flow_map: FlowMap,
-        x_t: Float[Tensor, "b *shape"],
-        t: Float[Tensor, " b"],
-        s: Float[Tensor, " b"],
-        cond: Conditioning,
-    ) -> Gaussian:
-        """The density of `x_s` given `x_t`, for `0 < s < t <= 1`; one velocity call.
-
-        Raises:
-            ValueError: times of another shape or order.
-            CompositionError: another path than the linear one, or a single-time map.
-        """
-        require_linear(flow_map, "cps")
-        t, s = step_times(t, s)
+    def _density(self, flow_map: FlowMap, x_t: Tensor, t: Tensor, s: Tensor, cond: Conditioning) -> Gaussian:
         v = flow_map.velocity(x_t, t, cond)
         angle = self.config.noise_level * math.pi / 2
         data = x_t - expand(t, x_t) * v
@@ -153,3 +79,16 @@ class Cps:
         mean = expand(1 - s, x_t) * data + expand(s * math.cos(angle), x_t) * noise
         density = UnscaledGaussian if self.config.published_log_prob else Gaussian
         return density(mean, s * math.sin(angle))
+
+
+@stochasticizers.register("naive-noise", NaiveNoiseConfig)
+class NaiveNoise(_Baseline[NaiveNoiseConfig]):
+    """The control (eq. 18): `x_s ~ N(X_{t->s}(x_t), k^2 s^2 I)`.
+
+    The map already carries all the noise of `p_s`, so this has too much.
+    """
+
+    name = "naive-noise"
+
+    def _density(self, flow_map: FlowMap, x_t: Tensor, t: Tensor, s: Tensor, cond: Conditioning) -> Gaussian:
+        return Gaussian(flow_map.jump(x_t, t, s, cond), self.config.noise_level * s)

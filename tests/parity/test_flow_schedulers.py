@@ -10,9 +10,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SCMScheduler
 from torch import Tensor
 
-from fmg.flow import LinearPath, SingleTimeMap, make_grid, trigflow_prediction
+from fmg.flow import LinearPath, SingleTimeMap, make_grid
 from fmg.registry import stochasticizers
 from tests.support.analytic import unconditional
+from tests.support.trigflow import trigflow_prediction
 
 SIGMA_DATA = 0.5
 

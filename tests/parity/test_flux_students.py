@@ -19,11 +19,12 @@ from diffusers import (
 from torch import Tensor, nn
 
 from fmg.core.types import Conditioning
-from fmg.flow import make_grid, trigflow_prediction
+from fmg.flow import make_grid
 from fmg.flow.sampling import native_sample
 from fmg.models.flux.latents import pack, unpack
 from fmg.models.flux.model import FluxModel
 from fmg.registry import models
+from tests.support.trigflow import trigflow_prediction
 from tests.tiny_flux import RESOLUTION, SEQUENCE, build_tiny_teacher, publish_student
 
 CPU = torch.device("cpu")

@@ -19,10 +19,10 @@ from fmg.flow import (
     TwoTimeMap,
     UnscaledGaussian,
     make_grid,
-    trigflow_prediction,
 )
 from fmg.flow.sampling import native_sample
 from tests.support.analytic import PATHS, gaussian_map, mixture_map, times, unconditional
+from tests.support.trigflow import trigflow_prediction
 
 LATTICE = torch.linspace(0, 1, 21, dtype=torch.float64)
 

@@ -6,8 +6,7 @@ from tests.support.mutation import Mutation
 
 _PATH, _GAUSSIAN, _GRIDS = "fmg.flow.path", "fmg.flow.gaussian", "fmg.flow.grids"
 _MAPS, _ANALYTIC, _SAMPLING = "fmg.flow.maps", "fmg.flow.analytic", "fmg.flow.sampling"
-_ASFMC, _EULER = "fmg.stochasticizers.asfmc", "fmg.stochasticizers.asfmc_euler"
-_VELOCITY, _NAIVE, _CONFIGS = (f"fmg.stochasticizers.{name}" for name in ("velocity", "naive", "configs"))
+_ASFMC, _VELOCITY, _CONFIGS = (f"fmg.stochasticizers.{name}" for name in ("asfmc", "velocity", "configs"))
 
 
 def _flow(*names: str) -> tuple[str, ...]:
@@ -120,10 +119,6 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(
         _MAPS, "return x_t - expand(t, x_t) *", "return x_t -", _flow("single_time_map", "trigflow_wrapper_cancels")
     ),
-    Mutation(_MAPS, "expand(1 - 2 * s, x) * z", "expand(1 - s, x) * z", _flow("trigflow_wrapper_cancels")),
-    Mutation(
-        _MAPS, "z = x * expand(norm / sigma_data, x)", "z = x * expand(norm, x)", _flow("trigflow_wrapper_cancels")
-    ),
     Mutation(_MAPS, "time = sine / (sine + cosine)", "time = sine", _flow("trigflow_wrapper_cancels")),
     Mutation(_MAPS, "z = x_t / expand(sine + cosine, x_t)", "z = x_t", _flow("trigflow_wrapper_cancels")),
     Mutation(_MAPS, "return z - expand(time, x_t) *", "return z -", _flow("trigflow_wrapper_cancels")),
@@ -204,55 +199,60 @@ MUTATIONS: tuple[Mutation, ...] = (
         "std)",
         _stochastic("endpoint_noise_level", "baselines_leave_the_path"),
     ),
-    Mutation(_ASFMC, "return self.config.noise_level == 1", "return True", _stochastic("baselines_leave_the_path")),
+    Mutation(
+        _ASFMC,
+        "self.path_preserving = config.noise_level == 1",
+        "self.path_preserving = True",
+        _stochastic("baselines_leave_the_path"),
+    ),
     # first-order form
     Mutation(
-        _EULER,
+        _ASFMC,
         "strength = self.config.strength**2",
         "strength = self.config.strength",
         _stochastic("euler_depends_on_one_product"),
     ),
     Mutation(
-        _EULER,
+        _ASFMC,
         "y / expand(rest, y) + v",
         "y / expand(rest, y) - v",
         _stochastic("exact_kernel_tends_to_euler", "euler_form_preserves_the_path_to_first_order"),
     ),
     Mutation(
-        _EULER,
+        _ASFMC,
         "mean = y - expand(h, y) *",
         "mean = y + expand(h, y) *",
         _stochastic("exact_kernel_tends_to_euler", "euler_form_preserves_the_path_to_first_order"),
     ),
     Mutation(
-        _EULER,
+        _ASFMC,
         "y / expand(rest, y)",
         "y",
         _stochastic("exact_kernel_tends_to_euler", "euler_form_preserves_the_path_to_first_order"),
     ),
     Mutation(
-        _EULER,
+        _ASFMC,
         "(2 * h * s / rest).sqrt()",
         "(h * s / rest).sqrt()",
         _stochastic("exact_kernel_tends_to_euler", "euler_form_preserves_the_path_to_first_order"),
     ),
     Mutation(
-        _EULER,
+        _ASFMC,
         "(2 * h * s / rest).sqrt()",
         "(2 * h * s).sqrt()",
         _stochastic("exact_kernel_tends_to_euler", "euler_form_preserves_the_path_to_first_order"),
     ),
     Mutation(
-        _EULER,
+        _ASFMC,
         "flow_map.velocity(y, s, cond)",
         "flow_map.velocity(x_t, t, cond)",
         _stochastic("exact_kernel_tends_to_euler", "euler_form_preserves_the_path_to_first_order"),
     ),
-    Mutation(_EULER, "if self.config.detach_velocity:", "if False:", _stochastic("detached_velocity")),
-    Mutation(_EULER, "if self.config.detach_velocity:", "if True:", _stochastic("detached_velocity")),
-    Mutation(_EULER, ".clamp_min(floor)", ".clamp_max(floor)", _stochastic("euler_form_as_published")),
+    Mutation(_ASFMC, "if self.config.detach_velocity:", "if False:", _stochastic("detached_velocity")),
+    Mutation(_ASFMC, "if self.config.detach_velocity:", "if True:", _stochastic("detached_velocity")),
+    Mutation(_ASFMC, ".clamp_min(floor)", ".clamp_max(floor)", _stochastic("euler_form_as_published")),
     Mutation(
-        _EULER,
+        _ASFMC,
         "torch.minimum(h, s * strength)",
         "torch.maximum(h, s * strength)",
         _stochastic("euler_form_as_published"),
@@ -339,7 +339,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         _VELOCITY, "UnscaledGaussian if self.config", "Gaussian if self.config", _stochastic("cps_published_log_prob")
     ),
     Mutation(
-        _NAIVE,
+        _VELOCITY,
         "self.config.noise_level * s)",
         "self.config.noise_level * s.sqrt())",
         _stochastic("naive_noise_closed_form"),
