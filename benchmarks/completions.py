@@ -30,8 +30,8 @@ from fmg.data.run_folder import RunFolder
 from fmg.inference.machine import machine
 from fmg.training.completing import Completer, open_completer
 from fmg.training.compose import compose
-from fmg.training.processes import Processes
-from fmg.training.sizes import choose_sizes
+from fmg.training.distributed import DistContext
+from fmg.training.launch import choose_sizes
 from fmg.training.trainer import Trainer
 
 BACKENDS = ("torch", "torch-compile", "onnxruntime")
@@ -137,7 +137,7 @@ def opened(backend: str, args: argparse.Namespace, folder: Path) -> Arm:
     reopened = None
     if backend == "onnxruntime":
         start = cpu()
-        open_completer(composed, sizes.rollout_batch, Processes())
+        open_completer(composed, sizes.rollout_batch, DistContext())
         reopened = cpu() - start
     return Arm(trainer, clock, built, reopened)
 

@@ -38,9 +38,9 @@ from fmg.registry import objectives, stochasticizers
 from fmg.registry.recipe import Recipe
 from fmg.rl import group_advantages, refresh_old, replay_ratio, rollout
 from fmg.training.attention import finite_attention
+from fmg.training.launch import Sizes
 from fmg.training.memory_meter import MemoryMeter
 from fmg.training.plan_memory import Memory, plan_memory
-from fmg.training.sizes import Sizes
 from fmg.training.update import Updater
 
 RESULTS = Path(__file__).parent / "results" / "gpu_check.json"

@@ -22,7 +22,7 @@ from fmg.core.types import Conditioning
 from fmg.data.run_folder import RunFolder
 from fmg.inference.devices import pick_device
 from fmg.training.compose import Composed, compose
-from fmg.training.sizes import Sizes, choose_sizes
+from fmg.training.launch import Sizes, choose_sizes
 from fmg.training.trainer import Trainer
 
 

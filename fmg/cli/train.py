@@ -201,7 +201,7 @@ def train(
     """Tune a generator with reinforcement learning; without options, the embedded one on this computer."""
     from fmg.data.run_folder import RunFolder
     from fmg.registry.resolve import resolve
-    from fmg.training.launch import is_first
+    from fmg.training.launch import is_main_process
 
     given_text(config, "--config")
     given_text(prompts, "--prompts")
@@ -221,7 +221,7 @@ def train(
         "dtype": dtype,
         "stop-on-hacking": stop_on_hacking or None,
     }
-    first = is_first()
+    first = is_main_process()
     if resume is not None:
         others = {"config": config, **flags, "set": sets, "run": run, "dry-run": dry_run or None}
         return _resume(

@@ -41,12 +41,10 @@ from fmg.rewards.functions import Functions, Rewards, split_functions
 from fmg.training.attention import finite_attention
 from fmg.training.card import write_cards
 from fmg.training.compose import Composed, compose
+from fmg.training.distributed import DistContext, dist_context
 from fmg.training.keys import SCORE_KEY
-from fmg.training.launch import check_shares, choose_engine, device_of, read_launch
-from fmg.training.processes import Processes
-from fmg.training.rendezvous import joined
+from fmg.training.launch import check_shares, choose_engine, choose_sizes, device_of, read_launch
 from fmg.training.resume import SavedState, load_state
-from fmg.training.sizes import choose_sizes
 from fmg.training.trainer import Trainer, TrainResult
 
 
@@ -150,7 +148,7 @@ def resume(
     """
     folder = RunFolder(Path(run))
     if ended_short(folder.path):
-        return _completed(folder, first=read_launch().first)
+        return _completed(folder, first=read_launch().is_main_process)
     check_resumable(folder.path)
     recipe = Recipe.of_run(folder.recipe, allow_code=allow_code)
     _, functions = split_functions({"rewards": rewards or ()})
@@ -182,42 +180,42 @@ def _train(
     `check` comes before anything, `opened` when no other process can train in the folder.
     """
     launch = read_launch()
-    with said_once(launch.first):
+    with said_once(launch.is_main_process):
         engine = choose_engine(recipe)
-        check_shares(recipe, launch.count, engine)
+        check_shares(recipe, launch.world_size, engine)
     # other machines and processes may see other devices, so each speaks for itself
     named = device_of(recipe, launch, torch.cuda.device_count())
     device = device_for(named, recipe.model.name, recipe.model.config.spec())
     dtype = pick_dtype(recipe.train.dtype)
-    heard = observer if launch.first else _errors_only(observer)
+    heard = observer if launch.is_main_process else _errors_only(observer)
     open_run: list[RunFolder] = []
     signals = Signals()
     try:
         with (
             signals.caught(),
             finite_attention(),
-            joined(launch, device, heard, on_abort=lambda: _close(open_run, "failed"), signals=signals) as processes,
+            dist_context(launch, device, heard, on_abort=lambda: _close(open_run, "failed"), signals=signals) as dist,
         ):
-            processes.on_first(check)
+            dist.run_on_main(check)
             heard(StageProgress("loading", 0, 0, recipe.model.name))
-            composed = processes.first_goes_ahead(lambda: compose(recipe, device, dtype, functions))
-            if launch.first:
+            composed = dist.main_process_first(lambda: compose(recipe, device, dtype, functions))
+            if launch.is_main_process:
                 texts = [prompt.text for prompts in (composed.prompts, composed.eval_prompts) for prompt in prompts]
                 tell_of_cuts(composed.model, texts, heard)
             if saved is not None:
                 # before the folder is said to be running
                 fits = saved.check_trained
-                processes.together(lambda: fits(composed.model.trainable()))
-            if not processes.alone and engine == "fsdp2":
+                dist.run_on_all(lambda: fits(composed.model.trainable()))
+            if dist.is_distributed and engine == "fsdp2":
                 _shard(composed)
-            with _run_folder(processes, begin, opened, recipe, open_run) as folder:
-                sizes = choose_sizes(recipe, device.type, launch.count)
-                result = Trainer(composed, folder, sizes, heard, processes, saved).train()
+            with _run_folder(dist, begin, opened, recipe, open_run) as folder:
+                sizes = choose_sizes(recipe, device.type, launch.world_size)
+                result = Trainer(composed, folder, sizes, heard, dist, saved).train()
                 with signals.held():
-                    processes.on_first(lambda: write_cards(folder, recipe, composed.prompts, composed.eval_prompts))
-                    if processes.first:
+                    dist.run_on_main(lambda: write_cards(folder, recipe, composed.prompts, composed.eval_prompts))
+                    if dist.is_main_process:
                         _close(open_run, "interrupted" if result.interrupted else "finished")
-                    processes.on_first(lambda: _leave(folder))
+                    dist.run_on_main(lambda: _leave(folder))
                     # the last thing to do is done, whatever was asked meanwhile
                     signals.asked = 0
     except ProcessError:
@@ -229,7 +227,7 @@ def _train(
 
 @contextlib.contextmanager
 def _run_folder(
-    processes: Processes,
+    dist: DistContext,
     begin: Callable[[], RunFolder],
     opened: Callable[[], None],
     recipe: Recipe,
@@ -245,11 +243,11 @@ def _run_folder(
             claimed.set_state("running")
             return str(claimed.path)
 
-        folder = RunFolder(Path(processes.on_first(claim)))
-        yield from _held(processes, folder, recipe, open_run)
+        folder = RunFolder(Path(dist.run_on_main(claim)))
+        yield from _held(dist, folder, recipe, open_run)
 
 
-def _held(processes: Processes, folder: RunFolder, recipe: Recipe, open_run: list[RunFolder]) -> Iterator[RunFolder]:
+def _held(dist: DistContext, folder: RunFolder, recipe: Recipe, open_run: list[RunFolder]) -> Iterator[RunFolder]:
     open_run.append(folder)
     state: State = "failed"
     try:
@@ -267,7 +265,7 @@ def _held(processes: Processes, folder: RunFolder, recipe: Recipe, open_run: lis
             fix = f"Free some space, then resume with: {resume_command(folder.path, recipe)}"
         raise StorageError(f"Writing to '{folder.path}' failed: {reason}", fix, reason) from error
     finally:
-        if processes.first:
+        if dist.is_main_process:
             _close(open_run, state)
 
 

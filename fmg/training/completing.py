@@ -22,7 +22,7 @@ from fmg.registry.catalog import LIVE_GRAPH
 from fmg.registry.recipe import Recipe
 from fmg.registry.registry import load
 from fmg.training.compose import Composed
-from fmg.training.processes import Processes
+from fmg.training.distributed import DistContext
 
 _USE_TORCH = "set rollout.branch.backend to torch"
 
@@ -49,13 +49,13 @@ class Completer:
     refresh: Callable[[], None]
 
 
-def open_completer(composed: Composed, rows: int, processes: Processes) -> Completer | None:
+def open_completer(composed: Composed, rows: int, dist: DistContext) -> Completer | None:
     """What the recipe asks to complete siblings with; None for the trained network itself.
 
     Args:
         composed: the live parts of the run.
         rows: siblings of one call, at most.
-        processes: those of the run; the first traces a graph, the others find it in the cache.
+        dist: those of the run; the first traces a graph, the others find it in the cache.
 
     Raises:
         CompositionError: the model does not let another network take its calls.
@@ -74,7 +74,7 @@ def open_completer(composed: Composed, rows: int, processes: Processes) -> Compl
         return Completer(FixedRows(model.flow_map_through(compiled), lambda: rows), compiled.refresh)
     # a later room, so that a run without it never imports what exports
     live = cast("Callable[[Model], _Network]", load(LIVE_GRAPH))
-    network = processes.first_goes_ahead(lambda: live(composed.model))
+    network = dist.main_process_first(lambda: live(composed.model))
     return Completer(model.flow_map_through(network), network.refresh)
 
 

@@ -16,7 +16,7 @@ from fmg.core.protocols import Policies, Stochasticizer
 from fmg.core.types import Batch
 from fmg.rl import refresh_old, replay_ratio
 from fmg.rl.replay import REFRESHED
-from fmg.training.processes import Processes
+from fmg.training.distributed import DistContext
 
 # The replayed ratio may differ from 1 by this share of the clip range before the first update.
 RATIO_TOLERANCE = 0.1
@@ -42,7 +42,7 @@ class ReplayGate:
         micro_batch: rows a network call, as in the update.
         always_recompute: whether to recompute without asking.
         observer: hears how the gate was passed.
-        processes: those that share the rows.
+        dist: those that share the rows.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class ReplayGate:
         micro_batch: int,
         always_recompute: bool,
         observer: Observer,
-        processes: Processes,
+        dist: DistContext,
     ) -> None:
         self._stochasticizer = stochasticizer
         self._policies = policies
@@ -62,7 +62,7 @@ class ReplayGate:
         self._micro_batch = micro_batch
         self._recompute = always_recompute
         self._observer = observer
-        self._processes = processes
+        self._dist = dist
         self._checked = 0
 
     def admit(self, batch: Batch) -> Batch:
@@ -98,16 +98,16 @@ class ReplayGate:
         self._checked, self._recompute = checked, recompute
 
     def _error(self, batch: Batch) -> float:
-        own = self._processes.own(batch, self._micro_batch)
-        return self._processes.largest(replay_ratio(self._stochasticizer, self._policies, own, self._micro_batch))
+        own = self._dist.shard(batch, self._micro_batch)
+        return self._dist.max(replay_ratio(self._stochasticizer, self._policies, own, self._micro_batch))
 
     def _refreshed(self, batch: Batch) -> Batch:
-        own = self._processes.own(batch, self._micro_batch)
+        own = self._dist.shard(batch, self._micro_batch)
         fresh = refresh_old(self._stochasticizer, self._policies, own, self._micro_batch)
-        if self._processes.alone:
+        if not self._dist.is_distributed:
             return fresh
         total, unit = len(batch), self._micro_batch
-        return batch.with_rows(**{name: self._processes.gather(fresh.rows[name], total, unit) for name in REFRESHED})
+        return batch.with_rows(**{name: self._dist.gather(fresh.rows[name], total, unit) for name in REFRESHED})
 
 
 def ratio_gate(error: float, clip_range: float) -> None:
@@ -126,21 +126,21 @@ def ratio_gate(error: float, clip_range: float) -> None:
         )
 
 
-def replica_gate(processes: Processes, parameters: Sequence[tuple[str, Parameter]]) -> None:
+def replica_gate(dist: DistContext, parameters: Sequence[tuple[str, Parameter]]) -> None:
     """Stops a run whose processes no longer train the same weights.
 
     Raises:
         GateError: when the bits of a parameter differ between two processes.
     """
-    if processes.alone:
+    if not dist.is_distributed:
         return
     digest = hashlib.sha256()
     for name, parameter in parameters:
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    if len(set(processes.texts(digest.hexdigest()))) > 1:
+    if len(set(dist.gather_texts(digest.hexdigest()))) > 1:
         raise GateError(
-            f"The {processes.count} processes no longer train the same weights",
+            f"The {dist.world_size} processes no longer train the same weights",
             "Likely causes: devices of different kinds, or a reward or objective that gives other values in another"
             " process.",
         )

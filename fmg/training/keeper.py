@@ -16,11 +16,11 @@ from fmg.data.prompt_sets import prompts_digest
 from fmg.data.run_folder import RunFolder
 from fmg.training.checkpoint import save_checkpoint
 from fmg.training.compose import Composed
+from fmg.training.distributed import DistContext
 from fmg.training.ema import Ema, averaged_keys
 from fmg.training.gates import replica_gate
 from fmg.training.keys import EMA_SCORE_KEY, SCORE_KEY
 from fmg.training.observe import Watcher
-from fmg.training.processes import Processes
 from fmg.training.resume import Live, Progress, RestingPoint, SavedState, rewind, save_state
 from fmg.training.samples import Sampler
 from fmg.training.state_files import generator_states
@@ -35,14 +35,14 @@ class Keeper:
         run: where to.
         ema: the moving average, where the recipe asks for one.
         live: what a state is made of.
-        processes: those of the run; all of them make each call, and the first writes.
+        dist: those of the run; all of them make each call, and the first writes.
     """
 
     composed: Composed
     run: RunFolder
     ema: Ema | None
     live: Live
-    processes: Processes
+    dist: DistContext
 
     @classmethod
     def make(
@@ -51,14 +51,14 @@ class Keeper:
         run: RunFolder,
         named: list[tuple[str, Parameter]],
         optimizer: Optimizer,
-        processes: Processes,
+        dist: DistContext,
     ) -> Keeper:
         """The keeper of a run over these trained parameters."""
         decay = composed.recipe.train.ema_decay
         ema = None if decay is None else Ema([p for _, p in named], decay)
         prompts = {"prompts": composed.prompts, "eval.prompts": composed.eval_prompts}
         digests = {place: prompts_digest(found) for place, found in prompts.items()}
-        return cls(composed, run, ema, Live(named, optimizer, ema, composed.model.device, digests), processes)
+        return cls(composed, run, ema, Live(named, optimizer, ema, composed.model.device, digests), dist)
 
     def updated(self) -> None:
         """After an optimizer step: the average follows."""
@@ -88,7 +88,7 @@ class Keeper:
 
         What the tripwire finds of the weights (`sound`) holds for their average, which follows them.
         """
-        replica_gate(self.processes, self.live.trained)
+        replica_gate(self.dist, self.live.trained)
         index = self._saved(iteration, SCORE_KEY, metrics.get(SCORE_KEY), ema=False, sound=sound)
         if self.ema is None or iteration == 0:
             return index
@@ -98,7 +98,7 @@ class Keeper:
     def _saved(self, iteration: int, key: str, score: float | None, *, ema: bool, sound: bool) -> CheckpointIndex:
         run, model = self.run.path, self.composed.model
         with model.gathered() if isinstance(model, Shardable) else nullcontext():
-            text = self.processes.on_first(
+            text = self.dist.run_on_main(
                 lambda: save_checkpoint(run, model, iteration, key, score, ema=ema, sound=sound).to_json()
             )
         return CheckpointIndex.from_json(text)
@@ -117,7 +117,7 @@ class Keeper:
             return
         ended = progress.iteration == train.iterations
         if now or (progress.iteration % train.state_every == 0 and not ended):
-            self.processes.on_first(lambda: str(save_state(self.run, self.composed.recipe, point, self.live)))
+            self.dist.run_on_main(lambda: str(save_state(self.run, self.composed.recipe, point, self.live)))
 
     def restore(
         self, saved: SavedState, watcher: Watcher, sampler: Sampler
@@ -134,5 +134,5 @@ class Keeper:
             index, lines = rewind(self.run, saved.progress.lines)
             return json.dumps([index.to_json(), lines])
 
-        index, lines = json.loads(self.processes.on_first(files))
+        index, lines = json.loads(self.dist.run_on_main(files))
         return CheckpointIndex.from_json(index), lines

@@ -1,4 +1,6 @@
-"""The processes of a run, as a launcher states them in the environment. Imports no torch.
+"""How a run is laid out: its processes as a launcher states them, their device and engine, the sizes of their batches.
+
+Imports no torch.
 
 `torchrun` and `accelerate launch` set `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR` and `MASTER_PORT`; so can a
 shell script. Of Accelerate's own variables only the choice of the engine is read (docs/distributed.md).
@@ -20,25 +22,32 @@ Engine = Literal["ddp", "fsdp2"]
 _LAUNCH = "Start with torchrun or accelerate launch, which set it, or unset WORLD_SIZE for one process."
 _TRUE = ("1", "true", "yes", "y", "t", "on")
 
+# Measured with benchmarks/overhead.py on the embedded models: larger CPU batches fall out of the cache.
+_CPU_BATCH = 96
+_GPU_BATCH = 16
+# A small model keeps a GPU waiting for launches: on an H200 an iteration of the embedded default takes 0.29 s with its
+# whole rollout at once, and 2.2 s with 16 samples a call.
+_SMALL_MODEL_GPU_BATCH = 512
+_SMALL_PARAMETERS, _SMALL_PIXELS = 10_000_000, 64
+
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among those of a run: `rank` of `count`, and `local_rank` of `local_count` on its machine."""
+    """This process among those of a run, and among those of its machine."""
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
     local_rank: int = 0
-    local_count: int = 1
+    local_world_size: int = 1
 
     @property
-    def first(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether it is the one that writes and prints."""
         return self.rank == 0
 
     @property
-    def alone(self) -> bool:
-        """Whether there is no other."""
-        return self.count == 1
+    def is_distributed(self) -> bool:
+        return self.world_size > 1
 
 
 def world_size(environment: Mapping[str, str] | None = None) -> int:
@@ -50,7 +59,7 @@ def world_size(environment: Mapping[str, str] | None = None) -> int:
     return _number(os.environ if environment is None else environment, "WORLD_SIZE", 1, least=1)
 
 
-def is_first(environment: Mapping[str, str] | None = None) -> bool:
+def is_main_process(environment: Mapping[str, str] | None = None) -> bool:
     """Whether this process is the one that writes and prints; so is one whose rank is not stated.
 
     Raises:
@@ -80,13 +89,13 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
         raise UsageError(f"MASTER_PORT is {env['MASTER_PORT']}, which is no port", "Use a free one, such as 29500.")
     # a launcher always states it; a shell script for one machine may leave it out
     local_rank = _number(env, "LOCAL_RANK", rank)
-    local_count = _number(env, "LOCAL_WORLD_SIZE", local_rank + 1 if env.get("LOCAL_RANK") else count)
-    if local_rank >= local_count:
+    local_size = _number(env, "LOCAL_WORLD_SIZE", local_rank + 1 if env.get("LOCAL_RANK") else count)
+    if local_rank >= local_size:
         raise UsageError(
-            f"LOCAL_RANK is {local_rank}, and LOCAL_WORLD_SIZE {local_count}",
+            f"LOCAL_RANK is {local_rank}, and LOCAL_WORLD_SIZE {local_size}",
             "Count local ranks from 0 to LOCAL_WORLD_SIZE - 1.",
         )
-    return Launch(rank, count, local_rank, local_count)
+    return Launch(rank, count, local_rank, local_size)
 
 
 def choose_engine(recipe: Recipe, environment: Mapping[str, str] | None = None) -> Engine:
@@ -106,25 +115,25 @@ def choose_engine(recipe: Recipe, environment: Mapping[str, str] | None = None) 
     return asked or ("ddp" if stated == "auto" else stated)
 
 
-def check_shares(recipe: Recipe, count: int, engine: Engine) -> None:
-    """Whether `count` processes can share the work, and every one has some.
+def check_shares(recipe: Recipe, world_size: int, engine: Engine) -> None:
+    """Whether `world_size` processes can share the work, and every one has some.
 
     Raises:
         UsageError: there are more processes than samples in an iteration, no frozen base that FSDP2 could
             spread, or completions that need the whole network.
     """
     units, what = recipe.rollout.units, "groups" if recipe.rollout.kind == "branch" else "samples"
-    if count > units:
+    if world_size > units:
         raise UsageError(
-            f"{count} processes cannot share the {units} {what} of an iteration",
+            f"{world_size} processes cannot share the {units} {what} of an iteration",
             "Start fewer, or raise rollout.groups or rollout.group_size.",
         )
-    if count > 1 and engine == "fsdp2" and recipe.train.trainable == "full":
+    if world_size > 1 and engine == "fsdp2" and recipe.train.trainable == "full":
         raise UsageError(
             "FSDP2 spreads the frozen base over the processes, and train.trainable=full leaves nothing frozen",
             "Train an adapter, or use DDP (train.parallel=ddp, configs/accelerate/ddp.yaml).",
         )
-    if count > 1 and engine == "fsdp2" and recipe.rollout.branch.backend != "torch":
+    if world_size > 1 and engine == "fsdp2" and recipe.rollout.branch.backend != "torch":
         raise UsageError(
             "FSDP2 keeps a part of the weights in each process, and rollout.branch.backend="
             f"{recipe.rollout.branch.backend} needs all of them",
@@ -144,20 +153,58 @@ def device_of(recipe: Recipe, launch: Launch, gpus: int) -> str:
         UsageError: the recipe names one CUDA device for several processes, or there are fewer GPUs than processes.
     """
     stated = recipe.train.device
-    if launch.alone or stated == "cpu" or (stated == "auto" and not gpus):
+    if not launch.is_distributed or stated == "cpu" or (stated == "auto" and not gpus):
         return stated
     if stated not in ("auto", "cuda"):
         raise UsageError(
-            f"The recipe names the one device '{stated}' for {launch.count} processes",
+            f"The recipe names the one device '{stated}' for {launch.world_size} processes",
             "Use --device cuda: each process then takes its own.",
         )
-    if 0 < gpus < launch.local_count:
+    if 0 < gpus < launch.local_world_size:
         raise UsageError(
-            f"At least {launch.local_count} processes were started on this machine,"
+            f"At least {launch.local_world_size} processes were started on this machine,"
             f" and torch sees {counted(gpus, 'GPU')}",
             "Start one for each GPU, and let each of them see all (SLURM: not --gpus-per-task); or take --device cpu.",
         )
     return f"cuda:{launch.local_rank}"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Samples of a rollout call and rows of an update call."""
+
+    rollout_batch: int
+    micro_batch: int
+
+
+def choose_sizes(recipe: Recipe, device_type: str, world_size: int = 1) -> Sizes:
+    """The recipe's sizes, or else those of the type of device and model; never more than there are samples.
+
+    Args:
+        recipe: states sizes, or leaves them open.
+        device_type: `cpu` or `cuda`.
+        world_size: how many processes share the samples of an iteration by whole calls; a call is at most a share.
+    """
+    samples = recipe.rollout.samples
+    if device_type == "cpu":
+        default = _CPU_BATCH
+    elif _is_small(recipe):
+        share = -(-samples // world_size)
+        # equal calls, since processes share whole ones
+        default = -(-share // -(-share // _SMALL_MODEL_GPU_BATCH))
+    else:
+        default = _GPU_BATCH
+    rollout_batch = min(samples, recipe.rollout.batch_size or default)
+    return Sizes(rollout_batch, recipe.train.micro_batch or rollout_batch)
+
+
+def _is_small(recipe: Recipe) -> bool:
+    """Whether hundreds of rows fit any GPU, as far as it is known; bf16 calls are all padded to the update's rows."""
+    model = recipe.model.config
+    if recipe.train.dtype != "fp32" or model.spec().resolution > _SMALL_PIXELS:
+        return False
+    geometry = model.geometry()
+    return geometry is not None and geometry.parameters <= _SMALL_PARAMETERS
 
 
 def _asked_of_accelerate(env: Mapping[str, str]) -> Engine | None:

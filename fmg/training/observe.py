@@ -28,8 +28,8 @@ from fmg.inference.backend import TorchBackend
 from fmg.inference.generator import DEFAULT_BATCH, Generator
 from fmg.registry import feature_extractors
 from fmg.training.compose import Composed
+from fmg.training.distributed import DistContext
 from fmg.training.keys import SCORE_KEY
-from fmg.training.processes import Processes
 from fmg.training.tripwire import Tripwire, Verdict
 
 GRID_PROMPTS = 6
@@ -45,7 +45,7 @@ class Watcher:
     most: int
     """Images that the run's memory is planned for in one network call; an evaluation takes no more by itself."""
     observer: Observer
-    processes: Processes = field(default_factory=Processes)
+    dist: DistContext = field(default_factory=DistContext)
     tripwire: Tripwire = field(init=False)
     _judged: Scores | None = field(default=None, init=False)
 
@@ -67,7 +67,7 @@ class Watcher:
         own = score_target(
             self._generator,
             {name: self._agreed(reward) for name, reward in self.composed.measured.items()},
-            self.processes.own(self._set),
+            self.dist.shard(self._set),
             steps=self._steps,
             grid=None,
             progress=lambda done, total: self.observer(StageProgress("evaluation", done, total)),
@@ -99,12 +99,12 @@ class Watcher:
         Args:
             images: this process's share of the images.
             groups: the group of every image.
-            unit: images of one network call, as in `Processes.share`.
+            unit: images of one network call, as in `DistContext.shard_of`.
         """
         if self.composed.recipe.rollout.kind == "branch":
             return {}
         # a group may be cut between two processes
-        return self._spread(self.processes.gather(self._pixels(images).maps, len(groups), unit), groups)
+        return self._spread(self.dist.gather(self._pixels(images).maps, len(groups), unit), groups)
 
     def _spread(self, maps: Float[Tensor, "n m"], groups: Int[Tensor, " n"]) -> dict[str, float]:
         values = within_groups(maps.numpy(), groups.numpy())
@@ -115,14 +115,14 @@ class Watcher:
 
     def _agreed(self, reward: Reward) -> Reward:
         """The reward, whose failure in one process stops all of them before the next network call."""
-        return lambda images, prompts: self.processes.together(lambda: reward(images, prompts))
+        return lambda images, prompts: self.dist.run_on_all(lambda: reward(images, prompts))
 
     def _gathered(self, own: Scores) -> Scores:
         """The scores of all images of the evaluation, of which each process drew its share."""
-        if self.processes.alone:
+        if not self.dist.is_distributed:
             return own
         count = len(self._set)
-        parts = {key: self.processes.gather(torch.from_numpy(x), count).numpy() for key, x in own.parts.items()}
+        parts = {key: self.dist.gather(torch.from_numpy(x), count).numpy() for key, x in own.parts.items()}
         return Scores(parts, self._set.prompts, self._set.tags)
 
     def _totals(self, scores: Scores) -> NDArray[np.float64]:
@@ -153,14 +153,14 @@ class Watcher:
 
     def _write_samples(self, rows: Sequence[GridRow], iteration: int, *, averaged: bool) -> Path:
         path = RunFolder(self.run).sample(iteration, averaged=averaged)
-        if self.processes.first:
+        if self.dist.is_main_process:
             path.parent.mkdir(exist_ok=True)
             write_picture(sample_grid(rows, f"iteration {iteration}" + ", moving average" * averaged), path)
         return path
 
     def show_result(self, lines: list[Mapping[str, float]], best: Saved) -> None:
         """Writes `before_after.png` of the checkpoint that the run keeps, and `curve.png` of the metrics so far."""
-        if not self.processes.first:
+        if not self.dist.is_main_process:
             return
         run, outcome = RunFolder(self.run), Outcome.of(lines, best)
         picture = kept_picture(run, outcome)
@@ -178,11 +178,11 @@ class Watcher:
         prompts = spread(list(self.composed.eval_prompts), GRID_PROMPTS)
         texts = [p.text for p in prompts for _ in range(GRID_SEEDS)]
         seeds = [seed for _ in prompts for seed in range(GRID_SEEDS)]
-        own = self.processes.share(len(texts)).rows.tolist()
+        own = self.dist.shard_of(len(texts)).rows.tolist()
         drawn = self._generator.generate(
             [texts[i] for i in own], [seeds[i] for i in own], steps=self._steps, progress=False
         ).images
-        images = self.processes.gather(drawn, len(texts))
+        images = self.dist.gather(drawn, len(texts))
         return tuple(
             GridRow(prompt.text, images[i * GRID_SEEDS : (i + 1) * GRID_SEEDS]) for i, prompt in enumerate(prompts)
         )

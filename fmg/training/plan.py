@@ -13,11 +13,10 @@ from fmg.core.shown import counted
 from fmg.data.run_folder import RUNS
 from fmg.registry.recipe import Recipe
 from fmg.registry.resolve import ResolvedRecipe
-from fmg.training.launch import choose_engine, world_size
+from fmg.training.launch import Sizes, choose_engine, choose_sizes, world_size
 from fmg.training.plan_memory import DTYPE_BYTES, Memory, plan_memory
 from fmg.training.plan_time import GPUS, Work, estimate_iteration, rows_of, seconds_on, transitions_of
 from fmg.training.plan_trained import disk_bytes, trained_by
-from fmg.training.sizes import Sizes, choose_sizes
 
 REFERENCE_GROUPS, REFERENCE_SIZE, REFERENCE_DEVICES = 48, 24, 8
 """Samples of an iteration and GPUs of the published recipe (Flow-Map GRPO, arXiv 2607.00535)."""

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from fmg.core.geometry import LinearModule, ModelGeometry
 from fmg.registry.recipe import Recipe
+from fmg.training.launch import Sizes
 from fmg.training.plan_time import rows_of, transitions_of
 from fmg.training.plan_trained import FULL, Trained, average_bytes, copies_bytes, optimizer_bytes, trained_by
-from fmg.training.sizes import Sizes
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 _REWARD_PARAMETERS: Mapping[str, float] = {

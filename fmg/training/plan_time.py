@@ -14,7 +14,7 @@ from fmg.core.errors import FmgError
 from fmg.core.geometry import ModelGeometry
 from fmg.data.run_folder import RUNS, list_runs, read_metrics
 from fmg.registry.recipe import Recipe
-from fmg.training.sizes import Sizes
+from fmg.training.launch import Sizes
 
 _STAGES = ("rollout", "decode", "reward", "update")
 

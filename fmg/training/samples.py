@@ -41,10 +41,10 @@ from fmg.rl.branches import (
 from fmg.rl.rollouts import group_members
 from fmg.training.completing import Completer, completions_gate, open_completer
 from fmg.training.compose import Composed
+from fmg.training.distributed import DistContext
+from fmg.training.launch import Sizes
 from fmg.training.plan_time import rollout_nfe
-from fmg.training.processes import Processes
 from fmg.training.prompts import DynamicPrompts, iteration_prompts
-from fmg.training.sizes import Sizes
 
 AGREEMENT_GROUPS = 6
 """Groups that are completed both ways where the agreement of completions is measured."""
@@ -62,13 +62,13 @@ class Sampler:
     Attributes:
         composed: the live parts of the run.
         sizes: samples a network call.
-        processes: those that share the samples.
+        dist: those that share the samples.
         observer: hears whether another backend completes as torch does.
     """
 
     composed: Composed
     sizes: Sizes
-    processes: Processes
+    dist: DistContext
     observer: Observer = ignore
     _steps: StepChooser | None = field(default=None, init=False)
     _prompts: DynamicPrompts | None = field(default=None, init=False)
@@ -81,13 +81,13 @@ class Sampler:
         shape, seed = self.composed.recipe.rollout, self.composed.recipe.train.seed
         if shape.kind == "branch":
             self._steps = StepChooser(shape.branch.steps, shape.steps - 1, shape.branch.floor, seed)
-            self._completer = open_completer(self.composed, self._completed_at_once, self.processes)
+            self._completer = open_completer(self.composed, self._completed_at_once, self.dist)
         if shape.prompt_sampling == "dynamic":
             self._prompts = DynamicPrompts(self.composed.prompts, shape.prompt_floor, seed)
 
     @property
     def unit(self) -> int:
-        """Samples that go through the network together, of which a process takes whole ones: `Processes.share`."""
+        """Samples that go through the network together, of which a process takes whole ones: `DistContext.shard_of`."""
         return self._unit_groups * self.composed.recipe.rollout.group_size if self._steps else self.sizes.rollout_batch
 
     @property
@@ -143,7 +143,7 @@ class Sampler:
         # all processes complete the same groups, since a spread network needs all of them
         stars = self._rolled(cond.select(groups), groups, steps[groups], iteration, other, None)
         images = decode_samples(self.composed, self.sizes, stars)
-        again = self.processes.together(lambda: self.composed.reward(images, stars.cond.prompts)).total
+        again = self.dist.run_on_all(lambda: self.composed.reward(images, stars.cond.prompts)).total
         agreement = within_correlation(rewards.total[: len(again)], again, shape.group_size)
         return {} if agreement is None else {"branch/completion_agreement": agreement}
 
@@ -169,30 +169,30 @@ class Sampler:
         return [self.composed.prompts[i] for i in self._chosen]
 
     def _branches(self, cond: Conditioning, iteration: int) -> tuple[SampleRollout, Rollout]:
-        processes, shape, unit = self.processes, self.composed.recipe.rollout, self._unit_groups
+        dist, shape, unit = self.dist, self.composed.recipe.rollout, self._unit_groups
         assert self._steps is not None
         steps = self._steps.choose(iteration, shape.groups)
         self._last = cond, steps
-        rows = processes.share(shape.groups, unit).rows
-        span = None if processes.alone else (int(steps.min()), int(steps.max()))
+        rows = dist.shard_of(shape.groups, unit).rows
+        span = (int(steps.min()), int(steps.max())) if dist.is_distributed else None
         groups = torch.arange(shape.groups)[rows]
         if self._completer is not None:
             self._completer.refresh()
             if self._checked < CHECKED_ROLLOUTS:
-                self.processes.together(lambda: self._check(cond, steps, iteration))
+                self.dist.run_on_all(lambda: self._check(cond, steps, iteration))
                 self._checked += 1
-        own = self._rolled(processes.own(cond, unit), groups, steps[rows], iteration, shape.branch.completion, span)
-        if processes.alone:
+        own = self._rolled(dist.shard(cond, unit), groups, steps[rows], iteration, shape.branch.completion, span)
+        if not dist.is_distributed:
             return own, own
 
         def gathered(values: Tensor) -> Tensor:
-            return processes.gather(values, shape.groups, unit)
+            return dist.gather(values, shape.groups, unit)
 
         by_group = {name: gathered(getattr(own, name)) for name in ("t", "s", "x_t", "mean", "std", "x_s", "log_prob")}
         whole = BranchRollout(
             cond=siblings_of(cond, shape.group_size).to(own.x0.device),
             groups=torch.arange(shape.groups).repeat_interleave(shape.group_size),
-            x0=processes.gather(own.x0, shape.samples, self.unit),
+            x0=dist.gather(own.x0, shape.samples, self.unit),
             grid=own.grid,
             step=steps,
             **by_group,
@@ -251,16 +251,16 @@ class Sampler:
         )
 
     def _chains(self, prompts: Conditioning, size: int, iteration: int) -> tuple[SampleRollout, Rollout]:
-        processes, sizes = self.processes, self.sizes
+        dist, sizes = self.dist, self.sizes
         groups = torch.arange(len(prompts)).repeat_interleave(size)
         cond = prompts.select(groups)
-        rows = processes.share(len(groups), sizes.rollout_batch).rows
-        own_cond = processes.own(cond, sizes.rollout_batch)
+        rows = dist.shard_of(len(groups), sizes.rollout_batch).rows
+        own_cond = dist.shard(cond, sizes.rollout_batch)
         own = _draw(self.composed, sizes, iteration, own_cond, groups[rows], group_members(groups)[rows])
-        if processes.alone:
+        if not dist.is_distributed:
             return own, own
         # the transitions of the share are part of the whole, and large
-        return SampleRollout(own.cond, own.groups, own.x0, own.grid), _gathered(own, cond, groups, processes, sizes)
+        return SampleRollout(own.cond, own.groups, own.x0, own.grid), _gathered(own, cond, groups, dist, sizes)
 
 
 @torch.no_grad()
@@ -277,7 +277,7 @@ def decode_samples(composed: Composed, sizes: Sizes, drawn: SampleRollout) -> Fl
 
 def score_samples(
     composed: Composed,
-    processes: Processes,
+    dist: DistContext,
     own: SampleRollout,
     images: Float[Tensor, "n 3 h w"],
     total: int,
@@ -290,10 +290,10 @@ def score_samples(
     Raises:
         RewardError: a reward failed in some process; every process raises it.
     """
-    scores = processes.together(lambda: composed.reward(images, own.cond.prompts))
-    if processes.alone:
+    scores = dist.run_on_all(lambda: composed.reward(images, own.cond.prompts))
+    if not dist.is_distributed:
         return scores
-    names = processes.texts("\n".join(scores.parts))
+    names = dist.gather_texts("\n".join(scores.parts))
     if len(set(names)) > 1:
         raise RewardError(
             "A reward reports other parts in one process than in another", "Return the same parts for every batch."
@@ -301,7 +301,7 @@ def score_samples(
     scored = scores.scored if isinstance(scores, PartialRewardOutput) else torch.ones(len(images), dtype=torch.bool)
 
     def gathered(values: Tensor) -> Tensor:
-        return processes.gather(values, total, unit)
+        return dist.gather(values, total, unit)
 
     totals, known = gathered(scores.total), gathered(scored)
     parts = {name: gathered(values) for name, values in scores.parts.items()}
@@ -344,9 +344,9 @@ def _draw(
     )
 
 
-def _gathered(own: Rollout, cond: Conditioning, groups: Tensor, processes: Processes, sizes: Sizes) -> Rollout:
+def _gathered(own: Rollout, cond: Conditioning, groups: Tensor, dist: DistContext, sizes: Sizes) -> Rollout:
     def gathered(values: Tensor) -> Tensor:
-        return processes.gather(values, len(groups), sizes.rollout_batch)
+        return dist.gather(values, len(groups), sizes.rollout_batch)
 
     whole = replace(own, cond=cond.to(own.x0.device), groups=groups, x0=gathered(own.x0))
     if not isinstance(whole, TransitionRollout):

@@ -25,15 +25,15 @@ from fmg.data.run_metrics import Outcome, headline
 from fmg.data.run_report import RunRecord, run_picture
 from fmg.data.states import newest_state, resume_command
 from fmg.training.compose import Composed
+from fmg.training.distributed import DistContext
 from fmg.training.gates import LearningGate, ReplayGate, movement, movement_gate
 from fmg.training.keeper import Keeper
 from fmg.training.keys import EMA_SCORE_KEY, SCORE_KEY
+from fmg.training.launch import Sizes
 from fmg.training.metrics import advantages, decline, reward_metrics
 from fmg.training.observe import Watcher
-from fmg.training.processes import Processes
 from fmg.training.resume import Progress, RestingPoint, SavedState
 from fmg.training.samples import Sampler, decode_samples, score_samples
-from fmg.training.sizes import Sizes
 from fmg.training.tripwire import Verdict
 from fmg.training.update import Updater
 
@@ -118,7 +118,7 @@ class Trainer:
     run: RunFolder
     sizes: Sizes
     observer: Observer
-    processes: Processes = field(default_factory=Processes)
+    dist: DistContext = field(default_factory=DistContext)
     resumed: SavedState | None = None
     _lines: list[dict[str, float]] = field(default_factory=list, init=False)
     _times: dict[str, float] = field(default_factory=dict, init=False)
@@ -133,7 +133,7 @@ class Trainer:
         model.fix_rows(self.sizes.micro_batch if recipe.train.dtype == "bf16" else None)
         named = list(model.trainable())
         optimizer = self.composed.optimizer(named)
-        self._keeper = Keeper.make(self.composed, self.run, named, optimizer, self.processes)
+        self._keeper = Keeper.make(self.composed, self.run, named, optimizer, self.dist)
         self._updater = Updater(
             self.composed.objective,
             model.policies,
@@ -141,10 +141,10 @@ class Trainer:
             [p for _, p in named],
             recipe.train.max_grad_norm,
             self.sizes.micro_batch,
-            self.processes,
+            self.dist,
         )
-        self._sampler = Sampler(self.composed, self.sizes, self.processes, self.observer)
-        self._watcher = Watcher(self.composed, self.run.path, self.sizes.rollout_batch, self.observer, self.processes)
+        self._sampler = Sampler(self.composed, self.sizes, self.dist, self.observer)
+        self._watcher = Watcher(self.composed, self.run.path, self.sizes.rollout_batch, self.observer, self.dist)
         self._gate = ReplayGate(
             self.composed.stochasticizer,
             model.policies,
@@ -152,7 +152,7 @@ class Trainer:
             micro_batch=self.sizes.micro_batch,
             always_recompute=recipe.train.recompute_old == "always",
             observer=self.observer,
-            processes=self.processes,
+            dist=self.dist,
         )
         self._learning = LearningGate(self.observer)
         self._start = {name: p.detach().clone() for name, p in named}
@@ -185,7 +185,7 @@ class Trainer:
                 done = iteration + 1
                 if self._evaluation_is_due(done):
                     index = self._evaluate(done)
-                with self.processes.signals.held():
+                with self.dist.signals.held():
                     self._keeper.state(self._resting(done), self._watcher)
                 self._learning.iteration(done, self._touched, last=done == recipe.train.iterations)
         except RewardError:
@@ -197,7 +197,7 @@ class Trainer:
             raise
         except KeyboardInterrupt as error:
             self._ended_by = signal_of(error)
-            with self.processes.signals.held():
+            with self.dist.signals.held():
                 index = self._save_as_it_is()
             if self._rest is not None:
                 done = self._rest.progress.iteration
@@ -231,7 +231,7 @@ class Trainer:
             recipe = self.composed.recipe
             if recipe.lora.dropout > 0:
                 # the only draw of a run that is not keyed
-                torch.manual_seed(recipe.train.seed + self.processes.rank)
+                torch.manual_seed(recipe.train.seed + self.dist.rank)
             index = self._evaluate(0)
             self._keeper.state(self._resting(0), self._watcher)
             return index, 0
@@ -263,12 +263,12 @@ class Trainer:
             images = decode_samples(self.composed, self.sizes, own)
         measured = self._watcher.diversity(images, drawn.groups, self._sampler.unit)
         with self._clock("reward"):
-            rewards = score_samples(self.composed, self.processes, own, images, len(drawn.groups), self._sampler.unit)
+            rewards = score_samples(self.composed, self.dist, own, images, len(drawn.groups), self._sampler.unit)
         if self._sampler.compares_completions(iteration):
             with self._clock("agreement"):
                 measured |= self._sampler.completion_agreement(iteration, rewards)
         scored = ScoredRollout(drawn, rewards, advantages(rewards, drawn.groups, self.composed.recipe, iteration))
-        with self.processes.signals.held():
+        with self.dist.signals.held():
             self._finish_iteration(scored, measured, iteration, started)
 
     def _finish_iteration(
@@ -314,7 +314,7 @@ class Trainer:
         with self._clock("eval"):
             metrics = self._keeper.evaluate(iteration, self._watcher.evaluate)
             grid, diversity = self._watcher.draw(iteration)
-        with self.processes.signals.held():
+        with self.dist.signals.held():
             return self._finish_evaluation(iteration, {**metrics, **diversity}, grid)
 
     def _finish_evaluation(self, iteration: int, metrics: Mapping[str, float], grid: Path) -> CheckpointIndex:
@@ -353,13 +353,13 @@ class Trainer:
             "trained": self.composed.trained,
             "rollout": f"{counted(shape.groups, 'prompt')} x {shape.group_size} images, {counted(shape.steps, 'step')}",
             **({} if shape.branch.backend == "torch" else {"completions": f"by {shape.branch.backend}"}),
-            **({} if self.processes.alone else {"processes": str(self.processes.count)}),
+            **({"processes": str(self.dist.world_size)} if self.dist.is_distributed else {}),
             "run": str(self.run.path),
         }
 
     def _record(self, line: dict[str, float]) -> None:
         self._lines.append(line)
-        if self.processes.first:
+        if self.dist.is_main_process:
             self.run.append_metrics(line)
 
     def _tell(self, event: Event) -> None:
@@ -369,7 +369,7 @@ class Trainer:
 
     @contextmanager
     def _clock(self, stage: str) -> Iterator[None]:
-        self.processes.check_stop()
+        self.dist.check_stop()
         started = time.perf_counter()
         yield
         if self.composed.model.device.type == "cuda":

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from fmg.core.errors import GateError
 from fmg.core.protocols import Objective, Policies
 from fmg.core.types import Batch
-from fmg.training.processes import Processes
+from fmg.training.distributed import DistContext
 
 # Rows on which the policy is measured after each update; enough for a KL, little beside the update itself.
 PROBE_ROWS = 48
@@ -30,7 +30,7 @@ class Updater:
         parameters: those parameters.
         max_grad_norm: gradients are scaled down to this global norm.
         micro_batch: rows a forward pass; the update does not depend on it beyond rounding.
-        processes: those that share the rows of every update, which does not depend on their number beyond rounding.
+        dist: those that share the rows of every update, which does not depend on their number beyond rounding.
     """
 
     objective: Objective
@@ -39,7 +39,7 @@ class Updater:
     parameters: Sequence[Parameter]
     max_grad_norm: float
     micro_batch: int
-    processes: Processes = field(default_factory=Processes)
+    dist: DistContext = field(default_factory=DistContext)
 
     def update(self, batch: Batch) -> dict[str, float]:
         """One optimizer step on the mean loss over `batch`.
@@ -57,8 +57,8 @@ class Updater:
             loss = self.objective.loss(self.policies, part)
             (loss.total * share).backward()  # type: ignore[no-untyped-call]
             total += float(loss.total.detach()) * share
-        self.processes.sum_gradients(self.parameters)
-        total = self.processes.combine({"loss": total})["loss"]
+        self.dist.sum_gradients(self.parameters)
+        total = self.dist.reduce({"loss": total})["loss"]
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
         if not math.isfinite(norm) or not math.isfinite(total):
             self.optimizer.zero_grad(set_to_none=True)
@@ -92,7 +92,7 @@ class Updater:
                     sums[key] = max(sums[key], float(value))
                 else:
                     sums[key] += float(value) * share
-        return self.processes.combine(sums)
+        return self.dist.reduce(sums)
 
     def _micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
         """This process's rows in micro-batches, each with its share of the whole batch.
@@ -100,10 +100,10 @@ class Updater:
         Every process gets as many, since each runs the same network calls and learns of the same parameters whether
         they have gradients; one that has no row left takes any, with a share of 0.
         """
-        share = self.processes.share(len(batch), self.micro_batch)
-        rows = share.rows
-        for start in range(0, share.size, self.micro_batch):
-            count = max(0, min(self.micro_batch, share.own - start))
+        shard = self.dist.shard_of(len(batch), self.micro_batch)
+        rows = shard.rows
+        for start in range(0, shard.size, self.micro_batch):
+            count = max(0, min(self.micro_batch, shard.length - start))
             part = batch.select(rows[start : start + max(1, count)])
             yield part, count / len(batch)
 

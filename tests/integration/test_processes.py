@@ -189,5 +189,5 @@ def test_a_killed_process_ends_the_other_with_one_message(killed: int, tmp_path:
     assert (ended[killed][0], code) == (-signal.SIGKILL, 1)
     said = [line for line in err.splitlines() if not line.startswith("[transformers]")]
     assert len(said) == 1, err
-    assert f"Process {killed} of 2 (counted from 0) ended without a word." in said[0]
+    assert f"Process {killed} of 2 (counted from 0) died without reporting an error." in said[0]
     assert RunFolder(tmp_path / "run").state().state == "failed"

@@ -21,8 +21,8 @@ from fmg.inference.backend import TorchBackend
 from fmg.models.flux.model import FluxModel
 from fmg.registry import models
 from fmg.training.compose import compose
+from fmg.training.launch import choose_sizes
 from fmg.training.observe import Watcher
-from fmg.training.sizes import choose_sizes
 from fmg.training.trainer import Trainer
 from tests.support.run_files import change_recipe, stop_after
 

@@ -8,7 +8,17 @@ import pytest
 
 from fmg import Recipe
 from fmg.core.errors import UsageError
-from fmg.training.launch import Launch, check_shares, choose_engine, device_of, is_first, read_launch
+from fmg.training.distributed import Shard
+from fmg.training.launch import (
+    Launch,
+    Sizes,
+    check_shares,
+    choose_engine,
+    choose_sizes,
+    device_of,
+    is_main_process,
+    read_launch,
+)
 from tests.support.cli import fmg
 
 PAIR = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -22,7 +32,7 @@ def test_a_process_reads_its_place_from_the_environment() -> None:
     assert read_launch({**PAIR, "RANK": "9", "WORLD_SIZE": "16"}) == Launch(9, 16, 1, 2)
     without_local = {name: value for name, value in PAIR.items() if name != "LOCAL_RANK"}
     assert read_launch(without_local).local_rank == 1
-    assert (is_first({}), is_first({**PAIR, "RANK": "0"}), is_first(PAIR)) == (True, True, False)
+    assert (is_main_process({}), is_main_process({**PAIR, "RANK": "0"}), is_main_process(PAIR)) == (True, True, False)
 
 
 MISUSES = (
@@ -98,3 +108,34 @@ def test_nothing_of_a_full_fine_tune_can_be_spread() -> None:
     check_shares(recipe, 1, "fsdp2")
     with pytest.raises(UsageError, match="leaves nothing frozen"):
         check_shares(recipe, 2, "fsdp2")
+
+
+def test_a_small_model_takes_a_whole_rollout_on_a_gpu_and_a_large_one_does_not() -> None:
+    small, large = Recipe.default(None), Recipe.default("meanflow-flux")
+    assert choose_sizes(small, "cuda") == Sizes(384, 384)
+    assert choose_sizes(small, "cpu") == Sizes(96, 96)
+    assert choose_sizes(large.with_({"train.micro_batch": None, "rollout.batch_size": None}), "cuda") == Sizes(16, 16)
+
+
+@pytest.mark.parametrize(("processes", "rows"), [(2, 192), (3, 128), (8, 48)])
+def test_every_process_has_a_share_of_what_a_small_model_draws(processes: int, rows: int) -> None:
+    sizes = choose_sizes(Recipe.default(None), "cuda", processes)
+    assert sizes == Sizes(rows, rows)
+    assert all(Shard(384, rank, processes, sizes.rollout_batch).length > 0 for rank in range(processes))
+
+
+@pytest.mark.parametrize(("groups", "processes"), [(72, 2), (100, 3), (144, 4)])
+def test_shares_of_more_than_a_call_are_equal_calls(groups: int, processes: int) -> None:
+    sizes = choose_sizes(Recipe.default(None, **{"rollout.groups": groups}), "cuda", processes)
+    own = [Shard(16 * groups, rank, processes, sizes.rollout_batch).length for rank in range(processes)]
+    assert max(own) - min(own) <= processes
+    assert sizes.rollout_batch <= 512
+
+
+def test_bf16_calls_which_are_padded_stay_small() -> None:
+    assert choose_sizes(Recipe.default(None, **{"train.dtype": "bf16"}), "cuda") == Sizes(16, 16)
+
+
+def test_what_the_recipe_states_is_taken() -> None:
+    stated = Recipe.default(None, **{"rollout.batch_size": 24, "train.micro_batch": 7})
+    assert choose_sizes(stated, "cuda") == Sizes(24, 7)

@@ -15,10 +15,10 @@ from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
 from fmg.models.geometry import flux_geometry
 from fmg.registry.recipe import Recipe
 from fmg.training.compose import compose
+from fmg.training.launch import choose_sizes
 from fmg.training.memory_meter import MemoryMeter
 from fmg.training.plan_memory import decode_bytes, plan_memory
 from fmg.training.plan_trained import trained_by
-from fmg.training.sizes import choose_sizes
 from fmg.training.trainer import Trainer
 
 CPU = torch.device("cpu")

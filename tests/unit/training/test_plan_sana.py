@@ -13,10 +13,10 @@ from fmg.core.geometry import ModelGeometry
 from fmg.data.run_folder import RunFolder
 from fmg.registry.recipe import Recipe
 from fmg.training.compose import compose
+from fmg.training.launch import choose_sizes
 from fmg.training.memory_meter import MemoryMeter
 from fmg.training.plan_memory import plan_memory
 from fmg.training.plan_trained import trained_by
-from fmg.training.sizes import choose_sizes
 from fmg.training.trainer import Trainer
 from tests.tiny_sana import build_tiny_sana
 

@@ -15,8 +15,8 @@ from fmg.core.types import Batch, Conditioning
 from fmg.flow import Gaussian
 from fmg.rl.configs import GrpoConfig
 from fmg.rl.grpo import Grpo
+from fmg.training.distributed import DistContext
 from fmg.training.gates import IDLE_ITERATIONS, LearningGate, ReplayGate, movement, movement_gate
-from fmg.training.processes import Processes
 from fmg.training.update import Updater, partition
 from tests.support import toy
 
@@ -100,7 +100,7 @@ def gate(stochasticizer: object, policies: toy.ToyPolicies, heard: list[Event], 
         micro_batch=24,
         always_recompute=always,
         observer=heard.append,
-        processes=Processes(),
+        dist=DistContext(),
     )
 
 

@@ -1,4 +1,4 @@
-"""The watch on other processes, over a store of this process: beats of milliseconds, and nobody has to be killed."""
+"""Shards of rows, single-process collectives, and heartbeats over a store in memory (nobody has to be killed)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,50 @@ import time
 from collections import defaultdict
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fmg.training.heartbeat import Heartbeat
+from fmg.core.errors import RewardError
+from fmg.training.distributed import DistContext, Heartbeat, Shard
+
+
+@given(total=st.integers(1, 200), count=st.integers(1, 20), unit=st.integers(1, 30))
+def test_shares_are_in_order_of_as_many_calls_and_complete(total: int, count: int, unit: int) -> None:
+    shares = [Shard(total, rank, count, unit) for rank in range(count)]
+    calls = [[rows.tolist() for rows in share.rows.split(unit)] for share in shares]
+    assert {len(made) for made in calls} == {shares[0].calls}
+    assert [row for share in shares for row in share.rows[: share.length].tolist()] == list(range(total))
+    # a filled-up share, of which `DistContext.gather` cuts off what fills up
+    joined = [row for share in shares for row in [*share.rows.tolist(), *[0] * (share.size - len(share.rows))]]
+    assert joined[:total] == list(range(total))
+    # whole calls are those of one process alone
+    alone = [rows.tolist() for rows in torch.arange(total).split(unit)]
+    full = [rows for share, made in zip(shares, calls, strict=True) for rows in made[: share.length // unit]]
+    assert full == [rows for rows in alone if len(rows) == unit]
+
+
+def test_one_process_gets_back_what_it_gave() -> None:
+    alone = DistContext()
+    rows = torch.arange(3.0)
+    assert alone.gather(rows, 3) is rows
+    assert (alone.is_distributed, alone.is_main_process) == (False, True)
+    assert (alone.gather_texts("a"), alone.max(2.0)) == (["a"], 2.0)
+    assert alone.reduce({"loss": 1.0, "ratio_max": 3.0}) == {"loss": 1.0, "ratio_max": 3.0}
+    assert alone.run_on_main(lambda: None) == ""
+    alone.check_stop()
+
+
+def test_an_error_of_one_process_alone_is_raised_as_it_is() -> None:
+    def fail() -> None:
+        raise error
+
+    error = RewardError("It failed", "Repair it.")
+    with pytest.raises(RewardError) as raised:
+        DistContext().run_on_all(fail)
+    assert raised.value is error
+    assert not error.reported
+
 
 BEAT, PATIENCE = 0.02, 0.5
 
@@ -81,7 +123,7 @@ def test_all_hear_of_one_that_is_silent() -> None:
     pack = Pack(3, running=2)
     verdicts = pack.verdicts()
     pack.stop()
-    assert set(verdicts) == {"Process 2 of 3 (counted from 0) ended without a word"}
+    assert set(verdicts) == {"Process 2 of 3 (counted from 0) died without reporting an error"}
 
 
 def test_all_hear_the_last_words_of_one_that_fails() -> None:
@@ -98,7 +140,7 @@ def test_a_store_that_is_gone_went_with_the_first_process() -> None:
     pack.store.gone = True
     verdict = pack.told[1].get(timeout=30)
     pack.stop()
-    assert verdict == "Process 0 of 2 (counted from 0) ended without a word"
+    assert verdict == "Process 0 of 2 (counted from 0) died without reporting an error"
 
 
 @pytest.mark.parametrize("running", [1, 2])
@@ -108,4 +150,4 @@ def test_a_broken_connection_is_told_from_an_error_of_ones_own(running: int) -> 
     pack.beats[0].stop()
     lost = pack.beats[0].diagnose()
     pack.stop()
-    assert lost == (None if running == 2 else "Process 1 of 2 (counted from 0) ended without a word")
+    assert lost == (None if running == 2 else "Process 1 of 2 (counted from 0) died without reporting an error")
