@@ -16,11 +16,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fmg.core.machine import machine
 from fmg.export.artifact import ExportOptions, export_artifact
 from fmg.inference.artifact.layout import Artifact, open_artifact
 from fmg.inference.contest import Conditions, Entrant, Runtime, open_entrants
 from fmg.inference.loading import made_from
-from fmg.inference.machine import machine
 from fmg.inference.timing import Workload, measure, ratios
 
 PROMPTS = ("a red circle left", "a blue square right", "a green triangle top", "a yellow star bottom")

@@ -26,8 +26,8 @@ from typing import Any
 
 from embedded import RESULTS, Unit, settings, store
 
+from fmg.core.machine import machine
 from fmg.data.charts import new_figure, style, write_figure
-from fmg.inference.machine import machine
 
 FIGURE = Path(__file__).parents[1] / "docs" / "pictures" / "branching.png"
 OUT = RESULTS / "branching.json"

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 from fmg import Recipe
+from fmg.core.machine import machine
 from fmg.core.protocols import Anchors, FlowMap, ProbabilityPath
 from fmg.core.types import Conditioning
 from fmg.data.run_folder import RunFolder
-from fmg.inference.machine import machine
 from fmg.training.completing import Completer, open_completer
 from fmg.training.compose import compose
 from fmg.training.distributed import DistContext

@@ -26,7 +26,7 @@ from typing import Any
 
 from comparison import figure, summary
 
-from fmg.inference.machine import machine
+from fmg.core.machine import machine
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fmg.core.errors import FmgError
 from fmg.core.events import ignore
+from fmg.core.machine import machine
 from fmg.export.graphs import GraphModule, GraphPlan, transformer_plan
 from fmg.export.onnx import save_graph, trace
 from fmg.export.tensorrt.options import EngineOptions
@@ -36,7 +37,6 @@ from fmg.export.tensorrt.process import run
 from fmg.export.tensorrt.protocol import Job
 from fmg.export.weights import lay_out, write_weights
 from fmg.inference.artifact.manifest import BATCH, IMAGE, TEXT
-from fmg.inference.machine import machine
 from fmg.inference.tensorrt.device import CudaDevice, open_device
 from fmg.inference.tensorrt.engine import Engine, RunOptions
 from fmg.inference.tensorrt.flavours import FLAVOURS, Flavour, importable, load_module

@@ -41,7 +41,7 @@ from safetensors.numpy import load_file  # noqa: E402
 
 from fmg import Recipe, train  # noqa: E402
 from fmg.core.events import Event, IterationDone  # noqa: E402
-from fmg.core.files import sealed  # noqa: E402
+from fmg.core.json_io import sealed  # noqa: E402
 from fmg.inference.artifact.layout import file_entry  # noqa: E402
 from fmg.inference.artifact.manifest import MANIFEST  # noqa: E402
 from tests.support.cli import Invocation, fmg  # noqa: E402

@@ -154,8 +154,8 @@ def bench(
     picture = _picture(out, frontier, len(targets or ()))
     with reporter_for(stderr()) as reporter:
         reporter(LOADING)
+        from fmg.core.machine import machine
         from fmg.inference.contest import Conditions, entrants, parse_runtimes
-        from fmg.inference.machine import machine
 
         runtimes = () if compare is None else parse_runtimes(compare)
         entered = entrants(targets or (), runtimes)

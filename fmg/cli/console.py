@@ -8,7 +8,7 @@ import sys
 import typer
 from rich.console import Console
 
-from fmg.core.shown import visible, visible_json
+from fmg.core.display import visible, visible_json
 from fmg.progress.console import SafeConsole
 
 # A pipe has no width of its own; tables for `grep` must not be folded at 80 columns.

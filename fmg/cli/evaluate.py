@@ -29,8 +29,8 @@ from fmg.cli.options import (
 from fmg.cli.path_check import path_check as check_path
 from fmg.cli.reward_options import reward_options
 from fmg.cli.tables import change, compact, interval, number, table
+from fmg.core.display import counted
 from fmg.core.files import check_place
-from fmg.core.shown import counted
 from fmg.progress.figures import signed
 from fmg.progress.reporters import LOADING, reporter_for
 

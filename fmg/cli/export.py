@@ -21,8 +21,8 @@ from fmg.cli.export_options import (
 )
 from fmg.cli.options import AsJson, Offline, checked_folder, given_text
 from fmg.cli.verify import print_report
+from fmg.core.display import counted
 from fmg.core.events import Notice
-from fmg.core.shown import counted
 from fmg.inference.artifact import is_artifact, open_artifact
 from fmg.progress.reporters import LOADING, reporter_for
 

@@ -33,9 +33,9 @@ from fmg.cli.runs import runs
 from fmg.cli.score import score
 from fmg.cli.train import train
 from fmg.cli.verify import verify
-from fmg.core.errors import FmgError, FmgWarning, MissingDependencyError, first_line, out_of_memory, system_refusal
+from fmg.core.display import bounded
+from fmg.core.errors import FmgError, FmgWarning, MissingDependencyError, out_of_memory, reason, system_refusal
 from fmg.core.offline import OFFLINE
-from fmg.core.shown import bounded
 from fmg.core.signals import exit_code, signal_name, signal_of
 from fmg.version import __version__, install_line
 
@@ -202,7 +202,7 @@ def _main(args: Sequence[str]) -> int:
 
 def _bug(error: Exception, args: Sequence[str], session: Session) -> int:
     again = shlex.join(["fmg", "--debug", *(arg for arg in args if arg != "--debug")])
-    first = bounded(first_line(error))
+    first = bounded(reason(error))
     what = f"Unexpected {type(error).__name__}: {first.rstrip('.')}."
     return _failed(what if session.debug else f"{what} See where: {bounded(again)}", _BUG, session)
 

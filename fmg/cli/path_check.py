@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.options import figure_format, given_text
 from fmg.cli.tables import interval, number, table
+from fmg.core.display import counted
 from fmg.core.errors import UsageError
 from fmg.core.files import check_place
-from fmg.core.shown import counted
 from fmg.progress.figures import signed
 from fmg.progress.reporters import LOADING, reporter_for
 
@@ -59,7 +59,7 @@ def path_check(
 
     with reporter_for(stderr()) as reporter:
         reporter(LOADING)
-        from fmg.core.unfinished import write_atomic
+        from fmg.core.files import write_atomic
         from fmg.eval.path_check import path_check as check
         from fmg.eval.path_figure import path_figure
 

@@ -10,7 +10,7 @@ import typer
 
 from fmg.cli.console import stderr, stdout
 from fmg.cli.options import checked_folder
-from fmg.core.shown import counted
+from fmg.core.display import counted
 from fmg.progress.reporters import reporter_for
 
 pretrain = typer.Typer(help="Remake the weights that ship with fmg.", invoke_without_command=True)

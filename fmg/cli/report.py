@@ -51,7 +51,7 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Write the report of a run, or a page that compares several: curves, pictures, scores, recipe and timings."""
-    from fmg.core.unfinished import write_atomic
+    from fmg.core.files import write_atomic
     from fmg.data.comparison import write_comparison
     from fmg.data.run_folder import RunFolder, newest_run
     from fmg.data.run_report import RunRecord, run_page, write_run_report

@@ -11,7 +11,7 @@ from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.options import AsJson, Device, Features, OptionsByName, given_text
 from fmg.cli.reward_options import reward_options
 from fmg.cli.tables import compact, interval, number, table
-from fmg.core.shown import counted
+from fmg.core.display import counted
 from fmg.progress.reporters import LOADING, reporter_for
 
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fmg.cli.tables import table
-from fmg.core.shown import counted
-from fmg.core.stages import NOISE, OTHER, TEXT_ENCODERS, TOKENISE, TOTAL, TRANSFORMER, VAE
+from fmg.core.display import counted
+from fmg.core.profiling import NOISE, OTHER, TEXT_ENCODERS, TOKENISE, TOTAL, TRANSFORMER, VAE
 
 if TYPE_CHECKING:
     from fmg.inference.timing import Ratio, Timing

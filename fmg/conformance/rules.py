@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
-from fmg.core.aside import prints_aside
+from fmg.core.stdout_redirect import prints_aside
 
 S = TypeVar("S")
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fmg.core.aside import fenced
 from fmg.core.errors import FmgError, UsageError
+from fmg.core.stdout_redirect import fenced
 from fmg.registry.config import ComponentConfig
 from fmg.registry.kinds import REGISTRIES, registry_for, rewards
 from fmg.registry.references import PYTHON_REWARD

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from fmg.core.events import Notice, Observer
-from fmg.core.stages import StageClock
+from fmg.core.profiling import StageClock
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +50,7 @@ class Backend(Protocol):
     """Text encoders, few-step sampler and decoder of one model on one runtime.
 
     A context manager: leaving it frees the runtime. The stages of `encode` and `draw` have the names of
-    `fmg.core.stages`.
+    `fmg.core.profiling`.
     """
 
     @property

@@ -1,4 +1,4 @@
-"""The cache on this computer: where it is, what is remembered of files there, files that appear whole or not.
+"""The cache on this computer: where it is, file digests and converted files kept there; and a cache in memory.
 
 Nothing there is trusted by its name alone: a hash is remembered for one state of one file, and what was converted once
 is compared with its own digests. A cache that cannot be written costs time, not the work.
@@ -10,19 +10,22 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import stat
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from fmg.core.errors import CheckpointError, FmgWarning, StorageError, UsageError, writing
-from fmg.core.files import digest, from_home, inside
-from fmg.core.json_reader import JsonError, read_object
+from fmg.core.files import atomic_file, digest, from_home, inside, partial_folder
+from fmg.core.json_io import JsonError, read_object
+
+Row = TypeVar("Row", bound=Mapping[str, Any])
 
 DIGESTS = "sha256.json"
 """The file of a folder from `made_once` that lists the others, with the sha256 of each."""
@@ -74,7 +77,7 @@ def content_hash(path: Path) -> str:
         return known
     found = digest(path)
     if path.stat().st_ctime_ns + _TICK_NS < began and _state(path) == state:
-        with optional_cache(), replacing_file(note) as partial:
+        with optional_cache(), atomic_file(note) as partial:
             partial.write_text(f"{state} {found}", encoding="ascii")
     return found
 
@@ -94,20 +97,15 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """
     if _is_whole(folder):
         return folder
-    with writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder.parent, suffix=".partial"))
-        try:
-            make(partial)
-            names = sorted(file.name for file in partial.iterdir())
-            digests = {name: digest(partial / name) for name in names}
-            (partial / DIGESTS).write_text(json.dumps(digests, indent=2), encoding="utf-8")
-            folder.mkdir(exist_ok=True)
-            # one file at a time over what is there: another process that reads it finds every file at any moment
-            for name in (*names, DIGESTS):
-                (partial / name).replace(folder / name)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    with writing(folder), partial_folder(folder) as partial:
+        make(partial)
+        names = sorted(file.name for file in partial.iterdir())
+        digests = {name: digest(partial / name) for name in names}
+        (partial / DIGESTS).write_text(json.dumps(digests, indent=2), encoding="utf-8")
+        folder.mkdir(exist_ok=True)
+        # one file at a time over what is there: another process that reads it finds every file at any moment
+        for name in (*names, DIGESTS):
+            (partial / name).replace(folder / name)
     return folder
 
 
@@ -167,33 +165,40 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-@contextmanager
-def replacing_file(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, which takes its place when the body ends without an error."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-        os.close(handle)
-        partial = Path(name)
-        try:
-            yield partial
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+class ByteCache(Generic[Row]):
+    """Least-recently-used store of rows: mappings of numpy arrays or torch tensors, which have `nbytes`.
 
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill beside `path`, which becomes `path` when the body ends without an error.
-
-    Where another process was faster, its folder stays: both were made from the same content.
+    Args:
+        capacity: bytes that the arrays of all rows may take together.
     """
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=path.parent, suffix=".partial"))
-        try:
-            yield partial
-            if not path.is_dir():
-                partial.rename(path)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._size = 0
+        self._rows: OrderedDict[str, Row] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def get(self, name: str) -> Row | None:
+        """The row called `name`, which becomes the most recently used one."""
+        if name in self._rows:
+            self._rows.move_to_end(name)
+        return self._rows.get(name)
+
+    def put(self, name: str, row: Row) -> None:
+        """Keeps a new row and drops the least recently used ones until everything fits."""
+        self._rows[name] = row
+        self._size += _size(row)
+        while self._size > self._capacity:
+            _, dropped = self._rows.popitem(last=False)
+            self._size -= _size(dropped)
+
+    def clear(self) -> None:
+        """Forgets every row."""
+        self._rows.clear()
+        self._size = 0
+
+
+def _size(row: Mapping[str, Any]) -> int:
+    return sum(array.nbytes for array in row.values())

@@ -13,7 +13,9 @@ from numbers import Integral
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from fmg.core.shown import bounded
+from pydantic_core import ValidationError
+
+from fmg.core.display import bounded, cut
 
 # long enough for the names of everything that is known
 _LONGEST_FIX = 2000
@@ -208,10 +210,22 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f"{lead}Known: {', '.join(names[:_LISTED]) if names else 'none'}{more}."
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def reason(error: BaseException) -> str:
+    """Why something failed, in one line: the system's word, the first problem that pydantic found, or the message.
+
+    Of a message with several lines it is the first, which says most; all of them where the first only introduces the
+    others, and of errors of a network, whose first line is a number.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        return f"{where}: {first['msg']}" if where else first["msg"]
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return cut(" ".join(lines)) if isinstance(error, OSError) or lines[0].endswith(":") else lines[0]
 
 
 _MEMORY = (
@@ -227,7 +241,7 @@ def out_of_memory(error: BaseException) -> str | None:
 
     Known by torch's class, whose name is enough, and by the words of drivers, cuBLAS, CPU and ONNX Runtime.
     """
-    said = first_line(error)
+    said = reason(error)
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if not named and not any(words in said for words in _MEMORY):
         return None

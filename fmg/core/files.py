@@ -1,26 +1,38 @@
-"""Names that are read from a file and must stay within its folder, and digests of what is read back.
-
-Standard library only.
-"""
+"""Files and folders: places, atomic writes and what killed processes leave of them, a lock, digests."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
+import secrets
+import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
-from typing import Any
 
-from fmg.core.errors import CheckpointError, UsageError
+from filelock import FileLock, Timeout
+
+from fmg.core.errors import CheckpointError, UsageError, reason, writing
 
 SUMS = "SHA256SUMS"
 """The digests of a folder's files, as `sha256sum -c` reads them."""
+LOCK = ".lock"
+"""The file in a folder that `lock` holds."""
+PARTIAL = "partial"
+"""Ending of a folder that is being filled."""
+OLD = "old"
+"""Ending of a folder that is being replaced."""
+DRAFT = "tmp"
+"""Ending of a file that is being written."""
+
 _SUM = re.compile(r"([0-9a-f]{64})  (.+)")
-_SEAL = "sha256"
+# .NAME.PID.RANDOM.ENDING, and .NAME.PID.tmp as earlier versions wrote it
+_LEFT = re.compile(rf"\..+?\.(?P<pid>\d+)\.(?:[0-9a-f]{{8}}\.(?:{PARTIAL}|{DRAFT})|{DRAFT})")
+# A container starts every process with the same id, so that the id alone would take a leftover for one of our own
+_MADE: set[str] = set()
 
 
 def inside(folder: Path, name: str, *, named_in: Path | None = None, links: bool = False) -> Path:
@@ -97,17 +109,7 @@ def refusal_of(path: Path) -> str | None:
     except ValueError as error:
         return f"it is no path ({error})"
     except OSError as error:
-        return error.strerror or str(error)
-
-
-def digest(path: Path) -> str:
-    """Sha256 of a file, 64 hexadecimal digits.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return reason(error)
 
 
 def refuse_links_out(folder: Path) -> None:
@@ -126,6 +128,203 @@ def refuse_links_out(folder: Path) -> None:
                         f"'{path}' is a link that leads out of '{folder}'",
                         "Replace it by what it leads to; nothing was written.",
                     ) from None
+
+
+@contextmanager
+def atomic_file(path: Path, *, parents: bool = True) -> Iterator[Path]:
+    """A hidden file to write beside `path`, which takes its place when the body ends without an error.
+
+    Args:
+        path: what is written or replaced.
+        parents: whether to make the folders above it.
+
+    Raises:
+        StorageError: the system refused; the old contents stay.
+    """
+    draft = _hidden(path, DRAFT)
+    with writing(path):
+        if parents:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield draft
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+            _MADE.discard(draft.stem)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replaces a file in one step: after a crash it holds the old or the new contents, never a part.
+
+    Raises:
+        StorageError: the system refused, or the folder does not exist; the old contents stay.
+    """
+    with atomic_file(path, parents=False) as draft, draft.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A hidden folder to fill beside `folder`, which takes its name when the body ends without an error.
+
+    Raises:
+        UsageError: there is a file or folder of that name.
+        StorageError: the system refused.
+    """
+    if folder.exists():
+        raise UsageError(f"{folder} exists already", "Save to another folder, or move that one away.")
+    folder = folder.resolve()
+    with writing(folder), partial_folder(folder) as partial:
+        yield partial
+        partial.rename(folder)
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A copy of a folder made of hard links, which takes its place when the body ends without an error.
+
+    A process that is killed between the two renames leaves the old folder under a hidden name: see `leftovers`.
+
+    Raises:
+        StorageError: the system refused.
+    """
+    with writing(folder):
+        for left in leftovers(folder, OLD):
+            shutil.rmtree(left, ignore_errors=True)
+        with partial_folder(folder) as partial:
+            old = partial.with_suffix(f".{OLD}")
+            link_files(folder, partial)
+            partial.chmod(folder.stat().st_mode)
+            yield partial
+            try:
+                folder.rename(old)
+                partial.rename(folder)
+            except BaseException:
+                if old.exists() and not folder.exists():
+                    old.rename(folder)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def link_files(folder: Path, copy: Path) -> None:
+    """A second name in `copy` for every file below `folder`."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            link_file(path, copy / path.relative_to(folder))
+
+
+def link_file(path: Path, linked: Path) -> None:
+    """A second name for a file, or a copy where the file system has no hard links."""
+    linked.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        linked.hardlink_to(path)
+    except OSError:
+        shutil.copyfile(path, linked)
+
+
+@contextmanager
+def partial_folder(folder: Path) -> Iterator[Path]:
+    """A hidden folder beside `folder` for the length of the body; those of dead processes are removed first."""
+    for left in leftovers(folder, PARTIAL):
+        shutil.rmtree(left, ignore_errors=True)
+    partial = _hidden(folder, PARTIAL)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        _MADE.discard(partial.stem)
+
+
+def leftovers(folder: Path, kind: str) -> list[Path]:
+    """Folders that dead processes of this computer left beside `folder`, sorted.
+
+    Args:
+        folder: what they were to become, or to make room for; need not exist.
+        kind: `PARTIAL` or `OLD`.
+    """
+    named = re.compile(rf"\.{re.escape(folder.name)}\.(\d+)\.[0-9a-f]+\.{kind}")
+    try:
+        beside = sorted(folder.parent.iterdir())
+    except OSError:
+        # not there, or not to be listed
+        return []
+    found = [(path, named.fullmatch(path.name)) for path in beside]
+    return [path for path, match in found if match and not _alive(int(match[1]), path.stem)]
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes the unfinished files and folders that dead processes left directly in `folder`."""
+    try:
+        found = [(path, _LEFT.fullmatch(path.name)) for path in sorted(folder.iterdir())]
+    except OSError:
+        return
+    for path, match in found:
+        if match and not _alive(int(match["pid"]), path.stem):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _hidden(path: Path, kind: str) -> Path:
+    hidden = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.{kind}"
+    _MADE.add(hidden.stem)
+    return hidden
+
+
+def _alive(pid: int, stem: str) -> bool:
+    """Whether the process that made a file or folder still runs; true where nobody can tell."""
+    if pid == os.getpid():
+        return stem in _MADE
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        # somebody else's
+        return True
+    return True
+
+
+@contextmanager
+def lock(folder: Path, what: str) -> Iterator[None]:
+    """Holds a folder for the length of the body, so that one process at a time works in it.
+
+    The lock ends with the process, however it ends. Where the system or the file system has no locks, nothing is held.
+
+    Args:
+        folder: where the file `.lock` is made.
+        what: one sentence for the error, such as `The run 'x' is being trained by another process`.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    held = FileLock(folder / LOCK, blocking=False)
+    try:
+        held.acquire()
+    except Timeout:
+        raise UsageError(what, "Wait until that one ends, or stop it.") from None
+    except (OSError, NotImplementedError):
+        pass
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def digest(path: Path) -> str:
+    """Sha256 of a file, 64 hexadecimal digits.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_sums(folder: Path) -> str:
@@ -189,24 +388,3 @@ def _sums(file: Path, names: Collection[str]) -> dict[str, str]:
     if len(lines) < len(found) or not lines.keys() >= set(names):
         raise ValueError(f"{file.name} is damaged")
     return lines
-
-
-def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with its own digest in it, so that a reader notices damage; `unsealed` takes it out again."""
-    return {**content, _SEAL: _object_digest(content)}
-
-
-def unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The object that was sealed. One without a seal, as older versions wrote it, is taken as it is.
-
-    Raises:
-        ValueError: it was changed after it was sealed.
-    """
-    plain = {key: value for key, value in content.items() if key != _SEAL}
-    if _SEAL in content and content[_SEAL] != _object_digest(plain):
-        raise ValueError("it was changed after it was written")
-    return plain
-
-
-def _object_digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fmg.core.errors import CheckpointError
 from fmg.core.files import inside
-from fmg.core.json_reader import JsonError, read_object
+from fmg.core.json_io import JsonError, read_object
 
 CONFIG = "config.json"
 MAX_LAYERS = 1000

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fmg.core.shown import plot_label
-from fmg.core.unfinished import write_atomic
+from fmg.core.display import plot_label
+from fmg.core.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

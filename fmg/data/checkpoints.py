@@ -16,9 +16,8 @@ from types import MappingProxyType
 from typing import Any
 
 from fmg.core.errors import CheckpointError, FmgWarning
-from fmg.core.files import check_sums, inside, sealed, unsealed
-from fmg.core.json_reader import parse_object
-from fmg.core.unfinished import write_atomic
+from fmg.core.files import check_sums, inside, write_atomic
+from fmg.core.json_io import parse_object, sealed, unsealed
 
 FOLDER = "checkpoints"
 INDEX = "index.json"

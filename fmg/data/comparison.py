@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fmg.core.errors import UsageError
-from fmg.core.unfinished import write_atomic
+from fmg.core.files import write_atomic
 from fmg.data.charts import Curve, chart, figure_bytes, grid_figure, write_figure
 from fmg.data.page import Block, Gallery, Picture, Section, Table, Text, inline_svg, page
 from fmg.data.run_folder import RunFolder

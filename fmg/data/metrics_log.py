@@ -1,7 +1,7 @@
 """`metrics.jsonl` by columns: what a report, the list of runs and the doctor read. Imports no torch.
 
 A line of 40 numbers takes 320 bytes here and a microsecond or two to read, so that a log of 100,000 lines is neither
-gigabytes nor minutes. Every line is JSON by the rules of `fmg.core.json_reader`.
+gigabytes nor minutes. Every line is JSON by the rules of `fmg.core.json_io`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic_core import from_json
 
 from fmg.core.errors import CheckpointError
-from fmg.core.json_reader import JsonError, located, read_lines
+from fmg.core.json_io import JsonError, located, read_lines
 from fmg.data.run_folder import MAX_METRICS_BYTES, as_numbers, metrics_entry
 from fmg.data.run_metrics import Line, is_evaluation
 

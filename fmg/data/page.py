@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image
 
-from fmg.core.shown import visible
+from fmg.core.display import visible
 from fmg.version import __version__
 
 _SMALL = 128

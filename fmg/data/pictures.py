@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from fmg.core.errors import UsageError, writing
-from fmg.core.image_files import decoded
-from fmg.core.unfinished import write_atomic
+from fmg.core.files import write_atomic
+from fmg.core.images import decoded
 from fmg.data.run_folder import RunFolder
 from fmg.data.run_metrics import Outcome
 

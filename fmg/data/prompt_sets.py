@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import Field
 
+from fmg.core.display import counted
 from fmg.core.errors import FmgWarning, UsageError
-from fmg.core.json_reader import JsonError, located, parse, read_lines
+from fmg.core.json_io import JsonError, located, parse, read_lines
 from fmg.core.prompt import PROMPT_FILE_SUFFIXES, Prompt, is_blank
-from fmg.core.shown import counted
 from fmg.registry import prompt_sets
 from fmg.registry.config import ComponentConfig
 from fmg.registry.references import PromptsRef
@@ -78,7 +78,7 @@ def file_prompts(config: FilePromptsConfig) -> PromptList:
     repeated prompt is read once, with a warning that counts them.
 
     Raises:
-        UsageError: naming file and line: missing, not UTF-8, too long (`fmg.core.json_reader`), empty, blank line,
+        UsageError: naming file and line: missing, not UTF-8, too long (`fmg.core.json_io`), empty, blank line,
             wrong JSON, prompts other than the config states, or a prompt that is repeated with another tag or meaning.
     """
     path = Path(config.path)

@@ -14,8 +14,8 @@ from typing import Literal
 
 import numpy as np
 
+from fmg.core.display import counted
 from fmg.core.errors import CheckpointError, UsageError
-from fmg.core.shown import counted
 from fmg.data.metrics_log import Lines, MetricsLog
 from fmg.data.run_folder import RunFolder, is_run, no_run
 from fmg.data.run_metrics import AVERAGED, DIVERSITY, ERRORS, PREFIX, REWARD, HackingLimits, hacked

@@ -11,16 +11,26 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
+from fmg.core.display import LONGEST_VALUE, html_picture, html_text
 from fmg.core.errors import CheckpointError, UsageError, suggestion
-from fmg.core.files import refusal_of, sealed, unsealed
-from fmg.core.json_reader import JsonError, Line, located, parse_object, read_lines, read_object
-from fmg.core.shown import LONGEST_VALUE, html_picture, html_text
-from fmg.core.unfinished import write_atomic
+from fmg.core.files import lock, refusal_of
+from fmg.core.json_io import (
+    JsonError,
+    Line,
+    located,
+    parse_object,
+    read_lines,
+    read_object,
+    sealed,
+    unsealed,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from fmg.registry.document import Plain
@@ -214,6 +224,16 @@ class RunFolder:
             raise CheckpointError(f"'{self.recipe}' is damaged (no mapping)", "Restore it from a copy.")
         return found
 
+    def lock(self) -> AbstractContextManager[None]:
+        """Holds the run for this process, as only the one that trains it does.
+
+        A killed process leaves a run in state `running`; the lock tells it from one that still runs.
+
+        Raises:
+            UsageError: another process holds it.
+        """
+        return lock(self.path, f"The run '{self.path}' is being trained by another process")
+
     def set_state(self, state: State) -> None:
         """Changes the state, in one step on disk."""
         _write_state(self.path, replace(self.state(), state=state))
@@ -345,7 +365,7 @@ def _state_file(path: Path) -> Path:
 
 
 def _write_state(path: Path, state: RunState) -> None:
-    write_atomic(_state_file(path), (json.dumps(sealed(asdict(state)), indent=2) + "\n").encode())
+    write_json(_state_file(path), sealed(asdict(state)))
 
 
 def _claim(base: Path) -> Path:

@@ -15,11 +15,11 @@ import numpy as np
 from PIL.Image import Image
 
 from fmg.core.errors import CheckpointError, FmgWarning, UsageError
-from fmg.core.image_files import decoded
-from fmg.core.unfinished import write_atomic
+from fmg.core.files import write_atomic
+from fmg.core.images import decoded
+from fmg.core.machine import read_environment
 from fmg.data.charts import Curve, chart, curve_figure, figure_bytes, write_figure
 from fmg.data.checkpoints import CheckpointIndex, read_index
-from fmg.data.environment import read_environment
 from fmg.data.metrics_log import MetricsLog
 from fmg.data.page import Block, Gallery, Listing, Picture, Section, Table, Text, Tile, inline_image, inline_svg, page
 from fmg.data.pictures import kept_grids

@@ -12,11 +12,10 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from fmg.core.cache import new_folder
+from fmg.core.display import counted
 from fmg.core.errors import UsageError
-from fmg.core.files import check_place
+from fmg.core.files import atomic_folder, check_place
 from fmg.core.prompt import Prompt
-from fmg.core.shown import counted
 from fmg.data.pictures import to_pil
 from fmg.eval.scoring import Parts
 
@@ -78,12 +77,10 @@ def geneval_dump(folder: Path, entries: Sequence[Prompt]) -> Iterator[GenEvalDum
             f"{counted(len(entries), 'image')} do not spread evenly over {counted(n, 'prompt')}, as GenEval wants them",
             f"Give --num a multiple of {n}; the benchmark draws 4 a prompt: --num {4 * n}.",
         )
-    with new_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         dump = GenEvalDump(partial, entries)
         yield dump
         dump.finish()
-        # a temporary folder is for its owner alone, and this one is for others
-        partial.chmod(0o755)
 
 
 def _metadata(entry: Prompt) -> dict[str, object]:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from fmg.core.aside import torch_as_new
 from fmg.core.backends import tell_of_cuts
+from fmg.core.display import counted
 from fmg.core.errors import UsageError, python_call
 from fmg.core.events import Notice, Observer, StageProgress
 from fmg.core.protocols import FeatureExtractor, PromptSet, Reward
-from fmg.core.shown import counted
+from fmg.core.stdout_redirect import torch_as_new
 from fmg.data.prompt_sets import load_prompts
 from fmg.eval.dump import FORMATS, geneval_dump
 from fmg.eval.gallery import ImageGallery

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fmg.core.shown import plot_label
+from fmg.core.display import plot_label
 from fmg.data.charts import GREY, frame, new_figure, style, write_figure
 from fmg.eval.path_check import AGAIN, MEAN, PathReport
 

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fmg.core.display import counted
 from fmg.core.errors import FmgWarning, UsageError
 from fmg.core.protocols import FeatureExtractor, PromptSet
-from fmg.core.shown import counted
 from fmg.eval.set_metrics import LEAST, FeatureSet, Reference
 from fmg.rewards.images import read_image
 

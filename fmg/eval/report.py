@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fmg.core.errors import UsageError
-from fmg.core.files import check_place
-from fmg.core.unfinished import write_atomic
+from fmg.core.files import check_place, write_atomic
+from fmg.core.json_io import write_json
 from fmg.data.page import Block, Gallery, Picture, Section, Table, Text, Tile, page
 from fmg.data.prompt_sets import spread
 from fmg.eval.gallery import ImageGallery, PromptShow
@@ -61,7 +60,7 @@ def write_report(
         galleries: pictures by number of steps, of the target and of the other one.
     """
     files.html.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(files.json, (json.dumps(report.to_json(), indent=2, allow_nan=False) + "\n").encode())
+    write_json(files.json, report.to_json())
     write_atomic(files.html, report_page(report, galleries).encode())
 
 

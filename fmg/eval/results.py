@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 
+from fmg.core.display import counted, html_table
 from fmg.core.errors import UsageError, python_call, writing
-from fmg.core.shown import counted, html_table
 
 SCHEMA = 1
 MEAN_OF_TAGS = "mean of tags"

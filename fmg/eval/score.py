@@ -9,7 +9,7 @@ from pathlib import Path
 from fmg.core.errors import UsageError
 from fmg.core.events import Observer, StageProgress, ignore
 from fmg.core.files import inside
-from fmg.core.json_reader import read_objects
+from fmg.core.json_io import read_objects
 from fmg.core.prompt import Prompt
 from fmg.eval.options import chosen_extractors, chosen_rewards
 from fmg.eval.reference import WORLD, batches, folder_reference, picture_files, reference_files

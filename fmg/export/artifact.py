@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +14,9 @@ import torch
 
 from fmg.core.errors import UsageError, python_call
 from fmg.core.events import Observer, StageProgress, ignore
+from fmg.core.files import atomic_folder
+from fmg.core.machine import installed_versions
 from fmg.core.model_folder import read_config
-from fmg.core.unfinished import new_folder
 from fmg.export.components import graph_reader, graph_tokenizer, stored_elements
 from fmg.export.graphs import GraphPlan, clip_plan, decoder_plan, t5_plan, transformer_plan
 from fmg.export.int8 import quantise
@@ -136,7 +136,7 @@ def export_source(source: ExportSource, out: Path, options: ExportOptions, *, ob
         )
     export = _Export(source, options, observer)
     check_space(out, sum(export.sizes()))
-    with new_folder(out) as partial_folder:
+    with atomic_folder(out) as partial_folder:
         manifest = export.write(partial_folder)
         write_manifest(partial_folder, manifest)
     return Artifact(out, manifest)
@@ -323,10 +323,4 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, object]:
 
 def library_versions() -> dict[str, str]:
     """Versions of what an export depends on, where it is installed."""
-    found = {"fmg": __version__}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {"fmg": __version__, **installed_versions(_LIBRARIES)}

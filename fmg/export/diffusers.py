@@ -13,7 +13,7 @@ import torch
 
 from fmg.core.errors import UsageError, python_call
 from fmg.core.events import Observer, StageProgress, ignore
-from fmg.core.unfinished import new_folder
+from fmg.core.files import atomic_folder
 from fmg.export.delta import Delta, check_base, read_delta
 from fmg.export.merge import merged
 from fmg.export.source import find_source
@@ -141,7 +141,7 @@ def _write(
     types = {name: (_dtype(given, dtype), shape) for name, (given, shape) in stored.items()}
     others = sum(file.stat().st_size for file in folder.base.rglob("*") if file.is_file())
     check_space(out, others + lay_out(types).size)
-    with new_folder(out) as partial:
+    with atomic_folder(out) as partial:
         shutil.copytree(folder.base, partial, dirs_exist_ok=True, ignore=_replaced(folder))
         _write_transformer(partial / TRANSFORMER, folder, delta, types, observer)
         write_pipeline_files(partial, folder.conventions)

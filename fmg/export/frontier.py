@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fmg.core.display import counted, plot_label
 from fmg.core.events import Observer, StageProgress, ignore
-from fmg.core.shown import counted, plot_label
-from fmg.core.unfinished import partial_folder
+from fmg.core.files import partial_folder
 from fmg.data.charts import frame, new_figure, style, write_figure
 from fmg.data.prompt_sets import load_prompts
 from fmg.eval.rows import result_rows
@@ -204,11 +203,8 @@ def with_bases(entered: Sequence[Entrant]) -> Iterator[list[Entrant]]:
 @contextmanager
 def _beside(artifact: Artifact) -> Iterator[Path]:
     """A folder on the same file system, so that gigabytes are linked and not copied."""
-    folder = partial_folder(artifact.folder.resolve())
-    try:
+    with partial_folder(artifact.folder.resolve()) as folder:
         yield folder / "base"
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _reporting(observer: Observer, stage: str) -> Any:

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fmg.core.errors import UsageError, writing
-from fmg.core.unfinished import write_atomic
+from fmg.core.files import write_atomic
 from fmg.export.delta import Delta
 from fmg.export.source import ExportSource, find_source
 from fmg.inference.target import resolve_target

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from fmg.core.errors import CheckpointError, UsageError, writing
+from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.events import Notice, Observer, StageProgress, ignore
-from fmg.core.unfinished import OLD, leftovers, partial_folder
+from fmg.core.files import OLD, leftovers, link_files, replaced_folder
 from fmg.export.artifact import default_resolution, image_axes
 from fmg.export.delta import Delta, check_base, read_delta
 from fmg.export.int8 import quantise
@@ -97,7 +95,8 @@ def copy_without_adapter(artifact: Artifact, folder: Path) -> Artifact:
     Raises:
         UsageError: as `swap_weights`.
     """
-    _link_files(artifact.folder, folder)
+    _check_no_links(artifact.folder)
+    link_files(artifact.folder, folder)
     return _swapped(Artifact(folder, artifact.manifest), None, artifact.manifest, ignore)
 
 
@@ -111,7 +110,8 @@ def _swapped(artifact: Artifact, delta: Delta | None, manifest: Manifest, observ
     base = exported.under(kept)
     layout = lay_out({name: exported.describe(name) for name in exported.names})
     check_space(folder, _needed(artifact, layout.size))
-    with _replaced(folder) as partial:
+    _check_no_links(folder)
+    with replaced_folder(folder) as partial:
         files = dict(artifact.manifest.files)
         name = artifact.graph(TRANSFORMER).weights
         (partial / name).unlink()
@@ -260,54 +260,14 @@ def _recover(folder: Path) -> None:
         left[-1].rename(folder)
 
 
-@contextmanager
-def _replaced(folder: Path) -> Iterator[Path]:
-    """A copy of a folder made of hard links, which takes its place when the body ends without an error."""
-    with writing(folder):
-        for left in leftovers(folder, OLD):
-            shutil.rmtree(left, ignore_errors=True)
-        partial = partial_folder(folder)
-        old = partial.with_suffix(f".{OLD}")
-        try:
-            _link_files(folder, partial)
-            partial.chmod(folder.stat().st_mode)
-            yield partial
-            try:
-                folder.rename(old)
-                partial.rename(folder)
-            except BaseException:
-                if old.exists() and not folder.exists():
-                    old.rename(folder)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def _link_files(folder: Path, copy: Path) -> None:
-    for path in _files(folder):
-        link_file(path, copy / path.relative_to(folder))
-
-
-def link_file(path: Path, linked: Path) -> None:
-    """A second name for a file, or a copy where the file system has no hard links."""
-    linked.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        linked.hardlink_to(path)
-    except OSError:
-        shutil.copyfile(path, linked)
-
-
-def _files(folder: Path) -> list[Path]:
-    """Every file of the artifact, engines included.
+def _check_no_links(folder: Path) -> None:
+    """Whether an artifact, engines included, can be copied file by file.
 
     Raises:
         CheckpointError: there is a link, which would be lost or lead somewhere else.
     """
-    found = sorted(folder.rglob("*"))
-    if links := [path for path in found if path.is_symlink()]:
+    if links := [path for path in sorted(folder.rglob("*")) if path.is_symlink()]:
         raise CheckpointError(
             f"{links[0]} is a link, which an artifact must not have",
             "Copy the artifact with its files, not with links.",
         )
-    return [path for path in found if path.is_file()]

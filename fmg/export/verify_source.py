@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fmg.core.json_reader import JsonError, parse
+from fmg.core.json_io import JsonError, parse
 from fmg.core.model_folder import read_config
 from fmg.export.artifact import plain_config, sampling_of
 from fmg.export.census import read_graph

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fmg.core.errors import CheckpointError
-from fmg.core.json_reader import read_safetensors_header
+from fmg.core.json_io import read_safetensors_header
 from fmg.inference.artifact.manifest import FileEntry
 from fmg.models.common.reader import STORED_DTYPES
 

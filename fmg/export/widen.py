@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from fmg.core.files import link_file
 from fmg.export.census import read_graph
 from fmg.export.space import check_space
-from fmg.export.swap import link_file
 from fmg.export.weights import lay_out, write_weights
 from fmg.inference.artifact.layout import Artifact
 from fmg.models.common.reader import TensorReader

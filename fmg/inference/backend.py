@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from fmg.core.backends import CutsPrompts, Drawn, NoiseSource
+from fmg.core.display import counted
+from fmg.core.machine import peak_rss, reset_peak_rss
+from fmg.core.profiling import TEXT_ENCODERS, TRANSFORMER, VAE, StageClock, stage, wall_clock
 from fmg.core.protocols import FlowMap, Model
-from fmg.core.shown import counted
 from fmg.core.specs import MapSpec
-from fmg.core.stages import TEXT_ENCODERS, TRANSFORMER, VAE, StageClock, stage, wall_clock
 from fmg.core.types import Conditioning
 from fmg.flow.sampling import native_sample
-from fmg.inference.memory import peak_rss, reset_peak_rss
 
 
 @runtime_checkable

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fmg.core.display import counted
 from fmg.core.errors import UsageError, suggestion
-from fmg.core.shown import counted
 from fmg.core.specs import MapSpec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fmg.core.backends import Backend, CutsPrompts, Drawn
+from fmg.core.display import counted, html_picture, html_text
 from fmg.core.errors import FmgWarning, NotFiniteError, UsageError, WrongTypeError, python_call, whole_number
 from fmg.core.events import StageProgress
-from fmg.core.shown import counted, html_picture, html_text
-from fmg.core.stages import NOISE, stage
+from fmg.core.profiling import NOISE, stage
 from fmg.flow.grids import make_grid
 from fmg.rl.keyed_noise import NoiseKey, normal
 
@@ -41,7 +41,7 @@ _SHOWN_WIDTH = 192
 
 @dataclass(frozen=True, repr=False)
 class Generated:
-    """Images, what they were made from, and milliseconds spent in each stage (`fmg.core.stages`).
+    """Images, what they were made from, and milliseconds spent in each stage (`fmg.core.profiling`).
 
     Attributes:
         image_array: images (n, 3, h, w) in [0, 1], fp32.

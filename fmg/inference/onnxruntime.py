@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fmg.core.display import counted
 from fmg.core.errors import CheckpointError, FmgError, MissingDependencyError, UsageError
-from fmg.core.shown import counted
-from fmg.core.stages import StageClock, wall_clock
+from fmg.core.machine import peak_rss, reset_peak_rss
+from fmg.core.profiling import StageClock, wall_clock
 from fmg.inference.artifact.backend import ArtifactBackend, checked_batch
 from fmg.inference.artifact.layout import Artifact, open_artifact
 from fmg.inference.artifact.manifest import TRANSFORMER, TRANSFORMER_INT8, Graph
 from fmg.inference.generator import DEFAULT_BATCH, Generator
-from fmg.inference.memory import peak_rss, reset_peak_rss
 from fmg.version import install_line
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fmg.core.errors import UsageError
-from fmg.core.stages import OTHER, STAGES, TOTAL
+from fmg.core.profiling import OTHER, STAGES, TOTAL
 from fmg.inference.generator import Generator
 
 
@@ -42,7 +42,7 @@ class Timing:
         batch: images of one network call.
         steps: network calls an image.
         repeats: measured ones.
-        stages: by name (`fmg.core.stages`), `total` included. A stage that took no time is left out.
+        stages: by name (`fmg.core.profiling`), `total` included. A stage that took no time is left out.
         images_per_second: at the median total.
         peak_memory: bytes: of the device, or of the whole process on a CPU.
         totals_ms: of every repeat, in order, so that repeats of several generators can be paired.

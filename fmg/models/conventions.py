@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fmg.core.errors import CheckpointError, UsageError
-from fmg.core.json_reader import JsonError, read_object
+from fmg.core.json_io import JsonError, read_object
 from fmg.core.specs import MAX_SIDE, MapSpec
 
 CONVENTIONS_FILE = "fmg_flow_map.json"

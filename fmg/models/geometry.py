@@ -8,9 +8,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from fmg.core.errors import CheckpointError, first_line
+from fmg.core.errors import CheckpointError, reason
 from fmg.core.geometry import Blocks, Holding, LinearModule, ModelGeometry
-from fmg.core.json_reader import read_safetensors_header
+from fmg.core.json_io import read_safetensors_header
 from fmg.core.model_folder import RESTORE, absent_weights, main_weights, stated_config, weight_map, whole, wholes
 from fmg.models.conventions import FlowMapConventions
 from fmg.models.flux.size import FLUX_LITE
@@ -180,4 +180,4 @@ def _parameters(file: Path) -> int:
         entries: list[Any] = [entry for name, entry in header.items() if name != "__metadata__"]
         return sum(math.prod(map(int, entry["shape"])) for entry in entries if entry["dtype"] in _FLOATS)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is no safetensors file: {first_line(error)}", RESTORE) from None
+        raise CheckpointError(f"{file} is no safetensors file: {reason(error)}", RESTORE) from None

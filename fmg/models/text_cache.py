@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fmg.core.cache import cache_dir, content_hash, optional_cache, replacing_file
+from fmg.core.cache import cache_dir, content_hash, optional_cache
+from fmg.core.files import atomic_file
 from fmg.models.common.digest import tensors_digest
 
 _DIGEST = "sha256"
@@ -49,7 +50,7 @@ class TextCache:
     def put(self, prompt: str, row: Row) -> None:
         """Stores a row; other processes see all of it or nothing."""
         tensors = {name: x.detach().cpu().contiguous() for name, x in row.items()}
-        with optional_cache(), replacing_file(self._file(prompt)) as partial:
+        with optional_cache(), atomic_file(self._file(prompt)) as partial:
             save_file(tensors, partial, metadata={_DIGEST: tensors_digest(sorted(tensors.items()))})
 
     def _file(self, prompt: str) -> Path:

@@ -9,8 +9,8 @@ from typing import Protocol
 
 from rich.console import Console
 
+from fmg.core.display import counted
 from fmg.core.events import Evaluated, Event, IterationDone, Notice, Resumed, StageProgress, Started
-from fmg.core.shown import counted
 from fmg.data.run_metrics import REWARD, headline
 from fmg.progress.figures import signed
 

@@ -8,8 +8,8 @@ from typing import cast
 
 from pydantic import BaseModel, Field
 
+from fmg.core.display import counted, html_text
 from fmg.core.errors import python_call
-from fmg.core.shown import counted, html_text
 from fmg.registry.document import Plain, render
 from fmg.registry.kinds import registry_for
 from fmg.registry.references import (

@@ -11,8 +11,8 @@ from typing import Any, Generic, TypeVar, cast
 
 from pydantic import ValidationError
 
-from fmg.core.aside import fenced
 from fmg.core.errors import FmgError, UsageError, suggestion
+from fmg.core.stdout_redirect import fenced
 from fmg.registry.config import ComponentConfig
 from fmg.registry.validation import first_problem
 

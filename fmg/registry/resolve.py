@@ -11,9 +11,9 @@ from typing import cast
 
 from pydantic import ValidationError
 
+from fmg.core.display import html_text
 from fmg.core.errors import CompositionError, UsageError, WrongTypeError, suggestion
 from fmg.core.files import from_home
-from fmg.core.shown import html_text
 from fmg.registry.composition import problems
 from fmg.registry.config import ModelConfig
 from fmg.registry.document import Node, Plain, Source, is_block, node_of, read_document, render

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fmg.core.aside import fenced
 from fmg.core.errors import FmgError, RewardError, UsageError, out_of_memory
 from fmg.core.protocols import Reward
+from fmg.core.stdout_redirect import fenced
 from fmg.core.types import PartialRewardOutput, RewardOutput
 from fmg.registry import rewards
 from fmg.registry.references import FUNCTION_REWARD, PYTHON_REWARD, RewardRef

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from fmg.core.cache import cache_dir, content_hash, made_once, optional_cache
-from fmg.core.errors import CheckpointError, first_line, out_of_memory
-from fmg.core.json_reader import JsonError, read_object
+from fmg.core.errors import CheckpointError, out_of_memory, reason
+from fmg.core.json_io import JsonError, read_object
 from fmg.core.model_folder import check_no_adapter
 
 Tensors = Mapping[str, Tensor]
@@ -47,7 +47,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             "Give a file of plain tensors, best as .safetensors.",
         ) from error
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {first_line(error)}", _RESTORE) from error
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}", _RESTORE) from error
     inner = next((loaded[key] for key in _WRAPPERS if isinstance(loaded, Mapping) and key in loaded), loaded)
     if not isinstance(inner, Mapping) or not all(isinstance(value, Tensor) for value in inner.values()):
         raise CheckpointError(f"{path} is not a mapping of names to tensors", "Give the published checkpoint file.")
@@ -66,7 +66,7 @@ def read_renamed(path: Path, layout: str, rename: Callable[[Tensors], dict[str, 
     try:
         folder = cache_dir() / "rewards" / f"{content_hash(path)}-{layout}"
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {first_line(error)}", _RESTORE) from error
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}", _RESTORE) from error
 
     def convert() -> dict[str, Tensor]:
         return {name: tensor.contiguous() for name, tensor in rename(read_tensors(path)).items()}
@@ -116,7 +116,7 @@ def load_module(
         except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
             if out_of_memory(error) is not None:
                 raise
-            raise CheckpointError(f"{origin} does not fit its model: {first_line(error)}", _RESTORE) from error
+            raise CheckpointError(f"{origin} does not fit its model: {reason(error)}", _RESTORE) from error
     assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     frozen: nn.Module = module.eval().requires_grad_(False)
     return frozen.to(device)
@@ -133,7 +133,7 @@ def load_pretrained(load: Callable[..., Any], folder: Path, what: str) -> Any:
             return load(str(folder), local_files_only=True)
         except Exception as error:
             # the tokenizers library raises bare Exception on a damaged file
-            raise CheckpointError(f"The {what} in {folder} cannot be loaded: {first_line(error)}", _RESTORE) from error
+            raise CheckpointError(f"The {what} in {folder} cannot be loaded: {reason(error)}", _RESTORE) from error
 
 
 def load_folder(
@@ -177,7 +177,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return read_object(path)
     except (OSError, JsonError) as error:
-        raise CheckpointError(f"{path} cannot be read: {first_line(error)}", _RESTORE) from error
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}", _RESTORE) from error
 
 
 def some(names: Iterable[object]) -> str:

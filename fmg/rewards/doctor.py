@@ -12,6 +12,7 @@ import torch
 
 from fmg.core.errors import FmgError, MissingDependencyError
 from fmg.core.events import Observer, StageProgress, ignore
+from fmg.core.machine import peak_rss
 from fmg.registry import rewards
 from fmg.registry.config import ComponentConfig
 from fmg.rewards.base import Checked, checked
@@ -161,7 +162,4 @@ def _memory(device: torch.device) -> float | None:
         return float(torch.cuda.memory_allocated(device))
     if sys.platform == "win32":
         return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return float(peak if sys.platform == "darwin" else peak * 1024)
+    return float(peak_rss())

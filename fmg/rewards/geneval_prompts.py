@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fmg.core.errors import UsageError
-from fmg.core.json_reader import read_objects
+from fmg.core.json_io import read_objects
 from fmg.registry.validation import first_problem
 from fmg.rewards.geneval_rules import RELATIONS, Clause, Position, Relation, Specification
 

@@ -19,7 +19,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 from fmg.core.errors import UsageError
-from fmg.core.json_reader import parse
+from fmg.core.json_io import parse
 
 T = TypeVar("T")
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fmg.core.errors import RefusedImageError, RewardError
-from fmg.core.image_files import MAX_PIXELS, decoded
+from fmg.core.images import MAX_PIXELS, decoded
 
 MAX_ASPECT = 200
 
@@ -39,7 +39,7 @@ def read_image(source: Path | str | bytes, max_pixels: int = MAX_PIXELS) -> Floa
     orientation in EXIF is ignored, as the published rewards do.
 
     Raises:
-        UsageError: as `fmg.core.image_files.decoded`, and for pixels of no known range (32-bit integers and floats).
+        UsageError: as `fmg.core.images.decoded`, and for pixels of no known range (32-bit integers and floats).
     """
     return decoded(source, _to_tensor, max_pixels)
 

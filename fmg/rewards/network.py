@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fmg.core.display import counted
 from fmg.core.errors import UsageError
-from fmg.core.shown import counted
 from fmg.core.types import RewardOutput
 from fmg.rewards.model_configs import NetworkConfig
 from fmg.rewards.weights import Located, check_digest, locate

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fmg.core.aside import fenced
 from fmg.core.errors import FmgError, RewardError, UsageError, out_of_memory
+from fmg.core.stdout_redirect import fenced
 from fmg.core.types import RewardOutput
 from fmg.registry import rewards
 from fmg.rewards.base import one_line

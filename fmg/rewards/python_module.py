@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
-from fmg.core.errors import UsageError, first_line
+from fmg.core.errors import UsageError, reason
 
 SIGNATURE = "fn(images, prompts) -> (b,)"
 
@@ -56,7 +56,7 @@ def _names(spec: ModuleSpec) -> set[str] | None:
         line = getattr(error, "lineno", None)
         where = file.name if line is None else f"{file.name}:{line}"
         raise UsageError(
-            f"The module '{spec.name}' cannot be imported at {where}: {type(error).__name__}: {first_line(error)}",
+            f"The module '{spec.name}' cannot be imported at {where}: {type(error).__name__}: {reason(error)}",
             "Correct it.",
         ) from None
     except OSError:

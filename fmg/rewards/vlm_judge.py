@@ -25,9 +25,9 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from fmg.core.cache import cache_dir, optional_cache, replacing_file
-from fmg.core.files import from_home
-from fmg.core.json_reader import read_object
+from fmg.core.cache import cache_dir, optional_cache
+from fmg.core.files import atomic_file, from_home
+from fmg.core.json_io import read_object
 from fmg.core.types import RewardOutput
 from fmg.registry import rewards
 from fmg.rewards.calls import Caller, Chunk
@@ -120,7 +120,7 @@ class VlmJudge:
         if score is None:
             answer = self._server.post_json("/chat/completions", body)
             score = yes_probability(answer) if self._config.mode == "yes-probability" else final_score(answer)
-            with optional_cache(self._cache), replacing_file(path) as file:
+            with optional_cache(self._cache), atomic_file(path) as file:
                 file.write_text(json.dumps({"score": score, "prompt": prompt, "model": self._config.model}))
         return RewardOutput(torch.tensor([score]), {})
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Literal
 from urllib.request import urlopen
 
-from fmg.core.cache import cache_dir, content_hash, replacing_file
+from fmg.core.cache import cache_dir, content_hash
 from fmg.core.errors import CheckpointError, MissingDependencyError, UsageError
 from fmg.core.events import Observer, StageProgress, ignore
-from fmg.core.files import from_home
+from fmg.core.files import atomic_file, from_home
 
 CHUNK = 1 << 20
 _TIMEOUT_S = 60
@@ -224,7 +224,7 @@ def _fetch_url(asset: Asset, owner: str) -> None:
     try:
         with (
             urlopen(asset.source, timeout=_TIMEOUT_S) as answer,
-            replacing_file(_download_path(asset)) as partial,
+            atomic_file(_download_path(asset)) as partial,
             partial.open("wb") as file,
         ):
             shutil.copyfileobj(answer, file)

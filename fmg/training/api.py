@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from fmg.core.aside import torch_as_new
 from fmg.core.backends import tell_of_cuts
 from fmg.core.errors import (
     CheckpointError,
@@ -22,15 +21,14 @@ from fmg.core.errors import (
     system_refusal,
 )
 from fmg.core.events import Event, Notice, Observer, StageProgress
-from fmg.core.files import refuse_links_out
+from fmg.core.files import refuse_links_out, remove_leftovers, write_atomic
+from fmg.core.machine import write_environment
 from fmg.core.protocols import Shardable
 from fmg.core.signals import Signals
-from fmg.core.unfinished import remove_leftovers, write_atomic
+from fmg.core.stdout_redirect import torch_as_new
 from fmg.data.checkpoints import existing_index
-from fmg.data.environment import write_environment
 from fmg.data.prompt_sets import file_values, untied
 from fmg.data.run_folder import RunFolder, State, read_numbers
-from fmg.data.run_lock import run_lock
 from fmg.data.run_report import write_run_report
 from fmg.data.states import check_resumable, drop_states, ended_short, newest_state, resume_command
 from fmg.inference.devices import device_for, pick_dtype
@@ -238,7 +236,7 @@ def _run_folder(
 
         def claim() -> str:
             claimed = begin()
-            stack.enter_context(run_lock(claimed.path))
+            stack.enter_context(claimed.lock())
             opened()
             claimed.set_state("running")
             return str(claimed.path)
@@ -281,7 +279,7 @@ def _completed(folder: RunFolder, *, first: bool) -> TrainResult:
     index = existing_index(folder.path)
     evaluations = [line for line in read_numbers(folder.metrics) if SCORE_KEY in line]
     if first:
-        with run_lock(folder.path):
+        with folder.lock():
             refuse_links_out(folder.path)
             remove_leftovers(folder.path)
             remove_leftovers(folder.checkpoints)

@@ -11,9 +11,9 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from fmg.core.display import counted
+from fmg.core.files import write_atomic
 from fmg.core.protocols import PromptSet
-from fmg.core.shown import counted
-from fmg.core.unfinished import write_atomic
 from fmg.data.checkpoints import Saved, read_index
 from fmg.data.prompt_sets import shared_prompts
 from fmg.data.run_folder import RunFolder, read_metrics

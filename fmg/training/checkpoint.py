@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fmg.core.files import inside, write_sums
+from fmg.core.files import inside, remove_leftovers, write_sums
 from fmg.core.protocols import Model
-from fmg.core.unfinished import remove_leftovers
 from fmg.data.checkpoints import FOLDER, CheckpointIndex, Saved, checked, existing_index, read_index, write_index
 
 EMA_SUFFIX = "-ema"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Literal
 from urllib.error import HTTPError
@@ -22,8 +22,8 @@ from fmg.core.cache import cache_dir
 from fmg.core.errors import UsageError
 from fmg.core.events import Observer, StageProgress, ignore
 from fmg.core.files import from_home
+from fmg.core.machine import environment, installed_version
 from fmg.core.offline import OFFLINE, is_offline
-from fmg.data.environment import environment
 from fmg.registry.recipe import Recipe
 from fmg.training.api import train
 from fmg.version import DISTRIBUTION, install_line
@@ -153,7 +153,7 @@ def _storage() -> Iterator[Check]:
 def _extras() -> Iterator[Check]:
     for extra, packages in extras().items():
         purpose, index = _PURPOSES.get(extra, ("", ""))
-        missing = [name for name in packages if not _installed(name)]
+        missing = [name for name in packages if installed_version(name) is None]
         if missing:
             line = f"{install_line(extra)}{index}"
             yield Check("extra", extra, "missing", f"{purpose}; without {', '.join(missing)}", line)
@@ -173,14 +173,6 @@ def extras() -> dict[str, list[str]]:
             package, extra = match.groups()
             found.setdefault(extra, []).extend([] if package == DISTRIBUTION else [package])
     return found
-
-
-def _installed(package: str) -> bool:
-    try:
-        version(package)
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 def _self_test() -> Check:

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from fmg.core.display import counted
 from fmg.core.errors import UsageError
-from fmg.core.shown import counted
 from fmg.registry.recipe import Recipe
 
 Engine = Literal["ddp", "fsdp2"]

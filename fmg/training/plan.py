@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fmg.core.display import counted
 from fmg.core.geometry import ModelGeometry
-from fmg.core.shown import counted
 from fmg.data.run_folder import RUNS
 from fmg.registry.recipe import Recipe
 from fmg.registry.resolve import ResolvedRecipe

@@ -23,8 +23,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from fmg.core.errors import CheckpointError, FmgWarning, UsageError
-from fmg.core.files import SUMS, refuse_links_out
-from fmg.core.unfinished import new_folder, remove_leftovers, write_atomic
+from fmg.core.files import SUMS, atomic_folder, refuse_links_out, remove_leftovers, write_atomic
 from fmg.data.checkpoints import UNCHECKED, CheckpointIndex
 from fmg.data.run_folder import RunFolder, read_numbers
 from fmg.data.states import (
@@ -167,7 +166,7 @@ def save_state(run: RunFolder, recipe: Recipe, point: RestingPoint, live: Live) 
     }
     if not folder.exists():
         # else it was saved when the run was interrupted right here: an evaluation changes no weights
-        with new_folder(folder) as partial:
+        with atomic_folder(folder) as partial:
             write_state(partial, content)
     drop_states(run.path, keep=folder)
     return folder

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fmg.core.errors import CheckpointError
 from fmg.core.files import SUMS, check_sums, write_sums
-from fmg.core.json_reader import parse
+from fmg.core.json_io import parse
 
 TENSORS, STRUCTURE = "state.safetensors", "state.json"
 _TENSOR, _TUPLE, _PAIRS = "$tensor", "$tuple", "$pairs"

@@ -13,9 +13,9 @@ from signal import SIGINT
 import torch
 from PIL.Image import Image
 
+from fmg.core.display import counted, html_table
 from fmg.core.errors import RewardError
 from fmg.core.events import Evaluated, Event, Finished, IterationDone, Notice, Observer, Resumed, Started
-from fmg.core.shown import counted, html_table
 from fmg.core.signals import signal_name, signal_of
 from fmg.core.types import ScoredRollout
 from fmg.data.checkpoints import CheckpointIndex, Saved

@@ -16,10 +16,10 @@ from torch import Tensor
 from fmg import Recipe, train
 from fmg.core.errors import CheckpointError, FmgError, UsageError
 from fmg.core.events import Event, IterationDone, Notice, StageProgress
-from fmg.core.files import sealed, unsealed, write_sums
+from fmg.core.files import write_sums
+from fmg.core.json_io import sealed, unsealed
 from fmg.data.checkpoints import read_index
 from fmg.data.run_folder import RunFolder
-from fmg.data.run_lock import run_lock
 from fmg.data.states import newest_state
 from fmg.flow import TwoTimeMap
 from fmg.training.api import resume
@@ -252,9 +252,10 @@ def test_a_refused_resume_leaves_the_run_as_it_was(
 
 
 def test_a_run_that_is_still_trained_is_not_resumed(interrupted: Path) -> None:
-    with run_lock(interrupted), pytest.raises(UsageError, match="by another process"), run_lock(interrupted):
+    run = RunFolder(interrupted)
+    with run.lock(), pytest.raises(UsageError, match="by another process"), run.lock():
         pass
-    with run_lock(interrupted):
+    with run.lock():
         pass
 
 

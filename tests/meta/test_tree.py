@@ -110,10 +110,10 @@ OWN_JSON = {
 def test_files_and_networks_are_read_by_one_reader_of_json() -> None:
     readers = offenders(r"json\.loads?\(|model_validate_json\(.*read_bytes", files("fmg/*.py"))
     strange = [line for line in readers if line.partition(":")[0].removeprefix("fmg/") not in OWN_JSON]
-    assert not strange, "read it by fmg.core.json_reader"
+    assert not strange, "read it by fmg.core.json_io"
 
 
 def test_pictures_are_opened_in_one_place() -> None:
     opened = [line.partition(":")[0] for line in offenders(r"Image\.open\(", files("fmg/*.py"))]
     # the dump reads the pictures that it has just written
-    assert set(opened) <= {"fmg/core/image_files.py", "fmg/eval/dump.py"}
+    assert set(opened) <= {"fmg/core/images.py", "fmg/eval/dump.py"}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fmg.core.stages import StageClock, wall_clock
+from fmg.core.profiling import StageClock, wall_clock
 from tests.support.fake_device import DEVICE, STREAM
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fmg.core.machine import write_environment
 from fmg.data.checkpoints import CheckpointIndex, Saved, write_index
-from fmg.data.environment import write_environment
 from fmg.data.run_folder import RunFolder
 from fmg.registry.resolve import resolve
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from fmg.core.files import sealed
+from fmg.core.json_io import sealed
 from fmg.export.weights import lay_out, write_weights
 from fmg.inference.artifact.layout import Artifact, file_entry, graph_file, weights_file, write_manifest
 from fmg.inference.artifact.manifest import (

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fmg.core.cache import cache_dir, replacing_file
+from fmg.core.cache import cache_dir
 from fmg.core.errors import CheckpointError, FmgError
 from fmg.core.events import Notice, Observer, StageProgress, ignore
-from fmg.core.files import digest
+from fmg.core.files import atomic_file, digest, write_atomic
 from fmg.export.tensorrt.check import check_network, check_refit
 from fmg.export.tensorrt.graph import check_buildable
 from fmg.export.tensorrt.options import AUTO, EngineOptions, pick_flavour, polygraphy_version
@@ -25,7 +25,6 @@ from fmg.inference.tensorrt.origin import built_here, note_built
 from fmg.inference.tensorrt.record import EngineRecord, Ingredients, check_plan, engine_name, read_record
 
 DEVICE = "auto"
-_READABLE = 0o644
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def _engine(
         observer(Notice("info", f"{graph}: the engine {name} is there already{origin}"))
         return Engine(found, reused=True)
     plan = artifact.engines / f"{name}.plan"
-    with replacing_file(plan) as partial:
+    with atomic_file(plan) as partial:
         job = Job(
             onnx=str(artifact.onnx(graph).resolve()),
             plan=str(partial.resolve()),
@@ -147,7 +146,6 @@ def _engine(
             observer(StageProgress(f"{graph}: checking biases", 0, 0))
             module, first = load_module(builder.flavour), ingredients.profiles[0].shapes
             check_refit(module, partial, artifact, graph, first, open_device(DEVICE))
-        partial.chmod(_READABLE)
         size, sha256 = partial.stat().st_size, digest(partial)
     record = EngineRecord(
         schema=1,
@@ -163,9 +161,7 @@ def _engine(
     )
     _remember(record, observer)
     # after the plan: a plan without a record is ignored, a record without its plan would be an error
-    with replacing_file(plan.with_suffix(".json")) as partial:
-        partial.write_text(record.to_json(), encoding="utf-8")
-        partial.chmod(_READABLE)
+    write_atomic(plan.with_suffix(".json"), record.to_json().encode())
     observer(Notice("info", f"{graph}: built the engine {name} in {built.seconds:.1f} s"))
     return Engine(record, reused=False)
 

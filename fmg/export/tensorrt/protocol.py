@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fmg.core.json_reader import parse
+from fmg.core.json_io import parse
 from fmg.inference.artifact.decode import decode, encode
 from fmg.inference.tensorrt.record import Profile
 

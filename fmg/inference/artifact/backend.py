@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fmg.core.backends import Drawn, NoiseSource
+from fmg.core.cache import ByteCache
 from fmg.core.errors import UsageError
-from fmg.core.lru import ByteCache
-from fmg.core.stages import TEXT_ENCODERS, TOKENISE, TRANSFORMER, VAE, StageClock, stage
+from fmg.core.profiling import TEXT_ENCODERS, TOKENISE, TRANSFORMER, VAE, StageClock, stage
 from fmg.inference.artifact import borders
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.artifact.manifest import BATCH, TEXT_ENCODER, TEXT_ENCODER_2, VAE_DECODER

@@ -19,10 +19,9 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
-from fmg.core.cache import content_hash, replacing_file
+from fmg.core.cache import content_hash
 from fmg.core.errors import CheckpointError, UsageError, suggestion
-from fmg.core.files import digest
-from fmg.core.unfinished import OLD, leftovers
+from fmg.core.files import OLD, digest, leftovers, write_atomic
 from fmg.data.run_folder import is_run
 from fmg.inference.artifact.external import check_external
 from fmg.inference.artifact.manifest import MANIFEST, Check, FileEntry, Graph, Manifest
@@ -252,9 +251,7 @@ def _read_manifest(folder: Path) -> Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes `manifest.json` in one step."""
-    with replacing_file(folder / MANIFEST) as partial:
-        partial.write_text(to_json(manifest), encoding="utf-8")
-        partial.chmod(0o644)
+    write_atomic(folder / MANIFEST, to_json(manifest).encode())
 
 
 def file_entry(path: Path) -> FileEntry:

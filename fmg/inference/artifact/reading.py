@@ -7,8 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fmg.core.errors import CheckpointError
-from fmg.core.files import sealed, unsealed
-from fmg.core.json_reader import JsonError, parse_object
+from fmg.core.json_io import JsonError, parse_object, sealed, unsealed
 from fmg.inference.artifact.borders import check_borders
 from fmg.inference.artifact.decode import DecodeError, decode, encode
 from fmg.inference.artifact.manifest import (

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fmg.core.stages import StageClock
+from fmg.core.profiling import StageClock
 
 Array = TypeVar("Array")
 

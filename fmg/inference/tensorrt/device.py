@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from fmg.core.errors import UsageError
-from fmg.core.stages import StageClock
+from fmg.core.profiling import StageClock
 from fmg.inference.backend import cuda_clock
 from fmg.inference.devices import pick_device
 

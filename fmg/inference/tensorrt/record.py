@@ -11,7 +11,7 @@ from typing import Literal
 
 from fmg.core.cache import content_hash
 from fmg.core.errors import CheckpointError
-from fmg.core.json_reader import read_json
+from fmg.core.json_io import read_json
 from fmg.inference.artifact.decode import decode, encode
 from fmg.inference.artifact.layout import ENGINES
 from fmg.inference.tensorrt.flavours import ANY, Flavour, Gpu

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fmg.core.stages import StageClock
+from fmg.core.profiling import StageClock
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.artifact.manifest import BATCH
 from fmg.inference.tensorrt.census import Census, inspect

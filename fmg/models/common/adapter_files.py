@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fmg.core.errors import CheckpointError, UsageError
-from fmg.core.json_reader import JsonError, read_object
-from fmg.core.unfinished import new_folder
+from fmg.core.files import atomic_folder
+from fmg.core.json_io import JsonError, read_object
 from fmg.models.common.adapter import ADAPTER, adapter_parameters
 from fmg.models.common.digest import stored_digest
 from fmg.models.common.weights import WeightFiles
@@ -123,7 +123,7 @@ def save(
     )
     # PEFT keeps the targets in a set, whose order would change from run to run
     stated = {**config.to_dict(), "target_modules": list(manifest.targets)}
-    with new_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         modules = [name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)] if alpha_tensors else []
         pipeline.save_lora_weights(
             str(partial),

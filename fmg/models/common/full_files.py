@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fmg.core.errors import CheckpointError
-from fmg.core.json_reader import JsonError, read_object
-from fmg.core.unfinished import new_folder
+from fmg.core.files import atomic_folder
+from fmg.core.json_io import JsonError, read_object
 from fmg.models.common.adapter_files import BaseReference
 from fmg.models.common.weights import check_names, folder_weights, stored_shapes, unreadable, weight_windows
 from fmg.models.conventions import FlowMapConventions
@@ -64,7 +64,7 @@ def save(
         UsageError: the folder exists.
     """
     manifest = TransformerManifest(base=base, map=conventions)
-    with new_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         component = partial / COMPONENT
         transformer.save_config(str(component))
         _write_weights(component, transformer.state_dict(), dtype)

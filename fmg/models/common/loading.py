@@ -17,7 +17,7 @@ from diffusers.utils import logging as diffusers_logging
 from torch.func import functional_call
 from transformers.utils import logging as transformers_logging
 
-from fmg.core.errors import CheckpointError, FmgWarning, first_line, out_of_memory
+from fmg.core.errors import CheckpointError, FmgWarning, out_of_memory, reason
 from fmg.core.model_folder import CONFIG, RESTORE, check_no_adapter, read_config
 from fmg.models.common.weights import FLOATS, folder_weights, some, stored_shapes
 from fmg.models.conventions import CONVENTIONS_FILE, FlowMapConventions
@@ -98,7 +98,7 @@ class Family:
             # whatever a library makes of a config that it does not expect
             if out_of_memory(error) is not None:
                 raise
-            raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}", RESTORE) from error
+            raise CheckpointError(f"{folder} cannot be loaded: {reason(error)}", RESTORE) from error
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             names = sorted(str(name) for name in info[problem] if name not in _OF_A_DECODER)
             if names:
@@ -147,7 +147,7 @@ def _check_encodes(encoder: Any, folder: Path) -> None:
     try:
         functional_call(encoder, state, (torch.zeros(1, _PROBE, dtype=torch.int64, device="meta"),))
     except Exception as error:
-        raise CheckpointError(f"{folder / CONFIG} cannot be used: {first_line(error)}", RESTORE) from error
+        raise CheckpointError(f"{folder / CONFIG} cannot be used: {reason(error)}", RESTORE) from error
 
 
 def load_tokenizer(folder: Path, cls: Any) -> Any:
@@ -161,7 +161,7 @@ def load_tokenizer(folder: Path, cls: Any) -> Any:
     try:
         return cls.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
-        raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}", RESTORE) from error
+        raise CheckpointError(f"{folder} cannot be loaded: {reason(error)}", RESTORE) from error
 
 
 def check_same(component: str, key: str, value: int, transformer_key: str, transformer_value: int) -> None:

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from fmg.core.lru import ByteCache
+from fmg.core.cache import ByteCache
+from fmg.core.profiling import TOKENISE, stage
 from fmg.core.prompt import cut_prompts
-from fmg.core.stages import TOKENISE, stage
 from fmg.core.types import Conditioning
 from fmg.models.text_cache import Row, TextCache, encoder_key
 

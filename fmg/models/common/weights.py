@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fmg.core.errors import CheckpointError, FmgError, first_line, out_of_memory
+from fmg.core.errors import CheckpointError, FmgError, out_of_memory, reason
 from fmg.core.model_folder import main_weights, weight_map
 
 INDEX_FILE = "diffusion_pytorch_model.safetensors.index.json"
@@ -202,6 +202,4 @@ def tensor_names(file: Path) -> list[str]:
 
 def unreadable(origin: Path, error: BaseException) -> CheckpointError:
     """The error of weights that a library cannot read, with the first line of its reason."""
-    return CheckpointError(
-        f"{origin} cannot be loaded: {first_line(error)}", "Restore it from where the model came from."
-    )
+    return CheckpointError(f"{origin} cannot be loaded: {reason(error)}", "Restore it from where the model came from.")

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import CLIPTextModel, T5EncoderModel
 
-from fmg.core.stages import TOKENISE, stage
+from fmg.core.profiling import TOKENISE, stage
 from fmg.models.common.text import Tokenizer
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import diffusers
 
 from fmg.core.errors import CheckpointError, UsageError
-from fmg.core.json_reader import JsonError, read_object
+from fmg.core.json_io import JsonError, read_object
 from fmg.core.model_folder import read_config
 from fmg.models.common.loading import check_guidance
 from fmg.models.conventions import CONVENTIONS_FILE, FlowMapConventions

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from fmg.core.cache import content_hash
 from fmg.core.errors import FmgError, UsageError
+from fmg.core.machine import installed_versions
 from fmg.registry import rewards as rewards_registry
 from fmg.registry.references import PYTHON_REWARD, RewardRef
 from fmg.rewards.base import Checked
@@ -82,7 +82,12 @@ def describe(
             "probe_prompt": prompt,
             "weights": _weights(reference),
         }
-    return {"fmg": __version__, "python": platform.python_version(), "packages": _versions(), "rewards": entries}
+    return {
+        "fmg": __version__,
+        "python": platform.python_version(),
+        "packages": installed_versions(_PACKAGES),
+        "rewards": entries,
+    }
 
 
 def _weights(reference: RewardRef) -> list[dict[str, str]]:
@@ -90,13 +95,3 @@ def _weights(reference: RewardRef) -> list[dict[str, str]]:
         return []
     located = [locate(asset, reference.label) for asset in reference.config.assets()]
     return [{"what": one.asset.what, "source": one.asset.source, "sha256": content_hash(one.first)} for one in located]
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fmg.core.events import Notice, Observer, StageProgress, ignore
+from fmg.core.files import atomic_file
 from fmg.models.flux.transformer import SecondTime
 from fmg.worlds.pretrain.autoencoder import train_autoencoder
 from fmg.worlds.pretrain.distill import Teacher, Trajectories, distill, solve_trajectories
@@ -185,10 +186,9 @@ class _Pretraining:
         """The stage's tensors from disk, or made now; written under another name first, so a file is always whole."""
         path = self.stages / f"{name}-{self._digest(*inputs)}.safetensors"
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            save_file({key: value.clone() for key, value in make().items()}, partial)
-            partial.replace(path)
+            made = {key: value.clone() for key, value in make().items()}
+            with atomic_file(path) as partial:
+                save_file(made, partial)
         return load_file(path)
 
     def _ticker(self, stage: str) -> Callable[[int, int], None]:

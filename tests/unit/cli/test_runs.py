@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fmg.core.files import sealed, unsealed
+from fmg.core.json_io import sealed, unsealed
 from fmg.data.run_folder import RunFolder
 from tests.support.cli import fmg
 from tests.support.pages import made_up_run

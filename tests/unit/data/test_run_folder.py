@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fmg.core.errors import CheckpointError, UsageError
-from fmg.core.unfinished import write_atomic
+from fmg.core.files import write_atomic
 from fmg.data.run_folder import RunFolder, is_run, list_runs, newest_run, read_metrics
 
 NOON = datetime(2026, 3, 4, 12, 30, 5)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from fmg.core.errors import CheckpointError, FmgError, FmgWarning, MissingDependencyError, UsageError
-from fmg.core.stages import NOISE, TEXT_ENCODERS, TOKENISE, TOTAL, TRANSFORMER, VAE
+from fmg.core.profiling import NOISE, TEXT_ENCODERS, TOKENISE, TOTAL, TRANSFORMER, VAE
 from fmg.inference import load
 from fmg.inference import onnxruntime as ort
 from fmg.inference.artifact import Artifact, open_artifact

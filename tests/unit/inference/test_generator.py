@@ -15,7 +15,7 @@ from PIL import Image
 
 from fmg.core.backends import Drawn, NoiseSource
 from fmg.core.errors import StorageError, UsageError
-from fmg.core.stages import NOISE, TOTAL, StageClock, wall_clock
+from fmg.core.profiling import NOISE, TOTAL, StageClock, wall_clock
 from fmg.inference import Generator
 from fmg.rl.noise import NoiseKey, noise
 

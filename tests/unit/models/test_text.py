@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fmg.core.lru import ByteCache
+from fmg.core.cache import ByteCache
 from fmg.models.common.text import TextEncoders
 from fmg.models.flux.loading import FluxComponents, load_folder
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fmg.core.shown import counted
+from fmg.core.display import counted
 from fmg.data.run_metrics import headline
 from fmg.progress.figures import signed, sparkline
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fmg.core.aside import fenced, prints_aside, torch_as_new
 from fmg.core.errors import FmgError, FmgWarning, RewardError, UsageError
+from fmg.core.stdout_redirect import fenced, prints_aside, torch_as_new
 from fmg.registry import rewards
 from fmg.rewards.base import build_rewards
 from fmg.rewards.python_module import check_module
@@ -166,7 +166,7 @@ def state() -> list[object]:
 
 @pytest.fixture
 def untold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fmg.core.aside._told", set())
+    monkeypatch.setattr("fmg.core.stdout_redirect._told", set())
 
 
 @pytest.mark.usefixtures("untold")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fmg.core.stages import OTHER, TEXT_ENCODERS, TOKENISE, TOTAL, StageClock, stage, wall_clock
+from fmg.core.profiling import OTHER, TEXT_ENCODERS, TOKENISE, TOTAL, StageClock, stage, wall_clock
 
 
 def ticking() -> tuple[StageClock[int], Callable[[int], None]]:

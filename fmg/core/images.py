@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
-from fmg.core.errors import FmgError, UsageError, first_line
+from fmg.core.errors import FmgError, UsageError, reason
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ def decoded(source: Path | str | bytes, use: Callable[[Image.Image], T], max_pix
     except UnidentifiedImageError:
         raise UsageError(f"{name} is not an image file", f"Give one of {', '.join(FORMATS)}.") from None
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
-        raise UsageError(f"{name} cannot be decoded: {first_line(error)}", "Give an undamaged picture.") from error
+        raise UsageError(f"{name} cannot be decoded: {reason(error)}", "Give an undamaged picture.") from error
 
 
 @cache

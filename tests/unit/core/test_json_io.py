@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fmg.core.errors import CheckpointError, UsageError
-from fmg.core.json_reader import (
+from fmg.core.json_io import (
     MAX_DEPTH,
     JsonError,
     parse,

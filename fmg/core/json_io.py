@@ -12,14 +12,16 @@ through here, so that all of these have one answer:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fmg.core.errors import FmgError, UsageError
+from fmg.core.files import write_atomic
 
 MAX_BYTES = 1 << 24
 """Most bytes of a JSON document: 16 MiB."""
@@ -35,6 +37,7 @@ _HEADER_LENGTH = 8
 _LARGEST_HEADER = 100 * 2**20
 # every integer of so many digits fits a double
 _MAX_DIGITS = 308
+_SEAL = "sha256"
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _BOM = "\ufeff"
 
@@ -207,6 +210,36 @@ def read_objects(
 def located(file: Path, error: JsonError) -> str:
     """What is wrong and where: `file:line: reason`, or `file: reason`."""
     return f"{file}: {error}" if error.line is None else f"{file}:{error.line}: {error}"
+
+
+def write_json(file: Path, value: object) -> None:
+    """Writes a JSON document in one step, indented, with a line end.
+
+    Raises:
+        StorageError: the system refused; the old contents stay.
+    """
+    write_atomic(file, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with its own digest in it, so that a reader notices damage; `unsealed` takes it out again."""
+    return {**content, _SEAL: _object_digest(content)}
+
+
+def unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The object that was sealed. One without a seal, as older versions wrote it, is taken as it is.
+
+    Raises:
+        ValueError: it was changed after it was sealed.
+    """
+    plain = {key: value for key, value in content.items() if key != _SEAL}
+    if _SEAL in content and content[_SEAL] != _object_digest(plain):
+        raise ValueError("it was changed after it was written")
+    return plain
+
+
+def _object_digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _decoded(data: bytes, line: int | None = None) -> str:

@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from fmg.core.display import LONGEST_VALUE, bounded, cut, html_table, visible, visible_json
 from fmg.core.errors import CheckpointError, UsageError
-from fmg.core.shown import LONGEST_VALUE, bounded, cut, html_table, visible, visible_json
 from fmg.data.charts import Curve, chart, curve_figure, figure_bytes
 
 HOSTILE = "\x1b[31m \x07 \x9b \x7f \u202e \u2066 \u200b \ufeff \udc80 \U000e0041 \r"
