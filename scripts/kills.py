@@ -1,9 +1,9 @@
 """`python scripts/kills.py --kills 200`: kills training runs at random moments and resumes them.
 
-Each run has to end as the one that nobody touched: the same metrics and weights, bit for bit, the same files, a report,
-and nothing outside of its folder. A quarter of the blows are signals that end a run in order (SIGTERM, SIGHUP, SIGUSR1,
-SIGINT), the others SIGKILL, which are what `--kills` counts. A run that is killed before its first state is refused in
-one line, and starts anew.
+Chains and branched rollouts take turns. Each run has to end as the one of its kind that nobody touched: the same
+metrics and weights, bit for bit, the same files, a report, and nothing outside of its folder. A quarter of the blows
+are signals that end a run in order (SIGTERM, SIGHUP, SIGUSR1, SIGINT), the others SIGKILL, which are what `--kills`
+counts. A run that is killed before its first state is refused in one line, and starts anew.
 
 Processes are forked from one that has imported everything, so that a kill costs a second or two.
 """
@@ -11,6 +11,7 @@ Processes are forked from one that has imported everything, so that a kill costs
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -34,23 +36,34 @@ from fmg.data.states import check_resumable, ended_short
 from fmg.training.api import resume
 
 ORDERLY = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT]
-RECIPE: dict[str, object] = {
+COMMON: dict[str, object] = {
     "train.device": "cpu",
     "train.iterations": 3,
     "train.state_every": 2,
     "train.ema_decay": 0.9,
     "lora.rank": 2,
-    # draws from the global generator
-    "lora.dropout": 0.2,
-    "objective": "rwfm",
     "rewards": ["jpeg-compressibility"],
-    "rollout.kind": "chain",
     "rollout.groups": 2,
     "rollout.group_size": 2,
-    "rollout.steps": 2,
     "eval.num": 2,
     "eval.every": 2,
     "eval.rewards": [],
+}
+RECIPES: dict[str, dict[str, object]] = {
+    # dropout draws from the global generator
+    "chain": {**COMMON, "objective": "rwfm", "lora.dropout": 0.2, "rollout.kind": "chain", "rollout.steps": 2},
+    # the choice of steps and of prompts learns from the rewards
+    "branch": {
+        **COMMON,
+        # its iterations are short
+        "train.iterations": 6,
+        "train.state_every": 1,
+        "rollout.kind": "branch",
+        "rollout.steps": 3,
+        "rollout.branch.steps": "adaptive",
+        "rollout.branch.completion": "grid",
+        "rollout.prompt_sampling": "dynamic",
+    },
 }
 
 
@@ -58,14 +71,14 @@ class LostError(AssertionError):
     """A run did not end as it should."""
 
 
-def start(run: Path) -> int:
+def start(run: Path, kind: str) -> int:
     """Trains, or resumes, in a process of its own; returns its id. It exits with 0 finished, 3 interrupted, 1 error."""
     child = os.fork()
     if child:
         return child
     code = 1
     try:
-        result = resume(run) if is_run(run) else train(Recipe.default(**RECIPE), run)
+        result = resume(run) if is_run(run) else train(Recipe.default(**RECIPES[kind]), run)
         code = 3 if result.interrupted else 0
     except KeyboardInterrupt:
         code = 3
@@ -131,14 +144,19 @@ def check(run: Path, reference: dict[str, object]) -> None:
             raise LostError(f"{key} of {run} differ: {str(found[key])[:2000]} and {str(value)[:2000]}")
 
 
-def main(kills: int, seed: int, root: Path) -> dict[str, int]:
+def main(kills: int, seed: int, root: Path, kinds: Sequence[str] = tuple(RECIPES)) -> dict[str, int]:
     """Kills until there were `kills` kills, each run being compared when it has ended; returns what happened."""
     chance = random.Random(seed)
-    began = time.monotonic()
-    if code := ended(start(root / "reference")):
-        raise LostError(f"the reference ended with {code}")
-    length = time.monotonic() - began
-    reference = record(root / "reference")
+    lengths: dict[str, float] = {}
+    references: dict[str, dict[str, object]] = {}
+    for kind in kinds:
+        began = time.monotonic()
+        if code := ended(start(root / kind, kind)):
+            raise LostError(f"the reference of {kind} ended with {code}")
+        lengths[kind] = time.monotonic() - began
+        references[kind] = record(root / kind)
+    turns = itertools.cycle(kinds)
+    kind = next(turns)
     run = root / "run"
     (root / "thesis.txt").write_text("precious")
     outside = snapshot(root, run)
@@ -148,7 +166,7 @@ def main(kills: int, seed: int, root: Path) -> dict[str, int]:
         if is_run(run):
             counts["completed"] += ended_short(run)
             counts["resumed"] += 1
-        child = start(run)
+        child = start(run, kind)
         if counts["kills"] >= kills:
             code: int | None = ended(child)
             if code:
@@ -156,7 +174,7 @@ def main(kills: int, seed: int, root: Path) -> dict[str, int]:
             code = None
         else:
             number = chance.choice(ORDERLY) if chance.random() < 0.25 else signal.SIGKILL
-            code = strike(child, chance.uniform(0, 1.1 * length), number)
+            code = strike(child, chance.uniform(0, 1.1 * lengths[kind]), number)
         if code == -signal.SIGKILL:
             counts["kills"] += 1
         elif code is not None:
@@ -167,9 +185,10 @@ def main(kills: int, seed: int, root: Path) -> dict[str, int]:
         finishing = not _over(run, counts)
         if not finishing:
             if is_run(run) and RunFolder(run).state().state == "finished":
-                check(run, reference)
+                check(run, references[kind])
                 counts["compared"] += 1
             shutil.rmtree(run, ignore_errors=True)
+            kind = next(turns)
         if snapshot(root, run) != outside:
             raise LostError("a file outside of the run was touched")
         sys.stderr.write(json.dumps(counts) + "\n")
@@ -194,10 +213,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", default=",".join(RECIPES))
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["FMG_CACHE"] = f"{folder}/cache"
         place = Path(folder) / "place"
         place.mkdir()
-        sys.stdout.write(json.dumps(main(given.kills, given.seed, place)) + "\n")
+        sys.stdout.write(json.dumps(main(given.kills, given.seed, place, given.kinds.split(","))) + "\n")
