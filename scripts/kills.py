@@ -31,8 +31,8 @@ from fmg import Recipe, train
 from fmg.core.errors import UsageError
 from fmg.core.files import digest
 from fmg.data.checkpoints import read_index
+from fmg.data.resume_points import check_resumable, ended_short
 from fmg.data.run_folder import RunFolder, is_run
-from fmg.data.states import check_resumable, ended_short
 from fmg.training.api import resume
 
 ORDERLY = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT]

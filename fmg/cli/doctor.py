@@ -72,9 +72,9 @@ def examine_run(
     # before numpy is imported
     if not is_run(Path(run)):
         raise no_run(Path(run))
-    from fmg.data import run_doctor
+    from fmg.data import run_diagnostics
 
-    found = run_doctor.examine_run(run)
+    found = run_diagnostics.examine_run(run)
     if as_json:
         print_json([asdict(advice) for advice in found])
     elif found:

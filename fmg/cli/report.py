@@ -52,9 +52,8 @@ def report(
 ) -> None:
     """Write the report of a run, or a page that compares several: curves, pictures, scores, recipe and timings."""
     from fmg.core.files import write_atomic
-    from fmg.data.comparison import write_comparison
     from fmg.data.run_folder import RunFolder, newest_run
-    from fmg.data.run_report import RunRecord, run_page, write_run_report
+    from fmg.data.run_report import RunRecord, run_page, write_comparison, write_run_report
 
     place = new_place(out, "--out")
     for name in runs or ():
@@ -98,8 +97,7 @@ def _figure_file(place: Path | None, folders: Sequence[RunFolder], figure: Figur
 
 
 def _write_figure(folders: Sequence[RunFolder], picture: Path) -> None:
-    from fmg.data.comparison import write_comparison_figure
-    from fmg.data.run_report import RunRecord, write_run_figure
+    from fmg.data.run_report import RunRecord, write_comparison_figure, write_run_figure
 
     if len(folders) > 1:
         write_comparison_figure(folders, picture)

@@ -255,7 +255,7 @@ def _resume(
 ) -> int:
     """Goes on with a run; everything that a run is made of stands in its own recipe."""
     from fmg.data.prompt_sets import stated_digests, untied
-    from fmg.data.states import check_prompts, check_resumable, ended_short
+    from fmg.data.resume_points import check_prompts, check_resumable, ended_short
     from fmg.registry.recipe import Recipe
 
     folder = Path(run)
@@ -372,7 +372,7 @@ def _shown(value: object) -> str:
 
 
 def _print_result(recipe: Recipe, result: TrainResult) -> None:
-    from fmg.data.states import consent_flag, newest_state, resume_command
+    from fmg.data.resume_points import consent_flag, newest_state, resume_command
 
     out = stdout()
     run = result.run.path

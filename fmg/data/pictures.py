@@ -1,4 +1,4 @@
-"""Pictures of a run: sample grids with their prompts, before and after side by side, the curve. Imports no torch."""
+"""Pictures: 8-bit images from arrays, sample grids with their prompts, and how they are saved. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fmg.core.errors import UsageError, writing
 from fmg.core.files import write_atomic
-from fmg.core.images import decoded
-from fmg.data.run_folder import RunFolder
-from fmg.data.run_metrics import Outcome
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -102,30 +99,6 @@ def before_after(left: Image.Image, right: Image.Image, titles: tuple[str, str])
     for at, title in zip((_LABEL_WIDTH, left.width + 24 + _GAP), titles, strict=True):
         draw.text((at, 6), title, fill=_INK, font=ImageFont.load_default(14))
     return canvas
-
-
-def kept_grids(run: RunFolder, outcome: Outcome) -> dict[str, Image.Image]:
-    """Samples by the base and by the checkpoint that the run keeps, by title; none where one of the two is missing."""
-    if outcome.iteration is None:
-        return {}
-    kept = run.sample(outcome.iteration, averaged=outcome.averaged and outcome.iteration > 0)
-    title = "kept: the base itself" if outcome.iteration == 0 else f"kept: {outcome.title}"
-    try:
-        return {
-            name: decoded(path, lambda image: image.convert("RGB"))
-            for name, path in (("base", run.sample(0)), (title, kept))
-        }
-    except UsageError:
-        return {}
-
-
-def kept_picture(run: RunFolder, outcome: Outcome) -> Image.Image | None:
-    """`before_after.png`: both of them side by side, or None."""
-    grids = kept_grids(run, outcome)
-    if not grids:
-        return None
-    (base, left), (kept, right) = grids.items()
-    return before_after(left, right, (base, kept))
 
 
 def write_picture(picture: Image.Image, path: Path) -> None:

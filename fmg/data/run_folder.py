@@ -20,17 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 from fmg.core.display import LONGEST_VALUE, html_picture, html_text
 from fmg.core.errors import CheckpointError, UsageError, suggestion
 from fmg.core.files import lock, refusal_of
-from fmg.core.json_io import (
-    JsonError,
-    Line,
-    located,
-    parse_object,
-    read_lines,
-    read_object,
-    sealed,
-    unsealed,
-    write_json,
-)
+from fmg.core.json_io import read_object, sealed, unsealed, write_json
 
 if TYPE_CHECKING:
     from fmg.registry.document import Plain
@@ -41,8 +31,6 @@ SCHEMA = 1
 State = Literal["running", "finished", "interrupted", "failed"]
 _SHOWN_WIDTH = 720
 STATES: tuple[State, ...] = get_args(State)
-MAX_METRICS_BYTES = 1 << 30
-"""Most bytes of a `metrics.jsonl` that is read: 1 GiB, a million lines."""
 _SAMPLE = re.compile(r"iteration-(\d+)\.png")
 
 
@@ -298,62 +286,6 @@ def newest_run(root: Path = RUNS) -> Path | None:
     """The run under `root` that began last, or None when there is none."""
     runs = list_runs(root)
     return runs[-1].path if runs else None
-
-
-def read_metrics(path: Path) -> list[dict[str, object]]:
-    """The lines of a `metrics.jsonl`; an unfinished last line is left out, a missing file has no lines.
-
-    Raises:
-        CheckpointError: for any other line that is not a JSON object.
-    """
-    if not path.is_file():
-        return []
-    try:
-        return [metrics_entry(path, line) for line in read_lines(path, MAX_METRICS_BYTES) if line.ended]
-    except JsonError as error:
-        raise CheckpointError(located(path, error), "Move the file away, or shorten it.") from None
-
-
-def read_numbers(path: Path) -> list[dict[str, float]]:
-    """The same as numbers; null, which stands for what is not finite, is NaN.
-
-    Raises:
-        CheckpointError: for a line that is not a JSON object of numbers, or does not say of which iteration it is.
-    """
-    return [as_numbers(path, number, line) for number, line in enumerate(read_metrics(path), start=1)]
-
-
-def as_numbers(path: Path, number: int, line: Mapping[str, object], *, strict: bool = True) -> dict[str, float]:
-    """The numbers of a line of `metrics.jsonl`; null, which stands for what is not finite, is NaN.
-
-    Raises:
-        CheckpointError: unless not `strict`: it holds something else, or does not name its iteration.
-    """
-    plain = {key: math.nan if value is None else value for key, value in line.items()}
-    numbers = {key: float(value) for key, value in plain.items() if isinstance(value, (int, float))}
-    if not strict:
-        return numbers
-    if numbers.keys() != plain.keys():
-        raise _damaged(path, number, "it holds something else than numbers")
-    if not math.isfinite(numbers.get("iteration", math.nan)):
-        raise _damaged(path, number, "it does not name its iteration")
-    return numbers
-
-
-def metrics_entry(path: Path, line: Line) -> dict[str, object]:
-    """The object of a line of `metrics.jsonl`.
-
-    Raises:
-        CheckpointError: it is none.
-    """
-    try:
-        return parse_object(line.text(), finite=False)
-    except JsonError as error:
-        raise _damaged(path, line.number, str(error)) from None
-
-
-def _damaged(path: Path, number: int, why: str) -> CheckpointError:
-    return CheckpointError(f"{path}:{number}: the line is damaged: {why}", "Remove it; the others do not depend on it.")
 
 
 def _finite(value: object) -> object:

@@ -1,11 +1,11 @@
-"""The report of a run, `report.html` in its folder: what was trained, what it gained, and how. Imports no torch."""
+"""The report of a run, its figures, and the page that compares several runs. Imports no torch."""
 
 from __future__ import annotations
 
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,22 +14,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL.Image import Image
 
+from fmg.core.display import counted
 from fmg.core.errors import CheckpointError, FmgWarning, UsageError
 from fmg.core.files import write_atomic
 from fmg.core.images import decoded
 from fmg.core.machine import read_environment
-from fmg.data.charts import Curve, chart, curve_figure, figure_bytes, write_figure
+from fmg.data.charts import Curve, chart, curve_figure, figure_bytes, grid_figure, write_figure
 from fmg.data.checkpoints import CheckpointIndex, read_index
 from fmg.data.metrics_log import MetricsLog
 from fmg.data.page import Block, Gallery, Listing, Picture, Section, Table, Text, Tile, inline_image, inline_svg, page
-from fmg.data.pictures import kept_grids
+from fmg.data.pictures import before_after
 from fmg.data.prompt_sets import spread
 from fmg.data.run_folder import RunFolder, RunState
-from fmg.data.run_metrics import AVERAGED, PREFIX, REWARD, SUFFIX, Outcome, headline
+from fmg.data.run_metrics import AVERAGED, PREFIX, REWARD, SUFFIX, Line, Outcome, headline
 
 BANDS = (
-    "Bands are 95 % intervals of each mean, stars the kept checkpoint. A curve of more than 200 points is drawn as the"
-    " means of equal parts, inside a lighter band from the lowest to the highest value of each."
+    "Bands are 95 % intervals of the mean; stars mark the kept checkpoint. A curve of more than 200 points is shown as"
+    " the means of equal segments, with a lighter band from the lowest to the highest value of each."
 )
 
 _TWO_SIDED_95 = 1.96
@@ -37,28 +38,26 @@ _GRIDS = 4
 _GRID_SIDE = 1000
 _MAX_CURVES = 6
 _UPDATE_CHARTS = {
-    "approx_kl": ("approximate KL to the policy that drew the rollout", "nats"),
+    "approx_kl": ("approximate KL to the rollout policy", "nats"),
     "clip_frac": ("share of clipped rows", "share of rows"),
     "grad_norm": ("norm of the gradient before clipping", "L2 norm"),
     "kl_ref": ("KL to the base", "nats"),
     "zero_std_ratio": ("share of groups whose rewards are all equal", "share of groups"),
-    "skipped_updates": ("updates that were skipped", "updates an iteration"),
-    "branch/completion_agreement": ("agreement of a jump with the grid", "correlation within groups"),
+    "skipped_updates": ("skipped updates", "per iteration"),
+    "branch/completion_agreement": ("agreement of one jump with the full grid", "correlation within groups"),
 }
 _STEP_CHARTS = {
     r"branch/step_(\d+)_reward_std": ("reward of siblings by branching step", "mean std within a group"),
     r"branch/zero_std_ratio_(\d+)": ("groups with equal rewards by branching step", "share of groups"),
-    r"branch/step_(\d+)_groups": ("groups by branching step", "groups an iteration"),
+    r"branch/step_(\d+)_groups": ("groups by branching step", "per iteration"),
 }
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Line = Mapping[str, float]
-
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run folder says of a run."""
+    """What a run folder tells about its run."""
 
     path: Path
     state: RunState
@@ -80,26 +79,29 @@ class RunRecord:
             raise CheckpointError(f"'{run.recipe}' cannot be read", "Restore it from a copy.") from None
         index = read_index(run.path)
         for name in index.changed_files(run.path) if index else ():
-            text = f"'{run.path / name}' was changed after it was written; figures from it may be others than the run's"
+            text = f"'{run.path / name}' was changed after it was written; its figures may not be those of the run"
             warnings.warn(text, FmgWarning, stacklevel=2)
         return RunRecord(run.path, state, MetricsLog.read(run.metrics, strict=True), index, recipe)
 
     @property
+    def title(self) -> str:
+        return f"{self.state.model}: {self.path.name}"
+
+    @property
     def iterations(self) -> int:
-        """Iterations done."""
         return self.log.done
 
     @cached_property
     def outcome(self) -> Outcome:
-        """What the run gained: its base, the checkpoint that it keeps and its last evaluation."""
+        """What the run gained: scores of its base, of the kept checkpoint and of the last evaluation."""
         return Outcome.of(self.log.evaluations, self.index.entry(self.index.best) if self.index else None)
 
     def logged(self, key: str) -> str:
-        """The key under which the log has a score `eval/...` of the kind of weights that the run keeps."""
+        """The log key of the score `eval/...` for the kind of weights that the run keeps: raw or averaged."""
         return AVERAGED + key.removeprefix(PREFIX) if self.outcome.averaged and key.startswith(PREFIX) else key
 
     def tiles(self) -> Iterator[Tile]:
-        """Headline scores of the checkpoint that the run keeps, with those of the base."""
+        """Headline scores of the kept checkpoint beside those of the base."""
         before, which = headline(self.outcome.base), self.outcome.title
         for name, value in headline(self.outcome.kept).items():
             note = f"base {before[name]:.3f}, {which}" if name in before else which
@@ -121,29 +123,51 @@ def run_page(record: RunRecord) -> str:
     """The HTML of a run's report."""
     began = record.state.created[:16].replace("T", " ")
     kept = "" if record.outcome.iteration is None else f", keeps {record.outcome.title}"
-    done = f"{record.iterations} iterations, {record.state.state}{kept}, began {began}"
+    done = f"{counted(record.iterations, 'iteration')}, {record.state.state}{kept}, started {began}"
     sections = [
         Section("Before and after", list(_before_after(record))),
         Section("Held-out scores", list(_scores(record))),
         Section("Curves", list(_curves(record))),
-        Section("Samples on the way", list(_grids(record))),
+        Section("Samples during training", list(_grids(record))),
         Section("Where the time went", list(_timings(record))),
         Section("Recipe, with the source of each value", [Listing(list(_recipe_lines(record.recipe)))], folded=True),
         Section("Environment", list(_environment(record)), folded=True),
     ]
-    return page(
-        f"{record.state.model}: {record.path.name}", done, list(record.tiles()), [s for s in sections if s.blocks]
-    )
+    return page(record.title, done, list(record.tiles()), [section for section in sections if section.blocks])
 
 
 def _before_after(record: RunRecord) -> Iterator[Block]:
     if pictures := before_after_pictures(record):
-        yield Text("The same prompts and seeds, by the base and by the checkpoint that the run keeps.")
+        yield Text("The same prompts and seeds, generated by the base model and by the kept checkpoint.")
         yield Gallery(pictures)
 
 
+def kept_grids(run: RunFolder, outcome: Outcome) -> dict[str, Image]:
+    """Sample grids of the base and of the kept checkpoint, by title; none where one of the two is missing."""
+    if outcome.iteration is None:
+        return {}
+    kept = run.sample(outcome.iteration, averaged=outcome.averaged and outcome.iteration > 0)
+    title = "kept: the base itself" if outcome.iteration == 0 else f"kept: {outcome.title}"
+    try:
+        return {
+            name: decoded(path, lambda image: image.convert("RGB"))
+            for name, path in (("base", run.sample(0)), (title, kept))
+        }
+    except UsageError:
+        return {}
+
+
+def kept_picture(run: RunFolder, outcome: Outcome) -> Image | None:
+    """The picture of `before_after.png`: both grids side by side, or None."""
+    grids = kept_grids(run, outcome)
+    if not grids:
+        return None
+    (base, left), (kept, right) = grids.items()
+    return before_after(left, right, (base, kept))
+
+
 def before_after_pictures(record: RunRecord) -> list[Picture]:
-    """Samples by the base and by the checkpoint that a run keeps, for a page; none where one of them is missing."""
+    """The grids of `kept_grids` for a page."""
     grids = kept_grids(RunFolder(record.path), record.outcome)
     found = []
     for title, image in grids.items():
@@ -155,20 +179,20 @@ def before_after_pictures(record: RunRecord) -> list[Picture]:
 def _scores(record: RunRecord) -> Iterator[Block]:
     first, last, kept = record.outcome.base, record.outcome.last, record.outcome.kept
     if not first:
-        yield Text("There is no evaluation yet.")
+        yield Text("The run has not been evaluated yet.")
         return
     if not kept:
-        yield Text(f"The run keeps the checkpoint of {record.outcome.title}, which was not evaluated.")
+        yield Text(f"The kept checkpoint ({record.outcome.title}) has not been evaluated.")
         return
     which = record.outcome.title if record.outcome.iteration is not None else f"iteration {kept['iteration']:.0f}"
     yield Text(
-        f"The result of the run is the checkpoint that it keeps: {which}. The interval of the gain takes the"
-        " two evaluations as independent; they share prompts and seeds, so it is on the wide side."
+        f"The result of the run is the kept checkpoint ({which}). The interval of the gain treats the two evaluations"
+        " as independent. They share prompts and seeds, so it is rather too wide than too narrow."
     )
     ended = f"last (iteration {last['iteration']:.0f})"
     columns = ("score", "base", f"kept ({which})", "gain", "95 % interval", ended)
     rows = []
-    known = [key for key in kept if key.startswith(PREFIX) and key.endswith(SUFFIX) and key in first]
+    known = [key for key in _score_keys(kept) if key in first]
     headlines = list(headline(kept))
     # headline scores first; the others in the order of the log, which keeps a reward's parts together
     known.sort(key=lambda key: headlines.index(label(key)) if label(key) in headlines else len(headlines))
@@ -200,7 +224,7 @@ def charts(record: RunRecord) -> Iterator[Picture]:
     shown: set[str] = set()
     measured = record.outcome.kept or record.outcome.base
     for name in headline(measured):
-        key = next((k for k in measured if k.startswith(PREFIX) and k.endswith(SUFFIX) and label(k) == name), None)
+        key = next((k for k in _score_keys(measured) if label(k) == name), None)
         if key is not None:
             shown.add(key)
             both = (key, AVERAGED + key.removeprefix(PREFIX))
@@ -219,7 +243,7 @@ def charts(record: RunRecord) -> Iterator[Picture]:
 
 def run_figure(log: MetricsLog, outcome: Outcome, title: str) -> Figure:
     """The curves of a run in one figure: `curve.png`. Held-out scores are without bands, which the report has."""
-    known = [key for key in log.evaluations.logged() if key.startswith((PREFIX, AVERAGED)) and key.endswith(SUFFIX)]
+    known = _score_keys(log.evaluations.logged(), (PREFIX, AVERAGED))
     first = headline(log.evaluations[0]) if log.evaluations else {}
     known.sort(key=lambda key: (label(key) not in first, list(first).index(label(key)) if label(key) in first else 0))
     held_out: list[Curve] = []
@@ -233,12 +257,12 @@ def run_figure(log: MetricsLog, outcome: Outcome, title: str) -> Figure:
 
 def write_run_figure(record: RunRecord, path: Path) -> None:
     """Writes the curves of a run in the format that the ending names."""
-    write_figure(run_figure(record.log, record.outcome, f"{record.state.model}: {record.path.name}"), path)
+    write_figure(run_figure(record.log, record.outcome, record.title), path)
 
 
 def run_picture(record: RunRecord) -> Image:
     """The same figure as a picture."""
-    png = figure_bytes(run_figure(record.log, record.outcome, f"{record.state.model}: {record.path.name}"), "png")
+    png = figure_bytes(run_figure(record.log, record.outcome, record.title), "png")
     return decoded(png, lambda picture: picture.convert("RGB"))
 
 
@@ -254,8 +278,12 @@ def curve(log: MetricsLog, key: str, error: str | None, name: str) -> Curve:
     return Curve(name, at, values, _TWO_SIDED_95 * errors)
 
 
+def _score_keys(keys: Iterable[str], prefix: str | tuple[str, ...] = PREFIX) -> list[str]:
+    return [key for key in keys if key.startswith(prefix) and key.endswith(SUFFIX)]
+
+
 def label(key: str) -> str:
-    """A log key for people: `eval/shapes_strict_mean` is `shapes strict`, that of a moving average `... (EMA)`."""
+    """A readable log key: `eval/shapes_strict_mean` is `shapes strict`; that of a moving average ends in `(EMA)`."""
     name = key.removeprefix(PREFIX).removeprefix(AVERAGED).removesuffix(SUFFIX).replace("_", " ")
     return f"{name} (EMA)" if key.startswith(AVERAGED) else name
 
@@ -267,7 +295,7 @@ def _held_out(record: RunRecord, key: str) -> Curve:
 
 def _parts(line: Line, shown: set[str]) -> Iterator[tuple[str, list[str]]]:
     """Rewards with the keys of their parts that no other chart shows and that differ from the total."""
-    keys = [key for key in line if key.startswith(PREFIX) and key.endswith(SUFFIX)]
+    keys = _score_keys(line)
     totals = [key for key in keys if label(key) in headline(line)]
     for total in totals:
         stem = total.removesuffix(SUFFIX)
@@ -338,3 +366,132 @@ def _environment(record: RunRecord) -> Iterator[Block]:
     found = read_environment(record.path)
     if found:
         yield Table(("what", "version"), list(found.items()))
+
+
+def write_comparison(runs: Sequence[RunFolder], path: Path) -> None:
+    """Writes the comparison of two or more runs.
+
+    Raises:
+        UsageError: when the file exists, or a run is named twice.
+        CheckpointError: when a folder is not that of a run, or a file in it is damaged.
+    """
+    if path.exists():
+        raise UsageError(f"'{path}' exists already", "Name another --out; nothing is overwritten.")
+    places = [run.path.resolve() for run in runs]
+    twice = next((run for run in runs if places.count(run.path.resolve()) > 1), None)
+    if twice is not None:
+        raise UsageError(f"The run '{twice.path}' is named twice", "Name each run once.")
+    text = comparison_page([RunRecord.read(run) for run in runs])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, text.encode())
+
+
+def comparison_page(records: Sequence[RunRecord]) -> str:
+    """The HTML of a comparison."""
+    names = _names(records)
+    pictures = [_comparison_picture(*one) for one in _comparison_charts(records, names)]
+    sections = [
+        Section("Scores", [_comparison_scores(records, names)]),
+        Section("Curves", [Text(BANDS), Gallery(pictures)] if pictures else []),
+        Section("Where the recipes differ", list(_differences(records, names))),
+        Section("Before and after", list(_comparison_pictures(records, names))),
+    ]
+    title = f"Comparison of {len(records)} runs"
+    return page(title, ", ".join(names), [], [section for section in sections if section.blocks])
+
+
+def write_comparison_figure(runs: Sequence[RunFolder], path: Path) -> None:
+    """Writes the curves of several runs over each other, in the format that the ending names.
+
+    Raises:
+        CheckpointError: when a folder is not that of a run, or a file in it is damaged.
+    """
+    records = [RunRecord.read(run) for run in runs]
+    names = _names(records)
+    write_figure(grid_figure(list(_comparison_charts(records, names)), f"Comparison of {len(records)} runs"), path)
+
+
+def _names(records: Sequence[RunRecord]) -> list[str]:
+    """The folder name of each run, or its path where two share a name."""
+    short = [record.path.name for record in records]
+    return [name if short.count(name) == 1 else str(record.path) for name, record in zip(short, records, strict=True)]
+
+
+def _comparison_scores(records: Sequence[RunRecord], names: Sequence[str]) -> Table:
+    """One row per run: each headline score before and after."""
+    scores = list(dict.fromkeys(name for record in records for name in headline(record.outcome.kept)))
+    columns = ("run", "model", "state", "iterations", "kept", *scores)
+    rows = []
+    for record, name in zip(records, names, strict=True):
+        before, after = headline(record.outcome.base), headline(record.outcome.kept)
+        cells = [f"{before[s]:.3f} → {after[s]:.3f}" if s in before and s in after else "-" for s in scores]
+        kept = "-" if record.outcome.iteration is None else f"{record.outcome.iteration}{_whose(record)}"
+        rows.append((name, record.state.model, record.state.state, str(record.iterations), kept, *cells))
+    return Table(columns, rows, frozenset(columns) - {"run", "model", "state"})
+
+
+def _comparison_charts(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator[tuple[str, str, list[Curve]]]:
+    """Title, label of y and one curve per run, for the reward and for every headline score."""
+
+    def over(key: str, error: str) -> list[Curve]:
+        found = (
+            replace(
+                curve(r.log, r.logged(key), r.logged(error), name if r.logged(key) == key else name + _whose(r)),
+                kept=r.outcome.iteration if key.startswith(PREFIX) else None,
+                look=number,
+            )
+            for number, (r, name) in enumerate(zip(records, names, strict=True))
+        )
+        return [one for one in found if len(one.y) > 1]
+
+    keys = {
+        key: label(key)
+        for record in records
+        for key in _score_keys(record.outcome.kept)
+        if label(key) in headline(record.outcome.kept)
+    }
+    wanted = [(REWARD, "reward/se", "reward on training prompts", "mean reward")]
+    wanted += [(key, f"{key.removesuffix(SUFFIX)}_se", f"{name}, held out", "mean score") for key, name in keys.items()]
+    for key, error, title, unit in wanted:
+        if curves := over(key, error):
+            yield title, unit, curves
+
+
+def _comparison_picture(title: str, unit: str, curves: Sequence[Curve]) -> Picture:
+    image = figure_bytes(chart(curves, title, y_label=unit), "svg")
+    return Picture(inline_svg(image), "", title, layout="wide")
+
+
+def _whose(record: RunRecord) -> str:
+    return " (moving average)" if record.outcome.averaged else ""
+
+
+def _differences(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Block]:
+    flat = [dict(_leaves(RunFolder(record.path).values(), ())) for record in records]
+    paths = list(dict.fromkeys(path for values in flat for path in values))
+    rows = [
+        (path, *(values.get(path, "-") for values in flat))
+        for path in paths
+        if len({values.get(path) for values in flat}) > 1
+    ]
+    if rows:
+        yield Table(("value", *names), rows)
+    else:
+        yield Text("The recipes are identical.")
+
+
+def _comparison_pictures(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Block]:
+    for record, name in zip(records, names, strict=True):
+        if pictures := before_after_pictures(record):
+            yield Gallery(pictures, name)
+
+
+def _leaves(value: object, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for key, child in value.items():
+            yield from _leaves(child, (*path, str(key)))
+    elif isinstance(value, list) and any(isinstance(child, dict) for child in value):
+        for number, child in enumerate(value):
+            yield from _leaves(child, (*path, str(number)))
+    else:
+        yield ".".join(path), str(value)

@@ -27,10 +27,11 @@ from fmg.core.protocols import Shardable
 from fmg.core.signals import Signals
 from fmg.core.stdout_redirect import torch_as_new
 from fmg.data.checkpoints import existing_index
+from fmg.data.metrics_log import read_numbers
 from fmg.data.prompt_sets import file_values, untied
-from fmg.data.run_folder import RunFolder, State, read_numbers
+from fmg.data.resume_points import check_resumable, drop_states, ended_short, newest_state, resume_command
+from fmg.data.run_folder import RunFolder, State
 from fmg.data.run_report import write_run_report
-from fmg.data.states import check_resumable, drop_states, ended_short, newest_state, resume_command
 from fmg.inference.devices import device_for, pick_dtype
 from fmg.progress import watching
 from fmg.registry.recipe import Recipe

@@ -15,8 +15,9 @@ from fmg.core.display import counted
 from fmg.core.files import write_atomic
 from fmg.core.protocols import PromptSet
 from fmg.data.checkpoints import Saved, read_index
+from fmg.data.metrics_log import read_metrics
 from fmg.data.prompt_sets import shared_prompts
-from fmg.data.run_folder import RunFolder, read_metrics
+from fmg.data.run_folder import RunFolder
 from fmg.registry.config import About
 from fmg.registry.recipe import Recipe
 from fmg.training.keys import SCORE_KEY

@@ -17,11 +17,11 @@ from fmg.core.protocols import Reward
 from fmg.data.charts import write_figure
 from fmg.data.checkpoints import Saved
 from fmg.data.metrics_log import MetricsLog
-from fmg.data.pictures import GridRow, kept_picture, sample_grid, write_picture
+from fmg.data.pictures import GridRow, sample_grid, write_picture
 from fmg.data.prompt_sets import spread
 from fmg.data.run_folder import RunFolder
 from fmg.data.run_metrics import Outcome
-from fmg.data.run_report import run_figure
+from fmg.data.run_report import kept_picture, run_figure
 from fmg.eval.diversity import within_groups
 from fmg.eval.scoring import EvalSet, Scores, means, score_target, standard_error
 from fmg.inference.backend import TorchBackend

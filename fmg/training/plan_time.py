@@ -12,7 +12,8 @@ from statistics import median
 
 from fmg.core.errors import FmgError
 from fmg.core.geometry import ModelGeometry
-from fmg.data.run_folder import RUNS, list_runs, read_metrics
+from fmg.data.metrics_log import read_metrics
+from fmg.data.run_folder import RUNS, list_runs
 from fmg.registry.recipe import Recipe
 from fmg.training.launch import Sizes
 

@@ -25,8 +25,8 @@ from torch.optim import Optimizer
 from fmg.core.errors import CheckpointError, FmgWarning, UsageError
 from fmg.core.files import SUMS, atomic_folder, refuse_links_out, remove_leftovers, write_atomic
 from fmg.data.checkpoints import UNCHECKED, CheckpointIndex
-from fmg.data.run_folder import RunFolder, read_numbers
-from fmg.data.states import (
+from fmg.data.metrics_log import read_numbers
+from fmg.data.resume_points import (
     check_prompts,
     check_resumable,
     drop_states,
@@ -36,6 +36,7 @@ from fmg.data.states import (
     saved_states,
     state_folder,
 )
+from fmg.data.run_folder import RunFolder
 from fmg.registry.document import Plain
 from fmg.registry.recipe import Recipe
 from fmg.training.checkpoint import drop_unscored, scored_index

@@ -19,8 +19,8 @@ from fmg.core.events import Event, IterationDone, Notice, StageProgress
 from fmg.core.files import write_sums
 from fmg.core.json_io import sealed, unsealed
 from fmg.data.checkpoints import read_index
+from fmg.data.resume_points import newest_state
 from fmg.data.run_folder import RunFolder
-from fmg.data.states import newest_state
 from fmg.flow import TwoTimeMap
 from fmg.training.api import resume
 from fmg.training.resume import SCHEMA, load_state

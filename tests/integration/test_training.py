@@ -15,8 +15,8 @@ from fmg import Recipe, evaluate, load, train
 from fmg.core.errors import CompositionError, RewardError, UsageError
 from fmg.core.events import Evaluated, Event, Notice
 from fmg.data.checkpoints import chosen_checkpoint, read_index
-from fmg.data.pictures import kept_picture
 from fmg.data.run_folder import RunFolder
+from fmg.data.run_report import kept_picture
 from fmg.inference.backend import TorchBackend
 from fmg.models.flux.model import FluxModel
 from fmg.registry import models

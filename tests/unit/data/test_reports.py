@@ -14,12 +14,11 @@ from PIL import Image
 from fmg.core.errors import CheckpointError, FmgWarning, UsageError
 from fmg.data.charts import Curve, chart, figure_bytes
 from fmg.data.checkpoints import CheckpointIndex, Saved, write_index
-from fmg.data.comparison import write_comparison
+from fmg.data.metrics_log import read_numbers
 from fmg.data.page import Gallery, Listing, Picture, Section, Table, Text, Tile, inline_image, page
-from fmg.data.pictures import kept_picture
-from fmg.data.run_folder import RunFolder, read_numbers
+from fmg.data.run_folder import RunFolder
 from fmg.data.run_metrics import Outcome
-from fmg.data.run_report import write_run_report
+from fmg.data.run_report import kept_picture, write_comparison, write_run_report
 from tests.support.pages import made_up_run, self_contained
 
 HOSTILE = "<script>alert('x')</script>\"'&{{ 7 * 7 }} {% raw %} </style> ☃ \u202e"
@@ -66,7 +65,7 @@ def test_the_report_of_a_run_says_what_its_files_say(runs: tuple[RunFolder, RunF
     run = runs[0]
     parsed = self_contained((run.path / "report.html").read_text(encoding="utf-8"))
     words = parsed.words
-    assert "3 iterations, finished, keeps iteration 1, began" in words
+    assert "3 iterations, finished, keeps iteration 1, started" in words
     # the checkpoint that is kept is that of iteration 1: strict 0.32, with 1.96 sqrt(2) 0.004 around the gain
     assert "shapes strict 0.300 0.320 +0.020 [+0.009, +0.031] 0.360" in words
     assert "shapes color 0.600 0.600 +0.000 [-0.055, +0.055] 0.600" in words
@@ -92,7 +91,7 @@ def test_a_report_of_a_branched_run_has_curves_by_step(tmp_path: Path) -> None:
     page = (run.path / "report.html").read_text(encoding="utf-8")
     for title in ("reward of siblings", "groups with equal rewards", "groups"):
         assert f"{title} by branching step" in page
-    assert "agreement of a jump with the grid" in page
+    assert "agreement of one jump with the full grid" in page
 
 
 def test_a_report_shows_the_scores_of_the_moving_average_that_it_keeps(
@@ -101,7 +100,7 @@ def test_a_report_shows_the_scores_of_the_moving_average_that_it_keeps(
     run = made_up_run(tmp_path / "averaged", averaged=True)
     words = self_contained(write_run_report(run).read_text(encoding="utf-8")).words
     assert "shapes strict, held out 0.420 base 0.300, iteration 1, moving average" in words
-    assert "The result of the run is the checkpoint that it keeps: iteration 1, moving average." in words
+    assert "The result of the run is the kept checkpoint (iteration 1, moving average)." in words
     assert "base kept (iteration 1, moving average) gain 95 % interval last (iteration 3)" in words
     assert "shapes strict 0.300 0.420 +0.120 [+0.109, +0.131] 0.460" in words
     write_comparison([runs[0], run], tmp_path / "c.html")
@@ -155,7 +154,7 @@ def test_the_result_of_a_run_that_was_not_evaluated_is_said_to_be_unknown(tmp_pa
         run.path, CheckpointIndex((Saved("checkpoint-1", 5, "eval/score", None),), "checkpoint-1", "checkpoint-1")
     )
     words = self_contained(write_run_report(run).read_text(encoding="utf-8")).words
-    assert "The run keeps the checkpoint of iteration 5, which was not evaluated." in words
+    assert "The kept checkpoint (iteration 5) has not been evaluated." in words
     assert "shapes strict, held out 0." not in words
 
 
@@ -168,7 +167,7 @@ def test_a_run_that_has_just_begun_has_a_report(tmp_path: Path) -> None:
     (run.path / "before_after.png").write_bytes(b"no picture")
     words = self_contained(write_run_report(run).read_text(encoding="utf-8")).words
     assert "0 iterations, running" in words
-    assert "There is no evaluation yet." in words
+    assert "The run has not been evaluated yet." in words
     assert "Curves" not in words
     assert "name: x" in words
 

@@ -10,7 +10,7 @@ import pytest
 
 from fmg.core.errors import CheckpointError
 from fmg.data.metrics_log import MetricsLog
-from fmg.data.run_doctor import LIMITS, RULES, Advice, Log, examine_log, examine_run
+from fmg.data.run_diagnostics import LIMITS, RULES, Advice, Log, examine_log, examine_run
 from fmg.data.run_folder import RunFolder
 from fmg.data.run_metrics import HackingLimits
 from fmg.registry.recipe import Recipe

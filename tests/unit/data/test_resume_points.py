@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from fmg.core.errors import UsageError
+from fmg.data.resume_points import check_resumable, repeat_command, resume_command
 from fmg.data.run_folder import RunFolder
-from fmg.data.states import check_resumable, repeat_command, resume_command
 from fmg.registry.recipe import Recipe
 
 OWN_CODE = {"name": "python", "target": "my.module:function"}
