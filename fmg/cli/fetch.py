@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,8 +11,11 @@ from fmg.cli import completion
 from fmg.cli.console import stdout
 from fmg.cli.options import Offline
 from fmg.cli.tables import table
+from fmg.core import hub
 from fmg.core.errors import UsageError
-from fmg.core.offline import is_offline, refuse_offline
+
+if TYPE_CHECKING:
+    from fmg.registry.config import ComponentConfig
 
 _EXTRACTOR = "feature-extractor"
 _KINDS = {"reward": "reward", "rewards": "reward", _EXTRACTOR: _EXTRACTOR, f"{_EXTRACTOR}s": _EXTRACTOR}
@@ -46,63 +49,45 @@ def fetch(
     """Download the weights of a model, a reward or a feature extractor; size and licence are shown first."""
     match names:
         case [kind, name] if kind in _KINDS:
-            _fetch_network(_KINDS[kind], name, yes=yes)
+            from fmg.registry import registry_for
+
+            _fetch(_KINDS[kind], name, registry_for(_KINDS[kind]).config(name), yes=yes)
         case [name] | ["model" | "models", name]:
-            _fetch_model(name, config, sets or [], yes=yes)
+            from fmg.registry.resolve import resolve
+
+            _fetch("model", name, resolve(config, {"model": name}, sets or []).recipe.model.config, yes=yes)
         case _:
             raise UsageError(f"'fmg fetch {' '.join(names)}' names no one thing", "Write fmg fetch [KIND] NAME.")
 
 
-def _fetch_model(name: str, config: str | None, sets: list[str], *, yes: bool) -> None:
-    from fmg.models import fetch as work
-    from fmg.models.published import PublishedConfig
-    from fmg.models.sources import missing
-    from fmg.registry.resolve import resolve
-
-    model = resolve(config, {"model": name}, sets).recipe.model
-    parts = model.config.parts() if isinstance(model.config, PublishedConfig) else ()
-    wanted = work.downloads(parts)
+def _fetch(kind: str, name: str, config: ComponentConfig, *, yes: bool) -> None:
+    assets = config.assets()
+    wanted = hub.downloads(assets)
     out = stdout()
     if not wanted:
-        local = [problem for part in parts if (problem := missing(part)) is not None]
+        local = [problem for asset in assets if (problem := hub.problem(asset)) is not None]
         if local:
-            raise UsageError(f"The model '{name}': {local[0]}", "Give a hub id, or correct the path.")
+            raise UsageError(f"The {kind} '{name}': {local[0]}", "Give a hub id, or correct the path.")
         out.print(f"Everything that '{name}' reads is on this computer.")
         return
-    if not is_offline():
-        wanted = tuple(work.exact(download) for download in wanted)
-    rows = [(d.part.what, d.part.source, f"{'' if d.exact else 'about '}{d.size_gb:.1f} GB", d.licence) for d in wanted]
+    if not hub.is_offline():
+        wanted = tuple(hub.exact(download) for download in wanted)
+    rows = [(d.asset.what, d.asset.source, _size(d), d.licence or config.about.licence) for d in wanted]
     out.print(table(["part", "from", "size", "licence"], rows))
-    refuse_offline(f"fmg fetch {name}", ", ".join(f"'{d.part.source}'" for d in wanted))
-    work.check_space(wanted)
+    hub.refuse_offline(hub.fetch_command(kind, name), ", ".join(f"'{d.asset.source}'" for d in wanted))
+    hub.check_space(wanted)
     _ask(yes=yes)
     for download in wanted:
-        out.print(f"{download.part.what}: {work.fetch(download)}", soft_wrap=True)
-    out.print(f"Fetched. Try: fmg train --model {name} --dry-run")
+        out.print(f"{download.asset.what}: {hub.fetch(download.asset, kind, name).pinned}", soft_wrap=True)
+    out.print(f"Fetched. Try: fmg train --model {name} --dry-run" if kind == "model" else "Fetched.")
 
 
-def _fetch_network(kind: str, name: str, *, yes: bool) -> None:
-    from fmg.registry import registry_for
-    from fmg.rewards.weights import Asset, missing
-    from fmg.rewards.weights import fetch as download
-
-    config = registry_for(kind).config(name)
-    assets = cast("tuple[Asset, ...]", getattr(config, "assets", tuple)())
-    wanted = [asset for asset in assets if missing(asset)]
-    out = stdout()
-    if not wanted:
-        out.print(f"Everything that '{name}' reads is on this computer.")
-        return
-    out.print(table(["part", "from"], [(asset.what, asset.source) for asset in wanted]))
-    for line in config.about.weights:
-        out.print(line)
-    out.print(f"licence: {config.about.licence}")
-    refuse_offline(f"fmg fetch {kind} {name}", ", ".join(f"'{asset.source}'" for asset in wanted))
-    _ask(yes=yes)
-    for located in download(name, assets, kind=kind):
-        if located.asset in wanted:
-            out.print(f"{located.asset.what}: {located.pinned}", soft_wrap=True)
-    out.print("Fetched.")
+def _size(download: hub.Download) -> str:
+    size = download.size_gb
+    if not size:
+        return "-"
+    about = "" if download.exact else "about "
+    return f"{about}{size:.1f} GB" if size >= 0.1 else f"{about}{max(1, round(1000 * size))} MB"
 
 
 def _ask(*, yes: bool) -> None:

@@ -35,7 +35,7 @@ from fmg.cli.train import train
 from fmg.cli.verify import verify
 from fmg.core.display import bounded
 from fmg.core.errors import FmgError, FmgWarning, MissingDependencyError, out_of_memory, reason, system_refusal
-from fmg.core.offline import OFFLINE
+from fmg.core.hub import OFFLINE
 from fmg.core.signals import exit_code, signal_name, signal_of
 from fmg.version import __version__, install_line
 

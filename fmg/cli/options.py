@@ -12,7 +12,7 @@ import typer
 from fmg.cli import completion
 from fmg.core.errors import UsageError, suggestion
 from fmg.core.files import check_place
-from fmg.core.offline import OFFLINE
+from fmg.core.hub import OFFLINE
 from fmg.core.prompt import is_blank
 
 

@@ -26,12 +26,12 @@ def check_inputs(recipe: Recipe, *, planned: bool) -> list[str]:
             planned.
         CheckpointError: local model files that are missing.
     """
+    from fmg.core.hub import locate
     from fmg.data.prompt_sets import FilePromptsConfig, load_prompts
     from fmg.registry import models
     from fmg.registry.composition import check_backend
     from fmg.rewards.configs import PythonRewardConfig
     from fmg.rewards.python_module import check_module
-    from fmg.rewards.weights import locate
 
     for prompts in (recipe.prompts, recipe.eval.prompts):
         if isinstance(prompts.config, FilePromptsConfig):
@@ -40,9 +40,9 @@ def check_inputs(recipe: Recipe, *, planned: bool) -> list[str]:
     for reward in recipe.measured_rewards:
         if isinstance(reward.config, PythonRewardConfig):
             check_module(reward.config.target)
-        for asset in getattr(reward.config, "assets", tuple)():
+        for asset in reward.config.assets():
             try:
-                locate(asset, reward.name)
+                locate(asset, "reward", reward.name)
             except MissingDependencyError as error:
                 lacking.append(error)
     try:

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from fmg.core.hub import Asset
 from fmg.registry.config import About, ComponentConfig
 from fmg.rewards.model_configs import CLIP_VIT_L_14, WEIGHT_FILES, NetworkConfig, clip_asset
-from fmg.rewards.weights import Asset
 
 DINOV2 = "facebook/dinov2-large"
 
@@ -49,4 +49,5 @@ class Dinov2Config(NetworkConfig):
 
     def assets(self) -> tuple[Asset, ...]:
         """The model."""
-        return (Asset("model", "weights", self.weights, (WEIGHT_FILES, "config.json")),)
+        files = (WEIGHT_FILES, "config.json")
+        return (Asset("model", "weights", self.weights, files, size_gb=1.2, licence="Apache-2.0"),)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fmg.core.errors import UsageError
+from fmg.core.hub import locate
 from fmg.export.delta import Delta, check_base, read_delta
 from fmg.inference.target import Target
 from fmg.models.common.digest import stored_digest
@@ -23,7 +24,6 @@ from fmg.models.flux.loading import TransformerSource, transformer_source
 from fmg.models.flux.students import check_student
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
 from fmg.models.flux_configs import FluxConfig, FluxStudentConfig
-from fmg.models.sources import locate
 from fmg.registry.recipe import Recipe
 
 
@@ -126,9 +126,9 @@ def find_source(target: Target) -> ExportSource:
     conventions = conventions_of(target.recipe)
     student = None
     if isinstance(config, FluxConfig):
-        folder = locate(config.architecture(), name)
+        folder = locate(config.architecture(), "model", name).path
         if isinstance(config, FluxStudentConfig):
-            student = locate(config.parts()[0], name)
+            student = locate(config.assets()[0], "model", name).path
     else:
         assert isinstance(config, EmbeddedConfig)
         folder = config.directory()

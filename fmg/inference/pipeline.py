@@ -17,6 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from fmg.core.errors import UsageError, suggestion
+from fmg.core.hub import HUB_OPTIONS, snapshot_folder
 from fmg.core.types import Conditioning
 from fmg.flow.grids import GridSpec, make_grid
 from fmg.flow.sampling import native_step
@@ -27,7 +28,6 @@ from fmg.inference.target import Target, load_model
 from fmg.models.common import adapter
 from fmg.models.common.model import DECODE_PIXELS, decode_latents
 from fmg.models.conventions import CONVENTIONS_FILE, FlowMapConventions, as_conventions, read_conventions
-from fmg.models.fetch import HUB_OPTIONS, here
 from fmg.models.flux.encoders import FluxText
 from fmg.models.flux.latents import PATCH, unpack
 from fmg.models.flux.loading import FluxComponents, load_parts
@@ -135,7 +135,7 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
                 "For options of diffusers' own loader call DiffusionPipeline.from_pretrained with trust_remote_code,"
                 " which gives a FlowMapPipeline too.",
             )
-        folder = here(pretrained_model_name_or_path, (*PIPELINE_FILES, CONVENTIONS_FILE, INDEX_FILE), hub)
+        folder = snapshot_folder(pretrained_model_name_or_path, (*PIPELINE_FILES, CONVENTIONS_FILE, INDEX_FILE), hub)
         if conventions is None:
             stated = read_conventions(folder)
             check_index(folder, stated)

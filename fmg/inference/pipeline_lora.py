@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.files import SUMS, check_sums
+from fmg.core.hub import HUB_OPTIONS, snapshot_folder
 from fmg.models.common import adapter, adapter_files, full_files
 from fmg.models.conventions import FlowMapConventions
-from fmg.models.fetch import HUB_OPTIONS, here
 
 _FILES = (adapter_files.DIFFUSERS_FILE, adapter_files.EXTRA_FILE, adapter_files.MANIFEST_FILE)
 _FIX = "Restore it from a copy, or train again."
@@ -69,7 +69,7 @@ class FlowMapLoraMixin(FluxLoraLoaderMixin):  # type: ignore[misc]
             super().load_lora_weights(source, adapter_name=adapter_name, **kwargs)
             return
         hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
-        folder = here(source, (*_FILES, SUMS), hub)
+        folder = snapshot_folder(source, (*_FILES, SUMS), hub)
         # what was left out of a copy, such as peft/, does not matter here
         check_sums(folder, None, _FIX, only=_FILES)
         extra = self._checked_extra(folder)

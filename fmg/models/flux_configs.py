@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from fmg.core.geometry import ModelGeometry
+from fmg.core.hub import Asset
 from fmg.core.model_folder import stated_config
 from fmg.core.specs import MAX_SIDE, MapSpec
 from fmg.models.conventions import FLUX_IN_DIFFUSERS, FlowMapConventions
 from fmg.models.flux.size import FLUX_LITE, FLUX_SCHNELL, transformer_parameters
 from fmg.models.geometry import flux_geometry
 from fmg.models.published import BYTES, PublishedConfig
-from fmg.models.sources import Part, parse_source
 from fmg.registry.config import About
+
+if TYPE_CHECKING:
+    import torch
+
+    from fmg.models.flux.model import FluxModel
 
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2")
 """What a student borrows from its teacher's folder, besides tokenizers and the transformer's `config.json`."""
@@ -75,10 +80,16 @@ class FluxConfig(PublishedConfig):
 
     def parameters(self) -> int:
         """Parameters of the transformer, by its `config.json` in a local folder, else by the published one."""
-        source = parse_source(self.architecture().source)
-        stated = stated_config(source / "transformer") if isinstance(source, Path) else None
+        place = self.architecture().place
+        stated = stated_config(place / "transformer") if isinstance(place, Path) else None
         two_time = self.conventions().second_time != "none"
         return transformer_parameters(stated or self.published, second_time=two_time)
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> FluxModel:
+        """As `PublishedConfig.load`."""
+        from fmg.models.flux.model import FluxModel
+
+        return FluxModel.from_config(self, device, dtype)
 
     def geometry(self) -> ModelGeometry:
         """Measures by the JSON files and safetensors headers of the folder, or as published."""
@@ -110,12 +121,12 @@ class FluxStudentConfig(FluxConfig):
         min_length=1, description="Folder of the teacher's pipeline: hub id owner/name@revision, or a local folder."
     )
 
-    def parts(self) -> tuple[Part, ...]:
+    def assets(self) -> tuple[Asset, ...]:
         """The student's weights, and what it borrows from its teacher."""
         return (
-            Part(
+            Asset(
                 "student",
-                "student",
+                "model.student",
                 self.student,
                 patterns=("*.safetensors", "*.json"),
                 size_gb=BYTES * transformer_parameters(FLUX_LITE, second_time=True) / 1e9,
@@ -124,10 +135,17 @@ class FluxStudentConfig(FluxConfig):
             self.architecture(),
         )
 
-    def architecture(self) -> Part:
+    def architecture(self) -> Asset:
         """The teacher."""
-        patterns = (*_CONFIG_FILES, *_COMPONENT_FILES)
-        return Part("teacher", "teacher", self.teacher, COMPONENTS, patterns, 9.9, _FLUX_DEV_TERMS)
+        return Asset(
+            "teacher",
+            "model.teacher",
+            self.teacher,
+            folders=COMPONENTS,
+            patterns=(*_CONFIG_FILES, *_COMPONENT_FILES),
+            size_gb=9.9,
+            licence=_FLUX_DEV_TERMS,
+        )
 
 
 class MeanFlowFluxConfig(FluxStudentConfig):
@@ -194,13 +212,21 @@ class FluxFewStepConfig(FluxConfig):
         """As stated."""
         return _conventions(self, self.map, self.second_time, steps=self.default_steps, grid=self.default_grid)
 
-    def parts(self) -> tuple[Part, ...]:
+    def assets(self) -> tuple[Asset, ...]:
         """The one folder."""
         return (self.architecture(),)
 
-    def architecture(self) -> Part:
+    def architecture(self) -> Asset:
         """The one folder."""
-        return Part("pipeline", "folder", self.folder, (*COMPONENTS, "transformer"), PIPELINE_FILES, 33.7, "Apache-2.0")
+        return Asset(
+            "pipeline",
+            "model.folder",
+            self.folder,
+            folders=(*COMPONENTS, "transformer"),
+            patterns=PIPELINE_FILES,
+            size_gb=33.7,
+            licence="Apache-2.0",
+        )
 
 
 def _conventions(

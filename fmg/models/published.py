@@ -1,19 +1,26 @@
-"""What the models of published weights have in common. Imports no torch."""
+"""Models whose weights somebody published: looked for on this computer, never on the network. Imports no torch."""
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from fmg.core.errors import FmgWarning
+from fmg.core.hub import Asset, HubSource, locate, problem
 from fmg.core.specs import MapSpec
 from fmg.models.conventions import FlowMapConventions
-from fmg.models.sources import HubSource, Part, locate, missing, parse_source
 from fmg.registry.config import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from fmg.core.protocols import Model
 
 BYTES = 2
 """Of a weight in bf16, the dtype that published weights are planned for."""
@@ -45,19 +52,24 @@ class PublishedConfig(ModelConfig):
         """How the weights want to be sampled."""
 
     @abstractmethod
-    def parts(self) -> tuple[Part, ...]:
-        """The files that the model reads."""
+    def load(self, device: torch.device, dtype: torch.dtype) -> Model:
+        """Reads the model from files on this computer. Imports the libraries of its family, which takes seconds.
+
+        Raises:
+            MissingDependencyError: files that have not been fetched, or an attention backend that is not installed.
+            CheckpointError: a file that is damaged, of another kind, or does not fit the others.
+        """
 
     def card_facts(self) -> Mapping[str, str]:
         """The repository of the weights that are trained; their terms are in the card itself."""
-        source = parse_source(self.parts()[0].source)
+        source = self.assets()[0].place
         if not isinstance(source, HubSource):
             return {}
         return {"base_model": source.repository, "license": "other", "license_name": "terms-of-the-base-model"}
 
     @abstractmethod
-    def architecture(self) -> Part:
-        """The part whose folder has the transformer's `config.json`."""
+    def architecture(self) -> Asset:
+        """The asset whose folder has the transformer's `config.json`."""
 
     @abstractmethod
     def parameters(self) -> int:
@@ -65,8 +77,8 @@ class PublishedConfig(ModelConfig):
 
     def folder_here(self) -> Path | None:
         """The folder of `architecture` where it is on this computer, fetched or local."""
-        part = self.architecture()
-        return None if missing(part) else locate(part, self.recipe or "")
+        asset = self.architecture()
+        return None if problem(asset) else locate(asset, "model", self.recipe or "").path
 
     def spec(self) -> MapSpec:
         """Declared properties, known without reading a weight or having fetched anything."""
@@ -74,3 +86,43 @@ class PublishedConfig(ModelConfig):
         parameters = self.parameters()
         memory = self.work_space * BYTES * parameters / 1e9 if parameters >= _LARGE else 0.0
         return replace(self.conventions().spec(self.recipe), gpu_memory_gb=memory)
+
+
+@dataclass(frozen=True)
+class PublishedSource:
+    """A model that has not been loaded yet."""
+
+    config: PublishedConfig
+
+    @property
+    def name(self) -> str:
+        """Registered name of the model, which its default recipe has as well."""
+        assert self.config.recipe is not None
+        return self.config.recipe
+
+    @property
+    def spec(self) -> MapSpec:
+        """Declared properties, known without reading a weight."""
+        return self.config.spec()
+
+    def check(self) -> None:
+        """Looks whether every file is on this computer, without reading a weight.
+
+        Raises:
+            MissingDependencyError: published files that have not been fetched; names the command that does.
+            CheckpointError: a local source that does not exist or is not complete.
+        """
+        for asset in self.config.assets():
+            locate(asset, "model", self.name)
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> Model:
+        """Reads the weights to `device` in `dtype`; warns when they do not fit the stated time scale.
+
+        Raises:
+            MissingDependencyError: files that have not been fetched, or an attention backend that is not installed.
+            CheckpointError: a file that is damaged, of another kind, or does not fit the others.
+        """
+        self.check()
+        if device.type == "cpu" and self.spec.gpu_memory_gb:
+            warnings.warn(f"'{self.name}' runs on the CPU, which takes minutes an image.", FmgWarning, stacklevel=2)
+        return self.config.load(device, dtype)

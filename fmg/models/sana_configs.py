@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from fmg.core.geometry import ModelGeometry
+from fmg.core.hub import Asset, HubSource, parse_source
 from fmg.core.model_folder import stated_config
 from fmg.core.specs import MAX_SIDE
 from fmg.models.conventions import FlowMapConventions
 from fmg.models.published import PublishedConfig
 from fmg.models.sana.geometry import sana_geometry
 from fmg.models.sana.size import SPRINT_06B, SPRINT_16B, SanaSize
-from fmg.models.sources import HubSource, Part, parse_source
 from fmg.registry.config import About
+
+if TYPE_CHECKING:
+    import torch
+
+    from fmg.models.sana.model import SanaModel
 
 COMPONENTS = ("vae", "text_encoder", "transformer")
 _FILES = (
@@ -79,20 +84,34 @@ class SanaSprintConfig(PublishedConfig):
             guidance=self.guidance,
         )
 
-    def parts(self) -> tuple[Part, ...]:
+    def assets(self) -> tuple[Asset, ...]:
         """The one folder."""
         return (self.architecture(),)
 
-    def architecture(self) -> Part:
+    def architecture(self) -> Asset:
         """The one folder."""
         size = 2 * SanaSize(self._published()).parameters / 1e9 + _GEMMA_GB + _DCAE_GB
-        return Part("pipeline", "folder", self.folder, COMPONENTS, _FILES, size, _TERMS)
+        return Asset(
+            "pipeline",
+            "model.folder",
+            self.folder,
+            folders=COMPONENTS,
+            patterns=_FILES,
+            size_gb=size,
+            licence=_TERMS,
+        )
 
     def transformer(self) -> Mapping[str, object]:
         """The transformer's `config.json` in a local folder, else the published one."""
         source = parse_source(self.folder)
         stated = stated_config(source / "transformer") if isinstance(source, Path) else None
         return stated or self._published()
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> SanaModel:
+        """As `PublishedConfig.load`."""
+        from fmg.models.sana.model import SanaModel
+
+        return SanaModel.from_config(self, device, dtype)
 
     def geometry(self) -> ModelGeometry:
         """Measures by the JSON files and safetensors headers of the folder, or as published."""

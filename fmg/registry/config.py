@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from fmg.core.geometry import ModelGeometry
+from fmg.core.hub import Asset
 from fmg.core.specs import MapSpec, Requirements
 
 
@@ -43,6 +44,10 @@ class ComponentConfig(BaseModel):
 
     needs_consent: ClassVar[Mapping[str, str]] = {}
     """Options that a recipe file may set only with the user's consent, and what each lets the file's author do."""
+
+    def assets(self) -> tuple[Asset, ...]:
+        """The files that the component reads, in the order in which it loads them."""
+        return ()
 
 
 class ModelConfig(ComponentConfig, ABC):

@@ -29,7 +29,7 @@ def aesthetic(config: AestheticConfig) -> NetworkReward:
 
 
 def _load(files: Files, device: torch.device, dtype: torch.dtype) -> Score:
-    head = affine_head(read_tensors(files["head"].first))
+    head = affine_head(read_tensors(files["head"].path))
     model, config = load_vision(files["model"], device, dtype)
     if len(head.weight) != config.projection_dim:
         raise CheckpointError(

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fmg.core.errors import FmgError, RewardError, UsageError, out_of_memory
+from fmg.core.hub import locate
 from fmg.core.protocols import Reward
 from fmg.core.stdout_redirect import fenced
 from fmg.core.types import PartialRewardOutput, RewardOutput
@@ -18,7 +19,6 @@ from fmg.registry import rewards
 from fmg.registry.references import FUNCTION_REWARD, PYTHON_REWARD, RewardRef
 from fmg.rewards.configs import FunctionRewardConfig
 from fmg.rewards.functions import NO_FUNCTIONS, Functions
-from fmg.rewards.weights import locate
 
 
 @runtime_checkable
@@ -198,8 +198,8 @@ def build_rewards(references: Sequence[str | RewardRef], functions: Functions = 
     for ref in refs:
         if ref.label in built:
             raise UsageError(f"The reward '{ref.label}' is given twice", "Give each reward once.")
-        for asset in getattr(ref.config, "assets", tuple)():
-            locate(asset, ref.name)
+        for asset in ref.config.assets():
+            locate(asset, "reward", ref.name)
         built[ref.label] = checked(ref.label, _built(ref, functions))
     return built
 

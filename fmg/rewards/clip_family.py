@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from fmg.core.errors import CheckpointError
+from fmg.core.hub import Located
 from fmg.rewards.checkpoints import load_module, load_pretrained, read_json, read_renamed
 from fmg.rewards.clip_layout import LAYOUT, VIT_H_14, from_open_clip
 from fmg.rewards.images import normalize
-from fmg.rewards.weights import Located
 
 Preprocess = Callable[[Float[Tensor, "b 3 h w"], int], Float[Tensor, "b 3 side side"]]
 """Images in [0, 1] and the side the network takes to squares in [0, 1]."""
@@ -109,12 +109,12 @@ def load_clip(model: Located, tokenizer: Located, device: torch.device, dtype: t
     Raises:
         CheckpointError: weights that do not fit their architecture, or the tokenizer.
     """
-    if model.get("config.json") is None:
-        config = open_clip_config(model.get("open_clip_config.json"))
-        tensors = read_renamed(model.first, LAYOUT, from_open_clip)
+    if "config.json" not in model.files:
+        config = open_clip_config(model.files.get("open_clip_config.json"))
+        tensors = read_renamed(model.path, LAYOUT, from_open_clip)
     else:
         config, tensors = _read_folder(model)
-    clip = load_module(CLIPModel, config, tensors, model.first, device, dtype)
+    clip = load_module(CLIPModel, config, tensors, model.path, device, dtype)
     loaded = load_pretrained(CLIPTokenizer.from_pretrained, tokenizer.folder, tokenizer.asset.what)
     rows = clip.config.text_config.vocab_size
     if len(loaded) > rows:
@@ -131,12 +131,12 @@ def load_vision(model: Located, device: torch.device, dtype: torch.dtype) -> tup
     vision = config.vision_config
     vision.projection_dim = config.projection_dim
     kept = {name: tensor for name, tensor in tensors.items() if name.startswith(_VISION)}
-    return load_module(CLIPVisionModelWithProjection, vision, kept, model.first, device, dtype), vision
+    return load_module(CLIPVisionModelWithProjection, vision, kept, model.path, device, dtype), vision
 
 
 def _read_folder(model: Located) -> tuple[Any, dict[str, Tensor]]:
     config = load_pretrained(CLIPConfig.from_pretrained, model.folder, "config")
-    return config, read_renamed(model.first, "transformers", dict)
+    return config, read_renamed(model.path, "transformers", dict)
 
 
 def open_clip_config(file: Path | None) -> Any:

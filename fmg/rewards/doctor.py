@@ -12,14 +12,13 @@ import torch
 
 from fmg.core.errors import FmgError, MissingDependencyError
 from fmg.core.events import Observer, StageProgress, ignore
+from fmg.core.hub import check_digest, locate
 from fmg.core.machine import peak_rss
 from fmg.registry import rewards
 from fmg.registry.config import ComponentConfig
 from fmg.rewards.base import Checked, checked
 from fmg.rewards.known_answers import KNOWN_ANSWERS, PICTURES, KnownAnswer
-from fmg.rewards.model_configs import NetworkConfig
 from fmg.rewards.service.describe import probe_prompt
-from fmg.rewards.weights import check_digest, locate
 
 Outcome = Literal["ok", "not verified", "failed"]
 
@@ -110,11 +109,11 @@ def _examine(name: str, options: Mapping[str, object], device: torch.device, *, 
 
 def _weights(name: str, config: ComponentConfig) -> str:
     """Looks for the files of a network and compares their digests with the published ones, where there are any."""
-    if not isinstance(config, NetworkConfig):
-        return "none needed"
     assets = config.assets()
+    if not assets:
+        return "none needed"
     for asset in assets:
-        check_digest(locate(asset, name))
+        check_digest(locate(asset, "reward", name))
     pinned = sum(asset.sha256 is not None for asset in assets)
     return f"present, {pinned} of {len(assets)} with the published hash" if pinned else "present"
 

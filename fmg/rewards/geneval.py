@@ -17,6 +17,7 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
 from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.hub import Located
 from fmg.core.types import RewardOutput
 from fmg.registry import rewards
 from fmg.rewards.checkpoints import load_folder, load_pretrained
@@ -26,7 +27,6 @@ from fmg.rewards.geneval_rules import ColorsOf, Detections, Specification, Thres
 from fmg.rewards.images import MAX_ASPECT, resize_and_crop, to_bytes
 from fmg.rewards.network import Files, NetworkReward, Score
 from fmg.rewards.service_configs import GenEvalConfig
-from fmg.rewards.weights import Located
 
 _BACKGROUND = 0x99 / 0xFF
 # Indices that newer versions compute, and a weight of the training loss.

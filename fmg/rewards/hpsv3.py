@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
 
 from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.hub import Located
 from fmg.core.types import RewardOutput
 from fmg.registry import rewards
 from fmg.rewards.checkpoints import Tensors, load_module, load_pretrained, read_json, read_renamed, some
 from fmg.rewards.images import check_drawable, normalize, to_bytes
 from fmg.rewards.model_configs import HPSV3_PACKAGE, Hpsv3Config
 from fmg.rewards.network import Files, NetworkReward, Score
-from fmg.rewards.weights import Located
 
 LAYOUT = "hpsv3-1"
 PIXELS = 256 * 28 * 28
@@ -241,9 +241,9 @@ def _is_wording(before: str, after: str) -> bool:
 
 def _load(files: Files, device: torch.device, dtype: torch.dtype) -> Score:
     base, instruction = files["base"], files["instruction"]
-    wording = read_instruction(instruction.first, published=instruction.asset.source == HPSV3_PACKAGE)
-    tensors = read_renamed(files["checkpoint"].first, LAYOUT, from_hpsv3)
-    origin = files["checkpoint"].first
+    wording = read_instruction(instruction.path, published=instruction.asset.source == HPSV3_PACKAGE)
+    tensors = read_renamed(files["checkpoint"].path, LAYOUT, from_hpsv3)
+    origin = files["checkpoint"].path
     network = {name.removeprefix("base."): x for name, x in tensors.items() if name.startswith("base.")}
     config = _config(base, network, origin)
     tokenizer = load_pretrained(AutoTokenizer.from_pretrained, base.folder, base.asset.what)

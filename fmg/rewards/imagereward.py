@@ -114,7 +114,7 @@ class Blip:
 
 def _load(heads: int | None, files: Files, device: torch.device, dtype: torch.dtype) -> Score:
     checkpoint, tokenizer = files["checkpoint"], files["tokenizer"]
-    tensors = read_renamed(checkpoint.first, LAYOUT, from_image_reward)
+    tensors = read_renamed(checkpoint.path, LAYOUT, from_image_reward)
     vision, text, head = (_part(tensors, name) for name in ("vision.", "text.", "head."))
     image_config = _vision_config(vision, heads)
     text_config = _text_config(read_json(checkpoint.files["med_config.json"]), image_config.hidden_size)
@@ -122,8 +122,8 @@ def _load(heads: int | None, files: Files, device: torch.device, dtype: torch.dt
     # they are never written, but a prompt that holds their text must not be split
     loaded.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
     blip = Blip(
-        load_module(BlipVisionModel, image_config, vision, checkpoint.first, device, dtype),
-        load_module(BlipTextModel, text_config, text, checkpoint.first, device, dtype, {"add_pooling_layer": False}),
+        load_module(BlipVisionModel, image_config, vision, checkpoint.path, device, dtype),
+        load_module(BlipTextModel, text_config, text, checkpoint.path, device, dtype, {"add_pooling_layer": False}),
         loaded,
     )
     if len(loaded) > text_config.vocab_size:

@@ -9,8 +9,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from fmg.core.hub import Asset
 from fmg.registry.config import About, ComponentConfig
-from fmg.rewards.weights import Asset
 
 CLIP_VIT_L_14 = "openai/clip-vit-large-patch14@32bd64288804d66eefd0ccbe215aa642df71cc41"
 CLIP_VIT_B_32 = "openai/clip-vit-base-patch32@3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268"
@@ -36,6 +36,17 @@ _SHA256: Mapping[tuple[str, str], str] = MappingProxyType(
     }
 )
 """Digests of published files that are known, by source and file."""
+
+_CLIP_TERMS = "MIT (code); the model card calls the weights a research output"
+_PICKSCORE_TERMS = "MIT (code); the weights' model card states no other terms"
+_CLIP_MODELS: Mapping[str, tuple[float, str]] = MappingProxyType(
+    {
+        CLIP_VIT_L_14: (1.7, _CLIP_TERMS),
+        CLIP_VIT_B_32: (0.6, _CLIP_TERMS),
+        PICKSCORE: (3.9, _PICKSCORE_TERMS),
+    }
+)
+"""Size in GB and terms of the published CLIPModel folders."""
 
 WEIGHT_FILES = "model.safetensors|pytorch_model.bin"
 _TOKENIZER = "tokenizer.json|vocab.json|vocab.txt"
@@ -85,7 +96,7 @@ class Hpsv2Config(NetworkConfig):
         more = ("open_clip_config.json", "config.json")
         sha256 = _SHA256.get((self.weights, name))
         return (
-            Asset("checkpoint", "weights", self.weights, files, more, sha256),
+            Asset("checkpoint", "weights", self.weights, files, more, sha256=sha256, size_gb=3.9, licence="Apache-2.0"),
             tokenizer_asset(self.tokenizer),
         )
 
@@ -94,7 +105,7 @@ class PickScoreConfig(NetworkConfig):
     """PickScore: `exp(logit_scale) cos(image, prompt)`, about 17 to 24, by default divided by 26."""
 
     about: ClassVar[About] = About(
-        licence="MIT (code); the weights' model card states no other terms",
+        licence=_PICKSCORE_TERMS,
         citation="Kirstain et al., Pick-a-Pic, arXiv 2305.01569",
         weights=(f"{PICKSCORE}: model.safetensors (4 GB)", f"{CLIP_VIT_H_14}: tokenizer"),
     )
@@ -116,7 +127,7 @@ class ClipScoreConfig(NetworkConfig):
     """CLIPScore in one of the four ways the name is used."""
 
     about: ClassVar[About] = About(
-        licence="MIT (code); the model card calls the weights a research output",
+        licence=_CLIP_TERMS,
         citation="Hessel et al., CLIPScore, arXiv 2104.08718; Radford et al., CLIP, arXiv 2103.00020",
         weights=(f"{CLIP_VIT_L_14} (1.7 GB)", f"{CLIP_VIT_B_32} for the variant hessel (0.6 GB)"),
     )
@@ -157,7 +168,15 @@ class AestheticConfig(NetworkConfig):
         name = "sac+logos+ava1-l14-linearMSE.pth"
         return (
             clip_asset(self.weights),
-            Asset("head", "head", self.head, (name,), sha256=_SHA256.get((self.head, name))),
+            Asset(
+                "head",
+                "head",
+                self.head,
+                (name,),
+                sha256=_SHA256.get((self.head, name)),
+                size_gb=0.0037,
+                licence="Apache-2.0",
+            ),
         )
 
 
@@ -189,8 +208,15 @@ class ImageRewardConfig(NetworkConfig):
     def assets(self) -> tuple[Asset, ...]:
         """Checkpoint and tokenizer."""
         return (
-            Asset("checkpoint", "weights", self.weights, ("ImageReward.pt", "med_config.json")),
-            tokenizer_asset(self.tokenizer),
+            Asset(
+                "checkpoint",
+                "weights",
+                self.weights,
+                ("ImageReward.pt", "med_config.json"),
+                size_gb=1.8,
+                licence="Apache-2.0",
+            ),
+            tokenizer_asset(self.tokenizer, licence="Apache-2.0"),
         )
 
 
@@ -224,17 +250,32 @@ class Hpsv3Config(NetworkConfig):
         """Checkpoint, base and instruction."""
         more = ("tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json")
         return (
-            Asset("checkpoint", "weights", self.weights, ("HPSv3.safetensors",)),
-            Asset("base", "base", self.base, ("config.json", "tokenizer.json|vocab.json"), more),
-            Asset("instruction", "instruction", self.instruction, ("hpsv3/dataset/data_collator_qwen.py",)),
+            Asset("checkpoint", "weights", self.weights, ("HPSv3.safetensors",), size_gb=17.0, licence="Apache-2.0"),
+            Asset(
+                "base",
+                "base",
+                self.base,
+                ("config.json", "tokenizer.json|vocab.json"),
+                more,
+                size_gb=0.012,
+                licence="Apache-2.0",
+            ),
+            Asset(
+                "instruction",
+                "instruction",
+                self.instruction,
+                ("hpsv3/dataset/data_collator_qwen.py",),
+                licence="MIT",
+            ),
         )
 
 
 def clip_asset(source: str, option: str = "weights") -> Asset:
     """A CLIPModel folder."""
-    return Asset("model", option, source, (WEIGHT_FILES, "config.json"))
+    size_gb, licence = _CLIP_MODELS.get(source, (0.0, ""))
+    return Asset("model", option, source, (WEIGHT_FILES, "config.json"), size_gb=size_gb, licence=licence)
 
 
-def tokenizer_asset(source: str, option: str = "tokenizer") -> Asset:
-    """The files of a tokenizer."""
-    return Asset("tokenizer", option, source, (_TOKENIZER,), _TOKENIZER_MORE)
+def tokenizer_asset(source: str, option: str = "tokenizer", licence: str = "MIT") -> Asset:
+    """The files of a tokenizer, by default of CLIP."""
+    return Asset("tokenizer", option, source, (_TOKENIZER,), _TOKENIZER_MORE, size_gb=0.004, licence=licence)

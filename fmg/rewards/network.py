@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fmg.core.display import counted
 from fmg.core.errors import UsageError
+from fmg.core.hub import Located, check_digest, locate
 from fmg.core.types import RewardOutput
 from fmg.rewards.model_configs import NetworkConfig
-from fmg.rewards.weights import Located, check_digest, locate
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,7 +59,7 @@ class LazyNetwork(Generic[N]):
         """
         with self._lock:
             if self._loaded is None:
-                files = {a.what: locate(a, self._name, self._kind) for a in self._config.assets()}
+                files = {a.what: locate(a, self._kind, self._name) for a in self._config.assets()}
                 for located in files.values():
                     check_digest(located)
                 configured = self._config.device

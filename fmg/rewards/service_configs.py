@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
 
+from fmg.core.hub import Asset
 from fmg.registry.config import About, ComponentConfig
 from fmg.rewards.model_configs import (
     CLIP_VIT_L_14,
@@ -16,7 +17,6 @@ from fmg.rewards.model_configs import (
     clip_asset,
     tokenizer_asset,
 )
-from fmg.rewards.weights import Asset
 
 MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
 
@@ -81,7 +81,7 @@ class GenEvalConfig(NetworkConfig):
         """Detector, CLIP and its tokenizer."""
         detector = (WEIGHT_FILES, "config.json", "preprocessor_config.json")
         return (
-            Asset("detector", "detector", self.detector, detector),
+            Asset("detector", "detector", self.detector, detector, size_gb=0.275, licence="MIT"),
             clip_asset(self.clip, option="clip"),
             tokenizer_asset(self.clip, option="clip"),
         )

@@ -22,8 +22,8 @@ from fmg.core.cache import cache_dir
 from fmg.core.errors import UsageError
 from fmg.core.events import Observer, StageProgress, ignore
 from fmg.core.files import from_home
+from fmg.core.hub import OFFLINE, is_offline
 from fmg.core.machine import environment, installed_version
-from fmg.core.offline import OFFLINE, is_offline
 from fmg.registry.recipe import Recipe
 from fmg.training.api import train
 from fmg.version import DISTRIBUTION, install_line

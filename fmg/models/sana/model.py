@@ -5,16 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from diffusers import SanaSprintPipeline
 
 from fmg.core.errors import CheckpointError
+from fmg.core.hub import locate
 from fmg.core.protocols import FlowMap
 from fmg.flow import TrigFlowMap
 from fmg.models.common.model import AdaptedModel, Network
 from fmg.models.common.scopes import Scope
-from fmg.models.common.text import TextEncoders
-from fmg.models.sana.loading import SanaComponents
+from fmg.models.common.text import TextEncoders, cached_encoders
+from fmg.models.sana.encoders import published_instruction
+from fmg.models.sana.loading import SanaComponents, load_parts
 from fmg.models.sana.network import SanaNetwork
+from fmg.models.sana_configs import SanaSprintConfig
+
+ENCODER_FOLDERS = ("text_encoder", "tokenizer")
 
 
 class SanaModel(AdaptedModel[SanaComponents]):
@@ -34,6 +40,33 @@ class SanaModel(AdaptedModel[SanaComponents]):
         scaled = guidance * transformer.config.guidance_embeds_scale
         self._network = SanaNetwork(transformer, transformer.dtype, scaled)
         super().__init__(components, name, _latent_shape(components), text=text)
+
+    @classmethod
+    def from_config(cls, config: SanaSprintConfig, device: torch.device, dtype: torch.dtype) -> SanaModel:
+        """The model that `config` describes, from files on this computer; errors as `PublishedConfig.load`."""
+        name = config.recipe or ""
+        instruction = published_instruction() if config.instruction else ""
+        components = load_parts(
+            locate(config.architecture(), "model", name).path,
+            config.conventions(),
+            device,
+            dtype,
+            instruction=instruction,
+            text_device=device if config.text_device == "model" else torch.device("cpu"),
+        )
+        if config.gradient_checkpointing:
+            components.transformer.enable_gradient_checkpointing()
+        text = cached_encoders(
+            components.text,
+            components.folder,
+            ENCODER_FOLDERS,
+            config.max_sequence_length,
+            device,
+            place=config.text_device,
+            cache=config.text_cache,
+            facts=(instruction,),
+        )
+        return cls(components, name, text=text)
 
     def _map(self, scope: Scope, network: Network | None = None) -> FlowMap:
         return TrigFlowMap(self._network.within(scope, network))

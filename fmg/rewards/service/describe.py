@@ -9,13 +9,12 @@ import torch
 
 from fmg.core.cache import content_hash
 from fmg.core.errors import FmgError, UsageError
+from fmg.core.hub import locate
 from fmg.core.machine import installed_versions
 from fmg.registry import rewards as rewards_registry
 from fmg.registry.references import PYTHON_REWARD, RewardRef
 from fmg.rewards.base import Checked
-from fmg.rewards.model_configs import NetworkConfig
 from fmg.rewards.service.wire import probe_image
-from fmg.rewards.weights import locate
 from fmg.version import __version__
 
 _PACKAGES = ("torch", "transformers", "onnxruntime", "rapidocr", "pillow")
@@ -91,7 +90,5 @@ def describe(
 
 
 def _weights(reference: RewardRef) -> list[dict[str, str]]:
-    if not isinstance(reference.config, NetworkConfig):
-        return []
-    located = [locate(asset, reference.label) for asset in reference.config.assets()]
-    return [{"what": one.asset.what, "source": one.asset.source, "sha256": content_hash(one.first)} for one in located]
+    located = [locate(asset, "reward", reference.label) for asset in reference.config.assets()]
+    return [{"what": one.asset.what, "source": one.asset.source, "sha256": content_hash(one.path)} for one in located]

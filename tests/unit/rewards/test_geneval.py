@@ -11,6 +11,7 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
 from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.hub import locate
 from fmg.registry import rewards
 from fmg.rewards.clip_family import ClipEncoder, load_clip
 from fmg.rewards.geneval import ColorNamer, Mask2FormerDetector, load_detector
@@ -18,7 +19,6 @@ from fmg.rewards.geneval_prompts import COLORS, OBJECT_NAMES, parse_prompt, spec
 from fmg.rewards.geneval_rules import Clause, Detections, Position, Specification
 from fmg.rewards.images import resize_and_crop
 from fmg.rewards.service_configs import GenEvalConfig
-from fmg.rewards.weights import locate
 from tests.tiny_rewards import write_clip_folder
 
 CPU = torch.device("cpu")
@@ -180,7 +180,7 @@ def test_detector_drops_what_the_rules_cannot_use() -> None:
 
 def test_colour_is_that_of_the_object_on_grey_cut_to_its_box(folders: dict[str, str]) -> None:
     config = GenEvalConfig(**folders)
-    files = {asset.what: locate(asset, "geneval") for asset in config.assets()}
+    files = {asset.what: locate(asset, "reward", "geneval") for asset in config.assets()}
     encoder = ClipEncoder(
         *load_clip(files["model"], files["tokenizer"], CPU, torch.float32), preprocess=lambda squares, _: squares
     )
@@ -217,9 +217,9 @@ def test_scores_end_to_end_on_tiny_folders(folders: dict[str, str]) -> None:
     again = torch.cat([reward(images[i : i + 1], prompts[i : i + 1]).parts["dense"] for i in range(3)])
     assert torch.equal(again, output.parts["dense"])
     # 10 queries and 80 classes above threshold 0: the 100 best pairs hold some class, which is then found
-    (found,) = load_detector(locate(GenEvalConfig(**folders).assets()[0], "geneval"), CPU, torch.float32, 0.0)(
-        images[:1]
-    )
+    (found,) = load_detector(
+        locate(GenEvalConfig(**folders).assets()[0], "reward", "geneval"), CPU, torch.float32, 0.0
+    )(images[:1])
     assert len(found.labels) > 0
     seen = OBJECT_NAMES[int(found.labels[found.scores.argmax()])]
     assert float(reward(images[:1], [f"a photo of a {seen}"]).total) == 1.0
