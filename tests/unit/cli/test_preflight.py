@@ -71,7 +71,7 @@ def test_every_command_looks_at_its_place_first(command: list[str]) -> None:
         (["--reward", "python:os:nope"], "The module 'os' has no function 'nope'"),
         (["--reward", "python:mine:nope"], "The module 'mine' has no function 'nope'"),
         (["--reward", "python:half:fn"], "The module 'half' cannot be imported at half.py:1: SyntaxError"),
-        (["--reward", "hpsv2", "--set", "rewards.0.weights=nope.pt"], "There is no file or folder 'nope.pt'"),
+        (["--reward", "hpsv2", "--set", "rewards.0.weights=nope.pt"], "there is no file or folder 'nope.pt'"),
         (["--device", "gpu"], "device"),
     ],
 )
