@@ -10,8 +10,9 @@ import typer
 from fmg.cli.console import print_json, print_warning, stdout
 from fmg.cli.options import AsJson, checked_folder
 from fmg.cli.tables import change, number, table
+from fmg.core import metric_keys as keys
 from fmg.core.errors import CheckpointError, UsageError
-from fmg.data.run_metrics import REWARD, Outcome, headline
+from fmg.data.run_metrics import Outcome, headline
 
 if TYPE_CHECKING:
     from fmg.data.run_folder import RunFolder
@@ -111,9 +112,9 @@ def _row(run: RunFolder) -> RunRow:
     base, kept, last = map(headline, (outcome.base, outcome.kept, outcome.last))
     name = next(iter(base), "-")
     held_out = Result(name, base.get(name), kept.get(name), last.get(name))
-    rewards = log.columns(REWARD)[1]
+    rewards = log.columns(keys.REWARD)[1]
     rewards = rewards[np.isfinite(rewards)]
-    reward = Gain(REWARD, *((float(rewards[0]), float(rewards[-1])) if len(rewards) else (None, None)))
+    reward = Gain(keys.REWARD, *((float(rewards[0]), float(rewards[-1])) if len(rewards) else (None, None)))
     return RunRow(
         str(run.path), state.model, state.state, log.done, outcome.iteration, outcome.averaged, reward, held_out
     )

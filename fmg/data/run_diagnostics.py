@@ -14,16 +14,16 @@ from typing import Literal
 
 import numpy as np
 
+from fmg.core import metric_keys as keys
 from fmg.core.display import counted
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.data.metrics_log import Lines, MetricsLog
 from fmg.data.run_folder import RunFolder, is_run, no_run
-from fmg.data.run_metrics import AVERAGED, DIVERSITY, ERRORS, PREFIX, REWARD, HackingLimits, hacked
+from fmg.data.run_metrics import ERRORS, HackingLimits, hacked
 from fmg.registry.sections import EvalSection
 
 Severity = Literal["problem", "note"]
 
-SCORE, EMA_SCORE = f"{PREFIX}score", f"{AVERAGED}score"
 LIMITS: Mapping[str, float] = {
     "kl still": 1e-6,
     "kl far": 1e-2,
@@ -85,14 +85,15 @@ class Log:
         values = values[np.isfinite(values)]
         return float(np.median(values[len(values) // 2 :])) if len(values) else None
 
-    def late_by_step(self, stem: str) -> dict[int, float]:
-        """`late` of the keys `stem` + step that are logged, by step."""
-        found = {int(key[len(stem) :]): self.late(key) for key in self.iterations.logged() if _is_step(key, stem)}
+    def late_by_step(self, template: str) -> dict[int, float]:
+        """`late` of the logged keys of a template, by branching step."""
+        steps = {key: step for key in self.iterations.logged() if (step := keys.step_of(key, template)) is not None}
+        found = {step: self.late(key) for key, step in steps.items()}
         return {step: value for step, value in sorted(found.items()) if value is not None}
 
     def change(self, key: str) -> tuple[float, float] | None:
         """Last evaluation minus the first, and its standard error as of independent images; NaN for single images."""
-        _, scores, errors = self.evaluations.columns(key, f"{key}_se")
+        _, scores, errors = self.evaluations.columns(key, keys.error_of(key))
         if len(scores) < 2:
             return None
         return float(scores[-1] - scores[0]), math.hypot(errors[0], errors[-1])
@@ -100,7 +101,7 @@ class Log:
     @property
     def risen(self) -> bool:
         """Whether the held-out score has certainly risen."""
-        change = self.change(SCORE)
+        change = self.change(keys.SCORE)
         return change is not None and change[0] > ERRORS * change[1]
 
 
@@ -139,10 +140,6 @@ def hacking_limits(run: RunFolder) -> HackingLimits:
     return HackingLimits(limit("hacking_tolerance"), limit("min_diversity"))
 
 
-def _is_step(key: str, stem: str) -> bool:
-    return key.startswith(stem) and key[len(stem) :].isdecimal()
-
-
 def _log_of(run: RunFolder, metrics: MetricsLog) -> Log:
     rollout = run.values().get("rollout")
     stated = rollout if isinstance(rollout, dict) else {}
@@ -160,9 +157,9 @@ def examine_log(log: Log) -> list[Advice]:
 
 
 def _numbers(log: Log) -> Iterator[Advice]:
-    for kind, keys in ((log.iterations, (REWARD, "loss", "grad_norm")), (log.evaluations, (SCORE,))):
+    for kind, names in ((log.iterations, (keys.REWARD, keys.LOSS, keys.GRAD_NORM)), (log.evaluations, (keys.SCORE,))):
         broken = []
-        for key in keys:
+        for key in names:
             places, at, values = kind.columns("iteration", key)
             broken += [(places[i], key, at[i]) for i in np.flatnonzero(~np.isfinite(values))[:1]]
         if broken:
@@ -174,7 +171,7 @@ def _numbers(log: Log) -> Iterator[Advice]:
 
 
 def _still(log: Log) -> Iterator[Advice]:
-    kl, limit = log.late("approx_kl"), LIMITS["kl still"]
+    kl, limit = log.late(keys.APPROX_KL), LIMITS["kl still"]
     if kl is not None and kl < limit and not log.risen:
         sign = f"The policy hardly moves: KL after an update {kl:.1e}, below {limit:.0e}"
         text = "Raise it threefold until the KL is about 1e-4; more train.updates_per_iteration help as well."
@@ -182,14 +179,14 @@ def _still(log: Log) -> Iterator[Advice]:
 
 
 def _far(log: Log) -> Iterator[Advice]:
-    kl, limit = log.late("approx_kl"), LIMITS["kl far"]
+    kl, limit = log.late(keys.APPROX_KL), LIMITS["kl far"]
     if kl is not None and kl > limit:
         sign = f"Every update moves the policy far: KL {kl:.1e}, above {limit:.0e}"
         yield Advice("problem", sign, "optimizer.lr", "Lower it, or skip updates past a KL with objective.target_kl.")
 
 
 def _clip(log: Log) -> Iterator[Advice]:
-    clipped, kl = log.late("clip_frac"), log.late("approx_kl")
+    clipped, kl = log.late(keys.CLIP_FRACTION), log.late(keys.APPROX_KL)
     if clipped is None:
         return
     if clipped > LIMITS["clip bound"]:
@@ -202,10 +199,10 @@ def _clip(log: Log) -> Iterator[Advice]:
 
 
 def _equal_groups(log: Log) -> Iterator[Advice]:
-    share, limit = log.late("zero_std_ratio"), LIMITS["equal groups"]
+    share, limit = log.late(keys.ZERO_STD_RATIO), LIMITS["equal groups"]
     if share is not None and share > limit:
         sign = f"{share:.0%} of the prompts teach nothing, above {limit:.0%}: all of their images have the same reward"
-        by_step = log.late_by_step("branch/zero_std_ratio_") if log.steps != "adaptive" else {}
+        by_step = log.late_by_step(keys.STEP_ZERO_STD_RATIO) if log.steps != "adaptive" else {}
         differs = bool(by_step) and min(by_step.values()) <= limit
         if differs or (by_step and log.steps == "first" and not log.risen):
             shares = ", ".join(f"{value:.0%} of those that branch at step {step}" for step, value in by_step.items())
@@ -222,7 +219,7 @@ def _equal_groups(log: Log) -> Iterator[Advice]:
 
 
 def _agreement(log: Log) -> Iterator[Advice]:
-    agreement, limit = log.late("branch/completion_agreement"), LIMITS["agreement"]
+    agreement, limit = log.late(keys.COMPLETION_AGREEMENT), LIMITS["agreement"]
     if log.jumps and agreement is not None and agreement < limit:
         sign = (
             f"A jump ranks siblings otherwise than the rest of the grid: correlation {agreement:.2f}, below {limit:g}"
@@ -232,14 +229,14 @@ def _agreement(log: Log) -> Iterator[Advice]:
 
 
 def _gradient(log: Log) -> Iterator[Advice]:
-    norm, limit = log.late("grad_norm"), LIMITS["gradient"]
+    norm, limit = log.late(keys.GRAD_NORM), LIMITS["gradient"]
     if norm is not None and norm > limit:
         sign = f"Gradients are large: norm {norm:.3g} before it is scaled down, above {limit:g}"
         yield Advice("note", sign, "train.max_grad_norm", "Updates have that length only: compare with optimizer.lr.")
 
 
 def _ratio(log: Log) -> Iterator[Advice]:
-    ratio, limit = log.late("ratio_max"), LIMITS["ratio"]
+    ratio, limit = log.late(keys.RATIO_MAX), LIMITS["ratio"]
     if ratio is not None and ratio > limit:
         sign = f"Some policy ratios explode: largest {ratio:.3g}, above {limit:g}"
         text = "Lower it; with steps of very different noise try --objective grpo-guard."
@@ -248,7 +245,7 @@ def _ratio(log: Log) -> Iterator[Advice]:
 
 def _no_score(log: Log) -> Iterator[Advice]:
     # the key is there only where images were dropped
-    shares, limit = log.iterations.columns("reward/dropped")[1], LIMITS["no score"]
+    shares, limit = log.iterations.columns(keys.REWARD_DROPPED)[1], LIMITS["no score"]
     dropped = float(shares.sum()) / max(1, len(log.iterations))
     if dropped > limit:
         sign = f"{dropped:.0%} of the images have no score, above {limit:.0%}"
@@ -256,7 +253,7 @@ def _no_score(log: Log) -> Iterator[Advice]:
 
 
 def _skipped(log: Log) -> Iterator[Advice]:
-    skipped, limit = log.late("skipped_updates"), LIMITS["skipped"]
+    skipped, limit = log.late(keys.SKIPPED_UPDATES), LIMITS["skipped"]
     if skipped is not None and skipped > limit:
         sign = f"Updates are skipped: {skipped:g} of an iteration, above {limit:g}"
         text = "Raise it or lower optimizer.lr; where it is not set, no group had unequal rewards."
@@ -264,7 +261,7 @@ def _skipped(log: Log) -> Iterator[Advice]:
 
 
 def _decline(log: Log) -> Iterator[Advice]:
-    change = log.change(SCORE)
+    change = log.change(keys.SCORE)
     if change is not None and change[0] < -ERRORS * change[1]:
         # scores that are equal for all images have no error
         size = f"which is {-change[0] / change[1]:.1f} standard errors" if change[1] else "for every image alike"
@@ -274,7 +271,7 @@ def _decline(log: Log) -> Iterator[Advice]:
 
 
 def _flat(log: Log) -> Iterator[Advice]:
-    change, kl = log.change(SCORE), log.late("approx_kl")
+    change, kl = log.change(keys.SCORE), log.late(keys.APPROX_KL)
     moves = kl is None or kl >= LIMITS["kl still"]
     if change is None or not moves or len(log.iterations) < LIMITS["late"]:
         return
@@ -295,7 +292,7 @@ def _gap(log: Log) -> Iterator[Advice]:
     line, lost = next(found, ({}, []))
     for name, loss in lost:
         what, unit = f"'{name}', which is not trained, fell", "standard deviations"
-        if name == DIVERSITY:
+        if name == keys.DIVERSITY:
             what, unit = "The images of one prompt became alike", "of their diversity"
         when = f"by iteration {line['iteration']:.0f} while the trained reward rose"
         sign = f"{what} {when}: by {loss.value:.2f} ± {loss.error:.2f} {unit}, limit {log.limits.of(name):g}"
@@ -304,11 +301,13 @@ def _gap(log: Log) -> Iterator[Advice]:
 
 
 def _average(log: Log) -> Iterator[Advice]:
-    if not log.evaluations or EMA_SCORE not in log.evaluations[-1]:
+    if not log.evaluations or keys.EMA_SCORE not in log.evaluations[-1]:
         return
     last = log.evaluations[-1]
-    behind = last[SCORE] - last[EMA_SCORE]
-    if behind > ERRORS * math.hypot(last.get(f"{SCORE}_se", math.nan), last.get(f"{EMA_SCORE}_se", math.nan)):
+    behind = last[keys.SCORE] - last[keys.EMA_SCORE]
+    if behind > ERRORS * math.hypot(
+        last.get(keys.error_of(keys.SCORE), math.nan), last.get(keys.error_of(keys.EMA_SCORE), math.nan)
+    ):
         sign = f"The moving average is {behind:.3f} behind the weights"
         yield Advice("note", sign, "train.ema_decay", "Lower it: the run is too short for this average.")
 

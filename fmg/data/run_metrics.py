@@ -6,15 +6,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from fmg.core import metric_keys as keys
 from fmg.data.checkpoints import Saved
 
 Line = Mapping[str, float]
 
-SCORE = "eval/score"
-REWARD = "reward/mean"
-PREFIX, AVERAGED, SUFFIX = "eval/", "eval_ema/", "_mean"
-WATCH = "watch/"
-DIVERSITY = "diversity"
 ERRORS = 3.0
 """Standard errors by which something has to be beyond a bound. One evaluation of a run whose true loss is the tolerance
 exceeds it with probability 0.0013; at a true loss of 0 and 1000 images practically never."""
@@ -40,7 +36,7 @@ class Change:
     @classmethod
     def logged(cls, line: Mapping[str, float], key: str) -> Change:
         """The change that an evaluation logged as `key` and `<key>_se`; no known change where it has none."""
-        return cls(line.get(key, 0.0), line.get(f"{key}_se", math.inf))
+        return cls(line.get(key, 0.0), line.get(keys.error_of(key), math.inf))
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ class HackingLimits:
 
     def of(self, name: str) -> float:
         """The tolerated loss of a held-out reward, or of `diversity`."""
-        return 1 - self.min_diversity if name == DIVERSITY else self.tolerance
+        return 1 - self.min_diversity if name == keys.DIVERSITY else self.tolerance
 
 
 def is_hacking(gain: Change, loss: Change, limit: float, trained: Change) -> bool:
@@ -75,11 +71,11 @@ def is_hacking(gain: Change, loss: Change, limit: float, trained: Change) -> boo
 def hacked(line: Mapping[str, float], limits: HackingLimits) -> Iterator[tuple[str, Change]]:
     """What the log line of an evaluation shows to be hacked: its name, and its loss."""
     for key in line:
-        if not (key.startswith(WATCH) and key.endswith("_loss")):
+        name = key.removeprefix(keys.WATCH).removesuffix("_loss")
+        if key != keys.watched_loss(name):
             continue
-        name, loss = key.removeprefix(WATCH).removesuffix("_loss"), Change.logged(line, key)
-        since = Change.logged(line, f"{WATCH}{name}_trained")
-        if is_hacking(Change.logged(line, f"{WATCH}trained_gain"), loss, limits.of(name), since):
+        loss, since = Change.logged(line, key), Change.logged(line, keys.watched_trained(name))
+        if is_hacking(Change.logged(line, keys.TRAINED_GAIN), loss, limits.of(name), since):
             yield name, loss
 
 
@@ -107,7 +103,7 @@ class Outcome:
     @classmethod
     def of(cls, lines: Sequence[Line], best: Saved | None) -> Outcome:
         """That of a run with these log lines and this best checkpoint."""
-        averaged = best is not None and best.score_key.startswith(AVERAGED)
+        averaged = best is not None and best.score_key.startswith(keys.EVAL_EMA)
         # a damaged line may not name its iteration
         scored = [line for line in lines if is_evaluation(line) and math.isfinite(line.get("iteration", math.nan))]
         base, last = (scored[0], scored[-1]) if scored else ({}, {})
@@ -142,13 +138,13 @@ class Outcome:
 
 def is_evaluation(line: Line) -> bool:
     """Whether a log line is of an evaluation on held-out prompts."""
-    return any(key.startswith((PREFIX, AVERAGED)) for key in line)
+    return any(key.startswith((keys.EVAL, keys.EVAL_EMA)) for key in line)
 
 
 def _of_weights(line: Line, *, averaged: bool) -> Line:
-    own = AVERAGED if averaged else PREFIX
-    others = {key: value for key, value in line.items() if not key.startswith((PREFIX, AVERAGED))}
-    scores = {PREFIX + key.removeprefix(own): value for key, value in line.items() if key.startswith(own)}
+    own = keys.EVAL_EMA if averaged else keys.EVAL
+    others = {key: value for key, value in line.items() if not key.startswith((keys.EVAL, keys.EVAL_EMA))}
+    scores = {keys.EVAL + key.removeprefix(own): value for key, value in line.items() if key.startswith(own)}
     # what is not finite counts as not measured
     return {key: value for key, value in (others | scores).items() if math.isfinite(value)}
 
@@ -159,15 +155,15 @@ def headline(metrics: Mapping[str, float]) -> dict[str, float]:
     The log keys are `eval/<reward>_mean` for totals and `eval/<reward>_<part>_mean` for parts, `eval_ema/...` those of
     the average.
     """
-    averaged = {f"{label} (EMA)": value for label, value in _scores(metrics, AVERAGED).items()}
-    return _scores(metrics, PREFIX) | averaged
+    averaged = {f"{label} (EMA)": value for label, value in _scores(metrics, keys.EVAL_EMA).items()}
+    return _scores(metrics, keys.EVAL) | averaged
 
 
 def _scores(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
     scores = {
-        key.removeprefix(prefix).removesuffix(SUFFIX): value
+        key.removeprefix(prefix).removesuffix(keys.MEAN): value
         for key, value in metrics.items()
-        if key.startswith(prefix) and key.endswith(SUFFIX)
+        if key.startswith(prefix) and key.endswith(keys.MEAN)
     }
     strict = {_label(name): value for name, value in scores.items() if name.endswith("_strict")}
     totals = {

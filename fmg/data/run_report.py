@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL.Image import Image
 
+from fmg.core import metric_keys as keys
 from fmg.core.display import counted
 from fmg.core.errors import CheckpointError, FmgWarning, UsageError
 from fmg.core.files import write_atomic
@@ -26,7 +26,7 @@ from fmg.data.page import Block, Gallery, Listing, Picture, Section, Table, Text
 from fmg.data.pictures import before_after
 from fmg.data.prompt_sets import spread
 from fmg.data.run_folder import RunFolder, RunState
-from fmg.data.run_metrics import AVERAGED, PREFIX, REWARD, SUFFIX, Line, Outcome, headline
+from fmg.data.run_metrics import Line, Outcome, headline
 
 BANDS = (
     "Bands are 95 % intervals of the mean; stars mark the kept checkpoint. A curve of more than 200 points is shown as"
@@ -38,18 +38,18 @@ _GRIDS = 4
 _GRID_SIDE = 1000
 _MAX_CURVES = 6
 _UPDATE_CHARTS = {
-    "approx_kl": ("approximate KL to the rollout policy", "nats"),
-    "clip_frac": ("share of clipped rows", "share of rows"),
-    "grad_norm": ("norm of the gradient before clipping", "L2 norm"),
-    "kl_ref": ("KL to the base", "nats"),
-    "zero_std_ratio": ("share of groups whose rewards are all equal", "share of groups"),
-    "skipped_updates": ("skipped updates", "per iteration"),
-    "branch/completion_agreement": ("agreement of one jump with the full grid", "correlation within groups"),
+    keys.APPROX_KL: ("approximate KL to the rollout policy", "nats"),
+    keys.CLIP_FRACTION: ("share of clipped rows", "share of rows"),
+    keys.GRAD_NORM: ("norm of the gradient before clipping", "L2 norm"),
+    keys.KL_REF: ("KL to the base", "nats"),
+    keys.ZERO_STD_RATIO: ("share of groups whose rewards are all equal", "share of groups"),
+    keys.SKIPPED_UPDATES: ("skipped updates", "per iteration"),
+    keys.COMPLETION_AGREEMENT: ("agreement of one jump with the full grid", "correlation within groups"),
 }
 _STEP_CHARTS = {
-    r"branch/step_(\d+)_reward_std": ("reward of siblings by branching step", "mean std within a group"),
-    r"branch/zero_std_ratio_(\d+)": ("groups with equal rewards by branching step", "share of groups"),
-    r"branch/step_(\d+)_groups": ("groups by branching step", "per iteration"),
+    keys.STEP_REWARD_STD: ("reward of siblings by branching step", "mean std within a group"),
+    keys.STEP_ZERO_STD_RATIO: ("groups with equal rewards by branching step", "share of groups"),
+    keys.STEP_GROUPS: ("groups by branching step", "per iteration"),
 }
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,7 +98,9 @@ class RunRecord:
 
     def logged(self, key: str) -> str:
         """The log key of the score `eval/...` for the kind of weights that the run keeps: raw or averaged."""
-        return AVERAGED + key.removeprefix(PREFIX) if self.outcome.averaged and key.startswith(PREFIX) else key
+        if not self.outcome.averaged or not key.startswith(keys.EVAL):
+            return key
+        return keys.EVAL_EMA + key.removeprefix(keys.EVAL)
 
     def tiles(self) -> Iterator[Tile]:
         """Headline scores of the kept checkpoint beside those of the base."""
@@ -197,9 +199,9 @@ def _scores(record: RunRecord) -> Iterator[Block]:
     # headline scores first; the others in the order of the log, which keeps a reward's parts together
     known.sort(key=lambda key: headlines.index(label(key)) if label(key) in headlines else len(headlines))
     for key in known:
-        stem = key.removesuffix(SUFFIX)
         gain = kept[key] - first[key]
-        errors = [line[f"{stem}_se"] for line in (first, kept) if f"{stem}_se" in line]
+        error = keys.error_of(key)
+        errors = [line[error] for line in (first, kept) if error in line]
         half = _TWO_SIDED_95 * math.hypot(*errors) if len(errors) == 2 else None
         between = (
             "-"
@@ -220,30 +222,32 @@ def _curves(record: RunRecord) -> Iterator[Block]:
 def charts(record: RunRecord) -> Iterator[Picture]:
     """The curves of a run, one chart for what belongs together."""
     lines = record.log
-    yield from _chart([curve(lines, REWARD, "reward/se", "mean reward")], "reward on training prompts", "mean reward")
+    yield from _chart(
+        [curve(lines, keys.REWARD, keys.REWARD_SE, "mean reward")], "reward on training prompts", "mean reward"
+    )
     shown: set[str] = set()
     measured = record.outcome.kept or record.outcome.base
     for name in headline(measured):
         key = next((k for k in _score_keys(measured) if label(k) == name), None)
         if key is not None:
             shown.add(key)
-            both = (key, AVERAGED + key.removeprefix(PREFIX))
+            both = (key, keys.EVAL_EMA + key.removeprefix(keys.EVAL))
             yield from _chart([_held_out(record, one) for one in both], f"{name}, held out", "mean score")
-    for reward, keys in _parts(measured, shown):
-        parts = [_held_out(record, record.logged(key)) for key in keys]
+    for reward, names in _parts(measured, shown):
+        parts = [_held_out(record, record.logged(key)) for key in names]
         yield from _chart(parts, f"{reward} by part, held out", "mean score")
     for key, (title, unit) in _UPDATE_CHARTS.items():
         yield from _chart([curve(lines, key, None, key)], title, unit)
     logged = lines.iterations.logged()
-    for pattern, (title, unit) in _STEP_CHARTS.items():
-        steps = sorted((int(match[1]), match[0]) for key in logged if (match := re.fullmatch(pattern, key)))
+    for template, (title, unit) in _STEP_CHARTS.items():
+        steps = sorted((step, key) for key in logged if (step := keys.step_of(key, template)) is not None)
         by_step = [curve(lines, key, None, f"step {step}") for step, key in steps]
         yield from _chart(by_step[:_MAX_CURVES], title, unit)
 
 
 def run_figure(log: MetricsLog, outcome: Outcome, title: str) -> Figure:
     """The curves of a run in one figure: `curve.png`. Held-out scores are without bands, which the report has."""
-    known = _score_keys(log.evaluations.logged(), (PREFIX, AVERAGED))
+    known = _score_keys(log.evaluations.logged(), (keys.EVAL, keys.EVAL_EMA))
     first = headline(log.evaluations[0]) if log.evaluations else {}
     known.sort(key=lambda key: (label(key) not in first, list(first).index(label(key)) if label(key) in first else 0))
     held_out: list[Curve] = []
@@ -252,7 +256,7 @@ def run_figure(log: MetricsLog, outcome: Outcome, title: str) -> Figure:
         # parts that are the whole of a reward coincide with its total
         if len(held_out) < _MAX_CURVES and not any(np.array_equal(found.y, one.y) for one in held_out):
             held_out.append(found)
-    return curve_figure([curve(log, REWARD, "reward/se", "mean reward")], held_out, title)
+    return curve_figure([curve(log, keys.REWARD, keys.REWARD_SE, "mean reward")], held_out, title)
 
 
 def write_run_figure(record: RunRecord, path: Path) -> None:
@@ -268,7 +272,7 @@ def run_picture(record: RunRecord) -> Image:
 
 def _marked(found: Curve, key: str, outcome: Outcome) -> Curve:
     """The curve with a star at the kept checkpoint, when it is of the kind of weights that was kept."""
-    own = key.startswith(AVERAGED if outcome.averaged else PREFIX)
+    own = key.startswith(keys.EVAL_EMA if outcome.averaged else keys.EVAL)
     return replace(found, kept=outcome.iteration) if own else found
 
 
@@ -278,28 +282,28 @@ def curve(log: MetricsLog, key: str, error: str | None, name: str) -> Curve:
     return Curve(name, at, values, _TWO_SIDED_95 * errors)
 
 
-def _score_keys(keys: Iterable[str], prefix: str | tuple[str, ...] = PREFIX) -> list[str]:
-    return [key for key in keys if key.startswith(prefix) and key.endswith(SUFFIX)]
+def _score_keys(logged: Iterable[str], prefix: str | tuple[str, ...] = keys.EVAL) -> list[str]:
+    return [key for key in logged if key.startswith(prefix) and key.endswith(keys.MEAN)]
 
 
 def label(key: str) -> str:
     """A readable log key: `eval/shapes_strict_mean` is `shapes strict`; that of a moving average ends in `(EMA)`."""
-    name = key.removeprefix(PREFIX).removeprefix(AVERAGED).removesuffix(SUFFIX).replace("_", " ")
-    return f"{name} (EMA)" if key.startswith(AVERAGED) else name
+    name = key.removeprefix(keys.EVAL).removeprefix(keys.EVAL_EMA).removesuffix(keys.MEAN).replace("_", " ")
+    return f"{name} (EMA)" if key.startswith(keys.EVAL_EMA) else name
 
 
 def _held_out(record: RunRecord, key: str) -> Curve:
-    found = curve(record.log, key, f"{key.removesuffix(SUFFIX)}_se", label(key))
+    found = curve(record.log, key, keys.error_of(key), label(key))
     return _marked(found, key, record.outcome)
 
 
 def _parts(line: Line, shown: set[str]) -> Iterator[tuple[str, list[str]]]:
     """Rewards with the keys of their parts that no other chart shows and that differ from the total."""
-    keys = _score_keys(line)
-    totals = [key for key in keys if label(key) in headline(line)]
+    names = _score_keys(line)
+    totals = [key for key in names if label(key) in headline(line)]
     for total in totals:
-        stem = total.removesuffix(SUFFIX)
-        parts = [k for k in keys if k.startswith(f"{stem}_") and k not in shown and line[k] != line[total]]
+        stem = total.removesuffix(keys.MEAN)
+        parts = [k for k in names if k.startswith(f"{stem}_") and k not in shown and line[k] != line[total]]
         if parts:
             yield label(total), parts
 
@@ -330,15 +334,15 @@ def inlined(file: Path, side: int, alt: str) -> Picture | None:
 
 def _timings(record: RunRecord) -> Iterator[Block]:
     logged = {*record.log.iterations.logged(), *record.log.evaluations.logged()}
-    stages = sorted(key for key in logged if key.startswith("time/") and key.endswith("_s"))
+    stages = sorted(key for key in logged if key.startswith(keys.TIME) and key.endswith(keys.SECONDS))
     spent = {stage: record.log.columns(stage)[1] for stage in stages}
-    whole = "time/iteration_s"
-    total = sum(float(spent[stage].sum()) for stage in (whole, "time/eval_s") if stage in spent)
+    whole = keys.TIME_ITERATION
+    total = sum(float(spent[stage].sum()) for stage in (whole, keys.TIME_EVAL) if stage in spent)
     if not total:
         return
     rows = []
     for stage, seconds in sorted(spent.items(), key=lambda entry: -float(entry[1].sum())):
-        name = stage.removeprefix("time/").removesuffix("_s")
+        name = stage.removeprefix(keys.TIME).removesuffix(keys.SECONDS)
         name = "iteration, all stages" if stage == whole else name
         share = f"{100 * seconds.sum() / total:.0f} %"
         rows.append((name, str(len(seconds)), f"{np.median(seconds):.2f}", f"{seconds.sum():.1f}", share))
@@ -437,21 +441,21 @@ def _comparison_charts(records: Sequence[RunRecord], names: Sequence[str]) -> It
         found = (
             replace(
                 curve(r.log, r.logged(key), r.logged(error), name if r.logged(key) == key else name + _whose(r)),
-                kept=r.outcome.iteration if key.startswith(PREFIX) else None,
+                kept=r.outcome.iteration if key.startswith(keys.EVAL) else None,
                 look=number,
             )
             for number, (r, name) in enumerate(zip(records, names, strict=True))
         )
         return [one for one in found if len(one.y) > 1]
 
-    keys = {
+    scores = {
         key: label(key)
         for record in records
         for key in _score_keys(record.outcome.kept)
         if label(key) in headline(record.outcome.kept)
     }
-    wanted = [(REWARD, "reward/se", "reward on training prompts", "mean reward")]
-    wanted += [(key, f"{key.removesuffix(SUFFIX)}_se", f"{name}, held out", "mean score") for key, name in keys.items()]
+    wanted = [(keys.REWARD, keys.REWARD_SE, "reward on training prompts", "mean reward")]
+    wanted += [(key, keys.error_of(key), f"{name}, held out", "mean score") for key, name in scores.items()]
     for key, error, title, unit in wanted:
         if curves := over(key, error):
             yield title, unit, curves

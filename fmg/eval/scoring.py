@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fmg.core import metric_keys as keys
 from fmg.core.errors import RewardError
 from fmg.core.prompt import Prompt
 from fmg.core.protocols import PromptSet, Reward
@@ -157,11 +158,11 @@ def means(scores: Scores, prefix: str = "eval") -> dict[str, float]:
 
     Each has a standard error, `..._se`, for new images of the same prompts; NaN for a single image.
     """
-    out = {}
+    out: dict[str, float] = {}
     for (reward, part), values in scores.parts.items():
         name = reward if part == "total" else f"{reward}_{part}"
-        out[f"{prefix}/{name}_mean"] = float(values.mean())
-        out[f"{prefix}/{name}_se"] = standard_error(values)
+        mean = f"{prefix}/{name}{keys.MEAN}"
+        out |= {mean: float(values.mean()), keys.error_of(mean): standard_error(values)}
     return out
 
 

@@ -20,8 +20,9 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from fmg.core import metric_keys as keys
 from fmg.core.events import Evaluated, Event, IterationDone, Notice, Resumed, StageProgress, Started
-from fmg.data.run_metrics import REWARD, headline
+from fmg.data.run_metrics import headline
 from fmg.progress.console import SafeConsole
 from fmg.progress.figures import signed, sparkline
 
@@ -149,8 +150,8 @@ class LiveReporter:
 
     def _keep(self, iteration: int, line: Mapping[str, float]) -> None:
         """Takes in one line of metrics, of a rollout or of an evaluation."""
-        if REWARD in line:
-            self._rewards.append(line[REWARD])
+        if keys.REWARD in line:
+            self._rewards.append(line[keys.REWARD])
         elif scores := headline(line):
             self._scores, self._scored_at = scores, iteration
             self._first_scores = self._first_scores or scores

@@ -9,9 +9,10 @@ from typing import Protocol
 
 from rich.console import Console
 
+from fmg.core import metric_keys as keys
 from fmg.core.display import counted
 from fmg.core.events import Evaluated, Event, IterationDone, Notice, Resumed, StageProgress, Started
-from fmg.data.run_metrics import REWARD, headline
+from fmg.data.run_metrics import headline
 from fmg.progress.figures import signed
 
 # Seconds without a line after which a pipe is told where a long stage stands
@@ -101,7 +102,7 @@ class PlainReporter(Stateless):
 
 def _watched(metrics: Mapping[str, float]) -> dict[str, float]:
     """What of a line a person watches: the reward of a rollout, the headline scores of an evaluation."""
-    return {"reward": metrics[REWARD]} if REWARD in metrics else headline(metrics)
+    return {"reward": metrics[keys.REWARD]} if keys.REWARD in metrics else headline(metrics)
 
 
 def is_interactive(console: Console) -> bool:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from fmg.core import metric_keys as keys
 from fmg.core.errors import CompositionError
 from fmg.core.protocols import Density, FlowMap, Policies, Stochasticizer
 from fmg.core.types import Batch, BranchRollout, Conditioning, Loss, ScoredRollout, TransitionRollout
@@ -95,15 +96,15 @@ class Grpo:
         total = (by_row * rows["weight"]).mean()
         with torch.no_grad():
             parts = {
-                "approx_kl": mean_distance(density.mean, rows["mean_old"], density.std).mean(),
-                "ratio_mean": ratio.mean(),
-                "ratio_max": ratio.max(),
-                "clip_frac": ((ratio < 1 - low) | (ratio > 1 + high)).float().mean(),
+                keys.APPROX_KL: mean_distance(density.mean, rows["mean_old"], density.std).mean(),
+                keys.RATIO_MEAN: ratio.mean(),
+                keys.RATIO_MAX: ratio.max(),
+                keys.CLIP_FRACTION: ((ratio < 1 - low) | (ratio > 1 + high)).float().mean(),
             }
         if self.config.kl_beta > 0:
             kl_ref = self._reference_kl(policies.reference, density.mean, density.std, batch)
             total = total + self.config.kl_beta * kl_ref
-            parts["kl_ref"] = kl_ref.detach()
+            parts[keys.KL_REF] = kl_ref.detach()
         return Loss(total, parts)
 
     def _log_ratio(self, density: Density, rows: Mapping[str, Tensor]) -> Float[Tensor, "b *m"]:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fmg.core import metric_keys as keys
 from fmg.core.errors import CompositionError
 from fmg.core.protocols import FlowMap, Policies, Stochasticizer
 from fmg.core.types import Batch, Loss, ScoredRollout
@@ -59,10 +60,12 @@ class RewardWeightedFlowMatching:
         rollout = scored.rollout
         keep = informative(scored.advantages, rollout.groups).cpu().nonzero().squeeze(1)
         index = keep.repeat(self.config.draws)
-        keys = [NoiseKey(seed, 0, sample, draw, 0) for draw in range(self.config.draws) for sample in keep.tolist()]
+        noise_keys = [
+            NoiseKey(seed, 0, sample, draw, 0) for draw in range(self.config.draws) for sample in keep.tolist()
+        ]
         x_0 = rollout.x0[index.to(rollout.x0.device)]
-        eps = noise(keys, x_0.shape[1:], OBJECTIVE).to(x_0.device)
-        t = 1.0 - uniform([key._replace(step=1) for key in keys], OBJECTIVE).to(x_0.device)
+        eps = noise(noise_keys, x_0.shape[1:], OBJECTIVE).to(x_0.device)
+        t = 1.0 - uniform([key._replace(step=1) for key in noise_keys], OBJECTIVE).to(x_0.device)
         path = flow_map.path
         x_t = expand(path.alpha(t), x_0) * x_0 + expand(path.sigma(t), x_0) * eps
         target = eps - x_0 if flow_map.anchors == "any" else x_0
@@ -76,7 +79,7 @@ class RewardWeightedFlowMatching:
         rows = batch.rows
         predicted = _predict(policies.current, batch)
         error = (predicted.float() - rows["target"]).square().flatten(1).mean(1)
-        return Loss((rows["weight"] * error).mean(), {"match": error.detach().mean()})
+        return Loss((rows["weight"] * error).mean(), {keys.MATCH: error.detach().mean()})
 
 
 def _predict(flow_map: FlowMap, batch: Batch) -> Float[Tensor, "b *shape"]:

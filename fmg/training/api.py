@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from fmg.core import metric_keys as keys
 from fmg.core.backends import tell_of_cuts
 from fmg.core.errors import (
     CheckpointError,
@@ -41,7 +42,6 @@ from fmg.training.attention import finite_attention
 from fmg.training.card import write_cards
 from fmg.training.compose import Composed, compose
 from fmg.training.distributed import DistContext, dist_context
-from fmg.training.keys import SCORE_KEY
 from fmg.training.launch import check_shares, choose_engine, choose_sizes, device_of, read_launch
 from fmg.training.resume import SavedState, load_state
 from fmg.training.trainer import Trainer, TrainResult
@@ -278,7 +278,7 @@ def _leave(folder: RunFolder) -> None:
 def _completed(folder: RunFolder, *, first: bool) -> TrainResult:
     """Takes the last steps of a run that finished and was killed before them; what they would have returned."""
     index = existing_index(folder.path)
-    evaluations = [line for line in read_numbers(folder.metrics) if SCORE_KEY in line]
+    evaluations = [line for line in read_numbers(folder.metrics) if keys.SCORE in line]
     if first:
         with folder.lock():
             refuse_links_out(folder.path)

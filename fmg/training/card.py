@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from fmg.core import metric_keys as keys
 from fmg.core.display import counted
 from fmg.core.files import write_atomic
 from fmg.core.protocols import PromptSet
@@ -20,7 +21,6 @@ from fmg.data.prompt_sets import shared_prompts
 from fmg.data.run_folder import RunFolder
 from fmg.registry.config import About
 from fmg.registry.recipe import Recipe
-from fmg.training.keys import SCORE_KEY
 from fmg.version import DISTRIBUTION, __version__
 
 CARD = "README.md"
@@ -44,7 +44,7 @@ def write_cards(run: RunFolder, recipe: Recipe, prompts: PromptSet, eval_prompts
         return
     for saved in index.saved:
         folder = saved.path(run.path)
-        drawn = run.sample(saved.iteration, averaged=saved.score_key != SCORE_KEY)
+        drawn = run.sample(saved.iteration, averaged=saved.score_key != keys.SCORE)
         pictured = drawn.is_file()
         if pictured:
             shutil.copyfile(drawn, folder / SAMPLES)
@@ -229,7 +229,7 @@ def _origin(recipe: Recipe, saved: Saved) -> str:
         "full": "A full fine-tune of",
     }[recipe.train.trainable]
     averaged = ""
-    if saved.score_key != SCORE_KEY:
+    if saved.score_key != keys.SCORE:
         averaged = f", the moving average of its weights (decay {recipe.train.ema_decay:g}),"
     proven = "stock diffusers read it back and drew the same picture."
     if recipe.train.trainable == "lora+duration":
@@ -255,8 +255,8 @@ def _scores(lines: list[dict[str, object]], saved: Saved) -> dict[str, tuple[flo
     evaluated = [line for line in lines if any(key.startswith(place) for key in line)]
     base = next((line for line in evaluated if line.get("iteration") == 0), {})
     own = next((line for line in evaluated if line.get("iteration") == saved.iteration), {})
-    keys = [key for key in own if key.startswith(place) and not key.endswith("_se")]
-    return {key.removeprefix(place).removesuffix("_mean"): (_float(base.get(key)), _float(own[key])) for key in keys}
+    names = [key for key in own if key.startswith(place) and not key.endswith(keys.ERROR)]
+    return {key.removeprefix(place).removesuffix(keys.MEAN): (_float(base.get(key)), _float(own[key])) for key in names}
 
 
 def _float(value: object) -> float | None:

@@ -27,6 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn import Parameter
 
 from fmg.core import errors
+from fmg.core import metric_keys as keys
 from fmg.core.errors import FmgError, GateError, ProcessError, out_of_memory
 from fmg.core.events import Notice, Observer
 from fmg.core.signals import Interruption, Signals
@@ -175,13 +176,13 @@ class DistContext:
         local = torch.tensor(list(values.values()), dtype=torch.float64)
         columns = self.gather(local[None], self.world_size).T
         return {
-            key: float(column.max()) if key.endswith("_max") else float(column.sum())
+            key: float(column.max()) if key.endswith(keys.MAX) else float(column.sum())
             for key, column in zip(values, columns, strict=True)
         }
 
     def max(self, value: float) -> float:
         """The largest value of any process; NaN when one is."""
-        return self.reduce({"_max": value})["_max"]
+        return self.reduce({keys.MAX: value})[keys.MAX]
 
     def run_on_all(self, work: Callable[[], T]) -> T:
         """Runs `work` in every process. When it fails in some, all raise the error of the lowest rank among them."""

@@ -18,6 +18,7 @@ from urllib.request import Request, urlopen
 
 import torch
 
+from fmg.core import metric_keys as keys
 from fmg.core.cache import cache_dir
 from fmg.core.errors import UsageError
 from fmg.core.events import Observer, StageProgress, ignore
@@ -181,7 +182,7 @@ def _self_test() -> Check:
     try:
         with tempfile.TemporaryDirectory() as folder:
             result = train(Recipe.default(None, **SELF_TEST), Path(folder) / "run", ignore)
-            scored = "eval/score" in result.final
+            scored = keys.SCORE in result.final
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return Check("self-test", name, "failed", reason, "See where: fmg --debug train --iterations 1")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from fmg.core import metric_keys as keys
 from fmg.models.common.adapter import WeightSnapshot
-from fmg.training.keys import AVERAGED, RAW
 
 
 class Ema:
@@ -57,4 +57,8 @@ class Ema:
 
 def averaged_keys(metrics: Mapping[str, float]) -> dict[str, float]:
     """Metrics of an evaluation of the average: `eval/...` becomes `eval_ema/...`."""
-    return {AVERAGED + key.removeprefix(RAW): value for key, value in metrics.items() if key.startswith(RAW)}
+    return {
+        keys.EVAL_EMA + key.removeprefix(keys.EVAL): value
+        for key, value in metrics.items()
+        if key.startswith(keys.EVAL)
+    }

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from fmg.core import metric_keys as keys
 from fmg.core.protocols import Shardable
 from fmg.data.checkpoints import CheckpointIndex
 from fmg.data.prompt_sets import prompts_digest
@@ -19,7 +20,6 @@ from fmg.training.compose import Composed
 from fmg.training.distributed import DistContext
 from fmg.training.ema import Ema, averaged_keys
 from fmg.training.gates import replica_gate
-from fmg.training.keys import EMA_SCORE_KEY, SCORE_KEY
 from fmg.training.observe import Watcher
 from fmg.training.resume import Live, Progress, RestingPoint, SavedState, rewind, save_state
 from fmg.training.samples import Sampler
@@ -89,11 +89,11 @@ class Keeper:
         What the tripwire finds of the weights (`sound`) holds for their average, which follows them.
         """
         replica_gate(self.dist, self.live.trained)
-        index = self._saved(iteration, SCORE_KEY, metrics.get(SCORE_KEY), ema=False, sound=sound)
+        index = self._saved(iteration, keys.SCORE, metrics.get(keys.SCORE), ema=False, sound=sound)
         if self.ema is None or iteration == 0:
             return index
         with self.averaged():
-            return self._saved(iteration, EMA_SCORE_KEY, metrics.get(EMA_SCORE_KEY), ema=True, sound=sound)
+            return self._saved(iteration, keys.EMA_SCORE, metrics.get(keys.EMA_SCORE), ema=True, sound=sound)
 
     def _saved(self, iteration: int, key: str, score: float | None, *, ema: bool, sound: bool) -> CheckpointIndex:
         run, model = self.run.path, self.composed.model

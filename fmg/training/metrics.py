@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fmg.core import metric_keys as keys
 from fmg.core.types import RewardOutput
 from fmg.registry.recipe import Recipe
 from fmg.rewards.partial import complete_groups, select_rows
@@ -48,19 +49,19 @@ def reward_metrics(rewards: RewardOutput, groups: Int[Tensor, " n"]) -> dict[str
     Groups with an image that has no score are left out; `reward/dropped` is their share of the images.
     """
     kept = complete_groups(rewards, groups)
-    metrics = {"reward/dropped": float((~kept).double().mean())} if not bool(kept.all()) else {}
+    metrics = {keys.REWARD_DROPPED: float((~kept).double().mean())} if not bool(kept.all()) else {}
     if not bool(kept.any()):
         return metrics
     known = select_rows(rewards, kept)
     total = known.total.double()
     metrics |= {
-        "reward/mean": float(total.mean()),
-        "reward/std": float(total.std()),
-        "reward/se": float(total.std() / len(total) ** 0.5),
-        "zero_std_ratio": zero_std_ratio(known.total, groups[kept]),
+        keys.REWARD: float(total.mean()),
+        keys.REWARD_STD: float(total.std()),
+        keys.REWARD_SE: float(total.std() / len(total) ** 0.5),
+        keys.ZERO_STD_RATIO: zero_std_ratio(known.total, groups[kept]),
     }
     for name, values in known.parts.items():
-        metrics[f"reward/{name.replace('/', '_')}_mean"] = float(values.double().mean())
+        metrics[keys.reward_part(name)] = float(values.double().mean())
     return metrics
 
 
@@ -69,7 +70,7 @@ def decline(initial: Mapping[str, float], final: Mapping[str, float], key: str) 
 
     Nothing is clear where a standard error is NaN, as that of a single image.
     """
-    error = math.hypot(initial[f"{key}_se"], final[f"{key}_se"])
+    error = math.hypot(initial[keys.error_of(key)], final[keys.error_of(key)])
     if not final[key] - initial[key] < -DECLINE_ERRORS * error:
         return None
     return (

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fmg.core import metric_keys as keys
 from fmg.core.events import Observer, StageProgress
 from fmg.core.protocols import Reward
 from fmg.data.charts import write_figure
@@ -29,7 +30,6 @@ from fmg.inference.generator import DEFAULT_BATCH, Generator
 from fmg.registry import feature_extractors
 from fmg.training.compose import Composed
 from fmg.training.distributed import DistContext
-from fmg.training.keys import SCORE_KEY
 from fmg.training.tripwire import Tripwire, Verdict
 
 GRID_PROMPTS = 6
@@ -76,7 +76,7 @@ class Watcher:
         if not averaged:
             self._judged = scores
         total = self._totals(scores)
-        return {**means(scores), SCORE_KEY: float(total.mean()), f"{SCORE_KEY}_se": standard_error(total)}
+        return {**means(scores), keys.SCORE: float(total.mean()), keys.error_of(keys.SCORE): standard_error(total)}
 
     @property
     def held_out(self) -> tuple[str, ...]:
@@ -111,7 +111,7 @@ class Watcher:
         if not len(values):
             return {}
         self.tripwire.rollout(float(len(values)), float(values.sum()), float(np.square(values).sum()))
-        return {"diversity/within_groups": float(values.mean())}
+        return {keys.DIVERSITY_WITHIN_GROUPS: float(values.mean())}
 
     def _agreed(self, reward: Reward) -> Reward:
         """The reward, whose failure in one process stops all of them before the next network call."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from fmg.core import metric_keys as keys
 from fmg.core.errors import FmgError
 from fmg.core.geometry import ModelGeometry
 from fmg.data.metrics_log import read_metrics
@@ -145,7 +146,7 @@ def estimate_iteration(recipe: Recipe, root: Path = RUNS) -> Estimate | None:
             past, lines = Recipe.of_run(run.recipe, allow_code=True), read_metrics(run.metrics)
         except FmgError:
             continue
-        timed = [line for line in lines if "time/iteration_s" in line]
+        timed = [line for line in lines if keys.TIME_ITERATION in line]
         if timed and _alike(recipe, past):
             seconds = _scaled(Work.of(recipe), Work.of(past), timed[1:] or timed)
             return Estimate(seconds, run.path)
@@ -170,7 +171,7 @@ def _scaled(now: Work, past: Work, lines: list[dict[str, object]]) -> float:
         "reward": images,
         "update": now.update_calls / past.update_calls if past.update_calls else images,
     }
-    return sum(scale[stage] * _median(lines, f"time/{stage}_s") for stage in _STAGES)
+    return sum(scale[stage] * _median(lines, keys.time_of(stage)) for stage in _STAGES)
 
 
 def _median(lines: list[dict[str, object]], key: str) -> float:

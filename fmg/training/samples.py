@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fmg.core import metric_keys as keys
 from fmg.core.errors import RewardError
 from fmg.core.events import Notice, Observer, ignore
 from fmg.core.protocols import FlowMap
@@ -108,13 +109,13 @@ class Sampler:
     def learn(self, whole: Rollout, rewards: RewardOutput) -> dict[str, float]:
         """Takes the rewards of an iteration's samples; returns what is worth logging of them."""
         steps = whole.step.tolist() if isinstance(whole, BranchRollout) else None
-        metrics = {"nfe/rollout": float(rollout_nfe(self.composed.recipe, steps))}
+        metrics = {keys.ROLLOUT_NFE: float(rollout_nfe(self.composed.recipe, steps))}
         if isinstance(whole, BranchRollout) and self._steps is not None:
             spread, equal = reward_spread(rewards.total, whole.step)
             self._steps.learn(spread)
-            metrics |= {f"branch/step_{k}_reward_std": value for k, value in spread.items()}
-            metrics |= {f"branch/zero_std_ratio_{k}": value for k, value in equal.items()}
-            metrics |= {f"branch/step_{k}_groups": float((whole.step == k).sum()) for k in spread}
+            metrics |= {keys.STEP_REWARD_STD.format(k): value for k, value in spread.items()}
+            metrics |= {keys.STEP_ZERO_STD_RATIO.format(k): value for k, value in equal.items()}
+            metrics |= {keys.STEP_GROUPS.format(k): float((whole.step == k).sum()) for k in spread}
         if self._prompts is not None:
             values = rewards.total.double().reshape(len(self._chosen), -1)
             # a group with an image that has no score says nothing
@@ -145,7 +146,7 @@ class Sampler:
         images = decode_samples(self.composed, self.sizes, stars)
         again = self.dist.run_on_all(lambda: self.composed.reward(images, stars.cond.prompts)).total
         agreement = within_correlation(rewards.total[: len(again)], again, shape.group_size)
-        return {} if agreement is None else {"branch/completion_agreement": agreement}
+        return {} if agreement is None else {keys.COMPLETION_AGREEMENT: agreement}
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs to sample as this object would."""

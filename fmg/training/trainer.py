@@ -13,6 +13,7 @@ from signal import SIGINT
 import torch
 from PIL.Image import Image
 
+from fmg.core import metric_keys as keys
 from fmg.core.display import counted, html_table
 from fmg.core.errors import RewardError
 from fmg.core.events import Evaluated, Event, Finished, IterationDone, Notice, Observer, Resumed, Started
@@ -29,7 +30,6 @@ from fmg.training.compose import Composed
 from fmg.training.distributed import DistContext
 from fmg.training.gates import LearningGate, ReplayGate, movement, movement_gate
 from fmg.training.keeper import Keeper
-from fmg.training.keys import EMA_SCORE_KEY, SCORE_KEY
 from fmg.training.launch import Sizes
 from fmg.training.metrics import advantages, decline, reward_metrics
 from fmg.training.observe import Watcher
@@ -217,7 +217,7 @@ class Trainer:
 
     def _evaluation_is_due(self, done: int) -> bool:
         last = self._lines[-1]
-        if last["iteration"] == done and SCORE_KEY in last:
+        if last[keys.ITERATION] == done and keys.SCORE in last:
             return False
         return done % self.composed.recipe.eval.every == 0 or done == self.composed.recipe.train.iterations
 
@@ -279,10 +279,10 @@ class Trainer:
             self._rest = None
             updates = self._update(scored, iteration)
         drawn, rewards = scored.rollout, scored.rewards
-        metrics: dict[str, float] = {"iteration": iteration + 1, **reward_metrics(rewards, drawn.groups), **updates}
+        metrics: dict[str, float] = {keys.ITERATION: iteration + 1, **reward_metrics(rewards, drawn.groups), **updates}
         metrics |= measured | self._sampler.learn(drawn, rewards)
-        metrics |= {f"time/{stage}_s": spent for stage, spent in self._times.items()}
-        metrics["time/iteration_s"] = time.perf_counter() - started
+        metrics |= {keys.time_of(stage): spent for stage, spent in self._times.items()}
+        metrics[keys.TIME_ITERATION] = time.perf_counter() - started
         self._record(metrics)
         self._resting(iteration + 1)
         self._tell(IterationDone(iteration + 1, self.composed.recipe.train.iterations, metrics))
@@ -292,7 +292,7 @@ class Trainer:
         self.composed.model.snapshot()
         batch = self.composed.objective.prepare(scored, policies, recipe.train.seed * 1_000_003 + iteration)
         if not len(batch):
-            return {"skipped_updates": float(recipe.train.updates_per_iteration), "nfe/trained_rows": 0.0}
+            return {keys.SKIPPED_UPDATES: float(recipe.train.updates_per_iteration), keys.TRAINED_ROWS: 0.0}
         batch = self._gate.admit(batch)
         wanted, kl_limit = recipe.train.updates_per_iteration, recipe.objective.config.kl_limit
         done: list[dict[str, float]] = []
@@ -304,7 +304,7 @@ class Trainer:
         trained = sum(logged.pop("rows") for logged in done)
         by_update = {f"update_{i}/{key}": value for i, logged in enumerate(done) for key, value in logged.items()}
         skipped = float(wanted - len(done))
-        return {**by_update, **done[-1], "skipped_updates": skipped, "nfe/trained_rows": trained}
+        return {**by_update, **done[-1], keys.SKIPPED_UPDATES: skipped, keys.TRAINED_ROWS: trained}
 
     def _check_movement(self) -> None:
         if self._start:
@@ -320,12 +320,12 @@ class Trainer:
 
     def _finish_evaluation(self, iteration: int, metrics: Mapping[str, float], grid: Path) -> CheckpointIndex:
         verdict = self._watcher.judge(iteration)
-        line = {"iteration": iteration, **metrics, **verdict.metrics(), "time/eval_s": self._times["eval"]}
+        line = {keys.ITERATION: iteration, **metrics, **verdict.metrics(), keys.TIME_EVAL: self._times["eval"]}
         self._record(line)
         index = self._keeper.checkpoint(iteration, metrics, sound=verdict.sound)
         self._resting(iteration)
         best = index.entry(index.best)
-        if best.iteration == iteration > 0 and best.score_key == EMA_SCORE_KEY:
+        if best.iteration == iteration > 0 and best.score_key == keys.EMA_SCORE:
             with self._keeper.averaged():
                 self._watcher.draw_averaged(iteration)
         self._watcher.show_result(list(self._lines), best)
@@ -335,13 +335,13 @@ class Trainer:
         return index
 
     def _finish(self, index: CheckpointIndex, done: int) -> TrainResult:
-        evaluations, best = [line for line in self._lines if SCORE_KEY in line], index.entry(index.best)
+        evaluations, best = [line for line in self._lines if keys.SCORE in line], index.entry(index.best)
         result = TrainResult.of(self.run, done, evaluations, best, self._watcher.tripwire.found, self._ended_by)
-        if warning := decline(result.initial, result.final, SCORE_KEY):
+        if warning := decline(result.initial, result.final, keys.SCORE):
             self._tell(Notice("warning", warning))
-        summary = {"best/iteration": float(best.iteration)}
+        summary = {keys.BEST_ITERATION: float(best.iteration)}
         if best.score is not None:
-            summary["best/score"] = best.score
+            summary[keys.BEST_SCORE] = best.score
         self._tell(Finished(self.run.path, result.interrupted, summary))
         return result
 

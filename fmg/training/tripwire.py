@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from fmg.data.run_metrics import DIVERSITY, WATCH, Change, HackingLimits, is_hacking
+from fmg.core import metric_keys as keys
+from fmg.data.run_metrics import Change, HackingLimits, is_hacking
 
 FLOOR, TINY = 1e-3, 1e-5
 """Least unit of a reward: relative to its mean on the untouched model, and absolute. Equal scores have a spread of
@@ -101,9 +102,9 @@ class Verdict:
     def metrics(self) -> dict[str, float]:
         """`watch/trained_gain`, and of everything that is watched `watch/<name>_loss` and the change of the trained
         reward since the gap opened, `watch/<name>_trained`; each with its `_se`."""
-        named = {"trained_gain": self.gain, **{f"{r.name}_loss": r.loss for r in self.readings}}
-        named |= {f"{r.name}_trained": r.trained for r in self.readings if r.trained != _UNKNOWN}
-        return {f"{WATCH}{k}{end}": v for k, c in named.items() for end, v in (("", c.value), ("_se", c.error))}
+        named = {keys.TRAINED_GAIN: self.gain, **{keys.watched_loss(r.name): r.loss for r in self.readings}}
+        named |= {keys.watched_trained(r.name): r.trained for r in self.readings if r.trained != _UNKNOWN}
+        return {k: v for key, c in named.items() for k, v in ((key, c.value), (keys.error_of(key), c.error))}
 
     def text(self) -> str:
         """The warning."""
@@ -232,8 +233,8 @@ class Tripwire:
             return None
         share = since.mean / first.mean
         error = math.hypot(since.error, share * first.error) / first.mean
-        loss, limit = Change(1 - share, error), self._limits.of(DIVERSITY)
-        reading = Reading(DIVERSITY, loss, limit, first.mean, since.mean, self._diverse_until)
+        loss, limit = Change(1 - share, error), self._limits.of(keys.DIVERSITY)
+        reading = Reading(keys.DIVERSITY, loss, limit, first.mean, since.mean, self._diverse_until)
         if reading.sound:
             self._diverse_until = iteration
         self._diverse = _Spread()

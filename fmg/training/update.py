@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import Parameter
 
+from fmg.core import metric_keys as keys
 from fmg.core.errors import GateError
 from fmg.core.protocols import Objective, Policies
 from fmg.core.types import Batch
@@ -58,7 +59,7 @@ class Updater:
             (loss.total * share).backward()  # type: ignore[no-untyped-call]
             total += float(loss.total.detach()) * share
         self.dist.sum_gradients(self.parameters)
-        total = self.dist.reduce({"loss": total})["loss"]
+        total = self.dist.reduce({keys.LOSS: total})[keys.LOSS]
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
         if not math.isfinite(norm) or not math.isfinite(total):
             self.optimizer.zero_grad(set_to_none=True)
@@ -68,7 +69,7 @@ class Updater:
             )
         self.optimizer.step()
         rows = torch.linspace(0, len(batch) - 1, min(PROBE_ROWS, len(batch))).long()
-        return {"rows": float(len(batch)), "loss": total, "grad_norm": norm, **self.measure(batch.select(rows))}
+        return {"rows": float(len(batch)), keys.LOSS: total, keys.GRAD_NORM: norm, **self.measure(batch.select(rows))}
 
     def updates(self, batch: Batch, count: int, seed: int, kl_limit: float | None) -> Iterator[dict[str, float]]:
         """At most `count` updates, each on its own random part of `batch`; yields what `update` returns of each.
@@ -79,7 +80,7 @@ class Updater:
         for part in partition(batch, count, seed):
             logged = self.update(part)
             yield logged
-            if kl_limit is not None and logged["approx_kl"] > kl_limit:
+            if kl_limit is not None and logged[keys.APPROX_KL] > kl_limit:
                 return
 
     @torch.no_grad()
@@ -88,7 +89,7 @@ class Updater:
         sums: defaultdict[str, float] = defaultdict(float)
         for part, share in self._micro_batches(batch):
             for key, value in self.objective.loss(self.policies, part).parts.items():
-                if key.endswith("_max"):
+                if key.endswith(keys.MAX):
                     sums[key] = max(sums[key], float(value))
                 else:
                     sums[key] += float(value) * share
