@@ -1,16 +1,16 @@
-"""`fmg bench`: where the time of drawing goes, several backends in one run, and reward against latency."""
+"""`fmg bench`: latency by stage, backends side by side, and reward against latency."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fmg.cli import completion
-from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.options import (
     AsJson,
     Device,
@@ -20,15 +20,15 @@ from fmg.cli.options import (
     Seed,
     Threads,
     check_grid,
-    figure_format,
     given_text,
+    new_figure,
+    panel,
     parse_steps,
+    sampling_option,
 )
-from fmg.cli.tables import interval, number, table
-from fmg.cli.timings import print_timing, ratio_lines
+from fmg.cli.output import interval, number, print_json, print_timing, ratio_lines, stderr, stdout, table
 from fmg.core.errors import MissingDependencyError, UsageError
 from fmg.core.events import StageProgress
-from fmg.core.files import check_place
 from fmg.progress.reporters import LOADING, Reporter, reporter_for
 from fmg.version import install_line
 
@@ -42,8 +42,9 @@ if TYPE_CHECKING:
     from fmg.inference.timing import Ratio, Timing
 
 _SCHEMA = 1
-_PICTURE = "frontier.png"
+_FIGURE = "frontier.png"
 _PROMPT = "a red circle"
+_timing_option, _frontier_option = map(panel, ("Timing", "Reward against latency"))
 
 
 def bench(
@@ -58,76 +59,47 @@ def bench(
     ] = None,
     compare: Annotated[
         str | None,
-        typer.Option(
+        _timing_option(
             metavar="B,...",
-            help="Backends that take turns, such as torch,onnxruntime,onnxruntime:int8; prints how many times faster"
-            " each is than the first. torch draws the run, the others its artifact.",
+            help="Backends to time side by side, such as torch,onnxruntime,onnxruntime:int8; prints how fast"
+            " each is relative to the first. torch times the run itself, the others its artifact.",
             show_default=False,
-            rich_help_panel="What is timed",
             autocompletion=completion.components("backend"),
         ),
     ] = None,
     frontier: Annotated[
         bool,
-        typer.Option(
-            "--frontier",
-            help="Also score the run's rewards, with and without its adapter, at each of --steps.",
-            rich_help_panel="Reward against latency",
+        _frontier_option(
+            "--frontier", help="Also score the run's rewards, with and without its adapter, at each of --steps."
         ),
     ] = False,
     steps: Annotated[
         str | None,
-        typer.Option(
+        sampling_option(
             metavar="1,2,4",
-            help="Network calls an image; several with --frontier.",
+            help="Sampling steps (NFE) per image; several with --frontier.",
             show_default="the target's",
-            rich_help_panel="Sampling",
         ),
     ] = None,
     grid: Grid = None,
-    batch_size: Annotated[
-        int,
-        typer.Option(
-            "--batch-size", min=1, max=4096, metavar="N", help="Images of one drawing.", rich_help_panel="What is timed"
-        ),
-    ] = 1,
-    repeats: Annotated[
-        int, typer.Option(min=1, max=100_000, metavar="N", help="Drawings to measure.", rich_help_panel="What is timed")
-    ] = 20,
-    warmup: Annotated[
-        int, typer.Option(min=0, max=1000, metavar="N", help="Drawings before them.", rich_help_panel="What is timed")
-    ] = 2,
+    batch_size: Annotated[int, _timing_option("--batch-size", min=1, max=4096, metavar="N", help="Batch size.")] = 1,
+    repeats: Annotated[int, _timing_option(min=1, max=100_000, metavar="N", help="Timed runs.")] = 20,
+    warmup: Annotated[int, _timing_option(min=0, max=1000, metavar="N", help="Warm-up runs.")] = 2,
     prompt: Annotated[
-        str,
-        typer.Option(
-            metavar="TEXT", help="What is drawn; --frontier draws the run's own prompts.", rich_help_panel="Sampling"
-        ),
+        str, sampling_option(metavar="TEXT", help="Prompt to generate; --frontier uses the run's own prompts.")
     ] = _PROMPT,
     cached_text: Annotated[
-        bool,
-        typer.Option(
-            "--cached-text",
-            help="Leave out the text encoders, as for prompts that were seen before.",
-            rich_help_panel="What is timed",
-        ),
+        bool, _timing_option("--cached-text", help="Do not time the text encoders, as for cached prompts.")
     ] = False,
     num: Annotated[
-        int,
-        typer.Option(
-            min=2,
-            max=1_000_000,
-            metavar="N",
-            help="Images scored at each point of --frontier.",
-            rich_help_panel="Reward against latency",
-        ),
+        int, _frontier_option(min=2, max=1_000_000, metavar="N", help="Images scored at each point of --frontier.")
     ] = 500,
     out: Annotated[
         str | None,
-        typer.Option(
+        _frontier_option(
             metavar="F",
             help="Figure of --frontier, a .png, .svg or .pdf file; nothing is overwritten.",
-            show_default=_PICTURE,
-            rich_help_panel="Reward against latency",
+            show_default=_FIGURE,
         ),
     ] = None,
     device: Device = "auto",
@@ -135,23 +107,18 @@ def bench(
     threads: Threads = None,
     seed: Seed = 0,
     allow_code: Annotated[
-        bool,
-        typer.Option(
-            "--allow-code",
-            help="Let the recipe of a run name reward code and reward servers.",
-            rich_help_panel="Reward against latency",
-        ),
+        bool, _frontier_option("--allow-code", help="Let the recipe of a run name reward code and reward servers.")
     ] = False,
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure latency by stage after a warm-up; every target and backend takes its turn in each repeat."""
+    """Measure latency by stage after a warm-up. Targets and backends take turns in each repeat."""
     for target in targets or ():
         given_text(target, "TARGET")
     given_text(prompt, "--prompt")
     check_grid(grid)
     counts = _counts(steps, frontier)
-    picture = _picture(out, frontier, len(targets or ()))
+    figure = _figure(out, frontier, len(targets or ()))
     with reporter_for(stderr()) as reporter:
         reporter(LOADING)
         from fmg.core.machine import machine
@@ -183,10 +150,10 @@ def bench(
                 encode=not cached_text,
                 reporter=reporter,
             )
-        if found is not None and picture is not None:
-            _draw(found, picture, entered[0])
+        if found is not None and figure is not None:
+            _plot(found, figure, entered[0])
     if as_json:
-        print_json(_document(where, timings, ratios, found, picture))
+        print_json(_document(where, timings, ratios, found, figure))
         return
     console = stdout()
     if found is None:
@@ -199,8 +166,8 @@ def bench(
         console.print()
     for line in lines:
         console.print(line, soft_wrap=True)
-    if picture is not None:
-        console.print(f"\nPicture: {picture}", soft_wrap=True)
+    if figure is not None:
+        console.print(f"\nFigure: {figure}", soft_wrap=True)
 
 
 def _counts(steps: str | None, frontier: bool) -> tuple[int, ...]:
@@ -208,35 +175,25 @@ def _counts(steps: str | None, frontier: bool) -> tuple[int, ...]:
     if frontier and not counts:
         return (1, 2, 4)
     if len(counts) > 1 and not frontier:
-        raise UsageError(f"--steps {steps} names several numbers", "Give one, or add --frontier.")
+        raise UsageError(f"--steps {steps} lists several numbers", "Give one, or add --frontier.")
     return counts
 
 
-def _picture(out: str | None, frontier: bool, targets: int) -> Path | None:
-    """The file of the figure, which must not exist."""
+def _figure(out: str | None, frontier: bool, targets: int) -> Path | None:
     given_text(out, "--out")
     if not frontier:
         if out is not None:
-            raise UsageError("--out is the figure of --frontier", "Add --frontier, or leave --out out.")
+            raise UsageError("--out names the figure of --frontier", "Add --frontier, or leave out --out.")
         return None
     if targets > 1:
-        raise UsageError("--frontier is of one target", "Name one; --compare sets backends side by side.")
-    path = Path(out or _PICTURE)
-    figure_format(path, "--out")
-    if path.exists():
-        raise UsageError(f"{path} exists already", "Name another file with --out; nothing is overwritten.")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"The folder of --out {path} does not exist", "Make it, or name another.")
-    check_place(path, "--out")
-    return path
+        raise UsageError("--frontier takes one target", "Name one; --compare sets backends side by side.")
+    return new_figure(out or _FIGURE, "--out")
 
 
 def _needs_torch() -> None:
-    from importlib.util import find_spec
-
     if find_spec("torch") is None:
         raise MissingDependencyError(
-            "--frontier scores rewards, which needs torch", f"Run: {install_line()}, or leave it out."
+            "--frontier scores rewards, which needs torch", f"Run: {install_line()}, or leave out --frontier."
         )
 
 
@@ -268,11 +225,11 @@ def _measured(
         return tuple(timings.values()), ratios(timings)
 
 
-def _draw(found: Frontier, picture: Path, entrant: Entrant) -> None:
+def _plot(found: Frontier, figure: Path, entrant: Entrant) -> None:
     from fmg.export.frontier import frontier_figure
 
     subject: Any = entrant.subject
-    frontier_figure(found.points, picture, str(getattr(subject, "folder", None) or subject.label))
+    frontier_figure(found.points, figure, str(getattr(subject, "folder", None) or subject.label))
 
 
 def _document(
@@ -280,7 +237,7 @@ def _document(
     timings: Sequence[Timing],
     ratios: Sequence[Ratio],
     found: Frontier | None,
-    picture: Path | None,
+    figure: Path | None,
 ) -> dict[str, Any]:
     from dataclasses import asdict
 
@@ -291,7 +248,7 @@ def _document(
         "ratios": [asdict(ratio) for ratio in ratios],
     }
     if found is not None:
-        document |= {"frontier": [point.to_json() for point in found.points], "picture": str(picture)}
+        document |= {"frontier": [point.to_json() for point in found.points], "picture": str(figure)}
     return document
 
 

@@ -1,45 +1,44 @@
-"""`fmg doctor`: the installation, the rewards, and the log of a run."""
+"""`fmg doctor`: one examination each of the installation, the rewards and the log of a run."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fmg.cli import completion
-from fmg.cli.console import print_json, stderr, stdout
-from fmg.cli.doctor_rewards import doctor_rewards
-from fmg.cli.options import AsJson, given_text
-from fmg.cli.tables import table
+from fmg.cli.options import AsJson, Device, OptionsByName, given_text, reward_options
+from fmg.cli.output import print_json, stderr, stdout, table
 from fmg.core.errors import UsageError
 from fmg.data.run_folder import is_run, no_run
 from fmg.progress.reporters import LOADING, reporter_for
 
-doctor = typer.Typer(help="Examine the installation, the rewards, or a run.", invoke_without_command=True)
-doctor.command("rewards")(doctor_rewards)
+if TYPE_CHECKING:
+    from fmg.rewards.doctor import Diagnosis
+
+doctor = typer.Typer(help="Check the installation, the rewards, or a run.", invoke_without_command=True)
 
 
 @doctor.callback()
 def examine_installation(
     ctx: typer.Context,
-    quick: Annotated[bool, typer.Option("--quick", help="Leave out the self-test.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Skip the self-test.")] = False,
     network: Annotated[
         bool, typer.Option("--network", help="Contact the indexes that packages and weights come from.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Examine the installation: versions, devices, disk, extras with their install lines, and a tiny training run.
+    """Check the installation: versions, devices, disk, extras with their install lines, and a tiny training run.
 
-    Exit code 1 when something is wrong. An extra that is not installed is no fault. Nothing is contacted without
-    --network.
+    Exits with 1 when something is wrong; a missing extra is not. Uses no network without --network.
     """
     if (command := ctx.invoked_subcommand) is not None:
         for flag, given in (("--quick", quick), ("--network", network)):
             if given:
                 what = f"{flag} does not go with `doctor {command}`"
-                raise UsageError(what, "Leave it out: it is of the installation.")
+                raise UsageError(what, "Leave it out: it belongs to the check of the installation.")
         if as_json:
             raise UsageError(f"--json comes after `doctor {command}`", f"Write `fmg doctor {command} ... --json`.")
         return
@@ -57,6 +56,50 @@ def examine_installation(
         raise typer.Exit(1)
 
 
+@doctor.command("rewards")
+def examine_rewards(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME]...",
+            help="Rewards that must work.",
+            show_default="all that are installed",
+            autocompletion=completion.components("reward"),
+        ),
+    ] = None,
+    sets: OptionsByName = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Check each reward: installed, weights as published, known scores reproduced, speed and memory.
+
+    Exits with 1 when one fails. A reward that is not installed or fetched is "not verified", and fails only when named.
+    """
+    options = reward_options(sets or ())
+
+    from fmg.inference.devices import pick_device
+    from fmg.rewards.doctor import diagnose
+
+    with reporter_for(stderr()) as reporter:
+        found = diagnose(names or (), options, pick_device(device), reporter)
+    if as_json:
+        print_json([vars(diagnosis) for diagnosis in found])
+    else:
+        columns = ["reward", "verdict", "installed", "weights", "known scores", "ms/image", "memory MiB"]
+        stdout().print(table(columns, map(_cells, found), right=["ms/image", "memory MiB"]))
+        for diagnosis in found:
+            if diagnosis.advice:
+                stdout().print(f"{diagnosis.reward}: {diagnosis.advice}", soft_wrap=True)
+    if any(diagnosis.outcome == "failed" for diagnosis in found):
+        raise typer.Exit(1)
+
+
+def _cells(diagnosis: Diagnosis) -> list[str]:
+    numbers = ["-" if value is None else f"{value:.1f}" for value in (diagnosis.ms_per_image, diagnosis.memory_mib)]
+    texts = [diagnosis.reward, diagnosis.outcome, diagnosis.installed, diagnosis.weights, diagnosis.known_scores]
+    return [*texts, *numbers]
+
+
 @doctor.command("run")
 def examine_run(
     run: Annotated[
@@ -64,9 +107,9 @@ def examine_run(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Read the log of a run and name the knob: learning rate, clip, groups, KL, a held-out reward that falls.
+    """Read the log of a run and name what to change: learning rate, clip range, group size, KL, rewards.
 
-    Exit code 1 when there is a problem. The rules and their thresholds are in docs/doctor.md.
+    Exits with 1 when there is a problem. docs/doctor.md lists the rules and their thresholds.
     """
     given_text(run, "RUN")
     # before numpy is imported
@@ -81,6 +124,6 @@ def examine_run(
         rows = [(advice.severity, advice.sign, advice.knob, advice.advice) for advice in found]
         stdout().print(table(["", "sign", "knob", "what to do"], rows))
     else:
-        stdout().print("Nothing in the log looks wrong.")
+        stdout().print("The log shows no problem.")
     if any(advice.severity == "problem" for advice in found):
         raise typer.Exit(1)

@@ -1,35 +1,39 @@
-"""`fmg eval`: scores of one target, or of two with their paired difference."""
+"""`fmg eval`: scores of one target, or of two with their paired difference; and the path check."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fmg.cli import completion
-from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.options import (
+    AllowCode,
     AsJson,
     BatchSize,
     Device,
     Dtype,
     Features,
     Grid,
-    Num,
     Offline,
     OptionsByName,
     Seed,
     check_grid,
+    file_option,
     given_text,
+    measuring_option,
+    new_figure,
     new_place,
     parse_steps,
+    reward_options,
+    sampling_option,
 )
-from fmg.cli.path_check import path_check as check_path
-from fmg.cli.reward_options import reward_options
-from fmg.cli.tables import change, compact, interval, number, table
+from fmg.cli.output import change, compact, interval, number, print_json, stderr, stdout, table
 from fmg.core.display import counted
+from fmg.core.errors import UsageError
 from fmg.core.files import check_place
 from fmg.progress.figures import signed
 from fmg.progress.reporters import LOADING, reporter_for
@@ -37,6 +41,7 @@ from fmg.progress.reporters import LOADING, reporter_for
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from fmg.eval.path_check import PathReport
     from fmg.eval.results import EvalReport
 
 
@@ -52,94 +57,74 @@ def evaluate(
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(
+        measuring_option(
             metavar="T",
-            help="A second target, or base: adds the difference on the same prompts and seeds.",
-            rich_help_panel="What is measured",
+            help="A second target, or base; adds the difference on the same prompts and seeds.",
             autocompletion=completion.other_targets,
         ),
     ] = None,
     prompts: Annotated[
         str | None,
-        typer.Option(
+        measuring_option(
             metavar="N|F",
             help="Prompt set by name, or a .txt or .jsonl file.",
             show_default="the target's",
-            rich_help_panel="What is measured",
             autocompletion=completion.prompt_sets,
         ),
     ] = None,
     reward: Annotated[
         list[str] | None,
-        typer.Option(
+        measuring_option(
             metavar="N",
             help="Reward to measure; repeat for several.",
             show_default="the target's",
-            rich_help_panel="What is measured",
             autocompletion=completion.components("reward"),
         ),
     ] = None,
     features: Features = None,
     reference: Annotated[
         str | None,
-        typer.Option(
+        measuring_option(
             metavar="DIR|world",
-            help="Real images to compare with: a folder, or true pictures of an embedded world.",
+            help="Real images to compare with: a folder, or world for those of the embedded world.",
             show_default=False,
-            rich_help_panel="What is measured",
         ),
     ] = None,
     sets: OptionsByName = None,
     steps: Annotated[
         str | None,
-        typer.Option(
-            metavar="1,2,4",
-            help="Numbers of network calls to sweep.",
-            show_default="the target's",
-            rich_help_panel="Sampling",
-        ),
+        sampling_option(metavar="1,2,4", help="Sampling steps (NFE) to evaluate at.", show_default="the target's"),
     ] = None,
     grid: Grid = None,
-    num: Num = 1000,
+    num: Annotated[int, sampling_option(min=1, max=1_000_000, metavar="N", help="Images per number of steps.")] = 1000,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "fp32",
     batch_size: BatchSize = None,
     dump: Annotated[
         tuple[str, str] | None,
-        typer.Option(
-            metavar="geneval DIR",
-            help="Write the images as GenEval reads them.",
-            show_default=False,
-            rich_help_panel="Files",
-        ),
+        file_option(metavar="geneval DIR", help="Write the images in the layout of GenEval.", show_default=False),
     ] = None,
     report: Annotated[
         str | None,
-        typer.Option(
-            metavar="DIR|F.html",
-            help="Write a page with pictures, and its JSON.",
-            show_default=False,
-            rich_help_panel="Files",
+        file_option(
+            metavar="DIR|F.html", help="Write an HTML page with images, and its data as JSON.", show_default=False
         ),
     ] = None,
     path_check: Annotated[
         str | None,
-        typer.Option(
+        file_option(
             "--path-check",
             metavar="F",
-            help="Instead: which stochasticizers stay on the model's path; a .png, .svg or .pdf, and JSON beside it.",
+            help="Test instead which samplers leave the marginal path; writes a .png, .svg or .pdf, and JSON.",
             show_default=False,
-            rich_help_panel="Files",
         ),
     ] = None,
-    allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Let the recipe of a run name reward code and reward servers.")
-    ] = False,
+    allow_code: AllowCode = False,
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a model or a run with its deterministic few-step sampler."""
+    """Evaluate a model or a run with its deterministic few-step sampler."""
     sweep = parse_steps(steps) if steps is not None else None
     check_grid(grid)
     given_text(target, "TARGET")
@@ -150,7 +135,7 @@ def evaluate(
         check_place(Path(str(report)), "--report")
     new_place(dump[1] if dump else None, "--dump")
     if path_check is not None:
-        check_path(
+        _path_check(
             target,
             path_check,
             others={
@@ -222,6 +207,79 @@ def evaluate(
         out.print(f"Report: {report_files(report).html}", soft_wrap=True)
 
 
+def _path_check(
+    target: str | None,
+    out: str,
+    *,
+    others: Mapping[str, object],
+    prompts: str | None,
+    rewards: Sequence[str] | None,
+    sweep: Sequence[int] | None,
+    grid: str | None,
+    num: int,
+    seed: int,
+    device: str,
+    dtype: str,
+    allow_code: bool,
+    as_json: bool,
+) -> None:
+    for name, value in others.items():
+        if value:
+            raise UsageError(f"--{name} does not go with --path-check", "Leave one of the two out.")
+    if sweep is not None and len(sweep) > 1:
+        raise UsageError("--path-check takes one number of steps", "Give --steps one number.")
+    figure = new_figure(out, "--path-check")
+    data = figure.with_suffix(".json")
+    new_place(str(data), "--path-check")
+
+    with reporter_for(stderr()) as reporter:
+        reporter(LOADING)
+        from fmg.core.files import write_atomic
+        from fmg.eval.path_check import path_check as check
+        from fmg.eval.path_figure import path_figure
+
+        report = check(
+            target,
+            prompts=prompts,
+            rewards=rewards,
+            steps=sweep[0] if sweep else None,
+            grid=grid,
+            num=num,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            allow_code=allow_code,
+            observer=reporter,
+        )
+        path_figure(report, figure)
+        write_atomic(data, (json.dumps(report.to_json(), indent=2) + "\n").encode())
+    if as_json:
+        print_json(report.to_json())
+    else:
+        _print_path(report, figure)
+
+
+def _print_path(report: PathReport, figure: Path) -> None:
+    out = stdout()
+    times = ", ".join(f"{time:g}" for time in report.grid)
+    out.print(f"{counted(report.num, 'image')} on {report.prompts}, times {times}, seed {report.seed}\n")
+    rows = [
+        (
+            row.stochasticizer,
+            f"{row.time:.3g}",
+            row.quantity,
+            number(row.reference),
+            number(row.value),
+            signed(row.difference),
+            interval(row.ci95),
+        )
+        for row in report.rows
+    ]
+    columns = ["stochasticizer", "time", "quantity", "on the path", "its states", "difference", "95 % interval"]
+    out.print(table(columns, rows, right=["time", *columns[3:]]))
+    out.print(f"\nFigure: {figure}\nData: {figure.with_suffix('.json')}", soft_wrap=True)
+
+
 def _scores(report: EvalReport) -> Table:
     rows = [
         (str(row.steps), row.reward, row.part, number(row.mean), interval(row.ci95), number(row.std))
@@ -270,7 +328,7 @@ def _metrics(report: EvalReport) -> Table | None:
 
 
 def _headlines(report: EvalReport) -> Iterator[str]:
-    """The other target's score and ours: strict accuracies, and the total of rewards that have none."""
+    """The scores of both targets: strict accuracies, and the total of rewards that have none."""
     (other,) = report.against
     strict = {row.reward for row in report.results if row.part == "strict"}
     for ours, theirs in zip(report.results, other.results, strict=True):

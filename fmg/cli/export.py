@@ -1,38 +1,43 @@
-"""`fmg export`: a tuned model for other software and other machines."""
+"""`fmg export`: a tuned model for other software and other machines, and the TensorRT engines of an artifact."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
 from fmg.cli import completion
-from fmg.cli import export_engines as engines
-from fmg.cli.console import print_json, stderr, stdout
-from fmg.cli.export_options import (
-    batch_range,
-    check_artifact_only,
-    check_combination,
-    folder_precision,
-    one_place,
-    precision_of,
-    resolution_list,
-    verify_level,
-)
-from fmg.cli.options import AsJson, Offline, checked_folder, given_text
+from fmg.cli.options import AsJson, Offline, checked_folder, given_text, panel, whole_number
+from fmg.cli.output import print_json, stderr, stdout
 from fmg.cli.verify import print_report
 from fmg.core.display import counted
+from fmg.core.errors import UsageError, suggestion
 from fmg.core.events import Notice
+from fmg.core.specs import MAX_ROWS, MAX_SIDE
 from fmg.inference.artifact import is_artifact, open_artifact
 from fmg.progress.reporters import LOADING, reporter_for
 
 if TYPE_CHECKING:
     from fmg.core.events import Observer
     from fmg.export.diffusers import Merged
+    from fmg.export.tensorrt.build import Engine
+    from fmg.export.tensorrt.options import Hardware
     from fmg.inference.alone import VerifyReport
     from fmg.inference.artifact import Artifact
 
-_NOT_PROVEN = 1
+ExportPrecision = Literal["fp32", "bf16", "fp16"]
+
+_PRECISIONS: Mapping[str, ExportPrecision] = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16"}
+_STORED = "stored"
+_OFF = "off"
+_LEVELS = ("quick", "full", _OFF)
+_FLAVOURS = ("auto", "tensorrt", "rtx")
+_HARDWARE = ("none", "same-capability", "ampere-plus")
+_NOT_VERIFIED = 1
+_output_option, _engine_option = panel("Output"), panel("TensorRT engines")
 
 
 def export(
@@ -46,125 +51,140 @@ def export(
         ),
     ] = None,
     place: Annotated[
-        str | None, typer.Argument(metavar="OUT", help="Folder to make (--kohya: file), as --out.")
+        str | None, typer.Argument(metavar="OUT", help="Folder to make (with --kohya: file); the same as --out.")
     ] = None,
     onnx: Annotated[
         bool,
-        typer.Option(
-            "--onnx",
-            help="An artifact: ONNX graphs, weights, tokenizers and a manifest (the default).",
-            rich_help_panel="What is written",
-        ),
+        _output_option("--onnx", help="An artifact: ONNX graphs, weights, tokenizers and a manifest (the default)."),
     ] = False,
     diffusers: Annotated[
         bool,
-        typer.Option(
-            "--diffusers",
-            help="A complete diffusers folder, the adapter merged into its weights.",
-            rich_help_panel="What is written",
-        ),
+        _output_option("--diffusers", help="A complete diffusers folder with the adapter merged into the weights."),
     ] = False,
     kohya: Annotated[
         bool,
-        typer.Option("--kohya", help="The LoRA as one file in kohya's layout, for Forge, sd-scripts and ComfyUI."),
+        _output_option("--kohya", help="The LoRA as one file in kohya's layout, for Forge, sd-scripts and ComfyUI."),
     ] = False,
     swap_weights: Annotated[
         str | None,
-        typer.Option(
+        _output_option(
             "--swap-weights",
             metavar="ARTIFACT",
-            help="Put the adapter of TARGET, or none when TARGET is 'base', into an artifact that is there.",
-            rich_help_panel="What is written",
+            help="Replace the adapter of an existing artifact with that of TARGET; 'base' removes it.",
             autocompletion=completion.artifacts,
         ),
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(
+        _output_option(
             metavar="P",
-            help="fp32 for a CPU, bf16 or fp16 for a GPU; a diffusers folder may also keep the stored one.",
-            show_default="fp32; of --diffusers: stored",
-            rich_help_panel="What is written",
-            autocompletion=completion.one_of("fp32", "bf16", "fp16", "stored"),
+            help="fp32 for CPUs, bf16 or fp16 for GPUs; with --diffusers also stored, as the weights are.",
+            show_default="fp32; with --diffusers: stored",
+            autocompletion=completion.one_of(*_PRECISIONS, _STORED),
         ),
     ] = None,
     int8: Annotated[
-        bool,
-        typer.Option(
-            "--int8", help="Also write a transformer with 8-bit weights, for a CPU.", rich_help_panel="What is written"
-        ),
+        bool, _output_option("--int8", help="Also write a transformer with 8-bit weights, for CPUs.")
     ] = False,
     resolutions: Annotated[
         str | None,
-        typer.Option(
-            metavar="N,...",
-            help="Sides of the square images in pixels.",
-            show_default="the model's own",
-            rich_help_panel="What is written",
-        ),
+        _output_option(metavar="N,...", help="Sides of the square images, in pixels.", show_default="the model's own"),
     ] = None,
     batch: Annotated[
         str | None,
-        typer.Option(
-            metavar="MIN:OPT:MAX",
-            help="Images of one call.",
-            show_default="by the size of the model",
-            rich_help_panel="What is written",
-        ),
+        _output_option(metavar="MIN:OPT:MAX", help="Batch sizes.", show_default="chosen by the size of the model"),
     ] = None,
     out: Annotated[
         str | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder to make.",
-            show_default="RUN/artifact or artifacts/MODEL",
-            rich_help_panel="What is written",
-        ),
+        _output_option(metavar="DIR", help="Folder to make.", show_default="RUN/artifact or artifacts/MODEL"),
     ] = None,
     verify: Annotated[
         str,
-        typer.Option(
+        _output_option(
             metavar="LEVEL",
-            help="Prove afterwards that the artifact draws what its run draws: quick, full or off; see fmg verify.",
-            rich_help_panel="What is written",
-            autocompletion=completion.one_of("quick", "full", "off"),
+            help="Verify afterwards that the artifact reproduces the images: quick, full or off; see `fmg verify`.",
+            autocompletion=completion.one_of(*_LEVELS),
         ),
-    ] = "off",
-    trt: engines.Trt = False,
-    flavour: engines.FlavourName = None,
-    builder_level: engines.Level = None,
-    workspace: engines.Workspace = None,
-    hardware: engines.Hardware = None,
-    version_compatible: engines.VersionCompatible = False,
-    weight_streaming: engines.WeightStreaming = False,
-    refittable: engines.Refittable = False,
-    no_timing_cache: engines.NoTimingCache = False,
-    build_memory: engines.BuildMemory = None,
+    ] = _OFF,
+    trt: Annotated[
+        bool, _engine_option("--trt", help="Also build TensorRT engines; for an existing artifact, build only those.")
+    ] = False,
+    flavour: Annotated[
+        str | None,
+        _engine_option(
+            metavar="F",
+            help="tensorrt (for this GPU), rtx (ahead of time, without a GPU), or auto.",
+            show_default="auto",
+            autocompletion=completion.one_of(*_FLAVOURS),
+        ),
+    ] = None,
+    builder_level: Annotated[
+        int | None,
+        _engine_option(
+            "--builder-level", min=0, max=5, metavar="N", help="Optimization level of the builder.", show_default="3"
+        ),
+    ] = None,
+    workspace: Annotated[
+        float | None, _engine_option(metavar="GIB", help="Scratch memory per layer.", show_default="the builder's own")
+    ] = None,
+    hardware: Annotated[
+        str | None,
+        _engine_option(
+            metavar="H",
+            help="Other GPUs to run on: none, same-capability or ampere-plus (tensorrt only).",
+            show_default="none",
+            autocompletion=completion.one_of(*_HARDWARE),
+        ),
+    ] = None,
+    version_compatible: Annotated[
+        bool,
+        _engine_option(
+            "--version-compatible", help="Run on other versions of TensorRT too; embeds code (tensorrt only)."
+        ),
+    ] = False,
+    weight_streaming: Annotated[
+        bool, _engine_option("--weight-streaming", help="Let weights stay in host memory when the GPU is small.")
+    ] = False,
+    refittable: Annotated[
+        bool,
+        _engine_option(
+            "--refittable", help="Accept new weights without a new build; checks that no bias is lost. Needs a GPU."
+        ),
+    ] = False,
+    no_timing_cache: Annotated[
+        bool, _engine_option("--no-timing-cache", help="Time every kernel again (tensorrt only).")
+    ] = False,
+    build_memory: Annotated[
+        float | None,
+        _engine_option(
+            "--build-memory", metavar="GIB", help="Host memory for the build.", show_default="9/10 of what is free"
+        ),
+    ] = None,
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a tuned model in a form that runs without fmg's training stack, or that other software reads."""
-    check_combination(
+    """Export a tuned model to ONNX and TensorRT, to a diffusers folder, or as a LoRA file for other software."""
+    _check_combination(
         {"--onnx": onnx, "--diffusers": diffusers, "--kohya": kohya, "--swap-weights": swap_weights is not None},
         {"--int8": int8, "--resolutions": resolutions is not None, "--batch": batch is not None, "--trt": trt},
         {"--precision": precision is not None, "OUT": place is not None or out is not None},
     )
     other = "--diffusers" if diffusers else "--kohya" if kohya else None
-    target, level = given_text(target, "TARGET"), verify_level(verify, other)
-    sides, rows, folder = resolution_list(resolutions), batch_range(batch), one_place(place, out, file=kohya)
-    kept = folder_precision(precision) if diffusers else precision_of(precision)
-    request = engines.engine_request(
-        trt,
-        flavour=flavour,
-        level=builder_level,
-        workspace=workspace,
-        hardware=hardware,
-        version_compatible=version_compatible,
-        weight_streaming=weight_streaming,
-        refittable=refittable,
-        no_timing_cache=no_timing_cache,
-        build_memory=build_memory,
+    target, level = given_text(target, "TARGET"), _verify_level(verify, other)
+    sides, rows, folder = _resolution_list(resolutions), _batch_range(batch), _one_place(place, out, file=kohya)
+    kept = _folder_precision(precision) if diffusers else _precision(precision)
+    engines = _Engines(
+        flavour,
+        builder_level,
+        workspace,
+        hardware,
+        version_compatible,
+        weight_streaming,
+        refittable,
+        no_timing_cache,
+        build_memory,
     )
+    engines.check(wanted=trt)
     with reporter_for(stderr()) as reporter:
         reporter(LOADING)
         from fmg.inference.artifact.layout import EXPORTED
@@ -185,22 +205,22 @@ def export(
 
             artifact = swap(checked_folder(swap_weights, "--swap-weights"), target, observer=reporter)
             facts, text = _facts(artifact), _text(artifact)
-        elif request is not None and target is not None and is_artifact(target):
-            check_artifact_only({"--onnx": onnx, "--int8": int8, "--precision": precision, "OUT": place or out})
+        elif trt and target is not None and is_artifact(target):
+            _check_existing({"--onnx": onnx, "--int8": int8, "--precision": precision, "OUT": place or out})
             artifact = open_artifact(target)
-            facts, text = engines.added(request, artifact, sides, rows, reporter)
+            facts, text = _build(engines, artifact, sides, rows, reporter)
         else:
             from fmg.export.artifact import ExportOptions, export_artifact
 
-            options = ExportOptions(precision_of(precision), int8, sides, rows)
+            options = ExportOptions(_precision(precision), int8, sides, rows)
             folder = folder or export_folder(target, EXPORTED)
             artifact = export_artifact(target, folder, options, observer=reporter)
             facts, text = _facts(artifact), _text(artifact)
-            if request is not None:
+            if trt:
                 reporter(Notice("info", text))
-                built, text = engines.added(request, artifact, None, None, reporter)
+                built, text = _build(engines, artifact, None, None, reporter)
                 facts |= built
-        report = None if level is None else _proof(open_artifact(artifact.folder), level, reporter)
+        report = None if level is None else _verified(open_artifact(artifact.folder), level, reporter)
     if as_json:
         print_json(facts if report is None else {**facts, "verify": report.to_json()})
     else:
@@ -208,10 +228,94 @@ def export(
         if report is not None:
             print_report(stdout(), report)
     if report is not None and not report.passed:
-        raise typer.Exit(_NOT_PROVEN)
+        raise typer.Exit(_NOT_VERIFIED)
 
 
-def _proof(artifact: Artifact, level: str, observer: Observer) -> VerifyReport:
+@dataclass(frozen=True)
+class _Engines:
+    """The options of TensorRT engines; a field that is None or False was not given."""
+
+    flavour: str | None
+    builder_level: int | None
+    workspace: float | None
+    hardware: str | None
+    version_compatible: bool
+    weight_streaming: bool
+    refittable: bool
+    no_timing_cache: bool
+    build_memory: float | None
+
+    def check(self, *, wanted: bool) -> None:
+        """Checks the values before anything is imported.
+
+        Raises:
+            UsageError: a value is impossible, or an option was given without `--trt`.
+        """
+        used = [name for name, value in vars(self).items() if value is not None and value is not False]
+        if used and not wanted:
+            flag = f"--{used[0].replace('_', '-')}"
+            raise UsageError(f"{flag} is an option of TensorRT engines", "Add --trt, or leave it out.")
+        for flag, value, known in (("--flavour", self.flavour, _FLAVOURS), ("--hardware", self.hardware, _HARDWARE)):
+            if value is not None and value not in known:
+                raise UsageError(f"{flag}: '{value}' is unknown", suggestion(value, known))
+        for flag, size in (("--workspace", self.workspace), ("--build-memory", self.build_memory)):
+            if size is not None and not 0 < size < 1e6:
+                raise UsageError(f"{flag} {size:g} is not a size in GiB", "Give a positive number.")
+
+
+def _build(
+    given: _Engines,
+    artifact: Artifact,
+    resolutions: tuple[int, ...] | None,
+    batch: tuple[int, int, int] | None,
+    observer: Observer,
+) -> tuple[dict[str, object], str]:
+    """Builds the engines of an artifact: facts for `--json`, text for people. Finished engines survive a failure."""
+    from fmg.export.tensorrt.build import build_engines
+    from fmg.export.tensorrt.options import EngineOptions
+    from fmg.inference.artifact.manifest import AxisRange
+
+    built = build_engines(
+        artifact,
+        flavour=given.flavour or "auto",
+        resolutions=resolutions,
+        batch=None if batch is None else AxisRange(*batch),
+        options=EngineOptions(
+            level=3 if given.builder_level is None else given.builder_level,
+            workspace_gib=given.workspace,
+            timing_cache=not given.no_timing_cache,
+            hardware=cast("Hardware", given.hardware or "none"),
+            version_compatible=given.version_compatible,
+            weight_streaming=given.weight_streaming,
+            refittable=given.refittable,
+        ),
+        memory_gib=given.build_memory,
+        observer=observer,
+    )
+    facts: dict[str, object] = {"folder": str(artifact.folder), "engines": [_engine_facts(engine) for engine in built]}
+    return facts, "\n".join([f"{artifact.folder}:", *map(_engine_text, built)])
+
+
+def _engine_facts(engine: Engine) -> dict[str, object]:
+    return {
+        "graph": engine.record.graph,
+        "plan": engine.record.plan,
+        "flavour": engine.record.ingredients.flavour,
+        "reused": engine.reused,
+        "seconds": round(engine.record.seconds, 3),
+        "bytes": engine.record.size,
+        "profiles": [profile.name for profile in engine.record.ingredients.profiles],
+    }
+
+
+def _engine_text(engine: Engine) -> str:
+    record = engine.record
+    how = "reused" if engine.reused else f"built in {record.seconds:.1f} s"
+    profiles = ", ".join(profile.name for profile in record.ingredients.profiles)
+    return f"  {record.plan}: {record.size / 1e6:.1f} MB, {profiles}, {how}"
+
+
+def _verified(artifact: Artifact, level: str, observer: Observer) -> VerifyReport:
     from fmg.export.verify import verify
 
     return verify(artifact, level=level, observer=observer)
@@ -242,3 +346,85 @@ def _text(artifact: Artifact) -> str:
         f"{artifact.folder}: {manifest.model.name}, {adapter}, {counted(len(manifest.graphs), 'graph')},"
         f" {manifest.precision}, {size:.1f} MB"
     )
+
+
+def _check_combination(forms: Mapping[str, bool], artifact: Mapping[str, bool], fresh: Mapping[str, bool]) -> None:
+    """Checks that the options go together: at most one form, and only options that apply to it.
+
+    Args:
+        forms: what is to be made.
+        artifact: options of a new artifact only.
+        fresh: options of anything that is made anew.
+    """
+    asked = [name for name, given in forms.items() if given]
+    if len(asked) > 1:
+        raise UsageError(f"{asked[0]} and {asked[1]} exclude each other", "Give one of them.")
+    form = asked[0] if asked else "--onnx"
+    taken = [] if form == "--onnx" else [name for name, given in artifact.items() if given]
+    unfit = {"--swap-weights": tuple(fresh), "--kohya": ("--precision")}.get(form, ())
+    taken += [name for name in unfit if fresh[name]]
+    if taken:
+        raise UsageError(f"{taken[0]} does not go with {form}", "Leave one of them out.")
+
+
+def _check_existing(fresh: Mapping[str, object]) -> None:
+    """Refuses options of a new artifact where engines are added to an existing one."""
+    if given := [name for name, value in fresh.items() if value]:
+        raise UsageError(
+            f"{given[0]} does not go with --trt of an existing artifact", "Leave it out, or name the run instead."
+        )
+
+
+def _precision(text: str | None) -> ExportPrecision:
+    return "fp32" if text is None else _PRECISIONS[_known(text, _PRECISIONS)]
+
+
+def _folder_precision(text: str | None) -> str:
+    return _STORED if text is None else _known(text, (_STORED, *_PRECISIONS))
+
+
+def _known(text: str, names: Iterable[str]) -> str:
+    if text not in tuple(names):
+        raise UsageError(f"--precision: '{text}' is not a precision", suggestion(text, names))
+    return text
+
+
+def _verify_level(text: str, other: str | None) -> str | None:
+    """How thoroughly to verify, or None for not at all; `other` is an option whose result cannot be verified."""
+    if text not in _LEVELS:
+        raise UsageError(f"--verify: '{text}' is not a level", suggestion(text, _LEVELS))
+    if text == _OFF:
+        return None
+    if other is not None:
+        raise UsageError(f"--verify does not go with {other}", "Leave one of them out.")
+    return text
+
+
+def _resolution_list(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    return tuple(whole_number("--resolutions", text, part, MAX_SIDE, "512,1024") for part in text.split(","))
+
+
+def _batch_range(text: str | None) -> tuple[int, int, int] | None:
+    """Smallest, usual and largest batch size from `MIN:OPT:MAX`."""
+    if text is None:
+        return None
+    numbers = [whole_number("--batch", text, part, MAX_ROWS, "1:4:16") for part in text.split(":")]
+    if len(numbers) != 3 or sorted(numbers) != numbers:
+        raise UsageError(f"--batch {text} is not three increasing numbers", "Write --batch 1:4:16.")
+    smallest, usual, largest = numbers
+    return smallest, usual, largest
+
+
+def _one_place(place: str | None, out: str | None, *, file: bool) -> Path | None:
+    """The folder (or file) to make, given as OUT or as --out."""
+    if place is not None and out is not None:
+        raise UsageError("OUT is given twice, as an argument and as --out", "Give it once.")
+    from fmg.inference.target import absent_folder
+
+    text = place if place is not None else out
+    if text is None:
+        return None
+    flag = "OUT" if out is None else "--out"
+    return absent_folder(Path(given_text(text, flag) or "") if file else checked_folder(text, flag))

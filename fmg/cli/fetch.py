@@ -1,4 +1,4 @@
-"""`fmg fetch`: downloads what a model or a reward reads, after showing size and licence."""
+"""`fmg fetch`: downloads the weights of a model, a reward or a feature extractor."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmg.cli import completion
-from fmg.cli.console import stdout
 from fmg.cli.options import Offline
-from fmg.cli.tables import table
+from fmg.cli.output import stdout, table
 from fmg.core import hub
 from fmg.core.errors import UsageError
 
@@ -26,7 +25,7 @@ def fetch(
         list[str],
         typer.Argument(
             metavar="[KIND] NAME",
-            help="A model; or reward and a reward, feature-extractor and an extractor.",
+            help="A model; or a kind (reward, feature-extractor) and a name.",
             show_default=False,
             autocompletion=completion.components("model"),
         ),
@@ -41,12 +40,15 @@ def fetch(
         ),
     ] = None,
     sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="K=V", help="Any value of the recipe, such as model.student.")
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="K=V", help="Any value of the recipe, such as model.student=...; repeat for several."
+        ),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     offline: Offline = False,
 ) -> None:
-    """Download the weights of a model, a reward or a feature extractor; size and licence are shown first."""
+    """Download the weights of a model, a reward or a feature extractor, after showing their size and licence."""
     match names:
         case [kind, name] if kind in _KINDS:
             from fmg.registry import registry_for
@@ -57,7 +59,7 @@ def fetch(
 
             _fetch("model", name, resolve(config, {"model": name}, sets or []).recipe.model.config, yes=yes)
         case _:
-            raise UsageError(f"'fmg fetch {' '.join(names)}' names no one thing", "Write fmg fetch [KIND] NAME.")
+            raise UsageError(f"'fmg fetch {' '.join(names)}' does not name one thing", "Write fmg fetch [KIND] NAME.")
 
 
 def _fetch(kind: str, name: str, config: ComponentConfig, *, yes: bool) -> None:
@@ -68,7 +70,7 @@ def _fetch(kind: str, name: str, config: ComponentConfig, *, yes: bool) -> None:
         local = [problem for asset in assets if (problem := hub.problem(asset)) is not None]
         if local:
             raise UsageError(f"The {kind} '{name}': {local[0]}", "Give a hub id, or correct the path.")
-        out.print(f"Everything that '{name}' reads is on this computer.")
+        out.print(f"Everything that '{name}' needs is on this computer.")
         return
     if not hub.is_offline():
         wanted = tuple(hub.exact(download) for download in wanted)
@@ -94,6 +96,6 @@ def _ask(*, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise UsageError("Nobody is there to agree to the download", "Give --yes.")
-    if not typer.confirm("Fetch it, under this licence?"):
-        raise UsageError("Nothing was fetched", "Run the command again to fetch it.")
+        raise UsageError("The download needs your consent, and stdin is not a terminal", "Give --yes.")
+    if not typer.confirm("Download under this licence?"):
+        raise UsageError("Nothing was downloaded", "Run the command again to download it.")

@@ -1,4 +1,4 @@
-"""`fmg generate`: pictures from prompts."""
+"""`fmg generate`: images from prompts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmg.cli import completion
-from fmg.cli.console import print_json, stderr, stdout
 from fmg.cli.options import (
     AsJson,
     Backend,
@@ -23,9 +22,12 @@ from fmg.cli.options import (
     check_grid,
     checked_folder,
     checked_prompts,
+    file_option,
     given_text,
+    hardware_option,
+    sampling_option,
 )
-from fmg.cli.timings import print_timing
+from fmg.cli.output import print_json, print_timing, stderr, stdout
 from fmg.core.errors import UsageError
 from fmg.core.events import Notice, StageProgress
 from fmg.progress.reporters import LOADING, Reporter, reporter_for
@@ -39,43 +41,27 @@ def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One or more prompts, each in quotes.")],
     source: Annotated[
         str | None,
-        typer.Option(
+        sampling_option(
             "--from",
             metavar="TARGET",
             help="A model, a run folder or an artifact.",
             show_default="the newest run",
-            rich_help_panel="Sampling",
             autocompletion=completion.targets,
         ),
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            max=1000,
-            metavar="N",
-            help="Network calls an image.",
-            show_default="the target's",
-            rich_help_panel="Sampling",
+        sampling_option(
+            min=1, max=1000, metavar="N", help="Sampling steps (NFE) per image.", show_default="the target's"
         ),
     ] = None,
     grid: Grid = None,
-    seed: Annotated[
-        int,
-        typer.Option(min=0, metavar="N", help="Seed of the first image of each prompt.", rich_help_panel="Sampling"),
-    ] = 0,
+    seed: Annotated[int, sampling_option(min=0, metavar="N", help="Seed of the first image of each prompt.")] = 0,
     num: Annotated[
-        int,
-        typer.Option(
-            min=1, max=100_000, metavar="N", help="Images a prompt, with consecutive seeds.", rich_help_panel="Sampling"
-        ),
+        int, sampling_option(min=1, max=100_000, metavar="N", help="Images per prompt, with consecutive seeds.")
     ] = 1,
-    out: Annotated[
-        str, typer.Option(metavar="DIR", help="Where to write; nothing is overwritten.", rich_help_panel="Files")
-    ] = "images",
-    sheet: Annotated[
-        bool, typer.Option("--sheet", help="Write one more picture with all images on it.", rich_help_panel="Files")
-    ] = False,
+    out: Annotated[str, file_option(metavar="DIR", help="Where to write; nothing is overwritten.")] = "images",
+    sheet: Annotated[bool, file_option("--sheet", help="Also write one sheet with all images.")] = False,
     backend: Backend = "auto",
     device: Device = "auto",
     dtype: LoadedDtype = None,
@@ -84,36 +70,26 @@ def generate(
     threads: Threads = None,
     batch_size: BatchSize = None,
     release_text: Annotated[
-        bool,
-        typer.Option(
-            "--release-text",
-            help="Free the text encoders before the first image is drawn.",
-            rich_help_panel="Where it runs",
-        ),
+        bool, hardware_option("--release-text", help="Free the text encoders before sampling starts.")
     ] = False,
     timed: Annotated[
-        bool, typer.Option("--time", help="Draw the first batch again, five times, and print where the time goes.")
+        bool, typer.Option("--time", help="Repeat the first batch five times and print the time of each stage.")
     ] = False,
     allow_code: Annotated[
-        bool,
-        typer.Option(
-            "--allow-code",
-            help="Run the code inside version-compatible TensorRT engines.",
-            rich_help_panel="Where it runs",
-        ),
+        bool, hardware_option("--allow-code", help="Run the code inside version-compatible TensorRT engines.")
     ] = False,
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Draw pictures from prompts and write them as PNG files."""
+    """Generate images from prompts and write them as PNG files."""
     texts = checked_prompts(prompts)
     given_text(source, "--from")
     check_grid(grid)
     folder = checked_folder(out, "--out")
     if timed and release_text:
-        raise UsageError("--release-text frees the text encoders, which --time runs again", "Leave one of them out.")
+        raise UsageError("--release-text frees the text encoders, which --time needs again", "Leave one of them out.")
 
-    orders = [(text, seed + i) for text in texts for i in range(num)]
+    requests = [(text, seed + i) for text in texts for i in range(num)]
     with reporter_for(stderr()) as reporter:
         reporter(LOADING)
         from fmg.data.pictures import GridRow, sample_grid, save_pictures, to_pil
@@ -132,25 +108,25 @@ def generate(
         ) as generator:
             runtime = generator.backend
             reporter(Notice("info", f"backend {runtime.name}: {runtime.detail}, on {runtime.device}"))
-            drawn = generator.generate(
-                [text for text, _ in orders],
-                [key for _, key in orders],
+            generated = generator.generate(
+                [text for text, _ in requests],
+                [key for _, key in requests],
                 steps=steps,
                 grid=grid,
                 release_text=release_text,
                 progress=lambda done, total: reporter(StageProgress("images", done, total)),
             ).check_finite()
-            timing = _timing(generator, orders, steps, grid, reporter) if timed else None
-    pictures = [(to_pil(image), text) for image, (text, _) in zip(drawn.image_array, orders, strict=True)]
+            timing = _timing(generator, requests, steps, grid, reporter) if timed else None
+    pictures = [(to_pil(image), text) for image, (text, _) in zip(generated.image_array, requests, strict=True)]
     if sheet:
-        rows = [GridRow(text, drawn.image_array[i * num : (i + 1) * num]) for i, text in enumerate(texts)]
+        rows = [GridRow(text, generated.image_array[i * num : (i + 1) * num]) for i, text in enumerate(texts)]
         pictures.append((sample_grid(rows, source or "newest run"), "sheet"))
     files = save_pictures(pictures, folder, called="--out ")
     if as_json:
         images = [
-            {"path": str(file), "prompt": text, "seed": key} for file, (text, key) in zip(files, orders, strict=False)
+            {"path": str(file), "prompt": text, "seed": key} for file, (text, key) in zip(files, requests, strict=False)
         ]
-        document = {"images": images, "backend": runtime.name, "timings_ms": dict(drawn.timings_ms)}
+        document = {"images": images, "backend": runtime.name, "timings_ms": dict(generated.timings_ms)}
         print_json(document if timing is None else {**document, "timing": timing.to_json()})
         return
     console = stdout()
@@ -161,12 +137,12 @@ def generate(
 
 
 def _timing(
-    generator: Generator, orders: Sequence[tuple[str, int]], steps: int | None, grid: str | None, reporter: Reporter
+    generator: Generator, requests: Sequence[tuple[str, int]], steps: int | None, grid: str | None, reporter: Reporter
 ) -> Timing:
-    """Latency of the first batch; it has just been drawn, which warms everything but the text encoders up."""
+    """Latency of the first batch, which has just been generated, so that all but the text encoders are warm."""
     from fmg.inference.timing import Workload, measure
 
-    batch = orders[: generator.batch_size]
+    batch = requests[: generator.batch_size]
     work = Workload(tuple(text for text, _ in batch), tuple(key for _, key in batch), steps, grid)
     label = "this"
     timings = measure(

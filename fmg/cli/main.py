@@ -16,20 +16,17 @@ import typer
 from typer.core import TyperGroup
 
 from fmg.cli.bench import bench
-from fmg.cli.catalog import list_components, show
-from fmg.cli.check_component import check_component
-from fmg.cli.console import print_error, print_warning, tolerate_narrow_encodings
+from fmg.cli.components import check_component, init, list_components, show
 from fmg.cli.doctor import doctor
 from fmg.cli.evaluate import evaluate
 from fmg.cli.export import export
 from fmg.cli.fetch import fetch
 from fmg.cli.generate import generate
-from fmg.cli.init import init
 from fmg.cli.options import check_words
+from fmg.cli.output import print_error, print_warning, tolerate_narrow_encodings
 from fmg.cli.pretrain import pretrain
-from fmg.cli.report import report
 from fmg.cli.reward_server import reward_server
-from fmg.cli.runs import runs
+from fmg.cli.runs import report, runs
 from fmg.cli.score import score
 from fmg.cli.train import train
 from fmg.cli.verify import verify
@@ -42,10 +39,10 @@ from fmg.version import __version__, install_line
 # sysexits.h: EX_SOFTWARE, an error of the program itself
 _BUG = 70
 _LESS_MEMORY = (
-    "Take smaller batches: --batch-size of eval, generate and bench, or for `fmg train` --set with train.micro_batch,"
-    " rollout.batch_size and eval.batch_size (in recipe.yaml of a run to resume); its --dry-run says what a run needs."
+    "Take smaller batches: --batch-size in eval, generate and bench; train.micro_batch, rollout.batch_size and"
+    " eval.batch_size in `fmg train --set`, or in recipe.yaml of a run to resume. --dry-run shows what a run needs."
 )
-# The reader of stdout went away, as `head` does; Rich ends with the same code
+# The reader of stdout went away, as `head` does; Rich exits with the same code
 _BROKEN_PIPE = 1
 
 
@@ -57,17 +54,17 @@ class Session:
 
 
 class InterruptedByUserError(FmgError):
-    """Ctrl-C, or another signal, outside the training loop, which saves and ends by itself."""
+    """Ctrl-C or another signal outside the training loop, which saves and ends by itself."""
 
     def __init__(self, number: int) -> None:
         how = "Interrupted" if number == SIGINT else f"Ended by {signal_name(number)}"
-        super().__init__(how, "Nothing that was already written is lost.")
+        super().__init__(how, "Files that were already written are kept.")
         self.exit_code = exit_code(number)
 
 
 class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
-        """Runs the command; Ctrl-C becomes an error with one line, where Typer would end without a word."""
+        """Runs the command; Ctrl-C becomes an error on one line, where Typer would end silently."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
@@ -75,10 +72,7 @@ class _Commands(TyperGroup):
 
 
 app = typer.Typer(
-    name="fmg",
-    cls=_Commands,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    name="fmg", cls=_Commands, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
 )
 
 
@@ -98,14 +92,14 @@ def root(
 ) -> None:
     """Reinforcement learning for few-step flow-map image generators.
 
-    `fmg train` tunes the embedded generator on this computer; `fmg eval` and `fmg generate` use the result.
+    `fmg train` fine-tunes the embedded generator on this computer; `fmg eval` and `fmg generate` use the result.
     """
     ctx.ensure_object(Session).debug = debug
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
 
 
-_TRAIN, _USE, _CHOOSE, _CARE = "Train and judge", "Generate and export", "Choose and extend", "Set up"
+_TRAIN, _USE, _CHOOSE, _CARE = "Train and evaluate", "Generate and export", "Choose and extend", "Set up"
 
 app.command("train", rich_help_panel=_TRAIN)(train)
 app.command("eval", rich_help_panel=_TRAIN)(evaluate)
@@ -130,13 +124,13 @@ def run() -> NoReturn:
     """The entry point of the `fmg` script."""
     _open_streams()
     if "--debug" not in sys.argv:
-        # importing diffusers makes transformers advise to install torchvision, which fmg has no use for
+        # importing diffusers makes transformers recommend torchvision, which fmg does not use
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     sys.exit(main(sys.argv[1:]))
 
 
 def _open_streams() -> None:
-    """Opens streams that the shell closed (`>&-`) to nowhere: the next file would take the place of a closed one."""
+    """Opens streams that the shell closed (`>&-`) on the null device, or the next file would take their number."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
@@ -151,7 +145,7 @@ def _open_streams() -> None:
 def main(args: Sequence[str]) -> int:
     """Runs one command and returns its exit code; every expected failure is one line on stderr.
 
-    Exit codes: 0 success; 1 a failure at work; 2 a wrong use, with nothing started; 70 an error of fmg itself;
+    Exit codes: 0 success; 1 a failure; 2 a wrong use, with nothing started; 70 an error in fmg itself;
     128 + n after signal n: 130 for Ctrl-C, 143 for SIGTERM.
     """
     tolerate_narrow_encodings()
@@ -161,7 +155,7 @@ def main(args: Sequence[str]) -> int:
             warnings.showwarning = partial(_show_warning, set())
             return _main(args)
     finally:
-        # --offline is of one command, and a program may call several
+        # --offline applies to one command, and a program may call several
         if offline is None:
             os.environ.pop(OFFLINE, None)
         else:
@@ -216,7 +210,7 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Prints a warning on one line, and of ours none twice in one command: two backends may have the same to say."""
+    """Prints a warning on one line, and each of ours only once per command."""
     ours = issubclass(category, FmgWarning)
     text = bounded(str(message)) if ours else f"{filename}:{lineno}: {category.__name__}: {message}"
     if not ours or text not in said:

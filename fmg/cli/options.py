@@ -1,11 +1,12 @@
-"""Option types that several commands share, and the checks that need nothing but the text that was typed."""
+"""Options that several commands share, and the checks that need only the text that was typed."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,16 +16,28 @@ from fmg.core.files import check_place
 from fmg.core.hub import OFFLINE
 from fmg.core.prompt import is_blank
 
+_MAX_STEPS = 1000
+
+
+def panel(title: str) -> Callable[..., Any]:
+    """`typer.Option` for the options that `--help` lists under a title."""
+    return partial(typer.Option, rich_help_panel=title)
+
+
+measuring_option, sampling_option, hardware_option, file_option = map(
+    panel, ("Measurement", "Sampling", "Hardware", "Files")
+)
+
 
 def _go_offline(asked: bool) -> bool:
-    """Tells huggingface_hub, transformers and diffusers in this process, and in those that it starts."""
+    """Keeps huggingface_hub, transformers and diffusers off the network, in this process and in those it starts."""
     if asked:
         os.environ[OFFLINE] = "1"
     return asked
 
 
 def _device_name(name: str) -> str:
-    """Refuses what is no device on any machine before torch is imported, which knows those of this one."""
+    """Refuses a name that no machine has, before torch, which knows the devices of this one, is imported."""
     from fmg.registry.sections import device_name
 
     try:
@@ -33,144 +46,122 @@ def _device_name(name: str) -> str:
         raise UsageError(f"--device {name}: {error}", "Use auto, cpu, cuda or cuda:N.") from None
 
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for programs.")]
+DTYPES = completion.one_of("fp32", "bf16")
+DEVICES = completion.one_of("auto", "cpu", "cuda")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 BatchSize = Annotated[
-    int | None,
-    typer.Option(
-        "--batch-size",
-        min=1,
-        metavar="N",
-        help="Images a network call.",
-        show_default="64",
-        rich_help_panel="Where it runs",
-    ),
+    int | None, hardware_option("--batch-size", min=1, metavar="N", help="Images per forward pass.", show_default="64")
 ]
 Backend = Annotated[
     str,
-    typer.Option(
+    hardware_option(
         "--backend",
         metavar="B",
-        help="auto, torch, onnxruntime, ...: fmg list backends.",
-        rich_help_panel="Where it runs",
+        help="auto, torch, onnxruntime, ...; see `fmg list backends`.",
         autocompletion=completion.components("backend"),
     ),
 ]
 Device = Annotated[
     str,
-    typer.Option(
-        "--device",
-        metavar="D",
-        help="auto, cpu, cuda or cuda:N.",
-        callback=_device_name,
-        rich_help_panel="Where it runs",
-        autocompletion=completion.one_of("auto", "cpu", "cuda"),
+    hardware_option(
+        "--device", metavar="D", help="auto, cpu, cuda or cuda:N.", callback=_device_name, autocompletion=DEVICES
     ),
 ]
-Dtype = Annotated[
-    str,
-    typer.Option(
-        "--dtype",
-        metavar="T",
-        help="fp32 or bf16.",
-        rich_help_panel="Where it runs",
-        autocompletion=completion.one_of("fp32", "bf16"),
-    ),
-]
+Dtype = Annotated[str, hardware_option("--dtype", metavar="T", help="fp32 or bf16.", autocompletion=DTYPES)]
 LoadedDtype = Annotated[
     str | None,
-    typer.Option(
+    hardware_option(
         "--dtype",
         metavar="T",
-        help="fp32 or bf16, of a model or a run in torch.",
+        help="fp32 or bf16, for a model or a run in torch.",
         show_default="fp32",
-        rich_help_panel="Where it runs",
-        autocompletion=completion.one_of("fp32", "bf16"),
+        autocompletion=DTYPES,
     ),
 ]
-Int8 = Annotated[
-    bool, typer.Option("--int8", help="Run the int8 transformer of an artifact.", rich_help_panel="Where it runs")
-]
+Int8 = Annotated[bool, hardware_option("--int8", help="Use the int8 transformer of an artifact.")]
 Resolution = Annotated[
     int | None,
-    typer.Option(
+    hardware_option(
         "--resolution",
         min=8,
         max=16384,
         metavar="N",
-        help="Side of an artifact's image.",
-        show_default="its own",
-        rich_help_panel="Where it runs",
+        help="Image side in pixels, for an artifact.",
+        show_default="the artifact's own",
     ),
 ]
 Threads = Annotated[
     int | None,
-    typer.Option(
-        "--threads",
-        min=1,
-        max=1024,
-        metavar="N",
-        help="CPU threads.",
-        show_default="all cores",
-        rich_help_panel="Where it runs",
-    ),
+    hardware_option("--threads", min=1, max=1024, metavar="N", help="CPU threads.", show_default="all cores"),
 ]
 Grid = Annotated[
     str | None,
-    typer.Option(
+    sampling_option(
         "--grid",
         metavar="G",
         help="Time grid by name, such as uniform.",
-        show_default="the target's own",
-        rich_help_panel="Sampling",
+        show_default="the target's",
         autocompletion=completion.grids,
     ),
 ]
 Offline = Annotated[
     bool,
-    typer.Option(
-        "--offline",
-        help="Use no network for weights, as HF_HUB_OFFLINE=1 does.",
-        callback=_go_offline,
-        is_eager=True,
-        rich_help_panel="Where it runs",
+    hardware_option(
+        "--offline", help="Do not download weights; the same as HF_HUB_OFFLINE=1.", callback=_go_offline, is_eager=True
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of the noise.", rich_help_panel="Sampling")]
+Seed = Annotated[int, sampling_option("--seed", min=0, metavar="N", help="Seed of the noise.")]
 Features = Annotated[
     list[str] | None,
-    typer.Option(
+    measuring_option(
         "--features",
         metavar="N",
-        help="Feature extractor: adds diversity and, with --reference, Fréchet distance, precision and recall.",
+        help="Feature extractor; adds diversity and, with --reference, Fréchet distance, precision and recall.",
         show_default=False,
-        rich_help_panel="What is measured",
         autocompletion=completion.components("feature-extractor"),
     ),
 ]
 OptionsByName = Annotated[
     list[str] | None,
-    typer.Option(
+    measuring_option(
         "--set",
         metavar="NAME.OPTION=VALUE",
-        help="Option of a reward or a feature extractor.",
+        help="Option of a reward or a feature extractor; repeat for several.",
         show_default=False,
-        rich_help_panel="What is measured",
     ),
 ]
-Num = Annotated[
-    int,
-    typer.Option(
-        "--num", min=1, max=1_000_000, metavar="N", help="Images for each number of steps.", rich_help_panel="Sampling"
-    ),
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="Let the recipe of a run name reward code and reward servers.")
 ]
-_MAX_STEPS = 1000
+
+
+def reward_options(sets: Sequence[str]) -> dict[str, dict[str, object]]:
+    """Options by reward from texts such as `ocr.threads=4`; values are YAML 1.2.
+
+    Raises:
+        UsageError: for another form.
+    """
+    from fmg.registry.layers import merge_all, set_layers
+
+    if not sets:
+        return {}
+    chosen = merge_all(set_layers(sets)).plain()
+    options: dict[str, dict[str, object]] = {}
+    for name, values in chosen.items() if isinstance(chosen, Mapping) else ():
+        if not isinstance(values, Mapping):
+            raise UsageError(
+                f"'--set {name}={values}' names no option", "Write NAME.OPTION=VALUE, such as --set ocr.threads=4."
+            )
+        options[name] = dict(values)
+    return options
 
 
 def check_words(words: Sequence[str]) -> None:
     """Whether every word of the command line is text.
 
     Raises:
-        UsageError: for bytes that are not UTF-8, which neither a prompt nor a recipe can hold.
+        UsageError: for bytes that are not UTF-8, which neither a prompt nor a recipe can contain.
     """
     for word in words:
         try:
@@ -183,7 +174,7 @@ def given_text(text: str | None, flag: str) -> str | None:
     """A text that is not empty, or None.
 
     Raises:
-        UsageError: when it is empty, as a variable of the shell that is not set makes it.
+        UsageError: when it is empty, as an unset shell variable makes it.
     """
     if text is not None and not text.strip():
         raise UsageError(f"{flag} is empty", "Give a value, or leave it out.")
@@ -191,22 +182,27 @@ def given_text(text: str | None, flag: str) -> str | None:
 
 
 def parse_steps(text: str) -> tuple[int, ...]:
-    """Numbers of network calls from a list such as `1,2,4`.
+    """Numbers of sampling steps from a list such as `1,2,4`.
 
     Raises:
         UsageError: when an entry is not a whole number from 1 to 1000, or is given twice.
     """
-    counts = []
-    for part in text.split(","):
-        word = part.strip()
-        if not word.isascii() or not word.isdigit() or len(word) > 9 or not 1 <= int(word) <= _MAX_STEPS:
-            raise UsageError(
-                f"--steps {text}: '{word}' is not a whole number from 1 to {_MAX_STEPS}", "Write --steps 1,2,4."
-            )
-        counts.append(int(word))
+    counts = tuple(whole_number("--steps", text, part, _MAX_STEPS, "1,2,4") for part in text.split(","))
     if len(set(counts)) < len(counts):
-        raise UsageError(f"--steps {text} names a number twice", "Give each number of steps once.")
-    return tuple(counts)
+        raise UsageError(f"--steps {text} lists a number twice", "Give each number of steps once.")
+    return counts
+
+
+def whole_number(flag: str, text: str, part: str, most: int, example: str) -> int:
+    """One number of a list of them.
+
+    Raises:
+        UsageError: when `part` of the text that `flag` was given is not a whole number from 1 to `most`.
+    """
+    word = part.strip()
+    if not word.isascii() or not word.isdigit() or len(word) > 9 or not 1 <= int(word) <= most:
+        raise UsageError(f"{flag} {text}: '{word}' is not a whole number from 1 to {most}", f"Write {flag} {example}.")
+    return int(word)
 
 
 def check_grid(name: str | None) -> None:
@@ -237,7 +233,7 @@ def checked_folder(text: str, flag: str) -> Path:
     """A folder that exists or can be made. (Typer's own paths turn an empty text into the working directory.)
 
     Raises:
-        UsageError: when the text is empty, a file is in the way, or it cannot be written.
+        UsageError: when the text is empty, a file is in the way, or the folder cannot be written.
     """
     given_text(text, flag)
     folder = Path(text)
@@ -247,24 +243,11 @@ def checked_folder(text: str, flag: str) -> Path:
     return folder
 
 
-def figure_format(path: Path, flag: str) -> None:
-    """Whether a figure can be written as the ending of its name says.
-
-    Raises:
-        UsageError: it cannot.
-    """
-    from fmg.data.charts import FIGURE_FORMATS
-
-    if path.suffix.lower().removeprefix(".") not in FIGURE_FORMATS:
-        endings = ", ".join(f".{kind}" for kind in FIGURE_FORMATS)
-        raise UsageError(f"{flag} {path} has no ending of a figure", f"Use one of {endings}.")
-
-
 def new_place(text: str | None, flag: str) -> Path | None:
     """A file or folder that does not exist and can be made; None where none was given.
 
     Raises:
-        UsageError: when the text is empty, there is something, or it cannot be written.
+        UsageError: when the text is empty, something is there already, or the place cannot be written.
     """
     if given_text(text, flag) is None:
         return None
@@ -273,4 +256,23 @@ def new_place(text: str | None, flag: str) -> Path | None:
     if path.exists():
         raise UsageError(f"{flag} {path} exists already", "Name another one; nothing is overwritten.")
     check_place(path, flag)
+    return path
+
+
+def new_figure(text: str, flag: str) -> Path:
+    """A figure that does not exist, in a folder that does.
+
+    Raises:
+        UsageError: as `new_place`, or when the name does not end in a format that figures are written in.
+    """
+    from fmg.data.charts import FIGURE_FORMATS
+
+    given_text(text, flag)
+    path = Path(text)
+    if path.suffix.lower().removeprefix(".") not in FIGURE_FORMATS:
+        endings = ", ".join(f".{kind}" for kind in FIGURE_FORMATS)
+        raise UsageError(f"{flag} {path} has no ending of a figure", f"Use one of {endings}.")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{flag} {path}: there is no folder '{path.parent}'", "Make it first, or name another place.")
+    new_place(text, flag)
     return path

@@ -1,4 +1,4 @@
-"""`fmg pretrain`: remakes the embedded models from nothing."""
+"""`fmg pretrain`: trains the embedded models from random weights."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Annotated
 
 import typer
 
-from fmg.cli.console import stderr, stdout
 from fmg.cli.options import checked_folder
+from fmg.cli.output import stderr, stdout
 from fmg.core.display import counted
 from fmg.progress.reporters import reporter_for
 
-pretrain = typer.Typer(help="Remake the weights that ship with fmg.", invoke_without_command=True)
+pretrain = typer.Typer(help="Train the models that ship with fmg from random weights.", invoke_without_command=True)
 
-Out = Annotated[str, typer.Option("--out", metavar="DIR", help="Where to write; a finished stage there is reused.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Seed of everything.")]
+Out = Annotated[str, typer.Option("--out", metavar="DIR", help="Where to write; finished stages there are reused.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Random seed.")]
 
 
 @pretrain.callback()
 def group(ctx: typer.Context) -> None:
-    """Remake the weights that ship with fmg."""
+    """Train the models that ship with fmg from random weights."""
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
 

@@ -1,4 +1,4 @@
-"""`fmg reward-server`: scores pictures for training runs on other processes or machines."""
+"""`fmg reward-server`: scores images for training runs in other processes or on other machines."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Annotated
 import typer
 
 from fmg.cli import completion
-from fmg.cli.console import stderr
-from fmg.cli.options import Device
-from fmg.cli.reward_options import reward_options
+from fmg.cli.options import Device, reward_options
+from fmg.cli.output import stderr
 from fmg.core.errors import MissingDependencyError, UsageError
 from fmg.progress.reporters import reporter_for
 from fmg.version import install_line
@@ -29,35 +28,35 @@ def reward_server(
     sets: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="NAME.OPTION=VALUE", help="Option of a reward, as in a recipe.", show_default=False
+            "--set", metavar="NAME.OPTION=VALUE", help="Option of a reward; repeat for several.", show_default=False
         ),
     ] = None,
     host: Annotated[
-        str, typer.Option(metavar="A", help="Address to listen on; others than loopback need a token.")
+        str, typer.Option(metavar="A", help="Address to listen on; any but loopback needs a token.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="Port; 0 takes a free one.")] = 8765,
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="Port; 0 picks a free one.")] = 8765,
     token_env: Annotated[
-        str, typer.Option(metavar="VAR", help="Environment variable with the token that clients must send.")
+        str, typer.Option(metavar="VAR", help="Environment variable that holds the token clients must send.")
     ] = "FMG_REWARD_TOKEN",
     device: Device = "auto",
-    max_batch: Annotated[int, typer.Option(min=1, metavar="N", help="Images scored together.")] = 64,
+    max_batch: Annotated[int, typer.Option(min=1, metavar="N", help="Largest batch to score.")] = 64,
     max_queued: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Images that may wait; more are answered with 503.")
+        int, typer.Option(min=1, metavar="N", help="Images that may wait; the server answers 503 to more.")
     ] = 1024,
-    max_images: Annotated[int, typer.Option(min=1, metavar="N", help="Images of one request.")] = 256,
-    max_mib: Annotated[int, typer.Option(min=1, metavar="N", help="Size of one request in MiB.")] = 256,
+    max_images: Annotated[int, typer.Option(min=1, metavar="N", help="Images per request.")] = 256,
+    max_mib: Annotated[int, typer.Option(min=1, metavar="N", help="Size of a request in MiB.")] = 256,
     timeout: Annotated[
         float,
         typer.Option(
             min=1.0,
             metavar="S",
-            help="Seconds for a request to arrive, 5 to 20 of them for its headers, and again to be scored.",
+            help="Seconds for a request to arrive (5 to 20 of them for its headers), and again for it to be scored.",
         ),
     ] = 300.0,
 ) -> None:
-    """Serve rewards over HTTP: GET /health, GET /info, POST /score. Pictures and prompts only.
+    """Serve rewards over HTTP: GET /health, GET /info, POST /score. Receives only images and prompts.
 
-    Train with it by `--reward remote --set rewards.0.url=http://HOST:PORT`.
+    Train with it: `fmg train --reward remote --set rewards.0.url=http://HOST:PORT`.
     """
     options = reward_options(sets or ())
     unused = sorted(set(options) - set(reward))
@@ -74,11 +73,7 @@ def reward_server(
     from fmg.rewards.service.server import RewardServer
 
     limits = Limits(
-        max_body=max_mib << 20,
-        max_images=max_images,
-        max_queued=max_queued,
-        max_batch=max_batch,
-        timeout=timeout,
+        max_body=max_mib << 20, max_images=max_images, max_queued=max_queued, max_batch=max_batch, timeout=timeout
     )
     torch_device = pick_device(device)
     wanted = references(reward, options)

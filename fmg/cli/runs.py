@@ -1,21 +1,26 @@
-"""`fmg runs`: what was trained, and what it gained. Imports no torch."""
+"""`fmg runs` and `fmg report`: what was trained and what it gained, as a list and as pages. Imports no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fmg.cli.console import print_json, print_warning, stdout
-from fmg.cli.options import AsJson, checked_folder
-from fmg.cli.tables import change, number, table
+from fmg.cli import completion
+from fmg.cli.options import AsJson, checked_folder, given_text, new_place
+from fmg.cli.output import change, number, print_json, print_warning, stdout, table
 from fmg.core import metric_keys as keys
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.data.run_metrics import Outcome, headline
 
 if TYPE_CHECKING:
     from fmg.data.run_folder import RunFolder
+
+_COMPARISON = "comparison.html"
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,8 @@ class RunRow:
         model: its name.
         state: as in `run.json`, or `damaged`.
         iterations: iterations done.
-        kept: iteration of the checkpoint that the run keeps, its result; None before there is one.
-        averaged: whether that is a moving average of the weights.
+        kept: iteration of the checkpoint that the run keeps as its result; None before there is one.
+        averaged: whether that checkpoint is a moving average of the weights.
         reward: mean reward on training prompts in the first and the last iteration.
         held_out: the headline score on held-out prompts.
     """
@@ -61,16 +66,16 @@ class RunRow:
 
 def runs(
     folder: Annotated[
-        str | None, typer.Argument(metavar="[DIR]", help="Folder that holds the runs.", show_default="runs")
+        str | None, typer.Argument(metavar="[DIR]", help="Folder of the runs.", show_default="runs")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the runs: what each keeps, and its held-out score before and after; files that cannot be read: damaged."""
+    """List the runs with the checkpoint that each keeps and its held-out score before and after."""
     from fmg.data.run_folder import RUNS, damaged_runs, list_runs
 
     root = RUNS if folder is None else checked_folder(folder, "DIR")
     if folder is not None and not root.exists():
-        raise UsageError(f"There is no folder '{folder}'", "Name the folder that holds the runs.")
+        raise UsageError(f"There is no folder '{folder}'", "Name the folder that contains the runs.")
     rows = [*map(_row, list_runs(root)), *(_damaged(run, "-", error) for run, error in damaged_runs(root))]
     if as_json:
         print_json([asdict(row) for row in rows])
@@ -85,9 +90,9 @@ def runs(
             row.model,
             row.state,
             str(row.iterations),
-            _gain(row.reward),
+            change(row.reward.before, row.reward.after),
             "-" if row.kept is None else f"{row.kept}{' (EMA)' * row.averaged}",
-            f"{row.held_out.name} {_gain(row.held_out)}",
+            f"{row.held_out.name} {change(row.held_out.before, row.held_out.after)}",
             "-" if row.held_out.last is None else number(row.held_out.last),
         )
         for row in rows
@@ -125,5 +130,85 @@ def _damaged(run: RunFolder, model: str, why: CheckpointError) -> RunRow:
     return RunRow(str(run.path), model, "damaged", 0, None, False, Gain("-", None, None), Result("-", None, None, None))
 
 
-def _gain(gain: Gain) -> str:
-    return change(gain.before, gain.after)
+class FigureFormat(StrEnum):
+    """File formats of curves."""
+
+    PNG = "png"
+    SVG = "svg"
+    PDF = "pdf"
+
+
+def report(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN]...", help="Run folders.", show_default="the newest run", autocompletion=completion.runs
+        ),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="F.html",
+            help="Where to write.",
+            show_default=f"report.html in the run's folder; {_COMPARISON} for several",
+        ),
+    ] = None,
+    figure: Annotated[
+        FigureFormat | None,
+        typer.Option("--format", help="Also write the curves as a figure next to the page.", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the report of a run, or a page that compares several: curves, images, scores, recipe and timings."""
+    from fmg.core.files import write_atomic
+    from fmg.data.run_folder import RunFolder, newest_run
+    from fmg.data.run_report import RunRecord, run_page, write_comparison, write_run_report
+
+    place = new_place(out, "--out")
+    for name in runs or ():
+        given_text(name, "RUN")
+    newest = newest_run()
+    if not runs and newest is None:
+        raise UsageError("There is no run under 'runs' yet", "Train one with `fmg train`, or name a run folder.")
+    folders = [RunFolder(Path(name)) for name in runs or [str(newest)]]
+    picture = _figure_file(place, folders, figure)
+    if len(folders) > 1:
+        path = place or Path(_COMPARISON)
+        write_comparison(folders, path)
+    elif place is None:
+        path = write_run_report(folders[0])
+    else:
+        path = place
+        text = run_page(RunRecord.read(folders[0]))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, text.encode())
+    if picture is not None:
+        _write_figure(folders, picture)
+    if as_json:
+        print_json({"report": str(path)} | ({} if picture is None else {"figure": str(picture)}))
+        return
+    stdout().print(f"Report: {path}", soft_wrap=True)
+    if picture is not None:
+        stdout().print(f"Figure: {picture}", soft_wrap=True)
+
+
+def _figure_file(place: Path | None, folders: Sequence[RunFolder], figure: FigureFormat | None) -> Path | None:
+    """The figure of --format: next to the page and named like it; for a run's own report, its `curve`."""
+    if figure is None:
+        return None
+    if place is None and len(folders) == 1:
+        return folders[0].path / f"curve.{figure.value}"
+    page = place or Path(_COMPARISON)
+    picture = page.with_suffix(f".{figure.value}")
+    if picture == page:
+        raise UsageError(f"--out {page} would be both the page and the figure", "Give the page a name in .html.")
+    return new_place(str(picture), "The figure")
+
+
+def _write_figure(folders: Sequence[RunFolder], picture: Path) -> None:
+    from fmg.data.run_report import RunRecord, write_comparison_figure, write_run_figure
+
+    if len(folders) > 1:
+        write_comparison_figure(folders, picture)
+    else:
+        write_run_figure(RunRecord.read(folders[0]), picture)

@@ -1,4 +1,4 @@
-"""`fmg score`: rewards and metrics of pictures that exist already."""
+"""`fmg score`: rewards and metrics of existing images."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from typing import Annotated
 import typer
 
 from fmg.cli import completion
-from fmg.cli.console import print_json, stderr, stdout
-from fmg.cli.options import AsJson, Device, Features, OptionsByName, given_text
-from fmg.cli.reward_options import reward_options
-from fmg.cli.tables import compact, interval, number, table
+from fmg.cli.options import AsJson, Device, Features, OptionsByName, given_text, reward_options
+from fmg.cli.output import compact, interval, number, print_json, stderr, stdout, table
 from fmg.core.display import counted
 from fmg.progress.reporters import LOADING, reporter_for
 
@@ -18,7 +16,11 @@ from fmg.progress.reporters import LOADING, reporter_for
 def score(
     paths: Annotated[
         list[str],
-        typer.Argument(metavar="PATH...", help="Pictures, folders of them, or GenEval trees.", show_default=False),
+        typer.Argument(
+            metavar="PATH...",
+            help="Images, folders of images, or folders in the layout of GenEval.",
+            show_default=False,
+        ),
     ],
     reward: Annotated[
         list[str] | None,
@@ -30,19 +32,17 @@ def score(
         ),
     ] = None,
     prompt: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", help="Prompt of every picture.", show_default="from metadata.jsonl"),
+        str | None, typer.Option(metavar="TEXT", help="Prompt of every image.", show_default="from metadata.jsonl")
     ] = None,
     features: Features = None,
     reference: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Real pictures to compare the set with.", show_default=False),
+        str | None, typer.Option(metavar="DIR", help="Real images to compare with.", show_default=False)
     ] = None,
     sets: OptionsByName = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Score pictures that exist already, whoever drew them."""
+    """Score existing images, from any generator."""
     for path in paths:
         given_text(path, "PATH")
     given_text(reference, "--reference")
@@ -67,7 +67,7 @@ def score(
         print_json(found.to_json())
         return
     out = stdout()
-    out.print(f"{counted(len(found.images), 'picture')}\n")
+    out.print(f"{counted(len(found.images), 'image')}\n")
     if found.results:
         rows = [(r.reward, r.part, number(r.mean), interval(r.ci95), number(r.std)) for r in found.results]
         columns = ["reward", "part", "mean", "95 % interval", "std"]
@@ -76,7 +76,7 @@ def score(
         out.print()
         chosen = headline_tags(found.results, found.tags)
         tags = [(t.reward, t.part, t.tag, str(t.num), number(t.mean), interval(t.ci95)) for t in chosen]
-        columns = ["reward", "part", "tag", "pictures", "mean", "95 % interval"]
+        columns = ["reward", "part", "tag", "images", "mean", "95 % interval"]
         out.print(table(columns, tags, right=columns[3:]))
     if found.metrics:
         out.print()

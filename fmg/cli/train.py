@@ -3,236 +3,184 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
 from fmg.cli import completion
-from fmg.cli.console import print_json, print_warning, stderr, stdout
-from fmg.cli.observers import JsonReporter, Outspoken, SilentReporter
-from fmg.cli.options import AsJson, Offline, given_text
-from fmg.cli.preflight import check_inputs
-from fmg.cli.tables import table
-from fmg.core.errors import UsageError, said_once
+from fmg.cli.options import DEVICES, DTYPES, AsJson, Offline, given_text, hardware_option, panel
+from fmg.cli.output import print_error, print_json, print_warning, stderr, stdout, table
+from fmg.core.errors import MissingDependencyError, UsageError, said_once
+from fmg.core.events import Evaluated, Event, IterationDone, Notice, Resumed
 from fmg.core.files import check_place
 from fmg.core.signals import exit_code
-from fmg.progress.reporters import LOADING, Reporter, reporter_for
+from fmg.progress.reporters import LOADING, Reporter, Stateless, reporter_for
 
 if TYPE_CHECKING:
     from fmg.core.events import Observer
     from fmg.registry.recipe import Recipe
     from fmg.registry.resolve import ResolvedRecipe
     from fmg.training.trainer import TrainResult
-    from fmg.training.tripwire import Verdict
 
 _RECIPE = "the recipe's"
+_WITH_RESUME = ("resume", "allow-code", "accept-changed-prompts", "offline", "json")
+_task_option, _training_option, _run_option = map(panel, ("Model, reward and data", "Training", "Run"))
 
 
 def train(
+    ctx: typer.Context,
     config: Annotated[
         str | None,
-        typer.Option(
+        _task_option(
             metavar="F|NAME",
             help="Recipe file, or a shipped recipe.",
             show_default="the model's own",
-            rich_help_panel="What is trained",
             autocompletion=completion.recipes,
         ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(
+        _task_option(
             metavar="N",
-            help="Model to tune.",
+            help="Model to fine-tune.",
             show_default="meanflow-shapes",
-            rich_help_panel="What is trained",
             autocompletion=completion.components("model"),
         ),
     ] = None,
     stochasticizer: Annotated[
         str | None,
-        typer.Option(
+        _training_option(
             metavar="N",
-            help="How the map becomes a policy; auto asks the model.",
+            help="Turns the flow map into a policy; auto takes the model's default.",
             show_default=_RECIPE,
-            rich_help_panel="How",
             autocompletion=completion.components("stochasticizer"),
         ),
     ] = None,
     reward: Annotated[
         list[str] | None,
-        typer.Option(
+        _task_option(
             metavar="N[=W]",
             help="Reward and weight; repeat for several. python:my.mod:fn runs your own function.",
             show_default=_RECIPE,
-            rich_help_panel="What is trained",
             autocompletion=completion.components("reward"),
         ),
     ] = None,
     objective: Annotated[
         str | None,
-        typer.Option(
-            metavar="N",
-            help="Loss.",
-            show_default=_RECIPE,
-            rich_help_panel="How",
-            autocompletion=completion.components("objective"),
+        _training_option(
+            metavar="N", help="Loss.", show_default=_RECIPE, autocompletion=completion.components("objective")
         ),
     ] = None,
     optimizer: Annotated[
         str | None,
-        typer.Option(
-            metavar="N",
-            help="Optimizer.",
-            show_default=_RECIPE,
-            rich_help_panel="How",
-            autocompletion=completion.components("optimizer"),
+        _training_option(
+            metavar="N", help="Optimizer.", show_default=_RECIPE, autocompletion=completion.components("optimizer")
         ),
     ] = None,
-    lr: Annotated[
-        float | None, typer.Option(metavar="X", help="Learning rate.", show_default=_RECIPE, rich_help_panel="How")
-    ] = None,
+    lr: Annotated[float | None, _training_option(metavar="X", help="Learning rate.", show_default=_RECIPE)] = None,
     prompts: Annotated[
         str | None,
-        typer.Option(
+        _task_option(
             metavar="N|F",
             help="Prompt set by name, or a .txt or .jsonl file.",
             show_default=_RECIPE,
-            rich_help_panel="What is trained",
             autocompletion=completion.prompt_sets,
         ),
     ] = None,
     steps: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Network calls an image.", show_default=_RECIPE, rich_help_panel="How"),
+        int | None, _training_option(metavar="N", help="Sampling steps (NFE) per image.", show_default=_RECIPE)
     ] = None,
     iterations: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Rollouts, each with its updates.", show_default=_RECIPE, rich_help_panel="How"),
+        _training_option(metavar="N", help="Iterations, each a rollout and its updates.", show_default=_RECIPE),
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(metavar="N", help="Seed of the run.", show_default=_RECIPE, rich_help_panel="How")
-    ] = None,
+    seed: Annotated[int | None, _training_option(metavar="N", help="Seed of the run.", show_default=_RECIPE)] = None,
     device: Annotated[
         str | None,
-        typer.Option(
-            metavar="D",
-            help="auto, cpu, cuda or cuda:N.",
-            show_default=_RECIPE,
-            rich_help_panel="Where it runs",
-            autocompletion=completion.one_of("auto", "cpu", "cuda"),
-        ),
+        hardware_option(metavar="D", help="auto, cpu, cuda or cuda:N.", show_default=_RECIPE, autocompletion=DEVICES),
     ] = None,
     dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="T",
-            help="fp32 or bf16.",
-            show_default=_RECIPE,
-            rich_help_panel="Where it runs",
-            autocompletion=completion.one_of("fp32", "bf16"),
-        ),
+        str | None, hardware_option(metavar="T", help="fp32 or bf16.", show_default=_RECIPE, autocompletion=DTYPES)
     ] = None,
     stop_on_hacking: Annotated[
         bool,
-        typer.Option(
+        _training_option(
             "--stop-on-hacking",
-            help="End when the trained reward rises while a held-out one or the diversity falls.",
-            rich_help_panel="How",
+            help="Stop when the trained reward rises while a held-out reward or the diversity falls.",
         ),
     ] = False,
     sets: Annotated[
         list[str] | None,
-        typer.Option(
+        _task_option(
             "--set",
             metavar="K=V",
             help="Any value of the recipe, such as lora.rank=4; repeat for several.",
-            rich_help_panel="What is trained",
             autocompletion=completion.recipe_values,
         ),
     ] = None,
     run: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR", help="Folder of the run.", show_default="a new one under runs/", rich_help_panel="The run"
-        ),
+        str | None, _run_option(metavar="DIR", help="Run folder.", show_default="a new one under runs/")
     ] = None,
     resume: Annotated[
         str | None,
-        typer.Option(
+        _run_option(
             metavar="RUN",
-            help="Go on with an interrupted run, by its own recipe.",
+            help="Resume an interrupted run with its own recipe.",
             show_default=False,
-            rich_help_panel="The run",
             autocompletion=completion.runs,
         ),
     ] = None,
     allow_code: Annotated[
-        bool,
-        typer.Option(
-            "--allow-code", help="Let a recipe file name reward code and reward servers.", rich_help_panel="The run"
-        ),
+        bool, _run_option("--allow-code", help="Let a recipe file name reward code and reward servers.")
     ] = False,
     accept_changed_prompts: Annotated[
         bool,
-        typer.Option(
-            "--accept-changed-prompts",
-            help="With --resume: take prompts that were changed since.",
-            rich_help_panel="The run",
+        _run_option(
+            "--accept-changed-prompts", help="With --resume: accept prompts that have changed since the run started."
         ),
     ] = False,
     dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Print every value, where it came from and the plan; start nothing.",
-            rich_help_panel="The run",
-        ),
+        bool, _run_option("--dry-run", help="Print every value, its source and the plan, then exit.")
     ] = False,
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> int:
-    """Tune a generator with reinforcement learning; without options, the embedded one on this computer."""
+    """Fine-tune a generator with reinforcement learning; without options, the embedded one on this computer."""
     from fmg.data.run_folder import RunFolder
+    from fmg.registry.layers import FLAGS
     from fmg.registry.resolve import resolve
     from fmg.training.launch import is_main_process
 
     given_text(config, "--config")
     given_text(prompts, "--prompts")
     given_text(run, "--run")
-    flags: dict[str, object] = {
-        "model": model,
-        "stochasticizer": stochasticizer,
-        "reward": reward,
-        "objective": objective,
-        "optimizer": optimizer,
-        "lr": lr,
-        "prompts": prompts,
-        "steps": steps,
-        "iterations": iterations,
-        "seed": seed,
-        "device": device,
-        "dtype": dtype,
-        "stop-on-hacking": stop_on_hacking or None,
-    }
-    first = is_main_process()
+    first, given = is_main_process(), _given(ctx)
     if resume is not None:
-        others = {"config": config, **flags, "set": sets, "run": run, "dry-run": dry_run or None}
+        with said_once(first):
+            for name in given:
+                if name not in _WITH_RESUME:
+                    raise UsageError(
+                        f"--resume continues a run as it was started, and --{name} would change it",
+                        "Give only one of them; a run with other values is a new run.",
+                    )
         return _resume(
-            resume, others, first=first, allow_code=allow_code, accept_prompts=accept_changed_prompts, as_json=as_json
+            resume, first=first, allow_code=allow_code, accept_prompts=accept_changed_prompts, as_json=as_json
         )
     if accept_changed_prompts:
-        raise UsageError("--accept-changed-prompts is of --resume alone", "Leave it out, or name the run to resume.")
+        raise UsageError("--accept-changed-prompts needs --resume", "Leave it out, or name the run to resume.")
     with said_once(first):
+        flags = {name: value for name, value in given.items() if name in FLAGS}
         resolved = resolve(config, flags, sets or [], allow_code)
     if first:
-        # the others might already meet the folder that the first process makes
+        # the others might already see the folder that the first process makes
         RunFolder.check_free(run)
     with said_once(first):
         lacking = check_inputs(resolved.recipe, planned=dry_run)
@@ -250,10 +198,17 @@ def train(
     return _report(resolved.recipe, result, first=first, as_json=as_json)
 
 
-def _resume(
-    run: str, others: Mapping[str, object], *, first: bool, allow_code: bool, accept_prompts: bool, as_json: bool
-) -> int:
-    """Goes on with a run; everything that a run is made of stands in its own recipe."""
+def _given(ctx: typer.Context) -> dict[str, object]:
+    """The options on the command line by their names, in the order of `--help`; those in FLAGS set recipe values."""
+    sources = {option: ctx.get_parameter_source(str(option.name)) for option in ctx.command.params}
+    return {
+        option.opts[0].lstrip("-"): ctx.params[str(option.name)]
+        for option, source in sources.items()
+        if source is not None and source.name == "COMMANDLINE"
+    }
+
+
+def _resume(run: str, *, first: bool, allow_code: bool, accept_prompts: bool, as_json: bool) -> int:
     from fmg.data.prompt_sets import stated_digests, untied
     from fmg.data.resume_points import check_prompts, check_resumable, ended_short
     from fmg.registry.recipe import Recipe
@@ -261,12 +216,6 @@ def _resume(
     folder = Path(run)
     with said_once(first):
         given_text(run, "--resume")
-        for name, value in others.items():
-            if value not in (None, []):
-                raise UsageError(
-                    f"--resume goes on with a run as it was begun, and --{name} would change it",
-                    "Leave one of the two out; a run with other values is a new run.",
-                )
         if not ended_short(folder):
             check_resumable(folder)
         recipe = Recipe.of_run(folder / "recipe.yaml", allow_code=allow_code)
@@ -281,9 +230,105 @@ def _resume(
     return _report(recipe, result, first=first, as_json=as_json)
 
 
+def check_inputs(recipe: Recipe, *, planned: bool) -> list[str]:
+    """Checks before anything is loaded that the files a recipe names can be read: model, reward weights, prompts, code.
+
+    Imports no torch and runs no code.
+
+    Args:
+        recipe: what is to be trained.
+        planned: only to be planned, perhaps for another machine, so that published files may be fetched later.
+
+    Returns:
+        One line for each published file that has not been fetched and each missing package, if `planned`.
+
+    Raises:
+        UsageError: for the first that is missing or malformed.
+        MissingDependencyError: published files that have not been fetched or a missing package, unless it is only
+            planned.
+        CheckpointError: local model files that are missing.
+    """
+    from fmg.core.hub import locate
+    from fmg.data.prompt_sets import FilePromptsConfig, load_prompts
+    from fmg.registry import models
+    from fmg.registry.composition import check_backend
+    from fmg.rewards.configs import PythonRewardConfig
+    from fmg.rewards.python_module import check_module
+
+    for prompts in (recipe.prompts, recipe.eval.prompts):
+        if isinstance(prompts.config, FilePromptsConfig):
+            load_prompts(prompts)
+    lacking: list[MissingDependencyError] = []
+    for reward in recipe.measured_rewards:
+        if isinstance(reward.config, PythonRewardConfig):
+            check_module(reward.config.target)
+        for asset in reward.config.assets():
+            try:
+                locate(asset, "reward", reward.name)
+            except MissingDependencyError as error:
+                lacking.append(error)
+    try:
+        models.build_config(recipe.model.name, recipe.model.config).check()
+    except MissingDependencyError as error:
+        lacking.append(error)
+    try:
+        check_backend(recipe, "auto")
+    except MissingDependencyError as error:
+        lacking.append(error)
+    if lacking and not planned:
+        raise lacking[0]
+    return [str(error) for error in lacking]
+
+
+class JsonReporter(Stateless):
+    """Prints the lines of `metrics.jsonl` on stdout, and notices on the console `notices`."""
+
+    def __init__(self, notices: Console) -> None:
+        self._notices = notices
+
+    def __enter__(self) -> JsonReporter:
+        return self
+
+    def __call__(self, event: Event) -> None:
+        """Prints iterations, evaluations and notices."""
+        if isinstance(event, (IterationDone, Evaluated)):
+            finite = {key: value if math.isfinite(value) else None for key, value in event.metrics.items()}
+            print_json({**finite, "iteration": event.iteration}, indent=None)
+        elif isinstance(event, Resumed):
+            self._notices.print(f"info: {event.text}", soft_wrap=True)
+        elif isinstance(event, Notice):
+            self._notices.print(f"{event.level}: {event.text}", soft_wrap=True)
+
+
+class SilentReporter(Stateless):
+    """Shows nothing: for a process of several whose events the first one shows."""
+
+    def __enter__(self) -> SilentReporter:
+        return self
+
+    def __call__(self, event: Event) -> None:
+        """Ignores the event."""
+
+
+class Outspoken:
+    """Passes events on to a reporter, except errors, which go to stderr because the process may end right after."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+
+    def __call__(self, event: Event) -> None:
+        """Shows the event."""
+        if isinstance(event, Notice) and event.level == "error":
+            # a live view gives the terminal back
+            self._reporter.__exit__(None, None, None)
+            print_error(event.text)
+        else:
+            self._reporter(event)
+
+
 @contextmanager
 def _reporting(*, first: bool, as_json: bool) -> Iterator[Observer]:
-    # what torch's store prints when its other end is gone would drown the line that says so
+    # what torch's store prints when its peer is gone would bury our own line about it
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with _reporter(first=first, as_json=as_json) as reporter:
         reporter(LOADING)
@@ -295,28 +340,21 @@ def _report(recipe: Recipe, result: TrainResult, *, first: bool, as_json: bool) 
     if not first:
         return code
     if as_json:
-        key = result.best.score_key
-        best = {"iteration": result.best.iteration, "key": key, "value": result.best.score}
-        last = {"iteration": int(result.final["iteration"]), "key": key, "value": result.final.get(key)}
-        hacking = None if result.hacking is None else _hacking(result.hacking)
-        print_json(
-            {
-                "run": str(result.run.path),
-                "best": best,
-                "last": last,
-                "interrupted": result.interrupted,
-                "hacking": hacking,
-            },
-            indent=None,
-        )
+        key, hacking = result.best.score_key, result.hacking
+        document = {
+            "run": str(result.run.path),
+            "best": {"iteration": result.best.iteration, "key": key, "value": result.best.score},
+            "last": {"iteration": int(result.final["iteration"]), "key": key, "value": result.final.get(key)},
+            "interrupted": result.interrupted,
+            "hacking": None,
+        }
+        if hacking is not None:
+            lost = [reading.name for reading in hacking.hacked]
+            document["hacking"] = {"began": hacking.began, "found": hacking.iteration, "lost": lost}
+        print_json(document, indent=None)
     else:
         _print_result(recipe, result)
     return code
-
-
-def _hacking(verdict: Verdict) -> dict[str, object]:
-    """What the tripwire found, for programs."""
-    return {"began": verdict.began, "found": verdict.iteration, "lost": [r.name for r in verdict.hacked]}
 
 
 def _reporter(*, first: bool, as_json: bool) -> Reporter:
@@ -338,31 +376,24 @@ def _print_plan(resolved: ResolvedRecipe, *, as_json: bool) -> None:
         print_json({"recipe": values, "plan": dict(planned.facts), **parts})
         return
     out = stdout()
-    out.print(table(["value", "is", "from"], [(row.path, _shown(row.value), row.source.text) for row in rows]))
+    out.print(table(["key", "value", "source"], [(row.path, _shown(row.value), row.source.text) for row in rows]))
     out.print()
     out.print(table(["plan", ""], list(planned.facts.items())))
     if memory is not None:
         out.print()
-        sizes = [(part, size_text(size)) for part, size in memory.parts.items()]
-        out.print(table(["memory of a device", "size"], [*sizes, ("together", size_text(memory.peak))], right=["size"]))
+        sizes = [(part, size_text(size)) for part, size in (*memory.parts.items(), ("total", memory.peak))]
+        out.print(table(["memory per device", "size"], sizes, right=["size"]))
     if planned.gpus:
         out.print()
-        columns = ["one GPU", "rollout", "s an iteration", "h a run", "memory", "fits"]
-        on_gpus = [
-            (
-                on.gpu,
-                on.kind,
-                f"{on.seconds:,.0f}",
-                f"{on.hours:,.1f}",
-                size_text(on.memory),
-                "yes" if on.fits else "no",
-            )
-            for on in planned.gpus
+        columns = ["one GPU", "rollout", "s/iteration", "h/run", "memory", "fits"]
+        cells = [
+            (g.gpu, g.kind, f"{g.seconds:,.0f}", f"{g.hours:,.1f}", size_text(g.memory), "yes" if g.fits else "no")
+            for g in planned.gpus
         ]
-        out.print(table(columns, on_gpus, right=columns[2:5]))
+        out.print(table(columns, cells, right=columns[2:5]))
         out.print(
-            "Network time at the shares of peak that an H200 reached with 8 B parameters at 512 px (docs/branching.md);"
-            " decoding, rewards and evaluations come on top."
+            "Transformer time only, at the utilisation that an H200 reached with 8 B parameters at 512 px"
+            " (docs/branching.md). Decoding, rewards and evaluation are not included."
         )
 
 
@@ -384,7 +415,7 @@ def _print_result(recipe: Recipe, result: TrainResult) -> None:
     out.print(f"\nKept checkpoint: {result.outcome.title} ({judged})")
     for name in ("before_after.png", "curve.png"):
         if (run / name).is_file():
-            out.print(f"Picture: {run / name}", soft_wrap=True)
+            out.print(f"Image: {run / name}", soft_wrap=True)
     folder = shlex.quote(str(run))
     out.print("\nNext:")
     if result.interrupted and newest_state(run) is not None:

@@ -1,17 +1,19 @@
-"""`fmg verify`: whether an exported artifact is what was exported, and draws what its run draws."""
+"""`fmg verify`: whether an exported artifact is intact and reproduces the images of its run."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fmg.cli import completion
-from fmg.cli.console import print_json, stderr, stdout
-from fmg.cli.options import AsJson, Backend, Device, Seed, given_text
-from fmg.cli.tables import table
-from fmg.core.errors import UsageError
+from fmg.cli.options import AllowCode, AsJson, Backend, Device, Seed, given_text
+from fmg.cli.output import print_json, stderr, stdout, table
+from fmg.core.errors import MissingDependencyError, UsageError
 from fmg.progress.reporters import LOADING, reporter_for
+from fmg.version import install_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,41 +28,40 @@ def verify(
     artifact: Annotated[
         str,
         typer.Argument(
-            metavar="ARTIFACT",
-            help="A folder that `fmg export` made, or the run that has it.",
-            autocompletion=completion.artifacts,
+            metavar="ARTIFACT", help="A folder that `fmg export` made, or its run.", autocompletion=completion.artifacts
         ),
     ],
     against: Annotated[
         str | None,
         typer.Option(
             metavar="T",
-            help="The run or model it was made from.",
-            show_default="what its manifest names",
+            help="The run or model to compare with.",
+            show_default="the one in its manifest",
             autocompletion=completion.targets,
         ),
     ] = None,
     quick: Annotated[
-        bool,
-        typer.Option("--quick", help="Files, weights, each graph, 16 pictures. What is done if nothing is said."),
+        bool, typer.Option("--quick", help="Compare files, weights, each graph and 16 images (the default).")
     ] = False,
-    full: Annotated[bool, typer.Option("--full", help="Also the run's own rewards, on 512 pictures.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Also compare the run's rewards, on 512 images.")] = False,
     alone: Annotated[
-        bool, typer.Option("--alone", help="Only what needs neither torch nor the run: files, and that it draws.")
+        bool,
+        typer.Option("--alone", help="Only check the files and generate one image; needs neither torch nor the run."),
     ] = False,
     num: Annotated[
         int | None,
-        typer.Option(min=1, max=1_000_000, metavar="N", help="Pictures to compare.", show_default="16 or 512"),
+        typer.Option(min=1, max=1_000_000, metavar="N", help="Images to compare.", show_default="16; with --full: 512"),
     ] = None,
     backend: Backend = "auto",
     device: Device = "auto",
     seed: Seed = 0,
-    allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Let the recipe of a run name reward code and reward servers.")
-    ] = False,
+    allow_code: AllowCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Prove that an artifact draws what its run draws; exit code 1 and the first differing layer when it does not."""
+    """Verify that an artifact reproduces the images of its run.
+
+    Exits with 1 and names the first layer that differs when it does not.
+    """
     from fmg.inference.artifact.layout import artifact_of
 
     given_text(artifact, "ARTIFACT")
@@ -69,7 +70,7 @@ def verify(
     if quick + full + alone > 1:
         raise UsageError("--quick, --full and --alone exclude each other", "Give one of them.")
     if alone and (against is not None or num is not None):
-        raise UsageError("--alone compares with nothing", "Leave --against and --num out, or --alone.")
+        raise UsageError("--alone compares with nothing", "Leave out --alone, or --against and --num.")
     with reporter_for(stderr()) as reporter:
         reporter(LOADING)
         report = (
@@ -88,7 +89,7 @@ def verify(
 
 
 def print_report(console: Console, report: VerifyReport) -> None:
-    """One row a check, what was measured, why one failed, and on what terms others passed."""
+    """Prints one row a check with what was measured, why checks failed, and under which conditions others passed."""
     against = f" against {report.against}" if report.against else ""
     console.print(f"{report.artifact}{against}, {report.level}, {report.backend}\n", soft_wrap=True)
     rows = [("passed" if check.passed else "FAILED", check.name, _measured(check.values)) for check in report.checks]
@@ -124,9 +125,9 @@ def _compared(
 
     opened = open_artifact(artifact, hashes=False)
     _check_torch()
-    from fmg.export.verify import verify as prove
+    from fmg.export.verify import verify as compare
 
-    return prove(
+    return compare(
         opened,
         against,
         level=level,
@@ -140,17 +141,11 @@ def _compared(
 
 
 def _check_torch() -> None:
-    from importlib.util import find_spec
-
-    from fmg.core.errors import MissingDependencyError
-    from fmg.version import install_line
-
     if find_spec("torch") is None:
         raise MissingDependencyError(
-            "Comparing an artifact with its run needs torch", f"Run: {install_line()}, or check it --alone."
+            "Comparing an artifact with its run needs torch", f"Run: {install_line()}, or add --alone."
         )
 
 
-def _measured(values: object) -> str:
-    assert isinstance(values, dict)
+def _measured(values: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.6g}" for name, value in values.items())

@@ -356,4 +356,4 @@ def test_a_function_is_examined_as_a_reward(tmp_path_factory: pytest.TempPathFac
         patch.chdir(folder)
         done = fmg("check-component", "my_functions:red")
     assert done.code == 0, done.stdout + done.stderr
-    assert "It keeps every rule." in done.stdout
+    assert "No rule is broken." in done.stdout

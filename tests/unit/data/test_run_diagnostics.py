@@ -256,4 +256,4 @@ def test_the_command(tmp_path: Path) -> None:
     (advice,) = json.loads(fmg("doctor", "run", str(run.path), "--json").stdout)
     assert advice["severity"] == "problem"
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in log()))
-    assert fmg("doctor", "run", str(run.path)).stdout == "Nothing in the log looks wrong.\n"
+    assert fmg("doctor", "run", str(run.path)).stdout == "The log shows no problem.\n"

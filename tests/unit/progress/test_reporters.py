@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 from rich.console import Console
 
-from fmg.cli.observers import JsonReporter
+from fmg.cli.train import JsonReporter
 from fmg.core.events import Evaluated, Event, Finished, IterationDone, Notice, Resumed, StageProgress, Started
 from fmg.progress.live import LiveReporter
 from fmg.progress.reporters import LOADING, PlainReporter, reporter_for

@@ -1,17 +1,22 @@
-"""`fmg list` and `fmg show`: what there is to choose from. Imports no torch."""
+"""`fmg list`, `show`, `init` and `check-component`: what there is to choose from, and what extends it.
+
+Only `check-component` imports torch.
+"""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fmg.cli import completion
-from fmg.cli.console import print_json, stdout
-from fmg.cli.options import AsJson
-from fmg.cli.tables import table
+from fmg.cli.options import AsJson, given_text, reward_options
+from fmg.cli.output import print_json, stdout, table
+from fmg.core.errors import UsageError, writing
 
 if TYPE_CHECKING:
     from fmg.registry import Description
@@ -20,6 +25,12 @@ if TYPE_CHECKING:
 _KINDS = "models, stochasticizers, rewards, objectives, optimizers, prompt-sets, backends or feature-extractors"
 _RECIPES = ("recipe", "recipes")
 
+_RECIPE_FILE = "recipe.yaml"
+_RECIPE_HEAD = """# The recipe of `fmg train --config {file}`, copied from {source}.
+# Change what you like, and delete what you leave as it is: the model's own recipe supplies the rest.
+# `fmg train --config {file} --dry-run` says what the run takes; `fmg list` and `fmg show NAME` describe components.
+
+"""
 _BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 
 
@@ -57,7 +68,7 @@ def show(
         str,
         typer.Argument(
             metavar="[KIND]",
-            help=f"{_KINDS}; only where two kinds have the name.",
+            help=f"{_KINDS}; needed only when two kinds share the name.",
             show_default=False,
             autocompletion=completion.kinds_and_names,
         ),
@@ -133,7 +144,6 @@ def _plain(description: Description, ranges: Mapping[str, str]) -> dict[str, obj
 
 
 def _ranges(schema: Mapping[str, Any]) -> dict[str, str]:
-    """What each option accepts, from the JSON schema of its config class."""
     return {name: _range(entry) for name, entry in schema.get("properties", {}).items()}
 
 
@@ -147,3 +157,78 @@ def _range(entry: Mapping[str, Any]) -> str:
         if "pattern" in branch:
             parts.append(branch["pattern"])
     return " and ".join(parts)
+
+
+def init(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RECIPE]",
+            help="Recipe to start from, by name or file; or a model.",
+            show_default="meanflow-shapes",
+            autocompletion=completion.recipes,
+        ),
+    ] = None,
+    out: Annotated[str, typer.Option(metavar="FILE", help="Where to write; nothing is overwritten.")] = _RECIPE_FILE,
+    as_json: AsJson = False,
+) -> None:
+    """Write a recipe to edit, with the meaning of each value as a comment."""
+    given_text(recipe, "RECIPE")
+    given_text(out, "--out")
+
+    from fmg.registry.document import render
+    from fmg.registry.resolve import recipe_of
+
+    start = recipe_of(recipe, allow_code=True).recipe
+    path = Path(out)
+    head = _RECIPE_HEAD.format(
+        file=shlex.quote(str(path)), source=recipe or f"the default recipe of {start.model.name}"
+    )
+    text = head + render(start.plain(), start.notes())
+    with writing(path, called="--out "):
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            raise UsageError(f"--out {path} exists already", "Name another file; nothing is overwritten.") from None
+    if as_json:
+        print_json({"recipe": str(path)})
+        return
+    console = stdout()
+    console.print(f"Recipe: {path}", soft_wrap=True)
+    console.print(f"\nNext:\n  fmg train --config {shlex.quote(str(path))} --dry-run", soft_wrap=True)
+
+
+def check_component(
+    target: Annotated[str, typer.Argument(metavar="PATH|KIND", help="my_pkg:MyReward, or a kind.", show_default=False)],
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="A name that `fmg list KIND` prints.", show_default=False)
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="OPTION=VALUE", help="Option of the component; repeat for several.", show_default=False
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check that a component follows the rules of its kind: a reward, a stochasticizer, an objective, ...
+
+    Exits with 1 when a rule is broken. Imports the module that is named, which runs its code.
+    """
+    given_text(target, "PATH")
+    options = reward_options([f"options.{text}" for text in sets or ()]).get("options", {})
+
+    from fmg.conformance import check_component as check
+
+    report = check(target, name, options)
+    if as_json:
+        print_json(asdict(report))
+    else:
+        out = stdout()
+        out.print(f"{report.kind} {report.name} ({report.factory})\n", soft_wrap=True)
+        out.print(table(["rule", "verdict", ""], [(f.rule, f.outcome, f.text) for f in report.findings]))
+        broken = len(report.violations)
+        out.print(f"\n{broken} of {len(report.findings)} rules broken." if broken else "\nNo rule is broken.")
+    if report.violations:
+        raise typer.Exit(1)

@@ -4,7 +4,7 @@ import math
 
 from rich.console import Console
 
-from fmg.cli.tables import change, interval, number, table
+from fmg.cli.output import change, interval, number, table
 from fmg.core.metric_keys import SCORE
 from fmg.data.checkpoints import Saved
 from fmg.data.run_metrics import Outcome
