@@ -41,9 +41,7 @@ def fetch(
     ] = None,
     sets: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", metavar="K=V", help="Any value of the recipe, such as model.student=...; repeat for several."
-        ),
+        typer.Option("--set", metavar="K=V", help="Any value of the recipe, such as model.student."),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     offline: Offline = False,
