@@ -25,7 +25,7 @@ from torch import Tensor
 from fmg.core.errors import FmgError
 from fmg.core.protocols import Reward
 from fmg.data.prompt_sets import load_prompts
-from fmg.eval.reference import DrawsTruth
+from fmg.eval.set_metrics import DrawsTruth
 from fmg.registry import rewards
 
 BATCHES = (1, 4, 16)

@@ -236,7 +236,7 @@ def _path_check(
         reporter(LOADING)
         from fmg.core.files import write_atomic
         from fmg.eval.path_check import path_check as check
-        from fmg.eval.path_figure import path_figure
+        from fmg.eval.path_check import path_figure
 
         report = check(
             target,

@@ -11,6 +11,8 @@ from fmg.data.checkpoints import Saved
 
 Line = Mapping[str, float]
 
+TWO_SIDED_95 = 1.96
+"""Half-width of a 95 % interval of a mean, in standard errors."""
 ERRORS = 3.0
 """Standard errors by which something has to be beyond a bound. One evaluation of a run whose true loss is the tolerance
 exceeds it with probability 0.0013; at a true loss of 0 and 1000 images practically never."""

@@ -26,14 +26,13 @@ from fmg.data.page import Block, Gallery, Listing, Picture, Section, Table, Text
 from fmg.data.pictures import before_after
 from fmg.data.prompt_sets import spread
 from fmg.data.run_folder import RunFolder, RunState
-from fmg.data.run_metrics import Line, Outcome, headline
+from fmg.data.run_metrics import TWO_SIDED_95, Line, Outcome, headline
 
 BANDS = (
     "Bands are 95 % intervals of the mean; stars mark the kept checkpoint. A curve of more than 200 points is shown as"
     " the means of equal segments, with a lighter band from the lowest to the highest value of each."
 )
 
-_TWO_SIDED_95 = 1.96
 _GRIDS = 4
 _GRID_SIDE = 1000
 _MAX_CURVES = 6
@@ -202,7 +201,7 @@ def _scores(record: RunRecord) -> Iterator[Block]:
         gain = kept[key] - first[key]
         error = keys.error_of(key)
         errors = [line[error] for line in (first, kept) if error in line]
-        half = _TWO_SIDED_95 * math.hypot(*errors) if len(errors) == 2 else None
+        half = TWO_SIDED_95 * math.hypot(*errors) if len(errors) == 2 else None
         between = (
             "-"
             if half is None or kept["iteration"] == first["iteration"]
@@ -279,7 +278,7 @@ def _marked(found: Curve, key: str, outcome: Outcome) -> Curve:
 def curve(log: MetricsLog, key: str, error: str | None, name: str) -> Curve:
     """A metric over iterations with a band of 95 %."""
     at, values, errors = log.columns(key, error)
-    return Curve(name, at, values, _TWO_SIDED_95 * errors)
+    return Curve(name, at, values, TWO_SIDED_95 * errors)
 
 
 def _score_keys(logged: Iterable[str], prefix: str | tuple[str, ...] = keys.EVAL) -> list[str]:

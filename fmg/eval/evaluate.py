@@ -18,15 +18,32 @@ from fmg.core.events import Notice, Observer, StageProgress
 from fmg.core.protocols import FeatureExtractor, PromptSet, Reward
 from fmg.core.stdout_redirect import torch_as_new
 from fmg.data.prompt_sets import load_prompts
-from fmg.eval.dump import FORMATS, geneval_dump
-from fmg.eval.gallery import ImageGallery
-from fmg.eval.options import chosen_extractors, chosen_rewards
-from fmg.eval.reference import WORLD, DrawsTruth, check_reference, folder_reference, world_reference
-from fmg.eval.report import check_report, write_report
+from fmg.eval.image_folders import DUMP_FORMATS, geneval_dump
+from fmg.eval.report import ImageGallery, check_report, write_report
 from fmg.eval.results import EvalReport
-from fmg.eval.rows import difference_rows, metric_rows, result_rows, tag_rows
-from fmg.eval.scoring import EvalSet, Scores, Sink, prompt_clusters, score_target
-from fmg.eval.set_metrics import FeatureSet, Reference, SetMetrics
+from fmg.eval.scoring import (
+    EvalSet,
+    Scores,
+    Sink,
+    chosen_extractors,
+    chosen_rewards,
+    difference_rows,
+    prompt_clusters,
+    result_rows,
+    score_target,
+    tag_rows,
+)
+from fmg.eval.set_metrics import (
+    WORLD,
+    DrawsTruth,
+    FeatureSet,
+    ReferenceSet,
+    SetMetrics,
+    check_reference,
+    folder_reference,
+    metric_rows,
+    world_reference,
+)
 from fmg.inference.devices import pick_device
 from fmg.inference.target import Target, TargetLike, load_target, resolve_target
 from fmg.progress import watching
@@ -62,7 +79,7 @@ def evaluate(
     observer: Observer | None = None,
     progress: bool | None = None,
 ) -> EvalReport:
-    """Draws `num` images of a target with its native few-step sampler and scores them.
+    """Generates `num` images with a target's native few-step sampler and scores them.
 
     Args:
         target: model name or run folder; None is the newest run.
@@ -75,13 +92,13 @@ def evaluate(
         extractors: feature extractors by name; each adds metrics of the whole set.
         reference: what Fréchet distance, precision and recall compare with: a folder of pictures, or `world` for true
             pictures of the prompts of an embedded world; None leaves them out.
-        steps: numbers of network calls to sweep; None takes the recipe's.
+        steps: numbers of sampling steps (NFE) to compare; None takes the recipe's.
         grid: time grid by name; None takes the target's recipe's, for both targets.
         num: images for each number of steps.
         seed: evaluation seed.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: `fp32` or `bf16`.
-        batch_size: images a network call; None takes the default.
+        batch_size: images per forward pass; None takes the default.
         dump: format (`geneval`) and a new folder for the images of the target.
         report: where a page with pictures and its JSON go: a `.html` file, or a folder for `report.html`.
         allow_code: whether rewards that the recipe of a run names as code may run; `rewards` given here always may.
@@ -133,8 +150,8 @@ def _other(first: Target, against: TargetLike) -> Target | None:
 def _check_dump(dump: tuple[str, str | Path] | None, sweep: Sequence[int]) -> None:
     if dump is None:
         return
-    if dump[0] not in FORMATS:
-        raise UsageError(f"There is no dump format '{dump[0]}'", f"Known: {', '.join(FORMATS)}.")
+    if dump[0] not in DUMP_FORMATS:
+        raise UsageError(f"There is no dump format '{dump[0]}'", f"Known: {', '.join(DUMP_FORMATS)}.")
     if len(sweep) > 1:
         raise UsageError("A dump is of one number of steps", "Give --steps one number.")
 
@@ -145,7 +162,7 @@ def _references(
     features: Mapping[str, FeatureExtractor],
     eval_set: EvalSet,
     device: torch.device,
-) -> dict[str, Reference]:
+) -> dict[str, ReferenceSet]:
     if reference is None:
         return {}
     if not features:
@@ -163,7 +180,7 @@ def _references(
 
 @dataclass(frozen=True)
 class _Measured:
-    """What was measured of one target at one number of steps."""
+    """What was measured of one target with one number of steps."""
 
     scores: Scores
     metrics: Mapping[str, SetMetrics]
@@ -180,7 +197,7 @@ class _Run:
 class _Plan:
     rewards: Mapping[str, Reward]
     extractors: Mapping[str, FeatureExtractor]
-    references: Mapping[str, Reference]
+    references: Mapping[str, ReferenceSet]
     eval_set: EvalSet
     sweep: tuple[int, ...]
     grid: str | tuple[float, ...]
@@ -196,7 +213,7 @@ class _Plan:
         sinks: Sequence[Sink],
         gallery: bool,
     ) -> _Run:
-        """Draws all images of a target, at every number of steps."""
+        """Generates and scores all images of a target, at every number of steps."""
         self.observer(StageProgress("loading", 0, 0, target.label))
         generator = load_target(target, device=device, dtype=dtype, batch_size=batch_size)
         tell_of_cuts(generator.backend, self.eval_set.prompts, self.observer)
@@ -221,7 +238,7 @@ class _Plan:
             metrics = {name: SetMetrics.of(found, self.references.get(name)) for name, found in sets.items()}
             measured[count] = _Measured(scores, metrics, shown)
         if any(not len(m.spread) for found in measured.values() for m in found.metrics.values()):
-            text = "No prompt was drawn twice, so there is no diversity within prompts: raise --num."
+            text = "Every prompt has a single image, so there is no diversity within prompts: raise --num."
             self.observer(Notice("warning", text))
         return _Run(target, measured)
 

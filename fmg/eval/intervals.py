@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fmg.data.run_metrics import TWO_SIDED_95
+
 RESAMPLES = 2000
 HALVES = 60
-_TWO_SIDED_95 = 1.96
 # A resample matrix larger than this is built in pieces, so that 100,000 images do not need gigabytes.
 _PIECE = 4_000_000
 
@@ -96,5 +97,5 @@ def subset_estimate(
     rng = np.random.default_rng(seed)
     halves = np.asarray([statistic(np.sort(rng.permutation(count)[:size])) for _ in range(HALVES)])
     # 1 when the count is even
-    error = float(_TWO_SIDED_95 * halves.std(ddof=1) * np.sqrt(size / (count - size)))
+    error = float(TWO_SIDED_95 * halves.std(ddof=1) * np.sqrt(size / (count - size)))
     return Estimate(value, (value - error, value + error), float(halves.mean()))

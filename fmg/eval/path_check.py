@@ -1,8 +1,8 @@
-"""Who leaves the probability path of a learned map: the states of every stochasticizer against the model's own.
+"""Which samplers leave the marginal path of a learned map: their states compared with the model's own.
 
-A stochastic rollout stays on the path when its state at a time `s` is distributed as a sample of the deterministic
-sampler that is noised to `s`. Both are compared at every interior time of the grid: their moments, and what becomes of
-them when the deterministic map finishes them. Prompts and initial noise are the same, so differences are paired.
+A stochastic rollout stays on the path when its state at a time `s` is distributed like a sample of the deterministic
+sampler noised to `s`. The two are compared at every interior time of the grid: by their moments, and by the images that
+the deterministic map makes of them. Prompts and initial noise are the same, so differences are paired.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fmg.core.backends import tell_of_cuts
+from fmg.core.display import plot_label
 from fmg.core.errors import CompositionError, UsageError
 from fmg.core.events import Observer, StageProgress, ignore
 from fmg.core.protocols import Model, Reward, Stochasticizer
 from fmg.core.specs import MapSpec
 from fmg.core.types import Conditioning
+from fmg.data.charts import GREY, frame, new_figure, style, write_figure
 from fmg.data.prompt_sets import load_prompts
 from fmg.eval.intervals import bootstrap_mean
 from fmg.eval.scoring import EvalSet, prompt_clusters, score_images
@@ -41,12 +43,15 @@ from fmg.rl.noise import noise
 SCHEMA = 1
 REFERENCE = "deterministic"
 AGAIN = "deterministic, other noise"
-"""The floor: the reference against itself, noised another time."""
+"""The noise floor: the reference compared with itself, noised a second time."""
 RMS, MEAN = "rms", "mean"
 # Neither an iteration of a run nor that of generated images.
 _ITERATION = -2
 _CHUNK = 256
 _STREAM = "path-check"
+_FIGURE_COLUMNS = 2
+# of a time's width, what the stochasticizers beside each other take
+_FIGURE_SPREAD = 0.55
 
 Values = dict[tuple[float, str], NDArray[np.float64]]
 """One number an image, by time and quantity."""
@@ -60,7 +65,7 @@ class PathRow:
         stochasticizer: its name.
         time: of the state, in (0, 1).
         quantity: `rms` and `mean` of the latents; otherwise a score of the images that the deterministic map makes of
-            the states: `<reward>`, or `<reward>/recognisable`, the share with exactly one object that can be told.
+            the states: `<reward>`, or `<reward>/recognisable`, the share with exactly one recognisable object.
         value, reference: means over images.
         difference: of moments as a share of the reference's rms; of scores plain.
         ci95: its 95 % interval, from resampling prompts.
@@ -122,7 +127,7 @@ def path_check(
         target: model name or run folder; None is the newest run.
         prompts: prompt set by name or file; None takes the recipe's evaluation set.
         rewards: rewards by name; None takes the recipe's own and its evaluation rewards.
-        steps: network calls; None takes the recipe's. At least 2.
+        steps: sampling steps (NFE), at least 2; None takes the recipe's.
         grid: time grid by name; None takes the recipe's.
         num: images for each stochasticizer and time.
         seed: of the noise.
@@ -245,7 +250,7 @@ class _Study:
         return numbers
 
     def _finished(self, cond: Conditioning, x: Tensor, step: int) -> Tensor:
-        """Along the rest of the grid; a single-time map jumps to the end at once, since it adds noise otherwise."""
+        """Completes states along the rest of the grid. A single-time map, which would add noise, jumps to the end."""
         flow_map = self.model.flow_map
         rest = self.times[step:] if flow_map.anchors == "any" else (self.times[step], 0.0)
         for t_value, s_value in pairwise(rest):
@@ -279,3 +284,45 @@ def _scale(quantity: str, reference: Values, time: float) -> tuple[float, Callab
     if quantity == MEAN:
         return 1 / float(np.sqrt(energy)), float
     return 1.0, float
+
+
+def path_figure(report: PathReport, path: Path) -> None:
+    """Writes a figure of a check: one panel per quantity, with the differences from the reference at each time.
+
+    Stochasticizers are drawn side by side at each time, so that no interval hides another.
+    """
+    # the mean over all coordinates hardly moves; the table has it
+    quantities = [quantity for quantity in report.quantities() if quantity != MEAN]
+    rows = -(-len(quantities) // _FIGURE_COLUMNS)
+    figure = new_figure(11, 3.4 * rows + 0.9)
+    panels = figure.subplots(rows, _FIGURE_COLUMNS, squeeze=False).ravel()
+    for panel in panels[len(quantities) :]:
+        panel.set_visible(False)
+    names, times = report.names(), sorted({row.time for row in report.rows}, reverse=True)
+    for panel, quantity in zip(panels, quantities, strict=False):
+        frame(
+            panel,
+            "rms of the latents" if quantity == "rms" else quantity,
+            "time (1 noise, 0 data)",
+            "relative difference" if quantity == "rms" else "difference of the mean score",
+        )
+        panel.axhline(0, color="#333", linewidth=0.8)
+        for index, name in enumerate(names):
+            picked = [r for r in report.rows if (r.stochasticizer, r.quantity) == (name, quantity)]
+            shift = _FIGURE_SPREAD * ((index + 0.5) / len(names) - 0.5)
+            at = np.asarray([times.index(r.time) + shift for r in picked])
+            values = np.asarray([r.difference for r in picked], dtype=float)
+            low, high = np.asarray([r.ci95 for r in picked], dtype=float).T
+            look = style(index) | ({"color": GREY} if name == AGAIN else {}) | {"linestyle": "none"}
+            panel.errorbar(at, values, [values - low, high - values], label=name, elinewidth=1.3, capsize=2, **look)
+        panel.set_xticks(range(len(times)), [f"{time:.3g}" for time in times])
+        for between in range(len(times) - 1):
+            panel.axvline(between + 0.5, color="#dde2ea", linewidth=0.8)
+        panel.grid(visible=False, axis="x")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.suptitle(
+        f"{plot_label(report.target)}: states minus noised deterministic samples, {report.num} images (95 %)",
+        fontsize=12,
+    )
+    write_figure(figure, path)

@@ -4,20 +4,88 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from jaxtyping import Float
+from torch import Tensor
 
 from fmg.core.errors import UsageError
 from fmg.core.files import check_place, write_atomic
 from fmg.core.json_io import write_json
-from fmg.data.page import Block, Gallery, Picture, Section, Table, Text, Tile, page
+from fmg.data.page import Block, Gallery, Picture, Section, Table, Text, Tile, inline_image, page
+from fmg.data.pictures import to_pil
 from fmg.data.prompt_sets import spread
-from fmg.eval.gallery import ImageGallery, PromptShow
 from fmg.eval.results import EvalReport
+from fmg.eval.scoring import EvalSet, Parts
 
 _NAME = "report.html"
+_FIRST_SHOWN = 4
+_PICTURE_SIDE = 256
 _SHOWN_PROMPTS = 6
 _EXTREMES = 8
+
+
+@dataclass(frozen=True)
+class ShownImage:
+    """A picture with its score."""
+
+    value: float
+    source: str
+    pixelated: bool
+
+    def picture(self, prompt: str) -> Picture:
+        """For a page, with the score below."""
+        return Picture(self.source, f"{self.value:.3f}", prompt, self.pixelated)
+
+
+@dataclass
+class PromptImages:
+    """What is kept of one prompt: its first images, its worst and best one, and the scores of all."""
+
+    first: list[ShownImage] = field(default_factory=list)
+    worst: ShownImage | None = None
+    best: ShownImage | None = None
+    scores: list[float] = field(default_factory=list)
+
+    @property
+    def mean(self) -> float:
+        """Mean score of the prompt's images."""
+        return sum(self.scores) / len(self.scores)
+
+
+class ImageGallery:
+    """Keeps some images of an evaluation as they come, scaled down.
+
+    Args:
+        eval_set: the images that will come.
+        key: reward and part by which images are worse and better.
+    """
+
+    def __init__(self, eval_set: EvalSet, key: tuple[str, str]) -> None:
+        self.key = key
+        self.prompts: dict[str, PromptImages] = {}
+        self._texts = eval_set.prompts
+        self._count = 0
+
+    def __call__(self, images: Float[Tensor, "b 3 h w"], scores: Parts) -> None:
+        """Takes the next images."""
+        texts = self._texts[self._count : self._count + len(images)]
+        self._count += len(images)
+        for image, text, value in zip(images, texts, scores[self.key].tolist(), strict=True):
+            show = self.prompts.setdefault(text, PromptImages())
+            show.scores.append(value)
+            worse = show.worst is None or value < show.worst.value
+            better = show.best is None or value > show.best.value
+            if not (worse or better or len(show.first) < _FIRST_SHOWN):
+                continue
+            shown = ShownImage(value, *inline_image(to_pil(image), _PICTURE_SIDE))
+            if worse:
+                show.worst = shown
+            if better:
+                show.best = shown
+            if len(show.first) < _FIRST_SHOWN:
+                show.first.append(shown)
 
 
 @dataclass(frozen=True)
@@ -172,7 +240,7 @@ def _extremes(gallery: ImageGallery) -> Iterator[Block]:
     )
 
 
-def _pair(prompt: str, show: PromptShow) -> Iterator[Picture]:
+def _pair(prompt: str, show: PromptImages) -> Iterator[Picture]:
     if show.best is not None and len(show.scores) == 1:
         yield Picture(show.best.source, f"{show.best.value:.3f}: {prompt}", prompt, show.best.pixelated)
         return

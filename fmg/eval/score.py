@@ -1,4 +1,4 @@
-"""`score`: rewards and metrics of images that exist already, whoever drew them."""
+"""`score`: rewards and metrics of existing images, whatever generated them."""
 
 from __future__ import annotations
 
@@ -8,34 +8,29 @@ from pathlib import Path
 
 from fmg.core.errors import UsageError
 from fmg.core.events import Observer, StageProgress, ignore
-from fmg.core.files import inside
-from fmg.core.json_io import read_objects
 from fmg.core.prompt import Prompt
-from fmg.eval.options import chosen_extractors, chosen_rewards
-from fmg.eval.reference import WORLD, batches, folder_reference, picture_files, reference_files
+from fmg.eval.image_folders import METADATA, Captioned, batches, captioned
 from fmg.eval.results import Metric, Result, TagResult, plain
-from fmg.eval.rows import metric_rows, result_rows, tag_rows
-from fmg.eval.scoring import Collected, Scores, prompt_clusters, score_images
-from fmg.eval.set_metrics import FeatureSet, SetMetrics
+from fmg.eval.scoring import (
+    ScoreCollector,
+    Scores,
+    chosen_extractors,
+    chosen_rewards,
+    prompt_clusters,
+    result_rows,
+    score_images,
+    tag_rows,
+)
+from fmg.eval.set_metrics import WORLD, FeatureSet, SetMetrics, folder_reference, metric_rows, reference_files
 from fmg.inference.devices import pick_device
 from fmg.rewards.base import build_rewards, check_prompts
 
 SCHEMA = 1
-METADATA = "metadata.jsonl"
-_NAME_KEYS, _TEXT_KEYS = ("file_name", "path"), ("prompt", "text", "caption")
-
-
-@dataclass(frozen=True)
-class Captioned:
-    """A picture file and its prompt; None when nothing says what it should show."""
-
-    file: Path
-    prompt: Prompt | None
 
 
 @dataclass(frozen=True)
 class ScoreReport:
-    """What `fmg score --json` prints. Rows have 0 steps: nothing was drawn here.
+    """What `fmg score --json` prints. Rows have 0 steps, since nothing is generated.
 
     Attributes:
         images: each file with its prompt and the total of each reward.
@@ -70,11 +65,11 @@ def score(
     """Scores picture files.
 
     Args:
-        paths: picture files, folders of them, or GenEval trees. Prompts come from `metadata.jsonl`: that of GenEval in
-            each prompt's folder, or lines with `file_name` and `prompt` beside the pictures. A picture with two lines
-            is scored twice.
+        paths: picture files, folders of them, or GenEval trees. Prompts come from `metadata.jsonl`: GenEval's in each
+            prompt's folder, or lines with `file_name` and `prompt` beside the pictures. A picture with two lines is
+            scored twice.
         rewards: by name.
-        prompt: of every picture, instead of what the folders say.
+        prompt: of every picture, in place of those in the folders.
         options: options of rewards and extractors by name.
         extractors: feature extractors by name; each adds metrics of the whole set.
         reference: folder of real pictures for Fréchet distance, precision and recall.
@@ -104,7 +99,7 @@ def score(
     real = [] if reference is None else reference_files(reference)
     references = {name: folder_reference(real, extractor, where) for name, extractor in features.items() if real}
     sets = {name: FeatureSet(extractor, prompt_clusters(texts)) for name, extractor in features.items()}
-    collected = Collected()
+    collected = ScoreCollector()
     for rows, batch in batches([entry.file for entry in found]):
         images = batch.to(where)
         collected.add(score_images(scorers, images, texts[rows]))
@@ -121,80 +116,12 @@ def score(
     )
 
 
-def captioned(path: Path, *, everything: bool = False) -> list[Captioned]:
-    """The pictures under a path with their prompts; of a file, those that the `metadata.jsonl` beside it has.
-
-    Args:
-        path: a picture file, a folder, or a GenEval tree.
-        everything: whether to take all pictures of a folder and leave prompts aside.
-
-    Raises:
-        UsageError: no such path, no pictures in it, a `metadata.jsonl` that does not fit, or one that gives only some
-            of the pictures a prompt.
-    """
-    if not path.exists():
-        raise UsageError(f"There is no picture or folder '{path}'", "Check the path.")
-    if path.is_file():
-        beside = [] if everything else [x for x in _listed(path.parent) if x.file.resolve() == path.resolve()]
-        return beside or [Captioned(path, None)]
-    files = picture_files(path)
-    if everything:
-        return [Captioned(file, None) for file in files]
-    trees = sorted(file.parent for file in path.glob(f"*/{METADATA}") if (file.parent / "samples").is_dir())
-    found = [entry for tree in trees for entry in _geneval(tree)] if trees else list(_listed(path))
-    if not found:
-        return [Captioned(file, None) for file in files]
-    missing = next((entry.file for entry in found if not entry.file.is_file()), None)
-    if missing is not None:
-        raise UsageError(f"'{path / METADATA}' names '{missing}', which is not there", "Correct the file.")
-    named = {entry.file.resolve() for entry in found}
-    left = [file for file in files if file.resolve() not in named]
-    if left:
-        where = "GenEval tree" if trees else METADATA
-        raise UsageError(
-            f"The {where} in '{path}' gives no prompt for '{left[0]}', the first of {len(left)} such pictures",
-            "Add them there, move them elsewhere, or give --prompt for all.",
-        )
-    return found
-
-
-def _listed(folder: Path) -> Iterator[Captioned]:
-    """One entry for each line of the `metadata.jsonl` of a folder, none without the file."""
-    file = folder / METADATA
-    if not file.is_file():
-        return
-    for name, text in _captions(file):
-        yield Captioned(inside(folder, name, named_in=file, links=True), Prompt(text, "", {}))
-
-
-def _geneval(tree: Path) -> Iterator[Captioned]:
-    file = tree / METADATA
-    ((_, entry),) = list(read_objects(file))[:1] or [(0, {})]
-    text = entry.get("prompt")
-    if not isinstance(text, str):
-        raise UsageError(f"'{file}' has no prompt", "GenEval writes one JSON object with a prompt there.")
-    for picture in picture_files(tree / "samples"):
-        yield Captioned(picture, Prompt(text, str(entry.get("tag", "")), entry))
-
-
-def _captions(file: Path) -> Iterator[tuple[str, str]]:
-    for number, entry in read_objects(file):
-        name, text = _text_under(entry, _NAME_KEYS), _text_under(entry, _TEXT_KEYS)
-        if name is None or text is None:
-            raise UsageError(f"{file}:{number}: no file_name and prompt", 'Write {"file_name": "a.png", "prompt": ""}.')
-        yield name, text
-
-
-def _text_under(entry: Mapping[str, object], keys: Sequence[str]) -> str | None:
-    return next((value for key in keys if isinstance(value := entry.get(key), str)), None)
-
-
 def _prompted(entry: Captioned, prompt: str | None, *, needed: bool) -> Prompt:
     if prompt is not None:
         return Prompt(prompt, "", {})
     if entry.prompt is None and needed:
         raise UsageError(
-            f"Nothing says what '{entry.file}' should show",
+            f"There is no prompt for '{entry.file}'",
             f"Give --prompt, or a {METADATA} with file_name and prompt beside the pictures.",
         )
     return entry.prompt or Prompt("", "", {})

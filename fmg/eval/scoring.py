@@ -1,10 +1,10 @@
-"""Draws the images of an evaluation and scores them, batch by batch, so that memory does not grow with their number."""
+"""Scores of images: which rewards and images, batch by batch, and the rows of a report that they give."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fmg.core import metric_keys as keys
-from fmg.core.errors import RewardError
+from fmg.core.errors import RewardError, UsageError, suggestion
 from fmg.core.prompt import Prompt
-from fmg.core.protocols import PromptSet, Reward
+from fmg.core.protocols import FeatureExtractor, PromptSet, Reward
+from fmg.eval.intervals import bootstrap_mean
+from fmg.eval.results import MEAN_OF_TAGS, Difference, Result, TagResult
 from fmg.inference.generator import Generator
+from fmg.registry import feature_extractors
+from fmg.registry import rewards as reward_registry
+from fmg.registry.references import RewardRef
+from fmg.rewards.service.describe import references
 
 # Seeds of evaluation image i are derived from the evaluation seed and i; the factor keeps two evaluation seeds apart.
 _SEED_STRIDE = 1_000_003
@@ -41,9 +47,9 @@ class EvalSet:
 
     @staticmethod
     def make(prompt_set: PromptSet, num: int, seed: int, *, selection: bool = False) -> EvalSet:
-        """`num` images that go round the prompt set in order, or are spread evenly over it when they are fewer.
+        """`num` images that cycle through the prompt set in order, or are spread evenly over it when they are fewer.
 
-        With `selection`, the seeds are others than those of any evaluation: a checkpoint must not be chosen on the
+        With `selection`, the seeds differ from those of every evaluation: a checkpoint must not be selected on the
         noise on which it is then judged.
         """
         size = len(prompt_set)
@@ -75,8 +81,11 @@ class EvalSet:
 Parts = Mapping[tuple[str, str], NDArray[np.float64]]
 """Scores by reward and part."""
 
+Options = Mapping[str, Mapping[str, object]]
+"""Options of rewards and extractors by name."""
+
 Sink = Callable[[Float[Tensor, "b 3 h w"], Parts], None]
-"""What else looks at the images of an evaluation: batch by batch, in order, with their scores."""
+"""What else receives the images of an evaluation: batch by batch, in order, with their scores."""
 
 
 def score_images(
@@ -92,7 +101,7 @@ def score_images(
     return scores
 
 
-class Collected:
+class ScoreCollector:
     """The scores of one batch of images after another."""
 
     def __init__(self) -> None:
@@ -100,7 +109,7 @@ class Collected:
         self._count = 0
 
     def add(self, scores: Parts) -> None:
-        """Takes those of the next batch.
+        """Adds the scores of the next batch.
 
         Raises:
             RewardError: when a reward reports other parts than for the batches before.
@@ -117,7 +126,7 @@ class Collected:
         self._count += 1
 
     def parts(self) -> Parts:
-        """Those of all images."""
+        """The scores of all images."""
         return {key: np.concatenate(values) for key, values in self._batches.items()}
 
 
@@ -131,20 +140,20 @@ def score_target(
     progress: Callable[[int, int], None],
     sinks: Sequence[Sink] = (),
 ) -> Scores:
-    """Draws and scores all images of `eval_set` with one number of steps, on the device of the generator.
+    """Generates and scores all images of `eval_set` with one number of steps, on the device of the generator.
 
     Raises:
         NotFiniteError: an image holds values that are not finite.
         RewardError: when a reward fails, or reports other parts for some images than for others.
     """
-    collected = Collected()
+    collected = ScoreCollector()
     texts = eval_set.prompts
     total = len(texts)
     for start in range(0, total, CHUNK):
         rows = slice(start, start + CHUNK)
-        drawn = generator.generate(texts[rows], eval_set.seeds[rows], steps=steps, grid=grid, progress=False)
-        drawn.check_finite()
-        images = drawn.images.to(generator.backend.device)
+        generated = generator.generate(texts[rows], eval_set.seeds[rows], steps=steps, grid=grid, progress=False)
+        generated.check_finite()
+        images = generated.images.to(generator.backend.device)
         scores = score_images(rewards, images, texts[rows])
         collected.add(scores)
         for sink in sinks:
@@ -175,3 +184,91 @@ def prompt_clusters(prompts: Iterable[str]) -> NDArray[np.int64]:
     """An integer label for each prompt: images of one prompt share their label."""
     _, labels = np.unique(np.asarray(list(prompts)), return_inverse=True)
     return labels.astype(np.int64)
+
+
+def result_rows(steps: int, scores: Scores) -> Iterator[Result]:
+    """The mean of every part of every reward."""
+    clusters = prompt_clusters(scores.prompts)
+    for (reward, part), values in scores.parts.items():
+        yield Result(steps, reward, part, float(values.mean()), float(values.std()), interval(values, clusters))
+
+
+def difference_rows(steps: int, ours: Scores, theirs: Scores) -> Iterator[Difference]:
+    """Paired differences of the same images."""
+    clusters = prompt_clusters(ours.prompts)
+    for key, values in ours.parts.items():
+        delta = values - theirs.parts[key]
+        yield Difference(steps, *key, float(delta.mean()), interval(delta, clusters))
+
+
+def tag_rows(steps: int, scores: Scores) -> Iterator[TagResult]:
+    """The mean of every part for each tag, and the mean over tags; nothing when all prompts have the same tag.
+
+    Tags are independent, so the half-width of the mean over tags is the root of the sum of their squares.
+    """
+    tags = np.asarray(scores.tags)
+    names = sorted(set(scores.tags))
+    if len(names) < 2:
+        return
+    clusters = prompt_clusters(scores.prompts)
+    rows = {tag: np.flatnonzero(tags == tag) for tag in names}
+    for (reward, part), values in scores.parts.items():
+        means, halves = [], []
+        for tag in names:
+            chosen = values[rows[tag]]
+            ci95 = interval(chosen, clusters[rows[tag]])
+            yield TagResult(steps, reward, part, tag, len(chosen), float(chosen.mean()), ci95)
+            means.append(float(chosen.mean()))
+            halves.append((ci95[1] - ci95[0]) / 2)
+        mean, half = float(np.mean(means)), float(np.linalg.norm(halves)) / len(names)
+        yield TagResult(steps, reward, part, MEAN_OF_TAGS, len(values), mean, (mean - half, mean + half))
+
+
+def interval(values: NDArray[np.float64], clusters: NDArray[np.int64]) -> tuple[float, float]:
+    """Of a mean, over prompts; with a single prompt its images are all the evidence there is."""
+    return bootstrap_mean(values, clusters if np.ptp(clusters) > 0 else None)
+
+
+def chosen_extractors(names: Sequence[str], options: Options) -> dict[str, FeatureExtractor]:
+    """Extractors by name.
+
+    Raises:
+        UsageError: for an unknown name or option, or one given twice.
+    """
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"The feature extractor '{twice}' is given twice", "Give each one once.")
+    return {name: feature_extractors.build(name, options.get(name)) for name in names}
+
+
+def chosen_rewards(
+    names: Sequence[str | Mapping[str, object]] | None,
+    own: Sequence[RewardRef],
+    options: Options,
+    *,
+    taken: Collection[str],
+) -> list[RewardRef]:
+    """The rewards called `names`, or `own`, with `options` in place of those that they had.
+
+    Args:
+        names: given by the user, by name or as entries of a recipe; None takes `own`.
+        own: of a recipe.
+        options: by name.
+        taken: other names that options may belong to.
+
+    Raises:
+        UsageError: for an unknown name or option, or options of what is not measured.
+    """
+    found = references(names, options) if names else [_with(ref, options.get(ref.label, {})) for ref in own]
+    known = [*(ref.label for ref in found), *(ref.name for ref in found), *taken]
+    for name in options:
+        if name not in known:
+            raise UsageError(f"--set names '{name}', which is not measured", suggestion(name, known))
+    return found
+
+
+def _with(reference: RewardRef, options: Mapping[str, object]) -> RewardRef:
+    if not options:
+        return reference
+    merged = {**reference.config.model_dump(), **options}
+    return RewardRef(name=reference.name, config=reward_registry.config(reference.name, merged))

@@ -1,33 +1,215 @@
-"""Metrics of a whole set of images: diversity, and distance to a reference set, from the features of an extractor.
+"""Metrics of a whole set of images, from the features of an extractor: diversity, and distance to a reference set.
 
-The features are collected while the images are drawn and scored, so that a set is never kept as pixels.
+Features are collected while the images are generated and scored, so that a set is never kept as pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fmg.core.protocols import FeatureExtractor
-from fmg.eval.diversity import GroupSpread, cosine_diversity, unit
-from fmg.eval.frechet import Fit, fit, frechet_distance
+from fmg.core.display import counted
+from fmg.core.errors import UsageError
+from fmg.core.protocols import FeatureExtractor, PromptSet
+from fmg.eval.image_folders import PICTURES_A_BATCH, batches, picture_files
 from fmg.eval.intervals import Estimate, bootstrap_mean, subset_estimate
-from fmg.eval.manifold import NEIGHBOURS, manifolds, thinned
 from fmg.eval.results import Metric
 from fmg.eval.scoring import Parts
 
 FRECHET = "frechet"
 _RANGES = {FRECHET: (0.0, np.inf), "precision": (0.0, 1.0), "recall": (0.0, 1.0)}
-"""What a metric can be; its interval is symmetric and cut there."""
-
-Statistic = Callable[[NDArray[np.int64]], float]
+"""The range of a metric, to which its symmetric interval is cut."""
+NEIGHBOURS = 3
+"""k of the nearest-neighbour balls of precision and recall, as in the paper."""
+MAX_IMAGES = 10_000
+"""Larger sets are thinned evenly to this size for precision and recall, so that distances fit in memory."""
 LEAST = NEIGHBOURS + 1
 """Images that a set needs for anything but diversity within prompts."""
+WORLD = "world"
+WORLD_DRAWS = 4
+"""True pictures of a world for each image that is evaluated."""
+
+Vectors = Float[np.ndarray, "n d"]
+Labels = Int[np.ndarray, " n"]
+Statistic = Callable[[NDArray[np.int64]], float]
+"""A number that some rows of a set give."""
+
+
+# Diversity: the mean distance over pairs. The sum over pairs follows from sums over images, so that no pair is ever
+# formed and memory grows with the number of groups, not of images.
+
+
+class GroupSpread:
+    """Mean squared Euclidean distance over the pairs of each group, from images that arrive in any order.
+
+    With the maps of a feature extractor this is the mean LPIPS-like distance within a prompt (Zhang et al., arXiv
+    1801.03924, with uniform weights; as a measure of diversity: Zhu et al., arXiv 1711.11586, section 4.2).
+
+    Running means and scatters follow Welford (Technometrics 4(3), 1962): differences of large sums would cancel.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[int, int] = {}
+        self._means: dict[int, NDArray[np.float32]] = {}
+        self._scatters: dict[int, float] = {}
+
+    def add(self, vectors: Vectors, groups: Labels) -> None:
+        """Takes more images: their feature vectors and the groups that they belong to."""
+        for vector, label in zip(vectors, groups.tolist(), strict=True):
+            count = self._counts.get(label, 0) + 1
+            mean = self._means.setdefault(label, np.zeros(vector.shape, dtype=np.float32))
+            before = vector - mean
+            mean += before / count
+            after = vector - mean
+            self._counts[label] = count
+            self._scatters[label] = self._scatters.get(label, 0.0) + float(np.dot(before, after.astype(np.float64)))
+
+    def values(self) -> Float[np.ndarray, " groups"]:
+        """One value for each group with two images or more, by rising label; empty when there is none."""
+        known = sorted(label for label, count in self._counts.items() if count > 1)
+        return np.asarray([2 * self._scatters[g] / (self._counts[g] - 1) for g in known], dtype=np.float64)
+
+
+def within_groups(vectors: Vectors, groups: Labels) -> Float[np.ndarray, " groups"]:
+    """Mean squared Euclidean distance over the pairs of each group with two images or more, by rising label.
+
+    Args:
+        vectors: one feature vector an image, such as the maps of a feature extractor, in whose unit the answer is.
+        groups: the prompt or rollout group of each image.
+    """
+    spread = GroupSpread()
+    spread.add(vectors, groups)
+    return spread.values()
+
+
+def unit_vectors(vectors: Vectors) -> Float[np.ndarray, "n d"]:
+    """Vectors scaled to length 1, fp64; half their squared distance is the cosine distance."""
+    exact = vectors.astype(np.float64)
+    scaled: NDArray[np.float64] = exact / np.maximum(np.linalg.norm(exact, axis=1, keepdims=True), 1e-12)
+    return scaled
+
+
+def cosine_diversity(units: Vectors) -> float:
+    """Mean cosine distance over all pairs of unit vectors: `(n - |sum u|^2 / n) / (n - 1)`.
+
+    Raises:
+        ValueError: for fewer than two vectors.
+    """
+    n = len(units)
+    if n < 2:
+        raise ValueError("a pairwise distance needs two vectors")
+    return float((n - np.square(units.sum(0)).sum() / n) / (n - 1))
+
+
+# Fréchet distance between the Gaussians that fit two sets of features (Heusel et al., arXiv 1706.08500, eq. 6):
+# |m_1 - m_2|^2 + tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2), all in fp64. The last trace is the nuclear norm of F_1' F_2
+# for any factors S_i = F_i F_i': singular values keep the precision that eigenvalues of the product lose where a
+# covariance is singular, as it is with fewer images than features.
+
+
+@dataclass(frozen=True)
+class GaussianFit:
+    """A Gaussian fitted to features: mean (d,), and a factor (d, r) of the unbiased covariance."""
+
+    mean: NDArray[np.float64]
+    factor: NDArray[np.float64]
+
+    @property
+    def trace(self) -> float:
+        """Trace of the covariance."""
+        return float(np.square(self.factor).sum())
+
+
+def fit_gaussian(features: Float[np.ndarray, "n d"]) -> GaussianFit:
+    """Mean and covariance of two or more feature vectors.
+
+    Raises:
+        ValueError: for fewer than two vectors.
+    """
+    n, d = features.shape
+    if n < 2:
+        raise ValueError("a covariance needs two vectors")
+    exact = features.astype(np.float64)
+    mean = exact.mean(0)
+    deviations = (exact - mean) / np.sqrt(n - 1)
+    return GaussianFit(mean, deviations.T if n <= d else symmetric_root(deviations.T @ deviations))
+
+
+def symmetric_root(covariance: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d d"]:
+    """The symmetric square root of a covariance by its eigenvalues; those that rounding made negative are 0."""
+    values, vectors = np.linalg.eigh(covariance)
+    scaled: NDArray[np.float64] = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    return scaled
+
+
+def frechet_distance(first: GaussianFit, second: GaussianFit) -> float:
+    """The distance of two fits; not negative beyond rounding, which is cut at 0."""
+    shift = float(np.square(first.mean - second.mean).sum())
+    overlap = float(np.linalg.svd(first.factor.T @ second.factor, compute_uv=False).sum())
+    return max(shift + first.trace + second.trace - 2 * overlap, 0.0)
+
+
+# Precision and recall by nearest neighbours (Kynkäänniemi et al., arXiv 1904.06991, eq. 1 and 2). Precision: the share
+# of generated images inside the manifold of the real ones, the union of balls around each image that reach its k-th
+# nearest neighbour. Recall: the share of real images inside the manifold of the generated ones.
+
+
+@dataclass(frozen=True)
+class Manifolds:
+    """Squared distances among generated features, and between generated and real ones; radii of the real ones."""
+
+    among: NDArray[np.float32]
+    across: NDArray[np.float32]
+    real_radii: NDArray[np.float32]
+
+    def precision(self, rows: Int[np.ndarray, " k"]) -> float:
+        """Of the generated images in `rows`."""
+        return float((self.across[rows] <= self.real_radii).any(1).mean())
+
+    def recall(self, rows: Int[np.ndarray, " k"]) -> float:
+        """Of the real images, by the manifold of the generated images in `rows`."""
+        radii = _radii(self.among[np.ix_(rows, rows)])
+        return float((self.across[rows] <= radii[:, None]).any(0).mean())
+
+
+def manifolds(generated: Float[np.ndarray, "n d"], real: Float[np.ndarray, "m d"]) -> Manifolds:
+    """Distances of two sets of features.
+
+    Raises:
+        ValueError: when a set has no more than `NEIGHBOURS` images.
+    """
+    if min(len(generated), len(real)) <= NEIGHBOURS:
+        raise ValueError(f"a manifold needs more than {NEIGHBOURS} images")
+    return Manifolds(_squared(generated, generated), _squared(generated, real), _radii(_squared(real, real)))
+
+
+def thinned(count: int) -> Int[np.ndarray, " k"]:
+    """Rows of a set of `count` images to use: all, or `MAX_IMAGES` of them evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(count, MAX_IMAGES)).round().astype(np.int64))
+
+
+def _squared(first: Float[np.ndarray, "n d"], second: Float[np.ndarray, "m d"]) -> NDArray[np.float32]:
+    # around a common centre, so that the expansion of the square does not cancel
+    centre = second.mean(0, dtype=np.float64)
+    a, b = first - centre, second - centre
+    squares = np.square(a).sum(1)[:, None] + np.square(b).sum(1) - 2 * a @ b.T
+    return cast("NDArray[np.float32]", np.maximum(squares, 0).astype(np.float32))
+
+
+def _radii(squares: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Squared distance of each image to its k-th nearest other one: entry 0 of a sorted row is the image itself."""
+    return np.partition(squares, NEIGHBOURS, axis=1)[:, NEIGHBOURS]
+
+
+# Sets of images
 
 
 class FeatureSet:
@@ -68,16 +250,16 @@ class FeatureSet:
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceSet:
     """What a set is compared with: features of real images and the Gaussian that fits them."""
 
     vectors: NDArray[np.float32]
-    fitted: Fit
+    fitted: GaussianFit
 
     @staticmethod
-    def of(vectors: NDArray[np.float32]) -> Reference:
+    def of(vectors: NDArray[np.float32]) -> ReferenceSet:
         """From at least `LEAST` feature vectors."""
-        return Reference(vectors, fit(vectors))
+        return ReferenceSet(vectors, fit_gaussian(vectors))
 
 
 @dataclass(frozen=True)
@@ -89,15 +271,15 @@ class SetMetrics:
     count: int
 
     @staticmethod
-    def of(features: FeatureSet, reference: Reference | None) -> SetMetrics:
-        """Everything that can be said about `features`; without a reference, only diversity."""
+    def of(features: FeatureSet, reference: ReferenceSet | None) -> SetMetrics:
+        """All metrics of `features`; without a reference set, only diversity."""
         vectors = features.vectors
-        units = unit(vectors)
+        units = unit_vectors(vectors)
         statistics: dict[str, Statistic] = {}
         if len(vectors) >= LEAST:
             statistics["cosine_diversity"] = lambda rows: cosine_diversity(units[rows])
             if reference is not None:
-                statistics[FRECHET] = lambda rows: frechet_distance(fit(vectors[rows]), reference.fitted)
+                statistics[FRECHET] = lambda rows: frechet_distance(fit_gaussian(vectors[rows]), reference.fitted)
                 statistics |= _manifold_statistics(vectors, reference.vectors)
         return SetMetrics(features.spread(), statistics, len(vectors))
 
@@ -121,6 +303,12 @@ class SetMetrics:
             theirs = other.statistics[name]
             paired = _difference(ours, theirs)
             yield from _rows(steps, extractor, name, subset_estimate(paired, self.count, least=LEAST))
+
+
+def metric_rows(steps: int, metrics: Mapping[str, SetMetrics]) -> Iterator[Metric]:
+    """The metrics of every extractor."""
+    for name, found in metrics.items():
+        yield from found.rows(steps, name)
 
 
 def _difference(ours: Statistic, theirs: Statistic) -> Statistic:
@@ -148,3 +336,62 @@ def _manifold_statistics(vectors: NDArray[np.float32], real: NDArray[np.float32]
         "precision": lambda rows: found.precision(chosen(rows)),
         "recall": lambda rows: found.recall(chosen(rows)),
     }
+
+
+# Reference sets: a folder of real pictures, or true pictures of a world's prompts
+
+
+@runtime_checkable
+class DrawsTruth(Protocol):
+    """A prompt set of a world that can draw what its prompts describe."""
+
+    def true_images(self, prompts: Sequence[str], seed: int) -> Float[Tensor, "n 3 h w"]:
+        """One true picture of each prompt, in [0, 1]; positions and sizes are random."""
+
+
+def check_reference(reference: str, prompt_set: PromptSet) -> list[Path]:
+    """The files of a reference, none for a world's.
+
+    Raises:
+        UsageError: when there is no such folder, too few pictures, or no world.
+    """
+    if reference == WORLD:
+        if not isinstance(prompt_set, DrawsTruth):
+            raise UsageError(
+                "The reference 'world' needs prompts of an embedded world", "Name a folder of real pictures instead."
+            )
+        return []
+    return reference_files(reference)
+
+
+def reference_files(folder: str) -> list[Path]:
+    """The files of a reference folder.
+
+    Raises:
+        UsageError: when there is no such folder, or too few pictures in it.
+    """
+    files = picture_files(Path(folder))
+    if len(files) < LEAST:
+        raise UsageError(
+            f"'{folder}' holds {counted(len(files), 'picture')}", f"A reference set needs {LEAST}; thousands are usual."
+        )
+    return files
+
+
+def folder_reference(files: Sequence[Path], extractor: FeatureExtractor, device: torch.device) -> ReferenceSet:
+    """The reference that picture files make under an extractor. Errors as in `batches`."""
+    features = FeatureSet(extractor, np.arange(len(files)))
+    for _, images in batches(files):
+        features.take(images.to(device))
+    return ReferenceSet.of(features.vectors)
+
+
+def world_reference(
+    prompt_set: DrawsTruth, prompts: Sequence[str], seed: int, extractor: FeatureExtractor, device: torch.device
+) -> ReferenceSet:
+    """The reference that `WORLD_DRAWS` true pictures of each of `prompts` make under an extractor."""
+    repeated = [prompt for prompt in prompts for _ in range(WORLD_DRAWS)]
+    features = FeatureSet(extractor, np.arange(len(repeated)))
+    for batch in torch.split(prompt_set.true_images(repeated, seed), PICTURES_A_BATCH):
+        features.take(batch.to(device))
+    return ReferenceSet.of(features.vectors)

@@ -14,8 +14,7 @@ from fmg.core.events import Observer, StageProgress, ignore
 from fmg.core.files import partial_folder
 from fmg.data.charts import frame, new_figure, style, write_figure
 from fmg.data.prompt_sets import load_prompts
-from fmg.eval.rows import result_rows
-from fmg.eval.scoring import EvalSet, score_target
+from fmg.eval.scoring import EvalSet, result_rows, score_target
 from fmg.export.swap import copy_without_adapter
 from fmg.inference import Generator
 from fmg.inference.artifact.layout import Artifact

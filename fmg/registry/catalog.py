@@ -142,11 +142,11 @@ ROWS: tuple[Row, ...] = (
          "TensorRT engines of an exported artifact, built on this kind of GPU"),
     _row("backend", "tensorrt-rtx", "inference", "TensorRtConfig", "tensorrt.source:tensorrt_rtx",
          "TensorRT-RTX engines of an exported artifact, built ahead of time for GeForce and RTX GPUs"),
-    _row("feature-extractor", "pixels", "eval", "PixelsConfig", "pixels:Pixels",
+    _row("feature-extractor", "pixels", "eval", "PixelsConfig", "extractors:Pixels",
          "The picture itself, scaled down: for small synthetic pictures; needs no weights"),
-    _row("feature-extractor", "clip", "eval", "ClipFeaturesConfig", "network_extractors:clip",
+    _row("feature-extractor", "clip", "eval", "ClipFeaturesConfig", "extractors:clip",
          "Image embedding and patch tokens of CLIP ViT-L/14"),
-    _row("feature-extractor", "dinov2", "eval", "Dinov2Config", "network_extractors:dinov2",
+    _row("feature-extractor", "dinov2", "eval", "Dinov2Config", "extractors:dinov2",
          "Class and patch tokens of DINOv2 ViT-L/14, trained without labels or captions"),
 )
 # fmt: on

@@ -23,8 +23,8 @@ from fmg.data.prompt_sets import spread
 from fmg.data.run_folder import RunFolder
 from fmg.data.run_metrics import Outcome
 from fmg.data.run_report import kept_picture, run_figure
-from fmg.eval.diversity import within_groups
 from fmg.eval.scoring import EvalSet, Scores, means, score_target, standard_error
+from fmg.eval.set_metrics import within_groups
 from fmg.inference.backend import TorchBackend
 from fmg.inference.generator import DEFAULT_BATCH, Generator
 from fmg.registry import feature_extractors

@@ -16,10 +16,9 @@ from fmg.core.events import Event, Notice
 from fmg.core.prompt import Prompt
 from fmg.data.prompt_sets import PromptList
 from fmg.eval.evaluate import evaluate
-from fmg.eval.gallery import ImageGallery
+from fmg.eval.report import ImageGallery
 from fmg.eval.results import EvalReport, Result, TagResult, headline_tags
-from fmg.eval.rows import tag_rows
-from fmg.eval.scoring import EvalSet, Scores
+from fmg.eval.scoring import EvalSet, Scores, tag_rows
 from fmg.inference import load
 from fmg.registry import rewards
 from tests.support.pages import self_contained

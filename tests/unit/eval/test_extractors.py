@@ -11,7 +11,7 @@ from transformers import CLIPModel, Dinov2Config, Dinov2Model
 
 from fmg.core.errors import CheckpointError, MissingDependencyError, RewardError, UsageError
 from fmg.core.protocols import FeatureExtractor
-from fmg.eval.diversity import within_groups
+from fmg.eval.set_metrics import within_groups
 from fmg.registry import feature_extractors
 from fmg.rewards.images import normalize
 from tests.tiny_rewards import SIDE, write_clip_folder

@@ -16,10 +16,10 @@ from PIL import Image
 
 from fmg.core.errors import CheckpointError, FmgWarning, RewardError, UsageError
 from fmg.data.prompt_sets import load_prompts
-from fmg.eval.dump import geneval_dump
-from fmg.eval.reference import batches, folder_reference, picture_files
+from fmg.eval.image_folders import batches, geneval_dump, picture_files
 from fmg.eval.score import score
-from fmg.eval.scoring import Collected
+from fmg.eval.scoring import ScoreCollector
+from fmg.eval.set_metrics import folder_reference
 from fmg.registry import feature_extractors, rewards
 from fmg.rewards.images import read_image
 from tests.tiny_rewards import write_clip_folder
@@ -168,7 +168,7 @@ def test_a_geneval_tree_is_read_back_with_its_prompts_and_tags(tmp_path: Path) -
 
 
 def test_parts_that_differ_between_batches_name_the_reward() -> None:
-    collected = Collected()
+    collected = ScoreCollector()
     collected.add({("mine", "total"): np.ones(2), ("mine", "sharp"): np.ones(2)})
     collected.add({("mine", "total"): np.ones(1), ("mine", "sharp"): np.zeros(1)})
     for other in ({("mine", "total"): np.ones(2)}, {**collected.parts(), ("mine", "late"): np.ones(2)}):
@@ -228,7 +228,7 @@ def test_what_is_missing_is_said(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     for arguments, says in (
         ({"rewards": []}, "nothing to measure"),
-        ({"rewards": ["jpeg-compressibility"]}, "Nothing says what"),
+        ({"rewards": ["jpeg-compressibility"]}, "There is no prompt for"),
         ({"rewards": ["shapes"], "prompt": "a nice dog"}, "a nice dog"),
         ({"rewards": ["shapez"], "prompt": "x"}, "Did you mean 'shapes'"),
         ({"extractors": ["pixels"], "reference": "world"}, "embedded world"),

@@ -8,11 +8,20 @@ import scipy.linalg
 import torch
 from numpy.typing import NDArray
 
-from fmg.eval.diversity import GroupSpread, cosine_diversity, unit, within_groups
-from fmg.eval.frechet import fit, frechet_distance
 from fmg.eval.intervals import subset_estimate
-from fmg.eval.manifold import Manifolds, manifolds
-from fmg.eval.set_metrics import FeatureSet, Reference, SetMetrics
+from fmg.eval.set_metrics import (
+    FeatureSet,
+    GroupSpread,
+    Manifolds,
+    ReferenceSet,
+    SetMetrics,
+    cosine_diversity,
+    fit_gaussian,
+    frechet_distance,
+    manifolds,
+    unit_vectors,
+    within_groups,
+)
 from fmg.registry import feature_extractors
 
 
@@ -44,9 +53,11 @@ def test_within_groups_is_the_mean_over_pairs_in_any_order_and_any_batches() -> 
 def test_cosine_diversity_is_the_mean_over_pairs() -> None:
     vectors = gaussian(12, 6, 3)
     wanted = np.mean([1 - a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in itertools.combinations(vectors, 2)])
-    assert cosine_diversity(unit(vectors)) == pytest.approx(wanted, rel=1e-12)
-    assert cosine_diversity(unit(np.ones((4, 3)))) == pytest.approx(0, abs=1e-12)
-    assert within_groups(unit(vectors).astype(np.float32), np.zeros(12, int)) / 2 == pytest.approx(wanted, rel=1e-5)
+    assert cosine_diversity(unit_vectors(vectors)) == pytest.approx(wanted, rel=1e-12)
+    assert cosine_diversity(unit_vectors(np.ones((4, 3)))) == pytest.approx(0, abs=1e-12)
+    assert within_groups(unit_vectors(vectors).astype(np.float32), np.zeros(12, int)) / 2 == pytest.approx(
+        wanted, rel=1e-5
+    )
 
 
 def scipy_distance(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
@@ -58,24 +69,24 @@ def scipy_distance(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
 @pytest.mark.parametrize(("n", "m", "d"), [(200, 300, 16), (500, 60, 32), (90, 80, 70)])
 def test_frechet_distance_equals_that_of_scipys_matrix_root(n: int, m: int, d: int) -> None:
     a, b = gaussian(n, d, 4), gaussian(m, d, 5, mean=0.3)
-    assert frechet_distance(fit(a), fit(b)) == pytest.approx(scipy_distance(a, b), rel=1e-9)
+    assert frechet_distance(fit_gaussian(a), fit_gaussian(b)) == pytest.approx(scipy_distance(a, b), rel=1e-9)
 
 
 def test_frechet_distance_has_its_closed_form_and_survives_singular_covariances() -> None:
     a = gaussian(400, 8, 6)
-    assert frechet_distance(fit(a), fit(a)) == pytest.approx(0, abs=1e-9)
-    assert frechet_distance(fit(a), fit(a + 2.0)) == pytest.approx(8 * 4.0, rel=1e-9)
+    assert frechet_distance(fit_gaussian(a), fit_gaussian(a)) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(fit_gaussian(a), fit_gaussian(a + 2.0)) == pytest.approx(8 * 4.0, rel=1e-9)
     # of a scaled set: tr S (s - 1)^2, and s - 1 times the mean
     scaled = float(np.trace(np.cov(a.T))) * 0.25 + squared(a.mean(0), 1.5 * a.mean(0))
-    assert frechet_distance(fit(a), fit(1.5 * a)) == pytest.approx(scaled, rel=1e-9)
+    assert frechet_distance(fit_gaussian(a), fit_gaussian(1.5 * a)) == pytest.approx(scaled, rel=1e-9)
     few = gaussian(10, 64, 7)
-    assert frechet_distance(fit(few), fit(few)) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance(fit_gaussian(few), fit_gaussian(few)) == pytest.approx(0, abs=1e-9)
     # scipy's root of a singular product loses half of the digits; the exact answer is known
-    assert frechet_distance(fit(few), fit(few + 1)) == pytest.approx(64, rel=1e-9)
+    assert frechet_distance(fit_gaussian(few), fit_gaussian(few + 1)) == pytest.approx(64, rel=1e-9)
     # constant features, as a broken generator has
-    assert frechet_distance(fit(np.zeros((5, 3))), fit(np.zeros((5, 3)))) == 0
+    assert frechet_distance(fit_gaussian(np.zeros((5, 3))), fit_gaussian(np.zeros((5, 3)))) == 0
     with pytest.raises(ValueError, match="two vectors"):
-        fit(few[:1])
+        fit_gaussian(few[:1])
 
 
 def brute_force(real: NDArray[np.float64], generated: NDArray[np.float64], k: int = 3) -> tuple[float, float]:
@@ -132,11 +143,11 @@ def test_the_frechet_interval_covers_and_the_extrapolation_removes_the_bias() ->
     """Two samples of one distribution: the distance is 0, what is measured is bias."""
     d, n = 6, 200
     mixing = np.random.default_rng(11).normal(size=(d, d))
-    truth = fit(np.random.default_rng(12).normal(size=(50_000, d)) @ mixing)
+    truth = fit_gaussian(np.random.default_rng(12).normal(size=(50_000, d)) @ mixing)
     values, covered, corrected = [], [], []
     for seed in range(60):
         sample = np.random.default_rng(100 + seed).normal(size=(n, d)) @ mixing
-        found = subset_estimate(lambda rows, x=sample: frechet_distance(fit(x[rows]), truth), n)
+        found = subset_estimate(lambda rows, x=sample: frechet_distance(fit_gaussian(x[rows]), truth), n)
         values.append(found.value)
         covered.append(found.ci95)
         beyond = found.extrapolated()
@@ -158,7 +169,7 @@ def test_the_metrics_of_a_set_and_their_paired_differences() -> None:
     generator = torch.Generator().manual_seed(0)
     base = torch.rand(60, 3, 4, 4, generator=generator)
     groups = np.arange(60) % 6
-    reference = Reference.of(seen(torch.rand(80, 3, 4, 4, generator=generator), np.zeros(80, int)).vectors)
+    reference = ReferenceSet.of(seen(torch.rand(80, 3, 4, 4, generator=generator), np.zeros(80, int)).vectors)
     ours = SetMetrics.of(seen(base * 0.5 + 0.25, groups), reference)
     theirs = SetMetrics.of(seen(base, groups), reference)
     rows = {row.metric: row for row in ours.rows(4, "pixels")}
@@ -187,7 +198,7 @@ def test_the_metrics_of_a_set_and_their_paired_differences() -> None:
 
 def test_a_set_that_cannot_be_halved_has_no_extrapolated_row() -> None:
     pictures = torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    reference = Reference.of(seen(pictures[8:], np.zeros(12, int)).vectors)
+    reference = ReferenceSet.of(seen(pictures[8:], np.zeros(12, int)).vectors)
     few, more = (SetMetrics.of(seen(pictures[:n], np.zeros(n, int)), reference) for n in (7, 8))
     for found, expected in ((few, False), (more, True)):
         for rows in (found.rows(4, "pixels"), found.difference(found, 4, "pixels")):
@@ -198,7 +209,7 @@ def test_a_set_that_cannot_be_halved_has_no_extrapolated_row() -> None:
 
 def test_small_sets_say_what_they_can() -> None:
     pictures = torch.rand(21, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-    reference = Reference.of(seen(pictures, np.arange(21)).vectors)
+    reference = ReferenceSet.of(seen(pictures, np.arange(21)).vectors)
     assert [row.metric for row in SetMetrics.of(seen(pictures[:2], np.zeros(2, int)), reference).rows(1, "p")] == [
         "diversity_within_prompts"
     ]

@@ -1,8 +1,8 @@
-"""Feature extractors that are networks.
+"""Feature extractors: the picture itself for the embedded worlds, and networks for everything else.
 
-Their maps follow LPIPS (Zhang et al., arXiv 1801.03924, eq. 1) with transformer layers for its
-convolutions and uniform weights for its learnt ones: channels scaled to unit length at each place, squared differences
-averaged over places and layers. Figures are comparable with each other, not with published LPIPS.
+Maps of a network follow LPIPS (Zhang et al., arXiv 1801.03924, eq. 1) with transformer layers in place of convolutions
+and uniform weights in place of learnt ones: channels scaled to unit length at each place, squared differences averaged
+over places and layers. The figures are comparable with each other, not with published LPIPS.
 """
 
 from __future__ import annotations
@@ -14,16 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Dinov2Config as Dinov2Architecture
-from transformers import Dinov2Model
 
 from fmg.core.errors import UsageError
 from fmg.core.types import ImageFeatures
-from fmg.eval.configs import ClipFeaturesConfig, Dinov2Config
-from fmg.registry import feature_extractors
-from fmg.rewards.checkpoints import load_folder, load_pretrained
-from fmg.rewards.clip_family import load_vision
-from fmg.rewards.images import CLIP_MEAN, CLIP_STD, normalize, resize_and_crop
+from fmg.eval.configs import ClipFeaturesConfig, Dinov2Config, PixelsConfig
+from fmg.rewards.images import CLIP_MEAN, CLIP_STD, check_drawable, normalize, resize_and_crop
 from fmg.rewards.model_configs import NetworkConfig
 from fmg.rewards.network import Files, LazyNetwork, Load
 
@@ -34,6 +29,22 @@ _LAYERS = 4
 _PLACES = 8
 
 Extract = Callable[[Float[Tensor, "b 3 h w"]], ImageFeatures]
+
+
+class Pixels:
+    """Pixels averaged to `side` x `side`. The distance of maps is the mean squared difference over pixels and channels.
+
+    Vectors are the same numbers around grey, so that their cosine distance is that of contrasts.
+    """
+
+    def __init__(self, config: PixelsConfig) -> None:
+        self._side = config.side
+
+    def __call__(self, images: Float[Tensor, "b 3 h w"]) -> ImageFeatures:
+        """Features of images in [0, 1]."""
+        check_drawable(images)
+        flat = F.adaptive_avg_pool2d(images.detach().float().cpu(), self._side).flatten(1)
+        return ImageFeatures(vectors=flat - 0.5, maps=flat / flat.shape[1] ** 0.5)
 
 
 class NetworkExtractor:
@@ -60,23 +71,24 @@ class NetworkExtractor:
         )
 
 
-@feature_extractors.register("clip", ClipFeaturesConfig)
 def clip(config: ClipFeaturesConfig) -> NetworkExtractor:
     """The projected image embedding of unit length, and patch tokens, with the preprocessing of OpenAI's CLIP."""
     return NetworkExtractor("clip", config, _load_clip)
 
 
-@feature_extractors.register("dinov2", Dinov2Config)
 def dinov2(config: Dinov2Config) -> NetworkExtractor:
     """The class token after the last norm, as Stein et al. use it, and patch tokens.
 
-    Pictures are rounded to 8 bits, their shorter edge is brought to `side` by Pillow's bicubic filter, and the centre
-    is cut out.
+    Pictures are rounded to 8 bits, resized so that the shorter edge is `side` (Pillow's bicubic filter), and
+    centre-cropped.
     """
     return NetworkExtractor("dinov2", config, partial(_load_dinov2, config.side))
 
 
 def _load_clip(files: Files, device: torch.device, dtype: torch.dtype) -> Extract:
+    # transformers takes seconds to import, and training measures pixels alone
+    from fmg.rewards.clip_family import load_vision
+
     model, config = load_vision(files["model"], device, dtype)
 
     def extract(images: Float[Tensor, "b 3 h w"]) -> ImageFeatures:
@@ -88,6 +100,11 @@ def _load_clip(files: Files, device: torch.device, dtype: torch.dtype) -> Extrac
 
 
 def _load_dinov2(side: int, files: Files, device: torch.device, dtype: torch.dtype) -> Extract:
+    from transformers import Dinov2Config as Dinov2Architecture
+    from transformers import Dinov2Model
+
+    from fmg.rewards.checkpoints import load_folder, load_pretrained
+
     folder = files["model"]
     config = load_pretrained(Dinov2Architecture.from_pretrained, folder.folder, "config")
     if side % config.patch_size:
