@@ -1,6 +1,6 @@
 """The commands of the command line, with the arguments and options of each.
 
-`python -m tests.support.commands >tests/fixtures/commands.json` records them for `tests/meta/test_commands.py`.
+`python -m tests.support.commands` prints them; `tests/meta/test_commands.py` compares them with an earlier revision's.
 """
 
 from __future__ import annotations
