@@ -51,7 +51,7 @@ def bench(
     targets: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[TARGET...]",
+            metavar="TARGET",
             help="Models, runs or artifacts.",
             show_default="the newest run",
             autocompletion=completion.targets,

@@ -38,7 +38,7 @@ def list_components(
     kind: Annotated[
         str | None,
         typer.Argument(
-            metavar="[KIND]",
+            metavar="KIND",
             help=f"{_KINDS}; or recipes.",
             show_default="all kinds of components",
             autocompletion=completion.kinds,
@@ -67,8 +67,8 @@ def show(
     kind: Annotated[
         str,
         typer.Argument(
-            metavar="[KIND]",
-            help=f"{_KINDS}; needed only when two kinds share the name.",
+            metavar="KIND|NAME",
+            help="A name that `fmg list` prints, or its kind and then the name where two kinds share it.",
             show_default=False,
             autocompletion=completion.kinds_and_names,
         ),
@@ -76,10 +76,7 @@ def show(
     name: Annotated[
         str | None,
         typer.Argument(
-            metavar="NAME",
-            help="A name that `fmg list` prints.",
-            show_default=False,
-            autocompletion=completion.names_of_kind,
+            metavar="NAME", help="The name, after a kind.", show_default=False, autocompletion=completion.names_of_kind
         ),
     ] = None,
     as_json: AsJson = False,
@@ -163,7 +160,7 @@ def init(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RECIPE]",
+            metavar="RECIPE",
             help="Recipe to start from, by name or file; or a model.",
             show_default="meanflow-shapes",
             autocompletion=completion.recipes,
@@ -202,7 +199,7 @@ def init(
 def check_component(
     target: Annotated[str, typer.Argument(metavar="PATH|KIND", help="my_pkg:MyReward, or a kind.", show_default=False)],
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="A name that `fmg list KIND` prints.", show_default=False)
+        str | None, typer.Argument(metavar="NAME", help="A name that `fmg list KIND` prints.", show_default=False)
     ] = None,
     sets: Annotated[
         list[str] | None,

@@ -61,7 +61,7 @@ def examine_rewards(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME]...",
+            metavar="NAME",
             help="Rewards that must work.",
             show_default="all that are installed",
             autocompletion=completion.components("reward"),

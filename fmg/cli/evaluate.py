@@ -49,7 +49,7 @@ def evaluate(
     target: Annotated[
         str | None,
         typer.Argument(
-            metavar="[TARGET]",
+            metavar="TARGET",
             help="A model or a run folder.",
             show_default="the newest run",
             autocompletion=completion.targets,
@@ -86,7 +86,7 @@ def evaluate(
         str | None,
         measuring_option(
             metavar="DIR|world",
-            help="Real images to compare with: a folder, or world for those of the embedded world.",
+            help="Real images to compare with: a folder, or 'world' for renderings of the embedded world.",
             show_default=False,
         ),
     ] = None,
@@ -103,7 +103,7 @@ def evaluate(
     batch_size: BatchSize = None,
     dump: Annotated[
         tuple[str, str] | None,
-        file_option(metavar="geneval DIR", help="Write the images in the layout of GenEval.", show_default=False),
+        file_option(metavar="geneval DIR", help="Write the images in GenEval's layout.", show_default=False),
     ] = None,
     report: Annotated[
         str | None,

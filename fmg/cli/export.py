@@ -78,7 +78,7 @@ def export(
         str | None,
         _output_option(
             metavar="P",
-            help="fp32 for CPUs, bf16 or fp16 for GPUs; with --diffusers also stored, as the weights are.",
+            help="fp32 for CPUs, bf16 or fp16 for GPUs; with --diffusers also stored (unchanged).",
             show_default="fp32; with --diffusers: stored",
             autocompletion=completion.one_of(*_PRECISIONS, _STORED),
         ),
@@ -92,7 +92,11 @@ def export(
     ] = None,
     batch: Annotated[
         str | None,
-        _output_option(metavar="MIN:OPT:MAX", help="Batch sizes.", show_default="chosen by the size of the model"),
+        _output_option(
+            metavar="MIN:OPT:MAX",
+            help="Batch sizes: smallest, usual and largest.",
+            show_default="chosen by the size of the model",
+        ),
     ] = None,
     out: Annotated[
         str | None,
@@ -139,7 +143,7 @@ def export(
     version_compatible: Annotated[
         bool,
         _engine_option(
-            "--version-compatible", help="Run on other versions of TensorRT too; embeds code (tensorrt only)."
+            "--version-compatible", help="Also run on other versions of TensorRT; embeds code (tensorrt only)."
         ),
     ] = False,
     weight_streaming: Annotated[
@@ -148,7 +152,7 @@ def export(
     refittable: Annotated[
         bool,
         _engine_option(
-            "--refittable", help="Accept new weights without a new build; checks that no bias is lost. Needs a GPU."
+            "--refittable", help="Allow new weights without a rebuild; checks that no bias is lost. Needs a GPU."
         ),
     ] = False,
     no_timing_cache: Annotated[

@@ -24,8 +24,8 @@ def fetch(
     names: Annotated[
         list[str],
         typer.Argument(
-            metavar="[KIND] NAME",
-            help="A model; or a kind (reward, feature-extractor) and a name.",
+            metavar="NAME",
+            help="A model; or a kind (reward, feature-extractor) and one of its names.",
             show_default=False,
             autocompletion=completion.components("model"),
         ),
@@ -40,8 +40,7 @@ def fetch(
         ),
     ] = None,
     sets: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="K=V", help="Any value of the recipe, such as model.student."),
+        list[str] | None, typer.Option("--set", metavar="K=V", help="Any value of the recipe, such as model.student.")
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     offline: Offline = False,

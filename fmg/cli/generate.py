@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One or more prompts, each in quotes.")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="One or more prompts, each in quotes.")],
     source: Annotated[
         str | None,
         sampling_option(

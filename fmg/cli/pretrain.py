@@ -42,7 +42,7 @@ def shapes(out: Out = "pretrained/shapes", seed: Seed = 0) -> None:
 
 @pretrain.command("text")
 def text(out: Out = "pretrained/text", seed: Seed = 0) -> None:
-    """Train meanflow-text from random weights: about 6 minutes on one core. Needs flow-map-grpo[ocr]."""
+    """Train meanflow-text from random weights: about 6 minutes on one core. Needs the extra ocr."""
     folder = checked_folder(out, "--out")
 
     from fmg.rewards.ocr_ctc import shipped_model

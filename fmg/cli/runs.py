@@ -66,7 +66,7 @@ class RunRow:
 
 def runs(
     folder: Annotated[
-        str | None, typer.Argument(metavar="[DIR]", help="Folder of the runs.", show_default="runs")
+        str | None, typer.Argument(metavar="DIR", help="Folder of the runs.", show_default="runs")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -142,7 +142,7 @@ def report(
     runs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[RUN]...", help="Run folders.", show_default="the newest run", autocompletion=completion.runs
+            metavar="RUN", help="Run folders.", show_default="the newest run", autocompletion=completion.runs
         ),
     ] = None,
     out: Annotated[

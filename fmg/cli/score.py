@@ -17,9 +17,7 @@ def score(
     paths: Annotated[
         list[str],
         typer.Argument(
-            metavar="PATH...",
-            help="Images, folders of images, or folders in the layout of GenEval.",
-            show_default=False,
+            metavar="PATH", help="Images, folders of images, or folders in GenEval's layout.", show_default=False
         ),
     ],
     reward: Annotated[
