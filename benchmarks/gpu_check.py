@@ -37,7 +37,7 @@ from fmg.models.geometry import flux_geometry
 from fmg.registry import objectives, stochasticizers
 from fmg.registry.recipe import Recipe
 from fmg.rl import group_advantages, refresh_old, replay_ratio, rollout
-from fmg.training.attention import finite_attention
+from fmg.training.compose import finite_attention
 from fmg.training.launch import Sizes
 from fmg.training.memory_meter import MemoryMeter
 from fmg.training.plan_memory import Memory, plan_memory

@@ -38,7 +38,7 @@ from fmg.registry.composition import check_target_times
 from fmg.registry.config import StochasticizerConfig
 from fmg.rewards.base import build_rewards, check_prompts
 from fmg.rl import NoiseKey, rollout, sample_rollout
-from fmg.rl.noise import noise
+from fmg.rl.rollouts import noise
 
 SCHEMA = 1
 REFERENCE = "deterministic"

@@ -23,9 +23,8 @@ from fmg.registry import feature_extractors
 from fmg.registry import rewards as reward_registry
 from fmg.registry.references import RewardRef
 from fmg.rewards.service.describe import references
+from fmg.rl.keyed_noise import sub_seed
 
-# Seeds of evaluation image i are derived from the evaluation seed and i; the factor keeps two evaluation seeds apart.
-_SEED_STRIDE = 1_000_003
 CHUNK = 256
 
 
@@ -54,7 +53,7 @@ class EvalSet:
         """
         size = len(prompt_set)
         chosen = tuple(prompt_set[i * size // num if num < size else i % size] for i in range(num))
-        seeds = tuple(seed * _SEED_STRIDE + i for i in range(num))
+        seeds = tuple(sub_seed(seed, i) for i in range(num))
         if selection:
             seeds = tuple(-1 - value for value in seeds)
         return EvalSet(chosen, seeds)

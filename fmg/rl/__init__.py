@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from fmg.rl.advantages import combined_advantages, group_advantages, informative, shuffle_advantages, zero_std_ratio
     from fmg.rl.keyed_noise import NoiseKey
     from fmg.rl.replay import refresh_old, replay_ratio
-    from fmg.rl.rollouts import rollout, sample, sample_rollout
-    from fmg.rl.windows import window_steps
+    from fmg.rl.rollouts import rollout, sample, sample_rollout, window_steps
 
 _HOME = {
     "NoiseKey": "keyed_noise",
@@ -26,7 +25,7 @@ _HOME = {
     "sample": "rollouts",
     "sample_rollout": "rollouts",
     "shuffle_advantages": "advantages",
-    "window_steps": "windows",
+    "window_steps": "rollouts",
     "zero_std_ratio": "advantages",
 }
 

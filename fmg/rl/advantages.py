@@ -54,7 +54,7 @@ def group_advantages(
     std = values.std(correction=0).expand(count) if global_std else group_std
     eps = min(eps, RELATIVE_EPS * float(values.abs().max())) if len(values) else eps
     scaled = (centred / (std + eps)[index]).clamp(-clip_max, clip_max)
-    return torch.where(_varied(values, index, count)[index], scaled, 0.0).float()
+    return torch.where(unequal_groups(values, index)[index], scaled, 0.0).float()
 
 
 def combined_advantages(
@@ -93,8 +93,19 @@ def combined_advantages(
 
 def zero_std_ratio(rewards: Float[Tensor, " n"], groups: Int[Tensor, " n"]) -> float:
     """Share of groups whose rewards are all equal: they teach nothing."""
+    return float((~unequal_groups(rewards, groups)).double().mean())
+
+
+def unequal_groups(rewards: Float[Tensor, " n"], groups: Int[Tensor, " n"]) -> Bool[Tensor, " g"]:
+    """Whether the rewards of each group differ, in ascending order of the groups' indices.
+
+    False for a group with an unscored image (NaN). The comparison is exact, where that of a std with 0 is not.
+    """
     index, count = _group_index(groups.to(rewards.device))
-    return float((~_varied(rewards, index, count)).double().mean())
+    empty = rewards.new_zeros(count)
+    highest = empty.scatter_reduce(0, index, rewards, "amax", include_self=False)
+    lowest = empty.scatter_reduce(0, index, rewards, "amin", include_self=False)
+    return highest > lowest
 
 
 def informative(advantages: Float[Tensor, " n"], groups: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
@@ -120,11 +131,3 @@ def _group_mean(values: Float[Tensor, " n"], index: Int[Tensor, " n"], count: in
     sums = values.new_zeros(count).index_add(0, index, values)
     sizes = values.new_zeros(count).index_add(0, index, torch.ones_like(values))
     return sums / sizes
-
-
-def _varied(values: Float[Tensor, " n"], index: Int[Tensor, " n"], count: int) -> Bool[Tensor, " g"]:
-    """Whether the largest and the smallest value of a group differ, which is exact where a std is not."""
-    empty = values.new_zeros(count)
-    highest = empty.scatter_reduce(0, index, values, "amax", include_self=False)
-    lowest = empty.scatter_reduce(0, index, values, "amin", include_self=False)
-    return highest != lowest

@@ -23,9 +23,10 @@ from fmg.core.errors import UsageError
 from fmg.core.protocols import FlowMap, Stochasticizer
 from fmg.core.types import BranchRollout, Conditioning
 from fmg.flow.sampling import native_step
-from fmg.rl.noise import NoiseKey, noise
+from fmg.rl.advantages import unequal_groups
+from fmg.rl.keyed_noise import NoiseKey
 from fmg.rl.replay import log_probs
-from fmg.rl.rollouts import check_intervals, checked_grid, device_of, row_chunks
+from fmg.rl.rollouts import check_intervals, checked_grid, device_of, noise, row_chunks
 
 Completion = Literal["jump", "grid"]
 Prefix = Literal["native", "stochastic"]
@@ -322,7 +323,7 @@ def reward_spread(rewards: Float[Tensor, " n"], step: Int[Tensor, " g"]) -> tupl
     """
     by_group = rewards.double().reshape(len(step), -1)
     std = by_group.std(dim=1, correction=0)
-    equal = (by_group.amax(1) == by_group.amin(1)).double()
+    equal = (~unequal_groups(rewards, torch.arange(len(step)).repeat_interleave(by_group.shape[1]))).double()
     scored = std.isfinite()
     found = [int(k) for k in torch.unique(step[scored])]
     picked = {k: scored & (step == k) for k in found}

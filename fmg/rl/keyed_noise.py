@@ -1,4 +1,4 @@
-"""Keyed noise as numpy arrays; `fmg.rl.noise` gives the same bits as tensors. Imports no torch.
+"""Keyed noise as numpy arrays; `fmg.rl.rollouts` gives the same bits as tensors. Imports no torch.
 
 The numbers come from numpy's counter-based Philox generator (Salmon et al., 2011, "Parallel random numbers: as easy as
 1, 2, 3") under a 128-bit hash of the key. A torch CPU generator would not do: it keeps 32 bits of its seed, so two of a
@@ -19,6 +19,8 @@ ROLLOUT = "rollout"
 """Stream of the noise that draws images."""
 OBJECTIVE = "objective"
 """Stream of the noise that an objective adds to finished images."""
+# A prime larger than the number of iterations or images of a run, so that two runs share no seed.
+_SEED_STRIDE = 1_000_003
 
 
 class NoiseKey(NamedTuple):
@@ -58,6 +60,11 @@ def uniform(keys: Sequence[NoiseKey], stream: str = OBJECTIVE) -> NDArray[np.flo
     """Uniform numbers (n,) in [0, 1), one a key."""
     source = _KeyedGenerator(stream)
     return np.array([source.at(key).random(dtype=np.float32) for key in keys], dtype=np.float32)
+
+
+def sub_seed(seed: int, number: int) -> int:
+    """The seed of one iteration or one image of a run, for generators that take a single number."""
+    return seed * _SEED_STRIDE + number
 
 
 class _KeyedGenerator:

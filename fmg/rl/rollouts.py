@@ -1,6 +1,6 @@
-"""Drawing samples from a flow map: with the transitions that a policy gradient needs, or their end points only.
+"""Sampling from a flow map: with the transitions that a policy gradient needs, or the final samples only.
 
-Both functions run on any object with the members of `fmg.core.protocols.FlowMap`, without gradients, in chunks of a
+The functions run on any object with the members of `fmg.core.protocols.FlowMap`, without gradients, in chunks of a
 fixed size. Noise is keyed by (seed, iteration, group, member, step), so it depends on nothing else.
 """
 
@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -18,7 +19,12 @@ from fmg.core.errors import UsageError
 from fmg.core.protocols import FlowMap, Stochasticizer
 from fmg.core.types import Conditioning, SampleRollout, Transition, TransitionRollout, cat_transitions
 from fmg.flow.sampling import native_sample
-from fmg.rl.noise import NoiseKey, noise
+from fmg.registry.sections import WindowSection
+from fmg.rl import keyed_noise
+from fmg.rl.keyed_noise import OBJECTIVE, ROLLOUT, NoiseKey
+
+# Keeps the random windows apart from other draws of the same seed.
+_WINDOW_STREAM = 0x77696E646F77
 
 
 def rollout(
@@ -161,6 +167,22 @@ def sample(
     return torch.cat(parts)
 
 
+def noise(keys: Sequence[NoiseKey], shape: Sequence[int], stream: str = ROLLOUT) -> Float[Tensor, "n *shape"]:
+    """Standard normal noise, one independent sample a key, fp32 on the CPU.
+
+    Args:
+        keys: `n` keys; equal keys give equal noise.
+        shape: shape of one sample.
+        stream: separates draws for different purposes under the same keys; at most 16 bytes.
+    """
+    return torch.from_numpy(keyed_noise.normal(keys, shape, stream))
+
+
+def uniform(keys: Sequence[NoiseKey], stream: str = OBJECTIVE) -> Float[Tensor, " n"]:
+    """Uniform numbers in [0, 1), one a key, fp32 on the CPU."""
+    return torch.from_numpy(keyed_noise.uniform(keys, stream))
+
+
 def sample_keys(
     groups: Int[Tensor, " n"], seed: int, iteration: int, members: Int[Tensor, " n"] | None = None
 ) -> list[NoiseKey]:
@@ -272,3 +294,34 @@ def _checked_steps(steps: Sequence[int] | None, intervals: int) -> frozenset[int
             f"Give at least one index from 0 to {intervals - 2}.",
         )
     return chosen
+
+
+def window_steps(window: WindowSection | None, steps: int, *, iteration: int, seed: int) -> tuple[int, ...]:
+    """Indices of the stochastic grid intervals in one iteration (docs/math.md, eq. 28).
+
+    `fixed` stays at its start. `random` begins anywhere from there on, drawn anew every `every` iterations and the same
+    for all samples (Flow-GRPO-Fast). `progressive` moves on by one step every `every` iterations, from the noisy steps
+    to the clean ones, and stays at the last (MixGRPO, Li et al., arXiv 2507.21802, with stride 1 and a constant
+    interval).
+
+    Args:
+        window: of a recipe that was checked against `steps`; None makes every interval but the last stochastic.
+        steps: intervals of the grid, N; the last is always deterministic.
+        iteration: training iteration, from 0.
+        seed: seed of the run, which keys the random windows.
+
+    Returns:
+        Consecutive indices in [0, N - 2], rising.
+    """
+    if window is None:
+        return tuple(range(steps - 1))
+    first = _first_step(window, steps - 1 - window.size, iteration // window.every, seed)
+    return tuple(range(first, first + window.size))
+
+
+def _first_step(window: WindowSection, last: int, moves: int, seed: int) -> int:
+    if window.mode == "fixed":
+        return window.start
+    if window.mode == "random":
+        return int(np.random.default_rng((seed, moves, _WINDOW_STREAM)).integers(window.start, last + 1))
+    return min(window.start + moves, last)

@@ -16,7 +16,8 @@ from fmg.flow.path import expand
 from fmg.registry import objectives
 from fmg.rl.advantages import informative
 from fmg.rl.configs import RwfmConfig
-from fmg.rl.noise import OBJECTIVE, NoiseKey, noise, uniform
+from fmg.rl.keyed_noise import OBJECTIVE, NoiseKey
+from fmg.rl.rollouts import noise, uniform
 
 
 @objectives.register("rwfm", RwfmConfig)

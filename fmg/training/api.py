@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from fmg.core import metric_keys as keys
 from fmg.core.backends import tell_of_cuts
 from fmg.core.errors import (
     CheckpointError,
-    CompositionError,
     ProcessError,
     StorageError,
     python_call,
@@ -24,7 +24,6 @@ from fmg.core.errors import (
 from fmg.core.events import Event, Notice, Observer, StageProgress
 from fmg.core.files import refuse_links_out, remove_leftovers, write_atomic
 from fmg.core.machine import write_environment
-from fmg.core.protocols import Shardable
 from fmg.core.signals import Signals
 from fmg.core.stdout_redirect import torch_as_new
 from fmg.data.checkpoints import existing_index
@@ -38,12 +37,11 @@ from fmg.progress import watching
 from fmg.registry.recipe import Recipe
 from fmg.registry.resolve import ResolvedRecipe, recipe_of
 from fmg.rewards.functions import Functions, Rewards, split_functions
-from fmg.training.attention import finite_attention
 from fmg.training.card import write_cards
-from fmg.training.compose import Composed, compose
+from fmg.training.checkpointing import SavedState, load_state
+from fmg.training.compose import Composed, compose, finite_attention, shard_base
 from fmg.training.distributed import DistContext, dist_context
 from fmg.training.launch import check_shares, choose_engine, choose_sizes, device_of, read_launch
-from fmg.training.resume import SavedState, load_state
 from fmg.training.trainer import Trainer, TrainResult
 
 
@@ -60,17 +58,17 @@ def train(
 ) -> TrainResult:
     """Trains what `recipe` describes and writes a run folder.
 
-    Where a launcher started several processes, each makes this call; together they train what one would, and the first
-    writes (docs/distributed.md).
+    If a launcher started several processes, each makes this call; together they train what one would, and the main
+    process writes (docs/distributed.md).
 
     Args:
         recipe: a `Recipe`; the name of a model or of a shipped recipe; the path of a YAML file; a mapping of sections;
             None is the default recipe of the embedded two-time model.
         run: where to write; None makes a new folder under `runs/`. A finished or foreign folder is never overwritten.
-        observer: receives events (`fmg.core.events`); in other processes than the first only those of level `error`.
+        observer: receives events (`fmg.core.events`); in all but the main process only those of level `error`.
         rewards: in place of the recipe's: names, functions `fn(images (b, 3, h, w) in [0, 1], prompts) -> (b,)`, or a
             mapping of either to their weights. The run records the names of functions; `resume` needs them again.
-        progress: whether progress is shown on stderr; None shows it in a terminal or a notebook, unless there is an
+        progress: whether to show progress on stderr; None shows it in a terminal or a notebook, unless there is an
             observer.
         allow_code: whether a recipe file may name reward code to run, and servers to send images to.
         values: of the recipe, by dotted path or as the flags of `fmg train` are called: `iterations=2`, `lr=1e-3`,
@@ -81,10 +79,10 @@ def train(
 
     Raises:
         WrongTypeError: an argument has a wrong type.
-        UsageError: for parts that do not fit, a device that is not there, or a folder that is taken.
-        CheckpointError: when weights are missing or damaged.
-        GateError: when a safety check of the run fails; what was saved before stays.
-        ProcessError: when another process of the run ends or cannot be reached.
+        UsageError: parts do not fit, the device is not available, or the folder is taken.
+        CheckpointError: weights are missing or damaged.
+        GateError: a safety check of the run fails; what was saved before stays.
+        ProcessError: another process of the run dies or cannot be reached.
     """
     if rewards is not None:
         values["rewards"] = rewards
@@ -92,24 +90,11 @@ def train(
     resolved = recipe_of(recipe, values, allow_code=allow_code)
     ties = file_values(resolved.recipe)
     resolved = resolved.with_(ties, "of the run") if ties else resolved
-    plain = resolved.recipe
-    # a recipe as it was given has no sources to tell
-    written = plain if isinstance(recipe, Recipe) and not values else resolved
-    folder_name = None if run is None else Path(run)
-
-    def begin() -> RunFolder:
-        folder = RunFolder.create(folder_name, plain.model.name)
-        try:
-            write_atomic(folder.recipe, written.to_yaml().encode())
-            write_environment(folder.path)
-        except BaseException:
-            # it holds nothing yet, and a taken folder could not be named again
-            shutil.rmtree(folder.path, ignore_errors=True)
-            raise
-        return folder
-
+    # a recipe given as an object has no sources to state in its file
+    written = resolved.recipe if isinstance(recipe, Recipe) and not values else resolved
+    new = _NewRun(resolved.recipe, written.to_yaml(), None if run is None else Path(run))
     with watching(observer, progress) as told:
-        return _train(plain, functions, told, lambda: RunFolder.check_free(folder_name), begin)
+        return _run(new, functions, told)
 
 
 @python_call
@@ -122,19 +107,19 @@ def resume(
     allow_code: bool = False,
     accept_changed_prompts: bool = False,
 ) -> TrainResult:
-    """Goes on with an interrupted run from its newest state, to the weights and metrics that it would have had.
+    """Resumes an interrupted run from its newest state, to the weights and metrics that it would have had.
 
-    A run that finished and was killed before its report was written gets it.
+    A run that was killed after its last iteration, before its report was written, gets its report.
 
-    Several processes go on as several began; each reads the state.
+    Several processes resume as they started: each makes this call and reads the state.
 
     Args:
-        run: the run folder; its own recipe says what is done.
+        run: the run folder; its own recipe says what to do.
         observer: receives events (`fmg.core.events`).
-        rewards: the functions that the run was begun with, under their names; its other rewards are in its recipe.
+        rewards: the functions that the run was started with, under their names; its other rewards are in its recipe.
         progress: as in `train`.
         allow_code: whether the recipe of the run may name reward code and servers, as in `Recipe.from_yaml`.
-        accept_changed_prompts: whether prompts that were changed since the run was begun are trained and evaluated on.
+        accept_changed_prompts: whether to use prompts that have changed since the run was started.
 
     Returns:
         As `train`.
@@ -142,168 +127,187 @@ def resume(
     Raises:
         UsageError: it is no run, is finished, has no state, is still being trained, or its recipe was changed.
         CheckpointError: its files are damaged, or weights are missing.
-        GateError: when a safety check of the run fails.
-        ProcessError: when another process of the run ends or cannot be reached.
+        GateError: a safety check of the run fails.
+        ProcessError: another process of the run dies or cannot be reached.
     """
     folder = RunFolder(Path(run))
     if ended_short(folder.path):
-        return _completed(folder, first=read_launch().is_main_process)
+        return _complete(folder, is_main_process=read_launch().is_main_process)
     check_resumable(folder.path)
     recipe = Recipe.of_run(folder.recipe, allow_code=allow_code)
     _, functions = split_functions({"rewards": rewards or ()})
     saved = load_state(folder, recipe, accept_changed_prompts=accept_changed_prompts)
     if accept_changed_prompts:
         recipe = recipe.with_(file_values(untied(recipe)))
-
-    def opened() -> None:
-        saved.check_newest(folder, recipe)
-        if accept_changed_prompts:
-            write_atomic(folder.recipe, recipe.to_yaml().encode())
-
+    resumed = _ResumedRun(recipe, folder, saved, rewrites_recipe=accept_changed_prompts)
     with watching(observer, progress) as told:
-        return _train(recipe, functions, told, lambda: check_resumable(folder.path), lambda: folder, saved, opened)
+        return _run(resumed, functions, told)
+
+
+@dataclass(frozen=True)
+class _NewRun:
+    """A run to start: its folder is created once everything has loaded."""
+
+    recipe: Recipe
+    text: str
+    name: Path | None
+    saved: None = None
+
+    def check(self) -> None:
+        RunFolder.check_free(self.name)
+
+    def open(self) -> RunFolder:
+        folder = RunFolder.create(self.name, self.recipe.model.name)
+        try:
+            write_atomic(folder.recipe, self.text.encode())
+            write_environment(folder.path)
+        except BaseException:
+            # it is still empty, and a taken folder could not be named again
+            shutil.rmtree(folder.path, ignore_errors=True)
+            raise
+        return folder
+
+    def locked(self) -> None:
+        """Nothing: nobody else knows the folder yet."""
+
+
+@dataclass(frozen=True)
+class _ResumedRun:
+    """A run to resume from a saved state."""
+
+    recipe: Recipe
+    folder: RunFolder
+    saved: SavedState
+    rewrites_recipe: bool
+
+    def check(self) -> None:
+        check_resumable(self.folder.path)
+
+    def open(self) -> RunFolder:
+        return self.folder
+
+    def locked(self) -> None:
+        """Checks again, now that no other process can resume the run."""
+        self.saved.check_newest(self.folder, self.recipe)
+        if self.rewrites_recipe:
+            write_atomic(self.folder.recipe, self.recipe.to_yaml().encode())
+
+
+@dataclass
+class _RunStatus:
+    """Records once how a run ended, whoever notices first."""
+
+    folder: RunFolder | None = None
+
+    def close(self, state: State) -> None:
+        folder, self.folder = self.folder, None
+        # on a full disk the state cannot be written either, and the first error is the one that matters
+        with contextlib.suppress(OSError, CheckpointError):
+            if folder is not None and folder.state().state == "running":
+                folder.set_state(state)
 
 
 @torch_as_new()
-def _train(
-    recipe: Recipe,
-    functions: Functions,
-    observer: Observer,
-    check: Callable[[], None],
-    begin: Callable[[], RunFolder],
-    saved: SavedState | None = None,
-    opened: Callable[[], None] = lambda: None,
-) -> TrainResult:
-    """Trains in the folder that `begin` gives, from `saved` on where there is one.
-
-    `check` comes before anything, `opened` when no other process can train in the folder.
-    """
-    launch = read_launch()
+def _run(run: _NewRun | _ResumedRun, functions: Functions, observer: Observer) -> TrainResult:
+    """Connects the processes, loads the parts, opens the folder, trains, and finishes the folder."""
+    launch, recipe = read_launch(), run.recipe
     with said_once(launch.is_main_process):
         engine = choose_engine(recipe)
         check_shares(recipe, launch.world_size, engine)
-    # other machines and processes may see other devices, so each speaks for itself
-    named = device_of(recipe, launch, torch.cuda.device_count())
-    device = device_for(named, recipe.model.name, recipe.model.config.spec())
+    # processes may see different devices, so each reports its own error
+    name = device_of(recipe, launch, torch.cuda.device_count())
+    device = device_for(name, recipe.model.name, recipe.model.config.spec())
     dtype = pick_dtype(recipe.train.dtype)
-    heard = observer if launch.is_main_process else _errors_only(observer)
-    open_run: list[RunFolder] = []
-    signals = Signals()
+    observer = observer if launch.is_main_process else _errors_only(observer)
+    signals, status = Signals(), _RunStatus()
     try:
         with (
             signals.caught(),
             finite_attention(),
-            dist_context(launch, device, heard, on_abort=lambda: _close(open_run, "failed"), signals=signals) as dist,
+            dist_context(launch, device, observer, on_abort=lambda: status.close("failed"), signals=signals) as dist,
         ):
-            dist.run_on_main(check)
-            heard(StageProgress("loading", 0, 0, recipe.model.name))
+            dist.run_on_main(run.check)
+            observer(StageProgress("loading", 0, 0, recipe.model.name))
             composed = dist.main_process_first(lambda: compose(recipe, device, dtype, functions))
-            if launch.is_main_process:
+            if dist.is_main_process:
                 texts = [prompt.text for prompts in (composed.prompts, composed.eval_prompts) for prompt in prompts]
-                tell_of_cuts(composed.model, texts, heard)
-            if saved is not None:
-                # before the folder is said to be running
-                fits = saved.check_trained
-                dist.run_on_all(lambda: fits(composed.model.trainable()))
+                tell_of_cuts(composed.model, texts, observer)
+            if (saved := run.saved) is not None:
+                dist.run_on_all(lambda: saved.check_trained(composed.model.trainable()))
             if dist.is_distributed and engine == "fsdp2":
-                _shard(composed)
-            with _run_folder(dist, begin, opened, recipe, open_run) as folder:
+                shard_base(composed)
+            with _opened(run, dist, status) as folder:
                 sizes = choose_sizes(recipe, device.type, launch.world_size)
-                result = Trainer(composed, folder, sizes, heard, dist, saved).train()
+                result = Trainer(composed, folder, sizes, observer, dist, saved).train()
                 with signals.held():
-                    dist.run_on_main(lambda: write_cards(folder, recipe, composed.prompts, composed.eval_prompts))
-                    if dist.is_main_process:
-                        _close(open_run, "interrupted" if result.interrupted else "finished")
-                    dist.run_on_main(lambda: _leave(folder))
-                    # the last thing to do is done, whatever was asked meanwhile
+                    _finish(composed, folder, result, dist, status)
+                    # everything is done, whatever a signal asked for meanwhile
                     signals.asked = 0
     except ProcessError:
-        # whoever is left says how the run ended: the first process may be the one that is gone
-        _close(open_run, "failed")
+        # a survivor records how the run ended: the main process may be the one that died
+        status.close("failed")
         raise
     return result
 
 
 @contextlib.contextmanager
-def _run_folder(
-    dist: DistContext,
-    begin: Callable[[], RunFolder],
-    opened: Callable[[], None],
-    recipe: Recipe,
-    open_run: list[RunFolder],
-) -> Iterator[RunFolder]:
-    """The run folder, which all processes name alike and the first holds and leaves in the state it ended in."""
+def _opened(run: _NewRun | _ResumedRun, dist: DistContext, status: _RunStatus) -> Iterator[RunFolder]:
+    """The run folder, locked by the main process and left in the state in which the body ends."""
     with contextlib.ExitStack() as stack:
 
         def claim() -> str:
-            claimed = begin()
+            claimed = run.open()
             stack.enter_context(claimed.lock())
-            opened()
+            run.locked()
             claimed.set_state("running")
             return str(claimed.path)
 
-        folder = RunFolder(Path(dist.run_on_main(claim)))
-        yield from _held(dist, folder, recipe, open_run)
-
-
-def _held(dist: DistContext, folder: RunFolder, recipe: Recipe, open_run: list[RunFolder]) -> Iterator[RunFolder]:
-    open_run.append(folder)
-    state: State = "failed"
-    try:
-        yield folder
-        state = "finished"
-    except KeyboardInterrupt:
-        state = "interrupted"
-        raise
-    except Exception as error:
-        reason = system_refusal(error) or (str(error) if isinstance(error, OSError) else None)
-        if reason is None:
+        status.folder = folder = RunFolder(Path(dist.run_on_main(claim)))
+        state: State = "failed"
+        try:
+            yield folder
+            state = "finished"
+        except KeyboardInterrupt:
+            state = "interrupted"
             raise
-        fix = "Free some space, or choose another --run."
-        if newest_state(folder.path) is not None:
-            fix = f"Free some space, then resume with: {resume_command(folder.path, recipe)}"
-        raise StorageError(f"Writing to '{folder.path}' failed: {reason}", fix, reason) from error
-    finally:
-        if dist.is_main_process:
-            _close(open_run, state)
+        except Exception as error:
+            reason = system_refusal(error) or (str(error) if isinstance(error, OSError) else None)
+            if reason is None:
+                raise
+            fix = "Free some space, or choose another --run."
+            if newest_state(folder.path) is not None:
+                fix = f"Free some space, then resume with: {resume_command(folder.path, run.recipe)}"
+            raise StorageError(f"Writing to '{folder.path}' failed: {reason}", fix, reason) from error
+        finally:
+            if dist.is_main_process:
+                status.close(state)
 
 
-def _leave(folder: RunFolder) -> None:
-    """The last steps of a run that has ended; `--resume` makes up for them where they were cut short."""
+def _finish(composed: Composed, folder: RunFolder, result: TrainResult, dist: DistContext, status: _RunStatus) -> None:
+    """Writes model cards and report; `fmg train --resume` repeats what a kill cuts short here."""
+    dist.run_on_main(lambda: write_cards(folder, composed.recipe, composed.prompts, composed.eval_prompts))
+    if dist.is_main_process:
+        status.close("interrupted" if result.interrupted else "finished")
+    dist.run_on_main(lambda: _report(folder))
+
+
+def _report(folder: RunFolder) -> None:
     write_run_report(folder)
     if folder.state().state == "finished":
         drop_states(folder.path)
 
 
-def _completed(folder: RunFolder, *, first: bool) -> TrainResult:
-    """Takes the last steps of a run that finished and was killed before them; what they would have returned."""
+def _complete(folder: RunFolder, *, is_main_process: bool) -> TrainResult:
+    """Takes the last steps of a run that was killed right before them; returns what the run would have returned."""
     index = existing_index(folder.path)
     evaluations = [line for line in read_numbers(folder.metrics) if keys.SCORE in line]
-    if first:
+    if is_main_process:
         with folder.lock():
             refuse_links_out(folder.path)
             remove_leftovers(folder.path)
             remove_leftovers(folder.checkpoints)
-            _leave(folder)
+            _report(folder)
     return TrainResult.of(folder, int(evaluations[-1]["iteration"]), evaluations, index.entry(index.best))
-
-
-def _close(open_run: list[RunFolder], state: State) -> None:
-    """Sets the state that a run ended in, once."""
-    while open_run:
-        run = open_run.pop()
-        # on a full disk the state cannot be written either, and the first error is the one that matters
-        with contextlib.suppress(OSError, CheckpointError):
-            if run.state().state == "running":
-                run.set_state(state)
-
-
-def _shard(composed: Composed) -> None:
-    if not isinstance(composed.model, Shardable):
-        raise CompositionError(
-            f"The model '{composed.recipe.model.name}' cannot be spread over several processes", "Use ddp."
-        )
-    composed.model.shard()
 
 
 def _errors_only(observer: Observer) -> Observer:

@@ -1,14 +1,15 @@
-"""From a recipe to live objects. Everything that can be refused without weights is refused before they are read."""
+"""From a recipe to live objects. Whatever can be refused without weights is refused before they are read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from fmg.core.errors import CompositionError
-from fmg.core.protocols import Model, Objective, OptimizerFactory, PromptSet, Reward, Stochasticizer
+from fmg.core.protocols import Model, Objective, OptimizerFactory, PromptSet, Reward, Shardable, Stochasticizer
 from fmg.data.prompt_sets import load_prompts
 from fmg.flow.grids import make_grid
 from fmg.registry import models, objectives, optimizers, stochasticizers
@@ -36,13 +37,13 @@ class Composed:
 
 
 def compose(recipe: Recipe, device: torch.device, dtype: torch.dtype, functions: Functions = NO_FUNCTIONS) -> Composed:
-    """Builds every component of `recipe` and loads the model, ready to be trained.
+    """Builds every component of `recipe` and loads the model, ready for training.
 
-    `functions` holds the rewards that a Python call was given.
+    `functions` holds the rewards that a Python call passed in.
 
     Raises:
-        UsageError: for a component, prompt set or grid that does not fit; raised before weights are read.
-        CheckpointError: when weights are missing or damaged.
+        UsageError: a component, prompt set or grid does not fit; raised before weights are read.
+        CheckpointError: weights are missing or damaged.
     """
     samples = recipe.rollout.samples
     if recipe.train.updates_per_iteration > samples:
@@ -73,7 +74,7 @@ def compose(recipe: Recipe, device: torch.device, dtype: torch.dtype, functions:
 
 
 def make_trainable(model: Model, recipe: Recipe) -> str:
-    """Attaches and unfreezes what the recipe trains; returns it in words.
+    """Attaches and unfreezes what the recipe trains; returns a description of it.
 
     Raises:
         UsageError: the LoRA fits no module, or the model has no embedder of a second time.
@@ -89,3 +90,31 @@ def make_trainable(model: Model, recipe: Recipe) -> str:
         model.unfreeze("duration")
         words += " and the embedder of the second time"
     return words
+
+
+def shard_base(composed: Composed) -> None:
+    """Shards the frozen base over the processes (FSDP2).
+
+    Raises:
+        CompositionError: the model cannot be sharded.
+    """
+    if not isinstance(composed.model, Shardable):
+        raise CompositionError(
+            f"The model '{composed.recipe.model.name}' cannot be sharded over several processes", "Use ddp."
+        )
+    composed.model.shard()
+
+
+@contextmanager
+def finite_attention() -> Iterator[None]:
+    """Keeps `scaled_dot_product_attention` from using cuDNN's kernel in its body, since its gradients may be NaN.
+
+    Since torch 2.11 cuDNN's is the first choice for bf16 on Hopper (docs/adr/0018-attention-kernels.md). Rollouts need
+    this as much as updates: a ratio compares both, and checkpointed blocks are recomputed outside their call.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

@@ -1,23 +1,25 @@
-"""The samples of an iteration: each process draws and scores its share, and all hold the whole.
+"""The samples of an iteration, from prompts to advantages. Each process generates and scores its share; all get all.
 
 With the whole rollout in every process, advantages, the random parts of the updates and whatever an objective prepares
-are computed from the same numbers as in one process, and every update can be shared out evenly (ADR 6).
+are computed from the same numbers as in a single process, and every update can be divided evenly (ADR 6).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fmg.core import metric_keys as keys
 from fmg.core.errors import RewardError
 from fmg.core.events import Notice, Observer, ignore
-from fmg.core.protocols import FlowMap
+from fmg.core.protocols import FlowMap, PromptSet
 from fmg.core.types import (
     BranchRollout,
     Conditioning,
@@ -29,7 +31,18 @@ from fmg.core.types import (
     Transition,
     TransitionRollout,
 )
-from fmg.rl import rollout, sample_rollout, window_steps
+from fmg.registry.recipe import Recipe
+from fmg.rewards.partial import complete_groups, select_rows
+from fmg.rl import (
+    combined_advantages,
+    group_advantages,
+    rollout,
+    sample_rollout,
+    shuffle_advantages,
+    window_steps,
+    zero_std_ratio,
+)
+from fmg.rl.advantages import unequal_groups
 from fmg.rl.branches import (
     Branching,
     Completion,
@@ -39,21 +52,27 @@ from fmg.rl.branches import (
     siblings_of,
     within_correlation,
 )
+from fmg.rl.keyed_noise import sub_seed
 from fmg.rl.rollouts import group_members
 from fmg.training.completing import Completer, completions_gate, open_completer
 from fmg.training.compose import Composed
 from fmg.training.distributed import DistContext
 from fmg.training.launch import Sizes
 from fmg.training.plan_time import rollout_nfe
-from fmg.training.prompts import DynamicPrompts, iteration_prompts
 
 AGREEMENT_GROUPS = 6
-"""Groups that are completed both ways where the agreement of completions is measured."""
+"""Groups that are completed both ways to measure how far the completions agree."""
 CHECKED_ROLLOUTS = 2
-"""Rollouts of a process of which some groups are completed by torch as well: a fresh LoRA adds exactly nothing, so
-that what a backend makes of it shows only after the first update."""
+"""Rollouts of a process in which some groups are completed by torch as well. A fresh LoRA adds exactly nothing, so that
+a backend's error in it shows only after the first update."""
 CHECKED_IMAGES = 128
-"""Images that are compared then, at least where a rollout has as many: one in hundreds amplifies rounding."""
+"""Images compared then, where a rollout has as many: one in hundreds amplifies rounding."""
+
+# Keeps the draws apart from others of the same seed.
+_PROMPT_STREAM = 0x70726F6D707473
+# A prompt whose group had equal rewards keeps this share of its weight; every iteration restores this share of what the
+# weights lack.
+_KEPT, _RECOVERY = 0.5, 0.01
 
 
 @dataclass
@@ -62,8 +81,8 @@ class Sampler:
 
     Attributes:
         composed: the live parts of the run.
-        sizes: samples a network call.
-        dist: those that share the samples.
+        sizes: samples of a forward pass.
+        dist: the processes that share the samples.
         observer: hears whether another backend completes as torch does.
     """
 
@@ -82,32 +101,28 @@ class Sampler:
         shape, seed = self.composed.recipe.rollout, self.composed.recipe.train.seed
         if shape.kind == "branch":
             self._steps = StepChooser(shape.branch.steps, shape.steps - 1, shape.branch.floor, seed)
-            self._completer = open_completer(self.composed, self._completed_at_once, self.dist)
+            at_once = min(self.unit, self.sizes.rollout_batch, shape.samples)
+            self._completer = open_completer(self.composed, at_once, self.dist)
         if shape.prompt_sampling == "dynamic":
             self._prompts = DynamicPrompts(self.composed.prompts, shape.prompt_floor, seed)
 
     @property
     def unit(self) -> int:
-        """Samples that go through the network together, of which a process takes whole ones: `DistContext.shard_of`."""
+        """Samples that pass through the network together, the unit of `DistContext.shard_of`."""
         return self._unit_groups * self.composed.recipe.rollout.group_size if self._steps else self.sizes.rollout_batch
-
-    @property
-    def _completed_at_once(self) -> int:
-        """Siblings that are completed in one call, at most."""
-        return min(self.unit, self.sizes.rollout_batch, self.composed.recipe.rollout.samples)
 
     @property
     def _unit_groups(self) -> int:
         return max(1, self.sizes.rollout_batch // self.composed.recipe.rollout.group_size)
 
     def sample(self, iteration: int) -> tuple[SampleRollout, Rollout]:
-        """This process's share of an iteration's samples, and all of them; the same object for one process."""
+        """This process's share of an iteration's samples, and all of them; the same object for a single process."""
         shape = self.composed.recipe.rollout
         cond = self.composed.model.encode([prompt.text for prompt in self._prompts_of(iteration)])
         return self._branches(cond, iteration) if self._steps else self._chains(cond, shape.group_size, iteration)
 
     def learn(self, whole: Rollout, rewards: RewardOutput) -> dict[str, float]:
-        """Takes the rewards of an iteration's samples; returns what is worth logging of them."""
+        """Learns from the rewards of an iteration's samples; returns metrics of them."""
         steps = whole.step.tolist() if isinstance(whole, BranchRollout) else None
         metrics = {keys.ROLLOUT_NFE: float(rollout_nfe(self.composed.recipe, steps))}
         if isinstance(whole, BranchRollout) and self._steps is not None:
@@ -117,23 +132,21 @@ class Sampler:
             metrics |= {keys.STEP_ZERO_STD_RATIO.format(k): value for k, value in equal.items()}
             metrics |= {keys.STEP_GROUPS.format(k): float((whole.step == k).sum()) for k in spread}
         if self._prompts is not None:
-            values = rewards.total.double().reshape(len(self._chosen), -1)
-            # a group with an image that has no score says nothing
-            teaches = ~(values.amax(1) == values.amin(1))
-            self._prompts.learn(self._chosen, teaches.tolist())
+            scored = rewards.total.reshape(len(self._chosen), -1).isfinite().all(1)
+            self._prompts.learn(self._chosen, unequal_groups(rewards.total, whole.groups).tolist(), scored.tolist())
             metrics["prompts/mean_weight"] = float(self._prompts.weights.mean())
         return metrics
 
     def compares_completions(self, iteration: int) -> bool:
-        """Whether an iteration of a branched run measures the agreement: each that `eval.every` divides."""
+        """Whether an iteration measures the agreement of completions: in a branched run, every `eval.every`."""
         return self._steps is not None and iteration % self.composed.recipe.eval.every == 0
 
     @torch.no_grad()
     def completion_agreement(self, iteration: int, rewards: RewardOutput) -> dict[str, float]:
-        """How far the rewards of the two completions agree, for an iteration of which `compares_completions` is true.
+        """How far the rewards of the two completions agree, for an iteration that `compares_completions`.
 
-        A few groups are completed the other way. `branch/completion_agreement` is the correlation of both rewards
-        within groups: near 1 a jump ranks siblings as the sampler of deployment would, at a fraction of its cost.
+        Completes a few groups the other way. `branch/completion_agreement` is the correlation of both rewards within
+        groups: near 1, a jump ranks siblings as the sampler of deployment would, at a fraction of its cost.
         """
         recipe = self.composed.recipe
         shape = recipe.rollout
@@ -149,14 +162,14 @@ class Sampler:
         return {} if agreement is None else {keys.COMPLETION_AGREEMENT: agreement}
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs to sample as this object would."""
+        """What a resumed run needs to sample as this object would."""
         return {
             "steps": self._steps.state() if self._steps else None,
             "prompts": torch.from_numpy(self._prompts.weights.copy()) if self._prompts else None,
         }
 
     def restore(self, state: Mapping[str, Any], *, same_prompts: bool = True) -> None:
-        """Puts back what `state` gave; what was learned of prompts belongs to the same prompts alone."""
+        """Restores what `state` returned; what was learned about prompts only for the same prompts."""
         if self._steps is not None:
             self._steps.restore(state["steps"])
         if self._prompts is not None and same_prompts:
@@ -201,7 +214,7 @@ class Sampler:
         return SampleRollout(own.cond, own.groups, own.x0, own.grid), whole
 
     def _check(self, cond: Conditioning, steps: Int[Tensor, " g"], iteration: int) -> None:
-        """Completes a few groups of an iteration by the backend and by torch, and compares their images."""
+        """Completes a few groups of an iteration with the backend and with torch, and compares their images."""
         shape, flow_map = self.composed.recipe.rollout, self.composed.model.flow_map
         groups = torch.arange(min(-(-CHECKED_IMAGES // shape.group_size), shape.groups))
         completion, chosen = shape.branch.completion, cond.select(groups)
@@ -229,7 +242,7 @@ class Sampler:
         span: tuple[int, int] | None,
         completing: FlowMap | None = None,
     ) -> BranchRollout:
-        """Groups of an iteration, completed by `completing`; None: by the backend of the recipe."""
+        """Groups of an iteration, completed by `completing`, or by the recipe's backend for None."""
         recipe, model = self.composed.recipe, self.composed.model
         branch = recipe.rollout.branch
         if completing is None and self._completer is not None:
@@ -284,9 +297,7 @@ def score_samples(
     total: int,
     unit: int,
 ) -> RewardOutput:
-    """The scores of all `total` samples of an iteration, of which `images` are this process's.
-
-    `unit` is that of the sampler.
+    """The scores of all `total` samples of an iteration, of which `images` are this process's; `unit` as in `Sampler`.
 
     Raises:
         RewardError: a reward failed in some process; every process raises it.
@@ -297,7 +308,7 @@ def score_samples(
     names = dist.gather_texts("\n".join(scores.parts))
     if len(set(names)) > 1:
         raise RewardError(
-            "A reward reports other parts in one process than in another", "Return the same parts for every batch."
+            "A reward returns different parts in different processes", "Return the same parts for every batch."
         )
     scored = scores.scored if isinstance(scores, PartialRewardOutput) else torch.ones(len(images), dtype=torch.bool)
 
@@ -307,6 +318,111 @@ def score_samples(
     totals, known = gathered(scores.total), gathered(scored)
     parts = {name: gathered(values) for name, values in scores.parts.items()}
     return RewardOutput(totals, parts) if bool(known.all()) else PartialRewardOutput(totals, parts, known)
+
+
+def advantages(rewards: RewardOutput, groups: Int[Tensor, " n"], recipe: Recipe, iteration: int) -> Float[Tensor, " n"]:
+    """Group advantages as the recipe's objective wants them; 0 for groups with an unscored image.
+
+    Those of the rewards' weighted sum, or with `reward_combination: per-reward` the weighted sum of each reward's own
+    (docs/math.md, eq. 19 and 29). `train.shuffle_advantages` assigns them to random samples, the null control.
+    """
+    kept = complete_groups(rewards, groups)
+    values = torch.zeros(len(kept))
+    if not bool(kept.any()):
+        return values
+    options, known = recipe.objective.config, select_rows(rewards, kept)
+    global_std, clip_max = options.global_std, options.adv_clip_max
+    if options.reward_combination == "per-reward":
+        weights = {reward.label: reward.weight for reward in recipe.rewards}
+        compared = combined_advantages(known.parts, weights, groups[kept], global_std=global_std, clip_max=clip_max)
+    else:
+        compared = group_advantages(known.total, groups[kept], global_std=global_std, clip_max=clip_max)
+    if recipe.train.shuffle_advantages:
+        compared = shuffle_advantages(compared, sub_seed(recipe.train.seed, iteration))
+    values[kept] = compared
+    return values
+
+
+def reward_metrics(rewards: RewardOutput, groups: Int[Tensor, " n"]) -> dict[str, float]:
+    """`reward/mean` with its spread and standard error, `reward/<name>_mean` for every part, `zero_std_ratio`.
+
+    Groups with an unscored image are left out; `reward/dropped` is their share of the images.
+    """
+    kept = complete_groups(rewards, groups)
+    metrics = {keys.REWARD_DROPPED: float((~kept).double().mean())} if not bool(kept.all()) else {}
+    if not bool(kept.any()):
+        return metrics
+    known = select_rows(rewards, kept)
+    total = known.total.double()
+    metrics |= {
+        keys.REWARD: float(total.mean()),
+        keys.REWARD_STD: float(total.std()),
+        keys.REWARD_SE: float(total.std() / len(total) ** 0.5),
+        keys.ZERO_STD_RATIO: zero_std_ratio(known.total, groups[kept]),
+    }
+    for name, values in known.parts.items():
+        metrics[keys.reward_part(name)] = float(values.double().mean())
+    return metrics
+
+
+def iteration_prompts(prompts: PromptSet, groups: int, iteration: int, seed: int) -> list[Prompt]:
+    """The `groups` prompts of an iteration.
+
+    The set is shuffled anew each time it has been used up. The prompts of an iteration depend on (seed, iteration)
+    alone, so a resumed or distributed run sees the same ones.
+    """
+    size = len(prompts)
+    start = iteration * groups
+    chosen = []
+    orders: dict[int, list[int]] = {}
+    for position in range(start, start + groups):
+        lap = position // size
+        if lap not in orders:
+            orders[lap] = [int(i) for i in np.random.default_rng((seed, lap)).permutation(size)]
+        chosen.append(prompts[orders[lap][position % size]])
+    return chosen
+
+
+@dataclass
+class DynamicPrompts:
+    """Samples prompts less often whose groups had equal rewards lately (DAPO, arXiv 2503.14476, as weights).
+
+    DAPO generates until every group has unequal rewards; here no image is thrown away, and no prompt for good. The
+    weights are part of a run's state.
+
+    Attributes:
+        prompts: the training prompts.
+        floor: least weight; a prompt whose rewards differ has 1.
+        seed: seed of the run; with the iteration it keys every draw.
+    """
+
+    prompts: PromptSet
+    floor: float
+    seed: int
+    weights: NDArray[np.float64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.weights = np.ones(len(self.prompts))
+
+    def choose(self, iteration: int, groups: int) -> list[int]:
+        """Indices of the prompts of an iteration; none twice before all are used."""
+        draw = np.random.default_rng((self.seed, iteration, _PROMPT_STREAM))
+        chosen: list[int] = []
+        while len(chosen) < groups:
+            # weighted sampling without replacement (Efraimidis and Spirakis, 2006)
+            order = np.argsort(np.log(draw.random(len(self.weights))) / self.weights)[::-1]
+            chosen += [int(i) for i in order[: groups - len(chosen)]]
+        return chosen
+
+    def learn(self, chosen: Sequence[int], unequal: Sequence[bool], scored: Sequence[bool]) -> None:
+        """Reweighs the chosen prompts by whether the rewards of their groups differ.
+
+        A group with an unscored image leaves the weight of its prompt as it is.
+        """
+        self.weights += _RECOVERY * (1 - self.weights)
+        for prompt, differ, known in zip(chosen, unequal, scored, strict=True):
+            if known:
+                self.weights[prompt] = 1.0 if differ else max(self.floor, _KEPT * self.weights[prompt])
 
 
 def _draw(

@@ -1,22 +1,25 @@
-"""Optimizer updates of one rollout."""
+"""Optimizer updates of one rollout, and the moving average of what they train."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 from fmg.core import metric_keys as keys
 from fmg.core.errors import GateError
 from fmg.core.protocols import Objective, Policies
 from fmg.core.types import Batch
+from fmg.models.common.adapter import WeightSnapshot
 from fmg.training.distributed import DistContext
 
-# Rows on which the policy is measured after each update; enough for a KL, little beside the update itself.
+# Rows that the policy is measured on after each update: enough for a KL, cheap beside the update itself.
 PROBE_ROWS = 48
 
 
@@ -30,8 +33,8 @@ class Updater:
         optimizer: over the trainable parameters.
         parameters: those parameters.
         max_grad_norm: gradients are scaled down to this global norm.
-        micro_batch: rows a forward pass; the update does not depend on it beyond rounding.
-        dist: those that share the rows of every update, which does not depend on their number beyond rounding.
+        micro_batch: rows of a forward pass; the update does not depend on it beyond rounding.
+        dist: the processes that share the rows of every update, which does not depend on their number beyond rounding.
     """
 
     objective: Objective
@@ -74,8 +77,8 @@ class Updater:
     def updates(self, batch: Batch, count: int, seed: int, kl_limit: float | None) -> Iterator[dict[str, float]]:
         """At most `count` updates, each on its own random part of `batch`; yields what `update` returns of each.
 
-        Stops after an update whose measured `approx_kl` exceeds `kl_limit` (docs/math.md, eq. 27): the rest of the rows
-        was drawn by a policy that is no longer near. None never stops early.
+        Stops after an update whose measured `approx_kl` exceeds `kl_limit` (docs/math.md, eq. 27): the other rows
+        were sampled by a policy that is no longer close. None never stops early.
         """
         for part in partition(batch, count, seed):
             logged = self.update(part)
@@ -98,8 +101,8 @@ class Updater:
     def _micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
         """This process's rows in micro-batches, each with its share of the whole batch.
 
-        Every process gets as many, since each runs the same network calls and learns of the same parameters whether
-        they have gradients; one that has no row left takes any, with a share of 0.
+        Every process gets equally many, so that all make the same calls; one without rows left takes any, with a share
+        of 0.
         """
         shard = self.dist.shard_of(len(batch), self.micro_batch)
         rows = shard.rows
@@ -115,3 +118,45 @@ def partition(batch: Batch, updates: int, seed: int) -> Iterator[Batch]:
     for rows in order.tensor_split(updates):
         if len(rows):
             yield batch.select(rows)
+
+
+class Ema:
+    """`average <- d average + (1 - d) weights` after each optimizer step, with `d = min(decay, (1 + n) / (10 + n))`.
+
+    The warm-up (n counts updates) keeps the first averages from being the initial weights. Averages are kept in the
+    parameters' own dtype, which is fp32.
+
+    Args:
+        parameters: what is trained.
+        decay: in (0, 1), of one update, not of one iteration.
+    """
+
+    def __init__(self, parameters: Sequence[Parameter], decay: float) -> None:
+        self._parameters = list(parameters)
+        self._decay = decay
+        self._average = WeightSnapshot(self._parameters)
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Moves the average towards the current weights."""
+        self.updates += 1
+        decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
+        for average, parameter in zip(self._average.values, self._parameters, strict=True):
+            average.lerp_(parameter.detach(), 1 - decay)
+
+    def in_place(self) -> AbstractContextManager[None]:
+        """Runs its body with the average in place of the weights, which are restored bit for bit."""
+        return self._average.in_place()
+
+    @property
+    def values(self) -> Sequence[Tensor]:
+        """The averages, in the order of the parameters."""
+        return self._average.values
+
+    @torch.no_grad()
+    def restore(self, values: Sequence[Tensor], updates: int) -> None:
+        """Restores averages that were saved after `updates` updates."""
+        for average, value in zip(self._average.values, values, strict=True):
+            average.copy_(value)
+        self.updates = updates

@@ -23,7 +23,7 @@ from fmg.data.resume_points import newest_state
 from fmg.data.run_folder import RunFolder
 from fmg.flow import TwoTimeMap
 from fmg.training.api import resume
-from fmg.training.resume import SCHEMA, load_state
+from fmg.training.checkpointing import SCHEMA, load_state
 from fmg.training.state_files import read_state
 from tests.support.run_files import metrics, stop_after
 
@@ -207,7 +207,7 @@ def _newer_schema(run: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
-        (_edit_recipe, UsageError, "is not the recipe that the run was begun with"),
+        (_edit_recipe, UsageError, "is not the recipe that the run was started with"),
         (_replace_state, UsageError, "belongs to another run"),
         (_truncate, CheckpointError, "cannot be read"),
         (_newer_schema, CheckpointError, "has schema 99"),
@@ -266,7 +266,7 @@ def test_a_run_that_another_process_went_on_with_meanwhile_is_not_set_back(inter
         if isinstance(event, StageProgress) and event.stage == "loading":
             (run / "state" / "iteration-00000001").rename(run / "state" / "iteration-00000002")
 
-    with pytest.raises(UsageError, match="Another process went on with the run"):
+    with pytest.raises(UsageError, match="Another process resumed the run"):
         resume(run, goes_on)
     assert RunFolder(run).state().state == "interrupted"
     assert metrics(run) == metrics(interrupted)

@@ -21,8 +21,8 @@ from fmg.inference.backend import TorchBackend
 from fmg.models.flux.model import FluxModel
 from fmg.registry import models
 from fmg.training.compose import compose
+from fmg.training.evaluator import Evaluator
 from fmg.training.launch import choose_sizes
-from fmg.training.observe import Watcher
 from fmg.training.trainer import Trainer
 from tests.support.run_files import change_recipe, stop_after
 
@@ -134,7 +134,7 @@ def test_a_reward_that_fails_in_mid_run_costs_nothing_that_was_trained(
     heard: list[Event] = []
     with pytest.raises(RewardError, match="gone"):
         train(recipe, tmp_path / "run", heard.append)
-    (saved,) = (event.text for event in heard if isinstance(event, Notice) and "Go on with" in event.text)
+    (saved,) = (event.text for event in heard if isinstance(event, Notice) and "Resume with" in event.text)
     # the reward is code, which resuming has to be allowed to run
     assert saved.endswith(f"fmg train --resume {tmp_path / 'run'} --allow-code")
     assert RunFolder(tmp_path / "run").state().state == "failed"
@@ -171,12 +171,12 @@ def test_two_targets_are_compared_on_one_grid_and_with_the_runs_own_base(tmp_pat
 def test_everything_shows_the_checkpoint_that_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which is the moving average of iteration 1, while the last evaluation is of iteration 2."""
     planned = iter([0.1, 0.2, 0.9, 0.3, 0.4])
-    evaluate = Watcher.evaluate
+    evaluate = Evaluator.evaluate
 
-    def scored(watcher: Watcher, averaged: bool = False) -> dict[str, float]:
+    def scored(watcher: Evaluator, averaged: bool = False) -> dict[str, float]:
         return {**evaluate(watcher, averaged), "eval/score": next(planned)}
 
-    monkeypatch.setattr(Watcher, "evaluate", scored)
+    monkeypatch.setattr(Evaluator, "evaluate", scored)
     values = {"train.iterations": 2, "train.ema_decay": 0.9, "eval.every": 1, "eval.min_diversity": 0.0}
     result = train(tiny(**values), tmp_path / "run")
     outcome = result.outcome

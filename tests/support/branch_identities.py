@@ -17,8 +17,7 @@ from fmg.rl import group_advantages, refresh_old, replay_ratio, rollout, sample
 from fmg.rl.branches import Branching, StepChooser, branch_rollout, reward_spread, within_correlation
 from fmg.rl.configs import GrpoConfig
 from fmg.rl.grpo import Grpo, noise_weights
-from fmg.rl.noise import noise
-from fmg.rl.rollouts import sample_keys
+from fmg.rl.rollouts import noise, sample_keys
 from tests.support.analytic import gaussian_map
 from tests.support.toy import GRID, SHAPE, grouped, policies, preference, single_time, stochasticizer, two_time
 

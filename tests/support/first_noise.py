@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fmg.inference.generator import GENERATION_ITERATION
-from fmg.rl.noise import NoiseKey, noise
+from fmg.rl.keyed_noise import NoiseKey
+from fmg.rl.rollouts import noise
 
 
 def first_noise(seed: int, shape: Sequence[int]) -> Tensor:

@@ -7,7 +7,7 @@ from tests.support.mutation import Mutation
 _ADVANTAGES, _GRPO, _NOISE = "fmg.rl.advantages", "fmg.rl.grpo", "fmg.rl.keyed_noise"
 _REPLAY, _ROLLOUTS, _RWFM = "fmg.rl.replay", "fmg.rl.rollouts", "fmg.rl.rwfm"
 _BRANCHES = "fmg.rl.branches"
-_CONFIGS, _UPDATE, _WINDOWS = "fmg.rl.configs", "fmg.training.update", "fmg.rl.windows"
+_CONFIGS, _UPDATE, _WINDOWS = "fmg.rl.configs", "fmg.training.update", "fmg.rl.rollouts"
 
 
 def _rl(*names: str) -> tuple[str, ...]:

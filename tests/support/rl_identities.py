@@ -15,9 +15,9 @@ from fmg.flow.sampling import native_sample
 from fmg.rl import group_advantages, informative, refresh_old, replay_ratio, rollout, sample, zero_std_ratio
 from fmg.rl.configs import GrpoConfig, RwfmConfig
 from fmg.rl.grpo import Grpo, clipped_surrogate
-from fmg.rl.noise import NoiseKey, noise, uniform
+from fmg.rl.keyed_noise import NoiseKey
 from fmg.rl.replay import mean_distance
-from fmg.rl.rollouts import sample_keys
+from fmg.rl.rollouts import noise, sample_keys, uniform
 from fmg.rl.rwfm import RewardWeightedFlowMatching
 from tests.support.analytic import gaussian_map
 from tests.support.toy import (

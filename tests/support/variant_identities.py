@@ -15,8 +15,8 @@ from fmg.registry.sections import WindowSection
 from fmg.rl import combined_advantages, group_advantages, rollout, window_steps
 from fmg.rl.configs import GrpoConfig
 from fmg.rl.grpo import Grpo, clipped_surrogate, normalised_log_ratio
-from fmg.rl.noise import NoiseKey, noise
-from fmg.rl.rollouts import sample_keys
+from fmg.rl.keyed_noise import NoiseKey
+from fmg.rl.rollouts import noise, sample_keys
 from fmg.training.update import Updater
 from tests.support import toy
 from tests.support.toy import GRID, SHAPE, drawn, grouped, preference, scored, stochasticizer, two_time

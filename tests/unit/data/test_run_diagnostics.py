@@ -14,7 +14,7 @@ from fmg.data.run_diagnostics import LIMITS, RULES, Advice, Log, examine_log, ex
 from fmg.data.run_folder import RunFolder
 from fmg.data.run_metrics import HackingLimits
 from fmg.registry.recipe import Recipe
-from fmg.training.resume import metrics_until
+from fmg.training.checkpointing import metrics_until
 from tests.support.cli import fmg
 
 Lines = list[dict[str, object]]

@@ -17,7 +17,8 @@ from fmg.core.backends import Drawn, NoiseSource
 from fmg.core.errors import StorageError, UsageError
 from fmg.core.profiling import NOISE, TOTAL, StageClock, wall_clock
 from fmg.inference import Generator
-from fmg.rl.noise import NoiseKey, noise
+from fmg.rl.keyed_noise import NoiseKey
+from fmg.rl.rollouts import noise
 
 
 class RecordingBackend:

@@ -4,7 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmg.rl.noise import NoiseKey, noise, uniform
+from fmg.rl.keyed_noise import NoiseKey
+from fmg.rl.rollouts import noise, uniform
 
 integers = st.integers(min_value=-(2**70), max_value=2**70)
 keys = st.lists(st.builds(NoiseKey, integers, integers, integers, integers, integers), min_size=1, max_size=6)

@@ -1,4 +1,4 @@
-"""The rule of the tripwire, on scores whose true course is known."""
+"""The rule of the reward-hacking monitor, on scores whose true course is known."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pytest
 from numpy.typing import NDArray
 
 from fmg.data.run_metrics import ERRORS, HackingLimits, hacked
+from fmg.training.hacking_monitor import HackingMonitor, HackingVerdict
 from fmg.training.state_files import read_state, write_state
-from fmg.training.tripwire import Tripwire, Verdict
 
 Course = Callable[[int], float]
 N = 1000
 STD = 0.2
 
 
-def wire() -> Tripwire:
-    return Tripwire(tolerance=0.15, min_diversity=0.1)
+def new_monitor() -> HackingMonitor:
+    return HackingMonitor(tolerance=0.15, min_diversity=0.1)
 
 
 def scores(rng: np.random.Generator, common: NDArray[np.float64], mean: float, own: float = 0.1) -> NDArray[np.float64]:
@@ -29,13 +29,13 @@ def scores(rng: np.random.Generator, common: NDArray[np.float64], mean: float, o
 
 
 def run(
-    trained: Course, held_out: Course, evaluations: Sequence[int], seed: int = 0, tripwire: Tripwire | None = None
-) -> list[Verdict]:
+    trained: Course, held_out: Course, evaluations: Sequence[int], seed: int = 0, monitor: HackingMonitor | None = None
+) -> list[HackingVerdict]:
     rng = np.random.default_rng(seed)
     shared = rng.standard_normal((2, N))
-    tripwire = tripwire or wire()
+    monitor = monitor or new_monitor()
     return [
-        tripwire.evaluation(i, scores(rng, shared[0], trained(i)), {"held": scores(rng, shared[1], held_out(i))})
+        monitor.judge(i, scores(rng, shared[0], trained(i)), {"held": scores(rng, shared[1], held_out(i))})
         for i in evaluations
     ]
 
@@ -48,8 +48,8 @@ def test_a_gap_is_reported_with_where_it_began() -> None:
     assert found.began == 6
     assert "after iteration 6" in found.text()
     assert "held fell from 0.799" in found.text()
-    assert all(v.sound for v in verdicts if v.iteration <= 6)
-    assert not any(v.sound for v in verdicts if v.iteration >= 8)
+    assert all(v.eligible for v in verdicts if v.iteration <= 6)
+    assert not any(v.eligible for v in verdicts if v.iteration >= 8)
 
 
 def test_what_rose_first_is_compared_with_its_peak() -> None:
@@ -102,20 +102,20 @@ def test_false_alarms_are_rare_at_the_bound_and_absent_below_it() -> None:
 
 
 def test_few_images_are_not_enough_to_stop_a_run() -> None:
-    tripwire = wire()
+    monitor = new_monitor()
     low, high = np.array([0.0, 1.0, 0.5, 0.2]), np.array([0.9, 0.2, 0.7, 0.6])
-    tripwire.evaluation(0, low, {"held": high})
-    assert not tripwire.evaluation(1, low + 1, {"held": high - np.array([0.1, 0.5, 0.0, 0.3])}).hacked
-    one = wire()
-    one.evaluation(0, low[:1], {"held": high[:1]})
-    assert not one.evaluation(1, low[:1] + 1, {"held": high[:1] - 1}).hacked
+    monitor.judge(0, low, {"held": high})
+    assert not monitor.judge(1, low + 1, {"held": high - np.array([0.1, 0.5, 0.0, 0.3])}).hacked
+    one = new_monitor()
+    one.judge(0, low[:1], {"held": high[:1]})
+    assert not one.judge(1, low[:1] + 1, {"held": high[:1] - 1}).hacked
 
 
 def test_a_strict_score_that_was_zero_for_every_image_has_a_scale() -> None:
-    tripwire = wire()
+    monitor = new_monitor()
     zero, held = np.zeros(N), np.linspace(0, 1, N)
-    tripwire.evaluation(0, zero, {"held": held})
-    verdict = tripwire.evaluation(1, (np.arange(N) % 2).astype(np.float64), {"held": held - 0.3})
+    monitor.judge(0, zero, {"held": held})
+    verdict = monitor.judge(1, (np.arange(N) % 2).astype(np.float64), {"held": held - 0.3})
     assert verdict.gain.value == pytest.approx(1.0)
     assert [r.name for r in verdict.hacked] == ["held"]
 
@@ -130,32 +130,32 @@ def test_a_strict_score_that_was_zero_for_every_image_has_a_scale() -> None:
     ],
 )
 def test_equal_scores_are_no_unit_for_a_fall(later: NDArray[np.float64], lost: bool) -> None:
-    tripwire, trained = wire(), np.linspace(0, 1, 240)
-    tripwire.evaluation(0, trained, {"held": np.full(240, 0.1)})
-    verdict = tripwire.evaluation(1, trained + 0.1, {"held": later})
+    monitor, trained = new_monitor(), np.linspace(0, 1, 240)
+    monitor.judge(0, trained, {"held": np.full(240, 0.1)})
+    verdict = monitor.judge(1, trained + 0.1, {"held": later})
     assert bool(verdict.hacked) == lost
-    assert verdict.sound != lost
+    assert verdict.eligible != lost
 
 
 @pytest.mark.parametrize(("later", "lost"), [(980, False), (930, True)])
 def test_a_saturated_reward_may_lose_a_few_images(later: int, lost: bool) -> None:
-    tripwire, images = wire(), np.arange(N)
-    tripwire.evaluation(0, images / N, {"held": (images < 995).astype(np.float64)})
-    verdict = tripwire.evaluation(1, images / N + 0.1, {"held": (images < later).astype(np.float64)})
+    monitor, images = new_monitor(), np.arange(N)
+    monitor.judge(0, images / N, {"held": (images < 995).astype(np.float64)})
+    verdict = monitor.judge(1, images / N + 0.1, {"held": (images < later).astype(np.float64)})
     assert bool(verdict.hacked) == lost
-    assert verdict.sound != lost
+    assert verdict.eligible != lost
 
 
 @pytest.mark.parametrize(("later", "caught"), [(0.5, False), (0.02, True)])
 def test_collapsed_diversity(later: float, caught: bool) -> None:
-    tripwire, rng = wire(), np.random.default_rng(0)
+    monitor, rng = new_monitor(), np.random.default_rng(0)
     base = rng.standard_normal(N)
-    assert not tripwire.evaluation(0, base, {}).readings
+    assert not monitor.judge(0, base, {}).readings
     for iteration in range(1, 5):
         groups = (1.0 if iteration < 3 else later) * rng.uniform(0.8, 1.2, 24)
-        tripwire.rollout(len(groups), groups.sum(), np.square(groups).sum())
+        monitor.add_rollout(len(groups), groups.sum(), np.square(groups).sum())
         if iteration % 2 == 0:
-            verdict = tripwire.evaluation(iteration, base + iteration, {})
+            verdict = monitor.judge(iteration, base + iteration, {})
             assert bool(verdict.hacked) == (caught and iteration == 4)
     assert verdict.metrics()["watch/diversity_loss"] == pytest.approx(1 - later, abs=0.1)
     if caught:
@@ -163,20 +163,20 @@ def test_collapsed_diversity(later: float, caught: bool) -> None:
 
 
 def test_a_restored_tripwire_goes_on_as_the_saved_one(tmp_path_factory: pytest.TempPathFactory) -> None:
-    def feed(tripwire: Tripwire, iterations: range) -> list[Verdict]:
+    def feed(monitor: HackingMonitor, iterations: range) -> list[HackingVerdict]:
         rng = np.random.default_rng(5)
         found = []
         for i in iterations:
             base = np.random.default_rng(1).standard_normal((2, N))
-            tripwire.rollout(4, 2.0 + 0.1 * i, 1.2)
+            monitor.add_rollout(4, 2.0 + 0.1 * i, 1.2)
             trained, held = base[0] + 0.1 * i, base[1] - 0.1 * i + 0.01 * rng.standard_normal(N)
-            found.append(tripwire.evaluation(i, trained, {"held": held}))
+            found.append(monitor.judge(i, trained, {"held": held}))
         return found
 
-    whole, before, after = wire(), wire(), wire()
+    whole, before, after = new_monitor(), new_monitor(), new_monitor()
     for early in (whole, before):
         feed(early, range(3))
-        early.rollout(4, 1.0, 0.5)
+        early.add_rollout(4, 1.0, 0.5)
     folder = tmp_path_factory.mktemp("state")
     write_state(folder, {"tripwire": before.state()})
     after.restore(read_state(folder)["tripwire"])
@@ -184,11 +184,11 @@ def test_a_restored_tripwire_goes_on_as_the_saved_one(tmp_path_factory: pytest.T
 
 
 def test_what_was_found_first_is_kept_through_a_saved_state(tmp_path: Path) -> None:
-    tripwire, resumed, healthy = wire(), wire(), wire()
-    verdicts = run(lambda i: 0.01 * i, lambda i: 0.8 - 0.01 * i, range(0, 20, 2), tripwire=tripwire)
+    monitor, resumed, healthy = new_monitor(), new_monitor(), new_monitor()
+    verdicts = run(lambda i: 0.01 * i, lambda i: 0.8 - 0.01 * i, range(0, 20, 2), monitor=monitor)
     first = next(v for v in verdicts if v.hacked)
-    assert tripwire.found is first is not verdicts[-1]
-    write_state(tmp_path, {"hacked": tripwire.state(), "healthy": healthy.state()})
+    assert monitor.found is first is not verdicts[-1]
+    write_state(tmp_path, {"hacked": monitor.state(), "healthy": healthy.state()})
     states = read_state(tmp_path)
     resumed.restore(states["hacked"])
     assert resumed.found == first

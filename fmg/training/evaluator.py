@@ -1,7 +1,8 @@
-"""What a run shows while it goes: held-out scores, sample grids, the curve and the picture of before and after."""
+"""Held-out evaluations of a run: scores, sample grids, diversity, the learning curve and the before/after picture."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,66 +31,81 @@ from fmg.inference.generator import DEFAULT_BATCH, Generator
 from fmg.registry import feature_extractors
 from fmg.training.compose import Composed
 from fmg.training.distributed import DistContext
-from fmg.training.tripwire import Tripwire, Verdict
+from fmg.training.hacking_monitor import HackingMonitor, HackingVerdict
 
 GRID_PROMPTS = 6
 GRID_SEEDS = 6
+DECLINE_ERRORS = 3.0
+"""A run is warned about when its last held-out score is this many standard errors below the first."""
 
 
 @dataclass
-class Watcher:
-    """Evaluates the model of a run on its held-out prompts and keeps its pictures up to date."""
+class Evaluator:
+    """Evaluates the model of a run on its held-out prompts and keeps its pictures up to date.
+
+    Attributes:
+        composed: the live parts of the run.
+        run: its folder.
+        max_batch: images that the run's memory is planned for in one forward pass.
+        observer: hears of the progress.
+        dist: the processes that share each evaluation.
+        monitor: looks for reward hacking.
+    """
 
     composed: Composed
     run: Path
-    most: int
-    """Images that the run's memory is planned for in one network call; an evaluation takes no more by itself."""
+    max_batch: int
     observer: Observer
     dist: DistContext = field(default_factory=DistContext)
-    tripwire: Tripwire = field(init=False)
-    _judged: Scores | None = field(default=None, init=False)
+    monitor: HackingMonitor = field(init=False)
+    _latest: Scores | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         recipe = self.composed.recipe
-        batch = recipe.eval.batch_size or min(DEFAULT_BATCH, self.most)
+        batch = recipe.eval.batch_size or min(DEFAULT_BATCH, self.max_batch)
         backend, rollout = TorchBackend(self.composed.model), recipe.rollout
         self._generator = Generator(backend, rollout.grid, rollout.steps, batch, tells=False)
         self._steps = recipe.eval.steps
         self._pixels = feature_extractors.build("pixels")
-        self.tripwire = Tripwire(recipe.eval.hacking_tolerance, recipe.eval.min_diversity)
+        self.monitor = HackingMonitor(recipe.eval.hacking_tolerance, recipe.eval.min_diversity)
         self._set = EvalSet.make(self.composed.eval_prompts, recipe.eval.num, recipe.eval.seed, selection=True)
 
     def evaluate(self, averaged: bool = False) -> dict[str, float]:
         """Held-out means by log key; `eval/score` is the trained mixture, by which the best checkpoint is chosen.
 
-        `averaged` says that the weights are a moving average, which the tripwire does not judge.
+        `averaged` says that the weights are a moving average, which the monitor does not judge.
         """
-        own = score_target(
+
+        def scored_together(reward: Reward) -> Reward:
+            # a failure in one process stops all of them before the next forward pass
+            return lambda images, prompts: self.dist.run_on_all(lambda: reward(images, prompts))
+
+        local = score_target(
             self._generator,
-            {name: self._agreed(reward) for name, reward in self.composed.measured.items()},
+            {name: scored_together(reward) for name, reward in self.composed.measured.items()},
             self.dist.shard(self._set),
             steps=self._steps,
             grid=None,
             progress=lambda done, total: self.observer(StageProgress("evaluation", done, total)),
         )
-        scores = self._gathered(own)
+        scores = self._gathered(local)
         if not averaged:
-            self._judged = scores
+            self._latest = scores
         total = self._totals(scores)
         return {**means(scores), keys.SCORE: float(total.mean()), keys.error_of(keys.SCORE): standard_error(total)}
 
     @property
     def held_out(self) -> tuple[str, ...]:
-        """Rewards that are measured and not trained, and of which less is worse."""
+        """Rewards that are measured but not trained, and of which less is worse."""
         judging = {reward.label for reward in self.composed.recipe.measured_rewards if reward.config.judges}
         trained = self.composed.reward.weights()
         return tuple(name for name in self.composed.measured if name in judging and name not in trained)
 
-    def judge(self, iteration: int) -> Verdict:
-        """What the tripwire says of the evaluation that was made last."""
-        assert self._judged is not None
-        held_out = {name: self._judged.parts[name, "total"] for name in self.held_out}
-        return self.tripwire.evaluation(iteration, self._totals(self._judged), held_out)
+    def judge(self, iteration: int) -> HackingVerdict:
+        """The monitor's verdict on the latest evaluation."""
+        assert self._latest is not None
+        held_out = {name: self._latest.parts[name, "total"] for name in self.held_out}
+        return self.monitor.judge(iteration, self._totals(self._latest), held_out)
 
     def diversity(self, images: Float[Tensor, "k 3 h w"], groups: Int[Tensor, " n"], unit: int) -> dict[str, float]:
         """Mean squared distance of the images of a rollout group, at the resolution of the extractor `pixels`.
@@ -99,46 +115,21 @@ class Watcher:
         Args:
             images: this process's share of the images.
             groups: the group of every image.
-            unit: images of one network call, as in `DistContext.shard_of`.
+            unit: images of one forward pass, as in `DistContext.shard_of`.
         """
         if self.composed.recipe.rollout.kind == "branch":
             return {}
-        # a group may be cut between two processes
+        # a group may be split between two processes
         return self._spread(self.dist.gather(self._pixels(images).maps, len(groups), unit), groups)
-
-    def _spread(self, maps: Float[Tensor, "n m"], groups: Int[Tensor, " n"]) -> dict[str, float]:
-        values = within_groups(maps.numpy(), groups.numpy())
-        if not len(values):
-            return {}
-        self.tripwire.rollout(float(len(values)), float(values.sum()), float(np.square(values).sum()))
-        return {keys.DIVERSITY_WITHIN_GROUPS: float(values.mean())}
-
-    def _agreed(self, reward: Reward) -> Reward:
-        """The reward, whose failure in one process stops all of them before the next network call."""
-        return lambda images, prompts: self.dist.run_on_all(lambda: reward(images, prompts))
-
-    def _gathered(self, own: Scores) -> Scores:
-        """The scores of all images of the evaluation, of which each process drew its share."""
-        if not self.dist.is_distributed:
-            return own
-        count = len(self._set)
-        parts = {key: self.dist.gather(torch.from_numpy(x), count).numpy() for key, x in own.parts.items()}
-        return Scores(parts, self._set.prompts, self._set.tags)
-
-    def _totals(self, scores: Scores) -> NDArray[np.float64]:
-        """The trained mixture of every image."""
-        weighted = [weight * scores.parts[name, "total"] for name, weight in self.composed.reward.weights().items()]
-        total: NDArray[np.float64] = np.sum(weighted, axis=0)
-        return total
 
     def draw(self, iteration: int) -> tuple[Path, dict[str, float]]:
         """Writes the sample grid of an evaluation, at fixed prompts and seeds.
 
-        All processes generate; the first writes.
+        All processes generate; the main one writes.
 
         Returns:
             The picture, and for a run with branched rollouts the diversity of its images within prompts: siblings share
-            a state, so what they have in common says little of the generator.
+            a state, so what they have in common says little about the generator.
         """
         rows = self._rows()
         diversity = {}
@@ -148,15 +139,8 @@ class Watcher:
         return self._write_samples(rows, iteration, averaged=False), diversity
 
     def draw_averaged(self, iteration: int) -> None:
-        """Writes the same of a moving average, which is in place of the weights."""
+        """Writes the same for a moving average that has taken the place of the weights."""
         self._write_samples(self._rows(), iteration, averaged=True)
-
-    def _write_samples(self, rows: Sequence[GridRow], iteration: int, *, averaged: bool) -> Path:
-        path = RunFolder(self.run).sample(iteration, averaged=averaged)
-        if self.dist.is_main_process:
-            path.parent.mkdir(exist_ok=True)
-            write_picture(sample_grid(rows, f"iteration {iteration}" + ", moving average" * averaged), path)
-        return path
 
     def show_result(self, lines: list[Mapping[str, float]], best: Saved) -> None:
         """Writes `before_after.png` of the checkpoint that the run keeps, and `curve.png` of the metrics so far."""
@@ -174,15 +158,57 @@ class Watcher:
             title = f"{recipe.model.name}, {recipe.stochasticizer.name}"
             write_figure(run_figure(MetricsLog.of(lines), outcome, title), run.curve)
 
+    def _spread(self, maps: Float[Tensor, "n m"], groups: Int[Tensor, " n"]) -> dict[str, float]:
+        values = within_groups(maps.numpy(), groups.numpy())
+        if not len(values):
+            return {}
+        self.monitor.add_rollout(float(len(values)), float(values.sum()), float(np.square(values).sum()))
+        return {keys.DIVERSITY_WITHIN_GROUPS: float(values.mean())}
+
+    def _gathered(self, local: Scores) -> Scores:
+        """The scores of all images of the evaluation, of which each process generated its share."""
+        if not self.dist.is_distributed:
+            return local
+        count = len(self._set)
+        parts = {key: self.dist.gather(torch.from_numpy(x), count).numpy() for key, x in local.parts.items()}
+        return Scores(parts, self._set.prompts, self._set.tags)
+
+    def _totals(self, scores: Scores) -> NDArray[np.float64]:
+        """The trained mixture of every image."""
+        weighted = [weight * scores.parts[name, "total"] for name, weight in self.composed.reward.weights().items()]
+        total: NDArray[np.float64] = np.sum(weighted, axis=0)
+        return total
+
     def _rows(self) -> tuple[GridRow, ...]:
         prompts = spread(list(self.composed.eval_prompts), GRID_PROMPTS)
         texts = [p.text for p in prompts for _ in range(GRID_SEEDS)]
         seeds = [seed for _ in prompts for seed in range(GRID_SEEDS)]
-        own = self.dist.shard_of(len(texts)).rows.tolist()
-        drawn = self._generator.generate(
-            [texts[i] for i in own], [seeds[i] for i in own], steps=self._steps, progress=False
+        local = self.dist.shard_of(len(texts)).rows.tolist()
+        generated = self._generator.generate(
+            [texts[i] for i in local], [seeds[i] for i in local], steps=self._steps, progress=False
         ).images
-        images = self.dist.gather(drawn, len(texts))
+        images = self.dist.gather(generated, len(texts))
         return tuple(
             GridRow(prompt.text, images[i * GRID_SEEDS : (i + 1) * GRID_SEEDS]) for i, prompt in enumerate(prompts)
         )
+
+    def _write_samples(self, rows: Sequence[GridRow], iteration: int, *, averaged: bool) -> Path:
+        path = RunFolder(self.run).sample(iteration, averaged=averaged)
+        if self.dist.is_main_process:
+            path.parent.mkdir(exist_ok=True)
+            write_picture(sample_grid(rows, f"iteration {iteration}" + ", moving average" * averaged), path)
+        return path
+
+
+def decline(initial: Mapping[str, float], final: Mapping[str, float], key: str) -> str | None:
+    """A warning when the held-out score `key` ended clearly below where it began, else None.
+
+    Nothing is clear where a standard error is NaN, as for a single image.
+    """
+    error = math.hypot(initial[keys.error_of(key)], final[keys.error_of(key)])
+    if not final[key] - initial[key] < -DECLINE_ERRORS * error:
+        return None
+    return (
+        f"The held-out score fell from {initial[key]:.3f} at iteration 0 to {final[key]:.3f}: lower the learning rate,"
+        " use larger groups, or add a KL term (objective.kl_beta)."
+    )

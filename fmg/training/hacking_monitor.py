@@ -1,11 +1,11 @@
-"""Reward hacking: the trained reward rises while a reward that is not trained, or the diversity of samples, falls.
+"""Detects reward hacking: the trained reward rises while a held-out reward, or the diversity of samples, falls.
 
-Every evaluation draws the same prompts and noise, so two of them are compared image by image. A held-out reward is
-compared with the evaluation at which it was highest, since over-optimisation often lets it rise first (Gao et al.,
-arXiv 2210.10760). Its fall is measured in standard deviations of its scores over the images of the untouched model, a
-unit that rewards share; in those of the evaluation where they are larger, and never in less than `FLOOR` of the mean or
-`TINY`, so that a reward which the untouched model saturates has a unit as well. Diversity is that of the rollouts'
-groups, compared with the first rollout.
+All evaluations use the same prompts and noise, so two of them are compared image by image. A held-out reward is
+compared with its highest evaluation, since over-optimisation often lets it rise first (Gao et al., arXiv 2210.10760).
+Its fall is measured in standard deviations of its scores over the images of the untouched model, a unit that rewards
+share. Where the standard deviation of the evaluation is larger, that one counts; and the unit is never below `FLOOR` of
+the mean or `TINY`, for rewards that the untouched model saturates. Diversity is that of the rollouts' groups, compared
+with the first rollout.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _UNKNOWN = Change(0.0, math.inf)
 
 @dataclass(frozen=True)
 class Reading:
-    """One watched quantity at one evaluation.
+    """One monitored quantity at one evaluation.
 
     Attributes:
         name: the held-out reward, or `diversity`.
         loss: how far it fell: in standard deviations of a reward; for the diversity as a share of the first.
-        limit: loss that is tolerated.
+        limit: tolerated loss.
         before, now: its mean at the reference and now.
         since: the last evaluation at which the loss was within the limit.
         trained: change of the trained reward since then; unknown for the diversity.
@@ -54,26 +54,26 @@ class Reading:
 
     @classmethod
     def restored(cls, state: Mapping[str, Any]) -> Reading:
-        """What `dataclasses.asdict` took apart."""
-        # states of before the change was kept have none
+        """The inverse of `dataclasses.asdict`."""
+        # states of older versions have no change
         changes = {key: Change(**state[key]) for key in ("loss", "trained") if key in state}
         return cls(**{**state, **changes})
 
     @property
-    def sound(self) -> bool:
-        """Whether the loss is within the limit, or cannot be told from none."""
+    def eligible(self) -> bool:
+        """Whether the loss is within the limit, or indistinguishable from none."""
         return self.loss.value <= self.limit or self.loss.low <= 0
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the tripwire says of one evaluation.
+class HackingVerdict:
+    """The monitor's finding at one evaluation.
 
     Attributes:
         iteration: of the evaluation.
         gain: rise of the trained reward since the untouched model, in the same unit as losses.
-        readings: what is watched.
-        hacked: those that are lost while the trained reward has risen.
+        readings: all that is monitored.
+        hacked: those that fell while the trained reward rose.
     """
 
     iteration: int
@@ -82,17 +82,17 @@ class Verdict:
     hacked: tuple[Reading, ...]
 
     @classmethod
-    def restored(cls, state: Mapping[str, Any]) -> Verdict:
-        """What `dataclasses.asdict` took apart."""
+    def restored(cls, state: Mapping[str, Any]) -> HackingVerdict:
+        """The inverse of `dataclasses.asdict`."""
         readings, hacked = (
             tuple(Reading.restored(reading) for reading in state[key]) for key in ("readings", "hacked")
         )
         return cls(state["iteration"], Change(**state["gain"]), readings, hacked)
 
     @property
-    def sound(self) -> bool:
+    def eligible(self) -> bool:
         """Whether the checkpoint of this evaluation may be the best one."""
-        return self.gain.low <= 0 or all(reading.sound for reading in self.readings)
+        return self.gain.low <= 0 or all(reading.eligible for reading in self.readings)
 
     @property
     def began(self) -> int | None:
@@ -100,8 +100,8 @@ class Verdict:
         return min((reading.since for reading in self.hacked), default=None)
 
     def metrics(self) -> dict[str, float]:
-        """`watch/trained_gain`, and of everything that is watched `watch/<name>_loss` and the change of the trained
-        reward since the gap opened, `watch/<name>_trained`; each with its `_se`."""
+        """`watch/trained_gain`, and for everything monitored `watch/<name>_loss` and the change of the trained reward
+        since the gap opened, `watch/<name>_trained`; each with its `_se`."""
         named = {keys.TRAINED_GAIN: self.gain, **{keys.watched_loss(r.name): r.loss for r in self.readings}}
         named |= {keys.watched_trained(r.name): r.trained for r in self.readings if r.trained != _UNKNOWN}
         return {k: v for key, c in named.items() for k, v in ((key, c.value), (keys.error_of(key), c.error))}
@@ -117,10 +117,10 @@ class Verdict:
 
 @dataclass
 class _Reference:
-    """Scores of the evaluation at which a held-out reward was highest; the last one that was sound, with its scores."""
+    """The highest evaluation of a held-out reward, and the last eligible one with the trained scores of then."""
 
     scores: Scores
-    sound: int
+    eligible: int
     trained: Scores
 
 
@@ -165,18 +165,18 @@ def _paired(after: Scores, before: Scores, scale: float) -> Change:
 
 
 @dataclass
-class Tripwire:
-    """Compares evaluation after evaluation; its `state` is what a resumed run goes on from.
+class HackingMonitor:
+    """Compares every evaluation with the ones before; a resumed run continues from its `state`.
 
     Attributes:
-        tolerance: fall of a held-out reward that is tolerated, in standard deviations over images.
-        min_diversity: share of the first rollout's diversity that samples of one prompt have to keep.
+        tolerance: tolerated fall of a held-out reward, in standard deviations over images.
+        min_diversity: share of the first rollout's diversity that samples of one prompt must keep.
         found: the first verdict of hacking, or None.
     """
 
     tolerance: float
     min_diversity: float
-    found: Verdict | None = field(default=None, init=False)
+    found: HackingVerdict | None = field(default=None, init=False)
     _trained: Scores | None = field(default=None, init=False)
     _first: dict[str, Scores] = field(default_factory=dict, init=False)
     _best: dict[str, _Reference] = field(default_factory=dict, init=False)
@@ -188,13 +188,13 @@ class Tripwire:
     def _limits(self) -> HackingLimits:
         return HackingLimits(self.tolerance, self.min_diversity)
 
-    def rollout(self, count: float, total: float, squares: float) -> None:
-        """Takes the diversity of one rollout: the number of groups, the sum over them, and the sum of squares."""
+    def add_rollout(self, count: float, total: float, squares: float) -> None:
+        """Adds the diversity of one rollout: number of groups, sum over them, sum of squares."""
         if self._diverse_at_first.count == 0:
             self._diverse_at_first = _Spread(count, total, squares)
         self._diverse.add(_Spread(count, total, squares))
 
-    def evaluation(self, iteration: int, trained: NDArray[np.float64], held_out: Mapping[str, Scores]) -> Verdict:
+    def judge(self, iteration: int, trained: NDArray[np.float64], held_out: Mapping[str, Scores]) -> HackingVerdict:
         """Judges an evaluation; the first one is the untouched model.
 
         Args:
@@ -210,7 +210,7 @@ class Tripwire:
         if spread := self._diversity(iteration):
             readings.append(spread)
         hacked = tuple(r for r in readings if is_hacking(gain, r.loss, r.limit, r.trained))
-        verdict = Verdict(iteration, gain, tuple(readings), hacked)
+        verdict = HackingVerdict(iteration, gain, tuple(readings), hacked)
         if hacked and self.found is None:
             self.found = verdict
         return verdict
@@ -222,9 +222,9 @@ class Tripwire:
         loss = _paired(best.scores, scores, _scale(self._first[name], scores))
         before, now = float(best.scores.mean()), float(scores.mean())
         since = _paired(trained, best.trained, _scale(best.trained, trained))
-        reading = Reading(name, loss, self._limits.of(name), before, now, best.sound, since)
-        if reading.sound:
-            best.sound, best.trained = iteration, trained
+        reading = Reading(name, loss, self._limits.of(name), before, now, best.eligible, since)
+        if reading.eligible:
+            best.eligible, best.trained = iteration, trained
         return reading
 
     def _diversity(self, iteration: int) -> Reading | None:
@@ -235,13 +235,13 @@ class Tripwire:
         error = math.hypot(since.error, share * first.error) / first.mean
         loss, limit = Change(1 - share, error), self._limits.of(keys.DIVERSITY)
         reading = Reading(keys.DIVERSITY, loss, limit, first.mean, since.mean, self._diverse_until)
-        if reading.sound:
+        if reading.eligible:
             self._diverse_until = iteration
         self._diverse = _Spread()
         return reading
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs, as nested values with tensors."""
+        """Nested values with tensors, for `restore`."""
         return {
             "trained": None if self._trained is None else torch.from_numpy(self._trained.copy()),
             "first": {name: torch.from_numpy(x.copy()) for name, x in self._first.items()},
@@ -249,7 +249,7 @@ class Tripwire:
                 name: {
                     "scores": torch.from_numpy(x.scores.copy()),
                     "trained": torch.from_numpy(x.trained.copy()),
-                    "sound": x.sound,
+                    "sound": x.eligible,
                 }
                 for name, x in self._best.items()
             },
@@ -259,7 +259,7 @@ class Tripwire:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Puts back what `state` gave."""
+        """Restores what `state` returned."""
         self._trained = None if state["trained"] is None else state["trained"].numpy()
         self._first = {name: x.numpy() for name, x in state["first"].items()}
         self._best = {
@@ -267,4 +267,4 @@ class Tripwire:
         }
         self._diverse_at_first, self._diverse = (_Spread(*sums) for sums in state["diversity"])
         self._diverse_until = state["diverse_until"]
-        self.found = None if state["found"] is None else Verdict.restored(state["found"])
+        self.found = None if state["found"] is None else HackingVerdict.restored(state["found"])
