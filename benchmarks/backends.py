@@ -19,9 +19,8 @@ from typing import Any
 from fmg.core.machine import machine
 from fmg.export.artifact import ExportOptions, export_artifact
 from fmg.inference.artifact.layout import Artifact, open_artifact
-from fmg.inference.contest import Conditions, Entrant, Runtime, open_entrants
+from fmg.inference.benchmark import BenchBackend, BenchCase, BenchOptions, Workload, measure, open_cases, ratios
 from fmg.inference.loading import made_from
-from fmg.inference.timing import Workload, measure, ratios
 
 PROMPTS = ("a red circle left", "a blue square right", "a green triangle top", "a yellow star bottom")
 TARGET_RATIO = 1.8
@@ -61,12 +60,13 @@ def main() -> None:
 
 def compared(arguments: argparse.Namespace, artifact: Artifact, batch: int) -> dict[str, Any]:
     """Timings and ratios at one batch size."""
-    entered = [Entrant("torch", made_from(artifact), Runtime("torch"))]
-    entered += [
-        Entrant(runtime.label, artifact, runtime) for runtime in (Runtime("onnxruntime"), Runtime("onnxruntime", True))
+    cases = [BenchCase("torch", made_from(artifact), BenchBackend("torch"))]
+    cases += [
+        BenchCase(backend.label, artifact, backend)
+        for backend in (BenchBackend("onnxruntime"), BenchBackend("onnxruntime", True))
     ]
     with ExitStack() as stack:
-        generators = open_entrants(entered, Conditions(batch, "cpu", threads=arguments.threads), stack)
+        generators = open_cases(cases, BenchOptions(batch, "cpu", threads=arguments.threads), stack)
         timings = measure(generators, Workload.of(PROMPTS, batch), repeats=arguments.repeats, warmup=3)
     return {
         "batch": batch,

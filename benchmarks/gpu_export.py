@@ -37,10 +37,9 @@ from fmg.export.tensorrt.process import run
 from fmg.export.tensorrt.protocol import Job
 from fmg.export.weights import lay_out, write_weights
 from fmg.inference.artifact.manifest import BATCH, IMAGE, TEXT
-from fmg.inference.tensorrt.device import CudaDevice, open_device
-from fmg.inference.tensorrt.engine import Engine, RunOptions
+from fmg.inference.tensorrt.engine import CudaDevice, Engine, RunOptions, open_device
 from fmg.inference.tensorrt.flavours import FLAVOURS, Flavour, importable, load_module
-from fmg.inference.tensorrt.record import Profile, ShapeRange
+from fmg.inference.tensorrt.records import Profile, ShapeRange
 from fmg.models.flux.size import FLUX_LITE
 
 RESULTS = Path(__file__).parent / "results" / "gpu_export.json"

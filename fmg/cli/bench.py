@@ -38,8 +38,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from fmg.export.frontier import Frontier, Point
-    from fmg.inference.contest import Conditions, Entrant
-    from fmg.inference.timing import Ratio, Timing
+    from fmg.inference.benchmark import BenchCase, BenchOptions, Ratio, Timing
 
 _SCHEMA = 1
 _FIGURE = "frontier.png"
@@ -122,11 +121,11 @@ def bench(
     with reporter_for(stderr()) as reporter:
         reporter(LOADING)
         from fmg.core.machine import machine
-        from fmg.inference.contest import Conditions, entrants, parse_runtimes
+        from fmg.inference.benchmark import BenchOptions, bench_cases, parse_backends
 
-        runtimes = () if compare is None else parse_runtimes(compare)
-        entered = entrants(targets or (), runtimes)
-        conditions = Conditions(None if frontier else batch_size, device, dtype, threads)
+        compared = () if compare is None else parse_backends(compare)
+        cases = bench_cases(targets or (), compared)
+        options = BenchOptions(None if frontier else batch_size, device, dtype, threads)
         found: Frontier | None = None
         if frontier:
             _needs_torch()
@@ -135,13 +134,13 @@ def bench(
 
             plan = FrontierPlan(counts, num, repeats, warmup, batch_size, grid, seed, not cached_text)
             where = machine()
-            found = measured(entered, conditions, plan, allow_code=allow_code, observer=reporter)
+            found = measured(cases, options, plan, allow_code=allow_code, observer=reporter)
             timings, ratios = found.timings, found.ratios
         else:
             where = machine()
             timings, ratios = _measured(
-                entered,
-                conditions,
+                cases,
+                options,
                 prompts=[prompt] * batch_size,
                 steps=counts[0] if counts else None,
                 grid=grid,
@@ -151,7 +150,7 @@ def bench(
                 reporter=reporter,
             )
         if found is not None and figure is not None:
-            _plot(found, figure, entered[0])
+            _plot(found, figure, cases[0])
     if as_json:
         print_json(_document(where, timings, ratios, found, figure))
         return
@@ -198,8 +197,8 @@ def _needs_torch() -> None:
 
 
 def _measured(
-    entered: Sequence[Entrant],
-    conditions: Conditions,
+    cases: Sequence[BenchCase],
+    options: BenchOptions,
     *,
     prompts: Sequence[str],
     steps: int | None,
@@ -209,11 +208,10 @@ def _measured(
     encode: bool,
     reporter: Reporter,
 ) -> tuple[tuple[Timing, ...], tuple[Ratio, ...]]:
-    from fmg.inference.contest import open_entrants
-    from fmg.inference.timing import Workload, measure, ratios
+    from fmg.inference.benchmark import Workload, measure, open_cases, ratios
 
     with ExitStack() as stack:
-        generators = open_entrants(entered, conditions, stack)
+        generators = open_cases(cases, options, stack)
         timings = measure(
             generators,
             Workload.of(prompts, len(prompts), steps=steps, grid=grid),
@@ -225,10 +223,10 @@ def _measured(
         return tuple(timings.values()), ratios(timings)
 
 
-def _plot(found: Frontier, figure: Path, entrant: Entrant) -> None:
+def _plot(found: Frontier, figure: Path, case: BenchCase) -> None:
     from fmg.export.frontier import frontier_figure
 
-    subject: Any = entrant.subject
+    subject: Any = case.subject
     frontier_figure(found.points, figure, str(getattr(subject, "folder", None) or subject.label))
 
 

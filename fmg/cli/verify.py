@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fmg.core.events import Observer
-    from fmg.inference.alone import VerifyReport
+    from fmg.inference.self_check import VerifyReport
 
 _FAILED = 1
 
@@ -104,8 +104,8 @@ def print_report(console: Console, report: VerifyReport) -> None:
 
 
 def _alone(artifact: str, backend: str, device: str) -> VerifyReport:
-    from fmg.inference.alone import verify_alone
     from fmg.inference.artifact import open_artifact
+    from fmg.inference.self_check import verify_alone
 
     return verify_alone(open_artifact(artifact, hashes=False), backend=backend, device=device)
 

@@ -7,13 +7,12 @@ import errno
 import functools
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
 from typing import ParamSpec, TypeVar
-
-from pydantic_core import ValidationError
 
 from fmg.core.display import bounded, cut
 
@@ -218,7 +217,9 @@ def reason(error: BaseException) -> str:
     """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if isinstance(error, ValidationError):
+    # artifacts are sampled without pydantic, and then no error is one of its own
+    pydantic = sys.modules.get("pydantic_core")
+    if pydantic is not None and isinstance(error, pydantic.ValidationError):
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         return f"{where}: {first['msg']}" if where else first["msg"]

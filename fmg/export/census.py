@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from fmg.core.errors import CheckpointError
 from fmg.export.onnx import require_onnx
-from fmg.inference.artifact import borders
+from fmg.inference.artifact import io_spec
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.artifact.manifest import Precision
 
@@ -70,8 +70,8 @@ _PLACES: Mapping[str, tuple[re.Pattern[str], frozenset[str]]] = {
 _ATTENTION = re.compile(r"(^|\.)attn$")
 
 # Inputs from which times and positions are computed; what any other input or a weight reaches is data
-_IDS = frozenset({borders.IMG_IDS, borders.TXT_IDS})
-_PLAIN_INPUTS = _IDS | {borders.TIMESTEP, borders.SECOND, borders.GUIDANCE}
+_IDS = frozenset({io_spec.IMG_IDS, io_spec.TXT_IDS})
+_PLAIN_INPUTS = _IDS | {io_spec.TIMESTEP, io_spec.SECOND, io_spec.GUIDANCE}
 _DATA = "data"
 _SIZES = frozenset({"Shape", "Size"})
 

@@ -18,19 +18,28 @@ from fmg.eval.scoring import EvalSet, result_rows, score_target
 from fmg.export.swap import copy_without_adapter
 from fmg.inference import Generator
 from fmg.inference.artifact.layout import Artifact
-from fmg.inference.contest import Conditions, Entrant, open_entrants
+from fmg.inference.benchmark import (
+    BenchCase,
+    BenchOptions,
+    Ratio,
+    StageTime,
+    Timing,
+    Workload,
+    measure,
+    open_cases,
+    ratios,
+)
 from fmg.inference.loading import made_from
 from fmg.inference.target import Target
-from fmg.inference.timing import Ratio, StageTime, Timing, Workload, measure, ratios
 from fmg.rewards.base import build_rewards, check_prompts
 
 
 @dataclass(frozen=True)
 class Point:
-    """One entrant at one number of steps.
+    """One case at one number of steps.
 
     Attributes:
-        label: the entrant's.
+        label: the case's.
         backend: what drew it.
         adapter: whether the adapter was in it.
         steps: network calls an image.
@@ -58,7 +67,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Frontier:
-    """All points, the timings they come from, and how the entrants compare at each number of steps."""
+    """All points, the timings they come from, and how the cases compare at each number of steps."""
 
     points: tuple[Point, ...]
     timings: tuple[Timing, ...]
@@ -91,18 +100,18 @@ class FrontierPlan:
 
 
 def frontier(
-    entered: Sequence[Entrant],
-    conditions: Conditions,
+    cases: Sequence[BenchCase],
+    options: BenchOptions,
     plan: FrontierPlan,
     *,
     allow_code: bool = False,
     observer: Observer = ignore,
 ) -> Frontier:
-    """Measures and scores every entrant at every number of steps; entrants with an adapter also without it.
+    """Measures and scores every case at every number of steps; cases with an adapter also without it.
 
     Args:
-        entered: sides of one target.
-        conditions: how they are opened.
+        cases: sides of one target.
+        options: how they are opened.
         plan: what is measured.
         allow_code: whether the recipe of a run may name reward code.
         observer: hears of the progress.
@@ -110,7 +119,7 @@ def frontier(
     Raises:
         UsageError: the run that an artifact was made from is not here, or a number of steps does not fit the grid.
     """
-    target = _reference(entered[0].subject, allow_code)
+    target = _reference(cases[0].subject, allow_code)
     rewards = build_rewards(target.recipe.rewards)
     images = EvalSet.make(load_prompts(target.recipe.eval.prompts), plan.num, plan.seed)
     for label, reward in rewards.items():
@@ -119,8 +128,8 @@ def frontier(
     timings: list[Timing] = []
     compared: list[Ratio] = []
     with ExitStack() as stack:
-        both = stack.enter_context(with_bases(entered))
-        generators = open_entrants(both, conditions, stack)
+        both = stack.enter_context(with_bases(cases))
+        generators = open_cases(both, options, stack)
         for generator in generators.values():
             for count in plan.steps:
                 generator.times(count, plan.grid)
@@ -128,21 +137,21 @@ def frontier(
             measured = _measured(generators, images, count, plan, observer)
             timings += measured.values()
             compared += ratios(measured)
-            for entrant in both:
-                timing = measured[entrant.label]
+            for case in both:
+                timing = measured[case.label]
                 scores = score_target(
-                    generators[entrant.label],
+                    generators[case.label],
                     rewards,
                     images,
                     steps=count,
                     grid=plan.grid,
-                    progress=_reporting(observer, f"{entrant.label}, {counted(count, 'step')}"),
+                    progress=_reporting(observer, f"{case.label}, {counted(count, 'step')}"),
                 )
                 points += [
                     Point(
-                        entrant.label,
-                        entrant.runtime.label,
-                        entrant.adapter,
+                        case.label,
+                        case.backend.label,
+                        case.adapter,
                         count,
                         row.reward,
                         row.mean,
@@ -179,12 +188,12 @@ def _reference(subject: Target | Artifact, allow_code: bool) -> Target:
 
 
 @contextmanager
-def with_bases(entered: Sequence[Entrant]) -> Iterator[list[Entrant]]:
-    """The entrants, each tuned one followed by its base; bases of artifacts are made for the while."""
+def with_bases(cases: Sequence[BenchCase]) -> Iterator[list[BenchCase]]:
+    """The cases, each tuned one followed by its base; bases of artifacts are made for the while."""
     with ExitStack() as stack:
         both, bases = [], dict[Path, Artifact]()
-        for entrant in entered:
-            subject = entrant.subject
+        for case in cases:
+            subject = case.subject
             if not isinstance(subject, Artifact):
                 tuned = subject.adapter is not None
                 base: Target | Artifact = subject
@@ -194,8 +203,8 @@ def with_bases(entered: Sequence[Entrant]) -> Iterator[list[Entrant]]:
                     bases[subject.folder] = copy_without_adapter(subject, stack.enter_context(_beside(subject)))
                 base = bases.get(subject.folder, subject)
             if tuned:
-                both.append(replace(entrant, label=f"{entrant.label}, tuned"))
-            both.append(replace(entrant, label=f"{entrant.label}, base", subject=base, adapter=False))
+                both.append(replace(case, label=f"{case.label}, tuned"))
+            both.append(replace(case, label=f"{case.label}, base", subject=base, adapter=False))
         yield both
 
 

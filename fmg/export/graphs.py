@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from fmg.inference.artifact import borders
+from fmg.inference.artifact import io_spec
 from fmg.inference.artifact.manifest import (
     BATCH,
     HEIGHT,
@@ -43,7 +43,7 @@ class GraphPlan:
         name: of the graph, one of `fmg.inference.artifact.manifest.GRAPHS`.
         build: makes the module in the default dtype of the moment, with any values.
         dtype: of its weights.
-        inputs, outputs: the borders.
+        inputs, outputs: the io_spec.
         strict: whether every tensor of the wrapped module's state dict must become an initialiser.
     """
 
@@ -148,14 +148,14 @@ def transformer_plan(config: Mapping[str, Any], dtype: torch.dtype) -> GraphPlan
     """The transformer of a diffusers config that states `time_scale` and `second_time`."""
     channels, width = int(config["in_channels"]), int(config["joint_attention_dim"])
     inputs = [
-        _float(borders.HIDDEN_STATES, BATCH, IMAGE, channels),
-        _float(borders.ENCODER_HIDDEN_STATES, BATCH, TEXT, width),
-        _float(borders.POOLED_PROJECTIONS, BATCH, int(config["pooled_projection_dim"])),
-        _float(borders.TIMESTEP, BATCH),
+        _float(io_spec.HIDDEN_STATES, BATCH, IMAGE, channels),
+        _float(io_spec.ENCODER_HIDDEN_STATES, BATCH, TEXT, width),
+        _float(io_spec.POOLED_PROJECTIONS, BATCH, int(config["pooled_projection_dim"])),
+        _float(io_spec.TIMESTEP, BATCH),
     ]
-    inputs += [_float(borders.SECOND, BATCH)] if config["second_time"] != "none" else []
-    inputs += [_float(borders.GUIDANCE, BATCH)] if config.get("guidance_embeds") else []
-    inputs += [_float(borders.IMG_IDS, IMAGE, 3), _float(borders.TXT_IDS, TEXT, 3)]
+    inputs += [_float(io_spec.SECOND, BATCH)] if config["second_time"] != "none" else []
+    inputs += [_float(io_spec.GUIDANCE, BATCH)] if config.get("guidance_embeds") else []
+    inputs += [_float(io_spec.IMG_IDS, IMAGE, 3), _float(io_spec.TXT_IDS, TEXT, 3)]
     out = int(config.get("out_channels") or channels)
 
     def build() -> GraphModule:
@@ -166,7 +166,7 @@ def transformer_plan(config: Mapping[str, Any], dtype: torch.dtype) -> GraphPlan
         transformer.pos_embed = SingleRotaryEmbedding(theta=transformer.pos_embed.theta, axes_dim=axes)
         return TransformerGraph(transformer)
 
-    return GraphPlan(TRANSFORMER, build, dtype, tuple(inputs), (_float(borders.VELOCITY, BATCH, IMAGE, out),))
+    return GraphPlan(TRANSFORMER, build, dtype, tuple(inputs), (_float(io_spec.VELOCITY, BATCH, IMAGE, out),))
 
 
 def clip_plan(config: Mapping[str, Any], length: int, dtype: torch.dtype) -> GraphPlan:
@@ -176,8 +176,8 @@ def clip_plan(config: Mapping[str, Any], length: int, dtype: torch.dtype) -> Gra
         TEXT_ENCODER,
         lambda: ClipGraph(_with_eager_attention(CLIPTextModel(parsed))),
         dtype,
-        (TensorSpec(borders.INPUT_IDS, "int64", (BATCH, length)),),
-        (_float(borders.POOLED, BATCH, parsed.hidden_size),),
+        (TensorSpec(io_spec.INPUT_IDS, "int64", (BATCH, length)),),
+        (_float(io_spec.POOLED, BATCH, parsed.hidden_size),),
         strict=False,
     )
 
@@ -189,8 +189,8 @@ def t5_plan(config: Mapping[str, Any], dtype: torch.dtype) -> GraphPlan:
         TEXT_ENCODER_2,
         lambda: T5Graph(_with_eager_attention(T5EncoderModel(parsed))),
         dtype,
-        (TensorSpec(borders.INPUT_IDS, "int64", (BATCH, TEXT)),),
-        (_float(borders.TOKENS, BATCH, TEXT, parsed.d_model),),
+        (TensorSpec(io_spec.INPUT_IDS, "int64", (BATCH, TEXT)),),
+        (_float(io_spec.TOKENS, BATCH, TEXT, parsed.d_model),),
         strict=False,
     )
 
@@ -202,8 +202,8 @@ def decoder_plan(cls: Any, config: Mapping[str, Any]) -> GraphPlan:
         VAE_DECODER,
         lambda: DecoderGraph(cls.from_config(dict(config))),
         torch.float32,
-        (_float(borders.LATENTS, BATCH, channels, HEIGHT, WIDTH),),
-        (_float(borders.IMAGES, BATCH, 3, PIXEL_HEIGHT, PIXEL_WIDTH),),
+        (_float(io_spec.LATENTS, BATCH, channels, HEIGHT, WIDTH),),
+        (_float(io_spec.IMAGES, BATCH, 3, PIXEL_HEIGHT, PIXEL_WIDTH),),
         strict=False,
     )
 

@@ -27,17 +27,16 @@ from fmg.export.verify_source import check_source
 from fmg.export.verify_tensors import GraphParity, parity, sample_inputs
 from fmg.export.widen import widened
 from fmg.inference import Generator, Target
-from fmg.inference.alone import VerifyReport, check_drawing, check_files, described
-from fmg.inference.artifact.backend import ArtifactBackend
+from fmg.inference.artifact.backend import ArtifactBackend, PromptTokenizer
 from fmg.inference.artifact.layout import Artifact, artifact_of, open_artifact
 from fmg.inference.artifact.manifest import GRAPHS, TEXT_ENCODER_2, TRANSFORMER, TRANSFORMER_INT8, Check
-from fmg.inference.artifact.tokens import PromptTokenizer
 from fmg.inference.backend import TorchBackend
 from fmg.inference.loading import AUTO, find, load, made_from
 from fmg.inference.onnxruntime import NAME as ONNXRUNTIME
 from fmg.inference.onnxruntime import PrecisionError
+from fmg.inference.self_check import VerifyReport, check_files, check_generation, described
 from fmg.inference.target import TargetLike, load_model
-from fmg.inference.tensorrt.census import Census as EngineCensus
+from fmg.inference.tensorrt.precision_report import Census as EngineCensus
 from fmg.models.flux.model import FluxModel
 from fmg.progress import watching
 from fmg.rewards.base import build_rewards, check_prompts
@@ -229,7 +228,7 @@ class _Proof:
         Raises:
             PrecisionError: the backend cannot compute in the artifact's precision.
         """
-        checks = [check_drawing(self._artifact, candidate), *engine_precision(self._artifact, candidate)]
+        checks = [check_generation(self._artifact, candidate), *engine_precision(self._artifact, candidate)]
         return [*checks, *self.against(candidate, (*GRAPHS,))]
 
     def against(self, candidate: Generator, graphs: Sequence[str]) -> Iterator[Check]:
@@ -312,7 +311,7 @@ class _Proof:
 
     def _check(self, name: str, graph: str | None, passed: bool, values: Mapping[str, float], note: str) -> Check:
         manifest = self._artifact.manifest
-        digest = manifest.drawing_digest() if graph is None else manifest.weights_digest(graph)
+        digest = manifest.sampling_digest() if graph is None else manifest.weights_digest(graph)
         return Check(name, passed, dict(values), note, digest)
 
     def _progress(self, stage: str, done: int, total: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import astuple, fields, replace
+from dataclasses import asdict, astuple, fields, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,6 @@ from fmg.export.int8 import other_weight
 from fmg.export.merge import base_dtypes
 from fmg.export.source import ExportSource, recipe_facts
 from fmg.export.weights import stored_places
-from fmg.inference.artifact.decode import encode
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.artifact.manifest import (
     TEXT_ENCODER,
@@ -82,7 +81,7 @@ def _other_fact(artifact: Artifact, source: ExportSource) -> str:
     sampled = (f"sampling.{entry.name}" for entry in fields(Sampling))
     pairs = zip(sampled, zip(astuple(manifest.sampling), astuple(sampling), strict=True), strict=True)
     for key, (ours, theirs) in (*stated.items(), *pairs):
-        if encode(ours) != encode(theirs):
+        if _json(ours) != _json(theirs):
             return f"{key} is {_short(ours)} in the manifest and {_short(theirs)} in {source.label}"
     return ""
 
@@ -92,8 +91,12 @@ def _without_run(adapter: Adapter | None) -> Adapter | None:
     return None if adapter is None else replace(adapter, run="")
 
 
+def _json(value: object) -> str:
+    return json.dumps(value, sort_keys=True, default=asdict)
+
+
 def _short(value: object) -> str:
-    text = json.dumps(encode(value))
+    text = json.dumps(value, default=asdict)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from fmg.export.graphs import ClipGraph, DecoderGraph, GraphModule, T5Graph, TransformerGraph
-from fmg.inference.artifact import borders
+from fmg.inference.artifact import io_spec
+from fmg.inference.artifact.backend import PromptTokenizer
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.artifact.manifest import (
     BATCH,
@@ -27,10 +28,9 @@ from fmg.inference.artifact.manifest import (
     Precision,
 )
 from fmg.inference.artifact.packing import PATCH, image_ids
-from fmg.inference.artifact.tokens import PromptTokenizer
 
 if TYPE_CHECKING:
-    from fmg.inference.artifact.runtime import GraphRuntime
+    from fmg.inference.artifact.backend import GraphRuntime
     from fmg.models.flux.model import FluxModel
 
 Tensors = Mapping[str, NDArray[Any]]
@@ -132,17 +132,17 @@ def _inputs(artifact: Artifact, graph: str, prompts: Sequence[str], number: int,
     sizes |= {BATCH: batch, HEIGHT: side, WIDTH: side, IMAGE: (side // PATCH) ** 2}
     t = rng.uniform(_SMALLEST_TIME, 1.0, batch).astype(np.float32)
     known: dict[str, NDArray[Any]] = {
-        borders.TIMESTEP: t,
-        borders.SECOND: t * rng.uniform(0.0, 1.0, batch).astype(np.float32),
-        borders.GUIDANCE: np.full(batch, manifest.sampling.guidance or 0.0, np.float32),
-        borders.IMG_IDS: image_ids(side, side),
+        io_spec.TIMESTEP: t,
+        io_spec.SECOND: t * rng.uniform(0.0, 1.0, batch).astype(np.float32),
+        io_spec.GUIDANCE: np.full(batch, manifest.sampling.guidance or 0.0, np.float32),
+        io_spec.IMG_IDS: image_ids(side, side),
     }
     made: dict[str, NDArray[Any]] = {}
     for spec in manifest.graphs[graph].inputs:
         shape = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in spec.shape)
-        if spec.name == borders.INPUT_IDS:
+        if spec.name == io_spec.INPUT_IDS:
             made[spec.name] = _token_ids(artifact, graph, prompts, number)[: shape[0], : shape[1]]
-        elif spec.name == borders.TXT_IDS:
+        elif spec.name == io_spec.TXT_IDS:
             made[spec.name] = np.zeros(shape, np.float32)
         else:
             made[spec.name] = known.get(spec.name, rng.standard_normal(shape, np.float32))

@@ -1,21 +1,32 @@
-"""From a word on the command line to a sampler: what it names, which backend draws it, and the backend opened.
+"""From a word on the command line to a sampler: what it names, which backend runs it, and the backend opened.
 
-Imports no torch; an artifact is opened without it.
+An artifact is opened without torch, and without the packages that read a run's recipe: hence the imports in functions.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from fmg.core.errors import UsageError, python_call
-from fmg.inference.artifact.backend import checked_batch
+from pydantic import Field
+
+from fmg.core.backends import Backend, Subject
+from fmg.core.errors import FmgError, FmgWarning, MissingDependencyError, UsageError, python_call
+from fmg.inference import onnxruntime as ort
+from fmg.inference.artifact.backend import ArtifactBackend, checked_batch
 from fmg.inference.artifact.layout import Artifact, artifact_names, check_not_interrupted, is_artifact, open_artifact
 from fmg.inference.generator import DEFAULT_BATCH, Generator
+from fmg.inference.tensorrt.flavours import RTX, TENSORRT, Flavour, current_gpu, lists_gpu, load_module
+from fmg.inference.tensorrt.records import EngineHost, built_here, fitting_engines
 from fmg.registry import backends
+from fmg.registry.config import ComponentConfig
+from fmg.version import install_line
 
 if TYPE_CHECKING:
     from fmg.core.backends import BackendSource
@@ -23,6 +34,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 TORCH = "torch"
+_GIB = 1 << 30
 
 
 def find(target: TargetLike | Artifact, *, allow_code: bool = True) -> Target | Artifact:
@@ -30,8 +42,8 @@ def find(target: TargetLike | Artifact, *, allow_code: bool = True) -> Target | 
 
     Args:
         target: what was typed, or passed to a Python call.
-        allow_code: whether the recipe of a run may name code of the user's own. Drawing runs no reward, so code that
-            the recipe names stays unused.
+        allow_code: whether the recipe of a run may name the user's own code. Sampling runs no reward, so code that the
+            recipe names is not executed.
 
     Raises:
         UsageError: it is none of them.
@@ -51,7 +63,7 @@ def find(target: TargetLike | Artifact, *, allow_code: bool = True) -> Target | 
 def made_from(
     artifact: Artifact, *, allow_code: bool = True, advice: str = "Name the run in place of the artifact."
 ) -> Target:
-    """The run or model that an artifact was made from, as its manifest names it.
+    """The run or model that an artifact was exported from, as its manifest names it.
 
     Args:
         artifact: what was exported.
@@ -59,7 +71,7 @@ def made_from(
         advice: what to do when the run is gone.
 
     Raises:
-        UsageError: the run is not here any more.
+        UsageError: the run no longer exists.
     """
     from fmg.data.run_folder import is_run
     from fmg.inference.target import resolve_target, run_of_checkpoint
@@ -68,31 +80,6 @@ def made_from(
     if adapter is not None and not is_run(run_of_checkpoint(Path(adapter.run)) or Path(adapter.run)):
         raise UsageError(f"The run '{adapter.run}' that the artifact was made from is not here", advice)
     return resolve_target(artifact.manifest.base.name if adapter is None else adapter.run, allow_code=allow_code)
-
-
-def pick_backend(
-    subject: Target | Artifact, name: str = AUTO, *, device: str = AUTO, options: Mapping[str, object] | None = None
-) -> BackendSource:
-    """The backend called `name`, or for `auto` the preferred one of those that can draw `subject` here.
-
-    Args:
-        subject: what is drawn.
-        name: a registered backend, or `auto`.
-        device: where.
-        options: those of its config; `auto` gives each backend those that it has.
-
-    Raises:
-        UsageError: the backend is unknown or does not draw such a thing.
-        MissingDependencyError: what it needs is not installed.
-    """
-    options = options or {}
-    if name == AUTO:
-        return _preferred(subject, device, options)
-    if backends.build(name).opens != _kind(subject):
-        raise UsageError(*_mismatch(name, subject))
-    source = backends.build(name, options)
-    source.check()
-    return source
 
 
 @python_call
@@ -109,7 +96,7 @@ def load(
     int8: bool = False,
     allow_code: bool = False,
 ) -> Generator:
-    """The sampler of a model, a run folder, an artifact or (None) the newest run, ready to draw.
+    """The sampler of a model, a run folder, an artifact or (None) the newest run, ready to generate.
 
     Args:
         target: model name, run folder or artifact, or what `train` or `export_artifact` returned.
@@ -117,10 +104,10 @@ def load(
             machine, else ONNX Runtime.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: `fp32` or `bf16`, for a model or a run; None is fp32. An artifact has the precision it was exported in.
-        batch_size: images a network call; None takes the default.
+        batch_size: images per network call; None takes the default.
         adapter: False loads a run's base without its adapter.
         resolution: side of the square image in pixels, for an artifact; None is its own.
-        threads: CPU threads of one operator; None takes the runtime's default.
+        threads: CPU threads per operator; None takes the runtime's default.
         int8: run the int8 transformer of an artifact, on a CPU.
         allow_code: run the code inside version-compatible TensorRT engines.
 
@@ -134,7 +121,7 @@ def load(
         subject, dtype=dtype, adapter=adapter, resolution=resolution, threads=threads, int8=int8, allow_code=allow_code
     )
     if int8 and backend == AUTO:
-        backend = "onnxruntime"
+        backend = ort.NAME
     source = pick_backend(subject, backend, device=device, options=options)
     if isinstance(subject, Artifact):
         sampling = subject.manifest.sampling
@@ -154,7 +141,7 @@ def _options(
     int8: bool,
     allow_code: bool,
 ) -> dict[str, object]:
-    """The options of a backend of this subject; what it cannot have is refused."""
+    """The options for a backend of this subject; refuses those that it cannot have."""
     common = {} if threads is None else {"threads": threads}
     if isinstance(subject, Artifact):
         if dtype is not None or not adapter:
@@ -167,10 +154,35 @@ def _options(
         return {**common, **size, **flags}
     if resolution is not None or int8 or allow_code:
         raise UsageError(
-            f"'{subject.label}' is not an exported artifact, which resolution, int8 and allow_code are options of",
+            f"'{subject.label}' is not an exported artifact; resolution, int8 and allow_code are options of artifacts",
             "Export it first: fmg export.",
         )
     return {**common, "dtype": dtype or "fp32", "adapter": adapter}
+
+
+def pick_backend(
+    subject: Target | Artifact, name: str = AUTO, *, device: str = AUTO, options: Mapping[str, object] | None = None
+) -> BackendSource:
+    """The backend called `name`, or for `auto` the preferred one of those that can run `subject` here.
+
+    Args:
+        subject: what images are generated from.
+        name: a registered backend, or `auto`.
+        device: where.
+        options: those of its config; `auto` gives each backend those that it has.
+
+    Raises:
+        UsageError: the backend is unknown or cannot run such a subject.
+        MissingDependencyError: what it needs is not installed.
+    """
+    options = options or {}
+    if name == AUTO:
+        return _preferred(subject, device, options)
+    if backends.build(name).opens != _kind(subject):
+        raise UsageError(*_mismatch(name, subject))
+    source = backends.build(name, options)
+    source.check()
+    return source
 
 
 def _preferred(subject: Target | Artifact, device: str, options: Mapping[str, object]) -> BackendSource:
@@ -183,8 +195,7 @@ def _preferred(subject: Target | Artifact, device: str, options: Mapping[str, ob
             best = source
     if best is not None:
         return best
-    fallback = "onnxruntime" if isinstance(subject, Artifact) else TORCH
-    source = backends.build(fallback)
+    source = backends.build(ort.NAME if isinstance(subject, Artifact) else TORCH)
     source.check()
     return source
 
@@ -194,10 +205,221 @@ def _kind(subject: Target | Artifact) -> str:
 
 
 def _mismatch(name: str, subject: Target | Artifact) -> tuple[str, str]:
-    fitting = [other for other in backends.names() if backends.build(other).opens == _kind(subject)]
+    fitting = ", ".join(other for other in backends.names() if backends.build(other).opens == _kind(subject))
     if isinstance(subject, Artifact):
-        return f"The backend '{name}' does not draw an exported artifact", f"Use one of: {', '.join(fitting)}."
+        return f"The backend '{name}' does not run exported artifacts", f"Use one of: {fitting}."
     return (
-        f"The backend '{name}' draws an exported artifact, and '{subject.label}' is not one",
-        f"Export it first, or use one of: {', '.join(fitting)}.",
+        f"The backend '{name}' runs exported artifacts, and '{subject.label}' is not one",
+        f"Export it first, or use one of: {fitting}.",
     )
+
+
+class BackendConfig(ComponentConfig):
+    """Options of every backend."""
+
+    threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads per operator; none: all cores")
+
+
+class TorchBackendConfig(BackendConfig):
+    """The model itself, eager."""
+
+    dtype: Literal["fp32", "bf16"] = Field(default="fp32", description="weights and arithmetic of the model")
+    adapter: bool = Field(default=True, description="false samples a run's base, without its adapter")
+
+
+class ArtifactBackendConfig(BackendConfig):
+    """Options of every backend that runs an artifact's graphs."""
+
+    resolution: int | None = Field(
+        default=None, ge=8, le=16384, description="side of the square image in pixels; none: the artifact's own"
+    )
+
+
+class OnnxRuntimeConfig(ArtifactBackendConfig):
+    """ONNX Runtime: its CPU provider, or its CUDA or TensorRT provider where available."""
+
+    provider: Literal["auto", "cpu", "cuda", "tensorrt"] = Field(
+        default="auto", description="execution provider; auto takes CUDA on a GPU"
+    )
+    int8: bool = Field(default=False, description="run the int8 transformer of the artifact (CPU)")
+
+
+class TensorRtConfig(ArtifactBackendConfig):
+    """TensorRT engines of an artifact, built by `fmg export --trt`."""
+
+    cuda_graphs: bool = Field(default=True, description="replay each shape as one CUDA graph from its third use on")
+    streaming_budget_gib: float | None = Field(
+        default=None, ge=0, description="weights of a weight-streaming engine to keep on the GPU; none: what fits"
+    )
+    allow_code: bool = Field(default=False, description="run the host code inside a version-compatible engine")
+
+    needs_consent: ClassVar[Mapping[str, str]] = {"allow_code": "run code that comes with an engine"}
+
+
+@dataclass(frozen=True)
+class TorchOpener:
+    """Opens models and runs in torch. The openers implement `fmg.core.backends.BackendSource`."""
+
+    config: TorchBackendConfig
+    opens: Subject = "model"
+    preference: int = 0
+
+    def check(self) -> None:
+        if find_spec("torch") is None:
+            raise MissingDependencyError("The backend 'torch' needs torch", f"Run: {install_line()}")
+
+    def suits(self, subject: Target, device: str) -> bool:
+        return find_spec("torch") is not None
+
+    def open(self, subject: Target, device: str) -> Backend:
+        self.check()
+        import torch
+
+        from fmg.inference.backend import TorchBackend
+        from fmg.inference.target import load_model
+
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
+        return TorchBackend(load_model(subject, device=device, dtype=self.config.dtype, adapter=self.config.adapter))
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeOpener:
+    """Opens artifacts in ONNX Runtime; each graph is loaded when it is first run."""
+
+    config: OnnxRuntimeConfig
+    opens: Subject = "artifact"
+    preference: int = 0
+
+    def check(self) -> None:
+        ort.installed()
+
+    def suits(self, subject: Artifact, device: str) -> bool:
+        try:
+            self.check()
+        except FmgError:
+            return False
+        return True
+
+    def open(self, subject: Artifact, device: str) -> Backend:
+        transformer = ort.transformer_graph(subject, self.config.int8)
+        return ArtifactBackend(
+            subject, self._runtime(subject, device), resolution=self.config.resolution, transformer=transformer
+        )
+
+    def _runtime(self, artifact: Artifact, device: str) -> Any:
+        provider, index = self._provider(device)
+        if provider == ort.CPU:
+            return ort.OnnxRuntime(artifact, threads=self.config.threads)
+        if find_spec("torch") is None:
+            raise MissingDependencyError(
+                "ONNX Runtime on a GPU keeps its arrays in torch, which is not installed", f"Run: {install_line()}"
+            )
+        import torch
+
+        providers = [provider, ort.CUDA] if provider == ort.TENSORRT else [provider]
+        return ort.BoundOnnxRuntime(artifact, torch.device("cuda", index), providers, threads=self.config.threads)
+
+    def _provider(self, device: str) -> tuple[str, int]:
+        """The execution provider and the number of the GPU."""
+        kind, _, number = device.partition(":")
+        if kind not in ("auto", "cpu", "cuda") or (number and not number.isdecimal()):
+            raise UsageError(f"The device '{device}' is not supported", "Use auto, cpu, cuda or cuda:N.")
+        wanted, index = self.config.provider, int(number or 0)
+        if wanted == "auto":
+            wanted = "cuda" if kind == "cuda" or (kind == "auto" and _gpu_is_ready()) else "cpu"
+        if wanted != "cpu" and kind == "cpu":
+            raise UsageError(f"The provider '{wanted}' does not compute on a CPU", "Use --device cuda.")
+        if wanted == "cpu" and kind == "cuda":
+            raise UsageError("The provider 'cpu' does not compute on a GPU", "Use --device cpu.")
+        return {"cpu": ort.CPU, "cuda": ort.CUDA, "tensorrt": ort.TENSORRT}[wanted], index
+
+
+def _gpu_is_ready() -> bool:
+    """Whether this onnxruntime has CUDA and torch sees a GPU."""
+    if ort.CUDA not in ort.installed().get_available_providers() or find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class TensorRtOpener:
+    """Opens artifacts with their engines of one flavour of TensorRT; each engine is loaded when it is first run."""
+
+    config: TensorRtConfig
+    flavour: Flavour
+    preference: int
+    opens: Subject = "artifact"
+
+    def check(self) -> None:
+        load_module(self.flavour)
+
+    def suits(self, subject: Artifact, device: str) -> bool:
+        """Whether package, GPU and an engine of every graph are there, and none of it needs the user's consent.
+
+        A GPU that the package does not list, an engine with code inside, or one that was not built on this computer
+        (reported by a warning) has to be asked for by name.
+        """
+        if device.partition(":")[0] not in ("auto", "cuda") or not any(subject.engines.glob("*.json")):
+            return False
+        try:
+            host = self._host()
+            records = fitting_engines(subject, host, self.config.resolution)
+        except FmgError:
+            return False
+        if not self.config.allow_code and any(record.carries_code for record in records.values()):
+            return False
+        if host.gpu is None or not lists_gpu(load_module(self.flavour), host.gpu):
+            return False
+        foreign = [record.plan for record in records.values() if not built_here(record.sha256)]
+        if foreign:
+            warnings.warn(
+                f"The engine {foreign[0]} was not built on this computer and is ignored: loading a plan can run any"
+                f" code. If you trust who made it, use --backend {self.flavour.backend}.",
+                FmgWarning,
+                stacklevel=2,
+            )
+        return not foreign
+
+    def open(self, subject: Artifact, device: str) -> Backend:
+        records = fitting_engines(subject, self._host(), self.config.resolution)
+        from fmg.inference.tensorrt.engine import RunOptions, open_device
+        from fmg.inference.tensorrt.runtime import EngineRuntime
+
+        budget = self.config.streaming_budget_gib
+        options = RunOptions(
+            cuda_graphs=self.config.cuda_graphs,
+            streaming_budget=None if budget is None else int(budget * _GIB),
+            allow_code=self.config.allow_code,
+        )
+        runtime = EngineRuntime(subject, records, self.flavour, load_module(self.flavour), open_device(device), options)
+        return ArtifactBackend(subject, runtime, resolution=self.config.resolution)
+
+    def _host(self) -> EngineHost:
+        return EngineHost(self.flavour, str(load_module(self.flavour).__version__), current_gpu())
+
+
+@backends.register("torch", TorchBackendConfig)
+def torch_backend(config: TorchBackendConfig) -> TorchOpener:
+    """The model itself, eager."""
+    return TorchOpener(config)
+
+
+@backends.register("onnxruntime", OnnxRuntimeConfig)
+def onnxruntime_backend(config: OnnxRuntimeConfig) -> OnnxRuntimeOpener:
+    """The graphs of an artifact in ONNX Runtime."""
+    return OnnxRuntimeOpener(config)
+
+
+@backends.register("tensorrt", TensorRtConfig)
+def tensorrt_backend(config: TensorRtConfig) -> TensorRtOpener:
+    """TensorRT engines of an exported artifact, built on this kind of GPU."""
+    return TensorRtOpener(config, TENSORRT, preference=20)
+
+
+@backends.register("tensorrt-rtx", TensorRtConfig)
+def tensorrt_rtx_backend(config: TensorRtConfig) -> TensorRtOpener:
+    """TensorRT-RTX engines of an exported artifact, built ahead of time for GeForce and RTX GPUs."""
+    return TensorRtOpener(config, RTX, preference=10)

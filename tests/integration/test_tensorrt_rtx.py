@@ -22,7 +22,7 @@ from fmg.inference.artifact.manifest import GRAPHS, AxisRange
 from fmg.inference.loading import load
 from fmg.inference.tensorrt.engine import Engine, RunOptions
 from fmg.inference.tensorrt.flavours import ANY, RTX, load_module
-from fmg.inference.tensorrt.record import Profile, ShapeRange, check_plan, read_records
+from fmg.inference.tensorrt.records import Profile, ShapeRange, check_plan, read_records
 from tests.support.artifact import copied
 from tests.support.cli import fmg
 from tests.support.fake_cuda import FakeCuda

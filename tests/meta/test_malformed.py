@@ -321,7 +321,7 @@ MISUSES = (
     Misuse("generate x --from taken", "upgrade fmg", artifact_of_tomorrow),
     Misuse("generate x --from ''", "--from is empty"),
     Misuse(f"{GENERATE} --backend onyxruntime", "Did you mean 'onnxruntime'"),
-    Misuse(f"{GENERATE} --backend onnxruntime", "draws an exported artifact"),
+    Misuse(f"{GENERATE} --backend onnxruntime", "runs exported artifacts"),
     Misuse(f"{GENERATE} --int8", "not an exported artifact"),
     Misuse(f"{GENERATE} --resolution 64", "not an exported artifact"),
     Misuse(f"{GENERATE} --threads 0", "--threads"),

@@ -100,7 +100,7 @@ def test_every_dependency_is_pinned_within_its_range() -> None:
 # what fmg sends to itself, what it has just written, and what a library answers
 OWN_JSON = {
     "conformance/configs.py",
-    "inference/tensorrt/census.py",
+    "inference/tensorrt/precision_report.py",
     "training/keeper.py",
     "training/processes.py",
     "worlds/pretrain/folder.py",

@@ -18,6 +18,8 @@ COMMAND_LINE = ("typer", "rich", "pydantic", "pydantic_core")
 """What the command line needs besides."""
 _THEIRS = {
     "onnxruntime": ("flatbuffers", "protobuf"),
+    # of huggingface_hub, which tokenizers requires
+    "tokenizers": ("filelock",),
     "typer": ("annotated_doc", "shellingham", "click"),
     "rich": ("markdown_it_py", "mdurl", "pygments"),
     "pydantic": ("annotated_types", "typing_extensions", "typing_inspection"),

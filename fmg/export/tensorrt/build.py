@@ -19,10 +19,17 @@ from fmg.export.tensorrt.profiles import Wanted, profiles, wanted
 from fmg.export.tensorrt.protocol import Job
 from fmg.inference.artifact import Artifact
 from fmg.inference.artifact.manifest import GRAPHS, AxisRange
-from fmg.inference.tensorrt.device import open_device
+from fmg.inference.tensorrt.engine import open_device
 from fmg.inference.tensorrt.flavours import ANY, Flavour, Gpu, current_gpu, load_module
-from fmg.inference.tensorrt.origin import built_here, note_built
-from fmg.inference.tensorrt.record import EngineRecord, Ingredients, check_plan, engine_name, read_record
+from fmg.inference.tensorrt.records import (
+    EngineRecord,
+    Ingredients,
+    built_here,
+    check_plan,
+    engine_name,
+    note_built,
+    read_record,
+)
 
 DEVICE = "auto"
 

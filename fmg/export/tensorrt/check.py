@@ -12,10 +12,9 @@ from torch import Tensor
 from fmg.core.errors import FmgError
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.artifact.manifest import Precision, TensorSpec
-from fmg.inference.tensorrt.census import Census
-from fmg.inference.tensorrt.device import Device
-from fmg.inference.tensorrt.engine import Engine, RunOptions
-from fmg.inference.tensorrt.record import ShapeRange
+from fmg.inference.tensorrt.engine import Device, Engine, RunOptions
+from fmg.inference.tensorrt.precision_report import Census
+from fmg.inference.tensorrt.records import ShapeRange
 from fmg.inference.tensorrt.refit import Refit, refuse_lost_biases
 
 

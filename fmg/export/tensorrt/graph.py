@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fmg.core.errors import UsageError
 from fmg.export.census import read_graph
-from fmg.inference.artifact.external import check_external
+from fmg.inference.artifact.external_data import check_external
 from fmg.inference.artifact.manifest import Precision
 
 _ATTENTION_OPSET = 23

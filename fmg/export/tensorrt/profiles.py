@@ -18,7 +18,7 @@ from fmg.inference.artifact.manifest import (
     Graph,
     Manifest,
 )
-from fmg.inference.tensorrt.record import Profile, Shape, ShapeRange
+from fmg.inference.tensorrt.records import Profile, Shape, ShapeRange
 
 _SPATIAL = frozenset({IMAGE, HEIGHT, WIDTH})
 # One image of 1024 x 1024, four of 512 x 512

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from fmg.core.json_io import parse
-from fmg.inference.artifact.decode import decode, encode
-from fmg.inference.tensorrt.record import Profile
+from fmg.inference.artifact.decode import decode
+from fmg.inference.tensorrt.records import Profile
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,7 @@ _KINDS: Mapping[str, type[Message]] = {"step": Step, "built": Built, "failed": F
 def to_line(message: Message) -> str:
     """The line of a message, with its end."""
     kind = next(name for name, cls in _KINDS.items() if isinstance(message, cls))
-    content = encode(message)
-    assert isinstance(content, dict)
-    return json.dumps({"kind": kind, **content}) + "\n"
+    return json.dumps({"kind": kind, **asdict(message)}) + "\n"
 
 
 def from_line(line: str) -> Message:
@@ -83,7 +81,7 @@ def from_line(line: str) -> Message:
 
 def job_to_json(job: Job) -> str:
     """The text that the builder reads."""
-    return json.dumps(encode(job))
+    return json.dumps(asdict(job))
 
 
 def job_from_json(text: str) -> Job:

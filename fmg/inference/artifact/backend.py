@@ -1,42 +1,94 @@
-"""Draws an artifact: tokenizers, text encoders, few-step sampler and decoder over whatever runs its graphs."""
+"""Samples an artifact: tokenizers, text encoders, few-step sampler and decoder over whatever runs its graphs.
+
+`Array` is the runtime's own array type on its device: a numpy array or a torch CUDA tensor.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fmg.core.backends import Drawn, NoiseSource
 from fmg.core.cache import ByteCache
-from fmg.core.errors import UsageError
+from fmg.core.errors import CheckpointError, MissingDependencyError, UsageError, suggestion
 from fmg.core.profiling import TEXT_ENCODERS, TOKENISE, TRANSFORMER, VAE, StageClock, stage
-from fmg.inference.artifact import borders
+from fmg.core.prompt import cut_prompts
+from fmg.inference.artifact import io_spec
 from fmg.inference.artifact.layout import Artifact
-from fmg.inference.artifact.manifest import BATCH, TEXT_ENCODER, TEXT_ENCODER_2, VAE_DECODER
+from fmg.inference.artifact.manifest import BATCH, TEXT_ENCODER, TEXT_ENCODER_2, VAE_DECODER, TokenizerFacts
 from fmg.inference.artifact.manifest import TRANSFORMER as TRANSFORMER_GRAPH
 from fmg.inference.artifact.packing import PATCH, image_ids, pack, unpack
-from fmg.inference.artifact.runtime import GraphRuntime
-from fmg.inference.artifact.sampler import few_step
-from fmg.inference.artifact.tokens import PromptTokenizer
 
 DECODE_PIXELS = 2**18
-"""Image pixels that one decoder call may make; the torch model takes as many."""
+"""Image pixels per decoder call; the same limit as in the torch model."""
 CACHE_BYTES = 256 * 2**20
 TEXT_BATCH = 32
-"""Prompts for one call of a text encoder; the torch model takes as many."""
+"""Prompts per call of a text encoder; the same limit as in the torch model."""
 
 TEXT_STATES = (TEXT_ENCODER_2, TEXT_ENCODER)
 """The graphs of token states and of the pooled state, in the order of `Encoded`."""
 
 Array = TypeVar("Array", bound=Any)
-Row = Mapping[str, NDArray[np.float32]]
-"""What the text encoders make of one prompt, by graph."""
+TextStates = Mapping[str, NDArray[np.float32]]
+"""The encoding of one prompt by graph."""
+
+
+class GraphRuntime(Protocol[Array]):
+    """Runs graphs by the names of `Manifest.graphs`: ONNX Runtime, TensorRT, or another package's runtime.
+
+    Each graph is loaded when it is first run. The sampler needs `shape`, `reshape`, `swapaxes` and slices of `Array`,
+    and arithmetic with its own kind and with Python floats that stays fp32. Inputs and outputs are float32 or int64.
+    """
+
+    @property
+    def name(self) -> str:
+        """Registered name of the backend."""
+
+    @property
+    def detail(self) -> str:
+        """How it runs, for people: execution provider, engine, threads."""
+
+    @property
+    def device(self) -> str:
+        """Where it computes: `cpu`, `cuda:0`."""
+
+    def run(self, graph: str, inputs: Mapping[str, Array]) -> Array:
+        """The single output of a graph.
+
+        Raises:
+            FmgError: the graph cannot be loaded, or the runtime failed; names the graph.
+        """
+
+    def free(self, graphs: Iterable[str]) -> None:
+        """Frees the memory of these graphs; they are loaded again when they are next run."""
+
+    def put(self, array: NDArray[Any]) -> Array:
+        """A numpy array on the device."""
+
+    def get(self, array: Array) -> NDArray[np.float32]:
+        """An array of the device in numpy; waits for the work that computes it."""
+
+    def clock(self) -> StageClock[Any]:
+        """As `Backend.clock`."""
+
+    def reset_peak_memory(self) -> None:
+        """As `Backend.reset_peak_memory`."""
+
+    def peak_memory(self) -> int:
+        """As `Backend.peak_memory`."""
+
+    def close(self) -> None:
+        """Frees everything."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +103,7 @@ class ArtifactBackend(Generic[Array]):
     """An open artifact on one runtime. Implements `fmg.core.backends.Backend`.
 
     Args:
-        artifact: what to draw.
+        artifact: what to sample.
         runtime: what runs its graphs.
         resolution: side of the square image in pixels; None takes the artifact's own.
         transformer: which of its graphs is the transformer.
@@ -73,12 +125,11 @@ class ArtifactBackend(Generic[Array]):
         self._transformer = transformer
         self._sampling = artifact.manifest.sampling
         self._resolution = checked_resolution(artifact, resolution)
-        self._known: ByteCache[Row] = ByteCache(CACHE_BYTES)
-        self._remember = True
+        self._cache: ByteCache[TextStates] = ByteCache(CACHE_BYTES)
+        self._caching = True
 
     @property
     def name(self) -> str:
-        """Registered name of the runtime."""
         return self.runtime.name
 
     @property
@@ -88,30 +139,28 @@ class ArtifactBackend(Generic[Array]):
 
     @property
     def device(self) -> str:
-        """Where the graphs run."""
         return self.runtime.device
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(c, h, w) of one latent."""
         return self._sampling.latent_shape(self._resolution)
 
     def encode(self, prompts: Sequence[str]) -> Encoded[Array]:
-        """Embeddings of the prompts, each computed once as long as it is remembered."""
-        known = {prompt: row for prompt in prompts if (row := self._recall(prompt)) is not None}
+        """Embeddings of the prompts, each computed once as long as it is cached."""
+        known = {p: states for p in prompts if self._caching and (states := self._cache.get(p)) is not None}
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
         for start in range(0, len(missing), TEXT_BATCH):
             chunk = missing[start : start + TEXT_BATCH]
-            for prompt, row in zip(chunk, self._rows(chunk), strict=True):
-                known[prompt] = row
-                if self._remember:
-                    self._known.put(prompt, row)
+            for prompt, states in zip(chunk, self._text_states(chunk), strict=True):
+                known[prompt] = states
+                if self._caching:
+                    self._cache.put(prompt, states)
         with stage(TEXT_ENCODERS):
             rows = [known[prompt] for prompt in prompts]
             return Encoded(*(self.runtime.put(np.stack([row[name] for row in rows])) for name in TEXT_STATES))
 
     def cut_prompts(self, prompts: Sequence[str]) -> str:
-        """What to say of prompts that T5 does not read to their end; CLIP only ever sees the beginning of one."""
+        """The warning about prompts that T5 truncates; CLIP only ever sees the beginning of one."""
         with stage(TOKENISE):
             return self._tokenizers[TEXT_ENCODER_2].cut_prompts(prompts)
 
@@ -135,26 +184,23 @@ class ArtifactBackend(Generic[Array]):
     @contextmanager
     def uncached(self) -> Iterator[None]:
         """Inside, every prompt is encoded."""
-        self._remember = False
+        self._caching = False
         try:
             yield
         finally:
-            self._remember = True
+            self._caching = True
 
     def release_text(self) -> None:
         """Frees the text encoders; a new prompt loads them again."""
         self.runtime.free(TEXT_STATES)
 
     def clock(self) -> StageClock[Any]:
-        """The runtime's clock."""
         return self.runtime.clock()
 
     def reset_peak_memory(self) -> None:
-        """Begins a new measurement."""
         self.runtime.reset_peak_memory()
 
     def peak_memory(self) -> int:
-        """Most bytes held since the last reset."""
         return self.runtime.peak_memory()
 
     def __enter__(self) -> ArtifactBackend[Array]:
@@ -165,56 +211,49 @@ class ArtifactBackend(Generic[Array]):
     ) -> None:
         self.runtime.close()
 
-    def _recall(self, prompt: str) -> Row | None:
-        return self._known.get(prompt) if self._remember else None
-
     @cached_property
     def _tokenizers(self) -> Mapping[str, PromptTokenizer]:
         facts = self.artifact.manifest.tokenizers
         return {name: PromptTokenizer(self.artifact.path(entry.file), entry) for name, entry in facts.items()}
 
-    def _rows(self, prompts: Sequence[str]) -> list[Row]:
+    def _text_states(self, prompts: Sequence[str]) -> list[TextStates]:
         with stage(TOKENISE):
             ids = {name: self._tokenizers[name](prompts) for name in TEXT_STATES}
         with stage(TEXT_ENCODERS):
-            states = {name: self._states(name, rows) for name, rows in ids.items()}
+            states = {
+                name: self.runtime.get(self.runtime.run(name, {io_spec.INPUT_IDS: self.runtime.put(rows)}))
+                for name, rows in ids.items()
+            }
         # copies, because a row that is a view would keep its whole batch alive in the cache
         return [{name: batch[i].copy() for name, batch in states.items()} for i in range(len(prompts))]
 
-    def _states(self, graph: str, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        return self.runtime.get(self.runtime.run(graph, {borders.INPUT_IDS: self.runtime.put(ids)}))
-
     def _inputs(self, x: Array, t: float, s: float, cond: Encoded[Array]) -> dict[str, Array]:
-        rows = x.shape[0]
+        def constant(value: float) -> Array:
+            return self.runtime.put(np.full(x.shape[0], value, np.float32))
+
         inputs = {
-            borders.HIDDEN_STATES: x,
-            borders.ENCODER_HIDDEN_STATES: cond.tokens,
-            borders.POOLED_PROJECTIONS: cond.pooled,
-            borders.TIMESTEP: self._constant(rows, t),
-            borders.IMG_IDS: self._image_ids,
-            borders.TXT_IDS: self._text_ids(cond.tokens.shape[1]),
+            io_spec.HIDDEN_STATES: x,
+            io_spec.ENCODER_HIDDEN_STATES: cond.tokens,
+            io_spec.POOLED_PROJECTIONS: cond.pooled,
+            io_spec.TIMESTEP: constant(t),
+            io_spec.IMG_IDS: self._image_ids,
+            io_spec.TXT_IDS: self.runtime.put(np.zeros((cond.tokens.shape[1], 3), np.float32)),
         }
         if self._sampling.map == "two-time":
-            inputs[borders.SECOND] = self._constant(rows, s)
+            inputs[io_spec.SECOND] = constant(s)
         if self._sampling.guidance is not None:
-            inputs[borders.GUIDANCE] = self._constant(rows, self._sampling.guidance)
+            inputs[io_spec.GUIDANCE] = constant(self._sampling.guidance)
         return inputs
-
-    def _constant(self, rows: int, value: float) -> Array:
-        return self.runtime.put(np.full(rows, value, np.float32))
 
     @cached_property
     def _image_ids(self) -> Array:
         _, height, width = self.latent_shape
         return self.runtime.put(image_ids(height, width))
 
-    def _text_ids(self, length: int) -> Array:
-        return self.runtime.put(np.zeros((length, 3), np.float32))
-
     def _decode(self, latents: Array) -> NDArray[np.float32]:
         rows = max(1, DECODE_PIXELS // self._resolution**2)
         parts = [
-            self.runtime.get(self.runtime.run(VAE_DECODER, {borders.LATENTS: latents[start : start + rows]}))
+            self.runtime.get(self.runtime.run(VAE_DECODER, {io_spec.LATENTS: latents[start : start + rows]}))
             for start in range(0, latents.shape[0], rows)
         ]
         return np.concatenate(parts)
@@ -234,14 +273,14 @@ def checked_resolution(artifact: Artifact, resolution: int | None) -> int:
     if resolution % token or not smallest <= resolution <= largest:
         sides = f"{smallest} pixels" if smallest == largest else f"{smallest} to {largest} pixels in steps of {token}"
         raise UsageError(
-            f"The artifact draws {sides}, not {resolution}",
+            f"The artifact generates images of {sides}, not {resolution}",
             "Use such a resolution, or export with --resolutions for another.",
         )
     return resolution
 
 
 def checked_batch(artifact: Artifact, batch_size: int | None, default: int) -> int:
-    """Images a network call: the given number, or the default as far as the artifact allows.
+    """Images per network call: the given number, or the default as far as the artifact allows.
 
     Raises:
         UsageError: it is more than the artifact was made for.
@@ -249,7 +288,110 @@ def checked_batch(artifact: Artifact, batch_size: int | None, default: int) -> i
     batch = artifact.manifest.axes[BATCH]
     if batch_size is not None and not batch.minimum <= batch_size <= batch.maximum:
         raise UsageError(
-            f"The artifact takes {batch.minimum} to {batch.maximum} images a call, not {batch_size}",
+            f"The artifact takes {batch.minimum} to {batch.maximum} images per call, not {batch_size}",
             "Use such a batch size, or export with --batch for another.",
         )
     return batch_size or max(batch.minimum, min(default, batch.maximum))
+
+
+# A second few-step sampler beside `fmg.flow.sampling`: an artifact is sampled where there is no torch, on velocities
+# that a graph returns. The tests hold the two equal.
+def few_step(
+    velocity: Callable[[Array, float, float], Array],
+    x_1: Array,
+    times: Sequence[float],
+    renoise: Callable[[int], Array],
+    *,
+    kind: Literal["two-time", "single-time"],
+    path: str,
+) -> Array:
+    """Samples `x_0` from the noise `x_1` along `times`, one NFE per interval (docs/math.md, eq. 2, 6, 7).
+
+    A two-time map jumps from one grid time to the next. A single-time map does multistep consistency sampling
+    (Song et al., arXiv 2303.01469, algorithm 1): jump to 0, then forward noise to the next grid time.
+
+    Args:
+        velocity: `(x_t, t, s) -> u`, the network; for a single-time map `s` is 0.
+        x_1: standard normal noise.
+        times: strictly falling times, first 1, last 0.
+        renoise: standard normal noise of interval `k`; not called for two-time maps.
+        kind: kind of map.
+        path: `linear` or `trig`.
+    """
+    x: Any = x_1
+    # times are rounded to fp32 before they are subtracted, as in the torch sampler
+    for k, (t, s) in enumerate(pairwise([float(np.float32(time)) for time in times])):
+        if kind == "two-time":
+            x = x - _rounded(t - s) * velocity(x, t, s)
+            continue
+        x = x - t * velocity(x, t, 0.0)
+        if s > 0:
+            scale, std = kernel_from_data(path, s)
+            x = scale * x + std * renoise(k)
+    sample: Array = x
+    return sample
+
+
+def kernel_from_data(path: str, s: float) -> tuple[float, float]:
+    """Scale and std of `q(x_s | x_0)`: `1 - s` and `s`, or for TrigFlow cosine and sine of `s pi/2` (eq. 2).
+
+    Raises:
+        UsageError: for another path.
+    """
+    if path == "linear":
+        return _rounded(1 - s), s
+    if path == "trig":
+        return _rounded(math.sin((1 - s) * math.pi / 2)), _rounded(math.sin(s * math.pi / 2))
+    raise UsageError(f"There is no probability path named '{path}'", suggestion(path, ("linear", "trig")))
+
+
+def _rounded(value: float) -> float:
+    return float(np.float32(value))
+
+
+class PromptTokenizer:
+    """One tokenizer of an artifact, with the tokenizers library alone; gives the ids that transformers gives.
+
+    Pads on the right and truncates to its length.
+
+    Args:
+        file: a `tokenizer.json`.
+        facts: its length and padding.
+
+    Raises:
+        MissingDependencyError: tokenizers is not installed.
+        CheckpointError: the file cannot be read, or adds as many special tokens as a prompt may have.
+    """
+
+    def __init__(self, file: Path, facts: TokenizerFacts) -> None:
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise MissingDependencyError("Reading prompts needs tokenizers", "Run: pip install tokenizers") from None
+        try:
+            self._whole = Tokenizer.from_file(str(file))
+            self._cut = Tokenizer.from_file(str(file))
+        except Exception as error:
+            # the library raises Exception itself
+            raise CheckpointError(f"{file} cannot be read: {error}", "Export the artifact again.") from None
+        self._whole.no_truncation()
+        self._whole.no_padding()
+        # the library does not cut special tokens, so rows would be longer than the graph takes, or hold no word
+        if (special := self._whole.num_special_tokens_to_add(False)) >= facts.length:
+            raise CheckpointError(
+                f"{file} adds {special} special tokens to a prompt, and the manifest allows {facts.length} in all",
+                "Export the artifact again.",
+            )
+        self._cut.enable_truncation(facts.length)
+        self._cut.enable_padding(length=facts.length, pad_id=facts.pad_id, pad_token=facts.pad_token)
+        self._length = facts.length
+
+    def __call__(self, prompts: Sequence[str]) -> NDArray[np.int64]:
+        """Ids (b, length)."""
+        return np.array([row.ids for row in self._cut.encode_batch(list(prompts))], dtype=np.int64)
+
+    def cut_prompts(self, prompts: Sequence[str]) -> str:
+        """The warning about prompts that are truncated (`fmg.core.prompt.cut_prompts`); empty for none."""
+        texts = list(dict.fromkeys(prompts))
+        counts = (len(row.ids) for row in self._whole.encode_batch(texts))
+        return cut_prompts(dict(zip(texts, counts, strict=True)), self._length)

@@ -1,4 +1,7 @@
-"""JSON to frozen dataclasses by their annotations: every key must be known and present, every value of its type."""
+"""JSON to frozen dataclasses by their annotations: every key must be known and present, every value of its type.
+
+Standard library only, because artifacts are read where there is no pydantic (docs/adr/0012).
+"""
 
 from __future__ import annotations
 
@@ -26,17 +29,6 @@ def decode(cls: type[T], value: object, where: str = "") -> T:
     """
     decoded: T = _dataclass(cls, value, where)
     return decoded
-
-
-def encode(value: Any) -> object:
-    """The JSON form of what `decode` makes."""
-    if dataclasses.is_dataclass(value):
-        return {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {key: encode(entry) for key, entry in value.items()}
-    if isinstance(value, tuple | list):
-        return [encode(entry) for entry in value]
-    return value
 
 
 def _value(annotation: Any, value: object, where: str) -> Any:

@@ -1,4 +1,4 @@
-"""The folder of an artifact: what is where, and whether it is what the manifest says. Standard library only.
+"""The folder of an artifact: its files, and whether they are those of the manifest. Standard library only.
 
 ARTIFACT/manifest.json
   transformer.onnx       transformer.safetensors       the graph's external data points into the safetensors file
@@ -7,8 +7,8 @@ ARTIFACT/manifest.json
   text_encoder_2.onnx    text_encoder_2.safetensors    T5: input_ids (batch, text) -> tokens (batch, text, d)
   vae_decoder.onnx       vae_decoder.safetensors       latents (batch, c, height, width) -> images in [0, 1]
   tokenizer/tokenizer.json  tokenizer_2/tokenizer.json
-  base.safetensors       what the adapter changed, as the base has it
-  engines/KEY.plan  engines/KEY.json                   TensorRT engines, added later, each with its own description
+  base.safetensors       the base's values of what the adapter changed
+  engines/KEY.plan  engines/KEY.json                   TensorRT engines, added later, each with its own record
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from fmg.core.cache import content_hash
 from fmg.core.errors import CheckpointError, UsageError, suggestion
 from fmg.core.files import OLD, digest, leftovers, write_atomic
 from fmg.data.run_folder import is_run
-from fmg.inference.artifact.external import check_external
+from fmg.inference.artifact.external_data import check_external
 from fmg.inference.artifact.manifest import MANIFEST, Check, FileEntry, Graph, Manifest
-from fmg.inference.artifact.reading import MAX_BYTES, from_json, to_json
+from fmg.inference.artifact.manifest_io import MAX_BYTES, from_json, to_json
 
 EXPORTED = "artifact"
 """Name of the artifact in the folder of its run."""
@@ -36,7 +36,7 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 def artifact_of(named: str | PathLike[str]) -> Path:
-    """The folder that was named, or the artifact in the folder of a run.
+    """The given folder, or the artifact in the folder of a run.
 
     Raises:
         UsageError: a run that has not been exported.
@@ -94,7 +94,7 @@ class Artifact:
         return path
 
     def graph(self, name: str) -> Graph:
-        """The description of a graph.
+        """The graph called `name`.
 
         Raises:
             UsageError: the artifact has no such graph.
@@ -107,7 +107,7 @@ class Artifact:
         return self.manifest.graphs[name]
 
     def onnx(self, name: str) -> Path:
-        """The ONNX file of a graph, its weight file being there as well and the only one that it points into.
+        """The ONNX file of a graph, after checking that its weight file exists and is the only one it points into.
 
         Raises:
             UsageError: the artifact has no such graph.
@@ -125,25 +125,25 @@ class Artifact:
         return self.folder / ENGINES
 
     def check_sizes(self, names: Iterable[str] | None = None) -> None:
-        """Whether files are there with their size; None: all of them.
+        """Checks that files exist with the manifest's sizes; None: all files.
 
         Raises:
             CheckpointError: naming the first that is missing, a link, or of another size.
         """
         for name, entry in self._entries(names):
-            path, size = self.path(name), self.path(name).stat().st_size
-            if size != entry.size:
+            path = self.path(name)
+            if (size := path.stat().st_size) != entry.size:
                 raise CheckpointError(
                     f"{path} has {size} bytes, and the manifest says {entry.size}", "Copy or export the artifact again."
                 )
 
     def check_hashes(self, names: Iterable[str] | None = None, *, afresh: bool = False) -> None:
-        """Whether files have the content that the manifest says; None: all of them.
+        """Checks the contents of files against the manifest; None: all files.
 
         Args:
             names: which files.
-            afresh: read every byte, also of a file whose hash is known and that has not changed since as far as the
-                file system tells.
+            afresh: read every byte, even of a file whose hash is cached and that has not changed since then as far as
+                the file system can tell.
 
         Raises:
             CheckpointError: naming the first that is missing, a link, or has another content.
@@ -158,10 +158,10 @@ class Artifact:
                 )
 
     def check_listed(self) -> None:
-        """Whether the folder has no files but those of the manifest, the manifest itself and engines.
+        """Checks that the folder has no files besides the manifest, the files it lists, and engines.
 
         Raises:
-            CheckpointError: naming the first other one.
+            CheckpointError: naming the first other file.
         """
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder)
@@ -173,10 +173,10 @@ class Artifact:
                 )
 
     def with_checks(self, checks: Iterable[Check]) -> Artifact:
-        """The artifact with proofs added to its manifest, on disk as well; an older proof of the same name goes.
+        """Adds checks to the manifest, on disk as well, in place of older ones of the same name.
 
         Raises:
-            CheckpointError: what is on disk is another artifact by now; nothing is written.
+            CheckpointError: the artifact on disk has changed; nothing is written.
         """
         current = _read_manifest(self.folder)
         if replace(current, checks=()) != replace(self.manifest, checks=()):
@@ -199,21 +199,21 @@ def is_artifact(folder: str | Path) -> bool:
 
 
 def artifact_names(runs: Path = Path("runs"), models: Path = Path("artifacts")) -> list[str]:
-    """The paths of the artifacts where `fmg export` puts them when nothing is said: in runs, and beside each other."""
+    """The artifacts at the default places of `fmg export`: in runs, and of models in `artifacts`."""
     places = [*sorted(runs.glob("*/artifact")), *sorted(models.glob("*"))]
     return [str(place) for place in places if is_artifact(place)]
 
 
 def open_artifact(folder: str | Path, *, hashes: bool = True) -> Artifact:
-    """Reads the manifest and looks at the files.
+    """Reads the manifest and checks the files.
 
     Args:
         folder: what `fmg export` made.
-        hashes: compare contents (once for a file that does not change), not only sizes.
+        hashes: compare contents (cached for files that do not change), not only sizes.
 
     Raises:
-        CheckpointError: it is no artifact, of a newer schema, or a file is missing, a link or not what was exported;
-            or a swap that was killed left it under another name.
+        CheckpointError: it is no artifact, of a newer schema, or a file is missing, a link or not the exported one; or
+            a killed swap left it under another name.
     """
     root = Path(folder)
     artifact = Artifact(root, _read_manifest(root))
@@ -225,10 +225,10 @@ def open_artifact(folder: str | Path, *, hashes: bool = True) -> Artifact:
 
 
 def check_not_interrupted(folder: str | Path) -> None:
-    """Whether a folder that is not there is so because a swap was killed while it replaced it.
+    """Checks that a missing folder is not missing because a swap was killed while replacing it.
 
     Raises:
-        CheckpointError: naming the folder that holds what was there.
+        CheckpointError: naming the folder with the old contents.
     """
     place = Path(folder)
     if not place.exists() and (left := leftovers(place, OLD)):
@@ -255,5 +255,5 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def file_entry(path: Path) -> FileEntry:
-    """What the manifest says of a file."""
+    """The manifest's entry of a file."""
     return FileEntry(digest(path), path.stat().st_size)

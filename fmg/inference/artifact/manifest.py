@@ -1,9 +1,9 @@
-"""`manifest.json` of an artifact: what its files are and how its graphs want to be sampled. Standard library only.
+"""`manifest.json` of an artifact: what its files are and how its graphs are sampled. Standard library only.
 
-Tensors of every graph are float32 or int64 at its borders, whatever the precision inside: numpy has no bfloat16, and
-one border serves every runtime. Times and guidance enter unscaled; the graph multiplies them by `time_scale`.
+Inputs and outputs of every graph are float32 or int64, whatever the precision inside: numpy has no bfloat16, and so
+one signature serves every runtime. Times and guidance enter unscaled; the graph multiplies them by `time_scale`.
 
-Every class refuses values that nothing can be made of with a ValueError: a manifest can come from anyone.
+A manifest can come from anyone: every class refuses unusable values with a ValueError.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Literal
 
 from fmg.core.specs import MAX_ROWS, MAX_SIDE
 from fmg.flow.grids import MAX_STEPS
-from fmg.inference.artifact.decode import encode
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -44,9 +43,9 @@ BATCH, IMAGE, TEXT, HEIGHT, WIDTH, PIXEL_HEIGHT, PIXEL_WIDTH = (
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
 
 MAX_LENGTH = 4096
-"""Tokens of a prompt, at most."""
+"""Maximum tokens of a prompt."""
 MAX_FILES = 1000
-"""Files that a manifest lists, at most."""
+"""Maximum number of files that a manifest lists."""
 _MAX_CHANNELS = 1024
 _MAX_SCALE = 64
 # 256 MB: sixteen channels at the largest side and FLUX's scale of eight
@@ -61,7 +60,7 @@ _PACKED = 2
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file of the artifact: hexadecimal sha256 and bytes."""
+    """A file of the artifact: sha256 in hexadecimal, and size in bytes."""
 
     sha256: str
     size: int
@@ -69,7 +68,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class AxisRange:
-    """Sizes that a dynamic axis may have, both ends included, and the one to optimise for."""
+    """Sizes that a dynamic axis may have, both ends included, and the size to optimise for."""
 
     minimum: int
     optimum: int
@@ -83,7 +82,7 @@ class AxisRange:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """An input or output of a graph. `shape` has a number for a fixed axis, a name of `Manifest.axes` for another."""
+    """An input or output of a graph. `shape` has a number for a fixed axis and a name of `Manifest.axes` for others."""
 
     name: str
     dtype: Literal["float32", "int64"]
@@ -119,8 +118,8 @@ class TokenizerFacts:
 
     Attributes:
         file: a `tokenizer.json` of the tokenizers library, with special tokens and without padding or truncation.
-        length: tokens that are padded and cut to.
-        pad_id: id that fills up on the right.
+        length: tokens that prompts are padded and truncated to.
+        pad_id: id of the padding, which is on the right.
         pad_token: its text.
     """
 
@@ -145,20 +144,20 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the transformer wants to be sampled.
+    """How the transformer is sampled.
 
     Attributes:
         map: whether the transformer takes a target time.
         path: probability path of the latents.
         time_scale: factor on times and guidance before their sinusoids, applied inside the graph.
-        second_time: what the graph makes of `t` and `second`; for information, `second` is always the target time.
+        second_time: what the graph computes from `t` and `second`; for information, as `second` is always the target.
         guidance: embedded guidance scale, or None for a graph without that input.
         latent_channels: channels of a latent; its sides are those of the image divided by `latent_scale`.
         latent_scale: image pixels along the side of one latent pixel.
-        resolution: side of the square image in pixels when nothing else is asked for.
+        resolution: default side of the square image in pixels.
         resolutions: sides that the artifact was made for, smallest first.
         grid: name of the time grid, or its times from 1 to 0.
-        steps: network calls when nothing else is asked for.
+        steps: default number of sampling steps (NFE).
     """
 
     map: Literal["two-time", "single-time"]
@@ -218,8 +217,8 @@ class Base:
         name: registered name of the model.
         digest: sha256 of its stored transformer, whatever the shards.
         dtypes: that its transformer is stored in, by torch's names, sorted.
-        weights: the file that keeps what the adapter changed, as the base stores it, so that `fmg export
-            --swap-weights` needs nothing but the artifact; None when nothing was changed.
+        weights: the file with the base's values of what the adapter changed, so that `fmg export --swap-weights`
+            needs nothing but the artifact; None when nothing was changed.
     """
 
     name: str
@@ -245,10 +244,10 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Check:
-    """One proof that was made: its name, whether it held, what was measured and allowed, and on which weights.
+    """One check that was made: its name, whether it passed, what was measured and allowed, and on which weights.
 
-    `weights` is the sha256 of the weight file of the graph that it is about; of a check of whole pictures,
-    `Manifest.drawing_digest` at that time.
+    `weights` is the sha256 of the weight file of the graph that was checked; for a check of whole images,
+    `Manifest.sampling_digest` at that time.
     """
 
     name: str
@@ -267,17 +266,17 @@ class Manifest:
         files: every file of the artifact except this one and `engines/`, by its path with forward slashes.
         model: what was exported.
         sampling: how to sample it.
-        precision: what was asked for; each graph states its own.
+        precision: as requested; each graph states its own.
         opset: of the default ONNX domain.
         axes: ranges of the dynamic axes by name.
         graphs: by the names of `GRAPHS`.
         tokenizers: by the name of the text encoder that they feed.
         base: the weights under the adapter.
         adapter: what was merged into them; None for the base itself.
-        rewards: the recipe's rewards, each with its name, weight and options, to repeat the proof of equal reward.
+        rewards: the recipe's rewards, each with its name, weight and options, to verify equal rewards again.
         prompts: the recipe's prompt sets, by their role.
         libraries: versions that wrote the artifact.
-        checks: proofs, the newest of each name.
+        checks: of `fmg verify`, the newest of each name.
     """
 
     schema: Literal[1]
@@ -308,9 +307,10 @@ class Manifest:
         """Sha256 of the weight file of a graph."""
         return self.files[self.graphs[graph].weights].sha256
 
-    def drawing_digest(self) -> str:
-        """Sha256 of everything that a picture depends on: all files, and how they are sampled."""
-        text = json.dumps([encode(self.files), encode(self.sampling), encode(self.tokenizers)], sort_keys=True)
+    def sampling_digest(self) -> str:
+        """Sha256 of everything that an image depends on: all files, and how they are sampled."""
+        facts = asdict(self)
+        text = json.dumps([facts[name] for name in ("files", "sampling", "tokenizers")], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -1,6 +1,6 @@
-"""FLUX's token layout without torch: 2x2 patches of the latent image become tokens, each with its position.
+"""FLUX's token layout: 2x2 patches of the latent image become tokens, each with its position.
 
-`pack` and `unpack` take numpy arrays and torch tensors alike: both have `reshape` and `swapaxes`.
+`pack` and `unpack` take numpy arrays and torch tensors: both have `reshape` and `swapaxes`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One engine: deserialised once, an execution context for every shape that it is run with, replayed as CUDA graphs.
+"""One engine on a GPU: deserialised once, one execution context per shape, replayed as CUDA graphs.
 
 The calls are those of TensorRT 10 and 11 (`ICudaEngine`, `IExecutionContext`); both flavours have them.
 """
@@ -7,18 +7,120 @@ from __future__ import annotations
 
 import mmap
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fmg.core.errors import CheckpointError, FmgError, UsageError
-from fmg.inference.tensorrt.device import Device
-from fmg.inference.tensorrt.record import Shape, ShapeRange
+from fmg.core.profiling import StageClock
+from fmg.inference.backend import cuda_clock
+from fmg.inference.devices import pick_device
+from fmg.inference.tensorrt.records import Shape, ShapeRange
+
+Enqueue = Callable[[int], None]
+"""Queues work on the stream with this handle."""
+
+
+class Device(Protocol):
+    """What an engine needs of CUDA. The tests pass their own, which does the same on a CPU."""
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where tensors live."""
+
+    @contextmanager
+    def working(self) -> Iterator[int]:
+        """The handle of the stream that engines run on, after everything that was queued before.
+
+        What is queued after the body waits for it.
+        """
+
+    def synchronize(self) -> None:
+        """Waits until that stream has nothing left to do."""
+
+    def capture(self, enqueue: Enqueue) -> Callable[[], None]:
+        """Records what `enqueue` queues, without running it; the result replays it on that stream."""
+
+    def clock(self) -> StageClock[Any]:
+        """A clock of the caller's stream."""
+
+    def reset_peak_memory(self) -> None:
+        """Starts a new measurement of `peak_memory`."""
+
+    def peak_memory(self) -> int:
+        """Most bytes that torch allocated since the last reset, without what TensorRT allocates itself."""
+
+    def free_memory(self) -> int:
+        """Free bytes of the device, as its driver reports."""
+
+
+class CudaDevice:
+    """A GPU. Engines run on a stream of their own: on the default stream TensorRT synchronizes again and again.
+
+    Args:
+        device: a CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    @property
+    def torch_device(self) -> torch.device:
+        return self._device
+
+    @contextmanager
+    def working(self) -> Iterator[int]:
+        """The stream's handle, between a wait for the caller's stream and one of the caller's stream for it."""
+        caller = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(caller)
+        with torch.cuda.stream(self._stream):
+            yield int(self._stream.cuda_stream)
+        caller.wait_stream(self._stream)
+
+    def synchronize(self) -> None:
+        self._stream.synchronize()
+
+    def capture(self, enqueue: Enqueue) -> Callable[[], None]:
+        """A CUDA graph of what `enqueue` queues."""
+        graph = torch.cuda.CUDAGraph()
+        # thread-local: the default refuses whatever another thread, such as a progress bar's, asks of CUDA meanwhile
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            enqueue(int(self._stream.cuda_stream))
+        return graph.replay
+
+    def clock(self) -> StageClock[Any]:
+        return cuda_clock(self._device)
+
+    def reset_peak_memory(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def peak_memory(self) -> int:
+        return torch.cuda.max_memory_allocated(self._device)
+
+    def free_memory(self) -> int:
+        # the driver frees late
+        torch.cuda.synchronize(self._device)
+        return torch.cuda.mem_get_info(self._device)[0]
+
+
+def open_device(name: str) -> Device:
+    """The GPU called `name` (`auto`, `cuda` or `cuda:N`).
+
+    Raises:
+        UsageError: it is not there, or no GPU.
+    """
+    device = pick_device(name)
+    if device.type != "cuda":
+        raise UsageError("TensorRT engines run on a GPU, and torch sees none here", "Use --backend onnxruntime.")
+    return CudaDevice(torch.device("cuda", device.index or 0))
+
 
 MAX_CONTEXTS = 8
 """Contexts that are kept; each holds the buffers of one shape."""
@@ -39,9 +141,9 @@ class RunOptions:
 
     Attributes:
         cuda_graphs: record the launches of each shape when it is seen a second time, and replay them as one.
-        streaming_budget: bytes of the weights of a weight-streaming engine to keep on the GPU; None: what TensorRT
-            finds fit.
-        allow_code: run the host code that a version-compatible engine carries. It is not checked by anyone.
+        streaming_budget: bytes of the weights of a weight-streaming engine to keep on the GPU; None: TensorRT
+            decides.
+        allow_code: run the host code that a version-compatible engine carries. Nobody has checked it.
     """
 
     cuda_graphs: bool = True
@@ -69,7 +171,7 @@ class Engine:
     ) -> None:
         if carries_code and not options.allow_code:
             raise UsageError(
-                f"The engine {plan.name} is version-compatible: it carries a runtime, code that nobody has checked",
+                f"The engine {plan.name} is version-compatible: it contains a runtime, which is unchecked code",
                 "Build it here without --version-compatible, or give --allow-code if you trust who made it.",
             )
         self._trt: Any = trt
@@ -90,7 +192,7 @@ class Engine:
 
     @property
     def profiles(self) -> list[Mapping[str, ShapeRange]]:
-        """Shapes of every input by profile, as the engine itself says."""
+        """Shapes of every input by profile, as stated by the engine."""
         return self._profiles
 
     @property

@@ -14,17 +14,15 @@ from torch import Tensor
 from fmg.core.profiling import StageClock
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.artifact.manifest import BATCH
-from fmg.inference.tensorrt.census import Census, inspect
-from fmg.inference.tensorrt.device import Device
-from fmg.inference.tensorrt.engine import Engine, RunOptions
+from fmg.inference.tensorrt.engine import Device, Engine, RunOptions
 from fmg.inference.tensorrt.flavours import Flavour
-from fmg.inference.tensorrt.matching import needs_refit
-from fmg.inference.tensorrt.record import EngineRecord, check_plan
+from fmg.inference.tensorrt.precision_report import Census, inspect
+from fmg.inference.tensorrt.records import EngineRecord, check_plan, needs_refit
 from fmg.inference.tensorrt.refit import Refit
 
 
 class EngineRuntime:
-    """One engine a graph, loaded when it is first run. Implements `fmg.inference.artifact.runtime.GraphRuntime`.
+    """One engine a graph, loaded when it is first run. Implements `fmg.inference.artifact.backend.GraphRuntime`.
 
     Rows beyond the largest batch of an engine are run one batch after the other, and fewer than its smallest are
     filled up; the rows of a batch do not depend on each other.

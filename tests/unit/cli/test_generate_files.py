@@ -59,7 +59,7 @@ def test_images_that_are_not_finite_are_one_line_and_no_picture(
     assert done.code == 1
     assert not (tmp_path / "images").exists()
     if name == "verify":
-        assert "drawing: a picture holds values that are not finite" in done.stdout
+        assert "drawing: an image has values that are not finite" in done.stdout
         return
     error = done.stderr.strip().splitlines()[-1]
     wanted = "The image of 'a red circle' with seed 3 has values that are not finite, as have 1 more of 2 images."

@@ -17,7 +17,7 @@ from fmg.export.frontier import with_bases
 from fmg.export.swap import copy_without_adapter
 from fmg.inference import Target, load
 from fmg.inference.artifact import Artifact, open_artifact
-from fmg.inference.contest import Runtime, entrants, parse_runtimes, side_for
+from fmg.inference.benchmark import BenchBackend, bench_cases, form_for, parse_backends
 from tests.support.artifact import copied
 from tests.support.cli import fmg
 from tests.support.schemas import check
@@ -27,19 +27,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.compile]
 
 
 def test_each_backend_gets_its_side(shapes_artifact: Artifact, shapes_run: Path, tmp_path: Path) -> None:
-    entered = entrants([str(shapes_artifact.folder)], parse_runtimes("torch, onnxruntime,onnxruntime:int8"))
-    assert [entrant.label for entrant in entered] == ["torch", "onnxruntime", "onnxruntime:int8"]
-    torch, exact, small = (entrant.subject for entrant in entered)
+    cases = bench_cases([str(shapes_artifact.folder)], parse_backends("torch, onnxruntime,onnxruntime:int8"))
+    assert [case.label for case in cases] == ["torch", "onnxruntime", "onnxruntime:int8"]
+    torch, exact, small = (case.subject for case in cases)
     assert isinstance(torch, Target)
     assert torch.label == str(shapes_run)
     assert isinstance(exact, Artifact)
     assert exact == small
     # and from the run to the artifact, where `fmg export` puts it
     with pytest.raises(UsageError, match=f"fmg export {shapes_run}"):
-        entrants([str(shapes_run)], [Runtime("onnxruntime")])
+        bench_cases([str(shapes_run)], [BenchBackend("onnxruntime")])
     run = shutil.copytree(shapes_run, tmp_path / "run")
     place = copied(shapes_artifact, run / "artifact")
-    (found,) = entrants([str(run)], [Runtime("onnxruntime")])
+    (found,) = bench_cases([str(run)], [BenchBackend("onnxruntime")])
     assert isinstance(found.subject, Artifact)
     assert found.subject.folder == place
 
@@ -51,7 +51,7 @@ def test_the_run_of_an_artifact_may_be_gone(shapes_artifact: Artifact, tmp_path:
     (folder / "manifest.json").write_text(json.dumps(manifest))
     reseal(folder)
     with pytest.raises(UsageError, match="'runs/gone'"):
-        side_for(open_artifact(folder), Runtime("torch"))
+        form_for(open_artifact(folder), BenchBackend("torch"))
 
 
 def test_a_copy_without_adapter_draws_the_base_and_leaves_the_original(
@@ -98,12 +98,12 @@ def test_the_frontier_has_every_point(shapes_artifact: Artifact, tmp_path: Path)
 
 def test_what_has_an_adapter_is_measured_without_it_too(shapes_artifact: Artifact, tmp_path: Path) -> None:
     folder = copied(shapes_artifact, tmp_path / "a")
-    with with_bases(entrants([str(folder)], parse_runtimes("torch,onnxruntime"))) as both:
-        assert [entrant.label for entrant in both] == [
+    with with_bases(bench_cases([str(folder)], parse_backends("torch,onnxruntime"))) as both:
+        assert [case.label for case in both] == [
             *("torch, tuned", "torch, base", "onnxruntime, tuned", "onnxruntime, base")
         ]
-        assert [entrant.adapter for entrant in both] == [True, False, True, False]
-        tuned, base = (entrant.subject for entrant in both[2:])
+        assert [case.adapter for case in both] == [True, False, True, False]
+        tuned, base = (case.subject for case in both[2:])
         assert isinstance(tuned, Artifact)
         assert isinstance(base, Artifact)
         assert tuned.manifest.adapter is not None

@@ -24,7 +24,7 @@ from fmg.export.tensorrt.options import EngineOptions
 from fmg.export.tensorrt.protocol import Built, Failed, Job, Message, Step, from_line, to_line
 from fmg.inference.artifact.layout import ENGINES
 from fmg.inference.artifact.manifest import GRAPHS, TensorSpec
-from fmg.inference.tensorrt.record import Profile, ShapeRange, read_records
+from fmg.inference.tensorrt.records import Profile, ShapeRange, read_records
 from tests.support import tensorrt as support
 from tests.support.tiny_artifact import build_tiny_artifact, reseal, write_graph
 

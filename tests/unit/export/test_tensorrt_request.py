@@ -17,7 +17,7 @@ from fmg.export.tensorrt.options import EngineOptions, pick_flavour
 from fmg.export.tensorrt.profiles import profiles, wanted
 from fmg.inference.artifact.manifest import BATCH, AxisRange, Manifest
 from fmg.inference.tensorrt.flavours import RTX, TENSORRT, Flavour, Gpu, load_module
-from fmg.inference.tensorrt.record import ShapeRange
+from fmg.inference.tensorrt.records import ShapeRange
 from tests.support.cli import fmg
 from tests.support.tiny_artifact import LENGTH, build_tiny_artifact
 

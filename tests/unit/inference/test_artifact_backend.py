@@ -19,8 +19,8 @@ from fmg.inference import onnxruntime as ort
 from fmg.inference.artifact import Artifact, open_artifact
 from fmg.inference.artifact.backend import ArtifactBackend
 from fmg.inference.artifact.manifest import MANIFEST, Graph
+from fmg.inference.benchmark import Workload, measure, ratios
 from fmg.inference.loading import find, pick_backend
-from fmg.inference.timing import Workload, measure, ratios
 from tests.support.artifact import copied
 from tests.support.tiny_artifact import reseal
 
@@ -108,10 +108,10 @@ def test_stages_and_ratios(shapes_artifact: Artifact, shapes_run: Path) -> None:
         ({"resolution": 40}, None),
         ({"resolution": 64}, "32 to 48 pixels in steps of 8, not 64"),
         ({"resolution": 42}, "32 to 48"),
-        ({"batch_size": 65}, "1 to 64 images a call, not 65"),
+        ({"batch_size": 65}, "1 to 64 images per call, not 65"),
         ({"dtype": "bf16"}, "set when it is exported"),
         ({"adapter": False}, "set when it is exported"),
-        ({"backend": "torch"}, "does not draw an exported artifact"),
+        ({"backend": "torch"}, "does not run exported artifacts"),
         ({"backend": "onnx"}, "Did you mean 'onnxruntime'"),
         ({"device": "tpu"}, "'tpu' is not supported"),
         ({"device": "cuda"}, "has no CUDAExecutionProvider"),
@@ -127,7 +127,7 @@ def test_what_an_artifact_cannot_do(shapes_artifact: Artifact, options: dict[str
 
 
 def test_what_a_model_cannot_do(shapes_artifact: Artifact, student_artifact: Artifact) -> None:
-    with pytest.raises(UsageError, match="draws an exported artifact"):
+    with pytest.raises(UsageError, match="runs exported artifacts"):
         pick_backend(find("meanflow-shapes"), "onnxruntime")
     with pytest.raises(UsageError, match="not an exported artifact"):
         load("meanflow-shapes", int8=True)

@@ -28,7 +28,7 @@ from fmg.inference.artifact.manifest import (
     TensorSpec,
     TokenizerFacts,
 )
-from fmg.inference.artifact.reading import from_json, to_json
+from fmg.inference.artifact.manifest_io import from_json, to_json
 from tests.support.tiny_artifact import reseal
 
 Change = Callable[[dict[str, Any]], object]

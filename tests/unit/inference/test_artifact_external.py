@@ -14,7 +14,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 from fmg.core.errors import CheckpointError
 from fmg.inference import load
 from fmg.inference.artifact import open_artifact
-from fmg.inference.artifact.external import check_external, external_files
+from fmg.inference.artifact.external_data import check_external, external_files
 from fmg.inference.artifact.layout import file_entry
 from fmg.inference.artifact.manifest import GRAPHS, MANIFEST
 from tests.support.cli import fmg

@@ -15,8 +15,8 @@ from fmg.core.types import Conditioning
 from fmg.flow import SingleTimeMap, TwoTimeMap, path_by_name
 from fmg.flow.grids import make_grid
 from fmg.flow.sampling import native_sample
+from fmg.inference.artifact.backend import few_step, kernel_from_data
 from fmg.inference.artifact.packing import image_ids, pack, unpack
-from fmg.inference.artifact.sampler import few_step, kernel_from_data
 from fmg.models.flux import latents as reference
 
 SHAPE = (4, 6, 8)

@@ -12,8 +12,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
 from fmg.core.errors import CheckpointError
+from fmg.inference.artifact.backend import PromptTokenizer
 from fmg.inference.artifact.manifest import MANIFEST, TokenizerFacts
-from fmg.inference.artifact.tokens import PromptTokenizer
 from tests.support.cli import fmg
 from tests.support.tiny_artifact import build_tiny_artifact, reseal
 
@@ -31,7 +31,7 @@ def file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("length", [1, 2])
 def test_a_length_without_room_for_a_word_is_refused(length: int, file: Path) -> None:
     with pytest.raises(
-        CheckpointError, match=f"adds 2 special tokens to a prompt, and the manifest says it has {length}"
+        CheckpointError, match=f"adds 2 special tokens to a prompt, and the manifest allows {length} in all"
     ):
         PromptTokenizer(file, TokenizerFacts("tokenizer.json", length, 0, "<pad>"))
 

@@ -15,8 +15,8 @@ from fmg.inference.artifact.backend import ArtifactBackend
 from fmg.inference.artifact.layout import ENGINES
 from fmg.inference.artifact.manifest import GRAPHS
 from fmg.inference.loading import load
-from fmg.inference.tensorrt.census import Census, inspect
 from fmg.inference.tensorrt.engine import Engine, RunOptions
+from fmg.inference.tensorrt.precision_report import Census, inspect
 from tests.support import tensorrt as support
 from tests.support.fake_cuda import FakeCuda
 from tests.support.tiny_artifact import build_tiny_artifact, reseal

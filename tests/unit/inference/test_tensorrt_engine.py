@@ -22,7 +22,7 @@ from fmg.inference.loading import load
 from fmg.inference.tensorrt import engine as engine_module
 from fmg.inference.tensorrt.engine import Engine, RunOptions
 from fmg.inference.tensorrt.flavours import TENSORRT, Gpu, lists_gpu
-from fmg.inference.tensorrt.record import EngineRecord, read_records
+from fmg.inference.tensorrt.records import EngineRecord, read_records
 from fmg.inference.tensorrt.refit import Refit
 from fmg.inference.tensorrt.runtime import EngineRuntime
 from tests.support import tensorrt as support
@@ -212,7 +212,7 @@ def test_code_inside_an_engine_runs_only_with_consent(tmp_path: Path, cache: Pat
     folder = _built(tmp_path / "artifact", cache, EngineOptions(version_compatible=True))
     with support.stand_in(cache=cache) as trt:
         plan = next((folder / ENGINES).glob("transformer-*.plan"))
-        with pytest.raises(UsageError, match="carries a runtime, code that nobody has checked"):
+        with pytest.raises(UsageError, match="contains a runtime, which is unchecked code"):
             Engine(trt, plan, FakeCuda(), RunOptions(), carries_code=True)
         engine = Engine(trt, plan, FakeCuda(), RunOptions(allow_code=True), carries_code=True)
         assert engine.run(inputs(folder, SMALL, 1))["velocity"].shape == (1, 4, 16)
@@ -226,7 +226,9 @@ def test_code_inside_an_engine_runs_only_with_consent(tmp_path: Path, cache: Pat
 def test_an_engine_of_another_computer_is_taken_only_by_name(plain: Path) -> None:
     assert load(plain, backend="onnxruntime", device="cpu").backend.name == "onnxruntime"
     with support.stand_in():
-        says = r"text_encoder-.*\.plan was not built on this computer .* --backend tensorrt takes it, if you trust"
+        says = (
+            r"text_encoder-.*\.plan was not built on this computer .* If you trust who made it, use --backend tensorrt"
+        )
         with pytest.warns(FmgWarning, match=says):
             backend = load(plain).backend.name
         assert backend == "onnxruntime"

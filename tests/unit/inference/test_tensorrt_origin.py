@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fmg.inference.tensorrt.origin import built_here, note_built
+from fmg.inference.tensorrt.records import built_here, note_built
 
 
 @pytest.mark.parametrize("digest", ["", ".", "../built", "/etc/passwd", "A" * 64, "0" * 64])

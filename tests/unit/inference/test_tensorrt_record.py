@@ -9,7 +9,8 @@ import pytest
 from fmg.core.errors import CheckpointError
 from fmg.core.files import digest
 from fmg.inference.tensorrt.flavours import ANY, RTX, TENSORRT, Gpu
-from fmg.inference.tensorrt.record import (
+from fmg.inference.tensorrt.records import (
+    EngineHost,
     EngineRecord,
     Ingredients,
     Profile,
@@ -146,27 +147,27 @@ def _compatible(**options: object) -> EngineRecord:
     ("entry", "version", "gpu", "says"),
     [
         (record(), "11.4.0.106", H100, ""),
-        (record(), "11.5.0.1", H100, "built with version 11.4.0.106"),
+        (record(), "11.5.0.1", H100, "was built with version 11.4.0.106"),
         (_compatible(version_compatible=True), "11.5.0.1", H100, ""),
-        (record(), "11.4.0.106", None, "no GPU is here"),
+        (record(), "11.4.0.106", None, "cannot run: no GPU is here"),
         (record(), "11.4.0.106", replace(H100, driver="600"), ""),
-        (record(), "11.4.0.106", replace(H100, name="NVIDIA H200"), "built for NVIDIA H100"),
+        (record(), "11.4.0.106", replace(H100, name="NVIDIA H200"), "was built for NVIDIA H100"),
         (_compatible(hardware="same-capability"), "11.4.0.106", replace(H100, name="NVIDIA H200"), ""),
-        (_compatible(hardware="same-capability"), "11.4.0.106", A100, "built for"),
+        (_compatible(hardware="same-capability"), "11.4.0.106", A100, "was built for"),
         (_compatible(hardware="ampere-plus"), "11.4.0.106", A100, ""),
-        (_compatible(hardware="ampere-plus"), "11.4.0.106", T4, "built for"),
-        (record(replace(MADE, flavour="rtx")), "11.4.0.106", H100, "built with rtx"),
+        (_compatible(hardware="ampere-plus"), "11.4.0.106", T4, "was built for"),
+        (record(replace(MADE, flavour="rtx")), "11.4.0.106", H100, "was built with rtx"),
     ],
 )
 def test_what_fits_a_machine(entry: EngineRecord, version: str, gpu: Gpu | None, says: str) -> None:
-    reason = entry.fits(TENSORRT, version, gpu)
+    reason = entry.misfit(EngineHost(TENSORRT, version, gpu))
     assert reason.startswith(says)
     assert bool(reason) == bool(says)
 
 
 def test_an_engine_built_ahead_of_time_fits_every_gpu() -> None:
     entry = record(replace(MADE, flavour="rtx", gpu=ANY, capability=ANY, driver=ANY))
-    assert entry.fits(RTX, "11.4.0.106", T4) == ""
+    assert entry.misfit(EngineHost(RTX, "11.4.0.106", T4)) == ""
 
 
 def test_a_profile_admits_its_range_and_nothing_else() -> None:

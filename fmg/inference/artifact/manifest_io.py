@@ -1,15 +1,15 @@
-"""`manifest.json` as text: written, and read with everything in it looked at. Standard library only."""
+"""Writes `manifest.json`, and reads it with every value checked. Standard library only."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from fmg.core.errors import CheckpointError
 from fmg.core.json_io import JsonError, parse_object, sealed, unsealed
-from fmg.inference.artifact.borders import check_borders
-from fmg.inference.artifact.decode import DecodeError, decode, encode
+from fmg.inference.artifact.decode import DecodeError, decode
+from fmg.inference.artifact.io_spec import check_io
 from fmg.inference.artifact.manifest import (
     GRAPHS,
     MANIFEST,
@@ -23,14 +23,13 @@ from fmg.inference.artifact.manifest import (
 )
 
 MAX_BYTES = 1 << 21
-"""Bytes of a manifest, at most: 2 MiB."""
+"""Maximum bytes of a manifest: 2 MiB."""
 _MAX_NAME = 255
 
 
 def to_json(manifest: Manifest) -> str:
     """The text of `manifest.json`, with its own digest under `sha256`."""
-    content: Any = encode(manifest)
-    return json.dumps(sealed(content), indent=2) + "\n"
+    return json.dumps(sealed(asdict(manifest)), indent=2) + "\n"
 
 
 def from_json(text: str | bytes, origin: Path) -> Manifest:
@@ -38,8 +37,8 @@ def from_json(text: str | bytes, origin: Path) -> Manifest:
 
     Raises:
         CheckpointError: it is no JSON, of a newer schema, was changed after it was written, lacks a key or has an
-            unknown one, has a value that nothing can be made of, names a path outside the artifact, refers to a file,
-            graph or axis that it does not list, or has graphs with other inputs and outputs than backends fill.
+            unknown one, has an unusable value, names a path outside the artifact, refers to a file, graph or axis that
+            it does not list, or has graphs with other inputs and outputs than backends provide.
     """
     if len(text) > MAX_BYTES:
         raise _unusable(origin, f"it has more than {MAX_BYTES:,} bytes")
@@ -60,7 +59,7 @@ def from_json(text: str | bytes, origin: Path) -> Manifest:
         _check_paths(manifest)
         _check_references(manifest)
         _check_text_axis(manifest)
-        check_borders(manifest)
+        check_io(manifest)
     except ValueError as error:
         raise _unusable(origin, str(error)) from None
     return manifest

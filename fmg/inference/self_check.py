@@ -1,4 +1,4 @@
-"""What can be checked of an artifact where there is nothing else: its files, and that it draws. Imports no torch."""
+"""What can be checked of an artifact on its own: its files, and that it generates images. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from fmg.inference.generator import Generator
 from fmg.inference.loading import AUTO, load
 
 SCHEMA = 1
+# names of checks, as stored in manifests
 FILES, DRAWING = "files", "drawing"
-# short, so that every model reads them to their end
+# short, so that no model truncates them
 _PROMPTS = ("red", "blue", "red")
 _SEEDS = (0, 1, 0)
-# One level of an 8-bit picture: rows of one batch are computed alike, but not always bit for bit
+# One level of an 8-bit image: equal rows of a batch are not always equal bit for bit
 _SAME = 1 / 255
 
 
@@ -41,7 +42,6 @@ class VerifyReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every check passed."""
         return all(check.passed for check in self.checks)
 
     def to_json(self) -> dict[str, Any]:
@@ -50,15 +50,15 @@ class VerifyReport:
 
 
 def verify_alone(artifact: Artifact, *, backend: str = AUTO, device: str = AUTO) -> VerifyReport:
-    """Hashes of all files, and that pictures are drawn and repeat; needs neither torch nor the run.
+    """Checks the hashes of all files, and that images can be generated again; needs neither torch nor the run.
 
     Raises:
-        CheckpointError: a file is not the one that was exported or is not in the manifest, or a graph cannot be loaded.
+        CheckpointError: a file is not the exported one or not in the manifest, or a graph cannot be loaded.
     """
     files = check_files(artifact)
     with load(artifact, backend=backend, device=device) as generator:
-        drawing = check_drawing(artifact, generator)
-        return VerifyReport(str(artifact.folder), "", "alone", described(generator), (files, drawing))
+        checks = (files, check_generation(artifact, generator))
+        return VerifyReport(str(artifact.folder), "", "alone", described(generator), checks)
 
 
 def described(generator: Generator) -> str:
@@ -67,7 +67,7 @@ def described(generator: Generator) -> str:
 
 
 def check_files(artifact: Artifact) -> Check:
-    """Reads every file again and compares its hash; there are no other files, and graphs point into none.
+    """Reads every file again and compares its hash; refuses other files, and graphs that point to others.
 
     Raises:
         CheckpointError: naming the first that is missing, a link, has another content, or does not belong here.
@@ -78,19 +78,19 @@ def check_files(artifact: Artifact) -> Check:
         artifact.onnx(graph)
     size = sum(entry.size for entry in artifact.manifest.files.values())
     values = {"files": float(len(artifact.manifest.files)), "bytes": float(size)}
-    return Check(FILES, True, values, "", artifact.manifest.drawing_digest())
+    return Check(FILES, True, values, "", artifact.manifest.sampling_digest())
 
 
-def check_drawing(artifact: Artifact, generator: Generator) -> Check:
-    """Draws three pictures, two of which are of one prompt and seed."""
+def check_generation(artifact: Artifact, generator: Generator) -> Check:
+    """Generates three images, two of them from one prompt and seed."""
     images = generator.generate(_PROMPTS, _SEEDS, progress=False).image_array.astype(np.float64)
     finite = bool(np.isfinite(images).all())
     repeat, other = (float(np.abs(images[0] - images[i]).max()) if finite else 1.0 for i in (2, 1))
     problems = {
-        "a picture holds values that are not finite": not finite,
+        "an image has values that are not finite": not finite,
         "values leave [0, 1]": finite and not (images.min() >= 0 and images.max() <= 1),
-        "the same prompt and seed gave two pictures": finite and repeat > _SAME,
-        "two prompts gave one picture": other <= _SAME,
+        "the same prompt and seed gave two different images": finite and repeat > _SAME,
+        "two prompts gave the same image": other <= _SAME,
     }
     found = [problem for problem, there in problems.items() if there]
-    return Check(DRAWING, not found, {"repeat": repeat}, "; ".join(found), artifact.manifest.drawing_digest())
+    return Check(DRAWING, not found, {"repeat": repeat}, "; ".join(found), artifact.manifest.sampling_digest())

@@ -1,7 +1,4 @@
-"""The inputs and outputs of every graph: their names, and whether a manifest states those that backends fill.
-
-Standard library only.
-"""
+"""Names and shapes of the inputs and outputs of every graph, which backends rely on. Standard library only."""
 
 from __future__ import annotations
 
@@ -48,11 +45,11 @@ Shape = tuple[int | str | None, ...]
 _ENTRIES = 4
 
 
-def check_borders(manifest: Manifest) -> None:
-    """Whether every graph has the inputs and outputs that its name and the sampling ask for, and no others.
+def check_io(manifest: Manifest) -> None:
+    """Whether every graph has exactly the inputs and outputs that its name and the sampling require.
 
     Raises:
-        DecodeError: naming the graph and what is missing, too much or of another shape.
+        DecodeError: naming the graph and what is missing, unexpected or of another shape.
     """
     for graph, entry in manifest.graphs.items():
         inputs, outputs = _expected(graph, manifest)
@@ -63,10 +60,10 @@ def check_borders(manifest: Manifest) -> None:
 def _check(where: str, specs: Sequence[TensorSpec], expected: Mapping[str, Shape]) -> None:
     names = [spec.name for spec in specs]
     if absent := [name for name in expected if name not in names]:
-        raise DecodeError(f"{where} lacks {absent[0]!r}, which the sampling asks for")
+        raise DecodeError(f"{where} lacks {absent[0]!r}, which the sampling requires")
     for spec in specs:
         if spec.name not in expected or names.count(spec.name) > 1:
-            raise DecodeError(f"{where} has {spec.name!r}, which the sampling does not ask for")
+            raise DecodeError(f"{where} has {spec.name!r}, which the sampling does not use")
         dtype, shape = "int64" if spec.name == INPUT_IDS else "float32", expected[spec.name]
         fits = len(spec.shape) == len(shape) and all(map(_fits, spec.shape, shape))
         if spec.dtype != dtype or not fits:
