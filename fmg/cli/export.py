@@ -23,12 +23,8 @@ from fmg.progress.reporters import LOADING, reporter_for
 if TYPE_CHECKING:
     from fmg.core.events import Observer
     from fmg.export.diffusers import Merged
-<<<<<<< HEAD
     from fmg.export.tensorrt.build import Engine
     from fmg.export.tensorrt.options import Hardware
-    from fmg.inference.alone import VerifyReport
-=======
->>>>>>> 2665662 (Inference has fewer, fuller modules: benchmark, loading, records of engines, the artifact backend with its sampler and tokenizer)
     from fmg.inference.artifact import Artifact
     from fmg.inference.self_check import VerifyReport
 

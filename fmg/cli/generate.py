@@ -139,13 +139,8 @@ def generate(
 def _timing(
     generator: Generator, requests: Sequence[tuple[str, int]], steps: int | None, grid: str | None, reporter: Reporter
 ) -> Timing:
-<<<<<<< HEAD
     """Latency of the first batch, which has just been generated, so that all but the text encoders are warm."""
-    from fmg.inference.timing import Workload, measure
-=======
-    """Latency of the first batch; it has just been drawn, which warms everything but the text encoders up."""
     from fmg.inference.benchmark import Workload, measure
->>>>>>> 2665662 (Inference has fewer, fuller modules: benchmark, loading, records of engines, the artifact backend with its sampler and tokenizer)
 
     batch = requests[: generator.batch_size]
     work = Workload(tuple(text for text, _ in batch), tuple(key for _, key in batch), steps, grid)

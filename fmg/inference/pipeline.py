@@ -18,13 +18,9 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-<<<<<<< HEAD
-from fmg.core.errors import UsageError, suggestion
-from fmg.core.hub import HUB_OPTIONS, snapshot_folder
-=======
 from fmg.core.errors import CheckpointError, UsageError, suggestion
 from fmg.core.files import SUMS, check_sums
->>>>>>> 2665662 (Inference has fewer, fuller modules: benchmark, loading, records of engines, the artifact backend with its sampler and tokenizer)
+from fmg.core.hub import HUB_OPTIONS, snapshot_folder
 from fmg.core.types import Conditioning
 from fmg.flow.grids import GridSpec, make_grid
 from fmg.flow.sampling import native_step
@@ -101,7 +97,7 @@ class FlowMapLoraMixin(FluxLoraLoaderMixin):  # type: ignore[misc]
             super().load_lora_weights(source, adapter_name=adapter_name, **kwargs)
             return
         hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
-        folder = here(source, (*_FILES, SUMS), hub)
+        folder = snapshot_folder(source, (*_FILES, SUMS), hub)
         # what was left out of a copy, such as peft/, does not matter here
         check_sums(folder, None, _FIX, only=_FILES)
         extra = self._checked_extra(folder)
