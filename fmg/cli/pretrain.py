@@ -45,7 +45,7 @@ def text(out: Out = "pretrained/text", seed: Seed = 0) -> None:
     """Train meanflow-text from random weights: about 6 minutes on one core. Needs the extra ocr."""
     folder = checked_folder(out, "--out")
 
-    from fmg.rewards.ocr_ctc import shipped_model
+    from fmg.rewards.ocr import shipped_model
 
     shipped_model("fmg pretrain text")
 

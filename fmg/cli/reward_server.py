@@ -66,17 +66,16 @@ def reward_server(
         raise MissingDependencyError("The reward server needs fastapi and uvicorn", f"Run: {install_line('server')}")
 
     from fmg.inference.devices import pick_device
-    from fmg.rewards.base import build_rewards
-    from fmg.rewards.http_client import secret_from
+    from fmg.rewards.base import build_rewards, reward_refs
+    from fmg.rewards.calls import secret_from
     from fmg.rewards.service.batching import Limits
-    from fmg.rewards.service.describe import describe, references
-    from fmg.rewards.service.server import RewardServer
+    from fmg.rewards.service.server import RewardServer, describe
 
     limits = Limits(
         max_body=max_mib << 20, max_images=max_images, max_queued=max_queued, max_batch=max_batch, timeout=timeout
     )
     torch_device = pick_device(device)
-    wanted = references(reward, options)
+    wanted = reward_refs(reward, options)
     rewards = build_rewards(wanted)
     info = describe(rewards, wanted, torch_device)
     token = secret_from(token_env, required=False)

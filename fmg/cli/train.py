@@ -253,7 +253,7 @@ def check_inputs(recipe: Recipe, *, planned: bool) -> list[str]:
     from fmg.registry import models
     from fmg.registry.composition import check_backend
     from fmg.rewards.configs import PythonRewardConfig
-    from fmg.rewards.python_module import check_module
+    from fmg.rewards.functions import check_module
 
     for prompts in (recipe.prompts, recipe.eval.prompts):
         if isinstance(prompts.config, FilePromptsConfig):

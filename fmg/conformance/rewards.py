@@ -16,8 +16,7 @@ from fmg.conformance.subject import Subject
 from fmg.core.errors import RewardError, UsageError
 from fmg.core.protocols import Reward
 from fmg.core.types import PartialRewardOutput, RewardOutput
-from fmg.rewards.base import Checked, checked
-from fmg.rewards.service.describe import probe_prompt
+from fmg.rewards.base import Checked, checked, probe_prompt
 
 COUNT = 6
 # The embedded worlds have pictures of one size.

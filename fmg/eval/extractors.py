@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from fmg.core.errors import UsageError
 from fmg.core.types import ImageFeatures
 from fmg.eval.configs import ClipFeaturesConfig, Dinov2Config, PixelsConfig
+from fmg.rewards.configs import NetworkConfig
 from fmg.rewards.images import CLIP_MEAN, CLIP_STD, check_drawable, normalize, resize_and_crop
-from fmg.rewards.model_configs import NetworkConfig
 from fmg.rewards.network import Files, LazyNetwork, Load
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -87,7 +87,7 @@ def dinov2(config: Dinov2Config) -> NetworkExtractor:
 
 def _load_clip(files: Files, device: torch.device, dtype: torch.dtype) -> Extract:
     # transformers takes seconds to import, and training measures pixels alone
-    from fmg.rewards.clip_family import load_vision
+    from fmg.rewards.clip import load_vision
 
     model, config = load_vision(files["model"], device, dtype)
 
@@ -103,7 +103,7 @@ def _load_dinov2(side: int, files: Files, device: torch.device, dtype: torch.dty
     from transformers import Dinov2Config as Dinov2Architecture
     from transformers import Dinov2Model
 
-    from fmg.rewards.checkpoints import load_folder, load_pretrained
+    from fmg.rewards.network import load_folder, load_pretrained
 
     folder = files["model"]
     config = load_pretrained(Dinov2Architecture.from_pretrained, folder.folder, "config")

@@ -22,7 +22,7 @@ from fmg.inference.generator import Generator
 from fmg.registry import feature_extractors
 from fmg.registry import rewards as reward_registry
 from fmg.registry.references import RewardRef
-from fmg.rewards.service.describe import references
+from fmg.rewards.base import reward_refs
 from fmg.rl.keyed_noise import sub_seed
 
 CHUNK = 256
@@ -258,7 +258,7 @@ def chosen_rewards(
     Raises:
         UsageError: for an unknown name or option, or options of what is not measured.
     """
-    found = references(names, options) if names else [_with(ref, options.get(ref.label, {})) for ref in own]
+    found = reward_refs(names, options) if names else [_with(ref, options.get(ref.label, {})) for ref in own]
     known = [*(ref.label for ref in found), *(ref.name for ref in found), *taken]
     for name in options:
         if name not in known:

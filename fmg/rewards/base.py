@@ -1,13 +1,14 @@
-"""What every reward goes through: checks of images and scores, and the weighted sum of several rewards."""
+"""What every reward goes through: checks of images and scores, weighted sums, and missing scores."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol, cast, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fmg.core.errors import FmgError, RewardError, UsageError, out_of_memory
@@ -19,6 +20,8 @@ from fmg.registry import rewards
 from fmg.registry.references import FUNCTION_REWARD, PYTHON_REWARD, RewardRef
 from fmg.rewards.configs import FunctionRewardConfig
 from fmg.rewards.functions import NO_FUNCTIONS, Functions
+
+NO_OPTIONS: Mapping[str, Mapping[str, object]] = MappingProxyType({})
 
 
 @runtime_checkable
@@ -181,6 +184,46 @@ def check_prompts(name: str, reward: Reward, prompts: Sequence[str]) -> None:
         raise UsageError(f"The reward '{name}' cannot score every prompt: {error.what}", error.fix) from None
 
 
+# One of them suits every built-in reward: free text, GenEval's templates, quoted text, the scenes of the shapes world.
+PROBE_PROMPTS = ("a photo of a red apple", 'a sign that says "HELLO"', "a red circle")
+
+
+def probe_prompt(reward: Checked) -> str:
+    """The first of `PROBE_PROMPTS` that the reward accepts.
+
+    Raises:
+        UsageError: when it accepts none.
+    """
+    refusal: FmgError | None = None
+    for prompt in PROBE_PROMPTS:
+        try:
+            reward.check_prompts([prompt])
+        except UsageError as error:
+            refusal = error
+        else:
+            return prompt
+    assert refusal is not None
+    raise UsageError(f"The reward '{reward.name}' accepts none of the probe prompts: {refusal.what}", refusal.fix)
+
+
+def reward_refs(
+    entries: Sequence[str | Mapping[str, object]], options: Mapping[str, Mapping[str, object]] = NO_OPTIONS
+) -> list[RewardRef]:
+    """References to rewards by name, by `python:module:function`, or as entries of a recipe, with options by name.
+
+    Raises:
+        UsageError: for an unknown name or option.
+    """
+    found = []
+    for entry in entries:
+        own = dict(entry) if isinstance(entry, Mapping) else {"name": entry}
+        name = str(own.pop("name"))
+        component, _, target = name.partition(":") if name.startswith(f"{PYTHON_REWARD}:") else (name, "", "")
+        given = {**options.get(name, {}), **own, **({"target": target} if target else {})}
+        found.append(RewardRef(name=component, config=rewards.config(component, given)))
+    return found
+
+
 def build_rewards(references: Sequence[str | RewardRef], functions: Functions = NO_FUNCTIONS) -> dict[str, Checked]:
     """Checked rewards by label, in order.
 
@@ -193,7 +236,7 @@ def build_rewards(references: Sequence[str | RewardRef], functions: Functions = 
         MissingDependencyError: for weights that have not been fetched. A network is only loaded when it first scores,
             which would be after a run has begun.
     """
-    refs = [_reference(ref) if isinstance(ref, str) else ref for ref in references]
+    refs = [reward_refs([ref])[0] if isinstance(ref, str) else ref for ref in references]
     built: dict[str, Checked] = {}
     for ref in refs:
         if ref.label in built:
@@ -218,13 +261,6 @@ def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
 
 
-def _reference(text: str) -> RewardRef:
-    name, _, target = text.partition(":")
-    options: Mapping[str, object] = {"target": target} if name == PYTHON_REWARD else {}
-    wanted = name if name == PYTHON_REWARD else text
-    return RewardRef(name=wanted, config=rewards.config(wanted, options))
-
-
 def _check_images(name: str, images: object, prompts: Sequence[str]) -> None:
     fix = "Decode latents to floats in [0, 1] shaped (b, 3, h, w), one image for each prompt."
     if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4 or images.shape[1] != 3:
@@ -238,3 +274,21 @@ def _check_images(name: str, images: object, prompts: Sequence[str]) -> None:
         row = int((~inside).nonzero()[0])
         what = "outside [0, 1]" if bool(images[row].isfinite().all()) else "that are not finite"
         raise RewardError(f"The image for the prompt '{prompts[row]}' has values {what}", fix)
+
+
+def complete_groups(output: RewardOutput, groups: Int[Tensor, " b"]) -> Bool[Tensor, " b"]:
+    """True for images of groups in which every image was scored.
+
+    A group advantage compares the images of one prompt, so a group with a gap would be compared with another sample
+    than was drawn. Images outside belong to no update: their advantage is 0.
+    """
+    if not isinstance(output, PartialRewardOutput):
+        return torch.ones(len(groups), dtype=torch.bool)
+    return ~torch.isin(groups.cpu(), groups.cpu()[~output.scored])
+
+
+def select_rows(output: RewardOutput, rows: Bool[Tensor, " b"]) -> RewardOutput:
+    """The scores of some of the images, all of which must have been scored."""
+    if isinstance(output, PartialRewardOutput) and not bool(output.scored[rows].all()):
+        raise ValueError("select_rows got a row without a score")
+    return RewardOutput(output.total[rows], {part: values[rows] for part, values in output.parts.items()})

@@ -20,13 +20,22 @@ from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.hub import Located
 from fmg.core.types import RewardOutput
 from fmg.registry import rewards
-from fmg.rewards.checkpoints import load_folder, load_pretrained
-from fmg.rewards.clip_family import ClipEncoder, load_clip
-from fmg.rewards.geneval_prompts import COLORS, OBJECT_NAMES, parse_prompt, read_metadata
-from fmg.rewards.geneval_rules import ColorsOf, Detections, Specification, Thresholds, Verdict, judge
+from fmg.rewards.clip import ClipEncoder, load_clip
+from fmg.rewards.configs import GenEvalConfig
+from fmg.rewards.geneval_rules import (
+    COLORS,
+    OBJECT_NAMES,
+    ColorsOf,
+    Detections,
+    Specification,
+    Thresholds,
+    Verdict,
+    judge,
+    parse_prompt,
+    read_metadata,
+)
 from fmg.rewards.images import MAX_ASPECT, resize_and_crop, to_bytes
-from fmg.rewards.network import Files, NetworkReward, Score
-from fmg.rewards.service_configs import GenEvalConfig
+from fmg.rewards.network import Files, NetworkReward, Score, load_folder, load_pretrained
 
 _BACKGROUND = 0x99 / 0xFF
 # Indices that newer versions compute, and a weight of the training loss.

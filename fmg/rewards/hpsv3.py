@@ -28,10 +28,19 @@ from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.hub import Located
 from fmg.core.types import RewardOutput
 from fmg.registry import rewards
-from fmg.rewards.checkpoints import Tensors, load_module, load_pretrained, read_json, read_renamed, some
+from fmg.rewards.configs import HPSV3_PACKAGE, Hpsv3Config
 from fmg.rewards.images import check_drawable, normalize, to_bytes
-from fmg.rewards.model_configs import HPSV3_PACKAGE, Hpsv3Config
-from fmg.rewards.network import Files, NetworkReward, Score
+from fmg.rewards.network import (
+    Files,
+    NetworkReward,
+    Score,
+    Tensors,
+    load_module,
+    load_pretrained,
+    read_json,
+    read_renamed,
+    some,
+)
 
 LAYOUT = "hpsv3-1"
 PIXELS = 256 * 28 * 28
@@ -67,15 +76,6 @@ def from_hpsv3(tensors: Tensors) -> dict[str, Tensor]:
             f"The checkpoint has keys that HPSv3 does not have: {some(unknown)}", "Give HPSv3.safetensors."
         )
     return renamed
-
-
-def to_hpsv3(tensors: Tensors) -> dict[str, Tensor]:
-    """The inverse of `from_hpsv3`."""
-    parts = {"base.visual.": "visual.", "base.language_model.": "model.", "head.": "rm_head."}
-    return {
-        next(parts[part] + name.removeprefix(part) for part in parts if name.startswith(part)): tensor
-        for name, tensor in tensors.items()
-    }
 
 
 @dataclass(frozen=True)

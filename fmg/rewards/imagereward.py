@@ -16,11 +16,21 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 from fmg.core.errors import CheckpointError
 from fmg.core.types import RewardOutput
 from fmg.registry import rewards
-from fmg.rewards.affine import AffineHead, affine_head
-from fmg.rewards.checkpoints import Tensors, load_module, load_pretrained, read_json, read_renamed, some
+from fmg.rewards.configs import ImageRewardConfig
 from fmg.rewards.images import normalize, resize_and_crop
-from fmg.rewards.model_configs import ImageRewardConfig
-from fmg.rewards.network import Files, NetworkReward, Score
+from fmg.rewards.network import (
+    AffineHead,
+    Files,
+    NetworkReward,
+    Score,
+    Tensors,
+    affine_head,
+    load_module,
+    load_pretrained,
+    read_json,
+    read_renamed,
+    some,
+)
 
 LAYOUT = "image-reward-1"
 MEAN = 0.16717362830052426
@@ -31,7 +41,7 @@ MAX_TOKENS = 35
 HEADS: Mapping[int, int] = MappingProxyType({768: 12, 1024: 16})
 """Attention heads of BLIP's published image encoders, by width."""
 
-_VISION: Mapping[str, str] = MappingProxyType(
+VISION_NAMES: Mapping[str, str] = MappingProxyType(
     {
         "cls_token": "embeddings.class_embedding",
         "pos_embed": "embeddings.position_embedding",
@@ -46,7 +56,7 @@ _VISION: Mapping[str, str] = MappingProxyType(
 )
 """Names in the authors' image encoder and in `BlipVisionModel`; everything else has the same name in both."""
 
-_PARTS: Mapping[str, str] = MappingProxyType(
+PARTS: Mapping[str, str] = MappingProxyType(
     {"blip.visual_encoder.": "vision.", "blip.text_encoder.": "text.", "mlp.": "head."}
 )
 _UNUSED = ("blip.vision_proj.", "blip.text_proj.")
@@ -60,13 +70,23 @@ def from_image_reward(tensors: Tensors) -> dict[str, Tensor]:
     Raises:
         CheckpointError: naming keys of another kind.
     """
-    return _renamed(tensors, _PARTS, _VISION, "the published ImageReward.pt")
-
-
-def to_image_reward(tensors: Tensors) -> dict[str, Tensor]:
-    """The inverse of `from_image_reward`."""
-    parts = {new: old for old, new in _PARTS.items()}
-    return _renamed(tensors, parts, {new: old for old, new in _VISION.items()}, "transformers")
+    renamed: dict[str, Tensor] = {}
+    unknown = []
+    for name, tensor in tensors.items():
+        if name.startswith(_UNUSED) or name.endswith("position_ids"):
+            continue
+        part = next((part for part in PARTS if name.startswith(part)), None)
+        if part is None:
+            unknown.append(name)
+            continue
+        rest = name.removeprefix(part)
+        renamed[PARTS[part] + (translate(rest, VISION_NAMES) if PARTS[part] == "vision." else rest)] = tensor
+    if unknown:
+        raise CheckpointError(
+            f"The checkpoint has keys that the published ImageReward.pt does not have: {some(unknown)}",
+            "Give the published ImageReward.pt.",
+        )
+    return renamed
 
 
 @rewards.register("imagereward", ImageRewardConfig)
@@ -208,29 +228,7 @@ def _part(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 
-def _renamed(tensors: Tensors, parts: Mapping[str, str], vision: Mapping[str, str], layout: str) -> dict[str, Tensor]:
-    renamed: dict[str, Tensor] = {}
-    unknown = []
-    for name, tensor in tensors.items():
-        if name.startswith(_UNUSED) or name.endswith("position_ids"):
-            continue
-        part = next((part for part in parts if name.startswith(part)), None)
-        if part is None:
-            unknown.append(name)
-            continue
-        rest = name.removeprefix(part)
-        if "vision." in (part, parts[part]):
-            rest = _translate(rest, vision)
-        renamed[parts[part] + rest] = tensor
-    if unknown:
-        raise CheckpointError(
-            f"The checkpoint has keys that {layout} does not have: {some(unknown)}",
-            "Give the published ImageReward.pt.",
-        )
-    return renamed
-
-
-def _translate(name: str, table: Mapping[str, str]) -> str:
+def translate(name: str, table: Mapping[str, str]) -> str:
     """Replaces whole dotted parts of a name, the longest known part first."""
     known = "|".join(re.escape(part) for part in sorted(table, key=len, reverse=True))
     return re.sub(rf"(?<![^.])({known})(?![^.])", lambda match: table[match[1]], name)

@@ -1,21 +1,268 @@
-"""Rewards that are networks: loaded at the first call, run in batches, scored in fp32."""
+"""Rewards that are networks: reading checkpoints, loading at the first call, scoring in batches in fp32."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import pickle
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from threading import Lock
 from types import MappingProxyType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
+from fmg.core.cache import cache_dir, content_hash, made_once, optional_cache
 from fmg.core.display import counted
-from fmg.core.errors import UsageError
+from fmg.core.errors import CheckpointError, UsageError, out_of_memory, reason
 from fmg.core.hub import Located, check_digest, locate
+from fmg.core.json_io import JsonError, read_object
+from fmg.core.model_folder import check_no_adapter
 from fmg.core.types import RewardOutput
-from fmg.rewards.model_configs import NetworkConfig
+from fmg.rewards.configs import NetworkConfig
+
+Tensors = Mapping[str, Tensor]
+
+_RESTORE = "Restore the file from where it came from."
+_CONVERTED = "tensors.safetensors"
+_WRAPPERS = ("state_dict", "model")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file, or of a torch file (possibly under `state_dict` or `model`), on the CPU.
+
+    Torch files are read with `weights_only=True`, memory-mapped where their format allows it.
+
+    Raises:
+        CheckpointError: a file that is missing, damaged, or holds anything but tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is damaged or holds objects other than tensors, which are not loaded because they can run code",
+            "Give a file of plain tensors, best as .safetensors.",
+        ) from error
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}", _RESTORE) from error
+    inner = next((loaded[key] for key in _WRAPPERS if isinstance(loaded, Mapping) and key in loaded), loaded)
+    if not isinstance(inner, Mapping) or not all(isinstance(value, Tensor) for value in inner.values()):
+        raise CheckpointError(f"{path} is not a mapping of names to tensors", "Give the published checkpoint file.")
+    return {str(name): tensor for name, tensor in inner.items()}
+
+
+def read_renamed(path: Path, layout: str, rename: Callable[[Tensors], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint under the names of `rename`.
+
+    A torch file is converted once, to safetensors in the cache under the hash of its content and `layout`, the name
+    of the renaming; each time it is read where the cache cannot be written. A safetensors file is renamed as it is
+    read.
+    """
+    if path.suffix == ".safetensors":
+        return rename(read_tensors(path))
+    try:
+        folder = cache_dir() / "rewards" / f"{content_hash(path)}-{layout}"
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}", _RESTORE) from error
+
+    def convert() -> dict[str, Tensor]:
+        return {name: tensor.contiguous() for name, tensor in rename(read_tensors(path)).items()}
+
+    def make(partial: Path) -> None:
+        save_file(convert(), partial / _CONVERTED, metadata={"format": "pt"})
+
+    kept: list[dict[str, Tensor]] = []
+    with optional_cache():
+        kept.append(read_tensors(made_once(folder, make) / _CONVERTED))
+    return kept[0] if kept else convert()
+
+
+def load_module(
+    cls: Any,
+    config: Any,
+    tensors: Tensors,
+    origin: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    arguments: Mapping[str, bool] = MappingProxyType({}),
+) -> Any:
+    """An instance of the transformers class `cls` with exactly these tensors, in evaluation mode without gradients.
+
+    Args:
+        cls: a `PreTrainedModel` class.
+        config: its config.
+        tensors: by the names of its state dict; `...position_ids`, which older versions stored, are ignored.
+        origin: the file the tensors came from, for messages.
+        device: where the module goes.
+        dtype: what floating-point tensors become.
+        arguments: further arguments of the class.
+
+    Raises:
+        CheckpointError: missing, unexpected or wrongly shaped tensors.
+    """
+    wanted = {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
+    with quiet_transformers():
+        # before anything is allocated: the wrong file for a large model should not fill the memory first
+        with torch.device("meta"):
+            shapes = {name: tensor.shape for name, tensor in cls(config, **arguments).state_dict().items()}
+        _check_same(shapes, {name: tensor.shape for name, tensor in wanted.items()}, origin)
+        try:
+            module, info = cls.from_pretrained(
+                None, config=config, state_dict=wanted, dtype=dtype, output_loading_info=True, **arguments
+            )
+        except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+            if out_of_memory(error) is not None:
+                raise
+            raise CheckpointError(f"{origin} does not fit its model: {reason(error)}", _RESTORE) from error
+    assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    frozen: nn.Module = module.eval().requires_grad_(False)
+    return frozen.to(device)
+
+
+def load_pretrained(load: Callable[..., Any], folder: Path, what: str) -> Any:
+    """`load(folder)` of a transformers `from_pretrained` on local files only.
+
+    Raises:
+        CheckpointError: when it cannot be loaded.
+    """
+    with quiet_transformers():
+        try:
+            return load(str(folder), local_files_only=True)
+        except Exception as error:
+            # the tokenizers library raises bare Exception on a damaged file
+            raise CheckpointError(f"The {what} in {folder} cannot be loaded: {reason(error)}", _RESTORE) from error
+
+
+def load_folder(
+    cls: Any, folder: Path, what: str, config: Any, dtype: torch.dtype, *, not_used: Sequence[str] = ()
+) -> Any:
+    """An instance of the transformers class `cls` from a folder, in evaluation mode without gradients.
+
+    For classes whose tensors were renamed over the years: transformers maps the names itself, and its own account of
+    what found no place is checked.
+
+    Args:
+        cls: a `PreTrainedModel` class.
+        folder: with `config.json` and weights.
+        what: what it is, for messages.
+        config: its config.
+        dtype: what floating-point tensors become.
+        not_used: parts of names whose absence or presence does not matter.
+
+    Raises:
+        CheckpointError: when it cannot be loaded, or tensors are missing, unexpected or wrongly shaped.
+    """
+    check_no_adapter(folder)
+    load = partial(cls.from_pretrained, config=config, dtype=dtype, output_loading_info=True)
+    model, info = load_pretrained(load, folder, what)
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = [str(name) for name in info[problem] if not any(word in str(name) for word in not_used)]
+        if names:
+            raise CheckpointError(
+                f"The {what} in {folder} has {problem.replace('_', ' ')}: {some(names)}",
+                f"Give a {cls.__name__} in the layout of transformers.",
+            )
+    return model.eval().requires_grad_(False)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: when it is not one.
+    """
+    try:
+        return read_object(path)
+    except (OSError, JsonError) as error:
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}", _RESTORE) from error
+
+
+def some(names: Iterable[object]) -> str:
+    """At most five of the names, sorted, and how many more there are."""
+    ordered = sorted(str(name) for name in names)
+    more = f" and {len(ordered) - 5} more" if len(ordered) > 5 else ""
+    return ", ".join(ordered[:5]) + more
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no advice from transformers inside the block; its settings are restored."""
+    library: Any = transformers_logging
+    verbosity, bar = library.get_verbosity(), library.is_progress_bar_enabled()
+    library.set_verbosity_error()
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library.set_verbosity(verbosity)
+        if bar:
+            library.enable_progress_bar()
+
+
+def _check_same(wanted: Mapping[str, torch.Size], given: Mapping[str, torch.Size], origin: Path) -> None:
+    known = {name for name in wanted if not name.endswith("position_ids")}
+    problems = {
+        "lacks": known - set(given),
+        "has tensors that the model does not have:": set(given) - known,
+        "has tensors of another shape than the model:": {n for n in known & set(given) if given[n] != wanted[n]},
+    }
+    for problem, names in problems.items():
+        if names:
+            raise CheckpointError(
+                f"{origin} {problem} {some(names)}", "Give the checkpoint that belongs to this reward and model."
+            )
+
+
+HEAD_LAYERS = (0, 2, 4, 6, 7)
+"""Positions of the linear layers; between them are only dropouts, so the head is affine."""
+
+
+@dataclass(frozen=True)
+class AffineHead:
+    """`score = w . e + b`."""
+
+    weight: Float[Tensor, " d"]
+    bias: float
+
+    def __call__(self, features: Float[Tensor, "b d"]) -> Float[Tensor, " b"]:
+        """Scores in fp32."""
+        return features @ self.weight.to(features.device) + self.bias
+
+
+def affine_head(tensors: Tensors) -> AffineHead:
+    """The five linear layers `layers.N.{weight,bias}` as one affine map, multiplied in double precision.
+
+    Raises:
+        CheckpointError: other keys, or shapes that do not follow on each other.
+    """
+    wanted = {f"layers.{layer}.{kind}" for layer in HEAD_LAYERS for kind in ("weight", "bias")}
+    if wrong := wanted ^ set(tensors):
+        raise CheckpointError(
+            f"The head lacks, or has no use for: {some(wrong)}",
+            "Give the published file: five linear layers called layers.0, .2, .4, .6 and .7.",
+        )
+    weight = torch.eye(tensors["layers.0.weight"].shape[-1], dtype=torch.float64)
+    bias = torch.zeros(len(weight), dtype=torch.float64)
+    try:
+        for layer in HEAD_LAYERS:
+            matrix = tensors[f"layers.{layer}.weight"].double()
+            weight, bias = matrix @ weight, matrix @ bias + tensors[f"layers.{layer}.bias"].double()
+        return AffineHead(weight.reshape(len(tensors["layers.0.weight"][0])).float(), float(bias))
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"The layers of the head do not fit each other: {error}", "Give an undamaged file."
+        ) from error
+
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -20,8 +20,7 @@ from fmg.core.types import RewardOutput
 from fmg.registry import rewards
 from fmg.rewards.base import one_line
 from fmg.rewards.configs import FunctionRewardConfig, PythonRewardConfig
-from fmg.rewards.functions import RewardFunction, no_function
-from fmg.rewards.python_module import SIGNATURE, lacks_function, no_module
+from fmg.rewards.functions import SIGNATURE, RewardFunction, lacks_function, no_function, no_module
 
 
 @rewards.register("python", PythonRewardConfig)

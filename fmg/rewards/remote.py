@@ -13,20 +13,9 @@ from torch import Tensor
 from fmg.core.errors import RewardError, UsageError, suggestion
 from fmg.core.types import RewardOutput
 from fmg.registry import rewards
-from fmg.rewards.calls import Caller, Chunk
-from fmg.rewards.http_client import CallError, Server, secret_from
-from fmg.rewards.service.wire import (
-    JSON,
-    SAFETENSORS,
-    ScoreRequest,
-    decode_scores,
-    encode_png,
-    encode_tensors,
-    probe_image,
-)
-from fmg.rewards.service_configs import RemoteConfig
-
-_ENCODERS = {"tensor": (SAFETENSORS, encode_tensors), "png": (JSON, encode_png)}
+from fmg.rewards.calls import Caller, CallError, Chunk, Server, secret_from
+from fmg.rewards.configs import RemoteConfig
+from fmg.rewards.service.wire import SAFETENSORS, ScoreRequest, decode_scores, encode_request, probe_image
 
 
 class _Served(BaseModel):
@@ -106,8 +95,8 @@ class RemoteReward:
         return self._caller.gather(chunks, prompts)
 
     def _score(self, request: ScoreRequest, weights: Mapping[str, float]) -> RewardOutput:
-        content_type, encode = _ENCODERS[self._config.transport]
-        answer = self._server.post_json("/score", encode(request), content_type)
+        body = encode_request(request, exact=self._config.transport == "tensor")
+        answer = self._server.post_json("/score", body, SAFETENSORS)
         try:
             scores = decode_scores(answer, request.rewards, len(request.prompts))
         except ValueError as error:

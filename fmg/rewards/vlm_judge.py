@@ -30,10 +30,9 @@ from fmg.core.files import atomic_file, from_home
 from fmg.core.json_io import read_object
 from fmg.core.types import RewardOutput
 from fmg.registry import rewards
-from fmg.rewards.calls import Caller, Chunk
-from fmg.rewards.http_client import CallError, Server, secret_from
+from fmg.rewards.calls import Caller, CallError, Chunk, Server, secret_from
+from fmg.rewards.configs import VlmJudgeConfig
 from fmg.rewards.images import to_bytes
-from fmg.rewards.service_configs import VlmJudgeConfig
 
 _INSTRUCTIONS = {
     "yes-probability": 'Does this picture show "{prompt}"? Answer with one word, yes or no.',

@@ -32,7 +32,7 @@ from fmg.core.types import (
     TransitionRollout,
 )
 from fmg.registry.recipe import Recipe
-from fmg.rewards.partial import complete_groups, select_rows
+from fmg.rewards.base import complete_groups, select_rows
 from fmg.rl import (
     combined_advantages,
     group_advantages,

@@ -8,7 +8,7 @@ import pytest
 
 from fmg import Recipe, train
 from fmg.registry import prompt_sets
-from fmg.rewards.ocr_text import quoted_text
+from fmg.rewards.ocr import quoted_text
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("rapidocr", reason="needs the packages of flow-map-grpo[ocr]")

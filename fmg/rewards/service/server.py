@@ -1,24 +1,209 @@
-"""Runs the reward server with uvicorn, within bounds on its connections."""
+"""The reward server: pictures and prompts in, scores out. No pickle, and nothing that a client sends is run."""
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import ipaddress
 import json
+import logging
+import platform
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
 import uvicorn
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from fmg.core.errors import UsageError
+from fmg.core.cache import content_hash
+from fmg.core.errors import FmgError, RefusedImageError, UsageError, suggestion
 from fmg.core.events import Notice, Observer, ignore
-from fmg.rewards.base import Checked
-from fmg.rewards.service.app import create_app
-from fmg.rewards.service.batching import Limits
+from fmg.core.hub import locate
+from fmg.core.machine import installed_versions
+from fmg.registry.references import RewardRef
+from fmg.rewards.base import Checked, one_line, probe_prompt
+from fmg.rewards.service.batching import Batcher, BusyError, Limits
+from fmg.rewards.service.wire import SAFETENSORS, ScoreRequest, decode_request, encode_scores, probe_image
+from fmg.version import __version__
+
+_PACKAGES = ("torch", "transformers", "onnxruntime", "rapidocr", "pillow")
+
+
+def describe(
+    rewards: Mapping[str, Checked], references: Sequence[RewardRef], device: torch.device
+) -> dict[str, object]:
+    """What `/info` returns beside the limits, as plain JSON values.
+
+    Every reward scores the probe image on `device`, which loads its weights and shows that it works. The weights of
+    networks are listed with the sha256 of their first file.
+
+    Raises:
+        FmgError: when a reward cannot score it.
+    """
+    entries: dict[str, object] = {}
+    for reference in references:
+        reward = rewards[reference.label]
+        prompt = probe_prompt(reward)
+        reward(probe_image().to(device), [prompt])
+        entries[reference.label] = {
+            "component": reference.name,
+            "options": reference.config.model_dump(mode="json"),
+            "probe_prompt": prompt,
+            "weights": _weights(reference),
+        }
+    return {
+        "fmg": __version__,
+        "python": platform.python_version(),
+        "packages": installed_versions(_PACKAGES),
+        "rewards": entries,
+    }
+
+
+def _weights(reference: RewardRef) -> list[dict[str, str]]:
+    located = [locate(asset, "reward", reference.label) for asset in reference.config.assets()]
+    return [{"what": one.asset.what, "source": one.asset.source, "sha256": content_hash(one.path)} for one in located]
+
+
+_log = logging.getLogger("uvicorn.error")
+
+
+class _RefusedError(Exception):
+    """A request that is answered with an error status."""
+
+    def __init__(self, status: int, what: str, fix: str, retry_after: int | None = None) -> None:
+        super().__init__(what)
+        self.status = status
+        self.what = what
+        self.fix = fix
+        self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+
+
+def create_app(
+    rewards: Mapping[str, Checked],
+    info: Mapping[str, object],
+    limits: Limits,
+    *,
+    token: str | None,
+    device: torch.device,
+) -> FastAPI:
+    """The server as an ASGI application.
+
+    Args:
+        rewards: what it scores, by name.
+        info: what `/info` says of the rewards, as plain JSON values.
+        limits: what it accepts.
+        token: needed as `Authorization: Bearer TOKEN` for everything but `/health`; None lets everybody in.
+        device: where pictures are scored.
+    """
+    batcher = Batcher(rewards, limits, device)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(batcher.close)
+
+    # no interactive documentation: its pages load scripts from elsewhere
+    app = FastAPI(title="fmg reward server", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    expected = None if token is None else f"Bearer {token}".encode()
+
+    async def authorised(request: Request) -> None:
+        given = request.headers.get("authorization", "").encode("latin-1")
+        if expected is not None and not hmac.compare_digest(given, expected):
+            raise _RefusedError(401, "The token is missing or wrong", "Send Authorization: Bearer TOKEN.")
+
+    @app.exception_handler(_RefusedError)
+    async def refused(_: Request, error: _RefusedError) -> Response:
+        content = {"error": {"what": error.what, "fix": error.fix}}
+        return JSONResponse(content, status_code=error.status, headers=error.headers)
+
+    @app.exception_handler(HTTPException)
+    async def unknown(_: Request, error: HTTPException) -> Response:
+        # what the framework refuses by itself: another path, another method
+        fix = "Ask GET /health, GET /info or POST /score."
+        content = {"error": {"what": str(error.detail), "fix": fix}}
+        return JSONResponse(content, status_code=error.status_code, headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> Response:
+        content = {"error": {"what": f"The server failed: {one_line(error)}", "fix": "See its log."}}
+        return JSONResponse(content, status_code=500)
+
+    @app.get("/health")
+    async def health() -> dict[str, object]:
+        return {"status": "ok", "queued": batcher.queued}
+
+    @app.get("/info", dependencies=[Depends(authorised)])
+    async def about() -> dict[str, object]:
+        return {**info, "limits": asdict(limits)}
+
+    @app.post("/score", dependencies=[Depends(authorised)])
+    async def score(request: Request) -> Response:
+        wanted = await _read_request(request, limits)
+        _check_rewards(wanted, rewards)
+        try:
+            future = batcher.submit(wanted)
+        except BusyError as error:
+            raise _RefusedError(503, "The queue is full", "Ask again later.", error.retry_after) from None
+        try:
+            scores = await asyncio.wait_for(asyncio.wrap_future(future), limits.timeout)
+        except TimeoutError:
+            raise _RefusedError(504, f"No scores within {limits.timeout:g} s", "Send fewer images.") from None
+        except (UsageError, RefusedImageError) as error:
+            raise _RefusedError(422, error.what, error.fix) from None
+        except FmgError as error:
+            raise _RefusedError(500, error.what, error.fix) from None
+        except Exception as error:
+            _log.exception("scoring failed")
+            raise _RefusedError(500, f"Scoring failed: {one_line(error)}", "See the log of the server.") from error
+        return JSONResponse(encode_scores(scores))
+
+    return app
+
+
+async def _read_request(request: Request, limits: Limits) -> ScoreRequest:
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != SAFETENSORS:
+        fix = f"Send {SAFETENSORS}, as docs/reward-service.md shows; JSON with pictures in base64 is no longer read."
+        raise _RefusedError(415, f"The content type is '{content_type}'", fix)
+    try:
+        body = await asyncio.wait_for(_read_body(request, limits.max_body), limits.timeout)
+    except TimeoutError:
+        raise _RefusedError(408, f"The body took longer than {limits.timeout:g} s", "Send fewer images.") from None
+    try:
+        return await asyncio.to_thread(decode_request, body, max_images=limits.max_images, max_pixels=limits.max_pixels)
+    except UsageError as error:
+        raise _RefusedError(400, error.what, error.fix) from None
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    too_large = _RefusedError(413, f"The body has more than {limit} bytes", "Send fewer images.")
+    declared = request.headers.get("content-length", "0")
+    if declared.isascii() and declared.isdigit() and int(declared) > limit:
+        raise too_large
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                raise too_large
+    except ClientDisconnect:
+        raise _RefusedError(400, "The body broke off", "Send the whole body.") from None
+    return bytes(body)
+
+
+def _check_rewards(request: ScoreRequest, rewards: Mapping[str, Checked]) -> None:
+    for name in request.rewards:
+        if name not in rewards:
+            raise _RefusedError(400, f"This server has no reward '{name}'", suggestion(name, rewards))
+
 
 _MAX_PORT = 65535
 # asyncio accepts as many connections at once as the backlog is long, before any of them can be refused
@@ -107,7 +292,7 @@ class _Connection(H11Protocol):
 
 
 def _refusal(status: int, what: str, fix: str) -> bytes:
-    """An error of `fmg.rewards.service.app` as bytes, where there is no request to answer."""
+    """An error of `fmg.rewards.service.server` as bytes, where there is no request to answer."""
     body = json.dumps({"error": {"what": what, "fix": fix}}).encode()
     head = f"HTTP/1.1 {status} Refused\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
     return f"{head}connection: close\r\n\r\n".encode() + body

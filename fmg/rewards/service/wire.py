@@ -1,27 +1,22 @@
-"""What goes over the wire: requests as JSON with PNG pictures or as safetensors, answers as JSON.
+"""What goes over the wire: requests as safetensors, answers as JSON.
 
-JSON: `{"prompts": [...], "images": [base64 of a picture file, ...], "rewards": ["ocr", ...]}`; `rewards` may be left
-out, which means all. Safetensors: the tensor `images` (b, 3, h, w), floats in [0, 1] or bytes, and the metadata entry
-`request`, a JSON text with `prompts` and `rewards`.
+A request is the tensor `images` (b, 3, h, w), floats in [0, 1] or bytes, and the metadata entry `request`, a JSON text
+with `prompts` and `rewards`; `rewards` may be left out, which means all.
 
-Answer: `{"scores": {"ocr": {"total": [...], "parts": {"exact": [...]}}}}`, one number for each image. Numbers are
+An answer is `{"scores": {"ocr": {"total": [...], "parts": {"exact": [...]}}}}`, one number for each image. Numbers are
 fp32, written so that they come back bit for bit.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 from safetensors import SafetensorError
@@ -32,9 +27,8 @@ from torch import Tensor
 from fmg.core.errors import UsageError
 from fmg.core.types import RewardOutput
 from fmg.registry.validation import first_problem
-from fmg.rewards.images import read_image, to_bytes
+from fmg.rewards.images import to_bytes
 
-JSON = "application/json"
 SAFETENSORS = "application/x-safetensors"
 PROBE_SIZE = 32
 
@@ -64,13 +58,6 @@ class _Envelope(BaseModel):
     rewards: list[str] = Field(default_factory=list)
 
 
-_EnvelopeT = TypeVar("_EnvelopeT", bound=_Envelope)
-
-
-class _JsonRequest(_Envelope):
-    images: list[str] = Field(min_length=1)
-
-
 class _PartScores(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
     total: list[float]
@@ -82,45 +69,16 @@ class _Answer(BaseModel):
     scores: dict[str, _PartScores]
 
 
-def encode_tensors(request: ScoreRequest) -> bytes:
-    """A request as safetensors: pictures keep every bit."""
+def encode_request(request: ScoreRequest, *, exact: bool = True) -> bytes:
+    """A request as safetensors; its images keep every bit, or are rounded to 8 bits a channel where not `exact`."""
     envelope = json.dumps({"prompts": request.prompts, "rewards": request.rewards})
-    images = request.images.detach().to("cpu", torch.float32).contiguous()
-    return save_tensors({_IMAGES: images}, metadata={_REQUEST: envelope})
+    images = request.images.detach().to("cpu", torch.float32)
+    if not exact:
+        images = torch.from_numpy(to_bytes(images)).permute(0, 3, 1, 2)
+    return save_tensors({_IMAGES: images.contiguous()}, metadata={_REQUEST: envelope})
 
 
-def encode_png(request: ScoreRequest) -> bytes:
-    """A request as JSON: pictures are rounded to 8 bits."""
-    pictures = []
-    for pixels in to_bytes(request.images):
-        file = BytesIO()
-        Image.fromarray(pixels).save(file, format="PNG")
-        pictures.append(base64.b64encode(file.getvalue()).decode("ascii"))
-    return json.dumps({"prompts": request.prompts, "rewards": request.rewards, "images": pictures}).encode()
-
-
-def decode_json(body: bytes, *, max_images: int, max_pixels: int) -> ScoreRequest:
-    """The request in a JSON body.
-
-    Raises:
-        UsageError: not such a request, too many images, or pictures that cannot be read or differ in size.
-    """
-    request = _validated(_JsonRequest, body)
-    _check_counts(len(request.images), len(request.prompts), max_images)
-    images = []
-    for index, text in enumerate(request.images):
-        try:
-            images.append(read_image(base64.b64decode(text, validate=True), max_pixels))
-        except binascii.Error:
-            raise UsageError(f"Image {index} is not base64", "Send the bytes of a PNG file in base64.") from None
-        except UsageError as error:
-            raise UsageError(f"Image {index}: {error.what}", error.fix) from None
-    if len({image.shape for image in images}) > 1:
-        raise UsageError("The images of one request differ in size", "Send one request for each size.")
-    return ScoreRequest(torch.stack(images), tuple(request.prompts), tuple(request.rewards))
-
-
-def decode_tensors(body: bytes, *, max_images: int, max_pixels: int) -> ScoreRequest:
+def decode_request(body: bytes, *, max_images: int, max_pixels: int) -> ScoreRequest:
     """The request in a safetensors body.
 
     Raises:
@@ -129,7 +87,7 @@ def decode_tensors(body: bytes, *, max_images: int, max_pixels: int) -> ScoreReq
     try:
         length = int.from_bytes(body[:_HEADER_BYTES], "little")
         metadata = from_json(body[_HEADER_BYTES : _HEADER_BYTES + length]).get("__metadata__", {})
-        envelope = _validated(_Envelope, metadata[_REQUEST].encode())
+        envelope = _envelope(metadata[_REQUEST].encode())
         tensors = load_tensors(body)
         images = tensors[_IMAGES]
     except UsageError:
@@ -208,11 +166,11 @@ def probe_image() -> Float[Tensor, "1 3 32 32"]:
     return torch.stack([ramp.expand(PROBE_SIZE, -1), ramp[:, None].expand(-1, PROBE_SIZE), square])[None]
 
 
-def _validated(model: type[_EnvelopeT], body: bytes) -> _EnvelopeT:
+def _envelope(text: bytes) -> _Envelope:
     try:
-        return model.model_validate_json(body)
+        return _Envelope.model_validate_json(text)
     except ValidationError as error:
-        problem = first_problem(error, model, "The request", noun="key")
+        problem = first_problem(error, _Envelope, "The request", noun="key")
         fix = problem.fix if problem.location else "Send one JSON object, as docs/reward-service.md shows."
         raise UsageError(problem.what, fix) from None
 

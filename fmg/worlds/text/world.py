@@ -12,9 +12,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fmg.rewards.ocr_ctc import OcrLogp
-from fmg.rewards.ocr_text import quoted_text
-from fmg.rewards.service_configs import OcrLogpConfig
+from fmg.rewards.configs import OcrLogpConfig
+from fmg.rewards.ocr import OcrLogp, quoted_text
 from fmg.worlds.pretrain.world import CaptionedImages, Card, Support
 from fmg.worlds.text.fidelity import fidelity
 from fmg.worlds.text.pool import captioned_signs, random_word

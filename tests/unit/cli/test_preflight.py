@@ -11,7 +11,7 @@ import pytest
 from fmg.core.errors import UsageError
 from fmg.core.files import check_place
 from fmg.data.run_folder import RunFolder
-from fmg.rewards.python_module import check_module
+from fmg.rewards.functions import check_module
 from tests.support.cli import fmg
 
 

@@ -29,7 +29,7 @@ from fmg.core.hub import (
     problem,
 )
 from fmg.registry import rewards
-from fmg.rewards.model_configs import NetworkConfig
+from fmg.rewards.configs import NetworkConfig
 
 NETWORKS = ("aesthetic", "clipscore", "hpsv2", "hpsv3", "imagereward", "pickscore")
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -10,8 +10,8 @@ import pytest
 
 from fmg.core.errors import UsageError
 from fmg.data.prompt_sets import load_prompts, overlap_warning, spread
-from fmg.rewards.geneval_prompts import TAGS, parse_prompt, specification_of
-from fmg.rewards.ocr_text import quoted_text
+from fmg.rewards.geneval_rules import TAGS, parse_prompt, specification_of
+from fmg.rewards.ocr import quoted_text
 
 
 @pytest.mark.parametrize("name", ["geneval-train", "geneval-heldout"])

@@ -13,10 +13,8 @@ from transformers import CLIPModel
 from fmg.core.cache import cache_dir, content_hash
 from fmg.core.errors import CheckpointError, FmgWarning
 from fmg.registry import rewards
-from fmg.rewards.affine import affine_head
-from fmg.rewards.checkpoints import load_module, read_json, read_renamed, read_tensors
-from fmg.rewards.clip_family import open_clip_config
-from fmg.rewards.clip_layout import from_open_clip
+from fmg.rewards.clip import affine_head, from_open_clip, open_clip_config
+from fmg.rewards.network import load_module, read_json, read_renamed, read_tensors
 from tests.tiny_rewards import Tiny, head_shapes, random_tensors, write_clip_folder, write_open_clip
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.float16)}

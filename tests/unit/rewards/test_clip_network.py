@@ -13,7 +13,7 @@ from fmg.core.protocols import Reward
 from fmg.core.types import RewardOutput
 from fmg.registry import rewards
 from fmg.rewards.base import Mixture
-from fmg.rewards.model_configs import CLIP_VIT_H_14, HPSV2, ClipScoreConfig
+from fmg.rewards.configs import CLIP_VIT_H_14, HPSV2, ClipScoreConfig
 from fmg.rewards.network import Files, NetworkReward, Score
 from tests.tiny_rewards import qwen_tokenizer, write_clip_folder
 

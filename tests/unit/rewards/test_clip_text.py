@@ -10,7 +10,7 @@ import torch
 
 from fmg.core.errors import MissingDependencyError
 from fmg.registry import rewards
-from fmg.rewards.clip_text import clean
+from fmg.rewards.clip import clean
 from tests.tiny_rewards import write_clip_tokenizer, write_open_clip
 
 
@@ -35,7 +35,7 @@ def test_clean(text: str, cleaned: str) -> None:
 
 def test_without_ftfy_there_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr("fmg.rewards.clip_text.find_spec", lambda name: None if name == "ftfy" else find(name))
+    monkeypatch.setattr("fmg.rewards.clip.find_spec", lambda name: None if name == "ftfy" else find(name))
     with pytest.raises(MissingDependencyError) as caught:
         rewards.build("hpsv2")
     assert str(caught.value).count("\n") == 0

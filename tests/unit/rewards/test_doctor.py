@@ -10,8 +10,7 @@ from fmg.core.errors import UsageError
 from fmg.core.events import StageProgress
 from fmg.registry import rewards
 from fmg.rewards import doctor
-from fmg.rewards.doctor import Diagnosis, diagnose
-from fmg.rewards.known_answers import KNOWN_ANSWERS, PICTURES, KnownAnswer
+from fmg.rewards.doctor import KNOWN_ANSWERS, PICTURES, Diagnosis, KnownAnswer, diagnose
 from tests.support.cli import fmg
 from tests.tiny_rewards import write_clip_folder
 
@@ -84,9 +83,7 @@ def test_damaged_weights_fail(tmp_path: Path) -> None:
 def test_weights_with_another_hash_than_published_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clip, head = write_clip_folder(tmp_path / "clip"), tmp_path / "head.pth"
     torch.save({}, head)
-    monkeypatch.setattr(
-        "fmg.rewards.model_configs._SHA256", {(str(head), "sac+logos+ava1-l14-linearMSE.pth"): "0" * 64}
-    )
+    monkeypatch.setattr("fmg.rewards.configs._SHA256", {(str(head), "sac+logos+ava1-l14-linearMSE.pth"): "0" * 64})
     found = one("aesthetic", weights=str(clip), head=str(head))
     assert (found.outcome, found.weights) == ("failed", "not usable")
     assert "is not the published file" in found.advice

@@ -13,12 +13,20 @@ from transformers.models.mask2former.image_processing_pil_mask2former import Mas
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.hub import locate
 from fmg.registry import rewards
-from fmg.rewards.clip_family import ClipEncoder, load_clip
+from fmg.rewards.clip import ClipEncoder, load_clip
+from fmg.rewards.configs import GenEvalConfig
 from fmg.rewards.geneval import ColorNamer, Mask2FormerDetector, load_detector
-from fmg.rewards.geneval_prompts import COLORS, OBJECT_NAMES, parse_prompt, specification_of
-from fmg.rewards.geneval_rules import Clause, Detections, Position, Specification
+from fmg.rewards.geneval_rules import (
+    COLORS,
+    OBJECT_NAMES,
+    Clause,
+    Detections,
+    Position,
+    Specification,
+    parse_prompt,
+    specification_of,
+)
 from fmg.rewards.images import resize_and_crop
-from fmg.rewards.service_configs import GenEvalConfig
 from tests.tiny_rewards import write_clip_folder
 
 CPU = torch.device("cpu")

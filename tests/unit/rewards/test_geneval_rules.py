@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from fmg.rewards.geneval_prompts import OBJECT_NAMES
 from fmg.rewards.geneval_rules import (
+    OBJECT_NAMES,
     Clause,
     Detections,
     Position,

@@ -13,8 +13,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.registry import rewards
 from fmg.rewards.base import checked
-from fmg.rewards.hpsv3 import PIXELS, from_hpsv3, image_patches, read_instruction, scaled_size, to_hpsv3
+from fmg.rewards.hpsv3 import PIXELS, from_hpsv3, image_patches, read_instruction, scaled_size
 from fmg.rewards.images import to_bytes
+from tests.support.reward_layouts import to_hpsv3
 from tests.tiny_rewards import Tiny, write_hpsv3
 
 

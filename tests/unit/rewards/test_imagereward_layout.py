@@ -11,7 +11,8 @@ from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVi
 
 from fmg.core.errors import CheckpointError
 from fmg.registry import rewards
-from fmg.rewards.imagereward import from_image_reward, to_image_reward
+from fmg.rewards.imagereward import from_image_reward
+from tests.support.reward_layouts import to_image_reward
 from tests.tiny_rewards import image_reward_shapes, random_tensors, write_image_reward
 
 UNUSED = ("blip.vision_proj.", "blip.text_proj.")

@@ -12,9 +12,9 @@ import pytest
 
 from fmg.core.hub import HubSource, PackageSource
 from fmg.registry import rewards
-from fmg.rewards.affine import affine_head
-from fmg.rewards.checkpoints import read_tensors
-from fmg.rewards.model_configs import AESTHETIC_HEAD, NetworkConfig
+from fmg.rewards.clip import affine_head
+from fmg.rewards.configs import AESTHETIC_HEAD, NetworkConfig
+from fmg.rewards.network import read_tensors
 
 NETWORKS = ("aesthetic", "clipscore", "hpsv2", "hpsv3", "imagereward", "pickscore")
 

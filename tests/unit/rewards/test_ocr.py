@@ -16,8 +16,15 @@ from PIL import Image, ImageDraw, ImageFont
 from fmg.core.errors import CheckpointError, MissingDependencyError, UsageError
 from fmg.registry import rewards
 from fmg.rewards.base import check_prompts
-from fmg.rewards.ocr_ctc import Recogniser, ctc_log_prob, greedy_labels, shipped_model
-from fmg.rewards.ocr_text import edit_distance, quoted_text, similarity
+from fmg.rewards.ocr import (
+    Recogniser,
+    ctc_log_prob,
+    edit_distance,
+    greedy_labels,
+    quoted_text,
+    shipped_model,
+    similarity,
+)
 
 pytest.importorskip("rapidocr", reason="needs the packages of flow-map-grpo[ocr]")
 
@@ -257,6 +264,6 @@ def test_a_missing_package_is_one_line_with_the_command(
     name: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(f"fmg.rewards.{'ocr' if name == 'ocr' else 'ocr_ctc'}.find_spec", lambda wanted: None)
+    monkeypatch.setattr("fmg.rewards.ocr.find_spec", lambda wanted: None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'flow-map-grpo\[ocr\]'"):
         rewards.build(name)

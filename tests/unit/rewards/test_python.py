@@ -11,7 +11,7 @@ from fmg.core.errors import FmgError, FmgWarning, RewardError, UsageError
 from fmg.core.stdout_redirect import fenced, prints_aside, torch_as_new
 from fmg.registry import rewards
 from fmg.rewards.base import build_rewards
-from fmg.rewards.python_module import check_module
+from fmg.rewards.functions import check_module
 
 MODULE = """
 import numpy as np

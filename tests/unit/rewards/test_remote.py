@@ -1,21 +1,20 @@
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from fmg.core.errors import FmgError, RewardError, UsageError
 from fmg.core.types import PartialRewardOutput, RewardOutput
 from fmg.registry import rewards
-from fmg.rewards.base import Mixture, checked
-from fmg.rewards.http_client import CallError, RetryPolicy
-from fmg.rewards.partial import complete_groups, select_rows
-from fmg.rewards.service.wire import SAFETENSORS, decode_json, decode_tensors
+from fmg.rewards.base import Mixture, checked, complete_groups, select_rows
+from fmg.rewards.calls import CallError, RetryPolicy
+from fmg.rewards.service.wire import decode_request
 from fmg.rl import group_advantages
 from tests.support.web import Call, FakeServer, Handler, Script, fake_server
 
@@ -24,8 +23,7 @@ LIMITS = {"max_images": 1000, "max_pixels": 10**6}
 
 
 def brightness(call: Call) -> dict[str, Any]:
-    decode = decode_tensors if call.headers["Content-Type"] == SAFETENSORS else decode_json
-    means = decode(call.body, **LIMITS).images.mean((1, 2, 3)).tolist()
+    means = decode_request(call.body, **LIMITS).images.mean((1, 2, 3)).tolist()
     return {"scores": {"brightness": {"total": means, "parts": {"half": [m / 2 for m in means]}}}}
 
 
@@ -90,7 +88,7 @@ def client(server: FakeServer) -> Callable[..., Any]:
     return build
 
 
-@pytest.mark.parametrize("transport", ["tensor", "png"])
+@pytest.mark.parametrize("transport", ["tensor", "bytes", "png"])
 def test_scores_and_parts(client: Any, transport: str) -> None:
     output = checked("remote", client(transport=transport, weights={"brightness": 2.0}))(IMAGES, PROMPTS)
     expected = IMAGES.mean((1, 2, 3))
@@ -103,7 +101,7 @@ def test_scores_and_parts(client: Any, transport: str) -> None:
 def test_the_server_is_probed_at_the_start(client: Any, server: FakeServer) -> None:
     client()
     assert [(call.method, call.path) for call in server.calls] == [("GET", "/info"), ("POST", "/score")]
-    sent = decode_tensors(server.calls[1].body, **LIMITS)
+    sent = decode_request(server.calls[1].body, **LIMITS)
     assert (sent.prompts, sent.rewards, tuple(sent.images.shape)) == (("p",), ("brightness",), (1, 3, 32, 32))
 
 
@@ -138,7 +136,7 @@ def test_a_refused_request_is_not_repeated(client: Any, server: FakeServer) -> N
 
 
 def fails_for_b(handler: Handler, call: Call) -> None:
-    if "b" in decode_tensors(call.body, **LIMITS).prompts:
+    if "b" in decode_request(call.body, **LIMITS).prompts:
         handler.answer({}, 500)
     else:
         good(handler, call)
@@ -206,7 +204,7 @@ def test_large_batches_are_split_as_the_server_wants(client: Any, server: FakeSe
     calls = len(server.calls)
     images = torch.rand(10, 3, 4, 4)
     torch.testing.assert_close(reward(images, ["p"] * 10).total, images.mean((1, 2, 3)))
-    assert sorted(len(decode_tensors(c.body, **LIMITS).prompts) for c in server.calls[calls:]) == [2, 4, 4]
+    assert sorted(len(decode_request(c.body, **LIMITS).prompts) for c in server.calls[calls:]) == [2, 4, 4]
 
 
 def test_the_token_is_sent(client: Any, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,10 +271,15 @@ class Red:
         return RewardOutput(images[:, 0].mean((1, 2)), {})
 
 
-def test_the_request_is_json_or_safetensors_and_nothing_else(client: Any, server: FakeServer) -> None:
-    client(transport="png")
-    body = json.loads(server.calls[-1].body)
-    assert sorted(body) == ["images", "prompts", "rewards"]
+@pytest.mark.parametrize(
+    ("transport", "dtype"), [("tensor", torch.float32), ("bytes", torch.uint8), ("png", torch.uint8)]
+)
+def test_the_request_is_safetensors_and_nothing_else(
+    transport: str, dtype: torch.dtype, client: Any, server: FakeServer
+) -> None:
+    client(transport=transport)
+    sent = safetensors.torch.load(server.calls[-1].body)
+    assert {name: tensor.dtype for name, tensor in sent.items()} == {"images": dtype}
 
 
 def test_an_unset_token_is_no_error_but_an_invalid_one_is(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from fmg.core.errors import RewardError, UsageError
 from fmg.core.types import PartialRewardOutput
 from fmg.registry import rewards
-from fmg.rewards.http_client import CallError
+from fmg.rewards.calls import CallError
 from fmg.rewards.vlm_judge import final_score, yes_probability
 from tests.support.web import Call, FakeServer, Handler, Script, fake_server
 

@@ -10,8 +10,7 @@ import torch
 from fmg.core.errors import MissingDependencyError, RewardError
 from fmg.registry import prompt_sets, rewards
 from fmg.rewards.base import check_prompts, checked
-from fmg.rewards.ocr_ctc import shipped_model
-from fmg.rewards.ocr_text import quoted_text
+from fmg.rewards.ocr import quoted_text, shipped_model
 from fmg.worlds.pretrain.settings import TEXT
 from fmg.worlds.pretrain.text import Tokenizers, build_tokenizers
 from fmg.worlds.text.fidelity import MARGIN
@@ -100,7 +99,7 @@ def test_the_recogniser_reads_true_renders_and_not_those_of_other_words(images: 
 @pytest.mark.parametrize("missing", ["rapidocr", "onnxruntime"])
 def test_without_the_recogniser_it_is_said_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "fmg.rewards.ocr_ctc.find_spec", lambda name: None if name == missing else importlib.util.find_spec(name)
+        "fmg.rewards.ocr.find_spec", lambda name: None if name == missing else importlib.util.find_spec(name)
     )
     with pytest.raises(MissingDependencyError, match=r"^The reward 'ocr-logp' needs rapidocr") as error:
         rewards.build("ocr-logp")
