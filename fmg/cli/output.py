@@ -18,7 +18,7 @@ from fmg.core.profiling import NOISE, OTHER, TEXT_ENCODERS, TOKENISE, TOTAL, TRA
 from fmg.progress.console import SafeConsole
 
 if TYPE_CHECKING:
-    from fmg.inference.timing import Ratio, Timing
+    from fmg.inference.benchmark import Ratio, Timing
 
 # A pipe has no width of its own; tables for `grep` must not be folded at 80 columns.
 _PIPE_WIDTH = 300
