@@ -84,7 +84,7 @@ def stage_write(arguments: argparse.Namespace) -> dict[str, object]:
     """A pipeline folder: the embedded model's, with a large transformer in bf16."""
     import torch
 
-    from fmg.models.configs import MeanFlowShapesConfig
+    from fmg.models.embedded import MeanFlowShapesConfig
     from fmg.models.flux.size import transformer_parameters
     from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
 
@@ -183,7 +183,7 @@ def stage_merge(arguments: argparse.Namespace) -> dict[str, object]:
     from fmg.export.merge import merged
     from fmg.export.weights import lay_out, write_weights
     from fmg.inference.artifact.manifest import Adapter
-    from fmg.models.common.reader import TensorReader
+    from fmg.models.common.weights import TensorReader
 
     stored = arguments.folder / "stored.safetensors"
     if shutil.disk_usage(arguments.folder).free < 1.25 * stored.stat().st_size:

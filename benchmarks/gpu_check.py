@@ -28,12 +28,11 @@ from fmg.core.geometry import ModelGeometry
 from fmg.core.types import Conditioning, RewardOutput, ScoredRollout
 from fmg.flow import LinearPath, TwoTimeMap
 from fmg.flow.grids import make_grid
-from fmg.models.common import adapter, adapter_files, prove
+from fmg.models.common import adapter, roundtrip_check, saved_weights
 from fmg.models.conventions import FlowMapConventions
-from fmg.models.flux.network import FluxNetwork
-from fmg.models.flux.size import FLUX_LITE
+from fmg.models.flux.model import FluxNetwork
+from fmg.models.flux.size import FLUX_LITE, flux_geometry
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
-from fmg.models.geometry import flux_geometry
 from fmg.registry import objectives, stochasticizers
 from fmg.registry.recipe import Recipe
 from fmg.rl import group_advantages, refresh_old, replay_ratio, rollout
@@ -207,11 +206,13 @@ class Check:
     def _save_and_reload(self) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent) / "adapter"
-            base = adapter_files.BaseReference(name="random", digest="0" * 64)
-            adapter_files.save(folder, self.transformer, FluxPipeline, base, self.conventions, lambda _: None)
+            base = saved_weights.BaseReference(name="random", digest="0" * 64)
+            saved_weights.save_adapter(folder, self.transformer, FluxPipeline, base, self.conventions, lambda _: None)
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-            stock = _view(prove.reloaded(self.transformer, folder, FluxPipeline), self.scale.dtype, nullcontext)
-        noise = prove.picture_noise((16, self.side, self.side), self.device)
+            stock = _view(
+                roundtrip_check.reloaded(self.transformer, folder, FluxPipeline), self.scale.dtype, nullcontext
+            )
+        noise = roundtrip_check.picture_noise((16, self.side, self.side), self.device)
         cond = self._rollout().cond.select(torch.zeros(1, dtype=torch.long))
         start, end = torch.ones(1, device=self.device), torch.zeros(1, device=self.device)
         ours, theirs = (view.jump(noise, start, end, cond) for view in (self.policies.current, stock))

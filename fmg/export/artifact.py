@@ -59,7 +59,7 @@ from fmg.inference.artifact.manifest import (
 from fmg.inference.target import TargetLike, export_folder, resolve_target
 from fmg.models.flux.latents import PATCH
 from fmg.models.flux.loading import FLUX
-from fmg.models.geometry import latent_scale
+from fmg.models.flux.size import latent_scale
 from fmg.progress import watching
 from fmg.version import __version__
 

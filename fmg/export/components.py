@@ -17,9 +17,8 @@ from fmg.export.merge import merged
 from fmg.export.source import ExportSource
 from fmg.inference.artifact.layout import TOKENIZER_FILE, TOKENIZERS
 from fmg.inference.artifact.manifest import TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER, TokenizerFacts
-from fmg.models.common.loading import load_tokenizer, quiet
-from fmg.models.common.reader import TensorReader
-from fmg.models.common.weights import folder_weights
+from fmg.models.common.pipeline_parts import load_tokenizer, quiet
+from fmg.models.common.weights import TensorReader, folder_weights
 from fmg.models.flux.loading import FLUX
 
 _TOKENIZER_CLASSES = {TEXT_ENCODER: CLIPTokenizer, TEXT_ENCODER_2: T5Tokenizer}

@@ -14,14 +14,14 @@ from fmg.core.errors import CheckpointError
 from fmg.core.files import digest
 from fmg.inference.artifact.manifest import Adapter
 from fmg.models.common.adapter import add_low_rank
-from fmg.models.common.adapter_files import (
+from fmg.models.common.saved_weights import (
     DIFFUSERS_FILE,
     LORA_A,
     LORA_B,
     AdapterManifest,
     extra_shapes,
-    read_manifest,
-    read_tensors,
+    read_adapter_manifest,
+    read_adapter_tensors,
 )
 from fmg.models.lora_presets import expand_targets, is_target
 
@@ -71,9 +71,9 @@ def read_delta(folder: Path, shapes: Shapes, run: str) -> Delta:
     Raises:
         CheckpointError: the folder is damaged or does not fit weights of these names and shapes.
     """
-    manifest = read_manifest(folder)
+    manifest = read_adapter_manifest(folder)
     extra = extra_shapes(folder, manifest, shapes)
-    tensors = read_tensors(folder, {**_adapter_shapes(shapes, manifest), **extra})
+    tensors = read_adapter_tensors(folder, {**_adapter_shapes(shapes, manifest), **extra})
     modules = [name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)]
     lora = {f"{module}.weight": (tensors[module + LORA_A], tensors[module + LORA_B]) for module in sorted(modules)}
     facts = Adapter(

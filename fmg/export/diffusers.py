@@ -21,14 +21,12 @@ from fmg.export.space import check_space
 from fmg.export.weights import TensorType, lay_out, write_weights
 from fmg.inference.pipeline import sampled_as
 from fmg.inference.target import TargetLike, export_folder, resolve_target
-from fmg.models.common.digest import stored_digest
-from fmg.models.common.full_files import is_full
-from fmg.models.common.reader import TensorReader
-from fmg.models.common.weights import INDEX_FILE
+from fmg.models.common.saved_weights import is_full
+from fmg.models.common.weights import INDEX_FILE, TensorReader, stored_digest
 from fmg.models.conventions import FlowMapConventions, read_conventions
+from fmg.models.flux.configs import FluxStudentConfig
 from fmg.models.flux.loading import TransformerSource, transformer_source
 from fmg.models.flux.pipeline_files import STALE, write_pipeline_files
-from fmg.models.flux_configs import FluxStudentConfig
 from fmg.progress import watching
 from fmg.registry.recipe import Recipe
 from fmg.training.card import CARD, SAMPLES, folder_card

@@ -11,7 +11,7 @@ from torch import Tensor
 from fmg.export.delta import Delta
 from fmg.export.weights import TensorType, lay_out, write_weights
 from fmg.inference.artifact.manifest import FileEntry
-from fmg.models.common.reader import TensorReader
+from fmg.models.common.weights import TensorReader
 
 
 def merged(base: TensorReader, delta: Delta | None, dtype: torch.dtype) -> Callable[[str], Tensor]:

@@ -14,16 +14,21 @@ from fmg.core.errors import UsageError
 from fmg.core.hub import locate
 from fmg.export.delta import Delta, check_base, read_delta
 from fmg.inference.target import Target
-from fmg.models.common.digest import stored_digest
-from fmg.models.common.full_files import COMPONENT, is_full, read_manifest
-from fmg.models.common.reader import TensorReader
-from fmg.models.common.weights import empty_transformer, folder_weights, stored_shapes, transformer_shapes
-from fmg.models.configs import EmbeddedConfig
+from fmg.models.common.saved_weights import COMPONENT, is_full, read_transformer_manifest
+from fmg.models.common.weights import (
+    TensorReader,
+    empty_transformer,
+    folder_weights,
+    stored_digest,
+    stored_shapes,
+    transformer_shapes,
+)
 from fmg.models.conventions import FlowMapConventions, read_conventions
+from fmg.models.embedded import EmbeddedConfig
+from fmg.models.flux.configs import FluxConfig, FluxStudentConfig
 from fmg.models.flux.loading import TransformerSource, transformer_source
 from fmg.models.flux.students import check_student
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
-from fmg.models.flux_configs import FluxConfig, FluxStudentConfig
 from fmg.registry.recipe import Recipe
 
 
@@ -134,7 +139,7 @@ def find_source(target: Target) -> ExportSource:
         folder = config.directory()
     source = transformer_source(folder, conventions, student)
     if target.adapter is not None and is_full(target.adapter):
-        read_manifest(target.adapter)
+        read_transformer_manifest(target.adapter)
         source = replace(source, weights=folder_weights(target.adapter / COMPONENT))
     return ExportSource(target.label, name, target.recipe, folder, conventions, source, target.adapter)
 

@@ -35,8 +35,8 @@ from fmg.inference.artifact.manifest import (
     Manifest,
 )
 from fmg.inference.target import Target, resolve_target
-from fmg.models.common.full_files import is_full
-from fmg.models.common.reader import TensorReader
+from fmg.models.common.saved_weights import is_full
+from fmg.models.common.weights import TensorReader
 from fmg.registry import models
 from fmg.registry.recipe import Recipe
 

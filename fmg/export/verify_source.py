@@ -33,7 +33,7 @@ from fmg.inference.artifact.manifest import (
     Check,
     Sampling,
 )
-from fmg.models.common.reader import TensorReader
+from fmg.models.common.weights import TensorReader
 
 _SUM_ERROR = 1e-6
 """Of a sum of base and adapter, relative to the largest entry: another CPU adds in another order."""

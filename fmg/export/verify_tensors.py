@@ -27,7 +27,7 @@ from fmg.inference.artifact.manifest import (
     AxisRange,
     Precision,
 )
-from fmg.inference.artifact.packing import PATCH, image_ids
+from fmg.models.flux.latents import PATCH, image_ids
 
 if TYPE_CHECKING:
     from fmg.inference.artifact.backend import GraphRuntime

@@ -20,7 +20,7 @@ from torch import Tensor
 from fmg.core.errors import CheckpointError
 from fmg.core.json_io import read_safetensors_header
 from fmg.inference.artifact.manifest import FileEntry
-from fmg.models.common.reader import STORED_DTYPES
+from fmg.models.common.weights import STORED_DTYPES
 
 PAGE = 4096
 _LENGTH = 8  # bytes of a safetensors file before its header

@@ -21,7 +21,7 @@ from fmg.export.census import read_graph
 from fmg.export.space import check_space
 from fmg.export.weights import lay_out, write_weights
 from fmg.inference.artifact.layout import Artifact
-from fmg.models.common.reader import TensorReader
+from fmg.models.common.weights import TensorReader
 
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto

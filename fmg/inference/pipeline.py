@@ -21,22 +21,21 @@ from torch import Tensor
 from fmg.core.errors import CheckpointError, UsageError, suggestion
 from fmg.core.files import SUMS, check_sums
 from fmg.core.hub import HUB_OPTIONS, snapshot_folder
+from fmg.core.specs import DECODE_PIXELS
 from fmg.core.types import Conditioning
 from fmg.flow.grids import GridSpec, make_grid
 from fmg.flow.sampling import native_step
 from fmg.inference.devices import DTYPES
 from fmg.inference.generator import seeded_noise, whole_seeds
 from fmg.inference.target import Target, load_model
-from fmg.models.common import adapter, adapter_files, full_files
-from fmg.models.common.model import DECODE_PIXELS, decode_latents
+from fmg.models.common import adapter, saved_weights
+from fmg.models.common.model import decode_latents
 from fmg.models.conventions import CONVENTIONS_FILE, FlowMapConventions, as_conventions, read_conventions
-from fmg.models.flux.encoders import FluxText
+from fmg.models.flux.configs import PIPELINE_FILES
 from fmg.models.flux.latents import PATCH, unpack
-from fmg.models.flux.loading import FluxComponents, load_parts
-from fmg.models.flux.model import FluxModel, flux_map
-from fmg.models.flux.network import FluxNetwork
+from fmg.models.flux.loading import FluxComponents, FluxText, load_parts
+from fmg.models.flux.model import FluxModel, FluxNetwork, flux_map
 from fmg.models.flux.pipeline_files import INDEX_FILE, check_index, check_transformer, write_pipeline_files
-from fmg.models.flux_configs import PIPELINE_FILES
 from fmg.registry.recipe import Recipe
 
 logger = logging.get_logger(__name__)
@@ -45,7 +44,7 @@ Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], Mapping[str, Tensor]]
 OUTPUTS = ("pil", "np", "pt", "latent")
 """What a call may return images as."""
 _TIMESTEPS = 1000
-_FILES = (adapter_files.DIFFUSERS_FILE, adapter_files.EXTRA_FILE, adapter_files.MANIFEST_FILE)
+_FILES = (saved_weights.DIFFUSERS_FILE, saved_weights.EXTRA_FILE, saved_weights.ADAPTER_MANIFEST)
 _FIX = "Restore it from a copy, or train again."
 
 
@@ -159,16 +158,16 @@ class FlowMapLoraMixin(FluxLoraLoaderMixin):  # type: ignore[misc]
 
     def _checked_extra(self, folder: Path) -> dict[str, Tensor]:
         """The weights beside a LoRA of fmg; empty for one that has none or is of another tool."""
-        if full_files.is_full(folder):
+        if saved_weights.is_full(folder):
             raise UsageError(
                 f"{folder} holds a whole transformer, which is no LoRA",
                 "Load it with FlowMapFluxTransformer2DModel.from_pretrained(FOLDER, subfolder='transformer'), and set"
                 " pipe.transformer to it.",
             )
-        ours = (folder / adapter_files.MANIFEST_FILE, folder / adapter_files.EXTRA_FILE)
+        ours = (folder / saved_weights.ADAPTER_MANIFEST, folder / saved_weights.EXTRA_FILE)
         if not any(file.is_file() for file in ours):
             return {}
-        manifest = adapter_files.read_manifest(folder)
+        manifest = saved_weights.read_adapter_manifest(folder)
         for key in ("map", "path", "time_scale", "second_time"):
             own, theirs = getattr(self._conventions, key), getattr(manifest.map, key)
             if own != theirs:
@@ -177,7 +176,7 @@ class FlowMapLoraMixin(FluxLoraLoaderMixin):  # type: ignore[misc]
                     f"Load it into the model it was trained on, '{manifest.base.name}'.",
                 )
         stored = {adapter.base_name(name): tuple(x.shape) for name, x in self.transformer.named_parameters()}
-        extra = adapter_files.extra_shapes(folder, manifest, stored)
+        extra = saved_weights.extra_shapes(folder, manifest, stored)
         try:
             lora = adapter.adapter_shapes(self.transformer, manifest.targets, manifest.rank)
         except UsageError as error:
@@ -185,7 +184,7 @@ class FlowMapLoraMixin(FluxLoraLoaderMixin):  # type: ignore[misc]
                 f"The adapter in {folder} does not fit the model: {error.what}",
                 "Load it into the model it was trained on.",
             ) from None
-        tensors = adapter_files.read_tensors(folder, lora | extra)
+        tensors = saved_weights.read_adapter_tensors(folder, lora | extra)
         if extra and self._extra is not None:
             raise UsageError(
                 f"The adapter '{self._extra.name}' and {folder} both bring weights of their own",

@@ -14,10 +14,10 @@ from torch import Tensor
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.files import SUMS, check_sums
 from fmg.core.hub import HUB_OPTIONS, snapshot_folder
-from fmg.models.common import adapter, adapter_files, full_files
+from fmg.models.common import adapter, saved_weights
 from fmg.models.conventions import FlowMapConventions
 
-_FILES = (adapter_files.DIFFUSERS_FILE, adapter_files.EXTRA_FILE, adapter_files.MANIFEST_FILE)
+_FILES = (saved_weights.DIFFUSERS_FILE, saved_weights.EXTRA_FILE, saved_weights.ADAPTER_MANIFEST)
 _FIX = "Restore it from a copy, or train again."
 
 
@@ -131,16 +131,16 @@ class FlowMapLoraMixin(FluxLoraLoaderMixin):  # type: ignore[misc]
 
     def _checked_extra(self, folder: Path) -> dict[str, Tensor]:
         """The weights beside a LoRA of fmg; empty for one that has none or is of another tool."""
-        if full_files.is_full(folder):
+        if saved_weights.is_full(folder):
             raise UsageError(
                 f"{folder} holds a whole transformer, which is no LoRA",
                 "Load it with FlowMapFluxTransformer2DModel.from_pretrained(FOLDER, subfolder='transformer'), and set"
                 " pipe.transformer to it.",
             )
-        ours = (folder / adapter_files.MANIFEST_FILE, folder / adapter_files.EXTRA_FILE)
+        ours = (folder / saved_weights.ADAPTER_MANIFEST, folder / saved_weights.EXTRA_FILE)
         if not any(file.is_file() for file in ours):
             return {}
-        manifest = adapter_files.read_manifest(folder)
+        manifest = saved_weights.read_adapter_manifest(folder)
         for key in ("map", "path", "time_scale", "second_time"):
             own, theirs = getattr(self._conventions, key), getattr(manifest.map, key)
             if own != theirs:
@@ -149,7 +149,7 @@ class FlowMapLoraMixin(FluxLoraLoaderMixin):  # type: ignore[misc]
                     f"Load it into the model it was trained on, '{manifest.base.name}'.",
                 )
         stored = {adapter.base_name(name): tuple(x.shape) for name, x in self.transformer.named_parameters()}
-        extra = adapter_files.extra_shapes(folder, manifest, stored)
+        extra = saved_weights.extra_shapes(folder, manifest, stored)
         try:
             lora = adapter.adapter_shapes(self.transformer, manifest.targets, manifest.rank)
         except UsageError as error:
@@ -157,7 +157,7 @@ class FlowMapLoraMixin(FluxLoraLoaderMixin):  # type: ignore[misc]
                 f"The adapter in {folder} does not fit the model: {error.what}",
                 "Load it into the model it was trained on.",
             ) from None
-        tensors = adapter_files.read_tensors(folder, lora | extra)
+        tensors = saved_weights.read_adapter_tensors(folder, lora | extra)
         if extra and self._extra is not None:
             raise UsageError(
                 f"The adapter '{self._extra.name}' and {folder} both bring weights of their own",

@@ -17,7 +17,7 @@ from torch import Tensor
 from fmg.core.errors import CompositionError, GateError
 from fmg.core.protocols import FlowMap, Model, Rerouted
 from fmg.inference.parity import Difference
-from fmg.models.common.fixed_rows import FixedRows
+from fmg.models.common.batch_padding import PaddedBatches
 from fmg.registry.catalog import LIVE_GRAPH
 from fmg.registry.recipe import Recipe
 from fmg.registry.registry import load
@@ -71,7 +71,7 @@ def open_completer(composed: Composed, rows: int, dist: DistContext) -> Complete
     if backend == "torch-compile":
         compiled = CompiledNetwork(model.network)
         # one shape, one compilation
-        return Completer(FixedRows(model.flow_map_through(compiled), lambda: rows), compiled.refresh)
+        return Completer(PaddedBatches(model.flow_map_through(compiled), lambda: rows), compiled.refresh)
     # a later room, so that a run without it never imports what exports
     live = cast("Callable[[Model], _Network]", load(LIVE_GRAPH))
     network = dist.main_process_first(lambda: live(composed.model))

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fmg.core.geometry import LinearModule, ModelGeometry
+from fmg.core.specs import DECODE_PIXELS
 from fmg.registry.recipe import Recipe
 from fmg.training.launch import Sizes
 from fmg.training.plan_time import rows_of, transitions_of
@@ -29,9 +30,6 @@ _REWARD_PARAMETERS: Mapping[str, float] = {
 """Parameters of the networks that rewards load; other rewards hold nothing on the device."""
 _REWARD_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _PLACE_OF_IMAGES = (None, "auto")
-
-# Pixels of one decoder call, as in fmg.models.common.model, which imports torch.
-DECODE_PIXELS = 2**18
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from fmg.core import metric_keys as keys
 from fmg.core.errors import GateError
 from fmg.core.protocols import Objective, Policies
 from fmg.core.types import Batch
-from fmg.models.common.adapter import WeightSnapshot
+from fmg.models.common.policy_weights import WeightSnapshot
 from fmg.training.distributed import DistContext
 
 # Rows that the policy is measured on after each update: enough for a KL, cheap beside the update itself.

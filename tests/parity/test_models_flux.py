@@ -60,7 +60,7 @@ def test_packing_is_that_of_flux(height: int, width: int) -> None:
     assert torch.equal(packed, FluxPipeline._pack_latents(x, 2, 3, height, width))
     assert torch.equal(latents.unpack(packed, height, width), x)
     ids = FluxPipeline._prepare_latent_image_ids(2, height // 2, width // 2, CPU, torch.float32)
-    assert torch.equal(latents.image_ids(height, width, CPU), ids)
+    assert torch.equal(torch.from_numpy(latents.image_ids(height, width)), ids)
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS, LONG, ["", "a"]], ids=["plain", "too long", "empty"])

@@ -23,14 +23,13 @@ from fmg.core.cache import ByteCache
 from fmg.core.errors import CheckpointError, MissingDependencyError, UsageError, suggestion
 from fmg.core.profiling import TEXT_ENCODERS, TOKENISE, TRANSFORMER, VAE, StageClock, stage
 from fmg.core.prompt import cut_prompts
+from fmg.core.specs import DECODE_PIXELS
 from fmg.inference.artifact import io_spec
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.artifact.manifest import BATCH, TEXT_ENCODER, TEXT_ENCODER_2, VAE_DECODER, TokenizerFacts
 from fmg.inference.artifact.manifest import TRANSFORMER as TRANSFORMER_GRAPH
-from fmg.inference.artifact.packing import PATCH, image_ids, pack, unpack
+from fmg.models.flux.latents import PATCH, image_ids, pack, unpack
 
-DECODE_PIXELS = 2**18
-"""Image pixels per decoder call; the same limit as in the torch model."""
 CACHE_BYTES = 256 * 2**20
 TEXT_BATCH = 32
 """Prompts per call of a text encoder; the same limit as in the torch model."""

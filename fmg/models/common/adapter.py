@@ -208,46 +208,6 @@ def dropout_off(modules: Sequence[nn.Module]) -> Iterator[None]:
             module.train()
 
 
-class WeightSnapshot:
-    """A frozen copy of parameters that can take their place for the length of a call.
-
-    The values are exchanged in place rather than through `torch.func.functional_call`: the wrapped module is called
-    as it is, so hooks of DDP, FSDP2 (which would gather the current weights again under substituted ones) and PEFT
-    see nothing unusual. It costs two copies of the weights a call and the memory of one tensor, and leaves a pending
-    backward of the current policy valid, because the values are back, bit for bit, when it runs.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._parameters = list(parameters)
-        self._values = [parameter.detach().clone() for parameter in parameters]
-
-    def take(self) -> None:
-        """Freezes the values as they are now, in the memory of the earlier ones."""
-        for parameter, value in zip(self._parameters, self._values, strict=True):
-            value.copy_(parameter.detach())
-
-    @property
-    def values(self) -> Sequence[Tensor]:
-        """The frozen values, in the order of the parameters; while they are in place, the current ones."""
-        return self._values
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Runs the body with the frozen values."""
-        self._exchange()
-        try:
-            yield
-        finally:
-            self._exchange()
-
-    def _exchange(self) -> None:
-        for parameter, value in zip(self._parameters, self._values, strict=True):
-            current = parameter.detach().clone()
-            # through .data, so that autograd's version counter does not call the exchange a modification
-            parameter.data.copy_(value)
-            value.copy_(current)
-
-
 def _linear_modules(transformer: nn.Module) -> dict[str, nn.Linear]:
     return {
         name.removesuffix(".base_layer"): module

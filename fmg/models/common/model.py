@@ -1,4 +1,16 @@
-"""A loaded flow map with an adapter: what the rest of the project sees of a model, whatever its family."""
+"""A loaded flow map with an adapter: what the rest of the project sees of a model, whatever its family.
+
+What a call of `policies.current.jump(x_t, t, s, cond)` passes through, from the outside in:
+
+    PaddedBatches   common/batch_padding.py    repeats the last row of a short batch, so that kernels see one shape
+    TwoTimeMap      fmg/flow/maps.py           x - (t - s) u; or SingleTimeMap (FLUX), TrigFlowMap (SANA)
+    FluxNetwork     flux/model.py              packs latents into tokens, keeps times in fp32; SanaNetwork for SANA
+      PolicyScopes  common/policy_weights.py   around the call: trained, snapshot or base weights, autocast, dropout
+    transformer     flux/transformer.py        the diffusers module itself, or DDP or an exported graph in its place
+      LoRA          common/adapter.py          inside it: PEFT's layers around the adapted linear modules
+
+`policies.old` and `policies.reference` are the same stack in another scope: no second network is held in memory.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +28,18 @@ from torch import Tensor, nn
 
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.protocols import FlowMap
-from fmg.core.specs import MapSpec
+from fmg.core.specs import DECODE_PIXELS, MapSpec
 from fmg.core.types import Conditioning
-from fmg.models.common import adapter, adapter_files, full_files, prove
-from fmg.models.common.components import C
-from fmg.models.common.digest import live_digest
-from fmg.models.common.fixed_rows import FixedRows
-from fmg.models.common.scopes import PolicyScopes, Scope
+from fmg.models.common import adapter, roundtrip_check, saved_weights
+from fmg.models.common.batch_padding import PaddedBatches
+from fmg.models.common.pipeline_parts import C
+from fmg.models.common.policy_weights import PolicyScopes, Scope, Unfrozen
 from fmg.models.common.sharding import gathered, shard_frozen
 from fmg.models.common.text import TextEncoders
-from fmg.models.common.unfrozen import Unfrozen
+from fmg.models.common.weights import live_digest
 
 Network = Callable[..., Any]
 """What has the call signature of the transformer: the module itself, or what stands in for it."""
-
-DECODE_PIXELS = 2**18
-"""Image pixels that one decoder call may make: one image of 512 px, or as many small ones as a CPU cache likes."""
 
 
 @dataclass(frozen=True)
@@ -266,12 +274,12 @@ class AdaptedModel(ABC, Generic[C]):
         """
         parts, unfrozen = self._components, self._unfrozen
         if unfrozen is not None and unfrozen.whole:
-            full_files.save(
+            saved_weights.save_transformer(
                 folder, parts.transformer, self._base, parts.conventions, self._dtype, self._prove_component
             )
             return
         extra = {} if unfrozen is None else unfrozen.parameters
-        adapter_files.save(
+        saved_weights.save_adapter(
             folder,
             parts.transformer,
             self.pipeline,
@@ -291,13 +299,13 @@ class AdaptedModel(ABC, Generic[C]):
             CheckpointError: a file is missing or damaged, it was trained on other weights, its tensors do not fit, or
                 another adapter is attached.
         """
-        if full_files.is_full(folder):
+        if saved_weights.is_full(folder):
             self._load_component(folder)
             return
-        manifest = adapter_files.read_manifest(folder)
+        manifest = saved_weights.read_adapter_manifest(folder)
         self._check_base(folder, manifest.base)
-        extra = adapter_files.extra_shapes(folder, manifest, self._second_time_shapes())
-        tensors = adapter_files.read_tensors(folder, self._shapes(folder, manifest) | extra)
+        extra = saved_weights.extra_shapes(folder, manifest, self._second_time_shapes())
+        tensors = saved_weights.read_adapter_tensors(folder, self._shapes(folder, manifest) | extra)
         if self._scopes.layers:
             self._check_geometry(folder, manifest)
         else:
@@ -310,55 +318,55 @@ class AdaptedModel(ABC, Generic[C]):
         self.snapshot()
 
     def _load_component(self, folder: Path) -> None:
-        self._check_base(folder, full_files.read_manifest(folder).base)
+        self._check_base(folder, saved_weights.read_transformer_manifest(folder).base)
         unfrozen = self._unfrozen
         if self._scopes.layers or (unfrozen is not None and not unfrozen.whole):
             raise CheckpointError(
                 f"{folder} holds every weight of a transformer, and this model has an adapter",
                 "Load it into a model without one.",
             )
-        full_files.load_into(self._components.transformer, folder)
+        saved_weights.load_transformer_weights(self._components.transformer, folder)
         self._scopes.base_lost = unfrozen is None
         self.snapshot()
 
     def _prove(self, folder: Path) -> None:
         transformer = self._components.transformer
         base = {} if self._unfrozen is None else self._unfrozen.base_tensors()
-        fresh = prove.reloaded(transformer, folder, self.pipeline, base)
-        prove.check_adapter(transformer, fresh, folder)
+        fresh = roundtrip_check.reloaded(transformer, folder, self.pipeline, base)
+        roundtrip_check.check_adapter(transformer, fresh, folder)
         if self._unfrozen is not None:
             # what no loader of diffusers knows is read as `load_adapter` reads it
-            manifest = adapter_files.read_manifest(folder)
-            extra = adapter_files.extra_shapes(folder, manifest, self._unfrozen.shapes)
-            tensors = adapter_files.read_tensors(folder, self._shapes(folder, manifest) | extra)
-            prove.check_tensors(self._unfrozen.parameters, {name: tensors[name] for name in extra}, folder)
+            manifest = saved_weights.read_adapter_manifest(folder)
+            extra = saved_weights.extra_shapes(folder, manifest, self._unfrozen.shapes)
+            tensors = saved_weights.read_adapter_tensors(folder, self._shapes(folder, manifest) | extra)
+            roundtrip_check.check_tensors(self._unfrozen.parameters, {name: tensors[name] for name in extra}, folder)
             placed = {name: tensors[name].to(transformer.device) for name in extra}
             fresh.load_state_dict(placed, strict=False, assign=True)
         self._prove_picture(fresh, folder)
 
     def _prove_component(self, folder: Path) -> None:
         transformer = self._components.transformer
-        stock = prove.component(transformer, folder / full_files.COMPONENT, self._dtype)
-        prove.check_tensors(transformer.state_dict(), stock.state_dict(), folder)
+        stock = roundtrip_check.component(transformer, folder / saved_weights.COMPONENT, self._dtype)
+        roundtrip_check.check_tensors(transformer.state_dict(), stock.state_dict(), folder)
         self._prove_picture(stock, folder)
 
     def _prove_picture(self, stock: Any, folder: Path) -> None:
-        cond = self.encode([prove.PROMPT])
+        cond = self.encode([roundtrip_check.PROMPT])
         pictures = self._picture(cond), self._with_transformer(stock)._picture(cond)
-        prove.check_same(*pictures, self._dtype, folder)
+        roundtrip_check.check_same(*pictures, self._dtype, folder)
 
     @torch.no_grad()
     def _picture(self, cond: Conditioning) -> Float[Tensor, "1 3 height width"]:
-        noise = prove.picture_noise(self.latent_shape, self.device)
+        noise = roundtrip_check.picture_noise(self.latent_shape, self.device)
         start, end = torch.ones(1, device=self.device), torch.zeros(1, device=self.device)
         return self.decode(self.flow_map.jump(noise, start, end, cond))
 
     @cached_property
-    def _base(self) -> adapter_files.BaseReference:
+    def _base(self) -> saved_weights.BaseReference:
         # hashed when first asked for: an 8 B model takes seconds, and generating never needs it
-        return adapter_files.BaseReference.of(self._name, self._components.weights)
+        return saved_weights.BaseReference.of(self._name, self._components.weights)
 
-    def _check_base(self, folder: Path, base: adapter_files.BaseReference) -> None:
+    def _check_base(self, folder: Path, base: saved_weights.BaseReference) -> None:
         if base.digest != self._base.digest:
             raise CheckpointError(
                 f"The adapter in {folder} was trained on other weights of '{base.name}' than those of"
@@ -379,7 +387,7 @@ class AdaptedModel(ABC, Generic[C]):
             return {}
         return {f"{self.second_time_embedder}.{rest}": tuple(p.shape) for rest, p in module.named_parameters()}
 
-    def _shapes(self, folder: Path, manifest: adapter_files.AdapterManifest) -> dict[str, tuple[int, ...]]:
+    def _shapes(self, folder: Path, manifest: saved_weights.AdapterManifest) -> dict[str, tuple[int, ...]]:
         try:
             return adapter.adapter_shapes(self._components.transformer, manifest.targets, manifest.rank)
         except UsageError as error:
@@ -388,7 +396,7 @@ class AdaptedModel(ABC, Generic[C]):
                 "Load it into the model it was trained on.",
             ) from None
 
-    def _check_geometry(self, folder: Path, manifest: adapter_files.AdapterManifest) -> None:
+    def _check_geometry(self, folder: Path, manifest: saved_weights.AdapterManifest) -> None:
         config = self._components.transformer.peft_config[adapter.ADAPTER]
         attached = (config.r, float(config.lora_alpha), set(config.target_modules))
         saved = (manifest.rank, manifest.alpha, set(manifest.targets))
@@ -417,4 +425,4 @@ class AdaptedModel(ABC, Generic[C]):
         )
 
     def _view(self, scope: Scope) -> FlowMap:
-        return FixedRows(self._map(scope), lambda: self._rows)
+        return PaddedBatches(self._map(scope), lambda: self._rows)

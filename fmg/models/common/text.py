@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,13 +10,16 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from fmg.core.cache import ByteCache
+from fmg.core.cache import ByteCache, cache_dir, content_hash, optional_cache
+from fmg.core.files import atomic_file
 from fmg.core.profiling import TOKENISE, stage
 from fmg.core.prompt import cut_prompts
 from fmg.core.types import Conditioning
-from fmg.models.text_cache import Row, TextCache, encoder_key
+from fmg.models.common.weights import tensors_digest
 
 
 @runtime_checkable
@@ -204,3 +208,59 @@ def cached_encoders(
     disk = TextCache(encoder_key(folder, components, length, encoder.dtype, computes_on, *facts)) if cache else None
     # one prompt a call, so that an embedding does not depend on what else was missing when it was made
     return TextEncoders(stack, length, device, batch_size=1, offload=place == "offload", disk=disk)
+
+
+_DIGEST = "sha256"
+_SUFFIXES = (".json", ".model", ".safetensors", ".txt")
+
+Row = Mapping[str, Tensor]
+"""What conditions one sample, by the names that `Conditioning` has."""
+
+
+class TextCache:
+    """Rows of prompts, kept under a folder of their own for each set of encoders.
+
+    Args:
+        key: hash of what decides an embedding besides the prompt; see `encoder_key`.
+    """
+
+    def __init__(self, key: str) -> None:
+        self._folder = cache_dir() / "text" / key
+
+    def get(self, prompt: str) -> Row | None:
+        """The row of `prompt` on the CPU; None where there is none that can be read."""
+        try:
+            with safe_open(str(self._file(prompt)), framework="pt") as opened:
+                row = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                noted = (opened.metadata() or {}).get(_DIGEST)
+        except (OSError, SafetensorError):
+            return None
+        # a damaged file is a miss: the row is computed again and takes its place
+        return row if noted == tensors_digest(sorted(row.items())) else None
+
+    def put(self, prompt: str, row: Row) -> None:
+        """Stores a row; other processes see all of it or nothing."""
+        tensors = {name: x.detach().cpu().contiguous() for name, x in row.items()}
+        with optional_cache(), atomic_file(self._file(prompt)) as partial:
+            save_file(tensors, partial, metadata={_DIGEST: tensors_digest(sorted(tensors.items()))})
+
+    def _file(self, prompt: str) -> Path:
+        return self._folder / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"
+
+
+def encoder_key(
+    folder: Path, components: Sequence[str], length: int, dtype: torch.dtype, device: torch.device, *facts: str
+) -> str:
+    """Hash of the encoders' and tokenizers' files, the length, and where and in what the encoders compute.
+
+    The device's kind is part of it, because CPU and GPU round differently. `facts` is what else decides an embedding.
+    """
+    known = [*facts, str(length), str(dtype), device.type, *_hashes(folder, components)]
+    return hashlib.sha256("\n".join(known).encode()).hexdigest()
+
+
+def _hashes(folder: Path, names: Sequence[str]) -> Iterator[str]:
+    for name in names:
+        for file in sorted((folder / name).iterdir()):
+            if file.suffix in _SUFFIXES:
+                yield f"{name}/{file.name} {content_hash(file)}"

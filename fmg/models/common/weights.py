@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from fmg.core.errors import CheckpointError, FmgError, out_of_memory, reason
 from fmg.core.model_folder import main_weights, weight_map
+from fmg.models.common.adapter import base_tensors
 
 INDEX_FILE = "diffusion_pytorch_model.safetensors.index.json"
 FLOATS: Mapping[str, torch.dtype] = {
@@ -203,3 +206,119 @@ def tensor_names(file: Path) -> list[str]:
 def unreadable(origin: Path, error: BaseException) -> CheckpointError:
     """The error of weights that a library cannot read, with the first line of its reason."""
     return CheckpointError(f"{origin} cannot be loaded: {reason(error)}", "Restore it from where the model came from.")
+
+
+STORED_DTYPES: Mapping[str, torch.dtype] = {
+    **FLOATS,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Dtypes by the names that safetensors files give them."""
+
+
+class TensorReader:
+    """Reads stored tensors one at a time, in any order.
+
+    A file is opened again once a window of it has been read: mapped pages count as the process's memory until then.
+
+    Args:
+        files: file of each tensor by its name.
+        aliases: names that tensors have in their files, where those differ.
+    """
+
+    def __init__(self, files: Mapping[str, Path], aliases: Mapping[str, str] | None = None) -> None:
+        self._files = files
+        self._aliases = aliases or {}
+        self._file: Path | None = None
+        self._opened: Any = None
+        self._size = 0
+
+    @classmethod
+    def of(cls, file: Path) -> TensorReader:
+        """All tensors of one file.
+
+        Raises:
+            CheckpointError: it is missing or no safetensors file.
+        """
+        try:
+            return cls(dict.fromkeys(tensor_names(file), file))
+        except (OSError, SafetensorError) as error:
+            raise unreadable(file, error) from error
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors, sorted."""
+        return tuple(sorted(self._files))
+
+    def under(self, other: TensorReader) -> TensorReader:
+        """These tensors, but those of `other` where it has one of that name; for readers without aliases."""
+        return TensorReader({**self._files, **other._files})
+
+    def read(self, name: str) -> Tensor:
+        """The tensor called `name`, in its stored dtype, memory-mapped.
+
+        Raises:
+            CheckpointError: there is no such tensor, or its file is missing or damaged.
+        """
+        tensor: Tensor = self._at(name).get_tensor(self._aliases.get(name, name))
+        self._size += tensor.nbytes
+        return tensor
+
+    def describe(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Dtype and shape of the tensor called `name`, from the header of its file. Errors as `read`."""
+        stored = self._at(name).get_slice(self._aliases.get(name, name))
+        check_dtype(name, stored.get_dtype(), self._files[name], STORED_DTYPES)
+        return STORED_DTYPES[stored.get_dtype()], tuple(stored.get_shape())
+
+    def _at(self, name: str) -> Any:
+        file = self._files[name]
+        try:
+            if file != self._file or self._size > WINDOW_BYTES:
+                self._opened, self._file, self._size = safe_open(str(file), framework="pt"), file, 0
+        except (OSError, SafetensorError) as error:
+            raise unreadable(file, error) from error
+        return self._opened
+
+
+def live_digest(module: nn.Module, base: Mapping[str, Tensor] = MappingProxyType({})) -> str:
+    """Sha256 over the base weights in memory: every tensor of the state dict that is not part of an adapter.
+
+    `base` has the values of weights that are trained themselves, which stand for those in the module.
+    """
+    tensors = {**base_tensors(module), **base}
+    return tensors_digest((name, tensors[name]) for name in sorted(tensors))
+
+
+def stored_digest(weights: WeightFiles) -> str:
+    """Sha256 over the weights as their files store them.
+
+    It does not depend on how they are sharded, nor on the dtype and device they are loaded to, and equals
+    `live_digest` of a module loaded in the stored dtype. Tensors are read one at a time.
+
+    Raises:
+        CheckpointError: a weight file is missing or damaged.
+    """
+    try:
+        return tensors_digest(_stored_tensors(weights))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(
+            f"The weights in {weights.origin} cannot be read: {error}", "Restore them from where the model came from."
+        ) from error
+
+
+def _stored_tensors(weights: WeightFiles) -> Iterator[tuple[str, Tensor]]:
+    reader = TensorReader(weights.files)
+    for name in sorted(weights.files):
+        yield name, reader.read(name)
+
+
+def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Sha256 over names, dtypes, shapes and values, in the order given."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

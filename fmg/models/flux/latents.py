@@ -1,32 +1,48 @@
-"""FLUX's token layout: 2x2 patches of the latent image become tokens, each with its position."""
+"""FLUX's token layout: 2x2 patches of the latent image become tokens, each with its position. Imports no torch.
+
+`pack` and `unpack` take torch tensors and numpy arrays alike, which both have `reshape` and `swapaxes`: exported
+artifacts are sampled without torch.
+"""
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 PATCH = 2
 
+Array = TypeVar("Array", bound=Any)
 
-def pack(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b tokens channels"]:
-    """2x2 patches as tokens, row by row: `tokens = h/2 * w/2`, `channels = 4c`, as `FluxPipeline._pack_latents`."""
+
+def pack(latents: Array) -> Array:
+    """(b, c, h, w) as tokens (b, h/2 * w/2, 4c), row by row, as `FluxPipeline._pack_latents`."""
     b, c, h, w = latents.shape
-    patches = latents.reshape(b, c, h // PATCH, PATCH, w // PATCH, PATCH).permute(0, 2, 4, 1, 3, 5)
-    return patches.reshape(b, (h // PATCH) * (w // PATCH), c * PATCH * PATCH)
+    patches = latents.reshape(b, c, h // PATCH, PATCH, w // PATCH, PATCH)
+    # (b, c, rows, i, columns, j) to (b, rows, columns, c, i, j)
+    ordered = patches.swapaxes(3, 4).swapaxes(1, 2).swapaxes(2, 3)
+    tokens: Array = ordered.reshape(b, (h // PATCH) * (w // PATCH), c * PATCH * PATCH)
+    return tokens
 
 
-def unpack(tokens: Float[Tensor, "b tokens channels"], height: int, width: int) -> Float[Tensor, "b c h w"]:
+def unpack(tokens: Array, height: int, width: int) -> Array:
     """The inverse of `pack` for latents of the given height and width."""
     b, _, channels = tokens.shape
     c = channels // (PATCH * PATCH)
-    patches = tokens.reshape(b, height // PATCH, width // PATCH, c, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
-    return patches.reshape(b, c, height, width)
+    patches = tokens.reshape(b, height // PATCH, width // PATCH, c, PATCH, PATCH)
+    latents: Array = patches.swapaxes(2, 3).swapaxes(1, 2).swapaxes(3, 4).reshape(b, c, height, width)
+    return latents
 
 
-def image_ids(height: int, width: int, device: torch.device) -> Float[Tensor, "tokens 3"]:
-    """Rotary positions (0, row, column) of the tokens of an `height` x `width` latent, fp32."""
-    rows = torch.arange(height // PATCH, dtype=torch.float32, device=device)
-    columns = torch.arange(width // PATCH, dtype=torch.float32, device=device)
-    grid = torch.cartesian_prod(rows, columns)
-    return torch.cat([torch.zeros_like(grid[:, :1]), grid], dim=1)
+def image_ids(height: int, width: int) -> NDArray[np.float32]:
+    """Rotary positions (0, row, column) of the tokens of an `height` x `width` latent, (tokens, 3)."""
+    # recipes read PATCH, and are resolved without numpy
+    import numpy as np
+
+    rows, columns = height // PATCH, width // PATCH
+    ids = np.zeros((rows, columns, 3), np.float32)
+    ids[..., 1] = np.arange(rows, dtype=np.float32)[:, None]
+    ids[..., 2] = np.arange(columns, dtype=np.float32)
+    return ids.reshape(rows * columns, 3)

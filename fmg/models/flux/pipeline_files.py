@@ -16,7 +16,7 @@ import diffusers
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.json_io import JsonError, read_object
 from fmg.core.model_folder import read_config
-from fmg.models.common.loading import check_guidance
+from fmg.models.common.pipeline_parts import check_guidance
 from fmg.models.conventions import CONVENTIONS_FILE, FlowMapConventions
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
 from fmg.version import DISTRIBUTION

@@ -1,11 +1,19 @@
-"""Parameters of a FLUX-class transformer from its `config.json`. Imports no torch."""
+"""The sizes of a FLUX-class pipeline folder from its JSON files and safetensors headers. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any, Literal
 
-from fmg.core.model_folder import whole
+from fmg.core.errors import CheckpointError, reason
+from fmg.core.geometry import Blocks, Holding, LinearModule, ModelGeometry
+from fmg.core.json_io import read_safetensors_header
+from fmg.core.model_folder import RESTORE, absent_weights, main_weights, stated_config, weight_map, whole, wholes
+from fmg.models.conventions import FlowMapConventions
+from fmg.models.flux.latents import PATCH
 
 FLUX_LITE: Mapping[str, object] = MappingProxyType(
     {
@@ -24,8 +32,6 @@ FLUX_LITE: Mapping[str, object] = MappingProxyType(
 FLUX_SCHNELL: Mapping[str, object] = MappingProxyType({**FLUX_LITE, "num_layers": 19, "guidance_embeds": False})
 """The transformer of FLUX.1 [schnell]."""
 
-_SINUSOID_CHANNELS = 256
-
 
 def transformer_parameters(config: Mapping[str, object], *, second_time: bool) -> int:
     """Number of parameters of a `FlowMapFluxTransformer2DModel` with this config.
@@ -34,26 +40,174 @@ def transformer_parameters(config: Mapping[str, object], *, second_time: bool) -
         config: as in `transformer/config.json` of a diffusers folder; what it leaves out is taken from FLUX.1-lite.
         second_time: whether there is an embedder of the second time.
     """
-
     known = {**FLUX_LITE, **config}
+    linears = sum((m.inputs + 1) * m.outputs for m in transformer_linears(known, second_time=second_time))
+    norms = 4 * whole(known, "num_layers", 0) + 2 * whole(known, "num_single_layers", 0)
+    return linears + norms * whole(known, "attention_head_dim")
 
-    def size(key: str, least: int = 1) -> int:
-        return whole(known, key, least)
 
-    head = size("attention_head_dim")
-    inner = size("num_attention_heads") * head
-    channels = size("in_channels")
-    out = size("out_channels") if config.get("out_channels") else channels
-    guided = bool(known["guidance_embeds"])
+FLUX_ENCODERS = 123_060_480 + 4_762_310_656
+"""Parameters of FLUX's CLIP ViT-L/14 and T5-XXL text encoders, for plans made before the files are there."""
+FLUX_DECODER = 83_819_683
+"""Parameters of FLUX's autoencoder."""
+FLUX_VAE: Mapping[str, object] = MappingProxyType(
+    {"_class_name": "AutoencoderKL", "latent_channels": 16, "block_out_channels": [128, 256, 512, 512]}
+)
 
-    def linear(inputs: int, outputs: int) -> int:
-        return (inputs + 1) * outputs
+_SINUSOID = 256
+_FLOATS = ("F64", "F32", "F16", "BF16")
+# What the blocks of diffusers' FLUX modules hold, counted under PEFT with every allocation observed. Kept: the input of
+# the activation function (4), of its norms (2, or 1 in a single-stream block), q, k, v and the output of attention (4),
+# and q and k before their norms, which are fp32.
+_DOUBLE_KEPT, _SINGLE_KEPT = Holding(10, 8), Holding(9, 8)
+_DOUBLE_BACKWARD, _SINGLE_BACKWARD = Holding(5.5, 1), Holding(9.5, 7.5)
+_DOUBLE_FORWARD, _SINGLE_FORWARD = Holding(9, 9), Holding(13, 9)
+_WIDE = 16
+# Feature maps at full resolution that are alive at once while the last blocks of an autoencoder run, measured.
+_KL_WIDE, _KL_NARROW, _TINY = 3, 5, 2
 
-    square, feed_forward = linear(inner, inner), linear(inner, 4 * inner) + linear(4 * inner, inner)
-    time = linear(_SINUSOID_CHANNELS, inner) + square
-    embedders = (1 + guided + second_time) * time + linear(size("pooled_projection_dim"), inner) + square
-    embedders += linear(channels, inner) + linear(size("joint_attention_dim"), inner)
-    double = 2 * linear(inner, 6 * inner) + 8 * square + 4 * head + 2 * feed_forward
-    single = linear(inner, 3 * inner) + linear(inner, 4 * inner) + linear(5 * inner, inner) + 3 * square + 2 * head
-    last = linear(inner, 2 * inner) + linear(inner, out)
-    return embedders + size("num_layers", 0) * double + size("num_single_layers", 0) * single + last
+
+def flux_geometry(
+    folder: Path | None,
+    conventions: FlowMapConventions,
+    *,
+    checkpointing: bool = False,
+    encoders_resident: bool = True,
+    published: Mapping[str, object] = FLUX_LITE,
+    decoder_tile: int | None = None,
+) -> ModelGeometry:
+    """The geometry of a pipeline folder; what is not there is as published.
+
+    Args:
+        folder: a diffusers pipeline folder, or None when it has not been fetched.
+        conventions: resolution, text length and second time.
+        checkpointing: whether the model recomputes its blocks in the backward pass.
+        encoders_resident: whether T5 and CLIP stay on the transformer's device.
+        published: the transformer's config where the folder has none.
+        decoder_tile: side of the tiles in pixels that images are decoded in.
+    """
+    stated = None if folder is None else stated_config(folder / "transformer")
+    vae = (None if folder is None else stated_config(folder / "vae")) or FLUX_VAE
+    config = {**published, **(stated or {})}
+    second_time = conventions.second_time != "none"
+    head = whole(config, "attention_head_dim")
+    double, single = whole(config, "num_layers", 0), whole(config, "num_single_layers", 0)
+    channels = whole(vae, "latent_channels")
+    side = conventions.resolution // latent_scale(vae)
+    text, image, width = (
+        conventions.max_sequence_length,
+        (side // PATCH) ** 2,
+        head * whole(config, "num_attention_heads"),
+    )
+    kinds = (
+        Blocks(double, _DOUBLE_KEPT, _DOUBLE_BACKWARD, _DOUBLE_FORWARD, _WIDE, _WIDE),
+        Blocks(single, _SINGLE_KEPT, _SINGLE_BACKWARD, _SINGLE_FORWARD, 0, _WIDE),
+    )
+    return ModelGeometry(
+        origin="the published config" if stated is None else "its files",
+        linears=tuple(transformer_linears(config, second_time=second_time)),
+        parameters=transformer_parameters(config, second_time=second_time),
+        width=width,
+        stream="both",
+        blocks=tuple(kind for kind in kinds if kind.count),
+        # attention
+        other_flops=(double + single) * 4 * (image + text) ** 2 * width,
+        image_tokens=image,
+        text_tokens=text,
+        conditioning=text * whole(config, "joint_attention_dim") + whole(config, "pooled_projection_dim"),
+        latent=channels * side**2,
+        resolution=conventions.resolution,
+        encoder_parameters=stored_parameters(folder, "text_encoder", "text_encoder_2") or FLUX_ENCODERS,
+        decoder_parameters=stored_parameters(folder, "vae") or FLUX_DECODER,
+        decoder=Holding(_decoder_values(vae)),
+        checkpointing=checkpointing,
+        encoders_resident=encoders_resident,
+        decoder_tile=decoder_tile,
+    )
+
+
+def transformer_linears(config: Mapping[str, object], *, second_time: bool) -> Iterator[LinearModule]:
+    """Every linear layer of a `FlowMapFluxTransformer2DModel` with this config, by its name in the state dict."""
+    width = whole(config, "num_attention_heads") * whole(config, "attention_head_dim")
+    channels = whole(config, "in_channels")
+    embedders = ["time_text_embed.timestep_embedder"]
+    embedders += ["time_text_embed.guidance_embedder"] if config.get("guidance_embeds") else []
+    embedders += ["timestep_embedder2"] if second_time else []
+    yield LinearModule("x_embedder", channels, width, "image", "latent")
+    yield LinearModule("context_embedder", whole(config, "joint_attention_dim"), width, "text", "tokens")
+    for name in embedders:
+        yield LinearModule(f"{name}.linear_1", _SINUSOID, width, "row", name)
+        yield LinearModule(f"{name}.linear_2", width, width, "row", f"{name} hidden")
+    pooled = "time_text_embed.text_embedder"
+    yield LinearModule(f"{pooled}.linear_1", whole(config, "pooled_projection_dim"), width, "row", "pooled")
+    yield LinearModule(f"{pooled}.linear_2", width, width, "row", "pooled hidden")
+    for index in range(whole(config, "num_layers", 0)):
+        yield from _double_block(f"transformer_blocks.{index}", width)
+    for index in range(whole(config, "num_single_layers", 0)):
+        yield from _single_block(f"single_transformer_blocks.{index}", width)
+    yield LinearModule("norm_out.linear", width, 2 * width, "row", "time")
+    out = whole(config, "out_channels") if config.get("out_channels") else channels
+    yield LinearModule("proj_out", width, out, "image", "last")
+
+
+def latent_scale(vae: Mapping[str, object]) -> int:
+    """Image pixels along the side of one latent pixel."""
+    return int(2 ** (len(_channels(vae)) - 1))
+
+
+def _double_block(block: str, width: int) -> Iterator[LinearModule]:
+    streams: tuple[tuple[Literal["image", "text"], str, tuple[str, ...], str, str], ...] = (
+        ("image", "norm1", ("to_q", "to_k", "to_v"), "to_out.0", "ff"),
+        ("text", "norm1_context", ("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out", "ff_context"),
+    )
+    for tokens, norm, projections, out, feed_forward in streams:
+        yield LinearModule(f"{block}.{norm}.linear", width, 6 * width, "row", "time")
+        for name in projections:
+            yield LinearModule(f"{block}.attn.{name}", width, width, tokens, f"{block} {tokens} norm1")
+        yield LinearModule(f"{block}.attn.{out}", width, width, tokens, f"{block} {tokens} attention")
+        first, second = f"{block}.{feed_forward}.net.0.proj", f"{block}.{feed_forward}.net.2"
+        yield LinearModule(first, width, 4 * width, tokens, f"{block} {tokens} norm2")
+        yield LinearModule(second, 4 * width, width, tokens, f"{block} {tokens} hidden")
+
+
+def _single_block(block: str, width: int) -> Iterator[LinearModule]:
+    yield LinearModule(f"{block}.norm.linear", width, 3 * width, "row", "time")
+    yield LinearModule(f"{block}.proj_mlp", width, 4 * width, "both", f"{block} norm")
+    yield LinearModule(f"{block}.proj_out", 5 * width, width, "both", f"{block} hidden")
+    for name in ("to_q", "to_k", "to_v"):
+        yield LinearModule(f"{block}.attn.{name}", width, width, "both", f"{block} norm")
+
+
+def _decoder_values(vae: Mapping[str, object]) -> int:
+    channels = _channels(vae)
+    if vae.get("_class_name") == "AutoencoderTiny":
+        return _TINY * channels[0]
+    return max(_KL_WIDE * channels[min(1, len(channels) - 1)], _KL_NARROW * channels[0])
+
+
+def _channels(vae: Mapping[str, object]) -> list[int]:
+    stated = wholes(vae, "block_out_channels") or wholes(vae, "decoder_block_out_channels")
+    return stated or [128, 256, 512, 512]
+
+
+def stored_parameters(folder: Path | None, *components: str) -> int:
+    """Parameters in the safetensors files of some components, by their headers; 0 when one has no file.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    if folder is None or any(absent_weights(folder / name) for name in components):
+        return 0
+    mains = [main_weights(folder / name) for name in components]
+    files = {file for main in mains for file in (weight_map(main).values() if main.suffix == ".json" else (main,))}
+    return sum(_parameters(file) for file in files)
+
+
+def _parameters(file: Path) -> int:
+    """Numbers in the tensors that a safetensors file announces."""
+    try:
+        header, _ = read_safetensors_header(file)
+        entries: list[Any] = [entry for name, entry in header.items() if name != "__metadata__"]
+        return sum(math.prod(map(int, entry["shape"])) for entry in entries if entry["dtype"] in _FLOATS)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is no safetensors file: {reason(error)}", RESTORE) from None

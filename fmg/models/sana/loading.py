@@ -1,21 +1,77 @@
-"""Reads a diffusers folder of SANA-Sprint: stock classes, local files, safetensors, nothing else."""
+"""The text encoder of SANA: hidden states of Gemma 2 under the authors' instruction."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
-from diffusers import AutoencoderDC, SanaTransformer2DModel
+from diffusers import AutoencoderDC, SanaSprintPipeline, SanaTransformer2DModel
+from torch import Tensor
 from transformers import Gemma2Model, GemmaTokenizer
 
 from fmg.core.errors import CheckpointError
 from fmg.core.model_folder import read_config
-from fmg.models.common.loading import Family, check_same, load_tokenizer, quiet
+from fmg.models.common.pipeline_parts import Family, check_same, load_tokenizer, quiet
 from fmg.models.common.weights import WeightFiles, folder_weights, load_transformer
 from fmg.models.conventions import FlowMapConventions
-from fmg.models.sana.encoders import SanaText
+
+
+@dataclass(frozen=True)
+class SanaText:
+    """Gemma 2 with its tokenizer, which pads on the right.
+
+    Attributes:
+        tokenizer: of Gemma.
+        text_encoder: the decoder without its head.
+        instruction: text before each prompt; empty for none.
+    """
+
+    tokenizer: Any
+    text_encoder: Gemma2Model
+    instruction: str
+
+    @property
+    def encoders(self) -> tuple[Gemma2Model]:
+        """Gemma."""
+        return (self.text_encoder,)
+
+    def embed(self, prompts: list[str], length: int) -> Mapping[str, Tensor]:
+        """`tokens` (b, length, d) and their `mask` (b, length), 1 for text and 0 for padding.
+
+        As `SanaSprintPipeline.encode_prompt`: the prompt in lower case after the instruction, and of all states the
+        first and the last `length - 1`, so that the instruction shapes the states without being seen itself.
+        """
+        texts = [self._instructed(prompt) for prompt in prompts]
+        total = length + self._extra()
+        encoded = self.tokenizer(
+            texts, padding="max_length", max_length=total, truncation=True, return_tensors="pt"
+        ).to(self.text_encoder.device)
+        states: Tensor = self.text_encoder(encoded.input_ids, attention_mask=encoded.attention_mask)[0]
+        chosen = [0, *range(1 - length, 0)]
+        return {"tokens": states[:, chosen], "mask": encoded.attention_mask[:, chosen]}
+
+    def count(self, prompt: str) -> int:
+        """Tokens of Gemma without those of the instruction."""
+        return len(self.tokenizer.encode(self._instructed(prompt), verbose=False)) - self._extra()
+
+    def _instructed(self, prompt: str) -> str:
+        return self.instruction + prompt.lower().strip()
+
+    def _extra(self) -> int:
+        """Tokens that the instruction adds to a prompt, as `SanaSprintPipeline` counts them."""
+        return len(self.tokenizer.encode(self.instruction)) - 2 if self.instruction else 0
+
+
+def published_instruction() -> str:
+    """The instruction that the installed `SanaSprintPipeline` puts before a prompt when nobody says otherwise."""
+    lines = inspect.signature(SanaSprintPipeline.__call__).parameters["complex_human_instruction"].default
+    return "\n".join(lines)
+
 
 SANA = Family(
     "SANA",

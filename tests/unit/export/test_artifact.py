@@ -54,7 +54,7 @@ def transformer_feed(model: FluxModel, shape: tuple[int, int, int, int]) -> dict
     batch, height, width, text = shape
     config = model.components.transformer.config
     generator = torch.Generator().manual_seed(sum(shape))
-    ids = image_ids(height, width, torch.device("cpu"))
+    ids = torch.from_numpy(image_ids(height, width))
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator)

@@ -17,7 +17,7 @@ from fmg.data.pictures import to_pil
 from fmg.export.diffusers import export_diffusers, merge_folder
 from fmg.inference import load
 from fmg.inference.target import Target, load_model, resolve_target
-from fmg.models.common.adapter_files import DIFFUSERS_FILE
+from fmg.models.common.saved_weights import DIFFUSERS_FILE
 from fmg.models.common.weights import INDEX_FILE
 from fmg.models.flux.loading import load_folder
 from fmg.models.flux.model import FluxModel

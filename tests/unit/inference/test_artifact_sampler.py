@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxPipeline
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,8 +17,7 @@ from fmg.flow import SingleTimeMap, TwoTimeMap, path_by_name
 from fmg.flow.grids import make_grid
 from fmg.flow.sampling import native_sample
 from fmg.inference.artifact.backend import few_step, kernel_from_data
-from fmg.inference.artifact.packing import image_ids, pack, unpack
-from fmg.models.flux import latents as reference
+from fmg.models.flux.latents import image_ids, pack, unpack
 
 SHAPE = (4, 6, 8)
 ROWS = 3
@@ -80,13 +80,14 @@ def test_tokens_are_laid_out_as_in_flux(height: int, width: int) -> None:
     latents = np.random.default_rng(0).standard_normal((2, 5, height, width), np.float32)
     tokens = pack(latents)
     torch_latents = torch.from_numpy(latents)
-    np.testing.assert_array_equal(tokens, reference.pack(torch_latents).numpy())
-    np.testing.assert_array_equal(unpack(tokens, height, width), latents)
     # the same function serves an engine, whose arrays are torch tensors
-    assert torch.equal(pack(torch_latents), reference.pack(torch_latents))
+    expected = FluxPipeline._pack_latents(torch_latents, 2, 5, height, width)
+    assert torch.equal(pack(torch_latents), expected)
+    np.testing.assert_array_equal(tokens, expected.numpy())
+    np.testing.assert_array_equal(unpack(tokens, height, width), latents)
     assert torch.equal(unpack(pack(torch_latents), height, width), torch_latents)
-    expected = reference.image_ids(height, width, torch.device("cpu"))
-    np.testing.assert_array_equal(image_ids(height, width), expected.numpy())
+    ids = FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, torch.device("cpu"), torch.float32)
+    np.testing.assert_array_equal(image_ids(height, width), ids.numpy())
 
 
 def test_grid_times_are_rounded_before_they_are_subtracted() -> None:

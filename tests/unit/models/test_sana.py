@@ -18,10 +18,10 @@ from fmg.core.errors import CheckpointError, UsageError
 from fmg.flow import TrigPath
 from fmg.inference.devices import device_for
 from fmg.models.common.text import TextEncoders
-from fmg.models.sana.encoders import published_instruction
+from fmg.models.sana.configs import SanaSprintConfig
+from fmg.models.sana.loading import published_instruction
 from fmg.models.sana.model import SanaModel
 from fmg.models.sana.size import SPRINT_06B, SPRINT_16B, SanaSize
-from fmg.models.sana_configs import SanaSprintConfig
 from fmg.registry import models
 from fmg.registry.recipe import Recipe
 from tests.tiny_sana import RESOLUTION, SEQUENCE, build_tiny_sana

@@ -16,7 +16,7 @@ from fmg.core.errors import CompositionError, GateError, MissingDependencyError,
 from fmg.core.events import Event, Notice
 from fmg.flow import LinearPath, TwoTimeMap
 from fmg.models.common.adapter import merged_tensors
-from fmg.models.common.fixed_rows import FixedRows
+from fmg.models.common.batch_padding import PaddedBatches
 from fmg.models.flux.model import FluxModel
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
 from fmg.registry.composition import check_backend
@@ -135,7 +135,7 @@ def test_a_compiled_network_follows_the_weights_and_is_compiled_once() -> None:
 
     module = Doubling()
     compiled = CompiledNetwork(module)
-    flow_map = FixedRows(TwoTimeMap(lambda x, t, s, cond: compiled(x=x, t=t), LinearPath()), lambda: 4)
+    flow_map = PaddedBatches(TwoTimeMap(lambda x, t, s, cond: compiled(x=x, t=t), LinearPath()), lambda: 4)
 
     class Rows:
         def select(self, rows: Tensor) -> Rows:

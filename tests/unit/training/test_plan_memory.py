@@ -10,9 +10,8 @@ from fmg.core.geometry import ModelGeometry
 from fmg.data.run_folder import RunFolder
 from fmg.models.common.adapter import attach
 from fmg.models.conventions import FlowMapConventions, read_conventions
-from fmg.models.flux.size import FLUX_LITE, transformer_parameters
+from fmg.models.flux.size import FLUX_LITE, flux_geometry, transformer_parameters
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
-from fmg.models.geometry import flux_geometry
 from fmg.registry.recipe import Recipe
 from fmg.training.compose import compose
 from fmg.training.launch import choose_sizes

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fmg.core.errors import CheckpointError
-from fmg.models.common import prove
-from fmg.models.common.adapter_files import DIFFUSERS_FILE
+from fmg.models.common import roundtrip_check
+from fmg.models.common.saved_weights import DIFFUSERS_FILE
 from fmg.models.flux.model import FluxModel
 
 CPU = torch.device("cpu")
@@ -34,12 +34,12 @@ def test_a_save_is_read_back_by_stock_diffusers_within_the_tolerance(
     kind: str, dtype: torch.dtype, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[float] = []
-    check = prove.check_same
-    monkeypatch.setattr(prove, "check_same", lambda *args: found.append(check(*args)))
+    check = roundtrip_check.check_same
+    monkeypatch.setattr(roundtrip_check, "check_same", lambda *args: found.append(check(*args)))
     _trained(request.getfixturevalue(kind), dtype).save_adapter(tmp_path / "adapter")
     assert len(found) == 1
     # far inside the bound, which leaves room for other kernels
-    assert found[0] <= prove.TOLERANCE[dtype] / 2
+    assert found[0] <= roundtrip_check.TOLERANCE[dtype] / 2
 
 
 def _zeros(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -58,7 +58,7 @@ def test_a_file_that_lost_values_is_never_reported_as_saved(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    read = prove.reloaded
+    read = roundtrip_check.reloaded
 
     def damaged(transformer: object, folder: Path, *rest: Any) -> object:
         file = folder / DIFFUSERS_FILE
@@ -67,7 +67,7 @@ def test_a_file_that_lost_values_is_never_reported_as_saved(
         save_file(damage(load_file(file)), file, metadata=metadata)
         return read(transformer, folder, *rest)
 
-    monkeypatch.setattr(prove, "reloaded", damaged)
+    monkeypatch.setattr(roundtrip_check, "reloaded", damaged)
     with pytest.raises(CheckpointError, match=r"comes back changed when diffusers reads it.*not kept"):
         _trained(two_time_folder).save_adapter(tmp_path / "runs" / "adapter")
     assert list((tmp_path / "runs").iterdir()) == []
@@ -76,14 +76,14 @@ def test_a_file_that_lost_values_is_never_reported_as_saved(
 def test_an_adapter_that_comes_back_at_another_scale_draws_another_picture(
     two_time_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = prove.reloaded
+    read = roundtrip_check.reloaded
 
     def rescaled(transformer: object, folder: Path, *rest: Any) -> Any:
         fresh = read(transformer, folder, *rest)
         fresh.set_adapters(["default"], [0.5])
         return fresh
 
-    monkeypatch.setattr(prove, "reloaded", rescaled)
+    monkeypatch.setattr(roundtrip_check, "reloaded", rescaled)
     with pytest.raises(CheckpointError, match=r"draws another picture when diffusers reads it back.*not kept"):
         _trained(two_time_folder).save_adapter(tmp_path / "adapter")
 
@@ -91,13 +91,13 @@ def test_an_adapter_that_comes_back_at_another_scale_draws_another_picture(
 def test_pictures_that_are_no_numbers_prove_nothing() -> None:
     picture = torch.full((1, 3, 2, 2), torch.nan)
     with pytest.raises(CheckpointError, match="differ by nan"):
-        prove.check_same(picture, picture, torch.float32, Path("adapter"))
+        roundtrip_check.check_same(picture, picture, torch.float32, Path("adapter"))
 
 
 def test_the_fresh_transformer_shares_the_base_and_nothing_else(two_time_folder: Path) -> None:
     model = _trained(two_time_folder)
     transformer = model.components.transformer
-    fresh = prove.fresh_transformer(transformer)
+    fresh = roundtrip_check.fresh_transformer(transformer)
     base = {name.replace(".base_layer.", "."): x for name, x in transformer.state_dict().items() if "lora" not in name}
     stored = fresh.state_dict()
     assert stored.keys() == base.keys()

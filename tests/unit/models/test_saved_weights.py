@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fmg.core.errors import CheckpointError, UsageError
-from fmg.models.common.adapter_files import DIFFUSERS_FILE, MANIFEST_FILE
-from fmg.models.common.digest import stored_digest
-from fmg.models.common.weights import folder_weights
+from fmg.models.common.saved_weights import ADAPTER_MANIFEST, DIFFUSERS_FILE
+from fmg.models.common.weights import folder_weights, stored_digest
 from fmg.models.flux.loading import load_folder
 from fmg.models.flux.model import FluxModel
 from tests.tiny_flux import build_tiny_flux, store_in
@@ -111,7 +110,7 @@ def test_the_same_adapter_is_the_same_files(saved: tuple[Path, Path, FluxModel],
     _, adapter, model = saved
     model.save_adapter(tmp_path / "again")
     files = {str(file.relative_to(adapter)) for file in adapter.rglob("*") if file.is_file()}
-    assert files == {DIFFUSERS_FILE, MANIFEST_FILE, "peft/adapter_config.json", "peft/adapter_model.safetensors"}
+    assert files == {DIFFUSERS_FILE, ADAPTER_MANIFEST, "peft/adapter_config.json", "peft/adapter_model.safetensors"}
     # the order of the two metadata entries of the diffusers file is not fixed by safetensors
     assert _contents(adapter / DIFFUSERS_FILE) == _contents(tmp_path / "again" / DIFFUSERS_FILE)
     assert all(
@@ -135,7 +134,7 @@ def test_a_failing_save_leaves_nothing(two_time_folder: Path, tmp_path: Path, mo
     def fail(*_: object, **__: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("fmg.models.common.adapter_files.save_file", fail)
+    monkeypatch.setattr("fmg.models.common.saved_weights.save_file", fail)
     with pytest.raises(OSError, match="No space left"):
         _trained(two_time_folder).save_adapter(tmp_path / "runs" / "adapter")
     assert list((tmp_path / "runs").iterdir()) == []
@@ -153,8 +152,8 @@ def _edit_tensors(adapter: Path, change: Callable[[dict[str, Tensor]], object]) 
 
 
 def _edit_manifest(adapter: Path, **changes: object) -> None:
-    content = json.loads((adapter / MANIFEST_FILE).read_text())
-    (adapter / MANIFEST_FILE).write_text(json.dumps({**content, **changes}))
+    content = json.loads((adapter / ADAPTER_MANIFEST).read_text())
+    (adapter / ADAPTER_MANIFEST).write_text(json.dumps({**content, **changes}))
 
 
 FIRST = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"
@@ -169,7 +168,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         r"has shape \(3, 64\) instead of \(2, 64\)",
     ),
     "not a number": (lambda a: _edit_tensors(a, lambda t: t[FIRST].fill_(torch.nan)), "is not finite"),
-    "manifest": (lambda a: (a / MANIFEST_FILE).write_text("{"), f"{MANIFEST_FILE} cannot be used"),
+    "manifest": (lambda a: (a / ADAPTER_MANIFEST).write_text("{"), f"{ADAPTER_MANIFEST} cannot be used"),
     "schema": (lambda a: _edit_manifest(a, schema=2), "schema"),
     "targets": (lambda a: _edit_manifest(a, targets=["to_qq"]), "to_qq"),
     "rank": (lambda a: _edit_manifest(a, rank=3), "instead of"),

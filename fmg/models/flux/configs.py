@@ -14,8 +14,7 @@ from fmg.core.hub import Asset
 from fmg.core.model_folder import stated_config
 from fmg.core.specs import MAX_SIDE, MapSpec
 from fmg.models.conventions import FLUX_IN_DIFFUSERS, FlowMapConventions
-from fmg.models.flux.size import FLUX_LITE, FLUX_SCHNELL, transformer_parameters
-from fmg.models.geometry import flux_geometry
+from fmg.models.flux.size import FLUX_LITE, FLUX_SCHNELL, flux_geometry, transformer_parameters
 from fmg.models.published import BYTES, PublishedConfig
 from fmg.registry.config import About
 

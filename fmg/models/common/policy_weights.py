@@ -1,18 +1,114 @@
-"""The contexts in which one network stands for several policies: the trained one, the one before, and the base."""
+"""Weights of a base that are trained themselves, beside or instead of a LoRA."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fmg.core.errors import CompositionError
 from fmg.models.common import adapter
-from fmg.models.common.adapter import WeightSnapshot
-from fmg.models.common.unfrozen import Unfrozen
+
+
+class WeightSnapshot:
+    """A frozen copy of parameters that can take their place for the length of a call.
+
+    The values are exchanged in place rather than through `torch.func.functional_call`: the wrapped module is called
+    as it is, so hooks of DDP, FSDP2 (which would gather the current weights again under substituted ones) and PEFT
+    see nothing unusual. It costs two copies of the weights a call and the memory of one tensor, and leaves a pending
+    backward of the current policy valid, because the values are back, bit for bit, when it runs.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = list(parameters)
+        self._values = [parameter.detach().clone() for parameter in parameters]
+
+    def take(self) -> None:
+        """Freezes the values as they are now, in the memory of the earlier ones."""
+        for parameter, value in zip(self._parameters, self._values, strict=True):
+            value.copy_(parameter.detach())
+
+    @property
+    def values(self) -> Sequence[Tensor]:
+        """The frozen values, in the order of the parameters; while they are in place, the current ones."""
+        return self._values
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Runs the body with the frozen values."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for parameter, value in zip(self._parameters, self._values, strict=True):
+            current = parameter.detach().clone()
+            # through .data, so that autograd's version counter does not call the exchange a modification
+            parameter.data.copy_(value)
+            value.copy_(current)
+
+
+class Unfrozen:
+    """Parameters that got gradients and fp32, because bf16 would round away updates of the size that RL makes.
+
+    Args:
+        parameters: by their names in the state dict without an adapter; their values become fp32.
+        keep_base: whether a frozen fp32 copy is kept, which `policies.reference` and the digest of the base need.
+        whole: whether these are all weights of the network.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], *, keep_base: bool, whole: bool) -> None:
+        self.parameters = dict(parameters)
+        self.whole = whole
+        self._dtypes = {name: p.dtype for name, p in self.parameters.items()}
+        for parameter in self.parameters.values():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        self._base = WeightSnapshot(list(self.parameters.values())) if keep_base else None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes by name."""
+        return {name: tuple(p.shape) for name, p in self.parameters.items()}
+
+    def base_tensors(self) -> dict[str, Tensor]:
+        """The values of the base, in its dtype.
+
+        Raises:
+            CompositionError: no copy is kept.
+        """
+        values = self._kept().values
+        return {name: x.to(self._dtypes[name]) for name, x in zip(self.parameters, values, strict=True)}
+
+    @contextmanager
+    def base_in_place(self) -> Iterator[None]:
+        """Runs the body with the weights of the base.
+
+        Raises:
+            CompositionError: no copy is kept.
+        """
+        with self._kept().in_place():
+            yield
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes over values by name."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[name])
+
+    def _kept(self) -> WeightSnapshot:
+        if self._base is None:
+            raise CompositionError(
+                "The base is no longer in memory, because every weight is trained and no copy was kept",
+                "Use an objective that declares that it compares with the reference.",
+            )
+        return self._base
+
 
 Scope = Callable[[], AbstractContextManager[None]]
 """What makes the context that a call of the network runs in."""

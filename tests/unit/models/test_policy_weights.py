@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fmg.core.errors import CheckpointError, CompositionError, UsageError
 from fmg.core.protocols import FlowMap
-from fmg.models.common import full_files, prove
+from fmg.models.common import roundtrip_check, saved_weights
 from fmg.models.common.adapter import adapter_shapes
-from fmg.models.common.adapter_files import EXTRA_FILE, BaseReference, read_manifest, read_tensors
-from fmg.models.common.weights import WeightFiles, folder_weights
+from fmg.models.common.saved_weights import EXTRA_FILE, BaseReference, read_adapter_manifest, read_adapter_tensors
+from fmg.models.common.weights import INDEX_FILE, WeightFiles, folder_weights
 from fmg.models.flux.model import FluxModel
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
 
@@ -72,7 +72,7 @@ def test_what_is_trained_is_fp32_and_comes_back(
 def test_the_embedder_is_a_file_of_its_own_that_the_manifest_names(two_time_folder: Path, tmp_path: Path) -> None:
     model = _trained(two_time_folder, "duration")
     model.save_adapter(tmp_path / "saved")
-    manifest = read_manifest(tmp_path / "saved")
+    manifest = read_adapter_manifest(tmp_path / "saved")
     assert set(manifest.extra) == EMBEDDER
     assert (manifest.map.map, manifest.map.second_time) == ("two-time", "duration")
     assert manifest.base.name == "tiny"
@@ -84,7 +84,7 @@ def test_a_reader_that_knows_of_a_lora_alone_is_refused(two_time_folder: Path, t
     _trained(two_time_folder, "duration").save_adapter(tmp_path / "saved")
     shapes = adapter_shapes(_load(two_time_folder).components.transformer, ["attention"], 2)
     with pytest.raises(CheckpointError, match=r"timestep_embedder2\.linear_1\.bias is unknown"):
-        read_tensors(tmp_path / "saved", shapes)
+        read_adapter_tensors(tmp_path / "saved", shapes)
 
 
 def _drop_extra(folder: Path) -> None:
@@ -176,18 +176,18 @@ def test_a_full_fine_tune_is_a_component_folder_of_diffusers(two_time_folder: Pa
     assert {x.dtype for x in stock.state_dict().values()} == {torch.bfloat16}
     for name, parameter in model.trainable():
         assert torch.equal(stock.state_dict()[name], parameter.detach().bfloat16())
-    assert full_files.read_manifest(tmp_path / "saved").map.second_time == "duration"
+    assert saved_weights.read_transformer_manifest(tmp_path / "saved").map.second_time == "duration"
 
 
 def test_a_full_fine_tune_is_written_in_shards(
     two_time_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(full_files, "_SHARD", "200KB")
+    monkeypatch.setattr(saved_weights, "_SHARD", "200KB")
     model = _trained(two_time_folder, "full", old=False, reference=False)
     model.save_adapter(tmp_path / "saved")
     shards = sorted((tmp_path / "saved" / "transformer").glob("*.safetensors"))
     assert len(shards) > 1
-    index = json.loads((tmp_path / "saved" / "transformer" / full_files._INDEX_FILE).read_text())
+    index = json.loads((tmp_path / "saved" / "transformer" / INDEX_FILE).read_text())
     assert index["metadata"]["total_size"] == sum(x.nbytes for shard in shards for x in load_file(shard).values())
     again = _load(two_time_folder)
     again.load_adapter(tmp_path / "saved")
@@ -197,7 +197,7 @@ def test_a_full_fine_tune_is_written_in_shards(
 def test_a_network_that_comes_back_changed_is_not_kept(
     two_time_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = prove.component
+    read = roundtrip_check.component
 
     def damaged(*args: Any) -> Any:
         stock = read(*args)
@@ -205,7 +205,7 @@ def test_a_network_that_comes_back_changed_is_not_kept(
             stock.proj_out.bias[0] += 1e-6
         return stock
 
-    monkeypatch.setattr(prove, "component", damaged)
+    monkeypatch.setattr(roundtrip_check, "component", damaged)
     with pytest.raises(CheckpointError, match=r"comes back changed.*proj_out\.bias"):
         _trained(two_time_folder, "full").save_adapter(tmp_path / "runs" / "saved")
     assert list((tmp_path / "runs").iterdir()) == []
@@ -231,7 +231,7 @@ def _truncated(folder: Path) -> None:
 
 
 def _other_schema(folder: Path) -> None:
-    file = folder / full_files.MANIFEST_FILE
+    file = folder / saved_weights.TRANSFORMER_MANIFEST
     file.write_text(json.dumps({**json.loads(file.read_text()), "schema": 2}))
 
 

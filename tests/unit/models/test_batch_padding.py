@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fmg.core.types import Conditioning, RewardOutput, ScoredRollout
 from fmg.flow.grids import make_grid
-from fmg.models.common.fixed_rows import FixedRows
+from fmg.models.common.batch_padding import PaddedBatches
 from fmg.models.flux.model import FluxModel
 from fmg.registry import objectives
 from fmg.rl import group_advantages, replay_ratio, rollout
@@ -24,11 +24,11 @@ class Recording(toy.Network):
         return super().forward(x, t, s, cond)
 
 
-def _map(rows: int | None) -> tuple[Recording, FixedRows]:
+def _map(rows: int | None) -> tuple[Recording, PaddedBatches]:
     from fmg.flow import LinearPath, TwoTimeMap
 
     network = Recording()
-    return network, FixedRows(TwoTimeMap(network, LinearPath()), lambda: rows)
+    return network, PaddedBatches(TwoTimeMap(network, LinearPath()), lambda: rows)
 
 
 def _inputs(count: int) -> tuple[Tensor, Tensor, Tensor, Conditioning]:

@@ -12,7 +12,7 @@ from fmg.core.protocols import Anchors, FlowMap, ProbabilityPath
 from fmg.core.types import Conditioning
 
 
-class FixedRows:
+class PaddedBatches:
     """A flow map that repeats the last row of a short batch, so that kernels see one shape.
 
     Matrix products of another size sum in another order. In bf16 that moves a log-prob by more than a tenth of a clip

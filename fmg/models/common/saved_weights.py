@@ -1,12 +1,19 @@
-"""An adapter on disk: the diffusers file, the PEFT folder, and a manifest of what the adapter belongs to.
+"""Trained weights on disk: an adapter with what was trained beside it, or a fully tuned transformer.
+
+An adapter, in the formats of diffusers and PEFT, and a manifest of what it belongs to:
 
 <folder>/pytorch_lora_weights.safetensors   `pipe.load_lora_weights(folder)`; ComfyUI
 <folder>/peft/adapter_config.json, adapter_model.safetensors   `PeftModel.from_pretrained(transformer, folder/peft)`
 <folder>/fmg_adapter.json   base, map kind and time convention, which neither format can state
 <folder>/fmg_extra.safetensors   weights that were trained themselves, such as the embedder of the second time
 
-The manifest names the tensors of the last file. A reader that would leave them out gives the student back as half of
-what was trained, so a file that is missing is an error, and so is one that the manifest does not name.
+The manifest names the tensors of the last file. A reader that left them out would return half of what was trained, so a
+missing file is an error, and so is one that the manifest does not name.
+
+A fully tuned transformer, as a component folder of diffusers:
+
+<folder>/transformer/config.json, diffusion_pytorch_model*.safetensors   `from_pretrained(folder/transformer)`
+<folder>/fmg_transformer.json   base, map kind and time convention
 """
 
 from __future__ import annotations
@@ -16,25 +23,36 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.files import atomic_folder
 from fmg.core.json_io import JsonError, read_object
 from fmg.models.common.adapter import ADAPTER, adapter_parameters
-from fmg.models.common.digest import stored_digest
-from fmg.models.common.weights import WeightFiles
+from fmg.models.common.weights import (
+    INDEX_FILE,
+    WeightFiles,
+    check_names,
+    folder_weights,
+    stored_digest,
+    stored_shapes,
+    unreadable,
+    weight_windows,
+)
 from fmg.models.conventions import FlowMapConventions
+
+M = TypeVar("M", bound=BaseModel)
 
 _HUB_CACHE = re.compile(r"/models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/")
 
-MANIFEST_FILE = "fmg_adapter.json"
+ADAPTER_MANIFEST = "fmg_adapter.json"
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 DIFFUSERS_PREFIX = "transformer."
 PEFT_FOLDER = "peft"
@@ -81,13 +99,13 @@ class AdapterManifest(BaseModel):
     )
 
 
-def save(
+def save_adapter(
     folder: Path,
     transformer: Any,
     pipeline: Any,
     base: BaseReference,
     conventions: FlowMapConventions,
-    prove: Callable[[Path], object],
+    check: Callable[[Path], object],
     extra: Mapping[str, Tensor] = MappingProxyType({}),
     *,
     alpha_tensors: bool = False,
@@ -100,7 +118,7 @@ def save(
         pipeline: class of diffusers whose `load_lora_weights` is to read it.
         base: what the adapter was trained on.
         conventions: how that wants to be sampled.
-        prove: gets the folder before it appears under its name; when it raises, nothing is kept.
+        check: gets the folder before it appears under its name; when it raises, nothing is kept.
         extra: weights that were trained themselves, by their names in the state dict.
         alpha_tensors: state alpha as a tensor beside each module, which ComfyUI reads as well as `pipeline`; else in
             the metadata of the file, which only diffusers reads. It takes one of them, never both.
@@ -138,39 +156,29 @@ def save(
         if extra:
             stored = {DIFFUSERS_PREFIX + name: x.detach().cpu().contiguous() for name, x in extra.items()}
             save_file(stored, partial / EXTRA_FILE, metadata={"format": "pt"})
-        _write_text(partial / MANIFEST_FILE, manifest.model_dump_json(indent=2, by_alias=True))
-        prove(partial)
+        _write_text(partial / ADAPTER_MANIFEST, manifest.model_dump_json(indent=2, by_alias=True))
+        check(partial)
 
 
-_OTHER_VERSION = "Use the version of fmg that wrote it, or train again."
-
-
-def read_manifest(folder: Path) -> AdapterManifest:
+def read_adapter_manifest(folder: Path) -> AdapterManifest:
     """The manifest of a saved adapter.
 
     Raises:
         CheckpointError: the folder or its manifest is missing, unreadable or of another schema.
     """
-    file = folder / MANIFEST_FILE
+    file = folder / ADAPTER_MANIFEST
     if not file.is_file():
-        raise CheckpointError(f"{folder} is not an adapter: it has no {MANIFEST_FILE}", "Give a folder that fmg saved.")
-    try:
-        return AdapterManifest.model_validate(read_object(file))
-    except (OSError, JsonError) as error:
-        raise CheckpointError(f"{file} cannot be used: {error}", _OTHER_VERSION) from None
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise CheckpointError(f"{file} cannot be used: {where}: {first['msg']}", _OTHER_VERSION) from None
+        raise CheckpointError(f"{folder} is not an adapter: it has no {file.name}", "Give a folder that fmg saved.")
+    return _read_manifest(file, AdapterManifest)
 
 
-def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def read_adapter_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """The tensors of a saved adapter by their names without prefix: those of the LoRA, and those trained beside it.
 
     Alpha, which the manifest states, is not among them.
 
     Args:
-        folder: what `save` wrote.
+        folder: what `save_adapter` wrote.
         shapes: names and shapes that must be there, no more and no fewer. A reader that knows of a LoRA alone gets an
             error for an adapter that is more than one.
 
@@ -206,10 +214,10 @@ def read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[st
 def extra_shapes(
     folder: Path, manifest: AdapterManifest, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights that were trained themselves, for `read_tensors`.
+    """Names and shapes of the weights that were trained themselves, for `read_adapter_tensors`.
 
     Args:
-        folder: what `save` wrote.
+        folder: what `save_adapter` wrote.
         manifest: its manifest.
         shapes: names and shapes of the weights of the base.
 
@@ -240,3 +248,111 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 def _write_text(file: Path, text: str) -> None:
     file.write_text(text + "\n", encoding="utf-8")
+
+
+TRANSFORMER_MANIFEST = "fmg_transformer.json"
+COMPONENT = "transformer"
+_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
+_SHARD = "5GB"
+
+
+class TransformerManifest(BaseModel):
+    """What `fmg_transformer.json` says."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = Field(default=1, alias="schema", description="Version of this file's layout.")
+    base: BaseReference = Field(description="What the transformer was tuned from.")
+    map: FlowMapConventions = Field(description="Kind of map, path and time convention.")
+
+
+def save_transformer(
+    folder: Path,
+    transformer: Any,
+    base: BaseReference,
+    conventions: FlowMapConventions,
+    dtype: torch.dtype,
+    check: Callable[[Path], object],
+) -> None:
+    """Writes every weight of `transformer` in `dtype` to a new folder, sharded; all of it appears or nothing.
+
+    Args:
+        folder: what to make.
+        transformer: a model of diffusers without an adapter.
+        base: what it was tuned from.
+        conventions: how it wants to be sampled.
+        dtype: of the stored weights; they are converted one shard at a time.
+        check: gets the folder before it appears under its name; when it raises, nothing is kept.
+
+    Raises:
+        UsageError: the folder exists.
+    """
+    manifest = TransformerManifest(base=base, map=conventions)
+    with atomic_folder(folder) as partial:
+        component = partial / COMPONENT
+        transformer.save_config(str(component))
+        _write_weights(component, transformer.state_dict(), dtype)
+        text = manifest.model_dump_json(indent=2, by_alias=True)
+        (partial / TRANSFORMER_MANIFEST).write_text(text + "\n", encoding="utf-8")
+        check(partial)
+
+
+def is_full(folder: Path) -> bool:
+    """Whether a checkpoint is a fully tuned transformer."""
+    return (folder / TRANSFORMER_MANIFEST).is_file()
+
+
+def read_transformer_manifest(folder: Path) -> TransformerManifest:
+    """The manifest of a fully tuned transformer.
+
+    Raises:
+        CheckpointError: it is missing, unreadable or of another schema.
+    """
+    return _read_manifest(folder / TRANSFORMER_MANIFEST, TransformerManifest)
+
+
+def load_transformer_weights(transformer: nn.Module, folder: Path) -> None:
+    """Takes over the saved weights, streamed, in the dtype and on the device of the transformer.
+
+    Nothing changes when it fails.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or names, shapes or values are not as they must be.
+    """
+    weights = folder_weights(folder / COMPONENT)
+    places: Mapping[str, Tensor] = transformer.state_dict()
+    try:
+        check_names({name: tuple(x.shape) for name, x in places.items()}, stored_shapes(weights), weights.origin)
+        for chunk in weight_windows(weights):
+            for name, tensor in chunk.items():
+                if not bool(torch.isfinite(tensor).all()):
+                    raise CheckpointError(f"{weights.origin} holds {name}, which is not finite", "Use another one.")
+        with torch.no_grad():
+            for chunk in weight_windows(weights):
+                for name, tensor in chunk.items():
+                    places[name].copy_(tensor)
+    except (OSError, SafetensorError, KeyError) as error:
+        raise unreadable(weights.origin, error) from error
+
+
+def _write_weights(component: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    planned = split_torch_state_dict_into_shards(dict(tensors), filename_pattern=_PATTERN, max_shard_size=_SHARD)
+    total = 0
+    for file, names in planned.filename_to_tensors.items():
+        shard = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in names}
+        total += sum(x.nbytes for x in shard.values())
+        save_file(shard, component / file, metadata={"format": "pt"})
+    if planned.is_sharded:
+        index = {"metadata": {"total_size": total}, "weight_map": planned.tensor_to_filename}
+        (component / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_manifest(file: Path, cls: type[M]) -> M:
+    try:
+        return cls.model_validate(read_object(file))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        reason = f"{'.'.join(str(part) for part in first['loc']) or 'the file'}: {first['msg']}"
+    except (OSError, JsonError) as error:
+        reason = str(error)
+    raise CheckpointError(f"{file} cannot be used: {reason}", "Use the version of fmg that wrote it, or train again.")

@@ -14,8 +14,7 @@ from fmg.core.model_folder import stated_config
 from fmg.core.specs import MAX_SIDE
 from fmg.models.conventions import FlowMapConventions
 from fmg.models.published import PublishedConfig
-from fmg.models.sana.geometry import sana_geometry
-from fmg.models.sana.size import SPRINT_06B, SPRINT_16B, SanaSize
+from fmg.models.sana.size import SPRINT_06B, SPRINT_16B, SanaSize, sana_geometry
 from fmg.registry.config import About
 
 if TYPE_CHECKING:

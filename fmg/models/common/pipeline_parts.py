@@ -1,4 +1,4 @@
-"""Components of a diffusers folder: stock classes that are known by name, local files, safetensors, nothing else."""
+"""What a loaded pipeline folder of any family consists of."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Protocol, TypeVar, Union, get_args, get_origin
 
 import torch
 from diffusers.utils import logging as diffusers_logging
@@ -19,8 +19,40 @@ from transformers.utils import logging as transformers_logging
 
 from fmg.core.errors import CheckpointError, FmgWarning, out_of_memory, reason
 from fmg.core.model_folder import CONFIG, RESTORE, check_no_adapter, read_config
-from fmg.models.common.weights import FLOATS, folder_weights, some, stored_shapes
+from fmg.models.common.text import TextStack
+from fmg.models.common.weights import FLOATS, WeightFiles, folder_weights, some, stored_shapes
 from fmg.models.conventions import CONVENTIONS_FILE, FlowMapConventions
+
+
+class Components(Protocol):
+    """The parts of a loaded pipeline folder, in evaluation mode and without gradients."""
+
+    @property
+    def folder(self) -> Path:
+        """Where they were read."""
+
+    @property
+    def conventions(self) -> FlowMapConventions:
+        """How the weights want to be sampled."""
+
+    @property
+    def transformer(self) -> Any:
+        """The diffusers transformer."""
+
+    @property
+    def vae(self) -> Any:
+        """The diffusers autoencoder."""
+
+    @property
+    def text(self) -> TextStack:
+        """Text encoders and tokenizers."""
+
+    @property
+    def weights(self) -> WeightFiles:
+        """The files of the transformer."""
+
+
+C = TypeVar("C", bound=Components)
 
 _LIBRARIES: tuple[Any, ...] = (diffusers_logging, transformers_logging)
 # a whole T5, whose decoder transformers leaves out by itself, has this head of the decoder beside its encoder
