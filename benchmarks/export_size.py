@@ -108,7 +108,7 @@ def stage_export(arguments: argparse.Namespace) -> dict[str, object]:
     from fmg.export.artifact import ExportOptions, export_source
     from fmg.export.source import find_source
     from fmg.inference.target import Target
-    from fmg.registry.recipe import Recipe
+    from fmg.recipe import Recipe
 
     recipe = Recipe.default("meanflow-shapes", **{"model.folder": str(arguments.folder / "model")})
     began = time.perf_counter()

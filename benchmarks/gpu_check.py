@@ -33,8 +33,8 @@ from fmg.models.conventions import FlowMapConventions
 from fmg.models.flux.model import FluxNetwork
 from fmg.models.flux.size import FLUX_LITE, flux_geometry
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
+from fmg.recipe import Recipe
 from fmg.registry import objectives, stochasticizers
-from fmg.registry.recipe import Recipe
 from fmg.rl import group_advantages, refresh_old, replay_ratio, rollout
 from fmg.training.compose import finite_attention
 from fmg.training.launch import Sizes

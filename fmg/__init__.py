@@ -19,21 +19,20 @@ if TYPE_CHECKING:
     from fmg.export.verify import verify
     from fmg.inference import Generator, load
     from fmg.inference.pipeline import FlowMapPipeline
-    from fmg.registry.recipe import Recipe
-    from fmg.registry.resolve import resolve
+    from fmg.recipe import Recipe, resolve
     from fmg.training.api import resume, train
 
 _HOMES = {
     "FlowMapPipeline": "fmg.inference.pipeline",
     "FmgError": "fmg.core.errors",
     "Generator": "fmg.inference",
-    "Recipe": "fmg.registry.recipe",
+    "Recipe": "fmg.recipe",
     "UsageError": "fmg.core.errors",
     "evaluate": "fmg.eval.evaluate",
     "export_artifact": "fmg.export.artifact",
     "export_diffusers": "fmg.export.diffusers",
     "load": "fmg.inference",
-    "resolve": "fmg.registry.resolve",
+    "resolve": "fmg.recipe",
     "resume": "fmg.training.api",
     "train": "fmg.training.api",
     "verify": "fmg.export.verify",

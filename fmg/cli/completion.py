@@ -53,7 +53,7 @@ def one_of(*words: str) -> Completer:
 
 
 def _components(kind: str) -> Iterator[tuple[str, str]]:
-    from fmg.registry.kinds import registry_for
+    from fmg.registry.catalog import registry_for
 
     registry = registry_for(kind)
     yield from ((name, registry.row(name).summary) for name in registry.names())
@@ -62,7 +62,7 @@ def _components(kind: str) -> Iterator[tuple[str, str]]:
 @_offering
 def kinds(incomplete: str) -> Iterator[tuple[str, str]]:
     """Kinds of components, and recipes."""
-    from fmg.registry.kinds import REGISTRIES
+    from fmg.registry.catalog import REGISTRIES
 
     yield from ((registry.plural, "") for registry in REGISTRIES)
     yield "recipes", "shipped runs"
@@ -71,7 +71,7 @@ def kinds(incomplete: str) -> Iterator[tuple[str, str]]:
 @_offering
 def kinds_and_names(incomplete: str) -> Iterator[tuple[str, str]]:
     """Kinds of components, and the components themselves."""
-    from fmg.registry.kinds import REGISTRIES
+    from fmg.registry.catalog import REGISTRIES
 
     yield from ((registry.plural, "") for registry in REGISTRIES)
     for registry in REGISTRIES:
@@ -86,7 +86,7 @@ def names_of_kind(ctx: typer.Context, incomplete: str) -> Offers:
 @_offering
 def recipes(incomplete: str) -> Iterator[tuple[str, str]]:
     """Shipped recipes, and YAML files."""
-    from fmg.registry.paths import recipe_names, recipe_summary
+    from fmg.recipe import recipe_names, recipe_summary
 
     yield from ((name, recipe_summary(name)) for name in recipe_names())
     yield from _paths(incomplete, lambda path: path.suffix in (".yaml", ".yml"))
@@ -139,15 +139,15 @@ def prompt_sets(incomplete: str) -> Iterator[tuple[str, str]]:
 @_offering
 def grids(incomplete: str) -> Iterator[tuple[str, str]]:
     """Time grids."""
-    from fmg.registry.vocabulary import grid_names
+    from fmg.recipe.sections import named_grids
 
-    yield from ((name, "") for name in grid_names())
+    yield from ((name, "") for name in named_grids())
 
 
 @_offering
 def recipe_values(incomplete: str) -> Iterator[tuple[str, str]]:
     """`path=` of every value of the default recipe."""
-    from fmg.registry.recipe import Recipe
+    from fmg.recipe import Recipe
 
     notes = Recipe.default().notes()
     yield from ((f"{path}=", note) for path, note in notes.items())

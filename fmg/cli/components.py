@@ -48,11 +48,11 @@ def list_components(
 ) -> None:
     """List the components that recipes and commands can name, or the recipes that ship with fmg."""
     if kind is not None and kind.strip().lower() in _RECIPES:
-        from fmg.registry.paths import recipe_names, recipe_summary
+        from fmg.recipe import recipe_names, recipe_summary
 
         found = [("recipe", name, recipe_summary(name)) for name in recipe_names()]
     else:
-        from fmg.registry.kinds import REGISTRIES, registry_for
+        from fmg.registry.catalog import REGISTRIES, registry_for
 
         chosen = REGISTRIES if kind is None else (registry_for(kind),)
         rows = [registry.row(name) for registry in chosen for name in registry.names()]
@@ -82,7 +82,7 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show one component: what it does, and its options with type, default and range."""
-    from fmg.registry.kinds import registry_for, registry_of
+    from fmg.registry.catalog import registry_for, registry_of
 
     registry, name = (registry_of(kind), kind) if name is None else (registry_for(kind), name)
     description, config = registry.describe(name), registry.config_class(name)
@@ -173,8 +173,8 @@ def init(
     given_text(recipe, "RECIPE")
     given_text(out, "--out")
 
-    from fmg.registry.document import render
-    from fmg.registry.resolve import recipe_of
+    from fmg.recipe import recipe_of
+    from fmg.recipe.document import render
 
     start = recipe_of(recipe, allow_code=True).recipe
     path = Path(out)

@@ -52,7 +52,7 @@ def fetch(
 
             _fetch(_KINDS[kind], name, registry_for(_KINDS[kind]).config(name), yes=yes)
         case [name] | ["model" | "models", name]:
-            from fmg.registry.resolve import resolve
+            from fmg.recipe import resolve
 
             _fetch("model", name, resolve(config, {"model": name}, sets or []).recipe.model.config, yes=yes)
         case _:

@@ -38,7 +38,7 @@ def _go_offline(asked: bool) -> bool:
 
 def _device_name(name: str) -> str:
     """Refuses a name that no machine has, before torch, which knows the devices of this one, is imported."""
-    from fmg.registry.sections import device_name
+    from fmg.recipe.sections import device_name
 
     try:
         return device_name(name)
@@ -142,7 +142,7 @@ def reward_options(sets: Sequence[str]) -> dict[str, dict[str, object]]:
     Raises:
         UsageError: for another form.
     """
-    from fmg.registry.layers import merge_all, set_layers
+    from fmg.recipe.layers import merge_all, set_layers
 
     if not sets:
         return {}
@@ -211,10 +211,10 @@ def check_grid(name: str | None) -> None:
     Raises:
         UsageError: for an unknown name, before anything is loaded.
     """
-    from fmg.registry.vocabulary import grid_names
+    from fmg.recipe.sections import named_grids
 
-    if name is not None and name not in grid_names():
-        raise UsageError(f"--grid: there is no grid named '{name}'", suggestion(name, grid_names()))
+    if name is not None and name not in named_grids():
+        raise UsageError(f"--grid: there is no grid named '{name}'", suggestion(name, named_grids()))
 
 
 def checked_prompts(prompts: list[str]) -> list[str]:

@@ -26,8 +26,7 @@ from fmg.progress.reporters import LOADING, Reporter, Stateless, reporter_for
 
 if TYPE_CHECKING:
     from fmg.core.events import Observer
-    from fmg.registry.recipe import Recipe
-    from fmg.registry.resolve import ResolvedRecipe
+    from fmg.recipe import Recipe, ResolvedRecipe
     from fmg.training.trainer import TrainResult
 
 _RECIPE = "the recipe's"
@@ -155,8 +154,8 @@ def train(
 ) -> int:
     """Fine-tune a generator with reinforcement learning; without options, the embedded one on this computer."""
     from fmg.data.run_folder import RunFolder
-    from fmg.registry.layers import FLAGS
-    from fmg.registry.resolve import resolve
+    from fmg.recipe import resolve
+    from fmg.recipe.layers import FLAGS
     from fmg.training.launch import is_main_process
 
     given_text(config, "--config")
@@ -211,7 +210,7 @@ def _given(ctx: typer.Context) -> dict[str, object]:
 def _resume(run: str, *, first: bool, allow_code: bool, accept_prompts: bool, as_json: bool) -> int:
     from fmg.data.prompt_sets import stated_digests, untied
     from fmg.data.resume_points import check_prompts, check_resumable, ended_short
-    from fmg.registry.recipe import Recipe
+    from fmg.recipe import Recipe
 
     folder = Path(run)
     with said_once(first):
@@ -250,8 +249,8 @@ def check_inputs(recipe: Recipe, *, planned: bool) -> list[str]:
     """
     from fmg.core.hub import locate
     from fmg.data.prompt_sets import FilePromptsConfig, load_prompts
+    from fmg.recipe.composition import check_backend
     from fmg.registry import models
-    from fmg.registry.composition import check_backend
     from fmg.rewards.configs import PythonRewardConfig
     from fmg.rewards.functions import check_module
 

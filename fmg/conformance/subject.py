@@ -12,9 +12,9 @@ from typing import Any
 
 from fmg.core.errors import FmgError, UsageError
 from fmg.core.stdout_redirect import fenced
+from fmg.recipe.sections import PYTHON_REWARD
+from fmg.registry.catalog import REGISTRIES, registry_for, rewards
 from fmg.registry.config import ComponentConfig
-from fmg.registry.kinds import REGISTRIES, registry_for, rewards
-from fmg.registry.references import PYTHON_REWARD
 from fmg.registry.registry import Registry, Row
 
 

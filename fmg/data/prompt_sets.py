@@ -15,13 +15,13 @@ from fmg.core.display import counted
 from fmg.core.errors import FmgWarning, UsageError
 from fmg.core.json_io import JsonError, located, parse, read_lines
 from fmg.core.prompt import PROMPT_FILE_SUFFIXES, Prompt, is_blank
+from fmg.recipe.sections import PromptsRef
 from fmg.registry import prompt_sets
 from fmg.registry.config import ComponentConfig
-from fmg.registry.references import PromptsRef
 
 if TYPE_CHECKING:
     from fmg.core.protocols import PromptSet
-    from fmg.registry.recipe import Recipe
+    from fmg.recipe import Recipe
 
 _JSON_KEYS = ("prompt", "tag", "metadata")
 # what rewards and results by tag read of an entry

@@ -12,7 +12,7 @@ from fmg.core.errors import FmgError, UsageError
 from fmg.core.files import remove_leftovers
 from fmg.data.prompt_sets import load_prompts, prompt_references, prompts_digest, untied
 from fmg.data.run_folder import RunFolder, is_run, no_run
-from fmg.registry.recipe import Recipe
+from fmg.recipe import Recipe
 
 FOLDER = "state"
 _PREFIX = "iteration-"

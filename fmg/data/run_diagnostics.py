@@ -20,7 +20,7 @@ from fmg.core.errors import CheckpointError, UsageError
 from fmg.data.metrics_log import Lines, MetricsLog
 from fmg.data.run_folder import RunFolder, is_run, no_run
 from fmg.data.run_metrics import ERRORS, HackingLimits, hacked
-from fmg.registry.sections import EvalSection
+from fmg.recipe.sections import EvalSection
 
 Severity = Literal["problem", "note"]
 

@@ -23,7 +23,7 @@ from fmg.core.files import lock, refusal_of
 from fmg.core.json_io import read_object, sealed, unsealed, write_json
 
 if TYPE_CHECKING:
-    from fmg.registry.document import Plain
+    from fmg.recipe.document import Plain
 
 RUNS = Path("runs")
 """Where runs go unless told otherwise, relative to the working directory."""
@@ -200,7 +200,7 @@ class RunFolder:
         Raises:
             CheckpointError: the file is damaged.
         """
-        from fmg.registry.document import read_document
+        from fmg.recipe.document import read_document
 
         if not self.recipe.is_file():
             return {}

@@ -33,8 +33,8 @@ from fmg.eval.scoring import EvalSet, prompt_clusters, score_images
 from fmg.flow import expand
 from fmg.flow.grids import make_grid
 from fmg.inference.target import load_model, resolve_target
+from fmg.recipe.composition import check_target_times
 from fmg.registry import stochasticizers
-from fmg.registry.composition import check_target_times
 from fmg.registry.config import StochasticizerConfig
 from fmg.rewards.base import build_rewards, check_prompts
 from fmg.rl import NoiseKey, rollout, sample_rollout

@@ -19,9 +19,9 @@ from fmg.core.protocols import FeatureExtractor, PromptSet, Reward
 from fmg.eval.intervals import bootstrap_mean
 from fmg.eval.results import MEAN_OF_TAGS, Difference, Result, TagResult
 from fmg.inference.generator import Generator
+from fmg.recipe.sections import RewardRef
 from fmg.registry import feature_extractors
 from fmg.registry import rewards as reward_registry
-from fmg.registry.references import RewardRef
 from fmg.rewards.base import reward_refs
 from fmg.rl.keyed_noise import sub_seed
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fmg.core.errors import CheckpointError
 from fmg.core.files import digest
+from fmg.core.specs import expand_targets, is_target
 from fmg.inference.artifact.manifest import Adapter
 from fmg.models.common.adapter import add_low_rank
 from fmg.models.common.saved_weights import (
@@ -23,7 +24,6 @@ from fmg.models.common.saved_weights import (
     read_adapter_manifest,
     read_adapter_tensors,
 )
-from fmg.models.lora_presets import expand_targets, is_target
 
 Shapes = Mapping[str, tuple[int, ...]]
 

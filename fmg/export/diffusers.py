@@ -28,7 +28,7 @@ from fmg.models.flux.configs import FluxStudentConfig
 from fmg.models.flux.loading import TransformerSource, transformer_source
 from fmg.models.flux.pipeline_files import STALE, write_pipeline_files
 from fmg.progress import watching
-from fmg.registry.recipe import Recipe
+from fmg.recipe import Recipe
 from fmg.training.card import CARD, SAMPLES, folder_card
 
 TRANSFORMER = "transformer"

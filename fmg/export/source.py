@@ -29,7 +29,7 @@ from fmg.models.flux.configs import FluxConfig, FluxStudentConfig
 from fmg.models.flux.loading import TransformerSource, transformer_source
 from fmg.models.flux.students import check_student
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
-from fmg.registry.recipe import Recipe
+from fmg.recipe import Recipe
 
 
 @dataclass(frozen=True)

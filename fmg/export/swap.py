@@ -37,8 +37,8 @@ from fmg.inference.artifact.manifest import (
 from fmg.inference.target import Target, resolve_target
 from fmg.models.common.saved_weights import is_full
 from fmg.models.common.weights import TensorReader
+from fmg.recipe import Recipe
 from fmg.registry import models
-from fmg.registry.recipe import Recipe
 
 BASE = "base"
 """In place of a run: the weights as they were before any adapter."""

@@ -36,7 +36,7 @@ from fmg.models.flux.latents import PATCH, unpack
 from fmg.models.flux.loading import FluxComponents, FluxText, load_parts
 from fmg.models.flux.model import FluxModel, FluxNetwork, flux_map
 from fmg.models.flux.pipeline_files import INDEX_FILE, check_index, check_transformer, write_pipeline_files
-from fmg.registry.recipe import Recipe
+from fmg.recipe import Recipe
 
 logger = logging.get_logger(__name__)
 

@@ -15,8 +15,8 @@ from fmg.core.files import check_place
 from fmg.data.checkpoints import FOLDER, UNCHECKED, chosen_checkpoint, read_index
 from fmg.data.run_folder import RUNS, RunFolder, is_run, list_runs, no_run, run_names
 from fmg.inference.generator import DEFAULT_BATCH, Generator
+from fmg.recipe import Recipe
 from fmg.registry import models
-from fmg.registry.recipe import Recipe
 
 if TYPE_CHECKING:
     from fmg.core.protocols import Model

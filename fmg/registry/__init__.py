@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from fmg.registry.config import ComponentConfig, ModelConfig, ObjectiveConfig, StochasticizerConfig
-from fmg.registry.kinds import (
+from fmg.registry.catalog import (
     backends,
     feature_extractors,
     models,
@@ -14,6 +13,7 @@ from fmg.registry.kinds import (
     rewards,
     stochasticizers,
 )
+from fmg.registry.config import ComponentConfig, ModelConfig, ObjectiveConfig, StochasticizerConfig
 from fmg.registry.registry import Description, FieldInfo, Registry, Row
 
 __all__ = [

@@ -1,152 +1,232 @@
-"""The one table of built-in components. Paths are imported only when a component is shown or built."""
+"""The built-in components and a registry for each kind. Rows name definitions, which are imported when needed."""
 
 from __future__ import annotations
 
-from fmg.registry.registry import Row
+from typing import TYPE_CHECKING, Any
 
-LORA_PRESETS = "fmg.models.lora_presets:LORA_PRESETS"
-GRID_NAMES = "fmg.flow.grids:grid_names"
-GRID_RULE = "fmg.flow.grids:make_grid"
-"""Words of a recipe that later rooms define, in torch-free modules that are imported when a recipe is checked."""
+from fmg.core.errors import UsageError, suggestion
+from fmg.registry.config import ComponentConfig, ModelConfig, ObjectiveConfig, StochasticizerConfig
+from fmg.registry.registry import Registry, Row
+
+if TYPE_CHECKING:
+    from fmg.core.backends import BackendSource
+    from fmg.core.protocols import (
+        FeatureExtractor,
+        ModelSource,
+        Objective,
+        OptimizerFactory,
+        PromptSet,
+        Reward,
+        Stochasticizer,
+    )
 
 LIVE_GRAPH = "fmg.export.live:live_graph"
 """What puts an exported graph in place of a network that is trained (`rollout.branch.backend: onnxruntime`)."""
 
-
-def _row(kind: str, name: str, room: str, config: str, factory: str, summary: str) -> Row:
-    path = config if ":" in config else f"configs:{config}"
-    return Row(kind, name, f"fmg.{room}.{path}", f"fmg.{room}.{factory}", summary)
-
-
 # fmt: off
 ROWS: tuple[Row, ...] = (
-    _row("model", "meanflow-shapes", "models", "embedded:MeanFlowShapesConfig", "embedded:meanflow_shapes",
-         "Embedded two-time flow map that draws coloured shapes (32 px, CPU, no download)"),
-    _row("model", "scm-shapes", "models", "embedded:ScmShapesConfig", "embedded:scm_shapes",
-         "Embedded single-time consistency model that draws coloured shapes (32 px, CPU, no download)"),
-    _row("model", "meanflow-text", "models", "embedded:MeanFlowTextConfig", "embedded:meanflow_text",
-         "Embedded two-time flow map that writes three letters on a sign (24 px, CPU, no download)"),
-    _row("model", "meanflow-flux", "models", "flux.configs:MeanFlowFluxConfig", "published:PublishedSource",
-         "MeanFlow student of FLUX.1-lite-8B, a two-time flow map (512 px, GPU; T2I-Distill)"),
-    _row("model", "scm-flux", "models", "flux.configs:ScmFluxConfig", "published:PublishedSource",
-         "sCM student of FLUX.1-lite-8B, a single-time consistency model (512 px, GPU; T2I-Distill)"),
-    _row("model", "flux-fewstep", "models", "flux.configs:FluxFewStepConfig", "published:PublishedSource",
-         "Any few-step FLUX-class flow map in a diffusers folder, by stated conventions (default: FLUX.1 [schnell])"),
-    _row("model", "sana-sprint", "models", "sana.configs:SanaSprintConfig", "published:PublishedSource",
-         "SANA-Sprint 0.6B or 1.6B, a single-time consistency model on the trig path (1024 px, GPU)"),
-    _row("stochasticizer", "asfmc", "stochasticizers", "AsfmcConfig", "asfmc:Asfmc",
-         "Anchored stochastic flow map composition, exact, interior anchor (two-time maps)"),
-    _row("stochasticizer", "asfmc-endpoint", "stochasticizers", "AsfmcEndpointConfig", "asfmc:AsfmcEndpoint",
-         "Anchor at the clean endpoint: multistep consistency sampling as a policy (any flow map)"),
-    _row("stochasticizer", "asfmc-euler", "stochasticizers", "AsfmcEulerConfig", "asfmc:AsfmcEuler",
-         "The paper's local anchor in first-order form (two-time maps, linear path)"),
-    _row("stochasticizer", "flow-sde", "stochasticizers", "FlowSdeConfig", "velocity:FlowSde",
-         "Baseline: Flow-GRPO's Euler-Maruyama sampler on the diagonal velocity"),
-    _row("stochasticizer", "dance-sde", "stochasticizers", "DanceSdeConfig", "velocity:DanceSde",
-         "Baseline: DanceGRPO's constant-noise SDE on the diagonal velocity"),
-    _row("stochasticizer", "cps", "stochasticizers", "CpsConfig", "velocity:Cps",
-         "Baseline: Flow-CPS, coefficients-preserving sampling on the diagonal velocity"),
-    _row("stochasticizer", "naive-noise", "stochasticizers", "NaiveNoiseConfig", "velocity:NaiveNoise",
-         "Control: noise added on top of the map, which leaves the probability path"),
-    _row("reward", "shapes", "worlds", "ShapesRewardConfig", "shapes.rewards:ShapesReward",
-         "Rule-based verifier of the shapes world: soft and strict prompt adherence from pixels"),
-    _row("reward", "shapes-quality", "worlds", "ShapesQualityConfig", "shapes.rewards:ShapesQuality",
-         "Held-out picture quality of the shapes world: one recognisable object, sharpness, palette fidelity"),
-    _row("reward", "text-fidelity", "worlds", "TextFidelityConfig", "text.rewards:TextFidelity",
-         "Likeness to a printed sign of the text world: palette, contrast, clean margins"),
-    _row("reward", "jpeg-compressibility", "rewards", "JpegConfig", "jpeg:compressibility",
-         "Minus the size of the JPEG file, kB / 500"),
-    _row("reward", "jpeg-incompressibility", "rewards", "JpegConfig", "jpeg:incompressibility",
-         "The size of the JPEG file in kB"),
-    _row("reward", "python", "rewards", "PythonRewardConfig", "python:PythonReward",
-         "Your own function, module:function (images, prompts) -> one score an image"),
-    _row("reward", "function", "rewards", "FunctionRewardConfig", "python:FunctionReward",
-         "A function that a Python call was given: fmg.train(..., rewards=[my_function])"),
-    _row("reward", "hpsv2", "rewards", "Hpsv2Config", "clip:hpsv2",
-         "HPSv2.1 (or v2.0): cosine of image and prompt under a CLIP ViT-H/14 tuned to human preferences"),
-    _row("reward", "pickscore", "rewards", "PickScoreConfig", "clip:pickscore",
-         "PickScore: CLIP ViT-H/14 tuned to the choices of Pick-a-Pic users, by default divided by 26"),
-    _row("reward", "clipscore", "rewards", "ClipScoreConfig", "clip:clipscore",
-         "CLIPScore in one of its published forms: cosine, DiffusionNFT, Hessel et al., torchmetrics"),
-    _row("reward", "aesthetic", "rewards", "AestheticConfig", "clip:aesthetic",
-         "LAION's aesthetic score of the image alone, about 1 to 10 (affine head on CLIP ViT-L/14)"),
-    _row("reward", "imagereward", "rewards", "ImageRewardConfig", "imagereward:imagereward",
-         "ImageReward: a BLIP that reads prompt and image together, standardised"),
-    _row("reward", "hpsv3", "rewards", "Hpsv3Config", "hpsv3:hpsv3",
-         "HPSv3: mean of the preference score that a tuned Qwen2-VL-7B predicts"),
-    _row("reward", "geneval", "rewards", "GenEvalConfig", "geneval:GenEval",
-         "GenEval's object rules (count, colour, position) over a Mask2Former detector and CLIP"),
-    _row("reward", "ocr", "rewards", "OcrConfig", "ocr:Ocr",
-         "Quoted text against all text read in the picture, by edit distance (Flow-GRPO)"),
-    _row("reward", "ocr-logp", "rewards", "OcrLogpConfig", "ocr:OcrLogp",
-         "Log-probability per character that a recogniser reads the quoted text: dense, for one-line strips"),
-    _row("reward", "vlm-judge", "rewards", "VlmJudgeConfig", "vlm_judge:VlmJudge",
-         "A vision-language model behind an OpenAI-compatible endpoint as the judge"),
-    _row("reward", "remote", "rewards", "RemoteConfig", "remote:remote",
-         "Rewards computed by a running `fmg reward-server`"),
-    _row("objective", "grpo", "rl", "GrpoConfig", "grpo:Grpo",
-         "Clipped policy ratio on transition densities with group advantages and optional KL"),
-    _row("objective", "grpo-guard", "rl", "GrpoGuardConfig", "grpo:grpo_guard",
-         "GRPO whose ratio has the same scale at every step (ratio-norm)"),
-    _row("objective", "rwfm", "rl", "RwfmConfig", "rwfm:RewardWeightedFlowMatching",
-         "Reward-weighted flow matching on the samples of a deterministic or stochastic rollout"),
-    _row("optimizer", "adamw", "training", "AdamWConfig", "optimizers:adamw",
-         "AdamW (decoupled weight decay)"),
-    _row("optimizer", "adamw8bit", "training", "AdamW8bitConfig", "optimizers:adamw8bit",
-         "AdamW with 8-bit moments (bitsandbytes)"),
-    _row("optimizer", "sgd", "training", "SgdConfig", "optimizers:sgd",
-         "SGD with momentum"),
-    _row("optimizer", "muon", "training", "MuonConfig", "optimizers:muon",
-         "Muon on matrices, AdamW on everything else"),
-    _row("optimizer", "adafactor", "training", "AdafactorConfig", "optimizers:adafactor",
-         "Adafactor: factored second moments, little memory"),
-    _row("prompt-set", "shapes-train", "worlds", "ShapesPromptsConfig", "shapes.prompt_sets:shapes_train",
-         "Prompts of the shapes world that training draws from"),
-    _row("prompt-set", "shapes-heldout", "worlds", "ShapesPromptsConfig", "shapes.prompt_sets:shapes_heldout",
-         "Prompts of the shapes world with attribute combinations that training never sees"),
-    _row("prompt-set", "shapes-hard", "worlds", "ShapesPromptsConfig", "shapes.prompt_sets:shapes_hard",
-         "Two objects, counts and relations: a fixed sample, evaluated only"),
-    _row("prompt-set", "shapes-hard-train", "worlds", "ShapesPromptsConfig", "shapes.prompt_sets:shapes_hard_train",
-         "Two objects, counts and relations that training draws from"),
-    _row("prompt-set", "shapes-hard-heldout", "worlds", "ShapesPromptsConfig", "shapes.prompt_sets:shapes_hard_heldout",
-         "Two objects, counts and relations in combinations that training never sees"),
-    _row("prompt-set", "text-train", "worlds", "TextPromptsConfig", "text.prompt_sets:text_train",
-         "Prompts of the text world that training draws from: signs that quote a word of three letters"),
-    _row("prompt-set", "text-heldout", "worlds", "TextPromptsConfig", "text.prompt_sets:text_heldout",
-         "Prompts of the text world that quote words which training never sees"),
-    _row("prompt-set", "everyday-train", "data", "builtin_prompts:BuiltinPromptsConfig",
-         "builtin_prompts:everyday_train",
-         "Everyday scenes in four styles, of our own making: training draws from them"),
-    _row("prompt-set", "everyday-heldout", "data", "builtin_prompts:BuiltinPromptsConfig",
-         "builtin_prompts:everyday_heldout",
-         "Everyday scenes whose combination of subject and setting training never sees"),
-    _row("prompt-set", "geneval-train", "data", "builtin_prompts:BuiltinPromptsConfig",
-         "builtin_prompts:geneval_train",
-         "GenEval's six templates with combinations of our own: training draws from them"),
-    _row("prompt-set", "geneval-heldout", "data", "builtin_prompts:BuiltinPromptsConfig",
-         "builtin_prompts:geneval_heldout",
-         "GenEval's six templates with combinations that training never sees"),
-    _row("prompt-set", "lettering-train", "data", "builtin_prompts:BuiltinPromptsConfig",
-         "builtin_prompts:lettering_train",
-         "Words on signs, mugs and posters, of our own making: training draws from them"),
-    _row("prompt-set", "lettering-heldout", "data", "builtin_prompts:BuiltinPromptsConfig",
-         "builtin_prompts:lettering_heldout",
-         "Words on signs, mugs and posters that training never sees"),
-    _row("prompt-set", "file", "data", "prompt_sets:FilePromptsConfig", "prompt_sets:file_prompts",
-         "Prompts from a .txt (one a line) or .jsonl file, GenEval's metadata among them"),
-    _row("backend", "torch", "inference", "loading:TorchBackendConfig", "loading:torch_backend",
-         "A model or a run in torch, eager"),
-    _row("backend", "onnxruntime", "inference", "loading:OnnxRuntimeConfig", "loading:onnxruntime_backend",
-         "An exported artifact in ONNX Runtime, on a CPU or with its CUDA and TensorRT providers"),
-    _row("backend", "tensorrt", "inference", "loading:TensorRtConfig", "loading:tensorrt_backend",
-         "TensorRT engines of an exported artifact, built on this kind of GPU"),
-    _row("backend", "tensorrt-rtx", "inference", "loading:TensorRtConfig", "loading:tensorrt_rtx_backend",
-         "TensorRT-RTX engines of an exported artifact, built ahead of time for GeForce and RTX GPUs"),
-    _row("feature-extractor", "pixels", "eval", "PixelsConfig", "extractors:Pixels",
-         "The picture itself, scaled down: for small synthetic pictures; needs no weights"),
-    _row("feature-extractor", "clip", "eval", "ClipFeaturesConfig", "extractors:clip",
-         "Image embedding and patch tokens of CLIP ViT-L/14"),
-    _row("feature-extractor", "dinov2", "eval", "Dinov2Config", "extractors:dinov2",
-         "Class and patch tokens of DINOv2 ViT-L/14, trained without labels or captions"),
+    Row("model", "meanflow-shapes", "fmg.models.embedded:MeanFlowShapesConfig", "fmg.models.embedded:meanflow_shapes",
+        "Embedded two-time flow map that draws coloured shapes (32 px, CPU, no download)"),
+    Row("model", "scm-shapes", "fmg.models.embedded:ScmShapesConfig", "fmg.models.embedded:scm_shapes",
+        "Embedded single-time consistency model that draws coloured shapes (32 px, CPU, no download)"),
+    Row("model", "meanflow-text", "fmg.models.embedded:MeanFlowTextConfig", "fmg.models.embedded:meanflow_text",
+        "Embedded two-time flow map that writes three letters on a sign (24 px, CPU, no download)"),
+    Row("model", "meanflow-flux", "fmg.models.flux.configs:MeanFlowFluxConfig", "fmg.models.published:PublishedSource",
+        "MeanFlow student of FLUX.1-lite-8B, a two-time flow map (512 px, GPU; T2I-Distill)"),
+    Row("model", "scm-flux", "fmg.models.flux.configs:ScmFluxConfig", "fmg.models.published:PublishedSource",
+        "sCM student of FLUX.1-lite-8B, a single-time consistency model (512 px, GPU; T2I-Distill)"),
+    Row("model", "flux-fewstep", "fmg.models.flux.configs:FluxFewStepConfig", "fmg.models.published:PublishedSource",
+        "Any few-step FLUX-class flow map in a diffusers folder, by stated conventions (default: FLUX.1 [schnell])"),
+    Row("model", "sana-sprint", "fmg.models.sana.configs:SanaSprintConfig", "fmg.models.published:PublishedSource",
+        "SANA-Sprint 0.6B or 1.6B, a single-time consistency model on the trig path (1024 px, GPU)"),
+    Row("stochasticizer", "asfmc", "fmg.stochasticizers.configs:AsfmcConfig", "fmg.stochasticizers.asfmc:Asfmc",
+        "Anchored stochastic flow map composition, exact, interior anchor (two-time maps)"),
+    Row("stochasticizer", "asfmc-endpoint",
+        "fmg.stochasticizers.configs:AsfmcEndpointConfig", "fmg.stochasticizers.asfmc:AsfmcEndpoint",
+        "Anchor at the clean endpoint: multistep consistency sampling as a policy (any flow map)"),
+    Row("stochasticizer", "asfmc-euler",
+        "fmg.stochasticizers.configs:AsfmcEulerConfig", "fmg.stochasticizers.asfmc:AsfmcEuler",
+        "The paper's local anchor in first-order form (two-time maps, linear path)"),
+    Row("stochasticizer", "flow-sde",
+        "fmg.stochasticizers.configs:FlowSdeConfig", "fmg.stochasticizers.velocity:FlowSde",
+        "Baseline: Flow-GRPO's Euler-Maruyama sampler on the diagonal velocity"),
+    Row("stochasticizer", "dance-sde",
+        "fmg.stochasticizers.configs:DanceSdeConfig", "fmg.stochasticizers.velocity:DanceSde",
+        "Baseline: DanceGRPO's constant-noise SDE on the diagonal velocity"),
+    Row("stochasticizer", "cps", "fmg.stochasticizers.configs:CpsConfig", "fmg.stochasticizers.velocity:Cps",
+        "Baseline: Flow-CPS, coefficients-preserving sampling on the diagonal velocity"),
+    Row("stochasticizer", "naive-noise",
+        "fmg.stochasticizers.configs:NaiveNoiseConfig", "fmg.stochasticizers.velocity:NaiveNoise",
+        "Control: noise added on top of the map, which leaves the probability path"),
+    Row("reward", "shapes", "fmg.worlds.configs:ShapesRewardConfig", "fmg.worlds.shapes.rewards:ShapesReward",
+        "Rule-based verifier of the shapes world: soft and strict prompt adherence from pixels"),
+    Row("reward", "shapes-quality", "fmg.worlds.configs:ShapesQualityConfig", "fmg.worlds.shapes.rewards:ShapesQuality",
+        "Held-out picture quality of the shapes world: one recognisable object, sharpness, palette fidelity"),
+    Row("reward", "text-fidelity", "fmg.worlds.configs:TextFidelityConfig", "fmg.worlds.text.rewards:TextFidelity",
+        "Likeness to a printed sign of the text world: palette, contrast, clean margins"),
+    Row("reward", "jpeg-compressibility", "fmg.rewards.configs:JpegConfig", "fmg.rewards.jpeg:compressibility",
+        "Minus the size of the JPEG file, kB / 500"),
+    Row("reward", "jpeg-incompressibility", "fmg.rewards.configs:JpegConfig", "fmg.rewards.jpeg:incompressibility",
+        "The size of the JPEG file in kB"),
+    Row("reward", "python", "fmg.rewards.configs:PythonRewardConfig", "fmg.rewards.python:PythonReward",
+        "Your own function, module:function (images, prompts) -> one score an image"),
+    Row("reward", "function", "fmg.rewards.configs:FunctionRewardConfig", "fmg.rewards.python:FunctionReward",
+        "A function that a Python call was given: fmg.train(..., rewards=[my_function])"),
+    Row("reward", "hpsv2", "fmg.rewards.configs:Hpsv2Config", "fmg.rewards.clip:hpsv2",
+        "HPSv2.1 (or v2.0): cosine of image and prompt under a CLIP ViT-H/14 tuned to human preferences"),
+    Row("reward", "pickscore", "fmg.rewards.configs:PickScoreConfig", "fmg.rewards.clip:pickscore",
+        "PickScore: CLIP ViT-H/14 tuned to the choices of Pick-a-Pic users, by default divided by 26"),
+    Row("reward", "clipscore", "fmg.rewards.configs:ClipScoreConfig", "fmg.rewards.clip:clipscore",
+        "CLIPScore in one of its published forms: cosine, DiffusionNFT, Hessel et al., torchmetrics"),
+    Row("reward", "aesthetic", "fmg.rewards.configs:AestheticConfig", "fmg.rewards.clip:aesthetic",
+        "LAION's aesthetic score of the image alone, about 1 to 10 (affine head on CLIP ViT-L/14)"),
+    Row("reward", "imagereward", "fmg.rewards.configs:ImageRewardConfig", "fmg.rewards.imagereward:imagereward",
+        "ImageReward: a BLIP that reads prompt and image together, standardised"),
+    Row("reward", "hpsv3", "fmg.rewards.configs:Hpsv3Config", "fmg.rewards.hpsv3:hpsv3",
+        "HPSv3: mean of the preference score that a tuned Qwen2-VL-7B predicts"),
+    Row("reward", "geneval", "fmg.rewards.configs:GenEvalConfig", "fmg.rewards.geneval:GenEval",
+        "GenEval's object rules (count, colour, position) over a Mask2Former detector and CLIP"),
+    Row("reward", "ocr", "fmg.rewards.configs:OcrConfig", "fmg.rewards.ocr:Ocr",
+        "Quoted text against all text read in the picture, by edit distance (Flow-GRPO)"),
+    Row("reward", "ocr-logp", "fmg.rewards.configs:OcrLogpConfig", "fmg.rewards.ocr:OcrLogp",
+        "Log-probability per character that a recogniser reads the quoted text: dense, for one-line strips"),
+    Row("reward", "vlm-judge", "fmg.rewards.configs:VlmJudgeConfig", "fmg.rewards.vlm_judge:VlmJudge",
+        "A vision-language model behind an OpenAI-compatible endpoint as the judge"),
+    Row("reward", "remote", "fmg.rewards.configs:RemoteConfig", "fmg.rewards.remote:remote",
+        "Rewards computed by a running `fmg reward-server`"),
+    Row("objective", "grpo", "fmg.rl.configs:GrpoConfig", "fmg.rl.grpo:Grpo",
+        "Clipped policy ratio on transition densities with group advantages and optional KL"),
+    Row("objective", "grpo-guard", "fmg.rl.configs:GrpoGuardConfig", "fmg.rl.grpo:grpo_guard",
+        "GRPO whose ratio has the same scale at every step (ratio-norm)"),
+    Row("objective", "rwfm", "fmg.rl.configs:RwfmConfig", "fmg.rl.rwfm:RewardWeightedFlowMatching",
+        "Reward-weighted flow matching on the samples of a deterministic or stochastic rollout"),
+    Row("optimizer", "adamw", "fmg.training.configs:AdamWConfig", "fmg.training.optimizers:adamw",
+        "AdamW (decoupled weight decay)"),
+    Row("optimizer", "adamw8bit", "fmg.training.configs:AdamW8bitConfig", "fmg.training.optimizers:adamw8bit",
+        "AdamW with 8-bit moments (bitsandbytes)"),
+    Row("optimizer", "sgd", "fmg.training.configs:SgdConfig", "fmg.training.optimizers:sgd",
+        "SGD with momentum"),
+    Row("optimizer", "muon", "fmg.training.configs:MuonConfig", "fmg.training.optimizers:muon",
+        "Muon on matrices, AdamW on everything else"),
+    Row("optimizer", "adafactor", "fmg.training.configs:AdafactorConfig", "fmg.training.optimizers:adafactor",
+        "Adafactor: factored second moments, little memory"),
+    Row("prompt-set", "shapes-train",
+        "fmg.worlds.configs:ShapesPromptsConfig", "fmg.worlds.shapes.prompt_sets:shapes_train",
+        "Prompts of the shapes world that training draws from"),
+    Row("prompt-set", "shapes-heldout",
+        "fmg.worlds.configs:ShapesPromptsConfig", "fmg.worlds.shapes.prompt_sets:shapes_heldout",
+        "Prompts of the shapes world with attribute combinations that training never sees"),
+    Row("prompt-set", "shapes-hard",
+        "fmg.worlds.configs:ShapesPromptsConfig", "fmg.worlds.shapes.prompt_sets:shapes_hard",
+        "Two objects, counts and relations: a fixed sample, evaluated only"),
+    Row("prompt-set", "shapes-hard-train",
+        "fmg.worlds.configs:ShapesPromptsConfig", "fmg.worlds.shapes.prompt_sets:shapes_hard_train",
+        "Two objects, counts and relations that training draws from"),
+    Row("prompt-set", "shapes-hard-heldout",
+        "fmg.worlds.configs:ShapesPromptsConfig", "fmg.worlds.shapes.prompt_sets:shapes_hard_heldout",
+        "Two objects, counts and relations in combinations that training never sees"),
+    Row("prompt-set", "text-train", "fmg.worlds.configs:TextPromptsConfig", "fmg.worlds.text.prompt_sets:text_train",
+        "Prompts of the text world that training draws from: signs that quote a word of three letters"),
+    Row("prompt-set", "text-heldout",
+        "fmg.worlds.configs:TextPromptsConfig", "fmg.worlds.text.prompt_sets:text_heldout",
+        "Prompts of the text world that quote words which training never sees"),
+    Row("prompt-set", "everyday-train",
+        "fmg.data.builtin_prompts:BuiltinPromptsConfig", "fmg.data.builtin_prompts:everyday_train",
+        "Everyday scenes in four styles, of our own making: training draws from them"),
+    Row("prompt-set", "everyday-heldout",
+        "fmg.data.builtin_prompts:BuiltinPromptsConfig", "fmg.data.builtin_prompts:everyday_heldout",
+        "Everyday scenes whose combination of subject and setting training never sees"),
+    Row("prompt-set", "geneval-train",
+        "fmg.data.builtin_prompts:BuiltinPromptsConfig", "fmg.data.builtin_prompts:geneval_train",
+        "GenEval's six templates with combinations of our own: training draws from them"),
+    Row("prompt-set", "geneval-heldout",
+        "fmg.data.builtin_prompts:BuiltinPromptsConfig", "fmg.data.builtin_prompts:geneval_heldout",
+        "GenEval's six templates with combinations that training never sees"),
+    Row("prompt-set", "lettering-train",
+        "fmg.data.builtin_prompts:BuiltinPromptsConfig", "fmg.data.builtin_prompts:lettering_train",
+        "Words on signs, mugs and posters, of our own making: training draws from them"),
+    Row("prompt-set", "lettering-heldout",
+        "fmg.data.builtin_prompts:BuiltinPromptsConfig", "fmg.data.builtin_prompts:lettering_heldout",
+        "Words on signs, mugs and posters that training never sees"),
+    Row("prompt-set", "file", "fmg.data.prompt_sets:FilePromptsConfig", "fmg.data.prompt_sets:file_prompts",
+        "Prompts from a .txt (one a line) or .jsonl file, GenEval's metadata among them"),
+    Row("backend", "torch", "fmg.inference.loading:TorchBackendConfig", "fmg.inference.loading:torch_backend",
+        "A model or a run in torch, eager"),
+    Row("backend", "onnxruntime",
+        "fmg.inference.loading:OnnxRuntimeConfig", "fmg.inference.loading:onnxruntime_backend",
+        "An exported artifact in ONNX Runtime, on a CPU or with its CUDA and TensorRT providers"),
+    Row("backend", "tensorrt", "fmg.inference.loading:TensorRtConfig", "fmg.inference.loading:tensorrt_backend",
+        "TensorRT engines of an exported artifact, built on this kind of GPU"),
+    Row("backend", "tensorrt-rtx", "fmg.inference.loading:TensorRtConfig", "fmg.inference.loading:tensorrt_rtx_backend",
+        "TensorRT-RTX engines of an exported artifact, built ahead of time for GeForce and RTX GPUs"),
+    Row("feature-extractor", "pixels", "fmg.eval.configs:PixelsConfig", "fmg.eval.extractors:Pixels",
+        "The picture itself, scaled down: for small synthetic pictures; needs no weights"),
+    Row("feature-extractor", "clip", "fmg.eval.configs:ClipFeaturesConfig", "fmg.eval.extractors:clip",
+        "Image embedding and patch tokens of CLIP ViT-L/14"),
+    Row("feature-extractor", "dinov2", "fmg.eval.configs:Dinov2Config", "fmg.eval.extractors:dinov2",
+        "Class and patch tokens of DINOv2 ViT-L/14, trained without labels or captions"),
 )
 # fmt: on
+
+
+def _rows(kind: str) -> tuple[Row, ...]:
+    return tuple(row for row in ROWS if row.kind == kind)
+
+
+models: Registry[ModelSource] = Registry("model", "models", _rows("model"), ModelConfig)
+stochasticizers: Registry[Stochasticizer] = Registry(
+    "stochasticizer", "stochasticizers", _rows("stochasticizer"), StochasticizerConfig
+)
+rewards: Registry[Reward] = Registry("reward", "rewards", _rows("reward"), ComponentConfig)
+objectives: Registry[Objective] = Registry("objective", "objectives", _rows("objective"), ObjectiveConfig)
+optimizers: Registry[OptimizerFactory] = Registry("optimizer", "optimizers", _rows("optimizer"), ComponentConfig)
+prompt_sets: Registry[PromptSet] = Registry("prompt-set", "prompt-sets", _rows("prompt-set"), ComponentConfig)
+backends: Registry[BackendSource] = Registry("backend", "backends", _rows("backend"), ComponentConfig)
+feature_extractors: Registry[FeatureExtractor] = Registry(
+    "feature-extractor", "feature-extractors", _rows("feature-extractor"), ComponentConfig
+)
+
+REGISTRIES: tuple[Registry[Any], ...] = (
+    models,
+    stochasticizers,
+    rewards,
+    objectives,
+    optimizers,
+    prompt_sets,
+    backends,
+    feature_extractors,
+)
+
+
+def registry_for(kind: str) -> Registry[Any]:
+    """The registry of a kind named in singular or plural (`reward`, `rewards`, `prompt-set`, `prompt_sets`).
+
+    Raises:
+        UsageError: for another kind, with a suggestion and the list.
+    """
+    wanted = kind.strip().lower().replace("_", "-")
+    for registry in REGISTRIES:
+        if wanted in (registry.kind, registry.plural):
+            return registry
+    raise UsageError(
+        f"There is no kind of component named '{kind}'", suggestion(wanted, [r.plural for r in REGISTRIES])
+    )
+
+
+def registry_of(name: str) -> Registry[Any]:
+    """The registry that has a component called `name`.
+
+    Raises:
+        UsageError: none has, or several have.
+    """
+    having = [registry for registry in REGISTRIES if name in registry.names()]
+    if len(having) == 1:
+        return having[0]
+    if having:
+        kinds = " and ".join(registry.kind for registry in having)
+        raise UsageError(f"'{name}' is the name of a {kinds}", f"Name the kind: fmg show {having[0].kind} {name}.")
+    wanted = name.strip().lower().replace("_", "-")
+    if wanted in {word for registry in REGISTRIES for word in (registry.kind, registry.plural)}:
+        raise UsageError(f"'{name}' is a kind of component", f"Add a name; `fmg list {name}` prints them.")
+    known = [known for registry in REGISTRIES for known in registry.names()]
+    raise UsageError(f"There is no component named '{name}'", suggestion(name, known))

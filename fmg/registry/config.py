@@ -42,6 +42,9 @@ class ComponentConfig(BaseModel):
     judges: ClassVar[bool] = True
     """Of a reward: whether less of it is worse. A plain measurement, held out, is no sign of reward hacking."""
 
+    exclusive: ClassVar[frozenset[str]] = frozenset()
+    """Options of which at most one may be given; naming one replaces that of the layers below in a recipe."""
+
     needs_consent: ClassVar[Mapping[str, str]] = {}
     """Options that a recipe file may set only with the user's consent, and what each lets the file's author do."""
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticCustomError
 
 from fmg.core.errors import suggestion
 
+M = TypeVar("M", bound=BaseModel)
 Location = tuple[str | int, ...]
 _PYDANTIC_SUBJECT = re.compile(r"^(Input|Value|Tuple|List|String|Dictionary) should ")
 _CARRIER = "fmg_problem"
@@ -34,6 +36,18 @@ class Problem:
     def as_pydantic(self) -> PydanticCustomError:
         """The error to raise inside a validator; `first_problem` unpacks it again, below the validator's own place."""
         return PydanticCustomError(_CARRIER, "{what}", {"what": self.what, "fix": self.fix, "location": self.location})
+
+
+def validate_strictly(model: type[M], value: object) -> M:
+    """`value` by the rules of YAML: a list can be a tuple, but neither the text "1" nor true is a number.
+
+    Pydantic's strict mode has these rules for JSON texts alone; for Python values it refuses a list for a tuple.
+    So the value takes the way through JSON.
+
+    Raises:
+        ValidationError: it does not fit.
+    """
+    return model.model_validate_json(json.dumps(value), strict=True)
 
 
 def first_problem(error: ValidationError, model: type[BaseModel], subject: str, noun: str = "option") -> Problem:

@@ -16,8 +16,8 @@ from fmg.core.hub import locate
 from fmg.core.protocols import Reward
 from fmg.core.stdout_redirect import fenced
 from fmg.core.types import PartialRewardOutput, RewardOutput
+from fmg.recipe.sections import FUNCTION_REWARD, PYTHON_REWARD, RewardRef
 from fmg.registry import rewards
-from fmg.registry.references import FUNCTION_REWARD, PYTHON_REWARD, RewardRef
 from fmg.rewards.configs import FunctionRewardConfig
 from fmg.rewards.functions import NO_FUNCTIONS, Functions
 

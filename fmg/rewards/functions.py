@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from fmg.core.errors import UsageError, WrongTypeError, reason
-from fmg.registry.references import FUNCTION_REWARD
+from fmg.recipe.sections import FUNCTION_REWARD
 
 RewardFunction = Callable[..., Any]
 """`fn(images (b, 3, h, w) in [0, 1], prompts) -> (b,)`: one number for each image, or a `RewardOutput`."""

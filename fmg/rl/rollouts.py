@@ -19,7 +19,7 @@ from fmg.core.errors import UsageError
 from fmg.core.protocols import FlowMap, Stochasticizer
 from fmg.core.types import Conditioning, SampleRollout, Transition, TransitionRollout, cat_transitions
 from fmg.flow.sampling import native_sample
-from fmg.registry.sections import WindowSection
+from fmg.recipe.sections import WindowSection
 from fmg.rl import keyed_noise
 from fmg.rl.keyed_noise import OBJECTIVE, ROLLOUT, NoiseKey
 

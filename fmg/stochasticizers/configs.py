@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -21,6 +21,8 @@ _LEAST_NOISE, _LARGEST_NOISE = 1e-3, 10.0
 
 class AsfmcConfig(StochasticizerConfig):
     """Anchored stochastic flow map composition, exact form. The four options exclude each other."""
+
+    exclusive: ClassVar[frozenset[str]] = frozenset(get_args(AnchorRule))
 
     gap: float | None = Field(
         None,

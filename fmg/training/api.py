@@ -34,8 +34,7 @@ from fmg.data.run_folder import RunFolder, State
 from fmg.data.run_report import write_run_report
 from fmg.inference.devices import device_for, pick_dtype
 from fmg.progress import watching
-from fmg.registry.recipe import Recipe
-from fmg.registry.resolve import ResolvedRecipe, recipe_of
+from fmg.recipe import Recipe, ResolvedRecipe, recipe_of
 from fmg.rewards.functions import Functions, Rewards, split_functions
 from fmg.training.card import write_cards
 from fmg.training.checkpointing import SavedState, load_state

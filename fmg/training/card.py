@@ -19,8 +19,8 @@ from fmg.data.checkpoints import Saved, read_index
 from fmg.data.metrics_log import read_metrics
 from fmg.data.prompt_sets import shared_prompts
 from fmg.data.run_folder import RunFolder
+from fmg.recipe import Recipe
 from fmg.registry.config import About
-from fmg.registry.recipe import Recipe
 from fmg.version import DISTRIBUTION, __version__
 
 CARD = "README.md"

@@ -63,8 +63,8 @@ from fmg.data.resume_points import (
     state_folder,
 )
 from fmg.data.run_folder import RunFolder
-from fmg.registry.document import Plain
-from fmg.registry.recipe import Recipe
+from fmg.recipe import Recipe
+from fmg.recipe.document import Plain
 from fmg.training.compose import Composed
 from fmg.training.distributed import DistContext
 from fmg.training.gates import replica_gate

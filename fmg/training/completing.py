@@ -18,8 +18,8 @@ from fmg.core.errors import CompositionError, GateError
 from fmg.core.protocols import FlowMap, Model, Rerouted
 from fmg.inference.parity import Difference
 from fmg.models.common.batch_padding import PaddedBatches
+from fmg.recipe import Recipe
 from fmg.registry.catalog import LIVE_GRAPH
-from fmg.registry.recipe import Recipe
 from fmg.registry.registry import load
 from fmg.training.compose import Composed
 from fmg.training.distributed import DistContext

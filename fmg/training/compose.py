@@ -12,9 +12,9 @@ from fmg.core.errors import CompositionError
 from fmg.core.protocols import Model, Objective, OptimizerFactory, PromptSet, Reward, Shardable, Stochasticizer
 from fmg.data.prompt_sets import load_prompts
 from fmg.flow.grids import make_grid
+from fmg.recipe import Recipe
+from fmg.recipe.composition import check_backend, check_target_times
 from fmg.registry import models, objectives, optimizers, stochasticizers
-from fmg.registry.composition import check_backend, check_target_times
-from fmg.registry.recipe import Recipe
 from fmg.rewards.base import Mixture, build_rewards, check_prompts
 from fmg.rewards.functions import NO_FUNCTIONS, Functions
 

@@ -25,7 +25,7 @@ from fmg.core.events import Observer, StageProgress, ignore
 from fmg.core.files import from_home
 from fmg.core.hub import OFFLINE, is_offline
 from fmg.core.machine import environment, installed_version
-from fmg.registry.recipe import Recipe
+from fmg.recipe import Recipe
 from fmg.training.api import train
 from fmg.version import DISTRIBUTION, install_line
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 from fmg.core.display import counted
 from fmg.core.errors import UsageError
-from fmg.registry.recipe import Recipe
+from fmg.recipe import Recipe
 
 Engine = Literal["ddp", "fsdp2"]
 

@@ -11,8 +11,7 @@ from typing import Literal
 from fmg.core.display import counted
 from fmg.core.geometry import ModelGeometry
 from fmg.data.run_folder import RUNS
-from fmg.registry.recipe import Recipe
-from fmg.registry.resolve import ResolvedRecipe
+from fmg.recipe import Recipe, ResolvedRecipe
 from fmg.training.launch import Sizes, choose_engine, choose_sizes, world_size
 from fmg.training.plan_memory import DTYPE_BYTES, Memory, plan_memory
 from fmg.training.plan_time import GPUS, Work, estimate_iteration, rows_of, seconds_on, transitions_of

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from fmg.core.geometry import LinearModule, ModelGeometry
 from fmg.core.specs import DECODE_PIXELS
-from fmg.registry.recipe import Recipe
+from fmg.recipe import Recipe
 from fmg.training.launch import Sizes
 from fmg.training.plan_time import rows_of, transitions_of
 from fmg.training.plan_trained import FULL, Trained, average_bytes, copies_bytes, optimizer_bytes, trained_by

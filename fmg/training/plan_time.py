@@ -15,7 +15,7 @@ from fmg.core.errors import FmgError
 from fmg.core.geometry import ModelGeometry
 from fmg.data.metrics_log import read_metrics
 from fmg.data.run_folder import RUNS, list_runs
-from fmg.registry.recipe import Recipe
+from fmg.recipe import Recipe
 from fmg.training.launch import Sizes
 
 _STAGES = ("rollout", "decode", "reward", "update")

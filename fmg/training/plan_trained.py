@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fmg.core.geometry import LinearModule, ModelGeometry
-from fmg.models.lora_presets import expand_targets, is_target
-from fmg.registry.recipe import Recipe
+from fmg.core.specs import expand_targets, is_target
+from fmg.recipe import Recipe
 
 FULL = 4
 """Bytes of a number in fp32: what is trained, optimizers, latents, images and log-probs always are."""

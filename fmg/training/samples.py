@@ -31,7 +31,7 @@ from fmg.core.types import (
     Transition,
     TransitionRollout,
 )
-from fmg.registry.recipe import Recipe
+from fmg.recipe import Recipe
 from fmg.rewards.base import complete_groups, select_rows
 from fmg.rl import (
     combined_advantages,

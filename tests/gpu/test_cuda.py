@@ -11,8 +11,8 @@ import torch
 
 import fmg
 from fmg.core.events import Event, Notice
+from fmg.recipe import Recipe
 from fmg.registry import rewards
-from fmg.registry.recipe import Recipe
 from fmg.training.api import resume
 from tests.support.cli import fmg as cli
 from tests.support.run_files import adapter, metrics, stop_after

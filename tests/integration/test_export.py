@@ -17,7 +17,7 @@ from fmg.export import artifact as exporter
 from fmg.inference import load
 from fmg.inference.artifact import open_artifact
 from fmg.inference.target import Target, load_model, load_target, resolve_target
-from fmg.registry.recipe import Recipe
+from fmg.recipe import Recipe
 from tests.support.artifact import trace_once
 from tests.support.cli import fmg
 from tests.tiny_flux import RESOLUTION, SEQUENCE

@@ -14,7 +14,7 @@ from torch import Tensor
 import fmg
 from fmg.models.flux.latents import pack, unpack
 from fmg.models.flux.loading import FluxComponents
-from fmg.registry.recipe import Recipe
+from fmg.recipe import Recipe
 from tests.support.cli import fmg as cli
 from tests.support.first_noise import first_noise
 from tests.support.pages import self_contained

@@ -11,7 +11,7 @@ import torch
 from diffusers import SanaSprintPipeline
 
 import fmg
-from fmg.registry.recipe import Recipe
+from fmg.recipe import Recipe
 from tests.support.first_noise import first_noise
 from tests.tiny_sana import RESOLUTION, SEQUENCE, build_tiny_sana
 

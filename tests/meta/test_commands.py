@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fmg.registry.layers import FLAGS
+from fmg.recipe.layers import FLAGS
 from tests.support.commands import Commands, commands
 
 RECORDED: Commands = json.loads((Path(__file__).parents[1] / "fixtures/0.1.0/commands.json").read_text("utf-8"))

@@ -12,7 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from fmg.registry.resolve import resolve
+from fmg.recipe import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_LINES = 600

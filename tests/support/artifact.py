@@ -26,7 +26,7 @@ from fmg.export.source import find_source
 from fmg.inference.artifact import Artifact, open_artifact
 from fmg.inference.artifact.manifest import MANIFEST
 from fmg.inference.target import Target, load_model
-from fmg.registry.recipe import Recipe
+from fmg.recipe import Recipe
 from tests.support.tiny_artifact import reseal
 from tests.tiny_flux import student_options
 

@@ -11,7 +11,7 @@ from PIL import Image
 from fmg.core.machine import write_environment
 from fmg.data.checkpoints import CheckpointIndex, Saved, write_index
 from fmg.data.run_folder import RunFolder
-from fmg.registry.resolve import resolve
+from fmg.recipe import resolve
 
 VOID = {"meta", "img", "br", "link", "hr", "input"}
 

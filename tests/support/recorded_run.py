@@ -21,7 +21,7 @@ import fmg
 from fmg.core.errors import FmgError
 from fmg.core.events import Event, IterationDone
 from fmg.core.types import Batch
-from fmg.registry.recipe import Recipe
+from fmg.recipe import Recipe
 from fmg.training.api import resume
 from fmg.training.update import Updater
 

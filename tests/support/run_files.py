@@ -12,7 +12,7 @@ from torch import Tensor
 from fmg.core.events import Event, IterationDone
 from fmg.core.files import SUMS
 from fmg.data.checkpoints import existing_index, write_index
-from fmg.registry.recipe import Recipe
+from fmg.recipe import Recipe
 
 
 def metrics(run: Path) -> list[dict[str, float]]:

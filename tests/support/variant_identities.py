@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from fmg.core.types import Batch, ScoredRollout
+from fmg.recipe.sections import WindowSection
 from fmg.registry import objectives
-from fmg.registry.sections import WindowSection
 from fmg.rl import combined_advantages, group_advantages, rollout, window_steps
 from fmg.rl.configs import GrpoConfig
 from fmg.rl.grpo import Grpo, clipped_surrogate, normalised_log_ratio

@@ -26,10 +26,10 @@ def imported(code: str) -> set[str]:
         "import fmg.core.errors, fmg.core.events, fmg.core.specs",
         "from fmg.registry import models, stochasticizers, rewards, objectives, optimizers, prompt_sets",
         # every config class of the catalog, described
-        "from fmg.registry.kinds import REGISTRIES\n"
+        "from fmg.registry.catalog import REGISTRIES\n"
         "for registry in REGISTRIES:\n    [registry.describe(name) for name in registry.names()]",
         # the whole validation of a recipe, and what the dry run prints
-        "from fmg.registry.resolve import resolve\n"
+        "from fmg.recipe import resolve\n"
         "resolve(None, {'lr': 1e-3, 'reward': ['shapes=2', 'python:a.b:c']}, ['rollout.grid=paper']).table()",
     ],
 )

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fmg.core.errors import UsageError
-from fmg.models.lora_presets import LORA_PRESETS, expand_targets, is_target
+from fmg.core.specs import LORA_PRESETS, expand_targets, is_target
 
 ADAPTER = "default"
 _ROWS_BYTES = 64 * 2**20

@@ -173,7 +173,7 @@ class AdaptedModel(ABC, Generic[C]):
         Args:
             rank: rank of the LoRA.
             alpha: its scale, divided by the rank.
-            targets: presets of `fmg.models.lora_presets` or ends of names of linear modules.
+            targets: presets of `fmg.core.specs` or ends of names of linear modules.
             dropout: probability of dropping an input of A, active in calls that record gradients.
             seed: of the initial values; the global generator is not touched.
 

@@ -28,7 +28,7 @@ from fmg.core.errors import FmgError, RefusedImageError, UsageError, suggestion
 from fmg.core.events import Notice, Observer, ignore
 from fmg.core.hub import locate
 from fmg.core.machine import installed_versions
-from fmg.registry.references import RewardRef
+from fmg.recipe.sections import RewardRef
 from fmg.rewards.base import Checked, one_line, probe_prompt
 from fmg.rewards.service.batching import Batcher, BusyError, Limits
 from fmg.rewards.service.wire import SAFETENSORS, ScoreRequest, decode_request, encode_scores, probe_image

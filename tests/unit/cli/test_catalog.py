@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fmg.registry.kinds import REGISTRIES
+from fmg.registry.catalog import REGISTRIES
 from tests.support.cli import fmg
 
 

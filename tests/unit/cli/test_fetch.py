@@ -14,8 +14,8 @@ import pytest
 from fmg.core import hub as hub_assets
 from fmg.core.errors import UsageError
 from fmg.core.hub import HubSource, PackageSource
+from fmg.recipe import Recipe
 from fmg.registry import rewards
-from fmg.registry.recipe import Recipe
 from fmg.rewards.configs import CLIP_VIT_H_14 as TOKENIZER
 from fmg.rewards.configs import PICKSCORE
 from tests.support.cli import fmg

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from fmg import Recipe
-from fmg.registry.paths import recipe_names, recipe_summary
-from fmg.registry.resolve import resolve
+from fmg.recipe import recipe_names, recipe_summary, resolve
 from tests.support.cli import fmg
 
 

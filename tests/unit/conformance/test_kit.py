@@ -17,9 +17,9 @@ from fmg.core.protocols import FlowMap, Policies, Stochasticizer
 from fmg.core.specs import Requirements
 from fmg.core.types import Batch, BranchRollout, Conditioning, Loss, RewardOutput, ScoredRollout
 from fmg.flow import Gaussian, expand
+from fmg.recipe import Recipe
 from fmg.registry import objectives, rewards, stochasticizers
 from fmg.registry.config import About, ComponentConfig, StochasticizerConfig
-from fmg.registry.recipe import Recipe
 from fmg.registry.registry import Registry
 from fmg.rl.configs import GrpoConfig
 from fmg.rl.grpo import Grpo

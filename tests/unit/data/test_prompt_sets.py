@@ -9,7 +9,7 @@ import pytest
 from fmg.core.errors import FmgWarning, UsageError
 from fmg.core.types import Prompt
 from fmg.data.prompt_sets import PromptList, load_prompts, overlap_warning
-from fmg.registry.references import PromptsRef
+from fmg.recipe.sections import PromptsRef
 
 
 def write(path: Path, data: str | bytes) -> str:

@@ -8,7 +8,7 @@ import pytest
 from fmg.core.errors import UsageError
 from fmg.data.resume_points import check_resumable, repeat_command, resume_command
 from fmg.data.run_folder import RunFolder
-from fmg.registry.recipe import Recipe
+from fmg.recipe import Recipe
 
 OWN_CODE = {"name": "python", "target": "my.module:function"}
 

@@ -13,7 +13,7 @@ from fmg.data.metrics_log import MetricsLog
 from fmg.data.run_diagnostics import LIMITS, RULES, Advice, Log, examine_log, examine_run
 from fmg.data.run_folder import RunFolder
 from fmg.data.run_metrics import HackingLimits
-from fmg.registry.recipe import Recipe
+from fmg.recipe import Recipe
 from fmg.training.checkpointing import metrics_until
 from tests.support.cli import fmg
 

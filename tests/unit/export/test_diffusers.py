@@ -21,7 +21,7 @@ from fmg.models.common.saved_weights import DIFFUSERS_FILE
 from fmg.models.common.weights import INDEX_FILE
 from fmg.models.flux.loading import load_folder
 from fmg.models.flux.model import FluxModel
-from fmg.registry.recipe import Recipe
+from fmg.recipe import Recipe
 from tests.support.artifact import make_run
 from tests.tiny_flux import build_tiny_flux
 

@@ -17,7 +17,7 @@ from fmg.export.source import find_source
 from fmg.export.verify import IN_FP32, verify
 from fmg.inference.artifact import Artifact
 from fmg.inference.target import Target
-from fmg.registry.recipe import Recipe
+from fmg.recipe import Recipe
 from tests.support.artifact import exported
 from tests.tiny_flux import RESOLUTION, SEQUENCE, build_tiny_flux
 from tests.tiny_sana import build_tiny_sana

@@ -25,7 +25,7 @@ from fmg.export.kohya import export_kohya
 from fmg.export.source import ExportSource, find_source
 from fmg.inference.target import resolve_target
 from fmg.models.common.saved_weights import DIFFUSERS_FILE
-from fmg.registry.recipe import Recipe
+from fmg.recipe import Recipe
 from tests.support.artifact import make_run
 from tests.support.cli import fmg
 from tests.tiny_flux import build_tiny_flux

@@ -29,7 +29,7 @@ from fmg.inference.artifact import Artifact, layout, open_artifact
 from fmg.inference.artifact.manifest import TRANSFORMER, TRANSFORMER_INT8, Check
 from fmg.inference.loading import find
 from fmg.inference.target import Target, load_model, resolve_target
-from fmg.registry.recipe import Recipe
+from fmg.recipe import Recipe
 from tests.support.artifact import copied, exported, make_run, trace_once
 from tests.support.cli import fmg
 from tests.support.run_files import change_recipe

@@ -28,7 +28,7 @@ from fmg.inference.target import Target
 from fmg.models.conventions import CONVENTIONS_FILE
 from fmg.models.flux.latents import pack
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
-from fmg.registry.recipe import Recipe
+from fmg.recipe import Recipe
 from tests.support.artifact import make_run
 from tests.tiny_flux import build_tiny_flux
 

@@ -14,7 +14,7 @@ from fmg.core.errors import CheckpointError, FmgWarning, UsageError
 from fmg.core.protocols import Model
 from fmg.data.run_folder import RunFolder, State
 from fmg.inference.target import resolve_target
-from fmg.registry.recipe import Recipe
+from fmg.recipe import Recipe
 from fmg.training.checkpointing import save_checkpoint
 from tests.support.run_files import flip_bit, without_digests
 

@@ -22,8 +22,8 @@ from fmg.models.sana.configs import SanaSprintConfig
 from fmg.models.sana.loading import published_instruction
 from fmg.models.sana.model import SanaModel
 from fmg.models.sana.size import SPRINT_06B, SPRINT_16B, SanaSize
+from fmg.recipe import Recipe
 from fmg.registry import models
-from fmg.registry.recipe import Recipe
 from tests.tiny_sana import RESOLUTION, SEQUENCE, build_tiny_sana
 
 CPU = torch.device("cpu")

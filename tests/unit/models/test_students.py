@@ -18,8 +18,8 @@ from fmg.inference.devices import device_for
 from fmg.models.flux.model import FluxModel
 from fmg.models.flux.transformer import SecondTime
 from fmg.models.published import PublishedSource
+from fmg.recipe import Recipe
 from fmg.registry import models
-from fmg.registry.recipe import Recipe
 from tests.tiny_flux import RESOLUTION, SEQUENCE, build_tiny_flux, build_tiny_teacher, publish_student, student_tensors
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from fmg.core.errors import UsageError
 from fmg.registry import ComponentConfig, Registry, optimizers, registry_for, rewards, stochasticizers
-from fmg.registry.kinds import REGISTRIES
+from fmg.registry.catalog import REGISTRIES
 
 
 class Options(ComponentConfig):

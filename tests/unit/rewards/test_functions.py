@@ -10,7 +10,7 @@ from torch import Tensor
 from fmg import Recipe
 from fmg.core.errors import UsageError, WrongTypeError
 from fmg.core.types import RewardOutput
-from fmg.registry.references import RewardRef
+from fmg.recipe.sections import RewardRef
 from fmg.rewards.base import build_rewards
 from fmg.rewards.functions import function_name, measured_names, split_functions
 

@@ -12,7 +12,7 @@ from fmg.data.pictures import to_pil
 from fmg.data.prompt_sets import load_prompts
 from fmg.data.run_folder import RunFolder
 from fmg.inference import load
-from fmg.registry.recipe import Recipe
+from fmg.recipe import Recipe
 from fmg.training.card import write_cards as write_cards_of
 from tests.support.artifact import make_run
 

@@ -14,7 +14,7 @@ from fmg.core.protocols import Model
 from fmg.data.checkpoints import chosen_checkpoint, read_index
 from fmg.data.prompt_sets import file_values, load_prompts, prompt_references, prompts_digest
 from fmg.data.run_folder import RunFolder
-from fmg.registry.recipe import Recipe
+from fmg.recipe import Recipe
 from fmg.training.checkpointing import (
     Progress,
     ResumePoint,

@@ -19,7 +19,7 @@ from fmg.models.common.adapter import merged_tensors
 from fmg.models.common.batch_padding import PaddedBatches
 from fmg.models.flux.model import FluxModel
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
-from fmg.registry.composition import check_backend
+from fmg.recipe.composition import check_backend
 from fmg.training.completing import CompiledNetwork, completions_gate
 from fmg.training.launch import check_shares
 from tests.tiny_flux import build_tiny_flux

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fmg.data.run_folder import RunFolder
-from fmg.registry.resolve import resolve
+from fmg.recipe import resolve
 from fmg.training.launch import Sizes
 from fmg.training.plan import OnGpu, plan, size_text
 from fmg.training.plan_time import GPUS, SHARE_OF_PEAK, filled_rows

@@ -12,7 +12,7 @@ from fmg.models.common.adapter import attach
 from fmg.models.conventions import FlowMapConventions, read_conventions
 from fmg.models.flux.size import FLUX_LITE, flux_geometry, transformer_parameters
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
-from fmg.registry.recipe import Recipe
+from fmg.recipe import Recipe
 from fmg.training.compose import compose
 from fmg.training.launch import choose_sizes
 from fmg.training.memory_meter import MemoryMeter

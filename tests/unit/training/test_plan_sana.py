@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fmg.core.events import ignore
 from fmg.core.geometry import ModelGeometry
 from fmg.data.run_folder import RunFolder
-from fmg.registry.recipe import Recipe
+from fmg.recipe import Recipe
 from fmg.training.compose import compose
 from fmg.training.launch import choose_sizes
 from fmg.training.memory_meter import MemoryMeter

@@ -8,10 +8,8 @@ import pytest
 
 import fmg
 from fmg.core.errors import UsageError
+from fmg.recipe import Recipe, config_path, configs_folder, recipe_names, resolve
 from fmg.registry.catalog import ROWS
-from fmg.registry.paths import config_path, configs_folder, recipe_names
-from fmg.registry.recipe import Recipe
-from fmg.registry.resolve import resolve
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -104,7 +102,7 @@ def test_recipes_are_found_in_a_checkout_and_in_an_installed_package(
     (package / "configs" / "mine.yaml").write_text("a: 1")
     # a folder named configs beside an installed package belongs to somebody else
     (tmp_path / "site" / "configs").mkdir()
-    monkeypatch.setattr("fmg.registry.paths._PACKAGE", package)
+    monkeypatch.setattr("fmg.recipe.recipe._PACKAGE", package)
     assert recipe_names() == ["mine"]
     (package / "configs" / "mine.yaml").unlink()
     (package / "configs").rmdir()

@@ -1,17 +1,139 @@
-"""The numeric sections of a recipe."""
+"""What a recipe holds: references to components, numeric sections, and all of them together as `RecipeFields`."""
 
 from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    model_serializer,
+    model_validator,
+)
 
-from fmg.core.errors import suggestion
-from fmg.registry.references import PromptsRef, RewardRef
-from fmg.registry.validation import Problem
-from fmg.registry.vocabulary import grid_names, lora_presets
+from fmg.core.errors import UsageError, suggestion
+from fmg.core.specs import LORA_PRESETS
+from fmg.flow.grids import EXPLICIT, grid_names
+from fmg.recipe.document import Plain
+from fmg.registry.catalog import registry_for
+from fmg.registry.config import ComponentConfig, ModelConfig, ObjectiveConfig, StochasticizerConfig
+from fmg.registry.validation import Problem, first_problem, validate_strictly
+
+PYTHON_REWARD, FUNCTION_REWARD = "python", "function"
+_LABELS = {PYTHON_REWARD: "target", FUNCTION_REWARD: "function"}
+
+
+class ComponentRef(BaseModel):
+    """`{name: N, option: value, ...}`: the component `N` of one kind. `config` holds all its options, typed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    kind: ClassVar[str]
+
+    name: str
+    config: SerializeAsAny[ComponentConfig]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _options_to_config(cls, value: object, info: ValidationInfo) -> object:
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            value = {"name": value}
+        advice = f"Write {{name: NAME}}; `fmg list {cls.kind}` lists the names"
+        if not isinstance(value, Mapping):
+            what = f"The {cls.kind} must be a name or a mapping with a name (given: {value!r})"
+            raise Problem((), what, advice).as_pydantic()
+        own = {key: value[key] for key in cls.model_fields if key in value}
+        name = own.get("name")
+        if not isinstance(name, str):
+            what = (
+                f"The name of the {cls.kind} is missing"
+                if name is None
+                else f"The {cls.kind} has a name that is no text"
+            )
+            raise Problem(("name",) if "name" in own else (), what, advice).as_pydantic()
+        if not isinstance(own.get("config"), ComponentConfig):
+            options = {key: option for key, option in value.items() if key not in own or key == "config"}
+            own["config"] = _validated(cls.kind, name, options, strict=info.mode == "json")
+        return own
+
+    @model_serializer(mode="plain")
+    def _flatten(self) -> dict[str, Any]:
+        own = {key: getattr(self, key) for key in type(self).model_fields if key != "config"}
+        return {**own, **self.config.model_dump(mode="json")}
+
+
+def _validated(kind: str, name: str, options: Mapping[str, object], *, strict: bool) -> ComponentConfig:
+    registry = registry_for(kind)
+    try:
+        config_class = registry.config_class(name)
+    except UsageError as error:
+        raise Problem(("name",), error.what, error.fix).as_pydantic() from None
+    try:
+        if strict:
+            return validate_strictly(config_class, options)
+        return config_class.model_validate(dict(options))
+    except ValidationError as error:
+        raise first_problem(error, config_class, f"The {kind} '{name}'").as_pydantic() from None
+
+
+class ModelRef(ComponentRef):
+    """A model."""
+
+    kind = "model"
+    config: SerializeAsAny[ModelConfig]
+
+
+class StochasticizerRef(ComponentRef):
+    """A stochasticizer."""
+
+    kind = "stochasticizer"
+    config: SerializeAsAny[StochasticizerConfig]
+
+
+class ObjectiveRef(ComponentRef):
+    """An objective."""
+
+    kind = "objective"
+    config: SerializeAsAny[ObjectiveConfig]
+
+
+class OptimizerRef(ComponentRef):
+    """An optimizer."""
+
+    kind = "optimizer"
+
+
+class PromptsRef(ComponentRef):
+    """A prompt set."""
+
+    kind = "prompt-set"
+
+
+class RewardRef(ComponentRef):
+    """A reward."""
+
+    kind = "reward"
+
+    @property
+    def label(self) -> str:
+        """Its name in log keys: for a user's own function `module:function` or its name, else the registered name."""
+        return cast(str, getattr(self.config, _LABELS[self.name])) if self.name in _LABELS else self.name
+
+
+class WeightedRewardRef(RewardRef):
+    """A reward and its weight in the sum that is maximised."""
+
+    weight: float = Field(1.0, description="factor in the weighted sum; negative to minimise")
 
 
 class Section(BaseModel):
@@ -20,10 +142,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
+def named_grids() -> tuple[str, ...]:
+    """Names of the grids that follow a rule; a list of times needs no name."""
+    return tuple(name for name in grid_names() if name != EXPLICIT)
+
+
 def _grid(value: object) -> object:
+    known = named_grids()
     if isinstance(value, str):
-        if value not in grid_names():
-            raise Problem((), f"There is no grid named '{value}'", suggestion(value, grid_names())).as_pydantic()
+        if value not in known:
+            raise Problem((), f"There is no grid named '{value}'", suggestion(value, known)).as_pydantic()
         return value
     if (
         isinstance(value, (list, tuple))
@@ -32,12 +160,12 @@ def _grid(value: object) -> object:
     ):
         return tuple(float(time) for time in value)
     what = f"The grid must be a name or a list of finite times (given: {value!r})"
-    fix = f"Names: {', '.join(grid_names())}; times fall from 1 to 0, as in [1, 0.5, 0]"
+    fix = f"Names: {', '.join(known)}; times fall from 1 to 0, as in [1, 0.5, 0]"
     raise Problem((), what, fix).as_pydantic()
 
 
 def _targets(value: object) -> object:
-    presets = lora_presets()
+    presets = tuple(LORA_PRESETS)
     if isinstance(value, str):
         if value not in presets:
             fix = f"{suggestion(value, presets)} Names of modules go into a list: [{value}]"
@@ -206,3 +334,52 @@ class EvalSection(Section):
     min_diversity: float = Field(
         0.1, ge=0, lt=1, description="share of the first rollout's diversity within prompts that has to stay"
     )
+
+
+class RecipeFields(Section):
+    """The values of a recipe, validated one by one; `fmg.recipe.Recipe` adds the ways to make one."""
+
+    model: ModelRef
+    stochasticizer: StochasticizerRef
+    rewards: tuple[WeightedRewardRef, ...] = Field(min_length=1)
+    objective: ObjectiveRef
+    optimizer: OptimizerRef
+    rollout: RolloutSection = RolloutSection()
+    train: TrainSection = TrainSection()
+    lora: LoraSection = LoraSection()
+    prompts: PromptsRef
+    eval: EvalSection
+
+    def plain(self) -> dict[str, Plain]:
+        """Nested plain values, every option stated."""
+        return cast("dict[str, Plain]", self.model_dump(mode="json"))
+
+    def notes(self) -> dict[str, str]:
+        """What each value means, by dotted path (`optimizer.lr`, `rewards.0.weight`): to annotate a recipe with."""
+        return dict(_notes(self, ""))
+
+    @property
+    def measured_rewards(self) -> tuple[RewardRef, ...]:
+        """What an evaluation measures: the trained rewards, then the held-out ones, each once."""
+        by_label: dict[str, RewardRef] = {}
+        for reward in (*self.rewards, *self.eval.rewards):
+            by_label.setdefault(reward.label, reward)
+        return tuple(by_label.values())
+
+
+def _notes(section: BaseModel, path: str) -> Iterator[tuple[str, str]]:
+    """Path and meaning of every value under `path`; what a component has is described by its config."""
+    if isinstance(section, ComponentRef):
+        yield f"{path}name", registry_for(section.kind).row(section.name).summary
+        yield from _notes(section.config, path)
+    for key, info in type(section).model_fields.items():
+        value = getattr(section, key)
+        if isinstance(section, ComponentRef) and key in ComponentRef.model_fields:
+            continue
+        if isinstance(value, BaseModel):
+            yield from _notes(value, f"{path}{key}.")
+        elif isinstance(value, tuple) and value and all(isinstance(item, BaseModel) for item in value):
+            for number, item in enumerate(value):
+                yield from _notes(item, f"{path}{key}.{number}.")
+        else:
+            yield f"{path}{key}", info.description or ""

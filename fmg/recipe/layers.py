@@ -13,9 +13,9 @@ from typing import Any
 
 from fmg.core.errors import UsageError, suggestion
 from fmg.core.prompt import PROMPT_FILE_SUFFIXES
-from fmg.registry.document import Node, Source, node_of, parse_value
-from fmg.registry.kinds import prompt_sets, rewards
-from fmg.registry.references import PYTHON_REWARD
+from fmg.recipe.document import Node, Source, node_of, parse_value
+from fmg.recipe.sections import PYTHON_REWARD
+from fmg.registry.catalog import prompt_sets, registry_for, rewards
 
 FLAGS: Mapping[str, str] = {
     "model": "model",
@@ -37,12 +37,14 @@ FLAGS: Mapping[str, str] = {
 ARGUMENTS: Mapping[str, str] = {name.replace("-", "_"): path for name, path in FLAGS.items()} | {"rewards": "rewards"}
 """Short names of values in Python calls (`iterations=2`), and the dotted path they set."""
 
+AUTO = "auto"
+"""The name of the stochasticizer that the model declares."""
+
 Keys = tuple[str, ...]
 
 _SECTIONS = ("rollout", "train", "lora", "eval")
-_COMPONENTS = ("model", "stochasticizer", "objective", "optimizer", "prompts")
-# Of the anchor rules of asfmc only one may be given; naming one replaces that of the layers below.
-_ANCHOR_RULES = frozenset(("gap", "ratio", "noise_share", "hold"))
+_COMPONENTS = {name: name for name in ("model", "stochasticizer", "objective", "optimizer")} | {"prompts": "prompt-set"}
+"""The sections that are a component, and its kind."""
 
 
 def flag_layers(flags: Mapping[str, object]) -> list[Node]:
@@ -145,10 +147,14 @@ def _in_folder(prompts: Node, folder: Path) -> Node:
     return Node({**prompts.mapping, "path": Node(str(folder / path.value), path.source)}, prompts.source)
 
 
-def merge(lower: Node, upper: Node) -> Node:
+def merge(lower: Node, upper: Node, section: str = "") -> Node:
     """`upper` over `lower`. Mappings merge key by key, unless `upper` names another component: that one starts afresh.
 
     Sequences and scalars are replaced; `rewards.0.weight` reaches into a sequence.
+
+    Args:
+        lower, upper: values of one place of a recipe.
+        section: the section that they are; empty for other places.
 
     Raises:
         UsageError: for a list position that does not exist.
@@ -168,8 +174,10 @@ def merge(lower: Node, upper: Node) -> Node:
         return Node(tuple(items), lower.source)
     if below is None or _names_another(below, above):
         return upper
-    below = _without_rivals(below, above)
-    merged = {**below, **{key: merge(below[key], child) if key in below else child for key, child in above.items()}}
+    if section in _COMPONENTS:
+        below = _without_rivals(below, above, _exclusive(section, {**below, **above}))
+    merged = {key: merge(below[key], child, key) if key in below else child for key, child in above.items()}
+    merged = {**below, **merged}
     return Node(merged, upper.source)
 
 
@@ -212,13 +220,25 @@ def _at(path: Sequence[str], node: Node, source: Source) -> Node:
     return node
 
 
-def _without_rivals(below: Mapping[str, Node], above: Mapping[str, Node]) -> Mapping[str, Node]:
-    """The options of a lower layer without those that a rule of the upper one replaces; two of `--set` contradict."""
-    given = [above[rule] for rule in _ANCHOR_RULES & above.keys() if above[rule].value is not None]
+def _exclusive(section: str, component: Mapping[str, Node]) -> frozenset[str]:
+    """The options of a component of which at most one may be given."""
+    registry, name = registry_for(_COMPONENTS[section]), component.get("name")
+    if name is None:
+        return frozenset()
+    # what `auto` stands for depends on the model, and every stochasticizer has options of its own
+    names = registry.names() if name.value == AUTO else [str(name.value)]
+    return frozenset().union(*(registry.config_class(one).exclusive for one in names if one in registry.names()))
+
+
+def _without_rivals(
+    below: Mapping[str, Node], above: Mapping[str, Node], exclusive: frozenset[str]
+) -> Mapping[str, Node]:
+    """The options of a lower layer without those that one of the upper replaces; two of `--set` contradict."""
+    given = [above[option] for option in exclusive & above.keys() if above[option].value is not None]
     if not given:
         return below
     both = "set" if any(node.source.kind == "set" for node in given) else None
-    return {key: node for key, node in below.items() if key not in _ANCHOR_RULES or node.source.kind == both}
+    return {key: node for key, node in below.items() if key not in exclusive or node.source.kind == both}
 
 
 def _names_another(below: Mapping[str, Node], above: Mapping[str, Node]) -> bool:

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from fmg.core.errors import CompositionError, UsageError
-from fmg.registry.recipe import Recipe
-from fmg.registry.resolve import resolve
+from fmg.recipe import Recipe, resolve
 
 Write = Callable[[str | bytes], Path]
 
@@ -248,7 +247,7 @@ def test_code_of_a_file_that_a_flag_replaces_needs_none(write: Write) -> None:
 
 def test_a_default_recipe_must_state_every_section(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write("model: {name: two-time}\nrewards: [shapes]\n").resolve()
-    monkeypatch.setattr("fmg.registry.resolve.config_path", lambda name: path)
+    monkeypatch.setattr("fmg.recipe.recipe.config_path", lambda name: path)
     with pytest.raises(UsageError, match="lacks the section 'stochasticizer'"):
         resolve(None, {"model": "two-time"})
 

@@ -1,8 +1,11 @@
-"""From the layers of a recipe to a validated one that knows the source of each of its values. Imports no torch."""
+"""A recipe: one run, written down, and how its layers become one that knows the source of each value.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
-import json
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -11,22 +14,87 @@ from typing import cast
 
 from pydantic import ValidationError
 
-from fmg.core.display import html_text
-from fmg.core.errors import CompositionError, UsageError, WrongTypeError, suggestion
+from fmg.core.display import counted, html_text
+from fmg.core.errors import CompositionError, UsageError, WrongTypeError, python_call, suggestion
 from fmg.core.files import from_home
-from fmg.registry.composition import problems
+from fmg.recipe.composition import problems
+from fmg.recipe.document import Node, Plain, Source, is_block, node_of, read_document, render
+from fmg.recipe.layers import AUTO, anchored, argument_layers, flag_layers, merge, merge_all, refuse_code, set_layers
+from fmg.recipe.sections import ModelRef, RecipeFields
+from fmg.registry.catalog import models
 from fmg.registry.config import ModelConfig
-from fmg.registry.document import Node, Plain, Source, is_block, node_of, read_document, render
-from fmg.registry.kinds import models
-from fmg.registry.layers import anchored, argument_layers, flag_layers, merge, merge_all, refuse_code, set_layers
-from fmg.registry.paths import config_path, recipe_names
-from fmg.registry.recipe import Recipe
-from fmg.registry.references import ModelRef
-from fmg.registry.validation import Problem, first_problem
+from fmg.registry.validation import Problem, first_problem, validate_strictly
 
 DEFAULT_MODEL = "meanflow-shapes"
-AUTO = "auto"
 _DEFAULT = Source("built-in", "default")
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+class Recipe(RecipeFields):
+    """Everything that determines a training run. Immutable and validated; components are resolved to typed configs.
+
+    Example:
+        >>> from fmg import Recipe
+        >>> recipe = Recipe.default(model="meanflow-shapes", **{"train.iterations": 3})
+        >>> recipe.with_(iterations=5, **{"objective.kl_beta": 0.01})
+        Recipe(meanflow-shapes, asfmc, grpo, rewards: shapes, 5 iterations)
+    """
+
+    @classmethod
+    @python_call
+    def default(cls, model: str | None = None, **overrides: object) -> Recipe:
+        """The default recipe of a model with some values replaced.
+
+        Args:
+            model: name of a model; the embedded two-time model when None.
+            overrides: dotted path of the recipe → value, as `**{"train.iterations": 3}`, or a flag of `fmg train` →
+                value, as `iterations=3`.
+
+        Raises:
+            UsageError: unknown name or key, wrong type, value out of range.
+            CompositionError: components that do not fit together.
+        """
+        return resolve_arguments(overrides if model is None else {"model": model, **overrides}).recipe
+
+    @classmethod
+    @python_call
+    def from_yaml(cls, path: str | Path, *, allow_code: bool = False) -> Recipe:
+        """The recipe in a file, over the default recipe of the model that it names. Errors as in `resolve`."""
+        return resolve(Path(path), allow_code=allow_code).recipe
+
+    @classmethod
+    @python_call
+    def of_run(cls, path: str | Path, *, allow_code: bool = False) -> Recipe:
+        """The recipe in a run folder, `recipe.yaml`, by which the run was made. Errors as in `resolve`."""
+        return resolve_run(path, allow_code=allow_code).recipe
+
+    @python_call
+    def with_(self, values: Mapping[str, object] | None = None, /, **overrides: object) -> Recipe:
+        """This recipe with some values replaced; another component's name drops the old options.
+
+        Args:
+            values: as `overrides`, for keys that are no Python names.
+            overrides: as in `default`: `recipe.with_(iterations=3, **{"lora.rank": 4})`.
+
+        Raises:
+            UsageError: unknown name or key, wrong type, value out of range.
+            CompositionError: components that do not fit together.
+        """
+        return override(self, {**(values or {}), **overrides}).recipe
+
+    def to_yaml(self) -> str:
+        """YAML 1.2 that `from_yaml` reads back to an equal recipe; relative prompt files are those beside its file."""
+        return render(self.plain(), {})
+
+    def __repr__(self) -> str:
+        rewards = " + ".join(ref.label if ref.weight == 1 else f"{ref.weight:g} {ref.label}" for ref in self.rewards)
+        parts = (self.model.name, self.stochasticizer.name, self.objective.name, f"rewards: {rewards}")
+        return f"Recipe({', '.join(parts)}, {counted(self.train.iterations, 'iteration')})"
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        return html_text(repr(self), self.to_yaml())
 
 
 @dataclass(frozen=True)
@@ -83,7 +151,7 @@ def resolve(
 
     Args:
         config: path of a YAML file, or the name of a shipped recipe.
-        flags: the flags of `fmg.registry.layers.FLAGS` by name; None means not given. `reward` is a list of
+        flags: the flags of `fmg.recipe.layers.FLAGS` by name; None means not given. `reward` is a list of
             `NAME[=WEIGHT]` or `python:module:function[=WEIGHT]` and replaces the recipe's rewards.
         sets: `path=value` texts, the value in YAML 1.2.
         allow_code: whether a recipe file may name reward code to run, and servers to send pictures to.
@@ -123,7 +191,7 @@ def recipe_of(
     Args:
         given: a recipe; the name of a shipped one, or of a model, whose default recipe is taken; the path of a file;
             a mapping of sections; None is the default recipe of the embedded two-time model.
-        values: replaced in it, by dotted path or short name (`fmg.registry.layers.ARGUMENTS`).
+        values: replaced in it, by dotted path or short name (`fmg.recipe.layers.ARGUMENTS`).
         allow_code: whether a recipe file may name reward code to run, and servers to send pictures to.
 
     Raises:
@@ -210,7 +278,7 @@ def _read(config: str | Path) -> Node:
 def _model(root: Node) -> ModelRef:
     section = (root.mapping or {})["model"]
     try:
-        return ModelRef.model_validate_json(json.dumps(section.plain()), strict=True)
+        return validate_strictly(ModelRef, section.plain())
     except ValidationError as error:
         problem = first_problem(error, ModelRef, "The section 'model'", "key")
         raise _located(Problem(("model", *problem.location), problem.what, problem.fix), root) from None
@@ -220,7 +288,7 @@ def _finish(root: Node, *, allow_code: bool) -> ResolvedRecipe:
     refuse_code(root, allowed=allow_code)
     root = _with_default_stochasticizer(root)
     try:
-        recipe = Recipe.model_validate_json(json.dumps(root.plain()), strict=True)
+        recipe = validate_strictly(Recipe, root.plain())
     except ValidationError as error:
         raise _located(first_problem(error, Recipe, "The recipe", "key"), root) from None
     for problem in problems(recipe):
@@ -239,7 +307,7 @@ def _with_default_stochasticizer(root: Node) -> Node:
     source = Source("model", f"{AUTO}: the default of {model.name}")
     asked = root.exact(("stochasticizer",))
     own = {key: option for key, option in ((asked and asked.mapping) or {}).items() if key != "name"}
-    section = merge(node_of({"name": default, **dict(options)}, source), Node(own, source))
+    section = merge(node_of({"name": default, **dict(options)}, source), Node(own, source), "stochasticizer")
     return Node({**(root.mapping or {}), "stochasticizer": section}, root.source)
 
 
@@ -258,3 +326,46 @@ def _leaves(value: Plain, path: tuple[str, ...]) -> Iterator[tuple[str, Plain]]:
             yield from _leaves(child, (*path, str(index)))
     else:
         yield ".".join(path), value
+
+
+def configs_folder() -> Path:
+    """The folder of shipped recipes: `fmg/configs` in an installed package, `configs/` in a source checkout.
+
+    Raises:
+        UsageError: when the installation has neither.
+    """
+    installed = _PACKAGE / "configs"
+    if installed.is_dir():
+        return installed
+    checkout = _PACKAGE.parent / "configs"
+    if checkout.is_dir() and (_PACKAGE.parent / "pyproject.toml").is_file():
+        return checkout
+    raise UsageError("The recipes that ship with fmg are missing from this installation", "Install fmg again.")
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes, sorted."""
+    return sorted(path.stem for path in configs_folder().glob("*.yaml"))
+
+
+def recipe_summary(name: str) -> str:
+    """What a shipped recipe is for: the first sentence of its leading comment.
+
+    Raises:
+        UsageError: for an unknown name, with a suggestion and the list.
+    """
+    lines = config_path(name).read_text(encoding="utf-8").splitlines()
+    comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    return " ".join(line.removeprefix("#").strip() for line in comment).partition(". ")[0].rstrip(".")
+
+
+def config_path(name: str) -> Path:
+    """The file of a shipped recipe.
+
+    Raises:
+        UsageError: for an unknown name, with a suggestion and the list.
+    """
+    known = recipe_names()
+    if name not in known:
+        raise UsageError(f"There is no shipped recipe named '{name}'", suggestion(name, known))
+    return configs_folder() / f"{name}.yaml"

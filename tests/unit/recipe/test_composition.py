@@ -9,9 +9,9 @@ import pytest
 
 from fmg.core.errors import CompositionError
 from fmg.core.specs import Requirements
+from fmg.recipe import resolve
+from fmg.recipe.composition import check_target_times
 from fmg.registry import stochasticizers
-from fmg.registry.composition import check_target_times
-from fmg.registry.resolve import resolve
 
 Write = Callable[[str | bytes], Path]
 NEEDS_TWO_TIMES = ["asfmc", "asfmc-euler", "flow-sde", "dance-sde", "cps"]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmg.core.errors import UsageError
-from fmg.registry.document import Plain, Source, node_of, parse_value, read_document, render
+from fmg.recipe.document import Plain, Source, node_of, parse_value, read_document, render
 
 SET = Source("set", "--set x")
 Write = Callable[[str | bytes], Path]

@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 from fmg.core.errors import CompositionError, MissingDependencyError, UsageError
 from fmg.core.specs import MapSpec, Requirements
+from fmg.flow.grids import make_grid
+from fmg.recipe.sections import RecipeFields, RewardRef
 from fmg.registry.validation import Location, Problem
-from fmg.registry.vocabulary import grid_times
 from fmg.version import install_line
-
-if TYPE_CHECKING:
-    from fmg.registry.recipe import Recipe
-    from fmg.registry.references import RewardRef
 
 _GRAPH_PACKAGES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
 _MAPS = {"any": "two-time", "endpoint": "single-time"}
@@ -34,7 +30,7 @@ def check_target_times(name: str, requires: Requirements, grid: Sequence[float])
         raise CompositionError(problem.what, problem.fix)
 
 
-def check_backend(recipe: Recipe, device_type: str) -> None:
+def check_backend(recipe: RecipeFields, device_type: str) -> None:
     """Refuses a backend of completions that does not run on a type of device, or whose packages are not there.
 
     Raises:
@@ -51,7 +47,7 @@ def check_backend(recipe: Recipe, device_type: str) -> None:
         )
 
 
-def problems(recipe: Recipe) -> Iterator[Problem]:
+def problems(recipe: RecipeFields) -> Iterator[Problem]:
     """Every misfit, most basic first."""
     spec = recipe.model.config.spec()
     yield from _map_problems(recipe, spec)
@@ -67,7 +63,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("rewards",), "Every reward has weight 0, so there is nothing to maximise", fix)
 
 
-def _map_problems(recipe: Recipe, spec: MapSpec) -> Iterator[Problem]:
+def _map_problems(recipe: RecipeFields, spec: MapSpec) -> Iterator[Problem]:
     model, chosen = recipe.model.name, recipe.stochasticizer
     requires = chosen.config.requires()
     default = spec.default_stochasticizer[0]
@@ -80,7 +76,7 @@ def _map_problems(recipe: Recipe, spec: MapSpec) -> Iterator[Problem]:
         yield Problem(("stochasticizer", "name"), what, fix)
 
 
-def _sampler_problems(recipe: Recipe) -> Iterator[Problem]:
+def _sampler_problems(recipe: RecipeFields) -> Iterator[Problem]:
     rollout, objective = recipe.rollout, recipe.objective
     if objective.config.needs == "transitions" and rollout.steps < 2:
         what = f"The objective '{objective.name}' needs a stochastic transition, but a rollout of one step has none"
@@ -92,21 +88,25 @@ def _sampler_problems(recipe: Recipe) -> Iterator[Problem]:
         )
         yield Problem(("lora", "dropout"), what, "Set lora.dropout to 0, or use an objective on samples")
     try:
-        grid = grid_times(rollout.grid, rollout.steps)
+        if (grid := _times(rollout.grid, rollout.steps)) is not None:
+            yield from _target_times(recipe.stochasticizer.name, recipe.stochasticizer.config.requires(), grid)
     except UsageError as error:
         yield Problem(("rollout", "grid"), error.what, error.fix)
         return
-    if grid is not None:
-        yield from _target_times(recipe.stochasticizer.name, recipe.stochasticizer.config.requires(), grid)
     if recipe.eval.steps is not None:
         try:
-            grid_times(rollout.grid, recipe.eval.steps)
+            _times(rollout.grid, recipe.eval.steps)
         except UsageError as error:
             what = f"The evaluation cannot use the rollout's grid: {error.what}"
             yield Problem(("eval", "steps"), what, "Set eval.steps to null, which takes rollout.steps")
 
 
-def _window_problems(recipe: Recipe, spec: MapSpec) -> Iterator[Problem]:
+def _times(spec: str | Sequence[float], steps: int) -> tuple[float, ...] | None:
+    """The times of a grid; None when they depend on the image size of the model (`flux-shift`)."""
+    return None if spec == "flux-shift" else make_grid(spec, steps)
+
+
+def _window_problems(recipe: RecipeFields, spec: MapSpec) -> Iterator[Problem]:
     window, objective, stochastic = recipe.rollout.window, recipe.objective, recipe.rollout.steps - 1
     if window is None:
         return
@@ -129,7 +129,7 @@ def _window_problems(recipe: Recipe, spec: MapSpec) -> Iterator[Problem]:
         yield Problem(location, what, everything)
 
 
-def _branch_problems(recipe: Recipe) -> Iterator[Problem]:
+def _branch_problems(recipe: RecipeFields) -> Iterator[Problem]:
     rollout, objective = recipe.rollout, recipe.objective
     if rollout.kind == "chain":
         return
@@ -146,7 +146,7 @@ def _branch_problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("rollout", "group_size"), what, fix)
 
 
-def _backend_problems(recipe: Recipe, device_type: str) -> Iterator[Problem]:
+def _backend_problems(recipe: RecipeFields, device_type: str) -> Iterator[Problem]:
     """Misfits of the backend of completions on a type of device; `auto` is one that is not known yet."""
     rollout, backend = recipe.rollout, recipe.rollout.branch.backend
     if backend == "torch":
@@ -163,7 +163,7 @@ def _backend_problems(recipe: Recipe, device_type: str) -> Iterator[Problem]:
         yield Problem(location, what, f"Set train.dtype to fp32, use a GPU, or {torch}")
 
 
-def _trainable_problems(recipe: Recipe, spec: MapSpec) -> Iterator[Problem]:
+def _trainable_problems(recipe: RecipeFields, spec: MapSpec) -> Iterator[Problem]:
     if recipe.train.trainable == "lora+duration" and spec.anchors != "any":
         what = f"'{recipe.model.name}' is a single-time map, which has no embedder of a second time to train"
         yield Problem(("train", "trainable"), what, "Set train.trainable to lora or full, or use a two-time map")

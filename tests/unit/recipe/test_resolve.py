@@ -11,11 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fmg.core.errors import UsageError
+from fmg.recipe import Recipe, config_path, recipe_of, resolve, resolve_run
 from fmg.registry import ObjectiveConfig
-from fmg.registry.paths import config_path
-from fmg.registry.recipe import Recipe
-from fmg.registry.resolve import recipe_of, resolve, resolve_run
-from tests.unit.registry.components import TwoTimeConfig
+from tests.unit.recipe.components import TwoTimeConfig
 
 Write = Callable[[str | bytes], Path]
 TWO = {"model": "two-time"}
