@@ -179,8 +179,7 @@ def stage_merge(arguments: argparse.Namespace) -> dict[str, object]:
     """A LoRA merged into the weights of FLUX.1-lite, written as an export writes them."""
     import torch
 
-    from fmg.export.delta import Delta
-    from fmg.export.merge import merged
+    from fmg.export.source import Delta, merged
     from fmg.export.weights import lay_out, write_weights
     from fmg.inference.artifact.manifest import Adapter
     from fmg.models.common.weights import TensorReader

@@ -32,9 +32,8 @@ from fmg.core.events import ignore
 from fmg.core.machine import machine
 from fmg.export.graphs import GraphModule, GraphPlan, transformer_plan
 from fmg.export.onnx import save_graph, trace
-from fmg.export.tensorrt.options import EngineOptions
-from fmg.export.tensorrt.process import run
-from fmg.export.tensorrt.protocol import Job
+from fmg.export.tensorrt.build import EngineOptions
+from fmg.export.tensorrt.worker import Job, build_engine
 from fmg.export.weights import lay_out, write_weights
 from fmg.inference.artifact.manifest import BATCH, IMAGE, TEXT
 from fmg.inference.tensorrt.engine import CudaDevice, Engine, RunOptions, open_device
@@ -179,7 +178,7 @@ class Bench:
         job = Job(str(self.onnx), str(plan), flavour.name, profiles, EngineOptions().ingredients(), None)
         found = self.engines[flavour.backend] = {"built": False, "runs": False}
         try:
-            built = run(job, "transformer", ignore)
+            built = build_engine(job, "transformer", ignore)
             found |= {"built": True, "seconds": round(built.seconds, 1), "bytes": plan.stat().st_size}
             engine = Engine(load_module(flavour), plan, open_device("auto"), RunOptions())
             engine.run(self.inputs(self.scale.sides[0]))

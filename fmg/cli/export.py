@@ -23,8 +23,7 @@ from fmg.progress.reporters import LOADING, reporter_for
 if TYPE_CHECKING:
     from fmg.core.events import Observer
     from fmg.export.diffusers import Merged
-    from fmg.export.tensorrt.build import Engine
-    from fmg.export.tensorrt.options import Hardware
+    from fmg.export.tensorrt.build import BuiltEngine, Hardware
     from fmg.inference.artifact import Artifact
     from fmg.inference.self_check import VerifyReport
 
@@ -275,8 +274,7 @@ def _build(
     observer: Observer,
 ) -> tuple[dict[str, object], str]:
     """Builds the engines of an artifact: facts for `--json`, text for people. Finished engines survive a failure."""
-    from fmg.export.tensorrt.build import build_engines
-    from fmg.export.tensorrt.options import EngineOptions
+    from fmg.export.tensorrt.build import EngineOptions, build_engines
     from fmg.inference.artifact.manifest import AxisRange
 
     built = build_engines(
@@ -300,7 +298,7 @@ def _build(
     return facts, "\n".join([f"{artifact.folder}:", *map(_engine_text, built)])
 
 
-def _engine_facts(engine: Engine) -> dict[str, object]:
+def _engine_facts(engine: BuiltEngine) -> dict[str, object]:
     return {
         "graph": engine.record.graph,
         "plan": engine.record.plan,
@@ -312,7 +310,7 @@ def _engine_facts(engine: Engine) -> dict[str, object]:
     }
 
 
-def _engine_text(engine: Engine) -> str:
+def _engine_text(engine: BuiltEngine) -> str:
     record = engine.record
     how = "reused" if engine.reused else f"built in {record.seconds:.1f} s"
     profiles = ", ".join(profile.name for profile in record.ingredients.profiles)

@@ -17,12 +17,19 @@ from fmg.core.events import Observer, StageProgress, ignore
 from fmg.core.files import atomic_folder
 from fmg.core.machine import installed_versions
 from fmg.core.model_folder import read_config
-from fmg.export.components import graph_reader, graph_tokenizer, stored_elements
 from fmg.export.graphs import GraphPlan, clip_plan, decoder_plan, t5_plan, transformer_plan
 from fmg.export.int8 import quantise
-from fmg.export.merge import base_dtypes, write_base
 from fmg.export.onnx import OPSET, require_onnx, save_graph, trace
-from fmg.export.source import ExportSource, find_source, recipe_facts
+from fmg.export.source import (
+    ExportSource,
+    base_dtypes,
+    find_source,
+    graph_reader,
+    graph_tokenizer,
+    recipe_facts,
+    stored_elements,
+    write_base,
+)
 from fmg.export.space import check_space
 from fmg.export.weights import lay_out, write_weights
 from fmg.inference.artifact.layout import (

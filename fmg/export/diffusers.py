@@ -1,4 +1,4 @@
-"""A run as a complete diffusers folder: the adapter merged into the base weights, one tensor in memory at a time."""
+"""Exports a run as a complete diffusers folder: the adapter merged into the base weights, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -12,20 +12,17 @@ from pathlib import Path
 import torch
 
 from fmg.core.errors import UsageError, python_call
-from fmg.core.events import Observer, StageProgress, ignore
+from fmg.core.events import Observer, StageProgress
 from fmg.core.files import atomic_folder
-from fmg.export.delta import Delta, check_base, read_delta
-from fmg.export.merge import merged
-from fmg.export.source import find_source
+from fmg.export.source import Delta, find_source, merged
 from fmg.export.space import check_space
 from fmg.export.weights import TensorType, lay_out, write_weights
 from fmg.inference.pipeline import sampled_as
 from fmg.inference.target import TargetLike, export_folder, resolve_target
-from fmg.models.common.saved_weights import is_full
-from fmg.models.common.weights import INDEX_FILE, TensorReader, stored_digest
-from fmg.models.conventions import FlowMapConventions, read_conventions
+from fmg.models.common.weights import INDEX_FILE, TensorReader
+from fmg.models.conventions import FlowMapConventions
 from fmg.models.flux.configs import FluxStudentConfig
-from fmg.models.flux.loading import TransformerSource, transformer_source
+from fmg.models.flux.loading import TransformerSource
 from fmg.models.flux.pipeline_files import STALE, write_pipeline_files
 from fmg.progress import watching
 from fmg.recipe import Recipe
@@ -43,7 +40,7 @@ _SINGLE_FILE = "diffusion_pytorch_model.safetensors"
 
 @dataclass(frozen=True)
 class Merged:
-    """What an export wrote: where, how many weights the adapter changed, of how many."""
+    """Where an export was written, how many weights the adapter changed, and how many there are."""
 
     folder: Path
     changed: int
@@ -59,7 +56,7 @@ def export_diffusers(
     observer: Observer | None = None,
     progress: bool | None = None,
 ) -> Merged:
-    """Writes the pipeline of a run, adapter merged, as a new diffusers folder.
+    """Writes the pipeline of a run, with its adapter merged, as a new diffusers folder.
 
     A student's folder is its teacher's with the student's transformer; `fmg` loads it as the model `flux-fewstep`.
 
@@ -67,7 +64,7 @@ def export_diffusers(
         target: a run folder, a student by name, or None for the newest run.
         out: the folder to make; None is `diffusers` in the run's folder.
         dtype: of the transformer: `stored`, `fp32`, `bf16` or `fp16`. The sums are made in fp32.
-        observer: hears of every shard.
+        observer: receives every shard.
         progress: whether progress is shown, as in `train`.
 
     Raises:
@@ -80,44 +77,17 @@ def export_diffusers(
     student = isinstance(found.recipe.model.config, FluxStudentConfig)
     if source.checkpoint is None and not student:
         raise UsageError(f"'{found.label}' has no adapter to merge", "Name a run folder; `fmg runs` lists them.")
-    folder = _Folder(source.folder, sampled_as(source.conventions, found.recipe), source.transformer, found.recipe)
+    folder = PipelineFolder(
+        source.folder, sampled_as(source.conventions, found.recipe), source.transformer, found.recipe
+    )
     place = export_folder(target, "diffusers") if out is None else Path(out)
     with watching(observer, progress) as told:
-        return _write(folder, source.delta, source.checkpoint, place, DTYPES[dtype], told)
-
-
-def merge_folder(
-    base: Path, adapter: Path, out: Path, *, dtype: torch.dtype | None = None, observer: Observer = ignore
-) -> Merged:
-    """Merges a saved adapter into a copy of its base folder; either all of `out` appears or nothing.
-
-    Args:
-        base: a diffusers pipeline folder with its `fmg_flow_map.json`.
-        adapter: what `save_adapter` wrote.
-        out: the folder to make.
-        dtype: of the transformer's floating-point weights; None keeps the stored one.
-        observer: hears of every shard.
-
-    Raises:
-        UsageError: `out` exists, or the disk is too small.
-        CheckpointError: the adapter was made for other weights, names an unknown module, or a file is damaged.
-    """
-    if is_full(adapter):
-        raise UsageError(
-            f"{adapter} is a whole transformer, so there is nothing to merge",
-            f"Use its folder {adapter / TRANSFORMER} in place of the pipeline's own.",
-        )
-    conventions = read_conventions(base)
-    folder = _Folder(base, conventions, transformer_source(base, conventions))
-    shapes = {name: shape for name, (_, shape) in folder.stored().items()}
-    delta = read_delta(adapter, shapes, str(adapter))
-    check_base(delta, stored_digest(folder.transformer.weights), str(base))
-    return _write(folder, delta, adapter, out, dtype, observer)
+        return write_folder(folder, source.delta, source.checkpoint, place, DTYPES[dtype], told)
 
 
 @dataclass(frozen=True)
-class _Folder:
-    """A pipeline folder and the transformer that belongs into it, its own or a student's."""
+class PipelineFolder:
+    """A pipeline folder and the transformer for it: its own, or a student's."""
 
     base: Path
     conventions: FlowMapConventions
@@ -130,9 +100,28 @@ class _Folder:
         return {name: reader.describe(name) for name in self.transformer.weights.files}
 
 
-def _write(
-    folder: _Folder, delta: Delta | None, adapter: Path | None, out: Path, dtype: torch.dtype | None, observer: Observer
+def write_folder(
+    folder: PipelineFolder,
+    delta: Delta | None,
+    adapter: Path | None,
+    out: Path,
+    dtype: torch.dtype | None,
+    observer: Observer,
 ) -> Merged:
+    """Writes a pipeline folder with the changes of `delta` merged into its transformer; all of `out`, or nothing.
+
+    Args:
+        folder: what is merged into.
+        delta: what a run changed; None for a student as it is.
+        adapter: the checkpoint of `delta`, whose model card and samples are taken over.
+        out: the folder to make.
+        dtype: of the transformer's floating-point weights; None keeps the stored one.
+        observer: receives every shard.
+
+    Raises:
+        UsageError: `out` exists, or the disk is too small.
+        CheckpointError: a file is damaged.
+    """
     if out.exists():
         raise UsageError(f"{out} exists already", "Export to another folder, or move that one away.")
     stored = folder.stored()
@@ -158,7 +147,7 @@ def _card_of(adapter: Path | None) -> str | None:
 
 
 def _write_transformer(
-    out: Path, folder: _Folder, delta: Delta | None, types: Mapping[str, TensorType], observer: Observer
+    out: Path, folder: PipelineFolder, delta: Delta | None, types: Mapping[str, TensorType], observer: Observer
 ) -> None:
     """Writes the config, and the weights in as many files as they are stored in."""
     out.mkdir(exist_ok=True)
@@ -188,8 +177,8 @@ def _dtype(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     return wanted if wanted is not None and stored.is_floating_point else stored
 
 
-def _replaced(folder: _Folder) -> Callable[[str, list[str]], set[str]]:
-    """What of the base is not copied: the weights of its transformer, and what only the stock pipeline needs."""
+def _replaced(folder: PipelineFolder) -> Callable[[str, list[str]], set[str]]:
+    """Selects what of the base is not copied: the transformer's weights, and files of the stock pipeline only."""
 
     def ignored(where: str, names: list[str]) -> set[str]:
         if Path(where) == folder.base:

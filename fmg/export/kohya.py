@@ -16,8 +16,7 @@ from torch import Tensor
 
 from fmg.core.errors import UsageError, writing
 from fmg.core.files import write_atomic
-from fmg.export.delta import Delta
-from fmg.export.source import ExportSource, find_source
+from fmg.export.source import Delta, ExportSource, find_source
 from fmg.inference.target import resolve_target
 
 FILE = "kohya_lora.safetensors"

@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import CLIPTokenizer, T5Tokenizer
 
-from fmg.core.errors import UsageError
+from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.files import digest
 from fmg.core.hub import locate
-from fmg.export.delta import Delta, check_base, read_delta
+from fmg.core.specs import expand_targets, is_target
+from fmg.export.weights import TensorType, lay_out, write_weights
+from fmg.inference.artifact.layout import TOKENIZER_FILE, TOKENIZERS
+from fmg.inference.artifact.manifest import (
+    TEXT_ENCODER,
+    TEXT_ENCODER_2,
+    TRANSFORMER,
+    Adapter,
+    FileEntry,
+    TokenizerFacts,
+)
 from fmg.inference.target import Target
-from fmg.models.common.saved_weights import COMPONENT, is_full, read_transformer_manifest
+from fmg.models.common.adapter import add_low_rank
+from fmg.models.common.pipeline_parts import load_tokenizer, quiet
+from fmg.models.common.saved_weights import (
+    COMPONENT,
+    DIFFUSERS_FILE,
+    LORA_A,
+    LORA_B,
+    AdapterManifest,
+    extra_shapes,
+    is_full,
+    read_adapter_manifest,
+    read_adapter_tensors,
+    read_transformer_manifest,
+)
 from fmg.models.common.weights import (
     TensorReader,
     empty_transformer,
@@ -26,7 +55,7 @@ from fmg.models.common.weights import (
 from fmg.models.conventions import FlowMapConventions, read_conventions
 from fmg.models.embedded import EmbeddedConfig
 from fmg.models.flux.configs import FluxConfig, FluxStudentConfig
-from fmg.models.flux.loading import TransformerSource, transformer_source
+from fmg.models.flux.loading import FLUX, TransformerSource, transformer_source
 from fmg.models.flux.students import check_student
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
 from fmg.recipe import Recipe
@@ -148,3 +177,207 @@ def recipe_facts(recipe: Recipe) -> tuple[tuple[Mapping[str, object], ...], Mapp
     """What a manifest keeps of a recipe to repeat the proof of equal reward: its rewards, and its prompt sets."""
     plain: Any = recipe.plain()
     return tuple(plain["rewards"]), {"train": plain["prompts"], "eval": plain["eval"]["prompts"]}
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The changes by the names of the weights.
+
+    Attributes:
+        lora: A (rank, inputs) and B (outputs, rank) for a matrix (outputs, inputs).
+        replaced: tensors that take the place of the base's.
+        adapter: what the manifest says of it.
+        base_name: registered name of the model that it belongs to.
+        base_digest: sha256 of that model's stored weights.
+    """
+
+    lora: Mapping[str, tuple[Tensor, Tensor]]
+    replaced: Mapping[str, Tensor]
+    adapter: Adapter
+    base_name: str
+    base_digest: str
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """Names of the weights that are not the base's any more."""
+        return frozenset(self.lora) | frozenset(self.replaced)
+
+    def apply(self, name: str, base: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight called `name` in `dtype`: W + scale B A (`add_low_rank`)."""
+        if name in self.replaced:
+            return self.replaced[name].to(dtype)
+        if name not in self.lora:
+            return base.to(dtype)
+        return add_low_rank(base, *self.lora[name], self.adapter.scale, dtype)
+
+
+def read_delta(folder: Path, shapes: Shapes, run: str) -> Delta:
+    """The changes of a saved adapter.
+
+    Args:
+        folder: what `save_adapter` wrote.
+        shapes: of the base's weights by name.
+        run: what the manifest calls the origin.
+
+    Raises:
+        CheckpointError: the folder is damaged or does not fit weights of these names and shapes.
+    """
+    manifest = read_adapter_manifest(folder)
+    extra = extra_shapes(folder, manifest, shapes)
+    tensors = read_adapter_tensors(folder, {**_adapter_shapes(shapes, manifest), **extra})
+    modules = [name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)]
+    lora = {f"{module}.weight": (tensors[module + LORA_A], tensors[module + LORA_B]) for module in sorted(modules)}
+    facts = Adapter(
+        digest=_digest(folder),
+        rank=manifest.rank,
+        alpha=manifest.alpha,
+        scale=manifest.alpha / manifest.rank,
+        targets=manifest.targets,
+        run=run,
+    )
+    replaced = {name: tensors[name] for name in extra}
+    return Delta(lora, replaced, facts, manifest.base.name, manifest.base.digest)
+
+
+def check_base(delta: Delta, digest: str, where: str) -> None:
+    """Whether the changes belong to weights with this digest.
+
+    Raises:
+        CheckpointError: they were trained on others.
+    """
+    if delta.base_digest != digest:
+        raise CheckpointError(
+            f"The adapter of {delta.adapter.run} was trained on other weights of '{delta.base_name}' than those in"
+            f" {where}",
+            f"Give the folder it was trained on (sha256 {delta.base_digest[:12]}).",
+        )
+
+
+def _adapter_shapes(shapes: Shapes, manifest: AdapterManifest) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that the tensors of the adapter must have on these weights."""
+    suffixes = expand_targets(manifest.targets)
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        if len(shape) == 2 and module != name and is_target(module, suffixes):
+            outputs, inputs = shape
+            expected[module + LORA_A] = (manifest.rank, inputs)
+            expected[module + LORA_B] = (outputs, manifest.rank)
+    return expected
+
+
+def _digest(folder: Path) -> str:
+    """Sha256 over the weight files of an adapter, each under its name."""
+    files = sorted(folder.glob("*.safetensors"), key=lambda file: (file.name != DIFFUSERS_FILE, file.name))
+    text = "".join(f"{digest(file)} {file.name}\n" for file in files)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def merged(base: TensorReader, delta: Delta | None, dtype: torch.dtype) -> Callable[[str], Tensor]:
+    """Reads weights with the changes of a run, in `dtype`; the sums are made in fp32."""
+    if delta is None:
+        return lambda name: base.read(name).to(dtype)
+    return lambda name: delta.apply(name, base.read(name), dtype)
+
+
+def write_base(file: Path, base: TensorReader, names: Iterable[str], dtype: torch.dtype | None = None) -> FileEntry:
+    """Writes some weights of the base, in `dtype` or (None) as `base` stores them."""
+    layout = lay_out({name: (dtype or stored, shape) for name in names for stored, shape in [base.describe(name)]})
+    return write_weights(file, layout, lambda name: base.read(name).to(dtype) if dtype else base.read(name))
+
+
+def base_dtypes(stored: Mapping[str, TensorType]) -> tuple[str, ...]:
+    """Names of the dtypes that weights are stored in, sorted."""
+    return tuple(sorted({str(dtype).removeprefix("torch.") for dtype, _ in stored.values()}))
+
+
+_TOKENIZER_CLASSES = {TEXT_ENCODER: CLIPTokenizer, TEXT_ENCODER_2: T5Tokenizer}
+
+
+def graph_reader(source: ExportSource, graph: str, names: Iterable[str], dtype: torch.dtype) -> Callable[[str], Tensor]:
+    """Reads the weights of a graph by the names that they have in it, in `dtype`; a run changes the transformer's only.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or lacks a tensor.
+    """
+    if graph == TRANSFORMER:
+        return merged(source.reader, source.delta, dtype)
+    component = graph if graph in (TEXT_ENCODER, TEXT_ENCODER_2) else "vae"
+    return component_reader(source.folder / component, names, dtype)
+
+
+def graph_tokenizer(source: ExportSource, graph: str, out: Path) -> TokenizerFacts:
+    """Writes the tokenizer of a text encoder under `out`, cut to what the model reads. Errors as `write_tokenizer`."""
+    length = source.conventions.max_sequence_length if graph == TEXT_ENCODER_2 else None
+    return write_tokenizer(source.folder, graph, out, length)
+
+
+def component_reader(folder: Path, names: Iterable[str], dtype: torch.dtype) -> Callable[[str], Tensor]:
+    """Reads the tensors called `names` of a component folder, in `dtype`.
+
+    They are streamed where the files have them under these names or a known older one. Where they do not, the library
+    that wrote the folder loads and renames them.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or lacks a tensor.
+    """
+    files = folder_weights(folder).files
+    aliases = {name: alias for name in names if (alias := _stored_name(name, files.keys())) is not None}
+    if set(names) <= aliases.keys():
+        reader = TensorReader({name: files[alias] for name, alias in aliases.items()}, aliases)
+        return lambda name: reader.read(name).to(dtype)
+    with quiet():
+        tensors = FLUX.module(folder, dtype).state_dict()
+    return lambda name: tensors[name]
+
+
+def stored_elements(folder: Path) -> int:
+    """Numbers in the weight files of a component folder.
+
+    Raises:
+        CheckpointError: there is no weight file, or one cannot be read.
+    """
+    files = folder_weights(folder).files
+    reader = TensorReader(files)
+    return sum(math.prod(reader.describe(name)[1]) for name in files)
+
+
+def write_tokenizer(source: Path, graph: str, out: Path, length: int | None) -> TokenizerFacts:
+    """Writes the tokenizer of a text encoder as one `tokenizer.json` under `out`.
+
+    Args:
+        source: the pipeline folder.
+        graph: which text encoder it feeds.
+        out: the artifact's folder.
+        length: tokens to pad and cut to; None takes the tokenizer's own maximum.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the tokenizer pads or cuts on the left.
+    """
+    folder = TOKENIZERS[graph]
+    with quiet():
+        loaded: Any = load_tokenizer(source / folder, _TOKENIZER_CLASSES[graph])
+    if (loaded.padding_side, loaded.truncation_side) != ("right", "right"):
+        raise CheckpointError(
+            f"The tokenizer in {source / folder} does not pad and cut on the right",
+            "Give a FLUX pipeline folder.",
+        )
+    backend = Tokenizer.from_str(loaded.backend_tokenizer.to_str())
+    # the lengths are facts of the manifest, not of the file, so that a prompt's own length can still be counted
+    backend.no_padding()
+    backend.no_truncation()
+    (out / folder).mkdir()
+    name = f"{folder}/{TOKENIZER_FILE}"
+    backend.save(str(out / name))
+    return TokenizerFacts(name, length or int(loaded.model_max_length), int(loaded.pad_token_id), str(loaded.pad_token))
+
+
+def _stored_name(name: str, stored: Iterable[str]) -> str | None:
+    """The name in the files: T5's embedding is tied, and CLIP's text model used to be one level deeper."""
+    candidates = [name, f"text_model.{name}"]
+    candidates += ["shared.weight"] if name == "encoder.embed_tokens.weight" else []
+    candidates += ["encoder.embed_tokens.weight"] if name == "shared.weight" else []
+    return next((candidate for candidate in candidates if candidate in stored), None)

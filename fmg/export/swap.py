@@ -13,10 +13,8 @@ from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.events import Notice, Observer, StageProgress, ignore
 from fmg.core.files import OLD, leftovers, link_files, replaced_folder
 from fmg.export.artifact import default_resolution, image_axes
-from fmg.export.delta import Delta, check_base, read_delta
 from fmg.export.int8 import quantise
-from fmg.export.merge import merged, write_base
-from fmg.export.source import conventions_of, recipe_facts
+from fmg.export.source import Delta, check_base, conventions_of, merged, read_delta, recipe_facts, write_base
 from fmg.export.space import check_space
 from fmg.export.weights import lay_out, write_weights
 from fmg.inference.artifact.layout import (

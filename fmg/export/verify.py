@@ -6,37 +6,38 @@ manifest with the hash of the weights it was made on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from os import PathLike
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fmg.core.backends import tell_of_cuts
 from fmg.core.errors import UsageError, python_call, suggestion
 from fmg.core.events import Notice, Observer, StageProgress
+from fmg.core.protocols import Reward
 from fmg.data.prompt_sets import load_prompts
-from fmg.eval.scoring import EvalSet
-from fmg.export.bisect import first_divergence
-from fmg.export.census import census
+from fmg.eval.intervals import bootstrap_mean
+from fmg.eval.scoring import CHUNK, EvalSet, prompt_clusters, score_images
+from fmg.export.precision_report import precision_of
 from fmg.export.source import find_source
-from fmg.export.verify_images import REWARD_ALLOWED, RewardGap, compare
+from fmg.export.verify_graphs import GraphParity, first_divergence, parity, sample_inputs, widened
 from fmg.export.verify_source import check_source
-from fmg.export.verify_tensors import GraphParity, parity, sample_inputs
-from fmg.export.widen import widened
 from fmg.inference import Generator, Target
 from fmg.inference.artifact.backend import ArtifactBackend, PromptTokenizer
 from fmg.inference.artifact.layout import Artifact, artifact_of, open_artifact
-from fmg.inference.artifact.manifest import GRAPHS, TEXT_ENCODER_2, TRANSFORMER, TRANSFORMER_INT8, Check
+from fmg.inference.artifact.manifest import GRAPHS, TEXT_ENCODER_2, TRANSFORMER, TRANSFORMER_INT8, Check, Precision
 from fmg.inference.backend import TorchBackend
 from fmg.inference.loading import AUTO, find, load, made_from
 from fmg.inference.onnxruntime import NAME as ONNXRUNTIME
 from fmg.inference.onnxruntime import PrecisionError
+from fmg.inference.parity import Difference, ImageParity
 from fmg.inference.self_check import VerifyReport, check_files, check_generation, described
 from fmg.inference.target import TargetLike, load_model
-from fmg.inference.tensorrt.precision_report import Census as EngineCensus
+from fmg.inference.tensorrt.precision_report import EnginePrecision
 from fmg.models.flux.model import FluxModel
 from fmg.progress import watching
 from fmg.rewards.base import build_rewards, check_prompts
@@ -48,7 +49,7 @@ IN_FP32 = (
     "computed in fp32 with the bf16 weights, because ONNX Runtime has no bf16 on a CPU;"
     " the rounding of bf16 arithmetic was not run"
 )
-"""Note of the checks for which a bf16 artifact could only be run so (`fmg.export.widen`)."""
+"""Note of the checks for which a bf16 artifact could only be run so (`fmg.export.verify_graphs`)."""
 
 _FEW_PROMPTS = 32
 _HUGE = 1e30
@@ -58,7 +59,7 @@ _HUGE = 1e30
 class ReportsPrecision(Protocol):
     """A runtime that can tell in which precision it runs a graph, as an engine can that kept its layers' names."""
 
-    def precision(self, graph: str) -> EngineCensus | None:
+    def precision(self, graph: str) -> EnginePrecision | None:
         """The layers of a graph's engine by kind and type; None where they cannot be read."""
 
 
@@ -216,7 +217,7 @@ class _Proof:
     def precision(self) -> Iterator[Check]:
         """The dtypes of every graph's weights and nodes."""
         for graph in self._artifact.manifest.graphs:
-            counted = census(self._artifact, graph)
+            counted = precision_of(self._artifact, graph)
             foreign = counted.foreign
             more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
             note = f"asked for {self._artifact.graph(graph).precision}; {foreign[0]}{more}" if foreign else ""
@@ -325,3 +326,93 @@ class _Proof:
 def _number(value: float) -> float:
     """A value that JSON can hold: what is no number, or infinite, becomes a very large one of its sign."""
     return float(np.nan_to_num(value, nan=_HUGE, posinf=_HUGE, neginf=-_HUGE))
+
+
+REWARD_ALLOWED: Mapping[Precision, float] = {"fp32": 0.005, "fp16": 0.02, "bf16": 0.02, "int8": 0.02}
+"""Half-width of the band that the 95 % interval of the paired reward gap has to lie in."""
+LEAST_IMAGES = 500
+"""Fewer prove nothing about a reward: where a rule gives both sides equal scores, the interval has no width at all."""
+
+
+@dataclass(frozen=True)
+class RewardGap:
+    """Artifact minus torch on the same prompts and seeds, with its 95 % bootstrap interval over prompts."""
+
+    reward: str
+    part: str
+    torch: float
+    artifact: float
+    gap: float
+    ci95: tuple[float, float]
+    images: int
+
+    def passed(self, allowed: float) -> bool:
+        """Whether the whole interval lies within `allowed` of zero; with too few images to say it does not."""
+        return not self.problem(allowed)
+
+    def problem(self, allowed: float) -> str:
+        """Why it does not pass; empty when it does."""
+        low, high = self.ci95
+        if not np.isfinite([self.torch, self.artifact]).all():
+            return "a reward is not finite"
+        if self.images < LEAST_IMAGES:
+            return f"too few images to say: {self.images} of {LEAST_IMAGES}"
+        if -allowed <= low and high <= allowed:
+            return ""
+        inside = -allowed <= self.gap <= allowed
+        return "the interval is too wide to say: use more images" if inside else "the rewards differ"
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What both sides drew: differences of the images, and the gap of every part of every reward."""
+
+    images: ImageParity
+    gaps: tuple[RewardGap, ...]
+
+
+def compare(
+    reference: Generator,
+    candidate: Generator,
+    eval_set: EvalSet,
+    rewards: Mapping[str, Reward],
+    *,
+    progress: Callable[[int, int], None],
+) -> Pictures:
+    """Draws all images of `eval_set` on both sides, compares them and scores them.
+
+    Args:
+        reference: torch.
+        candidate: the artifact.
+        eval_set: prompts and seeds.
+        rewards: by label; none skips the scoring.
+        progress: called with (done, total).
+    """
+    total = len(eval_set.prompts)
+    difference = Difference()
+    scores: dict[tuple[str, str], tuple[list[NDArray[np.float64]], list[NDArray[np.float64]]]] = {}
+    for start in range(0, total, CHUNK):
+        rows = slice(start, start + CHUNK)
+        prompts, seeds = eval_set.prompts[rows], eval_set.seeds[rows]
+        sides = [generator.generate(prompts, seeds, progress=False) for generator in (reference, candidate)]
+        difference.add(sides[1].image_array, sides[0].image_array)
+        if difference.not_finite:
+            # no reward scores such images, and they fail by themselves
+            rewards, scores = {}, {}
+        scored = [score_images(rewards, side.images, prompts) for side in sides]
+        for key in scored[0]:
+            ours = scores.setdefault(key, ([], []))
+            for column, side in zip(ours, scored, strict=True):
+                column.append(side[key])
+        progress(min(start + CHUNK, total), total)
+    clusters = prompt_clusters(eval_set.prompts)
+    gaps = [_gap(key, np.concatenate(a), np.concatenate(b), clusters) for key, (a, b) in scores.items()]
+    return Pictures(difference.result(), tuple(gaps))
+
+
+def _gap(
+    key: tuple[str, str], torch_: NDArray[np.float64], artifact: NDArray[np.float64], clusters: NDArray[np.int64]
+) -> RewardGap:
+    delta = artifact - torch_
+    interval = bootstrap_mean(delta, clusters if np.ptp(clusters) > 0 else None)
+    return RewardGap(*key, float(torch_.mean()), float(artifact.mean()), float(delta.mean()), interval, len(delta))

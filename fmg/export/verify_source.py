@@ -17,11 +17,9 @@ from torch import Tensor
 from fmg.core.json_io import JsonError, parse
 from fmg.core.model_folder import read_config
 from fmg.export.artifact import plain_config, sampling_of
-from fmg.export.census import read_graph
-from fmg.export.components import graph_reader, graph_tokenizer
 from fmg.export.int8 import other_weight
-from fmg.export.merge import base_dtypes
-from fmg.export.source import ExportSource, recipe_facts
+from fmg.export.precision_report import read_graph
+from fmg.export.source import ExportSource, base_dtypes, graph_reader, graph_tokenizer, recipe_facts
 from fmg.export.weights import stored_places
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.artifact.manifest import (

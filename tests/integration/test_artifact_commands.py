@@ -58,7 +58,7 @@ def test_a_program_draws_the_pictures_of_torch_with_four_packages(
     assert done.returncode == 0, done.stderr
     drawn = np.load(tmp_path / "drawn.npy")
     largest = np.sort(np.abs(drawn - torch_images).reshape(20, -1).max(1))
-    # one image in hundreds amplifies rounding (fmg.export.verify_images)
+    # one image in hundreds amplifies rounding (fmg.export.verify)
     assert largest[17] <= 1e-4
     assert largest[-1] <= 1 / 255
 

@@ -11,11 +11,9 @@ from onnx import NodeProto, TensorProto, helper
 
 from fmg.core.errors import CheckpointError, FmgError, UsageError
 from fmg.core.events import ignore
-from fmg.export.tensorrt import process
-from fmg.export.tensorrt.build import build_engines
-from fmg.export.tensorrt.check import check_network
-from fmg.export.tensorrt.options import EngineOptions
-from fmg.export.tensorrt.protocol import Job
+from fmg.export.tensorrt import worker
+from fmg.export.tensorrt.build import EngineOptions, build_engines, check_network
+from fmg.export.tensorrt.worker import Job
 from fmg.inference.artifact import Artifact, open_artifact
 from fmg.inference.artifact.layout import ENGINES
 from fmg.inference.artifact.manifest import GRAPHS, AxisRange
@@ -109,20 +107,20 @@ def test_fp32_attention_of_opset_23_ends_the_builder(tmp_path: Path) -> None:
     node = helper.make_node("Attention", ["x"] * 3, ["y"], name="n", q_num_heads=2, kv_num_heads=2)
     job = job_of(tmp_path, [node], precision=TensorProto.FLOAT, opset=23, axes=("batch", 16, 64))
     with pytest.raises(FmgError, match="engine of g was not built"):
-        process.run(job, "g", ignore)
+        worker.build_engine(job, "g", ignore)
     assert not (tmp_path / "g.plan").exists()
 
 
 @pytest.mark.parametrize("option", ["refittable", "version_compatible"])
 def test_what_is_refused_for_rtx_really_fails_there(tmp_path: Path, option: str) -> None:
     job = product(tmp_path)
-    process.run(job, "g", ignore)
+    worker.build_engine(job, "g", ignore)
     with pytest.raises(FmgError, match="engine of g was not built"):
-        process.run(replace(job, options={**job.options, option: True}), "g", ignore)
+        worker.build_engine(replace(job, options={**job.options, option: True}), "g", ignore)
 
 
 def test_a_bf16_graph_becomes_a_bf16_network_and_fp32_is_refused_for_it(tmp_path: Path) -> None:
-    built = process.run(product(tmp_path), "g", ignore)
+    built = worker.build_engine(product(tmp_path), "g", ignore)
     check_network("g", built.layers, "bf16")
     with pytest.raises(FmgError, match="BF16 where FLOAT was asked for"):
         check_network("g", built.layers, "fp32")
@@ -131,21 +129,21 @@ def test_a_bf16_graph_becomes_a_bf16_network_and_fp32_is_refused_for_it(tmp_path
 def test_a_workspace_that_is_too_small_is_the_builders_own_reason(tmp_path: Path) -> None:
     job = product(tmp_path)
     with pytest.raises(FmgError, match=r"engine of g was not built: .+"):
-        process.run(replace(job, options={**job.options, "workspace_gib": 1e-7}), "g", ignore)
+        worker.build_engine(replace(job, options={**job.options, "workspace_gib": 1e-7}), "g", ignore)
 
 
 def test_a_profile_that_does_not_fit_the_graph_is_the_builders_own_reason(tmp_path: Path) -> None:
     job = product(tmp_path)
     narrow = Profile("g", {"x": ShapeRange((1, 16, 32), (1, 16, 32), (1, 16, 32))})
     with pytest.raises(FmgError, match="Dimension mismatch for tensor x and profile 0"):
-        process.run(replace(job, profiles=(narrow,)), "g", ignore)
+        worker.build_engine(replace(job, profiles=(narrow,)), "g", ignore)
 
 
 def test_the_parser_names_the_node_that_it_does_not_know(tmp_path: Path) -> None:
     node = helper.make_node("Unique", ["x"], ["y"], name="node_odd")
     job = job_of(tmp_path, [node], precision=TensorProto.FLOAT, opset=20, axes=("n",))
     with pytest.raises(FmgError, match=r"node_odd and operator: Unique .*UNSUPPORTED_NODE"):
-        process.run(job, "g", ignore)
+        worker.build_engine(job, "g", ignore)
 
 
 def test_the_stand_in_has_no_name_that_the_real_api_lacks() -> None:

@@ -12,8 +12,7 @@ from types import ModuleType
 import pytest
 
 from fmg.core.events import Event
-from fmg.export.tensorrt.build import Engine, build_engines
-from fmg.export.tensorrt.options import EngineOptions
+from fmg.export.tensorrt.build import BuiltEngine, EngineOptions, build_engines
 from fmg.inference.artifact import Artifact, open_artifact
 from fmg.inference.tensorrt.flavours import TENSORRT, Gpu, load_module
 from tests.support.fake_cuda import FakeCuda
@@ -46,7 +45,7 @@ def stand_in(gpu: Gpu | None = GPU, cache: Path | None = None) -> Iterator[Modul
 
 def build(
     folder: Path, *, options: EngineOptions | None = None, resolutions: Sequence[int] | None = None
-) -> tuple[list[Engine], list[Event]]:
+) -> tuple[list[BuiltEngine], list[Event]]:
     """The engines of an artifact by the stand-in, and what was reported."""
     events: list[Event] = []
     artifact: Artifact = open_artifact(folder)

@@ -3,39 +3,343 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
 
 from fmg.core.cache import cache_dir
-from fmg.core.errors import CheckpointError, FmgError
+from fmg.core.errors import CheckpointError, FmgError, MissingDependencyError, UsageError, suggestion
 from fmg.core.events import Notice, Observer, StageProgress, ignore
 from fmg.core.files import atomic_file, digest, write_atomic
-from fmg.export.tensorrt.check import check_network, check_refit
-from fmg.export.tensorrt.graph import check_buildable
-from fmg.export.tensorrt.options import AUTO, EngineOptions, pick_flavour, polygraphy_version
-from fmg.export.tensorrt.process import run
-from fmg.export.tensorrt.profiles import Wanted, profiles, wanted
-from fmg.export.tensorrt.protocol import Job
-from fmg.inference.artifact import Artifact
-from fmg.inference.artifact.manifest import GRAPHS, AxisRange
-from fmg.inference.tensorrt.engine import open_device
-from fmg.inference.tensorrt.flavours import ANY, Flavour, Gpu, current_gpu, load_module
+from fmg.export.precision_report import read_graph
+from fmg.export.tensorrt.worker import Job, build_engine
+from fmg.inference.artifact.external_data import check_external
+from fmg.inference.artifact.layout import Artifact
+from fmg.inference.artifact.manifest import (
+    BATCH,
+    GRAPHS,
+    HEIGHT,
+    IMAGE,
+    TEXT,
+    TEXT_ENCODER_2,
+    VAE_DECODER,
+    WIDTH,
+    AxisRange,
+    Graph,
+    Manifest,
+    Precision,
+    TensorSpec,
+)
+from fmg.inference.tensorrt.engine import Device, Engine, RunOptions, open_device
+from fmg.inference.tensorrt.flavours import (
+    ANY,
+    FLAVOURS,
+    RTX,
+    TENSORRT,
+    Flavour,
+    Gpu,
+    current_gpu,
+    importable,
+    load_module,
+)
+from fmg.inference.tensorrt.precision_report import EnginePrecision
 from fmg.inference.tensorrt.records import (
     EngineRecord,
     Ingredients,
+    Profile,
+    Shape,
+    ShapeRange,
     built_here,
     check_plan,
     engine_name,
     note_built,
     read_record,
 )
+from fmg.inference.tensorrt.refit import Refit, refuse_lost_biases
+
+Hardware = Literal["none", "same-capability", "ampere-plus"]
+AUTO = "auto"
+_MAX_LEVEL = 5
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Options of the builder. There is no precision among them: an engine computes in the types of its graph.
+
+    Attributes:
+        level: effort of the search for kernels, 0 to 5.
+        workspace_gib: bound on the scratch memory of one layer on the GPU, in GiB; None leaves it to the builder.
+        timing_cache: keep measured kernel times beside the engines, so that the next build measures less.
+        hardware: other GPUs that the engine shall run on as well.
+        version_compatible: make an engine that other versions of TensorRT run. It carries a runtime of its own, which
+            is code: running it takes the user's consent.
+        weight_streaming: keep weights on the host where the GPU's memory is short.
+        refittable: weights can be replaced later without a build. Off by default; see `fmg.inference.tensorrt.refit`.
+    """
+
+    level: int = 3
+    workspace_gib: float | None = None
+    timing_cache: bool = True
+    hardware: Hardware = "none"
+    version_compatible: bool = False
+    weight_streaming: bool = False
+    refittable: bool = False
+
+    def check(self, flavour: Flavour, gpu: Gpu | None) -> None:
+        """Whether `flavour` can do this on this machine.
+
+        Raises:
+            UsageError: naming the first option that it cannot honour, and why.
+        """
+        self._check_values()
+        if flavour == TENSORRT and gpu is None:
+            raise UsageError(
+                "TensorRT builds engines on a GPU, and torch sees none here",
+                "Run this where the engine will run, or use --flavour rtx, which builds ahead of time without a GPU.",
+            )
+        if flavour != RTX:
+            return
+        if self.version_compatible:
+            raise UsageError(
+                "TensorRT-RTX has no lean runtime, which --version-compatible would pack into the engine",
+                "Leave it out, or use --flavour tensorrt.",
+            )
+        if self.hardware != "none":
+            raise UsageError(
+                "TensorRT-RTX engines run on every GPU that it supports; it has no hardware compatibility level",
+                "Leave --hardware out.",
+            )
+        if self.refittable and gpu is None:
+            raise UsageError(
+                "TensorRT-RTX cannot build a refittable engine without a GPU: its compiler asks the driver",
+                "Leave --refittable out, or run this on a machine with a GPU.",
+            )
+
+    def _check_values(self) -> None:
+        if not 0 <= self.level <= _MAX_LEVEL:
+            raise UsageError(f"The builder level {self.level} is not from 0 to {_MAX_LEVEL}", "Use 3 unless in doubt.")
+        if self.workspace_gib is not None and not self.workspace_gib > 0:
+            raise UsageError(f"A workspace of {self.workspace_gib} GiB holds nothing", "Give a positive number.")
+        if self.hardware not in get_args(Hardware):
+            raise UsageError(
+                f"'{self.hardware}' is not a hardware compatibility", suggestion(self.hardware, get_args(Hardware))
+            )
+
+    def ingredients(self) -> dict[str, object]:
+        """What of the options decides the engine, as plain JSON values. A timing cache only saves time."""
+        return {name: value for name, value in asdict(self).items() if name != "timing_cache"}
+
+
+def pick_flavour(name: str, gpu: Gpu | None) -> Flavour:
+    """The flavour called `name`; `auto` is `tensorrt` where it imports and a GPU is there, else `rtx`.
+
+    Raises:
+        UsageError: for another name.
+        MissingDependencyError: the package, or Polygraphy, is not installed.
+    """
+    if name == AUTO:
+        found = TENSORRT if gpu is not None and importable(TENSORRT) else RTX if importable(RTX) else None
+        if found is None:
+            raise MissingDependencyError(
+                "No TensorRT is installed that could build an engine here; the ONNX artifact is complete without one",
+                f"Get TensorRT-RTX, which builds without a GPU ({RTX.install}), or TensorRT ({TENSORRT.install}).",
+            )
+    elif name in FLAVOURS:
+        found = FLAVOURS[name]
+        load_module(found)
+    else:
+        raise UsageError(f"--flavour: '{name}' is not a flavour", suggestion(name, [AUTO, *FLAVOURS]))
+    return found
+
+
+def polygraphy_version(flavour: Flavour) -> str:
+    """Version of Polygraphy, which drives the builder.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    try:
+        import polygraphy
+    except ImportError:
+        raise MissingDependencyError("Polygraphy is not installed", f"Install it: {flavour.install}") from None
+    return str(polygraphy.__version__)
+
+
+_SPATIAL = frozenset({IMAGE, HEIGHT, WIDTH})
+# One image of 1024 x 1024, four of 512 x 512
+_DECODER_PIXELS = 1024**2
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What engines are asked to cover.
+
+    Attributes:
+        resolutions: sides of square images in pixels; each gets a profile with exactly its image tokens.
+        batch: rows that the engine takes, and those to tune for.
+    """
+
+    resolutions: tuple[int, ...]
+    batch: AxisRange
+
+
+def wanted(manifest: Manifest, resolutions: Sequence[int] | None, batch: AxisRange | None) -> Wanted:
+    """The request, completed from the manifest and checked against it.
+
+    Raises:
+        UsageError: a resolution or batch size is outside what the artifact was exported for.
+    """
+    sampling = manifest.sampling
+    sides = tuple(sorted(set(resolutions or sampling.resolutions)))
+    step = 2 * sampling.latent_scale
+    for side in sides:
+        if side <= 0 or side % step:
+            raise UsageError(
+                f"--resolutions: {side} is not a multiple of {step}, the side of an image token in pixels",
+                f"The artifact was made for {_listed(sampling.resolutions)}.",
+            )
+        _, height, width = sampling.latent_shape(side)
+        for axis, size in ((IMAGE, sampling.image_tokens(side)), (HEIGHT, height), (WIDTH, width)):
+            _check_axis(manifest, axis, size, size, f"--resolutions: {side} px")
+    chosen = batch or manifest.axes[BATCH]
+    _check_axis(manifest, BATCH, chosen.minimum, chosen.maximum, "--batch")
+    return Wanted(sides, chosen)
+
+
+def profiles(name: str, graph: Graph, manifest: Manifest, request: Wanted) -> tuple[Profile, ...]:
+    """The profiles of a graph: one for each resolution where its inputs depend on it, else one.
+
+    The text axis has the one length that prompts are padded to: a range would let the builder choose another
+    attention kernel by length, for lengths that never occur.
+    """
+    text = manifest.tokenizers[TEXT_ENCODER_2].length
+    spatial = any(axis in _SPATIAL for spec in graph.inputs for axis in spec.shape)
+    made = []
+    for side in request.resolutions if spatial else request.resolutions[:1]:
+        _, height, width = manifest.sampling.latent_shape(side)
+        fixed = {IMAGE: manifest.sampling.image_tokens(side), HEIGHT: height, WIDTH: width, TEXT: text}
+        batch = _decoder_batch(request.batch, side) if name == VAE_DECODER else request.batch
+        ranges = {BATCH: batch, **{axis: AxisRange(size, size, size) for axis, size in fixed.items()}}
+        shapes = {spec.name: _shapes(spec.shape, ranges) for spec in graph.inputs}
+        made.append(Profile(f"{side}px" if spatial else name, shapes))
+    return tuple(made)
+
+
+def _decoder_batch(batch: AxisRange, side: int) -> AxisRange:
+    """Fewer rows at high resolution, where the activations of the decoder are what takes the most memory of all."""
+    most = max(1, min(batch.maximum, _DECODER_PIXELS // side**2))
+    return AxisRange(1, 1, most)
+
+
+def _shapes(shape: tuple[int | str, ...], ranges: Mapping[str, AxisRange]) -> ShapeRange:
+    def at(end: str) -> Shape:
+        return tuple(axis if isinstance(axis, int) else getattr(ranges[axis], end) for axis in shape)
+
+    return ShapeRange(at("minimum"), at("optimum"), at("maximum"))
+
+
+def _check_axis(manifest: Manifest, axis: str, low: int, high: int, what: str) -> None:
+    allowed = manifest.axes.get(axis)
+    if allowed is not None and not allowed.minimum <= low <= high <= allowed.maximum:
+        asked = str(low) if low == high else f"{low} to {high}"
+        raise UsageError(
+            f"{what} takes the axis '{axis}' to {asked}, and the artifact was exported for {allowed.minimum} to"
+            f" {allowed.maximum}",
+            "Stay within, or export the artifact again with a wider range.",
+        )
+
+
+def _listed(sides: Sequence[int]) -> str:
+    return ", ".join(f"{side} px" for side in sides)
+
+
+_ATTENTION_OPSET = 23
+_QUANTIZED = frozenset({"MatMulInteger", "ConvInteger", "DynamicQuantizeLinear", "QLinearMatMul"})
+
+
+def check_buildable(path: Path, weights: str, precision: Precision) -> None:
+    """Refuses graphs that are known to fail, which would otherwise end in a crash of the builder minutes later.
+
+    Args:
+        path: the ONNX file; its external weights are not read.
+        weights: the file that they are in, the only one that it may point into.
+        precision: of the arithmetic inside.
+
+    Raises:
+        CheckpointError: it is no ONNX file, or it points to another file, which the parser would follow.
+        UsageError: no engine can be made of it, and why.
+    """
+    model = read_graph(path)
+    check_external(path, weights)
+    opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+    operators = {node.op_type for node in model.graph.node}
+    if opset >= _ATTENTION_OPSET and "Attention" in operators and precision == "fp32":
+        raise UsageError(
+            f"{path.name} has Attention operators of opset {opset} in fp32, for which TensorRT has no kernel",
+            "Export with opset 20, where attention is plain matrix products, or in bf16.",
+        )
+    if quantized := sorted(operators & _QUANTIZED):
+        raise UsageError(
+            f"{path.name} is quantized for ONNX Runtime on a CPU ({quantized[0]}), which TensorRT cannot read",
+            "Build engines of the graphs in fp32, bf16 or fp16.",
+        )
+
+
+def check_network(graph: str, layers: Mapping[str, Mapping[str, int]], precision: Precision) -> None:
+    """Whether the network that was parsed computes in the precision of its graph.
+
+    Raises:
+        FmgError: it does not; TensorRT is strongly typed, so neither would its engine.
+    """
+    if problem := EnginePrecision(layers).problem(precision):
+        raise FmgError(
+            f"The engine of {graph} would not compute in {precision}: {problem}",
+            "Export the artifact again; the precision of an engine is that of its graph.",
+        )
+
+
+def check_refit(
+    trt: ModuleType, plan: Path, artifact: Artifact, graph: str, profile: Mapping[str, ShapeRange], device: Device
+) -> None:
+    """Whether a refittable engine still depends on each of its biases.
+
+    Raises:
+        FmgError: it lost one.
+    """
+    engine = Engine(trt, plan, device, RunOptions(cuda_graphs=False))
+    try:
+        inputs = _inputs(artifact.graph(graph).inputs, profile, device)
+        output = artifact.graph(graph).outputs[0].name
+        lost = Refit(trt, engine, artifact, graph).check_biases(lambda: engine.run(inputs)[output])
+    finally:
+        engine.close()
+    refuse_lost_biases(lost, graph)
+
+
+def _inputs(specs: tuple[TensorSpec, ...], profile: Mapping[str, ShapeRange], device: Device) -> dict[str, Tensor]:
+    """The same inputs each time: token ids of 0 and 1, everything else standard normal."""
+    generator = torch.Generator().manual_seed(0)
+    made = {}
+    for spec in specs:
+        shape = profile[spec.name].minimum
+        if spec.dtype == "int64":
+            values = torch.randint(2, shape, generator=generator)
+        else:
+            values = torch.randn(shape, generator=generator)
+        made[spec.name] = values.to(device.torch_device)
+    return made
+
 
 DEVICE = "auto"
 
 
 @dataclass(frozen=True)
-class Engine:
+class BuiltEngine:
     """An engine of the artifact, and whether it was there already."""
 
     record: EngineRecord
@@ -92,7 +396,7 @@ def build_engines(
     options: EngineOptions | None = None,
     memory_gib: float | None = None,
     observer: Observer = ignore,
-) -> list[Engine]:
+) -> list[BuiltEngine]:
     """Builds the engines of all graphs that have none yet for the same request.
 
     Everything that can be refused is refused before the first build. Engines that are finished stay when a later one
@@ -130,13 +434,13 @@ def _engine(
     options: EngineOptions,
     memory_gib: float | None,
     observer: Observer,
-) -> Engine:
+) -> BuiltEngine:
     ingredients = builder.ingredients(artifact, graph, request, options)
     name = engine_name(graph, ingredients.key())
     if (found := _finished(artifact.engines, name, observer)) is not None:
         origin = "" if built_here(found.sha256) else ", and this computer does not remember building it"
         observer(Notice("info", f"{graph}: the engine {name} is there already{origin}"))
-        return Engine(found, reused=True)
+        return BuiltEngine(found, reused=True)
     plan = artifact.engines / f"{name}.plan"
     with atomic_file(plan) as partial:
         job = Job(
@@ -147,7 +451,7 @@ def _engine(
             options=ingredients.options,
             timing_cache=_timing_cache(builder, options),
         )
-        built = run(job, graph, observer, memory_gib)
+        built = build_engine(job, graph, observer, memory_gib)
         check_network(graph, built.layers, artifact.manifest.graphs[graph].precision)
         if options.refittable:
             observer(StageProgress(f"{graph}: checking biases", 0, 0))
@@ -170,7 +474,7 @@ def _engine(
     # after the plan: a plan without a record is ignored, a record without its plan would be an error
     write_atomic(plan.with_suffix(".json"), record.to_json().encode())
     observer(Notice("info", f"{graph}: built the engine {name} in {built.seconds:.1f} s"))
-    return Engine(record, reused=False)
+    return BuiltEngine(record, reused=False)
 
 
 def _remember(record: EngineRecord, observer: Observer) -> None:

@@ -34,7 +34,7 @@ _FP32_SHARE = 0.1
 
 
 @dataclass(frozen=True)
-class Census:
+class EnginePrecision:
     """Layers by kind and by the type of their result, both as TensorRT calls them."""
 
     layers: Mapping[str, Mapping[str, int]]
@@ -84,7 +84,7 @@ class Census:
         return ""
 
 
-def inspect(trt: ModuleType, engine: Engine) -> Census | None:
+def inspect(trt: ModuleType, engine: Engine) -> EnginePrecision | None:
     """What the inspector of a loaded engine says; None for an engine that was built without detailed verbosity."""
     api: Any = trt
     inspector = engine.raw.create_engine_inspector()
@@ -97,7 +97,11 @@ def inspect(trt: ModuleType, engine: Engine) -> Census | None:
         for output in layer.get("Outputs", [])[:1]:
             dtype = _type(str(output.get("Format/Datatype", output.get("Datatype", ""))))
             counts.setdefault(str(layer.get("LayerType", "unknown")), Counter())[dtype] += 1
-    return Census({kind: dict(sorted(types.items())) for kind, types in sorted(counts.items())}) if counts else None
+    return (
+        EnginePrecision({kind: dict(sorted(types.items())) for kind, types in sorted(counts.items())})
+        if counts
+        else None
+    )
 
 
 def _type(text: str) -> str:

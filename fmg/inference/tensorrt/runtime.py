@@ -16,7 +16,7 @@ from fmg.inference.artifact.layout import Artifact
 from fmg.inference.artifact.manifest import BATCH
 from fmg.inference.tensorrt.engine import Device, Engine, RunOptions
 from fmg.inference.tensorrt.flavours import Flavour
-from fmg.inference.tensorrt.precision_report import Census, inspect
+from fmg.inference.tensorrt.precision_report import EnginePrecision, inspect
 from fmg.inference.tensorrt.records import EngineRecord, check_plan, needs_refit
 from fmg.inference.tensorrt.refit import Refit
 
@@ -92,7 +92,7 @@ class EngineRuntime:
             parts.append(engine.run(part)[entry.outputs[0].name][:taken])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def precision(self, graph: str) -> Census | None:
+    def precision(self, graph: str) -> EnginePrecision | None:
         """What the inspector of an engine says of its layers; None where it does not say."""
         return inspect(self._trt, self._engine(graph))
 

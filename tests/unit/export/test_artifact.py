@@ -16,7 +16,7 @@ from torch import Tensor
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.export.artifact import ExportOptions, export_artifact
 from fmg.export.int8 import BORDERS
-from fmg.inference.artifact import Artifact, borders, open_artifact
+from fmg.inference.artifact import Artifact, open_artifact
 from fmg.inference.artifact.manifest import TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER, TRANSFORMER_INT8, VAE_DECODER
 from fmg.inference.target import load_model, resolve_target
 from fmg.models.flux.latents import image_ids
@@ -61,17 +61,17 @@ def transformer_feed(model: FluxModel, shape: tuple[int, int, int, int]) -> dict
 
     times = torch.linspace(1, 0.05, batch)
     feed = {
-        borders.HIDDEN_STATES: normal(batch, len(ids), config.in_channels),
-        borders.ENCODER_HIDDEN_STATES: normal(batch, text, config.joint_attention_dim),
-        borders.POOLED_PROJECTIONS: normal(batch, config.pooled_projection_dim),
-        borders.TIMESTEP: times,
-        borders.IMG_IDS: ids,
-        borders.TXT_IDS: torch.zeros(text, 3),
+        io_spec.HIDDEN_STATES: normal(batch, len(ids), config.in_channels),
+        io_spec.ENCODER_HIDDEN_STATES: normal(batch, text, config.joint_attention_dim),
+        io_spec.POOLED_PROJECTIONS: normal(batch, config.pooled_projection_dim),
+        io_spec.TIMESTEP: times,
+        io_spec.IMG_IDS: ids,
+        io_spec.TXT_IDS: torch.zeros(text, 3),
     }
     if config.second_time != "none":
-        feed[borders.SECOND] = times * torch.linspace(0, 1, batch)
+        feed[io_spec.SECOND] = times * torch.linspace(0, 1, batch)
     if config.guidance_embeds:
-        feed[borders.GUIDANCE] = torch.full((batch,), 3.5)
+        feed[io_spec.GUIDANCE] = torch.full((batch,), 3.5)
     return feed
 
 
@@ -94,7 +94,7 @@ def test_the_second_time_and_the_guidance_are_inputs_that_matter(pair: tuple[Art
     artifact, model = pair
     feed = {name: x.numpy() for name, x in transformer_feed(model, SHAPES[1]).items()}
     run = session(artifact, TRANSFORMER)
-    name = borders.SECOND if borders.SECOND in feed else borders.GUIDANCE
+    name = io_spec.SECOND if io_spec.SECOND in feed else io_spec.GUIDANCE
     changed = {**feed, name: feed[name] * 0.5}
     assert not np.allclose(run.run(None, feed)[0], run.run(None, changed)[0], rtol=1e-3)
 
@@ -109,11 +109,11 @@ def test_text_encoders_of_the_artifact_are_those_of_the_model(pair: tuple[Artifa
     ids = torch.randint(0, 200, (batch, facts.length), generator=generator)
     # the state that CLIP gives is that of the first end-of-text token
     ids[:, 3 + batch :] = text.text_encoder.config.eos_token_id
-    given = session(artifact, TEXT_ENCODER).run(None, {borders.INPUT_IDS: ids.numpy()})[0]
+    given = session(artifact, TEXT_ENCODER).run(None, {io_spec.INPUT_IDS: ids.numpy()})[0]
     assert difference(given, text.text_encoder(ids).pooler_output) <= 1e-5
     for length in (1, 7, 16):
         ids = torch.randint(0, 100, (batch, length), generator=generator)
-        given = session(artifact, TEXT_ENCODER_2).run(None, {borders.INPUT_IDS: ids.numpy()})[0]
+        given = session(artifact, TEXT_ENCODER_2).run(None, {io_spec.INPUT_IDS: ids.numpy()})[0]
         assert difference(given, text.text_encoder_2(ids)[0]) <= 1e-5
 
 
@@ -125,7 +125,7 @@ def test_decoder_of_the_artifact_draws_what_the_model_draws(
     artifact, model = pair
     channels = model.latent_shape[0]
     latents = torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(batch))
-    given = session(artifact, VAE_DECODER).run(None, {borders.LATENTS: latents.numpy()})[0]
+    given = session(artifact, VAE_DECODER).run(None, {io_spec.LATENTS: latents.numpy()})[0]
     assert np.abs(given - model.decode(latents).numpy()).max() <= 1e-4
     scale = artifact.manifest.sampling.latent_scale
     assert given.shape == (batch, 3, height * scale, width * scale)
@@ -136,7 +136,7 @@ def test_weights_with_eight_bits_stay_near(shapes_artifact: Artifact, shapes_run
     model: Any = load_model(resolve_target(shapes_run), device="cpu")
     cond = model.encode(["a red circle left", "a blue square right", "a green triangle top"])
     feed = transformer_feed(model, (3, 8, 8, 16))
-    feed |= {borders.ENCODER_HIDDEN_STATES: cond.tensors["tokens"], borders.POOLED_PROJECTIONS: cond.tensors["pooled"]}
+    feed |= {io_spec.ENCODER_HIDDEN_STATES: cond.tensors["tokens"], io_spec.POOLED_PROJECTIONS: cond.tensors["pooled"]}
     given = session(shapes_artifact, TRANSFORMER_INT8).run(None, {name: x.numpy() for name, x in feed.items()})[0]
     assert 0 < difference(given, model.components.transformer(**feed)[0]) <= 3e-2
     weights = load_file(shapes_artifact.path(shapes_artifact.graph(TRANSFORMER_INT8).weights))

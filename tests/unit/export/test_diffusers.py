@@ -14,7 +14,7 @@ from torch import Tensor
 from fmg import FlowMapPipeline
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.data.pictures import to_pil
-from fmg.export.diffusers import export_diffusers, merge_folder
+from fmg.export.diffusers import export_diffusers
 from fmg.inference import load
 from fmg.inference.target import Target, load_model, resolve_target
 from fmg.models.common.saved_weights import DIFFUSERS_FILE
@@ -23,6 +23,7 @@ from fmg.models.flux.loading import load_folder
 from fmg.models.flux.model import FluxModel
 from fmg.recipe import Recipe
 from tests.support.artifact import make_run
+from tests.support.merge_folder import merge_folder
 from tests.tiny_flux import build_tiny_flux
 
 CPU = torch.device("cpu")

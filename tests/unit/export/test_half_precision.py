@@ -12,7 +12,7 @@ from onnx import NodeProto, TensorProto, helper
 
 from fmg.core.errors import UsageError
 from fmg.export.artifact import ExportOptions, ExportPrecision
-from fmg.export.census import STAYS_FP32, census_of, module_of
+from fmg.export.precision_report import STAYS_FP32, module_of, precision_of_file
 from fmg.export.source import find_source
 from fmg.export.verify import IN_FP32, verify
 from fmg.inference.artifact import Artifact
@@ -118,11 +118,11 @@ def test_a_node_that_is_fp32_without_reason_is_named(
     module: str, operator: str, half: Artifact, tmp_path: Path
 ) -> None:
     file = half.onnx("transformer")
-    assert census_of(file, "fp16").foreign == ()
+    assert precision_of_file(file, "fp16").foreign == ()
     model = onnx.load(str(file), load_external_data=False)
     compute_in_fp32(model, half_node(model, module, operator))
     (tmp_path / "g.onnx").write_bytes(model.SerializeToString())
-    assert census_of(tmp_path / "g.onnx", "fp16").foreign == (f"{module}: {operator} (fp32)",)
+    assert precision_of_file(tmp_path / "g.onnx", "fp16").foreign == (f"{module}: {operator} (fp32)",)
 
 
 @pytest.mark.parametrize("name", ["x_embedder.weight", "time_text_embed.timestep_embedder.linear_1.weight"])
@@ -139,7 +139,7 @@ def test_a_weight_that_is_stored_in_fp32_is_counted(name: str, half: Artifact, t
     model.graph.ClearField("value_info")
     (tmp_path / "g.onnx").write_bytes(model.SerializeToString())
     numbers = int(np.prod(stored.dims))
-    assert census_of(tmp_path / "g.onnx", "fp16").foreign == (f"weights: {numbers} elements fp32",)
+    assert precision_of_file(tmp_path / "g.onnx", "fp16").foreign == (f"weights: {numbers} elements fp32",)
 
 
 def test_the_documentation_has_the_same_list() -> None:

@@ -17,11 +17,9 @@ import pytest
 from fmg.core.cache import cache_dir
 from fmg.core.errors import FmgError, UsageError
 from fmg.core.events import Event, Notice, StageProgress, ignore
-from fmg.export.tensorrt import process
-from fmg.export.tensorrt.build import Engine, build_engines
-from fmg.export.tensorrt.check import check_network
-from fmg.export.tensorrt.options import EngineOptions
-from fmg.export.tensorrt.protocol import Built, Failed, Job, Message, Step, from_line, to_line
+from fmg.export.tensorrt import worker
+from fmg.export.tensorrt.build import Engine, EngineOptions, build_engines, check_network
+from fmg.export.tensorrt.worker import Built, Failed, Job, Message, Step, from_line, to_line
 from fmg.inference.artifact.layout import ENGINES
 from fmg.inference.artifact.manifest import GRAPHS, TensorSpec
 from fmg.inference.tensorrt.records import Profile, ShapeRange, read_records
@@ -136,7 +134,7 @@ def test_what_the_builder_is_told(tmp_path: Path, trt: ModuleType, monkeypatch: 
     options = EngineOptions(
         level=4, workspace_gib=0.5, hardware="ampere-plus", version_compatible=True, weight_streaming=True
     )
-    process.run(small_job(tmp_path, options=options), "g", ignore)
+    worker.build_engine(small_job(tmp_path, options=options), "g", ignore)
     # no precision among the flags, and no TF32: an fp32 graph is computed in fp32
     assert (tmp_path / "seen").read_text() == (
         "['VERSION_COMPATIBLE', 'WEIGHT_STREAMING'] 4 AMPERE_PLUS {'WORKSPACE': 536870912}"
@@ -145,7 +143,7 @@ def test_what_the_builder_is_told(tmp_path: Path, trt: ModuleType, monkeypatch: 
 
 def test_the_parsers_reason_and_its_node_reach_the_user(tmp_path: Path, trt: ModuleType) -> None:
     with pytest.raises(FmgError, match=r"node_y and operator: Unique .*UNSUPPORTED_NODE"):
-        process.run(small_job(tmp_path, operator="Unique"), "g", ignore)
+        worker.build_engine(small_job(tmp_path, operator="Unique"), "g", ignore)
     assert not (tmp_path / "g.plan").exists()
 
 
@@ -153,7 +151,7 @@ def test_the_builders_reason_reaches_the_user(tmp_path: Path, trt: ModuleType) -
     job = small_job(tmp_path)
     narrow = Profile("g", {"x": ShapeRange((1, 3), (1, 3), (1, 3))})
     with pytest.raises(FmgError, match="Dimension mismatch for tensor x and profile 0"):
-        process.run(replace(job, profiles=(narrow,)), "g", ignore)
+        worker.build_engine(replace(job, profiles=(narrow,)), "g", ignore)
 
 
 def test_a_crash_of_the_builder_is_one_line_and_leaves_nothing(
@@ -173,7 +171,7 @@ def test_a_builder_that_takes_too_much_memory_is_stopped(
 ) -> None:
     monkeypatch.setenv("FAKE_TENSORRT_BUILD", "hoard")
     with pytest.raises(FmgError, match=r"held more than 0\.2 GiB of memory"):
-        process.run(small_job(tmp_path), "g", ignore, memory_gib=0.2)
+        worker.build_engine(small_job(tmp_path), "g", ignore, memory_gib=0.2)
 
 
 def test_ctrl_c_ends_the_builder_first(tmp_path: Path, trt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +187,7 @@ def test_ctrl_c_ends_the_builder_first(tmp_path: Path, trt: ModuleType, monkeypa
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            process.run(small_job(tmp_path), "g", observer)
+            worker.build_engine(small_job(tmp_path), "g", observer)
     finally:
         signal.signal(signal.SIGINT, before)
     workers = [child for child in psutil.Process().children() if "worker" in " ".join(child.cmdline())]

@@ -11,10 +11,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from fmg.core.errors import CheckpointError, MissingDependencyError, UsageError
-from fmg.export.tensorrt import options as options_module
-from fmg.export.tensorrt.graph import check_buildable
-from fmg.export.tensorrt.options import EngineOptions, pick_flavour
-from fmg.export.tensorrt.profiles import profiles, wanted
+from fmg.export.tensorrt import build as options_module
+from fmg.export.tensorrt.build import EngineOptions, check_buildable, pick_flavour, profiles, wanted
 from fmg.inference.artifact.manifest import BATCH, AxisRange, Manifest
 from fmg.inference.tensorrt.flavours import RTX, TENSORRT, Flavour, Gpu, load_module
 from fmg.inference.tensorrt.records import ShapeRange

@@ -17,11 +17,10 @@ from fmg.core.events import Event, Notice
 from fmg.core.prompt import Prompt
 from fmg.core.types import RewardOutput
 from fmg.eval.scoring import EvalSet
-from fmg.export import verify_images
-from fmg.export.census import census, census_of
-from fmg.export.verify import FULL_IMAGES, reference_of, verify
-from fmg.export.verify_images import REWARD_ALLOWED, RewardGap, compare
-from fmg.export.verify_tensors import relative_l2
+from fmg.export import verify as module
+from fmg.export.precision_report import precision_of, precision_of_file
+from fmg.export.verify import FULL_IMAGES, REWARD_ALLOWED, RewardGap, compare, reference_of, verify
+from fmg.export.verify_graphs import relative_l2
 from fmg.inference.artifact import Artifact, open_artifact
 from fmg.inference.artifact.manifest import MANIFEST, Check
 from fmg.inference.parity import PSNR_ALLOWED
@@ -41,7 +40,7 @@ def by_name(checks: tuple[Check, ...]) -> dict[str, Check]:
 def test_an_export_is_proven(
     shapes_artifact: Artifact, shapes_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify_images, "LEAST_IMAGES", 64)
+    monkeypatch.setattr(module, "LEAST_IMAGES", 64)
     artifact = open_artifact(copied(shapes_artifact, tmp_path / "a"))
     report = verify(artifact, level="full", device="cpu", num=64)
     assert report.passed, [check for check in report.checks if not check.passed]
@@ -218,12 +217,12 @@ def test_relative_l2() -> None:
     assert relative_l2(ones, 0 * ones) == 2
 
 
-def test_the_census_counts_what_is_in_the_file(shapes_artifact: Artifact) -> None:
-    counted = census(shapes_artifact, "transformer")
+def test_the_report_counts_what_is_in_the_file(shapes_artifact: Artifact) -> None:
+    counted = precision_of(shapes_artifact, "transformer")
     assert counted.weights.keys() == {"fp32"}
     assert counted.products.keys() == {"fp32"}
     assert counted.foreign == ()
-    quantised = census(shapes_artifact, "transformer_int8")
+    quantised = precision_of(shapes_artifact, "transformer_int8")
     assert quantised.products["int8"] > quantised.products["fp32"]
     assert quantised.foreign == ()
 
@@ -231,7 +230,7 @@ def test_the_census_counts_what_is_in_the_file(shapes_artifact: Artifact) -> Non
 def test_a_graph_of_another_precision_than_asked_is_not_passed(shapes_artifact: Artifact) -> None:
     file = shapes_artifact.onnx("transformer")
     for asked in ("bf16", "fp16", "int8"):
-        foreign = census_of(file, asked).foreign  # type: ignore[arg-type]
+        foreign = precision_of_file(file, asked).foreign  # type: ignore[arg-type]
         assert foreign, asked
         assert "fp32" in foreign[0] or "int8" in foreign[0]
-    assert census_of(shapes_artifact.onnx("transformer_int8"), "fp32").foreign[0].startswith("weights: ")
+    assert precision_of_file(shapes_artifact.onnx("transformer_int8"), "fp32").foreign[0].startswith("weights: ")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fmg.core.errors import CheckpointError
 from fmg.core.files import digest
-from fmg.export.delta import Delta
+from fmg.export.source import Delta
 from fmg.export.weights import PAGE, lay_out, write_weights
 from fmg.inference.artifact.manifest import Adapter
 from fmg.models.common import adapter as adapter_module

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from fmg.core.errors import CheckpointError, FmgError, FmgWarning, UsageError
-from fmg.export.tensorrt.check import check_refit
-from fmg.export.tensorrt.options import EngineOptions
+from fmg.export.tensorrt.build import EngineOptions, check_refit
 from fmg.inference.artifact import Artifact, open_artifact
 from fmg.inference.artifact.layout import ENGINES
 from fmg.inference.artifact.manifest import BATCH, HEIGHT, IMAGE, TEXT, WIDTH

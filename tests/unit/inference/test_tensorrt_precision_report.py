@@ -16,7 +16,7 @@ from fmg.inference.artifact.layout import ENGINES
 from fmg.inference.artifact.manifest import GRAPHS
 from fmg.inference.loading import load
 from fmg.inference.tensorrt.engine import Engine, RunOptions
-from fmg.inference.tensorrt.precision_report import Census, inspect
+from fmg.inference.tensorrt.precision_report import EnginePrecision, inspect
 from tests.support import tensorrt as support
 from tests.support.fake_cuda import FakeCuda
 from tests.support.tiny_artifact import build_tiny_artifact, reseal
@@ -30,7 +30,7 @@ def trt() -> Iterator[ModuleType]:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("census") / "artifact"
+    folder = tmp_path_factory.mktemp("precision") / "artifact"
     build_tiny_artifact(folder)
     with support.stand_in():
         support.build(folder)
@@ -42,11 +42,11 @@ def transformer_plan(folder: Path) -> Path:
 
 
 def test_the_inspector_says_what_an_engine_computes_in(plain: Path, trt: ModuleType) -> None:
-    census = inspect(trt, Engine(trt, transformer_plan(plain), FakeCuda(), RunOptions()))
-    assert census is not None
-    assert census.products == {"FLOAT": 6}
-    assert census.problem("fp32") == ""
-    assert census.problem("bf16") == "no layer computes in BF16, which was asked for"
+    found = inspect(trt, Engine(trt, transformer_plan(plain), FakeCuda(), RunOptions()))
+    assert found is not None
+    assert found.products == {"FLOAT": 6}
+    assert found.problem("fp32") == ""
+    assert found.problem("bf16") == "no layer computes in BF16, which was asked for"
     backend = load(plain, backend="tensorrt").backend
     assert isinstance(backend, ArtifactBackend)
     graphs: object = backend.runtime
@@ -81,8 +81,8 @@ def test_an_inspector_without_types_is_no_proof(plain: Path, trt: ModuleType, tm
 
 def test_half_precision_is_told_by_the_names_of_manifests() -> None:
     layers = {"gemm": {"BF16": 8, "FLOAT": 2}, "kgen": {"FLOAT": 40, "INT64": 3}}
-    assert Census(layers).by_precision() == {"fp32": 2, "bf16": 8}
-    assert Census({"kgen": {"HALF": 4, "BOOL": 1}}).by_precision() == {"fp16": 4}
+    assert EnginePrecision(layers).by_precision() == {"fp32": 2, "bf16": 8}
+    assert EnginePrecision({"kgen": {"HALF": 4, "BOOL": 1}}).by_precision() == {"fp16": 4}
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_half_precision_is_told_by_the_names_of_manifests() -> None:
         ({}, "fp32", "no layer computes in FLOAT"),
     ],
 )
-def test_what_a_census_finds(layers: dict[str, dict[str, int]], precision: str, says: str) -> None:
-    problem = Census(layers).problem(precision)  # type: ignore[arg-type]
+def test_what_an_engine_computes_in(layers: dict[str, dict[str, int]], precision: str, says: str) -> None:
+    problem = EnginePrecision(layers).problem(precision)  # type: ignore[arg-type]
     assert problem.startswith(says)
     assert bool(problem) == bool(says)

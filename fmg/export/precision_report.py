@@ -86,7 +86,7 @@ _MOVES = frozenset(
 
 
 @dataclass(frozen=True)
-class Census:
+class PrecisionReport:
     """What was counted in one graph.
 
     Attributes:
@@ -107,17 +107,17 @@ class Census:
         return {f"{group}_{dtype}": float(n) for group, counts in named.items() for dtype, n in sorted(counts.items())}
 
 
-def census(artifact: Artifact, graph: str) -> Census:
+def precision_of(artifact: Artifact, graph: str) -> PrecisionReport:
     """Counts a graph of an artifact against the precision that its manifest states.
 
     Raises:
         MissingDependencyError: onnx is not installed.
         CheckpointError: the file is no ONNX graph.
     """
-    return census_of(artifact.onnx(graph), artifact.graph(graph).precision)
+    return precision_of_file(artifact.onnx(graph), artifact.graph(graph).precision)
 
 
-def census_of(file: Path, asked: Precision) -> Census:
+def precision_of_file(file: Path, asked: Precision) -> PrecisionReport:
     """Counts an ONNX file; the weights themselves are not read."""
     require_onnx()
     model = read_graph(file)
@@ -147,7 +147,7 @@ def census_of(file: Path, asked: Precision) -> Census:
         foreign.insert(0, f"weights: {', '.join(f'{n} elements {name}' for name, n in sorted(stray.items()))}")
     if asked == "int8" and not products["int8"]:
         foreign.insert(0, "products: none is int8")
-    return Census(dict(weights), dict(products), dict(others), tuple(dict.fromkeys(foreign)))
+    return PrecisionReport(dict(weights), dict(products), dict(others), tuple(dict.fromkeys(foreign)))
 
 
 def read_graph(file: Path) -> ModelProto:
