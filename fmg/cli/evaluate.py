@@ -35,8 +35,7 @@ from fmg.cli.output import change, compact, interval, number, print_json, stderr
 from fmg.core.display import counted
 from fmg.core.errors import UsageError
 from fmg.core.files import check_place
-from fmg.progress.figures import signed
-from fmg.progress.reporters import LOADING, reporter_for
+from fmg.progress.reporters import LOADING, reporter_for, signed
 
 if TYPE_CHECKING:
     from rich.table import Table

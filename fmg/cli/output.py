@@ -15,7 +15,7 @@ from rich.table import Table
 
 from fmg.core.display import counted, visible, visible_json
 from fmg.core.profiling import NOISE, OTHER, TEXT_ENCODERS, TOKENISE, TOTAL, TRANSFORMER, VAE
-from fmg.progress.console import SafeConsole
+from fmg.progress.reporters import SafeConsole
 
 if TYPE_CHECKING:
     from fmg.inference.benchmark import Ratio, Timing

@@ -1,21 +1,30 @@
-"""Runs the kit of a component's kind."""
+"""Checks a component by the rules of its kind."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from fmg.conformance.configs import RULES
-from fmg.conformance.rules import Finding, examine
-from fmg.conformance.subject import Subject, find
+from fmg.conformance import inputs, rewards, stochasticizers, training
+from fmg.conformance.component_under_test import ComponentUnderTest, find_component
+from fmg.conformance.rules import COMMON_RULES, Finding, examine
 from fmg.core.errors import UsageError
 
-Kit = Callable[[Subject], list[Finding]]
+KITS: Mapping[str, Callable[[ComponentUnderTest], list[Finding]]] = {
+    "reward": lambda c: examine(rewards.RULES, rewards.RewardCase(c)),
+    "stochasticizer": lambda c: examine(stochasticizers.RULES, stochasticizers.StochasticizerCase(c)),
+    "objective": lambda c: examine(training.OBJECTIVE_RULES, training.ObjectiveCase(c)),
+    "optimizer": lambda c: examine(training.OPTIMIZER_RULES, training.OptimizerCase(c)),
+    "prompt-set": lambda c: examine(inputs.PROMPT_RULES, inputs.PromptsCase(c)),
+    "feature-extractor": lambda c: examine(inputs.FEATURE_RULES, inputs.FeaturesCase(c)),
+    "model": lambda c: examine(inputs.MODEL_RULES, inputs.ModelCase(c)),
+}
+"""Checks a component of a kind by the rules of that kind."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What came of every rule for one component."""
+    """The outcome of every rule for one component."""
 
     kind: str
     name: str
@@ -29,7 +38,7 @@ class Report:
 
 
 def check_component(target: str, name: str | None = None, options: Mapping[str, object] | None = None) -> Report:
-    """Examines one component; every rule is checked, also after one is broken.
+    """Checks one component by every rule, even after one is broken.
 
     Args:
         target: `module:attribute` of a registered factory, or of a function as a reward; or a kind.
@@ -39,12 +48,11 @@ def check_component(target: str, name: str | None = None, options: Mapping[str, 
     Raises:
         UsageError: unknown target, name or option, a missing option, or a kind without a kit.
     """
-    subject = find(target, name, options or {})
-    kits = _kits()
-    if subject.kind not in kits:
-        raise UsageError(f"There are no rules for a {subject.kind}", f"Kinds with rules: {', '.join(sorted(kits))}.")
-    findings = [*examine(RULES, subject), *kits[subject.kind](subject)]
-    return Report(subject.kind, subject.name, subject.row.factory, tuple(findings))
+    component = find_component(target, name, options or {})
+    if component.kind not in KITS:
+        raise UsageError(f"There are no rules for a {component.kind}", f"Kinds with rules: {', '.join(sorted(KITS))}.")
+    findings = [*examine(COMMON_RULES, component), *KITS[component.kind](component)]
+    return Report(component.kind, component.name, component.row.factory, tuple(findings))
 
 
 def assert_conforms(target: str, name: str | None = None, options: Mapping[str, object] | None = None) -> None:
@@ -56,17 +64,3 @@ def assert_conforms(target: str, name: str | None = None, options: Mapping[str, 
     report = check_component(target, name, options)
     lines = "".join(f"\n  {finding.rule}: {finding.text}" for finding in report.violations)
     assert not report.violations, f"{report.kind} '{report.name}' breaks the contract of its kind:{lines}"
-
-
-def _kits() -> dict[str, Kit]:
-    from fmg.conformance import inputs, rewards, stochasticizers, training
-
-    return {
-        "reward": lambda s: examine(rewards.RULES, rewards.RewardCase(s)),
-        "stochasticizer": lambda s: examine(stochasticizers.RULES, stochasticizers.StochasticizerCase(s)),
-        "objective": lambda s: examine(training.OBJECTIVE_RULES, training.ObjectiveCase(s)),
-        "optimizer": lambda s: examine(training.OPTIMIZER_RULES, training.OptimizerCase(s)),
-        "prompt-set": lambda s: examine(inputs.PROMPT_RULES, inputs.PromptsCase(s)),
-        "feature-extractor": lambda s: examine(inputs.FEATURE_RULES, inputs.FeaturesCase(s)),
-        "model": lambda s: examine(inputs.MODEL_RULES, inputs.ModelCase(s)),
-    }

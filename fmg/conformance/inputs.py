@@ -8,9 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fmg.conformance.component_under_test import ComponentUnderTest
 from fmg.conformance.rewards import COUNT, SIDES, pictures
 from fmg.conformance.rules import NotApplicable, Rule, Violation, require
-from fmg.conformance.subject import Subject
 from fmg.core.errors import CompositionError
 from fmg.core.prompt import is_blank
 from fmg.core.protocols import FeatureExtractor, Model, ModelSource, PromptSet
@@ -22,12 +22,12 @@ from fmg.registry.config import ModelConfig
 class PromptsCase:
     """A prompt set."""
 
-    subject: Subject
+    component: ComponentUnderTest
 
     @cached_property
     def prompts(self) -> PromptSet:
         """The component."""
-        built: PromptSet = self.subject.build()
+        built: PromptSet = self.component.build()
         return built
 
 
@@ -36,15 +36,15 @@ def _prompts(case: PromptsCase) -> None:
     require(len(texts) > 0 and len(texts) == len(case.prompts), "Its length is not the number of prompts it gives.")
     require(not any(map(is_blank, texts)), "A prompt is empty.")
     twice = next((text for text in texts if texts.count(text) > 1), None) if len(texts) < 5000 else None
-    require(twice is None, f"'{twice}' is there twice: a prompt that is drawn twice in an iteration is one group.")
+    require(twice is None, f"'{twice}' is there twice: the images of both would be one group.")
     indexed = [case.prompts[i].text for i in range(len(texts))]
-    require(indexed == texts, "Indexing and iterating give other prompts.")
+    require(indexed == texts, "Indexing and iterating give different prompts.")
 
 
 def _prompts_again(case: PromptsCase) -> None:
-    again: PromptSet = case.subject.build()
+    again: PromptSet = case.component.build()
     same = [p.text for p in again] == [p.text for p in case.prompts]
-    require(same, "Built again it has other prompts, so that a resumed run would not be the same run.")
+    require(same, "When built again it has other prompts, so that a resumed run would not be the same run.")
 
 
 PROMPT_RULES: tuple[Rule[PromptsCase], ...] = (
@@ -57,12 +57,12 @@ PROMPT_RULES: tuple[Rule[PromptsCase], ...] = (
 class FeaturesCase:
     """A feature extractor."""
 
-    subject: Subject
+    component: ComponentUnderTest
 
     @cached_property
     def extractor(self) -> FeatureExtractor:
         """The component."""
-        built: FeatureExtractor = self.subject.build()
+        built: FeatureExtractor = self.component.build()
         return built
 
     @cached_property
@@ -76,7 +76,7 @@ def _features(case: FeaturesCase) -> None:
         fine = (
             values.ndim == 2 and len(values) == COUNT and values.dtype == torch.float32 and values.device.type == "cpu"
         )
-        require(fine, f"Its {name} have to be fp32 (b, d) on the CPU; they are {values.dtype} {tuple(values.shape)}.")
+        require(fine, f"Its {name} must be fp32 (b, d) on the CPU; they are {values.dtype} {tuple(values.shape)}.")
         require(bool(values.isfinite().all()), f"Its {name} are not finite.")
         require(not values.requires_grad, f"Its {name} carry gradients.")
 
@@ -101,12 +101,12 @@ FEATURE_RULES: tuple[Rule[FeaturesCase], ...] = (
 class ModelCase:
     """A model; its weights are read where it runs on a CPU."""
 
-    subject: Subject
+    component: ComponentUnderTest
 
     @cached_property
     def source(self) -> ModelSource:
         """The component."""
-        built: ModelSource = self.subject.build()
+        built: ModelSource = self.component.build()
         return built
 
     @cached_property
@@ -124,21 +124,23 @@ class ModelCase:
 
 
 def _spec(case: ModelCase) -> None:
-    config = case.subject.config
+    config = case.component.config
     assert isinstance(config, ModelConfig)
     require(config.spec() == case.source.spec, "The config's spec() is not that of what it builds.")
 
 
 def _images(case: ModelCase) -> None:
     model = case.model
-    require(model.flow_map.anchors == model.spec.anchors, "The map accepts other times than its spec declares.")
-    require(model.flow_map.path.name == model.spec.path, "The map is on another path than its spec declares.")
+    require(model.flow_map.anchors == model.spec.anchors, "The map accepts different times than its spec declares.")
+    require(model.flow_map.path.name == model.spec.path, "The map is on a different path than its spec declares.")
     noise, ones = case.inputs()
     with torch.no_grad():
         clean = model.flow_map.jump(noise, ones, torch.zeros(3), model.encode(["a", "b", "c"]))
-        drawn = model.decode(clean)
+        images = model.decode(clean)
     require(clean.shape == noise.shape, "A jump changes the shape of the latents.")
-    inside = drawn.dtype == torch.float32 and drawn.shape[:2] == (3, 3) and bool(((drawn >= 0) & (drawn <= 1)).all())
+    inside = (
+        images.dtype == torch.float32 and images.shape[:2] == (3, 3) and bool(((images >= 0) & (images <= 1)).all())
+    )
     require(inside, "decode() does not give fp32 images (b, 3, h, w) in [0, 1].")
 
 

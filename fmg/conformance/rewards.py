@@ -1,8 +1,7 @@
-"""Rules of a reward, on pictures that are drawn here."""
+"""Rules of a reward, on synthetic pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from fmg.conformance.component_under_test import ComponentUnderTest
 from fmg.conformance.rules import Rule, Violation, require
-from fmg.conformance.subject import Subject
 from fmg.core.errors import RewardError, UsageError
 from fmg.core.protocols import Reward
 from fmg.core.types import PartialRewardOutput, RewardOutput
@@ -21,12 +20,12 @@ from fmg.rewards.base import Checked, checked, probe_prompt
 COUNT = 6
 # The embedded worlds have pictures of one size.
 SIDES = (32, 24, 64, 224)
-# What the scores may differ by, as a share of their spread over the pictures. Kernels for other batch sizes round
-# otherwise, most in bf16; a score that depends on its neighbours, or on chance, is off by about the spread itself.
+# What the scores may differ by, as a share of their spread over the pictures. Rounding depends on the batch size, most
+# in bf16; a score that depends on its neighbours, or on chance, is off by about the spread itself.
 AGAIN, ELSEWHERE = 1e-4, 1e-2
 ROUNDING = 1e-6
 """Rounding of fp32, relative to scores above 1."""
-# Free text, GenEval's templates, quoted text, scenes of the shapes world: a reward is asked with those that it takes.
+# Free text, GenEval's templates, quoted text, scenes of the shapes world; a reward is tested on those that it takes.
 PROMPTS = (
     "a photo of a red apple",
     "a photo of two dogs",
@@ -44,18 +43,18 @@ PROMPTS = (
 class RewardCase:
     """A reward and what it is shown: different pictures of a size, with several prompts that it accepts."""
 
-    subject: Subject
+    component: ComponentUnderTest
 
     @cached_property
     def reward(self) -> Reward:
         """The reward as it was built."""
-        built: Reward = self.subject.build()
+        built: Reward = self.component.build()
         return built
 
     @cached_property
     def checked(self) -> Checked:
         """The same behind the checks of a run."""
-        return checked(self.subject.name, self.reward)
+        return checked(self.component.name, self.reward)
 
     @cached_property
     def prompts(self) -> list[str]:
@@ -92,7 +91,7 @@ class RewardCase:
 
 
 def pictures(side: int) -> Float[Tensor, "b 3 h w"]:
-    """Smooth coloured pictures, each another."""
+    """Smooth coloured pictures, all different."""
     coarse = torch.rand(COUNT, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     return F.interpolate(coarse, size=(side, side), mode="bilinear").clamp(0, 1)
 
@@ -100,7 +99,7 @@ def pictures(side: int) -> Float[Tensor, "b 3 h w"]:
 def _scores(case: RewardCase) -> None:
     if isinstance(case.output, PartialRewardOutput):
         raise Violation("It left images without a score; only a reward that was told to (`on_failure`) may.")
-    # says what is wrong with type, shape and values
+    # raises for a wrong type, shape or value
     case.checked(case.images(), case.prompts)
 
 
@@ -166,16 +165,12 @@ def _non_finite(case: RewardCase) -> None:
     require(not hidden, "It gives a picture of NaN a finite score, which hides a broken model: raise, or return NaN.")
 
 
-def _rule(name: str, check: Callable[[RewardCase], None]) -> Rule[RewardCase]:
-    return Rule(name, check)
-
-
-RULES = (
-    _rule("one finite score an image", _scores),
-    _rule("deterministic", _deterministic),
-    _rule("independent of the batch", _alone),
-    _rule("follows the order of images", _order),
-    _rule("leaves its inputs alone", _untouched),
-    _rule("scores black and white", _extremes),
-    _rule("hides no broken picture", _non_finite),
+RULES: tuple[Rule[RewardCase], ...] = (
+    Rule("one finite score an image", _scores),
+    Rule("deterministic", _deterministic),
+    Rule("independent of the batch", _alone),
+    Rule("follows the order of images", _order),
+    Rule("leaves its inputs alone", _untouched),
+    Rule("scores black and white", _extremes),
+    Rule("hides no broken picture", _non_finite),
 )

@@ -10,8 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fmg.conformance.component_under_test import ComponentUnderTest
 from fmg.conformance.rules import NotApplicable, Rule, Violation, require
-from fmg.conformance.subject import Subject
 from fmg.conformance.toys import PATHS, gaussian_map, network_map, states, unconditional
 from fmg.core.errors import CompositionError
 from fmg.core.protocols import Density, FlowMap, Stochasticizer
@@ -29,18 +29,18 @@ ERRORS = 5.0
 class StochasticizerCase:
     """A stochasticizer and what it declares."""
 
-    subject: Subject
+    component: ComponentUnderTest
 
     @cached_property
     def stochasticizer(self) -> Stochasticizer:
         """The component."""
-        built: Stochasticizer = self.subject.build()
+        built: Stochasticizer = self.component.build()
         return built
 
     @cached_property
     def requires(self) -> Requirements:
         """What its config asks for."""
-        config = self.subject.config
+        config = self.component.config
         assert isinstance(config, StochasticizerConfig)
         return config.requires()
 
@@ -62,9 +62,9 @@ class StochasticizerCase:
 
 def _declares(case: StochasticizerCase) -> None:
     requires = case.requires
-    require(requires.calls >= 1, "requires().calls has to count the network calls of one transition.")
+    require(requires.calls >= 1, "requires().calls must count the network evaluations (NFE) of one transition.")
     require(any(True for _ in case.steps), "requires().min_target_time leaves no transition of a usual grid.")
-    require(isinstance(case.stochasticizer.path_preserving, bool), "path_preserving has to be True or False.")
+    require(isinstance(case.stochasticizer.path_preserving, bool), "path_preserving must be True or False.")
 
 
 def _density(case: StochasticizerCase) -> None:
@@ -77,7 +77,7 @@ def _density(case: StochasticizerCase) -> None:
             require(density.mean.shape == x.shape, f"The mean is shaped {tuple(density.mean.shape)} {here}.")
             require(density.std.shape == (ROWS,), f"The std is shaped {tuple(density.std.shape)}, not (b,), {here}.")
             fine = density.mean.dtype == density.std.dtype == torch.float32
-            require(fine, f"Mean and std have to be fp32 {here}.")
+            require(fine, f"Mean and std must be fp32 {here}.")
             require(bool((density.std > 0).all()), f"The std is not positive {here}.")
             pushed = density.mean + density.std[:, None, None] * noise
             same = torch.allclose(density.push(noise), pushed, atol=1e-5)
@@ -101,7 +101,7 @@ def _parameters(case: StochasticizerCase) -> None:
     for path in case.paths:
         network, flow_map = network_map(case.requires.anchors, path)
         density = case.transition(flow_map, states(ROWS), *next(case.steps))
-        require(not density.std.requires_grad, "The std depends on parameters; it has to be a function of time alone.")
+        require(not density.std.requires_grad, "The std depends on parameters; it must be a function of time alone.")
         require(density.mean.requires_grad, "No gradient reaches the network through the mean.")
         (gradient,) = torch.autograd.grad(density.mean.sum(), [network.scale])
         require(bool(gradient.abs().sum() > 0), "The mean's gradient with respect to the network is zero.")
@@ -119,7 +119,7 @@ def _replay(case: StochasticizerCase) -> None:
         off = float(torch.expm1(again - old).abs().max())
         require(
             off <= 1e-6,
-            f"Replaying a transition gives a ratio that is off by {off:.2g}: draw no noise and keep no state in it.",
+            f"Replaying a transition gives a ratio that is off by {off:.2g}: it must draw no noise and keep no state.",
         )
 
 
@@ -146,8 +146,8 @@ def _times(case: StochasticizerCase) -> None:
             same = torch.allclose(mixed.mean[row], alone.mean[0], atol=1e-5)
             require(
                 same and torch.allclose(mixed.std[row], alone.std[0], atol=1e-6),
-                f"A row from t = {step[0]:g} to s = {step[1]:g} on the {path} path has another density beside rows of"
-                " other times: t and s have one value a row.",
+                f"A row from t = {step[0]:g} to s = {step[1]:g} on the {path} path has a different density beside rows"
+                " of other times: t and s have one value per row.",
             )
 
 
@@ -155,7 +155,10 @@ def _calls(case: StochasticizerCase) -> None:
     network, flow_map = network_map(case.requires.anchors, case.paths[0])
     case.transition(flow_map, states(ROWS), *next(case.steps))
     declared = case.requires.calls
-    require(network.calls == declared, f"A transition takes {network.calls} network calls; requires() says {declared}.")
+    require(
+        network.calls == declared,
+        f"A transition takes {network.calls} network evaluations; requires() says {declared}.",
+    )
 
 
 def _refuses(case: StochasticizerCase) -> None:
@@ -214,8 +217,8 @@ RULES: tuple[Rule[StochasticizerCase], ...] = (
     Rule("parameters in the mean alone", _parameters),
     Rule("replay gives ratio 1", _replay),
     Rule("rows are independent", _rows),
-    Rule("times of their own for rows of one call", _times),
-    Rule("network calls as declared", _calls),
+    Rule("rows of one call may have different times", _times),
+    Rule("network evaluations as declared", _calls),
     Rule("refuses what it does not fit", _refuses),
     Rule("marginals as declared", _marginals),
 )

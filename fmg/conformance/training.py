@@ -10,8 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fmg.conformance.component_under_test import ComponentUnderTest
 from fmg.conformance.rules import NotApplicable, Rule, Violation, require
-from fmg.conformance.subject import Subject
 from fmg.conformance.toys import GROUPS, policies, scored_rollout
 from fmg.core.protocols import Objective, OptimizerFactory
 from fmg.core.types import Batch
@@ -23,27 +23,27 @@ _SEED = 3
 
 @dataclass(frozen=True)
 class ObjectiveCase:
-    """An objective, bound to the stochasticizer that draws the rollouts of the kit.
+    """An objective, bound to the stochasticizer that samples the rollouts of the kit.
 
     Attributes:
-        subject: the component.
+        component: the component.
         branched: whether its rollouts are.
     """
 
-    subject: Subject
+    component: ComponentUnderTest
     branched: bool = False
 
     @property
     def config(self) -> ObjectiveConfig:
         """Its options."""
-        config = self.subject.config
+        config = self.component.config
         assert isinstance(config, ObjectiveConfig)
         return config
 
     @cached_property
     def objective(self) -> Objective:
         """The component."""
-        built: Objective = self.subject.build()
+        built: Objective = self.component.build()
         return built.bind(stochasticizers.build("asfmc", {"ratio": 0.5}))
 
     def prepared(self, *, equal_rewards: bool = False, seed: int = _SEED) -> Batch:
@@ -88,7 +88,7 @@ def _micro_batches(case: ObjectiveCase) -> None:
 def _keyed(case: ObjectiveCase) -> None:
     one, two = case.prepared(), case.prepared()
     same = one.rows.keys() == two.rows.keys() and all(torch.equal(one.rows[k], two.rows[k]) for k in one.rows)
-    require(same, "prepare() gives other rows for the same seed: key whatever noise it draws by `seed`.")
+    require(same, "prepare() gives other rows for the same seed: key all noise by `seed`.")
 
 
 def _nothing_to_learn(case: ObjectiveCase) -> None:
@@ -142,12 +142,12 @@ OBJECTIVE_RULES: tuple[Rule[ObjectiveCase], ...] = (
 class OptimizerCase:
     """An optimizer factory."""
 
-    subject: Subject
+    component: ComponentUnderTest
 
     @cached_property
     def factory(self) -> OptimizerFactory:
         """The component."""
-        built: OptimizerFactory = self.subject.build()
+        built: OptimizerFactory = self.component.build()
         return built
 
     def trained(self, steps: int) -> tuple[torch.optim.Optimizer, torch.nn.Linear, list[float]]:
@@ -177,7 +177,7 @@ def _descends(case: OptimizerCase) -> None:
 
 
 def _rate(case: OptimizerCase) -> None:
-    require("lr" in type(case.subject.config).model_fields, "It has no option `lr`, which `fmg train --lr` sets.")
+    require("lr" in type(case.component.config).model_fields, "It has no option `lr`, which `fmg train --lr` sets.")
 
 
 def _resumes(case: OptimizerCase) -> None:
@@ -191,7 +191,7 @@ def _resumes(case: OptimizerCase) -> None:
     same = all(torch.equal(a, b) for a, b in zip(module.parameters(), twin.parameters(), strict=True))
     if not same:
         raise Violation(
-            "After load_state_dict it goes on differently, so that a resumed run would not be the same run."
+            "After load_state_dict it continues differently, so that a resumed run would not be the same run."
         )
 
 

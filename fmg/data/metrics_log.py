@@ -7,7 +7,7 @@ gigabytes nor minutes. Every line is JSON by the rules of `fmg.core.json_io`.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import isfinite, nan
 from pathlib import Path
@@ -18,12 +18,8 @@ from numpy.typing import NDArray
 from pydantic_core import from_json
 
 from fmg.core.errors import CheckpointError
-from fmg.core.json_io import JsonError, located, parse_object, read_lines
-from fmg.core.json_io import Line as TextLine
-from fmg.data.run_metrics import Line, is_evaluation
-
-MAX_BYTES = 1 << 30
-"""Most bytes of a `metrics.jsonl` that is read: 1 GiB, a million lines."""
+from fmg.core.json_io import JsonError, located, read_lines
+from fmg.data.run_metrics import MAX_METRICS_BYTES, Line, as_numbers, is_evaluation, metrics_entry
 
 Numbers = NDArray[np.float64]
 
@@ -119,7 +115,7 @@ class MetricsLog:
 
     @classmethod
     def read(cls, path: Path, *, strict: bool = False) -> MetricsLog:
-        """Reads a `metrics.jsonl`, of at most `MAX_BYTES`; an unfinished last line is left out, a missing file
+        """Reads a `metrics.jsonl`, of at most `MAX_METRICS_BYTES`; an unfinished last line is left out, a missing file
         has no lines. Null, which stands for what is not finite, is NaN.
 
         Args:
@@ -133,12 +129,12 @@ class MetricsLog:
         log = cls(Lines(), Lines())
         kinds: dict[tuple[str, ...], Lines] = {}
         try:
-            for line in read_lines(path, MAX_BYTES) if path.is_file() else ():
+            for line in read_lines(path, MAX_METRICS_BYTES) if path.is_file() else ():
                 if not line.ended:
                     continue
                 values = _quick(line.data)
                 if values is None or (strict and not isfinite(values.get("iteration", nan))):
-                    values = _as_numbers(path, line.number, _entry(path, line), strict=strict)
+                    values = as_numbers(path, line.number, metrics_entry(path, line), strict=strict)
                 keys = tuple(values)
                 kind = kinds.get(keys)
                 if kind is None:
@@ -176,59 +172,3 @@ def _quick(data: bytes) -> dict[str, float] | None:
         if type(value) is not float and (type(value) is not int or abs(value) > 1 << 63):
             return None
     return found
-
-
-def read_metrics(path: Path) -> list[dict[str, object]]:
-    """The lines of a `metrics.jsonl`; an unfinished last line is left out, a missing file has no lines.
-
-    Raises:
-        CheckpointError: for any other line that is not a JSON object.
-    """
-    if not path.is_file():
-        return []
-    try:
-        return [_entry(path, line) for line in read_lines(path, MAX_BYTES) if line.ended]
-    except JsonError as error:
-        raise CheckpointError(located(path, error), "Move the file away, or shorten it.") from None
-
-
-def read_numbers(path: Path) -> list[dict[str, float]]:
-    """The same as numbers; null, which stands for what is not finite, is NaN.
-
-    Raises:
-        CheckpointError: for a line that is not a JSON object of numbers, or does not say of which iteration it is.
-    """
-    return [_as_numbers(path, number, line) for number, line in enumerate(read_metrics(path), start=1)]
-
-
-def _as_numbers(path: Path, number: int, line: Mapping[str, object], *, strict: bool = True) -> dict[str, float]:
-    """The numbers of a line of `metrics.jsonl`; null, which stands for what is not finite, is NaN.
-
-    Raises:
-        CheckpointError: unless not `strict`: it holds something else, or does not name its iteration.
-    """
-    plain = {key: nan if value is None else value for key, value in line.items()}
-    numbers = {key: float(value) for key, value in plain.items() if isinstance(value, (int, float))}
-    if not strict:
-        return numbers
-    if numbers.keys() != plain.keys():
-        raise _damaged(path, number, "it holds something else than numbers")
-    if not isfinite(numbers.get("iteration", nan)):
-        raise _damaged(path, number, "it does not name its iteration")
-    return numbers
-
-
-def _entry(path: Path, line: TextLine) -> dict[str, object]:
-    """The object of a line of `metrics.jsonl`.
-
-    Raises:
-        CheckpointError: it is none.
-    """
-    try:
-        return parse_object(line.text(), finite=False)
-    except JsonError as error:
-        raise _damaged(path, line.number, str(error)) from None
-
-
-def _damaged(path: Path, number: int, why: str) -> CheckpointError:
-    return CheckpointError(f"{path}:{number}: the line is damaged: {why}", "Remove it; the others do not depend on it.")

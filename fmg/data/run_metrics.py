@@ -1,21 +1,86 @@
-"""What of a run's metrics a person watches: the reward, the headline scores on held-out prompts, reward hacking."""
+"""The lines of `metrics.jsonl`, and what they say of a run: headline scores, its outcome, reward hacking."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fmg.core import metric_keys as keys
-from fmg.data.checkpoints import Saved
+from fmg.core.errors import CheckpointError
+from fmg.core.json_io import JsonError, located, parse_object, read_lines
+from fmg.core.json_io import Line as TextLine
+
+if TYPE_CHECKING:
+    from fmg.data.checkpoints import Saved
 
 Line = Mapping[str, float]
 
+MAX_METRICS_BYTES = 1 << 30
+"""Most bytes of a `metrics.jsonl` that is read: 1 GiB, a million lines."""
 TWO_SIDED_95 = 1.96
 """Half-width of a 95 % interval of a mean, in standard errors."""
 ERRORS = 3.0
 """Standard errors by which something has to be beyond a bound. One evaluation of a run whose true loss is the tolerance
 exceeds it with probability 0.0013; at a true loss of 0 and 1000 images practically never."""
+
+
+def read_metrics(path: Path) -> list[dict[str, object]]:
+    """The lines of a `metrics.jsonl`; an unfinished last line is left out, a missing file has no lines.
+
+    Raises:
+        CheckpointError: for any other line that is not a JSON object.
+    """
+    if not path.is_file():
+        return []
+    try:
+        return [metrics_entry(path, line) for line in read_lines(path, MAX_METRICS_BYTES) if line.ended]
+    except JsonError as error:
+        raise CheckpointError(located(path, error), "Move the file away, or shorten it.") from None
+
+
+def read_numbers(path: Path) -> list[dict[str, float]]:
+    """The same as numbers; null, which stands for what is not finite, is NaN.
+
+    Raises:
+        CheckpointError: for a line that is not a JSON object of numbers, or does not say of which iteration it is.
+    """
+    return [as_numbers(path, number, line) for number, line in enumerate(read_metrics(path), start=1)]
+
+
+def as_numbers(path: Path, number: int, line: Mapping[str, object], *, strict: bool = True) -> dict[str, float]:
+    """The numbers of a line of `metrics.jsonl`; null, which stands for what is not finite, is NaN.
+
+    Raises:
+        CheckpointError: unless not `strict`: it holds something else, or does not name its iteration.
+    """
+    plain = {key: math.nan if value is None else value for key, value in line.items()}
+    numbers = {key: float(value) for key, value in plain.items() if isinstance(value, (int, float))}
+    if not strict:
+        return numbers
+    if numbers.keys() != plain.keys():
+        raise _damaged(path, number, "it holds something else than numbers")
+    if not math.isfinite(numbers.get("iteration", math.nan)):
+        raise _damaged(path, number, "it does not name its iteration")
+    return numbers
+
+
+def metrics_entry(path: Path, line: TextLine) -> dict[str, object]:
+    """The object of a line of `metrics.jsonl`.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    try:
+        return parse_object(line.text(), finite=False)
+    except JsonError as error:
+        raise _damaged(path, line.number, str(error)) from None
+
+
+def _damaged(path: Path, number: int, why: str) -> CheckpointError:
+    return CheckpointError(f"{path}:{number}: the line is damaged: {why}", "Remove it; the others do not depend on it.")
 
 
 @dataclass(frozen=True)

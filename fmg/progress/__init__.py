@@ -1,7 +1,4 @@
-"""Events as text for a person: plain lines, the live view of a terminal, and that of a notebook.
-
-Python calls and the command line share them. Importing this package does not import rich.
-"""
+"""Progress for people, shared by Python calls and the command line. Importing this package does not import rich."""
 
 from __future__ import annotations
 
@@ -18,12 +15,13 @@ if TYPE_CHECKING:
 
 @contextmanager
 def watching(observer: Observer | None, progress: bool | None) -> Iterator[Observer]:
-    """What a public function reports to while it works: the caller's observer, a person, or both.
+    """The observer of a public function: the caller's, a progress display, or both.
 
     Args:
         observer: what the caller passed.
         progress: True shows progress on stderr; False does not; None shows it where there is no observer and stderr is
-            a terminal or the program runs in a notebook. Where neither hears anything, warnings are logged (`fmg`).
+            a terminal or the program runs in a notebook. Where nothing is shown and nobody observes, warnings go to the
+            logger `fmg`.
     """
     reporter = _reporter(observer, progress)
     if reporter is None:
@@ -49,11 +47,9 @@ def _reporter(observer: Observer | None, progress: bool | None) -> Reporter | No
     if progress is False or (progress is None and observer is not None):
         return None
     try:
-        from fmg.progress.console import SafeConsole
+        from fmg.progress.reporters import SafeConsole, is_interactive, reporter_for
     except ImportError:
-        # without rich: an artifact generates where there is little more than NumPy
+        # without rich: an artifact generates images where there is little more than NumPy
         return None
-    from fmg.progress.reporters import is_interactive, reporter_for
-
     console = SafeConsole(stderr=True, markup=False, emoji=False, highlight=False)
     return reporter_for(console) if progress or is_interactive(console) else None

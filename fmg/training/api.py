@@ -27,10 +27,10 @@ from fmg.core.machine import write_environment
 from fmg.core.signals import Signals
 from fmg.core.stdout_redirect import torch_as_new
 from fmg.data.checkpoints import existing_index
-from fmg.data.metrics_log import read_numbers
 from fmg.data.prompt_sets import file_values, untied
 from fmg.data.resume_points import check_resumable, drop_states, ended_short, newest_state, resume_command
 from fmg.data.run_folder import RunFolder, State
+from fmg.data.run_metrics import read_numbers
 from fmg.data.run_report import write_run_report
 from fmg.inference.devices import device_for, pick_dtype
 from fmg.progress import watching

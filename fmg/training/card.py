@@ -16,9 +16,9 @@ from fmg.core.display import counted
 from fmg.core.files import write_atomic
 from fmg.core.protocols import PromptSet
 from fmg.data.checkpoints import Saved, read_index
-from fmg.data.metrics_log import read_metrics
 from fmg.data.prompt_sets import shared_prompts
 from fmg.data.run_folder import RunFolder
+from fmg.data.run_metrics import read_metrics
 from fmg.recipe import Recipe
 from fmg.registry.config import About
 from fmg.version import DISTRIBUTION, __version__

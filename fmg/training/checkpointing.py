@@ -50,7 +50,6 @@ from fmg.data.checkpoints import (
     read_index,
     write_index,
 )
-from fmg.data.metrics_log import read_numbers
 from fmg.data.prompt_sets import prompts_digest
 from fmg.data.resume_points import (
     check_prompts,
@@ -63,6 +62,7 @@ from fmg.data.resume_points import (
     state_folder,
 )
 from fmg.data.run_folder import RunFolder
+from fmg.data.run_metrics import read_numbers
 from fmg.recipe import Recipe
 from fmg.recipe.document import Plain
 from fmg.training.compose import Composed

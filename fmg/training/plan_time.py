@@ -13,8 +13,8 @@ from statistics import median
 from fmg.core import metric_keys as keys
 from fmg.core.errors import FmgError
 from fmg.core.geometry import ModelGeometry
-from fmg.data.metrics_log import read_metrics
 from fmg.data.run_folder import RUNS, list_runs
+from fmg.data.run_metrics import read_metrics
 from fmg.recipe import Recipe
 from fmg.training.launch import Sizes
 

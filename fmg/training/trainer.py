@@ -53,11 +53,10 @@ from fmg.core.events import Evaluated, Event, Finished, IterationDone, Notice, O
 from fmg.core.signals import signal_name, signal_of
 from fmg.core.types import ScoredRollout
 from fmg.data.checkpoints import CheckpointIndex, Saved
-from fmg.data.metrics_log import read_numbers
 from fmg.data.prompt_sets import overlap_warning
 from fmg.data.resume_points import newest_state, resume_command
 from fmg.data.run_folder import RunFolder
-from fmg.data.run_metrics import Outcome, headline
+from fmg.data.run_metrics import Outcome, headline, read_numbers
 from fmg.data.run_report import RunRecord, run_picture
 from fmg.rl.keyed_noise import sub_seed
 from fmg.training.checkpointing import CheckpointManager, Progress, ResumePoint, SavedState

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from fmg.core.errors import CheckpointError
 from fmg.data.charts import FIGURE_FORMATS, MAX_POINTS, Curve, by_scale, shortened, style
-from fmg.data.metrics_log import MetricsLog, read_numbers
-from fmg.data.run_metrics import is_evaluation
+from fmg.data.metrics_log import MetricsLog
+from fmg.data.run_metrics import is_evaluation, read_numbers
 from fmg.data.run_report import write_run_report
 from tests.support.cli import fmg
 from tests.support.pages import made_up_run

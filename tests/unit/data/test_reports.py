@@ -14,10 +14,9 @@ from PIL import Image
 from fmg.core.errors import CheckpointError, FmgWarning, UsageError
 from fmg.data.charts import Curve, chart, figure_bytes
 from fmg.data.checkpoints import CheckpointIndex, Saved, write_index
-from fmg.data.metrics_log import read_numbers
 from fmg.data.page import Gallery, Listing, Picture, Section, Table, Text, Tile, inline_image, page
 from fmg.data.run_folder import RunFolder
-from fmg.data.run_metrics import Outcome
+from fmg.data.run_metrics import Outcome, read_numbers
 from fmg.data.run_report import kept_picture, write_comparison, write_run_report
 from tests.support.pages import made_up_run, self_contained
 

@@ -8,8 +8,8 @@ import pytest
 
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.files import write_atomic
-from fmg.data.metrics_log import read_metrics
 from fmg.data.run_folder import RunFolder, is_run, list_runs, newest_run
+from fmg.data.run_metrics import read_metrics
 
 NOON = datetime(2026, 3, 4, 12, 30, 5)
 

@@ -11,7 +11,7 @@ import pytest
 
 from fmg.core.events import Event, IterationDone, Notice, Observer, StageProgress, Started
 from fmg.progress import watching
-from fmg.progress.live import NotebookReporter
+from fmg.progress.reporters import NotebookReporter
 
 WARNING = Notice("warning", "look here")
 

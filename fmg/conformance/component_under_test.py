@@ -1,4 +1,4 @@
-"""Which component is examined: a registered name, or what a module registers, or a function as a reward."""
+"""The component under test: a registered name, what a module registers, or a plain function as a reward."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from fmg.registry.registry import Registry, Row
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A component with the options that it is examined with."""
+class ComponentUnderTest:
+    """A component and the options that it is checked with."""
 
     registry: Registry[Any]
     row: Row
@@ -28,12 +28,10 @@ class Subject:
 
     @property
     def name(self) -> str:
-        """Its registered name."""
         return self.row.name
 
     @property
     def kind(self) -> str:
-        """Its kind."""
         return self.row.kind
 
     @property
@@ -50,7 +48,7 @@ class Subject:
         return self.registry.build_config(self.name, self.config)
 
 
-def find(target: str, name: str | None, options: Mapping[str, object]) -> Subject:
+def find_component(target: str, name: str | None, options: Mapping[str, object]) -> ComponentUnderTest:
     """The component `name` of the kind `target`; without a name, the one behind the path `target`.
 
     Args:
@@ -65,7 +63,7 @@ def find(target: str, name: str | None, options: Mapping[str, object]) -> Subjec
     """
     if name is not None:
         registry = registry_for(target)
-        return Subject(registry, registry.row(name), registry.config(name, options))
+        return ComponentUnderTest(registry, registry.row(name), registry.config(name, options))
     if ":" not in target:
         raise UsageError(
             f"'{target}' is neither a kind with a name nor module:attribute",
@@ -75,10 +73,10 @@ def find(target: str, name: str | None, options: Mapping[str, object]) -> Subjec
     for registry in REGISTRIES:
         for known in registry.names():
             if registry.row(known).factory == target:
-                return Subject(registry, registry.row(known), registry.config(known, options))
+                return ComponentUnderTest(registry, registry.row(known), registry.config(known, options))
     if inspect.isfunction(factory):
         config = rewards.config(PYTHON_REWARD, {"target": target, **options})
-        return Subject(rewards, rewards.row(PYTHON_REWARD), config)
+        return ComponentUnderTest(rewards, rewards.row(PYTHON_REWARD), config)
     raise UsageError(
         f"'{target}' is not registered",
         "Decorate it with @<registry>.register(name, Config), or name an entry point of the group fmg.components.",
