@@ -33,9 +33,9 @@ class ReadsPrompts(Protocol):
 
 
 class Checked:
-    """A reward whose images and scores are checked; what it returns is fp32 on the CPU.
+    """A reward whose images and scores are checked; its scores are fp32 on the CPU.
 
-    It works on a copy of the images: they are scored by other rewards, shown and saved afterwards.
+    It gets a copy of the images, which other rewards score and which are shown and saved afterwards.
 
     Raises:
         RewardError: when the images are not floats `(b, 3, h, w)` in [0, 1]; when the reward fails, or returns anything
@@ -47,21 +47,20 @@ class Checked:
         self.reward = reward
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
-        """Scores of `reward`, one for every image."""
         output = self.score(images, prompts)
         if isinstance(output, PartialRewardOutput):
             row = int((~output.scored).nonzero()[0])
             raise RewardError(
                 f"The reward '{self.name}' has no score for the prompt '{prompts[row]}'",
-                "Every image has to be scored here; only the rollouts of a training run can do without.",
+                "Every image needs a score here; only the rollouts of a training run may go without.",
             )
         return output
 
     def score(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
-        """The same, but a `PartialRewardOutput` when the reward was told to go on without some scores."""
+        """Scores of the images; a `PartialRewardOutput` where the reward is allowed to leave some images out."""
         _check_images(self.name, images, prompts)
         try:
-            # a NumPy view that is written to changes a tensor without a trace, so nothing less than a copy is safe
+            # writing to a NumPy view changes a tensor unnoticed, so only a copy is safe
             with fenced(f"The reward '{self.name}'"):
                 output: object = self.reward(images.clone(), list(prompts))
         except FmgError:
@@ -88,7 +87,6 @@ class Checked:
         return RewardOutput(total, parts) if bool(scored.all()) else PartialRewardOutput(total, parts, scored)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Passes the question on to the reward."""
         check_prompts(self.name, self.reward, prompts)
 
     def _scores(
@@ -136,16 +134,13 @@ class Mixture:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the rewards, in order."""
         return tuple(self._terms)
 
     def named(self) -> Iterator[tuple[str, Checked]]:
-        """Each reward with its name, in order."""
         for name, (reward, _) in self._terms.items():
             yield name, reward
 
     def weights(self) -> dict[str, float]:
-        """Weight of each reward, in order."""
         return {name: weight for name, (_, weight) in self._terms.items()}
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
@@ -163,16 +158,15 @@ class Mixture:
         return RewardOutput(total, parts) if bool(scored.all()) else PartialRewardOutput(total, parts, scored)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Asks every reward."""
         for name, reward in self.named():
             check_prompts(name, reward, prompts)
 
 
 def check_prompts(name: str, reward: Reward, prompts: Sequence[str]) -> None:
-    """Lets a reward refuse prompts that it cannot score, before anything is drawn.
+    """Lets a reward refuse prompts that it cannot score, before anything is generated.
 
     Raises:
-        UsageError: naming the reward and the first prompt it refuses.
+        UsageError: names the reward and the first prompt it refuses.
     """
     if not isinstance(reward, ReadsPrompts):
         return
@@ -184,7 +178,7 @@ def check_prompts(name: str, reward: Reward, prompts: Sequence[str]) -> None:
         raise UsageError(f"The reward '{name}' cannot score every prompt: {error.what}", error.fix) from None
 
 
-# One of them suits every built-in reward: free text, GenEval's templates, quoted text, the scenes of the shapes world.
+# Each built-in reward accepts one of them: free text, GenEval's templates, quoted text, scenes of the shapes world.
 PROBE_PROMPTS = ("a photo of a red apple", 'a sign that says "HELLO"', "a red circle")
 
 
@@ -232,9 +226,10 @@ def build_rewards(references: Sequence[str | RewardRef], functions: Functions = 
         functions: those that a Python call was given, by name.
 
     Raises:
-        UsageError: for an unknown name, one given twice, a local file that is not there, or a function nobody gave.
-        MissingDependencyError: for weights that have not been fetched. A network is only loaded when it first scores,
-            which would be after a run has begun.
+        UsageError: for an unknown name, one given twice, or a function that was not passed.
+        MissingDependencyError: for weights that have not been fetched. Networks load when they first score, so this is
+            checked here, before a run begins.
+        CheckpointError: for local weights that do not exist.
     """
     refs = [reward_refs([ref])[0] if isinstance(ref, str) else ref for ref in references]
     built: dict[str, Checked] = {}
@@ -279,8 +274,8 @@ def _check_images(name: str, images: object, prompts: Sequence[str]) -> None:
 def complete_groups(output: RewardOutput, groups: Int[Tensor, " b"]) -> Bool[Tensor, " b"]:
     """True for images of groups in which every image was scored.
 
-    A group advantage compares the images of one prompt, so a group with a gap would be compared with another sample
-    than was drawn. Images outside belong to no update: their advantage is 0.
+    A group advantage compares the images of one prompt, and a group with a gap is a different sample. The images of
+    incomplete groups belong to no update: their advantage is 0.
     """
     if not isinstance(output, PartialRewardOutput):
         return torch.ones(len(groups), dtype=torch.bool)

@@ -30,7 +30,7 @@ T = TypeVar("T")
 _MAX_ANSWER = 64 << 20
 _CHUNK = 1 << 16
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
-# Spreads the retries of many clients that failed together; draws nothing from the generators of a run.
+# Spreads the retries of many clients that failed together, without touching the random generators of a run.
 _jitter = random.Random()
 
 
@@ -40,7 +40,7 @@ class CallError(Exception):
     Args:
         reason: what happened, one clause.
         passing: whether another attempt may succeed.
-        retry_after: seconds that the server asks to wait.
+        retry_after: seconds that the server asks the client to wait.
     """
 
     def __init__(self, reason: str, *, passing: bool, retry_after: float | None = None) -> None:
@@ -175,7 +175,7 @@ def _hanging_up(sock: socket.socket, deadline: float) -> Iterator[None]:
 
     def cut() -> None:
         with suppress(OSError):
-            # the plain method: that of a TLS socket drops its state under a read that is going on
+            # the plain method: that of a TLS socket drops its state during a read
             socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     watch = threading.Timer(max(0.0, deadline - time.monotonic()), cut)
@@ -199,7 +199,7 @@ def _read(answer: http.client.HTTPResponse) -> bytes:
 
 
 def _detail(content: bytes) -> str:
-    """What the server says is wrong, in the forms of fmg and of OpenAI-compatible endpoints."""
+    """The server's error message, in the format of fmg or of OpenAI-compatible endpoints."""
     try:
         answer = parse(content)
     except ValueError:
@@ -255,11 +255,11 @@ class Caller:
         return self._retry.run(call)
 
     def gather(self, chunks: Sequence[Chunk], prompts: Sequence[str]) -> RewardOutput:
-        """The scores of all chunks, which cover the rows of a batch; a chunk is scored by one call or not at all.
+        """The scores of all chunks, which cover the rows of a batch; each chunk is scored by one call.
 
         Raises:
-            RewardError: naming a prompt. With `stop`: when a call failed for good. With `drop-group`: when one failed
-                in a way that another attempt cannot mend, or when `patience` batches in a row got no score at all.
+            RewardError: names a prompt. With `stop`: a call failed for good. With `drop-group`: a call failed in a way
+                that another attempt cannot mend, or `patience` batches in a row got no score.
         """
         results = list(zip([rows for rows, _ in chunks], self._run([call for _, call in chunks]), strict=True))
         failed = [(rows, result) for rows, result in results if isinstance(result, CallError)]
@@ -291,7 +291,7 @@ class Caller:
         try:
             return list(pool.map(attempt, calls))
         finally:
-            # after Ctrl-C nothing waits for a call that is going on
+            # after Ctrl-C nothing waits for an unfinished call
             cancelled.set()
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -21,7 +21,6 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionModelWi
 from fmg.core.errors import CheckpointError, MissingDependencyError
 from fmg.core.hub import Located
 from fmg.core.types import RewardOutput
-from fmg.registry import rewards
 from fmg.rewards.configs import AestheticConfig, ClipScoreConfig, Hpsv2Config, PickScoreConfig
 from fmg.rewards.images import normalize, resize_and_crop, resize_and_crop_floats, resize_and_pad
 from fmg.rewards.network import (
@@ -93,7 +92,7 @@ class ClipEncoder(ImageEncoder):
         return float(self._model.logit_scale.float().exp())
 
     def texts(self, texts: Sequence[str]) -> Float[Tensor, "b d"]:
-        """Embeddings in fp32; a text that occurs more than once is encoded once."""
+        """Embeddings in fp32; each distinct text is encoded once."""
         distinct = list(dict.fromkeys(texts))
         rows = {text: row for row, text in enumerate(distinct)}
         tokens = self._tokenizer(
@@ -110,7 +109,6 @@ class ClipEncoder(ImageEncoder):
         return embeddings[[rows[text] for text in texts]]
 
     def cosine(self, images: Float[Tensor, "b 3 h w"], texts: Sequence[str]) -> Float[Tensor, " b"]:
-        """Cosine of each image and its text."""
         return (self(images) * self.texts(texts)).sum(-1)
 
     def _features(self, pixels: Float[Tensor, "b 3 side side"]) -> Float[Tensor, "b d"]:
@@ -268,7 +266,7 @@ def from_open_clip(tensors: Tensors) -> dict[str, Tensor]:
     if unknown:
         raise CheckpointError(
             f"The checkpoint has keys that a CLIP in the layout of OpenCLIP does not have: {some(unknown)}",
-            "Give the published checkpoint of this reward.",
+            "Use the published checkpoint of this reward.",
         )
     return renamed
 
@@ -286,11 +284,7 @@ def _block_from_open_clip(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def require_ftfy(reward: str) -> None:
-    """Checks that `ftfy` is installed, without importing it.
-
-    Raises:
-        MissingDependencyError: when it is not.
-    """
+    """Raises a `MissingDependencyError` where `ftfy` is not installed; does not import it."""
     if find_spec("ftfy") is None:
         raise MissingDependencyError(
             f"The reward '{reward}' needs the package ftfy, which repairs text the way its authors did",
@@ -309,12 +303,11 @@ def clean(text: str) -> str:
     return " ".join(html.unescape(html.unescape(repaired)).split()).lower()
 
 
-@rewards.register("hpsv2", Hpsv2Config)
 def hpsv2(config: Hpsv2Config) -> NetworkReward:
     """`cos(image, prompt)`, raw; the published benchmark prints it times 100.
 
     Images are not rounded to 8 bits; see `resize_and_pad` for the resize, and `clean` for the text. The authors run
-    it under fp16 autocast on a GPU, which moves a score in the fourth digit; here it is fp32 unless `dtype` says else.
+    it under fp16 autocast on a GPU, which changes the fourth digit of a score; here it runs in fp32 by default.
 
     Raises:
         MissingDependencyError: without the package ftfy.
@@ -332,7 +325,6 @@ def hpsv2(config: Hpsv2Config) -> NetworkReward:
 PICKSCORE_NORMALIZER = 26.0
 
 
-@rewards.register("pickscore", PickScoreConfig)
 def pickscore(config: PickScoreConfig) -> NetworkReward:
     """`exp(logit_scale) cos(image, prompt)`, over 26 when normalized; part `raw` is not divided.
 
@@ -380,7 +372,6 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
 )
 
 
-@rewards.register("clipscore", ClipScoreConfig)
 def clipscore(config: ClipScoreConfig) -> NetworkReward:
     """`scale` times the variant's score; part `cosine` is the plain cosine."""
     variant = VARIANTS[config.variant]
@@ -397,7 +388,6 @@ def clipscore(config: ClipScoreConfig) -> NetworkReward:
     return NetworkReward("clipscore", config, load)
 
 
-@rewards.register("aesthetic", AestheticConfig)
 def aesthetic(config: AestheticConfig) -> NetworkReward:
     """The head on the unit-length image embedding; prompts do not matter.
 

@@ -23,7 +23,7 @@ class JpegConfig(ComponentConfig):
 
 
 class PythonRewardConfig(ComponentConfig):
-    """A function of one's own: `fn(images (b, 3, h, w) in [0, 1], prompts) -> (b,)`."""
+    """A function of your own: `fn(images (b, 3, h, w) in [0, 1], prompts) -> (b,)`."""
 
     needs_consent: ClassVar[Mapping[str, str]] = {"target": "runs Python code"}
 
@@ -34,7 +34,7 @@ class PythonRewardConfig(ComponentConfig):
 
 
 class FunctionRewardConfig(ComponentConfig):
-    """A function that a Python call was given: `fmg.train(..., rewards=[my_function])`. A recipe records its name."""
+    """A function passed to a Python call: `fmg.train(..., rewards=[my_function])`. A recipe records its name."""
 
     function: str = Field(pattern=r"^\w+$", max_length=100, description="name of the function")
 
@@ -86,14 +86,14 @@ class NetworkConfig(ComponentConfig, ABC):
     device: str | None = Field(
         default=None,
         pattern=r"^(cpu|cuda(:\d+)?)$",
-        description="where the network runs: cpu, cuda or cuda:N; by default where the first images are",
+        description="where the network runs: cpu, cuda or cuda:N; by default the device of the first images",
     )
-    dtype: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="what the weights are rounded to")
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="precision of the weights")
     batch_size: int = Field(default=16, ge=1, description="images for one pass of the network")
 
     @abstractmethod
     def assets(self) -> tuple[Asset, ...]:
-        """The files that it reads. Their order is that of loading."""
+        """As in `ComponentConfig`; required of a network."""
 
 
 class Hpsv2Config(NetworkConfig):
@@ -117,7 +117,6 @@ class Hpsv2Config(NetworkConfig):
     )
 
     def assets(self) -> tuple[Asset, ...]:
-        """Checkpoint and tokenizer."""
         name = "HPS_v2.1_compressed.pt" if self.version == "v2.1" else "HPS_v2_compressed.pt"
         files = (f"{name}|open_clip_model.safetensors|{WEIGHT_FILES}",)
         more = ("open_clip_config.json", "config.json")
@@ -146,7 +145,6 @@ class PickScoreConfig(NetworkConfig):
     )
 
     def assets(self) -> tuple[Asset, ...]:
-        """Model and tokenizer."""
         return (clip_asset(self.weights), tokenizer_asset(self.tokenizer))
 
 
@@ -173,7 +171,6 @@ class ClipScoreConfig(NetworkConfig):
     scale: float = Field(default=1.0, description="factor on the score")
 
     def assets(self) -> tuple[Asset, ...]:
-        """Model and tokenizer, from one place."""
         source = self.weights or (CLIP_VIT_B_32 if self.variant == "hessel" else CLIP_VIT_L_14)
         return (clip_asset(source), tokenizer_asset(source, option="weights"))
 
@@ -191,7 +188,6 @@ class AestheticConfig(NetworkConfig):
     head: str = Field(default=AESTHETIC_HEAD, min_length=1, description="the five linear layers: local file or URL")
 
     def assets(self) -> tuple[Asset, ...]:
-        """Model and head."""
         name = "sac+logos+ava1-l14-linearMSE.pth"
         return (
             clip_asset(self.weights),
@@ -208,7 +204,7 @@ class AestheticConfig(NetworkConfig):
 
 
 class ImageRewardConfig(NetworkConfig):
-    """ImageReward: a BLIP that reads prompt and image together, standardised to mean 0 and std 1 on its own data."""
+    """ImageReward: a BLIP that reads prompt and image together; mean 0 and std 1 on its authors' data."""
 
     about: ClassVar[About] = About(
         licence="Apache-2.0 (code and weights)",
@@ -228,12 +224,11 @@ class ImageRewardConfig(NetworkConfig):
     vision_heads: int | None = Field(
         default=None,
         ge=1,
-        description="attention heads of the image encoder, which no weight shows; null: those of BLIP's published "
-        "sizes, 12 at a width of 768 and 16 at 1024",
+        description="attention heads of the image encoder, which the weights do not show; null: those of BLIP's "
+        "published sizes, 12 at a width of 768 and 16 at 1024",
     )
 
     def assets(self) -> tuple[Asset, ...]:
-        """Checkpoint and tokenizer."""
         return (
             Asset(
                 "checkpoint",
@@ -257,7 +252,7 @@ class Hpsv3Config(NetworkConfig):
     )
 
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
-        default="bf16", description="what the weights are rounded to; the head stays in fp32"
+        default="bf16", description="precision of the weights; the head stays in fp32"
     )
     batch_size: int = Field(default=4, ge=1, description="images for one pass of the network")
     weights: str = Field(default=HPSV3, min_length=1, description="HPSv3.safetensors: local path or hub id@revision")
@@ -269,12 +264,11 @@ class Hpsv3Config(NetworkConfig):
     instruction: str = Field(
         default=HPSV3_PACKAGE,
         min_length=1,
-        description="where the wording that the model was tuned with is read from: the installed package hpsv3, of "
-        "which nothing is run, or a local copy of its data_collator_qwen.py",
+        description="source of the wording that the model was tuned with: the installed package hpsv3, of which "
+        "nothing is run, or a local copy of its data_collator_qwen.py",
     )
 
     def assets(self) -> tuple[Asset, ...]:
-        """Checkpoint, base and instruction."""
         more = ("tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json")
         return (
             Asset("checkpoint", "weights", self.weights, ("HPSv3.safetensors",), size_gb=17.0, licence="Apache-2.0"),
@@ -327,13 +321,13 @@ def _http_address(value: str) -> str:
 
 
 HttpAddress = Annotated[str, AfterValidator(_http_address)]
-_SENDS_PICTURES = "sends pictures and prompts over the network"
+_SENDS_IMAGES = "sends images and prompts over the network"
 _SENDS_SECRET = "sends the content of an environment variable over the network"
 EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 
 class GenEvalConfig(NetworkConfig):
-    """GenEval: are the objects of the prompt there, as many, in their colours, at their places?"""
+    """GenEval: do the prompt's objects appear, in the right number, colours and places?"""
 
     about: ClassVar[About] = About(
         licence="MIT (rules); MIT (Mask2Former); MIT (code of CLIP)",
@@ -359,16 +353,15 @@ class GenEvalConfig(NetworkConfig):
         min_length=1,
         description="CLIPModel folder with its tokenizer, which names colours: local or hub id@revision",
     )
-    threshold: float = Field(default=0.3, ge=0, le=1, description="detections must score above this")
+    threshold: float = Field(default=0.3, ge=0, le=1, description="detections must score higher")
     counting_threshold: float = Field(default=0.9, ge=0, le=1, description="the same for prompts that count")
     position_threshold: float = Field(
-        default=0.1, ge=0, description="share of the two sizes by which centres must be apart to stand in a relation"
+        default=0.1, ge=0, description="share of the two sizes by which centres must be apart for a relation to hold"
     )
     max_objects: int = Field(default=16, ge=1, description="objects kept of each class")
     batch_size: int = Field(default=8, ge=1, description="images for one pass of the detector")
 
     def assets(self) -> tuple[Asset, ...]:
-        """Detector, CLIP and its tokenizer."""
         detector = (WEIGHT_FILES, "config.json", "preprocessor_config.json")
         return (
             Asset("detector", "detector", self.detector, detector, size_gb=0.275, licence="MIT"),
@@ -385,16 +378,16 @@ _PP_OCR = About(
 
 
 class OcrConfig(ComponentConfig):
-    """Text of the whole picture against the text that the prompt quotes, by edit distance."""
+    """All text in the image against the text that the prompt quotes, by edit distance."""
 
     about: ClassVar[About] = _PP_OCR
 
     limit_side_len: int | None = Field(
         default=None,
         ge=32,
-        description="the detector enlarges pictures to this shortest side; by default 192 up to 256 px, else 736",
+        description="the detector enlarges images to this shortest side; by default 192 up to 256 px, else 736",
     )
-    min_confidence: float = Field(default=0.5, ge=0, le=1, description="lines read with less are left out")
+    min_confidence: float = Field(default=0.5, ge=0, le=1, description="lines read with less confidence are left out")
     threads: int = Field(default=1, ge=1, description="CPU threads of the networks")
 
 
@@ -407,30 +400,30 @@ class OcrLogpConfig(ComponentConfig):
     model: str | None = Field(
         default=None, description="recogniser (.onnx with its alphabet inside); by default the one that rapidocr ships"
     )
-    batch_size: int = Field(default=32, ge=1, description="pictures a forward pass")
+    batch_size: int = Field(default=32, ge=1, description="images for one pass of the network")
     threads: int = Field(default=1, ge=1, description="CPU threads of the network")
 
 
 class CallConfig(ComponentConfig):
-    """How calls over a network are bounded."""
+    """Limits on calls over a network."""
 
-    timeout: float = Field(default=60.0, gt=0, description="seconds that one attempt may take, all in all")
-    retries: int = Field(default=4, ge=0, le=100, description="further attempts after a failure that may pass")
+    timeout: float = Field(default=60.0, gt=0, description="seconds that one attempt may take in total")
+    retries: int = Field(default=4, ge=0, le=100, description="further attempts after a temporary failure")
     backoff: float = Field(default=0.5, ge=0, description="seconds before the second attempt; doubles every time")
-    max_backoff: float = Field(default=30.0, ge=0, description="longest wait, also when the server asks for more")
+    max_backoff: float = Field(default=30.0, ge=0, description="longest wait, even if the server asks for a longer one")
     concurrency: int = Field(default=4, ge=1, le=256, description="calls at a time")
     on_failure: OnFailure = Field(
-        default="stop", description="when every attempt failed: stop the run, or drop the prompt groups concerned"
+        default="stop", description="after the last failed attempt: stop the run, or drop the prompt groups concerned"
     )
     patience: int = Field(
-        default=3, ge=1, description="batches in a row without a single score after which drop-group stops as well"
+        default=3, ge=1, description="consecutive batches without any score after which drop-group stops as well"
     )
 
 
 class VlmJudgeConfig(CallConfig):
     """A vision-language model behind an OpenAI-compatible endpoint as the judge."""
 
-    needs_consent: ClassVar[Mapping[str, str]] = {"url": _SENDS_PICTURES, "api_key_env": _SENDS_SECRET}
+    needs_consent: ClassVar[Mapping[str, str]] = {"url": _SENDS_IMAGES, "api_key_env": _SENDS_SECRET}
 
     url: HttpAddress = Field(description="address of the API, such as http://127.0.0.1:8000/v1")
     model: str = Field(min_length=1, description="name of the model at that endpoint")
@@ -443,10 +436,10 @@ class VlmJudgeConfig(CallConfig):
         pattern=r"\{prompt\}",
         description="the question, with {prompt} where the prompt goes; by default the mode's own",
     )
-    image_size: int = Field(default=512, ge=16, le=4096, description="side of the square picture that is sent")
+    image_size: int = Field(default=512, ge=16, le=4096, description="side of the square image that is sent")
     max_tokens: int = Field(default=512, ge=1, description="longest answer in tokens (mode score)")
     api_key_env: EnvironmentName | None = Field(
-        default=None, description="environment variable that holds the API key; by default none is sent"
+        default=None, description="environment variable with the API key; by default none is sent"
     )
     cache: str | None = Field(
         default=None, description="folder for answers, one JSON file each; by default below the cache folder of fmg"
@@ -456,11 +449,11 @@ class VlmJudgeConfig(CallConfig):
 class RemoteConfig(CallConfig):
     """Rewards computed by `fmg reward-server`."""
 
-    needs_consent: ClassVar[Mapping[str, str]] = {"url": _SENDS_PICTURES, "token_env": _SENDS_SECRET}
+    needs_consent: ClassVar[Mapping[str, str]] = {"url": _SENDS_IMAGES, "token_env": _SENDS_SECRET}
 
     url: HttpAddress = Field(description="address of the server, such as http://127.0.0.1:8765")
     weights: dict[str, float] = Field(
-        default_factory=dict, description="weight of each reward of the server; empty: the only one it has, once"
+        default_factory=dict, description="weight of each reward of the server; empty: its only reward, with weight 1"
     )
     transport: Literal["tensor", "bytes", "png"] = Field(
         default="tensor",
@@ -469,5 +462,5 @@ class RemoteConfig(CallConfig):
     )
     batch_size: int = Field(default=16, ge=1, description="images a call")
     token_env: EnvironmentName = Field(
-        default="FMG_REWARD_TOKEN", description="environment variable that holds the server's token, if it asks for one"
+        default="FMG_REWARD_TOKEN", description="environment variable with the server's token, where it requires one"
     )

@@ -146,7 +146,7 @@ class Diagnosis:
         installed: `yes`, or what is missing.
         weights: `none needed`, `present` with how many files have a published hash and match it, or what is wrong.
         known_scores: how many were reproduced, or what differs.
-        ms_per_image: time of one image in a batch of four small pictures, after a first call.
+        ms_per_image: time of one image in a batch of four small images, after a first call.
         memory_mib: growth of the process's peak memory, or on CUDA of the allocated one, by the first calls; None
             where the system does not say.
         advice: what to do; empty when there is nothing to do.
@@ -174,7 +174,7 @@ def diagnose(
         names: rewards to examine; what they lack makes them `failed`. None: all that are registered, where what is
             not installed or fetched is `not verified`.
         options: options by name, where the defaults do not do.
-        device: where the pictures are, and so the networks.
+        device: of the images, and so of the networks.
 
     Raises:
         UsageError: for an unknown name or option.
@@ -249,7 +249,7 @@ def _difference(reward: Checked, answer: KnownAnswer, device: torch.device) -> s
     if abs(score - answer.value) <= answer.tolerance:
         return ""
     return (
-        f"{answer.part} of the picture '{answer.picture}' is {score:.6g}, not {answer.value:.6g} ± {answer.tolerance:g}"
+        f"{answer.part} of the image '{answer.picture}' is {score:.6g}, not {answer.value:.6g} ± {answer.tolerance:g}"
         f" ({answer.origin})."
     )
 

@@ -61,9 +61,9 @@ def function_name(function: RewardFunction) -> str:
 
 
 def no_function(name: str) -> UsageError:
-    """The error for a reward that is a function which nobody passed."""
+    """The error for a reward that is a function which was not passed."""
     return UsageError(
-        f"The reward '{name}' is a Python function that the run was given, which only a Python program can give again",
+        f"The reward '{name}' is a Python function, which only a Python program can pass to the run again",
         f"Call it from there: `fmg.resume(run, rewards=[{name}])`, and likewise train and evaluate.",
     )
 
@@ -99,11 +99,10 @@ SIGNATURE = "fn(images, prompts) -> (b,)"
 
 
 def check_module(target: str) -> None:
-    """Whether the module of `module:function` is in the working directory or can be imported from elsewhere, and
-    defines the function, as far as its text tells.
+    """Checks, without running it, that the module of `module:function` can be found and defines the function.
 
     Raises:
-        UsageError: when the module is nowhere, is no Python, or has no such name.
+        UsageError: the module is neither in the working directory nor importable, is not Python, or lacks the name.
     """
     name, _, attribute = target.partition(":")
     parts = name.split(".")
@@ -122,15 +121,15 @@ def check_module(target: str) -> None:
 
 
 def lacks_function(module: str, attribute: str) -> UsageError:
-    """The error that says what a module lacks."""
+    """The error for a module without the function."""
     return UsageError(f"The module '{module}' has no function '{attribute}'", f"Define {SIGNATURE} under that name.")
 
 
 def _names(spec: ModuleSpec) -> set[str] | None:
-    """Names that a module may have by its text; None where only running it would tell.
+    """Names that a module may define, by its source; None where only running it would show.
 
     Raises:
-        UsageError: the text is no Python.
+        UsageError: the source is not Python.
     """
     if spec.origin is None or not spec.origin.endswith(".py"):
         return None
@@ -159,7 +158,7 @@ def _names(spec: ModuleSpec) -> set[str] | None:
 
 
 def no_module(target: str) -> UsageError:
-    """The error that says where the module of `module:function` was looked for."""
+    """The error for a module that cannot be found; names where it was looked for."""
     return UsageError(
         f"There is no module '{target.partition(':')[0]}' for the reward '{target}'",
         f"Run in the folder that holds it ('{Path.cwd()}' was searched first), or install it.",

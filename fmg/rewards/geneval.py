@@ -19,7 +19,6 @@ from transformers.models.mask2former.image_processing_pil_mask2former import Mas
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.hub import Located
 from fmg.core.types import RewardOutput
-from fmg.registry import rewards
 from fmg.rewards.clip import ClipEncoder, load_clip
 from fmg.rewards.configs import GenEvalConfig
 from fmg.rewards.geneval_rules import (
@@ -47,11 +46,11 @@ class Mask2FormerDetector:
     """Instances of the 80 COCO classes (Cheng et al., arXiv 2112.01527, section 3.3 and instance inference).
 
     A query and a class score `p(class) * mean p(mask)` over the pixels where the mask's probability is above 1/2; the
-    box is that of these pixels. The 100 best pairs count, as in the authors' code and mmdet. Pictures are resized and
+    box is that of these pixels. The 100 best pairs count, as in the authors' code and mmdet. Images are resized and
     normalised as the checkpoint's `preprocessor_config.json` says.
 
     GenEval used mmdet's weights of the same architecture; those published for transformers are the authors' own, so
-    verdicts agree in kind, not picture by picture.
+    verdicts agree in kind, not image by image.
 
     Args:
         model: a `Mask2FormerForUniversalSegmentation` without gradients.
@@ -67,7 +66,6 @@ class Mask2FormerDetector:
         self._least_score = least_score
 
     def __call__(self, images: Float[Tensor, "b 3 h w"]) -> list[Detections]:
-        """What is found in each image."""
         inputs = self._processor(images=list(to_bytes(images)), return_tensors="pt").pixel_values
         outputs = self._model(pixel_values=inputs.to(self._model.device, self._model.dtype))
         size = (int(images.shape[2]), int(images.shape[3]))
@@ -77,7 +75,7 @@ class Mask2FormerDetector:
     def _instances(
         self, class_logits: Float[Tensor, "q c"], mask_logits: Float[Tensor, "q h w"], size: tuple[int, int]
     ) -> Detections:
-        # the last class means nothing
+        # the last class is "no object"
         probabilities = class_logits.softmax(-1)[:, :-1]
         scores, order = probabilities.flatten().sort(descending=True)
         # a mask can only lower the score
@@ -113,7 +111,6 @@ class ColorNamer:
         self._classifiers: dict[str, Float[Tensor, "colors d"]] = {}
 
     def __call__(self, image: Float[Tensor, "3 h w"], found: Detections, name: str, rows: Sequence[int]) -> list[str]:
-        """The colour word of each object in `rows`."""
         squares = torch.cat([self._square(image, found.boxes[row], found.masks[row]) for row in rows])
         similarity = self._encoder(squares) @ self._classifier(name).T
         return [COLORS[index] for index in similarity.argmax(1).tolist()]
@@ -133,7 +130,6 @@ class ColorNamer:
         return self._classifiers[name]
 
 
-@rewards.register("geneval", GenEvalConfig)
 class GenEval(NetworkReward):
     """The verdict named by `score`; parts `correct`, `strict` and `dense` (`fmg.rewards.geneval_rules.Verdict`).
 
@@ -149,11 +145,7 @@ class GenEval(NetworkReward):
         super().__init__("geneval", config, partial(_load, config, self._specification))
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Looks up or parses every prompt.
-
-        Raises:
-            UsageError: naming the first prompt that is neither in the metadata nor, without metadata, in a template.
-        """
+        """Raises a `UsageError` for the first prompt that the metadata lack or, without metadata, no template fits."""
         for prompt in prompts:
             self._specification(prompt)
 
@@ -200,7 +192,7 @@ def load_detector(files: Located, device: torch.device, dtype: torch.dtype, leas
     config = load_pretrained(Mask2FormerConfig.from_pretrained, files.folder, "config")
     if config.num_labels != len(OBJECT_NAMES):
         raise CheckpointError(
-            f"The detector in {files.folder} knows {config.num_labels} classes, not the {len(OBJECT_NAMES)} of COCO",
+            f"The detector in {files.folder} has {config.num_labels} classes, not the {len(OBJECT_NAMES)} of COCO",
             "Set detector to a Mask2Former trained on COCO instances.",
         )
     model = load_folder(

@@ -27,7 +27,6 @@ from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.hub import Located
 from fmg.core.types import RewardOutput
-from fmg.registry import rewards
 from fmg.rewards.configs import HPSV3_PACKAGE, Hpsv3Config
 from fmg.rewards.images import check_drawable, normalize, to_bytes
 from fmg.rewards.network import (
@@ -73,14 +72,14 @@ def from_hpsv3(tensors: Tensors) -> dict[str, Tensor]:
             unknown.append(name)
     if unknown:
         raise CheckpointError(
-            f"The checkpoint has keys that HPSv3 does not have: {some(unknown)}", "Give HPSv3.safetensors."
+            f"The checkpoint has keys that HPSv3 does not have: {some(unknown)}", "Use HPSv3.safetensors."
         )
     return renamed
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """The wording that the model was tuned with; `{text_prompt}` stands for the prompt."""
+    """The wording that the model was tuned with; `{text_prompt}` marks the place of the prompt."""
 
     before: str
     after: str
@@ -94,24 +93,18 @@ class Hpsv3Reward(NetworkReward):
     """`mu` of the predicted rating; part `log_sigma`."""
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Refuses prompts that hold a marker of the model, which would be read as one.
-
-        Raises:
-            UsageError: naming the first such prompt.
-        """
+        """Raises a `UsageError` for the first prompt that contains one of the model's markers."""
         for prompt in prompts:
             if marker := _MARKER.search(prompt):
                 raise UsageError(
-                    f"The prompt '{prompt[:80]}' holds {marker[0]}, which HPSv3 reads as a marker", "Remove it."
+                    f"The prompt '{prompt[:80]}' contains {marker[0]}, which HPSv3 reads as a marker", "Remove it."
                 )
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
-        """Scores of images in [0, 1], fp32."""
         self.check_prompts(prompts)
         return super().__call__(images, prompts)
 
 
-@rewards.register("hpsv3", Hpsv3Config)
 def hpsv3(config: Hpsv3Config) -> Hpsv3Reward:
     """The first number of the head at the reward token, `mu`. The second, `log_sigma`, is a part.
 
@@ -138,7 +131,6 @@ class RatingModel:
         self._reward_id = tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, "b 2"]:
-        """Ratings in fp32."""
         vision, device = self._base.config.vision_config, self._base.device
         patches, grid = image_patches(images, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
         slots = int(grid.prod()) // vision.spatial_merge_size**2
@@ -225,7 +217,7 @@ def read_instruction(file: Path, *, published: bool) -> Instruction:
     if not isinstance(before, str) or not isinstance(after, str) or not _is_wording(before, after):
         raise CheckpointError(
             f"{file} lacks INSTRUCTION with {{text_prompt}}, or prompt_with_special_token with {REWARD_TOKEN}",
-            "Give the data_collator_qwen.py of hpsv3.",
+            "Use the data_collator_qwen.py of hpsv3.",
         )
     if published and hashlib.sha256((before + after).encode()).hexdigest() != INSTRUCTION_SHA256:
         raise CheckpointError(
@@ -268,7 +260,7 @@ def _config(base: Located, tensors: Tensors, origin: Path) -> Any:
     """The base's config with as many embeddings as the checkpoint has: one row a token that was added."""
     embeddings = tensors.get("language_model.embed_tokens.weight")
     if embeddings is None:
-        raise CheckpointError(f"{origin} has no token embeddings", "Give HPSv3.safetensors.")
+        raise CheckpointError(f"{origin} has no token embeddings", "Use HPSv3.safetensors.")
     config: Any = Qwen2VLConfig(**read_json(base.files["config.json"]))
     config.text_config.vocab_size = len(embeddings)
     return config
@@ -278,7 +270,7 @@ def _head(tensors: Tensors, device: torch.device) -> nn.Module:
     """Linear, ReLU, dropout, linear, ReLU, linear, in fp32."""
     wanted = {f"{layer}.{kind}" for layer in HEAD_LAYERS for kind in ("weight", "bias")}
     if wrong := wanted ^ set(tensors):
-        raise CheckpointError(f"The head lacks, or has no use for: {some(wrong)}", "Give HPSv3.safetensors.")
+        raise CheckpointError(f"The head lacks, or has no use for: {some(wrong)}", "Use HPSv3.safetensors.")
     first, second, third = (nn.Linear(*tensors[f"{layer}.weight"].T.shape) for layer in HEAD_LAYERS)
     head = nn.Sequential(first, nn.ReLU(), nn.Dropout(0.05), second, nn.ReLU(), third)
     head.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})

@@ -15,7 +15,6 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 
 from fmg.core.errors import CheckpointError
 from fmg.core.types import RewardOutput
-from fmg.registry import rewards
 from fmg.rewards.configs import ImageRewardConfig
 from fmg.rewards.images import normalize, resize_and_crop
 from fmg.rewards.network import (
@@ -84,12 +83,11 @@ def from_image_reward(tensors: Tensors) -> dict[str, Tensor]:
     if unknown:
         raise CheckpointError(
             f"The checkpoint has keys that the published ImageReward.pt does not have: {some(unknown)}",
-            "Give the published ImageReward.pt.",
+            "Use the published ImageReward.pt.",
         )
     return renamed
 
 
-@rewards.register("imagereward", ImageRewardConfig)
 def imagereward(config: ImageRewardConfig) -> NetworkReward:
     """`(head(h_CLS) - MEAN) / STD`, with `h_CLS` of the text encoder that attends to the image.
 
@@ -114,7 +112,6 @@ class Blip:
         self._tokenizer = tokenizer
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, "b d"]:
-        """States in fp32."""
         squares = normalize(resize_and_crop(images, self._vision.config.image_size))
         patches = self._vision(pixel_values=squares.to(self._vision.device, self._vision.dtype)).last_hidden_state
         tokens = self._tokenizer(
@@ -139,7 +136,7 @@ def _load(heads: int | None, files: Files, device: torch.device, dtype: torch.dt
     image_config = _vision_config(vision, heads)
     text_config = _text_config(read_json(checkpoint.files["med_config.json"]), image_config.hidden_size)
     loaded = load_pretrained(BertTokenizer.from_pretrained, tokenizer.folder, tokenizer.asset.what)
-    # they are never written, but a prompt that holds their text must not be split
+    # they are never inserted, but a prompt that contains their text must not be split
     loaded.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
     blip = Blip(
         load_module(BlipVisionModel, image_config, vision, checkpoint.path, device, dtype),
@@ -177,14 +174,14 @@ def _vision_config(tensors: Tensors, heads: int | None) -> Any:
         layers = {name.split(".")[2] for name in tensors if name.startswith("encoder.layers.")}
         feedforward = tensors["encoder.layers.0.mlp.fc1.weight"].shape[0]
     except KeyError as error:
-        raise CheckpointError(f"The ImageReward checkpoint lacks {error}", "Give the published file.") from None
+        raise CheckpointError(f"The ImageReward checkpoint lacks {error}", "Use the published file.") from None
     width, side = patches.shape[0], patches.shape[-1]
     heads = heads or HEADS.get(width)
     if heads is None:
         raise CheckpointError(
-            f"The image encoder of the ImageReward checkpoint is {width} wide, which is no published size, and no"
-            " weight shows the number of its attention heads",
-            "Give the published file, or state it in the option vision_heads.",
+            f"The image encoder of the ImageReward checkpoint is {width} wide, which is not a published size, and the"
+            " weights do not show the number of its attention heads",
+            "Use the published file, or state it in the option vision_heads.",
         )
     if width % heads:
         raise CheckpointError(
@@ -221,7 +218,7 @@ def _text_config(bert: Mapping[str, Any], image_width: int) -> Any:
             **{name: bert[name] for name in same}, encoder_hidden_size=image_width, is_decoder=True, use_cache=False
         )
     except KeyError as error:
-        raise CheckpointError(f"med_config.json lacks {error}", "Give the published file.") from None
+        raise CheckpointError(f"med_config.json lacks {error}", "Use the published file.") from None
 
 
 def _part(tensors: Tensors, prefix: str) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
-"""Pictures in and out: files to tensors, and the exact preprocessing of the published rewards.
+"""Image files as tensors, and the exact preprocessing of the published rewards.
 
-Nothing here depends on what else is installed: resizing is Pillow's on 8-bit pixels or torch's on floats, as the
+The results do not depend on installed packages: resizing is Pillow's on 8-bit pixels or torch's on floats, as the
 authors of each reward published it. Images are RGB, (b, 3, h, w), in [0, 1].
 """
 
@@ -120,14 +120,14 @@ def check_drawable(images: Float[Tensor, "b 3 h w"]) -> None:
 
 
 def check_finite(name: str, images: Float[Tensor, "b 3 h w"]) -> None:
-    """Refuses pictures of a broken model, which 8-bit pixels would hide.
+    """Refuses images of a broken model, which 8-bit pixels would hide.
 
     Raises:
-        RewardError: for values that are no numbers, naming the reward.
+        RewardError: for values that are not finite; names the reward.
     """
     # unlike isfinite, without a copy of the images
     if images.numel() and not all(bound.isfinite() for bound in images.aminmax()):
-        raise RewardError(f"The reward '{name}' got a picture that is not finite", "Look for the cause in the model.")
+        raise RewardError(f"The reward '{name}' got an image that is not finite", "Look for the cause in the model.")
 
 
 def _to_tensor(picture: Image.Image) -> Float[Tensor, "3 h w"]:
@@ -140,7 +140,7 @@ def _to_tensor(picture: Image.Image) -> Float[Tensor, "3 h w"]:
         layer = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     pixels = np.array(picture.convert("RGB"))
-    # in place: a large picture is large enough once
+    # in place: a large image should not be in memory twice
     return torch.from_numpy(pixels).permute(2, 0, 1).float().div_(255)
 
 

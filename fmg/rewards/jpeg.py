@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fmg.core.errors import RefusedImageError
 from fmg.core.types import RewardOutput
-from fmg.registry import rewards
 from fmg.rewards.configs import JpegConfig
 from fmg.rewards.images import check_finite, to_bytes
 
@@ -49,13 +48,11 @@ class JpegSize:
         return file.tell()
 
 
-@rewards.register("jpeg-compressibility", JpegConfig)
 def compressibility(config: JpegConfig) -> JpegSize:
     """`-kB / 500`: the smaller the file, the better."""
     return JpegSize(config.quality, lambda kilobytes: -kilobytes / 500)
 
 
-@rewards.register("jpeg-incompressibility", JpegConfig)
 def incompressibility(config: JpegConfig) -> JpegSize:
     """The file size in kB: the larger, the better."""
     return JpegSize(config.quality, lambda kilobytes: kilobytes)

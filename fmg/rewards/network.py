@@ -51,13 +51,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is damaged or holds objects other than tensors, which are not loaded because they can run code",
-            "Give a file of plain tensors, best as .safetensors.",
+            "Use a file of plain tensors, preferably .safetensors.",
         ) from error
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {reason(error)}", _RESTORE) from error
     inner = next((loaded[key] for key in _WRAPPERS if isinstance(loaded, Mapping) and key in loaded), loaded)
     if not isinstance(inner, Mapping) or not all(isinstance(value, Tensor) for value in inner.values()):
-        raise CheckpointError(f"{path} is not a mapping of names to tensors", "Give the published checkpoint file.")
+        raise CheckpointError(f"{path} is not a mapping of names to tensors", "Use the published checkpoint file.")
     return {str(name): tensor for name, tensor in inner.items()}
 
 
@@ -65,8 +65,8 @@ def read_renamed(path: Path, layout: str, rename: Callable[[Tensors], dict[str, 
     """The tensors of a checkpoint under the names of `rename`.
 
     A torch file is converted once, to safetensors in the cache under the hash of its content and `layout`, the name
-    of the renaming; each time it is read where the cache cannot be written. A safetensors file is renamed as it is
-    read.
+    of the renaming; every time it is read where the cache cannot be written. A safetensors file is renamed
+    while it is read.
     """
     if path.suffix == ".safetensors":
         return rename(read_tensors(path))
@@ -148,8 +148,8 @@ def load_folder(
 ) -> Any:
     """An instance of the transformers class `cls` from a folder, in evaluation mode without gradients.
 
-    For classes whose tensors were renamed over the years: transformers maps the names itself, and its own account of
-    what found no place is checked.
+    For classes whose tensors were renamed over the years: transformers maps the names itself and reports what did not
+    fit, which is checked.
 
     Args:
         cls: a `PreTrainedModel` class.
@@ -170,7 +170,7 @@ def load_folder(
         if names:
             raise CheckpointError(
                 f"The {what} in {folder} has {problem.replace('_', ' ')}: {some(names)}",
-                f"Give a {cls.__name__} in the layout of transformers.",
+                f"Use a {cls.__name__} in the layout of transformers.",
             )
     return model.eval().requires_grad_(False)
 
@@ -219,7 +219,7 @@ def _check_same(wanted: Mapping[str, torch.Size], given: Mapping[str, torch.Size
     for problem, names in problems.items():
         if names:
             raise CheckpointError(
-                f"{origin} {problem} {some(names)}", "Give the checkpoint that belongs to this reward and model."
+                f"{origin} {problem} {some(names)}", "Use the checkpoint that belongs to this reward and model."
             )
 
 
@@ -235,7 +235,6 @@ class AffineHead:
     bias: float
 
     def __call__(self, features: Float[Tensor, "b d"]) -> Float[Tensor, " b"]:
-        """Scores in fp32."""
         return features @ self.weight.to(features.device) + self.bias
 
 
@@ -249,7 +248,7 @@ def affine_head(tensors: Tensors) -> AffineHead:
     if wrong := wanted ^ set(tensors):
         raise CheckpointError(
             f"The head lacks, or has no use for: {some(wrong)}",
-            "Give the published file: five linear layers called layers.0, .2, .4, .6 and .7.",
+            "Use the published file: five linear layers called layers.0, .2, .4, .6 and .7.",
         )
     weight = torch.eye(tensors["layers.0.weight"].shape[-1], dtype=torch.float64)
     bias = torch.zeros(len(weight), dtype=torch.float64)
@@ -260,7 +259,7 @@ def affine_head(tensors: Tensors) -> AffineHead:
         return AffineHead(weight.reshape(len(tensors["layers.0.weight"][0])).float(), float(bias))
     except RuntimeError as error:
         raise CheckpointError(
-            f"The layers of the head do not fit each other: {error}", "Give an undamaged file."
+            f"The layers of the head do not fit each other: {error}", "Use an undamaged file."
         ) from error
 
 
@@ -330,7 +329,7 @@ class NetworkReward:
         self._network: LazyNetwork[Score] = LazyNetwork("reward", name, config, load)
 
     def load(self, device: torch.device = _CPU) -> None:
-        """Loads the network, unless it is loaded already; `device` and errors as in `LazyNetwork.get`."""
+        """Loads the network unless it is loaded already; `device` and errors as in `LazyNetwork.get`."""
         self._network.get(device)
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
@@ -351,7 +350,7 @@ def _device(name: str, owner: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
-            f"The device '{name}' of the {owner} is not there",
+            f"The device '{name}' of the {owner} does not exist",
             f"torch sees {counted(torch.cuda.device_count(), 'CUDA device')}; set device to cpu or one of them.",
         )
     return device

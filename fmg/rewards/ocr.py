@@ -17,7 +17,6 @@ from torch import Tensor
 from fmg.core.errors import CheckpointError, MissingDependencyError, UsageError
 from fmg.core.files import from_home
 from fmg.core.types import RewardOutput
-from fmg.registry import rewards
 from fmg.rewards.configs import OcrConfig, OcrLogpConfig
 from fmg.rewards.images import check_drawable, to_bytes
 from fmg.version import install_line
@@ -49,14 +48,12 @@ def quoted_text(prompt: str) -> str:
     """
     found = _QUOTED.search(prompt) or _ANY_PAIR.search(prompt)
     if found is None:
-        raise UsageError(
-            f"The prompt '{prompt}' quotes no text", 'Write the text to be drawn in double quotes: "HELLO".'
-        )
+        raise UsageError(f"The prompt '{prompt}' quotes no text", 'Write the text to render in double quotes: "HELLO".')
     text = str(found[found.lastindex or 0]).strip()
     while len(text) > 1 and text[0] + text[-1] in ('""', "“”"):
         text = text[1:-1].strip()
     if not text:
-        raise UsageError(f"The prompt '{prompt}' quotes an empty text", 'Write the text to be drawn: "HELLO".')
+        raise UsageError(f"The prompt '{prompt}' quotes an empty text", 'Write the text to render: "HELLO".')
     return text
 
 
@@ -156,7 +153,7 @@ class Recogniser:
         except Exception:
             raise CheckpointError(
                 f"'{path}' is not a text recogniser in ONNX with its alphabet inside",
-                "Name a PP-OCR recognition model, or leave out the option 'model'.",
+                "Use a PP-OCR recognition model, or leave out the option 'model'.",
             ) from None
         self._input = self._session.get_inputs()[0].name
         self._label_of = {character: label for label, character in enumerate([*alphabet, " "], start=1)}
@@ -186,14 +183,13 @@ class Recogniser:
         return np.asarray(probabilities, dtype=np.float32)
 
 
-@rewards.register("ocr-logp", OcrLogpConfig)
 class OcrLogp:
-    """`max(log p(text | picture) / length, floor)`, in nats per character, at most 0.
+    """`max(log p(text | image) / length, floor)`, in nats per character, at most 0.
 
-    For pictures that hold one line of text and little else; case and inner spaces count. Parts: `exact` (the greedy
+    For images with one line of text and little else; case and inner spaces count. Parts: `exact` (the greedy
     reading is the text), `probability` (`exp(log p / length)`, in [0, 1]).
 
-    It saturates at faint text: pair it with a reward for fidelity, or with a KL term.
+    It saturates at faint text, so combine it with a reward for fidelity or with a KL term.
 
     Raises:
         MissingDependencyError: without the packages of `flow-map-grpo[ocr]`.
@@ -208,11 +204,6 @@ class OcrLogp:
         self._recogniser = Recogniser(path, config.threads)
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
-        """Scores in [floor, 0].
-
-        Raises:
-            UsageError: for a prompt that quotes no text, or one with a character that the recogniser does not know.
-        """
         targets = [self._recogniser.labels(text) for text in quoted_texts(prompts)]
         scores, exact = torch.empty(len(prompts)), torch.empty(len(prompts))
         for start in range(0, len(prompts), self._config.batch_size):
@@ -228,11 +219,7 @@ class OcrLogp:
         )
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Looks up every character of the quoted texts.
-
-        Raises:
-            UsageError: naming the first prompt that cannot be scored.
-        """
+        """Raises a `UsageError` for the first prompt with a character that the recogniser does not know."""
         for text in quoted_texts(prompts):
             self._recogniser.labels(text)
 
@@ -249,13 +236,12 @@ def shipped_model(user: str) -> Path:
     return Path(package.submodule_search_locations[0]) / _SHIPPED
 
 
-# Small pictures are read as well at the detector's smaller side, several times faster.
-_SMALL_PICTURE, _SMALL_SIDE, _SIDE = 256, 192, 736
+# Small images are read just as well, and several times faster, at a smaller side of the detector.
+_SMALL_IMAGE, _SMALL_SIDE, _SIDE = 256, 192, 736
 
 
-@rewards.register("ocr", OcrConfig)
 class Ocr:
-    """Edit-distance similarity of all text in the picture to the quoted text (Flow-GRPO, arXiv 2505.05470).
+    """Edit-distance similarity of all text in the image to the quoted text (Flow-GRPO, arXiv 2505.05470).
 
     Lines are joined in reading order. Parts: `exact` (the reading is the target and nothing else, spaces and case
     aside), `found` (the target is part of the reading).
@@ -274,17 +260,11 @@ class Ocr:
         self._readers: dict[int, Callable[..., Any]] = {}
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
-        """Similarities in [0, 1].
-
-        Raises:
-            UsageError: for a prompt that quotes no text.
-            RewardError: for images without pixels, or far longer than wide.
-        """
         check_drawable(images)
         targets = quoted_texts(prompts)
         side = self._config.limit_side_len
         if side is None:
-            side = _SMALL_SIDE if max(images.shape[2:]) <= _SMALL_PICTURE else _SIDE
+            side = _SMALL_SIDE if max(images.shape[2:]) <= _SMALL_IMAGE else _SIDE
         # the networks were trained on BGR
         pictures = np.ascontiguousarray(to_bytes(images)[..., ::-1])
         readings = [self._read(picture, side) for picture in pictures]
@@ -298,11 +278,7 @@ class Ocr:
         )
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Looks for the quoted text of every prompt.
-
-        Raises:
-            UsageError: naming the first prompt without one.
-        """
+        """Raises a `UsageError` for the first prompt that quotes no text."""
         quoted_texts(prompts)
 
     def _read(self, picture: NDArray[np.uint8], side: int) -> str:

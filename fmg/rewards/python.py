@@ -1,4 +1,4 @@
-"""A reward that is a function of the user's own, given as `module:function`."""
+"""Rewards that are functions of your own: named as `module:function`, or passed to a Python call."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ from torch import Tensor
 from fmg.core.errors import FmgError, RewardError, UsageError, out_of_memory
 from fmg.core.stdout_redirect import fenced
 from fmg.core.types import RewardOutput
-from fmg.registry import rewards
 from fmg.rewards.base import one_line
 from fmg.rewards.configs import FunctionRewardConfig, PythonRewardConfig
 from fmg.rewards.functions import SIGNATURE, RewardFunction, lacks_function, no_function, no_module
 
 
-@rewards.register("python", PythonRewardConfig)
 class PythonReward:
     """Calls `fn(images, prompts)` with images `(b, 3, h, w)` in [0, 1] and a list of prompts.
 
@@ -50,7 +48,7 @@ class PythonReward:
             raise
         except (Exception, SystemExit) as error:
             if out_of_memory(error) is not None:
-                # no mistake of the function: whoever called says what to lower
+                # not the function's mistake: the caller knows what to lower
                 raise
             raise RewardError(
                 f"The reward '{self._target}' failed{_place(error)}: {one_line(error)}", "Correct the function."
@@ -75,12 +73,11 @@ class PythonReward:
             ) from None
 
 
-@rewards.register("function", FunctionRewardConfig)
 class FunctionReward(PythonReward):
-    """Calls a function that a Python call was given, as `PythonReward` does.
+    """Calls a function passed to a Python call, as `PythonReward` does.
 
     Raises:
-        UsageError: nobody gave the function.
+        UsageError: the function was not passed.
     """
 
     def __init__(self, config: FunctionRewardConfig, function: RewardFunction | None = None) -> None:

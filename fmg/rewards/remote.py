@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fmg.core.errors import RewardError, UsageError, suggestion
 from fmg.core.types import RewardOutput
-from fmg.registry import rewards
 from fmg.rewards.calls import Caller, CallError, Chunk, Server, secret_from
 from fmg.rewards.configs import RemoteConfig
 from fmg.rewards.service.wire import SAFETENSORS, ScoreRequest, decode_scores, encode_request, probe_image
@@ -37,8 +36,8 @@ class _Info(BaseModel):
 class RemoteReward:
     """The weighted sum of rewards that a server computes; parts `<name>` and `<name>/<part>`, as in a mixture.
 
-    Scoring changes nothing on the server, so a call whose answer was lost is simply made again. With the transport
-    `tensor` the scores are those of the reward in this process.
+    Scoring changes nothing on the server, so a call whose answer was lost is repeated. With the transport `tensor` the
+    scores equal those of the reward in this process.
 
     Args:
         config: where the server is, and how calls are bounded.
@@ -74,7 +73,7 @@ class RemoteReward:
             try:
                 self._caller.once(partial(self._score, request, {name: 1.0}))
             except CallError as error:
-                raise self._unusable(f"cannot score a picture with '{name}': {error.reason}") from error
+                raise self._unusable(f"cannot score an image with '{name}': {error.reason}") from error
         self._weights, self._batch_size = weights, min(self._config.batch_size, info.limits.max_images)
         return weights
 
@@ -136,7 +135,6 @@ class RemoteReward:
         )
 
 
-@rewards.register("remote", RemoteConfig)
 def remote(config: RemoteConfig) -> RemoteReward:
     """A client whose server has scored the probe image."""
     client = RemoteReward(config)

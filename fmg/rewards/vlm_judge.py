@@ -29,7 +29,6 @@ from fmg.core.cache import cache_dir, optional_cache
 from fmg.core.files import atomic_file, from_home
 from fmg.core.json_io import read_object
 from fmg.core.types import RewardOutput
-from fmg.registry import rewards
 from fmg.rewards.calls import Caller, CallError, Chunk, Server, secret_from
 from fmg.rewards.configs import VlmJudgeConfig
 from fmg.rewards.images import to_bytes
@@ -81,12 +80,11 @@ class _Completion(BaseModel):
     choices: tuple[_Choice, ...] = Field(min_length=1)
 
 
-@rewards.register("vlm-judge", VlmJudgeConfig)
 class VlmJudge:
-    """The judge's score in [0, 1] of each picture.
+    """The judge's score in [0, 1] of each image.
 
-    Pictures are sent as square PNG files (bicubic). Answers are kept on disk by everything that determines them, so
-    that a picture is paid for once. An answer without a verdict is a failure, where UnifiedReward's users score 0.
+    Images are sent as square PNG files (bicubic). Answers are cached on disk under everything that determines them, so
+    each image is paid for once. An answer without a verdict is a failure, where users of UnifiedReward score 0.
 
     Raises:
         UsageError: when the environment variable with the API key is named but not set.

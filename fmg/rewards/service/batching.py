@@ -81,7 +81,7 @@ class Batcher:
     Args:
         rewards: by name.
         limits: bounds of queue and batch.
-        device: where pictures are scored.
+        device: where images are scored.
     """
 
     def __init__(self, rewards: Mapping[str, Checked], limits: Limits, device: torch.device) -> None:

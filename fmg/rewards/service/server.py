@@ -1,4 +1,4 @@
-"""The reward server: pictures and prompts in, scores out. No pickle, and nothing that a client sends is run."""
+"""The reward server: images and prompts in, scores out. No pickle, and nothing that a client sends is run."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def create_app(
         info: what `/info` says of the rewards, as plain JSON values.
         limits: what it accepts.
         token: needed as `Authorization: Bearer TOKEN` for everything but `/health`; None lets everybody in.
-        device: where pictures are scored.
+        device: where images are scored.
     """
     batcher = Batcher(rewards, limits, device)
 
@@ -171,7 +171,7 @@ def create_app(
 async def _read_request(request: Request, limits: Limits) -> ScoreRequest:
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != SAFETENSORS:
-        fix = f"Send {SAFETENSORS}, as docs/reward-service.md shows; JSON with pictures in base64 is no longer read."
+        fix = f"Send {SAFETENSORS}, as docs/reward-service.md shows; JSON with images in base64 is no longer read."
         raise _RefusedError(415, f"The content type is '{content_type}'", fix)
     try:
         body = await asyncio.wait_for(_read_body(request, limits.max_body), limits.timeout)
@@ -318,7 +318,7 @@ class RewardServer:
         port: 0 for a free one.
         limits: what it accepts.
         token: needed by clients; required unless `host` is a loopback address.
-        device: where pictures are scored.
+        device: where images are scored.
 
     Raises:
         UsageError: an address other machines can reach without a token, or one that cannot be listened on.

@@ -159,7 +159,7 @@ def decode_scores(answer: object, names: Sequence[str], count: int) -> dict[str,
 
 
 def probe_image() -> Float[Tensor, "1 3 32 32"]:
-    """The generated picture that a client has scored before a run: gradients in red and green, a square in blue."""
+    """The image that a client has scored before a run: gradients in red and green, a square in blue."""
     ramp = torch.linspace(0, 1, PROBE_SIZE)
     square = torch.zeros(PROBE_SIZE, PROBE_SIZE)
     square[8:24, 8:24] = 1
