@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline
+from memory_meter import MemoryMeter
 
 from fmg.core.geometry import ModelGeometry
 from fmg.core.types import Conditioning, RewardOutput, ScoredRollout
@@ -38,7 +39,6 @@ from fmg.registry import objectives, stochasticizers
 from fmg.rl import group_advantages, refresh_old, replay_ratio, rollout
 from fmg.training.compose import finite_attention
 from fmg.training.launch import Sizes
-from fmg.training.memory_meter import MemoryMeter
 from fmg.training.plan_memory import Memory, plan_memory
 from fmg.training.update import Updater
 

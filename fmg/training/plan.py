@@ -6,23 +6,53 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Literal
 
+from fmg.core import metric_keys as keys
 from fmg.core.display import counted
+from fmg.core.errors import FmgError
 from fmg.core.geometry import ModelGeometry
-from fmg.data.run_folder import RUNS
+from fmg.data.run_folder import RUNS, list_runs
+from fmg.data.run_metrics import read_metrics
 from fmg.recipe import Recipe, ResolvedRecipe
 from fmg.training.launch import Sizes, choose_engine, choose_sizes, world_size
-from fmg.training.plan_memory import DTYPE_BYTES, Memory, plan_memory
-from fmg.training.plan_time import GPUS, Work, estimate_iteration, rows_of, seconds_on, transitions_of
-from fmg.training.plan_trained import disk_bytes, trained_by
+from fmg.training.plan_memory import DTYPE_BYTES, Memory, disk_bytes, plan_memory
+from fmg.training.plan_work import Work, filled_rows, rollout_nfe, rows_of, trained_by, transitions_of
 
 REFERENCE_GROUPS, REFERENCE_SIZE, REFERENCE_DEVICES = 48, 24, 8
 """Samples of an iteration and GPUs of the published recipe (Flow-Map GRPO, arXiv 2607.00535)."""
 
 # The second is the driver of Windows as its Linux subsystem sees it.
 _NVIDIA_DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
+_STAGES = ("rollout", "decode", "reward", "update")
 
+SHARE_OF_PEAK: Mapping[str, float] = {"rollout": 0.293, "update": 0.226}
+"""Shares of an H200's peak that 8 B parameters reached at 512 px: benchmarks/results/gpu_check.json."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU that a full-size run is planned for.
+
+    Attributes:
+        name: the product.
+        memory: bytes, as its data sheet states them.
+        peak: floating-point operations a second of its data sheet, dense bf16 with fp32 accumulation.
+    """
+
+    name: str
+    memory: float
+    peak: float
+
+
+GPUS = (
+    Gpu("RTX 4090", 24e9, 165.2e12),
+    Gpu("L40S", 48e9, 362.05e12),
+    Gpu("H100 SXM", 80e9, 989.4e12),
+    Gpu("H200", 141e9, 989.4e12),
+)
+"""One of each size; NVIDIA's data sheets."""
 
 Kind = Literal["chain", "branch"]
 
@@ -233,3 +263,68 @@ def _count(number: int) -> str:
         if number >= power:
             return f"{number / power:.3g} {unit}"
     return str(number)
+
+
+def seconds_on(gpu: Gpu, recipe: Recipe, sizes: Sizes, geometry: ModelGeometry) -> float:
+    """Seconds that the network takes in one iteration on one GPU, at the shares of its peak measured on an H200.
+
+    Decoding, rewards and evaluations come on top.
+    """
+    # the forward pass, again where blocks are recomputed, the gradient of activations, that of all weights
+    passes = 2 + geometry.checkpointing + (recipe.train.trainable == "full")
+    rollout = rollout_nfe(recipe, fill=filled_rows(recipe, sizes))
+    flops = {"rollout": rollout, "update": passes * Work.of(recipe).update_calls}
+    busy = sum(flops[stage] / share for stage, share in SHARE_OF_PEAK.items())
+    return busy * geometry.call_flops / gpu.peak
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of one iteration, and the run that they were scaled from."""
+
+    seconds: float
+    run: Path
+
+
+def estimate_iteration(recipe: Recipe, root: Path = RUNS) -> Estimate | None:
+    """Scales the times of the newest run under `root` with the same model, device, dtype, batch sizes and rewards; None
+    without.
+
+    Times of the first iteration, which warms up, are left out where there are others.
+    """
+    for run in reversed(list_runs(root)):
+        try:
+            past, lines = Recipe.of_run(run.recipe, allow_code=True), read_metrics(run.metrics)
+        except FmgError:
+            continue
+        timed = [line for line in lines if keys.TIME_ITERATION in line]
+        if timed and _alike(recipe, past):
+            seconds = _scaled(Work.of(recipe), Work.of(past), timed[1:] or timed)
+            return Estimate(seconds, run.path)
+    return None
+
+
+def _alike(recipe: Recipe, past: Recipe) -> bool:
+    def traits(r: Recipe) -> tuple[object, ...]:
+        rewards = tuple(sorted(reward.label for reward in r.rewards))
+        # small calls of a small network cost what large ones do
+        sizes = r.rollout.batch_size, r.train.micro_batch
+        return r.model, r.objective.name, r.train.device, r.train.dtype, rewards, sizes
+
+    return traits(recipe) == traits(past)
+
+
+def _scaled(now: Work, past: Work, lines: list[dict[str, object]]) -> float:
+    images = now.images / past.images
+    scale: Mapping[str, float] = {
+        "rollout": now.rollout_calls / past.rollout_calls,
+        "decode": images,
+        "reward": images,
+        "update": now.update_calls / past.update_calls if past.update_calls else images,
+    }
+    return sum(scale[stage] * _median(lines, keys.time_of(stage)) for stage in _STAGES)
+
+
+def _median(lines: list[dict[str, object]], key: str) -> float:
+    values = [value for line in lines if isinstance(value := line.get(key), (int, float))]
+    return float(median(values)) if values else 0.0

@@ -1,12 +1,13 @@
-"""Peak memory of a run by part, from counts alone: no weights, no torch.
+"""Peak memory of a run by part, and its files, from counts alone: no weights, no torch.
 
-What the blocks of a model hold is part of its geometry (tests/unit/training/test_plan_memory.py holds plans to measured
-peaks). Kernels' own work space and
-the allocator's fragments come on top, a few per cent.
+What the blocks of a model keep in memory is part of its geometry; tests/unit/training/test_plan_memory.py compares
+plans with measured peaks. Work space inside kernels and the allocator's fragments add a few per cent. Tracing an
+iteration with fake tensors gives the same numbers a hundred times slower (docs/adr/0022-memory-from-counts.md).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,9 +15,10 @@ from fmg.core.geometry import LinearModule, ModelGeometry
 from fmg.core.specs import DECODE_PIXELS
 from fmg.recipe import Recipe
 from fmg.training.launch import Sizes
-from fmg.training.plan_time import rows_of, transitions_of
-from fmg.training.plan_trained import FULL, Trained, average_bytes, copies_bytes, optimizer_bytes, trained_by
+from fmg.training.plan_work import Shape, Trained, count_numbers, rows_of, trained_by, transitions_of
 
+FULL = 4
+"""Bytes of a number in fp32: trained weights, optimizers, latents, images and log-probs always are."""
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 _REWARD_PARAMETERS: Mapping[str, float] = {
     "hpsv2": 986e6,
@@ -30,6 +32,13 @@ _REWARD_PARAMETERS: Mapping[str, float] = {
 """Parameters of the networks that rewards load; other rewards hold nothing on the device."""
 _REWARD_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _PLACE_OF_IMAGES = (None, "auto")
+
+# bitsandbytes keeps fp32 moments of smaller tensors, and one fp32 scale for each block of larger ones.
+_SMALL, _BLOCK = 4096, 256
+# A LoRA is written as a diffusers file and as a PEFT file.
+_LORA_FILES = 2
+# The newest checkpoint and the best one.
+_CHECKPOINTS = 2
 
 
 @dataclass(frozen=True)
@@ -49,22 +58,26 @@ def plan_memory(
 ) -> Memory:
     """The peak of a training run on each of `devices` equal devices, which share the work of an iteration.
 
-    It is reached in an update: the largest of the activations of an update, of a rollout call and of a decoder call is
-    counted beside what is there all the time. With `sharded` (FSDP2) the transformer is spread over the devices; then
-    saving, which gathers it to prove what was saved, may need more.
+    The largest of the activations of an update, a rollout call and a decoder call is counted beside what is there all
+    the time. With `sharded` (FSDP2) the transformer is spread over the devices; then saving, which gathers it to verify
+    the file, may need more.
     """
     number = DTYPE_BYTES[recipe.train.dtype]
     trained = trained_by(recipe, geometry)
     drawn = max(sizes.rollout_batch, min(recipe.eval.batch_size or 0, recipe.eval.num))
     encoders = geometry.encoder_parameters * number if geometry.encoders_resident else 0
-    # an update may have fewer rows than a micro-batch, to which bf16 calls are filled up all the same
+    # an update may have fewer rows than a micro-batch, to which bf16 calls are padded all the same
     part = -(-rows_of(recipe) // (recipe.train.updates_per_iteration * devices))
     micro_batch = sizes.micro_batch if number < FULL else min(sizes.micro_batch, part)
+    update = update_bytes(geometry, trained, recipe.lora.rank, number, micro_batch)
+    if part <= sizes.micro_batch:
+        # in a single pass the gradients take the place of the activations; they are counted with the weights
+        update = max(update - FULL * trained.parameters, _cast_bytes(geometry, trained, number))
     work = max(
-        update_bytes(geometry, trained, recipe.lora.rank, number, micro_batch),
+        update,
         forward_bytes(geometry, trained, number, drawn),
         decode_bytes(geometry, number, drawn),
-        # a whole network that was saved is read back beside the trained one, to prove the file
+        # a whole network that was saved is read back beside the trained one, to verify the file
         geometry.parameters * number if trained.whole else 0,
     )
     rows = max(micro_batch, drawn) * geometry.conditioning * number
@@ -73,7 +86,7 @@ def plan_memory(
     share = -(-whole // devices)
     # a block that computes and the next one, which is on its way
     gathered = 2 * whole // max(1, sum(kind.count for kind in geometry.blocks))
-    update = Memory(
+    training = Memory(
         {
             "transformer": share + gathered if spread else whole,
             "text encoders": encoders,
@@ -87,18 +100,18 @@ def plan_memory(
         }
     )
     if not spread:
-        return update
+        return training
     picture = max(forward_bytes(geometry, trained, number, 1), decode_bytes(geometry, number, 1))
-    save = Memory({**update.parts, "transformer": share + whole, "rollout store": 0, "activations": picture})
-    return max(update, save, key=lambda memory: memory.peak)
+    saving = Memory({**training.parts, "transformer": share + whole, "rollout store": 0, "activations": picture})
+    return max(training, saving, key=lambda memory: memory.peak)
 
 
 def update_bytes(geometry: ModelGeometry, trained: Trained, rank: int, number: int, micro_batch: int) -> int:
     """Activations of one forward and backward pass of `micro_batch` rows through the trained transformer.
 
     Each block keeps what its kind says. A LoRA keeps its input in fp32: one for all layers that read it in fp32 runs, a
-    copy for each in bf16 ones. A weight that is trained itself keeps its input as the network computes it, and under
-    autocast the network's copy of the weight as well.
+    copy for each in bf16 ones. A trained weight keeps its input as the network computes it, and under autocast the
+    network's copy of the weight as well.
     """
     adapted = _adapter_inputs(geometry, trained.layers, rank, number) + _own_inputs(geometry, trained, number)
     # the backward pass begins in the last block
@@ -156,6 +169,51 @@ def reward_bytes(recipe: Recipe) -> int:
             size = _REWARD_BYTES.get(str(options.get("dtype")), FULL)
             total += _REWARD_PARAMETERS.get(reward.name, 0) * size
     return int(total)
+
+
+def copies_bytes(recipe: Recipe, trained: Trained) -> int:
+    """The trained weights in fp32, their gradients, and the copies that a run compares with."""
+    asked = recipe.objective.config.compares_with
+    # the weights, their gradient, and what the movement gate compares with before the first update is over
+    copies = 3
+    if trained.whole:
+        return (copies + len(asked)) * FULL * trained.parameters
+    # a frozen old policy of everything, and the base of what was unfrozen
+    return FULL * ((copies + 1) * trained.parameters + trained.base_parameters)
+
+
+def average_bytes(recipe: Recipe, trained: Trained) -> int:
+    """The moving average."""
+    return 0 if recipe.train.ema_decay is None else FULL * trained.parameters
+
+
+def optimizer_bytes(name: str, shapes: Sequence[Shape]) -> int:
+    """State of an optimizer over tensors of these shapes. An unknown optimizer is taken for one with two moments."""
+    if name == "adafactor":
+        # a row and a column of second moments for each matrix
+        return FULL * sum(sum(shape) for shape in shapes)
+    if name == "adamw8bit":
+        return sum(_moments_8bit(math.prod(shape)) for shape in shapes)
+    if name == "muon":
+        return FULL * sum(math.prod(shape) * (1 if len(shape) == 2 else 2) for shape in shapes)
+    return FULL * {"sgd": 1}.get(name, 2) * count_numbers(shapes)
+
+
+def disk_bytes(recipe: Recipe, trained: Trained, number: int) -> tuple[int, int]:
+    """Bytes of the checkpoints that a run keeps, and of its state: two while the newer one is being written."""
+    numbers = trained.parameters
+    adapter = FULL * (_LORA_FILES * count_numbers(trained.lora) + trained.base_parameters)
+    files = number * numbers if trained.whole else adapter
+    averaged = recipe.train.ema_decay is not None
+    checkpoints = files * (_CHECKPOINTS + averaged)
+    if recipe.train.state_every is None:
+        return checkpoints, 0
+    state = FULL * numbers * (1 + averaged) + optimizer_bytes(recipe.optimizer.name, (*trained.lora, *trained.unfrozen))
+    return checkpoints, 2 * state
+
+
+def _moments_8bit(count: int) -> int:
+    return 2 * FULL * count if count < _SMALL else 2 * (count + FULL * -(-count // _BLOCK))
 
 
 def _adapter_inputs(geometry: ModelGeometry, layers: Sequence[LinearModule], rank: int, number: int) -> int:

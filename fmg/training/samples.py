@@ -58,7 +58,7 @@ from fmg.training.completing import Completer, completions_gate, open_completer
 from fmg.training.compose import Composed
 from fmg.training.distributed import DistContext
 from fmg.training.launch import Sizes
-from fmg.training.plan_time import rollout_nfe
+from fmg.training.plan_work import rollout_nfe
 
 AGREEMENT_GROUPS = 6
 """Groups that are completed both ways to measure how far the completions agree."""

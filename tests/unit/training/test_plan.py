@@ -8,8 +8,8 @@ import pytest
 from fmg.data.run_folder import RunFolder
 from fmg.recipe import resolve
 from fmg.training.launch import Sizes
-from fmg.training.plan import OnGpu, plan, size_text
-from fmg.training.plan_time import GPUS, SHARE_OF_PEAK, filled_rows
+from fmg.training.plan import GPUS, SHARE_OF_PEAK, OnGpu, plan, size_text
+from fmg.training.plan_work import filled_rows
 
 SHAPE = [
     "rollout.kind=chain",

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.memory_meter import MemoryMeter
 from fmg.core.events import ignore
 from fmg.core.geometry import ModelGeometry
 from fmg.data.run_folder import RunFolder
@@ -15,9 +16,8 @@ from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
 from fmg.recipe import Recipe
 from fmg.training.compose import compose
 from fmg.training.launch import choose_sizes
-from fmg.training.memory_meter import MemoryMeter
 from fmg.training.plan_memory import decode_bytes, plan_memory
-from fmg.training.plan_trained import trained_by
+from fmg.training.plan_work import trained_by
 from fmg.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -132,6 +132,8 @@ def test_flops_of_a_call_are_those_that_torch_counts() -> None:
             "meanflow-shapes",
             {"rollout.kind": "chain", "train.trainable": "full", "train.dtype": "bf16", "objective.kl_beta": 0.1},
         ),
+        # one pass an update, whose gradients take the place of activations
+        ("meanflow-shapes", {"train.trainable": "full", "train.dtype": "bf16", "objective.kl_beta": 0.1}),
         ("meanflow-shapes", {**BRANCHED, "train.micro_batch": 1}),
         ("scm-shapes", {**BRANCHED, "rollout.branch.completion": "grid"}),
     ],
@@ -164,8 +166,12 @@ def test_a_full_size_plan_shares_the_samples_among_devices() -> None:
     assert one.parts["text encoders"] == 0
     # every device holds the whole rollout, and the images of its own share
     assert one.parts["rollout store"] - eight.parts["rollout store"] == 1152 * 7 // 8 * 3 * 512**2 * 4
-    assert {k: v for k, v in one.parts.items() if k != "rollout store"} == {
-        k: v for k, v in eight.parts.items() if k != "rollout store"
+    # an update of eight devices is a single pass, whose gradients take the place of activations
+    gradients = 4 * trained_by(recipe, geometry).parameters
+    assert one.parts["activations"] - eight.parts["activations"] == gradients
+    differing = {"rollout store", "activations"}
+    assert {k: v for k, v in one.parts.items() if k not in differing} == {
+        k: v for k, v in eight.parts.items() if k not in differing
     }
 
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.memory_meter import MemoryMeter
 from fmg.core.events import ignore
 from fmg.core.geometry import ModelGeometry
 from fmg.data.run_folder import RunFolder
 from fmg.recipe import Recipe
 from fmg.training.compose import compose
 from fmg.training.launch import choose_sizes
-from fmg.training.memory_meter import MemoryMeter
 from fmg.training.plan_memory import plan_memory
-from fmg.training.plan_trained import trained_by
+from fmg.training.plan_work import trained_by
 from fmg.training.trainer import Trainer
 from tests.tiny_sana import build_tiny_sana
 

@@ -1,4 +1,4 @@
-"""Counts the memory of tensors as they come and go: a measured peak on any device, to hold plans to."""
+"""Counts the memory of tensors as they are made and freed: a measured peak on any device, to compare plans with."""
 
 from __future__ import annotations
 

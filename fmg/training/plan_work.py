@@ -1,0 +1,140 @@
+"""What an iteration computes and what a recipe trains, in numbers. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fmg.core.geometry import LinearModule, ModelGeometry
+from fmg.core.specs import expand_targets, is_target
+from fmg.recipe import Recipe
+from fmg.training.launch import Sizes
+
+_SECOND_TIME = "timestep_embedder2."
+
+Shape = tuple[int, ...]
+
+
+def transitions_of(recipe: Recipe) -> int:
+    """Stochastic transitions of one sample: all steps but the last, or those of the window; 0 where none is needed."""
+    if recipe.objective.config.needs == "samples":
+        return 0
+    if recipe.rollout.kind == "branch":
+        return 1
+    window = recipe.rollout.window
+    return recipe.rollout.steps - 1 if window is None else window.size
+
+
+def rows_of(recipe: Recipe) -> int:
+    """Rows that the updates of one iteration share: one a branched group, else what the objective makes of a sample."""
+    if recipe.rollout.kind == "branch":
+        return recipe.rollout.groups
+    return recipe.rollout.samples * recipe.objective.config.rows_per_sample(transitions_of(recipe))
+
+
+def rollout_nfe(recipe: Recipe, steps: Sequence[float] | None = None, fill: float = 1.0) -> float:
+    """Network evaluations of one row in the rollout of one iteration.
+
+    Args:
+        recipe: the run.
+        steps: step at which each group of a branched rollout branches. None takes what is known before the run: the
+            first, or the mean of all, since adaptive steps depend on rewards.
+        fill: rows that are computed for each one that siblings share, as of `filled_rows`.
+    """
+    shape, transitions = recipe.rollout, transitions_of(recipe)
+    if not transitions:
+        return shape.samples * shape.steps
+    calls = recipe.stochasticizer.config.requires().calls
+    if shape.kind == "chain":
+        return shape.samples * (transitions * calls + shape.steps - transitions)
+    if steps is None:
+        steps = [0.0 if shape.branch.steps == "first" else (shape.steps - 2) / 2] * shape.groups
+    before = calls if shape.branch.prefix == "stochastic" else 1
+    completed = [1.0 if shape.branch.completion == "jump" else shape.steps - 1 - k for k in steps]
+    return sum((k * before + calls) * fill + shape.group_size * rest for k, rest in zip(steps, completed, strict=True))
+
+
+def filled_rows(recipe: Recipe, sizes: Sizes) -> float:
+    """Rows computed for each row that the siblings of a group share: a bf16 call is filled up to a micro-batch."""
+    if recipe.rollout.kind == "chain" or recipe.train.dtype != "bf16":
+        return 1.0
+    return max(1.0, sizes.micro_batch / max(1, sizes.rollout_batch // recipe.rollout.group_size))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an iteration does, in the units that its stages' times grow with."""
+
+    images: int
+    rollout_calls: float
+    update_calls: int
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Work:
+        """Counts of one iteration: the updates go once over every row, and replay the transition that it holds."""
+        calls = recipe.stochasticizer.config.requires().calls if transitions_of(recipe) else 1
+        return cls(recipe.rollout.samples, rollout_nfe(recipe), rows_of(recipe) * calls)
+
+    @property
+    def row_nfe(self) -> float:
+        """Network evaluations of one row in an iteration, a backward pass counted as two (docs/math.md, eq. 31)."""
+        return self.rollout_calls + 3 * self.update_calls
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The trained tensors of a run.
+
+    Attributes:
+        layers: linear layers with a LoRA.
+        lora: shapes of the LoRA's tensors.
+        unfrozen: shapes of the weights of the base that are trained themselves.
+        whole: whether these are all weights.
+        words: for people.
+    """
+
+    layers: tuple[LinearModule, ...]
+    lora: tuple[Shape, ...]
+    unfrozen: tuple[Shape, ...]
+    whole: bool
+    words: str
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are trained."""
+        return count_numbers(self.lora) + self.base_parameters
+
+    @property
+    def base_parameters(self) -> int:
+        """How many of them are the base's own."""
+        return count_numbers(self.unfrozen)
+
+
+def trained_by(recipe: Recipe, geometry: ModelGeometry) -> Trained:
+    """What `train.trainable` and `lora` of a recipe come to in a model of this geometry."""
+    what, rank = recipe.train.trainable, recipe.lora.rank
+    if what == "full":
+        matrices = [(layer.outputs, layer.inputs) for layer in geometry.linears]
+        rest = geometry.parameters - count_numbers(matrices)
+        return Trained((), (), (*matrices, (rest,)), whole=True, words="every weight")
+    layers = adapted_layers(geometry, recipe.lora.target_names())
+    lora = [shape for layer in layers for shape in ((rank, layer.inputs), (layer.outputs, rank))]
+    words = f"LoRA of rank {rank} on {len(layers)} modules"
+    if what == "lora":
+        return Trained(tuple(layers), tuple(lora), (), whole=False, words=words)
+    embedder = [layer for layer in geometry.linears if layer.name.startswith(_SECOND_TIME)]
+    unfrozen = [shape for layer in embedder for shape in ((layer.outputs, layer.inputs), (layer.outputs,))]
+    words = f"{words} and the embedder of the second time"
+    return Trained(tuple(layers), tuple(lora), tuple(unfrozen), whole=False, words=words)
+
+
+def adapted_layers(geometry: ModelGeometry, targets: Sequence[str]) -> list[LinearModule]:
+    """The linear layers that a LoRA on `targets` (presets or ends of names) adapts."""
+    suffixes = expand_targets(targets)
+    return [layer for layer in geometry.linears if is_target(layer.name, suffixes)]
+
+
+def count_numbers(shapes: Sequence[Shape]) -> int:
+    """How many numbers tensors of these shapes hold."""
+    return sum(math.prod(shape) for shape in shapes)
