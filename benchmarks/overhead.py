@@ -20,7 +20,7 @@ import torch
 from fmg import Recipe
 from fmg.core.types import Conditioning
 from fmg.data.run_folder import RunFolder
-from fmg.inference.devices import pick_device
+from fmg.inference.torch_backend import pick_device
 from fmg.training.compose import Composed, compose
 from fmg.training.launch import Sizes, choose_sizes
 from fmg.training.trainer import Trainer

@@ -77,7 +77,7 @@ def examine_rewards(
     """
     options = reward_options(sets or ())
 
-    from fmg.inference.devices import pick_device
+    from fmg.inference.torch_backend import pick_device
     from fmg.rewards.doctor import diagnose
 
     with reporter_for(stderr()) as reporter:

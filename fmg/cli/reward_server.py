@@ -65,7 +65,7 @@ def reward_server(
     if find_spec("fastapi") is None or find_spec("uvicorn") is None:
         raise MissingDependencyError("The reward server needs fastapi and uvicorn", f"Run: {install_line('server')}")
 
-    from fmg.inference.devices import pick_device
+    from fmg.inference.torch_backend import pick_device
     from fmg.rewards.base import build_rewards, reward_refs
     from fmg.rewards.calls import secret_from
     from fmg.rewards.service.batching import Limits

@@ -44,8 +44,8 @@ from fmg.eval.set_metrics import (
     metric_rows,
     world_reference,
 )
-from fmg.inference.devices import pick_device
 from fmg.inference.target import Target, TargetLike, load_target, resolve_target
+from fmg.inference.torch_backend import pick_device
 from fmg.progress import watching
 from fmg.rewards.base import build_rewards, check_prompts
 from fmg.rewards.functions import Rewards, measured_names

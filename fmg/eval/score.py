@@ -22,7 +22,7 @@ from fmg.eval.scoring import (
     tag_rows,
 )
 from fmg.eval.set_metrics import WORLD, FeatureSet, SetMetrics, folder_reference, metric_rows, reference_files
-from fmg.inference.devices import pick_device
+from fmg.inference.torch_backend import pick_device
 from fmg.rewards.base import build_rewards, check_prompts
 
 SCHEMA = 1

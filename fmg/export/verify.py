@@ -30,7 +30,6 @@ from fmg.inference import Generator, Target
 from fmg.inference.artifact.backend import ArtifactBackend, PromptTokenizer
 from fmg.inference.artifact.layout import Artifact, artifact_of, open_artifact
 from fmg.inference.artifact.manifest import GRAPHS, TEXT_ENCODER_2, TRANSFORMER, TRANSFORMER_INT8, Check, Precision
-from fmg.inference.backend import TorchBackend
 from fmg.inference.loading import AUTO, find, load, made_from
 from fmg.inference.onnxruntime import NAME as ONNXRUNTIME
 from fmg.inference.onnxruntime import PrecisionError
@@ -38,6 +37,7 @@ from fmg.inference.parity import Difference, ImageParity
 from fmg.inference.self_check import VerifyReport, check_files, check_generation, described
 from fmg.inference.target import TargetLike, load_model
 from fmg.inference.tensorrt.precision_report import EnginePrecision
+from fmg.inference.torch_backend import TorchBackend
 from fmg.models.flux.model import FluxModel
 from fmg.progress import watching
 from fmg.rewards.base import build_rewards, check_prompts

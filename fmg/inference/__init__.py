@@ -1,6 +1,6 @@
-"""Drawing images from a model, a run or an artifact, with the same seeds on every backend.
+"""Generates images from a model, a run or an artifact, with the same seeds on every backend.
 
-Names load on first use, so that an artifact can be drawn where there is no torch.
+Names load on first use, so that an artifact can be sampled without torch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Few-step sampling with keyed noise: the same prompt and seed draw the same picture, whatever the batch split.
+"""Few-step sampling with keyed noise: one prompt and seed give the same image, however batches are split.
 
-Imports no torch: the backend decides what computes.
+Imports no torch: the backend computes.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 # Noise of generated images must differ from the noise of every training iteration, which counts from 0.
 GENERATION_ITERATION = -1
 DEFAULT_BATCH = 64
-# Images that a notebook shows, and their width there in CSS pixels.
+# Images that a notebook shows, and their width there in CSS pixels
 _SHOWN = 32
 _SHOWN_WIDTH = 192
 
 
 @dataclass(frozen=True, repr=False)
 class Generated:
-    """Images, what they were made from, and milliseconds spent in each stage (`fmg.core.profiling`).
+    """Images, their prompts and seeds, and milliseconds spent in each stage (`fmg.core.profiling`).
 
     Attributes:
         image_array: images (n, 3, h, w) in [0, 1], fp32.
@@ -76,7 +76,7 @@ class Generated:
         """These images themselves.
 
         Raises:
-            NotFiniteError: an image holds NaN or an infinite value, which no picture shows.
+            NotFiniteError: an image has NaN or infinite values.
         """
         bad = np.flatnonzero(~np.isfinite(self.image_array).all(axis=(1, 2, 3)))
         if len(bad):
@@ -91,7 +91,7 @@ class Generated:
         return self
 
     def to_pil(self) -> list[Image]:
-        """The images as 8-bit RGB pictures of Pillow. Errors as `check_finite`."""
+        """The images as 8-bit RGB images of Pillow. Errors as `check_finite`."""
         from fmg.data.pictures import to_pil
 
         self.check_finite()
@@ -99,13 +99,13 @@ class Generated:
 
     @python_call
     def save(self, path: str | PathLike[str]) -> list[Path]:
-        """Writes the images: one to a file, or any number as `NNNN-<prompt>.png` into a folder. Overwrites nothing.
+        """Writes one image to a file, or any number as `NNNN-<prompt>.png` to a folder. Overwrites nothing.
 
         Args:
-            path: a file name that ends in `.png`, `.jpg` or `.webp`; any other name is a folder, which is made.
+            path: a file name that ends in `.png`, `.jpg` or `.webp`; any other name is a folder, which is created.
 
         Returns:
-            The files that were written.
+            The files written.
 
         Raises:
             UsageError: the file exists, or several images would go into one file.
@@ -119,7 +119,7 @@ class Generated:
         if len(self) != 1:
             raise UsageError(
                 f"{counted(len(self), 'image')} cannot go into the one file '{target}'",
-                "Give the name of a folder, or save the pictures of to_pil() one by one.",
+                "Give the name of a folder, or save the images of to_pil() one by one.",
             )
         return [save_picture(self.to_pil()[0], target)]
 
@@ -139,15 +139,15 @@ class Generated:
 
 
 class Generator:
-    """Draws images with a backend. A context manager: leaving it frees the runtime.
+    """Generates images with a backend. A context manager: leaving it frees the runtime.
 
     Args:
         backend: the runtime.
         grid: default time grid, by name or as a list of times.
-        steps: default number of network calls an image.
-        batch_size: images a network call; the pictures do not depend on it beyond rounding.
-        tells: whether prompts that the model does not read to their end are named in a warning. Training, evaluation
-            and verification look at all of their prompts once, at their start.
+        steps: default number of sampling steps (NFE) per image.
+        batch_size: images per network call; affects images only by rounding.
+        tells: whether to warn about prompts that the model truncates. Training, evaluation and verification check all
+            of their prompts once, at the start.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class Generator:
 
     @python_call
     def times(self, steps: int | None = None, grid: str | Sequence[float] | None = None) -> tuple[float, ...]:
-        """The grid that `generate` uses for these arguments."""
+        """The time grid that `generate` uses for these arguments."""
         if grid is None and steps is not None and not isinstance(self.grid, str) and steps != len(self.grid) - 1:
             raise UsageError(
                 f"The recipe's explicit grid has {len(self.grid) - 1} steps and {steps} were asked for",
@@ -193,23 +193,23 @@ class Generator:
         release_text: bool = False,
         progress: bool | Callable[[int, int], None] | None = None,
     ) -> Generated:
-        """One image for each (prompt, seed), or `num` for each prompt.
+        """Generates one image for each (prompt, seed), or `num` for each prompt.
 
         Args:
             prompts: one prompt, or `n` of them.
-            seeds: a list of `n` integers, or the seed of the first image of each prompt: its further images, whether by
-                `num` or because `prompts` repeats it, take the integers that follow. Each seed keys its own noise, so
-                an image does not depend on its neighbours.
-            num: images of each prompt, one after the other; only with `seeds` as one integer.
-            steps: network calls; None takes the default.
+            seeds: a list of `n` integers, or the seed of the first image of each prompt: further images of a prompt,
+                whether by `num` or because `prompts` repeats it, take the following integers. Each seed keys its own
+                noise, so an image does not depend on the others in its batch.
+            num: images per prompt, one after the other; only with `seeds` as one integer.
+            steps: sampling steps (NFE); None takes the default.
             grid: time grid; None takes the default.
-            release_text: encode every prompt first, then free the text encoders before the first image is drawn.
+            release_text: encode every prompt first, then free the text encoders before the first image is sampled.
             progress: called with (done, total) after each batch. True shows a progress bar, False none; None shows one
-                in a terminal or a notebook when there are several batches.
+                in a terminal or a notebook if there are several batches.
 
         Raises:
             WrongTypeError: prompts or seeds are of another type.
-            UsageError: when there is no prompt, or not one seed for each prompt.
+            UsageError: there is no prompt, or not one seed for each prompt.
         """
         texts = _prompts(prompts, num)
         keys = _seeds(seeds, texts, num)
@@ -259,7 +259,7 @@ class Generator:
         self.backend.__exit__(kind, error, trace)
 
     def _encoded(self, prompts: Sequence[str], release_text: bool) -> Iterator[tuple[slice, Any]]:
-        """The rows of each batch and what their prompts are encoded to."""
+        """The rows of each batch and the encoding of their prompts."""
         starts = range(0, len(prompts), self.batch_size)
         batches = [slice(start, start + self.batch_size) for start in starts]
         encoded = ((rows, self.backend.encode(prompts[rows])) for rows in batches)
@@ -271,7 +271,7 @@ class Generator:
         yield from ready
 
     def _image_tokens(self) -> int:
-        """Transformer tokens of one image: latents are packed two by two, as in FLUX."""
+        """Transformer tokens of one image, for latents packed two by two as in FLUX."""
         _, height, width = self.backend.latent_shape
         return (height // 2) * (width // 2)
 
@@ -287,7 +287,7 @@ def _prompts(prompts: object, num: int) -> list[str]:
     if not isinstance(listed, Sequence) or not all(isinstance(prompt, str) for prompt in listed):
         raise WrongTypeError("prompts", prompts, "a text, or a list of texts")
     if not listed:
-        raise UsageError("There is no prompt to draw", "Give at least one prompt.")
+        raise UsageError("There is no prompt", "Give at least one prompt.")
     if whole_number("num", num) < 1:
         raise UsageError(f"The number of images is {num}", "Give --num of at least 1.")
     return [prompt for prompt in listed for _ in range(num)]
@@ -304,7 +304,7 @@ def _seeds(seeds: object, prompts: Sequence[str], num: int) -> list[int]:
             taken[prompt] += 1
         return found
     if num != 1:
-        raise UsageError("A list of seeds says how many images there are, and so does --num", "Leave --num out.")
+        raise UsageError("A list of seeds and --num both state the number of images", "Leave --num out.")
     if len(prompts) != len(listed):
         what = f"{counted(len(prompts), 'prompt')} came with {counted(len(listed), 'seed')}"
         raise UsageError(what, "Give one seed for each prompt.")
@@ -312,7 +312,7 @@ def _seeds(seeds: object, prompts: Sequence[str], num: int) -> list[int]:
 
 
 def whole_seeds(seeds: object) -> int | list[int]:
-    """Seeds as integers of Python, also where they were those of NumPy.
+    """Seeds as Python integers, also when given as NumPy integers.
 
     Raises:
         WrongTypeError: they are neither an integer nor a list of integers.

@@ -275,8 +275,8 @@ class TorchOpener:
         self.check()
         import torch
 
-        from fmg.inference.backend import TorchBackend
         from fmg.inference.target import load_model
+        from fmg.inference.torch_backend import TorchBackend
 
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)

@@ -1,6 +1,6 @@
 """Graphs on ONNX Runtime: numpy arrays on a CPU, torch CUDA tensors bound in place on a GPU.
 
-onnxruntime is imported when the first runtime is made; torch only for a GPU.
+onnxruntime is imported when the first runtime is created; torch only for a GPU.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ INSTALL = f"Run: {install_line('onnx')}"
 INSTALL_GPU = "Run: pip install onnxruntime-gpu in place of onnxruntime, on a machine with an NVIDIA GPU."
 
 _NOT_ON_A_CPU = ("bf16",)
-# ONNX Runtime's own messages go to stderr from this level on, fatal ones: its errors are told in a line of ours
+# ONNX Runtime writes only fatal errors to stderr; the others are raised, and reported in one line
 _LOG_LEVEL = 4
 # as many as --threads takes
 _MOST_THREADS = 1024
@@ -66,18 +66,18 @@ def load(
     resolution: int | None = None,
     int8: bool = False,
 ) -> Generator:
-    """The sampler of an artifact on a CPU, for programs that have onnxruntime, numpy and tokenizers and nothing else.
+    """The sampler of an artifact on a CPU, for programs with only onnxruntime, numpy and tokenizers.
 
     Args:
-        folder: what `fmg export` made.
-        threads: of one operator; None takes OMP_NUM_THREADS, and without that as many as there are cores.
-        batch_size: images a network call; None takes the default.
+        folder: what `fmg export` wrote.
+        threads: per operator; None takes OMP_NUM_THREADS, or else all cores.
+        batch_size: images per network call; None takes the default.
         resolution: side of the square image in pixels; None is the artifact's own.
         int8: run its int8 transformer.
 
     Raises:
-        CheckpointError: a file is missing, damaged, or not the one that was exported.
-        UsageError: the artifact does not have what was asked for.
+        CheckpointError: a file is missing, damaged, or not the exported one.
+        UsageError: the artifact has no such resolution, batch size or transformer.
         MissingDependencyError: onnxruntime is not installed.
 
     Example:
@@ -97,7 +97,7 @@ def transformer_graph(artifact: Artifact, int8: bool) -> str:
     """The name of the transformer's graph.
 
     Raises:
-        UsageError: the int8 one was asked for, and the artifact has none.
+        UsageError: the artifact has no int8 transformer.
     """
     name = TRANSFORMER_INT8 if int8 else TRANSFORMER
     if name not in artifact.manifest.graphs:
@@ -108,7 +108,7 @@ def transformer_graph(artifact: Artifact, int8: bool) -> str:
 
 
 class _SessionRuntime:
-    """What does not depend on where the arrays are."""
+    """What runtimes have in common, wherever their arrays are."""
 
     name = NAME
 
@@ -116,7 +116,6 @@ class _SessionRuntime:
         self._sessions = sessions
 
     def free(self, graphs: Iterable[str]) -> None:
-        """Drops the sessions of these graphs."""
         self._sessions.drop(graphs)
 
     def clock(self) -> StageClock[Any]:
@@ -124,24 +123,22 @@ class _SessionRuntime:
         return wall_clock()
 
     def reset_peak_memory(self) -> None:
-        """Of the process: ONNX Runtime does not tell what it takes of a device."""
+        # of the process: ONNX Runtime does not report the memory it takes of a device
         reset_peak_rss()
 
     def peak_memory(self) -> int:
-        """Of the process."""
         return peak_rss()
 
     def close(self) -> None:
-        """Drops every session."""
         self._sessions.drop(None)
 
 
 class OnnxRuntime(_SessionRuntime):
-    """One session a graph on a CPU, with all of ONNX Runtime's optimisations. Implements `GraphRuntime`.
+    """One session per graph on a CPU, with all of ONNX Runtime's optimisations. Implements `GraphRuntime`.
 
     Args:
         artifact: the graphs.
-        threads: of one operator; None takes OMP_NUM_THREADS, and without that as many as there are cores.
+        threads: per operator; None takes OMP_NUM_THREADS, or else all cores.
     """
 
     device = "cpu"
@@ -151,7 +148,6 @@ class OnnxRuntime(_SessionRuntime):
 
     @property
     def detail(self) -> str:
-        """The execution provider and its threads."""
         threads = self._sessions.threads
         return f"{CPU}, {counted(threads, 'thread') if threads else 'all cores'}"
 
@@ -169,16 +165,14 @@ class OnnxRuntime(_SessionRuntime):
         return np.asarray(output, np.float32)
 
     def put(self, array: NDArray[Any]) -> NDArray[Any]:
-        """The array itself."""
         return array
 
     def get(self, array: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The array itself."""
         return array
 
 
 class BoundOnnxRuntime(_SessionRuntime):
-    """One session a graph, whose inputs and outputs stay on the device as torch tensors. Implements `GraphRuntime`.
+    """One session per graph, with inputs and outputs on the device as torch tensors. Implements `GraphRuntime`.
 
     Args:
         artifact: the graphs.
@@ -196,12 +190,10 @@ class BoundOnnxRuntime(_SessionRuntime):
 
     @property
     def detail(self) -> str:
-        """The execution provider."""
         return f"{self._sessions.providers[0]}, IO binding"
 
     @property
     def device(self) -> str:
-        """The torch device."""
         return str(self._device)
 
     def run(self, graph: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -231,24 +223,22 @@ class BoundOnnxRuntime(_SessionRuntime):
         return torch.utils.dlpack.from_dlpack(output)
 
     def put(self, array: NDArray[Any]) -> torch.Tensor:
-        """The array on the device."""
         import torch
 
         return torch.from_numpy(array).to(self._device)
 
     def get(self, array: torch.Tensor) -> NDArray[np.float32]:
-        """The tensor in numpy."""
         host: NDArray[np.float32] = array.cpu().numpy()
         return host
 
 
 class Sessions:
-    """The sessions of an artifact's graphs, each made when it is first asked for.
+    """The sessions of an artifact's graphs, each opened when it is first needed.
 
     Args:
         artifact: the graphs.
         providers: execution providers, the preferred one first; the CPU is always the last.
-        threads: of one operator; None takes OMP_NUM_THREADS, and without that as many as there are cores.
+        threads: per operator; None takes OMP_NUM_THREADS, or else all cores.
         device_id: which GPU.
 
     Raises:
@@ -279,7 +269,7 @@ class Sessions:
         return self._sessions[graph]
 
     def drop(self, graphs: Iterable[str] | None) -> None:
-        """Frees the sessions of these graphs; None: of all."""
+        """Frees the sessions of these graphs; None: all."""
         for graph in list(self._sessions) if graphs is None else graphs:
             self._sessions.pop(graph, None)
 
@@ -304,7 +294,7 @@ class Sessions:
 
 
 def check_provider(provider: str) -> None:
-    """Whether this onnxruntime has an execution provider.
+    """Checks that this onnxruntime has an execution provider.
 
     Raises:
         MissingDependencyError: onnxruntime is not installed.
@@ -320,11 +310,11 @@ def open_session(graph: str | bytes, providers: Sequence[str], threads: int, dev
     Args:
         graph: path of the file, or its content.
         providers: execution providers, the preferred one first.
-        threads: of one operator; 0: as many as there are cores.
+        threads: per operator; 0: all cores.
         device_id: which GPU.
 
     Raises:
-        FmgError: the provider cannot be started. What ONNX Runtime has against the graph comes as its own exceptions.
+        FmgError: the provider cannot be started. An unusable graph raises ONNX Runtime's own exceptions.
     """
     library = installed()
     options = library.SessionOptions()
@@ -342,7 +332,7 @@ def open_session(graph: str | bytes, providers: Sequence[str], threads: int, dev
 
 
 def _threads_of_openmp() -> int:
-    """The outermost number of OMP_NUM_THREADS (`4` of `4,2`); 0, all cores, where it has none."""
+    """The outermost number of OMP_NUM_THREADS (`4` of `4,2`); 0, all cores, if there is none."""
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     number = int(first) if first.isascii() and first.isdecimal() else 0
     return number if number <= _MOST_THREADS else 0

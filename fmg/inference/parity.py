@@ -1,4 +1,4 @@
-"""How far the images of two runtimes may be apart when both compute the same in one precision. Imports no torch."""
+"""How much the images of two runtimes may differ if both compute the same in one precision. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from numpy.typing import NDArray
 from fmg.inference.artifact.manifest import Precision
 
 IMAGES_ALLOWED: Mapping[Precision, float] = {"fp32": 1e-4}
-"""Largest absolute difference of one value in [0, 1] in 99 of 100 images; other precisions are judged by their PSNR."""
+"""Largest absolute difference of one value in [0, 1] in 99 of 100 images; other precisions are judged by PSNR."""
 LEVEL = 1 / 255
-"""What no value of any fp32 image may differ by: one level of an 8-bit picture. Few-step maps are stiff in places, and
-there one image in hundreds amplifies rounding, as it does between two batch sizes in torch."""
+"""Largest difference of any value of any fp32 image: one level of 8 bits. Few-step maps are stiff in places, where
+one image in hundreds amplifies rounding, as it does between two batch sizes in torch."""
 PSNR_ALLOWED: Mapping[Precision, float] = {"bf16": 25.0, "fp16": 30.0, "int8": 20.0}
-"""Least peak signal-to-noise ratio over all images together, in dB."""
+"""Smallest peak signal-to-noise ratio over all images together, in dB."""
 
 
 @dataclass(frozen=True)
 class ImageParity:
-    """How far images are apart.
+    """How much images differ.
 
     Attributes:
         max_abs: largest difference of a value in [0, 1].
@@ -29,7 +29,7 @@ class ImageParity:
         mean_abs: mean difference.
         psnr: peak signal-to-noise ratio of all images together, dB.
         images: how many.
-        not_finite: images that hold NaN or an infinite value on either side; the rest is then NaN.
+        not_finite: images with NaN or infinite values on either side; the other fields are then NaN.
     """
 
     max_abs: float
@@ -40,13 +40,12 @@ class ImageParity:
     not_finite: int
 
     def passed(self, precision: Precision) -> bool:
-        """Whether the differences are those of rounding in this precision."""
         return not self.problem(precision)
 
     def problem(self, precision: Precision) -> str:
         """Why they do not pass; empty when they do."""
         if self.not_finite:
-            return f"{self.not_finite} of {self.images} images hold values that are not finite"
+            return f"{self.not_finite} of {self.images} images have values that are not finite"
         return "" if self._close(precision) else f"allowed for {precision}: {image_bound(precision)}"
 
     def _close(self, precision: Precision) -> bool:
@@ -56,7 +55,7 @@ class ImageParity:
 
 
 def image_bound(precision: Precision) -> str:
-    """What `ImageParity.passed` asks, for people."""
+    """The limits of `ImageParity.passed`, as text."""
     if precision in IMAGES_ALLOWED:
         return f"a difference of {IMAGES_ALLOWED[precision]:g} in 99 of 100 images, of {LEVEL:.4f} in any"
     return f"PSNR of {PSNR_ALLOWED[precision]:g} dB or more"
@@ -70,7 +69,7 @@ class Difference:
         self._values, self._sum, self._squares = 0, 0.0, 0.0
 
     def add(self, images: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
-        """Takes images (b, 3, h, w) in [0, 1] of both sides."""
+        """Adds images (b, 3, h, w) in [0, 1] of both sides."""
         difference = np.abs(images.astype(np.float64) - expected)
         self._largest.append(difference.reshape(len(images), -1).max(1))
         self._values += difference.size
@@ -83,10 +82,10 @@ class Difference:
         return sum(int((~np.isfinite(largest)).sum()) for largest in self._largest)
 
     def result(self) -> ImageParity:
-        """What all images that were taken say; at least one was."""
+        """The statistics of all images added; there must be one."""
         largest = np.concatenate(self._largest)
         p99 = float(np.quantile(largest, 0.99, method="higher"))
         mean_square = self._squares / self._values
-        # 200 dB stands for images that are equal, as JSON has no infinity; a NaN stays one, which min() would not do
+        # 200 dB for equal images, as JSON has no infinity; np.minimum keeps a NaN, which min() would not
         psnr = float(np.minimum(200.0, -10 * np.log10(mean_square))) if mean_square else 200.0
         return ImageParity(float(largest.max()), p99, self._sum / self._values, psnr, len(largest), self.not_finite)

@@ -1,4 +1,4 @@
-"""`FlowMapPipeline`: a FLUX-class flow map as a pipeline of diffusers."""
+"""`FlowMapPipeline`: a FLUX-class flow map as a pipeline of diffusers, with the LoRA methods of `FluxPipeline`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from fmg.core.specs import DECODE_PIXELS
 from fmg.core.types import Conditioning
 from fmg.flow.grids import GridSpec, make_grid
 from fmg.flow.sampling import native_step
-from fmg.inference.devices import DTYPES
 from fmg.inference.generator import seeded_noise, whole_seeds
 from fmg.inference.target import Target, load_model
+from fmg.inference.torch_backend import DTYPES
 from fmg.models.common import adapter, saved_weights
 from fmg.models.common.model import decode_latents
 from fmg.models.conventions import CONVENTIONS_FILE, FlowMapConventions, as_conventions, read_conventions
@@ -42,14 +42,14 @@ logger = logging.get_logger(__name__)
 
 Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], Mapping[str, Tensor]]
 OUTPUTS = ("pil", "np", "pt", "latent")
-"""What a call may return images as."""
+"""Values of `output_type`."""
 _TIMESTEPS = 1000
 _FILES = (saved_weights.DIFFUSERS_FILE, saved_weights.EXTRA_FILE, saved_weights.ADAPTER_MANIFEST)
 _FIX = "Restore it from a copy, or train again."
 
 
 class _Extra:
-    """Weights that an adapter brings besides its LoRA, and those of the base while they are replaced."""
+    """Weights that were trained beside a LoRA, and those of the base while they are replaced."""
 
     def __init__(self, name: str, tensors: Mapping[str, Tensor], base: dict[str, Tensor]) -> None:
         self.name = name
@@ -57,7 +57,7 @@ class _Extra:
         self._tensors = tensors
 
     def place(self, transformer: Any, active: bool) -> None:
-        """Puts the adapter's or the base's weights into the transformer."""
+        """Copies the adapter's or the base's weights into the transformer."""
         if active == bool(self.base):
             return
         parameters = {adapter.base_name(name): parameter for name, parameter in transformer.named_parameters()}
@@ -82,13 +82,13 @@ class FlowMapLoraMixin(FluxLoraLoaderMixin):  # type: ignore[misc]
         adapter_name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Loads a LoRA: a checkpoint of fmg, or what `FluxPipeline.load_lora_weights` takes.
+        """Loads a LoRA: a checkpoint of fmg, or anything that `FluxPipeline.load_lora_weights` takes.
 
         A checkpoint of fmg is checked against the map, and weights that were trained beside the LoRA
-        (`fmg_extra.safetensors`) take the place of the transformer's while the adapter is active.
+        (`fmg_extra.safetensors`) replace those of the transformer while the adapter is active.
 
         Raises:
-            UsageError: the checkpoint is a whole transformer, or two adapters bring weights of their own.
+            UsageError: the checkpoint is a whole transformer, or two adapters have such weights.
             CheckpointError: a file is missing or damaged, or the adapter belongs to another kind of map.
         """
         source = pretrained_model_name_or_path_or_dict
@@ -97,7 +97,7 @@ class FlowMapLoraMixin(FluxLoraLoaderMixin):  # type: ignore[misc]
             return
         hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
         folder = snapshot_folder(source, (*_FILES, SUMS), hub)
-        # what was left out of a copy, such as peft/, does not matter here
+        # files that a copy lacks, such as peft/, are not needed here
         check_sums(folder, None, _FIX, only=_FILES)
         extra = self._checked_extra(folder)
         before = set(self._loaded())
@@ -108,32 +108,32 @@ class FlowMapLoraMixin(FluxLoraLoaderMixin):  # type: ignore[misc]
         self._follow()
 
     def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers; weights that an adapter brought go with it."""
+        """As in diffusers; weights trained beside an adapter are removed with it."""
         with self._following():
             super().unload_lora_weights(*args, **kwargs)
 
     def set_adapters(self, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers; weights that an adapter brought are in place while it is active, at full strength."""
+        """As in diffusers; weights trained beside an adapter are in place while it is active, at full strength."""
         with self._following():
             super().set_adapters(*args, **kwargs)
 
     def disable_lora(self) -> None:
-        """As in diffusers; weights that an adapter brought are taken out."""
+        """As in diffusers; weights trained beside an adapter are taken out."""
         with self._following():
             super().disable_lora()
 
     def enable_lora(self) -> None:
-        """As in diffusers; weights that an adapter brought are put in place again."""
+        """As in diffusers; weights trained beside an adapter are put back in place."""
         with self._following():
             super().enable_lora()
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
-        """As in diffusers; weights that an adapter brought go with it."""
+        """As in diffusers; weights trained beside an adapter are removed with it."""
         with self._following():
             super().delete_adapters(adapter_names)
 
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers; weights that an active adapter brought stay for good."""
+        """As in diffusers; weights trained beside an active adapter become permanent."""
         super().fuse_lora(*args, **kwargs)
         if self._extra is not None and self._extra.base:
             self._extra = None
@@ -144,7 +144,7 @@ class FlowMapLoraMixin(FluxLoraLoaderMixin):  # type: ignore[misc]
         self._follow()
 
     def _follow(self) -> None:
-        """Puts the weights of an adapter in place when it is active, and the base's when it is not."""
+        """Puts the adapter's weights in place if it is active, and the base's if not."""
         if self._extra is None:
             return
         layers = adapter.tuner_layers(self.transformer)
@@ -157,10 +157,10 @@ class FlowMapLoraMixin(FluxLoraLoaderMixin):  # type: ignore[misc]
         return getattr(self.transformer, "peft_config", None) or {}
 
     def _checked_extra(self, folder: Path) -> dict[str, Tensor]:
-        """The weights beside a LoRA of fmg; empty for one that has none or is of another tool."""
+        """The weights beside a LoRA of fmg; empty if there are none, or for the LoRA of another tool."""
         if saved_weights.is_full(folder):
             raise UsageError(
-                f"{folder} holds a whole transformer, which is no LoRA",
+                f"{folder} contains a whole transformer, not a LoRA",
                 "Load it with FlowMapFluxTransformer2DModel.from_pretrained(FOLDER, subfolder='transformer'), and set"
                 " pipe.transformer to it.",
             )
@@ -187,14 +187,14 @@ class FlowMapLoraMixin(FluxLoraLoaderMixin):  # type: ignore[misc]
         tensors = saved_weights.read_adapter_tensors(folder, lora | extra)
         if extra and self._extra is not None:
             raise UsageError(
-                f"The adapter '{self._extra.name}' and {folder} both bring weights of their own",
+                f"The adapter '{self._extra.name}' and {folder} both have weights beside their LoRA",
                 "Unload the first one: pipe.unload_lora_weights().",
             )
         return {name: tensors[name] for name in extra}
 
 
 def sampled_as(conventions: FlowMapConventions, recipe: Recipe) -> FlowMapConventions:
-    """Conventions whose default steps and grid are those that `fmg generate` takes from a recipe."""
+    """Conventions with the default steps and grid of a recipe, as `fmg generate` uses them."""
     grid = recipe.rollout.grid
     stated = grid if isinstance(grid, str) else list(grid)
     return conventions.model_copy(update={"default_steps": recipe.rollout.steps, "default_grid": stated})
@@ -203,8 +203,7 @@ def sampled_as(conventions: FlowMapConventions, recipe: Recipe) -> FlowMapConven
 class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc]
     """Generates images with a two-time or single-time flow map of FLUX, as `fmg generate` does.
 
-    How many steps, on which grid and with which guidance the map is sampled is stated in the folder. Latents are images
-    (b, c, h, w), not packed tokens.
+    The folder states the default steps, time grid and guidance. Latents are images (b, c, h, w), not packed tokens.
 
     Args:
         vae: the autoencoder.
@@ -213,10 +212,10 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
         text_encoder_2: T5.
         tokenizer_2: of T5.
         transformer: the flow map, which takes one or two times.
-        conventions: what `fmg_flow_map.json` states.
+        conventions: the contents of `fmg_flow_map.json`.
 
     Raises:
-        UsageError: no conventions are given, or the transformer is of the stock class.
+        UsageError: there are no conventions, or the transformer is of the stock class.
         CheckpointError: conventions and transformer contradict each other.
     """
 
@@ -263,25 +262,25 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
     ) -> FlowMapPipeline:
         """Loads a folder, on the CPU. Every weight is checked against the config; no code of the folder is run.
 
-        For what only diffusers' loader has (`device_map`, `quantization_config`), use
-        `DiffusionPipeline.from_pretrained(FOLDER, ...)` with `trust_remote_code`, which gives this class too.
+        For options that only diffusers' loader has (`device_map`, `quantization_config`), use
+        `DiffusionPipeline.from_pretrained(FOLDER, ...)` with `trust_remote_code`, which returns this class too.
 
         Args:
             pretrained_model_name_or_path: a pipeline folder, or a hub id `owner/name[@revision]`, which is downloaded.
-            dtype: of every weight, whatever is stored; None: fp32.
+            dtype: of every weight, whatever dtype is stored; None: fp32.
             torch_dtype: the older name of `dtype`.
-            conventions: how the map is sampled, where the folder has no `fmg_flow_map.json`.
+            conventions: how the map is sampled, if the folder has no `fmg_flow_map.json`.
             hub: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
 
         Raises:
-            UsageError: there is no such folder, or an option that this loader does not have.
+            UsageError: there is no such folder, or this loader has no such option.
             CheckpointError: a file is missing, damaged, or contradicts another.
         """
         if unknown := [key for key in hub if key not in HUB_OPTIONS]:
             raise UsageError(
                 f"FlowMapPipeline.from_pretrained has no option '{unknown[0]}'",
                 "For options of diffusers' own loader call DiffusionPipeline.from_pretrained with trust_remote_code,"
-                " which gives a FlowMapPipeline too.",
+                " which returns a FlowMapPipeline too.",
             )
         folder = snapshot_folder(pretrained_model_name_or_path, (*PIPELINE_FILES, CONVENTIONS_FILE, INDEX_FILE), hub)
         if conventions is None:
@@ -303,7 +302,7 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
         Args:
             name: as `fmg list models` shows it.
             dtype: fp32 or bf16.
-            device: where transformer and decoder go.
+            device: of transformer and decoder.
             options: of the model, as `fmg show model NAME` lists them.
 
         Raises:
@@ -335,7 +334,7 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
 
     @property
     def guidance_scale(self) -> float | None:
-        """The embedded guidance scale of the call that is running."""
+        """The embedded guidance scale of the current call."""
         return self._guidance_scale
 
     @property
@@ -345,7 +344,7 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
 
     @property
     def interrupt(self) -> bool:
-        """Whether a callback asked to stop, by `pipe._interrupt = True`."""
+        """Whether a callback has requested to stop, by `pipe._interrupt = True`."""
         return self._interrupt
 
     @torch.no_grad()
@@ -374,27 +373,27 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
 
         Args:
             prompt: one text or several.
-            height: in pixels; None: the side that the folder states.
+            height: in pixels; None: as the folder states.
             width: as `height`.
-            num_inference_steps: calls of the transformer for an image; None: as the folder states.
+            num_inference_steps: sampling steps (NFE); None: as the folder states.
             grid: a time grid by name, or its times from 1 down to 0; None: as the folder states.
             guidance_scale: for weights that embed one; None: as the folder states.
-            num_images_per_prompt: images of each prompt, which follow each other.
-            seeds: noise of fmg, `fmg generate --seed`: a number for each image, or the first of numbers that count up
-                for each prompt anew. An image does not depend on what else is in the batch.
-            generator: noise of diffusers, as `FluxPipeline` draws it.
+            num_images_per_prompt: images per prompt, one after the other.
+            seeds: noise of fmg, `fmg generate --seed`: a number for each image, or the seed of the first image of each
+                prompt, counting up. An image does not depend on the others in the batch.
+            generator: noise of diffusers, as in `FluxPipeline`.
             latents: initial noise (b, c, h, w), or packed as `FluxPipeline` takes it.
-            prompt_embeds: states of T5 (b, length, d), in place of a prompt.
-            pooled_prompt_embeds: state of CLIP (b, p), with `prompt_embeds`.
+            prompt_embeds: T5 states (b, length, d), instead of a prompt.
+            pooled_prompt_embeds: CLIP state (b, p), with `prompt_embeds`.
             max_sequence_length: tokens of T5; None: as the folder states.
             output_type: `pil`, `np` or `pt`, or `latent` for latents (b, c, h, w).
             return_dict: False for a tuple.
             callback_on_step_end: called as `callback(pipe, step, time, tensors)` after each step, `time` from 1000 to
-                0; tensors that it returns take the place of those of the call.
+                0; tensors that it returns replace those of the call.
             callback_on_step_end_tensor_inputs: which tensors it gets: `latents`, `prompt_embeds`.
 
         Raises:
-            UsageError: arguments that exclude each other, or a size, grid or seed that is not possible.
+            UsageError: arguments exclude each other, or a size, grid or seed is impossible.
         """
         count = self._check(
             prompt, prompt_embeds, pooled_prompt_embeds, seeds, generator, latents, callback_on_step_end_tensor_inputs
@@ -456,7 +455,7 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
     ) -> tuple[Tensor, Tensor]:
         """The states of T5 (b, length, d) and of CLIP (b, p) for `prompt_embeds` and `pooled_prompt_embeds`.
 
-        What is longer than `max_sequence_length` tokens is cut, with a warning.
+        Prompts longer than `max_sequence_length` tokens are truncated, with a warning.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         length = self._conventions.max_sequence_length if max_sequence_length is None else max_sequence_length
@@ -469,19 +468,19 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
         return found["tokens"], found["pooled"]
 
     def save_config(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Writes `model_index.json` and the files beside it that make the folder one of this class."""
+        """Writes `model_index.json` and the other files that make the folder one of this class."""
         super().save_config(save_directory, *args, **kwargs)
         write_pipeline_files(Path(save_directory), self._conventions)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As in diffusers; the folder is one for `from_pretrained`.
+        """As in diffusers; `from_pretrained` loads the folder.
 
         Raises:
             UsageError: an adapter is loaded, which would not be saved.
         """
         if adapter.tuner_layers(self.transformer):
             raise UsageError(
-                "The pipeline has an adapter, which a pipeline folder does not hold",
+                "The pipeline has an adapter, which a pipeline folder cannot contain",
                 "Merge it first: pipe.fuse_lora(); pipe.unload_lora_weights().",
             )
         super().save_pretrained(str(save_directory), *args, **kwargs)
@@ -538,7 +537,7 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
         dtype: torch.dtype,
         device: torch.device,
     ) -> Callable[[int], Tensor]:
-        """Noise in fp32 by step: that of fmg for seeds, else that of diffusers in the order of the steps."""
+        """Noise in fp32 by step: that of fmg for seeds, otherwise that of diffusers in the order of the steps."""
         if seeds is None:
             return lambda _: cast(Tensor, randn_tensor(shape, generator=generator, device=device, dtype=dtype)).float()
         whole = whole_seeds(seeds)
@@ -551,5 +550,5 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
 
 
 def _unpacked(latents: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Latents as images, where they came as tokens in the layout of `FluxPipeline`."""
+    """Latents as images, also if given as tokens in the layout of `FluxPipeline`."""
     return unpack(latents, shape[1], shape[2]) if latents.ndim == 3 else latents

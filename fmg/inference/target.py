@@ -1,4 +1,4 @@
-"""What a command points at: a model by name, or a run folder with its tuned adapter. Imports no torch."""
+"""Targets of commands: a model by name, or a run folder with its trained adapter. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Target:
-    """A model with an adapter (runs) or without one (models by name), and the recipe that says how to sample it."""
+    """A model with an adapter (runs) or without one (models by name), and the recipe that states how to sample it."""
 
     label: str
     recipe: Recipe
@@ -36,15 +36,15 @@ class Target:
 
 
 TargetLike = str | PathLike[str] | Target | None
-"""What a Python call takes for a target: a model or a folder by name, a path, anything with a folder of its own (the
-result of `fmg.train`, a `RunFolder`), what `resolve_target` gave, or None for the newest run."""
+"""What Python calls accept as a target: a model or a folder by name, a path, anything with a folder of its own (the
+result of `fmg.train`, a `RunFolder`), a `Target`, or None for the newest run."""
 
 
 def target_text(target: TargetLike) -> str | None:
-    """The name or path that a target is given by; None for the newest run.
+    """The name or path of a target; None for the newest run.
 
     Raises:
-        WrongTypeError: it is no text and no path.
+        WrongTypeError: it is neither a text nor a path.
     """
     if target is None:
         return None
@@ -58,19 +58,19 @@ def target_text(target: TargetLike) -> str | None:
 def resolve_target(
     target: TargetLike, runs: Path = RUNS, *, allow_code: bool = False, other: Sequence[str] = ()
 ) -> Target:
-    """Finds out what `target` is without loading weights.
+    """Resolves `target` without loading weights.
 
     Args:
         target: a registered model, a run folder, one checkpoint of a run (`RUN/checkpoints/checkpoint-20`), or None for
             the newest run under `runs` that has ended and has a saved adapter.
         runs: where runs are kept.
         allow_code: whether the recipe of a run may name code of the user's own; a run folder can come from anyone.
-        other: names that the caller takes as well, for the suggestion of an error.
+        other: names that the caller accepts as well, for the suggestion of an error.
 
     Raises:
-        WrongTypeError: when it is no text and no path.
-        UsageError: when it is none of these, there is no run yet, or its recipe names code.
-        CheckpointError: when a run folder has no saved adapter, or a file of it is missing or damaged.
+        WrongTypeError: it is neither a text nor a path.
+        UsageError: it is none of these, there is no run yet, or its recipe names code.
+        CheckpointError: a run folder has no saved adapter, or a file of it is missing or damaged.
     """
     if isinstance(target, Target):
         return target
@@ -89,7 +89,7 @@ def resolve_target(
 
 
 def export_folder(target: TargetLike, name: str) -> Path:
-    """Where an export goes when nothing is said: into its run, or beside others of models.
+    """The default folder of an export: in its run, or in a folder of exported models.
 
     Args:
         target: what is exported.
@@ -103,10 +103,10 @@ def export_folder(target: TargetLike, name: str) -> Path:
 
 
 def absent_folder(folder: Path) -> Path:
-    """The folder that an export is to make.
+    """The folder that an export will create.
 
     Raises:
-        UsageError: it exists, or cannot be made.
+        UsageError: it exists, or cannot be created.
     """
     if folder.exists():
         raise UsageError(f"{folder} exists already", "Export to another folder, or move that one away.")
@@ -116,7 +116,7 @@ def absent_folder(folder: Path) -> Path:
 
 def load_model(target: Target, *, device: str = "auto", dtype: str = "fp32", adapter: bool = True) -> Model:
     """Loads the weights of `target` in torch, with its adapter unless told otherwise."""
-    from fmg.inference.devices import device_for, pick_dtype
+    from fmg.inference.torch_backend import device_for, pick_dtype
 
     recipe = target.recipe
     source = models.build_config(recipe.model.name, recipe.model.config)
@@ -130,7 +130,7 @@ def load_target(
     target: Target, *, device: str = "auto", dtype: str = "fp32", batch_size: int | None = None, adapter: bool = True
 ) -> Generator:
     """The sampler of `target` in torch."""
-    from fmg.inference.backend import TorchBackend
+    from fmg.inference.torch_backend import TorchBackend
 
     rollout = target.recipe.rollout
     model = load_model(target, device=device, dtype=dtype, adapter=adapter)
@@ -144,10 +144,7 @@ def run_of_checkpoint(folder: Path) -> Path | None:
 
 
 def _newest_usable(runs: Path) -> RunFolder:
-    """The run that began last among those that ended; one that is still going only when there is no other.
-
-    Newer ones that are passed over are named in a warning.
-    """
+    """The newest run that has ended, or if none has, the newest; warns about newer ones that are skipped."""
     known = list_runs(runs)
     why = {run.path: reason for run in known if (reason := _unusable(run))}
     usable = [run for run in known if run.path not in why]
@@ -161,8 +158,8 @@ def _newest_usable(runs: Path) -> RunFolder:
     chosen = (ended or usable)[-1]
     newer = [f"'{run.path}' {why[run.path]}" for run in known[known.index(chosen) + 1 :]]
     if newer:
-        what = f"The run '{chosen.path}' is taken, which is not the newest: {'; '.join(newer)}"
-        warnings.warn(f"{what}. Name a run to choose.", FmgWarning, stacklevel=2)
+        what = f"Using the run '{chosen.path}', which is not the newest: {'; '.join(newer)}"
+        warnings.warn(f"{what}. Name a run to choose another.", FmgWarning, stacklevel=2)
     return chosen
 
 
@@ -174,7 +171,7 @@ def _unusable(run: RunFolder) -> str | None:
 
 
 def _run_target(run: RunFolder, allow_code: bool, checkpoint: str | None = None, label: str | None = None) -> Target:
-    """A run by its best checkpoint, or by the one that is named, with its files checked."""
+    """A run with its best checkpoint, or with the given one, whose files are checked."""
     if not run.exists():
         raise no_run(run.path)
     index = read_index(run.path)
@@ -189,7 +186,7 @@ def _run_target(run: RunFolder, allow_code: bool, checkpoint: str | None = None,
     if not saved.check(run.path):
         warnings.warn(f"The run '{run.path}' {UNCHECKED}", FmgWarning, stacklevel=2)
     if "recipe.yaml" in index.changed_files(run.path):
-        text = f"'{run.recipe}' was changed after the run began; what follows is by the recipe as it is now"
+        text = f"'{run.recipe}' was changed after the run began; the changed recipe is used"
         warnings.warn(text, FmgWarning, stacklevel=2)
     recipe = Recipe.of_run(run.recipe, allow_code=allow_code)
     return Target(label or str(run.path), recipe, saved.path(run.path))

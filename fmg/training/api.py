@@ -32,7 +32,7 @@ from fmg.data.resume_points import check_resumable, drop_states, ended_short, ne
 from fmg.data.run_folder import RunFolder, State
 from fmg.data.run_metrics import read_numbers
 from fmg.data.run_report import write_run_report
-from fmg.inference.devices import device_for, pick_dtype
+from fmg.inference.torch_backend import device_for, pick_dtype
 from fmg.progress import watching
 from fmg.recipe import Recipe, ResolvedRecipe, recipe_of
 from fmg.rewards.functions import Functions, Rewards, split_functions

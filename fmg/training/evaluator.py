@@ -26,8 +26,8 @@ from fmg.data.run_metrics import Outcome
 from fmg.data.run_report import kept_picture, run_figure
 from fmg.eval.scoring import EvalSet, Scores, means, score_target, standard_error
 from fmg.eval.set_metrics import within_groups
-from fmg.inference.backend import TorchBackend
 from fmg.inference.generator import DEFAULT_BATCH, Generator
+from fmg.inference.torch_backend import TorchBackend
 from fmg.registry import feature_extractors
 from fmg.training.compose import Composed
 from fmg.training.distributed import DistContext

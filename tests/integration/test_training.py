@@ -17,7 +17,7 @@ from fmg.core.events import Evaluated, Event, Notice
 from fmg.data.checkpoints import chosen_checkpoint, read_index
 from fmg.data.run_folder import RunFolder
 from fmg.data.run_report import kept_picture
-from fmg.inference.backend import TorchBackend
+from fmg.inference.torch_backend import TorchBackend
 from fmg.models.flux.model import FluxModel
 from fmg.registry import models
 from fmg.training.compose import compose

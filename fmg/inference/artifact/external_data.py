@@ -1,10 +1,10 @@
-"""Which files a graph's weights are in, read from the ONNX file itself without onnx. Standard library only.
+"""The files of a graph's weights, read from the ONNX file itself without onnx. Standard library only.
 
-A graph names the files of its external data, and every runtime follows the names. What they lead to beyond the weight
-file of the manifest has no hash there, so nobody would notice another content.
+A graph names the files of its external data, and every runtime follows the names. A file other than the weight file of
+the manifest has no hash there, so nobody would notice different contents.
 
-An ONNX file is a protobuf message. Only messages that can hold a tensor are entered, by the field numbers of onnx.proto
-(https://github.com/onnx/onnx/blob/main/onnx/onnx.proto); everything else is skipped by its length.
+An ONNX file is a protobuf message. Only messages that can contain a tensor are parsed, by the field numbers of
+onnx.proto (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto); everything else is skipped by its length.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _LOCATION = b"location"
 
 
 def check_external(file: Path, weights: str) -> None:
-    """Whether all external data of a graph is in one file.
+    """Checks that all external data of a graph is in one file.
 
     Args:
         file: the ONNX file; no weights are read.
@@ -82,14 +82,14 @@ def _locations(content: mmap.mmap, start: int, end: int, kind: str, depth: int =
 
 
 def _location(content: mmap.mmap, start: int, end: int) -> Iterator[bytes]:
-    """Every value of an entry that has `location` among its keys: of repeated fields a reader may take any."""
+    """Every value of an entry with the key `location`: of repeated fields a reader may take any."""
     fields = list(_fields(content, start, end))
     if any(number == _KEY and content[first:last] == _LOCATION for number, first, last in fields):
         yield from (content[first:last] for number, first, last in fields if number == _VALUE)
 
 
 def _fields(content: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Number, begin and end of every field of a message that has a length."""
+    """Number, start and end of every length-delimited field of a message."""
     at = start
     while at < end:
         tag, at = _varint(content, at, end)

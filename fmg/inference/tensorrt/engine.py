@@ -19,9 +19,8 @@ from torch import Tensor
 
 from fmg.core.errors import CheckpointError, FmgError, UsageError
 from fmg.core.profiling import StageClock
-from fmg.inference.backend import cuda_clock
-from fmg.inference.devices import pick_device
 from fmg.inference.tensorrt.records import Shape, ShapeRange
+from fmg.inference.torch_backend import cuda_clock, pick_device
 
 Enqueue = Callable[[int], None]
 """Queues work on the stream with this handle."""

@@ -1,4 +1,4 @@
-"""The two TensorRT packages that share one API, and what can be known of the GPU that is here."""
+"""The two TensorRT packages, which share one API, and the GPU of this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fmg.version import install_line
 FlavourName = Literal["tensorrt", "rtx"]
 
 ANY = "any"
-"""What a record says of the GPU when the engine was built ahead of time, for every GPU that its flavour supports."""
+"""The GPU in the record of an engine that was built ahead of time, for every GPU that its flavour supports."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Flavour:
         name: the value of `--flavour`.
         backend: name of the backend that runs its engines.
         module: what Python imports.
-        install: the command that gets it.
+        install: the command that installs it.
         ahead_of_time: whether its builder needs no GPU and its engines are made for no GPU in particular.
     """
 
@@ -74,12 +74,12 @@ def importable(flavour: Flavour) -> bool:
 
 @dataclass(frozen=True)
 class Gpu:
-    """The GPU that engines are built for or run on.
+    """A GPU that engines are built for or run on.
 
     Attributes:
-        name: as its maker calls it, such as `NVIDIA H100 80GB HBM3`.
+        name: such as `NVIDIA H100 80GB HBM3`.
         capability: compute capability, such as `9.0`.
-        driver: major version of the driver, such as `580`; empty when nobody could say.
+        driver: major version of the driver, such as `580`; empty if unknown.
     """
 
     name: str
@@ -107,7 +107,7 @@ def current_gpu() -> Gpu | None:
 
 
 def lists_gpu(module: ModuleType, gpu: Gpu) -> bool:
-    """Whether a flavour names the compute capability of a GPU, as TensorRT-RTX does; one that names none takes all."""
+    """Whether a flavour lists the compute capability of a GPU, as TensorRT-RTX does; one without a list takes all."""
     named = getattr(module, "ComputeCapability", None)
     return named is None or f"SM{gpu.capability.replace('.', '')}" in named.__members__
 

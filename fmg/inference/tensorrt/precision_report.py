@@ -1,4 +1,4 @@
-"""Which types an engine computes in, as TensorRT's own inspector says: nobody has to trust that a flag was honoured."""
+"""The types an engine computes in, as TensorRT's own inspector reports them, whatever flags it was built with."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fmg.inference.artifact.manifest import Precision
 from fmg.inference.tensorrt.engine import Engine
 
 PRODUCTS = ("MATRIX_MULTIPLY", "CONVOLUTION", "gemm", "conv")
-"""Kinds of layers that do the work, as networks and inspected engines name them, by their beginning."""
+"""Prefixes of the kinds of layers that do the work, in networks and in inspected engines."""
 
 _TYPES: Mapping[str, str] = {"fp32": "FLOAT", "bf16": "BF16", "fp16": "HALF"}
 _NAMES: Mapping[str, str] = {**_TYPES, "fp8": "FP8", "int8": "INT8"}
-# The inspector writes `Row major linear FP16` or `Half`, by version and kind of layer.
+# The inspector writes `Row major linear FP16` or `Half`, depending on version and kind of layer
 _WORDS = (
     ("BF16", r"bf16|bfloat16"),
     ("FP8", r"fp8|e4m3|e5m2"),
@@ -29,13 +29,13 @@ _WORDS = (
     ("INT64", r"int64"),
     ("BOOL", r"bool"),
 )
-# Of the products of a graph in half precision, the share that may be fp32: the embedders of times.
+# Of the products of a half-precision graph, the share that may be fp32: the embedders of times
 _FP32_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class EnginePrecision:
-    """Layers by kind and by the type of their result, both as TensorRT calls them."""
+    """Layers by kind and by the type of their result, in TensorRT's names."""
 
     layers: Mapping[str, Mapping[str, int]]
 
@@ -57,41 +57,41 @@ class EnginePrecision:
         return dict(sorted(total.items()))
 
     def by_precision(self) -> Mapping[str, int]:
-        """Products by the names that manifests use (`fp32`, `bf16`, ...); all layers where no product can be told."""
+        """Products by the manifest's names (`fp32`, `bf16`, ...); all layers where no product can be recognised."""
         counts = self.products or self.types
         return {name: counts[kind] for name, kind in _NAMES.items() if kind in counts}
 
     def problem(self, precision: Precision) -> str:
-        """What is not as asked, in one clause; empty when all is.
+        """How the engine differs from the requested precision, in one clause; empty if it does not.
 
-        An engine of an fp32 graph has no narrower type in it. One of a bf16 or fp16 graph has products of that type,
-        few in fp32 (embedders of times), and of no third type. Where the inspector names no products, because kernels
-        are fused beyond recognition, that type must be there at least.
+        An engine of an fp32 graph has no narrower type in it. An engine of a bf16 or fp16 graph has products of that
+        type, few in fp32 (embedders of times), and none of a third type. Where the inspector names no products,
+        because kernels are fused beyond recognition, some layer must have that type.
         """
         if precision not in _TYPES:
             return f"engines have no precision '{precision}'"
         wanted, types = _TYPES[precision], self.types
         foreign = sorted(types.keys() & ({"BF16", "HALF", "FP8", "INT8"} - {wanted}))
         if foreign:
-            return f"{types[foreign[0]]} layers compute in {foreign[0]} where {wanted} was asked for"
+            return f"{types[foreign[0]]} layers compute in {foreign[0]} where {wanted} was requested"
         products = self.products
         if not (products or types).get(wanted):
-            return f"no layer computes in {wanted}, which was asked for"
+            return f"no layer computes in {wanted}, which was requested"
         wide = 0 if wanted == "FLOAT" else products.get("FLOAT", 0)
         total = products.get(wanted, 0) + wide
         if wide > _FP32_SHARE * total:
-            return f"{wide} of {total} products compute in FLOAT where {wanted} was asked for"
+            return f"{wide} of {total} products compute in FLOAT where {wanted} was requested"
         return ""
 
 
 def inspect(trt: ModuleType, engine: Engine) -> EnginePrecision | None:
-    """What the inspector of a loaded engine says; None for an engine that was built without detailed verbosity."""
+    """The inspector's report of a loaded engine; None for an engine that was built without detailed verbosity."""
     api: Any = trt
     inspector = engine.raw.create_engine_inspector()
     text = inspector.get_engine_information(api.LayerInformationFormat.JSON)
     counts: dict[str, Counter[str]] = {}
     for layer in json.loads(text).get("Layers", []):
-        # without detailed verbosity a layer is nothing but its name
+        # without detailed verbosity a layer is only a name
         if not isinstance(layer, dict):
             continue
         for output in layer.get("Outputs", [])[:1]:

@@ -1,11 +1,11 @@
-"""New weights for a refittable engine without a build, by the names of the state dict; and the check that goes with it.
+"""New weights for a refittable engine without a build, by the names of the state dict; and a check for lost biases.
 
-The graph names its initialisers as the state dict does, and TensorRT its refittable weights as the graph: no search for
-equal values is needed. The plan on disk is never touched, so what it was built from comes back by loading it again.
+Initialisers of the graph and refittable weights of TensorRT have the names of the state dict, so no search for equal
+values is needed. The plan on disk never changes: loading it again restores the weights it was built from.
 
-TensorRT's release notes of 11.3 say that a refittable engine may drop the bias of a matrix product, with or without a
-refit. `check_biases` finds that out without a second implementation: an output that does not depend on a bias has lost
-it.
+According to the release notes of TensorRT 11.3, a refittable engine may drop the bias of a matrix product, with or
+without a refit. `check_biases` detects this without a second implementation: an output that does not depend on a bias
+has lost it.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Refit:
     Args:
         trt: the TensorRT module.
         engine: built with `refittable`.
-        artifact: whose weights it shall have.
-        graph: which graph it is of.
+        artifact: whose weights it gets.
+        graph: the graph of the engine.
 
     Raises:
         UsageError: the engine was not built for it.
@@ -56,7 +56,7 @@ class Refit:
         self._names: list[str] = sorted(self._refitter.get_all_weights())
 
     def apply(self) -> int:
-        """Sets every weight that the file has; returns how many.
+        """Sets every weight of the file; returns how many.
 
         Raises:
             CheckpointError: the file lacks weights that the engine needs.
@@ -79,11 +79,11 @@ class Refit:
     def check_biases(self, run: Callable[[], Tensor], names: Sequence[str] | None = None) -> list[str]:
         """Names of the biases that the output does not depend on.
 
-        Each is moved by 1 in turn and set back. Costs one refit and one run a bias.
+        Each is changed by 1 in turn and set back, which costs two refits and one run per bias.
 
         Args:
             run: one execution of the engine, always on the same inputs.
-            names: the biases to look at; None: every refittable weight called `….bias`.
+            names: the biases to check; None: every refittable weight called `….bias`.
         """
         biases = [name for name in self._names if name.endswith(".bias")] if names is None else list(names)
         reference = run().float()
@@ -116,7 +116,7 @@ class Refit:
 
 
 def refuse_lost_biases(lost: Sequence[str], graph: str) -> None:
-    """Whether an engine may be used after `Refit.check_biases`.
+    """Refuses an engine that `Refit.check_biases` found faulty.
 
     Raises:
         FmgError: it lost a bias.

@@ -1,4 +1,4 @@
-"""The graphs of an artifact as engines on one GPU, with torch CUDA tensors in and out."""
+"""The graphs of an artifact as engines on one GPU, with torch CUDA tensors as inputs and outputs."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from fmg.inference.tensorrt.refit import Refit
 
 
 class EngineRuntime:
-    """One engine a graph, loaded when it is first run. Implements `fmg.inference.artifact.backend.GraphRuntime`.
+    """One engine per graph, loaded when it is first run. Implements `fmg.inference.artifact.backend.GraphRuntime`.
 
-    Rows beyond the largest batch of an engine are run one batch after the other, and fewer than its smallest are
-    filled up; the rows of a batch do not depend on each other.
+    Rows beyond the largest batch of an engine are run in several batches, and fewer than its smallest batch are padded;
+    the rows of a batch do not depend on each other.
 
     Args:
         artifact: what the engines were built from.
@@ -56,7 +56,6 @@ class EngineRuntime:
 
     @property
     def name(self) -> str:
-        """Registered name of the backend."""
         return self._flavour.backend
 
     @property
@@ -67,14 +66,13 @@ class EngineRuntime:
 
     @property
     def device(self) -> str:
-        """The GPU."""
         return str(self._device.torch_device)
 
     def run(self, graph: str, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The output of a graph, in memory of its own.
+        """The output of a graph, in its own memory.
 
         Raises:
-            UsageError: the inputs are of shapes that the engine was not built for.
+            UsageError: the engine was not built for the shapes of the inputs.
             CheckpointError: the engine is damaged, or cannot be loaded here.
             FmgError: TensorRT failed.
         """
@@ -93,39 +91,33 @@ class EngineRuntime:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def precision(self, graph: str) -> EnginePrecision | None:
-        """What the inspector of an engine says of its layers; None where it does not say."""
+        """The inspector's report of an engine; None if the engine has no details."""
         return inspect(self._trt, self._engine(graph))
 
     def free(self, graphs: Iterable[str]) -> None:
-        """Closes the engines of these graphs."""
         for graph in graphs:
             if (engine := self._engines.pop(graph, None)) is not None:
                 engine.close()
                 self._memory.pop(graph)
 
     def put(self, array: NDArray[Any]) -> Tensor:
-        """The array on the device."""
         return torch.from_numpy(array).to(self._device.torch_device)
 
     def get(self, array: Tensor) -> NDArray[np.float32]:
-        """The tensor in numpy."""
         host: NDArray[np.float32] = array.cpu().numpy()
         return host
 
     def clock(self) -> StageClock[Any]:
-        """The device's clock."""
         return self._device.clock()
 
     def reset_peak_memory(self) -> None:
-        """Of the device."""
         self._device.reset_peak_memory()
 
     def peak_memory(self) -> int:
-        """What torch held at most, and what the loaded engines took when they were loaded."""
+        """The most that torch held, plus what engines took when they were loaded."""
         return self._device.peak_memory() + sum(self._memory.values())
 
     def close(self) -> None:
-        """Closes every engine."""
         self.free(list(self._engines))
 
     def _engine(self, graph: str) -> Engine:
@@ -142,7 +134,7 @@ class EngineRuntime:
 
 
 def _batch(engine: Engine, inputs: Mapping[str, Tensor], rows_of: list[str]) -> tuple[int, int] | None:
-    """Smallest and largest batch of a profile that admits the other axes; None: the engine itself says why none."""
+    """Smallest and largest batch of a profile that admits the other axes; None if there is none."""
     for profile in engine.profiles:
         if profile.keys() != inputs.keys():
             continue

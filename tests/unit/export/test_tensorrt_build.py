@@ -212,7 +212,7 @@ def test_without_a_gpu_the_flavour_tensorrt_is_refused(tmp_path: Path) -> None:
 
 def test_a_network_in_another_precision_is_refused() -> None:
     check_network("transformer", {"MATRIX_MULTIPLY": {"BF16": 30, "FLOAT": 2}, "CAST": {"FLOAT": 9}}, "bf16")
-    with pytest.raises(FmgError, match="30 layers compute in BF16 where FLOAT was asked for"):
+    with pytest.raises(FmgError, match="30 layers compute in BF16 where FLOAT was requested"):
         check_network("transformer", {"MATRIX_MULTIPLY": {"BF16": 30}}, "fp32")
 
 

@@ -206,7 +206,7 @@ def test_differences_of_pictures() -> None:
     found = compare(*broken, eval_set, {"r": refuse_all}, progress=lambda *at: None)  # type: ignore[arg-type]
     assert found.gaps == ()
     for precision in PSNR_ALLOWED:
-        assert found.images.problem(precision) == "1 of 200 images hold values that are not finite"
+        assert found.images.problem(precision) == "1 of 200 images have values that are not finite"
 
 
 def test_relative_l2() -> None:

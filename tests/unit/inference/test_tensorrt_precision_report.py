@@ -46,7 +46,7 @@ def test_the_inspector_says_what_an_engine_computes_in(plain: Path, trt: ModuleT
     assert found is not None
     assert found.products == {"FLOAT": 6}
     assert found.problem("fp32") == ""
-    assert found.problem("bf16") == "no layer computes in BF16, which was asked for"
+    assert found.problem("bf16") == "no layer computes in BF16, which was requested"
     backend = load(plain, backend="tensorrt").backend
     assert isinstance(backend, ArtifactBackend)
     graphs: object = backend.runtime
@@ -69,7 +69,7 @@ def test_verification_fails_for_an_engine_of_another_precision_than_its_graph(
     reseal(folder)
     failed = list(engine_precision(open_artifact(folder), load(folder, backend="tensorrt")))
     assert [(check.passed, check.note) for check in failed] == [
-        (False, "no layer computes in BF16, which was asked for")
+        (False, "no layer computes in BF16, which was requested")
     ] * len(GRAPHS)
 
 

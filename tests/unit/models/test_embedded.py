@@ -10,7 +10,7 @@ import torch
 
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.protocols import Model
-from fmg.inference.backend import TorchBackend
+from fmg.inference.torch_backend import TorchBackend
 from fmg.models.embedded import EmbeddedConfig
 from fmg.models.flux.model import FluxModel
 from fmg.registry import models

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.flow import TrigPath
-from fmg.inference.devices import device_for
+from fmg.inference.torch_backend import device_for
 from fmg.models.common.text import TextEncoders
 from fmg.models.sana.configs import SanaSprintConfig
 from fmg.models.sana.loading import published_instruction

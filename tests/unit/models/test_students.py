@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fmg.core.errors import CheckpointError, FmgWarning, MissingDependencyError, StorageError, UsageError
-from fmg.inference.devices import device_for
+from fmg.inference.torch_backend import device_for
 from fmg.models.flux.model import FluxModel
 from fmg.models.flux.transformer import SecondTime
 from fmg.models.published import PublishedSource

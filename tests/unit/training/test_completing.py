@@ -102,7 +102,7 @@ def test_the_gate_names_the_difference_and_the_bound() -> None:
     assert completions_gate(images, images + 5e-5, recipe) == pytest.approx(5e-5, rel=0.01)
     with pytest.raises(GateError, match=r"onnxruntime differ from torch's: 0\.001 at most over 4 .* fp32: .* 0\.0001"):
         completions_gate(images, images + 1e-3, recipe)
-    with pytest.raises(GateError, match="1 of 4 images hold values that are not finite"):
+    with pytest.raises(GateError, match="1 of 4 images have values that are not finite"):
         completions_gate(images, torch.where(torch.arange(4)[:, None, None, None] == 2, torch.nan, images), recipe)
 
 

@@ -1,4 +1,4 @@
-"""The backend `torch`: the model itself, eager, in the dtype it was loaded in."""
+"""The backend `torch`: the model itself, eager; and its devices and dtypes by name."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fmg.core.backends import CutsPrompts, Drawn, NoiseSource
 from fmg.core.display import counted
+from fmg.core.errors import UsageError, suggestion
 from fmg.core.machine import peak_rss, reset_peak_rss
 from fmg.core.profiling import TEXT_ENCODERS, TRANSFORMER, VAE, StageClock, stage, wall_clock
 from fmg.core.protocols import FlowMap, Model
@@ -19,10 +20,61 @@ from fmg.core.specs import MapSpec
 from fmg.core.types import Conditioning
 from fmg.flow.sampling import native_sample
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device called `name`; `auto` is CUDA if available, else the CPU.
+
+    Raises:
+        UsageError: for an unknown device, or one that this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"'{name}' is not a device", "Use auto, cpu, cuda or cuda:N.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"The device '{name}' does not exist: torch sees {counted(torch.cuda.device_count(), 'CUDA device')}",
+            "Use --device cpu, or install a CUDA build of torch on a machine with a GPU.",
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"The device '{name}' is not supported", "Use auto, cpu, cuda or cuda:N.")
+    return device
+
+
+def device_for(name: str, model: str, spec: MapSpec) -> torch.device:
+    """The device called `name` for a model; `auto` never means the CPU for a full-size model.
+
+    Raises:
+        UsageError: as `pick_device`, or when `auto` finds no GPU for a model that needs one.
+    """
+    device = pick_device(name)
+    if name == "auto" and device.type == "cpu" and spec.gpu_memory_gb:
+        raise UsageError(
+            f"The model '{model}' needs a GPU with about {spec.gpu_memory_gb:.0f} GB, and torch sees none here",
+            f"Use a machine with one (`fmg fetch {model}` downloads the weights there), or --device cpu, which takes"
+            " minutes per image.",
+        )
+    return device
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    """The torch dtype called `name` (`fp32` or `bf16`).
+
+    Raises:
+        UsageError: for another name.
+    """
+    if name not in DTYPES:
+        raise UsageError(f"'{name}' is not a dtype", suggestion(name, DTYPES))
+    return DTYPES[name]
+
 
 @runtime_checkable
 class ForgetsText(Protocol):
-    """A model whose memory of encoded prompts can be switched off, and whose text encoders can be freed."""
+    """A model whose cache of encoded prompts can be switched off, and whose text encoders can be freed."""
 
     def text_uncached(self) -> AbstractContextManager[None]:
         """Inside, every prompt is encoded."""
@@ -32,10 +84,10 @@ class ForgetsText(Protocol):
 
 
 class TorchBackend:
-    """A loaded model with the adapter as it is set on it. Implements `fmg.core.backends.Backend`.
+    """A loaded model with its current adapter. Implements `fmg.core.backends.Backend`.
 
     Args:
-        model: what draws.
+        model: what is sampled.
         latent_shape: (c, h, w) of one latent; None takes the model's own.
     """
 
@@ -52,33 +104,28 @@ class TorchBackend:
 
     @property
     def spec(self) -> MapSpec:
-        """Kind of map and sampling conventions."""
         return self.model.spec
 
     @property
     def flow_map(self) -> FlowMap:
-        """The map with the adapter as it is set on the model."""
         return self.model.flow_map
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(c, h, w) of one latent."""
         channels, height, width = self._latent_shape or self.model.latent_shape
         return channels, height, width
 
     @property
     def device(self) -> str:
-        """Where latents live."""
         return str(self._device)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Prompt embeddings."""
         with stage(TEXT_ENCODERS):
             return self.model.encode(prompts)
 
     def cut_prompts(self, prompts: Sequence[str]) -> str:
-        """What to say of prompts that the model does not read to their end; empty for none."""
+        """The warning about prompts that the model truncates; empty for none."""
         return self.model.cut_prompts(prompts) if isinstance(self.model, CutsPrompts) else ""
 
     @torch.no_grad()
@@ -96,29 +143,26 @@ class TorchBackend:
             return Drawn(images.cpu().numpy(), latents.cpu().numpy())
 
     def uncached(self) -> AbstractContextManager[None]:
-        """Inside, every prompt is encoded, by a model that can be told to."""
+        """Inside, every prompt is encoded, if the model supports it."""
         return self.model.text_uncached() if isinstance(self.model, ForgetsText) else nullcontext()
 
     def release_text(self) -> None:
-        """Frees the text encoders of a model that can do without."""
+        """Frees the text encoders, if the model supports it."""
         if isinstance(self.model, ForgetsText):
             self.model.release_text()
 
     def clock(self) -> StageClock[Any]:
         """Wall time on a CPU, CUDA events on a GPU."""
-        if self._device.type == "cpu":
-            return wall_clock()
-        return cuda_clock(self._device)
+        return wall_clock() if self._device.type == "cpu" else cuda_clock(self._device)
 
     def reset_peak_memory(self) -> None:
-        """Of the device's allocator, or of the process."""
         if self._device.type == "cpu":
             reset_peak_rss()
         else:
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def peak_memory(self) -> int:
-        """Of the device's allocator, or of the process."""
+        """Of the device's allocator, or of the process on a CPU."""
         return peak_rss() if self._device.type == "cpu" else torch.cuda.max_memory_allocated(self._device)
 
     def __enter__(self) -> TorchBackend:
@@ -135,7 +179,7 @@ class TorchBackend:
 
 
 def cuda_clock(device: torch.device) -> StageClock[Any]:
-    """A clock of CUDA events on the current stream of `device`: nothing waits until the times are asked for."""
+    """A clock of CUDA events on the current stream of `device`; nothing waits until the times are read."""
 
     def mark() -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
