@@ -1,19 +1,23 @@
-"""`fmg pretrain`: trains the embedded models from random weights."""
+"""`fmg pretrain`: trains the embedded models from random weights, by the tool in `tools/pretraining` of a checkout."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from fmg.cli.options import checked_folder
 from fmg.cli.output import stderr, stdout
 from fmg.core.display import counted
+from fmg.core.errors import UsageError
 from fmg.progress.reporters import reporter_for
 
 pretrain = typer.Typer(help="Train the models that ship with fmg from random weights.", invoke_without_command=True)
+
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 Out = Annotated[str, typer.Option("--out", metavar="DIR", help="Where to write; finished stages there are reused.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Random seed.")]
@@ -29,15 +33,7 @@ def group(ctx: typer.Context) -> None:
 @pretrain.command("shapes")
 def shapes(out: Out = "pretrained/shapes", seed: Seed = 0) -> None:
     """Train meanflow-shapes and scm-shapes from random weights: about 40 minutes on two cores."""
-    folder = checked_folder(out, "--out")
-
-    from fmg.worlds.pretrain.pipeline import pretrain as run
-    from fmg.worlds.pretrain.settings import SHAPES
-    from fmg.worlds.shapes.world import ShapesWorld
-
-    with reporter_for(stderr()) as reporter:
-        figures = run(ShapesWorld(), SHAPES, folder, seed, reporter)
-    _print(folder, figures)
+    _run("shapes", checked_folder(out, "--out"), seed)
 
 
 @pretrain.command("text")
@@ -48,18 +44,25 @@ def text(out: Out = "pretrained/text", seed: Seed = 0) -> None:
     from fmg.rewards.ocr import shipped_model
 
     shipped_model("fmg pretrain text")
+    _run("text", folder, seed)
 
-    from fmg.worlds.pretrain.pipeline import pretrain as run
-    from fmg.worlds.pretrain.settings import TEXT
-    from fmg.worlds.text.world import TextWorld
 
+def _run(world: str, folder: Path, seed: int) -> None:
+    pipeline = _tool()
     with reporter_for(stderr()) as reporter:
-        figures = run(TextWorld(), TEXT, folder, seed, reporter)
-    _print(folder, figures)
-
-
-def _print(folder: Path, figures: Mapping[str, Mapping[int, Mapping[str, float]]]) -> None:
+        figures = pipeline.pretrain(*pipeline.shipped(world), folder, seed, reporter)
     for model, by_steps in figures.items():
         for steps, measured in by_steps.items():
             scores = "  ".join(f"{part} {value:.3f}" for part, value in measured.items())
             stdout().print(f"{folder / model}, {counted(steps, 'step')}: {scores}", soft_wrap=True)
+
+
+def _tool() -> Any:
+    tools = CHECKOUT / "tools"
+    if not (tools / "pretraining").is_dir() or not (CHECKOUT / "pyproject.toml").is_file():
+        raise UsageError(
+            "Pretraining is not part of the installed package",
+            "Run `fmg pretrain` in a checkout of the repository; the tool is in its folder tools/pretraining.",
+        )
+    sys.path.insert(0, str(tools))
+    return importlib.import_module("pretraining.pipeline")

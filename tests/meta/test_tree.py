@@ -103,7 +103,6 @@ OWN_JSON = {
     "inference/tensorrt/precision_report.py",
     "training/checkpointing.py",
     "training/distributed.py",
-    "worlds/pretrain/folder.py",
 }
 
 

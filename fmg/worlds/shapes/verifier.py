@@ -13,10 +13,11 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from fmg.worlds.shapes.render import AREA, CENTROID_DROP, FloatArray, coverage
 from fmg.worlds.shapes.scene import (
     ANCHORS,
+    AREA,
     BACKGROUND_RGB,
+    CENTROID_DROP,
     COLORS,
     IMAGE_SIZE,
     KINDS,
@@ -25,9 +26,11 @@ from fmg.worlds.shapes.scene import (
     Clause,
     Color,
     Direction,
+    FloatArray,
     Kind,
     Position,
     Scene,
+    coverage,
 )
 
 Images = Float[np.ndarray, "b 3 32 32"]

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from fmg.worlds.text.words import SLOTS
+from fmg.worlds.text.prompts import SLOTS
 
 FloatArray = NDArray[np.float32]
 

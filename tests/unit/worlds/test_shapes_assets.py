@@ -8,9 +8,8 @@ from diffusers import FluxPipeline
 
 import fmg
 from fmg import FlowMapPipeline
-from fmg.worlds.pretrain.evaluate import sample_images
-from fmg.worlds.pretrain.folder import Model, load_model
-from fmg.worlds.shapes.world import ShapesWorld
+from pretraining.folder import Model, load_model, sample_images
+from pretraining.shapes import ShapesWorld
 
 ASSETS = Path(fmg.__file__).parent / "assets"
 IMAGES = 200

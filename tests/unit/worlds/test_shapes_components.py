@@ -8,7 +8,7 @@ from fmg.core.errors import RewardError, UsageError
 from fmg.registry import prompt_sets, rewards
 from fmg.rewards.base import check_prompts, checked
 from fmg.worlds.shapes.prompts import prompt_set
-from fmg.worlds.shapes.render import place, render
+from fmg.worlds.shapes.scene import place, render
 from fmg.worlds.shapes.verifier import verify
 
 ITEMS = prompt_set("train")[::23]

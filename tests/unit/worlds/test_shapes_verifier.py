@@ -5,8 +5,7 @@ import pytest
 from scipy import ndimage
 
 from fmg.worlds.shapes.prompts import SPLITS, parse_prompt, prompt_set
-from fmg.worlds.shapes.render import place, render
-from fmg.worlds.shapes.scene import COLORS, KINDS, POSITIONS, PlacedObject
+from fmg.worlds.shapes.scene import COLORS, KINDS, POSITIONS, PlacedObject, place, render
 from fmg.worlds.shapes.verifier import blank, detect, quality, verify
 
 COUNT = 600

@@ -8,9 +8,8 @@ from diffusers import FluxPipeline
 
 import fmg
 from fmg import FlowMapPipeline
-from fmg.worlds.pretrain.evaluate import sample_images
-from fmg.worlds.pretrain.folder import Model, load_model
-from fmg.worlds.text.world import TextWorld
+from pretraining.folder import Model, load_model, sample_images
+from pretraining.signs import TextWorld
 
 FOLDER = Path(fmg.__file__).parent / "assets" / "meanflow-text"
 IMAGES = 120

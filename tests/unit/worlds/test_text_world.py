@@ -11,13 +11,12 @@ from fmg.core.errors import MissingDependencyError, RewardError
 from fmg.registry import prompt_sets, rewards
 from fmg.rewards.base import check_prompts, checked
 from fmg.rewards.ocr import quoted_text, shipped_model
-from fmg.worlds.pretrain.settings import TEXT
-from fmg.worlds.pretrain.text import Tokenizers, build_tokenizers
 from fmg.worlds.text.fidelity import MARGIN
-from fmg.worlds.text.pool import captioned_signs
+from fmg.worlds.text.prompts import LETTERS, SLOTS, WORDS, every_word, prompt_set, quoted, vocabulary
 from fmg.worlds.text.render import BOARD_RGB, Sign, random_sign, render
-from fmg.worlds.text.words import LETTERS, SLOTS, WORDS, every_word, prompt_set, quoted, vocabulary
-from fmg.worlds.text.world import TextWorld
+from pretraining.networks import Tokenizers, build_tokenizers
+from pretraining.settings import TEXT
+from pretraining.signs import TextWorld, captioned_signs
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,11 @@ from functools import lru_cache
 from itertools import product
 from typing import Literal, get_args
 
+from fmg.core.prompt import Prompt
+from fmg.data.prompt_sets import PromptList
+from fmg.registry import prompt_sets
+from fmg.worlds.configs import TextPromptsConfig
+
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
@@ -59,3 +64,19 @@ def every_word() -> tuple[str, ...]:
 def vocabulary() -> tuple[str, ...]:
     """The words of the prompts around the quoted one, sorted."""
     return tuple(sorted({word for template in TEMPLATES for word in template.split() if "{word}" not in word}))
+
+
+@prompt_sets.register("text-train", TextPromptsConfig)
+def text_train(config: TextPromptsConfig) -> PromptList:
+    """Prompts that training draws from: signs that quote a word of three letters."""
+    return _prompts("text-train", "train")
+
+
+@prompt_sets.register("text-heldout", TextPromptsConfig)
+def text_heldout(config: TextPromptsConfig) -> PromptList:
+    """Prompts that quote words which training never sees."""
+    return _prompts("text-heldout", "heldout")
+
+
+def _prompts(name: str, split: Split) -> PromptList:
+    return PromptList(name, [Prompt(prompt, "text", {"prompt": prompt}) for prompt in prompt_set(split)])

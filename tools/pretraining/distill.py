@@ -1,9 +1,4 @@
-"""Stages 3 to 5: solved trajectories of the flow teacher, and the two maps that are regressed on them.
-
-A flow map sends any point of an ODE trajectory to a later point of the same trajectory. The teacher is cheap here, so
-its trajectories are solved once and the student sees exact targets instead of its own estimates: no bootstrapping, no
-Jacobian-vector products.
-"""
+"""The flow of a world with finitely many pictures, in closed form: a teacher that needs no training."""
 
 from __future__ import annotations
 
@@ -12,14 +7,56 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from diffusers import AutoencoderTiny
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fmg.worlds.pretrain.flow import ConditionalNet
-from fmg.worlds.pretrain.optim import Ema, HybridOptimizer
-from fmg.worlds.pretrain.settings import DistillSettings, TrajectorySettings
-from fmg.worlds.pretrain.text import PromptTable
+from fmg.training.update import Ema
+from pretraining.flow import ConditionalNet
+from pretraining.networks import PromptTable, encode
+from pretraining.optim import HybridOptimizer, load_average
+from pretraining.settings import DistillSettings, TrajectorySettings
+from pretraining.world import Support
+
+
+class ExactTeacher:
+    """Probability-flow velocity of a finite data set on the linear path `x_t = (1 - t) data + t noise`.
+
+    The velocity `E[noise - data | x_t] = (x_t - m) / t` needs only the posterior mean `m` of the data, a softmax over
+    all latents of log-likelihood plus log-prior (Karras et al., 2022, eq. 57). The prior of a caption is the
+    probability that a picture was given this caption, so wrong captions make it spread over what they may mean.
+    """
+
+    def __init__(self, support: Support, autoencoder: AutoencoderTiny) -> None:
+        self._latents = encode(autoencoder, torch.from_numpy(support.images))
+        self._log_likelihood = support.log_likelihood
+
+    def noise(self, count: int, generator: torch.Generator) -> Float[Tensor, "b tokens channels"]:
+        """Standard normal latents."""
+        return torch.randn(count, *self._latents.shape[1:], generator=generator)
+
+    def encode(self, table: PromptTable, index: Int[Tensor, " b"]) -> Float[Tensor, "b n"]:
+        """Log-prior of each latent given the captions, up to a constant."""
+        captions = [table.prompts[row] for row in index.tolist()]
+        return torch.from_numpy(np.asarray(self._log_likelihood(captions), dtype=np.float32))
+
+    def __call__(
+        self,
+        x: Float[Tensor, "b tokens channels"],
+        t: Float[Tensor, " b"],
+        s: None,
+        condition: Float[Tensor, "b n"],
+    ) -> Float[Tensor, "b tokens channels"]:
+        """The velocity at times `t` in (0, 1]."""
+        data = self._latents.flatten(1)
+        points, time = x.flatten(1), t[:, None]
+        # |x - (1 - t) data|^2 without the term that all data share
+        distance = (1 - time) ** 2 * data.square().sum(1) - 2 * (1 - time) * points @ data.T
+        mean = torch.softmax(condition - distance / (2 * time**2), dim=1) @ data
+        return ((points - mean) / time).view_as(x)
+
 
 QUARTERS = 4
 """Every time grid contains 1, 3/4, 1/2, 1/4 and 0, the times of the uniform 1-, 2- and 4-step samplers."""
@@ -169,7 +206,7 @@ def distill(
     trained: nn.Module = student if settings.from_scratch else student.transformer
     generator = torch.Generator().manual_seed(seed + (5 if single_time else 4))
     optimizer = HybridOptimizer([trained], settings.lr, settings.muon_lr, settings.steps, fp32=settings.muon_fp32)
-    ema = Ema(trained, settings.ema)
+    ema = Ema(list(trained.parameters()), settings.ema)
     pooled, states = _encoded(student, table)
     for step in range(settings.steps):
         pairs = draw_pairs(bank, settings.batch, generator, endpoint_only=single_time)
@@ -182,7 +219,7 @@ def distill(
         optimizer.step(((error + settings.huber**2).sqrt() - settings.huber).mean())
         ema.update()
         progress(step + 1, settings.steps)
-    ema.copy_to_module()
+    load_average(trained, ema)
 
 
 @torch.no_grad()

@@ -11,12 +11,13 @@ from diffusers import AutoencoderTiny
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from fmg.models.flux.latents import PATCH, image_ids
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel, SecondTime
-from fmg.worlds.pretrain.autoencoder import encode
-from fmg.worlds.pretrain.optim import Ema, HybridOptimizer
-from fmg.worlds.pretrain.settings import FlowSettings, TextSettings, TransformerSettings
-from fmg.worlds.pretrain.text import PromptTable, TextEncoders
-from fmg.worlds.pretrain.world import World
+from fmg.training.update import Ema
+from pretraining.networks import PromptTable, TextEncoders, encode
+from pretraining.optim import HybridOptimizer, load_average
+from pretraining.settings import FlowSettings, TextSettings, TransformerSettings
+from pretraining.world import World
 
 PIXELS_PER_TOKEN = 8
 """Side of the square of pixels that one token covers: the autoencoder's factor 4, then 2 x 2 packing."""
@@ -53,12 +54,6 @@ def build_transformer(
     return model
 
 
-def image_ids(side: int) -> Float[Tensor, "tokens 3"]:
-    """Row and column of each of `side * side` packed tokens, as `FluxPipeline` numbers them."""
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    return torch.stack([torch.zeros(side * side), rows.flatten().float(), columns.flatten().float()], dim=-1)
-
-
 class ConditionalNet(nn.Module):
     """Transformer and text encoders together: prompt ids in, velocity out."""
 
@@ -70,7 +65,8 @@ class ConditionalNet(nn.Module):
     ) -> None:
         super().__init__()
         self.transformer, self.encoders = transformer, encoders
-        self.register_buffer("image_ids", image_ids(resolution // PIXELS_PER_TOKEN), persistent=False)
+        side = PATCH * (resolution // PIXELS_PER_TOKEN)
+        self.register_buffer("image_ids", torch.from_numpy(image_ids(side, side)), persistent=False)
         self.register_buffer("text_ids", torch.zeros(t5_length, 3), persistent=False)
 
     def noise(self, count: int, generator: torch.Generator) -> Float[Tensor, "b tokens channels"]:
@@ -135,7 +131,7 @@ def train_flow(
     """
     generator = torch.Generator().manual_seed(seed + 2)
     optimizer = HybridOptimizer([net], settings.lr, settings.muon_lr, settings.schedule_steps, fp32=settings.muon_fp32)
-    ema = Ema(net, settings.ema)
+    ema = Ema(list(net.parameters()), settings.ema)
     for step in range(settings.steps):
         index = torch.randint(len(pool.latents), (settings.batch,), generator=generator)
         data = pool.latents[index]
@@ -146,7 +142,7 @@ def train_flow(
         optimizer.step((predicted - (noise - data)).square().mean())
         ema.update()
         progress(step + 1, settings.steps)
-    ema.copy_to_module()
+    load_average(net, ema)
 
 
 def flow_times(batch: int, generator: torch.Generator) -> Float[Tensor, " b"]:

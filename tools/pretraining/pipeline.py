@@ -18,15 +18,13 @@ from torch import Tensor
 from fmg.core.events import Notice, Observer, StageProgress, ignore
 from fmg.core.files import atomic_file
 from fmg.models.flux.transformer import SecondTime
-from fmg.worlds.pretrain.autoencoder import train_autoencoder
-from fmg.worlds.pretrain.distill import Teacher, Trajectories, distill, solve_trajectories
-from fmg.worlds.pretrain.evaluate import sample_images
-from fmg.worlds.pretrain.exact import ExactTeacher
-from fmg.worlds.pretrain.flow import ConditionalNet, build_pool, build_transformer, train_flow
-from fmg.worlds.pretrain.folder import CardFacts, Model, load_model, save_model, write_card
-from fmg.worlds.pretrain.settings import DistillSettings, PretrainSettings
-from fmg.worlds.pretrain.text import PromptTable, build_encoders, build_tokenizers
-from fmg.worlds.pretrain.world import World
+from pretraining.distill import ExactTeacher, Teacher, Trajectories, distill, solve_trajectories
+from pretraining.flow import ConditionalNet, build_pool, build_transformer, train_flow
+from pretraining.folder import CardFacts, Model, load_model, sample_images, save_model, write_card
+from pretraining.networks import PromptTable, build_encoders, build_tokenizers, train_autoencoder
+from pretraining.settings import SHAPES, TEXT, DistillSettings, PretrainSettings
+from pretraining.shapes import ShapesWorld
+from pretraining.world import World
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -64,6 +62,16 @@ def pretrain(
         Per model, the figures on held-out prompts by number of steps, measured on the stored weights.
     """
     return _Pretraining(world, settings, out_dir, seed, progress).run()
+
+
+def shipped(world: str) -> tuple[World, PretrainSettings]:
+    """The world and the settings that made the models which ship with the package: `shapes` or `text`."""
+    if world == "shapes":
+        return ShapesWorld(), SHAPES
+    # reads signs with a text recogniser, whose packages are an extra
+    from pretraining.signs import TextWorld
+
+    return TextWorld(), TEXT
 
 
 class _Pretraining:

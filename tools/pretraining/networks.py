@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import (
@@ -19,8 +23,10 @@ from transformers import (
     T5Tokenizer,
 )
 
-from fmg.worlds.pretrain.settings import TextSettings
-from fmg.worlds.pretrain.world import World
+from fmg.models.flux.latents import PATCH, pack, unpack
+from pretraining.optim import cosine
+from pretraining.settings import AutoencoderSettings, TextSettings
+from pretraining.world import World
 
 
 @dataclass(frozen=True)
@@ -155,3 +161,70 @@ class PromptTable:
         """Row of each prompt."""
         row = {prompt: i for i, prompt in enumerate(self.prompts)}
         return torch.tensor([row[prompt] for prompt in prompts])
+
+
+def build_autoencoder(settings: AutoencoderSettings) -> AutoencoderTiny:
+    """An untrained `AutoencoderTiny` with factor 4."""
+    channels = (settings.width,) * 3
+    return AutoencoderTiny(
+        encoder_block_out_channels=channels,
+        decoder_block_out_channels=channels,
+        num_encoder_blocks=(0, 1, 1),
+        num_decoder_blocks=(2, 1, 0),
+        latent_channels=settings.latent_channels,
+        act_fn="relu",
+    )
+
+
+def train_autoencoder(
+    world: World, settings: AutoencoderSettings, seed: int, progress: Callable[[int, int], None]
+) -> AutoencoderTiny:
+    """Train on rendered pictures and store scale and shift so that scaled latents have mean 0 and std 1.
+
+    The loss is L1 + MSE between the picture and the decoding of noised latents, plus a penalty that keeps each latent
+    channel at mean 0 and std 1; without it the encoder would outgrow the noise.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng([seed, 1])
+    generator = torch.Generator().manual_seed(seed)
+    pictures = torch.from_numpy(world.images(settings.pool, rng)) * 2 - 1
+    model = build_autoencoder(settings).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=1e-3)
+    for step in range(settings.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * cosine(step, settings.steps, warmup=50)
+        index = torch.randint(len(pictures), (settings.batch,), generator=generator)
+        images = pictures[index].contiguous(memory_format=torch.channels_last)
+        latents = model.encode(images).latents
+        noise = torch.randn(latents.shape, generator=generator)
+        decoded = model.decode(latents + settings.latent_noise * noise).sample
+        spread = latents.std(dim=(0, 2, 3)) - 1
+        regulariser = latents.mean(dim=(0, 2, 3)).square().mean() + spread.square().mean()
+        loss = F.l1_loss(decoded, images) + F.mse_loss(decoded, images) + settings.regulariser * regulariser
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        progress(step + 1, settings.steps)
+    model.eval()
+    with torch.no_grad():
+        sample = torch.cat([model.encode(chunk).latents for chunk in torch.split(pictures[:4096], 512)])
+    shift, std = sample.mean().item(), sample.std().item()
+    model.register_to_config(shift_factor=shift, scaling_factor=1 / std)
+    return model
+
+
+@torch.no_grad()
+def encode(model: AutoencoderTiny, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b tokens packed"]:
+    """Images in [0, 1] to packed, scaled latents."""
+    latents = torch.cat([model.encode(chunk * 2 - 1).latents for chunk in torch.split(images, 512)])
+    packed: Tensor = pack((latents - model.config.shift_factor) * model.config.scaling_factor)
+    return packed
+
+
+@torch.no_grad()
+def decode(model: AutoencoderTiny, tokens: Float[Tensor, "b tokens packed"]) -> Float[Tensor, "b 3 h w"]:
+    """Packed latents to images in [0, 1]."""
+    side = PATCH * math.isqrt(tokens.shape[1])
+    latents = unpack(tokens, side, side) / model.config.scaling_factor + model.config.shift_factor
+    return torch.cat([model.decode(chunk).sample for chunk in torch.split(latents, 512)]).mul(0.5).add(0.5).clamp(0, 1)

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from fmg.core.events import Event, StageProgress
 from fmg.models.conventions import CONVENTIONS_FILE
-from fmg.worlds.pretrain.folder import load_model
-from fmg.worlds.pretrain.pipeline import pretrain
-from fmg.worlds.pretrain.settings import (
+from pretraining.folder import load_model
+from pretraining.pipeline import pretrain
+from pretraining.settings import (
     AutoencoderSettings,
     DistillSettings,
     FlowSettings,
@@ -20,7 +20,7 @@ from fmg.worlds.pretrain.settings import (
     TrajectorySettings,
     TransformerSettings,
 )
-from fmg.worlds.shapes.world import ShapesWorld
+from pretraining.shapes import ShapesWorld
 
 TWO_TIME, SINGLE_TIME = "meanflow-shapes", "scm-shapes"
 

@@ -1,4 +1,4 @@
-"""Optimiser pieces shared by the stages: Muon for block matrices, AdamW for the rest, cosine schedule, EMA."""
+"""Optimiser pieces shared by the stages: Muon for block matrices, AdamW for the rest, cosine schedule."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from fmg.training.update import Ema
 
 
 def cosine(step: int, total: int, warmup: int, floor: float = 0.02) -> float:
@@ -106,22 +108,8 @@ def _is_block_matrix(name: str) -> bool:
     return "transformer_blocks" in name and "norm" not in name
 
 
-class Ema:
-    """Exponential moving average of a module's parameters, with the usual warm-up `min(decay, (1 + n) / (10 + n))`."""
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.module, self.decay, self.updates = module, decay, 0
-        self.shadow = [p.detach().clone() for p in module.parameters()]
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the module's present parameters."""
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.shadow, [p.detach() for p in self.module.parameters()], 1 - decay)
-
-    @torch.no_grad()
-    def copy_to_module(self) -> None:
-        """Replace the module's parameters by the average."""
-        for parameter, average in zip(self.module.parameters(), self.shadow, strict=True):
-            parameter.copy_(average)
+@torch.no_grad()
+def load_average(module: nn.Module, average: Ema) -> None:
+    """Replace a module's parameters by their average."""
+    for parameter, value in zip(module.parameters(), average.values, strict=True):
+        parameter.copy_(value)

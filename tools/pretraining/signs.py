@@ -1,4 +1,4 @@
-"""The text world as the pretraining sees it."""
+"""Random signs and their captions: the right words, and the partly wrong ones that the base model learns from."""
 
 from __future__ import annotations
 
@@ -14,11 +14,41 @@ from torch import Tensor
 
 from fmg.rewards.configs import OcrLogpConfig
 from fmg.rewards.ocr import OcrLogp, quoted_text
-from fmg.worlds.pretrain.world import CaptionedImages, Card, Support
 from fmg.worlds.text.fidelity import fidelity
-from fmg.worlds.text.pool import captioned_signs, random_word
+from fmg.worlds.text.prompts import LETTERS, SLOTS, every_word, prompt_set, quoted, vocabulary
 from fmg.worlds.text.render import BOARD_RGB, IMAGE_SIZE, Sign, random_sign, render
-from fmg.worlds.text.words import LETTERS, every_word, prompt_set, quoted, vocabulary
+from pretraining.world import CaptionedImages, Card, Support
+
+
+@dataclass(frozen=True)
+class CaptionedSign:
+    """What is drawn and what the caption says about it."""
+
+    sign: Sign
+    caption: str
+
+
+def random_word(rng: np.random.Generator) -> str:
+    """`SLOTS` independent, uniformly random letters."""
+    return "".join(LETTERS[i] for i in rng.integers(len(LETTERS), size=SLOTS))
+
+
+def captioned_signs(count: int, rng: np.random.Generator, wrong_share: float) -> list[CaptionedSign]:
+    """Signs with partly wrong captions, as in web data.
+
+    Each letter of a caption is replaced, independently and with probability `wrong_share`, by a uniformly random one
+    (which may be the right one), so the letter that a caption names is always the likeliest in the picture.
+    """
+    signs = []
+    for _ in range(count):
+        word = random_word(rng)
+        options = quoted("".join(_misread(letter, rng, wrong_share) for letter in word))
+        signs.append(CaptionedSign(random_sign(word, rng), options[rng.integers(len(options))]))
+    return signs
+
+
+def _misread(letter: str, rng: np.random.Generator, wrong_share: float) -> str:
+    return LETTERS[rng.integers(len(LETTERS))] if rng.random() < wrong_share else letter
 
 
 @dataclass(frozen=True)

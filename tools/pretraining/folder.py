@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderTiny
+from jaxtyping import Float
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from fmg.models.conventions import FlowMapConventions, read_conventions
 from fmg.models.flux.pipeline_files import write_pipeline_files
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
-from fmg.worlds.pretrain.flow import ConditionalNet
-from fmg.worlds.pretrain.settings import DistillSettings, PretrainSettings
-from fmg.worlds.pretrain.text import TextEncoders, Tokenizers
-from fmg.worlds.pretrain.world import World
+from pretraining.flow import ConditionalNet
+from pretraining.networks import PromptTable, TextEncoders, Tokenizers, decode
+from pretraining.settings import DistillSettings, PretrainSettings
+from pretraining.world import World
 
 
 @dataclass(frozen=True)
@@ -170,3 +172,39 @@ _TRAINED = """flow matching
 weights)"""
 _EXACT = """the flow of
 all pictures that there are and of how they are captioned, which is known in closed form"""
+
+
+@torch.no_grad()
+def sample(
+    net: ConditionalNet, condition: tuple[Tensor, Tensor], steps: int, generator: torch.Generator
+) -> Float[Tensor, "b tokens channels"]:
+    """Deterministic flow-map sampling on the uniform grid, or multistep consistency sampling of a single-time map."""
+    count = len(condition[0])
+    single_time = net.transformer.config.second_time == "none"
+    x = net.noise(count, generator)
+    for k in range(steps, 0, -1):
+        t, s = torch.full((count,), k / steps), torch.full((count,), (k - 1) / steps)
+        if single_time:
+            clean = x - k / steps * net(x, t, None, condition)
+            x = torch.lerp(clean, torch.randn(x.shape, generator=generator), (k - 1) / steps)
+        else:
+            x = x - net(x, t, s, condition) / steps
+    return x
+
+
+@torch.no_grad()
+def sample_images(
+    net: ConditionalNet,
+    autoencoder: AutoencoderTiny,
+    tokenizers: Tokenizers,
+    prompts: Sequence[str],
+    steps: int,
+    seed: int,
+) -> Float[Tensor, "b 3 h w"]:
+    """Images in [0, 1] for prompts."""
+    table = PromptTable.of(prompts, tokenizers)
+    generator = torch.Generator().manual_seed(seed)
+    images = []
+    for rows in torch.split(table.index(prompts), 500):
+        images.append(decode(autoencoder, sample(net, net.encode(table, rows), steps, generator)))
+    return torch.cat(images)
