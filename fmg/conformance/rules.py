@@ -12,6 +12,7 @@ from typing import Generic, Literal, TypeVar
 from pydantic import ValidationError
 
 from fmg.conformance.component_under_test import ComponentUnderTest
+from fmg.core.errors import one_line
 from fmg.core.stdout_redirect import prints_aside
 
 S = TypeVar("S")
@@ -65,8 +66,7 @@ def _check(rule: Rule[S], case: S) -> Finding:
     except Violation as violation:
         return Finding(rule.name, "violated", str(violation))
     except Exception as error:
-        message = " ".join(f"{type(error).__name__}: {error}".split())
-        return Finding(rule.name, "violated", f"It raised {message}")
+        return Finding(rule.name, "violated", f"It raised {one_line(error)}")
     return Finding(rule.name, "ok")
 
 

@@ -222,11 +222,17 @@ def reason(error: BaseException) -> str:
     if pydantic is not None and isinstance(error, pydantic.ValidationError):
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
-        return f"{where}: {first['msg']}" if where else first["msg"]
+        said = first["msg"].removeprefix("Value error, ")
+        return f"{where}: {said}" if where else said
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
     return cut(" ".join(lines)) if isinstance(error, OSError) or lines[0].endswith(":") else lines[0]
+
+
+def one_line(error: BaseException) -> str:
+    """Type and message of an exception in one line, for failures of code that is not ours."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
 
 
 _MEMORY = (

@@ -378,7 +378,7 @@ def check_sums(
     except FileNotFoundError:
         raise CheckpointError(f"'{file}' is missing", fix) from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"'{folder}' cannot be checked ({error})", fix) from None
+        raise CheckpointError(f"'{folder}' cannot be checked ({reason(error)})", fix) from None
     return True
 
 

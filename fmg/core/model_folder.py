@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from fmg.core.errors import CheckpointError
+from fmg.core.errors import CheckpointError, reason
 from fmg.core.files import inside
 from fmg.core.json_io import JsonError, read_object
 
@@ -45,10 +45,8 @@ def read_config(folder: Path) -> dict[str, object]:
         config = read_object(file)
     except FileNotFoundError:
         raise CheckpointError(f"{file} {_missing(file)}", RESTORE) from None
-    except JsonError as error:
-        raise CheckpointError(f"{file} cannot be used: {error}", RESTORE) from None
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}", RESTORE) from None
+    except (JsonError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be used: {reason(error)}", RESTORE) from None
     for key, value in config.items():
         _check_value(file, key, value)
     return config
@@ -135,7 +133,7 @@ def weight_map(index: Path) -> dict[str, Path]:
     try:
         shards = read_object(index).get("weight_map")
     except (OSError, JsonError) as error:
-        raise CheckpointError(f"{index} cannot be used: {error}", RESTORE) from None
+        raise CheckpointError(f"{index} cannot be used: {reason(error)}", RESTORE) from None
     if not isinstance(shards, dict) or not shards:
         raise CheckpointError(f"{index} cannot be used: it has no weight_map", RESTORE)
     return {name: inside(index.parent, file, named_in=index, links=True) for name, file in shards.items()}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from fmg.core.display import LONGEST_VALUE, html_picture, html_text
-from fmg.core.errors import CheckpointError, UsageError, suggestion
+from fmg.core.errors import CheckpointError, UsageError, reason, suggestion
 from fmg.core.files import lock, refusal_of
 from fmg.core.json_io import read_object, sealed, unsealed, write_json
 
@@ -186,7 +186,7 @@ class RunFolder:
             missing = no_run(self.path)
             raise CheckpointError(missing.what, missing.fix) from None
         except (OSError, ValueError, TypeError, OverflowError) as error:
-            raise CheckpointError(f"'{file}' is damaged ({error})", fix) from None
+            raise CheckpointError(f"'{file}' is damaged ({reason(error)})", fix) from None
         if state.schema != SCHEMA or state.state not in STATES:
             raise CheckpointError(
                 f"'{file}' has schema {state.schema} and state '{state.state}', which this version does not know",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fmg.core.cache import cache_dir, made_once, optional_cache
-from fmg.core.errors import CheckpointError, FmgError
+from fmg.core.errors import CheckpointError, FmgError, reason
 from fmg.core.protocols import Model
 from fmg.export.artifact import library_versions, plain_config
 from fmg.export.graphs import transformer_plan
@@ -52,7 +52,7 @@ def live_graph(model: Model) -> LiveGraph:
         raise
     except Exception as error:
         raise CheckpointError(
-            f"ONNX Runtime does not take the graph of the network: {' '.join(str(error).split())[:300]}",
+            f"ONNX Runtime does not take the graph of the network: {reason(error)}",
             "Set rollout.branch.backend to torch, or use the versions in constraints.txt.",
         ) from error
     return LiveGraph(session, transformer, device)
@@ -102,7 +102,7 @@ class LiveGraph:
             self._session.run_with_iobinding(binding)
         except Exception as error:
             raise FmgError(
-                f"The graph of the completions failed: {' '.join(str(error).split())[:300]}",
+                f"The graph of the completions failed: {reason(error)}",
                 "Set rollout.branch.backend to torch.",
             ) from error
         (output,) = binding.get_outputs()

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim
 
-from fmg.core.errors import CheckpointError, MissingDependencyError
+from fmg.core.errors import CheckpointError, MissingDependencyError, reason
 from fmg.export.graphs import GraphPlan
 from fmg.inference.artifact.manifest import BATCH, HEIGHT, IMAGE, TEXT, WIDTH, TensorSpec
 from fmg.version import install_line
@@ -129,8 +129,9 @@ def check_file(file: Path) -> None:
     try:
         onnx.checker.check_model(str(file))
     except Exception as error:  # ValidationError, or what protobuf raises on a damaged file
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{file} is not a valid ONNX graph: {reason}", "Export the artifact again.") from error
+        raise CheckpointError(
+            f"{file} is not a valid ONNX graph: {reason(error)}", "Export the artifact again."
+        ) from error
 
 
 def _export(plan: GraphPlan) -> tuple[ir.Model, dict[str, tuple[int, ...]], set[str]]:
@@ -251,7 +252,7 @@ def _axes(value: ir.Value) -> tuple[int | str | None, ...]:
 def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(str(error).split())[:300]
+    return reason(error)
 
 
 @contextmanager

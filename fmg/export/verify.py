@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fmg.core.backends import tell_of_cuts
-from fmg.core.errors import UsageError, python_call, suggestion
+from fmg.core.errors import UsageError, python_call, reason, suggestion
 from fmg.core.events import Notice, Observer, StageProgress
 from fmg.core.protocols import Reward
 from fmg.data.prompt_sets import load_prompts
@@ -134,7 +134,7 @@ def _verify(
         artifact.with_checks(checks)
     except OSError as error:
         # a folder that may only be read is verified as well
-        observer(Notice("warning", f"The checks are not written into the manifest: {error.strerror or error}"))
+        observer(Notice("warning", f"The checks are not written into the manifest: {reason(error)}"))
     return VerifyReport(str(artifact.folder), target.label, level, detail, tuple(checks))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fmg.core.display import counted
-from fmg.core.errors import CheckpointError, FmgError, MissingDependencyError, UsageError
+from fmg.core.errors import CheckpointError, FmgError, MissingDependencyError, UsageError, reason
 from fmg.core.machine import peak_rss, reset_peak_rss
 from fmg.core.profiling import StageClock, wall_clock
 from fmg.inference.artifact.backend import ArtifactBackend, checked_batch
@@ -282,7 +282,7 @@ class Sessions:
             raise
         except Exception as error:
             raise CheckpointError(
-                f"{file} cannot be loaded: {_reason(error)}", "Run fmg verify on the artifact, or export it again."
+                f"{file} cannot be loaded: {reason(error)}", "Run fmg verify on the artifact, or export it again."
             ) from error
 
     def _check_precision(self, name: str, graph: Graph) -> None:
@@ -339,8 +339,4 @@ def _threads_of_openmp() -> int:
 
 
 def _failed(graph: str, error: Exception) -> FmgError:
-    return FmgError(f"The graph '{graph}' failed: {_reason(error)}", "Run fmg verify on the artifact.")
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return FmgError(f"The graph '{graph}' failed: {reason(error)}", "Run fmg verify on the artifact.")

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.errors import CheckpointError, UsageError, reason
 from fmg.core.json_io import JsonError, read_object
 from fmg.core.specs import MAX_SIDE, MapSpec
 
@@ -82,10 +82,10 @@ def read_conventions(folder: Path) -> FlowMapConventions:
     try:
         return FlowMapConventions.model_validate(read_object(file))
     except (OSError, JsonError) as error:
-        raise CheckpointError(f"{file} cannot be used: {error}", _RESTORE) from None
+        raise CheckpointError(f"{file} cannot be used: {reason(error)}", _RESTORE) from None
     except ValidationError as error:
         raise CheckpointError(
-            f"{file} cannot be used: {_reason(error)}",
+            f"{file} cannot be used: {reason(error)}",
             _RESTORE,
         ) from None
 
@@ -108,12 +108,6 @@ def as_conventions(stated: FlowMapConventions | Mapping[str, object] | None) -> 
         return FlowMapConventions.model_validate(dict(stated), strict=True)
     except ValidationError as error:
         raise CheckpointError(
-            f"The conventions of the map cannot be used: {_reason(error)}",
+            f"The conventions of the map cannot be used: {reason(error)}",
             f"Compare them with {CONVENTIONS_FILE} of a folder that fmg wrote.",
         ) from None
-
-
-def _reason(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"]) or "the file"
-    return f"{where}: {first['msg'].removeprefix('Value error, ')}"

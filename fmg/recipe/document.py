@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
-from fmg.core.errors import UsageError
+from fmg.core.errors import UsageError, reason
 
 Scalar = str | int | float | bool | None
 Plain = Scalar | list["Plain"] | dict[str, "Plain"]
@@ -167,13 +167,12 @@ class _Reader:
         except MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             line = f":{mark.line + 1}" if mark is not None and self._in_file else ""
-            reason = " ".join(str(error.problem or error.context).split())
-            raise UsageError(f"{self._label}{line}: this is not YAML: {reason}", "Correct the syntax.") from None
+            problem = " ".join(str(error.problem or error.context).split())
+            raise UsageError(f"{self._label}{line}: this is not YAML: {problem}", "Correct the syntax.") from None
         except RecursionError:
             raise UsageError(f"{self._label}: values are nested too deeply", "A recipe needs five levels.") from None
         except (YAMLError, ValueError) as error:
-            reason = " ".join(str(error).split("\n")[0].split())
-            raise UsageError(f"{self._label}: this is not YAML: {reason}", "Correct the syntax.") from None
+            raise UsageError(f"{self._label}: this is not YAML: {reason(error)}", "Correct the syntax.") from None
         return root
 
     def convert(self, node: ScalarNode | SequenceNode | MappingNode, key: ScalarNode | None = None) -> Node:

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from pydantic import ValidationError
 
-from fmg.core.errors import FmgError, UsageError, suggestion
+from fmg.core.errors import FmgError, UsageError, one_line, reason, suggestion
 from fmg.core.stdout_redirect import fenced
 from fmg.registry.config import ComponentConfig
 from fmg.registry.validation import first_problem
@@ -229,7 +229,7 @@ class Registry(Generic[P]):
             raise
         except (ImportError, AttributeError) as error:
             raise UsageError(
-                f"The {self.kind} '{row.name}' cannot be imported from {path}: {error}",
+                f"The {self.kind} '{row.name}' cannot be imported from {path}: {reason(error)}",
                 "Install what it needs, or correct the package that registers it.",
             ) from error
 
@@ -259,7 +259,7 @@ def _load_entry_point(point: EntryPoint) -> None:
         raise
     except Exception as error:
         raise UsageError(
-            f"The plug-in '{point.name}' ({point.value}) failed to import: {type(error).__name__}: {error}",
+            f"The plug-in '{point.name}' ({point.value}) failed to import: {one_line(error)}",
             "Fix or uninstall the package that provides it.",
         ) from error
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fmg.core.errors import FmgError, RewardError, UsageError, out_of_memory
+from fmg.core.errors import FmgError, RewardError, UsageError, one_line, out_of_memory
 from fmg.core.hub import locate
 from fmg.core.protocols import Reward
 from fmg.core.stdout_redirect import fenced
@@ -20,6 +20,7 @@ from fmg.recipe.sections import FUNCTION_REWARD, PYTHON_REWARD, RewardRef
 from fmg.registry import rewards
 from fmg.rewards.configs import FunctionRewardConfig
 from fmg.rewards.functions import NO_FUNCTIONS, Functions
+from fmg.rewards.python import FunctionReward
 
 NO_OPTIONS: Mapping[str, Mapping[str, object]] = MappingProxyType({})
 
@@ -245,15 +246,7 @@ def build_rewards(references: Sequence[str | RewardRef], functions: Functions = 
 def _built(ref: RewardRef, functions: Functions) -> Reward:
     if ref.name != FUNCTION_REWARD or ref.label not in functions:
         return rewards.build_config(ref.name, ref.config)
-    # that module imports this one
-    from fmg.rewards.python import FunctionReward
-
     return FunctionReward(cast(FunctionRewardConfig, ref.config), functions[ref.label])
-
-
-def one_line(error: BaseException) -> str:
-    """Type and message of an exception on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
 
 
 def _check_images(name: str, images: object, prompts: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from fmg.core.errors import RewardError, UsageError
+from fmg.core.errors import RewardError, UsageError, one_line
 from fmg.core.json_io import parse
 from fmg.core.types import PartialRewardOutput, RewardOutput
 from fmg.rewards.configs import CallConfig
@@ -223,7 +223,7 @@ def _describe(error: BaseException) -> str:
         return "the connection was refused"
     if isinstance(error, ConnectionError | http.client.RemoteDisconnected | http.client.IncompleteRead):
         return "the connection broke off"
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return one_line(error)
 
 
 Chunk = tuple[slice, Callable[[], RewardOutput]]

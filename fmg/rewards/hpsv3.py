@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
 
-from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.errors import CheckpointError, UsageError, reason
 from fmg.core.hub import Located
 from fmg.core.types import RewardOutput
 from fmg.rewards.configs import HPSV3_PACKAGE, Hpsv3Config
@@ -205,7 +205,7 @@ def read_instruction(file: Path, *, published: bool) -> Instruction:
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}", "Install hpsv3==1.0.0 again.") from error
+        raise CheckpointError(f"{file} cannot be read: {reason(error)}", "Install hpsv3==1.0.0 again.") from error
     literals = {
         target.id: node.value.value
         for node in tree.body

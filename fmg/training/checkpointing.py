@@ -29,7 +29,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from fmg.core import metric_keys as keys
-from fmg.core.errors import CheckpointError, FmgWarning, UsageError
+from fmg.core.errors import CheckpointError, FmgWarning, UsageError, reason
 from fmg.core.files import (
     SUMS,
     atomic_folder,
@@ -449,7 +449,7 @@ def load_state(run: RunFolder, recipe: Recipe, *, accept_changed_prompts: bool =
                 f"Restore it, or start a new run with `{repeat_command(run.recipe, recipe)}`.",
             )
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"The state in '{folder}' is damaged ({error})", "Train again.") from None
+        raise CheckpointError(f"The state in '{folder}' is damaged ({reason(error)})", "Train again.") from None
     if not accept_changed_prompts:
         check_prompts(run.path, recipe, saved.get("prompts", {}))
     index = scored_index(run.path)

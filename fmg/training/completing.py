@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fmg.core.errors import CompositionError, GateError
+from fmg.core.errors import CompositionError, GateError, reason
 from fmg.core.protocols import FlowMap, Model, Rerouted
 from fmg.inference.parity import Difference
 from fmg.models.common.batch_padding import PaddedBatches
@@ -111,7 +111,7 @@ class CompiledNetwork:
             return self._call(**inputs)
         except self._failures as error:
             raise CompositionError(
-                f"The network cannot be compiled here: {' '.join(str(error).split())[:200]}",
+                f"The network cannot be compiled here: {reason(error)}",
                 f"Install a C++ compiler that torch finds, or {_USE_TORCH}.",
             ) from error
 

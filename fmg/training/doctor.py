@@ -20,7 +20,7 @@ import torch
 
 from fmg.core import metric_keys as keys
 from fmg.core.cache import cache_dir
-from fmg.core.errors import UsageError
+from fmg.core.errors import UsageError, one_line
 from fmg.core.events import Observer, StageProgress, ignore
 from fmg.core.files import from_home
 from fmg.core.hub import OFFLINE, is_offline
@@ -184,7 +184,6 @@ def _self_test() -> Check:
             result = train(Recipe.default(None, **SELF_TEST), Path(folder) / "run", ignore)
             scored = keys.SCORE in result.final
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return Check("self-test", name, "failed", reason, "See where: fmg --debug train --iterations 1")
+        return Check("self-test", name, "failed", one_line(error), "See where: fmg --debug train --iterations 1")
     took = f"{time.perf_counter() - started:.0f} s: drawn, scored, updated, saved and read back"
     return Check("self-test", name, "ok" if scored else "failed", took)

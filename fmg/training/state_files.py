@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fmg.core.errors import CheckpointError
+from fmg.core.errors import CheckpointError, reason
 from fmg.core.files import SUMS, check_sums, write_sums
 from fmg.core.json_io import parse
 
@@ -61,8 +61,7 @@ def read_state(folder: Path, fix: str = "Train again.") -> dict[str, Any]:
     except CheckpointError as error:
         raise CheckpointError(f"The state in '{folder}' cannot be read: {error.what}", fix) from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"The state in '{folder}' cannot be read: {reason}", fix) from None
+        raise CheckpointError(f"The state in '{folder}' cannot be read: {reason(error)}", fix) from None
     return value
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fmg.core.backends import Drawn, NoiseSource
 from fmg.core.cache import ByteCache
-from fmg.core.errors import CheckpointError, MissingDependencyError, UsageError, suggestion
+from fmg.core.errors import CheckpointError, MissingDependencyError, UsageError, reason, suggestion
 from fmg.core.profiling import TEXT_ENCODERS, TOKENISE, TRANSFORMER, VAE, StageClock, stage
 from fmg.core.prompt import cut_prompts
 from fmg.core.specs import DECODE_PIXELS
@@ -372,7 +372,7 @@ class PromptTokenizer:
             self._cut = Tokenizer.from_file(str(file))
         except Exception as error:
             # the library raises Exception itself
-            raise CheckpointError(f"{file} cannot be read: {error}", "Export the artifact again.") from None
+            raise CheckpointError(f"{file} cannot be read: {reason(error)}", "Export the artifact again.") from None
         self._whole.no_truncation()
         self._whole.no_padding()
         # the library does not cut special tokens, so rows would be longer than the graph takes, or hold no word

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
-from fmg.core.errors import MissingDependencyError
+from fmg.core.errors import MissingDependencyError, reason
 from fmg.version import install_line
 
 FlavourName = Literal["tensorrt", "rtx"]
@@ -57,9 +57,8 @@ def load_module(flavour: Flavour) -> ModuleType:
     try:
         return importlib.import_module(flavour.module)
     except (ImportError, OSError) as error:
-        reason = " ".join(str(error).split())
         raise MissingDependencyError(
-            f"The package {flavour.module} cannot be imported ({reason})", f"Install it: {flavour.install}"
+            f"The package {flavour.module} cannot be imported ({reason(error)})", f"Install it: {flavour.install}"
         ) from None
 
 

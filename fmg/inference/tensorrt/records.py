@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from fmg.core.cache import cache_dir, content_hash
-from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.errors import CheckpointError, UsageError, reason
 from fmg.core.json_io import read_json
 from fmg.inference.artifact.decode import decode
 from fmg.inference.artifact.layout import ENGINES, Artifact
@@ -178,7 +178,7 @@ def read_record(path: Path) -> EngineRecord:
     try:
         record = decode(EngineRecord, read_json(path))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is no record of an engine: {error}", fix) from None
+        raise CheckpointError(f"{path} is no record of an engine: {reason(error)}", fix) from None
     if record.plan != f"{path.stem}.plan" or record.key != record.ingredients.key():
         raise CheckpointError(f"{path} contradicts itself: its plan or key is not what its content gives", fix)
     return record

@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.errors import CheckpointError, UsageError, reason
 from fmg.core.files import atomic_folder
 from fmg.core.json_io import JsonError, read_object
 from fmg.models.common.adapter import ADAPTER, adapter_parameters
@@ -242,7 +242,9 @@ def _read(file: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}", "Restore it or save the adapter again.") from error
+        raise CheckpointError(
+            f"{file} cannot be read: {reason(error)}", "Restore it or save the adapter again."
+        ) from error
     return tensors
 
 
@@ -350,9 +352,7 @@ def _write_weights(component: Path, tensors: Mapping[str, Tensor], dtype: torch.
 def _read_manifest(file: Path, cls: type[M]) -> M:
     try:
         return cls.model_validate(read_object(file))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        reason = f"{'.'.join(str(part) for part in first['loc']) or 'the file'}: {first['msg']}"
-    except (OSError, JsonError) as error:
-        reason = str(error)
-    raise CheckpointError(f"{file} cannot be used: {reason}", "Use the version of fmg that wrote it, or train again.")
+    except (OSError, JsonError, ValidationError) as error:
+        raise CheckpointError(
+            f"{file} cannot be used: {reason(error)}", "Use the version of fmg that wrote it, or train again."
+        ) from None

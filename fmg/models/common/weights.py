@@ -305,7 +305,8 @@ def stored_digest(weights: WeightFiles) -> str:
         return tensors_digest(_stored_tensors(weights))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(
-            f"The weights in {weights.origin} cannot be read: {error}", "Restore them from where the model came from."
+            f"The weights in {weights.origin} cannot be read: {reason(error)}",
+            "Restore them from where the model came from.",
         ) from error
 
 

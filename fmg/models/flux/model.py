@@ -7,14 +7,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from diffusers import FluxPipeline
 from jaxtyping import Float
 from torch import Tensor
 
-from fmg.core.errors import CheckpointError, FmgWarning, MissingDependencyError
+from fmg.core.errors import CheckpointError, FmgWarning, MissingDependencyError, reason
 from fmg.core.hub import locate
 from fmg.core.protocols import FlowMap
 from fmg.core.types import Conditioning
@@ -23,10 +23,12 @@ from fmg.models.common.model import AdaptedModel, Network
 from fmg.models.common.policy_weights import Scope
 from fmg.models.common.text import TextEncoders, cached_encoders
 from fmg.models.conventions import FlowMapConventions
-from fmg.models.flux.configs import FluxConfig, FluxStudentConfig
 from fmg.models.flux.latents import PATCH, image_ids, pack, unpack
 from fmg.models.flux.loading import FluxComponents, load_folder, load_parts
 from fmg.models.flux.transformer import time_scale_doubt
+
+if TYPE_CHECKING:
+    from fmg.models.flux.configs import FluxConfig
 
 ENCODER_FOLDERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
@@ -134,7 +136,8 @@ class FluxModel(AdaptedModel[FluxComponents]):
         Warns when the weights do not fit the stated time scale.
         """
         name = config.recipe or ""
-        student = locate(config.assets()[0], "model", name).path if isinstance(config, FluxStudentConfig) else None
+        asset = next((asset for asset in config.assets() if asset.what == "student"), None)
+        student = None if asset is None else locate(asset, "model", name).path
         components = load_parts(
             locate(config.architecture(), "model", name).path,
             config.conventions(),
@@ -206,6 +209,6 @@ def _set_attention(transformer: Any, backend: str) -> None:
         transformer.set_attention_backend(backend)
     except (RuntimeError, ImportError, ValueError) as error:
         raise MissingDependencyError(
-            f"The attention backend '{backend}' cannot be used: {' '.join(str(error).split())[:200]}",
+            f"The attention backend '{backend}' cannot be used: {reason(error)}",
             "Install what it needs, or set model.attention to native.",
         ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from diffusers import SanaSprintPipeline
@@ -20,8 +20,10 @@ from fmg.flow import TrigFlowMap
 from fmg.models.common.model import AdaptedModel, Network
 from fmg.models.common.policy_weights import Scope
 from fmg.models.common.text import TextEncoders, cached_encoders
-from fmg.models.sana.configs import SanaSprintConfig
 from fmg.models.sana.loading import SanaComponents, load_parts, published_instruction
+
+if TYPE_CHECKING:
+    from fmg.models.sana.configs import SanaSprintConfig
 
 ENCODER_FOLDERS = ("text_encoder", "tokenizer")
 

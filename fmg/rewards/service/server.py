@@ -24,12 +24,12 @@ from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fmg.core.cache import content_hash
-from fmg.core.errors import FmgError, RefusedImageError, UsageError, suggestion
+from fmg.core.errors import FmgError, RefusedImageError, UsageError, one_line, reason, suggestion
 from fmg.core.events import Notice, Observer, ignore
 from fmg.core.hub import locate
 from fmg.core.machine import installed_versions
 from fmg.recipe.sections import RewardRef
-from fmg.rewards.base import Checked, one_line, probe_prompt
+from fmg.rewards.base import Checked, probe_prompt
 from fmg.rewards.service.batching import Batcher, BusyError, Limits
 from fmg.rewards.service.wire import SAFETENSORS, ScoreRequest, decode_request, encode_scores, probe_image
 from fmg.version import __version__
@@ -393,5 +393,5 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as error:
         raise UsageError(
-            f"The server cannot listen on {host}:{port}: {error.strerror or error}", "Give another --host or --port."
+            f"The server cannot listen on {host}:{port}: {reason(error)}", "Give another --host or --port."
         ) from None
