@@ -96,7 +96,7 @@ def load(arguments: argparse.Namespace) -> dict[str, object]:
     import torch
 
     from fmg.models.common import weights as w
-    from fmg.models.flux.students import student_weights
+    from fmg.models.flux.loading import student_weights
     from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel as Transformer
 
     stated = {**config(arguments.parameters), "time_scale": 1.0, "second_time": "duration"}

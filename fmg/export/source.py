@@ -55,8 +55,7 @@ from fmg.models.common.weights import (
 from fmg.models.conventions import FlowMapConventions, read_conventions
 from fmg.models.embedded import EmbeddedConfig
 from fmg.models.flux.configs import FluxConfig, FluxStudentConfig
-from fmg.models.flux.loading import FLUX, TransformerSource, transformer_source
-from fmg.models.flux.students import check_student
+from fmg.models.flux.loading import FLUX, TransformerSource, check_student, transformer_source
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
 from fmg.recipe import Recipe
 

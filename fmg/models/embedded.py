@@ -15,7 +15,6 @@ from fmg.core.geometry import ModelGeometry
 from fmg.core.specs import MapSpec
 from fmg.models.conventions import FLUX_IN_DIFFUSERS, read_conventions
 from fmg.models.flux.size import flux_geometry
-from fmg.registry import models
 from fmg.registry.config import About, ModelConfig
 
 if TYPE_CHECKING:
@@ -118,21 +117,3 @@ class EmbeddedSource:
         from fmg.models.flux.model import FluxModel
 
         return FluxModel.from_folder(self.config.directory(), device, dtype, name=self.config.asset)
-
-
-@models.register("meanflow-shapes", MeanFlowShapesConfig)
-def meanflow_shapes(config: MeanFlowShapesConfig) -> EmbeddedSource:
-    """The embedded two-time flow map that draws coloured shapes."""
-    return EmbeddedSource(config)
-
-
-@models.register("scm-shapes", ScmShapesConfig)
-def scm_shapes(config: ScmShapesConfig) -> EmbeddedSource:
-    """The embedded single-time consistency model that draws coloured shapes."""
-    return EmbeddedSource(config)
-
-
-@models.register("meanflow-text", MeanFlowTextConfig)
-def meanflow_text(config: MeanFlowTextConfig) -> EmbeddedSource:
-    """The embedded two-time flow map that writes three letters on a sign."""
-    return EmbeddedSource(config)

@@ -25,11 +25,11 @@ LIVE_GRAPH = "fmg.export.live:live_graph"
 
 # fmt: off
 ROWS: tuple[Row, ...] = (
-    Row("model", "meanflow-shapes", "fmg.models.embedded:MeanFlowShapesConfig", "fmg.models.embedded:meanflow_shapes",
+    Row("model", "meanflow-shapes", "fmg.models.embedded:MeanFlowShapesConfig", "fmg.models.embedded:EmbeddedSource",
         "Embedded two-time flow map that draws coloured shapes (32 px, CPU, no download)"),
-    Row("model", "scm-shapes", "fmg.models.embedded:ScmShapesConfig", "fmg.models.embedded:scm_shapes",
+    Row("model", "scm-shapes", "fmg.models.embedded:ScmShapesConfig", "fmg.models.embedded:EmbeddedSource",
         "Embedded single-time consistency model that draws coloured shapes (32 px, CPU, no download)"),
-    Row("model", "meanflow-text", "fmg.models.embedded:MeanFlowTextConfig", "fmg.models.embedded:meanflow_text",
+    Row("model", "meanflow-text", "fmg.models.embedded:MeanFlowTextConfig", "fmg.models.embedded:EmbeddedSource",
         "Embedded two-time flow map that writes three letters on a sign (24 px, CPU, no download)"),
     Row("model", "meanflow-flux", "fmg.models.flux.configs:MeanFlowFluxConfig", "fmg.models.published:PublishedSource",
         "MeanFlow student of FLUX.1-lite-8B, a two-time flow map (512 px, GPU; T2I-Distill)"),

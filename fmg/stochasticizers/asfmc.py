@@ -16,12 +16,10 @@ from fmg.core.protocols import FlowMap
 from fmg.core.types import Conditioning
 from fmg.flow.gaussian import Gaussian
 from fmg.flow.path import expand
-from fmg.registry import stochasticizers
 from fmg.stochasticizers.base import BaseStochasticizer
 from fmg.stochasticizers.configs import LARGEST_SHARE, AsfmcConfig, AsfmcEndpointConfig, AsfmcEulerConfig
 
 
-@stochasticizers.register("asfmc", AsfmcConfig)
 class Asfmc(BaseStochasticizer[AsfmcConfig]):
     """`x_s ~ N((alpha_s / alpha_a) X_{t->a}(x_t), sigma_s^2 (1 - m^2) I)` with an anchor `a` in [0, s] (eq. 11).
 
@@ -52,7 +50,6 @@ class Asfmc(BaseStochasticizer[AsfmcConfig]):
         return flow_map.path.anchor(torch.full_like(s, value), s)
 
 
-@stochasticizers.register("asfmc-endpoint", AsfmcEndpointConfig)
 class AsfmcEndpoint(BaseStochasticizer[AsfmcEndpointConfig]):
     """`x_s ~ N(alpha_s X_{t->0}(x_t), lambda^2 sigma_s^2 I)`: the anchor at the clean endpoint (eq. 13).
 
@@ -72,7 +69,6 @@ class AsfmcEndpoint(BaseStochasticizer[AsfmcEndpointConfig]):
         return Gaussian(expand(scale, x_t) * flow_map.jump(x_t, t, endpoint, cond), self.config.noise_level * std)
 
 
-@stochasticizers.register("asfmc-euler", AsfmcEulerConfig)
 class AsfmcEuler(BaseStochasticizer[AsfmcEulerConfig]):
     """The paper's local anchor in first-order form (eq. 14): two network calls, for `epsilon < s`.
 

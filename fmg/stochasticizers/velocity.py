@@ -16,7 +16,6 @@ from fmg.core.protocols import FlowMap
 from fmg.core.types import Conditioning
 from fmg.flow.gaussian import Gaussian, UnscaledGaussian
 from fmg.flow.path import expand
-from fmg.registry import stochasticizers
 from fmg.stochasticizers.base import BaseStochasticizer, C
 from fmg.stochasticizers.configs import CpsConfig, DanceSdeConfig, FlowSdeConfig, NaiveNoiseConfig
 
@@ -26,7 +25,6 @@ class _Baseline(BaseStochasticizer[C]):
     linear_only: ClassVar[bool] = True
 
 
-@stochasticizers.register("flow-sde", FlowSdeConfig)
 class FlowSde(_Baseline[FlowSdeConfig]):
     """Flow-GRPO (arXiv 2505.05470): Euler-Maruyama with `eta_t = k sqrt(t / (1 - t))` (eq. 15).
 
@@ -44,7 +42,6 @@ class FlowSde(_Baseline[FlowSdeConfig]):
         return Gaussian(mean, eta * (-dt).sqrt())
 
 
-@stochasticizers.register("dance-sde", DanceSdeConfig)
 class DanceSde(_Baseline[DanceSdeConfig]):
     """DanceGRPO (arXiv 2505.07818): constant diffusion `eta`, with the score of the denoised estimate (eq. 16)."""
 
@@ -59,7 +56,6 @@ class DanceSde(_Baseline[DanceSdeConfig]):
         return Gaussian(mean, eta * (-dt).sqrt())
 
 
-@stochasticizers.register("cps", CpsConfig)
 class Cps(_Baseline[CpsConfig]):
     """Flow-CPS (arXiv 2509.05952), coefficients-preserving sampling (eq. 17).
 
@@ -81,7 +77,6 @@ class Cps(_Baseline[CpsConfig]):
         return density(mean, s * math.sin(angle))
 
 
-@stochasticizers.register("naive-noise", NaiveNoiseConfig)
 class NaiveNoise(_Baseline[NaiveNoiseConfig]):
     """The control (eq. 18): `x_s ~ N(X_{t->s}(x_t), k^2 s^2 I)`.
 

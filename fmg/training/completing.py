@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fmg.core.errors import CompositionError, GateError, reason
 from fmg.core.protocols import FlowMap, Model, Rerouted
+from fmg.flow.maps import PaddedBatches
 from fmg.inference.parity import Difference
-from fmg.models.common.batch_padding import PaddedBatches
 from fmg.recipe import Recipe
 from fmg.registry.catalog import LIVE_GRAPH
 from fmg.registry.registry import load

@@ -288,8 +288,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation(
         _VELOCITY,
-        'Gaussian(mean, eta * (-dt).sqrt())\n\n\n@stochasticizers.register("dance-sde"',
-        'Gaussian(mean, eta * -dt)\n\n\n@stochasticizers.register("dance-sde"',
+        "Gaussian(mean, eta * (-dt).sqrt())\n\n\nclass DanceSde",
+        "Gaussian(mean, eta * -dt)\n\n\nclass DanceSde",
         _stochastic("flow_sde_closed_form", "velocity_sdes_preserve_the_path_in_the_limit"),
     ),
     Mutation(

@@ -2,7 +2,7 @@
 
 What a call of `policies.current.jump(x_t, t, s, cond)` passes through, from the outside in:
 
-    PaddedBatches   common/batch_padding.py    repeats the last row of a short batch, so that kernels see one shape
+    PaddedBatches   fmg/flow/maps.py           repeats the last row of a short batch, so that kernels see one shape
     TwoTimeMap      fmg/flow/maps.py           x - (t - s) u; or SingleTimeMap (FLUX), TrigFlowMap (SANA)
     FluxNetwork     flux/model.py              packs latents into tokens, keeps times in fp32; SanaNetwork for SANA
       PolicyScopes  common/policy_weights.py   around the call: trained, snapshot or base weights, autocast, dropout
@@ -30,8 +30,8 @@ from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.protocols import FlowMap
 from fmg.core.specs import DECODE_PIXELS, MapSpec
 from fmg.core.types import Conditioning
+from fmg.flow.maps import PaddedBatches
 from fmg.models.common import adapter, roundtrip_check, saved_weights
-from fmg.models.common.batch_padding import PaddedBatches
 from fmg.models.common.pipeline_parts import C
 from fmg.models.common.policy_weights import PolicyScopes, Scope, Unfrozen
 from fmg.models.common.sharding import gathered, shard_frozen

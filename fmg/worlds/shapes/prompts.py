@@ -17,7 +17,6 @@ from torch import Tensor
 from fmg.core.errors import UsageError
 from fmg.core.prompt import Prompt
 from fmg.data.prompt_sets import PromptList
-from fmg.registry import prompt_sets
 from fmg.worlds.configs import ShapesPromptsConfig
 from fmg.worlds.shapes.scene import (
     COLORS,
@@ -243,31 +242,26 @@ class ShapesPrompts(PromptList):
         return torch.from_numpy(render([place(parse_prompt(prompt), rng) for prompt in prompts]))
 
 
-@prompt_sets.register("shapes-train", ShapesPromptsConfig)
 def shapes_train(config: ShapesPromptsConfig) -> ShapesPrompts:
     """Prompts that training draws from: one object with a colour, a kind and a position."""
     return _prompts("shapes-train", prompt_set("train"))
 
 
-@prompt_sets.register("shapes-heldout", ShapesPromptsConfig)
 def shapes_heldout(config: ShapesPromptsConfig) -> ShapesPrompts:
     """Prompts of combinations that training never sees."""
     return _prompts("shapes-heldout", prompt_set("heldout"))
 
 
-@prompt_sets.register("shapes-hard", ShapesPromptsConfig)
 def shapes_hard(config: ShapesPromptsConfig) -> ShapesPrompts:
     """Counts, two objects and relations: a fixed sample, evaluated only."""
     return _prompts("shapes-hard", prompt_set("hard"))
 
 
-@prompt_sets.register("shapes-hard-train", ShapesPromptsConfig)
 def shapes_hard_train(config: ShapesPromptsConfig) -> ShapesPrompts:
     """Counts, two objects and relations that training draws from."""
     return _prompts("shapes-hard-train", hard_prompts(heldout=False))
 
 
-@prompt_sets.register("shapes-hard-heldout", ShapesPromptsConfig)
 def shapes_hard_heldout(config: ShapesPromptsConfig) -> ShapesPrompts:
     """Counts, two objects and relations in combinations that training never sees."""
     return _prompts("shapes-hard-heldout", hard_prompts(heldout=True))

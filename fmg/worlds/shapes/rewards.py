@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fmg.core.errors import RefusedImageError
 from fmg.core.types import RewardOutput
-from fmg.registry import rewards
 from fmg.rewards.images import check_finite
 from fmg.worlds.configs import ShapesQualityConfig, ShapesRewardConfig
 from fmg.worlds.shapes.prompts import parse_prompt
@@ -20,7 +19,6 @@ from fmg.worlds.shapes.scene import IMAGE_SIZE
 from fmg.worlds.shapes.verifier import quality, verify
 
 
-@rewards.register("shapes", ShapesRewardConfig)
 class ShapesReward:
     """Agreement of a picture with the scene that its prompt describes (`fmg.worlds.shapes.verifier.verify`).
 
@@ -59,7 +57,6 @@ class ShapesReward:
             parse_prompt(prompt)
 
 
-@rewards.register("shapes-quality", ShapesQualityConfig)
 class ShapesQuality:
     """Picture quality whatever the prompt: `recognisable * sharpness * palette_fidelity`.
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fmg.core.errors import RewardError
 from fmg.core.types import RewardOutput
-from fmg.registry import rewards
 from fmg.worlds.configs import TextFidelityConfig
 from fmg.worlds.text.render import BOARD_RGB, IMAGE_SIZE, INK_RGB, FloatArray
 
@@ -74,7 +73,6 @@ def fidelity(images: Images) -> Fidelity:
     )
 
 
-@rewards.register("text-fidelity", TextFidelityConfig)
 class TextFidelity:
     """Likeness to a printed sign, whatever it says: `palette * contrast * margin`, in [0, 1].
 

@@ -12,7 +12,6 @@ from typing import Literal, get_args
 
 from fmg.core.prompt import Prompt
 from fmg.data.prompt_sets import PromptList
-from fmg.registry import prompt_sets
 from fmg.worlds.configs import TextPromptsConfig
 
 Split = Literal["train", "heldout"]
@@ -66,13 +65,11 @@ def vocabulary() -> tuple[str, ...]:
     return tuple(sorted({word for template in TEMPLATES for word in template.split() if "{word}" not in word}))
 
 
-@prompt_sets.register("text-train", TextPromptsConfig)
 def text_train(config: TextPromptsConfig) -> PromptList:
     """Prompts that training draws from: signs that quote a word of three letters."""
     return _prompts("text-train", "train")
 
 
-@prompt_sets.register("text-heldout", TextPromptsConfig)
 def text_heldout(config: TextPromptsConfig) -> PromptList:
     """Prompts that quote words which training never sees."""
     return _prompts("text-heldout", "heldout")

@@ -15,8 +15,8 @@ from fmg import Recipe, train
 from fmg.core.errors import CompositionError, GateError, MissingDependencyError, UsageError
 from fmg.core.events import Event, Notice
 from fmg.flow import LinearPath, TwoTimeMap
+from fmg.flow.maps import PaddedBatches
 from fmg.models.common.adapter import merged_tensors
-from fmg.models.common.batch_padding import PaddedBatches
 from fmg.models.flux.model import FluxModel
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
 from fmg.recipe.composition import check_backend

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fmg.core.types import Conditioning, RewardOutput, ScoredRollout
 from fmg.flow.grids import make_grid
-from fmg.models.common.batch_padding import PaddedBatches
+from fmg.flow.maps import PaddedBatches
 from fmg.models.flux.model import FluxModel
 from fmg.registry import objectives
 from fmg.rl import group_advantages, replay_ratio, rollout
