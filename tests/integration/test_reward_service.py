@@ -21,7 +21,7 @@ from fmg.core.errors import RewardError
 from fmg.core.events import Event, IterationDone
 from fmg.data.run_folder import RunFolder
 from fmg.registry import rewards
-from fmg.rewards.service.wire import decode_tensors
+from fmg.rewards.service.wire import decode_request
 from tests.support.reward_service import call
 from tests.support.web import Call, Handler, fake_server
 
@@ -154,7 +154,7 @@ def test_prompt_groups_without_a_score_are_left_out_of_the_update(tmp_path: Path
         if call.path == "/info":
             handler.answer({"rewards": {"brightness": {"probe_prompt": "p"}}, "limits": {"max_images": 3}})
             return
-        images = decode_tensors(call.body, max_images=9, max_pixels=32 * 32).images
+        images = decode_request(call.body, max_images=9, max_pixels=32 * 32).images
         if len(images) == 3:
             scored += 1
             if scored in (2, 3, 4):
