@@ -14,10 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fmg.core.errors import FmgError, RewardError, UsageError, out_of_memory
+from fmg.core.errors import FmgError, RewardError, UsageError, one_line, out_of_memory
 from fmg.core.stdout_redirect import fenced
 from fmg.core.types import RewardOutput
-from fmg.rewards.base import one_line
 from fmg.rewards.configs import FunctionRewardConfig, PythonRewardConfig
 from fmg.rewards.functions import SIGNATURE, RewardFunction, lacks_function, no_function, no_module
 
