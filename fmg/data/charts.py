@@ -1,7 +1,7 @@
-"""Figures: one style for all of them, curves with bands, and how they are written. Imports no torch.
+"""Figures: one style for all, curves with bands, and how they are written. Imports no torch.
 
-Colours are those of Okabe and Ito, which people with any kind of colour vision tell apart; markers and dashes repeat
-what colours say, so that a figure can be printed in grey.
+Colours are those of Okabe and Ito, which can be told apart with any kind of colour vision; markers and dashes repeat
+them, so that a figure can be printed in grey.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FIGURE_FORMATS = ("png", "svg", "pdf")
-"""What figures are written as; the ending of a file's name chooses."""
+"""Formats of figures, chosen by a file's suffix."""
 GREY = "#707070"
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A7A00", GREY)
-"""Okabe and Ito, with their yellow darkened until it shows on white, and a grey."""
+"""Okabe and Ito, with the yellow darkened to show on white, and a grey."""
 MAX_POINTS = 200
-"""A longer curve is drawn as the means of so many equal parts, with the lowest and the highest value of each."""
+"""A longer curve is shown as the means of this many equal segments, with the lowest and highest value of each."""
 
 _MARKERS = "osD^vPX*p"
 _DASHES: Sequence[Any] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
@@ -51,9 +51,9 @@ class Curve:
         x: iterations.
         y: one value each.
         band: half-width of the 95 % interval; zeros for none.
-        kept: where the kept checkpoint is, which is marked by a star.
-        look: number of its style, so that a run looks the same in several figures; None for its place in the figure.
-        low, high: the lowest and highest values that a point stands for, where it is a mean of several.
+        kept: where the kept checkpoint is; it is marked with a star.
+        look: number of its style, so that a run looks the same in several figures; None: by its place in the figure.
+        low, high: the lowest and highest values behind a point that is a mean of several.
     """
 
     label: str
@@ -99,12 +99,12 @@ def frame(axes: Axes, title: str = "", x_label: str = "", y_label: str = "") -> 
 
 
 def draw(axes: Axes, curves: Sequence[Curve], first: int = 0) -> None:
-    """Draws curves in the styles from number `first` on, long ones shortened to `MAX_POINTS`."""
+    """Draws curves in the styles from number `first` on; long ones are shortened to `MAX_POINTS`."""
     for index, curve in enumerate(map(shortened, curves), start=first):
         x, y, band = (np.asarray(values, dtype=float) for values in (curve.x, curve.y, curve.band))
         look = style(index if curve.look is None else curve.look)
         every = max(1, len(x) // _MARKS)
-        # markers of two curves that coincide are beside each other
+        # markers of two curves that coincide do not hide each other
         axes.plot(x, y, markevery=(index % every, every), zorder=3, **look)
         if curve.low is not None and curve.high is not None:
             axes.fill_between(x, curve.low, curve.high, color=look["color"], alpha=0.1, linewidth=0)
@@ -144,9 +144,9 @@ def legend(figure: Any, curves: Sequence[Curve]) -> None:
 
 
 def shortened(curve: Curve) -> Curve:
-    """The curve, or where it has more than `MAX_POINTS` the means of equal parts, with lowest and highest values.
+    """The curve; one of more than `MAX_POINTS` as the means of equal segments, with lowest and highest values.
 
-    The last point is the mean up to the last value. A part without a finite value is a gap.
+    The last segment ends at the last value. A segment without a finite value is a gap.
     """
     if len(curve.y) <= MAX_POINTS:
         return curve
@@ -165,7 +165,7 @@ def shortened(curve: Curve) -> Curve:
 
 
 def by_scale(curves: Sequence[Curve]) -> list[list[Curve]]:
-    """The curves in panels, so that a small one is not flattened by one that is many times as large."""
+    """The curves in panels, so that a large one does not flatten a small one."""
     panels: list[tuple[float, list[Curve]]] = []
     for curve in curves:
         y = np.abs(np.asarray(curve.y, dtype=float))
@@ -180,7 +180,7 @@ def by_scale(curves: Sequence[Curve]) -> list[list[Curve]]:
 
 
 def chart(curves: Sequence[Curve], title: str, x_label: str = "iteration", y_label: str = "") -> Figure:
-    """A figure of curves with their bands, in one panel or, where their scales differ, in one for each scale."""
+    """A figure of curves with their bands: one panel, or one per scale where the scales differ."""
     panels = by_scale(curves) or [[]]
     ordered = [curve for panel in panels for curve in panel]
     figure = new_figure(_WIDTH, 0.4 + _HEIGHT * (1 + 0.65 * (len(panels) - 1)))
@@ -216,7 +216,7 @@ def curve_figure(trained: Sequence[Curve], heldout: Sequence[Curve], title: str)
 
 
 def grid_figure(charts: Sequence[tuple[str, str, Sequence[Curve]]], title: str) -> Figure:
-    """Several charts (title, label of y, curves) in one figure, two a row, with one legend for all.
+    """Several charts (title, label of y, curves) in one figure, two per row, with a common legend.
 
     Curves of one label have one style.
     """
@@ -241,16 +241,16 @@ def figure_bytes(figure: Figure, kind: str) -> bytes:
 
     file = BytesIO()
     dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
-    # a fixed salt and no date; fonts that a journal takes
+    # a fixed salt and no date; fonts that journals accept
     with matplotlib.rc_context({"svg.hashsalt": "fmg", "pdf.fonttype": 42}):
         figure.savefig(file, format=kind, metadata=dated)
     return file.getvalue()
 
 
 def write_figure(figure: Figure, path: Path) -> None:
-    """Writes a figure in one step, in the format that the ending names.
+    """Writes a figure atomically, in the format of the suffix.
 
     Raises:
-        StorageError: the system refused; there is no part of a file.
+        StorageError: the system refused; no partial file is left.
     """
     write_atomic(path, figure_bytes(figure, path.suffix.removeprefix(".").lower() or "png"))

@@ -1,7 +1,7 @@
-"""The checkpoints of a run folder: which there are, which is best by the held-out score, which is the newest.
+"""The index of a run's checkpoints: which exist, which is best by the held-out score, which is the newest.
 
-A checkpoint has the digests of its files in `SHA256SUMS`, whose own digest stands in the index, and the index has its
-own in itself. So nothing that a run is used for is read from a file that changed since it was written.
+`SHA256SUMS` of a checkpoint has the digests of its files, the index has the digest of that file, and its own. So no
+file of a run that has changed since it was written is used unnoticed.
 """
 
 from __future__ import annotations
@@ -22,20 +22,23 @@ from fmg.core.json_io import parse_object, sealed, unsealed
 FOLDER = "checkpoints"
 INDEX = "index.json"
 FIX = "Restore it from a copy, or train again."
-UNCHECKED = "was made by a version of fmg that kept no digests, so that damage of its files would go unnoticed"
+UNCHECKED = "was made by a version of fmg without digests, so that damaged files would go unnoticed"
 _COVERED = ("recipe.yaml", "metrics.jsonl")
+# fields that the file has under an older name
+_NAMES = {"eligible": "sound"}
 
 
 @dataclass(frozen=True)
-class Saved:
-    """One saved adapter.
+class SavedCheckpoint:
+    """One saved checkpoint.
 
     Attributes:
         name: its folder.
-        iteration: iterations that are in it.
+        iteration: after how many iterations it was saved.
         score_key: log key of `score`.
-        score: the score on held-out prompts that it was judged by; None when it was never evaluated.
-        sound: False where the tripwire found that a held-out reward or the diversity was lost for the trained reward.
+        score: its score on held-out prompts; None when it was never evaluated.
+        eligible: whether it may be the best one. False where the reward-hacking monitor found that a held-out reward or
+            the diversity was lost for the trained reward. The file calls it `sound`.
         digest: of its `SHA256SUMS`; None in runs of older versions.
     """
 
@@ -43,8 +46,8 @@ class Saved:
     iteration: int
     score_key: str
     score: float | None
-    sound: bool = True
-    # two saves of equal tensors may order the metadata of their files otherwise
+    eligible: bool = True
+    # two saves of equal tensors may order the metadata of their files differently
     digest: str | None = field(default=None, compare=False)
 
     def path(self, run: Path) -> Path:
@@ -70,23 +73,24 @@ class CheckpointIndex:
 
     Attributes:
         saved: the checkpoints that were kept.
-        best: the one that the run stands for.
+        best: the one that using the run means.
         latest: the newest.
         files: for the recipe and the metrics how many bytes they had when the index was written, and their digest.
     """
 
-    saved: tuple[Saved, ...]
+    saved: tuple[SavedCheckpoint, ...]
     best: str
     latest: str
     files: Mapping[str, tuple[int, str]] = field(default_factory=lambda: MappingProxyType({}), compare=False)
 
-    def entry(self, name: str) -> Saved:
+    def entry(self, name: str) -> SavedCheckpoint:
         """The entry called `name`."""
         return next(s for s in self.saved if s.name == name)
 
     def to_json(self) -> str:
         """The text of the file."""
-        content = {"saved": [asdict(entry) for entry in self.saved], "best": self.best, "latest": self.latest}
+        saved = [{_NAMES.get(key, key): value for key, value in asdict(entry).items()} for entry in self.saved]
+        content = {"saved": saved, "best": self.best, "latest": self.latest}
         return json.dumps(sealed({**content, "files": {k: list(v) for k, v in self.files.items()}}), indent=2) + "\n"
 
     @classmethod
@@ -98,13 +102,17 @@ class CheckpointIndex:
         """
         raw: dict[str, Any] = unsealed(parse_object(text))
         files = {name: (int(size), str(digest)) for name, (size, digest) in raw.get("files", {}).items()}
-        index = cls(tuple(Saved(**entry) for entry in raw["saved"]), raw["best"], raw["latest"], files)
+        names = {written: name for name, written in _NAMES.items()}
+        saved = (
+            SavedCheckpoint(**{names.get(key, key): value for key, value in entry.items()}) for entry in raw["saved"]
+        )
+        index = cls(tuple(saved), raw["best"], raw["latest"], files)
         for name in (index.best, index.latest):
             index.entry(name)
         return index
 
     def changed_files(self, run: Path) -> list[str]:
-        """The recipe and the metrics, where they are not as they were when the index was written. More may follow."""
+        """Those of recipe and metrics that have changed since the index was written, other than by growing."""
         stated = [(name, *self.files[name]) for name in _COVERED if name in self.files]
         return [name for name, size, digest in stated if _beginning(run / name, size) != (size, digest)]
 
@@ -112,8 +120,7 @@ class CheckpointIndex:
 def read_index(run: Path) -> CheckpointIndex | None:
     """The index of a run, or None before its first checkpoint.
 
-    The run stands for its best checkpoint, which has to be there. Of the others those that are gone are left out, with
-    a warning.
+    The best checkpoint, which using the run means, has to exist. Others that are gone are left out, with a warning.
 
     Raises:
         CheckpointError: when the file is damaged, names what is not in the run, or the best checkpoint is gone.
@@ -136,9 +143,7 @@ def read_index(run: Path) -> CheckpointIndex | None:
 
 
 def checked(run: Path, index: CheckpointIndex) -> CheckpointIndex:
-    """The index, with all files of its checkpoints checked.
-
-    Of checkpoints other than the best those that are damaged are left out, with a warning.
+    """Checks all files of an index; damaged checkpoints other than the best are left out, with a warning.
 
     Raises:
         CheckpointError: a file of the best checkpoint is missing or damaged.
@@ -200,6 +205,6 @@ def _beginning(path: Path, size: int | None) -> tuple[int, str] | None:
 
 
 def chosen_checkpoint(run: Path) -> Path | None:
-    """The adapter folder that a run stands for: its best by held-out score."""
+    """The best checkpoint of a run by held-out score; None before the first."""
     index = read_index(run)
     return index.entry(index.best).path(run) if index else None

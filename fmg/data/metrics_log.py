@@ -1,4 +1,4 @@
-"""`metrics.jsonl` by columns: what a report, the list of runs and the doctor read. Imports no torch.
+"""`metrics.jsonl` by columns, for reports, the list of runs and their diagnostics. Imports no torch.
 
 A line of 40 numbers takes 320 bytes here and a microsecond or two to read, so that a log of 100,000 lines is neither
 gigabytes nor minutes. Every line is JSON by the rules of `fmg.core.json_io`.
@@ -26,7 +26,7 @@ Numbers = NDArray[np.float64]
 
 @dataclass
 class _Alike:
-    """Lines with the same keys: their values one line after the other, and the place of each line among all."""
+    """Lines with the same keys: their values line by line, and the place of each line among all."""
 
     keys: tuple[str, ...]
     values: array[float] = field(default_factory=lambda: array("d"))
@@ -63,7 +63,7 @@ class Lines(Sequence[Line]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[Line]: ...
     def __getitem__(self, index: int | slice) -> Line | Sequence[Line]:
-        """The lines at an index, made anew."""
+        """The line at an index, as a new mapping, or those of a slice."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         alike, row = self._of[index], self._rows[index]
@@ -107,7 +107,7 @@ class MetricsLog:
 
     @classmethod
     def of(cls, lines: Sequence[Line]) -> MetricsLog:
-        """Sorts lines that are known."""
+        """Sorts lines that have been read already."""
         log = cls(Lines(), Lines())
         for line in lines:
             (log.evaluations if is_evaluation(line) else log.iterations).append(line)
@@ -115,16 +115,16 @@ class MetricsLog:
 
     @classmethod
     def read(cls, path: Path, *, strict: bool = False) -> MetricsLog:
-        """Reads a `metrics.jsonl`, of at most `MAX_METRICS_BYTES`; an unfinished last line is left out, a missing file
-        has no lines. Null, which stands for what is not finite, is NaN.
+        """Reads a `metrics.jsonl` of at most `MAX_METRICS_BYTES`; an unfinished last line is left out, a missing file
+        has no lines. Null, which stands for a value that is not finite, becomes NaN.
 
         Args:
             path: of the file.
-            strict: whether a value that is no number, or a line that does not name its iteration, is an error; it is
-                left out otherwise.
+            strict: whether a value that is not a number, or a line that does not name its iteration, is an error;
+                otherwise it is left out.
 
         Raises:
-            CheckpointError: a line is no JSON object, or as `strict` says.
+            CheckpointError: a line is not a JSON object, or as `strict` says.
         """
         log = cls(Lines(), Lines())
         kinds: dict[tuple[str, ...], Lines] = {}
@@ -146,7 +146,7 @@ class MetricsLog:
 
     @property
     def done(self) -> int:
-        """Iterations done."""
+        """Number of finished iterations."""
         found = np.concatenate([kind.columns("iteration")[1] for kind in (self.iterations, self.evaluations)])
         return int(found[np.isfinite(found)].max(initial=0))
 
@@ -160,12 +160,12 @@ class MetricsLog:
 
 
 def _quick(data: bytes) -> dict[str, float] | None:
-    """The numbers of a line by a parser five times as fast, or None for a line that needs the strict reader."""
+    """The numbers of a line by a parser five times as fast; None for a line that needs the strict reader."""
     try:
         found = from_json(data)
     except ValueError:
         return None
-    # as many keys as the text has: none of them twice, and no text among the values
+    # as many keys as quoted texts: no key twice, and no text among the values
     if not isinstance(found, dict) or data.count(b'"') != 2 * len(found):
         return None
     for value in found.values():

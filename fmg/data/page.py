@@ -1,7 +1,7 @@
-"""One self-contained HTML page from typed blocks: for the report of a run and of an evaluation.
+"""A self-contained HTML page from typed blocks, for the reports of runs and evaluations.
 
-Pictures are inlined, there is no script and no address to load from, and a content security policy forbids both.
-Every text is escaped by the template: prompts and file names can hold anything.
+Pictures are inlined; there are no scripts and nothing to load, and a content security policy forbids both. The template
+escapes every text, since prompts and file names can hold anything.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Picture:
     Attributes:
         source: data URI.
         caption: text below it; empty for none.
-        alt: what it shows, for those who do not see it.
-        pixelated: whether an enlarged pixel stays a square.
-        layout: `picture`: a tile among others; `wide`: up to half of a wide page, the whole of a narrow one.
+        alt: what it shows, for screen readers.
+        pixelated: whether enlarged pixels stay squares.
+        layout: `picture`: a tile among others; `wide`: up to half of a wide page, or all of a narrow one.
     """
 
     source: str
@@ -52,7 +52,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; columns named in `numbers` are aligned to the right. Rows are as long as `columns`."""
+    """A table. Columns named in `numbers` are right-aligned; every row has as many cells as `columns`."""
 
     kind: ClassVar[str] = "table"
     columns: Sequence[str]
@@ -62,7 +62,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures side by side, as many as fit; `title` stands before them."""
+    """Pictures side by side, as many as fit, below a title."""
 
     kind: ClassVar[str] = "gallery"
     pictures: Sequence[Picture]
@@ -76,7 +76,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Listing:
-    """Lines of code, each with a comment that is set back."""
+    """Lines of code with their comments, which are shown in grey."""
 
     kind: ClassVar[str] = "listing"
     lines: Sequence[tuple[str, str]]
@@ -87,7 +87,7 @@ Block = Text | Table | Gallery | Listing
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what follows it; a folded one is opened with a click."""
+    """A heading and its blocks; a folded section opens with a click."""
 
     title: str
     blocks: Sequence[Block]
@@ -96,7 +96,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Tile:
-    """A headline number: what it is, its value, and what it is compared with."""
+    """A headline number: its name, its value, and what it is compared with."""
 
     name: str
     value: str

@@ -31,7 +31,7 @@ _GAP = 4
 _SLUG_LENGTH = 40
 
 PICTURE_FORMATS: Mapping[str, str] = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-"""Suffixes of picture files that are written, and what Pillow calls their formats."""
+"""Suffixes of picture files, and Pillow's names of their formats."""
 _HEADER = 26
 
 
@@ -51,14 +51,14 @@ def to_pil(image: Float[Tensor, "3 h w"] | NDArray[np.float32]) -> Image.Image:
 
 
 def save_pictures(pictures: Sequence[tuple[Image.Image, str]], folder: Path, *, called: str = "") -> list[Path]:
-    """Saves pictures as `NNNN-<text>.png` in `folder`, numbered on from the highest number there.
+    """Saves pictures as `NNNN-<text>.png` in `folder`, continuing from the highest number there.
 
-    Files are created exclusively, so two processes that write into one folder cannot overwrite each other.
+    Files are created exclusively, so two processes that write to one folder cannot overwrite each other.
 
     Args:
-        pictures: each with the text that its name is made of.
-        folder: where to; is made.
-        called: what leads the folder's name in an error, such as the option that gave it.
+        pictures: each with the text for its file name.
+        folder: is created where missing.
+        called: what precedes the folder's name in an error, such as the option that named it.
 
     Raises:
         StorageError: the system refused.
@@ -71,7 +71,7 @@ def save_pictures(pictures: Sequence[tuple[Image.Image, str]], folder: Path, *, 
 
 
 def sample_grid(rows: Sequence[GridRow], title: str) -> Image.Image:
-    """One row a prompt, its images side by side, the prompt on the left."""
+    """One row per prompt: the prompt on the left, its images side by side."""
     tiles = max(len(row.images) for row in rows)
     side = _tile_side(rows[0].images.shape[-1])
     width = _LABEL_WIDTH + tiles * (side + _GAP) + _GAP
@@ -89,7 +89,7 @@ def sample_grid(rows: Sequence[GridRow], title: str) -> Image.Image:
 
 
 def before_after(left: Image.Image, right: Image.Image, titles: tuple[str, str]) -> Image.Image:
-    """Two sample grids of the same prompts and seeds side by side, under other titles."""
+    """Two sample grids of the same prompts and seeds side by side, under new titles."""
     bare = right.crop((_LABEL_WIDTH - _GAP, 0, right.width, right.height))
     canvas = Image.new("RGB", (left.width + 24 + bare.width, max(left.height, bare.height)), _BACKGROUND)
     canvas.paste(left, (0, 0))
@@ -102,10 +102,10 @@ def before_after(left: Image.Image, right: Image.Image, titles: tuple[str, str])
 
 
 def write_picture(picture: Image.Image, path: Path) -> None:
-    """Writes a PNG in one step.
+    """Writes a PNG atomically.
 
     Raises:
-        StorageError: the system refused; there is no part of a file.
+        StorageError: the system refused; no partial file is left.
     """
     file = BytesIO()
     picture.save(file, "PNG")
@@ -113,7 +113,7 @@ def write_picture(picture: Image.Image, path: Path) -> None:
 
 
 def _tile_side(width: int) -> int:
-    """Small pictures are enlarged by a whole factor, so that their pixels stay visible as they are."""
+    """Small pictures are enlarged by a whole factor, so that their pixels stay sharp."""
     if width >= _MIN_TILE:
         return min(width, _MAX_TILE)
     return width * -(-_MIN_TILE // width)
@@ -137,7 +137,7 @@ def save_picture(picture: Image.Image, path: Path) -> Path:
     """Saves a picture as a new file, in the format of its suffix (`PICTURE_FORMATS`).
 
     Raises:
-        UsageError: there is a file of that name.
+        UsageError: the file exists.
         StorageError: the system refused.
     """
     with writing(path):
@@ -159,11 +159,11 @@ def _save(picture: Image.Image, folder: Path, number: int, text: str) -> Path:
 
 
 def _write(picture: Image.Image, path: Path, form: str) -> None:
-    """Writes a new file; an unfinished one is removed. Raises `FileExistsError`."""
+    """Writes a new file and removes it if that fails. Raises `FileExistsError`."""
     with path.open("xb") as file:
         try:
             picture.save(file, form)
         except BaseException:
-            # not the whole picture, and nobody else's: the name was free
+            # incomplete, and ours: the name was free
             path.unlink(missing_ok=True)
             raise

@@ -1,4 +1,4 @@
-"""The saved states of a run folder: which there is, whether the run can go on from it, and how. Imports no torch."""
+"""From where a run can be resumed: its saved states, whether they may be used, and the command. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def state_folder(run: Path, iteration: int) -> Path:
 
 
 def saved_states(run: Path) -> list[Path]:
-    """The folders of all states, oldest first. There is one, or two where a run was killed between them."""
+    """The folders of all states, oldest first: one, or two where the run was killed in between."""
     return sorted(path for path in (run / FOLDER).glob(f"{_PREFIX}*") if path.name[len(_PREFIX) :].isdecimal())
 
 
@@ -34,73 +34,70 @@ def newest_state(run: Path) -> Path | None:
 
 
 def drop_states(run: Path, keep: Path | None = None) -> None:
-    """Removes what only an unfinished run needs, apart from the state to keep, and what killed processes left."""
+    """Removes all states but `keep`, and what killed processes left beside them."""
     for path in saved_states(run):
         if path != keep:
             shutil.rmtree(path, ignore_errors=True)
     remove_leftovers(run / FOLDER)
     if keep is None:
-        # of anything else that is in there nothing is known
+        # anything else in there is not ours to remove
         with contextlib.suppress(OSError):
             (run / FOLDER).rmdir()
 
 
 def consent_flag(recipe: Recipe) -> str:
-    """The flag, after a space, of commands that read this recipe from a file and score; empty where it needs none.
-
-    It is that of rewards which are the user's own code, or ask a server.
-    """
+    """` --allow-code` where the rewards of a recipe run the user's code or call a server; otherwise empty."""
     return " --allow-code" if any(ref.config.needs_consent for ref in recipe.measured_rewards) else ""
 
 
 def resume_command(run: Path, recipe: Recipe) -> str:
-    """What a person types to go on with a run of this recipe."""
+    """The command that resumes a run of this recipe."""
     return f"fmg train --resume {shlex.quote(str(run))}{consent_flag(recipe)}"
 
 
 def repeat_command(file: Path, recipe: Recipe) -> str:
-    """What a person types to start a new run of the recipe in a file."""
+    """The command that starts a new run of the recipe in a file."""
     return f"fmg train --config {shlex.quote(str(file))}{consent_flag(recipe)}"
 
 
 def ended_short(run: Path) -> bool:
-    """Whether a run finished and was killed before its report was written and its states were removed."""
+    """Whether a run finished but was killed before its report was written and its states were removed."""
     if not is_run(run) or RunFolder(run).state().state != "finished":
         return False
     return not RunFolder(run).report.is_file() or (run / FOLDER).is_dir()
 
 
 def check_resumable(run: Path) -> None:
-    """Whether a run can be gone on with, by its folder alone.
+    """Checks that a run can be resumed, by its folder alone.
 
     Raises:
-        UsageError: it is not a run, has ended, or has no state yet.
+        UsageError: it is not a run, is finished, or has no state yet.
     """
     if not is_run(run):
         raise no_run(run)
     if RunFolder(run).state().state == "finished":
         raise UsageError(f"The run '{run}' is finished", _start_anew(run))
     if newest_state(run) is None:
-        raise UsageError(f"The run '{run}' has no saved state to go on from", _start_anew(run))
+        raise UsageError(f"The run '{run}' has no saved state to resume from", _start_anew(run))
 
 
 def check_prompts(run: Path, recipe: Recipe, digests: Mapping[str, str]) -> None:
-    """Whether the prompts of a run are those that it was begun with.
+    """Checks that a run's prompts are those that it started with.
 
     Args:
         run: its folder.
-        recipe: its own.
+        recipe: its recipe.
         digests: of its prompt sets, by their path in the recipe.
 
     Raises:
-        UsageError: a prompt set has others, or its file is not there.
+        UsageError: a prompt set has changed, or its file is missing.
     """
     for place, ref in prompt_references(untied(recipe)).items():
         if place in digests and prompts_digest(load_prompts(ref)) != digests[place]:
             path = getattr(ref.config, "path", None)
             which = f"The prompt set '{ref.name}'" if path is None else f"The prompt file '{path}'"
             raise UsageError(
-                f"{which} ({place}) has other prompts than when the run was begun",
+                f"{which} ({place}) has other prompts than at the start of the run",
                 f"Restore it, or accept them: `{resume_command(run, recipe)} --accept-changed-prompts`.",
             )
 
@@ -108,7 +105,7 @@ def check_prompts(run: Path, recipe: Recipe, digests: Mapping[str, str]) -> None
 def _start_anew(run: Path) -> str:
     file = RunFolder(run).recipe
     try:
-        # which reads what the recipe names, and runs none of it
+        # reading a recipe runs none of the code that it names
         recipe = Recipe.from_yaml(file, allow_code=True)
     except FmgError:
         return "Start a new one."

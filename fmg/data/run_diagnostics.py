@@ -1,7 +1,7 @@
-"""What the log of a run says is wrong with it, and which knob to turn. Imports no torch.
+"""`fmg doctor run`: what is wrong with a run by its log, and which knob to turn. Imports no torch.
 
-Every rule reads `metrics.jsonl`. Its threshold is in `LIMITS` and in docs/doctor.md, that of reward hacking in the
-run's own recipe; a rule says nothing where the log does not have what it reads.
+Every rule reads `metrics.jsonl` and skips a log without its keys. Thresholds are in `LIMITS` and docs/doctor.md; those
+of reward hacking are in the run's own recipe.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ LIMITS: Mapping[str, float] = {
     "skipped": 0.5,
     "late": 20,
 }
-"""Thresholds by rule; what each is compared with stands in docs/doctor.md."""
+"""Thresholds by rule; docs/doctor.md says what each is compared with."""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """One thing that the log shows.
+    """One finding.
 
     Attributes:
-        severity: `problem`: the run does not do what it is for. `note`: worth knowing.
-        sign: what was seen, with the number and its bound.
+        severity: `problem`: the run does not do its job. `note`: worth knowing.
+        sign: what the log shows, with the number and its bound.
         knob: the recipe value, or the flag, that changes it.
-        advice: what to do with it.
+        advice: what to do with the knob.
     """
 
     severity: Severity
@@ -65,7 +65,7 @@ class Log:
         iterations, evaluations: the lines of a run.
         limits: the losses that its recipe tolerates.
         jumps: whether its branched rollouts are completed by one jump.
-        steps: the rule for their branching steps; `adaptive` where there is but one.
+        steps: the rule for their branching steps; `adaptive` where there is only one step.
     """
 
     iterations: Lines
@@ -76,7 +76,7 @@ class Log:
 
     @classmethod
     def of(cls, metrics: MetricsLog, limits: HackingLimits, *, jumps: bool = True, steps: str = "first") -> Log:
-        """Of the lines of a run and what its recipe says."""
+        """From the lines of a run and values of its recipe."""
         return cls(metrics.iterations, metrics.evaluations, limits, jumps, steps)
 
     def late(self, key: str) -> float | None:
@@ -100,16 +100,16 @@ class Log:
 
     @property
     def risen(self) -> bool:
-        """Whether the held-out score has certainly risen."""
+        """Whether the held-out score has risen by more than its error."""
         change = self.change(keys.SCORE)
         return change is not None and change[0] > ERRORS * change[1]
 
 
 def examine_run(run: str | Path) -> list[Advice]:
-    """What the log of a run folder shows; empty when nothing is wrong.
+    """The findings for a run folder; empty when nothing is wrong.
 
     Raises:
-        UsageError: it is no run folder, or has no line yet.
+        UsageError: it is not a run folder, or its log is empty.
         CheckpointError: a line of the log, or the recipe, is damaged.
     """
     folder = RunFolder(Path(run))
@@ -151,7 +151,7 @@ def _log_of(run: RunFolder, metrics: MetricsLog) -> Log:
 
 
 def examine_log(log: Log) -> list[Advice]:
-    """What a log shows, problems first."""
+    """The findings for a log, problems first."""
     found = [advice for rule in RULES for advice in rule(log)]
     return sorted(found, key=lambda advice: advice.severity != "problem")
 
@@ -164,8 +164,8 @@ def _numbers(log: Log) -> Iterator[Advice]:
             broken += [(places[i], key, at[i]) for i in np.flatnonzero(~np.isfinite(values))[:1]]
         if broken:
             _, key, iteration = min(broken, key=lambda one: one[0])
-            sign = f"{key} is no number in iteration {iteration:.0f}"
-            text = "Lower it; in bf16 also try --dtype fp32. Go on from the best checkpoint, which is from before."
+            sign = f"{key} is not a finite number in iteration {iteration:.0f}"
+            text = "Lower it; in bf16 also try --dtype fp32. The best checkpoint is from before and can be used."
             yield Advice("problem", sign, "optimizer.lr", text)
             return
 
@@ -173,15 +173,15 @@ def _numbers(log: Log) -> Iterator[Advice]:
 def _still(log: Log) -> Iterator[Advice]:
     kl, limit = log.late(keys.APPROX_KL), LIMITS["kl still"]
     if kl is not None and kl < limit and not log.risen:
-        sign = f"The policy hardly moves: KL after an update {kl:.1e}, below {limit:.0e}"
-        text = "Raise it threefold until the KL is about 1e-4; more train.updates_per_iteration help as well."
+        sign = f"The policy hardly moves: KL per update {kl:.1e}, below {limit:.0e}"
+        text = "Raise it in steps of 3x until the KL is about 1e-4; more train.updates_per_iteration also help."
         yield Advice("problem", sign, "optimizer.lr", text)
 
 
 def _far(log: Log) -> Iterator[Advice]:
     kl, limit = log.late(keys.APPROX_KL), LIMITS["kl far"]
     if kl is not None and kl > limit:
-        sign = f"Every update moves the policy far: KL {kl:.1e}, above {limit:.0e}"
+        sign = f"Every update moves the policy too far: KL {kl:.1e}, above {limit:.0e}"
         yield Advice("problem", sign, "optimizer.lr", "Lower it, or skip updates past a KL with objective.target_kl.")
 
 
@@ -190,18 +190,18 @@ def _clip(log: Log) -> Iterator[Advice]:
     if clipped is None:
         return
     if clipped > LIMITS["clip bound"]:
-        sign = f"The clip cuts nearly everything: {clipped:.0%} of the rows, above {LIMITS['clip bound']:.0%}"
-        text = "Widen it three- to tenfold, or lower optimizer.lr: most of the rollout teaches nothing."
+        sign = f"Nearly everything is clipped: {clipped:.0%} of the rows, above {LIMITS['clip bound']:.0%}"
+        text = "Widen it 3x to 10x, or lower optimizer.lr: most of the rollout is not learned from."
         yield Advice("problem", sign, "objective.clip_range", text)
     elif clipped < LIMITS["clip idle"] and kl is not None and kl >= LIMITS["kl still"]:
-        sign = f"The clip never binds: {clipped:.1%} of the rows, below {LIMITS['clip idle']:.1%}"
+        sign = f"Clipping hardly ever happens: {clipped:.1%} of the rows, below {LIMITS['clip idle']:.1%}"
         yield Advice("note", sign, "objective.clip_range", "Narrow it if runs of other seeds diverge.")
 
 
 def _equal_groups(log: Log) -> Iterator[Advice]:
     share, limit = log.late(keys.ZERO_STD_RATIO), LIMITS["equal groups"]
     if share is not None and share > limit:
-        sign = f"{share:.0%} of the prompts teach nothing, above {limit:.0%}: all of their images have the same reward"
+        sign = f"{share:.0%} of the groups teach nothing, above {limit:.0%}: all of their images have the same reward"
         by_step = log.late_by_step(keys.STEP_ZERO_STD_RATIO) if log.steps != "adaptive" else {}
         differs = bool(by_step) and min(by_step.values()) <= limit
         if differs or (by_step and log.steps == "first" and not log.risen):
@@ -221,25 +221,28 @@ def _equal_groups(log: Log) -> Iterator[Advice]:
 def _agreement(log: Log) -> Iterator[Advice]:
     agreement, limit = log.late(keys.COMPLETION_AGREEMENT), LIMITS["agreement"]
     if log.jumps and agreement is not None and agreement < limit:
-        sign = (
-            f"A jump ranks siblings otherwise than the rest of the grid: correlation {agreement:.2f}, below {limit:g}"
-        )
-        text = "Set it to grid: the images that are rewarded are then those that the sampler makes."
+        sign = f"One jump ranks siblings differently than the full grid: correlation {agreement:.2f}, below {limit:g}"
+        text = "Set it to grid, so that the rewarded images are those that the sampler makes."
         yield Advice("note" if log.risen else "problem", sign, "rollout.branch.completion", text)
 
 
 def _gradient(log: Log) -> Iterator[Advice]:
     norm, limit = log.late(keys.GRAD_NORM), LIMITS["gradient"]
     if norm is not None and norm > limit:
-        sign = f"Gradients are large: norm {norm:.3g} before it is scaled down, above {limit:g}"
-        yield Advice("note", sign, "train.max_grad_norm", "Updates have that length only: compare with optimizer.lr.")
+        sign = f"Gradients are large: norm {norm:.3g} before clipping, above {limit:g}"
+        yield Advice(
+            "note",
+            sign,
+            "train.max_grad_norm",
+            "Every update is clipped to this norm: tune it together with optimizer.lr.",
+        )
 
 
 def _ratio(log: Log) -> Iterator[Advice]:
     ratio, limit = log.late(keys.RATIO_MAX), LIMITS["ratio"]
     if ratio is not None and ratio > limit:
         sign = f"Some policy ratios explode: largest {ratio:.3g}, above {limit:g}"
-        text = "Lower it; with steps of very different noise try --objective grpo-guard."
+        text = "Lower it; if the steps differ a lot in noise, try --objective grpo-guard."
         yield Advice("problem", sign, "optimizer.lr", text)
 
 
@@ -249,21 +252,21 @@ def _no_score(log: Log) -> Iterator[Advice]:
     dropped = float(shares.sum()) / max(1, len(log.iterations))
     if dropped > limit:
         sign = f"{dropped:.0%} of the images have no score, above {limit:.0%}"
-        yield Advice("problem", sign, "rewards", "Look at the reward service: `fmg doctor rewards NAME`.")
+        yield Advice("problem", sign, "rewards", "Check the reward service: `fmg doctor rewards NAME`.")
 
 
 def _skipped(log: Log) -> Iterator[Advice]:
     skipped, limit = log.late(keys.SKIPPED_UPDATES), LIMITS["skipped"]
     if skipped is not None and skipped > limit:
-        sign = f"Updates are skipped: {skipped:g} of an iteration, above {limit:g}"
-        text = "Raise it or lower optimizer.lr; where it is not set, no group had unequal rewards."
+        sign = f"Updates are skipped: {skipped:g} per iteration, above {limit:g}"
+        text = "Raise it or lower optimizer.lr. If it is not set, all groups had equal rewards."
         yield Advice("note", sign, "objective.target_kl", text)
 
 
 def _decline(log: Log) -> Iterator[Advice]:
     change = log.change(keys.SCORE)
     if change is not None and change[0] < -ERRORS * change[1]:
-        # scores that are equal for all images have no error
+        # equal scores of all images have no error
         size = f"which is {-change[0] / change[1]:.1f} standard errors" if change[1] else "for every image alike"
         sign = f"The held-out score fell by {-change[0]:.3f}, {size}"
         text = "Lower it, use larger rollout.groups, or add objective.kl_beta."
@@ -278,25 +281,27 @@ def _flat(log: Log) -> Iterator[Advice]:
     if abs(change[0]) <= ERRORS * change[1]:
         sign = (
             f"After {counted(len(log.iterations), 'iteration')} the held-out score has not moved: {change[0]:+.3f}"
-            f" with a standard error of {change[1]:.3f}, although the policy does"
+            f" with a standard error of {change[1]:.3f}, although the policy has"
         )
         text = (
-            "Raise it: advantages of few images are noise. Check train.shuffle_advantages and that the reward varies."
+            "Raise it: advantages of few images are noisy. Check train.shuffle_advantages, and that the reward varies."
         )
         yield Advice("problem", sign, "rollout.groups", text)
 
 
 def _gap(log: Log) -> Iterator[Advice]:
-    """What the tripwire found, by its own rule: in the first evaluation that shows it."""
+    """What the reward-hacking monitor found, by its own rule, in the first evaluation that shows it."""
     found = ((line, lost) for line in log.evaluations if (lost := list(hacked(line, log.limits))))
     line, lost = next(found, ({}, []))
     for name, loss in lost:
         what, unit = f"'{name}', which is not trained, fell", "standard deviations"
         if name == keys.DIVERSITY:
-            what, unit = "The images of one prompt became alike", "of their diversity"
+            what, unit = "The images of a prompt became alike", "of their diversity"
         when = f"by iteration {line['iteration']:.0f} while the trained reward rose"
         sign = f"{what} {when}: by {loss.value:.2f} ± {loss.error:.2f} {unit}, limit {log.limits.of(name):g}"
-        text = "It is being hacked: train with --stop-on-hacking, add the reward with a weight, or a KL term."
+        text = (
+            "The reward is being hacked: train with --stop-on-hacking, or add that reward with a weight or a KL term."
+        )
         yield Advice("problem", sign, "objective.kl_beta", text)
 
 
@@ -308,7 +313,7 @@ def _average(log: Log) -> Iterator[Advice]:
     if behind > ERRORS * math.hypot(
         last.get(keys.error_of(keys.SCORE), math.nan), last.get(keys.error_of(keys.EMA_SCORE), math.nan)
     ):
-        sign = f"The moving average is {behind:.3f} behind the weights"
+        sign = f"The moving average scores {behind:.3f} below the raw weights"
         yield Advice("note", sign, "train.ema_decay", "Lower it: the run is too short for this average.")
 
 

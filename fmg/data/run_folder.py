@@ -1,4 +1,4 @@
-"""Run folders: what one training run writes, where, and in which state it is. Imports no torch.
+"""Run folders: what a training run writes and where, and its state. Imports no torch.
 
 Layout: `recipe.yaml`, `run.json` (state), `environment.json`, `metrics.jsonl`, `samples/`, `checkpoints/`, `curve.png`,
 `before_after.png`, `report.html`.
@@ -36,7 +36,7 @@ _SAMPLE = re.compile(r"iteration-(\d+)\.png")
 
 @dataclass(frozen=True)
 class RunState:
-    """`run.json`: the model that is trained, when the run began (ISO 8601), and its state."""
+    """`run.json`: the trained model, when the run started (ISO 8601), and its state."""
 
     schema: int
     model: str
@@ -48,14 +48,14 @@ class RunState:
         """`created` in seconds since 1970.
 
         Raises:
-            ValueError: when `created` is not a date.
+            ValueError: `created` is not a date.
         """
         return datetime.fromisoformat(self.created).timestamp()
 
 
 @dataclass(frozen=True, repr=False)
 class RunFolder:
-    """The folder of one run. It can be used wherever a path can."""
+    """The folder of one run; works wherever a path does."""
 
     path: Path
 
@@ -63,16 +63,16 @@ class RunFolder:
     def create(
         cls, folder: str | Path | None, model: str, *, root: Path = RUNS, now: datetime | None = None
     ) -> RunFolder:
-        """Makes the folder of a new run, in state `running`.
+        """Creates the folder of a new run, in state `running`.
 
         Args:
-            folder: where to; None takes `<root>/<model>-<yyyymmdd-hhmmss>`, with `-2`, `-3`, ... when that is taken.
+            folder: None takes `<root>/<model>-<yyyymmdd-hhmmss>`, with `-2`, `-3`, ... when that is taken.
             model: name of the model.
             root: where unnamed runs go.
-            now: when the run begins; None asks the clock.
+            now: the start of the run; None takes the present time.
 
         Raises:
-            UsageError: when `folder` is not free, or cannot be made. Nothing is overwritten.
+            UsageError: `folder` is not free, or cannot be created. Nothing is overwritten.
         """
         began = now or datetime.now().astimezone()
         cls.check_free(folder)
@@ -89,12 +89,10 @@ class RunFolder:
 
     @staticmethod
     def check_free(folder: str | Path | None) -> None:
-        """Whether `create` would find `folder` free: missing or empty, in a place that can be written.
-
-        None is a new folder under `RUNS`.
+        """Checks that `create` would succeed: `folder` (None: one under `RUNS`) is missing or empty, and writable.
 
         Raises:
-            UsageError: when it holds a run, in whatever state, or anything else, or cannot be made.
+            UsageError: it holds a run or anything else, or cannot be created.
         """
         path = RUNS if folder is None else Path(folder)
         if (reason := refusal_of(path)) is not None:
@@ -122,58 +120,51 @@ class RunFolder:
         return html_text(repr(self)) + "".join(html_picture(p.read_bytes(), p.stem, _SHOWN_WIDTH) for p in pictures)
 
     def exists(self) -> bool:
-        """Whether there is a run, in whatever state."""
+        """Whether there is a run, in any state."""
         return is_run(self.path)
 
     @property
     def recipe(self) -> Path:
-        """The resolved recipe."""
         return self.path / "recipe.yaml"
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line."""
         return self.path / "metrics.jsonl"
 
     @property
     def samples(self) -> Path:
-        """Sample grids."""
         return self.path / "samples"
 
     def sample(self, iteration: int, *, averaged: bool = False) -> Path:
-        """The sample grid of an evaluation, by the weights or by their moving average."""
+        """The sample grid of an evaluation, by the raw weights or their moving average."""
         return self.samples / f"iteration-{iteration:04d}{'-ema' * averaged}.png"
 
     def sampled(self) -> list[Path]:
-        """The sample grids of the weights, by iteration."""
+        """The sample grids of the raw weights, by iteration."""
         found = ((_SAMPLE.fullmatch(path.name), path) for path in self.samples.glob("iteration-*.png"))
         return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
     @property
     def checkpoints(self) -> Path:
-        """Saved adapters."""
         return self.path / "checkpoints"
 
     @property
     def curve(self) -> Path:
-        """The figure of rewards over iterations."""
         return self.path / "curve.png"
 
     @property
     def before_after(self) -> Path:
-        """The picture of samples by the base and by the checkpoint that the run keeps, side by side."""
         return self.path / "before_after.png"
 
     @property
     def report(self) -> Path:
-        """The page of the run."""
         return self.path / "report.html"
 
     def state(self) -> RunState:
         """The contents of `run.json`.
 
         Raises:
-            CheckpointError: when the file is missing, damaged or of another schema.
+            CheckpointError: the file is missing, damaged or of another schema.
         """
         file = _state_file(self.path)
         fix = "Name a folder that `fmg train` made; `fmg runs` lists them."
@@ -195,7 +186,7 @@ class RunFolder:
         return state
 
     def values(self) -> Mapping[str, Plain]:
-        """The recipe's values as `recipe.yaml` states them, components not resolved; none where there is no recipe.
+        """The values of `recipe.yaml` as they are written, components unresolved; empty without a recipe.
 
         Raises:
             CheckpointError: the file is damaged.
@@ -223,13 +214,13 @@ class RunFolder:
         return lock(self.path, f"The run '{self.path}' is being trained by another process")
 
     def set_state(self, state: State) -> None:
-        """Changes the state, in one step on disk."""
+        """Changes the state atomically."""
         _write_state(self.path, replace(self.state(), state=state))
 
     def append_metrics(self, line: Mapping[str, object]) -> None:
-        """Adds one line to `metrics.jsonl`; floats that are not finite become null, which JSON can hold.
+        """Appends one line to `metrics.jsonl`; floats that are not finite become null, since JSON has no NaN.
 
-        What a crash left of an unfinished last line is removed first, so that the file stays readable.
+        An unfinished last line, left by a crash, is removed first, so that the file stays readable.
         """
         plain = {key: _finite(value) for key, value in line.items()}
         with self.metrics.open("a+b") as file:
@@ -242,17 +233,17 @@ class RunFolder:
 
 
 def is_run(path: Path) -> bool:
-    """Whether `path` is a run folder, in whatever state."""
+    """Whether `path` is a run folder, in any state."""
     return _state_file(path).is_file()
 
 
 def run_names(root: Path = RUNS) -> list[str]:
-    """The paths of the runs directly under `root`, as one types them."""
+    """The paths of the runs directly under `root`."""
     return [str(path) for path in sorted(root.iterdir()) if is_run(path)] if root.is_dir() else []
 
 
 def no_run(path: Path, root: Path = RUNS) -> UsageError:
-    """The error for a folder that is not a run, with the run that may have been meant."""
+    """The error for a folder that is not a run; it suggests the run that may have been meant."""
     known = run_names(root)
     fix = f"Name one that `fmg train` made. {suggestion(str(path), known)}" if known else "Train one with `fmg train`."
     return UsageError(f"'{path}' is not a run folder", fix)
@@ -283,7 +274,7 @@ def _sorted_runs(root: Path) -> tuple[list[RunFolder], list[tuple[RunFolder, Che
 
 
 def newest_run(root: Path = RUNS) -> Path | None:
-    """The run under `root` that began last, or None when there is none."""
+    """The run under `root` that started last, or None."""
     runs = list_runs(root)
     return runs[-1].path if runs else None
 

@@ -14,7 +14,7 @@ from fmg.core.json_io import JsonError, located, parse_object, read_lines
 from fmg.core.json_io import Line as TextLine
 
 if TYPE_CHECKING:
-    from fmg.data.checkpoints import Saved
+    from fmg.data.checkpoints import SavedCheckpoint
 
 Line = Mapping[str, float]
 
@@ -23,7 +23,7 @@ MAX_METRICS_BYTES = 1 << 30
 TWO_SIDED_95 = 1.96
 """Half-width of a 95 % interval of a mean, in standard errors."""
 ERRORS = 3.0
-"""Standard errors by which something has to be beyond a bound. One evaluation of a run whose true loss is the tolerance
+"""Standard errors by which a value must exceed a bound. One evaluation of a run whose true loss equals the tolerance
 exceeds it with probability 0.0013; at a true loss of 0 and 1000 images practically never."""
 
 
@@ -42,26 +42,26 @@ def read_metrics(path: Path) -> list[dict[str, object]]:
 
 
 def read_numbers(path: Path) -> list[dict[str, float]]:
-    """The same as numbers; null, which stands for what is not finite, is NaN.
+    """The same as numbers; null, which stands for a value that is not finite, becomes NaN.
 
     Raises:
-        CheckpointError: for a line that is not a JSON object of numbers, or does not say of which iteration it is.
+        CheckpointError: for a line that is not a JSON object of numbers, or does not name its iteration.
     """
     return [as_numbers(path, number, line) for number, line in enumerate(read_metrics(path), start=1)]
 
 
 def as_numbers(path: Path, number: int, line: Mapping[str, object], *, strict: bool = True) -> dict[str, float]:
-    """The numbers of a line of `metrics.jsonl`; null, which stands for what is not finite, is NaN.
+    """The numbers of a line of `metrics.jsonl`, as `read_numbers` gives them.
 
     Raises:
-        CheckpointError: unless not `strict`: it holds something else, or does not name its iteration.
+        CheckpointError: if `strict`: it holds other values, or does not name its iteration.
     """
     plain = {key: math.nan if value is None else value for key, value in line.items()}
     numbers = {key: float(value) for key, value in plain.items() if isinstance(value, (int, float))}
     if not strict:
         return numbers
     if numbers.keys() != plain.keys():
-        raise _damaged(path, number, "it holds something else than numbers")
+        raise _damaged(path, number, "it holds values other than numbers")
     if not math.isfinite(numbers.get("iteration", math.nan)):
         raise _damaged(path, number, "it does not name its iteration")
     return numbers
@@ -92,27 +92,27 @@ class Change:
 
     @property
     def low(self) -> float:
-        """What it confidently exceeds."""
+        """The bound that it exceeds with confidence."""
         return self.value - ERRORS * self.error
 
     @property
     def high(self) -> float:
-        """What it is confidently below."""
+        """The bound that it is below with confidence."""
         return self.value + ERRORS * self.error
 
     @classmethod
     def logged(cls, line: Mapping[str, float], key: str) -> Change:
-        """The change that an evaluation logged as `key` and `<key>_se`; no known change where it has none."""
+        """The change that an evaluation logged as `key` and `<key>_se`; unknown where it logged none."""
         return cls(line.get(key, 0.0), line.get(keys.error_of(key), math.inf))
 
 
 @dataclass(frozen=True)
 class HackingLimits:
-    """Losses that are tolerated, from the recipe's `eval` section.
+    """Tolerated losses, from the recipe's `eval` section.
 
     Attributes:
         tolerance: `eval.hacking_tolerance`: fall of a held-out reward, in standard deviations over images.
-        min_diversity: `eval.min_diversity`: share of the first rollout's diversity that has to stay.
+        min_diversity: `eval.min_diversity`: share of the first rollout's diversity that must remain.
     """
 
     tolerance: float
@@ -124,19 +124,19 @@ class HackingLimits:
 
 
 def is_hacking(gain: Change, loss: Change, limit: float, trained: Change) -> bool:
-    """The rule of the tripwire and of `fmg doctor run`.
+    """The rule of the reward-hacking monitor and of `fmg doctor run`.
 
     Args:
-        gain: of the trained reward since the untouched model.
-        loss: of something that is not trained.
-        limit: of the loss.
-        trained: change of the trained reward since the gap opened; a run that loses both is no hacker.
+        gain: of the trained reward since the base model.
+        loss: of a reward that is not trained, or of the diversity.
+        limit: the tolerated loss.
+        trained: change of the trained reward since the gap opened; a run that loses both rewards is not hacking.
     """
     return gain.low > 0 and loss.low > limit and not trained.high < 0
 
 
 def hacked(line: Mapping[str, float], limits: HackingLimits) -> Iterator[tuple[str, Change]]:
-    """What the log line of an evaluation shows to be hacked: its name, and its loss."""
+    """Names and losses of what is lost to reward hacking, by the log line of an evaluation."""
     for key in line:
         name = key.removeprefix(keys.WATCH).removesuffix("_loss")
         if key != keys.watched_loss(name):
@@ -148,16 +148,16 @@ def hacked(line: Mapping[str, float], limits: HackingLimits) -> Iterator[tuple[s
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run gained. Its result is the checkpoint that it keeps; the last evaluation is named as such beside it.
+    """What a run gained. Its result is the kept checkpoint; the last evaluation is reported separately.
 
-    Scores are those of the kept kind of weights, under `eval/...`, also where these are a moving average.
+    Scores are those of the kept kind of weights, under `eval/...` even where these are a moving average.
 
     Attributes:
-        iteration: of the checkpoint that the run keeps, or None before there is one.
+        iteration: of the kept checkpoint, or None before there is one.
         averaged: whether that checkpoint is a moving average of the weights.
-        base: the evaluation of the untouched model; empty before there is one.
-        kept: the evaluation of the kept checkpoint: empty where it was not evaluated, and the last one before there is
-            a checkpoint.
+        base: the evaluation of the base model; empty before there is one.
+        kept: the evaluation of the kept checkpoint: empty where it was not evaluated; the last one where there is no
+            checkpoint yet.
         last: the last evaluation.
     """
 
@@ -168,8 +168,8 @@ class Outcome:
     last: Line
 
     @classmethod
-    def of(cls, lines: Sequence[Line], best: Saved | None) -> Outcome:
-        """That of a run with these log lines and this best checkpoint."""
+    def of(cls, lines: Sequence[Line], best: SavedCheckpoint | None) -> Outcome:
+        """The outcome of a run with these log lines and this best checkpoint."""
         averaged = best is not None and best.score_key.startswith(keys.EVAL_EMA)
         # a damaged line may not name its iteration
         scored = [line for line in lines if is_evaluation(line) and math.isfinite(line.get("iteration", math.nan))]
@@ -180,20 +180,20 @@ class Outcome:
 
     @property
     def title(self) -> str:
-        """The kept checkpoint for people, as `iteration 30`, or why there is none."""
+        """The kept checkpoint, as `iteration 30`, or that there is none."""
         if self.iteration is None:
             return "no checkpoint yet"
         return f"iteration {self.iteration}" + (", moving average" if self.averaged else "")
 
     @property
     def keeps_last(self) -> bool:
-        """Whether the kept checkpoint is that of the last evaluation, so that there is no other to name."""
+        """Whether the kept checkpoint is that of the last evaluation."""
         return self.kept == self.last
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Columns and rows of the headline scores: of the base, of what is kept, and of the last where it is another.
+        """Columns and rows of the headline scores: of the base, the kept and, where it differs, the last evaluation.
 
-        What was not measured is a dash.
+        A score that was not measured is a dash.
         """
         shown = {"base": self.base, f"kept ({self.title})": self.kept}
         if not self.keeps_last:
@@ -204,7 +204,7 @@ class Outcome:
 
 
 def is_evaluation(line: Line) -> bool:
-    """Whether a log line is of an evaluation on held-out prompts."""
+    """Whether a log line belongs to an evaluation on held-out prompts."""
     return any(key.startswith((keys.EVAL, keys.EVAL_EMA)) for key in line)
 
 
@@ -212,7 +212,7 @@ def _of_weights(line: Line, *, averaged: bool) -> Line:
     own = keys.EVAL_EMA if averaged else keys.EVAL
     others = {key: value for key, value in line.items() if not key.startswith((keys.EVAL, keys.EVAL_EMA))}
     scores = {keys.EVAL + key.removeprefix(own): value for key, value in line.items() if key.startswith(own)}
-    # what is not finite counts as not measured
+    # a value that is not finite counts as not measured
     return {key: value for key, value in (others | scores).items() if math.isfinite(value)}
 
 

@@ -15,7 +15,7 @@ from fmg.core import metric_keys as keys
 from fmg.core.display import counted
 from fmg.core.files import write_atomic
 from fmg.core.protocols import PromptSet
-from fmg.data.checkpoints import Saved, read_index
+from fmg.data.checkpoints import SavedCheckpoint, read_index
 from fmg.data.prompt_sets import shared_prompts
 from fmg.data.run_folder import RunFolder
 from fmg.data.run_metrics import read_metrics
@@ -55,12 +55,12 @@ def write_cards(run: RunFolder, recipe: Recipe, prompts: PromptSet, eval_prompts
 
 def card_text(
     recipe: Recipe,
-    saved: Saved,
+    saved: SavedCheckpoint,
     scores: Mapping[str, tuple[float | None, float | None]],
     *,
     prompts: str,
     pictured: bool,
-    kept: Saved,
+    kept: SavedCheckpoint,
 ) -> str:
     """The card in Markdown, with the front matter that model hubs read.
 
@@ -77,12 +77,12 @@ def card_text(
 
 def _lines(
     recipe: Recipe,
-    saved: Saved,
+    saved: SavedCheckpoint,
     scores: Mapping[str, tuple[float | None, float | None]],
     prompts: str,
     *,
     pictured: bool,
-    kept: Saved,
+    kept: SavedCheckpoint,
 ) -> Iterator[str]:
     name = recipe.model.name
     full = recipe.train.trainable == "full"
@@ -221,7 +221,7 @@ def _terms_table(recipe: Recipe) -> Iterator[str]:
         yield _terms(f"reward `{reward.label}`", reward.config.about)
 
 
-def _origin(recipe: Recipe, saved: Saved) -> str:
+def _origin(recipe: Recipe, saved: SavedCheckpoint) -> str:
     name, rank = recipe.model.name, recipe.lora.rank
     what = {
         "lora": f"A LoRA (rank {rank}, alpha {recipe.lora.alpha:g}) on",
@@ -250,7 +250,7 @@ def _terms(part: str, about: About) -> str:
     return f"| {part} | {licence} | {about.citation or '-'} |"
 
 
-def _scores(lines: list[dict[str, object]], saved: Saved) -> dict[str, tuple[float | None, float | None]]:
+def _scores(lines: list[dict[str, object]], saved: SavedCheckpoint) -> dict[str, tuple[float | None, float | None]]:
     place = saved.score_key.partition("/")[0] + "/"
     evaluated = [line for line in lines if any(key.startswith(place) for key in line)]
     base = next((line for line in evaluated if line.get("iteration") == 0), {})

@@ -44,7 +44,7 @@ from fmg.data.checkpoints import (
     FOLDER,
     UNCHECKED,
     CheckpointIndex,
-    Saved,
+    SavedCheckpoint,
     checked,
     existing_index,
     read_index,
@@ -324,7 +324,7 @@ def save_checkpoint(
         # a killed process may have saved it without naming it in the index
         _remove(run, [name])
         model.save_adapter(run / FOLDER / name)
-        known = (*known, Saved(name, iteration, score_key, score, eligible, write_sums(run / FOLDER / name)))
+        known = (*known, SavedCheckpoint(name, iteration, score_key, score, eligible, write_sums(run / FOLDER / name)))
     best = _best(known)
     kept = tuple(entry for entry in known if score is None or entry.name == best or entry.iteration == iteration)
     index = write_index(run, CheckpointIndex(kept, best, newest))
@@ -370,15 +370,15 @@ def _remove(run: Path, names: Sequence[str]) -> None:
             shutil.rmtree(folder)
 
 
-def _best(known: Sequence[Saved]) -> str:
+def _best(known: Sequence[SavedCheckpoint]) -> str:
     trained = [entry for entry in known if entry.iteration > 0]
-    scored = [(e.score, -e.iteration, not _is_ema(e), e.name) for e in known if e.score is not None and e.sound]
+    scored = [(e.score, -e.iteration, not _is_ema(e), e.name) for e in known if e.score is not None and e.eligible]
     if trained and (not scored or all(entry.score is None for entry in trained)):
         return max(trained, key=lambda entry: (entry.iteration, not _is_ema(entry))).name
     return max(scored)[3]
 
 
-def _is_ema(entry: Saved) -> bool:
+def _is_ema(entry: SavedCheckpoint) -> bool:
     return entry.name.endswith(EMA_SUFFIX)
 
 

@@ -17,7 +17,7 @@ from fmg.core import metric_keys as keys
 from fmg.core.events import Observer, StageProgress
 from fmg.core.protocols import Reward
 from fmg.data.charts import write_figure
-from fmg.data.checkpoints import Saved
+from fmg.data.checkpoints import SavedCheckpoint
 from fmg.data.metrics_log import MetricsLog
 from fmg.data.pictures import GridRow, sample_grid, write_picture
 from fmg.data.prompt_sets import spread
@@ -142,7 +142,7 @@ class Evaluator:
         """Writes the same for a moving average that has taken the place of the weights."""
         self._write_samples(self._rows(), iteration, averaged=True)
 
-    def show_result(self, lines: list[Mapping[str, float]], best: Saved) -> None:
+    def show_result(self, lines: list[Mapping[str, float]], best: SavedCheckpoint) -> None:
         """Writes `before_after.png` of the checkpoint that the run keeps, and `curve.png` of the metrics so far."""
         if not self.dist.is_main_process:
             return

@@ -52,7 +52,7 @@ from fmg.core.errors import RewardError
 from fmg.core.events import Evaluated, Event, Finished, IterationDone, Notice, Observer, Resumed, Started
 from fmg.core.signals import signal_name, signal_of
 from fmg.core.types import ScoredRollout
-from fmg.data.checkpoints import CheckpointIndex, Saved
+from fmg.data.checkpoints import CheckpointIndex, SavedCheckpoint
 from fmg.data.prompt_sets import overlap_warning
 from fmg.data.resume_points import newest_state, resume_command
 from fmg.data.run_folder import RunFolder
@@ -92,7 +92,7 @@ class TrainResult:
     iterations: int
     initial: Mapping[str, float]
     final: Mapping[str, float]
-    best: Saved
+    best: SavedCheckpoint
     interrupted: bool
     hacking: HackingVerdict | None
     outcome: Outcome
@@ -104,7 +104,7 @@ class TrainResult:
         run: RunFolder,
         iterations: int,
         evaluations: Sequence[Mapping[str, float]],
-        best: Saved,
+        best: SavedCheckpoint,
         hacking: HackingVerdict | None = None,
         signal: int | None = None,
     ) -> TrainResult:

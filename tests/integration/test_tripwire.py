@@ -59,7 +59,7 @@ def test_a_hacked_run_is_stopped_and_stands_for_what_was_before(
     assert "Stopped after iteration 2" in done.stderr
     index = read_index(tmp_path / "run")
     assert index is not None
-    assert (index.entry(index.best).sound, index.entry(index.latest).sound) == (True, False)
+    assert (index.entry(index.best).eligible, index.entry(index.latest).eligible) == (True, False)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "finished"
     shown = fmg("doctor", "run", "run")
     assert shown.code == 1

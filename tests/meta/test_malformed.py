@@ -110,7 +110,7 @@ MISUSES = (
     Misuse("train --resume nowhere", "'nowhere' is not a run folder"),
     Misuse("train --resume taken", "'taken' is not a run folder", folder_with_a_file),
     Misuse("train --resume taken", "The run 'taken' is finished", finished_run),
-    Misuse("train --resume taken", "has no saved state to go on from", interrupted_run),
+    Misuse("train --resume taken", "has no saved state to resume from", interrupted_run),
     Misuse("train --resume taken --lr 1e-3", "--lr would change it", interrupted_run),
     Misuse("train --resume taken --set lora.rank=4", "--set would change it", interrupted_run),
     Misuse("train --resume taken --run other", "--run would change it", interrupted_run),

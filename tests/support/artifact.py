@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fmg.core.files import write_sums
-from fmg.data.checkpoints import FOLDER, CheckpointIndex, Saved, write_index
+from fmg.data.checkpoints import FOLDER, CheckpointIndex, SavedCheckpoint, write_index
 from fmg.data.run_folder import RunFolder
 from fmg.export import artifact as exporter
 from fmg.export.artifact import ExportOptions, export_artifact, export_source
@@ -49,7 +49,7 @@ def make_run(folder: Path, recipe: Recipe, seed: int, trained: Literal["lora", "
         for _, parameter in model.trainable():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     model.save_adapter(run.path / FOLDER / "checkpoint-1")
-    saved = Saved("checkpoint-1", 1, "eval/score", 0.5, digest=write_sums(run.path / FOLDER / "checkpoint-1"))
+    saved = SavedCheckpoint("checkpoint-1", 1, "eval/score", 0.5, digest=write_sums(run.path / FOLDER / "checkpoint-1"))
     write_index(run.path, CheckpointIndex((saved,), saved.name, saved.name))
     run.set_state("finished")
     return run.path

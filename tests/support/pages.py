@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from fmg.core.machine import write_environment
-from fmg.data.checkpoints import CheckpointIndex, Saved, write_index
+from fmg.data.checkpoints import CheckpointIndex, SavedCheckpoint, write_index
 from fmg.data.run_folder import RunFolder
 from fmg.recipe import resolve
 
@@ -94,7 +94,7 @@ def made_up_run(folder: Path, *, lr: float = 1e-3, evaluations: int = 4, average
         Image.fromarray(pixels).save(run.samples / f"iteration-{iteration:04d}.png")
     Image.fromarray(pixels).save(run.before_after)
     end, key = ("-ema", "eval_ema/score") if averaged else ("", "eval/score")
-    best, last = (Saved(f"checkpoint-{n}{end}", n, key, 0.7 + n) for n in (1, evaluations - 1))
+    best, last = (SavedCheckpoint(f"checkpoint-{n}{end}", n, key, 0.7 + n) for n in (1, evaluations - 1))
     for saved in (best, last):
         (run.checkpoints / saved.name).mkdir()
     write_index(run.path, CheckpointIndex((best, last), best.name, last.name))

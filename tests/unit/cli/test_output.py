@@ -6,7 +6,7 @@ from rich.console import Console
 
 from fmg.cli.output import change, interval, number, table
 from fmg.core.metric_keys import SCORE
-from fmg.data.checkpoints import Saved
+from fmg.data.checkpoints import SavedCheckpoint
 from fmg.data.run_metrics import Outcome
 
 
@@ -18,14 +18,14 @@ def test_numbers() -> None:
 
 def test_the_end_of_a_run_shows_what_it_keeps_and_names_the_last_evaluation_beside_it() -> None:
     lines = [{"iteration": float(i), "eval/r_mean": 0.25 * i, "eval/score": 0.0} for i in range(3)]
-    columns, rows = Outcome.of(lines, Saved("checkpoint-1", 1, "eval/score", 0.0)).table()
+    columns, rows = Outcome.of(lines, SavedCheckpoint("checkpoint-1", 1, "eval/score", 0.0)).table()
     assert columns == ["held out", "base", "kept (iteration 1)", "last (iteration 2)"]
     assert rows == [["r", "0.000", "0.250", "0.500"]]
-    columns, rows = Outcome.of(lines, Saved("checkpoint-2", 2, "eval/score", 0.0)).table()
+    columns, rows = Outcome.of(lines, SavedCheckpoint("checkpoint-2", 2, "eval/score", 0.0)).table()
     assert columns == ["held out", "base", "kept (iteration 2)"]
     damaged = [{SCORE: 9.0}, *lines, {SCORE: 9.0, "iteration": float("nan")}]
-    assert Outcome.of(damaged, saved := Saved("checkpoint-2", 2, SCORE, 0.0)) == Outcome.of(lines, saved)
-    columns, rows = Outcome.of(lines, Saved("checkpoint-5", 5, "eval/score", None)).table()
+    assert Outcome.of(damaged, saved := SavedCheckpoint("checkpoint-2", 2, SCORE, 0.0)) == Outcome.of(lines, saved)
+    columns, rows = Outcome.of(lines, SavedCheckpoint("checkpoint-5", 5, "eval/score", None)).table()
     assert rows == [["r", "0.000", "-", "0.500"]]
 
 

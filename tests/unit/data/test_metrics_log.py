@@ -64,7 +64,7 @@ def test_what_is_no_number_is_left_out_unless_it_matters(tmp_path: Path) -> None
     assert list(log.iterations[0]) == ["iteration", "loss"]
     assert math.isnan(log.iterations[0]["loss"])
     assert (log.done, len(log.iterations)) == (1, 2)
-    with pytest.raises(CheckpointError, match="something else than numbers"):
+    with pytest.raises(CheckpointError, match="values other than numbers"):
         MetricsLog.read(file, strict=True)
 
 

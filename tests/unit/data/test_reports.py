@@ -13,7 +13,7 @@ from PIL import Image
 
 from fmg.core.errors import CheckpointError, FmgWarning, UsageError
 from fmg.data.charts import Curve, chart, figure_bytes
-from fmg.data.checkpoints import CheckpointIndex, Saved, write_index
+from fmg.data.checkpoints import CheckpointIndex, SavedCheckpoint, write_index
 from fmg.data.page import Gallery, Listing, Picture, Section, Table, Text, Tile, inline_image, page
 from fmg.data.run_folder import RunFolder
 from fmg.data.run_metrics import Outcome, read_numbers
@@ -129,9 +129,9 @@ def test_the_picture_of_before_and_after_is_of_the_checkpoint_that_is_kept(tmp_p
     kept, ema, base, none = (
         kept_picture(run, Outcome.of(lines, saved))
         for saved in (
-            Saved("a", 1, "eval/score", 1.7),
-            Saved("a-ema", 1, "eval_ema/score", 1.7),
-            Saved("b", 0, "eval_ema/score", 0.7),
+            SavedCheckpoint("a", 1, "eval/score", 1.7),
+            SavedCheckpoint("a-ema", 1, "eval_ema/score", 1.7),
+            SavedCheckpoint("b", 0, "eval_ema/score", 0.7),
             None,
         )
     )
@@ -144,13 +144,14 @@ def test_the_picture_of_before_and_after_is_of_the_checkpoint_that_is_kept(tmp_p
     assert np.array_equal(shown[26:, 924:], grids[1][26:, 146:])
     assert np.array_equal(np.asarray(base)[26:, 924:], grids[0][26:, 146:])
     run.sample(1).write_bytes(b"no picture")
-    assert kept_picture(run, Outcome.of(lines, Saved("a", 1, "eval/score", 1.7))) is None
+    assert kept_picture(run, Outcome.of(lines, SavedCheckpoint("a", 1, "eval/score", 1.7))) is None
 
 
 def test_the_result_of_a_run_that_was_not_evaluated_is_said_to_be_unknown(tmp_path: Path) -> None:
     run = made_up_run(tmp_path / "run")
     write_index(
-        run.path, CheckpointIndex((Saved("checkpoint-1", 5, "eval/score", None),), "checkpoint-1", "checkpoint-1")
+        run.path,
+        CheckpointIndex((SavedCheckpoint("checkpoint-1", 5, "eval/score", None),), "checkpoint-1", "checkpoint-1"),
     )
     words = self_contained(write_run_report(run).read_text(encoding="utf-8")).words
     assert "The kept checkpoint (iteration 5) has not been evaluated." in words

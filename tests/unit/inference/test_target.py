@@ -58,7 +58,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_others_can_be_used(tmp_path: Pa
 def test_an_older_run_is_used_with_one_warning(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     without_digests(run)
-    with pytest.warns(FmgWarning, match="kept no digests") as said:
+    with pytest.warns(FmgWarning, match="without digests") as said:
         resolve_target(run)
     assert len(said) == 1
 

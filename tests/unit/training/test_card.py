@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 
-from fmg.data.checkpoints import CheckpointIndex, Saved, write_index
+from fmg.data.checkpoints import CheckpointIndex, SavedCheckpoint, write_index
 from fmg.data.pictures import to_pil
 from fmg.data.prompt_sets import load_prompts
 from fmg.data.run_folder import RunFolder
@@ -29,7 +29,7 @@ def _run(tmp_path: Path) -> RunFolder:
         run.append_metrics({"iteration": iteration + 1, "reward/mean": 0.1})
     for name in ("checkpoint-10",):
         (run.checkpoints / name).mkdir()
-    saved = (Saved("checkpoint-10", 10, "eval/score", 0.875),)
+    saved = (SavedCheckpoint("checkpoint-10", 10, "eval/score", 0.875),)
     write_index(run.path, CheckpointIndex(saved, "checkpoint-10", "checkpoint-10"))
     (run.samples / "iteration-0010.png").write_bytes(b"picture")
     return run

@@ -333,7 +333,7 @@ def test_a_state_that_lost_its_digests_is_refused(run: RunFolder) -> None:
 
 def test_a_run_without_digests_is_resumed_with_one_warning(run: RunFolder) -> None:
     without_digests(run.path)
-    with pytest.warns(FmgWarning, match="kept no digests") as said:
+    with pytest.warns(FmgWarning, match="without digests") as said:
         assert load_state(run, RECIPE).progress.lines == 2
     assert len(said) == 1
     rewind(run, 2)
