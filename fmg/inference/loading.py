@@ -401,25 +401,21 @@ class TensorRtOpener:
         return EngineHost(self.flavour, str(load_module(self.flavour).__version__), current_gpu())
 
 
-@backends.register("torch", TorchBackendConfig)
 def torch_backend(config: TorchBackendConfig) -> TorchOpener:
     """The model itself, eager."""
     return TorchOpener(config)
 
 
-@backends.register("onnxruntime", OnnxRuntimeConfig)
 def onnxruntime_backend(config: OnnxRuntimeConfig) -> OnnxRuntimeOpener:
     """The graphs of an artifact in ONNX Runtime."""
     return OnnxRuntimeOpener(config)
 
 
-@backends.register("tensorrt", TensorRtConfig)
 def tensorrt_backend(config: TensorRtConfig) -> TensorRtOpener:
     """TensorRT engines of an exported artifact, built on this kind of GPU."""
     return TensorRtOpener(config, TENSORRT, preference=20)
 
 
-@backends.register("tensorrt-rtx", TensorRtConfig)
 def tensorrt_rtx_backend(config: TensorRtConfig) -> TensorRtOpener:
     """TensorRT-RTX engines of an exported artifact, built ahead of time for GeForce and RTX GPUs."""
     return TensorRtOpener(config, RTX, preference=10)

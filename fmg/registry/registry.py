@@ -87,8 +87,7 @@ class Registry(Generic[P]):
     def register(self, name: str, config: type[C], summary: str = "") -> Callable[[Callable[[C], P]], Callable[[C], P]]:
         """Registers a class or function that turns a `C` into a component of this kind.
 
-        Built-in components have a catalog row, and the decorator checks itself against it; a component without a
-        row (of another package, or of the current session) gets one.
+        For components of other packages and of the current session; those of this package have a row in the catalog.
 
         Args:
             name: lower-case words joined by hyphens.
@@ -108,9 +107,6 @@ class Registry(Generic[P]):
                     f"Derive {config.__name__} from fmg.registry.{self.config_base.__name__}.",
                 )
             line = summary or (target.__doc__ or "").strip().split("\n")[0]
-            known = self._rows.get(name)
-            if known is not None and known.factory == where:
-                line = known.summary
             self._insert(Row(self.kind, name, f"{config.__module__}:{config.__qualname__}", where, line))
             self._configs[name] = config
             self._factories[name] = factory
@@ -187,7 +183,7 @@ class Registry(Generic[P]):
         """The component `name` from an already validated config."""
         if name not in self._factories:
             row = self.row(name)
-            # importing the module runs its decorator, which fills the table; a plain attribute works as well
+            # a module of another package may register its factory itself when it is imported
             factory = self._import(row, row.factory)
             self._factories.setdefault(name, cast("Callable[[Any], P]", factory))
         with fenced(f"The {self.kind} '{name}'"):

@@ -13,13 +13,11 @@ from fmg.core import metric_keys as keys
 from fmg.core.errors import CompositionError
 from fmg.core.protocols import Density, FlowMap, Policies, Stochasticizer
 from fmg.core.types import Batch, BranchRollout, Conditioning, Loss, ScoredRollout, TransitionRollout
-from fmg.registry import objectives
 from fmg.rl.advantages import informative
 from fmg.rl.configs import GrpoConfig, GrpoGuardConfig
 from fmg.rl.replay import Unbound, log_probs, mean_distance, replay
 
 
-@objectives.register("grpo", GrpoConfig)
 class Grpo:
     """Clipped policy ratio with group advantages (Flow-Map GRPO, arXiv 2607.00535; docs/math.md, eq. 20-22).
 
@@ -120,7 +118,6 @@ class Grpo:
         return mean_distance(mean, base, std).mean()
 
 
-@objectives.register("grpo-guard", GrpoGuardConfig)
 def grpo_guard(config: GrpoGuardConfig) -> Grpo:
     """`grpo` with `ratio_norm` on."""
     return Grpo(config)

@@ -13,14 +13,12 @@ from fmg.core.errors import CompositionError
 from fmg.core.protocols import FlowMap, Policies, Stochasticizer
 from fmg.core.types import Batch, Loss, ScoredRollout
 from fmg.flow.path import expand
-from fmg.registry import objectives
 from fmg.rl.advantages import informative
 from fmg.rl.configs import RwfmConfig
 from fmg.rl.keyed_noise import OBJECTIVE, NoiseKey
 from fmg.rl.rollouts import noise, uniform
 
 
-@objectives.register("rwfm", RwfmConfig)
 class RewardWeightedFlowMatching:
     """Flow matching on the policy's own samples with weights `exp(A / temperature)` (Fan et al., arXiv 2502.06061).
 

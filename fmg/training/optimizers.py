@@ -12,13 +12,11 @@ from torch.optim import Optimizer
 
 from fmg.core.errors import CheckpointError, MissingDependencyError
 from fmg.core.protocols import OptimizerFactory
-from fmg.registry import optimizers
 from fmg.training.configs import AdafactorConfig, AdamW8bitConfig, AdamWConfig, MuonConfig, SgdConfig
 
 NamedParameters = Iterable[tuple[str, Parameter]]
 
 
-@optimizers.register("adamw", AdamWConfig)
 def adamw(config: AdamWConfig) -> OptimizerFactory:
     """`torch.optim.AdamW`."""
 
@@ -30,7 +28,6 @@ def adamw(config: AdamWConfig) -> OptimizerFactory:
     return make
 
 
-@optimizers.register("adamw8bit", AdamW8bitConfig)
 def adamw8bit(config: AdamW8bitConfig) -> OptimizerFactory:
     """`bitsandbytes.optim.AdamW8bit`; tensors of fewer than 4096 numbers keep fp32 moments, as it decides.
 
@@ -57,7 +54,6 @@ def adamw8bit(config: AdamW8bitConfig) -> OptimizerFactory:
     return make
 
 
-@optimizers.register("sgd", SgdConfig)
 def sgd(config: SgdConfig) -> OptimizerFactory:
     """`torch.optim.SGD`."""
 
@@ -73,7 +69,6 @@ def sgd(config: SgdConfig) -> OptimizerFactory:
     return make
 
 
-@optimizers.register("adafactor", AdafactorConfig)
 def adafactor(config: AdafactorConfig) -> OptimizerFactory:
     """`torch.optim.Adafactor`."""
 
@@ -89,7 +84,6 @@ def adafactor(config: AdafactorConfig) -> OptimizerFactory:
     return make
 
 
-@optimizers.register("muon", MuonConfig)
 def muon(config: MuonConfig) -> OptimizerFactory:
     """`torch.optim.Muon` on parameters with two dimensions, `torch.optim.AdamW` on the rest, as one optimizer."""
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fmg.registry.catalog import ROWS
+
 ROOT = Path(__file__).resolve().parents[2]
 
 CASES = """\
@@ -99,6 +101,27 @@ class MissingTimes:
     def transition(self, flow_map: FlowMap, x_t: Tensor, cond: Conditioning) -> Density:
         raise NotImplementedError
 """
+
+
+def built_in() -> str:
+    """A program that registers every built-in component, as its catalog row does without a type checker."""
+    lines = ["from fmg.registry import catalog"]
+    for number, row in enumerate(ROWS):
+        (config_module, config), (module, factory) = row.config.split(":"), row.factory.split(":")
+        registry = row.kind.replace("-", "_") + "s"
+        lines += [f"from {config_module} import {config} as C{number}", f"from {module} import {factory} as F{number}"]
+        lines += [f'catalog.{registry}.register("{row.name}", C{number})(F{number})']
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.slow
+def test_mypy_accepts_every_row_of_the_catalog(tmp_path: Path) -> None:
+    file = tmp_path / "rows.py"
+    file.write_text(built_in())
+    command = [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", "--no-error-summary", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.stdout.strip() == ""
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
