@@ -29,7 +29,7 @@ TORCH_FOLDER := -c 'from importlib.util import find_spec; from pathlib import Pa
   print(Path(find_spec("torch").origin).parents[1])'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-transformers rtx check gpu-check format clean
+.PHONY: help setup demo test test-transformers rtx check gpu-check docs format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -86,6 +86,10 @@ gpu-check: setup ## throughput, memory against the plan, latency and the GPU's t
 	$(BIN)/python benchmarks/gpu_check.py
 	$(BIN)/python benchmarks/gpu_export.py
 	$(RUN) pytest -m gpu
+
+docs: setup ## the documentation site, in build/site; nothing is fetched
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
+	@echo 'To read it with search: $(BIN)/python -m http.server -d build/site'
 
 format: setup ## rewrite the sources in the project's style
 	$(RUN) ruff format .
