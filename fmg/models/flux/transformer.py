@@ -74,8 +74,8 @@ class FlowMapFluxTransformer2DModel(FluxTransformer2DModel):  # type: ignore[mis
         time_scale: factor on ``t``, the second time and the guidance before their sinusoids: 1000 for stock FLUX
             weights, 1 for weights trained on unscaled times.
         second_time: what ``timestep_embedder2`` receives. ``"none"`` is a single-time map and has no such embedder.
-        patch_size, in_channels, out_channels, num_layers, num_single_layers, attention_head_dim, num_attention_heads,
-            joint_attention_dim, pooled_projection_dim, guidance_embeds, axes_dims_rope: as in diffusers.
+
+    All other arguments are those of diffusers' class.
 
     Raises:
         UsageError: ``time_scale`` is not positive or ``second_time`` is unknown.
