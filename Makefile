@@ -3,11 +3,13 @@
 #   VENV         where the environment lives
 #   TORCH_INDEX  package index to take torch from; without it, a torch that is already there is kept, else a CPU build
 #                is installed
+#   WORKERS      processes that share the tests; 0 runs them in one
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 TORCH_INDEX ?=
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.fmg-installed
@@ -15,6 +17,9 @@ PINS := $(VENV)/constraints.txt
 # Tools are run as modules: one that comes with the interpreter's own packages has no script in the environment.
 RUN := $(BIN)/python -m
 LINT_IMPORTS := $(BIN)/python -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
+# One thread a process: the tests' tensors are too small to share. Files stay whole, because their tests share fixtures,
+# and in order, because the longest come first.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(RUN) pip --no-input --disable-pip-version-check
 TORCH_PIN := $(shell sed -n 's/^torch==//p' constraints.txt)
 TORCH_MIN := $(shell sed -n 's/^ *"torch>=\(.*\)",$$/\1/p' pyproject.toml)
@@ -66,7 +71,7 @@ demo: setup ## train on the CPU, compare with the base, export, verify the expor
 	echo; echo "Pictures: $$run/before_after.png and $$run/curve.png"
 
 test: setup ## the whole test-suite, without the tests that need a GPU
-	$(RUN) pytest -m "not gpu and not rtx"
+	$(PYTEST) -m "not gpu and not rtx"
 
 rtx: setup ## TensorRT-RTX engines of the embedded model, built on the CPU; installs the package (95 MB) first
 	$(PIP) install --constraint $(PINS) --editable '.[dev,trt-rtx]'
@@ -80,7 +85,7 @@ check: setup ## format, lint, types, layers and the fast tests
 	$(RUN) ruff check .
 	$(RUN) mypy
 	$(LINT_IMPORTS)
-	$(RUN) pytest -m "not slow and not gpu and not rtx" tests/unit
+	$(PYTEST) -m "not slow and not gpu and not rtx" tests/unit
 
 gpu-check: setup ## throughput, memory against the plan, latency and the GPU's tests; JSON in benchmarks/results
 	$(BIN)/python benchmarks/gpu_check.py

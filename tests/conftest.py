@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
 from fmg.inference.artifact import Artifact
+
+
+def pytest_configure() -> None:
+    """Hears Ctrl-C although a job in the background ignores it: tests send it to themselves and to their children."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,17 +30,36 @@ TINY = {
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_does_what_it_says(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for step in steps(page.read_text(encoding="utf-8")):
-        run(step, page.name)
+    with session() as execute:
+        for step in steps(page.read_text(encoding="utf-8")):
+            run(step, page.name, execute)
 
 
-def run(step: Step, page: str) -> None:
+@contextmanager
+def session() -> Iterator[Callable[[str], object]]:
+    """Runs the programs of a page in one process, as a reader would: its imports take seconds.
+
+    It is not this process, because what a page registers must not be there for other tests.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield lambda source: pool.submit(execute_program, source, str(Path.cwd())).result()
+
+
+def execute_program(source: str, folder: str) -> None:
+    """Runs a program with a namespace of its own, which finds the modules in the folder as a script there would."""
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    exec(compile(source, "<page>", "exec"), {"__name__": "__main__"})
+
+
+def run(step: Step, page: str, execute: Callable[[str], object]) -> None:
     if isinstance(step, NewFile):
         Path(step.name).write_text(step.content, encoding="utf-8")
     elif isinstance(step, Program):
-        # a process of its own: what a page registers must not be there for other tests
-        done = subprocess.run([sys.executable, "-c", step.source], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{page}:{step.line}:\n{done.stderr}"
+        try:
+            execute(step.source)
+        except Exception as error:
+            pytest.fail(f"{page}:{step.line}:\n{error.__cause__ or error}")
     elif step.words[0] == "fmg":
         shown = fmg(*shrunk(step))
         assert shown.code == 0, f"{page}:{step.line}: {' '.join(step.words)}\n{shown.stderr}"

@@ -72,12 +72,15 @@ def _train(recipe: Recipe, run: Path, cut: int | None) -> dict[str, torch.Tensor
             os.kill(os.getpid(), signal.SIGINT)
 
     Updater.update = recording  # type: ignore[method-assign]
+    # a job in the background ignores it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         result = fmg.train(recipe, run, stop)
         assert result.interrupted == (cut is not None)
         if cut is not None:
             resume(run, allow_code=True)
     finally:
+        signal.signal(signal.SIGINT, before)
         Updater.update = update  # type: ignore[method-assign]
     return recorded[0]
 
