@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -124,3 +125,14 @@ def test_ten_lines_of_python_train_plot_generate_and_export() -> None:
     lines = [line for line in first.source.splitlines() if line.strip()]
     assert len(lines) <= 10
     assert all(word in first.source for word in ("train(", ".plot()", ".generate(", "export_artifact("))
+
+
+def test_decisions_are_numbered_once_and_listed() -> None:
+    listed = re.findall(
+        r"^- \[(\d+)\]\((0.+?\.md)\)", (ROOT / "docs" / "adr" / "README.md").read_text("utf-8"), re.MULTILINE
+    )
+    files = sorted(file.name for file in (ROOT / "docs" / "adr").glob("0*.md"))
+    assert [name for _, name in listed] == files
+    numbers = [int(number) for number, _ in listed]
+    assert numbers == [int(name[:4]) for name in files]
+    assert len(set(numbers)) == len(numbers)
