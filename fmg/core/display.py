@@ -35,6 +35,12 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
+def some(names: Iterable[object], most: int = 5) -> str:
+    """At most `most` of the names, sorted, and how many more there are."""
+    ordered = sorted(map(str, names))
+    return ", ".join(ordered[:most]) + (f" and {len(ordered) - most} more" if len(ordered) > most else "")
+
+
 def visible(text: str, *, lines: bool = False) -> str:
     """`text` with what cannot be seen written as in Python: `\\x1b`, `\\u202e`, `\\n`.
 

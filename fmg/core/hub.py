@@ -92,9 +92,9 @@ class Asset:
         what: what they are, such as `tokenizer` or `teacher`; unique within a component.
         option: the option that names the source.
         source: as `parse_source` takes it.
-        files: names of the files that are needed; `a|b` means the first of them that is there. A source that is one
-            file takes the place of the first, and the others are looked for beside it.
-        optional: names of files that are used when they are there.
+        files: names of the files that are needed; `a|b` means the first of them that exists. A source that is one
+            file stands for the first, and the others are looked for beside it.
+        optional: names of files that are used where they exist.
         folders: component folders, such as `vae`, whose config and weights are needed.
         patterns: files to fetch from a repository, where they are not named one by one.
         sha256: digest of the published first file; None for a user's own source and where none is known.
@@ -150,7 +150,7 @@ class Located:
 
 
 def problem(asset: Asset) -> str | None:
-    """What of `asset` is not on this computer, as a clause; None when everything is there."""
+    """What is missing of `asset` on this computer, as a clause; None if nothing is."""
     found = _find(asset)
     return found if isinstance(found, str) else None
 
@@ -243,7 +243,7 @@ def exact(download: Download) -> Download:
     if absent or not chosen:
         weights = sorted(name for name in sizes if name.endswith((".pt", ".safetensors")))
         raise MissingDependencyError(
-            f"'{source.repository}' has no file '{_listed(absent) or source.file}'; it has "
+            f"'{source.repository}' has no file '{_listed(absent or download.asset.patterns)}'; it has "
             f"{', '.join(weights[:8]) or 'no weights'}",
             f"Set {download.asset.option} to {source.repository}:FILE.",
         )
@@ -347,11 +347,11 @@ def is_offline() -> bool:
 
 
 def refuse_offline(command: str, lacking: str) -> None:
-    """Stops a download when the user forbids the network.
+    """Refuses a download when the user forbids the network.
 
     Args:
         command: the command that fetches when there is a network.
-        lacking: what is missing here, for people.
+        lacking: what is missing here, for the message.
 
     Raises:
         UsageError: offline.
@@ -364,7 +364,7 @@ def refuse_offline(command: str, lacking: str) -> None:
 
 
 def _find(asset: Asset) -> Located | str:
-    """The asset on this computer, or what of it is not there, as a clause."""
+    """The asset on this computer, or what is missing of it, as a clause."""
     source = asset.place
     if asset.files:
         files = dict(_named_files(asset))
@@ -399,7 +399,7 @@ def _named_files(asset: Asset) -> Iterator[tuple[str, Path]]:
 
 
 def _path(asset: Asset, name: str) -> Path | None:
-    """Where a file of an asset with named files would be; None where it is not to be found at all."""
+    """Where a named file of an asset would be; None if it has no place on this computer."""
     match asset.place:
         case HubSource() as source:
             return _cached(source, name)

@@ -205,3 +205,23 @@ def _folder() -> Path | None:
     except OSError:
         # it was removed
         return None
+
+
+@contextmanager
+def quiet(*libraries: Any) -> Iterator[None]:
+    """No progress bars and no advice from libraries of Hugging Face inside the body; their settings are restored.
+
+    Args:
+        libraries: their modules `utils.logging`.
+    """
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, verbosity, bar in before:
+            library.set_verbosity(verbosity)
+            if bar:
+                library.enable_progress_bar()

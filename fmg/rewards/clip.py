@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
+from fmg.core.display import some
 from fmg.core.errors import CheckpointError, MissingDependencyError
 from fmg.core.hub import Located
 from fmg.core.types import RewardOutput
@@ -34,7 +35,6 @@ from fmg.rewards.network import (
     read_json,
     read_renamed,
     read_tensors,
-    some,
 )
 from fmg.version import install_line
 

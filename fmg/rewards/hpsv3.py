@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
 
+from fmg.core.display import some
 from fmg.core.errors import CheckpointError, UsageError, reason
 from fmg.core.hub import Located
 from fmg.core.types import RewardOutput
@@ -38,7 +39,6 @@ from fmg.rewards.network import (
     load_pretrained,
     read_json,
     read_renamed,
-    some,
 )
 
 LAYOUT = "hpsv3-1"

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
+from fmg.core.display import some
 from fmg.core.errors import CheckpointError
 from fmg.core.types import RewardOutput
 from fmg.rewards.configs import ImageRewardConfig
@@ -28,7 +29,6 @@ from fmg.rewards.network import (
     load_pretrained,
     read_json,
     read_renamed,
-    some,
 )
 
 LAYOUT = "image-reward-1"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,11 +20,12 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from fmg.core.cache import cache_dir, content_hash, made_once, optional_cache
-from fmg.core.display import counted
+from fmg.core.display import counted, some
 from fmg.core.errors import CheckpointError, UsageError, out_of_memory, reason
 from fmg.core.hub import Located, check_digest, locate
 from fmg.core.json_io import JsonError, read_object
 from fmg.core.model_folder import check_no_adapter
+from fmg.core.stdout_redirect import quiet
 from fmg.core.types import RewardOutput
 from fmg.rewards.configs import NetworkConfig
 
@@ -111,7 +111,7 @@ def load_module(
         CheckpointError: missing, unexpected or wrongly shaped tensors.
     """
     wanted = {name: tensor for name, tensor in tensors.items() if not name.endswith("position_ids")}
-    with quiet_transformers():
+    with quiet(transformers_logging):
         # before anything is allocated: the wrong file for a large model should not fill the memory first
         with torch.device("meta"):
             shapes = {name: tensor.shape for name, tensor in cls(config, **arguments).state_dict().items()}
@@ -135,7 +135,7 @@ def load_pretrained(load: Callable[..., Any], folder: Path, what: str) -> Any:
     Raises:
         CheckpointError: when it cannot be loaded.
     """
-    with quiet_transformers():
+    with quiet(transformers_logging):
         try:
             return load(str(folder), local_files_only=True)
         except Exception as error:
@@ -185,28 +185,6 @@ def read_json(path: Path) -> dict[str, Any]:
         return read_object(path)
     except (OSError, JsonError) as error:
         raise CheckpointError(f"{path} cannot be read: {reason(error)}", _RESTORE) from error
-
-
-def some(names: Iterable[object]) -> str:
-    """At most five of the names, sorted, and how many more there are."""
-    ordered = sorted(str(name) for name in names)
-    more = f" and {len(ordered) - 5} more" if len(ordered) > 5 else ""
-    return ", ".join(ordered[:5]) + more
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no advice from transformers inside the block; its settings are restored."""
-    library: Any = transformers_logging
-    verbosity, bar = library.get_verbosity(), library.is_progress_bar_enabled()
-    library.set_verbosity_error()
-    library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        library.set_verbosity(verbosity)
-        if bar:
-            library.enable_progress_bar()
 
 
 def _check_same(wanted: Mapping[str, torch.Size], given: Mapping[str, torch.Size], origin: Path) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import warnings
 from codecs import BOM_UTF8
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Protocol, TypeVar, Union, get_args, get_origin
@@ -17,10 +17,12 @@ from diffusers.utils import logging as diffusers_logging
 from torch.func import functional_call
 from transformers.utils import logging as transformers_logging
 
+from fmg.core.display import some
 from fmg.core.errors import CheckpointError, FmgWarning, out_of_memory, reason
 from fmg.core.model_folder import CONFIG, RESTORE, check_no_adapter, read_config
+from fmg.core.stdout_redirect import quiet as quiet_libraries
 from fmg.models.common.text import TextStack
-from fmg.models.common.weights import FLOATS, WeightFiles, folder_weights, some, stored_shapes
+from fmg.models.common.weights import FLOATS, WeightFiles, folder_weights, stored_shapes
 from fmg.models.conventions import CONVENTIONS_FILE, FlowMapConventions
 
 
@@ -54,7 +56,8 @@ class Components(Protocol):
 
 C = TypeVar("C", bound=Components)
 
-_LIBRARIES: tuple[Any, ...] = (diffusers_logging, transformers_logging)
+quiet = partial(quiet_libraries, diffusers_logging, transformers_logging)
+"""No progress bars and no advice from the libraries while weights load."""
 # a whole T5, whose decoder transformers leaves out by itself, has this head of the decoder beside its encoder
 _OF_A_DECODER = ("lm_head.weight",)
 _PROBE = 4
@@ -221,19 +224,3 @@ def check_guidance(folder: Path, conventions: FlowMapConventions, *, embeds: boo
             f"The transformer {wanted}, and {CONVENTIONS_FILE} has guidance {conventions.guidance}",
             f"Set `guidance` in {folder / CONVENTIONS_FILE} accordingly.",
         )
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and no advice from the libraries while weights load; their settings are restored."""
-    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in _LIBRARIES]
-    for library in _LIBRARIES:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library, verbosity, bar in before:
-            library.set_verbosity(verbosity)
-            if bar:
-                library.enable_progress_bar()

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fmg.core.errors import CheckpointError
+from fmg.core.stdout_redirect import quiet
 from fmg.models.common.adapter import ADAPTER, adapter_parameters, base_tensors
 
 _FIX = "Check the disk, and the versions of diffusers and peft."
@@ -42,29 +43,20 @@ def reloaded(transformer: Any, folder: Path, pipeline: Any, base: Mapping[str, T
     """A fresh transformer over the same base, into which the stock `pipeline` class has read `folder`."""
     others = dict.fromkeys(list(inspect.signature(pipeline).parameters))
     stock = pipeline(**{**others, "transformer": fresh_transformer(transformer, base)})
-    before = diffusers_logging.get_verbosity()
-    # it says for each text encoder that the file has nothing for it
-    diffusers_logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            # what PEFT suspects of a file is decided by comparing the tensors
-            warnings.simplefilter("ignore", RuntimeWarning)
-            stock.load_lora_weights(str(folder), adapter_name=ADAPTER)
-    finally:
-        diffusers_logging.set_verbosity(before)
+    # diffusers warns that the file has nothing for the text encoders
+    with quiet(diffusers_logging), warnings.catch_warnings():
+        # what PEFT suspects of a file is decided by comparing the tensors
+        warnings.simplefilter("ignore", RuntimeWarning)
+        stock.load_lora_weights(str(folder), adapter_name=ADAPTER)
     return stock.transformer
 
 
 def component(transformer: Any, folder: Path, dtype: torch.dtype) -> Any:
     """The transformer that stock diffusers reads from a saved component folder, on the device of `transformer`."""
-    before = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    try:
+    with quiet(diffusers_logging):
         stock = type(transformer).from_pretrained(
             str(folder), torch_dtype=dtype, local_files_only=True, use_safetensors=True
         )
-    finally:
-        diffusers_logging.set_verbosity(before)
     return stock.to(transformer.device).eval().requires_grad_(False)
 
 

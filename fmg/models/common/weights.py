@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from fmg.core.display import some
 from fmg.core.errors import CheckpointError, FmgError, out_of_memory, reason
 from fmg.core.model_folder import main_weights, weight_map
 from fmg.models.common.adapter import base_tensors
@@ -136,11 +137,6 @@ def empty_transformer(cls: type[T], config: Mapping[str, Any], origin: Path) -> 
 def transformer_shapes(transformer: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of the state dict."""
     return {name: tuple(x.shape) for name, x in transformer.state_dict().items()}
-
-
-def some(names: Sequence[str]) -> str:
-    """At most five of the names, and how many more there are."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def stored_shapes(weights: WeightFiles, known: Collection[str] = FLOATS) -> dict[str, tuple[int, ...]]:

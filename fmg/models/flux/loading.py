@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from fmg.core.cache import cache_dir, content_hash, made_once, required_cache
+from fmg.core.display import some
 from fmg.core.errors import CheckpointError
 from fmg.core.model_folder import read_config, whole, wholes
 from fmg.core.profiling import TOKENISE, stage
@@ -38,7 +39,6 @@ from fmg.models.common.weights import (
     empty_transformer,
     folder_weights,
     load_transformer,
-    some,
     tensor_names,
     transformer_shapes,
     unreadable,

@@ -34,7 +34,18 @@ from fmg.rewards.service.batching import Batcher, BusyError, Limits
 from fmg.rewards.service.wire import SAFETENSORS, ScoreRequest, decode_request, encode_scores, probe_image
 from fmg.version import __version__
 
+_log = logging.getLogger("uvicorn.error")
 _PACKAGES = ("torch", "transformers", "onnxruntime", "rapidocr", "pillow")
+_MAX_PORT = 65535
+# asyncio accepts as many connections at once as the backlog is long, before any of them can be refused
+_BACKLOG = 128
+_MAX_CONNECTIONS = 4096
+# Headers are small, so a client sends them at once.
+_HEADERS_S = 20.0
+# A client that is still sending reads its answer late, and the next request of a connection may take a while.
+_KEEP_ALIVE_S = 5.0
+# Time to finish answers after the server is told to stop.
+_SHUTDOWN_S = 10
 
 
 def describe(
@@ -72,9 +83,6 @@ def _weights(reference: RewardRef) -> list[dict[str, str]]:
     return [{"what": one.asset.what, "source": one.asset.source, "sha256": content_hash(one.path)} for one in located]
 
 
-_log = logging.getLogger("uvicorn.error")
-
-
 class _RefusedError(Exception):
     """A request that is answered with an error status."""
 
@@ -100,7 +108,7 @@ def create_app(
         rewards: what it scores, by name.
         info: what `/info` says of the rewards, as plain JSON values.
         limits: what it accepts.
-        token: needed as `Authorization: Bearer TOKEN` for everything but `/health`; None lets everybody in.
+        token: needed as `Authorization: Bearer TOKEN` for everything but `/health`; None lets every client in.
         device: where images are scored.
     """
     batcher = Batcher(rewards, limits, device)
@@ -127,7 +135,7 @@ def create_app(
     @app.exception_handler(HTTPException)
     async def unknown(_: Request, error: HTTPException) -> Response:
         # what the framework refuses by itself: another path, another method
-        fix = "Ask GET /health, GET /info or POST /score."
+        fix = "Use GET /health, GET /info or POST /score."
         content = {"error": {"what": str(error.detail), "fix": fix}}
         return JSONResponse(content, status_code=error.status_code, headers=error.headers)
 
@@ -147,7 +155,9 @@ def create_app(
     @app.post("/score", dependencies=[Depends(authorised)])
     async def score(request: Request) -> Response:
         wanted = await _read_request(request, limits)
-        _check_rewards(wanted, rewards)
+        for name in wanted.rewards:
+            if name not in rewards:
+                raise _RefusedError(400, f"This server has no reward '{name}'", suggestion(name, rewards))
         try:
             future = batcher.submit(wanted)
         except BusyError as error:
@@ -199,30 +209,12 @@ async def _read_body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def _check_rewards(request: ScoreRequest, rewards: Mapping[str, Checked]) -> None:
-    for name in request.rewards:
-        if name not in rewards:
-            raise _RefusedError(400, f"This server has no reward '{name}'", suggestion(name, rewards))
-
-
-_MAX_PORT = 65535
-# asyncio accepts as many connections at once as the backlog is long, before any of them can be refused
-_BACKLOG = 128
-_MAX_CONNECTIONS = 4096
-# A request's headers are small, so a client that sends them has them out at once.
-_HEADERS_S = 20.0
-# A client that is still sending reads its answer late, and the next request of one connection may be a while away.
-_KEEP_ALIVE_S = 5.0
-# Answers that are still being written when the server is asked to stop may take this long.
-_SHUTDOWN_S = 10
-
-
 class _Connections:
     """The open connections of a server: how many there may be, and how long one may go without a whole request.
 
     A connection that is waiting has sent no whole headers since it was opened or answered. When there are too many,
-    the one that has been waiting longest is closed, so that clients who hold connections open shut out one another
-    and not those who ask something.
+    the one that has been waiting longest is closed, so that clients that hold connections open shut out one another
+    and not those with a request.
 
     Args:
         most: connections at a time.
