@@ -33,10 +33,10 @@ def main(iterations: int = 60, num: int = 1000) -> Path:
             low, high = row.ci95
             print(f"strict accuracy: {row.mean:+.3f} (95 % interval {low:+.3f} to {high:+.3f})")
 
-    drawn = load(result.run.path).generate(["a red circle on the left"], seeds=[0])
+    generated = load(result.run.path).generate(["a red circle on the left"], seeds=[0])
     picture = result.run.path / "red_circle.png"
-    to_pil(drawn.images[0]).save(picture)
-    print(f"one image in {drawn.timings_ms['total']:.0f} ms: {picture}")
+    to_pil(generated.images[0]).save(picture)
+    print(f"one image in {generated.timings_ms['total']:.0f} ms: {picture}")
     return result.run.path
 
 
