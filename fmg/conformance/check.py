@@ -33,7 +33,6 @@ class Report:
 
     @property
     def violations(self) -> tuple[Finding, ...]:
-        """The rules that it breaks."""
         return tuple(finding for finding in self.findings if finding.outcome == "violated")
 
 

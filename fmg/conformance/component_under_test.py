@@ -36,7 +36,6 @@ class ComponentUnderTest:
 
     @property
     def built_in(self) -> bool:
-        """Whether it is part of this package."""
         return self.row.factory.startswith("fmg.")
 
     def build(self) -> Any:

@@ -26,7 +26,6 @@ class PromptsCase:
 
     @cached_property
     def prompts(self) -> PromptSet:
-        """The component."""
         built: PromptSet = self.component.build()
         return built
 
@@ -61,13 +60,11 @@ class FeaturesCase:
 
     @cached_property
     def extractor(self) -> FeatureExtractor:
-        """The component."""
         built: FeatureExtractor = self.component.build()
         return built
 
     @cached_property
     def features(self) -> ImageFeatures:
-        """Those of the kit's pictures."""
         return self.extractor(pictures(SIDES[0]))
 
 
@@ -105,20 +102,17 @@ class ModelCase:
 
     @cached_property
     def source(self) -> ModelSource:
-        """The component."""
         built: ModelSource = self.component.build()
         return built
 
     @cached_property
     def model(self) -> Model:
-        """The loaded model."""
         if self.source.spec.gpu_memory_gb > 0:
             raise NotApplicable(f"It needs a GPU of {self.source.spec.gpu_memory_gb:g} GB.")
         self.source.check()
         return self.source.load(torch.device("cpu"), torch.float32)
 
     def inputs(self) -> tuple[Tensor, Tensor]:
-        """Noise and the time 1, three rows."""
         noise = torch.randn(3, *self.model.latent_shape, generator=torch.Generator().manual_seed(0))
         return noise, torch.ones(3)
 

@@ -47,7 +47,6 @@ class RewardCase:
 
     @cached_property
     def reward(self) -> Reward:
-        """The reward as it was built."""
         built: Reward = self.component.build()
         return built
 
@@ -81,12 +80,10 @@ class RewardCase:
         return SIDES[0]
 
     def images(self) -> Float[Tensor, "b 3 h w"]:
-        """The pictures, new ones each time."""
         return pictures(self.side)
 
     @cached_property
     def output(self) -> RewardOutput:
-        """The scores of `images`."""
         return self.reward(self.images(), self.prompts)
 
 

@@ -33,20 +33,17 @@ class StochasticizerCase:
 
     @cached_property
     def stochasticizer(self) -> Stochasticizer:
-        """The component."""
         built: Stochasticizer = self.component.build()
         return built
 
     @cached_property
     def requires(self) -> Requirements:
-        """What its config asks for."""
         config = self.component.config
         assert isinstance(config, StochasticizerConfig)
         return config.requires()
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The paths that it is defined on."""
         return tuple(PATHS) if self.requires.path == "any" else (self.requires.path,)
 
     @property
@@ -55,7 +52,6 @@ class StochasticizerCase:
         return ((t, s) for t, s in STEPS if s > self.requires.min_target_time)
 
     def transition(self, flow_map: FlowMap, x: Tensor, t: float, s: float) -> Density:
-        """The density after `x`."""
         t_rows, s_rows = (torch.full((len(x),), value, dtype=torch.float64) for value in (t, s))
         return self.stochasticizer.transition(flow_map, x, t_rows, s_rows, unconditional(len(x)))
 

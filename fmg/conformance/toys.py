@@ -33,7 +33,6 @@ class Network(nn.Module):
         self.calls = 0
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, cond: Conditioning) -> Tensor:
-        """The prediction of a two-time map."""
         self.calls += 1
         return self.scale * x + self.shift + 0.3 * (t + s)[:, None, None]
 
@@ -42,7 +41,6 @@ class SingleTimeNetwork(Network):
     """The same without a second time."""
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:  # type: ignore[override]
-        """The prediction of a single-time map."""
         return super().forward(x, t, torch.zeros_like(t), cond)
 
 

@@ -35,14 +35,12 @@ class ObjectiveCase:
 
     @property
     def config(self) -> ObjectiveConfig:
-        """Its options."""
         config = self.component.config
         assert isinstance(config, ObjectiveConfig)
         return config
 
     @cached_property
     def objective(self) -> Objective:
-        """The component."""
         built: Objective = self.component.build()
         return built.bind(stochasticizers.build("asfmc", {"ratio": 0.5}))
 
@@ -146,7 +144,6 @@ class OptimizerCase:
 
     @cached_property
     def factory(self) -> OptimizerFactory:
-        """The component."""
         built: OptimizerFactory = self.component.build()
         return built
 

@@ -84,11 +84,9 @@ class CheckpointIndex:
     files: Mapping[str, tuple[int, str]] = field(default_factory=lambda: MappingProxyType({}), compare=False)
 
     def entry(self, name: str) -> SavedCheckpoint:
-        """The entry called `name`."""
         return next(s for s in self.saved if s.name == name)
 
     def to_json(self) -> str:
-        """The text of the file."""
         saved = [{_NAMES.get(key, key): value for key, value in asdict(entry).items()} for entry in self.saved]
         content = {"saved": saved, "best": self.best, "latest": self.latest}
         return json.dumps(sealed({**content, "files": {k: list(v) for k, v in self.files.items()}}), indent=2) + "\n"

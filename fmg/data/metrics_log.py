@@ -42,7 +42,6 @@ class Lines(Sequence[Line]):
     _rows: array[int] = field(default_factory=lambda: array("q"))
 
     def append(self, line: Line) -> None:
-        """Adds a line."""
         self._add(tuple(line), list(line.values()))
 
     def _add(self, keys: tuple[str, ...], values: list[float]) -> None:
@@ -146,7 +145,6 @@ class MetricsLog:
 
     @property
     def done(self) -> int:
-        """Number of finished iterations."""
         found = np.concatenate([kind.columns("iteration")[1] for kind in (self.iterations, self.evaluations)])
         return int(found[np.isfinite(found)].max(initial=0))
 

@@ -120,7 +120,6 @@ class RunFolder:
         return html_text(repr(self)) + "".join(html_picture(p.read_bytes(), p.stem, _SHOWN_WIDTH) for p in pictures)
 
     def exists(self) -> bool:
-        """Whether there is a run, in any state."""
         return is_run(self.path)
 
     @property
@@ -214,7 +213,6 @@ class RunFolder:
         return lock(self.path, f"The run '{self.path}' is being trained by another process")
 
     def set_state(self, state: State) -> None:
-        """Changes the state atomically."""
         _write_state(self.path, replace(self.state(), state=state))
 
     def append_metrics(self, line: Mapping[str, object]) -> None:

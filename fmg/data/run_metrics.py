@@ -187,7 +187,6 @@ class Outcome:
 
     @property
     def keeps_last(self) -> bool:
-        """Whether the kept checkpoint is that of the last evaluation."""
         return self.kept == self.last
 
     def table(self) -> tuple[list[str], list[list[str]]]:

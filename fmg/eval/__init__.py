@@ -1,1 +1,1 @@
-"""Evaluation: targets on prompt sets, with intervals, paired when two targets are compared."""
+"""Evaluation of models on prompt sets, with intervals, paired image by image when two are compared."""

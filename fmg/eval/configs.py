@@ -31,7 +31,6 @@ class ClipFeaturesConfig(NetworkConfig):
     weights: str = Field(default=CLIP_VIT_L_14, min_length=1, description="CLIPModel folder: local or hub id@revision")
 
     def assets(self) -> tuple[Asset, ...]:
-        """The model."""
         return (clip_asset(self.weights),)
 
 
@@ -48,6 +47,5 @@ class Dinov2Config(NetworkConfig):
     side: int = Field(default=224, ge=14, description="pictures become squares of this side, a multiple of the patch")
 
     def assets(self) -> tuple[Asset, ...]:
-        """The model."""
         files = (WEIGHT_FILES, "config.json")
         return (Asset("model", "weights", self.weights, files, size_gb=1.2, licence="Apache-2.0"),)

@@ -243,7 +243,6 @@ class _Plan:
         return _Run(target, measured)
 
     def report(self, run: _Run, prompts: str, seed: int) -> EvalReport:
-        """The rows of one target."""
         return EvalReport(
             target=run.target.label,
             adapter=str(run.target.adapter) if run.target.adapter else None,

@@ -49,19 +49,19 @@ class Captioned:
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """The picture files under a folder, by name and path; the grids of a GenEval tree are no pictures of their own.
+    """The picture files under a folder, sorted; the grids of a GenEval tree are left out.
 
     Raises:
-        UsageError: when it is not a folder, holds no picture, or a link to a picture that is gone.
+        UsageError: it is not a folder, holds no picture, or has a link to a missing picture.
     """
     if not folder.is_dir():
         raise UsageError(f"There is no folder '{folder}'", "Name a folder of pictures.")
     found = [file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES and not file.is_dir()]
-    # what macOS keeps beside a file on other systems, under the name and ending of the file
+    # macOS keeps attributes of a file beside it on other file systems, under its name and suffix
     beside = [file for file in found if file.name.startswith("._")]
     if beside:
         warnings.warn(
-            f"{counted(len(beside), 'file')} in '{folder}' whose names begin with '._' are macOS's own, not pictures",
+            f"{counted(len(beside), 'file')} in '{folder}' whose names begin with '._' are macOS's, not pictures",
             FmgWarning,
             stacklevel=2,
         )
@@ -73,9 +73,9 @@ def picture_files(folder: Path) -> list[Path]:
     broken = next((file for file in files if not file.is_file()), None)
     if broken is not None:
         what = f"'{broken}' is a link to nothing" if broken.is_symlink() else f"'{broken}' is not a file"
-        raise UsageError(what, "Restore what it stands for, or remove it.")
+        raise UsageError(what, "Restore the picture, or remove the link.")
     if not files:
-        raise UsageError(f"'{folder}' holds no pictures", f"Known endings: {', '.join(_SUFFIXES)}.")
+        raise UsageError(f"'{folder}' holds no pictures", f"Known suffixes: {', '.join(_SUFFIXES)}.")
     return files
 
 
@@ -99,20 +99,20 @@ def batches(files: Sequence[Path], size: int = PICTURES_A_BATCH) -> Iterator[tup
 
 
 def _joined(images: Sequence[Tensor]) -> Float[Tensor, "b 3 h w"]:
-    # a picture that fills a batch alone is not copied
+    # a single large picture is not copied
     return images[0][None] if len(images) == 1 else torch.stack(list(images))
 
 
 def captioned(path: Path, *, everything: bool = False) -> list[Captioned]:
-    """The pictures under a path with their prompts; of a file, those that the `metadata.jsonl` beside it has.
+    """The pictures under a path with their prompts; for a file, those of the `metadata.jsonl` beside it.
 
     Args:
         path: a picture file, a folder, or a GenEval tree.
-        everything: whether to take all pictures of a folder and leave prompts aside.
+        everything: whether to take all pictures of a folder and ignore prompts.
 
     Raises:
-        UsageError: no such path, no pictures in it, a `metadata.jsonl` that does not fit, or one that gives only some
-            of the pictures a prompt.
+        UsageError: no such path, no pictures in it, a `metadata.jsonl` that does not match them, or one with prompts
+            for only some of them.
     """
     if not path.exists():
         raise UsageError(f"There is no picture or folder '{path}'", "Check the path.")
@@ -128,20 +128,20 @@ def captioned(path: Path, *, everything: bool = False) -> list[Captioned]:
         return [Captioned(file, None) for file in files]
     missing = next((entry.file for entry in found if not entry.file.is_file()), None)
     if missing is not None:
-        raise UsageError(f"'{path / METADATA}' names '{missing}', which is not there", "Correct the file.")
+        raise UsageError(f"'{path / METADATA}' names '{missing}', which does not exist", "Correct the file.")
     named = {entry.file.resolve() for entry in found}
     left = [file for file in files if file.resolve() not in named]
     if left:
         where = "GenEval tree" if trees else METADATA
         raise UsageError(
-            f"The {where} in '{path}' gives no prompt for '{left[0]}', the first of {len(left)} such pictures",
+            f"The {where} in '{path}' has no prompt for '{left[0]}', the first of {len(left)} such pictures",
             "Add them there, move them elsewhere, or give --prompt for all.",
         )
     return found
 
 
 def _listed(folder: Path) -> Iterator[Captioned]:
-    """One entry for each line of the `metadata.jsonl` of a folder, none without the file."""
+    """One entry per line of a folder's `metadata.jsonl`; none without that file."""
     file = folder / METADATA
     if not file.is_file():
         return
@@ -175,8 +175,8 @@ class GenEvalDump:
     """Writes the tree for GenEval's `evaluate_images.py`, with prompts numbered in the order of their first image.
 
     Args:
-        folder: where to; images are written as they come.
-        entries: the prompt of each image that will come.
+        folder: where to write images, as they come.
+        entries: the prompts of the images to come.
     """
 
     def __init__(self, folder: Path, entries: Sequence[Prompt]) -> None:
@@ -186,7 +186,6 @@ class GenEvalDump:
         self._drawn: Counter[str] = Counter()
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], scores: Parts) -> None:
-        """Writes the next images."""
         start = self._drawn.total()
         for image, entry in zip(images, self._entries[start : start + len(images)], strict=True):
             folder = self._folder / f"{self._numbers[entry.text]:05d}"
@@ -198,7 +197,6 @@ class GenEvalDump:
             self._drawn[entry.text] += 1
 
     def finish(self) -> None:
-        """Draws the grids."""
         for number in self._numbers.values():
             folder = self._folder / f"{number:05d}"
             _grid(sorted((folder / "samples").iterdir())).save(folder / "grid.png")
@@ -206,7 +204,7 @@ class GenEvalDump:
 
 @contextmanager
 def geneval_dump(folder: Path, entries: Sequence[Prompt]) -> Iterator[GenEvalDump]:
-    """A dump whose folder appears when everything is written.
+    """A dump whose folder appears once everything is written.
 
     Raises:
         UsageError: when the folder exists, or prompts have different numbers of images.
@@ -228,7 +226,7 @@ def geneval_dump(folder: Path, entries: Sequence[Prompt]) -> Iterator[GenEvalDum
 
 
 def _metadata(entry: Prompt) -> dict[str, object]:
-    """The prompt's line of a metadata file, as it was read; of other prompts what is known."""
+    """The prompt's line of GenEval's metadata file as it was read; for other prompts, what is known."""
     if "prompt" in entry.metadata:
         return dict(entry.metadata)
     return {"tag": entry.tag, **entry.metadata, "prompt": entry.text}

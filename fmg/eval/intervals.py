@@ -1,4 +1,4 @@
-"""Intervals: of means by the bootstrap, and of statistics of whole sets by random halves."""
+"""Intervals: of means by bootstrap, and of statistics of whole sets by random halves."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def bootstrap_mean(
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number that a whole set of images gives: its value, a 95 % interval, and its mean over random halves.
+    """A statistic of a whole set of images: its value, a 95 % interval, and its mean over random halves.
 
     Attributes:
         value: on the whole set.
         ci95: `value` -+ 1.96 standard errors; unbounded for a set that cannot be halved.
         halved: mean over random halves of the set, None for one that cannot be halved. A statistic with a bias of order
-            1/n is about `2 * value - halved` on a set without end (Chong and Forsyth, arXiv 1911.07023).
+            1/n is about `2 * value - halved` on an infinite set (Chong and Forsyth, arXiv 1911.07023).
     """
 
     value: float

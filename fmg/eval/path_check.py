@@ -29,6 +29,7 @@ from fmg.core.types import Conditioning
 from fmg.data.charts import GREY, frame, new_figure, style, write_figure
 from fmg.data.prompt_sets import load_prompts
 from fmg.eval.intervals import bootstrap_mean
+from fmg.eval.results import plain
 from fmg.eval.scoring import EvalSet, prompt_clusters, score_images
 from fmg.flow import expand
 from fmg.flow.grids import make_grid
@@ -93,17 +94,12 @@ class PathReport:
 
     def to_json(self) -> dict[str, object]:
         """Plain JSON values; unbounded intervals are null."""
-        rows = [
-            asdict(row) | {"ci95": [bound if np.isfinite(bound) else None for bound in row.ci95]} for row in self.rows
-        ]
-        return {"schema": SCHEMA, **asdict(self), "grid": list(self.grid), "rows": rows}
+        return {"schema": SCHEMA, **asdict(self), "grid": list(self.grid), "rows": plain(self.rows)}
 
     def names(self) -> list[str]:
-        """The stochasticizers, in order."""
         return list(dict.fromkeys(row.stochasticizer for row in self.rows))
 
     def quantities(self) -> list[str]:
-        """What was measured, in order."""
         return list(dict.fromkeys(row.quantity for row in self.rows))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +9,14 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
+from fmg.core.display import counted
 from fmg.core.errors import UsageError
 from fmg.core.files import check_place, write_atomic
 from fmg.core.json_io import write_json
 from fmg.data.page import Block, Gallery, Picture, Section, Table, Text, Tile, inline_image, page
 from fmg.data.pictures import to_pil
 from fmg.data.prompt_sets import spread
-from fmg.eval.results import EvalReport
+from fmg.eval.results import EvalReport, interval_text
 from fmg.eval.scoring import EvalSet, Parts
 
 _NAME = "report.html"
@@ -35,13 +35,12 @@ class ShownImage:
     pixelated: bool
 
     def picture(self, prompt: str) -> Picture:
-        """For a page, with the score below."""
         return Picture(self.source, f"{self.value:.3f}", prompt, self.pixelated)
 
 
 @dataclass
 class PromptImages:
-    """What is kept of one prompt: its first images, its worst and best one, and the scores of all."""
+    """The images of one prompt that a page shows: the first ones, the worst and the best; and all of their scores."""
 
     first: list[ShownImage] = field(default_factory=list)
     worst: ShownImage | None = None
@@ -50,7 +49,6 @@ class PromptImages:
 
     @property
     def mean(self) -> float:
-        """Mean score of the prompt's images."""
         return sum(self.scores) / len(self.scores)
 
 
@@ -58,8 +56,8 @@ class ImageGallery:
     """Keeps some images of an evaluation as they come, scaled down.
 
     Args:
-        eval_set: the images that will come.
-        key: reward and part by which images are worse and better.
+        eval_set: the images to come.
+        key: the reward and part that rank images.
     """
 
     def __init__(self, eval_set: EvalSet, key: tuple[str, str]) -> None:
@@ -69,7 +67,6 @@ class ImageGallery:
         self._count = 0
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], scores: Parts) -> None:
-        """Takes the next images."""
         texts = self._texts[self._count : self._count + len(images)]
         self._count += len(images)
         for image, text, value in zip(images, texts, scores[self.key].tolist(), strict=True):
@@ -90,24 +87,24 @@ class ImageGallery:
 
 @dataclass(frozen=True)
 class ReportFiles:
-    """Where a report goes."""
+    """The files of a report."""
 
     html: Path
     json: Path
 
 
 def report_files(path: str | Path) -> ReportFiles:
-    """The files of a report: `path` when it ends in `.html`, else `report.html` in that folder; and JSON beside it."""
+    """The files of a report: `path` if it ends in `.html`, else `report.html` in that folder; and JSON beside it."""
     given = Path(path)
     html = given if given.suffix.lower() in (".html", ".htm") else given / _NAME
     return ReportFiles(html, html.with_suffix(".json"))
 
 
 def check_report(path: str | Path) -> ReportFiles:
-    """The files of a report that can be written there.
+    """The files of a report, after a check that they can be written.
 
     Raises:
-        UsageError: when one is there already, a file is in the way of the folder, or it cannot be written.
+        UsageError: one exists, a file is in the way of the folder, or the place cannot be written.
     """
     files = report_files(path)
     for file in (files.html, files.json):
@@ -124,8 +121,8 @@ def write_report(
 
     Args:
         files: from `check_report`.
-        report: of the target, with that of the other target inside.
-        galleries: pictures by number of steps, of the target and of the other one.
+        report: of the target; it includes that of the other target.
+        galleries: pictures by number of steps, of the target and of the other target.
     """
     files.html.parent.mkdir(parents=True, exist_ok=True)
     write_json(files.json, report.to_json())
@@ -136,14 +133,13 @@ def report_page(report: EvalReport, galleries: Sequence[Mapping[int, ImageGaller
     """The HTML of a report."""
     other = report.against[0] if report.against else None
     title = f"Evaluation of {report.target}" + (f" against {other.target}" if other else "")
-    subtitle = (
-        f"{report.num} images of {report.prompts} for each number of steps, grid {report.grid}, seed {report.seed}"
-    )
+    images = f"{counted(report.num, 'image')} of {report.prompts} per number of steps"
+    subtitle = f"{images}, grid {report.grid}, seed {report.seed}"
     sections = [Section("Scores", list(_scores(report)))]
     if report.tags:
         sections.append(Section("By tag", list(_tags(report))))
     if report.metrics:
-        sections.append(Section("The set as a whole", list(_metrics(report))))
+        sections.append(Section("The whole set", list(_metrics(report))))
     sections += _pictures(report, galleries)
     return page(title, subtitle, list(_tiles(report)), sections)
 
@@ -156,15 +152,16 @@ def _tiles(report: EvalReport) -> Iterator[Tile]:
         if row.part == ("strict" if strict else "total"):
             name = row.reward if row.part == "total" else f"{row.reward} {row.part}"
             known = before.get((row.steps, row.reward, row.part))
-            note = bounds(row.ci95) if known is None else f"from {known:.3f}"
-            yield Tile(f"{name}, {row.steps} steps", f"{row.mean:.3f}", note)
+            note = interval_text(row.ci95) if known is None else f"from {known:.3f}"
+            yield Tile(f"{name}, {counted(row.steps, 'step')}", f"{row.mean:.3f}", note)
 
 
 def _scores(report: EvalReport) -> Iterator[Block]:
-    yield Text("Means over images. Intervals cover 95 % and come from resampling whole prompts.")
+    yield Text("Means over images. The 95 % intervals come from resampling whole prompts.")
     if not report.against:
         rows = [
-            (str(r.steps), r.reward, r.part, f"{r.mean:.3f}", bounds(r.ci95), f"{r.std:.3f}") for r in report.results
+            (str(r.steps), r.reward, r.part, f"{r.mean:.3f}", interval_text(r.ci95), f"{r.std:.3f}")
+            for r in report.results
         ]
         columns: tuple[str, ...] = ("steps", "reward", "part", "mean", "95 % interval", "std")
         yield Table(columns, rows, frozenset(columns) - {"reward", "part"})
@@ -174,7 +171,7 @@ def _scores(report: EvalReport) -> Iterator[Block]:
     yield Table(
         columns,
         [
-            (str(a.steps), a.reward, a.part, f"{b.mean:.3f}", f"{a.mean:.3f}", f"{d.mean:+.3f}", bounds(d.ci95))
+            (str(a.steps), a.reward, a.part, f"{b.mean:.3f}", f"{a.mean:.3f}", f"{d.mean:+.3f}", interval_text(d.ci95))
             for a, b, d in zip(report.results, other.results, report.differences, strict=True)
         ],
         frozenset(columns) - {"reward", "part"},
@@ -182,25 +179,27 @@ def _scores(report: EvalReport) -> Iterator[Block]:
 
 
 def _tags(report: EvalReport) -> Iterator[Block]:
-    rows = [(str(r.steps), r.reward, r.part, r.tag, str(r.num), f"{r.mean:.3f}", bounds(r.ci95)) for r in report.tags]
+    rows = [
+        (str(r.steps), r.reward, r.part, r.tag, str(r.num), f"{r.mean:.3f}", interval_text(r.ci95)) for r in report.tags
+    ]
     columns = ("steps", "reward", "part", "tag", "images", "mean", "95 % interval")
     yield Table(columns, rows, frozenset(columns) - {"reward", "part", "tag"})
 
 
 def _metrics(report: EvalReport) -> Iterator[Block]:
     yield Text(
-        "Diversity: mean distance over pairs of images of one prompt, and mean cosine distance over all pairs."
-        " Fréchet distance grows as images get fewer; the extrapolated value removes the part that falls as 1 / n."
+        "Diversity is the mean distance between images of one prompt; cosine diversity is the mean over all pairs."
+        " The Fréchet distance is biased upwards for few images; the extrapolated value removes the bias of order 1/n."
     )
     other = report.against[0].metrics if report.against else ()
     columns: tuple[str, ...] = ("steps", "features", "metric", "value", "95 % interval")
     rows: list[tuple[str, ...]] = [
-        (str(m.steps), m.extractor, m.metric, f"{m.value:.3g}", bounds(m.ci95, ".3g")) for m in report.metrics
+        (str(m.steps), m.extractor, m.metric, f"{m.value:.3g}", interval_text(m.ci95, ".3g")) for m in report.metrics
     ]
     if other:
-        columns += ("of the other", "difference", "its 95 % interval")
+        columns += ("other target", "difference", "95 % interval of the difference")
         rows = [
-            (*row, f"{b.value:.3g}", f"{d.value:+.3g}", bounds(d.ci95, ".3g"))
+            (*row, f"{b.value:.3g}", f"{d.value:+.3g}", interval_text(d.ci95, ".3g"))
             for row, b, d in zip(rows, other, report.metric_differences, strict=True)
         ]
     yield Table(columns, rows, frozenset(columns) - {"features", "metric"})
@@ -213,20 +212,20 @@ def _pictures(report: EvalReport, galleries: Sequence[Mapping[int, ImageGallery 
             continue
         reward = gallery.key[0]
         others = [found for shown in galleries[1:] if (found := shown[steps]) is not None]
-        paired = f" The images of {labels[0]} and {labels[-1]} share their seeds." if others else ""
-        blocks: list[Block] = [Text(f"Below each image is its score by {reward}.{paired}")]
+        paired = f" Images of {labels[0]} and {labels[-1]} in the same place share their seed." if others else ""
+        blocks: list[Block] = [Text(f"The score by {reward} is below each image.{paired}")]
         for prompt in spread(list(gallery.prompts), _SHOWN_PROMPTS):
             for label, source in zip(reversed(labels), reversed([gallery, *others]), strict=True):
                 title = f"{prompt}, by {label}" if others else prompt
                 blocks.append(Gallery([s.picture(prompt) for s in source.prompts[prompt].first], title))
-        yield Section(f"Images with {steps} steps", blocks)
-        yield Section(f"Worst and best with {steps} steps, by {reward}", list(_extremes(gallery)))
+        yield Section(f"Images with {counted(steps, 'step')}", blocks)
+        yield Section(f"Worst and best with {counted(steps, 'step')}, by {reward}", list(_extremes(gallery)))
 
 
 def _extremes(gallery: ImageGallery) -> Iterator[Block]:
     ordered = sorted(gallery.prompts.items(), key=lambda entry: entry[1].mean)
     count = min(_EXTREMES, -(-len(ordered) // 2))
-    yield Text("Prompts with the lowest and the highest mean; of each its worst and its best image.")
+    yield Text("The prompts with the lowest and the highest mean score, each with its worst and best image.")
     for title, chosen in (("Lowest", ordered[:count]), ("Highest", ordered[-count:][::-1])):
         yield Gallery([picture for prompt, show in chosen for picture in _pair(prompt, show)], f"{title} means")
     columns = ("prompt", "images", "mean", "lowest", "highest")
@@ -247,9 +246,3 @@ def _pair(prompt: str, show: PromptImages) -> Iterator[Picture]:
     for shown, word in ((show.worst, "worst"), (show.best, "best")):
         if shown is not None:
             yield Picture(shown.source, f"{word} {shown.value:.3f}: {prompt}", prompt, shown.pixelated)
-
-
-def bounds(ci95: tuple[float, float], form: str = ".3f") -> str:
-    """An interval for a table; unbounded sides are dashes."""
-    low, high = (format(bound, form) if math.isfinite(bound) else "-" for bound in ci95)
-    return f"[{low}, {high}]"

@@ -1,4 +1,4 @@
-"""What an evaluation finds, as values and as JSON (docs/schemas/eval.schema.json)."""
+"""Results of an evaluation as values and as JSON (docs/schemas/eval.schema.json)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from fmg.core.display import counted, html_table
 from fmg.core.errors import UsageError, python_call, writing
@@ -18,7 +19,7 @@ MEAN_OF_TAGS = "mean of tags"
 
 @dataclass(frozen=True)
 class Result:
-    """Mean score of one part of one reward at one number of steps, with a 95 % bootstrap interval over prompts."""
+    """Mean score of one part of one reward with one number of steps, with a 95 % bootstrap interval over prompts."""
 
     steps: int
     reward: str
@@ -30,7 +31,7 @@ class Result:
 
 @dataclass(frozen=True)
 class TagResult:
-    """The same for the `num` images whose prompts have one tag, or as the mean over tags (GenEval's own figure)."""
+    """The same for the `num` images whose prompts have one tag, or as the mean over tags, as GenEval reports it."""
 
     steps: int
     reward: str
@@ -43,7 +44,7 @@ class TagResult:
 
 @dataclass(frozen=True)
 class Metric:
-    """One number about the whole set of images, from the features of one extractor, with a 95 % interval."""
+    """A metric of the whole set of images, from the features of one extractor, with a 95 % interval."""
 
     steps: int
     extractor: str
@@ -54,7 +55,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Difference:
-    """Paired difference target minus other (same prompts and seeds), with a 95 % bootstrap interval over prompts."""
+    """Paired difference, target minus other (same prompts and seeds), with a 95 % bootstrap interval over prompts."""
 
     steps: int
     reward: str
@@ -95,11 +96,13 @@ class EvalReport:
 
     def _repr_html_(self) -> str:
         columns = ["steps", "reward", "part", self.target, "95 % interval"]
-        rows = [[str(row.steps), row.reward, row.part, f"{row.mean:.3f}", _interval(row.ci95)] for row in self.results]
+        rows = [
+            [str(row.steps), row.reward, row.part, f"{row.mean:.3f}", interval_text(row.ci95)] for row in self.results
+        ]
         if self.differences:
             columns += ["difference", "95 % interval"]
             rows = [
-                [*row, f"{delta.mean:+.3f}", _interval(delta.ci95)]
+                [*row, f"{delta.mean:+.3f}", interval_text(delta.ci95)]
                 for row, delta in zip(rows, self.differences, strict=True)
             ]
         return html_table(repr(self), columns, rows)
@@ -122,7 +125,6 @@ class EvalReport:
         return file
 
     def result(self, reward: str, part: str, steps: int) -> Result:
-        """The row of one score."""
         return next(r for r in self.results if (r.reward, r.part, r.steps) == (reward, part, steps))
 
     def to_json(self) -> dict[str, object]:
@@ -150,16 +152,18 @@ class EvalReport:
 
 
 def headline_tags(results: Sequence[Result], tags: Sequence[TagResult]) -> list[TagResult]:
-    """Of each reward the part that it is known for: `correct` or `strict` where it has one, else its total."""
+    """The headline part of each reward: `correct` or `strict` where it has one, else its total."""
     known_for = {row.reward: row.part for row in results if row.part in ("strict", "correct")}
     known_for |= {row.reward: row.part for row in results if row.part == "correct"}
     return [row for row in tags if row.part == known_for.get(row.reward, "total")]
 
 
-def plain(rows: Sequence[Result | TagResult | Metric | Difference]) -> list[dict[str, object]]:
-    """Rows as JSON values; bounds that are not finite are null."""
+def plain(rows: Sequence[Any]) -> list[dict[str, object]]:
+    """Rows with a `ci95` as JSON values; bounds that are not finite are null."""
     return [asdict(row) | {"ci95": [bound if math.isfinite(bound) else None for bound in row.ci95]} for row in rows]
 
 
-def _interval(bounds: tuple[float, float]) -> str:
-    return f"[{bounds[0]:.3f}, {bounds[1]:.3f}]"
+def interval_text(ci95: tuple[float, float], form: str = ".3f") -> str:
+    """An interval for a table; unbounded sides are dashes."""
+    low, high = (format(bound, form) if math.isfinite(bound) else "-" for bound in ci95)
+    return f"[{low}, {high}]"

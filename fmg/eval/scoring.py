@@ -60,12 +60,10 @@ class EvalSet:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """Text of each prompt."""
         return tuple(prompt.text for prompt in self.entries)
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """Tag of each prompt."""
         return tuple(prompt.tag for prompt in self.entries)
 
     def __len__(self) -> int:
@@ -125,7 +123,6 @@ class ScoreCollector:
         self._count += 1
 
     def parts(self) -> Parts:
-        """The scores of all images."""
         return {key: np.concatenate(values) for key, values in self._batches.items()}
 
 

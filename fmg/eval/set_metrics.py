@@ -62,7 +62,7 @@ class GroupSpread:
         self._scatters: dict[int, float] = {}
 
     def add(self, vectors: Vectors, groups: Labels) -> None:
-        """Takes more images: their feature vectors and the groups that they belong to."""
+        """Adds images: their feature vectors and the groups that they belong to."""
         for vector, label in zip(vectors, groups.tolist(), strict=True):
             count = self._counts.get(label, 0) + 1
             mean = self._means.setdefault(label, np.zeros(vector.shape, dtype=np.float32))
@@ -124,7 +124,6 @@ class GaussianFit:
 
     @property
     def trace(self) -> float:
-        """Trace of the covariance."""
         return float(np.square(self.factor).sum())
 
 
@@ -171,11 +170,11 @@ class Manifolds:
     real_radii: NDArray[np.float32]
 
     def precision(self, rows: Int[np.ndarray, " k"]) -> float:
-        """Of the generated images in `rows`."""
+        """Precision of the generated images in `rows`."""
         return float((self.across[rows] <= self.real_radii).any(1).mean())
 
     def recall(self, rows: Int[np.ndarray, " k"]) -> float:
-        """Of the real images, by the manifold of the generated images in `rows`."""
+        """Recall of the real images by the manifold of the generated images in `rows`."""
         radii = _radii(self.among[np.ix_(rows, rows)])
         return float((self.across[rows] <= radii[:, None]).any(0).mean())
 
@@ -228,7 +227,6 @@ class FeatureSet:
         self._count = 0
 
     def take(self, images: Float[Tensor, "b 3 h w"]) -> None:
-        """Takes the next images of the set."""
         features = self._extractor(images)
         rows = slice(self._count, self._count + len(images))
         self._count = rows.stop
@@ -236,12 +234,12 @@ class FeatureSet:
         self._spread.add(features.maps.numpy(), self.groups[rows])
 
     def sink(self, images: Float[Tensor, "b 3 h w"], scores: Parts) -> None:
-        """`take`, as an evaluation calls it."""
+        """`take` as a `Sink` of an evaluation."""
         self.take(images)
 
     @property
     def vectors(self) -> NDArray[np.float32]:
-        """One row an image."""
+        """One row per image."""
         return np.concatenate(self._vectors)
 
     def spread(self) -> NDArray[np.float64]:
@@ -251,7 +249,7 @@ class FeatureSet:
 
 @dataclass(frozen=True)
 class ReferenceSet:
-    """What a set is compared with: features of real images and the Gaussian that fits them."""
+    """Real images to compare a set with: their features and the Gaussian that fits them."""
 
     vectors: NDArray[np.float32]
     fitted: GaussianFit

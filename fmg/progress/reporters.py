@@ -58,8 +58,7 @@ class SafeConsole(Console):
 class Reporter(Protocol):
     """An observer with a beginning and an end."""
 
-    def __call__(self, event: Event) -> None:
-        """Shows an event, or leaves it out."""
+    def __call__(self, event: Event) -> None: ...
 
     def __enter__(self) -> Reporter: ...
 
@@ -96,7 +95,6 @@ class PlainReporter(Stateless):
         return self
 
     def __call__(self, event: Event) -> None:
-        """Prints the line of an event."""
         if isinstance(event, Started):
             facts = "".join(f"\n  {name}: {value}" for name, value in event.facts.items())
             self._line(f"{event.title}, {counted(event.total, 'iteration')}{facts}")
@@ -223,7 +221,6 @@ class LiveReporter:
         self._live.__exit__(kind, error, trace)
 
     def __call__(self, event: Event) -> None:
-        """Updates the view."""
         if isinstance(event, Started):
             self._end_stage()
             self._keep_above(Text(event.title, style="bold"), _facts(event))
@@ -278,7 +275,6 @@ class LiveReporter:
             self._stage = None
 
     def view(self) -> RenderableType:
-        """The lines as they stand now."""
         rows = Table.grid(padding=(0, 2))
         if self._rewards:
             utf8 = self._console.encoding.startswith("utf")
@@ -313,7 +309,6 @@ class NotebookReporter(LiveReporter):
         self._draw()
 
     def __call__(self, event: Event) -> None:
-        """Updates the view."""
         super().__call__(event)
         if not isinstance(event, StageProgress) or time.monotonic() - self._drawn >= _NOTEBOOK_PAUSE:
             self._draw()
