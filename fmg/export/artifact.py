@@ -1,4 +1,4 @@
-"""From a run to an artifact: graphs, weights with the adapter merged, tokenizers and a manifest, all or nothing."""
+"""Exports a run as an artifact: graphs, weights with the adapter merged, tokenizers and a manifest, all or nothing."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ from fmg.export.source import (
     stored_elements,
     write_base,
 )
-from fmg.export.space import check_space
-from fmg.export.weights import lay_out, write_weights
+from fmg.export.weights import check_space, lay_out, write_weights
 from fmg.inference.artifact.layout import (
     BASE_WEIGHTS,
     Artifact,
@@ -73,12 +72,12 @@ from fmg.version import __version__
 ExportPrecision = Literal["fp32", "bf16", "fp16"]
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# T5 leaves the range of fp16, so encoders stay fp32 beside an fp16 transformer
+# T5 exceeds the range of fp16, so encoders stay fp32 beside an fp16 transformer
 _TEXT_DTYPES: Mapping[str, torch.dtype] = {**DTYPES, "fp16": torch.float32}
 _NAMES: Mapping[torch.dtype, Precision] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 SMALL_BATCH, LARGE_BATCH = (1, 16, 64), (1, 1, 4)
-"""Rows of a call when nothing is said: for a model that runs on a CPU, and for one of full size."""
+"""Default rows per call (minimum, optimum, maximum), for a model that runs on a CPU and for a full-size model."""
 
 _MEGABYTE = 10**6
 _LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
@@ -93,7 +92,7 @@ class ExportOptions:
             fp16 transformer.
         int8: also write a transformer with 8-bit weights for a CPU.
         resolutions: sides of square images; None: the model's own.
-        batch: least, usual and largest number of rows of a call; None: by the size of the model.
+        batch: minimum, optimum and maximum of rows per call; None: by the size of the model.
     """
 
     precision: ExportPrecision = "fp32"
@@ -111,20 +110,20 @@ def export_artifact(
     observer: Observer | None = None,
     progress: bool | None = None,
 ) -> Artifact:
-    """Writes the artifact of a run, its adapter merged, or of a model as it is.
+    """Writes the artifact of a run, with its adapter merged, or of a model as it is.
 
     Args:
         target: a run folder, a model by name, or None for the newest run.
-        out: the folder to make; None is `artifact` in the run's folder, or `artifacts/<model>`.
+        out: the folder to create; None is `artifact` in the run's folder, or `artifacts/<model>`.
         options: precision and sizes.
-        observer: hears of the progress.
+        observer: receives the progress.
         progress: whether progress is shown, as in `train`.
 
     Raises:
         UsageError: `out` exists, an option does not fit the model, or the disk is too small.
-        MissingDependencyError: the ONNX packages or published files are not there.
+        MissingDependencyError: the ONNX packages are not installed, or published files not fetched.
         CheckpointError: base and adapter do not belong together, a file is damaged, or a graph cannot be traced;
-            nothing is left behind. Or a swap that was killed left the artifact of that name beside `out`.
+            nothing is left behind. Or a killed swap left the artifact of that name beside `out`.
     """
     folder = export_folder(target, "artifact") if out is None else Path(out)
     with watching(observer, progress) as told:
@@ -150,7 +149,7 @@ def export_source(source: ExportSource, out: Path, options: ExportOptions, *, ob
 
 
 class _Export:
-    """One export under way: its facts, and the entries of the files that are written so far."""
+    """An export in progress: its facts, and the entries of the files written so far."""
 
     def __init__(self, source: ExportSource, options: ExportOptions, observer: Observer) -> None:
         self._source = source
@@ -219,7 +218,7 @@ class _Export:
         self._observer(StageProgress(stage, math.ceil(done / _MEGABYTE), math.ceil(total / _MEGABYTE)))
 
     def sizes(self) -> Iterator[int]:
-        """Bytes of the weight files to come."""
+        """Bytes of the weight files to be written."""
         source, itemsize = self._source, DTYPES[self._options.precision].itemsize
         elements = {name: math.prod(shape) for name, (_, shape) in source.stored.items()}
         total = sum(elements.values())
@@ -230,7 +229,7 @@ class _Export:
         for name in self._delta.changed if self._delta is not None else ():
             yield elements[name] * source.stored[name][0].itemsize
         if self._options.int8:
-            # the quantiser's working copies are there until it is done
+            # with the quantiser's temporary copies
             yield total * (2 * torch.float32.itemsize + 2)
 
     def _manifest(self, base: Base) -> Manifest:
@@ -300,12 +299,12 @@ def sampling_of(source: ExportSource, vae: Mapping[str, Any], resolutions: Seque
 
 
 def default_resolution(own: int, sizes: Sequence[int]) -> int:
-    """The side in pixels that is drawn when nothing is said: the model's own, or the largest of `sizes` (rising)."""
+    """The default side in pixels: the model's own, or else the largest of `sizes` (rising)."""
     return own if own in sizes else sizes[-1]
 
 
 def image_axes(sampling: Sampling) -> dict[str, AxisRange]:
-    """The axes that follow from the resolutions of an artifact, best at its default one."""
+    """The axes that follow from the resolutions of an artifact, with the default resolution as optimum."""
     latent = _range(sampling, lambda size: sampling.latent_shape(size)[1])
     pixels = _range(sampling, lambda size: size)
     return {
@@ -323,11 +322,11 @@ def _range(sampling: Sampling, measure: Callable[[int], int]) -> AxisRange:
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, object]:
-    """A config as JSON has it, without what libraries note about the machine."""
+    """A config as plain JSON values, without paths of this machine."""
     kept = {key: value for key, value in config.items() if key != "_name_or_path"}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what an export depends on, where it is installed."""
+    """Versions of the installed packages that an export depends on."""
     return {"fmg": __version__, **installed_versions(_LIBRARIES)}

@@ -1,4 +1,4 @@
-"""Reward against latency: one target at several numbers of steps, on several backends, with and without its adapter."""
+"""Reward against latency: one target with several numbers of steps, on several backends, with and without adapter."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ from fmg.rewards.base import build_rewards, check_prompts
 
 @dataclass(frozen=True)
 class Point:
-    """One case at one number of steps.
+    """One case with one number of steps.
 
     Attributes:
-        label: the case's.
-        backend: what drew it.
-        adapter: whether the adapter was in it.
-        steps: network calls an image.
+        label: of the case.
+        backend: what ran it.
+        adapter: whether the adapter was applied.
+        steps: sampling steps per image (NFE).
         reward: which reward of the run.
         mean: its mean over the images.
         ci95: bootstrap interval over prompts.
-        num: images scored.
+        num: number of scored images.
         latency_ms: total time of one batch.
     """
 
@@ -79,11 +79,11 @@ class FrontierPlan:
     """What is measured at every point.
 
     Attributes:
-        steps: numbers of network calls.
-        num: images scored a point.
-        repeats: measured drawings of one batch.
-        warmup: drawings before.
-        batch: images of one drawing. What is scored is drawn in the default batches.
+        steps: numbers of sampling steps (NFE).
+        num: scored images per point.
+        repeats: timed runs of one batch.
+        warmup: runs before them.
+        batch: batch size of the timed runs. Scored images are generated in the default batches.
         grid: time grid by name; None takes the target's.
         seed: of the images that are scored.
         encode: whether prompts are encoded in every repeat.
@@ -107,19 +107,20 @@ def frontier(
     allow_code: bool = False,
     observer: Observer = ignore,
 ) -> Frontier:
-    """Measures and scores every case at every number of steps; cases with an adapter also without it.
+    """Measures and scores every case with every number of steps; cases with an adapter also without it.
 
     Args:
-        cases: sides of one target.
+        cases: forms of one target.
         options: how they are opened.
         plan: what is measured.
         allow_code: whether the recipe of a run may name reward code.
-        observer: hears of the progress.
+        observer: receives the progress.
 
     Raises:
-        UsageError: the run that an artifact was made from is not here, or a number of steps does not fit the grid.
+        UsageError: the run of an artifact no longer exists, or a number of steps does not fit the grid.
     """
-    target = _reference(cases[0].subject, allow_code)
+    subject = cases[0].subject
+    target = made_from(subject, allow_code=allow_code) if isinstance(subject, Artifact) else subject
     rewards = build_rewards(target.recipe.rewards)
     images = EvalSet.make(load_prompts(target.recipe.eval.prompts), plan.num, plan.seed)
     for label, reward in rewards.items():
@@ -183,13 +184,9 @@ def _measured(
     )
 
 
-def _reference(subject: Target | Artifact, allow_code: bool) -> Target:
-    return made_from(subject, allow_code=allow_code) if isinstance(subject, Artifact) else subject
-
-
 @contextmanager
 def with_bases(cases: Sequence[BenchCase]) -> Iterator[list[BenchCase]]:
-    """The cases, each tuned one followed by its base; bases of artifacts are made for the while."""
+    """The cases, each tuned one followed by its base; bases of artifacts are created temporarily."""
     with ExitStack() as stack:
         both, bases = [], dict[Path, Artifact]()
         for case in cases:
@@ -210,7 +207,7 @@ def with_bases(cases: Sequence[BenchCase]) -> Iterator[list[BenchCase]]:
 
 @contextmanager
 def _beside(artifact: Artifact) -> Iterator[Path]:
-    """A folder on the same file system, so that gigabytes are linked and not copied."""
+    """A folder on the same file system, so that gigabytes are linked, not copied."""
     with partial_folder(artifact.folder.resolve()) as folder:
         yield folder / "base"
 
@@ -220,7 +217,7 @@ def _reporting(observer: Observer, stage: str) -> Any:
 
 
 def frontier_figure(points: Sequence[Point], path: Path, title: str) -> None:
-    """Writes a panel for each reward, latency against its mean with intervals, steps at the points."""
+    """Writes a figure with a panel per reward: its mean with interval against latency, labelled with the steps."""
     rewards = list(dict.fromkeys(point.reward for point in points))
     figure = new_figure(6.4 * len(rewards), 4.4)
     styles = {name: style(i) for i, name in enumerate(dict.fromkeys(point.backend for point in points))}
@@ -241,7 +238,7 @@ def frontier_figure(points: Sequence[Point], path: Path, title: str) -> None:
                 axes.annotate(
                     str(point.steps),
                     (point.latency_ms.p50, point.mean),
-                    # the labels of two lines that meet are on either side
+                    # above and below, so that labels of lines that meet do not overlap
                     (5, 5 if number % 2 == 0 else -11),
                     textcoords="offset points",
                     fontsize=8,

@@ -1,7 +1,7 @@
-"""What is traced: thin modules with flat tensor signatures around the components of a FLUX-class folder.
+"""The modules that are traced: thin wrappers with flat tensor signatures around the components of a FLUX-class folder.
 
-Every border is fp32 or int64 (`fmg.inference.artifact.manifest`); the casts to the precision inside are part of the
-graph. The modules are built by a function, so that the tracer can build them without memory (`fmg.export.onnx`).
+Inputs and outputs are fp32 or int64 (`fmg.inference.artifact.manifest`); the casts to the precision inside are part of
+the graph. A function builds each module, so that the tracer can build it without memory (`fmg.export.onnx`).
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class GraphPlan:
 
     Attributes:
         name: of the graph, one of `fmg.inference.artifact.manifest.GRAPHS`.
-        build: makes the module in the default dtype of the moment, with any values.
+        build: creates the module in the current default dtype, with any values.
         dtype: of its weights.
-        inputs, outputs: the io_spec.
+        inputs, outputs: their names, dtypes and shapes.
         strict: whether every tensor of the wrapped module's state dict must become an initialiser.
     """
 
@@ -56,7 +56,7 @@ class GraphPlan:
 
 
 class GraphModule(nn.Module):
-    """A component behind a flat signature. Initialisers get the names that tensors have inside `inner`."""
+    """A component with a flat signature. Initialisers get the names of the tensors inside `inner`."""
 
     def __init__(self, inner: Any) -> None:
         super().__init__()
@@ -99,14 +99,14 @@ class ClipGraph(GraphModule):
 
     def forward(self, input_ids: Int[Tensor, "b l"]) -> Float[Tensor, "b p"]:
         """The pooled state, fp32."""
-        # the module's own positions are a buffer, which has no value while a graph is traced without memory
+        # the module's own positions are a buffer, which has no value when traced without memory
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         pooled: Tensor = self.inner(input_ids=input_ids, position_ids=positions).pooler_output
         return pooled.float()
 
 
 class T5Graph(GraphModule):
-    """T5's encoder, which sees its padding as FLUX lets it."""
+    """T5's encoder, without a mask for its padding, as in FLUX."""
 
     def forward(self, input_ids: Int[Tensor, "b text"]) -> Float[Tensor, "b text d"]:
         """The token states, fp32."""
@@ -126,7 +126,7 @@ class DecoderGraph(GraphModule):
 
 
 class SingleRotaryEmbedding(FluxPosEmbed):  # type: ignore[misc]
-    """FLUX's rotary positions in fp32 rather than fp64, which engines narrow on their own terms."""
+    """FLUX's rotary positions in fp32 rather than fp64, which engines would narrow in their own way."""
 
     def forward(self, ids: Float[Tensor, "tokens axes"]) -> tuple[Tensor, Tensor]:
         """Cosines and sines (tokens, head), fp32."""
@@ -196,7 +196,7 @@ def t5_plan(config: Mapping[str, Any], dtype: torch.dtype) -> GraphPlan:
 
 
 def decoder_plan(cls: Any, config: Mapping[str, Any]) -> GraphPlan:
-    """The decoder of an autoencoder, always fp32: its last feature maps leave the range of half precision."""
+    """The decoder of an autoencoder, always fp32: its last feature maps exceed the range of half precision."""
     channels = int(config["latent_channels"])
     return GraphPlan(
         VAE_DECODER,

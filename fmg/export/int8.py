@@ -1,9 +1,9 @@
 """A transformer with 8-bit weights for ONNX Runtime on a CPU.
 
-Signed, one scale a tensor, activations quantised as they come: of the schemes of ONNX Runtime the one that a CPU runs
-fastest at about equal error. Weights use seven of the eight bits: a CPU without VNNI adds pairs of products in 16 bits,
-which saturate otherwise (on the embedded model the error of one forward is 5 % with eight bits and 2 % with seven).
-Attention's products of activations stay fp32, and so do the small layers at the borders, through which everything goes.
+Signed, one scale per tensor, activations quantised dynamically: of ONNX Runtime's schemes the fastest on a CPU at about
+equal error. Weights use seven of the eight bits: a CPU without VNNI adds pairs of products in 16 bits, which would
+saturate (on the embedded model the error of one forward is 5 % with eight bits and 2 % with seven). Attention's
+products of activations stay fp32, and so do the small first and last layers, through which everything passes.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _TRANSPOSED = ".transposed"
 _INLINE_BYTES = 1024
 # `_Transposed` and `_quantized` are ONNX Runtime's
 _DERIVED = re.compile(rf"(?P<weight>.+?)(?P<turned>{re.escape(_TRANSPOSED)}|_Transposed)?(?P<rounded>_quantized)?")
-# Half a step is the rounding of the quantiser; the rest is that of its arithmetic in fp32
+# Half a step is the rounding of the quantiser, the rest that of its fp32 arithmetic
 _HALF_STEP = 0.501
 
 
 def require_quantiser() -> None:
-    """Whether ONNX Runtime's quantiser is there.
+    """Checks that ONNX Runtime's quantiser is installed.
 
     Raises:
         MissingDependencyError: naming the extra that installs it.
@@ -53,7 +53,7 @@ def quantise(graph: Path, out: Path, weights: Path) -> None:
     """Writes a graph with 8-bit matrices beside a graph in fp32.
 
     Args:
-        graph: the fp32 graph with its weights beside it; no matrix is read twice, but all are held in memory.
+        graph: the fp32 graph with its weights beside it; all matrices are held in memory.
         out: the ONNX file to write.
         weights: the safetensors file to write, in the folder of `out`.
     """
@@ -89,7 +89,7 @@ def other_weight(graph: Path, names: Collection[str], read: Callable[[str], torc
     Args:
         graph: what `quantise` wrote.
         names: of the fp32 weights.
-        read: gives the fp32 weight of a name.
+        read: returns the fp32 weight of a name.
     """
     import onnx_ir as ir
 
@@ -119,7 +119,7 @@ def other_weight(graph: Path, names: Collection[str], read: Callable[[str], torc
 
 
 def _transpose_weights(model: ir.Model) -> None:
-    """Gives products with a transposed weight the weight as they need it: the quantiser looks no further."""
+    """Replaces transposed weights of products by stored ones, as the quantiser does not look through a Transpose."""
     import onnx_ir as ir
 
     for node in list(model.graph.all_nodes()):
@@ -149,7 +149,7 @@ def _border_nodes(model: ir.Model) -> list[str]:
 
 
 def _move_weights(model: ir.Model, weights: Path) -> None:
-    """Moves what is not tiny into a safetensors file."""
+    """Moves all but tiny tensors into a safetensors file."""
     import onnx_ir as ir
 
     values = {

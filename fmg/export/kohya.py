@@ -1,7 +1,8 @@
-"""The LoRA of a run in the layout of kohya's sd-scripts, which Forge, ComfyUI and others read as well.
+"""Exports the LoRA of a run in the layout of kohya's sd-scripts, which Forge, ComfyUI and others read as well.
 
-It names the modules of the original FLUX code, where query, key and value (and the MLP of a single-stream block) are
-one matrix. LoRAs of the parts become one of the sum of their ranks: A stacked, B on the diagonal, the same update.
+The layout uses the modules of the original FLUX code, where query, key and value (and the MLP of a single-stream block)
+are one matrix. LoRAs of the parts become one LoRA of the sum of their ranks, A stacked and B on the diagonal, with the
+same update.
 """
 
 from __future__ import annotations
@@ -54,12 +55,12 @@ _OTHERS = {
     "norm_out.linear": "final_layer_adaLN_modulation_1",
 }
 _SWAPPED = "norm_out.linear"
-"""Its output has shift and scale in the other order in diffusers."""
+"""In diffusers, shift and scale of its output are swapped."""
 
 
 @dataclass(frozen=True)
 class KohyaLora:
-    """What was written: where, and how many modules of the original code it adapts."""
+    """The file written, and how many modules of the original code it adapts."""
 
     file: Path
     modules: int
@@ -70,10 +71,10 @@ def export_kohya(target: str | Path | None, out: Path) -> KohyaLora:
 
     Args:
         target: a run folder, or None for the newest run.
-        out: the file to make.
+        out: the file to write.
 
     Raises:
-        UsageError: there is no LoRA, it adapts what the layout has no name for, or `out` exists.
+        UsageError: there is no LoRA, it adapts a module that the layout lacks, or `out` exists.
         CheckpointError: the adapter is damaged or belongs to another base.
     """
     found = resolve_target(target)
@@ -83,7 +84,7 @@ def export_kohya(target: str | Path | None, out: Path) -> KohyaLora:
         raise UsageError(f"'{found.label}' has no LoRA", "Name the folder of a run that trained one; see `fmg runs`.")
     if delta.replaced:
         raise UsageError(
-            f"'{found.label}' trained the embedder of the second time as well, which no LoRA file of other tools holds",
+            f"'{found.label}' also trained the embedder of the second time, which LoRA files of other tools cannot contain",
             "Export the merged model: fmg export --diffusers.",
         )
     if out.exists():
@@ -116,7 +117,7 @@ def kohya_tensors(delta: Delta, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
         if down is not None and up is not None:
             tensors[f"{_PREFIX}{name}.lora_down.weight"] = down
             tensors[f"{_PREFIX}{name}.lora_up.weight"] = up
-            # the tools scale by alpha over the rank that they find
+            # the tools scale by alpha over the rank of the file
             tensors[f"{_PREFIX}{name}.alpha"] = torch.tensor(delta.adapter.scale * down.shape[0])
     return tensors
 
@@ -124,7 +125,7 @@ def kohya_tensors(delta: Delta, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
 def _joined(
     delta: Delta, parts: Sequence[str], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """A and B of the matrix whose rows are those of `parts`, the ones that are adapted."""
+    """A and B of the matrix that `parts` are rows of, for those that are adapted."""
     adapted = [part for part in parts if f"{part}.weight" in delta.lora]
     if not adapted:
         return None, None

@@ -1,8 +1,8 @@
-"""The graph of a network that is being trained: its weights are inputs, so that each call takes them as they are.
+"""The graph of a network in training: its weights are inputs, so that every call uses the current ones.
 
-Nothing is written or reopened when weights change. The weights that no adapter touches are the network's own memory;
-the others are merged once an iteration (docs/branching.md). The graph is the one that `fmg export` traces, and it is
-kept in the cache, since it follows from the config of the network alone.
+Nothing is written or reopened when weights change. Weights without an adapter are the network's own memory; the others
+are merged once per iteration (docs/branching.md). The graph is the one that `fmg export` traces; it depends only on the
+config of the network, and is cached.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from fmg.models.common.adapter import merged_tensors
 from fmg.models.flux.model import FluxModel
 
 _FILE = "transformer.onnx"
-# of tensors that are bound by their address: what ONNX calls them
+# ONNX's codes of dtypes, for tensors that are bound by address
 _ONNX_TYPES = {torch.float32: 1, torch.float16: 10, torch.bfloat16: 16}
 
 
 def live_graph(model: Model) -> LiveGraph:
-    """The exported graph of a model's network on ONNX Runtime, where the network is and in its dtype.
+    """The exported graph of a model's network on ONNX Runtime, on its device and in its dtype.
 
     Raises:
         CheckpointError: the model has no exported graph, or it cannot be traced.
-        MissingDependencyError: the packages that write and run graphs are not there.
+        MissingDependencyError: the packages that write and run graphs are not installed.
         UsageError: onnxruntime was built without the provider of the device.
     """
     if not isinstance(model, FluxModel):
@@ -52,19 +52,19 @@ def live_graph(model: Model) -> LiveGraph:
         raise
     except Exception as error:
         raise CheckpointError(
-            f"ONNX Runtime does not take the graph of the network: {reason(error)}",
+            f"ONNX Runtime cannot load the graph of the network: {reason(error)}",
             "Set rollout.branch.backend to torch, or use the versions in constraints.txt.",
         ) from error
     return LiveGraph(session, transformer, device)
 
 
 class LiveGraph:
-    """A graph that is called as its transformer is.
+    """A graph with the call signature of its transformer.
 
     Args:
         session: of the graph, whose weights are inputs under their names in the state dict.
         transformer: the network.
-        device: where it is.
+        device: of the network.
     """
 
     def __init__(self, session: Any, transformer: nn.Module, device: torch.device) -> None:
@@ -78,13 +78,13 @@ class LiveGraph:
         self.refresh()
 
     def refresh(self) -> None:
-        """Takes over the weights as they are now, an adapter merged in fp32 as an export merges it."""
+        """Takes over the current weights, with an adapter merged in fp32 as in an export."""
         merged = merged_tensors(self._transformer, self._dtype)
         self._weights = {name: x.contiguous() for name, x in merged.items() if name in self._wanted}
 
     @torch.no_grad()
     def __call__(self, *, return_dict: bool = False, **inputs: Tensor | None) -> tuple[Tensor]:
-        """The output (b, image, c) in fp32, as the first of one; takes the keyword arguments of the transformer.
+        """The output (b, image, c) in fp32, as a tuple of one; takes the keyword arguments of the transformer.
 
         Raises:
             FmgError: ONNX Runtime failed.
@@ -96,7 +96,7 @@ class LiveGraph:
             binding.bind_input(name, *self._where, _ONNX_TYPES[x.dtype], tuple(x.shape), x.data_ptr())
         binding.bind_output(self._output, *self._where)
         if self._where[0] == "cuda":
-            # the session has a stream of its own, which does not wait for torch's
+            # the session has its own stream, which does not wait for torch's
             torch.cuda.current_stream(self._where[1]).synchronize()
         try:
             self._session.run_with_iobinding(binding)
@@ -110,7 +110,7 @@ class LiveGraph:
 
 
 def _graph(transformer: Any, dtype: torch.dtype) -> bytes:
-    """The graph with its weights as inputs, traced once for a config, a dtype and the versions of what traces it."""
+    """The graph with its weights as inputs, traced once per config, dtype and versions of the tracing packages."""
     config = plain_config(transformer.config)
     facts = {"config": config, "dtype": str(dtype), "libraries": library_versions()}
     key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

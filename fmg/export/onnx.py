@@ -1,9 +1,9 @@
-"""From a module to an ONNX graph that points into a safetensors file, without ever holding the weights.
+"""Traces a module to an ONNX graph that points into a safetensors file, without loading the weights.
 
-The module is built and traced on fake tensors, so a graph costs about a gigabyte at any size. Its parameters become
-initialisers without values under their state-dict names; only after the optimiser has run do they get their places in
-the weight file. With values there, the optimiser would merge parameters that happen to be equal and transpose others,
-and a later change of the weights would silently be wrong (docs/adr/0010-graphs-without-weights.md).
+The module is built and traced on fake tensors, so a graph takes about a gigabyte at any size. Its parameters become
+initialisers without values under their state-dict names; they get their places in the weight file only after the
+optimiser has run. With values, the optimiser would merge parameters that happen to be equal and transpose others, and a
+later swap of the weights would silently be wrong (docs/adr/0010-graphs-without-weights.md).
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from fmg.export.weights import Placement
 
 OPSET = 20
-"""LayerNormalization and Gelu are operators of their own; attention is still the pattern that engines fuse in fp32."""
+"""LayerNormalization and Gelu are operators; attention is still the pattern that engines fuse in fp32."""
 
 _INNER = "inner."
-# Sizes that the tracer sees: all different, so that no axis is taken for another, and none 1, which would be fixed.
+# Sizes of the example inputs: all different, so that no axis is mistaken for another, and none 1, which would be fixed
 _TRACED = {BATCH: 2, IMAGE: 12, TEXT: 5, HEIGHT: 6, WIDTH: 4}
 _KEPT_METADATA = ("namespace", "pkg.torch.onnx.name_scopes")
 
@@ -50,7 +50,7 @@ class TracedGraph:
 
 
 def require_onnx() -> None:
-    """Whether the packages that write graphs are there.
+    """Checks that the packages that write graphs are installed.
 
     Raises:
         MissingDependencyError: naming the extra that installs them.
@@ -93,7 +93,7 @@ def save_graph(graph: TracedGraph, file: Path, weights: str, places: Mapping[str
     """Writes the ONNX file; every parameter points to its place in `weights`, a file name in the same folder.
 
     Raises:
-        CheckpointError: a parameter has no place, another shape or dtype there, or the checker refuses the file.
+        CheckpointError: a parameter has no place or another shape or dtype there, or the checker refuses the file.
     """
     import onnx_ir as ir
 
@@ -103,7 +103,7 @@ def save_graph(graph: TracedGraph, file: Path, weights: str, places: Mapping[str
         if stated != place.shape or value.dtype != ir.DataType[_ONNX_DTYPES[place.dtype]]:
             raise CheckpointError(
                 f"'{name}' is {place.dtype} {place.shape} in {weights} and {value.dtype} {stated} in the graph",
-                "This is a mistake of fmg; please report it.",
+                "This is a bug in fmg; please report it.",
             )
         value.const_value = ir.ExternalTensor(
             weights,
@@ -119,7 +119,7 @@ def save_graph(graph: TracedGraph, file: Path, weights: str, places: Mapping[str
 
 
 def check_file(file: Path) -> None:
-    """Runs ONNX's checker on a file by its path, so that weights beyond two gigabytes stay outside.
+    """Runs ONNX's checker on a file by its path, which also works with more than two gigabytes of weights.
 
     Raises:
         CheckpointError: with the checker's reason.
@@ -178,12 +178,12 @@ def _example(spec: TensorSpec) -> Tensor:
 
 
 def _unless_transposing(node: ir.Node) -> bool | None:
-    # a folded Transpose would be a second copy of a weight, under a name of its own
+    # a folded Transpose would be a second copy of a weight, under another name
     return False if node.op_type == "Transpose" else None
 
 
 def _take_names(model: ir.Model) -> None:
-    """Gives parameters the names that they have in the component's own state dict."""
+    """Gives parameters their names in the component's own state dict."""
     for name in [name for name in model.graph.initializers if name.startswith(_INNER)]:
         value = model.graph.initializers.pop(name)
         value.name = name.removeprefix(_INNER)
@@ -191,7 +191,7 @@ def _take_names(model: ir.Model) -> None:
 
 
 def _strip_metadata(model: ir.Model) -> None:
-    """Drops what the tracer noted, such as paths of source files on this computer; module names stay."""
+    """Removes the tracer's notes, such as paths of source files on this computer; keeps module names."""
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
@@ -204,7 +204,7 @@ def _strip_metadata(model: ir.Model) -> None:
 
 
 def _name_axes(model: ir.Model, plan: GraphPlan) -> None:
-    """States the planned axis names of outputs, where the tracer writes expressions such as `8*height`."""
+    """Sets the planned axis names of outputs, for which the tracer writes expressions such as `8*height`."""
     import onnx_ir as ir
 
     for value, spec in zip(model.graph.outputs, plan.outputs, strict=True):
@@ -237,7 +237,7 @@ def _check(
             if stated != (spec.name, ir.DataType[_ONNX_DTYPES[_TORCH_DTYPES[spec.dtype]]], spec.shape):
                 problems.append(f"{stated} is not the planned {spec}")
         if len(values) != len(specs):
-            problems.append(f"{len(values)} borders are not the {len(specs)} planned")
+            problems.append(f"{len(values)} inputs or outputs are not the {len(specs)} planned")
     if problems:
         raise CheckpointError(
             f"The graph '{plan.name}' is not as planned: {problems[0]}",
@@ -257,7 +257,7 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No advice from tracer, optimiser and quantiser, whose warnings are about their own affairs."""
+    """Silences tracer, optimiser and quantiser, whose warnings concern only their own internals."""
     loggers = [logging.getLogger(name) for name in (None, "torch.onnx", "onnxscript", "torch.export", "onnx_ir")]
     before = [logger.level for logger in loggers]
     for logger in loggers:

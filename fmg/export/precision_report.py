@@ -1,7 +1,7 @@
-"""Which precision a graph really has: the dtypes of its weights and of the nodes that compute, counted from the file.
+"""The actual precision of a graph: the dtypes of its weights and of the nodes that compute, counted from the file.
 
-A graph whose products run in another precision than was asked for still draws plausible pictures, only slower or worse;
-engines follow the graph (networks are strongly typed), so no builder flag would tell.
+A graph whose products run in another precision than requested still generates plausible images, only slower or worse;
+engines follow the graph (networks are strongly typed), so no builder flag would reveal it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 PRODUCTS = frozenset({"Attention", "Conv", "ConvTranspose", "Gemm", "MatMul"})
-"""Operators whose time is spent in multiply-accumulate, and whose precision is therefore what was asked for."""
+"""Operators that spend their time in multiply-accumulate, and must therefore have the requested precision."""
 INT8_PRODUCTS = frozenset({"ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"})
 ACTIVATION_PRODUCTS = frozenset({"Attention", "MatMul"})
-"""Products of two activations (attention) stay fp32 in a dynamically quantised graph."""
+"""Products of two activations (attention), which stay fp32 in a dynamically quantised graph."""
 
 HALF: tuple[Precision, ...] = ("bf16", "fp16")
 TIMES, ROTATION, NORMALISATION, SOFTMAX = (
@@ -37,15 +37,15 @@ TIMES, ROTATION, NORMALISATION, SOFTMAX = (
     "softmax in the attention of the text encoders",
 )
 STAYS_FP32: Mapping[str, str] = {
-    TIMES: "bf16 rounds 0.999 to 1 and takes neighboring positions of a large image for one",
+    TIMES: "bf16 rounds 0.999 to 1 and merges neighbouring positions of a large image",
     ROTATION: "a sum of two products with fp32 cosines and sines, rounded once, as in diffusers",
-    NORMALISATION: "squares leave the range of fp16, and long sums lose small terms in bf16",
+    NORMALISATION: "squares exceed the range of fp16, and long sums lose small terms in bf16",
     SOFTMAX: "some versions of transformers compute it in fp32",
 }
-"""All that a graph of half precision computes in fp32, and why; docs/export.md has the same list.
+"""Everything that a half-precision graph computes in fp32, and why; docs/export.md has the same list.
 
-Inputs and outputs of a graph are fp32 as well, and the decoder is an fp32 graph as a whole. A table that is stored in
-fp32 belongs to the nodes that read it. Moving a value is no computing.
+Inputs and outputs of a graph are fp32 as well, and the decoder is entirely fp32. A table that is stored in fp32 belongs
+to the nodes that read it. Moving a value is not computing.
 """
 
 _PLACES: Mapping[str, tuple[re.Pattern[str], frozenset[str]]] = {
@@ -66,10 +66,10 @@ _PLACES: Mapping[str, tuple[re.Pattern[str], frozenset[str]]] = {
     ),
     SOFTMAX: (re.compile(r"(^|\.)(SelfAttention|self_attn)$"), frozenset({"Softmax"})),
 }
-"""Modules by their dotted names, and what may be fp32 in them; the other entries are told by where values come from."""
+"""Modules by their dotted names, and what may be fp32 in them; other entries are recognised by the source of values."""
 _ATTENTION = re.compile(r"(^|\.)attn$")
 
-# Inputs from which times and positions are computed; what any other input or a weight reaches is data
+# Inputs from which times and positions are computed; whatever depends on another input or a weight is data
 _IDS = frozenset({io_spec.IMG_IDS, io_spec.TXT_IDS})
 _PLAIN_INPUTS = _IDS | {io_spec.TIMESTEP, io_spec.SECOND, io_spec.GUIDANCE}
 _DATA = "data"
@@ -78,7 +78,7 @@ _SIZES = frozenset({"Shape", "Size"})
 _NAMES = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "INT8": "int8", "UINT8": "uint8", "DOUBLE": "fp64"}
 # Scalars and biases are not counted as weights.
 _WEIGHT_RANK = 2
-# Nodes that move or look at values without computing with them
+# Nodes that move or inspect values without computing with them
 _MOVES = frozenset(
     {"Cast", "Concat", "Constant", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Shape", "Slice", "Split"}
     | {"Squeeze", "Transpose", "Unsqueeze"}
@@ -87,13 +87,13 @@ _MOVES = frozenset(
 
 @dataclass(frozen=True)
 class PrecisionReport:
-    """What was counted in one graph.
+    """The counts of one graph.
 
     Attributes:
         weights: elements of weights (matrices and kernels) by dtype.
         products: nodes that multiply and accumulate, by dtype.
         others: other computing nodes with floating-point results, by dtype.
-        foreign: the nodes whose precision is not the asked one, `module: operator (dtype)`.
+        foreign: the nodes that do not have the requested precision, `module: operator (dtype)`.
     """
 
     weights: Mapping[str, int]
@@ -108,7 +108,7 @@ class PrecisionReport:
 
 
 def precision_of(artifact: Artifact, graph: str) -> PrecisionReport:
-    """Counts a graph of an artifact against the precision that its manifest states.
+    """Counts a graph of an artifact and compares it with the precision in its manifest.
 
     Raises:
         MissingDependencyError: onnx is not installed.
@@ -140,9 +140,9 @@ def precision_of_file(file: Path, asked: Precision) -> PrecisionReport:
         (products if product else others)[kind] += 1
         if not _allowed(node, kind, asked, listed, product=product):
             foreign.append(f"{module_of(node) or 'the graph itself'}: {node.op_type} ({kind})")
-    # weights of another dtype that are cast before the product would hide from the count of products
+    # weights of another dtype that are cast before the product would not show in the count of products
     stray = {name: n for name, n in weights.items() if name != asked}
-    # an 8-bit graph keeps the small layers at its borders; elsewhere only what may compute in fp32 may be stored so
+    # an 8-bit graph keeps its first and last layers in fp32; otherwise only what computes in fp32 may be stored in fp32
     if (asked != "int8" and stray) or sum(stray.values()) > weights[asked]:
         foreign.insert(0, f"weights: {', '.join(f'{n} elements {name}' for name, n in sorted(stray.items()))}")
     if asked == "int8" and not products["int8"]:
@@ -161,14 +161,14 @@ def read_graph(file: Path) -> ModelProto:
     try:
         return onnx.load(str(file), load_external_data=False)
     except Exception as error:
-        # protobuf's own DecodeError lives in another module for each of its implementations
+        # protobuf's own DecodeError is in a different module for each of its implementations
         raise CheckpointError(
             f"{file} is no ONNX file ({type(error).__name__})", "Restore the artifact, or export it again."
         ) from None
 
 
 def module_of(node: NodeProto) -> str:
-    """Dotted name of the torch module that a node was traced in, without the name of the operation; may be empty."""
+    """Dotted name of the torch module that a node was traced in, without the operation; may be empty."""
     scopes = scopes_of(node)
     return scopes[-1] if scopes else ""
 
@@ -176,21 +176,21 @@ def module_of(node: NodeProto) -> str:
 def scopes_of(node: NodeProto) -> list[str]:
     """Dotted names of the modules around a node, outermost first, without the wrapper."""
     text = next((entry.value for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"), "[]")
-    # the text is a list of quoted names that the exporter wrote; the last one is the operation
+    # a list of quoted names, written by the exporter; the last one is the operation
     names = re.findall(r"'([^']*)'", text)[:-1]
     return [name.removeprefix("inner.") for name in names if name not in ("", "inner")]
 
 
 class _Listed:
-    """The nodes and stored tables of a graph that are fp32 as `STAYS_FP32` says.
+    """The nodes and stored tables of a graph that are fp32 according to `STAYS_FP32`.
 
     Args:
-        model: the graph; ONNX has its nodes in an order in which they can run.
+        model: the graph; its nodes are in an order in which they can run.
         dtypes: of its values.
     """
 
     def __init__(self, model: ModelProto, dtypes: Mapping[str, str | None]) -> None:
-        # what lies in the weight file is a weight; what the tracer folded lies in the graph
+        # weights are in the weight file; constants that the tracer folded are in the graph
         sources = {x.name: frozenset({_DATA} if x.external_data else ()) for x in model.graph.initializer}
         sources |= {x.name: frozenset({x.name if x.name in _PLAIN_INPUTS else _DATA}) for x in model.graph.input}
         self._readers: dict[str, list[NodeProto]] = {}
@@ -205,11 +205,11 @@ class _Listed:
                 self._entries |= dict.fromkeys(node.output, self._entry(node, read))
 
     def computed(self, node: NodeProto) -> bool:
-        """Whether a node is fp32 as the list says."""
+        """Whether a node is fp32 according to the list."""
         return any(self._entries.get(name) for name in node.output)
 
     def read(self, name: str) -> bool:
-        """Whether a stored value is read, through whatever moves it, by nodes that are fp32 as the list says, only."""
+        """Whether a stored value is read, directly or moved, only by nodes that are fp32 according to the list."""
         pending, found = list(self._readers.get(name, ())), False
         while pending:
             node = pending.pop()
@@ -222,7 +222,7 @@ class _Listed:
         return found
 
     def _entry(self, node: NodeProto, read: Sequence[frozenset[str]]) -> str:
-        """The entry of the list that an fp32 node belongs to, whose inputs come from `read`; empty for none."""
+        """The list's entry for an fp32 node whose inputs come from `read`; empty for none."""
         if node.op_type in PRODUCTS:
             return ""
         if not any(_DATA in source for source in read):
@@ -240,7 +240,7 @@ class _Listed:
 
 def _allowed(node: NodeProto, kind: str, asked: Precision, listed: _Listed | None, *, product: bool) -> bool:
     if asked == "fp32":
-        # sinusoids of positions are in double precision in diffusers, and harmless
+        # sinusoids of positions are in double precision in diffusers, which does no harm
         return kind == "fp32" or (kind == "fp64" and not product)
     if asked == "int8":
         return node.op_type in ACTIVATION_PRODUCTS or kind != "fp32" or not product
@@ -248,7 +248,7 @@ def _allowed(node: NodeProto, kind: str, asked: Precision, listed: _Listed | Non
 
 
 def _precision(node: NodeProto, dtypes: Mapping[str, str | None]) -> str | None:
-    """The floating-point type that a node computes in; None for one that has none."""
+    """The floating-point type that a node computes in; None for nodes without one."""
     if node.op_type in INT8_PRODUCTS:
         return "int8"
     if node.op_type in PRODUCTS:
@@ -262,7 +262,7 @@ def _width(kind: str | None) -> int:
 
 
 def _dtypes(model: ModelProto) -> dict[str, str | None]:
-    """Floating-point or 8-bit type of every value that the file states one for, or that shape inference finds."""
+    """Floating-point or 8-bit type of every value, as stated in the file or found by shape inference."""
     return {name: _NAMES.get(element) for name, element in _elements(model)}
 
 

@@ -1,4 +1,7 @@
-"""What an export starts from: the files of a model and the changes of a run, found without loading the model."""
+"""What an export starts from: the files of a model and the changes of a run, read without loading the model.
+
+Weights are read one tensor at a time, with the changes of a run merged in fp32.
+"""
 
 from __future__ import annotations
 
@@ -62,15 +65,15 @@ from fmg.recipe import Recipe
 
 @dataclass(frozen=True)
 class ExportSource:
-    """A model on this computer.
+    """A model on this computer, with what a run trained.
 
     Attributes:
-        label: what the user called it.
+        label: the name that the user gave.
         name: registered name of the model.
-        recipe: how it is sampled and judged.
+        recipe: how it is sampled and scored.
         folder: its pipeline folder; a student's is that of its teacher.
-        conventions: how the transformer wants to be sampled.
-        transformer: config and files of the transformer; a fully tuned one stands in place of the model's own.
+        conventions: how the transformer is sampled.
+        transformer: config and files of the transformer; after a full fine-tune, those of the run.
         checkpoint: folder of what was trained, or None.
     """
 
@@ -84,22 +87,21 @@ class ExportSource:
 
     @property
     def tuned_whole(self) -> bool:
-        """Whether every weight of the transformer was trained, so that there is nothing to merge."""
+        """Whether a full fine-tune trained every weight of the transformer, so that there is nothing to merge."""
         return self.checkpoint is not None and is_full(self.checkpoint)
 
     @property
     def base(self) -> str:
-        """What the weights under an adapter are called: the model, or the run that tuned all of them."""
+        """Name of the weights under an adapter: the model, or the run of a full fine-tune."""
         return self.label if self.tuned_whole else self.name
 
     @cached_property
     def reader(self) -> TensorReader:
-        """The stored weights of the transformer."""
         return TensorReader(self.transformer.weights.files)
 
     @cached_property
     def stored(self) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Dtype and shape of every stored weight of the transformer, which are exactly those of its config.
+        """Dtype and shape of every stored weight of the transformer, checked against its config.
 
         Raises:
             CheckpointError: a file is damaged or does not fit the config.
@@ -130,11 +132,11 @@ class ExportSource:
 
 
 def conventions_of(recipe: Recipe) -> FlowMapConventions:
-    """How the model of a recipe wants to be sampled; its weights need not be there.
+    """How the model of a recipe is sampled; its weights need not be there.
 
     Raises:
         UsageError: the model is of a family that has no export.
-        CheckpointError: a local folder that does not state it.
+        CheckpointError: a local folder does not state it.
     """
     config, name = recipe.model.config, recipe.model.name
     if isinstance(config, EmbeddedConfig):
@@ -152,8 +154,8 @@ def find_source(target: Target) -> ExportSource:
 
     Raises:
         UsageError: the model is of a family that has no export.
-        MissingDependencyError: published files that have not been fetched.
-        CheckpointError: a local source that does not exist or is not complete.
+        MissingDependencyError: published files have not been fetched.
+        CheckpointError: a local source does not exist or is incomplete.
     """
     config, name = target.recipe.model.config, target.recipe.model.name
     conventions = conventions_of(target.recipe)
@@ -173,7 +175,7 @@ def find_source(target: Target) -> ExportSource:
 
 
 def recipe_facts(recipe: Recipe) -> tuple[tuple[Mapping[str, object], ...], Mapping[str, object]]:
-    """What a manifest keeps of a recipe to repeat the proof of equal reward: its rewards, and its prompt sets."""
+    """The facts of a recipe in a manifest, to verify equal rewards again: its rewards and prompt sets."""
     plain: Any = recipe.plain()
     return tuple(plain["rewards"]), {"train": plain["prompts"], "eval": plain["eval"]["prompts"]}
 
@@ -183,12 +185,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Delta:
-    """The changes by the names of the weights.
+    """What a run changed in the weights of its base, by their names: low-rank terms, and tensors it trained whole.
 
     Attributes:
         lora: A (rank, inputs) and B (outputs, rank) for a matrix (outputs, inputs).
-        replaced: tensors that take the place of the base's.
-        adapter: what the manifest says of it.
+        replaced: tensors that replace those of the base.
+        adapter: its entry in the manifest.
         base_name: registered name of the model that it belongs to.
         base_digest: sha256 of that model's stored weights.
     """
@@ -201,7 +203,7 @@ class Delta:
 
     @property
     def changed(self) -> frozenset[str]:
-        """Names of the weights that are not the base's any more."""
+        """Names of the weights that differ from the base."""
         return frozenset(self.lora) | frozenset(self.replaced)
 
     def apply(self, name: str, base: Tensor, dtype: torch.dtype) -> Tensor:
@@ -219,7 +221,7 @@ def read_delta(folder: Path, shapes: Shapes, run: str) -> Delta:
     Args:
         folder: what `save_adapter` wrote.
         shapes: of the base's weights by name.
-        run: what the manifest calls the origin.
+        run: name of the run in the manifest.
 
     Raises:
         CheckpointError: the folder is damaged or does not fit weights of these names and shapes.
@@ -242,7 +244,7 @@ def read_delta(folder: Path, shapes: Shapes, run: str) -> Delta:
 
 
 def check_base(delta: Delta, digest: str, where: str) -> None:
-    """Whether the changes belong to weights with this digest.
+    """Checks that the changes belong to weights with this digest.
 
     Raises:
         CheckpointError: they were trained on others.
@@ -256,7 +258,7 @@ def check_base(delta: Delta, digest: str, where: str) -> None:
 
 
 def _adapter_shapes(shapes: Shapes, manifest: AdapterManifest) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that the tensors of the adapter must have on these weights."""
+    """Names and shapes of the adapter's tensors on these weights."""
     suffixes = expand_targets(manifest.targets)
     expected: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
@@ -276,7 +278,7 @@ def _digest(folder: Path) -> str:
 
 
 def merged(base: TensorReader, delta: Delta | None, dtype: torch.dtype) -> Callable[[str], Tensor]:
-    """Reads weights with the changes of a run, in `dtype`; the sums are made in fp32."""
+    """Reads weights with the changes of a run, in `dtype`; sums are computed in fp32."""
     if delta is None:
         return lambda name: base.read(name).to(dtype)
     return lambda name: delta.apply(name, base.read(name), dtype)
@@ -297,7 +299,7 @@ _TOKENIZER_CLASSES = {TEXT_ENCODER: CLIPTokenizer, TEXT_ENCODER_2: T5Tokenizer}
 
 
 def graph_reader(source: ExportSource, graph: str, names: Iterable[str], dtype: torch.dtype) -> Callable[[str], Tensor]:
-    """Reads the weights of a graph by the names that they have in it, in `dtype`; a run changes the transformer's only.
+    """Reads the weights of a graph by their names in it, in `dtype`; a run changes only those of the transformer.
 
     Raises:
         CheckpointError: a file is missing or damaged, or lacks a tensor.
@@ -309,7 +311,7 @@ def graph_reader(source: ExportSource, graph: str, names: Iterable[str], dtype: 
 
 
 def graph_tokenizer(source: ExportSource, graph: str, out: Path) -> TokenizerFacts:
-    """Writes the tokenizer of a text encoder under `out`, cut to what the model reads. Errors as `write_tokenizer`."""
+    """Writes the tokenizer of a text encoder under `out`, with the model's length. Errors as `write_tokenizer`."""
     length = source.conventions.max_sequence_length if graph == TEXT_ENCODER_2 else None
     return write_tokenizer(source.folder, graph, out, length)
 
@@ -317,8 +319,8 @@ def graph_tokenizer(source: ExportSource, graph: str, out: Path) -> TokenizerFac
 def component_reader(folder: Path, names: Iterable[str], dtype: torch.dtype) -> Callable[[str], Tensor]:
     """Reads the tensors called `names` of a component folder, in `dtype`.
 
-    They are streamed where the files have them under these names or a known older one. Where they do not, the library
-    that wrote the folder loads and renames them.
+    They are streamed if the files have these names or a known older form of them. If not, the library that wrote the
+    folder loads and renames them.
 
     Raises:
         CheckpointError: a file is missing or damaged, or lacks a tensor.
@@ -351,21 +353,21 @@ def write_tokenizer(source: Path, graph: str, out: Path, length: int | None) -> 
         source: the pipeline folder.
         graph: which text encoder it feeds.
         out: the artifact's folder.
-        length: tokens to pad and cut to; None takes the tokenizer's own maximum.
+        length: tokens to pad and truncate to; None takes the tokenizer's own maximum.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the tokenizer pads or cuts on the left.
+        CheckpointError: a file is missing or damaged, or the tokenizer pads or truncates on the left.
     """
     folder = TOKENIZERS[graph]
     with quiet():
         loaded: Any = load_tokenizer(source / folder, _TOKENIZER_CLASSES[graph])
     if (loaded.padding_side, loaded.truncation_side) != ("right", "right"):
         raise CheckpointError(
-            f"The tokenizer in {source / folder} does not pad and cut on the right",
+            f"The tokenizer in {source / folder} does not pad and truncate on the right",
             "Give a FLUX pipeline folder.",
         )
     backend = Tokenizer.from_str(loaded.backend_tokenizer.to_str())
-    # the lengths are facts of the manifest, not of the file, so that a prompt's own length can still be counted
+    # lengths are in the manifest, not in the file, so that a prompt's own length can still be counted
     backend.no_padding()
     backend.no_truncation()
     (out / folder).mkdir()

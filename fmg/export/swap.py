@@ -1,4 +1,4 @@
-"""Another adapter, or none, in an artifact that is there: new weights under the same graphs, all or nothing."""
+"""Swaps the adapter of an existing artifact: new weights under the same graphs, all or nothing."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from fmg.core.files import OLD, leftovers, link_files, replaced_folder
 from fmg.export.artifact import default_resolution, image_axes
 from fmg.export.int8 import quantise
 from fmg.export.source import Delta, check_base, conventions_of, merged, read_delta, recipe_facts, write_base
-from fmg.export.space import check_space
-from fmg.export.weights import lay_out, write_weights
+from fmg.export.weights import check_space, lay_out, write_weights
 from fmg.inference.artifact.layout import (
     BASE_WEIGHTS,
     Artifact,
@@ -39,11 +38,11 @@ from fmg.recipe import Recipe
 from fmg.registry import models
 
 BASE = "base"
-"""In place of a run: the weights as they were before any adapter."""
+"""In place of a run: the weights without any adapter."""
 
 _EIGHT_BITS = frozenset({"float8_e4m3fn", "float8_e5m2"})
 _STORED = _EIGHT_BITS | {"float32", "float16", "bfloat16"}
-# What each dtype holds of another without loss
+# Dtypes that each dtype represents exactly
 _EXACT: Mapping[str, frozenset[str]] = {
     "float32": _EIGHT_BITS | {"float32", "float16", "bfloat16"},
     "float16": _EIGHT_BITS | {"float16"},
@@ -52,19 +51,19 @@ _EXACT: Mapping[str, frozenset[str]] = {
 
 
 def swap_weights(folder: Path, target: str | Path | None, *, observer: Observer = ignore) -> Artifact:
-    """Puts the adapter of a run into an artifact in place of what was merged before; the graphs stay.
+    """Merges the adapter of a run into an artifact in place of the previous one; the graphs stay.
 
     Weights and manifest equal those of a fresh export, the weights bit for bit. Engines stay, but belong to the old
-    weights. Proofs that the manifest holds are of the old weights as well and go. What a killed swap left is put right.
+    weights, as do the checks in the manifest, which are removed. What a killed swap left is repaired.
 
     Args:
-        folder: the artifact; of a link to one, what it leads to.
+        folder: the artifact; links are followed.
         target: a run folder, `base`, or None for the newest run.
-        observer: hears of the progress.
+        observer: receives the progress.
 
     Raises:
         UsageError: the target has no adapter, its adapter changes weights whose stored values the artifact does not
-            keep, or its model is sampled in a way that the graphs do not have.
+            keep, or its model is sampled in a way that the graphs do not support.
         CheckpointError: artifact or adapter are damaged or do not belong together; the artifact stays as it was.
     """
     folder = folder.resolve()
@@ -79,16 +78,16 @@ def swap_weights(folder: Path, target: str | Path | None, *, observer: Observer 
     here = Path.cwd()
     swapped = _swapped(artifact, delta, _as_sampled(artifact.manifest, recipe), observer)
     if here.is_relative_to(folder):
-        # paths of this process mean what they meant; a shell has to be told
+        # keeps relative paths of this process valid; a shell has to enter the new folder itself
         os.chdir(here if here.is_dir() else folder)
-        observer(Notice("info", "The working directory has been replaced; a shell enters the new one with `cd .`"))
+        observer(Notice("info", "The working directory has been replaced; enter the new one with `cd .`"))
     return swapped
 
 
 def copy_without_adapter(artifact: Artifact, folder: Path) -> Artifact:
-    """A new artifact with the weights of the base, to be sampled and judged as the tuned one is.
+    """A new artifact with the weights of the base, to be sampled and scored like the tuned one.
 
-    It has the same graphs, made of hard links where there are any.
+    It shares the files of the graphs through hard links where the file system has them.
 
     Raises:
         UsageError: as `swap_weights`.
@@ -99,7 +98,7 @@ def copy_without_adapter(artifact: Artifact, folder: Path) -> Artifact:
 
 
 def _swapped(artifact: Artifact, delta: Delta | None, manifest: Manifest, observer: Observer) -> Artifact:
-    """The artifact with other weights; of `manifest` is taken what does not follow from them."""
+    """The artifact with other weights; `manifest` gives what does not depend on them."""
     folder = artifact.folder
     exported = _exported(artifact)
     kept = _reader(artifact, artifact.manifest.base.weights)
@@ -107,7 +106,8 @@ def _swapped(artifact: Artifact, delta: Delta | None, manifest: Manifest, observ
     remembered = _remembered(artifact, delta, kept, dtype)
     base = exported.under(kept)
     layout = lay_out({name: exported.describe(name) for name in exported.names})
-    check_space(folder, _needed(artifact, layout.size))
+    # an upper bound: unchanged files are linked, not copied
+    check_space(folder, (4 if TRANSFORMER_INT8 in artifact.manifest.graphs else 2) * layout.size)
     _check_no_links(folder)
     with replaced_folder(folder) as partial:
         files = dict(artifact.manifest.files)
@@ -167,20 +167,20 @@ def _delta(artifact: Artifact, found: Target) -> Delta:
 
 
 def _base_recipe(manifest: Manifest) -> Recipe:
-    """How the base is sampled and judged: a model by default, and a run that tuned every weight as it was trained.
+    """How the base is sampled and scored: a model by default, and a full fine-tune by the recipe of its run.
 
     Raises:
-        UsageError: that run is not here any more.
+        UsageError: that run no longer exists.
     """
     name = manifest.base.name
     return Recipe.default(model=name) if name in models.names() else resolve_target(name).recipe
 
 
 def _check_graphs(artifact: Artifact, found: Target) -> None:
-    """Whether the graphs are those that an export of a run would write.
+    """Checks that an export of a run would write the same graphs.
 
     Raises:
-        UsageError: the run is sampled otherwise.
+        UsageError: the run is sampled differently.
     """
     wanted, sampling = conventions_of(found.recipe), artifact.manifest.sampling
     sizes, length = sampling.resolutions, artifact.manifest.tokenizers[TEXT_ENCODER_2].length
@@ -203,7 +203,7 @@ def _check_graphs(artifact: Artifact, found: Target) -> None:
 
 
 def _as_sampled(manifest: Manifest, recipe: Recipe) -> Manifest:
-    """The manifest with all that a recipe says and no graph contains."""
+    """The manifest with everything that follows from a recipe and is in no graph."""
     rewards, prompts = recipe_facts(recipe)
     conventions, sampling = conventions_of(recipe), manifest.sampling
     embedded = None not in (sampling.guidance, conventions.guidance)
@@ -219,7 +219,7 @@ def _as_sampled(manifest: Manifest, recipe: Recipe) -> Manifest:
 
 
 def _remembered(artifact: Artifact, delta: Delta | None, kept: TensorReader, dtype: torch.dtype) -> frozenset[str]:
-    """Which weights the artifact has to keep as its base stores them, to go back to it later."""
+    """The weights that the artifact has to keep as its base stores them, to restore it later."""
     changed = frozenset() if delta is None else delta.changed
     if set(artifact.manifest.base.dtypes) <= _EXACT[str(dtype).removeprefix("torch.")]:
         return changed
@@ -232,16 +232,10 @@ def _remembered(artifact: Artifact, delta: Delta | None, kept: TensorReader, dty
 
 
 def _base_dtype(manifest: Manifest) -> torch.dtype | None:
-    """The dtype that the base stores its weights in, which the artifact may hold wider; None for several of them."""
+    """The dtype of the base's stored weights, which may be wider in the artifact; None for several dtypes."""
     dtypes = manifest.base.dtypes
     stored: torch.dtype | None = getattr(torch, dtypes[0]) if len(dtypes) == 1 and dtypes[0] in _STORED else None
     return stored
-
-
-def _needed(artifact: Artifact, weights: int) -> int:
-    """Bytes of the new files, at most: what does not change is linked, not copied."""
-    copies = 4 if TRANSFORMER_INT8 in artifact.manifest.graphs else 2
-    return copies * weights
 
 
 def _requantised(folder: Path, artifact: Artifact) -> dict[str, FileEntry]:
@@ -253,7 +247,7 @@ def _requantised(folder: Path, artifact: Artifact) -> dict[str, FileEntry]:
 
 
 def _recover(folder: Path) -> None:
-    """Puts back what a swap moved away that was killed before it was done."""
+    """Restores the folder that a killed swap had moved away."""
     if not folder.exists() and (left := leftovers(folder, OLD)):
         left[-1].rename(folder)
 

@@ -1,7 +1,7 @@
-"""The proof that an artifact draws what its run draws: files, facts, weights, precision, tensors, pictures, rewards.
+"""Verifies that an artifact reproduces its run: files, facts, weights, precision, tensors, images, rewards.
 
-Every check is made anew from the artifact and its manifest, can be repeated at any time, and is written into the
-manifest with the hash of the weights it was made on.
+Every check starts from the artifact and its manifest, can be repeated at any time, and is written into the manifest
+with the hash of the weights that it was made on.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ IN_FP32 = (
     "computed in fp32 with the bf16 weights, because ONNX Runtime has no bf16 on a CPU;"
     " the rounding of bf16 arithmetic was not run"
 )
-"""Note of the checks for which a bf16 artifact could only be run so (`fmg.export.verify_graphs`)."""
+"""Note of the checks of a bf16 artifact that was widened to fp32 (`fmg.export.verify_graphs.widened`)."""
 
 _FEW_PROMPTS = 32
 _HUGE = 1e30
@@ -57,10 +57,10 @@ _HUGE = 1e30
 
 @runtime_checkable
 class ReportsPrecision(Protocol):
-    """A runtime that can tell in which precision it runs a graph, as an engine can that kept its layers' names."""
+    """A runtime that can report the precision of a graph, such as engines that keep the names of their layers."""
 
     def precision(self, graph: str) -> EnginePrecision | None:
-        """The layers of a graph's engine by kind and type; None where they cannot be read."""
+        """The layers of a graph's engine by kind and type; None if they cannot be read."""
 
 
 @python_call
@@ -77,22 +77,22 @@ def verify(
     observer: Observer | None = None,
     progress: bool | None = None,
 ) -> VerifyReport:
-    """Compares an artifact with the run or model that it was made from, and writes what was found into its manifest.
+    """Compares an artifact with the run or model that it was exported from, and writes the checks into its manifest.
 
     Args:
-        artifact: what to check: what `export_artifact` returned, or its folder.
+        artifact: what `export_artifact` returned, or its folder.
         against: the run or model; None takes what the manifest names.
-        level: `quick` compares files, weights, precision, graphs and 16 pictures; `full` also the run's rewards on 512.
+        level: `quick` compares files, weights, precision, graphs and 16 images; `full` also the run's rewards on 512.
         backend: what runs the artifact.
         device: where both sides compute.
-        num: pictures, in place of those of the level.
+        num: number of images; None takes that of the level.
         seed: of inputs and noise.
         allow_code: whether the recipe of a run may name reward code; see `fmg eval`.
-        observer: hears of the progress.
+        observer: receives the progress.
         progress: whether progress is shown, as in `train`.
 
     Raises:
-        UsageError: an unknown level, or the run or model is not here any more.
+        UsageError: an unknown level, or the run or model no longer exists.
         CheckpointError: a file of either side is damaged.
     """
     if level not in LEVELS:
@@ -113,27 +113,28 @@ def _verify(
     seed: int,
     observer: Observer,
 ) -> VerifyReport:
-    proof = _Proof(artifact, target, level == "full", device, num, seed, observer)
+    comparison = _Comparison(artifact, target, level == "full", device, num, seed, observer)
     checks = [check_files(artifact)]
-    proof.tell_of_cuts()
-    checks += [*proof.source(), *proof.precision()]
+    comparison.tell_of_cuts()
+    checks += [*comparison.source(), *comparison.precision()]
     try:
         with load(artifact, backend=backend, device=device) as candidate:
             detail = described(candidate)
-            checks += proof.run(candidate)
+            checks += comparison.run(candidate)
     except PrecisionError:
         with widened(artifact) as wide, load(wide, backend=ONNXRUNTIME, device="cpu") as candidate:
             detail = f"{described(candidate)}, bf16 weights"
             checks += [
-                replace(check, note="; ".join(filter(None, (check.note, IN_FP32)))) for check in proof.run(candidate)
+                replace(check, note="; ".join(filter(None, (check.note, IN_FP32))))
+                for check in comparison.run(candidate)
             ]
     if TRANSFORMER_INT8 in artifact.manifest.graphs:
         with load(artifact, backend=ONNXRUNTIME, device="cpu", int8=True) as candidate:
-            checks += proof.against(candidate, (TRANSFORMER_INT8,))
+            checks += comparison.against(candidate, (TRANSFORMER_INT8,))
     try:
         artifact.with_checks(checks)
     except OSError as error:
-        # a folder that may only be read is verified as well
+        # read-only folders are verified as well
         observer(Notice("warning", f"The checks are not written into the manifest: {reason(error)}"))
     return VerifyReport(str(artifact.folder), target.label, level, detail, tuple(checks))
 
@@ -155,7 +156,7 @@ def reference_of(artifact: Artifact, against: TargetLike = None, *, allow_code: 
 
 
 def engine_precision(artifact: Artifact, candidate: Generator) -> Iterator[Check]:
-    """What the backend made of each graph, where it can tell: whether it computes in the graph's precision."""
+    """Checks whether the backend computes in each graph's precision, if it can report that."""
     backend = candidate.backend
     runtime: object = backend.runtime if isinstance(backend, ArtifactBackend) else None
     if not isinstance(runtime, ReportsPrecision):
@@ -170,8 +171,8 @@ def engine_precision(artifact: Artifact, candidate: Generator) -> Iterator[Check
         yield Check(f"precision/{backend.name}/{graph}", not problem, values, problem, digest)
 
 
-class _Proof:
-    """The checks of one artifact against one target, which is loaded once."""
+class _Comparison:
+    """All checks of one artifact against one target, which is loaded once."""
 
     def __init__(
         self,
@@ -200,31 +201,29 @@ class _Proof:
     def _model(self) -> FluxModel:
         model = load_model(self._target, device=self._device, dtype="fp32")
         if not isinstance(model, FluxModel):
-            raise UsageError(f"The model of '{self._target.label}' has no exported form", "Verify a FLUX-class model.")
+            raise UsageError(f"The model of '{self._target.label}' cannot be exported", "Verify a FLUX-class model.")
         return model
 
     def tell_of_cuts(self) -> None:
-        """Names the prompts that the model does not read to their end, on both sides alike."""
+        """Warns about prompts that the model truncates, equally on both sides."""
         facts = self._artifact.manifest.tokenizers[TEXT_ENCODER_2]
         tell_of_cuts(PromptTokenizer(self._artifact.path(facts.file), facts), self._set.prompts, self._observer)
 
     def source(self) -> Iterator[Check]:
-        """Facts, tokenizers and every weight."""
         self._observer(StageProgress("weights", 0, 1))
         yield from check_source(self._artifact, find_source(self._target))
         self._observer(StageProgress("weights", 1, 1))
 
     def precision(self) -> Iterator[Check]:
-        """The dtypes of every graph's weights and nodes."""
         for graph in self._artifact.manifest.graphs:
             counted = precision_of(self._artifact, graph)
             foreign = counted.foreign
             more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-            note = f"asked for {self._artifact.graph(graph).precision}; {foreign[0]}{more}" if foreign else ""
+            note = f"requested {self._artifact.graph(graph).precision}; {foreign[0]}{more}" if foreign else ""
             yield self._check(f"precision/{graph}", graph, not foreign, counted.values(), note)
 
     def run(self, candidate: Generator) -> list[Check]:
-        """All that takes running the graphs.
+        """All checks that run the graphs.
 
         Raises:
             PrecisionError: the backend cannot compute in the artifact's precision.
@@ -233,7 +232,7 @@ class _Proof:
         return [*checks, *self.against(candidate, (*GRAPHS,))]
 
     def against(self, candidate: Generator, graphs: Sequence[str]) -> Iterator[Check]:
-        """Tensors of these graphs, then whole pictures, then rewards."""
+        """Tensors of these graphs, then whole images, then rewards."""
         assert isinstance(candidate.backend, ArtifactBackend)
         for number, graph in enumerate(graphs):
             found = parity(
@@ -242,7 +241,7 @@ class _Proof:
             self._observer(StageProgress("graphs", number + 1, len(graphs)))
             yield self._tensors(candidate.backend.artifact, graph, found)
         transformer = TRANSFORMER if TRANSFORMER in graphs else TRANSFORMER_INT8
-        yield from self._pictures(candidate, transformer)
+        yield from self._images(candidate, transformer)
 
     def _tensors(self, ran: Artifact, graph: str, found: GraphParity) -> Check:
         values = {
@@ -255,19 +254,19 @@ class _Proof:
         return self._check(f"tensors/{graph}", graph, found.passed, values, note)
 
     def _where(self, ran: Artifact, graph: str, found: GraphParity) -> str:
-        """What went wrong, and the first module that differs, found with ONNX Runtime whatever the backend was."""
-        said = "" if np.isfinite(found.relative_l2) else "the output holds values that are not finite"
+        """What went wrong, and the first module that differs in ONNX Runtime, whatever the backend."""
+        said = "" if np.isfinite(found.relative_l2) else "the output has values that are not finite"
         if ran.graph(graph).precision not in ("fp32", "fp16"):
             return said
         inputs = next(iter(sample_inputs(self._artifact, graph, self._few_prompts, seed=self._seed)))
         first = first_divergence(self._model, ran, graph, inputs, allowed=found.allowed)
-        where = str(first) if first else "every module agrees in ONNX Runtime: the backend computes otherwise"
+        where = str(first) if first else "every module agrees in ONNX Runtime: the backend computes something else"
         return f"{said}; {where}" if said else where
 
-    def _pictures(self, candidate: Generator, transformer: str) -> Iterator[Check]:
-        """Pictures and rewards at the artifact's own resolution, and a few pictures at each other one.
+    def _images(self, candidate: Generator, transformer: str) -> Iterator[Check]:
+        """Images and rewards at the artifact's own resolution, and a few images at each other one.
 
-        Grid and steps are those of the run: what the manifest says is under test.
+        The torch side takes grid and steps from the run, because those of the manifest are under test.
         """
         assert isinstance(candidate.backend, ArtifactBackend)
         sampling, rollout = self._artifact.manifest.sampling, self._target.recipe.rollout
@@ -286,7 +285,7 @@ class _Proof:
                 Generator(backend, sampling.grid, sampling.steps, candidate.batch_size, tells=False),
                 eval_set,
                 rewards,
-                progress=partial(self._progress, "pictures and rewards" if rewards else "pictures"),
+                progress=partial(self._progress, "images and rewards" if rewards else "images"),
             )
             images = found.images
             values = {name: _number(value) for name, value in asdict(images).items()}
@@ -324,14 +323,14 @@ class _Proof:
 
 
 def _number(value: float) -> float:
-    """A value that JSON can hold: what is no number, or infinite, becomes a very large one of its sign."""
+    """A value that JSON can represent: NaN and infinities become very large."""
     return float(np.nan_to_num(value, nan=_HUGE, posinf=_HUGE, neginf=-_HUGE))
 
 
 REWARD_ALLOWED: Mapping[Precision, float] = {"fp32": 0.005, "fp16": 0.02, "bf16": 0.02, "int8": 0.02}
-"""Half-width of the band that the 95 % interval of the paired reward gap has to lie in."""
+"""Half-width of the band that must contain the 95 % interval of the paired reward gap."""
 LEAST_IMAGES = 500
-"""Fewer prove nothing about a reward: where a rule gives both sides equal scores, the interval has no width at all."""
+"""With fewer, a reward proves nothing: where a rule gives both sides equal scores, the interval has no width."""
 
 
 @dataclass(frozen=True)
@@ -347,7 +346,7 @@ class RewardGap:
     images: int
 
     def passed(self, allowed: float) -> bool:
-        """Whether the whole interval lies within `allowed` of zero; with too few images to say it does not."""
+        """Whether the whole interval lies within `allowed` of zero; with too few images it does not pass."""
         return not self.problem(allowed)
 
     def problem(self, allowed: float) -> str:
@@ -364,8 +363,8 @@ class RewardGap:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """What both sides drew: differences of the images, and the gap of every part of every reward."""
+class ImageComparison:
+    """Differences of the images of both sides, and the gap of every part of every reward."""
 
     images: ImageParity
     gaps: tuple[RewardGap, ...]
@@ -378,14 +377,14 @@ def compare(
     rewards: Mapping[str, Reward],
     *,
     progress: Callable[[int, int], None],
-) -> Pictures:
-    """Draws all images of `eval_set` on both sides, compares them and scores them.
+) -> ImageComparison:
+    """Generates all images of `eval_set` on both sides, compares them and scores them.
 
     Args:
         reference: torch.
         candidate: the artifact.
         eval_set: prompts and seeds.
-        rewards: by label; none skips the scoring.
+        rewards: by label; without any, nothing is scored.
         progress: called with (done, total).
     """
     total = len(eval_set.prompts)
@@ -397,7 +396,7 @@ def compare(
         sides = [generator.generate(prompts, seeds, progress=False) for generator in (reference, candidate)]
         difference.add(sides[1].image_array, sides[0].image_array)
         if difference.not_finite:
-            # no reward scores such images, and they fail by themselves
+            # no reward can score such images, and they fail anyway
             rewards, scores = {}, {}
         scored = [score_images(rewards, side.images, prompts) for side in sides]
         for key in scored[0]:
@@ -407,7 +406,7 @@ def compare(
         progress(min(start + CHUNK, total), total)
     clusters = prompt_clusters(eval_set.prompts)
     gaps = [_gap(key, np.concatenate(a), np.concatenate(b), clusters) for key, (a, b) in scores.items()]
-    return Pictures(difference.result(), tuple(gaps))
+    return ImageComparison(difference.result(), tuple(gaps))
 
 
 def _gap(

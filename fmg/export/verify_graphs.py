@@ -1,4 +1,14 @@
-"""Graph by graph: what a runtime computes against the torch modules that the graph was traced from."""
+"""Verifies each graph: what a runtime computes against the torch modules that the graph was traced from.
+
+Where a graph differs, `first_divergence` finds the first module, in order of execution, whose output the graph does not
+compute. The graph's intermediate values become outputs, the torch modules get hooks, and both get the same inputs. A
+module is matched by the scope that every node keeps from tracing; it agrees if any value that the graph computes inside
+that scope equals the module's output, so fused and reordered nodes do no harm.
+
+`widened` makes bf16 graphs run where nothing computes in bf16, as ONNX Runtime on a CPU: the same nodes and the same
+values of every weight, in fp32. Its results differ from the graph's own only by the rounding of bf16 arithmetic, so it
+verifies nodes and weights, but not the size of that rounding.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +28,7 @@ from torch import Tensor, nn
 from fmg.core.files import link_file
 from fmg.export.graphs import ClipGraph, DecoderGraph, GraphModule, T5Graph, TransformerGraph
 from fmg.export.precision_report import read_graph, scopes_of
-from fmg.export.space import check_space
-from fmg.export.weights import lay_out, write_weights
+from fmg.export.weights import check_space, lay_out, write_weights
 from fmg.inference.artifact import io_spec
 from fmg.inference.artifact.backend import PromptTokenizer
 from fmg.inference.artifact.layout import Artifact
@@ -50,18 +59,18 @@ if TYPE_CHECKING:
 Tensors = Mapping[str, NDArray[Any]]
 
 ALLOWED: Mapping[Precision, float] = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 1e-2, "int8": 1e-1}
-"""Relative L2 error of one output against fp32 torch, by precision of the graph. The random inputs are hard on int8,
-whose scales are those of the largest value: its pictures and rewards decide."""
+"""Relative L2 error of one output against fp32 torch, by precision of the graph. Random inputs are hard for int8, whose
+scales follow the largest value: there, images and rewards decide."""
 DECODER_ALLOWED = 1e-4
-"""The decoder's: its images are clamped to [0, 1] after a long chain of convolutions."""
-# No size of a trace (fmg.export.onnx) is among them.
+"""Of the decoder, whose images are clamped to [0, 1] after a long chain of convolutions."""
+# None of them is a size of the trace (fmg.export.onnx)
 _BATCHES = (1, 3, 4, 7)
 _SMALLEST_TIME = 0.05
 
 
 @dataclass(frozen=True)
 class GraphParity:
-    """The worst of several shapes: relative L2 error, largest absolute error, and the shape it was found at."""
+    """The worst of several shapes: relative L2 error, largest absolute error, and the shape."""
 
     graph: str
     relative_l2: float
@@ -72,7 +81,7 @@ class GraphParity:
 
     @property
     def passed(self) -> bool:
-        """Whether the error is allowed; an error that is no number is not."""
+        """Whether the error is allowed; NaN is not."""
         return self.relative_l2 <= self.allowed
 
 
@@ -107,7 +116,7 @@ def parity(
         runtime: what runs the graph.
         artifact: what the graph belongs to.
         graph: its name.
-        prompts: what the text encoders are given.
+        prompts: inputs of the text encoders.
         seed: of the other inputs.
     """
     precision = artifact.graph(graph).precision
@@ -118,7 +127,7 @@ def parity(
         output = runtime.get(runtime.run(graph, {name: runtime.put(value) for name, value in inputs.items()}))
         shape = " ".join("x".join(map(str, value.shape)) for value in inputs.values())
         errors.append((relative_l2(output, expected), float(np.abs(output - expected).max()), shape))
-    # a NaN is worse than any number, which max() alone would not say
+    # NaN is worse than any number, which max() alone would ignore
     worst = max(errors, key=lambda error: (not np.isfinite(error[0]), error[0]))
     largest = float(np.max([error[1] for error in errors]))
     return GraphParity(graph, worst[0], largest, allowed, len(errors), worst[2])
@@ -164,21 +173,21 @@ def _inputs(artifact: Artifact, graph: str, prompts: Sequence[str], number: int,
 
 
 def _token_ids(artifact: Artifact, graph: str, prompts: Sequence[str], number: int) -> NDArray[np.int64]:
-    """Ids of as many prompts as the largest batch, beginning with another one each time."""
+    """Ids of as many prompts as the largest batch, starting with a different one each time."""
     facts = artifact.manifest.tokenizers[graph]
     chosen = [prompts[(number + i) % len(prompts)] for i in range(max(_BATCHES))]
     return PromptTokenizer(artifact.path(facts.file), facts)(chosen)
 
 
 def _within(axis: AxisRange, number: int) -> int:
-    """Sizes from the least to the largest in turn."""
+    """The largest, smallest and middle size in turn."""
     return (axis.maximum, axis.minimum, (axis.minimum + axis.maximum) // 2)[number % 3]
 
 
 _INNER = "inner."
-# ONNX Runtime looks for external data beside the model file, which a model in memory does not have
+# ONNX Runtime looks for external data beside the model file, but this model is in memory
 _FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
-# Values of one run: those of an 8 B model at a few tokens fit a gigabyte
+# Values per run: those of an 8 B model at a few tokens fit into a gigabyte
 _VALUES_A_RUN = 256
 
 
@@ -187,10 +196,10 @@ class Divergence:
     """The first module that differs, in the order of execution.
 
     Attributes:
-        graph: the graph it is in.
+        graph: its graph.
         module: its dotted name in the component.
         relative_l2: of the nearest value that the graph computes inside it.
-        compared: modules that were compared until then, this one included.
+        compared: number of modules compared so far, this one included.
     """
 
     graph: str
@@ -205,17 +214,17 @@ class Divergence:
 def first_divergence(
     model: FluxModel, artifact: Artifact, graph: str, inputs: Tensors, *, allowed: float
 ) -> Divergence | None:
-    """The first module of a graph whose output ONNX Runtime computes otherwise than torch.
+    """The first module of a graph whose output differs between ONNX Runtime and torch.
 
     Args:
         model: the reference.
-        artifact: what the graph belongs to.
+        artifact: that the graph belongs to.
         graph: its name.
-        inputs: what both are given.
+        inputs: of both.
         allowed: relative L2 error of a module's output.
 
     Returns:
-        None when every module that can be matched agrees: the difference is then in what no module holds.
+        None if every module that can be matched agrees: the difference is then outside of the modules.
     """
     expected = _module_outputs(reference_module(model, graph), inputs)
     onnx_model = read_graph(artifact.onnx(graph))
@@ -239,7 +248,7 @@ def first_divergence(
 
 @torch.no_grad()
 def _module_outputs(wrapper: nn.Module, inputs: Tensors) -> dict[str, NDArray[np.float32]]:
-    """Outputs of the modules that run once and give one tensor, in the order in which they end."""
+    """Outputs of the modules that run once and return one tensor, in the order in which they finish."""
     outputs: dict[str, NDArray[np.float32]] = {}
     calls: Counter[str] = Counter()
     handles = []
@@ -265,7 +274,7 @@ def _module_outputs(wrapper: nn.Module, inputs: Tensors) -> dict[str, NDArray[np
 
 
 def _values_by_module(model: ModelProto) -> dict[str, list[str]]:
-    """The values that nodes inside each module compute; only those whose type the file states can be asked for."""
+    """The values that nodes inside each module compute; only values whose type the file states can become outputs."""
     stated = {value.name for value in (*model.graph.value_info, *model.graph.output)}
     found: dict[str, list[str]] = {}
     for node in model.graph.node:
@@ -306,7 +315,7 @@ def _run(artifact: Artifact, model: ModelProto, names: Sequence[str], inputs: Te
 
 @contextmanager
 def widened(artifact: Artifact) -> Iterator[Artifact]:
-    """A temporary copy of an artifact whose bf16 graphs compute in fp32; its manifest lists no hashes of its own.
+    """A temporary copy of an artifact whose bf16 graphs compute in fp32; its manifest keeps the original hashes.
 
     Raises:
         UsageError: the disk of temporary files is too small.
@@ -351,7 +360,7 @@ def _widen(artifact: Artifact, name: str, file: Path, weights: Path) -> None:
 
 
 def _widen_types(model: ModelProto) -> None:
-    """Makes fp32 of every bf16 that values and nodes state."""
+    """Replaces bf16 by fp32 in the types of values and nodes."""
     for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
         value.type.tensor_type.elem_type = _fp32(value.type.tensor_type.elem_type)
     for node in model.graph.node:
@@ -371,7 +380,7 @@ def _widen_tensor(tensor: TensorProto) -> None:
 
 
 def _fp32(kind: int) -> int:
-    """The ONNX type of a widened value."""
+    """The ONNX type after widening."""
     from onnx import TensorProto
 
     return int(TensorProto.FLOAT) if kind == TensorProto.BFLOAT16 else kind

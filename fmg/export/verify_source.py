@@ -1,6 +1,6 @@
-"""What needs no forward pass: every number and every fact of an artifact against the files that it was made from.
+"""Verifies without a forward pass: every number and fact of an artifact against the files it was exported from.
 
-Pictures of some prompts reach some of the weights only; a vocabulary, for instance, is hardly touched by them.
+Images of some prompts depend on only some of the weights; most of a vocabulary, for instance, is not used by them.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from fmg.inference.artifact.manifest import (
 from fmg.models.common.weights import TensorReader
 
 _SUM_ERROR = 1e-6
-"""Of a sum of base and adapter, relative to the largest entry: another CPU adds in another order."""
+"""Of a sum of base and adapter, relative to the largest entry: CPUs add in different orders."""
 
 
 def check_source(artifact: Artifact, source: ExportSource) -> Iterator[Check]:
     """Facts of the manifest, tokenizers, and each graph's weights, against the model and the run.
 
     Args:
-        artifact: what to check.
-        source: the files that it says it was made from.
+        artifact: to verify.
+        source: the files that it claims to be exported from.
 
     Raises:
         CheckpointError: a file of either side is missing or damaged.
@@ -61,7 +61,7 @@ def _check(artifact: Artifact, name: str, graph: str, problem: str, values: Mapp
 
 
 def _other_fact(artifact: Artifact, source: ExportSource) -> str:
-    """The first fact of the manifest that an export of `source` would state otherwise; empty for none."""
+    """The first fact of the manifest that differs from an export of `source`; empty for none."""
     manifest, vae = artifact.manifest, read_config(source.folder / "vae")
     sampling = sampling_of(source, vae, manifest.sampling.resolutions)
     rewards, prompts = recipe_facts(source.recipe)
@@ -85,7 +85,7 @@ def _other_fact(artifact: Artifact, source: ExportSource) -> str:
 
 
 def _without_run(adapter: Adapter | None) -> Adapter | None:
-    """A run may have been moved: what counts is the digest of its files."""
+    """A run may have been moved: only the digest of its files counts."""
     return None if adapter is None else replace(adapter, run="")
 
 
@@ -120,7 +120,7 @@ def _misplaced(artifact: Artifact, graph: str) -> str:
     """The first weight of a graph that is not read from its own place in the graph's weight file; empty for none."""
     weights = artifact.graph(graph).weights
     places = stored_places(artifact.path(weights))
-    # that it is this file and no other is known: `Artifact.onnx` hands out no graph that points elsewhere
+    # `Artifact.onnx` has checked that the graph points into this file only
     for tensor in read_graph(artifact.onnx(graph)).graph.initializer:
         entry = {item.key: item.value for item in tensor.external_data}
         where = (entry.get("offset", "0"), entry.get("length", ""))
@@ -130,7 +130,7 @@ def _misplaced(artifact: Artifact, graph: str) -> str:
 
 
 def _other_weights(artifact: Artifact, source: ExportSource, graph: str, exported: TensorReader) -> str:
-    """The first weight that is not the one of the model and the run; empty for none."""
+    """The first weight that differs from the model and the run; empty for none."""
     if graph == TRANSFORMER_INT8:
         exact = TensorReader.of(artifact.path(artifact.graph(TRANSFORMER).weights))
         return other_weight(artifact.onnx(graph), exact.names, exact.read)
@@ -150,7 +150,7 @@ def _other_weights(artifact: Artifact, source: ExportSource, graph: str, exporte
 
 
 def _same_sum(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two roundings of one sum."""
+    """Whether both are roundings of the same sum."""
     if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
         return False
     a, b = ours.float(), theirs.float()

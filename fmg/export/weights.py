@@ -1,7 +1,7 @@
-"""One safetensors file for a graph, written tensor by tensor: the same names and sizes give the same layout.
+"""One safetensors file per graph, written tensor by tensor.
 
-The layout depends on names, dtypes and shapes alone, so another adapter gives a file of identical header and offsets,
-and the graph that points into it stays as it is. Data begin on a page.
+The layout depends only on names, dtypes and shapes, so another adapter gives a file with identical header and offsets,
+and the graph that points into it need not change. Data begin on a page.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmg.core.errors import CheckpointError
+from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.json_io import read_safetensors_header
 from fmg.inference.artifact.manifest import FileEntry
 from fmg.models.common.weights import STORED_DTYPES
 
 PAGE = 4096
+SLACK = 64 * 10**6
+"""Bytes for graphs, tokenizers and the file system itself."""
 _LENGTH = 8  # bytes of a safetensors file before its header
 _NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
@@ -32,7 +35,7 @@ TensorType = tuple[torch.dtype, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a tensor is: `length` bytes from `offset` of the file on."""
+    """The place of a tensor: `length` bytes from `offset` in the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -42,7 +45,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """A safetensors file before its data: header bytes, the place of each tensor in order, and the size of it all."""
+    """A safetensors file without its data: header bytes, the place of each tensor in order, and the total size."""
 
     header: bytes
     places: Mapping[str, Placement]
@@ -72,7 +75,7 @@ def lay_out(tensors: Mapping[str, TensorType]) -> WeightLayout:
 
 
 def stored_places(file: Path) -> Mapping[str, tuple[int, int]]:
-    """Offset and length in bytes of each tensor of a safetensors file, from the beginning of the file.
+    """Offset in the file and length in bytes of each tensor of a safetensors file.
 
     Raises:
         CheckpointError: it is no safetensors file.
@@ -92,13 +95,13 @@ def write_weights(
     read: Callable[[str], Tensor],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> FileEntry:
-    """Writes a file tensor by tensor and hashes it on the way.
+    """Writes a file tensor by tensor, and hashes it as it goes.
 
     Args:
-        file: what to write; it must not exist.
+        file: to write; it must not exist.
         layout: of `lay_out`.
-        read: gives the tensor of a name in the dtype and shape of the layout; asked once for each, in order.
-        progress: hears of (bytes done, bytes in all) after each tensor.
+        read: returns the tensor of a name in the dtype and shape of the layout; called once for each, in order.
+        progress: called with (bytes done, bytes in all) after each tensor.
 
     Raises:
         CheckpointError: a tensor is not as the layout says, or is not finite.
@@ -126,5 +129,31 @@ def write_weights(
 
 
 def _finite(tensor: Tensor) -> bool:
-    # torch compares no numbers of 8 bits
+    # torch cannot compare 8-bit floats
     return bool(torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor).all())
+
+
+def check_space(
+    folder: Path,
+    needed: int,
+    what: str = "The export",
+    fix: str = "Free some space, or name a folder on another disk.",
+) -> None:
+    """Checks that the disk of a folder, which need not exist yet, has room for `needed` bytes.
+
+    Args:
+        folder: where the files go.
+        needed: their size.
+        what: needs the room, for the error.
+        fix: what to do about it, for the error.
+
+    Raises:
+        UsageError: it has too little.
+    """
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < needed + SLACK:
+        raise UsageError(
+            f"{what} takes about {(needed + SLACK) / 1e9:.1f} GB, and {there} has {free / 1e9:.1f} GB free",
+            fix,
+        )

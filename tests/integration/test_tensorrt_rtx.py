@@ -122,7 +122,7 @@ def test_what_is_refused_for_rtx_really_fails_there(tmp_path: Path, option: str)
 def test_a_bf16_graph_becomes_a_bf16_network_and_fp32_is_refused_for_it(tmp_path: Path) -> None:
     built = worker.build_engine(product(tmp_path), "g", ignore)
     check_network("g", built.layers, "bf16")
-    with pytest.raises(FmgError, match="BF16 where FLOAT was asked for"):
+    with pytest.raises(FmgError, match="BF16 where FLOAT was requested"):
         check_network("g", built.layers, "fp32")
 
 

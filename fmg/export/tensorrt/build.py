@@ -1,4 +1,4 @@
-"""Engines of an artifact: which are there already, which are built, and what is written beside them."""
+"""Builds the engines of an artifact: options, profiles, checks, and the records beside the plans."""
 
 from __future__ import annotations
 
@@ -69,15 +69,15 @@ _MAX_LEVEL = 5
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Options of the builder. There is no precision among them: an engine computes in the types of its graph.
+    """Options of the builder. Precision is not one of them: an engine computes in the types of its graph.
 
     Attributes:
         level: effort of the search for kernels, 0 to 5.
         workspace_gib: bound on the scratch memory of one layer on the GPU, in GiB; None leaves it to the builder.
         timing_cache: keep measured kernel times beside the engines, so that the next build measures less.
-        hardware: other GPUs that the engine shall run on as well.
-        version_compatible: make an engine that other versions of TensorRT run. It carries a runtime of its own, which
-            is code: running it takes the user's consent.
+        hardware: other GPUs that the engine must run on as well.
+        version_compatible: build an engine that other versions of TensorRT run. It contains its own runtime, which is
+            code: running it needs the user's consent.
         weight_streaming: keep weights on the host where the GPU's memory is short.
         refittable: weights can be replaced later without a build. Off by default; see `fmg.inference.tensorrt.refit`.
     """
@@ -91,10 +91,10 @@ class EngineOptions:
     refittable: bool = False
 
     def check(self, flavour: Flavour, gpu: Gpu | None) -> None:
-        """Whether `flavour` can do this on this machine.
+        """Checks that `flavour` supports the options on this machine.
 
         Raises:
-            UsageError: naming the first option that it cannot honour, and why.
+            UsageError: naming the first option that it does not support, and why.
         """
         self._check_values()
         if flavour == TENSORRT and gpu is None:
@@ -124,14 +124,14 @@ class EngineOptions:
         if not 0 <= self.level <= _MAX_LEVEL:
             raise UsageError(f"The builder level {self.level} is not from 0 to {_MAX_LEVEL}", "Use 3 unless in doubt.")
         if self.workspace_gib is not None and not self.workspace_gib > 0:
-            raise UsageError(f"A workspace of {self.workspace_gib} GiB holds nothing", "Give a positive number.")
+            raise UsageError(f"A workspace of {self.workspace_gib} GiB is not possible", "Give a positive number.")
         if self.hardware not in get_args(Hardware):
             raise UsageError(
                 f"'{self.hardware}' is not a hardware compatibility", suggestion(self.hardware, get_args(Hardware))
             )
 
     def ingredients(self) -> dict[str, object]:
-        """What of the options decides the engine, as plain JSON values. A timing cache only saves time."""
+        """The options that determine the engine, as plain JSON values. A timing cache only saves time."""
         return {name: value for name, value in asdict(self).items() if name != "timing_cache"}
 
 
@@ -177,11 +177,11 @@ _DECODER_PIXELS = 1024**2
 
 @dataclass(frozen=True)
 class Wanted:
-    """What engines are asked to cover.
+    """The shapes that engines have to cover.
 
     Attributes:
         resolutions: sides of square images in pixels; each gets a profile with exactly its image tokens.
-        batch: rows that the engine takes, and those to tune for.
+        batch: rows that the engine takes, and the number to tune for.
     """
 
     resolutions: tuple[int, ...]
@@ -214,8 +214,8 @@ def wanted(manifest: Manifest, resolutions: Sequence[int] | None, batch: AxisRan
 def profiles(name: str, graph: Graph, manifest: Manifest, request: Wanted) -> tuple[Profile, ...]:
     """The profiles of a graph: one for each resolution where its inputs depend on it, else one.
 
-    The text axis has the one length that prompts are padded to: a range would let the builder choose another
-    attention kernel by length, for lengths that never occur.
+    The text axis has the one length that prompts are padded to: with a range, the builder would choose attention
+    kernels for lengths that never occur.
     """
     text = manifest.tokenizers[TEXT_ENCODER_2].length
     spatial = any(axis in _SPATIAL for spec in graph.inputs for axis in spec.shape)
@@ -231,7 +231,7 @@ def profiles(name: str, graph: Graph, manifest: Manifest, request: Wanted) -> tu
 
 
 def _decoder_batch(batch: AxisRange, side: int) -> AxisRange:
-    """Fewer rows at high resolution, where the activations of the decoder are what takes the most memory of all."""
+    """Fewer rows at high resolution, where the activations of the decoder take the most memory of all."""
     most = max(1, min(batch.maximum, _DECODER_PIXELS // side**2))
     return AxisRange(1, 1, most)
 
@@ -263,16 +263,16 @@ _QUANTIZED = frozenset({"MatMulInteger", "ConvInteger", "DynamicQuantizeLinear",
 
 
 def check_buildable(path: Path, weights: str, precision: Precision) -> None:
-    """Refuses graphs that are known to fail, which would otherwise end in a crash of the builder minutes later.
+    """Refuses graphs that are known to crash the builder minutes later.
 
     Args:
         path: the ONNX file; its external weights are not read.
-        weights: the file that they are in, the only one that it may point into.
+        weights: the weight file, the only one that it may point into.
         precision: of the arithmetic inside.
 
     Raises:
         CheckpointError: it is no ONNX file, or it points to another file, which the parser would follow.
-        UsageError: no engine can be made of it, and why.
+        UsageError: no engine can be built from it, and why.
     """
     model = read_graph(path)
     check_external(path, weights)
@@ -291,7 +291,7 @@ def check_buildable(path: Path, weights: str, precision: Precision) -> None:
 
 
 def check_network(graph: str, layers: Mapping[str, Mapping[str, int]], precision: Precision) -> None:
-    """Whether the network that was parsed computes in the precision of its graph.
+    """Checks that the parsed network computes in the precision of its graph.
 
     Raises:
         FmgError: it does not; TensorRT is strongly typed, so neither would its engine.
@@ -306,7 +306,7 @@ def check_network(graph: str, layers: Mapping[str, Mapping[str, int]], precision
 def check_refit(
     trt: ModuleType, plan: Path, artifact: Artifact, graph: str, profile: Mapping[str, ShapeRange], device: Device
 ) -> None:
-    """Whether a refittable engine still depends on each of its biases.
+    """Checks that a refittable engine depends on each of its biases.
 
     Raises:
         FmgError: it lost one.
@@ -340,7 +340,7 @@ DEVICE = "auto"
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """An engine of the artifact, and whether it was there already."""
+    """An engine of the artifact, and whether it existed already."""
 
     record: EngineRecord
     reused: bool
@@ -348,7 +348,7 @@ class BuiltEngine:
 
 @dataclass(frozen=True)
 class Builder:
-    """What engines are built with: the flavour, its version, and the GPU that is here."""
+    """What engines are built with: the flavour, its version, and the GPU of this machine."""
 
     flavour: Flavour
     version: str
@@ -369,7 +369,7 @@ class Builder:
         return cls(picked, str(load_module(picked).__version__), polygraphy_version(picked), gpu)
 
     def ingredients(self, artifact: Artifact, graph: str, request: Wanted, options: EngineOptions) -> Ingredients:
-        """What the engine of a graph would be built from."""
+        """Everything that determines the engine of a graph."""
         manifest = artifact.manifest
         entry = manifest.graphs[graph]
         gpu = None if self.flavour.ahead_of_time and not options.refittable else self.gpu
@@ -399,8 +399,8 @@ def build_engines(
 ) -> list[BuiltEngine]:
     """Builds the engines of all graphs that have none yet for the same request.
 
-    Everything that can be refused is refused before the first build. Engines that are finished stay when a later one
-    fails; of the failed one nothing is left.
+    Everything that can be refused is refused before the first build. Finished engines stay if a later one fails;
+    nothing is left of the failed one.
 
     Args:
         artifact: what was exported.
@@ -409,10 +409,10 @@ def build_engines(
         batch: rows of the engines; None: the artifact's range.
         options: options of the builder; None: the defaults.
         memory_gib: bound on the builder's host memory; None: nine tenths of what is free.
-        observer: hears of phases, and of every engine that was found or made.
+        observer: receives phases, and every engine that was found or built.
 
     Raises:
-        UsageError: request, options or graphs that no engine can be built for.
+        UsageError: no engine can be built for request, options or graphs.
         MissingDependencyError: a package is missing; the artifact stays as it is.
         FmgError: a build failed, with the builder's own reason.
     """
@@ -438,8 +438,8 @@ def _engine(
     ingredients = builder.ingredients(artifact, graph, request, options)
     name = engine_name(graph, ingredients.key())
     if (found := _finished(artifact.engines, name, observer)) is not None:
-        origin = "" if built_here(found.sha256) else ", and this computer does not remember building it"
-        observer(Notice("info", f"{graph}: the engine {name} is there already{origin}"))
+        origin = "" if built_here(found.sha256) else ", but this computer has no record of building it"
+        observer(Notice("info", f"{graph}: the engine {name} exists already{origin}"))
         return BuiltEngine(found, reused=True)
     plan = artifact.engines / f"{name}.plan"
     with atomic_file(plan) as partial:
@@ -487,7 +487,7 @@ def _remember(record: EngineRecord, observer: Observer) -> None:
 
 
 def _finished(folder: Path, name: str, observer: Observer) -> EngineRecord | None:
-    """The record of a complete engine of this name; one that is damaged counts as absent and is built again."""
+    """The record of a complete engine of this name; a damaged one counts as absent and is built again."""
     path = folder / f"{name}.json"
     if not path.is_file():
         return None
@@ -501,7 +501,7 @@ def _finished(folder: Path, name: str, observer: Observer) -> EngineRecord | Non
 
 
 def _timing_cache(builder: Builder, options: EngineOptions) -> str | None:
-    """A file of this computer for each version and GPU. TensorRT-RTX measures nothing when it builds."""
+    """The cache file for this version and GPU. TensorRT-RTX measures nothing when it builds."""
     if not options.timing_cache or builder.flavour.ahead_of_time or builder.gpu is None:
         return None
     model = re.sub(r"[^a-z0-9]+", "-", builder.gpu.name.lower()).strip("-")

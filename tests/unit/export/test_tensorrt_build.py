@@ -89,13 +89,13 @@ def test_the_same_request_takes_the_engines_that_are_there(artifact: Path, trt: 
     assert all(engine.reused for engine in engines)
     notices = [event.text for event in events if isinstance(event, Notice)]
     assert len(notices) == len(GRAPHS)
-    assert all("is there already" in text for text in notices)
+    assert all("exists already" in text for text in notices)
 
 
 def test_an_engine_of_unknown_origin_is_said_to_be_one(artifact: Path) -> None:
     with support.stand_in():
         _, events = support.build(artifact)
-    origin = "is there already, and this computer does not remember building it"
+    origin = "exists already, but this computer has no record of building it"
     assert sum(isinstance(event, Notice) and event.text.endswith(origin) for event in events) == 4
 
 

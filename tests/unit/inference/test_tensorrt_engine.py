@@ -216,7 +216,7 @@ def test_code_inside_an_engine_runs_only_with_consent(tmp_path: Path, cache: Pat
         engine = Engine(trt, plan, FakeCuda(), RunOptions(allow_code=True), carries_code=True)
         assert engine.run(inputs(folder, SMALL, 1))["velocity"].shape == (1, 4, 16)
         artifact = open_artifact(folder)
-        with pytest.raises(UsageError, match=r"carries a runtime.*allow_code=True"):
+        with pytest.raises(UsageError, match=r"contains a runtime.*allow_code=True"):
             load(artifact, backend="tensorrt").generate(["a"], [0])
         assert load(artifact).backend.name == "onnxruntime"
         assert load(artifact, allow_code=True).backend.name == "tensorrt"
