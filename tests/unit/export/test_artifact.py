@@ -16,7 +16,7 @@ from torch import Tensor
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.export.artifact import ExportOptions, export_artifact
 from fmg.export.int8 import BORDERS
-from fmg.inference.artifact import Artifact, open_artifact
+from fmg.inference.artifact import Artifact, io_spec, open_artifact
 from fmg.inference.artifact.manifest import TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER, TRANSFORMER_INT8, VAE_DECODER
 from fmg.inference.target import load_model, resolve_target
 from fmg.models.flux.latents import image_ids
