@@ -62,6 +62,9 @@ from fmg.models.flux.loading import FLUX, TransformerSource, check_student, tran
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
 from fmg.recipe import Recipe
 
+Shapes = Mapping[str, tuple[int, ...]]
+_TOKENIZER_CLASSES = {TEXT_ENCODER: CLIPTokenizer, TEXT_ENCODER_2: T5Tokenizer}
+
 
 @dataclass(frozen=True)
 class ExportSource:
@@ -180,9 +183,6 @@ def recipe_facts(recipe: Recipe) -> tuple[tuple[Mapping[str, object], ...], Mapp
     return tuple(plain["rewards"]), {"train": plain["prompts"], "eval": plain["eval"]["prompts"]}
 
 
-Shapes = Mapping[str, tuple[int, ...]]
-
-
 @dataclass(frozen=True)
 class Delta:
     """What a run changed in the weights of its base, by their names: low-rank terms, and tensors it trained whole.
@@ -293,9 +293,6 @@ def write_base(file: Path, base: TensorReader, names: Iterable[str], dtype: torc
 def base_dtypes(stored: Mapping[str, TensorType]) -> tuple[str, ...]:
     """Names of the dtypes that weights are stored in, sorted."""
     return tuple(sorted({str(dtype).removeprefix("torch.") for dtype, _ in stored.values()}))
-
-
-_TOKENIZER_CLASSES = {TEXT_ENCODER: CLIPTokenizer, TEXT_ENCODER_2: T5Tokenizer}
 
 
 def graph_reader(source: ExportSource, graph: str, names: Iterable[str], dtype: torch.dtype) -> Callable[[str], Tensor]:

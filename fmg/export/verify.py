@@ -53,6 +53,10 @@ IN_FP32 = (
 
 _FEW_PROMPTS = 32
 _HUGE = 1e30
+REWARD_ALLOWED: Mapping[Precision, float] = {"fp32": 0.005, "fp16": 0.02, "bf16": 0.02, "int8": 0.02}
+"""Half-width of the band that must contain the 95 % interval of the paired reward gap."""
+LEAST_IMAGES = 500
+"""With fewer, a reward proves nothing: where a rule gives both sides equal scores, the interval has no width."""
 
 
 @runtime_checkable
@@ -325,12 +329,6 @@ class _Comparison:
 def _number(value: float) -> float:
     """A value that JSON can represent: NaN and infinities become very large."""
     return float(np.nan_to_num(value, nan=_HUGE, posinf=_HUGE, neginf=-_HUGE))
-
-
-REWARD_ALLOWED: Mapping[Precision, float] = {"fp32": 0.005, "fp16": 0.02, "bf16": 0.02, "int8": 0.02}
-"""Half-width of the band that must contain the 95 % interval of the paired reward gap."""
-LEAST_IMAGES = 500
-"""With fewer, a reward proves nothing: where a rule gives both sides equal scores, the interval has no width."""
 
 
 @dataclass(frozen=True)

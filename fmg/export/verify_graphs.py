@@ -66,6 +66,11 @@ DECODER_ALLOWED = 1e-4
 # None of them is a size of the trace (fmg.export.onnx)
 _BATCHES = (1, 3, 4, 7)
 _SMALLEST_TIME = 0.05
+_INNER = "inner."
+# ONNX Runtime looks for external data beside the model file, but this model is in memory
+_FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
+# Values per run: those of an 8 B model at a few tokens fit into a gigabyte
+_VALUES_A_RUN = 256
 
 
 @dataclass(frozen=True)
@@ -182,13 +187,6 @@ def _token_ids(artifact: Artifact, graph: str, prompts: Sequence[str], number: i
 def _within(axis: AxisRange, number: int) -> int:
     """The largest, smallest and middle size in turn."""
     return (axis.maximum, axis.minimum, (axis.minimum + axis.maximum) // 2)[number % 3]
-
-
-_INNER = "inner."
-# ONNX Runtime looks for external data beside the model file, but this model is in memory
-_FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
-# Values per run: those of an 8 B model at a few tokens fit into a gigabyte
-_VALUES_A_RUN = 256
 
 
 @dataclass(frozen=True)

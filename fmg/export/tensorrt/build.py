@@ -65,6 +65,12 @@ from fmg.inference.tensorrt.refit import Refit, refuse_lost_biases
 Hardware = Literal["none", "same-capability", "ampere-plus"]
 AUTO = "auto"
 _MAX_LEVEL = 5
+_SPATIAL = frozenset({IMAGE, HEIGHT, WIDTH})
+# One image of 1024 x 1024, four of 512 x 512
+_DECODER_PIXELS = 1024**2
+_ATTENTION_OPSET = 23
+_QUANTIZED = frozenset({"MatMulInteger", "ConvInteger", "DynamicQuantizeLinear", "QLinearMatMul"})
+DEVICE = "auto"
 
 
 @dataclass(frozen=True)
@@ -170,11 +176,6 @@ def polygraphy_version(flavour: Flavour) -> str:
     return str(polygraphy.__version__)
 
 
-_SPATIAL = frozenset({IMAGE, HEIGHT, WIDTH})
-# One image of 1024 x 1024, four of 512 x 512
-_DECODER_PIXELS = 1024**2
-
-
 @dataclass(frozen=True)
 class Wanted:
     """The shapes that engines have to cover.
@@ -258,10 +259,6 @@ def _listed(sides: Sequence[int]) -> str:
     return ", ".join(f"{side} px" for side in sides)
 
 
-_ATTENTION_OPSET = 23
-_QUANTIZED = frozenset({"MatMulInteger", "ConvInteger", "DynamicQuantizeLinear", "QLinearMatMul"})
-
-
 def check_buildable(path: Path, weights: str, precision: Precision) -> None:
     """Refuses graphs that are known to crash the builder minutes later.
 
@@ -333,9 +330,6 @@ def _inputs(specs: tuple[TensorSpec, ...], profile: Mapping[str, ShapeRange], de
             values = torch.randn(shape, generator=generator)
         made[spec.name] = values.to(device.torch_device)
     return made
-
-
-DEVICE = "auto"
 
 
 @dataclass(frozen=True)

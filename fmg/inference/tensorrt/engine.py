@@ -24,6 +24,16 @@ from fmg.inference.torch_backend import cuda_clock, pick_device
 
 Enqueue = Callable[[int], None]
 """Queues work on the stream with this handle."""
+MAX_CONTEXTS = 8
+"""Contexts that are kept; each holds the buffers of one shape."""
+_DTYPES: Mapping[str, torch.dtype] = {
+    "FLOAT": torch.float32,
+    "HALF": torch.float16,
+    "BF16": torch.bfloat16,
+    "INT64": torch.int64,
+    "INT32": torch.int32,
+    "BOOL": torch.bool,
+}
 
 
 class Device(Protocol):
@@ -119,19 +129,6 @@ def open_device(name: str) -> Device:
     if device.type != "cuda":
         raise UsageError("TensorRT engines run on a GPU, and torch sees none here", "Use --backend onnxruntime.")
     return CudaDevice(torch.device("cuda", device.index or 0))
-
-
-MAX_CONTEXTS = 8
-"""Contexts that are kept; each holds the buffers of one shape."""
-
-_DTYPES: Mapping[str, torch.dtype] = {
-    "FLOAT": torch.float32,
-    "HALF": torch.float16,
-    "BF16": torch.bfloat16,
-    "INT64": torch.int64,
-    "INT32": torch.int32,
-    "BOOL": torch.bool,
-}
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,10 @@ from fmg.inference.tensorrt.records import (
     Ingredients,
     Profile,
     ShapeRange,
+    built_here,
     check_plan,
     engine_name,
+    note_built,
     read_record,
     read_records,
 )
@@ -175,3 +177,11 @@ def test_a_profile_admits_its_range_and_nothing_else() -> None:
     assert PROFILE.admits({"x": (8, 4)})
     for shapes in ({"x": (0, 4)}, {"x": (9, 4)}, {"x": (2, 5)}, {"x": (2,)}, {"y": (2, 4)}, {}):
         assert not PROFILE.admits(shapes)
+
+
+@pytest.mark.parametrize("digest", ["", ".", "../built", "/etc/passwd", "A" * 64, "0" * 64])
+def test_a_digest_that_nobody_noted_is_foreign(digest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FMG_CACHE", str(tmp_path))
+    note_built("1" * 64)
+    assert built_here("1" * 64)
+    assert not built_here(digest)
