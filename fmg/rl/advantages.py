@@ -12,7 +12,7 @@ from torch import Tensor
 from fmg.core.errors import RewardError
 
 RELATIVE_EPS = 1e-2
-"""Most that is added to a std, as a share of the largest absolute reward; it counts for rewards below 0.01."""
+"""Upper bound of `eps` as a share of the largest absolute reward; it matters for rewards below 0.01."""
 
 
 def group_advantages(
@@ -25,22 +25,22 @@ def group_advantages(
 ) -> Float[Tensor, " n"]:
     """`A = (R - mean_group) / (std + eps)`, clamped to `[-clip_max, clip_max]` (docs/math.md, eq. 19).
 
-    The std is the population one (divisor n), as in Flow-GRPO: of the group's rewards, or with `global_std` of the raw
-    rewards of the whole batch. A group whose rewards are all equal gets exactly 0, whatever rounding does to its mean.
+    The std is the population std (divisor n), as in Flow-GRPO: of the group's rewards, or with `global_std` of the raw
+    rewards of the whole batch. A group with equal rewards gets exactly 0, however its mean is rounded.
 
     Args:
         rewards: finite rewards.
         groups: group index of each sample, any integers in any order.
         global_std: whether to divide by the std of the batch instead of the group's.
         clip_max: bound on the absolute advantage.
-        eps: added to the std, so that rewards which differ by rounding alone do not count. Rewards that are all small
-            get less, a hundredth of the largest, so that their scale does not matter.
+        eps: added to the std, so that differences by rounding do not count. If all rewards are small it is at most a
+            hundredth of the largest, so that their scale does not matter.
 
     Returns:
         fp32 advantages in the order of `rewards`.
 
     Raises:
-        RewardError: for a reward that is not finite.
+        RewardError: a reward is not finite.
     """
     if rewards.shape != groups.shape or rewards.ndim != 1:
         raise ValueError(f"rewards {tuple(rewards.shape)} and groups {tuple(groups.shape)} must be equal and 1-D")
@@ -66,10 +66,10 @@ def combined_advantages(
     clip_max: float = 5.0,
     eps: float = 1e-4,
 ) -> Float[Tensor, " n"]:
-    """Each reward's own group advantage, then their weighted sum over its std in the batch (docs/math.md, eq. 29).
+    """The weighted sum of each reward's own group advantage, divided by its std in the batch (docs/math.md, eq. 29).
 
-    GDPO (Liu et al., arXiv 2601.05242): rewards of other units count by their weights alone, and samples whose sums are
-    equal are told apart by their parts. The last division keeps the range whatever the number and scale of weights.
+    GDPO (Liu et al., arXiv 2601.05242): rewards of different units count by their weights alone, and samples with equal
+    sums are distinguished by their parts. The last division keeps the range for any number and scale of weights.
 
     Departures from the paper: each reward's std may be the batch's (`global_std`); the result is clamped once, at the
     end. Subtracting the batch mean is left out, since that of centred groups is 0.
@@ -80,7 +80,7 @@ def combined_advantages(
         groups: as in `group_advantages`, like the remaining arguments.
 
     Raises:
-        RewardError: for a reward that is not finite.
+        RewardError: a reward is not finite.
     """
     total = torch.zeros(len(groups), dtype=torch.float64, device=groups.device)
     # `eps` is meant for advantages of about 1
@@ -92,7 +92,7 @@ def combined_advantages(
 
 
 def zero_std_ratio(rewards: Float[Tensor, " n"], groups: Int[Tensor, " n"]) -> float:
-    """Share of groups whose rewards are all equal: they teach nothing."""
+    """Share of groups whose rewards are all equal, from which nothing can be learned."""
     return float((~unequal_groups(rewards, groups)).double().mean())
 
 
@@ -109,14 +109,14 @@ def unequal_groups(rewards: Float[Tensor, " n"], groups: Int[Tensor, " n"]) -> B
 
 
 def informative(advantages: Float[Tensor, " n"], groups: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
-    """True for samples of groups in which some advantage is not zero; the others are left out of an update."""
+    """True for the samples of groups with a nonzero advantage; updates leave out the others."""
     index, count = _group_index(groups.to(advantages.device))
     largest = advantages.new_zeros(count).scatter_reduce(0, index, advantages.abs(), "amax")
     return largest[index] > 0
 
 
 def shuffle_advantages(advantages: Float[Tensor, " n"], seed: int) -> Float[Tensor, " n"]:
-    """The same advantages on randomly chosen samples: the null control, under which a run must not improve."""
+    """Randomly permuted advantages: the null control, under which a run must not improve."""
     order = torch.randperm(len(advantages), generator=torch.Generator().manual_seed(seed))
     return advantages[order.to(advantages.device)]
 

@@ -1,11 +1,11 @@
 """Branched rollouts: a group is a star, the siblings of one transition from one state (docs/branching.md).
 
-A flow map jumps from any state to the image in one call, so a group needs one short prefix, one density and one
-completion a sibling, where a chain needs the whole sampler a sample. The density belongs to the whole group, so an
-update replays one row a group (docs/math.md, eq. 30-34).
+A flow map jumps from any state to the image in one call. So a group needs one short prefix, one density, and one
+completion per sibling, where a chain runs the whole sampler per sample. The density belongs to the whole group, so an
+update replays one row per group (docs/math.md, eq. 30-34).
 
-Relatives that branch velocity samplers and pay the remaining ODE steps: TempFlow-GRPO (arXiv 2508.04324) and
-BranchGRPO (arXiv 2509.06040); none shares the trained row.
+TempFlow-GRPO (arXiv 2508.04324) and BranchGRPO (arXiv 2509.06040) branch velocity samplers and pay for the remaining
+ODE steps; neither shares the trained row.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ StepRule = Literal["first", "cycle", "random", "adaptive"]
 
 # Keeps the choice of steps apart from other draws of the same seed.
 _STREAM = 0x6272616E6368
-# Weight of the past in the running mean of a step's reward std, per iteration.
+# Weight of the past in the running mean of a step's reward std.
 _MEMORY = 0.8
 
 
@@ -44,8 +44,8 @@ class Branching:
 
     Attributes:
         size: siblings of a group, at least 2.
-        completion: how siblings reach 0: by one jump, or along the rest of the grid by the map's own sampler.
-        prefix: how the branching state is reached: by the map's own sampler, or by the stochasticizer.
+        completion: how siblings reach 0: in one jump, or along the rest of the grid with the map's own sampler.
+        prefix: how groups reach the branching state: with the map's own sampler, or with the stochasticizer.
         antithetic: whether siblings `2 i` and `2 i + 1` have opposite noise.
     """
 
@@ -82,27 +82,27 @@ def branch_rollout(
     """Generates `g` groups of siblings, without gradients.
 
     Noise is keyed as in `fmg.rl.rollout`: what a group shares (initial noise, prefix) has member 0, and sibling `i` of
-    a group that branches at step `k` has the noise of member `i` and step `k`. So a group equals, bit for bit, a chain
-    with one initial noise whose only stochastic step is `k`, where the completion is `grid` and the map is two-time.
+    a group that branches at step `k` has the noise of member `i` and step `k`. With the completion `grid` and a
+    two-time map, a group equals, bit for bit, a chain with one initial noise whose only stochastic step is `k`.
 
     Args:
         flow_map: the policy's map.
         stochasticizer: turns the map into the density of the transition.
-        cond: conditioning of the groups, one row each.
+        cond: conditioning, one row per group.
         groups: index of each group, part of the noise key.
         steps: grid interval at which each group branches, in [0, N - 2] for a grid of N intervals.
         grid: strictly falling times, the first at most 1, the last 0.
         how: siblings, completion and prefix.
         seed, iteration, latent_shape, device: as in `fmg.rl.rollout`.
-        batch_size: samples a network call; groups are whole within a chunk. None takes all at once.
-        completing: map that completes the siblings, which may compute otherwise (compiled, exported, in another
-            precision), since completions have no density; None takes `flow_map`.
-        span: lowest and highest step of all groups that processes share: each then makes the calls of this span, with
-            any row where its own groups have none, since a network that is spread over processes needs all of them at
-            every call. None makes the calls that have rows.
+        batch_size: samples of a forward pass; a chunk holds whole groups. None takes all at once.
+        completing: map that completes the siblings; may be compiled, exported or in another precision, since
+            completions have no density. None takes `flow_map`.
+        span: lowest and highest step over the groups of all processes: each then makes the calls of this span, with any
+            row where its own groups have none, since a sharded network needs all processes at every call. None makes
+            only the calls that have rows.
 
     Raises:
-        UsageError: a grid without a stochastic interval, a step out of range, or a wrong number of rows.
+        UsageError: the grid has no stochastic interval, a step is out of range, or the number of rows is wrong.
     """
     times = checked_grid(grid)
     index, step = torch.as_tensor(groups), torch.as_tensor(steps)
@@ -127,7 +127,7 @@ def branch_rollout(
 
 
 def cat_branches(parts: Sequence[BranchRollout], cond: Conditioning) -> BranchRollout:
-    """Several chunks of groups, one after the other; `cond` has a row for each of all groups."""
+    """Concatenates chunks of groups; `cond` has one row for each group of all chunks."""
     size = parts[0].x_s.shape[1]
     names = ("groups", "x0", "step", "t", "s", "x_t", "mean", "std", "x_s", "log_prob")
     columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
@@ -135,7 +135,7 @@ def cat_branches(parts: Sequence[BranchRollout], cond: Conditioning) -> BranchRo
 
 
 def siblings_of(cond: Conditioning, size: int) -> Conditioning:
-    """Every row `size` times in turn: the conditioning of the samples of a rollout, group-major."""
+    """Repeats every row `size` times: the conditioning of the samples of a rollout, group-major."""
     return cond.select(torch.arange(len(cond)).repeat_interleave(size))
 
 
@@ -177,7 +177,7 @@ class _Stars:
         )
 
     def _prefix(self, x: Float[Tensor, "g *shape"]) -> Float[Tensor, "g *shape"]:
-        """The state of each group at its own branching time."""
+        """Takes each group to its own branching time."""
         x = x.clone()
         for j in range(int(self.step.max()) if self.span is None else self.span[1]):
             active = (self.step > j).nonzero().squeeze(1)
@@ -234,7 +234,7 @@ class _Stars:
         return x
 
     def _sibling_noise(self) -> Sequence[Float[Tensor, "g *shape"]]:
-        """The noise of each sibling in turn, for all groups."""
+        """The noise of each sibling in turn, for all groups at once."""
 
         def drawn(member: int) -> Tensor:
             keys = [
@@ -257,8 +257,8 @@ class StepChooser:
     """Chooses the transition at which each group of an iteration branches (docs/branching.md).
 
     `adaptive` gives a transition groups in proportion to the square of the running mean of its siblings' reward std,
-    and never less than `floor` of them: where siblings get equal rewards there is nothing to learn. Its state is part
-    of what a run resumes from.
+    and at least the share `floor`: where siblings get equal rewards there is nothing to learn. Its state is part of a
+    run's state.
 
     Attributes:
         rule: `first`, `cycle`, `random` or `adaptive`.
@@ -274,7 +274,7 @@ class StepChooser:
     _std: dict[int, float] = field(default_factory=dict, init=False)
 
     def choose(self, iteration: int, groups: int) -> Int[Tensor, " g"]:
-        """The step of each group; depends on the seed, the iteration and, for `adaptive`, on what was learned."""
+        """The step of each group; depends on seed, iteration and, for `adaptive`, on earlier rewards."""
         if self.rule == "first":
             return torch.zeros(groups, dtype=torch.int64)
         if self.rule == "cycle":
@@ -282,14 +282,14 @@ class StepChooser:
         draw = np.random.default_rng((self.seed, iteration, _STREAM))
         if self.rule == "random":
             return torch.from_numpy(draw.integers(0, self.transitions, groups))
-        # systematic sampling: no transition gets a group more or less than its share, rounded
+        # systematic sampling: every transition gets its share, rounded up or down
         at = (np.arange(groups) + draw.random()) / groups
         edges = np.cumsum(self.shares())
         chosen = np.searchsorted(edges[:-1], at, side="right")
         return torch.from_numpy(draw.permutation(chosen)).long()
 
     def shares(self) -> list[float]:
-        """Share of the groups that each transition gets under `adaptive`; equal until every one has been seen."""
+        """Share of the groups that each transition gets under `adaptive`; equal until all have been seen."""
         if len(self._std) < self.transitions:
             return [1 / self.transitions] * self.transitions
         weights = [self._std[k] ** 2 for k in range(self.transitions)]
@@ -300,22 +300,21 @@ class StepChooser:
         return [floor + (1 - floor * self.transitions) * weight / total for weight in weights]
 
     def learn(self, std_by_step: Mapping[int, float]) -> None:
-        """Takes the mean within-group std of the rewards at the transitions of an iteration."""
+        """Records the mean within-group std of the rewards by transition."""
         for step, std in std_by_step.items():
             before = self._std.get(step)
             self._std[step] = std if before is None else _MEMORY * before + (1 - _MEMORY) * std
 
     def state(self) -> dict[str, float]:
-        """What `restore` needs."""
         return {str(step): std for step, std in sorted(self._std.items())}
 
     def restore(self, state: Mapping[str, float]) -> None:
-        """Puts back what `state` gave."""
+        """Restores what `state` returned."""
         self._std = {int(step): float(std) for step, std in state.items()}
 
 
 def reward_spread(rewards: Float[Tensor, " n"], step: Int[Tensor, " g"]) -> tuple[dict[int, float], dict[int, float]]:
-    """By transition: the mean std of rewards within its groups (divisor m), and the share of groups with equal rewards.
+    """By transition: mean std of rewards within its groups (divisor m), and share of groups with equal rewards.
 
     Args:
         rewards: of all samples, group-major; NaN where an image has no score.
@@ -336,8 +335,8 @@ def reward_spread(rewards: Float[Tensor, " n"], step: Int[Tensor, " g"]) -> tupl
 def within_correlation(one: Float[Tensor, " n"], other: Float[Tensor, " n"], size: int) -> float | None:
     """Pearson correlation of two rewards of the same samples within their groups of `size`.
 
-    A group with an image that has no score (NaN) is left out. None where nothing is left, or one of the rewards is the
-    same for every member of every group.
+    A group with an unscored image (NaN) is left out. None if nothing is left, or one of the rewards is constant within
+    every group.
     """
     a, b = (x.double().cpu().reshape(-1, size) for x in (one, other))
     scored = (a.isfinite() & b.isfinite()).all(1)

@@ -36,22 +36,19 @@ class GrpoConfig(ObjectiveConfig):
 
     @property
     def needs(self) -> Literal["transitions", "samples"]:
-        """Transition densities."""
         return "transitions"
 
     @property
     def branches(self) -> bool:
-        """Siblings of one transition share a row."""
         return True
 
     @property
     def compares_with(self) -> frozenset[Literal["old", "reference"]]:
-        """The reference where there is a KL to it; the old policy is in the rollout's stored densities."""
+        """The reference if there is a KL to it; the old policy is in the rollout's stored densities."""
         return frozenset({"reference"} if self.kl_beta > 0 else ())
 
     @property
     def kl_limit(self) -> float | None:
-        """The option `target_kl`."""
         return self.target_kl
 
     @property
@@ -77,14 +74,11 @@ class RwfmConfig(ObjectiveConfig):
 
     @property
     def needs(self) -> Literal["transitions", "samples"]:
-        """Finished samples only."""
         return "samples"
 
     def rows_per_sample(self, transitions: int) -> int:
-        """The option `draws`."""
         return self.draws
 
     @property
     def compares_with(self) -> frozenset[Literal["old", "reference"]]:
-        """No policy but the current one."""
         return frozenset()

@@ -24,18 +24,18 @@ class Grpo:
     `L = -mean_k w min(r A, clip(r, 1 - c, 1 + c+) A) + beta KL`, with `r = exp(logp_new - logp_old)` at the stored
     states and log-probs averaged over latent coordinates.
 
-    Variants by option (eq. 24-27): `ratio_norm`, which is also registered as the objective `grpo-guard`;
-    `noise_weighting`; `clip_range_high`; `target_kl`, which the loop acts on.
+    Variants by option (eq. 24-27): `ratio_norm`, also registered as the objective `grpo-guard`; `noise_weighting`;
+    `clip_range_high`; `target_kl`, which the training loop acts on.
 
-    Departures from the paper: time runs from noise (t = 1) to data (t = 0); the mean runs over the rows whose group has
-    unequal rewards, the others have no gradient and are left out; the reference is the base with its adapter off.
-    Of GRPO-Guard it has the ratio normalisation without the reweighting of gradients; of TempFlow-GRPO the noise
-    weighting without trajectory branching.
+    Departures from the paper: time runs from noise (t = 1) to data (t = 0); the mean is over the rows whose group has
+    unequal rewards, since the others have no gradient; the reference is the base with its adapter off. Of GRPO-Guard it
+    has the ratio normalisation without the reweighting of gradients; of TempFlow-GRPO the noise weighting without
+    trajectory branching.
 
     Batch rows of a chain, transition-major (all samples of the first transition, then of the second, ...):
         `x_t`, `x_s`, `mean_old`: (rows, *shape); `t`, `s`, `std`, `log_prob_old`, `advantage`, `weight`: (rows,) fp32;
         `step`: (rows,) int64, index of the grid interval. `weight` has mean 1.
-    A branched rollout has one row a group: its `m` siblings share state and mean, so `x_s` is (rows, m, *shape), and
+    A branched rollout has one row per group: its `m` siblings share state and mean, so `x_s` is (rows, m, *shape), and
     `log_prob_old` and `advantage` are (rows, m). The loss of a row is the mean over its siblings, which equals that of
     `m` repeated rows (docs/math.md, eq. 31).
     """
@@ -48,7 +48,7 @@ class Grpo:
 
     @property
     def clip_range(self) -> float:
-        """Half-width of the ratio clip, the narrower one when its sides differ."""
+        """Half-width of the ratio clip; the smaller one when its sides differ."""
         return min(self.config.clip_bounds)
 
     def bind(self, stochasticizer: Stochasticizer) -> Grpo:
@@ -58,10 +58,10 @@ class Grpo:
     def prepare(self, scored: ScoredRollout, policies: Policies, seed: int) -> Batch:
         """Flattens the stochastic transitions of the samples whose group has unequal rewards.
 
-        The batch has no rows when every group's rewards are equal; there is nothing to learn from such a rollout.
+        The batch has no rows when every group's rewards are equal.
 
         Raises:
-            CompositionError: for a rollout without transitions.
+            CompositionError: the rollout has no transitions.
         """
         rollout = scored.rollout
         keep = informative(scored.advantages, rollout.groups).cpu()
@@ -72,7 +72,7 @@ class Grpo:
         else:
             raise CompositionError(
                 "The objective 'grpo' got a rollout without transition densities",
-                "Roll out with a stochasticizer, or choose an objective that needs samples only.",
+                "Use a stochasticizer in the rollout, or choose an objective that needs samples only.",
             )
         std = rows["std"]
         weight = noise_weights(std, self.config.noise_power) if self.config.noise_weighting else torch.ones_like(std)
@@ -81,7 +81,7 @@ class Grpo:
     def loss(self, policies: Policies, batch: Batch) -> Loss:
         """Mean loss over the rows.
 
-        Parts: `approx_kl`, the KL of the current policy to the one that drew the rollout; `ratio_mean`, `ratio_max`;
+        Parts: `approx_kl`, the KL of the current policy to the one of the rollout; `ratio_mean`, `ratio_max`;
         `clip_frac`, the share of rows with `r` outside the clip; and with `kl_beta > 0` `kl_ref`.
         """
         rows = batch.rows
@@ -143,7 +143,7 @@ def normalised_log_ratio(
     """GRPO-Guard's exponent `mean(xi * (mean - mean_old))` with `xi = (x_s - mean_old) / std` (docs/math.md, eq. 24).
 
     For Gaussians it equals `std * log_ratio + mean|mean - mean_old|^2 / (2 std)`: the log-ratio without its quadratic
-    bias, times the std, so that it has one scale at steps of different noise. The product is taken directly, since that
+    bias, times the std, so that its scale is the same at all noise levels. The product is computed directly, since that
     sum cancels most of its digits in fp32. The gradient flows through `mean` alone.
 
     Args:

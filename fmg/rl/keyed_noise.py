@@ -1,8 +1,8 @@
 """Keyed noise as numpy arrays; `fmg.rl.rollouts` gives the same bits as tensors. Imports no torch.
 
 The numbers come from numpy's counter-based Philox generator (Salmon et al., 2011, "Parallel random numbers: as easy as
-1, 2, 3") under a 128-bit hash of the key. A torch CPU generator would not do: it keeps 32 bits of its seed, so two of a
-million draws would coincide, and its normal numbers depend on the vector instructions of the processor.
+1, 2, 3") under a 128-bit hash of the key. A torch CPU generator will not do: it keeps 32 bits of its seed, so two of a
+million draws would coincide, and its normal numbers depend on the vector instructions of the CPU.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROLLOUT = "rollout"
-"""Stream of the noise that draws images."""
+"""Stream of the noise that images are generated from."""
 OBJECTIVE = "objective"
-"""Stream of the noise that an objective adds to finished images."""
+"""Stream of the noise that an objective adds to finished samples."""
 # A prime larger than the number of iterations or images of a run, so that two runs share no seed.
 _SEED_STRIDE = 1_000_003
 
 
 class NoiseKey(NamedTuple):
-    """Names one draw. Any integers, negative ones too.
+    """Names one random draw; any integers, also negative ones.
 
     Attributes:
         seed: seed of the run, or of one generated image.
@@ -42,7 +42,7 @@ class NoiseKey(NamedTuple):
 
 
 def normal(keys: Sequence[NoiseKey], shape: Sequence[int], stream: str = ROLLOUT) -> NDArray[np.float32]:
-    """Standard normal noise (n, *shape), one independent sample a key.
+    """Standard normal noise (n, *shape), one independent sample per key.
 
     Args:
         keys: `n` keys; equal keys give equal noise.
@@ -57,7 +57,7 @@ def normal(keys: Sequence[NoiseKey], shape: Sequence[int], stream: str = ROLLOUT
 
 
 def uniform(keys: Sequence[NoiseKey], stream: str = OBJECTIVE) -> NDArray[np.float32]:
-    """Uniform numbers (n,) in [0, 1), one a key."""
+    """Uniform numbers (n,) in [0, 1), one per key."""
     source = _KeyedGenerator(stream)
     return np.array([source.at(key).random(dtype=np.float32) for key in keys], dtype=np.float32)
 

@@ -1,4 +1,4 @@
-"""Evaluating the transitions of a batch again under a policy: what ratios, KLs and the replay gate rest on."""
+"""Evaluates the transitions of a batch again under a policy, for ratios, KLs and the replay gate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def replay(stochasticizer: Stochasticizer, flow_map: FlowMap, batch: Batch) -> D
 
 
 def log_probs(density: Density, x_s: Float[Tensor, "b *shape"]) -> Float[Tensor, "b *m"]:
-    """Log-densities of the rows (b, *shape), or of `m` siblings a row (b, m, *shape), averaged over coordinates."""
+    """Log-densities of rows (b, *shape), or of `m` siblings per row (b, m, *shape), averaged over coordinates."""
     if x_s.ndim == density.mean.ndim:
         return density.log_prob(x_s)
     return torch.stack([density.log_prob(x) for x in x_s.unbind(1)], dim=1)
@@ -39,15 +39,15 @@ def mean_distance(
 def refresh_old(stochasticizer: Stochasticizer, policies: Policies, batch: Batch, micro_batch: int) -> Batch:
     """The batch with the columns `REFRESHED` recomputed by the current policy through the update path.
 
-    Rollout and update may use other shapes or kernels, whose rounding alone moves the ratio by more than the clip
-    range. Gradients are enabled and thrown away, because kernels may differ with and without them. The means, which are
-    as large as the states, are overwritten where they are, so no second copy of them is held.
+    Rollout and update may use different shapes or kernels, whose rounding alone can move the ratio by more than the
+    clip range. Gradients are enabled and discarded, because kernels may differ with and without them. The means, as
+    large as the states, are overwritten in place to save memory.
 
     Args:
-        stochasticizer: the one that drew the rollout.
-        policies: views of the weights; `current` must still be the policy that drew the rollout.
-        batch: rows as `fmg.rl.grpo.Grpo` documents them; its `mean_old` is overwritten.
-        micro_batch: rows a network call, as in the update.
+        stochasticizer: the one of the rollout.
+        policies: views of the weights; `current` must still be the policy of the rollout.
+        batch: rows as documented by `fmg.rl.grpo.Grpo`; its `mean_old` is overwritten.
+        micro_batch: rows of a forward pass, as in the update.
     """
     means, start = batch.rows["mean_old"], 0
     log_probs, stds = torch.empty_like(batch.rows["log_prob_old"]), torch.empty_like(batch.rows["std"])
@@ -59,7 +59,7 @@ def refresh_old(stochasticizer: Stochasticizer, policies: Policies, batch: Batch
 
 
 def replay_ratio(stochasticizer: Stochasticizer, policies: Policies, batch: Batch, micro_batch: int) -> float:
-    """Largest `|r - 1|` over the rows under the current policy: 0 before the first update, but for rounding.
+    """Largest `|r - 1|` over the rows under the current policy: 0 before the first update, up to rounding.
 
     Arguments as in `refresh_old`; nothing is overwritten. A batch without rows gives 0.
     """
@@ -67,7 +67,7 @@ def replay_ratio(stochasticizer: Stochasticizer, policies: Policies, batch: Batc
     for part in batch.split(micro_batch):
         log_prob, _, _ = _as_in_an_update(stochasticizer, policies, part)
         error = float(torch.expm1(log_prob - part.rows["log_prob_old"]).abs().max())
-        # a comparison with a number that is none must not hide it
+        # NaN must not be hidden by a comparison
         largest = error if not error <= largest else largest
     return largest
 
@@ -75,7 +75,7 @@ def replay_ratio(stochasticizer: Stochasticizer, policies: Policies, batch: Batc
 def _as_in_an_update(
     stochasticizer: Stochasticizer, policies: Policies, part: Batch
 ) -> tuple[Float[Tensor, "b *m"], Float[Tensor, "b *shape"], Float[Tensor, " b"]]:
-    """Log-prob, mean and std of a forward pass that records gradients; its graph ends here, before the next begins."""
+    """Log-prob, mean and std of a forward pass that records gradients; its graph is freed here, before the next."""
     with torch.enable_grad():
         density = replay(stochasticizer, policies.current, part)
         log_prob = log_probs(density, part.rows["x_s"])
@@ -83,7 +83,7 @@ def _as_in_an_update(
 
 
 class Unbound:
-    """Stands for the stochasticizer of an objective that has not been given one yet."""
+    """Placeholder for the stochasticizer of an objective that is not bound to one yet."""
 
     path_preserving = False
 
@@ -98,12 +98,8 @@ class Unbound:
         s: Float[Tensor, " b"],
         cond: Conditioning,
     ) -> NoReturn:
-        """Refuses.
-
-        Raises:
-            CompositionError: always.
-        """
+        """Raises `CompositionError`."""
         raise CompositionError(
             f"The objective '{self._objective}' has no stochasticizer",
-            "Call objective.bind(stochasticizer) with the one that draws the rollout.",
+            "Call objective.bind(stochasticizer) with the one of the rollout.",
         )

@@ -43,17 +43,16 @@ def rollout(
     batch_size: int | None = None,
     device: torch.device | None = None,
 ) -> TransitionRollout:
-    """Draws `n` samples and records every stochastic transition with its density.
+    """Generates `n` samples and records every stochastic transition with its density.
 
-    A grid of N intervals has at most N - 1 stochastic transitions; the last interval, to 0, is always the
+    A grid of N intervals has at most N - 1 stochastic transitions; the last interval, to 0, is always a
     deterministic jump. Intervals left out of `stochastic_steps` are deterministic jumps too.
 
     Args:
         flow_map: the policy's map.
         stochasticizer: turns the map into a Gaussian over the next state.
-        cond: conditioning of the `n` samples, one row each.
-        groups: prompt group of each sample, a tensor or whole numbers; part of the noise key, so groups of one
-            iteration need distinct indices.
+        cond: conditioning, one row per sample.
+        groups: prompt group of each sample; part of the noise key, so groups of one iteration need distinct indices.
         grid: strictly falling times, the first at most 1, the last 0.
         seed: seed of the run.
         iteration: training iteration, part of the noise key.
@@ -61,13 +60,13 @@ def rollout(
         same_initial_noise: whether all members of a group start from the same noise.
         stochastic_steps: indices of the stochastic intervals, in [0, N - 2]; None means all of them.
         members: index of each sample within its group, part of the noise key; None counts the earlier samples of the
-            same group. A process that draws a share of a rollout gives those of the whole (`group_members`).
-        batch_size: samples a network call; the last chunk may be shorter. None draws all at once.
-        device: where the states live; None takes the device of the conditioning, or the CPU when it has no tensor.
+            same group. A process that generates a share of a rollout passes those of the whole (`group_members`).
+        batch_size: samples of a forward pass; the last chunk may be shorter. None takes all at once.
+        device: where the states live; None takes the device of the conditioning, or the CPU if it has no tensor.
 
     Raises:
-        UsageError: for a grid without a stochastic interval, a step out of range, or a wrong number of rows.
-        CompositionError: from a single-time map that is asked for a deterministic interior jump.
+        UsageError: the grid has no stochastic interval, a step is out of range, or the number of rows is wrong.
+        CompositionError: a single-time map would need a deterministic interior jump.
     """
     times = checked_grid(grid)
     stochastic = _checked_steps(stochastic_steps, len(times) - 1)
@@ -104,9 +103,9 @@ def sample_rollout(
     batch_size: int | None = None,
     device: torch.device | None = None,
 ) -> SampleRollout:
-    """Draws `n` samples with the map's own few-step sampler and keeps their end points; arguments as in `rollout`.
+    """Generates `n` samples with the map's own few-step sampler, without transitions; arguments as in `rollout`.
 
-    Deterministic after the initial noise for two-time maps; single-time maps draw keyed noise at interior times.
+    Two-time maps are deterministic after the initial noise; single-time maps add keyed noise at interior times.
     """
     times = checked_grid(grid)
     index = torch.as_tensor(groups)
@@ -134,24 +133,24 @@ def sample(
     keys: Sequence[NoiseKey] = (),
     batch_size: int | None = None,
 ) -> Float[Tensor, "n *shape"]:
-    """Draws `x_0` from given noise with the map's own few-step sampler, without gradients.
+    """Generates `x_0` from given noise with the map's own few-step sampler, without gradients.
 
     Args:
         flow_map: the map.
-        cond: conditioning, one row for each row of `x_1`.
+        cond: conditioning, one row per row of `x_1`.
         x_1: standard normal noise, on the device of the map.
         grid: strictly falling times, the first at most 1, the last 0.
-        keys: one key for each row, which single-time maps need for more than one step: interval k draws the noise of
-            step k + 1. Two-time maps ignore them.
-        batch_size: rows a network call; None takes all at once.
+        keys: one key per row, which single-time maps need for more than one step: interval k uses the noise of step
+            k + 1. Two-time maps ignore them.
+        batch_size: rows of a forward pass; None takes all at once.
 
     Raises:
-        UsageError: when a single-time map gets no keys for a grid of several steps.
+        UsageError: a single-time map gets no keys for a grid of several steps.
     """
     times = checked_grid(grid)
     if flow_map.anchors == "endpoint" and len(times) > 2 and len(keys) != len(x_1):
         raise UsageError(
-            f"A single-time map draws new noise at interior times, and {len(keys)} noise keys came for {len(x_1)} rows",
+            f"A single-time map needs noise at interior times, and got {len(keys)} noise keys for {len(x_1)} rows",
             "Give one key for each row, or a grid of one step.",
         )
     shape = x_1.shape[1:]
@@ -168,18 +167,12 @@ def sample(
 
 
 def noise(keys: Sequence[NoiseKey], shape: Sequence[int], stream: str = ROLLOUT) -> Float[Tensor, "n *shape"]:
-    """Standard normal noise, one independent sample a key, fp32 on the CPU.
-
-    Args:
-        keys: `n` keys; equal keys give equal noise.
-        shape: shape of one sample.
-        stream: separates draws for different purposes under the same keys; at most 16 bytes.
-    """
+    """The noise of `fmg.rl.keyed_noise.normal` as a tensor, fp32 on the CPU."""
     return torch.from_numpy(keyed_noise.normal(keys, shape, stream))
 
 
 def uniform(keys: Sequence[NoiseKey], stream: str = OBJECTIVE) -> Float[Tensor, " n"]:
-    """Uniform numbers in [0, 1), one a key, fp32 on the CPU."""
+    """The numbers of `fmg.rl.keyed_noise.uniform` as a tensor, fp32 on the CPU."""
     return torch.from_numpy(keyed_noise.uniform(keys, stream))
 
 
@@ -193,7 +186,7 @@ def sample_keys(
 
 
 def group_members(groups: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """The number of earlier samples of the same group, for each sample."""
+    """For each sample, the number of earlier samples of its group."""
     seen: Counter[int] = Counter()
     members: list[int] = []
     for group in groups.tolist():
@@ -239,7 +232,7 @@ def _noise_source(
 
 
 def device_of(cond: Conditioning) -> torch.device:
-    """Where the tensors of a conditioning are; the CPU when it has none."""
+    """The device of a conditioning; the CPU if it has no tensors."""
     return next((tensor.device for tensor in cond.stored.values()), torch.device("cpu"))
 
 
@@ -268,7 +261,7 @@ def checked_grid(grid: Sequence[float]) -> tuple[float, ...]:
     times = tuple(float(t) for t in grid)
     falling = all(t > s for t, s in pairwise(times))
     if len(times) < 2 or not falling or times[0] > 1.0 or times[-1] != 0.0:
-        raise UsageError(f"The time grid {list(times)} is not one", "Give strictly falling times from at most 1 to 0.")
+        raise UsageError(f"The time grid {list(times)} is invalid", "Give strictly falling times from at most 1 to 0.")
     return times
 
 
@@ -299,16 +292,15 @@ def _checked_steps(steps: Sequence[int] | None, intervals: int) -> frozenset[int
 def window_steps(window: WindowSection | None, steps: int, *, iteration: int, seed: int) -> tuple[int, ...]:
     """Indices of the stochastic grid intervals in one iteration (docs/math.md, eq. 28).
 
-    `fixed` stays at its start. `random` begins anywhere from there on, drawn anew every `every` iterations and the same
-    for all samples (Flow-GRPO-Fast). `progressive` moves on by one step every `every` iterations, from the noisy steps
-    to the clean ones, and stays at the last (MixGRPO, Li et al., arXiv 2507.21802, with stride 1 and a constant
-    interval).
+    `fixed` stays at its start. `random` begins at a random step from there on, the same for all samples, chosen anew
+    every `every` iterations (Flow-GRPO-Fast). `progressive` moves by one step every `every` iterations, from noisy to
+    clean, and stays at the last (MixGRPO, Li et al., arXiv 2507.21802, with stride 1 and a constant interval).
 
     Args:
-        window: of a recipe that was checked against `steps`; None makes every interval but the last stochastic.
+        window: of a valid recipe; None makes every interval but the last stochastic.
         steps: intervals of the grid, N; the last is always deterministic.
         iteration: training iteration, from 0.
-        seed: seed of the run, which keys the random windows.
+        seed: seed of the run.
 
     Returns:
         Consecutive indices in [0, N - 2], rising.

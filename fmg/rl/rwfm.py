@@ -1,4 +1,4 @@
-"""Reward-weighted flow matching: an objective that needs finished samples and no density."""
+"""Reward-weighted flow matching, an objective that needs only finished samples and no density."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class RewardWeightedFlowMatching:
     matches `X_{t->0}(x_t)` to `x_0`.
 
     Departures from the paper: weights come from group advantages instead of raw rewards; no Wasserstein regulariser;
-    on a two-time map only the diagonal is trained, and intervals `s < t` follow through shared weights alone; a
-    single-time map is trained as a denoiser, which blurs it as far as several samples explain one `x_t`; groups with
-    equal rewards are left out.
+    on a two-time map only the diagonal is trained, and intervals `s < t` follow through shared weights only; a
+    single-time map is trained as a denoiser, which blurs it where several samples explain one `x_t`; groups with equal
+    rewards are left out.
 
     Batch rows, draw-major: `x_t`, `target`: (rows, *shape); `t`: (rows,); `weight`: (rows,), mean 1.
     """
@@ -41,19 +41,19 @@ class RewardWeightedFlowMatching:
         self.config = config
 
     def bind(self, stochasticizer: Stochasticizer) -> RewardWeightedFlowMatching:
-        """Itself: no density is needed."""
+        """Returns itself: no density is needed."""
         return self
 
     def prepare(self, scored: ScoredRollout, policies: Policies, seed: int) -> Batch:
-        """Draws `draws` noise levels for each sample; no rows when every group's rewards are equal.
+        """Draws `draws` noise levels per sample; no rows when every group's rewards are equal.
 
         Raises:
-            CompositionError: for a two-time map on another path than the linear one.
+            CompositionError: a two-time map is on another path than the linear one.
         """
         flow_map = policies.current
         if flow_map.anchors == "any" and flow_map.path.name != "linear":
             raise CompositionError(
-                f"The objective 'rwfm' knows no velocity target on the path '{flow_map.path.name}'",
+                f"The objective 'rwfm' has no velocity target on the path '{flow_map.path.name}'",
                 "Use a model on the linear path.",
             )
         rollout = scored.rollout

@@ -1,4 +1,4 @@
-"""The model card of a checkpoint: base, terms, recipe, scores, pictures and the commands that use it."""
+"""The model card of a checkpoint: base, terms, recipe, scores, samples, and the commands that use it."""
 
 from __future__ import annotations
 
@@ -29,14 +29,7 @@ _NOT_STATED = "not stated by its authors"
 
 
 def write_cards(run: RunFolder, recipe: Recipe, prompts: PromptSet, eval_prompts: PromptSet) -> None:
-    """Writes `README.md` and `samples.png` into every checkpoint that the run kept.
-
-    Args:
-        run: the folder.
-        recipe: of the run.
-        prompts: what it was trained on.
-        eval_prompts: what it was evaluated on.
-    """
+    """Writes `README.md` and `samples.png` into every checkpoint that the run kept."""
     index = read_index(run.path)
     seen = shared_prompts(prompts, eval_prompts)
     held_out = "that training did not see" if not seen else f"of which training saw {seen} of {len(eval_prompts)}"
@@ -72,57 +65,49 @@ def card_text(
         pictured: whether there is a `samples.png` beside the card.
         kept: the checkpoint that the run keeps.
     """
-    return "\n".join(_lines(recipe, saved, scores, prompts, pictured=pictured, kept=kept)) + "\n"
 
+    def lines() -> Iterator[str]:
+        name = recipe.model.name
+        full = recipe.train.trainable == "full"
+        yield _front_matter(recipe, "finetune" if full else "adapter", () if full else ("lora",))
+        yield f"# {_title(recipe)}"
+        yield ""
+        yield _origin(recipe, saved)
+        yield ""
+        if saved == kept:
+            yield "This is the checkpoint that the run keeps: its result."
+        else:
+            yield f"This is not the result of the run: the run keeps `{kept.name}`."
+        yield from _terms_table(recipe)
+        yield from ("", "## Scores", "")
+        steps = recipe.eval.steps or recipe.rollout.steps
+        yield f"{counted(recipe.eval.num, 'image')} of prompts {prompts}, {counted(steps, 'step')} each."
+        yield from ("", "| score | base | this adapter |", "|---|---|---|")
+        for key, (before, after) in scores.items():
+            yield f"| {key} | {_number(before)} | {_number(after)} |"
+        if pictured:
+            yield from ("", f"![Samples at fixed prompts and seeds]({SAMPLES})")
+        yield from ("", "## Use", "", "```sh", "# RUN is the run folder that holds this checkpoint")
+        yield from ('fmg generate "PROMPT" --from RUN', f"fmg eval RUN --against {name}")
+        if recipe.model.config.mergeable:
+            yield "fmg export --diffusers RUN OUT"
+        yield from ("```", "")
+        yield from _in_diffusers(recipe)
+        # as JSON, which is YAML too: the values without the paths of the machine that made them
+        yield from ("", "## Recipe", "", "```json", json.dumps(_shareable(recipe.plain()), indent=2), "```")
 
-def _lines(
-    recipe: Recipe,
-    saved: SavedCheckpoint,
-    scores: Mapping[str, tuple[float | None, float | None]],
-    prompts: str,
-    *,
-    pictured: bool,
-    kept: SavedCheckpoint,
-) -> Iterator[str]:
-    name = recipe.model.name
-    full = recipe.train.trainable == "full"
-    yield _front_matter(recipe, "finetune" if full else "adapter", () if full else ("lora",))
-    yield f"# {_title(recipe)}"
-    yield ""
-    yield _origin(recipe, saved)
-    yield ""
-    if saved == kept:
-        yield "This is the checkpoint that the run keeps: its result."
-    else:
-        yield f"This is not the result of the run: the run keeps `{kept.name}`."
-    yield from _terms_table(recipe)
-    yield from ("", "## Scores", "")
-    steps = recipe.eval.steps or recipe.rollout.steps
-    yield f"{counted(recipe.eval.num, 'image')} of prompts {prompts}, {counted(steps, 'network call')} each."
-    yield from ("", "| score | base | this adapter |", "|---|---|---|")
-    for key, (before, after) in scores.items():
-        yield f"| {key} | {_number(before)} | {_number(after)} |"
-    if pictured:
-        yield from ("", f"![Samples at fixed prompts and seeds]({SAMPLES})")
-    yield from ("", "## Use", "", "```sh", "# RUN is the run folder that holds this checkpoint")
-    yield from ('fmg generate "PROMPT" --from RUN', f"fmg eval RUN --against {name}")
-    if recipe.model.config.mergeable:
-        yield "fmg export --diffusers RUN OUT"
-    yield from ("```", "")
-    yield from _in_diffusers(recipe)
-    # as JSON, which is YAML too: the values without the paths of the machine that made them
-    yield from ("", "## Recipe", "", "```json", json.dumps(_shareable(recipe.plain()), indent=2), "```")
+    return "\n".join(lines()) + "\n"
 
 
 def folder_card(recipe: Recipe, adapter_card: str | None) -> str:
-    """The card of an exported pipeline folder: how it is used, and what the adapter's card says of its scores.
+    """The card of an exported pipeline folder: how to use it, and the scores from the adapter's card.
 
     Args:
-        recipe: of the run, or of the model that was exported as it is.
-        adapter_card: of the checkpoint that was merged, empty where it has none; None where nothing was merged.
+        recipe: of the run, or of the base model if nothing was merged.
+        adapter_card: of the merged checkpoint, empty if it has none; None if nothing was merged.
     """
     name, tuned = recipe.model.name, adapter_card is not None
-    made = " with what a run trained merged into its transformer" if tuned else ""
+    made = " with trained weights merged into its transformer" if tuned else ""
     lines = [
         _front_matter(recipe, "finetune" if tuned else None, ()),
         f"# {_title(recipe) if tuned else name}",
@@ -141,7 +126,7 @@ def folder_card(recipe: Recipe, adapter_card: str | None) -> str:
         'images = pipe("PROMPT", seeds=0).images',
         "```",
         "",
-        "It is a pipeline of diffusers. `FluxPipeline` knows neither the times of a flow map nor its grid, and refuses"
+        "It is a diffusers pipeline. `FluxPipeline` supports neither the times of a flow map nor its grid, and refuses"
         " the folder.",
         *_terms_table(recipe),
     ]
@@ -175,7 +160,7 @@ def _grid(recipe: Recipe) -> str:
 
 
 def _in_diffusers(recipe: Recipe) -> Iterator[str]:
-    """How the checkpoint is used in diffusers and in other tools."""
+    """How to use the checkpoint in diffusers and other tools."""
     config, trainable = recipe.model.config, recipe.train.trainable
     if not config.flow_map_pipeline:
         if trainable == "full":
@@ -203,14 +188,14 @@ def _in_diffusers(recipe: Recipe) -> Iterator[str]:
     yield from (f'images = pipe("PROMPT", {steps}, seeds=0).images', "```")
     if trainable == "lora+duration":
         yield (
-            "\nThe embedder of the second time was trained beside the LoRA and is in `fmg_extra.safetensors`. Without"
-            " it the adapter is half of what was trained, and only fmg reads it: other tools need an export."
+            "\nThe embedder of the second time was trained with the LoRA and is in `fmg_extra.safetensors`. Only fmg"
+            " reads it, and without it half of the training is missing: other tools need an export."
         )
     elif trainable == "lora":
         yield (
             "\nComfyUI reads `pytorch_lora_weights.safetensors`, PEFT reads `peft/`, and `fmg export --kohya RUN FILE`"
-            " writes the LoRA for Forge and sd-scripts. How those tools sample is theirs; none of them passes the"
-            " second time of a two-time map."
+            " writes the LoRA for Forge and sd-scripts. Those tools use their own samplers; none passes the second time"
+            " of a two-time map."
         )
 
 
@@ -231,21 +216,21 @@ def _origin(recipe: Recipe, saved: SavedCheckpoint) -> str:
     averaged = ""
     if saved.score_key != keys.SCORE:
         averaged = f", the moving average of its weights (decay {recipe.train.ema_decay:g}),"
-    proven = "stock diffusers read it back and drew the same picture."
+    verified = "stock diffusers read it back and reproduced the same image."
     if recipe.train.trainable == "lora+duration":
-        proven = (
-            "stock diffusers read its LoRA back, and fmg's own reader the embedder, which diffusers does not know. Both"
-            " together drew the same picture."
+        verified = (
+            "stock diffusers read back its LoRA, and fmg its embedder, which diffusers does not support. Together they"
+            " reproduced the same image."
         )
     return (
         f"{what} the few-step flow map `{name}`{averaged} after iteration {saved.iteration} of"
-        f" `{recipe.objective.name}` on `{recipe.stochasticizer.name}` transitions, made with fmg {__version__}. Before"
-        f" it was kept, {proven}"
+        f" `{recipe.objective.name}` on `{recipe.stochasticizer.name}` transitions, made with fmg {__version__}. When"
+        f" it was saved, {verified}"
     )
 
 
 def _terms(part: str, about: About) -> str:
-    # a component that states nothing at all loads nothing that somebody published
+    # a component that states neither loads no published weights
     licence = about.licence or (_NOT_STATED if about.weights else "no published weights")
     return f"| {part} | {licence} | {about.citation or '-'} |"
 
@@ -268,7 +253,7 @@ def _number(value: float | None) -> str:
 
 
 def _shareable(value: object) -> object:
-    """The values, with the last name only of every absolute path."""
+    """The values, with absolute paths cut to their last name."""
     if isinstance(value, dict):
         return {key: _shareable(child) for key, child in value.items()}
     if isinstance(value, list):

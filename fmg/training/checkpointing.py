@@ -16,7 +16,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -219,20 +219,6 @@ class CheckpointManager:
         """Runs its body with the moving average in place of the weights, if there is one."""
         return nullcontext() if self.live.ema is None else self.live.ema.in_place()
 
-    def evaluate(self, iteration: int, evaluate: Callable[[bool], dict[str, float]]) -> dict[str, float]:
-        """`eval/...` of the weights and, where there is an average, `eval_ema/...` of it, on the same noise.
-
-        `evaluate` gets whether it measures the average.
-        """
-        metrics = evaluate(False)
-        if self.live.ema is None:
-            return metrics
-        if iteration == 0:
-            # nothing has been averaged yet, so both are the untouched base
-            return {**metrics, **averaged_keys(metrics)}
-        with self.ema_weights():
-            return {**metrics, **averaged_keys(evaluate(True))}
-
     def checkpoint(self, iteration: int, metrics: Mapping[str, float], *, eligible: bool = True) -> CheckpointIndex:
         """Saves the weights and their average; `metrics` has their scores, or nothing when they have none.
 
@@ -278,15 +264,6 @@ class CheckpointManager:
 
         index, lines = json.loads(self.dist.run_on_main(files))
         return CheckpointIndex.from_json(index), lines
-
-
-def averaged_keys(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Metrics of an evaluation of the average: `eval/...` becomes `eval_ema/...`."""
-    return {
-        keys.EVAL_EMA + key.removeprefix(keys.EVAL): value
-        for key, value in metrics.items()
-        if key.startswith(keys.EVAL)
-    }
 
 
 def save_checkpoint(

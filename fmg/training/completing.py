@@ -1,6 +1,6 @@
-"""Completions of siblings on something else than the trained network: its compiled form, or its exported graph.
+"""Completes siblings with something faster than the trained network: its compiled form, or its exported graph.
 
-They have no density, so nothing of an update depends on how they are computed (docs/branching.md).
+Completions have no density, so no update depends on how they are computed (docs/branching.md).
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ _USE_TORCH = "set rollout.branch.backend to torch"
 
 
 class _Network(Protocol):
-    """What is called in place of the network module."""
+    """Called in place of the network module."""
 
     def __call__(self, **inputs: Any) -> Any: ...
 
     def refresh(self) -> None:
-        """Takes over the trained weights as they are now."""
+        """Takes over the current trained weights."""
 
 
 @dataclass(frozen=True)
 class Completer:
-    """What completes siblings.
+    """Completes siblings.
 
     Attributes:
         flow_map: the map, without gradients.
-        refresh: takes over the trained weights as they are now.
+        refresh: takes over the current trained weights.
     """
 
     flow_map: FlowMap
@@ -50,12 +50,12 @@ class Completer:
 
 
 def open_completer(composed: Composed, rows: int, dist: DistContext) -> Completer | None:
-    """What the recipe asks to complete siblings with; None for the trained network itself.
+    """The recipe's backend for completions; None for the trained network itself.
 
     Args:
         composed: the live parts of the run.
-        rows: siblings of one call, at most.
-        dist: those of the run; the first traces a graph, the others find it in the cache.
+        rows: the most siblings of one call.
+        dist: the processes of the run; the main one traces a graph, the others find it in the cache.
 
     Raises:
         CompositionError: the model does not let another network take its calls.
@@ -72,7 +72,7 @@ def open_completer(composed: Composed, rows: int, dist: DistContext) -> Complete
         compiled = CompiledNetwork(model.network)
         # one shape, one compilation
         return Completer(PaddedBatches(model.flow_map_through(compiled), lambda: rows), compiled.refresh)
-    # a later room, so that a run without it never imports what exports
+    # by name, so that a run without it never imports the export
     live = cast("Callable[[Model], _Network]", load(LIVE_GRAPH))
     network = dist.main_process_first(lambda: live(composed.model))
     return Completer(model.flow_map_through(network), network.refresh)
@@ -86,7 +86,7 @@ class CompiledNetwork:
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
-        # imported where it is used, because it takes seconds; what it says is of torch's own modules
+        # imported here because it takes seconds; its warnings are about torch's own modules
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             import torch._inductor.compile_fx
@@ -94,15 +94,15 @@ class CompiledNetwork:
             from torch._inductor.exc import InductorError
 
         self._failures = (TorchDynamoException, InductorError)
-        # of a whole graph, past torch's limit of recompilations there is an error and no silent eager call
+        # with a full graph, torch raises at its limit of recompilations instead of silently running eagerly
         self._call: Callable[..., Any] = torch.compile(module, dynamic=False, fullgraph=True)
 
     def refresh(self) -> None:
-        """Nothing: the weights are shared."""
+        """Does nothing: the weights are shared."""
 
     @torch.no_grad()
     def __call__(self, **inputs: Any) -> Any:
-        """What the module returns.
+        """Calls the module.
 
         Raises:
             CompositionError: it cannot be compiled here.
@@ -117,7 +117,7 @@ class CompiledNetwork:
 
 
 def completions_gate(ours: Float[Tensor, "n 3 h w"], torchs: Float[Tensor, "n 3 h w"], recipe: Recipe) -> float:
-    """Stops a run whose completions are not those of the trained network; returns the largest difference of a value.
+    """Stops a run whose completions differ from the trained network's; returns the largest difference of a value.
 
     Args:
         ours: images completed by the backend of the recipe.
@@ -125,7 +125,7 @@ def completions_gate(ours: Float[Tensor, "n 3 h w"], torchs: Float[Tensor, "n 3 
         recipe: states backend and precision.
 
     Raises:
-        GateError: they are further apart than the images of an exported artifact may be.
+        GateError: they differ more than the images of an exported artifact may.
     """
     difference = Difference()
     difference.add(ours.cpu().numpy(), torchs.cpu().numpy())

@@ -20,17 +20,12 @@ class AdamWConfig(ComponentConfig):
     weight_decay: float = Field(default=1e-4, ge=0, description="decoupled weight decay")
 
 
-class AdamW8bitConfig(ComponentConfig):
+class AdamW8bitConfig(AdamWConfig):
     """AdamW with 8-bit moments in blocks of 256 (Dettmers et al., arXiv 2110.02861), by bitsandbytes."""
 
     about: ClassVar[About] = About(
         licence="bitsandbytes: MIT", citation="Dettmers et al. 2021, 8-bit Optimizers via Block-wise Quantization"
     )
-
-    lr: float = Field(default=1e-4, gt=0, description="learning rate")
-    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.99), description="decay of the gradient's two moments")
-    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
-    weight_decay: float = Field(default=1e-4, ge=0, description="decoupled weight decay")
 
 
 class SgdConfig(ComponentConfig):

@@ -212,3 +212,12 @@ def decline(initial: Mapping[str, float], final: Mapping[str, float], key: str) 
         f"The held-out score fell from {initial[key]:.3f} at iteration 0 to {final[key]:.3f}: lower the learning rate,"
         " use larger groups, or add a KL term (objective.kl_beta)."
     )
+
+
+def averaged_keys(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of an evaluation of the average: `eval/...` becomes `eval_ema/...`."""
+    return {
+        keys.EVAL_EMA + key.removeprefix(keys.EVAL): value
+        for key, value in metrics.items()
+        if key.startswith(keys.EVAL)
+    }

@@ -1,4 +1,4 @@
-"""The checks that a run must pass before its hours are worth spending."""
+"""Checks that stop a run which cannot learn, before it has cost hours."""
 
 from __future__ import annotations
 
@@ -21,28 +21,30 @@ from fmg.training.distributed import DistContext
 # The replayed ratio may differ from 1 by this share of the clip range before the first update.
 RATIO_TOLERANCE = 0.1
 CHECKED_ROLLOUTS = 2
-# Iterations in a row without an update after which a run is told so, and ended where it never made one.
+# Iterations in a row without an update after which a run is warned, or stopped if it never made one.
 IDLE_ITERATIONS = 10
-_MORE_VALUES = "Use a reward that tells images of a prompt apart, larger groups (rollout.group_size) or other prompts."
+_MORE_VALUES = (
+    "Use a reward that distinguishes the images of a prompt, larger groups (rollout.group_size) or other prompts."
+)
 
 
 class ReplayGate:
     """Decides whether a rollout's own log-probs can be compared with an update's.
 
-    It looks before the first update, and again at the next rollout: a fresh LoRA adds exactly nothing, so what the
-    adapter itself does to the replay (dropout, rounding) shows only after the first update.
+    It checks before the first update and again at the next rollout: a fresh LoRA adds exactly nothing, so what the
+    adapter does to the replay (dropout, rounding) shows only after the first update.
 
-    Rollout and update may run other shapes or kernels, whose rounding alone can exceed the clip range; then the old
+    Rollout and update may use different shapes or kernels, whose rounding alone can exceed the clip range. Then the old
     log-probs of every rollout are recomputed through the update path.
 
     Args:
-        stochasticizer: the one that draws the rollouts.
+        stochasticizer: the one of the rollouts.
         policies: views of the trained weights.
         clip_range: of the objective; None for one without a ratio, which passes.
-        micro_batch: rows a network call, as in the update.
-        always_recompute: whether to recompute without asking.
+        micro_batch: rows of a forward pass, as in the update.
+        always_recompute: whether to recompute without checking first.
         observer: hears how the gate was passed.
-        dist: those that share the rows.
+        dist: the processes that share the rows.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class ReplayGate:
         """The batch with old log-probs that are comparable with the update's.
 
         Raises:
-            GateError: when the replayed ratio of a checked rollout is not 1 within a tenth of the clip range.
+            GateError: the replayed ratio of a checked rollout is not 1 within a tenth of the clip range.
         """
         if self._clip_range is None:
             return batch
@@ -90,11 +92,11 @@ class ReplayGate:
 
     @property
     def findings(self) -> tuple[int, bool]:
-        """Rollouts that were checked so far, and whether old log-probs are recomputed."""
+        """Number of rollouts checked so far, and whether old log-probs are recomputed."""
         return self._checked, self._recompute
 
     def resume(self, checked: int, recompute: bool) -> None:
-        """Goes on from the findings of an earlier process."""
+        """Restores the findings of an earlier process."""
         self._checked, self._recompute = checked, recompute
 
     def _error(self, batch: Batch) -> float:
@@ -114,15 +116,15 @@ def ratio_gate(error: float, clip_range: float) -> None:
     """Stops a run whose replay does not give ratio 1.
 
     Raises:
-        GateError: when `error` exceeds a tenth of the clip range.
+        GateError: `error` exceeds a tenth of the clip range.
     """
     limit = RATIO_TOLERANCE * clip_range
     if not error <= limit:
         raise GateError(
             f"Before an update the replayed ratio is off by {error:.2e}, more than {limit:.0e}"
             " (a tenth of the clip range), so clipping would act on noise",
-            "Likely causes: dropout or another randomness in the network, a dtype too coarse for the clip range"
-            " (try --dtype fp32 or a larger clip_range), or a rollout and an update that run different code.",
+            "Likely causes: dropout or other randomness in the network, a dtype too coarse for the clip range"
+            " (try --dtype fp32 or a larger clip_range), or different code in rollout and update.",
         )
 
 
@@ -130,7 +132,7 @@ def replica_gate(dist: DistContext, parameters: Sequence[tuple[str, Parameter]])
     """Stops a run whose processes no longer train the same weights.
 
     Raises:
-        GateError: when the bits of a parameter differ between two processes.
+        GateError: the bits of a parameter differ between two processes.
     """
     if not dist.is_distributed:
         return
@@ -141,19 +143,18 @@ def replica_gate(dist: DistContext, parameters: Sequence[tuple[str, Parameter]])
     if len(set(dist.gather_texts(digest.hexdigest()))) > 1:
         raise GateError(
             f"The {dist.world_size} processes no longer train the same weights",
-            "Likely causes: devices of different kinds, or a reward or objective that gives other values in another"
-            " process.",
+            "Likely causes: different kinds of devices, or a reward or objective that depends on the process.",
         )
 
 
 class LearningGate:
-    """Watches whether iterations have anything to learn from: a rollout whose groups have equal rewards has nothing.
+    """Checks that iterations make updates: a rollout whose groups have equal rewards makes none.
 
-    A reward of few values may well begin so, on prompts that the model cannot draw yet; a run that never makes an
-    update trains nothing.
+    A reward with few values may well start like this, on prompts that the model cannot render yet; but a run that never
+    makes an update trains nothing.
 
     Args:
-        observer: hears of iterations without an update.
+        observer: is warned about iterations without an update.
     """
 
     def __init__(self, observer: Observer) -> None:
@@ -161,7 +162,7 @@ class LearningGate:
         self._idle = 0
 
     def iteration(self, done: int, touched: int, *, last: bool) -> None:
-        """Takes one iteration.
+        """Records one iteration.
 
         Args:
             done: iterations done.
@@ -169,7 +170,7 @@ class LearningGate:
             last: whether it is the run's last one.
 
         Raises:
-            GateError: no update was ever made, in `IDLE_ITERATIONS` of this process or in the whole run.
+            GateError: no update was ever made, in `IDLE_ITERATIONS` iterations of this process or in the whole run.
         """
         self._idle = 0 if touched == done else self._idle + 1
         if not self._idle:
@@ -195,16 +196,16 @@ def movement_gate(distance: float) -> None:
     """Stops a run whose first update changed nothing.
 
     Raises:
-        GateError: when the distance is zero, or not finite.
+        GateError: the distance is zero or not finite.
     """
     if not math.isfinite(distance):
         raise GateError(
-            "The first update left weights that are not finite",
-            "Likely causes: a learning rate that is too large, or a dtype that the network leaves (try --dtype fp32).",
+            "After the first update the weights are not finite",
+            "Likely causes: too large a learning rate, or a dtype whose range the network exceeds (try --dtype fp32).",
         )
     if distance == 0.0:
         raise GateError(
             "The first update did not move the adapter",
-            "Likely causes: a learning rate of 0, rewards that are equal within every group, or an adapter that is not"
-            " part of the network that the rollout runs.",
+            "Likely causes: a learning rate of 0, equal rewards within every group, or an adapter that is not part of"
+            " the network of the rollout.",
         )

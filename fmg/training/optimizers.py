@@ -19,20 +19,14 @@ NamedParameters = Iterable[tuple[str, Parameter]]
 
 def adamw(config: AdamWConfig) -> OptimizerFactory:
     """`torch.optim.AdamW`."""
-
-    def make(parameters: NamedParameters) -> Optimizer:
-        return torch.optim.AdamW(
-            list(parameters), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
-        )
-
-    return make
+    return lambda parameters: torch.optim.AdamW(list(parameters), **config.model_dump())
 
 
 def adamw8bit(config: AdamW8bitConfig) -> OptimizerFactory:
-    """`bitsandbytes.optim.AdamW8bit`; tensors of fewer than 4096 numbers keep fp32 moments, as it decides.
+    """`bitsandbytes.optim.AdamW8bit`, which keeps fp32 moments for tensors of fewer than 4096 numbers.
 
     Raises:
-        MissingDependencyError: bitsandbytes is not installed, found before any weight is read.
+        MissingDependencyError: bitsandbytes is not installed; raised before any weight is read.
     """
     try:
         library = import_module("bitsandbytes")
@@ -42,13 +36,7 @@ def adamw8bit(config: AdamW8bitConfig) -> OptimizerFactory:
         ) from error
 
     def make(parameters: NamedParameters) -> Optimizer:
-        optimizer: Optimizer = library.optim.AdamW8bit(
-            [p for _, p in parameters],
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-        )
+        optimizer: Optimizer = library.optim.AdamW8bit([p for _, p in parameters], **config.model_dump())
         return optimizer
 
     return make
@@ -56,32 +44,15 @@ def adamw8bit(config: AdamW8bitConfig) -> OptimizerFactory:
 
 def sgd(config: SgdConfig) -> OptimizerFactory:
     """`torch.optim.SGD`."""
-
-    def make(parameters: NamedParameters) -> Optimizer:
-        return torch.optim.SGD(
-            list(parameters),
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov and config.momentum > 0,
-            weight_decay=config.weight_decay,
-        )
-
-    return make
+    options = {**config.model_dump(), "nesterov": config.nesterov and config.momentum > 0}
+    return lambda parameters: torch.optim.SGD(list(parameters), **options)
 
 
 def adafactor(config: AdafactorConfig) -> OptimizerFactory:
     """`torch.optim.Adafactor`."""
-
-    def make(parameters: NamedParameters) -> Optimizer:
-        return torch.optim.Adafactor(
-            list(parameters),
-            lr=config.lr,
-            beta2_decay=config.beta2_decay,
-            d=config.clip_threshold,
-            weight_decay=config.weight_decay,
-        )
-
-    return make
+    options = config.model_dump()
+    options["d"] = options.pop("clip_threshold")
+    return lambda parameters: torch.optim.Adafactor(list(parameters), **options)
 
 
 def muon(config: MuonConfig) -> OptimizerFactory:
@@ -127,7 +98,7 @@ class JointOptimizer(Optimizer):
         self._share_groups()
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step of every part; `closure` is evaluated once, before them."""
+        """Steps every part; `closure` is evaluated once, before them."""
         loss: float | None = None
         if closure is not None:
             with torch.enable_grad():
@@ -137,14 +108,13 @@ class JointOptimizer(Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of the parts, in order."""
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what `state_dict` returned.
 
         Raises:
-            CheckpointError: when it was saved by another kind of optimizer.
+            CheckpointError: another kind of optimizer saved it.
         """
         states = state_dict.get("parts", ())
         if len(states) != len(self.parts):

@@ -1,7 +1,7 @@
 """Nested values with tensors in them, such as an optimizer's state, as one safetensors file and one JSON file.
 
-No pickle: tensors go into safetensors, everything around them into JSON that names them. What is read back is equal
-bit for bit, tuples and whole-number keys included.
+No pickle: tensors go into safetensors, everything around them into JSON that names them. Values are read back bit for
+bit, including tuples and whole-number keys.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def write_state(folder: Path, value: Mapping[str, object]) -> None:
     """Writes `state.safetensors`, `state.json` and their digests into a folder.
 
     Raises:
-        TypeError: for a value that is no tensor, number, text, None, list, tuple or dict of these.
+        TypeError: a value is no tensor, number, text, None, list, tuple or dict of these.
     """
     tensors: dict[str, Tensor] = {}
     structure = _pack(value, "", tensors)
@@ -43,7 +43,7 @@ def write_state(folder: Path, value: Mapping[str, object]) -> None:
 
 
 def read_state(folder: Path, fix: str = "Train again.") -> dict[str, Any]:
-    """What `write_state` wrote, tensors on the CPU. States of older versions have no digests to check.
+    """Reads what `write_state` wrote; tensors are on the CPU. States of older versions have no digests to check.
 
     Args:
         folder: where it is.
@@ -67,7 +67,7 @@ def read_state(folder: Path, fix: str = "Train again.") -> dict[str, Any]:
 
 def _pack(value: object, name: str, tensors: dict[str, Tensor]) -> object:
     if isinstance(value, Tensor):
-        # a copy, because safetensors refuses tensors that share memory
+        # a copy, since safetensors refuses tensors that share memory
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {_TENSOR: name}
     if value is None or isinstance(value, _PLAIN):
@@ -76,7 +76,7 @@ def _pack(value: object, name: str, tensors: dict[str, Tensor]) -> object:
         items = [_pack(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
         return {_TUPLE: items} if isinstance(value, tuple) else items
     if isinstance(value, Mapping):
-        # pairs, because JSON would turn the whole numbers that optimizers use as keys into texts
+        # pairs, since JSON would turn the whole-number keys of optimizers into text
         return {_PAIRS: [[key, _pack(item, f"{name}.{key}".lstrip("."), tensors)] for key, item in value.items()]}
     raise TypeError(f"a {type(value).__name__} cannot be saved")
 
@@ -105,7 +105,7 @@ def generator_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore_generators(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Puts the global generators where they were."""
+    """Restores the global generators."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)

@@ -62,7 +62,7 @@ from fmg.rl.keyed_noise import sub_seed
 from fmg.training.checkpointing import CheckpointManager, Progress, ResumePoint, SavedState
 from fmg.training.compose import Composed
 from fmg.training.distributed import DistContext
-from fmg.training.evaluator import Evaluator, decline
+from fmg.training.evaluator import Evaluator, averaged_keys, decline
 from fmg.training.gates import LearningGate, ReplayGate, movement, movement_gate
 from fmg.training.hacking_monitor import HackingVerdict
 from fmg.training.launch import Sizes
@@ -356,7 +356,13 @@ class Trainer:
 
     def _evaluate(self, iteration: int) -> CheckpointIndex:
         with self._clock("eval"):
-            metrics = self._checkpoints.evaluate(iteration, self._evaluator.evaluate)
+            metrics = averaged = self._evaluator.evaluate()
+            if self._checkpoints.live.ema is not None:
+                # before the first update the average is the untouched base as well
+                if iteration > 0:
+                    with self._checkpoints.ema_weights():
+                        averaged = self._evaluator.evaluate(averaged=True)
+                metrics = {**metrics, **averaged_keys(averaged)}
             grid, diversity = self._evaluator.draw(iteration)
         with self.dist.signals.held():
             return self._finish_evaluation(iteration, {**metrics, **diversity}, grid)

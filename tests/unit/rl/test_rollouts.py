@@ -103,7 +103,7 @@ def test_sample_rollout_is_the_native_sampler_on_the_rollout_noise() -> None:
 def test_single_time_sampling_needs_keys() -> None:
     _, flow_map = single_time()
     cond, _ = grouped(1, 2)
-    with pytest.raises(UsageError, match="0 noise keys came for 2 rows"):
+    with pytest.raises(UsageError, match="0 noise keys for 2 rows"):
         sample(flow_map, cond, torch.zeros(2, *SHAPE), GRID)
     assert sample(flow_map, cond, torch.zeros(2, *SHAPE), (1.0, 0.0)).shape == (2, *SHAPE)
 

@@ -64,10 +64,10 @@ def test_a_card_says_which_prompts_its_scores_are_of(tmp_path: Path) -> None:
     run, held_out = _run(tmp_path), Recipe.default()
     write_cards(run, held_out)
     card = run.checkpoints / "checkpoint-10" / "README.md"
-    assert "images of prompts that training did not see, 4 network calls each." in card.read_text()
+    assert "images of prompts that training did not see, 4 steps each." in card.read_text()
     write_cards(run, held_out.with_({"eval.prompts": held_out.prompts.name}))
     count = len(load_prompts(held_out.prompts))
-    assert f"images of prompts of which training saw {count} of {count}, 4 network calls each." in card.read_text()
+    assert f"images of prompts of which training saw {count} of {count}, 4 steps each." in card.read_text()
     assert "did not see" not in card.read_text()
     assert "Held-out" not in card.read_text()
 
@@ -77,10 +77,10 @@ def test_a_card_says_who_read_back_what(tmp_path: Path) -> None:
     card = run.checkpoints / "checkpoint-10" / "README.md"
     for trainable in ("lora", "full"):
         write_cards(run, Recipe.default().with_({"train.trainable": trainable}))
-        assert "stock diffusers read it back and drew the same picture." in card.read_text()
+        assert "stock diffusers read it back and reproduced the same image." in card.read_text()
     write_cards(run, Recipe.default().with_({"train.trainable": "lora+duration"}))
     assert "stock diffusers read it back" not in card.read_text()
-    assert "stock diffusers read its LoRA back, and fmg's own reader the embedder" in card.read_text()
+    assert "stock diffusers read back its LoRA, and fmg its embedder" in card.read_text()
 
 
 def test_no_path_of_the_machine_reaches_a_card(tmp_path: Path) -> None:

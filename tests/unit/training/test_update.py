@@ -15,8 +15,8 @@ from fmg.core.types import Batch, Conditioning
 from fmg.flow import Gaussian
 from fmg.rl.configs import GrpoConfig
 from fmg.rl.grpo import Grpo
-from fmg.training.checkpointing import averaged_keys
 from fmg.training.distributed import DistContext
+from fmg.training.evaluator import averaged_keys
 from fmg.training.gates import IDLE_ITERATIONS, LearningGate, ReplayGate, movement, movement_gate
 from fmg.training.update import Ema, Updater, partition
 from tests.support import toy
