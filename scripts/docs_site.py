@@ -78,8 +78,14 @@ def room_page(room: str) -> str:
     for file in sorted((ROOT / "fmg" / room).rglob("*.py")):
         parts = file.relative_to(ROOT).with_suffix("").parts
         module = ".".join(part for part in parts if part != "__init__")
-        if not any(part.startswith("_") for part in module.split(".")):
-            modules.append(f"::: {module}\n")
+        if any(part.startswith("_") for part in module.split(".")):
+            continue
+        # what a package only passes on is shown where it is defined
+        passes_on = file.stem == "__init__" and not re.search(
+            r"^(class|def) (?!__)", file.read_text("utf-8"), re.MULTILINE
+        )
+        options = "    options:\n      members: false\n" if passes_on else ""
+        modules.append(f"::: {module}\n{options}")
     return f"---\nsearch:\n  boost: 0.5\n---\n\n# {ROOMS[room]}\n\n" + "\n".join(modules)
 
 
