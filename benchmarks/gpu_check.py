@@ -25,7 +25,7 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline
 from memory_meter import MemoryMeter
 
-from fmg.core.geometry import ModelGeometry
+from fmg.core.specs import ModelGeometry
 from fmg.core.types import Conditioning, RewardOutput, ScoredRollout
 from fmg.flow import LinearPath, TwoTimeMap
 from fmg.flow.grids import make_grid

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from fmg.core.events import Notice, Observer
 
 PROMPT_FILE_SUFFIXES = (".txt", ".jsonl")
 """The kinds of prompt files: one prompt a line, or one JSON object a line."""
@@ -44,3 +47,17 @@ def cut_prompts(tokens: Mapping[str, int], limit: int) -> str:
     one = f"The prompt '{prompt:.60}' has {count} tokens" if len(tokens) == 1 else ""
     some = f"{len(long)} of {len(tokens)} prompts have more than {limit} tokens ('{prompt:.60}' has {count})"
     return f"{one or some}; the model reads the first {limit}. Shorten what should be read to its end."
+
+
+@runtime_checkable
+class CutsPrompts(Protocol):
+    """A model or a backend that can tell which prompts it does not read to their end."""
+
+    def cut_prompts(self, prompts: Sequence[str]) -> str:
+        """One or two sentences for people (`cut_prompts`); empty when it reads them all."""
+
+
+def tell_of_cuts(reader: object, prompts: Sequence[str], observer: Observer) -> None:
+    """Tells an observer which of the prompts a model or a backend cuts, where it knows."""
+    if isinstance(reader, CutsPrompts) and (said := reader.cut_prompts(prompts)):
+        observer(Notice("warning", said))

@@ -1,21 +1,28 @@
 """The abstractions that components implement. Structural: anything with these members works, no base class needed.
 
-Times are `(b,)` float tensors in [0, 1]; noise is at 1, data at 0.
+Times are `(b,)` float tensors in [0, 1]; noise is at 1, data at 0. Imports no torch: backends run where there is none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
+from fmg.core.profiling import StageClock
 from fmg.core.specs import MapSpec, Requirements
-from fmg.core.types import Batch, Conditioning, ImageFeatures, Loss, Prompt, RewardOutput, ScoredRollout
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from jaxtyping import Float
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from fmg.core.types import Batch, Conditioning, ImageFeatures, Loss, Prompt, RewardOutput, ScoredRollout
 
 Anchors = Literal["endpoint", "any"]
 
@@ -263,13 +270,119 @@ class ModelSource(Protocol):
         """Reads the weights straight to `device` in `dtype`."""
 
 
+NoiseSource = Callable[[int], "NDArray[np.float32]"]
+"""Standard normal noise (b, c, h, w) of a step: 0 for where an image begins, k + 1 for interval k of the grid."""
+
+Subject = Literal["model", "artifact"]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Images (b, 3, height, width) in [0, 1] and the latents (b, c, h, w) they were decoded from, both fp32."""
+
+    images: NDArray[np.float32]
+    latents: NDArray[np.float32]
+
+
+class Backend(Protocol):
+    """Text encoders, few-step sampler and decoder of one model on one runtime.
+
+    A context manager: leaving it frees the runtime. The stages of `encode` and `draw` have the names of
+    `fmg.core.profiling`.
+    """
+
+    @property
+    def name(self) -> str:
+        """Registered name, such as `torch`."""
+
+    @property
+    def detail(self) -> str:
+        """How it runs, for people: execution provider, engine, threads."""
+
+    @property
+    def device(self) -> str:
+        """Where it computes: `cpu`, `cuda:0`."""
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of one latent."""
+
+    def encode(self, prompts: Sequence[str]) -> Any:
+        """What `draw` takes for these prompts. Recent prompts are remembered."""
+
+    def draw(self, cond: Any, noise: NoiseSource, times: Sequence[float]) -> Drawn:
+        """One image for each prompt of `cond`, along strictly falling `times` from 1 to 0."""
+
+    def uncached(self) -> AbstractContextManager[None]:
+        """Inside, `encode` encodes every prompt it gets, so that its time can be measured."""
+
+    def release_text(self) -> None:
+        """Frees the memory of the text encoders; they are loaded again when a new prompt comes."""
+
+    def clock(self) -> StageClock[Any]:
+        """A clock that reads this runtime's time, on a GPU from events in its queue."""
+
+    def reset_peak_memory(self) -> None:
+        """Begins a new measurement of `peak_memory`."""
+
+    def peak_memory(self) -> int:
+        """Most bytes held at once since the last reset: of the device, or of the process on a CPU."""
+
+    def __enter__(self) -> Backend: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class BackendSource(Protocol):
+    """What the backend registry builds: a backend that can be opened.
+
+    `subject` is a `fmg.inference.target.Target` where `opens` says `model`, and a `fmg.inference.artifact.Artifact`
+    where it says `artifact`.
+    """
+
+    @property
+    def opens(self) -> Subject:
+        """What it draws from."""
+
+    @property
+    def preference(self) -> int:
+        """Of several that suit, `auto` takes the one with the highest."""
+
+    def check(self) -> None:
+        """Whether the packages it needs are there.
+
+        Raises:
+            MissingDependencyError: they are not; says how to install them.
+        """
+
+    def suits(self, subject: Any, device: str) -> bool:
+        """Whether `auto` may take it: packages, device and (for engines) a matching engine are there. Never raises."""
+
+    def open(self, subject: Any, device: str) -> Backend:
+        """Loads the weights.
+
+        Args:
+            subject: what to draw from.
+            device: `auto`, `cpu`, `cuda` or `cuda:N`.
+
+        Raises:
+            FmgError: a package, a device or a file is missing or unusable.
+        """
+
+
 __all__ = [
     "Anchors",
+    "Backend",
+    "BackendSource",
     "Density",
+    "Drawn",
     "FeatureExtractor",
     "FlowMap",
     "Model",
     "ModelSource",
+    "NoiseSource",
     "Objective",
     "OptimizerFactory",
     "Policies",
@@ -280,4 +393,5 @@ __all__ = [
     "Reward",
     "Shardable",
     "Stochasticizer",
+    "Subject",
 ]

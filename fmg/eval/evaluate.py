@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from fmg.core.backends import tell_of_cuts
 from fmg.core.display import counted
 from fmg.core.errors import UsageError, python_call
 from fmg.core.events import Notice, Observer, StageProgress
+from fmg.core.prompt import tell_of_cuts
 from fmg.core.protocols import FeatureExtractor, PromptSet, Reward
 from fmg.core.stdout_redirect import torch_as_new
 from fmg.data.prompt_sets import load_prompts

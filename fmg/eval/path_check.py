@@ -19,10 +19,10 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fmg.core.backends import tell_of_cuts
 from fmg.core.display import plot_label
 from fmg.core.errors import CompositionError, UsageError
 from fmg.core.events import Observer, StageProgress, ignore
+from fmg.core.prompt import tell_of_cuts
 from fmg.core.protocols import Model, Reward, Stochasticizer
 from fmg.core.specs import MapSpec
 from fmg.core.types import Conditioning

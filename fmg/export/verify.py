@@ -15,9 +15,9 @@ from typing import Literal, Protocol, get_args, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from fmg.core.backends import tell_of_cuts
 from fmg.core.errors import UsageError, python_call, reason, suggestion
 from fmg.core.events import Notice, Observer, StageProgress
+from fmg.core.prompt import tell_of_cuts
 from fmg.core.protocols import Reward
 from fmg.data.prompt_sets import load_prompts
 from fmg.eval.intervals import bootstrap_mean

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fmg.core.backends import Backend, CutsPrompts, Drawn
 from fmg.core.display import counted, html_picture, html_text
 from fmg.core.errors import FmgWarning, NotFiniteError, UsageError, WrongTypeError, python_call, whole_number
 from fmg.core.events import StageProgress
 from fmg.core.profiling import NOISE, stage
+from fmg.core.prompt import CutsPrompts
+from fmg.core.protocols import Backend, Drawn
 from fmg.flow.grids import make_grid
 from fmg.rl.keyed_noise import NoiseKey, normal
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from fmg.core.backends import Backend, Subject
 from fmg.core.errors import FmgError, FmgWarning, MissingDependencyError, UsageError, python_call
+from fmg.core.protocols import Backend, Subject
 from fmg.inference import onnxruntime as ort
 from fmg.inference.artifact.backend import ArtifactBackend, checked_batch
 from fmg.inference.artifact.layout import Artifact, artifact_names, check_not_interrupted, is_artifact, open_artifact
@@ -29,7 +29,7 @@ from fmg.registry.config import ComponentConfig
 from fmg.version import install_line
 
 if TYPE_CHECKING:
-    from fmg.core.backends import BackendSource
+    from fmg.core.protocols import BackendSource
     from fmg.inference.target import Target, TargetLike
 
 AUTO = "auto"
@@ -258,7 +258,7 @@ class TensorRtConfig(ArtifactBackendConfig):
 
 @dataclass(frozen=True)
 class TorchOpener:
-    """Opens models and runs in torch. The openers implement `fmg.core.backends.BackendSource`."""
+    """Opens models and runs in torch. The openers implement `fmg.core.protocols.BackendSource`."""
 
     config: TorchBackendConfig
     opens: Subject = "model"

@@ -10,12 +10,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from fmg.core.backends import CutsPrompts, Drawn, NoiseSource
 from fmg.core.display import counted
 from fmg.core.errors import UsageError, suggestion
 from fmg.core.machine import peak_rss, reset_peak_rss
 from fmg.core.profiling import TEXT_ENCODERS, TRANSFORMER, VAE, StageClock, stage, wall_clock
-from fmg.core.protocols import FlowMap, Model
+from fmg.core.prompt import CutsPrompts
+from fmg.core.protocols import Drawn, FlowMap, Model, NoiseSource
 from fmg.core.specs import MapSpec
 from fmg.core.types import Conditioning
 from fmg.flow.sampling import native_sample
@@ -84,7 +84,7 @@ class ForgetsText(Protocol):
 
 
 class TorchBackend:
-    """A loaded model with its current adapter. Implements `fmg.core.backends.Backend`.
+    """A loaded model with its current adapter. Implements `fmg.core.protocols.Backend`.
 
     Args:
         model: what is sampled.

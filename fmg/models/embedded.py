@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from fmg.core.files import from_home
-from fmg.core.geometry import ModelGeometry
-from fmg.core.specs import MapSpec
+from fmg.core.specs import MapSpec, ModelGeometry
 from fmg.models.conventions import FLUX_IN_DIFFUSERS, read_conventions
 from fmg.models.flux.size import flux_geometry
 from fmg.registry.config import About, ModelConfig

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fmg.core.errors import UsageError, suggestion
+from fmg.core.protocols import (
+    BackendSource,
+    FeatureExtractor,
+    ModelSource,
+    Objective,
+    OptimizerFactory,
+    PromptSet,
+    Reward,
+    Stochasticizer,
+)
 from fmg.registry.config import ComponentConfig, ModelConfig, ObjectiveConfig, StochasticizerConfig
 from fmg.registry.registry import Registry, Row
-
-if TYPE_CHECKING:
-    from fmg.core.backends import BackendSource
-    from fmg.core.protocols import (
-        FeatureExtractor,
-        ModelSource,
-        Objective,
-        OptimizerFactory,
-        PromptSet,
-        Reward,
-        Stochasticizer,
-    )
 
 LIVE_GRAPH = "fmg.export.live:live_graph"
 """What puts an exported graph in place of a network that is trained (`rollout.branch.backend: onnxruntime`)."""

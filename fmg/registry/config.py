@@ -9,9 +9,8 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fmg.core.geometry import ModelGeometry
 from fmg.core.hub import Asset
-from fmg.core.specs import MapSpec, Requirements
+from fmg.core.specs import MapSpec, ModelGeometry, Requirements
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from fmg.core import metric_keys as keys
-from fmg.core.backends import tell_of_cuts
 from fmg.core.errors import (
     CheckpointError,
     ProcessError,
@@ -24,6 +23,7 @@ from fmg.core.errors import (
 from fmg.core.events import Event, Notice, Observer, StageProgress
 from fmg.core.files import refuse_links_out, remove_leftovers, write_atomic
 from fmg.core.machine import write_environment
+from fmg.core.prompt import tell_of_cuts
 from fmg.core.signals import Signals
 from fmg.core.stdout_redirect import torch_as_new
 from fmg.data.checkpoints import existing_index

@@ -12,7 +12,7 @@ from typing import Literal
 from fmg.core import metric_keys as keys
 from fmg.core.display import counted
 from fmg.core.errors import FmgError
-from fmg.core.geometry import ModelGeometry
+from fmg.core.specs import ModelGeometry
 from fmg.data.run_folder import RUNS, list_runs
 from fmg.data.run_metrics import read_metrics
 from fmg.recipe import Recipe, ResolvedRecipe

@@ -11,8 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fmg.core.geometry import LinearModule, ModelGeometry
-from fmg.core.specs import DECODE_PIXELS
+from fmg.core.specs import DECODE_PIXELS, LinearModule, ModelGeometry
 from fmg.recipe import Recipe
 from fmg.training.launch import Sizes
 from fmg.training.plan_work import Shape, Trained, count_numbers, rows_of, trained_by, transitions_of

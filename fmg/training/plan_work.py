@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fmg.core.geometry import LinearModule, ModelGeometry
-from fmg.core.specs import expand_targets, is_target
+from fmg.core.specs import LinearModule, ModelGeometry, expand_targets, is_target
 from fmg.recipe import Recipe
 from fmg.training.launch import Sizes
 

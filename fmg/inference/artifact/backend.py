@@ -18,11 +18,11 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fmg.core.backends import Drawn, NoiseSource
 from fmg.core.cache import ByteCache
 from fmg.core.errors import CheckpointError, MissingDependencyError, UsageError, reason, suggestion
 from fmg.core.profiling import TEXT_ENCODERS, TOKENISE, TRANSFORMER, VAE, StageClock, stage
 from fmg.core.prompt import cut_prompts
+from fmg.core.protocols import Drawn, NoiseSource
 from fmg.core.specs import DECODE_PIXELS
 from fmg.inference.artifact import io_spec
 from fmg.inference.artifact.layout import Artifact
@@ -99,7 +99,7 @@ class Encoded(Generic[Array]):
 
 
 class ArtifactBackend(Generic[Array]):
-    """An open artifact on one runtime. Implements `fmg.core.backends.Backend`.
+    """An open artifact on one runtime. Implements `fmg.core.protocols.Backend`.
 
     Args:
         artifact: what to sample.

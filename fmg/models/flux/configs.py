@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from fmg.core.geometry import ModelGeometry
 from fmg.core.hub import Asset
 from fmg.core.model_folder import stated_config
-from fmg.core.specs import MAX_SIDE, MapSpec
+from fmg.core.specs import MAX_SIDE, MapSpec, ModelGeometry
 from fmg.models.conventions import FLUX_IN_DIFFUSERS, FlowMapConventions
 from fmg.models.flux.size import FLUX_LITE, FLUX_SCHNELL, flux_geometry, transformer_parameters
 from fmg.models.published import BYTES, PublishedConfig

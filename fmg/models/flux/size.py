@@ -9,9 +9,9 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from fmg.core.errors import CheckpointError, reason
-from fmg.core.geometry import Blocks, Holding, LinearModule, ModelGeometry
 from fmg.core.json_io import read_safetensors_header
 from fmg.core.model_folder import RESTORE, absent_weights, main_weights, stated_config, weight_map, whole, wholes
+from fmg.core.specs import ActivationBytes, Blocks, LinearModule, ModelGeometry
 from fmg.models.conventions import FlowMapConventions
 from fmg.models.flux.latents import PATCH
 
@@ -59,9 +59,9 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 # What the blocks of diffusers' FLUX modules hold, counted under PEFT with every allocation observed. Kept: the input of
 # the activation function (4), of its norms (2, or 1 in a single-stream block), q, k, v and the output of attention (4),
 # and q and k before their norms, which are fp32.
-_DOUBLE_KEPT, _SINGLE_KEPT = Holding(10, 8), Holding(9, 8)
-_DOUBLE_BACKWARD, _SINGLE_BACKWARD = Holding(5.5, 1), Holding(9.5, 7.5)
-_DOUBLE_FORWARD, _SINGLE_FORWARD = Holding(9, 9), Holding(13, 9)
+_DOUBLE_KEPT, _SINGLE_KEPT = ActivationBytes(10, 8), ActivationBytes(9, 8)
+_DOUBLE_BACKWARD, _SINGLE_BACKWARD = ActivationBytes(5.5, 1), ActivationBytes(9.5, 7.5)
+_DOUBLE_FORWARD, _SINGLE_FORWARD = ActivationBytes(9, 9), ActivationBytes(13, 9)
 _WIDE = 16
 # Feature maps at full resolution that are alive at once while the last blocks of an autoencoder run, measured.
 _KL_WIDE, _KL_NARROW, _TINY = 3, 5, 2
@@ -119,7 +119,7 @@ def flux_geometry(
         resolution=conventions.resolution,
         encoder_parameters=stored_parameters(folder, "text_encoder", "text_encoder_2") or FLUX_ENCODERS,
         decoder_parameters=stored_parameters(folder, "vae") or FLUX_DECODER,
-        decoder=Holding(_decoder_values(vae)),
+        decoder=ActivationBytes(_decoder_values(vae)),
         checkpointing=checkpointing,
         encoders_resident=encoders_resident,
         decoder_tile=decoder_tile,

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from fmg.core.geometry import ModelGeometry
 from fmg.core.hub import Asset, HubSource, parse_source
 from fmg.core.model_folder import stated_config
-from fmg.core.specs import MAX_SIDE
+from fmg.core.specs import MAX_SIDE, ModelGeometry
 from fmg.models.conventions import FlowMapConventions
 from fmg.models.published import PublishedConfig
 from fmg.models.sana.size import SPRINT_06B, SPRINT_16B, SanaSize, sana_geometry

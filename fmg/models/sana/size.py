@@ -8,8 +8,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from fmg.core.errors import CheckpointError
-from fmg.core.geometry import Blocks, Holding, LinearModule, ModelGeometry
 from fmg.core.model_folder import RESTORE, stated_config, whole, wholes
+from fmg.core.specs import ActivationBytes, Blocks, LinearModule, ModelGeometry
 from fmg.models.conventions import FlowMapConventions
 from fmg.models.flux.size import stored_parameters
 
@@ -136,9 +136,9 @@ GEMMA, DCAE = 2_614_341_888, 312_250_275
 
 # Counted on diffusers' modules under PEFT with every allocation observed, for mlp_ratio 2.5 as published.
 # The bytes in any dtype are the casts of linear attention and of the norms to fp32.
-_KEPT, _BACKWARD, _FORWARD = Holding(18, 53), Holding(5, 0), Holding(12, 9)
+_KEPT, _BACKWARD, _FORWARD = ActivationBytes(18, 53), ActivationBytes(5, 0), ActivationBytes(12, 9)
 # Of DC-AE for a pixel and channel of its last blocks, whose norms are fp32.
-_DECODER = Holding(2.6, 7.8)
+_DECODER = ActivationBytes(2.6, 7.8)
 _SCALE = 32
 _CHANNELS = 128
 
@@ -181,7 +181,7 @@ def sana_geometry(
         resolution=conventions.resolution,
         encoder_parameters=stored_parameters(folder, "text_encoder") or GEMMA,
         decoder_parameters=stored_parameters(folder, "vae") or DCAE,
-        decoder=Holding(_DECODER.numbers * widest, _DECODER.fixed * widest),
+        decoder=ActivationBytes(_DECODER.numbers * widest, _DECODER.fixed * widest),
         checkpointing=checkpointing,
         encoders_resident=encoders_resident,
     )

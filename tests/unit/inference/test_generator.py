@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fmg.core.backends import Drawn, NoiseSource
 from fmg.core.errors import StorageError, UsageError
 from fmg.core.profiling import NOISE, TOTAL, StageClock, wall_clock
+from fmg.core.protocols import Drawn, NoiseSource
 from fmg.inference import Generator
 from fmg.rl.keyed_noise import NoiseKey
 from fmg.rl.rollouts import noise

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.memory_meter import MemoryMeter
 from fmg.core.events import ignore
-from fmg.core.geometry import ModelGeometry
+from fmg.core.specs import ModelGeometry
 from fmg.data.run_folder import RunFolder
 from fmg.models.common.adapter import attach
 from fmg.models.conventions import FlowMapConventions, read_conventions

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory_meter import MemoryMeter
 from fmg.core.events import ignore
-from fmg.core.geometry import ModelGeometry
+from fmg.core.specs import ModelGeometry
 from fmg.data.run_folder import RunFolder
 from fmg.recipe import Recipe
 from fmg.training.compose import compose
