@@ -148,4 +148,6 @@ def _check_torch() -> None:
 
 
 def _measured(values: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.6g}" for name, value in values.items())
+    return "  ".join(
+        f"{name} {f'{value:,.0f}' if float(value).is_integer() else f'{value:.6g}'}" for name, value in values.items()
+    )
