@@ -363,10 +363,10 @@ def _check_combination(forms: Mapping[str, bool], artifact: Mapping[str, bool], 
         raise UsageError(f"{asked[0]} and {asked[1]} exclude each other", "Give one of them.")
     form = asked[0] if asked else "--onnx"
     taken = [] if form == "--onnx" else [name for name, given in artifact.items() if given]
-    unfit = {"--swap-weights": tuple(fresh), "--kohya": ("--precision")}.get(form, ())
+    unfit = {"--swap-weights": tuple(fresh), "--kohya": ("--precision",)}.get(form, ())
     taken += [name for name in unfit if fresh[name]]
     if taken:
-        raise UsageError(f"{taken[0]} does not go with {form}", "Leave one of them out.")
+        raise UsageError(f"{taken[0]} does not go with {form}", "Leave out one of them.")
 
 
 def _check_existing(fresh: Mapping[str, object]) -> None:
@@ -398,7 +398,7 @@ def _verify_level(text: str, other: str | None) -> str | None:
     if text == _OFF:
         return None
     if other is not None:
-        raise UsageError(f"--verify does not go with {other}", "Leave one of them out.")
+        raise UsageError(f"--verify does not go with {other}", "Leave out one of them.")
     return text
 
 

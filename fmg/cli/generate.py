@@ -87,7 +87,7 @@ def generate(
     check_grid(grid)
     folder = checked_folder(out, "--out")
     if timed and release_text:
-        raise UsageError("--release-text frees the text encoders, which --time needs again", "Leave one of them out.")
+        raise UsageError("--release-text frees the text encoders, which --time needs again", "Leave out one of them.")
 
     requests = [(text, seed + i) for text in texts for i in range(num)]
     with reporter_for(stderr()) as reporter:

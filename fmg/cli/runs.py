@@ -201,7 +201,7 @@ def _figure_file(place: Path | None, folders: Sequence[RunFolder], figure: Figur
     page = place or Path(_COMPARISON)
     picture = page.with_suffix(f".{figure.value}")
     if picture == page:
-        raise UsageError(f"--out {page} would be both the page and the figure", "Give the page a name in .html.")
+        raise UsageError(f"--out {page} would be both the page and the figure", "Give the page a name ending in .html.")
     return new_place(str(picture), "The figure")
 
 

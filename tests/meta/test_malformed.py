@@ -300,6 +300,8 @@ MISUSES = (
     Misuse(f"{EXPORT} --swap-weights taken", "upgrade fmg", artifact_of_tomorrow),
     Misuse(f"{EXPORT} --resolutions 33", "not a multiple of 8"),
     Misuse(f"{EXPORT} --resolutions 32,big", "'big'"),
+    Misuse(f"{EXPORT} --kohya --precision fp16", "--precision does not go with --kohya"),
+    Misuse(f"{EXPORT} --kohya", "has no LoRA"),
     Misuse(f"{EXPORT} --batch 4", "is not three increasing numbers"),
     Misuse(f"{EXPORT} --batch 4:2:8", "is not three increasing numbers"),
     Misuse(f"{EXPORT} --batch 0:1:2", "'0'"),
@@ -386,7 +388,7 @@ MISUSES = (
     Misuse("eval meanflow-shapes --report r.html", "exists already", text("r.html", "")),
     # the path of a model
     Misuse("eval meanflow-shapes --path-check ''", "--path-check is empty"),
-    Misuse("eval meanflow-shapes --path-check path", "has no ending of a figure"),
+    Misuse("eval meanflow-shapes --path-check path", "does not end like a figure"),
     Misuse("eval meanflow-shapes --path-check nowhere/p.png", "no folder 'nowhere'"),
     Misuse("eval meanflow-shapes --path-check p.png", "p.png exists already", text("p.png", "")),
     Misuse("eval meanflow-shapes --path-check p.png", "p.json exists already", text("p.json", "")),
