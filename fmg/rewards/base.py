@@ -224,7 +224,7 @@ def build_rewards(references: Sequence[str | RewardRef], functions: Functions = 
 
     Args:
         references: registered names, `python:module:function`, or references of a recipe, which carry options.
-        functions: those that a Python call was given, by name.
+        functions: those passed to a Python call, by name.
 
     Raises:
         UsageError: for an unknown name, one given twice, or a function that was not passed.
@@ -239,14 +239,12 @@ def build_rewards(references: Sequence[str | RewardRef], functions: Functions = 
             raise UsageError(f"The reward '{ref.label}' is given twice", "Give each reward once.")
         for asset in ref.config.assets():
             locate(asset, "reward", ref.name)
-        built[ref.label] = checked(ref.label, _built(ref, functions))
+        if ref.name == FUNCTION_REWARD and ref.label in functions:
+            reward: Reward = FunctionReward(cast(FunctionRewardConfig, ref.config), functions[ref.label])
+        else:
+            reward = rewards.build_config(ref.name, ref.config)
+        built[ref.label] = checked(ref.label, reward)
     return built
-
-
-def _built(ref: RewardRef, functions: Functions) -> Reward:
-    if ref.name != FUNCTION_REWARD or ref.label not in functions:
-        return rewards.build_config(ref.name, ref.config)
-    return FunctionReward(cast(FunctionRewardConfig, ref.config), functions[ref.label])
 
 
 def _check_images(name: str, images: object, prompts: Sequence[str]) -> None:
@@ -275,7 +273,7 @@ def complete_groups(output: RewardOutput, groups: Int[Tensor, " b"]) -> Bool[Ten
     return ~torch.isin(groups.cpu(), groups.cpu()[~output.scored])
 
 
-def select_rows(output: RewardOutput, rows: Bool[Tensor, " b"]) -> RewardOutput:
+def select_rows(output: RewardOutput, rows: Bool[Tensor, " b"] | slice) -> RewardOutput:
     """The scores of some of the images, all of which must have been scored."""
     if isinstance(output, PartialRewardOutput) and not bool(output.scored[rows].all()):
         raise ValueError("select_rows got a row without a score")

@@ -1,4 +1,4 @@
-"""Options of the rewards, and the files that the networks among them need. Imports no torch."""
+"""Options of the rewards, and the published files of those that are networks. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is a reward usable here: installed, weights as published, known scores reproduced? How fast is it, how large?"""
+"""Checks rewards on this computer: installed, weights as published, known scores reproduced, speed, memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class KnownAnswer:
         picture: name in `PICTURES`.
         prompt: what it is scored against.
         value: the expected score.
-        tolerance: how far it may be off: rounding, and what versions of the libraries in `origin` are known to change.
+        tolerance: largest deviation: rounding, and differences between versions of the libraries in `origin`.
         origin: where the value comes from.
         part: which score; `total` or the name of a part.
         options: of the reward; the defaults when empty.
@@ -141,8 +141,8 @@ class Diagnosis:
 
     Attributes:
         reward: registered name.
-        outcome: `ok`: it runs and reproduces its known scores. `not verified`: nothing is wrong, but something needed
-            to tell is missing. `failed`: it does not run, or its weights or scores are not the published ones.
+        outcome: `ok`: it runs and reproduces its known scores. `not verified`: nothing is wrong, but something that
+            the check needs is missing. `failed`: it does not run, or its weights or scores are not the published ones.
         installed: `yes`, or what is missing.
         weights: `none needed`, `present` with how many files have a published hash and match it, or what is wrong.
         known_scores: how many were reproduced, or what differs.
@@ -173,7 +173,7 @@ def diagnose(
     Args:
         names: rewards to examine; what they lack makes them `failed`. None: all that are registered, where what is
             not installed or fetched is `not verified`.
-        options: options by name, where the defaults do not do.
+        options: options by name, in place of the defaults.
         device: of the images, and so of the networks.
 
     Raises:
@@ -243,7 +243,7 @@ def _try(
 
 
 def _difference(reward: Checked, answer: KnownAnswer, device: torch.device) -> str:
-    """What is wrong with one score; empty when nothing is."""
+    """What is wrong with one score; empty if nothing is."""
     output = reward(PICTURES[answer.picture]()[None].to(device), [answer.prompt])
     score = float((output.total if answer.part == "total" else output.parts[answer.part])[0])
     if abs(score - answer.value) <= answer.tolerance:

@@ -1,4 +1,7 @@
-"""Rewards that are functions of the user's own, before any of their code runs. Imports no torch."""
+"""Reward functions of your own: their names in a recipe, and checks of their module that run none of its code.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ Reward = str | RewardFunction | Mapping[str, object]
 Rewards = Reward | Iterable[Reward] | Mapping[Reward, float]
 """Rewards of a Python call: names, functions, entries of a recipe, or a mapping of names and functions to weights."""
 Functions = Mapping[str, RewardFunction]
-"""The functions of a Python call by the names that the recipe has for them."""
+"""The functions passed to a Python call, by their names in the recipe."""
 NO_FUNCTIONS: Functions = MappingProxyType({})
 
 _LISTS = ("rewards", "reward", "eval.rewards")
@@ -55,7 +58,7 @@ def measured_names(rewards: Rewards | None) -> tuple[list[str | Mapping[str, obj
 
 
 def function_name(function: RewardFunction) -> str:
-    """What a recipe and the log call a function: its own name, or that of its class, in letters, digits and `_`."""
+    """The name of a function in recipe and log: its own, or that of its class, in letters, digits and `_`."""
     name = str(getattr(function, "__name__", type(function).__name__))
     return re.sub(r"\W+", "", name, flags=re.ASCII) or "function"
 

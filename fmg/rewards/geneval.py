@@ -28,7 +28,6 @@ from fmg.rewards.geneval_rules import (
     Detections,
     Specification,
     Thresholds,
-    Verdict,
     judge,
     parse_prompt,
     read_metadata,
@@ -177,7 +176,8 @@ def _load(
         for image, found, asked in zip(images, detector(images), wanted, strict=True):
             colors_of: ColorsOf = partial(namer, image, found)
             verdicts.append(judge(found, OBJECT_NAMES, asked, colors_of, thresholds))
-        parts = _parts(verdicts)
+        kinds = ("correct", "strict", "dense")
+        parts = {kind: torch.tensor([float(getattr(verdict, kind)) for verdict in verdicts]) for kind in kinds}
         return RewardOutput(parts[config.score], parts)
 
     return score
@@ -200,14 +200,6 @@ def load_detector(files: Located, device: torch.device, dtype: torch.dtype, leas
     ).to(device)
     processor = load_pretrained(Mask2FormerImageProcessorPil.from_pretrained, files.folder, "image processor")
     return Mask2FormerDetector(model, processor, least_score)
-
-
-def _parts(verdicts: Sequence[Verdict]) -> dict[str, Tensor]:
-    return {
-        "correct": torch.tensor([float(verdict.correct) for verdict in verdicts]),
-        "strict": torch.tensor([float(verdict.strict) for verdict in verdicts]),
-        "dense": torch.tensor([float(verdict.dense) for verdict in verdicts]),
-    }
 
 
 def _box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:

@@ -225,7 +225,7 @@ class Thresholds:
         score: a detection counts when its score is strictly above this.
         counting_score: the same for the tag `counting`.
         position: share of the two boxes' sizes that is taken off the distance between their centres.
-        max_objects: objects kept of each class, the surest first.
+        max_objects: objects kept of each class, the most confident first.
     """
 
     score: float = 0.3
@@ -236,10 +236,10 @@ class Thresholds:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the rules say of one image.
+    """The verdict of the rules on one image.
 
     Attributes:
-        correct: GenEval's own verdict: at least `count` objects of each clause, judged on the surest `count`.
+        correct: GenEval's own verdict: at least `count` objects of each clause, judged on the most confident `count`.
         strict: exactly `count` objects of each clause, judged on all of them (the reward server of Flow-GRPO).
         dense: mean partial credit of the clauses (the same server, trained on in Flow-GRPO): 1 when all hold. Negative
             when a class is found more than twice as often as asked for.
@@ -253,7 +253,7 @@ class Verdict:
 
 
 Objects = Mapping[str, Sequence[int]]
-"""Rows of `Detections` by class name, the surest first."""
+"""Rows of `Detections` by class name, the most confident first."""
 
 ColorsOf = Callable[[str, Sequence[int]], Sequence[str]]
 """Colours of the objects in the given rows, which are of the given class."""
@@ -264,7 +264,7 @@ def kept_objects(
 ) -> dict[str, list[int]]:
     """The detections that count, by class name; classes without any are absent."""
     minimum = thresholds.counting_score if specification.tag == "counting" else thresholds.score
-    # of equally sure objects the later one comes first, as in the published code
+    # of equally confident objects the later one comes first, as in the published code
     order = np.argsort(found.scores, kind="stable")[::-1]
     objects: dict[str, list[int]] = {}
     for row in order[found.scores[order] > minimum]:
@@ -275,7 +275,7 @@ def kept_objects(
 
 
 def relations(box: NDArray[np.float32], target: NDArray[np.float32], position_threshold: float) -> frozenset[Relation]:
-    """How `box` lies to `target`; several relations hold on a diagonal, none when the centres are close.
+    """Relations of `box` to `target`: two hold on a diagonal, none when the centres are close.
 
     The distance of the centres is shortened on each axis by `position_threshold` times the sum of both sizes, but
     divided by the norm of the unshortened one.
@@ -309,7 +309,7 @@ def judge(
         found: all detections of the image.
         names: class name of each label.
         specification: what the prompt asks for.
-        colors_of: asked only for clauses that name a colour and whose objects are there.
+        colors_of: called only for clauses with a colour whose objects were found.
         thresholds: the constants of the rules.
     """
     objects = kept_objects(found, names, specification, thresholds)
@@ -327,7 +327,7 @@ class _Rules:
     position_threshold: float
 
     def reasons(self, specification: Specification) -> tuple[str, ...]:
-        """Every failed clause of GenEval's own rules; a clause looks at the surest `count` objects of its class."""
+        """Every failed clause of GenEval's own rules, which consider the `count` most confident objects of a class."""
         reasons: list[str] = []
         matched: list[Sequence[int] | None] = []
         for clause in specification.include:
@@ -358,7 +358,7 @@ class _Rules:
         return []
 
     def credit(self, specification: Specification) -> tuple[bool, float]:
-        """Strict verdict and dense score; a clause looks at all objects of its class, whose number must be exact.
+        """Strict verdict and dense score; a clause considers all objects of its class, whose number must be exact.
 
         A clause earns `1 - |found - count| / count`, and with a colour the same for objects of that colour. A relation
         that fails earns 0 and then 1, one that holds 1, as in the published server. When the number is wrong, a colour

@@ -19,7 +19,6 @@ from fmg.core.types import RewardOutput
 from fmg.rewards.configs import ImageRewardConfig
 from fmg.rewards.images import normalize, resize_and_crop
 from fmg.rewards.network import (
-    AffineHead,
     Files,
     NetworkReward,
     Score,
@@ -148,14 +147,8 @@ def _load(heads: int | None, files: Files, device: torch.device, dtype: torch.dt
             f"The tokenizer in {tokenizer.folder} has {len(loaded)} entries and the model has {text_config.vocab_size}",
             "Set tokenizer to that of bert-base-uncased.",
         )
-    return _scorer(blip, affine_head(head))
-
-
-def _scorer(blip: Blip, head: AffineHead) -> Score:
-    def score(images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
-        return RewardOutput((head(blip(images, prompts)) - MEAN) / STD, {})
-
-    return score
+    affine = affine_head(head)
+    return lambda images, prompts: RewardOutput((affine(blip(images, prompts)) - MEAN) / STD, {})
 
 
 def _vision_config(tensors: Tensors, heads: int | None) -> Any:

@@ -1,4 +1,4 @@
-"""One thread that scores: requests of several clients become one batch, and more work than fits is refused at once."""
+"""The scoring thread: joins requests of several clients into batches, and refuses requests while its queue is full."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 import torch
 
 from fmg.core.types import RewardOutput
-from fmg.rewards.base import Checked
+from fmg.rewards.base import Checked, select_rows
 from fmg.rewards.service.wire import ScoreRequest
 
 Scores = dict[str, RewardOutput]
 
-# A guess at the work of an image until one has been measured.
+# Assumed time of an image until one has been measured.
 _FIRST_GUESS_S = 0.1
 _SMOOTHING = 0.2
 
@@ -170,8 +170,4 @@ class Batcher:
         for job in jobs:
             rows = slice(start, start + len(job))
             start = rows.stop
-            job.result.set_result({name: _rows(output, rows) for name, output in scores.items()})
-
-
-def _rows(output: RewardOutput, rows: slice) -> RewardOutput:
-    return RewardOutput(output.total[rows], {part: values[rows] for part, values in output.parts.items()})
+            job.result.set_result({name: select_rows(output, rows) for name, output in scores.items()})

@@ -102,7 +102,11 @@ def decode_request(body: bytes, *, max_images: int, max_pixels: int) -> ScoreReq
             f"The images are {images.dtype} shaped {tuple(images.shape)}",
             "Send (b, 3, h, w), floats in [0, 1] or bytes.",
         )
-    _check_counts(len(images), len(envelope.prompts), max_images)
+    if len(images) != len(envelope.prompts):
+        what = f"There are {len(images)} images for {len(envelope.prompts)} prompts"
+        raise UsageError(what, "Send one prompt for each image.")
+    if len(images) > max_images:
+        raise UsageError(f"There are {len(images)} images in one request", f"Send at most {max_images}.")
     if not 0 < images.shape[2] * images.shape[3] <= max_pixels:
         raise UsageError(
             f"The images have {images.shape[3]} x {images.shape[2]} pixels", f"Send 1 to {max_pixels} pixels."
@@ -173,10 +177,3 @@ def _envelope(text: bytes) -> _Envelope:
         problem = first_problem(error, _Envelope, "The request", noun="key")
         fix = problem.fix if problem.location else "Send one JSON object, as docs/reward-service.md shows."
         raise UsageError(problem.what, fix) from None
-
-
-def _check_counts(images: int, prompts: int, max_images: int) -> None:
-    if images != prompts:
-        raise UsageError(f"There are {images} images for {prompts} prompts", "Send one prompt for each image.")
-    if images > max_images:
-        raise UsageError(f"There are {images} images in one request", f"Send at most {max_images}.")
