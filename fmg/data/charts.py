@@ -89,10 +89,14 @@ def style(index: int) -> dict[str, Any]:
 
 def frame(axes: Axes, title: str = "", x_label: str = "", y_label: str = "") -> None:
     """The grid, the labels and the spines that all figures share."""
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_title(plot_label(title), fontsize=10, loc="left", color=_INK)
     axes.set_xlabel(x_label, fontsize=9)
     axes.set_ylabel(plot_label(y_label), fontsize=9)
     axes.tick_params(labelsize=8)
+    if x_label == "iteration":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color=_SOFT, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -188,7 +188,7 @@ def _scores(record: RunRecord) -> Iterator[Block]:
     which = record.outcome.title if record.outcome.iteration is not None else f"iteration {kept['iteration']:.0f}"
     yield Text(
         f"The result of the run is the kept checkpoint ({which}). The interval of the gain treats the two evaluations"
-        " as independent. They share prompts and seeds, so it is rather too wide than too narrow."
+        " as independent; they share prompts and seeds, so it is, if anything, too wide."
     )
     ended = f"last (iteration {last['iteration']:.0f})"
     columns = ("score", "base", f"kept ({which})", "gain", "95 % interval", ended)

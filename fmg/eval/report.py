@@ -212,8 +212,8 @@ def _pictures(report: EvalReport, galleries: Sequence[Mapping[int, ImageGallery 
             continue
         reward = gallery.key[0]
         others = [found for shown in galleries[1:] if (found := shown[steps]) is not None]
-        paired = f" Images of {labels[0]} and {labels[-1]} in the same place share their seed." if others else ""
-        blocks: list[Block] = [Text(f"The score by {reward} is below each image.{paired}")]
+        paired = " Images in the same position share their seed." if others else ""
+        blocks: list[Block] = [Text(f"Below each image is its {reward} score.{paired}")]
         for prompt in spread(list(gallery.prompts), _SHOWN_PROMPTS):
             for label, source in zip(reversed(labels), reversed([gallery, *others]), strict=True):
                 title = f"{prompt}, by {label}" if others else prompt
