@@ -34,7 +34,7 @@ TORCH_FOLDER := -c 'from importlib.util import find_spec; from pathlib import Pa
   print(Path(find_spec("torch").origin).parents[1])'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-transformers rtx check gpu-check docs format clean
+.PHONY: help setup demo test test-transformers rtx check lint types fast-tests gpu-check docs format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -80,11 +80,18 @@ rtx: setup ## TensorRT-RTX engines of the embedded model, built on the CPU; inst
 test-transformers: setup ## the tests of the rewards under the pinned and the newest transformers
 	PYTHON=$(BIN)/python scripts/test_transformers.sh
 
-check: setup ## format, lint, types, layers and the fast tests
+check: setup ## format, lint, types, layers and the fast tests, side by side
+	@$(MAKE) --no-print-directory --jobs=3 lint types fast-tests
+
+lint: setup
 	$(RUN) ruff format --check .
 	$(RUN) ruff check .
-	$(RUN) mypy
 	$(LINT_IMPORTS)
+
+types: setup
+	$(RUN) mypy
+
+fast-tests: setup
 	$(PYTEST) -m "not slow and not gpu and not rtx" tests/unit
 
 gpu-check: setup ## throughput, memory against the plan, latency and the GPU's tests; JSON in benchmarks/results
