@@ -35,6 +35,7 @@ DTYPES: Mapping[str, torch.dtype | None] = {
     "fp16": torch.float16,
 }
 _SINGLE_FILE = "diffusion_pytorch_model.safetensors"
+_SHARD = "diffusion_pytorch_model-{:05d}-of-{:05d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,9 @@ def _write_transformer(
     (out / "config.json").write_text(json.dumps(dict(folder.transformer.config)), encoding="utf-8")
     files = folder.transformer.weights.files
     shards = sorted(set(files.values()))
-    names = {file: _shard_name(number, len(shards)) for number, file in enumerate(shards, start=1)}
+    names = {shards[0]: _SINGLE_FILE}
+    if len(shards) > 1:
+        names = {file: _SHARD.format(number, len(shards)) for number, file in enumerate(shards, start=1)}
     reader = TensorReader(files)
     for number, file in enumerate(shards, start=1):
         layout = lay_out({name: types[name] for name, home in files.items() if home == file})
@@ -163,10 +166,6 @@ def _write_transformer(
         total = sum(place.length for place in lay_out(types).places.values())
         index = {"metadata": {"total_size": total}, "weight_map": {name: names[files[name]] for name in sorted(files)}}
         (out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _shard_name(number: int, count: int) -> str:
-    return _SINGLE_FILE if count == 1 else f"diffusion_pytorch_model-{number:05d}-of-{count:05d}.safetensors"
 
 
 def _dtype(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +16,6 @@ from fmg.data.charts import frame, new_figure, style, write_figure
 from fmg.data.prompt_sets import load_prompts
 from fmg.eval.scoring import EvalSet, result_rows, score_target
 from fmg.export.swap import copy_without_adapter
-from fmg.inference import Generator
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.benchmark import (
     BenchCase,
@@ -135,7 +134,14 @@ def frontier(
             for count in plan.steps:
                 generator.times(count, plan.grid)
         for count in plan.steps:
-            measured = _measured(generators, images, count, plan, observer)
+            measured = measure(
+                generators,
+                Workload.of(images.prompts, plan.batch, steps=count, grid=plan.grid),
+                repeats=plan.repeats,
+                warmup=plan.warmup,
+                encode=plan.encode,
+                progress=_reporting(observer, f"timing, {counted(count, 'step')}"),
+            )
             timings += measured.values()
             compared += ratios(measured)
             for case in both:
@@ -166,24 +172,6 @@ def frontier(
     return Frontier(tuple(points), tuple(timings), tuple(compared))
 
 
-def _measured(
-    generators: Mapping[str, Generator],
-    images: EvalSet,
-    count: int,
-    plan: FrontierPlan,
-    observer: Observer,
-) -> dict[str, Timing]:
-    work = Workload.of(images.prompts, plan.batch, steps=count, grid=plan.grid)
-    return measure(
-        generators,
-        work,
-        repeats=plan.repeats,
-        warmup=plan.warmup,
-        encode=plan.encode,
-        progress=_reporting(observer, f"timing, {counted(count, 'step')}"),
-    )
-
-
 @contextmanager
 def with_bases(cases: Sequence[BenchCase]) -> Iterator[list[BenchCase]]:
     """The cases, each tuned one followed by its base; bases of artifacts are created temporarily."""
@@ -197,19 +185,14 @@ def with_bases(cases: Sequence[BenchCase]) -> Iterator[list[BenchCase]]:
             else:
                 tuned = subject.manifest.adapter is not None
                 if tuned and subject.folder not in bases:
-                    bases[subject.folder] = copy_without_adapter(subject, stack.enter_context(_beside(subject)))
+                    # on the same file system, so that gigabytes are linked, not copied
+                    beside = stack.enter_context(partial_folder(subject.folder.resolve()))
+                    bases[subject.folder] = copy_without_adapter(subject, beside / "base")
                 base = bases.get(subject.folder, subject)
             if tuned:
                 both.append(replace(case, label=f"{case.label}, tuned"))
             both.append(replace(case, label=f"{case.label}, base", subject=base, adapter=False))
         yield both
-
-
-@contextmanager
-def _beside(artifact: Artifact) -> Iterator[Path]:
-    """A folder on the same file system, so that gigabytes are linked, not copied."""
-    with partial_folder(artifact.folder.resolve()) as folder:
-        yield folder / "base"
 
 
 def _reporting(observer: Observer, stage: str) -> Any:

@@ -73,6 +73,7 @@ def trace(plan: GraphPlan) -> TracedGraph:
         CheckpointError: the module cannot be traced, or a name or an axis is not as planned.
     """
     require_onnx()
+    import onnx_ir as ir
     from onnxscript.optimizer import optimize_ir
 
     with quiet():
@@ -80,10 +81,13 @@ def trace(plan: GraphPlan) -> TracedGraph:
         for name, value in model.graph.initializers.items():
             if name.startswith(_INNER) and name not in known:
                 value.const_value = None
-        optimize_ir(model, should_fold=_unless_transposing)
+        # a folded Transpose would be a second copy of a weight, under another name
+        optimize_ir(model, should_fold=lambda node: False if node.op_type == "Transpose" else None)
     _take_names(model)
     _strip_metadata(model)
-    _name_axes(model, plan)
+    for value, spec in zip(model.graph.outputs, plan.outputs, strict=True):
+        # the tracer writes expressions such as `8*height`
+        value.shape = ir.Shape(spec.shape)
     parameters = {name: shapes[name] for name in model.graph.initializers if name in shapes}
     _check(model, plan, parameters, shapes)
     return TracedGraph(plan, model, parameters)
@@ -177,11 +181,6 @@ def _example(spec: TensorSpec) -> Tensor:
     return torch.zeros(shape, dtype=torch.int64 if spec.dtype == "int64" else torch.float32)
 
 
-def _unless_transposing(node: ir.Node) -> bool | None:
-    # a folded Transpose would be a second copy of a weight, under another name
-    return False if node.op_type == "Transpose" else None
-
-
 def _take_names(model: ir.Model) -> None:
     """Gives parameters their names in the component's own state dict."""
     for name in [name for name in model.graph.initializers if name.startswith(_INNER)]:
@@ -201,14 +200,6 @@ def _strip_metadata(model: ir.Model) -> None:
             del node.metadata_props[key]
         for output in node.outputs:
             output.metadata_props.clear()
-
-
-def _name_axes(model: ir.Model, plan: GraphPlan) -> None:
-    """Sets the planned axis names of outputs, for which the tracer writes expressions such as `8*height`."""
-    import onnx_ir as ir
-
-    for value, spec in zip(model.graph.outputs, plan.outputs, strict=True):
-        value.shape = ir.Shape(spec.shape)
 
 
 def _check(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -253,20 +253,12 @@ def _precision(node: NodeProto, dtypes: Mapping[str, str | None]) -> str | None:
         return "int8"
     if node.op_type in PRODUCTS:
         kinds = {dtypes.get(name) for name in node.input if name} - {None}
-        return str(max(kinds, key=_width)) if kinds else None
+        return str(max(kinds, key=lambda kind: {"fp64": 8, "fp32": 4}.get(str(kind), 2))) if kinds else None
     return dtypes.get(node.output[0]) if node.output else None
-
-
-def _width(kind: str | None) -> int:
-    return {"fp64": 8, "fp32": 4}.get(str(kind), 2)
 
 
 def _dtypes(model: ModelProto) -> dict[str, str | None]:
     """Floating-point or 8-bit type of every value, as stated in the file or found by shape inference."""
-    return {name: _NAMES.get(element) for name, element in _elements(model)}
-
-
-def _elements(model: ModelProto) -> Iterator[tuple[str, str]]:
     import onnx
 
     graph = model.graph
@@ -275,7 +267,6 @@ def _elements(model: ModelProto) -> Iterator[tuple[str, str]]:
     if len(missing) > len(graph.output):
         graph = onnx.shape_inference.infer_shapes(model).graph
     name_of = onnx.TensorProto.DataType.Name
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        yield value.name, name_of(value.type.tensor_type.elem_type)
-    for tensor in graph.initializer:
-        yield tensor.name, name_of(tensor.data_type)
+    values = {x.name: x.type.tensor_type.elem_type for x in (*graph.input, *graph.value_info, *graph.output)}
+    values |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    return {name: _NAMES.get(name_of(element)) for name, element in values.items()}

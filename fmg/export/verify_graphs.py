@@ -42,7 +42,6 @@ from fmg.inference.artifact.manifest import (
     TRANSFORMER_INT8,
     VAE_DECODER,
     WIDTH,
-    AxisRange,
     Precision,
 )
 from fmg.inference.onnxruntime import CPU, installed
@@ -156,7 +155,11 @@ def _inputs(artifact: Artifact, graph: str, prompts: Sequence[str], number: int,
     sides = [pixels // manifest.sampling.latent_scale for pixels in manifest.sampling.resolutions]
     side = sides[number % len(sides)]
     batch = min(_BATCHES[number], manifest.axes[BATCH].maximum)
-    sizes = {name: _within(axis, number) for name, axis in manifest.axes.items()}
+    # the largest, smallest and middle size in turn
+    sizes = {
+        name: (axis.maximum, axis.minimum, (axis.minimum + axis.maximum) // 2)[number % 3]
+        for name, axis in manifest.axes.items()
+    }
     sizes |= {BATCH: batch, HEIGHT: side, WIDTH: side, IMAGE: (side // PATCH) ** 2}
     t = rng.uniform(_SMALLEST_TIME, 1.0, batch).astype(np.float32)
     known: dict[str, NDArray[Any]] = {
@@ -182,11 +185,6 @@ def _token_ids(artifact: Artifact, graph: str, prompts: Sequence[str], number: i
     facts = artifact.manifest.tokenizers[graph]
     chosen = [prompts[(number + i) % len(prompts)] for i in range(max(_BATCHES))]
     return PromptTokenizer(artifact.path(facts.file), facts)(chosen)
-
-
-def _within(axis: AxisRange, number: int) -> int:
-    """The largest, smallest and middle size in turn."""
-    return (axis.maximum, axis.minimum, (axis.minimum + axis.maximum) // 2)[number % 3]
 
 
 @dataclass(frozen=True)

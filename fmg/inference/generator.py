@@ -180,7 +180,10 @@ class Generator:
                 "Name a grid with --grid, such as uniform.",
             )
         count = self.steps if steps is None else steps
-        return make_grid(self.grid if grid is None else grid, count, image_tokens=self._image_tokens())
+        _, height, width = self.backend.latent_shape
+        # latents are packed two by two, as in FLUX
+        tokens = (height // 2) * (width // 2)
+        return make_grid(self.grid if grid is None else grid, count, image_tokens=tokens)
 
     @python_call
     def generate(
@@ -270,11 +273,6 @@ class Generator:
         ready = list(encoded)
         self.backend.release_text()
         yield from ready
-
-    def _image_tokens(self) -> int:
-        """Transformer tokens of one image, for latents packed two by two as in FLUX."""
-        _, height, width = self.backend.latent_shape
-        return (height // 2) * (width // 2)
 
 
 def seeded_noise(seeds: Sequence[int], step: int, shape: tuple[int, ...]) -> NDArray[np.float32]:

@@ -423,7 +423,11 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
         )
         images = count * num_images_per_prompt
         noise = self._noise(seeds, generator, (images, *shape), num_images_per_prompt, tokens.dtype, device)
-        x = noise(0) if latents is None else _unpacked(latents, shape).to(device, torch.float32)
+        if latents is None:
+            x = noise(0)
+        else:
+            # also as tokens, in the layout of `FluxPipeline`
+            x = (unpack(latents, *shape[1:]) if latents.ndim == 3 else latents).to(device, torch.float32)
         if x.shape != (images, *shape):
             raise UsageError(
                 f"The latents have shape {tuple(x.shape)}, and {images} images need {(images, *shape)}",
@@ -547,8 +551,3 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
                 f"{shape[0]} images came with {len(chosen)} seeds", "Give one for each image, or the first one alone."
             )
         return lambda step: torch.from_numpy(seeded_noise(chosen, step, shape[1:])).to(device)
-
-
-def _unpacked(latents: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Latents as images, also if given as tokens in the layout of `FluxPipeline`."""
-    return unpack(latents, shape[1], shape[2]) if latents.ndim == 3 else latents

@@ -202,7 +202,7 @@ def wanted(manifest: Manifest, resolutions: Sequence[int] | None, batch: AxisRan
         if side <= 0 or side % step:
             raise UsageError(
                 f"--resolutions: {side} is not a multiple of {step}, the side of an image token in pixels",
-                f"The artifact was made for {_listed(sampling.resolutions)}.",
+                f"The artifact was made for {', '.join(f'{side} px' for side in sampling.resolutions)}.",
             )
         _, height, width = sampling.latent_shape(side)
         for axis, size in ((IMAGE, sampling.image_tokens(side)), (HEIGHT, height), (WIDTH, width)):
@@ -224,17 +224,14 @@ def profiles(name: str, graph: Graph, manifest: Manifest, request: Wanted) -> tu
     for side in request.resolutions if spatial else request.resolutions[:1]:
         _, height, width = manifest.sampling.latent_shape(side)
         fixed = {IMAGE: manifest.sampling.image_tokens(side), HEIGHT: height, WIDTH: width, TEXT: text}
-        batch = _decoder_batch(request.batch, side) if name == VAE_DECODER else request.batch
+        batch = request.batch
+        if name == VAE_DECODER:
+            # fewer rows at high resolution, where the activations of the decoder take the most memory of all
+            batch = AxisRange(1, 1, max(1, min(batch.maximum, _DECODER_PIXELS // side**2)))
         ranges = {BATCH: batch, **{axis: AxisRange(size, size, size) for axis, size in fixed.items()}}
         shapes = {spec.name: _shapes(spec.shape, ranges) for spec in graph.inputs}
         made.append(Profile(f"{side}px" if spatial else name, shapes))
     return tuple(made)
-
-
-def _decoder_batch(batch: AxisRange, side: int) -> AxisRange:
-    """Fewer rows at high resolution, where the activations of the decoder take the most memory of all."""
-    most = max(1, min(batch.maximum, _DECODER_PIXELS // side**2))
-    return AxisRange(1, 1, most)
 
 
 def _shapes(shape: tuple[int | str, ...], ranges: Mapping[str, AxisRange]) -> ShapeRange:
@@ -253,10 +250,6 @@ def _check_axis(manifest: Manifest, axis: str, low: int, high: int, what: str) -
             f" {allowed.maximum}",
             "Stay within, or export the artifact again with a wider range.",
         )
-
-
-def _listed(sides: Sequence[int]) -> str:
-    return ", ".join(f"{side} px" for side in sides)
 
 
 def check_buildable(path: Path, weights: str, precision: Precision) -> None:

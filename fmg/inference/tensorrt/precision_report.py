@@ -97,11 +97,8 @@ def inspect(trt: ModuleType, engine: Engine) -> EnginePrecision | None:
         for output in layer.get("Outputs", [])[:1]:
             dtype = _type(str(output.get("Format/Datatype", output.get("Datatype", ""))))
             counts.setdefault(str(layer.get("LayerType", "unknown")), Counter())[dtype] += 1
-    return (
-        EnginePrecision({kind: dict(sorted(types.items())) for kind, types in sorted(counts.items())})
-        if counts
-        else None
-    )
+    found = {kind: dict(sorted(types.items())) for kind, types in sorted(counts.items())}
+    return EnginePrecision(found) if found else None
 
 
 def _type(text: str) -> str:
