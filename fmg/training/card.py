@@ -37,10 +37,10 @@ def write_cards(run: RunFolder, recipe: Recipe, prompts: PromptSet, eval_prompts
         return
     for saved in index.saved:
         folder = saved.path(run.path)
-        drawn = run.sample(saved.iteration, averaged=saved.score_key != keys.SCORE)
-        pictured = drawn.is_file()
+        samples = run.sample(saved.iteration, averaged=saved.score_key != keys.SCORE)
+        pictured = samples.is_file()
         if pictured:
-            shutil.copyfile(drawn, folder / SAMPLES)
+            shutil.copyfile(samples, folder / SAMPLES)
         scores = _scores(read_metrics(run.metrics), saved)
         text = card_text(recipe, saved, scores, prompts=held_out, pictured=pictured, kept=index.entry(index.best))
         write_atomic(folder / CARD, text.encode())

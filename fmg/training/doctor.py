@@ -1,4 +1,4 @@
-"""Is this installation able to work? What is there, what is missing, and one tiny training run."""
+"""Examines an installation: what is there, what is missing, and one tiny training run."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ SELF_TEST: Mapping[str, object] = {
     "eval.num": 4,
     "train.device": "cpu",
 }
-"""The run of the self-test: every stage of a real one, on eight images."""
+"""The run of the self-test: every stage of a real run, on eight images."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class Check:
 
     Attributes:
         topic: `environment`, `device`, `storage`, `extra`, `index` or `self-test`.
-        name: what was looked at.
-        outcome: `missing` is an extra that is not installed, `not contacted` an index that nobody asked; only `failed`
-            is wrong.
-        found: what there is.
-        advice: what to do; empty when there is nothing to do.
+        name: what was examined.
+        outcome: `missing` is an extra that is not installed, `not contacted` an index without `--network`; only
+            `failed` is a problem.
+        found: the result.
+        advice: what to do, if anything.
     """
 
     topic: str
@@ -82,7 +82,7 @@ class Check:
 
 
 def examine(*, self_test: bool = True, network: bool = False, observer: Observer = ignore) -> list[Check]:
-    """Looks at everything. Progress arrives as `StageProgress("doctor", ...)`.
+    """Examines everything, and reports progress as `StageProgress("doctor", ...)`.
 
     Args:
         self_test: whether to end with a tiny training run.
@@ -90,7 +90,7 @@ def examine(*, self_test: bool = True, network: bool = False, observer: Observer
         observer: hears of the progress.
 
     Raises:
-        UsageError: the network is asked for and forbidden.
+        UsageError: `network` is set while offline mode forbids it.
     """
     if network and is_offline():
         raise UsageError(f"{OFFLINE} forbids the network, which --network asks for", "Leave one of the two out.")
@@ -108,7 +108,7 @@ def examine(*, self_test: bool = True, network: bool = False, observer: Observer
 
 
 def _contacted(index: str, purpose: str) -> Check:
-    """An index is there when it answers at all: what it answers to a stranger's question is its own business."""
+    """Whether an index answers at all; any status will do."""
     url = os.environ.get("HF_ENDPOINT") or index if index == _HUB else index
     try:
         with urlopen(Request(url, method="HEAD"), timeout=_CONTACT_S) as answer:
@@ -137,7 +137,7 @@ def _storage() -> Iterator[Check]:
     hub = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub")
     places = {"runs": Path.cwd(), "cache of fmg": cache_dir(), "cache of the hub": from_home(hub)}
     for name, place in places.items():
-        # the nearest folder that exists says whether the rest can be made
+        # the nearest existing folder tells whether the rest can be created
         there = next(folder for folder in (place, *place.parents) if folder.is_dir())
         free = shutil.disk_usage(there).free
         found = f"{place}: {free // _MIB} MiB free"
@@ -185,5 +185,5 @@ def _self_test() -> Check:
             scored = keys.SCORE in result.final
     except Exception as error:
         return Check("self-test", name, "failed", one_line(error), "See where: fmg --debug train --iterations 1")
-    took = f"{time.perf_counter() - started:.0f} s: drawn, scored, updated, saved and read back"
+    took = f"{time.perf_counter() - started:.0f} s: generated, scored, updated, saved and read back"
     return Check("self-test", name, "ok" if scored else "failed", took)

@@ -51,7 +51,7 @@ class Launch:
 
 
 def world_size(environment: Mapping[str, str] | None = None) -> int:
-    """The number of processes that the environment states; 1 without a statement.
+    """The number of processes that the environment states, else 1.
 
     Raises:
         UsageError: `WORLD_SIZE` is not a number of processes.
@@ -60,7 +60,7 @@ def world_size(environment: Mapping[str, str] | None = None) -> int:
 
 
 def is_main_process(environment: Mapping[str, str] | None = None) -> bool:
-    """Whether this process is the one that writes and prints; so is one whose rank is not stated.
+    """Whether this process is the one that writes and prints; one without a stated rank is.
 
     Raises:
         UsageError: `WORLD_SIZE` is not a number of processes.
@@ -70,7 +70,7 @@ def is_main_process(environment: Mapping[str, str] | None = None) -> bool:
 
 
 def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
-    """This process as the environment describes it; alone when nothing does.
+    """This process as the environment describes it; a single one by default.
 
     Raises:
         UsageError: a variable is missing, not a number or out of range.
@@ -99,14 +99,14 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
 
 
 def choose_engine(recipe: Recipe, environment: Mapping[str, str] | None = None) -> Engine:
-    """How several processes share the model: what the recipe says, or with `auto` what Accelerate was configured for.
+    """How several processes share the model: as the recipe says, or with `auto` as Accelerate is configured.
 
     Raises:
-        UsageError: Accelerate was configured for an engine that is not there, or against the recipe.
+        UsageError: Accelerate is configured for an unsupported engine, or the recipe contradicts it.
     """
     env = os.environ if environment is None else environment
     stated = recipe.train.parallel
-    asked = _asked_of_accelerate(env)
+    asked = _accelerate_engine(env)
     if asked is not None and stated not in ("auto", asked):
         raise UsageError(
             f"Accelerate is configured for {asked}, and the recipe says train.parallel={stated}",
@@ -116,11 +116,11 @@ def choose_engine(recipe: Recipe, environment: Mapping[str, str] | None = None) 
 
 
 def check_shares(recipe: Recipe, world_size: int, engine: Engine) -> None:
-    """Whether `world_size` processes can share the work, and every one has some.
+    """Checks that `world_size` processes can share the work, and that each gets some.
 
     Raises:
-        UsageError: there are more processes than samples in an iteration, no frozen base that FSDP2 could
-            spread, or completions that need the whole network.
+        UsageError: there are more processes than samples in an iteration, no frozen base that FSDP2 could shard, or
+            completions that need the whole network.
     """
     units, what = recipe.rollout.units, "groups" if recipe.rollout.kind == "branch" else "samples"
     if world_size > units:
@@ -130,24 +130,24 @@ def check_shares(recipe: Recipe, world_size: int, engine: Engine) -> None:
         )
     if world_size > 1 and engine == "fsdp2" and recipe.train.trainable == "full":
         raise UsageError(
-            "FSDP2 spreads the frozen base over the processes, and train.trainable=full leaves nothing frozen",
+            "FSDP2 shards the frozen base over the processes, and train.trainable=full leaves nothing frozen",
             "Train an adapter, or use DDP (train.parallel=ddp, configs/accelerate/ddp.yaml).",
         )
     if world_size > 1 and engine == "fsdp2" and recipe.rollout.branch.backend != "torch":
         raise UsageError(
-            "FSDP2 keeps a part of the weights in each process, and rollout.branch.backend="
+            "FSDP2 keeps a shard of the weights in each process, and rollout.branch.backend="
             f"{recipe.rollout.branch.backend} needs all of them",
             "Set rollout.branch.backend to torch, or use DDP (train.parallel=ddp, configs/accelerate/ddp.yaml).",
         )
 
 
 def device_of(recipe: Recipe, launch: Launch, gpus: int) -> str:
-    """The device of this process by name: with several processes each takes the CUDA device of its local rank.
+    """The name of this process's device; each of several processes takes the CUDA device of its local rank.
 
     Args:
         recipe: states a device, or `auto`.
-        launch: this process among the others.
-        gpus: how many CUDA devices torch sees here.
+        launch: this process.
+        gpus: number of CUDA devices that torch sees here.
 
     Raises:
         UsageError: the recipe names one CUDA device for several processes, or there are fewer GPUs than processes.
@@ -157,7 +157,7 @@ def device_of(recipe: Recipe, launch: Launch, gpus: int) -> str:
         return stated
     if stated not in ("auto", "cuda"):
         raise UsageError(
-            f"The recipe names the one device '{stated}' for {launch.world_size} processes",
+            f"The recipe names a single device, '{stated}', for {launch.world_size} processes",
             "Use --device cuda: each process then takes its own.",
         )
     if 0 < gpus < launch.local_world_size:
@@ -207,23 +207,23 @@ def _is_small(recipe: Recipe) -> bool:
     return geometry is not None and geometry.parameters <= _SMALL_PARAMETERS
 
 
-def _asked_of_accelerate(env: Mapping[str, str]) -> Engine | None:
+def _accelerate_engine(env: Mapping[str, str]) -> Engine | None:
     for name, engine in (("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
         if _is_true(env.get(f"ACCELERATE_USE_{name}", "")):
             raise UsageError(
-                f"Accelerate is configured for {engine}, which fmg does not run on",
+                f"Accelerate is configured for {engine}, which fmg does not support",
                 "Use a configuration under configs/accelerate: ddp.yaml or fsdp2.yaml.",
             )
     if not _is_true(env.get("ACCELERATE_USE_FSDP", "")):
         return None
     if env.get("FSDP_VERSION", "1") != "2":
         raise UsageError(
-            "Accelerate is configured for the first version of FSDP, which fmg does not run on",
+            "Accelerate is configured for the first version of FSDP, which fmg does not support",
             "Set fsdp_version: 2, as configs/accelerate/fsdp2.yaml does.",
         )
     if _is_true(env.get("FSDP_OFFLOAD_PARAMS", "")):
         raise UsageError(
-            "Accelerate is configured to offload parameters to the CPU, which fmg does not do",
+            "Accelerate is configured to offload parameters to the CPU, which fmg does not support",
             "Set fsdp_offload_params: false.",
         )
     return "fsdp2"
@@ -238,5 +238,7 @@ def _number(env: Mapping[str, str], name: str, default: int, least: int = 0) -> 
     if not text:
         return default
     if not text.isascii() or not text.isdigit() or int(text) < least:
-        raise UsageError(f"{name} is '{text}', which is not a whole number from {least} on", f"Set or unset {name}.")
+        raise UsageError(
+            f"{name} is '{text}', which is not a whole number of at least {least}", f"Set or unset {name}."
+        )
     return int(text)

@@ -1,4 +1,4 @@
-"""What a run is going to cost, from its recipe alone: nothing is loaded and torch is not imported."""
+"""What a run will cost, from its recipe alone. Loads nothing and imports no torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fmg.training.plan_work import Work, filled_rows, rollout_nfe, rows_of, trai
 REFERENCE_GROUPS, REFERENCE_SIZE, REFERENCE_DEVICES = 48, 24, 8
 """Samples of an iteration and GPUs of the published recipe (Flow-Map GRPO, arXiv 2607.00535)."""
 
-# The second is the driver of Windows as its Linux subsystem sees it.
+# The second is the driver of Windows inside its Linux subsystem.
 _NVIDIA_DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
 _STAGES = ("rollout", "decode", "reward", "update")
 
@@ -59,7 +59,7 @@ Kind = Literal["chain", "branch"]
 
 @dataclass(frozen=True)
 class OnGpu:
-    """What a run of one kind of rollout takes on one GPU, without decoding, rewards and evaluations.
+    """Time and memory of a run with one kind of rollout on one GPU, without decoding, rewards and evaluations.
 
     Attributes:
         gpu: the product.
@@ -80,12 +80,12 @@ class OnGpu:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes.
+    """Work, memory and time of a run.
 
     Attributes:
-        facts: by name, in the order in which they are read.
-        memory: its peak, where the model states sizes.
-        gpus: time and memory on one GPU of several sizes, for models of full size in bf16.
+        facts: by name, in reading order.
+        memory: the peak, if the model states its geometry.
+        gpus: time and memory on GPUs of several sizes, for full-size models in bf16.
     """
 
     facts: Mapping[str, str]
@@ -96,19 +96,18 @@ class Plan:
 def plan(resolved: ResolvedRecipe, *, devices: int | None = None, runs: Path = RUNS) -> Plan:
     """Counts the work, the memory and the disk of a run.
 
-    A network call is one image through the network once. A rollout of N steps takes N - 1 stochastic transitions, or as
-    many as its window has, of one or more calls as the stochasticizer declares; its other steps are deterministic and
-    take one. The updates together replay each transition once, with gradients; for an objective on finished samples
-    they make one call for each row of its batch. Evaluations, and a reference that an objective compares with, come on
-    top.
+    A network call is one evaluation of the network for one image (NFE). A rollout of N steps has N - 1 stochastic
+    transitions, or those of its window, of one or more calls as the stochasticizer declares; the other steps are
+    deterministic and take one. The updates together replay each transition once, with gradients; for an objective on
+    finished samples they make one call per row of its batch. Evaluations and the KL's reference are not included.
 
     Args:
         resolved: the recipe.
-        devices: equal devices that share an iteration's samples; None: as many as `WORLD_SIZE` says, else one.
-        runs: folder of earlier runs, whose times are scaled.
+        devices: equal devices that share an iteration's samples; None takes `WORLD_SIZE`, else one.
+        runs: folder of earlier runs, to scale their times.
 
     Raises:
-        UsageError: the launcher's environment does not make sense.
+        UsageError: the launcher's environment is invalid.
     """
     recipe = resolved.recipe
     shape, loop, model = recipe.rollout, recipe.train, recipe.model.config.spec()
@@ -142,7 +141,7 @@ def plan(resolved: ResolvedRecipe, *, devices: int | None = None, runs: Path = R
 
 
 def size_text(size: float) -> str:
-    """Bytes for people, in units of 1000."""
+    """Human-readable bytes, in units of 1000."""
     for unit, power in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= power:
             return f"{size / power:.3g} {unit}"
@@ -170,7 +169,7 @@ def _calls(recipe: Recipe) -> dict[str, str]:
 
 
 def _cost(recipe: Recipe) -> dict[str, str]:
-    """Row-NFE of this recipe, beside the other kind of rollout where the objective takes both."""
+    """Row-NFE of this recipe, and of the other kind of rollout if the objective supports both."""
     kinds = _kinds(recipe)
     if len(kinds) < 2:
         return {}
@@ -183,7 +182,7 @@ def _cost(recipe: Recipe) -> dict[str, str]:
 
 
 def _on_gpus(recipe: Recipe, geometry: ModelGeometry) -> Iterator[OnGpu]:
-    # a small model waits for launches, and peaks of fp32 are others
+    # small models are bound by launches, and the peaks are those of bf16
     if not recipe.model.config.spec().gpu_memory_gb or recipe.train.dtype != "bf16":
         return
     for gpu in GPUS:
@@ -196,7 +195,7 @@ def _on_gpus(recipe: Recipe, geometry: ModelGeometry) -> Iterator[OnGpu]:
 
 
 def _kinds(recipe: Recipe) -> dict[Kind, Recipe]:
-    """The recipe with each kind of rollout that its objective takes."""
+    """The recipe with each kind of rollout that its objective supports."""
     kinds: tuple[Kind, ...] = ("chain", "branch")
     if not recipe.objective.config.branches or recipe.rollout.steps < 2:
         kinds = (recipe.rollout.kind,)
@@ -212,7 +211,7 @@ def _of_kind(recipe: Recipe, kind: Kind) -> Recipe:
     rollout: dict[str, object] = {"kind": kind, "window": None}
     update: dict[str, object] = {}
     if batch is not None:
-        # calls of whole groups, and as many rows of an update
+        # calls of whole groups, and as many rows in an update
         groups = max(1, batch // size)
         rollout["batch_size"] = groups * size
         update["train"] = recipe.train.model_copy(update={"micro_batch": groups})
@@ -220,7 +219,7 @@ def _of_kind(recipe: Recipe, kind: Kind) -> Recipe:
 
 
 def _equivalence(recipe: Recipe, sizes: Sizes, devices: int) -> dict[str, str]:
-    """How an update comes about on these devices, and how its batch compares with the published one."""
+    """How an update is split over these devices, and how its batch compares with the published one."""
     shape, updates = recipe.rollout, recipe.train.updates_per_iteration
     images = shape.samples
     reference = REFERENCE_GROUPS * REFERENCE_SIZE
@@ -266,11 +265,11 @@ def _count(number: int) -> str:
 
 
 def seconds_on(gpu: Gpu, recipe: Recipe, sizes: Sizes, geometry: ModelGeometry) -> float:
-    """Seconds that the network takes in one iteration on one GPU, at the shares of its peak measured on an H200.
+    """Network seconds of one iteration on one GPU, at the shares of peak measured on an H200.
 
-    Decoding, rewards and evaluations come on top.
+    Decoding, rewards and evaluations are not included.
     """
-    # the forward pass, again where blocks are recomputed, the gradient of activations, that of all weights
+    # the forward pass, its recomputation under checkpointing, the gradients of activations and of all weights
     passes = 2 + geometry.checkpointing + (recipe.train.trainable == "full")
     rollout = rollout_nfe(recipe, fill=filled_rows(recipe, sizes))
     flops = {"rollout": rollout, "update": passes * Work.of(recipe).update_calls}
@@ -280,17 +279,16 @@ def seconds_on(gpu: Gpu, recipe: Recipe, sizes: Sizes, geometry: ModelGeometry) 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of one iteration, and the run that they were scaled from."""
+    """Seconds of one iteration, and the run they are scaled from."""
 
     seconds: float
     run: Path
 
 
 def estimate_iteration(recipe: Recipe, root: Path = RUNS) -> Estimate | None:
-    """Scales the times of the newest run under `root` with the same model, device, dtype, batch sizes and rewards; None
-    without.
+    """Scales the times of the newest run under `root` with the same model, device, dtype, batch sizes and rewards.
 
-    Times of the first iteration, which warms up, are left out where there are others.
+    Leaves out the first iteration, a warm-up, if there are others. None if there is no such run.
     """
     for run in reversed(list_runs(root)):
         try:
@@ -307,7 +305,7 @@ def estimate_iteration(recipe: Recipe, root: Path = RUNS) -> Estimate | None:
 def _alike(recipe: Recipe, past: Recipe) -> bool:
     def traits(r: Recipe) -> tuple[object, ...]:
         rewards = tuple(sorted(reward.label for reward in r.rewards))
-        # small calls of a small network cost what large ones do
+        # small calls of a small network take as long as large ones
         sizes = r.rollout.batch_size, r.train.micro_batch
         return r.model, r.objective.name, r.train.device, r.train.dtype, rewards, sizes
 

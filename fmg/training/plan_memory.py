@@ -28,7 +28,7 @@ _REWARD_PARAMETERS: Mapping[str, float] = {
     "hpsv3": 8.29e9,
     "geneval": 497e6,
 }
-"""Parameters of the networks that rewards load; other rewards hold nothing on the device."""
+"""Parameters of the networks that rewards load; other rewards need no memory on the device."""
 _REWARD_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _PLACE_OF_IMAGES = (None, "auto")
 
@@ -42,20 +42,19 @@ _CHECKPOINTS = 2
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device when the run needs most, by part. The parts add up to the peak."""
+    """Bytes on one device at the peak of the run, by part."""
 
     parts: Mapping[str, int]
 
     @property
     def peak(self) -> int:
-        """Their sum."""
         return sum(self.parts.values())
 
 
 def plan_memory(
     recipe: Recipe, geometry: ModelGeometry, sizes: Sizes, devices: int = 1, *, sharded: bool = False
 ) -> Memory:
-    """The peak of a training run on each of `devices` equal devices, which share the work of an iteration.
+    """The peak of a training run on each of `devices` equal devices that share the work of an iteration.
 
     The largest of the activations of an update, a rollout call and a decoder call is counted beside what is there all
     the time. With `sharded` (FSDP2) the transformer is spread over the devices; then saving, which gathers it to verify
@@ -63,7 +62,7 @@ def plan_memory(
     """
     number = DTYPE_BYTES[recipe.train.dtype]
     trained = trained_by(recipe, geometry)
-    drawn = max(sizes.rollout_batch, min(recipe.eval.batch_size or 0, recipe.eval.num))
+    generated = max(sizes.rollout_batch, min(recipe.eval.batch_size or 0, recipe.eval.num))
     encoders = geometry.encoder_parameters * number if geometry.encoders_resident else 0
     # an update may have fewer rows than a micro-batch, to which bf16 calls are padded all the same
     part = -(-rows_of(recipe) // (recipe.train.updates_per_iteration * devices))
@@ -74,12 +73,12 @@ def plan_memory(
         update = max(update - FULL * trained.parameters, _cast_bytes(geometry, trained, number))
     work = max(
         update,
-        forward_bytes(geometry, trained, number, drawn),
-        decode_bytes(geometry, number, drawn),
+        forward_bytes(geometry, trained, number, generated),
+        decode_bytes(geometry, number, generated),
         # a whole network that was saved is read back beside the trained one, to verify the file
         geometry.parameters * number if trained.whole else 0,
     )
-    rows = max(micro_batch, drawn) * geometry.conditioning * number
+    rows = max(micro_batch, generated) * geometry.conditioning * number
     whole = (geometry.parameters - trained.base_parameters) * number
     spread = sharded and devices > 1
     share = -(-whole // devices)
@@ -125,7 +124,7 @@ def update_bytes(geometry: ModelGeometry, trained: Trained, rank: int, number: i
 
 
 def forward_bytes(geometry: ModelGeometry, trained: Trained, number: int, rows: int) -> int:
-    """The most that a forward pass of `rows` rows without gradients holds at once, inside its widest block."""
+    """The peak of a forward pass of `rows` rows without gradients, inside its widest block."""
     kind = geometry.blocks[-1]
     wide = any(layer.outputs == 4 * geometry.width for layer in trained.layers)
     added = (kind.forward_wide if number == FULL else kind.low_wide) if wide else 0
@@ -133,34 +132,34 @@ def forward_bytes(geometry: ModelGeometry, trained: Trained, number: int, rows: 
 
 
 def decode_bytes(geometry: ModelGeometry, number: int, rows: int) -> int:
-    """The most that decoding holds at once; images go through the decoder a few at a time, or in tiles."""
+    """The peak of decoding; images pass through the decoder a few at a time, or in tiles."""
     pixels = min(geometry.resolution, geometry.decoder_tile or geometry.resolution) ** 2
     chunk = min(rows, max(1, DECODE_PIXELS // pixels)) * pixels * int(geometry.decoder.size(number))
-    # a chunk, or copies of the images while they are joined and their range is changed; they themselves are stored
+    # a chunk, or the copies made while images are joined and rescaled; the images themselves are in the rollout store
     return max(chunk, 2 * rows * 3 * geometry.resolution**2 * FULL)
 
 
 def rollout_bytes(recipe: Recipe, geometry: ModelGeometry, number: int, devices: int = 1) -> int:
-    """States, conditioning and images of one iteration: as the rollout, as the batch, and the part of one update.
+    """States, conditioning and images of one iteration: the rollout, the batch, and the part of one update.
 
-    Every device holds the whole rollout, and the images of its own share.
+    Every device has the whole rollout, and the images of its own share.
     """
     images = recipe.rollout.samples
     transitions, rows = transitions_of(recipe), rows_of(recipe)
     part = -(-rows // recipe.train.updates_per_iteration)
     latents = images + 3 * (images * transitions + rows + part)
     if recipe.rollout.kind == "branch":
-        # completions, then siblings, state and mean as the rollout, as the batch, and the part of one update
+        # completions, then siblings, state and mean of the rollout, of the batch and of the part of one update
         share = part / rows
         latents = round(images + (images + 2 * rows) * (2 + share))
-    # one row a prompt, which samples, rows and parts share
+    # one row per prompt, shared by samples, rows and parts
     conditioned = recipe.rollout.groups
     pixels = -(-images // devices) * 3 * geometry.resolution**2
     return latents * geometry.latent * FULL + conditioned * geometry.conditioning * number + pixels * FULL
 
 
 def reward_bytes(recipe: Recipe) -> int:
-    """Weights of the reward networks that run where the images are."""
+    """Weights of the reward networks that run on the device of the images."""
     total = 0.0
     for reward in recipe.measured_rewards:
         options = reward.config.model_dump()
@@ -171,13 +170,13 @@ def reward_bytes(recipe: Recipe) -> int:
 
 
 def copies_bytes(recipe: Recipe, trained: Trained) -> int:
-    """The trained weights in fp32, their gradients, and the copies that a run compares with."""
+    """The trained weights in fp32, their gradients, and the copies that objectives and gates compare with."""
     asked = recipe.objective.config.compares_with
-    # the weights, their gradient, and what the movement gate compares with before the first update is over
+    # the weights, their gradient, and the copy of the movement gate until the first update
     copies = 3
     if trained.whole:
         return (copies + len(asked)) * FULL * trained.parameters
-    # a frozen old policy of everything, and the base of what was unfrozen
+    # an old policy of all of them, and the base of those that were unfrozen
     return FULL * ((copies + 1) * trained.parameters + trained.base_parameters)
 
 
@@ -187,9 +186,9 @@ def average_bytes(recipe: Recipe, trained: Trained) -> int:
 
 
 def optimizer_bytes(name: str, shapes: Sequence[Shape]) -> int:
-    """State of an optimizer over tensors of these shapes. An unknown optimizer is taken for one with two moments."""
+    """State of an optimizer over tensors of these shapes; an unknown optimizer counts as one with two moments."""
     if name == "adafactor":
-        # a row and a column of second moments for each matrix
+        # a row and a column of second moments per matrix
         return FULL * sum(sum(shape) for shape in shapes)
     if name == "adamw8bit":
         return sum(_moments_8bit(math.prod(shape)) for shape in shapes)
@@ -236,5 +235,5 @@ def _own_inputs(geometry: ModelGeometry, trained: Trained, number: int) -> int:
 
 
 def _cast_bytes(geometry: ModelGeometry, trained: Trained, number: int) -> int:
-    """Weights in the dtype of the computation, which autocast makes of fp32 ones and keeps for the length of a pass."""
+    """Copies of fp32 weights in the dtype of the computation, which autocast keeps during a pass."""
     return geometry.parameters * number if trained.whole and number < FULL else 0

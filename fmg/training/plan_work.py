@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 
 
 def transitions_of(recipe: Recipe) -> int:
-    """Stochastic transitions of one sample: all steps but the last, or those of the window; 0 where none is needed."""
+    """Stochastic transitions of one sample: all steps but the last, or those of the window; 0 if none is needed."""
     if recipe.objective.config.needs == "samples":
         return 0
     if recipe.rollout.kind == "branch":
@@ -26,7 +26,7 @@ def transitions_of(recipe: Recipe) -> int:
 
 
 def rows_of(recipe: Recipe) -> int:
-    """Rows that the updates of one iteration share: one a branched group, else what the objective makes of a sample."""
+    """Rows that the updates of one iteration share: one per branched group, else as many as the objective needs."""
     if recipe.rollout.kind == "branch":
         return recipe.rollout.groups
     return recipe.rollout.samples * recipe.objective.config.rows_per_sample(transitions_of(recipe))
@@ -37,9 +37,9 @@ def rollout_nfe(recipe: Recipe, steps: Sequence[float] | None = None, fill: floa
 
     Args:
         recipe: the run.
-        steps: step at which each group of a branched rollout branches. None takes what is known before the run: the
-            first, or the mean of all, since adaptive steps depend on rewards.
-        fill: rows that are computed for each one that siblings share, as of `filled_rows`.
+        steps: step at which each group of a branched rollout branches. None takes the first, or the mean of all where
+            steps are only known during the run.
+        fill: rows computed for each row that siblings share, as in `filled_rows`.
     """
     shape, transitions = recipe.rollout, transitions_of(recipe)
     if not transitions:
@@ -55,7 +55,7 @@ def rollout_nfe(recipe: Recipe, steps: Sequence[float] | None = None, fill: floa
 
 
 def filled_rows(recipe: Recipe, sizes: Sizes) -> float:
-    """Rows computed for each row that the siblings of a group share: a bf16 call is filled up to a micro-batch."""
+    """Rows computed for each row that the siblings of a group share: bf16 calls are padded to a micro-batch."""
     if recipe.rollout.kind == "chain" or recipe.train.dtype != "bf16":
         return 1.0
     return max(1.0, sizes.micro_batch / max(1, sizes.rollout_batch // recipe.rollout.group_size))
@@ -63,7 +63,7 @@ def filled_rows(recipe: Recipe, sizes: Sizes) -> float:
 
 @dataclass(frozen=True)
 class Work:
-    """What an iteration does, in the units that its stages' times grow with."""
+    """The work of an iteration, in the units that the times of its stages are proportional to."""
 
     images: int
     rollout_calls: float
@@ -71,7 +71,7 @@ class Work:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Work:
-        """Counts of one iteration: the updates go once over every row, and replay the transition that it holds."""
+        """Counts one iteration: the updates replay the transition of every row once."""
         calls = recipe.stochasticizer.config.requires().calls if transitions_of(recipe) else 1
         return cls(recipe.rollout.samples, rollout_nfe(recipe), rows_of(recipe) * calls)
 
@@ -90,7 +90,7 @@ class Trained:
         lora: shapes of the LoRA's tensors.
         unfrozen: shapes of the weights of the base that are trained themselves.
         whole: whether these are all weights.
-        words: for people.
+        words: a description.
     """
 
     layers: tuple[LinearModule, ...]
@@ -101,12 +101,11 @@ class Trained:
 
     @property
     def parameters(self) -> int:
-        """How many numbers are trained."""
         return count_numbers(self.lora) + self.base_parameters
 
     @property
     def base_parameters(self) -> int:
-        """How many of them are the base's own."""
+        """How many of the trained numbers belong to the base."""
         return count_numbers(self.unfrozen)
 
 

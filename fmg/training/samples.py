@@ -278,13 +278,13 @@ class Sampler:
 
 
 @torch.no_grad()
-def decode_samples(composed: Composed, sizes: Sizes, drawn: SampleRollout) -> Float[Tensor, "n 3 h w"]:
-    """Images of samples, a few at a time, without a second copy of them all."""
+def decode_samples(composed: Composed, sizes: Sizes, rollout: SampleRollout) -> Float[Tensor, "n 3 h w"]:
+    """Decodes samples a few at a time, without a second copy of all images."""
     images = torch.empty(0)
-    for start in range(0, len(drawn.x0), sizes.rollout_batch):
-        decoded = composed.model.decode(drawn.x0[start : start + sizes.rollout_batch])
+    for start in range(0, len(rollout.x0), sizes.rollout_batch):
+        decoded = composed.model.decode(rollout.x0[start : start + sizes.rollout_batch])
         if not start:
-            images = decoded.new_empty(len(drawn.x0), *decoded.shape[1:])
+            images = decoded.new_empty(len(rollout.x0), *decoded.shape[1:])
         images[start : start + len(decoded)] = decoded
     return images
 

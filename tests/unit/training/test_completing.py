@@ -86,7 +86,7 @@ def test_a_device_that_is_only_known_later_and_fsdp2_are_refused_then() -> None:
         check_backend(recipe, "cpu")
     check_shares(recipe, 2, "ddp")
     check_shares(recipe, 1, "fsdp2")
-    with pytest.raises(UsageError, match="FSDP2 keeps a part of the weights"):
+    with pytest.raises(UsageError, match="FSDP2 keeps a shard of the weights"):
         check_shares(recipe, 2, "fsdp2")
 
 

@@ -90,7 +90,7 @@ def test_each_process_takes_the_device_of_its_place() -> None:
     assert device_of(auto, Launch(), 4) == "auto"
     with pytest.raises(UsageError, match=r"At least 4 processes were started on this machine, and torch sees 1 GPU"):
         device_of(auto, Launch(0, 4, 0, 4), 1)
-    with pytest.raises(UsageError, match="one device 'cuda:1' for 2 processes"):
+    with pytest.raises(UsageError, match="a single device, 'cuda:1', for 2 processes"):
         device_of(second, Launch(0, 2, 0), 4)
 
 
