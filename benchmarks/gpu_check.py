@@ -212,7 +212,7 @@ class Check:
             stock = _view(
                 roundtrip_check.reloaded(self.transformer, folder, FluxPipeline), self.scale.dtype, nullcontext
             )
-        noise = roundtrip_check.picture_noise((16, self.side, self.side), self.device)
+        noise = roundtrip_check.image_noise((16, self.side, self.side), self.device)
         cond = self._rollout().cond.select(torch.zeros(1, dtype=torch.long))
         start, end = torch.ones(1, device=self.device), torch.zeros(1, device=self.device)
         ours, theirs = (view.jump(noise, start, end, cond) for view in (self.policies.current, stock))

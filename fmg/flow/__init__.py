@@ -1,7 +1,6 @@
-"""Probability paths, time grids, Gaussians and flow-map adapters: the mathematics that everything else is built on.
+"""Probability paths, time grids, Gaussians and flow-map adapters: the mathematics everything else is built on.
 
-Importing this package does not import torch (the grids are needed before any weight is loaded); its torch-backed
-names are resolved on first use.
+Importing this package does not import torch, because recipes need the grids; torch-backed names resolve on first use.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ class Gaussian:
     (arXiv 2505.05470) and every code that followed it: the clip ranges of the objective assume it.
 
     Args:
-        mean: `(b, *shape)`; kept in fp32 whatever comes in. Gradients pass through the conversion.
-        std: `(b,)`, positive; fp32 as well.
+        mean: `(b, *shape)`; converted to fp32. Gradients pass through the conversion.
+        std: `(b,)`, positive; converted to fp32.
 
     Raises:
         ValueError: when a std is not positive and finite, or the shapes do not match. A deterministic step has no
@@ -47,7 +47,7 @@ class Gaussian:
             )
 
     def sample(self, generator: torch.Generator) -> Float[Tensor, "b *shape"]:
-        """A draw, with noise from `generator` on the generator's own device and then moved to the mean's."""
+        """A sample; its noise is generated on the generator's device, then moved to the mean's."""
         noise = torch.randn(self.mean.shape, generator=generator, device=generator.device)
         return self.push(noise.to(self.mean.device))
 
@@ -77,11 +77,11 @@ class Gaussian:
 class UnscaledGaussian(Gaussian):
     """A Gaussian whose log-density leaves out the variance and every constant: `-mean (x - mean)^2`.
 
-    What Flow-CPS (arXiv 2509.05952) trains on in its published code. It draws and diverges as the Gaussian does.
+    What Flow-CPS (arXiv 2509.05952) trains on in its published code. Samples and divergences are those of the Gaussian.
     """
 
     def log_prob(self, x: Float[Tensor, "b *shape"]) -> Float[Tensor, " b"]:
-        """`-mean (x - mean)^2`, fp32: not a density, but its differences weigh all steps alike."""
+        """`-mean (x - mean)^2`, fp32: not a density, but its differences weight all steps equally."""
         return -_row_mean((self._standardised(x) * expand(self.std, self.mean)).square())
 
 

@@ -1,7 +1,7 @@
 """Time grids by name: the times `1 = t_0 > ... > t_N = 0` that a sampler visits. Imports no torch.
 
-`steps` N is the number of network calls of a one-call sampler, so a grid has N + 1 times: N - 1 stochastic
-transitions and the deterministic end.
+`steps` N is the number of sampling steps, each one network evaluation of a one-call sampler (NFE). A grid has N + 1
+times: N - 1 stochastic transitions and the deterministic last step.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ GridSpec = str | Sequence[float]
 EXPLICIT = "explicit"
 
 MAX_STEPS = 1000
-"""More network calls than any sampler makes; beyond it a number of steps is a typing error."""
+"""More steps than any few-step sampler takes; a larger number is a typing error."""
 MIN_STRIDE = 1e-4
-"""Least distance of two grid times: below it, fp32 keeps too few digits of the difference."""
+"""Smallest distance between two grid times: below it, fp32 keeps too few digits of the difference."""
 
 _PAPER_LAST = 0.05
 _FLUX_TOKENS = (256, 4096)
@@ -33,8 +33,8 @@ def make_grid(spec: GridSpec, steps: int, *, image_tokens: int | None = None) ->
 
     Args:
         spec: one of `grid_names()`, or a list of times (an explicit grid).
-        steps: number of network calls N, from 1 to 1000.
-        image_tokens: tokens the transformer sees for one image; only `flux-shift` asks for it (512 px FLUX: 1024).
+        steps: number of sampling steps N, from 1 to 1000.
+        image_tokens: tokens of one image; only `flux-shift` needs it (1024 for FLUX at 512 px).
 
     Grids:
         `uniform`: `linspace(1, 0, N + 1)`.
@@ -48,8 +48,8 @@ def make_grid(spec: GridSpec, steps: int, *, image_tokens: int | None = None) ->
 
     Raises:
         WrongTypeError: `steps` is no integer.
-        UsageError: unknown name, a grid that does not exist for `steps`, or times that do not fall from 1 to 0 by
-            at least 1e-4 each.
+        UsageError: an unknown name, a grid that does not exist for `steps`, or times that do not fall from 1 to 0 in
+            steps of at least 1e-4.
     """
     steps = whole_number("steps", steps)
     if not 1 <= steps <= MAX_STEPS:
@@ -65,7 +65,7 @@ def make_grid(spec: GridSpec, steps: int, *, image_tokens: int | None = None) ->
 
 
 def grid_names() -> tuple[str, ...]:
-    """The names that `make_grid` knows; `explicit` stands for a list of times."""
+    """The names that `make_grid` knows; `explicit` means a list of times."""
     return (*_BY_STEPS, "flux-shift", EXPLICIT)
 
 

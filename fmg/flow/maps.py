@@ -1,14 +1,14 @@
 """Adapters that turn a network into a flow map `X_{t->s}` (docs/math.md, eq. 5-8).
 
-The network is called through its `__call__` and gets its times as they were given, as `(b,)` fp32 tensors: hooks of
-distributed wrappers fire, and bf16 never rounds a time.
+The network is called through its `__call__`, so that hooks of distributed wrappers fire, with times as `(b,)` fp32
+tensors, so that bf16 never rounds a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -33,15 +33,12 @@ class TwoTimeMap:
     network: TwoTimeNetwork
     path: ProbabilityPath
 
-    @property
-    def anchors(self) -> Literal["any"]:
-        """Every target time."""
-        return "any"
+    anchors: ClassVar[Literal["any"]] = "any"
 
     def jump(
         self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], s: Float[Tensor, " b"], cond: Conditioning
     ) -> Float[Tensor, "b *shape"]:
-        """`X_{t->s}(x_t)`, one network call; fp32 whatever the network computes in."""
+        """`X_{t->s}(x_t)`: one network call, fp32 whatever the network computes in."""
         t, s = _full_precision(t), _full_precision(s)
         return x_t - expand(t - s, x_t) * self.network(x_t, t, s, cond)
 
@@ -60,10 +57,7 @@ class SingleTimeMap:
     network: SingleTimeNetwork
     path: ProbabilityPath
 
-    @property
-    def anchors(self) -> Literal["endpoint"]:
-        """Only the clean endpoint."""
-        return "endpoint"
+    anchors: ClassVar[Literal["endpoint"]] = "endpoint"
 
     def jump(
         self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], s: Float[Tensor, " b"], cond: Conditioning
@@ -71,7 +65,7 @@ class SingleTimeMap:
         """`X_{t->0}(x_t)`, one network call.
 
         Raises:
-            CompositionError: when a target time is not 0. Not looked at while a graph is being traced.
+            CompositionError: a target time is not 0. Not checked while a graph is traced.
         """
         _only_to_zero(s)
         t = _full_precision(t)
@@ -80,7 +74,7 @@ class SingleTimeMap:
     def velocity(
         self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], cond: Conditioning
     ) -> Float[Tensor, "b *shape"]:
-        """Not defined: the network knows the average velocity down to 0 only.
+        """Not defined: the network only predicts the average velocity down to 0.
 
         Raises:
             CompositionError: always.
@@ -99,10 +93,7 @@ class TrigFlowMap:
     network: SingleTimeNetwork
     path: TrigPath = field(default_factory=TrigPath)
 
-    @property
-    def anchors(self) -> Literal["endpoint"]:
-        """Only the clean endpoint."""
-        return "endpoint"
+    anchors: ClassVar[Literal["endpoint"]] = "endpoint"
 
     def jump(
         self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], s: Float[Tensor, " b"], cond: Conditioning
@@ -110,7 +101,7 @@ class TrigFlowMap:
         """`X_{t->0}(x_t)`, one network call.
 
         Raises:
-            CompositionError: when a target time is not 0. Not looked at while a graph is being traced.
+            CompositionError: a target time is not 0. Not checked while a graph is traced.
         """
         _only_to_zero(s)
         sine, cosine = self.path.sigma(t), self.path.alpha(t)
@@ -130,14 +121,14 @@ class TrigFlowMap:
 
 
 class PaddedBatches:
-    """A flow map that repeats the last row of a short batch, so that kernels see one shape.
+    """A flow map that pads a short batch with its last row, so that kernels always see one shape.
 
     Matrix products of another size sum in another order. In bf16 that moves a log-prob by more than a tenth of a clip
     range, so the last, shorter micro-batch of a rollout or an update would not replay to ratio 1.
 
     Args:
         inner: the map.
-        rows: asks for the number of rows to fill up to; None or a smaller batch than that leaves a call as it is.
+        rows: returns the number of rows to pad to; None leaves calls unchanged, as does a batch of that size or more.
     """
 
     def __init__(self, inner: FlowMap, rows: Callable[[], int | None]) -> None:
@@ -146,12 +137,10 @@ class PaddedBatches:
 
     @property
     def anchors(self) -> Anchors:
-        """Those of the map."""
         return self._inner.anchors
 
     @property
     def path(self) -> ProbabilityPath:
-        """That of the map."""
         return self._inner.path
 
     def jump(
@@ -182,7 +171,7 @@ class PaddedBatches:
 def _only_to_zero(s: Tensor) -> None:
     if not torch.compiler.is_compiling() and bool((s != 0).any()):
         raise CompositionError(
-            f"A single-time map only jumps to 0, but was asked for {s.max().item():g}",
+            f"A single-time map jumps to 0 only, not to {s.max().item():g}",
             "Use the stochasticizer 'asfmc-endpoint' or a two-time model.",
         )
 

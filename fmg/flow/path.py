@@ -1,7 +1,7 @@
 """Affine Gaussian probability paths and their forward kernels (docs/math.md, eq. 1-4).
 
 Time runs from noise (t = 1) to data (t = 0). Times are `(b,)` float tensors in [0, 1]; coefficients come back as
-`(b,)` in the same precision, but never below fp32. `expand` is the one place where a time meets the data's rank.
+`(b,)` in the same precision, but never below fp32. Only `expand` broadcasts a time to the rank of the data.
 """
 
 from __future__ import annotations
@@ -101,15 +101,12 @@ class LinearPath(AffinePath):
     name: ClassVar[str] = "linear"
 
     def alpha(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """`1 - t`."""
         return 1 - check_times(t)
 
     def sigma(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """`t`."""
         return check_times(t)
 
     def rates(self, t: Float[Tensor, " b"]) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-        """`(-1, 1)`."""
         one = torch.ones_like(check_times(t))
         return -one, one
 
@@ -134,7 +131,6 @@ class TrigPath(AffinePath):
         return torch.sin((1 - check_times(t)) * _HALF_PI)
 
     def sigma(self, t: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        """`sin(t pi/2)`."""
         return torch.sin(check_times(t) * _HALF_PI)
 
     def rates(self, t: Float[Tensor, " b"]) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
@@ -168,7 +164,7 @@ def path_by_name(name: str) -> AffinePath:
 def check_times(t: Float[Tensor, " b"], name: str = "t") -> Float[Tensor, " b"]:
     """`t` in fp32 or better, after checking that it is a `(b,)` float tensor in [0, 1].
 
-    Values are not looked at while a graph is being traced.
+    Values are not checked while a graph is traced.
 
     Raises:
         ValueError: for anything else, with the offending shape, dtype or range.

@@ -1,4 +1,8 @@
-"""The few-step sampler that a flow map was distilled for: N network calls, noise to data."""
+"""The few-step sampler of a flow map: from noise to data in N network evaluations (NFE).
+
+`few_step` of `fmg.inference.artifact` is the same sampler for exported graphs, which run without torch; a test compares
+the two.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +25,12 @@ def native_sample(
     grid: Sequence[float],
     renoise: Callable[[int], Float[Tensor, "b *shape"]],
 ) -> Float[Tensor, "b *shape"]:
-    """Draws `x_0` from the noise `x_1` along `grid` (from 1 down to 0), one network call an interval.
+    """Samples `x_0` from the noise `x_1` along `grid` (from 1 down to 0), one network call per interval.
 
     A two-time map jumps from one grid time to the next and is deterministic. A single-time map only reaches 0, so it
-    goes on by multistep consistency sampling (Song et al., arXiv 2303.01469, algorithm 1): jump to 0, then forward
-    noise to the next grid time with `renoise(k)`, the standard normal noise of interval `k`. The same `renoise`
-    gives the same image.
+    is sampled by multistep consistency sampling (Song et al., arXiv 2303.01469, algorithm 1): jump to 0, then add noise
+    up to the next grid time with `renoise(k)`, the standard normal noise of interval `k`. The same `renoise` gives the
+    same image.
 
     Args:
         flow_map: the map.

@@ -1,4 +1,4 @@
-"""How a folder of weights wants to be sampled: the small JSON beside the weights. Imports no torch."""
+"""How a folder of weights is sampled: the small JSON file beside the weights. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ FLUX_IN_DIFFUSERS = "a `fmg.FlowMapPipeline` of the base"
 
 
 class FlowMapConventions(BaseModel):
-    """What a state dict cannot tell: the kind of map, its path, its time convention and its sampling defaults.
+    """What a state dict does not contain: the kind of map, its path, its time convention and its sampling defaults.
 
-    Two students with equal keys and shapes may expect times that differ by a factor of 1000, and a forward under the
-    wrong convention gives garbage without an error. Hence nothing here that changes a forward has a default.
+    Two students with equal keys and shapes may expect times that differ by a factor of 1000, and a forward pass under
+    the wrong convention gives garbage without an error. Hence nothing that changes a forward pass has a default.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -35,7 +35,7 @@ class FlowMapConventions(BaseModel):
     max_sequence_length: int = Field(
         strict=True, gt=0, le=512, description="Length that text tokens are padded and cut to."
     )
-    default_steps: int = Field(strict=True, gt=0, description="Network calls of the deterministic sampler.")
+    default_steps: int = Field(strict=True, gt=0, description="Sampling steps (NFE) of the deterministic sampler.")
     default_grid: str | list[float] = Field(description="Name of the time grid, or its times.")
     guidance: float | None = Field(
         default=None, ge=0, description="Embedded guidance scale, where the weights want it."
@@ -101,7 +101,7 @@ def as_conventions(stated: FlowMapConventions | Mapping[str, object] | None) -> 
         return stated
     if stated is None:
         raise UsageError(
-            "Nothing says how this map is sampled",
+            "The conventions of this map are not given",
             f"Load it with FlowMapPipeline.from_pretrained, which reads {CONVENTIONS_FILE}, or pass conventions.",
         )
     try:

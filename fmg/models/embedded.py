@@ -45,7 +45,6 @@ class EmbeddedConfig(ModelConfig):
     )
 
     def directory(self) -> Path:
-        """Where the weights are."""
         if self.folder is not None:
             return from_home(self.folder)
         return Path(str(files("fmg").joinpath("assets", self.asset)))
@@ -60,11 +59,11 @@ class EmbeddedConfig(ModelConfig):
         return replace(spec, default_stochasticizer=_ANCHOR) if spec.anchors == "any" else spec
 
     def card_facts(self) -> Mapping[str, str]:
-        """The terms of the weights in the package; nothing is known of a folder of somebody's own."""
+        """Terms of the weights in the package; those of another folder are unknown."""
         return {"license": "apache-2.0"} if self.folder is None else {}
 
     def geometry(self) -> ModelGeometry:
-        """Measures by the JSON files and safetensors headers of the folder."""
+        """Sizes from the JSON files and safetensors headers of the folder."""
         return flux_geometry(self.directory(), read_conventions(self.directory()))
 
 
@@ -99,7 +98,7 @@ class EmbeddedSource:
         return self.config.spec()
 
     def check(self) -> None:
-        """Looks whether the folder is there.
+        """Checks that the folder exists.
 
         Raises:
             CheckpointError: it is missing or is not a flow-map model.
@@ -107,12 +106,12 @@ class EmbeddedSource:
         self.config.spec()
 
     def load(self, device: torch.device, dtype: torch.dtype) -> FluxModel:
-        """Reads the weights to `device` in `dtype`.
+        """Loads the weights to `device` in `dtype`.
 
         Raises:
             CheckpointError: a file of the folder is missing, damaged or of another kind.
         """
-        # diffusers and transformers take seconds to import, and composing a run does not need them
+        # diffusers and transformers take seconds to import, and composing a run needs neither
         from fmg.models.flux.model import FluxModel
 
         return FluxModel.from_folder(self.config.directory(), device, dtype, name=self.config.asset)

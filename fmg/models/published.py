@@ -1,4 +1,4 @@
-"""Models whose weights somebody published: looked for on this computer, never on the network. Imports no torch."""
+"""Models with published weights: located on this computer, never on the network. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
     from fmg.core.protocols import Model
 
 BYTES = 2
-"""Of a weight in bf16, the dtype that published weights are planned for."""
+"""Bytes of a bf16 weight, the dtype that published weights are planned for."""
 
-# From here on a model is refused on a machine without a GPU, unless the CPU is asked for by name.
+# Models this large are refused on a machine without a GPU, unless the CPU is requested by name.
 _LARGE = 500_000_000
 
 
 class PublishedConfig(ModelConfig):
-    """Options of a model whose weights somebody published, and that has to be fetched."""
+    """Options of a model with published weights, which have to be fetched."""
 
     work_space: ClassVar[float] = 1.4
-    """GPU memory over that of the transformer's weights, at the default resolution in micro-batches."""
+    """GPU memory at the default resolution in micro-batches, relative to the transformer's weights."""
 
     gradient_checkpointing: bool = Field(
         default=True, description="Recompute each block in the backward pass instead of keeping its activations."
     )
     text_device: Literal["model", "cpu", "offload"] = Field(
         default="offload",
-        description="Where the text encoders live: beside the model, on the CPU, or in host memory except while they "
-        "encode.",
+        description="Where the text encoders are kept: beside the model, on the CPU, or in host memory except "
+        "while they encode.",
     )
     text_cache: bool = Field(
         default=True, description="Keep prompt embeddings on disk, so that a prompt is encoded once for all runs."
@@ -49,7 +49,7 @@ class PublishedConfig(ModelConfig):
 
     @abstractmethod
     def conventions(self) -> FlowMapConventions:
-        """How the weights want to be sampled."""
+        """How the weights are sampled."""
 
     @abstractmethod
     def load(self, device: torch.device, dtype: torch.dtype) -> Model:
@@ -61,7 +61,7 @@ class PublishedConfig(ModelConfig):
         """
 
     def card_facts(self) -> Mapping[str, str]:
-        """The repository of the weights that are trained; their terms are in the card itself."""
+        """The repository of the trained weights; their terms are in the card itself."""
         source = self.assets()[0].place
         if not isinstance(source, HubSource):
             return {}
@@ -106,7 +106,7 @@ class PublishedSource:
         return self.config.spec()
 
     def check(self) -> None:
-        """Looks whether every file is on this computer, without reading a weight.
+        """Checks that every file is on this computer, without reading a weight.
 
         Raises:
             MissingDependencyError: published files that have not been fetched; names the command that does.
@@ -116,7 +116,7 @@ class PublishedSource:
             locate(asset, "model", self.name)
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Model:
-        """Reads the weights to `device` in `dtype`; warns when they do not fit the stated time scale.
+        """Loads the weights to `device` in `dtype`; warns when they do not fit the stated time scale.
 
         Raises:
             MissingDependencyError: files that have not been fetched, or an attention backend that is not installed.

@@ -20,7 +20,7 @@ C = TypeVar("C", bound=StochasticizerConfig)
 
 
 class BaseStochasticizer(ABC, Generic[C]):
-    """A stochasticizer of this package: subclasses give the density, which gets checked times.
+    """A built-in stochasticizer: subclasses implement the density, whose times have been checked.
 
     Attributes:
         name: what it is registered as.

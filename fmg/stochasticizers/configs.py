@@ -1,4 +1,4 @@
-"""Options of the stochasticizers, and what each asks of a map. Imports no torch."""
+"""Options of the stochasticizers, and what each requires of a map. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ AnchorRule = Literal["gap", "ratio", "noise_share", "hold"]
 DEFAULT_ANCHOR: tuple[AnchorRule, float] = ("ratio", 0.9)
 """The anchor rule of `asfmc` when no option is given."""
 
-# an anchor nearer to the target leaves a std so small that fp32 log-probabilities lose their digits
+# with an anchor closer to the target the std is so small that fp32 log-probabilities lose their digits
 _LEAST_GAP, LARGEST_SHARE = 1e-4, 0.9999
 _LEAST_NOISE, _LARGEST_NOISE = 1e-3, 10.0
 

@@ -19,7 +19,7 @@ class ShapesRewardConfig(ComponentConfig):
 
 
 class ShapesQualityConfig(ComponentConfig):
-    """Picture quality in the shapes world; does not look at the prompt."""
+    """Image quality in the shapes world; does not look at the prompt."""
 
 
 class ShapesPromptsConfig(ComponentConfig):

@@ -36,7 +36,7 @@ def adapter_name(name: str) -> str:
 
 
 def base_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """What a network stores without its adapter: parameters and buffers by the names they have in files.
+    """The tensors of a network without its adapter: parameters and buffers by their names in files.
 
     Not through `state_dict`, which spreads a gathered FSDP2 network again.
     """
@@ -53,7 +53,7 @@ def adapter_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def adapter_shapes(transformer: nn.Module, targets: Sequence[str], rank: int) -> dict[str, tuple[int, ...]]:
-    """Shapes that the tensors of a LoRA on `targets` have, attached or not."""
+    """Shapes of the tensors of a LoRA on `targets`, attached or not."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, linear in matching_modules(transformer, targets).items():
         shapes[f"{name}.lora_A.weight"] = (rank, linear.in_features)
@@ -70,7 +70,7 @@ def matching_modules(transformer: nn.Module, targets: Sequence[str]) -> dict[str
     linears = _linear_modules(transformer)
     suffixes = expand_targets(targets)
     found = {name: linear for name, linear in linears.items() if is_target(name, suffixes)}
-    # a preset lists what any model of a family may have; a name that somebody typed has to exist
+    # a preset lists what any model of a family may have; a typed name has to exist
     typed = [target for target in targets if target not in LORA_PRESETS]
     unmatched = [target for target in typed if not any(is_target(name, (target,)) for name in linears)]
     if unmatched or not found:
@@ -86,7 +86,7 @@ def attach(
 ) -> dict[str, nn.Linear]:
     """Adds a LoRA with fp32 parameters, gaussian A and zero B (so the map does not change); returns what it adapts.
 
-    A ~ N(0, 1/rank^2), drawn from `seed` on the CPU without touching the global generator.
+    A ~ N(0, 1/rank^2), sampled from `seed` on the CPU without touching the global generator.
 
     Raises:
         UsageError: rank, alpha or dropout out of range, an adapter is there already, or targets match nothing.
@@ -98,7 +98,7 @@ def attach(
             f"A LoRA with rank {rank}, alpha {alpha} and dropout {dropout} is not possible",
             "Use rank >= 1, alpha > 0 and 0 <= dropout < 1.",
         )
-    # which imports all of transformers: whoever only averages weights or composes a run does without
+    # this imports all of transformers, which composing a run or averaging weights does not need
     from peft import LoraConfig
 
     found = matching_modules(transformer, targets)
@@ -110,7 +110,7 @@ def attach(
         init_lora_weights="gaussian",
     )
     with torch.random.fork_rng(devices=[]):
-        # not torch.manual_seed, which would seed the generators of every accelerator as well
+        # torch.manual_seed would also seed the generators of every accelerator
         torch.default_generator.manual_seed(seed)
         transformer.add_adapter(config, adapter_name=ADAPTER)
     for parameter in adapter_parameters(transformer).values():
@@ -137,9 +137,9 @@ def named_tuner_layers(transformer: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def merged_tensors(transformer: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What the network would store with its adapter merged, in `dtype`, where the network is.
+    """The tensors of the network with its adapter merged, in `dtype`, on the network's device.
 
-    Tensors that are no matrix of the adapter and have that dtype are the network's own, not copies.
+    Tensors that the adapter does not change and that have that dtype already are the network's own, not copies.
     """
     tensors = base_tensors(transformer)
     merged = {}

@@ -33,13 +33,13 @@ from fmg.core.types import Conditioning
 from fmg.flow.maps import PaddedBatches
 from fmg.models.common import adapter, roundtrip_check, saved_weights
 from fmg.models.common.pipeline_parts import C
-from fmg.models.common.policy_weights import PolicyScopes, Scope, Unfrozen
+from fmg.models.common.policy_weights import PolicyScopes, Scope, TrainableBase
 from fmg.models.common.sharding import gathered, shard_frozen
 from fmg.models.common.text import TextEncoders
 from fmg.models.common.weights import live_digest
 
 Network = Callable[..., Any]
-"""What has the call signature of the transformer: the module itself, or what stands in for it."""
+"""The transformer, or a stand-in with its call signature."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ def decode_latents(vae: Any, latents: Float[Tensor, "b c h w"], rows: int) -> Fl
 class AdaptedModel(ABC, Generic[C]):
     """Flow map, text encoders, decoder and what is trained of them. Implements `fmg.core.protocols.Model`.
 
-    A family of models gives its maps and its twin with another transformer; everything about training and saving is
-    here. Latents are images (c, h, w), so that a latent's noise belongs to a place in the picture. What is not a LoRA
-    and was not unfrozen never gets a gradient.
+    A family implements its maps and its copy around another transformer; everything about training and saving is here.
+    Latents are images (c, h, w), so that a latent's noise belongs to a place in the image. Only a LoRA and unfrozen
+    weights ever get gradients.
 
     Args:
         components: a loaded folder.
@@ -77,7 +77,7 @@ class AdaptedModel(ABC, Generic[C]):
     pipeline: ClassVar[Any]
     """The class of diffusers that runs the family: its `load_lora_weights` has to read what is saved."""
     alpha_tensors: ClassVar[bool] = False
-    """Whether that method reads alpha from tensors, as ComfyUI does; else it is in the metadata of the file."""
+    """Whether that method reads alpha from tensors, as ComfyUI does, or from the metadata of the file."""
     second_time_embedder: ClassVar[str | None] = None
     """Name of the transformer's embedder of the second time, in a family that has one."""
 
@@ -90,7 +90,7 @@ class AdaptedModel(ABC, Generic[C]):
         self._latent_shape = latent_shape
         transformer = components.transformer
         self._dtype: torch.dtype = transformer.dtype
-        self._unfrozen: Unfrozen | None = None
+        self._trainable_base: TrainableBase | None = None
         self._keep_old = True
         self._rows: int | None = None
         self._text = text or TextEncoders(
@@ -100,7 +100,7 @@ class AdaptedModel(ABC, Generic[C]):
 
     @abstractmethod
     def _map(self, scope: Scope, network: Network | None = None) -> FlowMap:
-        """The flow map, every network call of which runs in the context of `scope`, through `network` if given."""
+        """The flow map, whose network calls run in the context of `scope`, through `network` if given."""
 
     @abstractmethod
     def _with_transformer(self, transformer: Any) -> AdaptedModel[C]:
@@ -138,12 +138,10 @@ class AdaptedModel(ABC, Generic[C]):
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """(c, h, w) of one latent."""
         return self._latent_shape
 
     @property
     def device(self) -> torch.device:
-        """Where the transformer is."""
         device: torch.device = self._components.transformer.device
         return device
 
@@ -152,7 +150,7 @@ class AdaptedModel(ABC, Generic[C]):
         return self._text.encode(prompts)
 
     def cut_prompts(self, prompts: Sequence[str]) -> str:
-        """What to say of prompts that the model does not read to their end; empty for none."""
+        """A warning about prompts that the model truncates; empty for none."""
         return self._text.cut_prompts(prompts)
 
     def text_uncached(self) -> AbstractContextManager[None]:
@@ -160,7 +158,7 @@ class AdaptedModel(ABC, Generic[C]):
         return self._text.uncached()
 
     def release_text(self) -> None:
-        """Frees the memory that the text encoders take of the device."""
+        """Frees the device memory of the text encoders."""
         self._text.release()
 
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
@@ -192,14 +190,14 @@ class AdaptedModel(ABC, Generic[C]):
 
         Args:
             what: `duration`: the embedder of the second time, beside a LoRA; `full`: every weight, without a LoRA.
-            old: whether `snapshot` keeps a copy for `policies.old`; only asked for with `full`.
-            reference: whether a copy of the base is kept for `policies.reference`; only asked for with `full`.
+            old: whether `snapshot` keeps a copy for `policies.old`; only used with `full`.
+            reference: whether a copy of the base is kept for `policies.reference`; only used with `full`.
 
         Raises:
             UsageError: weights are unfrozen already, the map has no second time, or there is an adapter in the way.
         """
         transformer = self._components.transformer
-        if self._unfrozen is not None:
+        if self._trainable_base is not None:
             raise UsageError("Weights of the model are unfrozen already", "Load the model again.")
         whole = what == "full"
         chosen = dict(transformer.named_parameters()) if whole else self._second_time_parameters()
@@ -208,23 +206,23 @@ class AdaptedModel(ABC, Generic[C]):
                 "A LoRA adapts weights that are to be trained themselves",
                 "Train one of the two: unfreeze before an adapter is attached, or adapt other modules.",
             )
-        self._unfrozen = Unfrozen(chosen, keep_base=reference or not whole, whole=whole)
+        self._trainable_base = TrainableBase(chosen, keep_base=reference or not whole, whole=whole)
         self._keep_old = old or not whole
         self._after_change()
         return len(chosen)
 
     def fix_rows(self, rows: int | None) -> None:
-        """Fills network calls with fewer rows up to `rows`, so that kernels see one shape; None leaves them."""
+        """Pads network calls with fewer rows to `rows`, so that kernels see one shape; None stops padding."""
         self._rows = rows
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of the adapter, then the unfrozen ones, by the names they have in saved files."""
         yield from adapter.adapter_parameters(self._components.transformer).items()
-        if self._unfrozen is not None:
-            yield from self._unfrozen.parameters.items()
+        if self._trainable_base is not None:
+            yield from self._trainable_base.parameters.items()
 
     def snapshot(self) -> None:
-        """Freezes a copy of the trainable weights as `policies.old`, unless `unfreeze` was told that nobody asks."""
+        """Freezes a copy of the trainable weights as `policies.old`, unless `unfreeze` was told that none is needed."""
         self._scopes.snapshot()
 
     @contextmanager
@@ -236,12 +234,12 @@ class AdaptedModel(ABC, Generic[C]):
     def base_digest(self) -> str:
         """Sha256 over the transformer's base weights in memory; training must not change it.
 
-        After `shard` every process asks for it.
+        After `shard` every process has to call it.
 
         Raises:
             CompositionError: every weight is trained and no copy of the base was kept.
         """
-        base = {} if self._unfrozen is None else self._unfrozen.base_tensors()
+        base = {} if self._trainable_base is None else self._trainable_base.base_tensors()
         with self.gathered():
             return live_digest(self._components.transformer, base)
 
@@ -266,16 +264,16 @@ class AdaptedModel(ABC, Generic[C]):
         an embedder that was trained beside it as `fmg_extra.safetensors`; a network that was unfrozen as a whole as the
         component folder `transformer/`, in the dtype that the base was loaded in, and `fmg_transformer.json`.
 
-        What is written is proven first: stock diffusers reads it back and draws the same picture.
+        The files are verified first: stock diffusers loads them and must generate the same image.
 
         Raises:
             UsageError: there is nothing to save, or the folder exists.
-            CheckpointError: the files do not give the model back; they are not kept.
+            CheckpointError: the files do not reproduce the model; they are not kept.
         """
-        parts, unfrozen = self._components, self._unfrozen
+        parts, unfrozen = self._components, self._trainable_base
         if unfrozen is not None and unfrozen.whole:
             saved_weights.save_transformer(
-                folder, parts.transformer, self._base, parts.conventions, self._dtype, self._prove_component
+                folder, parts.transformer, self._base, parts.conventions, self._dtype, self._verify_transformer
             )
             return
         extra = {} if unfrozen is None else unfrozen.parameters
@@ -285,13 +283,13 @@ class AdaptedModel(ABC, Generic[C]):
             self.pipeline,
             self._base,
             parts.conventions,
-            self._prove,
+            self._verify_adapter,
             extra,
             alpha_tensors=self.alpha_tensors,
         )
 
     def load_adapter(self, folder: Path) -> None:
-        """Reads what `save_adapter` wrote, into what is attached and unfrozen or, where nothing is, as saved.
+        """Loads what `save_adapter` wrote; attaches and unfreezes what is saved where nothing is trained yet.
 
         Nothing changes when it fails.
 
@@ -310,7 +308,7 @@ class AdaptedModel(ABC, Generic[C]):
             self._check_geometry(folder, manifest)
         else:
             self.attach_adapter(manifest.rank, manifest.alpha, manifest.targets, manifest.dropout, seed=0)
-        if extra and self._unfrozen is None:
+        if extra and self._trainable_base is None:
             self.unfreeze("duration")
         with torch.no_grad():
             for name, parameter in self.trainable():
@@ -319,7 +317,7 @@ class AdaptedModel(ABC, Generic[C]):
 
     def _load_component(self, folder: Path) -> None:
         self._check_base(folder, saved_weights.read_transformer_manifest(folder).base)
-        unfrozen = self._unfrozen
+        unfrozen = self._trainable_base
         if self._scopes.layers or (unfrozen is not None and not unfrozen.whole):
             raise CheckpointError(
                 f"{folder} holds every weight of a transformer, and this model has an adapter",
@@ -329,41 +327,43 @@ class AdaptedModel(ABC, Generic[C]):
         self._scopes.base_lost = unfrozen is None
         self.snapshot()
 
-    def _prove(self, folder: Path) -> None:
+    def _verify_adapter(self, folder: Path) -> None:
         transformer = self._components.transformer
-        base = {} if self._unfrozen is None else self._unfrozen.base_tensors()
+        base = {} if self._trainable_base is None else self._trainable_base.base_tensors()
         fresh = roundtrip_check.reloaded(transformer, folder, self.pipeline, base)
         roundtrip_check.check_adapter(transformer, fresh, folder)
-        if self._unfrozen is not None:
-            # what no loader of diffusers knows is read as `load_adapter` reads it
+        if self._trainable_base is not None:
+            # no loader of diffusers knows these weights: they are read as `load_adapter` reads them
             manifest = saved_weights.read_adapter_manifest(folder)
-            extra = saved_weights.extra_shapes(folder, manifest, self._unfrozen.shapes)
+            extra = saved_weights.extra_shapes(folder, manifest, self._trainable_base.shapes)
             tensors = saved_weights.read_adapter_tensors(folder, self._shapes(folder, manifest) | extra)
-            roundtrip_check.check_tensors(self._unfrozen.parameters, {name: tensors[name] for name in extra}, folder)
+            roundtrip_check.check_tensors(
+                self._trainable_base.parameters, {name: tensors[name] for name in extra}, folder
+            )
             placed = {name: tensors[name].to(transformer.device) for name in extra}
             fresh.load_state_dict(placed, strict=False, assign=True)
-        self._prove_picture(fresh, folder)
+        self._verify_image(fresh, folder)
 
-    def _prove_component(self, folder: Path) -> None:
+    def _verify_transformer(self, folder: Path) -> None:
         transformer = self._components.transformer
         stock = roundtrip_check.component(transformer, folder / saved_weights.COMPONENT, self._dtype)
         roundtrip_check.check_tensors(transformer.state_dict(), stock.state_dict(), folder)
-        self._prove_picture(stock, folder)
+        self._verify_image(stock, folder)
 
-    def _prove_picture(self, stock: Any, folder: Path) -> None:
+    def _verify_image(self, stock: Any, folder: Path) -> None:
         cond = self.encode([roundtrip_check.PROMPT])
-        pictures = self._picture(cond), self._with_transformer(stock)._picture(cond)
-        roundtrip_check.check_same(*pictures, self._dtype, folder)
+        images = self._image(cond), self._with_transformer(stock)._image(cond)
+        roundtrip_check.check_same(*images, self._dtype, folder)
 
     @torch.no_grad()
-    def _picture(self, cond: Conditioning) -> Float[Tensor, "1 3 height width"]:
-        noise = roundtrip_check.picture_noise(self.latent_shape, self.device)
+    def _image(self, cond: Conditioning) -> Float[Tensor, "1 3 height width"]:
+        noise = roundtrip_check.image_noise(self.latent_shape, self.device)
         start, end = torch.ones(1, device=self.device), torch.zeros(1, device=self.device)
         return self.decode(self.flow_map.jump(noise, start, end, cond))
 
     @cached_property
     def _base(self) -> saved_weights.BaseReference:
-        # hashed when first asked for: an 8 B model takes seconds, and generating never needs it
+        # hashed on first use: an 8 B model takes seconds, and generating never needs it
         return saved_weights.BaseReference.of(self._name, self._components.weights)
 
     def _check_base(self, folder: Path, base: saved_weights.BaseReference) -> None:
@@ -400,7 +400,7 @@ class AdaptedModel(ABC, Generic[C]):
         config = self._components.transformer.peft_config[adapter.ADAPTER]
         attached = (config.r, float(config.lora_alpha), set(config.target_modules))
         saved = (manifest.rank, manifest.alpha, set(manifest.targets))
-        trained = set() if self._unfrozen is None else set(self._unfrozen.parameters)
+        trained = set() if self._trainable_base is None else set(self._trainable_base.parameters)
         if trained and trained != set(manifest.extra):
             raise CheckpointError(
                 f"The adapter in {folder} lacks the embedder of the second time, which this model trains",
@@ -416,7 +416,7 @@ class AdaptedModel(ABC, Generic[C]):
     def _after_change(self) -> None:
         trained = [parameter for _, parameter in self.trainable()]
         self._scopes = PolicyScopes(
-            self._components.transformer, trained, self._unfrozen, self._dtype, keep_old=self._keep_old
+            self._components.transformer, trained, self._trainable_base, self._dtype, keep_old=self._keep_old
         )
         self._policies = AdapterPolicies(
             current=self._view(self._scopes.current),

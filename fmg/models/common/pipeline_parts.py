@@ -35,7 +35,7 @@ class Components(Protocol):
 
     @property
     def conventions(self) -> FlowMapConventions:
-        """How the weights want to be sampled."""
+        """How the weights are sampled."""
 
     @property
     def transformer(self) -> Any:
@@ -130,7 +130,7 @@ class Family:
         except CheckpointError:
             raise
         except Exception as error:
-            # whatever a library makes of a config that it does not expect
+            # libraries raise anything on a config they do not expect
             if out_of_memory(error) is not None:
                 raise
             raise CheckpointError(f"{folder} cannot be loaded: {reason(error)}", RESTORE) from error

@@ -1,4 +1,4 @@
-"""Weights of a base that are trained themselves, beside or instead of a LoRA."""
+"""The weights of each policy of one network: the trained ones, the last snapshot, and the base."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class WeightSnapshot:
         self._values = [parameter.detach().clone() for parameter in parameters]
 
     def take(self) -> None:
-        """Freezes the values as they are now, in the memory of the earlier ones."""
+        """Freezes the current values, in the memory of the previous ones."""
         for parameter, value in zip(self._parameters, self._values, strict=True):
             value.copy_(parameter.detach())
 
@@ -53,7 +53,7 @@ class WeightSnapshot:
             value.copy_(current)
 
 
-class Unfrozen:
+class TrainableBase:
     """Parameters that got gradients and fp32, because bf16 would round away updates of the size that RL makes.
 
     Args:
@@ -111,16 +111,16 @@ class Unfrozen:
 
 
 Scope = Callable[[], AbstractContextManager[None]]
-"""What makes the context that a call of the network runs in."""
+"""Makes the context that a call of the network runs in."""
 
 
 class PolicyScopes:
-    """Contexts for the calls of a transformer whose LoRA, unfrozen weights, or both are trained.
+    """Contexts for the calls of a transformer whose LoRA, base weights, or both are trained.
 
     Args:
         transformer: the network.
         trained: its trained parameters.
-        unfrozen: those among them that belong to the base.
+        base: those among them that belong to the base.
         dtype: in which the network computes; fp32 weights of another dtype's network run under autocast.
         keep_old: whether a copy of the trained parameters is kept for `old`.
     """
@@ -129,7 +129,7 @@ class PolicyScopes:
         self,
         transformer: nn.Module,
         trained: Sequence[nn.Parameter],
-        unfrozen: Unfrozen | None,
+        base: TrainableBase | None,
         dtype: torch.dtype,
         *,
         keep_old: bool,
@@ -137,8 +137,8 @@ class PolicyScopes:
         self.layers = adapter.tuner_layers(transformer)
         self.base_lost = False
         self._dropouts = adapter.dropout_modules(transformer)
-        self._unfrozen = unfrozen
-        self._autocast = dtype if unfrozen is not None and unfrozen.whole and dtype != torch.float32 else None
+        self._trainable_base = base
+        self._autocast = dtype if base is not None and base.whole and dtype != torch.float32 else None
         self._device_type = next(transformer.parameters()).device.type
         self._old = WeightSnapshot(trained) if keep_old else None
 
@@ -149,7 +149,7 @@ class PolicyScopes:
 
     @contextmanager
     def adapter(self, *, enabled: bool) -> Iterator[None]:
-        """What is trained on, or off: then the weights are those of the base.
+        """Runs the body with the trained weights, or with those of the base.
 
         Raises:
             CompositionError: the weights of the base are not in memory.
@@ -201,7 +201,7 @@ class PolicyScopes:
                 "The base is not in memory, because every weight was loaded from a tuned checkpoint",
                 "Load the model without the checkpoint beside it.",
             )
-        return nullcontext() if self._unfrozen is None else self._unfrozen.base_in_place()
+        return nullcontext() if self._trainable_base is None else self._trainable_base.base_in_place()
 
     @contextmanager
     def _precision(self) -> Iterator[None]:

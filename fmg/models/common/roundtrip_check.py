@@ -1,4 +1,4 @@
-"""The proof of a saved adapter: stock diffusers reads it into a fresh transformer, which must draw the same picture."""
+"""Verifies saved weights: stock diffusers loads them into a fresh transformer, which must generate the same image."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from fmg.models.common.adapter import ADAPTER, adapter_parameters, base_tensors
 
 _FIX = "Check the disk, and the versions of diffusers and peft."
 PROMPT = "a red circle left"
-"""What proofs draw."""
+"""The prompt that verification generates an image of."""
 TOLERANCE: Mapping[torch.dtype, float] = MappingProxyType({torch.float32: 1e-5, torch.bfloat16: 1e-2})
 """Mean difference of the pixels in [0, 1] between the trained model and the reloaded one, by the network's dtype.
 
-Stock diffusers rounds an adapter to the dtype of the base, so a bf16 picture agrees to bf16's precision only.
+Stock diffusers rounds an adapter to the dtype of the base, so a bf16 image agrees to bf16's precision only.
 """
 
 
 def fresh_transformer(transformer: Any, base: Mapping[str, Tensor] = MappingProxyType({})) -> Any:
     """A transformer without adapter over the same base tensors: no weight is copied, so any size costs nothing.
 
-    `base` has the values of weights that are trained themselves, which stand for those in the transformer.
+    `base` has the base values of weights that are trained themselves; they replace those in the transformer.
     """
     with torch.device("meta"):
         fresh = type(transformer).from_config(transformer.config)
@@ -43,9 +43,9 @@ def reloaded(transformer: Any, folder: Path, pipeline: Any, base: Mapping[str, T
     """A fresh transformer over the same base, into which the stock `pipeline` class has read `folder`."""
     others = dict.fromkeys(list(inspect.signature(pipeline).parameters))
     stock = pipeline(**{**others, "transformer": fresh_transformer(transformer, base)})
-    # diffusers warns that the file has nothing for the text encoders
+    # diffusers warns that the file has no weights for the text encoders
     with quiet(diffusers_logging), warnings.catch_warnings():
-        # what PEFT suspects of a file is decided by comparing the tensors
+        # PEFT only suspects a problem; comparing the tensors decides
         warnings.simplefilter("ignore", RuntimeWarning)
         stock.load_lora_weights(str(folder), adapter_name=ADAPTER)
     return stock.transformer
@@ -61,27 +61,27 @@ def component(transformer: Any, folder: Path, dtype: torch.dtype) -> Any:
 
 
 def check_adapter(trained: nn.Module, stock: nn.Module, folder: Path) -> None:
-    """Whether the reloaded adapter has the trained values, bit for bit after rounding to its own dtype.
+    """Checks that the reloaded adapter has the trained values, bit for bit after rounding to its own dtype.
 
     Raises:
-        CheckpointError: a tensor is missing, left over or another one.
+        CheckpointError: a tensor is missing, unexpected or different.
     """
     check_tensors(adapter_parameters(trained), adapter_parameters(stock), folder)
 
 
 def check_tensors(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], folder: Path) -> None:
-    """Whether tensors that were read back are the saved ones, bit for bit after rounding to their own dtype.
+    """Checks that the tensors read back are the saved ones, bit for bit after rounding to their own dtype.
 
     Raises:
-        CheckpointError: one is missing, left over or another one.
+        CheckpointError: one is missing, unexpected or different.
     """
     wrong = sorted(wanted.keys() ^ given.keys()) or [
         name for name, x in given.items() if not torch.equal(x.detach(), wanted[name].detach().to(x.dtype))
     ]
     if wrong:
         raise CheckpointError(
-            f"What was saved as {folder.name} comes back changed when diffusers reads it: {wrong[0]}"
-            f" (one of {len(wrong)}); it was not kept",
+            f"The weights saved as {folder.name} are different after diffusers loads them: {wrong[0]}"
+            f" (one of {len(wrong)}); they were not kept",
             _FIX,
         )
 
@@ -98,13 +98,13 @@ def check_same(
     tolerance = TOLERANCE[dtype]
     if not difference <= tolerance:
         raise CheckpointError(
-            f"What was saved as {folder.name} draws another picture when diffusers reads it back: pixels differ by"
-            f" {difference:.2g} in the mean, more than {tolerance:g}; it was not kept",
+            f"The weights saved as {folder.name} generate a different image after diffusers loads them: pixels differ"
+            f" by {difference:.2g} on average, more than {tolerance:g}; they were not kept",
             _FIX,
         )
     return difference
 
 
-def picture_noise(shape: tuple[int, ...], device: torch.device) -> Float[Tensor, "1 c h w"]:
-    """The noise that proofs start from."""
+def image_noise(shape: tuple[int, ...], device: torch.device) -> Float[Tensor, "1 c h w"]:
+    """The noise that verification starts from."""
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(device)

@@ -83,7 +83,7 @@ class BaseReference(BaseModel):
 
 
 class AdapterManifest(BaseModel):
-    """What `fmg_adapter.json` says."""
+    """The content of `fmg_adapter.json`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -113,12 +113,12 @@ def save_adapter(
     """Writes the adapter of `transformer` to a new folder; either all of it appears or nothing.
 
     Args:
-        folder: what to make.
-        transformer: what has the adapter.
-        pipeline: class of diffusers whose `load_lora_weights` is to read it.
+        folder: where; must not exist.
+        transformer: has the adapter.
+        pipeline: class of diffusers whose `load_lora_weights` must read it.
         base: what the adapter was trained on.
-        conventions: how that wants to be sampled.
-        check: gets the folder before it appears under its name; when it raises, nothing is kept.
+        conventions: how it is sampled.
+        check: verifies the folder before it appears under its name; when it raises, nothing is kept.
         extra: weights that were trained themselves, by their names in the state dict.
         alpha_tensors: state alpha as a tensor beside each module, which ComfyUI reads as well as `pipeline`; else in
             the metadata of the file, which only diffusers reads. It takes one of them, never both.
@@ -180,7 +180,7 @@ def read_adapter_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) ->
     Args:
         folder: what `save_adapter` wrote.
         shapes: names and shapes that must be there, no more and no fewer. A reader that knows of a LoRA alone gets an
-            error for an adapter that is more than one.
+            error for an adapter with more than that.
 
     Raises:
         CheckpointError: a file is missing or damaged, or names, shapes or values are not as they must be.
@@ -259,7 +259,7 @@ _SHARD = "5GB"
 
 
 class TransformerManifest(BaseModel):
-    """What `fmg_transformer.json` says."""
+    """The content of `fmg_transformer.json`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -279,12 +279,12 @@ def save_transformer(
     """Writes every weight of `transformer` in `dtype` to a new folder, sharded; all of it appears or nothing.
 
     Args:
-        folder: what to make.
+        folder: where; must not exist.
         transformer: a model of diffusers without an adapter.
         base: what it was tuned from.
-        conventions: how it wants to be sampled.
+        conventions: how it is sampled.
         dtype: of the stored weights; they are converted one shard at a time.
-        check: gets the folder before it appears under its name; when it raises, nothing is kept.
+        check: verifies the folder before it appears under its name; when it raises, nothing is kept.
 
     Raises:
         UsageError: the folder exists.

@@ -34,7 +34,7 @@ class Tokenizer(Protocol):
         """Token ids of a batch of texts, padded to `max_length`."""
 
     def encode(self, text: str, *, verbose: bool = True) -> list[int]:
-        """Token ids of one text, all of them; not `verbose` says nothing about their number."""
+        """Token ids of one text, all of them; `verbose=False` suppresses the warning about long ones."""
 
 
 @runtime_checkable
@@ -52,7 +52,7 @@ class TextStack(Protocol):
 
     @property
     def encoders(self) -> tuple[Any, ...]:
-        """The modules that compute."""
+        """The encoder modules."""
 
     def embed(self, prompts: list[str], length: int) -> Mapping[str, Tensor]:
         """The tensors of `Conditioning` by name, one row a prompt, where the encoders are.
@@ -63,7 +63,7 @@ class TextStack(Protocol):
         """
 
     def count(self, prompt: str) -> int:
-        """Tokens of a prompt of which `embed` cuts off those beyond its `length`."""
+        """Tokens of a prompt; `embed` truncates at its `length`."""
 
 
 class TextEncoders:
@@ -78,8 +78,8 @@ class TextEncoders:
         batch_size: prompts for one encoder call.
         cache_bytes: bound on the memory of kept embeddings.
         offload: whether the encoders compute on `device` and go back to where they were after each call.
-        disk: embeddings of earlier runs. A row is read back bit for bit; that it also equals what another batch would
-            have given takes `batch_size` 1.
+        disk: embeddings of earlier runs, read back bit for bit; only with `batch_size` 1 do they not depend on
+            the batch.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class TextEncoders:
         return encoded.select(torch.tensor([place[prompt] for prompt in prompts]))
 
     def cut_prompts(self, prompts: Sequence[str]) -> str:
-        """What to say of prompts that `encode` cuts (`fmg.core.prompt.cut_prompts`); empty for none."""
+        """A warning about prompts that `encode` truncates; empty for none."""
         with stage(TOKENISE):
             counts = {prompt: self._stack.count(prompt) for prompt in dict.fromkeys(prompts)}
         return cut_prompts(counts, self._length)
@@ -145,7 +145,7 @@ class TextEncoders:
             self._remember = True
 
     def release(self) -> None:
-        """Moves the encoders to the CPU, where a prompt that comes later is encoded."""
+        """Moves the encoders to the CPU, where later prompts are encoded."""
         for encoder in self._stack.encoders:
             encoder.to("cpu")
 
@@ -191,7 +191,7 @@ def cached_encoders(
     cache: bool,
     facts: Sequence[str] = (),
 ) -> TextEncoders:
-    """Encoders for a run: where a recipe wants them, and with its cache on disk.
+    """Encoders for a run, placed and cached as its recipe states.
 
     Args:
         stack: encoders and tokenizers.

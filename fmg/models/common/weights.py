@@ -28,10 +28,10 @@ FLOATS: Mapping[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-"""Dtypes that weights are read from, by the names that safetensors files give them. Numbers of 8 bits stand for
-themselves: they are widened when they are read, and nothing is written in them but what keeps a base as it was."""
+"""Dtypes that weights are read from, by the names that safetensors files give them. 8-bit numbers carry no scale:
+they are widened when read, and only an unchanged base is ever written in them."""
 WINDOW_BYTES = 64 * 2**20
-"""What is read between two openings of a file: mapped pages count as the process's memory until it is closed."""
+"""Bytes read before a file is reopened: mapped pages count as the process's memory until it is closed."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 T = TypeVar("T", bound=nn.Module)
@@ -127,7 +127,7 @@ def empty_transformer(cls: type[T], config: Mapping[str, Any], origin: Path) -> 
         with torch.device("meta"):
             transformer: T = cls.from_config({**config, "_class_name": cls.__name__})  # type: ignore[attr-defined]
     except Exception as error:
-        # whatever the constructor makes of a value that it does not expect
+        # constructors raise anything on a value they do not expect
         if isinstance(error, FmgError) or out_of_memory(error) is not None:
             raise
         raise unreadable(origin, error) from error
@@ -160,10 +160,10 @@ def stored_shapes(weights: WeightFiles, known: Collection[str] = FLOATS) -> dict
 
 
 def check_dtype(name: str, stored: str, file: Path, known: Collection[str]) -> None:
-    """Whether a tensor is stored in a type that is read.
+    """Checks that a tensor is stored in a known type.
 
     Raises:
-        CheckpointError: it is not; quantized weights, for instance, would be taken for what they are not.
+        CheckpointError: it is not. Quantized weights, for instance, would be misread.
     """
     if stored not in known:
         raise CheckpointError(
@@ -282,7 +282,7 @@ class TensorReader:
 def live_digest(module: nn.Module, base: Mapping[str, Tensor] = MappingProxyType({})) -> str:
     """Sha256 over the base weights in memory: every tensor of the state dict that is not part of an adapter.
 
-    `base` has the values of weights that are trained themselves, which stand for those in the module.
+    `base` has the base values of weights that are trained themselves; they replace those in the module.
     """
     tensors = {**base_tensors(module), **base}
     return tensors_digest((name, tensors[name]) for name in sorted(tensors))

@@ -52,7 +52,7 @@ class FluxConfig(PublishedConfig):
     time_scale: float = Field(
         gt=0,
         description="Factor on times and guidance before their sinusoids: 1 for the published students, 1000 for stock "
-        "FLUX weights. Under the wrong one the model draws noise, without an error.",
+        "FLUX weights. With the wrong one the model generates noise, without an error.",
     )
     resolution: int = Field(
         default=512, gt=0, le=MAX_SIDE, multiple_of=16, description="Side of the square image in pixels."
@@ -188,7 +188,7 @@ class FluxFewStepConfig(FluxConfig):
         min_length=1, description="Pipeline folder: hub id owner/name@revision, or a local diffusers folder."
     )
     map: Literal["two-time", "single-time"] = Field(
-        description="Whether the network takes a second time, or only knows the way to 0."
+        description="Whether the network takes a second time, or only jumps to 0."
     )
     second_time: Literal["none", "duration", "target"] = Field(
         description="What timestep_embedder2 receives: t - s, s, or nothing for a single-time map."

@@ -97,16 +97,16 @@ def read_torch_file(file: Path) -> dict[str, Tensor]:
             if damaged:
                 raise CheckpointError(f"{file} is truncated", "Fetch or copy it again.")
         with warnings.catch_warnings():
-            # what torch thinks of a pickle's version says nothing to somebody who gave the wrong file
+            # torch's warning about the version of a pickle does not help somebody who gave the wrong file
             warnings.simplefilter("ignore", UserWarning)
             loaded = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{file} is no checkpoint of tensors: what else a torch file holds is not loaded, because it can run code",
+            f"{file} is no checkpoint of tensors: other contents of a torch file can run code and are not loaded",
             "Give the published student, or plain tensors as .safetensors.",
         ) from error
     except (EOFError, LookupError, AttributeError, TypeError) as error:
-        # the unpickler's way of saying that it met neither tensors nor code
+        # what the unpickler raises when it finds neither tensors nor code
         raise CheckpointError(f"{file} is not a torch file", "Give the student's checkpoint file.") from error
     except (OSError, RuntimeError, ValueError) as error:
         raise unreadable(file, error) from error
@@ -120,7 +120,7 @@ def read_torch_file(file: Path) -> dict[str, Tensor]:
 
 
 def check_student(wanted: Shapes, given: Shapes, origin: Path) -> None:
-    """`check_names`, with a word on the likely mistake where the second time embedder is concerned.
+    """`check_names`, with a hint about the second time embedder where that is the likely mistake.
 
     Raises:
         CheckpointError: the names or shapes do not fit.
@@ -163,8 +163,8 @@ def _write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 class FluxText:
     """The two text encoders of FLUX with their tokenizers (`tokenizer`, `text_encoder`: CLIP; `_2`: T5).
 
-    T5 gets no attention mask and sees its padding, CLIP gives the state at the end-of-text token; both cut what is
-    longer than their length.
+    T5 gets no attention mask and sees its padding; CLIP gives the state at the end-of-text token. Both truncate prompts
+    that are too long.
     """
 
     tokenizer: Tokenizer
@@ -182,7 +182,7 @@ class FluxText:
         return {"tokens": self._tokens(prompts, length), "pooled": self._pooled(prompts)}
 
     def count(self, prompt: str) -> int:
-        """Tokens of T5, its end included; CLIP only ever sees the beginning of a prompt."""
+        """Tokens of T5, its end token included; CLIP only ever sees the beginning of a prompt."""
         return len(self.tokenizer_2.encode(prompt, verbose=False))
 
     def _tokens(self, prompts: list[str], length: int) -> Float[Tensor, "b l d"]:
@@ -207,7 +207,7 @@ FLUX = Family(
         {
             "transformer": {
                 "FlowMapFluxTransformer2DModel": FlowMapFluxTransformer2DModel,
-                # the same weights, written by tools that know the stock class only; the conventions say the rest
+                # the same weights, written by tools that only know the stock class; the conventions complete them
                 "FluxTransformer2DModel": FlowMapFluxTransformer2DModel,
             },
             "vae": {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny},
@@ -219,7 +219,7 @@ FLUX = Family(
 
 
 _AXES = 3
-# what diffusers takes where the config says nothing
+# the defaults of diffusers
 _STOCK_AXES: Mapping[str, object] = MappingProxyType({"attention_head_dim": 128, "axes_dims_rope": [16, 56, 56]})
 
 
@@ -265,7 +265,7 @@ def load_parts(
 
     Args:
         folder: a diffusers pipeline folder.
-        conventions: how the transformer's weights want to be sampled.
+        conventions: how the transformer's weights are sampled.
         device: where transformer and decoder go.
         dtype: of every weight.
         student: weights of the transformer in place of the folder's own (`fmg.models.flux.loading.student_weights`).
@@ -312,7 +312,7 @@ def _config(folder: Path) -> dict[str, Any]:
     config = read_config(folder)
     known = {**_STOCK_AXES, **config}
     head, axes = whole(known, "attention_head_dim"), wholes(known, "axes_dims_rope")
-    # the one value that no weight has the shape of: the first forward would be where it is noticed
+    # the only value that no weight shape reveals: a wrong one would first show in a forward pass
     if axes is None or len(axes) != _AXES or sum(axes) != head or any(axis % 2 for axis in axes):
         stated = "says" if "axes_dims_rope" in config else "leaves out the key, which means"
         raise CheckpointError(
@@ -335,7 +335,7 @@ def _check_conventions(folder: Path, config: Mapping[str, Any], conventions: Flo
         if config.get(key, value) != value:
             raise CheckpointError(
                 f"{folder / 'config.json'} says {key} {config[key]!r} and {CONVENTIONS_FILE} says {value!r}",
-                "Correct the one that is wrong: under the wrong convention the model draws noise.",
+                "Correct the wrong one: with it the model generates noise.",
             )
 
 

@@ -62,7 +62,7 @@ class FluxNetwork:
     def within(
         self, scope: Callable[[], AbstractContextManager[None]], transformer: Callable[..., Any] | None = None
     ) -> FluxNetwork:
-        """The same network, every call of which runs in another context, and through `transformer` if given."""
+        """The same network whose calls run in another context, and through `transformer` if given."""
         return FluxNetwork(transformer or self._transformer, self._dtype, self._guidance, scope)
 
     def two_time(

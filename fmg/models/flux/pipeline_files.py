@@ -1,4 +1,4 @@
-"""What makes a folder one of `FlowMapPipeline`, and keeps the stock pipeline from taking it for its own.
+"""The files that make a folder one of `FlowMapPipeline`, and keep the stock pipeline from loading it.
 
 The class in `model_index.json` is named as code of the folder, `pipeline.py`. Diffusers refuses such a folder,
 whichever class it is asked for, unless it is told to `trust_remote_code`; then the class is fmg's.
@@ -24,7 +24,7 @@ from fmg.version import DISTRIBUTION
 INDEX_FILE = "model_index.json"
 CODE_FILE = "pipeline.py"
 STALE = "scheduler"
-"""Folder of the stock pipeline, which a flow map has no use for: its times are in the conventions."""
+"""Folder of the stock pipeline, which a flow map does not use: its times are in the conventions."""
 
 _CLASS = [CODE_FILE.removesuffix(".py"), "FlowMapPipeline"]
 _TRANSFORMER = FlowMapFluxTransformer2DModel
@@ -35,7 +35,7 @@ _FIXED: Mapping[str, tuple[str, str]] = {
     "tokenizer_2": ("transformers", "T5Tokenizer"),
     "transformer": (_TRANSFORMER.__module__, _TRANSFORMER.__name__),
 }
-# not as an import statement: diffusers would advise whoever lacks it to install the index's package of that name
+# no import statement: without fmg, diffusers would advise to install the package that indexes call fmg
 _CODE = f'''"""The pipeline class of this folder, a few-step flow map. It is fmg's, and nothing else is run."""
 
 import importlib
@@ -55,7 +55,7 @@ def write_pipeline_files(folder: Path, conventions: FlowMapConventions) -> None:
 
     Args:
         folder: a pipeline folder with all its components.
-        conventions: how the transformer wants to be sampled.
+        conventions: how the transformer is sampled.
 
     Raises:
         CheckpointError: a component states no class.
@@ -76,11 +76,11 @@ def write_pipeline_files(folder: Path, conventions: FlowMapConventions) -> None:
 
 
 def check_transformer(transformer: Any, conventions: FlowMapConventions) -> None:
-    """Whether a transformer is a flow map with these conventions.
+    """Checks that a transformer is a flow map with these conventions.
 
     Raises:
-        UsageError: it is of the stock class.
-        CheckpointError: its config says otherwise.
+        UsageError: it has the stock class.
+        CheckpointError: its config states others.
     """
     inner = getattr(transformer, "_orig_mod", transformer)
     if not isinstance(inner, FlowMapFluxTransformer2DModel):
@@ -93,7 +93,7 @@ def check_transformer(transformer: Any, conventions: FlowMapConventions) -> None
         if inner.config[key] != stated:
             raise CheckpointError(
                 f"The transformer has {key} {inner.config[key]!r}, and the conventions say {stated!r}",
-                "Correct the one that is wrong: under the wrong convention the model draws noise.",
+                "Correct the wrong one: with it the model generates noise.",
             )
     check_guidance(
         Path(str(inner.config.get("_name_or_path") or ".")), conventions, embeds=inner.config.guidance_embeds
@@ -101,7 +101,7 @@ def check_transformer(transformer: Any, conventions: FlowMapConventions) -> None
 
 
 def check_index(folder: Path, conventions: FlowMapConventions) -> None:
-    """Whether `model_index.json`, which diffusers' loader reads, says the same as `fmg_flow_map.json`.
+    """Checks that `model_index.json`, which diffusers' loader reads, agrees with `fmg_flow_map.json`.
 
     Raises:
         CheckpointError: it does not.

@@ -19,7 +19,7 @@ from diffusers.models.embeddings import (
     get_timestep_embedding,
 )
 
-# diffusers looks for this base class in the module of a component to learn how it is loaded
+# diffusers looks for this base class in a component's module to decide how to load it
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from jaxtyping import Float
@@ -128,7 +128,7 @@ class FlowMapFluxTransformer2DModel(FluxTransformer2DModel):  # type: ignore[mis
         """As in diffusers, except that weights which are missing, left over or of another shape are an error.
 
         The stock method leaves out what it does not know with a warning, and a flow map without the embedder of its
-        second time draws noise.
+        second time generates noise.
 
         Raises:
             CheckpointError: the weights in `folder` are not those of its config.
@@ -244,14 +244,14 @@ def time_scale_doubt(embedder: TimestepEmbedding, time_scale: float) -> str | No
         if roughness > _ROUGH:
             return (
                 f"the weights respond to times multiplied by {time_scale:g} without any smoothness ({roughness:.2f}),"
-                " as weights of unscaled times do; if pictures are noise, set model.time_scale to 1"
+                " as weights of unscaled times do; if images are noise, set model.time_scale to 1"
             )
         return None
     stock_roughness, stock_spread = _response(embedder, STOCK_SCALE)
     if stock_roughness < _SMOOTH and spread < _NARROW * stock_spread:
         return (
             f"the weights hardly respond to times multiplied by {time_scale:g}, and smoothly to times multiplied by"
-            f" {STOCK_SCALE:g}, as stock FLUX weights do; if pictures are noise, set model.time_scale to"
+            f" {STOCK_SCALE:g}, as stock FLUX weights do; if images are noise, set model.time_scale to"
             f" {STOCK_SCALE:g}"
         )
     return None

@@ -44,7 +44,7 @@ class SanaText:
         """`tokens` (b, length, d) and their `mask` (b, length), 1 for text and 0 for padding.
 
         As `SanaSprintPipeline.encode_prompt`: the prompt in lower case after the instruction, and of all states the
-        first and the last `length - 1`, so that the instruction shapes the states without being seen itself.
+        first and the last `length - 1`, so that the instruction shapes the states but is not seen itself.
         """
         texts = [self._instructed(prompt) for prompt in prompts]
         total = length + self._extra()
@@ -68,7 +68,7 @@ class SanaText:
 
 
 def published_instruction() -> str:
-    """The instruction that the installed `SanaSprintPipeline` puts before a prompt when nobody says otherwise."""
+    """The default instruction that the installed `SanaSprintPipeline` puts before a prompt."""
     lines = inspect.signature(SanaSprintPipeline.__call__).parameters["complex_human_instruction"].default
     return "\n".join(lines)
 
@@ -110,7 +110,7 @@ def load_parts(
 
     Args:
         folder: a diffusers pipeline folder.
-        conventions: how the transformer's weights want to be sampled.
+        conventions: how the transformer's weights are sampled.
         device: where transformer and decoder go.
         dtype: of every weight.
         instruction: text that Gemma reads before each prompt.

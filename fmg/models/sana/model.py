@@ -56,7 +56,7 @@ class SanaNetwork:
     def within(
         self, scope: Callable[[], AbstractContextManager[None]], transformer: Callable[..., Any] | None = None
     ) -> SanaNetwork:
-        """The same network, every call of which runs in another context, and through `transformer` if given."""
+        """The same network whose calls run in another context, and through `transformer` if given."""
         return SanaNetwork(transformer or self._transformer, self._dtype, self._guidance, scope)
 
     def __call__(

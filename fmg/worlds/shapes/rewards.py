@@ -1,4 +1,4 @@
-"""The rewards of the shapes world: prompt adherence, and the picture quality that is held out from training."""
+"""The rewards of the shapes world: prompt adherence, and the image quality that is held out from training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fmg.worlds.shapes.verifier import quality, verify
 
 
 class ShapesReward:
-    """Agreement of a picture with the scene that its prompt describes (`fmg.worlds.shapes.verifier.verify`).
+    """Agreement of an image with the scene that its prompt describes (`fmg.worlds.shapes.verifier.verify`).
 
     The total is the part named by `score`. Parts, each in [0, 1]: `color`, `shape`, `position`, `count`, `soft`,
     `strict`.
@@ -58,7 +58,7 @@ class ShapesReward:
 
 
 class ShapesQuality:
-    """Picture quality whatever the prompt: `recognisable * sharpness * palette_fidelity`.
+    """Image quality whatever the prompt: `recognisable * sharpness * palette_fidelity`.
 
     Parts, each in [0, 1]: `recognisable` (exactly one object, whose kind can be told), `sharpness`, `palette`.
     """

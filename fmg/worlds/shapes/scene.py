@@ -1,6 +1,6 @@
-"""What a picture of the shapes world should show: clauses of objects, with GenEval-style metadata.
+"""What an image of the shapes world should show: clauses of objects, with GenEval-style metadata.
 
-Coordinates are pixels of a 32 x 32 picture, x to the right and y down, with the centre at (16, 16).
+Coordinates are pixels of a 32 x 32 image, x to the right and y down, with the centre at (16, 16).
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ class Clause:
 
 @dataclass(frozen=True)
 class Scene:
-    """A specification that a prompt expresses and a picture can be checked against."""
+    """A specification that a prompt expresses and an image can be checked against."""
 
     tag: Tag
     include: tuple[Clause, ...]
 
     @property
     def objects(self) -> int:
-        """Number of objects the picture should show."""
+        """Number of objects the image should show."""
         return sum(clause.count for clause in self.include)
 
     def metadata(self, prompt: str) -> dict[str, Any]:
@@ -108,7 +108,7 @@ FloatArray = NDArray[np.float32]
 SINGLE_SIZES = (11.0, 15.0)
 """Side length range of a lone object, in pixels."""
 SHARED_SIZES = (8.0, 10.0)
-"""Side length range of objects that share a picture, in pixels."""
+"""Side length range of objects that share an image, in pixels."""
 JITTER = 1.0
 """Largest displacement from the nominal centre along each axis, in pixels."""
 CROSS_ARM = 0.36
@@ -206,7 +206,7 @@ _SIGNED_DISTANCE = {"circle": _circle, "square": _square, "triangle": _triangle,
 
 
 def render(pictures: Sequence[Sequence[PlacedObject]]) -> Float[np.ndarray, "b 3 32 32"]:
-    """Draw pictures as float32 RGB in [0, 1]; later objects of a picture are painted over earlier ones."""
+    """Draw images as float32 RGB in [0, 1]; later objects of an image are painted over earlier ones."""
     background = np.asarray(BACKGROUND_RGB, dtype=np.float32) / np.float32(255)
     images: FloatArray = np.empty((len(pictures), 3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)
     images[:] = background[:, None, None]

@@ -1,4 +1,4 @@
-"""Rule-based verifier: what a picture shows, read from its pixels, and how that compares with a scene.
+"""Rule-based verifier: what an image shows, read from its pixels, and how that compares with a scene.
 
 The rules for counts and relations follow GenEval (Ghosh et al., 2023). Nothing here imports torch.
 """
@@ -54,7 +54,7 @@ _CONNECTIVITY[1] = True
 
 @dataclass(frozen=True)
 class Detection:
-    """One object found in a picture.
+    """One object found in an image.
 
     Attributes:
         kind: best matching kind.
@@ -84,10 +84,10 @@ class Detection:
 
 @dataclass(frozen=True)
 class Quality:
-    """Prompt-free picture quality, each part (b,) in [0, 1].
+    """Prompt-free image quality, each part (b,) in [0, 1].
 
     Attributes:
-        recognisable: 1 where the picture shows exactly one object and its kind can be told.
+        recognisable: 1 where the image shows exactly one object and its kind can be told.
         sharpness: mean over outline pixels of the two-pixel contrast, relative to the object's contrast, divided by
             `SHARP_OUTLINE` and cut at 1.
         palette_fidelity: 1 - (mean distance to the palette away from outlines) / `PALETTE_TOLERANCE`.
@@ -105,11 +105,11 @@ class Quality:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Agreement of pictures with scenes, each part (b,) in [0, 1].
+    """Agreement of images with scenes, each part (b,) in [0, 1].
 
     Attributes:
         color, shape, position: share of the wanted objects (or relations) for which the attribute holds.
-        count: 1 where the picture shows exactly the wanted number of objects.
+        count: 1 where the image shows exactly the wanted number of objects.
         soft: mean of the wanted parts among color, shape, position and count.
         strict: 1 where every wanted part is 1.
     """
@@ -141,7 +141,7 @@ def _segment(images: Images) -> _Segmentation:
 
 
 def detect(images: Images) -> list[tuple[Detection, ...]]:
-    """Objects of each picture, the most confident first.
+    """Objects of each image, the most confident first.
 
     Args:
         images: float array in [0, 1]; one call labels the whole batch.
@@ -200,7 +200,7 @@ def _template_overlap(opacity: FloatArray) -> FloatArray:
 
 
 def quality(images: Images) -> Quality:
-    """Prompt-free quality of pictures in [0, 1]."""
+    """Prompt-free quality of images in [0, 1]."""
     segmentation = _segment(images)
     recognisable = [len(objects) == 1 and objects[0].recognisable for objects in _detections(images, segmentation)]
     return Quality(
@@ -246,7 +246,7 @@ def _palette_fidelity(segmentation: _Segmentation) -> FloatArray:
 
 
 def verify(images: Images, scenes: Sequence[Scene]) -> Verdict:
-    """Compare pictures with the scenes they should show; both have length b."""
+    """Compare images with the scenes they should show; both have length b."""
     rows = [_judge(objects, scene) for objects, scene in zip(detect(images), scenes, strict=True)]
     columns = np.asarray(rows, dtype=np.float32).reshape(len(rows), 6).T
     return Verdict(*columns)
@@ -317,6 +317,6 @@ def _sides(box: tuple[int, int, int, int]) -> tuple[int, int]:
 
 
 def blank(count: int) -> Images:
-    """Pictures that show nothing but background."""
+    """Images that show nothing but background."""
     background = _PALETTE[-1][None, :, None, None]
     return np.broadcast_to(background, (count, 3, IMAGE_SIZE, IMAGE_SIZE)).copy()

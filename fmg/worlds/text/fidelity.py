@@ -1,4 +1,4 @@
-"""How much a picture looks like a printed sign, whatever it says. Imports no torch."""
+"""How much an image looks like a printed sign, whatever it says. Imports no torch."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Fidelity:
 
 
 def fidelity(images: Images) -> Fidelity:
-    """Compare pictures in [0, 1] with prints in the colours of the text world."""
+    """Compare images in [0, 1] with prints in the colours of the text world."""
     pixels = np.moveaxis(np.asarray(images, dtype=np.float32), 1, -1)
     distance = np.empty((len(_BOARD), len(images)), dtype=np.float32)
     opacity = np.empty((len(_BOARD), *pixels.shape[:3]), dtype=np.float32)

@@ -16,7 +16,7 @@ from fmg.worlds.text.prompts import SLOTS
 FloatArray = NDArray[np.float32]
 
 IMAGE_SIZE = 24
-"""Side of a picture in pixels; the recogniser reads it at twice the size."""
+"""Side of an image in pixels; the recogniser reads it at twice the size."""
 FONT_SIZE = 12
 """Of Pillow's own scalable font (Aileron), in pixels."""
 PITCH = 8.0

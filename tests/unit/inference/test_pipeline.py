@@ -327,7 +327,7 @@ def test_what_contradicts_itself_is_refused(exported: Path, tmp_path: Path) -> N
         DiffusionPipeline.from_pretrained(str(changed), **TRUSTED)
     del index["conventions"]
     (changed / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(UsageError, match="Nothing says how this map is sampled"):
+    with pytest.raises(UsageError, match="The conventions of this map are not given"):
         DiffusionPipeline.from_pretrained(str(changed), **TRUSTED)
 
 

@@ -68,7 +68,7 @@ def test_a_file_that_lost_values_is_never_reported_as_saved(
         return read(transformer, folder, *rest)
 
     monkeypatch.setattr(roundtrip_check, "reloaded", damaged)
-    with pytest.raises(CheckpointError, match=r"comes back changed when diffusers reads it.*not kept"):
+    with pytest.raises(CheckpointError, match=r"are different after diffusers loads them.*not kept"):
         _trained(two_time_folder).save_adapter(tmp_path / "runs" / "adapter")
     assert list((tmp_path / "runs").iterdir()) == []
 
@@ -84,7 +84,7 @@ def test_an_adapter_that_comes_back_at_another_scale_draws_another_picture(
         return fresh
 
     monkeypatch.setattr(roundtrip_check, "reloaded", rescaled)
-    with pytest.raises(CheckpointError, match=r"draws another picture when diffusers reads it back.*not kept"):
+    with pytest.raises(CheckpointError, match=r"generate a different image after diffusers loads them.*not kept"):
         _trained(two_time_folder).save_adapter(tmp_path / "adapter")
 
 

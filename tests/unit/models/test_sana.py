@@ -177,7 +177,7 @@ def test_a_save_that_draws_another_picture_is_not_kept(
         self.transformer.set_adapters(["default"], [0.5])
 
     monkeypatch.setattr(SanaSprintPipeline, "load_lora_weights", halved)
-    with pytest.raises(CheckpointError, match="draws another picture when diffusers reads it back"):
+    with pytest.raises(CheckpointError, match="generate a different image after diffusers loads them"):
         model.save_adapter(tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
