@@ -127,7 +127,7 @@ def test_weights_trained_beside_a_lora_come_and_go_with_it(tmp_path: Path) -> No
             getattr(pipe, on)()
             assert _same(_drawn(pipe), expected), on
     pipe.load_lora_weights(checkpoint)
-    with pytest.raises(UsageError, match="both bring weights"):
+    with pytest.raises(UsageError, match="both have weights"):
         pipe.load_lora_weights(checkpoint)
     with pytest.raises(UsageError, match="has an adapter"):
         pipe.save_pretrained(tmp_path / "saved")
