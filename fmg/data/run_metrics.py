@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -216,29 +216,41 @@ def _of_weights(line: Line, *, averaged: bool) -> Line:
 
 
 def headline(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Held-out scores by label: strict accuracies first, then the total of each reward; a moving average's after both.
+    """The headline scores of an evaluation by label, in the order of `headline_keys`."""
+    return {label: metrics[key] for label, key in headline_keys(metrics).items()}
 
-    The log keys are `eval/<reward>_mean` for totals and `eval/<reward>_<part>_mean` for parts, `eval_ema/...` those of
-    the average.
+
+def headline_keys(logged: Iterable[str]) -> dict[str, str]:
+    """Log keys of the headline scores by label: strict accuracies, then the total of each reward; then their averages.
+
+    The log keys are `eval/<reward>_mean` for totals and `eval/<reward>_<part>_mean` for parts, and `eval_ema/...` for
+    the moving average of the weights.
     """
-    averaged = {f"{label} (EMA)": value for label, value in _scores(metrics, keys.EVAL_EMA).items()}
-    return _scores(metrics, keys.EVAL) | averaged
+    known = list(logged)
+    return _headline_keys(known, keys.EVAL, "") | _headline_keys(known, keys.EVAL_EMA, " (EMA)")
 
 
-def _scores(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
-    scores = {
-        key.removeprefix(prefix).removesuffix(keys.MEAN): value
-        for key, value in metrics.items()
-        if key.startswith(prefix) and key.endswith(keys.MEAN)
-    }
-    strict = {_label(name): value for name, value in scores.items() if name.endswith("_strict")}
+def _headline_keys(logged: Iterable[str], prefix: str, ending: str) -> dict[str, str]:
+    names = {key.removeprefix(prefix).removesuffix(keys.MEAN): key for key in _score_keys(logged, prefix)}
+    strict = {f"{name.removesuffix('_strict')} strict": key for name, key in names.items() if name.endswith("_strict")}
     totals = {
-        name: value
-        for name, value in scores.items()
-        if not any(name != other and name.startswith(f"{other}_") for other in scores)
+        name: key
+        for name, key in names.items()
+        if not any(name != other and name.startswith(f"{other}_") for other in names)
     }
-    return strict | totals
+    return {f"{label}{ending}": key for label, key in (strict | totals).items()}
 
 
-def _label(name: str) -> str:
-    return f"{name.removesuffix('_strict')} strict"
+def score_labels(logged: Iterable[str]) -> dict[str, str]:
+    """Labels of the held-out scores by log key: headline scores first, then the others in the order of the log."""
+    known = list(logged)
+    labels = {key: label for label, key in headline_keys(known).items()}
+    for prefix, ending in ((keys.EVAL, ""), (keys.EVAL_EMA, " (EMA)")):
+        for key in _score_keys(known, prefix):
+            name = key.removeprefix(prefix).removesuffix(keys.MEAN).replace("_", " ")
+            labels.setdefault(key, f"{name}{ending}")
+    return labels
+
+
+def _score_keys(logged: Iterable[str], prefix: str) -> list[str]:
+    return [key for key in logged if key.startswith(prefix) and key.endswith(keys.MEAN)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from fmg.data.page import Block, Gallery, Listing, Picture, Section, Table, Text
 from fmg.data.pictures import before_after
 from fmg.data.prompt_sets import spread
 from fmg.data.run_folder import RunFolder, RunState
-from fmg.data.run_metrics import TWO_SIDED_95, Line, Outcome, headline
+from fmg.data.run_metrics import TWO_SIDED_95, Line, Outcome, headline, headline_keys, score_labels
 
 BANDS = (
     "Bands are 95 % intervals of the mean; stars mark the kept checkpoint. A curve of more than 200 points is shown as"
@@ -94,6 +94,11 @@ class RunRecord:
     def outcome(self) -> Outcome:
         """What the run gained: scores of its base, of the kept checkpoint and of the last evaluation."""
         return Outcome.of(self.log.evaluations, self.index.entry(self.index.best) if self.index else None)
+
+    @cached_property
+    def labels(self) -> dict[str, str]:
+        """Labels of the held-out scores by log key."""
+        return score_labels(self.log.evaluations.logged())
 
     def logged(self, key: str) -> str:
         """The log key of the score `eval/...` for the kind of weights that the run keeps: raw or averaged."""
@@ -193,11 +198,9 @@ def _scores(record: RunRecord) -> Iterator[Block]:
     ended = f"last (iteration {last['iteration']:.0f})"
     columns = ("score", "base", f"kept ({which})", "gain", "95 % interval", ended)
     rows = []
-    known = [key for key in _score_keys(kept) if key in first]
-    headlines = list(headline(kept))
-    # headline scores first; the others in the order of the log, which keeps a reward's parts together
-    known.sort(key=lambda key: headlines.index(label(key)) if label(key) in headlines else len(headlines))
-    for key in known:
+    for key, label in score_labels(kept).items():
+        if key not in first:
+            continue
         gain = kept[key] - first[key]
         error = keys.error_of(key)
         errors = [line[error] for line in (first, kept) if error in line]
@@ -207,7 +210,7 @@ def _scores(record: RunRecord) -> Iterator[Block]:
             if half is None or kept["iteration"] == first["iteration"]
             else f"[{gain - half:+.3f}, {gain + half:+.3f}]"
         )
-        shown = [label(key), f"{first[key]:.3f}", f"{kept[key]:.3f}", f"{gain:+.3f}", between]
+        shown = [label, f"{first[key]:.3f}", f"{kept[key]:.3f}", f"{gain:+.3f}", between]
         rows.append((*shown, f"{last[key]:.3f}" if key in last else "-"))
     yield Table(columns, rows, frozenset(columns) - {"score"})
 
@@ -226,12 +229,10 @@ def charts(record: RunRecord) -> Iterator[Picture]:
     )
     shown: set[str] = set()
     measured = record.outcome.kept or record.outcome.base
-    for name in headline(measured):
-        key = next((k for k in _score_keys(measured) if label(k) == name), None)
-        if key is not None:
-            shown.add(key)
-            both = (key, keys.EVAL_EMA + key.removeprefix(keys.EVAL))
-            yield from _chart([_held_out(record, one) for one in both], f"{name}, held out", "mean score")
+    for label, key in headline_keys(measured).items():
+        shown.add(key)
+        both = (key, keys.EVAL_EMA + key.removeprefix(keys.EVAL))
+        yield from _chart([_held_out(record, one) for one in both], f"{label}, held out", "mean score")
     for reward, names in _parts(measured, shown):
         parts = [_held_out(record, record.logged(key)) for key in names]
         yield from _chart(parts, f"{reward} by part, held out", "mean score")
@@ -246,12 +247,9 @@ def charts(record: RunRecord) -> Iterator[Picture]:
 
 def run_figure(log: MetricsLog, outcome: Outcome, title: str) -> Figure:
     """The curves of a run in one figure: `curve.png`. Held-out scores are without bands, which the report has."""
-    known = _score_keys(log.evaluations.logged(), (keys.EVAL, keys.EVAL_EMA))
-    first = headline(log.evaluations[0]) if log.evaluations else {}
-    known.sort(key=lambda key: (label(key) not in first, list(first).index(label(key)) if label(key) in first else 0))
     held_out: list[Curve] = []
-    for key in known:
-        found = _marked(curve(log, key, None, label(key)), key, outcome)
+    for key, label in score_labels(log.evaluations.logged()).items():
+        found = _marked(curve(log, key, None, label), key, outcome)
         # parts that are the whole of a reward coincide with its total
         if len(held_out) < _MAX_CURVES and not any(np.array_equal(found.y, one.y) for one in held_out):
             held_out.append(found)
@@ -281,38 +279,32 @@ def curve(log: MetricsLog, key: str, error: str | None, name: str) -> Curve:
     return Curve(name, at, values, TWO_SIDED_95 * errors)
 
 
-def _score_keys(logged: Iterable[str], prefix: str | tuple[str, ...] = keys.EVAL) -> list[str]:
-    return [key for key in logged if key.startswith(prefix) and key.endswith(keys.MEAN)]
-
-
-def label(key: str) -> str:
-    """A readable log key: `eval/shapes_strict_mean` is `shapes strict`; that of a moving average ends in `(EMA)`."""
-    name = key.removeprefix(keys.EVAL).removeprefix(keys.EVAL_EMA).removesuffix(keys.MEAN).replace("_", " ")
-    return f"{name} (EMA)" if key.startswith(keys.EVAL_EMA) else name
-
-
 def _held_out(record: RunRecord, key: str) -> Curve:
-    found = curve(record.log, key, keys.error_of(key), label(key))
+    found = curve(record.log, key, keys.error_of(key), record.labels.get(key, key))
     return _marked(found, key, record.outcome)
 
 
 def _parts(line: Line, shown: set[str]) -> Iterator[tuple[str, list[str]]]:
     """Rewards with the keys of their parts that no other chart shows and that differ from the total."""
-    names = _score_keys(line)
-    totals = [key for key in names if label(key) in headline(line)]
-    for total in totals:
+    for label, total in headline_keys(line).items():
         stem = total.removesuffix(keys.MEAN)
-        parts = [k for k in names if k.startswith(f"{stem}_") and k not in shown and line[k] != line[total]]
+        parts = [
+            k for k in score_labels(line) if k.startswith(f"{stem}_") and k not in shown and line[k] != line[total]
+        ]
         if parts:
-            yield label(total), parts
+            yield label, parts
+
+
+def _chart_picture(title: str, y_label: str, curves: Sequence[Curve]) -> Picture:
+    image = figure_bytes(chart(curves, title, y_label=y_label), "svg")
+    return Picture(inline_svg(image), "", title, layout="wide")
 
 
 def _chart(curves: Sequence[Curve], title: str, y_label: str) -> Iterator[Picture]:
     drawn = [found for found in curves if len(found.y) > 1]
     # a line that is zero throughout says nothing
     if any(np.nan_to_num(found.y).any() for found in drawn):
-        image = figure_bytes(chart(drawn, title, y_label=y_label), "svg")
-        yield Picture(inline_svg(image), "", title, layout="wide")
+        yield _chart_picture(title, y_label, drawn)
 
 
 def _grids(record: RunRecord) -> Iterator[Block]:
@@ -392,7 +384,7 @@ def write_comparison(runs: Sequence[RunFolder], path: Path) -> None:
 def comparison_page(records: Sequence[RunRecord]) -> str:
     """The HTML of a comparison."""
     names = _names(records)
-    pictures = [_comparison_picture(*one) for one in _comparison_charts(records, names)]
+    pictures = [_chart_picture(*one) for one in _comparison_charts(records, names)]
     sections = [
         Section("Scores", [_comparison_scores(records, names)]),
         Section("Curves", [Text(BANDS), Gallery(pictures)] if pictures else []),
@@ -447,22 +439,12 @@ def _comparison_charts(records: Sequence[RunRecord], names: Sequence[str]) -> It
         )
         return [one for one in found if len(one.y) > 1]
 
-    scores = {
-        key: label(key)
-        for record in records
-        for key in _score_keys(record.outcome.kept)
-        if label(key) in headline(record.outcome.kept)
-    }
+    scores = {key: label for record in records for label, key in headline_keys(record.outcome.kept).items()}
     wanted = [(keys.REWARD, keys.REWARD_SE, "reward on training prompts", "mean reward")]
     wanted += [(key, keys.error_of(key), f"{name}, held out", "mean score") for key, name in scores.items()]
     for key, error, title, unit in wanted:
         if curves := over(key, error):
             yield title, unit, curves
-
-
-def _comparison_picture(title: str, unit: str, curves: Sequence[Curve]) -> Picture:
-    image = figure_bytes(chart(curves, title, y_label=unit), "svg")
-    return Picture(inline_svg(image), "", title, layout="wide")
 
 
 def _whose(record: RunRecord) -> str:

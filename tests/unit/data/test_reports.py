@@ -13,7 +13,7 @@ from PIL import Image
 
 from fmg.core.errors import CheckpointError, FmgWarning, UsageError
 from fmg.data.charts import Curve, chart, figure_bytes
-from fmg.data.checkpoints import CheckpointIndex, SavedCheckpoint, write_index
+from fmg.data.checkpoints import CheckpointIndex, SavedCheckpoint, existing_index, write_index
 from fmg.data.page import Gallery, Listing, Picture, Section, Table, Text, Tile, inline_image, page
 from fmg.data.run_folder import RunFolder
 from fmg.data.run_metrics import Outcome, read_numbers
@@ -91,6 +91,18 @@ def test_a_report_of_a_branched_run_has_curves_by_step(tmp_path: Path) -> None:
     for title in ("reward of siblings", "groups with equal rewards", "groups"):
         assert f"{title} by branching step" in page
     assert "agreement of one jump with the full grid" in page
+
+
+def test_a_reward_with_an_underscore_has_its_chart_and_comparison(tmp_path: Path) -> None:
+    runs = [made_up_run(tmp_path / name) for name in ("one", "two")]
+    for run in runs:
+        run.metrics.write_text(run.metrics.read_text().replace("eval/shapes", "eval/my_reward"))
+        write_index(run.path, existing_index(run.path))
+    page = write_run_report(runs[0]).read_text(encoding="utf-8")
+    for title in ("my_reward strict, held out", "my_reward, held out", "my_reward by part, held out"):
+        assert f'alt="{title}"' in page
+    write_comparison(runs, tmp_path / "c.html")
+    assert 'alt="my_reward, held out"' in (tmp_path / "c.html").read_text(encoding="utf-8")
 
 
 def test_a_report_shows_the_scores_of_the_moving_average_that_it_keeps(
