@@ -165,7 +165,7 @@ def locate(asset: Asset, kind: str, name: str) -> Located:
     found = _find(asset)
     if isinstance(found, Located):
         return found
-    what = f"The {kind} '{name}' needs its {asset.what}, and {found}"
+    what = f"The {kind} '{name}' needs its {asset.what}, but {found}"
     match asset.place:
         case Path():
             fix = f"Set {asset.option} to a local file or folder, or to a hub id such as owner/name@revision."
@@ -358,7 +358,7 @@ def refuse_offline(command: str, lacking: str) -> None:
     """
     if is_offline():
         raise UsageError(
-            f"{lacking} has not been fetched, and --offline or {OFFLINE} forbids the network",
+            f"{lacking} must be fetched, but --offline or {OFFLINE} forbids the network",
             f"Run `{command}` without it, or copy the files here.",
         )
 

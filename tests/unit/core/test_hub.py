@@ -83,7 +83,7 @@ def test_local_folder_and_file(tmp_path: Path) -> None:
 
 def test_local_sources_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(
-        CheckpointError, match="The reward 'hpsv2' needs its checkpoint, and there is no file or folder"
+        CheckpointError, match="The reward 'hpsv2' needs its checkpoint, but there is no file or folder"
     ):
         locate(asset(str(tmp_path / "none")), "reward", "hpsv2")
     with pytest.raises(CheckpointError, match=r"lacks a\.pt or b\.pt, c\.json. Set weights to"):
