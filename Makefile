@@ -68,7 +68,7 @@ demo: setup ## train on the CPU, compare with the base, export, verify the expor
 	$(BIN)/fmg export $$run --verify quick; \
 	$(BIN)/fmg generate 'a red circle left' 'a blue square right' 'a green triangle top' --num 4 --sheet --time \
 	  --from $$run/artifact --out $$run/images; \
-	echo; echo "Pictures: $$run/before_after.png and $$run/curve.png"
+	echo; echo "Images: $$run/before_after.png and $$run/curve.png"
 
 test: setup ## the whole test-suite, without the tests that need a GPU
 	$(PYTEST) -m "not gpu and not rtx"
