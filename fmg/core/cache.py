@@ -83,7 +83,7 @@ def content_hash(path: Path) -> str:
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """A folder of files in the cache that is made when it is not there, and made again when it is damaged.
+    """A folder of files in the cache, made if it is missing or damaged.
 
     Args:
         folder: where it is kept.
@@ -111,7 +111,7 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 @contextmanager
 def optional_cache(folder: Path | None = None) -> Iterator[None]:
-    """For a body that only writes to the cache: when that fails, the work goes on without it, with one warning.
+    """For a body that only writes to the cache: a failure costs a warning, and the work continues.
 
     Args:
         folder: the cache, where it is not `cache_dir()`.
@@ -122,13 +122,13 @@ def optional_cache(folder: Path | None = None) -> Iterator[None]:
             yield
     except StorageError as error:
         advice = "Name a folder that can be written; FMG_CACHE sets that of fmg."
-        what = f"The cache {place} cannot be written ({error.strerror}), so nothing is remembered there"
+        what = f"The cache {place} cannot be written ({error.strerror}), so nothing is kept there"
         warnings.warn(f"{what}. {advice}", FmgWarning, stacklevel=1)
 
 
 @contextmanager
 def required_cache() -> Iterator[None]:
-    """For a body that writes to the cache what the work needs there.
+    """For a body that writes to the cache what the work needs.
 
     Raises:
         StorageError: it cannot be written.

@@ -2,7 +2,7 @@
 
 What comes from a file or a network can hold anything: sequences that repaint a terminal, characters that turn the
 order of letters around, 100 kB without a blank. `visible` and `bounded` make it fit for a screen; consoles, pages and
-errors use them, so that nobody else has to.
+errors apply them, so no other code has to.
 """
 
 from __future__ import annotations

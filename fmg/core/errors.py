@@ -1,4 +1,4 @@
-"""The error family: every message is one sentence that says what is wrong and one that says what to do."""
+"""The error family: every message is a sentence on what is wrong and a sentence on what to do."""
 
 from __future__ import annotations
 
@@ -30,9 +30,8 @@ class FmgError(Exception):
     (`python_call`) names arguments instead when it is printed.
 
     Args:
-        what: one sentence that says what is wrong, without a final full stop being required. Values in it are cut at
-            200 characters.
-        fix: one sentence that says what to do about it.
+        what: a sentence on what is wrong; the full stop is optional. Values in it are cut at 200 characters.
+        fix: a sentence on what to do about it.
     """
 
     exit_code: int = 1
@@ -75,10 +74,10 @@ class WrongTypeError(UsageError, TypeError):
 
 
 def whole_number(argument: str, value: object) -> int:
-    """An integer argument of a Python call, of whatever library, as one of Python.
+    """An integer argument of a Python call, of any library, as a Python integer.
 
     Raises:
-        WrongTypeError: it is none.
+        WrongTypeError: it is no integer.
     """
     if not isinstance(value, Integral):
         raise WrongTypeError(argument, value, "an integer")
@@ -86,7 +85,7 @@ def whole_number(argument: str, value: object) -> int:
 
 
 class CompositionError(UsageError):
-    """Components that do not fit together, found before any weight is read. Exit code 2."""
+    """Components that do not fit together, refused before any weight is read. Exit code 2."""
 
 
 class MissingDependencyError(UsageError):
@@ -212,8 +211,8 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 def reason(error: BaseException) -> str:
     """Why something failed, in one line: the system's word, the first problem that pydantic found, or the message.
 
-    Of a message with several lines it is the first, which says most; all of them where the first only introduces the
-    others, and of errors of a network, whose first line is a number.
+    Of a message with several lines, the first says most. All are taken if it only introduces the others, and for
+    network errors, whose first line is a number.
     """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -231,7 +230,7 @@ def reason(error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Type and message of an exception in one line, for failures of code that is not ours."""
+    """Type and message of an exception in one line, for failures of third-party code."""
     return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
 
 
@@ -252,7 +251,7 @@ def out_of_memory(error: BaseException) -> str | None:
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if not named and not any(words in said for words in _MEMORY):
         return None
-    # torch's message goes on with its own settings, which seldom help
+    # torch's message continues with advice on its settings, which seldom helps
     return ". ".join(said.split(". ")[:2]).rstrip(".")
 
 
@@ -289,7 +288,7 @@ def system_refusal(error: BaseException) -> str | None:
 
 @contextmanager
 def writing(place: Path, *, called: str = "") -> Iterator[None]:
-    """Makes one line of whatever a library raises in the body when the system refuses a file.
+    """Turns what a library raises when the system refuses a file into one line.
 
     Args:
         place: the file or folder that is written.

@@ -18,14 +18,14 @@ class Started:
 
 @dataclass(frozen=True)
 class Resumed:
-    """A run goes on after `iteration`. `lines` are those of its `metrics.jsonl` until then, null as NaN."""
+    """A run resumes after `iteration`. `lines` are those of its `metrics.jsonl` so far, null as NaN."""
 
     iteration: int
     lines: tuple[Mapping[str, float], ...]
 
     @property
     def text(self) -> str:
-        """What a person is told of it."""
+        """The message for a person."""
         return f"Resumed after iteration {self.iteration}."
 
 
@@ -33,7 +33,7 @@ class Resumed:
 class StageProgress:
     """Work inside one stage (`loading`, `rollout`, `evaluation`, ...): `done` of `total` units.
 
-    A total of 0 means that nobody knows how much there is. `what` names the thing that is worked on.
+    A total of 0 means unknown. `what` names the object of the work.
     """
 
     stage: str
@@ -43,7 +43,7 @@ class StageProgress:
 
     @property
     def title(self) -> str:
-        """The stage and what it works on, for a person."""
+        """Stage and object, for a person."""
         return f"{self.stage} {self.what}".rstrip()
 
 
@@ -87,4 +87,4 @@ Observer = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
-    """The observer that listens to nothing."""
+    """An observer that ignores every event."""

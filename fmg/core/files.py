@@ -1,4 +1,4 @@
-"""Files and folders: places, atomic writes and what killed processes leave of them, a lock, digests."""
+"""Files and folders: checked paths, atomic writes and their leftovers, a lock, digests."""
 
 from __future__ import annotations
 
@@ -72,13 +72,13 @@ def inside(folder: Path, name: str, *, named_in: Path | None = None, links: bool
 
 
 def from_home(text: str | Path) -> Path:
-    """A path in which `~` and `~name` are replaced; where nobody knows that home, it stays as it is."""
+    """A path with `~` and `~name` expanded; unchanged if there is no such home."""
     # unlike `Path.expanduser`, which raises a RuntimeError then
     return Path(os.path.expanduser(text))  # noqa: PTH111
 
 
 def check_place(path: Path, option: str) -> None:
-    """Whether a file or folder can be made at `path`, found out before the work whose result goes there.
+    """Checks that a file or folder can be made at `path`, before the work whose result goes there.
 
     Args:
         path: what is to be made; the folders above it need not exist.
@@ -94,8 +94,8 @@ def check_place(path: Path, option: str) -> None:
 def refusal_of(path: Path) -> str | None:
     """Why no file or folder can be made at `path`, or in it where it is a folder; None when one can.
 
-    Permissions do not tell (root may write everywhere, but not to a read-only disk), so a folder is made where the
-    first new one would be, and removed again.
+    Permissions are no proof (root may write anywhere except to a read-only disk), so a folder is made where the first
+    new one would be, and removed again.
     """
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -113,7 +113,7 @@ def refusal_of(path: Path) -> str | None:
 
 
 def refuse_links_out(folder: Path) -> None:
-    """Makes sure that what is written below `folder` stays there, whatever its links are.
+    """Checks that writing below `folder` cannot leave it through a link.
 
     Raises:
         CheckpointError: naming the first link that leads out.
@@ -276,7 +276,7 @@ def _hidden(path: Path, kind: str) -> Path:
 
 
 def _alive(pid: int, stem: str) -> bool:
-    """Whether the process that made a file or folder still runs; true where nobody can tell."""
+    """Whether the process that made a file or folder still runs; true if unknown."""
     if pid == os.getpid():
         return stem in _MADE
     if os.name != "posix":
@@ -286,7 +286,7 @@ def _alive(pid: int, stem: str) -> bool:
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        # somebody else's
+        # another user's
         return True
     return True
 
@@ -343,11 +343,11 @@ def check_sums(
     *,
     only: Collection[str] | None = None,
 ) -> bool:
-    """Checks the files of a folder against its `SHA256SUMS`. Files that it does not name are not looked at.
+    """Checks the files of a folder against its `SHA256SUMS`; other files are ignored.
 
     Args:
         folder: of which `write_sums` wrote the digests.
-        expected: what `write_sums` returned; None where nobody kept it.
+        expected: what `write_sums` returned; None if it was not kept.
         fix: what to do about a damaged file, for the error.
         names: files that it has to name.
         only: the files to check, of those that it names; None: all.

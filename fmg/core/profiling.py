@@ -1,6 +1,6 @@
-"""Where the time of one call goes: code names its stages, and whoever wants to know runs it under a clock.
+"""Where the time of a call goes: code names its stages, and a clock around it collects their times.
 
-Without a clock a stage costs one look at a context variable, so encoders, samplers and decoders always name theirs.
+Without a clock a stage costs one look-up of a context variable, so encoders, samplers and decoders always name theirs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NOISE = "noise"
 TRANSFORMER = "transformer"
 VAE = "vae"
 STAGES = (TOKENISE, TEXT_ENCODERS, NOISE, TRANSFORMER, VAE)
-"""The stages of drawing images, in their order."""
+"""The stages of generating images, in order."""
 OTHER = "other"
 TOTAL = "total"
 

@@ -134,7 +134,7 @@ class Policies(Protocol):
 
     @property
     def old(self) -> FlowMap:
-        """The policy that drew the rollout, without gradients."""
+        """The policy that generated the rollout, without gradients."""
 
     @property
     def reference(self) -> FlowMap:
@@ -156,7 +156,7 @@ class Objective(Protocol):
         """The same objective, replaying transitions of this stochasticizer."""
 
     def prepare(self, scored: ScoredRollout, policies: Policies, seed: int) -> Batch:
-        """Everything that is computed once per rollout. `seed` keys whatever noise the objective draws."""
+        """Everything that is computed once per rollout. `seed` keys the noise of the objective."""
 
     def loss(self, policies: Policies, batch: Batch) -> Loss:
         """The mean loss over the rows of `batch`."""
@@ -217,7 +217,7 @@ class Model(Protocol):
         where they are asked for, since each is a copy of the network."""
 
     def fix_rows(self, rows: int | None) -> None:
-        """Fills network calls with fewer rows up to `rows`, so that kernels see one shape; None leaves them."""
+        """Pads smaller batches to `rows`, so that kernels see one shape; None: no padding."""
 
     def trainable(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Named parameters that the optimizer may change."""
@@ -226,8 +226,8 @@ class Model(Protocol):
         """Freezes a copy of the trainable weights as `policies.old`, where one is kept."""
 
     def save_adapter(self, folder: Path) -> None:
-        """Writes what is trained, proven: a LoRA as `pytorch_lora_weights.safetensors` (diffusers layout) and the PEFT
-        folder `peft/`, with what is trained beside it; a whole network as the component folder `transformer/`."""
+        """Writes the trained weights and verifies them: a LoRA as `pytorch_lora_weights.safetensors` (diffusers layout)
+        and the PEFT folder `peft/`, with what is trained beside it; a whole network as the folder `transformer/`."""
 
     def load_adapter(self, folder: Path) -> None:
         """Reads what `save_adapter` wrote; unknown or missing keys are a `CheckpointError`."""
@@ -246,7 +246,7 @@ class Shardable(Protocol):
 
 @runtime_checkable
 class Rerouted(Protocol):
-    """A model whose network calls can go to something else: its compiled form, or an exported graph."""
+    """A model whose network can be replaced by its compiled form or an exported graph."""
 
     @property
     def network(self) -> torch.nn.Module:
@@ -308,7 +308,7 @@ class Backend(Protocol):
         """(c, h, w) of one latent."""
 
     def encode(self, prompts: Sequence[str]) -> Any:
-        """What `draw` takes for these prompts. Recent prompts are remembered."""
+        """The conditioning that `draw` takes. Recent prompts are cached."""
 
     def draw(self, cond: Any, noise: NoiseSource, times: Sequence[float]) -> Drawn:
         """One image for each prompt of `cond`, along strictly falling `times` from 1 to 0."""
@@ -344,7 +344,7 @@ class BackendSource(Protocol):
 
     @property
     def opens(self) -> Subject:
-        """What it draws from."""
+        """What it generates from."""
 
     @property
     def preference(self) -> int:
@@ -364,7 +364,7 @@ class BackendSource(Protocol):
         """Loads the weights.
 
         Args:
-            subject: what to draw from.
+            subject: what to generate from.
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
 
         Raises:

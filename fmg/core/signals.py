@@ -31,7 +31,7 @@ class Interruption(KeyboardInterrupt):
 
 
 def signal_of(error: KeyboardInterrupt) -> int:
-    """The number of the signal behind an interruption; Ctrl-C where nobody said."""
+    """The number of the signal behind an interruption; that of Ctrl-C if unknown."""
     return error.number if isinstance(error, Interruption) else int(signal.SIGINT)
 
 

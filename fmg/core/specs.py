@@ -40,12 +40,12 @@ class MapSpec:
         anchors: `any` for two-time maps, `endpoint` for single-time maps.
         path: name of the probability path.
         resolution: side of the square image in pixels.
-        default_steps: network calls of the deterministic sampler.
+        default_steps: sampling steps of the deterministic sampler.
         default_grid: name or times of the grid that the model was distilled for.
         default_stochasticizer: what `auto` means for this model, as (name, options).
         default_recipe: name of the recipe under `configs/` that the model ships; for a model of another package, the
             absolute path of the file.
-        gpu_memory_gb: GPU memory that it takes, about, in units of 10^9 bytes; 0 for a model that runs on a CPU.
+        gpu_memory_gb: approximate GPU memory in units of 10^9 bytes; 0 for a model that runs on a CPU.
     """
 
     anchors: Literal["endpoint", "any"]
@@ -60,12 +60,12 @@ class MapSpec:
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a stochasticizer asks of a flow map and of the grid.
+    """What a stochasticizer requires of a flow map and of the grid.
 
     Attributes:
         anchors: `any` when it jumps to an interior time or needs the diagonal velocity.
         path: the only path it is defined on, or `any`.
-        calls: network calls for one transition.
+        calls: network evaluations (NFE) of one transition.
         min_target_time: the transition is defined for target times strictly above this.
     """
 

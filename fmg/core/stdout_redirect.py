@@ -1,7 +1,7 @@
-"""A fence around code of others: where it prints to, and the settings of the process that it leaves as they were.
+"""Runs third-party code without harm: its prints go to stderr, and the settings of the process are restored.
 
-Stdout carries what a command answers, so prints go to stderr. A script that only infers switches gradients off
-for good, which would stop the run that calls it. Imports no torch.
+Stdout carries the result of a command. A script that only infers may switch gradients off for good, which would break
+the run that calls it. Imports no torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _stdout: TextIO | None = None
 
 @contextmanager
 def prints_aside() -> Iterator[None]:
-    """While the body runs, `print` writes to stderr, in every thread; bodies may overlap and be nested."""
+    """`print` writes to stderr while the body runs, in every thread; bodies may overlap and nest."""
     global _inside, _stdout
     with _lock:
         if _inside == 0:
@@ -41,7 +41,7 @@ def prints_aside() -> Iterator[None]:
 
 
 class _Setting(NamedTuple):
-    """A setting of the whole process: what it is called, how it is read and written, and what it is at first."""
+    """A setting of the whole process: its name, how to read and write it, and its value in a new process."""
 
     name: str
     read: Callable[[Any], Any]
@@ -60,7 +60,7 @@ def _set_autocast(torch: Any, value: Sequence[tuple[bool, Any]]) -> None:
 
 
 def _set_device(torch: Any, device: Any) -> None:
-    # to name the device that is taken anyway would slow every factory function down
+    # naming the default device slows every factory function down
     torch.set_default_device(None if device.type == "cpu" else device)
 
 
@@ -71,7 +71,7 @@ def _deterministic(torch: Any) -> tuple[bool, bool]:
     )
 
 
-# what the code of fmg depends on comes first, with the value in a new process
+# what fmg itself depends on
 _OWN = (
     _Setting(
         "gradients",
@@ -129,15 +129,15 @@ _told: set[tuple[str, str]] = set()
 
 @contextmanager
 def fenced(who: str) -> Iterator[None]:
-    """For a body that runs code of others: it prints to stderr, and what it changed of the process is put back.
+    """Runs third-party code in the body: it prints to stderr, and its changes to the process are undone.
 
-    Put back are the working directory and torch's global settings: gradients, default dtype and device, autocast,
-    threads, deterministic algorithms, anomaly detection and cuDNN's benchmark; without a word, since scripts set it
-    for good reason, the state of torch's generator where it was seeded. Drawing from it is allowed: all that a run
-    draws is keyed, but for the masks of `lora.dropout`.
+    Restored are the working directory and torch's global settings: gradients, default dtype and device, autocast,
+    threads, deterministic algorithms, anomaly detection and cuDNN's benchmark. A warning names what was changed. The
+    state of torch's generator is restored silently where the code seeded it. Sampling from it is allowed: a run keys
+    all of its noise except the masks of `lora.dropout`.
 
     Args:
-        who: starts the one warning that says what was changed, such as `The reward 'my.module:fn'`.
+        who: the subject of the warning, such as `The reward 'my.module:fn'`.
     """
     torch = _loaded_torch()
     before = _read(torch, _SETTINGS)
@@ -170,8 +170,8 @@ def fenced(who: str) -> Iterator[None]:
 
 @contextmanager
 def torch_as_new() -> Iterator[None]:
-    """For work that begins in a program of the user's own: gradients, default dtype and device and autocast are those
-    of a new process in the body, and afterwards what the program had."""
+    """Gives the body the gradients, default dtype, default device and autocast of a new process, whatever the user's
+    program has set; restores them afterwards."""
     import torch
 
     with torch.inference_mode(False):
@@ -184,7 +184,7 @@ def torch_as_new() -> Iterator[None]:
 
 
 def _loaded_torch() -> Any:
-    """Torch, where something has imported it to its end."""
+    """Torch, if it has been imported completely."""
     torch = sys.modules.get("torch")
     return torch if hasattr(torch, "get_default_device") else None
 

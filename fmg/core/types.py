@@ -100,9 +100,9 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Transition:
-    """One stochastic step `t -> s` of every sample: state before, state after, and the density it was drawn from.
+    """One stochastic step `t -> s` of every sample: state before, state after, and the density it was sampled from.
 
-    `mean` and `log_prob` belong to the policy that drew the rollout; `log_prob` is averaged over latent
+    `mean` and `log_prob` belong to the policy that generated the rollout; `log_prob` is averaged over latent
     coordinates (theory: Flow-Map GRPO, arXiv 2607.00535, objective).
     """
 
@@ -135,7 +135,7 @@ class TransitionRollout(SampleRollout):
 
 @dataclass(frozen=True)
 class BranchRollout(SampleRollout):
-    """One star for each of `g` groups: a state, the density of one transition from it, and `m` siblings drawn from it.
+    """One star for each of `g` groups: a state, the density of one transition from it, and `m` siblings from it.
 
     `x0` are the completions of the siblings. Samples are group-major, `n = g m`: sample `i` completes sibling `i % m`
     of group `i // m`. Only the transition has a density; completions carry none (docs/math.md, eq. 30).
@@ -188,7 +188,7 @@ class ImageFeatures:
 class PartialRewardOutput(RewardOutput):
     """Scores of a batch in which some images could not be scored: `scored` is False there, and the total NaN.
 
-    Only a reward that was told to go on without scores returns it (`on_failure: drop-group`). A consumer that does not
+    Only a reward that may leave images without a score returns it (`on_failure: drop-group`). A consumer that does not
     know this type meets the NaN, which is an error everywhere; one that does leaves the whole prompt group out.
     """
 

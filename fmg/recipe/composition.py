@@ -1,4 +1,4 @@
-"""Whether the components of a recipe fit together, decided from their declarations before any weight is read."""
+"""Checks that the components of a recipe fit together, by their declarations, before any weight is read."""
 
 from __future__ import annotations
 

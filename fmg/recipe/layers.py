@@ -104,12 +104,12 @@ def argument_layers(values: Mapping[str, object]) -> list[Node]:
 
 
 def _general_first(layers: Iterable[tuple[Keys, Node]]) -> list[Node]:
-    # a name stands for its whole component: naming another one drops the options that were there before
+    # another name replaces the whole component with its options, so it comes first
     return [layer for _, layer in sorted(layers, key=lambda item: len(item[0]) - (item[0][-1] == "name"))]
 
 
 def expand(root: Node) -> Node:
-    """Writes shorthand out: a bare name, one reward instead of a list, a prompt file, `python:module:function`."""
+    """Expands shorthand: a bare name, one reward instead of a list, a prompt file, `python:module:function`."""
     sections = dict(root.mapping or {})
     for name in _COMPONENTS:
         if name in sections:
@@ -128,7 +128,7 @@ def expand(root: Node) -> Node:
 
 
 def anchored(root: Node, folder: Path) -> Node:
-    """A recipe file's values, with paths of prompt files that are relative to the folder of the recipe."""
+    """The values of a recipe file, with its prompt files relative to the folder of the recipe."""
     root = expand(root)
     sections = dict(root.mapping or {})
     if "prompts" in sections:
@@ -190,10 +190,10 @@ def merge_all(layers: Iterable[Node]) -> Node:
 
 
 def refuse_code(root: Node, *, allowed: bool) -> None:
-    """Refuses options of rewards in a recipe file that need the user's consent, unless they are `allowed`.
+    """Refuses reward options of a recipe file that need the user's consent, unless `allowed`.
 
-    Which these are, the config of a reward declares (`ComponentConfig.needs_consent`): code to run, addresses to send
-    pictures to, environment variables to send there.
+    The config of a reward declares them (`ComponentConfig.needs_consent`): code to run, servers to send images to,
+    environment variables to send there.
 
     Raises:
         UsageError: naming the option and the flag that allows it.
@@ -225,7 +225,7 @@ def _exclusive(section: str, component: Mapping[str, Node]) -> frozenset[str]:
     registry, name = registry_for(_COMPONENTS[section]), component.get("name")
     if name is None:
         return frozenset()
-    # what `auto` stands for depends on the model, and every stochasticizer has options of its own
+    # `auto` depends on the model, which may not be known yet
     names = registry.names() if name.value == AUTO else [str(name.value)]
     return frozenset().union(*(registry.config_class(one).exclusive for one in names if one in registry.names()))
 

@@ -1,4 +1,4 @@
-"""A recipe: one run, written down, and how its layers become one that knows the source of each value.
+"""`Recipe`, one run written down, and `resolve`, which merges its layers and records the source of each value.
 
 Imports no torch.
 """
@@ -128,7 +128,7 @@ class ResolvedRecipe:
 
         Args:
             values: by dotted path.
-            why: what the comment at the end of a line says of a value that nobody gave.
+            why: the end-of-line comment of a value that was not given.
         """
         changed = {path: Source("built-in", why) for path in values if self.provenance[path].kind == "built-in"}
         return ResolvedRecipe(self.recipe.with_(values), {**self.provenance, **changed})
@@ -144,17 +144,17 @@ def resolve(
     sets: Sequence[str] = (),
     allow_code: bool = False,
 ) -> ResolvedRecipe:
-    """Puts the layers of a recipe together: the model's own default recipe < `config` < `flags` < `sets`.
+    """Merges the layers of a recipe: the model's own default recipe < `config` < `flags` < `sets`.
 
-    The recipe of a run folder states every value of its time; options that recipes have had since take their built-in
-    values, as in `resolve_run`, so that it is the same run again. Reads no weights and imports no torch.
+    The recipe of a run folder states every option of its version of fmg; newer options take their built-in values, as
+    in `resolve_run`, so that it is the same run again. Reads no weights and imports no torch.
 
     Args:
         config: path of a YAML file, or the name of a shipped recipe.
         flags: the flags of `fmg.recipe.layers.FLAGS` by name; None means not given. `reward` is a list of
             `NAME[=WEIGHT]` or `python:module:function[=WEIGHT]` and replaces the recipe's rewards.
         sets: `path=value` texts, the value in YAML 1.2.
-        allow_code: whether a recipe file may name reward code to run, and servers to send pictures to.
+        allow_code: whether a recipe file may name reward code to run and servers to send images to.
 
     Raises:
         UsageError: a wrong name, key, type or range, with the file and line or the flag that gave it.
@@ -167,10 +167,10 @@ def resolve(
 
 
 def resolve_run(path: str | Path, *, allow_code: bool = False) -> ResolvedRecipe:
-    """The recipe of a run folder, which states every value of its time.
+    """The recipe of a run folder, which states every option of its version of fmg.
 
-    Options that recipes have had since take their built-in values, which do what was done before, and not those of the
-    model's default recipe. Errors as in `resolve`.
+    Newer options take their built-in values, which keep the earlier behaviour, and not those of the model's default
+    recipe. Errors as in `resolve`.
     """
     return _finish(merge_all([_read(Path(path))]), allow_code=allow_code)
 
@@ -186,16 +186,16 @@ def recipe_of(
     *,
     allow_code: bool = False,
 ) -> ResolvedRecipe:
-    """What a Python call means by a recipe.
+    """The recipe that an argument of a Python call stands for.
 
     Args:
         given: a recipe; the name of a shipped one, or of a model, whose default recipe is taken; the path of a file;
             a mapping of sections; None is the default recipe of the embedded two-time model.
         values: replaced in it, by dotted path or short name (`fmg.recipe.layers.ARGUMENTS`).
-        allow_code: whether a recipe file may name reward code to run, and servers to send pictures to.
+        allow_code: whether a recipe file may name reward code to run and servers to send images to.
 
     Raises:
-        WrongTypeError: it is nothing of these.
+        WrongTypeError: it is none of these.
         UsageError: as in `resolve`.
         CompositionError: as in `resolve`.
     """
@@ -299,7 +299,7 @@ def _finish(root: Node, *, allow_code: bool) -> ResolvedRecipe:
 
 def _with_default_stochasticizer(root: Node) -> Node:
     name = root.exact(("stochasticizer", "name"))
-    # without a model there is no default, and the lack of a model is what is told
+    # without a model there is no default; the error then names the missing model
     if name is None or name.value != AUTO or root.exact(("model",)) is None:
         return root
     model = _model(root)

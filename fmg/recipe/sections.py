@@ -199,14 +199,14 @@ class WindowSection(Section):
     size: int = Field(ge=1, description="consecutive stochastic steps, at most rollout.steps - 1")
     mode: Literal["fixed", "random", "progressive"] = Field(
         "progressive",
-        description="fixed: at start; random: drawn anew; progressive: moves on by one step and stays at the last",
+        description="fixed: at start; random: sampled anew; progressive: advances by one step and stays at the last",
     )
     start: int = Field(0, ge=0, description="first step at which the window may begin; 0 is the noisiest")
-    every: int = Field(10, ge=1, description="iterations between moves or draws; fixed ignores it")
+    every: int = Field(10, ge=1, description="iterations between changes; fixed ignores it")
 
 
 class BranchSection(Section):
-    """How `rollout.kind: branch` makes a group; a chain ignores it (docs/branching.md)."""
+    """How `rollout.kind: branch` makes a group; chains ignore it (docs/branching.md)."""
 
     steps: Literal["first", "cycle", "random", "adaptive"] = Field(
         "first",
@@ -236,11 +236,11 @@ class RolloutSection(Section):
     )
     groups: int = Field(24, ge=1, le=100_000, description="prompts of one iteration; each is a group")
     group_size: int = Field(16, ge=2, le=4096, description="samples of one prompt, compared with each other")
-    steps: int = Field(4, ge=1, le=1000, description="network calls of the sampler (N - 1 stochastic transitions)")
+    steps: int = Field(4, ge=1, le=1000, description="sampling steps N (N - 1 stochastic transitions)")
     grid: Grid = Field("uniform", description="times from 1 to 0: the name of a rule, or the list of times itself")
     same_initial_noise: bool = Field(False, description="whether a group starts from one noise instead of many")
     batch_size: int | None = Field(
-        None, ge=1, le=100_000, description="samples drawn at once; null: by device and model"
+        None, ge=1, le=100_000, description="samples generated at once; null: by device and model"
     )
     window: WindowSection | None = Field(None, description="moving window of stochastic steps; null: all but the last")
     branch: BranchSection = BranchSection()
@@ -271,18 +271,18 @@ class TrainSection(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     seed: int = Field(0, ge=0, lt=2**63, description="keys prompts, noise and the adapter's initial values")
     micro_batch: int | None = Field(
-        None, ge=1, le=100_000, description="rows of one backward pass; null: as many as are drawn at once"
+        None, ge=1, le=100_000, description="rows of one backward pass; null: as many as are generated at once"
     )
     device: Device = Field("auto", description="where the run computes; auto is CUDA where there is one, else the CPU")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="precision of the network; log-probs are always fp32")
     parallel: Literal["auto", "ddp", "fsdp2"] = Field(
         "auto",
-        description="several processes: ddp keeps the model in each, fsdp2 a part of its base; auto asks the launcher",
+        description="several processes: ddp keeps the model in each, fsdp2 shards its base; auto follows the launcher",
     )
     shuffle_advantages: bool = Field(False, description="the null control: advantages are given to random samples")
     trainable: Literal["lora", "lora+duration", "full"] = Field(
         "lora",
-        description="what is trained: a LoRA; it and the embedder of the second time; or every weight of the network",
+        description="what is trained: a LoRA, a LoRA and the embedder of the second time, or the whole network",
     )
     ema_decay: float | None = Field(
         None,
@@ -299,7 +299,7 @@ class TrainSection(Section):
 
 
 class LoraSection(Section):
-    """The adapter that is trained."""
+    """The trained adapter."""
 
     rank: int = Field(8, ge=1, le=4096, description="rank of every adapted matrix")
     alpha: float = Field(16.0, gt=0, description="the adapter's output is scaled by alpha / rank")
@@ -320,19 +320,19 @@ class EvalSection(Section):
     prompts: PromptsRef = Field(description="prompt set that training does not see")
     num: int = Field(1000, ge=1, le=1_000_000, description="images of one evaluation")
     rewards: tuple[RewardRef, ...] = Field((), description="rewards that are measured besides the trained ones")
-    steps: int | None = Field(None, ge=1, le=1000, description="network calls; null takes rollout.steps")
+    steps: int | None = Field(None, ge=1, le=1000, description="sampling steps; null takes rollout.steps")
     seed: int = Field(0, ge=0, lt=2**63, description="keys prompts and noise of the evaluation")
     batch_size: int | None = Field(
-        None, ge=1, le=100_000, description="images drawn at once; null: as a rollout, at most 64"
+        None, ge=1, le=100_000, description="images generated at once; null: as a rollout, at most 64"
     )
     stop_on_hacking: bool = Field(
-        False, description="end the run when the trained reward rises at the cost of a held-out one or of diversity"
+        False, description="stop when the trained reward rises at the cost of a held-out one or of diversity"
     )
     hacking_tolerance: float = Field(
-        0.15, ge=0, le=10, description="fall of a held-out reward that is no hacking, in stds over untouched images"
+        0.15, ge=0, le=10, description="tolerated fall of a held-out reward, in stds over images of the base"
     )
     min_diversity: float = Field(
-        0.1, ge=0, lt=1, description="share of the first rollout's diversity within prompts that has to stay"
+        0.1, ge=0, lt=1, description="least share of the first rollout's diversity within prompts"
     )
 
 

@@ -19,7 +19,7 @@ from fmg.registry.config import ComponentConfig, ModelConfig, ObjectiveConfig, S
 from fmg.registry.registry import Registry, Row
 
 LIVE_GRAPH = "fmg.export.live:live_graph"
-"""What puts an exported graph in place of a network that is trained (`rollout.branch.backend: onnxruntime`)."""
+"""Replaces a network in training by its exported graph (`rollout.branch.backend: onnxruntime`)."""
 
 # fmt: off
 ROWS: tuple[Row, ...] = (

@@ -53,7 +53,7 @@ class ComponentConfig(BaseModel):
 
 
 class ModelConfig(ComponentConfig, ABC):
-    """Options of a model; knows what kind of map it is without reading a weight."""
+    """Options of a model; declares the kind of map without reading a weight."""
 
     recipe: ClassVar[str | None] = None
     """The model's default recipe, for a config with options that have no default: the recipe states them."""
@@ -63,7 +63,7 @@ class ModelConfig(ComponentConfig, ABC):
     flow_map_pipeline: ClassVar[bool] = False
     """Whether `fmg.FlowMapPipeline` runs the model."""
     exportable: ClassVar[bool] = False
-    """Whether `fmg export` writes the network as a graph, so that another runtime than torch can run it."""
+    """Whether `fmg export` writes the network as a graph for runtimes other than torch."""
     mergeable: ClassVar[bool] = True
     """Whether `fmg export --diffusers` merges an adapter into the model's folder."""
 
@@ -72,7 +72,7 @@ class ModelConfig(ComponentConfig, ABC):
         """Declared properties, read from the config or the small JSON beside the weights."""
 
     def card_facts(self) -> Mapping[str, str]:
-        """What the front matter of a card says of the base, where known: `base_model`, a hub id, and `license`."""
+        """Facts about the base for the front matter of a model card: `base_model`, a hub id, and `license`."""
         return {}
 
     def geometry(self) -> ModelGeometry | None:
@@ -81,11 +81,11 @@ class ModelConfig(ComponentConfig, ABC):
 
 
 class StochasticizerConfig(ComponentConfig, ABC):
-    """Options of a stochasticizer; knows which maps it fits."""
+    """Options of a stochasticizer; declares which maps it fits."""
 
     @abstractmethod
     def requires(self) -> Requirements:
-        """What it asks of the map and the grid."""
+        """What it requires of the map and the grid."""
 
 
 class ObjectiveConfig(ComponentConfig, ABC):

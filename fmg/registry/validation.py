@@ -1,4 +1,4 @@
-"""Turns pydantic's validation errors into one sentence that says what is wrong and one that says what to do."""
+"""Turns pydantic's validation errors into a sentence on what is wrong and one on what to do."""
 
 from __future__ import annotations
 

@@ -194,7 +194,7 @@ def test_code_in_a_file_needs_permission(write: Write, text: str) -> None:
 def test_an_address_in_a_file_needs_permission(write: Write, place: str, entry: str, option: str) -> None:
     path = write(f"model: two-time\n{place % entry}\n")
     message = refusal(path, {})
-    assert message.startswith("r.yaml:2: the recipe sends pictures and prompts over the network: ")
+    assert message.startswith("r.yaml:2: the recipe sends images and prompts over the network: ")
     assert f"'{option}' of the reward" in message
     assert "--allow-code" in message
     assert Recipe.from_yaml(path, allow_code=True).measured_rewards
