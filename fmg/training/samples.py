@@ -117,9 +117,8 @@ class Sampler:
 
     def sample(self, iteration: int) -> tuple[SampleRollout, Rollout]:
         """This process's share of an iteration's samples, and all of them; the same object for a single process."""
-        shape = self.composed.recipe.rollout
         cond = self.composed.model.encode([prompt.text for prompt in self._prompts_of(iteration)])
-        return self._branches(cond, iteration) if self._steps else self._chains(cond, shape.group_size, iteration)
+        return self._sample_branches(cond, iteration) if self._steps else self._sample_chains(cond, iteration)
 
     def learn(self, whole: Rollout, rewards: RewardOutput) -> dict[str, float]:
         """Learns from the rewards of an iteration's samples; returns metrics of them."""
@@ -154,10 +153,10 @@ class Sampler:
         cond, steps = self._last
         groups = torch.arange(min(AGREEMENT_GROUPS, shape.groups))
         other: Completion = "grid" if shape.branch.completion == "jump" else "jump"
-        # all processes complete the same groups, since a spread network needs all of them
-        stars = self._rolled(cond.select(groups), groups, steps[groups], iteration, other, None)
-        images = decode_samples(self.composed, self.sizes, stars)
-        again = self.dist.run_on_all(lambda: self.composed.reward(images, stars.cond.prompts)).total
+        # all processes complete the same groups, since a sharded network needs all of them
+        branches = self._roll_out_branches(cond.select(groups), groups, steps[groups], iteration, other, None)
+        images = decode_samples(self.composed, self.sizes, branches)
+        again = self.dist.run_on_all(lambda: self.composed.reward(images, branches.cond.prompts)).total
         agreement = within_correlation(rewards.total[: len(again)], again, shape.group_size)
         return {} if agreement is None else {keys.COMPLETION_AGREEMENT: agreement}
 
@@ -182,7 +181,7 @@ class Sampler:
         self._chosen = self._prompts.choose(iteration, groups)
         return [self.composed.prompts[i] for i in self._chosen]
 
-    def _branches(self, cond: Conditioning, iteration: int) -> tuple[SampleRollout, Rollout]:
+    def _sample_branches(self, cond: Conditioning, iteration: int) -> tuple[SampleRollout, Rollout]:
         dist, shape, unit = self.dist, self.composed.recipe.rollout, self._unit_groups
         assert self._steps is not None
         steps = self._steps.choose(iteration, shape.groups)
@@ -193,27 +192,31 @@ class Sampler:
         if self._completer is not None:
             self._completer.refresh()
             if self._checked < CHECKED_ROLLOUTS:
-                self.dist.run_on_all(lambda: self._check(cond, steps, iteration))
+                dist.run_on_all(lambda: self._check_completions(cond, steps, iteration))
                 self._checked += 1
-        own = self._rolled(dist.shard(cond, unit), groups, steps[rows], iteration, shape.branch.completion, span)
+        local = self._roll_out_branches(
+            dist.shard(cond, unit), groups, steps[rows], iteration, shape.branch.completion, span
+        )
         if not dist.is_distributed:
-            return own, own
+            return local, local
 
         def gathered(values: Tensor) -> Tensor:
             return dist.gather(values, shape.groups, unit)
 
-        by_group = {name: gathered(getattr(own, name)) for name in ("t", "s", "x_t", "mean", "std", "x_s", "log_prob")}
+        by_group = {
+            name: gathered(getattr(local, name)) for name in ("t", "s", "x_t", "mean", "std", "x_s", "log_prob")
+        }
         whole = BranchRollout(
-            cond=siblings_of(cond, shape.group_size).to(own.x0.device),
+            cond=siblings_of(cond, shape.group_size).to(local.x0.device),
             groups=torch.arange(shape.groups).repeat_interleave(shape.group_size),
-            x0=dist.gather(own.x0, shape.samples, self.unit),
-            grid=own.grid,
+            x0=dist.gather(local.x0, shape.samples, self.unit),
+            grid=local.grid,
             step=steps,
             **by_group,
         )
-        return SampleRollout(own.cond, own.groups, own.x0, own.grid), whole
+        return SampleRollout(local.cond, local.groups, local.x0, local.grid), whole
 
-    def _check(self, cond: Conditioning, steps: Int[Tensor, " g"], iteration: int) -> None:
+    def _check_completions(self, cond: Conditioning, steps: Int[Tensor, " g"], iteration: int) -> None:
         """Completes a few groups of an iteration with the backend and with torch, and compares their images."""
         shape, flow_map = self.composed.recipe.rollout, self.composed.model.flow_map
         groups = torch.arange(min(-(-CHECKED_IMAGES // shape.group_size), shape.groups))
@@ -223,7 +226,7 @@ class Sampler:
             decode_samples(
                 self.composed,
                 self.sizes,
-                self._rolled(chosen, groups, steps[groups], iteration, completion, None, completing),
+                self._roll_out_branches(chosen, groups, steps[groups], iteration, completion, None, completing),
             )
             for completing in (self._completer.flow_map, flow_map)
         )
@@ -232,7 +235,7 @@ class Sampler:
             text = f"Completions by {shape.branch.backend} checked twice: images within {error:.1e} of torch's."
             self.observer(Notice("info", text))
 
-    def _rolled(
+    def _roll_out_branches(
         self,
         cond: Conditioning,
         groups: Int[Tensor, " g"],
@@ -264,17 +267,61 @@ class Sampler:
             span=span,
         )
 
-    def _chains(self, prompts: Conditioning, size: int, iteration: int) -> tuple[SampleRollout, Rollout]:
-        dist, sizes = self.dist, self.sizes
-        groups = torch.arange(len(prompts)).repeat_interleave(size)
+    def _sample_chains(self, prompts: Conditioning, iteration: int) -> tuple[SampleRollout, Rollout]:
+        dist, unit = self.dist, self.sizes.rollout_batch
+        groups = torch.arange(len(prompts)).repeat_interleave(self.composed.recipe.rollout.group_size)
         cond = prompts.select(groups)
-        rows = dist.shard_of(len(groups), sizes.rollout_batch).rows
-        own_cond = dist.shard(cond, sizes.rollout_batch)
-        own = _draw(self.composed, sizes, iteration, own_cond, groups[rows], group_members(groups)[rows])
+        rows = dist.shard_of(len(groups), unit).rows
+        local = self._roll_out_chains(dist.shard(cond, unit), groups[rows], group_members(groups)[rows], iteration)
         if not dist.is_distributed:
-            return own, own
+            return local, local
+
+        def gathered(values: Tensor) -> Tensor:
+            return dist.gather(values, len(groups), unit)
+
+        whole = replace(local, cond=cond.to(local.x0.device), groups=groups, x0=gathered(local.x0))
+        if isinstance(whole, TransitionRollout):
+            names = [entry.name for entry in fields(Transition) if entry.name != "index"]
+            transitions = (
+                Transition(step.index, **{name: gathered(getattr(step, name)) for name in names})
+                for step in whole.transitions
+            )
+            whole = replace(whole, transitions=tuple(transitions))
         # the transitions of the share are part of the whole, and large
-        return SampleRollout(own.cond, own.groups, own.x0, own.grid), _gathered(own, cond, groups, dist, sizes)
+        return SampleRollout(local.cond, local.groups, local.x0, local.grid), whole
+
+    def _roll_out_chains(self, cond: Conditioning, groups: Tensor, members: Tensor, iteration: int) -> Rollout:
+        recipe, model, grid = self.composed.recipe, self.composed.model, self.composed.grid
+        shape, seed = recipe.rollout, recipe.train.seed
+        if self.composed.objective.needs == "samples":
+            return sample_rollout(
+                model.flow_map,
+                cond,
+                groups,
+                grid,
+                seed=seed,
+                iteration=iteration,
+                latent_shape=model.latent_shape,
+                same_initial_noise=shape.same_initial_noise,
+                members=members,
+                batch_size=self.sizes.rollout_batch,
+                device=model.device,
+            )
+        return rollout(
+            model.flow_map,
+            self.composed.stochasticizer,
+            cond,
+            groups,
+            grid,
+            seed=seed,
+            iteration=iteration,
+            latent_shape=model.latent_shape,
+            same_initial_noise=shape.same_initial_noise,
+            stochastic_steps=window_steps(shape.window, shape.steps, iteration=iteration, seed=seed),
+            members=members,
+            batch_size=self.sizes.rollout_batch,
+            device=model.device,
+        )
 
 
 @torch.no_grad()
@@ -292,7 +339,7 @@ def decode_samples(composed: Composed, sizes: Sizes, rollout: SampleRollout) -> 
 def score_samples(
     composed: Composed,
     dist: DistContext,
-    own: SampleRollout,
+    local: SampleRollout,
     images: Float[Tensor, "n 3 h w"],
     total: int,
     unit: int,
@@ -302,7 +349,7 @@ def score_samples(
     Raises:
         RewardError: a reward failed in some process; every process raises it.
     """
-    scores = dist.run_on_all(lambda: composed.reward(images, own.cond.prompts))
+    scores = dist.run_on_all(lambda: composed.reward(images, local.cond.prompts))
     if not dist.is_distributed:
         return scores
     names = dist.gather_texts("\n".join(scores.parts))
@@ -423,56 +470,3 @@ class DynamicPrompts:
         for prompt, differ, known in zip(chosen, unequal, scored, strict=True):
             if known:
                 self.weights[prompt] = 1.0 if differ else max(self.floor, _KEPT * self.weights[prompt])
-
-
-def _draw(
-    composed: Composed, sizes: Sizes, iteration: int, cond: Conditioning, groups: Tensor, members: Tensor
-) -> Rollout:
-    recipe, model = composed.recipe, composed.model
-    shape = recipe.rollout
-    if composed.objective.needs == "transitions":
-        return rollout(
-            model.flow_map,
-            composed.stochasticizer,
-            cond,
-            groups,
-            composed.grid,
-            seed=recipe.train.seed,
-            iteration=iteration,
-            latent_shape=model.latent_shape,
-            same_initial_noise=shape.same_initial_noise,
-            stochastic_steps=window_steps(shape.window, shape.steps, iteration=iteration, seed=recipe.train.seed),
-            members=members,
-            batch_size=sizes.rollout_batch,
-            device=model.device,
-        )
-    return sample_rollout(
-        model.flow_map,
-        cond,
-        groups,
-        composed.grid,
-        seed=recipe.train.seed,
-        iteration=iteration,
-        latent_shape=model.latent_shape,
-        same_initial_noise=shape.same_initial_noise,
-        members=members,
-        batch_size=sizes.rollout_batch,
-        device=model.device,
-    )
-
-
-def _gathered(own: Rollout, cond: Conditioning, groups: Tensor, dist: DistContext, sizes: Sizes) -> Rollout:
-    def gathered(values: Tensor) -> Tensor:
-        return dist.gather(values, len(groups), sizes.rollout_batch)
-
-    whole = replace(own, cond=cond.to(own.x0.device), groups=groups, x0=gathered(own.x0))
-    if not isinstance(whole, TransitionRollout):
-        return whole
-    names = [entry.name for entry in fields(Transition) if entry.name != "index"]
-    return replace(
-        whole,
-        transitions=tuple(
-            Transition(step.index, **{name: gathered(getattr(step, name)) for name in names})
-            for step in whole.transitions
-        ),
-    )
