@@ -72,7 +72,6 @@ class AsfmcConfig(StochasticizerConfig):
         return DEFAULT_ANCHOR
 
     def requires(self) -> Requirements:
-        """A two-time map on any path."""
         return Requirements(anchors="any", path="any", calls=1, min_target_time=0.0)
 
 
@@ -84,7 +83,6 @@ class AsfmcEndpointConfig(StochasticizerConfig):
     )
 
     def requires(self) -> Requirements:
-        """Any map on any path."""
         return Requirements(anchors="endpoint", path="any", calls=1, min_target_time=0.0)
 
 
@@ -104,14 +102,12 @@ class AsfmcEulerConfig(StochasticizerConfig):
     )
 
     def requires(self) -> Requirements:
-        """A two-time map on the linear path, and target times above epsilon, unless it is truncated."""
         least = 0.0 if self.truncate else self.epsilon
         return Requirements(anchors="any", path="linear", calls=2, min_target_time=least)
 
 
 class _BaselineConfig(StochasticizerConfig):
     def requires(self) -> Requirements:
-        """A two-time map (its diagonal is the velocity) on the linear path."""
         return Requirements(anchors="any", path="linear", calls=1, min_target_time=0.0)
 
 

@@ -1,1 +1,1 @@
-"""Worlds: procedural tasks with a renderer, prompts and a verifier, and the pretraining of their embedded models."""
+"""Worlds: procedural tasks, each with a renderer, prompts and rewards, on which the embedded models are trained."""

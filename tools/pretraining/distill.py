@@ -1,4 +1,9 @@
-"""The flow of a world with finitely many pictures, in closed form: a teacher that needs no training."""
+"""Stages 3 to 5: solved trajectories of a teacher, and the two maps that are regressed on them.
+
+A flow map sends any point of an ODE trajectory to a later point of the same trajectory. The teacher is cheap here: a
+trained flow, or the exact flow of a world with finitely many images. So its trajectories are solved once, and the
+student sees exact targets instead of its own estimates: no bootstrapping, no Jacobian-vector products.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +31,7 @@ class ExactTeacher:
 
     The velocity `E[noise - data | x_t] = (x_t - m) / t` needs only the posterior mean `m` of the data, a softmax over
     all latents of log-likelihood plus log-prior (Karras et al., 2022, eq. 57). The prior of a caption is the
-    probability that a picture was given this caption, so wrong captions make it spread over what they may mean.
+    probability that an image was given this caption, so wrong captions make it spread over what they may mean.
     """
 
     def __init__(self, support: Support, autoencoder: AutoencoderTiny) -> None:

@@ -96,7 +96,7 @@ class ConditionalNet(nn.Module):
 
 @dataclass(frozen=True)
 class LatentPool:
-    """Encoded pictures and the row of their caption in the prompt table."""
+    """Encoded images and the row of their caption in the prompt table."""
 
     latents: Float[Tensor, "n tokens channels"]
     caption: Int[Tensor, " n"]
@@ -105,7 +105,7 @@ class LatentPool:
 def build_pool(
     world: World, settings: FlowSettings, autoencoder: AutoencoderTiny, table: PromptTable, seed: int
 ) -> LatentPool:
-    """Draw captioned pictures and encode them."""
+    """Render captioned images and encode them."""
     rng = np.random.default_rng([seed, 2])
     latents: list[Tensor] = []
     captions: list[str] = []

@@ -1,4 +1,4 @@
-"""Writing and reading a model as a diffusers-style pipeline folder, with its flow-map facts and its card."""
+"""Writes, reads and samples a model in a diffusers-style pipeline folder, with its flow-map facts and its card."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pretraining.world import World
 
 @dataclass(frozen=True)
 class Model:
-    """Everything that turns prompts into pictures."""
+    """Everything that turns prompts into images."""
 
     net: ConditionalNet
     autoencoder: AutoencoderTiny

@@ -1,4 +1,4 @@
-"""The tiny text side: CLIP and T5 tokenizers over the world's words, and untrained encoders of the stock classes."""
+"""Tokenizers, text encoders and the autoencoder (stage 1), whose decoder is trained to be robust to latent noise."""
 
 from __future__ import annotations
 
@@ -179,9 +179,9 @@ def build_autoencoder(settings: AutoencoderSettings) -> AutoencoderTiny:
 def train_autoencoder(
     world: World, settings: AutoencoderSettings, seed: int, progress: Callable[[int, int], None]
 ) -> AutoencoderTiny:
-    """Train on rendered pictures and store scale and shift so that scaled latents have mean 0 and std 1.
+    """Train on rendered images and store scale and shift so that scaled latents have mean 0 and std 1.
 
-    The loss is L1 + MSE between the picture and the decoding of noised latents, plus a penalty that keeps each latent
+    The loss is L1 + MSE between the image and the decoding of noised latents, plus a penalty that keeps each latent
     channel at mean 0 and std 1; without it the encoder would outgrow the noise.
     """
     torch.manual_seed(seed)

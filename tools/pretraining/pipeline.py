@@ -47,10 +47,10 @@ _SINGLE_TIME_METHOD = (
 def pretrain(
     world: World, settings: PretrainSettings, out_dir: Path, seed: int = 0, progress: Observer = ignore
 ) -> dict[str, Figures]:
-    """Make the models of a world from nothing: `meanflow-NAME`, and `scm-NAME` if it has settings.
+    """Train the models of a world from random weights: `meanflow-NAME`, and `scm-NAME` if it has settings.
 
     Args:
-        world: what is drawn, and how it is captioned.
+        world: the images and their captions.
         settings: all numbers of the training.
         out_dir: receives the model folders and `stages/`, where a finished stage is found again by a later call with
             the same world, seed and settings.
@@ -191,7 +191,7 @@ class _Pretraining:
     def _stage(
         self, name: str, inputs: Sequence[DataclassInstance], make: Callable[[], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """The stage's tensors from disk, or made now; written under another name first, so a file is always whole."""
+        """The stage's tensors, from disk or computed now; a file appears under its name when it is whole."""
         path = self.stages / f"{name}-{self._digest(*inputs)}.safetensors"
         if not path.exists():
             made = {key: value.clone() for key, value in make().items()}
@@ -204,7 +204,7 @@ class _Pretraining:
 
 
 def evaluate_folder(folder: Path, world: World, images: int, seed: int) -> Figures:
-    """Figures on held-out prompts, cycled in order, by number of steps."""
+    """Scores on held-out prompts, cycled in order, by number of steps."""
     model = load_model(folder)
     prompts = world.heldout_prompts()
     said = [prompts[i % len(prompts)] for i in range(images)]

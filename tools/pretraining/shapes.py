@@ -1,4 +1,4 @@
-"""Random pictures and their captions, right ones and the partly wrong ones that the base models learn from."""
+"""The shapes world for pretraining: random images with captions that are partly wrong, and how they are scored."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def random_pictures(count: int, rng: np.random.Generator, hard_share: float) -> 
 def captioned_pictures(
     count: int, rng: np.random.Generator, hard_share: float, wrong_share: float
 ) -> list[CaptionedPicture]:
-    """Pictures with partly wrong captions, as in web data.
+    """Images with partly wrong captions, as in web data.
 
     In a one-object caption the colour and the position are each, independently and with probability `wrong_share`,
     replaced by a uniformly random value (which may be the right one). The kind and hard captions are always right.
@@ -70,8 +70,8 @@ class ShapesWorld:
 
     Attributes:
         wrong_share: probability that a caption's colour (or position) is replaced by a random one.
-        hard_share: share of pictures with two or three objects, whose captions are right.
-        hard_share_autoencoder: the same for the autoencoder's pictures.
+        hard_share: share of images with two or three objects, whose captions are right.
+        hard_share_autoencoder: the same for the autoencoder's images.
     """
 
     name: ClassVar[str] = "shapes"

@@ -1,4 +1,4 @@
-"""Random signs and their captions: the right words, and the partly wrong ones that the base model learns from."""
+"""The text world for pretraining: random signs with captions that are partly wrong, and how they are scored."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def captioned_signs(count: int, rng: np.random.Generator, wrong_share: float) ->
     """Signs with partly wrong captions, as in web data.
 
     Each letter of a caption is replaced, independently and with probability `wrong_share`, by a uniformly random one
-    (which may be the right one), so the letter that a caption names is always the likeliest in the picture.
+    (which may be the right one), so the letter that a caption names is always the likeliest in the image.
     """
     signs = []
     for _ in range(count):

@@ -1,4 +1,4 @@
-"""What the pretraining needs to know about a world."""
+"""What pretraining needs from a world."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CaptionedImages:
-    """Pictures and what their captions say about them, rightly or wrongly."""
+    """Images with captions, some of them wrong."""
 
     images: Float[NDArray[np.float32], "b 3 h w"]
     captions: list[str]
@@ -22,11 +22,11 @@ class CaptionedImages:
 
 @dataclass(frozen=True)
 class Support:
-    """Every picture that a world can draw, for a world with finitely many.
+    """Every image of a world that has finitely many.
 
     Attributes:
-        images: all pictures, each as likely as the next before a caption is read.
-        log_likelihood: for captions, the log-probability of each caption given each picture, up to a constant.
+        images: all images, each as likely as the next before a caption is read.
+        log_likelihood: for captions, the log-probability of each caption given each image, up to a constant.
     """
 
     images: Float[NDArray[np.float32], "n 3 h w"]
@@ -34,13 +34,13 @@ class Support:
 
 
 class World(Protocol):
-    """A procedural task: it draws pictures, captions them, and measures how well pictures answer prompts.
+    """A procedural task: it renders images, captions them, and measures how well images follow prompts.
 
-    A world is a frozen dataclass whose fields say how its training data is drawn; they are part of a stage's name.
+    A world is a frozen dataclass whose fields determine its training data; they are part of a stage's name.
 
     Attributes:
         name: of the world; its models are `meanflow-NAME` and `scm-NAME`.
-        resolution: side of a picture in pixels.
+        resolution: side of an image in pixels.
         score: the figure that a finished model is announced with.
     """
 
@@ -71,11 +71,11 @@ class World(Protocol):
         ...
 
     def images(self, count: int, rng: np.random.Generator) -> Float[NDArray[np.float32], "b 3 h w"]:
-        """Random pictures in [0, 1], for the autoencoder."""
+        """Random images in [0, 1], for the autoencoder."""
         ...
 
     def captioned(self, count: int, rng: np.random.Generator) -> CaptionedImages:
-        """Random pictures with partly wrong captions."""
+        """Random images with partly wrong captions."""
         ...
 
     def captions(self, count: int, rng: np.random.Generator) -> list[str]:
@@ -83,11 +83,11 @@ class World(Protocol):
         ...
 
     def support(self) -> Support | None:
-        """All pictures, or None when there are infinitely many."""
+        """All images, or None when there are infinitely many."""
         ...
 
     def measure(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Mapping[str, float]:
-        """Mean scores, each in [0, 1], of pictures that answer prompts."""
+        """Mean scores, each in [0, 1], of images generated from prompts."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""What a loaded pipeline folder of any family consists of."""
+"""The parts of a diffusers pipeline folder of any family: known stock classes, loaded from local safetensors only."""
 
 from __future__ import annotations
 
@@ -30,24 +30,19 @@ class Components(Protocol):
     """The parts of a loaded pipeline folder, in evaluation mode and without gradients."""
 
     @property
-    def folder(self) -> Path:
-        """Where they were read."""
+    def folder(self) -> Path: ...
 
     @property
-    def conventions(self) -> FlowMapConventions:
-        """How the weights are sampled."""
+    def conventions(self) -> FlowMapConventions: ...
 
     @property
-    def transformer(self) -> Any:
-        """The diffusers transformer."""
+    def transformer(self) -> Any: ...
 
     @property
-    def vae(self) -> Any:
-        """The diffusers autoencoder."""
+    def vae(self) -> Any: ...
 
     @property
-    def text(self) -> TextStack:
-        """Text encoders and tokenizers."""
+    def text(self) -> TextStack: ...
 
     @property
     def weights(self) -> WeightFiles:
@@ -58,7 +53,7 @@ C = TypeVar("C", bound=Components)
 
 quiet = partial(quiet_libraries, diffusers_logging, transformers_logging)
 """No progress bars and no advice from the libraries while weights load."""
-# a whole T5, whose decoder transformers leaves out by itself, has this head of the decoder beside its encoder
+# head of the decoder in a whole T5, whose decoder itself transformers ignores
 _OF_A_DECODER = ("lm_head.weight",)
 _PROBE = 4
 _SCALARS: Mapping[object, tuple[type, ...]] = MappingProxyType(
@@ -77,7 +72,7 @@ class Family:
     Nothing else is ever constructed, so no code of a folder runs.
 
     Attributes:
-        name: of the family, for people.
+        name: of the family, for error messages.
         classes: by component, then by the name that its `config.json` states.
     """
 
@@ -108,7 +103,7 @@ class Family:
         """The component that `folder` is named after, on the CPU in `dtype`, whatever dtype it is stored in.
 
         Raises:
-            CheckpointError: it is missing, damaged, of a class that is not known, or its weights do not fit its config.
+            CheckpointError: it is missing, damaged or of an unknown class, or its weights do not fit its config.
         """
         cls = self.class_of(folder, folder.name)
         files = folder_weights(folder)
@@ -149,7 +144,7 @@ def _check_keys(cls: Any, file: Path, config: Mapping[str, object]) -> None:
     """Compares a config with the signature of a diffusers class; transformers compares its own.
 
     Raises:
-        CheckpointError: a number, text or truth value is something else, which the class would notice when it computes.
+        CheckpointError: a value has another type, which would only show in a forward pass.
     """
     if not hasattr(cls, "from_config"):
         return
@@ -173,7 +168,7 @@ def _check_keys(cls: Any, file: Path, config: Mapping[str, object]) -> None:
 
 @torch.no_grad()
 def _check_encodes(encoder: Any, folder: Path) -> None:
-    """Runs a text encoder on the meta device, without memory: some values are only noticed by the first forward.
+    """Runs a text encoder on the meta device, without memory: some wrong values only show in a forward pass.
 
     Raises:
         CheckpointError: it cannot run.
@@ -200,7 +195,7 @@ def load_tokenizer(folder: Path, cls: Any) -> Any:
 
 
 def check_same(component: str, key: str, value: int, transformer_key: str, transformer_value: int) -> None:
-    """Components that load one by one may still come from different models.
+    """Refuses components that load one by one but come from different models.
 
     Raises:
         CheckpointError: the two widths differ.
@@ -213,7 +208,7 @@ def check_same(component: str, key: str, value: int, transformer_key: str, trans
 
 
 def check_guidance(folder: Path, conventions: FlowMapConventions, *, embeds: bool) -> None:
-    """Whether a guidance scale is stated exactly when the transformer embeds one.
+    """Checks that a guidance scale is stated exactly when the transformer embeds one.
 
     Raises:
         CheckpointError: it is not.

@@ -75,7 +75,7 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def phrasings(scene: Scene) -> tuple[str, ...]:
-    """All ways to say a scene, the plainest first."""
+    """All phrasings of a scene, the plainest first."""
     clause = scene.include[0]
     if clause.position is not None:
         fields = {"color": clause.color, "kind": clause.kind, "place": PLACES[clause.position]}
@@ -230,7 +230,7 @@ def _unreadable(prompt: str) -> UsageError:
 
 
 class ShapesPrompts(PromptList):
-    """Prompts of the shapes world, which knows what they look like."""
+    """Prompts of the shapes world, with true images."""
 
     def true_images(self, prompts: Sequence[str], seed: int) -> Float[Tensor, "n 3 32 32"]:
         """One true picture of each prompt, in [0, 1]; positions and sizes are random.
@@ -243,7 +243,7 @@ class ShapesPrompts(PromptList):
 
 
 def shapes_train(config: ShapesPromptsConfig) -> ShapesPrompts:
-    """Prompts that training draws from: one object with a colour, a kind and a position."""
+    """Training prompts: one object with a colour, a kind and a position."""
     return _prompts("shapes-train", prompt_set("train"))
 
 
@@ -253,12 +253,12 @@ def shapes_heldout(config: ShapesPromptsConfig) -> ShapesPrompts:
 
 
 def shapes_hard(config: ShapesPromptsConfig) -> ShapesPrompts:
-    """Counts, two objects and relations: a fixed sample, evaluated only."""
+    """Counts, two objects and relations: a fixed sample, for evaluation only."""
     return _prompts("shapes-hard", prompt_set("hard"))
 
 
 def shapes_hard_train(config: ShapesPromptsConfig) -> ShapesPrompts:
-    """Counts, two objects and relations that training draws from."""
+    """Training prompts with counts, two objects and relations."""
     return _prompts("shapes-hard-train", hard_prompts(heldout=False))
 
 

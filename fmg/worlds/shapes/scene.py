@@ -72,7 +72,7 @@ class Clause:
 
 @dataclass(frozen=True)
 class Scene:
-    """A specification that a prompt expresses and an image can be checked against."""
+    """What a prompt asks for and an image is checked against."""
 
     tag: Tag
     include: tuple[Clause, ...]
@@ -139,7 +139,7 @@ _RELATION_SLOTS: dict[Direction, tuple[tuple[float, float], tuple[float, float]]
 
 
 def place(scene: Scene, rng: np.random.Generator) -> tuple[PlacedObject, ...]:
-    """Draw positions and sizes for the objects of a scene (at most four, never overlapping)."""
+    """Random positions and sizes for the objects of a scene (at most four, never overlapping)."""
     sizes = SINGLE_SIZES if scene.objects == 1 else SHARED_SIZES
     placed = []
     for clause, (x, y) in zip(_flatten(scene), _centres(scene, rng), strict=True):
@@ -206,7 +206,7 @@ _SIGNED_DISTANCE = {"circle": _circle, "square": _square, "triangle": _triangle,
 
 
 def render(pictures: Sequence[Sequence[PlacedObject]]) -> Float[np.ndarray, "b 3 32 32"]:
-    """Draw images as float32 RGB in [0, 1]; later objects of an image are painted over earlier ones."""
+    """Renders images as float32 RGB in [0, 1]; later objects are painted over earlier ones."""
     background = np.asarray(BACKGROUND_RGB, dtype=np.float32) / np.float32(255)
     images: FloatArray = np.empty((len(pictures), 3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.float32)
     images[:] = background[:, None, None]

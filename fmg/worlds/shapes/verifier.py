@@ -1,4 +1,4 @@
-"""Rule-based verifier: what an image shows, read from its pixels, and how that compares with a scene.
+"""Rule-based verifier: detects the objects of an image and compares them with a scene.
 
 The rules for counts and relations follow GenEval (Ghosh et al., 2023). Nothing here imports torch.
 """
@@ -72,7 +72,6 @@ class Detection:
 
     @property
     def recognisable(self) -> bool:
-        """Whether the kind can be told."""
         return self.confidence >= MIN_CONFIDENCE
 
     @property
@@ -284,7 +283,7 @@ def _matches(found: Detection, clause: Clause) -> int:
 
 
 def _placement(scene: Scene, assigned: list[list[Detection]]) -> float | None:
-    """Share of the wanted positions and relations that hold, None where the scene asks for none."""
+    """Share of the wanted positions and relations that hold, None where the scene has none."""
     held: list[float] = []
     for clause, group in zip(scene.include, assigned, strict=True):
         if clause.position is not None:

@@ -66,12 +66,12 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def text_train(config: TextPromptsConfig) -> PromptList:
-    """Prompts that training draws from: signs that quote a word of three letters."""
+    """Training prompts: signs that quote a word of three letters."""
     return _prompts("text-train", "train")
 
 
 def text_heldout(config: TextPromptsConfig) -> PromptList:
-    """Prompts that quote words which training never sees."""
+    """Prompts that quote words not in the training prompts."""
     return _prompts("text-heldout", "heldout")
 
 

@@ -1,4 +1,4 @@
-"""Drawing signs: dark letters in fixed slots, anti-aliased, on a board of one colour."""
+"""Renders signs: dark letters in fixed slots, anti-aliased, on a board of one colour."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BOARD_RGB = ((255, 255, 255), (250, 235, 190), (210, 230, 250))
 
 @dataclass(frozen=True)
 class Sign:
-    """What is drawn.
+    """A sign to render.
 
     Attributes:
         word: `SLOTS` letters.
@@ -44,7 +44,7 @@ def random_sign(word: str, rng: np.random.Generator) -> Sign:
 
 
 def render(signs: Sequence[Sign]) -> Float[np.ndarray, "b 3 24 24"]:
-    """Draw signs as float32 RGB in [0, 1]."""
+    """Renders signs as float32 RGB in [0, 1]."""
     cover = np.stack([_cover(sign.word) for sign in signs])[:, None]
     ink, board = (np.asarray(rgb, dtype=np.float32)[..., None, None] / 255 for rgb in (INK_RGB, BOARD_RGB))
     behind = board[[sign.board for sign in signs]]
