@@ -92,12 +92,12 @@ def scored_rollout(flow_map: FlowMap, *, branched: bool = False, equal_rewards: 
     """
     kernel = stochasticizers.build("asfmc", {"ratio": 0.5})
     index = torch.arange(GROUPS).repeat_interleave(SIZE)
-    drawn: TransitionRollout | BranchRollout
+    sampled: TransitionRollout | BranchRollout
     if branched:
         steps = torch.arange(GROUPS) % (len(GRID) - 2)
         how, cond = Branching(SIZE), unconditional(GROUPS)
-        drawn = branch_rollout(flow_map, kernel, cond, range(GROUPS), steps, GRID, how, seed=7, latent_shape=SHAPE)
+        sampled = branch_rollout(flow_map, kernel, cond, range(GROUPS), steps, GRID, how, seed=7, latent_shape=SHAPE)
     else:
-        drawn = rollout(flow_map, kernel, unconditional(len(index)), index, GRID, seed=7, latent_shape=SHAPE)
-    values = torch.ones(len(index)) if equal_rewards else drawn.x0.flatten(1).mean(1)
-    return ScoredRollout(drawn, RewardOutput(values, {}), group_advantages(values, index))
+        sampled = rollout(flow_map, kernel, unconditional(len(index)), index, GRID, seed=7, latent_shape=SHAPE)
+    values = torch.ones(len(index)) if equal_rewards else sampled.x0.flatten(1).mean(1)
+    return ScoredRollout(sampled, RewardOutput(values, {}), group_advantages(values, index))

@@ -301,10 +301,10 @@ def _chart_picture(title: str, y_label: str, curves: Sequence[Curve]) -> Picture
 
 
 def _chart(curves: Sequence[Curve], title: str, y_label: str) -> Iterator[Picture]:
-    drawn = [found for found in curves if len(found.y) > 1]
+    shown = [found for found in curves if len(found.y) > 1]
     # a line that is zero throughout says nothing
-    if any(np.nan_to_num(found.y).any() for found in drawn):
-        yield _chart_picture(title, y_label, drawn)
+    if any(np.nan_to_num(found.y).any() for found in shown):
+        yield _chart_picture(title, y_label, shown)
 
 
 def _grids(record: RunRecord) -> Iterator[Block]:

@@ -183,18 +183,18 @@ class GenEvalDump:
         self._folder = folder
         self._entries = entries
         self._numbers = {text: number for number, text in enumerate(dict.fromkeys(e.text for e in entries))}
-        self._drawn: Counter[str] = Counter()
+        self._saved: Counter[str] = Counter()
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], scores: Parts) -> None:
-        start = self._drawn.total()
+        start = self._saved.total()
         for image, entry in zip(images, self._entries[start : start + len(images)], strict=True):
             folder = self._folder / f"{self._numbers[entry.text]:05d}"
             samples = folder / "samples"
-            if entry.text not in self._drawn:
+            if entry.text not in self._saved:
                 samples.mkdir(parents=True)
                 (folder / "metadata.jsonl").write_text(json.dumps(_metadata(entry)), encoding="utf-8")
-            to_pil(image).save(samples / f"{self._drawn[entry.text]:04d}.png")
-            self._drawn[entry.text] += 1
+            to_pil(image).save(samples / f"{self._saved[entry.text]:04d}.png")
+            self._saved[entry.text] += 1
 
     def finish(self) -> None:
         for number in self._numbers.values():
@@ -217,7 +217,7 @@ def geneval_dump(folder: Path, entries: Sequence[Prompt]) -> Iterator[GenEvalDum
         n = len(counts)
         raise UsageError(
             f"{counted(len(entries), 'image')} do not spread evenly over {counted(n, 'prompt')}, as GenEval wants them",
-            f"Give --num a multiple of {n}; the benchmark draws 4 a prompt: --num {4 * n}.",
+            f"Give --num a multiple of {n}; the benchmark uses 4 images per prompt: --num {4 * n}.",
         )
     with atomic_folder(folder) as partial:
         dump = GenEvalDump(partial, entries)

@@ -179,7 +179,7 @@ def _fits(name: str, spec: MapSpec, times: Sequence[float]) -> bool:
     return requires.path in ("any", spec.path) and (requires.anchors != "any" or spec.anchors == "any")
 
 
-class _Draws(TypedDict):
+class _NoiseKeys(TypedDict):
     seed: int
     iteration: int
     latent_shape: tuple[int, ...]
@@ -195,7 +195,7 @@ class _Study:
     seed: int
 
     @property
-    def _draws(self) -> _Draws:
+    def _noise_keys(self) -> _NoiseKeys:
         return {
             "seed": self.seed,
             "iteration": _ITERATION,
@@ -219,11 +219,11 @@ class _Study:
     def _rolled(
         self, cond: Conditioning, index: Int[Tensor, " n"], kernel: Stochasticizer
     ) -> Iterator[tuple[int, Tensor]]:
-        drawn = rollout(self.model.flow_map, kernel, cond, index, self.times, **self._draws)
-        return ((step.index + 1, step.x_s) for step in drawn.transitions)
+        sampled = rollout(self.model.flow_map, kernel, cond, index, self.times, **self._noise_keys)
+        return ((step.index + 1, step.x_s) for step in sampled.transitions)
 
     def _noised(self, cond: Conditioning, index: Int[Tensor, " n"], name: str) -> Iterator[tuple[int, Tensor]]:
-        clean = sample_rollout(self.model.flow_map, cond, index, self.times, **self._draws).x0
+        clean = sample_rollout(self.model.flow_map, cond, index, self.times, **self._noise_keys).x0
         path, draw = self.model.flow_map.path, 0 if name == REFERENCE else 1
         for step in range(1, len(self.times) - 1):
             keys = [NoiseKey(self.seed, _ITERATION, i, draw, step) for i in index.tolist()]

@@ -139,7 +139,7 @@ def score_target(
     """Generates and scores all images of `eval_set` with one number of steps, on the device of the generator.
 
     Raises:
-        NotFiniteError: an image holds values that are not finite.
+        NotFiniteError: an image has values that are not finite.
         RewardError: when a reward fails, or reports other parts for some images than for others.
     """
     collected = ScoreCollector()

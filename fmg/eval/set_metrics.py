@@ -341,7 +341,7 @@ def _manifold_statistics(vectors: NDArray[np.float32], real: NDArray[np.float32]
 
 @runtime_checkable
 class DrawsTruth(Protocol):
-    """A prompt set of a world that can draw what its prompts describe."""
+    """A prompt set of an embedded world, which can render what its prompts describe."""
 
     def true_images(self, prompts: Sequence[str], seed: int) -> Float[Tensor, "n 3 h w"]:
         """One true picture of each prompt, in [0, 1]; positions and sizes are random."""
@@ -371,7 +371,8 @@ def reference_files(folder: str) -> list[Path]:
     files = picture_files(Path(folder))
     if len(files) < LEAST:
         raise UsageError(
-            f"'{folder}' holds {counted(len(files), 'picture')}", f"A reference set needs {LEAST}; thousands are usual."
+            f"'{folder}' has only {counted(len(files), 'picture')}",
+            f"A reference set needs {LEAST}; thousands are usual.",
         )
     return files
 
