@@ -139,7 +139,7 @@ def prompt_sets(incomplete: str) -> Iterator[tuple[str, str]]:
 @_offering
 def grids(incomplete: str) -> Iterator[tuple[str, str]]:
     """Time grids."""
-    from fmg.recipe.sections import named_grids
+    from fmg.flow.grids import named_grids
 
     yield from ((name, "") for name in named_grids())
 

@@ -38,7 +38,7 @@ def _go_offline(asked: bool) -> bool:
 
 def _device_name(name: str) -> str:
     """Refuses a name that no machine has, before torch, which knows the devices of this one, is imported."""
-    from fmg.recipe.sections import device_name
+    from fmg.core.machine import device_name
 
     try:
         return device_name(name)
@@ -211,7 +211,7 @@ def check_grid(name: str | None) -> None:
     Raises:
         UsageError: for an unknown name, before anything is loaded.
     """
-    from fmg.recipe.sections import named_grids
+    from fmg.flow.grids import named_grids
 
     if name is not None and name not in named_grids():
         raise UsageError(f"--grid: there is no grid named '{name}'", suggestion(name, named_grids()))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -108,3 +109,14 @@ def _gpus() -> list[str]:
     if torch is None or not torch.cuda.is_available():
         return []
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def device_name(value: str) -> str:
+    """The name of a device, which this machine may not have.
+
+    Raises:
+        ValueError: it names none on any machine.
+    """
+    if re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value) is None:
+        raise ValueError("must be auto, cpu, cuda or cuda:INDEX")
+    return value

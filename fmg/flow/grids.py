@@ -137,3 +137,8 @@ _BY_STEPS: dict[str, Callable[[int], tuple[float, ...]]] = {
     "scm": _scm,
     "scm-angle": _scm_angle,
 }
+
+
+def named_grids() -> tuple[str, ...]:
+    """Names of the grids that follow a rule; a list of times needs no name."""
+    return tuple(name for name in grid_names() if name != EXPLICIT)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, cast
 
@@ -21,8 +20,9 @@ from pydantic import (
 )
 
 from fmg.core.errors import UsageError, suggestion
+from fmg.core.machine import device_name
 from fmg.core.specs import LORA_PRESETS
-from fmg.flow.grids import EXPLICIT, grid_names
+from fmg.flow.grids import named_grids
 from fmg.recipe.document import Plain
 from fmg.registry.catalog import registry_for
 from fmg.registry.config import ComponentConfig, ModelConfig, ObjectiveConfig, StochasticizerConfig
@@ -142,11 +142,6 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
-def named_grids() -> tuple[str, ...]:
-    """Names of the grids that follow a rule; a list of times needs no name."""
-    return tuple(name for name in grid_names() if name != EXPLICIT)
-
-
 def _grid(value: object) -> object:
     known = named_grids()
     if isinstance(value, str):
@@ -175,17 +170,6 @@ def _targets(value: object) -> object:
         return tuple(value)
     what = f"The LoRA targets must be the name of a preset or a list of module names (given: {value!r})"
     raise Problem((), what, f"Presets: {', '.join(presets)}; a list: [to_q, to_k]").as_pydantic()
-
-
-def device_name(value: str) -> str:
-    """The name of a device, which this machine may not have.
-
-    Raises:
-        ValueError: it names none on any machine.
-    """
-    if re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value) is None:
-        raise ValueError("must be auto, cpu, cuda or cuda:INDEX")
-    return value
 
 
 Device = Annotated[str, AfterValidator(device_name)]

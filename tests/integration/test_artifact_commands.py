@@ -89,7 +89,7 @@ def test_the_commands_work_without_torch(
     ("command", "says"),
     [
         (["verify"], "needs torch"),
-        (["generate", "a red circle", "--backend", "torch", "--from"], "does not draw an exported artifact"),
+        (["generate", "a red circle", "--backend", "torch", "--from"], "does not run exported artifacts"),
         (["bench", "--compare", "torch,onnxruntime"], "needs torch"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
