@@ -72,7 +72,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         _rl("replay_gives_ratio_one"),
     ),
     Mutation(_GRPO, "replay(self.stochasticizer, reference, batch).mean", "mean", _STEP),
-    Mutation(_GRPO, '"ratio_max": ratio.max()', '"ratio_max": ratio.min()', _STEP),
+    Mutation(_GRPO, "keys.RATIO_MAX: ratio.max()", "keys.RATIO_MAX: ratio.min()", _STEP),
     Mutation(_GRPO, "(ratio < 1 - low) | (ratio > 1 + high)", "(ratio > 1 + high)", _STEP + _variant("clip_higher")),
     # variants
     Mutation(_GRPO, "ratio.clamp(1 - low, 1 + high)", "ratio.clamp(1 - low, 1 + low)", _variant("clip_higher")),
@@ -97,14 +97,14 @@ MUTATIONS: tuple[Mutation, ...] = (
         _variant("noise_weights"),
     ),
     Mutation(_CONFIGS, "return self.target_kl", "return None", _variant("target_kl_stops")),
-    Mutation(_UPDATE, '["approx_kl"] > kl_limit', '["approx_kl"] >= kl_limit', _variant("target_kl_stops")),
-    Mutation(_UPDATE, '["approx_kl"] > kl_limit', '["approx_kl"] < kl_limit', _variant("target_kl_stops")),
+    Mutation(_UPDATE, "[keys.APPROX_KL] > kl_limit", "[keys.APPROX_KL] >= kl_limit", _variant("target_kl_stops")),
+    Mutation(_UPDATE, "[keys.APPROX_KL] > kl_limit", "[keys.APPROX_KL] < kl_limit", _variant("target_kl_stops")),
     Mutation(_WINDOWS, "iteration // window.every", "iteration", _WINDOW),
     Mutation(_WINDOWS, "steps - 1 - window.size", "steps - window.size", _WINDOW),
     Mutation(_WINDOWS, "min(window.start + moves, last)", "(window.start + moves) % (last + 1)", _WINDOW),
     Mutation(_WINDOWS, "min(window.start + moves, last)", "min(moves, last)", _WINDOW),
     Mutation(_WINDOWS, ".integers(window.start, last + 1)", ".integers(window.start, last)", _WINDOW),
-    Mutation(_WINDOWS, "(seed, moves, _STREAM)", "(moves, _STREAM)", _WINDOW),
+    Mutation(_WINDOWS, "(seed, moves, _WINDOW_STREAM)", "(moves, _WINDOW_STREAM)", _WINDOW),
     Mutation(_WINDOWS, "return tuple(range(steps - 1))", "return tuple(range(steps))", _WINDOW),
     Mutation(
         _ROLLOUTS, "if k not in stochastic:", "if k in ():", _variant("only_the_window_is_stochastic_and_trained")
