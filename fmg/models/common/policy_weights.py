@@ -95,12 +95,6 @@ class TrainableBase:
         with self._kept().in_place():
             yield
 
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes over values by name."""
-        for name, parameter in self.parameters.items():
-            parameter.copy_(tensors[name])
-
     def _kept(self) -> WeightSnapshot:
         if self._base is None:
             raise CompositionError(

@@ -314,7 +314,7 @@ def read_transformer_manifest(folder: Path) -> TransformerManifest:
 
 
 def load_transformer_weights(transformer: nn.Module, folder: Path) -> None:
-    """Takes over the saved weights, streamed, in the dtype and on the device of the transformer.
+    """Loads the saved weights, streamed, in the dtype and on the device of the transformer.
 
     Nothing changes when it fails.
 

@@ -197,7 +197,7 @@ class FluxFewStepConfig(FluxConfig):
         default="linear",
         description="Path of the latents; a TrigFlow student of FLUX is linear in these coordinates, see docs/math.md.",
     )
-    default_steps: int = Field(default=4, ge=1, description="Network calls that the map was distilled for.")
+    default_steps: int = Field(default=4, ge=1, description="Sampling steps (NFE) that the map was distilled for.")
     default_grid: str = Field(default="uniform", description="Name of the time grid that it was distilled for.")
 
     @model_validator(mode="after")

@@ -125,7 +125,7 @@ class FlowMapFluxTransformer2DModel(FluxTransformer2DModel):  # type: ignore[mis
 
     @classmethod
     def from_pretrained(cls, folder: Any, **options: Any) -> Any:
-        """As in diffusers, except that weights which are missing, left over or of another shape are an error.
+        """As in diffusers, except that missing, unexpected or wrongly shaped weights are an error.
 
         The stock method leaves out what it does not know with a warning, and a flow map without the embedder of its
         second time generates noise.
