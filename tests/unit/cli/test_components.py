@@ -45,6 +45,7 @@ def test_show_says_where_published_weights_come_from_and_on_which_terms() -> Non
     assert "licence:" not in fmg("show", "reward", "shapes").stdout
 
 
+@pytest.mark.slow
 def test_every_component_can_be_shown_as_json() -> None:
     for registry in REGISTRIES:
         for name in registry.names():

@@ -24,6 +24,7 @@ KEYS = st.sampled_from(["reward/mean", "loss", "eval/score", "eval/r_mean", "rew
 VALUES = st.one_of(st.floats(allow_nan=False, allow_infinity=False), st.none(), st.integers(-5, 2**63), st.booleans())
 
 
+@pytest.mark.slow
 @given(st.lists(st.dictionaries(KEYS, VALUES), max_size=12))
 def test_a_log_has_the_values_of_its_lines(
     tmp_path_factory: pytest.TempPathFactory, found: list[dict[str, object]]
@@ -87,6 +88,7 @@ def test_every_curve_has_a_style_of_its_own() -> None:
     assert len({look["color"] for look in styles[:9]}) == len({look["marker"] for look in styles[:9]}) == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FIGURE_FORMATS)
 def test_figures_of_one_run_and_of_several_in_every_format(tmp_path: Path, kind: str) -> None:
     runs = [made_up_run(tmp_path / name) for name in ("one", "two")]
@@ -113,6 +115,7 @@ def test_curves_of_other_scales_have_panels_of_their_own() -> None:
     assert [[curve.label for curve in panel] for panel in by_scale(curves)] == [["a", "c"], ["b"]]
 
 
+@pytest.mark.slow
 def test_a_report_of_many_lines_is_bounded(tmp_path: Path) -> None:
     """In memory, of which a line of ten numbers takes 80 bytes and its bookkeeping; and in the size of the page."""
     run = made_up_run(tmp_path / "run")

@@ -76,6 +76,7 @@ def test_the_report_of_a_run_says_what_its_files_say(runs: tuple[RunFolder, RunF
     assert parsed.tags.count("img") == 6 + 2 + 4
 
 
+@pytest.mark.slow
 def test_a_report_of_a_branched_run_has_curves_by_step(tmp_path: Path) -> None:
     run = made_up_run(tmp_path / "run")
     for iteration in (4, 5, 6):
@@ -105,6 +106,7 @@ def test_a_reward_with_an_underscore_has_its_chart_and_comparison(tmp_path: Path
     assert 'alt="my_reward, held out"' in (tmp_path / "c.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_report_shows_the_scores_of_the_moving_average_that_it_keeps(
     runs: tuple[RunFolder, RunFolder], tmp_path: Path
 ) -> None:

@@ -37,6 +37,7 @@ def row(report: PathReport, name: str, time: float, quantity: str) -> PathRow:
     )
 
 
+@pytest.mark.slow
 def test_the_control_leaves_the_path_and_the_exact_forms_do_not(report: PathReport) -> None:
     for time in (2 / 3, 1 / 3):
         assert abs(row(report, AGAIN, time, "rms").difference) < 0.015
@@ -59,6 +60,7 @@ def test_every_row_is_a_paired_difference(report: PathReport) -> None:
     assert report.quantities() == ["rms", "mean", "shapes-quality", "shapes-quality/recognisable"]
 
 
+@pytest.mark.slow
 def test_the_command_writes_picture_and_data(
     report: PathReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

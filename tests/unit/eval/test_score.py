@@ -210,6 +210,7 @@ def test_metadata_names_pictures_of_its_own_folder_only(name: str, pictures: Pat
         score([inner], rewards=["jpeg-compressibility"])
 
 
+@pytest.mark.slow
 def test_batches_are_bounded_by_pixels(tmp_path: Path) -> None:
     for number in range(5):
         Image.new("RGB", (2900, 2900)).save(tmp_path / f"{number}.png")

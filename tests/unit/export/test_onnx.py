@@ -38,6 +38,7 @@ def twins(dtype: torch.dtype = torch.float32, outputs: tuple[TensorSpec, ...] = 
     return GraphPlan("twins", build, dtype, BATCH, outputs)
 
 
+@pytest.mark.slow
 def test_equal_weights_stay_apart_and_keep_name_shape_and_place(tmp_path: Path) -> None:
     traced = trace(twins())
     shapes = {"0.weight": (4, 4), "0.bias": (4,), "1.weight": (4, 4), "1.bias": (4,)}

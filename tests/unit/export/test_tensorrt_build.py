@@ -72,6 +72,7 @@ def test_every_graph_gets_an_engine_and_its_record(built: tuple[Path, list[Engin
     assert any(isinstance(event, StageProgress) and event.stage == "transformer: building engine" for event in events)
 
 
+@pytest.mark.slow
 def test_the_timing_cache_of_this_gpu_is_read_and_added_to(tmp_path: Path, trt: ModuleType) -> None:
     build_tiny_artifact(tmp_path / "artifact")
     support.build(tmp_path / "artifact")

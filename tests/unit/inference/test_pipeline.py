@@ -110,6 +110,7 @@ def test_base_and_lora_draw_what_generate_draws(run: Path, folder: Path) -> None
     assert _same(_drawn(pipe), base)
 
 
+@pytest.mark.slow
 def test_weights_trained_beside_a_lora_come_and_go_with_it(tmp_path: Path) -> None:
     folder = build_tiny_flux(tmp_path / "two-time")
     recipe = _recipe(folder)
@@ -138,6 +139,7 @@ def test_weights_trained_beside_a_lora_come_and_go_with_it(tmp_path: Path) -> No
     assert _same(_drawn(FlowMapPipeline.from_pretrained(tmp_path / "saved")), expected)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_lost_a_file_or_belongs_to_another_map_is_refused(tmp_path: Path) -> None:
     folder, other = build_tiny_flux(tmp_path / "two-time"), build_tiny_flux(tmp_path / "one", second_time="none")
     checkpoint = chosen_checkpoint(make_run(tmp_path / "run", _recipe(folder), seed=4, trained="duration"))

@@ -183,6 +183,7 @@ def test_forward_derivative_in_time_matches_a_central_difference() -> None:
     torch.testing.assert_close(derivative, difference, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.compile
 def test_export_keeps_both_times_as_inputs() -> None:
     model = _model("duration")

@@ -71,6 +71,7 @@ def test_no_machine_path_is_written(made: Path) -> None:
         assert "_name_or_path" not in path.read_text()
 
 
+@pytest.mark.slow
 def test_finished_stages_are_reused_and_a_lost_one_is_remade_bit_for_bit(made: Path) -> None:
     before = _weights(made / TWO_TIME)
     events: list[Event] = []

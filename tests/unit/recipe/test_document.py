@@ -154,6 +154,7 @@ values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.dictionaries(keys, values, min_size=1, max_size=4))
 @settings(deadline=None, max_examples=50)
 def test_what_is_rendered_reads_back_exactly(tree: dict[str, Plain]) -> None:

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fmg import Recipe, train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False])
 def test_cudnn_attention_is_off_for_the_length_of_a_training_only(before: bool, tmp_path: Path) -> None:
     cuda = torch.backends.cuda

@@ -130,6 +130,7 @@ class Doubling(nn.Module):
         return self.weight * x + t[:, None]
 
 
+@pytest.mark.slow
 @pytest.mark.compile
 def test_a_compiled_network_follows_the_weights_and_is_compiled_once() -> None:
     from torch._dynamo.utils import counters

@@ -118,6 +118,7 @@ def test_flops_of_a_call_are_those_that_torch_counts() -> None:
     assert 2 * _geometry(recipe).call_flops == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "changes"),
     [

@@ -26,6 +26,7 @@ def model(folder: Path) -> Model:
     return load_model(folder)
 
 
+@pytest.mark.slow
 def test_the_base_paints_well_and_half_obeys(model: Model) -> None:
     world = ShapesWorld()
     prompts = world.heldout_prompts()
