@@ -127,13 +127,16 @@ def run_unit(arm: str, seed: int, threads: int) -> dict[str, Any]:
 
 
 def course(unit: Mapping[str, Any], score: str) -> list[dict[str, float]]:
-    """By evaluation: images, row-NFE and seconds spent until then, and the score on held-out prompts."""
+    """By evaluation: images, row-NFE and seconds spent until then, and the score on held-out prompts, of the moving
+    average where the run keeps one."""
     images = nfe = seconds = 0.0
     points = []
+    average = f"eval_ema/{score}_mean"
+    key = average if any(average in line for line in unit["metrics"]) else f"eval/{score}_mean"
     for line in unit["metrics"]:
-        if f"eval/{score}_mean" in line:
+        if key in line:
             points.append({"iteration": line["iteration"], "images": images, "nfe": nfe, "seconds": seconds})
-            points[-1]["score"] = line[f"eval/{score}_mean"]
+            points[-1]["score"] = line[key]
             continue
         # chains of before the log said it: 24 x 16 images, 4 evaluations and 3 trained rows an image
         nfe += line.get("nfe/rollout", 384 * 4) + (1 + BACKWARD) * line.get("nfe/trained_rows", 384 * 3)
@@ -180,29 +183,40 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _timed(metrics: Sequence[Mapping[str, Any]], times: Sequence[float]) -> list[dict[str, Any]]:
+    return [{**line, "time/iteration_s": seconds} for line, seconds in zip(metrics, times, strict=False)]
+
+
 def figure(results: Sequence[Mapping[str, Any]], chains: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Held-out strict accuracy over images, row-NFE and seconds: mean over seeds, band from lowest to highest."""
-    drawing = new_figure(13, 4.6, dpi=120)
-    panels = drawing.subplots(1, 2)
+    """Held-out strict accuracy over images, row-NFE and seconds: mean over seeds, band from lowest to highest.
+
+    An iteration takes the shortest time of all seeds, because other processes slowed some of them down.
+    """
+    drawing = new_figure(15, 4.6, dpi=120)
+    panels = drawing.subplots(1, 3, sharey=True)
     named = [(label, [u for u in results if u["arm"] == arm]) for arm, label in CURVES.items()]
     named += [(label, [u for u in chains if u["arm"] == arm]) for arm, label in CHAIN_CURVES.items()]
     for number, (label, units) in enumerate((label, units) for label, units in named if units):
-        courses = [course(u, "shapes_strict") for u in units]
+        times = zip(*([m.get("time/iteration_s", 0.0) for m in u["metrics"]] for u in units), strict=False)
+        shortest = [min(values) for values in times]
+        courses = [course({**u, "metrics": _timed(u["metrics"], shortest)}, "shapes_strict") for u in units]
         line = {**style(number), "markevery": 1}
-        for panel, axis in zip(panels, ("images", "nfe"), strict=True):
+        for panel, axis in zip(panels, ("images", "nfe", "seconds"), strict=True):
             at = [mean(points) for points in zip(*([p[axis] for p in c] for c in courses), strict=False)]
             scores = list(zip(*([p["score"] for p in c] for c in courses), strict=False))
             # a logarithmic axis has no place for the start
-            first = 1 if axis == "nfe" else 0
+            first = 0 if axis == "images" else 1
             at, scores = at[first:], scores[first:]
             panel.plot(at, [mean(s) for s in scores], label=label, **line)
             panel.fill_between(at, [min(s) for s in scores], [max(s) for s in scores], color=line["color"], alpha=0.15)
-    for panel, title in zip(panels, ("images", "row-NFE (forward 1, backward 2)"), strict=True):
+    titles = ("images", "row-NFE (forward 1, backward 2)", "seconds of training (one core)")
+    for panel, title in zip(panels, titles, strict=True):
         panel.set_xlabel(title)
-        panel.set_ylabel("held-out strict accuracy")
         panel.axhline(0.9, color="#999", linewidth=0.8, linestyle=":")
         panel.grid(alpha=0.3)
-    panels[1].set_xscale("log")
+    panels[0].set_ylabel("held-out strict accuracy")
+    for panel in panels[1:]:
+        panel.set_xscale("log")
     handles, labels = panels[0].get_legend_handles_labels()
     drawing.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     write_figure(drawing, path)

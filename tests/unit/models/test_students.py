@@ -182,7 +182,7 @@ def test_a_two_time_student_is_no_single_time_one(teacher: Path, tmp_path: Path)
 def test_a_teacher_without_its_parts_is_named(teacher: Path, tmp_path: Path) -> None:
     student = publish_student(tmp_path / "student.pt", "none")
     (tmp_path / "half" / "vae").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=r"teacher, and .* lacks vae/config.json"):
+    with pytest.raises(CheckpointError, match=r"teacher, but .* lacks vae/config.json"):
         load("scm-flux", student, tmp_path / "half")
 
 
