@@ -154,7 +154,7 @@ def recipe_values(incomplete: str) -> Iterator[tuple[str, str]]:
 
 
 def _paths(incomplete: str, wanted: Callable[[Path], Any]) -> Iterator[tuple[str, str]]:
-    """Files and folders whose name goes on from what was typed; folders that lead further end in a slash."""
+    """Files and folders whose names begin with what was typed; a folder ends in a slash."""
     folder, slash, begun = incomplete.rpartition("/")
     place = Path(f"{folder}{slash}" or ".")
     for path in sorted(place.iterdir()) if place.is_dir() else ():

@@ -27,8 +27,8 @@ _RECIPES = ("recipe", "recipes")
 
 _RECIPE_FILE = "recipe.yaml"
 _RECIPE_HEAD = """# The recipe of `fmg train --config {file}`, copied from {source}.
-# Change what you like, and delete what you leave as it is: the model's own recipe supplies the rest.
-# `fmg train --config {file} --dry-run` says what the run takes; `fmg list` and `fmg show NAME` describe components.
+# Change what you like, and delete what you do not change: the model's own recipe supplies the rest.
+# `fmg train --config {file} --dry-run` shows what the run needs; `fmg list` and `fmg show NAME` describe components.
 
 """
 _BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}

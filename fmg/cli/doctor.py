@@ -37,7 +37,7 @@ def examine_installation(
     if (command := ctx.invoked_subcommand) is not None:
         for flag, given in (("--quick", quick), ("--network", network)):
             if given:
-                what = f"{flag} does not go with `doctor {command}`"
+                what = f"{flag} cannot be used with `doctor {command}`"
                 raise UsageError(what, "Leave it out: it belongs to the check of the installation.")
         if as_json:
             raise UsageError(f"--json comes after `doctor {command}`", f"Write `fmg doctor {command} ... --json`.")

@@ -224,7 +224,7 @@ def _path_check(
 ) -> None:
     for name, value in others.items():
         if value:
-            raise UsageError(f"--{name} does not go with --path-check", "Leave out one of them.")
+            raise UsageError(f"--{name} cannot be used with --path-check", "Leave out one of them.")
     if sweep is not None and len(sweep) > 1:
         raise UsageError("--path-check takes one number of steps", "Give --steps one number.")
     figure = new_figure(out, "--path-check")

@@ -360,20 +360,20 @@ def _check_combination(forms: Mapping[str, bool], artifact: Mapping[str, bool], 
     """
     asked = [name for name, given in forms.items() if given]
     if len(asked) > 1:
-        raise UsageError(f"{asked[0]} and {asked[1]} exclude each other", "Give one of them.")
+        raise UsageError(f"{asked[0]} and {asked[1]} cannot be used together", "Give one of them.")
     form = asked[0] if asked else "--onnx"
     taken = [] if form == "--onnx" else [name for name, given in artifact.items() if given]
     unfit = {"--swap-weights": tuple(fresh), "--kohya": ("--precision",)}.get(form, ())
     taken += [name for name in unfit if fresh[name]]
     if taken:
-        raise UsageError(f"{taken[0]} does not go with {form}", "Leave out one of them.")
+        raise UsageError(f"{taken[0]} cannot be used with {form}", "Leave out one of them.")
 
 
 def _check_existing(fresh: Mapping[str, object]) -> None:
     """Refuses options of a new artifact where engines are added to an existing one."""
     if given := [name for name, value in fresh.items() if value]:
         raise UsageError(
-            f"{given[0]} does not go with --trt of an existing artifact", "Leave it out, or name the run instead."
+            f"{given[0]} cannot be used with --trt for an existing artifact", "Leave it out, or name the run instead."
         )
 
 
@@ -398,7 +398,7 @@ def _verify_level(text: str, other: str | None) -> str | None:
     if text == _OFF:
         return None
     if other is not None:
-        raise UsageError(f"--verify does not go with {other}", "Leave out one of them.")
+        raise UsageError(f"--verify cannot be used with {other}", "Leave out one of them.")
     return text
 
 

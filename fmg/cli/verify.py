@@ -68,7 +68,7 @@ def verify(
     artifact = str(artifact_of(artifact))
     given_text(against, "--against")
     if quick + full + alone > 1:
-        raise UsageError("--quick, --full and --alone exclude each other", "Give one of them.")
+        raise UsageError("--quick, --full and --alone cannot be used together", "Give one of them.")
     if alone and (against is not None or num is not None):
         raise UsageError("--alone compares with nothing", "Leave out --alone, or --against and --num.")
     with reporter_for(stderr()) as reporter:

@@ -32,10 +32,12 @@ class PromptsCase:
 
 def _prompts(case: PromptsCase) -> None:
     texts = [prompt.text for prompt in case.prompts]
-    require(len(texts) > 0 and len(texts) == len(case.prompts), "Its length is not the number of prompts it gives.")
+    require(
+        len(texts) > 0 and len(texts) == len(case.prompts), "Its length differs from the number of prompts it yields."
+    )
     require(not any(map(is_blank, texts)), "A prompt is empty.")
     twice = next((text for text in texts if texts.count(text) > 1), None) if len(texts) < 5000 else None
-    require(twice is None, f"'{twice}' is there twice: the images of both would be one group.")
+    require(twice is None, f"'{twice}' occurs twice: the images of both would form one group.")
     indexed = [case.prompts[i].text for i in range(len(texts))]
     require(indexed == texts, "Indexing and iterating give different prompts.")
 
@@ -43,7 +45,7 @@ def _prompts(case: PromptsCase) -> None:
 def _prompts_again(case: PromptsCase) -> None:
     again: PromptSet = case.component.build()
     same = [p.text for p in again] == [p.text for p in case.prompts]
-    require(same, "When built again it has other prompts, so that a resumed run would not be the same run.")
+    require(same, "Built again, it has different prompts, so a resumed run would differ.")
 
 
 PROMPT_RULES: tuple[Rule[PromptsCase], ...] = (

@@ -95,13 +95,13 @@ def pictures(side: int) -> Float[Tensor, "b 3 h w"]:
 
 def _scores(case: RewardCase) -> None:
     if isinstance(case.output, PartialRewardOutput):
-        raise Violation("It left images without a score; only a reward that was told to (`on_failure`) may.")
+        raise Violation("It left images without a score; only a reward with the option `on_failure` may.")
     # raises for a wrong type, shape or value
     case.checked(case.images(), case.prompts)
 
 
 def _same(ours: RewardOutput, theirs: RewardOutput, tolerance: float, what: str) -> None:
-    require(set(ours.parts) == set(theirs.parts), f"It reports other parts {what}.")
+    require(set(ours.parts) == set(theirs.parts), f"It reports different parts {what}.")
     pairs = {"total": (ours.total, theirs.total)}
     pairs |= {part: (ours.parts[part], theirs.parts[part]) for part in ours.parts}
     for part, (a, b) in pairs.items():
@@ -114,7 +114,7 @@ def _same(ours: RewardOutput, theirs: RewardOutput, tolerance: float, what: str)
 
 
 def _deterministic(case: RewardCase) -> None:
-    _same(case.output, case.reward(case.images(), case.prompts), AGAIN, "when it scores the same pictures again")
+    _same(case.output, case.reward(case.images(), case.prompts), AGAIN, "when it scores the same images again")
 
 
 def _alone(case: RewardCase) -> None:
@@ -123,7 +123,7 @@ def _alone(case: RewardCase) -> None:
         torch.cat([one.total for one in singles]),
         {part: torch.cat([one.parts[part] for one in singles]) for part in case.output.parts},
     )
-    _same(case.output, whole, ELSEWHERE, "when the pictures come one by one: a score must not depend on its batch")
+    _same(case.output, whole, ELSEWHERE, "when the images come one by one: a score must not depend on its batch")
 
 
 def _order(case: RewardCase) -> None:
@@ -133,13 +133,13 @@ def _order(case: RewardCase) -> None:
         case.output.total[order.to(case.output.total.device)],
         {part: values[order.to(values.device)] for part, values in case.output.parts.items()},
     )
-    _same(expected, shuffled, ELSEWHERE, "when the pictures come in another order, each with its prompt")
+    _same(expected, shuffled, ELSEWHERE, "when the images come in a different order, each with its prompt")
 
 
 def _untouched(case: RewardCase) -> None:
     given, prompts = case.images(), list(case.prompts)
     case.reward(given, prompts)
-    require(torch.equal(given, case.images()), "It changes the pictures that it is given; work on a copy.")
+    require(torch.equal(given, case.images()), "It changes the images that it is given; work on a copy.")
     require(prompts == case.prompts, "It changes the list of prompts that it is given; work on a copy.")
 
 
@@ -159,11 +159,11 @@ def _non_finite(case: RewardCase) -> None:
     except Exception:
         return
     hidden = bool(output.total.detach().cpu()[2].isfinite())
-    require(not hidden, "It gives a picture of NaN a finite score, which hides a broken model: raise, or return NaN.")
+    require(not hidden, "It gives an image of NaN a finite score, which hides a broken model: raise, or return NaN.")
 
 
 RULES: tuple[Rule[RewardCase], ...] = (
-    Rule("one finite score an image", _scores),
+    Rule("one finite score per image", _scores),
     Rule("deterministic", _deterministic),
     Rule("independent of the batch", _alone),
     Rule("follows the order of images", _order),

@@ -72,7 +72,7 @@ def _check(rule: Rule[S], case: S) -> Finding:
 
 def _summary(component: ComponentUnderTest) -> None:
     summary = component.row.summary.strip()
-    require(bool(summary), "It has no summary: give `summary`, or a docstring whose first line says what it is.")
+    require(bool(summary), "It has no summary: set `summary`, or a docstring whose first line says what it is.")
     require("\n" not in summary, "Its summary has several lines; `fmg list` shows one.")
 
 
@@ -93,7 +93,7 @@ def _round_trip(component: ComponentUnderTest) -> None:
     again = cls.model_validate(json.loads(json.dumps(plain, allow_nan=False)))
     require(
         again == component.config,
-        "Its options are not what they were after a recipe has stored them: use fields of plain types, and equality.",
+        "Its options change when a recipe stores them and is read back: use fields of plain types, and equality.",
     )
 
 
@@ -118,7 +118,7 @@ def _light(component: ComponentUnderTest) -> None:
         "sys.exit('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    require(done.returncode == 0, f"The module of its config, {module}, imports torch, which slows every command down.")
+    require(done.returncode == 0, f"The module of its config, {module}, imports torch, which slows down every command.")
 
 
 COMMON_RULES: tuple[Rule[ComponentUnderTest], ...] = (

@@ -115,7 +115,7 @@ def _replay(case: StochasticizerCase) -> None:
         off = float(torch.expm1(again - old).abs().max())
         require(
             off <= 1e-6,
-            f"Replaying a transition gives a ratio that is off by {off:.2g}: it must draw no noise and keep no state.",
+            f"Replaying a transition gives a ratio off by {off:.2g}: it must sample no noise and keep no state.",
         )
 
 

@@ -80,13 +80,13 @@ def _micro_batches(case: ObjectiveCase) -> None:
     parts = [(len(part), case.objective.loss(views, part).total.detach()) for part in batch.split(size)]
     mean = torch.stack([size * value for size, value in parts]).sum() / len(batch)
     same = torch.allclose(whole, mean, rtol=1e-4, atol=1e-5)
-    require(same, "The loss of a batch is not the mean of its rows, so that it depends on the micro-batch.")
+    require(same, "The loss of a batch is not the mean over its rows, so it depends on the micro-batch.")
 
 
 def _keyed(case: ObjectiveCase) -> None:
     one, two = case.prepared(), case.prepared()
     same = one.rows.keys() == two.rows.keys() and all(torch.equal(one.rows[k], two.rows[k]) for k in one.rows)
-    require(same, "prepare() gives other rows for the same seed: key all noise by `seed`.")
+    require(same, "prepare() gives different rows for the same seed: key all noise by `seed`.")
 
 
 def _nothing_to_learn(case: ObjectiveCase) -> None:
@@ -128,7 +128,7 @@ OBJECTIVE_RULES: tuple[Rule[ObjectiveCase], ...] = (
     Rule("micro-batches add up", _micro_batches),
     Rule("noise is keyed", _keyed),
     Rule("equal rewards teach nothing", _nothing_to_learn),
-    Rule("branched: one row a group", _branched(_star_rows)),
+    Rule("branched: one row per group", _branched(_star_rows)),
     Rule("branched: a finite loss with a gradient", _branched(_loss)),
     Rule("branched: micro-batches add up", _branched(_micro_batches)),
     Rule("branched: noise is keyed", _branched(_keyed)),
@@ -169,7 +169,7 @@ def _descends(case: OptimizerCase) -> None:
     require(isinstance(optimizer, torch.optim.Optimizer), "It does not build a torch.optim.Optimizer.")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [name for name, p in module.named_parameters() if id(p) not in held]
-    require(not missing, f"It leaves parameters out: {', '.join(missing)}.")
+    require(not missing, f"It omits parameters: {', '.join(missing)}.")
     require(losses[-1] < losses[0], f"It does not descend: a regression went from {losses[0]:.4g} to {losses[-1]:.4g}.")
 
 
@@ -187,9 +187,7 @@ def _resumes(case: OptimizerCase) -> None:
         _regression_step(other, twin)
     same = all(torch.equal(a, b) for a, b in zip(module.parameters(), twin.parameters(), strict=True))
     if not same:
-        raise Violation(
-            "After load_state_dict it continues differently, so that a resumed run would not be the same run."
-        )
+        raise Violation("After load_state_dict it continues differently, so a resumed run would differ.")
 
 
 OPTIMIZER_RULES: tuple[Rule[OptimizerCase], ...] = (

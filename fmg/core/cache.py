@@ -121,7 +121,7 @@ def optional_cache(folder: Path | None = None) -> Iterator[None]:
         with writing(place):
             yield
     except StorageError as error:
-        advice = "Name a folder that can be written; FMG_CACHE sets that of fmg."
+        advice = "Name a writable folder; FMG_CACHE sets fmg's own."
         what = f"The cache {place} cannot be written ({error.strerror}), so nothing is kept there"
         warnings.warn(f"{what}. {advice}", FmgWarning, stacklevel=1)
 
@@ -138,7 +138,7 @@ def required_cache() -> Iterator[None]:
             yield
     except StorageError as error:
         what = f"The cache {cache_dir()} cannot be written ({error.strerror})"
-        fix = "Free space there, or set FMG_CACHE to a folder that can be written."
+        fix = "Free some space there, or set FMG_CACHE to a writable folder."
         raise StorageError(what, fix, str(error.strerror)) from error
 
 

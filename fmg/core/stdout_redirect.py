@@ -164,8 +164,8 @@ def fenced(who: str) -> Iterator[None]:
     new = [what for what in changed if (who, what) not in _told]
     _told.update((who, what) for what in new)
     if new:
-        text = f"{who} changed {', '.join(new)} for the whole process, which was put back"
-        warnings.warn(f"{text}. Change it in a `with` block, or put it back.", FmgWarning, stacklevel=3)
+        text = f"{who} changed {', '.join(new)} for the whole process; it was restored"
+        warnings.warn(f"{text}. Change it in a `with` block, or restore it.", FmgWarning, stacklevel=3)
 
 
 @contextmanager

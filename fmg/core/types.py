@@ -17,7 +17,7 @@ from fmg.core.prompt import Prompt as Prompt
 
 
 class SharedRows(Mapping[str, Tensor]):
-    """Tensors of which each row may stand for many: a lookup gathers the rows that an index names.
+    """Tensors of which each row may serve many: a lookup gathers the rows that an index names.
 
     A rollout has as many rows as samples and transitions, and only as many different ones as prompts; T5 states of
     each row would be gigabytes. So rows are gathered where they are read, which is a micro-batch.

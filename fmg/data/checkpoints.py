@@ -132,7 +132,9 @@ def read_index(run: Path) -> CheckpointIndex | None:
         raise CheckpointError(f"'{path}' is damaged ({error!s:.200})", FIX) from None
     there = tuple(saved for saved in index.saved if saved.path(run).is_dir())
     if index.entry(index.best) not in there:
-        raise CheckpointError(f"'{path}' names '{index.best}', which is gone", "Restore the folder, or train again.")
+        raise CheckpointError(
+            f"'{path}' names '{index.best}', which no longer exists", "Restore the folder, or train again."
+        )
     gone = [saved.name for saved in index.saved if saved not in there]
     if not gone:
         return index
@@ -154,7 +156,7 @@ def checked(run: Path, index: CheckpointIndex) -> CheckpointIndex:
             if saved.name == index.best:
                 raise
             damaged.append(saved.name)
-            warnings.warn(f"{error.what}; {saved.name} is left out", FmgWarning, stacklevel=2)
+            warnings.warn(f"{error.what}; {saved.name} is skipped", FmgWarning, stacklevel=2)
     return _without(index, damaged) if damaged else index
 
 
@@ -172,7 +174,7 @@ def existing_index(run: Path) -> CheckpointIndex:
     """
     index = read_index(run)
     if index is None:
-        raise CheckpointError(f"'{run}' has no index of checkpoints", "Restore it, or train again.")
+        raise CheckpointError(f"'{run}' has no checkpoint index", "Restore it, or train again.")
     return index
 
 

@@ -115,7 +115,7 @@ class MetricsLog:
     @classmethod
     def read(cls, path: Path, *, strict: bool = False) -> MetricsLog:
         """Reads a `metrics.jsonl` of at most `MAX_METRICS_BYTES`; an unfinished last line is left out, a missing file
-        has no lines. Null, which stands for a value that is not finite, becomes NaN.
+        has no lines. Null, written for a value that is not finite, becomes NaN.
 
         Args:
             path: of the file.

@@ -83,7 +83,7 @@ def file_prompts(config: FilePromptsConfig) -> PromptList:
     """
     path = Path(config.path)
     if path.suffix not in PROMPT_FILE_SUFFIXES:
-        raise UsageError(f"The prompt file '{path}' is of an unknown kind", f"Use {' or '.join(PROMPT_FILE_SUFFIXES)}.")
+        raise UsageError(f"The prompt file '{path}' has an unknown suffix", f"Use {' or '.join(PROMPT_FILE_SUFFIXES)}.")
     lines = _lines(path)
     prompts: dict[str, tuple[int, Prompt]] = {}
     for number, text in lines:
@@ -107,8 +107,8 @@ def file_prompts(config: FilePromptsConfig) -> PromptList:
     found = [prompt for _, prompt in prompts.values()]
     if config.sha256 not in (None, prompts_digest(found)):
         raise UsageError(
-            f"The prompt file '{path}' has other prompts than those whose digest the recipe states",
-            "Restore it, or give it anew with --prompts.",
+            f"The prompt file '{path}' has changed: its prompts do not match the digest in the recipe",
+            "Restore it, or pass it again with --prompts.",
         )
     return PromptList(str(path), found)
 
@@ -121,11 +121,11 @@ def _lines(path: Path) -> list[tuple[int, str]]:
             f"There is no prompt file '{path}'", "Check the path; one in a recipe is relative to the recipe's folder."
         ) from None
     except JsonError as error:
-        raise UsageError(located(path, error), "Save it as UTF-8 text with one prompt a line.") from None
+        raise UsageError(located(path, error), "Save it as UTF-8 text with one prompt per line.") from None
     except OSError as error:
         raise UsageError(f"The prompt file '{path}' cannot be read: {error.strerror}", "Name a text file.") from None
     if not lines:
-        raise UsageError(f"The prompt file '{path}' is empty", "Write one prompt a line.")
+        raise UsageError(f"The prompt file '{path}' is empty", "Write one prompt per line.")
     return lines
 
 
@@ -133,7 +133,7 @@ def _json_prompt(line: str, where: str) -> Prompt:
     try:
         entry = parse(line)
     except JsonError as error:
-        raise UsageError(f"{where}: {error}", "Write one object a line.") from None
+        raise UsageError(f"{where}: {error}", "Write one JSON object per line.") from None
     if not isinstance(entry, dict):
         raise UsageError(f"{where}: the line is not a JSON object", 'Write {"prompt": "..."}.')
     geneval = isinstance(entry.get("include"), list)
@@ -142,9 +142,9 @@ def _json_prompt(line: str, where: str) -> Prompt:
         raise UsageError(f"{where}: unknown key '{unknown[0]}'", f"Known: {', '.join(_JSON_KEYS)}.")
     text, tag, metadata = entry.get("prompt"), entry.get("tag", ""), entry if geneval else entry.get("metadata", {})
     if not isinstance(text, str) or is_blank(text):
-        raise UsageError(f"{where}: 'prompt' must be a text that is not empty", 'Write {"prompt": "..."}.')
+        raise UsageError(f"{where}: 'prompt' must be non-empty text", 'Write {"prompt": "..."}.')
     if not isinstance(tag, str) or not isinstance(metadata, dict):
-        raise UsageError(f"{where}: 'tag' must be a text and 'metadata' an object", "Correct or remove them.")
+        raise UsageError(f"{where}: 'tag' must be text and 'metadata' an object", "Correct or remove them.")
     return Prompt(text.strip(), tag, metadata)
 
 

@@ -97,7 +97,7 @@ def check_prompts(run: Path, recipe: Recipe, digests: Mapping[str, str]) -> None
             path = getattr(ref.config, "path", None)
             which = f"The prompt set '{ref.name}'" if path is None else f"The prompt file '{path}'"
             raise UsageError(
-                f"{which} ({place}) has other prompts than at the start of the run",
+                f"{which} ({place}) has different prompts than at the start of the run",
                 f"Restore it, or accept them: `{resume_command(run, recipe)} --accept-changed-prompts`.",
             )
 

@@ -118,7 +118,7 @@ def examine_run(run: str | Path) -> list[Advice]:
     folder.state()
     metrics = MetricsLog.read(folder.metrics, strict=True)
     if not metrics.iterations and not metrics.evaluations:
-        raise UsageError(f"'{folder.metrics}' has no line yet", "Wait for the first evaluation of the run.")
+        raise UsageError(f"'{folder.metrics}' has no lines yet", "Wait for the first evaluation of the run.")
     return examine_log(_log_of(folder, metrics))
 
 
@@ -134,7 +134,7 @@ def hacking_limits(run: RunFolder) -> HackingLimits:
     def limit(name: str) -> float:
         value = stated.get(name, EvalSection.model_fields[name].default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise CheckpointError(f"'{run.recipe}' is damaged (eval.{name} is no number)", "Restore it from a copy.")
+            raise CheckpointError(f"'{run.recipe}' is damaged (eval.{name} is not a number)", "Restore it from a copy.")
         return float(value)
 
     return HackingLimits(limit("hacking_tolerance"), limit("min_diversity"))
@@ -201,7 +201,9 @@ def _clip(log: Log) -> Iterator[Advice]:
 def _equal_groups(log: Log) -> Iterator[Advice]:
     share, limit = log.late(keys.ZERO_STD_RATIO), LIMITS["equal groups"]
     if share is not None and share > limit:
-        sign = f"{share:.0%} of the groups teach nothing, above {limit:.0%}: all of their images have the same reward"
+        sign = (
+            f"{share:.0%} of the groups give no gradient, above {limit:.0%}: all of their images have the same reward"
+        )
         by_step = log.late_by_step(keys.STEP_ZERO_STD_RATIO) if log.steps != "adaptive" else {}
         differs = bool(by_step) and min(by_step.values()) <= limit
         if differs or (by_step and log.steps == "first" and not log.risen):
@@ -221,7 +223,7 @@ def _equal_groups(log: Log) -> Iterator[Advice]:
 def _agreement(log: Log) -> Iterator[Advice]:
     agreement, limit = log.late(keys.COMPLETION_AGREEMENT), LIMITS["agreement"]
     if log.jumps and agreement is not None and agreement < limit:
-        sign = f"One jump ranks siblings differently than the full grid: correlation {agreement:.2f}, below {limit:g}"
+        sign = f"One jump ranks siblings differently from the full grid: correlation {agreement:.2f}, below {limit:g}"
         text = "Set it to grid, so that the rewarded images are those that the sampler makes."
         yield Advice("note" if log.risen else "problem", sign, "rollout.branch.completion", text)
 
@@ -296,7 +298,7 @@ def _gap(log: Log) -> Iterator[Advice]:
     for name, loss in lost:
         what, unit = f"'{name}', which is not trained, fell", "standard deviations"
         if name == keys.DIVERSITY:
-            what, unit = "The images of a prompt became alike", "of their diversity"
+            what, unit = "The images of a prompt became too similar", "of their diversity"
         when = f"by iteration {line['iteration']:.0f} while the trained reward rose"
         sign = f"{what} {when}: by {loss.value:.2f} ± {loss.error:.2f} {unit}, limit {log.limits.of(name):g}"
         text = (

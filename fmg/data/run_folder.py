@@ -84,7 +84,7 @@ class RunFolder:
             _write_state(path, RunState(SCHEMA, model, began.isoformat(), "running"))
         except OSError as error:
             where = folder or root
-            raise UsageError(f"'{where}' cannot hold a run: {error.strerror}", "Choose another --run.") from None
+            raise UsageError(f"'{where}' cannot be used for a run: {error.strerror}", "Choose another --run.") from None
         return run
 
     @staticmethod
@@ -96,14 +96,14 @@ class RunFolder:
         """
         path = RUNS if folder is None else Path(folder)
         if (reason := refusal_of(path)) is not None:
-            raise UsageError(f"'{path}' cannot hold a run: {reason}", "Choose another --run.")
+            raise UsageError(f"'{path}' cannot be used for a run: {reason}", "Choose another --run.")
         if folder is None:
             return
         try:
             holds_run = is_run(path)
             taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
         except OSError as error:
-            raise UsageError(f"'{path}' cannot hold a run: {error.strerror}", "Choose another --run.") from None
+            raise UsageError(f"'{path}' cannot be used for a run: {error.strerror}", "Choose another --run.") from None
         if holds_run:
             raise UsageError(f"'{path}' already holds a run", "Choose another --run; a run is never overwritten.")
         if taken:
@@ -171,7 +171,7 @@ class RunFolder:
             state = RunState(**cast(Any, unsealed(read_object(file))))
             state.began  # noqa: B018
             if not isinstance(state.model, str) or len(state.model) > LONGEST_VALUE:
-                raise TypeError("the model is no name")
+                raise TypeError("the model is not a name")
         except FileNotFoundError:
             missing = no_run(self.path)
             raise CheckpointError(missing.what, missing.fix) from None
@@ -179,7 +179,7 @@ class RunFolder:
             raise CheckpointError(f"'{file}' is damaged ({reason(error)})", fix) from None
         if state.schema != SCHEMA or state.state not in STATES:
             raise CheckpointError(
-                f"'{file}' has schema {state.schema} and state '{state.state}', which this version does not know",
+                f"'{file}' has schema {state.schema} and state '{state.state}', which this version does not support",
                 "Use the version of fmg that made the run, or a newer one.",
             )
         return state
@@ -199,7 +199,7 @@ class RunFolder:
         except UsageError as error:
             raise CheckpointError(f"'{self.recipe}' is damaged ({error.what})", "Restore it from a copy.") from None
         if not isinstance(found, dict):
-            raise CheckpointError(f"'{self.recipe}' is damaged (no mapping)", "Restore it from a copy.")
+            raise CheckpointError(f"'{self.recipe}' is damaged (not a mapping)", "Restore it from a copy.")
         return found
 
     def lock(self) -> AbstractContextManager[None]:

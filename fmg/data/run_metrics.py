@@ -42,7 +42,7 @@ def read_metrics(path: Path) -> list[dict[str, object]]:
 
 
 def read_numbers(path: Path) -> list[dict[str, float]]:
-    """The same as numbers; null, which stands for a value that is not finite, becomes NaN.
+    """The same as numbers; null, written for a value that is not finite, becomes NaN.
 
     Raises:
         CheckpointError: for a line that is not a JSON object of numbers, or does not name its iteration.
@@ -63,7 +63,7 @@ def as_numbers(path: Path, number: int, line: Mapping[str, object], *, strict: b
     if numbers.keys() != plain.keys():
         raise _damaged(path, number, "it holds values other than numbers")
     if not math.isfinite(numbers.get("iteration", math.nan)):
-        raise _damaged(path, number, "it does not name its iteration")
+        raise _damaged(path, number, "it does not state its iteration")
     return numbers
 
 
@@ -80,7 +80,7 @@ def metrics_entry(path: Path, line: TextLine) -> dict[str, object]:
 
 
 def _damaged(path: Path, number: int, why: str) -> CheckpointError:
-    return CheckpointError(f"{path}:{number}: the line is damaged: {why}", "Remove it; the others do not depend on it.")
+    return CheckpointError(f"{path}:{number}: the line is damaged: {why}", "Remove it; no other line depends on it.")
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def _check_dump(dump: tuple[str, str | Path] | None, sweep: Sequence[int]) -> No
     if dump[0] not in DUMP_FORMATS:
         raise UsageError(f"There is no dump format '{dump[0]}'", f"Known: {', '.join(DUMP_FORMATS)}.")
     if len(sweep) > 1:
-        raise UsageError("A dump is of one number of steps", "Give --steps one number.")
+        raise UsageError("A dump contains images of one number of steps", "Give --steps one number.")
 
 
 def _references(
@@ -167,7 +167,7 @@ def _references(
         return {}
     if not features:
         raise UsageError(
-            "A reference set is compared through features", "Name an extractor: --features clip, or pixels."
+            "Comparing with a reference set needs a feature extractor", "Name an extractor: --features clip, or pixels."
         )
     files = check_reference(reference, prompt_set)
     if reference == WORLD and isinstance(prompt_set, DrawsTruth):

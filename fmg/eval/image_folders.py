@@ -55,7 +55,7 @@ def picture_files(folder: Path) -> list[Path]:
         UsageError: it is not a folder, holds no picture, or has a link to a missing picture.
     """
     if not folder.is_dir():
-        raise UsageError(f"There is no folder '{folder}'", "Name a folder of pictures.")
+        raise UsageError(f"There is no folder '{folder}'", "Name a folder of images.")
     found = [file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES and not file.is_dir()]
     # macOS keeps attributes of a file beside it on other file systems, under its name and suffix
     beside = [file for file in found if file.name.startswith("._")]
@@ -72,10 +72,10 @@ def picture_files(folder: Path) -> list[Path]:
     )
     broken = next((file for file in files if not file.is_file()), None)
     if broken is not None:
-        what = f"'{broken}' is a link to nothing" if broken.is_symlink() else f"'{broken}' is not a file"
-        raise UsageError(what, "Restore the picture, or remove the link.")
+        what = f"'{broken}' is a broken link" if broken.is_symlink() else f"'{broken}' is not a file"
+        raise UsageError(what, "Restore the image, or remove the link.")
     if not files:
-        raise UsageError(f"'{folder}' holds no pictures", f"Known suffixes: {', '.join(_SUFFIXES)}.")
+        raise UsageError(f"'{folder}' contains no images", f"Known suffixes: {', '.join(_SUFFIXES)}.")
     return files
 
 
@@ -115,7 +115,7 @@ def captioned(path: Path, *, everything: bool = False) -> list[Captioned]:
             for only some of them.
     """
     if not path.exists():
-        raise UsageError(f"There is no picture or folder '{path}'", "Check the path.")
+        raise UsageError(f"There is no image or folder '{path}'", "Check the path.")
     if path.is_file():
         beside = [] if everything else [x for x in _listed(path.parent) if x.file.resolve() == path.resolve()]
         return beside or [Captioned(path, None)]
@@ -216,7 +216,8 @@ def geneval_dump(folder: Path, entries: Sequence[Prompt]) -> Iterator[GenEvalDum
     if len(set(counts.values())) > 1:
         n = len(counts)
         raise UsageError(
-            f"{counted(len(entries), 'image')} do not spread evenly over {counted(n, 'prompt')}, as GenEval wants them",
+            f"{counted(len(entries), 'image')} cannot be divided evenly among {counted(n, 'prompt')},"
+            " as GenEval requires",
             f"Give --num a multiple of {n}; the benchmark uses 4 images per prompt: --num {4 * n}.",
         )
     with atomic_folder(folder) as partial:

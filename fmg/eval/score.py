@@ -66,7 +66,7 @@ def score(
 
     Args:
         paths: picture files, folders of them, or GenEval trees. Prompts come from `metadata.jsonl`: GenEval's in each
-            prompt's folder, or lines with `file_name` and `prompt` beside the pictures. A picture with two lines is
+            prompt's folder, or lines with `file_name` and `prompt` beside the images. A picture with two lines is
             scored twice.
         rewards: by name.
         prompt: of every picture, in place of those in the folders.
@@ -84,7 +84,9 @@ def score(
     if not rewards and not extractors:
         raise UsageError("There is nothing to measure", "Give --reward, or --features, or both.")
     if reference is not None and not extractors:
-        raise UsageError("A reference set is compared through features", "Name an extractor: --features clip.")
+        raise UsageError(
+            "Comparing with a reference set needs a feature extractor", "Name an extractor: --features clip."
+        )
     given = dict(options or {})
     features = chosen_extractors(extractors, given)
     scorers = build_rewards(chosen_rewards(rewards, (), given, taken=features))
@@ -122,7 +124,7 @@ def _prompted(entry: Captioned, prompt: str | None, *, needed: bool) -> Prompt:
     if entry.prompt is None and needed:
         raise UsageError(
             f"There is no prompt for '{entry.file}'",
-            f"Give --prompt, or a {METADATA} with file_name and prompt beside the pictures.",
+            f"Give --prompt, or a {METADATA} with file_name and prompt beside the images.",
         )
     return entry.prompt or Prompt("", "", {})
 

@@ -356,7 +356,7 @@ def check_reference(reference: str, prompt_set: PromptSet) -> list[Path]:
     if reference == WORLD:
         if not isinstance(prompt_set, DrawsTruth):
             raise UsageError(
-                "The reference 'world' needs prompts of an embedded world", "Name a folder of real pictures instead."
+                "The reference 'world' needs prompts of an embedded world", "Name a folder of real images instead."
             )
         return []
     return reference_files(reference)

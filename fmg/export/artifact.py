@@ -138,7 +138,7 @@ def export_source(source: ExportSource, out: Path, options: ExportOptions, *, ob
         raise UsageError(f"{out} exists already", "Export to another folder, or move that one away.")
     if options.int8 and options.precision != "fp32":
         raise UsageError(
-            f"8-bit weights are for a CPU and go with fp32, not with {options.precision}", "Leave one of them out."
+            f"8-bit weights are for a CPU and require fp32, not {options.precision}", "Leave one of them out."
         )
     export = _Export(source, options, observer)
     check_space(out, sum(export.sizes()))

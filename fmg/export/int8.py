@@ -103,7 +103,7 @@ def other_weight(graph: Path, names: Collection[str], read: Callable[[str], torc
         assert match is not None, name
         if match["weight"] not in names:
             if match["rounded"] or stored.nbytes >= _INLINE_BYTES:
-                return f"'{name}' is no weight of the model"
+                return f"'{name}' is not a weight of the model"
             continue
         exact = read(match["weight"]).numpy()
         exact = exact.T if match["turned"] else exact

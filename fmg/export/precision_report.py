@@ -112,7 +112,7 @@ def precision_of(artifact: Artifact, graph: str) -> PrecisionReport:
 
     Raises:
         MissingDependencyError: onnx is not installed.
-        CheckpointError: the file is no ONNX graph.
+        CheckpointError: the file is not an ONNX graph.
     """
     return precision_of_file(artifact.onnx(graph), artifact.graph(graph).precision)
 
@@ -163,7 +163,7 @@ def read_graph(file: Path) -> ModelProto:
     except Exception as error:
         # protobuf's own DecodeError is in a different module for each of its implementations
         raise CheckpointError(
-            f"{file} is no ONNX file ({type(error).__name__})", "Restore the artifact, or export it again."
+            f"{file} is not an ONNX file ({type(error).__name__})", "Restore the artifact, or export it again."
         ) from None
 
 

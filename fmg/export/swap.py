@@ -156,9 +156,7 @@ def _delta(artifact: Artifact, found: Target) -> Delta:
             f"Name a run folder, or {BASE} for the weights without an adapter.",
         )
     if is_full(found.adapter):
-        raise UsageError(
-            f"'{found.label}' tuned every weight, which is more than an adapter", "Export it to an artifact of its own."
-        )
+        raise UsageError(f"'{found.label}' is a full fine-tune, not an adapter", "Export it to an artifact of its own.")
     exported = _exported(artifact)
     shapes = {name: exported.describe(name)[1] for name in exported.names}
     delta = read_delta(found.adapter, shapes, found.label)
@@ -260,6 +258,6 @@ def _check_no_links(folder: Path) -> None:
     """
     if links := [path for path in sorted(folder.rglob("*")) if path.is_symlink()]:
         raise CheckpointError(
-            f"{links[0]} is a link, which an artifact must not have",
+            f"{links[0]} is a link, which an artifact must not contain",
             "Copy the artifact with its files, not with links.",
         )

@@ -56,7 +56,7 @@ _HUGE = 1e30
 REWARD_ALLOWED: Mapping[Precision, float] = {"fp32": 0.005, "fp16": 0.02, "bf16": 0.02, "int8": 0.02}
 """Half-width of the band that must contain the 95 % interval of the paired reward gap."""
 LEAST_IMAGES = 500
-"""With fewer, a reward proves nothing: where a rule gives both sides equal scores, the interval has no width."""
+"""With fewer, a reward shows nothing: where a rule gives both sides equal scores, the interval has no width."""
 
 
 @runtime_checkable
@@ -100,7 +100,7 @@ def verify(
         CheckpointError: a file of either side is damaged.
     """
     if level not in LEVELS:
-        raise UsageError(f"There is no level '{level}' of verification", suggestion(level, LEVELS))
+        raise UsageError(f"There is no verification level '{level}'", suggestion(level, LEVELS))
     opened = artifact if isinstance(artifact, Artifact) else open_artifact(artifact_of(artifact), hashes=False)
     target = reference_of(opened, against, allow_code=allow_code)
     with watching(observer, progress) as told:
@@ -139,7 +139,7 @@ def _verify(
         artifact.with_checks(checks)
     except OSError as error:
         # read-only folders are verified as well
-        observer(Notice("warning", f"The checks are not written into the manifest: {reason(error)}"))
+        observer(Notice("warning", f"The results could not be written into the manifest: {reason(error)}"))
     return VerifyReport(str(artifact.folder), target.label, level, detail, tuple(checks))
 
 
@@ -264,7 +264,7 @@ class _Comparison:
             return said
         inputs = next(iter(sample_inputs(self._artifact, graph, self._few_prompts, seed=self._seed)))
         first = first_divergence(self._model, ran, graph, inputs, allowed=found.allowed)
-        where = str(first) if first else "every module agrees in ONNX Runtime: the backend computes something else"
+        where = str(first) if first else "every module agrees in ONNX Runtime, so the backend computes something else"
         return f"{said}; {where}" if said else where
 
     def _images(self, candidate: Generator, transformer: str) -> Iterator[Check]:
@@ -353,11 +353,11 @@ class RewardGap:
         if not np.isfinite([self.torch, self.artifact]).all():
             return "a reward is not finite"
         if self.images < LEAST_IMAGES:
-            return f"too few images to say: {self.images} of {LEAST_IMAGES}"
+            return f"too few images to decide: {self.images} of {LEAST_IMAGES}"
         if -allowed <= low and high <= allowed:
             return ""
         inside = -allowed <= self.gap <= allowed
-        return "the interval is too wide to say: use more images" if inside else "the rewards differ"
+        return "the interval is too wide to decide: use more images" if inside else "the rewards differ"
 
 
 @dataclass(frozen=True)

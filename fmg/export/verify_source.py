@@ -141,7 +141,7 @@ def _other_weights(artifact: Artifact, source: ExportSource, graph: str, exporte
         try:
             theirs = expected(name)
         except KeyError:
-            return f"'{name}' is no weight of the model"
+            return f"'{name}' is not a weight of the model"
         if ours.dtype == theirs.dtype and torch.equal(ours, theirs):
             continue
         if name not in summed or not _same_sum(ours, theirs):

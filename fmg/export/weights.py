@@ -78,7 +78,7 @@ def stored_places(file: Path) -> Mapping[str, tuple[int, int]]:
     """Offset in the file and length in bytes of each tensor of a safetensors file.
 
     Raises:
-        CheckpointError: it is no safetensors file.
+        CheckpointError: it is not a safetensors file.
     """
     try:
         header, data = read_safetensors_header(file)
@@ -86,7 +86,9 @@ def stored_places(file: Path) -> Mapping[str, tuple[int, int]]:
         spans = {name: entry["data_offsets"] for name, entry in entries.items()}
         return {name: (data + start, stop - start) for name, (start, stop) in spans.items()}
     except (ValueError, TypeError, KeyError):
-        raise CheckpointError(f"{file} is no safetensors file", "Restore the artifact, or export it again.") from None
+        raise CheckpointError(
+            f"{file} is not a safetensors file", "Restore the artifact, or export it again."
+        ) from None
 
 
 def write_weights(
@@ -114,7 +116,7 @@ def write_weights(
             if (tensor.dtype, tuple(tensor.shape)) != (place.dtype, place.shape):
                 raise CheckpointError(
                     f"'{name}' is {tensor.dtype} {tuple(tensor.shape)} instead of {place.dtype} {place.shape}",
-                    "Give weights and config of one model.",
+                    "Give weights and a config of the same model.",
                 )
             if tensor.is_floating_point() and not _finite(tensor):
                 raise CheckpointError(

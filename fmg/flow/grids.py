@@ -73,7 +73,7 @@ def _times(spec: GridSpec, steps: int, image_tokens: int | None) -> tuple[float,
     if not isinstance(spec, str):
         return _explicit(spec, steps)
     if spec == EXPLICIT:
-        raise UsageError("The explicit grid has no times of its own", "Give the list of times instead of the name.")
+        raise UsageError("The grid 'explicit' needs a list of times", "Give the list of times instead of the name.")
     if spec == "flux-shift":
         return _flux_shift(steps, image_tokens)
     if spec not in _BY_STEPS:
@@ -125,8 +125,8 @@ def _explicit(given: Sequence[float], steps: int) -> tuple[float, ...]:
     falling = all(later < earlier for earlier, later in itertools.pairwise(times))
     if times[0] != 1 or times[-1] != 0 or not falling:
         raise UsageError(
-            f"A grid falls strictly from 1 to 0, got {', '.join(f'{t:g}' for t in times)}",
-            "Start the list at 1, end it at 0 and let every time be smaller than the one before.",
+            f"The times of a grid must decrease strictly from 1 to 0, got {', '.join(f'{t:g}' for t in times)}",
+            "Start the list at 1, end it at 0 and make every time smaller than the one before.",
         )
     return times
 

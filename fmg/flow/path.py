@@ -180,7 +180,7 @@ def check_times(t: Float[Tensor, " b"], name: str = "t") -> Float[Tensor, " b"]:
 def _ordered(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     a, s = check_times(a, "a"), check_times(s, "s")
     if a.shape != s.shape:
-        raise ValueError(f"both times need one shape, got {tuple(a.shape)} and {tuple(s.shape)}")
+        raise ValueError(f"both times must have the same shape, got {tuple(a.shape)} and {tuple(s.shape)}")
     if not torch.compiler.is_compiling() and bool((a > s).any()):
         raise ValueError("the forward kernel goes from data to noise: it needs a <= s in every row")
     return a, s

@@ -25,7 +25,7 @@ def native_sample(
     grid: Sequence[float],
     renoise: Callable[[int], Float[Tensor, "b *shape"]],
 ) -> Float[Tensor, "b *shape"]:
-    """Samples `x_0` from the noise `x_1` along `grid` (from 1 down to 0), one network call per interval.
+    """Samples `x_0` from the noise `x_1` along `grid` (from 1 down to 0), one network evaluation per interval.
 
     A two-time map jumps from one grid time to the next and is deterministic. A single-time map only reaches 0, so it
     is sampled by multistep consistency sampling (Song et al., arXiv 2303.01469, algorithm 1): jump to 0, then add noise

@@ -79,7 +79,9 @@ def parse_backends(text: str) -> tuple[BenchBackend, ...]:
         if name not in backends.names():
             raise UsageError(f"--compare: there is no backend '{name}'", suggestion(name, backends.names()))
         if option not in ("", _INT8):
-            raise UsageError(f"--compare: '{option}' is no option of a backend", f"Write {name}, or {name}:{_INT8}.")
+            raise UsageError(
+                f"--compare: '{option}' is not an option of a backend", f"Write {name}, or {name}:{_INT8}."
+            )
         if option and backends.build(name).opens != "artifact":
             raise UsageError(f"--compare: the backend '{name}' has no int8", f"Write onnxruntime:{_INT8}.")
         found.append(BenchBackend(name, bool(option)))

@@ -284,7 +284,7 @@ def _prompts(prompts: object, num: int) -> list[str]:
     """The prompt of each image."""
     listed = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(listed, Sequence) or not all(isinstance(prompt, str) for prompt in listed):
-        raise WrongTypeError("prompts", prompts, "a text, or a list of texts")
+        raise WrongTypeError("prompts", prompts, "a string, or a list of strings")
     if not listed:
         raise UsageError("There is no prompt", "Give at least one prompt.")
     if whole_number("num", num) < 1:

@@ -393,7 +393,7 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
             callback_on_step_end_tensor_inputs: which tensors it gets: `latents`, `prompt_embeds`.
 
         Raises:
-            UsageError: arguments exclude each other, or a size, grid or seed is impossible.
+            UsageError: arguments cannot be used together, or a size, grid or seed is impossible.
         """
         count = self._check(
             prompt, prompt_embeds, pooled_prompt_embeds, seeds, generator, latents, callback_on_step_end_tensor_inputs
@@ -502,7 +502,7 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
         """The number of prompts."""
         if (prompt is None) == (prompt_embeds is None) or (prompt_embeds is None) != (pooled is None):
             raise UsageError(
-                "There is no prompt, or more than one kind of it",
+                "There is no prompt, or more than one form of it",
                 "Give either `prompt`, or `prompt_embeds` and `pooled_prompt_embeds`.",
             )
         if seeds is not None and (generator is not None or latents is not None):

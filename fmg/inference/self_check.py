@@ -88,7 +88,7 @@ def check_generation(artifact: Artifact, generator: Generator) -> Check:
     repeat, other = (float(np.abs(images[0] - images[i]).max()) if finite else 1.0 for i in (2, 1))
     problems = {
         "an image has values that are not finite": not finite,
-        "values leave [0, 1]": finite and not (images.min() >= 0 and images.max() <= 1),
+        "values are outside [0, 1]": finite and not (images.min() >= 0 and images.max() <= 1),
         "the same prompt and seed gave two different images": finite and repeat > _SAME,
         "two prompts gave the same image": other <= _SAME,
     }

@@ -124,5 +124,5 @@ class PublishedSource:
         """
         self.check()
         if device.type == "cpu" and self.spec.gpu_memory_gb:
-            warnings.warn(f"'{self.name}' runs on the CPU, which takes minutes an image.", FmgWarning, stacklevel=2)
+            warnings.warn(f"'{self.name}' runs on the CPU, which takes minutes per image.", FmgWarning, stacklevel=2)
         return self.config.load(device, dtype)

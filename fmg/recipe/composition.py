@@ -59,7 +59,7 @@ def problems(recipe: RecipeFields) -> Iterator[Problem]:
     yield from _reward_problems(("rewards",), recipe.rewards)
     yield from _reward_problems(("eval", "rewards"), recipe.eval.rewards)
     if all(reward.weight == 0 for reward in recipe.rewards):
-        fix = "Give at least one reward a weight; what is only to be measured goes into eval.rewards"
+        fix = "Give at least one reward a weight; rewards that are only measured belong in eval.rewards"
         yield Problem(("rewards",), "Every reward has weight 0, so there is nothing to maximise", fix)
 
 
@@ -134,7 +134,7 @@ def _branch_problems(recipe: RecipeFields) -> Iterator[Problem]:
     if rollout.kind == "chain":
         return
     if not objective.config.branches:
-        what = f"The objective '{objective.name}' does not take branched rollouts"
+        what = f"The objective '{objective.name}' does not support branched rollouts"
         fix = "Set rollout.kind to chain, or use an objective that does, such as grpo"
         yield Problem(("rollout", "kind"), what, fix)
     if rollout.window is not None:

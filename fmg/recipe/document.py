@@ -22,9 +22,9 @@ Plain = Scalar | list["Plain"] | dict[str, "Plain"]
 _TAG = "tag:yaml.org,2002:"
 _MAX_BYTES = 200_000
 _NO_TEXT = re.compile("[\x00\ud800-\udfff]")
-_HALF = "a text holds a NUL or half of a surrogate pair"
+_HALF = "a string contains a NUL or an unpaired surrogate"
 _KINDS = {f"{_TAG}bool": "true or false", f"{_TAG}int": "a whole number", f"{_TAG}float": "a number"}
-_NO_TAGS = "Use plain numbers, texts, lists and mappings."
+_NO_TAGS = "Use plain numbers, strings, lists and mappings."
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ def node_of(value: object, source: Source) -> Node:
     if isinstance(value, Iterable):
         return Node(tuple(node_of(child, source) for child in value), source)
     raise UsageError(
-        f"{source.text}: a recipe cannot hold a value of type {type(value).__name__}",
-        "Give a number, a text, a list or a mapping.",
+        f"{source.text}: a recipe cannot contain a value of type {type(value).__name__}",
+        "Give a number, a string, a list or a mapping.",
     )
 
 

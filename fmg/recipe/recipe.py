@@ -186,7 +186,7 @@ def recipe_of(
     *,
     allow_code: bool = False,
 ) -> ResolvedRecipe:
-    """The recipe that an argument of a Python call stands for.
+    """The recipe that an argument of a Python call means.
 
     Args:
         given: a recipe; the name of a shipped one, or of a model, whose default recipe is taken; the path of a file;
@@ -264,7 +264,7 @@ def _read(config: str | Path) -> Node:
     try:
         exists, is_file = path.exists(), path.is_file()
     except OSError as error:
-        raise UsageError(f"{text} cannot be a recipe: {error.strerror}", "Check its path.") from None
+        raise UsageError(f"{text} cannot be read as a recipe: {error.strerror}", "Check its path.") from None
     if looks_like_path or is_file:
         return anchored(read_document(path, "file", text), path.parent)
     if text in recipe_names():

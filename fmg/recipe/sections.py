@@ -58,7 +58,7 @@ class ComponentRef(BaseModel):
             what = (
                 f"The name of the {cls.kind} is missing"
                 if name is None
-                else f"The {cls.kind} has a name that is no text"
+                else f"The {cls.kind} has a name that is not text"
             )
             raise Problem(("name",) if "name" in own else (), what, advice).as_pydantic()
         if not isinstance(own.get("config"), ComponentConfig):
@@ -155,7 +155,7 @@ def _grid(value: object) -> object:
     ):
         return tuple(float(time) for time in value)
     what = f"The grid must be a name or a list of finite times (given: {value!r})"
-    fix = f"Names: {', '.join(known)}; times fall from 1 to 0, as in [1, 0.5, 0]"
+    fix = f"Names: {', '.join(known)}; times decrease from 1 to 0, as in [1, 0.5, 0]"
     raise Problem((), what, fix).as_pydantic()
 
 
@@ -163,7 +163,7 @@ def _targets(value: object) -> object:
     presets = tuple(LORA_PRESETS)
     if isinstance(value, str):
         if value not in presets:
-            fix = f"{suggestion(value, presets)} Names of modules go into a list: [{value}]"
+            fix = f"{suggestion(value, presets)} Put module names in a list: [{value}]"
             raise Problem((), f"There is no preset of LoRA targets named '{value}'", fix).as_pydantic()
         return value
     if isinstance(value, (list, tuple)) and value and all(isinstance(name, str) and name for name in value):
@@ -197,7 +197,9 @@ class BranchSection(Section):
         description="transition at which a group branches: the noisiest, each in turn, a random one, or adaptive: more"
         " groups for the transitions whose siblings' rewards differ most",
     )
-    floor: float = Field(0.05, ge=0, le=1, description="least share of the groups for every transition; adaptive only")
+    floor: float = Field(
+        0.05, ge=0, le=1, description="minimum share of the groups for every transition; adaptive only"
+    )
     completion: Literal["jump", "grid"] = Field(
         "jump", description="how siblings reach 0: one jump, or the remaining intervals of the grid"
     )
@@ -222,7 +224,7 @@ class RolloutSection(Section):
     group_size: int = Field(16, ge=2, le=4096, description="samples of one prompt, compared with each other")
     steps: int = Field(4, ge=1, le=1000, description="sampling steps N (N - 1 stochastic transitions)")
     grid: Grid = Field("uniform", description="times from 1 to 0: the name of a rule, or the list of times itself")
-    same_initial_noise: bool = Field(False, description="whether a group starts from one noise instead of many")
+    same_initial_noise: bool = Field(False, description="whether all images of a group start from the same noise")
     batch_size: int | None = Field(
         None, ge=1, le=100_000, description="samples generated at once; null: by device and model"
     )
@@ -230,10 +232,13 @@ class RolloutSection(Section):
     branch: BranchSection = BranchSection()
     prompt_sampling: Literal["uniform", "dynamic"] = Field(
         "uniform",
-        description="uniform: every prompt equally often; dynamic: less often those whose images got equal rewards",
+        description="uniform: every prompt equally often; dynamic: prompts whose images got equal rewards less often",
     )
     prompt_floor: float = Field(
-        0.2, gt=0, le=1, description="least weight of a prompt under dynamic sampling; 1 for one that still teaches"
+        0.2,
+        gt=0,
+        le=1,
+        description="minimum weight of a prompt under dynamic sampling; a prompt that still gives a gradient has 1",
     )
 
     @property
@@ -316,7 +321,7 @@ class EvalSection(Section):
         0.15, ge=0, le=10, description="tolerated fall of a held-out reward, in stds over images of the base"
     )
     min_diversity: float = Field(
-        0.1, ge=0, lt=1, description="least share of the first rollout's diversity within prompts"
+        0.1, ge=0, lt=1, description="minimum share of the first rollout's diversity within prompts"
     )
 
 

@@ -53,7 +53,7 @@ class Checked:
             row = int((~output.scored).nonzero()[0])
             raise RewardError(
                 f"The reward '{self.name}' has no score for the prompt '{prompts[row]}'",
-                "Every image needs a score here; only the rollouts of a training run may go without.",
+                "Every image needs a score here; only training rollouts may have missing scores.",
             )
         return output
 

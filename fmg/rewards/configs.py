@@ -356,7 +356,9 @@ class GenEvalConfig(NetworkConfig):
     threshold: float = Field(default=0.3, ge=0, le=1, description="detections must score higher")
     counting_threshold: float = Field(default=0.9, ge=0, le=1, description="the same for prompts that count")
     position_threshold: float = Field(
-        default=0.1, ge=0, description="share of the two sizes by which centres must be apart for a relation to hold"
+        default=0.1,
+        ge=0,
+        description="how far apart centres must be for a relation to count, as a share of the two sizes",
     )
     max_objects: int = Field(default=16, ge=1, description="objects kept of each class")
     batch_size: int = Field(default=8, ge=1, description="images for one pass of the detector")
@@ -457,7 +459,7 @@ class RemoteConfig(CallConfig):
     )
     transport: Literal["tensor", "bytes", "png"] = Field(
         default="tensor",
-        description="images are sent as exact floats, or with 8 bits a channel, a quarter of the size (bytes; png is "
+        description="images are sent as exact floats, or with 8 bits per channel, a quarter of the size (bytes; png is "
         "its former name)",
     )
     batch_size: int = Field(default=16, ge=1, description="images a call")

@@ -70,7 +70,7 @@ def sign() -> Picture:
 
 
 def disc() -> Picture:
-    """A red disc at the left of a light picture of 32 x 32, as the shapes world draws it."""
+    """A red disc at the left of a light picture of 32 x 32, as the shapes world renders it."""
     scale = 8
     picture = Image.new("RGB", (32 * scale, 32 * scale), (240, 240, 235))
     ImageDraw.Draw(picture).ellipse([3 * scale, 10 * scale, 15 * scale, 22 * scale], fill=(215, 40, 40))
@@ -97,7 +97,7 @@ PICTURES: Mapping[str, Callable[[], Picture]] = MappingProxyType(
 KNOWN_ANSWERS: Mapping[str, tuple[KnownAnswer, ...]] = MappingProxyType(
     {
         "ocr": (
-            KnownAnswer("sign", 'a sign that says "Hello"', 1.0, 1e-6, "the rule: the text is there, case aside"),
+            KnownAnswer("sign", 'a sign that says "Hello"', 1.0, 1e-6, "the rule: the text is there, ignoring case"),
             KnownAnswer("sign", 'a sign that says "JELLO"', 0.8, 1e-6, "the rule: one of five letters is wrong"),
             KnownAnswer("white", 'a sign that says "HELLO"', 0.0, 1e-6, "the rule: nothing can be read"),
         ),

@@ -178,7 +178,7 @@ def _vision_config(tensors: Tensors, heads: int | None) -> Any:
         )
     if width % heads:
         raise CheckpointError(
-            f"The image encoder of the ImageReward checkpoint is {width} wide, which {heads} heads do not share evenly",
+            f"The image encoder of the ImageReward checkpoint is {width} wide, which is not divisible by {heads} heads",
             "Correct the option vision_heads.",
         )
     return BlipVisionConfig(

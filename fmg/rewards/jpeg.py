@@ -38,7 +38,7 @@ class JpegSize:
         """Scores of images in [0, 1]; prompts do not matter."""
         check_finite("jpeg", images)
         if max(images.shape[-2:]) > _MAX_SIDE:
-            raise RefusedImageError(f"A JPEG file holds at most {_MAX_SIDE} pixels a side", "Scale the images down.")
+            raise RefusedImageError(f"A JPEG file holds at most {_MAX_SIDE} pixels per side", "Scale the images down.")
         kilobytes = torch.tensor([self._bytes(Image.fromarray(pixels)) / 1000 for pixels in to_bytes(images)])
         return RewardOutput(self._score(kilobytes), {"kilobytes": kilobytes})
 

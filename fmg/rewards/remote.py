@@ -57,7 +57,7 @@ class RemoteReward:
         self._batch_size = config.batch_size
 
     def connect(self) -> Mapping[str, float]:
-        """Asks the server what it has, and lets every wanted reward score the bundled probe image.
+        """Requests the server's list of rewards, and has each requested one score the bundled probe image.
 
         Returns:
             The weights of the rewards that will be asked for.
@@ -99,7 +99,7 @@ class RemoteReward:
         try:
             scores = decode_scores(answer, request.rewards, len(request.prompts))
         except ValueError as error:
-            raise CallError(f"a wrong answer: {error}", passing=True) from None
+            raise CallError(f"an invalid answer: {error}", passing=True) from None
         parts: dict[str, Tensor] = {}
         for name, output in scores.items():
             parts[name] = output.total
@@ -123,7 +123,7 @@ class RemoteReward:
             return self._config.weights
         if len(served) != 1:
             raise UsageError(
-                f"The server at {self._config.url} has the rewards {', '.join(sorted(served)) or 'none'}",
+                f"The server at {self._config.url} serves the rewards {', '.join(sorted(served)) or 'none'}",
                 f"Choose with the option 'weights' of the reward '{self._name}', such as {{ocr: 1.0}}.",
             )
         return dict.fromkeys(served, 1.0)

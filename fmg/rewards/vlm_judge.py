@@ -176,7 +176,7 @@ def _choice(answer: object) -> _Choice:
     try:
         return _Completion.model_validate(answer).choices[0]
     except ValidationError:
-        raise CallError("an answer that is no chat completion", passing=True) from None
+        raise CallError("an answer that is not a chat completion", passing=True) from None
 
 
 def _cached(path: Path) -> float | None:

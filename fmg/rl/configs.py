@@ -70,7 +70,7 @@ class RwfmConfig(ObjectiveConfig):
     """Reward-weighted flow matching (Fan et al., arXiv 2502.06061, online form) on finished samples."""
 
     temperature: float = Field(default=1.0, gt=0, description="weights are exp(advantage / temperature), mean 1")
-    draws: int = Field(default=4, ge=1, description="noise levels drawn for each sample of a rollout")
+    draws: int = Field(default=4, ge=1, description="noise levels sampled for each image of a rollout")
 
     @property
     def needs(self) -> Literal["transitions", "samples"]:

@@ -24,7 +24,7 @@ _SEED_STRIDE = 1_000_003
 
 
 class NoiseKey(NamedTuple):
-    """Names one random draw; any integers, also negative ones.
+    """Identifies one random draw; any integers, also negative ones.
 
     Attributes:
         seed: seed of the run, or of one generated image.

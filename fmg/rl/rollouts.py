@@ -261,7 +261,9 @@ def checked_grid(grid: Sequence[float]) -> tuple[float, ...]:
     times = tuple(float(t) for t in grid)
     falling = all(t > s for t, s in pairwise(times))
     if len(times) < 2 or not falling or times[0] > 1.0 or times[-1] != 0.0:
-        raise UsageError(f"The time grid {list(times)} is invalid", "Give strictly falling times from at most 1 to 0.")
+        raise UsageError(
+            f"The time grid {list(times)} is invalid", "Give strictly decreasing times from at most 1 to 0."
+        )
     return times
 
 

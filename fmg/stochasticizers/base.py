@@ -57,7 +57,7 @@ class BaseStochasticizer(ABC, Generic[C]):
         # in fp32 or better
         t, s = check_times(t, "t"), check_times(s, "s")
         if t.shape != s.shape:
-            raise ValueError(f"t and s need one shape, got {tuple(t.shape)} and {tuple(s.shape)}")
+            raise ValueError(f"t and s must have the same shape, got {tuple(t.shape)} and {tuple(s.shape)}")
         if not torch.compiler.is_compiling() and not bool(((s > 0) & (s < t)).all()):
             raise ValueError("a stochastic transition needs 0 < s < t in every row; the step to 0 is the map itself")
         return self._density(flow_map, x_t, t, s, cond)

@@ -20,7 +20,7 @@ _LEAST_NOISE, _LARGEST_NOISE = 1e-3, 10.0
 
 
 class AsfmcConfig(StochasticizerConfig):
-    """Anchored stochastic flow map composition, exact form. The four options exclude each other."""
+    """Anchored stochastic flow map composition, exact form. The four options cannot be used together."""
 
     exclusive: ClassVar[frozenset[str]] = frozenset(get_args(AnchorRule))
 
@@ -95,7 +95,7 @@ class AsfmcEulerConfig(StochasticizerConfig):
     strength: float = Field(0.7, ge=0.01, le=1, description="Noise strength; only epsilon * strength^2 matters.")
     detach_velocity: bool = Field(False, description="Stop the gradient at the diagonal velocity v.")
     floor: float | None = Field(
-        None, gt=0, lt=1, description="Least 1 - s in mean and std; the published code has 0.05. null: no floor."
+        None, gt=0, lt=1, description="Minimum of 1 - s in mean and std; the published code has 0.05. null: no floor."
     )
     truncate: bool = Field(
         False, description="Take min(epsilon, s), so that the anchor of an early target time is the data end."

@@ -3,10 +3,10 @@
 `RUN/checkpoints/checkpoint-N[-ema]` hold adapters or fine-tuned weights. Of those with a score, the newest and the best
 are kept.
 
-`RUN/state/iteration-N/{state.json, state.safetensors, SHA256SUMS}` holds everything that a resumed run needs to go on
-as if it had never stopped: trained weights, optimizer, moving average, progress of the run and its gates, global random
-generators. Noise, prompts and partitions need nothing, because they are keyed by (seed, iteration). Only the newest
-state is kept; a finished run has none.
+`RUN/state/iteration-N/{state.json, state.safetensors, SHA256SUMS}` holds everything that a resumed run needs: trained
+weights, optimizer, moving average, progress of the run and its gates, global random generators. Noise, prompts and
+partitions need nothing, because they are keyed by (seed, iteration). Only the newest state is kept; a finished run has
+none.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class SavedState:
         wanted = {name: tuple(p.shape) for name, p in trained}
         if wanted != {name: tuple(x.shape) for name, x in self.content["trained"].items()}:
             raise CheckpointError(
-                "The saved state has other tensors than the run trains",
+                "The tensors of the saved state are not those that the run trains",
                 "Restore the model that the run was started with.",
             )
 
@@ -313,7 +313,7 @@ def scored_index(run: Path) -> CheckpointIndex:
     """The checkpoints that a resumed run starts with, checked: without those that were saved in mid-iteration.
 
     Raises:
-        CheckpointError: the run has no index of checkpoints, or as for `read_index` and `checked`.
+        CheckpointError: the run has no checkpoint index, or as for `read_index` and `checked`.
     """
     index = existing_index(run)
     kept = tuple(entry for entry in index.saved if entry.score is not None)
@@ -419,7 +419,7 @@ def load_state(run: RunFolder, recipe: Recipe, *, accept_changed_prompts: bool =
             raise CheckpointError(f"The state in '{folder}' lacks its {SUMS}", _instead(run, recipe))
         here = _identity(run, recipe, by_content="prompts" in saved)
         if (saved["model"], saved["created"]) != (here["model"], here["created"]):
-            raise UsageError(f"The state in '{folder}' belongs to another run", "Restore the run's own folder `state`.")
+            raise UsageError(f"The state in '{folder}' belongs to another run", "Restore the run's own `state` folder.")
         if saved["recipe"] != here["recipe"]:
             raise UsageError(
                 f"'{run.recipe}' is not the recipe that the run was started with, batch sizes aside",

@@ -111,7 +111,7 @@ class HackingVerdict:
         falls = " and ".join(f"{r.name} fell from {r.before:.3f} to {r.now:.3f}" for r in self.hacked)
         return (
             f"Reward hacking: after iteration {self.began} a gap opened. While the trained reward rose by"
-            f" {self.gain.value:.2f} standard deviations, {falls}. Checkpoints of the gap are never the best one."
+            f" {self.gain.value:.2f} standard deviations, {falls}. Checkpoints inside the gap are never kept."
         )
 
 

@@ -86,7 +86,7 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
     if rank >= count:
         raise UsageError(f"RANK is {rank}, and there are {count} processes", "Count ranks from 0 to WORLD_SIZE - 1.")
     if not 0 < _number(env, "MASTER_PORT", 0) < 2**16:
-        raise UsageError(f"MASTER_PORT is {env['MASTER_PORT']}, which is no port", "Use a free one, such as 29500.")
+        raise UsageError(f"MASTER_PORT is {env['MASTER_PORT']}, which is not a port", "Use a free one, such as 29500.")
     # a launcher always states it; a shell script for one machine may leave it out
     local_rank = _number(env, "LOCAL_RANK", rank)
     local_size = _number(env, "LOCAL_WORLD_SIZE", local_rank + 1 if env.get("LOCAL_RANK") else count)

@@ -85,7 +85,7 @@ class TrainResult:
         outcome: scores of the base, of the kept checkpoint and of the last evaluation.
         signal: the number of the signal that interrupted it, or None.
 
-    It stands for the path of the run: `fmg.load(result)`.
+    It is accepted wherever the path of the run is: `fmg.load(result)`.
     """
 
     run: RunFolder

@@ -14,7 +14,7 @@ class ShapesRewardConfig(ComponentConfig):
 
     score: Literal["soft", "strict"] = Field(
         default="soft",
-        description="soft: share of wanted attributes that hold; strict: 1 when all of them hold, else 0",
+        description="soft: share of the requested attributes that the image shows; strict: 1 if it shows all, else 0",
     )
 
 

@@ -130,4 +130,4 @@ def test_verify_ends_with_1_when_the_rewards_say_nothing(shapes_artifact: Artifa
     assert done.code == 1, done.stderr
     failed = [entry for entry in json.loads(done.stdout)["checks"] if not entry["passed"]]
     assert {entry["name"] for entry in failed} == {"reward/shapes", "reward/shapes/int8"}
-    assert all("too few images to say: 1 of 500" in entry["note"] for entry in failed)
+    assert all("too few images to decide: 1 of 500" in entry["note"] for entry in failed)

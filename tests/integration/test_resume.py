@@ -236,7 +236,9 @@ def _swap_tensors(run: Path) -> None:
     write_sums(file.parent)
 
 
-@pytest.mark.parametrize(("change", "says"), [(_damage_index, r"index\.json"), (_swap_tensors, "other tensors")])
+@pytest.mark.parametrize(
+    ("change", "says"), [(_damage_index, r"index\.json"), (_swap_tensors, "tensors of the saved state")]
+)
 def test_a_refused_resume_leaves_the_run_as_it_was(
     change: Callable[[Path], object], says: str, interrupted: Path, tmp_path: Path
 ) -> None:

@@ -261,7 +261,7 @@ def check_buildable(path: Path, weights: str, precision: Precision) -> None:
         precision: of the arithmetic inside.
 
     Raises:
-        CheckpointError: it is no ONNX file, or it points to another file, which the parser would follow.
+        CheckpointError: it is not an ONNX file, or it points to another file, which the parser would follow.
         UsageError: no engine can be built from it, and why.
     """
     model = read_graph(path)

@@ -112,7 +112,7 @@ def from_line(line: str) -> Message:
     """
     content = parse(line)
     if not isinstance(content, dict) or content.get("kind") not in _KINDS:
-        raise ValueError(f"{line!r:.80} is no message of the engine builder")
+        raise ValueError(f"{line!r:.80} is not a message from the engine builder")
     return decode(_KINDS[content.pop("kind")], content)
 
 

@@ -68,7 +68,7 @@ def _dataclass(cls: Any, value: object, where: str) -> Any:
     except DecodeError:
         raise
     except ValueError as error:
-        raise DecodeError(f"{where or 'it'} is impossible: {error}") from None
+        raise DecodeError(f"{where or 'it'} is invalid: {error}") from None
 
 
 def _union(annotation: Any, value: object, where: str) -> Any:
@@ -91,7 +91,7 @@ def _scalar(annotation: Any, value: object, where: str) -> Any:
         try:
             number = _typed(float, float(value) if type(value) is int else value, where)
         except OverflowError:
-            raise DecodeError(f"{where} is an integer that no float holds") from None
+            raise DecodeError(f"{where} is an integer too large for a float") from None
         if not math.isfinite(number):
             raise DecodeError(f"{where} is {number}, which is not a finite number")
         return number

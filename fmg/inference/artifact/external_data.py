@@ -45,7 +45,7 @@ def check_external(file: Path, weights: str) -> None:
         weights: the file that the manifest names, in the same folder.
 
     Raises:
-        CheckpointError: the file is no ONNX file, or has weights somewhere else.
+        CheckpointError: the file is not an ONNX file, or has weights somewhere else.
     """
     strays = {place for place in external_files(file) if place != weights}
     if strays:
@@ -58,14 +58,14 @@ def external_files(file: Path) -> set[str]:
     """The locations of all external data of a graph, of its subgraphs and of its functions.
 
     Raises:
-        CheckpointError: the file is no ONNX file.
+        CheckpointError: the file is not an ONNX file.
     """
     try:
         with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return {place.decode(errors="backslashreplace") for place in _locations(content, 0, len(content), "model")}
     except ValueError as error:
         raise CheckpointError(
-            f"{file} is no ONNX file ({error})", "Restore the artifact, or export it again."
+            f"{file} is not an ONNX file ({error})", "Restore the artifact, or export it again."
         ) from None
 
 
@@ -107,7 +107,7 @@ def _fields(content: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int
             if at <= end:
                 yield tag >> 3, first, at
         else:
-            raise ValueError(f"byte {at} begins no field")
+            raise ValueError(f"byte {at} does not begin a field")
         if at > end:
             raise ValueError(f"it ends inside the field before byte {at}")
 

@@ -86,8 +86,8 @@ class Artifact:
         steps = [path, *(parent for parent in path.parents if parent != self.folder and self.folder in parent.parents)]
         if any(step.is_symlink() for step in steps) or not path.resolve().is_relative_to(inside):
             raise CheckpointError(
-                f"{path} is a link, which an artifact must not have",
-                f"Copy the files that the links mean, `cp -rL {self.folder} COPY`, or download with `--local-dir`.",
+                f"{path} is a link, which an artifact must not contain",
+                f"Copy the files that the links point to, `cp -rL {self.folder} COPY`, or download with `--local-dir`.",
             )
         if not path.is_file():
             raise CheckpointError(f"{path} is missing", "Restore the artifact, or export it again.")

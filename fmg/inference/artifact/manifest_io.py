@@ -100,7 +100,7 @@ def _check_text_axis(manifest: Manifest) -> None:
     axis, length = manifest.axes.get(TEXT), manifest.tokenizers[TEXT_ENCODER_2].length
     if axis is not None and not axis.minimum <= length <= axis.maximum <= MAX_LENGTH:
         raise DecodeError(
-            f"axes.{TEXT} is {axis.minimum} to {axis.maximum}, which does not hold the {length} tokens of a prompt"
+            f"axes.{TEXT} is {axis.minimum} to {axis.maximum}, which does not include the {length} tokens of a prompt"
             f" or goes beyond {MAX_LENGTH}"
         )
 

@@ -99,7 +99,7 @@ class CudaDevice:
     def capture(self, enqueue: Enqueue) -> Callable[[], None]:
         """A CUDA graph of what `enqueue` queues."""
         graph = torch.cuda.CUDAGraph()
-        # thread-local: the default refuses whatever another thread, such as a progress bar's, asks of CUDA meanwhile
+        # thread-local: the default refuses any CUDA call of another thread, such as a progress bar's, meanwhile
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             enqueue(int(self._stream.cuda_stream))
         return graph.replay

@@ -178,9 +178,9 @@ def read_record(path: Path) -> EngineRecord:
     try:
         record = decode(EngineRecord, read_json(path))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is no record of an engine: {reason(error)}", fix) from None
+        raise CheckpointError(f"{path} is not a record of an engine: {reason(error)}", fix) from None
     if record.plan != f"{path.stem}.plan" or record.key != record.ingredients.key():
-        raise CheckpointError(f"{path} contradicts itself: its plan or key is not what its content gives", fix)
+        raise CheckpointError(f"{path} is inconsistent: its plan or key does not match its content", fix)
     return record
 
 

@@ -112,7 +112,7 @@ class Refit:
         # a recording may hold the addresses of weights that a refit moves
         self._engine.reset()
         if not self._refitter.refit_cuda_engine():
-            raise self._engine.failure("the refit failed, and the engine may hold a part of the new weights")
+            raise self._engine.failure("the refit failed, and the engine may contain some of the new weights")
 
 
 def refuse_lost_biases(lost: Sequence[str], graph: str) -> None:

@@ -1,1 +1,1 @@
-"""What every family of flow maps shares: adapters, saving and its proof, text embeddings, strict loading of weights."""
+"""What all families of flow maps share: adapters, saving and its round-trip check, text embeddings, weight loading."""

@@ -203,7 +203,7 @@ class AdaptedModel(ABC, Generic[C]):
         chosen = dict(transformer.named_parameters()) if whole else self._second_time_parameters()
         if any(adapter.is_adapter(name) or adapter.base_name(name) != name for name in chosen):
             raise UsageError(
-                "A LoRA adapts weights that are to be trained themselves",
+                "The LoRA would adapt weights that are trained directly",
                 "Train one of the two: unfreeze before an adapter is attached, or adapt other modules.",
             )
         self._trainable_base = TrainableBase(chosen, keep_base=reference or not whole, whole=whole)
@@ -320,7 +320,7 @@ class AdaptedModel(ABC, Generic[C]):
         unfrozen = self._trainable_base
         if self._scopes.layers or (unfrozen is not None and not unfrozen.whole):
             raise CheckpointError(
-                f"{folder} holds every weight of a transformer, and this model has an adapter",
+                f"{folder} contains a whole transformer, and this model has an adapter",
                 "Load it into a model without one.",
             )
         saved_weights.load_transformer_weights(self._components.transformer, folder)

@@ -110,7 +110,7 @@ class Family:
         check_no_adapter(folder)
         if (folder / CONFIG).read_bytes().startswith(BOM_UTF8):
             raise CheckpointError(
-                f"{folder / CONFIG} begins with a byte order mark, which {cls.__name__} does not read",
+                f"{folder / CONFIG} begins with a byte order mark, which {cls.__name__} does not accept",
                 "Save it as UTF-8 without one.",
             )
         try:

@@ -99,7 +99,7 @@ class TrainableBase:
         if self._base is None:
             raise CompositionError(
                 "The base is no longer in memory, because every weight is trained and no copy was kept",
-                "Use an objective that declares that it compares with the reference.",
+                "Use an objective that declares that it needs the reference.",
             )
         return self._base
 
@@ -169,7 +169,7 @@ class PolicyScopes:
         if self._old is None:
             raise CompositionError(
                 "No copy of the old policy is kept",
-                "Use an objective that declares that it compares with the old policy.",
+                "Use an objective that declares that it needs the old policy.",
             )
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())

@@ -77,7 +77,7 @@ def check_names(wanted: Shapes, given: Shapes, origin: Path) -> None:
         if wanted[name] != given[name]:
             raise CheckpointError(
                 f"The weights in {origin} cannot be loaded: {name} has shape {given[name]} instead of {wanted[name]}",
-                "Give the file and the config of one model.",
+                "Give the file and the config of the same model.",
             )
 
 

@@ -335,7 +335,7 @@ def _check_conventions(folder: Path, config: Mapping[str, Any], conventions: Flo
         if config.get(key, value) != value:
             raise CheckpointError(
                 f"{folder / 'config.json'} says {key} {config[key]!r} and {CONVENTIONS_FILE} says {value!r}",
-                "Correct the wrong one: with it the model generates noise.",
+                "Correct the wrong one, or the model generates noise.",
             )
 
 

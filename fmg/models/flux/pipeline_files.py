@@ -93,7 +93,7 @@ def check_transformer(transformer: Any, conventions: FlowMapConventions) -> None
         if inner.config[key] != stated:
             raise CheckpointError(
                 f"The transformer has {key} {inner.config[key]!r}, and the conventions say {stated!r}",
-                "Correct the wrong one: with it the model generates noise.",
+                "Correct the wrong one, or the model generates noise.",
             )
     check_guidance(
         Path(str(inner.config.get("_name_or_path") or ".")), conventions, embeds=inner.config.guidance_embeds

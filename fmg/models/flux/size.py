@@ -210,4 +210,4 @@ def _parameters(file: Path) -> int:
         entries: list[Any] = [entry for name, entry in header.items() if name != "__metadata__"]
         return sum(math.prod(map(int, entry["shape"])) for entry in entries if entry["dtype"] in _FLOATS)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is no safetensors file: {reason(error)}", RESTORE) from None
+        raise CheckpointError(f"{file} is not a safetensors file: {reason(error)}", RESTORE) from None

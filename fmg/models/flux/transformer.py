@@ -103,7 +103,7 @@ class FlowMapFluxTransformer2DModel(FluxTransformer2DModel):  # type: ignore[mis
             raise UsageError(f"time_scale is {time_scale}, which is not positive", fix="Use 1.0 or 1000.0.")
         if second_time not in ("none", "duration", "target"):
             raise UsageError(
-                f"second_time is {second_time!r}, which is unknown", fix="Use 'none', 'duration' or 'target'."
+                f"second_time is {second_time!r}, which is not a known value", fix="Use 'none', 'duration' or 'target'."
             )
         super().__init__(
             patch_size=patch_size,

@@ -106,7 +106,7 @@ def create_app(
 
     Args:
         rewards: what it scores, by name.
-        info: what `/info` says of the rewards, as plain JSON values.
+        info: the answer of `/info` about the rewards, as plain JSON values.
         limits: what it accepts.
         token: needed as `Authorization: Bearer TOKEN` for everything but `/health`; None lets every client in.
         device: where images are scored.
@@ -305,7 +305,7 @@ class RewardServer:
 
     Args:
         rewards: what it scores, by name.
-        info: what `/info` says of them.
+        info: the answer of `/info` about them.
         host: address to listen on.
         port: 0 for a free one.
         limits: what it accepts.

@@ -145,7 +145,7 @@ def decode_scores(answer: object, names: Sequence[str], count: int) -> dict[str,
     try:
         parsed = _Answer.model_validate(answer)
     except ValidationError:
-        raise ValueError("the answer holds no scores") from None
+        raise ValueError("the answer contains no scores") from None
     scores = {}
     for name in names:
         if name not in parsed.scores:

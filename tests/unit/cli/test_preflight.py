@@ -60,7 +60,7 @@ def test_a_place_that_cannot_be_made_is_refused(place: str, reason: str, tmp_pat
 def test_every_command_looks_at_its_place_first(command: list[str]) -> None:
     done = fmg(*command)
     assert (done.code, done.stdout) == (2, "")
-    assert re.search("cannot (be written|hold a run): No such file or directory", done.stderr)
+    assert re.search("cannot be (written|used for a run): No such file or directory", done.stderr)
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_a_damaged_run_is_a_row_and_the_others_are_shown(two_runs: Path) -> None
     said = fmg("runs", str(two_runs))
     assert said.stdout.count(" damaged ") == 2
     assert "metrics.jsonl:1: the line is damaged: it is not UTF-8" in said.stderr
-    assert "third/run.json' is damaged (the model is no name)" in said.stderr
+    assert "third/run.json' is damaged (the model is not a name)" in said.stderr
     assert said.stderr.count("warning: ") == 2
 
 

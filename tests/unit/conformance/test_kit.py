@@ -116,12 +116,12 @@ def logarithm(images: Tensor) -> Tensor:
     [
         (against_neighbours, "independent of the batch", "one by one"),
         (slightly_against_neighbours, "independent of the batch", "one by one"),
-        (slightly_noisy, "deterministic", "scores the same pictures again"),
-        (noisy, "deterministic", "scores the same pictures again"),
-        (sorted_scores, "follows the order of images", "another order"),
-        (darkening, "leaves its inputs alone", "changes the pictures"),
+        (slightly_noisy, "deterministic", "scores the same images again"),
+        (noisy, "deterministic", "scores the same images again"),
+        (sorted_scores, "follows the order of images", "a different order"),
+        (darkening, "leaves its inputs alone", "changes the images"),
         (hiding, "hides no broken picture", "finite score"),
-        (one_number, "one finite score an image", "shaped ()"),
+        (one_number, "one finite score per image", "shaped ()"),
         (logarithm, "scores black and white", "black picture"),
     ],
 )
@@ -155,7 +155,7 @@ def test_a_reward_that_pairs_pictures_with_other_prompts_is_named(pairs_wrongly:
             return RewardOutput(brightness(images) * lengths, {})
 
     found = broken_rules("reward", "mismatched")
-    assert "another order, each with its prompt" in found["follows the order of images"]
+    assert "a different order, each with its prompt" in found["follows the order of images"]
 
 
 @pytest.mark.usefixtures("registry_state")
@@ -306,14 +306,14 @@ class Stars(Grpo):
     ("fault", "rules"),
     [
         ("", set()),
-        ("two rows", {"one row a group"}),
+        ("two rows", {"one row per group"}),
         ("sum", {"micro-batches add up"}),
         ("random", {"noise is keyed"}),
         ("no baseline", {"equal rewards teach nothing"}),
         (
             "chains alone",
             {
-                "one row a group",
+                "one row per group",
                 "a finite loss with a gradient",
                 "micro-batches add up",
                 "noise is keyed",
@@ -331,7 +331,7 @@ def test_a_planted_violation_on_branched_rollouts_is_named(fault: str, rules: se
 def test_an_objective_that_takes_no_branches_is_not_asked_for_them_and_refused_with_them() -> None:
     findings = check_component("objective", "rwfm").findings
     assert {f.outcome for f in findings if f.rule.startswith("branched: ")} == {"not checked"}
-    with pytest.raises(CompositionError, match="'rwfm' does not take branched rollouts"):
+    with pytest.raises(CompositionError, match="'rwfm' does not support branched rollouts"):
         Recipe.default(objective="rwfm", **{"rollout.kind": "branch"})
 
 

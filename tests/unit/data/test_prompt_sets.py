@@ -68,15 +68,15 @@ def test_by_reference_of_a_recipe(tmp_path: Path) -> None:
         ),
         ("p.jsonl", '{"prompt": "a", "metadata": {"x": ' + "[" * 99 + "]" * 99 + "}}", r"p.jsonl:1: .*nested deeper"),
         ("p.jsonl", '{"prompt": "a", "metadata": {"x": ' + "9" * 5000 + "}}", r"p.jsonl:1: .*5000 digits"),
-        ("p.jsonl", r'{"prompt": "a \ud83d"}', r"p.jsonl:1: .*half of a surrogate pair"),
-        ("p.jsonl", '{"prompt": "\u200b"}', r"p.jsonl:1: 'prompt' must be a text"),
+        ("p.jsonl", r'{"prompt": "a \ud83d"}', r"p.jsonl:1: .*unpaired surrogate"),
+        ("p.jsonl", '{"prompt": "\u200b"}', r"p.jsonl:1: 'prompt' must be non-empty text"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": "b"\n', r"p.jsonl:2: not JSON"),
         ("p.jsonl", '["a"]\n', r"p.jsonl:1: the line is not a JSON object"),
         ("p.jsonl", '{"text": "a"}\n', r"p.jsonl:1: unknown key 'text'"),
-        ("p.jsonl", '{"tag": "a"}\n', r"p.jsonl:1: 'prompt' must be a text"),
-        ("p.jsonl", '{"prompt": "  "}\n', r"p.jsonl:1: 'prompt' must be a text"),
-        ("p.jsonl", '{"prompt": 3}\n', r"p.jsonl:1: 'prompt' must be a text"),
-        ("p.jsonl", '{"prompt": "a", "tag": 1}\n', r"p.jsonl:1: 'tag' must be a text"),
+        ("p.jsonl", '{"tag": "a"}\n', r"p.jsonl:1: 'prompt' must be non-empty text"),
+        ("p.jsonl", '{"prompt": "  "}\n', r"p.jsonl:1: 'prompt' must be non-empty text"),
+        ("p.jsonl", '{"prompt": 3}\n', r"p.jsonl:1: 'prompt' must be non-empty text"),
+        ("p.jsonl", '{"prompt": "a", "tag": 1}\n', r"p.jsonl:1: 'tag' must be text"),
         ("p.jsonl", '{"prompt": "a", "metadata": []}\n', r"p.jsonl:1: .*'metadata' an object"),
     ],
 )
@@ -106,7 +106,7 @@ def test_what_is_no_prompt_file(tmp_path: Path) -> None:
     (tmp_path / "folder.txt").mkdir()
     with pytest.raises(UsageError, match="cannot be read"):
         load_prompts(str(tmp_path / "folder.txt"))
-    with pytest.raises(UsageError, match="unknown kind"):
+    with pytest.raises(UsageError, match="unknown suffix"):
         load_prompts(PromptsRef.model_validate({"name": "file", "path": "prompts.csv"}))
     with pytest.raises(UsageError, match="shapes-train"):
         load_prompts("shapes-trian")

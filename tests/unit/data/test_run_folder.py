@@ -58,7 +58,7 @@ def test_foreign_folders_and_files_stay_as_they_are(tmp_path: Path) -> None:
             RunFolder.check_free(taken)
         with pytest.raises(UsageError):
             RunFolder.create(taken, "toy")
-    with pytest.raises(UsageError, match="cannot hold a run"):
+    with pytest.raises(UsageError, match="cannot be used for a run"):
         RunFolder.create(file / "below", "toy")
     assert [p.name for p in foreign.iterdir()] == ["thesis.tex"]
 

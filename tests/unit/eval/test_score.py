@@ -198,7 +198,7 @@ def test_links_to_nothing_are_named_and_files_of_macos_left_out(pictures: Path) 
     (pictures / "link.png").symlink_to(pictures / "rgba.png")
     assert len(picture_files(pictures)) == 7
     (pictures / "gone.png").symlink_to("nowhere.png")
-    with pytest.raises(UsageError, match=r"gone.png' is a link to nothing"):
+    with pytest.raises(UsageError, match=r"gone.png' is a broken link"):
         score([pictures], rewards=["jpeg-compressibility"], prompt="x")
 
 
@@ -206,7 +206,7 @@ def test_links_to_nothing_are_named_and_files_of_macos_left_out(pictures: Path) 
 def test_metadata_names_pictures_of_its_own_folder_only(name: str, pictures: Path) -> None:
     inner = pictures / "deeper"
     (inner / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps({"file_name": name, "prompt": "x"}).encode())
-    with pytest.raises(CheckpointError, match="which is no path within"):
+    with pytest.raises(CheckpointError, match="which is not a path within"):
         score([inner], rewards=["jpeg-compressibility"])
 
 
@@ -233,11 +233,11 @@ def test_what_is_missing_is_said(pictures: Path, tmp_path: Path) -> None:
         ({"rewards": ["shapes"], "prompt": "a nice dog"}, "a nice dog"),
         ({"rewards": ["shapez"], "prompt": "x"}, "Did you mean 'shapes'"),
         ({"extractors": ["pixels"], "reference": "world"}, "embedded world"),
-        ({"extractors": ["pixels"], "reference": str(tmp_path / "none")}, "holds no pictures"),
+        ({"extractors": ["pixels"], "reference": str(tmp_path / "none")}, "contains no images"),
         ({"rewards": ["jpeg-compressibility"], "prompt": "x", "reference": str(pictures)}, "--features"),
     ):
         with pytest.raises(UsageError, match=says):
             score([pictures], **arguments)
-    for path, says in ((tmp_path / "none", "holds no pictures"), (tmp_path / "gone", "no picture or folder")):
+    for path, says in ((tmp_path / "none", "contains no images"), (tmp_path / "gone", "no image or folder")):
         with pytest.raises(UsageError, match=says):
             score([path], extractors=["pixels"])

@@ -190,4 +190,4 @@ def test_the_command_writes_one_file_and_overwrites_none(run: Path, tmp_path: Pa
     assert "exists already" in again.stderr
     assert [file.name for file in out.parent.iterdir()] == [out.name]
     assert out.read_bytes() == before
-    assert "does not go with --kohya" in fmg("export", "--kohya", str(run), "--precision", "fp16").stderr
+    assert "cannot be used with --kohya" in fmg("export", "--kohya", str(run), "--precision", "fp16").stderr

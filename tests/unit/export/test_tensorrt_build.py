@@ -200,7 +200,7 @@ def test_a_graph_that_cannot_be_built_is_refused_before_anything_is(tmp_path: Pa
     artifact = build_tiny_artifact(tmp_path / "artifact")
     decoder = artifact.folder / "vae_decoder.onnx"
     decoder.write_bytes(decoder.read_bytes()[:100])
-    with pytest.raises(FmgError, match="is no ONNX file"):
+    with pytest.raises(FmgError, match="is not an ONNX file"):
         build_engines(artifact, flavour="tensorrt")
     assert not (artifact.folder / ENGINES).exists()
 
@@ -224,5 +224,5 @@ def test_messages_cross_the_process_border_unchanged(message: Message) -> None:
 
 @pytest.mark.parametrize("line", ["", "{", "[]", '{"kind": "other"}', '{"kind": "step", "phase": 1}'])
 def test_lines_that_are_no_message_are_refused(line: str) -> None:
-    with pytest.raises(ValueError, match=r"Expect|no message|missing"):
+    with pytest.raises(ValueError, match=r"Expect|not a message|missing"):
         from_line(line)

@@ -182,7 +182,7 @@ def test_a_graph_for_onnxruntime_int8_is_refused(tmp_path: Path) -> None:
 def test_a_truncated_graph_is_refused(tmp_path: Path) -> None:
     path = _attention(tmp_path / "g.onnx", 20)
     path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(CheckpointError, match="is no ONNX file"):
+    with pytest.raises(CheckpointError, match="is not an ONNX file"):
         check_buildable(path, "g.safetensors", "fp32")
 
 

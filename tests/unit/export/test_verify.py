@@ -72,7 +72,7 @@ def test_an_artifact_that_may_only_be_read_is_verified(
     report = verify(artifact, device="cpu", num=2, observer=events.append)
     assert "images" in by_name(report.checks)
     said = [event for event in events if isinstance(event, Notice)]
-    assert said == [Notice("warning", "The checks are not written into the manifest: Permission denied")]
+    assert said == [Notice("warning", "The results could not be written into the manifest: Permission denied")]
 
 
 def test_long_prompts_are_cut_on_both_sides_and_named_once(
@@ -131,7 +131,7 @@ def test_what_it_is_compared_with(shapes_artifact: Artifact, shapes_run: Path, t
     reseal(folder)
     with pytest.raises(UsageError, match=r"'runs/gone' .* --against"):
         reference_of(open_artifact(folder))
-    with pytest.raises(UsageError, match="no level 'fast'"):
+    with pytest.raises(UsageError, match="no verification level 'fast'"):
         verify(shapes_artifact, level="fast")
 
 
@@ -152,7 +152,7 @@ def test_an_interval_has_to_lie_inside_the_band(ci95: tuple[float, float], passe
     # equal scores have an interval without width, which says little of a few images
     few = replace(gap, images=2)
     assert not few.passed(REWARD_ALLOWED["fp32"])
-    assert few.problem(REWARD_ALLOWED["fp32"]) == "too few images to say: 2 of 500"
+    assert few.problem(REWARD_ALLOWED["fp32"]) == "too few images to decide: 2 of 500"
 
 
 class Fixed:

@@ -41,10 +41,10 @@ def test_one_step_is_one_jump() -> None:
         ("flux-shift", 4, 0, "number of image tokens"),
         ("explicit", 4, None, "list of times"),
         ([1, 0.5, 0], 4, None, "5 times, got 3"),
-        ([1, 0.5, 0.5, 0], 3, None, "falls strictly"),
-        ([0.9, 0.5, 0], 2, None, "falls strictly"),
-        ([1, 0.5, 0.1], 2, None, "falls strictly"),
-        ([1, float("nan"), 0], 2, None, "falls strictly"),
+        ([1, 0.5, 0.5, 0], 3, None, "decrease strictly"),
+        ([0.9, 0.5, 0], 2, None, "decrease strictly"),
+        ([1, 0.5, 0.1], 2, None, "decrease strictly"),
+        ([1, float("nan"), 0], 2, None, "decrease strictly"),
     ],
 )
 def test_impossible_grids_are_usage_errors(

@@ -29,7 +29,7 @@ class TestTimes:
     def test_kernel_runs_from_data_to_noise(self, path: AffinePath) -> None:
         with pytest.raises(ValueError, match="a <= s"):
             path.kernel(torch.tensor([0.5, 0.7]), torch.tensor([0.6, 0.6]))
-        with pytest.raises(ValueError, match="one shape"):
+        with pytest.raises(ValueError, match="the same shape"):
             path.kernel(torch.tensor([0.5]), torch.tensor([0.6, 0.6]))
 
     @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_a_damaged_graph_is_named(shapes_artifact: Artifact, tmp_path: Path) -> 
     reseal(folder)
     with (
         load(open_artifact(folder, hashes=False)) as generator,
-        pytest.raises(CheckpointError, match=r"vae_decoder\.onnx is no ONNX file"),
+        pytest.raises(CheckpointError, match=r"vae_decoder\.onnx is not an ONNX file"),
     ):
         generator.generate(PROMPTS[:1], [0])
 

@@ -157,7 +157,7 @@ def move(raw: dict[str, Any], old: str, new: str) -> None:
         (lambda raw: raw["sampling"].update(time_scale=float("nan")), "NaN is not JSON"),
         (lambda raw: raw["sampling"].update(map="three-time"), "sampling.map is 'three-time' instead of one of"),
         (lambda raw: raw["axes"].pop("batch"), "axes.batch is missing, which graphs.text_encoder has"),
-        (lambda raw: raw["axes"]["batch"].update(minimum=8), "axes.batch is impossible: the range 8:4:16"),
+        (lambda raw: raw["axes"]["batch"].update(minimum=8), "axes.batch is invalid: the range 8:4:16"),
         (lambda raw: raw["graphs"].pop("transformer"), "graphs.transformer is missing"),
         (lambda raw: raw["graphs"]["transformer"].update(weights="other"), "files does not list 'other'"),
         (lambda raw: raw["tokenizers"].pop("text_encoder_2"), "tokenizers.text_encoder_2 is missing"),
@@ -168,13 +168,13 @@ def move(raw: dict[str, Any], old: str, new: str) -> None:
         (lambda raw: move(raw, "transformer.onnx", "C:b"), "which is not inside the artifact"),
         (lambda raw: move(raw, "transformer.onnx", "./b"), "which is not inside the artifact"),
         (lambda raw: raw.update(files=[]), r"files is \[\] instead of dict"),
-        (lambda raw: move(raw, "transformer.onnx", "\ud800"), "half of a surrogate pair"),
+        (lambda raw: move(raw, "transformer.onnx", "\ud800"), "unpaired surrogate"),
         (lambda raw: move(raw, "transformer.onnx", "x" * 256), "which is not inside the artifact"),
         (nested(100), "nested deeper than 64 levels"),
         (tokenizer(length=10**12), "length is 1000000000000, which is not between 1 and 4096"),
         (tokenizer(length=10**400), "an integer has 401 digits"),
         (tokenizer(length=-1), "length is -1, which is not between"),
-        (tokenizer(length=20), "axes.text is 16 to 16, which does not hold the 20 tokens"),
+        (tokenizer(length=20), "axes.text is 16 to 16, which does not include the 20 tokens"),
         (tokenizer(pad_id=-1), "pad_id is -1"),
         (tokenizer(pad_id=2**70), "pad_id is 1180591620717411303424"),
         (lambda raw: raw["tokenizers"].update(weird=raw["tokenizers"]["text_encoder"]), "weird belongs to no text"),
@@ -214,11 +214,11 @@ def move(raw: dict[str, Any], old: str, new: str) -> None:
         (inputs("vae_decoder", lambda given: given[0].update(dtype="int64")), "'latents' as int64"),
         (
             inputs("transformer", lambda given: given[1]["shape"].__setitem__(2, -3)),
-            r"inputs\[1\] is impossible: an axis is -3",
+            r"inputs\[1\] is invalid: an axis is -3",
         ),
         (lambda raw: raw["graphs"]["text_encoder"].update(outputs=[]), "graphs.text_encoder.outputs lacks 'pooled'"),
         (lambda raw: raw["graphs"].update(weird=raw["graphs"]["transformer"]), "graphs.weird is not a known graph"),
-        (lambda raw: raw["axes"]["image"].update(maximum=2**70), "axes.image is impossible: maximum is"),
+        (lambda raw: raw["axes"]["image"].update(maximum=2**70), "axes.image is invalid: maximum is"),
     ],
 )
 def test_a_manifest_that_is_not_as_it_must_be_is_one_clear_error(folder: Path, change: Change, says: str) -> None:
@@ -275,7 +275,7 @@ def test_links_are_refused_wherever_they_lead(folder: Path, tmp_path: Path) -> N
     secret.write_bytes((folder / "transformer.onnx").read_bytes())
     (folder / "transformer.onnx").unlink()
     (folder / "transformer.onnx").symlink_to(secret)
-    with pytest.raises(CheckpointError, match="is a link, which an artifact must not have"):
+    with pytest.raises(CheckpointError, match="is a link, which an artifact must not contain"):
         open_artifact(folder)
 
 

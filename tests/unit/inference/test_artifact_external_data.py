@@ -143,7 +143,7 @@ def test_a_graph_that_is_split_or_oddly_encoded_hides_nothing(clean: Path, tmp_p
     # field 7 with its tag in five bytes, of which the last goes beyond 32 bits
     assert more[0] == 0x3A
     file.write_bytes(whole + bytes([0xBA, 0x80, 0x80, 0x80, 0x10]) + more[1:])
-    with pytest.raises(CheckpointError, match="is no ONNX file"):
+    with pytest.raises(CheckpointError, match="is not an ONNX file"):
         check_external(file, "transformer.safetensors")
 
 
@@ -151,5 +151,5 @@ def test_a_graph_that_is_split_or_oddly_encoded_hides_nothing(clean: Path, tmp_p
 def test_half_a_file_is_no_graph(cut: int, clean: Path, tmp_path: Path) -> None:
     file = tmp_path / "g.onnx"
     file.write_bytes((clean / "transformer.onnx").read_bytes()[:cut])
-    with pytest.raises(CheckpointError, match="is no ONNX file"):
+    with pytest.raises(CheckpointError, match="is not an ONNX file"):
         check_external(file, "transformer.safetensors")

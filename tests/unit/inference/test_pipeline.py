@@ -272,7 +272,7 @@ def test_guidance_is_taken_where_the_weights_embed_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompt": None}, "no prompt, or more than one kind"),
+        ({"prompt": None}, "no prompt, or more than one form"),
         ({"prompt": []}, "no prompt"),
         ({"generator": torch.Generator()}, "noise is given twice"),
         ({"seeds": [1, 2, 3]}, "1 images came with 3 seeds"),

@@ -92,18 +92,18 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "transformer" / WEIGHTS).rename(f / "transformer/flux.safetensors"),
         "no diffusion_pytorch_model.safetensors; it has flux.safetensors",
     ),
-    "dangling link": (lambda f: _dangle(f / "vae" / WEIGHTS), "is a link to ../blobs/0, which is not there"),
-    "shard outside": (lambda f: _shard_outside(f / "vae"), "'../transformer/.*', which is no path within"),
+    "dangling link": (lambda f: _dangle(f / "vae" / WEIGHTS), "is a link to ../blobs/0, which does not exist"),
+    "shard outside": (lambda f: _shard_outside(f / "vae"), "'../transformer/.*', which is not a path within"),
     "adapter in its place": (
         lambda f: (f / "text_encoder/adapter_config.json").write_text("{}"),
-        "an adapter to another model",
+        "an adapter for another model",
     ),
     "rope axes missing": (lambda f: _edit(f / "transformer/config.json", axes_dims_rope=...), "leaves out the key"),
     "rope axes": (lambda f: _edit(f / "transformer/config.json", axes_dims_rope=[8, 8, 8]), r"\[8, 8, 8\], and"),
-    "layers": (lambda f: _edit(f / "text_encoder_2/config.json", num_layers=10**6), "the most that is read is 1000"),
+    "layers": (lambda f: _edit(f / "text_encoder_2/config.json", num_layers=10**6), "at most 1000 is supported"),
     "positions": (
         lambda f: _edit(f / "text_encoder/config.json", max_position_embeddings=10**12),
-        "1000000000000 for max_position_embeddings, and the most",
+        "1000000000000 for max_position_embeddings, but at most",
     ),
     "code of a kernel": (
         lambda f: _edit(f / "text_encoder/config.json", attn_implementation="someone/kernel"),

@@ -254,7 +254,7 @@ def test_what_does_not_go_together_is_refused(two_time_folder: Path, single_time
     adapted = _load(two_time_folder)
     adapted.attach_adapter(2, 4.0, ["timestep_embedder2.linear_1"], 0.0, seed=0)
     for what in ("duration", "full"):
-        with pytest.raises(UsageError, match="A LoRA adapts weights"):
+        with pytest.raises(UsageError, match="The LoRA would adapt weights"):
             adapted.unfreeze(what)  # type: ignore[arg-type]
     model = _trained(two_time_folder, "duration")
     with pytest.raises(UsageError, match="unfrozen already"):

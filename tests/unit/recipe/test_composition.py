@@ -89,9 +89,9 @@ def test_a_window_is_set_key_by_key_and_taken_away_again(write: Write) -> None:
     [
         (["rollout.grid=paper", "rollout.steps=2"], "'paper' needs 3 steps"),
         (["rollout.grid=[1, 0.5, 0]"], "4 steps"),
-        (["rollout.grid=[1, 0.2, 0.5, 0.1, 0]"], "falls strictly from 1 to 0"),
-        (["rollout.grid=[0.9, 0.5, 0.2, 0.1, 0]"], "falls strictly from 1 to 0"),
-        (["rollout.grid=[1, 0.5, 0.2, 0.1, 0.05]"], "falls strictly from 1 to 0"),
+        (["rollout.grid=[1, 0.2, 0.5, 0.1, 0]"], "decrease strictly from 1 to 0"),
+        (["rollout.grid=[0.9, 0.5, 0.2, 0.1, 0]"], "decrease strictly from 1 to 0"),
+        (["rollout.grid=[1, 0.5, 0.2, 0.1, 0.05]"], "decrease strictly from 1 to 0"),
         (["rollout.grid=paper", "eval.steps=2"], "The evaluation cannot use the rollout's grid"),
         (["rollout.grid=[1, 0.7, 0.5, 0.2, 0]", "eval.steps=2"], "The evaluation cannot use the rollout's grid"),
     ],
@@ -144,7 +144,7 @@ def test_dropout_would_show_as_a_ratio() -> None:
 @pytest.mark.parametrize(
     ("flags", "sets", "message"),
     [
-        ({"objective": "rwfm"}, [], "The objective 'rwfm' does not take branched rollouts"),
+        ({"objective": "rwfm"}, [], "The objective 'rwfm' does not support branched rollouts"),
         ({}, ["rollout.window={size: 1}"], "rollout.window belongs to chains"),
         ({}, ["rollout.branch.antithetic=true", "rollout.group_size=5"], "come in pairs, but a group has 5"),
         ({"steps": 1}, [], "needs a stochastic transition"),

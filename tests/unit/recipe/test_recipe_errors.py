@@ -63,7 +63,7 @@ def refusal(config: str | Path | None, flags: Mapping[str, object], sets: Sequen
         ("rollout:\n  window: {size: 1, evry: 2}", ["r.yaml:3: ", "'rollout.window.evry'", "Did you mean 'every'?"]),
         ("rollout: {window: 2}", ["r.yaml:2: ", "'rollout.window'"]),
         ("objective: 3", ["r.yaml:2: The objective must be a name or a mapping"]),
-        ("objective: {name: 3}", ["r.yaml:2: The objective has a name that is no text"]),
+        ("objective: {name: 3}", ["r.yaml:2: The objective has a name that is not text"]),
         ("optimizer: {config: 1}", ["r.yaml:2: The optimizer 'adamw' has no option 'config'"]),
         (
             "stochasticizer: {name: asfmc, gap: 0.1, ratio: 0.5}",

@@ -88,7 +88,7 @@ def test_a_vocabulary_that_is_too_small(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(
     ("heads", "message"),
-    [({}, "128 wide, which is not a published size"), ({"vision_heads": 3}, "3 heads do not share")],
+    [({}, "128 wide, which is not a published size"), ({"vision_heads": 3}, "not divisible by 3 heads")],
 )
 def test_heads_that_no_weight_shows_are_stated_or_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heads: dict[str, int], message: str

@@ -216,7 +216,7 @@ def test_the_token_is_sent(client: Any, server: FakeServer, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("info", "options", "message"),
     [
-        ({"rewards": {}, "limits": {"max_images": 1}}, {}, "has the rewards none"),
+        ({"rewards": {}, "limits": {"max_images": 1}}, {}, "serves the rewards none"),
         ({"rewards": {n: {"probe_prompt": ""} for n in "ab"}, "limits": {"max_images": 1}}, {}, "rewards a, b"),
         (INFO, {"weights": {"brightnes": 1.0}}, "Did you mean 'brightness'"),
         ({"hello": "world"}, {}, "not a reward server"),

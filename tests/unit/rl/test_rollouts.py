@@ -119,10 +119,10 @@ def test_states_follow_the_conditioning_to_its_device() -> None:
     ("grid", "steps", "batch_size", "message"),
     [
         ((1.0, 0.0), None, None, "no stochastic transition"),
-        ((1.0, 0.5, 0.5, 0.0), None, None, "strictly falling"),
+        ((1.0, 0.5, 0.5, 0.0), None, None, "strictly decreasing"),
         ((1.0, 0.5, 0.1), None, None, "to 0"),
         ((1.2, 0.5, 0.0), None, None, "at most 1"),
-        ((0.0,), None, None, "strictly falling"),
+        ((0.0,), None, None, "strictly decreasing"),
         (GRID, [3], None, "0 to 2"),
         (GRID, [-1], None, "0 to 2"),
         (GRID, [], None, "at least one index"),

@@ -39,7 +39,7 @@ MISUSES = (
     ({"RANK": ""}, "WORLD_SIZE is 2, and RANK is not set"),
     ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
     ({"MASTER_PORT": ""}, "MASTER_PORT is not set"),
-    ({"MASTER_PORT": "70000"}, "which is no port"),
+    ({"MASTER_PORT": "70000"}, "which is not a port"),
     ({"RANK": "2"}, "RANK is 2, and there are 2 processes"),
     ({"RANK": "-1"}, "RANK is '-1'"),
     ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
