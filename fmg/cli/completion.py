@@ -1,6 +1,6 @@
 """What the shell offers for a value when Tab is pressed: names with a line about each. Imports no torch.
 
-A callback runs while a person types, so it says nothing when something is wrong.
+A callback runs while a person types, so it reports no errors.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ Outcome = Literal["ok", "violated", "not checked"]
 
 
 class Violation(Exception):  # noqa: N818
-    """A component breaks a rule; the message says how, and what is asked."""
+    """A component breaks a rule; the message says how, and what is required."""
 
 
 class NotApplicable(Exception):  # noqa: N818

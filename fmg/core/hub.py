@@ -141,7 +141,7 @@ class Located:
 
     @property
     def pinned(self) -> str:
-        """The source at the commit that is in the hub's cache, which means these files for ever; others unchanged."""
+        """The source at the commit in the hub's cache, which identifies these files for good; others unchanged."""
         source, parts = self.asset.place, self.path.parts
         if not isinstance(source, HubSource) or SNAPSHOTS not in parts:
             return self.asset.source

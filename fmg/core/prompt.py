@@ -58,6 +58,6 @@ class CutsPrompts(Protocol):
 
 
 def tell_of_cuts(reader: object, prompts: Sequence[str], observer: Observer) -> None:
-    """Tells an observer which of the prompts a model or a backend cuts, where it knows."""
+    """Tells an observer which prompts a model or a backend truncates, if it knows."""
     if isinstance(reader, CutsPrompts) and (said := reader.cut_prompts(prompts)):
         observer(Notice("warning", said))

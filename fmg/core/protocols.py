@@ -238,7 +238,7 @@ class Shardable(Protocol):
     """A model whose frozen weights can be spread over the processes of a run."""
 
     def shard(self) -> None:
-        """Keeps only this process's part of them; called once by every process, before the first network call."""
+        """Keeps only this process's part of them; called once by every process, before the first forward pass."""
 
     def gathered(self) -> AbstractContextManager[None]:
         """All weights in this process for the length of the body, in which nothing communicates; all enter."""

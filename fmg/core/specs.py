@@ -10,7 +10,7 @@ from typing import Literal
 MAX_SIDE = 4096
 """Pixels along the side of an image, at most."""
 MAX_ROWS = 1024
-"""Images of one network call, at most."""
+"""Images of one forward pass, at most."""
 DECODE_PIXELS = 2**18
 """Image pixels that one decoder call may make: one image of 512 px, or as many small ones as a CPU cache likes."""
 

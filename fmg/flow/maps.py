@@ -38,14 +38,14 @@ class TwoTimeMap:
     def jump(
         self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], s: Float[Tensor, " b"], cond: Conditioning
     ) -> Float[Tensor, "b *shape"]:
-        """`X_{t->s}(x_t)`: one network call, fp32 whatever the network computes in."""
+        """`X_{t->s}(x_t)`: one network evaluation, fp32 whatever the network computes in."""
         t, s = _full_precision(t), _full_precision(s)
         return x_t - expand(t - s, x_t) * self.network(x_t, t, s, cond)
 
     def velocity(
         self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], cond: Conditioning
     ) -> Float[Tensor, "b *shape"]:
-        """`v(x_t, t) = u(x_t, t, t)`, one network call."""
+        """`v(x_t, t) = u(x_t, t, t)`, one network evaluation."""
         t = _full_precision(t)
         return self.network(x_t, t, t, cond)
 
@@ -62,7 +62,7 @@ class SingleTimeMap:
     def jump(
         self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], s: Float[Tensor, " b"], cond: Conditioning
     ) -> Float[Tensor, "b *shape"]:
-        """`X_{t->0}(x_t)`, one network call.
+        """`X_{t->0}(x_t)`, one network evaluation.
 
         Raises:
             CompositionError: a target time is not 0. Not checked while a graph is traced.
@@ -98,7 +98,7 @@ class TrigFlowMap:
     def jump(
         self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], s: Float[Tensor, " b"], cond: Conditioning
     ) -> Float[Tensor, "b *shape"]:
-        """`X_{t->0}(x_t)`, one network call.
+        """`X_{t->0}(x_t)`, one network evaluation.
 
         Raises:
             CompositionError: a target time is not 0. Not checked while a graph is traced.

@@ -181,7 +181,7 @@ class Timing:
         detail: how the backend ran: execution provider, engine, threads, precision.
         device: where.
         images: generated in each repeat.
-        batch: images per network call.
+        batch: images per forward pass.
         steps: sampling steps per image.
         repeats: measured ones.
         stages: by name (`fmg.core.profiling`), `total` included. A stage that took no time is left out.

@@ -146,7 +146,7 @@ class Generator:
         backend: the runtime.
         grid: default time grid, by name or as a list of times.
         steps: default number of sampling steps (NFE) per image.
-        batch_size: images per network call; affects images only by rounding.
+        batch_size: images per forward pass; affects images only by rounding.
         tells: whether to warn about prompts that the model truncates. Training, evaluation and verification check all
             of their prompts once, at the start.
     """

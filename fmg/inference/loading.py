@@ -104,7 +104,7 @@ def load(
             machine, else ONNX Runtime.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: `fp32` or `bf16`, for a model or a run; None is fp32. An artifact has the precision it was exported in.
-        batch_size: images per network call; None takes the default.
+        batch_size: images per forward pass; None takes the default.
         adapter: False loads a run's base without its adapter.
         resolution: side of the square image in pixels, for an artifact; None is its own.
         threads: CPU threads per operator; None takes the runtime's default.

@@ -71,7 +71,7 @@ def load(
     Args:
         folder: what `fmg export` wrote.
         threads: per operator; None takes OMP_NUM_THREADS, or else all cores.
-        batch_size: images per network call; None takes the default.
+        batch_size: images per forward pass; None takes the default.
         resolution: side of the square image in pixels; None is the artifact's own.
         int8: run its int8 transformer.
 

@@ -105,7 +105,7 @@ class ObjectiveConfig(ComponentConfig, ABC):
 
     @property
     def branches(self) -> bool:
-        """Whether it takes branched rollouts (`BranchRollout`), of which it makes one row a group."""
+        """Whether it takes branched rollouts (`BranchRollout`), of which it makes one row per group."""
         return False
 
     def rows_per_sample(self, transitions: int) -> int:

@@ -70,7 +70,7 @@ class AsfmcEndpoint(BaseStochasticizer[AsfmcEndpointConfig]):
 
 
 class AsfmcEuler(BaseStochasticizer[AsfmcEulerConfig]):
-    """The paper's local anchor in first-order form (eq. 14): two network calls, for `epsilon < s`.
+    """The paper's local anchor in first-order form (eq. 14): two network evaluations, for `epsilon < s`.
 
     `y = X_{t->s}(x_t)`, `mean = y - h (y / (1 - s) + v(y, s))`, `var = 2 h s / (1 - s)`, `h = epsilon strength^2`.
 

@@ -96,7 +96,7 @@ class Plan:
 def plan(resolved: ResolvedRecipe, *, devices: int | None = None, runs: Path = RUNS) -> Plan:
     """Counts the work, the memory and the disk of a run.
 
-    A network call is one evaluation of the network for one image (NFE). A rollout of N steps has N - 1 stochastic
+    A network call here is one evaluation of the network for one image (NFE). A rollout of N steps has N - 1 stochastic
     transitions, or those of its window, of one or more calls as the stochasticizer declares; the other steps are
     deterministic and take one. The updates together replay each transition once, with gradients; for an objective on
     finished samples they make one call per row of its batch. Evaluations and the KL's reference are not included.
@@ -136,7 +136,7 @@ def plan(resolved: ResolvedRecipe, *, devices: int | None = None, runs: Path = R
     }
     memory = None if geometry is None else plan_memory(recipe, geometry, sizes, count, sharded=engine == "fsdp2")
     if memory is not None:
-        facts["memory at the peak"] = f"{size_text(memory.peak)} a device"
+        facts["memory at the peak"] = f"{size_text(memory.peak)} per device"
     return Plan(facts, memory, () if geometry is None else tuple(_on_gpus(recipe, geometry)))
 
 
@@ -177,7 +177,7 @@ def _cost(recipe: Recipe) -> dict[str, str]:
     for kind, other in kinds.items():
         work = Work.of(other)
         mine = " (this recipe)" if kind == recipe.rollout.kind else ""
-        texts.append(f"{kind} {work.row_nfe:g}, {work.row_nfe / work.images:.3g} an image{mine}")
+        texts.append(f"{kind} {work.row_nfe:g}, {work.row_nfe / work.images:.3g} per image{mine}")
     return {"row-NFE an iteration": f"{'; '.join(texts)}: network evaluations of one row, a backward pass counted as 2"}
 
 
@@ -227,7 +227,9 @@ def _equivalence(recipe: Recipe, sizes: Sizes, devices: int) -> dict[str, str]:
     passes = -(-rows // (devices * sizes.micro_batch))
     published = f"{REFERENCE_GROUPS} prompts x {REFERENCE_SIZE} on {REFERENCE_DEVICES} GPUs"
     if (shape.groups, shape.group_size) == (REFERENCE_GROUPS, REFERENCE_SIZE):
-        compared = f"the same batch as the published {published}, {REFERENCE_DEVICES / devices:g} times the work a GPU"
+        compared = (
+            f"the same batch as the published {published}, {REFERENCE_DEVICES / devices:g} times the work per GPU"
+        )
     else:
         compared = (
             f"{images / reference:.2g} of the published batch ({published}); for the same one set"
@@ -245,7 +247,7 @@ def _time_facts(recipe: Recipe, runs: Path) -> dict[str, str]:
     if estimate is None:
         return {"time": "not known: no run of this model, device, batch sizes and rewards has been made here"}
     total = estimate.seconds * recipe.train.iterations / 60
-    each = f"{estimate.seconds:.3g} s an iteration, {total:.2g} minutes in all without evaluations"
+    each = f"{estimate.seconds:.3g} s per iteration, {total:.2g} minutes in all without evaluations"
     return {"time": f"about {each} (scaled from {estimate.run})"}
 
 

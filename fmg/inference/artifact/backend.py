@@ -279,7 +279,7 @@ def checked_resolution(artifact: Artifact, resolution: int | None) -> int:
 
 
 def checked_batch(artifact: Artifact, batch_size: int | None, default: int) -> int:
-    """Images per network call: the given number, or the default as far as the artifact allows.
+    """Images per forward pass: the given number, or the default as far as the artifact allows.
 
     Raises:
         UsageError: it is more than the artifact was made for.

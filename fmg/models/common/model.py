@@ -100,7 +100,7 @@ class AdaptedModel(ABC, Generic[C]):
 
     @abstractmethod
     def _map(self, scope: Scope, network: Network | None = None) -> FlowMap:
-        """The flow map, whose network calls run in the context of `scope`, through `network` if given."""
+        """The flow map, whose forward passes run in the context of `scope`, through `network` if given."""
 
     @abstractmethod
     def _with_transformer(self, transformer: Any) -> AdaptedModel[C]:
@@ -212,7 +212,7 @@ class AdaptedModel(ABC, Generic[C]):
         return len(chosen)
 
     def fix_rows(self, rows: int | None) -> None:
-        """Pads network calls with fewer rows to `rows`, so that kernels see one shape; None stops padding."""
+        """Pads calls with fewer rows to `rows`, so that kernels see one shape; None stops padding."""
         self._rows = rows
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -82,7 +82,7 @@ def test_sizes_of_the_embedded_model_by_name() -> None:
     assert planned.facts["trainable"] == "20.5 k, LoRA of rank 4 on 20 modules"
     assert planned.memory is not None
     assert planned.memory.peak == sum(planned.memory.parts.values())
-    assert planned.facts["memory at the peak"] == f"{size_text(planned.memory.peak)} a device"
+    assert planned.facts["memory at the peak"] == f"{size_text(planned.memory.peak)} per device"
 
 
 def test_the_published_batch_on_fewer_devices_takes_as_many_updates_of_as_many_rows() -> None:
@@ -91,7 +91,7 @@ def test_the_published_batch_on_fewer_devices_takes_as_many_updates_of_as_many_r
     one, eight = (plan(resolve(None, {}, sets), devices=n).facts for n in (1, 8))
     assert one["updates an iteration"] == "2, each on 2304 rows: 1 x 144 passes of 16 rows, accumulated"
     assert eight["updates an iteration"] == "2, each on 2304 rows: 8 x 18 passes of 16 rows, accumulated"
-    assert one["reference recipe"].endswith("on 8 GPUs, 8 times the work a GPU")
+    assert one["reference recipe"].endswith("on 8 GPUs, 8 times the work per GPU")
     assert eight["reference recipe"].startswith("the same batch")
 
 
