@@ -116,8 +116,8 @@ def test_the_time_of_a_past_run_is_scaled_by_the_work(tmp_path: Path) -> None:
     for line in (warm, {f"time/{stage}_s": spent for stage, spent in times.items()}):
         run.append_metrics({**line, "time/iteration_s": sum(times.values())})
     twice = [*SHAPE, "rollout.groups=6"]
-    assert plan(resolve(None, {}, SHAPE), runs=tmp_path).facts["time"].startswith("about 5.75 s an iteration")
-    assert plan(resolve(None, {}, twice), runs=tmp_path).facts["time"].startswith("about 11.5 s an iteration")
+    assert plan(resolve(None, {}, SHAPE), runs=tmp_path).facts["time"].startswith("about 5.75 s per iteration")
+    assert plan(resolve(None, {}, twice), runs=tmp_path).facts["time"].startswith("about 11.5 s per iteration")
     # a transition more: 5/4 of the rollout's calls, 4/3 of the updates'
     more = [*SHAPE, "rollout.steps=5"]
     assert plan(resolve(None, {}, more), runs=tmp_path).facts["time"].startswith("about 7.25 s an iteration")
@@ -161,7 +161,7 @@ def test_the_rates_are_those_that_were_measured() -> None:
 def test_the_published_batch_takes_a_sixteenth_of_the_time_in_branches() -> None:
     resolved = resolve("meanflow-flux-branch-1gpu", {"model": "meanflow-flux"}, ["rewards=[jpeg-incompressibility]"])
     cost = plan(resolved).facts["row-NFE an iteration"]
-    assert cost.startswith("chain 19584, 17 an image; branch 1416, 1.23 an image (this recipe)")
+    assert cost.startswith("chain 19584, 17 per image; branch 1416, 1.23 per image (this recipe)")
     found = on_gpus("meanflow-flux-branch-1gpu")
     assert len(found) == 2 * len(GPUS)
     chain, branch = found[("H200", "chain")], found[("H200", "branch")]
