@@ -304,7 +304,8 @@ def lock(folder: Path, what: str) -> Iterator[None]:
     Raises:
         UsageError: another process holds it.
     """
-    held = FileLock(folder / LOCK, blocking=False)
+    # filelock would write a marker instead, which outlives a process that another machine killed
+    held = FileLock(folder / LOCK, blocking=False, fallback_to_soft=False)
     try:
         held.acquire()
     except Timeout:

@@ -25,6 +25,7 @@ from fmg.core.files import (
     digest,
     inside,
     leftovers,
+    lock,
     partial_folder,
     remove_leftovers,
     write_atomic,
@@ -212,3 +213,19 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
 def test_an_atomic_write_names_its_file(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"'.*none/a.json' cannot be written: No such file"):
         write_atomic(tmp_path / "none" / "a.json", b"{}")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks of Windows need no flock")
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_holds_nothing(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it leave a marker by which a killed run could not be resumed on another machine."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    (tmp_path / ".lock").write_text("12345\nanother-machine\n")
+    with lock(tmp_path, "The run is being trained by another process"), lock(tmp_path, "The same run"):
+        pass
