@@ -87,7 +87,7 @@ def _features_alone(case: FeaturesCase) -> None:
         "maps": (case.features.maps, torch.cat([one.maps for one in singles])),
     }
     for name, (whole, alone) in pairs.items():
-        require(torch.allclose(whole, alone, atol=1e-3, rtol=1e-3), f"The {name} of a picture depend on its batch.")
+        require(torch.allclose(whole, alone, atol=1e-3, rtol=1e-3), f"The {name} of an image depend on its batch.")
 
 
 FEATURE_RULES: tuple[Rule[FeaturesCase], ...] = (

@@ -148,7 +148,7 @@ def _extremes(case: RewardCase) -> None:
         try:
             case.checked(torch.full((1, 3, case.side, case.side), value), case.prompts[:1])
         except RewardError as error:
-            raise Violation(f"It fails on a {name} picture: {error.what}") from None
+            raise Violation(f"It fails on a {name} image: {error.what}") from None
 
 
 def _non_finite(case: RewardCase) -> None:
@@ -169,5 +169,5 @@ RULES: tuple[Rule[RewardCase], ...] = (
     Rule("follows the order of images", _order),
     Rule("leaves its inputs alone", _untouched),
     Rule("scores black and white", _extremes),
-    Rule("hides no broken picture", _non_finite),
+    Rule("hides no broken image", _non_finite),
 )

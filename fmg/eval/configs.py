@@ -14,9 +14,9 @@ DINOV2 = "facebook/dinov2-large"
 
 
 class PixelsConfig(ComponentConfig):
-    """The picture itself, scaled down."""
+    """The image itself, scaled down."""
 
-    side: int = Field(default=8, ge=1, le=64, description="pictures are averaged to side x side pixels")
+    side: int = Field(default=8, ge=1, le=64, description="images are averaged to side x side pixels")
 
 
 class ClipFeaturesConfig(NetworkConfig):
@@ -44,7 +44,7 @@ class Dinov2Config(NetworkConfig):
     )
 
     weights: str = Field(default=DINOV2, min_length=1, description="Dinov2Model folder: local or hub id@revision")
-    side: int = Field(default=224, ge=14, description="pictures become squares of this side, a multiple of the patch")
+    side: int = Field(default=224, ge=14, description="images become squares of this side, a multiple of the patch")
 
     def assets(self) -> tuple[Asset, ...]:
         files = (WEIGHT_FILES, "config.json")

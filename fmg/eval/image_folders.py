@@ -61,7 +61,7 @@ def picture_files(folder: Path) -> list[Path]:
     beside = [file for file in found if file.name.startswith("._")]
     if beside:
         warnings.warn(
-            f"{counted(len(beside), 'file')} in '{folder}' whose names begin with '._' are macOS's, not pictures",
+            f"{counted(len(beside), 'file')} in '{folder}' whose names begin with '._' are macOS's, not images",
             FmgWarning,
             stacklevel=2,
         )
@@ -134,7 +134,7 @@ def captioned(path: Path, *, everything: bool = False) -> list[Captioned]:
     if left:
         where = "GenEval tree" if trees else METADATA
         raise UsageError(
-            f"The {where} in '{path}' has no prompt for '{left[0]}', the first of {len(left)} such pictures",
+            f"The {where} in '{path}' has no prompt for '{left[0]}', the first of {len(left)} such images",
             "Add them there, move them elsewhere, or give --prompt for all.",
         )
     return found

@@ -371,7 +371,7 @@ def reference_files(folder: str) -> list[Path]:
     files = picture_files(Path(folder))
     if len(files) < LEAST:
         raise UsageError(
-            f"'{folder}' has only {counted(len(files), 'picture')}",
+            f"'{folder}' has only {counted(len(files), 'image')}",
             f"A reference set needs {LEAST}; thousands are usual.",
         )
     return files

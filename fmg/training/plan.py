@@ -155,7 +155,7 @@ def _size_facts(recipe: Recipe, geometry: ModelGeometry) -> dict[str, str]:
         "parameters": f"{_count(geometry.parameters)} transformer, {_count(geometry.encoder_parameters)} text encoders,"
         f" {_count(geometry.decoder_parameters)} autoencoder (by {geometry.origin})",
         "trainable": f"{_count(trained.parameters)}, {trained.words}",
-        "disk": f"{size_text(checkpoints)} of checkpoints and {size_text(state)} of state, besides pictures",
+        "disk": f"{size_text(checkpoints)} of checkpoints and {size_text(state)} of state, besides images",
     }
 
 

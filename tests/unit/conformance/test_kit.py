@@ -120,9 +120,9 @@ def logarithm(images: Tensor) -> Tensor:
         (noisy, "deterministic", "scores the same images again"),
         (sorted_scores, "follows the order of images", "a different order"),
         (darkening, "leaves its inputs alone", "changes the images"),
-        (hiding, "hides no broken picture", "finite score"),
+        (hiding, "hides no broken image", "finite score"),
         (one_number, "one finite score per image", "shaped ()"),
-        (logarithm, "scores black and white", "black picture"),
+        (logarithm, "scores black and white", "black image"),
     ],
 )
 def test_a_planted_violation_of_a_reward_is_named(score: Score, rule: str, says: str) -> None:

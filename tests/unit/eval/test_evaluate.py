@@ -162,7 +162,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_drawn(folder: Path, tmp_
         ({"report": tmp_path}, "exists already"),
         ({"report": tmp_path / "report.html" / "x.html"}, "is a file"),
         ({"reference": "world", "extractors": ["pixels"]}, "embedded world"),
-        ({"reference": str(tmp_path / "two"), "extractors": ["pixels"]}, r"has only 2 picture"),
+        ({"reference": str(tmp_path / "two"), "extractors": ["pixels"]}, r"has only 2 image"),
         ({"reference": str(tmp_path / "two")}, "extractors='clip'"),
         ({"reference": str(tmp_path / "none"), "extractors": ["pixels"]}, "no folder"),
         ({"extractors": ["pixel"]}, "Did you mean 'pixels'"),

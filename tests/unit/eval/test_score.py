@@ -144,7 +144,7 @@ def test_a_picture_with_two_lines_is_scored_for_both(pictures: Path) -> None:
 
 def test_a_picture_without_a_caption_is_not_left_out(pictures: Path, tmp_path: Path) -> None:
     (pictures / "metadata.jsonl").write_text('{"file_name": "rgba.png", "prompt": "a red cup"}\n')
-    with pytest.raises(UsageError, match=r"no prompt for '.*cmyk.jpg', the first of 5 such pictures"):
+    with pytest.raises(UsageError, match=r"no prompt for '.*cmyk.jpg', the first of 5 such images"):
         score([pictures], rewards=["jpeg-compressibility"])
     found = score([pictures], rewards=["jpeg-compressibility"], prompt="a cup")
     assert [image["prompt"] for image in found.images] == ["a cup"] * 6

@@ -120,7 +120,7 @@ def test_the_time_of_a_past_run_is_scaled_by_the_work(tmp_path: Path) -> None:
     assert plan(resolve(None, {}, twice), runs=tmp_path).facts["time"].startswith("about 11.5 s per iteration")
     # a transition more: 5/4 of the rollout's calls, 4/3 of the updates'
     more = [*SHAPE, "rollout.steps=5"]
-    assert plan(resolve(None, {}, more), runs=tmp_path).facts["time"].startswith("about 7.25 s an iteration")
+    assert plan(resolve(None, {}, more), runs=tmp_path).facts["time"].startswith("about 7.25 s per iteration")
     other = resolve(None, {"model": "scm-shapes"}, SHAPE)
     assert plan(other, runs=tmp_path).facts["time"].startswith("not known")
     smaller = resolve(None, {}, [*SHAPE, "train.micro_batch=16"])
