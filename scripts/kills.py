@@ -11,6 +11,7 @@ Processes are forked from one that has imported everything, so that a kill costs
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import os
@@ -35,6 +36,12 @@ from fmg.data.resume_points import check_resumable, ended_short
 from fmg.data.run_folder import RunFolder, is_run
 from fmg.training.api import resume
 
+PRELOADED = [
+    "diffusers.pipelines.flux.pipeline_flux",
+    "fmg.models.flux.model",
+    "matplotlib.backends.backend_agg",
+    "peft",
+]
 ORDERLY = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT]
 COMMON: dict[str, object] = {
     "train.device": "cpu",
@@ -58,6 +65,7 @@ RECIPES: dict[str, dict[str, object]] = {
         # its iterations are short
         "train.iterations": 6,
         "train.state_every": 1,
+        "eval.every": 3,
         "rollout.kind": "branch",
         "rollout.steps": 3,
         "rollout.branch.steps": "adaptive",
@@ -146,6 +154,8 @@ def check(run: Path, reference: dict[str, object]) -> None:
 
 def main(kills: int, seed: int, root: Path, kinds: Sequence[str] = tuple(RECIPES)) -> dict[str, int]:
     """Kills until there were `kills` kills, each run being compared when it has ended; returns what happened."""
+    for name in PRELOADED:
+        importlib.import_module(name)
     chance = random.Random(seed)
     lengths: dict[str, float] = {}
     references: dict[str, dict[str, object]] = {}
