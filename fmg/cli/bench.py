@@ -88,7 +88,7 @@ def bench(
         str, sampling_option(metavar="TEXT", help="Prompt to generate; --frontier uses the run's own prompts.")
     ] = _PROMPT,
     cached_text: Annotated[
-        bool, _timing_option("--cached-text", help="Do not time the text encoders, as for cached prompts.")
+        bool, _timing_option("--cached-text", help="Do not time the text encoders, as with cached prompts.")
     ] = False,
     num: Annotated[
         int, _frontier_option(min=2, max=1_000_000, metavar="N", help="Images scored at each point of --frontier.")

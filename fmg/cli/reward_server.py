@@ -44,13 +44,13 @@ def reward_server(
         int, typer.Option(min=1, metavar="N", help="Images that may wait; the server answers 503 to more.")
     ] = 1024,
     max_images: Annotated[int, typer.Option(min=1, metavar="N", help="Images per request.")] = 256,
-    max_mib: Annotated[int, typer.Option(min=1, metavar="N", help="Size of a request in MiB.")] = 256,
+    max_mib: Annotated[int, typer.Option(min=1, metavar="N", help="Largest request to accept, in MiB.")] = 256,
     timeout: Annotated[
         float,
         typer.Option(
             min=1.0,
             metavar="S",
-            help="Seconds for a request to arrive (5 to 20 of them for its headers), and again for it to be scored.",
+            help="Seconds for a request to arrive (5 to 20 of them for its headers), and as many to score it.",
         ),
     ] = 300.0,
 ) -> None:

@@ -281,7 +281,7 @@ def system_refusal(error: BaseException) -> str | None:
             if reason in said:
                 return reason
         if isinstance(seen, OSError) and _CUT_SHORT.search(said):
-            return "the file could not be written to its end"
+            return "the file could not be written completely"
         seen = seen.__cause__
     return None
 

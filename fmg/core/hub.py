@@ -358,7 +358,7 @@ def refuse_offline(command: str, lacking: str) -> None:
     """
     if is_offline():
         raise UsageError(
-            f"{lacking} must be fetched, but --offline or {OFFLINE} forbids the network",
+            f"{lacking} must be fetched, but --offline or {OFFLINE} forbids network access",
             f"Run `{command}` without it, or copy the files here.",
         )
 

@@ -180,7 +180,7 @@ def _no_weights(folder: Path) -> CheckpointError:
     if variants := _variants(folder):
         return CheckpointError(
             f"{folder} has no {name}, only the variant {', '.join(variants)}",
-            f"Link or rename the file of the variant that you want to {name}; none is chosen automatically.",
+            f"Choose a variant and link or rename its file to {name}; none is chosen automatically.",
         )
     if others := sorted(file.name for file in folder.glob(f"*{_SUFFIX}")):
         return CheckpointError(f"{folder} has no {name}; it has {', '.join(others[:5])}", f"Name the weights {name}.")

@@ -138,7 +138,7 @@ def read_index(run: Path) -> CheckpointIndex | None:
     gone = [saved.name for saved in index.saved if saved not in there]
     if not gone:
         return index
-    warnings.warn(f"'{run}' is without {', '.join(gone)}, which '{path}' names", FmgWarning, stacklevel=2)
+    warnings.warn(f"'{run}' lacks {', '.join(gone)}, which '{path}' names", FmgWarning, stacklevel=2)
     return _without(index, gone)
 
 

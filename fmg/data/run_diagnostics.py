@@ -165,7 +165,7 @@ def _numbers(log: Log) -> Iterator[Advice]:
         if broken:
             _, key, iteration = min(broken, key=lambda one: one[0])
             sign = f"{key} is not a finite number in iteration {iteration:.0f}"
-            text = "Lower it; in bf16 also try --dtype fp32. The best checkpoint is from before and can be used."
+            text = "Lower it; in bf16 also try --dtype fp32. The best checkpoint was saved before that and can be used."
             yield Advice("problem", sign, "optimizer.lr", text)
             return
 
@@ -269,7 +269,7 @@ def _decline(log: Log) -> Iterator[Advice]:
     change = log.change(keys.SCORE)
     if change is not None and change[0] < -ERRORS * change[1]:
         # equal scores of all images have no error
-        size = f"which is {-change[0] / change[1]:.1f} standard errors" if change[1] else "for every image alike"
+        size = f"which is {-change[0] / change[1]:.1f} standard errors" if change[1] else "equally for every image"
         sign = f"The held-out score fell by {-change[0]:.3f}, {size}"
         text = "Lower it, use larger rollout.groups, or add objective.kl_beta."
         yield Advice("problem", sign, "optimizer.lr", text)
@@ -286,7 +286,7 @@ def _flat(log: Log) -> Iterator[Advice]:
             f" with a standard error of {change[1]:.3f}, although the policy has"
         )
         text = (
-            "Raise it: advantages of few images are noisy. Check train.shuffle_advantages, and that the reward varies."
+            "Raise it: advantages from few images are noisy. Check train.shuffle_advantages and that the reward varies."
         )
         yield Advice("problem", sign, "rollout.groups", text)
 

@@ -258,7 +258,7 @@ class TrainSection(Section):
     iterations: int = Field(60, ge=1, le=10_000_000, description="rollouts, each followed by its updates")
     updates_per_iteration: int = Field(2, ge=1, le=1000, description="optimizer steps on one rollout")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
-    seed: int = Field(0, ge=0, lt=2**63, description="keys prompts, noise and the adapter's initial values")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the prompts, the noise and the adapter's initial values")
     micro_batch: int | None = Field(
         None, ge=1, le=100_000, description="rows of one backward pass; null: as many as are generated at once"
     )
@@ -310,9 +310,9 @@ class EvalSection(Section):
     num: int = Field(1000, ge=1, le=1_000_000, description="images of one evaluation")
     rewards: tuple[RewardRef, ...] = Field((), description="rewards that are measured besides the trained ones")
     steps: int | None = Field(None, ge=1, le=1000, description="sampling steps; null takes rollout.steps")
-    seed: int = Field(0, ge=0, lt=2**63, description="keys prompts and noise of the evaluation")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the evaluation's prompts and noise")
     batch_size: int | None = Field(
-        None, ge=1, le=100_000, description="images generated at once; null: as a rollout, at most 64"
+        None, ge=1, le=100_000, description="images generated at once; null: as in a rollout, at most 64"
     )
     stop_on_hacking: bool = Field(
         False, description="stop when the trained reward rises at the cost of a held-out one or of diversity"

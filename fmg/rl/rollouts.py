@@ -150,7 +150,7 @@ def sample(
     times = checked_grid(grid)
     if flow_map.anchors == "endpoint" and len(times) > 2 and len(keys) != len(x_1):
         raise UsageError(
-            f"A single-time map needs noise at interior times, and got {len(keys)} noise keys for {len(x_1)} rows",
+            f"A single-time map needs noise at interior times, but got {len(keys)} noise keys for {len(x_1)} rows",
             "Give one key for each row, or a grid of one step.",
         )
     shape = x_1.shape[1:]

@@ -477,7 +477,7 @@ def _instead(run: RunFolder, recipe: Recipe) -> str:
         return f"Remove that folder; `{resume_command(run.path, recipe)}` then resumes from {older[0].name}."
     return (
         f"Restore it from a copy, or start a new run with `{repeat_command(run.recipe, recipe)}`; the checkpoints that"
-        " the run saved can be used."
+        " the run saved remain usable."
     )
 
 

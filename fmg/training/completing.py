@@ -66,7 +66,7 @@ def open_completer(composed: Composed, rows: int, dist: DistContext) -> Complete
         return None
     if not isinstance(model, Rerouted):
         raise CompositionError(
-            f"The model '{composed.recipe.model.name}' can only be run by torch", f"{_USE_TORCH.capitalize()}."
+            f"The model '{composed.recipe.model.name}' runs only in torch", f"{_USE_TORCH.capitalize()}."
         )
     if backend == "torch-compile":
         compiled = CompiledNetwork(model.network)

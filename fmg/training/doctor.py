@@ -93,7 +93,7 @@ def examine(*, self_test: bool = True, network: bool = False, observer: Observer
         UsageError: `network` is set while offline mode forbids it.
     """
     if network and is_offline():
-        raise UsageError(f"{OFFLINE} forbids the network, which --network asks for", "Leave one of the two out.")
+        raise UsageError(f"{OFFLINE} forbids network access, which --network needs", "Leave one of the two out.")
     checks = [Check("environment", name, "ok", value) for name, value in environment().items() if name != "devices"]
     checks += [*_devices(), *_storage(), *_extras()]
     for number, (name, purpose) in enumerate(_INDEXES):

@@ -81,10 +81,10 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
         return Launch()
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         if not env.get(name):
-            raise UsageError(f"WORLD_SIZE is {count}, and {name} is not set", _LAUNCH)
+            raise UsageError(f"WORLD_SIZE is {count}, but {name} is not set", _LAUNCH)
     rank = _number(env, "RANK", 0)
     if rank >= count:
-        raise UsageError(f"RANK is {rank}, and there are {count} processes", "Count ranks from 0 to WORLD_SIZE - 1.")
+        raise UsageError(f"RANK is {rank}, but there are {count} processes", "Count ranks from 0 to WORLD_SIZE - 1.")
     if not 0 < _number(env, "MASTER_PORT", 0) < 2**16:
         raise UsageError(f"MASTER_PORT is {env['MASTER_PORT']}, which is not a port", "Use a free one, such as 29500.")
     # a launcher always states it; a shell script for one machine may leave it out
@@ -92,7 +92,7 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
     local_size = _number(env, "LOCAL_WORLD_SIZE", local_rank + 1 if env.get("LOCAL_RANK") else count)
     if local_rank >= local_size:
         raise UsageError(
-            f"LOCAL_RANK is {local_rank}, and LOCAL_WORLD_SIZE {local_size}",
+            f"LOCAL_RANK is {local_rank}, but LOCAL_WORLD_SIZE is {local_size}",
             "Count local ranks from 0 to LOCAL_WORLD_SIZE - 1.",
         )
     return Launch(rank, count, local_rank, local_size)
@@ -109,7 +109,7 @@ def choose_engine(recipe: Recipe, environment: Mapping[str, str] | None = None) 
     asked = _accelerate_engine(env)
     if asked is not None and stated not in ("auto", asked):
         raise UsageError(
-            f"Accelerate is configured for {asked}, and the recipe says train.parallel={stated}",
+            f"Accelerate is configured for {asked}, but the recipe says train.parallel={stated}",
             "Leave train.parallel at auto, or use the other configuration under configs/accelerate.",
         )
     return asked or ("ddp" if stated == "auto" else stated)
@@ -130,12 +130,12 @@ def check_shares(recipe: Recipe, world_size: int, engine: Engine) -> None:
         )
     if world_size > 1 and engine == "fsdp2" and recipe.train.trainable == "full":
         raise UsageError(
-            "FSDP2 shards the frozen base over the processes, and train.trainable=full leaves nothing frozen",
+            "FSDP2 shards the frozen base over the processes, but train.trainable=full leaves nothing frozen",
             "Train an adapter, or use DDP (train.parallel=ddp, configs/accelerate/ddp.yaml).",
         )
     if world_size > 1 and engine == "fsdp2" and recipe.rollout.branch.backend != "torch":
         raise UsageError(
-            "FSDP2 keeps a shard of the weights in each process, and rollout.branch.backend="
+            "FSDP2 keeps a shard of the weights in each process, but rollout.branch.backend="
             f"{recipe.rollout.branch.backend} needs all of them",
             "Set rollout.branch.backend to torch, or use DDP (train.parallel=ddp, configs/accelerate/ddp.yaml).",
         )
@@ -163,8 +163,8 @@ def device_of(recipe: Recipe, launch: Launch, gpus: int) -> str:
     if 0 < gpus < launch.local_world_size:
         raise UsageError(
             f"At least {launch.local_world_size} processes were started on this machine,"
-            f" and torch sees {counted(gpus, 'GPU')}",
-            "Start one for each GPU, and let each of them see all (SLURM: not --gpus-per-task); or take --device cpu.",
+            f" but torch sees {counted(gpus, 'GPU')}",
+            "Start one for each GPU, and let each of them see all (SLURM: not --gpus-per-task); or use --device cpu.",
         )
     return f"cuda:{launch.local_rank}"
 

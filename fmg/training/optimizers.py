@@ -119,7 +119,7 @@ class JointOptimizer(Optimizer):
         states = state_dict.get("parts", ())
         if len(states) != len(self.parts):
             raise CheckpointError(
-                f"The optimizer state has {len(states)} parts and this optimizer {len(self.parts)}",
+                f"The optimizer state has {len(states)} parts, but this optimizer has {len(self.parts)}",
                 "Resume with the optimizer that the run was started with.",
             )
         for part, state in zip(self.parts, states, strict=True):

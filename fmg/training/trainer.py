@@ -211,7 +211,7 @@ class Trainer:
                 index = self._evaluate(done)
             for iteration in range(done, recipe.train.iterations):
                 if recipe.eval.stop_on_hacking and self._evaluator.monitor.found is not None:
-                    self._emit(Notice("warning", f"Stopped after iteration {done}, as --stop-on-hacking asks."))
+                    self._emit(Notice("warning", f"Stopped after iteration {done} because of --stop-on-hacking."))
                     break
                 self.iterate(iteration)
                 done = iteration + 1

@@ -225,7 +225,7 @@ def test_offline_is_one_line_after_the_known_figures(flag: bool, monkeypatch: py
     assert done.code == 2
     assert done.stderr == (
         f"error: '{STUDENTS}@main:flux1lite_meanflow.pt', '{TEACHER}@main' must be fetched, but --offline or"
-        " HF_HUB_OFFLINE forbids the network. Run `fmg fetch meanflow-flux` without it, or copy the files here.\n"
+        " HF_HUB_OFFLINE forbids network access. Run `fmg fetch meanflow-flux` without it, or copy the files here.\n"
     )
     assert "about 16.3 GB" in done.stdout
     done = fmg("fetch", "reward", "pickscore", "--yes", *(["--offline"] if flag else []))

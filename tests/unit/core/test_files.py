@@ -163,7 +163,7 @@ def test_a_refusal_is_found_behind_the_error_of_a_library() -> None:
 
 @pytest.mark.parametrize("text", ["encoder error -2 when writing image file", "1024 requested and 0 written"])
 def test_a_write_that_stopped_short_is_a_refusal(text: str) -> None:
-    assert system_refusal(OSError(text)) == "the file could not be written to its end"
+    assert system_refusal(OSError(text)) == "the file could not be written completely"
 
 
 @pytest.mark.parametrize("error", [ValueError("shape"), OSError("cannot identify image file"), KeyError("x")])

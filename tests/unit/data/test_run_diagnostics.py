@@ -182,7 +182,7 @@ def test_scores_that_are_equal_for_all_images_have_no_error_to_divide_by() -> No
     lines = log(scores=(0.7, 0.6))
     lines[0]["eval/score_se"] = lines[-1]["eval/score_se"] = 0.0
     (advice,) = found(lines)
-    assert advice.sign == "The held-out score fell by 0.100, for every image alike"
+    assert advice.sign == "The held-out score fell by 0.100, equally for every image"
     assert signs(log(scores=(0.7, 0.7), iterations=5)) == []
 
 

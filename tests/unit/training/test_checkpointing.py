@@ -91,7 +91,7 @@ def test_another_checkpoint_that_is_gone_is_left_out_with_a_warning(tmp_path: Pa
     save(tmp_path, 20, 0.4)
     save_checkpoint(tmp_path, cast(Model, Saver()), 20, "eval_ema/score", 0.3, ema=True)
     shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-20")
-    with pytest.warns(FmgWarning, match="is without checkpoint-20, which"):
+    with pytest.warns(FmgWarning, match="lacks checkpoint-20, which"):
         index = read_index(tmp_path)
     assert index is not None
     assert [entry.name for entry in index.saved] == ["checkpoint-10", "checkpoint-20-ema"]

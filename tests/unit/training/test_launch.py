@@ -36,16 +36,16 @@ def test_a_process_reads_its_place_from_the_environment() -> None:
 
 
 MISUSES = (
-    ({"RANK": ""}, "WORLD_SIZE is 2, and RANK is not set"),
+    ({"RANK": ""}, "WORLD_SIZE is 2, but RANK is not set"),
     ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
     ({"MASTER_PORT": ""}, "MASTER_PORT is not set"),
     ({"MASTER_PORT": "70000"}, "which is not a port"),
-    ({"RANK": "2"}, "RANK is 2, and there are 2 processes"),
+    ({"RANK": "2"}, "RANK is 2, but there are 2 processes"),
     ({"RANK": "-1"}, "RANK is '-1'"),
     ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
     ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
     ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
-    ({"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK is 2, and LOCAL_WORLD_SIZE 2"),
+    ({"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, "LOCAL_RANK is 2, but LOCAL_WORLD_SIZE is 2"),
     ({"ACCELERATE_USE_DEEPSPEED": "true"}, "configured for DeepSpeed"),
     ({"ACCELERATE_USE_FSDP": "true"}, "the first version of FSDP"),
     ({**FSDP2, "FSDP_OFFLOAD_PARAMS": "true"}, "offload parameters"),
@@ -78,7 +78,7 @@ def test_the_engine_is_the_recipes_or_what_accelerate_was_configured_for() -> No
     automatic, ddp, fsdp2 = (Recipe.default(None, **{"train.parallel": x}) for x in ("auto", "ddp", "fsdp2"))
     assert [choose_engine(recipe, {}) for recipe in (automatic, ddp, fsdp2)] == ["ddp", "ddp", "fsdp2"]
     assert [choose_engine(recipe, FSDP2) for recipe in (automatic, fsdp2)] == ["fsdp2", "fsdp2"]
-    with pytest.raises(UsageError, match="and the recipe says"):
+    with pytest.raises(UsageError, match="but the recipe says"):
         choose_engine(ddp, FSDP2)
 
 
@@ -88,7 +88,7 @@ def test_each_process_takes_the_device_of_its_place() -> None:
     auto = Recipe.default(None, **{"train.device": "auto"})
     assert [device_of(auto, Launch(5, 8, 1), gpus) for gpus in (4, 0)] == ["cuda:1", "auto"]
     assert device_of(auto, Launch(), 4) == "auto"
-    with pytest.raises(UsageError, match=r"At least 4 processes were started on this machine, and torch sees 1 GPU"):
+    with pytest.raises(UsageError, match=r"At least 4 processes were started on this machine, but torch sees 1 GPU"):
         device_of(auto, Launch(0, 4, 0, 4), 1)
     with pytest.raises(UsageError, match="a single device, 'cuda:1', for 2 processes"):
         device_of(second, Launch(0, 2, 0), 4)
