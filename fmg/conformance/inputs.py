@@ -122,13 +122,13 @@ class ModelCase:
 def _spec(case: ModelCase) -> None:
     config = case.component.config
     assert isinstance(config, ModelConfig)
-    require(config.spec() == case.source.spec, "The config's spec() is not that of what it builds.")
+    require(config.spec() == case.source.spec, "The config's spec() differs from the spec of the model that it builds.")
 
 
 def _images(case: ModelCase) -> None:
     model = case.model
     require(model.flow_map.anchors == model.spec.anchors, "The map accepts different times than its spec declares.")
-    require(model.flow_map.path.name == model.spec.path, "The map is on a different path than its spec declares.")
+    require(model.flow_map.path.name == model.spec.path, "The map uses a different path than its spec declares.")
     noise, ones = case.inputs()
     with torch.no_grad():
         clean = model.flow_map.jump(noise, ones, torch.zeros(3), model.encode(["a", "b", "c"]))

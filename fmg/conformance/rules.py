@@ -104,7 +104,7 @@ def _strict(component: ComponentUnderTest) -> None:
     except ValidationError:
         pass
     else:
-        raise Violation('It accepts unknown options: keep extra="forbid", or a typing mistake is silently ignored.')
+        raise Violation('It accepts unknown options: keep extra="forbid", or a mistyped name is silently ignored.')
     require(bool(cls.model_config.get("frozen")), "Its options can be changed after validation: keep frozen=True.")
 
 

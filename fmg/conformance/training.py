@@ -91,7 +91,7 @@ def _keyed(case: ObjectiveCase) -> None:
 
 def _nothing_to_learn(case: ObjectiveCase) -> None:
     if case.objective.needs != "transitions":
-        raise NotApplicable("An objective on samples may imitate them all alike.")
+        raise NotApplicable("An objective on samples may still imitate all of them equally.")
     network, views = policies()
     batch = case.prepared(equal_rewards=True)
     if not len(batch):

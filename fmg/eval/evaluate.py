@@ -109,7 +109,7 @@ def evaluate(
         UsageError: unknown target, reward, prompt set, extractor or grid, a number out of range, a file in the way.
     """
     if num < 1:
-        raise UsageError(f"The number of images is {num}", "Give --num of at least 1.")
+        raise UsageError(f"The number of images is {num}", "Set --num to at least 1.")
     names, functions = measured_names(rewards)
     first = resolve_target(target, allow_code=allow_code or bool(names))
     other = _other(first, against)
@@ -153,7 +153,7 @@ def _check_dump(dump: tuple[str, str | Path] | None, sweep: Sequence[int]) -> No
     if dump[0] not in DUMP_FORMATS:
         raise UsageError(f"There is no dump format '{dump[0]}'", f"Known: {', '.join(DUMP_FORMATS)}.")
     if len(sweep) > 1:
-        raise UsageError("A dump contains images of one number of steps", "Give --steps one number.")
+        raise UsageError("A dump contains images of one number of steps", "Give one number to --steps.")
 
 
 def _references(

@@ -218,7 +218,7 @@ def geneval_dump(folder: Path, entries: Sequence[Prompt]) -> Iterator[GenEvalDum
         raise UsageError(
             f"{counted(len(entries), 'image')} cannot be divided evenly among {counted(n, 'prompt')},"
             " as GenEval requires",
-            f"Give --num a multiple of {n}; the benchmark uses 4 images per prompt: --num {4 * n}.",
+            f"Set --num to a multiple of {n}; the benchmark uses 4 images per prompt: --num {4 * n}.",
         )
     with atomic_folder(folder) as partial:
         dump = GenEvalDump(partial, entries)

@@ -146,7 +146,7 @@ def path_check(
     _, height, width = model.latent_shape
     times = make_grid(grid or shape.grid, steps or shape.steps, image_tokens=(height // 2) * (width // 2))
     if len(times) < 3:
-        raise UsageError("A grid of one step has no interior time", "Give --steps of 2 or more.")
+        raise UsageError("A grid of one step has no interior time", "Set --steps to 2 or more.")
     study = _Study(model, scorers, eval_set, times, seed)
     kernels = {name: stochasticizers.build(name) for name in fitting(model.spec, times)}
     values: dict[str, Values] = {}

@@ -251,7 +251,7 @@ def check_base(delta: Delta, digest: str, where: str) -> None:
     """
     if delta.base_digest != digest:
         raise CheckpointError(
-            f"The adapter of {delta.adapter.run} was trained on other weights of '{delta.base_name}' than those in"
+            f"The adapter of {delta.adapter.run} was trained on different weights of '{delta.base_name}' than those in"
             f" {where}",
             f"Give the folder it was trained on (sha256 {delta.base_digest[:12]}).",
         )

@@ -223,7 +223,7 @@ def _remembered(artifact: Artifact, delta: Delta | None, kept: TensorReader, dty
         return changed
     if lost := sorted(changed - frozenset(kept.names)):
         raise UsageError(
-            f"The adapter changes {lost[0]}, of which {artifact.folder} has only what is left in {dtype}",
+            f"The adapter changes {lost[0]}, which {artifact.folder} has only rounded to {dtype}",
             "Export the run to a new artifact instead.",
         )
     return frozenset(kept.names)

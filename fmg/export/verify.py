@@ -205,7 +205,9 @@ class _Comparison:
     def _model(self) -> FluxModel:
         model = load_model(self._target, device=self._device, dtype="fp32")
         if not isinstance(model, FluxModel):
-            raise UsageError(f"The model of '{self._target.label}' cannot be exported", "Verify a FLUX-class model.")
+            raise UsageError(
+                f"The model of '{self._target.label}' cannot be exported", "Verify a model of the FLUX family."
+            )
         return model
 
     def tell_of_cuts(self) -> None:

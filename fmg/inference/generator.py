@@ -288,7 +288,7 @@ def _prompts(prompts: object, num: int) -> list[str]:
     if not listed:
         raise UsageError("There is no prompt", "Give at least one prompt.")
     if whole_number("num", num) < 1:
-        raise UsageError(f"The number of images is {num}", "Give --num of at least 1.")
+        raise UsageError(f"The number of images is {num}", "Set --num to at least 1.")
     return [prompt for prompt in listed for _ in range(num)]
 
 

@@ -400,8 +400,8 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
         )
         if num_images_per_prompt < 1:
             raise UsageError(
-                f"The number of images of a prompt is {num_images_per_prompt}",
-                "Give num_images_per_prompt of at least 1.",
+                f"The number of images per prompt is {num_images_per_prompt}",
+                "Set num_images_per_prompt to at least 1.",
             )
         if output_type not in OUTPUTS:
             raise UsageError(f"There is no output_type '{output_type}'", suggestion(str(output_type), OUTPUTS))
@@ -509,7 +509,8 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
             raise UsageError("The noise is given twice", "Give `seeds`, or `generator` and `latents`; not both.")
         if unknown := sorted(set(callback_inputs) - set(self._callback_tensor_inputs)):
             raise UsageError(
-                f"A callback cannot be given '{unknown[0]}'", f"It gets {', '.join(self._callback_tensor_inputs)}."
+                f"A callback cannot receive '{unknown[0]}'",
+                f"It can receive {', '.join(self._callback_tensor_inputs)}.",
             )
         count = len(prompt_embeds) if prompt is None else 1 if isinstance(prompt, str) else len(prompt)  # type: ignore[arg-type]
         if count == 0:
@@ -520,7 +521,8 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
         multiple = self.vae_scale_factor * PATCH
         if height < multiple or width < multiple or height % multiple or width % multiple:
             raise UsageError(
-                f"Images of {width} x {height} pixels are not possible", f"Give sides that are multiples of {multiple}."
+                f"Images of {width} x {height} pixels cannot be generated",
+                f"Give sides that are multiples of {multiple}.",
             )
         channels: int = self.vae.config.latent_channels
         return channels, height // self.vae_scale_factor, width // self.vae_scale_factor

@@ -264,8 +264,8 @@ class Hpsv3Config(NetworkConfig):
     instruction: str = Field(
         default=HPSV3_PACKAGE,
         min_length=1,
-        description="source of the wording that the model was tuned with: the installed package hpsv3, of which "
-        "nothing is run, or a local copy of its data_collator_qwen.py",
+        description="source of the wording that the model was tuned with: the installed package hpsv3, whose "
+        "code is not run, or a local copy of its data_collator_qwen.py",
     )
 
     def assets(self) -> tuple[Asset, ...]:
@@ -353,14 +353,16 @@ class GenEvalConfig(NetworkConfig):
         min_length=1,
         description="CLIPModel folder with its tokenizer, which names colours: local or hub id@revision",
     )
-    threshold: float = Field(default=0.3, ge=0, le=1, description="detections must score higher")
-    counting_threshold: float = Field(default=0.9, ge=0, le=1, description="the same for prompts that count")
+    threshold: float = Field(default=0.3, ge=0, le=1, description="keep only detections that score higher")
+    counting_threshold: float = Field(
+        default=0.9, ge=0, le=1, description="the same for prompts that give a number of objects"
+    )
     position_threshold: float = Field(
         default=0.1,
         ge=0,
         description="how far apart centres must be for a relation to count, as a share of the two sizes",
     )
-    max_objects: int = Field(default=16, ge=1, description="objects kept of each class")
+    max_objects: int = Field(default=16, ge=1, description="maximum number of objects kept per class")
     batch_size: int = Field(default=8, ge=1, description="images for one pass of the detector")
 
     def assets(self) -> tuple[Asset, ...]:
@@ -398,7 +400,7 @@ class OcrLogpConfig(ComponentConfig):
 
     about: ClassVar[About] = _PP_OCR
 
-    floor: float = Field(default=-20.0, lt=0, description="least score of a character, in nats")
+    floor: float = Field(default=-20.0, lt=0, description="minimum score of a character, in nats")
     model: str | None = Field(
         default=None, description="recogniser (.onnx with its alphabet inside); by default the one that rapidocr ships"
     )
@@ -413,9 +415,9 @@ class CallConfig(ComponentConfig):
     retries: int = Field(default=4, ge=0, le=100, description="further attempts after a temporary failure")
     backoff: float = Field(default=0.5, ge=0, description="seconds before the second attempt; doubles every time")
     max_backoff: float = Field(default=30.0, ge=0, description="longest wait, even if the server asks for a longer one")
-    concurrency: int = Field(default=4, ge=1, le=256, description="calls at a time")
+    concurrency: int = Field(default=4, ge=1, le=256, description="maximum number of concurrent calls")
     on_failure: OnFailure = Field(
-        default="stop", description="after the last failed attempt: stop the run, or drop the prompt groups concerned"
+        default="stop", description="after the last failed attempt: stop the run, or drop the affected prompt groups"
     )
     patience: int = Field(
         default=3, ge=1, description="consecutive batches without any score after which drop-group stops as well"

@@ -115,7 +115,7 @@ def check_drawable(images: Float[Tensor, "b 3 h w"]) -> None:
     if min(height, width) < 1 or max(height, width) > MAX_ASPECT * min(height, width):
         raise RefusedImageError(
             f"An image of {width} x {height} pixels cannot be scored",
-            f"Give images with pixels, at most {MAX_ASPECT} times as long as wide.",
+            f"Give non-empty images whose longer side is at most {MAX_ASPECT} times the shorter one.",
         )
 
 

@@ -95,7 +95,7 @@ class AsfmcEulerConfig(StochasticizerConfig):
     strength: float = Field(0.7, ge=0.01, le=1, description="Noise strength; only epsilon * strength^2 matters.")
     detach_velocity: bool = Field(False, description="Stop the gradient at the diagonal velocity v.")
     floor: float | None = Field(
-        None, gt=0, lt=1, description="Minimum of 1 - s in mean and std; the published code has 0.05. null: no floor."
+        None, gt=0, lt=1, description="Minimum of 1 - s in mean and std; the published code uses 0.05. null: no floor."
     )
     truncate: bool = Field(
         False, description="Take min(epsilon, s), so that the anchor of an early target time is the data end."

@@ -130,10 +130,11 @@ class EngineOptions:
         if not 0 <= self.level <= _MAX_LEVEL:
             raise UsageError(f"The builder level {self.level} is not from 0 to {_MAX_LEVEL}", "Use 3 unless in doubt.")
         if self.workspace_gib is not None and not self.workspace_gib > 0:
-            raise UsageError(f"A workspace of {self.workspace_gib} GiB is not possible", "Give a positive number.")
+            raise UsageError(f"A workspace of {self.workspace_gib} GiB is invalid", "Give a positive number.")
         if self.hardware not in get_args(Hardware):
             raise UsageError(
-                f"'{self.hardware}' is not a hardware compatibility", suggestion(self.hardware, get_args(Hardware))
+                f"'{self.hardware}' is not a hardware compatibility level",
+                suggestion(self.hardware, get_args(Hardware)),
             )
 
     def ingredients(self) -> dict[str, object]:
@@ -152,7 +153,7 @@ def pick_flavour(name: str, gpu: Gpu | None) -> Flavour:
         found = TENSORRT if gpu is not None and importable(TENSORRT) else RTX if importable(RTX) else None
         if found is None:
             raise MissingDependencyError(
-                "No TensorRT is installed that could build an engine here; the ONNX artifact is complete without one",
+                "No installed TensorRT can build an engine here; the ONNX artifact is complete without one",
                 f"Get TensorRT-RTX, which builds without a GPU ({RTX.install}), or TensorRT ({TENSORRT.install}).",
             )
     elif name in FLAVOURS:
@@ -248,7 +249,7 @@ def _check_axis(manifest: Manifest, axis: str, low: int, high: int, what: str) -
         raise UsageError(
             f"{what} takes the axis '{axis}' to {asked}, and the artifact was exported for {allowed.minimum} to"
             f" {allowed.maximum}",
-            "Stay within, or export the artifact again with a wider range.",
+            "Stay within that range, or export the artifact again with a wider range.",
         )
 
 

@@ -306,7 +306,7 @@ class Engine:
         ranges = " or ".join(f"{p[worst].minimum} to {p[worst].maximum}" for p in self._profiles)
         raise UsageError(
             f"The engine {self._plan.name} takes '{worst}' as {ranges}, not {shapes[worst]}",
-            "Build an engine for it with fmg export --trt --resolutions … --batch …, or stay within.",
+            "Build an engine for it with fmg export --trt --resolutions … --batch …, or stay within that range.",
         )
 
     def _new_context(self, index: int, shapes: Mapping[str, Shape]) -> _Context:

@@ -76,7 +76,7 @@ def matching_modules(transformer: nn.Module, targets: Sequence[str]) -> dict[str
     if unmatched or not found:
         raise UsageError(
             f"The LoRA targets {', '.join(unmatched or targets) or '(none)'} match no linear module of the model",
-            f"Use a preset ({', '.join(LORA_PRESETS)}) or end of a module name: {', '.join(_endings(linears))}.",
+            f"Use a preset ({', '.join(LORA_PRESETS)}) or the end of a module name: {', '.join(_endings(linears))}.",
         )
     return found
 
@@ -95,7 +95,7 @@ def attach(
         raise UsageError("The model already has an adapter", "Load the model again to attach another one.")
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
         raise UsageError(
-            f"A LoRA with rank {rank}, alpha {alpha} and dropout {dropout} is not possible",
+            f"A LoRA with rank {rank}, alpha {alpha} and dropout {dropout} is invalid",
             "Use rank >= 1, alpha > 0 and 0 <= dropout < 1.",
         )
     # this imports all of transformers, which composing a run or averaging weights does not need

@@ -198,13 +198,13 @@ class AdaptedModel(ABC, Generic[C]):
         """
         transformer = self._components.transformer
         if self._trainable_base is not None:
-            raise UsageError("Weights of the model are unfrozen already", "Load the model again.")
+            raise UsageError("The model's weights are already unfrozen", "Load the model again.")
         whole = what == "full"
         chosen = dict(transformer.named_parameters()) if whole else self._second_time_parameters()
         if any(adapter.is_adapter(name) or adapter.base_name(name) != name for name in chosen):
             raise UsageError(
                 "The LoRA would adapt weights that are trained directly",
-                "Train one of the two: unfreeze before an adapter is attached, or adapt other modules.",
+                "Unfreeze them before attaching the adapter, or adapt other modules.",
             )
         self._trainable_base = TrainableBase(chosen, keep_base=reference or not whole, whole=whole)
         self._keep_old = old or not whole
@@ -369,7 +369,7 @@ class AdaptedModel(ABC, Generic[C]):
     def _check_base(self, folder: Path, base: saved_weights.BaseReference) -> None:
         if base.digest != self._base.digest:
             raise CheckpointError(
-                f"The adapter in {folder} was trained on other weights of '{base.name}' than those of"
+                f"The adapter in {folder} was trained on different weights of '{base.name}' than those of"
                 f" '{self._name}' here",
                 f"Load it into the model it was trained on (sha256 {base.digest[:12]}).",
             )

@@ -151,7 +151,7 @@ def _check_keys(cls: Any, file: Path, config: Mapping[str, object]) -> None:
     parameters = inspect.signature(cls.__init__).parameters
     unknown = [key for key in config if key not in parameters and not key.startswith("_")]
     if unknown:
-        text = f"{file} has keys that {cls.__name__} does not know, which are not used: {some(sorted(unknown))}"
+        text = f"{file} has keys that {cls.__name__} does not know and ignores: {some(sorted(unknown))}"
         warnings.warn(text, FmgWarning, stacklevel=2)
     for key, parameter in parameters.items():
         stated = parameter.annotation

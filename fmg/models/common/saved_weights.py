@@ -227,7 +227,7 @@ def extra_shapes(
     if manifest.extra and not (folder / EXTRA_FILE).is_file():
         raise CheckpointError(
             f"{folder} lacks {EXTRA_FILE}, the weights that were trained beside the LoRA",
-            "Restore it: without them the adapter is half of what was trained.",
+            "Restore it: the adapter is incomplete without it.",
         )
     unknown = sorted(set(manifest.extra) - shapes.keys())
     if unknown:

@@ -102,7 +102,8 @@ def read_torch_file(file: Path) -> dict[str, Tensor]:
             loaded = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{file} is no checkpoint of tensors: other contents of a torch file can run code and are not loaded",
+            f"{file} is not a checkpoint of plain tensors: other contents of a torch file can run code, so"
+            " they are not loaded",
             "Give the published student, or plain tensors as .safetensors.",
         ) from error
     except (EOFError, LookupError, AttributeError, TypeError) as error:

@@ -144,6 +144,6 @@ def _check_fit(components: SanaComponents) -> None:
     check_same("text_encoder", "hidden_size", text.config.hidden_size, "caption_channels", transformer.caption_channels)
     if not transformer.guidance_embeds:
         raise CheckpointError(
-            f"The transformer in {components.folder} embeds no guidance scale, as every SANA-Sprint does",
-            "Give a SANA-Sprint folder; SANA without Sprint is no few-step flow map.",
+            f"The transformer in {components.folder} embeds no guidance scale, unlike every SANA-Sprint",
+            "Give a SANA-Sprint folder; SANA without Sprint is not a few-step flow map.",
         )

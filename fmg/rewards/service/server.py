@@ -329,7 +329,7 @@ class RewardServer:
     ) -> None:
         if token is None and not is_loopback(host):
             raise UsageError(
-                f"Other machines can reach the address {host}, and there is no token",
+                f"Other machines can reach the address {host}, but no token is set",
                 "Set a token (FMG_REWARD_TOKEN), or listen on 127.0.0.1.",
             )
         self._socket = _listen(host, port)
@@ -379,7 +379,7 @@ def is_loopback(host: str) -> bool:
 
 def _listen(host: str, port: int) -> socket.socket:
     if not 0 <= port <= _MAX_PORT:
-        raise UsageError(f"{port} is not a port", f"Give 0 to {_MAX_PORT}.")
+        raise UsageError(f"{port} is not a port", f"Give a port from 0 to {_MAX_PORT}.")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)

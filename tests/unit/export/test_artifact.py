@@ -230,6 +230,6 @@ def test_a_base_that_moved_is_refused(student_run: Path, tmp_path: Path, monkeyp
 
     shutil.copytree(student_run, copy)
     change_recipe(copy, changed)
-    with pytest.raises(CheckpointError, match="trained on other weights of 'scm-flux'"):
+    with pytest.raises(CheckpointError, match="trained on different weights of 'scm-flux'"):
         export_artifact(copy, tmp_path / "artifact")
     assert json.loads((copy / "run.json").read_text())["state"] == "finished"

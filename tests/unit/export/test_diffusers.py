@@ -114,7 +114,7 @@ def test_another_base_unknown_keys_and_taken_folders_are_refused_and_leave_nothi
 ) -> None:
     other = build_tiny_flux(tmp_path / "other", seed=1)
     out = tmp_path / "exports" / "merged"
-    with pytest.raises(CheckpointError, match="trained on other weights of 'tiny'"):
+    with pytest.raises(CheckpointError, match="trained on different weights of 'tiny'"):
         merge_folder(other, saved, out)
     strange = Path(shutil.copytree(saved, tmp_path / "strange"))
     tensors = load_file(strange / DIFFUSERS_FILE)

@@ -76,7 +76,7 @@ def test_resolutions_are_sorted_and_named_once(manifest: Manifest) -> None:
     [
         (EngineOptions(), TENSORRT, None, "torch sees none here"),
         (EngineOptions(level=6), TENSORRT, GPU, "level 6"),
-        (EngineOptions(workspace_gib=0.0), TENSORRT, GPU, "is not possible"),
+        (EngineOptions(workspace_gib=0.0), TENSORRT, GPU, "is invalid"),
         (EngineOptions(hardware="turing"), TENSORRT, GPU, "'turing'"),  # type: ignore[arg-type]
         (EngineOptions(version_compatible=True), RTX, GPU, "no lean runtime"),
         (EngineOptions(hardware="ampere-plus"), RTX, GPU, "no hardware compatibility level"),

@@ -140,7 +140,7 @@ def test_a_wrong_type_is_a_type_error(arguments: dict[str, Any], says: str) -> N
 
 def test_errors_of_a_python_call_name_arguments() -> None:
     generator = Generator(RecordingBackend(), "uniform", 2)
-    with pytest.raises(UsageError, match=r"Give 'num' of at least 1"):
+    with pytest.raises(UsageError, match=r"Set 'num' to at least 1"):
         generator.generate("a", num=0)
     with pytest.raises(UsageError, match=r"Leave 'num' out"):
         generator.generate("a", [0], num=2)

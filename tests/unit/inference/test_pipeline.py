@@ -278,14 +278,14 @@ def test_guidance_is_taken_where_the_weights_embed_one(tmp_path: Path) -> None:
         ({"seeds": [1, 2, 3]}, "1 images came with 3 seeds"),
         ({"seeds": "7"}, "'seeds' is of type str"),
         ({"seeds": ["7"]}, "'seeds' is of type str"),
-        ({"num_images_per_prompt": 0}, "number of images of a prompt is 0"),
+        ({"num_images_per_prompt": 0}, "number of images per prompt is 0"),
         ({"output_type": "jpeg"}, "no output_type 'jpeg'"),
         ({"num_inference_steps": "4"}, "'steps' is of type str"),
         ({"height": 30}, "multiples of 16"),
         ({"seeds": None, "latents": torch.zeros(1, 16, 4, 4)}, r"1 images need \(1, 16, 8, 8\)"),
         ({"num_inference_steps": 0}, "at least one step"),
         ({"grid": "no-such-grid"}, "no grid named"),
-        ({"callback_on_step_end_tensor_inputs": ["nope"]}, "cannot be given 'nope'"),
+        ({"callback_on_step_end_tensor_inputs": ["nope"]}, "cannot receive 'nope'"),
     ],
 )
 def test_a_wrong_call_says_what_is_wrong(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:

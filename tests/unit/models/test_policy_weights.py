@@ -257,7 +257,7 @@ def test_what_does_not_go_together_is_refused(two_time_folder: Path, single_time
         with pytest.raises(UsageError, match="The LoRA would adapt weights"):
             adapted.unfreeze(what)  # type: ignore[arg-type]
     model = _trained(two_time_folder, "duration")
-    with pytest.raises(UsageError, match="unfrozen already"):
+    with pytest.raises(UsageError, match="already unfrozen"):
         model.unfreeze("duration")
     _trained(two_time_folder, "full", old=False, reference=False).save_adapter(tmp_path / "full")
     with pytest.raises(CheckpointError, match="has an adapter"):

@@ -224,7 +224,7 @@ def _truncated(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_without_guidance, "embeds no guidance scale, as every SANA-Sprint does"),
+        (_without_guidance, "embeds no guidance scale, unlike every SANA-Sprint"),
         (_left_over, "have unexpected keys: extra.weight"),
         (_missing, "have missing keys: caption_norm.weight"),
         (_truncated, "cannot be loaded"),

@@ -174,7 +174,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "rank": (lambda a: _edit_manifest(a, rank=3), "instead of"),
     "base": (
         lambda a: _edit_manifest(a, base={"name": "other", "digest": "0" * 64}),
-        "trained on other weights of 'other'",
+        "trained on different weights of 'other'",
     ),
 }
 
@@ -191,7 +191,7 @@ def test_a_damaged_adapter_is_one_clear_error_and_changes_nothing(model: FluxMod
 
 def test_the_base_is_known_by_its_weights_not_by_its_name(adapter: Path, tmp_path: Path) -> None:
     other = _load(build_tiny_flux(tmp_path / "other", seed=1))
-    with pytest.raises(CheckpointError, match="trained on other weights of 'tiny'"):
+    with pytest.raises(CheckpointError, match="trained on different weights of 'tiny'"):
         other.load_adapter(adapter)
 
 

@@ -144,7 +144,10 @@ def _without_second(tensors: dict[str, Tensor]) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no file": (Path.unlink, "there is no file or folder"),
     "wrong file": (lambda f: f.write_text("hello"), "is not a torch file"),
-    "a pickle of its own": (lambda f: f.write_bytes(pickle.dumps({"a": print}, 4)), "is no checkpoint of tensors"),
+    "a pickle of its own": (
+        lambda f: f.write_bytes(pickle.dumps({"a": print}, 4)),
+        "is not a checkpoint of plain tensors",
+    ),
     "empty": (lambda f: f.write_bytes(b""), "is truncated"),
     "truncated": (_truncate, "is truncated"),
     "no module": (lambda f: torch.save({"module": 3}, f), "no mapping of names to tensors under 'module'"),
