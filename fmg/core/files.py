@@ -13,8 +13,6 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 
-from filelock import FileLock, Timeout
-
 from fmg.core.errors import CheckpointError, UsageError, reason, writing
 
 SUMS = "SHA256SUMS"
@@ -304,6 +302,9 @@ def lock(folder: Path, what: str) -> Iterator[None]:
     Raises:
         UsageError: another process holds it.
     """
+    # commands that only read start without it
+    from filelock import FileLock, Timeout
+
     # filelock would write a marker instead, which outlives a process that another machine killed
     held = FileLock(folder / LOCK, blocking=False, fallback_to_soft=False)
     try:
