@@ -212,7 +212,7 @@ class Model(Protocol):
         """Adds a trainable LoRA (gaussian init from `seed`); returns the number of adapted modules."""
 
     def unfreeze(self, what: Literal["duration", "full"], *, old: bool = True, reference: bool = True) -> int:
-        """Trains weights of the base themselves, in fp32: the embedder of the second time beside a LoRA, or all of them
+        """Trains weights of the base themselves, in fp32: the second-time embedder beside a LoRA, or all of them
         without one; returns the number of tensors. With `full`, `policies.old` and `policies.reference` exist only
         where they are asked for, since each is a copy of the network."""
 

@@ -30,7 +30,7 @@ class FlowMapConventions(BaseModel):
     map: Literal["two-time", "single-time"] = Field(description="Whether the map knows any target time or only 0.")
     path: Literal["linear", "trig"] = Field(description="Probability path of the latents that the network takes.")
     time_scale: float = Field(gt=0, description="Factor on times and guidance before their sinusoids: 1 or 1000.")
-    second_time: Literal["none", "duration", "target"] = Field(description="What the second time embedder receives.")
+    second_time: Literal["none", "duration", "target"] = Field(description="What the second-time embedder receives.")
     resolution: int = Field(strict=True, gt=0, le=MAX_SIDE, description="Side of the square image in pixels.")
     max_sequence_length: int = Field(
         strict=True, gt=0, le=512, description="Length that text tokens are padded and cut to."

@@ -165,7 +165,7 @@ def _backend_problems(recipe: RecipeFields, device_type: str) -> Iterator[Proble
 
 def _trainable_problems(recipe: RecipeFields, spec: MapSpec) -> Iterator[Problem]:
     if recipe.train.trainable == "lora+duration" and spec.anchors != "any":
-        what = f"'{recipe.model.name}' is a single-time map, which has no embedder of a second time to train"
+        what = f"'{recipe.model.name}' is a single-time map, which has no second-time embedder to train"
         yield Problem(("train", "trainable"), what, "Set train.trainable to lora or full, or use a two-time map")
 
 

@@ -271,7 +271,7 @@ class TrainSection(Section):
     shuffle_advantages: bool = Field(False, description="the null control: advantages are given to random samples")
     trainable: Literal["lora", "lora+duration", "full"] = Field(
         "lora",
-        description="what is trained: a LoRA, a LoRA and the embedder of the second time, or the whole network",
+        description="what is trained: a LoRA, a LoRA and the second-time embedder, or the whole network",
     )
     ema_decay: float | None = Field(
         None,

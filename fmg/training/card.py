@@ -188,7 +188,7 @@ def _in_diffusers(recipe: Recipe) -> Iterator[str]:
     yield from (f'images = pipe("PROMPT", {steps}, seeds=0).images', "```")
     if trainable == "lora+duration":
         yield (
-            "\nThe embedder of the second time was trained with the LoRA and is in `fmg_extra.safetensors`. Only fmg"
+            "\nThe second-time embedder was trained with the LoRA and is in `fmg_extra.safetensors`. Only fmg"
             " reads it, and without it half of the training is missing: other tools need an export."
         )
     elif trainable == "lora":
@@ -210,7 +210,7 @@ def _origin(recipe: Recipe, saved: SavedCheckpoint) -> str:
     name, rank = recipe.model.name, recipe.lora.rank
     what = {
         "lora": f"A LoRA (rank {rank}, alpha {recipe.lora.alpha:g}) on",
-        "lora+duration": f"A LoRA (rank {rank}, alpha {recipe.lora.alpha:g}) and the embedder of the second time of",
+        "lora+duration": f"A LoRA (rank {rank}, alpha {recipe.lora.alpha:g}) and the second-time embedder of",
         "full": "A full fine-tune of",
     }[recipe.train.trainable]
     averaged = ""

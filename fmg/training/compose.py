@@ -77,7 +77,7 @@ def make_trainable(model: Model, recipe: Recipe) -> str:
     """Attaches and unfreezes what the recipe trains; returns a description of it.
 
     Raises:
-        UsageError: the LoRA fits no module, or the model has no embedder of a second time.
+        UsageError: the LoRA fits no module, or the model has no second-time embedder.
     """
     lora, what = recipe.lora, recipe.train.trainable
     if what == "full":
@@ -88,7 +88,7 @@ def make_trainable(model: Model, recipe: Recipe) -> str:
     words = f"LoRA of rank {lora.rank} on {adapted} modules"
     if what == "lora+duration":
         model.unfreeze("duration")
-        words += " and the embedder of the second time"
+        words += " and the second-time embedder"
     return words
 
 

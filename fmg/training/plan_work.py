@@ -123,7 +123,7 @@ def trained_by(recipe: Recipe, geometry: ModelGeometry) -> Trained:
         return Trained(tuple(layers), tuple(lora), (), whole=False, words=words)
     embedder = [layer for layer in geometry.linears if layer.name.startswith(_SECOND_TIME)]
     unfrozen = [shape for layer in embedder for shape in ((layer.outputs, layer.inputs), (layer.outputs,))]
-    words = f"{words} and the embedder of the second time"
+    words = f"{words} and the second-time embedder"
     return Trained(tuple(layers), tuple(lora), tuple(unfrozen), whole=False, words=words)
 
 

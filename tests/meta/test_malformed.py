@@ -119,7 +119,7 @@ MISUSES = (
     Misuse("train --set train.trainable=everything", "'lora+duration'"),
     Misuse(
         "train --config r.yaml",
-        "has no embedder of a second time",
+        "has no second-time embedder",
         text("r.yaml", "model: scm-shapes\ntrain: {trainable: lora+duration}\n"),
     ),
     Misuse("train --set train.ema_decay=1", "train.ema_decay"),

@@ -79,7 +79,7 @@ class AdaptedModel(ABC, Generic[C]):
     alpha_tensors: ClassVar[bool] = False
     """Whether that method reads alpha from tensors, as ComfyUI does, or from the metadata of the file."""
     second_time_embedder: ClassVar[str | None] = None
-    """Name of the transformer's embedder of the second time, in a family that has one."""
+    """Name of the transformer's second-time embedder, in a family that has one."""
 
     def __init__(
         self, components: C, name: str, latent_shape: tuple[int, int, int], *, text: TextEncoders | None = None
@@ -189,7 +189,7 @@ class AdaptedModel(ABC, Generic[C]):
         are not rounded away.
 
         Args:
-            what: `duration`: the embedder of the second time, beside a LoRA; `full`: every weight, without a LoRA.
+            what: `duration`: the second-time embedder, beside a LoRA; `full`: every weight, without a LoRA.
             old: whether `snapshot` keeps a copy for `policies.old`; only used with `full`.
             reference: whether a copy of the base is kept for `policies.reference`; only used with `full`.
 
@@ -378,7 +378,7 @@ class AdaptedModel(ABC, Generic[C]):
         name = self.second_time_embedder
         module = None if name is None else getattr(self._components.transformer, name, None)
         if module is None:
-            raise UsageError(f"'{self._name}' has no embedder of a second time", "Train a LoRA, or a two-time map.")
+            raise UsageError(f"'{self._name}' has no second-time embedder", "Train a LoRA, or a two-time map.")
         return {f"{name}.{rest}": parameter for rest, parameter in module.named_parameters()}
 
     def _second_time_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -403,7 +403,7 @@ class AdaptedModel(ABC, Generic[C]):
         trained = set() if self._trainable_base is None else set(self._trainable_base.parameters)
         if trained and trained != set(manifest.extra):
             raise CheckpointError(
-                f"The adapter in {folder} lacks the embedder of the second time, which this model trains",
+                f"The adapter in {folder} lacks the second-time embedder, which this model trains",
                 "Load it into a model that trains a LoRA alone.",
             )
         if attached != saved:

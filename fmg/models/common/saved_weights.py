@@ -5,7 +5,7 @@ An adapter, in the formats of diffusers and PEFT, and a manifest of what it belo
 <folder>/pytorch_lora_weights.safetensors   `pipe.load_lora_weights(folder)`; ComfyUI
 <folder>/peft/adapter_config.json, adapter_model.safetensors   `PeftModel.from_pretrained(transformer, folder/peft)`
 <folder>/fmg_adapter.json   base, map kind and time convention, which neither format can state
-<folder>/fmg_extra.safetensors   weights that were trained themselves, such as the embedder of the second time
+<folder>/fmg_extra.safetensors   base weights that were trained, such as the second-time embedder
 
 The manifest names the tensors of the last file. A reader that left them out would return half of what was trained, so a
 missing file is an error, and so is one that the manifest does not name.

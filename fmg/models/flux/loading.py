@@ -121,7 +121,7 @@ def read_torch_file(file: Path) -> dict[str, Tensor]:
 
 
 def check_student(wanted: Shapes, given: Shapes, origin: Path) -> None:
-    """`check_names`, with a hint about the second time embedder where that is the likely mistake.
+    """`check_names`, with a hint about the second-time embedder where that is the likely mistake.
 
     Raises:
         CheckpointError: the names or shapes do not fit.
@@ -129,7 +129,7 @@ def check_student(wanted: Shapes, given: Shapes, origin: Path) -> None:
     absent, extra = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     if absent and all(name.startswith(_SECOND) for name in absent) and not extra:
         raise CheckpointError(
-            f"The weights in {origin} have missing keys: {some(absent)}, the embedder of a two-time map's second time",
+            f"The weights in {origin} have missing keys: {some(absent)}, the second-time embedder of a two-time map",
             "Give the MeanFlow student; for a single-time one use the model 'scm-flux'.",
         )
     if extra and all(name.startswith(_SECOND) for name in extra) and not absent:

@@ -38,7 +38,7 @@ def transformer_parameters(config: Mapping[str, object], *, second_time: bool) -
 
     Args:
         config: as in `transformer/config.json` of a diffusers folder; what it leaves out is taken from FLUX.1-lite.
-        second_time: whether there is an embedder of the second time.
+        second_time: whether there is a second-time embedder.
     """
     known = {**FLUX_LITE, **config}
     linears = sum((m.inputs + 1) * m.outputs for m in transformer_linears(known, second_time=second_time))

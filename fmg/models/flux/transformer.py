@@ -1,7 +1,7 @@
 """The FLUX transformer as a flow map: two explicit fp32 times instead of one low-precision timestep.
 
 Published FLUX flow maps (MeanFlow and sCM students) keep the weights and names of diffusers' ``FluxTransformer2DModel``
-and differ in three facts: the scale at which times enter the sinusoids, an optional embedder of a second time, and the
+and differ in three facts: the scale at which times enter the sinusoids, an optional second-time embedder, and the
 need for times in fp32 (bf16 rounds 0.999 to 1). None of the stock forward is repeated here: the times travel inside the
 ``pooled_projections`` argument, which the stock forward hands to ``time_text_embed`` untouched.
 """
@@ -28,7 +28,7 @@ from torch import Tensor
 from fmg.core.errors import CheckpointError, UsageError
 
 SecondTime = Literal["none", "duration", "target"]
-"""What the second time embedder receives: nothing, the duration ``t - s``, or the target time ``s``."""
+"""What the second-time embedder receives: nothing, the duration ``t - s``, or the target time ``s``."""
 
 SINUSOID_CHANNELS = 256
 
@@ -127,8 +127,8 @@ class FlowMapFluxTransformer2DModel(FluxTransformer2DModel):  # type: ignore[mis
     def from_pretrained(cls, folder: Any, **options: Any) -> Any:
         """As in diffusers, except that missing, unexpected or wrongly shaped weights are an error.
 
-        The stock method leaves out what it does not know with a warning, and a flow map without the embedder of its
-        second time generates noise.
+        The stock method leaves out what it does not know with a warning, and a flow map without its second-time
+        embedder generates noise.
 
         Raises:
             CheckpointError: the weights in `folder` are not those of its config.

@@ -171,7 +171,7 @@ def test_what_the_layout_cannot_hold_is_refused(tmp_path: Path) -> None:
     beside = make_run(tmp_path / "beside", Recipe.default("meanflow-shapes", **options), seed=0, trained="duration")
     inside = Recipe.default("meanflow-shapes", **options, **{"lora.targets": ["timestep_embedder2.linear_1"]})
     unnamed = make_run(tmp_path / "inside", inside, seed=0)
-    for run, message in ((beside, "also trained the embedder of the second time"), (unnamed, "has no name for")):
+    for run, message in ((beside, "also trained the second-time embedder"), (unnamed, "has no name for")):
         with pytest.raises(UsageError, match=message):
             export_kohya(run, tmp_path / "lora.safetensors")
     with pytest.raises(UsageError, match="has no LoRA"):

@@ -249,7 +249,7 @@ def test_a_damaged_network_is_one_clear_error_and_changes_nothing(
 
 
 def test_what_does_not_go_together_is_refused(two_time_folder: Path, single_time_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no embedder of a second time"):
+    with pytest.raises(UsageError, match="no second-time embedder"):
         _load(single_time_folder).unfreeze("duration")
     adapted = _load(two_time_folder)
     adapted.attach_adapter(2, 4.0, ["timestep_embedder2.linear_1"], 0.0, seed=0)
@@ -265,7 +265,7 @@ def test_what_does_not_go_together_is_refused(two_time_folder: Path, single_time
     plain = _load(two_time_folder)
     plain.attach_adapter(2, 4.0, ["attention"], 0.0, seed=0)
     plain.save_adapter(tmp_path / "lora")
-    with pytest.raises(CheckpointError, match="lacks the embedder"):
+    with pytest.raises(CheckpointError, match="lacks the second-time embedder"):
         model.load_adapter(tmp_path / "lora")
 
 
