@@ -1,7 +1,7 @@
 """ONNX Runtime against eager torch, end to end on an embedded model: one process, in turn, with the same threads.
 
-The model is exported first; torch draws what the artifact was made from. What is measured is what
-`fmg bench --compare torch,onnxruntime,onnxruntime:int8` measures, from prompt to picture, text encoders included.
+The model is exported first; torch runs the model that the artifact was made from. The measurement is that of
+`fmg bench --compare torch,onnxruntime,onnxruntime:int8`, from prompt to image, text encoders included.
 
     python benchmarks/backends.py [--model meanflow-shapes] [--threads 1] --out benchmarks/results/backends.json
 """
@@ -29,8 +29,8 @@ TARGET_RATIO = 1.8
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="meanflow-shapes")
-    parser.add_argument("--artifact", type=Path, help="exported with --int8, in place of a fresh export")
-    parser.add_argument("--batches", default="1,4,16", help="images of one drawing")
+    parser.add_argument("--artifact", type=Path, help="exported with --int8; by default the model is exported first")
+    parser.add_argument("--batches", default="1,4,16", help="batch sizes")
     parser.add_argument("--threads", type=int, default=1, help="of both runtimes")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--out", type=Path, help="file for the result, besides stdout")

@@ -1,7 +1,7 @@
-"""Branched rollouts against chains: what each part does, and every stochasticizer on both, at equal images and row-NFE.
+"""Branched rollouts against chains: each part of branching, and every stochasticizer, at equal images and row-NFE.
 
-An arm with a seed is a unit: `fmg train`, whose evaluations are the curve (1000 held-out images a point, the native
-4-step sampler), then `fmg eval` of the kept checkpoint at 1, 2 and 4 steps. What is finished is in the result file, so
+An arm with a seed is a unit: `fmg train`, whose evaluations are the curve (1000 held-out images per point, the native
+4-step sampler), then `fmg eval` of the kept checkpoint at 1, 2 and 4 steps. Finished units are in the result file, so
 the script can be interrupted and resumed. Chains of 40 iterations with other seeds are in embedded.json; the figure
 reads them from there.
 
@@ -33,12 +33,12 @@ FIGURE = Path(__file__).parents[1] / "docs" / "pictures" / "branching.png"
 OUT = RESULTS / "branching.json"
 CHAINS = RESULTS / "embedded.json"
 BACKWARD = 2
-"""A backward pass in forward passes."""
+"""Cost of a backward pass, in forward passes."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Flags of `fmg train` on top of the model's default recipe, and what the table says of them."""
+    """Flags of `fmg train` on top of the model's default recipe, and their label in the table."""
 
     flags: tuple[str, ...]
     about: str
@@ -138,7 +138,7 @@ def course(unit: Mapping[str, Any], score: str) -> list[dict[str, float]]:
             points.append({"iteration": line["iteration"], "images": images, "nfe": nfe, "seconds": seconds})
             points[-1]["score"] = line[key]
             continue
-        # chains of before the log said it: 24 x 16 images, 4 evaluations and 3 trained rows an image
+        # chains older than this log entry: 24 x 16 images, 4 evaluations and 3 trained rows per image
         nfe += line.get("nfe/rollout", 384 * 4) + (1 + BACKWARD) * line.get("nfe/trained_rows", 384 * 3)
         images += 384
         seconds += line.get("time/iteration_s", 0.0)
@@ -146,7 +146,7 @@ def course(unit: Mapping[str, Any], score: str) -> list[dict[str, float]]:
 
 
 def reached(points: Sequence[Mapping[str, float]], level: float, axis: str) -> float | None:
-    """Where a course first crosses a level, between its points by a straight line; None when it does not."""
+    """Where a curve first crosses a level, by linear interpolation; None if it never does."""
     for before, after in pairwise(points):
         if before["score"] < level <= after["score"]:
             share = (level - before["score"]) / (after["score"] - before["score"])
@@ -155,7 +155,7 @@ def reached(points: Sequence[Mapping[str, float]], level: float, axis: str) -> f
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """One row an arm: the score after the last iteration by seed, quality, what the kept checkpoint has at 1, 2 and 4
+    """One row per arm: the score after the last iteration by seed, quality, what the kept checkpoint has at 1, 2 and 4
     steps, row-NFE to .9, and seconds."""
     lines = [
         "| arm | at the end, by seed | quality at the end | kept: 1, 2, 4 steps | 1000 row-NFE to .9, by seed |"
@@ -204,7 +204,7 @@ def figure(results: Sequence[Mapping[str, Any]], chains: Sequence[Mapping[str, A
         for panel, axis in zip(panels, ("images", "nfe", "seconds"), strict=True):
             at = [mean(points) for points in zip(*([p[axis] for p in c] for c in courses), strict=False)]
             scores = list(zip(*([p["score"] for p in c] for c in courses), strict=False))
-            # a logarithmic axis has no place for the start
+            # a logarithmic axis cannot show the start
             first = 0 if axis == "images" else 1
             at, scores = at[first:], scores[first:]
             panel.plot(at, [mean(s) for s in scores], label=label, **line)

@@ -37,8 +37,8 @@ def course(unit: Entry, score: Score) -> dict[int, float]:
 
 
 def summary(results: Sequence[Entry], arms: Mapping[str, str], steps: Sequence[int], scores: Sequence[Score]) -> str:
-    """One row an arm: each score after the last iteration, by seed; and what the run keeps against its base, at each
-    number of steps: the mean over seeds, from the lowest to the highest bound of the seeds' paired 95 % intervals."""
+    """One row per arm: each score after the last iteration, by seed; and the kept checkpoint against its base, at
+    each number of steps: the mean over seeds, from the lowest to the highest bound of their paired 95 % intervals."""
     names = [" ".join(score) for score in scores]
     heads = ["arm", "seeds", *(f"{name} at the end" for name in names)]
     heads += [f"kept: {name}, {count} steps" for name in names for count in steps]
@@ -60,7 +60,7 @@ def figure(
     results: Sequence[Entry], arms: Mapping[str, str], steps: Sequence[int], main: Score, other: Score, path: Path
 ) -> None:
     """Curves on held-out prompts with the band between the lowest and the highest seed, for both scores; below, the
-    change of one against that of the other at each number of steps, a point a seed, with paired 95 % intervals.
+    change of one against that of the other at each number of steps, a point per seed, with paired 95 % intervals.
 
     `arms` names the arms as the table does.
     """

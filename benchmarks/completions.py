@@ -1,9 +1,9 @@
 """What completions on another backend save: torch, torch-compile and ONNX Runtime in turn, iteration by iteration.
 
-Each backend trains a model of its own in one process; an iteration of each follows on one of the others, so the ratios
-hold when the machine's speed drifts. Times are CPU time of one thread; of completions with what it takes to put the new
-weights in place. What a backend costs before its first iteration is stated apart: a trace where the cache has none, or
-a compilation, its compiler's processes included.
+Each backend trains its own model in one process, and their iterations alternate, so the ratios hold when the machine's
+speed drifts. Times are CPU time of one thread; those of completions include putting the new weights in place. The cost
+before the first iteration is stated separately: a trace if the cache has none, or a compilation with the processes of
+its compiler.
 
     python benchmarks/completions.py [--model meanflow-shapes] --out benchmarks/results/completions.json
 """
@@ -56,7 +56,7 @@ class Clocked:
         return self.inner.flow_map.path
 
     def jump(self, x_t: torch.Tensor, t: torch.Tensor, s: torch.Tensor, cond: Conditioning) -> torch.Tensor:
-        """As the map, on the clock."""
+        """As the map, timed."""
         start = time.process_time()
         after = self.inner.flow_map.jump(x_t, t, s, cond)
         self.spent += time.process_time() - start
@@ -67,7 +67,7 @@ class Clocked:
         return self.inner.flow_map.velocity(x_t, t, cond)
 
     def refresh(self) -> None:
-        """As the completer, on the clock."""
+        """As the completer, timed."""
         start = time.process_time()
         self.inner.refresh()
         self.refreshed += time.process_time() - start
@@ -89,7 +89,7 @@ class Arm:
     rows: list[dict[str, float]] = field(default_factory=list)
 
     def iterate(self, iteration: int) -> None:
-        """One iteration on the clock."""
+        """One timed iteration."""
         self.clock.spent = self.clock.refreshed = 0.0
         start = time.process_time()
         self.trainer.iterate(iteration)
@@ -155,7 +155,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     where = machine()
     with tempfile.TemporaryDirectory() as folder:
-        # nothing of earlier runs: what a backend costs at its first use is part of the answer
+        # an empty cache: the cost of the first use is measured too
         os.environ["FMG_CACHE"] = os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         arms = {backend: opened(backend, args, Path(folder)) for backend in BACKENDS}
         for iteration in range(2, args.iterations + 2):

@@ -4,7 +4,7 @@ Branched rollouts, the default now, are compared in branching.py.
 
 Every arm trains with `fmg train` and is evaluated with `fmg eval RUN --against MODEL`: the native sampler, and the same
 held-out prompts and seeds for run and base. All arms of a study see the same number of samples. An arm with a seed is a
-unit: what is finished is in the result file, so the script can be interrupted, and goes on where it was.
+unit: finished units are in the result file, so the script can be interrupted and resumed.
 
     python benchmarks/embedded.py [--arms default,shuffled] [--seeds 0,1,2] [--jobs 2] [--num 2000] [--list]
 """
@@ -53,7 +53,7 @@ class Study:
     """Flags of `fmg train` for all arms, after the arm's own."""
 
     def flags(self, arm: str) -> list[str]:
-        """What `fmg train` is called with for an arm, but for the seed and the folder."""
+        """The arguments of `fmg train` for an arm, except seed and folder."""
         return ["--model", self.arms[arm].model, *self.arms[arm].flags, *self.shortened]
 
     @property
@@ -106,7 +106,7 @@ COMPARED = tuple(arm for arm in ARMS if arm not in ("paper-clip", "scm"))
 
 def run_arm(study: Study, name: str, seed: int, num: int, threads: int) -> dict[str, object]:
     """Trains and evaluates one arm in a temporary folder."""
-    # run in the folder, so that the result names no path of this machine
+    # run in the folder, so that the result contains no path of this machine
     with tempfile.TemporaryDirectory() as folder:
         unit = Unit(folder, threads)
         start = time.perf_counter()
@@ -162,7 +162,7 @@ class Unit:
 
 
 def table(study: Study, results: list[dict[str, object]]) -> str:
-    """One row a run and number of steps: base, tuned, paired difference with its interval."""
+    """One row per run and number of steps: base, tuned, paired difference with its interval."""
     lines = [
         "| arm | seed | steps | score | base | tuned | difference (95 %) | training |",
         "|---|---|---|---|---|---|---|---|",
@@ -186,7 +186,7 @@ def table(study: Study, results: list[dict[str, object]]) -> str:
 
 
 def is_done(entry: Mapping[str, Any], study: Study, arm: str, seed: int, num: int) -> bool:
-    """Whether a unit of the file is this one, trained and evaluated as it would be now."""
+    """Whether a unit of the file is this one, trained and evaluated with the same settings."""
     same = (entry["arm"], entry["seed"], entry["eval"]["num"]) == (arm, seed, num)
     steps = {row["steps"] for row in entry["eval"]["results"]}
     return same and entry.get("flags") == study.flags(arm) and steps == set(study.counts)
@@ -205,9 +205,9 @@ def main(study: Study, about: str | None, compared: Sequence[str] | None = None)
     parser.add_argument("--arms", default=",".join(compared or study.arms))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time; the cores are shared among them")
-    parser.add_argument("--num", type=int, default=study.num, help="held-out images a point")
+    parser.add_argument("--num", type=int, default=study.num, help="held-out images per point")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="K=V", help="shorten every arm alike, for a trial"
+        "--set", action="append", default=[], metavar="K=V", help="for all arms, such as a shorter run to try it"
     )
     parser.add_argument("--out", type=Path, default=RESULTS / f"{study.name}.json")
     parser.add_argument("--figure", type=Path, help="a figure to write: .png, .svg or .pdf")

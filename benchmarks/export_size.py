@@ -1,6 +1,6 @@
 """Memory and time of an export at full size, and whether a large graph still computes what torch computes.
 
-Two models with random or zero weights; every stage is a process of its own, and its peak resident set is the figure:
+Two models with random or zero weights; every stage runs in its own process, whose peak resident set is reported:
 
 - `1b`: a transformer of 10^9 parameters in a complete pipeline folder goes through `fmg export` in fp32; one forward by
   ONNX Runtime against torch at a shape that was not traced.
@@ -36,7 +36,7 @@ SHAPE = (1, 12, 9)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("1b", "8b"), help="one of the two models")
-    parser.add_argument("--parameters", type=float, default=PARAMETERS, help="about how many the smaller one has")
+    parser.add_argument("--parameters", type=float, default=PARAMETERS, help="approximate size of the smaller model")
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder by default")
     parser.add_argument("--out", type=Path, help="file for the result, besides stdout")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)

@@ -1,7 +1,7 @@
 """One rollout and one update of a FLUX.1-lite-shaped MeanFlow student with random weights, against the plan.
 
-On a GPU: 8.2 B parameters made there in bf16, 512 px. Without one: the same script on tiny shapes in fp32, and it says
-so; those figures say nothing about speed. The JSON goes to benchmarks/results/gpu_check.json.
+On a GPU: 8.2 B parameters made there in bf16, 512 px. Without one: tiny shapes in fp32, with a note; those figures say
+nothing about speed. The JSON goes to benchmarks/results/gpu_check.json.
 
     python benchmarks/gpu_check.py [--images 16] [--micro-batch 4] [--out FILE]
 """
@@ -44,7 +44,7 @@ from fmg.training.update import Updater
 
 RESULTS = Path(__file__).parent / "results" / "gpu_check.json"
 STEPS, GROUP, RANK = 5, 4, 32
-# Dense bf16 peak of the data sheets, in FLOP/s; without an entry only the share of a measured product is given.
+# Dense bf16 peak from the data sheets, in FLOP/s; for other GPUs only the share of a measured product is given.
 DATA_SHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12}
 
 

@@ -1,4 +1,4 @@
-"""The exported transformer of FLUX.1-lite's shape in every way that it can be run, beside eager torch and the roofline.
+"""The exported transformer of FLUX.1-lite's shape, run in every possible way, beside eager torch and the roofline.
 
 On a GPU: 8.2 B random parameters in bf16, 512 and 1024 px, 1 to 5 steps; eager, a CUDA graph of it, torch.compile in a
 CUDA graph, and an engine of every flavour of TensorRT that is installed, built here from the exported graph. An engine
@@ -122,7 +122,7 @@ class Bench:
         return made
 
     def ways(self, compiled: bool, engines: bool) -> Iterator[tuple[str, Callable[[Inputs], Forward]]]:
-        """By name: what prepares a forward for inputs of one shape."""
+        """By name: a function that prepares a forward for inputs of one shape."""
         yield "eager", lambda inputs: self._eager
         if self._gpu is None:
             session = onnxruntime.InferenceSession(str(self.onnx), providers=["CPUExecutionProvider"])
@@ -137,14 +137,14 @@ class Bench:
                 yield flavour.backend, lambda inputs, engine=engine: lambda given: engine.run(given)["velocity"]
 
     def flops(self, side: int) -> int:
-        """Of one forward. Attention as plain products, which is what the counter can count on any device."""
+        """FLOPs of one forward, with attention as plain products, which the counter can count on any device."""
         counter = FlopCounterMode(display=False)
         with sdpa_kernel(SDPBackend.MATH), counter:
             self._eager(self.inputs(side))
         return int(counter.get_total_flops())
 
     def weight_bytes(self) -> int:
-        """Read at least once by every forward."""
+        """Bytes of weights, which every forward reads at least once."""
         return sum(parameter.nbytes for parameter in self.module.parameters())
 
     def _eager(self, given: Inputs) -> Tensor:
@@ -247,7 +247,7 @@ def reached(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def measured(bench: Bench, side: int, args: argparse.Namespace, ways: Mapping[str, Any]) -> dict[str, Any]:
-    """Latency of every way at one resolution, all of them in turn in every repeat."""
+    """Latency of every way at one resolution; each repeat runs all of them in turn."""
     inputs = bench.inputs(side)
     forwards = {name: prepare(inputs) for name, prepare in ways.items()}
     reference = draw(forwards["eager"], inputs, STEPS[-1])
@@ -282,7 +282,7 @@ def roofline(bench: Bench, side: int, peak: Mapping[str, float], ways: Mapping[s
 
 
 def store(report: Mapping[str, Any], path: Path) -> None:
-    """Writes what is measured so far: a resolution that is cut short costs no other."""
+    """Writes the results so far, so that an interruption loses only the current resolution."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
@@ -291,9 +291,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes")
-    parser.add_argument("--no-engines", action="store_true", help="build no engine")
-    parser.add_argument("--folder", type=Path, help="where graph and plans go for a while; 40 GB at full size")
+    parser.add_argument("--no-compile", action="store_true", help="skip torch.compile, which takes minutes")
+    parser.add_argument("--no-engines", action="store_true", help="skip the engines")
+    parser.add_argument("--folder", type=Path, help="temporary folder for graph and plans; 40 GB at full size")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.batch < 1 or args.repeats < 1:

@@ -1,7 +1,7 @@
 """Peak host memory while a FLUX-class transformer is loaded, against the size of its weights. Prints one JSON object.
 
-A random sharded folder is written first, by a process of its own; a second process loads it, and its peak resident set
-less what it held before is the figure. With --torch-file the weights come as a published student (`.pt`), and the
+A separate process first writes a random sharded folder; a second one loads it, and the growth of its peak resident set
+is reported. With --torch-file the weights come as a published student (`.pt`), and the
 conversion to safetensors is measured as well.
 
     python benchmarks/load_memory.py --parameters 1.0e9 --dtype bf16
@@ -25,7 +25,7 @@ DTYPES = ("fp32", "bf16")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parameters", type=float, default=1.0e9, help="about how many parameters")
+    parser.add_argument("--parameters", type=float, default=1.0e9, help="approximate number of parameters")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="stored and loaded dtype")
     parser.add_argument("--torch-file", action="store_true", help="a .pt file instead of a sharded folder")
     parser.add_argument("--folder", type=Path, help="where to write the weights; a temporary folder by default")
@@ -65,7 +65,7 @@ def _run(options: list[str], cache: Path) -> dict[str, float]:
 
 
 def config(parameters: float) -> dict[str, object]:
-    """A transformer of FLUX.1-lite's kind and a third of its width, with as many single blocks as it takes."""
+    """A transformer like FLUX.1-lite at a third of its width, with as many single blocks as needed."""
     from fmg.models.flux.size import FLUX_LITE, transformer_parameters
 
     base = {**FLUX_LITE, "num_attention_heads": 8, "num_layers": 2, "num_single_layers": 0}

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_iter
 class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While active, follows the storage of every tensor that an operation makes, on the CPU also in backward passes.
 
-    Work space inside a kernel is not seen, nor is what was there before.
+    Workspace inside a kernel is not counted, nor are tensors made earlier.
 
     Example:
         >>> import torch

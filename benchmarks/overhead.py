@@ -1,4 +1,4 @@
-"""What the training loop costs beyond its network calls: iteration wall time against the bare calls of the same shapes.
+"""Overhead of the training loop: wall time of an iteration against bare network calls of the same shapes.
 
 Both run interleaved in one process, so the ratio holds when the machine's speed drifts.
 
@@ -27,7 +27,7 @@ from fmg.training.trainer import Trainer
 
 
 def bare_calls(composed: Composed, sizes: Sizes) -> float:
-    """Seconds of the network calls of one iteration: N forwards a sample, and forward + backward on every row."""
+    """Seconds of the network calls of one iteration: N forwards per sample, and forward + backward on every row."""
     recipe, model = composed.recipe, composed.model
     samples = recipe.rollout.groups * recipe.rollout.group_size
     prompt = composed.prompts[0].text

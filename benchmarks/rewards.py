@@ -1,7 +1,7 @@
 """What an image costs each reward that runs offline, and how that falls with the size of the batch.
 
 All rewards and batch sizes take turns in one process, round by round, so ratios hold when the machine's speed drifts:
-each is the median over rounds of the ratio within a round. Milliseconds belong to the machine, ratios less so.
+each is the median over rounds of the ratio within a round. Milliseconds depend on the machine, ratios less so.
 
     python benchmarks/rewards.py [--rounds 7] [--json FILE]
 """

@@ -1,6 +1,6 @@
 """OCR post-training of the embedded text model with chains: three seeds against shuffled advantages, on held-out words.
 
-`default` is the recipe (ocr-logp and the world's own text-fidelity, advantages a reward); `jpeg` takes the JPEG size
+`default` is the recipe (ocr-logp and the world's own text-fidelity, advantages per reward); `jpeg` takes the JPEG size
 for fidelity; `logp-only` has no second reward; `shuffled` is the recipe with the advantages of a rollout permuted.
 Needs flow-map-grpo[ocr]. Finished arms are read from the result file, so it can be interrupted.
 

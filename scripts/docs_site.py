@@ -54,7 +54,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages that are no files of `docs/`."""
+    """Adds the pages that are not files of `docs/`."""
     for name, source in OUTSIDE.items():
         files.append(File.generated(config, name, content=(ROOT / source).read_text(encoding="utf-8")))
     files.append(File.generated(config, "api/fmg.md", content=public_page()))
@@ -69,7 +69,7 @@ def public_page() -> str:
     source = (ROOT / "fmg" / "__init__.py").read_text(encoding="utf-8")
     homes = re.findall(r'^    "(\w+)": "([\w.]+)",$', source, re.MULTILINE)
     names = "\n".join(f"::: fmg.{name}\n" for name, _ in homes)
-    return f"# fmg\n\nThe public functions and classes. [Python](../python.md) shows them at work.\n\n{names}"
+    return f"# fmg\n\nThe public functions and classes. [Python](../python.md) shows them in use.\n\n{names}"
 
 
 def room_page(room: str) -> str:
@@ -80,7 +80,7 @@ def room_page(room: str) -> str:
         module = ".".join(part for part in parts if part != "__init__")
         if any(part.startswith("_") for part in module.split(".")):
             continue
-        # what a package only passes on is shown where it is defined
+        # re-exported names are shown where they are defined
         passes_on = file.stem == "__init__" and not re.search(
             r"^(class|def) (?!__)", file.read_text("utf-8"), re.MULTILINE
         )
@@ -112,7 +112,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return match[0]
         return posixpath.relpath(where, posixpath.dirname(name) or ".") + anchor
 
-    # what a fence holds is no link
+    # a code fence contains no links
     pieces, end = [], 0
     for fence in _FENCE.finditer(markdown):
         pieces += [_LINK.sub(follow, markdown[end : fence.start()]), fence[0]]
@@ -121,7 +121,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Formulas inside of sentences."""
+    """Formulas within sentences."""
     return re.sub(r'<span class="arithmatex">\\\((.+?)\\\)</span>', lambda match: mathml(unescape(match[1])), html)
 
 

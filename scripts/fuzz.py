@@ -1,11 +1,11 @@
 """`python scripts/fuzz.py --minutes 5 [--seed S] [--kinds run,artifact]`: mutates what a user can give to fmg.
 
 A trial copies a good run folder, artifact, recipe, prompt file or picture, mutates one file of the copy and runs one
-command on it. Damage, as disks and networks do it, must leave the result as it was or end in one line; an edit, as
-people and programs make it, may also give another result. Never accepted: exit code 70, a traceback, an exception, more
-than one error line, a trial over its time or memory.
+command on it. After damage, as by a disk or a network, the result must be unchanged or the command must end
+with one line; after an edit, as by a person or a program, the result may also differ. Never accepted: exit code 70, a
+traceback, an exception, more than one error line, a trial over its time or memory.
 
-`--trials 1000 --kinds run,artifact` runs so many trials in all; `--only run:17` repeats one. Counts by kind are
+`--trials 1000 --kinds run,artifact` runs 1000 trials in all; `--only run:17` repeats one. Counts by kind are
 printed, and the exit code is 1 when a trial failed.
 """
 
@@ -48,9 +48,9 @@ from tests.support.cli import Invocation, fmg  # noqa: E402
 from tests.support.tiny_artifact import build_tiny_artifact  # noqa: E402
 
 SECONDS = 60.0
-"""Time of one trial, at most."""
+"""Longest time of one trial."""
 MEMORY = 1 << 30
-"""Bytes that one trial may add to the process, at most."""
+"""Most bytes that one trial may add to the process."""
 PROMPT = "a red circle"
 RECIPE: dict[str, object] = {
     "train.device": "cpu",
@@ -130,9 +130,9 @@ class Task:
 
     Attributes:
         name: for people.
-        words: the words of the command for the place of the copy.
-        result: what it made, to compare; None where a result is only looked at.
-        verdict: whether exit code 1 is a result as well, without an error line.
+        words: the words of the command, given the path of the copy.
+        result: what it made, to compare; None if the result is not compared.
+        verdict: whether exit code 1 without an error line is also a result.
     """
 
     name: str
@@ -143,7 +143,7 @@ class Task:
 
 @dataclass
 class Kind:
-    """What is mutated: how a good one is made in a folder, how it is edited, and what is done with it."""
+    """A kind of subject: how to make a good one in a folder, how to edit it, and which commands to run on it."""
 
     name: str
     make: Work
@@ -154,7 +154,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Trial:
-    """What one trial came to: `same`, `line`, `other` (accepted after an edit), or `FAILED`."""
+    """The outcome of one trial: `same`, `line`, `other` (accepted after an edit), or `FAILED`."""
 
     outcome: str
     said: str
@@ -168,7 +168,7 @@ class TooLongError(BaseException):
 
 
 def damage(rng: random.Random, file: Path) -> str:
-    """What happens to a file on a disk or on its way."""
+    """Damages a file as a disk or a transfer may."""
     data = bytearray(file.read_bytes())
     at = rng.randrange(max(1, len(data)))
     length = rng.choice((1, 16, 512, 4096, len(data) // 2))
@@ -197,7 +197,7 @@ def damage(rng: random.Random, file: Path) -> str:
 
 
 def replace(rng: random.Random, file: Path) -> str:
-    """Something else under the name of a file."""
+    """Puts something else under the name of a file."""
     how = rng.choice(("folder", "link to nothing", "link to itself", "link out", "namesake"))
     others = [path for path in sorted(file.parent.iterdir()) if path.is_file() and path != file]
     content = file.read_bytes()
@@ -217,7 +217,7 @@ def replace(rng: random.Random, file: Path) -> str:
 
 
 def edit_value(rng: random.Random, value: Any) -> tuple[Any, str]:
-    """A JSON value with one entry, somewhere in it, that is another one, renamed or gone."""
+    """A JSON value in which one entry, at any depth, is replaced, renamed or removed."""
     if isinstance(value, dict) and value and rng.random() < 0.95:
         key = rng.choice(sorted(value))
         if rng.random() < 0.6:
@@ -283,7 +283,7 @@ def edit_folder(rng: random.Random, file: Path) -> str:
 
 
 def edit_artifact(rng: random.Random, file: Path) -> str:
-    """Edits a file of an artifact; half of the time the manifest says that it is right, as its maker could."""
+    """Edits a file of an artifact; half of the time the manifest is updated to match, as an attacker could."""
     if file.name == MANIFEST or rng.random() < 0.5:
         return edit_folder(rng, file)
     how = edit_folder(rng, file) if rng.random() < 0.3 else damage(rng, file)
@@ -398,7 +398,7 @@ def kinds() -> dict[str, Kind]:
 
 
 class Fuzz:
-    """Good subjects in a folder of their own, and trials on copies of them.
+    """Good subjects in a separate folder, and trials on copies of them.
 
     Args:
         folder: empty, for everything; it becomes the working directory.
@@ -452,7 +452,7 @@ class Fuzz:
 
 
 def run(task: Task, place: Path) -> tuple[Invocation | None, str]:
-    """Runs a task; what it did, and what cannot be accepted about it."""
+    """Runs a task; returns its outcome and what is wrong with it."""
     try:
         with limited(SECONDS), warnings.catch_warnings():
             warnings.simplefilter("default")
@@ -474,7 +474,7 @@ def run(task: Task, place: Path) -> tuple[Invocation | None, str]:
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Ends the body with a `TooLongError` when its time is over."""
+    """Ends the body with a `TooLongError` when its time is up."""
 
     def ring(number: int, frame: FrameType | None) -> None:
         raise TooLongError
@@ -508,11 +508,11 @@ def say(text: str) -> None:
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=None, help="Go on for so long.")
-    parser.add_argument("--trials", type=int, default=None, help="So many trials, of all kinds together.")
+    parser.add_argument("--minutes", type=float, default=None, help="how long to run")
+    parser.add_argument("--trials", type=int, default=None, help="number of trials, over all kinds")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", default=",".join(kinds()), help="Which, with commas between.")
-    parser.add_argument("--only", default=None, metavar="KIND:N", help="Repeat one trial and say what it was.")
+    parser.add_argument("--kinds", default=",".join(kinds()), help="kinds to run, separated by commas")
+    parser.add_argument("--only", default=None, metavar="KIND:N", help="repeat one trial and describe it")
     args = parser.parse_args()
     names = [args.only.partition(":")[0]] if args.only else args.kinds.split(",")
     if unknown := sorted({*names} - kinds().keys()):

@@ -1,9 +1,9 @@
 """`python scripts/kills.py --kills 200`: kills training runs at random moments and resumes them.
 
-Chains and branched rollouts take turns. Each run has to end as the one of its kind that nobody touched: the same
-metrics and weights, bit for bit, the same files, a report, and nothing outside of its folder. A quarter of the blows
-are signals that end a run in order (SIGTERM, SIGHUP, SIGUSR1, SIGINT), the others SIGKILL, which are what `--kills`
-counts. A run that is killed before its first state is refused in one line, and starts anew.
+Chains and branched rollouts take turns. Each run must end like an undisturbed run of its kind: the same metrics and
+weights, bit for bit, the same files, a report, and nothing outside its folder. A quarter of the signals end a run
+cleanly (SIGTERM, SIGHUP, SIGUSR1, SIGINT); the others are SIGKILL, and `--kills` counts these. A run that is killed
+before its first state is refused in one line, and is started again.
 
 Processes are forked from one that has imported everything, so that a kill costs a second or two.
 """
@@ -59,7 +59,7 @@ COMMON: dict[str, object] = {
 RECIPES: dict[str, dict[str, object]] = {
     # dropout draws from the global generator
     "chain": {**COMMON, "objective": "rwfm", "lora.dropout": 0.2, "rollout.kind": "chain", "rollout.steps": 2},
-    # the choice of steps and of prompts learns from the rewards
+    # steps and prompts are chosen by earlier rewards
     "branch": {
         **COMMON,
         # its iterations are short
@@ -80,7 +80,7 @@ class LostError(AssertionError):
 
 
 def start(run: Path, kind: str) -> int:
-    """Trains, or resumes, in a process of its own; returns its id. It exits with 0 finished, 3 interrupted, 1 error."""
+    """Trains, or resumes, in a separate process; returns its id. Exit codes: 0 finished, 3 interrupted, 1 error."""
     child = os.fork()
     if child:
         return child
@@ -98,19 +98,19 @@ def start(run: Path, kind: str) -> int:
 
 
 def ended(child: int) -> int:
-    """Waits; the exit code, or minus the signal."""
+    """Waits; returns the exit code, or minus the signal."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def strike(child: int, after: float, number: int) -> int | None:
-    """Sends a signal when the time has come; its process's exit code, or None when it had ended before."""
+    """Sends a signal after a delay; returns the exit code of the process, or None if it had ended before."""
     until = time.monotonic() + after
     while time.monotonic() < until:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             code = os.waitstatus_to_exitcode(status)
             if code:
-                raise LostError(f"a process that nobody touched ended with {code}")
+                raise LostError(f"an undisturbed process ended with {code}")
             return None
         time.sleep(0.002)
     os.kill(child, number)
@@ -141,7 +141,7 @@ def snapshot(root: Path, run: Path) -> dict[str, str]:
 
 
 def check(run: Path, reference: dict[str, object]) -> None:
-    """Whether a run ended as the one that nobody touched.
+    """Checks that a run ended like the undisturbed one.
 
     Raises:
         LostError: it did not.
@@ -153,7 +153,7 @@ def check(run: Path, reference: dict[str, object]) -> None:
 
 
 def main(kills: int, seed: int, root: Path, kinds: Sequence[str] = tuple(RECIPES)) -> dict[str, int]:
-    """Kills until there were `kills` kills, each run being compared when it has ended; returns what happened."""
+    """Kills runs until there were `kills` kills, and compares each run when it has ended; returns counts of events."""
     for name in PRELOADED:
         importlib.import_module(name)
     chance = random.Random(seed)
@@ -180,7 +180,7 @@ def main(kills: int, seed: int, root: Path, kinds: Sequence[str] = tuple(RECIPES
         if counts["kills"] >= kills:
             code: int | None = ended(child)
             if code:
-                raise LostError(f"a process that nobody touched ended with {code}")
+                raise LostError(f"an undisturbed process ended with {code}")
             code = None
         else:
             number = chance.choice(ORDERLY) if chance.random() < 0.25 else signal.SIGKILL

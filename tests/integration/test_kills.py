@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments and resumed end as the one that nobody touched."""
+"""Runs that are killed at random moments and resumed end like an undisturbed run."""
 
 from __future__ import annotations
 

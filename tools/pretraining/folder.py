@@ -88,7 +88,7 @@ def load_model(folder: Path) -> Model:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a model card says beyond the settings: how the map was made, and its figures by number of steps."""
+    """Contents of a model card beyond the settings: how the map was made, and its figures by number of steps."""
 
     title: str
     method: str
@@ -122,7 +122,7 @@ def write_card(folder: Path, world: World, facts: CardFacts, settings: PretrainS
 
 
 def _clean_config(path: Path) -> None:
-    """Drop what diffusers adds: an entry that `AutoencoderTiny` sets itself (and warns about at every load), and the
+    """Remove what diffusers adds: an entry that `AutoencoderTiny` sets itself (and warns about at every load), and the
     folder that the weights were last read from."""
     config = json.loads(path.read_text(encoding="utf-8"))
     _write_json(path, {k: v for k, v in config.items() if k not in ("block_out_channels", "_name_or_path")})

@@ -31,7 +31,7 @@ from pretraining.world import World
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """The two tokenizers of a FLUX pipeline; each knows the length that its prompts are padded to."""
+    """The two tokenizers of a FLUX pipeline; each has the length to which its prompts are padded."""
 
     clip: CLIPTokenizer
     t5: T5Tokenizer

@@ -52,7 +52,7 @@ def pretrain(
     Args:
         world: the images and their captions.
         settings: all numbers of the training.
-        out_dir: receives the model folders and `stages/`, where a finished stage is found again by a later call with
+        out_dir: receives the model folders and `stages/`, where a later call finds the finished stages with
             the same world, seed and settings.
         seed: seed of every stage.
         progress: observer of `StageProgress` (stages autoencoder, flow, trajectories and the model names) and `Notice`
@@ -191,7 +191,7 @@ class _Pretraining:
     def _stage(
         self, name: str, inputs: Sequence[DataclassInstance], make: Callable[[], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """The stage's tensors, from disk or computed now; a file appears under its name when it is whole."""
+        """The stage's tensors, from disk or computed now; a file gets its name when it is complete."""
         path = self.stages / f"{name}-{self._digest(*inputs)}.safetensors"
         if not path.exists():
             made = {key: value.clone() for key, value in make().items()}

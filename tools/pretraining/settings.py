@@ -1,4 +1,4 @@
-"""Every number of the pretraining in one place. `SHAPES` and `TEXT` made the weights that are shipped."""
+"""Every number of the pretraining in one place. `SHAPES` and `TEXT` are the settings of the shipped weights."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class TrajectorySettings:
 class DistillSettings:
     """Stages 4 and 5. `huber` is the pseudo-Huber constant, in units of the velocity's root mean square error.
 
-    `from_scratch` trains the whole network from random weights, which an exact teacher asks for.
+    `from_scratch` trains the whole network from random weights, which an exact teacher requires.
     """
 
     steps: int = 800
@@ -101,7 +101,7 @@ class PretrainSettings:
 
 
 SHAPES = PretrainSettings()
-"""What made `meanflow-shapes` and `scm-shapes`."""
+"""The settings of `meanflow-shapes` and `scm-shapes`."""
 
 TEXT = PretrainSettings(
     autoencoder=AutoencoderSettings(pool=5184, steps=700, batch=32),

@@ -1,4 +1,4 @@
-"""What pretraining needs from a world."""
+"""The interface of a world for pretraining."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class World(Protocol):
     Attributes:
         name: of the world; its models are `meanflow-NAME` and `scm-NAME`.
         resolution: side of an image in pixels.
-        score: the figure that a finished model is announced with.
+        score: the figure that is shown for a finished model.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -59,7 +59,7 @@ class World(Protocol):
         ...
 
     def t5_pieces(self) -> Sequence[str]:
-        """Pieces of T5's vocabulary besides single characters; `▁` stands for the blank before a word."""
+        """Pieces of T5's vocabulary besides single characters; `▁` marks the space before a word."""
         ...
 
     def prompts(self) -> Sequence[str]:
