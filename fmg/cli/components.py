@@ -98,7 +98,7 @@ def show(
     if origin:
         out.print("\n".join(origin), end="\n\n", soft_wrap=True)
     if not description.fields:
-        out.print("It has no options.")
+        out.print("No options.")
         return
     cells = [
         (field.name, field.type, "required" if field.required else str(field.default), ranges[field.name], field.doc)
@@ -211,7 +211,7 @@ def check_component(
 ) -> None:
     """Check that a component follows the rules of its kind: a reward, a stochasticizer, an objective, ...
 
-    Exits with 1 when a rule is broken. Imports the module that is named, which runs its code.
+    The exit code is 1 when a rule is broken. Imports the module that is named, which runs its code.
     """
     given_text(target, "PATH")
     options = reward_options([f"options.{text}" for text in sets or ()]).get("options", {})

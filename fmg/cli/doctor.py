@@ -32,7 +32,7 @@ def examine_installation(
 ) -> None:
     """Check the installation: versions, devices, disk, extras with their install lines, and a tiny training run.
 
-    Exits with 1 when something is wrong; a missing extra is not. Uses no network without --network.
+    The exit code is 1 when a check fails; a missing extra is not a failure. Uses no network without --network.
     """
     if (command := ctx.invoked_subcommand) is not None:
         for flag, given in (("--quick", quick), ("--network", network)):
@@ -73,7 +73,8 @@ def examine_rewards(
 ) -> None:
     """Check each reward: installed, weights as published, known scores reproduced, speed and memory.
 
-    Exits with 1 when one fails. A reward that is not installed or fetched is "not verified", and fails only when named.
+    The exit code is 1 when one fails. A reward that is not installed or fetched is "not verified", and fails only
+    when named.
     """
     options = reward_options(sets or ())
 
@@ -109,7 +110,7 @@ def examine_run(
 ) -> None:
     """Read the log of a run and name what to change: learning rate, clip range, group size, KL, rewards.
 
-    Exits with 1 when there is a problem. docs/doctor.md lists the rules and their thresholds.
+    The exit code is 1 when there is a problem. docs/doctor.md lists the rules and their thresholds.
     """
     given_text(run, "RUN")
     # before numpy is imported

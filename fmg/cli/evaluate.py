@@ -318,7 +318,7 @@ def _metrics(report: EvalReport) -> Table | None:
     ]
     columns = ["steps", "features", "metric", report.target, "95 % interval"]
     for other in report.against:
-        columns += [other.target, "difference", "95 % interval of it"]
+        columns += [other.target, "difference", "95 % interval of the difference"]
         rows = [
             (*row, compact(theirs.value), f"{delta.value:+.3g}", interval(delta.ci95, compact))
             for row, theirs, delta in zip(rows, other.metrics, report.metric_differences, strict=True)

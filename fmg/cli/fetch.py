@@ -56,7 +56,9 @@ def fetch(
 
             _fetch("model", name, resolve(config, {"model": name}, sets or []).recipe.model.config, yes=yes)
         case _:
-            raise UsageError(f"'fmg fetch {' '.join(names)}' does not name one thing", "Write fmg fetch [KIND] NAME.")
+            raise UsageError(
+                f"'fmg fetch {' '.join(names)}' does not name one component", "Write fmg fetch [KIND] NAME."
+            )
 
 
 def _fetch(kind: str, name: str, config: ComponentConfig, *, yes: bool) -> None:

@@ -271,7 +271,7 @@ def new_figure(text: str, flag: str) -> Path:
     path = Path(text)
     if path.suffix.lower().removeprefix(".") not in FIGURE_FORMATS:
         endings = ", ".join(f".{kind}" for kind in FIGURE_FORMATS)
-        raise UsageError(f"{flag} {path} does not end like a figure", f"Use one of {endings}.")
+        raise UsageError(f"{flag} {path} does not end in a figure format", f"Use one of {endings}.")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"{flag} {path}: there is no folder '{path.parent}'", "Create it, or name another place.")
     new_place(text, flag)

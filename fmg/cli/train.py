@@ -167,7 +167,7 @@ def train(
             for name in given:
                 if name not in _WITH_RESUME:
                     raise UsageError(
-                        f"--resume continues a run as it was started, and --{name} would change it",
+                        f"--resume continues a run as it was started, but --{name} would change it",
                         "Give only one of them; a run with other values is a new run.",
                     )
         return _resume(
@@ -362,6 +362,17 @@ def _reporter(*, first: bool, as_json: bool) -> Reporter:
     return JsonReporter(stderr()) if as_json else reporter_for(stdout())
 
 
+# What the table calls facts whose keys `--json` keeps.
+_LABELS = {
+    "images an iteration": "images per iteration",
+    "transitions an image": "transitions per image",
+    "network calls an iteration": "network calls per iteration",
+    "row-NFE an iteration": "row-NFE per iteration",
+    "updates an iteration": "updates per iteration",
+    "memory at the peak": "peak memory",
+}
+
+
 def _print_plan(resolved: ResolvedRecipe, *, as_json: bool) -> None:
     from fmg.training.plan import plan, size_text
 
@@ -377,7 +388,7 @@ def _print_plan(resolved: ResolvedRecipe, *, as_json: bool) -> None:
     out = stdout()
     out.print(table(["key", "value", "source"], [(row.path, _shown(row.value), row.source.text) for row in rows]))
     out.print()
-    out.print(table(["plan", ""], list(planned.facts.items())))
+    out.print(table(["plan", ""], [(_LABELS.get(key, key), fact) for key, fact in planned.facts.items()]))
     if memory is not None:
         out.print()
         sizes = [(part, size_text(size)) for part, size in (*memory.parts.items(), ("total", memory.peak))]

@@ -60,7 +60,7 @@ def verify(
 ) -> None:
     """Verify that an artifact reproduces the images of its run.
 
-    Exits with 1 and names the first layer that differs when it does not.
+    If it does not, the exit code is 1 and the first layer that differs is named.
     """
     from fmg.inference.artifact.layout import artifact_of
 

@@ -33,7 +33,8 @@ class PromptsCase:
 def _prompts(case: PromptsCase) -> None:
     texts = [prompt.text for prompt in case.prompts]
     require(
-        len(texts) > 0 and len(texts) == len(case.prompts), "Its length differs from the number of prompts it yields."
+        len(texts) > 0 and len(texts) == len(case.prompts),
+        "The length of the set differs from the number of prompts it yields.",
     )
     require(not any(map(is_blank, texts)), "A prompt is empty.")
     twice = next((text for text in texts if texts.count(text) > 1), None) if len(texts) < 5000 else None
@@ -45,7 +46,7 @@ def _prompts(case: PromptsCase) -> None:
 def _prompts_again(case: PromptsCase) -> None:
     again: PromptSet = case.component.build()
     same = [p.text for p in again] == [p.text for p in case.prompts]
-    require(same, "Built again, it has different prompts, so a resumed run would differ.")
+    require(same, "Built again, the set has different prompts, so a resumed run would differ.")
 
 
 PROMPT_RULES: tuple[Rule[PromptsCase], ...] = (
@@ -75,9 +76,9 @@ def _features(case: FeaturesCase) -> None:
         fine = (
             values.ndim == 2 and len(values) == COUNT and values.dtype == torch.float32 and values.device.type == "cpu"
         )
-        require(fine, f"Its {name} must be fp32 (b, d) on the CPU; they are {values.dtype} {tuple(values.shape)}.")
-        require(bool(values.isfinite().all()), f"Its {name} are not finite.")
-        require(not values.requires_grad, f"Its {name} carry gradients.")
+        require(fine, f"The {name} must be fp32 (b, d) on the CPU; they are {values.dtype} {tuple(values.shape)}.")
+        require(bool(values.isfinite().all()), f"The {name} are not finite.")
+        require(not values.requires_grad, f"The {name} carry gradients.")
 
 
 def _features_alone(case: FeaturesCase) -> None:
@@ -110,7 +111,7 @@ class ModelCase:
     @cached_property
     def model(self) -> Model:
         if self.source.spec.gpu_memory_gb > 0:
-            raise NotApplicable(f"It needs a GPU of {self.source.spec.gpu_memory_gb:g} GB.")
+            raise NotApplicable(f"The model needs a GPU of {self.source.spec.gpu_memory_gb:g} GB.")
         self.source.check()
         return self.source.load(torch.device("cpu"), torch.float32)
 

@@ -95,22 +95,22 @@ def pictures(side: int) -> Float[Tensor, "b 3 h w"]:
 
 def _scores(case: RewardCase) -> None:
     if isinstance(case.output, PartialRewardOutput):
-        raise Violation("It left images without a score; only a reward with the option `on_failure` may.")
+        raise Violation("Images were left without a score; only a reward with the option `on_failure` may leave them.")
     # raises for a wrong type, shape or value
     case.checked(case.images(), case.prompts)
 
 
 def _same(ours: RewardOutput, theirs: RewardOutput, tolerance: float, what: str) -> None:
-    require(set(ours.parts) == set(theirs.parts), f"It reports different parts {what}.")
+    require(set(ours.parts) == set(theirs.parts), f"The reward reports different parts {what}.")
     pairs = {"total": (ours.total, theirs.total)}
     pairs |= {part: (ours.parts[part], theirs.parts[part]) for part in ours.parts}
     for part, (a, b) in pairs.items():
         a, b = a.detach().double().cpu(), b.detach().double().cpu()
-        require(a.shape == b.shape, f"Its {part} has another shape {what}.")
+        require(a.shape == b.shape, f"'{part}' has a different shape {what}.")
         gap = float((a - b).abs().max())
         spread = float(torch.cat((a, b)).max() - torch.cat((a, b)).min())
         bound = tolerance * spread + ROUNDING * max(1.0, float(a.abs().max()))
-        require(gap <= bound, f"Its {part} differs by {gap:.3g} {what}.")
+        require(gap <= bound, f"'{part}' differs by {gap:.3g} {what}.")
 
 
 def _deterministic(case: RewardCase) -> None:
@@ -139,8 +139,8 @@ def _order(case: RewardCase) -> None:
 def _untouched(case: RewardCase) -> None:
     given, prompts = case.images(), list(case.prompts)
     case.reward(given, prompts)
-    require(torch.equal(given, case.images()), "It changes the images that it is given; work on a copy.")
-    require(prompts == case.prompts, "It changes the list of prompts that it is given; work on a copy.")
+    require(torch.equal(given, case.images()), "The reward modifies the images it is given; work on a copy.")
+    require(prompts == case.prompts, "The reward modifies the list of prompts it is given; work on a copy.")
 
 
 def _extremes(case: RewardCase) -> None:
@@ -148,7 +148,7 @@ def _extremes(case: RewardCase) -> None:
         try:
             case.checked(torch.full((1, 3, case.side, case.side), value), case.prompts[:1])
         except RewardError as error:
-            raise Violation(f"It fails on a {name} image: {error.what}") from None
+            raise Violation(f"The reward fails on a {name} image: {error.what}") from None
 
 
 def _non_finite(case: RewardCase) -> None:
@@ -159,7 +159,7 @@ def _non_finite(case: RewardCase) -> None:
     except Exception:
         return
     hidden = bool(output.total.detach().cpu()[2].isfinite())
-    require(not hidden, "It gives an image of NaN a finite score, which hides a broken model: raise, or return NaN.")
+    require(not hidden, "An image of NaN gets a finite score, which hides a broken model: raise, or return NaN.")
 
 
 RULES: tuple[Rule[RewardCase], ...] = (

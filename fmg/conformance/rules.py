@@ -66,21 +66,24 @@ def _check(rule: Rule[S], case: S) -> Finding:
     except Violation as violation:
         return Finding(rule.name, "violated", str(violation))
     except Exception as error:
-        return Finding(rule.name, "violated", f"It raised {one_line(error)}")
+        return Finding(rule.name, "violated", f"The component raised {one_line(error)}")
     return Finding(rule.name, "ok")
 
 
 def _summary(component: ComponentUnderTest) -> None:
     summary = component.row.summary.strip()
-    require(bool(summary), "It has no summary: set `summary`, or a docstring whose first line says what it is.")
-    require("\n" not in summary, "Its summary has several lines; `fmg list` shows one.")
+    require(
+        bool(summary),
+        "There is no summary: set `summary`, or write a docstring whose first line says what the component is.",
+    )
+    require("\n" not in summary, "The summary has several lines; `fmg list` shows one.")
 
 
 def _licence(component: ComponentUnderTest) -> None:
     if component.built_in:
-        raise NotApplicable("It is part of fmg, under fmg's licence.")
-    text = 'State it in the config: about: ClassVar[About] = About(licence="MIT").'
-    require(bool(type(component.config).about.licence.strip()), f"It states no licence. {text}")
+        raise NotApplicable("The component is part of fmg, under fmg's licence.")
+    text = 'Add it to the config: about: ClassVar[About] = About(licence="MIT").'
+    require(bool(type(component.config).about.licence.strip()), f"The config states no licence. {text}")
 
 
 def _options(component: ComponentUnderTest) -> None:
@@ -93,7 +96,7 @@ def _round_trip(component: ComponentUnderTest) -> None:
     again = cls.model_validate(json.loads(json.dumps(plain, allow_nan=False)))
     require(
         again == component.config,
-        "Its options change when a recipe stores them and is read back: use fields of plain types, and equality.",
+        "The options change when a recipe stores them and is read back: use fields of plain types, and equality.",
     )
 
 
@@ -104,8 +107,8 @@ def _strict(component: ComponentUnderTest) -> None:
     except ValidationError:
         pass
     else:
-        raise Violation('It accepts unknown options: keep extra="forbid", or a mistyped name is silently ignored.')
-    require(bool(cls.model_config.get("frozen")), "Its options can be changed after validation: keep frozen=True.")
+        raise Violation('Unknown options are accepted: keep extra="forbid", or a mistyped name is silently ignored.')
+    require(bool(cls.model_config.get("frozen")), "Options can be changed after validation: keep frozen=True.")
 
 
 def _light(component: ComponentUnderTest) -> None:

@@ -131,7 +131,7 @@ def _times(case: StochasticizerCase) -> None:
     """Groups of a branched rollout that branch at different steps share a call (docs/branching.md)."""
     steps = list(case.steps)
     if len(steps) < 2:
-        raise NotApplicable("It is defined for one transition of a usual grid.")
+        raise NotApplicable("The stochasticizer is defined for one transition of a usual grid.")
     x = states(len(steps))
     t, s = torch.tensor(steps, dtype=torch.float64).unbind(1)
     for path in case.paths:
@@ -164,25 +164,25 @@ def _refuses(case: StochasticizerCase) -> None:
     others = [path for path in PATHS if path not in case.paths]
     wrong += [(case.requires.anchors, path, f"a map on the {path} path, which requires() rules out") for path in others]
     if not wrong:
-        raise NotApplicable("It fits every map.")
+        raise NotApplicable("The stochasticizer fits every map.")
     for anchors, path, what in wrong:
         _, flow_map = network_map("any" if anchors == "any" else "endpoint", path)
         try:
             case.transition(flow_map, states(ROWS), *next(case.steps))
         except CompositionError:
             continue
-        raise Violation(f"It accepts {what}: raise a CompositionError.")
+        raise Violation(f"The stochasticizer accepts {what}: raise a CompositionError.")
 
 
 def _marginals(case: StochasticizerCase) -> None:
     if not case.stochasticizer.path_preserving:
-        raise NotApplicable("It does not declare path_preserving.")
+        raise NotApplicable("path_preserving is not declared.")
     for path in case.paths:
         for t, s in case.steps:
             off = standard_errors_off(case, path, t, s)
             require(
                 off <= ERRORS,
-                f"It declares path_preserving, but from t = {t:g} to s = {s:g} on the {path} path the moments of x_s"
+                f"path_preserving is declared, but from t = {t:g} to s = {s:g} on the {path} path the moments of x_s"
                 f" are {off:.0f} standard errors off those of the path.",
             )
 

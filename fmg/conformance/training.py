@@ -91,7 +91,7 @@ def _keyed(case: ObjectiveCase) -> None:
 
 def _nothing_to_learn(case: ObjectiveCase) -> None:
     if case.objective.needs != "transitions":
-        raise NotApplicable("An objective on samples may still imitate all of them equally.")
+        raise NotApplicable("An objective on samples may imitate all of them equally.")
     network, views = policies()
     batch = case.prepared(equal_rewards=True)
     if not len(batch):
@@ -103,7 +103,7 @@ def _nothing_to_learn(case: ObjectiveCase) -> None:
 
 
 def _star_rows(case: ObjectiveCase) -> None:
-    require(case.objective.needs == "transitions", "It declares `branches`, but needs samples alone.")
+    require(case.objective.needs == "transitions", "The objective declares `branches`, but needs only samples.")
     rows = len(case.prepared())
     require(
         rows == GROUPS,
@@ -116,7 +116,9 @@ def _branched(check: Callable[[ObjectiveCase], None]) -> Callable[[ObjectiveCase
 
     def on_branches(case: ObjectiveCase) -> None:
         if not case.config.branches:
-            raise NotApplicable("It does not declare `branches`, so recipes with rollout.kind: branch refuse it.")
+            raise NotApplicable(
+                "The objective does not declare `branches`, so recipes with rollout.kind: branch refuse it."
+            )
         check(replace(case, branched=True))
 
     return on_branches
@@ -166,15 +168,18 @@ def _regression_step(optimizer: torch.optim.Optimizer, module: torch.nn.Linear) 
 
 def _descends(case: OptimizerCase) -> None:
     optimizer, module, losses = case.trained(20)
-    require(isinstance(optimizer, torch.optim.Optimizer), "It does not build a torch.optim.Optimizer.")
+    require(isinstance(optimizer, torch.optim.Optimizer), "The factory does not build a torch.optim.Optimizer.")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [name for name, p in module.named_parameters() if id(p) not in held]
-    require(not missing, f"It omits parameters: {', '.join(missing)}.")
-    require(losses[-1] < losses[0], f"It does not descend: a regression went from {losses[0]:.4g} to {losses[-1]:.4g}.")
+    require(not missing, f"The optimizer omits parameters: {', '.join(missing)}.")
+    require(
+        losses[-1] < losses[0],
+        f"The optimizer does not descend: a regression went from {losses[0]:.4g} to {losses[-1]:.4g}.",
+    )
 
 
 def _rate(case: OptimizerCase) -> None:
-    require("lr" in type(case.component.config).model_fields, "It has no option `lr`, which `fmg train --lr` sets.")
+    require("lr" in type(case.component.config).model_fields, "There is no option `lr`, which `fmg train --lr` sets.")
 
 
 def _resumes(case: OptimizerCase) -> None:
@@ -187,7 +192,7 @@ def _resumes(case: OptimizerCase) -> None:
         _regression_step(other, twin)
     same = all(torch.equal(a, b) for a, b in zip(module.parameters(), twin.parameters(), strict=True))
     if not same:
-        raise Violation("After load_state_dict it continues differently, so a resumed run would differ.")
+        raise Violation("After load_state_dict the optimizer continues differently, so a resumed run would differ.")
 
 
 OPTIMIZER_RULES: tuple[Rule[OptimizerCase], ...] = (

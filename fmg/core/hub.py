@@ -276,7 +276,7 @@ def check_space(wanted: Sequence[Download]) -> None:
         if size > free:
             variable = "FMG_CACHE" if folder == cache_dir() else "HF_HOME"
             raise UsageError(
-                f"The files take about {size:.1f} GB, and {existing} has {free:.1f} GB free",
+                f"The files take about {size:.1f} GB, but {existing} has {free:.1f} GB free",
                 f"Free some space, or set {variable} to a folder on another disk.",
             )
 

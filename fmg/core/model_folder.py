@@ -204,7 +204,9 @@ def _check_value(file: Path, key: str, value: object) -> None:
         )
     elif _ATTENTION.fullmatch(key) and value is not None and value not in _OWN_ATTENTION:
         # another name is a repository, whose code transformers would fetch and run
-        raise CheckpointError(f"{file} has {value!r:.60} for {key}, which is code from elsewhere", "Remove the key.")
+        raise CheckpointError(
+            f"{file} sets {key} to {value!r:.60}, which would run code from elsewhere", "Remove the key."
+        )
     elif key == "quantization_config":
         raise CheckpointError(f"{file} says that the weights are quantised", "Give weights in fp32, bf16 or fp16.")
     for inner, entry in value.items() if isinstance(value, dict) else ():

@@ -22,7 +22,7 @@ from fmg.core.json_io import parse_object, sealed, unsealed
 FOLDER = "checkpoints"
 INDEX = "index.json"
 FIX = "Restore it from a copy, or train again."
-UNCHECKED = "was made by a version of fmg without digests, so that damaged files would go unnoticed"
+UNCHECKED = "was made by a version of fmg without digests, so damaged files would go unnoticed"
 _COVERED = ("recipe.yaml", "metrics.jsonl")
 # fields that the file has under an older name
 _NAMES = {"eligible": "sound"}

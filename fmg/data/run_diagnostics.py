@@ -165,7 +165,7 @@ def _numbers(log: Log) -> Iterator[Advice]:
         if broken:
             _, key, iteration = min(broken, key=lambda one: one[0])
             sign = f"{key} is not a finite number in iteration {iteration:.0f}"
-            text = "Lower it; in bf16 also try --dtype fp32. The best checkpoint was saved before that and can be used."
+            text = "Lower optimizer.lr; in bf16 also try --dtype fp32. The best checkpoint is older and usable."
             yield Advice("problem", sign, "optimizer.lr", text)
             return
 
@@ -174,7 +174,7 @@ def _still(log: Log) -> Iterator[Advice]:
     kl, limit = log.late(keys.APPROX_KL), LIMITS["kl still"]
     if kl is not None and kl < limit and not log.risen:
         sign = f"The policy hardly moves: KL per update {kl:.1e}, below {limit:.0e}"
-        text = "Raise it in steps of 3x until the KL is about 1e-4; more train.updates_per_iteration also help."
+        text = "Raise optimizer.lr in steps of 3x until the KL is about 1e-4, or raise train.updates_per_iteration."
         yield Advice("problem", sign, "optimizer.lr", text)
 
 
@@ -182,7 +182,9 @@ def _far(log: Log) -> Iterator[Advice]:
     kl, limit = log.late(keys.APPROX_KL), LIMITS["kl far"]
     if kl is not None and kl > limit:
         sign = f"Every update moves the policy too far: KL {kl:.1e}, above {limit:.0e}"
-        yield Advice("problem", sign, "optimizer.lr", "Lower it, or skip updates past a KL with objective.target_kl.")
+        yield Advice(
+            "problem", sign, "optimizer.lr", "Lower optimizer.lr, or skip updates past a KL with objective.target_kl."
+        )
 
 
 def _clip(log: Log) -> Iterator[Advice]:
@@ -191,11 +193,13 @@ def _clip(log: Log) -> Iterator[Advice]:
         return
     if clipped > LIMITS["clip bound"]:
         sign = f"Nearly everything is clipped: {clipped:.0%} of the rows, above {LIMITS['clip bound']:.0%}"
-        text = "Widen it 3x to 10x, or lower optimizer.lr: most of the rollout is not learned from."
+        text = "Widen objective.clip_range 3x to 10x, or lower optimizer.lr: most of the rollout teaches nothing."
         yield Advice("problem", sign, "objective.clip_range", text)
     elif clipped < LIMITS["clip idle"] and kl is not None and kl >= LIMITS["kl still"]:
         sign = f"Clipping hardly ever happens: {clipped:.1%} of the rows, below {LIMITS['clip idle']:.1%}"
-        yield Advice("note", sign, "objective.clip_range", "Narrow it if runs of other seeds diverge.")
+        yield Advice(
+            "note", sign, "objective.clip_range", "Narrow objective.clip_range if runs with other seeds diverge."
+        )
 
 
 def _equal_groups(log: Log) -> Iterator[Advice]:
@@ -212,9 +216,11 @@ def _equal_groups(log: Log) -> Iterator[Advice]:
             if differs:
                 text = "groups then go to the steps whose siblings' rewards differ."
             severity: Severity = "note" if log.risen else "problem"
-            yield Advice(severity, f"{sign} ({shares})", "rollout.branch.steps", f"Set it to adaptive: {text}")
+            yield Advice(
+                severity, f"{sign} ({shares})", "rollout.branch.steps", f"Set rollout.branch.steps to adaptive: {text}"
+            )
             return
-        text = "Raise it, or use a reward with more values (such as soft in place of strict), or easier prompts."
+        text = "Raise rollout.group_size, or use a reward with more values (soft, not strict) or easier prompts."
         if log.risen:
             text = "The task may be solved: use harder prompts, or stop."
         yield Advice("note" if log.risen else "problem", sign, "rollout.group_size", text)
@@ -224,7 +230,7 @@ def _agreement(log: Log) -> Iterator[Advice]:
     agreement, limit = log.late(keys.COMPLETION_AGREEMENT), LIMITS["agreement"]
     if log.jumps and agreement is not None and agreement < limit:
         sign = f"One jump ranks siblings differently from the full grid: correlation {agreement:.2f}, below {limit:g}"
-        text = "Set it to grid, so that the rewarded images are those that the sampler makes."
+        text = "Set rollout.branch.completion to grid, so that the rewarded images are those of the sampler."
         yield Advice("note" if log.risen else "problem", sign, "rollout.branch.completion", text)
 
 
@@ -244,7 +250,7 @@ def _ratio(log: Log) -> Iterator[Advice]:
     ratio, limit = log.late(keys.RATIO_MAX), LIMITS["ratio"]
     if ratio is not None and ratio > limit:
         sign = f"Some policy ratios explode: largest {ratio:.3g}, above {limit:g}"
-        text = "Lower it; if the steps differ a lot in noise, try --objective grpo-guard."
+        text = "Lower optimizer.lr; if the steps differ a lot in noise, try --objective grpo-guard."
         yield Advice("problem", sign, "optimizer.lr", text)
 
 
@@ -261,7 +267,7 @@ def _skipped(log: Log) -> Iterator[Advice]:
     skipped, limit = log.late(keys.SKIPPED_UPDATES), LIMITS["skipped"]
     if skipped is not None and skipped > limit:
         sign = f"Updates are skipped: {skipped:g} per iteration, above {limit:g}"
-        text = "Raise it or lower optimizer.lr. If it is not set, all groups had equal rewards."
+        text = "Raise objective.target_kl or lower optimizer.lr. If target_kl is not set, all groups had equal rewards."
         yield Advice("note", sign, "objective.target_kl", text)
 
 
@@ -271,7 +277,7 @@ def _decline(log: Log) -> Iterator[Advice]:
         # equal scores of all images have no error
         size = f"which is {-change[0] / change[1]:.1f} standard errors" if change[1] else "equally for every image"
         sign = f"The held-out score fell by {-change[0]:.3f}, {size}"
-        text = "Lower it, use larger rollout.groups, or add objective.kl_beta."
+        text = "Lower optimizer.lr, raise rollout.groups, or add objective.kl_beta."
         yield Advice("problem", sign, "optimizer.lr", text)
 
 
@@ -286,7 +292,8 @@ def _flat(log: Log) -> Iterator[Advice]:
             f" with a standard error of {change[1]:.3f}, although the policy has"
         )
         text = (
-            "Raise it: advantages from few images are noisy. Check train.shuffle_advantages and that the reward varies."
+            "Raise rollout.groups: advantages from few images are noisy. Check that the reward varies and that"
+            " train.shuffle_advantages is off."
         )
         yield Advice("problem", sign, "rollout.groups", text)
 
@@ -316,7 +323,7 @@ def _average(log: Log) -> Iterator[Advice]:
         last.get(keys.error_of(keys.SCORE), math.nan), last.get(keys.error_of(keys.EMA_SCORE), math.nan)
     ):
         sign = f"The moving average scores {behind:.3f} below the raw weights"
-        yield Advice("note", sign, "train.ema_decay", "Lower it: the run is too short for this average.")
+        yield Advice("note", sign, "train.ema_decay", "Lower train.ema_decay: the run is too short for this average.")
 
 
 RULES: tuple[Callable[[Log], Iterator[Advice]], ...] = (

@@ -109,7 +109,7 @@ def _load_dinov2(side: int, files: Files, device: torch.device, dtype: torch.dty
     config = load_pretrained(Dinov2Architecture.from_pretrained, folder.folder, "config")
     if side % config.patch_size:
         raise UsageError(
-            f"The side of dinov2 is {side}, and its patches have {config.patch_size} pixels",
+            f"The side of dinov2 is {side}, which is not a multiple of its patch size, {config.patch_size}",
             f"Set side to a multiple of {config.patch_size}.",
         )
     model = load_folder(Dinov2Model, folder.folder, "model", config, dtype).to(device)

@@ -97,7 +97,7 @@ def score(
     for name, reward in scorers.items():
         check_prompts(name, reward, texts)
     if reference == WORLD:
-        raise UsageError("The reference 'world' belongs to prompts of an embedded world", "Name a folder.")
+        raise UsageError("The reference 'world' needs prompts of an embedded world", "Name a folder.")
     real = [] if reference is None else reference_files(reference)
     references = {name: folder_reference(real, extractor, where) for name, extractor in features.items() if real}
     sets = {name: FeatureSet(extractor, prompt_clusters(texts)) for name, extractor in features.items()}

@@ -115,7 +115,7 @@ class ScoreCollector:
         if other is not None:
             reward, part = other
             raise RewardError(
-                f"The reward '{reward}' reports the part '{part}' for some batches of images and not for others",
+                f"The reward '{reward}' reports the part '{part}' for some batches of images but not for others",
                 "Return the same parts for every batch.",
             )
         for key, values in scores.items():

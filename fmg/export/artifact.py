@@ -281,7 +281,7 @@ def sampling_of(source: ExportSource, vae: Mapping[str, Any], resolutions: Seque
         if size < scale * PATCH or size % (scale * PATCH):
             raise UsageError(
                 f"The resolution {size} is not a multiple of {scale * PATCH}, the side of a token of '{source.name}'",
-                "Use resolutions that are.",
+                f"Use multiples of {scale * PATCH}.",
             )
     return Sampling(
         map=conventions.map,

@@ -114,7 +114,7 @@ def other_weight(graph: Path, names: Collection[str], read: Callable[[str], torc
             steps = stored.astype(np.float32) - np.float32(zero)
             same = stored.shape == exact.shape and bool((np.abs(steps * scale - exact) <= _HALF_STEP * scale).all())
         if not same:
-            return f"'{name}' is not the weight of the model and the run in 8 bits"
+            return f"'{name}' does not match the weight of the model and the run in 8 bits"
     return ""
 
 

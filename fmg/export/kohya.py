@@ -109,7 +109,7 @@ def kohya_tensors(delta: Delta, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
     if unnamed := sorted(set(delta.lora) - named):
         raise UsageError(
             f"The LoRA adapts {unnamed[0].removesuffix('.weight')}, which kohya's layout has no name for",
-            "Use the folder of the checkpoint in diffusers, or fmg export --diffusers.",
+            "Load the checkpoint in diffusers, or use fmg export --diffusers.",
         )
     tensors: dict[str, Tensor] = {}
     for name, parts in groups.items():

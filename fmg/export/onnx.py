@@ -106,7 +106,7 @@ def save_graph(graph: TracedGraph, file: Path, weights: str, places: Mapping[str
         stated = _axes(value)
         if stated != place.shape or value.dtype != ir.DataType[_ONNX_DTYPES[place.dtype]]:
             raise CheckpointError(
-                f"'{name}' is {place.dtype} {place.shape} in {weights} and {value.dtype} {stated} in the graph",
+                f"'{name}' is {place.dtype} {place.shape} in {weights}, but {value.dtype} {stated} in the graph",
                 "This is a bug in fmg; please report it.",
             )
         value.const_value = ir.ExternalTensor(

@@ -195,7 +195,7 @@ def _check_graphs(artifact: Artifact, found: Target) -> None:
     for name, (asked, there) in facts.items():
         if asked != there:
             raise UsageError(
-                f"'{found.label}' is sampled with {name} {asked}, and {artifact.folder} was exported for {there}",
+                f"'{found.label}' is sampled with {name} {asked}, but {artifact.folder} was exported for {there}",
                 "Export the run to an artifact of its own.",
             )
 
@@ -223,7 +223,7 @@ def _remembered(artifact: Artifact, delta: Delta | None, kept: TensorReader, dty
         return changed
     if lost := sorted(changed - frozenset(kept.names)):
         raise UsageError(
-            f"The adapter changes {lost[0]}, which {artifact.folder} has only rounded to {dtype}",
+            f"The adapter changes {lost[0]}, which {artifact.folder} stores only rounded to {dtype}",
             "Export the run to a new artifact instead.",
         )
     return frozenset(kept.names)

@@ -47,7 +47,7 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 QUICK_IMAGES, FULL_IMAGES = 16, 512
 IN_FP32 = (
     "computed in fp32 with the bf16 weights, because ONNX Runtime has no bf16 on a CPU;"
-    " the rounding of bf16 arithmetic was not run"
+    " the rounding of bf16 arithmetic was not tested"
 )
 """Note of the checks of a bf16 artifact that was widened to fp32 (`fmg.export.verify_graphs.widened`)."""
 
@@ -266,7 +266,7 @@ class _Comparison:
             return said
         inputs = next(iter(sample_inputs(self._artifact, graph, self._few_prompts, seed=self._seed)))
         first = first_divergence(self._model, ran, graph, inputs, allowed=found.allowed)
-        where = str(first) if first else "every module agrees in ONNX Runtime, so the backend computes something else"
+        where = str(first) if first else "every module agrees in ONNX Runtime, so the difference is in the backend"
         return f"{said}; {where}" if said else where
 
     def _images(self, candidate: Generator, transformer: str) -> Iterator[Check]:

@@ -104,7 +104,7 @@ def _other_tokenizer(artifact: Artifact, source: ExportSource, graph: str) -> st
         expected = graph_tokenizer(source, graph, Path(folder))
         text = (Path(folder) / expected.file).read_bytes()
     if facts != expected:
-        return f"the manifest says {facts}, and {source.folder} has {expected}"
+        return f"the manifest says {facts}, but {source.folder} has {expected}"
     ours = artifact.path(facts.file).read_bytes()
     return "" if ours == text or _same_json(ours, text) else f"{facts.file} is not the one of {source.folder}"
 

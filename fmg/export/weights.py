@@ -156,6 +156,6 @@ def check_space(
     free = shutil.disk_usage(there).free
     if free < needed + SLACK:
         raise UsageError(
-            f"{what} takes about {(needed + SLACK) / 1e9:.1f} GB, and {there} has {free / 1e9:.1f} GB free",
+            f"{what} takes about {(needed + SLACK) / 1e9:.1f} GB, but {there} has {free / 1e9:.1f} GB free",
             fix,
         )

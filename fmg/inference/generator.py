@@ -83,7 +83,7 @@ class Generated:
         if len(bad):
             first = int(bad[0])
             which = f"The image of '{self.prompts[first]:.60}' with seed {self.seeds[first]}"
-            others = f", as have {len(bad) - 1} more of {len(self)} images" if len(bad) > 1 else ""
+            others = f", as do {len(bad) - 1} more of {len(self)} images" if len(bad) > 1 else ""
             raise NotFiniteError(
                 f"{which} has values that are not finite{others}",
                 "The likely cause is the precision: use bf16 or fp32, whose range is larger than that of fp16."
@@ -176,7 +176,7 @@ class Generator:
         """The time grid that `generate` uses for these arguments."""
         if grid is None and steps is not None and not isinstance(self.grid, str) and steps != len(self.grid) - 1:
             raise UsageError(
-                f"The recipe's explicit grid has {len(self.grid) - 1} steps and {steps} were asked for",
+                f"The recipe's explicit grid has {len(self.grid) - 1} steps, but {steps} were requested",
                 "Name a grid with --grid, such as uniform.",
             )
         count = self.steps if steps is None else steps

@@ -209,7 +209,7 @@ def _mismatch(name: str, subject: Target | Artifact) -> tuple[str, str]:
     if isinstance(subject, Artifact):
         return f"The backend '{name}' does not run exported artifacts", f"Use one of: {fitting}."
     return (
-        f"The backend '{name}' runs exported artifacts, and '{subject.label}' is not one",
+        f"The backend '{name}' runs exported artifacts, but '{subject.label}' is not one",
         f"Export it first, or use one of: {fitting}.",
     )
 

@@ -172,7 +172,7 @@ class FlowMapLoraMixin(FluxLoraLoaderMixin):  # type: ignore[misc]
             own, theirs = getattr(self._conventions, key), getattr(manifest.map, key)
             if own != theirs:
                 raise CheckpointError(
-                    f"The adapter in {folder} was trained on a model whose {key} is {theirs!r}, and here it is {own!r}",
+                    f"The adapter in {folder} was trained on a model whose {key} is {theirs!r}, but here it is {own!r}",
                     f"Load it into the model it was trained on, '{manifest.base.name}'.",
                 )
         stored = {adapter.base_name(name): tuple(x.shape) for name, x in self.transformer.named_parameters()}
@@ -430,7 +430,7 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
             x = (unpack(latents, *shape[1:]) if latents.ndim == 3 else latents).to(device, torch.float32)
         if x.shape != (images, *shape):
             raise UsageError(
-                f"The latents have shape {tuple(x.shape)}, and {images} images need {(images, *shape)}",
+                f"The latents have shape {tuple(x.shape)}, but {images} images need {(images, *shape)}",
                 "Give noise of this shape, or leave it out.",
             )
         network = FluxNetwork(self.transformer, self.transformer.dtype, self._guidance_scale)

@@ -54,7 +54,7 @@ def device_for(name: str, model: str, spec: MapSpec) -> torch.device:
     device = pick_device(name)
     if name == "auto" and device.type == "cpu" and spec.gpu_memory_gb:
         raise UsageError(
-            f"The model '{model}' needs a GPU with about {spec.gpu_memory_gb:.0f} GB, and torch sees none here",
+            f"The model '{model}' needs a GPU with about {spec.gpu_memory_gb:.0f} GB, but torch sees none here",
             f"Use a machine with one (`fmg fetch {model}` downloads the weights there), or --device cpu, which takes"
             " minutes per image.",
         )

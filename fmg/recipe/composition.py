@@ -153,7 +153,7 @@ def _backend_problems(recipe: RecipeFields, device_type: str) -> Iterator[Proble
         return
     location, torch = ("rollout", "branch", "backend"), "set rollout.branch.backend to torch"
     if rollout.kind == "chain":
-        what = f"rollout.branch.backend={backend} runs the completions of branched rollouts, and a chain has none"
+        what = f"rollout.branch.backend={backend} runs the completions of branched rollouts, but a chain has none"
         yield Problem(location, what, f"Set rollout.kind to branch, or {torch}")
     if backend == "onnxruntime" and not recipe.model.config.exportable:
         what = f"'{recipe.model.name}' is not of the FLUX family, the only one with an exported graph"

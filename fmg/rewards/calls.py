@@ -222,7 +222,7 @@ def _describe(error: BaseException) -> str:
     if isinstance(error, ConnectionRefusedError):
         return "the connection was refused"
     if isinstance(error, ConnectionError | http.client.RemoteDisconnected | http.client.IncompleteRead):
-        return "the connection broke off"
+        return "the connection was lost"
     return one_line(error)
 
 

@@ -135,7 +135,7 @@ def load_clip(model: Located, tokenizer: Located, device: torch.device, dtype: t
     rows = clip.config.text_config.vocab_size
     if len(loaded) > rows:
         raise CheckpointError(
-            f"The tokenizer in {tokenizer.folder} has {len(loaded)} entries and the model has {rows}",
+            f"The tokenizer in {tokenizer.folder} has {len(loaded)} entries, but the model has {rows}",
             f"Set {tokenizer.asset.option} to the tokenizer that belongs to the model.",
         )
     return clip, loaded
@@ -399,7 +399,7 @@ def aesthetic(config: AestheticConfig) -> NetworkReward:
         model, vision = load_vision(files["model"], device, dtype)
         if len(head.weight) != vision.projection_dim:
             raise CheckpointError(
-                f"The aesthetic head takes {len(head.weight)} numbers and the model gives {vision.projection_dim}",
+                f"The aesthetic head takes {len(head.weight)} numbers, but the model gives {vision.projection_dim}",
                 "Set weights and head to files that belong together.",
             )
         encoder = ImageEncoder(model, vision, resize_and_crop)

@@ -89,7 +89,7 @@ class NetworkConfig(ComponentConfig, ABC):
         description="where the network runs: cpu, cuda or cuda:N; by default the device of the first images",
     )
     dtype: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="precision of the weights")
-    batch_size: int = Field(default=16, ge=1, description="images for one pass of the network")
+    batch_size: int = Field(default=16, ge=1, description="images per pass of the network")
 
     @abstractmethod
     def assets(self) -> tuple[Asset, ...]:
@@ -254,7 +254,7 @@ class Hpsv3Config(NetworkConfig):
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
         default="bf16", description="precision of the weights; the head stays in fp32"
     )
-    batch_size: int = Field(default=4, ge=1, description="images for one pass of the network")
+    batch_size: int = Field(default=4, ge=1, description="images per pass of the network")
     weights: str = Field(default=HPSV3, min_length=1, description="HPSv3.safetensors: local path or hub id@revision")
     base: str = Field(
         default=QWEN2_VL,
@@ -363,7 +363,7 @@ class GenEvalConfig(NetworkConfig):
         description="how far apart centres must be for a relation to count, as a share of the two sizes",
     )
     max_objects: int = Field(default=16, ge=1, description="maximum number of objects kept per class")
-    batch_size: int = Field(default=8, ge=1, description="images for one pass of the detector")
+    batch_size: int = Field(default=8, ge=1, description="images per pass of the detector")
 
     def assets(self) -> tuple[Asset, ...]:
         detector = (WEIGHT_FILES, "config.json", "preprocessor_config.json")
@@ -404,7 +404,7 @@ class OcrLogpConfig(ComponentConfig):
     model: str | None = Field(
         default=None, description="recogniser (.onnx with its alphabet inside); by default the one that rapidocr ships"
     )
-    batch_size: int = Field(default=32, ge=1, description="images for one pass of the network")
+    batch_size: int = Field(default=32, ge=1, description="images per pass of the network")
     threads: int = Field(default=1, ge=1, description="CPU threads of the network")
 
 
@@ -464,7 +464,7 @@ class RemoteConfig(CallConfig):
         description="images are sent as exact floats, or with 8 bits per channel, a quarter of the size (bytes; png is "
         "its former name)",
     )
-    batch_size: int = Field(default=16, ge=1, description="images a call")
+    batch_size: int = Field(default=16, ge=1, description="images per call")
     token_env: EnvironmentName = Field(
         default="FMG_REWARD_TOKEN", description="environment variable with the server's token, where it requires one"
     )

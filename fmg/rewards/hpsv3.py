@@ -242,7 +242,8 @@ def _load(files: Files, device: torch.device, dtype: torch.dtype) -> Score:
     tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
     if len(tokenizer) > config.text_config.vocab_size:
         raise CheckpointError(
-            f"The tokenizer in {base.folder} has {len(tokenizer)} entries and HPSv3 {config.text_config.vocab_size}",
+            f"The tokenizer in {base.folder} has {len(tokenizer)} entries, but HPSv3 has"
+            f" {config.text_config.vocab_size}",
             "Set base to the tokenizer of Qwen2-VL-7B-Instruct.",
         )
     head = _head({name.removeprefix("head."): x for name, x in tensors.items() if name.startswith("head.")}, device)
@@ -270,7 +271,7 @@ def _head(tensors: Tensors, device: torch.device) -> nn.Module:
     """Linear, ReLU, dropout, linear, ReLU, linear, in fp32."""
     wanted = {f"{layer}.{kind}" for layer in HEAD_LAYERS for kind in ("weight", "bias")}
     if wrong := wanted ^ set(tensors):
-        raise CheckpointError(f"The head lacks, or has no use for: {some(wrong)}", "Use HPSv3.safetensors.")
+        raise CheckpointError(f"The head has missing or unexpected tensors: {some(wrong)}", "Use HPSv3.safetensors.")
     first, second, third = (nn.Linear(*tensors[f"{layer}.weight"].T.shape) for layer in HEAD_LAYERS)
     head = nn.Sequential(first, nn.ReLU(), nn.Dropout(0.05), second, nn.ReLU(), third)
     head.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})

@@ -144,7 +144,8 @@ def _load(heads: int | None, files: Files, device: torch.device, dtype: torch.dt
     )
     if len(loaded) > text_config.vocab_size:
         raise CheckpointError(
-            f"The tokenizer in {tokenizer.folder} has {len(loaded)} entries and the model has {text_config.vocab_size}",
+            f"The tokenizer in {tokenizer.folder} has {len(loaded)} entries, but the model"
+            f" has {text_config.vocab_size}",
             "Set tokenizer to that of bert-base-uncased.",
         )
     affine = affine_head(head)

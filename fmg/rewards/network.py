@@ -225,7 +225,7 @@ def affine_head(tensors: Tensors) -> AffineHead:
     wanted = {f"layers.{layer}.{kind}" for layer in HEAD_LAYERS for kind in ("weight", "bias")}
     if wrong := wanted ^ set(tensors):
         raise CheckpointError(
-            f"The head lacks, or has no use for: {some(wrong)}",
+            f"The head has missing or unexpected tensors: {some(wrong)}",
             "Use the published file: five linear layers called layers.0, .2, .4, .6 and .7.",
         )
     weight = torch.eye(tensors["layers.0.weight"].shape[-1], dtype=torch.float64)

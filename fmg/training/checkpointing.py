@@ -433,7 +433,7 @@ def load_state(run: RunFolder, recipe: Recipe, *, accept_changed_prompts: bool =
     metrics_until(run, progress.lines)
     if saved.get("metrics") not in (None, _digest_of_lines(run, progress.lines)):
         raise CheckpointError(
-            f"'{run.metrics}' was changed in its first {progress.lines} lines, which the run resumes from",
+            f"The first {progress.lines} lines of '{run.metrics}', from which the run resumes, have changed",
             f"Restore the file, or start a new run with `{repeat_command(run.recipe, recipe)}`.",
         )
     if not (folder / SUMS).is_file() or any(entry.digest is None for entry in index.saved):
@@ -465,7 +465,7 @@ def metrics_until(run: RunFolder, lines: int) -> list[dict[str, float]]:
     kept = read_numbers(run.metrics)[:lines]
     if len(kept) < lines:
         raise CheckpointError(
-            f"'{run.metrics}' has {len(kept)} lines, and the saved state follows line {lines}", "Restore the file."
+            f"'{run.metrics}' has {len(kept)} lines, but the saved state follows line {lines}", "Restore the file."
         )
     return kept
 

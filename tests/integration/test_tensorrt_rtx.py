@@ -97,7 +97,7 @@ def test_an_engine_that_cannot_be_loaded_without_a_gpu_says_why(tiny: Artifact) 
     plan = next((tiny.folder / ENGINES).glob("transformer-*.plan"))
     with pytest.raises(CheckpointError, match=r"cannot load the engine .*cudaError 35"):
         Engine(load_module(RTX), plan, FakeCuda(), RunOptions())
-    with pytest.raises(UsageError, match=r"fits here: .* no GPU is here"):
+    with pytest.raises(UsageError, match=r"fits here: .* there is no GPU here"):
         load(tiny, backend="tensorrt-rtx")
     assert load(tiny).backend.name == "onnxruntime"
 

@@ -390,7 +390,7 @@ MISUSES = (
     Misuse("eval meanflow-shapes --report r.html", "exists already", text("r.html", "")),
     # the path of a model
     Misuse("eval meanflow-shapes --path-check ''", "--path-check is empty"),
-    Misuse("eval meanflow-shapes --path-check path", "does not end like a figure"),
+    Misuse("eval meanflow-shapes --path-check path", "does not end in a figure format"),
     Misuse("eval meanflow-shapes --path-check nowhere/p.png", "no folder 'nowhere'"),
     Misuse("eval meanflow-shapes --path-check p.png", "p.png exists already", text("p.png", "")),
     Misuse("eval meanflow-shapes --path-check p.png", "p.json exists already", text("p.json", "")),

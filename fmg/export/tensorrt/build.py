@@ -105,7 +105,7 @@ class EngineOptions:
         self._check_values()
         if flavour == TENSORRT and gpu is None:
             raise UsageError(
-                "TensorRT builds engines on a GPU, and torch sees none here",
+                "TensorRT builds engines on a GPU, but torch sees none here",
                 "Run this where the engine will run, or use --flavour rtx, which builds ahead of time without a GPU.",
             )
         if flavour != RTX:
@@ -117,12 +117,12 @@ class EngineOptions:
             )
         if self.hardware != "none":
             raise UsageError(
-                "TensorRT-RTX engines run on every GPU that it supports; it has no hardware compatibility level",
+                "TensorRT-RTX has no hardware compatibility levels: its engines run on every GPU that it supports",
                 "Leave --hardware out.",
             )
         if self.refittable and gpu is None:
             raise UsageError(
-                "TensorRT-RTX cannot build a refittable engine without a GPU: its compiler asks the driver",
+                "TensorRT-RTX cannot build a refittable engine without a GPU, because its compiler queries the driver",
                 "Leave --refittable out, or run this on a machine with a GPU.",
             )
 
@@ -247,7 +247,7 @@ def _check_axis(manifest: Manifest, axis: str, low: int, high: int, what: str) -
     if allowed is not None and not allowed.minimum <= low <= high <= allowed.maximum:
         asked = str(low) if low == high else f"{low} to {high}"
         raise UsageError(
-            f"{what} takes the axis '{axis}' to {asked}, and the artifact was exported for {allowed.minimum} to"
+            f"{what} takes the axis '{axis}' to {asked}, but the artifact was exported for {allowed.minimum} to"
             f" {allowed.maximum}",
             "Stay within that range, or export the artifact again with a wider range.",
         )

@@ -157,7 +157,7 @@ def build_engine(job: Job, graph: str, observer: Observer, memory_gib: float | N
 def _error(outcome: Built | Failed | None, code: int, graph: str, watch: _MemoryWatch, log: str) -> FmgError:
     if watch.exceeded:
         return FmgError(
-            f"The engine of {graph} was not built: the builder held more than {watch.limit / _GIB:.3g} GiB of memory",
+            f"The engine of {graph} was not built: the builder used more than {watch.limit / _GIB:.3g} GiB of memory",
             "Allow more with --build-memory, build fewer resolutions at once, or use a machine with more memory.",
         )
     if isinstance(outcome, Failed):
@@ -169,7 +169,7 @@ def _error(outcome: Built | Failed | None, code: int, graph: str, watch: _Memory
     how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     return FmgError(
         f"The engine of {graph} was not built: the builder {how}{f' ({log})' if log else ''}",
-        "The ONNX artifact is complete without it; report a crash of the builder to NVIDIA with the graph.",
+        "The ONNX artifact is complete without it; report a builder crash to NVIDIA and attach the graph.",
     )
 
 

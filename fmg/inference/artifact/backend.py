@@ -273,7 +273,7 @@ def checked_resolution(artifact: Artifact, resolution: int | None) -> int:
         sides = f"{smallest} pixels" if smallest == largest else f"{smallest} to {largest} pixels in steps of {token}"
         raise UsageError(
             f"The artifact generates images of {sides}, not {resolution}",
-            "Use such a resolution, or export with --resolutions for another.",
+            "Use one of these, or export with --resolutions for another.",
         )
     return resolution
 
@@ -288,7 +288,7 @@ def checked_batch(artifact: Artifact, batch_size: int | None, default: int) -> i
     if batch_size is not None and not batch.minimum <= batch_size <= batch.maximum:
         raise UsageError(
             f"The artifact takes {batch.minimum} to {batch.maximum} images per call, not {batch_size}",
-            "Use such a batch size, or export with --batch for another.",
+            "Use a batch size in this range, or export with --batch for another.",
         )
     return batch_size or max(batch.minimum, min(default, batch.maximum))
 
@@ -378,7 +378,7 @@ class PromptTokenizer:
         # the library does not cut special tokens, so rows would be longer than the graph takes, or hold no word
         if (special := self._whole.num_special_tokens_to_add(False)) >= facts.length:
             raise CheckpointError(
-                f"{file} adds {special} special tokens to a prompt, and the manifest allows {facts.length} in all",
+                f"{file} adds {special} special tokens to a prompt, but the manifest allows {facts.length} in all",
                 "Export the artifact again.",
             )
         self._cut.enable_truncation(facts.length)

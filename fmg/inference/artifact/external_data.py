@@ -50,7 +50,7 @@ def check_external(file: Path, weights: str) -> None:
     strays = {place for place in external_files(file) if place != weights}
     if strays:
         raise CheckpointError(
-            f"{file} has weights in {min(strays)!r}, and the manifest says {weights}", "Export the artifact again."
+            f"{file} has weights in {min(strays)!r}, but the manifest says {weights}", "Export the artifact again."
         )
 
 

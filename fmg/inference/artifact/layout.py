@@ -46,7 +46,7 @@ def artifact_of(named: str | PathLike[str]) -> Path:
         return folder
     if not is_artifact(folder / EXPORTED):
         run = shlex.quote(str(folder))
-        raise UsageError(f"The run '{folder}' has no artifact in it", f"Export it first: fmg export {run}")
+        raise UsageError(f"The run '{folder}' has no artifact", f"Export it first: fmg export {run}")
     return folder / EXPORTED
 
 
@@ -134,7 +134,7 @@ class Artifact:
             path = self.path(name)
             if (size := path.stat().st_size) != entry.size:
                 raise CheckpointError(
-                    f"{path} has {size} bytes, and the manifest says {entry.size}", "Copy or export the artifact again."
+                    f"{path} has {size} bytes, but the manifest says {entry.size}", "Copy or export the artifact again."
                 )
 
     def check_hashes(self, names: Iterable[str] | None = None, *, afresh: bool = False) -> None:
@@ -180,7 +180,7 @@ class Artifact:
         """
         current = _read_manifest(self.folder)
         if replace(current, checks=()) != replace(self.manifest, checks=()):
-            raise CheckpointError(f"{self.folder} changed while it was verified", "Run fmg verify again.")
+            raise CheckpointError(f"{self.folder} changed while it was being verified", "Run fmg verify again.")
         added = tuple(checks)
         names = {check.name for check in added}
         kept = tuple(check for check in current.checks if check.name not in names)
@@ -233,7 +233,7 @@ def check_not_interrupted(folder: str | Path) -> None:
     place = Path(folder)
     if not place.exists() and (left := leftovers(place, OLD)):
         raise CheckpointError(
-            f"{place} is not there: an interrupted swap left '{left[0].name}'",
+            f"{place} is missing: an interrupted swap left '{left[0].name}'",
             f"Rename it back to '{place.name}', or swap again.",
         )
 

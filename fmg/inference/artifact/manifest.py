@@ -76,7 +76,7 @@ class AxisRange:
 
     def __post_init__(self) -> None:
         if not 1 <= self.minimum <= self.optimum <= self.maximum:
-            raise ValueError(f"the range {self.minimum}:{self.optimum}:{self.maximum} does not rise from 1")
+            raise ValueError(f"the range {self.minimum}:{self.optimum}:{self.maximum} does not increase from 1 or more")
         _check_within("maximum", self.maximum, 1, _MAX_SIZE)
 
 
@@ -187,7 +187,7 @@ class Sampling:
 
     def _check_resolutions(self) -> None:
         if not self.resolutions or any(small >= large for small, large in pairwise(self.resolutions)):
-            raise ValueError(f"the resolutions {_listed(self.resolutions)} do not rise")
+            raise ValueError(f"the resolutions {_listed(self.resolutions)} do not increase")
         token = self.latent_scale * _PACKED
         for side in self.resolutions:
             _check_within("a resolution", side, token, MAX_SIDE)
@@ -322,7 +322,7 @@ def _check_within(name: str, value: float, least: float, most: float) -> None:
 def _check_times(times: tuple[float, ...]) -> None:
     falls = all(earlier > later for earlier, later in pairwise(times))
     if not 1 < len(times) <= MAX_STEPS + 1 or (times[0], times[-1]) != (1, 0) or not falls:
-        raise ValueError(f"the grid {_listed(times)} does not fall from 1 to 0")
+        raise ValueError(f"the grid {_listed(times)} does not decrease from 1 to 0")
 
 
 def _listed(values: tuple[float, ...]) -> str:

@@ -51,7 +51,7 @@ def from_json(text: str | bytes, origin: Path) -> Manifest:
         raise _unusable(origin, "it does not state its schema")
     if schema > SCHEMA:
         raise CheckpointError(
-            f"{origin} has schema {schema!s:.30}, and this fmg reads up to {SCHEMA}",
+            f"{origin} has schema {schema!s:.30}, but this version of fmg reads schemas up to {SCHEMA}",
             "Export the artifact again with this one, or upgrade fmg.",
         )
     try:

@@ -127,7 +127,7 @@ def open_device(name: str) -> Device:
     """
     device = pick_device(name)
     if device.type != "cuda":
-        raise UsageError("TensorRT engines run on a GPU, and torch sees none here", "Use --backend onnxruntime.")
+        raise UsageError("TensorRT engines run on a GPU, but torch sees none here", "Use --backend onnxruntime.")
     return CudaDevice(torch.device("cuda", device.index or 0))
 
 

@@ -144,11 +144,11 @@ class EngineRecord:
         if made.flavour != host.flavour.name:
             return f"was built with {made.flavour}"
         if made.version != host.version and not made.options.get("version_compatible"):
-            return f"was built with version {made.version}, and {host.version} is here"
+            return f"was built with version {made.version}, but {host.version} is installed"
         if host.gpu is None:
-            return "cannot run: no GPU is here"
+            return "cannot run: there is no GPU here"
         if not _same_hardware(made, host.gpu):
-            return f"was built for {made.gpu} ({made.capability}), and {host.gpu.name} is here"
+            return f"was built for {made.gpu} ({made.capability}), but this machine has {host.gpu.name}"
         return ""
 
 

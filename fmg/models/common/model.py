@@ -320,7 +320,7 @@ class AdaptedModel(ABC, Generic[C]):
         unfrozen = self._trainable_base
         if self._scopes.layers or (unfrozen is not None and not unfrozen.whole):
             raise CheckpointError(
-                f"{folder} contains a whole transformer, and this model has an adapter",
+                f"{folder} contains a whole transformer, but this model has an adapter",
                 "Load it into a model without one.",
             )
         saved_weights.load_transformer_weights(self._components.transformer, folder)
@@ -408,7 +408,7 @@ class AdaptedModel(ABC, Generic[C]):
             )
         if attached != saved:
             raise CheckpointError(
-                f"The adapter in {folder} has rank {saved[0]}, alpha {saved[1]:g} on {', '.join(sorted(saved[2]))}, and"
+                f"The adapter in {folder} has rank {saved[0]}, alpha {saved[1]:g} on {', '.join(sorted(saved[2]))}, but"
                 f" the attached one has rank {attached[0]}, alpha {attached[1]:g} on {', '.join(sorted(attached[2]))}",
                 "Attach an adapter with the saved values, or load into a model without one.",
             )

@@ -216,6 +216,6 @@ def check_guidance(folder: Path, conventions: FlowMapConventions, *, embeds: boo
     if embeds != (conventions.guidance is not None):
         wanted = "needs a guidance scale" if embeds else "takes no guidance scale"
         raise CheckpointError(
-            f"The transformer {wanted}, and {CONVENTIONS_FILE} has guidance {conventions.guidance}",
+            f"The transformer {wanted}, but {CONVENTIONS_FILE} has guidance {conventions.guidance}",
             f"Set `guidance` in {folder / CONVENTIONS_FILE} accordingly.",
         )

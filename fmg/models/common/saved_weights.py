@@ -328,7 +328,7 @@ def load_transformer_weights(transformer: nn.Module, folder: Path) -> None:
         for chunk in weight_windows(weights):
             for name, tensor in chunk.items():
                 if not bool(torch.isfinite(tensor).all()):
-                    raise CheckpointError(f"{weights.origin} holds {name}, which is not finite", "Use another one.")
+                    raise CheckpointError(f"{name} in {weights.origin} is not finite", "Use another checkpoint.")
         with torch.no_grad():
             for chunk in weight_windows(weights):
                 for name, tensor in chunk.items():

@@ -29,7 +29,7 @@ def shard_frozen(network: nn.Module) -> None:
     trained = {p for p in parameters if p.requires_grad}
     if len(trained) == len(parameters):
         raise CompositionError(
-            "FSDP2 spreads the frozen base over the processes, and every weight of this run is trained",
+            "FSDP2 shards the frozen base over the processes, but this run trains every weight",
             "Train an adapter, or use train.parallel=ddp.",
         )
     mesh = init_device_mesh(parameters[0].device.type, (dist.get_world_size(),))

@@ -167,7 +167,7 @@ def check_dtype(name: str, stored: str, file: Path, known: Collection[str]) -> N
     """
     if stored not in known:
         raise CheckpointError(
-            f"'{name}' in {file} is stored as {stored}, and weights can be read only from {', '.join(FLOATS)}",
+            f"'{name}' in {file} is stored as {stored}, but weights can be read only from {', '.join(FLOATS)}",
             "Give weights that are not quantized, such as the bf16 ones they were made from.",
         )
 

@@ -317,7 +317,7 @@ def _config(folder: Path) -> dict[str, Any]:
     if axes is None or len(axes) != _AXES or sum(axes) != head or any(axis % 2 for axis in axes):
         stated = "says" if "axes_dims_rope" in config else "leaves out the key, which means"
         raise CheckpointError(
-            f"{folder / 'config.json'} {stated} axes_dims_rope {axes}, and attention_head_dim is {head}",
+            f"{folder / 'config.json'} {stated} axes_dims_rope {axes}, but attention_head_dim is {head}",
             "Give three even numbers that add up to attention_head_dim, as the weights were trained with.",
         )
     return config
@@ -335,7 +335,7 @@ def _check_conventions(folder: Path, config: Mapping[str, Any], conventions: Flo
     for key, value in stated.items():
         if config.get(key, value) != value:
             raise CheckpointError(
-                f"{folder / 'config.json'} says {key} {config[key]!r} and {CONVENTIONS_FILE} says {value!r}",
+                f"{folder / 'config.json'} says {key} {config[key]!r}, but {CONVENTIONS_FILE} says {value!r}",
                 "Correct the wrong one, or the model generates noise.",
             )
 

@@ -187,7 +187,7 @@ def _latent_shape(components: FluxComponents) -> tuple[int, int, int]:
     if resolution % (scale * PATCH):
         raise CheckpointError(
             f"The resolution {resolution} is not a multiple of {scale * PATCH}, the side of a token in pixels",
-            "Use a resolution that is.",
+            f"Use a multiple of {scale * PATCH}.",
         )
     return components.vae.config.latent_channels, resolution // scale, resolution // scale
 

@@ -85,14 +85,14 @@ def check_transformer(transformer: Any, conventions: FlowMapConventions) -> None
     inner = getattr(transformer, "_orig_mod", transformer)
     if not isinstance(inner, FlowMapFluxTransformer2DModel):
         raise UsageError(
-            f"The transformer is a {type(inner).__name__}, which takes no times of a flow map",
+            f"The transformer is a {type(inner).__name__}, which does not take the times of a flow map",
             "Load it with FlowMapFluxTransformer2DModel, or the folder with FlowMapPipeline.from_pretrained.",
         )
     for key in ("time_scale", "second_time"):
         stated = getattr(conventions, key)
         if inner.config[key] != stated:
             raise CheckpointError(
-                f"The transformer has {key} {inner.config[key]!r}, and the conventions say {stated!r}",
+                f"The transformer has {key} {inner.config[key]!r}, but the conventions say {stated!r}",
                 "Correct the wrong one, or the model generates noise.",
             )
     check_guidance(

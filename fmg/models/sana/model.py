@@ -136,6 +136,6 @@ def _latent_shape(components: SanaComponents) -> tuple[int, int, int]:
     if resolution % token:
         raise CheckpointError(
             f"The resolution {resolution} is not a multiple of {token}, the side of a token in pixels",
-            "Use a resolution that is.",
+            f"Use a multiple of {token}.",
         )
     return components.vae.config.latent_channels, resolution // scale, resolution // scale

@@ -205,7 +205,7 @@ async def _read_body(request: Request, limit: int) -> bytes:
             if len(body) > limit:
                 raise too_large
     except ClientDisconnect:
-        raise _RefusedError(400, "The body broke off", "Send the whole body.") from None
+        raise _RefusedError(400, "The body ended early", "Send the whole body.") from None
     return bytes(body)
 
 

@@ -84,7 +84,7 @@ class ShapesQuality:
 def _pixels(name: str, images: Float[Tensor, "b 3 h w"]) -> NDArray[np.float32]:
     if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
         raise RefusedImageError(
-            f"The reward '{name}' needs images of {IMAGE_SIZE} x {IMAGE_SIZE} pixels and got {tuple(images.shape)}",
+            f"The reward '{name}' needs images of {IMAGE_SIZE} x {IMAGE_SIZE} pixels, but got {tuple(images.shape)}",
             "Use it with the models of the shapes world.",
         )
     check_finite(name, images)

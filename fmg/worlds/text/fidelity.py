@@ -91,7 +91,7 @@ class TextFidelity:
         """
         if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
             raise RewardError(
-                f"The reward 'text-fidelity' needs images of {IMAGE_SIZE} x {IMAGE_SIZE} pixels and got "
+                f"The reward 'text-fidelity' needs images of {IMAGE_SIZE} x {IMAGE_SIZE} pixels, but got "
                 f"{tuple(images.shape)}",
                 "Use it with the models of the text world.",
             )

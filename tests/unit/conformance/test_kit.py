@@ -119,7 +119,7 @@ def logarithm(images: Tensor) -> Tensor:
         (slightly_noisy, "deterministic", "scores the same images again"),
         (noisy, "deterministic", "scores the same images again"),
         (sorted_scores, "follows the order of images", "a different order"),
-        (darkening, "leaves its inputs alone", "changes the images"),
+        (darkening, "leaves its inputs alone", "modifies the images"),
         (hiding, "hides no broken image", "finite score"),
         (one_number, "one finite score per image", "shaped ()"),
         (logarithm, "scores black and white", "black image"),

@@ -135,7 +135,7 @@ def test_half_precision_keeps_what_it_cannot_tell(
 
     # of the other modules only bf16 is left, which is not what they were
     wider = make_run(tmp_path / "wider", recipe.with_({"lora.targets": "attention-mlp"}), seed=5)
-    with unchanged(artifact.folder), pytest.raises(UsageError, match=r"has only rounded to torch\.bfloat16"):
+    with unchanged(artifact.folder), pytest.raises(UsageError, match=r"stores only rounded to torch\.bfloat16"):
         swap_weights(artifact.folder, wider)
 
 

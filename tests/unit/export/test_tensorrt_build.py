@@ -171,7 +171,7 @@ def test_a_builder_that_takes_too_much_memory_is_stopped(
     tmp_path: Path, trt: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_TENSORRT_BUILD", "hoard")
-    with pytest.raises(FmgError, match=r"held more than 0\.2 GiB of memory"):
+    with pytest.raises(FmgError, match=r"used more than 0\.2 GiB of memory"):
         worker.build_engine(small_job(tmp_path), "g", ignore, memory_gib=0.2)
 
 

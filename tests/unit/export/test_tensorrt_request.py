@@ -55,9 +55,9 @@ def test_the_decoder_takes_fewer_rows_at_high_resolution(manifest: Manifest) -> 
     [
         ((10,), None, "10 is not a multiple of 4"),
         ((0,), None, "0 is not a multiple of 4"),
-        ((32,), None, "'image' to 64, and the artifact was exported for 4 to 16"),
+        ((32,), None, "'image' to 64, but the artifact was exported for 4 to 16"),
         ((4,), None, "'image' to 1"),
-        (None, AxisRange(1, 2, 5), "'batch' to 1 to 5, and the artifact was exported for 1 to 4"),
+        (None, AxisRange(1, 2, 5), "'batch' to 1 to 5, but the artifact was exported for 1 to 4"),
     ],
 )
 def test_what_the_artifact_was_not_exported_for_is_refused(

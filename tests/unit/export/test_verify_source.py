@@ -120,7 +120,7 @@ def test_what_was_exported_is_what_it_was_made_from(shapes_artifact: Artifact, s
                 np.int8,
             ),
             "weights/transformer_int8",
-            r"to_q\.weight\.transposed_quantized' is not the weight",
+            r"to_q\.weight\.transposed_quantized' does not match the weight",
         ),
     ],
 )

@@ -147,7 +147,7 @@ def move(raw: dict[str, Any], old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda raw: raw.update(schema=2), "has schema 2, and this fmg reads up to 1"),
+        (lambda raw: raw.update(schema=2), "has schema 2, but this version of fmg reads schemas up to 1"),
         (lambda raw: raw.pop("schema"), "it does not state its schema"),
         (lambda raw: raw.update(schema=True), "it does not state its schema"),
         (lambda raw: raw.pop("opset"), "opset is missing"),
@@ -194,15 +194,15 @@ def move(raw: dict[str, Any], old: str, new: str) -> None:
         (lambda raw: raw["files"].update({"f" * 240 + str(i): {} for i in range(10**4)}), "more than 2,097,152 bytes"),
         (sampling(resolution=0), r"the resolution 0 is not one of \[32, 48\]"),
         (sampling(resolution=2**40), "the resolution 1099511627776 is not one of"),
-        (sampling(resolutions=[]), r"the resolutions \[\] do not rise"),
-        (sampling(resolutions=[48, 32]), "do not rise"),
+        (sampling(resolutions=[]), r"the resolutions \[\] do not increase"),
+        (sampling(resolutions=[48, 32]), "do not increase"),
         (sampling(resolutions=[32, 36]), "36 is not a multiple of 8"),
         (sampling(resolutions=[0, 32]), "a resolution is 0"),
         (sampling(resolutions=[32, 2**40]), "a resolution is 1099511627776"),
         (sampling(steps=10**9), "steps is 1000000000"),
-        (sampling(grid=[]), r"the grid \[\] does not fall from 1 to 0"),
-        (sampling(grid=[1.0, 0.5]), "does not fall from 1 to 0"),
-        (sampling(grid=[1.0, 1.0, 0.0]), "does not fall from 1 to 0"),
+        (sampling(grid=[]), r"the grid \[\] does not decrease from 1 to 0"),
+        (sampling(grid=[1.0, 0.5]), "does not decrease from 1 to 0"),
+        (sampling(grid=[1.0, 1.0, 0.0]), "does not decrease from 1 to 0"),
         (sampling(map="single-time"), "a single-time map cannot have second_time 'duration'"),
         (
             sampling(map="single-time", second_time="none"),
@@ -243,7 +243,7 @@ def test_changed_files_are_found(folder: Path) -> None:
         open_artifact(folder)
     assert open_artifact(folder, hashes=False).manifest.model.name == "meanflow-shapes"
     weights.write_bytes(content[:-4])
-    with pytest.raises(CheckpointError, match=r"has \d+ bytes, and the manifest says"):
+    with pytest.raises(CheckpointError, match=r"has \d+ bytes, but the manifest says"):
         open_artifact(folder, hashes=False)
     weights.unlink()
     with pytest.raises(CheckpointError, match=r"transformer\.safetensors is missing"):
@@ -306,7 +306,7 @@ def test_proofs_are_not_written_over_an_artifact_that_changed_meanwhile(folder: 
     swapped = replace(verified.manifest, opset=21)
     write_manifest(folder, swapped)
     proof = Check("a", True, {"gap": 0.1}, "", "0")
-    with pytest.raises(CheckpointError, match="changed while it was verified"):
+    with pytest.raises(CheckpointError, match="changed while it was being verified"):
         verified.with_checks([proof])
     assert open_artifact(folder).manifest == swapped
 

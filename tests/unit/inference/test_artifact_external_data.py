@@ -59,7 +59,7 @@ def test_the_weights_of_every_graph_are_in_its_own_file(clean: Path) -> None:
 @pytest.mark.parametrize("to", [STRAY, f"engines/{STRAY}"])
 def test_weights_outside_the_manifest_are_not_loaded(folder: Path, to: str) -> None:
     redirected(folder, to)
-    with pytest.raises(CheckpointError, match=rf"transformer\.onnx has weights in '{to}', and the manifest says"):
+    with pytest.raises(CheckpointError, match=rf"transformer\.onnx has weights in '{to}', but the manifest says"):
         load(folder, backend="onnxruntime", device="cpu").generate(["a red circle"], [0])
 
 

@@ -31,7 +31,7 @@ def file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("length", [1, 2])
 def test_a_length_without_room_for_a_word_is_refused(length: int, file: Path) -> None:
     with pytest.raises(
-        CheckpointError, match=f"adds 2 special tokens to a prompt, and the manifest allows {length} in all"
+        CheckpointError, match=f"adds 2 special tokens to a prompt, but the manifest allows {length} in all"
     ):
         PromptTokenizer(file, TokenizerFacts("tokenizer.json", length, 0, "<pad>"))
 

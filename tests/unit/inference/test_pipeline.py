@@ -144,7 +144,7 @@ def test_an_adapter_that_lost_a_file_or_belongs_to_another_map_is_refused(tmp_pa
     folder, other = build_tiny_flux(tmp_path / "two-time"), build_tiny_flux(tmp_path / "one", second_time="none")
     checkpoint = chosen_checkpoint(make_run(tmp_path / "run", _recipe(folder), seed=4, trained="duration"))
     assert checkpoint is not None
-    with pytest.raises(CheckpointError, match="map is 'two-time', and here it is 'single-time'"):
+    with pytest.raises(CheckpointError, match="map is 'two-time', but here it is 'single-time'"):
         FlowMapPipeline.from_pretrained(other).load_lora_weights(checkpoint)
     (checkpoint / "fmg_extra.safetensors").unlink()
     pipe = FlowMapPipeline.from_pretrained(folder)
@@ -305,7 +305,7 @@ def test_a_folder_of_before_is_read_rightly_or_refused(kind: str, tmp_path: Path
     assert _same(_drawn(FlowMapPipeline.from_pretrained(folder)), _generated(Target("base", _recipe(folder), None)))
     # diffusers loads the stock transformer of such a folder, which this class does not take
     parts = FluxPipeline.from_pretrained(str(folder)).components
-    with pytest.raises(UsageError, match="takes no times of a flow map"):
+    with pytest.raises(UsageError, match="does not take the times of a flow map"):
         FlowMapPipeline(
             **{name: parts[name] for name in ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")},
             transformer=parts["transformer"],
@@ -325,7 +325,7 @@ def test_what_contradicts_itself_is_refused(exported: Path, tmp_path: Path) -> N
     index = json.loads((changed / "model_index.json").read_text())
     index["conventions"] |= {"time_scale": 1.0}
     (changed / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"time_scale 1000\.0, and the conventions say 1\.0"):
+    with pytest.raises(CheckpointError, match=r"time_scale 1000\.0, but the conventions say 1\.0"):
         DiffusionPipeline.from_pretrained(str(changed), **TRUSTED)
     del index["conventions"]
     (changed / "model_index.json").write_text(json.dumps(index))

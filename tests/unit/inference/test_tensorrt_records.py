@@ -151,7 +151,7 @@ def _compatible(**options: object) -> EngineRecord:
         (record(), "11.4.0.106", H100, ""),
         (record(), "11.5.0.1", H100, "was built with version 11.4.0.106"),
         (_compatible(version_compatible=True), "11.5.0.1", H100, ""),
-        (record(), "11.4.0.106", None, "cannot run: no GPU is here"),
+        (record(), "11.4.0.106", None, "cannot run: there is no GPU here"),
         (record(), "11.4.0.106", replace(H100, driver="600"), ""),
         (record(), "11.4.0.106", replace(H100, name="NVIDIA H200"), "was built for NVIDIA H100"),
         (_compatible(hardware="same-capability"), "11.4.0.106", replace(H100, name="NVIDIA H200"), ""),

@@ -78,7 +78,7 @@ def test_a_vocabulary_that_is_too_small(tmp_path: Path, monkeypatch: pytest.Monk
     config = json.loads((tiny.folder / "med_config.json").read_text())
     (tiny.folder / "med_config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] - 1}))
     options = {"weights": str(tiny.folder), "tokenizer": str(tiny.folder / "tokenizer"), "vision_heads": 2}
-    with pytest.raises(CheckpointError, match="entries and the model has"):
+    with pytest.raises(CheckpointError, match="entries, but the model has"):
         rewards.build("imagereward", options)(torch.zeros(1, 3, 32, 32), ["x"])
     del config["num_attention_heads"]
     (tiny.folder / "med_config.json").write_text(json.dumps(config))

@@ -180,5 +180,5 @@ def test_heads_and_models_that_do_not_belong_together(tmp_path: Path) -> None:
     folder = write_clip_folder(tmp_path / "clip")
     torch.save(random_tensors(head_shapes(7)), tmp_path / "head.pth")
     reward = rewards.build("aesthetic", {"weights": str(folder), "head": str(tmp_path / "head.pth")})
-    with pytest.raises(CheckpointError, match="takes 7 numbers and the model gives 24"):
+    with pytest.raises(CheckpointError, match="takes 7 numbers, but the model gives 24"):
         reward(torch.zeros(1, 3, 32, 32), ["x"])

@@ -273,7 +273,7 @@ def _files(run: RunFolder) -> dict[str, bytes]:
     [
         ("checkpoints/index.json", "{", r"index\.json' is damaged"),
         ("checkpoints/index.json", None, "has no checkpoint index"),
-        ("metrics.jsonl", '{"iteration": 0}\n', "has 1 lines, and the saved state follows line 2"),
+        ("metrics.jsonl", '{"iteration": 0}\n', "has 1 lines, but the saved state follows line 2"),
         ("metrics.jsonl", '{"iteration": 0}\n[]\n', "the line is damaged"),
         ("checkpoints/checkpoint-0/SHA256SUMS", None, "SHA256SUMS' is missing"),
     ],
@@ -311,7 +311,7 @@ def test_other_tensors_than_the_run_trains_are_refused(run: RunFolder) -> None:
 
 def test_changed_metrics_are_not_resumed_from(run: RunFolder) -> None:
     run.metrics.write_text(run.metrics.read_text().replace('"iteration": 1', '"iteration": 7'))
-    with pytest.raises(CheckpointError, match="was changed in its first 2 lines"):
+    with pytest.raises(CheckpointError, match=r"The first 2 lines of .* have changed"):
         load_state(run, RECIPE)
 
 
