@@ -1,4 +1,4 @@
-"""Everything `fmg train`, `fmg eval` and `fmg generate` do, as Python calls, on the embedded model.
+"""`fmg train`, `fmg eval` and `fmg generate` as Python calls, on the embedded model.
 
 Run it with `python examples/train_in_python.py [ITERATIONS]`; 60 iterations take a few minutes on two cores.
 """

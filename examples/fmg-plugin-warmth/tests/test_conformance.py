@@ -1,4 +1,4 @@
-"""Both components keep the contract of their kind."""
+"""Both components conform to the rules of their kind."""
 
 from __future__ import annotations
 
