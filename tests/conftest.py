@@ -1,4 +1,4 @@
-"""Fixtures that several packages of tests share."""
+"""Fixtures shared by several test packages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fmg.inference.artifact import Artifact
 
 
 def pytest_configure() -> None:
-    """Hears Ctrl-C although a job in the background ignores it: tests send it to themselves and to their children."""
+    """Handles Ctrl-C even in a background job, which ignores it: tests send it to themselves and their children."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -26,7 +26,7 @@ def shapes_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def other_shapes_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another run of the same model, with another adapter on other modules, other steps and another reward."""
+    """A second run of the same model, with a different adapter, target modules, steps and reward."""
     from tests.support.artifact import make_run, shapes_recipe
 
     recipe = shapes_recipe(
@@ -37,7 +37,7 @@ def other_shapes_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shapes_artifact(shapes_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """The artifact of `shapes_run`, fp32, with 8-bit weights beside. Do not change it: copy it."""
+    """The fp32 artifact of `shapes_run`, with 8-bit weights as well. Do not change it: copy it."""
     from fmg.export.artifact import ExportOptions
     from tests.support.artifact import exported
 
@@ -47,7 +47,7 @@ def shapes_artifact(shapes_run: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="session")
 def student_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a tiny single-time FLUX student with embedded guidance; its cache is its own."""
+    """A run of a tiny single-time FLUX student with embedded guidance, with a cache of its own."""
     from tests.support.artifact import make_run, student_recipe
 
     folder = tmp_path_factory.mktemp("student")

@@ -1,4 +1,4 @@
-"""What a CUDA device changes: pictures, training, resuming, timings and the words when its memory runs out."""
+"""What depends on a CUDA device: images, training, resuming, timings and the error when memory runs out."""
 
 from __future__ import annotations
 

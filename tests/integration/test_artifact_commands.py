@@ -1,4 +1,4 @@
-"""An exported artifact at work: drawn and checked where there is no torch, proven and refused on the command line."""
+"""An exported artifact in use: generation and checks without torch, verification and refusals on the command line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ assert not foreign, foreign
 
 @pytest.fixture(scope="module")
 def torch_images(shapes_run: Path) -> NDArray[np.float32]:
-    """What torch draws of the prompts, each with its place in the list as its seed."""
+    """The images that torch generates, with the position of each prompt in the list as its seed."""
     with load(shapes_run, device="cpu") as generator:
         return generator.generate(PROMPTS, range(len(PROMPTS))).image_array
 

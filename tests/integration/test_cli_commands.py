@@ -1,4 +1,4 @@
-"""The commands on the embedded model, in the order in which a user meets them."""
+"""The commands on the embedded model, in the order in which a user runs them."""
 
 from __future__ import annotations
 

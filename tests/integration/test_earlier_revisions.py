@@ -1,6 +1,6 @@
-"""What earlier revisions wrote is still read: `tests/fixtures/VERSION/` holds runs that were cut, and an artifact.
+"""Files of earlier revisions can still be read: `tests/fixtures/VERSION/` holds interrupted runs and an artifact.
 
-Runs were cut after two of three iterations; beside each is the log of the run that nobody cut.
+Runs were interrupted after two of three iterations; beside each is the log of the uninterrupted run.
 """
 
 from __future__ import annotations

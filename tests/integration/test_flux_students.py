@@ -1,4 +1,4 @@
-"""The whole way of a published student: load, evaluate, train, save, and the same picture from stock diffusers."""
+"""A published student from end to end: load, evaluate, train, save, and the same image from stock diffusers."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _stock_picture(parts: FluxComponents, adapter: Path, noise: Tensor, *, two_t
 def test_a_shipped_reward_recipe_trains_on_tiny_folders_of_student_and_reward(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`configs/meanflow-flux-hpsv2.yaml` as a user runs it, with nothing but paths and sizes replaced."""
+    """`configs/meanflow-flux-hpsv2.yaml` as a user runs it, with only paths and sizes replaced."""
     monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     weights, tokenizer = write_open_clip(tmp_path / "hpsv2").file, write_clip_tokenizer(tmp_path / "tokenizer")

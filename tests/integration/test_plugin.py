@@ -1,4 +1,4 @@
-"""The worked third-party package: installed by pip, found by its entry point, and used through the command line."""
+"""The example of a third-party package: installed by pip, found by its entry point, and used from the command line."""
 
 from __future__ import annotations
 

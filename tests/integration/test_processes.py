@@ -1,4 +1,4 @@
-"""Two processes train what one trains (DDP and FSDP2, gloo on the CPU), and none outlives another."""
+"""Two processes train like one (DDP and FSDP2, gloo on the CPU), and neither outlives the other."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ VARIANT = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process trains as NAME, and two as NAME-ENGINE, all of it in one launch."""
+    """Runs of one process as NAME and of two as NAME-ENGINE, all from one launch."""
     root = tmp_path_factory.mktemp("processes")
     flux = {
         **UNEVEN,

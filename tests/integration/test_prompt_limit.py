@@ -1,4 +1,4 @@
-"""Prompts over the token limit: every command cuts them as diffusers does, and says so once."""
+"""Prompts over the token limit: every command truncates them as diffusers does, with one warning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person types at a prompt: names and functions in, results that print, save and load."""
+"""Interactive use of the Python API: it takes names and functions, and its results print, save and load."""
 
 from __future__ import annotations
 

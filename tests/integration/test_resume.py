@@ -1,4 +1,4 @@
-"""A run that was cut and resumed is the run that was never cut, bit for bit; everything else is one clear line."""
+"""A resumed run equals the uninterrupted one, bit for bit; whatever cannot be resumed ends with one clear line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole way of SANA-Sprint: load, evaluate, train, save, and the same picture from the stock pipeline."""
+"""SANA-Sprint from end to end: load, evaluate, train, save, and the same image from the stock pipeline."""
 
 from __future__ import annotations
 

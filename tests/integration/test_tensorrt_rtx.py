@@ -1,4 +1,4 @@
-"""TensorRT-RTX builds real engines on a CPU: `make rtx`. What it refuses there is what fmg refuses before."""
+"""TensorRT-RTX builds real engines on a CPU (`make rtx`), and refuses the requests that fmg refuses in advance."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_an_engine_that_cannot_be_loaded_without_a_gpu_says_why(tiny: Artifact) 
 
 
 def test_fp32_attention_of_opset_23_ends_the_builder(tmp_path: Path) -> None:
-    """By an error or a crash, depending on the graph: hence the refusal before, and the process of its own."""
+    """It ends in an error or a crash, depending on the graph: hence the refusal in advance and the separate process."""
     node = helper.make_node("Attention", ["x"] * 3, ["y"], name="n", q_num_heads=2, kv_num_heads=2)
     job = job_of(tmp_path, [node], precision=TensorProto.FLOAT, opset=23, axes=("batch", 16, 64))
     with pytest.raises(FmgError, match="engine of g was not built"):
@@ -147,7 +147,7 @@ def test_the_parser_names_the_node_that_it_does_not_know(tmp_path: Path) -> None
 
 
 def test_the_stand_in_has_no_name_that_the_real_api_lacks() -> None:
-    """TensorRT-RTX is the flavour at hand; its Python API is that of TensorRT 11."""
+    """TensorRT-RTX is the installed flavour; its Python API is that of TensorRT 11."""
     real = importlib.import_module("tensorrt_rtx")
     with stand_in() as trt:
         fake = as_rtx(trt)

@@ -1,4 +1,4 @@
-"""Whole runs on the embedded model: what is saved, what is used afterwards, and that the base stays what it was."""
+"""Whole runs on the embedded model: what is saved, what is used afterwards, and that the base is unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tripwire in whole runs, on rewards whose course is scripted; `benchmarks/tripwire.py` is the real case."""
+"""The reward-hacking monitor in whole runs, with scripted rewards; `benchmarks/tripwire.py` is the real case."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A command line that was right in an earlier revision is still right and means the same."""
+"""A command line that was valid in an earlier revision is still valid and means the same."""
 
 from __future__ import annotations
 

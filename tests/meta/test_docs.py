@@ -40,14 +40,14 @@ def test_a_page_does_what_it_says(page: Path, tmp_path: Path, monkeypatch: pytes
 def session() -> Iterator[Callable[[str], object]]:
     """Runs the programs of a page in one process, as a reader would: its imports take seconds.
 
-    It is not this process, because what a page registers must not be there for other tests.
+    It is not this process, because other tests must not see what a page registers.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         yield lambda source: pool.submit(execute_program, source, str(Path.cwd())).result()
 
 
 def execute_program(source: str, folder: str) -> None:
-    """Runs a program with a namespace of its own, which finds the modules in the folder as a script there would."""
+    """Runs a program in a namespace of its own, with imports from the folder, as for a script there."""
     if folder not in sys.path:
         sys.path.insert(0, folder)
     exec(compile(source, "<page>", "exec"), {"__name__": "__main__"})
@@ -72,7 +72,7 @@ def run(step: Step, page: str, execute: Callable[[str], object]) -> None:
 
 
 def shrunk(command: Command) -> tuple[str, ...]:
-    """The command's arguments with a small amount of work; `--dry-run` and `--help` do none."""
+    """The command's arguments, reduced to a small amount of work; `--dry-run` and `--help` do none."""
     arguments = command.words[1:]
     if not arguments or {"--dry-run", "--help", "-h"} & set(arguments):
         return arguments

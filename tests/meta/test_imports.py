@@ -1,4 +1,4 @@
-"""No module of the package imports itself through others, be it inside a function."""
+"""No module of the package imports itself through others, not even inside a function."""
 
 from __future__ import annotations
 

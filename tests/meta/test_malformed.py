@@ -19,7 +19,7 @@ Prepare = Callable[[Path], object]
 
 @dataclass(frozen=True)
 class Misuse:
-    """A command, a piece of the line that explains it, and what has to be in the working directory before."""
+    """A command, a part of its error line, and what the working directory must contain."""
 
     command: str
     says: str

@@ -1,4 +1,4 @@
-"""docs/math.md, the docstrings that cite it and the checks it names stay in step."""
+"""docs/math.md agrees with the docstrings that cite it and the checks that it names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Breaks every formula in turn and sees the identity checks notice: a check that cannot fail is found out here.
+"""Breaks every formula in turn and expects the identity checks to fail: a check that cannot fail is found here.
 
 To guard a new formula, add a table of `Mutation` rows in `tests/support/mutations_<room>.py` and list it in `TABLES`.
 """

@@ -1,4 +1,4 @@
-"""mypy refuses at the decorator's line what lacks a method of its Protocol or takes another config."""
+"""At the line of the decorator, mypy rejects a class that lacks a method of its Protocol or takes another config."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def test_no_heavy_import(command: list[str], tmp_path: Path) -> None:
 
 
 def test_what_a_run_can_be_refused_for_needs_no_model_library() -> None:
-    """Rewards, prompts and sizes are judged before the libraries of models are imported, which takes ten seconds."""
+    """Rewards, prompts and sizes are checked before the model libraries are imported, which takes ten seconds."""
     heavy = ("matplotlib", "transformers", "diffusers", "peft", "accelerate")
     script = f"import sys, fmg.training.api; sys.exit(str([n for n in {heavy} if n in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

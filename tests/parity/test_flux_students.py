@@ -139,7 +139,7 @@ def test_scm_steps_as_the_scm_scheduler_with_the_trigflow_wrapper(scm: FluxModel
 
 
 class Given(nn.Module):
-    """Stands for `time_text_embed` and returns what was computed outside."""
+    """Replaces `time_text_embed` and returns a value that was computed outside."""
 
     def __init__(self, embedding: Tensor) -> None:
         super().__init__()

@@ -41,7 +41,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pictures(height: int, width: int, count: int = len(PROMPTS)) -> Tensor:
-    """Smooth random pictures with whole 8-bit levels, as they come from files."""
+    """Smooth random images with 8-bit levels, as read from files."""
     generator = torch.Generator().manual_seed(height * width)
     coarse = torch.rand(count, 3, 6, 6, generator=generator)
     smooth = F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)
@@ -64,7 +64,7 @@ def reference_hpsv2(weights: Tensors, images: Tensor, prompts: list[str]) -> Ten
 
 
 def open_clip_tokens(prompts: list[str]) -> Tensor:
-    """OpenCLIP pads with zeros and replaces the last token of a text that is cut by the end of text."""
+    """OpenCLIP pads with zeros, and in a truncated text replaces the last token by the end of text."""
     tokenizer = clip_tokenizer()
     ids = torch.zeros(len(prompts), CONTEXT, dtype=torch.long)
     for row, prompt in enumerate(prompts):

@@ -1,8 +1,8 @@
 """Identity 2: sampled rollouts of path-preserving kernels follow the probability path; the others do not.
 
-`stochasticizer_identities` checks moments without sampling; here whole rollouts are drawn. On a Gaussian, mean and
+`stochasticizer_identities` checks moments without sampling; here whole rollouts are sampled. On a Gaussian, mean and
 covariance lie within four standard errors. On a mixture, the sliced Wasserstein distance lies within the floor: the
-largest distance that exact draws of the same size show.
+largest distance among exact samples of the same size.
 """
 
 from __future__ import annotations

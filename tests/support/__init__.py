@@ -1,1 +1,1 @@
-"""Shared by tests: identity checks and the machinery that runs them on mutated sources."""
+"""Code shared by tests: identity checks, and the machinery that runs them on mutated sources."""

@@ -1,6 +1,6 @@
-"""Runs and artifacts that many tests look at: made once a session, never changed in place.
+"""Runs and artifacts for many tests: made once per session, never changed in place.
 
-Tracing a graph takes most of an export's time, so an export inside the session reuses the graphs of one before.
+Tracing a graph takes most of an export's time, so an export within the session reuses earlier graphs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TRACED: dict[object, TracedGraph] = {}
 
 
 def make_run(folder: Path, recipe: Recipe, seed: int, trained: Literal["lora", "duration", "full"] = "lora") -> Path:
-    """A finished run with random values in what it trains: as a training would leave it, without the training."""
+    """A finished run with random trained weights, without the training."""
     run = RunFolder.create(folder, recipe.model.name)
     run.recipe.write_text(recipe.to_yaml(), encoding="utf-8")
     model: Any = load_model(Target("base", recipe, None), device="cpu")
@@ -76,7 +76,7 @@ def student_recipe(folder: Path) -> Recipe:
 
 
 def exported(target: str | Path | Target, out: Path, options: ExportOptions | None = None) -> Artifact:
-    """`export_artifact`, with graphs that are traced once a session."""
+    """`export_artifact`, with graphs that are traced once per session."""
     with patch.object(exporter, "trace", trace_once):
         if isinstance(target, Target):
             return export_source(find_source(target), out, options or ExportOptions())
@@ -89,7 +89,7 @@ def copied(artifact: Artifact, folder: Path) -> Path:
 
 
 def planted(artifact: Artifact, folder: Path, tensor: str, add: float) -> Artifact:
-    """A copy in which one number of one weight is another, and whose manifest says that this is right."""
+    """A copy in which one number of one weight differs, with a manifest that matches it."""
     copied(artifact, folder)
     raw = bytearray((folder / _WEIGHTS).read_bytes())
     size = int.from_bytes(raw[:8], "little")
@@ -105,7 +105,7 @@ def planted(artifact: Artifact, folder: Path, tensor: str, add: float) -> Artifa
 
 
 def trace_once(plan: GraphPlan) -> TracedGraph:
-    """`trace`, once a session for plans with equal borders, configs, and weights of equal names and shapes."""
+    """`trace`, once per session for plans with equal inputs, outputs, configs, and weight names and shapes."""
     with torch.device("meta"):
         inner = plan.build().inner
     shapes = tuple((name, tuple(x.shape)) for name, x in inner.state_dict().items())

@@ -1,4 +1,4 @@
-"""A virtual environment with a few of this one's packages and no others, made of links: no network, no copies."""
+"""A virtual environment with links to a few packages of this one and nothing else: no network, no copies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Identities of branched rollouts, one a function: tests call them, and the mutation test does so on broken sources."""
+"""Identities of branched rollouts, one per function: called by tests, and by the mutation test on broken sources."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def scored_stars(stars: BranchRollout) -> ScoredRollout:
 
 
 def repeated(batch: Batch) -> Batch:
-    """The rows of stars written out: one for each sibling, as a chain has them."""
+    """The rows of stars expanded: one for each sibling, as in a chain."""
     siblings = ("x_s", "log_prob_old", "advantage")
     size = batch.rows["x_s"].shape[1]
     rows = {k: v.flatten(0, 1) if k in siblings else v.repeat_interleave(size, 0) for k, v in batch.rows.items()}
@@ -59,7 +59,7 @@ def repeated(batch: Batch) -> Batch:
 
 
 def check_a_star_is_a_chain_with_one_stochastic_step() -> None:
-    """Bit for bit: the same keyed noise, states, densities and images as a chain with one initial noise a group."""
+    """Bit for bit: the same keyed noise, states, densities and images as a chain with one initial noise per group."""
     _, flow_map = two_time()
     cond, groups = grouped(4, 6)
     for k in range(3):
@@ -80,7 +80,7 @@ def check_a_star_is_a_chain_with_one_stochastic_step() -> None:
 
 
 def check_a_star_row_equals_its_repeated_rows() -> None:
-    """Loss, parts and gradient of one row a group are those of a row for each sibling, for every option of `grpo`."""
+    """Loss, parts and gradient of one row per group equal those of a row per sibling, for every option of `grpo`."""
     for options in OPTIONS:
         results = []
         for write_out in (False, True):
@@ -146,7 +146,7 @@ def check_the_gate_replays_stars() -> None:
 
 @dataclass(frozen=True)
 class _Still(Gaussian):
-    """A density whose draws are its mean."""
+    """A density whose samples are its mean."""
 
     def push(self, noise: Tensor) -> Tensor:
         return self.mean
@@ -204,7 +204,7 @@ def check_completions_are_one_jump() -> None:
 
 
 def check_stars_cost_what_theory_says() -> None:
-    """`k + 1` calls of one row a group and, by `jump`, one row a sibling."""
+    """`k + 1` calls of one row per group and, with `jump`, one row per sibling."""
     network, flow_map = two_time()
     branched(flow_map, (2,) * 4)
     assert network.calls == 2 + 1 + 1
@@ -363,7 +363,7 @@ def check_reward_spread_by_step() -> None:
 
 
 def check_correlation_within_groups() -> None:
-    """Levels of groups do not count, equal and missing rewards are left to the others, nothing to compare is None."""
+    """Levels of groups do not matter, groups with equal or missing rewards are skipped; None if no group is left."""
     one = torch.tensor([0.0, 1.0, 2.0, 5.0, 5.0, 5.0])
     assert within_correlation(one, 7 - 2 * one, 3) == -1.0
     crossed = within_correlation(one, torch.tensor([0.0, 1.0, 0.0, 9.0, 1.0, 5.0]), 3)
@@ -406,7 +406,7 @@ def check_steps_are_chosen_as_asked() -> None:
 
 
 def check_a_group_with_equal_rewards_is_left_out() -> None:
-    """A group whose completions got equal rewards is left out whole; the others keep their rows in order."""
+    """A group whose completions got equal rewards is left out completely; the others keep their rows in order."""
     network, flow_map = two_time()
     stars = branched(flow_map)
     values = preference(stars)

@@ -11,7 +11,7 @@ from fmg.cli.main import main
 
 @dataclass(frozen=True)
 class Invocation:
-    """What one command did."""
+    """The result of one command."""
 
     code: int
     stdout: str

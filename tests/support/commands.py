@@ -17,7 +17,7 @@ Commands = dict[str, dict[str, dict[str, Any]]]
 
 
 def commands() -> Commands:
-    """By command, its parameters by Python name: what a user may write, and of which kind it is."""
+    """The parameters of each command by Python name: what a user may write, and its kind."""
     return dict(_walked(typer.main.get_command(app), "fmg"))
 
 

@@ -1,4 +1,4 @@
-"""Finds what a Markdown page tells its reader to type.
+"""Finds what a Markdown page tells the reader to type.
 
 Fenced blocks marked `console`, `bash` or `sh` hold commands: in a `console` block the lines that begin with `$ `, in
 the others every line; a backslash continues a line. Blocks marked `python` hold programs. A comment before a block
@@ -49,7 +49,7 @@ Step = Command | Program | NewFile
 
 
 def steps(page: str) -> Iterator[Step]:
-    """What to do, in the order of the page; `line` counts from 1 in `page`."""
+    """The steps in the order of the page; `line` counts from 1 in `page`."""
     for match in _FENCE.finditer(page):
         directive = _DIRECTIVE.search(page, 0, match.start())
         verb = directive["verb"] if directive else ""

@@ -1,4 +1,4 @@
-"""What the stand-in for TensorRT and the tests know of its device: memory is the host's, capturing is a list."""
+"""The device of the stand-in for TensorRT, also visible to tests: its memory is the host's, and a capture is a list."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ STREAM = 0x5EED
 
 @dataclass
 class FakeDevice:
-    """What the stand-in and the tests know of the device.
+    """State of the device that the stand-in and the tests share.
 
     Attributes:
         calls: names and arguments of the calls that reached TensorRT, in order.

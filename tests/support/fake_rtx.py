@@ -1,4 +1,4 @@
-"""What TensorRT-RTX has beyond TensorRT, over the stand-in for TensorRT."""
+"""The additions of TensorRT-RTX to TensorRT, on top of the stand-in for TensorRT."""
 
 from __future__ import annotations
 

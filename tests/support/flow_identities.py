@@ -1,4 +1,4 @@
-"""Identities of fmg.flow, one a function: tests call them, and the mutation test does so on broken sources."""
+"""Identities of fmg.flow, one per function: tests call them, and the mutation test calls them on broken sources."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def check_gaussian_divergence() -> None:
 
 
 def check_gaussian_push() -> None:
-    """A draw is `mean + std noise`, and its standardised value is the noise."""
+    """A sample is `mean + std noise`, and its standardised value is the noise."""
     mean, std, noise = draw(2, 3), torch.tensor([0.5, 3.0]), draw(2, 3).flip(0)
     torch.testing.assert_close(Gaussian(mean, std).push(noise), mean + std[:, None] * noise)
 
@@ -139,7 +139,7 @@ def check_unscaled_density() -> None:
 
 
 def check_grids() -> None:
-    """The grids against the numbers of their sources."""
+    """The grids against the numbers in their sources."""
 
     def close(grid: tuple[float, ...], expected: list[float]) -> None:
         assert len(grid) == len(expected)

@@ -1,4 +1,4 @@
-"""Merges a saved adapter into a pipeline folder without a run around it."""
+"""Merges a saved adapter into a pipeline folder, without a run."""
 
 from __future__ import annotations
 

@@ -23,12 +23,12 @@ _FRESH = ("fmg", "tests")
 
 @dataclass(frozen=True)
 class Mutation:
-    """One broken formula and the checks that have to notice, every one of them.
+    """One broken formula and the checks that must all fail.
 
     Attributes:
         module: dotted name of the module to break.
         old: text that occurs exactly once in its source.
-        new: what stands there instead.
+        new: the replacement.
         checks: `file:function` below `tests.support`.
     """
 
@@ -71,7 +71,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 @contextmanager
 def imported_with(mutation: Mutation | None) -> Iterator[None]:
-    """Inside, `fmg` and `tests` are imported anew, with the mutation if there is one."""
+    """Within the block, `fmg` and `tests` are imported afresh, with the mutation if there is one."""
     saved = {name: module for name, module in sys.modules.items() if name.split(".")[0] in _FRESH}
     finder = _Finder(mutation) if mutation else None
     for name in saved:

@@ -62,9 +62,9 @@ def self_contained(html: str) -> Page:
 
 
 def made_up_run(folder: Path, *, lr: float = 1e-3, evaluations: int = 4, averaged: bool = False) -> RunFolder:
-    """A finished run with metrics that follow a known line: the reward rises by 0.01 an iteration, strict by 0.02.
+    """A finished run with known metrics: per iteration, the reward rises by 0.01 and strict by 0.02.
 
-    With `averaged` the moving average is evaluated as well, is 0.1 better once it has begun, and is what is kept.
+    With `averaged` the moving average is evaluated as well; once started it is 0.1 better, and it is kept.
     """
     run = RunFolder.create(folder, "meanflow-shapes")
     run.recipe.write_text(resolve(flags={"lr": lr}).to_yaml(), encoding="utf-8")

@@ -28,7 +28,7 @@ from fmg.training.update import Updater
 
 @dataclass(frozen=True)
 class Planned:
-    """A run: where it is kept, its recipe file, and after which iteration Ctrl-C cuts it, to be resumed at once."""
+    """A run: its folder, its recipe file, and the iteration after which Ctrl-C interrupts it, to be resumed at once."""
 
     folder: str
     recipe: str
@@ -36,7 +36,7 @@ class Planned:
 
 
 def record(plan: Sequence[Planned], rank: int = 0) -> None:
-    """Trains all of them as this process of the given rank."""
+    """Trains all of them in this process, which has the given rank."""
     for planned in plan:
         folder = Path(planned.folder)
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The inverses of the renamings by which rewards read published checkpoints."""
+"""The inverses of the renamings with which rewards read published checkpoints."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Brightness:
 def reward_service(
     rewards: Mapping[str, Reward], *, port: int = 0, token: str | None = None, **limits: float
 ) -> Iterator[RewardServer]:
-    """A server of the given rewards that answers until the block ends."""
+    """A server of the given rewards that runs until the block ends."""
     info = {"rewards": {name: {"probe_prompt": "p"} for name in rewards}}
     server = RewardServer(
         {name: checked(name, reward) for name, reward in rewards.items()},

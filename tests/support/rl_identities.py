@@ -1,4 +1,4 @@
-"""Identities of fmg.rl, one a function: tests call them, and the mutation test does so on broken sources."""
+"""Identities of fmg.rl, one per function: tests call them, and the mutation test calls them on broken sources."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ KEYS = [NoiseKey(3, iteration, group, member, 2) for iteration in (-1, 0, 1) for
 
 
 def check_noise_depends_on_its_key_alone() -> None:
-    """Any split and order of the keys gives the same bits; any change of a key gives other ones."""
+    """Any split and order of the keys gives the same bits; any change of a key gives different ones."""
     together = noise(KEYS, SHAPE)
     assert torch.equal(together, torch.cat([noise([key], SHAPE) for key in KEYS]))
     assert torch.equal(together.flip(0), noise(KEYS[::-1], SHAPE))
@@ -48,7 +48,7 @@ def check_noise_depends_on_its_key_alone() -> None:
 
 
 def check_noise_is_the_documented_generator() -> None:
-    """Philox under a blake2b digest, from the start of its stream, whatever was drawn before."""
+    """Philox under a blake2b digest, from the start of its stream, whatever was sampled before."""
     for key in KEYS[:3]:
         digest = hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=16, person=b"rollout").digest()
         fresh = np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))

@@ -1,4 +1,4 @@
-"""What a run leaves behind as a test compares it, and how a test interrupts one."""
+"""The files of a run in a comparable form, and ways to interrupt a run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def stop_after(iteration: int) -> Callable[[Event], None]:
 
 
 def change_recipe(run: Path, recipe: Recipe) -> None:
-    """Gives a run another recipe as if it had been begun with it."""
+    """Gives a run another recipe, as if it had been started with it."""
     (run / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     write_index(run, existing_index(run))
 
@@ -51,7 +51,7 @@ def flip_bit(file: Path) -> None:
 
 
 def without_digests(run: Path) -> None:
-    """Makes a run what an older version of fmg would have left: no digests of anything."""
+    """Turns a run into one of an older version of fmg, which wrote no digests."""
     for file in run.rglob(SUMS):
         file.unlink()
     for name in ("run.json", "checkpoints/index.json"):

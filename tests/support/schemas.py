@@ -1,4 +1,4 @@
-"""Validates what commands print against the schemas that are published."""
+"""Validates the output of commands against the published schemas."""
 
 from __future__ import annotations
 

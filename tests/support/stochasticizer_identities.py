@@ -1,4 +1,4 @@
-"""Identities of fmg.stochasticizers (theory: docs/math.md, eq. 11-18), asserted one a function."""
+"""Identities of fmg.stochasticizers (theory: docs/math.md, eq. 11-18), one per function."""
 
 from __future__ import annotations
 

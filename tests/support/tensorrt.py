@@ -1,4 +1,4 @@
-"""Puts the stand-in for TensorRT 11 where `import tensorrt` finds it, in this process and in those it starts."""
+"""Makes `import tensorrt` find the stand-in for TensorRT 11, in this process and its children."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An artifact of a few hundred weights with the borders of a real one, which every backend draws."""
+"""An artifact of a few hundred weights with the inputs and outputs of a real one, which every backend can run."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def build_tiny_artifact(folder: Path, *, seed: int = 0, batch: tuple[int, int, i
 
 
 def reseal(folder: Path) -> None:
-    """Lets a manifest that a test has changed be as its maker would have written it."""
+    """Updates a manifest that a test has changed, as its maker would have written it."""
     raw = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps(sealed({key: value for key, value in raw.items() if key != "sha256"})))
 

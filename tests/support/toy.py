@@ -1,4 +1,4 @@
-"""Rollouts of the conformance kit's network, small enough to differentiate by hand: two parameters a coordinate."""
+"""Rollouts of the conformance kit's network, small enough to differentiate by hand: two parameters per coordinate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The TrigFlow wrapper of published students, which `SingleTimeMap` and `TrigFlowMap` do without."""
+"""The TrigFlow wrapper of published students, which `SingleTimeMap` and `TrigFlowMap` do not need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Closed forms of the objective's variants, one a function; called like those of `rl_identities`."""
+"""Closed forms of the objective's variants, one per function; called like those of `rl_identities`."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def _updates(kl_limit: float | None) -> list[float]:
 
 
 def check_target_kl_stops() -> None:
-    """Updates go on up to the first one after which the KL exceeds the limit; that one is kept."""
+    """Updates continue until the first one after which the KL exceeds the limit; that one is kept."""
     kls = _updates(None)
     assert len(kls) == 4
     # the limit itself does not count as exceeded
@@ -206,7 +206,7 @@ def check_same_initial_noise() -> None:
 
 
 def check_per_reward_advantages() -> None:
-    """GDPO's example: the groups (0,0),(1,0) and (0,0),(1,1) look alike to the sum, and differ in each reward's own."""
+    """GDPO's example: the groups (0,0),(1,0) and (0,0),(1,1) are equal by their sum, and differ per reward."""
     groups = torch.tensor([0, 0, 1, 1])
     first, second = torch.tensor([0.0, 1.0, 0.0, 1.0]), torch.tensor([0.0, 0.0, 0.0, 1.0])
     alike = group_advantages(first + second, groups, global_std=False, eps=0.0)

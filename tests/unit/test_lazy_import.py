@@ -1,4 +1,4 @@
-"""What the command line needs at start-up must not import torch, which takes seconds."""
+"""The command line must not import torch at start-up, which takes seconds."""
 
 from __future__ import annotations
 

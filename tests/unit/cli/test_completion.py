@@ -1,4 +1,4 @@
-"""What the shell offers when Tab is pressed, and that it takes no torch to find out."""
+"""Shell completion: what it offers, and that it does not import torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.unit.test_lazy_import import imported
 
 
 def offered(words: str, folder: Path) -> list[str]:
-    """What bash is told for the last, unfinished word of a command line."""
+    """Completions that bash gets for the last, unfinished word of a command line."""
     environment = {
         **os.environ,
         "_FMG_COMPLETE": "complete_bash",

@@ -1,4 +1,4 @@
-"""What can be refused is refused before torch is imported, and nothing is left where nothing was made."""
+"""Errors that can be found early are reported before torch is imported, and a refused command leaves no files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fmg pretrain` where the tool is not."""
+"""`fmg pretrain` without the tool."""
 
 from __future__ import annotations
 

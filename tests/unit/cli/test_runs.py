@@ -45,7 +45,7 @@ def test_runs_as_json(two_runs: Path) -> None:
 
 
 def test_the_result_is_the_checkpoint_that_is_kept(tmp_path: Path) -> None:
-    """Where the last evaluation is another, it stands beside it."""
+    """If the last evaluation is of another checkpoint, it is shown beside the kept one."""
     made_up_run(tmp_path / "raw")
     made_up_run(tmp_path / "averaged", averaged=True)
     averaged, raw = sorted(json.loads(fmg("runs", str(tmp_path), "--json").stdout), key=lambda row: row["run"])

@@ -1,4 +1,4 @@
-"""The conformance kit: what fmg ships keeps the contract, and each planted violation is named by its rule."""
+"""The conformance kit: fmg's own components conform, and each planted violation is reported by its rule."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_what_is_shipped_conforms(kind: str, name: str, monkeypatch: pytest.Monk
 
 @pytest.fixture
 def registry_state() -> Iterator[None]:
-    """Takes back what a test registers."""
+    """Removes what a test registers."""
     registries: tuple[Registry[object], ...] = (rewards, stochasticizers, objectives)  # type: ignore[assignment]
     before = [(dict(r._rows), dict(r._configs), dict(r._factories)) for r in registries]
     yield

@@ -1,4 +1,4 @@
-"""What the cache remembers holds for a file in one state, and a cache that cannot be written is no error."""
+"""An entry of the cache is valid for one state of a file, and a cache that cannot be written is not an error."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def sha256(content: bytes) -> str:
 
 
 def write_in_place(file: Path, content: bytes) -> None:
-    """Another content of the same length, size and time of modification as before."""
+    """Different content with the same length, size and modification time."""
     stat = file.stat()
     file.write_bytes(content)
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))

@@ -1,4 +1,4 @@
-"""What comes from a file is fit for a screen: no control characters, no values without end."""
+"""Text from a file is safe to display: no control characters, no endless values."""
 
 from __future__ import annotations
 

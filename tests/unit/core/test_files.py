@@ -1,4 +1,4 @@
-"""Names from a file stay in their folder, what the system refuses is one line, and no part of a file is left."""
+"""Names from a file stay in their folder, a refusal of the system is one line, and no partial file is left."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 class ForeignError(Exception):
-    """As libraries have that wrap the system's errors in their own."""
+    """As in libraries that wrap the system's errors in their own."""
 
 
 @pytest.mark.parametrize(

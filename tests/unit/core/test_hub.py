@@ -1,4 +1,4 @@
-"""Where the files of a component are looked for, what is said when they are not there, and how they are fetched."""
+"""Where the files of a component are looked up, the error when they are missing, and how they are fetched."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SHA = "0" * 40
 
 @pytest.fixture(autouse=True)
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty hub cache and an empty cache of ours; nothing may be downloaded."""
+    """An empty hub cache and an empty fmg cache; nothing may be downloaded."""
     monkeypatch.setenv("FMG_CACHE", str(tmp_path / "fmg"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
@@ -221,7 +221,7 @@ def test_what_exists_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def hub_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty snapshot of owner/name in a hub cache of its own."""
+    """An empty snapshot of owner/name in a separate hub cache."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
     repository = folder / "models--owner--name"
     (repository / "refs").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""One reader of JSON and JSON lines: what it takes, what it refuses, and how it says so."""
+"""The reader of JSON and JSON lines: what it accepts and refuses, and its errors."""
 
 from __future__ import annotations
 

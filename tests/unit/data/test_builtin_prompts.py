@@ -1,4 +1,4 @@
-"""Prompt sets of our own making: what they ask for can be checked, and what is held out is held out."""
+"""The built-in prompt sets: their metadata matches their text, and held-out prompts are not trained on."""
 
 from __future__ import annotations
 

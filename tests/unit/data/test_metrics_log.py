@@ -1,4 +1,4 @@
-"""Logs by columns: the same values as line by line, spikes of long curves stay visible, long logs are bounded."""
+"""Logs read by columns: values equal those of the lines, spikes of long curves stay visible, memory is bounded."""
 
 from __future__ import annotations
 

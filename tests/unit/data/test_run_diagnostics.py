@@ -1,4 +1,4 @@
-"""The doctor of runs on synthetic logs: each sign leads to its knob, and a healthy log to nothing."""
+"""`fmg doctor run` on synthetic logs: each sign leads to its option, and a healthy log to no finding."""
 
 from __future__ import annotations
 

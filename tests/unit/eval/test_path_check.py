@@ -1,4 +1,4 @@
-"""The path check: what it says of states that are on the path, and of states that are not."""
+"""The path check: its result for states on the path and for states off it."""
 
 from __future__ import annotations
 

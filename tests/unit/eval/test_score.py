@@ -1,4 +1,4 @@
-"""Pictures and prompts from outside: what is read, how, and what is refused with which words."""
+"""Pictures and prompts from files: what is read, how, and what is refused with which message."""
 
 from __future__ import annotations
 

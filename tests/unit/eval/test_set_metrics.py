@@ -140,7 +140,7 @@ def test_halves_give_the_standard_error_of_a_mean() -> None:
 
 
 def test_the_frechet_interval_covers_and_the_extrapolation_removes_the_bias() -> None:
-    """Two samples of one distribution: the distance is 0, what is measured is bias."""
+    """Two samples of one distribution: the distance is 0, so the measured value is bias."""
     d, n = 6, 200
     mixing = np.random.default_rng(11).normal(size=(d, d))
     truth = fit_gaussian(np.random.default_rng(12).normal(size=(50_000, d)) @ mixing)

@@ -1,4 +1,4 @@
-"""Exports in fp16 and bf16 verify, and what is fp32 in them without being on the list is named."""
+"""Exports in fp16 and bf16 pass verification, and anything else in fp32 than what the list allows is named."""
 
 from __future__ import annotations
 

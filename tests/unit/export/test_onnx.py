@@ -108,7 +108,7 @@ def test_a_bf16_transformer_has_bf16_weights_and_fp32_borders_and_times() -> Non
 
 
 class Floored(nn.Linear):
-    """A layer whose forward writes down a number, as transformers' masks do in some versions."""
+    """A layer whose forward creates a constant, as transformers' masks do in some versions."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.where(x > 0, super().forward(x), torch.tensor(0.5, device=x.device))

@@ -102,7 +102,7 @@ def test_another_run_equals_its_fresh_export_and_the_way_back_equals_the_base(
 
 
 def without_graphs(target: str | Path, out: Path, options: ExportOptions) -> Artifact:
-    """An export whose weights are real and whose graphs are empty files: what is looked at here are the weights."""
+    """An export with real weights and empty graph files: these tests look only at weights."""
 
     def traced(plan: GraphPlan) -> TracedGraph:
         return replace(trace_once(replace(plan, dtype=torch.float32)), plan=plan)

@@ -1,4 +1,4 @@
-"""Engine builds: the real Polygraphy drives the stand-in for TensorRT 11 in a process of its own."""
+"""Engine builds: the real Polygraphy drives the stand-in for TensorRT 11 in a separate process."""
 
 from __future__ import annotations
 

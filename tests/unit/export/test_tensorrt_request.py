@@ -1,4 +1,4 @@
-"""What can be asked of the builder, and what is refused before it starts."""
+"""Requests to the builder, and those that are refused before it starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The proof of an artifact: it passes on what was exported, and fails, naming the place, on anything else."""
+"""Verification of an artifact: it passes for an intact export, and otherwise fails and names the place."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ class Fixed:
 
 
 def refuse_all(images: torch.Tensor, prompts: object) -> RewardOutput:
-    """A reward that is asked only for images with numbers in them."""
+    """A reward that must get only finite images."""
     assert images.isfinite().all()
     return RewardOutput(torch.zeros(len(images)), {})
 

@@ -1,4 +1,4 @@
-"""Every number and fact of an artifact is held against its source, also those that no picture of the proof reaches."""
+"""Every number and fact of an artifact is compared with its source, even if it affects no verified image."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def failed(folder: Path, run: Path) -> dict[str, str]:
 
 
 def accept(folder: Path, name: str) -> None:
-    """Lets the manifest say that a changed file is right."""
+    """Updates the manifest to match a changed file."""
     manifest = json.loads((folder / MANIFEST).read_text())
     data = (folder / name).read_bytes()
     manifest["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}

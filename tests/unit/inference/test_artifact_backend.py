@@ -1,4 +1,4 @@
-"""Artifacts drawn by ONNX Runtime: the pictures of torch, and a clear line where they cannot be drawn."""
+"""Artifacts on ONNX Runtime: they generate torch's images, and what cannot be generated is one clear line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contract of an artifact: strict manifests and files that are what was exported. No graph is needed for it."""
+"""The contract of an artifact: strict manifests, and files that equal the exported ones. No graph is needed."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def specs(shapes: dict[str, tuple[int | str, ...]]) -> tuple[TensorSpec, ...]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An artifact whose files hold no graphs, but have the hashes that its manifest says."""
+    """An artifact whose files hold no graphs, but match the hashes of its manifest."""
     root = tmp_path / "artifact"
     for name in ("tokenizer", "tokenizer_2"):
         (root / name).mkdir(parents=True)

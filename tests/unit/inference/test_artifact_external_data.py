@@ -1,4 +1,4 @@
-"""Where a graph's weights are: read without onnx, compared with the manifest before a runtime follows them."""
+"""The locations of a graph's weights: read without onnx, and compared with the manifest before a runtime opens them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an artifact is sampled with, against its torch counterparts."""
+"""The numpy sampler of artifacts against its torch counterparts."""
 
 from __future__ import annotations
 

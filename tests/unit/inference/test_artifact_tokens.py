@@ -1,4 +1,4 @@
-"""Tokenizers of an artifact: a length that they cannot keep, and manifests that a command refuses."""
+"""Tokenizers of an artifact: impossible lengths, and manifests that a command refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The generator on a backend that only records: seeds, batches, grids, and when the text encoders go."""
+"""The generator on a backend that only records: seeds, batches, grids, and when the text encoders are freed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`FlowMapPipeline`: the images of `fmg generate`, the manners of diffusers, and no way to take the stock class."""
+"""`FlowMapPipeline`: the images of `fmg generate`, the interface of diffusers, and a refusal of the stock class."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _recipe(folder: Path, **overrides: object) -> Recipe:
 
 @pytest.fixture(scope="module", params=["two-time", "single-time"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline folder as tools that know the stock classes write it, and as fmg wrote it before this class."""
+    """A pipeline folder as tools for the stock classes write it, and as fmg wrote it before this class existed."""
     second: Literal["none", "duration"] = "duration" if request.param == "two-time" else "none"
     return build_tiny_flux(tmp_path_factory.mktemp("base") / request.param, second_time=second)
 

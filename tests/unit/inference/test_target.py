@@ -1,4 +1,4 @@
-"""What a word on the command line stands for among runs and their checkpoints."""
+"""Which run or checkpoint a target on the command line names."""
 
 from __future__ import annotations
 

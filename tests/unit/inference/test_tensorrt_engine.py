@@ -1,4 +1,4 @@
-"""Engines on the stand-in for TensorRT 11, which insists on the order of calls and computes."""
+"""Engines on the stand-in for TensorRT 11, which enforces the order of calls and computes real results."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SMALL, LARGE = {IMAGE: 4, HEIGHT: 4, WIDTH: 4, TEXT: LENGTH}, {IMAGE: 16, HEIGHT
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache of this computer, which remembers what was built here."""
+    """The cache of this computer, which records the engines that were built here."""
     return tmp_path_factory.mktemp("cache")
 
 

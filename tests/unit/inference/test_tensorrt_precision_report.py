@@ -1,4 +1,4 @@
-"""What engines compute in, as their inspector says it, on the stand-in for TensorRT 11."""
+"""The precision of engines according to their inspector, on the stand-in for TensorRT 11."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights of the base that are trained themselves: saved, proven, read back, and never left out in silence."""
+"""Base weights that are trained: saved, verified, read back, and never dropped silently."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _load(folder: Path, dtype: torch.dtype = torch.float32) -> FluxModel:
 
 
 def _trained(folder: Path, what: What, dtype: torch.dtype = torch.float32, **kept: bool) -> FluxModel:
-    """Large changes, so that whatever is lost shows in a picture."""
+    """Large changes, so that any loss shows in an image."""
     model = _load(folder, dtype)
     if what == "duration":
         model.attach_adapter(2, 4.0, ["attention"], 0.0, seed=0)

@@ -52,7 +52,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, **options: object) ->
 
 
 def attach(model: SanaModel, targets: str = "attention") -> int:
-    """A trained adapter, as far as its values tell."""
+    """An adapter with the values of a trained one."""
     adapted = model.attach_adapter(2, 6.0, [targets], 0.0, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

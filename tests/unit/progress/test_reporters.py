@@ -43,7 +43,7 @@ GOES_ON: tuple[Event, ...] = (
 
 
 class Clock:
-    """Seconds that pass only when told."""
+    """A clock that the test moves."""
 
     def __init__(self) -> None:
         self.now = 0.0

@@ -1,4 +1,4 @@
-"""Who hears of the progress of a Python call: a terminal, a notebook, an observer, the log."""
+"""Where the progress of a Python call goes: a terminal, a notebook, an observer, the log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that exist only in these tests, so that recipes resolve without any asset."""
+"""Models for these tests only, so that recipes resolve without any asset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Registers the test models for the time of each test."""
+"""Registers the test models for the duration of each test."""
 
 from __future__ import annotations
 

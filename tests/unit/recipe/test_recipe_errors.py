@@ -1,4 +1,4 @@
-"""A wrong recipe is one line: where, what, and what to do instead."""
+"""An error in a recipe is one line: where it is, what is wrong, and what to do."""
 
 from __future__ import annotations
 

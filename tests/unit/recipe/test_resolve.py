@@ -63,7 +63,7 @@ def test_the_named_model_brings_its_own_default_recipe(write: Write) -> None:
 
 
 def test_the_recipe_of_a_run_is_the_same_run_again(write: Write, tmp_path: Path) -> None:
-    """What an older version stated of a run has no `rollout.kind`, and the model's recipe of today branches."""
+    """The recipe of an older run has no `rollout.kind`, and the model's current recipe branches."""
     stated = resolve(None, TWO, ["rollout.kind=chain", "lora.rank=2"]).to_yaml()
     older = "".join(line for line in stated.splitlines(keepends=True) if "kind:" not in line)
     assert len(older) < len(stated)

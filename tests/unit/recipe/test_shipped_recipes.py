@@ -1,4 +1,4 @@
-"""Every recipe that ships with the package resolves and means what it says."""
+"""Every shipped recipe resolves, and its values have the stated effect."""
 
 from __future__ import annotations
 

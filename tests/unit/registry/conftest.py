@@ -1,4 +1,4 @@
-"""What a test registers is gone after it."""
+"""Removes what a test registers."""
 
 from __future__ import annotations
 

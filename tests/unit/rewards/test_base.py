@@ -16,7 +16,7 @@ PROMPTS = ("one", "two", "three")
 
 
 class Returns:
-    """A reward that returns what it is told to."""
+    """A reward that returns given values."""
 
     def __init__(self, total: object, parts: dict[str, object] | None = None) -> None:
         self.output = RewardOutput(total, parts or {})  # type: ignore[arg-type]
@@ -26,7 +26,7 @@ class Returns:
 
 
 class Refuses:
-    """A reward that knows one prompt."""
+    """A reward that accepts one prompt."""
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> RewardOutput:
         return RewardOutput(torch.ones(len(prompts)), {})

@@ -147,7 +147,7 @@ def _caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Recorder:
-    """A loader that notes what it is asked for, and scores an image by its mean."""
+    """A loader that records its requests; it scores an image by its mean."""
 
     def __init__(self) -> None:
         self.loads: list[tuple[set[str], str, torch.dtype]] = []

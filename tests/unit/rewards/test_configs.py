@@ -1,4 +1,4 @@
-"""What the rewards that are networks state about their published files."""
+"""Statements of network rewards about their published files."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def test_prompts_outside_the_metadata_are_refused(tmp_path: Path) -> None:
 
 
 class FakeModel:
-    """Gives fixed logits, as a detector that sees a square at the left and a long bar below would."""
+    """Returns fixed logits, like a detector that sees a square at the left and a long bar below."""
 
     device, dtype = CPU, torch.float32
 

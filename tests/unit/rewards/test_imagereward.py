@@ -1,4 +1,4 @@
-"""The names of ImageReward's weights, both ways, and checkpoints that are not its own."""
+"""The names of ImageReward's weights, in both directions, and checkpoints of other models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading pictures of every kind, and the published preprocessing to the pixel."""
+"""Reading pictures of every kind, and the published preprocessing, exact to the pixel."""
 
 from __future__ import annotations
 

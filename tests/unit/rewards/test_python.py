@@ -148,7 +148,7 @@ def test_what_a_function_prints_is_kept_out_of_stdout(capsys: pytest.CaptureFixt
 
 
 def state() -> list[object]:
-    """What code of others must leave as it was."""
+    """Process-wide settings that user code must not change."""
     torch_state = [
         torch.is_grad_enabled(),
         torch.get_default_dtype(),

@@ -235,7 +235,7 @@ def test_a_malformed_request_is_refused_in_json_and_without_a_word_in_the_log(
 
 
 def received(connection: socket.socket) -> bytes:
-    """What a connection brings until the server closes it."""
+    """Everything that a connection receives until the server closes it."""
     content = b""
     with contextlib.suppress(ConnectionResetError):
         while chunk := connection.recv(1 << 16):

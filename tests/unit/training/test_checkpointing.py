@@ -168,7 +168,7 @@ def test_an_unsound_checkpoint_is_never_the_best(tmp_path: Path) -> None:
 
 
 def _named(run: Path, name: str) -> None:
-    """Names one more checkpoint in the index, as a stranger would."""
+    """Adds a checkpoint to the index, as an attacker would."""
     file = run / "checkpoints" / "index.json"
     index = json.loads(file.read_text())
     index.pop("sha256")
@@ -353,7 +353,7 @@ def test_leftovers_of_a_killed_process_go_and_links_out_are_refused(run: RunFold
 
 
 def _begun(folder: Path, recipe: Recipe) -> RunFolder:
-    """A run of a recipe as `train` would have begun it, with one state."""
+    """A run of a recipe as `train` would have started it, with one state."""
     run = RunFolder.create(folder / "run", recipe.model.name)
     run.recipe.write_text(recipe.with_(file_values(recipe)).to_yaml())
     run.append_metrics({"iteration": 0})

@@ -1,4 +1,4 @@
-"""Completions on another backend follow the trained weights, and are refused where they would not be torch's."""
+"""Completions on another backend use the trained weights, and are refused if they would differ from torch's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BRANCH = {"rollout.kind": "branch", "rollout.branch.backend": "onnxruntime"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A tiny two-time model; what is traced of it is kept beside it."""
+    """A tiny two-time model, with its traced graphs beside it."""
     place = tmp_path_factory.mktemp("tiny")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FMG_CACHE", str(place / "cache"))
@@ -120,7 +120,7 @@ def test_merged_tensors_are_those_of_a_plain_network(model: FluxModel, trained: 
 
 
 class Doubling(nn.Module):
-    """A network with one weight; called as networks of maps are."""
+    """A network with one weight, called like the network of a map."""
 
     def __init__(self) -> None:
         super().__init__()

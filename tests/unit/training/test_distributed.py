@@ -57,7 +57,7 @@ BEAT, PATIENCE = 0.02, 0.5
 
 
 class MemoryStore:
-    """As `torch.distributed.Store`; `gone` makes every operation fail, as when the process that keeps it ends."""
+    """Like `torch.distributed.Store`; `gone` makes every operation fail, as when the process that hosts it ends."""
 
     def __init__(self) -> None:
         self.gone = False

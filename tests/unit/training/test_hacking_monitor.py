@@ -1,4 +1,4 @@
-"""The rule of the reward-hacking monitor, on scores whose true course is known."""
+"""The rule of the reward-hacking monitor, on scores whose true values are known."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_the_log_shows_what_the_tripwire_found() -> None:
 
 
 def test_false_alarms_are_rare_at_the_bound_and_absent_below_it() -> None:
-    """A true loss of exactly the tolerance is what the stated probability is of; half of it is nothing at all."""
+    """The stated probability is for a true loss of exactly the tolerance; half of it is practically never reported."""
     at, below = 0, 0
     for seed in range(400):
         flat = run(lambda i: 0.1 * (i > 0), lambda i: 0.8 - 0.15 * STD * (i > 0), (0, 1), seed)

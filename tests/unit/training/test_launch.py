@@ -1,4 +1,4 @@
-"""What the environment says of a process, and what it may not say."""
+"""What the environment states about a process, and what is refused."""
 
 from __future__ import annotations
 

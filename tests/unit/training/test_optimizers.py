@@ -137,7 +137,7 @@ def test_8bit_moments_need_bitsandbytes_before_any_weight_is_read(monkeypatch: p
 
 
 def test_8bit_options_reach_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wiring only: a module of that name stands for bitsandbytes, whose kernels are not run here."""
+    """The wiring only: a fake module replaces bitsandbytes, whose kernels are not run here."""
     given: dict[str, object] = {}
 
     def adamw8bit(parameters: list[nn.Parameter], **options: object) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""Plans of SANA-Sprint against what a tiny one of its classes measures."""
+"""Plans of SANA-Sprint against measurements on a tiny model of its classes."""
 
 from __future__ import annotations
 
