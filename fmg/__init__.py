@@ -1,7 +1,7 @@
 """Flow-Map GRPO: reinforcement learning for few-step flow-map image generators.
 
-Importing this package imports nothing else; its names are looked up when they are first used, and torch is imported by
-the calls that need it. docs/python.md shows them.
+Importing this package imports nothing else: names are looked up on first use, and torch is imported by the calls that
+need it. docs/python.md shows them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the shell offers for a value when Tab is pressed: names with a line about each. Imports no torch.
+"""What the shell offers for a value when Tab is pressed: names, each with a short description. Imports no torch.
 
 A callback runs while a person types, so it reports no errors.
 """

@@ -1,4 +1,4 @@
-"""`fmg eval`: scores of one target, or of two with their paired difference; and the path check."""
+"""`fmg eval`: scores of one target, or of two with their paired difference; also the path check."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ def run() -> NoReturn:
 
 
 def _open_streams() -> None:
-    """Opens streams that the shell closed (`>&-`) on the null device, or the next file would take their number."""
+    """Opens streams that the shell closed (`>&-`) on the null device, so that no file takes their number."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
@@ -210,7 +210,7 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Prints a warning on one line, and each of ours only once per command."""
+    """Prints a warning on one line, and each of fmg's only once per command."""
     ours = issubclass(category, FmgWarning)
     text = bounded(str(message)) if ours else f"{filename}:{lineno}: {category.__name__}: {message}"
     if not ours or text not in said:

@@ -37,7 +37,7 @@ def _go_offline(asked: bool) -> bool:
 
 
 def _device_name(name: str) -> str:
-    """Refuses a name that no machine has, before torch, which knows the devices of this one, is imported."""
+    """Refuses a device name that exists on no machine, without importing torch, which knows the devices of this one."""
     from fmg.core.machine import device_name
 
     try:
@@ -140,7 +140,7 @@ def reward_options(sets: Sequence[str]) -> dict[str, dict[str, object]]:
     """Options by reward from texts such as `ocr.threads=4`; values are YAML 1.2.
 
     Raises:
-        UsageError: for another form.
+        UsageError: for any other form.
     """
     from fmg.recipe.layers import merge_all, set_layers
 

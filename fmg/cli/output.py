@@ -80,7 +80,7 @@ def _print_marked(mark: str, colour: str, text: str) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> Table:
-    """A borderless table that fits a terminal and keeps one row a line in a pipe.
+    """A borderless table that fits a terminal and keeps one row per line in a pipe.
 
     Args:
         columns: headings.
@@ -118,7 +118,7 @@ def interval(bounds: Sequence[float], form: Callable[[float], str] = number) -> 
 
 
 def print_timing(console: Console, timing: Timing) -> None:
-    """Prints what was measured, a table with one row a stage, and the throughput."""
+    """Prints what was measured, a table with one row per stage, and the throughput."""
     console.print(
         f"\n{timing.label}: {timing.backend} ({timing.detail}) on {timing.device}, {counted(timing.images, 'image')},"
         f" batch {timing.batch}, {counted(timing.steps, 'step')}, {counted(timing.repeats, 'repeat')}",

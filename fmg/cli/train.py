@@ -230,13 +230,14 @@ def _resume(run: str, *, first: bool, allow_code: bool, accept_prompts: bool, as
 
 
 def check_inputs(recipe: Recipe, *, planned: bool) -> list[str]:
-    """Checks before anything is loaded that the files a recipe names can be read: model, reward weights, prompts, code.
+    """Checks before loading that the files a recipe names can be read: model, reward weights, prompts, code.
 
     Imports no torch and runs no code.
 
     Args:
         recipe: what is to be trained.
-        planned: only to be planned, perhaps for another machine, so that published files may be fetched later.
+        planned: whether the run is only planned, perhaps for another machine, so that published files may be fetched
+            later.
 
     Returns:
         One line for each published file that has not been fetched and each missing package, if `planned`.
@@ -300,7 +301,7 @@ class JsonReporter(Stateless):
 
 
 class SilentReporter(Stateless):
-    """Shows nothing: for a process of several whose events the first one shows."""
+    """Shows nothing: for all but the first of several processes, which shows their events."""
 
     def __enter__(self) -> SilentReporter:
         return self

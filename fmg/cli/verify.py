@@ -89,7 +89,7 @@ def verify(
 
 
 def print_report(console: Console, report: VerifyReport) -> None:
-    """Prints one row a check with what was measured, why checks failed, and under which conditions others passed."""
+    """Prints one row per check with what was measured, why checks failed, and under which conditions others passed."""
     against = f" against {report.against}" if report.against else ""
     console.print(f"{report.artifact}{against}, {report.level}, {report.backend}\n", soft_wrap=True)
     rows = [("passed" if check.passed else "FAILED", check.name, _measured(check.values)) for check in report.checks]

@@ -1,4 +1,4 @@
-"""The conformance kit: does a component keep the contract of its kind?
+"""The conformance kit: does a component follow the contract of its kind?
 
 For the command line `fmg check-component`, and in a test of your own package:
 

@@ -99,7 +99,7 @@ FEATURE_RULES: tuple[Rule[FeaturesCase], ...] = (
 
 @dataclass(frozen=True)
 class ModelCase:
-    """A model; its weights are read where it runs on a CPU."""
+    """A model; its weights are only read if it runs on a CPU."""
 
     component: ComponentUnderTest
 

@@ -1,4 +1,4 @@
-"""Rules of a reward, on synthetic pictures."""
+"""Rules of a reward, on synthetic images."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class RewardCase:
-    """A reward and what it is shown: different pictures of a size, with several prompts that it accepts."""
+    """A reward and what it is shown: different images of one size, with several prompts that it accepts."""
 
     component: ComponentUnderTest
 
@@ -57,7 +57,7 @@ class RewardCase:
 
     @cached_property
     def prompts(self) -> list[str]:
-        """One for each picture; neighbours have different ones where the reward takes more than one."""
+        """One for each image; neighbours have different ones where the reward takes more than one."""
         taken = [prompt for prompt in PROMPTS if self._takes(prompt)] or [probe_prompt(self.checked)]
         return [taken[i % len(taken)] for i in range(COUNT)]
 
@@ -88,7 +88,7 @@ class RewardCase:
 
 
 def pictures(side: int) -> Float[Tensor, "b 3 h w"]:
-    """Smooth coloured pictures, all different."""
+    """Smooth coloured images, all different."""
     coarse = torch.rand(COUNT, 3, 5, 5, generator=torch.Generator().manual_seed(0))
     return F.interpolate(coarse, size=(side, side), mode="bilinear").clamp(0, 1)
 

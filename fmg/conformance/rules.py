@@ -1,4 +1,4 @@
-"""Rules and what came of checking them; the rules that every component keeps: its row in the list and its options."""
+"""Rules and their outcomes, and the rules that every component follows: its row in the list and its options."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Rule(Generic[S]):
 
 @dataclass(frozen=True)
 class Finding:
-    """The outcome of one rule. `text` is empty when the rule holds."""
+    """The outcome of one rule. `text` is empty when the rule passes."""
 
     rule: str
     outcome: Outcome

@@ -38,7 +38,7 @@ class Network(nn.Module):
 
 
 class SingleTimeNetwork(Network):
-    """The same without a second time."""
+    """The same map without a second time."""
 
     def forward(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:  # type: ignore[override]
         return super().forward(x, t, torch.zeros_like(t), cond)

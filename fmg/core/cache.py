@@ -1,7 +1,7 @@
 """The cache on this computer: where it is, file digests and converted files kept there; and a cache in memory.
 
 Nothing there is trusted by its name alone: a hash is remembered for one state of one file, and what was converted once
-is compared with its own digests. A cache that cannot be written costs time, not the work.
+is compared with its own digests. A cache that cannot be written costs time, but the work continues.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 def cache_dir() -> Path:
     """Where converted weights and embeddings are kept: `$FMG_CACHE`, else `~/.cache/fmg`.
 
-    A user without a home, as containers have it, gets a private folder among the temporary files, with a warning.
+    A user without a home folder, as in containers, gets a private folder among the temporary files, with a warning.
 
     Raises:
         UsageError: that folder is open to others.
@@ -64,8 +64,8 @@ def _without_home() -> Path:
 def content_hash(path: Path) -> str:
     """Sha256 of a file, 64 hexadecimal digits, computed once for as long as the file stays as it is.
 
-    The file is the same while its device, inode, size, time of change and time of modification are. The time of change
-    cannot be set back by what changes a file, as that of modification can.
+    A file counts as unchanged while its device, inode, size, change time and modification time are the same. A program
+    that changes a file can reset its modification time, but not its change time.
 
     Raises:
         OSError: the file cannot be read.
@@ -111,7 +111,7 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 @contextmanager
 def optional_cache(folder: Path | None = None) -> Iterator[None]:
-    """For a body that only writes to the cache: a failure costs a warning, and the work continues.
+    """For a body that only writes to the cache: a failure becomes a warning, and the work continues.
 
     Args:
         folder: the cache, where it is not `cache_dir()`.
@@ -128,7 +128,7 @@ def optional_cache(folder: Path | None = None) -> Iterator[None]:
 
 @contextmanager
 def required_cache() -> Iterator[None]:
-    """For a body that writes to the cache what the work needs.
+    """For a body that writes to the cache something the work needs.
 
     Raises:
         StorageError: it cannot be written.
@@ -157,7 +157,7 @@ def _remembered(note: Path, state: str) -> str | None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a folder of `made_once` has all its files as they were made."""
+    """Whether a folder of `made_once` has all its files unchanged."""
     try:
         digests = read_object(folder / DIGESTS).items()
         return all(content_hash(inside(folder, name)) == found for name, found in digests)

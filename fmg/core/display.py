@@ -1,8 +1,8 @@
-"""How values show themselves to a person: counts with the right plural, values of strangers, HTML of a notebook.
+"""How values are shown to a person: counts with the right plural, untrusted values, HTML for a notebook.
 
-What comes from a file or a network can hold anything: sequences that repaint a terminal, characters that turn the
-order of letters around, 100 kB without a blank. `visible` and `bounded` make it fit for a screen; consoles, pages and
-errors apply them, so no other code has to.
+Text from a file or a network can contain anything: sequences that repaint a terminal, characters that reverse the order
+of letters, 100 kB without a space. `visible` and `bounded` make it fit for a screen; consoles, pages and errors apply
+them, so no other code has to.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 LONGEST_VALUE = 200
-"""Most characters of a value that an error shows."""
+"""Maximum number of characters of a value that an error shows."""
 
 # Control characters, also those of eight bits; invisible marks, but not the joiners of emoji and Persian; line and
 # paragraph separators; what turns the direction of text around; half surrogate pairs; invisible tags
@@ -42,27 +42,27 @@ def some(names: Iterable[object], most: int = 5) -> str:
 
 
 def visible(text: str, *, lines: bool = False) -> str:
-    """`text` with what cannot be seen written as in Python: `\\x1b`, `\\u202e`, `\\n`.
+    """`text` with invisible characters written as in Python: `\\x1b`, `\\u202e`, `\\n`.
 
     Args:
-        text: from anywhere.
+        text: of any origin.
         lines: whether line feeds and tabs stay.
     """
     return (_HIDDEN_BUT_LAYOUT if lines else _HIDDEN).sub(_escape, text)
 
 
 def visible_json(text: str) -> str:
-    """A JSON text of the same value, with what cannot be seen as escapes of JSON."""
+    """A JSON text of the same value, with invisible characters as JSON escapes."""
     return _HIDDEN_IN_JSON.sub(lambda match: json.dumps(match[0])[1:-1], text)
 
 
 def cut(text: str, most: int = LONGEST_VALUE) -> str:
-    """At most `most` characters of `text`, and how many there are if that is not all."""
+    """At most `most` characters of `text`, and the total number if that is not all."""
     return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
 def plot_label(text: str) -> str:
-    """`text` as a title or label of matplotlib: it is no formula (`$`), and no name that a legend leaves out (`_a`)."""
+    """`text` as a matplotlib title or label: neither a formula (`$`) nor a name that a legend leaves out (`_a`)."""
     shown = visible(cut(text)).replace("$", r"\$")
     return f" {shown}" if shown.startswith("_") else shown
 
@@ -74,7 +74,7 @@ def bounded(text: str, most: int = 600) -> str:
 
 
 def html_text(title: str, text: str = "") -> str:
-    """A heading, and below it lines as they are."""
+    """A heading, and below it the lines unchanged."""
     lines = f'<pre style="max-height:24em;overflow:auto">{_html(text)}</pre>' if text else ""
     return f"<div><b>{_html(title)}</b>{lines}</div>"
 
@@ -87,7 +87,7 @@ def html_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
 
 
 def html_picture(png: bytes, caption: str, width: int) -> str:
-    """An inlined PNG, `width` CSS pixels wide, with a caption; the pixels of an enlarged one stay squares."""
+    """An inlined PNG, `width` CSS pixels wide, with a caption; enlarged pixels stay square."""
     source, text = f"data:image/png;base64,{base64.b64encode(png).decode()}", _html(caption)
     style = f"max-width:{width}px;width:100%;image-rendering:pixelated"
     return (

@@ -77,7 +77,7 @@ def whole_number(argument: str, value: object) -> int:
     """An integer argument of a Python call, of any library, as a Python integer.
 
     Raises:
-        WrongTypeError: it is no integer.
+        WrongTypeError: it is not an integer.
     """
     if not isinstance(value, Integral):
         raise WrongTypeError(argument, value, "an integer")
@@ -89,22 +89,22 @@ class CompositionError(UsageError):
 
 
 class MissingDependencyError(UsageError):
-    """An optional package or a file that has to be fetched first. Exit code 2."""
+    """An optional package that has to be installed, or a file that has to be fetched, first. Exit code 2."""
 
 
 class CheckpointError(FmgError):
-    """A weight file or run folder that is missing, damaged or of another kind."""
+    """A weight file or run folder that is missing, damaged or of the wrong kind."""
 
 
 class StorageError(FmgError, OSError):
     """A file that could not be written: a full, read-only or vanished disk, or a folder without permission.
 
-    It is an `OSError` as well, as Python raises for its own files, whatever the library raised that was writing.
+    It is also an `OSError`, which Python raises for its own files, whatever error the writing library raised.
 
     Args:
         what: as in `FmgError`.
         fix: as in `FmgError`.
-        reason: the system's, such as `No space left on device`.
+        reason: as the system gives it, such as `No space left on device`.
     """
 
     def __init__(self, what: str, fix: str, reason: str) -> None:
@@ -177,7 +177,7 @@ def _argument(match: re.Match[str]) -> str:
 
 @contextmanager
 def said_once(speaks: bool) -> Iterator[None]:
-    """Marks an error of the body, which every process of a run meets alike, as reported where `speaks` is false."""
+    """Marks an error that all processes of a run raise alike as already reported where `speaks` is false."""
     try:
         yield
     except FmgError as error:
@@ -209,10 +209,10 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Why something failed, in one line: the system's word, the first problem that pydantic found, or the message.
+    """Why something failed, in one line: the system's reason, the first problem that pydantic found, or the message.
 
-    Of a message with several lines, the first says most. All are taken if it only introduces the others, and for
-    network errors, whose first line is a number.
+    Of a message with several lines, the first is the most informative. All are taken if it only introduces the others,
+    and for network errors, whose first line is a number.
     """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -243,9 +243,9 @@ _MEMORY = (
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """What was said when memory ran out, in one line; None for any other error.
+    """The message of an out-of-memory error, in one line; None for any other error.
 
-    Known by torch's class, whose name is enough, and by the words of drivers, cuBLAS, CPU and ONNX Runtime.
+    Recognised by the name of torch's class, and by the messages of drivers, cuBLAS, the CPU allocator and ONNX Runtime.
     """
     said = reason(error)
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
@@ -265,8 +265,8 @@ _CUT_SHORT = re.compile(r"encoder error -?\d+ when writing|\d+ requested and \d+
 def system_refusal(error: BaseException) -> str | None:
     """The system's reason for refusing a file, such as `No space left on device`; None for any other error.
 
-    Known by `OSError` with a number, and by the words of libraries that raise errors of their own, in the error or in
-    what it was raised from.
+    Recognised by an `OSError` with a number, and by the messages of libraries that raise their own errors, in the error
+    or in its cause.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -288,7 +288,7 @@ def system_refusal(error: BaseException) -> str | None:
 
 @contextmanager
 def writing(place: Path, *, called: str = "") -> Iterator[None]:
-    """Turns what a library raises when the system refuses a file into one line.
+    """Turns the error that a library raises when the system refuses a file into one line.
 
     Args:
         place: the file or folder that is written.

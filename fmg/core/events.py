@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Started:
-    """A run begins. `total` is the number of iterations, `facts` what a person wants to see first."""
+    """A run begins. `total` is the number of iterations, `facts` is what a person wants to see first."""
 
     title: str
     total: int

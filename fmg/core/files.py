@@ -18,7 +18,7 @@ from fmg.core.errors import CheckpointError, UsageError, reason, writing
 SUMS = "SHA256SUMS"
 """The digests of a folder's files, as `sha256sum -c` reads them."""
 LOCK = ".lock"
-"""The file in a folder that `lock` holds."""
+"""The file in a folder that `lock` locks."""
 PARTIAL = "partial"
 """Ending of a folder that is being filled."""
 OLD = "old"
@@ -34,7 +34,7 @@ _MADE: set[str] = set()
 
 
 def inside(folder: Path, name: str, *, named_in: Path | None = None, links: bool = False) -> Path:
-    """The path `folder / name` for a name that was read from a file, which may have been written by a stranger.
+    """The path `folder / name` for a name that was read from a file, which may come from an untrusted source.
 
     Args:
         folder: what the path has to stay within; need not exist.
@@ -47,9 +47,8 @@ def inside(folder: Path, name: str, *, named_in: Path | None = None, links: bool
         `folder / name`, not resolved.
 
     Raises:
-        CheckpointError: the name is not a text or empty, is absolute on any system, has a `..`, holds what no file
-            name can (NUL, a lone surrogate), or leads out of the folder through a link
-            where `links` is false.
+        CheckpointError: the name is not a text or is empty, is absolute on any system, has a `..`, contains what no
+            file name can (NUL, a lone surrogate), or leads out of the folder through a link where `links` is false.
     """
     if isinstance(name, str):
         # reads / and \ alike, and drives, so that a name is judged alike on every system
@@ -92,8 +91,8 @@ def check_place(path: Path, option: str) -> None:
 def refusal_of(path: Path) -> str | None:
     """Why no file or folder can be made at `path`, or in it where it is a folder; None when one can.
 
-    Permissions prove nothing (root may write anywhere except to a read-only disk), so a folder is made where the first
-    new one would be, and removed again.
+    Permissions are no proof (root may write anywhere except to a read-only disk), so a folder is created where the
+    first new one would be, and removed again.
     """
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -152,7 +151,7 @@ def atomic_file(path: Path, *, parents: bool = True) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replaces a file in one step: after a crash it holds the old or the new contents, never a part.
+    """Replaces a file in one step: after a crash it has the old or the new contents, never a mixture.
 
     Raises:
         StorageError: the system refused, or the folder does not exist; the old contents stay.
@@ -240,7 +239,7 @@ def leftovers(folder: Path, kind: str) -> list[Path]:
     """Folders that dead processes of this computer left beside `folder`, sorted.
 
     Args:
-        folder: what they were to become, or to make room for; need not exist.
+        folder: the folder they were to become or to make room for; need not exist.
         kind: `PARTIAL` or `OLD`.
     """
     named = re.compile(rf"\.{re.escape(folder.name)}\.(\d+)\.[0-9a-f]+\.{kind}")
@@ -291,16 +290,17 @@ def _alive(pid: int, stem: str) -> bool:
 
 @contextmanager
 def lock(folder: Path, what: str) -> Iterator[None]:
-    """Holds a folder for the length of the body, so that one process at a time works in it.
+    """Locks a folder for the length of the body, so that one process at a time works in it.
 
-    The lock ends with the process, however it ends. Where the system or the file system has no locks, nothing is held.
+    The lock ends with the process, however it ends. Where the system or the file system has no locks, nothing is
+    locked.
 
     Args:
         folder: where the file `.lock` is made.
         what: one sentence for the error, such as `The run 'x' is being trained by another process`.
 
     Raises:
-        UsageError: another process holds it.
+        UsageError: another process has locked it.
     """
     # commands that only read start without it
     from filelock import FileLock, Timeout
@@ -348,7 +348,7 @@ def check_sums(
     """Checks the files of a folder against its `SHA256SUMS`; other files are ignored.
 
     Args:
-        folder: of which `write_sums` wrote the digests.
+        folder: whose digests `write_sums` wrote.
         expected: what `write_sums` returned; None if it was not kept.
         fix: what to do about a damaged file, for the error.
         names: files that it has to name.

@@ -58,7 +58,7 @@ class UrlSource:
 
 @dataclass(frozen=True)
 class PackageSource:
-    """Data files of an installed Python package, of which nothing is imported; `requirement` is `NAME==VERSION`."""
+    """Data files of an installed Python package, which is not imported; `requirement` is `NAME==VERSION`."""
 
     requirement: str
 
@@ -141,7 +141,7 @@ class Located:
 
     @property
     def pinned(self) -> str:
-        """The source at the commit in the hub's cache, which identifies these files for good; others unchanged."""
+        """The source at the commit in the hub's cache, which identifies these files permanently; others unchanged."""
         source, parts = self.asset.place, self.path.parts
         if not isinstance(source, HubSource) or SNAPSHOTS not in parts:
             return self.asset.source
@@ -439,7 +439,7 @@ def _choose(asset: Asset, source: HubSource, listed: Collection[str]) -> tuple[l
 
 
 def _root(asset: Asset, source: Source) -> Path | None:
-    """The folder, or the one file, that an asset without named files is."""
+    """The folder, or the single file, of an asset without named files."""
     if not isinstance(source, HubSource):
         return source if isinstance(source, Path) else None
     if source.file is not None:

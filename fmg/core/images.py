@@ -1,4 +1,4 @@
-"""Picture files that anybody may have made: which formats are read, how many pixels, and every error as one line."""
+"""Image files of any origin: which formats are read, how many pixels they may have, and every error as one line."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from fmg.core.errors import FmgError, UsageError, reason
 T = TypeVar("T")
 
 MAX_PIXELS = 1 << 25
-"""Most pixels of a picture: 33,554,432, such as 5792 x 5792. As floats they take 384 MiB, and a reward doubles it."""
+"""Maximum pixels of an image: 33,554,432, such as 5792 x 5792: 384 MiB as floats, which a reward doubles."""
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "PPM")
-"""What Pillow may take a file for; the rest of what it can is rarely a picture, and one runs another program (EPS)."""
+"""Formats that Pillow may try; its others are rarely images, and one runs another program (EPS)."""
 
 
 def decoded(source: Path | str | bytes, use: Callable[[Image.Image], T], max_pixels: int = MAX_PIXELS) -> T:
-    """What `use` makes of an image file, or of the bytes of one. The size is checked before any pixel is decoded.
+    """The result of `use` on an image file, or on the bytes of one. The size is checked before any pixel is decoded.
 
     Args:
         source: a path, or the content of a file.
-        use: gets the first frame, before it is decoded; an error in it is one of the file.
-        max_pixels: most pixels.
+        use: gets the first frame, before it is decoded; an error in it counts as an error of the file.
+        max_pixels: maximum number of pixels.
 
     Raises:
         UsageError: for what is not an image of a known format, is damaged, or has no pixels or more than `max_pixels`.
@@ -54,7 +54,7 @@ def decoded(source: Path | str | bytes, use: Callable[[Image.Image], T], max_pix
 
 @cache
 def _known() -> list[str]:
-    """Those of the formats that this Pillow reads: not every build has AVIF."""
+    """The formats that this Pillow reads: not every build has AVIF."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 

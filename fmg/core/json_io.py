@@ -1,13 +1,13 @@
 """The one reader of JSON and JSON lines: strict, bounded, standard library only.
 
-Files that people and other programs write are JSON with a byte order mark, with U+2028 inside a text, nested 100,000
-levels deep, with an integer of 5,000 digits, with half of a surrogate pair. Everything that fmg reads as JSON comes
-through here, so that all of these have one answer:
+Files that people and other programs write may have a byte order mark, U+2028 inside a text, 100,000 levels of nesting,
+an integer of 5,000 digits, or half of a surrogate pair. Everything that fmg reads as JSON comes through here, so that
+each of these is treated in one way:
 
 - A byte order mark at the beginning is skipped. Text is UTF-8.
 - Lines end at LF, CR LF or CR, and at nothing else.
-- Refused: more than `MAX_BYTES`, more than `MAX_DEPTH` levels, numbers that no double holds (`1e400`, an integer of 400
-  digits), `NaN` and `Infinity`, half of a surrogate pair, and a key that an object has twice.
+- Refused: more than `MAX_BYTES`, more than `MAX_DEPTH` levels, numbers too large for a double (`1e400`, an integer of
+  400 digits), `NaN` and `Infinity`, half of a surrogate pair, and a key that an object has twice.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from fmg.core.errors import FmgError, UsageError
 from fmg.core.files import write_atomic
 
 MAX_BYTES = 1 << 24
-"""Most bytes of a JSON document: 16 MiB."""
+"""Maximum bytes of a JSON document: 16 MiB."""
 MAX_LINES_BYTES = 1 << 26
-"""Most bytes of a file of lines that people give, such as a prompt file: 64 MiB."""
+"""Maximum bytes of a file of lines that users provide, such as a prompt file: 64 MiB."""
 MAX_LINE_BYTES = 1 << 20
-"""Most bytes of one line: 1 MiB."""
+"""Maximum bytes of one line: 1 MiB."""
 MAX_DEPTH = 64
-"""Most levels of lists and objects inside each other."""
+"""Maximum nesting depth of lists and objects."""
 
 # of a safetensors file: the bytes before its header, and its own limit of the header
 _HEADER_LENGTH = 8
@@ -83,10 +83,10 @@ def parse(text: str | bytes, *, finite: bool = True) -> object:
     Args:
         text: to read.
         finite: whether to refuse `NaN`, `Infinity` and what is too large for a double; only what fmg wrote for itself
-            may hold them.
+            may contain them.
 
     Raises:
-        JsonError: it is none, or refused for a reason that the module names.
+        JsonError: it is not JSON, or is refused for a reason that the module docstring names.
     """
     if isinstance(text, bytes):
         text = _decoded(text)
@@ -109,7 +109,7 @@ def parse_object(text: str | bytes, *, finite: bool = True) -> dict[str, object]
     """The object of a JSON text; arguments as for `parse`.
 
     Raises:
-        JsonError: as `parse`, or it is another value.
+        JsonError: as `parse`, or it is not an object.
     """
     value = parse(text, finite=finite)
     if not isinstance(value, dict):
@@ -136,7 +136,7 @@ def read_object(file: Path, max_bytes: int = MAX_BYTES) -> dict[str, object]:
 
     Raises:
         OSError: the file cannot be read.
-        JsonError: as `read_json`, or it holds another value.
+        JsonError: as `read_json`, or it does not contain an object.
     """
     value = read_json(file, max_bytes)
     if not isinstance(value, dict):

@@ -1,6 +1,6 @@
 """What a run or a measurement was made on, and how much memory it took. Names no person and no path.
 
-Imports no torch of its own accord.
+Does not import torch by itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fmg.core.json_io import JsonError, read_object, write_json
 from fmg.version import __version__
 
 ENVIRONMENT = "environment.json"
-"""The file of a run that holds its `environment`."""
+"""The file of a run that contains its `environment`."""
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "scipy", "pillow", "onnxruntime")
 _LIBRARIES = ("numpy", "onnxruntime", "torch", "diffusers", "tensorrt", "tensorrt-rtx-cu13")
@@ -86,7 +86,7 @@ def reset_peak_rss() -> None:
 
 
 def peak_rss() -> int:
-    """Most bytes of physical memory that the process held at once."""
+    """Maximum bytes of physical memory that the process held at once."""
     with suppress(OSError, StopIteration):
         lines = _STATUS.read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
@@ -115,7 +115,7 @@ def device_name(value: str) -> str:
     """The name of a device, which this machine may not have.
 
     Raises:
-        ValueError: it names none on any machine.
+        ValueError: no machine has a device of this name.
     """
     if re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value) is None:
         raise ValueError("must be auto, cpu, cuda or cuda:INDEX")

@@ -1,6 +1,6 @@
 """The keys of a run's `metrics.jsonl`: training writes them; reports, diagnostics and `fmg runs` read them.
 
-A line is of an iteration or of an evaluation. Its values are numbers; `<key>_se` is the standard error of `<key>`.
+A line belongs to an iteration or to an evaluation. Its values are numbers; `<key>_se` is the standard error of `<key>`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 
 ITERATION = "iteration"
 MEAN, ERROR, MAX = "_mean", "_se", "_max"
-"""Endings: a mean over images, the standard error of one, and what processes reduce by their largest value."""
+"""Endings: a mean over images, its standard error, and what processes reduce by the maximum."""
 
 # rewards of an iteration
 REWARD, REWARD_STD, REWARD_SE = "reward/mean", "reward/std", "reward/se"
@@ -33,13 +33,13 @@ STEP_REWARD_STD, STEP_ZERO_STD_RATIO, STEP_GROUPS = (
     "branch/zero_std_ratio_{}",
     "branch/step_{}_groups",
 )
-"""Of the groups that branch at one step, whose index goes into the braces."""
+"""For the groups that branch at one step, whose index goes into the braces."""
 
 # evaluations
 EVAL, EVAL_EMA = "eval/", "eval_ema/"
-"""Prefixes of what an evaluation measures of the weights, and of their moving average."""
+"""Prefixes of what an evaluation measures for the weights, and for their moving average."""
 SCORE, EMA_SCORE = f"{EVAL}score", f"{EVAL_EMA}score"
-"""The held-out score by which the best checkpoint is chosen, of the weights and of their moving average."""
+"""The held-out score by which the best checkpoint is chosen, for the weights and for their moving average."""
 DIVERSITY_WITHIN_GROUPS = "diversity/within_groups"
 
 # the reward-hacking monitor
@@ -57,7 +57,7 @@ BEST_ITERATION, BEST_SCORE = "best/iteration", "best/score"
 
 
 def error_of(key: str) -> str:
-    """The key of a value's standard error: that of `eval/x_mean` is `eval/x_se`."""
+    """The key of a value's standard error: `eval/x_se` for `eval/x_mean`."""
     return key.removesuffix(MEAN) + ERROR
 
 
@@ -72,7 +72,7 @@ def watched_loss(name: str) -> str:
 
 
 def watched_trained(name: str) -> str:
-    """Change of the trained reward since a gap to this one opened."""
+    """Change of the trained reward since the gap to this one opened."""
     return f"{WATCH}{name}_trained"
 
 

@@ -16,7 +16,7 @@ from fmg.core.json_io import JsonError, read_object
 
 CONFIG = "config.json"
 MAX_LAYERS = 1000
-"""Most layers, and most entries of a list, that a `config.json` may ask for."""
+"""Maximum layers, and maximum entries of a list, in a `config.json`."""
 MAX_NUMBER = 2**27
 """Largest integer of a `config.json`: tables of that many positions are made before a weight is read."""
 
@@ -37,8 +37,8 @@ def read_config(folder: Path) -> dict[str, object]:
     """The `config.json` of a folder.
 
     Raises:
-        CheckpointError: it is missing, no JSON object, has a number that is out of bounds, or makes a library read
-            other weights or code.
+        CheckpointError: it is missing, is not a JSON object, has a number that is out of bounds, or makes a library
+            read other weights or code.
     """
     file = folder / CONFIG
     try:
@@ -94,12 +94,12 @@ def wholes(config: Mapping[str, object], key: str) -> list[int] | None:
 def main_weights(folder: Path) -> Path:
     """The file that a folder's weights are in, or the index of its shards, as its library would choose it.
 
-    Text encoders are of transformers, which calls the weights `model` and prefers a single file; everything else is of
-    diffusers, which calls them `diffusion_pytorch_model` and prefers an index. Files of a variant, such as
+    Text encoders come from transformers, which calls the weights `model` and prefers a single file; everything else
+    comes from diffusers, which calls them `diffusion_pytorch_model` and prefers an index. Files of a variant, such as
     `diffusion_pytorch_model.fp16.safetensors`, are never read in place of the main one.
 
     Raises:
-        CheckpointError: there is no such file; names the variants that are there.
+        CheckpointError: there is no such file; names the variants that exist.
     """
     for name in _main_names(folder):
         if (folder / name).is_file():
@@ -143,7 +143,7 @@ def check_no_adapter(folder: Path) -> None:
     """Whether transformers would read the folder itself, not the model that an adapter in it names.
 
     Raises:
-        CheckpointError: the folder holds an adapter.
+        CheckpointError: the folder contains an adapter.
     """
     if (file := folder / "adapter_config.json").exists():
         raise CheckpointError(

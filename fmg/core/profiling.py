@@ -51,7 +51,7 @@ class StageClock(Generic[Mark]):
             _active.reset(token)
 
     def spent(self) -> dict[str, float]:
-        """Milliseconds by stage, `other` for what no stage claimed, and their sum as `total`."""
+        """Milliseconds by stage, `other` for time outside all stages, and their sum as `total`."""
         spent: dict[str, float] = {}
         for (stage, begin), (_, end) in pairwise(self._marks):
             if stage:

@@ -1,4 +1,4 @@
-"""The value that a run starts from, and what is said when a model reads not all of it. Imports no torch."""
+"""A prompt, and the warning when a model does not read all of it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 from fmg.core.events import Notice, Observer
 
 PROMPT_FILE_SUFFIXES = (".txt", ".jsonl")
-"""The kinds of prompt files: one prompt a line, or one JSON object a line."""
+"""The kinds of prompt files: one prompt per line, or one JSON object per line."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ _FILLERS = "\u115f\u1160\u2800\u3164\uffa0"
 
 
 def is_blank(text: str) -> bool:
-    """Whether nothing of a text can be seen: it is empty, or white space, control and zero-width characters alone."""
+    """Whether a text is invisible: empty, or only white space, control and zero-width characters."""
     return all(c.isspace() or c in _FILLERS or unicodedata.category(c) in ("Cc", "Cf") for c in text)
 
 
 def cut_prompts(tokens: Mapping[str, int], limit: int) -> str:
-    """What is said of prompts that a model does not read to their end; empty when it reads them all.
+    """The warning about prompts that a model does not read to the end; empty when it reads them all.
 
     They are cut at `limit` everywhere, as diffusers does: in training, evaluation, verification and generation.
 
@@ -51,7 +51,7 @@ def cut_prompts(tokens: Mapping[str, int], limit: int) -> str:
 
 @runtime_checkable
 class CutsPrompts(Protocol):
-    """A model or a backend that can tell which prompts it does not read to their end."""
+    """A model or a backend that can tell which prompts it does not read to the end."""
 
     def cut_prompts(self, prompts: Sequence[str]) -> str:
         """One or two sentences for people (`cut_prompts`); empty when it reads them all."""

@@ -212,9 +212,9 @@ class Model(Protocol):
         """Adds a trainable LoRA (gaussian init from `seed`); returns the number of adapted modules."""
 
     def unfreeze(self, what: Literal["duration", "full"], *, old: bool = True, reference: bool = True) -> int:
-        """Trains weights of the base themselves, in fp32: the second-time embedder beside a LoRA, or all of them
-        without one; returns the number of tensors. With `full`, `policies.old` and `policies.reference` exist only
-        where they are asked for, since each is a copy of the network."""
+        """Trains weights of the base, in fp32: the second-time embedder beside a LoRA, or all of them
+        without one; returns the number of tensors. With `full`, `policies.old` and `policies.reference` exist only on
+        request, since each is a copy of the network."""
 
     def fix_rows(self, rows: int | None) -> None:
         """Pads smaller batches to `rows`, so that kernels see one shape; None: no padding."""
@@ -261,10 +261,10 @@ class ModelSource(Protocol):
 
     @property
     def spec(self) -> MapSpec:
-        """Known without reading any weight."""
+        """Available without reading any weight."""
 
     def check(self) -> None:
-        """Raises what `load` would for files that are not there, without reading a weight."""
+        """Raises what `load` would raise for missing files, without reading a weight."""
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Model:
         """Reads the weights straight to `device` in `dtype`."""
@@ -326,7 +326,7 @@ class Backend(Protocol):
         """Begins a new measurement of `peak_memory`."""
 
     def peak_memory(self) -> int:
-        """Most bytes held at once since the last reset: of the device, or of the process on a CPU."""
+        """Maximum bytes held at once since the last reset: of the device, or of the process on a CPU."""
 
     def __enter__(self) -> Backend: ...
 
@@ -348,17 +348,17 @@ class BackendSource(Protocol):
 
     @property
     def preference(self) -> int:
-        """Of several that suit, `auto` takes the one with the highest."""
+        """`auto` takes the suitable backend with the highest."""
 
     def check(self) -> None:
-        """Whether the packages it needs are there.
+        """Whether the packages it needs are installed.
 
         Raises:
-            MissingDependencyError: they are not; says how to install them.
+            MissingDependencyError: a package is missing; says how to install it.
         """
 
     def suits(self, subject: Any, device: str) -> bool:
-        """Whether `auto` may take it: packages, device and (for engines) a matching engine are there. Never raises."""
+        """Whether `auto` may take it: packages, device and, for engines, a matching engine exist. Never raises."""
 
     def open(self, subject: Any, device: str) -> Backend:
         """Loads the weights.

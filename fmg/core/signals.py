@@ -1,7 +1,7 @@
-"""The signals that end a run in order, as Ctrl-C does: SIGINT, SIGTERM, SIGHUP and SIGUSR1. Standard library only.
+"""The signals that end a run cleanly, as Ctrl-C does: SIGINT, SIGTERM, SIGHUP and SIGUSR1. Standard library only.
 
-Terminals, SLURM, Kubernetes and spot machines send them. The first one ends what is going on at the next point where
-nothing is lost; a second one ends it at once.
+Terminals, SLURM, Kubernetes and spot machines send them. The first one ends the work at the next point where nothing is
+lost; a second one ends it at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ECHO = 1.0
 
 
 class Interruption(KeyboardInterrupt):
-    """A signal that ends the work in order.
+    """A signal that ends the work cleanly.
 
     Args:
         number: of the signal.
@@ -46,7 +46,7 @@ def exit_code(number: int) -> int:
 
 
 class Signals:
-    """What was asked of this process by signals, and whether they are heard at once.
+    """What signals have asked of this process, and whether they take effect at once.
 
     Attributes:
         at_once: whether a signal raises where the process is; several processes stop at one point that they agree on.
@@ -63,9 +63,9 @@ class Signals:
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Hears the signals for the length of the body, which gets an `Interruption`. Only in the main thread.
+        """Handles the signals for the length of the body, which gets an `Interruption`. Only in the main thread.
 
-        A signal that is ignored stays ignored: `nohup` is meant.
+        A signal that is ignored stays ignored, so `nohup` works.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -81,7 +81,7 @@ class Signals:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """A body that the first signal does not break off: it is raised at the end."""
+        """A body that the first signal does not interrupt: it is raised at the end."""
         self._held += 1
         try:
             yield

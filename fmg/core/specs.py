@@ -1,4 +1,4 @@
-"""What is known of a component before it is loaded: to refuse what does not fit, and to plan memory. No torch."""
+"""What is known about a component before it is loaded: to refuse what does not fit, and to plan memory. No torch."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class LinearModule:
         name: its name in the state dict, without `.weight`.
         inputs: features in.
         outputs: features out.
-        tokens: which tokens of a sample pass through it; `row` is one vector a sample.
+        tokens: which tokens of a sample pass through it; `row` is one vector per sample.
         source: layers of one block with the same source read the same tensor.
     """
 
@@ -96,7 +96,7 @@ class LinearModule:
 
 @dataclass(frozen=True)
 class ActivationBytes:
-    """Memory for one unit of work: some numbers in the dtype of the network, and bytes that are there in any dtype."""
+    """Memory for one unit of work: numbers in the dtype of the network, and bytes that do not depend on the dtype."""
 
     numbers: float
     fixed: float = 0.0
@@ -108,13 +108,13 @@ class ActivationBytes:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Equal transformer blocks in a row, and what one of them holds for each token and feature of the stream.
+    """Equal transformer blocks in a row, and the memory of one of them for each token and feature of the stream.
 
     Attributes:
         count: how many there are.
-        kept: for the backward pass, without what a LoRA keeps.
-        backward: while the backward pass of a block runs, besides.
-        forward: the most at once without gradients.
+        kept: memory kept for the backward pass, without what a LoRA keeps.
+        backward: additional memory while the backward pass of a block runs.
+        forward: peak memory without gradients.
         forward_wide: added to `forward` when a LoRA adapts a layer four times as wide as the stream, in fp32.
         low_wide: the same for narrower dtypes.
     """
@@ -146,7 +146,7 @@ class ModelGeometry:
         resolution: side of the image in pixels.
         encoder_parameters: of the text encoders together.
         decoder_parameters: of the autoencoder.
-        decoder: what decoding holds at once for one pixel of the image.
+        decoder: peak memory of decoding per pixel of the image.
         checkpointing: whether blocks are computed again in the backward pass.
         encoders_resident: whether the text encoders stay on the device of the transformer.
         decoder_tile: side of the tiles in pixels that images are decoded in; None decodes them whole.

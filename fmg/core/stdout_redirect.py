@@ -1,6 +1,6 @@
 """Runs third-party code without harm: its prints go to stderr, and the settings of the process are restored.
 
-Stdout carries the result of a command. A script that only infers may switch gradients off for good, which would break
+Stdout carries the result of a command. A script that only infers may disable gradients permanently, which would break
 the run that calls it. Imports no torch.
 """
 
@@ -41,7 +41,7 @@ def prints_aside() -> Iterator[None]:
 
 
 class _Setting(NamedTuple):
-    """A setting of the whole process: its name, how to read and write it, and its value in a new process."""
+    """A process-wide setting: its name, how to read and write it, and its value in a new process."""
 
     name: str
     read: Callable[[Any], Any]

@@ -1,6 +1,6 @@
 """The values that travel through a run: prompts -> Conditioning -> Rollout -> ScoredRollout -> Batch -> Loss.
 
-Every type is frozen and has no optional field, so a stage that needs rewards cannot be called before them.
+Every type is frozen and has no optional field, so a stage that needs rewards cannot be called before they exist.
 `n` is the number of samples of a rollout, `b` a batch, `*shape` the shape of one latent.
 """
 
@@ -17,10 +17,10 @@ from fmg.core.prompt import Prompt as Prompt
 
 
 class SharedRows(Mapping[str, Tensor]):
-    """Tensors of which each row may serve many: a lookup gathers the rows that an index names.
+    """Tensors whose rows may be shared: a lookup gathers the rows that an index names.
 
-    A rollout has as many rows as samples and transitions, and only as many different ones as prompts; T5 states of
-    each row would be gigabytes. So rows are gathered where they are read, which is a micro-batch.
+    A rollout has a row for every sample and transition, but only as many different rows as prompts; T5 states for each
+    row would take gigabytes. So rows are gathered where they are read, one micro-batch at a time.
     """
 
     def __init__(self, stored: Mapping[str, Tensor], index: Int[Tensor, " b"]) -> None:
@@ -82,7 +82,7 @@ class Conditioning:
         return self.tensors.stored if isinstance(self.tensors, SharedRows) else self.tensors
 
     def select(self, rows: Int[Tensor, " k"]) -> Conditioning:
-        """The given rows, in the given order (repeats allowed); costs an index, whatever the tensors weigh."""
+        """The given rows, in the given order (repeats allowed); costs only an index, whatever the tensors' size."""
         shared = self.tensors.select(rows) if isinstance(self.tensors, SharedRows) else SharedRows(self.tensors, rows)
         return Conditioning(tuple(self.prompts[i] for i in rows.tolist()), shared)
 
@@ -175,8 +175,8 @@ class ImageFeatures:
     """What a feature extractor sees in a batch of images.
 
     Attributes:
-        vectors: one embedding an image, which distances between sets of images compare.
-        maps: activations over the picture, scaled so that the squared Euclidean distance of two rows is the
+        vectors: one embedding per image, which distances between sets of images compare.
+        maps: activations over the image, scaled so that the squared Euclidean distance of two rows is the
             perceptual distance of the two images.
     """
 
@@ -189,7 +189,7 @@ class PartialRewardOutput(RewardOutput):
     """Scores of a batch in which some images could not be scored: `scored` is False there, and the total NaN.
 
     Only a reward that may leave images without a score returns it (`on_failure: drop-group`). A consumer that does not
-    know this type meets the NaN, which is an error everywhere; one that does leaves the whole prompt group out.
+    know this type gets the NaN, which is an error everywhere; one that does leaves out the whole prompt group.
     """
 
     scored: Bool[Tensor, " b"]
