@@ -47,6 +47,7 @@ def _device_name(name: str) -> str:
 
 
 DTYPES = completion.one_of("fp32", "bf16")
+LR_SCHEDULES = completion.one_of("constant", "linear", "cosine")
 DEVICES = completion.one_of("auto", "cpu", "cuda")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from fmg.cli import completion
-from fmg.cli.options import DEVICES, DTYPES, AsJson, Offline, given_text, hardware_option, panel
+from fmg.cli.options import DEVICES, DTYPES, LR_SCHEDULES, AsJson, Offline, given_text, hardware_option, panel
 from fmg.cli.output import print_error, print_json, print_warning, stderr, stdout, table
 from fmg.core.errors import MissingDependencyError, UsageError, said_once
 from fmg.core.events import Evaluated, Event, IterationDone, Notice, Resumed
@@ -85,6 +85,15 @@ def train(
         ),
     ] = None,
     lr: Annotated[float | None, _training_option(metavar="X", help="Learning rate.", show_default=_RECIPE)] = None,
+    lr_schedule: Annotated[
+        str | None,
+        _training_option(
+            metavar="S",
+            help="constant, linear or cosine: what becomes of the learning rate.",
+            show_default=_RECIPE,
+            autocompletion=LR_SCHEDULES,
+        ),
+    ] = None,
     prompts: Annotated[
         str | None,
         _task_option(

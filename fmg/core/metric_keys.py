@@ -20,6 +20,8 @@ ZERO_STD_RATIO = "zero_std_ratio"
 
 # updates
 LOSS, GRAD_NORM = "loss", "grad_norm"
+LR = "lr"
+"""The learning rate of an iteration's last update."""
 APPROX_KL, KL_REF, CLIP_FRACTION = "approx_kl", "kl_ref", "clip_frac"
 RATIO_MEAN, RATIO_MAX = "ratio_mean", "ratio_max"
 MATCH = "match"

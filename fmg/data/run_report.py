@@ -40,6 +40,7 @@ _UPDATE_CHARTS = {
     keys.APPROX_KL: ("approximate KL to the rollout policy", "nats"),
     keys.CLIP_FRACTION: ("share of clipped rows", "share of rows"),
     keys.GRAD_NORM: ("norm of the gradient before clipping", "L2 norm"),
+    keys.LR: ("learning rate", "of the last update"),
     keys.KL_REF: ("KL to the base", "nats"),
     keys.ZERO_STD_RATIO: ("share of groups whose rewards are all equal", "share of groups"),
     keys.SKIPPED_UPDATES: ("skipped updates", "per iteration"),
@@ -237,7 +238,10 @@ def charts(record: RunRecord) -> Iterator[Picture]:
         parts = [_held_out(record, record.logged(key)) for key in names]
         yield from _chart(parts, f"{reward} by part, held out", "mean score")
     for key, (title, unit) in _UPDATE_CHARTS.items():
-        yield from _chart([curve(lines, key, None, key)], title, unit)
+        found = curve(lines, key, None, key)
+        # a constant rate is in the recipe
+        if key != keys.LR or np.unique(found.y).size > 1:
+            yield from _chart([found], title, unit)
     logged = lines.iterations.logged()
     for template, (title, unit) in _STEP_CHARTS.items():
         steps = sorted((step, key) for key in logged if (step := keys.step_of(key, template)) is not None)

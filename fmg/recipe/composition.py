@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 
+from fmg.core.display import counted
 from fmg.core.errors import CompositionError, MissingDependencyError, UsageError
 from fmg.core.specs import MapSpec, Requirements
 from fmg.flow.grids import make_grid
@@ -56,6 +57,7 @@ def problems(recipe: RecipeFields) -> Iterator[Problem]:
     yield from _branch_problems(recipe)
     yield from _backend_problems(recipe, recipe.train.device.partition(":")[0])
     yield from _trainable_problems(recipe, spec)
+    yield from _schedule_problems(recipe)
     yield from _reward_problems(("rewards",), recipe.rewards)
     yield from _reward_problems(("eval", "rewards"), recipe.eval.rewards)
     if all(reward.weight == 0 for reward in recipe.rewards):
@@ -167,6 +169,16 @@ def _trainable_problems(recipe: RecipeFields, spec: MapSpec) -> Iterator[Problem
     if recipe.train.trainable == "lora+duration" and spec.anchors != "any":
         what = f"'{recipe.model.name}' is a single-time map, which has no second-time embedder to train"
         yield Problem(("train", "trainable"), what, "Set train.trainable to lora or full, or use a two-time map")
+
+
+def _schedule_problems(recipe: RecipeFields) -> Iterator[Problem]:
+    train = recipe.train
+    if train.lr_warmup_steps > train.updates:
+        what = (
+            f"The learning rate warms up for {counted(train.lr_warmup_steps, 'update')}, but the run has only"
+            f" {train.updates} ({train.iterations} x {train.updates_per_iteration})"
+        )
+        yield Problem(("train", "lr_warmup_steps"), what, "Lower train.lr_warmup_steps, or raise train.iterations")
 
 
 def _target_times(name: str, requires: Requirements, grid: Sequence[float]) -> Iterator[Problem]:

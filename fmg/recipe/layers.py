@@ -24,6 +24,7 @@ FLAGS: Mapping[str, str] = {
     "objective": "objective",
     "optimizer": "optimizer",
     "lr": "optimizer.lr",
+    "lr-schedule": "train.lr_schedule",
     "prompts": "prompts",
     "steps": "rollout.steps",
     "iterations": "train.iterations",

@@ -258,6 +258,12 @@ class TrainSection(Section):
     iterations: int = Field(60, ge=1, le=10_000_000, description="rollouts, each followed by its updates")
     updates_per_iteration: int = Field(2, ge=1, le=1000, description="optimizer steps on one rollout")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="learning rate after the warm-up: constant, or falling to 0 at the end of the run"
+    )
+    lr_warmup_steps: int = Field(
+        0, ge=0, le=10_000_000_000, description="optimizer steps in which the learning rate rises to optimizer.lr"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the prompts, the noise and the adapter's initial values")
     micro_batch: int | None = Field(
         None, ge=1, le=100_000, description="rows of one backward pass; null: as many as are generated at once"
@@ -285,6 +291,11 @@ class TrainSection(Section):
     recompute_old: Literal["auto", "always"] = Field(
         "auto", description="whether old log-probs are recomputed through the update path: when needed, or always"
     )
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of the whole run, those included that a KL limit or equal rewards may skip."""
+        return self.iterations * self.updates_per_iteration
 
 
 class LoraSection(Section):

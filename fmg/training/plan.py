@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -126,6 +127,7 @@ def plan(resolved: ResolvedRecipe, *, devices: int | None = None, runs: Path = R
         **({"completions": f"{shape.branch.completion}, by {shape.branch.backend}"} if shape.kind == "branch" else {}),
         "images an iteration": f"{images} ({counted(shape.groups, 'prompt')} x {shape.group_size})",
         **_calls(recipe),
+        **_learning_rate(recipe),
         "images in all": f"{images * loop.iterations} in {counted(loop.iterations, 'iteration')}",
         "evaluations": f"{evaluations} x {counted(recipe.eval.num, 'image')}"
         + ("" if loop.ema_decay is None else ", of the weights and of their average"),
@@ -166,6 +168,21 @@ def _calls(recipe: Recipe) -> dict[str, str]:
         "network calls an iteration": f"{work.rollout_calls:g} in the rollout, {work.update_calls} in the updates",
         **_cost(recipe),
     }
+
+
+def _learning_rate(recipe: Recipe) -> dict[str, str]:
+    """The rate, what becomes of it, and that of the last update (`fmg.training.lr_schedule`, without torch)."""
+    train, rate = recipe.train, getattr(recipe.optimizer.config, "lr", None)
+    if rate is None:
+        return {}
+    text, warmup = f"{rate:g}", train.lr_warmup_steps
+    if warmup:
+        text += f" after a warm-up of {counted(warmup, 'update')}"
+    if train.lr_schedule == "constant":
+        return {"learning rate": f"{text}, constant"}
+    left = train.updates + 1 - max(1, warmup)
+    last = rate * (1 / left if train.lr_schedule == "linear" else math.sin(math.pi / (2 * left)) ** 2)
+    return {"learning rate": f"{text}, {train.lr_schedule} to {last:.3g} at update {train.updates}, the last"}
 
 
 def _cost(recipe: Recipe) -> dict[str, str]:

@@ -66,6 +66,7 @@ from fmg.training.evaluator import Evaluator, averaged_keys, decline
 from fmg.training.gates import LearningGate, ReplayGate, movement, movement_gate
 from fmg.training.hacking_monitor import HackingVerdict
 from fmg.training.launch import Sizes
+from fmg.training.lr_schedule import LrSchedule
 from fmg.training.samples import Sampler, advantages, decode_samples, reward_metrics, score_samples
 from fmg.training.update import Updater
 
@@ -166,6 +167,7 @@ class Trainer:
         named = list(model.trainable())
         optimizer = composed.optimizer(named)
         self._checkpoints = CheckpointManager.make(composed, self.run, named, optimizer, self.dist)
+        self._schedule = LrSchedule(optimizer, recipe.train)
         self._updater = Updater(
             composed.objective,
             model.policies,
@@ -174,6 +176,7 @@ class Trainer:
             recipe.train.max_grad_norm,
             self.sizes.micro_batch,
             self.dist,
+            self._schedule,
         )
         self._sampler = Sampler(composed, self.sizes, self.dist, self.observer)
         self._evaluator = Evaluator(composed, self.run.path, self.sizes.rollout_batch, self.observer, self.dist)
@@ -268,7 +271,8 @@ class Trainer:
         batch = self._replay_gate.admit(batch)
         wanted, kl_limit = recipe.train.updates_per_iteration, recipe.objective.config.kl_limit
         done: list[dict[str, float]] = []
-        for logged in self._updater.updates(batch, wanted, recipe.train.seed + iteration, kl_limit):
+        seed, first = recipe.train.seed + iteration, iteration * wanted
+        for logged in self._updater.updates(batch, wanted, seed, kl_limit, first):
             self._touched = iteration + 1
             self._checkpoints.update_ema()
             done.append(logged)
@@ -294,6 +298,9 @@ class Trainer:
             **reward_metrics(rewards, rollout.groups),
             **updates,
         }
+        rate = self._schedule.rate((iteration + 1) * self.composed.recipe.train.updates_per_iteration - 1)
+        if rate is not None:
+            metrics[keys.LR] = rate
         metrics |= {**measured, **self._sampler.learn(rollout, rewards)}
         metrics |= {keys.time_of(stage): spent for stage, spent in self._times.items()}
         metrics[keys.TIME_ITERATION] = time.perf_counter() - started

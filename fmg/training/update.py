@@ -18,6 +18,7 @@ from fmg.core.protocols import Objective, Policies
 from fmg.core.types import Batch
 from fmg.models.common.policy_weights import WeightSnapshot
 from fmg.training.distributed import DistContext
+from fmg.training.lr_schedule import LrSchedule
 
 # Rows that the policy is measured on after each update: enough for a KL, cheap beside the update itself.
 PROBE_ROWS = 48
@@ -35,6 +36,7 @@ class Updater:
         max_grad_norm: gradients are scaled down to this global norm.
         micro_batch: rows of a forward pass; the update does not depend on it beyond rounding.
         dist: the processes that share the rows of every update, which does not depend on their number beyond rounding.
+        schedule: of the learning rate; None leaves the optimizer's.
     """
 
     objective: Objective
@@ -44,6 +46,7 @@ class Updater:
     max_grad_norm: float
     micro_batch: int
     dist: DistContext = field(default_factory=DistContext)
+    schedule: LrSchedule | None = None
 
     def update(self, batch: Batch) -> dict[str, float]:
         """One optimizer step on the mean loss over `batch`.
@@ -74,13 +77,19 @@ class Updater:
         rows = torch.linspace(0, len(batch) - 1, min(PROBE_ROWS, len(batch))).long()
         return {"rows": float(len(batch)), keys.LOSS: total, keys.GRAD_NORM: norm, **self.measure(batch.select(rows))}
 
-    def updates(self, batch: Batch, count: int, seed: int, kl_limit: float | None) -> Iterator[dict[str, float]]:
+    def updates(
+        self, batch: Batch, count: int, seed: int, kl_limit: float | None, first: int = 0
+    ) -> Iterator[dict[str, float]]:
         """At most `count` updates, each on its own random part of `batch`; yields what `update` returns of each.
+
+        `first` is the number of the first one in the run, by which it gets its learning rate.
 
         Stops after an update whose measured `approx_kl` exceeds `kl_limit` (docs/math.md, eq. 27): the other rows
         were sampled by a policy that is no longer close. None never stops early.
         """
-        for part in partition(batch, count, seed):
+        for number, part in enumerate(partition(batch, count, seed), first):
+            if self.schedule is not None:
+                self.schedule.set(number)
             logged = self.update(part)
             yield logged
             if kl_limit is not None and logged[keys.APPROX_KL] > kl_limit:

@@ -59,6 +59,8 @@ VARIANT = {
     "train.ema_decay": 0.9,
     # any movement is more, so that each iteration stops after its first update
     "objective.target_kl": 1e-12,
+    # updates that are skipped keep their place in the schedule
+    "train.lr_schedule": "cosine",
 }
 
 

@@ -40,13 +40,15 @@ TINY = {
 }
 COMPILED = "completed by a graph"
 KINDS: dict[str, dict[str, object]] = {
-    "lora and average": {"train.ema_decay": 0.9},
+    "lora and average": {"train.ema_decay": 0.9, "train.lr_schedule": "linear"},
     # dropout draws from the global generator, muon joins two optimizers
     "embedder, dropout": {
         "train.trainable": "lora+duration",
         "rollout.kind": "chain",
         "objective": "rwfm",
         "optimizer": "muon",
+        "train.lr_schedule": "cosine",
+        "train.lr_warmup_steps": 4,
         "lora.dropout": 0.2,
         "train.shuffle_advantages": True,
     },
@@ -103,6 +105,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(kind: str, tmp_path:
     resumed = resume(tmp_path / "cut", keep_state("cut"))
     assert not resumed.interrupted
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    rates = {line["lr"] for line in metrics(tmp_path / "cut") if "lr" in line}
+    assert len(rates) == (3 if "train.lr_schedule" in KINDS[kind] else 1)
     assert last["cut"] == last["whole"]
     ours, theirs = _weights(tmp_path / "cut"), _weights(tmp_path / "whole")
     assert ours.keys() == theirs.keys()

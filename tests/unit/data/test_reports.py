@@ -17,7 +17,7 @@ from fmg.data.checkpoints import CheckpointIndex, SavedCheckpoint, existing_inde
 from fmg.data.page import Gallery, Listing, Picture, Section, Table, Text, Tile, inline_image, page
 from fmg.data.run_folder import RunFolder
 from fmg.data.run_metrics import Outcome, read_numbers
-from fmg.data.run_report import kept_picture, write_comparison, write_run_report
+from fmg.data.run_report import RunRecord, charts, kept_picture, write_comparison, write_run_report
 from tests.support.pages import made_up_run, self_contained
 
 HOSTILE = "<script>alert('x')</script>\"'&{{ 7 * 7 }} {% raw %} </style> ☃ \u202e"
@@ -92,6 +92,18 @@ def test_a_report_of_a_branched_run_has_curves_by_step(tmp_path: Path) -> None:
     for title in ("reward of siblings", "groups with equal rewards", "groups"):
         assert f"{title} by branching step" in page
     assert "agreement of one jump with the full grid" in page
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_a_learning_rate_has_a_chart_where_it_changes(tmp_path: Path, factor: float) -> None:
+    run = made_up_run(tmp_path / "run")
+    lines = read_numbers(run.metrics)
+    for number, line in enumerate(line for line in lines if "reward/mean" in line):
+        line["lr"] = 1e-3 * factor**number
+    run.metrics.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    write_index(run.path, existing_index(run.path))
+    titles = [chart.alt for chart in charts(RunRecord.read(run))]
+    assert ("learning rate" in titles) == (factor != 1)
 
 
 def test_a_reward_with_an_underscore_has_its_chart_and_comparison(tmp_path: Path) -> None:

@@ -51,6 +51,14 @@ def test_one_step_has_no_stochastic_transition() -> None:
     assert resolve(None, {"model": "two-time", "steps": 1, "objective": "rwfm"}, CHAIN).recipe.rollout.steps == 1
 
 
+def test_a_warm_up_fits_into_the_run() -> None:
+    sets = ["train.updates_per_iteration=2", "train.lr_warmup_steps=12"]
+    assert resolve(None, {"iterations": 6}, sets).recipe.train.lr_warmup_steps == 12
+    with pytest.raises(CompositionError) as caught:
+        resolve(None, {"iterations": 5}, sets)
+    assert "warms up for 12 updates, but the run has only 10 (5 x 2). Lower train.lr_warmup_steps" in str(caught.value)
+
+
 def test_a_window_needs_a_two_time_map_unless_it_is_the_whole() -> None:
     with pytest.raises(CompositionError) as caught:
         resolve(None, {"model": "single-time"}, [*CHAIN, "rollout.window={size: 2}"])

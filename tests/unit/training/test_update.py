@@ -13,11 +13,13 @@ from fmg.core.events import Event, Notice
 from fmg.core.protocols import Density, FlowMap
 from fmg.core.types import Batch, Conditioning
 from fmg.flow import Gaussian
+from fmg.recipe.sections import TrainSection
 from fmg.rl.configs import GrpoConfig
 from fmg.rl.grpo import Grpo
 from fmg.training.distributed import DistContext
 from fmg.training.evaluator import averaged_keys
 from fmg.training.gates import IDLE_ITERATIONS, LearningGate, ReplayGate, movement, movement_gate
+from fmg.training.lr_schedule import LrSchedule
 from fmg.training.update import Ema, Updater, partition
 from tests.support import toy
 
@@ -53,6 +55,22 @@ def test_an_update_does_not_depend_on_the_micro_batch(micro_batch: int) -> None:
         updater(network, policies, objective, size, lr=0.5).update(batch)
         after.append(torch.cat([p.detach().flatten() for p in network.parameters()]))
     torch.testing.assert_close(after[0], after[1], rtol=1e-6, atol=1e-7)
+
+
+def test_every_update_has_the_rate_of_its_place_in_the_run_also_after_skipped_ones() -> None:
+    network, policies, objective, batch = prepared()
+    parameters = list(network.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=0.5)
+    train = TrainSection(lr_schedule="linear", iterations=3, updates_per_iteration=2)
+    schedule = LrSchedule(optimizer, train)
+    scheduled = Updater(objective, policies, optimizer, parameters, 1.0, 72, schedule=schedule)
+    rates: list[list[float]] = []
+    for iteration, kl_limit in enumerate([None, 0.0, None]):
+        rates.append([])
+        for _ in scheduled.updates(batch, 2, iteration, kl_limit, first=2 * iteration):
+            rates[-1].append(optimizer.param_groups[0]["lr"])
+    # the second iteration stops after its first update
+    assert rates == [[pytest.approx(0.5 * left / 6) for left in part] for part in ([6, 5], [4], [2, 1])]
 
 
 def test_a_small_step_raises_the_surrogate() -> None:
