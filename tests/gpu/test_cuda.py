@@ -55,7 +55,7 @@ def _student(folder: Path, **overrides: object) -> Recipe:
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @pytest.mark.parametrize("model", ["meanflow-shapes", "scm-shapes"])
-def test_seeds_draw_the_pictures_of_the_cpu(model: str, steps: int) -> None:
+def test_seeds_give_the_images_of_the_cpu(model: str, steps: int) -> None:
     ours, theirs = (
         fmg.load(model, device=device).generate(PROMPTS, [3, 4], steps=steps).images.cpu() for device in ("cuda", "cpu")
     )
@@ -123,7 +123,7 @@ def test_a_reward_network_scores_on_the_gpu_as_on_the_cpu(tmp_path: Path) -> Non
     torch.testing.assert_close(scores["cuda"], scores["cpu"], rtol=0, atol=1e-4)
 
 
-def test_drawing_is_timed_by_the_device(tmp_path: Path) -> None:
+def test_generation_is_timed_on_the_device(tmp_path: Path) -> None:
     done = cli("generate", *PROMPTS, "--from", "meanflow-shapes", "--device", "cuda", "--time", "--json")
     assert done.code == 0, done.stderr
     report: dict[str, Any] = json.loads(done.stdout)
@@ -131,7 +131,7 @@ def test_drawing_is_timed_by_the_device(tmp_path: Path) -> None:
     assert len(list((tmp_path / "images").glob("*.png"))) == len(PROMPTS)
 
 
-def test_a_run_of_the_gpu_is_exported_and_proven(tmp_path: Path) -> None:
+def test_a_run_on_the_gpu_is_exported_and_verified(tmp_path: Path) -> None:
     fmg.train(Recipe.default(None, **SMALL), tmp_path / "run")
     exported = cli("export", "run", "--verify", "quick")
     assert exported.code == 0, exported.stderr

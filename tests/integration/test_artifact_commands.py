@@ -47,7 +47,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> BareEnvironment:
     return BareEnvironment.make(tmp_path_factory.mktemp("bare") / "venv", [*ARTIFACT, *COMMAND_LINE])
 
 
-def test_a_program_draws_the_pictures_of_torch_with_four_packages(
+def test_a_program_generates_the_images_of_torch_with_four_packages(
     shapes_artifact: Artifact, torch_images: NDArray[np.float32], tmp_path: Path
 ) -> None:
     environment = BareEnvironment.make(tmp_path / "venv", ARTIFACT)
@@ -104,7 +104,7 @@ def test_what_needs_torch_says_so_in_one_line(
     assert says in line
 
 
-def test_verify_passes_and_is_kept(shapes_artifact: Artifact, tmp_path: Path) -> None:
+def test_a_passing_verification_is_stored(shapes_artifact: Artifact, tmp_path: Path) -> None:
     folder = copied(shapes_artifact, tmp_path / "a")
     done = fmg("verify", str(folder), "--num", "4", "--device", "cpu", "--json")
     assert done.code == 0, done.stderr
@@ -115,7 +115,9 @@ def test_verify_passes_and_is_kept(shapes_artifact: Artifact, tmp_path: Path) ->
     assert {entry["name"] for entry in kept} == {entry["name"] for entry in report["checks"]}
 
 
-def test_verify_ends_with_1_and_names_the_layer(shapes_artifact: Artifact, shapes_run: Path, tmp_path: Path) -> None:
+def test_verify_exits_with_code_1_and_names_the_layer(
+    shapes_artifact: Artifact, shapes_run: Path, tmp_path: Path
+) -> None:
     tensor = "single_transformer_blocks.1.attn.to_k.weight"
     bad = planted(shapes_artifact, tmp_path / "bad", tensor, 2.0)
     done = fmg("verify", str(bad.folder), "--against", str(shapes_run), "--num", "4", "--device", "cpu")
@@ -124,7 +126,7 @@ def test_verify_ends_with_1_and_names_the_layer(shapes_artifact: Artifact, shape
     assert "transformer first differs in single_transformer_blocks.1.attn.to_k " in done.stdout
 
 
-def test_verify_ends_with_1_when_the_rewards_say_nothing(shapes_artifact: Artifact, tmp_path: Path) -> None:
+def test_verify_exits_with_code_1_when_the_rewards_are_inconclusive(shapes_artifact: Artifact, tmp_path: Path) -> None:
     folder = copied(shapes_artifact, tmp_path / "a")
     done = fmg("verify", str(folder), "--full", "--num", "1", "--device", "cpu", "--json")
     assert done.code == 1, done.stderr

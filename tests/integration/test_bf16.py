@@ -64,7 +64,7 @@ def test_a_bf16_run_passes_the_replay_gate(
 
 
 @pytest.mark.parametrize(("micro_batch", "looks_again"), [(4, False), (3, True)])
-def test_a_run_that_goes_on_with_other_calls_is_checked_anew(
+def test_a_run_resumed_with_other_calls_is_checked_again(
     folder: Path, micro_batch: int, looks_again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))

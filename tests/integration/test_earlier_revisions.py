@@ -24,7 +24,7 @@ ARTIFACTS = sorted(path.parent for path in FIXTURES.glob("*/*/manifest.json"))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fixture", CUT, ids=lambda path: "-".join(path.parts[-2:]))
-def test_a_cut_run_resumes_as_if_nobody_had_cut_it(fixture: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_as_if_uninterrupted(fixture: Path, tmp_path: Path) -> None:
     run = shutil.copytree(fixture, tmp_path / "run")
     seen = fmg("report", str(run), "--json")
     assert seen.code == 0, seen.stderr

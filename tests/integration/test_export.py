@@ -48,7 +48,7 @@ def test_export_and_swap_on_the_command_line(
     assert open_artifact("artifact").manifest.weights_digest() == before
 
 
-def test_a_students_folder_is_drawn_by_fmg_and_read_by_diffusers(
+def test_a_students_folder_is_sampled_by_fmg_and_read_by_diffusers(
     student_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -48,7 +48,7 @@ def recipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     )
 
 
-def test_a_student_is_evaluated_trained_saved_and_drawn_by_stock_diffusers(
+def test_a_student_is_evaluated_trained_saved_and_sampled_by_stock_diffusers(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the program builds a model of full size")
-def test_the_exported_graph_draws_what_eager_torch_draws(tmp_path: Path) -> None:
+def test_the_exported_graph_equals_eager_torch(tmp_path: Path) -> None:
     out = tmp_path / "gpu_export.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_export.py"), "--repeats", "1", "--no-engines"]
     done = subprocess.run([*command, "--out", str(out)], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -33,7 +33,7 @@ assert main(["train", "--model", "scm-shapes", *parts, "--dry-run"]) == 2
 """
 
 
-def test_the_example_works_as_installed(tmp_path: Path) -> None:
+def test_the_installed_example_works(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "installed"
     # pip builds in the folder of the sources
     shutil.copytree(EXAMPLE, source)

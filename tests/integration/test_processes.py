@@ -126,7 +126,7 @@ def _metrics(folder: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("model", ["shapes", "branched", "flux"])
-def test_two_processes_train_what_one_trains(model: str, engine: str, root: Path) -> None:
+def test_two_processes_train_like_one(model: str, engine: str, root: Path) -> None:
     one, two = root / model, root / f"{model}-{engine}"
     first, second = (load_file(two / f"gradients-{rank}.safetensors") for rank in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)

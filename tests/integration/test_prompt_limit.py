@@ -15,7 +15,7 @@ SAID = "the model reads the first 16"
 
 
 @pytest.mark.filterwarnings("default::fmg.core.errors.FmgWarning")
-def test_every_command_cuts_a_long_prompt_and_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_truncates_a_long_prompt_and_warns_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))
     (tmp_path / "long.txt").write_text(f"{LONG}\n{LONG} left\na blue square\n", encoding="utf-8")

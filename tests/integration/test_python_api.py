@@ -56,7 +56,7 @@ def test_a_function_trains_is_recorded_by_name_and_is_needed_again(
         assert len(generator.generate("a red circle", num=2)) == 2
 
 
-def test_a_fresh_interpreter_says_nothing_but_what_was_asked() -> None:
+def test_a_fresh_interpreter_prints_only_what_was_asked() -> None:
     program = "from fmg import load\nprint(load('meanflow-shapes').generate('a red circle'))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "Generated(1 image of 32 x 32 pixels)\n"

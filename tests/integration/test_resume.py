@@ -158,7 +158,7 @@ def test_an_average_is_evaluated_and_saved_beside_the_weights(interrupted: Path)
     assert any(not torch.equal(raw[name], averaged[name]) for name in raw)
 
 
-def test_a_run_goes_on_with_smaller_batches(interrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_resumes_with_smaller_batches(interrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [Path(shutil.copytree(interrupted, tmp_path / name)) for name in ("as it was", "smaller")]
     changed = {"train.micro_batch": 3, "rollout.batch_size": 2, "eval.batch_size": 1}
     file = RunFolder(runs[1]).recipe
@@ -265,7 +265,7 @@ def test_a_run_that_is_still_trained_is_not_resumed(interrupted: Path) -> None:
         pass
 
 
-def test_a_run_that_another_process_went_on_with_meanwhile_is_not_set_back(interrupted: Path, tmp_path: Path) -> None:
+def test_a_run_that_another_process_continued_meanwhile_is_not_rolled_back(interrupted: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(interrupted, tmp_path / "run"))
 
     def goes_on(event: Event) -> None:
@@ -278,7 +278,7 @@ def test_a_run_that_another_process_went_on_with_meanwhile_is_not_set_back(inter
     assert metrics(run) == metrics(interrupted)
 
 
-def test_what_was_learned_of_prompts_is_forgotten_with_them(tmp_path: Path) -> None:
+def test_weights_of_prompts_are_discarded_with_the_prompts(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("a red circle\na blue square\na green circle\na red square\n")
     values = {"train.iterations": 2, "rollout.prompt_sampling": "dynamic", "prompts": str(file)}

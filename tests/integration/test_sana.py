@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 PROMPT = "a left"
 
 
-def test_sana_sprint_is_evaluated_trained_saved_and_drawn_by_its_pipeline(
+def test_sana_sprint_is_evaluated_trained_saved_and_sampled_by_its_pipeline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))

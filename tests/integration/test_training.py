@@ -75,9 +75,7 @@ def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
 
 # updates of 12 and of 5 rows, so that each of them is whole with one batch and in parts with the other
 @pytest.mark.parametrize(("kind", "groups"), [("chain", 2), ("branch", 10)])
-def test_the_micro_batch_and_the_rollout_batch_are_no_part_of_the_result(
-    kind: str, groups: int, tmp_path: Path
-) -> None:
+def test_the_micro_batch_and_the_rollout_batch_do_not_change_the_result(kind: str, groups: int, tmp_path: Path) -> None:
     weights = []
     for name, batch in (("whole", 12), ("split", 3)):
         batches = {"rollout.batch_size": batch, "train.micro_batch": batch}

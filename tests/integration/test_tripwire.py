@@ -44,7 +44,7 @@ def run(folder: Path, held_out: str, monkeypatch: pytest.MonkeyPatch, module: st
     return fmg("train", "--reward", reward, "--iterations", "4", "--run", "run", "--json", *sets, *held, *more)
 
 
-def test_a_hacked_run_is_stopped_and_stands_for_what_was_before(
+def test_a_hacked_run_is_stopped_and_keeps_an_earlier_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = run(tmp_path, "held", monkeypatch, "scripted_hack", "--stop-on-hacking")
@@ -66,7 +66,9 @@ def test_a_hacked_run_is_stopped_and_stands_for_what_was_before(
     assert "--stop-on-hacking" in shown.stdout
 
 
-def test_a_stopped_run_whose_ending_failed_does_not_train_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_whose_ending_failed_does_not_continue_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise OSError("no space left")
 

@@ -15,7 +15,7 @@ PRESENT = commands()
 
 
 @pytest.mark.parametrize("command", RECORDED)
-def test_no_parameter_is_gone_or_means_something_else(command: str) -> None:
+def test_no_parameter_is_removed_or_changes_its_meaning(command: str) -> None:
     present = PRESENT[command]
     for name, before in RECORDED[command].items():
         now = present[name]
@@ -28,7 +28,7 @@ def test_no_parameter_is_gone_or_means_something_else(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", RECORDED)
-def test_what_is_new_may_be_left_out(command: str) -> None:
+def test_new_parameters_are_optional(command: str) -> None:
     for name in PRESENT[command].keys() - RECORDED[command].keys():
         assert not PRESENT[command][name]["required"], name
 

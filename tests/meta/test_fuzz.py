@@ -16,7 +16,7 @@ SEED = 12
 @pytest.mark.slow
 @pytest.mark.compile
 @pytest.mark.filterwarnings("default")
-def test_what_is_mutated_ends_as_before_or_in_one_line(
+def test_a_mutation_changes_nothing_or_ends_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # both are changed by the trials and put back at the end

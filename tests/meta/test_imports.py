@@ -38,7 +38,7 @@ def imported(node: ast.Import | ast.ImportFrom, modules: frozenset[str]) -> Iter
             yield inner if inner in modules else node.module
 
 
-def test_no_import_circle() -> None:
+def test_no_import_cycle() -> None:
     trees = {module_name(file): ast.parse(file.read_text()) for file in (ROOT / "fmg").rglob("*.py")}
     modules = frozenset(trees)
     graph = {

@@ -72,7 +72,7 @@ def test_prompts_are_encoded_as_by_the_pipeline(single_time: FluxModel, prompts:
 
 
 @torch.no_grad()
-def test_euler_steps_on_the_network_draw_the_pipelines_picture(single_time: FluxModel) -> None:
+def test_euler_steps_on_the_network_give_the_pipelines_image(single_time: FluxModel) -> None:
     noise, cond, sigmas = _noise(single_time), single_time.encode(PROMPTS), [1.0, 0.75, 0.5, 0.25, 0.0]
     expected = _pipeline(single_time)(
         prompt=PROMPTS,

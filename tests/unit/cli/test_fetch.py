@@ -201,14 +201,14 @@ def test_a_reward_is_treated_as_a_model_is(hub: list[tuple[Any, ...]], monkeypat
     assert not hub
 
 
-def test_a_file_that_the_repository_lacks_is_answered_with_those_it_has(hub: list[tuple[Any, ...]]) -> None:
+def test_a_missing_file_of_a_repository_is_reported_with_those_it_has(hub: list[tuple[Any, ...]]) -> None:
     done = fmg("fetch", "scm-flux", "--yes")
     assert done.code == 2
     assert "it has flux1lite_meanflow.pt" in done.stderr
     assert not hub
 
 
-def test_too_little_space_is_said_before_the_download(
+def test_too_little_space_is_reported_before_the_download(
     hub: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub_assets.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
@@ -279,7 +279,7 @@ def test_an_embedded_model_needs_nothing() -> None:
     assert "is on this computer" in fmg("fetch", "meanflow-shapes").stdout
 
 
-def test_words_that_name_nothing_are_refused() -> None:
+def test_unknown_names_are_refused() -> None:
     assert fmg("fetch", "meanflow-flx").code == 2
     assert fmg("fetch", "a", "b", "c").code == 2
     assert "is on this computer" in fmg("fetch", "reward", "jpeg-compressibility").stdout

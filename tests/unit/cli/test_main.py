@@ -97,7 +97,7 @@ def test_an_error_of_the_program_says_how_to_see_the_traceback(tmp_path: Path, m
         (MemoryError(), "MemoryError"),
     ],
 )
-def test_memory_that_runs_out_is_no_error_of_the_program(
+def test_running_out_of_memory_is_not_a_bug_of_the_program(
     error: Exception, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_with(error, monkeypatch)
@@ -123,7 +123,7 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("command", [["list"], ["list", "--json"]])
-def test_a_reader_that_goes_away_is_no_error(command: list[str]) -> None:
+def test_a_reader_that_closes_the_pipe_is_not_an_error(command: list[str]) -> None:
     call = [sys.executable, "-m", "fmg", *command]
     with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -133,7 +133,7 @@ def test_a_reader_that_goes_away_is_no_error(command: list[str]) -> None:
         assert process.wait() == 1
 
 
-def test_a_narrow_encoding_loses_letters_and_not_the_command(tmp_path: Path) -> None:
+def test_a_narrow_encoding_loses_letters_but_does_not_fail(tmp_path: Path) -> None:
     (tmp_path / "größe").mkdir()
     call = [sys.executable, "-m", "fmg", "runs", "größe"]
     environment = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}

@@ -22,7 +22,7 @@ def _workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fmg.eval.evaluate", None)
 
 
-def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:
+def test_a_writable_destination_is_left_unchanged(tmp_path: Path) -> None:
     check_place(tmp_path / "a" / "b.html", "--out")
     assert not list(tmp_path.iterdir())
 
@@ -31,7 +31,7 @@ def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:
     ("place", "reason"),
     [("file/below", "is a file"), ("x" * 300, "File name too long"), ("loop/below", "Too many levels")],
 )
-def test_a_place_that_cannot_be_made_is_refused(place: str, reason: str, tmp_path: Path) -> None:
+def test_a_destination_that_cannot_be_made_is_refused(place: str, reason: str, tmp_path: Path) -> None:
     Path("file").touch()
     Path("loop").symlink_to("loop")
     before = sorted(tmp_path.iterdir())
@@ -57,7 +57,7 @@ def test_a_place_that_cannot_be_made_is_refused(place: str, reason: str, tmp_pat
     ],
     ids=" ".join,
 )
-def test_every_command_looks_at_its_place_first(command: list[str]) -> None:
+def test_every_command_checks_its_destination_first(command: list[str]) -> None:
     done = fmg(*command)
     assert (done.code, done.stdout) == (2, "")
     assert re.search("cannot be (written|used for a run): No such file or directory", done.stderr)
@@ -84,7 +84,7 @@ def test_a_dry_run_and_a_run_refuse_alike(options: list[str], message: str, dry:
     assert not Path("runs").exists()
 
 
-def test_a_plan_of_what_has_not_been_fetched_is_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_has_not_been_fetched_can_be_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     options = ["train", "--model", "sana-sprint", "--reward", "jpeg-incompressibility"]
@@ -125,6 +125,6 @@ def test_verify_finds_the_artifact_of_a_run() -> None:
     assert found.code == 1
 
 
-def test_an_unknown_device_is_refused_before_torch_is_asked() -> None:
+def test_an_unknown_device_is_refused_before_torch_is_imported() -> None:
     done = fmg("eval", "meanflow-shapes", "--device", "gpu")
     assert (done.code, "--device gpu" in done.stderr) == (2, True)

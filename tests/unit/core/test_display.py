@@ -15,7 +15,7 @@ HOSTILE = "\x1b[31m \x07 \x9b \x7f \u202e \u2066 \u200b \ufeff \udc80 \U000e0041
 ORDINARY = "a red circle, 漢字\u3000かな, עברית, e\u0301, \U0001f469\u200d\U0001f52c, \xa0"
 
 
-def test_what_cannot_be_seen_is_written_out() -> None:
+def test_invisible_characters_are_escaped() -> None:
     assert visible("\x1b[31m\n") == r"\x1b[31m\n"
     assert visible("\x1b\n\t", lines=True) == "\\x1b\n\t"
     assert visible(HOSTILE).isprintable()
@@ -51,7 +51,7 @@ def test_any_name_is_a_label_of_a_figure(name: str) -> None:
         assert figure_bytes(figure, "png")
 
 
-def test_errors_have_an_end_whatever_they_hold() -> None:
+def test_errors_are_bounded_whatever_they_quote() -> None:
     assert len(str(CheckpointError("it's " * 10_000, "don't " * 10_000))) < 3000
     ordinary = "There is no reward 'x'"
     assert bounded(ordinary) == cut(ordinary) == ordinary

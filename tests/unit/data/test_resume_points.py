@@ -23,7 +23,7 @@ OWN_CODE = {"name": "python", "target": "my.module:function"}
     ],
     ids=str,
 )
-def test_commands_for_going_on_give_the_consent_that_the_recipe_needs(
+def test_commands_for_resuming_give_the_consent_that_the_recipe_needs(
     changes: dict[str, object], flags: list[str], tmp_path: Path
 ) -> None:
     recipe = Recipe.default().with_(changes)
@@ -38,7 +38,7 @@ def test_commands_for_going_on_give_the_consent_that_the_recipe_needs(
     assert f"`{again}`" in caught.value.fix
 
 
-def test_a_run_whose_recipe_is_gone_still_says_what_is_wrong(tmp_path: Path) -> None:
+def test_a_run_whose_recipe_is_missing_still_reports_what_is_wrong(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run", "meanflow-shapes")
     run.set_state("finished")
     with pytest.raises(UsageError, match="is finished"):

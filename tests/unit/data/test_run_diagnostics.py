@@ -101,7 +101,7 @@ HACKED = {
         (log(**{"last_eval__score": None}), [("problem", "optimizer.lr")]),
     ],
 )
-def test_a_sign_leads_to_its_knob(lines: Lines, expected: list[tuple[str, str]]) -> None:
+def test_a_sign_leads_to_its_option(lines: Lines, expected: list[tuple[str, str]]) -> None:
     if lines[5].get("loss", 0.0) is None:
         expected = [("problem", "optimizer.lr")]
     assert signs(lines) == expected
@@ -204,7 +204,7 @@ def test_a_line_that_is_not_numbers_is_named(tmp_path: Path, damage: str) -> Non
     assert math.isnan(line["loss"])
 
 
-def test_hacking_is_named_where_the_tripwire_found_it() -> None:
+def test_hacking_is_reported_where_the_monitor_found_it() -> None:
     lines = log(**HACKED)
     lines.append({**lines[0], "iteration": 40, "eval/score": 0.7})
     (advice,) = found(lines)

@@ -148,7 +148,7 @@ def test_the_world_knows_what_its_prompts_look_like() -> None:
     assert scores.total.tolist() == [1, 1, 1]
 
 
-def test_what_cannot_be_done_is_said_before_anything_is_drawn(folder: Path, tmp_path: Path) -> None:
+def test_impossible_requests_are_refused_before_anything_is_generated(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "report.html").touch()
     (tmp_path / "two").mkdir()
@@ -177,7 +177,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_drawn(folder: Path, tmp_
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_one_image_a_prompt_has_no_diversity_within_prompts_and_says_so() -> None:
+def test_one_image_per_prompt_has_no_diversity_within_prompts_and_says_so() -> None:
     told: list[Event] = []
     found = evaluate("meanflow-shapes", extractors=["pixels"], rewards=["shapes"], num=6, observer=told.append)
     assert "diversity_within_prompts" not in {row.metric for row in found.metrics}

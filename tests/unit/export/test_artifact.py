@@ -119,7 +119,7 @@ def test_text_encoders_of_the_artifact_are_those_of_the_model(pair: tuple[Artifa
 
 @torch.no_grad()
 @pytest.mark.parametrize(("batch", "height", "width"), [(1, 8, 8), (3, 4, 10), (2, 2, 6), (1, 12, 12)])
-def test_decoder_of_the_artifact_draws_what_the_model_draws(
+def test_decoder_of_the_artifact_equals_that_of_the_model(
     pair: tuple[Artifact, FluxModel], batch: int, height: int, width: int
 ) -> None:
     artifact, model = pair
@@ -145,7 +145,9 @@ def test_weights_with_eight_bits_stay_near(shapes_artifact: Artifact, shapes_run
     assert all(dtype == torch.int8 for name, dtype in matrices.items() if not name.startswith(BORDERS))
 
 
-def test_every_graph_has_the_promised_borders_and_points_into_its_weights(pair: tuple[Artifact, FluxModel]) -> None:
+def test_every_graph_has_the_stated_inputs_and_outputs_and_points_into_its_weights(
+    pair: tuple[Artifact, FluxModel],
+) -> None:
     artifact, model = pair
     names = model.components.transformer.state_dict()
     for name, graph in artifact.manifest.graphs.items():

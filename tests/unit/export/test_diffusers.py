@@ -60,7 +60,7 @@ def _images(model: FluxModel) -> Tensor:
     return model.decode(model.flow_map.jump(noise, torch.ones(2), torch.zeros(2), cond))
 
 
-def test_the_pipeline_of_the_folder_draws_what_base_and_adapter_draw(
+def test_the_pipeline_of_the_folder_equals_base_and_adapter(
     base: Path, tuned: FluxModel, saved: Path, tmp_path: Path
 ) -> None:
     merged = merge_folder(base, saved, tmp_path / "merged")

@@ -54,7 +54,7 @@ def test_the_run_of_an_artifact_may_be_gone(shapes_artifact: Artifact, tmp_path:
         form_for(open_artifact(folder), BenchBackend("torch"))
 
 
-def test_a_copy_without_adapter_draws_the_base_and_leaves_the_original(
+def test_a_copy_without_adapter_is_the_base_and_leaves_the_original(
     shapes_artifact: Artifact, shapes_run: Path, tmp_path: Path
 ) -> None:
     before = shapes_artifact.manifest.weights_digest()

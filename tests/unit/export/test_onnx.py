@@ -82,7 +82,7 @@ def test_missing_packages_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_a_bf16_transformer_has_bf16_weights_and_fp32_borders_and_times() -> None:
+def test_a_bf16_transformer_has_bf16_weights_and_fp32_inputs_outputs_and_times() -> None:
     config = {
         "in_channels": 16,
         "num_layers": 1,

@@ -218,7 +218,7 @@ def test_a_network_in_another_precision_is_refused() -> None:
 
 
 @pytest.mark.parametrize("message", [Step("Building", 1, 4), Built({"CAST": {"FLOAT": 2}}, 0.5), Failed("why", "n")])
-def test_messages_cross_the_process_border_unchanged(message: Message) -> None:
+def test_messages_between_processes_arrive_unchanged(message: Message) -> None:
     assert from_line(to_line(message)) == message
 
 

@@ -37,7 +37,7 @@ def by_name(checks: tuple[Check, ...]) -> dict[str, Check]:
     return {check.name: check for check in checks}
 
 
-def test_an_export_is_proven(
+def test_an_export_is_verified(
     shapes_artifact: Artifact, shapes_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LEAST_IMAGES", 64)
@@ -75,7 +75,7 @@ def test_an_artifact_that_may_only_be_read_is_verified(
     assert said == [Notice("warning", "The results could not be written into the manifest: Permission denied")]
 
 
-def test_long_prompts_are_cut_on_both_sides_and_named_once(
+def test_long_prompts_are_truncated_on_both_sides_and_reported_once(
     shapes_artifact: Artifact, shapes_run: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "long.txt").write_text("red " * 100 + "circle\na blue square\n", encoding="utf-8")
@@ -103,7 +103,7 @@ def test_a_planted_error_is_found_and_its_module_named(
     assert checks["tensors/vae_decoder"].passed
 
 
-def test_another_adapter_is_not_proven(shapes_artifact: Artifact, other_shapes_run: Path, tmp_path: Path) -> None:
+def test_another_adapter_fails_verification(shapes_artifact: Artifact, other_shapes_run: Path, tmp_path: Path) -> None:
     artifact = open_artifact(copied(shapes_artifact, tmp_path / "a"))
     checks = by_name(verify(artifact, other_shapes_run, device="cpu", num=8).checks)
     assert not checks["images"].passed

@@ -13,7 +13,7 @@ def test_covariances_have_to_be_positive_definite() -> None:
         GaussianMap(torch.zeros(2), torch.tensor([[1.0, 2.0], [2.0, 1.0]]), LinearPath())
 
 
-def test_mixture_draws_have_the_moments_of_the_mixture() -> None:
+def test_mixture_samples_have_the_moments_of_the_mixture() -> None:
     mixture, count = mixture_map(LinearPath()), 40_000
     x = mixture.draw(count, torch.Generator().manual_seed(2))
     mean = mixture.weights @ mixture.means

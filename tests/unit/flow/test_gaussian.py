@@ -27,7 +27,7 @@ def test_everything_is_fp32(dtype: torch.dtype) -> None:
     assert {result.dtype for result in results} == {torch.float32}
 
 
-def test_draws_follow_the_generator() -> None:
+def test_samples_follow_the_generator() -> None:
     density = Gaussian(torch.zeros(3, 2), torch.full((3,), 2.0))
     first, second = (density.sample(torch.Generator().manual_seed(7)) for _ in range(2))
     assert torch.equal(first, second)

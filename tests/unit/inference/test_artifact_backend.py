@@ -41,7 +41,7 @@ def largest(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
 
 
 @pytest.mark.parametrize("kind", ["shapes", "student"])
-def test_it_draws_the_pictures_of_torch(kind: str, request: pytest.FixtureRequest) -> None:
+def test_it_generates_the_images_of_torch(kind: str, request: pytest.FixtureRequest) -> None:
     run, artifact = (request.getfixturevalue(f"{kind}_{what}") for what in ("run", "artifact"))
     if kind == "student":
         request.getfixturevalue("monkeypatch").setenv("FMG_CACHE", str(run.parent / "cache"))
@@ -54,7 +54,7 @@ def test_it_draws_the_pictures_of_torch(kind: str, request: pytest.FixtureReques
     assert largest(base, expected) > 1 / 255, "the adapter must matter, or this test could not fail"
 
 
-def test_io_binding_draws_the_same(shapes_artifact: Artifact) -> None:
+def test_io_binding_generates_the_same(shapes_artifact: Artifact) -> None:
     runtime = ort.BoundOnnxRuntime(shapes_artifact, torch.device("cpu"), [ort.CPU])
     with load(shapes_artifact, device="cpu") as plain:
         expected = plain.generate(PROMPTS[:3], SEEDS[:3], steps=2)
@@ -148,7 +148,7 @@ def test_bf16_needs_a_gpu(shapes_artifact: Artifact) -> None:
         generator.generate(PROMPTS[:1], [0])
 
 
-def test_a_prompt_that_is_cut_is_named_by_every_backend_once(shapes_artifact: Artifact, shapes_run: Path) -> None:
+def test_every_backend_reports_a_truncated_prompt_once(shapes_artifact: Artifact, shapes_run: Path) -> None:
     said, images = [], []
     for target in (shapes_artifact, shapes_run):
         with load(target) as generator:

@@ -294,14 +294,14 @@ def test_a_folder_without_manifest_and_an_unknown_graph_are_refused(folder: Path
         open_artifact(folder)
 
 
-def test_a_newer_proof_takes_the_place_of_an_older_one(folder: Path) -> None:
+def test_a_newer_verification_replaces_an_older_one(folder: Path) -> None:
     old, new, other = (Check(name, ok, {"gap": 0.1}, "", "0") for name, ok in (("a", False), ("a", True), ("b", True)))
     artifact = open_artifact(folder).with_checks([old, other]).with_checks([new])
     assert artifact.manifest.checks == (other, new)
     assert open_artifact(folder) == artifact
 
 
-def test_proofs_are_not_written_over_an_artifact_that_changed_meanwhile(folder: Path) -> None:
+def test_verifications_are_not_written_to_an_artifact_that_changed_meanwhile(folder: Path) -> None:
     verified = open_artifact(folder)
     swapped = replace(verified.manifest, opset=21)
     write_manifest(folder, swapped)
@@ -311,7 +311,7 @@ def test_proofs_are_not_written_over_an_artifact_that_changed_meanwhile(folder: 
     assert open_artifact(folder).manifest == swapped
 
 
-def test_proofs_of_two_processes_are_kept(folder: Path) -> None:
+def test_verifications_of_two_processes_are_kept(folder: Path) -> None:
     first, second = (Check(name, True, {"gap": 0.1}, "", "0") for name in "ab")
     mine, theirs = open_artifact(folder), open_artifact(folder)
     theirs.with_checks([first])

@@ -38,7 +38,7 @@ def single_time(x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
 @pytest.mark.parametrize("path", ["linear", "trig"])
 @pytest.mark.parametrize("kind", ["two-time", "single-time"])
 @pytest.mark.parametrize("steps", [1, 2, 4])
-def test_it_draws_what_the_torch_sampler_draws(kind: str, path: str, steps: int) -> None:
+def test_it_equals_the_torch_sampler(kind: str, path: str, steps: int) -> None:
     grid = make_grid("scm", steps)
     single = kind == "single-time"
     flow_map = SingleTimeMap(single_time, path_by_name(path)) if single else TwoTimeMap(two_time, path_by_name(path))

@@ -78,7 +78,7 @@ def test_text_encoders_go_before_the_first_image() -> None:
     assert backend.calls == ["encode 2", "encode 1", "release", "draw 2", "draw 1", "closed"]
 
 
-def test_otherwise_each_batch_is_encoded_when_it_is_drawn() -> None:
+def test_otherwise_each_batch_is_encoded_when_it_is_generated() -> None:
     backend = RecordingBackend()
     seen: list[tuple[int, int]] = []
     Generator(backend, "uniform", 2, 2).generate(list("abc"), [0, 1, 2], progress=lambda *at: seen.append(at))

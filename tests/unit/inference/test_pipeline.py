@@ -79,9 +79,7 @@ def _same(drawn: Tensor, expected: Tensor) -> bool:
     return torch.allclose(drawn, expected, atol=1e-5, rtol=0)
 
 
-def test_an_exported_folder_draws_what_generate_draws_by_what_is_stated_in_it(
-    run: Path, folder: Path, exported: Path
-) -> None:
+def test_an_exported_folder_alone_generates_the_images_of_generate(run: Path, folder: Path, exported: Path) -> None:
     expected = _generated(run)
     assert not torch.allclose(expected, _generated(Target("base", _recipe(folder), None)), atol=1e-3)
     assert _same(_drawn(FlowMapPipeline.from_pretrained(exported)), expected)
@@ -92,7 +90,7 @@ def test_an_exported_folder_draws_what_generate_draws_by_what_is_stated_in_it(
     assert _same(_drawn(named), expected)
 
 
-def test_base_and_lora_draw_what_generate_draws(run: Path, folder: Path) -> None:
+def test_base_and_lora_generate_the_images_of_generate(run: Path, folder: Path) -> None:
     checkpoint = chosen_checkpoint(run)
     assert checkpoint is not None
     pipe = FlowMapPipeline.from_pretrained(folder)
@@ -219,7 +217,7 @@ def test_images_depend_on_nothing_but_prompt_and_seed(folder: Path) -> None:
     assert np.allclose(arrays[0], drawn[3].permute(1, 2, 0), atol=1e-5)
 
 
-def test_a_generator_draws_the_noise_that_diffusers_draws(folder: Path) -> None:
+def test_a_generator_gives_the_noise_of_diffusers(folder: Path) -> None:
     pipe = FlowMapPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     seeded: Callable[[], torch.Generator] = lambda: torch.Generator().manual_seed(0)  # noqa: E731

@@ -269,7 +269,7 @@ def test_a_budget_for_an_engine_without_streaming_is_refused(plain: Path, trt: M
         transformer(plain, trt, RunOptions(streaming_budget=100))
 
 
-def test_the_backend_draws_what_onnxruntime_draws(plain: Path, trt: ModuleType) -> None:
+def test_the_backend_generates_the_images_of_onnxruntime(plain: Path, trt: ModuleType) -> None:
     drawn = {}
     for backend in ("auto", "onnxruntime"):
         for resolution in (8, 16):

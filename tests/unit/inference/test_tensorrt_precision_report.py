@@ -73,7 +73,7 @@ def test_verification_fails_for_an_engine_of_another_precision_than_its_graph(
     ] * len(GRAPHS)
 
 
-def test_an_inspector_without_types_is_no_proof(plain: Path, trt: ModuleType, tmp_path: Path) -> None:
+def test_an_inspector_without_types_verifies_nothing(plain: Path, trt: ModuleType, tmp_path: Path) -> None:
     plan = transformer_plan(plain)
     (tmp_path / "x.plan").write_bytes(plan.read_bytes().replace(b"DETAILED", b"NONE"))
     assert inspect(trt, Engine(trt, tmp_path / "x.plan", FakeCuda(), RunOptions())) is None

@@ -180,7 +180,9 @@ def test_a_profile_admits_its_range_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("digest", ["", ".", "../built", "/etc/passwd", "A" * 64, "0" * 64])
-def test_a_digest_that_nobody_noted_is_foreign(digest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_digest_that_was_not_recorded_is_foreign(
+    digest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FMG_CACHE", str(tmp_path))
     note_built("1" * 64)
     assert built_here("1" * 64)

@@ -30,7 +30,7 @@ def embedded(request: pytest.FixtureRequest) -> tuple[str, Model]:
     return name, models.build(name, options).load(CPU, torch.float32)
 
 
-def test_an_embedded_model_draws_pictures_that_depend_on_the_prompt(embedded: tuple[str, Model]) -> None:
+def test_an_embedded_model_generates_images_that_depend_on_the_prompt(embedded: tuple[str, Model]) -> None:
     name, model = embedded
     assert model.spec.anchors == ("any" if name == "meanflow-shapes" else "endpoint")
     noise = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0)).expand(2, -1, -1, -1)
@@ -44,7 +44,7 @@ def test_an_embedded_model_draws_pictures_that_depend_on_the_prompt(embedded: tu
     assert not torch.equal(images[0], images[1])
 
 
-def test_a_prompt_that_is_read_to_its_end_is_told_from_one_that_is_cut(embedded: tuple[str, Model]) -> None:
+def test_a_complete_prompt_is_distinguished_from_a_truncated_one(embedded: tuple[str, Model]) -> None:
     model = cast(FluxModel, embedded[1])
     limit = model.components.conventions.max_sequence_length
     # a word and its end

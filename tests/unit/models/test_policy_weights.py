@@ -80,7 +80,7 @@ def test_the_embedder_is_a_file_of_its_own_that_the_manifest_names(two_time_fold
     assert {name.removeprefix("transformer.") for name in stored} == EMBEDDER
 
 
-def test_a_reader_that_knows_of_a_lora_alone_is_refused(two_time_folder: Path, tmp_path: Path) -> None:
+def test_a_reader_that_expects_only_a_lora_is_refused(two_time_folder: Path, tmp_path: Path) -> None:
     _trained(two_time_folder, "duration").save_adapter(tmp_path / "saved")
     shapes = adapter_shapes(_load(two_time_folder).components.transformer, ["attention"], 2)
     with pytest.raises(CheckpointError, match=r"timestep_embedder2\.linear_1\.bias is unknown"):
@@ -154,7 +154,7 @@ def test_reference_is_the_base_and_old_the_last_snapshot(what: What, two_time_fo
         assert torch.equal(_jump(model), base)
 
 
-def test_copies_that_nobody_asked_for_are_not_kept(two_time_folder: Path, tmp_path: Path) -> None:
+def test_copies_that_were_not_requested_are_not_kept(two_time_folder: Path, tmp_path: Path) -> None:
     model = _trained(two_time_folder, "full", old=False, reference=False)
     with pytest.raises(CompositionError, match="old policy"):
         _jump(model, model.policies.old)

@@ -73,7 +73,7 @@ def test_a_file_that_lost_values_is_never_reported_as_saved(
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_an_adapter_that_comes_back_at_another_scale_draws_another_picture(
+def test_an_adapter_that_is_read_back_at_another_scale_generates_another_image(
     two_time_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = roundtrip_check.reloaded
@@ -88,7 +88,7 @@ def test_an_adapter_that_comes_back_at_another_scale_draws_another_picture(
         _trained(two_time_folder).save_adapter(tmp_path / "adapter")
 
 
-def test_pictures_that_are_no_numbers_prove_nothing() -> None:
+def test_images_that_are_not_finite_verify_nothing() -> None:
     picture = torch.full((1, 3, 2, 2), torch.nan)
     with pytest.raises(CheckpointError, match="differ by nan"):
         roundtrip_check.check_same(picture, picture, torch.float32, Path("adapter"))

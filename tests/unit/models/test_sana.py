@@ -94,7 +94,7 @@ def test_the_instruction_decides_an_embedding_and_its_place_in_the_cache(folder:
 
 
 @pytest.mark.parametrize("instruction", [True, False])
-def test_the_limit_of_a_prompt_is_where_it_is_cut(folder: Path, instruction: bool) -> None:
+def test_the_limit_of_a_prompt_is_where_it_is_truncated(folder: Path, instruction: bool) -> None:
     prompt = "a Red circle"
     whole = load(folder, instruction=instruction, max_sequence_length=64)
     count = whole.components.text.count(prompt)
@@ -141,7 +141,7 @@ def test_bf16_weights_get_fp32_times(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_save_is_proven_and_comes_back(folder: Path, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_save_is_verified_and_read_back(folder: Path, dtype: torch.dtype, tmp_path: Path) -> None:
     model = load(folder, dtype)
     before = jump(model)
     digest = model.base_digest()
@@ -165,7 +165,7 @@ def test_one_kind_of_attention_can_be_adapted(folder: Path, targets: str, adapte
     assert attach(load(folder), targets) == adapted
 
 
-def test_a_save_that_draws_another_picture_is_not_kept(
+def test_a_save_that_generates_another_image_is_not_kept(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load(folder)

@@ -72,7 +72,7 @@ def test_a_loaded_adapter_is_the_saved_one_bit_for_bit(saved: tuple[Path, Path, 
     assert not torch.allclose(_velocity(fresh), _velocity(_load(folder)), atol=1e-3)
 
 
-def test_stock_flux_pipeline_loads_it_and_draws_the_same(saved: tuple[Path, Path, FluxModel]) -> None:
+def test_stock_flux_pipeline_loads_it_and_generates_the_same(saved: tuple[Path, Path, FluxModel]) -> None:
     folder, adapter, model = saved
     parts = load_folder(folder, CPU, torch.float32)
     pipeline = FluxPipeline(
@@ -89,7 +89,7 @@ def test_stock_flux_pipeline_loads_it_and_draws_the_same(saved: tuple[Path, Path
     assert torch.allclose(_velocity(FluxModel(parts, "tiny")), _velocity(model), atol=1e-6, rtol=0)
 
 
-def test_peft_loads_its_folder_and_draws_the_same(saved: tuple[Path, Path, FluxModel]) -> None:
+def test_peft_loads_its_folder_and_generates_the_same(saved: tuple[Path, Path, FluxModel]) -> None:
     folder, adapter, model = saved
     parts = load_folder(folder, CPU, torch.float32)
     PeftModel.from_pretrained(parts.transformer, str(adapter / "peft"))

@@ -57,7 +57,7 @@ def plain_console() -> tuple[Console, io.StringIO]:
     return Console(file=text, markup=False, emoji=False, highlight=False, width=60), text
 
 
-def test_plain_lines_tell_the_story_with_differences_from_the_start() -> None:
+def test_plain_lines_show_differences_from_the_start() -> None:
     console, text = plain_console()
     with PlainReporter(console, Clock()) as reporter:
         for event in STORY:
@@ -85,7 +85,7 @@ def test_a_resumed_run_is_compared_with_its_own_first_lines() -> None:
     ]
 
 
-def test_the_live_view_of_a_resumed_run_goes_on_with_its_course() -> None:
+def test_the_live_view_of_a_resumed_run_continues_its_curve() -> None:
     text = io.StringIO()
     console = Console(file=text, force_terminal=True, width=100, markup=False, emoji=False, highlight=False)
     with LiveReporter(console) as reporter:

@@ -41,7 +41,7 @@ def said(monkeypatch: pytest.MonkeyPatch, stream: io.StringIO, observer: Observe
         (io.StringIO, True, False, True),
     ],
 )
-def test_who_sees_progress(
+def test_where_progress_is_shown(
     stream: type[io.StringIO], progress: bool | None, observed: bool, shown: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard: list[Event] = []
@@ -50,7 +50,7 @@ def test_who_sees_progress(
     assert len(heard) == (2 if observed else 0)
 
 
-def test_a_warning_that_nobody_sees_is_logged(
+def test_a_warning_that_is_not_shown_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     said(monkeypatch, io.StringIO(), None, None)

@@ -72,7 +72,7 @@ def test_a_function_scores_under_its_name(reward: Any, parts: list[str]) -> None
     assert list(output.parts) == parts
 
 
-def test_a_recorded_function_that_nobody_gives_is_one_clear_line() -> None:
+def test_a_recorded_function_that_is_not_passed_is_one_clear_line() -> None:
     recipe = Recipe.default(rewards=[{"name": "function", "function": "redness"}])
     assert recipe.rewards[0].label == "redness"
     with pytest.raises(UsageError, match=r"'redness' is a Python function,.*rewards=\[redness\]"):

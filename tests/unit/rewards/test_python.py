@@ -205,7 +205,7 @@ def test_a_call_that_fails_leaves_nothing_changed_either() -> None:
     assert torch.is_grad_enabled()
 
 
-def test_drawing_random_numbers_is_no_change() -> None:
+def test_sampling_random_numbers_is_not_a_change() -> None:
     torch.manual_seed(3)
     with fenced("The reward 'dice'"):
         first = torch.rand(3)

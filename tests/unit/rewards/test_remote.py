@@ -106,7 +106,7 @@ def test_the_server_is_probed_at_the_start(client: Any, server: FakeServer) -> N
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_that_passes_is_ridden_out(fault: str, client: Any, server: FakeServer) -> None:
+def test_a_temporary_fault_is_retried(fault: str, client: Any, server: FakeServer) -> None:
     reward = client(**({"timeout": 1.5} if fault == "slow" else {}))
     server.respond = Script([FAULTS[fault], good])
     output = reward(IMAGES[:2], PROMPTS[:2])
@@ -116,7 +116,7 @@ def test_a_fault_that_passes_is_ridden_out(fault: str, client: Any, server: Fake
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_that_stays_stops_naming_reward_and_prompt(fault: str, client: Any, server: FakeServer) -> None:
+def test_a_lasting_fault_stops_and_names_reward_and_prompt(fault: str, client: Any, server: FakeServer) -> None:
     reward = client(retries=1, **({"timeout": 0.5} if fault == "slow" else {}))
     server.respond = FAULTS[fault]
     began, calls = time.monotonic(), len(server.calls)
@@ -173,14 +173,14 @@ def test_a_group_with_one_gap_is_left_out_whole(client: Any, server: FakeServer)
         select_rows(output, torch.ones(6, dtype=torch.bool))
 
 
-def test_evaluation_never_goes_on_without_a_score(client: Any, server: FakeServer) -> None:
+def test_evaluation_never_continues_without_a_score(client: Any, server: FakeServer) -> None:
     reward = checked("remote", client(on_failure="drop-group"))
     server.respond = fails_for_b
     with pytest.raises(RewardError, match="'b'"):
         reward(IMAGES, PROMPTS)
 
 
-def test_patience_with_a_dead_server_ends(client: Any, server: FakeServer) -> None:
+def test_patience_with_a_dead_server_is_limited(client: Any, server: FakeServer) -> None:
     reward = client(on_failure="drop-group", patience=3, retries=0)
     server.respond = FAULTS["500"]
     for _ in range(2):

@@ -353,7 +353,7 @@ def test_a_body_without_a_length_is_limited_as_well(url: str) -> None:
     assert call(url, "POST", "/score", chunks, {"Content-Type": SAFETENSORS})[0] == 413
 
 
-def test_a_client_that_hangs_up_leaves_the_server_well(url: str) -> None:
+def test_a_client_that_hangs_up_does_not_disturb_the_server(url: str) -> None:
     parts = urlsplit(url)
     with socket.create_connection((parts.hostname, parts.port)) as connection:
         connection.sendall(
@@ -362,7 +362,7 @@ def test_a_client_that_hangs_up_leaves_the_server_well(url: str) -> None:
     assert score(url, request_body(1, ["1"]))[0] == 200
 
 
-def test_back_pressure_says_when_to_come_back() -> None:
+def test_back_pressure_says_when_to_retry() -> None:
     reward = Brightness()
     reward.gate.clear()
     with reward_service({"b": reward}, max_queued=2) as server, ThreadPoolExecutor(1) as pool:
@@ -384,7 +384,7 @@ def test_scoring_that_takes_too_long_is_an_answer_too() -> None:
         reward.gate.set()
 
 
-def test_a_body_that_comes_too_slowly_is_cut_off() -> None:
+def test_a_body_that_arrives_too_slowly_is_refused() -> None:
     def body() -> Iterator[bytes]:
         yield b"{"
         time.sleep(1.5)

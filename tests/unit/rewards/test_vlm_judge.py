@@ -130,7 +130,7 @@ def test_answers_are_cached_on_disk_as_json(server: FakeServer, judge: Any, tmp_
     assert len(server.calls) == 8
 
 
-def test_failures_that_pass_are_retried_and_each_answer_stays_with_its_picture(server: FakeServer, judge: Any) -> None:
+def test_temporary_failures_are_retried_and_each_answer_stays_with_its_picture(server: FakeServer, judge: Any) -> None:
     by_prompt = {f"prompt {i}": (i + 1) / 20 for i in range(12)}
     seen: set[bytes] = set()
 

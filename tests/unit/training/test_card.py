@@ -121,7 +121,7 @@ def _held_out(model: str, **options: object) -> Recipe:
 
 
 @pytest.mark.parametrize("trained", ["lora", "duration", "full"])
-def test_the_diffusers_recipe_of_a_card_draws_what_generate_draws(
+def test_the_diffusers_code_of_a_card_generates_the_images_of_generate(
     trained: Literal["lora", "duration", "full"], tmp_path: Path
 ) -> None:
     trainable = {"lora": "lora", "duration": "lora+duration", "full": "full"}[trained]

@@ -115,7 +115,7 @@ def test_a_folder_that_a_killed_run_left_does_not_keep_it_from_saving(tmp_path: 
     assert chosen_checkpoint(tmp_path) == left
 
 
-def test_folders_that_the_index_does_not_name_go_before_a_run_goes_on(tmp_path: Path) -> None:
+def test_folders_that_the_index_does_not_name_are_removed_before_a_run_resumes(tmp_path: Path) -> None:
     save(tmp_path, 0, 0.5)
     for name in ("checkpoint-10", "checkpoint-10-ema", "checkpoint-of-mine"):
         (tmp_path / "checkpoints" / name).mkdir()
@@ -143,7 +143,7 @@ def test_of_equal_scores_the_raw_weights_come_before_their_average(tmp_path: Pat
     assert index.best == "checkpoint-10"
 
 
-def test_what_was_saved_in_mid_iteration_goes_before_a_run_goes_on(tmp_path: Path) -> None:
+def test_what_was_saved_in_mid_iteration_is_removed_before_a_run_resumes(tmp_path: Path) -> None:
     save(tmp_path, 0, 0.5)
     save_checkpoint(tmp_path, cast(Model, Saver()), 3, "eval/score", None)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()) == [
@@ -155,7 +155,7 @@ def test_what_was_saved_in_mid_iteration_goes_before_a_run_goes_on(tmp_path: Pat
     assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()] == ["checkpoint-0"]
 
 
-def test_an_unsound_checkpoint_is_never_the_best(tmp_path: Path) -> None:
+def test_an_ineligible_checkpoint_is_never_the_best(tmp_path: Path) -> None:
     saver = cast(Model, Saver())
     for iteration, score, sound in ((0, 0.1, True), (10, 0.4, True), (20, 0.7, False), (30, 0.9, False)):
         save_checkpoint(tmp_path, saver, iteration, "eval/score", score, eligible=sound)
@@ -278,7 +278,7 @@ def _files(run: RunFolder) -> dict[str, bytes]:
         ("checkpoints/checkpoint-0/SHA256SUMS", None, "SHA256SUMS' is missing"),
     ],
 )
-def test_a_run_that_cannot_go_on_is_left_as_it_was(file: str, content: str | None, says: str, run: RunFolder) -> None:
+def test_a_run_that_cannot_resume_is_left_unchanged(file: str, content: str | None, says: str, run: RunFolder) -> None:
     path = run.path / file
     if content is None:
         path.unlink()
@@ -292,7 +292,7 @@ def test_a_run_that_cannot_go_on_is_left_as_it_was(file: str, content: str | Non
     assert _files(run) == before
 
 
-def test_a_run_goes_back_to_its_state(run: RunFolder) -> None:
+def test_a_run_returns_to_its_state(run: RunFolder) -> None:
     progress = load_state(run, RECIPE).progress
     index, lines = rewind(run, progress.lines)
     assert [line["iteration"] for line in lines] == [0, 1]
@@ -315,7 +315,7 @@ def test_changed_metrics_are_not_resumed_from(run: RunFolder) -> None:
         load_state(run, RECIPE)
 
 
-def test_a_damaged_state_says_how_to_go_on(run: RunFolder) -> None:
+def test_a_damaged_state_error_says_what_to_do(run: RunFolder) -> None:
     older = next(run.path.glob("state/*"))
     flip_bit(older / "state.safetensors")
     with pytest.raises(CheckpointError, match=r"state\.safetensors' is damaged.*fmg train --config"):
@@ -367,7 +367,7 @@ def _begun(folder: Path, recipe: Recipe) -> RunFolder:
     return run
 
 
-def test_prompts_are_found_from_everywhere_and_changed_ones_are_refused(
+def test_prompts_are_found_from_any_directory_and_changed_ones_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
@@ -392,7 +392,7 @@ def test_prompts_are_found_from_everywhere_and_changed_ones_are_refused(
     load_state(run, recipe.with_({f"{place}.path": str(there / "mine.txt") for place in ("prompts", "eval.prompts")}))
 
 
-def test_a_version_with_more_options_resumes_what_an_older_one_began(run: RunFolder, tmp_path: Path) -> None:
+def test_a_version_with_more_options_resumes_an_older_run(run: RunFolder, tmp_path: Path) -> None:
     run = _begun(tmp_path / "new", RECIPE)
     text = run.recipe.read_text()
     kept = [line for line in text.splitlines() if "shuffle_advantages" not in line]

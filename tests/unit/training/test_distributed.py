@@ -17,7 +17,7 @@ from fmg.training.distributed import DistContext, Heartbeat, Shard
 
 
 @given(total=st.integers(1, 200), count=st.integers(1, 20), unit=st.integers(1, 30))
-def test_shares_are_in_order_of_as_many_calls_and_complete(total: int, count: int, unit: int) -> None:
+def test_shards_are_in_order_of_equally_many_calls_and_complete(total: int, count: int, unit: int) -> None:
     shares = [Shard(total, rank, count, unit) for rank in range(count)]
     calls = [[rows.tolist() for rows in share.rows.split(unit)] for share in shares]
     assert {len(made) for made in calls} == {shares[0].calls}
@@ -109,7 +109,7 @@ class Pack:
             beat.stop()
 
 
-def test_nobody_is_lost_while_all_beat_or_after_they_said_goodbye() -> None:
+def test_no_process_is_lost_while_all_send_heartbeats_or_have_ended_cleanly() -> None:
     pack = Pack(3, running=3)
     time.sleep(PATIENCE)
     pack.beats[2].stop()
@@ -119,14 +119,14 @@ def test_nobody_is_lost_while_all_beat_or_after_they_said_goodbye() -> None:
     assert all(told.empty() for told in pack.told)
 
 
-def test_all_hear_of_one_that_is_silent() -> None:
+def test_all_are_told_of_a_silent_process() -> None:
     pack = Pack(3, running=2)
     verdicts = pack.verdicts()
     pack.stop()
     assert set(verdicts) == {"Process 2 of 3 (counted from 0) died without reporting an error"}
 
 
-def test_all_hear_the_last_words_of_one_that_fails() -> None:
+def test_all_are_told_the_error_of_a_failing_process() -> None:
     pack = Pack(3, running=3)
     pack.beats[1].stop()
     pack.beats[1].leave("Process 1 of 3 stopped: out of memory")

@@ -15,7 +15,7 @@ from fmg.training import doctor
 from tests.support.cli import fmg
 
 
-def test_everything_is_looked_at_and_an_absent_extra_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_checked_and_a_missing_extra_is_not_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "extras", lambda: {"onnx": ["numpy"], "trt": ["numpy", "no-such-package"]})
     done = fmg("doctor", "--quick", "--json")
     checks = {(check["topic"], check["name"]): check for check in json.loads(done.stdout)}
@@ -29,7 +29,7 @@ def test_everything_is_looked_at_and_an_absent_extra_is_no_fault(monkeypatch: py
     assert done.code == (1 if any(check["outcome"] == "failed" for check in checks.values()) else 0)
 
 
-def test_indexes_are_contacted_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_indexes_are_contacted_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
     def answer(request: Request, timeout: float) -> object:
@@ -53,7 +53,7 @@ def test_indexes_are_contacted_only_when_asked(monkeypatch: pytest.MonkeyPatch) 
     assert asked[2] == "https://mirror.test"
 
 
-def test_the_network_is_not_used_against_the_users_word(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_network_is_not_used_against_the_users_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UsageError, match="forbids network access"):
         doctor.examine(self_test=False, network=True)

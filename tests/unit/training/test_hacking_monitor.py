@@ -62,7 +62,7 @@ def test_what_rose_first_is_compared_with_its_peak() -> None:
     assert lost.now > 0.7
 
 
-def test_a_run_that_loses_everything_is_no_hacker() -> None:
+def test_a_run_that_loses_everything_is_not_hacking() -> None:
     assert not any(v.hacked for v in run(lambda i: 0.8 - 0.01 * i, lambda i: 0.8 - 0.01 * i, range(0, 20, 2)))
     reversed_later = run(
         lambda i: 0.5 + 0.02 * min(i, 8) - 0.04 * max(0, i - 8), lambda i: 0.8 - 0.02 * max(0, i - 8), range(0, 14, 2)
@@ -70,7 +70,7 @@ def test_a_run_that_loses_everything_is_no_hacker() -> None:
     assert not any(v.hacked for v in reversed_later)
 
 
-def test_the_log_shows_what_the_tripwire_found() -> None:
+def test_the_log_shows_what_the_monitor_found() -> None:
     """`fmg doctor run` reads the log by the same rule."""
     courses: list[tuple[Course, Course]] = [
         (lambda i: 0.01 * i, lambda i: 0.8 - 0.01 * max(0, i - 4)),
@@ -162,7 +162,7 @@ def test_collapsed_diversity(later: float, caught: bool) -> None:
         assert verdict.began == 2
 
 
-def test_a_restored_tripwire_goes_on_as_the_saved_one(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_restored_monitor_continues_like_the_saved_one(tmp_path_factory: pytest.TempPathFactory) -> None:
     def feed(monitor: HackingMonitor, iterations: range) -> list[HackingVerdict]:
         rng = np.random.default_rng(5)
         found = []

@@ -118,14 +118,14 @@ def test_a_small_model_takes_a_whole_rollout_on_a_gpu_and_a_large_one_does_not()
 
 
 @pytest.mark.parametrize(("processes", "rows"), [(2, 192), (3, 128), (8, 48)])
-def test_every_process_has_a_share_of_what_a_small_model_draws(processes: int, rows: int) -> None:
+def test_every_process_has_a_shard_of_what_a_small_model_generates(processes: int, rows: int) -> None:
     sizes = choose_sizes(Recipe.default(None), "cuda", processes)
     assert sizes == Sizes(rows, rows)
     assert all(Shard(384, rank, processes, sizes.rollout_batch).length > 0 for rank in range(processes))
 
 
 @pytest.mark.parametrize(("groups", "processes"), [(72, 2), (100, 3), (144, 4)])
-def test_shares_of_more_than_a_call_are_equal_calls(groups: int, processes: int) -> None:
+def test_shards_of_more_than_one_call_are_equal_calls(groups: int, processes: int) -> None:
     sizes = choose_sizes(Recipe.default(None, **{"rollout.groups": groups}), "cuda", processes)
     own = [Shard(16 * groups, rank, processes, sizes.rollout_batch).length for rank in range(processes)]
     assert max(own) - min(own) <= processes

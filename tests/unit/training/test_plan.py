@@ -59,7 +59,7 @@ def test_steps_outside_a_window_are_not_replayed_and_cost_one_call() -> None:
     assert facts["network calls an iteration"] == "75 in the rollout, 30 in the updates"
 
 
-def test_an_objective_on_samples_has_no_transitions_and_the_rows_that_it_draws() -> None:
+def test_an_objective_on_samples_has_no_transitions_and_the_rows_that_it_samples() -> None:
     facts = plan(resolve(None, {"objective": "rwfm"}, [*SHAPE, "objective.draws=3"])).facts
     assert "transitions an image" not in facts
     assert facts["network calls an iteration"] == "60 in the rollout, 45 in the updates"

@@ -106,7 +106,7 @@ def test_a_folder_is_counted_as_its_loaded_components(trainable: str) -> None:
     assert geometry.resolution == 32
 
 
-def test_flops_of_a_call_are_those_that_torch_counts() -> None:
+def test_flops_of_a_call_are_those_counted_by_torch() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     recipe = Recipe.default()
@@ -200,7 +200,7 @@ def test_moments_of_a_full_fine_tune(optimizer: str, bytes_each: float) -> None:
     assert planned["optimizer"] == pytest.approx(bytes_each * geometry.parameters, rel=0.05)
 
 
-def test_checkpointing_keeps_one_number_a_token_and_block() -> None:
+def test_checkpointing_keeps_one_number_per_token_and_block() -> None:
     recipe = Recipe.default().with_({"train.dtype": "bf16", "train.micro_batch": 1, "rollout.batch_size": 1})
     sizes = choose_sizes(recipe, "cuda")
     whole, saved = (
@@ -215,7 +215,7 @@ def test_a_folder_that_is_there_is_read() -> None:
     assert flux_geometry(folder, read_conventions(folder)).origin == "its files"
 
 
-def test_an_evaluation_that_draws_more_at_once_than_a_rollout_is_planned_for() -> None:
+def test_an_evaluation_that_generates_more_at_once_than_a_rollout_is_planned_for() -> None:
     geometry = flux_geometry(None, FLUX, checkpointing=True, encoders_resident=False)
     recipe = Recipe.default().with_({"rollout.batch_size": 4, "train.micro_batch": 1, "train.dtype": "bf16"})
     sizes = choose_sizes(recipe, "cuda")

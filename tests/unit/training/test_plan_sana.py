@@ -64,7 +64,7 @@ def test_a_folder_is_counted_as_its_loaded_components(recipe: Recipe) -> None:
     assert geometry.latent == torch.Size(composed.model.latent_shape).numel()
 
 
-def test_flops_of_a_call_are_those_that_torch_counts(recipe: Recipe) -> None:
+def test_flops_of_a_call_are_those_counted_by_torch(recipe: Recipe) -> None:
     composed = compose(recipe, CPU, torch.float32)
     noise = torch.zeros(2, *composed.model.latent_shape)
     cond = composed.model.encode(["a red circle", "a blue square"])

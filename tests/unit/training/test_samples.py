@@ -109,7 +109,7 @@ def partial(*scored: bool) -> PartialRewardOutput:
     return PartialRewardOutput(SCORES, {"part": SCORES * 2}, torch.tensor(scored))
 
 
-def test_a_group_with_a_gap_has_no_advantage_and_no_say_in_the_others() -> None:
+def test_a_group_with_a_gap_has_no_advantage_and_does_not_affect_the_others() -> None:
     gap = advantages(partial(True, False, True, True, True, True), GROUPS, RECIPE, 0)
     alone = advantages(RewardOutput(SCORES[2:], {}), GROUPS[2:], RECIPE, 0)
     assert gap[:2].tolist() == [0.0, 0.0]

@@ -246,7 +246,7 @@ def test_the_weights_come_back_bit_for_bit() -> None:
     assert torch.equal(ema.values[0], average)
 
 
-def test_a_restored_average_goes_on_as_if_never_stopped() -> None:
+def test_a_restored_average_continues_as_if_never_stopped() -> None:
     whole, cut = (nn.Parameter(torch.tensor([1.0, 3.0])) for _ in range(2))
     one, two = Ema([whole], 0.9), Ema([cut], 0.9)
     _walk(whole, one, 4)
