@@ -1,7 +1,7 @@
 """The prompt sets that ship with fmg: everyday scenes, words to be written, and GenEval's templates.
 
-Each has a training and a held-out half that share no combination. All are small and of our own making, for runs that
-need no file and no download.
+Each has a training and a held-out half that share no combination. All are small and written for fmg, for runs that need
+no file and no download.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def lettering_train(config: BuiltinPromptsConfig) -> PromptList:
 
 
 def lettering_heldout(config: BuiltinPromptsConfig) -> PromptList:
-    """The same surfaces with words that no training prompt has."""
+    """The same surfaces with words that are in no training prompt."""
     return PromptList("lettering-heldout", _lettering(_HELD_OUT_WORDS))
 
 

@@ -44,15 +44,15 @@ Values = Sequence[float] | NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a figure.
+    """A curve of a figure.
 
     Attributes:
         label: of the legend.
         x: iterations.
-        y: one value each.
+        y: one value for each `x`.
         band: half-width of the 95 % interval; zeros for none.
         kept: where the kept checkpoint is; it is marked with a star.
-        look: number of its style, so that a run looks the same in several figures; None: by its place in the figure.
+        look: number of its style, so that a run looks the same in several figures; None: its position in the figure.
         low, high: the lowest and highest values behind a point that is a mean of several.
     """
 
@@ -77,7 +77,7 @@ def new_figure(width: float, height: float, dpi: int = 150) -> Figure:
 
 
 def style(index: int) -> dict[str, Any]:
-    """Colour, marker and dashes of the curve number `index`, all different for the first 36."""
+    """Colour, marker and dashes of the curve number `index`, distinct for the first 36."""
     return {
         "color": PALETTE[index % len(PALETTE)],
         "marker": _MARKERS[index % len(_MARKERS)],
@@ -169,7 +169,7 @@ def shortened(curve: Curve) -> Curve:
 
 
 def by_scale(curves: Sequence[Curve]) -> list[list[Curve]]:
-    """The curves in panels, so that a large one does not flatten a small one."""
+    """The curves in panels, so that a large curve does not flatten a small one."""
     panels: list[tuple[float, list[Curve]]] = []
     for curve in curves:
         y = np.abs(np.asarray(curve.y, dtype=float))
@@ -222,7 +222,7 @@ def curve_figure(trained: Sequence[Curve], heldout: Sequence[Curve], title: str)
 def grid_figure(charts: Sequence[tuple[str, str, Sequence[Curve]]], title: str) -> Figure:
     """Several charts (title, label of y, curves) in one figure, two per row, with a common legend.
 
-    Curves of one label have one style.
+    Curves with the same label have the same style.
     """
     panels = [(name, unit, panel) for name, unit, curves in charts for panel in by_scale(curves)]
     rows = max(1, -(-len(panels) // 2))

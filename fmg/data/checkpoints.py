@@ -1,7 +1,7 @@
 """The index of a run's checkpoints: which exist, which is best by the held-out score, which is the newest.
 
-`SHA256SUMS` of a checkpoint has the digests of its files, the index has the digest of that file, and its own. So no
-file of a run that has changed since it was written is used unnoticed.
+`SHA256SUMS` of a checkpoint has the digests of its files, and the index has the digest of that file and its own. So a
+file of a run that has changed since it was written is never used unnoticed.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ class CheckpointIndex:
 
     Attributes:
         saved: the checkpoints that were kept.
-        best: the one that using the run means.
+        best: the one that is used when the run is named.
         latest: the newest.
-        files: for the recipe and the metrics how many bytes they had when the index was written, and their digest.
+        files: size in bytes and digest of the recipe and the metrics when the index was written.
     """
 
     saved: tuple[SavedCheckpoint, ...]
@@ -96,7 +96,7 @@ class CheckpointIndex:
         """The index that `to_json` wrote.
 
         Raises:
-            ValueError, KeyError, TypeError, StopIteration, AttributeError: for another text.
+            ValueError, KeyError, TypeError, StopIteration, AttributeError: for any other text.
         """
         raw: dict[str, Any] = unsealed(parse_object(text))
         files = {name: (int(size), str(digest)) for name, (size, digest) in raw.get("files", {}).items()}
@@ -110,7 +110,7 @@ class CheckpointIndex:
         return index
 
     def changed_files(self, run: Path) -> list[str]:
-        """Those of recipe and metrics that have changed since the index was written, other than by growing."""
+        """The files among recipe and metrics that have changed since the index was written, other than by growing."""
         stated = [(name, *self.files[name]) for name in _COVERED if name in self.files]
         return [name for name, size, digest in stated if _beginning(run / name, size) != (size, digest)]
 
@@ -118,10 +118,10 @@ class CheckpointIndex:
 def read_index(run: Path) -> CheckpointIndex | None:
     """The index of a run, or None before its first checkpoint.
 
-    The best checkpoint, which using the run means, has to exist. Others that are gone are left out, with a warning.
+    The best checkpoint has to exist. Others that are missing are left out, with a warning.
 
     Raises:
-        CheckpointError: when the file is damaged, names what is not in the run, or the best checkpoint is gone.
+        CheckpointError: the file is damaged, names something outside the run, or the best checkpoint is missing.
     """
     path = run / FOLDER / INDEX
     if not path.is_file():
@@ -167,7 +167,7 @@ def _without(index: CheckpointIndex, names: list[str]) -> CheckpointIndex:
 
 
 def existing_index(run: Path) -> CheckpointIndex:
-    """The index of a run that has saved something.
+    """The index of a run that has saved a checkpoint.
 
     Raises:
         CheckpointError: there is none, or as for `read_index`.
@@ -184,7 +184,7 @@ def write_index(run: Path, index: CheckpointIndex, covered: tuple[str, ...] = _C
     Args:
         run: the run folder.
         index: what to write.
-        covered: files that it states the digests of, as they are now.
+        covered: files whose current digests it records.
 
     Returns:
         The index as it was written.
@@ -196,7 +196,7 @@ def write_index(run: Path, index: CheckpointIndex, covered: tuple[str, ...] = _C
 
 
 def _beginning(path: Path, size: int | None) -> tuple[int, str] | None:
-    """Length and digest of the first `size` bytes of a file, or of all; None when it is not there."""
+    """Length and digest of the first `size` bytes of a file, or of all; None when it is missing."""
     try:
         data = path.read_bytes()[:size]
     except OSError:

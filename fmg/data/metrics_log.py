@@ -1,6 +1,6 @@
 """`metrics.jsonl` by columns, for reports, the list of runs and their diagnostics. Imports no torch.
 
-A line of 40 numbers takes 320 bytes here and a microsecond or two to read, so that a log of 100,000 lines is neither
+A line of 40 numbers takes 320 bytes here and a microsecond or two to read, so that a log of 100,000 lines takes neither
 gigabytes nor minutes. Every line is JSON by the rules of `fmg.core.json_io`.
 """
 
@@ -26,7 +26,7 @@ Numbers = NDArray[np.float64]
 
 @dataclass
 class _Alike:
-    """Lines with the same keys: their values line by line, and the place of each line among all."""
+    """Lines with the same keys: their values line by line, and the position of each line among all."""
 
     keys: tuple[str, ...]
     values: array[float] = field(default_factory=lambda: array("d"))
@@ -77,7 +77,7 @@ class Lines(Sequence[Line]):
         return list(dict.fromkeys(key for keys in self._alike for key in keys))
 
     def columns(self, *keys: str, optional: str | None = None) -> tuple[Numbers, ...]:
-        """The places of the lines that have all of these keys, and the values of each key.
+        """The positions of the lines that have all of these keys, and the values of each key.
 
         Args:
             keys: of the log.
@@ -106,7 +106,7 @@ class MetricsLog:
 
     @classmethod
     def of(cls, lines: Sequence[Line]) -> MetricsLog:
-        """Sorts lines that have been read already."""
+        """Sorts lines that have already been read."""
         log = cls(Lines(), Lines())
         for line in lines:
             (log.evaluations if is_evaluation(line) else log.iterations).append(line)

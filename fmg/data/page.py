@@ -1,7 +1,7 @@
 """A self-contained HTML page from typed blocks, for the reports of runs and evaluations.
 
-Pictures are inlined; there are no scripts and nothing to load, and a content security policy forbids both. The template
-escapes every text, since prompts and file names can hold anything.
+Images are inlined; there are no scripts and nothing to load, and a content security policy forbids both. The template
+escapes every text, since prompts and file names can contain anything.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _LARGE = 512
 
 @dataclass(frozen=True)
 class Picture:
-    """An inlined picture.
+    """An inlined image.
 
     Attributes:
         source: data URI.
         caption: text below it; empty for none.
         alt: what it shows, for screen readers.
-        pixelated: whether enlarged pixels stay squares.
+        pixelated: whether enlarged pixels stay square.
         layout: `picture`: a tile among others; `wide`: up to half of a wide page, or all of a narrow one.
     """
 
@@ -62,7 +62,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures side by side, as many as fit, below a title."""
+    """Images side by side, as many as fit, below a title."""
 
     kind: ClassVar[str] = "gallery"
     pictures: Sequence[Picture]
@@ -76,7 +76,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Listing:
-    """Lines of code with their comments, which are shown in grey."""
+    """Lines of code, with comments in grey."""
 
     kind: ClassVar[str] = "listing"
     lines: Sequence[tuple[str, str]]
@@ -119,9 +119,9 @@ def inline_png(data: bytes) -> str:
 
 
 def inline_image(image: Image.Image, side: int = _LARGE) -> tuple[str, bool]:
-    """The data URI of a picture scaled down to `side`, and whether it is small enough to be shown pixelated.
+    """The data URI of an image scaled down to `side`, and whether it is small enough to be shown pixelated.
 
-    Small pictures stay exact (PNG); large ones become JPEG, which is a tenth of the size.
+    Small images stay exact (PNG); large ones become JPEG, a tenth of the size.
     """
     shown = image.convert("RGB")
     if max(shown.size) > side:

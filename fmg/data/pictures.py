@@ -1,4 +1,4 @@
-"""Pictures: 8-bit images from arrays, sample grids with their prompts, and how they are saved. Imports no torch."""
+"""8-bit images from arrays, sample grids with their prompts, and how they are saved. Imports no torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _GAP = 4
 _SLUG_LENGTH = 40
 
 PICTURE_FORMATS: Mapping[str, str] = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-"""Suffixes of picture files, and Pillow's names of their formats."""
+"""Suffixes of image files, and Pillow's names of their formats."""
 _HEADER = 26
 
 
@@ -44,20 +44,20 @@ class GridRow:
 
 
 def to_pil(image: Float[Tensor, "3 h w"] | NDArray[np.float32]) -> Image.Image:
-    """An 8-bit RGB picture of a (3, h, w) image; values are clamped to [0, 1] and rounded to the nearest level."""
+    """An 8-bit RGB version of a (3, h, w) image; values are clamped to [0, 1] and rounded to the nearest level."""
     values = image if isinstance(image, np.ndarray) else image.detach().float().cpu().numpy()
     levels = np.rint(values.clip(0, 1) * 255).astype(np.uint8)
     return Image.fromarray(np.ascontiguousarray(levels.transpose(1, 2, 0)))
 
 
 def save_pictures(pictures: Sequence[tuple[Image.Image, str]], folder: Path, *, called: str = "") -> list[Path]:
-    """Saves pictures as `NNNN-<text>.png` in `folder`, continuing from the highest number there.
+    """Saves images as `NNNN-<text>.png` in `folder`, continuing from the highest number there.
 
     Files are created exclusively, so two processes that write to one folder cannot overwrite each other.
 
     Args:
         pictures: each with the text for its file name.
-        folder: is created where missing.
+        folder: is created if missing.
         called: what precedes the folder's name in an error, such as the option that named it.
 
     Raises:
@@ -113,7 +113,7 @@ def write_picture(picture: Image.Image, path: Path) -> None:
 
 
 def _tile_side(width: int) -> int:
-    """Small pictures are enlarged by a whole factor, so that their pixels stay sharp."""
+    """Small images are enlarged by a whole factor, so that their pixels stay sharp."""
     if width >= _MIN_TILE:
         return min(width, _MAX_TILE)
     return width * -(-_MIN_TILE // width)
@@ -134,7 +134,7 @@ def _label(draw: ImageDraw.ImageDraw, text: str, corner: tuple[int, int], height
 
 
 def save_picture(picture: Image.Image, path: Path) -> Path:
-    """Saves a picture as a new file, in the format of its suffix (`PICTURE_FORMATS`).
+    """Saves an image as a new file, in the format of its suffix (`PICTURE_FORMATS`).
 
     Raises:
         UsageError: the file exists.

@@ -1,4 +1,4 @@
-"""Prompt sets: loading one by name, from a file or from a recipe, and what ties a recipe to its files."""
+"""Prompt sets: loading one by name, from a file or from a recipe, and how a recipe is tied to its prompt files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class PromptList:
     """An ordered, non-empty set of prompts without duplicates.
 
     Raises:
-        UsageError: for no prompt, or two of one text.
+        UsageError: there is no prompt, or one occurs twice.
     """
 
     def __init__(self, name: str, prompts: Sequence[Prompt]) -> None:
@@ -59,7 +59,7 @@ class PromptList:
 
 
 class FilePromptsConfig(ComponentConfig):
-    """Prompts from a file: `.txt` with one prompt a line, `.jsonl` with one object a line."""
+    """Prompts from a file: `.txt` with one prompt per line, `.jsonl` with one object per line."""
 
     path: str = Field(min_length=1, description="a .txt or .jsonl file, UTF-8, no blank lines, at most 64 MiB")
     sha256: str | None = Field(
@@ -72,8 +72,8 @@ class FilePromptsConfig(ComponentConfig):
 def file_prompts(config: FilePromptsConfig) -> PromptList:
     """The prompts of a file, in its order; surrounding white space is removed.
 
-    A `.txt` file has one prompt a line. A `.jsonl` file has one object a line: `prompt`, and optionally `tag` (text)
-    and `metadata` (object); or GenEval's: `prompt`, `tag`, `include` and more, all of which become the metadata.
+    A `.txt` file has one prompt per line. A `.jsonl` file has one object per line: `prompt`, and optionally `tag`
+    (text) and `metadata` (object); or GenEval's: `prompt`, `tag`, `include` and more, all of which become the metadata.
     A prompt without a tag gets the tag `''`. Published evaluation files repeat a prompt for each of its images: a
     repeated prompt is read once, with a warning that counts them.
 
@@ -173,7 +173,7 @@ def prompt_references(recipe: Recipe) -> dict[str, PromptsRef]:
 
 
 def file_values(recipe: Recipe) -> dict[str, object]:
-    """The values that tie a recipe to its prompt files, by dotted path: where they are, and what is in them.
+    """The values that tie a recipe to its prompt files, by dotted path: their paths and digests.
 
     Raises:
         UsageError: as for `load_prompts`.
@@ -186,7 +186,7 @@ def file_values(recipe: Recipe) -> dict[str, object]:
 
 
 def untied(recipe: Recipe) -> Recipe:
-    """The recipe without the digests of its prompt files, so that files that have changed are read as they are."""
+    """The recipe without the digests of its prompt files, so that changed files are read as they are now."""
     return recipe.with_(dict.fromkeys(f"{place}.sha256" for place in _files(recipe)))
 
 
@@ -204,7 +204,7 @@ def _files(recipe: Recipe) -> dict[str, tuple[PromptsRef, FilePromptsConfig]]:
 
 
 def spread(entries: Sequence[T], count: int) -> list[T]:
-    """At most `count` entries, evenly spread, so that a few of a sorted set still show its variety."""
+    """At most `count` entries, evenly spread, so that a small selection of a sorted set still shows its variety."""
     if len(entries) <= count:
         return list(entries)
     return [entries[round(i * (len(entries) - 1) / max(count - 1, 1))] for i in range(count)]

@@ -1,4 +1,4 @@
-"""From where a run can be resumed: its saved states, whether they may be used, and the command. Imports no torch."""
+"""Where a run can be resumed: its saved states, whether they can be used, and the command. Imports no torch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def newest_state(run: Path) -> Path | None:
 
 
 def drop_states(run: Path, keep: Path | None = None) -> None:
-    """Removes all states but `keep`, and what killed processes left beside them."""
+    """Removes all states but `keep`, and leftovers of killed processes."""
     for path in saved_states(run):
         if path != keep:
             shutil.rmtree(path, ignore_errors=True)
@@ -68,10 +68,10 @@ def ended_short(run: Path) -> bool:
 
 
 def check_resumable(run: Path) -> None:
-    """Checks that a run can be resumed, by its folder alone.
+    """Checks that a run can be resumed, from its folder alone.
 
     Raises:
-        UsageError: it is not a run, is finished, or has no state yet.
+        UsageError: it is not a run, has finished, or has no state yet.
     """
     if not is_run(run):
         raise no_run(run)

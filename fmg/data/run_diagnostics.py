@@ -1,4 +1,4 @@
-"""`fmg doctor run`: what is wrong with a run by its log, and which knob to turn. Imports no torch.
+"""`fmg doctor run`: what the log says is wrong with a run, and which value to change. Imports no torch.
 
 Every rule reads `metrics.jsonl` and skips a log without its keys. Thresholds are in `LIMITS` and docs/doctor.md; those
 of reward hacking are in the run's own recipe.
@@ -45,10 +45,10 @@ class Advice:
     """One finding.
 
     Attributes:
-        severity: `problem`: the run does not do its job. `note`: worth knowing.
+        severity: `problem`: the run does not achieve its goal. `note`: worth knowing.
         sign: what the log shows, with the number and its bound.
-        knob: the recipe value, or the flag, that changes it.
-        advice: what to do with the knob.
+        knob: the recipe value, or the flag, to change.
+        advice: what to do with it.
     """
 
     severity: Severity
@@ -62,7 +62,7 @@ class Log:
     """What the rules read.
 
     Attributes:
-        iterations, evaluations: the lines of a run.
+        iterations, evaluations: the lines of the log.
         limits: the losses that its recipe tolerates.
         jumps: whether its branched rollouts are completed by one jump.
         steps: the rule for their branching steps; `adaptive` where there is only one step.
@@ -76,7 +76,7 @@ class Log:
 
     @classmethod
     def of(cls, metrics: MetricsLog, limits: HackingLimits, *, jumps: bool = True, steps: str = "first") -> Log:
-        """From the lines of a run and values of its recipe."""
+        """Built from the lines of a run and values of its recipe."""
         return cls(metrics.iterations, metrics.evaluations, limits, jumps, steps)
 
     def late(self, key: str) -> float | None:
@@ -92,7 +92,7 @@ class Log:
         return {step: value for step, value in sorted(found.items()) if value is not None}
 
     def change(self, key: str) -> tuple[float, float] | None:
-        """Last evaluation minus the first, and its standard error as of independent images; NaN for single images."""
+        """Last evaluation minus the first, and its standard error for independent images; NaN for single images."""
         _, scores, errors = self.evaluations.columns(key, keys.error_of(key))
         if len(scores) < 2:
             return None

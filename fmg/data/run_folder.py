@@ -63,13 +63,13 @@ class RunFolder:
     def create(
         cls, folder: str | Path | None, model: str, *, root: Path = RUNS, now: datetime | None = None
     ) -> RunFolder:
-        """Creates the folder of a new run, in state `running`.
+        """Creates the folder of a new run, with the state `running`.
 
         Args:
-            folder: None takes `<root>/<model>-<yyyymmdd-hhmmss>`, with `-2`, `-3`, ... when that is taken.
+            folder: None takes `<root>/<model>-<yyyymmdd-hhmmss>`, with `-2`, `-3`, ... if that name is taken.
             model: name of the model.
             root: where unnamed runs go.
-            now: the start of the run; None takes the present time.
+            now: the start of the run; None takes the current time.
 
         Raises:
             UsageError: `folder` is not free, or cannot be created. Nothing is overwritten.
@@ -92,7 +92,7 @@ class RunFolder:
         """Checks that `create` would succeed: `folder` (None: one under `RUNS`) is missing or empty, and writable.
 
         Raises:
-            UsageError: it holds a run or anything else, or cannot be created.
+            UsageError: it contains a run or anything else, or cannot be created.
         """
         path = RUNS if folder is None else Path(folder)
         if (reason := refusal_of(path)) is not None:
@@ -163,7 +163,7 @@ class RunFolder:
         """The contents of `run.json`.
 
         Raises:
-            CheckpointError: the file is missing, damaged or of another schema.
+            CheckpointError: the file is missing, damaged or has an unsupported schema.
         """
         file = _state_file(self.path)
         fix = "Name a folder that `fmg train` made; `fmg runs` lists them."
@@ -185,7 +185,7 @@ class RunFolder:
         return state
 
     def values(self) -> Mapping[str, Plain]:
-        """The values of `recipe.yaml` as they are written, components unresolved; empty without a recipe.
+        """The values of `recipe.yaml` as written, components unresolved; empty without a recipe.
 
         Raises:
             CheckpointError: the file is damaged.
@@ -203,12 +203,12 @@ class RunFolder:
         return found
 
     def lock(self) -> AbstractContextManager[None]:
-        """Holds the run for this process, as only the one that trains it does.
+        """Locks the run for this process, which trains it.
 
-        A killed process leaves a run in state `running`; the lock tells it from one that still runs.
+        A killed process leaves a run with the state `running`; the lock distinguishes it from one that still runs.
 
         Raises:
-            UsageError: another process holds it.
+            UsageError: another process has locked it.
         """
         return lock(self.path, f"The run '{self.path}' is being trained by another process")
 

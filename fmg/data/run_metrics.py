@@ -1,4 +1,4 @@
-"""The lines of `metrics.jsonl`, and what they say of a run: headline scores, its outcome, reward hacking."""
+"""The lines of `metrics.jsonl`, and what they say about a run: headline scores, outcome, reward hacking."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Line = Mapping[str, float]
 
 MAX_METRICS_BYTES = 1 << 30
-"""Most bytes of a `metrics.jsonl` that is read: 1 GiB, a million lines."""
+"""Maximum bytes of a `metrics.jsonl` that is read: 1 GiB, a million lines."""
 TWO_SIDED_95 = 1.96
 """Half-width of a 95 % interval of a mean, in standard errors."""
 ERRORS = 3.0
@@ -54,14 +54,14 @@ def as_numbers(path: Path, number: int, line: Mapping[str, object], *, strict: b
     """The numbers of a line of `metrics.jsonl`, as `read_numbers` gives them.
 
     Raises:
-        CheckpointError: if `strict`: it holds other values, or does not name its iteration.
+        CheckpointError: if `strict`: it contains other values, or does not name its iteration.
     """
     plain = {key: math.nan if value is None else value for key, value in line.items()}
     numbers = {key: float(value) for key, value in plain.items() if isinstance(value, (int, float))}
     if not strict:
         return numbers
     if numbers.keys() != plain.keys():
-        raise _damaged(path, number, "it holds values other than numbers")
+        raise _damaged(path, number, "it contains values other than numbers")
     if not math.isfinite(numbers.get("iteration", math.nan)):
         raise _damaged(path, number, "it does not state its iteration")
     return numbers
@@ -71,7 +71,7 @@ def metrics_entry(path: Path, line: TextLine) -> dict[str, object]:
     """The object of a line of `metrics.jsonl`.
 
     Raises:
-        CheckpointError: it is none.
+        CheckpointError: it is not a JSON object.
     """
     try:
         return parse_object(line.text(), finite=False)
@@ -136,7 +136,7 @@ def is_hacking(gain: Change, loss: Change, limit: float, trained: Change) -> boo
 
 
 def hacked(line: Mapping[str, float], limits: HackingLimits) -> Iterator[tuple[str, Change]]:
-    """Names and losses of what is lost to reward hacking, by the log line of an evaluation."""
+    """Names and losses of what reward hacking has cost, from the log line of an evaluation."""
     for key in line:
         name = key.removeprefix(keys.WATCH).removesuffix("_loss")
         if key != keys.watched_loss(name):

@@ -1,4 +1,4 @@
-"""The report of a run, its figures, and the page that compares several runs. Imports no torch."""
+"""The report of a run, its figures, and the page that compares runs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run folder tells about its run."""
+    """What a run folder says about its run."""
 
     path: Path
     state: RunState
@@ -67,7 +67,7 @@ class RunRecord:
 
     @staticmethod
     def read(run: RunFolder) -> RunRecord:
-        """The record of a run, in whatever state.
+        """The record of a run in any state.
 
         Raises:
             CheckpointError: when it is not a run folder, or a file in it is damaged.
@@ -116,7 +116,7 @@ class RunRecord:
 
 
 def write_run_report(run: RunFolder) -> Path:
-    """Writes `report.html` of a run, in place of an older one.
+    """Writes `report.html` of a run, replacing an older one.
 
     Raises:
         CheckpointError: when the folder is not that of a run, or a file in it is damaged.
@@ -165,7 +165,7 @@ def kept_grids(run: RunFolder, outcome: Outcome) -> dict[str, Image]:
 
 
 def kept_picture(run: RunFolder, outcome: Outcome) -> Image | None:
-    """The picture of `before_after.png`: both grids side by side, or None."""
+    """The image `before_after.png`: both grids side by side, or None."""
     grids = kept_grids(run, outcome)
     if not grids:
         return None
@@ -223,7 +223,7 @@ def _curves(record: RunRecord) -> Iterator[Block]:
 
 
 def charts(record: RunRecord) -> Iterator[Picture]:
-    """The curves of a run, one chart for what belongs together."""
+    """The curves of a run, one chart per group of related metrics."""
     lines = record.log
     yield from _chart(
         [curve(lines, keys.REWARD, keys.REWARD_SE, "mean reward")], "reward on training prompts", "mean reward"
@@ -250,7 +250,7 @@ def charts(record: RunRecord) -> Iterator[Picture]:
 
 
 def run_figure(log: MetricsLog, outcome: Outcome, title: str) -> Figure:
-    """The curves of a run in one figure: `curve.png`. Held-out scores are without bands, which the report has."""
+    """The curves of a run in one figure: `curve.png`. Held-out scores have no bands here; those in the report do."""
     held_out: list[Curve] = []
     for key, label in score_labels(log.evaluations.logged()).items():
         found = _marked(curve(log, key, None, label), key, outcome)
@@ -261,18 +261,18 @@ def run_figure(log: MetricsLog, outcome: Outcome, title: str) -> Figure:
 
 
 def write_run_figure(record: RunRecord, path: Path) -> None:
-    """Writes the curves of a run in the format that the ending names."""
+    """Writes the curves of a run in the format that the suffix names."""
     write_figure(run_figure(record.log, record.outcome, record.title), path)
 
 
 def run_picture(record: RunRecord) -> Image:
-    """The same figure as a picture."""
+    """The same figure as an image."""
     png = figure_bytes(run_figure(record.log, record.outcome, record.title), "png")
     return decoded(png, lambda picture: picture.convert("RGB"))
 
 
 def _marked(found: Curve, key: str, outcome: Outcome) -> Curve:
-    """The curve with a star at the kept checkpoint, when it is of the kind of weights that was kept."""
+    """The curve with a star at the kept checkpoint, if it belongs to the kind of weights that was kept."""
     own = key.startswith(keys.EVAL_EMA if outcome.averaged else keys.EVAL)
     return replace(found, kept=outcome.iteration) if own else found
 
@@ -289,7 +289,7 @@ def _held_out(record: RunRecord, key: str) -> Curve:
 
 
 def _parts(line: Line, shown: set[str]) -> Iterator[tuple[str, list[str]]]:
-    """Rewards with the keys of their parts that no other chart shows and that differ from the total."""
+    """Rewards with the keys of parts that no other chart shows and that differ from the total."""
     for label, total in headline_keys(line).items():
         stem = total.removesuffix(keys.MEAN)
         parts = [
@@ -319,7 +319,7 @@ def _grids(record: RunRecord) -> Iterator[Block]:
 
 
 def inlined(file: Path, side: int, alt: str) -> Picture | None:
-    """A picture file for a page, or None when it is missing or damaged."""
+    """An image file for a page, or None when it is missing or damaged."""
     try:
         source, pixelated = decoded(file, lambda image: inline_image(image, side))
     except UsageError:
@@ -346,7 +346,7 @@ def _timings(record: RunRecord) -> Iterator[Block]:
 
 
 def _recipe_lines(text: str) -> Iterator[tuple[str, str]]:
-    """Lines of YAML with their comments apart; a `#` inside quotes is no comment."""
+    """Lines of YAML with comments separated; a `#` inside quotes is not a comment."""
     for line in text.splitlines():
         quoted: str | None = None
         for at, char in enumerate(line):
@@ -400,7 +400,7 @@ def comparison_page(records: Sequence[RunRecord]) -> str:
 
 
 def write_comparison_figure(runs: Sequence[RunFolder], path: Path) -> None:
-    """Writes the curves of several runs over each other, in the format that the ending names.
+    """Writes the curves of several runs into one figure, in the format that the suffix names.
 
     Raises:
         CheckpointError: when a folder is not that of a run, or a file in it is damaged.

@@ -35,7 +35,7 @@ class ClipFeaturesConfig(NetworkConfig):
 
 
 class Dinov2Config(NetworkConfig):
-    """DINOv2: features of a network that saw neither labels nor captions, so that no reward is close to it."""
+    """DINOv2: features of a network trained without labels or captions, so that no reward is close to it."""
 
     about: ClassVar[About] = About(
         licence="Apache-2.0",

@@ -90,8 +90,8 @@ def evaluate(
             recipe's own and its evaluation rewards.
         options: options of rewards and extractors by name.
         extractors: feature extractors by name; each adds metrics of the whole set.
-        reference: what Fréchet distance, precision and recall compare with: a folder of pictures, or `world` for true
-            pictures of the prompts of an embedded world; None leaves them out.
+        reference: what Fréchet distance, precision and recall compare with: a folder of images, or `world` for
+            renderings of the prompts of an embedded world; None leaves them out.
         steps: numbers of sampling steps (NFE) to compare; None takes the recipe's.
         grid: time grid by name; None takes the target's recipe's, for both targets.
         num: images for each number of steps.
@@ -100,7 +100,7 @@ def evaluate(
         dtype: `fp32` or `bf16`.
         batch_size: images per forward pass; None takes the default.
         dump: format (`geneval`) and a new folder for the images of the target.
-        report: where a page with pictures and its JSON go: a `.html` file, or a folder for `report.html`.
+        report: where a page with images and its JSON go: a `.html` file, or a folder for `report.html`.
         allow_code: whether rewards that the recipe of a run names as code may run; `rewards` given here always may.
         observer: receives `StageProgress` and `Notice` events.
         progress: whether progress is shown, as in `train`.
@@ -180,7 +180,7 @@ def _references(
 
 @dataclass(frozen=True)
 class _Measured:
-    """What was measured of one target with one number of steps."""
+    """What was measured for one target with one number of steps."""
 
     scores: Scores
     metrics: Mapping[str, SetMetrics]

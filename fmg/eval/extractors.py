@@ -1,8 +1,8 @@
-"""Feature extractors: the picture itself for the embedded worlds, and networks for everything else.
+"""Feature extractors: the image itself for the embedded worlds, and networks for everything else.
 
 Maps of a network follow LPIPS (Zhang et al., arXiv 1801.03924, eq. 1) with transformer layers in place of convolutions
-and uniform weights in place of learnt ones: channels scaled to unit length at each place, squared differences averaged
-over places and layers. The figures are comparable with each other, not with published LPIPS.
+and uniform weights in place of learnt ones: channels scaled to unit length at each position, squared differences
+averaged over positions and layers. The figures are comparable with each other, not with published LPIPS.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Extract = Callable[[Float[Tensor, "b 3 h w"]], ImageFeatures]
 class Pixels:
     """Pixels averaged to `side` x `side`. The distance of maps is the mean squared difference over pixels and channels.
 
-    Vectors are the same numbers around grey, so that their cosine distance is that of contrasts.
+    Vectors are the same numbers relative to grey, so that their cosine distance compares contrasts.
     """
 
     def __init__(self, config: PixelsConfig) -> None:
@@ -53,7 +53,7 @@ class NetworkExtractor:
     Args:
         name: registered name, for messages.
         config: which weights, device, dtype and batch size.
-        load: makes the extracting function; it sees at most `batch_size` images a call.
+        load: makes the extracting function; it gets at most `batch_size` images per call.
     """
 
     def __init__(self, name: str, config: NetworkConfig, load: Load[Extract]) -> None:
@@ -79,7 +79,7 @@ def clip(config: ClipFeaturesConfig) -> NetworkExtractor:
 def dinov2(config: Dinov2Config) -> NetworkExtractor:
     """The class token after the last norm, as Stein et al. use it, and patch tokens.
 
-    Pictures are rounded to 8 bits, resized so that the shorter edge is `side` (Pillow's bicubic filter), and
+    Images are rounded to 8 bits, resized so that the shorter edge is `side` (Pillow's bicubic filter), and
     centre-cropped.
     """
     return NetworkExtractor("dinov2", config, partial(_load_dinov2, config.side))
@@ -123,7 +123,7 @@ def _load_dinov2(side: int, files: Files, device: torch.device, dtype: torch.dty
 
 
 def token_maps(hidden_states: Sequence[Float[Tensor, "b tokens c"]]) -> Float[Tensor, "b m"]:
-    """Patch tokens of `_LAYERS` evenly spaced layers, averaged to at most `_PLACES` x `_PLACES` places.
+    """Patch tokens of `_LAYERS` evenly spaced layers, averaged to at most `_PLACES` x `_PLACES` positions.
 
     Args:
         hidden_states: of the embeddings and of every layer; the first token is the class token.
@@ -136,7 +136,7 @@ def token_maps(hidden_states: Sequence[Float[Tensor, "b tokens c"]]) -> Float[Te
 
 
 def _places(tokens: Float[Tensor, "b n c"]) -> Float[Tensor, "b m"]:
-    """Tokens on their grid with channels of unit length, scaled so that squared distances average over places."""
+    """Tokens on their grid with channels of unit length, scaled so that squared distances average over positions."""
     grid = int(tokens.shape[1] ** 0.5)
     picture = tokens.transpose(1, 2).reshape(len(tokens), -1, grid, grid)
     if grid > _PLACES:

@@ -1,4 +1,4 @@
-"""Folders of images with their prompts: pictures with a `metadata.jsonl`, and GenEval trees, read and written.
+"""Folders of images with their prompts: images with a `metadata.jsonl`, and GenEval trees, read and written.
 
 A GenEval tree (github.com/djghosh13/geneval, README, "Image generation") has a folder for each prompt, numbered from
 00000: `metadata.jsonl` is the prompt's entry, `samples/NNNN.png` are its images, and `grid.png` shows them in a row.
@@ -42,17 +42,17 @@ _PADDING = 2
 
 @dataclass(frozen=True)
 class Captioned:
-    """A picture file and its prompt, None where there is none."""
+    """An image file and its prompt, None where there is none."""
 
     file: Path
     prompt: Prompt | None
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """The picture files under a folder, sorted; the grids of a GenEval tree are left out.
+    """The image files under a folder, sorted; the grids of a GenEval tree are left out.
 
     Raises:
-        UsageError: it is not a folder, holds no picture, or has a link to a missing picture.
+        UsageError: it is not a folder, contains no image, or has a link to a missing image.
     """
     if not folder.is_dir():
         raise UsageError(f"There is no folder '{folder}'", "Name a folder of images.")
@@ -80,7 +80,7 @@ def picture_files(folder: Path) -> list[Path]:
 
 
 def batches(files: Sequence[Path], size: int = PICTURES_A_BATCH) -> Iterator[tuple[slice, Float[Tensor, "b 3 h w"]]]:
-    """Pictures in order, in batches of neighbours of one size with at most 2^24 pixels in all, with the rows of each.
+    """Images in order, in batches of neighbours of one size with at most 2^24 pixels in total, with the rows of each.
 
     Raises:
         UsageError: naming the file that cannot be read (`fmg.rewards.images.read_image`).
@@ -104,14 +104,14 @@ def _joined(images: Sequence[Tensor]) -> Float[Tensor, "b 3 h w"]:
 
 
 def captioned(path: Path, *, everything: bool = False) -> list[Captioned]:
-    """The pictures under a path with their prompts; for a file, those of the `metadata.jsonl` beside it.
+    """The images under a path with their prompts; for a file, those of the `metadata.jsonl` beside it.
 
     Args:
-        path: a picture file, a folder, or a GenEval tree.
-        everything: whether to take all pictures of a folder and ignore prompts.
+        path: an image file, a folder, or a GenEval tree.
+        everything: whether to take all images of a folder and ignore prompts.
 
     Raises:
-        UsageError: no such path, no pictures in it, a `metadata.jsonl` that does not match them, or one with prompts
+        UsageError: no such path, no images in it, a `metadata.jsonl` that does not match them, or one with prompts
             for only some of them.
     """
     if not path.exists():
@@ -227,7 +227,7 @@ def geneval_dump(folder: Path, entries: Sequence[Prompt]) -> Iterator[GenEvalDum
 
 
 def _metadata(entry: Prompt) -> dict[str, object]:
-    """The prompt's line of GenEval's metadata file as it was read; for other prompts, what is known."""
+    """The prompt's line of GenEval's metadata file, unchanged; for other prompts, what is known."""
     if "prompt" in entry.metadata:
         return dict(entry.metadata)
     return {"tag": entry.tag, **entry.metadata, "prompt": entry.text}

@@ -2,7 +2,7 @@
 
 A stochastic rollout stays on the path when its state at a time `s` is distributed like a sample of the deterministic
 sampler noised to `s`. The two are compared at every interior time of the grid: by their moments, and by the images that
-the deterministic map makes of them. Prompts and initial noise are the same, so differences are paired.
+the deterministic map generates from them. Prompts and initial noise are the same, so differences are paired.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _FIGURE_COLUMNS = 2
 _FIGURE_SPREAD = 0.55
 
 Values = dict[tuple[float, str], NDArray[np.float64]]
-"""One number an image, by time and quantity."""
+"""One number per image, by time and quantity."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class PathRow:
     Attributes:
         stochasticizer: its name.
         time: of the state, in (0, 1).
-        quantity: `rms` and `mean` of the latents; otherwise a score of the images that the deterministic map makes of
-            the states: `<reward>`, or `<reward>/recognisable`, the share with exactly one recognisable object.
+        quantity: `rms` and `mean` of the latents; otherwise a score of the images that the deterministic map generates
+            from the states: `<reward>`, or `<reward>/recognisable`, the share with exactly one recognisable object.
         value, reference: means over images.
-        difference: of moments as a share of the reference's rms; of scores plain.
+        difference: for moments, as a share of the reference's rms; for scores, absolute.
         ci95: its 95 % interval, from resampling prompts.
     """
 
@@ -204,7 +204,7 @@ class _Study:
         }
 
     def measure(self, name: str, kernel: Stochasticizer | None) -> Values:
-        """The numbers of every image at every interior time; without a kernel those of the noised samples."""
+        """The values of every image at every interior time; without a kernel, those of the noised samples."""
         collected: dict[tuple[float, str], list[NDArray[np.float64]]] = {}
         for start in range(0, len(self.eval_set), _CHUNK):
             index = torch.arange(start, min(start + _CHUNK, len(self.eval_set)))
@@ -272,7 +272,7 @@ def _rows(name: str, ours: Values, reference: Values, clusters: NDArray[np.int64
 
 
 def _scale(quantity: str, reference: Values, time: float) -> tuple[float, Callable[[float], float]]:
-    """What a difference is multiplied with, and how a mean is shown."""
+    """The factor on a difference, and how a mean is shown."""
     energy = float(reference[time, RMS].mean())
     if quantity == RMS:
         # to first order, the relative change of a root is half of that of its square

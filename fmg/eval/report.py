@@ -1,4 +1,4 @@
-"""The report of an evaluation: one JSON file, and one self-contained page with its pictures."""
+"""The report of an evaluation: one JSON file, and one self-contained page with its images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _EXTREMES = 8
 
 @dataclass(frozen=True)
 class ShownImage:
-    """A picture with its score."""
+    """An image with its score."""
 
     value: float
     source: str
@@ -40,7 +40,7 @@ class ShownImage:
 
 @dataclass
 class PromptImages:
-    """The images of one prompt that a page shows: the first ones, the worst and the best; and all of their scores."""
+    """The images of one prompt that a page shows (the first ones, the worst and the best), and all scores."""
 
     first: list[ShownImage] = field(default_factory=list)
     worst: ShownImage | None = None
@@ -122,7 +122,7 @@ def write_report(
     Args:
         files: from `check_report`.
         report: of the target; it includes that of the other target.
-        galleries: pictures by number of steps, of the target and of the other target.
+        galleries: images by number of steps, of the target and of the other target.
     """
     files.html.parent.mkdir(parents=True, exist_ok=True)
     write_json(files.json, report.to_json())

@@ -1,4 +1,4 @@
-"""`score`: rewards and metrics of existing images, whatever generated them."""
+"""`score`: rewards and metrics of existing images from any generator."""
 
 from __future__ import annotations
 
@@ -62,24 +62,24 @@ def score(
     device: str = "auto",
     observer: Observer = ignore,
 ) -> ScoreReport:
-    """Scores picture files.
+    """Scores image files.
 
     Args:
-        paths: picture files, folders of them, or GenEval trees. Prompts come from `metadata.jsonl`: GenEval's in each
-            prompt's folder, or lines with `file_name` and `prompt` beside the images. A picture with two lines is
-            scored twice.
+        paths: image files, folders of them, or GenEval trees. Prompts come from `metadata.jsonl`: GenEval's in each
+            prompt's folder, or lines with `file_name` and `prompt` beside the images. An image with two lines is scored
+            twice.
         rewards: by name.
-        prompt: of every picture, in place of those in the folders.
+        prompt: the prompt of every image, in place of those in the folders.
         options: options of rewards and extractors by name.
         extractors: feature extractors by name; each adds metrics of the whole set.
-        reference: folder of real pictures for Fréchet distance, precision and recall.
+        reference: folder of real images for Fréchet distance, precision and recall.
         device: `auto`, `cpu`, `cuda`, ...
         observer: receives `StageProgress` events.
 
     Raises:
-        UsageError: nothing to measure, no pictures, pictures that cannot be read or lack a prompt, also when only some
-            of a folder's do; unknown names.
-        RewardError: when a reward fails, or reports other parts for some pictures than for others.
+        UsageError: there is nothing to measure, there are no images, some (even a few of a folder) cannot be read or
+            lack a prompt, or a name is unknown.
+        RewardError: a reward fails, or reports different parts for different images.
     """
     if not rewards and not extractors:
         raise UsageError("There is nothing to measure", "Give --reward, or --features, or both.")

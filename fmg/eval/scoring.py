@@ -1,4 +1,4 @@
-"""Scores of images: which rewards and images, batch by batch, and the rows of a report that they give."""
+"""Scores of images: which rewards and images, batch by batch, and the resulting rows of a report."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CHUNK = 256
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of `n` images: `parts[(reward, part)]` is an (n,) array; `tags` and `prompts` have one entry an image."""
+    """Scores of `n` images: `parts[(reward, part)]` is an (n,) array; `tags` and `prompts` have one entry per image."""
 
     parts: Mapping[tuple[str, str], NDArray[np.float64]]
     prompts: tuple[str, ...]
@@ -49,7 +49,7 @@ class EvalSet:
         """`num` images that cycle through the prompt set in order, or are spread evenly over it when they are fewer.
 
         With `selection`, the seeds differ from those of every evaluation: a checkpoint must not be selected on the
-        noise on which it is then judged.
+        noise it is then judged on.
         """
         size = len(prompt_set)
         chosen = tuple(prompt_set[i * size // num if num < size else i % size] for i in range(num))
@@ -109,7 +109,7 @@ class ScoreCollector:
         """Adds the scores of the next batch.
 
         Raises:
-            RewardError: when a reward reports other parts than for the batches before.
+            RewardError: a reward reports different parts than for earlier batches.
         """
         other = next(iter(sorted(self._batches.keys() ^ scores.keys())), None) if self._count else None
         if other is not None:
@@ -140,7 +140,7 @@ def score_target(
 
     Raises:
         NotFiniteError: an image has values that are not finite.
-        RewardError: when a reward fails, or reports other parts for some images than for others.
+        RewardError: a reward fails, or reports different parts for different images.
     """
     collected = ScoreCollector()
     texts = eval_set.prompts
@@ -172,7 +172,7 @@ def means(scores: Scores, prefix: str = "eval") -> dict[str, float]:
 
 
 def standard_error(values: NDArray[np.float64]) -> float:
-    """Of the mean of `values`; NaN for a single one, which does not tell how much another would differ."""
+    """The standard error of the mean of `values`; NaN for a single value, which says nothing about the spread."""
     return float(values.std() / np.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
@@ -221,7 +221,7 @@ def tag_rows(steps: int, scores: Scores) -> Iterator[TagResult]:
 
 
 def interval(values: NDArray[np.float64], clusters: NDArray[np.int64]) -> tuple[float, float]:
-    """Of a mean, over prompts; with a single prompt its images are all the evidence there is."""
+    """The interval of a mean, over prompts; with a single prompt, over its images, the only evidence there is."""
     return bootstrap_mean(values, clusters if np.ptp(clusters) > 0 else None)
 
 
@@ -244,7 +244,7 @@ def chosen_rewards(
     *,
     taken: Collection[str],
 ) -> list[RewardRef]:
-    """The rewards called `names`, or `own`, with `options` in place of those that they had.
+    """The rewards called `names`, or `own`, with `options` replacing their own.
 
     Args:
         names: given by the user, by name or as entries of a recipe; None takes `own`.
@@ -253,7 +253,7 @@ def chosen_rewards(
         taken: other names that options may belong to.
 
     Raises:
-        UsageError: for an unknown name or option, or options of what is not measured.
+        UsageError: for an unknown name or option, or options of a reward that is not measured.
     """
     found = reward_refs(names, options) if names else [_with(ref, options.get(ref.label, {})) for ref in own]
     known = [*(ref.label for ref in found), *(ref.name for ref in found), *taken]

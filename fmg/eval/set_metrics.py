@@ -30,17 +30,17 @@ _RANGES = {FRECHET: (0.0, np.inf), "precision": (0.0, 1.0), "recall": (0.0, 1.0)
 NEIGHBOURS = 3
 """k of the nearest-neighbour balls of precision and recall, as in the paper."""
 MAX_IMAGES = 10_000
-"""Larger sets are thinned evenly to this size for precision and recall, so that distances fit in memory."""
+"""Larger sets are evenly thinned to this size for precision and recall, so that distances fit in memory."""
 LEAST = NEIGHBOURS + 1
 """Images that a set needs for anything but diversity within prompts."""
 WORLD = "world"
 WORLD_DRAWS = 4
-"""True pictures of a world for each image that is evaluated."""
+"""Renderings of a world for each image that is evaluated."""
 
 Vectors = Float[np.ndarray, "n d"]
 Labels = Int[np.ndarray, " n"]
 Statistic = Callable[[NDArray[np.int64]], float]
-"""A number that some rows of a set give."""
+"""A statistic of some rows of a set."""
 
 
 # Diversity: the mean distance over pairs. The sum over pairs follows from sums over images, so that no pair is ever
@@ -73,16 +73,17 @@ class GroupSpread:
             self._scatters[label] = self._scatters.get(label, 0.0) + float(np.dot(before, after.astype(np.float64)))
 
     def values(self) -> Float[np.ndarray, " groups"]:
-        """One value for each group with two images or more, by rising label; empty when there is none."""
+        """One value for each group with two images or more, by increasing label; empty when there is none."""
         known = sorted(label for label, count in self._counts.items() if count > 1)
         return np.asarray([2 * self._scatters[g] / (self._counts[g] - 1) for g in known], dtype=np.float64)
 
 
 def within_groups(vectors: Vectors, groups: Labels) -> Float[np.ndarray, " groups"]:
-    """Mean squared Euclidean distance over the pairs of each group with two images or more, by rising label.
+    """Mean squared Euclidean distance over the pairs of each group with two images or more, by increasing label.
 
     Args:
-        vectors: one feature vector an image, such as the maps of a feature extractor, in whose unit the answer is.
+        vectors: one feature vector per image, such as the maps of a feature extractor, which set the unit of the
+            result.
         groups: the prompt or rollout group of each image.
     """
     spread = GroupSpread()
@@ -143,7 +144,7 @@ def fit_gaussian(features: Float[np.ndarray, "n d"]) -> GaussianFit:
 
 
 def symmetric_root(covariance: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d d"]:
-    """The symmetric square root of a covariance by its eigenvalues; those that rounding made negative are 0."""
+    """The symmetric square root of a covariance by its eigenvalues, of which negative ones (rounding) become 0."""
     values, vectors = np.linalg.eigh(covariance)
     scaled: NDArray[np.float64] = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     return scaled
@@ -215,7 +216,7 @@ class FeatureSet:
     """Features of one set of images, in the order in which they come.
 
     Args:
-        extractor: what the images are seen with.
+        extractor: the feature extractor.
         groups: the prompt of each image as a number; images of one prompt are compared for diversity.
     """
 
@@ -256,7 +257,7 @@ class ReferenceSet:
 
     @staticmethod
     def of(vectors: NDArray[np.float32]) -> ReferenceSet:
-        """From at least `LEAST` feature vectors."""
+        """Built from at least `LEAST` feature vectors."""
         return ReferenceSet(vectors, fit_gaussian(vectors))
 
 
@@ -293,7 +294,7 @@ class SetMetrics:
                 yield replace(row, ci95=inside)
 
     def difference(self, other: SetMetrics, steps: int, extractor: str) -> Iterator[Metric]:
-        """This set minus another one of the same prompts and seeds."""
+        """This set minus another with the same prompts and seeds."""
         if len(self.spread):
             delta = self.spread - other.spread
             yield Metric(steps, extractor, "diversity_within_prompts", float(delta.mean()), bootstrap_mean(delta))
@@ -344,14 +345,14 @@ class DrawsTruth(Protocol):
     """A prompt set of an embedded world, which can render what its prompts describe."""
 
     def true_images(self, prompts: Sequence[str], seed: int) -> Float[Tensor, "n 3 h w"]:
-        """One true picture of each prompt, in [0, 1]; positions and sizes are random."""
+        """One rendering of each prompt, in [0, 1]; positions and sizes are random."""
 
 
 def check_reference(reference: str, prompt_set: PromptSet) -> list[Path]:
-    """The files of a reference, none for a world's.
+    """The files of a reference, none for a world.
 
     Raises:
-        UsageError: when there is no such folder, too few pictures, or no world.
+        UsageError: there is no such folder, there are too few images, or there is no world.
     """
     if reference == WORLD:
         if not isinstance(prompt_set, DrawsTruth):
@@ -366,7 +367,7 @@ def reference_files(folder: str) -> list[Path]:
     """The files of a reference folder.
 
     Raises:
-        UsageError: when there is no such folder, or too few pictures in it.
+        UsageError: there is no such folder, or it has too few images.
     """
     files = picture_files(Path(folder))
     if len(files) < LEAST:
@@ -378,7 +379,7 @@ def reference_files(folder: str) -> list[Path]:
 
 
 def folder_reference(files: Sequence[Path], extractor: FeatureExtractor, device: torch.device) -> ReferenceSet:
-    """The reference that picture files make under an extractor. Errors as in `batches`."""
+    """The reference set of image files under an extractor. Errors as in `batches`."""
     features = FeatureSet(extractor, np.arange(len(files)))
     for _, images in batches(files):
         features.take(images.to(device))
@@ -388,7 +389,7 @@ def folder_reference(files: Sequence[Path], extractor: FeatureExtractor, device:
 def world_reference(
     prompt_set: DrawsTruth, prompts: Sequence[str], seed: int, extractor: FeatureExtractor, device: torch.device
 ) -> ReferenceSet:
-    """The reference that `WORLD_DRAWS` true pictures of each of `prompts` make under an extractor."""
+    """The reference set of `WORLD_DRAWS` renderings of each of `prompts` under an extractor."""
     repeated = [prompt for prompt in prompts for _ in range(WORLD_DRAWS)]
     features = FeatureSet(extractor, np.arange(len(repeated)))
     for batch in torch.split(prompt_set.true_images(repeated, seed), PICTURES_A_BATCH):

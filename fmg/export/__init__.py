@@ -1,1 +1,1 @@
-"""What leaves a run for other software. Importing this package does not import torch."""
+"""Exports runs for other software. Importing this package does not import torch."""

@@ -121,9 +121,9 @@ def export_artifact(
 
     Raises:
         UsageError: `out` exists, an option does not fit the model, or the disk is too small.
-        MissingDependencyError: the ONNX packages are not installed, or published files not fetched.
-        CheckpointError: base and adapter do not belong together, a file is damaged, or a graph cannot be traced;
-            nothing is left behind. Or a killed swap left the artifact of that name beside `out`.
+        MissingDependencyError: the ONNX packages are not installed, or published files have not been fetched.
+        CheckpointError: base and adapter do not belong together, a file is damaged, a graph cannot be traced, or a
+            killed swap left the artifact of that name beside `out`. Nothing is left behind.
     """
     folder = export_folder(target, "artifact") if out is None else Path(out)
     with watching(observer, progress) as told:
@@ -131,7 +131,7 @@ def export_artifact(
 
 
 def export_source(source: ExportSource, out: Path, options: ExportOptions, *, observer: Observer = ignore) -> Artifact:
-    """As `export_artifact`, for files that have been found."""
+    """As `export_artifact`, for files that have been located."""
     require_onnx()
     check_not_interrupted(out)
     if out.exists():
@@ -299,7 +299,7 @@ def sampling_of(source: ExportSource, vae: Mapping[str, Any], resolutions: Seque
 
 
 def default_resolution(own: int, sizes: Sequence[int]) -> int:
-    """The default side in pixels: the model's own, or else the largest of `sizes` (rising)."""
+    """The default side in pixels: the model's own, or else the largest of `sizes` (in increasing order)."""
     return own if own in sizes else sizes[-1]
 
 

@@ -68,7 +68,7 @@ def export_diffusers(
         progress: whether progress is shown, as in `train`.
 
     Raises:
-        UsageError: there is nothing to merge, the model is of another family, or `out` exists.
+        UsageError: there is nothing to merge, the model belongs to another family, or `out` exists.
         MissingDependencyError: published files that have not been fetched.
         CheckpointError: base and adapter do not belong together, or a file is damaged; nothing is left behind.
     """
@@ -111,7 +111,7 @@ def write_folder(
     """Writes a pipeline folder with the changes of `delta` merged into its transformer; all of `out`, or nothing.
 
     Args:
-        folder: what is merged into.
+        folder: the base to merge into.
         delta: what a run changed; None for a student as it is.
         adapter: the checkpoint of `delta`, whose model card and samples are taken over.
         out: the folder to make.
@@ -176,7 +176,7 @@ def _dtype(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
 
 
 def _replaced(folder: PipelineFolder) -> Callable[[str, list[str]], set[str]]:
-    """Selects what of the base is not copied: the transformer's weights, and files of the stock pipeline only."""
+    """Selects what is not copied from the base: the transformer's weights, and files of the stock pipeline."""
 
     def ignored(where: str, names: list[str]) -> set[str]:
         if Path(where) == folder.base:

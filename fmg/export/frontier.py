@@ -46,7 +46,7 @@ class Point:
         mean: its mean over the images.
         ci95: bootstrap interval over prompts.
         num: number of scored images.
-        latency_ms: total time of one batch.
+        latency_ms: total time of one batch in milliseconds.
     """
 
     label: str
@@ -66,7 +66,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Frontier:
-    """All points, the timings they come from, and how the cases compare at each number of steps."""
+    """All points, their timings, and how the cases compare at each number of steps."""
 
     points: tuple[Point, ...]
     timings: tuple[Timing, ...]

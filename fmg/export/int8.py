@@ -1,9 +1,10 @@
 """A transformer with 8-bit weights for ONNX Runtime on a CPU.
 
-Signed, one scale per tensor, activations quantised dynamically: of ONNX Runtime's schemes the fastest on a CPU at about
-equal error. Weights use seven of the eight bits: a CPU without VNNI adds pairs of products in 16 bits, which would
-saturate (on the embedded model the error of one forward is 5 % with eight bits and 2 % with seven). Attention's
-products of activations stay fp32, and so do the small first and last layers, through which everything passes.
+Signed, one scale per tensor, activations quantised dynamically: the fastest of ONNX Runtime's schemes on a CPU, at
+about the same error. Weights use seven of the eight bits: a CPU without VNNI adds pairs of products in 16 bits, which
+would saturate (on the embedded model the error of one forward pass is 5 % with eight bits and 2 % with seven).
+Attention's products of activations stay fp32, and so do the small first and last layers, through which everything
+passes.
 """
 
 from __future__ import annotations

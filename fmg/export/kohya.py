@@ -125,7 +125,7 @@ def kohya_tensors(delta: Delta, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
 def _joined(
     delta: Delta, parts: Sequence[str], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """A and B of the matrix that `parts` are rows of, for those that are adapted."""
+    """A and B of the matrix whose rows are `parts`, for those parts that are adapted."""
     adapted = [part for part in parts if f"{part}.weight" in delta.lora]
     if not adapted:
         return None, None
@@ -146,7 +146,7 @@ def _joined(
 
 
 def _groups(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Sequence[str]]:
-    """Modules of diffusers by kohya's name of the matrix that they are rows of."""
+    """Modules of diffusers by kohya's name of the matrix whose rows they are."""
     groups: dict[str, Sequence[str]] = {}
     for ours, theirs, block in _BLOCKS:
         count = len({name.split(".")[1] for name in shapes if name.startswith(f"{ours}.")})

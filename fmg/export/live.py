@@ -1,4 +1,4 @@
-"""The graph of a network in training: its weights are inputs, so that every call uses the current ones.
+"""The graph of a network in training: its weights are inputs, so every call uses the current ones.
 
 Nothing is written or reopened when weights change. Weights without an adapter are the network's own memory; the others
 are merged once per iteration (docs/branching.md). The graph is the one that `fmg export` traces; it depends only on the

@@ -1,7 +1,7 @@
 """Traces a module to an ONNX graph that points into a safetensors file, without loading the weights.
 
 The module is built and traced on fake tensors, so a graph takes about a gigabyte at any size. Its parameters become
-initialisers without values under their state-dict names; they get their places in the weight file only after the
+initialisers without values under their state-dict names; they get their positions in the weight file only after the
 optimiser has run. With values, the optimiser would merge parameters that happen to be equal and transpose others, and a
 later swap of the weights would silently be wrong (docs/adr/0010-graphs-without-weights.md).
 """
@@ -94,10 +94,11 @@ def trace(plan: GraphPlan) -> TracedGraph:
 
 
 def save_graph(graph: TracedGraph, file: Path, weights: str, places: Mapping[str, Placement]) -> None:
-    """Writes the ONNX file; every parameter points to its place in `weights`, a file name in the same folder.
+    """Writes the ONNX file; every parameter points to its position in `weights`, a file name in the same folder.
 
     Raises:
-        CheckpointError: a parameter has no place or another shape or dtype there, or the checker refuses the file.
+        CheckpointError: a parameter is missing there or has a different shape or dtype, or the checker refuses the
+            file.
     """
     import onnx_ir as ir
 

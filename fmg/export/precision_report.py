@@ -1,7 +1,7 @@
 """The actual precision of a graph: the dtypes of its weights and of the nodes that compute, counted from the file.
 
-A graph whose products run in another precision than requested still generates plausible images, only slower or worse;
-engines follow the graph (networks are strongly typed), so no builder flag would reveal it.
+A graph whose products run in a different precision than requested still generates plausible images, only slower or
+worse; engines follow the graph (networks are strongly typed), so no builder flag would reveal it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 PRODUCTS = frozenset({"Attention", "Conv", "ConvTranspose", "Gemm", "MatMul"})
-"""Operators that spend their time in multiply-accumulate, and must therefore have the requested precision."""
+"""Operators dominated by multiply-accumulate, which must therefore have the requested precision."""
 INT8_PRODUCTS = frozenset({"ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"})
 ACTIVATION_PRODUCTS = frozenset({"Attention", "MatMul"})
 """Products of two activations (attention), which stay fp32 in a dynamically quantised graph."""
@@ -154,7 +154,7 @@ def read_graph(file: Path) -> ModelProto:
     """An ONNX model without its external weights.
 
     Raises:
-        CheckpointError: the file is damaged or no ONNX model.
+        CheckpointError: the file is damaged or not an ONNX model.
     """
     import onnx
 

@@ -1,4 +1,4 @@
-"""What an export starts from: the files of a model and the changes of a run, read without loading the model.
+"""The input of an export: the files of a model and the changes of a run, read without loading the model.
 
 Weights are read one tensor at a time, with the changes of a run merged in fp32.
 """
@@ -138,7 +138,7 @@ def conventions_of(recipe: Recipe) -> FlowMapConventions:
     """How the model of a recipe is sampled; its weights need not be there.
 
     Raises:
-        UsageError: the model is of a family that has no export.
+        UsageError: models of this family cannot be exported.
         CheckpointError: a local folder does not state it.
     """
     config, name = recipe.model.config, recipe.model.name
@@ -156,7 +156,7 @@ def find_source(target: Target) -> ExportSource:
     """The files behind a target.
 
     Raises:
-        UsageError: the model is of a family that has no export.
+        UsageError: models of this family cannot be exported.
         MissingDependencyError: published files have not been fetched.
         CheckpointError: a local source does not exist or is incomplete.
     """
@@ -185,7 +185,7 @@ def recipe_facts(recipe: Recipe) -> tuple[tuple[Mapping[str, object], ...], Mapp
 
 @dataclass(frozen=True)
 class Delta:
-    """What a run changed in the weights of its base, by their names: low-rank terms, and tensors it trained whole.
+    """What a run changed in the weights of its base, by name: low-rank terms, and tensors that it trained in full.
 
     Attributes:
         lora: A (rank, inputs) and B (outputs, rank) for a matrix (outputs, inputs).
@@ -247,7 +247,7 @@ def check_base(delta: Delta, digest: str, where: str) -> None:
     """Checks that the changes belong to weights with this digest.
 
     Raises:
-        CheckpointError: they were trained on others.
+        CheckpointError: they were trained on other weights.
     """
     if delta.base_digest != digest:
         raise CheckpointError(

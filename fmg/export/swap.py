@@ -201,7 +201,7 @@ def _check_graphs(artifact: Artifact, found: Target) -> None:
 
 
 def _as_sampled(manifest: Manifest, recipe: Recipe) -> Manifest:
-    """The manifest with everything that follows from a recipe and is in no graph."""
+    """The manifest with everything that follows from a recipe and is not in a graph."""
     rewards, prompts = recipe_facts(recipe)
     conventions, sampling = conventions_of(recipe), manifest.sampling
     embedded = None not in (sampling.guidance, conventions.guidance)
@@ -217,7 +217,7 @@ def _as_sampled(manifest: Manifest, recipe: Recipe) -> Manifest:
 
 
 def _remembered(artifact: Artifact, delta: Delta | None, kept: TensorReader, dtype: torch.dtype) -> frozenset[str]:
-    """The weights that the artifact has to keep as its base stores them, to restore it later."""
+    """The weights that the artifact has to keep as the base stores them, to restore it later."""
     changed = frozenset() if delta is None else delta.changed
     if set(artifact.manifest.base.dtypes) <= _EXACT[str(dtype).removeprefix("torch.")]:
         return changed
@@ -254,7 +254,7 @@ def _check_no_links(folder: Path) -> None:
     """Whether an artifact, engines included, can be copied file by file.
 
     Raises:
-        CheckpointError: there is a link, which would be lost or lead somewhere else.
+        CheckpointError: there is a link, which would be lost or lead elsewhere.
     """
     if links := [path for path in sorted(folder.rglob("*")) if path.is_symlink()]:
         raise CheckpointError(

@@ -1,7 +1,7 @@
 """Verifies that an artifact reproduces its run: files, facts, weights, precision, tensors, images, rewards.
 
 Every check starts from the artifact and its manifest, can be repeated at any time, and is written into the manifest
-with the hash of the weights that it was made on.
+with the hash of the weights it was made on.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def reference_of(artifact: Artifact, against: TargetLike = None, *, allow_code: 
     """The run or model that an artifact is compared with.
 
     Raises:
-        UsageError: it is not here, or is an artifact itself.
+        UsageError: it does not exist, or is itself an artifact.
     """
     if isinstance(against, Target):
         return against
@@ -346,7 +346,7 @@ class RewardGap:
     images: int
 
     def passed(self, allowed: float) -> bool:
-        """Whether the whole interval lies within `allowed` of zero; with too few images it does not pass."""
+        """Whether the whole interval lies within `allowed` of zero; with too few images, it does not pass."""
         return not self.problem(allowed)
 
     def problem(self, allowed: float) -> str:

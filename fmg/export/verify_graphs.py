@@ -5,7 +5,7 @@ compute. The graph's intermediate values become outputs, the torch modules get h
 module is matched by the scope that every node keeps from tracing; it agrees if any value that the graph computes inside
 that scope equals the module's output, so fused and reordered nodes do no harm.
 
-`widened` makes bf16 graphs run where nothing computes in bf16, as ONNX Runtime on a CPU: the same nodes and the same
+`widened` makes bf16 graphs run where nothing computes in bf16, as in ONNX Runtime on a CPU: the same nodes and the same
 values of every weight, in fp32. Its results differ from the graph's own only by the rounding of bf16 arithmetic, so it
 verifies nodes and weights, but not the size of that rounding.
 """
@@ -214,13 +214,13 @@ def first_divergence(
 
     Args:
         model: the reference.
-        artifact: that the graph belongs to.
+        artifact: the artifact that the graph belongs to.
         graph: its name.
-        inputs: of both.
+        inputs: of both sides.
         allowed: relative L2 error of a module's output.
 
     Returns:
-        None if every module that can be matched agrees: the difference is then outside of the modules.
+        None if every module that can be matched agrees: the difference is then outside the modules.
     """
     expected = _module_outputs(reference_module(model, graph), inputs)
     onnx_model = read_graph(artifact.onnx(graph))
@@ -314,7 +314,7 @@ def widened(artifact: Artifact) -> Iterator[Artifact]:
     """A temporary copy of an artifact whose bf16 graphs compute in fp32; its manifest keeps the original hashes.
 
     Raises:
-        UsageError: the disk of temporary files is too small.
+        UsageError: the disk for temporary files is too small.
         CheckpointError: a file is missing or damaged.
     """
     graphs = artifact.manifest.graphs

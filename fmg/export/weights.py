@@ -25,7 +25,7 @@ from fmg.models.common.weights import STORED_DTYPES
 
 PAGE = 4096
 SLACK = 64 * 10**6
-"""Bytes for graphs, tokenizers and the file system itself."""
+"""Bytes for graphs, tokenizers and file system overhead."""
 _LENGTH = 8  # bytes of a safetensors file before its header
 _NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
@@ -101,12 +101,12 @@ def write_weights(
 
     Args:
         file: to write; it must not exist.
-        layout: of `lay_out`.
+        layout: from `lay_out`.
         read: returns the tensor of a name in the dtype and shape of the layout; called once for each, in order.
-        progress: called with (bytes done, bytes in all) after each tensor.
+        progress: called with (bytes done, total bytes) after each tensor.
 
     Raises:
-        CheckpointError: a tensor is not as the layout says, or is not finite.
+        CheckpointError: a tensor does not match the layout, or is not finite.
     """
     digest = hashlib.sha256(layout.header)
     with file.open("xb") as out:
@@ -141,16 +141,16 @@ def check_space(
     what: str = "The export",
     fix: str = "Free some space, or name a folder on another disk.",
 ) -> None:
-    """Checks that the disk of a folder, which need not exist yet, has room for `needed` bytes.
+    """Checks that the disk of a folder, which need not exist yet, has space for `needed` bytes.
 
     Args:
         folder: where the files go.
         needed: their size.
-        what: needs the room, for the error.
+        what: what needs the space, for the error.
         fix: what to do about it, for the error.
 
     Raises:
-        UsageError: it has too little.
+        UsageError: it has too little space.
     """
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(there).free

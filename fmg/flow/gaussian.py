@@ -77,7 +77,7 @@ class Gaussian:
 class UnscaledGaussian(Gaussian):
     """A Gaussian whose log-density leaves out the variance and every constant: `-mean (x - mean)^2`.
 
-    What Flow-CPS (arXiv 2509.05952) trains on in its published code. Samples and divergences are those of the Gaussian.
+    The published code of Flow-CPS (arXiv 2509.05952) trains on it. Samples and divergences are those of the Gaussian.
     """
 
     def log_prob(self, x: Float[Tensor, "b *shape"]) -> Float[Tensor, " b"]:

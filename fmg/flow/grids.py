@@ -29,7 +29,7 @@ _SCM_TWO_STEP_ANGLE = 1.3
 
 
 def make_grid(spec: GridSpec, steps: int, *, image_tokens: int | None = None) -> tuple[float, ...]:
-    """The `steps + 1` times of a grid, strictly falling from exactly 1 to exactly 0.
+    """The `steps + 1` times of a grid, strictly decreasing from exactly 1 to exactly 0.
 
     Args:
         spec: one of `grid_names()`, or a list of times (an explicit grid).
@@ -47,9 +47,9 @@ def make_grid(spec: GridSpec, steps: int, *, image_tokens: int | None = None) ->
             uniform grid.
 
     Raises:
-        WrongTypeError: `steps` is no integer.
-        UsageError: an unknown name, a grid that does not exist for `steps`, or times that do not fall from 1 to 0 in
-            steps of at least 1e-4.
+        WrongTypeError: `steps` is not an integer.
+        UsageError: an unknown name, a grid that does not exist for `steps`, or times that do not decrease from 1 to 0
+            in steps of at least 1e-4.
     """
     steps = whole_number("steps", steps)
     if not 1 <= steps <= MAX_STEPS:
@@ -140,5 +140,5 @@ _BY_STEPS: dict[str, Callable[[int], tuple[float, ...]]] = {
 
 
 def named_grids() -> tuple[str, ...]:
-    """Names of the grids that follow a rule; a list of times needs no name."""
+    """Names of the rule-based grids; a list of times needs no name."""
     return tuple(name for name in grid_names() if name != EXPLICIT)

@@ -123,8 +123,8 @@ class TrigFlowMap:
 class PaddedBatches:
     """A flow map that pads a short batch with its last row, so that kernels always see one shape.
 
-    Matrix products of another size sum in another order. In bf16 that moves a log-prob by more than a tenth of a clip
-    range, so the last, shorter micro-batch of a rollout or an update would not replay to ratio 1.
+    Matrix products of a different size sum in a different order. In bf16 that moves a log-prob by more than a tenth of
+    a clip range, so the last, shorter micro-batch of a rollout or an update would not replay to ratio 1.
 
     Args:
         inner: the map.

@@ -153,7 +153,7 @@ def path_by_name(name: str) -> AffinePath:
     """The path called `linear` or `trig`.
 
     Raises:
-        UsageError: for another name.
+        UsageError: for any other name.
     """
     paths: dict[str, AffinePath] = {path.name: path for path in (LinearPath(), TrigPath())}
     if name not in paths:

@@ -36,7 +36,7 @@ def native_sample(
         flow_map: the map.
         cond: conditioning of the `b` samples.
         x_1: standard normal noise.
-        grid: strictly falling times, first 1, last 0.
+        grid: strictly decreasing times, first 1, last 0.
         renoise: noise for interval `k`; not called for two-time maps.
     """
     x = x_1

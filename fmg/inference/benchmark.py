@@ -36,7 +36,7 @@ class BenchBackend:
 
     @property
     def label(self) -> str:
-        """As it was typed."""
+        """As typed."""
         return f"{self.name}:{_INT8}" if self.int8 else self.name
 
 
@@ -59,7 +59,7 @@ class BenchCase:
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """How every case is opened; without a batch size, in the default batches."""
+    """How every case is opened; without a batch size, with the default batches."""
 
     batch_size: int | None = None
     device: str = AUTO
@@ -137,7 +137,7 @@ def open_cases(cases: Sequence[BenchCase], options: BenchOptions, stack: ExitSta
     """The generator of each case by its label; `stack` closes them.
 
     Raises:
-        UsageError: a case does not have what the options ask for.
+        UsageError: a case does not support the options.
     """
     return {case.label: stack.enter_context(_open(case, options)) for case in cases}
 
@@ -173,7 +173,7 @@ class StageTime:
 
 @dataclass(frozen=True)
 class Timing:
-    """What was measured of one generator.
+    """What was measured for one generator.
 
     Attributes:
         label: its name in the results.

@@ -212,8 +212,8 @@ class Generator:
                 in a terminal or a notebook if there are several batches.
 
         Raises:
-            WrongTypeError: prompts or seeds are of another type.
-            UsageError: there is no prompt, or not one seed for each prompt.
+            WrongTypeError: prompts or seeds have the wrong type.
+            UsageError: there is no prompt, or the number of seeds differs from that of prompts.
         """
         texts = _prompts(prompts, num)
         keys = _seeds(seeds, texts, num)
@@ -311,7 +311,7 @@ def _seeds(seeds: object, prompts: Sequence[str], num: int) -> list[int]:
 
 
 def whole_seeds(seeds: object) -> int | list[int]:
-    """Seeds as Python integers, also when given as NumPy integers.
+    """Seeds as Python integers, even if given as NumPy integers.
 
     Raises:
         WrongTypeError: they are neither an integer nor a list of integers.

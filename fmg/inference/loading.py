@@ -1,4 +1,4 @@
-"""From a word on the command line to a sampler: what it names, which backend runs it, and the backend opened.
+"""From a name on the command line to a sampler: finds what it names, chooses a backend and opens it.
 
 An artifact is opened without torch, and without the packages that read a run's recipe: hence the imports in functions.
 """
@@ -46,7 +46,7 @@ def find(target: TargetLike | Artifact, *, allow_code: bool = True) -> Target | 
             recipe names is not executed.
 
     Raises:
-        UsageError: it is none of them.
+        UsageError: it is none of these.
         CheckpointError: a folder that is damaged.
     """
     if isinstance(target, Artifact):
@@ -141,7 +141,7 @@ def _options(
     int8: bool,
     allow_code: bool,
 ) -> dict[str, object]:
-    """The options for a backend of this subject; refuses those that it cannot have."""
+    """The options for a backend of this subject; refuses those that do not apply."""
     common = {} if threads is None else {"threads": threads}
     if isinstance(subject, Artifact):
         if dtype is not None or not adapter:
@@ -163,13 +163,13 @@ def _options(
 def pick_backend(
     subject: Target | Artifact, name: str = AUTO, *, device: str = AUTO, options: Mapping[str, object] | None = None
 ) -> BackendSource:
-    """The backend called `name`, or for `auto` the preferred one of those that can run `subject` here.
+    """The backend called `name`, or for `auto` the preferred one that can run `subject` here.
 
     Args:
         subject: what images are generated from.
         name: a registered backend, or `auto`.
         device: where.
-        options: those of its config; `auto` gives each backend those that it has.
+        options: those of its config; `auto` passes each backend those that it has.
 
     Raises:
         UsageError: the backend is unknown or cannot run such a subject.
@@ -357,7 +357,7 @@ class TensorRtOpener:
         load_module(self.flavour)
 
     def suits(self, subject: Artifact, device: str) -> bool:
-        """Whether package, GPU and an engine of every graph are there, and none of it needs the user's consent.
+        """Whether package, GPU and an engine of every graph are available, and none needs the user's consent.
 
         A GPU that the package does not list, an engine with code inside, or one that was not built on this computer
         (reported by a warning) has to be asked for by name.

@@ -108,7 +108,7 @@ def transformer_graph(artifact: Artifact, int8: bool) -> str:
 
 
 class _SessionRuntime:
-    """What runtimes have in common, wherever their arrays are."""
+    """What runtimes have in common on any device."""
 
     name = NAME
 
@@ -119,7 +119,7 @@ class _SessionRuntime:
         self._sessions.drop(graphs)
 
     def clock(self) -> StageClock[Any]:
-        """Wall time: `run` returns when its work is done."""
+        """Wall-clock time: `run` returns when its work is done."""
         return wall_clock()
 
     def reset_peak_memory(self) -> None:
@@ -197,7 +197,7 @@ class BoundOnnxRuntime(_SessionRuntime):
         return str(self._device)
 
     def run(self, graph: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The output of a graph, in memory of its own.
+        """The output of a graph, in its own memory.
 
         Raises:
             FmgError: the graph cannot be loaded, or does not run on these inputs.
@@ -332,7 +332,7 @@ def open_session(graph: str | bytes, providers: Sequence[str], threads: int, dev
 
 
 def _threads_of_openmp() -> int:
-    """The outermost number of OMP_NUM_THREADS (`4` of `4,2`); 0, all cores, if there is none."""
+    """The outermost number of OMP_NUM_THREADS (`4` of `4,2`); 0, meaning all cores, if it is not set."""
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     number = int(first) if first.isascii() and first.isdecimal() else 0
     return number if number <= _MOST_THREADS else 0

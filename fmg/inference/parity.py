@@ -1,4 +1,4 @@
-"""How much the images of two runtimes may differ if both compute the same in one precision. Imports no torch."""
+"""How much the images of two runtimes may differ if both compute the same in the same precision. Imports no torch."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Difference:
         return sum(int((~np.isfinite(largest)).sum()) for largest in self._largest)
 
     def result(self) -> ImageParity:
-        """The statistics of all images added; there must be one."""
+        """The statistics of all images added, of which there must be at least one."""
         largest = np.concatenate(self._largest)
         p99 = float(np.quantile(largest, 0.99, method="higher"))
         mean_square = self._squares / self._values

@@ -49,7 +49,7 @@ _FIX = "Restore it from a copy, or train again."
 
 
 class _Extra:
-    """Weights that were trained beside a LoRA, and those of the base while they are replaced."""
+    """Weights that were trained beside a LoRA, and the base's own while they are replaced."""
 
     def __init__(self, name: str, tensors: Mapping[str, Tensor], base: dict[str, Tensor]) -> None:
         self.name = name
@@ -88,7 +88,7 @@ class FlowMapLoraMixin(FluxLoraLoaderMixin):  # type: ignore[misc]
         (`fmg_extra.safetensors`) replace those of the transformer while the adapter is active.
 
         Raises:
-            UsageError: the checkpoint is a whole transformer, or two adapters have such weights.
+            UsageError: the checkpoint is a full transformer, or two adapters have such weights.
             CheckpointError: a file is missing or damaged, or the adapter belongs to another kind of map.
         """
         source = pretrained_model_name_or_path_or_dict
@@ -379,9 +379,9 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
             grid: a time grid by name, or its times from 1 down to 0; None: as the folder states.
             guidance_scale: for weights that embed one; None: as the folder states.
             num_images_per_prompt: images per prompt, one after the other.
-            seeds: noise of fmg, `fmg generate --seed`: a number for each image, or the seed of the first image of each
+            seeds: noise as in `fmg generate --seed`: a number for each image, or the seed of the first image of each
                 prompt, counting up. An image does not depend on the others in the batch.
-            generator: noise of diffusers, as in `FluxPipeline`.
+            generator: noise as in `FluxPipeline`.
             latents: initial noise (b, c, h, w), or packed as `FluxPipeline` takes it.
             prompt_embeds: T5 states (b, length, d), instead of a prompt.
             pooled_prompt_embeds: CLIP state (b, p), with `prompt_embeds`.
@@ -472,7 +472,7 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
         return found["tokens"], found["pooled"]
 
     def save_config(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Writes `model_index.json` and the other files that make the folder one of this class."""
+        """Writes `model_index.json` and the other files that mark the folder as one of this class."""
         super().save_config(save_directory, *args, **kwargs)
         write_pipeline_files(Path(save_directory), self._conventions)
 
@@ -543,7 +543,7 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
         dtype: torch.dtype,
         device: torch.device,
     ) -> Callable[[int], Tensor]:
-        """Noise in fp32 by step: that of fmg for seeds, otherwise that of diffusers in the order of the steps."""
+        """Noise in fp32 by step: fmg's for seeds, otherwise diffusers' in the order of the steps."""
         if seeds is None:
             return lambda _: cast(Tensor, randn_tensor(shape, generator=generator, device=device, dtype=dtype)).float()
         whole = whole_seeds(seeds)

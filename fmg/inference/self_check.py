@@ -1,4 +1,4 @@
-"""What can be checked of an artifact on its own: its files, and that it generates images. Imports no torch."""
+"""Checks of an artifact on its own: its files, and that it generates images. Imports no torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class VerifyReport:
 
     Attributes:
         artifact: its folder.
-        against: the run or model that it was compared with; empty for none.
+        against: the run or model it was compared with; empty for none.
         level: `alone`, `quick` or `full`.
         backend: what ran the graphs, and how.
         checks: in the order in which they were made.
@@ -70,7 +70,7 @@ def check_files(artifact: Artifact) -> Check:
     """Reads every file again and compares its hash; refuses other files, and graphs that point to others.
 
     Raises:
-        CheckpointError: naming the first that is missing, a link, has another content, or does not belong here.
+        CheckpointError: naming the first that is missing, is a link, has different content, or does not belong here.
     """
     artifact.check_hashes(afresh=True)
     artifact.check_listed()

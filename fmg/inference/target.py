@@ -64,7 +64,7 @@ def resolve_target(
         target: a registered model, a run folder, one checkpoint of a run (`RUN/checkpoints/checkpoint-20`), or None for
             the newest run under `runs` that has ended and has a saved adapter.
         runs: where runs are kept.
-        allow_code: whether the recipe of a run may name code of the user's own; a run folder can come from anyone.
+        allow_code: whether the recipe of a run may name the user's own code; a run folder can come from anyone.
         other: names that the caller accepts as well, for the suggestion of an error.
 
     Raises:
@@ -138,13 +138,13 @@ def load_target(
 
 
 def run_of_checkpoint(folder: Path) -> Path | None:
-    """The run that a folder is a checkpoint of, or None."""
+    """The run that the checkpoint folder belongs to, or None."""
     place = folder.parent
     return place.parent if place.name == FOLDER and is_run(place.parent) else None
 
 
 def _newest_usable(runs: Path) -> RunFolder:
-    """The newest run that has ended, or if none has, the newest; warns about newer ones that are skipped."""
+    """The newest run that has ended, or the newest if none has; warns about newer ones that are skipped."""
     known = list_runs(runs)
     why = {run.path: reason for run in known if (reason := _unusable(run))}
     usable = [run for run in known if run.path not in why]
@@ -171,7 +171,7 @@ def _unusable(run: RunFolder) -> str | None:
 
 
 def _run_target(run: RunFolder, allow_code: bool, checkpoint: str | None = None, label: str | None = None) -> Target:
-    """A run with its best checkpoint, or with the given one, whose files are checked."""
+    """A run with its best checkpoint, or with the given one; the checkpoint's files are checked."""
     if not run.exists():
         raise no_run(run.path)
     index = read_index(run.path)

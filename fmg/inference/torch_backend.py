@@ -65,7 +65,7 @@ def pick_dtype(name: str) -> torch.dtype:
     """The torch dtype called `name` (`fp32` or `bf16`).
 
     Raises:
-        UsageError: for another name.
+        UsageError: for any other name.
     """
     if name not in DTYPES:
         raise UsageError(f"'{name}' is not a dtype", suggestion(name, DTYPES))
@@ -152,7 +152,7 @@ class TorchBackend:
             self.model.release_text()
 
     def clock(self) -> StageClock[Any]:
-        """Wall time on a CPU, CUDA events on a GPU."""
+        """Wall-clock time on a CPU, CUDA events on a GPU."""
         return wall_clock() if self._device.type == "cpu" else cuda_clock(self._device)
 
     def reset_peak_memory(self) -> None:
@@ -162,7 +162,7 @@ class TorchBackend:
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def peak_memory(self) -> int:
-        """Of the device's allocator, or of the process on a CPU."""
+        """The peak of the device's allocator, or of the process on a CPU."""
         return peak_rss() if self._device.type == "cpu" else torch.cuda.max_memory_allocated(self._device)
 
     def __enter__(self) -> TorchBackend:

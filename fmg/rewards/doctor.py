@@ -70,7 +70,7 @@ def sign() -> Picture:
 
 
 def disc() -> Picture:
-    """A red disc at the left of a light picture of 32 x 32, as the shapes world renders it."""
+    """A red disc at the left of a light 32 x 32 image, as the shapes world renders it."""
     scale = 8
     picture = Image.new("RGB", (32 * scale, 32 * scale), (240, 240, 235))
     ImageDraw.Draw(picture).ellipse([3 * scale, 10 * scale, 15 * scale, 22 * scale], fill=(215, 40, 40))

@@ -41,7 +41,7 @@ DECLINE_ERRORS = 3.0
 
 @dataclass
 class Evaluator:
-    """Evaluates the model of a run on its held-out prompts and keeps its pictures up to date.
+    """Evaluates the model of a run on its held-out prompts and keeps its images up to date.
 
     Attributes:
         composed: the live parts of the run.

@@ -1,1 +1,1 @@
-"""TensorRT engines from the graphs of an artifact, built by Polygraphy in a process of their own."""
+"""TensorRT engines from the graphs of an artifact, built by Polygraphy in a separate process."""

@@ -82,10 +82,10 @@ class EngineOptions:
         workspace_gib: bound on the scratch memory of one layer on the GPU, in GiB; None leaves it to the builder.
         timing_cache: keep measured kernel times beside the engines, so that the next build measures less.
         hardware: other GPUs that the engine must run on as well.
-        version_compatible: build an engine that other versions of TensorRT run. It contains its own runtime, which is
-            code: running it needs the user's consent.
+        version_compatible: build an engine that other versions of TensorRT can run. It contains its own runtime, which
+            is code: running it needs the user's consent.
         weight_streaming: keep weights on the host where the GPU's memory is short.
-        refittable: weights can be replaced later without a build. Off by default; see `fmg.inference.tensorrt.refit`.
+        refittable: weights can be replaced later without a rebuild. Off by default; see `fmg.inference.tensorrt.refit`.
     """
 
     level: int = 3
@@ -143,10 +143,10 @@ class EngineOptions:
 
 
 def pick_flavour(name: str, gpu: Gpu | None) -> Flavour:
-    """The flavour called `name`; `auto` is `tensorrt` where it imports and a GPU is there, else `rtx`.
+    """The flavour called `name`; `auto` is `tensorrt` if it can be imported and there is a GPU, else `rtx`.
 
     Raises:
-        UsageError: for another name.
+        UsageError: for any other name.
         MissingDependencyError: the package, or Polygraphy, is not installed.
     """
     if name == AUTO:
@@ -179,7 +179,7 @@ def polygraphy_version(flavour: Flavour) -> str:
 
 @dataclass(frozen=True)
 class Wanted:
-    """The shapes that engines have to cover.
+    """The shapes that engines must cover.
 
     Attributes:
         resolutions: sides of square images in pixels; each gets a profile with exactly its image tokens.
@@ -263,7 +263,7 @@ def check_buildable(path: Path, weights: str, precision: Precision) -> None:
 
     Raises:
         CheckpointError: it is not an ONNX file, or it points to another file, which the parser would follow.
-        UsageError: no engine can be built from it, and why.
+        UsageError: no engine can be built from it; says why.
     """
     model = read_graph(path)
     check_external(path, weights)

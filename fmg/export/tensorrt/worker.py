@@ -1,8 +1,8 @@
-"""Builds one engine in a process of its own: the process itself, its caller, and the JSON lines between them.
+"""Builds one engine in a separate process: the process, its caller, and the JSON lines between them.
 
 Polygraphy settles on one flavour of TensorRT when it is imported, and a builder that crashes takes its process with it.
-`build_engine` starts this module as the process: progress as events, bounded memory, and nothing left behind. Nothing
-here imports torch.
+`build_engine` starts this module as that process: progress arrives as events, memory is bounded, and nothing is left
+behind. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Job:
 
     Attributes:
         onnx: the graph, its weights beside it.
-        plan: where the engine goes; the builder writes nowhere else but into the timing cache.
+        plan: where the engine goes; besides it, the builder writes only the timing cache.
         flavour: `tensorrt` or `rtx`.
         profiles: in the order of their index.
         options: `EngineOptions.ingredients()`.
@@ -87,7 +87,7 @@ class Built:
 
 @dataclass(frozen=True)
 class Failed:
-    """No plan: the reason in the words of parser or builder, and the node that it names, if any."""
+    """No plan: the reason as the parser or builder gives it, and the node that it names, if any."""
 
     reason: str
     node: str
@@ -123,10 +123,10 @@ def build_engine(job: Job, graph: str, observer: Observer, memory_gib: float | N
         job: what to build.
         graph: its name, for events and messages.
         observer: receives every phase of the builder.
-        memory_gib: the builder is stopped when it holds more host memory than this; None: nine tenths of what is free.
+        memory_gib: the builder is stopped when it uses more host memory than this; None: nine tenths of what is free.
 
     Raises:
-        FmgError: parser or builder refused, crashed, or took too much memory; the message has their own reason.
+        FmgError: parser or builder refused, crashed, or took too much memory; the message gives their reason.
         KeyboardInterrupt: Ctrl-C; the builder is stopped first.
     """
     limit = int(_GIB * memory_gib) if memory_gib is not None else int(_MEMORY_SHARE * psutil.virtual_memory().available)
@@ -175,7 +175,7 @@ def _error(outcome: Built | Failed | None, code: int, graph: str, watch: _Memory
 
 @contextmanager
 def _process(log: IO[bytes]) -> Iterator[subprocess.Popen[str]]:
-    """The builder; it is gone when the block is left, however that happens."""
+    """The builder; it has ended when the block is left, however that happens."""
     # a session of its own: Ctrl-C goes to this process alone, which then stops the builder in its own time
     process = subprocess.Popen(
         WORKER,
@@ -282,7 +282,7 @@ def build(job: Job, send: Send) -> Built | Failed:
 
 
 def config_arguments(trt: Any, job: Job) -> dict[str, Any]:
-    """Arguments of Polygraphy's `CreateConfig`; never a precision, which is that of the graph."""
+    """Arguments of Polygraphy's `CreateConfig`; never a precision, which comes from the graph."""
     options = job.options
     arguments: dict[str, Any] = {
         "builder_optimization_level": options["level"],
@@ -312,7 +312,7 @@ def count_layers(network: Any) -> Mapping[str, Mapping[str, int]]:
 
 
 class _ErrorLog(logging.Handler):
-    """Keeps the errors of parser and builder; Polygraphy's exceptions only say that there were some."""
+    """Keeps the errors of parser and builder; Polygraphy's exceptions only say that there were errors."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -367,7 +367,7 @@ def _monitor(trt: Any, send: Send) -> Any:
 
 
 def _private_stdout() -> Send:
-    """Sends messages to what was stdout; whatever the libraries print there goes to stderr from now on."""
+    """Sends messages to the original stdout; what the libraries print there goes to stderr from now on."""
     channel: TextIO = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     lock = threading.Lock()
@@ -381,7 +381,7 @@ def _private_stdout() -> Send:
 
 
 def _end_with_the_parent() -> None:
-    """Ends this process when the one that asked for the engine is gone, however it went."""
+    """Ends this process when the one that asked for the engine is gone, however it ended."""
     parent = os.getppid()
 
     def watch() -> None:

@@ -1,4 +1,4 @@
-"""Samples an artifact: tokenizers, text encoders, few-step sampler and decoder over whatever runs its graphs.
+"""Samples an artifact: tokenizers, text encoders, few-step sampler and decoder on any runtime of its graphs.
 
 `Array` is the runtime's own array type on its device: a numpy array or a torch CUDA tensor.
 """
@@ -46,7 +46,7 @@ class GraphRuntime(Protocol[Array]):
     """Runs graphs by the names of `Manifest.graphs`: ONNX Runtime, TensorRT, or another package's runtime.
 
     Each graph is loaded when it is first run. The sampler needs `shape`, `reshape`, `swapaxes` and slices of `Array`,
-    and arithmetic with its own kind and with Python floats that stays fp32. Inputs and outputs are float32 or int64.
+    and arithmetic with its own type and with Python floats that stays fp32. Inputs and outputs are float32 or int64.
     """
 
     @property
@@ -108,7 +108,7 @@ class ArtifactBackend(Generic[Array]):
         transformer: which of its graphs is the transformer.
 
     Raises:
-        UsageError: the artifact was not made for the resolution.
+        UsageError: the artifact does not support the resolution.
     """
 
     def __init__(
@@ -262,7 +262,7 @@ def checked_resolution(artifact: Artifact, resolution: int | None) -> int:
     """The side of the image in pixels.
 
     Raises:
-        UsageError: it is not one that the artifact was made for.
+        UsageError: the artifact does not support it.
     """
     sampling = artifact.manifest.sampling
     if resolution is None:
@@ -279,10 +279,10 @@ def checked_resolution(artifact: Artifact, resolution: int | None) -> int:
 
 
 def checked_batch(artifact: Artifact, batch_size: int | None, default: int) -> int:
-    """Images per forward pass: the given number, or the default as far as the artifact allows.
+    """Images per forward pass: the given number, or the default within the artifact's limits.
 
     Raises:
-        UsageError: it is more than the artifact was made for.
+        UsageError: it is more than the artifact supports.
     """
     batch = artifact.manifest.axes[BATCH]
     if batch_size is not None and not batch.minimum <= batch_size <= batch.maximum:
@@ -312,9 +312,9 @@ def few_step(
     Args:
         velocity: `(x_t, t, s) -> u`, the network; for a single-time map `s` is 0.
         x_1: standard normal noise.
-        times: strictly falling times, first 1, last 0.
+        times: strictly decreasing times, first 1, last 0.
         renoise: standard normal noise of interval `k`; not called for two-time maps.
-        kind: kind of map.
+        kind: the kind of map.
         path: `linear` or `trig`.
     """
     x: Any = x_1
@@ -335,7 +335,7 @@ def kernel_from_data(path: str, s: float) -> tuple[float, float]:
     """Scale and std of `q(x_s | x_0)`: `1 - s` and `s`, or for TrigFlow cosine and sine of `s pi/2` (eq. 2).
 
     Raises:
-        UsageError: for another path.
+        UsageError: for any other path.
     """
     if path == "linear":
         return _rounded(1 - s), s
@@ -349,7 +349,7 @@ def _rounded(value: float) -> float:
 
 
 class PromptTokenizer:
-    """One tokenizer of an artifact, with the tokenizers library alone; gives the ids that transformers gives.
+    """One tokenizer of an artifact, using only the tokenizers library; gives the same ids as transformers.
 
     Pads on the right and truncates to its length.
 

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class DecodeError(ValueError):
-    """A value that is not what the annotation says; the message begins with where it is."""
+    """A value that is not what the annotation says; the message begins with its location."""
 
 
 def decode(cls: type[T], value: object, where: str = "") -> T:
@@ -25,7 +25,7 @@ def decode(cls: type[T], value: object, where: str = "") -> T:
     unions, `tuple[X, ...]` and `Mapping[str, X]`.
 
     Raises:
-        DecodeError: a key is missing or unknown, or a value has another type.
+        DecodeError: a key is missing or unknown, or a value has the wrong type.
     """
     decoded: T = _dataclass(cls, value, where)
     return decoded

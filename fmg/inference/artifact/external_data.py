@@ -1,7 +1,7 @@
 """The files of a graph's weights, read from the ONNX file itself without onnx. Standard library only.
 
 A graph names the files of its external data, and every runtime follows the names. A file other than the weight file of
-the manifest has no hash there, so nobody would notice different contents.
+the manifest has no hash there, so changed contents would go unnoticed.
 
 An ONNX file is a protobuf message. Only messages that can contain a tensor are parsed, by the field numbers of
 onnx.proto (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto); everything else is skipped by its length.
@@ -45,7 +45,7 @@ def check_external(file: Path, weights: str) -> None:
         weights: the file that the manifest names, in the same folder.
 
     Raises:
-        CheckpointError: the file is not an ONNX file, or has weights somewhere else.
+        CheckpointError: the file is not an ONNX file, or has weights elsewhere.
     """
     strays = {place for place in external_files(file) if place != weights}
     if strays:
@@ -82,7 +82,7 @@ def _locations(content: mmap.mmap, start: int, end: int, kind: str, depth: int =
 
 
 def _location(content: mmap.mmap, start: int, end: int) -> Iterator[bytes]:
-    """Every value of an entry with the key `location`: of repeated fields a reader may take any."""
+    """Every value of an entry with the key `location`: a reader may take any of the repeated fields."""
     fields = list(_fields(content, start, end))
     if any(number == _KEY and content[first:last] == _LOCATION for number, first, last in fields):
         yield from (content[first:last] for number, first, last in fields if number == _VALUE)

@@ -49,7 +49,7 @@ def check_io(manifest: Manifest) -> None:
     """Whether every graph has exactly the inputs and outputs that its name and the sampling require.
 
     Raises:
-        DecodeError: naming the graph and what is missing, unexpected or of another shape.
+        DecodeError: naming the graph and what is missing, unexpected or has the wrong shape.
     """
     for graph, entry in manifest.graphs.items():
         inputs, outputs = _expected(graph, manifest)

@@ -1,4 +1,4 @@
-"""The folder of an artifact: its files, and whether they are those of the manifest. Standard library only.
+"""The folder of an artifact: its files, and whether they match the manifest. Standard library only.
 
 ARTIFACT/manifest.json
   transformer.onnx       transformer.safetensors       the graph's external data points into the safetensors file
@@ -128,7 +128,7 @@ class Artifact:
         """Checks that files exist with the manifest's sizes; None: all files.
 
         Raises:
-            CheckpointError: naming the first that is missing, a link, or of another size.
+            CheckpointError: naming the first that is missing, is a link, or has a different size.
         """
         for name, entry in self._entries(names):
             path = self.path(name)
@@ -142,11 +142,11 @@ class Artifact:
 
         Args:
             names: which files.
-            afresh: read every byte, even of a file whose hash is cached and that has not changed since then as far as
-                the file system can tell.
+            afresh: read every byte, even of a file whose hash is cached and that is unchanged according to the file
+                system.
 
         Raises:
-            CheckpointError: naming the first that is missing, a link, or has another content.
+            CheckpointError: naming the first that is missing, is a link, or has different content.
         """
         self.check_sizes(names)
         for name, entry in self._entries(names):
@@ -173,7 +173,7 @@ class Artifact:
                 )
 
     def with_checks(self, checks: Iterable[Check]) -> Artifact:
-        """Adds checks to the manifest, on disk as well, in place of older ones of the same name.
+        """Adds checks to the manifest, on disk as well, replacing older ones of the same name.
 
         Raises:
             CheckpointError: the artifact on disk has changed; nothing is written.
@@ -212,8 +212,8 @@ def open_artifact(folder: str | Path, *, hashes: bool = True) -> Artifact:
         hashes: compare contents (cached for files that do not change), not only sizes.
 
     Raises:
-        CheckpointError: it is no artifact, of a newer schema, or a file is missing, a link or not the exported one; or
-            a killed swap left it under another name.
+        CheckpointError: it is not an artifact or has a newer schema; a file is missing, a link or not the exported one;
+            or a killed swap left it under another name.
     """
     root = Path(folder)
     artifact = Artifact(root, _read_manifest(root))
@@ -225,7 +225,7 @@ def open_artifact(folder: str | Path, *, hashes: bool = True) -> Artifact:
 
 
 def check_not_interrupted(folder: str | Path) -> None:
-    """Checks that a missing folder is not missing because a swap was killed while replacing it.
+    """Checks that no killed swap is the reason why a folder is missing.
 
     Raises:
         CheckpointError: naming the folder with the old contents.

@@ -68,7 +68,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class AxisRange:
-    """Sizes that a dynamic axis may have, both ends included, and the size to optimise for."""
+    """Sizes that a dynamic axis may have, inclusive, and the size to optimise for."""
 
     minimum: int
     optimum: int
@@ -155,7 +155,7 @@ class Sampling:
         latent_channels: channels of a latent; its sides are those of the image divided by `latent_scale`.
         latent_scale: image pixels along the side of one latent pixel.
         resolution: default side of the square image in pixels.
-        resolutions: sides that the artifact was made for, smallest first.
+        resolutions: supported sides, smallest first.
         grid: name of the time grid, or its times from 1 to 0.
         steps: default number of sampling steps (NFE).
     """
@@ -216,7 +216,7 @@ class Base:
     Attributes:
         name: registered name of the model.
         digest: sha256 of its stored transformer, whatever the shards.
-        dtypes: that its transformer is stored in, by torch's names, sorted.
+        dtypes: those its transformer is stored in, by torch's names, sorted.
         weights: the file with the base's values of what the adapter changed, so that `fmg export --swap-weights`
             needs nothing but the artifact; None when nothing was changed.
     """
@@ -275,8 +275,8 @@ class Manifest:
         adapter: what was merged into them; None for the base itself.
         rewards: the recipe's rewards, each with its name, weight and options, to verify equal rewards again.
         prompts: the recipe's prompt sets, by their role.
-        libraries: versions that wrote the artifact.
-        checks: of `fmg verify`, the newest of each name.
+        libraries: versions of the libraries that wrote the artifact.
+        checks: those of `fmg verify`, the newest of each name.
     """
 
     schema: Literal[1]

@@ -36,7 +36,7 @@ def from_json(text: str | bytes, origin: Path) -> Manifest:
     """A manifest from its text; `origin` is the file that error messages name.
 
     Raises:
-        CheckpointError: it is no JSON, of a newer schema, was changed after it was written, lacks a key or has an
+        CheckpointError: it is not JSON, has a newer schema, was changed after it was written, lacks a key or has an
             unknown one, has an unusable value, names a path outside the artifact, refers to a file, graph or axis that
             it does not list, or has graphs with other inputs and outputs than backends provide.
     """

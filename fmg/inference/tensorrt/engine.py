@@ -25,7 +25,7 @@ from fmg.inference.torch_backend import cuda_clock, pick_device
 Enqueue = Callable[[int], None]
 """Queues work on the stream with this handle."""
 MAX_CONTEXTS = 8
-"""Contexts that are kept; each holds the buffers of one shape."""
+"""Number of contexts that are kept; each has the buffers of one shape."""
 _DTYPES: Mapping[str, torch.dtype] = {
     "FLOAT": torch.float32,
     "HALF": torch.float16,
@@ -37,7 +37,7 @@ _DTYPES: Mapping[str, torch.dtype] = {
 
 
 class Device(Protocol):
-    """What an engine needs of CUDA. The tests pass their own, which does the same on a CPU."""
+    """What an engine needs from CUDA. The tests pass their own, which does the same on a CPU."""
 
     @property
     def torch_device(self) -> torch.device:
@@ -45,13 +45,13 @@ class Device(Protocol):
 
     @contextmanager
     def working(self) -> Iterator[int]:
-        """The handle of the stream that engines run on, after everything that was queued before.
+        """The handle of the stream that engines run on, after all previously queued work.
 
         What is queued after the body waits for it.
         """
 
     def synchronize(self) -> None:
-        """Waits until that stream has nothing left to do."""
+        """Waits until that stream is idle."""
 
     def capture(self, enqueue: Enqueue) -> Callable[[], None]:
         """Records what `enqueue` queues, without running it; the result replays it on that stream."""
@@ -63,14 +63,14 @@ class Device(Protocol):
         """Starts a new measurement of `peak_memory`."""
 
     def peak_memory(self) -> int:
-        """Most bytes that torch allocated since the last reset, without what TensorRT allocates itself."""
+        """Maximum bytes that torch has allocated since the last reset, without TensorRT's own allocations."""
 
     def free_memory(self) -> int:
         """Free bytes of the device, as its driver reports."""
 
 
 class CudaDevice:
-    """A GPU. Engines run on a stream of their own: on the default stream TensorRT synchronizes again and again.
+    """A GPU. Engines run on their own stream: on the default stream TensorRT synchronizes repeatedly.
 
     Args:
         device: a CUDA device.
@@ -123,7 +123,7 @@ def open_device(name: str) -> Device:
     """The GPU called `name` (`auto`, `cuda` or `cuda:N`).
 
     Raises:
-        UsageError: it is not there, or no GPU.
+        UsageError: it does not exist, or is not a GPU.
     """
     device = pick_device(name)
     if device.type != "cuda":
@@ -139,7 +139,7 @@ class RunOptions:
         cuda_graphs: record the launches of each shape when it is seen a second time, and replay them as one.
         streaming_budget: bytes of the weights of a weight-streaming engine to keep on the GPU; None: TensorRT
             decides.
-        allow_code: run the host code that a version-compatible engine carries. Nobody has checked it.
+        allow_code: run the host code in a version-compatible engine, which is unchecked.
     """
 
     cuda_graphs: bool = True
@@ -159,7 +159,7 @@ class Engine:
 
     Raises:
         UsageError: it carries code and `allow_code` is off.
-        CheckpointError: TensorRT refuses it here; the message has TensorRT's reason.
+        CheckpointError: TensorRT refuses it here; the message gives TensorRT's reason.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class Engine:
         return self._engine
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Outputs for inputs of shapes that some profile admits. New tensors; the work is queued, not awaited.
+        """Outputs, as new tensors, for inputs whose shapes some profile admits; the work is queued, not awaited.
 
         Raises:
             UsageError: no profile admits the shapes, or an input is missing or unknown.
@@ -217,7 +217,7 @@ class Engine:
         self._contexts.clear()
 
     def close(self) -> None:
-        """Frees contexts and engine, in the order that TensorRT asks for."""
+        """Frees contexts and engine, in the order that TensorRT requires."""
         self.reset()
         self._workspace = None
         self._engine = self._runtime = None
@@ -242,7 +242,7 @@ class Engine:
         return engine
 
     def _diagnosis(self) -> str:
-        """What TensorRT-RTX finds wrong in the plan's header.
+        """What TensorRT-RTX finds wrong with the plan's header.
 
         Asked only about plans that did not load: on GPUs that it does not list, it calls plans invalid that run.
         """
@@ -355,7 +355,7 @@ class Engine:
 class _Context:
     """One execution context with its buffers, and its recording.
 
-    A recording holds addresses and the state of its context, so each has a context of its own that is never changed.
+    A recording contains addresses and the state of its context, so each has its own context, which is never changed.
     """
 
     def __init__(
@@ -390,7 +390,7 @@ class _Context:
 
 
 def _error_log(trt: Any) -> Any:
-    """A logger that keeps errors, for TensorRT reports them nowhere else."""
+    """A logger that keeps errors, since TensorRT reports them nowhere else."""
 
     class ErrorLog(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:

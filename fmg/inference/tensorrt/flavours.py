@@ -27,7 +27,7 @@ class Flavour:
         backend: name of the backend that runs its engines.
         module: what Python imports.
         install: the command that installs it.
-        ahead_of_time: whether its builder needs no GPU and its engines are made for no GPU in particular.
+        ahead_of_time: whether its builder needs no GPU and its engines are not made for a particular GPU.
     """
 
     name: FlavourName
@@ -106,7 +106,8 @@ def current_gpu() -> Gpu | None:
 
 
 def lists_gpu(module: ModuleType, gpu: Gpu) -> bool:
-    """Whether a flavour lists the compute capability of a GPU, as TensorRT-RTX does; one without a list takes all."""
+    """Whether a flavour lists the compute capability of a GPU, as TensorRT-RTX does; without a list, all are
+    accepted."""
     named = getattr(module, "ComputeCapability", None)
     return named is None or f"SM{gpu.capability.replace('.', '')}" in named.__members__
 

@@ -1,4 +1,4 @@
-"""The types an engine computes in, as TensorRT's own inspector reports them, whatever flags it was built with."""
+"""The types an engine computes in, as TensorRT's inspector reports them, whatever its build flags."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fmg.inference.artifact.manifest import Precision
 from fmg.inference.tensorrt.engine import Engine
 
 PRODUCTS = ("MATRIX_MULTIPLY", "CONVOLUTION", "gemm", "conv")
-"""Prefixes of the kinds of layers that do the work, in networks and in inspected engines."""
+"""Name prefixes of layers that do most of the work, in networks and in inspected engines."""
 
 _TYPES: Mapping[str, str] = {"fp32": "FLOAT", "bf16": "BF16", "fp16": "HALF"}
 _NAMES: Mapping[str, str] = {**_TYPES, "fp8": "FP8", "int8": "INT8"}

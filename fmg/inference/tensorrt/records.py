@@ -1,8 +1,8 @@
 """What each engine of an artifact was built from: the JSON file beside its plan, and which plans fit this machine.
 
-A plan is as good as a program: TensorRT deserialises it without a check, and no hash in the manifest covers it, because
-engines are added to an artifact later and two builds differ. So the sha256 of every plan that is built here is noted
-outside the artifact, in fmg's cache, where nobody who sends an artifact can write.
+A plan is equivalent to a program: TensorRT deserialises it without a check, and no hash in the manifest covers it,
+because engines are added to an artifact later and two builds differ. So the sha256 of every plan that is built here is
+noted outside the artifact, in fmg's cache, where the sender of an artifact cannot write.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Ingredients:
 
 @dataclass(frozen=True)
 class EngineHost:
-    """What engines have to fit: the flavour of TensorRT, its version, and the GPU."""
+    """What engines must match: the flavour of TensorRT, its version, and the GPU."""
 
     flavour: Flavour
     version: str
@@ -172,7 +172,7 @@ def read_record(path: Path) -> EngineRecord:
     """The sidecar at `path`.
 
     Raises:
-        CheckpointError: it is damaged, of another schema, or names a plan outside its folder.
+        CheckpointError: it is damaged, has an unsupported schema, or names a plan outside its folder.
     """
     fix = "Delete it with its plan, and build the engine again: fmg export --trt."
     try:
@@ -190,7 +190,7 @@ def read_records(artifact: Path) -> list[EngineRecord]:
 
 
 def check_plan(folder: Path, record: EngineRecord) -> Path:
-    """The plan of a record, after its size and hash were compared.
+    """The plan of a record, after a check of its size and hash.
 
     Raises:
         CheckpointError: it is missing or damaged.
@@ -213,7 +213,7 @@ def fitting_engines(artifact: Artifact, host: EngineHost, resolution: int | None
         resolution: side of the image in pixels; None takes the artifact's own.
 
     Raises:
-        UsageError: some graph has no engine that fits, and why.
+        UsageError: some graph has no engine that fits; says why.
         CheckpointError: a record is damaged.
     """
     records = read_records(artifact.folder)
@@ -221,7 +221,7 @@ def fitting_engines(artifact: Artifact, host: EngineHost, resolution: int | None
 
 
 def needs_refit(artifact: Artifact, record: EngineRecord) -> bool:
-    """Whether an engine was built from other weights than the artifact has now."""
+    """Whether an engine was built from different weights than the artifact has now."""
     return record.ingredients.weights != artifact.manifest.weights_digest(record.graph)
 
 
@@ -291,7 +291,7 @@ def note_built(digest: str) -> None:
 
 
 def built_here(digest: str) -> bool:
-    """Whether the plan with this sha256 was built here, as far as the cache remembers."""
+    """Whether the plan with this sha256 was built here, according to the cache."""
     # a digest comes from a record that anyone may have written, and becomes a path
     return _SHA256.fullmatch(digest) is not None and (_notes() / digest).is_file()
 

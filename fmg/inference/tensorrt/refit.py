@@ -1,4 +1,4 @@
-"""New weights for a refittable engine without a build, by the names of the state dict; and a check for lost biases.
+"""New weights for a refittable engine without a rebuild, by state-dict name; and a check for lost biases.
 
 Initialisers of the graph and refittable weights of TensorRT have the names of the state dict, so no search for equal
 values is needed. The plan on disk never changes: loading it again restores the weights it was built from.
@@ -60,7 +60,7 @@ class Refit:
 
         Raises:
             CheckpointError: the file lacks weights that the engine needs.
-            FmgError: TensorRT refused a weight or the whole; the engine must be loaded again.
+            FmgError: TensorRT refused a weight or the refit; the engine must be loaded again.
         """
         with safe_open(self._file, framework="pt") as tensors:
             known = set(tensors.keys())
@@ -116,7 +116,7 @@ class Refit:
 
 
 def refuse_lost_biases(lost: Sequence[str], graph: str) -> None:
-    """Refuses an engine that `Refit.check_biases` found faulty.
+    """Refuses an engine that `Refit.check_biases` has found faulty.
 
     Raises:
         FmgError: it lost a bias.

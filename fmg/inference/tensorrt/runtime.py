@@ -114,7 +114,7 @@ class EngineRuntime:
         self._device.reset_peak_memory()
 
     def peak_memory(self) -> int:
-        """The most that torch held, plus what engines took when they were loaded."""
+        """The peak of torch, plus the memory that engines took when they were loaded."""
         return self._device.peak_memory() + sum(self._memory.values())
 
     def close(self) -> None:

@@ -230,10 +230,10 @@ def _unreadable(prompt: str) -> UsageError:
 
 
 class ShapesPrompts(PromptList):
-    """Prompts of the shapes world, with true images."""
+    """Prompts of the shapes world, which can be rendered."""
 
     def true_images(self, prompts: Sequence[str], seed: int) -> Float[Tensor, "n 3 32 32"]:
-        """One true picture of each prompt, in [0, 1]; positions and sizes are random.
+        """One rendering of each prompt, in [0, 1]; positions and sizes are random.
 
         Raises:
             UsageError: for a prompt outside the grammar of the shapes world.

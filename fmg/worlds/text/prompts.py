@@ -1,7 +1,7 @@
 """Words and prompts of the text world. Imports no torch.
 
-A word is three letters of `LETTERS`: twelve glyphs of similar width that the recogniser of `ocr-logp` tells apart on a
-picture of 24 x 24 pixels (I, F, Q, V, W and others are confused with neighbours at that size).
+A word is three letters of `LETTERS`: twelve glyphs of similar width that the recogniser of `ocr-logp` distinguishes in
+an image of 24 x 24 pixels (I, F, Q, V, W and others are confused with neighbours at that size).
 """
 
 from __future__ import annotations
