@@ -18,10 +18,10 @@ FLUX_IN_DIFFUSERS = "a `fmg.FlowMapPipeline` of the base"
 
 
 class FlowMapConventions(BaseModel):
-    """What a state dict does not contain: the kind of map, its path, its time convention and its sampling defaults.
+    """What a state dict does not say: the kind of map, its path, its time convention and its sampling defaults.
 
-    Two students with equal keys and shapes may expect times that differ by a factor of 1000, and a forward pass under
-    the wrong convention gives garbage without an error. Hence nothing that changes a forward pass has a default.
+    Two students with the same keys and shapes may expect times that differ by a factor of 1000, and a forward pass
+    under the wrong convention gives garbage without an error. Hence nothing that changes a forward pass has a default.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -37,9 +37,7 @@ class FlowMapConventions(BaseModel):
     )
     default_steps: int = Field(strict=True, gt=0, description="Sampling steps (NFE) of the deterministic sampler.")
     default_grid: str | list[float] = Field(description="Name of the time grid, or its times.")
-    guidance: float | None = Field(
-        default=None, ge=0, description="Embedded guidance scale, where the weights want it."
-    )
+    guidance: float | None = Field(default=None, ge=0, description="Embedded guidance scale, if the weights use one.")
 
     @model_validator(mode="after")
     def _second_time_fits_the_map(self) -> FlowMapConventions:
@@ -48,11 +46,11 @@ class FlowMapConventions(BaseModel):
         return self
 
     def plain(self) -> dict[str, object]:
-        """The JSON object that `fmg_flow_map.json` holds."""
+        """The JSON object in `fmg_flow_map.json`."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
     def spec(self, recipe: str) -> MapSpec:
-        """The declared properties of the map; `recipe` names the recipe that the model ships."""
+        """The declared properties of the map; `recipe` names the recipe shipped with the model."""
         return MapSpec(
             anchors="any" if self.map == "two-time" else "endpoint",
             path=self.path,
@@ -71,7 +69,7 @@ def read_conventions(folder: Path) -> FlowMapConventions:
     """The conventions of a model folder.
 
     Raises:
-        CheckpointError: the folder or its `fmg_flow_map.json` is missing, unreadable or of another schema.
+        CheckpointError: the folder or its `fmg_flow_map.json` is missing, unreadable or has an unsupported schema.
     """
     file = folder / CONVENTIONS_FILE
     if not file.is_file():

@@ -59,7 +59,7 @@ class EmbeddedConfig(ModelConfig):
         return replace(spec, default_stochasticizer=_ANCHOR) if spec.anchors == "any" else spec
 
     def card_facts(self) -> Mapping[str, str]:
-        """Terms of the weights in the package; those of another folder are unknown."""
+        """Terms of the weights in the package; those of a different folder are unknown."""
         return {"license": "apache-2.0"} if self.folder is None else {}
 
     def geometry(self) -> ModelGeometry:
@@ -109,7 +109,7 @@ class EmbeddedSource:
         """Loads the weights to `device` in `dtype`.
 
         Raises:
-            CheckpointError: a file of the folder is missing, damaged or of another kind.
+            CheckpointError: a file of the folder is missing, damaged or of the wrong kind.
         """
         # diffusers and transformers take seconds to import, and composing a run needs neither
         from fmg.models.flux.model import FluxModel

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from fmg.core.protocols import Model
 
 BYTES = 2
-"""Bytes of a bf16 weight, the dtype that published weights are planned for."""
+"""Bytes of a bf16 weight, the dtype that plans assume for published weights."""
 
 # Models this large are refused on a machine without a GPU, unless the CPU is requested by name.
 _LARGE = 500_000_000
 
 
 class PublishedConfig(ModelConfig):
-    """Options of a model with published weights, which have to be fetched."""
+    """Options of a model with published weights, which have to be fetched first."""
 
     work_space: ClassVar[float] = 1.4
     """GPU memory at the default resolution in micro-batches, relative to the transformer's weights."""
@@ -57,7 +57,7 @@ class PublishedConfig(ModelConfig):
 
         Raises:
             MissingDependencyError: files that have not been fetched, or an attention backend that is not installed.
-            CheckpointError: a file that is damaged, of another kind, or does not fit the others.
+            CheckpointError: a file that is damaged, of the wrong kind, or does not fit the others.
         """
 
     def card_facts(self) -> Mapping[str, str]:
@@ -76,12 +76,12 @@ class PublishedConfig(ModelConfig):
         """Parameters of the transformer, by its `config.json` in a local folder, else by the published one."""
 
     def folder_here(self) -> Path | None:
-        """The folder of `architecture` where it is on this computer, fetched or local."""
+        """The folder of `architecture` if it is on this computer, fetched or local."""
         asset = self.architecture()
         return None if problem(asset) else locate(asset, "model", self.recipe or "").path
 
     def spec(self) -> MapSpec:
-        """Declared properties, known without reading a weight or having fetched anything."""
+        """Declared properties, available without fetching anything or reading a weight."""
         assert self.recipe is not None
         parameters = self.parameters()
         memory = self.work_space * BYTES * parameters / 1e9 if parameters >= _LARGE else 0.0
@@ -110,7 +110,7 @@ class PublishedSource:
 
         Raises:
             MissingDependencyError: published files that have not been fetched; names the command that does.
-            CheckpointError: a local source that does not exist or is not complete.
+            CheckpointError: a local source that does not exist or is incomplete.
         """
         for asset in self.config.assets():
             locate(asset, "model", self.name)
@@ -120,7 +120,7 @@ class PublishedSource:
 
         Raises:
             MissingDependencyError: files that have not been fetched, or an attention backend that is not installed.
-            CheckpointError: a file that is damaged, of another kind, or does not fit the others.
+            CheckpointError: a file that is damaged, of the wrong kind, or does not fit the others.
         """
         self.check()
         if device.type == "cpu" and self.spec.gpu_memory_gb:

@@ -106,8 +106,7 @@ def current_gpu() -> Gpu | None:
 
 
 def lists_gpu(module: ModuleType, gpu: Gpu) -> bool:
-    """Whether a flavour lists the compute capability of a GPU, as TensorRT-RTX does; without a list, all are
-    accepted."""
+    """Whether a flavour lists the compute capability of a GPU, as TensorRT-RTX does; one without a list takes all."""
     named = getattr(module, "ComputeCapability", None)
     return named is None or f"SM{gpu.capability.replace('.', '')}" in named.__members__
 

@@ -1,1 +1,1 @@
-"""What all families of flow maps share: adapters, saving and its round-trip check, text embeddings, weight loading."""
+"""Shared by all families of flow maps: adapters, saving and its round-trip check, text embeddings, weight loading."""

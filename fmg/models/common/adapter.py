@@ -38,7 +38,7 @@ def adapter_name(name: str) -> str:
 def base_tensors(network: nn.Module) -> dict[str, Tensor]:
     """The tensors of a network without its adapter: parameters and buffers by their names in files.
 
-    Not through `state_dict`, which spreads a gathered FSDP2 network again.
+    Avoids `state_dict`, which would shard a gathered FSDP2 network again.
     """
     stored = dict(network.named_parameters())
     for prefix, module in network.named_modules():
@@ -84,12 +84,12 @@ def matching_modules(transformer: nn.Module, targets: Sequence[str]) -> dict[str
 def attach(
     transformer: Any, rank: int, alpha: float, targets: Sequence[str], dropout: float, seed: int
 ) -> dict[str, nn.Linear]:
-    """Adds a LoRA with fp32 parameters, gaussian A and zero B (so the map does not change); returns what it adapts.
+    """Adds a LoRA with fp32 parameters, gaussian A and zero B (the map does not change); returns the adapted modules.
 
     A ~ N(0, 1/rank^2), sampled from `seed` on the CPU without touching the global generator.
 
     Raises:
-        UsageError: rank, alpha or dropout out of range, an adapter is there already, or targets match nothing.
+        UsageError: rank, alpha or dropout out of range, there is already an adapter, or targets match nothing.
     """
     if tuner_layers(transformer):
         raise UsageError("The model already has an adapter", "Load the model again to attach another one.")
@@ -158,7 +158,7 @@ def add_low_rank(
 ) -> Float[Tensor, "outputs inputs"]:
     """W + scale B A in `dtype`, added in fp32 and rounded once.
 
-    Rows are merged a few at a time, so that no second matrix in fp32 is held.
+    Rows are merged a few at a time, so that no second fp32 matrix is in memory.
     """
     a, b = a.float(), b.float()
     merged = torch.empty(base.shape, dtype=dtype, device=base.device)
@@ -170,7 +170,7 @@ def add_low_rank(
 
 
 def dropout_modules(transformer: nn.Module) -> list[nn.Module]:
-    """The dropout of the LoRA; the networks themselves have none that is active."""
+    """The dropout of the LoRA; the networks themselves have no active dropout."""
     dropouts = (layer.lora_dropout.values() for layer in tuner_layers(transformer))
     return [module for modules in dropouts for module in modules if isinstance(module, nn.Dropout)]
 

@@ -1,4 +1,4 @@
-"""A loaded flow map with an adapter: what the rest of the project sees of a model, whatever its family.
+"""A loaded flow map with an adapter: the view that the rest of the project has of a model of any family.
 
 What a call of `policies.current.jump(x_t, t, s, cond)` passes through, from the outside in:
 
@@ -61,10 +61,10 @@ def decode_latents(vae: Any, latents: Float[Tensor, "b c h w"], rows: int) -> Fl
 
 
 class AdaptedModel(ABC, Generic[C]):
-    """Flow map, text encoders, decoder and what is trained of them. Implements `fmg.core.protocols.Model`.
+    """Flow map, text encoders, decoder, and the trained parts of them. Implements `fmg.core.protocols.Model`.
 
     A family implements its maps and its copy around another transformer; everything about training and saving is here.
-    Latents are images (c, h, w), so that a latent's noise belongs to a place in the image. Only a LoRA and unfrozen
+    Latents are images (c, h, w), so that a latent's noise belongs to a position in the image. Only a LoRA and unfrozen
     weights ever get gradients.
 
     Args:
@@ -77,7 +77,7 @@ class AdaptedModel(ABC, Generic[C]):
     pipeline: ClassVar[Any]
     """The class of diffusers that runs the family: its `load_lora_weights` has to read what is saved."""
     alpha_tensors: ClassVar[bool] = False
-    """Whether that method reads alpha from tensors, as ComfyUI does, or from the metadata of the file."""
+    """Whether that method reads alpha from tensors, as ComfyUI does, or from the file's metadata."""
     second_time_embedder: ClassVar[str | None] = None
     """Name of the transformer's second-time embedder, in a family that has one."""
 
@@ -113,7 +113,7 @@ class AdaptedModel(ABC, Generic[C]):
 
     @property
     def components(self) -> C:
-        """The modules themselves, for export and for tools of the diffusers ecosystem."""
+        """The modules themselves, for export and for tools from the diffusers ecosystem."""
         return self._components
 
     @property
@@ -146,7 +146,7 @@ class AdaptedModel(ABC, Generic[C]):
         return device
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Prompt embeddings with the tensors of the family's text encoders, one row a prompt."""
+        """Prompt embeddings with the tensors of the family's text encoders, one row per prompt."""
         return self._text.encode(prompts)
 
     def cut_prompts(self, prompts: Sequence[str]) -> str:
@@ -176,14 +176,14 @@ class AdaptedModel(ABC, Generic[C]):
             seed: of the initial values; the global generator is not touched.
 
         Raises:
-            UsageError: a value is out of range, a target matches nothing, or there is an adapter already.
+            UsageError: a value is out of range, a target matches nothing, or there is already an adapter.
         """
         adapted = adapter.attach(self._components.transformer, rank, alpha, targets, dropout, seed)
         self._after_change()
         return len(adapted)
 
     def unfreeze(self, what: Literal["duration", "full"], *, old: bool = True, reference: bool = True) -> int:
-        """Trains weights of the base themselves, in fp32; returns the number of tensors.
+        """Trains weights of the base, in fp32; returns the number of tensors.
 
         A network that was loaded in bf16 and is unfrozen as a whole computes under bf16 autocast, so that its updates
         are not rounded away.
@@ -194,7 +194,7 @@ class AdaptedModel(ABC, Generic[C]):
             reference: whether a copy of the base is kept for `policies.reference`; only used with `full`.
 
         Raises:
-            UsageError: weights are unfrozen already, the map has no second time, or there is an adapter in the way.
+            UsageError: weights are already unfrozen, the map has no second time, or there is already an adapter.
         """
         transformer = self._components.transformer
         if self._trainable_base is not None:
@@ -227,7 +227,7 @@ class AdaptedModel(ABC, Generic[C]):
 
     @contextmanager
     def adapter_enabled(self, enabled: bool) -> Iterator[None]:
-        """Runs the body with what is trained of `flow_map`, or with the base."""
+        """Runs the body with the trained weights of `flow_map`, or with the base."""
         with self._scopes.adapter(enabled=enabled):
             yield
 
@@ -289,7 +289,7 @@ class AdaptedModel(ABC, Generic[C]):
         )
 
     def load_adapter(self, folder: Path) -> None:
-        """Loads what `save_adapter` wrote; attaches and unfreezes what is saved where nothing is trained yet.
+        """Loads what `save_adapter` wrote; attaches and unfreezes what was saved if nothing is trained yet.
 
         Nothing changes when it fails.
 

@@ -52,7 +52,7 @@ class Components(Protocol):
 C = TypeVar("C", bound=Components)
 
 quiet = partial(quiet_libraries, diffusers_logging, transformers_logging)
-"""No progress bars and no advice from the libraries while weights load."""
+"""Silences progress bars and advice from the libraries while weights load."""
 # head of the decoder in a whole T5, whose decoder itself transformers ignores
 _OF_A_DECODER = ("lm_head.weight",)
 _PROBE = 4
@@ -100,7 +100,7 @@ class Family:
         return known[named]
 
     def module(self, folder: Path, dtype: torch.dtype) -> Any:
-        """The component that `folder` is named after, on the CPU in `dtype`, whatever dtype it is stored in.
+        """The component that `folder` is named after, on the CPU in `dtype`, whatever the stored dtype.
 
         Raises:
             CheckpointError: it is missing, damaged or of an unknown class, or its weights do not fit its config.
@@ -144,7 +144,7 @@ def _check_keys(cls: Any, file: Path, config: Mapping[str, object]) -> None:
     """Compares a config with the signature of a diffusers class; transformers compares its own.
 
     Raises:
-        CheckpointError: a value has another type, which would only show in a forward pass.
+        CheckpointError: a value has the wrong type, which would only show in a forward pass.
     """
     if not hasattr(cls, "from_config"):
         return
@@ -208,7 +208,7 @@ def check_same(component: str, key: str, value: int, transformer_key: str, trans
 
 
 def check_guidance(folder: Path, conventions: FlowMapConventions, *, embeds: bool) -> None:
-    """Checks that a guidance scale is stated exactly when the transformer embeds one.
+    """Checks that a guidance scale is given if and only if the transformer embeds one.
 
     Raises:
         CheckpointError: it is not.

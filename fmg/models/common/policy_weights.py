@@ -14,11 +14,11 @@ from fmg.models.common import adapter
 
 
 class WeightSnapshot:
-    """A frozen copy of parameters that can take their place for the length of a call.
+    """A frozen copy of parameters that can replace them for the length of a call.
 
     The values are exchanged in place rather than through `torch.func.functional_call`: the wrapped module is called
     as it is, so hooks of DDP, FSDP2 (which would gather the current weights again under substituted ones) and PEFT
-    see nothing unusual. It costs two copies of the weights a call and the memory of one tensor, and leaves a pending
+    see nothing unusual. It costs two copies of the weights per call and the memory of one tensor, and leaves a pending
     backward of the current policy valid, because the values are back, bit for bit, when it runs.
     """
 
@@ -54,7 +54,7 @@ class WeightSnapshot:
 
 
 class TrainableBase:
-    """Parameters that got gradients and fp32, because bf16 would round away updates of the size that RL makes.
+    """Base parameters made trainable in fp32, because bf16 would round away updates as small as those of RL.
 
     Args:
         parameters: by their names in the state dict without an adapter; their values become fp32.
@@ -105,7 +105,7 @@ class TrainableBase:
 
 
 Scope = Callable[[], AbstractContextManager[None]]
-"""Makes the context that a call of the network runs in."""
+"""Creates the context that a call of the network runs in."""
 
 
 class PolicyScopes:
@@ -115,7 +115,7 @@ class PolicyScopes:
         transformer: the network.
         trained: its trained parameters.
         base: those among them that belong to the base.
-        dtype: in which the network computes; fp32 weights of another dtype's network run under autocast.
+        dtype: the dtype the network computes in; if it is not fp32, fp32 weights run under autocast.
         keep_old: whether a copy of the trained parameters is kept for `old`.
     """
 

@@ -29,9 +29,9 @@ Stock diffusers rounds an adapter to the dtype of the base, so a bf16 image agre
 
 
 def fresh_transformer(transformer: Any, base: Mapping[str, Tensor] = MappingProxyType({})) -> Any:
-    """A transformer without adapter over the same base tensors: no weight is copied, so any size costs nothing.
+    """A transformer without adapter over the same base tensors: no weight is copied, so it costs nothing at any size.
 
-    `base` has the base values of weights that are trained themselves; they replace those in the transformer.
+    `base` has the base values of base weights that were trained; they replace those in the transformer.
     """
     with torch.device("meta"):
         fresh = type(transformer).from_config(transformer.config)
@@ -92,7 +92,7 @@ def check_same(
     """The mean difference of the pixels.
 
     Raises:
-        CheckpointError: it is beyond the tolerance of `dtype`, or not a number.
+        CheckpointError: it exceeds the tolerance of `dtype`, or is not a number.
     """
     difference = float((trained - drawn).abs().mean())
     tolerance = TOLERANCE[dtype]

@@ -1,14 +1,14 @@
-"""Trained weights on disk: an adapter with what was trained beside it, or a fully tuned transformer.
+"""Trained weights on disk: an adapter with the weights trained beside it, or a fully tuned transformer.
 
-An adapter, in the formats of diffusers and PEFT, and a manifest of what it belongs to:
+An adapter, in the formats of diffusers and PEFT, and a manifest of the base that it belongs to:
 
 <folder>/pytorch_lora_weights.safetensors   `pipe.load_lora_weights(folder)`; ComfyUI
 <folder>/peft/adapter_config.json, adapter_model.safetensors   `PeftModel.from_pretrained(transformer, folder/peft)`
 <folder>/fmg_adapter.json   base, map kind and time convention, which neither format can state
 <folder>/fmg_extra.safetensors   base weights that were trained, such as the second-time embedder
 
-The manifest names the tensors of the last file. A reader that left them out would return half of what was trained, so a
-missing file is an error, and so is one that the manifest does not name.
+The manifest names the tensors of the last file. A reader that left them out would return only half of what was trained,
+so a missing file is an error, and so is a file that the manifest does not name.
 
 A fully tuned transformer, as a component folder of diffusers:
 
@@ -75,7 +75,7 @@ class BaseReference(BaseModel):
 
     @classmethod
     def of(cls, name: str, weights: WeightFiles) -> BaseReference:
-        """The reference of a model by its weight files; hashes them, and reads hub id and commit from their place."""
+        """The reference of a model by its weight files; hashes them, and reads hub id and commit from their path."""
         match = _HUB_CACHE.search(weights.origin.absolute().as_posix())
         repository = None if match is None else f"{match['owner']}/{match['name']}"
         commit = None if match is None else match["commit"]
@@ -95,7 +95,7 @@ class AdapterManifest(BaseModel):
     dropout: float = Field(ge=0, lt=1, description="Dropout on the input of A during training.")
     targets: tuple[str, ...] = Field(description="Suffixes of the names of the adapted modules.")
     extra: tuple[str, ...] = Field(
-        default=(), description="Names of weights that were trained themselves and replace those of the base."
+        default=(), description="Names of trained base weights, which replace those of the base."
     )
 
 
@@ -119,9 +119,9 @@ def save_adapter(
         base: what the adapter was trained on.
         conventions: how it is sampled.
         check: verifies the folder before it appears under its name; when it raises, nothing is kept.
-        extra: weights that were trained themselves, by their names in the state dict.
+        extra: base weights that were trained, by their names in the state dict.
         alpha_tensors: state alpha as a tensor beside each module, which ComfyUI reads as well as `pipeline`; else in
-            the metadata of the file, which only diffusers reads. It takes one of them, never both.
+            the metadata of the file, which only diffusers reads. A reader accepts one of the two, never both.
 
     Raises:
         UsageError: there is no adapter, or the folder exists.
@@ -164,7 +164,7 @@ def read_adapter_manifest(folder: Path) -> AdapterManifest:
     """The manifest of a saved adapter.
 
     Raises:
-        CheckpointError: the folder or its manifest is missing, unreadable or of another schema.
+        CheckpointError: the folder or its manifest is missing, unreadable or has an unsupported schema.
     """
     file = folder / ADAPTER_MANIFEST
     if not file.is_file():
@@ -173,17 +173,17 @@ def read_adapter_manifest(folder: Path) -> AdapterManifest:
 
 
 def read_adapter_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors of a saved adapter by their names without prefix: those of the LoRA, and those trained beside it.
+    """The tensors of a saved adapter by their names without prefix: the LoRA's, and those trained beside it.
 
     Alpha, which the manifest states, is not among them.
 
     Args:
         folder: what `save_adapter` wrote.
-        shapes: names and shapes that must be there, no more and no fewer. A reader that knows of a LoRA alone gets an
-            error for an adapter with more than that.
+        shapes: the exact names and shapes that are required. A reader that only knows LoRAs gets an error for an
+            adapter with more than a LoRA.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or names, shapes or values are not as they must be.
+        CheckpointError: a file is missing or damaged, or names, shapes or values are wrong.
     """
     file = folder / DIFFUSERS_FILE
     alphas = {DIFFUSERS_PREFIX + name.replace(LORA_A, ALPHA) for name in shapes if name.endswith(LORA_A)}
@@ -214,7 +214,7 @@ def read_adapter_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) ->
 def extra_shapes(
     folder: Path, manifest: AdapterManifest, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights that were trained themselves, for `read_adapter_tensors`.
+    """Names and shapes of the base weights that were trained, for `read_adapter_tensors`.
 
     Args:
         folder: what `save_adapter` wrote.
@@ -308,7 +308,7 @@ def read_transformer_manifest(folder: Path) -> TransformerManifest:
     """The manifest of a fully tuned transformer.
 
     Raises:
-        CheckpointError: it is missing, unreadable or of another schema.
+        CheckpointError: it is missing, unreadable or has an unsupported schema.
     """
     return _read_manifest(folder / TRANSFORMER_MANIFEST, TransformerManifest)
 
@@ -319,7 +319,7 @@ def load_transformer_weights(transformer: nn.Module, folder: Path) -> None:
     Nothing changes when it fails.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or names, shapes or values are not as they must be.
+        CheckpointError: a file is missing or damaged, or names, shapes or values are wrong.
     """
     weights = folder_weights(folder / COMPONENT)
     places: Mapping[str, Tensor] = transformer.state_dict()

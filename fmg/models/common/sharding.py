@@ -1,7 +1,7 @@
-"""The base of a model spread over several processes: torch's FSDP2 on what is frozen.
+"""The base of a model sharded over several processes: torch's FSDP2 on the frozen weights.
 
-What is trained stays whole in every process. An adapter is a fraction of a percent of the model, it is fp32 over a base
-of another dtype, and optimizers such as Muon need whole matrices (ADR 6).
+What is trained stays whole in every process. An adapter is a fraction of a percent of the model, it is fp32 even over a
+base of a different dtype, and optimizers such as Muon need whole matrices (ADR 6).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from fmg.core.errors import CompositionError
 def shard_frozen(network: nn.Module) -> None:
     """Keeps only this process's part of every frozen parameter; a block is gathered while it computes.
 
-    Units are the members of the network's module lists (its transformer blocks) and what is left of the network.
+    Units are the members of the network's module lists (its transformer blocks) and the rest of the network.
 
     Raises:
-        CompositionError: nothing is frozen, so there is no base to spread.
+        CompositionError: nothing is frozen, so there is no base to shard.
     """
     parameters = list(network.parameters())
     trained = {p for p in parameters if p.requires_grad}
@@ -43,8 +43,8 @@ def shard_frozen(network: nn.Module) -> None:
 def gathered(network: nn.Module) -> Iterator[None]:
     """Runs the body with the whole network in this process; nothing in the body communicates.
 
-    Every process enters. Parameters are plain tensors meanwhile, but for `state_dict`, which spreads them again. A
-    network that was never spread is as it is.
+    Every process enters. In the body, parameters are plain tensors, except through `state_dict`, which shards them
+    again. A network that was never sharded stays unchanged.
     """
     units = [module for module in network.modules() if isinstance(module, FSDPModule)]
     for unit in units:

@@ -24,7 +24,7 @@ from fmg.models.common.weights import tensors_digest
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that encoding needs."""
+    """The part of a transformers tokenizer that encoding uses."""
 
     model_max_length: int
 
@@ -55,7 +55,7 @@ class TextStack(Protocol):
         """The encoder modules."""
 
     def embed(self, prompts: list[str], length: int) -> Mapping[str, Tensor]:
-        """The tensors of `Conditioning` by name, one row a prompt, where the encoders are.
+        """The tensors of `Conditioning` by name, one row per prompt, on the device of the encoders.
 
         Args:
             prompts: what to encode.
@@ -69,13 +69,13 @@ class TextStack(Protocol):
 class TextEncoders:
     """Encodes prompts by a family's `TextStack`, once for each distinct prompt.
 
-    The embeddings of recent prompts are kept, the least recently used go first.
+    The embeddings of recent prompts are kept; the least recently used are dropped first.
 
     Args:
         stack: encoders and tokenizers.
         max_sequence_length: length that tokens are padded and cut to.
         device: where the embeddings go.
-        batch_size: prompts for one encoder call.
+        batch_size: prompts per encoder call.
         cache_bytes: bound on the memory of kept embeddings.
         offload: whether the encoders compute on `device` and go back to where they were after each call.
         disk: embeddings of earlier runs, read back bit for bit; only with `batch_size` 1 do they not depend on
@@ -103,7 +103,7 @@ class TextEncoders:
         self._disk = disk
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning with the tensors of the stack, one row a prompt, in the encoders' dtype.
+        """Conditioning with the tensors of the stack, one row per prompt, in the encoders' dtype.
 
         Raises:
             ValueError: no prompt was given.
@@ -137,7 +137,7 @@ class TextEncoders:
 
     @contextmanager
     def uncached(self) -> Iterator[None]:
-        """Inside, every prompt is encoded, and none is remembered."""
+        """Inside, every prompt is encoded and none is cached."""
         self._remember = False
         try:
             yield
@@ -196,12 +196,12 @@ def cached_encoders(
     Args:
         stack: encoders and tokenizers.
         folder: the pipeline folder that they were read from.
-        components: their folders in it.
+        components: their subfolders.
         length: length that tokens are padded and cut to.
         device: where the embeddings go.
         place: where the encoders compute and rest: beside the model, on the CPU, or offloaded.
         cache: whether embeddings are kept on disk.
-        facts: what decides an embedding besides the files.
+        facts: what determines an embedding besides the files.
     """
     encoder = stack.encoders[-1]
     computes_on = encoder.device if place == "cpu" else device
@@ -214,21 +214,21 @@ _DIGEST = "sha256"
 _SUFFIXES = (".json", ".model", ".safetensors", ".txt")
 
 Row = Mapping[str, Tensor]
-"""What conditions one sample, by the names that `Conditioning` has."""
+"""What conditions one sample, by the names in `Conditioning`."""
 
 
 class TextCache:
     """Rows of prompts, kept under a folder of their own for each set of encoders.
 
     Args:
-        key: hash of what decides an embedding besides the prompt; see `encoder_key`.
+        key: hash of what determines an embedding besides the prompt; see `encoder_key`.
     """
 
     def __init__(self, key: str) -> None:
         self._folder = cache_dir() / "text" / key
 
     def get(self, prompt: str) -> Row | None:
-        """The row of `prompt` on the CPU; None where there is none that can be read."""
+        """The row of `prompt` on the CPU; None if there is no readable one."""
         try:
             with safe_open(str(self._file(prompt)), framework="pt") as opened:
                 row = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -251,9 +251,10 @@ class TextCache:
 def encoder_key(
     folder: Path, components: Sequence[str], length: int, dtype: torch.dtype, device: torch.device, *facts: str
 ) -> str:
-    """Hash of the encoders' and tokenizers' files, the length, and where and in what the encoders compute.
+    """Hash of the encoders' and tokenizers' files, the length, and the encoders' device and dtype.
 
-    The device's kind is part of it, because CPU and GPU round differently. `facts` is what else decides an embedding.
+    The device's kind is part of it, because CPU and GPU round differently. `facts` is what else determines an
+    embedding.
     """
     known = [*facts, str(length), str(dtype), device.type, *_hashes(folder, components)]
     return hashlib.sha256("\n".join(known).encode()).hexdigest()

@@ -28,8 +28,8 @@ FLOATS: Mapping[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-"""Dtypes that weights are read from, by the names that safetensors files give them. 8-bit numbers carry no scale:
-they are widened when read, and only an unchanged base is ever written in them."""
+"""Dtypes that weights are read from, by the names that safetensors files give them. 8-bit numbers have no scale: they
+are widened when read, and only an unchanged base is ever written in them."""
 WINDOW_BYTES = 64 * 2**20
 """Bytes read before a file is reopened: mapped pages count as the process's memory until it is closed."""
 
@@ -61,7 +61,7 @@ def folder_weights(folder: Path) -> WeightFiles:
 
 
 def check_names(wanted: Shapes, given: Shapes, origin: Path) -> None:
-    """Refuses weights with missing, left-over or wrongly shaped tensors.
+    """Refuses weights with missing, unexpected or wrongly shaped tensors.
 
     Raises:
         CheckpointError: naming them.
@@ -91,8 +91,8 @@ def load_transformer(
 ) -> T:
     """A transformer with exactly these tensors, streamed straight to `device` in `dtype`.
 
-    The modules are made without memory, and each tensor goes from its file to its place, so the host holds at most
-    one window of a file besides a model on the CPU.
+    The modules are created without memory, and each tensor goes from its file to its destination, so host memory has at
+    most one window of a file, besides a model on the CPU.
 
     Args:
         cls: class of the transformer, a diffusers model.
@@ -100,7 +100,7 @@ def load_transformer(
         weights: its tensors.
         device: where it goes.
         dtype: of its weights.
-        check: what refuses names and shapes that do not fit, as `check_names` does.
+        check: refuses names and shapes that do not fit, as `check_names` does.
 
     Raises:
         CheckpointError: the config does not describe a transformer, or the tensors do not fit it.
@@ -147,7 +147,7 @@ def stored_shapes(weights: WeightFiles, known: Collection[str] = FLOATS) -> dict
         known: types that a tensor may be stored in.
 
     Raises:
-        CheckpointError: a tensor is stored in another type, such as quantized weights.
+        CheckpointError: a tensor is stored in an unknown type, as quantized weights are.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for file, names in _by_file(weights.files):
@@ -163,7 +163,7 @@ def check_dtype(name: str, stored: str, file: Path, known: Collection[str]) -> N
     """Checks that a tensor is stored in a known type.
 
     Raises:
-        CheckpointError: it is not. Quantized weights, for instance, would be misread.
+        CheckpointError: it is not; quantized weights, for instance, would be misread.
     """
     if stored not in known:
         raise CheckpointError(
@@ -173,7 +173,7 @@ def check_dtype(name: str, stored: str, file: Path, known: Collection[str]) -> N
 
 
 def weight_windows(weights: WeightFiles) -> Iterator[dict[str, Tensor]]:
-    """All tensors, file by file, as many at a time as fit a window; at least one."""
+    """All tensors, file by file, as many at a time as fit into a window; at least one."""
     for file, names in _by_file(weights.files):
         pending = list(names)
         while pending:
@@ -200,7 +200,7 @@ def tensor_names(file: Path) -> list[str]:
 
 
 def unreadable(origin: Path, error: BaseException) -> CheckpointError:
-    """The error of weights that a library cannot read, with the first line of its reason."""
+    """The error for weights that a library cannot read, with the first line of its reason."""
     return CheckpointError(f"{origin} cannot be loaded: {reason(error)}", "Restore it from where the model came from.")
 
 
@@ -222,7 +222,7 @@ class TensorReader:
 
     Args:
         files: file of each tensor by its name.
-        aliases: names that tensors have in their files, where those differ.
+        aliases: names that tensors have in their files, where they differ.
     """
 
     def __init__(self, files: Mapping[str, Path], aliases: Mapping[str, str] | None = None) -> None:
@@ -237,7 +237,7 @@ class TensorReader:
         """All tensors of one file.
 
         Raises:
-            CheckpointError: it is missing or no safetensors file.
+            CheckpointError: it is missing or not a safetensors file.
         """
         try:
             return cls(dict.fromkeys(tensor_names(file), file))
@@ -250,7 +250,7 @@ class TensorReader:
         return tuple(sorted(self._files))
 
     def under(self, other: TensorReader) -> TensorReader:
-        """These tensors, but those of `other` where it has one of that name; for readers without aliases."""
+        """These tensors, replaced by those of `other` with the same name; for readers without aliases."""
         return TensorReader({**self._files, **other._files})
 
     def read(self, name: str) -> Tensor:
@@ -282,14 +282,14 @@ class TensorReader:
 def live_digest(module: nn.Module, base: Mapping[str, Tensor] = MappingProxyType({})) -> str:
     """Sha256 over the base weights in memory: every tensor of the state dict that is not part of an adapter.
 
-    `base` has the base values of weights that are trained themselves; they replace those in the module.
+    `base` has the base values of base weights that were trained; they replace those in the module.
     """
     tensors = {**base_tensors(module), **base}
     return tensors_digest((name, tensors[name]) for name in sorted(tensors))
 
 
 def stored_digest(weights: WeightFiles) -> str:
-    """Sha256 over the weights as their files store them.
+    """Sha256 over the weights as stored in their files.
 
     It does not depend on how they are sharded, nor on the dtype and device they are loaded to, and equals
     `live_digest` of a module loaded in the stored dtype. Tensors are read one at a time.

@@ -40,7 +40,7 @@ _PAPER_ANCHOR = ("asfmc", (("gap", 0.0147),))
 
 
 class FluxConfig(PublishedConfig):
-    """What every FLUX-class model of full size states."""
+    """Options of every FLUX-class model of full size."""
 
     published: ClassVar[Mapping[str, object]] = FLUX_LITE
     """The transformer's config where it is not on this computer yet."""
@@ -101,14 +101,14 @@ class FluxConfig(PublishedConfig):
         )
 
     def spec(self) -> MapSpec:
-        """Declared properties, known without reading a weight or having fetched anything."""
+        """Declared properties, available without fetching anything or reading a weight."""
         spec = super().spec()
         default = _PAPER_ANCHOR if spec.anchors == "any" else spec.default_stochasticizer
         return replace(spec, default_stochasticizer=default)
 
 
 class FluxStudentConfig(FluxConfig):
-    """A distilled student whose file has the transformer alone; everything else comes from its teacher's folder."""
+    """A distilled student whose file has only the transformer; everything else comes from its teacher's folder."""
 
     student: str = Field(
         min_length=1,
@@ -157,7 +157,7 @@ class MeanFlowFluxConfig(FluxStudentConfig):
     )
 
     def conventions(self) -> FlowMapConventions:
-        """Two times, the second as the duration; five steps of the Flow-Map GRPO paper."""
+        """Two times, the second as the duration; the five steps of the Flow-Map GRPO paper."""
         return _conventions(self, "two-time", "duration", steps=5, grid="paper")
 
 
@@ -173,7 +173,7 @@ class ScmFluxConfig(FluxStudentConfig):
 
 
 class FluxFewStepConfig(FluxConfig):
-    """Any few-step FLUX-class flow map in a diffusers pipeline folder, by the conventions that are stated here."""
+    """Any few-step FLUX-class flow map in a diffusers pipeline folder, sampled by the conventions stated here."""
 
     recipe: ClassVar[str | None] = "flux-fewstep"
     published: ClassVar[Mapping[str, object]] = FLUX_SCHNELL

@@ -1,6 +1,6 @@
 """FLUX's token layout: 2x2 patches of the latent image become tokens, each with its position. Imports no torch.
 
-`pack` and `unpack` take torch tensors and numpy arrays alike, which both have `reshape` and `swapaxes`: exported
+`pack` and `unpack` take torch tensors and numpy arrays alike, since both have `reshape` and `swapaxes` and exported
 artifacts are sampled without torch.
 """
 

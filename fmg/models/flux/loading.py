@@ -58,11 +58,11 @@ def student_weights(source: Path, shapes: Shapes) -> WeightFiles:
     """The tensors of a published student: a `.pt` file, a safetensors file or a component folder.
 
     Args:
-        source: a torch file is converted to the cache first, unless that was done before.
+        source: a torch file is first converted into the cache, if it is not there yet.
         shapes: names and shapes that the transformer has; checked before anything is converted.
 
     Raises:
-        CheckpointError: a file that cannot be read, holds anything but tensors, or does not fit the transformer.
+        CheckpointError: a file that cannot be read, contains anything but tensors, or does not fit the transformer.
         FmgError: the cache cannot be written.
     """
     if source.is_dir():
@@ -88,7 +88,7 @@ def read_torch_file(file: Path) -> dict[str, Tensor]:
     """The tensors of a torch file, under `module` (the published form) or at the top; memory-mapped, on the CPU.
 
     Raises:
-        CheckpointError: a file that is missing, truncated, not a torch file, or holds anything but tensors.
+        CheckpointError: a file that is missing, truncated, not a torch file, or contains anything but tensors.
     """
     try:
         if not zipfile.is_zipfile(file):
@@ -245,10 +245,10 @@ class TransformerSource:
 
 
 def load_folder(folder: Path, device: torch.device, dtype: torch.dtype) -> FluxComponents:
-    """Loads a pipeline folder with its `fmg_flow_map.json` to `device` in `dtype`, whatever dtype it is stored in.
+    """Loads a pipeline folder with its `fmg_flow_map.json` to `device` in `dtype`, whatever the stored dtype.
 
     Raises:
-        CheckpointError: a file is missing, damaged, of a class that is not known, or does not fit the others.
+        CheckpointError: a file is missing, damaged, of an unknown class, or does not fit the others.
     """
     return load_parts(folder, read_conventions(folder), device, dtype)
 
@@ -262,7 +262,7 @@ def load_parts(
     student: Path | None = None,
     text_device: torch.device | None = None,
 ) -> FluxComponents:
-    """Loads a pipeline folder by stated conventions, with the weights of its transformer or those of a student.
+    """Loads a pipeline folder with given conventions, with its own transformer weights or those of a student.
 
     Args:
         folder: a diffusers pipeline folder.
@@ -273,7 +273,7 @@ def load_parts(
         text_device: where the text encoders go; None: to `device`.
 
     Raises:
-        CheckpointError: a file is missing, damaged, of a class that is not known, or does not fit the others.
+        CheckpointError: a file is missing, damaged, of an unknown class, or does not fit the others.
     """
     with quiet():
         source = transformer_source(folder, conventions, student)
@@ -341,7 +341,7 @@ def _check_conventions(folder: Path, config: Mapping[str, Any], conventions: Flo
 
 
 def _check_fit(components: FluxComponents) -> None:
-    """Components that load one by one may still come from different models."""
+    """Components that load individually may still come from different models."""
     transformer, conventions = components.transformer.config, components.conventions
     text, vae = components.text, components.vae
     check_same("vae", "latent_channels x 4", 4 * vae.config.latent_channels, "in_channels", transformer.in_channels)

@@ -1,4 +1,4 @@
-"""The transformer as the plain function of latents, times and conditioning that the flow-map adapters take."""
+"""The transformer as a plain function of latents, times and conditioning, as the flow-map adapters take it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class FluxNetwork:
         transformer: a `FlowMapFluxTransformer2DModel`, or a wrapper with its call signature.
         dtype: dtype of the latents that the transformer takes.
         guidance: guidance scale for weights that embed one, else None.
-        scope: context that every call of the transformer runs in.
+        scope: the context that every call of the transformer runs in.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class FluxNetwork:
     def within(
         self, scope: Callable[[], AbstractContextManager[None]], transformer: Callable[..., Any] | None = None
     ) -> FluxNetwork:
-        """The same network whose calls run in another context, and through `transformer` if given."""
+        """The same network with calls in another context, and through `transformer` if given."""
         return FluxNetwork(transformer or self._transformer, self._dtype, self._guidance, scope)
 
     def two_time(
@@ -125,7 +125,7 @@ class FluxModel(AdaptedModel[FluxComponents]):
         """Loads a diffusers folder with its `fmg_flow_map.json`.
 
         Raises:
-            CheckpointError: a file of the folder is missing, damaged or of another kind.
+            CheckpointError: a file of the folder is missing, damaged or of the wrong kind.
         """
         return cls(load_folder(folder, device, dtype), name)
 
@@ -173,7 +173,7 @@ class FluxModel(AdaptedModel[FluxComponents]):
 
 
 def flux_map(network: FluxNetwork, conventions: FlowMapConventions) -> FlowMap:
-    """The flow map that a network is by its conventions."""
+    """The flow map of a network with these conventions."""
     path = path_by_name(conventions.path)
     if conventions.map == "two-time":
         return TwoTimeMap(network.two_time, path)

@@ -1,7 +1,7 @@
-"""The files that make a folder one of `FlowMapPipeline`, and keep the stock pipeline from loading it.
+"""The files that mark a folder as one of `FlowMapPipeline` and keep the stock pipeline from loading it.
 
-The class in `model_index.json` is named as code of the folder, `pipeline.py`. Diffusers refuses such a folder,
-whichever class it is asked for, unless it is told to `trust_remote_code`; then the class is fmg's.
+The class in `model_index.json` is named as code of the folder, `pipeline.py`. Diffusers refuses such a folder for any
+requested class unless it is told to `trust_remote_code`; then the class is fmg's.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def check_transformer(transformer: Any, conventions: FlowMapConventions) -> None
 
     Raises:
         UsageError: it has the stock class.
-        CheckpointError: its config states others.
+        CheckpointError: its config states different ones.
     """
     inner = getattr(transformer, "_orig_mod", transformer)
     if not isinstance(inner, FlowMapFluxTransformer2DModel):

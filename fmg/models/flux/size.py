@@ -1,4 +1,4 @@
-"""The sizes of a FLUX-class pipeline folder from its JSON files and safetensors headers. Imports no torch."""
+"""The sizes of a FLUX-class pipeline folder, from its JSON files and safetensors headers. Imports no torch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def transformer_parameters(config: Mapping[str, object], *, second_time: bool) -
     """Number of parameters of a `FlowMapFluxTransformer2DModel` with this config.
 
     Args:
-        config: as in `transformer/config.json` of a diffusers folder; what it leaves out is taken from FLUX.1-lite.
+        config: as in `transformer/config.json` of a diffusers folder; what it omits is taken from FLUX.1-lite.
         second_time: whether there is a second-time embedder.
     """
     known = {**FLUX_LITE, **config}
@@ -76,7 +76,7 @@ def flux_geometry(
     published: Mapping[str, object] = FLUX_LITE,
     decoder_tile: int | None = None,
 ) -> ModelGeometry:
-    """The geometry of a pipeline folder; what is not there is as published.
+    """The geometry of a pipeline folder; what is missing is as published.
 
     Args:
         folder: a diffusers pipeline folder, or None when it has not been fetched.
@@ -204,7 +204,7 @@ def stored_parameters(folder: Path | None, *components: str) -> int:
 
 
 def _parameters(file: Path) -> int:
-    """Numbers in the tensors that a safetensors file announces."""
+    """Number of values in the tensors listed in a safetensors header."""
     try:
         header, _ = read_safetensors_header(file)
         entries: list[Any] = [entry for name, entry in header.items() if name != "__metadata__"]

@@ -127,7 +127,7 @@ class FlowMapFluxTransformer2DModel(FluxTransformer2DModel):  # type: ignore[mis
     def from_pretrained(cls, folder: Any, **options: Any) -> Any:
         """As in diffusers, except that missing, unexpected or wrongly shaped weights are an error.
 
-        The stock method leaves out what it does not know with a warning, and a flow map without its second-time
+        The stock method only warns about weights that it does not know, and a flow map without its second-time
         embedder generates noise.
 
         Raises:

@@ -44,7 +44,7 @@ class SanaText:
         """`tokens` (b, length, d) and their `mask` (b, length), 1 for text and 0 for padding.
 
         As `SanaSprintPipeline.encode_prompt`: the prompt in lower case after the instruction, and of all states the
-        first and the last `length - 1`, so that the instruction shapes the states but is not seen itself.
+        first and the last `length - 1`, so that the instruction influences the states but is not itself among them.
         """
         texts = [self._instructed(prompt) for prompt in prompts]
         total = length + self._extra()
@@ -106,7 +106,7 @@ def load_parts(
     instruction: str = "",
     text_device: torch.device | None = None,
 ) -> SanaComponents:
-    """Loads a pipeline folder by stated conventions.
+    """Loads a pipeline folder with given conventions.
 
     Args:
         folder: a diffusers pipeline folder.
@@ -117,7 +117,7 @@ def load_parts(
         text_device: where Gemma goes; None: to `device`.
 
     Raises:
-        CheckpointError: a file is missing, damaged, of a class that is not known, or does not fit the others.
+        CheckpointError: a file is missing, damaged, of an unknown class, or does not fit the others.
     """
     with quiet():
         own = folder / "transformer"

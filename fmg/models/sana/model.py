@@ -1,4 +1,4 @@
-"""The SANA transformer as the plain function of latents, time and conditioning that a flow map takes."""
+"""The SANA transformer as a plain function of latents, time and conditioning, as a flow map takes it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class SanaNetwork:
         transformer: a `SanaTransformer2DModel` with an embedded guidance scale, or a wrapper with its call signature.
         dtype: dtype of the latents that the transformer takes.
         guidance: guidance scale, already multiplied by the `guidance_embeds_scale` of the weights.
-        scope: context that every call of the transformer runs in.
+        scope: the context that every call of the transformer runs in.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class SanaNetwork:
     def within(
         self, scope: Callable[[], AbstractContextManager[None]], transformer: Callable[..., Any] | None = None
     ) -> SanaNetwork:
-        """The same network whose calls run in another context, and through `transformer` if given."""
+        """The same network with calls in another context, and through `transformer` if given."""
         return SanaNetwork(transformer or self._transformer, self._dtype, self._guidance, scope)
 
     def __call__(

@@ -57,20 +57,19 @@ class SanaSize:
     """The sizes of a `SanaTransformer2DModel`.
 
     Args:
-        config: as in `transformer/config.json` of a diffusers folder; what it leaves out is as in
-            SANA-Sprint 0.6B.
+        config: as in `transformer/config.json` of a diffusers folder; what it omits is as in SANA-Sprint 0.6B.
     """
 
     config: Mapping[str, object]
 
     @property
     def width(self) -> int:
-        """Of the token stream."""
+        """Width of the token stream."""
         return self.number("num_attention_heads") * self.number("attention_head_dim")
 
     @property
     def hidden(self) -> int:
-        """Channels of the gated convolution of a block, of which there are two halves."""
+        """Channels of each half of the gated convolution of a block."""
         ratio = self._get("mlp_ratio")
         if not isinstance(ratio, int | float) or not 0 < ratio <= _MAX_RATIO:
             raise CheckpointError(f"The config of the model has {ratio!r:.60} for mlp_ratio", RESTORE)
@@ -78,7 +77,7 @@ class SanaSize:
 
     @property
     def convolution_weights(self) -> int:
-        """Of the convolutions of one block: 1 x 1, 3 x 3 in each channel, 1 x 1; the first two have biases besides."""
+        """Weights, without biases, of the convolutions of one block: 1 x 1, 3 x 3 in each channel, 1 x 1."""
         return self.width * 2 * self.hidden + 9 * 2 * self.hidden + self.hidden * self.width
 
     @property
@@ -151,7 +150,7 @@ def sana_geometry(
     checkpointing: bool,
     encoders_resident: bool,
 ) -> ModelGeometry:
-    """The geometry of a pipeline folder; what is not there is as published.
+    """The geometry of a pipeline folder; what is missing is as published.
 
     Args:
         folder: a diffusers pipeline folder, or None when it has not been fetched.
