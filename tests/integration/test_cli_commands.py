@@ -161,7 +161,7 @@ def test_a_terminal_sees_the_live_view(workplace: Path) -> None:
     text = shown.decode()
     assert "iteration" in text
     assert "1/1" in text
-    # advice of libraries is not for users of the command
+    # advice from libraries is not meant for users of the command
     assert "torchvision" not in text
     assert "fmg eval runs/seen --against base" in text
     assert "--from runs/seen" in text

@@ -42,7 +42,7 @@ UNEVEN = {
     "eval.steps": 1,
     "eval.rewards": [],
 }
-# groups are shared out: 5 of 3 siblings, one group a network call, so that two processes have 3 and 2
+# groups are divided among processes: 5 of 3 siblings, one group per network call, so two processes have 3 and 2
 BRANCHED = {
     **UNEVEN,
     "rollout.kind": "branch",

@@ -41,7 +41,7 @@ TINY = {
 COMPILED = "completed by a graph"
 KINDS: dict[str, dict[str, object]] = {
     "lora and average": {"train.ema_decay": 0.9, "train.lr_schedule": "linear"},
-    # dropout draws from the global generator, muon joins two optimizers
+    # dropout uses the global generator, muon joins two optimizers
     "embedder, dropout": {
         "train.trainable": "lora+duration",
         "rollout.kind": "chain",
@@ -52,7 +52,7 @@ KINDS: dict[str, dict[str, object]] = {
         "lora.dropout": 0.2,
         "train.shuffle_advantages": True,
     },
-    # what the choice of steps and prompts learned is part of the state
+    # what the choice of steps and prompts has learned is part of the state
     "branched": {
         "rollout.kind": "branch",
         "rollout.branch.steps": "adaptive",
@@ -146,7 +146,7 @@ def test_an_average_is_evaluated_and_saved_beside_the_weights(interrupted: Path)
     assert keys == {key.removeprefix("eval_ema/") for key in evaluation if key.startswith("eval_ema/")}
     index = read_index(interrupted)
     assert index is not None
-    # without a score the raw weights stand for the run, and the untouched base is not thrown away
+    # without a score the raw weights represent the run, and the untouched base is kept
     assert (index.best, index.latest) == ("checkpoint-1", "checkpoint-1")
     # which has no samples, and those of the base are not its
     assert not RunFolder(interrupted).before_after.exists()

@@ -88,7 +88,7 @@ def test_weight_streaming_builds_and_no_timing_cache_is_kept(
     monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))
     engines = build_engines(tiny, flavour="rtx", options=EngineOptions(weight_streaming=True))
     assert not any(engine.reused for engine in engines)
-    # a timing cache would ask for a GPU: what is noted is which engines were built here
+    # a timing cache would need a GPU: the cache records only which engines were built here
     assert [path.name for path in (tmp_path / "cache" / "tensorrt").iterdir()] == ["built"]
 
 

@@ -52,7 +52,7 @@ def test_a_hacked_run_is_stopped_and_keeps_an_earlier_checkpoint(
     *lines, result = (json.loads(line) for line in done.stdout.splitlines())
     assert result["hacking"] == {"began": 1, "found": 2, "lost": ["scripted_hack:held"]}
     assert not result["interrupted"]
-    # the trained score went on rising, but the gap is not what the run stands for
+    # the trained score continued to rise, but a checkpoint inside the gap is not kept
     assert result["best"]["iteration"] == 1
     assert max(line["iteration"] for line in lines) == 2
     assert "Reward hacking: after iteration 1 a gap opened" in done.stderr
@@ -83,7 +83,7 @@ def test_a_stopped_run_whose_ending_failed_does_not_continue_training(
     assert result["hacking"] == {"began": 1, "found": 2, "lost": ["scripted_end:held"]}
     assert result["best"]["iteration"] == 1
     assert "Stopped after iteration 2" in resumed.stderr
-    # it was said when it was found
+    # it was reported when it was found
     assert "Reward hacking" not in resumed.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "finished"
 

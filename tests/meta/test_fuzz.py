@@ -19,7 +19,7 @@ SEED = 12
 def test_a_mutation_changes_nothing_or_ends_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # both are changed by the trials and put back at the end
+    # both are changed by the trials and restored at the end
     monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     fuzz = Fuzz(tmp_path, tuple(TRIALS), SEED)

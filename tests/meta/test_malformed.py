@@ -104,7 +104,7 @@ MISUSES = (
     Misuse("train --lr", "--lr"),
     Misuse("list modelz", "'models'"),
     Misuse("show reward", "'reward' is a kind of component. Add a name"),
-    # going on with a run
+    # resuming a run
     Misuse("train --resume", "--resume"),
     Misuse("train --resume ''", "--resume is empty"),
     Misuse("train --resume nowhere", "'nowhere' is not a run folder"),

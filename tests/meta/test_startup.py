@@ -50,7 +50,7 @@ sys.exit(f"imported {{loaded}}" if loaded else code)
     ids=" ".join,
 )
 def test_no_heavy_import(command: list[str], tmp_path: Path) -> None:
-    # where there are no runs, whatever the tests were started in: reading the logs of runs takes numpy
+    # in a folder without runs, because reading the logs of runs imports numpy
     script = [sys.executable, "-c", SCRIPT, *command]
     done = subprocess.run(script, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == (2 if {"-1", "nowhere"} & set(command) else 0), done.stderr

@@ -67,7 +67,7 @@ def _train(recipe: Recipe, run: Path, cut: int | None) -> dict[str, torch.Tensor
         return logged
 
     def stop(event: Event) -> None:
-        # a signal, as from a terminal: only the first process hears events
+        # a signal, as from a terminal: only the first process receives events
         if isinstance(event, IterationDone) and event.iteration == cut:
             os.kill(os.getpid(), signal.SIGINT)
 

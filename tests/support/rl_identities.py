@@ -53,7 +53,7 @@ def check_noise_is_the_documented_generator() -> None:
         digest = hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=16, person=b"rollout").digest()
         fresh = np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
         expected = fresh.standard_normal(SHAPE, dtype=np.float32)
-        # a draw of odd length leaves half a word in the generator's buffer
+        # a sample of odd length leaves half a word in the generator's buffer
         noise([KEYS[-1]], (3,))
         assert np.array_equal(noise([KEYS[-1], key], SHAPE)[1].numpy(), expected)
 

@@ -102,7 +102,7 @@ def test_size_and_licence_are_shown_before_anything_is_fetched(hub: list[tuple[A
     assert hub[1][0] == TEACHER
     assert "vae/*.safetensors" in hub[1][1]["allow_patterns"]
     assert "transformer/*.safetensors" not in hub[1][1]["allow_patterns"]
-    # what stands there can be written into a recipe, and means these files for ever
+    # the printed source can be written into a recipe, and always means these files
     assert f"student: {STUDENTS}@{COMMIT}:flux1lite_meanflow.pt\n" in done.stdout
     assert f"teacher: {TEACHER}@{COMMIT}\n" in done.stdout
 

@@ -16,7 +16,7 @@ from fmg.core.errors import FmgError, UsageError, WrongTypeError, python_call, p
         ("Export with --precision or --swap-weights.", "Export with 'precision' or 'swap_weights'."),
         ("Name an extractor: --features clip, or pixels.", "Name an extractor: extractors='clip', or pixels."),
         ("If you trust it, give --allow-code; or", "If you trust it, give allow_code=True; or"),
-        # commands of the shell, and what a person typed, stay as they are
+        # shell commands and quoted user input are not changed
         (
             "Go on with `fmg train --resume runs/a --allow-code`.",
             "Go on with `fmg train --resume runs/a --allow-code`.",

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends signals")
 
 @pytest.fixture
 def before() -> Iterator[list[object]]:
-    # a shell that starts the tests in the background has them ignored, and what is ignored stays so
+    # a shell ignores them in background jobs, and an ignored signal stays ignored
     outside = [signal.signal(number, signal.SIG_DFL) for number in CAUGHT]
     found = [signal.getsignal(number) for number in CAUGHT]
     yield found
@@ -48,7 +48,7 @@ def test_what_is_held_is_finished_first(before: list[object]) -> None:
     with pytest.raises(Interruption):
         work()
     assert done == ["inner", "outer"]
-    # the work that ends it is not broken off again
+    # the shutdown is not interrupted again
     with signals.held():
         pass
 

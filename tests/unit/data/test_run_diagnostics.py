@@ -67,7 +67,7 @@ HACKED = {
     [
         (log(), []),
         (log(scores=(0.5, 0.5), approx_kl=1e-7), [("problem", "optimizer.lr")]),
-        # a KL that small is no fault of a run that learns
+        # such a small KL is not a fault in a run that learns
         (log(approx_kl=1e-7), []),
         (log(approx_kl=0.05), [("problem", "optimizer.lr")]),
         (log(clip_frac=0.97), [("problem", "objective.clip_range")]),
@@ -87,7 +87,7 @@ HACKED = {
         (log(**{**HACKED, "last_watch__shapes-quality_loss_se": 0.2}), []),
         # beyond nothing, and within the tolerance of the recipe
         (log(**{**HACKED, "last_watch__shapes-quality_loss": 0.12, "last_watch__shapes-quality_loss_se": 0.02}), []),
-        # both fell: a decline, no hacking
+        # both fell: a decline, not hacking
         (
             log(
                 **HACKED, **{"last_watch__shapes-quality_trained": -0.4, "last_watch__shapes-quality_trained_se": 0.05}
@@ -119,12 +119,12 @@ SATURATED = {"zero_std_ratio": 0.8, "branch/zero_std_ratio_0": 0.9}
 @pytest.mark.parametrize(
     ("lines", "knob"),
     [
-        # steps that vary are told from the one that does not
+        # steps with varying rewards are distinguished from the one without
         (log(scores=(0.5, 0.5), iterations=5, **SATURATED, **{"branch/zero_std_ratio_2": 0.1}), "rollout.branch.steps"),
         (log(**SATURATED), "rollout.group_size"),
         # no step varies
         (log(**SATURATED, **{"branch/zero_std_ratio_1": 0.9}), "rollout.group_size"),
-        # later steps alone are no fault
+        # equal groups at later steps alone are not a fault
         (log(zero_std_ratio=0.3, **{"branch/zero_std_ratio_0": 0.1, "branch/zero_std_ratio_1": 1.0}), None),
         (log(**{"branch/completion_agreement": 0.3}), "rollout.branch.completion"),
         (log(**{"branch/completion_agreement": 0.8}), None),
@@ -145,7 +145,7 @@ def test_shares_of_equal_groups_are_shown_by_step() -> None:
     [
         ({}, (0.5, 0.7), {"branch/completion_agreement": 0.3}, ["rollout.branch.completion"]),
         ({"rollout.branch.completion": "grid"}, (0.5, 0.7), {"branch/completion_agreement": 0.3}, []),
-        # the first step is all that is tried
+        # only the first step was tried
         ({}, (0.5, 0.5), SATURATED, ["rollout.branch.steps"]),
         ({"rollout.branch.steps": "adaptive"}, (0.5, 0.5), SATURATED, ["rollout.group_size"]),
         # adaptive groups stay at a step for its floor

@@ -72,7 +72,7 @@ def test_json_follows_its_schema_and_has_every_row_twice(report: EvalReport, fol
     for ours, theirs, gap in zip(report.metrics, report.against[0].metrics, report.metric_differences, strict=True):
         assert gap.value == pytest.approx(ours.value - theirs.value, abs=1e-9)
     assert "frechet" in names
-    # noise is far from shapes: nothing of what is drawn lies among it
+    # noise is far from shapes: no generated image lies within it
     assert next(row.value for row in report.metrics if row.metric == "precision") == 0
 
 

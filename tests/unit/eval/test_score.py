@@ -163,7 +163,7 @@ def test_a_geneval_tree_is_read_back_with_its_prompts_and_tags(tmp_path: Path) -
     found = score([tmp_path / "tree"], rewards=["jpeg-compressibility"])
     assert len(found.images) == 8
     assert [image["prompt"] for image in found.images[::2]] == [entry.text for entry in entries[:4]]
-    # the grids are not pictures of their own
+    # the grids are not scored as pictures
     assert len(picture_files(tmp_path / "tree")) == 8
 
 

@@ -98,7 +98,7 @@ def compute_in_fp32(model: onnx.ModelProto, node: NodeProto) -> None:
     after = helper.make_node("Cast", [f"{output}.wide"], [output], to=TensorProto.FLOAT16)
     model.graph.ClearField("node")
     model.graph.node.extend([*nodes[:place], *before, wide, after, *nodes[place + 1 :]])
-    # the types of all values are inferred anew
+    # the types of all values are inferred again
     model.graph.ClearField("value_info")
 
 

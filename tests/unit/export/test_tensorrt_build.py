@@ -103,7 +103,7 @@ def test_an_engine_of_unknown_origin_is_said_to_be_one(artifact: Path) -> None:
 def test_other_options_and_profiles_make_other_engines_beside_them(artifact: Path, trt: ModuleType) -> None:
     before = {record.plan for record in read_records(artifact)}
     engines, _ = support.build(artifact, resolutions=(8,))
-    # text encoders know no resolution, so theirs stay
+    # text encoders do not depend on the resolution, so theirs are kept
     assert [engine.reused for engine in engines] == [True, True, False, False]
     assert before < {record.plan for record in read_records(artifact)}
 
@@ -162,7 +162,7 @@ def test_a_crash_of_the_builder_is_one_line_and_leaves_nothing(
     monkeypatch.setenv("FAKE_TENSORRT_BUILD", "crash")
     with pytest.raises(FmgError, match=r"engine of transformer was not built: the builder ended by SIGABRT") as caught:
         support.build(artifact, resolutions=(8,))
-    # Polygraphy's advice to install a package for colours is no reason
+    # Polygraphy's advice to install a package for colours is not the reason
     assert "colored" not in caught.value.what
     assert sorted(file.name for file in (artifact / ENGINES).iterdir()) == before
 

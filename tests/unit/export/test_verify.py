@@ -52,7 +52,7 @@ def test_an_export_is_verified(
     assert checks["images"].values["images"] == 64
     assert checks["reward/shapes"].values["torch"] > 0.2, "a reward of nothing would compare nothing"
     assert {"images/int8", "reward/shapes/int8", "precision/transformer_int8"} <= checks.keys()
-    # and the manifest keeps it, beside the hash of what was proven
+    # and the manifest keeps it, with the hash of what was verified
     again = open_artifact(artifact.folder).manifest
     assert by_name(again.checks) == checks
     assert checks["images"].weights == again.sampling_digest()
@@ -201,7 +201,7 @@ def test_differences_of_pictures() -> None:
     other = images.copy()
     other[7, 0, 0, 0] = np.nan
     assert not result(other)[0]
-    # PSNR alone would not tell: min(200, nan) is 200
+    # PSNR alone would not detect it: min(200, nan) is 200
     broken = Fixed(other), Fixed(other)
     found = compare(*broken, eval_set, {"r": refuse_all}, progress=lambda *at: None)  # type: ignore[arg-type]
     assert found.gaps == ()

@@ -130,7 +130,7 @@ def test_what_differs_is_named(
     folder = copied(shapes_artifact, tmp_path / "a")
     edit(folder)
     found = failed(folder, shapes_run)
-    # the 8-bit weights are held against those of the fp32 graph
+    # the 8-bit weights are compared with those of the fp32 graph
     assert check in found
     assert found.keys() <= {check, "weights/transformer_int8"}
     assert re.search(note, found[check]), found[check]

@@ -91,7 +91,7 @@ def test_stages_and_ratios(shapes_artifact: Artifact, shapes_run: Path) -> None:
     )
     for timing in timings.values():
         parts = [timing.stages[name] for name in (TOKENISE, TEXT_ENCODERS, NOISE, TRANSFORMER, VAE)]
-        # embeddings are remembered, and still every repeat has to encode
+        # embeddings are cached, but every repeat must encode
         assert all(0 < part.min <= part.p50 <= part.p90 for part in parts)
         assert sum(part.min for part in parts) <= timing.stages[TOTAL].p90
         assert (timing.steps, timing.images, timing.repeats, len(timing.totals_ms)) == (2, 2, 3, 3)
@@ -166,7 +166,7 @@ def test_a_damaged_graph_is_named(shapes_artifact: Artifact, tmp_path: Path) -> 
     (folder / "vae_decoder.onnx").write_bytes((folder / "vae_decoder.onnx").read_bytes()[:2000])
     with pytest.raises(CheckpointError, match=r"vae_decoder\.onnx has 2000 bytes"):
         load(folder)
-    # and when somebody has made the manifest agree
+    # also if the manifest was changed to match
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["files"]["vae_decoder.onnx"]["size"] = 2000
     (folder / MANIFEST).write_text(json.dumps(manifest))

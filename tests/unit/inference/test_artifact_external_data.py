@@ -137,7 +137,7 @@ def test_a_graph_that_is_split_or_oddly_encoded_hides_nothing(clean: Path, tmp_p
     more = ModelProto(graph=GraphProto(initializer=[stray_tensor()])).SerializeToString()
     file = tmp_path / "g.onnx"
     file.write_bytes(whole + more)
-    # protobuf merges what comes twice, and so does whoever loads the file
+    # protobuf merges repeated fields, and so does every loader
     assert len(onnx.load(file, load_external_data=False).graph.initializer) == 12
     assert external_files(file) == {STRAY, "transformer.safetensors"}
     # field 7 with its tag in five bytes, of which the last goes beyond 32 bits

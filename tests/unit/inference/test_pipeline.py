@@ -189,7 +189,7 @@ def test_without_fmg_the_folder_says_what_it_needs(exported: Path) -> None:
 def test_the_shipped_folders_are_of_this_class(name: str) -> None:
     prompts = ['say "A"', 'say "B"'] if name == "meanflow-text" else PROMPTS
     expected = load(name, device="cpu").generate(prompts, SEEDS).images
-    # they are stored in fp16, which diffusers keeps for the text encoders unless it is told otherwise
+    # they are stored in fp16, which diffusers keeps for the text encoders by default
     stock: Any = DiffusionPipeline.from_pretrained(str(ASSETS / name), dtype=torch.float32, **TRUSTED)
     for pipe in (FlowMapPipeline.from_pretrained(ASSETS / name), FlowMapPipeline.from_model(name), stock):
         pipe.set_progress_bar_config(disable=True)
@@ -296,7 +296,7 @@ def test_a_wrong_call_says_what_is_wrong(tmp_path: Path, arguments: dict[str, An
 def test_a_folder_of_before_is_read_rightly_or_refused(kind: str, tmp_path: Path) -> None:
     folder = build_tiny_flux(tmp_path / kind, second_time="duration" if kind == "two-time" else "none")
     index = json.loads((folder / "model_index.json").read_text())
-    # as exports were before: the stock classes by name
+    # as in earlier exports, which name the stock classes
     index["transformer"] = ["diffusers", "FluxTransformer2DModel"]
     (folder / "model_index.json").write_text(json.dumps(index))
     assert index["_class_name"] == "FluxPipeline"

@@ -242,7 +242,7 @@ def test_a_plan_that_claims_to_have_been_built_here_is_not_loaded(plain: Path, t
     # the engine that is run first
     plan = next((folder / ENGINES).glob("text_encoder_2-*.plan"))
     plan.write_bytes(plan.read_bytes()[:-1] + b"!")
-    # its record still says the sha256 of the plan that this computer remembers
+    # its record still has the sha256 of the plan that this computer recorded
     with pytest.raises(CheckpointError, match="is damaged: its hash is not the one in its record"):
         load(folder).generate(["a"], [0])
     assert "deserialize_cuda_engine" not in DEVICE.names()

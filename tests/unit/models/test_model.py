@@ -60,7 +60,7 @@ def test_decoding_in_chunks_changes_nothing(model: FluxModel, monkeypatch: pytes
     sizes: list[int] = []
     model.components.vae.decoder.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
     monkeypatch.setattr("fmg.models.common.model.DECODE_PIXELS", 2 * 64 * 64)
-    # convolutions round by batch size as the processor likes: 2e-6 seen; what the design promises of an image is 1e-5
+    # convolutions round differently by batch size and processor: 2e-6 observed; the design promises 1e-5 per image
     assert (model.decode(latents) - whole).abs().max() <= 1e-5
     assert sizes == [2, 2, 1]
     assert DECODE_PIXELS > 2 * 64 * 64
@@ -118,5 +118,5 @@ def test_tiles_bound_what_the_decoder_sees_and_slices_take_one_image(
     assert len(seen) > 1
     assert max(max(shape[2:]) for shape in seen) == 16
     assert tiled.shape == whole.shape
-    # tiles do not see beyond their edges, which shows in group norms of noise, and little elsewhere
+    # tiles lack what is beyond their edges, which affects group norms of noise, and little else
     assert float((tiled - whole).abs().mean()) < 0.1

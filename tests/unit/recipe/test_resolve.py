@@ -74,7 +74,7 @@ def test_the_recipe_of_a_run_is_the_same_run_again(write: Write, tmp_path: Path)
         assert again.provenance["rollout.kind"].kind == "built-in"
         assert again.recipe.rollout.kind == "chain"
         assert again.recipe.lora.rank == 2
-    # any other file is over the recipe of its model
+    # any other file is layered over the recipe of its model
     assert resolve(write(older)).recipe.rollout.kind == "branch"
 
 

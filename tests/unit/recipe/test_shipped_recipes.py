@@ -57,7 +57,7 @@ def test_a_branched_recipe_is_its_chain_but_for_the_rollout(name: str) -> None:
     alike = ("groups", "group_size", "steps", "grid")
     assert [getattr(branch.rollout, key) for key in alike] == [getattr(chain.rollout, key) for key in alike]
     assert branch.rollout.branch.steps == "adaptive"
-    # whole groups a call, and as many rows of an update: no bf16 call is filled up, and the ratio is 1
+    # whole groups per call, and as many rows per update: no bf16 call is padded, and the ratio is 1
     assert branch.rollout.batch_size is not None
     assert branch.rollout.batch_size == branch.train.micro_batch * branch.rollout.group_size  # type: ignore[operator]
 

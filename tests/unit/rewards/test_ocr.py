@@ -63,7 +63,7 @@ def logp() -> Any:
         ('a 5" disk labelled "DATA"', "DATA"),
         ('a 10"x12" print that says "HI"', "HI"),
         ('"ROUTE 66" on a 5" sign', "ROUTE 66"),
-        # the only pair, as Flow-GRPO reads it
+        # the only pair of quotes, as in Flow-GRPO
         ('room 5"EXIT"', "EXIT"),
         ('a board: “"HELLO"”', "HELLO"),
         ('a board: ""HELLO""', "HELLO"),

@@ -155,7 +155,7 @@ def test_drop_group_keeps_the_groups_that_were_scored(client: Any, server: FakeS
     assert kept.tolist() == output.scored.tolist()
     advantages = group_advantages(select_rows(output, kept).total, groups[kept], global_std=True)
     assert torch.isfinite(advantages).all()
-    # whoever does not know of missing scores meets an error, not a zero
+    # code that does not expect missing scores gets an error, not a zero
     with pytest.raises(RewardError, match="not finite"):
         group_advantages(output.total, groups, global_std=True)
 

@@ -157,7 +157,7 @@ def test_a_failure_names_reward_and_prompt_and_never_the_key(
     with pytest.raises(RewardError, match=r"vlm-judge.*'a cat'.*status 401: bad key") as caught:
         judge(api_key_env="MY_KEY", on_failure="drop-group")(IMAGES, PROMPTS)
     assert "sk-secret" not in str(caught.value)
-    # what another attempt cannot mend is asked once for each picture
+    # an error that a retry cannot fix is requested once for each picture
     assert len(server.calls) <= 2
 
 

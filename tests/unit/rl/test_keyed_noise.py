@@ -12,7 +12,7 @@ keys = st.lists(st.builds(NoiseKey, integers, integers, integers, integers, inte
 
 
 def test_golden_values() -> None:
-    # these values must not change between releases: seeds in recipes and galleries stand for pictures
+    # these values must not change between releases: seeds in recipes and galleries identify images
     drawn = noise([NoiseKey(0, 0, 0, 0, 0), NoiseKey(1, -1, 0, 0, 3)], (3,))
     assert drawn.tolist() == [
         [-0.430855929851532, 0.3666914701461792, 0.0002698877069633454],

@@ -255,7 +255,7 @@ def run(tmp_path: Path) -> RunFolder:
 def test_a_state_without_one_of_its_parts_is_damaged(key: str, run: RunFolder) -> None:
     file = next(run.path.glob(f"state/*/{STRUCTURE}"))
     pairs = json.loads(file.read_text())["$pairs"]
-    # states of before branched rollouts have no sampling
+    # states from before branched rollouts have no sampling
     assert {name for name, _ in pairs} == {*KEYS, "sampling"}
     load_state(run, RECIPE)
     file.write_text(json.dumps({"$pairs": [[name, value] for name, value in pairs if name != key]}))
@@ -387,7 +387,7 @@ def test_prompts_are_found_from_any_directory_and_changed_ones_are_refused(
     with pytest.raises(UsageError, match="has changed: its prompts"):
         load_prompts(recipe.eval.prompts)
     load_state(run, recipe, accept_changed_prompts=True)
-    # a file that moved is the same by its content
+    # a moved file is recognised by its content
     (there / "mine.txt").write_text("a red circle\na blue square\n")
     load_state(run, recipe.with_({f"{place}.path": str(there / "mine.txt") for place in ("prompts", "eval.prompts")}))
 

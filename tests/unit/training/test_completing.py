@@ -178,7 +178,7 @@ def test_a_live_graph_follows_the_weights(model: FluxModel, trained: str, monkey
     for seed, rows in ((1, 3), (2, 4)):
         before = _jump(model, flow_map, rows)
         _shake(model, seed)
-        # what no adapter touches is the network's own memory; what it touches is merged when asked
+        # weights without an adapter are the network's own memory; the others are merged on request
         assert trained != "lora" or torch.equal(_jump(model, flow_map, rows), before)
         graph.refresh()
         torch.testing.assert_close(_jump(model, flow_map, rows), _jump(model, rows=rows), rtol=1e-4, atol=1e-4)

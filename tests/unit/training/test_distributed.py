@@ -22,7 +22,7 @@ def test_shards_are_in_order_of_equally_many_calls_and_complete(total: int, coun
     calls = [[rows.tolist() for rows in share.rows.split(unit)] for share in shares]
     assert {len(made) for made in calls} == {shares[0].calls}
     assert [row for share in shares for row in share.rows[: share.length].tolist()] == list(range(total))
-    # a filled-up share, of which `DistContext.gather` cuts off what fills up
+    # a padded shard, whose padding `DistContext.gather` removes
     joined = [row for share in shares for row in [*share.rows.tolist(), *[0] * (share.size - len(share.rows))]]
     assert joined[:total] == list(range(total))
     # whole calls are those of one process alone

@@ -58,7 +58,7 @@ def test_what_rose_first_is_compared_with_its_peak() -> None:
     (lost,) = found.hacked
     assert lost.before == pytest.approx(0.9, abs=0.02)
     assert 10 <= lost.since <= 12
-    # still above where the run began
+    # still above the start of the run
     assert lost.now > 0.7
 
 

@@ -35,7 +35,7 @@ def test_counts_of_a_run_with_transitions() -> None:
 @pytest.mark.parametrize(
     ("sets", "rollout", "updates"),
     [
-        # 3 groups of 5: one transition each, one call a completion, and the mean prefix of three steps
+        # 3 groups of 5: one transition each, one call per completion, and the mean prefix of three steps
         (["rollout.branch.steps=first"], "18", "3"),
         (["rollout.branch.steps=adaptive"], "21", "3"),
         (["rollout.branch.completion=grid"], "48", "3"),
@@ -153,7 +153,7 @@ def test_the_rates_are_those_that_were_measured() -> None:
     measured = json.loads(MEASURED.read_text())
     for stage, share in SHARE_OF_PEAK.items():
         assert share == pytest.approx(measured[stage]["share_of_data_sheet_peak"], abs=5e-4)
-    # the measured seconds come out again: 49 ms a call, 192 ms a trained row
+    # this reproduces the measured seconds: 49 ms per call, 192 ms per trained row
     found = on_gpus("meanflow-flux-1gpu", ("rollout.groups=2", "rollout.group_size=8"))[("H200", "chain")]
     assert found.seconds == pytest.approx(measured["rollout"]["seconds"] + measured["update"]["seconds"], rel=0.01)
 

@@ -128,12 +128,12 @@ def test_flops_of_a_call_are_those_counted_by_torch() -> None:
         ("meanflow-shapes", {"rollout.kind": "chain", "objective": "rwfm", "optimizer": "adafactor"}),
         ("meanflow-shapes", {"train.trainable": "lora+duration", "train.ema_decay": 0.9}),
         ("meanflow-shapes", {"train.trainable": "full", "train.ema_decay": 0.9, "train.micro_batch": 5}),
-        # several micro-batches an update, whose gradients are there beside the activations, as the plan has it
+        # several micro-batches per update, whose gradients coexist with the activations, as in the plan
         (
             "meanflow-shapes",
             {"rollout.kind": "chain", "train.trainable": "full", "train.dtype": "bf16", "objective.kl_beta": 0.1},
         ),
-        # one pass an update, whose gradients take the place of activations
+        # one pass per update, whose gradients take the place of activations
         ("meanflow-shapes", {"train.trainable": "full", "train.dtype": "bf16", "objective.kl_beta": 0.1}),
         ("meanflow-shapes", {**BRANCHED, "train.micro_batch": 1}),
         ("scm-shapes", {**BRANCHED, "rollout.branch.completion": "grid"}),
@@ -165,7 +165,7 @@ def test_a_full_size_plan_shares_the_samples_among_devices() -> None:
     one, eight = plan_memory(recipe, geometry, sizes), plan_memory(recipe, geometry, sizes, devices=8)
     assert one.parts["transformer"] == 2 * geometry.parameters == pytest.approx(16.35e9, rel=0.01)
     assert one.parts["text encoders"] == 0
-    # every device holds the whole rollout, and the images of its own share
+    # every device holds the whole rollout, and the images of its own shard
     assert one.parts["rollout store"] - eight.parts["rollout store"] == 1152 * 7 // 8 * 3 * 512**2 * 4
     # an update of eight devices is a single pass, whose gradients take the place of activations
     gradients = 4 * trained_by(recipe, geometry).parameters
