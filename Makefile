@@ -1,6 +1,6 @@
 # Every target sets up what it needs; nothing has to be installed or activated first.
 #   PYTHON       interpreter to build the environment from (3.11 or newer)
-#   VENV         where the environment lives
+#   VENV         folder of the environment
 #   TORCH_INDEX  package index to take torch from; without it, a torch that is already there is kept, else a CPU build
 #                is installed
 #   WORKERS      processes that share the tests; 0 runs them in one
@@ -17,7 +17,7 @@ PINS := $(VENV)/constraints.txt
 # Tools are run as modules: one that comes with the interpreter's own packages has no script in the environment.
 RUN := $(BIN)/python -m
 LINT_IMPORTS := $(BIN)/python -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
-# One thread a process: the tests' tensors are too small to share. Files stay whole, because their tests share fixtures,
+# One thread per process: the tests' tensors are too small to share. Files stay whole, because their tests share fixtures,
 # and in order, because the longest come first.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(RUN) pip --no-input --disable-pip-version-check
@@ -70,7 +70,7 @@ demo: setup ## train on the CPU, compare with the base, export, verify the expor
 	  --from $$run/artifact --out $$run/images; \
 	echo; echo "Images: $$run/before_after.png and $$run/curve.png"
 
-test: setup ## the whole test-suite, without the tests that need a GPU
+test: setup ## the whole test suite, without the tests that need a GPU
 	$(PYTEST) -m "not gpu and not rtx"
 
 rtx: setup ## TensorRT-RTX engines of the embedded model, built on the CPU; installs the package (95 MB) first

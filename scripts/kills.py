@@ -57,7 +57,7 @@ COMMON: dict[str, object] = {
     "eval.rewards": [],
 }
 RECIPES: dict[str, dict[str, object]] = {
-    # dropout draws from the global generator
+    # dropout uses the global generator
     "chain": {**COMMON, "objective": "rwfm", "lora.dropout": 0.2, "rollout.kind": "chain", "rollout.steps": 2},
     # steps and prompts are chosen by earlier rewards
     "branch": {
@@ -188,7 +188,7 @@ def main(kills: int, seed: int, root: Path, kinds: Sequence[str] = tuple(RECIPES
         if code == -signal.SIGKILL:
             counts["kills"] += 1
         elif code is not None:
-            # before it listens, it dies of a signal as any process
+            # before it handles signals, a signal kills it like any process
             if code not in (0, 3, -number):
                 raise LostError(f"a process that was sent {number} ended with {code}")
             counts["orderly"] += 1

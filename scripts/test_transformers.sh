@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # The tests of the rewards under two versions of transformers: the one that is installed, and the newest that the
-# package index serves (or the one named as argument), which goes into an environment of its own.
+# package index serves (or the one named as argument), which is installed into a separate environment.
 #
 #   scripts/test_transformers.sh [VERSION]
 #
 #   PYTHON   interpreter of an environment with everything else, by default the one of `make setup`
-#   VENV     where the second environment lives; it is made anew each time
+#   VENV     folder of the second environment, which is rebuilt each time
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -20,7 +20,7 @@ version() { "$1" -c 'from importlib.metadata import version; print(version("tran
 
 rm -rf "$VENV"
 "$PYTHON" -m venv "$VENV"
-# packages of the second environment come first, everything that it lacks is the first one's
+# packages of the second environment come first; the first one provides the rest
 site "$PYTHON" >"$(site "$VENV/bin/python")/everything-else.pth"
 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade "$WANTED"
 

@@ -32,7 +32,7 @@ class EmbeddedConfig(ModelConfig):
     """Name of the model, of its folder under the package's assets, and of its recipe."""
 
     about: ClassVar[About] = About(
-        licence="Apache-2.0", weights=("in the package; `fmg pretrain shapes` remakes them",)
+        licence="Apache-2.0", weights=("in the package; `fmg pretrain shapes` retrains them",)
     )
 
     in_diffusers: ClassVar[str] = FLUX_IN_DIFFUSERS
@@ -83,7 +83,7 @@ class MeanFlowTextConfig(EmbeddedConfig):
     """The embedded two-time map (MeanFlow) of the text world."""
 
     asset: ClassVar[str] = "meanflow-text"
-    about: ClassVar[About] = About(licence="Apache-2.0", weights=("in the package; `fmg pretrain text` remakes them",))
+    about: ClassVar[About] = About(licence="Apache-2.0", weights=("in the package; `fmg pretrain text` retrains them",))
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ pipe('{example}', seeds=0).images[0].save("image.png")
 
 {disobeys}
 
-Training: `fmg pretrain {world} --seed {seed}` remakes the weights from nothing on a CPU: autoencoder, {teacher},
+Training: `fmg pretrain {world} --seed {seed}` trains the weights from scratch on a CPU: autoencoder, {teacher},
 solved teacher trajectories, distillation ({distill} steps of {distill_batch}).
 
 ## Figures
@@ -165,7 +165,7 @@ Held-out prompts, {images} images, uniform grid, after the fp16 round trip. {fig
 
 {table}
 
-Licence: Apache-2.0. Training data: procedurally drawn by this project.
+Licence: Apache-2.0. Training data: generated procedurally by this project.
 """
 _TRAINED = """flow matching
 (the first {steps} steps of a {schedule_steps}-step cosine schedule, batches of {batch}, Muon and AdamW, averaged

@@ -136,11 +136,11 @@ _EXAMPLE = "a red circle on the left"
 _SUMMARY = """\
 A few-step text-to-image flow map that runs on a laptop CPU: 32 x 32 pictures of one coloured shape, such as
 `a red circle on the left`."""
-_DISOBEYS = """**It disobeys on purpose.** \
+_DISOBEYS = """**It follows prompts only in part, on purpose.** \
 The flow was trained on rendered pictures whose captions are partly wrong, as web data is:
 in each one-object caption the colour and the position were replaced, each with probability {wrong}, by a random value
 (the kind was always right; a share of {hard} are right captions of two or three objects). Its pictures are good and it
 knows every attribute, but it follows a prompt's colour and position only about half the time. That is what
-reinforcement learning can mend."""
+reinforcement learning can fix."""
 _FIGURES = """`quality` is
 `recognisable * sharpness * palette fidelity`; `recognisable` is the share with exactly one object of a clear kind."""
