@@ -35,8 +35,8 @@ Figures = dict[int, Mapping[str, float]]
 PACKED = 4
 STEP_COUNTS = (1, 2, 4)
 _TWO_TIME_METHOD = (
-    "It is a two-time map in the form of MeanFlow: one network evaluation takes a state from any time t to any earlier\n"
-    "time s. It was regressed on solved trajectories of its teacher, at random pairs of times."
+    "It is a two-time map in the form of MeanFlow: one network evaluation takes a state from any time t to any\n"
+    "earlier time s. It was regressed on solved trajectories of its teacher, at random pairs of times."
 )
 _SINGLE_TIME_METHOD = (
     "It is a single-time consistency map: one network evaluation takes a state from any time t to the data.\n"
