@@ -19,8 +19,8 @@ def watching(observer: Observer | None, progress: bool | None) -> Iterator[Obser
 
     Args:
         observer: what the caller passed.
-        progress: True shows progress on stderr; False does not; None shows it where there is no observer and stderr is
-            a terminal or the program runs in a notebook. Where nothing is shown and nobody observes, warnings go to the
+        progress: True shows progress on stderr; False does not; None shows it if there is no observer and stderr is a
+            terminal or the program runs in a notebook. If nothing is shown and there is no observer, warnings go to the
             logger `fmg`.
     """
     reporter = _reporter(observer, progress)
@@ -38,7 +38,7 @@ def watching(observer: Observer | None, progress: bool | None) -> Iterator[Obser
 
 
 def log_notices(event: Event) -> None:
-    """Warnings and errors to the logger `fmg`, which prints them unless a program says otherwise."""
+    """Sends warnings and errors to the logger `fmg`, which prints them unless a program configures it otherwise."""
     if isinstance(event, Notice) and event.level != "info":
         logging.getLogger("fmg").log(logging.ERROR if event.level == "error" else logging.WARNING, event.text)
 

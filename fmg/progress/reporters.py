@@ -28,7 +28,7 @@ from fmg.core.events import Evaluated, Event, IterationDone, Notice, Resumed, St
 from fmg.data.run_metrics import headline
 
 LOADING = StageProgress("loading", 0, 0)
-"""What is reported before torch is imported, which takes an unknown time."""
+"""The stage reported while torch is being imported, which takes an unknown time."""
 
 # Seconds without a line after which a pipe is told where a long stage stands
 _HEARTBEAT = 10.0
@@ -43,14 +43,14 @@ _NOTEBOOK_FORMAT = '<pre style="line-height:normal;font-family:Menlo,Consolas,mo
 
 
 class SafeConsole(Console):
-    """A console whose text can hold anything: nothing in it moves the cursor or sets the title of the terminal."""
+    """A console for untrusted text: nothing in it moves the cursor or sets the title of the terminal."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """A string as it will be shown, so that tables leave room for it."""
+        """A string as it will be shown, so that tables reserve enough space."""
         return super().render_str(visible(text, lines=True), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """The same for text from elsewhere; Rich's own control codes stay."""
+        """The same for other text; Rich's own control codes stay."""
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else visible(text, lines=True), style, control)
 
@@ -81,7 +81,7 @@ class PlainReporter(Stateless):
 
     Args:
         console: where the lines go.
-        clock: seconds; a test passes its own.
+        clock: returns seconds; a test passes its own.
     """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
@@ -137,7 +137,7 @@ def _watched(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 class _Imports:
-    """The package being imported: the newest one of the interpreter, as long as new ones arrive."""
+    """The package being imported: the newest in the interpreter, as long as new ones appear."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -150,7 +150,7 @@ class _Imports:
 
 
 class _Title(ProgressColumn):
-    """What is being done; with a spinner and the package being imported where the total is unknown."""
+    """The current stage, with a spinner and the package being imported if the total is unknown."""
 
     def __init__(self, *, utf8: bool) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class _Title(ProgressColumn):
 
 
 class _Count(ProgressColumn):
-    """Units done of all, or the seconds since the stage began where the total is unknown."""
+    """Units done and in total, or the seconds since the stage began if the total is unknown."""
 
     def render(self, task: Task) -> Text:
         if task.total is None:
@@ -184,7 +184,7 @@ class _Rate(ProgressColumn):
 
 
 class LiveReporter:
-    """Redraws a few lines in place; what has to stay is printed above them.
+    """Redraws a few lines in place; permanent lines are printed above them.
 
     Args:
         console: an interactive console.
@@ -245,7 +245,7 @@ class LiveReporter:
             self._keep_above(Text(event.text, style="yellow" if event.level == "warning" else ""))
 
     def _keep_above(self, *lines: RenderableType) -> None:
-        """Prints what has to stay above the lines that are redrawn."""
+        """Prints permanent lines above the ones that are redrawn."""
         self._console.print(*lines)
 
     def _keep(self, iteration: int, line: Mapping[str, float]) -> None:
@@ -287,7 +287,7 @@ class LiveReporter:
 
 
 class NotebookReporter(LiveReporter):
-    """The live view as the output of a notebook's cell, whose HTML is replaced as the work progresses.
+    """The live view as the output of a notebook cell, whose HTML is replaced as the work progresses.
 
     Rich's own notebook view needs ipywidgets.
     """

@@ -1,4 +1,4 @@
-"""Recipes: one run, written down, with the source of each value. Importing this package does not import torch."""
+"""Recipes: descriptions of runs with the source of each value. Importing this package does not import torch."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ _MAPS = {"any": "two-time", "endpoint": "single-time"}
 def check_target_times(name: str, requires: Requirements, grid: Sequence[float]) -> None:
     """Refuses a grid with a stochastic transition to a time at which the stochasticizer `name` is not defined.
 
-    `grid` falls from 1 to 0; every time between its ends is the target of a stochastic transition. For grids that
+    `grid` decreases from 1 to 0; every time between its ends is the target of a stochastic transition. For grids that
     depend on the image size this is called when the model is composed, for all others with the recipe.
 
     Raises:
@@ -32,7 +32,7 @@ def check_target_times(name: str, requires: Requirements, grid: Sequence[float])
 
 
 def check_backend(recipe: RecipeFields, device_type: str) -> None:
-    """Refuses a backend of completions that does not run on a type of device, or whose packages are not there.
+    """Refuses a backend of completions that does not run on a type of device, or whose packages are not installed.
 
     Raises:
         CompositionError: naming the backend.
@@ -49,7 +49,7 @@ def check_backend(recipe: RecipeFields, device_type: str) -> None:
 
 
 def problems(recipe: RecipeFields) -> Iterator[Problem]:
-    """Every misfit, most basic first."""
+    """All misfits, the most basic first."""
     spec = recipe.model.config.spec()
     yield from _map_problems(recipe, spec)
     yield from _sampler_problems(recipe)
@@ -149,7 +149,7 @@ def _branch_problems(recipe: RecipeFields) -> Iterator[Problem]:
 
 
 def _backend_problems(recipe: RecipeFields, device_type: str) -> Iterator[Problem]:
-    """Misfits of the backend of completions on a type of device; `auto` is one that is not known yet."""
+    """Misfits of the backend of completions on a type of device; `auto` is not known yet."""
     rollout, backend = recipe.rollout, recipe.rollout.branch.backend
     if backend == "torch":
         return

@@ -1,4 +1,4 @@
-"""YAML 1.2 documents as trees of values in which every value knows where it was written."""
+"""YAML 1.2 documents as trees in which every value knows its source."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Node:
 
     @property
     def mapping(self) -> Mapping[str, Node] | None:
-        """The children when this is a mapping."""
+        """The children, if this is a mapping."""
         return self.value if isinstance(self.value, Mapping) else None
 
     def plain(self) -> Plain:
@@ -62,14 +62,14 @@ class Node:
         return self.value
 
     def exact(self, path: Iterable[str]) -> Node | None:
-        """The node at `path`; positions in sequences are decimal texts. None when there is none."""
+        """The node at `path`; positions in sequences are decimal strings. None when there is none."""
         node: Node | None = self
         for part in path:
             node = None if node is None else node._children().get(part)
         return node
 
     def find(self, path: Iterable[str | int]) -> Node:
-        """The node at `path`, or the innermost one on the way to it."""
+        """The node at `path`, or the innermost existing one on the way to it."""
         node = self
         for part in path:
             child = node._children().get(str(part))
@@ -88,7 +88,7 @@ def node_of(value: object, source: Source) -> Node:
     """A tree whose every value comes from `source`.
 
     Raises:
-        UsageError: for a value that a recipe cannot hold.
+        UsageError: for a value that a recipe cannot contain.
     """
     if isinstance(value, Node):
         return value
@@ -217,7 +217,7 @@ class _Reader:
         return self._fail(node, f"the tag '{tag}' is not allowed", _NO_TAGS)
 
     def _text(self, node: ScalarNode, text: str) -> str:
-        """A text that a file name, a prompt and JSON can hold."""
+        """A text that can occur in a file name, a prompt and JSON."""
         if _NO_TEXT.search(text):
             self._fail(node, _HALF, "Remove it.")
         return text

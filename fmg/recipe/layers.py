@@ -149,13 +149,13 @@ def _in_folder(prompts: Node, folder: Path) -> Node:
 
 
 def merge(lower: Node, upper: Node, section: str = "") -> Node:
-    """`upper` over `lower`. Mappings merge key by key, unless `upper` names another component: that one starts afresh.
+    """`upper` over `lower`. Mappings merge key by key, unless `upper` names another component, which drops the options.
 
     Sequences and scalars are replaced; `rewards.0.weight` reaches into a sequence.
 
     Args:
-        lower, upper: values of one place of a recipe.
-        section: the section that they are; empty for other places.
+        lower, upper: values at the same place in a recipe.
+        section: the name of the section they form; empty elsewhere.
 
     Raises:
         UsageError: for a list position that does not exist.
@@ -222,7 +222,7 @@ def _at(path: Sequence[str], node: Node, source: Source) -> Node:
 
 
 def _exclusive(section: str, component: Mapping[str, Node]) -> frozenset[str]:
-    """The options of a component of which at most one may be given."""
+    """Groups of options of a component of which at most one may be given."""
     registry, name = registry_for(_COMPONENTS[section]), component.get("name")
     if name is None:
         return frozenset()
@@ -234,7 +234,7 @@ def _exclusive(section: str, component: Mapping[str, Node]) -> frozenset[str]:
 def _without_rivals(
     below: Mapping[str, Node], above: Mapping[str, Node], exclusive: frozenset[str]
 ) -> Mapping[str, Node]:
-    """The options of a lower layer without those that one of the upper replaces; two of `--set` contradict."""
+    """The options of a lower layer without those that the upper layer replaces; two in `--set` are an error."""
     given = [above[option] for option in exclusive & above.keys() if above[option].value is not None]
     if not given:
         return below

@@ -1,4 +1,4 @@
-"""`Recipe`, one run written down, and `resolve`, which merges its layers and records the source of each value.
+"""`Recipe`, the description of a run, and `resolve`, which merges its layers and records the source of each value.
 
 Imports no torch.
 """
@@ -65,7 +65,7 @@ class Recipe(RecipeFields):
     @classmethod
     @python_call
     def of_run(cls, path: str | Path, *, allow_code: bool = False) -> Recipe:
-        """The recipe in a run folder, `recipe.yaml`, by which the run was made. Errors as in `resolve`."""
+        """The recipe of a run folder, `recipe.yaml`, with which the run was made. Errors as in `resolve`."""
         return resolve_run(path, allow_code=allow_code).recipe
 
     @python_call
@@ -73,7 +73,7 @@ class Recipe(RecipeFields):
         """This recipe with some values replaced; another component's name drops the old options.
 
         Args:
-            values: as `overrides`, for keys that are no Python names.
+            values: as `overrides`, for keys that are not Python identifiers.
             overrides: as in `default`: `recipe.with_(iterations=3, **{"lora.rank": 4})`.
 
         Raises:
@@ -83,7 +83,7 @@ class Recipe(RecipeFields):
         return override(self, {**(values or {}), **overrides}).recipe
 
     def to_yaml(self) -> str:
-        """YAML 1.2 that `from_yaml` reads back to an equal recipe; relative prompt files are those beside its file."""
+        """YAML 1.2 that `from_yaml` reads back to an equal recipe; relative prompt files are relative to its file."""
         return render(self.plain(), {})
 
     def __repr__(self) -> str:
@@ -124,7 +124,7 @@ class ResolvedRecipe:
         return tuple(Row(path, value, self.provenance[path]) for path, value in _leaves(self.recipe.plain(), ()))
 
     def with_(self, values: Mapping[str, object], why: str) -> ResolvedRecipe:
-        """The recipe with other values, which come from `why` unless something else gave them. Errors as in `resolve`.
+        """The recipe with other values, which come from `why` unless given explicitly. Errors as in `resolve`.
 
         Args:
             values: by dotted path.
@@ -147,7 +147,7 @@ def resolve(
     """Merges the layers of a recipe: the model's own default recipe < `config` < `flags` < `sets`.
 
     The recipe of a run folder states every option of its version of fmg; newer options take their built-in values, as
-    in `resolve_run`, so that it is the same run again. Reads no weights and imports no torch.
+    in `resolve_run`, so that the same run is repeated. Reads no weights and imports no torch.
 
     Args:
         config: path of a YAML file, or the name of a shipped recipe.

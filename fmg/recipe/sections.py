@@ -1,4 +1,4 @@
-"""What a recipe holds: references to components, numeric sections, and all of them together as `RecipeFields`."""
+"""The contents of a recipe: references to components, numeric sections, and `RecipeFields`, which has them all."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _LABELS = {PYTHON_REWARD: "target", FUNCTION_REWARD: "function"}
 
 
 class ComponentRef(BaseModel):
-    """`{name: N, option: value, ...}`: the component `N` of one kind. `config` holds all its options, typed."""
+    """`{name: N, option: value, ...}`: the component `N` of one kind. `config` has all its options, typed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     kind: ClassVar[str]
@@ -126,7 +126,7 @@ class RewardRef(ComponentRef):
 
     @property
     def label(self) -> str:
-        """Its name in log keys: for a user's own function `module:function` or its name, else the registered name."""
+        """Its name in log keys: `module:function` or the name of a user's own function, else the registered name."""
         return cast(str, getattr(self.config, _LABELS[self.name])) if self.name in _LABELS else self.name
 
 
@@ -248,7 +248,7 @@ class RolloutSection(Section):
 
     @property
     def units(self) -> int:
-        """What processes share: the groups of branched rollouts, the samples of chains."""
+        """What is divided among processes: the groups of branched rollouts, or the samples of chains."""
         return self.groups if self.kind == "branch" else self.samples
 
 
@@ -337,7 +337,7 @@ class EvalSection(Section):
 
 
 class RecipeFields(Section):
-    """The values of a recipe, validated one by one; `fmg.recipe.Recipe` adds the ways to make one."""
+    """The values of a recipe, validated one by one; `fmg.recipe.Recipe` adds its constructors."""
 
     model: ModelRef
     stochasticizer: StochasticizerRef
@@ -355,7 +355,7 @@ class RecipeFields(Section):
         return cast("dict[str, Plain]", self.model_dump(mode="json"))
 
     def notes(self) -> dict[str, str]:
-        """What each value means, by dotted path (`optimizer.lr`, `rewards.0.weight`): to annotate a recipe with."""
+        """What each value means, by dotted path (`optimizer.lr`, `rewards.0.weight`): for annotating a recipe."""
         return dict(_notes(self, ""))
 
     @property
@@ -368,7 +368,7 @@ class RecipeFields(Section):
 
 
 def _notes(section: BaseModel, path: str) -> Iterator[tuple[str, str]]:
-    """Path and meaning of every value under `path`; what a component has is described by its config."""
+    """Path and meaning of every value under `path`; the options of a component are described by its config."""
     if isinstance(section, ComponentRef):
         yield f"{path}name", registry_for(section.kind).row(section.name).summary
         yield from _notes(section.config, path)

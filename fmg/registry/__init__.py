@@ -1,4 +1,4 @@
-"""Components by name, and the recipes that put them together. Importing this package does not import torch."""
+"""Components by name. Importing this package does not import torch."""
 
 from __future__ import annotations
 

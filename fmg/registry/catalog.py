@@ -200,7 +200,7 @@ def registry_for(kind: str) -> Registry[Any]:
     """The registry of a kind named in singular or plural (`reward`, `rewards`, `prompt-set`, `prompt_sets`).
 
     Raises:
-        UsageError: for another kind, with a suggestion and the list.
+        UsageError: for any other kind, with a suggestion and the list.
     """
     wanted = kind.strip().lower().replace("_", "-")
     for registry in REGISTRIES:
@@ -215,7 +215,7 @@ def registry_of(name: str) -> Registry[Any]:
     """The registry that has a component called `name`.
 
     Raises:
-        UsageError: none has, or several have.
+        UsageError: no registry has one, or several do.
     """
     having = [registry for registry in REGISTRIES if name in registry.names()]
     if len(having) == 1:

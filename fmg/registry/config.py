@@ -39,7 +39,7 @@ class ComponentConfig(BaseModel):
     about: ClassVar[About] = About()
 
     judges: ClassVar[bool] = True
-    """Of a reward: whether less of it is worse. A plain measurement, held out, is no sign of reward hacking."""
+    """For a reward: whether less is worse. A held-out plain measurement is no sign of reward hacking."""
 
     exclusive: ClassVar[frozenset[str]] = frozenset()
     """Options of which at most one may be given; naming one replaces that of the layers below in a recipe."""
@@ -56,10 +56,10 @@ class ModelConfig(ComponentConfig, ABC):
     """Options of a model; declares the kind of map without reading a weight."""
 
     recipe: ClassVar[str | None] = None
-    """The model's default recipe, for a config with options that have no default: the recipe states them."""
+    """The model's default recipe, for a config with options without a default: the recipe states them."""
 
     in_diffusers: ClassVar[str] = ""
-    """What `load_lora_weights` of a saved adapter is called on, for model cards."""
+    """The object whose `load_lora_weights` loads a saved adapter, for model cards."""
     flow_map_pipeline: ClassVar[bool] = False
     """Whether `fmg.FlowMapPipeline` runs the model."""
     exportable: ClassVar[bool] = False
@@ -69,10 +69,10 @@ class ModelConfig(ComponentConfig, ABC):
 
     @abstractmethod
     def spec(self) -> MapSpec:
-        """Declared properties, read from the config or the small JSON beside the weights."""
+        """Declared properties, read from the config or the small JSON file beside the weights."""
 
     def card_facts(self) -> Mapping[str, str]:
-        """Facts about the base for the front matter of a model card: `base_model`, a hub id, and `license`."""
+        """Facts about the base for the front matter of a model card: `base_model` (a hub id) and `license`."""
         return {}
 
     def geometry(self) -> ModelGeometry | None:
@@ -85,7 +85,7 @@ class StochasticizerConfig(ComponentConfig, ABC):
 
     @abstractmethod
     def requires(self) -> Requirements:
-        """What it requires of the map and the grid."""
+        """Its requirements on the map and the grid."""
 
 
 class ObjectiveConfig(ComponentConfig, ABC):
@@ -119,7 +119,7 @@ class ObjectiveConfig(ComponentConfig, ABC):
 
     @property
     def kl_limit(self) -> float | None:
-        """Bound on `approx_kl` after an update, past which the iteration's other updates are skipped; None: no bound.
+        """Bound on `approx_kl` after an update, beyond which the iteration's other updates are skipped; None: no bound.
 
         Only an objective whose loss reports the part `approx_kl` can have one.
         """

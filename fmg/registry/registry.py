@@ -1,4 +1,4 @@
-"""The typed registry: one per component kind, generic over what a component of that kind must be able to do."""
+"""The typed registry: one per component kind, generic over the protocol of that kind."""
 
 from __future__ import annotations
 
@@ -85,9 +85,9 @@ class Registry(Generic[P]):
         self._loaded_entry_points = False
 
     def register(self, name: str, config: type[C], summary: str = "") -> Callable[[Callable[[C], P]], Callable[[C], P]]:
-        """Registers a class or function that turns a `C` into a component of this kind.
+        """Registers a class or function that builds a component of this kind from a `C`.
 
-        For components of other packages and of the current session; those of this package have a row in the catalog.
+        For components of other packages and of the current session; built-in ones have a row in the catalog.
 
         Args:
             name: lower-case words joined by hyphens.
@@ -95,7 +95,7 @@ class Registry(Generic[P]):
             summary: one line for `fmg list`; by default the first line of the docstring.
 
         Raises:
-            UsageError: when the name is malformed or taken, or the config has another base.
+            UsageError: the name is malformed or taken, or the config has the wrong base class.
         """
 
         def decorate(factory: Callable[[C], P]) -> Callable[[C], P]:
@@ -145,7 +145,7 @@ class Registry(Generic[P]):
         """The config class of `name`; imports no torch.
 
         Raises:
-            UsageError: unknown name, or a row that does not lead to a config class of this kind.
+            UsageError: unknown name, or a row that does not name a config class of this kind.
         """
         if name in self._configs:
             return self._configs[name]

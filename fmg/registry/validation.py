@@ -34,15 +34,15 @@ class Problem:
     fix: str
 
     def as_pydantic(self) -> PydanticCustomError:
-        """The error to raise inside a validator; `first_problem` unpacks it again, below the validator's own place."""
+        """The error to raise inside a validator; `first_problem` unpacks it below the validator's own location."""
         return PydanticCustomError(_CARRIER, "{what}", {"what": self.what, "fix": self.fix, "location": self.location})
 
 
 def validate_strictly(model: type[M], value: object) -> M:
-    """`value` by the rules of YAML: a list can be a tuple, but neither the text "1" nor true is a number.
+    """`value` validated by the rules of YAML: a list can be a tuple, but neither the text "1" nor true is a number.
 
-    Pydantic's strict mode has these rules for JSON texts alone; for Python values it refuses a list for a tuple.
-    So the value takes the way through JSON.
+    Pydantic's strict mode applies these rules only to JSON texts; for Python values it refuses a list for a tuple. So
+    the value is passed through JSON.
 
     Raises:
         ValidationError: it does not fit.

@@ -1,4 +1,4 @@
-"""What every reward goes through: checks of images and scores, weighted sums, and missing scores."""
+"""Common to all rewards: checks of images and scores, weighted sums, and missing scores."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ReadsPrompts(Protocol):
 class Checked:
     """A reward whose images and scores are checked; its scores are fp32 on the CPU.
 
-    It gets a copy of the images, which other rewards score and which are shown and saved afterwards.
+    It gets a copy of the images, since other rewards score them and they are shown and saved afterwards.
 
     Raises:
         RewardError: when the images are not floats `(b, 3, h, w)` in [0, 1]; when the reward fails, or returns anything
@@ -121,7 +121,7 @@ class Mixture:
         terms: (name, reward, weight); each reward is checked under its name.
 
     Raises:
-        UsageError: for no term, or two of one name.
+        UsageError: there is no term, or two have the same name.
     """
 
     def __init__(self, terms: Sequence[tuple[str, Reward, float]]) -> None:
@@ -265,8 +265,8 @@ def _check_images(name: str, images: object, prompts: Sequence[str]) -> None:
 def complete_groups(output: RewardOutput, groups: Int[Tensor, " b"]) -> Bool[Tensor, " b"]:
     """True for images of groups in which every image was scored.
 
-    A group advantage compares the images of one prompt, and a group with a gap is a different sample. The images of
-    incomplete groups belong to no update: their advantage is 0.
+    A group advantage compares the images of one prompt, and a group with missing scores is a different sample. The
+    images of incomplete groups are in no update: their advantage is 0.
     """
     if not isinstance(output, PartialRewardOutput):
         return torch.ones(len(groups), dtype=torch.bool)

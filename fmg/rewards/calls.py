@@ -39,7 +39,7 @@ class CallError(Exception):
 
     Args:
         reason: what happened, one clause.
-        passing: whether another attempt may succeed.
+        passing: whether the failure is temporary, so that another attempt may succeed.
         retry_after: seconds that the server asks the client to wait.
     """
 
@@ -65,10 +65,10 @@ class RetryPolicy:
     max_backoff: float
 
     def run(self, attempt: Callable[[], T], sleep: Callable[[float], None] = time.sleep) -> T:
-        """The result of the first attempt that does not raise a passing `CallError`.
+        """The result of the first attempt that does not raise a temporary `CallError`.
 
         Raises:
-            CallError: the last one, when no attempt is left or the failure is not passing.
+            CallError: the last one, when no attempt is left or the failure is not temporary.
         """
         for number in range(self.retries + 1):
             try:
@@ -153,7 +153,7 @@ def secret_from(variable: str | None, *, required: bool) -> str | None:
     """The secret in an environment variable; None when there is none and none is required.
 
     Raises:
-        UsageError: when it is required and missing, or holds anything but printable ASCII. Its value is never shown.
+        UsageError: it is required and missing, or contains anything but printable ASCII. Its value is never shown.
     """
     if variable is None:
         return None
@@ -164,14 +164,14 @@ def secret_from(variable: str | None, *, required: bool) -> str | None:
         return None
     if not value.isascii() or not value.isprintable():
         raise UsageError(
-            f"The environment variable {variable} holds no valid secret", "Use printable ASCII characters."
+            f"The environment variable {variable} does not contain a valid secret", "Use printable ASCII characters."
         )
     return value
 
 
 @contextmanager
 def _hanging_up(sock: socket.socket, deadline: float) -> Iterator[None]:
-    """Cuts the connection at `deadline`: a timeout of the socket bounds one read, not an answer that drips."""
+    """Cuts the connection at `deadline`: a socket timeout bounds a single read, not an answer that trickles in."""
 
     def cut() -> None:
         with suppress(OSError):
@@ -236,7 +236,7 @@ class Caller:
     Args:
         name: of the reward, for messages.
         config: bounds and policy.
-        advice: what to do when calls fail, one sentence.
+        advice: one sentence on what to do when calls fail.
     """
 
     def __init__(self, name: str, config: CallConfig, advice: str) -> None:
@@ -258,8 +258,8 @@ class Caller:
         """The scores of all chunks, which cover the rows of a batch; each chunk is scored by one call.
 
         Raises:
-            RewardError: names a prompt. With `stop`: a call failed for good. With `drop-group`: a call failed in a way
-                that another attempt cannot mend, or `patience` batches in a row got no score.
+            RewardError: names a prompt. With `stop`: a call failed permanently. With `drop-group`: a call failed in a
+                way that another attempt cannot fix, or `patience` consecutive batches got no score.
         """
         results = list(zip([rows for rows, _ in chunks], self._run([call for _, call in chunks]), strict=True))
         failed = [(rows, result) for rows, result in results if isinstance(result, CallError)]

@@ -39,7 +39,7 @@ from fmg.rewards.network import (
 from fmg.version import install_line
 
 Preprocess = Callable[[Float[Tensor, "b 3 h w"], int], Float[Tensor, "b 3 side side"]]
-"""Images in [0, 1] and the side the network takes to squares in [0, 1]."""
+"""From images in [0, 1] and the side that the network takes, to squares in [0, 1]."""
 
 _VISION = ("vision_model.", "visual_projection.")
 

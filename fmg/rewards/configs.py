@@ -93,7 +93,7 @@ class NetworkConfig(ComponentConfig, ABC):
 
     @abstractmethod
     def assets(self) -> tuple[Asset, ...]:
-        """As in `ComponentConfig`; required of a network."""
+        """As in `ComponentConfig`; required for a network."""
 
 
 class Hpsv2Config(NetworkConfig):
@@ -396,7 +396,7 @@ class OcrConfig(ComponentConfig):
 
 
 class OcrLogpConfig(ComponentConfig):
-    """Log-probability that the recogniser reads the quoted text, per character; for strips that hold one line."""
+    """Log-probability that the recogniser reads the quoted text, per character; for strips with one line."""
 
     about: ClassVar[About] = _PP_OCR
 
@@ -409,7 +409,7 @@ class OcrLogpConfig(ComponentConfig):
 
 
 class CallConfig(ComponentConfig):
-    """Limits on calls over a network."""
+    """Limits on calls over the network."""
 
     timeout: float = Field(default=60.0, gt=0, description="seconds that one attempt may take in total")
     retries: int = Field(default=4, ge=0, le=100, description="further attempts after a temporary failure")

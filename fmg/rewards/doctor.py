@@ -39,7 +39,7 @@ class KnownAnswer:
         value: the expected score.
         tolerance: largest deviation: rounding, and differences between versions of the libraries in `origin`.
         origin: where the value comes from.
-        part: which score; `total` or the name of a part.
+        part: which score: `total` or the name of a part.
         options: of the reward; the defaults when empty.
     """
 
@@ -58,7 +58,7 @@ def gradient() -> Picture:
 
 
 def white() -> Picture:
-    """Nothing, 64 x 128."""
+    """A blank image, 64 x 128."""
     return torch.ones(3, 64, 128)
 
 
@@ -86,7 +86,7 @@ def tag() -> Picture:
 
 
 def blank_tag() -> Picture:
-    """Nothing, 24 x 24."""
+    """A blank image, 24 x 24."""
     return torch.ones(3, 24, 24)
 
 
@@ -137,7 +137,7 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found of one reward.
+    """The findings on one reward.
 
     Attributes:
         reward: registered name.
@@ -147,8 +147,8 @@ class Diagnosis:
         weights: `none needed`, `present` with how many files have a published hash and match it, or what is wrong.
         known_scores: how many were reproduced, or what differs.
         ms_per_image: time of one image in a batch of four small images, after a first call.
-        memory_mib: growth of the process's peak memory, or on CUDA of the allocated one, by the first calls; None
-            where the system does not say.
+        memory_mib: growth of the process's peak memory, or on CUDA of the allocated memory, in the first calls; None
+            where the system does not report it.
         advice: what to do; empty when there is nothing to do.
     """
 
@@ -171,8 +171,8 @@ def diagnose(
     """Examines rewards one after the other; progress arrives as `StageProgress("doctor", done, total)`.
 
     Args:
-        names: rewards to examine; what they lack makes them `failed`. None: all that are registered, where what is
-            not installed or fetched is `not verified`.
+        names: rewards to examine; one that lacks something is `failed`. None: all registered rewards; one that is not
+            installed or fetched is `not verified`.
         options: options by name, in place of the defaults.
         device: of the images, and so of the networks.
 
@@ -263,7 +263,7 @@ def _milliseconds(reward: Checked, batch: torch.Tensor, prompt: str) -> float:
 
 
 def _memory(device: torch.device) -> float | None:
-    """Bytes: the peak of this process, or on CUDA what torch holds; None where the system does not say."""
+    """Bytes: the peak of this process, or on CUDA what torch has allocated; None where unknown."""
     if device.type == "cuda":
         return float(torch.cuda.memory_allocated(device))
     if sys.platform == "win32":

@@ -33,11 +33,11 @@ def split_functions(values: Mapping[str, object]) -> tuple[dict[str, object], Fu
     """Values of a recipe in which functions are replaced by references to them, and the functions by name.
 
     Args:
-        values: by dotted path; `rewards` and `eval.rewards` may hold functions.
+        values: by dotted path; `rewards` and `eval.rewards` may contain functions.
 
     Raises:
-        WrongTypeError: a reward is of another type.
-        UsageError: two functions have one name.
+        WrongTypeError: a reward has the wrong type.
+        UsageError: two functions have the same name.
     """
     functions: dict[str, RewardFunction] = {}
     plain = {path: _entries(value, functions) if path in _LISTS else value for path, value in values.items()}
@@ -48,8 +48,8 @@ def measured_names(rewards: Rewards | None) -> tuple[list[str | Mapping[str, obj
     """Rewards to measure, as names and entries of a recipe, and the functions among them by name.
 
     Raises:
-        WrongTypeError: a reward is of another type.
-        UsageError: two functions have one name.
+        WrongTypeError: a reward has the wrong type.
+        UsageError: two functions have the same name.
     """
     if not rewards and not callable(rewards):
         return None, NO_FUNCTIONS
@@ -129,7 +129,7 @@ def lacks_function(module: str, attribute: str) -> UsageError:
 
 
 def _names(spec: ModuleSpec) -> set[str] | None:
-    """Names that a module may define, by its source; None where only running it would show.
+    """Names that a module may define, according to its source; None if only running it would tell.
 
     Raises:
         UsageError: the source is not Python.
@@ -161,10 +161,10 @@ def _names(spec: ModuleSpec) -> set[str] | None:
 
 
 def no_module(target: str) -> UsageError:
-    """The error for a module that cannot be found; names where it was looked for."""
+    """The error for a module that cannot be found; says where it was looked for."""
     return UsageError(
         f"There is no module '{target.partition(':')[0]}' for the reward '{target}'",
-        f"Run in the folder that holds it ('{Path.cwd()}' was searched first), or install it.",
+        f"Run in the folder that contains it ('{Path.cwd()}' was searched first), or install it.",
     )
 
 

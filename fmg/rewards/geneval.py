@@ -54,7 +54,7 @@ class Mask2FormerDetector:
     Args:
         model: a `Mask2FormerForUniversalSegmentation` without gradients.
         processor: its image processor, the one that uses Pillow.
-        least_score: pairs that score no more than this are left out.
+        least_score: pairs that do not score above this are left out.
     """
 
     _MOST = 100
@@ -95,12 +95,12 @@ class Mask2FormerDetector:
 
 
 class ColorNamer:
-    """Zero-shot colours of objects (GenEval): the object on grey #999, cut to its box, against ten colour words.
+    """Zero-shot colours of objects (GenEval): the object on grey #999, cropped to its box, against ten colour words.
 
     Each colour is the mean of three unit-length text embeddings, itself scaled to unit length.
 
     Args:
-        encoder: a CLIP encoder that takes squares of `side` pixels as they are.
+        encoder: a CLIP encoder that takes squares of `side` pixels unchanged.
         side: what the vision tower reads.
     """
 
@@ -132,7 +132,7 @@ class ColorNamer:
 class GenEval(NetworkReward):
     """The verdict named by `score`; parts `correct`, `strict` and `dense` (`fmg.rewards.geneval_rules.Verdict`).
 
-    GenEval's own figure is the mean of `correct` for each of the six tags, and the mean of those.
+    GenEval reports the mean of `correct` for each of the six tags, and the mean of those.
 
     Raises:
         UsageError: when `metadata` cannot be read.
@@ -187,7 +187,7 @@ def load_detector(files: Located, device: torch.device, dtype: torch.dtype, leas
     """The detector in a folder of transformers.
 
     Raises:
-        CheckpointError: weights that do not fit, or another number of classes than 80.
+        CheckpointError: weights that do not fit, or a number of classes other than 80.
     """
     config = load_pretrained(Mask2FormerConfig.from_pretrained, files.folder, "config")
     if config.num_labels != len(OBJECT_NAMES):

@@ -75,7 +75,7 @@ class Clause:
 
 @dataclass(frozen=True)
 class Specification:
-    """What a prompt asks for: every `include` clause must hold, and no `exclude` clause may be reached."""
+    """What a prompt asks for: every `include` clause must be satisfied, and no `exclude` clause may be reached."""
 
     tag: str
     include: tuple[Clause, ...]
@@ -130,7 +130,7 @@ def specification_of(metadata: Mapping[str, Any]) -> Specification:
 
 
 def read_metadata(path: Path) -> dict[str, Specification]:
-    """Specifications by prompt from a GenEval metadata file, one JSON object a line.
+    """Specifications by prompt from a GenEval metadata file, one JSON object per line.
 
     Raises:
         UsageError: naming file and line.
@@ -241,8 +241,8 @@ class Verdict:
     Attributes:
         correct: GenEval's own verdict: at least `count` objects of each clause, judged on the most confident `count`.
         strict: exactly `count` objects of each clause, judged on all of them (the reward server of Flow-GRPO).
-        dense: mean partial credit of the clauses (the same server, trained on in Flow-GRPO): 1 when all hold. Negative
-            when a class is found more than twice as often as asked for.
+        dense: mean partial credit of the clauses (the same server, trained on in Flow-GRPO): 1 when all are satisfied.
+            Negative when a class is found more than twice as often as asked for.
         reasons: why not `correct`; empty when it is.
     """
 
@@ -361,8 +361,8 @@ class _Rules:
         """Strict verdict and dense score; a clause considers all objects of its class, whose number must be exact.
 
         A clause earns `1 - |found - count| / count`, and with a colour the same for objects of that colour. A relation
-        that fails earns 0 and then 1, one that holds 1, as in the published server. When the number is wrong, a colour
-        or relation earns 0.
+        that fails earns 0 and then 1, one that is satisfied 1, as in the published server. When the number is wrong, a
+        colour or relation earns 0.
         """
         strict = True
         earned: list[float] = []

@@ -1,8 +1,9 @@
 """HPSv3 (Ma et al., arXiv 2508.03789): a Qwen2-VL that was tuned to predict the distribution of a human rating.
 
-The details are those of the package `hpsv3` 1.0.0 under transformers 4.45, which the checkpoint was made with. One of
+The details follow the package `hpsv3` 1.0.0 under transformers 4.45, with which the checkpoint was made. One of
 them is easily missed: that code calls the language model with embeddings and no positions, so the rotary positions
-of text and image patches alike are 0, 1, 2, ... on all three axes, not the grid positions that Qwen2-VL has by itself.
+of text and image patches alike are 0, 1, 2, ... on all three axes, not the grid positions that Qwen2-VL uses by
+default.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def from_hpsv3(tensors: Tensors) -> dict[str, Tensor]:
     """The names of `Qwen2VLModel` under `base.` and of the head under `head.`; the output embedding is dropped.
 
     Raises:
-        CheckpointError: naming keys of another kind.
+        CheckpointError: naming unexpected keys.
     """
     parts = {"visual.": "base.visual.", "model.": "base.language_model.", "rm_head.": "head."}
     renamed: dict[str, Tensor] = {}
@@ -163,7 +164,7 @@ class RatingModel:
 
 
 def scaled_size(height: int, width: int, unit: int) -> tuple[int, int]:
-    """Height and width in whole `unit`s that are as near to `PIXELS` pixels as the authors' rounding brings them."""
+    """Height and width in whole `unit`s, as near to `PIXELS` pixels as the authors' rounding allows."""
     rows, columns = (max(unit, round(n / unit) * unit) for n in (height, width))
     if rows * columns > PIXELS:
         shrink = math.sqrt((height * width) / PIXELS)
@@ -258,7 +259,7 @@ def _load(files: Files, device: torch.device, dtype: torch.dtype) -> Score:
 
 
 def _config(base: Located, tensors: Tensors, origin: Path) -> Any:
-    """The base's config with as many embeddings as the checkpoint has: one row a token that was added."""
+    """The base's config with as many embeddings as the checkpoint has: one row per added token."""
     embeddings = tensors.get("language_model.embed_tokens.weight")
     if embeddings is None:
         raise CheckpointError(f"{origin} has no token embeddings", "Use HPSv3.safetensors.")

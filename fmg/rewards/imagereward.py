@@ -66,7 +66,7 @@ def from_image_reward(tensors: Tensors) -> dict[str, Tensor]:
     The projections of BLIP's contrastive loss, which the score does not use, and `position_ids` are dropped.
 
     Raises:
-        CheckpointError: naming keys of another kind.
+        CheckpointError: naming unexpected keys.
     """
     renamed: dict[str, Tensor] = {}
     unknown = []
@@ -160,7 +160,7 @@ def _vision_config(tensors: Tensors, heads: int | None) -> Any:
         heads: attention heads; None for a published size.
 
     Raises:
-        CheckpointError: a tensor is missing, or the width goes with no such number of heads.
+        CheckpointError: a tensor is missing, or the width does not fit that number of heads.
     """
     try:
         patches = tensors["embeddings.patch_embedding.weight"]

@@ -1,7 +1,7 @@
 """Image files as tensors, and the exact preprocessing of the published rewards.
 
-The results do not depend on installed packages: resizing is Pillow's on 8-bit pixels or torch's on floats, as the
-authors of each reward published it. Images are RGB, (b, 3, h, w), in [0, 1].
+The results do not depend on installed packages: resizing is Pillow's on 8-bit pixels or torch's on floats, as published
+by the authors of each reward. Images are RGB, (b, 3, h, w), in [0, 1].
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def normalize(
 
 
 def check_drawable(images: Float[Tensor, "b 3 h w"]) -> None:
-    """Refuses images that no resize is defined for.
+    """Refuses images for which no resize is defined.
 
     Raises:
         RefusedImageError: for images without pixels, and those more than `MAX_ASPECT` times as long as wide.
@@ -120,7 +120,7 @@ def check_drawable(images: Float[Tensor, "b 3 h w"]) -> None:
 
 
 def check_finite(name: str, images: Float[Tensor, "b 3 h w"]) -> None:
-    """Refuses images of a broken model, which 8-bit pixels would hide.
+    """Refuses images of a broken model, which rounding to 8 bits would hide.
 
     Raises:
         RewardError: for values that are not finite; names the reward.

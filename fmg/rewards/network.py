@@ -42,7 +42,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Torch files are read with `weights_only=True`, memory-mapped where their format allows it.
 
     Raises:
-        CheckpointError: a file that is missing, damaged, or holds anything but tensors.
+        CheckpointError: a file that is missing, damaged, or contains anything but tensors.
     """
     try:
         if path.suffix == ".safetensors":
@@ -50,7 +50,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is damaged or holds objects other than tensors, which are not loaded because they can run code",
+            f"{path} is damaged or contains objects other than tensors, which are not loaded because they can run code",
             "Use a file of plain tensors, preferably .safetensors.",
         ) from error
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError) as error:
@@ -65,7 +65,7 @@ def read_renamed(path: Path, layout: str, rename: Callable[[Tensors], dict[str, 
     """The tensors of a checkpoint under the names of `rename`.
 
     A torch file is converted once, to safetensors in the cache under the hash of its content and `layout`, the name
-    of the renaming; every time it is read where the cache cannot be written. A safetensors file is renamed
+    of the renaming; or at every read, if the cache cannot be written. A safetensors file is renamed
     while it is read.
     """
     if path.suffix == ".safetensors":
@@ -154,7 +154,7 @@ def load_folder(
     Args:
         cls: a `PreTrainedModel` class.
         folder: with `config.json` and weights.
-        what: what it is, for messages.
+        what: a name for it in messages.
         config: its config.
         dtype: what floating-point tensors become.
         not_used: parts of names whose absence or presence does not matter.
@@ -179,7 +179,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        CheckpointError: when it is not one.
+        CheckpointError: it does not contain one.
     """
     try:
         return read_object(path)
@@ -192,7 +192,7 @@ def _check_same(wanted: Mapping[str, torch.Size], given: Mapping[str, torch.Size
     problems = {
         "lacks": known - set(given),
         "has tensors that the model does not have:": set(given) - known,
-        "has tensors of another shape than the model:": {n for n in known & set(given) if given[n] != wanted[n]},
+        "has tensors with different shapes than the model:": {n for n in known & set(given) if given[n] != wanted[n]},
     }
     for problem, names in problems.items():
         if names:
@@ -220,7 +220,7 @@ def affine_head(tensors: Tensors) -> AffineHead:
     """The five linear layers `layers.N.{weight,bias}` as one affine map, multiplied in double precision.
 
     Raises:
-        CheckpointError: other keys, or shapes that do not follow on each other.
+        CheckpointError: other keys, or shapes that do not fit each other.
     """
     wanted = {f"layers.{layer}.{kind}" for layer in HEAD_LAYERS for kind in ("weight", "bias")}
     if wrong := wanted ^ set(tensors):
@@ -249,20 +249,20 @@ _CPU = torch.device("cpu")
 
 Score = Callable[[Float[Tensor, "b 3 h w"], Sequence[str]], RewardOutput]
 Files = Mapping[str, Located]
-"""The files of a reward by what they are (`Asset.what`)."""
+"""The files of a reward by `Asset.what`."""
 
 N = TypeVar("N")
 Load = Callable[[Files, torch.device, torch.dtype], N]
 
 
 class LazyNetwork(Generic[N]):
-    """A network that is loaded when it is first needed, once whatever the number of threads.
+    """A network that is loaded when it is first needed, once, whatever the number of threads.
 
     Args:
         kind: kind of the component that it belongs to.
         name: registered name of that component, for messages.
         config: which weights, device and dtype.
-        load: makes what runs the network from the files of the component.
+        load: builds the runner of the network from the files of the component.
     """
 
     def __init__(self, kind: str, name: str, config: NetworkConfig, load: Load[N]) -> None:
@@ -274,12 +274,12 @@ class LazyNetwork(Generic[N]):
         self._lock = Lock()
 
     def get(self, device: torch.device) -> N:
-        """What runs the network, on the configured device, else on `device`.
+        """The runner of the network, on the configured device, else on `device`.
 
         Raises:
             MissingDependencyError: weights that have not been fetched.
-            CheckpointError: weights that are damaged, of another model, or not the published ones.
-            UsageError: a local source or a device that is not there.
+            CheckpointError: weights that are damaged, belong to another model, or are not the published ones.
+            UsageError: a local source or a device does not exist.
         """
         with self._lock:
             if self._loaded is None:
@@ -298,7 +298,7 @@ class NetworkReward:
     Args:
         name: registered name, for messages.
         config: which weights, device, dtype and batch size.
-        load: makes the scoring function from the files of the reward; it sees at most `batch_size` images a call.
+        load: makes the scoring function from the files of the reward; it gets at most `batch_size` images per call.
     """
 
     def __init__(self, name: str, config: NetworkConfig, load: Load[Score]) -> None:

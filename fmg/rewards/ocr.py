@@ -80,7 +80,7 @@ def similarity(reading: str, target: str) -> float:
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance: the least number of insertions, deletions and replacements of characters."""
+    """Levenshtein distance: the minimum number of insertions, deletions and replacements of characters."""
     row = list(range(len(b) + 1))
     for i, left in enumerate(a, start=1):
         diagonal, row[0] = row[0], i
@@ -225,7 +225,7 @@ class OcrLogp:
 
 
 def shipped_model(user: str) -> Path:
-    """The recogniser that the rapidocr wheel carries, for `user`; nothing of the package is imported.
+    """The recogniser in the rapidocr wheel, for `user`; the package is not imported.
 
     Raises:
         MissingDependencyError: without the packages of `flow-map-grpo[ocr]`.

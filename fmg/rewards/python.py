@@ -39,7 +39,7 @@ class PythonReward:
         """The function's numbers as fp32, or the `RewardOutput` that it returns.
 
         Raises:
-            RewardError: when the function raises, with the line it failed at, or returns something else than numbers.
+            RewardError: when the function raises, with the line it failed at, or returns something other than numbers.
         """
         try:
             returned = self._function(images, list(prompts))

@@ -36,11 +36,11 @@ class _Info(BaseModel):
 class RemoteReward:
     """The weighted sum of rewards that a server computes; parts `<name>` and `<name>/<part>`, as in a mixture.
 
-    Scoring changes nothing on the server, so a call whose answer was lost is repeated. With the transport `tensor` the
-    scores equal those of the reward in this process.
+    Scoring changes nothing on the server, so a call whose answer was lost can be repeated. With the transport `tensor`
+    the scores equal those of the reward in this process.
 
     Args:
-        config: where the server is, and how calls are bounded.
+        config: where the server is, and the limits on calls.
         name: the registered name, for messages.
 
     Raises:
@@ -60,7 +60,7 @@ class RemoteReward:
         """Requests the server's list of rewards, and has each requested one score the bundled probe image.
 
         Returns:
-            The weights of the rewards that will be asked for.
+            The weights of the rewards that will be requested.
 
         Raises:
             RewardError: when it does not answer, or not with scores.
@@ -80,7 +80,7 @@ class RemoteReward:
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
         """Scores of images in [0, 1]; a `PartialRewardOutput` only with `on_failure: drop-group`.
 
-        The first call connects, unless that was done.
+        The first call connects, if that has not been done.
 
         Raises:
             RewardError: when calls failed and the policy is to stop, or patience has run out.

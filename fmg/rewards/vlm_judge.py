@@ -83,7 +83,7 @@ class _Completion(BaseModel):
 class VlmJudge:
     """The judge's score in [0, 1] of each image.
 
-    Images are sent as square PNG files (bicubic). Answers are cached on disk under everything that determines them, so
+    Images are sent as square PNG files (bicubic). Answers are cached on disk by everything that determines them, so
     each image is paid for once. An answer without a verdict is a failure, where users of UnifiedReward score 0.
 
     Raises:

@@ -32,7 +32,7 @@ class Limits:
         max_pixels: pixels of an image.
         max_queued: images that wait or are being scored; more are refused until some are done.
         max_batch: requests are joined up to this many images.
-        gather: seconds to wait for further requests once one is there.
+        gather: seconds to wait for further requests after the first.
         timeout: seconds that a request may take to arrive, and again to be scored.
     """
 
@@ -73,7 +73,7 @@ class _Job:
 
 
 class Batcher:
-    """Scores requests on a thread of its own, in the order they came.
+    """Scores requests on its own thread, in the order of arrival.
 
     Consecutive requests for the same rewards and image size are scored as one batch. When a batch fails, each of its
     requests is scored alone, so that one client's prompt cannot fail another's.
@@ -105,7 +105,7 @@ class Batcher:
         """The future scores of a request. Cancelling it takes the request out of the queue if it still waits.
 
         Raises:
-            BusyError: when there is no room for it.
+            BusyError: there is no room for it.
         """
         job = _Job(request, request.rewards or tuple(self._rewards))
         with self._changed:

@@ -108,7 +108,7 @@ def create_app(
         rewards: what it scores, by name.
         info: the answer of `/info` about the rewards, as plain JSON values.
         limits: what it accepts.
-        token: needed as `Authorization: Bearer TOKEN` for everything but `/health`; None lets every client in.
+        token: required as `Authorization: Bearer TOKEN` for everything but `/health`; None lets every client in.
         device: where images are scored.
     """
     batcher = Batcher(rewards, limits, device)
@@ -210,11 +210,11 @@ async def _read_body(request: Request, limit: int) -> bytes:
 
 
 class _Connections:
-    """The open connections of a server: how many there may be, and how long one may go without a whole request.
+    """The open connections of a server: how many there may be, and how long one may go without a complete request.
 
-    A connection that is waiting has sent no whole headers since it was opened or answered. When there are too many,
-    the one that has been waiting longest is closed, so that clients that hold connections open shut out one another
-    and not those with a request.
+    A waiting connection has not sent complete headers since it was opened or answered. When there are too many, the one
+    that has been waiting longest is closed, so that clients that keep connections open shut out each other, not those
+    with a request.
 
     Args:
         most: connections at a time.
@@ -309,7 +309,7 @@ class RewardServer:
         host: address to listen on.
         port: 0 for a free one.
         limits: what it accepts.
-        token: needed by clients; required unless `host` is a loopback address.
+        token: for clients to send; required unless `host` is a loopback address.
         device: where images are scored.
 
     Raises:

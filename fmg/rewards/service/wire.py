@@ -4,7 +4,7 @@ A request is the tensor `images` (b, 3, h, w), floats in [0, 1] or bytes, and th
 with `prompts` and `rewards`; `rewards` may be left out, which means all.
 
 An answer is `{"scores": {"ocr": {"total": [...], "parts": {"exact": [...]}}}}`, one number for each image. Numbers are
-fp32, written so that they come back bit for bit.
+fp32, written so that they are read back bit for bit.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class _Answer(BaseModel):
 
 
 def encode_request(request: ScoreRequest, *, exact: bool = True) -> bytes:
-    """A request as safetensors; its images keep every bit, or are rounded to 8 bits a channel where not `exact`."""
+    """A request as safetensors; its images keep every bit, or are rounded to 8 bits per channel if not `exact`."""
     envelope = json.dumps({"prompts": request.prompts, "rewards": request.rewards})
     images = request.images.detach().to("cpu", torch.float32)
     if not exact:
