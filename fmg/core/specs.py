@@ -32,12 +32,16 @@ is both attentions of a block, which the last two name one by one: the linear on
 looks at the prompt."""
 
 
+MapKind = Literal["two-time", "single-time", "velocity"]
+"""What a network predicts at time t: the average velocity to any target time, that to 0, or the velocity at t."""
+
+
 @dataclass(frozen=True)
 class MapSpec:
     """Declared properties of a flow-map model.
 
     Attributes:
-        anchors: `any` for two-time maps, `endpoint` for single-time maps.
+        anchors: `any` for two-time and velocity maps, `endpoint` for single-time maps.
         path: name of the probability path.
         resolution: side of the square image in pixels.
         default_steps: sampling steps of the deterministic sampler.
@@ -46,6 +50,7 @@ class MapSpec:
         default_recipe: name of the recipe under `configs/` that the model ships; for a model of another package, the
             absolute path of the file.
         gpu_memory_gb: approximate GPU memory in units of 10^9 bytes; 0 for a model that runs on a CPU.
+        kind: kind of map; None says what `anchors` says, a two-time or a single-time map.
     """
 
     anchors: Literal["endpoint", "any"]
@@ -56,6 +61,12 @@ class MapSpec:
     default_stochasticizer: tuple[str, tuple[tuple[str, object], ...]]
     default_recipe: str
     gpu_memory_gb: float = 0.0
+    kind: MapKind | None = None
+
+    @property
+    def map_name(self) -> str:
+        """The kind of map, for people: `two-time`, `single-time` or `velocity`."""
+        return self.kind or ("two-time" if self.anchors == "any" else "single-time")
 
 
 @dataclass(frozen=True)

@@ -287,7 +287,7 @@ def sampling_of(source: ExportSource, vae: Mapping[str, Any], resolutions: Seque
         map=conventions.map,
         path=conventions.path,
         time_scale=conventions.time_scale,
-        second_time=conventions.second_time,
+        second_time=conventions.second_time.takes,
         guidance=conventions.guidance,
         latent_channels=int(vae["latent_channels"]),
         latent_scale=scale,

@@ -187,7 +187,7 @@ def _check_graphs(artifact: Artifact, found: Target) -> None:
         "map": (wanted.map, sampling.map),
         "path": (wanted.path, sampling.path),
         "time_scale": (wanted.time_scale, sampling.time_scale),
-        "second_time": (wanted.second_time, sampling.second_time),
+        "second_time": (wanted.second_time.plain(), artifact.manifest.model.transformer["second_time"]),
         "guidance": (wanted.guidance, wanted.guidance if fits else sampling.guidance),
         "max_sequence_length": (wanted.max_sequence_length, length),
         "resolution": (wanted.resolution, wanted.resolution if wanted.resolution in sizes else list(sizes)),

@@ -13,7 +13,7 @@ from fmg.flow.grids import GridSpec, grid_names, make_grid
 if TYPE_CHECKING:
     from fmg.flow.analytic import GaussianMap, MixtureMap
     from fmg.flow.gaussian import Gaussian, UnscaledGaussian
-    from fmg.flow.maps import SingleTimeMap, TrigFlowMap, TwoTimeMap
+    from fmg.flow.maps import SingleTimeMap, TrigFlowMap, TwoTimeMap, VelocityMap
     from fmg.flow.path import AffinePath, LinearPath, TrigPath, expand, path_by_name
 
 _HOMES = {
@@ -27,6 +27,7 @@ _HOMES = {
     "SingleTimeMap": "maps",
     "TrigFlowMap": "maps",
     "TwoTimeMap": "maps",
+    "VelocityMap": "maps",
     "GaussianMap": "analytic",
     "MixtureMap": "analytic",
 }
@@ -50,6 +51,7 @@ __all__ = [
     "TrigPath",
     "TwoTimeMap",
     "UnscaledGaussian",
+    "VelocityMap",
     "expand",
     "grid_names",
     "make_grid",

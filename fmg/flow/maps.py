@@ -83,6 +83,33 @@ class SingleTimeMap:
 
 
 @dataclass(frozen=True)
+class VelocityMap:
+    """`X_{t->s}(x) = x - (t - s) v(x, t)` for any `s` in [0, t]: one Euler step of a distilled velocity sampler.
+
+    Few-step students of distribution matching are sampled so (FLUX.2 [klein], Z-Image-Turbo). The map to 0 is their
+    prediction of the data; how far a jump to an interior time is from their own distribution is for the path check.
+    """
+
+    network: SingleTimeNetwork
+    path: ProbabilityPath
+
+    anchors: ClassVar[Literal["any"]] = "any"
+
+    def jump(
+        self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], s: Float[Tensor, " b"], cond: Conditioning
+    ) -> Float[Tensor, "b *shape"]:
+        """`X_{t->s}(x_t)`: one network evaluation, fp32 whatever the network computes in."""
+        t, s = _full_precision(t), _full_precision(s)
+        return x_t - expand(t - s, x_t) * self.network(x_t, t, cond)
+
+    def velocity(
+        self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], cond: Conditioning
+    ) -> Float[Tensor, "b *shape"]:
+        """`v(x_t, t)`, one network evaluation."""
+        return self.network(x_t, _full_precision(t), cond)
+
+
+@dataclass(frozen=True)
 class TrigFlowMap:
     """`X_{t->0}(x) = cos x - sin F(x)` on the trig path, `F` from a rectified-flow network (eq. 8; SANA-Sprint).
 

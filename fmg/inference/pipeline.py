@@ -29,12 +29,13 @@ from fmg.inference.generator import seeded_noise, whole_seeds
 from fmg.inference.target import Target, load_model
 from fmg.inference.torch_backend import DTYPES
 from fmg.models.common import adapter, saved_weights
-from fmg.models.common.model import decode_latents
+from fmg.models.common.model import decode_latents, unscaled
+from fmg.models.common.network import map_of
 from fmg.models.conventions import CONVENTIONS_FILE, FlowMapConventions, as_conventions, read_conventions
 from fmg.models.flux.configs import PIPELINE_FILES
 from fmg.models.flux.latents import PATCH, unpack
 from fmg.models.flux.loading import FluxComponents, FluxText, load_parts
-from fmg.models.flux.model import FluxModel, FluxNetwork, flux_map
+from fmg.models.flux.model import FluxModel, FluxNetwork
 from fmg.models.flux.pipeline_files import INDEX_FILE, check_index, check_transformer, write_pipeline_files
 from fmg.recipe import Recipe
 
@@ -169,7 +170,7 @@ class FlowMapLoraMixin(FluxLoraLoaderMixin):  # type: ignore[misc]
             return {}
         manifest = saved_weights.read_adapter_manifest(folder)
         for key in ("map", "path", "time_scale", "second_time"):
-            own, theirs = getattr(self._conventions, key), getattr(manifest.map, key)
+            own, theirs = self._conventions.plain()[key], manifest.map.plain()[key]
             if own != theirs:
                 raise CheckpointError(
                     f"The adapter in {folder} was trained on a model whose {key} is {theirs!r}, but here it is {own!r}",
@@ -434,7 +435,7 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
                 "Give noise of this shape, or leave it out.",
             )
         network = FluxNetwork(self.transformer, self.transformer.dtype, self._guidance_scale)
-        flow_map = flux_map(network, self._conventions)
+        flow_map = map_of(network, self._conventions)
         with self.progress_bar(total=steps) as bar:
             for k, (t, s) in enumerate(pairwise(times)):
                 if self._interrupt:
@@ -449,7 +450,7 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
                 bar.update()
         result: Any = x
         if output_type != "latent":
-            pixels = decode_latents(self.vae, x, max(1, DECODE_PIXELS // (height * width)))
+            pixels = decode_latents(self.vae, unscaled(self.vae, x), max(1, DECODE_PIXELS // (height * width)))
             result = self.image_processor.postprocess(pixels, output_type, do_denormalize=[False] * images)
         self.maybe_free_model_hooks()
         return FluxPipelineOutput(images=result) if return_dict else (result,)

@@ -6,15 +6,78 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from fmg.core.errors import CheckpointError, UsageError, reason
 from fmg.core.json_io import JsonError, read_object
-from fmg.core.specs import MAX_SIDE, MapSpec
+from fmg.core.specs import MAX_SIDE, MapKind, MapSpec
 
 CONVENTIONS_FILE = "fmg_flow_map.json"
 FLUX_IN_DIFFUSERS = "a `fmg.FlowMapPipeline` of the base"
 """For model cards."""
+
+
+Takes = Literal["none", "duration", "target"]
+"""What a second-time embedder receives: nothing, the duration t - s, or the target time s."""
+
+
+class SecondTime(BaseModel):
+    """How the second time of a two-time map joins the first, whatever the family.
+
+    Written as a word, such as `duration`, it is added, at the scale of the first time, as in MeanFlow students of FLUX.
+    AnyFlow's convention is `{takes: target, gate: 0.25}`; HunyuanImage's mean is a gate of 0.5.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    takes: Takes = Field(description="What the second embedder receives: t - s, s, or nothing for a single-time map.")
+    gate: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Weight g in (1 - g) emb(t) + g emb2; null adds emb2 to emb(t).",
+    )
+    scale: float | None = Field(
+        default=None, gt=0, description="Factor on the second time before its sinusoids; null: that of the first time."
+    )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _from_word(cls, value: object, handler: ModelWrapValidatorHandler[SecondTime]) -> SecondTime:
+        return handler({"takes": value} if isinstance(value, str) else value)
+
+    @model_validator(mode="after")
+    def _nothing_joins_without_it(self) -> SecondTime:
+        if self.takes == "none" and (self.gate is not None or self.scale is not None):
+            raise ValueError("a map without a second time has neither a gate nor a scale for it")
+        return self
+
+    @model_serializer
+    def plain(self) -> str | dict[str, object]:
+        """The word alone where it says everything, else a mapping."""
+        stated = {"gate": self.gate, "scale": self.scale}
+        given = {key: value for key, value in stated.items() if value is not None}
+        return {"takes": self.takes, **given} if given else self.takes
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        words = handler(core)["properties"]["takes"]["enum"]
+        return {"anyOf": [{"type": "string", "enum": words}, handler(core)]}
+
+    def __bool__(self) -> bool:
+        """Whether there is a second time."""
+        return self.takes != "none"
 
 
 class FlowMapConventions(BaseModel):
@@ -27,10 +90,13 @@ class FlowMapConventions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     schema_version: Literal[1] = Field(alias="schema", description="Version of this file's layout.")
-    map: Literal["two-time", "single-time"] = Field(description="Whether the map knows any target time or only 0.")
+    map: MapKind = Field(
+        description="What the network predicts at time t: the average velocity to any target time, that to 0, or the "
+        "velocity at t, of which a jump is one Euler step."
+    )
     path: Literal["linear", "trig"] = Field(description="Probability path of the latents that the network takes.")
     time_scale: float = Field(gt=0, description="Factor on times and guidance before their sinusoids: 1 or 1000.")
-    second_time: Literal["none", "duration", "target"] = Field(description="What the second-time embedder receives.")
+    second_time: SecondTime = Field(description="How the second time enters: a word, or takes, gate and scale.")
     resolution: int = Field(strict=True, gt=0, le=MAX_SIDE, description="Side of the square image in pixels.")
     max_sequence_length: int = Field(
         strict=True, gt=0, le=512, description="Length that text tokens are padded and cut to."
@@ -41,8 +107,7 @@ class FlowMapConventions(BaseModel):
 
     @model_validator(mode="after")
     def _second_time_fits_the_map(self) -> FlowMapConventions:
-        if (self.map == "single-time") != (self.second_time == "none"):
-            raise ValueError(f"a {self.map} map cannot have second_time '{self.second_time}'")
+        check_second_time(self.map, self.second_time)
         return self
 
     def plain(self) -> dict[str, object]:
@@ -52,14 +117,25 @@ class FlowMapConventions(BaseModel):
     def spec(self, recipe: str) -> MapSpec:
         """The declared properties of the map; `recipe` names the recipe shipped with the model."""
         return MapSpec(
-            anchors="any" if self.map == "two-time" else "endpoint",
+            anchors="endpoint" if self.map == "single-time" else "any",
+            kind=self.map,
             path=self.path,
             resolution=self.resolution,
             default_steps=self.default_steps,
             default_grid=self.default_grid if isinstance(self.default_grid, str) else tuple(self.default_grid),
-            default_stochasticizer=("asfmc", ()) if self.map == "two-time" else ("asfmc-endpoint", ()),
+            default_stochasticizer=("asfmc-endpoint" if self.map == "single-time" else "asfmc", ()),
             default_recipe=recipe,
         )
+
+
+def check_second_time(kind: MapKind, second: SecondTime) -> None:
+    """Checks that exactly a two-time map has a second time.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if (kind == "two-time") != bool(second):
+        raise ValueError(f"a {kind} map cannot have second_time '{second.takes}'")
 
 
 _RESTORE = "Restore the file from where the model came from, or use the version of fmg that wrote it."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -13,6 +13,7 @@ from pydantic import Field
 
 from fmg.core.errors import FmgWarning
 from fmg.core.hub import Asset, HubSource, locate, problem
+from fmg.core.model_folder import stated_config
 from fmg.core.specs import MapSpec
 from fmg.models.conventions import FlowMapConventions
 from fmg.registry.config import ModelConfig
@@ -67,9 +68,22 @@ class PublishedConfig(ModelConfig):
             return {}
         return {"base_model": source.repository, "license": "other", "license_name": "terms-of-the-base-model"}
 
+    published: ClassVar[Mapping[str, object]]
+    """The transformer's config where it is not on this computer yet."""
+
     @abstractmethod
     def architecture(self) -> Asset:
         """The asset whose folder has the transformer's `config.json`."""
+
+    def assets(self) -> tuple[Asset, ...]:
+        """The one folder, unless the family reads more."""
+        return (self.architecture(),)
+
+    def transformer(self) -> Mapping[str, object]:
+        """The transformer's `config.json` in a local folder, else the published one."""
+        place = self.architecture().place
+        stated = stated_config(place / "transformer") if isinstance(place, Path) else None
+        return stated or self.published
 
     @abstractmethod
     def parameters(self) -> int:
@@ -86,6 +100,35 @@ class PublishedConfig(ModelConfig):
         parameters = self.parameters()
         memory = self.work_space * BYTES * parameters / 1e9 if parameters >= _LARGE else 0.0
         return replace(self.conventions().spec(self.recipe), gpu_memory_gb=memory)
+
+
+class DiffusersConfig(PublishedConfig):
+    """Options of a model whose attention and autoencoder take those of diffusers."""
+
+    attention: Literal["native", "flash", "sage", "xformers"] = Field(
+        default="native", description="Attention backend of diffusers; native is PyTorch's own."
+    )
+    vae_tile: int | None = Field(
+        default=None,
+        ge=128,
+        multiple_of=16,
+        description="Side in pixels of the tiles that larger images are decoded in, blended at the seams; null: whole.",
+    )
+    vae_slicing: bool = Field(
+        default=False, description="Decode one image at a time, also where several would fit a call."
+    )
+
+
+def pipeline_folder(
+    source: str, components: Sequence[str], tokenizers: Sequence[str], size_gb: float, licence: str
+) -> Asset:
+    """The asset of a pipeline folder under the option `model.folder`: its weights, configs and tokenizers."""
+    files = (f"{name}/{kind}" for name in components for kind in ("*.json", "*.safetensors"))
+    patterns = ("model_index.json", *(f"{name}/*" for name in tokenizers), *files)
+    folders = tuple(components)
+    return Asset(
+        "pipeline", "model.folder", source, folders=folders, patterns=patterns, size_gb=size_gb, licence=licence
+    )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from fmg.registry.validation import Location, Problem
 from fmg.version import install_line
 
 _GRAPH_PACKAGES = ("onnx", "onnx_ir", "onnxscript", "onnxruntime")
-_MAPS = {"any": "two-time", "endpoint": "single-time"}
 
 
 def check_target_times(name: str, requires: Requirements, grid: Sequence[float]) -> None:
@@ -71,7 +70,7 @@ def _map_problems(recipe: RecipeFields, spec: MapSpec) -> Iterator[Problem]:
     default = spec.default_stochasticizer[0]
     fix = f"Use the model's own stochasticizer, '{default}' (--stochasticizer auto), or another model"
     if requires.anchors == "any" and spec.anchors != "any":
-        what = f"The stochasticizer '{chosen.name}' needs a two-time map, but '{model}' is {_MAPS[spec.anchors]}"
+        what = f"The stochasticizer '{chosen.name}' needs a two-time map, but '{model}' is {spec.map_name}"
         yield Problem(("stochasticizer", "name"), what, fix)
     if requires.path not in ("any", spec.path):
         what = f"The stochasticizer '{chosen.name}' needs the {requires.path} path, but '{model}' is on {spec.path}"
@@ -126,7 +125,7 @@ def _window_problems(recipe: RecipeFields, spec: MapSpec) -> Iterator[Problem]:
     elif spec.anchors == "endpoint" and window.size < stochastic:
         what = (
             f"A window of {window.size} of {stochastic} stochastic steps needs a two-time map for the other steps, "
-            f"but '{recipe.model.name}' is {_MAPS[spec.anchors]}"
+            f"but '{recipe.model.name}' is {spec.map_name}"
         )
         yield Problem(location, what, everything)
 
@@ -166,8 +165,8 @@ def _backend_problems(recipe: RecipeFields, device_type: str) -> Iterator[Proble
 
 
 def _trainable_problems(recipe: RecipeFields, spec: MapSpec) -> Iterator[Problem]:
-    if recipe.train.trainable == "lora+duration" and spec.anchors != "any":
-        what = f"'{recipe.model.name}' is a single-time map, which has no second-time embedder to train"
+    if recipe.train.trainable == "lora+duration" and spec.map_name != "two-time":
+        what = f"'{recipe.model.name}' is a {spec.map_name} map, which has no second-time embedder to train"
         yield Problem(("train", "trainable"), what, "Set train.trainable to lora or full, or use a two-time map")
 
 

@@ -120,8 +120,7 @@ def plan(resolved: ResolvedRecipe, *, devices: int | None = None, runs: Path = R
     kind = _device_type(recipe)
     sizes = choose_sizes(recipe, kind, count)
     facts = {
-        "model": f"{recipe.model.name}, {'two' if model.anchors == 'any' else 'single'}-time map, {model.path} path, "
-        f"{model.resolution} px",
+        "model": f"{recipe.model.name}, {model.map_name} map, {model.path} path, {model.resolution} px",
         **({} if geometry is None else _size_facts(recipe, geometry)),
         "stochasticizer": recipe.stochasticizer.name,
         **({"completions": f"{shape.branch.completion}, by {shape.branch.backend}"} if shape.kind == "branch" else {}),

@@ -11,8 +11,9 @@ from diffusers import AutoencoderTiny
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from fmg.models.conventions import Takes
 from fmg.models.flux.latents import PATCH, image_ids
-from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel, SecondTime
+from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
 from fmg.training.update import Ema
 from pretraining.networks import PromptTable, TextEncoders, encode
 from pretraining.optim import HybridOptimizer, load_average
@@ -24,7 +25,7 @@ PIXELS_PER_TOKEN = 8
 
 
 def build_transformer(
-    settings: TransformerSettings, text: TextSettings, channels: int, second_time: SecondTime
+    settings: TransformerSettings, text: TextSettings, channels: int, second_time: Takes
 ) -> FlowMapFluxTransformer2DModel:
     """A small FLUX transformer whose modulation and output layers start at zero, so that every block is an identity.
 

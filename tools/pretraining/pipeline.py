@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fmg.core.events import Notice, Observer, StageProgress, ignore
 from fmg.core.files import atomic_file
-from fmg.models.flux.transformer import SecondTime
+from fmg.models.conventions import Takes
 from pretraining.distill import ExactTeacher, Teacher, Trajectories, distill, solve_trajectories
 from pretraining.flow import ConditionalNet, build_pool, build_transformer, train_flow
 from pretraining.folder import CardFacts, Model, load_model, sample_images, save_model, write_card
@@ -87,7 +87,7 @@ class _Pretraining:
         teacher = self._teacher(autoencoder)
         bank = self._trajectories(teacher)
         figures: dict[str, Figures] = {}
-        students: tuple[tuple[str, SecondTime, DistillSettings | None], ...] = (
+        students: tuple[tuple[str, Takes, DistillSettings | None], ...] = (
             ("meanflow", "duration", self.settings.two_time),
             ("scm", "none", self.settings.single_time),
         )
@@ -136,7 +136,7 @@ class _Pretraining:
     def _student(
         self,
         name: str,
-        second_time: SecondTime,
+        second_time: Takes,
         settings: DistillSettings,
         autoencoder: AutoencoderTiny,
         teacher: ConditionalNet | ExactTeacher,
@@ -169,7 +169,7 @@ class _Pretraining:
         self.progress(Notice("info", f"{name}: held-out {score} {figures[4][score]:.3f} at 4 steps, in {folder}"))
         return figures
 
-    def _network(self, second_time: SecondTime) -> ConditionalNet:
+    def _network(self, second_time: Takes) -> ConditionalNet:
         torch.manual_seed(self.seed)
         settings = self.settings
         encoders = build_encoders(settings.text, self.tokenizers)

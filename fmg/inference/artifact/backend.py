@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from fmg.core.errors import CheckpointError, MissingDependencyError, UsageError,
 from fmg.core.profiling import TEXT_ENCODERS, TOKENISE, TRANSFORMER, VAE, StageClock, stage
 from fmg.core.prompt import cut_prompts
 from fmg.core.protocols import Drawn, NoiseSource
-from fmg.core.specs import DECODE_PIXELS
+from fmg.core.specs import DECODE_PIXELS, MapKind
 from fmg.inference.artifact import io_spec
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.artifact.manifest import BATCH, TEXT_ENCODER, TEXT_ENCODER_2, VAE_DECODER, TokenizerFacts
@@ -301,26 +301,27 @@ def few_step(
     times: Sequence[float],
     renoise: Callable[[int], Array],
     *,
-    kind: Literal["two-time", "single-time"],
+    kind: MapKind,
     path: str,
 ) -> Array:
     """Samples `x_0` from the noise `x_1` along `times`, one NFE per interval (docs/math.md, eq. 2, 6, 7).
 
-    A two-time map jumps from one grid time to the next. A single-time map does multistep consistency sampling
-    (Song et al., arXiv 2303.01469, algorithm 1): jump to 0, then forward noise to the next grid time.
+    A two-time map jumps from one grid time to the next, and a velocity map makes an Euler step. A single-time map does
+    multistep consistency sampling (Song et al., arXiv 2303.01469, algorithm 1): jump to 0, then forward noise to the
+    next grid time.
 
     Args:
-        velocity: `(x_t, t, s) -> u`, the network; for a single-time map `s` is 0.
+        velocity: `(x_t, t, s) -> u`, the network; for a single-time map `s` is 0, and a velocity map ignores it.
         x_1: standard normal noise.
         times: strictly decreasing times, first 1, last 0.
-        renoise: standard normal noise of interval `k`; not called for two-time maps.
+        renoise: standard normal noise of interval `k`; only called for single-time maps.
         kind: the kind of map.
         path: `linear` or `trig`.
     """
     x: Any = x_1
     # times are rounded to fp32 before they are subtracted, as in the torch sampler
     for k, (t, s) in enumerate(pairwise([float(np.float32(time)) for time in times])):
-        if kind == "two-time":
+        if kind != "single-time":
             x = x - _rounded(t - s) * velocity(x, t, s)
             continue
         x = x - t * velocity(x, t, 0.0)

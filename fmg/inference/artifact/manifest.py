@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Literal
 
-from fmg.core.specs import MAX_ROWS, MAX_SIDE
+from fmg.core.specs import MAX_ROWS, MAX_SIDE, MapKind
 from fmg.flow.grids import MAX_STEPS
 
 SCHEMA = 1
@@ -147,7 +147,7 @@ class Sampling:
     """How the transformer is sampled.
 
     Attributes:
-        map: whether the transformer takes a target time.
+        map: what the transformer predicts; a two-time map takes a target time.
         path: probability path of the latents.
         time_scale: factor on times and guidance before their sinusoids, applied inside the graph.
         second_time: what the graph computes from `t` and `second`; for information, as `second` is always the target.
@@ -160,7 +160,7 @@ class Sampling:
         steps: default number of sampling steps (NFE).
     """
 
-    map: Literal["two-time", "single-time"]
+    map: MapKind
     path: Literal["linear", "trig"]
     time_scale: float
     second_time: Literal["none", "duration", "target"]
@@ -176,7 +176,7 @@ class Sampling:
         _check_within("time_scale", self.time_scale, 1 / _MAX_TIME_SCALE, _MAX_TIME_SCALE)
         if self.guidance is not None:
             _check_within("guidance", self.guidance, 0, _MAX_GUIDANCE)
-        if (self.map == "single-time") != (self.second_time == "none"):
+        if (self.map == "two-time") != (self.second_time != "none"):
             raise ValueError(f"a {self.map} map cannot have second_time '{self.second_time}'")
         _check_within("latent_channels", self.latent_channels, 1, _MAX_CHANNELS)
         _check_within("latent_scale", self.latent_scale, 1, _MAX_SCALE)

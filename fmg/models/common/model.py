@@ -3,8 +3,8 @@
 What a call of `policies.current.jump(x_t, t, s, cond)` passes through, from the outside in:
 
     PaddedBatches   fmg/flow/maps.py           repeats the last row of a short batch, so that kernels see one shape
-    TwoTimeMap      fmg/flow/maps.py           x - (t - s) u; or SingleTimeMap (FLUX), TrigFlowMap (SANA)
-    FluxNetwork     flux/model.py              packs latents into tokens, keeps times in fp32; SanaNetwork for SANA
+    TwoTimeMap      fmg/flow/maps.py           x - (t - s) u; or SingleTimeMap, VelocityMap, TrigFlowMap
+    FluxNetwork     flux/model.py              packs latents into tokens, keeps times in fp32; one for each family
       PolicyScopes  common/policy_weights.py   around the call: trained, snapshot or base weights, autocast, dropout
     transformer     flux/transformer.py        the diffusers module itself, or DDP or an exported graph in its place
       LoRA          common/adapter.py          inside it: PEFT's layers around the adapted linear modules
@@ -15,31 +15,30 @@ What a call of `policies.current.jump(x_t, t, s, cond)` passes through, from the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal
+from typing import Any, ClassVar, Generic, Literal, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.errors import CheckpointError, MissingDependencyError, UsageError, reason
 from fmg.core.protocols import FlowMap
 from fmg.core.specs import DECODE_PIXELS, MapSpec
 from fmg.core.types import Conditioning
 from fmg.flow.maps import PaddedBatches
 from fmg.models.common import adapter, roundtrip_check, saved_weights
-from fmg.models.common.pipeline_parts import C
+from fmg.models.common.network import LatentNetwork, Network, map_of
+from fmg.models.common.pipeline_parts import Components, Text
 from fmg.models.common.policy_weights import PolicyScopes, Scope, TrainableBase
 from fmg.models.common.sharding import gathered, shard_frozen
-from fmg.models.common.text import TextEncoders
+from fmg.models.common.text import TextEncoders, cached_encoders
 from fmg.models.common.weights import live_digest
-
-Network = Callable[..., Any]
-"""The transformer, or a stand-in with its call signature."""
+from fmg.models.published import DiffusersConfig, PublishedConfig
 
 
 @dataclass(frozen=True)
@@ -51,26 +50,31 @@ class AdapterPolicies:
     reference: FlowMap
 
 
-def decode_latents(vae: Any, latents: Float[Tensor, "b c h w"], rows: int) -> Float[Tensor, "b 3 height width"]:
-    """Images in [0, 1], fp32, of an autoencoder of diffusers, `rows` at a time."""
-    # only some autoencoders have a shift
+def unscaled(vae: Any, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """Latents as an autoencoder with a scale, and perhaps a shift, decodes them."""
     shift = vae.config.get("shift_factor") or 0.0
-    scaled = (latents / vae.config.scaling_factor + shift).to(vae.dtype)
-    images = torch.cat([vae.decode(chunk, return_dict=False)[0].float() for chunk in scaled.split(rows)])
+    scaled: Tensor = latents / vae.config.scaling_factor + shift
+    return scaled
+
+
+def decode_latents(vae: Any, latents: Float[Tensor, "b c h w"], rows: int) -> Float[Tensor, "b 3 height width"]:
+    """Images in [0, 1], fp32, of latents that an autoencoder of diffusers takes as they are, `rows` at a time."""
+    latents = latents.to(vae.dtype)
+    images = torch.cat([vae.decode(chunk, return_dict=False)[0].float() for chunk in torch.split(latents, rows)])
     return ((images + 1) / 2).clamp(0, 1)
 
 
-class AdaptedModel(ABC, Generic[C]):
+class AdaptedModel(ABC, Generic[Text]):
     """Flow map, text encoders, decoder, and the trained parts of them. Implements `fmg.core.protocols.Model`.
 
-    A family implements its maps and its copy around another transformer; everything about training and saving is here.
+    A family states how its folder is read, its network and the shape of its latents; everything about training and
+    saving is here.
     Latents are images (c, h, w), so that a latent's noise belongs to a position in the image. Only a LoRA and unfrozen
     weights ever get gradients.
 
     Args:
         components: a loaded folder.
         name: registered name of the model, written into saved adapters.
-        latent_shape: (c, h, w) of one latent.
         text: encoder of prompts; None takes the folder's own, beside the transformer.
     """
 
@@ -78,17 +82,20 @@ class AdaptedModel(ABC, Generic[C]):
     """The class of diffusers that runs the family: its `load_lora_weights` has to read what is saved."""
     alpha_tensors: ClassVar[bool] = False
     """Whether that method reads alpha from tensors, as ComfyUI does, or from the file's metadata."""
-    second_time_embedder: ClassVar[str | None] = None
-    """Name of the transformer's second-time embedder, in a family that has one."""
+    second_embedder: ClassVar[str | None] = None
+    """Where the second-time embedder is in the transformer, in a family that has one."""
+    network_class: ClassVar[type[LatentNetwork]]
+    """The transformer as a function of latents, times and conditioning."""
+    text_folders: ClassVar[tuple[str, ...]]
+    """Folders of the text encoders and tokenizers, whose files decide a cached embedding."""
 
-    def __init__(
-        self, components: C, name: str, latent_shape: tuple[int, int, int], *, text: TextEncoders | None = None
-    ) -> None:
+    def __init__(self, components: Components[Text], name: str, *, text: TextEncoders | None = None) -> None:
         self._components = components
         self._name = name
         self._spec = components.conventions.spec(name)
-        self._latent_shape = latent_shape
+        self._latent_shape = self.latent_shape_of(components)
         transformer = components.transformer
+        self._latent_network = self.network_class(transformer, transformer.dtype, self.guidance_of(components))
         self._dtype: torch.dtype = transformer.dtype
         self._trainable_base: TrainableBase | None = None
         self._keep_old = True
@@ -98,13 +105,62 @@ class AdaptedModel(ABC, Generic[C]):
         )
         self._after_change()
 
-    @abstractmethod
-    def _map(self, scope: Scope, network: Network | None = None) -> FlowMap:
-        """The flow map, whose forward passes run in the context of `scope`, through `network` if given."""
+    @classmethod
+    def from_config(cls, config: PublishedConfig, device: torch.device, dtype: torch.dtype) -> Self:
+        """The model that `config` describes, from files on this computer; errors as `PublishedConfig.load`."""
+        at_model = config.text_device == "model"
+        components = cls.read(config, device, dtype, device if at_model else torch.device("cpu"))
+        if config.gradient_checkpointing:
+            components.transformer.enable_gradient_checkpointing()
+        if isinstance(config, DiffusersConfig):
+            _set_attention(components.transformer, config.attention)
+            _set_decoding(components.vae, config)
+        conventions = components.conventions
+        text = cached_encoders(
+            components.text,
+            components.folder,
+            cls.text_folders,
+            conventions.max_sequence_length,
+            device,
+            place=config.text_device,
+            cache=config.text_cache,
+            facts=cls.text_facts(components),
+        )
+        return cls(components, config.recipe or "", text=text)
 
+    @classmethod
     @abstractmethod
-    def _with_transformer(self, transformer: Any) -> AdaptedModel[C]:
-        """The same model around another transformer."""
+    def read(cls, config: Any, device: torch.device, dtype: torch.dtype, text_device: torch.device) -> Components[Text]:
+        """The parts that the family's `config` describes, from files on this computer.
+
+        Raises:
+            CheckpointError: a file is missing, damaged, of a class that is not known, or does not fit the others.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def latent_shape_of(components: Components[Text]) -> tuple[int, int, int]:
+        """(c, h, w) of one latent.
+
+        Raises:
+            CheckpointError: the resolution is not a whole number of tokens.
+        """
+
+    @staticmethod
+    def guidance_of(components: Components[Text]) -> float | None:
+        """The guidance scale as the transformer takes it; None for weights that embed none."""
+        return components.conventions.guidance
+
+    @staticmethod
+    def text_facts(components: Components[Text]) -> tuple[str, ...]:
+        """What decides an embedding besides the files of `text_folders`, for the cache."""
+        return ()
+
+    def _map(self, scope: Scope, network: Network | None = None) -> FlowMap:
+        return map_of(self._latent_network.within(scope, network), self._components.conventions)
+
+    def _with_transformer(self, transformer: Any) -> Self:
+        return type(self)(replace(self._components, transformer=transformer), self._name)
 
     @property
     def spec(self) -> MapSpec:
@@ -112,7 +168,7 @@ class AdaptedModel(ABC, Generic[C]):
         return self._spec
 
     @property
-    def components(self) -> C:
+    def components(self) -> Components[Text]:
         """The modules themselves, for export and for tools from the diffusers ecosystem."""
         return self._components
 
@@ -162,8 +218,14 @@ class AdaptedModel(ABC, Generic[C]):
         self._text.release()
 
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
-        """Images in [0, 1], fp32: `vae.decode(z / scaling_factor + shift_factor)` mapped from [-1, 1] and clamped."""
-        return decode_latents(self._components.vae, latents, max(1, DECODE_PIXELS // self._spec.resolution**2))
+        """Images in [0, 1], fp32: what the autoencoder decodes, mapped from [-1, 1] and clamped."""
+        vae, rows = self._components.vae, max(1, DECODE_PIXELS // self._spec.resolution**2)
+        return decode_latents(vae, self.vae_latents(vae, latents), rows)
+
+    @staticmethod
+    def vae_latents(vae: Any, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k y x"]:
+        """Latents as the autoencoder decodes them: `z / scaling_factor + shift_factor`, unless the family differs."""
+        return unscaled(vae, latents)
 
     def attach_adapter(self, rank: int, alpha: float, targets: Sequence[str], dropout: float, seed: int) -> int:
         """Adds a trainable LoRA in fp32 (A gaussian from `seed`, B zero); returns the number of adapted modules.
@@ -375,17 +437,16 @@ class AdaptedModel(ABC, Generic[C]):
             )
 
     def _second_time_parameters(self) -> dict[str, nn.Parameter]:
-        name = self.second_time_embedder
-        module = None if name is None else getattr(self._components.transformer, name, None)
-        if module is None:
+        name = self.second_embedder
+        if name is None or not self._components.conventions.second_time:
             raise UsageError(f"'{self._name}' has no second-time embedder", "Train a LoRA, or a two-time map.")
-        return {f"{name}.{rest}": parameter for rest, parameter in module.named_parameters()}
+        embedder = self._components.transformer.get_submodule(name)
+        return {f"{name}.{rest}": parameter for rest, parameter in embedder.named_parameters()}
 
     def _second_time_shapes(self) -> dict[str, tuple[int, ...]]:
-        module = getattr(self._components.transformer, self.second_time_embedder or "", None)
-        if module is None:
+        if self.second_embedder is None or not self._components.conventions.second_time:
             return {}
-        return {f"{self.second_time_embedder}.{rest}": tuple(p.shape) for rest, p in module.named_parameters()}
+        return {name: tuple(parameter.shape) for name, parameter in self._second_time_parameters().items()}
 
     def _shapes(self, folder: Path, manifest: saved_weights.AdapterManifest) -> dict[str, tuple[int, ...]]:
         try:
@@ -426,3 +487,25 @@ class AdaptedModel(ABC, Generic[C]):
 
     def _view(self, scope: Scope) -> FlowMap:
         return PaddedBatches(self._map(scope), lambda: self._rows)
+
+
+def _set_decoding(vae: Any, config: DiffusersConfig) -> None:
+    if config.vae_slicing:
+        vae.enable_slicing()
+    if config.vae_tile is not None:
+        vae.enable_tiling()
+        # the class takes the size of its tiles from its training images, which are as large as those that it decodes
+        vae.tile_sample_min_size = config.vae_tile
+        vae.tile_latent_min_size = config.vae_tile // 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def _set_attention(transformer: Any, backend: str) -> None:
+    if backend == "native":
+        return
+    try:
+        transformer.set_attention_backend(backend)
+    except (RuntimeError, ImportError, ValueError) as error:
+        raise MissingDependencyError(
+            f"The attention backend '{backend}' cannot be used: {reason(error)}",
+            "Install what it needs, or set model.attention to native.",
+        ) from error

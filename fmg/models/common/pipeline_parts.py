@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import warnings
 from codecs import BOM_UTF8
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
-from typing import Any, Protocol, TypeVar, Union, get_args, get_origin
+from typing import Any, Generic, TypeVar, Union, get_args, get_origin
 
 import torch
 from diffusers.utils import logging as diffusers_logging
@@ -25,31 +25,29 @@ from fmg.models.common.text import TextStack
 from fmg.models.common.weights import FLOATS, WeightFiles, folder_weights, stored_shapes
 from fmg.models.conventions import CONVENTIONS_FILE, FlowMapConventions
 
-
-class Components(Protocol):
-    """The parts of a loaded pipeline folder, in evaluation mode and without gradients."""
-
-    @property
-    def folder(self) -> Path: ...
-
-    @property
-    def conventions(self) -> FlowMapConventions: ...
-
-    @property
-    def transformer(self) -> Any: ...
-
-    @property
-    def vae(self) -> Any: ...
-
-    @property
-    def text(self) -> TextStack: ...
-
-    @property
-    def weights(self) -> WeightFiles:
-        """The files of the transformer."""
+Text = TypeVar("Text", bound=TextStack)
 
 
-C = TypeVar("C", bound=Components)
+@dataclass(frozen=True)
+class Components(Generic[Text]):
+    """The parts of a loaded pipeline folder, in evaluation mode and without gradients.
+
+    Attributes:
+        folder: the pipeline folder.
+        conventions: how the transformer's weights are sampled.
+        transformer: the module of diffusers.
+        vae: the autoencoder.
+        text: the text encoders with their tokenizers.
+        weights: the files of the transformer.
+    """
+
+    folder: Path
+    conventions: FlowMapConventions
+    transformer: Any
+    vae: Any
+    text: Text
+    weights: WeightFiles
+
 
 quiet = partial(quiet_libraries, diffusers_logging, transformers_logging)
 """Silences progress bars and advice from the libraries while weights load."""
@@ -74,10 +72,17 @@ class Family:
     Attributes:
         name: of the family, for error messages.
         classes: by component, then by the name that its `config.json` states.
+        tokenizers: class of each tokenizer, by its folder.
     """
 
     name: str
     classes: Mapping[str, Mapping[str, Any]]
+    tokenizers: Mapping[str, Any]
+
+    @property
+    def text_folders(self) -> tuple[str, ...]:
+        """The folders of the text encoders and their tokenizers."""
+        return (*(name for name in self.classes if name not in ("transformer", "vae")), *self.tokenizers)
 
     def class_of(self, folder: Path, component: str) -> Any:
         """The class of the component in `folder`.
@@ -138,6 +143,45 @@ class Family:
         if folder.name.startswith("text_encoder"):
             _check_encodes(module, folder)
         return module
+
+
+def load_components(
+    family: Family,
+    folder: Path,
+    conventions: FlowMapConventions,
+    transformer: Callable[[], tuple[Any, WeightFiles]],
+    text: Callable[..., Text],
+    device: torch.device,
+    dtype: torch.dtype,
+    text_device: torch.device | None = None,
+) -> Components[Text]:
+    """Loads a pipeline folder by stated conventions.
+
+    Args:
+        family: the classes that it may name.
+        folder: a diffusers pipeline folder.
+        conventions: how the transformer's weights are sampled.
+        transformer: loads the transformer to `device`, and names its files; called first.
+        text: takes the encoders and tokenizers by the names of their folders.
+        device: where transformer and decoder go.
+        dtype: of every weight.
+        text_device: where the text encoders go; None: to `device`.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or of a class that is not known.
+    """
+    with quiet():
+        network, weights = transformer()
+        vae = family.module(folder / "vae", dtype)
+        names = [name for name in family.text_folders if name not in family.tokenizers]
+        encoders = {name: family.module(folder / name, dtype) for name in names}
+        tokenizers = {name: load_tokenizer(folder / name, cls) for name, cls in family.tokenizers.items()}
+    for module in (network, vae, *encoders.values()):
+        module.eval().requires_grad_(False)
+    vae.to(device, memory_format=torch.channels_last)
+    for module in encoders.values():
+        module.to(device if text_device is None else text_device)
+    return Components(folder, conventions, network, vae, text(**encoders, **tokenizers), weights)
 
 
 def _check_keys(cls: Any, file: Path, config: Mapping[str, object]) -> None:
@@ -205,6 +249,27 @@ def check_same(component: str, key: str, value: int, transformer_key: str, trans
             f"The {component} does not fit the transformer: {key} is {value}, {transformer_key} is {transformer_value}",
             "Give a folder whose components belong together.",
         )
+
+
+def square_latent(components: Components[Any], channels: int, scale: int, token: int) -> tuple[int, int, int]:
+    """(c, h, w) of the latent of a square image.
+
+    Args:
+        components: a loaded folder.
+        channels: of a latent.
+        scale: image pixels along the side of one latent pixel.
+        token: latent pixels along the side of one token.
+
+    Raises:
+        CheckpointError: the resolution is not a whole number of tokens.
+    """
+    resolution = components.conventions.resolution
+    if resolution % (scale * token):
+        raise CheckpointError(
+            f"The resolution {resolution} is not a multiple of {scale * token}, the side of a token in pixels",
+            f"Use a multiple of {scale * token}.",
+        )
+    return channels, resolution // scale, resolution // scale
 
 
 def check_guidance(folder: Path, conventions: FlowMapConventions, *, embeds: bool) -> None:

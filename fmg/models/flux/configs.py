@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from fmg.core.hub import Asset
-from fmg.core.model_folder import stated_config
-from fmg.core.specs import MAX_SIDE, MapSpec, ModelGeometry
-from fmg.models.conventions import FLUX_IN_DIFFUSERS, FlowMapConventions
+from fmg.core.specs import MAX_SIDE, MapKind, MapSpec, ModelGeometry
+from fmg.models.conventions import FLUX_IN_DIFFUSERS, FlowMapConventions, SecondTime, check_second_time
 from fmg.models.flux.size import FLUX_LITE, FLUX_SCHNELL, flux_geometry, transformer_parameters
-from fmg.models.published import BYTES, PublishedConfig
+from fmg.models.published import BYTES, DiffusersConfig, pipeline_folder
 from fmg.registry.config import About
 
 if TYPE_CHECKING:
@@ -39,11 +37,10 @@ _TEACHER = "Freepik/flux.1-lite-8B: T5, CLIP and VAE, about 9.9 GB"
 _PAPER_ANCHOR = ("asfmc", (("gap", 0.0147),))
 
 
-class FluxConfig(PublishedConfig):
+class FluxConfig(DiffusersConfig):
     """Options of every FLUX-class model of full size."""
 
     published: ClassVar[Mapping[str, object]] = FLUX_LITE
-    """The transformer's config where it is not on this computer yet."""
 
     in_diffusers: ClassVar[str] = FLUX_IN_DIFFUSERS
     flow_map_pipeline: ClassVar[bool] = True
@@ -63,25 +60,10 @@ class FluxConfig(PublishedConfig):
     max_sequence_length: int = Field(
         default=256, gt=0, le=512, description="Length that T5 tokens are padded and cut to."
     )
-    attention: Literal["native", "flash", "sage", "xformers"] = Field(
-        default="native", description="Attention backend of diffusers; native is PyTorch's own."
-    )
-    vae_tile: int | None = Field(
-        default=None,
-        ge=128,
-        multiple_of=16,
-        description="Side in pixels of the tiles that larger images are decoded in, blended at the seams; null: whole.",
-    )
-    vae_slicing: bool = Field(
-        default=False, description="Decode one image at a time, also where several would fit a call."
-    )
 
     def parameters(self) -> int:
         """Parameters of the transformer, by its `config.json` in a local folder, else by the published one."""
-        place = self.architecture().place
-        stated = stated_config(place / "transformer") if isinstance(place, Path) else None
-        two_time = self.conventions().second_time != "none"
-        return transformer_parameters(stated or self.published, second_time=two_time)
+        return transformer_parameters(self.transformer(), second_time=bool(self.conventions().second_time))
 
     def load(self, device: torch.device, dtype: torch.dtype) -> FluxModel:
         """As `PublishedConfig.load`."""
@@ -157,8 +139,8 @@ class MeanFlowFluxConfig(FluxStudentConfig):
     )
 
     def conventions(self) -> FlowMapConventions:
-        """Two times, the second as the duration; the five steps of the Flow-Map GRPO paper."""
-        return _conventions(self, "two-time", "duration", steps=5, grid="paper")
+        """Two times, the second as the duration; five steps of the Flow-Map GRPO paper."""
+        return _conventions(self, "two-time", SecondTime(takes="duration"), steps=5, grid="paper")
 
 
 class ScmFluxConfig(FluxStudentConfig):
@@ -169,7 +151,7 @@ class ScmFluxConfig(FluxStudentConfig):
 
     def conventions(self) -> FlowMapConventions:
         """One time; the TrigFlow wrapper of its authors cancels to `x - t net(x, t)` on the linear path."""
-        return _conventions(self, "single-time", "none", steps=2, grid="scm")
+        return _conventions(self, "single-time", SecondTime(takes="none"), steps=2, grid="scm")
 
 
 class FluxFewStepConfig(FluxConfig):
@@ -187,11 +169,13 @@ class FluxFewStepConfig(FluxConfig):
     folder: str = Field(
         min_length=1, description="Pipeline folder: hub id owner/name@revision, or a local diffusers folder."
     )
-    map: Literal["two-time", "single-time"] = Field(
-        description="Whether the network takes a second time, or only jumps to 0."
+    map: MapKind = Field(
+        description="Whether the network takes a second time, only jumps to 0, or predicts a velocity that is sampled "
+        "by Euler steps."
     )
-    second_time: Literal["none", "duration", "target"] = Field(
-        description="What timestep_embedder2 receives: t - s, s, or nothing for a single-time map."
+    second_time: SecondTime = Field(
+        description="How the second time enters: duration, target or none, or {takes, gate, scale} where its embedding "
+        "does not simply add."
     )
     path: Literal["linear"] = Field(
         default="linear",
@@ -202,35 +186,23 @@ class FluxFewStepConfig(FluxConfig):
 
     @model_validator(mode="after")
     def _times_fit(self) -> FluxFewStepConfig:
-        if (self.map == "single-time") != (self.second_time == "none"):
-            raise ValueError(f"a {self.map} map cannot have second_time '{self.second_time}'")
+        check_second_time(self.map, self.second_time)
         return self
 
     def conventions(self) -> FlowMapConventions:
         """As stated."""
         return _conventions(self, self.map, self.second_time, steps=self.default_steps, grid=self.default_grid)
 
-    def assets(self) -> tuple[Asset, ...]:
-        """The one folder."""
-        return (self.architecture(),)
-
     def architecture(self) -> Asset:
         """The one folder."""
-        return Asset(
-            "pipeline",
-            "model.folder",
-            self.folder,
-            folders=(*COMPONENTS, "transformer"),
-            patterns=PIPELINE_FILES,
-            size_gb=33.7,
-            licence="Apache-2.0",
-        )
+        parts = (*COMPONENTS, "transformer")
+        return pipeline_folder(self.folder, parts, ("tokenizer", "tokenizer_2"), 33.7, "Apache-2.0")
 
 
 def _conventions(
     config: FluxConfig,
-    kind: Literal["two-time", "single-time"],
-    second: Literal["none", "duration", "target"],
+    kind: MapKind,
+    second: SecondTime,
     *,
     steps: int,
     grid: str,

@@ -29,7 +29,7 @@ from fmg.core.display import some
 from fmg.core.errors import CheckpointError
 from fmg.core.model_folder import read_config, whole, wholes
 from fmg.core.profiling import TOKENISE, stage
-from fmg.models.common.pipeline_parts import Family, check_guidance, check_same, load_tokenizer, quiet
+from fmg.models.common.pipeline_parts import Components, Family, check_guidance, check_same, load_components
 from fmg.models.common.text import Tokenizer
 from fmg.models.common.weights import (
     INDEX_FILE,
@@ -216,6 +216,7 @@ FLUX = Family(
             "text_encoder_2": {"T5EncoderModel": T5EncoderModel},
         }
     ),
+    MappingProxyType({"tokenizer": CLIPTokenizer, "tokenizer_2": T5Tokenizer}),
 )
 
 
@@ -224,16 +225,7 @@ _AXES = 3
 _STOCK_AXES: Mapping[str, object] = MappingProxyType({"attention_head_dim": 128, "axes_dims_rope": [16, 56, 56]})
 
 
-@dataclass(frozen=True)
-class FluxComponents:
-    """The parts of a loaded folder, in evaluation mode and without gradients."""
-
-    folder: Path
-    conventions: FlowMapConventions
-    transformer: FlowMapFluxTransformer2DModel
-    vae: AutoencoderKL | AutoencoderTiny
-    text: FluxText
-    weights: WeightFiles
+FluxComponents = Components[FluxText]
 
 
 @dataclass(frozen=True)
@@ -275,23 +267,13 @@ def load_parts(
     Raises:
         CheckpointError: a file is missing, damaged, of an unknown class, or does not fit the others.
     """
-    with quiet():
+
+    def transformer() -> tuple[FlowMapFluxTransformer2DModel, WeightFiles]:
         source = transformer_source(folder, conventions, student)
-        transformer = load_transformer(
-            FlowMapFluxTransformer2DModel, source.config, source.weights, device, dtype, check_student
-        )
-        vae = FLUX.module(folder / "vae", dtype)
-        text_encoder = FLUX.module(folder / "text_encoder", dtype)
-        text_encoder_2 = FLUX.module(folder / "text_encoder_2", dtype)
-        tokenizer = load_tokenizer(folder / "tokenizer", CLIPTokenizer)
-        tokenizer_2 = load_tokenizer(folder / "tokenizer_2", T5Tokenizer)
-    for module in (transformer, vae, text_encoder, text_encoder_2):
-        module.eval().requires_grad_(False)
-    vae.to(device, memory_format=torch.channels_last)
-    for module in (text_encoder, text_encoder_2):
-        module.to(device if text_device is None else text_device)
-    text = FluxText(tokenizer, text_encoder, tokenizer_2, text_encoder_2)
-    components = FluxComponents(folder, conventions, transformer, vae, text, source.weights)
+        cls = FlowMapFluxTransformer2DModel
+        return load_transformer(cls, source.config, source.weights, device, dtype, check_student), source.weights
+
+    components = load_components(FLUX, folder, conventions, transformer, FluxText, device, dtype, text_device)
     _check_fit(components)
     return components
 
@@ -301,7 +283,7 @@ def transformer_source(folder: Path, conventions: FlowMapConventions, student: P
     own = folder / "transformer"
     config = _config(own) if student is None else _student_config(own, student)
     _check_conventions(own if student is None else student, config, conventions)
-    config |= {"time_scale": conventions.time_scale, "second_time": conventions.second_time}
+    config |= {"time_scale": conventions.time_scale, "second_time": conventions.second_time.plain()}
     if student is None:
         return TransformerSource(config, folder_weights(own))
     shapes = transformer_shapes(empty_transformer(FlowMapFluxTransformer2DModel, config, own))
@@ -331,7 +313,7 @@ def _student_config(teacher: Path, student: Path) -> dict[str, Any]:
 
 
 def _check_conventions(folder: Path, config: Mapping[str, Any], conventions: FlowMapConventions) -> None:
-    stated: dict[str, object] = {"time_scale": conventions.time_scale, "second_time": conventions.second_time}
+    stated: dict[str, object] = {"time_scale": conventions.time_scale, "second_time": conventions.second_time.plain()}
     for key, value in stated.items():
         if config.get(key, value) != value:
             raise CheckpointError(

@@ -65,7 +65,7 @@ def write_pipeline_files(folder: Path, conventions: FlowMapConventions) -> None:
         **read_config(folder / "transformer"),
         "_class_name": _TRANSFORMER.__name__,
         "time_scale": conventions.time_scale,
-        "second_time": conventions.second_time,
+        "second_time": conventions.second_time.plain(),
     }
     components = {**_FIXED, "vae": ("diffusers", str(read_config(folder / "vae").get("_class_name")))}
     index = {"_class_name": _CLASS, "_diffusers_version": diffusers.__version__, "conventions": stated, **components}
@@ -89,7 +89,7 @@ def check_transformer(transformer: Any, conventions: FlowMapConventions) -> None
             "Load it with FlowMapFluxTransformer2DModel, or the folder with FlowMapPipeline.from_pretrained.",
         )
     for key in ("time_scale", "second_time"):
-        stated = getattr(conventions, key)
+        stated = conventions.plain()[key]
         if inner.config[key] != stated:
             raise CheckpointError(
                 f"The transformer has {key} {inner.config[key]!r}, but the conventions say {stated!r}",

@@ -89,7 +89,7 @@ def flux_geometry(
     stated = None if folder is None else stated_config(folder / "transformer")
     vae = (None if folder is None else stated_config(folder / "vae")) or FLUX_VAE
     config = {**published, **(stated or {})}
-    second_time = conventions.second_time != "none"
+    second_time = bool(conventions.second_time)
     head = whole(config, "attention_head_dim")
     double, single = whole(config, "num_layers", 0), whole(config, "num_single_layers", 0)
     channels = whole(vae, "latent_channels")

@@ -11,8 +11,8 @@ from pydantic import Field
 from fmg.core.hub import Asset, HubSource, parse_source
 from fmg.core.model_folder import stated_config
 from fmg.core.specs import MAX_SIDE, ModelGeometry
-from fmg.models.conventions import FlowMapConventions
-from fmg.models.published import PublishedConfig
+from fmg.models.conventions import FlowMapConventions, SecondTime
+from fmg.models.published import PublishedConfig, pipeline_folder
 from fmg.models.sana.size import SPRINT_06B, SPRINT_16B, SanaSize, sana_geometry
 from fmg.registry.config import About
 
@@ -22,11 +22,6 @@ if TYPE_CHECKING:
     from fmg.models.sana.model import SanaModel
 
 COMPONENTS = ("vae", "text_encoder", "transformer")
-_FILES = (
-    "model_index.json",
-    "tokenizer/*",
-    *(f"{name}/{files}" for name in COMPONENTS for files in ("*.json", "*.safetensors")),
-)
 _TERMS = "NSCL v2-custom (NVIDIA License, its LICENSE.txt); text encoder: Gemma Terms of Use"
 _GEMMA_GB, _DCAE_GB = 5.2, 1.2
 _SCALE = 32
@@ -74,7 +69,7 @@ class SanaSprintConfig(PublishedConfig):
             map="single-time",
             path="trig",
             time_scale=1.0,
-            second_time="none",
+            second_time=SecondTime(takes="none"),
             resolution=self.resolution,
             max_sequence_length=self.max_sequence_length,
             default_steps=2,
@@ -82,28 +77,10 @@ class SanaSprintConfig(PublishedConfig):
             guidance=self.guidance,
         )
 
-    def assets(self) -> tuple[Asset, ...]:
-        """The one folder."""
-        return (self.architecture(),)
-
     def architecture(self) -> Asset:
         """The one folder."""
         size = 2 * SanaSize(self._published()).parameters / 1e9 + _GEMMA_GB + _DCAE_GB
-        return Asset(
-            "pipeline",
-            "model.folder",
-            self.folder,
-            folders=COMPONENTS,
-            patterns=_FILES,
-            size_gb=size,
-            licence=_TERMS,
-        )
-
-    def transformer(self) -> Mapping[str, object]:
-        """The transformer's `config.json` in a local folder, else the published one."""
-        source = parse_source(self.folder)
-        stated = stated_config(source / "transformer") if isinstance(source, Path) else None
-        return stated or self._published()
+        return pipeline_folder(self.folder, COMPONENTS, ("tokenizer",), size, _TERMS)
 
     def load(self, device: torch.device, dtype: torch.dtype) -> SanaModel:
         """As `PublishedConfig.load`."""
@@ -124,6 +101,12 @@ class SanaSprintConfig(PublishedConfig):
     def parameters(self) -> int:
         """Parameters of the transformer, by its `config.json` in a local folder, else by the published one."""
         return SanaSize(self.transformer()).parameters
+
+    def transformer(self) -> Mapping[str, object]:
+        """The transformer's `config.json` in a local folder, else that of the published size."""
+        source = parse_source(self.folder)
+        stated = stated_config(source / "transformer") if isinstance(source, Path) else None
+        return stated or self._published()
 
     def _published(self) -> Mapping[str, object]:
         source = parse_source(self.folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import Gemma2Model, GemmaTokenizer
 
 from fmg.core.errors import CheckpointError
 from fmg.core.model_folder import read_config
-from fmg.models.common.pipeline_parts import Family, check_same, load_tokenizer, quiet
+from fmg.models.common.pipeline_parts import Components, Family, check_same, load_components
 from fmg.models.common.weights import WeightFiles, folder_weights, load_transformer
 from fmg.models.conventions import FlowMapConventions
 
@@ -82,19 +83,11 @@ SANA = Family(
             "text_encoder": {"Gemma2Model": Gemma2Model},
         }
     ),
+    MappingProxyType({"tokenizer": GemmaTokenizer}),
 )
 
 
-@dataclass(frozen=True)
-class SanaComponents:
-    """The parts of a loaded folder, in evaluation mode and without gradients."""
-
-    folder: Path
-    conventions: FlowMapConventions
-    transformer: SanaTransformer2DModel
-    vae: AutoencoderDC
-    text: SanaText
-    weights: WeightFiles
+SanaComponents = Components[SanaText]
 
 
 def load_parts(
@@ -119,21 +112,16 @@ def load_parts(
     Raises:
         CheckpointError: a file is missing, damaged, of an unknown class, or does not fit the others.
     """
-    with quiet():
+
+    def transformer() -> tuple[SanaTransformer2DModel, WeightFiles]:
         own = folder / "transformer"
         SANA.class_of(own, own.name)
         weights = folder_weights(own)
-        transformer = load_transformer(SanaTransformer2DModel, read_config(own), weights, device, dtype)
-        vae = SANA.module(folder / "vae", dtype)
-        text_encoder = SANA.module(folder / "text_encoder", dtype)
-        tokenizer = load_tokenizer(folder / "tokenizer", GemmaTokenizer)
-    tokenizer.padding_side = "right"
-    for module in (transformer, vae, text_encoder):
-        module.eval().requires_grad_(False)
-    vae.to(device, memory_format=torch.channels_last)
-    text_encoder.to(device if text_device is None else text_device)
-    text = SanaText(tokenizer, text_encoder, instruction)
-    components = SanaComponents(folder, conventions, transformer, vae, text, weights)
+        return load_transformer(SanaTransformer2DModel, read_config(own), weights, device, dtype), weights
+
+    text = partial(SanaText, instruction=instruction)
+    components = load_components(SANA, folder, conventions, transformer, text, device, dtype, text_device)
+    components.text.tokenizer.padding_side = "right"
     _check_fit(components)
     return components
 

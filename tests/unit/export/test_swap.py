@@ -228,7 +228,7 @@ def test_a_run_that_is_sampled_otherwise_is_taken_or_refused(
     }.items():
         with (
             unchanged(artifact.folder),
-            pytest.raises(UsageError, match=f"is sampled with {option} {value}, and .* was exported for"),
+            pytest.raises(UsageError, match=f"is sampled with {option} {value}, but .* was exported for"),
         ):
             swap_weights(artifact.folder, run(f"{option}-run", **{option: value}))
 

@@ -99,7 +99,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "an adapter for another model",
     ),
     "rope axes missing": (lambda f: _edit(f / "transformer/config.json", axes_dims_rope=...), "leaves out the key"),
-    "rope axes": (lambda f: _edit(f / "transformer/config.json", axes_dims_rope=[8, 8, 8]), r"\[8, 8, 8\], and"),
+    "rope axes": (lambda f: _edit(f / "transformer/config.json", axes_dims_rope=[8, 8, 8]), r"\[8, 8, 8\], but"),
     "layers": (lambda f: _edit(f / "text_encoder_2/config.json", num_layers=10**6), "at most 1000 is supported"),
     "positions": (
         lambda f: _edit(f / "text_encoder/config.json", max_position_embeddings=10**12),
@@ -146,7 +146,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "damaged tokenizer": (lambda f: (f / "tokenizer/tokenizer.json").write_text("{"), "tokenizer cannot be loaded"),
     "time scale": (
         lambda f: _edit(f / CONVENTIONS_FILE, time_scale=1.0),
-        "config.json says time_scale 1000.0 and fmg_flow_map.json says 1.0",
+        "config.json says time_scale 1000.0, but fmg_flow_map.json says 1.0",
     ),
     "second time": (lambda f: _edit(f / CONVENTIONS_FILE, second_time="target"), "says second_time 'duration'"),
     "guidance": (lambda f: _edit(f / CONVENTIONS_FILE, guidance=3.5), "takes no guidance scale"),

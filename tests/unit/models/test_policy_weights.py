@@ -74,7 +74,7 @@ def test_the_embedder_is_a_file_of_its_own_that_the_manifest_names(two_time_fold
     model.save_adapter(tmp_path / "saved")
     manifest = read_adapter_manifest(tmp_path / "saved")
     assert set(manifest.extra) == EMBEDDER
-    assert (manifest.map.map, manifest.map.second_time) == ("two-time", "duration")
+    assert (manifest.map.map, manifest.map.second_time.takes) == ("two-time", "duration")
     assert manifest.base.name == "tiny"
     stored = load_file(tmp_path / "saved" / EXTRA_FILE)
     assert {name.removeprefix("transformer.") for name in stored} == EMBEDDER
@@ -176,7 +176,7 @@ def test_a_full_fine_tune_is_a_component_folder_of_diffusers(two_time_folder: Pa
     assert {x.dtype for x in stock.state_dict().values()} == {torch.bfloat16}
     for name, parameter in model.trainable():
         assert torch.equal(stock.state_dict()[name], parameter.detach().bfloat16())
-    assert saved_weights.read_transformer_manifest(tmp_path / "saved").map.second_time == "duration"
+    assert saved_weights.read_transformer_manifest(tmp_path / "saved").map.second_time.takes == "duration"
 
 
 def test_a_full_fine_tune_is_written_in_shards(

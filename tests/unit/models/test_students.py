@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fmg.core.errors import CheckpointError, FmgWarning, MissingDependencyError, StorageError, UsageError
 from fmg.inference.torch_backend import device_for
+from fmg.models.conventions import Takes
 from fmg.models.flux.model import FluxModel
-from fmg.models.flux.transformer import SecondTime
 from fmg.models.published import PublishedSource
 from fmg.recipe import Recipe
 from fmg.registry import models
@@ -249,7 +249,7 @@ def test_offloaded_encoders_go_back_to_where_they_were(
 
 
 @pytest.mark.parametrize("second_time", ["none", "duration", "target"])
-def test_a_folder_of_ones_own_is_read_by_the_stated_conventions(second_time: SecondTime, tmp_path: Path) -> None:
+def test_a_folder_of_ones_own_is_read_by_the_stated_conventions(second_time: Takes, tmp_path: Path) -> None:
     folder = build_tiny_flux(tmp_path / "flux", second_time=second_time, time_scale=1.0)
     options = {
         "folder": str(folder),

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fmg.core.cache import ByteCache
 from fmg.models.common.text import TextCache, TextEncoders, encoder_key
-from fmg.models.flux.loading import FluxComponents, load_folder
-from fmg.models.flux.model import ENCODER_FOLDERS
+from fmg.models.flux.loading import FLUX, FluxComponents, load_folder
 
 CPU = torch.device("cpu")
 
@@ -107,7 +106,7 @@ def forbid_encoding(components: FluxComponents, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_hit_is_a_miss_bit_for_bit(components: FluxComponents, monkeypatch: pytest.MonkeyPatch) -> None:
-    key = encoder_key(components.folder, ENCODER_FOLDERS, 12, torch.float32, CPU)
+    key = encoder_key(components.folder, FLUX.text_folders, 12, torch.float32, CPU)
     without = encoders(components, None).encode(PROMPTS)
     miss = encoders(components, TextCache(key)).encode(PROMPTS)
     forbid_encoding(components, monkeypatch)
@@ -143,16 +142,16 @@ def test_a_damaged_file_is_computed_again(components: FluxComponents, tmp_path: 
 
 def test_the_key_is_that_of_everything_that_decides_an_embedding(two_time_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(two_time_folder, tmp_path / "copy"))
-    key = encoder_key(two_time_folder, ENCODER_FOLDERS, 12, torch.float32, CPU)
-    assert encoder_key(folder, ENCODER_FOLDERS, 12, torch.float32, CPU) == key
+    key = encoder_key(two_time_folder, FLUX.text_folders, 12, torch.float32, CPU)
+    assert encoder_key(folder, FLUX.text_folders, 12, torch.float32, CPU) == key
     others = {
-        encoder_key(folder, ENCODER_FOLDERS, 13, torch.float32, CPU),
-        encoder_key(folder, ENCODER_FOLDERS, 12, torch.bfloat16, CPU),
-        encoder_key(folder, ENCODER_FOLDERS, 12, torch.float32, torch.device("cuda")),
+        encoder_key(folder, FLUX.text_folders, 13, torch.float32, CPU),
+        encoder_key(folder, FLUX.text_folders, 12, torch.bfloat16, CPU),
+        encoder_key(folder, FLUX.text_folders, 12, torch.float32, torch.device("cuda")),
     }
     weights = folder / "text_encoder_2" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    others.add(encoder_key(folder, ENCODER_FOLDERS, 12, torch.float32, CPU))
+    others.add(encoder_key(folder, FLUX.text_folders, 12, torch.float32, CPU))
     assert len(others | {key}) == 5

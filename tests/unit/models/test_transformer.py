@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fmg.core.errors import UsageError
+from fmg.models.common.two_times import time_scale_doubt
+from fmg.models.conventions import Takes
 from fmg.models.flux.size import FLUX_LITE, transformer_parameters
-from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel, SecondTime, time_scale_doubt
+from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
 
 SIZES: dict[str, Any] = {
     "patch_size": 1,
@@ -32,7 +34,7 @@ SIZES: dict[str, Any] = {
 BATCH, TOKENS, TEXT = 3, 4, 5
 
 
-def _model(second_time: SecondTime, guidance: bool = False, time_scale: float = 1000.0, seed: int = 0):
+def _model(second_time: Takes, guidance: bool = False, time_scale: float = 1000.0, seed: int = 0):
     torch.manual_seed(seed)
     model = FlowMapFluxTransformer2DModel(
         **SIZES, guidance_embeds=guidance, time_scale=time_scale, second_time=second_time
@@ -66,7 +68,7 @@ def test_without_a_second_time_it_is_the_stock_model_bit_for_bit(guidance: bool)
 
 
 @pytest.mark.parametrize("second_time", ["duration", "target"])
-def test_the_second_embedder_has_the_published_names_and_shapes(second_time: SecondTime) -> None:
+def test_the_second_embedder_has_the_published_names_and_shapes(second_time: Takes) -> None:
     extra = {k: tuple(v.shape) for k, v in _model(second_time).state_dict().items() if "embedder2" in k}
     assert extra == {
         "timestep_embedder2.linear_1.weight": (16, 256),
@@ -78,7 +80,7 @@ def test_the_second_embedder_has_the_published_names_and_shapes(second_time: Sec
 
 @pytest.mark.parametrize("guidance", [False, True])
 @pytest.mark.parametrize("second_time", ["duration", "target"])
-def test_the_embedding_is_the_sum_of_its_parts(second_time: SecondTime, guidance: bool) -> None:
+def test_the_embedding_is_the_sum_of_its_parts(second_time: Takes, guidance: bool) -> None:
     model = _model(second_time, guidance, time_scale=1.0)
     seen: list[Tensor] = []
     model.time_text_embed.register_forward_hook(lambda module, args, output: seen.append(output))
@@ -130,7 +132,7 @@ def test_duration_depends_on_the_difference_of_times_only() -> None:
     ],
 )
 def test_missing_and_superfluous_inputs_are_refused(
-    second_time: SecondTime, guidance: bool, arguments: dict[str, Tensor], says: str
+    second_time: Takes, guidance: bool, arguments: dict[str, Tensor], says: str
 ) -> None:
     with pytest.raises(UsageError, match=says):
         _model(second_time, guidance)(**_inputs(), timestep=torch.ones(BATCH), **arguments)

@@ -10,7 +10,7 @@ from fmg.core.events import ignore
 from fmg.core.specs import ModelGeometry
 from fmg.data.run_folder import RunFolder
 from fmg.models.common.adapter import attach
-from fmg.models.conventions import FlowMapConventions, read_conventions
+from fmg.models.conventions import FlowMapConventions, SecondTime, read_conventions
 from fmg.models.flux.size import FLUX_LITE, flux_geometry, transformer_parameters
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
 from fmg.recipe import Recipe
@@ -59,7 +59,10 @@ def test_flux_lite_is_counted_as_its_modules_on_the_meta_device(second_time: str
         module = FlowMapFluxTransformer2DModel(time_scale=1.0, second_time=second_time, **_arguments())
         attach(module, 32, 64.0, ["attention-mlp"], 0.0, seed=0)
     conventions = FLUX.model_copy(
-        update={"second_time": second_time, "map": "two-time" if second_time == "duration" else "single-time"}
+        update={
+            "second_time": SecondTime(takes=second_time),
+            "map": "two-time" if second_time == "duration" else "single-time",
+        }
     )
     geometry = flux_geometry(None, conventions)
     counts = {True: 0, False: 0}

@@ -1,0 +1,215 @@
+"""Explicit fp32 times, and a second one, for transformers of diffusers that know one time of low precision.
+
+Published flow maps keep the weights and names of a stock transformer and differ in how times enter it: at which scale
+they reach their sinusoids, whether there is an embedder of a second time, and how its embedding joins the first. Times
+stay in fp32, because bf16 rounds 0.999 to 1. None of a stock forward is repeated here: the times travel inside the
+`pooled_projections` argument, which it hands to `time_text_embed` untouched.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from diffusers.models.embeddings import (
+    CombinedTimestepGuidanceTextProjEmbeddings,
+    CombinedTimestepTextProjEmbeddings,
+    TimestepEmbedding,
+    get_timestep_embedding,
+)
+from jaxtyping import Float
+from torch import Tensor
+
+from fmg.core.errors import CheckpointError, UsageError
+from fmg.models.conventions import SecondTime
+
+SINUSOID_CHANNELS = 256
+
+
+def sinusoids(times: Float[Tensor, " b"]) -> Float[Tensor, "b 256"]:
+    """What an embedder of diffusers receives of times that are scaled already."""
+    embedded: Tensor = get_timestep_embedding(times, SINUSOID_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
+    return embedded
+
+
+class _PackedTimes:
+    """A stock time-and-text embedding that reads `[pooled | t | second embedding]` from one fp32 tensor."""
+
+    timestep_embedder: TimestepEmbedding
+
+    def _setup(self, gate: float | None, *sizes: int) -> None:
+        self.gate = gate
+        self.sizes = sizes
+
+    def _joined(self, embedding: Tensor, time: Tensor, second: Tensor) -> Tensor:
+        second = second.to(embedding.dtype)
+        if self.gate is not None:
+            # (1 - g) emb(t) + g emb2 in place of emb(t)
+            first: Tensor = self.timestep_embedder(sinusoids(time).to(embedding.dtype))
+            second = self.gate * (second - first)
+        return embedding + second
+
+
+class PackedTimeTextEmbeddings(_PackedTimes, CombinedTimestepTextProjEmbeddings):  # type: ignore[misc]
+    """`[pooled | t | second embedding]`."""
+
+    def __init__(self, embedding_dim: int, pooled_projection_dim: int, gate: float | None) -> None:
+        super().__init__(embedding_dim, pooled_projection_dim)
+        self._setup(gate, pooled_projection_dim, 1, embedding_dim)
+
+    def forward(self, timestep: Tensor, packed: Float[Tensor, "b packed"]) -> Float[Tensor, "b inner"]:
+        """The embedding, in the dtype of the weights; the stock argument `timestep` is ignored."""
+        pooled, time, second = torch.split_with_sizes(packed, self.sizes, dim=-1)
+        dtype = self.timestep_embedder.linear_1.weight.dtype
+        embedding: Tensor = super().forward(time[:, 0], pooled.to(dtype).contiguous())
+        return self._joined(embedding, time[:, 0], second)
+
+
+class PackedTimeGuidanceTextEmbeddings(_PackedTimes, CombinedTimestepGuidanceTextProjEmbeddings):  # type: ignore[misc]
+    """As above for guidance-distilled weights: `[pooled | t | second embedding | guidance]`."""
+
+    def __init__(self, embedding_dim: int, pooled_projection_dim: int, gate: float | None) -> None:
+        super().__init__(embedding_dim, pooled_projection_dim)
+        self._setup(gate, pooled_projection_dim, 1, embedding_dim, 1)
+
+    def forward(self, timestep: Tensor, packed: Float[Tensor, "b packed"]) -> Float[Tensor, "b inner"]:
+        """The embedding, in the dtype of the weights; the stock argument `timestep` is ignored."""
+        pooled, time, second, guidance = torch.split_with_sizes(packed, self.sizes, dim=-1)
+        dtype = self.timestep_embedder.linear_1.weight.dtype
+        embedding: Tensor = super().forward(time[:, 0], guidance[:, 0], pooled.to(dtype).contiguous())
+        return self._joined(embedding, time[:, 0], second)
+
+
+class TwoTimeMixin:
+    """What a stock transformer with `time_text_embed` needs to take the times of a flow map; put before its class.
+
+    The class calls `_take_times` at the end of its `__init__`, after it registered `time_scale` and `second_time`, and
+    passes `_packed(...)` as `pooled_projections` in its `forward`.
+    """
+
+    second_embedder: ClassVar[str]
+    """Where the embedder of the second time is in the network, as its tensors are named in published files."""
+
+    config: Any
+    inner_dim: int
+
+    def _take_times(self, time_scale: float, second_time: str | dict[str, object], *, guidance: bool = False) -> None:
+        """Replaces `time_text_embed`, and adds the second-time embedder where the map has one.
+
+        Raises:
+            UsageError: `time_scale` is not positive or `second_time` is unknown.
+        """
+        if not time_scale > 0:
+            raise UsageError(f"time_scale is {time_scale}, which is not positive", fix="Use 1.0 or 1000.0.")
+        try:
+            self.second = SecondTime.model_validate(second_time)
+        except ValueError as error:
+            raise UsageError(
+                f"second_time is {second_time!r}, which is not a known value",
+                fix="Use 'none', 'duration' or 'target', or a mapping of takes, gate and scale.",
+            ) from error
+        cls = PackedTimeGuidanceTextEmbeddings if guidance else PackedTimeTextEmbeddings
+        self.time_text_embed = cls(self.inner_dim, self.config.pooled_projection_dim, self.second.gate)
+        if self.second:
+            place, _, name = self.second_embedder.rpartition(".")
+            parent = self.get_submodule(place)  # type: ignore[attr-defined]
+            parent.add_module(name, TimestepEmbedding(in_channels=SINUSOID_CHANNELS, time_embed_dim=self.inner_dim))
+
+    def _packed(
+        self,
+        pooled: Float[Tensor, "b pooled"],
+        timestep: Float[Tensor, " b"],
+        second: Float[Tensor, " b"] | None,
+        guidance: Float[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, "b packed"]:
+        """`[pooled | t | second embedding | guidance]` in fp32.
+
+        Raises:
+            UsageError: `second` is missing, or given to weights that have no embedder for it.
+        """
+        if (second is None) == bool(self.second):
+            wanted = "takes no second time" if second is not None else "needs the target time s as `second`"
+            raise UsageError(
+                f"The transformer has second_time={self.config.second_time!r} and {wanted}.",
+                fix="Pass `second` exactly when second_time is 'duration' or 'target'.",
+            )
+        dtype = torch.promote_types(pooled.dtype, torch.float32)
+        time, scale = timestep.to(dtype), self.config.time_scale
+        parts = [pooled.to(dtype), (scale * time)[:, None], self._embed_second(time, second, pooled)]
+        if guidance is not None:
+            parts.append((scale * guidance.to(dtype))[:, None])
+        return torch.cat(parts, dim=-1)
+
+    def _embed_second(self, time: Tensor, second: Tensor | None, pooled: Tensor) -> Tensor:
+        """Embedding of the second time (b, inner) in the dtype of `time`; zeros for a map without one."""
+        if second is None:
+            return time.new_zeros(pooled.shape[0], self.inner_dim)
+        target = second.to(time.dtype)
+        value = time - target if self.second.takes == "duration" else target
+        embedder = self.get_submodule(self.second_embedder)  # type: ignore[attr-defined]
+        scaled = (self.second.scale or self.config.time_scale) * value
+        embedded: Tensor = embedder(sinusoids(scaled).to(embedder.linear_1.weight.dtype))
+        return embedded.to(time.dtype)
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, **options: Any) -> Any:
+        """As in diffusers, except that missing, unexpected or wrongly shaped weights are an error.
+
+        The stock method leaves out what it does not know with a warning, and a flow map without the embedder of its
+        second time generates noise.
+
+        Raises:
+            CheckpointError: the weights in `folder` are not those of its config.
+        """
+        with_info = options.pop("output_loading_info", False)
+        model, info = super().from_pretrained(folder, output_loading_info=True, **options)  # type: ignore[misc]
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if names := sorted(str(name) for name in info[problem]):
+                raise CheckpointError(
+                    f"The weights in {folder} have {problem.replace('_', ' ')}: {', '.join(names[:5])}",
+                    "Restore the folder from where the model came from.",
+                )
+        return (model, info) if with_info else model
+
+
+STOCK_SCALE = 1000.0
+_POINTS = 101
+# Mean step between times 0.01 apart, over the distance of unrelated times. Embedders that were trained on times scaled
+# by 1000 are smooth in them (0.09 to 0.16 on the embedded models); others turn at random (0.7).
+_SMOOTH, _ROUGH = 0.3, 0.5
+# At unscaled times an embedder of scaled ones hardly moves: 0.07 of its range on the embedded models.
+_NARROW = 0.2
+
+
+@torch.no_grad()
+def time_scale_doubt(embedder: TimestepEmbedding, time_scale: float) -> str | None:
+    """Why the embedder's response does not fit times in [0, 1] multiplied by `time_scale`; None when it does.
+
+    A heuristic: it compares the response over [0, 1] at the stated scale with that at the stock scale of 1000.
+    """
+    roughness, spread = _response(embedder, time_scale)
+    if time_scale >= STOCK_SCALE / 10:
+        if roughness > _ROUGH:
+            return (
+                f"the weights respond to times multiplied by {time_scale:g} without any smoothness ({roughness:.2f}),"
+                " as weights of unscaled times do; if images are noise, set model.time_scale to 1"
+            )
+        return None
+    stock_roughness, stock_spread = _response(embedder, STOCK_SCALE)
+    if stock_roughness < _SMOOTH and spread < _NARROW * stock_spread:
+        return (
+            f"the weights hardly respond to times multiplied by {time_scale:g}, and smoothly to times multiplied by"
+            f" {STOCK_SCALE:g}, as stock FLUX weights do; if images are noise, set model.time_scale to"
+            f" {STOCK_SCALE:g}"
+        )
+    return None
+
+
+def _response(embedder: TimestepEmbedding, time_scale: float) -> tuple[float, float]:
+    """Roughness over [0, 1], and the root mean square distance of two embeddings."""
+    weight = embedder.linear_1.weight
+    times = torch.linspace(0, 1, _POINTS, device=weight.device)
+    embedded = embedder(sinusoids(time_scale * times).to(weight.dtype)).float()
+    spread = (2 * (embedded - embedded.mean(0)).square().sum(1).mean()).sqrt()
+    step = embedded.diff(dim=0).norm(dim=1).mean()
+    return float(step / spread.clamp_min(torch.finfo(torch.float32).tiny)), float(spread)
