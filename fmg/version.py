@@ -13,6 +13,6 @@ DISTRIBUTION = "flow-map-grpo"
 def install_line(extra: str = "") -> str:
     """The command that adds the packages of an extra (or the plain dependencies) to an installed `fmg`.
 
-    pip takes the installed distribution for the name, wherever it came from, and only asks an index for the rest.
+    pip matches the name to the installed distribution, wherever it came from, and only asks an index for the rest.
     """
     return f"pip install '{DISTRIBUTION}[{extra}]'" if extra else f"pip install {DISTRIBUTION}"

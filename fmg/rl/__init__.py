@@ -1,4 +1,4 @@
-"""Rollouts, group advantages and objectives: pure functions and values, no trainer.
+"""Rollouts, group advantages and objectives: pure functions and values, without a trainer.
 
 Names load on first use, so that `fmg.rl.configs` can be read without importing torch.
 """

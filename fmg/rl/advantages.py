@@ -33,7 +33,7 @@ def group_advantages(
         groups: group index of each sample, any integers in any order.
         global_std: whether to divide by the std of the batch instead of the group's.
         clip_max: bound on the absolute advantage.
-        eps: added to the std, so that differences by rounding do not count. If all rewards are small it is at most a
+        eps: added to the std, so that rounding differences do not count. If all rewards are small, it is at most a
             hundredth of the largest, so that their scale does not matter.
 
     Returns:
@@ -68,8 +68,8 @@ def combined_advantages(
 ) -> Float[Tensor, " n"]:
     """The weighted sum of each reward's own group advantage, divided by its std in the batch (docs/math.md, eq. 29).
 
-    GDPO (Liu et al., arXiv 2601.05242): rewards of different units count by their weights alone, and samples with equal
-    sums are distinguished by their parts. The last division keeps the range for any number and scale of weights.
+    GDPO (Liu et al., arXiv 2601.05242): rewards with different units count only by their weights, and samples with
+    equal sums are distinguished by their parts. The last division keeps the range for any number and scale of weights.
 
     Departures from the paper: each reward's std may be the batch's (`global_std`); the result is clamped once, at the
     end. Subtracting the batch mean is left out, since that of centred groups is 0.
@@ -99,7 +99,7 @@ def zero_std_ratio(rewards: Float[Tensor, " n"], groups: Int[Tensor, " n"]) -> f
 def unequal_groups(rewards: Float[Tensor, " n"], groups: Int[Tensor, " n"]) -> Bool[Tensor, " g"]:
     """Whether the rewards of each group differ, in ascending order of the groups' indices.
 
-    False for a group with an unscored image (NaN). The comparison is exact, where that of a std with 0 is not.
+    False for a group with an unscored image (NaN). The comparison is exact, unlike a test of the std against 0.
     """
     index, count = _group_index(groups.to(rewards.device))
     empty = rewards.new_zeros(count)
@@ -122,7 +122,7 @@ def shuffle_advantages(advantages: Float[Tensor, " n"], seed: int) -> Float[Tens
 
 
 def _group_index(groups: Int[Tensor, " n"]) -> tuple[Int[Tensor, " n"], int]:
-    """Groups renumbered from 0, and their number."""
+    """Groups renumbered from 0, and their count."""
     labels, index = torch.unique(groups, return_inverse=True)
     return index, len(labels)
 

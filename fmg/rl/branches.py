@@ -91,15 +91,15 @@ def branch_rollout(
         cond: conditioning, one row per group.
         groups: index of each group, part of the noise key.
         steps: grid interval at which each group branches, in [0, N - 2] for a grid of N intervals.
-        grid: strictly falling times, the first at most 1, the last 0.
+        grid: strictly decreasing times, the first at most 1, the last 0.
         how: siblings, completion and prefix.
         seed, iteration, latent_shape, device: as in `fmg.rl.rollout`.
-        batch_size: samples of a forward pass; a chunk holds whole groups. None takes all at once.
+        batch_size: samples of a forward pass; a chunk contains whole groups. None takes all at once.
         completing: map that completes the siblings; may be compiled, exported or in another precision, since
             completions have no density. None takes `flow_map`.
-        span: lowest and highest step over the groups of all processes: each then makes the calls of this span, with any
-            row where its own groups have none, since a sharded network needs all processes at every call. None makes
-            only the calls that have rows.
+        span: lowest and highest step over the groups of all processes: each then makes the calls of this span, with an
+            arbitrary row where its own groups have none, since a sharded network needs all processes at every call.
+            None makes only the calls that have rows.
 
     Raises:
         UsageError: the grid has no stochastic interval, a step is out of range, or the number of rows is wrong.
@@ -177,7 +177,7 @@ class _Stars:
         )
 
     def _prefix(self, x: Float[Tensor, "g *shape"]) -> Float[Tensor, "g *shape"]:
-        """Takes each group to its own branching time."""
+        """Advances each group to its own branching time."""
         x = x.clone()
         for j in range(int(self.step.max()) if self.span is None else self.span[1]):
             active = (self.step > j).nonzero().squeeze(1)
@@ -257,13 +257,13 @@ class StepChooser:
     """Chooses the transition at which each group of an iteration branches (docs/branching.md).
 
     `adaptive` gives a transition groups in proportion to the square of the running mean of its siblings' reward std,
-    and at least the share `floor`: where siblings get equal rewards there is nothing to learn. Its state is part of a
+    and at least the share `floor`: if siblings get equal rewards, there is nothing to learn. Its state is part of a
     run's state.
 
     Attributes:
         rule: `first`, `cycle`, `random` or `adaptive`.
         transitions: stochastic transitions of the grid, N - 1.
-        floor: least share of the groups for every transition under `adaptive`.
+        floor: minimum share of the groups for every transition under `adaptive`.
         seed: seed of the run.
     """
 
@@ -335,8 +335,8 @@ def reward_spread(rewards: Float[Tensor, " n"], step: Int[Tensor, " g"]) -> tupl
 def within_correlation(one: Float[Tensor, " n"], other: Float[Tensor, " n"], size: int) -> float | None:
     """Pearson correlation of two rewards of the same samples within their groups of `size`.
 
-    A group with an unscored image (NaN) is left out. None if nothing is left, or one of the rewards is constant within
-    every group.
+    A group with an unscored image (NaN) is left out. None if no group is left, or if one of the rewards is constant
+    within every group.
     """
     a, b = (x.double().cpu().reshape(-1, size) for x in (one, other))
     scored = (a.isfinite() & b.isfinite()).all(1)

@@ -44,7 +44,7 @@ class GrpoConfig(ObjectiveConfig):
 
     @property
     def compares_with(self) -> frozenset[Literal["old", "reference"]]:
-        """The reference if there is a KL to it; the old policy is in the rollout's stored densities."""
+        """The reference, if there is a KL to it; the rollout stores the densities of the old policy."""
         return frozenset({"reference"} if self.kl_beta > 0 else ())
 
     @property
@@ -60,7 +60,7 @@ class GrpoConfig(ObjectiveConfig):
 class GrpoGuardConfig(GrpoConfig):
     """GRPO with GRPO-Guard's ratio normalisation (arXiv 2510.22319); every other option is that of `grpo`.
 
-    The normalised log-ratio is smaller than the plain one by the factor std, so one clip range binds later.
+    The normalised log-ratio is smaller than the plain one by the factor std, so the same clip range binds later.
     """
 
     ratio_norm: Literal[True] = Field(default=True, description="always on; `grpo` has it as an option")

@@ -1,8 +1,8 @@
 """Keyed noise as numpy arrays; `fmg.rl.rollouts` gives the same bits as tensors. Imports no torch.
 
 The numbers come from numpy's counter-based Philox generator (Salmon et al., 2011, "Parallel random numbers: as easy as
-1, 2, 3") under a 128-bit hash of the key. A torch CPU generator will not do: it keeps 32 bits of its seed, so two of a
-million draws would coincide, and its normal numbers depend on the vector instructions of the CPU.
+1, 2, 3") under a 128-bit hash of the key. A torch CPU generator is unsuitable: it keeps only 32 bits of its seed, so
+some of a million draws would coincide, and its normal numbers depend on the vector instructions of the CPU.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def sub_seed(seed: int, number: int) -> int:
 
 
 class _KeyedGenerator:
-    """One Philox generator that is moved to the start of each key's stream: four times cheaper than making it anew."""
+    """One Philox generator that is moved to the start of each key's stream: four times cheaper than a new one."""
 
     def __init__(self, stream: str) -> None:
         self._person = stream.encode()

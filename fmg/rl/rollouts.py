@@ -53,14 +53,15 @@ def rollout(
         stochasticizer: turns the map into a Gaussian over the next state.
         cond: conditioning, one row per sample.
         groups: prompt group of each sample; part of the noise key, so groups of one iteration need distinct indices.
-        grid: strictly falling times, the first at most 1, the last 0.
+        grid: strictly decreasing times, the first at most 1, the last 0.
         seed: seed of the run.
         iteration: training iteration, part of the noise key.
         latent_shape: shape of one latent.
         same_initial_noise: whether all members of a group start from the same noise.
         stochastic_steps: indices of the stochastic intervals, in [0, N - 2]; None means all of them.
         members: index of each sample within its group, part of the noise key; None counts the earlier samples of the
-            same group. A process that generates a share of a rollout passes those of the whole (`group_members`).
+            same group. A process that generates a share of a rollout passes the indices in the whole rollout
+            (`group_members`).
         batch_size: samples of a forward pass; the last chunk may be shorter. None takes all at once.
         device: where the states live; None takes the device of the conditioning, or the CPU if it has no tensor.
 
@@ -139,7 +140,7 @@ def sample(
         flow_map: the map.
         cond: conditioning, one row per row of `x_1`.
         x_1: standard normal noise, on the device of the map.
-        grid: strictly falling times, the first at most 1, the last 0.
+        grid: strictly decreasing times, the first at most 1, the last 0.
         keys: one key per row, which single-time maps need for more than one step: interval k uses the noise of step
             k + 1. Two-time maps ignore them.
         batch_size: rows of a forward pass; None takes all at once.
@@ -253,7 +254,7 @@ def row_chunks(count: int, batch_size: int | None) -> list[Tensor]:
 
 
 def checked_grid(grid: Sequence[float]) -> tuple[float, ...]:
-    """The times of a grid that falls from at most 1 to 0.
+    """The times of a grid that decreases from at most 1 to 0.
 
     Raises:
         UsageError: it does not.
@@ -299,13 +300,13 @@ def window_steps(window: WindowSection | None, steps: int, *, iteration: int, se
     clean, and stays at the last (MixGRPO, Li et al., arXiv 2507.21802, with stride 1 and a constant interval).
 
     Args:
-        window: of a valid recipe; None makes every interval but the last stochastic.
+        window: of a valid recipe; None makes every interval except the last stochastic.
         steps: intervals of the grid, N; the last is always deterministic.
         iteration: training iteration, from 0.
         seed: seed of the run.
 
     Returns:
-        Consecutive indices in [0, N - 2], rising.
+        Consecutive indices in [0, N - 2], in increasing order.
     """
     if window is None:
         return tuple(range(steps - 1))

@@ -48,7 +48,7 @@ class RewardWeightedFlowMatching:
         """Draws `draws` noise levels per sample; no rows when every group's rewards are equal.
 
         Raises:
-            CompositionError: a two-time map is on another path than the linear one.
+            CompositionError: a two-time map is not on the linear path.
         """
         flow_map = policies.current
         if flow_map.anchors == "any" and flow_map.path.name != "linear":

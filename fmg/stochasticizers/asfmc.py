@@ -75,10 +75,10 @@ class AsfmcEuler(BaseStochasticizer[AsfmcEulerConfig]):
     `y = X_{t->s}(x_t)`, `mean = y - h (y / (1 - s) + v(y, s))`, `var = 2 h s / (1 - s)`, `h = epsilon strength^2`.
 
     The expansion of the exact kernel at `a = s - h` to first order in `h`; both means and both variances differ by
-    `O(h^2)`, and so does the path that it preserves. It leans on the diagonal velocity where the exact form leans on
-    the off-diagonal map. The gradient flows through `v` as well, so that the ratio is that of the density it is named
-    after; `detach_velocity` stops it there. With `floor`, `1 - s` is never less than that; with `truncate`, `epsilon`
-    is never more than `s`. Both are in the published code and change nothing on the `paper` grid.
+    `O(h^2)`, and so does the path that it preserves. It relies on the diagonal velocity where the exact form relies on
+    the off-diagonal map. The gradient flows through `v` as well, so that the ratio is that of this density;
+    `detach_velocity` stops it there. With `floor`, `1 - s` is never less than that; with `truncate`, `epsilon` is never
+    more than `s`. Both are in the published code and change nothing on the `paper` grid.
     """
 
     name = "asfmc-euler"

@@ -23,9 +23,9 @@ class BaseStochasticizer(ABC, Generic[C]):
     """A built-in stochasticizer: subclasses implement the density, whose times have been checked.
 
     Attributes:
-        name: what it is registered as.
+        name: its registered name.
         path_preserving: whether `x_t ~ p_t` implies `x_s ~ p_s` for an exact map.
-        linear_only: whether it is defined on the linear path alone.
+        linear_only: whether it is defined only on the linear path.
     """
 
     name: ClassVar[str]
@@ -46,7 +46,7 @@ class BaseStochasticizer(ABC, Generic[C]):
         """The density of `x_s` given `x_t`, for `0 < s < t <= 1`.
 
         Raises:
-            ValueError: times of another shape, type or order. The last step, to 0, is the deterministic map.
+            ValueError: times with the wrong shape, type or order. The last step, to 0, is the deterministic map.
             CompositionError: a map that the stochasticizer does not fit, such as one on another path.
         """
         if self.linear_only and flow_map.path.name != LinearPath.name:

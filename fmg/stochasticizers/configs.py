@@ -20,7 +20,7 @@ _LEAST_NOISE, _LARGEST_NOISE = 1e-3, 10.0
 
 
 class AsfmcConfig(StochasticizerConfig):
-    """Anchored stochastic flow map composition, exact form. The four options cannot be used together."""
+    """Anchored stochastic flow map composition, exact form. At most one of the four options may be given."""
 
     exclusive: ClassVar[frozenset[str]] = frozenset(get_args(AnchorRule))
 
@@ -60,7 +60,7 @@ class AsfmcConfig(StochasticizerConfig):
 
     @property
     def anchor(self) -> tuple[AnchorRule, float]:
-        """The rule in force and its value."""
+        """The active rule and its value."""
         if self.gap is not None:
             return "gap", self.gap
         if self.ratio is not None:

@@ -1,7 +1,7 @@
 """Baselines on the linear path, which leave the probability path at 4 or 5 steps (docs/math.md, eq. 15-18).
 
 Three sample with the diagonal velocity `v(x, t) = u(x, t, t)`, as discretisations of a stochastic differential equation
-or close to one. The last adds noise to the map itself: a test of path preservation has to fail on it.
+or close to one. The last adds noise to the map itself: a test of path preservation must fail on it.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def train(
     allow_code: bool = False,
     **values: object,
 ) -> TrainResult:
-    """Trains what `recipe` describes and writes a run folder.
+    """Trains as `recipe` describes and writes a run folder.
 
     If a launcher started several processes, each makes this call; together they train what one would, and the main
     process writes (docs/distributed.md).
@@ -65,19 +65,19 @@ def train(
             None is the default recipe of the embedded two-time model.
         run: where to write; None makes a new folder under `runs/`. A finished or foreign folder is never overwritten.
         observer: receives events (`fmg.core.events`); in all but the main process only those of level `error`.
-        rewards: in place of the recipe's: names, functions `fn(images (b, 3, h, w) in [0, 1], prompts) -> (b,)`, or a
+        rewards: replacing the recipe's: names, functions `fn(images (b, 3, h, w) in [0, 1], prompts) -> (b,)`, or a
             mapping of either to their weights. The run records the names of functions; `resume` needs them again.
         progress: whether to show progress on stderr; None shows it in a terminal or a notebook, unless there is an
             observer.
         allow_code: whether a recipe file may name reward code to run, and servers to send images to.
-        values: of the recipe, by dotted path or as the flags of `fmg train` are called: `iterations=2`, `lr=1e-3`,
+        values: of the recipe, by dotted path or by the names of `fmg train`'s flags: `iterations=2`, `lr=1e-3`,
             `**{"lora.rank": 4}`.
 
     Returns:
         The run folder, the first and last evaluation, and the best checkpoint by held-out score.
 
     Raises:
-        WrongTypeError: an argument has a wrong type.
+        WrongTypeError: an argument has the wrong type.
         UsageError: parts do not fit, the device is not available, or the folder is taken.
         CheckpointError: weights are missing or damaged.
         GateError: a safety check of the run fails; what was saved before stays.
@@ -106,14 +106,14 @@ def resume(
     allow_code: bool = False,
     accept_changed_prompts: bool = False,
 ) -> TrainResult:
-    """Resumes an interrupted run from its newest state, to the weights and metrics that it would have had.
+    """Resumes an interrupted run from its newest state, with the same weights and metrics as without the interruption.
 
     A run that was killed after its last iteration, before its report was written, gets its report.
 
     Several processes resume as they started: each makes this call and reads the state.
 
     Args:
-        run: the run folder; its own recipe says what to do.
+        run: the run folder; its own recipe is used.
         observer: receives events (`fmg.core.events`).
         rewards: the functions that the run was started with, under their names; its other rewards are in its recipe.
         progress: as in `train`.
@@ -124,7 +124,7 @@ def resume(
         As `train`.
 
     Raises:
-        UsageError: it is no run, is finished, has no state, is still being trained, or its recipe was changed.
+        UsageError: it is not a run, has finished, has no state, is still being trained, or its recipe was changed.
         CheckpointError: its files are damaged, or weights are missing.
         GateError: a safety check of the run fails.
         ProcessError: another process of the run dies or cannot be reached.
@@ -167,7 +167,7 @@ class _NewRun:
         return folder
 
     def locked(self) -> None:
-        """Nothing: nobody else knows the folder yet."""
+        """Nothing to check: the folder is not known to anyone else yet."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class _ResumedRun:
 
 @dataclass
 class _RunStatus:
-    """Records once how a run ended, whoever notices first."""
+    """Records once how a run ended, whichever part notices first."""
 
     folder: RunFolder | None = None
 
@@ -297,7 +297,7 @@ def _report(folder: RunFolder) -> None:
 
 
 def _complete(folder: RunFolder, *, is_main_process: bool) -> TrainResult:
-    """Takes the last steps of a run that was killed right before them; returns what the run would have returned."""
+    """Completes the last steps of a run that was killed right before them; returns the result of the run."""
     index = existing_index(folder.path)
     evaluations = [line for line in read_numbers(folder.metrics) if keys.SCORE in line]
     if is_main_process:

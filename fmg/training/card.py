@@ -61,7 +61,7 @@ def card_text(
         recipe: of the run.
         saved: the checkpoint.
         scores: scores on the evaluation prompts by log key, of the base and of the checkpoint.
-        prompts: which prompts these are, as what follows "prompts".
+        prompts: a description of these prompts, to follow the word "prompts".
         pictured: whether there is a `samples.png` beside the card.
         kept: the checkpoint that the run keeps.
     """
@@ -253,7 +253,7 @@ def _number(value: float | None) -> str:
 
 
 def _shareable(value: object) -> object:
-    """The values, with absolute paths cut to their last name."""
+    """The values, with absolute paths reduced to their last component."""
     if isinstance(value, dict):
         return {key: _shareable(child) for key, child in value.items()}
     if isinstance(value, list):

@@ -1,12 +1,12 @@
-"""What a run writes to disk of its weights: checkpoints to use, and states to resume from.
+"""The weights that a run writes to disk: checkpoints to use, and states to resume from.
 
-`RUN/checkpoints/checkpoint-N[-ema]` hold adapters or fine-tuned weights. Of those with a score, the newest and the best
-are kept.
+`RUN/checkpoints/checkpoint-N[-ema]` contain adapters or fine-tuned weights. Of those with a score, the newest and the
+best are kept.
 
-`RUN/state/iteration-N/{state.json, state.safetensors, SHA256SUMS}` holds everything that a resumed run needs: trained
-weights, optimizer, moving average, progress of the run and its gates, global random generators. Noise, prompts and
-partitions need nothing, because they are keyed by (seed, iteration). Only the newest state is kept; a finished run has
-none.
+`RUN/state/iteration-N/{state.json, state.safetensors, SHA256SUMS}` contains everything that a resumed run needs:
+trained weights, optimizer, moving average, progress of the run and its gates, global random generators. Noise, prompts
+and partitions need nothing, because they are keyed by (seed, iteration). Only the newest state is kept; a finished run
+has none.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ from fmg.training.state_files import generator_states, read_state, restore_gener
 from fmg.training.update import Ema
 
 EMA_SUFFIX = "-ema"
-"""End of the name of a checkpoint that holds the moving average of the weights."""
+"""Suffix of the name of a checkpoint of the moving average of the weights."""
 SCHEMA = 4
 
 _NAME = re.compile(rf"checkpoint-\d+({EMA_SUFFIX})?")
@@ -84,13 +84,13 @@ _KEYS = frozenset(("schema", "run", "progress", "trained", "optimizer", "ema", "
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has got at the end of an iteration.
+    """The progress of a run at the end of an iteration.
 
     Attributes:
         iteration: iterations done.
         touched: the last of them that changed the weights.
         lines: lines of `metrics.jsonl`.
-        sizes: samples of a rollout call and rows of an update call, for which the gate's findings hold.
+        sizes: samples of a rollout call and rows of an update call, for which the gate's findings are valid.
         gate_checked: rollouts that the replay gate has checked.
         gate_recompute: whether it decided to recompute old log-probs.
         moved: whether the movement gate has passed.
@@ -136,7 +136,7 @@ class SavedState:
     folder: Path
 
     def check_newest(self, run: RunFolder, recipe: Recipe) -> None:
-        """Checks that no other process resumed the run since this state was read, now that none can any more.
+        """Checks that no other process has resumed the run since this state was read; from now on none can.
 
         Raises:
             UsageError: one did, as when a cluster restarts a job too early.
@@ -152,7 +152,7 @@ class SavedState:
         """Checks that the state has the tensors that the run trains.
 
         Raises:
-            CheckpointError: it has others.
+            CheckpointError: it has different ones.
         """
         wanted = {name: tuple(p.shape) for name, p in trained}
         if wanted != {name: tuple(x.shape) for name, x in self.content["trained"].items()}:
@@ -184,9 +184,9 @@ class CheckpointManager:
 
     Attributes:
         composed: the live parts of the run.
-        run: where to.
+        run: where to save.
         live: what a state is saved from.
-        dist: the processes of the run; all make each call, the main process writes.
+        dist: the processes of the run; all make every call, the main process writes.
     """
 
     composed: Composed
@@ -222,7 +222,7 @@ class CheckpointManager:
     def checkpoint(self, iteration: int, metrics: Mapping[str, float], *, eligible: bool = True) -> CheckpointIndex:
         """Saves the weights and their average; `metrics` has their scores, or nothing when they have none.
 
-        What the reward-hacking monitor finds of the weights (`eligible`) holds for their average, which follows them.
+        What the reward-hacking monitor finds of the weights (`eligible`) applies to their average as well.
         """
         replica_gate(self.dist, self.live.trained)
         index = self._save(iteration, keys.SCORE, metrics.get(keys.SCORE), ema=False, eligible=eligible)
@@ -240,7 +240,7 @@ class CheckpointManager:
         return CheckpointIndex.from_json(text)
 
     def resume_point(self, progress: Progress, monitor: Mapping[str, Any], sampling: Mapping[str, Any]) -> ResumePoint:
-        """What a state saved now needs besides the weights, for as long as these do not change."""
+        """What a state saved now needs besides the weights, as long as these do not change."""
         return ResumePoint(progress, generator_states(self.live.device), monitor, sampling)
 
     def save_state(self, point: ResumePoint, *, now: bool = False) -> None:
@@ -255,7 +255,7 @@ class CheckpointManager:
             self.dist.run_on_main(lambda: str(save_state(self.run, self.composed.recipe, point, self.live)))
 
     def restore(self, saved: SavedState) -> tuple[CheckpointIndex, list[dict[str, float]]]:
-        """Takes weights and files of a run back to `saved`; returns its checkpoints and its metrics so far."""
+        """Returns weights and files of a run to `saved`; gives its checkpoints and its metrics so far."""
         saved.restore(self.live)
 
         def files() -> str:
@@ -360,7 +360,7 @@ def _is_ema(entry: SavedCheckpoint) -> bool:
 
 
 def save_state(run: RunFolder, recipe: Recipe, point: ResumePoint, live: TrainingState) -> Path:
-    """Writes the state of a run and removes the one before it; a crash leaves one or the other, never a part."""
+    """Writes the state of a run and removes the one before it; a crash leaves one or the other, never a partial one."""
     progress = point.progress
     folder = state_folder(run.path, progress.iteration)
     content = {
@@ -442,7 +442,7 @@ def load_state(run: RunFolder, recipe: Recipe, *, accept_changed_prompts: bool =
 
 
 def rewind(run: RunFolder, lines: int) -> tuple[CheckpointIndex, list[dict[str, float]]]:
-    """Takes the files of a run back to where its metrics had `lines` lines; returns its checkpoints and these lines.
+    """Restores the files of a run to when its metrics had `lines` lines; returns its checkpoints and these lines.
 
     Raises:
         CheckpointError: the metrics or the index of checkpoints are damaged; nothing was changed.
@@ -487,7 +487,7 @@ def _digest_of_lines(run: RunFolder, lines: int) -> str:
 
 
 def _identity(run: RunFolder, recipe: Recipe, *, by_content: bool) -> dict[str, str]:
-    """What a state belongs to.
+    """Identifies the run that a state belongs to.
 
     Of the recipe, only what the run's own file states counts, so that a version with more options resumes what an older
     one started; the content of prompt files counts, not where they are.

@@ -28,12 +28,12 @@ _USE_TORCH = "set rollout.branch.backend to torch"
 
 
 class _Network(Protocol):
-    """Called in place of the network module."""
+    """Called instead of the network module."""
 
     def __call__(self, **inputs: Any) -> Any: ...
 
     def refresh(self) -> None:
-        """Takes over the current trained weights."""
+        """Updates it to the current trained weights."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def open_completer(composed: Composed, rows: int, dist: DistContext) -> Complete
 
     Args:
         composed: the live parts of the run.
-        rows: the most siblings of one call.
+        rows: maximum number of siblings per call.
         dist: the processes of the run; the main one traces a graph, the others find it in the cache.
 
     Raises:
@@ -122,10 +122,10 @@ def completions_gate(ours: Float[Tensor, "n 3 h w"], torchs: Float[Tensor, "n 3 
     Args:
         ours: images completed by the backend of the recipe.
         torchs: the same siblings, completed by the network itself.
-        recipe: states backend and precision.
+        recipe: the recipe, which states backend and precision.
 
     Raises:
-        GateError: they differ more than the images of an exported artifact may.
+        GateError: they differ by more than the images of an exported artifact may.
     """
     difference = Difference()
     difference.add(ours.cpu().numpy(), torchs.cpu().numpy())

@@ -1,4 +1,4 @@
-"""What the processes of a run do together: meet, share rows, exchange values and errors, and notice a lost process.
+"""What the processes of a run do together: connect, share rows, exchange values and errors, and detect a lost process.
 
 A single process sends nothing and copies nothing: every collective returns its argument. Several processes make the
 same calls in the same order with the same shapes.
@@ -71,8 +71,8 @@ class Shard:
     """The rows of `total` that one of `world_size` processes works on: consecutive, in whole calls of `unit` rows.
 
     A single process makes calls of `unit` rows and a shorter last one. Each of several makes some of the same calls
-    with the same rows, so that what they compute together is rounded alike. All make equally many: a process that has
-    no call left repeats the last row.
+    with the same rows, so that their joint result is rounded alike. All make the same number of calls: a
+    process that has none left repeats the last row.
     """
 
     total: int
@@ -87,7 +87,7 @@ class Shard:
 
     @property
     def size(self) -> int:
-        """The most rows that the calls of a process hold."""
+        """The maximum number of rows in the calls of a process."""
         return self.calls * self.unit
 
     @property
@@ -159,7 +159,7 @@ class DistContext:
         return everyone[:total].to(local.dtype)
 
     def sum_gradients(self, parameters: Sequence[Parameter]) -> None:
-        """Replaces every gradient by its sum over the processes, which then hold the same bits."""
+        """Replaces every gradient by its sum over the processes, which then have the same bits."""
         if not self.is_distributed:
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -181,7 +181,7 @@ class DistContext:
         }
 
     def max(self, value: float) -> float:
-        """The largest value of any process; NaN when one is."""
+        """The largest value of any process; NaN if any is NaN."""
         return self.reduce({keys.MAX: value})[keys.MAX]
 
     def run_on_all(self, work: Callable[[], T]) -> T:
@@ -211,7 +211,7 @@ class DistContext:
         return self.gather_texts(text)[0]
 
     def main_process_first(self, work: Callable[[], T]) -> T:
-        """Runs `work` in the main process, then in the others, so that they find what it cached."""
+        """Runs `work` in the main process, then in the others, so that they find its cached result."""
         if not self.is_distributed:
             return work()
         done = self.run_on_all(lambda: [work()] if self.is_main_process else [])
@@ -255,7 +255,7 @@ def _unpacked(text: str) -> FmgError | OSError:
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one dtype that together fill a bucket."""
+    """Consecutive tensors of one dtype that together fill a bucket."""
     bucket: list[Tensor] = []
     for gradient in gradients:
         full = sum(x.nbytes for x in bucket) >= _BUCKET
@@ -273,11 +273,11 @@ def dist_context(
 ) -> Iterator[DistContext]:
     """Connects the processes of a run for the length of the body, which all of them leave together.
 
-    When another process dies meanwhile, this one ends too: with a `ProcessError` where an operation fails; where it
-    hangs in one that cannot be interrupted, by telling the observer and leaving the interpreter with exit code 1.
+    When another process dies meanwhile, this one ends too: with a `ProcessError` if an operation fails; if it hangs in
+    one that cannot be interrupted, it tells the observer and exits the interpreter with code 1.
 
     Args:
-        launch: this process; a single one connects to nobody.
+        launch: this process; a single one connects to nothing.
         device: where it computes.
         observer: receives a notice of level `error` before a hard exit.
         on_abort: called before a hard exit.
@@ -357,7 +357,7 @@ def _connect(launch: Launch, device: torch.device) -> Store:
 
 
 def _is_broken_link(error: BaseException) -> bool:
-    """Whether an error may come from an operation that another process broke off."""
+    """Whether an error may come from an operation that another process aborted."""
     return isinstance(error, RuntimeError) and out_of_memory(error) is None
 
 
@@ -385,11 +385,11 @@ class Store(Protocol):
 
 
 class Heartbeat:
-    """A thread that shows the others that this process lives, and notices when one of them dies.
+    """A thread that shows the others that this process is alive, and notices when one of them dies.
 
     A killed process cannot report its end, and a plain launcher leaves the survivors running
     (docs/adr/0021-lost-processes.md). Each process increments a counter in the store that they connected through. The
-    main process watches all others, they watch the main one, and whoever notices a loss first leaves the verdict there.
+    main process watches all others, they watch the main one, and the first to notice a loss leaves the verdict there.
 
     Args:
         store: shared by all processes; used by the thread alone once it has started.
@@ -443,7 +443,7 @@ class Heartbeat:
             return
 
     def diagnose(self) -> str | None:
-        """Which process died, asked after a connection broke: the verdict, or who was silent for a few beats.
+        """Which process died, after a connection broke: the verdict, or the process that was silent for a few beats.
 
         Only after `stop`.
         """

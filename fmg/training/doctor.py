@@ -1,4 +1,4 @@
-"""Examines an installation: what is there, what is missing, and one tiny training run."""
+"""Examines an installation: what is installed, what is missing, and one tiny training run."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ SELF_TEST: Mapping[str, object] = {
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the examination.
+    """One finding of the examination.
 
     Attributes:
         topic: `environment`, `device`, `storage`, `extra`, `index` or `self-test`.
@@ -86,8 +86,8 @@ def examine(*, self_test: bool = True, network: bool = False, observer: Observer
 
     Args:
         self_test: whether to end with a tiny training run.
-        network: whether to contact the indexes; otherwise nothing uses the network.
-        observer: hears of the progress.
+        network: whether to contact the indexes; otherwise the network is not used.
+        observer: receives the progress.
 
     Raises:
         UsageError: `network` is set while offline mode forbids it.

@@ -46,8 +46,8 @@ class Evaluator:
     Attributes:
         composed: the live parts of the run.
         run: its folder.
-        max_batch: images that the run's memory is planned for in one forward pass.
-        observer: hears of the progress.
+        max_batch: images per forward pass that the run's memory is planned for.
+        observer: receives the progress.
         dist: the processes that share each evaluation.
         monitor: looks for reward hacking.
     """
@@ -96,7 +96,7 @@ class Evaluator:
 
     @property
     def held_out(self) -> tuple[str, ...]:
-        """Rewards that are measured but not trained, and of which less is worse."""
+        """Rewards that are measured but not trained, and whose decrease is a loss."""
         judging = {reward.label for reward in self.composed.recipe.measured_rewards if reward.config.judges}
         trained = self.composed.reward.weights()
         return tuple(name for name in self.composed.measured if name in judging and name not in trained)
@@ -129,7 +129,7 @@ class Evaluator:
 
         Returns:
             The picture, and for a run with branched rollouts the diversity of its images within prompts: siblings share
-            a state, so what they have in common says little about the generator.
+                a state, so their similarity says little about the generator.
         """
         rows = self._rows()
         diversity = {}
@@ -139,7 +139,7 @@ class Evaluator:
         return self._write_samples(rows, iteration, averaged=False), diversity
 
     def draw_averaged(self, iteration: int) -> None:
-        """Writes the same for a moving average that has taken the place of the weights."""
+        """Writes the same for a moving average that currently replaces the weights."""
         self._write_samples(self._rows(), iteration, averaged=True)
 
     def show_result(self, lines: list[Mapping[str, float]], best: SavedCheckpoint) -> None:
@@ -203,7 +203,7 @@ class Evaluator:
 def decline(initial: Mapping[str, float], final: Mapping[str, float], key: str) -> str | None:
     """A warning when the held-out score `key` ended clearly below where it began, else None.
 
-    Nothing is clear where a standard error is NaN, as for a single image.
+    A NaN standard error, as for a single image, gives no warning.
     """
     error = math.hypot(initial[keys.error_of(key)], final[keys.error_of(key)])
     if not final[key] - initial[key] < -DECLINE_ERRORS * error:

@@ -1,4 +1,4 @@
-"""Checks that stop a run which cannot learn, before it has cost hours."""
+"""Checks that stop a run which cannot learn before it has cost hours."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _MORE_VALUES = (
 class ReplayGate:
     """Decides whether a rollout's own log-probs can be compared with an update's.
 
-    It checks before the first update and again at the next rollout: a fresh LoRA adds exactly nothing, so what the
-    adapter does to the replay (dropout, rounding) shows only after the first update.
+    It checks before the first update and again at the next rollout: a fresh LoRA adds exactly zero, so the effect of
+    the adapter on the replay (dropout, rounding) shows only after the first update.
 
     Rollout and update may use different shapes or kernels, whose rounding alone can exceed the clip range. Then the old
     log-probs of every rollout are recomputed through the update path.
@@ -43,7 +43,7 @@ class ReplayGate:
         clip_range: of the objective; None for one without a ratio, which passes.
         micro_batch: rows of a forward pass, as in the update.
         always_recompute: whether to recompute without checking first.
-        observer: hears how the gate was passed.
+        observer: is told how the gate was passed.
         dist: the processes that share the rows.
     """
 
@@ -150,7 +150,7 @@ def replica_gate(dist: DistContext, parameters: Sequence[tuple[str, Parameter]])
 class LearningGate:
     """Checks that iterations make updates: a rollout whose groups have equal rewards makes none.
 
-    A reward with few values may well start like this, on prompts that the model cannot render yet; but a run that never
+    A reward with few values may start like this, on prompts that the model cannot render yet; but a run that never
     makes an update trains nothing.
 
     Args:

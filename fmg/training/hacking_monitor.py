@@ -2,10 +2,10 @@
 
 All evaluations use the same prompts and noise, so two of them are compared image by image. A held-out reward is
 compared with its highest evaluation, since over-optimisation often lets it rise first (Gao et al., arXiv 2210.10760).
-Its fall is measured in standard deviations of its scores over the images of the untouched model, a unit that rewards
-share. Where the standard deviation of the evaluation is larger, that one counts; and the unit is never below `FLOOR` of
-the mean or `TINY`, for rewards that the untouched model saturates. Diversity is that of the rollouts' groups, compared
-with the first rollout.
+Its fall is measured in standard deviations of its scores over the images of the untouched model, a unit common to all
+rewards. If the standard deviation of the evaluation is larger, it is used instead; and the unit is never below `FLOOR`
+of the mean or `TINY`, for rewards that the untouched model saturates. Diversity is that of the rollouts' groups,
+compared with the first rollout.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fmg.core import metric_keys as keys
 from fmg.data.run_metrics import Change, HackingLimits, is_hacking
 
 FLOOR, TINY = 1e-3, 1e-5
-"""Least unit of a reward: relative to its mean on the untouched model, and absolute. Equal scores have a spread of
+"""Minimum unit of a reward: relative to its mean on the untouched model, and absolute. Equal scores have a spread of
 rounding alone, in which any fall is enormous."""
 
 Scores = Float[np.ndarray, " n"]
@@ -37,7 +37,7 @@ class Reading:
 
     Attributes:
         name: the held-out reward, or `diversity`.
-        loss: how far it fell: in standard deviations of a reward; for the diversity as a share of the first.
+        loss: how far it fell: for a reward in standard deviations, for the diversity as a share of the first.
         limit: tolerated loss.
         before, now: its mean at the reference and now.
         since: the last evaluation at which the loss was within the limit.
@@ -72,7 +72,7 @@ class HackingVerdict:
     Attributes:
         iteration: of the evaluation.
         gain: rise of the trained reward since the untouched model, in the same unit as losses.
-        readings: all that is monitored.
+        readings: all monitored quantities.
         hacked: those that fell while the trained reward rose.
     """
 
@@ -96,7 +96,7 @@ class HackingVerdict:
 
     @property
     def began(self) -> int | None:
-        """The last evaluation before the gap, or None without one."""
+        """The last evaluation before the gap, or None without a gap."""
         return min((reading.since for reading in self.hacked), default=None)
 
     def metrics(self) -> dict[str, float]:
@@ -117,7 +117,7 @@ class HackingVerdict:
 
 @dataclass
 class _Reference:
-    """The highest evaluation of a held-out reward, and the last eligible one with the trained scores of then."""
+    """The highest evaluation of a held-out reward, and the last eligible one, with the trained scores at that time."""
 
     scores: Scores
     eligible: int
@@ -166,7 +166,7 @@ def _paired(after: Scores, before: Scores, scale: float) -> Change:
 
 @dataclass
 class HackingMonitor:
-    """Compares every evaluation with the ones before; a resumed run continues from its `state`.
+    """Compares every evaluation with earlier ones; a resumed run continues from its `state`.
 
     Attributes:
         tolerance: tolerated fall of a held-out reward, in standard deviations over images.

@@ -1,4 +1,4 @@
-"""How a run is laid out: its processes as a launcher states them, their device and engine, the sizes of their batches.
+"""The layout of a run: its processes as a launcher states them, their device and engine, their batch sizes.
 
 Imports no torch.
 
@@ -171,7 +171,7 @@ def device_of(recipe: Recipe, launch: Launch, gpus: int) -> str:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Samples of a rollout call and rows of an update call."""
+    """Samples per rollout call and rows per update call."""
 
     rollout_batch: int
     micro_batch: int
@@ -183,7 +183,7 @@ def choose_sizes(recipe: Recipe, device_type: str, world_size: int = 1) -> Sizes
     Args:
         recipe: states sizes, or leaves them open.
         device_type: `cpu` or `cuda`.
-        world_size: how many processes share the samples of an iteration by whole calls; a call is at most a share.
+        world_size: how many processes share the samples of an iteration in whole calls; a call is at most one share.
     """
     samples = recipe.rollout.samples
     if device_type == "cpu":
@@ -199,7 +199,7 @@ def choose_sizes(recipe: Recipe, device_type: str, world_size: int = 1) -> Sizes
 
 
 def _is_small(recipe: Recipe) -> bool:
-    """Whether hundreds of rows fit any GPU, as far as it is known; bf16 calls are all padded to the update's rows."""
+    """Whether hundreds of rows are known to fit any GPU; bf16 calls are all padded to the update's rows."""
     model = recipe.model.config
     if recipe.train.dtype != "fp32" or model.spec().resolution > _SMALL_PIXELS:
         return False

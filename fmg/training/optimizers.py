@@ -114,7 +114,7 @@ class JointOptimizer(Optimizer):
         """Restores what `state_dict` returned.
 
         Raises:
-            CheckpointError: another kind of optimizer saved it.
+            CheckpointError: it was saved by a different kind of optimizer.
         """
         states = state_dict.get("parts", ())
         if len(states) != len(self.parts):

@@ -39,7 +39,7 @@ class Gpu:
     Attributes:
         name: the product.
         memory: bytes, as its data sheet states them.
-        peak: floating-point operations a second of its data sheet, dense bf16 with fp32 accumulation.
+        peak: floating-point operations per second by its data sheet, dense bf16 with fp32 accumulation.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Plan:
 
 
 def plan(resolved: ResolvedRecipe, *, devices: int | None = None, runs: Path = RUNS) -> Plan:
-    """Counts the work, the memory and the disk of a run.
+    """Counts the work, the memory and the disk space of a run.
 
     A network call here is one evaluation of the network for one image (NFE). A rollout of N steps has N - 1 stochastic
     transitions, or those of its window, of one or more calls as the stochasticizer declares; the other steps are

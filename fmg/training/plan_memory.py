@@ -1,7 +1,7 @@
 """Peak memory of a run by part, and its files, from counts alone: no weights, no torch.
 
-What the blocks of a model keep in memory is part of its geometry; tests/unit/training/test_plan_memory.py compares
-plans with measured peaks. Work space inside kernels and the allocator's fragments add a few per cent. Tracing an
+The memory of a model's blocks is part of its geometry; tests/unit/training/test_plan_memory.py compares
+plans with measured peaks. Kernel workspaces and allocator fragmentation add a few per cent. Tracing an
 iteration with fake tensors gives the same numbers a hundred times slower (docs/adr/0022-memory-from-counts.md).
 """
 
@@ -56,9 +56,9 @@ def plan_memory(
 ) -> Memory:
     """The peak of a training run on each of `devices` equal devices that share the work of an iteration.
 
-    The largest of the activations of an update, a rollout call and a decoder call is counted beside what is there all
-    the time. With `sharded` (FSDP2) the transformer is spread over the devices; then saving, which gathers it to verify
-    the file, may need more.
+    The largest of the activations of an update, a rollout call and a decoder call is counted in addition to what is
+    always there. With `sharded` (FSDP2) the transformer is sharded over the devices; then saving, which gathers it to
+    verify the file, may need more.
     """
     number = DTYPE_BYTES[recipe.train.dtype]
     trained = trained_by(recipe, geometry)
@@ -107,9 +107,9 @@ def plan_memory(
 def update_bytes(geometry: ModelGeometry, trained: Trained, rank: int, number: int, micro_batch: int) -> int:
     """Activations of one forward and backward pass of `micro_batch` rows through the trained transformer.
 
-    Each block keeps what its kind says. A LoRA keeps its input in fp32: one for all layers that read it in fp32 runs, a
-    copy for each in bf16 ones. A trained weight keeps its input as the network computes it, and under autocast the
-    network's copy of the weight as well.
+    Each block keeps as much as its kind states. A LoRA keeps its input in fp32: one for all layers that read it in fp32
+    runs, a copy for each in bf16 ones. A trained weight keeps its input as the network computes it, and under autocast
+    the network's copy of the weight as well.
     """
     adapted = _adapter_inputs(geometry, trained.layers, rank, number) + _own_inputs(geometry, trained, number)
     # the backward pass begins in the last block

@@ -88,7 +88,7 @@ class Trained:
     Attributes:
         layers: linear layers with a LoRA.
         lora: shapes of the LoRA's tensors.
-        unfrozen: shapes of the weights of the base that are trained themselves.
+        unfrozen: shapes of the trained weights of the base.
         whole: whether these are all weights.
         words: a description.
     """
@@ -105,12 +105,12 @@ class Trained:
 
     @property
     def base_parameters(self) -> int:
-        """How many of the trained numbers belong to the base."""
+        """The number of trained values that belong to the base."""
         return count_numbers(self.unfrozen)
 
 
 def trained_by(recipe: Recipe, geometry: ModelGeometry) -> Trained:
-    """What `train.trainable` and `lora` of a recipe come to in a model of this geometry."""
+    """What `train.trainable` and `lora` of a recipe train in a model of this geometry."""
     what, rank = recipe.train.trainable, recipe.lora.rank
     if what == "full":
         matrices = [(layer.outputs, layer.inputs) for layer in geometry.linears]
@@ -134,5 +134,5 @@ def adapted_layers(geometry: ModelGeometry, targets: Sequence[str]) -> list[Line
 
 
 def count_numbers(shapes: Sequence[Shape]) -> int:
-    """How many numbers tensors of these shapes hold."""
+    """The number of values in tensors of these shapes."""
     return sum(math.prod(shape) for shape in shapes)

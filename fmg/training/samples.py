@@ -61,7 +61,7 @@ from fmg.training.launch import Sizes
 from fmg.training.plan_work import rollout_nfe
 
 AGREEMENT_GROUPS = 6
-"""Groups that are completed both ways to measure how far the completions agree."""
+"""Groups that are completed both ways to measure how well the completions agree."""
 CHECKED_ROLLOUTS = 2
 """Rollouts of a process in which some groups are completed by torch as well. A fresh LoRA adds exactly nothing, so that
 a backend's error in it shows only after the first update."""
@@ -77,13 +77,13 @@ _KEPT, _RECOVERY = 0.5, 0.01
 
 @dataclass
 class Sampler:
-    """Generates the samples of each iteration, and learns from their rewards where to sample next.
+    """Generates the samples of each iteration, and learns from their rewards how to sample next.
 
     Attributes:
         composed: the live parts of the run.
         sizes: samples of a forward pass.
         dist: the processes that share the samples.
-        observer: hears whether another backend completes as torch does.
+        observer: is told whether another backend completes as torch does.
     """
 
     composed: Composed
@@ -144,8 +144,8 @@ class Sampler:
     def completion_agreement(self, iteration: int, rewards: RewardOutput) -> dict[str, float]:
         """How far the rewards of the two completions agree, for an iteration that `compares_completions`.
 
-        Completes a few groups the other way. `branch/completion_agreement` is the correlation of both rewards within
-        groups: near 1, a jump ranks siblings as the sampler of deployment would, at a fraction of its cost.
+        Completes a few groups with the other method. `branch/completion_agreement` is the correlation of both rewards
+        within groups: near 1, a jump ranks siblings as the sampler used in deployment would, at a fraction of its cost.
         """
         recipe = self.composed.recipe
         shape = recipe.rollout
@@ -168,7 +168,7 @@ class Sampler:
         }
 
     def restore(self, state: Mapping[str, Any], *, same_prompts: bool = True) -> None:
-        """Restores what `state` returned; what was learned about prompts only for the same prompts."""
+        """Restores what `state` returned; what was learned about prompts only if they are the same."""
         if self._steps is not None:
             self._steps.restore(state["steps"])
         if self._prompts is not None and same_prompts:
@@ -368,7 +368,7 @@ def score_samples(
 
 
 def advantages(rewards: RewardOutput, groups: Int[Tensor, " n"], recipe: Recipe, iteration: int) -> Float[Tensor, " n"]:
-    """Group advantages as the recipe's objective wants them; 0 for groups with an unscored image.
+    """Group advantages as the recipe's objective requires; 0 for groups with an unscored image.
 
     Those of the rewards' weighted sum, or with `reward_combination: per-reward` the weighted sum of each reward's own
     (docs/math.md, eq. 19 and 29). `train.shuffle_advantages` assigns them to random samples, the null control.
@@ -415,7 +415,7 @@ def reward_metrics(rewards: RewardOutput, groups: Int[Tensor, " n"]) -> dict[str
 def iteration_prompts(prompts: PromptSet, groups: int, iteration: int, seed: int) -> list[Prompt]:
     """The `groups` prompts of an iteration.
 
-    The set is shuffled anew each time it has been used up. The prompts of an iteration depend on (seed, iteration)
+    The set is reshuffled each time it has been used up. The prompts of an iteration depend on (seed, iteration)
     alone, so a resumed or distributed run sees the same ones.
     """
     size = len(prompts)
@@ -432,14 +432,14 @@ def iteration_prompts(prompts: PromptSet, groups: int, iteration: int, seed: int
 
 @dataclass
 class DynamicPrompts:
-    """Samples prompts less often whose groups had equal rewards lately (DAPO, arXiv 2503.14476, as weights).
+    """Samples prompts whose groups recently had equal rewards less often (DAPO, arXiv 2503.14476, as weights).
 
-    DAPO generates until every group has unequal rewards; here no image is thrown away, and no prompt for good. The
+    DAPO generates until every group has unequal rewards; here no image is discarded, and no prompt permanently. The
     weights are part of a run's state.
 
     Attributes:
         prompts: the training prompts.
-        floor: least weight; a prompt whose rewards differ has 1.
+        floor: minimum weight; a prompt whose rewards differ has 1.
         seed: seed of the run; with the iteration it keys every draw.
     """
 

@@ -30,7 +30,7 @@ def write_state(folder: Path, value: Mapping[str, object]) -> None:
     """Writes `state.safetensors`, `state.json` and their digests into a folder.
 
     Raises:
-        TypeError: a value is no tensor, number, text, None, list, tuple or dict of these.
+        TypeError: a value is not a tensor, number, text, None, or a list, tuple or dict of these.
     """
     tensors: dict[str, Tensor] = {}
     structure = _pack(value, "", tensors)

@@ -5,7 +5,7 @@ deterministic, so a stochasticizer turns the map into a policy: each step but th
 log-density can be evaluated again. One iteration (`Trainer.iterate`) is
 
     prompts     choose G prompts, encode them
-    rollout     m images a prompt with the current weights, each transition with its log-prob
+    rollout     m images per prompt with the current weights, each transition with its log-prob
                 (chain: m trajectories; branch: m siblings of one transition, completed by one jump)
     decode      latents to images
     reward      r = sum_k w_k r_k(image, prompt)
@@ -30,7 +30,7 @@ Departures from the paper (arXiv 2607.00535):
   * the run stops when it cannot learn: a ratio that is not 1 before the first update, a first update that moves
     nothing, gradients that are not finite, ten iterations without an update.
 
-Every stage is a function of another module; this one orders them.
+Every stage is a function of another module; this one calls them in order.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class TrainResult:
         """The curves of the run as a picture, made from its log.
 
         Raises:
-            CheckpointError: a file of the run is gone or damaged.
+            CheckpointError: a file of the run is missing or damaged.
         """
         return run_picture(RunRecord.read(self.run))
 
@@ -343,7 +343,7 @@ class Trainer:
         return self._resume_point
 
     def _save_early(self) -> CheckpointIndex:
-        """Saves a checkpoint of the current weights and, unless they are amid their updates, the state."""
+        """Saves a checkpoint of the current weights and, unless updates are in progress, the state."""
         index = self._checkpoints.checkpoint(self._touched, {})
         if self._resume_point is not None:
             self._checkpoints.save_state(self._resume_point, now=True)

@@ -110,8 +110,8 @@ class Updater:
     def _micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
         """This process's rows in micro-batches, each with its share of the whole batch.
 
-        Every process gets equally many, so that all make the same calls; one without rows left takes any, with a share
-        of 0.
+        Every process gets the same number, so that all make the same calls; one without rows left takes any row, with a
+        share of 0.
         """
         shard = self.dist.shard_of(len(batch), self.micro_batch)
         rows = shard.rows
@@ -122,7 +122,7 @@ class Updater:
 
 
 def partition(batch: Batch, updates: int, seed: int) -> Iterator[Batch]:
-    """`updates` disjoint random parts of a rollout's rows, of equal size up to one row, one for each update."""
+    """`updates` disjoint random parts of a rollout's rows, one for each update; sizes differ by at most one."""
     order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed))
     for rows in order.tensor_split(updates):
         if len(rows):
@@ -137,7 +137,7 @@ class Ema:
 
     Args:
         parameters: what is trained.
-        decay: in (0, 1), of one update, not of one iteration.
+        decay: in (0, 1), per update, not per iteration.
     """
 
     def __init__(self, parameters: Sequence[Parameter], decay: float) -> None:
@@ -155,7 +155,7 @@ class Ema:
             average.lerp_(parameter.detach(), 1 - decay)
 
     def in_place(self) -> AbstractContextManager[None]:
-        """Runs its body with the average in place of the weights, which are restored bit for bit."""
+        """Runs its body with the average in place of the weights, which are then restored bit for bit."""
         return self._average.in_place()
 
     @property

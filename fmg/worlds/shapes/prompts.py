@@ -99,7 +99,7 @@ def _plural(kind: Kind) -> str:
 
 
 def is_heldout(kind: Kind, color: Color, position: Position) -> bool:
-    """Whether a combination is held out: a Latin square over colour and position, shifted by the kind.
+    """Whether a combination is held out, by a Latin square over colour and position, shifted by the kind.
 
     One combination in five is held out; each kind, colour and position appears in the same share of both splits, and
     every pair of two attributes is seen in training.
@@ -115,7 +115,7 @@ def prompt_set(split: Split) -> tuple[PromptItem, ...]:
 
 
 def is_hard_heldout(scene: Scene) -> bool:
-    """Whether objects with counts and relations are held out: one combination in three.
+    """Whether objects with counts and relations are held out, one combination in three.
 
     The same two objects are held out in any order, side by side and in a relation; each kind, colour, count and
     relation is in both sets.
@@ -127,8 +127,8 @@ def is_hard_heldout(scene: Scene) -> bool:
 def hard_prompts(*, heldout: bool) -> tuple[PromptItem, ...]:
     """Prompts with counts, two objects and relations, for evaluation or for training; the two share no combination.
 
-    The held-out ones are of the split `hard`. Training has the others of it, and all other pairs of objects that differ
-    in colour and kind: to bind colours to kinds takes more pairs than the split has.
+    The held-out ones come from the split `hard`. Training has the rest of it, and all other pairs of objects that
+    differ in colour and kind: learning to bind colours to kinds takes more pairs than the split has.
     """
     scenes = _hard_scenes() if heldout else [*_hard_scenes(), *_pair_scenes()]
     items = [

@@ -33,7 +33,7 @@ class ShapesReward:
         """Scores of images in [0, 1].
 
         Raises:
-            RefusedImageError: for images of another size.
+            RefusedImageError: for images of any other size.
             UsageError: for a prompt outside the grammar of the shapes world.
         """
         verdict = verify(_pixels("shapes", images), [parse_prompt(prompt) for prompt in prompts])
@@ -70,7 +70,7 @@ class ShapesQuality:
         """Scores of images in [0, 1].
 
         Raises:
-            RefusedImageError: for images of another size.
+            RefusedImageError: for images of any other size.
         """
         judged = quality(_pixels("shapes-quality", images))
         parts = {

@@ -107,7 +107,7 @@ class Verdict:
     """Agreement of images with scenes, each part (b,) in [0, 1].
 
     Attributes:
-        color, shape, position: share of the wanted objects (or relations) for which the attribute holds.
+        color, shape, position: share of the wanted objects (or relations) whose attribute is right.
         count: 1 where the image shows exactly the wanted number of objects.
         soft: mean of the wanted parts among color, shape, position and count.
         strict: 1 where every wanted part is 1.
@@ -175,7 +175,7 @@ def _detections(images: Images, segmentation: _Segmentation) -> list[tuple[Detec
 
 
 def _opacity(images: Images, masks: NDArray[np.bool_], paint: NDArray[np.intp]) -> FloatArray:
-    """How far each pixel (n, 32, 32) of a component and its rim has moved from the background to the paint, 0 to 1."""
+    """How far each pixel (n, 32, 32) of a component and its rim is from the background to the paint, 0 to 1."""
     direction = _PALETTE[paint] - _PALETTE[-1]
     departure = np.einsum("nchw,nc->nhw", images - _PALETTE[-1][:, None, None], direction)
     share = departure / (direction**2).sum(-1)[:, None, None]
@@ -283,7 +283,7 @@ def _matches(found: Detection, clause: Clause) -> int:
 
 
 def _placement(scene: Scene, assigned: list[list[Detection]]) -> float | None:
-    """Share of the wanted positions and relations that hold, None where the scene has none."""
+    """Share of the wanted positions and relations that are right, None if the scene has none."""
     held: list[float] = []
     for clause, group in zip(scene.include, assigned, strict=True):
         if clause.position is not None:

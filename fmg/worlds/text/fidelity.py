@@ -1,4 +1,4 @@
-"""How much an image looks like a printed sign, whatever it says. Imports no torch."""
+"""How much an image looks like a printed sign, whatever its text. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Images = Float[np.ndarray, "b 3 24 24"]
 OFF_PALETTE = 0.15
 """Mean distance (RGB in [0, 1]) from the mixtures of ink and nearest board at which `palette` reaches 0."""
 INK_SHARE = 0.08
-"""Share of the pixels, the darkest, that are looked at for `contrast`: less than the ink of any word."""
+"""Share of the pixels, the darkest ones, that count for `contrast`: less than the ink of any word."""
 FULL_INK = 0.84
 """Mean opacity of those pixels in the faintest render."""
 MARGIN = 5
@@ -74,7 +74,7 @@ def fidelity(images: Images) -> Fidelity:
 
 
 class TextFidelity:
-    """Likeness to a printed sign, whatever it says: `palette * contrast * margin`, in [0, 1].
+    """Likeness to a printed sign, whatever its text: `palette * contrast * margin`, in [0, 1].
 
     Parts, each in [0, 1]: `palette` (the pixels are mixtures of the ink and one board), `contrast` (the text is not
     faint), `margin` (nothing above and below it).
@@ -87,7 +87,7 @@ class TextFidelity:
         """Scores of images in [0, 1].
 
         Raises:
-            RewardError: for images of another size.
+            RewardError: for images of any other size.
         """
         if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
             raise RewardError(

@@ -39,7 +39,7 @@ WORDS = tuple(_ENGLISH.split())
 
 
 def is_heldout(word: str) -> bool:
-    """Whether a word is held out: one in four, by the sum of its letters' numbers in the alphabet."""
+    """Whether a word is held out: one in four, by the sum of its letters' positions in the alphabet."""
     return sum(LETTERS.index(letter) for letter in word) % 4 == 0
 
 
