@@ -94,7 +94,7 @@ def test_the_commands_work_without_torch(
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_what_needs_torch_says_so_in_one_line(
+def test_commands_that_need_torch_report_it_in_one_line(
     command: list[str], says: str, shapes_artifact: Artifact, bare: BareEnvironment, tmp_path: Path
 ) -> None:
     done = bare.run("-m", "fmg", *command, str(shapes_artifact.folder), cwd=tmp_path)

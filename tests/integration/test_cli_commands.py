@@ -128,7 +128,7 @@ def start(*args: str, **streams: Any) -> subprocess.Popen[bytes]:
     )
 
 
-def test_ctrl_c_saves_the_adapter_and_says_so(workplace: Path) -> None:
+def test_ctrl_c_saves_the_adapter_and_reports_it(workplace: Path) -> None:
     run = RunFolder(Path("runs/stopped"))
     command = ["train", "--run", str(run.path), "--iterations", "100000", *SMALL, "--set", "eval.every=100000"]
     with start(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -1,4 +1,4 @@
-"""Training runs whose reward is another process, which dies."""
+"""Training runs whose reward server is a process that is killed."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def test_ctrl_c_keeps_and_uses_what_was_trained(tmp_path: Path) -> None:
     assert not torch.equal(drawn[0], drawn[1])
 
 
-def test_ctrl_c_in_the_first_evaluation_is_no_failure(tmp_path: Path) -> None:
+def test_ctrl_c_in_the_first_evaluation_is_not_a_failure(tmp_path: Path) -> None:
     def stop(event: Event) -> None:
         if isinstance(event, Evaluated):
             raise KeyboardInterrupt

@@ -12,5 +12,5 @@ from fmg.rl.rollouts import noise
 
 
 def first_noise(seed: int, shape: Sequence[int]) -> Tensor:
-    """(1, *shape): what `Generator.generate` draws for this seed before its first network call."""
+    """(1, *shape): the initial noise of `Generator.generate` for this seed."""
     return noise([NoiseKey(seed, GENERATION_ITERATION, 0, 0, 0)], shape)

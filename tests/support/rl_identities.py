@@ -107,7 +107,7 @@ def check_rollout_keeps_the_path() -> None:
 
 
 def check_sample_is_the_native_sampler() -> None:
-    """A two-time map composes jumps; a single-time one draws its keyed noise anew at every interior time."""
+    """A two-time map composes jumps; a single-time one samples new keyed noise at every interior time."""
     cond, groups = grouped(2, 3)
     keys = sample_keys(groups, 5, 0)
     x_1 = noise(keys, SHAPE)

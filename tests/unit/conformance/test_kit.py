@@ -328,7 +328,7 @@ def test_a_planted_violation_on_branched_rollouts_is_named(fault: str, rules: se
     assert found == {f"branched: {rule}" for rule in rules}
 
 
-def test_an_objective_that_takes_no_branches_is_not_asked_for_them_and_refused_with_them() -> None:
+def test_an_objective_without_branches_is_not_checked_on_them_and_is_refused_with_them() -> None:
     findings = check_component("objective", "rwfm").findings
     assert {f.outcome for f in findings if f.rule.startswith("branched: ")} == {"not checked"}
     with pytest.raises(CompositionError, match="'rwfm' does not support branched rollouts"):

@@ -151,7 +151,7 @@ class ForeignError(Exception):
         RuntimeError("[enforce fail] PytorchStreamWriter failed writing file: No space left on device"),
     ],
 )
-def test_a_full_disk_is_known_by_number_and_by_words(error: Exception) -> None:
+def test_a_full_disk_is_recognised_by_number_and_by_message(error: Exception) -> None:
     assert system_refusal(error) == "No space left on device"
 
 
@@ -167,7 +167,7 @@ def test_a_write_that_stopped_short_is_a_refusal(text: str) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("shape"), OSError("cannot identify image file"), KeyError("x")])
-def test_other_errors_are_no_refusal(error: Exception) -> None:
+def test_other_errors_are_not_refusals(error: Exception) -> None:
     assert system_refusal(error) is None
 
 

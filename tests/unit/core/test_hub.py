@@ -259,7 +259,7 @@ def test_a_fetched_file_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert locate(part, "model", "m").path == snapshot / "student.pt"
 
 
-def test_a_local_source_is_never_said_to_be_fetchable(tmp_path: Path) -> None:
+def test_a_local_source_is_never_reported_as_fetchable(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"Set model\.student") as caught:
         locate(Asset("student", "model.student", str(tmp_path / "no.pt")), "model", "m")
     assert "fmg fetch" not in str(caught.value)

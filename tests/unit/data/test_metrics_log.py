@@ -50,7 +50,7 @@ def _text(value: object) -> str:
 @pytest.mark.parametrize(
     "line", ['{"iteration": 1, "iteration": 2}', '{"iteration": 1' + "0" * 400 + "}", "[1]", "[" * 9999, "\ufeff", "{"]
 )
-def test_a_line_that_is_no_object_of_numbers_is_named(tmp_path: Path, line: str) -> None:
+def test_a_line_that_is_not_an_object_of_numbers_is_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"iteration": 0}\n' + line + "\n", encoding="utf-8")
     for strict in (True, False):
@@ -58,7 +58,7 @@ def test_a_line_that_is_no_object_of_numbers_is_named(tmp_path: Path, line: str)
             MetricsLog.read(file, strict=strict)
 
 
-def test_what_is_no_number_is_left_out_unless_it_matters(tmp_path: Path) -> None:
+def test_values_that_are_not_numbers_are_left_out_unless_they_matter(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"iteration": 1, "note": "é", "loss": NaN}\n{"iteration": Infinity}\n{"iteration": 7')
     log = MetricsLog.read(file)

@@ -100,7 +100,7 @@ def test_old_line_ends_and_marks_of_joined_files(tmp_path: Path) -> None:
     assert [p.text for p in load_prompts(write(tmp_path / "p.jsonl", joined))] == ["a", "b"]
 
 
-def test_what_is_no_prompt_file(tmp_path: Path) -> None:
+def test_files_that_are_not_prompt_files(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no prompt file"):
         load_prompts(str(tmp_path / "missing.txt"))
     (tmp_path / "folder.txt").mkdir()
@@ -119,7 +119,7 @@ def test_prompt_lists_are_not_empty_and_have_no_duplicates() -> None:
         PromptList("mine", [Prompt("a", "", {}), Prompt("b", "", {}), Prompt("a", "x", {})])
 
 
-def test_overlap_of_training_and_evaluation_is_said() -> None:
+def test_overlap_of_training_and_evaluation_is_reported() -> None:
     def named(*texts: str) -> PromptList:
         return PromptList("given", [Prompt(text, "", {}) for text in texts])
 

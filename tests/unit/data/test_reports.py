@@ -141,7 +141,7 @@ def test_a_report_is_replaced_and_repeats_byte_by_byte(runs: tuple[RunFolder, Ru
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "recipe.yaml"])
-def test_a_report_of_changed_files_says_so(tmp_path: Path, name: str) -> None:
+def test_a_report_names_changed_files(tmp_path: Path, name: str) -> None:
     run = made_up_run(tmp_path / "run")
     file = run.path / name
     file.write_text(file.read_text().replace("1", "2", 1))
@@ -149,7 +149,7 @@ def test_a_report_of_changed_files_says_so(tmp_path: Path, name: str) -> None:
         write_run_report(run)
 
 
-def test_the_picture_of_before_and_after_is_of_the_checkpoint_that_is_kept(tmp_path: Path) -> None:
+def test_the_before_and_after_picture_shows_the_kept_checkpoint(tmp_path: Path) -> None:
     run = made_up_run(tmp_path / "run")
     lines = read_numbers(run.metrics)
     kept, ema, base, none = (
@@ -173,7 +173,7 @@ def test_the_picture_of_before_and_after_is_of_the_checkpoint_that_is_kept(tmp_p
     assert kept_picture(run, Outcome.of(lines, SavedCheckpoint("a", 1, "eval/score", 1.7))) is None
 
 
-def test_the_result_of_a_run_that_was_not_evaluated_is_said_to_be_unknown(tmp_path: Path) -> None:
+def test_the_result_of_a_run_that_was_not_evaluated_is_shown_as_unknown(tmp_path: Path) -> None:
     run = made_up_run(tmp_path / "run")
     write_index(
         run.path,

@@ -186,7 +186,7 @@ def test_scores_that_are_equal_for_all_images_have_no_error_to_divide_by() -> No
     assert signs(log(scores=(0.7, 0.7), iterations=5)) == []
 
 
-def test_nothing_is_said_of_a_score_whose_error_is_unknown() -> None:
+def test_a_score_whose_error_is_unknown_is_not_judged() -> None:
     averaged = log(scores=(0.7, 0.6), **{"last_eval_ema__score": 0.1})
     averaged[0]["eval/score_se"] = averaged[-1]["eval/score_se"] = None
     assert signs(averaged) == []

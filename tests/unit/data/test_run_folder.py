@@ -89,7 +89,7 @@ def test_a_damaged_state_is_an_error(tmp_path: Path, text: str) -> None:
         RunFolder(tmp_path).state()
 
 
-def test_a_folder_without_a_state_is_no_run(tmp_path: Path) -> None:
+def test_a_folder_without_a_state_is_not_a_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a run folder"):
         RunFolder(tmp_path).state()
 

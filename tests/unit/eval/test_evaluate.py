@@ -177,7 +177,7 @@ def test_impossible_requests_are_refused_before_anything_is_generated(folder: Pa
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_one_image_per_prompt_has_no_diversity_within_prompts_and_says_so() -> None:
+def test_one_image_per_prompt_has_no_diversity_within_prompts_and_a_note() -> None:
     told: list[Event] = []
     found = evaluate("meanflow-shapes", extractors=["pixels"], rewards=["shapes"], num=6, observer=told.append)
     assert "diversity_within_prompts" not in {row.metric for row in found.metrics}

@@ -225,7 +225,7 @@ def test_batches_join_neighbours_of_one_size(pictures: Path) -> None:
     assert found == [(0, 2, (2, 3, 8, 8)), (2, 3, (1, 3, 8, 12)), (3, 6, (3, 3, 8, 8))]
 
 
-def test_what_is_missing_is_said(pictures: Path, tmp_path: Path) -> None:
+def test_missing_prompts_and_pictures_are_reported(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     for arguments, says in (
         ({"rewards": []}, "nothing to measure"),

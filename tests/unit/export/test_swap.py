@@ -233,7 +233,7 @@ def test_a_run_that_is_sampled_otherwise_is_taken_or_refused(
             swap_weights(artifact.folder, run(f"{option}-run", **{option: value}))
 
 
-def test_a_swap_that_is_killed_between_its_renames_is_put_right(
+def test_a_swap_that_is_killed_between_its_renames_is_repaired(
     plain: Artifact, shapes_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place, before = plain.folder, contents(plain.folder)

@@ -93,7 +93,7 @@ def test_the_same_request_takes_the_engines_that_are_there(artifact: Path, trt: 
     assert all("exists already" in text for text in notices)
 
 
-def test_an_engine_of_unknown_origin_is_said_to_be_one(artifact: Path) -> None:
+def test_an_engine_of_unknown_origin_is_reported(artifact: Path) -> None:
     with support.stand_in():
         _, events = support.build(artifact)
     origin = "exists already, but this computer has no record of building it"
@@ -122,7 +122,7 @@ def test_other_weights_of_one_graph_make_a_new_engine_of_that_graph(
     assert [engine.reused for engine in engines] == [True, True, False, True]
 
 
-def test_a_damaged_plan_is_built_again_and_said_so(artifact: Path, trt: ModuleType) -> None:
+def test_a_damaged_plan_is_rebuilt_and_reported(artifact: Path, trt: ModuleType) -> None:
     plan = next((artifact / ENGINES).glob("transformer-*.plan"))
     plan.write_bytes(plan.read_bytes()[:-1])
     engines, events = support.build(artifact)
@@ -130,7 +130,7 @@ def test_a_damaged_plan_is_built_again_and_said_so(artifact: Path, trt: ModuleTy
     assert any(isinstance(e, Notice) and e.level == "warning" and "damaged" in e.text for e in events)
 
 
-def test_what_the_builder_is_told(tmp_path: Path, trt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_of_the_builder(tmp_path: Path, trt: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_TENSORRT_CONFIG", str(tmp_path / "seen"))
     options = EngineOptions(
         level=4, workspace_gib=0.5, hardware="ampere-plus", version_compatible=True, weight_streaming=True
@@ -223,6 +223,6 @@ def test_messages_between_processes_arrive_unchanged(message: Message) -> None:
 
 
 @pytest.mark.parametrize("line", ["", "{", "[]", '{"kind": "other"}', '{"kind": "step", "phase": 1}'])
-def test_lines_that_are_no_message_are_refused(line: str) -> None:
+def test_lines_that_are_not_messages_are_refused(line: str) -> None:
     with pytest.raises(ValueError, match=r"Expect|not a message|missing"):
         from_line(line)

@@ -227,7 +227,7 @@ def test_the_report_counts_what_is_in_the_file(shapes_artifact: Artifact) -> Non
     assert quantised.foreign == ()
 
 
-def test_a_graph_of_another_precision_than_asked_is_not_passed(shapes_artifact: Artifact) -> None:
+def test_a_graph_of_another_precision_than_requested_fails(shapes_artifact: Artifact) -> None:
     file = shapes_artifact.onnx("transformer")
     for asked in ("bf16", "fp16", "int8"):
         foreign = precision_of_file(file, asked).foreign  # type: ignore[arg-type]

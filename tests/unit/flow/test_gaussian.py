@@ -8,7 +8,7 @@ from fmg.flow import Gaussian
 
 
 @pytest.mark.parametrize("std", [0.0, -0.1, float("nan"), float("inf")])
-def test_a_deterministic_step_is_no_gaussian(std: float) -> None:
+def test_a_deterministic_step_is_not_a_gaussian(std: float) -> None:
     with pytest.raises(ValueError, match="positive finite"):
         Gaussian(torch.zeros(2, 3), torch.tensor([1.0, std]))
 

@@ -229,7 +229,7 @@ def test_a_manifest_that_is_not_as_it_must_be_is_one_clear_error(folder: Path, c
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00", "[" * 100_000, '{"schema":' * 100_000], ids=range(7))
-def test_a_manifest_that_is_no_json_object_is_refused(folder: Path, text: str) -> None:
+def test_a_manifest_that_is_not_a_json_object_is_refused(folder: Path, text: str) -> None:
     (folder / MANIFEST).write_text(text)
     with pytest.raises(CheckpointError, match=r"manifest\.json cannot be used"):
         open_artifact(folder)

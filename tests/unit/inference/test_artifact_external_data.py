@@ -148,7 +148,7 @@ def test_a_graph_that_is_split_or_oddly_encoded_hides_nothing(clean: Path, tmp_p
 
 
 @pytest.mark.parametrize("cut", [0, 1, 100, -1])
-def test_half_a_file_is_no_graph(cut: int, clean: Path, tmp_path: Path) -> None:
+def test_half_a_file_is_not_a_graph(cut: int, clean: Path, tmp_path: Path) -> None:
     file = tmp_path / "g.onnx"
     file.write_bytes((clean / "transformer.onnx").read_bytes()[:cut])
     with pytest.raises(CheckpointError, match="is not an ONNX file"):

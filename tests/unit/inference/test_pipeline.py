@@ -293,7 +293,7 @@ def test_a_wrong_call_says_what_is_wrong(tmp_path: Path, arguments: dict[str, An
 
 
 @pytest.mark.parametrize("kind", ["two-time", "single-time"])
-def test_a_folder_of_before_is_read_rightly_or_refused(kind: str, tmp_path: Path) -> None:
+def test_an_older_folder_is_read_correctly_or_refused(kind: str, tmp_path: Path) -> None:
     folder = build_tiny_flux(tmp_path / kind, second_time="duration" if kind == "two-time" else "none")
     index = json.loads((folder / "model_index.json").read_text())
     # as in earlier exports, which name the stock classes
@@ -331,7 +331,7 @@ def test_what_contradicts_itself_is_refused(exported: Path, tmp_path: Path) -> N
         DiffusionPipeline.from_pretrained(str(changed), **TRUSTED)
 
 
-def test_a_transformer_that_lacks_weights_is_no_warning(tmp_path: Path) -> None:
+def test_a_transformer_that_lacks_weights_is_an_error(tmp_path: Path) -> None:
     plain, two = build_tiny_flux(tmp_path / "one", second_time="none"), build_tiny_flux(tmp_path / "two-time")
     weights = "transformer/diffusion_pytorch_model.safetensors"
     shutil.copyfile(plain / weights, two / weights)

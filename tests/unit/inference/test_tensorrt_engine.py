@@ -158,13 +158,13 @@ def test_missing_and_unknown_inputs_are_named(plain: Path, trt: ModuleType) -> N
         engine.run({**feeds, "guidance": torch.ones(1)})
 
 
-def test_tensorrts_reason_is_told_when_it_cannot_load(plain: Path, trt: ModuleType) -> None:
+def test_tensorrts_reason_is_reported_when_it_cannot_load(plain: Path, trt: ModuleType) -> None:
     DEVICE.broken = "cudaError 35: CUDA driver version is insufficient for CUDA runtime version"
     with pytest.raises(CheckpointError, match=r"cannot load the engine transformer-.*cudaError 35"):
         transformer(plain, trt)
 
 
-def test_tensorrts_reason_is_told_when_it_cannot_run(plain: Path, trt: ModuleType) -> None:
+def test_tensorrts_reason_is_reported_when_it_cannot_run(plain: Path, trt: ModuleType) -> None:
     engine = transformer(plain, trt)
     DEVICE.failing = "Error Code 1: Cuda Runtime (out of memory)"
     with pytest.raises(FmgError, match=r"failed while running it .*out of memory"):
@@ -194,14 +194,14 @@ def test_tensorrt_rtx_compiles_for_a_shape_before_it_is_recorded_and_records_not
     assert "get_engine_validity" not in DEVICE.names()
 
 
-def test_a_gpu_that_tensorrt_rtx_does_not_list_is_not_taken_by_itself(trt: ModuleType) -> None:
+def test_a_gpu_that_tensorrt_rtx_does_not_list_is_not_used_automatically(trt: ModuleType) -> None:
     ada, hopper = Gpu("NVIDIA L40S", "8.9", "580"), support.GPU
     assert lists_gpu(as_rtx(trt), ada)
     assert not lists_gpu(as_rtx(trt), hopper)
     assert lists_gpu(trt, hopper)
 
 
-def test_a_file_that_is_no_plan_is_refused(plain: Path, trt: ModuleType, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_plan_is_refused(plain: Path, trt: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "x.plan").write_bytes(b"not a plan")
     with pytest.raises(CheckpointError, match="magic tag"):
         Engine(trt, tmp_path / "x.plan", FakeCuda(), RunOptions())
@@ -257,7 +257,7 @@ def test_a_streaming_budget_is_set_before_the_first_context_and_stops_recording(
     assert "captured" not in DEVICE.names()
 
 
-def test_all_weights_on_the_gpu_are_no_streaming(special: Path, trt: ModuleType) -> None:
+def test_all_weights_on_the_gpu_are_not_streaming(special: Path, trt: ModuleType) -> None:
     engine = transformer(special, trt, RunOptions(streaming_budget=1 << 40))
     for _ in range(2):
         engine.run(inputs(special, SMALL, 2))

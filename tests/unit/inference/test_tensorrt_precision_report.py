@@ -79,7 +79,7 @@ def test_an_inspector_without_types_verifies_nothing(plain: Path, trt: ModuleTyp
     assert inspect(trt, Engine(trt, tmp_path / "x.plan", FakeCuda(), RunOptions())) is None
 
 
-def test_half_precision_is_told_by_the_names_of_manifests() -> None:
+def test_half_precision_has_the_names_of_manifests() -> None:
     layers = {"gemm": {"BF16": 8, "FLOAT": 2}, "kgen": {"FLOAT": 40, "INT64": 3}}
     assert EnginePrecision(layers).by_precision() == {"fp32": 2, "bf16": 8}
     assert EnginePrecision({"kgen": {"HALF": 4, "BOOL": 1}}).by_precision() == {"fp16": 4}

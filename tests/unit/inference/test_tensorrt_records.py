@@ -123,7 +123,7 @@ def test_a_record_whose_ingredients_were_changed_is_refused(tmp_path: Path) -> N
         read_record(path)
 
 
-def test_text_that_is_no_json_is_refused(tmp_path: Path) -> None:
+def test_text_that_is_not_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(CheckpointError, match="is not a record of an engine"):
         read_record(tmp_path / "x.json")

@@ -189,7 +189,9 @@ def _halve_t5(tensors: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("asked", [torch.float32, torch.bfloat16])
-def test_any_stored_dtype_loads_in_the_asked_one(scratch_folder: Path, stored: torch.dtype, asked: torch.dtype) -> None:
+def test_any_stored_dtype_loads_in_the_requested_one(
+    scratch_folder: Path, stored: torch.dtype, asked: torch.dtype
+) -> None:
     store_in(scratch_folder, stored)
     components = load_folder(scratch_folder, CPU, asked)
     text = components.text

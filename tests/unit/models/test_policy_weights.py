@@ -269,7 +269,7 @@ def test_what_does_not_go_together_is_refused(two_time_folder: Path, single_time
         model.load_adapter(tmp_path / "lora")
 
 
-def test_a_base_from_the_hub_is_known_by_its_commit(two_time_folder: Path, tmp_path: Path) -> None:
+def test_a_base_from_the_hub_is_identified_by_its_commit(two_time_folder: Path, tmp_path: Path) -> None:
     place = tmp_path / "models--owner--a-model" / "snapshots" / ("c" * 40)
     place.mkdir(parents=True)
     (place / "transformer").symlink_to(two_time_folder / "transformer")

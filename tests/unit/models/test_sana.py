@@ -261,7 +261,7 @@ def test_a_machine_without_a_gpu_is_refused_before_anything_is_looked_for() -> N
         device_for("auto", "sana-sprint", spec)
 
 
-def test_the_larger_one_is_told_by_its_hub_id() -> None:
+def test_the_larger_model_is_recognised_by_its_hub_id() -> None:
     small, large = (
         SanaSprintConfig(folder=f"Efficient-Large-Model/Sana_Sprint_{size}_1024px_diffusers")
         for size in ("0.6B", "1.6B")

@@ -189,7 +189,7 @@ def test_a_damaged_adapter_is_one_clear_error_and_changes_nothing(model: FluxMod
     assert list(model.trainable()) == []
 
 
-def test_the_base_is_known_by_its_weights_not_by_its_name(adapter: Path, tmp_path: Path) -> None:
+def test_the_base_is_identified_by_its_weights_not_by_its_name(adapter: Path, tmp_path: Path) -> None:
     other = _load(build_tiny_flux(tmp_path / "other", seed=1))
     with pytest.raises(CheckpointError, match="trained on different weights of 'tiny'"):
         other.load_adapter(adapter)

@@ -177,7 +177,7 @@ def test_a_damaged_student_is_one_clear_error(damage: str, teacher: Path, tmp_pa
     assert not list((tmp_path / "cache").glob("models/*")), "a bad file was kept"
 
 
-def test_a_two_time_student_is_no_single_time_one(teacher: Path, tmp_path: Path) -> None:
+def test_a_two_time_student_is_not_a_single_time_one(teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"unexpected keys: timestep_embedder2.*'meanflow-flux'"):
         load("scm-flux", publish_student(tmp_path / "student.pt", "duration"), teacher)
 
@@ -249,7 +249,7 @@ def test_offloaded_encoders_go_back_to_where_they_were(
 
 
 @pytest.mark.parametrize("second_time", ["none", "duration", "target"])
-def test_a_folder_of_ones_own_is_read_by_the_stated_conventions(second_time: Takes, tmp_path: Path) -> None:
+def test_a_users_folder_is_read_by_the_stated_conventions(second_time: Takes, tmp_path: Path) -> None:
     folder = build_tiny_flux(tmp_path / "flux", second_time=second_time, time_scale=1.0)
     options = {
         "folder": str(folder),

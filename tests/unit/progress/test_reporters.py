@@ -148,7 +148,7 @@ def test_the_live_view_shows_progress_scores_and_keeps_notices() -> None:
 
 
 def shown(reporter: LiveReporter) -> str:
-    """The lines that the live view would draw now."""
+    """The lines that the live view would show now."""
     target = Console(file=io.StringIO(), width=100, markup=False, highlight=False)
     with target.capture() as capture:
         target.print(reporter.view())
@@ -181,7 +181,7 @@ def test_the_loading_line_moves_and_names_what_is_imported(monkeypatch: pytest.M
         assert "loading meanflow-shapes" in shown(reporter)
 
 
-def test_a_pipe_is_told_what_takes_long_to_load() -> None:
+def test_a_pipe_gets_a_line_for_slow_imports() -> None:
     console, text = plain_console()
     clock = Clock()
     reporter = PlainReporter(console, clock)

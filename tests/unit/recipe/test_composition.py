@@ -59,7 +59,7 @@ def test_a_warm_up_fits_into_the_run() -> None:
     assert "warms up for 12 updates, but the run has only 10 (5 x 2). Lower train.lr_warmup_steps" in str(caught.value)
 
 
-def test_a_window_needs_a_two_time_map_unless_it_is_the_whole() -> None:
+def test_a_window_needs_a_two_time_map_unless_it_covers_all_steps() -> None:
     with pytest.raises(CompositionError) as caught:
         resolve(None, {"model": "single-time"}, [*CHAIN, "rollout.window={size: 2}"])
     text = str(caught.value)

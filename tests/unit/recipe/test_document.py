@@ -89,7 +89,7 @@ def test_broken_files_give_one_line_that_says_where(write: Write, text: str | by
     assert "\n" not in str(caught.value)
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_key(write: Write) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_first_key(write: Write) -> None:
     assert read_document(write(b"\xef\xbb\xbfa: 1\n"), "file", "r.yaml").plain() == {"a": 1}
 
 

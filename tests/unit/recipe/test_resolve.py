@@ -85,7 +85,7 @@ def test_a_run_that_lost_its_model_is_one_line(tmp_path: Path) -> None:
         resolve(tmp_path / "recipe.yaml")
 
 
-def test_auto_becomes_the_default_of_the_model_and_says_so() -> None:
+def test_auto_becomes_the_default_of_the_model_and_records_it() -> None:
     resolved = resolve(None, {**TWO, "stochasticizer": "auto"})
     assert resolved.recipe.stochasticizer.name == "asfmc"
     assert resolved.recipe.stochasticizer.config.model_dump()["ratio"] == 0.5

@@ -155,7 +155,7 @@ def test_mixture_checks_its_rewards() -> None:
         Mixture([("a", Returns(torch.ones(3)), 1.0), ("a", Returns(torch.ones(3)), 1.0)])
 
 
-def test_preconditions_on_prompts_are_asked_through_every_wrapper() -> None:
+def test_preconditions_on_prompts_pass_through_every_wrapper() -> None:
     wrapped = Mixture([("plain", Returns(torch.ones(3)), 1.0), ("picky", checked("picky", Refuses()), 1.0)])
     check_prompts("sum", wrapped, ["one"])
     with pytest.raises(UsageError, match=r"^The reward 'picky' cannot score every prompt: There is no target in 'two'"):

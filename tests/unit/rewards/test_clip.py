@@ -181,7 +181,7 @@ def test_loads_once_and_scores_in_batches(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["aesthetic", "clipscore", "hpsv2", "hpsv3", "imagereward", "pickscore"])
-def test_weights_are_asked_for_at_the_first_call_only(name: str) -> None:
+def test_weights_are_requested_at_the_first_call_only(name: str) -> None:
     reward: Reward = rewards.build(name)
     with pytest.raises(MissingDependencyError, match=f"fmg fetch reward {name}"):
         reward(torch.zeros(1, 3, 32, 32), ["x"])

@@ -46,7 +46,7 @@ def test_every_known_answer_can_be_wrong() -> None:
         assert all(answer.origin and answer.picture in PICTURES for answer in answers)
 
 
-def test_another_score_than_the_known_one_fails_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_score_than_the_known_one_fails_and_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = KnownAnswer("gradient", "anything", 2.0, 0.1, "a test")
     monkeypatch.setattr(doctor, "KNOWN_ANSWERS", {"jpeg-incompressibility": (wrong,)})
     found = one("jpeg-incompressibility")
@@ -89,7 +89,7 @@ def test_weights_with_another_hash_than_published_fail(tmp_path: Path, monkeypat
     assert "is not the published file" in found.advice
 
 
-def test_a_required_option_is_asked_for() -> None:
+def test_a_missing_required_option_is_reported() -> None:
     found = one("remote")
     assert (found.outcome, found.known_scores) == ("failed", "needs the option url")
 
@@ -101,7 +101,7 @@ def test_unknown_names_and_options_are_refused() -> None:
         diagnose(["ocr"], {"ocr": {"thread": 2}})
 
 
-def test_progress_is_told() -> None:
+def test_progress_is_reported() -> None:
     events: list[object] = []
     diagnose(["jpeg-compressibility"], observer=events.append)
     assert events == [StageProgress("doctor", 0, 1), StageProgress("doctor", 1, 1)]

@@ -116,7 +116,7 @@ def test_damaged_and_foreign_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["DDS", "PCX", "TGA", "ICO", "EPS", "SGI"])
-def test_rare_formats_are_no_images(kind: str) -> None:
+def test_rare_formats_are_not_images(kind: str) -> None:
     # some decoders raise errors of any kind, and that of EPS runs another program
     with pytest.raises(UsageError, match="not an image"):
         read_image(encoded(Image.new("RGB", (8, 8)), kind))

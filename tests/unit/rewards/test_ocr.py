@@ -171,7 +171,7 @@ def test_rendered_words_are_read(ocr: Any, logp: Any) -> None:
     torch.testing.assert_close(dense.parts["probability"], dense.total.exp(), rtol=1e-4, atol=1e-6)
 
 
-def test_more_text_than_asked_for_is_found_but_not_exact(ocr: Any) -> None:
+def test_more_text_than_requested_is_found_but_not_exact(ocr: Any) -> None:
     output = ocr(strip("HELLO", width=128, size=30, height=64)[None], ['"HELL"'])
     assert (output.total.item(), output.parts["exact"].item()) == (1, 0)
 

@@ -160,7 +160,7 @@ def test_drop_group_keeps_the_groups_that_were_scored(client: Any, server: FakeS
         group_advantages(output.total, groups, global_std=True)
 
 
-def test_a_group_with_one_gap_is_left_out_whole(client: Any, server: FakeServer) -> None:
+def test_a_group_with_one_gap_is_left_out_completely(client: Any, server: FakeServer) -> None:
     reward = client(on_failure="drop-group", batch_size=1, retries=0, concurrency=1)
     server.respond = Script([good, FAULTS["500"], good])
     output = checked("remote", reward).score(IMAGES, PROMPTS)
@@ -282,7 +282,7 @@ def test_the_request_is_safetensors_and_nothing_else(
     assert {name: tensor.dtype for name, tensor in sent.items()} == {"images": dtype}
 
 
-def test_an_unset_token_is_no_error_but_an_invalid_one_is(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unset_token_is_allowed_but_an_invalid_one_is_an_error(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_TOKEN", "line\nbreak")
     with pytest.raises(UsageError, match="MY_TOKEN"):
         client(token_env="MY_TOKEN")

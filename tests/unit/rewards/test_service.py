@@ -122,7 +122,7 @@ def test_wrong_safetensors_are_refused(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["request is no JSON", "request is no object", "nested request"])
-def test_a_request_that_is_no_object_is_told_in_the_words_of_the_service(case: str) -> None:
+def test_a_request_that_is_not_an_object_gets_an_error_of_the_service(case: str) -> None:
     with pytest.raises(UsageError) as refused:
         decode_request(WRONG_TENSORS[case], **LIMITS)
     assert refused.value.fix.startswith("Send one JSON object")
@@ -284,7 +284,7 @@ def test_clients_that_hold_connections_open_shut_out_only_one_another(monkeypatc
         assert score(server.url, request_body(1, ["1"]))[0] == 200
 
 
-def test_too_many_requests_at_work_are_told_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_requests_are_told_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     from fmg.rewards.service import server as module
 
     monkeypatch.setattr(module, "_descriptors", lambda: 2)
@@ -306,7 +306,7 @@ def test_too_many_requests_at_work_are_told_to_wait(monkeypatch: pytest.MonkeyPa
         assert first.result()[0] == 200
 
 
-def test_a_picture_that_a_reward_refuses_is_told_as_such() -> None:
+def test_a_picture_that_a_reward_refuses_is_reported_as_such() -> None:
     with reward_service({"shapes": rewards.build("shapes")}) as server:
         status, answer, _ = score(server.url, request_body(1, ["a red circle"]))
     assert (status, "32 x 32" in answer["error"]["what"]) == (422, True)

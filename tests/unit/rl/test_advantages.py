@@ -70,7 +70,7 @@ def test_rewards_of_any_scale_teach_alike_and_ordinary_ones_as_flow_grpo(global_
         torch.testing.assert_close(tiny, plain, rtol=0.2, atol=0)
 
 
-def test_rounding_alone_is_no_preference() -> None:
+def test_rounding_alone_is_not_a_preference() -> None:
     groups = torch.zeros(4, dtype=torch.long)
     for size in (1.0, 1e-6):
         rewards = torch.tensor([1.0, 1 + 2**-23, 1.0, 1.0]) * size
@@ -109,6 +109,6 @@ def test_shapes_must_agree() -> None:
         group_advantages(torch.zeros(3, 1), torch.zeros(3, 1, dtype=torch.long), global_std=True)
 
 
-def test_the_std_is_the_batch_s_unless_told_otherwise() -> None:
+def test_the_std_is_that_of_the_batch_by_default() -> None:
     rewards, groups = torch.tensor([0.0, 1.0, 0.0, 4.0]), torch.tensor([0, 0, 1, 1])
     assert torch.equal(group_advantages(rewards, groups), group_advantages(rewards, groups, global_std=True))

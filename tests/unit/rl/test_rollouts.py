@@ -32,7 +32,7 @@ def test_groups_are_any_sequence_of_numbers() -> None:
     assert torch.equal(sample_rollout(flow_map, cond, tuple(groups), GRID, seed=1, latent_shape=SHAPE).groups, groups)
 
 
-def test_network_sees_chunks_of_the_asked_size_and_no_gradient() -> None:
+def test_network_sees_chunks_of_the_requested_size_and_no_gradient() -> None:
     sizes: list[int] = []
     network, flow_map = two_time()
     network.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))

@@ -1,4 +1,4 @@
-"""Shards of rows, single-process collectives, and heartbeats over a store in memory (nobody has to be killed)."""
+"""Shards of rows, single-process collectives, and heartbeats over a store in memory (no process has to be killed)."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class MemoryStore:
 
 
 class Pack:
-    """Heartbeats over one store, and what each was told."""
+    """Heartbeats over one store, and the messages that each received."""
 
     def __init__(self, count: int, running: int) -> None:
         self.store = MemoryStore()
@@ -144,7 +144,7 @@ def test_a_store_that_is_gone_went_with_the_first_process() -> None:
 
 
 @pytest.mark.parametrize("running", [1, 2])
-def test_a_broken_connection_is_told_from_an_error_of_ones_own(running: int) -> None:
+def test_a_broken_connection_is_distinguished_from_a_local_error(running: int) -> None:
     pack = Pack(2, running)
     time.sleep(2 * BEAT)
     pack.beats[0].stop()

@@ -17,7 +17,7 @@ def test_one_image_has_no_standard_error_and_shows_no_decline() -> None:
     assert decline(before, after, "eval/score") is None
 
 
-def test_only_a_clear_decline_is_said() -> None:
+def test_only_a_clear_decline_is_reported() -> None:
     before = {"eval/score": 0.50, "eval/score_se": 0.01}
     assert decline(before, {"eval/score": 0.47, "eval/score_se": 0.01}, "eval/score") is None
     assert "0.500" in str(decline(before, {"eval/score": 0.45, "eval/score_se": 0.01}, "eval/score"))

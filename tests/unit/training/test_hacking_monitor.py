@@ -129,7 +129,7 @@ def test_a_strict_score_that_was_zero_for_every_image_has_a_scale() -> None:
         (np.full(240, 0.1) - 0.02 * (np.arange(240) % 2), True),
     ],
 )
-def test_equal_scores_are_no_unit_for_a_fall(later: NDArray[np.float64], lost: bool) -> None:
+def test_equal_scores_are_not_a_unit_for_a_fall(later: NDArray[np.float64], lost: bool) -> None:
     monitor, trained = new_monitor(), np.linspace(0, 1, 240)
     monitor.judge(0, trained, {"held": np.full(240, 0.1)})
     verdict = monitor.judge(1, trained + 0.1, {"held": later})

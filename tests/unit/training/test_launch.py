@@ -67,7 +67,7 @@ def test_a_wrong_launch_is_one_line_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_all_processes_find_wrong_is_said_by_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_all_processes_is_reported_by_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**PAIR, "WORLD_SIZE": "1000"}.items():
         monkeypatch.setenv(name, value)
     shown = fmg("train", "--device", "cpu")

@@ -95,7 +95,7 @@ def test_the_published_batch_on_fewer_devices_takes_as_many_updates_of_as_many_r
     assert eight["reference recipe"].startswith("the same batch")
 
 
-def test_a_smaller_batch_is_told_from_the_published_one() -> None:
+def test_a_smaller_batch_is_distinguished_from_the_published_one() -> None:
     fact = plan(resolve(None, {}, SHAPE)).facts["reference recipe"]
     assert fact.startswith("0.013 of the published batch")
     assert "rollout.groups=48 and rollout.group_size=24" in fact

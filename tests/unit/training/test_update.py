@@ -174,14 +174,14 @@ def heard_of(steps: list[tuple[int, int]], iterations: int) -> list[str]:
     return [event.text for event in heard if isinstance(event, Notice)]
 
 
-def test_the_first_iteration_without_an_update_is_told_and_a_run_without_any_fails() -> None:
+def test_the_first_iteration_without_an_update_is_reported_and_a_run_without_any_fails() -> None:
     (warning,) = heard_of([(1, 0), (2, 0), (3, 3)], 4)
     assert warning.startswith("Iteration 1 made no update: in every group the rewards were equal")
     with pytest.raises(GateError, match=r"The run made no update: .* \(4 so far\)"):
         heard_of([(done, 0) for done in range(1, 5)], 4)
 
 
-def test_a_run_that_never_learns_is_stopped_early_and_one_that_did_is_told() -> None:
+def test_a_run_that_never_learns_is_stopped_early_and_one_that_did_is_warned() -> None:
     with pytest.raises(GateError, match=rf"\({IDLE_ITERATIONS} so far\)"):
         heard_of([(done, 0) for done in range(1, 100)], 99)
     rest = [(done, 1) for done in range(2, 30)]

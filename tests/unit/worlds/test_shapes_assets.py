@@ -27,7 +27,7 @@ def model(folder: Path) -> Model:
 
 
 @pytest.mark.slow
-def test_the_base_paints_well_and_half_obeys(model: Model) -> None:
+def test_the_base_generates_good_images_and_follows_half_of_the_prompts(model: Model) -> None:
     world = ShapesWorld()
     prompts = world.heldout_prompts()
     said = [prompts[i % len(prompts)] for i in range(IMAGES)]

@@ -96,7 +96,7 @@ def test_the_recogniser_reads_true_renders_and_not_those_of_other_words(images: 
 
 
 @pytest.mark.parametrize("missing", ["rapidocr", "onnxruntime"])
-def test_without_the_recogniser_it_is_said_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_recogniser_the_error_says_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "fmg.rewards.ocr.find_spec", lambda name: None if name == missing else importlib.util.find_spec(name)
     )
