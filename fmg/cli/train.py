@@ -89,7 +89,7 @@ def train(
         str | None,
         _training_option(
             metavar="S",
-            help="constant, linear or cosine: what becomes of the learning rate.",
+            help="Learning-rate schedule: constant, linear or cosine.",
             show_default=_RECIPE,
             autocompletion=LR_SCHEDULES,
         ),

@@ -20,11 +20,11 @@ SUMS = "SHA256SUMS"
 LOCK = ".lock"
 """The file in a folder that `lock` locks."""
 PARTIAL = "partial"
-"""Ending of a folder that is being filled."""
+"""Suffix of a folder that is being filled."""
 OLD = "old"
-"""Ending of a folder that is being replaced."""
+"""Suffix of a folder that is being replaced."""
 DRAFT = "tmp"
-"""Ending of a file that is being written."""
+"""Suffix of a file that is being written."""
 
 _SUM = re.compile(r"([0-9a-f]{64})  (.+)")
 # .NAME.PID.RANDOM.ENDING, and .NAME.PID.tmp as earlier versions wrote it

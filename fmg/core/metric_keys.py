@@ -9,7 +9,7 @@ import re
 
 ITERATION = "iteration"
 MEAN, ERROR, MAX = "_mean", "_se", "_max"
-"""Endings: a mean over images, its standard error, and what processes reduce by the maximum."""
+"""Suffixes: a mean over images, its standard error, and what processes reduce by the maximum."""
 
 # rewards of an iteration
 REWARD, REWARD_STD, REWARD_SE = "reward/mean", "reward/std", "reward/se"
@@ -48,7 +48,7 @@ DIVERSITY_WITHIN_GROUPS = "diversity/within_groups"
 WATCH = "watch/"
 TRAINED_GAIN = f"{WATCH}trained_gain"
 DIVERSITY = "diversity"
-"""What the monitor calls the diversity of samples, beside the names of rewards."""
+"""The monitor's name for the diversity of samples, besides the names of rewards."""
 
 # times in seconds
 TIME, SECONDS = "time/", "_s"

@@ -18,7 +18,7 @@ CONFIG = "config.json"
 MAX_LAYERS = 1000
 """Maximum layers, and maximum entries of a list, in a `config.json`."""
 MAX_NUMBER = 2**27
-"""Largest integer of a `config.json`: tables of that many positions are made before a weight is read."""
+"""Largest integer in a `config.json`: tables of that size are allocated before a weight is read."""
 
 RESTORE = "Restore the folder from where the model came from."
 _INDEX = ".index.json"

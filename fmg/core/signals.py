@@ -15,7 +15,7 @@ from types import FrameType
 
 CAUGHT = tuple(getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, n))
 _ECHO = 1.0
-"""Seconds in which a second signal is taken for the first: a launcher passes on what the terminal sent to all."""
+"""Seconds within which a second signal counts as the first: a launcher forwards what the terminal has sent to all."""
 
 
 class Interruption(KeyboardInterrupt):

@@ -8,11 +8,11 @@ from types import MappingProxyType
 from typing import Literal
 
 MAX_SIDE = 4096
-"""Pixels along the side of an image, at most."""
+"""Maximum side of an image in pixels."""
 MAX_ROWS = 1024
-"""Images of one forward pass, at most."""
+"""Maximum images per forward pass."""
 DECODE_PIXELS = 2**18
-"""Image pixels that one decoder call may make: one image of 512 px, or as many small ones as a CPU cache likes."""
+"""Maximum image pixels per decoder call: one image of 512 px, or as many small ones as suit a CPU cache."""
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _ATTENTION_ENDS = ("to_q", "to_k", "to_v", "to_out.0")

@@ -105,7 +105,7 @@ class RunFolder:
         except OSError as error:
             raise UsageError(f"'{path}' cannot be used for a run: {error.strerror}", "Choose another --run.") from None
         if holds_run:
-            raise UsageError(f"'{path}' already holds a run", "Choose another --run; a run is never overwritten.")
+            raise UsageError(f"'{path}' already contains a run", "Choose another --run; a run is never overwritten.")
         if taken:
             raise UsageError(f"'{path}' exists and is not a run folder", "Choose a --run that does not exist yet.")
 

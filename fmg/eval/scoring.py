@@ -82,7 +82,7 @@ Options = Mapping[str, Mapping[str, object]]
 """Options of rewards and extractors by name."""
 
 Sink = Callable[[Float[Tensor, "b 3 h w"], Parts], None]
-"""What else receives the images of an evaluation: batch by batch, in order, with their scores."""
+"""Receives the images of an evaluation: batch by batch, in order, with their scores."""
 
 
 def score_images(

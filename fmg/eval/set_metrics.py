@@ -26,13 +26,13 @@ from fmg.eval.scoring import Parts
 
 FRECHET = "frechet"
 _RANGES = {FRECHET: (0.0, np.inf), "precision": (0.0, 1.0), "recall": (0.0, 1.0)}
-"""The range of a metric, to which its symmetric interval is cut."""
+"""The range of a metric, to which its symmetric interval is clipped."""
 NEIGHBOURS = 3
 """k of the nearest-neighbour balls of precision and recall, as in the paper."""
 MAX_IMAGES = 10_000
 """Larger sets are evenly thinned to this size for precision and recall, so that distances fit in memory."""
 LEAST = NEIGHBOURS + 1
-"""Images that a set needs for anything but diversity within prompts."""
+"""Minimum images of a set for everything but diversity within prompts."""
 WORLD = "world"
 WORLD_DRAWS = 4
 """Renderings of a world for each image that is evaluated."""

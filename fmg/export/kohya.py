@@ -84,7 +84,7 @@ def export_kohya(target: str | Path | None, out: Path) -> KohyaLora:
         raise UsageError(f"'{found.label}' has no LoRA", "Name the folder of a run that trained one; see `fmg runs`.")
     if delta.replaced:
         raise UsageError(
-            f"'{found.label}' also trained the second-time embedder, which other tools' LoRA files cannot hold",
+            f"'{found.label}' also trained the second-time embedder, which other tools' LoRA files cannot contain",
             "Export the merged model: fmg export --diffusers.",
         )
     if out.exists():

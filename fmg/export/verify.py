@@ -56,7 +56,7 @@ _HUGE = 1e30
 REWARD_ALLOWED: Mapping[Precision, float] = {"fp32": 0.005, "fp16": 0.02, "bf16": 0.02, "int8": 0.02}
 """Half-width of the band that must contain the 95 % interval of the paired reward gap."""
 LEAST_IMAGES = 500
-"""With fewer, a reward shows nothing: where a rule gives both sides equal scores, the interval has no width."""
+"""With fewer images, a reward shows nothing: where a rule gives both sides equal scores, the interval has no width."""
 
 
 @runtime_checkable

@@ -61,7 +61,7 @@ ALLOWED: Mapping[Precision, float] = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 1e-2, 
 """Relative L2 error of one output against fp32 torch, by precision of the graph. Random inputs are hard for int8, whose
 scales follow the largest value: there, images and rewards decide."""
 DECODER_ALLOWED = 1e-4
-"""Of the decoder, whose images are clamped to [0, 1] after a long chain of convolutions."""
+"""The same for the decoder, whose images are clamped to [0, 1] after a long chain of convolutions."""
 # None of them is a size of the trace (fmg.export.onnx)
 _BATCHES = (1, 3, 4, 7)
 _SMALLEST_TIME = 0.05

@@ -34,7 +34,7 @@ from fmg.inference.artifact.manifest import (
 from fmg.models.common.weights import TensorReader
 
 _SUM_ERROR = 1e-6
-"""Of a sum of base and adapter, relative to the largest entry: CPUs add in different orders."""
+"""Tolerance of a sum of base and adapter, relative to the largest entry: CPUs add in different orders."""
 
 
 def check_source(artifact: Artifact, source: ExportSource) -> Iterator[Check]:
@@ -80,7 +80,7 @@ def _other_fact(artifact: Artifact, source: ExportSource) -> str:
     pairs = zip(sampled, zip(astuple(manifest.sampling), astuple(sampling), strict=True), strict=True)
     for key, (ours, theirs) in (*stated.items(), *pairs):
         if _json(ours) != _json(theirs):
-            return f"{key} is {_short(ours)} in the manifest and {_short(theirs)} in {source.label}"
+            return f"{key} is {_short(ours)} in the manifest, but {_short(theirs)} in {source.label}"
     return ""
 
 
@@ -106,7 +106,7 @@ def _other_tokenizer(artifact: Artifact, source: ExportSource, graph: str) -> st
     if facts != expected:
         return f"the manifest says {facts}, but {source.folder} has {expected}"
     ours = artifact.path(facts.file).read_bytes()
-    return "" if ours == text or _same_json(ours, text) else f"{facts.file} is not the one of {source.folder}"
+    return "" if ours == text or _same_json(ours, text) else f"{facts.file} differs from the one in {source.folder}"
 
 
 def _same_json(one: bytes, other: bytes) -> bool:

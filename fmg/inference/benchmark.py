@@ -83,7 +83,7 @@ def parse_backends(text: str) -> tuple[BenchBackend, ...]:
                 f"--compare: '{option}' is not an option of a backend", f"Write {name}, or {name}:{_INT8}."
             )
         if option and backends.build(name).opens != "artifact":
-            raise UsageError(f"--compare: the backend '{name}' has no int8", f"Write onnxruntime:{_INT8}.")
+            raise UsageError(f"--compare: the backend '{name}' does not support int8", f"Write onnxruntime:{_INT8}.")
         found.append(BenchBackend(name, bool(option)))
     if len(set(found)) < len(found):
         raise UsageError(f"--compare {text} names a backend twice", "Give each backend once.")

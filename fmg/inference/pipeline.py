@@ -467,7 +467,7 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
         text = FluxText(self.tokenizer, self.text_encoder, self.tokenizer_2, self.text_encoder_2)
         for each in prompts:
             if (tokens := text.count(each)) > length:
-                logger.warning(f"The prompt '{each:.60}' has {tokens} tokens, and only the first {length} are read.")
+                logger.warning(f"The prompt '{each:.60}' has {tokens} tokens, but only the first {length} are read.")
         with torch.no_grad():
             found = text.embed(prompts, length)
         return found["tokens"], found["pooled"]

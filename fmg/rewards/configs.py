@@ -159,7 +159,7 @@ class ClipScoreConfig(NetworkConfig):
 
     variant: Literal["cosine", "diffusion-nft", "hessel", "torchmetrics"] = Field(
         default="cosine",
-        description="cosine: cos; diffusion-nft: logits / 100 after a bilinear resize, as that code and MeanFlowNFT; "
+        description="cosine: cos; diffusion-nft: logits / 100 after a bilinear resize, as there and in MeanFlowNFT; "
         "hessel: 2.5 max(cos, 0) with the prefix 'A photo depicts' and ViT-B/32; torchmetrics: max(100 cos, 0)",
     )
     weights: str | None = Field(

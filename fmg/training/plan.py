@@ -170,7 +170,7 @@ def _calls(recipe: Recipe) -> dict[str, str]:
 
 
 def _learning_rate(recipe: Recipe) -> dict[str, str]:
-    """The rate, what becomes of it, and that of the last update (`fmg.training.lr_schedule`, without torch)."""
+    """The rate, its schedule, and the rate of the last update (`fmg.training.lr_schedule`, without torch)."""
     train, rate = recipe.train, getattr(recipe.optimizer.config, "lr", None)
     if rate is None:
         return {}

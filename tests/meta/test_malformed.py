@@ -336,7 +336,7 @@ MISUSES = (
     Misuse(f"{BENCH} meanflow-shapes", "named twice"),
     Misuse(f"{BENCH} --compare torch,onyxruntime", "Did you mean 'onnxruntime'"),
     Misuse(f"{BENCH} --compare torch,torch", "names a backend twice"),
-    Misuse(f"{BENCH} --compare torch:int8", "has no int8"),
+    Misuse(f"{BENCH} --compare torch:int8", "does not support int8"),
     Misuse(f"{BENCH} --compare onnxruntime:int4", "'int4' is not an option"),
     Misuse(f"{BENCH} --compare torch,onnxruntime", "fmg export meanflow-shapes"),
     Misuse(f"{BENCH} --steps 1,2", "--frontier"),

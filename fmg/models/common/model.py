@@ -79,7 +79,7 @@ class AdaptedModel(ABC, Generic[Text]):
     """
 
     pipeline: ClassVar[Any]
-    """The class of diffusers that runs the family: its `load_lora_weights` has to read what is saved."""
+    """The diffusers class that runs the family, whose `load_lora_weights` must read what is saved."""
     alpha_tensors: ClassVar[bool] = False
     """Whether that method reads alpha from tensors, as ComfyUI does, or from the file's metadata."""
     second_embedder: ClassVar[str | None] = None
@@ -87,7 +87,7 @@ class AdaptedModel(ABC, Generic[Text]):
     network_class: ClassVar[type[LatentNetwork]]
     """The transformer as a function of latents, times and conditioning."""
     text_folders: ClassVar[tuple[str, ...]]
-    """Folders of the text encoders and tokenizers, whose files decide a cached embedding."""
+    """Folders of the text encoders and tokenizers, whose files determine a cached embedding."""
 
     def __init__(self, components: Components[Text], name: str, *, text: TextEncoders | None = None) -> None:
         self._components = components

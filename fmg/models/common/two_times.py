@@ -1,7 +1,7 @@
 """Explicit fp32 times, and a second one, for transformers of diffusers that know one time of low precision.
 
 Published flow maps keep the weights and names of a stock transformer and differ in how times enter it: at which scale
-they reach their sinusoids, whether there is an embedder of a second time, and how its embedding joins the first. Times
+they reach their sinusoids, whether there is a second-time embedder, and how its embedding joins the first. Times
 stay in fp32, because bf16 rounds 0.999 to 1. None of a stock forward is repeated here: the times travel inside the
 `pooled_projections` argument, which it hands to `time_text_embed` untouched.
 """
@@ -88,7 +88,7 @@ class TwoTimeMixin:
     """
 
     second_embedder: ClassVar[str]
-    """Where the embedder of the second time is in the network, as its tensors are named in published files."""
+    """Where the second-time embedder is in the network, by the names of its tensors in published files."""
 
     config: Any
     inner_dim: int

@@ -27,7 +27,7 @@ FLUX_LITE: Mapping[str, object] = MappingProxyType(
         "guidance_embeds": True,
     }
 )
-"""The transformer of FLUX.1-lite-8B, for plans that are made before its files are there."""
+"""The transformer of FLUX.1-lite-8B, for plans made before its files are fetched."""
 
 FLUX_SCHNELL: Mapping[str, object] = MappingProxyType({**FLUX_LITE, "num_layers": 19, "guidance_embeds": False})
 """The transformer of FLUX.1 [schnell]."""
@@ -47,7 +47,7 @@ def transformer_parameters(config: Mapping[str, object], *, second_time: bool) -
 
 
 FLUX_ENCODERS = 123_060_480 + 4_762_310_656
-"""Parameters of FLUX's CLIP ViT-L/14 and T5-XXL text encoders, for plans made before the files are there."""
+"""Parameters of FLUX's CLIP ViT-L/14 and T5-XXL text encoders, for plans made before the files are fetched."""
 FLUX_DECODER = 83_819_683
 """Parameters of FLUX's autoencoder."""
 FLUX_VAE: Mapping[str, object] = MappingProxyType(

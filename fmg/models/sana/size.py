@@ -35,7 +35,7 @@ SPRINT_06B: Mapping[str, object] = MappingProxyType(
         "cross_attention_dim": 1152,
     }
 )
-"""The transformer of SANA-Sprint 0.6B, for plans that are made before its files are there."""
+"""The transformer of SANA-Sprint 0.6B, for plans made before its files are fetched."""
 SPRINT_16B: Mapping[str, object] = MappingProxyType(
     {
         **_COMMON,
@@ -131,7 +131,7 @@ class SanaSize:
 
 
 GEMMA, DCAE = 2_614_341_888, 312_250_275
-"""Parameters of Gemma 2 2B and of DC-AE f32c32, for plans made before the files are there."""
+"""Parameters of Gemma 2 2B and of DC-AE f32c32, for plans made before the files are fetched."""
 
 # Counted on diffusers' modules under PEFT with every allocation observed, for mlp_ratio 2.5 as published.
 # The bytes in any dtype are the casts of linear attention and of the norms to fp32.

@@ -41,7 +41,7 @@ def test_a_run_is_never_overwritten(tmp_path: Path, state: str) -> None:
     run = RunFolder.create(folder, "toy")
     run.set_state(state)  # type: ignore[arg-type]
     before = (folder / "run.json").read_bytes()
-    with pytest.raises(UsageError, match="already holds a run"):
+    with pytest.raises(UsageError, match="already contains a run"):
         RunFolder.create(str(folder), "other")
     assert (folder / "run.json").read_bytes() == before
     assert run.state().state == state
