@@ -6,6 +6,7 @@ Names and shapes are written down here from the authors' code, not derived from 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,9 +21,14 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPTokenizer,
+    GenerationConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen2VLConfig,
     Qwen2VLModel,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 SIDE = 32
@@ -343,3 +349,59 @@ def qwen_config(tokenizer: Qwen2Tokenizer) -> dict[str, Any]:
             "temporal_patch_size": 2,
         },
     }
+
+
+def merged_tokenizer(words: Sequence[str]) -> Qwen2Tokenizer:
+    """Qwen2's byte-level tokenizer with as many merges as make each word, with and without a space, one token."""
+    alphabet = sorted(ByteLevel.alphabet())
+    entries, merges = list(alphabet), []
+    for word in words:
+        for whole in (f"Ġ{word}", word):
+            for end in range(2, len(whole) + 1):
+                if whole[:end] not in entries:
+                    entries.append(whole[:end])
+                    merges.append((whole[: end - 1], whole[end - 1]))
+    tokenizer = Qwen2Tokenizer(vocab={entry: i for i, entry in enumerate(entries)}, merges=merges)
+    tokenizer.add_tokens(list(QWEN_TOKENS), special_tokens=True)
+    return tokenizer
+
+
+def write_qwen_vl(folder: Path, kind: str = "qwen3_vl", seed: int = 0, words: Sequence[str] = ()) -> Path:
+    """A folder of `Qwen3VLForConditionalGeneration`, or of the class for `qwen2_5_vl`, with random weights.
+
+    It has what the published folders have: sharded weights, the tokenizer, the image processor's config, and settings
+    of generation that sample.
+    """
+    tokenizer = merged_tokenizer(words)
+    common = qwen_config(tokenizer)
+    text = {
+        key: common[key]
+        for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    } | {"num_key_value_heads": 1, "bos_token_id": None, "eos_token_id": None}
+    tokens = {key: common[key] for key in common if key.endswith("_token_id") and key not in ("bos_token_id",)}
+    if kind == "qwen3_vl":
+        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3], "mrope_interleaved": True}
+        vision = {"depth": LAYERS, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 16}
+        vision |= {"out_hidden_size": QWEN_WIDTH, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+        config: Any = Qwen3VLConfig(
+            text_config=text | {"head_dim": 16, "rope_parameters": rope}, vision_config=vision, **tokens
+        )
+        model: Any = Qwen3VLForConditionalGeneration(config)
+        mean, std = [0.5] * 3, [0.5] * 3
+    else:
+        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+        vision = {"depth": LAYERS, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 14}
+        vision |= {"out_hidden_size": QWEN_WIDTH, "fullatt_block_indexes": [1], "window_size": 56}
+        config = Qwen2_5_VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=vision, **tokens)
+        model = Qwen2_5_VLForConditionalGeneration(config)
+        mean = [0.48145466, 0.4578275, 0.40821073]
+        std = [0.26862954, 0.26130258, 0.27577711]
+    shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    model.load_state_dict(random_tensors(shapes, seed))
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.8, repetition_penalty=1.5)
+    model.save_pretrained(str(folder), max_shard_size="100KB")
+    tokenizer.save_pretrained(str(folder))
+    preprocessor = {"size": {"shortest_edge": 32 * 32, "longest_edge": 128 * 128}, "image_mean": mean, "image_std": std}
+    preprocessor |= {"patch_size": vision["patch_size"], "merge_size": 2, "temporal_patch_size": 2}
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor), encoding="utf-8")
+    return folder

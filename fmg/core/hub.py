@@ -36,7 +36,7 @@ _TRUE = {"1", "ON", "YES", "TRUE"}
 _HUB = re.compile(
     r"(?P<repository>[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./-]+))?"
 )
-_FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".py", ".txt")
+_FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".py", ".txt", ".jsonl")
 _PACKAGE = "package:"
 
 
@@ -95,7 +95,7 @@ class Asset:
         files: names of the files that are needed; `a|b` means the first of them that exists. A source that is one
             file takes the place of the first, and the others are looked for beside it.
         optional: names of files that are used where they exist.
-        folders: component folders, such as `vae`, whose config and weights are needed.
+        folders: component folders, such as `vae`, whose config and weights are needed; `.` is the source itself.
         patterns: files to fetch from a repository, where they are not named one by one.
         sha256: digest of the published first file; None for a user's own source and where none is known.
         size_gb: approximate size of the published files, in units of 10^9 bytes.
@@ -444,16 +444,17 @@ def _root(asset: Asset, source: Source) -> Path | None:
         return source if isinstance(source, Path) else None
     if source.file is not None:
         return _cached(source, source.file)
-    config = _cached(source, "/".join((*asset.folders[:1], CONFIG)))
-    return None if config is None else config.parents[min(1, len(asset.folders))]
+    first = PurePosixPath(*asset.folders[:1])
+    config = _cached(source, str(first / CONFIG))
+    return None if config is None else config.parents[len(first.parts)]
 
 
 def _absent(asset: Asset, folder: Path) -> list[str]:
     absent = []
     for name in asset.folders:
         if not (folder / name / CONFIG).is_file():
-            absent.append(f"{name}/{CONFIG}")
-        absent += [f"{name}/{file}" for file in absent_weights(folder / name)]
+            absent.append(str(PurePosixPath(name, CONFIG)))
+        absent += [str(PurePosixPath(name, file)) for file in absent_weights(folder / name)]
     # a cache that was pruned or moved keeps links to files that are gone
     dangling = (path for path in folder.rglob("*") if path.is_symlink() and not path.exists())
     names = sorted(path.relative_to(folder).as_posix() for path in dangling)

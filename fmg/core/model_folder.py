@@ -94,8 +94,9 @@ def wholes(config: Mapping[str, object], key: str) -> list[int] | None:
 def main_weights(folder: Path) -> Path:
     """The file that a folder's weights are in, or the index of its shards, as its library would choose it.
 
-    Text encoders come from transformers, which calls the weights `model` and prefers a single file; everything else
-    comes from diffusers, which calls them `diffusion_pytorch_model` and prefers an index. Files of a variant, such as
+    Text encoders, and folders whose config names `architectures`, come from transformers, which calls the weights
+    `model` and prefers a single file; everything else comes from diffusers, which calls them
+    `diffusion_pytorch_model` and prefers an index. Files of a variant, such as
     `diffusion_pytorch_model.fp16.safetensors`, are never read in place of the main one.
 
     Raises:
@@ -161,7 +162,12 @@ def _single(folder: Path) -> str:
 
 
 def _of_transformers(folder: Path) -> bool:
-    return folder.name.startswith("text_encoder")
+    if folder.name.startswith("text_encoder"):
+        return True
+    try:
+        return "architectures" in read_object(folder / CONFIG)
+    except (OSError, JsonError):
+        return False
 
 
 def _variants(folder: Path) -> list[str]:

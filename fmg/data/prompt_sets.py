@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _JSON_KEYS = ("prompt", "tag", "metadata")
 # what rewards and results by tag read of an entry
-_MEANING = ("include", "exclude", "metadata")
+_MEANING = ("include", "exclude", "vqa_list", "metadata")
 
 T = TypeVar("T")
 
@@ -73,8 +73,9 @@ def file_prompts(config: FilePromptsConfig) -> PromptList:
     """The prompts of a file, in its order; surrounding white space is removed.
 
     A `.txt` file has one prompt per line. A `.jsonl` file has one object per line: `prompt`, and optionally `tag`
-    (text) and `metadata` (object); or GenEval's: `prompt`, `tag`, `include` and more, all of which become the metadata.
-    A prompt without a tag gets the tag `''`. Published evaluation files repeat a prompt for each of its images: a
+    (text) and `metadata` (object). Objects of GenEval (`prompt`, `tag`, `include` and more) and of GenEval 2 (`prompt`,
+    `vqa_list`, `atom_count` and more) become the metadata as a whole. A prompt without a tag gets the tag `''`, or in
+    GenEval 2 its number of atoms. Published evaluation files repeat a prompt for each of its images: a
     repeated prompt is read once, with a warning that counts them.
 
     Raises:
@@ -136,11 +137,13 @@ def _json_prompt(line: str, where: str) -> Prompt:
         raise UsageError(f"{where}: {error}", "Write one JSON object per line.") from None
     if not isinstance(entry, dict):
         raise UsageError(f"{where}: the line is not a JSON object", 'Write {"prompt": "..."}.')
-    geneval = isinstance(entry.get("include"), list)
+    benchmark = isinstance(entry.get("include"), list) or isinstance(entry.get("vqa_list"), list)
     unknown = sorted(set(entry) - set(_JSON_KEYS))
-    if unknown and not geneval:
+    if unknown and not benchmark:
         raise UsageError(f"{where}: unknown key '{unknown[0]}'", f"Known: {', '.join(_JSON_KEYS)}.")
-    text, tag, metadata = entry.get("prompt"), entry.get("tag", ""), entry if geneval else entry.get("metadata", {})
+    atoms = f"{entry['atom_count']} atoms" if benchmark and "atom_count" in entry else ""
+    text, tag = entry.get("prompt"), entry.get("tag", atoms)
+    metadata = entry if benchmark else entry.get("metadata", {})
     if not isinstance(text, str) or is_blank(text):
         raise UsageError(f"{where}: 'prompt' must be non-empty text", 'Write {"prompt": "..."}.')
     if not isinstance(tag, str) or not isinstance(metadata, dict):

@@ -33,6 +33,14 @@ class ReadsPrompts(Protocol):
         """Raises a `UsageError` that names the first prompt it cannot score."""
 
 
+@runtime_checkable
+class HasExample(Protocol):
+    """A reward that accepts none of `PROBE_PROMPTS`."""
+
+    def example_prompt(self) -> str:
+        """A prompt that it can score."""
+
+
 class Checked:
     """A reward whose images and scores are checked; its scores are fp32 on the CPU.
 
@@ -179,12 +187,13 @@ def check_prompts(name: str, reward: Reward, prompts: Sequence[str]) -> None:
         raise UsageError(f"The reward '{name}' cannot score every prompt: {error.what}", error.fix) from None
 
 
-# Each built-in reward accepts one of them: free text, GenEval's templates, quoted text, scenes of the shapes world.
+# Each built-in reward accepts one of them, or is a `HasExample`: free text, GenEval's templates, quoted text, scenes of
+# the shapes world.
 PROBE_PROMPTS = ("a photo of a red apple", 'a sign that says "HELLO"', "a red circle")
 
 
 def probe_prompt(reward: Checked) -> str:
-    """The first of `PROBE_PROMPTS` that the reward accepts.
+    """The first of `PROBE_PROMPTS` that the reward accepts, or its own example.
 
     Raises:
         UsageError: when it accepts none.
@@ -197,6 +206,8 @@ def probe_prompt(reward: Checked) -> str:
             refusal = error
         else:
             return prompt
+    if isinstance(reward.reward, HasExample):
+        return reward.reward.example_prompt()
     assert refusal is not None
     raise UsageError(f"The reward '{reward.name}' accepts none of the probe prompts: {refusal.what}", refusal.fix)
 

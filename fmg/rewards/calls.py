@@ -23,7 +23,7 @@ from torch import Tensor
 from fmg.core.errors import RewardError, UsageError, one_line
 from fmg.core.json_io import parse
 from fmg.core.types import PartialRewardOutput, RewardOutput
-from fmg.rewards.configs import CallConfig
+from fmg.rewards.configs import CallConfig, OnFailure
 
 T = TypeVar("T")
 
@@ -230,6 +230,43 @@ Chunk = tuple[slice, Callable[[], RewardOutput]]
 """Rows of a batch, and the call that scores them."""
 
 
+class FailurePolicy:
+    """What becomes of a batch in which some images got no score.
+
+    Args:
+        name: of the reward, for messages.
+        on_failure: stop the run, or leave these images out.
+        patience: consecutive batches without any score after which the run stops all the same.
+        advice: what to do, one sentence.
+    """
+
+    def __init__(self, name: str, on_failure: OnFailure, patience: int, advice: str) -> None:
+        self._name = name
+        self._on_failure = on_failure
+        self._patience = patience
+        self._advice = advice
+        self._fruitless = 0
+
+    def join(self, results: Sequence[tuple[slice, RewardOutput | CallError]], prompts: Sequence[str]) -> RewardOutput:
+        """The scores of a batch, from those of its parts, which cover its rows.
+
+        Raises:
+            RewardError: names a prompt. With `stop`: a part has no score. With `drop-group`: a part failed in a way
+                that another attempt cannot fix, or `patience` consecutive batches got no score.
+        """
+        failed = [(rows, result) for rows, result in results if isinstance(result, CallError)]
+        outputs = [(rows, result) for rows, result in results if isinstance(result, RewardOutput)]
+        self._fruitless = 0 if outputs or not results else self._fruitless + 1
+        for rows, error in failed:
+            hopeless = self._fruitless >= self._patience
+            if self._on_failure == "stop" or not error.passing or hopeless:
+                prompt = prompts[rows.start]
+                raise RewardError(
+                    f"The reward '{self._name}' has no score for the prompt '{prompt}': {error.reason}", self._advice
+                )
+        return _joined(outputs, len(prompts))
+
+
 class Caller:
     """Makes the calls of a reward and applies its failure policy.
 
@@ -242,9 +279,8 @@ class Caller:
     def __init__(self, name: str, config: CallConfig, advice: str) -> None:
         self._name = name
         self._config = config
-        self._advice = advice
+        self._policy = FailurePolicy(name, config.on_failure, config.patience, advice)
         self._retry = RetryPolicy(config.retries, config.backoff, config.max_backoff)
-        self._fruitless = 0
 
     def once(self, call: Callable[[], T]) -> T:
         """The result of one call, retried, whatever the policy.
@@ -258,21 +294,10 @@ class Caller:
         """The scores of all chunks, which cover the rows of a batch; each chunk is scored by one call.
 
         Raises:
-            RewardError: names a prompt. With `stop`: a call failed permanently. With `drop-group`: a call failed in a
-                way that another attempt cannot fix, or `patience` consecutive batches got no score.
+            RewardError: as `FailurePolicy.join`.
         """
-        results = list(zip([rows for rows, _ in chunks], self._run([call for _, call in chunks]), strict=True))
-        failed = [(rows, result) for rows, result in results if isinstance(result, CallError)]
-        outputs = [(rows, result) for rows, result in results if isinstance(result, RewardOutput)]
-        self._fruitless = 0 if outputs or not chunks else self._fruitless + 1
-        for rows, error in failed:
-            hopeless = self._fruitless >= self._config.patience
-            if self._config.on_failure == "stop" or not error.passing or hopeless:
-                prompt = prompts[rows.start]
-                raise RewardError(
-                    f"The reward '{self._name}' has no score for the prompt '{prompt}': {error.reason}", self._advice
-                )
-        return _joined(outputs, len(prompts))
+        results = self._run([call for _, call in chunks])
+        return self._policy.join(list(zip([rows for rows, _ in chunks], results, strict=True)), prompts)
 
     def _run(self, calls: Sequence[Callable[[], RewardOutput]]) -> list[RewardOutput | CallError]:
         cancelled = threading.Event()

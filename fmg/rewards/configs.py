@@ -49,6 +49,19 @@ BERT = "google-bert/bert-base-uncased@86b5e0934494bd15c9632b12f734a8a67f723594"
 HPSV3 = "MizzenAI/HPSv3@4f81e3e09edd82fe3c5f636444c721b592a735ca"
 QWEN2_VL = "Qwen/Qwen2-VL-7B-Instruct@eed13092ef92e448dd6875b2a00151bd3f7db0ac"
 HPSV3_PACKAGE = "package:hpsv3==1.0.0"
+QWEN3_VL = "Qwen/Qwen3-VL-8B-Instruct@0c351dd01ed87e9c1b53cbc748cba10e6187ff3b"
+UNIFIEDREWARD = "CodeGoat24/UnifiedReward-2.0-qwen3vl-8b@4175e6b78d62f639282797d05ccea35d3be823cf"
+_UNIFIEDREWARD_CODE = "https://github.com/CodeGoat24/UnifiedReward/raw/ff6f520247a2d36e2aff7b2ba53a935afd437f66/"
+UNIFIEDREWARD_WORDINGS: Mapping[str, str] = MappingProxyType(
+    {
+        "axes": _UNIFIEDREWARD_CODE + "inference_qwen/UnifiedReward-2.0-inference/point_score_ACS_image_generation.py",
+        "final-score": _UNIFIEDREWARD_CODE + "inference_qwen/image_generation/qwen_point_score_image_generation.py",
+    }
+)
+"""The authors' scripts for one image, by the form of the answer that they ask for."""
+GENEVAL2 = (
+    "https://github.com/facebookresearch/GenEval2/raw/a6e82d2289e8d418f27f0adee77908b07060eea3/geneval2_data.jsonl"
+)
 AESTHETIC_HEAD = (
     "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/"
     "6934dd81792f086e613a121dbce43082cb8be85e/sac%2Blogos%2Bava1-l14-linearMSE.pth"
@@ -60,6 +73,13 @@ _SHA256: Mapping[tuple[str, str], str] = MappingProxyType(
         (AESTHETIC_HEAD, "sac+logos+ava1-l14-linearMSE.pth"): (
             "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
         ),
+        (UNIFIEDREWARD_WORDINGS["axes"], "point_score_ACS_image_generation.py"): (
+            "fa67c436c6742084b43581d17bf3c98fa53aad5816ccd5ec39717c27c2a1dfa3"
+        ),
+        (UNIFIEDREWARD_WORDINGS["final-score"], "qwen_point_score_image_generation.py"): (
+            "5c8c2efcb7f07283a3a4b3685043e2da0ee909c876829a9edbe4938a4881971c"
+        ),
+        (GENEVAL2, "geneval2_data.jsonl"): "09233adbc9f877fba205f1a20efa4a8640e7e62a91dfd55893562bed8a928e43",
     }
 )
 """Digests of published files that are known, by source and file."""
@@ -76,8 +96,12 @@ _CLIP_MODELS: Mapping[str, tuple[float, str]] = MappingProxyType(
 """Size in GB and terms of the published CLIPModel folders."""
 
 WEIGHT_FILES = "model.safetensors|pytorch_model.bin"
+_QWEN_VL_FILES = ("*.safetensors", "*.json", "merges.txt")
 _TOKENIZER = "tokenizer.json|vocab.json|vocab.txt"
 _TOKENIZER_MORE = ("vocab.json", "merges.txt", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json")
+
+
+OnFailure = Literal["stop", "drop-group"]
 
 
 class NetworkConfig(ComponentConfig, ABC):
@@ -291,6 +315,95 @@ class Hpsv3Config(NetworkConfig):
         )
 
 
+class UnifiedRewardConfig(NetworkConfig):
+    """UnifiedReward: a Qwen-VL tuned to rate images writes its ratings from 1 to 5; the score is their mean over 5."""
+
+    about: ClassVar[About] = About(
+        licence="MIT (code and weights); Apache-2.0 (base model)",
+        citation="Wang et al., Unified Reward Model for Multimodal Understanding and Generation, arXiv 2503.05236",
+        weights=(f"{UNIFIEDREWARD} (18 GB)", "the wording: one script of the authors, which is not run"),
+    )
+
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(default="bf16", description="precision of the weights")
+    batch_size: int = Field(default=16, ge=1, description="images for one pass of the network")
+    form: Literal["axes", "final-score"] = Field(
+        default="axes",
+        description="what is asked for: alignment, coherence and style (UnifiedReward 2.0), or one final score after a "
+        "list of what the image shows (every version)",
+    )
+    weights: str = Field(
+        default=UNIFIEDREWARD,
+        min_length=1,
+        description="folder of a UnifiedReward on Qwen2.5-VL or Qwen3-VL: local or hub id@revision",
+    )
+    instruction: str | None = Field(
+        default=None,
+        min_length=1,
+        description="source of the wording: a local copy of the authors' script, or a text file with {prompt} where "
+        "the prompt goes; by default the authors' script for the form",
+    )
+    max_tokens: int = Field(default=512, ge=1, description="longest answer in tokens")
+    on_failure: OnFailure = Field(
+        default="stop",
+        description="when an answer has no rating: stop the run, or drop the affected prompt groups",
+    )
+    patience: int = Field(
+        default=3, ge=1, description="consecutive batches without any score after which drop-group stops as well"
+    )
+
+    def assets(self) -> tuple[Asset, ...]:
+        wording = self.instruction or UNIFIEDREWARD_WORDINGS[self.form]
+        name = UNIFIEDREWARD_WORDINGS[self.form].rpartition("/")[2]
+        sha256 = _SHA256.get((wording, name))
+        return (
+            qwen_vl_asset(self.weights, "MIT"),
+            Asset("instruction", "instruction", wording, (name,), sha256=sha256, size_gb=0.000002, licence="MIT"),
+        )
+
+
+class GenEval2Config(NetworkConfig):
+    """GenEval 2 by Soft-TIFA: the probability that a Qwen3-VL answers every question about the prompt as expected."""
+
+    about: ClassVar[About] = About(
+        licence="CC BY-NC 4.0 (questions: no commercial use); Apache-2.0 (Qwen3-VL)",
+        citation="Kamath et al., GenEval 2: Addressing Benchmark Drift in Text-to-Image Evaluation, arXiv 2512.16853",
+        weights=(f"{QWEN3_VL} (18 GB)", "geneval2_data.jsonl (0.4 MB), pinned by its sha256"),
+    )
+
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(default="bf16", description="precision of the weights")
+    batch_size: int = Field(default=16, ge=1, description="questions about an image for one pass of the network")
+    mean: Literal["geometric", "arithmetic"] = Field(
+        default="geometric",
+        description="over the questions about a prompt: geometric (Soft-TIFA GM, for prompts) or arithmetic (AM)",
+    )
+    weights: str = Field(
+        default=QWEN3_VL, min_length=1, description="folder of a Qwen-VL that answers: local or hub id@revision"
+    )
+    questions: str = Field(
+        default=GENEVAL2,
+        min_length=1,
+        description="prompts with their questions and answers, in the form of GenEval 2's .jsonl: local file or URL",
+    )
+    metadata: str | None = Field(
+        default=None, description="a second such .jsonl, with the questions about prompts of your own"
+    )
+
+    def assets(self) -> tuple[Asset, ...]:
+        name = "geneval2_data.jsonl"
+        sha256 = _SHA256.get((self.questions, name))
+        return (
+            qwen_vl_asset(self.weights, "Apache-2.0"),
+            Asset(
+                "questions", "questions", self.questions, (name,), sha256=sha256, size_gb=0.0004, licence="CC BY-NC 4.0"
+            ),
+        )
+
+
+def qwen_vl_asset(source: str, licence: str) -> Asset:
+    """A Qwen-VL of 8B parameters in bf16, with its tokenizer."""
+    return Asset("weights", "weights", source, folders=(".",), patterns=_QWEN_VL_FILES, size_gb=17.5, licence=licence)
+
+
 def clip_asset(source: str, option: str = "weights") -> Asset:
     """A CLIPModel folder."""
     size_gb, licence = _CLIP_MODELS.get(source, (0.0, ""))
@@ -303,8 +416,6 @@ def tokenizer_asset(source: str, option: str = "tokenizer", licence: str = "MIT"
 
 
 MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
-
-OnFailure = Literal["stop", "drop-group"]
 
 
 def _http_address(value: str) -> str:

@@ -10,27 +10,22 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
-from PIL import Image
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
 
 from fmg.core.display import some
-from fmg.core.errors import CheckpointError, UsageError, reason
+from fmg.core.errors import CheckpointError
 from fmg.core.hub import Located
 from fmg.core.types import RewardOutput
 from fmg.rewards.configs import HPSV3_PACKAGE, Hpsv3Config
-from fmg.rewards.images import check_drawable, normalize, to_bytes
 from fmg.rewards.network import (
     Files,
     NetworkReward,
@@ -39,20 +34,20 @@ from fmg.rewards.network import (
     load_module,
     load_pretrained,
     read_json,
+    read_python,
     read_renamed,
 )
+from fmg.rewards.qwen_vl import ASSISTANT, Patches, check_no_markers, closing, opening
 
 LAYOUT = "hpsv3-1"
 PIXELS = 256 * 28 * 28
 """Pixels that every image is scaled to, as near as whole patches allow."""
 
 REWARD_TOKEN = "<|Reward|>"
-IMAGE_TOKEN = "<|image_pad|>"
 INSTRUCTION_SHA256 = "f6ee57479d4e9eee76b49c00dc962e1e696a5a2b3cc32cebd9b1fa76fe27502c"
 """Of `INSTRUCTION + prompt_with_special_token` in hpsv3 1.0.0."""
 
 HEAD_LAYERS = (0, 3, 5)
-_MARKER = re.compile(r"<\|\w+\|>")
 _UNUSED = "lm_head."
 
 
@@ -95,11 +90,7 @@ class Hpsv3Reward(NetworkReward):
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raises a `UsageError` for the first prompt that contains one of the model's markers."""
-        for prompt in prompts:
-            if marker := _MARKER.search(prompt):
-                raise UsageError(
-                    f"The prompt '{prompt[:80]}' contains {marker[0]}, which HPSv3 reads as a marker", "Remove it."
-                )
+        check_no_markers(prompts, "HPSv3")
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
         self.check_prompts(prompts)
@@ -133,10 +124,14 @@ class RatingModel:
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, "b 2"]:
         vision, device = self._base.config.vision_config, self._base.device
-        patches, grid = image_patches(images, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
-        slots = int(grid.prod()) // vision.spatial_merge_size**2
+        scaling = Patches(
+            vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size, least=PIXELS, most=PIXELS
+        )
+        patches, grid = scaling.of(images)
+        # the chat of Qwen2-VL
+        begin = opening(scaling.slots(grid), ASSISTANT)
         tokens = self._tokenizer(
-            [self._text(prompt, slots) for prompt in prompts],
+            [begin + closing(self._instruction.about(prompt)) for prompt in prompts],
             padding=True,
             padding_side="right",
             return_tensors="pt",
@@ -154,44 +149,6 @@ class RatingModel:
         ratings: Tensor = self._head(at_token.float())
         return ratings
 
-    def _text(self, prompt: str, slots: int) -> str:
-        """The chat of Qwen2-VL with the image in place of `slots` tokens."""
-        return (
-            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-            f"<|im_start|>user\n<|vision_start|>{IMAGE_TOKEN * slots}<|vision_end|>"
-            f"{self._instruction.about(prompt)}<|im_end|>\n<|im_start|>assistant\n"
-        )
-
-
-def scaled_size(height: int, width: int, unit: int) -> tuple[int, int]:
-    """Height and width in whole `unit`s, as near to `PIXELS` pixels as the authors' rounding allows."""
-    rows, columns = (max(unit, round(n / unit) * unit) for n in (height, width))
-    if rows * columns > PIXELS:
-        shrink = math.sqrt((height * width) / PIXELS)
-        return math.floor(height / shrink / unit) * unit, math.floor(width / shrink / unit) * unit
-    if rows * columns < PIXELS:
-        grow = math.sqrt(PIXELS / (height * width))
-        return math.ceil(height * grow / unit) * unit, math.ceil(width * grow / unit) * unit
-    return rows, columns
-
-
-def image_patches(
-    images: Float[Tensor, "b 3 h w"], patch: int, merge: int, frames: int
-) -> tuple[Float[Tensor, "n d"], Int[Tensor, " 3"]]:
-    """Normalized patches of a batch in the order Qwen2-VL reads them, and (frames, rows, columns) of one image.
-
-    A still image is repeated to fill the frames of one temporal patch; patches that will be merged are neighbours.
-    """
-    check_drawable(images)
-    height, width = scaled_size(images.shape[-2], images.shape[-1], patch * merge)
-    resized = [np.array(Image.fromarray(x).resize((width, height), Image.Resampling.BICUBIC)) for x in to_bytes(images)]
-    pixels = normalize(torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float() / 255)
-    rows, columns = height // patch, width // patch
-    blocks = pixels.reshape(len(images), 3, rows // merge, merge, patch, columns // merge, merge, patch)
-    ordered = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)
-    repeated = ordered.unsqueeze(6).expand(*ordered.shape[:6], frames, patch, patch)
-    return repeated.reshape(-1, 3 * frames * patch * patch), torch.tensor([1, rows, columns])
-
 
 def read_instruction(file: Path, *, published: bool) -> Instruction:
     """The two literals of the authors' `data_collator_qwen.py`. The file is parsed, never run.
@@ -203,10 +160,7 @@ def read_instruction(file: Path, *, published: bool) -> Instruction:
     Raises:
         CheckpointError: when the literals are not there, or not the published ones.
     """
-    try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {reason(error)}", "Install hpsv3==1.0.0 again.") from error
+    tree = read_python(file, "Install hpsv3==1.0.0 again.")
     literals = {
         target.id: node.value.value
         for node in tree.body

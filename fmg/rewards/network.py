@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -185,6 +186,18 @@ def read_json(path: Path) -> dict[str, Any]:
         return read_object(path)
     except (OSError, JsonError) as error:
         raise CheckpointError(f"{path} cannot be read: {reason(error)}", _RESTORE) from error
+
+
+def read_python(path: Path, fix: str) -> ast.Module:
+    """The syntax tree of a Python file, which is parsed and never run.
+
+    Raises:
+        CheckpointError: when it is not one; `fix` says what to do.
+    """
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}", fix) from error
 
 
 def _check_same(wanted: Mapping[str, torch.Size], given: Mapping[str, torch.Size], origin: Path) -> None:

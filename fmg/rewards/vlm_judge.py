@@ -41,8 +41,8 @@ _INSTRUCTIONS = {
         "with one line of the form\nFinal Score: X\nwhere X is a number from 1 (unusable) to 5 (perfect)."
     ),
 }
-_FINAL_SCORE = re.compile(r"Final Score:\s*\**\s*([1-5](?:\.\d+)?)")
-_BEST_SCORE = 5.0
+_FINAL_SCORE = re.compile(r"Final Score:\s*\**\s*([1-5](?:\.\d+)?)(?!\d)")
+BEST_RATING = 5.0
 _TOP_LOGPROBS = 20
 # Marks of a leading space in the vocabularies of byte-level BPE and SentencePiece.
 _SPACE_MARKS = "Ġ▁ \n"
@@ -166,10 +166,16 @@ def final_score(answer: object) -> float:
     Raises:
         CallError: when there is none.
     """
-    found = _FINAL_SCORE.findall(_choice(answer).message.content or "")
-    if not found or float(found[-1]) > _BEST_SCORE:
+    rating = stated_rating(_choice(answer).message.content or "")
+    if rating is None:
         raise CallError("the judge's answer has no line 'Final Score: X' with X from 1 to 5", passing=True)
-    return float(found[-1]) / _BEST_SCORE
+    return rating / BEST_RATING
+
+
+def stated_rating(text: str) -> float | None:
+    """The number after the last `Final Score:`, from 1 to 5; None when there is none."""
+    found = _FINAL_SCORE.findall(text)
+    return float(found[-1]) if found and float(found[-1]) <= BEST_RATING else None
 
 
 def _choice(answer: object) -> _Choice:

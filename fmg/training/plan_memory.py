@@ -27,6 +27,8 @@ _REWARD_PARAMETERS: Mapping[str, float] = {
     "imagereward": 448e6,
     "hpsv3": 8.29e9,
     "geneval": 497e6,
+    "geneval2": 8.77e9,
+    "unifiedreward": 8.77e9,
 }
 """Parameters of the networks that rewards load; other rewards need no memory on the device."""
 _REWARD_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

@@ -156,6 +156,12 @@ def test_a_reward_states_size_and_licence_then_fetches_and_names_the_commit(
         fetched.append(repository)
         in_hub_cache(tmp_path, repository, file)
 
+    def snapshot(repository: str, **named: Any) -> None:
+        fetched.append(repository)
+        in_hub_cache(tmp_path, repository, "model.safetensors")
+        in_hub_cache(tmp_path, repository, "config.json").write_text('{"architectures": ["Qwen3VL"]}')
+        assert {"*.safetensors", "*.json"} <= set(named["allow_patterns"])
+
     def cached(repository: str, file: str, **_: object) -> str | None:
         path = tmp_path / "hub" / f"models--{repository.replace('/', '--')}" / "snapshots" / COMMIT / file
         return str(path) if path.is_file() else None
@@ -166,6 +172,7 @@ def test_a_reward_states_size_and_licence_then_fetches_and_names_the_commit(
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", listed)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)
     monkeypatch.setattr("fmg.core.hub.urlopen", lambda *_, **__: io.BytesIO(b"file"))
     monkeypatch.setattr("fmg.core.hub.check_digest", lambda _: None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +32,7 @@ from fmg.core.hub import (
 from fmg.registry import rewards
 from fmg.rewards.configs import NetworkConfig
 
-NETWORKS = ("aesthetic", "clipscore", "hpsv2", "hpsv3", "imagereward", "pickscore")
+NETWORKS = ("aesthetic", "clipscore", "geneval2", "hpsv2", "hpsv3", "imagereward", "pickscore", "unifiedreward")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHA = "0" * 40
 
@@ -114,13 +115,26 @@ def test_what_has_not_been_fetched_is_one_line_with_the_command(name: str) -> No
         text = str(caught.value)
         assert "\n" not in text
         assert item.source in text
-        assert item.files[0].partition("|")[0] in text
+        assert all(name.partition("|")[0] in text for name in item.files[:1])
         command = (
             "pip install --no-deps hpsv3==1.0.0"
             if isinstance(item.place, PackageSource)
             else f"`fmg fetch reward {name}`"
         )
         assert command in text
+
+
+def test_a_source_that_is_a_model_itself_needs_its_config_and_every_shard(hub: Path) -> None:
+    part = Asset("weights", "weights", f"owner/name@{SHA}", folders=(".",), patterns=("*.safetensors", "*.json"))
+    assert "has not been fetched" in str(problem(part))
+    root = put_in_hub(hub, "config.json", '{"architectures": ["Some"]}').parent
+    assert str(problem(part)).endswith("lacks model.safetensors")
+    put_in_hub(hub, "model.safetensors.index.json", '{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}')
+    put_in_hub(hub, "1.safetensors", "")
+    assert str(problem(part)).endswith("lacks 2.safetensors")
+    put_in_hub(hub, "2.safetensors", "")
+    assert locate(part, "reward", "geneval2").folder == root
+    assert locate(replace(part, source=str(root)), "reward", "geneval2").folder == root
 
 
 def test_fetch_from_the_hub_takes_the_first_alternative_and_the_options(

@@ -180,7 +180,9 @@ def test_loads_once_and_scores_in_batches(tmp_path: Path) -> None:
     assert reward(images[:0], []).total.shape == (0,)
 
 
-@pytest.mark.parametrize("name", ["aesthetic", "clipscore", "hpsv2", "hpsv3", "imagereward", "pickscore"])
+@pytest.mark.parametrize(
+    "name", ["aesthetic", "clipscore", "geneval2", "hpsv2", "hpsv3", "imagereward", "pickscore", "unifiedreward"]
+)
 def test_weights_are_requested_at_the_first_call_only(name: str) -> None:
     reward: Reward = rewards.build(name)
     with pytest.raises(MissingDependencyError, match=f"fmg fetch reward {name}"):

@@ -13,8 +13,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.registry import rewards
 from fmg.rewards.base import checked
-from fmg.rewards.hpsv3 import PIXELS, from_hpsv3, image_patches, read_instruction, scaled_size
+from fmg.rewards.hpsv3 import PIXELS, from_hpsv3, read_instruction
 from fmg.rewards.images import to_bytes
+from fmg.rewards.qwen_vl import Patches, scaled_size
 from tests.support.reward_layouts import to_hpsv3
 from tests.tiny_rewards import Tiny, write_hpsv3
 
@@ -61,17 +62,17 @@ def test_names_both_ways(tiny: Tiny) -> None:
     ],
 )
 def test_scaled_size(size: tuple[int, int], scaled: tuple[int, int]) -> None:
-    assert scaled_size(*size, 28) == scaled
+    assert scaled_size(*size, 28, PIXELS, PIXELS) == scaled
     assert abs(scaled[0] * scaled[1] / PIXELS - 1) < 0.8
 
 
 @pytest.mark.parametrize(("height", "width"), [(448, 448), (30, 75)])
 def test_patches_are_those_of_the_image_processor(height: int, width: int) -> None:
     images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
-    rows, columns = scaled_size(height, width, 28)
+    rows, columns = scaled_size(height, width, 28, PIXELS, PIXELS)
     pictures = [Image.fromarray(x).resize((columns, rows), Image.Resampling.BICUBIC) for x in to_bytes(images)]
     expected = Qwen2VLImageProcessorPil()(images=pictures, return_tensors="pt")
-    patches, grid = image_patches(images, patch=14, merge=2, frames=2)
+    patches, grid = Patches(side=14, merge=2, frames=2, least=PIXELS, most=PIXELS).of(images)
     torch.testing.assert_close(patches, expected.pixel_values, rtol=0, atol=1e-6)
     assert torch.equal(grid.expand(2, 3), expected.image_grid_thw)
 
