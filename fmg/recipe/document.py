@@ -32,8 +32,8 @@ class Source:
     """Where a value was given.
 
     Attributes:
-        kind: `built-in` (default of the code), `model` (the model's own default recipe), `file` (the recipe that was
-            asked for), `flag`, `set` (`--set`) or `argument` (Python).
+        kind: `built-in` (default of the code), `model` (the model's own default recipe), `file` (the requested recipe),
+            `flag`, `set` (`--set`) or `argument` (Python).
         text: for people: `recipe.yaml:12`, `--lr`, `--set optimizer.lr=1e-3`.
     """
 
@@ -144,7 +144,7 @@ def parse_value(text: str, source: Source) -> Node:
 
 
 class _Reader:
-    """Composes one document. `label` leads the messages and the sources of its values."""
+    """Composes one document. `label` prefixes the messages and the sources of its values."""
 
     def __init__(self, label: str, kind: Literal["built-in", "model", "file", "flag", "set", "argument"]) -> None:
         self._label = label

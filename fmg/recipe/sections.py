@@ -294,7 +294,7 @@ class TrainSection(Section):
 
     @property
     def updates(self) -> int:
-        """Optimizer steps of the whole run, those included that a KL limit or equal rewards may skip."""
+        """Optimizer steps of the whole run, including those that a KL limit or equal rewards may skip."""
         return self.iterations * self.updates_per_iteration
 
 

@@ -326,7 +326,7 @@ PICKSCORE_NORMALIZER = 26.0
 
 
 def pickscore(config: PickScoreConfig) -> NetworkReward:
-    """`exp(logit_scale) cos(image, prompt)`, over 26 when normalized; part `raw` is not divided.
+    """`exp(logit_scale) cos(image, prompt)`, divided by 26 when normalized; part `raw` is not divided.
 
     Images are rounded to 8 bits, resized by Pillow and cropped as the image processor of transformers does.
     """

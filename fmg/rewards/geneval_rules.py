@@ -224,7 +224,7 @@ class Thresholds:
     Attributes:
         score: a detection counts when its score is strictly above this.
         counting_score: the same for the tag `counting`.
-        position: share of the two boxes' sizes that is taken off the distance between their centres.
+        position: share of the two boxes' sizes that is subtracted from the distance between their centres.
         max_objects: objects kept of each class, the most confident first.
     """
 

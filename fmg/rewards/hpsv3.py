@@ -158,7 +158,7 @@ def read_instruction(file: Path, *, published: bool) -> Instruction:
         published: whether it must be that of hpsv3 1.0.0, byte for byte.
 
     Raises:
-        CheckpointError: when the literals are not there, or not the published ones.
+        CheckpointError: the literals are missing, or are not the published ones.
     """
     tree = read_python(file, "Install hpsv3==1.0.0 again.")
     literals = {

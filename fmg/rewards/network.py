@@ -65,9 +65,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def read_renamed(path: Path, layout: str, rename: Callable[[Tensors], dict[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors of a checkpoint under the names of `rename`.
 
-    A torch file is converted once, to safetensors in the cache under the hash of its content and `layout`, the name
-    of the renaming; or at every read, if the cache cannot be written. A safetensors file is renamed
-    while it is read.
+    A torch file is converted once, into safetensors in the cache under the hash of its content and `layout`, the name
+    of the renaming; if the cache cannot be written, it is converted at every read. A safetensors file is renamed while
+    it is read.
     """
     if path.suffix == ".safetensors":
         return rename(read_tensors(path))

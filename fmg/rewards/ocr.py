@@ -37,7 +37,7 @@ _QUOTED = re.compile(
 
 
 def quoted_text(prompt: str) -> str:
-    """The text between the first pair of double quotes, straight or curly, without blanks at its ends.
+    """The text between the first pair of double quotes, straight or curly, without surrounding blanks.
 
     Quotes inside a pair of the other kind belong to the text (`“say "HI"”`), unless they enclose all of it. A straight
     quote right after a digit is an inch mark (`a 5" disk labelled "DATA"`), unless it opens the only pair there is.
@@ -189,7 +189,7 @@ class OcrLogp:
     For images with one line of text and little else; case and inner spaces count. Parts: `exact` (the greedy
     reading is the text), `probability` (`exp(log p / length)`, in [0, 1]).
 
-    It saturates at faint text, so combine it with a reward for fidelity or with a KL term.
+    It saturates even for faint text, so combine it with a reward for fidelity or with a KL term.
 
     Raises:
         MissingDependencyError: without the packages of `flow-map-grpo[ocr]`.

@@ -63,8 +63,8 @@ class RemoteReward:
             The weights of the rewards that will be requested.
 
         Raises:
-            RewardError: when it does not answer, or not with scores.
-            UsageError: when it lacks a wanted reward, or has several and none was chosen.
+            RewardError: it does not answer with scores.
+            UsageError: it lacks a requested reward, or has several and none was chosen.
         """
         info = self._info()
         weights = self._chosen(info.rewards)

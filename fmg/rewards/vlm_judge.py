@@ -1,4 +1,4 @@
-"""A vision-language model as the judge, behind any endpoint that speaks OpenAI's chat completions.
+"""A vision-language model as the judge, behind any endpoint compatible with OpenAI's chat completions.
 
 `yes-probability`: P(yes) / (P(yes) + P(no)) of the first answer token (Lin et al., VQAScore, arXiv 2404.01291, eq. 1,
 restricted to the two answers). `score`: a rating from 1 to 5 in the answer, divided by 5, the form of UnifiedReward

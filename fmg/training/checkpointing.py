@@ -139,7 +139,7 @@ class SavedState:
         """Checks that no other process has resumed the run since this state was read; from now on none can.
 
         Raises:
-            UsageError: one did, as when a cluster restarts a job too early.
+            UsageError: one has, for example because a cluster restarted a job too early.
         """
         check_resumable(run.path)
         if newest_state(run.path) != self.folder:
@@ -222,7 +222,7 @@ class CheckpointManager:
     def checkpoint(self, iteration: int, metrics: Mapping[str, float], *, eligible: bool = True) -> CheckpointIndex:
         """Saves the weights and their average; `metrics` has their scores, or nothing when they have none.
 
-        What the reward-hacking monitor finds of the weights (`eligible`) applies to their average as well.
+        What the reward-hacking monitor finds about the weights (`eligible`) applies to their average as well.
         """
         replica_gate(self.dist, self.live.trained)
         index = self._save(iteration, keys.SCORE, metrics.get(keys.SCORE), ema=False, eligible=eligible)
@@ -255,7 +255,7 @@ class CheckpointManager:
             self.dist.run_on_main(lambda: str(save_state(self.run, self.composed.recipe, point, self.live)))
 
     def restore(self, saved: SavedState) -> tuple[CheckpointIndex, list[dict[str, float]]]:
-        """Returns weights and files of a run to `saved`; gives its checkpoints and its metrics so far."""
+        """Restores weights and files of a run to `saved`; returns its checkpoints and its metrics so far."""
         saved.restore(self.live)
 
         def files() -> str:
@@ -278,7 +278,7 @@ def save_checkpoint(
 ) -> CheckpointIndex:
     """Saves the weights as they are in `model` as `checkpoints/checkpoint-<iteration>` and updates the index.
 
-    The best checkpoint is the eligible one with the highest held-out score; of equal ones the earlier, and the raw
+    The best checkpoint is the eligible one with the highest held-out score; among equals, the earlier one, and raw
     weights before their average. One without a score (the run was interrupted) is best only while nothing but the
     untouched base has one, and replaces none that has. A checkpoint that is neither best nor newest is removed once the
     index no longer names it.
@@ -442,7 +442,7 @@ def load_state(run: RunFolder, recipe: Recipe, *, accept_changed_prompts: bool =
 
 
 def rewind(run: RunFolder, lines: int) -> tuple[CheckpointIndex, list[dict[str, float]]]:
-    """Restores the files of a run to when its metrics had `lines` lines; returns its checkpoints and these lines.
+    """Restores a run's files to the point where its metrics had `lines` lines; returns its checkpoints and the lines.
 
     Raises:
         CheckpointError: the metrics or the index of checkpoints are damaged; nothing was changed.

@@ -42,7 +42,7 @@ class Completer:
 
     Attributes:
         flow_map: the map, without gradients.
-        refresh: takes over the current trained weights.
+        refresh: updates the map to the current trained weights.
     """
 
     flow_map: FlowMap

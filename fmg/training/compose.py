@@ -39,7 +39,7 @@ class Composed:
 def compose(recipe: Recipe, device: torch.device, dtype: torch.dtype, functions: Functions = NO_FUNCTIONS) -> Composed:
     """Builds every component of `recipe` and loads the model, ready for training.
 
-    `functions` holds the rewards that a Python call passed in.
+    `functions` contains the rewards passed to a Python call.
 
     Raises:
         UsageError: a component, prompt set or grid does not fit; raised before weights are read.

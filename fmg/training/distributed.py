@@ -71,8 +71,8 @@ class Shard:
     """The rows of `total` that one of `world_size` processes works on: consecutive, in whole calls of `unit` rows.
 
     A single process makes calls of `unit` rows and a shorter last one. Each of several makes some of the same calls
-    with the same rows, so that their joint result is rounded alike. All make the same number of calls: a
-    process that has none left repeats the last row.
+    with the same rows, so that their joint result is rounded alike. All make the same number of calls: a process that
+    has none left repeats the last row.
     """
 
     total: int

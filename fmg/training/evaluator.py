@@ -1,4 +1,4 @@
-"""Held-out evaluations of a run: scores, sample grids, diversity, the learning curve and the before/after picture."""
+"""Held-out evaluations of a run: scores, sample grids, diversity, the learning curve and the before/after image."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class Evaluator:
         All processes generate; the main one writes.
 
         Returns:
-            The picture, and for a run with branched rollouts the diversity of its images within prompts: siblings share
+            The image, and for a run with branched rollouts the diversity of its images within prompts: siblings share
                 a state, so their similarity says little about the generator.
         """
         rows = self._rows()

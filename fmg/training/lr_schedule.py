@@ -1,8 +1,8 @@
 """Learning-rate schedules: diffusers' functions of the number of an update.
 
-Like noise and prompts, the rate is keyed by its place in the run, so a resumed or distributed run needs no state of it.
-An update that is skipped (`objective.target_kl`, equal rewards) keeps its place: the rate arrives at 0 with the last
-iteration, however many updates were made.
+Like noise and prompts, the rate depends only on the position in the run, so a resumed or distributed run needs no state
+for it. An update that is skipped (`objective.target_kl`, equal rewards) keeps its position: the rate reaches 0 in the
+last iteration, however many updates were made.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _IN_DIFFUSERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine
 def lr_factor(train: TrainSection) -> Callable[[int], float]:
     """The learning rate of update `u = 0, 1, ...` as a factor of `optimizer.lr`.
 
-    It is diffusers' schedule one step on, over one step more. So the first update of a warm-up moves something
+    It is diffusers' schedule, shifted by one step and one step longer. So the first update of a warm-up has an effect
     (diffusers gives it the rate 0), update `train.lr_warmup_steps` has the full rate, and the last one does not waste
     its rollout. Without a warm-up the first update has the full rate, exactly as in diffusers.
     """

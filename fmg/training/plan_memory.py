@@ -1,8 +1,8 @@
 """Peak memory of a run by part, and its files, from counts alone: no weights, no torch.
 
-The memory of a model's blocks is part of its geometry; tests/unit/training/test_plan_memory.py compares
-plans with measured peaks. Kernel workspaces and allocator fragmentation add a few per cent. Tracing an
-iteration with fake tensors gives the same numbers a hundred times slower (docs/adr/0022-memory-from-counts.md).
+The memory of a model's blocks is part of its geometry; tests/unit/training/test_plan_memory.py compares plans with
+measured peaks. Kernel workspaces and allocator fragmentation add a few per cent. Tracing an iteration with fake tensors
+gives the same numbers a hundred times slower (docs/adr/0022-memory-from-counts.md).
 """
 
 from __future__ import annotations

@@ -132,7 +132,7 @@ class TrainResult:
         return read_numbers(self.run.metrics)
 
     def plot(self) -> Image:
-        """The curves of the run as a picture, made from its log.
+        """The curves of the run as an image, drawn from its log.
 
         Raises:
             CheckpointError: a file of the run is missing or damaged.

@@ -82,7 +82,7 @@ class Updater:
     ) -> Iterator[dict[str, float]]:
         """At most `count` updates, each on its own random part of `batch`; yields what `update` returns of each.
 
-        `first` is the number of the first one in the run, by which it gets its learning rate.
+        `first` is the number of its first update in the run, which determines the learning rate.
 
         Stops after an update whose measured `approx_kl` exceeds `kl_limit` (docs/math.md, eq. 27): the other rows
         were sampled by a policy that is no longer close. None never stops early.

@@ -39,7 +39,7 @@ _MAX_PROMPT = 100_000
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """What a client asks for.
+    """What a client requests.
 
     Attributes:
         images: (b, 3, h, w) in [0, 1].
@@ -136,7 +136,7 @@ def decode_scores(answer: object, names: Sequence[str], count: int) -> dict[str,
 
     Args:
         answer: the parsed JSON.
-        names: the rewards that were asked for.
+        names: the requested rewards.
         count: how many images were sent.
 
     Raises:

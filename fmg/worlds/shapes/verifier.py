@@ -88,7 +88,7 @@ class Quality:
     Attributes:
         recognisable: 1 where the image shows exactly one object and its kind can be told.
         sharpness: mean over outline pixels of the two-pixel contrast, relative to the object's contrast, divided by
-            `SHARP_OUTLINE` and cut at 1.
+            `SHARP_OUTLINE` and capped at 1.
         palette_fidelity: 1 - (mean distance to the palette away from outlines) / `PALETTE_TOLERANCE`.
     """
 
