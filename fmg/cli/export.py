@@ -356,7 +356,7 @@ def _check_combination(forms: Mapping[str, bool], artifact: Mapping[str, bool], 
     Args:
         forms: what is to be made.
         artifact: options of a new artifact only.
-        fresh: options of anything that is made anew.
+        fresh: options of anything that is newly made.
     """
     asked = [name for name, given in forms.items() if given]
     if len(asked) > 1:

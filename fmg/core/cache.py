@@ -62,7 +62,7 @@ def _without_home() -> Path:
 
 
 def content_hash(path: Path) -> str:
-    """Sha256 of a file, 64 hexadecimal digits, computed once for as long as the file stays as it is.
+    """Sha256 of a file, 64 hexadecimal digits, computed once while the file stays unchanged.
 
     A file counts as unchanged while its device, inode, size, change time and modification time are the same. A program
     that changes a file can reset its modification time, but not its change time.

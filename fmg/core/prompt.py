@@ -34,7 +34,7 @@ def is_blank(text: str) -> bool:
 def cut_prompts(tokens: Mapping[str, int], limit: int) -> str:
     """The warning about prompts that a model does not read to the end; empty when it reads them all.
 
-    They are cut at `limit` everywhere, as diffusers does: in training, evaluation, verification and generation.
+    They are truncated at `limit` everywhere, as in diffusers: in training, evaluation, verification and generation.
 
     Args:
         tokens: how many each prompt has.

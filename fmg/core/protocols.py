@@ -212,9 +212,9 @@ class Model(Protocol):
         """Adds a trainable LoRA (gaussian init from `seed`); returns the number of adapted modules."""
 
     def unfreeze(self, what: Literal["duration", "full"], *, old: bool = True, reference: bool = True) -> int:
-        """Trains weights of the base, in fp32: the second-time embedder beside a LoRA, or all of them
-        without one; returns the number of tensors. With `full`, `policies.old` and `policies.reference` exist only on
-        request, since each is a copy of the network."""
+        """Trains weights of the base, in fp32: the second-time embedder beside a LoRA, or all of them without one;
+        returns the number of tensors. With `full`, `policies.old` and `policies.reference` exist only on request, since
+        each is a copy of the network."""
 
     def fix_rows(self, rows: int | None) -> None:
         """Pads smaller batches to `rows`, so that kernels see one shape; None: no padding."""
@@ -235,7 +235,7 @@ class Model(Protocol):
 
 @runtime_checkable
 class Shardable(Protocol):
-    """A model whose frozen weights can be spread over the processes of a run."""
+    """A model whose frozen weights can be sharded over the processes of a run."""
 
     def shard(self) -> None:
         """Keeps only this process's part of them; called once by every process, before the first forward pass."""
@@ -311,7 +311,7 @@ class Backend(Protocol):
         """The conditioning that `draw` takes. Recent prompts are cached."""
 
     def draw(self, cond: Any, noise: NoiseSource, times: Sequence[float]) -> Drawn:
-        """One image for each prompt of `cond`, along strictly falling `times` from 1 to 0."""
+        """One image for each prompt of `cond`, along strictly decreasing `times` from 1 to 0."""
 
     def uncached(self) -> AbstractContextManager[None]:
         """Inside, `encode` encodes every prompt it gets, so that its time can be measured."""

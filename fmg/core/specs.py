@@ -47,8 +47,8 @@ class MapSpec:
         default_steps: sampling steps of the deterministic sampler.
         default_grid: name or times of the grid that the model was distilled for.
         default_stochasticizer: what `auto` means for this model, as (name, options).
-        default_recipe: name of the recipe under `configs/` that the model ships; for a model of another package, the
-            absolute path of the file.
+        default_recipe: name of the recipe under `configs/` that ships with the model; for a model of another package,
+            the absolute path of the file.
         gpu_memory_gb: approximate GPU memory in units of 10^9 bytes; 0 for a model that runs on a CPU.
         kind: kind of map; None says what `anchors` says, a two-time or a single-time map.
     """

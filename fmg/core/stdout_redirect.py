@@ -1,4 +1,4 @@
-"""Runs third-party code without harm: its prints go to stderr, and the settings of the process are restored.
+"""Runs third-party code safely: its prints go to stderr, and the settings of the process are restored.
 
 Stdout carries the result of a command. A script that only infers may disable gradients permanently, which would break
 the run that calls it. Imports no torch.
@@ -209,7 +209,7 @@ def _folder() -> Path | None:
 
 @contextmanager
 def quiet(*libraries: Any) -> Iterator[None]:
-    """No progress bars and no advice from libraries of Hugging Face inside the body; their settings are restored.
+    """Suppresses progress bars and advice of Hugging Face libraries in the body; their settings are restored.
 
     Args:
         libraries: their modules `utils.logging`.

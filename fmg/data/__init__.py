@@ -1,1 +1,1 @@
-"""Prompt sets, run folders and pictures of runs. Importing this package does not import torch."""
+"""Prompt sets, run folders, and figures of runs. Importing this package does not import torch."""

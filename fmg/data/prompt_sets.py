@@ -75,8 +75,8 @@ def file_prompts(config: FilePromptsConfig) -> PromptList:
     A `.txt` file has one prompt per line. A `.jsonl` file has one object per line: `prompt`, and optionally `tag`
     (text) and `metadata` (object). Objects of GenEval (`prompt`, `tag`, `include` and more) and of GenEval 2 (`prompt`,
     `vqa_list`, `atom_count` and more) become the metadata as a whole. A prompt without a tag gets the tag `''`, or in
-    GenEval 2 its number of atoms. Published evaluation files repeat a prompt for each of its images: a
-    repeated prompt is read once, with a warning that counts them.
+    GenEval 2 its number of atoms. Published evaluation files repeat a prompt for each of its images: a repeated prompt
+    is read once, with a warning that counts them.
 
     Raises:
         UsageError: naming file and line: missing, not UTF-8, too long (`fmg.core.json_io`), empty, blank line,

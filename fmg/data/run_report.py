@@ -278,7 +278,7 @@ def _marked(found: Curve, key: str, outcome: Outcome) -> Curve:
 
 
 def curve(log: MetricsLog, key: str, error: str | None, name: str) -> Curve:
-    """A metric over iterations with a band of 95 %."""
+    """A metric over iterations with its 95 % band."""
     at, values, errors = log.columns(key, error)
     return Curve(name, at, values, TWO_SIDED_95 * errors)
 

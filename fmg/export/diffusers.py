@@ -113,7 +113,7 @@ def write_folder(
     Args:
         folder: the base to merge into.
         delta: what a run changed; None for a student as it is.
-        adapter: the checkpoint of `delta`, whose model card and samples are taken over.
+        adapter: the checkpoint of `delta`, whose model card and samples are copied.
         out: the folder to make.
         dtype: of the transformer's floating-point weights; None keeps the stored one.
         observer: receives every shard.

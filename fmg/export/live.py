@@ -78,7 +78,7 @@ class LiveGraph:
         self.refresh()
 
     def refresh(self) -> None:
-        """Takes over the current weights, with an adapter merged in fp32 as in an export."""
+        """Updates it to the current weights, with an adapter merged in fp32 as in an export."""
         merged = merged_tensors(self._transformer, self._dtype)
         self._weights = {name: x.contiguous() for name, x in merged.items() if name in self._wanted}
 

@@ -140,7 +140,7 @@ def check_file(file: Path) -> None:
 
 
 def _export(plan: GraphPlan) -> tuple[ir.Model, dict[str, tuple[int, ...]], set[str]]:
-    """The graph, the shapes of the state dict, and the names of constants that were written in a forward."""
+    """The graph, the shapes of the state dict, and the names of constants that were written in a forward pass."""
     dims = {name: Dim(name, min=1) for name in _TRACED}
     kept = torch.get_default_dtype()
     with FakeTensorMode(allow_non_fake_inputs=True):

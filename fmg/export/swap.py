@@ -54,7 +54,7 @@ def swap_weights(folder: Path, target: str | Path | None, *, observer: Observer 
     """Merges the adapter of a run into an artifact in place of the previous one; the graphs stay.
 
     Weights and manifest equal those of a fresh export, the weights bit for bit. Engines stay, but belong to the old
-    weights, as do the checks in the manifest, which are removed. What a killed swap left is repaired.
+    weights, as do the checks in the manifest, which are removed. The leftovers of a killed swap are repaired.
 
     Args:
         folder: the artifact; links are followed.

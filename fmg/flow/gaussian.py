@@ -19,7 +19,7 @@ class Gaussian:
     """`N(mean, std^2 I)`, one row per sample.
 
     Log-densities and divergences are averaged, not summed, over all but the batch dimension, as in Flow-GRPO
-    (arXiv 2505.05470) and every code that followed it: the clip ranges of the objective assume it.
+    (arXiv 2505.05470) and all code that followed it: the clip ranges of the objective assume it.
 
     Args:
         mean: `(b, *shape)`; converted to fp32. Gradients pass through the conversion.

@@ -86,8 +86,9 @@ class SingleTimeMap:
 class VelocityMap:
     """`X_{t->s}(x) = x - (t - s) v(x, t)` for any `s` in [0, t]: one Euler step of a distilled velocity sampler.
 
-    Few-step students of distribution matching are sampled so (FLUX.2 [klein], Z-Image-Turbo). The map to 0 is their
-    prediction of the data; how far a jump to an interior time is from their own distribution is for the path check.
+    Few-step students of distribution matching are sampled this way (FLUX.2 [klein], Z-Image-Turbo). The map to 0 is
+    their prediction of the data; how far a jump to an interior time is from their own distribution is a question for
+    the path check.
     """
 
     network: SingleTimeNetwork

@@ -129,7 +129,7 @@ class FlowMapConventions(BaseModel):
 
 
 def check_second_time(kind: MapKind, second: SecondTime) -> None:
-    """Checks that exactly a two-time map has a second time.
+    """Checks that there is a second time if and only if the map is two-time.
 
     Raises:
         ValueError: it does not.

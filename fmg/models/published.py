@@ -103,7 +103,7 @@ class PublishedConfig(ModelConfig):
 
 
 class DiffusersConfig(PublishedConfig):
-    """Options of a model whose attention and autoencoder take those of diffusers."""
+    """Options of a model whose attention and autoencoder have diffusers' options."""
 
     attention: Literal["native", "flash", "sage", "xformers"] = Field(
         default="native", description="Attention backend of diffusers; native is PyTorch's own."

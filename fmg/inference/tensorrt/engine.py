@@ -244,7 +244,7 @@ class Engine:
     def _diagnosis(self) -> str:
         """What TensorRT-RTX finds wrong with the plan's header.
 
-        Asked only about plans that did not load: on GPUs that it does not list, it calls plans invalid that run.
+        Asked only about plans that did not load: on GPUs that it does not list, it reports working plans as invalid.
         """
         if not hasattr(self._runtime, "get_engine_validity"):
             return ""

@@ -58,7 +58,7 @@ def unscaled(vae: Any, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c 
 
 
 def decode_latents(vae: Any, latents: Float[Tensor, "b c h w"], rows: int) -> Float[Tensor, "b 3 height width"]:
-    """Images in [0, 1], fp32, of latents that an autoencoder of diffusers takes as they are, `rows` at a time."""
+    """Images in [0, 1], fp32, of latents that a diffusers autoencoder takes unchanged, `rows` at a time."""
     latents = latents.to(vae.dtype)
     images = torch.cat([vae.decode(chunk, return_dict=False)[0].float() for chunk in torch.split(latents, rows)])
     return ((images + 1) / 2).clamp(0, 1)
@@ -134,7 +134,7 @@ class AdaptedModel(ABC, Generic[Text]):
         """The parts that the family's `config` describes, from files on this computer.
 
         Raises:
-            CheckpointError: a file is missing, damaged, of a class that is not known, or does not fit the others.
+            CheckpointError: a file is missing, damaged, of an unknown class, or does not fit the others.
         """
 
     @staticmethod
@@ -153,7 +153,7 @@ class AdaptedModel(ABC, Generic[Text]):
 
     @staticmethod
     def text_facts(components: Components[Text]) -> tuple[str, ...]:
-        """What decides an embedding besides the files of `text_folders`, for the cache."""
+        """What determines an embedding besides the files of `text_folders`, for the cache."""
         return ()
 
     def _map(self, scope: Scope, network: Network | None = None) -> FlowMap:

@@ -1,4 +1,4 @@
-"""A transformer as the plain function of latents, times and conditioning that the maps of `fmg.flow` take."""
+"""A transformer as a plain function of latents, times and conditioning, as the maps of `fmg.flow` take it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class LatentNetwork(ABC):
         transformer: the module of diffusers, or a wrapper with its call signature.
         dtype: dtype of the latents that the transformer takes.
         guidance: embedded guidance scale as the transformer takes it; None for weights that embed none.
-        scope: context that every call of the transformer runs in.
+        scope: the context that every call of the transformer runs in.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class LatentNetwork(ABC):
         self._kept: dict[tuple[object, ...], Tensor] = {}
 
     def within(self, scope: Scope, transformer: Network | None = None) -> Self:
-        """The same network whose calls run in another context, and through `transformer` if given."""
+        """The same network with calls in another context, and through `transformer` if given."""
         other = copy.copy(self)
         other._scope = scope
         other._transformer = transformer or self._transformer
@@ -82,7 +82,7 @@ class LatentNetwork(ABC):
 
 
 def map_of(network: LatentNetwork, conventions: FlowMapConventions) -> FlowMap:
-    """The flow map that a network is by its conventions."""
+    """The flow map of a network with these conventions."""
     path = path_by_name(conventions.path)
     if conventions.map == "two-time":
         return TwoTimeMap(network.two_time, path)

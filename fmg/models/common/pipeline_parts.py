@@ -155,7 +155,7 @@ def load_components(
     dtype: torch.dtype,
     text_device: torch.device | None = None,
 ) -> Components[Text]:
-    """Loads a pipeline folder by stated conventions.
+    """Loads a pipeline folder with given conventions.
 
     Args:
         family: the classes that it may name.
@@ -168,7 +168,7 @@ def load_components(
         text_device: where the text encoders go; None: to `device`.
 
     Raises:
-        CheckpointError: a file is missing, damaged or of a class that is not known.
+        CheckpointError: a file is missing, damaged or of an unknown class.
     """
     with quiet():
         network, weights = transformer()
@@ -239,7 +239,7 @@ def load_tokenizer(folder: Path, cls: Any) -> Any:
 
 
 def check_same(component: str, key: str, value: int, transformer_key: str, transformer_value: int) -> None:
-    """Refuses components that load one by one but come from different models.
+    """Refuses components that load individually but come from different models.
 
     Raises:
         CheckpointError: the two widths differ.

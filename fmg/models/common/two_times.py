@@ -1,4 +1,4 @@
-"""Explicit fp32 times, and a second one, for transformers of diffusers that know one time of low precision.
+"""Explicit fp32 times, and a second one, for diffusers transformers that take one low-precision time.
 
 Published flow maps keep the weights and names of a stock transformer and differ in how times enter it: at which scale
 they reach their sinusoids, whether there is a second-time embedder, and how its embedding joins the first. Times
@@ -27,7 +27,7 @@ SINUSOID_CHANNELS = 256
 
 
 def sinusoids(times: Float[Tensor, " b"]) -> Float[Tensor, "b 256"]:
-    """What an embedder of diffusers receives of times that are scaled already."""
+    """What a diffusers embedder receives for times that are already scaled."""
     embedded: Tensor = get_timestep_embedding(times, SINUSOID_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
     return embedded
 
@@ -155,8 +155,8 @@ class TwoTimeMixin:
     def from_pretrained(cls, folder: Any, **options: Any) -> Any:
         """As in diffusers, except that missing, unexpected or wrongly shaped weights are an error.
 
-        The stock method leaves out what it does not know with a warning, and a flow map without the embedder of its
-        second time generates noise.
+        The stock method only warns about weights that it does not know, and a flow map without its second-time embedder
+        generates noise.
 
         Raises:
             CheckpointError: the weights in `folder` are not those of its config.
