@@ -1,4 +1,4 @@
-"""`fmg list`, `show`, `init` and `check-component`: what there is to choose from, and what extends it.
+"""`fmg list`, `show`, `init`, `schema` and `check-component`: what there is to choose from, and what extends it.
 
 Only `check-component` imports torch.
 """
@@ -29,6 +29,8 @@ _RECIPE_FILE = "recipe.yaml"
 _RECIPE_HEAD = """# The recipe of `fmg train --config {file}`, copied from {source}.
 # Change what you like, and delete what you do not change: the model's own recipe supplies the rest.
 # `fmg train --config {file} --dry-run` shows what the run needs; `fmg list` and `fmg show NAME` describe components.
+# For completion in an editor, run `fmg schema > recipe.schema.json` beside this file, and let it start with the line
+#   `# yaml-language-server: $schema=recipe.schema.json`
 
 """
 _BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
@@ -194,6 +196,20 @@ def init(
     console = stdout()
     console.print(f"Recipe: {path}", soft_wrap=True)
     console.print(f"\nNext:\n  fmg train --config {shlex.quote(str(path))} --dry-run", soft_wrap=True)
+
+
+def schema(
+    built_in: Annotated[
+        bool, typer.Option("--built-in", help="Leave out the components of other packages.", show_default=False)
+    ] = False,
+) -> None:
+    """Print the JSON schema of a recipe, with which editors complete and check recipe files.
+
+    It has the components of all installed packages: fmg schema > recipe.schema.json
+    """
+    from fmg.recipe import schema as of_recipes
+
+    print_json(of_recipes.recipe_schema(of_recipes.built_in if built_in else of_recipes.installed))
 
 
 def check_component(

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from fmg.cli.bench import bench
-from fmg.cli.components import check_component, init, list_components, show
+from fmg.cli.components import check_component, init, list_components, schema, show
 from fmg.cli.doctor import doctor
 from fmg.cli.evaluate import evaluate
 from fmg.cli.export import export
@@ -113,6 +113,7 @@ app.command("bench", rich_help_panel=_USE)(bench)
 app.command("list", rich_help_panel=_CHOOSE)(list_components)
 app.command("show", rich_help_panel=_CHOOSE)(show)
 app.command("init", rich_help_panel=_CHOOSE)(init)
+app.command("schema", rich_help_panel=_CHOOSE)(schema)
 app.command("check-component", rich_help_panel=_CHOOSE)(check_component)
 app.add_typer(doctor, name="doctor", rich_help_panel=_CARE)
 app.command("fetch", rich_help_panel=_CARE)(fetch)

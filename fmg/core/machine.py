@@ -111,12 +111,15 @@ def _gpus() -> list[str]:
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
+DEVICE_NAME = r"^(auto|cpu|cuda(:\d{1,3})?)$"
+
+
 def device_name(value: str) -> str:
     """The name of a device, which this machine may not have.
 
     Raises:
         ValueError: no machine has a device of this name.
     """
-    if re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value) is None:
+    if re.fullmatch(DEVICE_NAME, value) is None:
         raise ValueError("must be auto, cpu, cuda or cuda:INDEX")
     return value

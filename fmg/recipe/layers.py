@@ -44,7 +44,7 @@ AUTO = "auto"
 Keys = tuple[str, ...]
 
 _SECTIONS = ("rollout", "train", "lora", "eval")
-_COMPONENTS = {name: name for name in ("model", "stochasticizer", "objective", "optimizer")} | {"prompts": "prompt-set"}
+COMPONENTS = {name: name for name in ("model", "stochasticizer", "objective", "optimizer")} | {"prompts": "prompt-set"}
 """The sections that are a component, and its kind."""
 
 
@@ -112,7 +112,7 @@ def _general_first(layers: Iterable[tuple[Keys, Node]]) -> list[Node]:
 def expand(root: Node) -> Node:
     """Expands shorthand: a bare name, one reward instead of a list, a prompt file, `python:module:function`."""
     sections = dict(root.mapping or {})
-    for name in _COMPONENTS:
+    for name in COMPONENTS:
         if name in sections:
             sections[name] = _component(sections[name], prompts=name == "prompts")
     if "rewards" in sections:
@@ -175,7 +175,7 @@ def merge(lower: Node, upper: Node, section: str = "") -> Node:
         return Node(tuple(items), lower.source)
     if below is None or _names_another(below, above):
         return upper
-    if section in _COMPONENTS:
+    if section in COMPONENTS:
         below = _without_rivals(below, above, _exclusive(section, {**below, **above}))
     merged = {key: merge(below[key], child, key) if key in below else child for key, child in above.items()}
     merged = {**below, **merged}
@@ -223,7 +223,7 @@ def _at(path: Sequence[str], node: Node, source: Source) -> Node:
 
 def _exclusive(section: str, component: Mapping[str, Node]) -> frozenset[str]:
     """Groups of options of a component of which at most one may be given."""
-    registry, name = registry_for(_COMPONENTS[section]), component.get("name")
+    registry, name = registry_for(COMPONENTS[section]), component.get("name")
     if name is None:
         return frozenset()
     # `auto` depends on the model, which may not be known yet

@@ -26,6 +26,8 @@ from fmg.registry.config import ModelConfig
 from fmg.registry.validation import Problem, first_problem, validate_strictly
 
 DEFAULT_MODEL = "meanflow-shapes"
+EDITOR_LINE = "# yaml-language-server: $schema=recipe.schema.json"
+"""The first line of a recipe beside which its schema lies: editors check and complete it."""
 _DEFAULT = Source("built-in", "default")
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -354,7 +356,8 @@ def recipe_summary(name: str) -> str:
     Raises:
         UsageError: for an unknown name, with a suggestion and the list.
     """
-    lines = config_path(name).read_text(encoding="utf-8").splitlines()
+    text = config_path(name).read_text(encoding="utf-8")
+    lines = text.removeprefix(f"{EDITOR_LINE}\n").splitlines()
     comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
     return " ".join(line.removeprefix("#").strip() for line in comment).partition(". ")[0].rstrip(".")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import (
@@ -15,12 +15,13 @@ from pydantic import (
     SerializeAsAny,
     ValidationError,
     ValidationInfo,
+    WithJsonSchema,
     model_serializer,
     model_validator,
 )
 
 from fmg.core.errors import UsageError, suggestion
-from fmg.core.machine import device_name
+from fmg.core.machine import DEVICE_NAME, device_name
 from fmg.core.specs import LORA_PRESETS
 from fmg.flow.grids import named_grids
 from fmg.recipe.document import Plain
@@ -172,9 +173,15 @@ def _targets(value: object) -> object:
     raise Problem((), what, f"Presets: {', '.join(presets)}; a list: [to_q, to_k]").as_pydantic()
 
 
-Device = Annotated[str, AfterValidator(device_name)]
-Grid = Annotated[str | tuple[float, ...], BeforeValidator(_grid)]
-LoraTargets = Annotated[str | tuple[str, ...], BeforeValidator(_targets)]
+def _named(names: Iterable[str], item: str) -> WithJsonSchema:
+    """The schema of a name or a list."""
+    items = {"type": "array", "items": {"type": item}, "minItems": 1}
+    return WithJsonSchema({"anyOf": [{"type": "string", "enum": list(names)}, items]})
+
+
+Device = Annotated[str, AfterValidator(device_name), WithJsonSchema({"type": "string", "pattern": DEVICE_NAME})]
+Grid = Annotated[str | tuple[float, ...], BeforeValidator(_grid), _named(named_grids(), "number")]
+LoraTargets = Annotated[str | tuple[str, ...], BeforeValidator(_targets), _named(LORA_PRESETS, "string")]
 
 
 class WindowSection(Section):
@@ -341,7 +348,9 @@ class RecipeFields(Section):
 
     model: ModelRef
     stochasticizer: StochasticizerRef
-    rewards: tuple[WeightedRewardRef, ...] = Field(min_length=1)
+    rewards: tuple[WeightedRewardRef, ...] = Field(
+        min_length=1, description="rewards that are maximised, each with its weight"
+    )
     objective: ObjectiveRef
     optimizer: OptimizerRef
     rollout: RolloutSection = RolloutSection()

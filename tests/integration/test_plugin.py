@@ -23,6 +23,7 @@ assert "torch" not in sys.modules
 assert main(["list", "rewards"]) == 0
 assert "torch" not in sys.modules, "listing the components of the package imported torch"
 assert main(["show", "reward", "warmth"]) == 0
+assert main(["schema"]) == 0
 assert main(["check-component", "reward", "warmth"]) == 0
 assert main(["check-component", "fmg_warmth.stochasticizer:Halfway", "--set", "fraction=0.8"]) == 0
 small = ["rollout.groups=2", "rollout.group_size=4", "rollout.steps=2", "eval.num=8", "eval.rewards=[shapes]"]
@@ -46,6 +47,8 @@ def test_the_installed_example_works(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Warm colours: red minus blue" in done.stdout
     assert "No rule is broken." in done.stdout
+    # in the schema that editors read, with its options
+    assert '"reward.warmth": {' in done.stdout
     assert "needs a two-time map" in done.stderr
     recipe = (tmp_path / "run" / "recipe.yaml").read_text()
     assert "name: warmth" in recipe

@@ -38,6 +38,7 @@ sys.exit(f"imported {{loaded}}" if loaded else code)
         ["list", "feature-extractors"],
         ["show", "feature-extractor", "dinov2"],
         ["list"],
+        ["schema"],
         ["show", "stochasticizer", "asfmc"],
         ["show", "model", "meanflow-shapes"],
         ["show", "model", "sana-sprint"],

@@ -1,0 +1,166 @@
+"""The JSON schema of a recipe file, for editors: derived from the sections and from the registry. Imports no torch.
+
+A file is one layer over the model's own recipe, so nothing is required of it, and defaults are not stated: what it
+leaves out may have another value there. Entries of lists (`rewards`) stand for themselves and have both. The dialect is
+draft 7, the newest that the YAML servers of editors have in common.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from fmg.core.prompt import PROMPT_FILE_SUFFIXES
+from fmg.recipe.layers import AUTO, COMPONENTS
+from fmg.recipe.sections import PYTHON_REWARD, ComponentRef, RecipeFields
+from fmg.registry.catalog import ROWS, registry_for
+from fmg.registry.config import ComponentConfig
+from fmg.registry.registry import Registry
+
+Schema = dict[str, Any]
+
+_DIALECT = "http://json-schema.org/draft-07/schema#"
+_ABOUT = (
+    "A recipe of fmg. What it leaves out comes from the recipe of its model; `fmg train --config FILE --dry-run` prints"
+    " every value with its source."
+)
+_OF_SCHEMAS_BY_NAME, _OF_VALUES = ("properties", "$defs"), ("default", "enum", "const")
+_ALONE = ("title",)
+_LAYERED = ("title", "required", "default")
+"""Keywords of pydantic's schema that are left out, for entries of lists and for what a lower layer completes."""
+
+_FUNCTION: Schema = {"pattern": f"^{PYTHON_REWARD}:", "description": "your own function: python:module:function"}
+_FILE = {"pattern": rf"[/\\]|({'|'.join(map(re.escape, PROMPT_FILE_SUFFIXES))})$", "description": "a file of prompts"}
+_SPECIAL = {
+    "stochasticizer": [{"const": AUTO, "description": "the default of the model"}],
+    "reward": [_FUNCTION],
+}
+"""What a component may be called besides the names of the registry."""
+_ALONE_SPECIAL = {"prompt-set": [_FILE]}
+"""What may stand for a component besides a name."""
+
+
+def installed(registry: Registry[Any]) -> list[str]:
+    """The components of this package and of all packages that register theirs."""
+    return registry.names()
+
+
+def built_in(registry: Registry[Any]) -> list[str]:
+    """The components of this package."""
+    return sorted(row.name for row in ROWS if row.kind == registry.kind)
+
+
+def recipe_schema(names: Callable[[Registry[Any]], Sequence[str]] = installed) -> Schema:
+    """The schema of a recipe file with the components that `names` finds in each registry."""
+    layered = _cleaned(RecipeFields.model_json_schema(), _LAYERED)
+    definitions: Schema = layered.pop("$defs")
+    references = [cls for cls in _subclasses(ComponentRef) if cls.__name__ in definitions]
+    own = {cls: _own(definitions[cls.__name__]) for cls in references}
+    for kind in dict.fromkeys(cls.kind for cls in references):
+        alike = [cls for cls in references if cls.kind == kind]
+        # what only some references of the kind have, as the weight of a reward that is trained
+        keys = {key for cls in alike for key in own[cls]}
+        component = _Component(kind, names(registry_for(kind)), sorted(keys), definitions)
+        for cls in alike:
+            about = definitions[cls.__name__]["description"]
+            found = component.schema(dict.fromkeys(keys, False) | own[cls])
+            definitions[cls.__name__] = {"description": about, **found}
+    for section in (layered, definitions["EvalSection"]):
+        # one reward may stand for a list
+        rewards = section["properties"]["rewards"]
+        about = {"description": rewards.pop("description")}
+        section["properties"]["rewards"] = about | {"if": {"type": "array"}, "then": rewards, "else": rewards["items"]}
+    text = json.dumps([layered, definitions])
+    used = {name: found for name, found in definitions.items() if f'"#/$defs/{name}"' in text}
+    return {"$schema": _DIALECT, "title": "fmg recipe", **layered, "description": _ABOUT, "$defs": used}
+
+
+def _own(reference: Schema) -> Schema:
+    return {key: found for key, found in reference["properties"].items() if key not in ComponentRef.model_fields}
+
+
+class _Component:
+    """The components of one kind, each with its options as a definition `KIND.NAME`.
+
+    Args:
+        kind: of the components.
+        names: what they are called.
+        keys: of a mapping in a recipe that are neither the name nor an option.
+        definitions: receives the options.
+    """
+
+    def __init__(self, kind: str, names: Sequence[str], keys: Sequence[str], definitions: Schema) -> None:
+        registry = registry_for(kind)
+        self._layered = kind in COMPONENTS.values()
+        self._kind, self._keys = kind, keys
+        self._known: Schema = {"enum": [*names], "enumDescriptions": [registry.row(name).summary for name in names]}
+        by_config: defaultdict[type[ComponentConfig], list[str]] = defaultdict(list)
+        for name in names:
+            by_config[registry.config_class(name)].append(name)
+        self._rules: list[Schema] = []
+        every: defaultdict[str, list[Schema]] = defaultdict(list)
+        for config, called in by_config.items():
+            place = f"{kind}.{called[0]}"
+            found = config.model_json_schema(ref_template=f"#/$defs/{place}.{{model}}")
+            found = _cleaned(found, _LAYERED if self._layered else _ALONE)
+            definitions |= {f"{place}.{name}": nested for name, nested in found.pop("$defs", {}).items()}
+            options = found["properties"]
+            definitions[place] = self._closed(found)
+            self._rules.append(_rule({"enum": called}, {"$ref": f"#/$defs/{place}"}))
+            if PYTHON_REWARD in called:
+                rest = {key: option for key, option in options.items() if key != "target"}
+                self._rules.append(_rule(_FUNCTION, self._closed({"properties": rest})))
+            for option, schema in options.items():
+                if schema not in every[option]:
+                    every[option].append(schema)
+        if self._layered:
+            # without a name, the component that the model's own recipe names
+            merged = {option: found[0] if len(found) == 1 else {"anyOf": found} for option, found in every.items()}
+            unnamed = {"properties": {"name": {"const": AUTO}}}
+            self._rules.append({"if": unnamed, "then": self._closed({"properties": merged})})
+
+    def schema(self, own: Schema) -> Schema:
+        """A name alone, or a mapping with `own` keys and the options of the component that it names."""
+        special = _SPECIAL.get(self._kind, [])
+        name: Schema = {"anyOf": [self._known, *special]} if special else self._known
+        name = {"description": f"the {self._kind}; `fmg list {self._kind}` describes them", **name}
+        mapping: Schema = {"type": "object", "properties": {"name": name, **own}, "allOf": self._rules}
+        if not self._layered:
+            mapping["required"] = ["name"]
+        short = [self._known, *special, *_ALONE_SPECIAL.get(self._kind, [])]
+        return {"anyOf": [*({"type": "string", **one} for one in short), mapping]}
+
+    def _closed(self, options: Schema) -> Schema:
+        """A mapping with these options, and no others."""
+        properties = dict.fromkeys(("name", *self._keys), True) | options["properties"]
+        return {**options, "properties": properties, "additionalProperties": False}
+
+
+def _rule(name: Schema, options: Schema) -> Schema:
+    return {"if": {"properties": {"name": name}, "required": ["name"]}, "then": options}
+
+
+def _cleaned(schema: Any, without: Sequence[str]) -> Any:
+    """A schema of pydantic in draft 7, without some keywords."""
+    if isinstance(schema, list):
+        return [_cleaned(item, without) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    cleaned: Schema = {}
+    for keyword, value in schema.items():
+        if keyword in _OF_SCHEMAS_BY_NAME:
+            cleaned[keyword] = {name: _cleaned(child, without) for name, child in value.items()}
+        elif keyword in _OF_VALUES:
+            cleaned[keyword] = value
+        elif keyword not in without:
+            cleaned["items" if keyword == "prefixItems" else keyword] = _cleaned(value, without)
+    return {keyword: value for keyword, value in cleaned.items() if keyword not in without}
+
+
+def _subclasses(cls: type[ComponentRef]) -> Iterator[type[ComponentRef]]:
+    for child in cls.__subclasses__():
+        yield child
+        yield from _subclasses(child)
