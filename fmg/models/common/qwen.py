@@ -1,0 +1,105 @@
+"""Prompts as the hidden states of a Qwen decoder that reads them as a chat: FLUX.2 [klein], Z-Image and FLUX.3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fmg.core.errors import CheckpointError
+from fmg.core.profiling import TOKENISE, stage
+
+
+@dataclass(frozen=True)
+class QwenText:
+    """A Qwen decoder with its tokenizer.
+
+    Attributes:
+        tokenizer: has the chat template that is put around a prompt.
+        text_encoder: the decoder, with or without its head, which is not run.
+        layers: indices of the hidden states that are taken, side by side in the channels; 0 are the embeddings.
+        thinking: `enable_thinking` of the chat template; None leaves it out.
+        padding_side: where the padding goes; None: where the tokenizer puts it.
+        padding_position: position of every padding token; None: that of its place in the sequence.
+        masked: whether a row has the mask of its tokens, for a transformer that does not see the padding.
+    """
+
+    tokenizer: Any
+    text_encoder: Any
+    layers: tuple[int, ...]
+    thinking: bool | None = None
+    padding_side: Literal["left", "right"] | None = None
+    padding_position: int | None = None
+    masked: bool = False
+
+    @property
+    def encoders(self) -> tuple[Any]:
+        """The decoder."""
+        return (self.text_encoder,)
+
+    @property
+    def width(self) -> int:
+        """Channels of a token."""
+        config = self.text_encoder.config
+        hidden: int = getattr(config, "text_config", config).hidden_size
+        return len(self.layers) * hidden
+
+    def embed(self, prompts: list[str], length: int) -> Mapping[str, Tensor]:
+        """`tokens` (b, length, d) and, if `masked`, their `mask` (b, length), 1 for text and 0 for padding."""
+        side = {} if self.padding_side is None else {"padding_side": self.padding_side}
+        with stage(TOKENISE):
+            encoded = self.tokenizer(
+                [self._chat(prompt) for prompt in prompts],
+                padding="max_length",
+                max_length=length,
+                truncation=True,
+                return_tensors="pt",
+                **side,
+            )
+        ids, mask = encoded.input_ids.to(self.text_encoder.device), encoded.attention_mask.to(self.text_encoder.device)
+        # the head would make a number for every token and word of the vocabulary
+        states = self.text_encoder.base_model(
+            input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False, **self._positions(mask)
+        ).hidden_states
+        tokens = torch.cat([states[layer] for layer in self.layers], dim=-1)
+        return {"tokens": tokens, "mask": mask} if self.masked else {"tokens": tokens}
+
+    def count(self, prompt: str) -> int:
+        """Tokens of a prompt, those of the chat template included."""
+        return len(self.tokenizer.encode(self._chat(prompt), verbose=False))
+
+    def check_layers(self, folder: Path) -> None:
+        """Checks that the decoder has all hidden states that are taken.
+
+        Raises:
+            CheckpointError: it has not, or there is no chat template.
+        """
+        config = self.text_encoder.config
+        depth = getattr(config, "text_config", config).num_hidden_layers
+        if max(self.layers) > depth:
+            raise CheckpointError(
+                f"The text_encoder in {folder} has {depth} layers, but hidden states of layer {max(self.layers)} are"
+                " needed",
+                "Give a folder whose components belong together.",
+            )
+        if not self.tokenizer.chat_template:
+            raise CheckpointError(
+                f"The tokenizer in {folder} has no chat template", "Restore the folder from where the model came from."
+            )
+
+    def _chat(self, prompt: str) -> str:
+        thinking = {} if self.thinking is None else {"enable_thinking": self.thinking}
+        chat: str = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, **thinking
+        )
+        return chat
+
+    def _positions(self, mask: Tensor) -> dict[str, Tensor]:
+        if self.padding_position is None:
+            return {}
+        places = torch.arange(mask.shape[1], device=mask.device)[None]
+        return {"position_ids": places.masked_fill(mask == 0, self.padding_position)}
