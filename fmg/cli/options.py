@@ -212,10 +212,13 @@ def check_grid(name: str | None) -> None:
     Raises:
         UsageError: for an unknown name, before anything is loaded.
     """
-    from fmg.flow.grids import named_grids
+    from fmg.flow.grids import check_name
 
-    if name is not None and name not in named_grids():
-        raise UsageError(f"--grid: there is no grid named '{name}'", suggestion(name, named_grids()))
+    if name is not None:
+        try:
+            check_name(name)
+        except UsageError as error:
+            raise UsageError(f"--grid: {error.what[0].lower()}{error.what[1:]}", error.fix) from None
 
 
 def checked_prompts(prompts: list[str]) -> list[str]:

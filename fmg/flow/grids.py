@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 
 from fmg.core.errors import UsageError, suggestion, whole_number
@@ -23,6 +24,11 @@ MIN_STRIDE = 1e-4
 """Smallest distance between two grid times: below it, fp32 keeps too few digits of the difference."""
 
 _PAPER_LAST = 0.05
+SHIFT = "shift-"
+_NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?")
+MAX_SHIFT = 100.0
+"""A larger shift crowds nearly all times at 1."""
+
 _FLUX_TOKENS = (256, 4096)
 _FLUX_SHIFTS = (0.5, 1.15)
 _SCM_TWO_STEP_ANGLE = 1.3
@@ -32,15 +38,17 @@ def make_grid(spec: GridSpec, steps: int, *, image_tokens: int | None = None) ->
     """The `steps + 1` times of a grid, strictly decreasing from exactly 1 to exactly 0.
 
     Args:
-        spec: one of `grid_names()`, or a list of times (an explicit grid).
+        spec: one of `grid_names()`, `shift-` and a number, or a list of times (an explicit grid).
         steps: number of sampling steps N, from 1 to 1000.
         image_tokens: tokens of one image; only `flux-shift` needs it (1024 for FLUX at 512 px).
 
     Grids:
         `uniform`: `linspace(1, 0, N + 1)`.
         `paper`: `linspace(1, 0.05, N)`, then 0; N >= 3 (Flow-Map GRPO, arXiv 2607.00535).
-        `flux-shift`: the uniform grid shifted by `e^mu t / (e^mu t + 1 - t)`, with `mu` linear in the image tokens
-            from 0.5 at 256 to 1.15 at 4096 (diffusers' FlowMatchEulerDiscreteScheduler, dynamic shifting).
+        `shift-3`, or any other number a: the uniform grid shifted by `a t / (1 + (a - 1) t)` (the static shift of
+            diffusers' FlowMatchEulerDiscreteScheduler, on N equal steps that end at 0, as AnyFlow samples).
+        `flux-shift`: the same with `a = e^mu`, and `mu` linear in the image tokens from 0.5 at 256 to 1.15 at 4096
+            (diffusers' FlowMatchEulerDiscreteScheduler, dynamic shifting).
         `scm`: TrigFlow angles `theta` mapped to rectified-flow times `sin / (sin + cos)`: pi/2, 1.3, 0 for two steps
             (1, 0.7827, 0), else `linspace(pi/2, 0, N + 1)` (SANA-Sprint, arXiv 2503.09641; diffusers' SCMScheduler).
         `scm-angle`: the same angles as times of the trig path, `theta / (pi/2)`: (1, 0.8276, 0) for two steps, else the
@@ -65,8 +73,18 @@ def make_grid(spec: GridSpec, steps: int, *, image_tokens: int | None = None) ->
 
 
 def grid_names() -> tuple[str, ...]:
-    """The names that `make_grid` knows; `explicit` means a list of times."""
-    return (*_BY_STEPS, "flux-shift", EXPLICIT)
+    """The names that `make_grid` knows; `shift-3` is one of a family, and `explicit` means a list of times."""
+    return (*_BY_STEPS, f"{SHIFT}3", "flux-shift", EXPLICIT)
+
+
+def check_name(name: str) -> None:
+    """Checks the name of a rule-based grid.
+
+    Raises:
+        UsageError: there is no such grid; a list of times has no name.
+    """
+    if _static_shift(name) is None and name not in named_grids():
+        raise UsageError(f"There is no grid named '{name}'", suggestion(name, named_grids()))
 
 
 def _times(spec: GridSpec, steps: int, image_tokens: int | None) -> tuple[float, ...]:
@@ -76,8 +94,10 @@ def _times(spec: GridSpec, steps: int, image_tokens: int | None) -> tuple[float,
         raise UsageError("The grid 'explicit' needs a list of times", "Give the list of times instead of the name.")
     if spec == "flux-shift":
         return _flux_shift(steps, image_tokens)
-    if spec not in _BY_STEPS:
-        raise UsageError(f"There is no grid named '{spec}'", suggestion(spec, grid_names()))
+    shift = _static_shift(spec)
+    if shift is not None:
+        return _shifted(shift, steps)
+    check_name(spec)
     return _BY_STEPS[spec](steps)
 
 
@@ -111,7 +131,28 @@ def _flux_shift(steps: int, image_tokens: int | None) -> tuple[float, ...]:
             "Use another grid, or pass image_tokens (1024 for FLUX at 512 px).",
         )
     (low, high), (base, top) = _FLUX_TOKENS, _FLUX_SHIFTS
-    shift = math.exp(base + (top - base) * (image_tokens - low) / (high - low))
+    return _shifted(math.exp(base + (top - base) * (image_tokens - low) / (high - low)), steps)
+
+
+def _static_shift(name: str) -> float | None:
+    """The number of `shift-<number>`; None for other names.
+
+    Raises:
+        UsageError: it is not a number between 0 and 100.
+    """
+    if not name.startswith(SHIFT):
+        return None
+    number = name.removeprefix(SHIFT)
+    shift = float(number) if _NUMBER.fullmatch(number) else 0.0
+    if not 0 < shift <= MAX_SHIFT:
+        raise UsageError(
+            f"The grid '{name}' states no shift above 0 and up to {MAX_SHIFT:g}",
+            "Write the number after the hyphen: shift-3 or shift-1.5.",
+        )
+    return shift
+
+
+def _shifted(shift: float, steps: int) -> tuple[float, ...]:
     return tuple(shift * t / (shift * t + (1 - t)) for t in _uniform(steps))
 
 

@@ -23,7 +23,7 @@ from pydantic import (
 from fmg.core.errors import UsageError, suggestion
 from fmg.core.machine import DEVICE_NAME, device_name
 from fmg.core.specs import LORA_PRESETS
-from fmg.flow.grids import named_grids
+from fmg.flow.grids import check_name, named_grids
 from fmg.recipe.document import Plain
 from fmg.registry.catalog import registry_for
 from fmg.registry.config import ComponentConfig, ModelConfig, ObjectiveConfig, StochasticizerConfig
@@ -144,10 +144,11 @@ class Section(BaseModel):
 
 
 def _grid(value: object) -> object:
-    known = named_grids()
     if isinstance(value, str):
-        if value not in known:
-            raise Problem((), f"There is no grid named '{value}'", suggestion(value, known)).as_pydantic()
+        try:
+            check_name(value)
+        except UsageError as error:
+            raise Problem((), error.what, error.fix).as_pydantic() from None
         return value
     if (
         isinstance(value, (list, tuple))
@@ -156,7 +157,7 @@ def _grid(value: object) -> object:
     ):
         return tuple(float(time) for time in value)
     what = f"The grid must be a name or a list of finite times (given: {value!r})"
-    fix = f"Names: {', '.join(known)}; times decrease from 1 to 0, as in [1, 0.5, 0]"
+    fix = f"Names: {', '.join(named_grids())}; times decrease from 1 to 0, as in [1, 0.5, 0]"
     raise Problem((), what, fix).as_pydantic()
 
 

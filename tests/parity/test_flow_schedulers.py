@@ -26,6 +26,14 @@ def test_flux_shift_is_dynamic_shifting(tokens: int, steps: int) -> None:
     assert make_grid("flux-shift", steps, image_tokens=tokens) == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
 
 
+@pytest.mark.parametrize("shift", [1.5, 3.0])
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 28])
+def test_a_static_shift_is_that_of_the_scheduler_on_equal_steps(shift: float, steps: int) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist())
+    assert make_grid(f"shift-{shift:g}", steps) == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_scm_grid_is_the_scheduler_s_angles(steps: int) -> None:
     scheduler = SCMScheduler()

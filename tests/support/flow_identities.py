@@ -148,6 +148,7 @@ def check_grids() -> None:
     close(make_grid("uniform", 4), [1, 0.75, 0.5, 0.25, 0])
     close(make_grid("paper", 5), [1, 0.7625, 0.525, 0.2875, 0.05, 0])
     close(make_grid("flux-shift", 4, image_tokens=1024), [1, 0.84925, 0.65249, 0.38495, 0])
+    close(make_grid("shift-3", 4), [1, 0.9, 0.75, 0.5, 0])
     close(make_grid("scm", 2), [1, 0.78271, 0])
     close(make_grid("scm", 3), [1, 0.63397, 0.36603, 0])
     close(make_grid("scm-angle", 2), [1, 0.82761, 0])

@@ -24,7 +24,7 @@ def test_last_time_is_exactly_zero_and_first_exactly_one() -> None:
 
 
 def test_one_step_is_one_jump() -> None:
-    for name in ("uniform", "scm", "flux-shift"):
+    for name in ("uniform", "scm", "flux-shift", "shift-3"):
         assert make_grid(name, 1, image_tokens=256) == (1.0, 0.0)
 
 
@@ -40,6 +40,13 @@ def test_one_step_is_one_jump() -> None:
         ("flux-shift", 4, None, "number of image tokens"),
         ("flux-shift", 4, 0, "number of image tokens"),
         ("explicit", 4, None, "list of times"),
+        ("shift-", 4, None, "states no shift"),
+        ("shift-0", 4, None, "states no shift"),
+        ("shift-1e3", 4, None, "states no shift"),
+        ("shift--3", 4, None, "states no shift"),
+        ("shift-nan", 4, None, "states no shift"),
+        ("shift-101", 4, None, "up to 100"),
+        ("shift3", 4, None, "Did you mean 'shift-3'"),
         ([1, 0.5, 0], 4, None, "5 times, got 3"),
         ([1, 0.5, 0.5, 0], 3, None, "decrease strictly"),
         ([0.9, 0.5, 0], 2, None, "decrease strictly"),
@@ -52,6 +59,11 @@ def test_impossible_grids_are_usage_errors(
 ) -> None:
     with pytest.raises(UsageError, match=complaint):
         make_grid(spec, steps, image_tokens=tokens)
+
+
+def test_a_shift_of_one_is_the_uniform_grid() -> None:
+    assert make_grid("shift-1", 7) == pytest.approx(make_grid("uniform", 7), abs=1e-15)
+    assert make_grid("shift-1.5", 2)[1] == pytest.approx(0.6)
 
 
 def test_grids_are_known_without_torch() -> None:
