@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from fmg.cli import completion
-from fmg.core.errors import UsageError, suggestion
+from fmg.core.errors import UsageError
 from fmg.core.files import check_place
 from fmg.core.hub import OFFLINE
 from fmg.core.prompt import is_blank

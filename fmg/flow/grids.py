@@ -24,11 +24,12 @@ MIN_STRIDE = 1e-4
 """Smallest distance between two grid times: below it, fp32 keeps too few digits of the difference."""
 
 _PAPER_LAST = 0.05
-SHIFT = "shift-"
-_NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?")
+STATIC_SHIFT = r"shift-[0-9]+(\.[0-9]+)?"
+"""The names of grids under a static shift, as a regular expression."""
 MAX_SHIFT = 100.0
 """A larger shift crowds nearly all times at 1."""
 
+_SHIFT = "shift-"
 _FLUX_TOKENS = (256, 4096)
 _FLUX_SHIFTS = (0.5, 1.15)
 _SCM_TWO_STEP_ANGLE = 1.3
@@ -74,7 +75,7 @@ def make_grid(spec: GridSpec, steps: int, *, image_tokens: int | None = None) ->
 
 def grid_names() -> tuple[str, ...]:
     """The names that `make_grid` knows; `shift-3` is one of a family, and `explicit` means a list of times."""
-    return (*_BY_STEPS, f"{SHIFT}3", "flux-shift", EXPLICIT)
+    return (*_BY_STEPS, f"{_SHIFT}3", "flux-shift", EXPLICIT)
 
 
 def check_name(name: str) -> None:
@@ -140,10 +141,9 @@ def _static_shift(name: str) -> float | None:
     Raises:
         UsageError: it is not a number between 0 and 100.
     """
-    if not name.startswith(SHIFT):
+    if not name.startswith(_SHIFT):
         return None
-    number = name.removeprefix(SHIFT)
-    shift = float(number) if _NUMBER.fullmatch(number) else 0.0
+    shift = float(name.removeprefix(_SHIFT)) if re.fullmatch(STATIC_SHIFT, name) else 0.0
     if not 0 < shift <= MAX_SHIFT:
         raise UsageError(
             f"The grid '{name}' states no shift above 0 and up to {MAX_SHIFT:g}",

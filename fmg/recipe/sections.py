@@ -19,11 +19,12 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic.config import JsonDict
 
 from fmg.core.errors import UsageError, suggestion
 from fmg.core.machine import DEVICE_NAME, device_name
 from fmg.core.specs import LORA_PRESETS
-from fmg.flow.grids import check_name, named_grids
+from fmg.flow.grids import STATIC_SHIFT, check_name, named_grids
 from fmg.recipe.document import Plain
 from fmg.registry.catalog import registry_for
 from fmg.registry.config import ComponentConfig, ModelConfig, ObjectiveConfig, StochasticizerConfig
@@ -174,14 +175,15 @@ def _targets(value: object) -> object:
     raise Problem((), what, f"Presets: {', '.join(presets)}; a list: [to_q, to_k]").as_pydantic()
 
 
-def _named(names: Iterable[str], item: str) -> WithJsonSchema:
-    """The schema of a name or a list."""
-    items = {"type": "array", "items": {"type": item}, "minItems": 1}
-    return WithJsonSchema({"anyOf": [{"type": "string", "enum": list(names)}, items]})
+def _named(names: Iterable[str], item: str, *more: JsonDict) -> WithJsonSchema:
+    """The schema of a name or a list, or of `more`."""
+    items: JsonDict = {"type": "array", "items": {"type": item}, "minItems": 1}
+    return WithJsonSchema({"anyOf": [{"type": "string", "enum": list(names)}, *more, items]})
 
 
+_SHIFTED: JsonDict = {"type": "string", "pattern": f"^{STATIC_SHIFT}$"}
 Device = Annotated[str, AfterValidator(device_name), WithJsonSchema({"type": "string", "pattern": DEVICE_NAME})]
-Grid = Annotated[str | tuple[float, ...], BeforeValidator(_grid), _named(named_grids(), "number")]
+Grid = Annotated[str | tuple[float, ...], BeforeValidator(_grid), _named(named_grids(), "number", _SHIFTED)]
 LoraTargets = Annotated[str | tuple[str, ...], BeforeValidator(_targets), _named(LORA_PRESETS, "string")]
 
 
