@@ -63,9 +63,9 @@ from fmg.inference.artifact.manifest import (
     TokenizerFacts,
 )
 from fmg.inference.target import TargetLike, export_folder, resolve_target
+from fmg.models.common.size import latent_scale
 from fmg.models.flux.latents import PATCH
 from fmg.models.flux.loading import FLUX
-from fmg.models.flux.size import latent_scale
 from fmg.progress import watching
 from fmg.version import __version__
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
-from fmg.core.errors import CheckpointError, reason
-from fmg.core.json_io import read_safetensors_header
-from fmg.core.model_folder import RESTORE, absent_weights, main_weights, stated_config, weight_map, whole, wholes
+from fmg.core.model_folder import stated_config, whole
 from fmg.core.specs import ActivationBytes, Blocks, LinearModule, ModelGeometry
+from fmg.models.common.size import FLUX_DECODER, FLUX_VAE, decoder_values, latent_scale, stored_parameters
 from fmg.models.conventions import FlowMapConventions
 from fmg.models.flux.latents import PATCH
 
@@ -48,14 +46,8 @@ def transformer_parameters(config: Mapping[str, object], *, second_time: bool) -
 
 FLUX_ENCODERS = 123_060_480 + 4_762_310_656
 """Parameters of FLUX's CLIP ViT-L/14 and T5-XXL text encoders, for plans made before the files are fetched."""
-FLUX_DECODER = 83_819_683
-"""Parameters of FLUX's autoencoder."""
-FLUX_VAE: Mapping[str, object] = MappingProxyType(
-    {"_class_name": "AutoencoderKL", "latent_channels": 16, "block_out_channels": [128, 256, 512, 512]}
-)
 
 _SINUSOID = 256
-_FLOATS = ("F64", "F32", "F16", "BF16")
 # What the blocks of diffusers' FLUX modules hold, counted under PEFT with every allocation observed. Kept: the input of
 # the activation function (4), of its norms (2, or 1 in a single-stream block), q, k, v and the output of attention (4),
 # and q and k before their norms, which are fp32.
@@ -63,8 +55,6 @@ _DOUBLE_KEPT, _SINGLE_KEPT = ActivationBytes(10, 8), ActivationBytes(9, 8)
 _DOUBLE_BACKWARD, _SINGLE_BACKWARD = ActivationBytes(5.5, 1), ActivationBytes(9.5, 7.5)
 _DOUBLE_FORWARD, _SINGLE_FORWARD = ActivationBytes(9, 9), ActivationBytes(13, 9)
 _WIDE = 16
-# Feature maps at full resolution that are alive at once while the last blocks of an autoencoder run, measured.
-_KL_WIDE, _KL_NARROW, _TINY = 3, 5, 2
 
 
 def flux_geometry(
@@ -119,7 +109,7 @@ def flux_geometry(
         resolution=conventions.resolution,
         encoder_parameters=stored_parameters(folder, "text_encoder", "text_encoder_2") or FLUX_ENCODERS,
         decoder_parameters=stored_parameters(folder, "vae") or FLUX_DECODER,
-        decoder=ActivationBytes(_decoder_values(vae)),
+        decoder=ActivationBytes(decoder_values(vae)),
         checkpointing=checkpointing,
         encoders_resident=encoders_resident,
         decoder_tile=decoder_tile,
@@ -150,11 +140,6 @@ def transformer_linears(config: Mapping[str, object], *, second_time: bool) -> I
     yield LinearModule("proj_out", width, out, "image", "last")
 
 
-def latent_scale(vae: Mapping[str, object]) -> int:
-    """Image pixels along the side of one latent pixel."""
-    return int(2 ** (len(_channels(vae)) - 1))
-
-
 def _double_block(block: str, width: int) -> Iterator[LinearModule]:
     streams: tuple[tuple[Literal["image", "text"], str, tuple[str, ...], str, str], ...] = (
         ("image", "norm1", ("to_q", "to_k", "to_v"), "to_out.0", "ff"),
@@ -176,38 +161,3 @@ def _single_block(block: str, width: int) -> Iterator[LinearModule]:
     yield LinearModule(f"{block}.proj_out", 5 * width, width, "both", f"{block} hidden")
     for name in ("to_q", "to_k", "to_v"):
         yield LinearModule(f"{block}.attn.{name}", width, width, "both", f"{block} norm")
-
-
-def _decoder_values(vae: Mapping[str, object]) -> int:
-    channels = _channels(vae)
-    if vae.get("_class_name") == "AutoencoderTiny":
-        return _TINY * channels[0]
-    return max(_KL_WIDE * channels[min(1, len(channels) - 1)], _KL_NARROW * channels[0])
-
-
-def _channels(vae: Mapping[str, object]) -> list[int]:
-    stated = wholes(vae, "block_out_channels") or wholes(vae, "decoder_block_out_channels")
-    return stated or [128, 256, 512, 512]
-
-
-def stored_parameters(folder: Path | None, *components: str) -> int:
-    """Parameters in the safetensors files of some components, by their headers; 0 when one has no file.
-
-    Raises:
-        CheckpointError: a file is damaged.
-    """
-    if folder is None or any(absent_weights(folder / name) for name in components):
-        return 0
-    mains = [main_weights(folder / name) for name in components]
-    files = {file for main in mains for file in (weight_map(main).values() if main.suffix == ".json" else (main,))}
-    return sum(_parameters(file) for file in files)
-
-
-def _parameters(file: Path) -> int:
-    """Number of values in the tensors listed in a safetensors header."""
-    try:
-        header, _ = read_safetensors_header(file)
-        entries: list[Any] = [entry for name, entry in header.items() if name != "__metadata__"]
-        return sum(math.prod(map(int, entry["shape"])) for entry in entries if entry["dtype"] in _FLOATS)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is not a safetensors file: {reason(error)}", RESTORE) from None

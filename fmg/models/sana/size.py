@@ -10,8 +10,8 @@ from types import MappingProxyType
 from fmg.core.errors import CheckpointError
 from fmg.core.model_folder import RESTORE, stated_config, whole, wholes
 from fmg.core.specs import ActivationBytes, Blocks, LinearModule, ModelGeometry
+from fmg.models.common.size import stored_parameters
 from fmg.models.conventions import FlowMapConventions
-from fmg.models.flux.size import stored_parameters
 
 _COMMON: Mapping[str, object] = MappingProxyType(
     {
