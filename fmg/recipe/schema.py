@@ -2,7 +2,7 @@
 
 A file is one layer over the model's own recipe, so nothing is required of it, and defaults are not stated: what it
 leaves out may have another value there. Entries of lists (`rewards`) stand for themselves and have both. The dialect is
-draft 7, the newest that the YAML servers of editors have in common.
+draft 7, which the YAML servers of all editors know.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def recipe_schema(names: Callable[[Registry[Any]], Sequence[str]] = installed) -
     for kind in dict.fromkeys(cls.kind for cls in references):
         alike = [cls for cls in references if cls.kind == kind]
         # what only some references of the kind have, as the weight of a reward that is trained
-        keys = {key for cls in alike for key in own[cls]}
-        component = _Component(kind, names(registry_for(kind)), sorted(keys), definitions)
+        keys = sorted({key for cls in alike for key in own[cls]})
+        component = _Component(kind, names(registry_for(kind)), keys, definitions)
         for cls in alike:
             about = definitions[cls.__name__]["description"]
             found = component.schema(dict.fromkeys(keys, False) | own[cls])
