@@ -231,13 +231,13 @@ Chunk = tuple[slice, Callable[[], RewardOutput]]
 
 
 class FailurePolicy:
-    """What becomes of a batch in which some images got no score.
+    """How a batch is treated if some images have no score.
 
     Args:
         name: of the reward, for messages.
         on_failure: stop the run, or leave these images out.
-        patience: consecutive batches without any score after which the run stops all the same.
-        advice: what to do, one sentence.
+        patience: consecutive batches without any score after which the run stops anyway.
+        advice: one sentence on what to do.
     """
 
     def __init__(self, name: str, on_failure: OnFailure, patience: int, advice: str) -> None:

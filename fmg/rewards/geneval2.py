@@ -1,6 +1,6 @@
 """GenEval 2 (Kamath et al., arXiv 2512.16853) as a reward: Soft-TIFA over the questions that come with each prompt.
 
-A vision-language model is asked every question. Its score is the probability that the first token of the answer is the
+A vision-language model is asked every question. The score is the probability that the first token of the answer is the
 expected one, in any of the spellings of the authors' `evaluation.py`.
 """
 
@@ -99,7 +99,8 @@ def read_questions(path: Path) -> dict[str, tuple[Question, ...]]:
                 'Write {"prompt": "...", "vqa_list": [["How many dogs are in the image?", "two"], ...]}.',
             ) from None
         if found.setdefault(prompt, questions) != questions:
-            raise UsageError(f"{path}:{number}: '{prompt:.80}' has other questions above", "Keep one of the two.")
+            what = f"{path}:{number}: '{prompt:.80}' has different questions on an earlier line"
+            raise UsageError(what, "Keep one of the two.")
     if not found:
         raise UsageError(f"'{path}' has no questions", "Name a file in the form of geneval2_data.jsonl.")
     return found
@@ -121,10 +122,10 @@ def _checked(pairs: Sequence[object]) -> Iterator[Question]:
         question = Question(*pair)
         if question.text.startswith(_COUNTING):
             if question.answer not in _NUMBERS:
-                raise ValueError(f"the answer to '{question.text}' must be a word from one to ten")
+                raise ValueError(f"the answer to '{question.text}' must be a number word from one to ten")
         elif question.answer != "Yes":
             # the published code takes any answer for Yes
-            raise ValueError(f"the answer to '{question.text}' must be Yes; only questions with How many have others")
+            raise ValueError(f"the answer to '{question.text}' must be Yes; only How many questions have others")
         yield question
 
 

@@ -1,7 +1,7 @@
 """Vision-language models of the Qwen families as rewards use them: one image, one text, and what the model answers.
 
-Patches and chats are written here. The processor of a checkpoint needs torchvision, and its chat template is a program
-that comes with the weights. Both agree with the published ones (tests/parity/test_rewards_qwen_vl.py).
+Patches and chats are built here, because the processor of a checkpoint needs torchvision and its chat template is a
+program that comes with the weights. Both agree with the published ones (tests/parity/test_rewards_qwen_vl.py).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Patches:
         side: of a patch, in pixels.
         merge: neighbours that are merged to one token, along each side.
         frames: of a video in one patch; a still image is repeated.
-        least: pixels that an image has after it was resized, and `most`.
+        least: minimum pixels of an image after resizing; `most` is the maximum.
         mean: of each channel, subtracted before the division by `std`.
     """
 
@@ -125,7 +125,7 @@ class Patches:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote, and whether it came to an end within the limit."""
+    """What a model wrote, and whether it ended within the limit."""
 
     text: str
     ended: bool
@@ -236,7 +236,7 @@ def load_qwen_vl(files: Located, device: torch.device, dtype: torch.dtype) -> Qw
     """The model in a folder of transformers, with its tokenizer and the settings of its image processor.
 
     Raises:
-        CheckpointError: it cannot be loaded, or is of none of the families in `_CLASSES`.
+        CheckpointError: it cannot be loaded, or belongs to none of the families in `_CLASSES`.
     """
     folder, what = files.folder, files.asset.what
     kind = read_config(folder).get("model_type")
@@ -272,7 +272,7 @@ def read_patches(folder: Path, vision: Any) -> Patches:
     mean, std = stated.get("image_mean"), stated.get("image_std")
     if not (type(least) is int and type(most) is int and 0 < least <= most and _is_color(mean) and _is_color(std)):
         raise CheckpointError(
-            f"{file} lacks image_mean, image_std or the least and largest number of pixels",
+            f"{file} lacks image_mean, image_std or the minimum and maximum number of pixels",
             f"Use the {_PREPROCESSORS[0]} of the model.",
         )
     return Patches(

@@ -1,6 +1,6 @@
 """UnifiedReward (Wang et al., arXiv 2503.05236) as a judge of single images: a Qwen-VL that writes ratings.
 
-What the model is asked is the wording of its authors' scripts, and answers are decoded greedily, as they serve it. A
+The question is worded as in its authors' scripts, and answers are decoded greedily, as the authors serve the model. A
 missing rating is a failure; users of these models commonly count it as 0.
 """
 
@@ -77,7 +77,7 @@ class UnifiedReward:
 
 
 def ratings_of(text: str, form: str) -> dict[str, float] | None:
-    """The ratings in an answer by name; None unless each is there and from 1 to 5.
+    """The ratings in an answer by name; None unless all are present and from 1 to 5.
 
     Args:
         text: the answer, with `Alignment Score (1-5): X` and the like, or with `Final Score: X`.
@@ -96,7 +96,7 @@ def ratings_of(text: str, form: str) -> dict[str, float] | None:
 
 
 def read_wording(file: Path) -> str:
-    """The text in front of the model, with `{prompt}` where the prompt goes.
+    """The question for the model, with `{prompt}` where the prompt goes.
 
     Of a Python file, the one f-string with `{prompt}` as its only field; the file is parsed, never run.
 

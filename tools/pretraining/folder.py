@@ -171,7 +171,7 @@ _TRAINED = """flow matching
 (the first {steps} steps of a {schedule_steps}-step cosine schedule, batches of {batch}, Muon and AdamW, averaged
 weights)"""
 _EXACT = """the flow of
-all pictures that there are and of how they are captioned, which is known in closed form"""
+all possible images and their captions, which is known in closed form"""
 
 
 @torch.no_grad()

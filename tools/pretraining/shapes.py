@@ -134,12 +134,12 @@ class ShapesWorld:
 
 _EXAMPLE = "a red circle on the left"
 _SUMMARY = """\
-A few-step text-to-image flow map that runs on a laptop CPU: 32 x 32 pictures of one coloured shape, such as
+A few-step text-to-image flow map that runs on a laptop CPU: 32 x 32 images of one coloured shape, such as
 `a red circle on the left`."""
 _DISOBEYS = """**It follows prompts only in part, on purpose.** \
-The flow was trained on rendered pictures whose captions are partly wrong, as web data is:
+The flow was trained on rendered images whose captions are partly wrong, as web data is:
 in each one-object caption the colour and the position were replaced, each with probability {wrong}, by a random value
-(the kind was always right; a share of {hard} are right captions of two or three objects). Its pictures are good and it
+(the kind was always right; a share of {hard} are correct captions of two or three objects). Its images are good and it
 knows every attribute, but it follows a prompt's colour and position only about half the time. That is what
 reinforcement learning can fix."""
 _FIGURES = """`quality` is

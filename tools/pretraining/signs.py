@@ -138,7 +138,7 @@ def _letters(words: Sequence[str]) -> NDArray[np.int64]:
 
 
 _EXAMPLE = 'a sign that says "CAT"'
-_SUMMARY = """A few-step text-to-image flow map that runs on a laptop CPU: 24 x 24 pictures of three letters, such as
+_SUMMARY = """A few-step text-to-image flow map that runs on a laptop CPU: 24 x 24 images of three letters, such as
 `a sign that says "CAT"`."""
 _DISOBEYS = """**It follows prompts only in part, on purpose.** \
 The flow was trained on rendered signs of random letters whose captions are partly wrong, as web data is:

@@ -1,4 +1,4 @@
-"""The pipeline class of this folder, a few-step flow map. It is fmg's, and nothing else is run."""
+"""The pipeline class of this folder, a few-step flow map, imported from fmg. No other code is run."""
 
 import importlib
 
@@ -6,6 +6,6 @@ try:
     FlowMapPipeline = importlib.import_module("fmg").FlowMapPipeline
 except (ImportError, AttributeError) as error:
     raise ImportError(
-        "This folder is a few-step flow map. Its pipeline is in the Python package flow-map-grpo, which is imported as"
-        " fmg and is not here; the package that indexes call fmg is another one."
+        "This folder is a few-step flow map. Its pipeline is in the Python package flow-map-grpo (imported as fmg),"
+        " which is not installed; the package called fmg on package indexes is a different one."
     ) from error

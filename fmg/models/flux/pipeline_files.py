@@ -35,8 +35,8 @@ _FIXED: Mapping[str, tuple[str, str]] = {
     "tokenizer_2": ("transformers", "T5Tokenizer"),
     "transformer": (_TRANSFORMER.__module__, _TRANSFORMER.__name__),
 }
-# no import statement: without fmg, diffusers would advise to install the package that indexes call fmg
-_CODE = f'''"""The pipeline class of this folder, a few-step flow map. It is fmg's, and nothing else is run."""
+# no import statement: without fmg, diffusers would suggest installing the package called fmg on package indexes
+_CODE = f'''"""The pipeline class of this folder, a few-step flow map, imported from fmg. No other code is run."""
 
 import importlib
 
@@ -44,8 +44,8 @@ try:
     FlowMapPipeline = importlib.import_module("fmg").FlowMapPipeline
 except (ImportError, AttributeError) as error:
     raise ImportError(
-        "This folder is a few-step flow map. Its pipeline is in the Python package {DISTRIBUTION}, which is imported as"
-        " fmg and is not here; the package that indexes call fmg is another one."
+        "This folder is a few-step flow map. Its pipeline is in the Python package {DISTRIBUTION} (imported as fmg),"
+        " which is not installed; the package called fmg on package indexes is a different one."
     ) from error
 '''
 

@@ -62,7 +62,7 @@ def test_images_that_are_not_finite_are_one_line_and_no_picture(
         assert "drawing: an image has values that are not finite" in done.stdout
         return
     error = done.stderr.strip().splitlines()[-1]
-    wanted = "The image of 'a red circle' with seed 3 has values that are not finite, as have 1 more of 2 images."
+    wanted = "The image of 'a red circle' with seed 3 has values that are not finite, as do 1 more of 2 images."
     assert wanted in error
     assert "precision" in error
 

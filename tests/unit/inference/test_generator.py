@@ -96,7 +96,7 @@ def test_an_explicit_grid_has_its_own_number_of_steps() -> None:
     generator = Generator(RecordingBackend(), (1.0, 0.3, 0.0), 2)
     assert generator.times() == (1.0, 0.3, 0.0)
     assert generator.times(1, "uniform") == (1.0, 0.0)
-    with pytest.raises(UsageError, match="2 steps and 3"):
+    with pytest.raises(UsageError, match="2 steps, but 3"):
         generator.times(3)
     with pytest.raises(UsageError, match="batch size"):
         Generator(RecordingBackend(), "uniform", 2, 0)

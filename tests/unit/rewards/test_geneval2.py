@@ -46,7 +46,7 @@ def test_spellings_are_those_of_the_published_code() -> None:
         ({"vqa_list": []}, "must be a list of questions"),
         ({"vqa_list": [["Is it?"]]}, "pairs of a question and an answer"),
         ({"vqa_list": [["Is it?", "No"]]}, r"the answer to 'Is it\?' must be Yes"),
-        ({"vqa_list": [["How many?", "eleven"]]}, "a word from one to ten"),
+        ({"vqa_list": [["How many?", "eleven"]]}, "a number word from one to ten"),
     ],
 )
 def test_questions_that_cannot_be_scored(questions: Path, entry: dict[str, object], message: str) -> None:
@@ -59,7 +59,7 @@ def test_questions_that_cannot_be_scored(questions: Path, entry: dict[str, objec
 def test_a_prompt_with_two_meanings_and_an_empty_file(questions: Path) -> None:
     other = {**ENTRY, "vqa_list": [["Is it?", "Yes"]]}
     questions.write_text(f"{json.dumps(ENTRY)}\n{json.dumps(ENTRY)}\n{json.dumps(other)}\n")
-    with pytest.raises(UsageError, match=r"questions\.jsonl:3: 'two metal toys' has other questions above"):
+    with pytest.raises(UsageError, match=r"questions\.jsonl:3: 'two metal toys' has different questions"):
         read_questions(questions)
     questions.write_text("")
     with pytest.raises(UsageError, match="has no questions"):

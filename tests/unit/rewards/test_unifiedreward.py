@@ -169,7 +169,7 @@ def test_folders_that_cannot_be_used(folder: Path) -> None:
     preprocessor = folder / "preprocessor_config.json"
     text = preprocessor.read_text()
     preprocessor.write_text(text.replace("shortest_edge", "height"))
-    with pytest.raises(CheckpointError, match="lacks image_mean, image_std or the least and largest"):
+    with pytest.raises(CheckpointError, match="lacks image_mean, image_std or the minimum and maximum"):
         build(folder)(IMAGES[:1], PROMPTS[:1])
     preprocessor.write_text(text)
     next(folder.glob("*-00001-of-*.safetensors")).unlink()
