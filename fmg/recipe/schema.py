@@ -1,8 +1,8 @@
 """The JSON schema of a recipe file, for editors: derived from the sections and from the registry. Imports no torch.
 
-A file is one layer over the model's own recipe, so nothing is required of it, and defaults are not stated: what it
-leaves out may have another value there. Entries of lists (`rewards`) stand for themselves and have both. The dialect is
-draft 7, which the YAML servers of all editors know.
+A file is one layer over the model's own recipe, so nothing in it is required, and defaults are not stated: what it
+leaves out may have another value there. Entries of lists (`rewards`) are complete in themselves and have both. The
+dialect is draft 7, which the YAML servers of all editors know.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ABOUT = (
 _OF_SCHEMAS_BY_NAME, _OF_VALUES = ("properties", "$defs"), ("default", "enum", "const")
 _ALONE = ("title",)
 _LAYERED = ("title", "required", "default")
-"""Keywords of pydantic's schema that are left out, for entries of lists and for what a lower layer completes."""
+"""Keywords of pydantic's schema to leave out, for entries of lists and for what a lower layer completes."""
 
 _FUNCTION: Schema = {"pattern": f"^{PYTHON_REWARD}:", "description": "your own function: python:module:function"}
 _FILE = {"pattern": rf"[/\\]|({'|'.join(map(re.escape, PROMPT_FILE_SUFFIXES))})$", "description": "a file of prompts"}
@@ -38,9 +38,9 @@ _SPECIAL = {
     "stochasticizer": [{"const": AUTO, "description": "the default of the model"}],
     "reward": [_FUNCTION],
 }
-"""What a component may be called besides the names of the registry."""
+"""Names of a component besides those of the registry."""
 _ALONE_SPECIAL = {"prompt-set": [_FILE]}
-"""What may stand for a component besides a name."""
+"""Values that can replace a component besides a name."""
 
 
 def installed(registry: Registry[Any]) -> list[str]:
@@ -87,8 +87,8 @@ class _Component:
 
     Args:
         kind: of the components.
-        names: what they are called.
-        keys: of a mapping in a recipe that are neither the name nor an option.
+        names: their names.
+        keys: keys of a mapping in a recipe that are neither the name nor an option.
         definitions: receives the options.
     """
 
@@ -144,7 +144,7 @@ def _rule(name: Schema, options: Schema) -> Schema:
 
 
 def _cleaned(schema: Any, without: Sequence[str]) -> Any:
-    """A schema of pydantic in draft 7, without some keywords."""
+    """A pydantic schema in draft 7, without some keywords."""
     if isinstance(schema, list):
         return [_cleaned(item, without) for item in schema]
     if not isinstance(schema, dict):

@@ -143,7 +143,7 @@ _SUMMARY = """A few-step text-to-image flow map that runs on a laptop CPU: 24 x 
 _DISOBEYS = """**It follows prompts only in part, on purpose.** \
 The flow was trained on rendered signs of random letters whose captions are partly wrong, as web data is:
 each letter of a caption was replaced, with probability {wrong}, by one of the {letters} letters at random. It draws
-every letter well in every place, but each of them is the one asked for only about two times in three. That is what
+every letter well in every place, but each is the requested one only about two times in three. That is what
 reinforcement learning can fix."""
 _FIGURES = """`exact` is the share that the
 recogniser of the reward `ocr-logp` reads as the quoted word, `probability` its mean probability per letter, `fidelity`

@@ -21,10 +21,10 @@ class QwenText:
     Attributes:
         tokenizer: has the chat template that is put around a prompt.
         text_encoder: the decoder, with or without its head, which is not run.
-        layers: indices of the hidden states that are taken, side by side in the channels; 0 are the embeddings.
+        layers: indices of the hidden states to use, concatenated along the channels; 0 means the embeddings.
         thinking: `enable_thinking` of the chat template; None leaves it out.
         padding_side: where the padding goes; None: where the tokenizer puts it.
-        padding_position: position of every padding token; None: that of its place in the sequence.
+        padding_position: position of every padding token; None: its place in the sequence.
         masked: whether a row has the mask of its tokens, for a transformer that does not see the padding.
     """
 
@@ -73,10 +73,10 @@ class QwenText:
         return len(self.tokenizer.encode(self._chat(prompt), verbose=False))
 
     def check_layers(self, folder: Path) -> None:
-        """Checks that the decoder has all hidden states that are taken.
+        """Checks that the decoder has all hidden states that are used.
 
         Raises:
-            CheckpointError: it has not, or there is no chat template.
+            CheckpointError: it does not, or there is no chat template.
         """
         config = self.text_encoder.config
         depth = getattr(config, "text_config", config).num_hidden_layers

@@ -1,4 +1,4 @@
-"""Sizes of a pipeline folder that its JSON files and safetensors headers state, for any family. Imports no torch."""
+"""Sizes of a pipeline folder of any family, from its JSON files and safetensors headers. Imports no torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def latent_scale(vae: Mapping[str, object]) -> int:
 
 
 def decoder_values(vae: Mapping[str, object]) -> int:
-    """Numbers for each pixel of the image that an `AutoencoderKL` or `AutoencoderTiny` holds at most."""
+    """Peak number of values that an `AutoencoderKL` or `AutoencoderTiny` keeps per pixel of the image."""
     channels = _channels(vae)
     if vae.get("_class_name") == "AutoencoderTiny":
         return _TINY * channels[0]
