@@ -13,7 +13,8 @@ PYTHON=${PYTHON:-.venv/bin/python}
 VENV=${VENV:-build/newest-transformers}
 WANTED=transformers${1:+==$1}
 TESTS=(tests/unit/rewards tests/parity/test_rewards_clip.py tests/parity/test_rewards_hpsv3.py
-  tests/parity/test_rewards_imagereward.py tests/parity/test_rewards_qwen_vl.py)
+  tests/parity/test_rewards_imagereward.py tests/parity/test_rewards_qwen_vl.py
+  tests/parity/test_rewards_deqa.py)
 
 site() { "$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
 version() { "$1" -c 'from importlib.metadata import version; print(version("transformers"))'; }

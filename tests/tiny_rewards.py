@@ -67,7 +67,8 @@ def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> Tensors
 
 def is_norm_weight(name: str) -> bool:
     """Whether a tensor is the scale of a layer norm."""
-    words = ("ln_", "norm", "LayerNorm", "input_layernorm", "post_attention_layernorm")
+    words = ("ln_", "ffn_ln", "norm", "LayerNorm", "input_layernorm", "post_attention_layernorm", "pre_layernorm")
+    words += ("post_layernorm",)
     return name.endswith("weight") and any(part.startswith(words) for part in name.split("."))
 
 
@@ -405,3 +406,98 @@ def write_qwen_vl(folder: Path, kind: str = "qwen3_vl", seed: int = 0, words: Se
     preprocessor |= {"patch_size": vision["patch_size"], "merge_size": 2, "temporal_patch_size": 2}
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor), encoding="utf-8")
     return folder
+
+
+DEQA_CONFIG: dict[str, Any] = {
+    "architectures": ["MPLUGOwl2LlamaForCausalLM"],
+    "model_type": "mplug_owl2",
+    "auto_map": {"AutoModelForCausalLM": "modeling_mplug_owl2_huggingface.MPLUGOwl2LlamaForCausalLM"},
+    "vocab_size": 32_000,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-05,
+    "max_position_embeddings": 2048,
+    "visual_config": {
+        "visual_model": {
+            "hidden_size": 16,
+            "intermediate_size": 40,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "patch_size": 14,
+            "layer_norm_eps": 1e-06,
+        },
+        "visual_abstractor": {
+            "num_learnable_queries": 6,
+            "hidden_size": 16,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 2,
+            "intermediate_size": 24,
+            "encoder_hidden_size": 16,
+            "layer_norm_eps": 1e-06,
+            "grid_size": 4,
+        },
+    },
+}
+
+
+def deqa_shapes() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of `MPLUGOwl2LlamaForCausalLM`."""
+    width, inner, image, vocabulary = 32, 48, 16, 32_000
+    shapes: dict[str, tuple[int, ...]] = {
+        "lm_head.weight": (vocabulary, width),
+        "model.embed_tokens.weight": (vocabulary, width),
+        "model.norm.weight": (width,),
+    }
+    linear: dict[str, tuple[int, int]] = {"model.visual_abstractor.visual_fc": (width, image)}
+    norms: dict[str, int] = {"model.vision_model.post_layernorm": image}
+    for layer in range(LAYERS):
+        block = f"model.layers.{layer}"
+        for way in (0, 1):
+            shapes |= {f"{block}.self_attn.{x}_proj.multiway.{way}.weight": (width, width) for x in "kv"}
+            shapes |= {f"{block}.{x}_layernorm.multiway.{way}.weight": (width,) for x in ("input", "post_attention")}
+        shapes |= {f"{block}.self_attn.{x}_proj.weight": (width, width) for x in "qo"}
+        shapes |= {f"{block}.mlp.{x}_proj.weight": (inner, width) for x in ("gate", "up")}
+        shapes |= {f"{block}.mlp.down_proj.weight": (width, inner)}
+        block = f"model.vision_model.encoder.layers.{layer}"
+        linear |= {f"{block}.self_attn.query_key_value": (3 * image, image), f"{block}.self_attn.dense": (image, image)}
+        linear |= {f"{block}.mlp.fc1": (40, image), f"{block}.mlp.fc2": (image, 40)}
+        norms |= {f"{block}.input_layernorm": image, f"{block}.post_attention_layernorm": image}
+        block = f"model.visual_abstractor.encoder.layers.{layer}.crossattention"
+        linear |= {f"{block}.attention.{x}": (image, image) for x in ("query", "key", "value")}
+        linear |= {f"{block}.output.out_proj": (image, image), f"{block}.output.mlp.w2": (image, 24)}
+        linear |= {f"{block}.output.mlp.w1": (24, image), f"{block}.output.mlp.w3": (24, image)}
+        norms |= {f"{block}.norm1": image, f"{block}.normk": image, f"{block}.output.norm2": image}
+        norms[f"{block}.output.mlp.ffn_ln"] = 24
+        shapes |= {f"{block}.attention.q_pos_embed": (6, image), f"{block}.attention.k_pos_embed": (17, image)}
+    embeddings = "model.vision_model.embeddings"
+    norms[f"{embeddings}.pre_layernorm"] = image
+    shapes |= {
+        f"{embeddings}.cls_token": (1, 1, image),
+        f"{embeddings}.patch_embed.weight": (image, 3, 14, 14),
+        f"{embeddings}.position_embedding": (1, 17, image),
+        "model.visual_abstractor.query_embeds": (1, 6, image),
+        "model.visual_abstractor.vit_eos": (1, 1, width),
+    }
+    for name, shape in linear.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    for name, size in norms.items():
+        shapes |= {f"{name}.weight": (size,), f"{name}.bias": (size,)}
+    return shapes
+
+
+def write_deqa(folder: Path, seed: int = 2) -> Tiny:
+    """`config.json` and two shards, as the authors' code writes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(DEQA_CONFIG), encoding="utf-8")
+    tensors = random_tensors(dict(sorted(deqa_shapes().items())), seed)
+    names = list(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[:40], "model-00002-of-00002.safetensors": names[40:]}
+    for file, held in shards.items():
+        save_file({name: tensors[name] for name in held}, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, held in shards.items() for name in held}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return Tiny(folder, folder / "model.safetensors.index.json", tensors)

@@ -82,6 +82,8 @@ ROWS: tuple[Row, ...] = (
         "ImageReward: a BLIP that reads prompt and image together, standardised"),
     Row("reward", "hpsv3", "fmg.rewards.configs:Hpsv3Config", "fmg.rewards.hpsv3:hpsv3",
         "HPSv3: mean of the preference score that a tuned Qwen2-VL-7B predicts"),
+    Row("reward", "deqa", "fmg.rewards.configs:DeqaConfig", "fmg.rewards.deqa:deqa",
+        "DeQA-Score: expected rating of an image's quality, by an mPLUG-Owl2; does not see the prompt"),
     Row("reward", "geneval", "fmg.rewards.configs:GenEvalConfig", "fmg.rewards.geneval:GenEval",
         "GenEval's object rules (count, colour, position) over a Mask2Former detector and CLIP"),
     Row("reward", "geneval2", "fmg.rewards.configs:GenEval2Config", "fmg.rewards.geneval2:GenEval2",

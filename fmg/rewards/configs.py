@@ -49,6 +49,7 @@ BERT = "google-bert/bert-base-uncased@86b5e0934494bd15c9632b12f734a8a67f723594"
 HPSV3 = "MizzenAI/HPSv3@4f81e3e09edd82fe3c5f636444c721b592a735ca"
 QWEN2_VL = "Qwen/Qwen2-VL-7B-Instruct@eed13092ef92e448dd6875b2a00151bd3f7db0ac"
 HPSV3_PACKAGE = "package:hpsv3==1.0.0"
+DEQA = "zhiyuanyou/DeQA-Score-Mix3@246e219b7e3bc9b5dff5269c1a8564087aefca3f"
 QWEN3_VL = "Qwen/Qwen3-VL-8B-Instruct@0c351dd01ed87e9c1b53cbc748cba10e6187ff3b"
 UNIFIEDREWARD = "CodeGoat24/UnifiedReward-2.0-qwen3vl-8b@4175e6b78d62f639282797d05ccea35d3be823cf"
 _UNIFIEDREWARD_CODE = "https://github.com/CodeGoat24/UnifiedReward/raw/ff6f520247a2d36e2aff7b2ba53a935afd437f66/"
@@ -86,6 +87,7 @@ _SHA256: Mapping[tuple[str, str], str] = MappingProxyType(
 
 _CLIP_TERMS = "MIT (code); the model card calls the weights a research output"
 _PICKSCORE_TERMS = "MIT (code); the weights' model card states no other terms"
+_DEQA_TERMS = "MIT (code and weights); derived from LLaMA 2, whose licence also applies"
 _CLIP_MODELS: Mapping[str, tuple[float, str]] = MappingProxyType(
     {
         CLIP_VIT_L_14: (1.7, _CLIP_TERMS),
@@ -311,6 +313,36 @@ class Hpsv3Config(NetworkConfig):
                 self.instruction,
                 ("hpsv3/dataset/data_collator_qwen.py",),
                 licence="MIT",
+            ),
+        )
+
+
+class DeqaConfig(NetworkConfig):
+    """DeQA-Score: expected rating of an image's quality from 1 to 5, over 5; does not see the prompt."""
+
+    about: ClassVar[About] = About(
+        licence=_DEQA_TERMS,
+        citation="You et al., Teaching Large Language Models to Regress Accurate Image Quality Scores using Score "
+        "Distribution, arXiv 2501.11561; Ye et al., mPLUG-Owl2, arXiv 2311.04257",
+        weights=(f"{DEQA} (16 GB)",),
+    )
+
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(default="fp16", description="precision of the weights")
+    batch_size: int = Field(default=8, ge=1, description="images for one pass of the network")
+    weights: str = Field(
+        default=DEQA, min_length=1, description="folder of a DeQA-Score (mPLUG-Owl2): local or hub id@revision"
+    )
+
+    def assets(self) -> tuple[Asset, ...]:
+        return (
+            Asset(
+                "weights",
+                "weights",
+                self.weights,
+                folders=(".",),
+                patterns=("*.safetensors", "*.json"),
+                size_gb=16.4,
+                licence=_DEQA_TERMS,
             ),
         )
 

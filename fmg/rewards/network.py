@@ -130,6 +130,22 @@ def load_module(
     return frozen.to(device)
 
 
+def load_plain_module(
+    make: Callable[[], Any], tensors: Tensors, origin: Path, device: torch.device, dtype: torch.dtype
+) -> Any:
+    """As `load_module`, for a module of ours that `make` builds.
+
+    Raises:
+        CheckpointError: missing, unexpected or wrongly shaped tensors.
+    """
+    with torch.device("meta"):
+        module: nn.Module = make()
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    _check_same(shapes, {name: tensor.shape for name, tensor in tensors.items()}, origin)
+    module.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, assign=True)
+    return module.eval().requires_grad_(False)
+
+
 def load_pretrained(load: Callable[..., Any], folder: Path, what: str) -> Any:
     """`load(folder)` of a transformers `from_pretrained` on local files only.
 

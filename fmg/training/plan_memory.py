@@ -26,6 +26,7 @@ _REWARD_PARAMETERS: Mapping[str, float] = {
     "aesthetic": 428e6,
     "imagereward": 448e6,
     "hpsv3": 8.29e9,
+    "deqa": 8.2e9,
     "geneval": 497e6,
     "geneval2": 8.77e9,
     "unifiedreward": 8.77e9,

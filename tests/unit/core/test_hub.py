@@ -32,7 +32,7 @@ from fmg.core.hub import (
 from fmg.registry import rewards
 from fmg.rewards.configs import NetworkConfig
 
-NETWORKS = ("aesthetic", "clipscore", "geneval2", "hpsv2", "hpsv3", "imagereward", "pickscore", "unifiedreward")
+NETWORKS = ("aesthetic", "clipscore", "deqa", "geneval2", "hpsv2", "hpsv3", "imagereward", "pickscore", "unifiedreward")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHA = "0" * 40
 

@@ -181,7 +181,8 @@ def test_loads_once_and_scores_in_batches(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["aesthetic", "clipscore", "geneval2", "hpsv2", "hpsv3", "imagereward", "pickscore", "unifiedreward"]
+    "name",
+    ["aesthetic", "clipscore", "deqa", "geneval2", "hpsv2", "hpsv3", "imagereward", "pickscore", "unifiedreward"],
 )
 def test_weights_are_requested_at_the_first_call_only(name: str) -> None:
     reward: Reward = rewards.build(name)

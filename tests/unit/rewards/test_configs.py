@@ -16,7 +16,7 @@ from fmg.rewards.clip import affine_head
 from fmg.rewards.configs import AESTHETIC_HEAD, NetworkConfig
 from fmg.rewards.network import read_tensors
 
-NETWORKS = ("aesthetic", "clipscore", "geneval2", "hpsv2", "hpsv3", "imagereward", "pickscore", "unifiedreward")
+NETWORKS = ("aesthetic", "clipscore", "deqa", "geneval2", "hpsv2", "hpsv3", "imagereward", "pickscore", "unifiedreward")
 
 
 @pytest.mark.parametrize("name", NETWORKS)
