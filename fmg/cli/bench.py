@@ -106,7 +106,7 @@ def bench(
     threads: Threads = None,
     seed: Seed = 0,
     allow_code: Annotated[
-        bool, _frontier_option("--allow-code", help="Let the recipe of a run name reward code and reward servers.")
+        bool, _frontier_option("--allow-code", help="Allow the recipe of a run to name reward code and reward servers.")
     ] = False,
     offline: Offline = False,
     as_json: AsJson = False,

@@ -115,7 +115,7 @@ def evaluate(
         file_option(
             "--path-check",
             metavar="F",
-            help="Test instead which samplers leave the marginal path; writes a .png, .svg or .pdf, and JSON.",
+            help="Instead, test which samplers leave the marginal path; writes a .png, .svg or .pdf, and JSON.",
             show_default=False,
         ),
     ] = None,

@@ -50,7 +50,7 @@ def export(
         ),
     ] = None,
     place: Annotated[
-        str | None, typer.Argument(metavar="OUT", help="Folder to make (with --kohya: file); the same as --out.")
+        str | None, typer.Argument(metavar="OUT", help="Output folder (with --kohya: file); same as --out.")
     ] = None,
     onnx: Annotated[
         bool,
@@ -99,13 +99,13 @@ def export(
     ] = None,
     out: Annotated[
         str | None,
-        _output_option(metavar="DIR", help="Folder to make.", show_default="RUN/artifact or artifacts/MODEL"),
+        _output_option(metavar="DIR", help="Output folder.", show_default="RUN/artifact or artifacts/MODEL"),
     ] = None,
     verify: Annotated[
         str,
         _output_option(
             metavar="LEVEL",
-            help="Verify afterwards that the artifact reproduces the images: quick, full or off; see `fmg verify`.",
+            help="Then verify that the artifact reproduces the images: quick, full or off; see `fmg verify`.",
             autocompletion=completion.one_of(*_LEVELS),
         ),
     ] = _OFF,

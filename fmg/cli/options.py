@@ -133,7 +133,7 @@ OptionsByName = Annotated[
     ),
 ]
 AllowCode = Annotated[
-    bool, typer.Option("--allow-code", help="Let the recipe of a run name reward code and reward servers.")
+    bool, typer.Option("--allow-code", help="Allow the recipe of a run to name reward code and reward servers.")
 ]
 
 

@@ -147,7 +147,7 @@ def train(
         ),
     ] = None,
     allow_code: Annotated[
-        bool, _run_option("--allow-code", help="Let a recipe file name reward code and reward servers.")
+        bool, _run_option("--allow-code", help="Allow a recipe file to name reward code and reward servers.")
     ] = False,
     accept_changed_prompts: Annotated[
         bool,
@@ -375,6 +375,7 @@ def _reporter(*, first: bool, as_json: bool) -> Reporter:
 # What the table calls facts whose keys `--json` keeps.
 _LABELS = {
     "images an iteration": "images per iteration",
+    "images in all": "total images",
     "transitions an image": "transitions per image",
     "network calls an iteration": "network calls per iteration",
     "row-NFE an iteration": "row-NFE per iteration",

@@ -46,7 +46,9 @@ def verify(
     full: Annotated[bool, typer.Option("--full", help="Also compare the run's rewards, on 512 images.")] = False,
     alone: Annotated[
         bool,
-        typer.Option("--alone", help="Only check the files and generate one image; needs neither torch nor the run."),
+        typer.Option(
+            "--alone", help="Only check the files and generate a few images; needs neither torch nor the run."
+        ),
     ] = False,
     num: Annotated[
         int | None,

@@ -154,7 +154,7 @@ def _size_facts(recipe: Recipe, geometry: ModelGeometry) -> dict[str, str]:
     checkpoints, state = disk_bytes(recipe, trained, DTYPE_BYTES[recipe.train.dtype])
     return {
         "parameters": f"{_count(geometry.parameters)} transformer, {_count(geometry.encoder_parameters)} text encoders,"
-        f" {_count(geometry.decoder_parameters)} autoencoder (by {geometry.origin})",
+        f" {_count(geometry.decoder_parameters)} autoencoder (from {geometry.origin})",
         "trainable": f"{_count(trained.parameters)}, {trained.words}",
         "disk": f"{size_text(checkpoints)} of checkpoints and {size_text(state)} of state, besides images",
     }
@@ -248,7 +248,7 @@ def _equivalence(recipe: Recipe, sizes: Sizes, devices: int) -> dict[str, str]:
         )
     else:
         compared = (
-            f"{images / reference:.2g} of the published batch ({published}); for the same one set"
+            f"{images / reference:.2g} of the published batch ({published}); to match it, set"
             f" rollout.groups={REFERENCE_GROUPS} and rollout.group_size={REFERENCE_SIZE}"
         )
     return {
