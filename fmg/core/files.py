@@ -351,8 +351,8 @@ def check_sums(
         folder: whose digests `write_sums` wrote.
         expected: what `write_sums` returned; None if it was not kept.
         fix: what to do about a damaged file, for the error.
-        names: files that it has to name.
-        only: the files to check, of those that it names; None: all.
+        names: files that it must list.
+        only: the files to check among those that it lists; None: all.
 
     Returns:
         False when there is nothing to check against, as in folders of older versions.

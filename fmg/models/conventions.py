@@ -36,7 +36,7 @@ class SecondTime(BaseModel):
     """How the second time of a two-time map joins the first, whatever the family.
 
     Written as a word, such as `duration`, it is added, at the scale of the first time, as in MeanFlow students of FLUX.
-    AnyFlow's convention is `{takes: target, gate: 0.25}`; HunyuanImage's mean is a gate of 0.5.
+    AnyFlow's convention is `{takes: target, gate: 0.25}`; the mean of the two in HunyuanImage is a gate of 0.5.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

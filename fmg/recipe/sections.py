@@ -272,7 +272,7 @@ class TrainSection(Section):
         "constant", description="learning rate after the warm-up: constant, or falling to 0 at the end of the run"
     )
     lr_warmup_steps: int = Field(
-        0, ge=0, le=10_000_000_000, description="optimizer steps in which the learning rate rises to optimizer.lr"
+        0, ge=0, le=10_000_000_000, description="optimizer steps over which the learning rate rises to optimizer.lr"
     )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the prompts, the noise and the adapter's initial values")
     micro_batch: int | None = Field(

@@ -70,7 +70,7 @@ def _load(files: Files, device: torch.device, dtype: torch.dtype) -> Score:
         (visual.get("visual_model"), visual.get("visual_abstractor")) if isinstance(visual, dict) else (None, None)
     )
     if config.get("model_type") != "mplug_owl2" or not isinstance(vision, dict) or not isinstance(abstractor, dict):
-        raise CheckpointError(f"{folder} does not hold an mPLUG-Owl2 with its visual_config", "Use DeQA-Score.")
+        raise CheckpointError(f"{folder} does not contain an mPLUG-Owl2 with its visual_config", "Use DeQA-Score.")
     language = _language(config, folder)
     module: MplugOwl2 = load_plain_module(
         lambda: MplugOwl2(language, vision, abstractor), _tensors(folder), folder, device, dtype
@@ -94,7 +94,7 @@ def _language(config: Mapping[str, object], folder: Path) -> LlamaConfig:
         CheckpointError: a size is missing, or it is not LLaMA 2.
     """
     if whole(config, "vocab_size") <= max(*BEFORE, *AFTER, *WORDS) or config.get("rope_scaling") is not None:
-        raise CheckpointError(f"{folder} does not hold a LLaMA 2 with its vocabulary", "Use DeQA-Score.")
+        raise CheckpointError(f"{folder} does not contain a LLaMA 2 with its vocabulary", "Use DeQA-Score.")
     cls: Any = LlamaConfig
     made: LlamaConfig = cls(
         **{name: whole(config, name) for name in _SIZES},
@@ -105,7 +105,7 @@ def _language(config: Mapping[str, object], folder: Path) -> LlamaConfig:
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder but those that can be computed."""
+    """All tensors of a folder except those that can be computed."""
     main = main_weights(folder)
     files = {main} if main.suffix == ".safetensors" else set(weight_map(main).values())
     found = {name: tensor for file in sorted(files) for name, tensor in read_tensors(file).items()}

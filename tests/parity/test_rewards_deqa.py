@@ -63,9 +63,9 @@ def test_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
     config = tiny.folder / "config.json"
     stated = json.loads(config.read_text())
     for key, value, message in (
-        ("model_type", "llama", "does not hold an mPLUG-Owl2"),
-        ("visual_config", None, "does not hold an mPLUG-Owl2"),
-        ("vocab_size", 100, "does not hold a LLaMA 2 with its vocabulary"),
+        ("model_type", "llama", "does not contain an mPLUG-Owl2"),
+        ("visual_config", None, "does not contain an mPLUG-Owl2"),
+        ("vocab_size", 100, "does not contain a LLaMA 2 with its vocabulary"),
     ):
         config.write_text(json.dumps({**stated, key: value}))
         with pytest.raises(CheckpointError, match=message):

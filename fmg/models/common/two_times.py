@@ -81,7 +81,7 @@ class PackedTimeGuidanceTextEmbeddings(_PackedTimes, CombinedTimestepGuidanceTex
 
 
 class TwoTimeMixin:
-    """What a stock transformer with `time_text_embed` needs to take the times of a flow map; put before its class.
+    """Mixin that lets a stock transformer with `time_text_embed` take a flow map's times; listed before its class.
 
     The class calls `_take_times` at the end of its `__init__`, after it registered `time_scale` and `second_time`, and
     passes `_packed(...)` as `pooled_projections` in its `forward`.
