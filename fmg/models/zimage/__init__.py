@@ -1,0 +1,1 @@
+"""Z-Image-Turbo: a velocity network distilled for eight Euler steps."""

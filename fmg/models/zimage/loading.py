@@ -1,0 +1,125 @@
+"""The parts of a Z-Image folder: Qwen3 as text encoder, FLUX's autoencoder, and the transformer at a constant length."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+
+# diffusers looks for this base class in a component's module to decide how to load it
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401
+from diffusers.models.transformers import transformer_z_image
+from torch import Tensor
+from transformers import Qwen2Tokenizer, Qwen3ForCausalLM, Qwen3Model
+
+from fmg.core.errors import CheckpointError
+from fmg.core.model_folder import read_config
+from fmg.models.common.pipeline_parts import Components, Family, check_same, load_components
+from fmg.models.common.qwen import QwenText
+from fmg.models.common.weights import WeightFiles, folder_weights, load_transformer
+from fmg.models.conventions import FlowMapConventions
+from fmg.models.zimage.size import PATCH
+
+MULTIPLE: int = transformer_z_image.SEQ_MULTI_OF
+"""The class pads the tokens of a prompt to a multiple of this; the padding is seen."""
+
+
+class ZImageTransformer2DModel(diffusers.ZImageTransformer2DModel):  # type: ignore[misc]
+    """The stock class under its own name, with sequences of one length whatever the prompts of a batch are.
+
+    The stock class pads the sequences of a batch to its longest prompt. The same sample would pass through matrix
+    products of another shape in another batch, and in bf16 its log-prob would not replay. The tokens that are added are
+    masked, so the result differs by rounding alone.
+    """
+
+    text_tokens: int | None = None
+    """Tokens of a prompt that sequences are padded to; None: as in the stock class."""
+
+    def _prepare_sequence(self, feats: Any, pos_ids: Any, inner_pad_mask: Any, pad_token: Any, *rest: Any) -> Any:
+        x, freqs, mask, lengths, noise = super()._prepare_sequence(feats, pos_ids, inner_pad_mask, pad_token, *rest)
+        if pad_token is self.cap_pad_token and self.text_tokens is not None:
+            x, freqs, mask = _padded(x, freqs, lengths, self.text_tokens)
+        return x, freqs, mask, lengths, noise
+
+    def _build_unified_sequence(self, x: Tensor, x_freqs: Any, x_seqlens: list[int], *rest: Any, **options: Any) -> Any:
+        unified, freqs, mask, noise = super()._build_unified_sequence(x, x_freqs, x_seqlens, *rest, **options)
+        if self.text_tokens is not None:
+            cap_seqlens = rest[3]
+            lengths = [image + text for image, text in zip(x_seqlens, cap_seqlens, strict=True)]
+            unified, freqs, mask = _padded(unified, freqs, lengths, x_seqlens[0] + self.text_tokens)
+        return unified, freqs, mask, noise
+
+
+def _padded(x: Tensor, freqs: Tensor, lengths: list[int], length: int) -> tuple[Tensor, Tensor, Tensor]:
+    more = (0, 0, 0, length - x.shape[1])
+    places = torch.arange(length, device=x.device)
+    mask = places < torch.tensor(lengths, device=x.device)[:, None]
+    return F.pad(x, more), F.pad(freqs, more), mask
+
+
+Z_IMAGE_FAMILY = Family(
+    "Z-Image",
+    MappingProxyType(
+        {
+            "transformer": {"ZImageTransformer2DModel": ZImageTransformer2DModel},
+            "vae": {"AutoencoderKL": AutoencoderKL},
+            "text_encoder": {"Qwen3Model": Qwen3Model, "Qwen3ForCausalLM": Qwen3ForCausalLM},
+        }
+    ),
+    MappingProxyType({"tokenizer": Qwen2Tokenizer}),
+)
+
+ZImageComponents = Components[QwenText]
+# hidden_states[-2] of the chat with an open thinking block, as in ZImagePipeline
+_text = partial(QwenText, layers=(-2,), thinking=True, masked=True)
+
+
+def load_parts(
+    folder: Path,
+    conventions: FlowMapConventions,
+    device: torch.device,
+    dtype: torch.dtype,
+    text_device: torch.device | None = None,
+) -> ZImageComponents:
+    """Loads a pipeline folder by stated conventions.
+
+    Args:
+        folder: a diffusers pipeline folder.
+        conventions: how the transformer's weights are sampled.
+        device: where transformer and decoder go.
+        dtype: of every weight.
+        text_device: where Qwen3 goes; None: to `device`.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, of a class that is not known, or does not fit the others.
+    """
+
+    def transformer() -> tuple[ZImageTransformer2DModel, WeightFiles]:
+        own = folder / "transformer"
+        Z_IMAGE_FAMILY.class_of(own, own.name)
+        config, weights = read_config(own), folder_weights(own)
+        _check_config(folder, config)
+        return load_transformer(ZImageTransformer2DModel, config, weights, device, dtype), weights
+
+    components = load_components(Z_IMAGE_FAMILY, folder, conventions, transformer, _text, device, dtype, text_device)
+    components.transformer.text_tokens = -(-conventions.max_sequence_length // MULTIPLE) * MULTIPLE
+    text, network = components.text, components.transformer.config
+    text.check_layers(folder / "text_encoder")
+    check_same("text_encoder", "hidden_size", text.width, "cap_feat_dim", network.cap_feat_dim)
+    check_same("vae", "latent_channels", components.vae.config.latent_channels, "in_channels", network.in_channels)
+    return components
+
+
+def _check_config(folder: Path, config: dict[str, object]) -> None:
+    for key, wanted in (("all_patch_size", [PATCH]), ("all_f_patch_size", [1]), ("siglip_feat_dim", None)):
+        if config.get(key, wanted) != wanted:
+            raise CheckpointError(
+                f"The transformer in {folder} has {key} {config[key]!r:.60}, unlike Z-Image-Turbo",
+                "Give a folder of Z-Image-Turbo or of a model that was tuned from it.",
+            )
