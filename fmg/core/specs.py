@@ -16,7 +16,10 @@ DECODE_PIXELS = 2**18
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _ATTENTION_ENDS = ("to_q", "to_k", "to_v", "to_out.0")
-_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp")
+_FEED_FORWARD = (
+    *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"),
+    *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+)
 
 LORA_PRESETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {

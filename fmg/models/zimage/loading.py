@@ -1,4 +1,4 @@
-"""The parts of a Z-Image folder: Qwen3 as text encoder, FLUX's autoencoder, and the transformer at a constant length."""
+"""The parts of a Z-Image folder: Qwen3 as text encoder, FLUX's autoencoder, and a transformer of constant length."""
 
 from __future__ import annotations
 
