@@ -1,8 +1,8 @@
 """Learning-rate schedules: diffusers' functions of the number of an update.
 
 Like noise and prompts, the rate depends only on the position in the run, so a resumed or distributed run needs no state
-for it. An update that is skipped (`objective.target_kl`, equal rewards) keeps its position: the rate reaches 0 in the
-last iteration, however many updates were made.
+for it. An update that is skipped (`objective.target_kl`, equal rewards) keeps its position: the rate reaches 0 at the
+end of the last iteration, however many updates were made.
 """
 
 from __future__ import annotations
