@@ -8,7 +8,8 @@ from pydantic import Field
 
 from fmg.core.hub import Asset
 from fmg.registry.config import About, ComponentConfig
-from fmg.rewards.configs import CLIP_VIT_L_14, WEIGHT_FILES, NetworkConfig, clip_asset
+from fmg.rewards.configs import NetworkConfig
+from fmg.rewards.published import CLIP_VIT_L_14, WEIGHT_FILES, clip_asset
 
 DINOV2 = "facebook/dinov2-large"
 

@@ -25,7 +25,7 @@ from fmg.core.display import some
 from fmg.core.errors import CheckpointError
 from fmg.core.hub import Located
 from fmg.core.types import RewardOutput
-from fmg.rewards.configs import HPSV3_PACKAGE, Hpsv3Config
+from fmg.rewards.configs import Hpsv3Config
 from fmg.rewards.network import (
     Files,
     NetworkReward,
@@ -37,6 +37,7 @@ from fmg.rewards.network import (
     read_python,
     read_renamed,
 )
+from fmg.rewards.published import HPSV3_PACKAGE
 from fmg.rewards.qwen_vl import ASSISTANT, Patches, check_no_markers, closing, opening
 
 LAYOUT = "hpsv3-1"

@@ -17,8 +17,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from fmg.core.hub import locate
 from fmg.registry import rewards
-from fmg.rewards.configs import qwen_vl_asset
 from fmg.rewards.images import to_bytes
+from fmg.rewards.published import qwen_vl_asset
 from fmg.rewards.qwen_vl import load_qwen_vl
 from tests.tiny_rewards import write_qwen_vl
 

@@ -16,8 +16,8 @@ from fmg.core.errors import UsageError
 from fmg.core.hub import HubSource, PackageSource
 from fmg.recipe import Recipe
 from fmg.registry import rewards
-from fmg.rewards.configs import CLIP_VIT_H_14 as TOKENIZER
-from fmg.rewards.configs import PICKSCORE
+from fmg.rewards.published import CLIP_VIT_H_14 as TOKENIZER
+from fmg.rewards.published import PICKSCORE
 from tests.support.cli import fmg
 
 TEACHER = "Freepik/flux.1-lite-8B"

@@ -17,8 +17,9 @@ from fmg.core.types import RewardOutput
 from fmg.registry import rewards
 from fmg.rewards.base import Mixture
 from fmg.rewards.clip import VIT_H_14, clean, from_open_clip, open_clip_config
-from fmg.rewards.configs import CLIP_VIT_H_14, HPSV2, ClipScoreConfig
+from fmg.rewards.configs import ClipScoreConfig
 from fmg.rewards.network import Files, NetworkReward, Score
+from fmg.rewards.published import CLIP_VIT_H_14, HPSV2
 from tests.support.reward_layouts import to_open_clip
 from tests.tiny_rewards import (
     open_clip_shapes,

@@ -13,8 +13,9 @@ import pytest
 from fmg.core.hub import HubSource, PackageSource
 from fmg.registry import rewards
 from fmg.rewards.clip import affine_head
-from fmg.rewards.configs import AESTHETIC_HEAD, NetworkConfig
+from fmg.rewards.configs import NetworkConfig
 from fmg.rewards.network import read_tensors
+from fmg.rewards.published import AESTHETIC_HEAD
 
 NETWORKS = ("aesthetic", "clipscore", "deqa", "geneval2", "hpsv2", "hpsv3", "imagereward", "pickscore", "unifiedreward")
 
