@@ -14,11 +14,15 @@ MAX_ROWS = 1024
 DECODE_PIXELS = 2**18
 """Maximum image pixels per decoder call: one image of 512 px, or as many small ones as suit a CPU cache."""
 
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+_SEPARATE = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+# query, key, value and the feed-forward in one matrix, and their outputs in another, as in FLUX.2
+_FUSED = ("to_qkv_mlp_proj", "attn.to_out")
+_ATTENTION = _SEPARATE + _FUSED
 _ATTENTION_ENDS = ("to_q", "to_k", "to_v", "to_out.0")
 _FEED_FORWARD = (
     *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"),
     *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+    *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),
 )
 
 LORA_PRESETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -30,9 +34,10 @@ LORA_PRESETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 """Preset name -> suffixes of module names. `attention` is what published RL fine-tunes of FLUX adapt: the image and
-text projections of the double-stream blocks and, by the same suffixes, to_q/k/v of the single-stream blocks. On SANA it
-is both attentions of a block, which the last two name one by one: the linear one among image tokens, and the one that
-looks at the prompt."""
+text projections of the double-stream blocks and, by the same suffixes, to_q/k/v of the single-stream blocks. In FLUX.2
+single-stream blocks fuse attention and feed-forward, and both fused matrices belong to `attention`. On SANA it is both
+attentions of a block, which the last two name one by one: the linear one among image tokens, and the one that looks at
+the prompt."""
 
 
 MapKind = Literal["two-time", "single-time", "velocity"]

@@ -32,6 +32,11 @@ MAX_SHIFT = 100.0
 _SHIFT = "shift-"
 _FLUX_TOKENS = (256, 4096)
 _FLUX_SHIFTS = (0.5, 1.15)
+# slope in the image tokens and offset of FLUX.2's mu at 10 and at 200 steps, and the tokens from which the second is
+# taken for any number of steps
+_FLUX2_STEPS = (10, 200)
+_FLUX2_MU = ((8.73809524e-05, 1.89833333), (0.00016927, 0.45666666))
+_FLUX2_MANY_TOKENS = 4300
 _SCM_TWO_STEP_ANGLE = 1.3
 
 
@@ -41,7 +46,7 @@ def make_grid(spec: GridSpec, steps: int, *, image_tokens: int | None = None) ->
     Args:
         spec: one of `grid_names()`, `shift-` and a number, or a list of times (an explicit grid).
         steps: number of sampling steps N, from 1 to 1000.
-        image_tokens: tokens of one image; only `flux-shift` needs it (1024 for FLUX at 512 px).
+        image_tokens: tokens of one image; only `flux-shift` and `flux2-shift` need it (1024 for FLUX at 512 px).
 
     Grids:
         `uniform`: `linspace(1, 0, N + 1)`.
@@ -50,6 +55,8 @@ def make_grid(spec: GridSpec, steps: int, *, image_tokens: int | None = None) ->
             diffusers' FlowMatchEulerDiscreteScheduler, on N equal steps that end at 0, as AnyFlow samples).
         `flux-shift`: the same with `a = e^mu`, and `mu` linear in the image tokens from 0.5 at 256 to 1.15 at 4096
             (diffusers' FlowMatchEulerDiscreteScheduler, dynamic shifting).
+        `flux2-shift`: the same with the `mu` that was fitted for FLUX.2, which depends on the steps as well
+            (`compute_empirical_mu` of diffusers' Flux2KleinPipeline).
         `scm`: TrigFlow angles `theta` mapped to rectified-flow times `sin / (sin + cos)`: pi/2, 1.3, 0 for two steps
             (1, 0.7827, 0), else `linspace(pi/2, 0, N + 1)` (SANA-Sprint, arXiv 2503.09641; diffusers' SCMScheduler).
         `scm-angle`: the same angles as times of the trig path, `theta / (pi/2)`: (1, 0.8276, 0) for two steps, else the
@@ -75,7 +82,12 @@ def make_grid(spec: GridSpec, steps: int, *, image_tokens: int | None = None) ->
 
 def grid_names() -> tuple[str, ...]:
     """The names that `make_grid` knows; `shift-3` is one of a family, and `explicit` means a list of times."""
-    return (*_BY_STEPS, f"{_SHIFT}3", "flux-shift", EXPLICIT)
+    return (*_BY_STEPS, f"{_SHIFT}3", *_BY_TOKENS, EXPLICIT)
+
+
+def needs_tokens(spec: GridSpec) -> bool:
+    """Whether the times of a grid depend on the tokens of an image."""
+    return isinstance(spec, str) and spec in _BY_TOKENS
 
 
 def check_name(name: str) -> None:
@@ -93,8 +105,13 @@ def _times(spec: GridSpec, steps: int, image_tokens: int | None) -> tuple[float,
         return _explicit(spec, steps)
     if spec == EXPLICIT:
         raise UsageError("The grid 'explicit' needs a list of times", "Give the list of times instead of the name.")
-    if spec == "flux-shift":
-        return _flux_shift(steps, image_tokens)
+    if spec in _BY_TOKENS:
+        if image_tokens is None or image_tokens < 1:
+            raise UsageError(
+                f"The grid '{spec}' depends on the number of image tokens, which this model does not give",
+                "Use another grid, or pass image_tokens (1024 for FLUX at 512 px).",
+            )
+        return _shifted(math.exp(_BY_TOKENS[spec](image_tokens, steps)), steps)
     shift = _static_shift(spec)
     if shift is not None:
         return _shifted(shift, steps)
@@ -125,14 +142,17 @@ def _scm_angle(steps: int) -> tuple[float, ...]:
     return (1.0, _SCM_TWO_STEP_ANGLE / (math.pi / 2), 0.0) if steps == 2 else _uniform(steps)
 
 
-def _flux_shift(steps: int, image_tokens: int | None) -> tuple[float, ...]:
-    if image_tokens is None or image_tokens < 1:
-        raise UsageError(
-            "The grid 'flux-shift' depends on the number of image tokens, which this model does not give",
-            "Use another grid, or pass image_tokens (1024 for FLUX at 512 px).",
-        )
+def _flux_mu(tokens: int, steps: int) -> float:
     (low, high), (base, top) = _FLUX_TOKENS, _FLUX_SHIFTS
-    return _shifted(math.exp(base + (top - base) * (image_tokens - low) / (high - low)), steps)
+    return base + (top - base) * (tokens - low) / (high - low)
+
+
+def _flux2_mu(tokens: int, steps: int) -> float:
+    few, many = (slope * tokens + offset for slope, offset in _FLUX2_MU)
+    if tokens > _FLUX2_MANY_TOKENS:
+        return many
+    low, high = _FLUX2_STEPS
+    return many + (many - few) / (high - low) * (steps - high)
 
 
 def _static_shift(name: str) -> float | None:
@@ -178,6 +198,8 @@ _BY_STEPS: dict[str, Callable[[int], tuple[float, ...]]] = {
     "scm": _scm,
     "scm-angle": _scm_angle,
 }
+_BY_TOKENS: dict[str, Callable[[int, int], float]] = {"flux-shift": _flux_mu, "flux2-shift": _flux2_mu}
+"""Logarithm of the shift by the tokens of an image and the steps."""
 
 
 def named_grids() -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from fmg.core.display import counted
 from fmg.core.errors import CompositionError, MissingDependencyError, UsageError
 from fmg.core.specs import MapSpec, Requirements
-from fmg.flow.grids import make_grid
+from fmg.flow.grids import make_grid, needs_tokens
 from fmg.recipe.sections import RecipeFields, RewardRef
 from fmg.registry.validation import Location, Problem
 from fmg.version import install_line
@@ -103,8 +103,8 @@ def _sampler_problems(recipe: RecipeFields) -> Iterator[Problem]:
 
 
 def _times(spec: str | Sequence[float], steps: int) -> tuple[float, ...] | None:
-    """The times of a grid; None when they depend on the image size of the model (`flux-shift`)."""
-    return None if spec == "flux-shift" else make_grid(spec, steps)
+    """The times of a grid; None when they depend on the image size of the model."""
+    return None if needs_tokens(spec) else make_grid(spec, steps)
 
 
 def _window_problems(recipe: RecipeFields, spec: MapSpec) -> Iterator[Problem]:

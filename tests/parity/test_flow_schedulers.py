@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SCMScheduler
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 
 from fmg.flow import LinearPath, SingleTimeMap, make_grid
@@ -32,6 +33,13 @@ def test_a_static_shift_is_that_of_the_scheduler_on_equal_steps(shift: float, st
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist())
     assert make_grid(f"shift-{shift:g}", steps) == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(1024, 4), (4096, 4), (256, 1), (4096, 50), (4300, 8), (4301, 8)])
+def test_flux2_shift_is_that_of_its_pipeline(tokens: int, steps: int) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist(), mu=compute_empirical_mu(tokens, steps))
+    assert make_grid("flux2-shift", steps, image_tokens=tokens) == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])

@@ -101,7 +101,9 @@ def test_divergence_is_positive_and_zero_on_itself(std: float, other: float, shi
 
 @fast
 @given(
-    st.sampled_from(["uniform", "paper", "scm", "flux-shift", "shift-3"]), st.integers(3, 60), st.integers(16, 16_384)
+    st.sampled_from(["uniform", "paper", "scm", "flux-shift", "flux2-shift", "shift-3"]),
+    st.integers(3, 60),
+    st.integers(16, 16_384),
 )
 def test_grids_fall_from_one_to_zero(name: str, steps: int, tokens: int) -> None:
     grid = make_grid(name, steps, image_tokens=tokens)

@@ -5,7 +5,7 @@ The names of adapter tensors are those of the files: `<module>.lora_A.weight` an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -105,7 +105,7 @@ def attach(
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=[s for s in expand_targets(targets) if any(is_target(name, (s,)) for name in found)],
+        target_modules=_peft_targets(transformer, expand_targets(targets), found),
         lora_dropout=dropout,
         init_lora_weights="gaussian",
     )
@@ -119,6 +119,19 @@ def attach(
     for module in dropout_modules(transformer):
         module.train()
     return found
+
+
+def _peft_targets(transformer: nn.Module, suffixes: Sequence[str], found: Mapping[str, nn.Linear]) -> list[str]:
+    """The suffixes that select only `found`, and the whole names where a suffix would select other modules too.
+
+    PEFT refuses such modules: `attn.to_out` is a matrix in FLUX.2's single-stream blocks and a list in its others.
+    """
+    chosen: dict[str, None] = {}
+    for suffix in suffixes:
+        selected = [name for name, _ in transformer.named_modules() if is_target(name, (suffix,))]
+        linear = [name for name in selected if name in found]
+        chosen |= dict.fromkeys([suffix] if linear and linear == selected else linear)
+    return list(chosen)
 
 
 def tuner_layers(transformer: nn.Module) -> list[Any]:

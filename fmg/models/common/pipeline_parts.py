@@ -22,7 +22,7 @@ from fmg.core.errors import CheckpointError, FmgWarning, out_of_memory, reason
 from fmg.core.model_folder import CONFIG, RESTORE, check_no_adapter, read_config
 from fmg.core.stdout_redirect import quiet as quiet_libraries
 from fmg.models.common.text import TextStack
-from fmg.models.common.weights import FLOATS, WeightFiles, folder_weights, stored_shapes
+from fmg.models.common.weights import FLOATS, WeightFiles, folder_weights, load_transformer, stored_shapes
 from fmg.models.conventions import CONVENTIONS_FILE, FlowMapConventions
 
 Text = TypeVar("Text", bound=TextStack)
@@ -149,7 +149,7 @@ def load_components(
     family: Family,
     folder: Path,
     conventions: FlowMapConventions,
-    transformer: Callable[[], tuple[Any, WeightFiles]],
+    transformer: Callable[[], tuple[Any, WeightFiles]] | None,
     text: Callable[..., Text],
     device: torch.device,
     dtype: torch.dtype,
@@ -161,7 +161,7 @@ def load_components(
         family: the classes that it may name.
         folder: a diffusers pipeline folder.
         conventions: how the transformer's weights are sampled.
-        transformer: loads the transformer to `device`, and names its files; called first.
+        transformer: loads the transformer to `device`, and names its files; called first. None: the folder's own.
         text: takes the encoders and tokenizers by the names of their folders.
         device: where transformer and decoder go.
         dtype: of every weight.
@@ -171,7 +171,7 @@ def load_components(
         CheckpointError: a file is missing, damaged or of an unknown class.
     """
     with quiet():
-        network, weights = transformer()
+        network, weights = (transformer or partial(_own_transformer, family, folder, device, dtype))()
         vae = family.module(folder / "vae", dtype)
         names = [name for name in family.text_folders if name not in family.tokenizers]
         encoders = {name: family.module(folder / name, dtype) for name in names}
@@ -182,6 +182,12 @@ def load_components(
     for module in encoders.values():
         module.to(device if text_device is None else text_device)
     return Components(folder, conventions, network, vae, text(**encoders, **tokenizers), weights)
+
+
+def _own_transformer(family: Family, folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Any, WeightFiles]:
+    own = folder / "transformer"
+    cls, weights = family.class_of(own, own.name), folder_weights(own)
+    return load_transformer(cls, read_config(own), weights, device, dtype), weights
 
 
 def _check_keys(cls: Any, file: Path, config: Mapping[str, object]) -> None:

@@ -42,6 +42,12 @@ class QwenText:
         return (self.text_encoder,)
 
     @property
+    def facts(self) -> tuple[str, ...]:
+        """What decides an embedding besides the files: another family reads other states of the same decoder."""
+        taken = (self.layers, self.thinking, self.padding_side, self.padding_position, self.masked)
+        return ("qwen", *map(str, taken))
+
+    @property
     def width(self) -> int:
         """Channels of a token."""
         config = self.text_encoder.config

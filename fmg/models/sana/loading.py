@@ -16,9 +16,7 @@ from torch import Tensor
 from transformers import Gemma2Model, GemmaTokenizer
 
 from fmg.core.errors import CheckpointError
-from fmg.core.model_folder import read_config
 from fmg.models.common.pipeline_parts import Components, Family, check_same, load_components
-from fmg.models.common.weights import WeightFiles, folder_weights, load_transformer
 from fmg.models.conventions import FlowMapConventions
 
 
@@ -112,15 +110,8 @@ def load_parts(
     Raises:
         CheckpointError: a file is missing, damaged, of an unknown class, or does not fit the others.
     """
-
-    def transformer() -> tuple[SanaTransformer2DModel, WeightFiles]:
-        own = folder / "transformer"
-        SANA.class_of(own, own.name)
-        weights = folder_weights(own)
-        return load_transformer(SanaTransformer2DModel, read_config(own), weights, device, dtype), weights
-
     text = partial(SanaText, instruction=instruction)
-    components = load_components(SANA, folder, conventions, transformer, text, device, dtype, text_device)
+    components = load_components(SANA, folder, conventions, None, text, device, dtype, text_device)
     components.text.tokenizer.padding_side = "right"
     _check_fit(components)
     return components

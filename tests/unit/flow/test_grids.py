@@ -24,7 +24,7 @@ def test_last_time_is_exactly_zero_and_first_exactly_one() -> None:
 
 
 def test_one_step_is_one_jump() -> None:
-    for name in ("uniform", "scm", "flux-shift", "shift-3"):
+    for name in ("uniform", "scm", "flux-shift", "flux2-shift", "shift-3"):
         assert make_grid(name, 1, image_tokens=256) == (1.0, 0.0)
 
 
@@ -38,6 +38,7 @@ def test_one_step_is_one_jump() -> None:
         ([1, 0.5, 0.49999, 0], 3, None, "apart"),
         ("paper", 2, None, "3 steps or more"),
         ("flux-shift", 4, None, "number of image tokens"),
+        ("flux2-shift", 4, None, "'flux2-shift' depends on the number of image tokens"),
         ("flux-shift", 4, 0, "number of image tokens"),
         ("explicit", 4, None, "list of times"),
         ("shift-", 4, None, "states no shift"),
