@@ -16,7 +16,7 @@ import typer
 from fmg.cli import completion
 from fmg.cli.options import AsJson, given_text, reward_options
 from fmg.cli.output import print_json, stdout, table
-from fmg.core.errors import UsageError, writing
+from fmg.core.errors import FmgError, UsageError, writing
 
 if TYPE_CHECKING:
     from fmg.registry import Description
@@ -88,9 +88,9 @@ def show(
 
     registry, name = (registry_of(kind), kind) if name is None else (registry_for(kind), name)
     description, config = registry.describe(name), registry.config_class(name)
-    ranges = _ranges(config.model_json_schema())
+    ranges, facts = _ranges(config.model_json_schema()), _facts(description)
     if as_json:
-        print_json(_plain(description, ranges) | asdict(config.about))
+        print_json(_plain(description, ranges) | asdict(config.about) | ({"facts": facts} if facts else {}))
         return
     out = stdout()
     out.print(f"{description.kind} {description.name}: {description.summary}\n")
@@ -99,6 +99,8 @@ def show(
     origin = list(_origin(config.about))
     if origin:
         out.print("\n".join(origin), end="\n\n", soft_wrap=True)
+    if facts:
+        out.print("\n".join(f"{name}: {fact}" for name, fact in facts.items()), end="\n\n", soft_wrap=True)
     if not description.fields:
         out.print("No options.")
         return
@@ -107,6 +109,19 @@ def show(
         for field in description.fields
     ]
     out.print(table(["option", "type", "default", "range", "meaning"], cells))
+
+
+def _facts(description: Description) -> dict[str, str]:
+    """How a model of the catalog is sampled by its default recipe."""
+    if description.kind != "model":
+        return {}
+    from fmg.recipe import Recipe
+
+    try:
+        return dict(Recipe.default(description.name).model.config.facts())
+    except FmgError:
+        # a model of another package may have no recipe, or one that needs options
+        return {}
 
 
 def _origin(about: About) -> Iterator[str]:

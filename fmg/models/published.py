@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 BYTES = 2
 """Bytes of a bf16 weight, the dtype that plans assume for published weights."""
 
+EULER_ANCHORS = (
+    "A jump to an anchor is one Euler step. The weights were distilled for their own Euler steps, not for new noise: "
+    "samples of a stochasticizer may leave their distribution. `fmg eval --path-check` measures by how much."
+)
+"""`anchor_note` of a velocity network that was distilled by distribution matching."""
+EULER_KERNEL = ("asfmc", (("gap", 0.0147),))
+"""Its default stochasticizer: the anchor just below the target time adds the least noise it was not distilled for."""
+
 # Models this large are refused on a machine without a GPU, unless the CPU is requested by name.
 _LARGE = 500_000_000
 
@@ -52,6 +60,14 @@ class PublishedConfig(ModelConfig):
     def conventions(self) -> FlowMapConventions:
         """How the weights are sampled."""
 
+    def facts(self) -> Mapping[str, str]:
+        """The transformer's class and its times, besides the kind of map and the grid."""
+        stated = self.conventions()
+        second, scale = stated.second_time, f"x {stated.time_scale:g}"
+        joined = "added" if second.gate is None else f"mixed with gate {second.gate:g}"
+        takes = f"{second.takes}, {joined}, x {second.scale or stated.time_scale:g}" if second else "none"
+        return {"transformer": self.transformer_class, **super().facts(), "time": scale, "second time": takes}
+
     @abstractmethod
     def load(self, device: torch.device, dtype: torch.dtype) -> Model:
         """Reads the model from files on this computer. Imports the libraries of its family, which takes seconds.
@@ -68,6 +84,8 @@ class PublishedConfig(ModelConfig):
             return {}
         return {"base_model": source.repository, "license": "other", "license_name": "terms-of-the-base-model"}
 
+    transformer_class: ClassVar[str]
+    """Name of the transformer's class in diffusers."""
     published: ClassVar[Mapping[str, object]]
     """The transformer's config where it is not on this computer yet."""
 

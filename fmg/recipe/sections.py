@@ -389,6 +389,8 @@ def _notes(section: BaseModel, path: str) -> Iterator[tuple[str, str]]:
         if isinstance(section, ComponentRef) and key in ComponentRef.model_fields:
             continue
         if isinstance(value, BaseModel):
+            # a value such as `second_time` is written as a word, or as a mapping
+            yield from [(f"{path}{key}", info.description)] if info.description else ()
             yield from _notes(value, f"{path}{key}.")
         elif isinstance(value, tuple) and value and all(isinstance(item, BaseModel) for item in value):
             for number, item in enumerate(value):

@@ -67,9 +67,25 @@ class ModelConfig(ComponentConfig, ABC):
     mergeable: ClassVar[bool] = True
     """Whether `fmg export --diffusers` merges an adapter into the model's folder."""
 
+    anchor_note: ClassVar[str] = ""
+    """What an anchor means for the map, where its kind does not say it all; for `fmg show`."""
+
     @abstractmethod
     def spec(self) -> MapSpec:
         """Declared properties, read from the config or the small JSON file beside the weights."""
+
+    def facts(self) -> Mapping[str, str]:
+        """How the weights are sampled, for `fmg show`: what a family has to state, because no file of weights does."""
+        spec = self.spec()
+        grid = spec.default_grid if isinstance(spec.default_grid, str) else ", ".join(map(str, spec.default_grid))
+        name, options = spec.default_stochasticizer
+        given = ", ".join(f"{key} {value}" for key, value in options)
+        return {
+            "map": f"{spec.map_name}, {spec.path} path",
+            "grid": f"{grid}, {spec.default_steps} steps",
+            "stochasticizer": f"{name} ({given})" if given else name,
+            **({"anchors": self.anchor_note} if self.anchor_note else {}),
+        }
 
     def card_facts(self) -> Mapping[str, str]:
         """Facts about the base for the front matter of a model card: `base_model` (a hub id) and `license`."""

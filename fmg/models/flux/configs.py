@@ -40,6 +40,7 @@ _PAPER_ANCHOR = ("asfmc", (("gap", 0.0147),))
 class FluxConfig(DiffusersConfig):
     """Options of every FLUX-class model of full size."""
 
+    transformer_class: ClassVar[str] = "FluxTransformer2DModel"
     published: ClassVar[Mapping[str, object]] = FLUX_LITE
 
     in_diffusers: ClassVar[str] = FLUX_IN_DIFFUSERS

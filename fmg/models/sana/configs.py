@@ -31,6 +31,7 @@ class SanaSprintConfig(PublishedConfig):
     """SANA-Sprint in a diffusers pipeline folder: a single-time consistency model of 0.6 or 1.6 B parameters."""
 
     recipe: ClassVar[str | None] = "sana-sprint"
+    transformer_class: ClassVar[str] = "SanaTransformer2DModel"
     # at 1024 px the activations weigh more than so small a transformer, and the autoencoder is not small beside it
     work_space: ClassVar[float] = 4.5
     about: ClassVar[About] = About(

@@ -11,7 +11,7 @@ from pydantic import Field
 from fmg.core.hub import Asset
 from fmg.core.specs import MAX_SIDE, MapSpec, ModelGeometry
 from fmg.models.conventions import FlowMapConventions, SecondTime
-from fmg.models.published import BYTES, DiffusersConfig, pipeline_folder
+from fmg.models.published import BYTES, EULER_ANCHORS, EULER_KERNEL, DiffusersConfig, pipeline_folder
 from fmg.models.zimage.size import Z_IMAGE, ZImageSize, zimage_geometry
 from fmg.registry.config import About
 
@@ -24,15 +24,13 @@ COMPONENTS = ("vae", "text_encoder", "transformer")
 _TERMS = "Apache-2.0"
 _QWEN_GB, _VAE_GB = 8.0, 0.2
 _SCALE = 16
-# A student of distribution matching knows its own Euler sampler: the anchor just below the target time adds the least
-# noise that it was not distilled for (docs/flux.md).
-_LOCAL_ANCHOR = ("asfmc", (("gap", 0.0147),))
 
 
 class ZImageTurboConfig(DiffusersConfig):
     """Z-Image-Turbo in a diffusers pipeline folder: 6 B parameters, distilled for eight Euler steps without CFG."""
 
     recipe: ClassVar[str | None] = "z-image-turbo"
+    transformer_class: ClassVar[str] = "ZImageTransformer2DModel"
     published: ClassVar[Mapping[str, object]] = Z_IMAGE
     about: ClassVar[About] = About(
         licence=f"{_TERMS}; as the model card states it, not checked here",
@@ -42,6 +40,7 @@ class ZImageTurboConfig(DiffusersConfig):
     )
     in_diffusers: ClassVar[str] = "a `ZImagePipeline` of the base"
     mergeable: ClassVar[bool] = False
+    anchor_note: ClassVar[str] = EULER_ANCHORS
 
     folder: str = Field(
         min_length=1, description="Pipeline folder: hub id owner/name@revision, or a local diffusers folder."
@@ -95,4 +94,4 @@ class ZImageTurboConfig(DiffusersConfig):
 
     def spec(self) -> MapSpec:
         """Declared properties, known without reading a weight or having fetched anything."""
-        return replace(super().spec(), default_stochasticizer=_LOCAL_ANCHOR)
+        return replace(super().spec(), default_stochasticizer=EULER_KERNEL)
