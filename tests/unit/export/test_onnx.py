@@ -60,7 +60,7 @@ def test_a_graph_that_is_not_as_planned_is_refused() -> None:
 def test_a_truncated_graph_and_weights_of_another_dtype_are_refused(tmp_path: Path) -> None:
     traced = trace(twins())
     half = lay_out({name: (torch.float16, shape) for name, shape in traced.parameters.items()})
-    with pytest.raises(CheckpointError, match=r"is torch\.float16 .* and FLOAT"):
+    with pytest.raises(CheckpointError, match=r"is torch\.float16 .* but FLOAT"):
         save_graph(traced, tmp_path / "g.onnx", "w", half.places)
     layout = lay_out({name: (torch.float32, shape) for name, shape in traced.parameters.items()})
     write_weights(tmp_path / "w", layout, lambda name: torch.zeros(traced.parameters[name]))

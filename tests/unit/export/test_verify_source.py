@@ -85,7 +85,7 @@ def test_what_was_exported_is_what_it_was_made_from(shapes_artifact: Artifact, s
 @pytest.mark.parametrize(
     ("edit", "check", "note"),
     [
-        (in_manifest("sampling", "steps", value=1), "facts", r"sampling\.steps is 1 .* and 4 in"),
+        (in_manifest("sampling", "steps", value=1), "facts", r"sampling\.steps is 1 .* but 4 in"),
         (in_manifest("sampling", "grid", value="scm-angle"), "facts", r"sampling\.grid"),
         (in_manifest("sampling", "time_scale", value=1.0), "facts", r"sampling\.time_scale is 1\.0"),
         (in_manifest("sampling", "second_time", value="target"), "facts", r"sampling\.second_time"),
