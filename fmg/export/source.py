@@ -37,7 +37,6 @@ from fmg.models.common.adapter import add_low_rank
 from fmg.models.common.pipeline_parts import load_tokenizer, quiet
 from fmg.models.common.saved_weights import (
     COMPONENT,
-    DIFFUSERS_FILE,
     LORA_A,
     LORA_B,
     AdapterManifest,
@@ -60,6 +59,7 @@ from fmg.models.embedded import EmbeddedConfig
 from fmg.models.flux.configs import FluxConfig, FluxStudentConfig
 from fmg.models.flux.loading import FLUX, TransformerSource, check_student, transformer_source
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
+from fmg.models.published import DIFFUSERS_FILE, LocatedAdapter, StackedConfig
 from fmg.recipe import Recipe
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -162,15 +162,17 @@ def find_source(target: Target) -> ExportSource:
     """
     config, name = target.recipe.model.config, target.recipe.model.name
     conventions = conventions_of(target.recipe)
-    student = None
+    student, adapters = None, tuple[LocatedAdapter, ...]()
     if isinstance(config, FluxConfig):
         folder = locate(config.architecture(), "model", name).path
         if isinstance(config, FluxStudentConfig):
             student = locate(config.assets()[0], "model", name).path
+        if isinstance(config, StackedConfig):
+            adapters = config.located_adapters()
     else:
         assert isinstance(config, EmbeddedConfig)
         folder = config.directory()
-    source = transformer_source(folder, conventions, student)
+    source = transformer_source(folder, conventions, student, adapters)
     if target.adapter is not None and is_full(target.adapter):
         read_transformer_manifest(target.adapter)
         source = replace(source, weights=folder_weights(target.adapter / COMPONENT))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -32,14 +32,40 @@ Takes = Literal["none", "duration", "target"]
 """What a second-time embedder receives: nothing, the duration t - s, or the target time s."""
 
 
-class SecondTime(BaseModel):
+class Worded(BaseModel):
+    """Options that a bare string is short for, as a component's name is for `{name: ...}`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    word: ClassVar[str]
+    """The field that the string sets; every other has a default."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _from_word(cls, value: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        return handler({cls.word: value} if isinstance(value, str) else value)
+
+    @model_serializer
+    def plain(self) -> str | dict[str, object]:
+        """The string alone where it says everything, else a mapping of what differs from the defaults."""
+        stated = {name: (getattr(self, name), field.default) for name, field in type(self).model_fields.items()}
+        given = {name: value for name, (value, default) in stated.items() if name == self.word or value != default}
+        return str(given[self.word]) if len(given) == 1 else given
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        words = handler(core)["properties"][cls.word]
+        return {"anyOf": [{key: words[key] for key in ("type", "enum") if key in words}, handler(core)]}
+
+
+class SecondTime(Worded):
     """How the second time of a two-time map joins the first, whatever the family.
 
     Written as a word, such as `duration`, it is added, at the scale of the first time, as in MeanFlow students of FLUX.
     AnyFlow's convention is `{takes: target, gate: 0.25}`; the mean of the two in HunyuanImage is a gate of 0.5.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    word: ClassVar[str] = "takes"
 
     takes: Takes = Field(description="What the second embedder receives: t - s, s, or nothing for a single-time map.")
     gate: float | None = Field(
@@ -52,28 +78,11 @@ class SecondTime(BaseModel):
         default=None, gt=0, description="Factor on the second time before its sinusoids; null: that of the first time."
     )
 
-    @model_validator(mode="wrap")
-    @classmethod
-    def _from_word(cls, value: object, handler: ModelWrapValidatorHandler[SecondTime]) -> SecondTime:
-        return handler({"takes": value} if isinstance(value, str) else value)
-
     @model_validator(mode="after")
     def _nothing_joins_without_it(self) -> SecondTime:
         if self.takes == "none" and (self.gate is not None or self.scale is not None):
             raise ValueError("a map without a second time has neither a gate nor a scale for it")
         return self
-
-    @model_serializer
-    def plain(self) -> str | dict[str, object]:
-        """The word alone where it says everything, else a mapping."""
-        stated = {"gate": self.gate, "scale": self.scale}
-        given = {key: value for key, value in stated.items() if value is not None}
-        return {"takes": self.takes, **given} if given else self.takes
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        words = handler(core)["properties"]["takes"]["enum"]
-        return {"anyOf": [{"type": "string", "enum": words}, handler(core)]}
 
     def __bool__(self) -> bool:
         """Whether there is a second time."""

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from fmg.core.errors import FmgWarning
-from fmg.core.hub import Asset, HubSource, locate, problem
+from fmg.core.hub import Asset, HubSource, Located, locate, problem
 from fmg.core.model_folder import stated_config
 from fmg.core.specs import MapSpec
-from fmg.models.conventions import FlowMapConventions
+from fmg.models.conventions import FlowMapConventions, Worded
 from fmg.registry.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -33,6 +33,11 @@ EULER_ANCHORS = (
 """`anchor_note` of a velocity network that was distilled by distribution matching."""
 EULER_KERNEL = ("asfmc", (("gap", 0.0147),))
 """Its default stochasticizer: the anchor just below the target time adds the least noise it was not distilled for."""
+
+PEFT_FILE, PEFT_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+EXTRA_FILE = "fmg_extra.safetensors"
+"""Names of the files of an adapter: of PEFT, of diffusers, and of the base weights that fmg trained beside it."""
 
 # Models this large are refused on a machine without a GPU, unless the CPU is requested by name.
 _LARGE = 500_000_000
@@ -135,6 +140,82 @@ class DiffusersConfig(PublishedConfig):
     vae_slicing: bool = Field(
         default=False, description="Decode one image at a time, also where several would fit a call."
     )
+
+
+class AdapterFile(Worded):
+    """A published file of changes to the base: a LoRA, with or without the second-time embedder trained beside it."""
+
+    word: ClassVar[str] = "source"
+
+    source: str = Field(
+        min_length=1,
+        description="Hub file owner/name@revision:file, or a local .pt, .safetensors or PEFT folder.",
+    )
+    alpha: float | None = Field(
+        default=None, gt=0, description="Alpha of its LoRA; null: as the file or the config beside it states."
+    )
+    scale: float = Field(default=1.0, description="Additional factor on its LoRA.")
+
+    def asset(self, number: int) -> Asset:
+        """The file and, in a PEFT folder, its config."""
+        return Asset(
+            f"adapter {number}",
+            "model.adapters",
+            self.source,
+            files=(f"{PEFT_FILE}|{DIFFUSERS_FILE}",),
+            optional=(PEFT_CONFIG_FILE, EXTRA_FILE),
+            licence="as its authors state",
+        )
+
+
+@dataclass(frozen=True)
+class LocatedAdapter:
+    """An `AdapterFile` on this computer.
+
+    Attributes:
+        files: its weights, and those that were trained beside the LoRA where they are in a file of their own.
+        config: its PEFT config, where it has one.
+        stated: what the recipe says.
+    """
+
+    files: tuple[Path, ...]
+    config: Path | None
+    stated: AdapterFile
+
+
+class StackedConfig(PublishedConfig):
+    """Options of a model whose base is merged from a folder and adapters that its authors published."""
+
+    adapters: tuple[AdapterFile, ...] = Field(
+        default=(),
+        description="Adapters to merge into the base before anything else, in this order: LoRAs add up, and the last"
+        " second-time embedder replaces the others.",
+    )
+
+    def adapter_assets(self) -> tuple[Asset, ...]:
+        """The files of the adapters."""
+        return tuple(adapter.asset(number) for number, adapter in enumerate(self.adapters, start=1))
+
+    def assets(self) -> tuple[Asset, ...]:
+        """The folder, then the adapters."""
+        return (*super().assets(), *self.adapter_assets())
+
+    def located_adapters(self) -> tuple[LocatedAdapter, ...]:
+        """The adapters on this computer.
+
+        Raises:
+            MissingDependencyError: a published file that has not been fetched.
+            CheckpointError: a local file that does not exist.
+        """
+        located = (locate(asset, "model", self.recipe or "") for asset in self.adapter_assets())
+        return tuple(_adapter(found, stated) for found, stated in zip(located, self.adapters, strict=True))
+
+
+def _adapter(found: Located, stated: AdapterFile) -> LocatedAdapter:
+    # only a file with the name that PEFT or fmg gave it belongs to what is beside it
+    config = found.files.get(PEFT_CONFIG_FILE) if found.path.name == PEFT_FILE else None
+    extra = found.files.get(EXTRA_FILE) if found.path.name == DIFFUSERS_FILE else None
+    return LocatedAdapter((found.path, *((extra,) if extra else ())), config, stated)
 
 
 def pipeline_folder(

@@ -47,19 +47,16 @@ from fmg.models.common.weights import (
     weight_windows,
 )
 from fmg.models.conventions import FlowMapConventions
+from fmg.models.published import DIFFUSERS_FILE, EXTRA_FILE, PEFT_CONFIG_FILE, PEFT_FILE
 
 M = TypeVar("M", bound=BaseModel)
 
 _HUB_CACHE = re.compile(r"/models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/")
 
 ADAPTER_MANIFEST = "fmg_adapter.json"
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 DIFFUSERS_PREFIX = "transformer."
 PEFT_FOLDER = "peft"
-PEFT_CONFIG_FILE = "adapter_config.json"
-PEFT_FILE = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
-EXTRA_FILE = "fmg_extra.safetensors"
 LORA_A, LORA_B, ALPHA = ".lora_A.weight", ".lora_B.weight", ".alpha"
 
 

@@ -81,6 +81,31 @@ def check_names(wanted: Shapes, given: Shapes, origin: Path) -> None:
             )
 
 
+def check_flow_map(wanted: Shapes, given: Shapes, origin: Path, *, second: str, lacks: str, has: str) -> None:
+    """`check_names`, with a hint where the second-time embedder is all that differs.
+
+    Args:
+        wanted, given, origin: as in `check_names`.
+        second: where that embedder is in the transformer.
+        lacks: what to do about weights without it.
+        has: what to do about weights with one that the map does not use.
+
+    Raises:
+        CheckpointError: the names or shapes do not fit.
+    """
+    absent, extra = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
+    if absent and all(name.startswith(f"{second}.") for name in absent) and not extra:
+        raise CheckpointError(
+            f"The weights in {origin} have missing keys: {some(absent)}, the second-time embedder of a two-time map",
+            lacks,
+        )
+    if extra and all(name.startswith(f"{second}.") for name in extra) and not absent:
+        raise CheckpointError(
+            f"The weights in {origin} have unexpected keys: {some(extra)}, which a single-time map does not have", has
+        )
+    check_names(wanted, given, origin)
+
+
 def load_transformer(
     cls: type[T],
     config: Mapping[str, Any],

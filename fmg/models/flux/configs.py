@@ -12,7 +12,7 @@ from fmg.core.hub import Asset
 from fmg.core.specs import MAX_SIDE, MapKind, MapSpec, ModelGeometry
 from fmg.models.conventions import FLUX_IN_DIFFUSERS, FlowMapConventions, SecondTime, check_second_time
 from fmg.models.flux.size import FLUX_LITE, FLUX_SCHNELL, flux_geometry, transformer_parameters
-from fmg.models.published import BYTES, DiffusersConfig, pipeline_folder
+from fmg.models.published import BYTES, DiffusersConfig, StackedConfig, pipeline_folder
 from fmg.registry.config import About
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class ScmFluxConfig(FluxStudentConfig):
         return _conventions(self, "single-time", SecondTime(takes="none"), steps=2, grid="scm")
 
 
-class FluxFewStepConfig(FluxConfig):
+class FluxFewStepConfig(StackedConfig, FluxConfig):
     """Any few-step FLUX-class flow map in a diffusers pipeline folder, sampled by the conventions stated here."""
 
     recipe: ClassVar[str | None] = "flux-fewstep"

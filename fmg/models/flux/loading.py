@@ -6,11 +6,7 @@ Stock classes, local files and safetensors, nothing else. A student in a torch f
 
 from __future__ import annotations
 
-import json
-import pickle
-import warnings
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -20,22 +16,21 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from fmg.core.cache import cache_dir, content_hash, made_once, required_cache
-from fmg.core.display import some
+from fmg.core.cache import content_hash
 from fmg.core.errors import CheckpointError
 from fmg.core.model_folder import read_config, whole, wholes
 from fmg.core.profiling import TOKENISE, stage
+from fmg.models.common.converted import kept_weights, read_torch_file, write_shards
 from fmg.models.common.pipeline_parts import Components, Family, check_guidance, check_same, load_components
+from fmg.models.common.stacked_adapters import merged_weights
 from fmg.models.common.text import Tokenizer
 from fmg.models.common.weights import (
-    INDEX_FILE,
     Shapes,
     WeightFiles,
-    check_names,
+    check_flow_map,
     empty_transformer,
     folder_weights,
     load_transformer,
@@ -45,13 +40,12 @@ from fmg.models.common.weights import (
 )
 from fmg.models.conventions import CONVENTIONS_FILE, FlowMapConventions, read_conventions
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
+from fmg.models.published import LocatedAdapter
 
 PUBLISHED_KEY = "module"
+"""Key of the state dict in the torch file of a student."""
 DROPPED_PREFIX = "logvar_linear."
 """The one group of a published student that sampling does not need: the weighting head of sCM's training loss."""
-
-_SECOND = "timestep_embedder2."
-_SHARD_BYTES = 2 * 10**9
 
 
 def student_weights(source: Path, shapes: Shapes) -> WeightFiles:
@@ -71,93 +65,30 @@ def student_weights(source: Path, shapes: Shapes) -> WeightFiles:
         if source.suffix == ".safetensors":
             kept = [name for name in tensor_names(source) if not name.startswith(DROPPED_PREFIX)]
             return WeightFiles(source, dict.fromkeys(kept, source))
-        folder = cache_dir() / "models" / content_hash(source)
+        key = content_hash(source)
     except (OSError, SafetensorError) as error:
         raise unreadable(source, error) from error
 
     def make(partial: Path) -> None:
-        tensors = {n: x for n, x in read_torch_file(source).items() if not n.startswith(DROPPED_PREFIX)}
+        given = read_torch_file(source, PUBLISHED_KEY)
+        tensors = {name: x for name, x in given.items() if not name.startswith(DROPPED_PREFIX)}
         check_student(shapes, {name: tuple(x.shape) for name, x in tensors.items()}, source)
-        _write_shards(partial, tensors)
+        write_shards(partial, tensors.items())
 
-    with required_cache():
-        return WeightFiles(source, folder_weights(made_once(folder, make)).files)
-
-
-def read_torch_file(file: Path) -> dict[str, Tensor]:
-    """The tensors of a torch file, under `module` (the published form) or at the top; memory-mapped, on the CPU.
-
-    Raises:
-        CheckpointError: a file that is missing, truncated, not a torch file, or contains anything but tensors.
-    """
-    try:
-        if not zipfile.is_zipfile(file):
-            with file.open("rb") as opened:
-                damaged = opened.read(2) == b"PK" or file.stat().st_size == 0
-            if damaged:
-                raise CheckpointError(f"{file} is truncated", "Fetch or copy it again.")
-        with warnings.catch_warnings():
-            # torch's warning about the version of a pickle does not help somebody who gave the wrong file
-            warnings.simplefilter("ignore", UserWarning)
-            loaded = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{file} is not a checkpoint of plain tensors: other contents of a torch file can run code, so"
-            " they are not loaded",
-            "Give the published student, or plain tensors as .safetensors.",
-        ) from error
-    except (EOFError, LookupError, AttributeError, TypeError) as error:
-        # what the unpickler raises when it finds neither tensors nor code
-        raise CheckpointError(f"{file} is not a torch file", "Give the student's checkpoint file.") from error
-    except (OSError, RuntimeError, ValueError) as error:
-        raise unreadable(file, error) from error
-    inner = loaded.get(PUBLISHED_KEY, loaded) if isinstance(loaded, Mapping) else loaded
-    if not isinstance(inner, Mapping) or not inner or not all(isinstance(x, Tensor) for x in inner.values()):
-        raise CheckpointError(
-            f"{file} is not a published student: it has no mapping of names to tensors under '{PUBLISHED_KEY}'",
-            "Give the student's checkpoint file.",
-        )
-    return {str(name): tensor for name, tensor in inner.items()}
+    return kept_weights(source, key, make)
 
 
 def check_student(wanted: Shapes, given: Shapes, origin: Path) -> None:
-    """`check_names`, with a hint about the second-time embedder where that is the likely mistake.
-
-    Raises:
-        CheckpointError: the names or shapes do not fit.
-    """
-    absent, extra = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
-    if absent and all(name.startswith(_SECOND) for name in absent) and not extra:
-        raise CheckpointError(
-            f"The weights in {origin} have missing keys: {some(absent)}, the second-time embedder of a two-time map",
-            "Give the MeanFlow student; for a single-time one use the model 'scm-flux'.",
-        )
-    if extra and all(name.startswith(_SECOND) for name in extra) and not absent:
-        raise CheckpointError(
-            f"The weights in {origin} have unexpected keys: {some(extra)}, which a single-time map does not have",
-            "Give the sCM student; for a two-time one use the model 'meanflow-flux'.",
-        )
-    check_names(wanted, given, origin)
-
-
-def _write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if size + tensor.nbytes > _SHARD_BYTES and shards[-1]:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    index: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"diffusion_pytorch_model-{number:05d}-of-{len(shards):05d}.safetensors"
-        # clones, because published tensors may share a storage, which safetensors refuses
-        save_file({name: x.clone().contiguous() for name, x in shard.items()}, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    content = {"metadata": {"total_size": total}, "weight_map": index}
-    (folder / INDEX_FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
+    """`check_flow_map` with the names of the models that the file may belong to; errors as there."""
+    check_flow_map(
+        wanted,
+        given,
+        origin,
+        second=FlowMapFluxTransformer2DModel.second_embedder,
+        lacks="Give the MeanFlow student, or the file with the embedder in model.adapters; for a single-time student"
+        " use the model 'scm-flux'.",
+        has="Give the sCM student; for a two-time one use the model 'meanflow-flux'.",
+    )
 
 
 @dataclass(frozen=True)
@@ -252,6 +183,7 @@ def load_parts(
     dtype: torch.dtype,
     *,
     student: Path | None = None,
+    adapters: Sequence[LocatedAdapter] = (),
     text_device: torch.device | None = None,
 ) -> FluxComponents:
     """Loads a pipeline folder with given conventions, with its own transformer weights or those of a student.
@@ -262,6 +194,7 @@ def load_parts(
         device: where transformer and decoder go.
         dtype: of every weight.
         student: weights of the transformer in place of the folder's own (`fmg.models.flux.loading.student_weights`).
+        adapters: published changes that are merged into the folder's own weights first.
         text_device: where the text encoders go; None: to `device`.
 
     Raises:
@@ -269,7 +202,7 @@ def load_parts(
     """
 
     def transformer() -> tuple[FlowMapFluxTransformer2DModel, WeightFiles]:
-        source = transformer_source(folder, conventions, student)
+        source = transformer_source(folder, conventions, student, adapters)
         cls = FlowMapFluxTransformer2DModel
         return load_transformer(cls, source.config, source.weights, device, dtype, check_student), source.weights
 
@@ -278,16 +211,24 @@ def load_parts(
     return components
 
 
-def transformer_source(folder: Path, conventions: FlowMapConventions, student: Path | None = None) -> TransformerSource:
+def transformer_source(
+    folder: Path,
+    conventions: FlowMapConventions,
+    student: Path | None = None,
+    adapters: Sequence[LocatedAdapter] = (),
+) -> TransformerSource:
     """Config and files of a transformer, without reading a weight. Arguments and errors as in `load_parts`."""
     own = folder / "transformer"
     config = _config(own) if student is None else _student_config(own, student)
     _check_conventions(own if student is None else student, config, conventions)
     config |= {"time_scale": conventions.time_scale, "second_time": conventions.second_time.plain()}
-    if student is None:
+    if student is None and not adapters:
         return TransformerSource(config, folder_weights(own))
     shapes = transformer_shapes(empty_transformer(FlowMapFluxTransformer2DModel, config, own))
-    return TransformerSource(config, student_weights(student, shapes))
+    if student is not None:
+        return TransformerSource(config, student_weights(student, shapes))
+    second = FlowMapFluxTransformer2DModel.second_embedder if conventions.second_time else None
+    return TransformerSource(config, merged_weights(folder_weights(own), adapters, shapes, second))
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def test_other_forms_of_the_same_student_are_the_same_model(form: str, teacher: 
 
 
 def test_weights_are_shards_of_bounded_size(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fmg.models.flux.loading._SHARD_BYTES", 200_000)
+    monkeypatch.setattr("fmg.models.common.converted._SHARD_BYTES", 200_000)
     monkeypatch.setattr("fmg.models.common.weights.WINDOW_BYTES", 50_000)
     model = load("scm-flux", publish_student(tmp_path / "student.pt", "none"), teacher)
     shards = list((tmp_path / "cache" / "models").glob("*/*.safetensors"))

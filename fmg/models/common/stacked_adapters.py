@@ -1,0 +1,284 @@
+"""A base merged from a transformer and the adapters that its authors published: LoRAs, and a second-time embedder.
+
+Files are read as they are found: of PEFT, of diffusers, or the bare state dict of a trainer, as AnyFlow, MeanFlowNFT
+and SimpleTuner write them. A file must fit the transformer completely, because a part that is left out silently gives
+another model. The sums are made in fp32, rounded once to the dtype of the base, and kept in the cache under the hash of
+everything that they depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fmg.core.cache import content_hash
+from fmg.core.display import some
+from fmg.core.errors import CheckpointError
+from fmg.core.json_io import JsonError, parse_object, read_object
+from fmg.core.specs import is_target
+from fmg.models.common.adapter import add_low_rank, base_name
+from fmg.models.common.converted import kept_weights, read_torch_file, write_shards
+from fmg.models.common.weights import Shapes, TensorReader, WeightFiles, stored_shapes, unreadable
+from fmg.models.published import LocatedAdapter
+
+_STATE_DICT = "state_dict"
+_METADATA = "lora_adapter_metadata"
+_COMPONENT = "transformer"
+_LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.[^.]+)?\.weight")
+_ALPHA = re.compile(r"(?P<module>.+)\.(lora_)?alpha")
+# What wrappers put before or into a name: DDP, torch.compile and FSDP, PEFT, the pipeline
+_PREFIX = re.compile(r"^(module\.|_orig_mod\.|base_model\.model\.|transformer\.)+")
+_WRAPPER = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+# Where AnyFlow and SimpleTuner put the second-time embedder, in any class
+_SECOND = re.compile(r"(.*\.)?(delta_embedder|delta_timestep_embedder|delta_time_embedder)\.")
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class _Low:
+    """The LoRA of one module."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter by the names of the transformer.
+
+    Attributes:
+        low: LoRA of each adapted module.
+        second: tensors of the second-time embedder; empty where the file has none.
+    """
+
+    low: Mapping[str, _Low]
+    second: Mapping[str, Tensor]
+
+
+def merged_weights(
+    base: WeightFiles, adapters: Sequence[LocatedAdapter], wanted: Shapes, second: str | None
+) -> WeightFiles:
+    """The weights of a base with adapters merged into it, in the cache.
+
+    Args:
+        base: the transformer without them.
+        adapters: in the order in which they were trained.
+        wanted: names and shapes that the transformer has.
+        second: where its second-time embedder is; None for a map without one.
+
+    Raises:
+        CheckpointError: a file cannot be read or does not fit the transformer.
+        FmgError: the cache cannot be written.
+    """
+    if not adapters:
+        return base
+    key = _key(base, adapters, second)
+
+    def make(partial: Path) -> None:
+        stored = stored_shapes(base)
+        given = {name: shape for name, shape in wanted.items() if name in stored or _below(second, name)}
+        read = [read_adapter(adapter, given, second) for adapter in adapters]
+        write_shards(partial, _merged(base, read))
+
+    return kept_weights(base.origin, key, make)
+
+
+def read_adapter(adapter: LocatedAdapter, wanted: Shapes, second: str | None) -> Adapter:
+    """Reads the files of one adapter and checks them against the transformer. Arguments and errors as above."""
+    origin, tensors = adapter.files[0], _named(adapter, second)
+    pairs: dict[str, dict[str, Tensor]] = {}
+    alphas: dict[str, float] = {}
+    embedder: dict[str, Tensor] = {}
+    unknown: list[str] = []
+    for name, tensor in tensors.items():
+        if found := _LORA.fullmatch(name):
+            pairs.setdefault(found["module"], {})[found["side"]] = tensor
+        elif found := _ALPHA.fullmatch(name):
+            alphas[found["module"]] = float(tensor)
+        elif _below(second, name):
+            embedder[name] = tensor
+        else:
+            unknown.append(name)
+    if unknown:
+        what = "neither a LoRA nor the second-time embedder of this model"
+        raise _misfit(origin, f"has tensors that are {what}: {some(sorted(unknown))}")
+    if not pairs and not embedder:
+        raise _misfit(origin, "has no LoRA")
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise _misfit(origin, f"has values that are not finite in {name}")
+    _check_pairs(origin, pairs, wanted)
+    _check_embedder(origin, embedder, {name: shape for name, shape in wanted.items() if _below(second, name)})
+    if lost := sorted(alphas.keys() - pairs.keys()):
+        raise _misfit(origin, f"has an alpha but no LoRA for {some(lost)}")
+    facts = _facts(adapter)
+    _check_targets(origin, facts, pairs, wanted)
+    scales = {module: _scale(adapter, facts, alphas.get(module), pair["A"].shape[0]) for module, pair in pairs.items()}
+    return Adapter({module: _Low(pair["A"], pair["B"], scales[module]) for module, pair in pairs.items()}, embedder)
+
+
+def _named(adapter: LocatedAdapter, second: str | None) -> dict[str, Tensor]:
+    """The tensors of the files of an adapter, by the names that the transformer gives them."""
+    tensors: dict[str, Tensor] = {}
+    for file in adapter.files:
+        for stated, tensor in _read(file).items():
+            name = base_name(_WRAPPER.sub("", _PREFIX.sub("", stated)))
+            if second is not None and (found := _SECOND.match(name)):
+                name = f"{second}.{name[found.end() :]}"
+            if name in tensors:
+                raise _misfit(file, f"has {name} twice")
+            tensors[name] = tensor
+    return tensors
+
+
+def _read(file: Path) -> Mapping[str, Tensor]:
+    if file.suffix != ".safetensors":
+        return read_torch_file(file, _STATE_DICT)
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise unreadable(file, error) from error
+    return tensors
+
+
+def _check_pairs(origin: Path, pairs: Mapping[str, Mapping[str, Tensor]], wanted: Shapes) -> None:
+    absent = sorted(module for module in pairs if f"{module}.weight" not in wanted)
+    if absent:
+        raise _misfit(origin, f"adapts modules that this model does not have: {some(absent)}")
+    for module in sorted(pairs):
+        pair = pairs[module]
+        if len(pair) != len("AB"):
+            raise _misfit(origin, f"has only lora_{next(iter(pair))} of {module}")
+        a, b = (tuple(pair[side].shape) for side in "AB")
+        shape = wanted[f"{module}.weight"]
+        if len(a) != len(b) or len(a) != len(shape) or len(shape) != len("AB"):
+            raise _misfit(origin, f"has a LoRA on {module} that is not of a linear layer")
+        if a[0] != b[1]:
+            raise _misfit(origin, f"has rank {a[0]} in lora_A and {b[1]} in lora_B of {module}")
+        if (b[0], a[1]) != shape:
+            raise _misfit(origin, f"adapts a matrix {b[0]} x {a[1]} at {module}, which is {shape[0]} x {shape[1]}")
+
+
+def _check_embedder(origin: Path, given: Mapping[str, Tensor], wanted: Shapes) -> None:
+    if not given:
+        return
+    if absent := sorted(wanted.keys() - given.keys()):
+        raise _misfit(origin, f"has only a part of the second-time embedder, without {some(absent)}")
+    if extra := sorted(given.keys() - wanted.keys()):
+        raise _misfit(origin, f"has tensors of a second-time embedder that this model does not have: {some(extra)}")
+    for name, tensor in given.items():
+        if tuple(tensor.shape) != wanted[name]:
+            raise _misfit(origin, f"has {name} with shape {tuple(tensor.shape)} instead of {wanted[name]}")
+
+
+def _facts(adapter: LocatedAdapter) -> Mapping[str, object]:
+    """What a PEFT config beside the file, or the file's own metadata, states about the LoRA."""
+    file = adapter.files[0]
+    try:
+        if adapter.config is not None:
+            return read_object(adapter.config)
+        if file.suffix != ".safetensors":
+            return {}
+        with safe_open(str(file), framework="pt") as opened:
+            stated = (opened.metadata() or {}).get(_METADATA)
+        whole = {} if stated is None else parse_object(stated)
+    except (JsonError, OSError, SafetensorError) as error:
+        raise unreadable(adapter.config or file, error) from error
+    return {key.removeprefix(f"{_COMPONENT}."): value for key, value in whole.items()}
+
+
+def _check_targets(origin: Path, facts: Mapping[str, object], pairs: Mapping[str, object], wanted: Shapes) -> None:
+    """Refuses kinds of LoRA that are not a plain sum, and a file that lacks a part of what its config names."""
+    for key in ("use_dora", "rank_pattern", "alpha_pattern"):
+        if facts.get(key):
+            raise _misfit(origin, f"has a LoRA with {key}, which cannot be merged here")
+    targets = facts.get("target_modules")
+    if isinstance(targets, list):
+        modules = (name.removesuffix(".weight") for name, shape in wanted.items() if len(shape) == len("AB"))
+        if lost := sorted(name for name in modules if is_target(name, map(str, targets)) and name not in pairs):
+            raise _misfit(origin, f"lacks the LoRA of {some(lost)}, which its config names")
+
+
+def _scale(adapter: LocatedAdapter, facts: Mapping[str, object], alpha: float | None, rank: int) -> float:
+    """alpha / rank of one module, times the factor of the recipe."""
+    own = facts.get("lora_alpha") if alpha is None else alpha
+    stated = adapter.stated.alpha
+    if not isinstance(own, int | float):
+        own = stated
+    if own is None:
+        raise CheckpointError(
+            f"{adapter.files[0]} does not state the alpha of its LoRA, of rank {rank}",
+            f"State it as its authors do: model.adapters=[{{source: {adapter.stated.source}, alpha: ALPHA}}].",
+        )
+    if stated is not None and own != stated:
+        raise CheckpointError(
+            f"{adapter.files[0]} states alpha {own:g}, but model.adapters says {stated:g}", "Correct the wrong one."
+        )
+    return adapter.stated.scale * own / (math.sqrt(rank) if facts.get("use_rslora") else rank)
+
+
+def _merged(base: WeightFiles, adapters: Sequence[Adapter]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the base with the adapters merged, one at a time."""
+    reader = TensorReader(base.files)
+    second: Mapping[str, Tensor] = {}
+    low: dict[str, list[_Low]] = {}
+    for adapter in adapters:
+        if adapter.second:
+            second = adapter.second
+            # what earlier stages added to the embedder is part of it, as it was trained further
+            low = {module: terms for module, terms in low.items() if f"{module}.weight" not in second}
+        for module, term in adapter.low.items():
+            low.setdefault(module, []).append(term)
+    for name in sorted(base.files.keys() | second.keys()):
+        tensor = second[name] if name in second else reader.read(name)
+        terms = low.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        yield name, tensor if terms is None else _sum(tensor, terms)
+
+
+def _sum(tensor: Tensor, terms: Sequence[_Low]) -> Tensor:
+    # of 8 bits, most of what was added would be gone
+    dtype = torch.bfloat16 if tensor.dtype.itemsize == 1 else tensor.dtype
+    a = torch.cat([term.a.float() for term in terms])
+    b = torch.cat([term.scale * term.b.float() for term in terms], dim=1)
+    return add_low_rank(tensor, a, b, 1.0, dtype)
+
+
+def _key(base: WeightFiles, adapters: Sequence[LocatedAdapter], second: str | None) -> str:
+    """Hash of everything that the merged weights depend on.
+
+    Raises:
+        CheckpointError: a file cannot be read, or one is named twice.
+    """
+    try:
+        stacked = [[content_hash(file) for file in adapter.files] for adapter in adapters]
+        configs = [None if adapter.config is None else content_hash(adapter.config) for adapter in adapters]
+        whole = {file: content_hash(file) for file in set(base.files.values())}
+    except OSError as error:
+        raise unreadable(base.origin, error) from error
+    if len({tuple(hashes) for hashes in stacked}) < len(stacked):
+        raise CheckpointError(
+            "Two of model.adapters are the same file, so its LoRA would be added twice", "Name each file once."
+        )
+    factors = [(adapter.stated.alpha, adapter.stated.scale) for adapter in adapters]
+    files = [(name, whole[file]) for name, file in sorted(base.files.items())]
+    facts = [_FORMAT, files, stacked, configs, factors, second]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _below(second: str | None, name: str) -> bool:
+    return second is not None and name.startswith(f"{second}.")
+
+
+def _misfit(file: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"The adapter {file} {what}", "Give the file that belongs to this model, complete.")
