@@ -125,6 +125,16 @@ def absent_weights(folder: Path) -> list[str]:
     return sorted({file.name for file in weight_map(main).values() if not file.is_file()})
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The main file of a folder's weights, or its shards, in the order of their names.
+
+    Raises:
+        CheckpointError: as `main_weights` and `weight_map`.
+    """
+    main = main_weights(folder)
+    return sorted(set(weight_map(main).values())) if main.name.endswith(_INDEX) else [main]
+
+
 def weight_map(index: Path) -> dict[str, Path]:
     """The file of each tensor by the index of a sharded model.
 

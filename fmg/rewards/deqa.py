@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from fmg.core.errors import CheckpointError
-from fmg.core.model_folder import main_weights, read_config, weight_map, whole
+from fmg.core.model_folder import read_config, weight_files, whole
 from fmg.core.types import RewardOutput
 from fmg.rewards.configs import DeqaConfig
 from fmg.rewards.images import CLIP_MEAN, check_drawable, normalize, resize_and_crop
@@ -106,7 +106,5 @@ def _language(config: Mapping[str, object], folder: Path) -> LlamaConfig:
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder except those that can be computed."""
-    main = main_weights(folder)
-    files = {main} if main.suffix == ".safetensors" else set(weight_map(main).values())
-    found = {name: tensor for file in sorted(files) for name, tensor in read_tensors(file).items()}
+    found = {name: tensor for file in weight_files(folder) for name, tensor in read_tensors(file).items()}
     return {name: tensor for name, tensor in found.items() if not name.endswith("rotary_emb.inv_freq")}

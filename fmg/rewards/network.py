@@ -29,6 +29,7 @@ from fmg.core.model_folder import check_no_adapter
 from fmg.core.stdout_redirect import quiet
 from fmg.core.types import RewardOutput
 from fmg.rewards.configs import NetworkConfig
+from fmg.rewards.images import check_finite
 
 Tensors = Mapping[str, Tensor]
 
@@ -341,6 +342,7 @@ class NetworkReward:
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
         """Scores of images in [0, 1], fp32. The first call loads the network to the device of its images."""
+        check_finite(self.name, images)
         score, size = self._network.get(images.device), self.config.batch_size
         with torch.no_grad():
             outputs = [

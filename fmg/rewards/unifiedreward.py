@@ -19,6 +19,7 @@ from fmg.core.errors import CheckpointError, reason
 from fmg.core.types import RewardOutput
 from fmg.rewards.calls import CallError, FailurePolicy
 from fmg.rewards.configs import UnifiedRewardConfig
+from fmg.rewards.images import check_finite
 from fmg.rewards.network import Files, LazyNetwork, read_python
 from fmg.rewards.qwen_vl import Answer, QwenVL, check_no_markers, load_qwen_vl
 from fmg.rewards.vlm_judge import BEST_RATING, stated_rating
@@ -57,6 +58,7 @@ class UnifiedReward:
             RewardError: an answer has no rating and the policy is to stop, or patience has run out.
         """
         self.check_prompts(prompts)
+        check_finite("unifiedreward", images)
         model, wording = self._network.get(images.device)
         size = self._config.batch_size
         results: list[tuple[slice, RewardOutput | CallError]] = []

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from fmg.core.errors import CheckpointError
 from fmg.registry import rewards
 from fmg.rewards.base import checked
+from tests.support.cli import fmg
 from tests.tiny_rewards import write_deqa
 
 RATINGS = {
@@ -70,3 +71,8 @@ def test_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
         config.write_text(json.dumps({**stated, key: value}))
         with pytest.raises(CheckpointError, match=message):
             build()
+
+
+def test_the_rules_of_rewards_hold(tmp_path: Path) -> None:
+    done = fmg("check-component", "reward", "deqa", "--set", f"weights={write_deqa(tmp_path).folder}")
+    assert done.code == 0, done.stdout

@@ -10,7 +10,7 @@ from typing import Any
 
 from fmg.core.errors import CheckpointError, reason
 from fmg.core.json_io import read_safetensors_header
-from fmg.core.model_folder import RESTORE, absent_weights, main_weights, weight_map, wholes
+from fmg.core.model_folder import RESTORE, absent_weights, weight_files, wholes
 
 FLUX_VAE: Mapping[str, object] = MappingProxyType(
     {"_class_name": "AutoencoderKL", "latent_channels": 16, "block_out_channels": [128, 256, 512, 512]}
@@ -49,9 +49,7 @@ def stored_parameters(folder: Path | None, *components: str) -> int:
     """
     if folder is None or any(absent_weights(folder / name) for name in components):
         return 0
-    mains = [main_weights(folder / name) for name in components]
-    files = {file for main in mains for file in (weight_map(main).values() if main.suffix == ".json" else (main,))}
-    return sum(_parameters(file) for file in files)
+    return sum(_parameters(file) for file in {file for name in components for file in weight_files(folder / name)})
 
 
 def _parameters(file: Path) -> int:

@@ -28,6 +28,7 @@ from fmg.core.errors import FmgError, RefusedImageError, UsageError, one_line, r
 from fmg.core.events import Notice, Observer, ignore
 from fmg.core.hub import locate
 from fmg.core.machine import installed_versions
+from fmg.core.model_folder import weight_files
 from fmg.recipe.sections import RewardRef
 from fmg.rewards.base import Checked, probe_prompt
 from fmg.rewards.service.batching import Batcher, BusyError, Limits
@@ -54,7 +55,7 @@ def describe(
     """What `/info` returns beside the limits, as plain JSON values.
 
     Every reward scores the probe image on `device`, which loads its weights and shows that it works. The weights of
-    networks are listed with the sha256 of their first file.
+    networks are listed with the sha256 of their first file, those of a folder with that of every file.
 
     Raises:
         FmgError: when a reward cannot score it.
@@ -80,7 +81,11 @@ def describe(
 
 def _weights(reference: RewardRef) -> list[dict[str, str]]:
     located = [locate(asset, "reward", reference.label) for asset in reference.config.assets()]
-    return [{"what": one.asset.what, "source": one.asset.source, "sha256": content_hash(one.path)} for one in located]
+    return [
+        {"what": one.asset.what, "source": one.asset.source, "sha256": content_hash(file)}
+        for one in located
+        for file in (weight_files(one.path) if one.path.is_dir() else [one.path])
+    ]
 
 
 class _RefusedError(Exception):

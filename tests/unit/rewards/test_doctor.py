@@ -83,7 +83,7 @@ def test_damaged_weights_fail(tmp_path: Path) -> None:
 def test_weights_with_another_hash_than_published_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clip, head = write_clip_folder(tmp_path / "clip"), tmp_path / "head.pth"
     torch.save({}, head)
-    monkeypatch.setattr("fmg.rewards.configs._SHA256", {(str(head), "sac+logos+ava1-l14-linearMSE.pth"): "0" * 64})
+    monkeypatch.setattr("fmg.rewards.configs.SHA256", {(str(head), "sac+logos+ava1-l14-linearMSE.pth"): "0" * 64})
     found = one("aesthetic", weights=str(clip), head=str(head))
     assert (found.outcome, found.weights) == ("failed", "not usable")
     assert "is not the published file" in found.advice

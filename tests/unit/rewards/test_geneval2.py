@@ -13,6 +13,7 @@ from fmg.data.prompt_sets import load_prompts
 from fmg.registry import rewards
 from fmg.rewards.base import checked, probe_prompt
 from fmg.rewards.geneval2 import GenEval2, Question, read_questions
+from tests.support.cli import fmg
 from tests.tiny_rewards import write_qwen_vl
 
 ENTRY = {
@@ -107,3 +108,9 @@ def test_scores_are_probabilities_and_both_means_are_parts(questions: Path, tmp_
     arithmetic = rewards.build("geneval2", {**options, "mean": "arithmetic"})
     alone = torch.cat([arithmetic(image[None], prompts[:1]).total for image in shown])
     torch.testing.assert_close(alone, output.parts["arithmetic"], rtol=0.02, atol=0)
+
+
+def test_the_rules_of_rewards_hold(questions: Path, tmp_path: Path) -> None:
+    folder = write_qwen_vl(tmp_path / "model", words=("Yes", "yes", "two", "Two"))
+    done = fmg("check-component", "reward", "geneval2", "--set", f"weights={folder}", "--set", f"questions={questions}")
+    assert done.code == 0, done.stdout

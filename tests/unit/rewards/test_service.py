@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,7 +19,7 @@ import torch
 from fmg.core.errors import UsageError
 from fmg.core.types import RewardOutput
 from fmg.registry import rewards
-from fmg.rewards.base import checked
+from fmg.rewards.base import build_rewards, checked, reward_refs
 from fmg.rewards.service.batching import Batcher, BusyError, Limits
 from fmg.rewards.service.wire import (
     SAFETENSORS,
@@ -29,6 +31,7 @@ from fmg.rewards.service.wire import (
     probe_image,
 )
 from tests.support.reward_service import Brightness, call, reward_service
+from tests.tiny_rewards import write_deqa
 
 pytest.importorskip("fastapi", reason="needs the packages of flow-map-grpo[server]")
 
@@ -212,6 +215,17 @@ def test_health_and_info(url: str) -> None:
     info = json.loads(call(url, "GET", "/info")[2])
     assert set(info["rewards"]) == {"brightness", "jpeg"}
     assert info["limits"]["max_images"] == 64
+
+
+def test_every_file_of_a_folder_of_weights_is_listed(tmp_path: Path) -> None:
+    from fmg.rewards.service.server import describe
+
+    folder = write_deqa(tmp_path).folder
+    (reference,) = reward_refs([{"name": "deqa", "weights": str(folder)}])
+    info = describe(build_rewards([reference]), [reference], torch.device("cpu"))
+    shards = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.glob("*.safetensors"))]
+    listed: Any = info["rewards"]
+    assert [entry["sha256"] for entry in listed["deqa"]["weights"]] == shards
 
 
 @pytest.mark.parametrize("path", ["/", "/docs", "/redoc", "/openapi.json", "/score"])

@@ -104,6 +104,13 @@ def test_from_the_command_line(folder: Path, tmp_path: Path) -> None:
     assert "0.5" in found.stdout
 
 
+def test_the_rules_of_rewards_hold(folder: Path, tmp_path: Path) -> None:
+    teach(folder, AXES)
+    options = (f"weights={folder}", f"instruction={tmp_path / 'instruction.py'}")
+    done = fmg("check-component", "reward", "unifiedreward", *(word for o in options for word in ("--set", o)))
+    assert done.code == 0, done.stdout
+
+
 def test_an_answer_without_ratings_is_no_score_of_zero(folder: Path) -> None:
     with pytest.raises(RewardError, match=r"no score for the prompt 'a cat': the answer .* exceeds 4 tokens"):
         build(folder, max_tokens=4)(IMAGES, PROMPTS)
