@@ -106,7 +106,11 @@ class PublishedConfig(ModelConfig):
         """The transformer's `config.json` in a local folder, else the published one."""
         place = self.architecture().place
         stated = stated_config(place / "transformer") if isinstance(place, Path) else None
-        return stated or self.published
+        return stated or self.published_config()
+
+    def published_config(self) -> Mapping[str, object]:
+        """The published config: `published`, unless the source tells one of several sizes."""
+        return self.published
 
     @abstractmethod
     def parameters(self) -> int:

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from fmg.core.display import some
 from fmg.core.errors import CheckpointError, FmgWarning, out_of_memory, reason
-from fmg.core.model_folder import CONFIG, RESTORE, check_no_adapter, read_config
+from fmg.core.model_folder import CONFIG, RESTORE, check_no_adapter, read_config, whole, wholes
 from fmg.core.stdout_redirect import quiet as quiet_libraries
 from fmg.models.common.text import TextStack
 from fmg.models.common.weights import FLOATS, WeightFiles, folder_weights, load_transformer, stored_shapes
@@ -242,6 +242,28 @@ def load_tokenizer(folder: Path, cls: Any) -> Any:
         return cls.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
         raise CheckpointError(f"{folder} cannot be loaded: {reason(error)}", RESTORE) from error
+
+
+def check_rotary(folder: Path, config: Mapping[str, object], stock: Mapping[str, object]) -> None:
+    """Checks the axes of rotary positions, which no shape of a weight reveals.
+
+    Args:
+        folder: of the transformer.
+        config: its `config.json`.
+        stock: `attention_head_dim` and `axes_dims_rope` of the class where the file omits them.
+
+    Raises:
+        CheckpointError: their number is wrong, or they do not fit the heads.
+    """
+    known = {**stock, **config}
+    head, axes, usual = whole(known, "attention_head_dim"), wholes(known, "axes_dims_rope"), stock["axes_dims_rope"]
+    assert isinstance(usual, list)
+    if axes is None or len(axes) != len(usual) or sum(axes) != head or any(axis % 2 for axis in axes):
+        stated = "says" if "axes_dims_rope" in config else "leaves out the key, which means"
+        raise CheckpointError(
+            f"{folder / CONFIG} {stated} axes_dims_rope {axes}, but attention_head_dim is {head}",
+            f"Give {len(usual)} even numbers that add up to attention_head_dim, as the weights were trained with.",
+        )
 
 
 def check_same(component: str, key: str, value: int, transformer_key: str, transformer_value: int) -> None:

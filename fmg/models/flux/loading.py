@@ -21,10 +21,17 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from fmg.core.cache import content_hash
 from fmg.core.errors import CheckpointError
-from fmg.core.model_folder import read_config, whole, wholes
+from fmg.core.model_folder import read_config
 from fmg.core.profiling import TOKENISE, stage
 from fmg.models.common.converted import kept_weights, read_torch_file, write_shards
-from fmg.models.common.pipeline_parts import Components, Family, check_guidance, check_same, load_components
+from fmg.models.common.pipeline_parts import (
+    Components,
+    Family,
+    check_guidance,
+    check_rotary,
+    check_same,
+    load_components,
+)
 from fmg.models.common.stacked_adapters import merged_weights
 from fmg.models.common.text import Tokenizer
 from fmg.models.common.weights import (
@@ -151,7 +158,6 @@ FLUX = Family(
 )
 
 
-_AXES = 3
 # the defaults of diffusers
 _STOCK_AXES: Mapping[str, object] = MappingProxyType({"attention_head_dim": 128, "axes_dims_rope": [16, 56, 56]})
 
@@ -234,15 +240,7 @@ def transformer_source(
 def _config(folder: Path) -> dict[str, Any]:
     FLUX.class_of(folder, "transformer")
     config = read_config(folder)
-    known = {**_STOCK_AXES, **config}
-    head, axes = whole(known, "attention_head_dim"), wholes(known, "axes_dims_rope")
-    # the only value that no weight shape reveals: a wrong one would first show in a forward pass
-    if axes is None or len(axes) != _AXES or sum(axes) != head or any(axis % 2 for axis in axes):
-        stated = "says" if "axes_dims_rope" in config else "leaves out the key, which means"
-        raise CheckpointError(
-            f"{folder / 'config.json'} {stated} axes_dims_rope {axes}, but attention_head_dim is {head}",
-            "Give three even numbers that add up to attention_head_dim, as the weights were trained with.",
-        )
+    check_rotary(folder, config, _STOCK_AXES)
     return config
 
 

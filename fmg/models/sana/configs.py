@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from fmg.core.hub import Asset, HubSource, parse_source
-from fmg.core.model_folder import stated_config
 from fmg.core.specs import MAX_SIDE, ModelGeometry
 from fmg.models.conventions import FlowMapConventions, SecondTime
 from fmg.models.published import PublishedConfig, pipeline_folder
@@ -80,7 +78,7 @@ class SanaSprintConfig(PublishedConfig):
 
     def architecture(self) -> Asset:
         """The one folder."""
-        size = 2 * SanaSize(self._published()).parameters / 1e9 + _GEMMA_GB + _DCAE_GB
+        size = 2 * SanaSize(self.published_config()).parameters / 1e9 + _GEMMA_GB + _DCAE_GB
         return pipeline_folder(self.folder, COMPONENTS, ("tokenizer",), size, _TERMS)
 
     def load(self, device: torch.device, dtype: torch.dtype) -> SanaModel:
@@ -93,7 +91,7 @@ class SanaSprintConfig(PublishedConfig):
         """Measures by the JSON files and safetensors headers of the folder, or as published."""
         return sana_geometry(
             self.folder_here(),
-            self._published(),
+            self.published_config(),
             self.conventions(),
             checkpointing=self.gradient_checkpointing,
             encoders_resident=self.text_device == "model",
@@ -103,13 +101,8 @@ class SanaSprintConfig(PublishedConfig):
         """Parameters of the transformer, by its `config.json` in a local folder, else by the published one."""
         return SanaSize(self.transformer()).parameters
 
-    def transformer(self) -> Mapping[str, object]:
-        """The transformer's `config.json` in a local folder, else that of the published size."""
-        source = parse_source(self.folder)
-        stated = stated_config(source / "transformer") if isinstance(source, Path) else None
-        return stated or self._published()
-
-    def _published(self) -> Mapping[str, object]:
+    def published_config(self) -> Mapping[str, object]:
+        """That of the size in the hub id."""
         source = parse_source(self.folder)
         name = source.repository if isinstance(source, HubSource) else ""
         return SPRINT_16B if "1.6b" in name.lower() else SPRINT_06B

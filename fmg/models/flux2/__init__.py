@@ -1,0 +1,1 @@
+"""FLUX.2 [klein]: velocity networks distilled for four Euler steps."""

@@ -1,0 +1,132 @@
+"""Options of FLUX.2 [klein]. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from fmg.core.hub import Asset, HubSource, parse_source
+from fmg.core.specs import MAX_SIDE, MapSpec, ModelGeometry
+from fmg.models.conventions import FlowMapConventions, SecondTime
+from fmg.models.flux2.size import KLEIN_4B, KLEIN_9B, QWEN3_4B, QWEN3_8B, Flux2Size, flux2_geometry
+from fmg.models.published import BYTES, DiffusersConfig, pipeline_folder
+from fmg.registry.config import About
+
+if TYPE_CHECKING:
+    import torch
+
+    from fmg.models.flux2.model import Flux2Model
+
+COMPONENTS = ("vae", "text_encoder", "transformer")
+_TERMS_4B, _TERMS_9B = "Apache-2.0", "FLUX Non-Commercial License"
+_VAE_GB = 0.2
+_TOKEN = 16
+
+# The local anchor of the Flow-Map GRPO paper. On the grid of four steps at 512 px it replaces .47, .24 and .13 of the
+# variance of the noise: the states stay close to those of the Euler sampler, along which the student was distilled.
+_LOCAL_ANCHOR = ("asfmc", (("gap", 0.0147),))
+
+
+class Flux2KleinConfig(DiffusersConfig):
+    """FLUX.2 [klein] in a diffusers pipeline folder: 4 or 9 B parameters, distilled for four Euler steps without CFG.
+
+    The network predicts a velocity, and one call gives a jump to any time: an Euler step. The jump to 0 is the
+    student's prediction of the image, which distribution matching trained; a jump to an interior time is what its own
+    sampler does. Noise that is added afterwards is not: the more of the noise a stochasticizer replaces, the further
+    its states are from those of the Euler sampler that the student was distilled for. `asfmc` with an anchor close to
+    the target replaces little; `asfmc-endpoint` replaces all of it. `fmg eval flux2-klein --path-check` measures, on
+    the model's own samples, how far each one leaves them.
+    """
+
+    recipe: ClassVar[str | None] = "flux2-klein"
+    about: ClassVar[About] = About(
+        licence=f"4B: {_TERMS_4B}; 9B: {_TERMS_9B}; as the model cards state them, not checked here",
+        citation="Black Forest Labs 2026, FLUX.2 [klein], https://bfl.ai/blog/flux2-klein-towards-interactive-visual-"
+        "intelligence",
+        weights=(
+            "black-forest-labs/FLUX.2-klein-4B: about 16 GB",
+            "black-forest-labs/FLUX.2-klein-9B: about 35 GB, after its terms are accepted on the hub",
+        ),
+    )
+    in_diffusers: ClassVar[str] = "a `Flux2KleinPipeline` of the base"
+    mergeable: ClassVar[bool] = False
+
+    folder: str = Field(
+        min_length=1,
+        description="Pipeline folder: hub id owner/name@revision, or a local diffusers folder. A hub id with 9B means "
+        "the larger model.",
+    )
+    resolution: int = Field(
+        default=1024, gt=0, le=MAX_SIDE, multiple_of=_TOKEN, description="Side of the square image in pixels."
+    )
+    max_sequence_length: int = Field(
+        default=512,
+        ge=16,
+        le=512,
+        description="Tokens of the chat with the prompt. The transformer sees the padding, so another number than 512 "
+        "gives other images.",
+    )
+
+    def conventions(self) -> FlowMapConventions:
+        """A velocity on the linear path, its times multiplied by 1000 inside the stock class; four steps."""
+        return FlowMapConventions(
+            schema=1,
+            map="velocity",
+            path="linear",
+            time_scale=1000.0,
+            second_time=SecondTime(takes="none"),
+            resolution=self.resolution,
+            max_sequence_length=self.max_sequence_length,
+            default_steps=4,
+            default_grid="flux2-shift",
+        )
+
+    def architecture(self) -> Asset:
+        """The one folder."""
+        encoder = QWEN3_8B if self._is_9b() else QWEN3_4B
+        size = BYTES * (Flux2Size(self.published_config()).parameters + encoder) / 1e9 + _VAE_GB
+        terms = _TERMS_9B if self._is_9b() else _TERMS_4B
+        return pipeline_folder(self.folder, COMPONENTS, ("tokenizer",), size, terms)
+
+    def card_facts(self) -> Mapping[str, str]:
+        """The repository of the base and its terms, which for 4B have a name on the hub."""
+        facts = super().card_facts()
+        known = facts and not self._is_9b() and "klein-4b" in facts["base_model"].lower()
+        return {"base_model": facts["base_model"], "license": "apache-2.0"} if known else facts
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> Flux2Model:
+        """As `PublishedConfig.load`."""
+        from fmg.models.flux2.model import Flux2Model
+
+        return Flux2Model.from_config(self, device, dtype)
+
+    def geometry(self) -> ModelGeometry:
+        """Measures by the JSON files and safetensors headers of the folder, or as published."""
+        return flux2_geometry(
+            self.folder_here(),
+            self.published_config(),
+            self.conventions(),
+            encoder_parameters=QWEN3_8B if self._is_9b() else QWEN3_4B,
+            checkpointing=self.gradient_checkpointing,
+            encoders_resident=self.text_device == "model",
+            decoder_tile=self.vae_tile,
+        )
+
+    def parameters(self) -> int:
+        """Parameters of the transformer, by its `config.json` in a local folder, else by the published one."""
+        return Flux2Size(self.transformer()).parameters
+
+    def spec(self) -> MapSpec:
+        """Declared properties, available without fetching anything or reading a weight."""
+        return replace(super().spec(), default_stochasticizer=_LOCAL_ANCHOR)
+
+    def published_config(self) -> Mapping[str, object]:
+        """That of the size in the hub id."""
+        return KLEIN_9B if self._is_9b() else KLEIN_4B
+
+    def _is_9b(self) -> bool:
+        source = parse_source(self.folder)
+        return isinstance(source, HubSource) and "9b" in source.repository.lower()
