@@ -116,10 +116,16 @@ class PublishedConfig(ModelConfig):
     def parameters(self) -> int:
         """Parameters of the transformer, by its `config.json` in a local folder, else by the published one."""
 
+    @property
+    def registered_name(self) -> str:
+        """Name of the model, which its default recipe has as well, wherever the file is."""
+        assert self.recipe is not None
+        return Path(self.recipe).stem
+
     def folder_here(self) -> Path | None:
         """The folder of `architecture` if it is on this computer, fetched or local."""
         asset = self.architecture()
-        return None if problem(asset) else locate(asset, "model", self.recipe or "").path
+        return None if problem(asset) else locate(asset, "model", self.registered_name).path
 
     def spec(self) -> MapSpec:
         """Declared properties, available without fetching anything or reading a weight."""
@@ -242,9 +248,8 @@ class PublishedSource:
 
     @property
     def name(self) -> str:
-        """Registered name of the model, which its default recipe has as well."""
-        assert self.config.recipe is not None
-        return self.config.recipe
+        """Registered name of the model."""
+        return self.config.registered_name
 
     @property
     def spec(self) -> MapSpec:

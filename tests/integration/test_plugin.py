@@ -1,4 +1,4 @@
-"""The example of a third-party package: installed by pip, found by its entry point, and used from the command line."""
+"""The examples of third-party packages: installed by pip, found by their entry points, and used."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLE = ROOT / "examples" / "fmg-plugin-warmth"
+EXAMPLES = ROOT / "examples"
 
 # One process for all commands: most of the time goes into importing torch and diffusers.
 PROGRAM = """
@@ -34,16 +34,23 @@ assert main(["train", "--model", "scm-shapes", *parts, "--dry-run"]) == 2
 """
 
 
-def test_the_installed_example_works(tmp_path: Path) -> None:
+def installed(name: str, tmp_path: Path) -> dict[str, str]:
+    """An environment in which an example is installed."""
     source, target = tmp_path / "source", tmp_path / "installed"
     # pip builds in the folder of the sources
-    shutil.copytree(EXAMPLE, source)
+    shutil.copytree(EXAMPLES / name, source)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]
     subprocess.run([*pip, "--no-deps", "--no-build-isolation", "--target", str(target), str(source)], check=True)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(target), str(ROOT)])}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(target), str(ROOT)])}
+
+
+def run(tmp_path: Path, environment: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *words]
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_installed_example_works(tmp_path: Path) -> None:
+    done = run(tmp_path, installed("fmg-plugin-warmth", tmp_path), "-c", PROGRAM)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Warm colours: red minus blue" in done.stdout
     assert "No rule is broken." in done.stdout
@@ -53,3 +60,28 @@ def test_the_installed_example_works(tmp_path: Path) -> None:
     recipe = (tmp_path / "run" / "recipe.yaml").read_text()
     assert "name: warmth" in recipe
     assert "name: asfmc-halfway" in recipe
+
+
+FAMILY = """
+import sys
+from fmg.cli.main import main
+assert main(["show", "auraflow"]) == 0
+flags = ["--model", "auraflow", "--reward", "jpeg-incompressibility", "--offline"]
+assert main(["train", *flags, "--dry-run"]) == 0
+assert "torch" not in sys.modules, "planning a run of the package imported torch"
+assert main(["train", *flags]) == 1
+"""
+
+
+def test_the_installed_family_works(tmp_path: Path) -> None:
+    environment = installed("fmg-plugin-auraflow", tmp_path)
+    done = run(tmp_path, environment, "-c", FAMILY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for fact in ("transformer: AuraFlowTransformer2DModel", "map: velocity", "grid: uniform", "time: x 1000"):
+        assert fact in done.stdout
+    assert "second time: none" in done.stdout
+    assert "Fetch it with `fmg fetch auraflow`" in done.stderr
+    tests = str(tmp_path / "source" / "tests")
+    done = run(tmp_path, environment, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5 passed" in done.stdout

@@ -126,7 +126,7 @@ class AdaptedModel(ABC, Generic[Text]):
             cache=config.text_cache,
             facts=cls.text_facts(components),
         )
-        return cls(components, config.recipe or "", text=text)
+        return cls(components, config.registered_name, text=text)
 
     @classmethod
     @abstractmethod

@@ -77,7 +77,7 @@ class FluxModel(AdaptedModel[FluxText]):
         cls, config: FluxConfig, device: torch.device, dtype: torch.dtype, text_device: torch.device
     ) -> FluxComponents:
         """The parts that `config` describes; warns when the weights do not fit the stated time scale."""
-        name = config.recipe or ""
+        name = config.registered_name
         asset = next((asset for asset in config.assets() if asset.what == "student"), None)
         components = load_parts(
             locate(config.architecture(), "model", name).path,

@@ -53,7 +53,7 @@ class SanaModel(AdaptedModel[SanaText]):
     ) -> SanaComponents:
         """The parts that `config` describes, from files on this computer."""
         return load_parts(
-            locate(config.architecture(), "model", config.recipe or "").path,
+            locate(config.architecture(), "model", config.registered_name).path,
             config.conventions(),
             device,
             dtype,

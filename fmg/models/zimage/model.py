@@ -53,7 +53,7 @@ class ZImageModel(AdaptedModel[QwenText]):
         cls, config: ZImageTurboConfig, device: torch.device, dtype: torch.dtype, text_device: torch.device
     ) -> ZImageComponents:
         """The parts that `config` describes, from files on this computer."""
-        folder = locate(config.architecture(), "model", config.recipe or "").path
+        folder = locate(config.architecture(), "model", config.registered_name).path
         return load_parts(folder, config.conventions(), device, dtype, text_device)
 
     @staticmethod
