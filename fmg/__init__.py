@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fmg.eval.evaluate import evaluate
     from fmg.export.artifact import export_artifact
     from fmg.export.diffusers import export_diffusers
+    from fmg.export.push import push
     from fmg.export.verify import verify
     from fmg.inference import Generator, load
     from fmg.inference.pipeline import FlowMapPipeline
@@ -32,6 +33,7 @@ _HOMES = {
     "export_artifact": "fmg.export.artifact",
     "export_diffusers": "fmg.export.diffusers",
     "load": "fmg.inference",
+    "push": "fmg.export.push",
     "resolve": "fmg.recipe",
     "resume": "fmg.training.api",
     "train": "fmg.training.api",
@@ -60,6 +62,7 @@ __all__ = [
     "export_artifact",
     "export_diffusers",
     "load",
+    "push",
     "resolve",
     "resume",
     "train",

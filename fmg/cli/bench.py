@@ -51,7 +51,7 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="TARGET",
-            help="Models, runs or artifacts.",
+            help="Models, runs or artifacts; also owner/name[@revision] on the hub.",
             show_default="the newest run",
             autocompletion=completion.targets,
         ),
@@ -124,7 +124,7 @@ def bench(
         from fmg.inference.benchmark import BenchOptions, bench_cases, parse_backends
 
         compared = () if compare is None else parse_backends(compare)
-        cases = bench_cases(targets or (), compared)
+        cases = bench_cases(targets or (), compared, reporter)
         options = BenchOptions(None if frontier else batch_size, device, dtype, threads)
         found: Frontier | None = None
         if frontier:

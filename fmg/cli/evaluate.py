@@ -49,7 +49,7 @@ def evaluate(
         str | None,
         typer.Argument(
             metavar="TARGET",
-            help="A model or a run folder.",
+            help="A model, a run folder, or owner/name[@revision] of a run on the hub.",
             show_default="the newest run",
             autocompletion=completion.targets,
         ),

@@ -44,7 +44,7 @@ def export(
         str | None,
         typer.Argument(
             metavar="TARGET",
-            help="Run folder or model.",
+            help="Run folder, model, or owner/name[@revision] of a run on the hub.",
             show_default="the newest run",
             autocompletion=completion.targets,
         ),
@@ -199,9 +199,10 @@ def export(
             merged = export_diffusers(target, folder or export_folder(target, "diffusers"), kept, observer=reporter)
             facts, text = _folder_facts(merged), f"{merged.folder}: {merged.changed} of {merged.tensors} weights merged"
         elif kohya:
-            from fmg.export.kohya import FILE, export_kohya
+            from fmg.export.kohya import export_kohya
+            from fmg.models.common.checkpoint_files import KOHYA_FILE
 
-            lora = export_kohya(target, folder or export_folder(target, FILE))
+            lora = export_kohya(target, folder or export_folder(target, KOHYA_FILE), reporter)
             facts, text = {"file": str(lora.file), "modules": lora.modules}, f"{lora.file}: {lora.modules} modules"
         elif swap_weights is not None:
             from fmg.export.swap import swap_weights as swap

@@ -44,7 +44,7 @@ def generate(
         sampling_option(
             "--from",
             metavar="TARGET",
-            help="A model, a run folder or an artifact.",
+            help="A model, a run folder, an artifact, or owner/name[@revision] on the hub.",
             show_default="the newest run",
             autocompletion=completion.targets,
         ),
@@ -93,10 +93,10 @@ def generate(
     with reporter_for(stderr()) as reporter:
         reporter(LOADING)
         from fmg.data.pictures import GridRow, sample_grid, save_pictures, to_pil
-        from fmg.inference import load
+        from fmg.inference.loading import find, load
 
         with load(
-            source,
+            find(source, observer=reporter),
             backend=backend,
             device=device,
             dtype=dtype,

@@ -25,6 +25,7 @@ from fmg.cli.generate import generate
 from fmg.cli.options import check_words
 from fmg.cli.output import print_error, print_warning, tolerate_narrow_encodings
 from fmg.cli.pretrain import pretrain
+from fmg.cli.push import push
 from fmg.cli.reward_server import reward_server
 from fmg.cli.runs import report, runs
 from fmg.cli.score import score
@@ -110,6 +111,7 @@ app.command("generate", rich_help_panel=_USE)(generate)
 app.command("export", rich_help_panel=_USE)(export)
 app.command("verify", rich_help_panel=_USE)(verify)
 app.command("bench", rich_help_panel=_USE)(bench)
+app.command("push", rich_help_panel=_USE)(push)
 app.command("list", rich_help_panel=_CHOOSE)(list_components)
 app.command("show", rich_help_panel=_CHOOSE)(show)
 app.command("init", rich_help_panel=_CHOOSE)(init)

@@ -28,7 +28,9 @@ def verify(
     artifact: Annotated[
         str,
         typer.Argument(
-            metavar="ARTIFACT", help="A folder that `fmg export` made, or its run.", autocompletion=completion.artifacts
+            metavar="ARTIFACT",
+            help="A folder that `fmg export` made, its run, or owner/name on the hub.",
+            autocompletion=completion.artifacts,
         ),
     ],
     against: Annotated[
@@ -64,16 +66,16 @@ def verify(
 
     If it does not, the exit code is 1 and the first layer that differs is named.
     """
-    from fmg.inference.artifact.layout import artifact_of
+    from fmg.inference.loading import find_artifact
 
     given_text(artifact, "ARTIFACT")
-    artifact = str(artifact_of(artifact))
     given_text(against, "--against")
     if quick + full + alone > 1:
         raise UsageError("--quick, --full and --alone cannot be used together", "Give one of them.")
     if alone and (against is not None or num is not None):
         raise UsageError("--alone compares with nothing", "Leave out --alone, or --against and --num.")
     with reporter_for(stderr()) as reporter:
+        artifact = str(find_artifact(artifact, reporter))
         reporter(LOADING)
         report = (
             _alone(artifact, backend, device)

@@ -96,6 +96,10 @@ class CheckpointError(FmgError):
     """A weight file or run folder that is missing, damaged or of the wrong kind."""
 
 
+class HubError(FmgError):
+    """The model hub cannot be reached, or refuses."""
+
+
 class StorageError(FmgError, OSError):
     """A file that could not be written: a full, read-only or vanished disk, or a folder without permission.
 

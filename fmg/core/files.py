@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 
@@ -17,6 +17,8 @@ from fmg.core.errors import CheckpointError, UsageError, reason, writing
 
 SUMS = "SHA256SUMS"
 """The digests of a folder's files, as `sha256sum -c` reads them."""
+RECIPE = "recipe.yaml"
+"""The recipe of a run, in its folder or beside its weights where it was pushed."""
 LOCK = ".lock"
 """The file in a folder that `lock` locks."""
 PARTIAL = "partial"
@@ -331,10 +333,31 @@ def digest(path: Path) -> str:
 
 def write_sums(folder: Path) -> str:
     """Writes the digests of all files below `folder` to its `SHA256SUMS`; returns the digest of that file."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    text = "".join(f"{digest(folder / name)}  {name}\n" for name in names if name != SUMS)
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    text = sums_text({name: digest(folder / name) for name in names if name != SUMS})
     (folder / SUMS).write_text(text, encoding="utf-8")
     return digest(folder / SUMS)
+
+
+def sums_text(digests: Mapping[str, str]) -> str:
+    """The content of `SHA256SUMS` for the digests of files by their names."""
+    return "".join(f"{found}  {name}\n" for name, found in sorted(digests.items()))
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """The digests that `SHA256SUMS` of a folder states, by the names of the files.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or names what is not in the folder.
+    """
+    file = folder / SUMS
+    try:
+        found = _sums(file, ())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"'{file}' cannot be read ({reason(error)})", "Restore the file from a copy.") from None
+    for name in found:
+        inside(folder, name, named_in=file, links=True)
+    return found
 
 
 def check_sums(

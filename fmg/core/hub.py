@@ -37,7 +37,11 @@ _HUB = re.compile(
     r"(?P<repository>[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./-]+))?"
 )
 _FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".py", ".txt", ".jsonl")
+_CACHED = re.compile(
+    r"/models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/(?P<file>.+))?$"
+)
 _PACKAGE = "package:"
+_EXPLICIT = "hub:"
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,32 @@ def parse_source(text: str) -> Source:
     if match is None or names_a_file or text.startswith(("/", ".", "~")) or path.exists():
         return path
     return HubSource(match["repository"], match["revision"], match["file"])
+
+
+def named_repository(text: str, places: Collection[str] = ()) -> HubSource | None:
+    """The repository of the hub that a name means, or None.
+
+    `hub:owner/name[@revision]` always means one. Without `hub:`, whatever exists on this computer comes first, and a
+    name below a folder that does is a mistyped path.
+
+    Args:
+        text: what was typed.
+        places: folders that hold such things by default, and that need not exist.
+
+    Raises:
+        UsageError: what follows `hub:` is no such name.
+    """
+    explicit = text.startswith(_EXPLICIT)
+    match = _HUB.fullmatch(text.removeprefix(_EXPLICIT))
+    found = None if match is None or match["file"] else HubSource(match["repository"], match["revision"], None)
+    if explicit:
+        if found is None:
+            raise UsageError(f"'{text}' names no repository", "Write hub:owner/name or hub:owner/name@revision.")
+        return found
+    if found is None or not isinstance(parse_source(text), HubSource):
+        return None
+    owner = found.repository.partition("/")[0]
+    return None if owner in places or Path(owner).exists() else found
 
 
 @dataclass(frozen=True)
@@ -271,14 +301,23 @@ def check_space(wanted: Sequence[Download]) -> None:
                 continue
         needed[folder] = needed.get(folder, 0.0) + download.size_gb
     for folder, size in needed.items():
-        existing = next(path for path in (folder, *folder.parents) if path.is_dir())
-        free = shutil.disk_usage(existing).free / 1e9
-        if size > free:
-            variable = "FMG_CACHE" if folder == cache_dir() else "HF_HOME"
-            raise UsageError(
-                f"The files take about {size:.1f} GB, but {existing} has {free:.1f} GB free",
-                f"Free some space, or set {variable} to a folder on another disk.",
-            )
+        check_room(folder, size)
+
+
+def check_room(folder: Path, size_gb: float) -> None:
+    """Compares the size of a download, in units of 10^9 bytes, with the free space of its folder, which need not exist.
+
+    Raises:
+        UsageError: it does not fit.
+    """
+    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free / 1e9
+    if size_gb > free:
+        variable = "FMG_CACHE" if folder == cache_dir() else "HF_HOME"
+        raise UsageError(
+            f"The files take about {size_gb:.1f} GB, but {existing} has {free:.1f} GB free",
+            f"Free some space, or set {variable} to a folder on another disk.",
+        )
 
 
 def fetch(asset: Asset, kind: str, name: str) -> Located:
@@ -339,6 +378,22 @@ def snapshot_folder(source: str | Path, patterns: Sequence[str], options: Mappin
             f"'{source}' cannot be fetched: {reason(error)}",
             "Check the name and the connection, accept the terms on its page, and log in with `hf auth login`.",
         ) from error
+
+
+def cached(source: HubSource, name: str) -> Path | None:
+    """A file of a repository in the hub's cache; None if it has not been fetched."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(source.repository, name, revision=source.revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def cached_place(path: Path) -> tuple[HubSource, str] | None:
+    """The repository and commit that a path in the hub's cache belongs to, and that path within them; None if none."""
+    match = _CACHED.search(path.absolute().as_posix())
+    if match is None:
+        return None
+    return HubSource(f"{match['owner']}/{match['name']}", match["commit"], None), match["file"] or ""
 
 
 def is_offline() -> bool:
@@ -402,7 +457,7 @@ def _path(asset: Asset, name: str) -> Path | None:
     """Where a named file of an asset would be; None if it has no place on this computer."""
     match asset.place:
         case HubSource() as source:
-            return _cached(source, name)
+            return cached(source, name)
         case UrlSource() as source:
             path = _download_path(asset, source)
             return path if name == path.name else None
@@ -443,9 +498,9 @@ def _root(asset: Asset, source: Source) -> Path | None:
     if not isinstance(source, HubSource):
         return source if isinstance(source, Path) else None
     if source.file is not None:
-        return _cached(source, source.file)
+        return cached(source, source.file)
     first = PurePosixPath(*asset.folders[:1])
-    config = _cached(source, str(first / CONFIG))
+    config = cached(source, str(first / CONFIG))
     return None if config is None else config.parents[len(first.parts)]
 
 
@@ -460,13 +515,6 @@ def _absent(asset: Asset, folder: Path) -> list[str]:
     names = sorted(path.relative_to(folder).as_posix() for path in dangling)
     wanted, _ = _choose(asset, HubSource("", None, None), names)
     return absent + [name for name in wanted if name not in absent]
-
-
-def _cached(source: HubSource, name: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(source.repository, name, revision=source.revision)
-    return Path(cached) if isinstance(cached, str) else None
 
 
 def _download_path(asset: Asset, source: UrlSource) -> Path:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from fmg.core.display import LONGEST_VALUE, html_picture, html_text
 from fmg.core.errors import CheckpointError, UsageError, reason, suggestion
-from fmg.core.files import lock, refusal_of
+from fmg.core.files import RECIPE, lock, refusal_of
 from fmg.core.json_io import read_object, sealed, unsealed, write_json
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class RunFolder:
 
     @property
     def recipe(self) -> Path:
-        return self.path / "recipe.yaml"
+        return self.path / RECIPE
 
     @property
     def metrics(self) -> Path:

@@ -111,8 +111,9 @@ def evaluate(
     if num < 1:
         raise UsageError(f"The number of images is {num}", "Set --num to at least 1.")
     names, functions = measured_names(rewards)
-    first = resolve_target(target, allow_code=allow_code or bool(names))
-    other = _other(first, against)
+    with watching(observer, progress) as told:
+        first = resolve_target(target, allow_code=allow_code or bool(names), observer=told)
+        other = _other(first, against, told)
     prompt_set = load_prompts(prompts or first.recipe.eval.prompts)
     given = dict(options or {})
     features = chosen_extractors([extractors] if isinstance(extractors, str) else extractors, given)
@@ -140,11 +141,13 @@ def evaluate(
     return result
 
 
-def _other(first: Target, against: TargetLike) -> Target | None:
+def _other(first: Target, against: TargetLike, observer: Observer) -> Target | None:
     if against is None:
         return None
     # only the rewards of the first target are measured, so code that the other's recipe names stays unused
-    return first.base() if against == BASE else resolve_target(against, allow_code=True, other=(BASE,))
+    return (
+        first.base() if against == BASE else resolve_target(against, allow_code=True, other=(BASE,), observer=observer)
+    )
 
 
 def _check_dump(dump: tuple[str, str | Path] | None, sweep: Sequence[int]) -> None:

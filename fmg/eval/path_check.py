@@ -130,12 +130,12 @@ def path_check(
         device: `auto`, `cpu`, `cuda`, ...
         dtype: `fp32` or `bf16`.
         allow_code: as in `evaluate`.
-        observer: receives `StageProgress` events.
+        observer: receives `StageProgress` and `Notice` events.
 
     Raises:
         UsageError: unknown target, reward or prompt set, or a grid without an interior time.
     """
-    found = resolve_target(target, allow_code=allow_code or bool(rewards))
+    found = resolve_target(target, allow_code=allow_code or bool(rewards), observer=observer)
     shape = found.recipe.rollout
     scorers = build_rewards(list(rewards) if rewards else list(found.recipe.measured_rewards))
     eval_set = EvalSet.make(load_prompts(prompts or found.recipe.eval.prompts), num, seed)

@@ -127,7 +127,9 @@ def export_artifact(
     """
     folder = export_folder(target, "artifact") if out is None else Path(out)
     with watching(observer, progress) as told:
-        return export_source(find_source(resolve_target(target)), folder, options or ExportOptions(), observer=told)
+        return export_source(
+            find_source(resolve_target(target, observer=told)), folder, options or ExportOptions(), observer=told
+        )
 
 
 def export_source(source: ExportSource, out: Path, options: ExportOptions, *, observer: Observer = ignore) -> Artifact:

@@ -18,6 +18,7 @@ from fmg.export.source import Delta, find_source, merged
 from fmg.export.weights import TensorType, check_space, lay_out, write_weights
 from fmg.inference.pipeline import sampled_as
 from fmg.inference.target import TargetLike, export_folder, resolve_target
+from fmg.models.common.checkpoint_files import CARD, SAMPLES
 from fmg.models.common.weights import INDEX_FILE, TensorReader
 from fmg.models.conventions import FlowMapConventions
 from fmg.models.flux.configs import FluxStudentConfig
@@ -25,7 +26,7 @@ from fmg.models.flux.loading import TransformerSource
 from fmg.models.flux.pipeline_files import STALE, write_pipeline_files
 from fmg.progress import watching
 from fmg.recipe import Recipe
-from fmg.training.card import CARD, SAMPLES, folder_card
+from fmg.training.card import folder_card
 
 TRANSFORMER = "transformer"
 DTYPES: Mapping[str, torch.dtype | None] = {
@@ -72,7 +73,8 @@ def export_diffusers(
         MissingDependencyError: published files that have not been fetched.
         CheckpointError: base and adapter do not belong together, or a file is damaged; nothing is left behind.
     """
-    found = resolve_target(target)
+    with watching(observer, progress) as told:
+        found = resolve_target(target, observer=told)
     source = find_source(found)
     student = isinstance(found.recipe.model.config, FluxStudentConfig)
     if source.checkpoint is None and not student:

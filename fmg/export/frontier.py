@@ -119,7 +119,7 @@ def frontier(
         UsageError: the run of an artifact no longer exists, or a number of steps does not fit the grid.
     """
     subject = cases[0].subject
-    target = made_from(subject, allow_code=allow_code) if isinstance(subject, Artifact) else subject
+    target = made_from(subject, allow_code=allow_code, observer=observer) if isinstance(subject, Artifact) else subject
     rewards = build_rewards(target.recipe.rewards)
     images = EvalSet.make(load_prompts(target.recipe.eval.prompts), plan.num, plan.seed)
     for label, reward in rewards.items():

@@ -16,11 +16,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fmg.core.errors import UsageError, writing
+from fmg.core.events import Observer, ignore
 from fmg.core.files import write_atomic
 from fmg.export.source import Delta, ExportSource, find_source
 from fmg.inference.target import resolve_target
-
-FILE = "kohya_lora.safetensors"
+from fmg.models.common.checkpoint_files import KOHYA_DIGEST
 
 _PREFIX = "lora_unet_"
 _ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v")
@@ -66,18 +66,19 @@ class KohyaLora:
     modules: int
 
 
-def export_kohya(target: str | Path | None, out: Path) -> KohyaLora:
+def export_kohya(target: str | Path | None, out: Path, observer: Observer = ignore) -> KohyaLora:
     """Writes the LoRA of a run as one file.
 
     Args:
         target: a run folder, or None for the newest run.
         out: the file to write.
+        observer: receives the progress of a download.
 
     Raises:
         UsageError: there is no LoRA, it adapts a module that the layout lacks, or `out` exists.
         CheckpointError: the adapter is damaged or belongs to another base.
     """
-    found = resolve_target(target)
+    found = resolve_target(target, observer=observer)
     source = find_source(found)
     delta = source.delta
     if delta is None:
@@ -164,7 +165,9 @@ def _write(tensors: Mapping[str, Tensor], source: ExportSource, delta: Delta, ou
         "ss_network_dim": str(delta.adapter.rank) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": str(delta.adapter.alpha) if len(ranks) == 1 else "Dynamic",
         "ss_base_model_version": "flux1",
-        "modelspec.title": source.label,
+        # no folder of this computer
+        "modelspec.title": Path(source.label).name,
+        KOHYA_DIGEST: delta.adapter.digest,
     }
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,6 @@ Weights are read one tensor at a time, with the changes of a run merged in fp32.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +18,6 @@ from torch import Tensor
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from fmg.core.errors import CheckpointError, UsageError
-from fmg.core.files import digest
 from fmg.core.hub import locate
 from fmg.core.specs import expand_targets, is_target
 from fmg.export.weights import TensorType, lay_out, write_weights
@@ -34,9 +32,9 @@ from fmg.inference.artifact.manifest import (
 )
 from fmg.inference.target import Target
 from fmg.models.common.adapter import add_low_rank
+from fmg.models.common.checkpoint_files import COMPONENT, adapter_digest
 from fmg.models.common.pipeline_parts import load_tokenizer, quiet
 from fmg.models.common.saved_weights import (
-    COMPONENT,
     LORA_A,
     LORA_B,
     AdapterManifest,
@@ -59,7 +57,7 @@ from fmg.models.embedded import EmbeddedConfig
 from fmg.models.flux.configs import FluxConfig, FluxStudentConfig
 from fmg.models.flux.loading import FLUX, TransformerSource, check_student, transformer_source
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
-from fmg.models.published import DIFFUSERS_FILE, LocatedAdapter, StackedConfig
+from fmg.models.published import LocatedAdapter, StackedConfig
 from fmg.recipe import Recipe
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -234,7 +232,7 @@ def read_delta(folder: Path, shapes: Shapes, run: str) -> Delta:
     modules = [name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)]
     lora = {f"{module}.weight": (tensors[module + LORA_A], tensors[module + LORA_B]) for module in sorted(modules)}
     facts = Adapter(
-        digest=_digest(folder),
+        digest=adapter_digest(folder),
         rank=manifest.rank,
         alpha=manifest.alpha,
         scale=manifest.alpha / manifest.rank,
@@ -270,13 +268,6 @@ def _adapter_shapes(shapes: Shapes, manifest: AdapterManifest) -> dict[str, tupl
             expected[module + LORA_A] = (manifest.rank, inputs)
             expected[module + LORA_B] = (outputs, manifest.rank)
     return expected
-
-
-def _digest(folder: Path) -> str:
-    """Sha256 over the weight files of an adapter, each under its name."""
-    files = sorted(folder.glob("*.safetensors"), key=lambda file: (file.name != DIFFUSERS_FILE, file.name))
-    text = "".join(f"{digest(file)} {file.name}\n" for file in files)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def merged(base: TensorReader, delta: Delta | None, dtype: torch.dtype) -> Callable[[str], Tensor]:

@@ -72,7 +72,7 @@ def swap_weights(folder: Path, target: str | Path | None, *, observer: Observer 
     if target == BASE:
         delta, recipe = None, _base_recipe(artifact.manifest)
     else:
-        found = resolve_target(target, other=(BASE,))
+        found = resolve_target(target, other=(BASE,), observer=observer)
         delta, recipe = _delta(artifact, found), found.recipe
         _check_graphs(artifact, found)
     here = Path.cwd()

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fmg.core.errors import UsageError, python_call, reason, suggestion
-from fmg.core.events import Notice, Observer, StageProgress
+from fmg.core.events import Notice, Observer, StageProgress, ignore
 from fmg.core.prompt import tell_of_cuts
 from fmg.core.protocols import Reward
 from fmg.data.prompt_sets import load_prompts
@@ -28,9 +28,9 @@ from fmg.export.verify_graphs import GraphParity, first_divergence, parity, samp
 from fmg.export.verify_source import check_source
 from fmg.inference import Generator, Target
 from fmg.inference.artifact.backend import ArtifactBackend, PromptTokenizer
-from fmg.inference.artifact.layout import Artifact, artifact_of, open_artifact
+from fmg.inference.artifact.layout import Artifact, open_artifact
 from fmg.inference.artifact.manifest import GRAPHS, TEXT_ENCODER_2, TRANSFORMER, TRANSFORMER_INT8, Check, Precision
-from fmg.inference.loading import AUTO, find, load, made_from
+from fmg.inference.loading import AUTO, find, find_artifact, load, made_from
 from fmg.inference.onnxruntime import NAME as ONNXRUNTIME
 from fmg.inference.onnxruntime import PrecisionError
 from fmg.inference.parity import Difference, ImageParity
@@ -101,9 +101,12 @@ def verify(
     """
     if level not in LEVELS:
         raise UsageError(f"There is no verification level '{level}'", suggestion(level, LEVELS))
-    opened = artifact if isinstance(artifact, Artifact) else open_artifact(artifact_of(artifact), hashes=False)
-    target = reference_of(opened, against, allow_code=allow_code)
     with watching(observer, progress) as told:
+        if isinstance(artifact, Artifact):
+            opened = artifact
+        else:
+            opened = open_artifact(find_artifact(artifact, told), hashes=False)
+        target = reference_of(opened, against, allow_code=allow_code, observer=told)
         return _verify(opened, target, level, backend, device, num, seed, told)
 
 
@@ -143,7 +146,9 @@ def _verify(
     return VerifyReport(str(artifact.folder), target.label, level, detail, tuple(checks))
 
 
-def reference_of(artifact: Artifact, against: TargetLike = None, *, allow_code: bool = False) -> Target:
+def reference_of(
+    artifact: Artifact, against: TargetLike = None, *, allow_code: bool = False, observer: Observer = ignore
+) -> Target:
     """The run or model that an artifact is compared with.
 
     Raises:
@@ -152,8 +157,8 @@ def reference_of(artifact: Artifact, against: TargetLike = None, *, allow_code: 
     if isinstance(against, Target):
         return against
     if against is None:
-        return made_from(artifact, allow_code=allow_code, advice="Name it: --against RUN.")
-    found = find(against, allow_code=allow_code)
+        return made_from(artifact, allow_code=allow_code, advice="Name it: --against RUN.", observer=observer)
+    found = find(against, allow_code=allow_code, observer=observer)
     if isinstance(found, Artifact):
         raise UsageError(f"'{against}' is an artifact", "Name the run or the model that the artifact was made from.")
     return found

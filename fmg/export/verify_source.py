@@ -32,6 +32,7 @@ from fmg.inference.artifact.manifest import (
     Sampling,
 )
 from fmg.models.common.weights import TensorReader
+from fmg.recipe.sharing import shareable
 
 _SUM_ERROR = 1e-6
 """Tolerance of a sum of base and adapter, relative to the largest entry: CPUs add in different orders."""
@@ -73,8 +74,9 @@ def _other_fact(artifact: Artifact, source: ExportSource) -> str:
         "base.digest": (manifest.base.digest, source.digest),
         "base.dtypes": (manifest.base.dtypes, base_dtypes(source.stored)),
         "adapter": (_without_run(manifest.adapter), _without_run(adapter)),
-        "rewards": (manifest.rewards, rewards),
-        "prompts": (manifest.prompts, prompts),
+        # a pushed artifact or run names no folder of the computer that it was made on
+        "rewards": (shareable(manifest.rewards), shareable(rewards)),
+        "prompts": (shareable(manifest.prompts), shareable(prompts)),
     }
     sampled = (f"sampling.{entry.name}" for entry in fields(Sampling))
     pairs = zip(sampled, zip(astuple(manifest.sampling), astuple(sampling), strict=True), strict=True)

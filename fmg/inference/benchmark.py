@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fmg.core.errors import UsageError, suggestion
+from fmg.core.events import Observer, ignore
 from fmg.core.profiling import OTHER, STAGES, TOTAL
 from fmg.inference.artifact.layout import EXPORTED, Artifact, is_artifact, open_artifact
 from fmg.inference.generator import Generator
@@ -90,7 +91,7 @@ def parse_backends(text: str) -> tuple[BenchBackend, ...]:
     return tuple(found)
 
 
-def bench_cases(targets: Sequence[str], wanted: Sequence[BenchBackend]) -> list[BenchCase]:
+def bench_cases(targets: Sequence[str], wanted: Sequence[BenchBackend], observer: Observer = ignore) -> list[BenchCase]:
     """Every target on every backend; no target is the newest run, no backend the preferred one of each target.
 
     Raises:
@@ -101,7 +102,7 @@ def bench_cases(targets: Sequence[str], wanted: Sequence[BenchBackend]) -> list[
         raise UsageError("A target is named twice", "Give each target once.")
     cases = []
     for target in targets or (None,):
-        subject = find(target)
+        subject = find(target, observer=observer)
         name = target
         if name is None:
             name = str(subject.folder) if isinstance(subject, Artifact) else subject.label
@@ -109,17 +110,17 @@ def bench_cases(targets: Sequence[str], wanted: Sequence[BenchBackend]) -> list[
             cases.append(BenchCase(name, subject, BenchBackend(AUTO)))
         for backend in wanted:
             label = backend.label if len(targets) < 2 else f"{name} {backend.label}"
-            cases.append(BenchCase(label, form_for(subject, backend), backend))
+            cases.append(BenchCase(label, form_for(subject, backend, observer), backend))
     return cases
 
 
-def form_for(subject: Target | Artifact, backend: BenchBackend) -> Target | Artifact:
+def form_for(subject: Target | Artifact, backend: BenchBackend, observer: Observer = ignore) -> Target | Artifact:
     """The run or model of an artifact, or the artifact of a run or model, whichever a backend runs."""
     source = backends.build(backend.name)
     source.check()
     if source.opens == "artifact":
         return subject if isinstance(subject, Artifact) else _exported_from(subject)
-    return made_from(subject) if isinstance(subject, Artifact) else subject
+    return made_from(subject, observer=observer) if isinstance(subject, Artifact) else subject
 
 
 def _exported_from(target: Target) -> Artifact:

@@ -6,6 +6,7 @@ An artifact is opened without torch, and without the packages that read a run's 
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,33 +21,49 @@ from fmg.core.errors import FmgError, FmgWarning, MissingDependencyError, UsageE
 from fmg.core.protocols import Backend, Subject
 from fmg.inference import onnxruntime as ort
 from fmg.inference.artifact.backend import ArtifactBackend, checked_batch
-from fmg.inference.artifact.layout import Artifact, artifact_names, check_not_interrupted, is_artifact, open_artifact
+from fmg.inference.artifact.layout import (
+    Artifact,
+    artifact_names,
+    artifact_of,
+    check_not_interrupted,
+    is_artifact,
+    open_artifact,
+)
 from fmg.inference.generator import DEFAULT_BATCH, Generator
+from fmg.inference.hub_target import fetch_target, hub_source
 from fmg.inference.tensorrt.flavours import RTX, TENSORRT, Flavour, current_gpu, lists_gpu, load_module
 from fmg.inference.tensorrt.records import EngineHost, built_here, fitting_engines
-from fmg.registry import backends
+from fmg.progress import log_notices, watching
+from fmg.registry import backends, models
 from fmg.registry.config import ComponentConfig
 from fmg.version import install_line
 
 if TYPE_CHECKING:
+    from fmg.core.events import Observer
     from fmg.core.protocols import BackendSource
     from fmg.inference.target import Target, TargetLike
 
 AUTO = "auto"
 TORCH = "torch"
 _GIB = 1 << 30
+# a run of the hub at a commit, as artifacts that were made from it name it
+_PINNED = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 
 
-def find(target: TargetLike | Artifact, *, allow_code: bool = True) -> Target | Artifact:
-    """What `target` is: an artifact, a run, a model by name, or (None) the newest run.
+def find(
+    target: TargetLike | Artifact, *, allow_code: bool = True, observer: Observer = log_notices
+) -> Target | Artifact:
+    """What `target` is: an artifact, a run, a model by name, or (None) the newest run. One of the hub is fetched first.
 
     Args:
         target: what was typed, or passed to a Python call.
         allow_code: whether the recipe of a run may name the user's own code. Sampling runs no reward, so code that the
             recipe names is not executed.
+        observer: receives the progress of a download.
 
     Raises:
         UsageError: it is none of these.
+        HubError: the hub cannot be reached or refuses.
         CheckpointError: a folder that is damaged.
     """
     if isinstance(target, Artifact):
@@ -55,13 +72,41 @@ def find(target: TargetLike | Artifact, *, allow_code: bool = True) -> Target | 
         if is_artifact(place):
             return open_artifact(place)
         check_not_interrupted(place)
+        if place not in models.names() and (source := hub_source(place)) is not None:
+            fetched = fetch_target(source, observer)
+            if fetched.kind == "artifact":
+                return open_artifact(fetched.folder)
+            from fmg.inference.target import pushed_target
+
+            return pushed_target(fetched.folder, fetched.label, allow_code=allow_code)
     from fmg.inference.target import resolve_target
 
     return resolve_target(target, allow_code=allow_code, other=artifact_names())
 
 
+def find_artifact(named: str | PathLike[str], observer: Observer = log_notices) -> Path:
+    """The folder of an artifact: the given one, that in a run, or one of the hub, which is fetched first.
+
+    Raises:
+        UsageError: a run that has not been exported.
+        HubError: the hub cannot be reached, refuses, or has no artifact of that name.
+    """
+    folder = artifact_of(named)
+    source = None if folder.exists() else hub_source(os.fspath(named))
+    if source is None:
+        return folder
+    fetched = fetch_target(source, observer)
+    if fetched.kind == "run":
+        raise UsageError(f"'{fetched.label}' is a run, not an artifact", "Export it first: fmg export.")
+    return fetched.folder
+
+
 def made_from(
-    artifact: Artifact, *, allow_code: bool = True, advice: str = "Name the run in place of the artifact."
+    artifact: Artifact,
+    *,
+    allow_code: bool = True,
+    advice: str = "Name the run in place of the artifact.",
+    observer: Observer = log_notices,
 ) -> Target:
     """The run or model that an artifact was exported from, as its manifest names it.
 
@@ -69,6 +114,7 @@ def made_from(
         artifact: what was exported.
         allow_code: as `find`.
         advice: what to do when the run is gone.
+        observer: receives the progress of a download.
 
     Raises:
         UsageError: the run no longer exists.
@@ -77,9 +123,11 @@ def made_from(
     from fmg.inference.target import resolve_target, run_of_checkpoint
 
     adapter = artifact.manifest.adapter
-    if adapter is not None and not is_run(run_of_checkpoint(Path(adapter.run)) or Path(adapter.run)):
+    pushed = adapter is not None and _PINNED.fullmatch(adapter.run) is not None
+    if adapter is not None and not pushed and not is_run(run_of_checkpoint(Path(adapter.run)) or Path(adapter.run)):
         raise UsageError(f"The run '{adapter.run}' that the artifact was made from is not here", advice)
-    return resolve_target(artifact.manifest.base.name if adapter is None else adapter.run, allow_code=allow_code)
+    name = artifact.manifest.base.name if adapter is None else adapter.run
+    return resolve_target(name, allow_code=allow_code, observer=observer)
 
 
 @python_call
@@ -116,7 +164,11 @@ def load(
         MissingDependencyError: a package is not installed.
         CheckpointError: files are missing or damaged.
     """
-    subject = find(target)
+    if isinstance(target, (str, PathLike)):
+        with watching(None, None) as told:
+            subject = find(target, observer=told)
+    else:
+        subject = find(target)
     options = _options(
         subject, dtype=dtype, adapter=adapter, resolution=resolution, threads=threads, int8=int8, allow_code=allow_code
     )

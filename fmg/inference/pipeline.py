@@ -28,7 +28,7 @@ from fmg.flow.sampling import native_step
 from fmg.inference.generator import seeded_noise, whole_seeds
 from fmg.inference.target import Target, load_model
 from fmg.inference.torch_backend import DTYPES
-from fmg.models.common import adapter, saved_weights
+from fmg.models.common import adapter, checkpoint_files, saved_weights
 from fmg.models.common.model import decode_latents, unscaled
 from fmg.models.common.network import map_of
 from fmg.models.conventions import CONVENTIONS_FILE, FlowMapConventions, as_conventions, read_conventions
@@ -45,7 +45,7 @@ Callback = Callable[[Any, int, Tensor, dict[str, Tensor]], Mapping[str, Tensor]]
 OUTPUTS = ("pil", "np", "pt", "latent")
 """Values of `output_type`."""
 _TIMESTEPS = 1000
-_FILES = (saved_weights.DIFFUSERS_FILE, saved_weights.EXTRA_FILE, saved_weights.ADAPTER_MANIFEST)
+_FILES = (checkpoint_files.DIFFUSERS_FILE, checkpoint_files.EXTRA_FILE, checkpoint_files.ADAPTER_MANIFEST)
 _FIX = "Restore it from a copy, or train again."
 
 
@@ -165,7 +165,7 @@ class FlowMapLoraMixin(FluxLoraLoaderMixin):  # type: ignore[misc]
                 "Load it with FlowMapFluxTransformer2DModel.from_pretrained(FOLDER, subfolder='transformer'), and set"
                 " pipe.transformer to it.",
             )
-        ours = (folder / saved_weights.ADAPTER_MANIFEST, folder / saved_weights.EXTRA_FILE)
+        ours = (folder / checkpoint_files.ADAPTER_MANIFEST, folder / checkpoint_files.EXTRA_FILE)
         if not any(file.is_file() for file in ours):
             return {}
         manifest = saved_weights.read_adapter_manifest(folder)

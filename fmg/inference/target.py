@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fmg.core.errors import CheckpointError, FmgWarning, UsageError, WrongTypeError, suggestion
-from fmg.core.files import check_place
+from fmg.core.files import RECIPE, check_place
 from fmg.data.checkpoints import FOLDER, UNCHECKED, chosen_checkpoint, read_index
 from fmg.data.run_folder import RUNS, RunFolder, is_run, list_runs, no_run, run_names
 from fmg.inference.generator import DEFAULT_BATCH, Generator
+from fmg.inference.hub_target import check_pushed_run, fetch_target, hub_source, is_pushed_run
+from fmg.progress import log_notices
 from fmg.recipe import Recipe
 from fmg.registry import models
 
 if TYPE_CHECKING:
+    from fmg.core.events import Observer
     from fmg.core.protocols import Model
 
 
@@ -56,20 +59,28 @@ def target_text(target: TargetLike) -> str | None:
 
 
 def resolve_target(
-    target: TargetLike, runs: Path = RUNS, *, allow_code: bool = False, other: Sequence[str] = ()
+    target: TargetLike,
+    runs: Path = RUNS,
+    *,
+    allow_code: bool = False,
+    other: Sequence[str] = (),
+    observer: Observer = log_notices,
 ) -> Target:
-    """Resolves `target` without loading weights.
+    """Resolves `target` without loading weights. A run of the hub is fetched first.
 
     Args:
-        target: a registered model, a run folder, one checkpoint of a run (`RUN/checkpoints/checkpoint-20`), or None for
-            the newest run under `runs` that has ended and has a saved adapter.
+        target: a registered model, a run folder, one checkpoint of a run (`RUN/checkpoints/checkpoint-20`), a run that
+            was pushed to the hub (`owner/name[@revision]`) or a downloaded copy of it, or None for the newest run under
+            `runs` that has ended and has a saved adapter.
         runs: where runs are kept.
         allow_code: whether the recipe of a run may name the user's own code; a run folder can come from anyone.
         other: names that the caller accepts as well, for the suggestion of an error.
+        observer: receives the progress of a download.
 
     Raises:
         WrongTypeError: it is neither a text nor a path.
         UsageError: it is none of these, there is no run yet, or its recipe names code.
+        HubError: the hub cannot be reached or refuses.
         CheckpointError: a run folder has no saved adapter, or a file of it is missing or damaged.
     """
     if isinstance(target, Target):
@@ -81,11 +92,24 @@ def resolve_target(
         run = run_of_checkpoint(Path(name))
         if run is not None:
             return _run_target(RunFolder(run), allow_code, Path(name).name, name)
+        if is_pushed_run(Path(name)):
+            check_pushed_run(Path(name))
+            return pushed_target(Path(name), name, allow_code=allow_code)
         return _run_target(RunFolder(Path(name)), allow_code)
+    if name not in models.names() and (source := hub_source(name)) is not None:
+        fetched = fetch_target(source, observer)
+        if fetched.kind == "artifact":
+            raise UsageError(f"'{name}' is an exported artifact", "Name a model, a run, or a repository with a run.")
+        return pushed_target(fetched.folder, fetched.label, allow_code=allow_code)
     if name not in models.names():
         known = [*models.names(), *run_names(runs), *other]
         raise UsageError(f"'{name}' is neither a model nor a run folder", suggestion(name, known))
     return Target(name, Recipe.default(model=name), None)
+
+
+def pushed_target(folder: Path, label: str, *, allow_code: bool = False) -> Target:
+    """A checkpoint with its recipe, as `fmg push` sends it. Errors as for a run folder."""
+    return Target(label, Recipe.of_run(folder / RECIPE, allow_code=allow_code), folder)
 
 
 def export_folder(target: TargetLike, name: str) -> Path:
@@ -99,6 +123,8 @@ def export_folder(target: TargetLike, name: str) -> Path:
         UsageError: it exists, or there is no run yet.
     """
     label = target_text(target) or resolve_target(None).label
+    if (source := hub_source(label)) is not None:
+        label = source.repository.partition("/")[2]
     return absent_folder(Path(label) / name if Path(label).is_dir() else Path(f"{name}s") / label)
 
 

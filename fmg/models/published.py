@@ -15,6 +15,7 @@ from fmg.core.errors import FmgWarning
 from fmg.core.hub import Asset, HubSource, Located, locate, problem
 from fmg.core.model_folder import stated_config
 from fmg.core.specs import MapSpec
+from fmg.models.common.checkpoint_files import DIFFUSERS_FILE, EXTRA_FILE, PEFT_CONFIG_FILE, PEFT_FILE
 from fmg.models.conventions import FlowMapConventions, Worded
 from fmg.registry.config import ModelConfig
 
@@ -34,9 +35,6 @@ EULER_ANCHORS = (
 EULER_KERNEL = ("asfmc", (("gap", 0.0147),))
 """Its default stochasticizer: the anchor just below the target time adds the least noise it was not distilled for."""
 
-PEFT_FILE, PEFT_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
-DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
-EXTRA_FILE = "fmg_extra.safetensors"
 """Names of the files of an adapter: of PEFT, of diffusers, and of the base weights that fmg trained beside it."""
 
 # Models this large are refused on a machine without a GPU, unless the CPU is requested by name.
@@ -83,11 +81,16 @@ class PublishedConfig(ModelConfig):
         """
 
     def card_facts(self) -> Mapping[str, str]:
-        """The repository of the trained weights; their terms are in the card itself."""
+        """The repository of the trained weights, with a link to their terms."""
         source = self.assets()[0].place
         if not isinstance(source, HubSource):
             return {}
-        return {"base_model": source.repository, "license": "other", "license_name": "terms-of-the-base-model"}
+        return {
+            "base_model": source.repository,
+            "license": "other",
+            "license_name": "terms-of-the-base-model",
+            "license_link": f"https://huggingface.co/{source.repository}",
+        }
 
     transformer_class: ClassVar[str]
     """Name of the transformer's class in diffusers."""

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from fmg.core.display import counted, html_text
 from fmg.core.errors import CompositionError, UsageError, WrongTypeError, python_call, suggestion
-from fmg.core.files import from_home
+from fmg.core.files import RECIPE, SUMS, from_home
 from fmg.recipe.composition import problems
 from fmg.recipe.document import Node, Plain, Source, is_block, node_of, read_document, render
 from fmg.recipe.layers import AUTO, anchored, argument_layers, flag_layers, merge, merge_all, refuse_code, set_layers
@@ -28,6 +28,7 @@ from fmg.registry.validation import Problem, first_problem, validate_strictly
 DEFAULT_MODEL = "meanflow-shapes"
 EDITOR_LINE = "# yaml-language-server: $schema=recipe.schema.json"
 """The first line of a recipe beside which its schema lies: editors check and complete it."""
+_BESIDE_IT = ("run.json", SUMS)
 _DEFAULT = Source("built-in", "default")
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -227,7 +228,7 @@ def override(recipe: Recipe, values: Mapping[str, object]) -> ResolvedRecipe:
 def _over_file(config: str | Path, layers: Sequence[Node], *, allow_code: bool) -> ResolvedRecipe:
     """The layers over those of a recipe file, or of a shipped recipe."""
     path = from_home(config)
-    if path.name == "recipe.yaml" and (path.parent / "run.json").is_file():
+    if path.name == RECIPE and any((path.parent / name).is_file() for name in _BESIDE_IT):
         return _finish(merge_all([_read(config), *layers]), allow_code=allow_code)
     return _resolve([_read(config), *layers], allow_code=allow_code)
 

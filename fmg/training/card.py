@@ -7,43 +7,64 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from fmg.core import metric_keys as keys
 from fmg.core.display import counted
+from fmg.core.errors import UsageError, reason
 from fmg.core.files import write_atomic
-from fmg.core.protocols import PromptSet
+from fmg.core.hub import HubSource
 from fmg.data.checkpoints import SavedCheckpoint, read_index
 from fmg.data.prompt_sets import shared_prompts
 from fmg.data.run_folder import RunFolder
 from fmg.data.run_metrics import read_metrics
+from fmg.models.common.checkpoint_files import CARD, SAMPLES
 from fmg.recipe import Recipe
+from fmg.recipe.sharing import shareable
 from fmg.registry.config import About
 from fmg.version import DISTRIBUTION, __version__
 
-CARD = "README.md"
-SAMPLES = "samples.png"
+if TYPE_CHECKING:
+    from fmg.core.protocols import PromptSet
+
+# what the hub calls them
+_LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit"}
 _NOT_STATED = "not stated by its authors"
 
 
 def write_cards(run: RunFolder, recipe: Recipe, prompts: PromptSet, eval_prompts: PromptSet) -> None:
     """Writes `README.md` and `samples.png` into every checkpoint that the run kept."""
     index = read_index(run.path)
-    seen = shared_prompts(prompts, eval_prompts)
-    held_out = "that training did not see" if not seen else f"of which training saw {seen} of {len(eval_prompts)}"
     if index is None:
         return
     for saved in index.saved:
         folder = saved.path(run.path)
-        samples = run.sample(saved.iteration, averaged=saved.score_key != keys.SCORE)
-        pictured = samples.is_file()
-        if pictured:
+        samples = samples_of(run, saved)
+        if samples is not None:
             shutil.copyfile(samples, folder / SAMPLES)
-        scores = _scores(read_metrics(run.metrics), saved)
-        text = card_text(recipe, saved, scores, prompts=held_out, pictured=pictured, kept=index.entry(index.best))
+        text = checkpoint_card(run, recipe, saved, index.entry(index.best), seen_prompts(prompts, eval_prompts))
         write_atomic(folder / CARD, text.encode())
+
+
+def samples_of(run: RunFolder, saved: SavedCheckpoint) -> Path | None:
+    """The images that a checkpoint generated when it was evaluated, or None."""
+    samples = run.sample(saved.iteration, averaged=saved.score_key != keys.SCORE)
+    return samples if samples.is_file() else None
+
+
+def seen_prompts(prompts: PromptSet, eval_prompts: PromptSet) -> str:
+    """Whether training saw the evaluation prompts, as what follows "prompts"."""
+    seen = shared_prompts(prompts, eval_prompts)
+    return "that training did not see" if not seen else f"of which training saw {seen} of {len(eval_prompts)}"
+
+
+def checkpoint_card(run: RunFolder, recipe: Recipe, saved: SavedCheckpoint, kept: SavedCheckpoint, prompts: str) -> str:
+    """The card of a checkpoint in its run; `prompts` as `seen_prompts` gives it."""
+    scores = _scores(read_metrics(run.metrics), saved)
+    pictured = samples_of(run, saved) is not None
+    return card_text(recipe, saved, scores, prompts=prompts, pictured=pictured, kept=kept)
 
 
 def card_text(
@@ -67,9 +88,7 @@ def card_text(
     """
 
     def lines() -> Iterator[str]:
-        name = recipe.model.name
-        full = recipe.train.trainable == "full"
-        yield _front_matter(recipe, "finetune" if full else "adapter", () if full else ("lora",))
+        yield _front_matter(_checkpoint_facts(recipe))
         yield f"# {_title(recipe)}"
         yield ""
         yield _origin(recipe, saved)
@@ -87,14 +106,7 @@ def card_text(
             yield f"| {key} | {_number(before)} | {_number(after)} |"
         if pictured:
             yield from ("", f"![Samples at fixed prompts and seeds]({SAMPLES})")
-        yield from ("", "## Use", "", "```sh", "# RUN is the run folder that holds this checkpoint")
-        yield from ('fmg generate "PROMPT" --from RUN', f"fmg eval RUN --against {name}")
-        if recipe.model.config.mergeable:
-            yield "fmg export --diffusers RUN OUT"
-        yield from ("```", "")
-        yield from _in_diffusers(recipe)
-        # as JSON, which is YAML too: the values without the paths of the machine that made them
-        yield from ("", "## Recipe", "", "```json", json.dumps(_shareable(recipe.plain()), indent=2), "```")
+        yield from ("", *_use(recipe), "", *_recipe(recipe))
 
     return "\n".join(lines()) + "\n"
 
@@ -109,7 +121,7 @@ def folder_card(recipe: Recipe, adapter_card: str | None) -> str:
     name, tuned = recipe.model.name, adapter_card is not None
     made = " with trained weights merged into its transformer" if tuned else ""
     lines = [
-        _front_matter(recipe, "finetune" if tuned else None, ()),
+        _front_matter(_facts(recipe, "finetune" if tuned else None, ())),
         f"# {_title(recipe) if tuned else name}",
         "",
         f"A complete pipeline folder: the few-step flow map `{name}`{made}, written by fmg {__version__}. How it is"
@@ -136,22 +148,131 @@ def folder_card(recipe: Recipe, adapter_card: str | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _front_matter(recipe: Recipe, relation: str | None, tags: tuple[str, ...]) -> str:
+def hub_card(card: str, recipe: Recipe, repository: str, pictures: Mapping[str, str]) -> str:
+    """The card of a checkpoint for a repository of the hub: as it is, with that repository in its commands.
+
+    Args:
+        card: of the checkpoint; what its owner changed in it stays, except in the sections Use and Recipe.
+        recipe: of the run, as it is published.
+        repository: id of the repository.
+        pictures: what each picture beside the card shows, by file; those that the card does not show yet are added.
+
+    Raises:
+        UsageError: the front matter of the card is not YAML.
+    """
+    try:
+        known: Any = ModelCard(card)
+        stated, text = known.data.to_dict(), known.text.lstrip("\n")
+    except Exception as error:
+        # the library raises errors of its own and of its YAML parser
+        raise UsageError(f"The front matter of the model card is not YAML: {reason(error)}", "Correct it.") from None
+    facts = _checkpoint_facts(recipe)
+    tags = dict.fromkeys([*facts.pop("tags"), *stated.get("tags", ())])
+    widget = [{"text": about, "output": {"url": file}} for file, about in pictures.items()]
+    front = _front_matter({**facts, **({"widget": widget} if widget else {}), **stated, "tags": list(tags)})
+    sections = re.split(r"^(?=## )", text, flags=re.MULTILINE)
+    own = [part.rstrip() for part in sections if not part.startswith(("## Use", "## Recipe"))]
+    added = [f"![{about}]({file})" for file, about in pictures.items() if f"]({file})" not in text]
+    parts = [*own, *added, "\n".join(_use(recipe, repository)), "\n".join(_recipe(recipe))]
+    return "\n\n".join([front, *parts]) + "\n"
+
+
+def artifact_card(recipe: Recipe, repository: str, *, tuned: bool, precision: str, checks: Mapping[str, bool]) -> str:
+    """The card of an exported artifact for a repository of the hub.
+
+    Args:
+        recipe: of the run, or of the model if nothing was merged.
+        repository: id of the repository.
+        tuned: whether trained weights are merged.
+        precision: of the transformer.
+        checks: results of `fmg verify` by name.
+    """
+    name = recipe.model.name
+    facts = {**_facts(recipe, "finetune" if tuned else None, ("onnx",)), "library_name": "onnx"}
+    failed = [check for check, passed in checks.items() if not passed]
+    verified = "It has not been verified against its source."
+    if checks:
+        verified = f"`fmg verify`: {counted(len(checks) - len(failed), 'check')} passed"
+        verified += f", {', '.join(failed)} failed." if failed else "."
+    made = f" with weights tuned for {_goal(recipe)} merged into its transformer" if tuned else ""
+    lines = [
+        _front_matter(facts),
+        f"# {_title(recipe) if tuned else name}, in ONNX",
+        "",
+        f"The few-step flow map `{name}`{made} as ONNX graphs in {precision}, written by fmg {__version__}. {verified}"
+        " `manifest.json` states how it is sampled.",
+        *_terms_table(recipe),
+        "",
+        "## Use",
+        "",
+        "```sh",
+        f'fmg generate "PROMPT" --from {repository}',
+        f"fmg verify {repository} --alone",
+        "```",
+        "",
+        "Engines for TensorRT are not part of it: each fits one kind of GPU. Build them with"
+        f" `hf download {repository} --local-dir FOLDER` and `fmg export --trt FOLDER`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _checkpoint_facts(recipe: Recipe) -> dict[str, Any]:
+    full = recipe.train.trainable == "full"
+    return _facts(recipe, "finetune" if full else "adapter", () if full else ("lora",))
+
+
+def _facts(recipe: Recipe, relation: str | None, tags: tuple[str, ...]) -> dict[str, Any]:
+    """The front matter of a card."""
     facts: dict[str, Any] = dict(recipe.model.config.card_facts())
+    if (licence := _hub_licence(recipe)) is not None:
+        facts = {"base_model": facts["base_model"], "license": licence}
     if "base_model" in facts and relation is not None:
         facts["base_model_relation"] = relation
-    data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=[*tags, "flow-map", "few-step", "reinforcement-learning", "fmg"],
-        **facts,
-    )
-    return f"---\n{data.to_yaml()}\n---"
+    tags = (*tags, "flow-map", "few-step", "reinforcement-learning", "fmg")
+    return {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": list(tags), **facts}
+
+
+def _hub_licence(recipe: Recipe) -> str | None:
+    """The hub's name for the terms of a published base; None for other terms, and for weights of the user's own."""
+    ours, theirs = (found.model.config.assets()[:1] for found in (recipe, Recipe.default(recipe.model.name)))
+    if not ours or ours[0].licence not in _LICENCES:
+        return None
+    place, published = ours[0].place, theirs[0].place
+    if not (isinstance(place, HubSource) and isinstance(published, HubSource)):
+        return None
+    return _LICENCES[ours[0].licence] if place.repository == published.repository else None
+
+
+def _front_matter(facts: Mapping[str, Any]) -> str:
+    return f"---\n{ModelCardData(**facts).to_yaml()}\n---"
+
+
+def _use(recipe: Recipe, repository: str | None = None) -> Iterator[str]:
+    """How the checkpoint is used, from its run or from a repository of the hub."""
+    name, place = recipe.model.name, repository or "RUN"
+    yield from ("## Use", "", "```sh")
+    if repository is None:
+        yield "# RUN is the run folder that holds this checkpoint"
+    elif recipe.model.config.assets():
+        yield f"fmg fetch {name}"
+    yield from (f'fmg generate "PROMPT" --from {place}', f"fmg eval {place} --against {name}")
+    if recipe.model.config.mergeable:
+        yield f"fmg export --diffusers {place} OUT"
+    yield from ("```", "")
+    yield from _in_diffusers(recipe, repository)
+
+
+def _recipe(recipe: Recipe) -> Iterator[str]:
+    # as JSON, which is YAML too: the values without the paths of the machine that made them
+    yield from ("## Recipe", "", "```json", json.dumps(shareable(recipe.plain()), indent=2), "```")
 
 
 def _title(recipe: Recipe) -> str:
-    rewards = " + ".join(f"{reward.weight:g} {reward.label}" for reward in recipe.rewards)
-    return f"{recipe.model.name}, tuned for {rewards}"
+    return f"{recipe.model.name}, tuned for {_goal(recipe)}"
+
+
+def _goal(recipe: Recipe) -> str:
+    return " + ".join(f"{reward.weight:g} {reward.label}" for reward in recipe.rewards)
 
 
 def _grid(recipe: Recipe) -> str:
@@ -159,20 +280,21 @@ def _grid(recipe: Recipe) -> str:
     return repr(grid if isinstance(grid, str) else list(grid))
 
 
-def _in_diffusers(recipe: Recipe) -> Iterator[str]:
+def _in_diffusers(recipe: Recipe, repository: str | None) -> Iterator[str]:
     """How to use the checkpoint in diffusers and other tools."""
+    folder, note = repository or "FOLDER", "" if repository else "  # the folder of this card"
     config, trainable = recipe.model.config, recipe.train.trainable
     if not config.flow_map_pipeline:
         if trainable == "full":
             yield "In diffusers: the folder `transformer/` in place of the pipeline's own transformer."
         elif config.in_diffusers:
+            argument = folder if repository is None else f'"{folder}"'
             yield (
-                f"In diffusers: `pipe.load_lora_weights(FOLDER)` on {config.in_diffusers}; `peft/` is the same adapter"
-                " for PEFT."
+                f"In diffusers: `pipe.load_lora_weights({argument})` on {config.in_diffusers}; `peft/` is the same"
+                " adapter for PEFT."
             )
         return
-    options = _shareable(config.model_dump(mode="json", exclude_defaults=True))
-    assert isinstance(options, dict)
+    options = shareable(config.model_dump(mode="json", exclude_defaults=True))
     arguments = "".join(f", {key}={value!r}" for key, value in options.items())
     yield from (f"In diffusers, with the Python package `{DISTRIBUTION}` (imported as `fmg`):", "", "```python")
     yield "from fmg import FlowMapPipeline"
@@ -180,10 +302,11 @@ def _in_diffusers(recipe: Recipe) -> Iterator[str]:
         yield "from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel"
     yield from ("", f'pipe = FlowMapPipeline.from_model("{recipe.model.name}"{arguments})')
     if trainable == "full":
-        yield "# FOLDER is the folder of this card"
-        yield 'pipe.transformer = FlowMapFluxTransformer2DModel.from_pretrained("FOLDER", subfolder="transformer")'
+        if repository is None:
+            yield "# FOLDER is the folder of this card"
+        yield f'pipe.transformer = FlowMapFluxTransformer2DModel.from_pretrained("{folder}", subfolder="transformer")'
     else:
-        yield 'pipe.load_lora_weights("FOLDER")  # the folder of this card'
+        yield f'pipe.load_lora_weights("{folder}"){note}'
     steps = f"num_inference_steps={recipe.rollout.steps}, grid={_grid(recipe)}"
     yield from (f'images = pipe("PROMPT", {steps}, seeds=0).images', "```")
     if trainable == "lora+duration":
@@ -250,12 +373,3 @@ def _float(value: object) -> float | None:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
-
-
-def _shareable(value: object) -> object:
-    """The values, with absolute paths reduced to their last component."""
-    if isinstance(value, dict):
-        return {key: _shareable(child) for key, child in value.items()}
-    if isinstance(value, list):
-        return [_shareable(child) for child in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

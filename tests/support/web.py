@@ -31,8 +31,16 @@ class Handler(BaseHTTPRequestHandler):
         """A request without a body."""
         self._handle()
 
+    def do_HEAD(self) -> None:
+        """A request for the headers alone."""
+        self._handle()
+
     def do_POST(self) -> None:
         """A request with a body."""
+        self._handle()
+
+    def do_PUT(self) -> None:
+        """An upload."""
         self._handle()
 
     def answer(self, value: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
@@ -42,7 +50,8 @@ class Handler(BaseHTTPRequestHandler):
         for name, text in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, text)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def reset(self) -> None:
         """Ends the connection with an RST, as a killed process does."""

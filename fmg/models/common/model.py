@@ -32,6 +32,7 @@ from fmg.core.specs import DECODE_PIXELS, MapSpec
 from fmg.core.types import Conditioning
 from fmg.flow.maps import PaddedBatches
 from fmg.models.common import adapter, roundtrip_check, saved_weights
+from fmg.models.common.checkpoint_files import COMPONENT
 from fmg.models.common.network import LatentNetwork, Network, map_of
 from fmg.models.common.pipeline_parts import Components, Text
 from fmg.models.common.policy_weights import PolicyScopes, Scope, TrainableBase
@@ -408,7 +409,7 @@ class AdaptedModel(ABC, Generic[Text]):
 
     def _verify_transformer(self, folder: Path) -> None:
         transformer = self._components.transformer
-        stock = roundtrip_check.component(transformer, folder / saved_weights.COMPONENT, self._dtype)
+        stock = roundtrip_check.component(transformer, folder / COMPONENT, self._dtype)
         roundtrip_check.check_tensors(transformer.state_dict(), stock.state_dict(), folder)
         self._verify_image(stock, folder)
 

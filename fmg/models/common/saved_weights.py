@@ -1,25 +1,13 @@
 """Trained weights on disk: an adapter with the weights trained beside it, or a fully tuned transformer.
 
-An adapter, in the formats of diffusers and PEFT, and a manifest of the base that it belongs to:
-
-<folder>/pytorch_lora_weights.safetensors   `pipe.load_lora_weights(folder)`; ComfyUI
-<folder>/peft/adapter_config.json, adapter_model.safetensors   `PeftModel.from_pretrained(transformer, folder/peft)`
-<folder>/fmg_adapter.json   base, map kind and time convention, which neither format can state
-<folder>/fmg_extra.safetensors   base weights that were trained, such as the second-time embedder
-
-The manifest names the tensors of the last file. A reader that left them out would return only half of what was trained,
-so a missing file is an error, and so is a file that the manifest does not name.
-
-A fully tuned transformer, as a component folder of diffusers:
-
-<folder>/transformer/config.json, diffusion_pytorch_model*.safetensors   `from_pretrained(folder/transformer)`
-<folder>/fmg_transformer.json   base, map kind and time convention
+`checkpoint_files` names the files. The formats are those of diffusers and PEFT, with a manifest of what the weights
+belong to. The manifest of an adapter names the tensors of `fmg_extra.safetensors`. A reader that left them out would
+return only half of what was trained, so a missing file is an error, and so is a file that the manifest does not name.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -34,8 +22,19 @@ from torch import Tensor, nn
 
 from fmg.core.errors import CheckpointError, UsageError, reason
 from fmg.core.files import atomic_folder
+from fmg.core.hub import cached_place
 from fmg.core.json_io import JsonError, read_object
 from fmg.models.common.adapter import ADAPTER, adapter_parameters
+from fmg.models.common.checkpoint_files import (
+    ADAPTER_MANIFEST,
+    COMPONENT,
+    DIFFUSERS_FILE,
+    EXTRA_FILE,
+    PEFT_CONFIG_FILE,
+    PEFT_FILE,
+    PEFT_FOLDER,
+    TRANSFORMER_MANIFEST,
+)
 from fmg.models.common.weights import (
     INDEX_FILE,
     WeightFiles,
@@ -47,15 +46,10 @@ from fmg.models.common.weights import (
     weight_windows,
 )
 from fmg.models.conventions import FlowMapConventions
-from fmg.models.published import DIFFUSERS_FILE, EXTRA_FILE, PEFT_CONFIG_FILE, PEFT_FILE
 
 M = TypeVar("M", bound=BaseModel)
 
-_HUB_CACHE = re.compile(r"/models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/")
-
-ADAPTER_MANIFEST = "fmg_adapter.json"
 DIFFUSERS_PREFIX = "transformer."
-PEFT_FOLDER = "peft"
 PEFT_PREFIX = "base_model.model."
 LORA_A, LORA_B, ALPHA = ".lora_A.weight", ".lora_B.weight", ".alpha"
 
@@ -73,9 +67,8 @@ class BaseReference(BaseModel):
     @classmethod
     def of(cls, name: str, weights: WeightFiles) -> BaseReference:
         """The reference of a model by its weight files; hashes them, and reads hub id and commit from their path."""
-        match = _HUB_CACHE.search(weights.origin.absolute().as_posix())
-        repository = None if match is None else f"{match['owner']}/{match['name']}"
-        commit = None if match is None else match["commit"]
+        place = cached_place(weights.origin)
+        repository, commit = (None, None) if place is None else (place[0].repository, place[0].revision)
         return cls(name=name, digest=stored_digest(weights), repository=repository, commit=commit)
 
 
@@ -249,8 +242,6 @@ def _write_text(file: Path, text: str) -> None:
     file.write_text(text + "\n", encoding="utf-8")
 
 
-TRANSFORMER_MANIFEST = "fmg_transformer.json"
-COMPONENT = "transformer"
 _PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 _SHARD = "5GB"
 

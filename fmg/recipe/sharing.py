@@ -1,0 +1,95 @@
+"""What of a recipe can leave this computer: values without local paths and addresses. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path, PureWindowsPath
+from typing import Any
+from urllib.parse import urlsplit
+
+from fmg.core.hub import cached_place
+from fmg.recipe.recipe import Recipe
+
+# options that hold a path or an address, whatever their value looks like
+_PATH, _ADDRESS, _FOLDER = "path", "url", "folder"
+_LOCAL = re.compile(r"~|\.{1,2}[/\\]")
+
+
+def shareable(value: object) -> Any:
+    """The values with paths cut to their last name, and addresses of servers to their port.
+
+    A path in the hub's cache becomes the repository and the commit that it belongs to.
+    """
+    if isinstance(value, Mapping):
+        return {key: _named(key, child) for key, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [shareable(child) for child in value]
+    if isinstance(value, str) and is_local(value):
+        return _published(value) or _last(value)
+    return value
+
+
+def is_local(text: str) -> bool:
+    """Whether a value is a path that begins at the root, at home or at the working directory of some computer."""
+    return Path(text).is_absolute() or PureWindowsPath(text).is_absolute() or _LOCAL.match(text) is not None
+
+
+def changes(recipe: Recipe) -> dict[str, tuple[str, str]]:
+    """The values of a recipe that `shareable` replaces, by dotted path: before and after."""
+    before = dict(_leaves(recipe.plain(), ()))
+    return {
+        path: (before[path], after) for path, after in _leaves(shareable(recipe.plain()), ()) if before[path] != after
+    }
+
+
+def local_base(recipe: Recipe) -> tuple[str, str] | None:
+    """An option of the model that names files which nobody else has, and its value; None if there is none.
+
+    An adapter works with the base that it was trained on alone, so a recipe with such a base is of no use elsewhere.
+    """
+    config = recipe.model.config
+    assets = config.assets()
+    for asset in assets:
+        if isinstance(asset.place, Path) and _published(asset.source) is None:
+            return asset.option, asset.source
+    known = {asset.source for asset in assets}
+    for path, value in _leaves(config.model_dump(mode="json"), ("model",)):
+        if not isinstance(value, str) or value in known or _published(value) is not None:
+            continue
+        if path == f"model.{_FOLDER}" or is_local(value):
+            return path, value
+    return None
+
+
+def _named(key: object, value: object) -> object:
+    if isinstance(value, str) and key == _PATH:
+        return _last(value)
+    if isinstance(value, str) and key == _ADDRESS and (parts := urlsplit(value)).hostname is not None:
+        port = "" if parts.port is None else f":{parts.port}"
+        return f"{parts.scheme}://localhost{port}"
+    return shareable(value)
+
+
+def _published(text: str) -> str | None:
+    """The source of a path in the hub's cache, as `fmg.core.hub.parse_source` takes it."""
+    place = cached_place(Path(text))
+    if place is None:
+        return None
+    source, file = place
+    return f"{source.repository}@{source.revision}{':' if file else ''}{file}"
+
+
+def _last(text: str) -> str:
+    return PureWindowsPath(text).name or text
+
+
+def _leaves(value: object, path: tuple[str, ...]) -> Any:
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield from _leaves(child, (*path, str(key)))
+    elif isinstance(value, list):
+        for index, child in enumerate(value):
+            yield from _leaves(child, (*path, str(index)))
+    else:
+        yield ".".join(path), value
