@@ -1,0 +1,94 @@
+"""Plans of the families of models against measurements on tiny folders of their classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.memory_meter import MemoryMeter
+from fmg.core.events import ignore
+from fmg.core.specs import ModelGeometry
+from fmg.data.run_folder import RunFolder
+from fmg.recipe import Recipe
+from fmg.training.compose import compose
+from fmg.training.launch import choose_sizes
+from fmg.training.plan_memory import plan_memory
+from fmg.training.plan_work import trained_by
+from fmg.training.trainer import Trainer
+from tests.support.families import CPU, PROMPTS, FamilyCase
+from tests.tiny_flux2 import FLUX2_CASE
+from tests.tiny_zimage import Z_IMAGE_CASE
+
+FACTOR = 1.3
+"""A planned peak lies within this factor of the measured one."""
+
+
+@pytest.fixture(scope="module", params=[FLUX2_CASE, Z_IMAGE_CASE], ids=lambda case: case.model)
+def recipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    case: FamilyCase = request.param
+    options = case.build(tmp_path_factory.mktemp(case.model) / "folder")
+    changes = {
+        **{f"model.{key}": value for key, value in options.items()},
+        "model.resolution": 128,
+        "model.text_cache": False,
+        "model.text_device": "model",
+        "rewards": ["jpeg-incompressibility"],
+        "rollout.groups": 2,
+        "rollout.group_size": 4,
+        "rollout.steps": 4,
+        "rollout.batch_size": 8,
+        "train.micro_batch": 8,
+        "lora.rank": 4,
+    }
+    return Recipe.default(case.model, **changes)
+
+
+def _geometry(recipe: Recipe) -> ModelGeometry:
+    geometry = recipe.model.config.geometry()
+    assert geometry is not None
+    return geometry
+
+
+def test_what_is_trained_is_counted_and_flops_are_those_of_torch(recipe: Recipe) -> None:
+    geometry, composed = _geometry(recipe), compose(recipe, CPU, torch.float32)
+    planned = trained_by(recipe, geometry)
+    trained = sum(p.numel() for _, p in composed.model.trainable())
+    assert (planned.parameters, planned.words) == (trained, composed.trained)
+    assert geometry.encoder_parameters == pytest.approx(
+        sum(p.numel() for p in composed.model.components.text.text_encoder.parameters()),  # type: ignore[attr-defined]
+        rel=0.01,
+    )
+    noise = torch.zeros(2, *composed.model.latent_shape)
+    cond = composed.model.encode(list(PROMPTS))
+    # the counter knows the products of attention, not the kernel of a CPU
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        composed.model.policies.reference.jump(noise, torch.ones(2), torch.zeros(2), cond)
+    assert 2 * geometry.call_flops == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train.dtype": "fp32", "model.gradient_checkpointing": False},
+        {"train.dtype": "bf16"},
+    ],
+    ids=str,
+)
+def test_the_planned_peak_is_the_measured_one_within_the_stated_factor(
+    recipe: Recipe, changes: dict[str, object], tmp_path: Path
+) -> None:
+    changed = recipe.with_(changes)
+    sizes = choose_sizes(changed, "cpu")
+    composed = compose(changed, CPU, {"fp32": torch.float32, "bf16": torch.bfloat16}[changed.train.dtype])
+    parts = composed.model.components  # type: ignore[attr-defined]
+    loaded = (parts.transformer, parts.vae, *parts.text.encoders)
+    before = sum(p.nbytes for module in loaded for p in module.parameters())
+    with MemoryMeter() as meter:
+        Trainer(composed, RunFolder(tmp_path), sizes, ignore).iterate(0)
+    measured = before + meter.peak
+    planned = plan_memory(changed, _geometry(changed), sizes).peak
+    assert measured / FACTOR < planned < measured * FACTOR, (planned, measured)
