@@ -45,7 +45,7 @@ _CONTACT_S = 10
 _INDEXES = (
     ("https://download.pytorch.org/whl/cpu", "torch without CUDA: pip install torch --index-url ..."),
     ("https://pypi.nvidia.com", "TensorRT's libraries: pip install ... --extra-index-url ..."),
-    (_HUB, "weights of models and rewards: `fmg fetch`; HF_ENDPOINT names a mirror"),
+    (_HUB, "weights: `fmg fetch`; runs and artifacts: `fmg push`, --from owner/name; HF_ENDPOINT names a mirror"),
 )
 _MIB = 1 << 20
 _LOW_DISK = 2048 * _MIB
@@ -147,7 +147,11 @@ def _storage() -> Iterator[Check]:
             yield Check("storage", name, "failed", found, f"Less than {_LOW_DISK // _MIB} MiB: free some space.")
         else:
             yield Check("storage", name, "ok", found)
-    network = "not used: HF_HUB_OFFLINE is set" if is_offline() else "used for weights by `fmg fetch` alone"
+    network = (
+        "not used: HF_HUB_OFFLINE is set"
+        if is_offline()
+        else "used by `fmg fetch`, `fmg push`, and for runs and artifacts named owner/name"
+    )
     yield Check("storage", "network", "ok", network)
 
 

@@ -28,6 +28,7 @@ from fmg.recipe import Recipe
 from tests.support.artifact import copied, make_run, shapes_recipe
 from tests.support.cli import Invocation, fmg
 from tests.support.fake_hub import READ_ONLY, TOKEN, FakeHub, fails, fake_hub, point_at
+from tests.support.schemas import check
 from tests.support.web import Call, Handler
 
 PROMPT = "a red circle on the left"
@@ -101,6 +102,7 @@ def refused(*args: str) -> str:
 def test_a_run_leaves_with_card_weights_recipe_and_images_and_nothing_else(hub: FakeHub, trained: Path) -> None:
     done = succeeds("push", str(trained), "me/shapes", "--json")
     said = json.loads(done.stdout)
+    check(said, "push")
     repository = hub.repositories["me/shapes"]
     files = repository.files()
     assert set(files) == RUN_FILES
@@ -144,6 +146,7 @@ def test_a_dry_run_lists_the_same_files_and_contacts_nobody(
     monkeypatch.delenv("HF_TOKEN")
     done = succeeds("push", str(trained), "me/shapes", "--dry-run", "--json", "--offline")
     planned = json.loads(done.stdout)
+    check(planned, "push")
     assert hub.paths() == []
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     sent = json.loads(succeeds("push", str(trained), "me/shapes", "--json").stdout)
@@ -152,6 +155,16 @@ def test_a_dry_run_lists_the_same_files_and_contacts_nobody(
     text = succeeds("push", str(trained), "me/shapes", "--dry-run").stdout
     assert all(file["path"] in text for file in planned["files"])
     assert "Terms of the base: Apache-2.0" in text
+
+
+def test_a_dry_run_starts_without_torch(trained: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; from fmg.cli.main import main; code = main(sys.argv[1:]); "
+        "sys.exit('imported torch' if 'torch' in sys.modules else code)"
+    )
+    command = [sys.executable, "-c", script, "push", str(trained), "me/shapes", "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_pushed_run_generates_the_same_image_elsewhere(

@@ -33,6 +33,8 @@ BASE_WEIGHTS = "base.safetensors"
 ENGINES = "engines"
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 TOKENIZER_FILE = "tokenizer.json"
+# what `fmg push` and the hub add, and `hf download` brings
+_OF_THE_HUB = ("README.md", ".gitattributes", ".cache")
 
 
 def artifact_of(named: str | PathLike[str]) -> Path:
@@ -165,7 +167,11 @@ class Artifact:
         """
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder)
-            apart = name.parts[0] == ENGINES or str(name) == MANIFEST or name.as_posix() in self.manifest.files
+            apart = (
+                name.parts[0] in (ENGINES, *_OF_THE_HUB)
+                or str(name) == MANIFEST
+                or name.as_posix() in self.manifest.files
+            )
             if not apart and (path.is_symlink() or not path.is_dir()):
                 raise CheckpointError(
                     f"{path} is not in the manifest, which lists every file of the artifact",

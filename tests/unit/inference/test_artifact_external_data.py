@@ -75,6 +75,9 @@ def test_verification_finds_them(folder: Path, listed: bool) -> None:
 def test_a_file_that_is_not_listed_fails_verification(folder: Path, name: str) -> None:
     (folder / "engines").mkdir()
     (folder / "engines" / "left.alone").touch()
+    for added in ("README.md", ".gitattributes", ".cache/huggingface/download/manifest.json.metadata"):
+        (folder / added).parent.mkdir(parents=True, exist_ok=True)
+        (folder / added).touch()
     open_artifact(folder).check_listed()
     (folder / name).touch()
     with pytest.raises(CheckpointError, match=rf"{name} is not in the manifest"):
