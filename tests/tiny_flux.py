@@ -32,14 +32,14 @@ def build_tiny_flux(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = _transformer(second_time, guidance_embeds=guidance_embeds, time_scale=time_scale)
-        clip_tokenizer, t5_tokenizer = _clip_tokenizer(), _t5_tokenizer()
+        tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
         pipeline = FluxPipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
             vae=_autoencoder(),
-            text_encoder=_clip(clip_tokenizer),
-            tokenizer=clip_tokenizer,
-            text_encoder_2=_t5(t5_tokenizer),
-            tokenizer_2=t5_tokenizer,
+            text_encoder=_clip(tokenizer),
+            tokenizer=tokenizer,
+            text_encoder_2=t5(tokenizer_2),
+            tokenizer_2=tokenizer_2,
             transformer=transformer,
         )
     pipeline.save_pretrained(str(folder))
@@ -124,13 +124,13 @@ def store_in(folder: Path, dtype: torch.dtype) -> Path:
     return folder
 
 
-def _clip_tokenizer() -> CLIPTokenizer:
+def clip_tokenizer() -> CLIPTokenizer:
     alphabet = sorted(ByteLevel.alphabet())
     entries = [*alphabet, *(f"{char}</w>" for char in alphabet), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={entry: i for i, entry in enumerate(entries)}, merges=[], model_max_length=77)
 
 
-def _t5_tokenizer() -> T5Tokenizer:
+def t5_tokenizer() -> T5Tokenizer:
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     words = [(f"▁{word}", -1.0) for word in ("a", "red", "blue", "circle", "square", "left", "right")]
     return T5Tokenizer(vocab=special + words + [(chr(i), -3.0) for i in range(33, 127)], extra_ids=0)
@@ -152,7 +152,7 @@ def _clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def _t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
+def t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
     return T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),

@@ -169,6 +169,8 @@ class ModelGeometry:
         checkpointing: whether blocks are computed again in the backward pass.
         encoders_resident: whether the text encoders stay on the device of the transformer.
         decoder_tile: side of the tiles in pixels that images are decoded in; None decodes them whole.
+        tables: numbers that are stored with the transformer and are no parameters, such as a table of positions.
+        second_embedder: name of the second-time embedder in the state dict; empty for a family without one.
     """
 
     origin: str
@@ -189,6 +191,8 @@ class ModelGeometry:
     checkpointing: bool
     encoders_resident: bool
     decoder_tile: int | None = None
+    tables: int = 0
+    second_embedder: str = ""
 
     @property
     def tokens(self) -> Mapping[str, int]:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from fmg.core.errors import FmgWarning
+from fmg.core.errors import CheckpointError, FmgWarning
 from fmg.core.hub import Asset, HubSource, Located, locate, problem
 from fmg.core.model_folder import stated_config
 from fmg.core.specs import MapSpec
 from fmg.models.common.checkpoint_files import DIFFUSERS_FILE, EXTRA_FILE, PEFT_CONFIG_FILE, PEFT_FILE
+from fmg.models.common.size import stored_names
 from fmg.models.conventions import FlowMapConventions, Worded
 from fmg.registry.config import ModelConfig
 
@@ -27,15 +28,15 @@ if TYPE_CHECKING:
 BYTES = 2
 """Bytes of a bf16 weight, the dtype that plans assume for published weights."""
 
+PAPER_ANCHOR = ("asfmc", (("gap", 0.0147),))
+"""The local anchor of the Flow-Map GRPO paper (epsilon 0.03, strength 0.7) in its exact form."""
 EULER_ANCHORS = (
     "A jump to an anchor is one Euler step. The weights were distilled for their own Euler steps, not for new noise: "
     "samples of a stochasticizer may leave their distribution. `fmg eval --path-check` measures by how much."
 )
 """`anchor_note` of a velocity network that was distilled by distribution matching."""
-EULER_KERNEL = ("asfmc", (("gap", 0.0147),))
+EULER_KERNEL = PAPER_ANCHOR
 """Its default stochasticizer: the anchor just below the target time adds the least noise it was not distilled for."""
-
-"""Names of the files of an adapter: of PEFT, of diffusers, and of the base weights that fmg trained beside it."""
 
 # Models this large are refused on a machine without a GPU, unless the CPU is requested by name.
 _LARGE = 500_000_000
@@ -104,6 +105,14 @@ class PublishedConfig(ModelConfig):
     def assets(self) -> tuple[Asset, ...]:
         """The one folder, unless the family reads more."""
         return (self.architecture(),)
+
+    def check_complete(self) -> None:
+        """Checks what the options and the files, which are all there, say about each other, without reading a weight.
+
+        Raises:
+            CheckpointError: they do not make a model.
+        """
+        return
 
     def transformer(self) -> Mapping[str, object]:
         """The transformer's `config.json` in a local folder, else the published one."""
@@ -199,6 +208,9 @@ class LocatedAdapter:
 class StackedConfig(PublishedConfig):
     """Options of a model whose base is merged from a folder and adapters that its authors published."""
 
+    second_embedder: ClassVar[str]
+    """Where the second-time embedder is in the transformer."""
+
     adapters: tuple[AdapterFile, ...] = Field(
         default=(),
         description="Adapters to merge into the base before anything else, in this order: LoRAs add up, and the last"
@@ -212,6 +224,17 @@ class StackedConfig(PublishedConfig):
     def assets(self) -> tuple[Asset, ...]:
         """The folder, then the adapters."""
         return (*super().assets(), *self.adapter_assets())
+
+    def check_complete(self) -> None:
+        """Refuses a base without the second-time embedder, which an adapter has to bring."""
+        folder = self.folder_here()
+        if self.adapters or not self.conventions().second_time or folder is None:
+            return
+        if not any(name.startswith(f"{self.second_embedder}.") for name in stored_names(folder / "transformer")):
+            raise CheckpointError(
+                f"The transformer in {folder} has no second-time embedder, which a two-time map needs",
+                "Name the files of its authors in their order: --set 'model.adapters=[{source: FILE, alpha: ALPHA}]'.",
+            )
 
     def located_adapters(self) -> tuple[LocatedAdapter, ...]:
         """The adapters on this computer.
@@ -268,6 +291,7 @@ class PublishedSource:
         """
         for asset in self.config.assets():
             locate(asset, "model", self.name)
+        self.config.check_complete()
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Model:
         """Loads the weights to `device` in `dtype`; warns when they do not fit the stated time scale.

@@ -39,6 +39,8 @@ ROWS: tuple[Row, ...] = (
         "SANA-Sprint 0.6B or 1.6B, a single-time consistency model on the trig path (1024 px, GPU)"),
     Row("model", "flux2-klein", "fmg.models.flux2.configs:Flux2KleinConfig", "fmg.models.published:PublishedSource",
         "FLUX.2 [klein] 4B or 9B, a velocity network distilled for four Euler steps (1024 px, GPU)"),
+    Row("model", "sd35-meanflow", "fmg.models.sd3.configs:SD35MeanFlowConfig", "fmg.models.published:PublishedSource",
+        "SD3.5-Medium with AnyFlow's second time and MeanFlowNFT's adapters, a two-time flow map (512 px, GPU)"),
     Row("model", "z-image-turbo", "fmg.models.zimage.configs:ZImageTurboConfig", "fmg.models.published:PublishedSource",
         "Z-Image-Turbo 6B, a velocity network distilled for eight Euler steps (1024 px, GPU)"),
     Row("stochasticizer", "asfmc", "fmg.stochasticizers.configs:AsfmcConfig", "fmg.stochasticizers.asfmc:Asfmc",

@@ -89,7 +89,7 @@ def plan_memory(
     gathered = 2 * whole // max(1, sum(kind.count for kind in geometry.blocks))
     training = Memory(
         {
-            "transformer": share + gathered if spread else whole,
+            "transformer": (share + gathered if spread else whole) + geometry.tables * number,
             "text encoders": encoders,
             "autoencoder": geometry.decoder_parameters * number,
             "trained weights and copies": copies_bytes(recipe, trained),
@@ -103,7 +103,14 @@ def plan_memory(
     if not spread:
         return training
     picture = max(forward_bytes(geometry, trained, number, 1), decode_bytes(geometry, number, 1))
-    saving = Memory({**training.parts, "transformer": share + whole, "rollout store": 0, "activations": picture})
+    saving = Memory(
+        {
+            **training.parts,
+            "transformer": share + whole + geometry.tables * number,
+            "rollout store": 0,
+            "activations": picture,
+        }
+    )
     return max(training, saving, key=lambda memory: memory.peak)
 
 

@@ -10,8 +10,6 @@ from fmg.core.specs import LinearModule, ModelGeometry, expand_targets, is_targe
 from fmg.recipe import Recipe
 from fmg.training.launch import Sizes
 
-_SECOND_TIME = "timestep_embedder2."
-
 Shape = tuple[int, ...]
 
 
@@ -121,7 +119,7 @@ def trained_by(recipe: Recipe, geometry: ModelGeometry) -> Trained:
     words = f"LoRA of rank {rank} on {len(layers)} modules"
     if what == "lora":
         return Trained(tuple(layers), tuple(lora), (), whole=False, words=words)
-    embedder = [layer for layer in geometry.linears if layer.name.startswith(_SECOND_TIME)]
+    embedder = [layer for layer in geometry.linears if layer.name.startswith(f"{geometry.second_embedder}.")]
     unfrozen = [shape for layer in embedder for shape in ((layer.outputs, layer.inputs), (layer.outputs,))]
     words = f"{words} and the second-time embedder"
     return Trained(tuple(layers), tuple(lora), tuple(unfrozen), whole=False, words=words)

@@ -312,3 +312,19 @@ def check_guidance(folder: Path, conventions: FlowMapConventions, *, embeds: boo
             f"The transformer {wanted}, but {CONVENTIONS_FILE} has guidance {conventions.guidance}",
             f"Set `guidance` in {folder / CONVENTIONS_FILE} accordingly.",
         )
+
+
+def checked_times(folder: Path, config: Mapping[str, object], conventions: FlowMapConventions) -> dict[str, object]:
+    """What the config of a transformer in `folder` has to say about its times.
+
+    Raises:
+        CheckpointError: it says something else.
+    """
+    stated: dict[str, object] = {"time_scale": conventions.time_scale, "second_time": conventions.second_time.plain()}
+    for key, value in stated.items():
+        if config.get(key, value) != value:
+            raise CheckpointError(
+                f"{folder / CONFIG} says {key} {config[key]!r}, but {CONVENTIONS_FILE} says {value!r}",
+                "Correct the wrong one, or the model generates noise.",
+            )
+    return stated

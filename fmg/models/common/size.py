@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from fmg.core.errors import CheckpointError, reason
 from fmg.core.json_io import read_safetensors_header
 from fmg.core.model_folder import RESTORE, absent_weights, weight_files, wholes
+from fmg.core.specs import LinearModule
 
 FLUX_VAE: Mapping[str, object] = MappingProxyType(
     {"_class_name": "AutoencoderKL", "latent_channels": 16, "block_out_channels": [128, 256, 512, 512]}
@@ -52,6 +53,18 @@ def stored_parameters(folder: Path | None, *components: str) -> int:
     return sum(_parameters(file) for file in {file for name in components for file in weight_files(folder / name)})
 
 
+def stored_names(folder: Path) -> Collection[str]:
+    """Names of the tensors of a component folder, by the headers of its files.
+
+    Raises:
+        CheckpointError: there is no such file, or one is damaged.
+    """
+    try:
+        return {name for file in weight_files(folder) for name in read_safetensors_header(file)[0]}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"The weights in {folder} cannot be read: {reason(error)}", RESTORE) from None
+
+
 def _parameters(file: Path) -> int:
     """Number of values in the tensors listed in a safetensors header."""
     try:
@@ -60,3 +73,39 @@ def _parameters(file: Path) -> int:
         return sum(math.prod(map(int, entry["shape"])) for entry in entries if entry["dtype"] in _FLOATS)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is not a safetensors file: {reason(error)}", RESTORE) from None
+
+
+def joint_block(block: str, width: int, *, dual: bool = False, last: bool = False) -> Iterator[LinearModule]:
+    """The linear layers of a block with a stream of image tokens and one of text tokens, which attend together.
+
+    Args:
+        block: its name in the state dict.
+        width: of both streams.
+        dual: whether the image tokens also attend among themselves, as in blocks of SD3.5-Medium.
+        last: whether the text stream ends here, as in the last block of SD3.
+    """
+    streams: tuple[tuple[Literal["image", "text"], str, tuple[str, ...], str, str, int], ...] = (
+        ("image", "norm1", ("to_q", "to_k", "to_v"), "to_out.0", "ff", 9 if dual else 6),
+        (
+            "text",
+            "norm1_context",
+            ("add_q_proj", "add_k_proj", "add_v_proj"),
+            "to_add_out",
+            "ff_context",
+            2 if last else 6,
+        ),
+    )
+    for tokens, norm, projections, out, feed_forward, modulated in streams:
+        yield LinearModule(f"{block}.{norm}.linear", width, modulated * width, "row", "time")
+        for name in projections:
+            yield LinearModule(f"{block}.attn.{name}", width, width, tokens, f"{block} {tokens} norm1")
+        if last and tokens == "text":
+            return
+        yield LinearModule(f"{block}.attn.{out}", width, width, tokens, f"{block} {tokens} attention")
+        if dual and tokens == "image":
+            for name in projections:
+                yield LinearModule(f"{block}.attn2.{name}", width, width, tokens, f"{block} dual norm1")
+            yield LinearModule(f"{block}.attn2.{out}", width, width, tokens, f"{block} dual attention")
+        first, second = f"{block}.{feed_forward}.net.0.proj", f"{block}.{feed_forward}.net.2"
+        yield LinearModule(first, width, 4 * width, tokens, f"{block} {tokens} norm2")
+        yield LinearModule(second, 4 * width, width, tokens, f"{block} {tokens} hidden")

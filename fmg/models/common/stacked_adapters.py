@@ -28,7 +28,7 @@ from fmg.core.json_io import JsonError, parse_object, read_object
 from fmg.core.specs import is_target
 from fmg.models.common.adapter import add_low_rank, base_name
 from fmg.models.common.converted import kept_weights, read_torch_file, write_shards
-from fmg.models.common.weights import Shapes, TensorReader, WeightFiles, stored_shapes, unreadable
+from fmg.models.common.weights import Shapes, TensorReader, WeightFiles, check_names, stored_shapes, unreadable
 from fmg.models.published import LocatedAdapter
 
 _STATE_DICT = "state_dict"
@@ -87,8 +87,10 @@ def merged_weights(
 
     def make(partial: Path) -> None:
         stored = stored_shapes(base)
-        given = {name: shape for name, shape in wanted.items() if name in stored or _below(second, name)}
-        read = [read_adapter(adapter, given, second) for adapter in adapters]
+        # the embedder alone may come from the adapters
+        own = {name: shape for name, shape in wanted.items() if name in stored or not _below(second, name)}
+        check_names(own, stored, base.origin)
+        read = [read_adapter(adapter, wanted, second) for adapter in adapters]
         write_shards(partial, _merged(base, read))
 
     return kept_weights(base.origin, key, make)

@@ -66,6 +66,13 @@ class TextStack(Protocol):
         """Tokens of a prompt; `embed` truncates at its `length`."""
 
 
+def token_ids(tokenizer: Tokenizer, prompts: list[str], length: int) -> Int[Tensor, "b l"]:
+    """Token ids of prompts, padded and truncated to `length`."""
+    with stage(TOKENISE):
+        encoded = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return encoded.input_ids
+
+
 class TextEncoders:
     """Encodes prompts by a family's `TextStack`, once for each distinct prompt.
 

@@ -11,8 +11,8 @@ from pydantic import Field, model_validator
 from fmg.core.hub import Asset
 from fmg.core.specs import MAX_SIDE, MapKind, MapSpec, ModelGeometry
 from fmg.models.conventions import FLUX_IN_DIFFUSERS, FlowMapConventions, SecondTime, check_second_time
-from fmg.models.flux.size import FLUX_LITE, FLUX_SCHNELL, flux_geometry, transformer_parameters
-from fmg.models.published import BYTES, DiffusersConfig, StackedConfig, pipeline_folder
+from fmg.models.flux.size import FLUX_LITE, FLUX_SCHNELL, SECOND_EMBEDDER, flux_geometry, transformer_parameters
+from fmg.models.published import BYTES, PAPER_ANCHOR, DiffusersConfig, StackedConfig, pipeline_folder
 from fmg.registry.config import About
 
 if TYPE_CHECKING:
@@ -32,9 +32,6 @@ PIPELINE_FILES = (*_CONFIG_FILES, *_COMPONENT_FILES, "transformer/*.safetensors"
 _FLUX_DEV_TERMS = "FLUX.1 [dev] Non-Commercial License"
 _T2I_DISTILL = "Pu et al. 2025, Few-Step Distillation for Text-to-Image Generation, arXiv 2512.13006"
 _TEACHER = "Freepik/flux.1-lite-8B: T5, CLIP and VAE, about 9.9 GB"
-
-# The local anchor of the Flow-Map GRPO paper (epsilon 0.03, strength 0.7) in its exact form.
-_PAPER_ANCHOR = ("asfmc", (("gap", 0.0147),))
 
 
 class FluxConfig(DiffusersConfig):
@@ -86,7 +83,7 @@ class FluxConfig(DiffusersConfig):
     def spec(self) -> MapSpec:
         """Declared properties, available without fetching anything or reading a weight."""
         spec = super().spec()
-        default = _PAPER_ANCHOR if spec.anchors == "any" else spec.default_stochasticizer
+        default = PAPER_ANCHOR if spec.anchors == "any" else spec.default_stochasticizer
         return replace(spec, default_stochasticizer=default)
 
 
@@ -160,6 +157,7 @@ class FluxFewStepConfig(StackedConfig, FluxConfig):
 
     recipe: ClassVar[str | None] = "flux-fewstep"
     published: ClassVar[Mapping[str, object]] = FLUX_SCHNELL
+    second_embedder: ClassVar[str] = SECOND_EMBEDDER
     about: ClassVar[About] = About(
         licence="by default FLUX.1 [schnell], Apache-2.0",
         citation="Sauer et al. 2024, Fast High-Resolution Image Synthesis with Latent Adversarial Diffusion "

@@ -14,15 +14,13 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from fmg.core.cache import content_hash
-from fmg.core.errors import CheckpointError
 from fmg.core.model_folder import read_config
-from fmg.core.profiling import TOKENISE, stage
 from fmg.models.common.converted import kept_weights, read_torch_file, write_shards
 from fmg.models.common.pipeline_parts import (
     Components,
@@ -30,10 +28,11 @@ from fmg.models.common.pipeline_parts import (
     check_guidance,
     check_rotary,
     check_same,
+    checked_times,
     load_components,
 )
 from fmg.models.common.stacked_adapters import merged_weights
-from fmg.models.common.text import Tokenizer
+from fmg.models.common.text import Tokenizer, token_ids
 from fmg.models.common.weights import (
     Shapes,
     WeightFiles,
@@ -45,7 +44,7 @@ from fmg.models.common.weights import (
     transformer_shapes,
     unreadable,
 )
-from fmg.models.conventions import CONVENTIONS_FILE, FlowMapConventions, read_conventions
+from fmg.models.conventions import FlowMapConventions, read_conventions
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
 from fmg.models.published import LocatedAdapter
 
@@ -125,19 +124,15 @@ class FluxText:
         return len(self.tokenizer_2.encode(prompt, verbose=False))
 
     def _tokens(self, prompts: list[str], length: int) -> Float[Tensor, "b l d"]:
-        states: Tensor = self.text_encoder_2(_ids(self.tokenizer_2, prompts, length).to(self.text_encoder_2.device))[0]
+        states: Tensor = self.text_encoder_2(
+            token_ids(self.tokenizer_2, prompts, length).to(self.text_encoder_2.device)
+        )[0]
         return states
 
     def _pooled(self, prompts: list[str]) -> Float[Tensor, "b p"]:
-        ids = _ids(self.tokenizer, prompts, self.tokenizer.model_max_length).to(self.text_encoder.device)
+        ids = token_ids(self.tokenizer, prompts, self.tokenizer.model_max_length).to(self.text_encoder.device)
         pooled: Tensor = self.text_encoder(ids).pooler_output
         return pooled
-
-
-def _ids(tokenizer: Tokenizer, prompts: list[str], length: int) -> Int[Tensor, "b l"]:
-    with stage(TOKENISE):
-        encoded = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    return encoded.input_ids
 
 
 FLUX = Family(
@@ -226,8 +221,7 @@ def transformer_source(
     """Config and files of a transformer, without reading a weight. Arguments and errors as in `load_parts`."""
     own = folder / "transformer"
     config = _config(own) if student is None else _student_config(own, student)
-    _check_conventions(own if student is None else student, config, conventions)
-    config |= {"time_scale": conventions.time_scale, "second_time": conventions.second_time.plain()}
+    config |= checked_times(own if student is None else student, config, conventions)
     if student is None and not adapters:
         return TransformerSource(config, folder_weights(own))
     shapes = transformer_shapes(empty_transformer(FlowMapFluxTransformer2DModel, config, own))
@@ -249,16 +243,6 @@ def _student_config(teacher: Path, student: Path) -> dict[str, Any]:
     if (student / "config.json").is_file():
         return _config(student)
     return {key: value for key, value in _config(teacher).items() if key not in ("time_scale", "second_time")}
-
-
-def _check_conventions(folder: Path, config: Mapping[str, Any], conventions: FlowMapConventions) -> None:
-    stated: dict[str, object] = {"time_scale": conventions.time_scale, "second_time": conventions.second_time.plain()}
-    for key, value in stated.items():
-        if config.get(key, value) != value:
-            raise CheckpointError(
-                f"{folder / 'config.json'} says {key} {config[key]!r}, but {CONVENTIONS_FILE} says {value!r}",
-                "Correct the wrong one, or the model generates noise.",
-            )
 
 
 def _check_fit(components: FluxComponents) -> None:

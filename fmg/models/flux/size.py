@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
 
 from fmg.core.model_folder import stated_config, whole
 from fmg.core.specs import ActivationBytes, Blocks, LinearModule, ModelGeometry
-from fmg.models.common.size import FLUX_DECODER, FLUX_VAE, decoder_values, latent_scale, stored_parameters
+from fmg.models.common.size import FLUX_DECODER, FLUX_VAE, decoder_values, joint_block, latent_scale, stored_parameters
 from fmg.models.conventions import FlowMapConventions
 from fmg.models.flux.latents import PATCH
 
@@ -29,6 +28,8 @@ FLUX_LITE: Mapping[str, object] = MappingProxyType(
 
 FLUX_SCHNELL: Mapping[str, object] = MappingProxyType({**FLUX_LITE, "num_layers": 19, "guidance_embeds": False})
 """The transformer of FLUX.1 [schnell]."""
+
+SECOND_EMBEDDER = "timestep_embedder2"
 
 
 def transformer_parameters(config: Mapping[str, object], *, second_time: bool) -> int:
@@ -113,6 +114,7 @@ def flux_geometry(
         checkpointing=checkpointing,
         encoders_resident=encoders_resident,
         decoder_tile=decoder_tile,
+        second_embedder=SECOND_EMBEDDER,
     )
 
 
@@ -122,7 +124,7 @@ def transformer_linears(config: Mapping[str, object], *, second_time: bool) -> I
     channels = whole(config, "in_channels")
     embedders = ["time_text_embed.timestep_embedder"]
     embedders += ["time_text_embed.guidance_embedder"] if config.get("guidance_embeds") else []
-    embedders += ["timestep_embedder2"] if second_time else []
+    embedders += [SECOND_EMBEDDER] if second_time else []
     yield LinearModule("x_embedder", channels, width, "image", "latent")
     yield LinearModule("context_embedder", whole(config, "joint_attention_dim"), width, "text", "tokens")
     for name in embedders:
@@ -132,27 +134,12 @@ def transformer_linears(config: Mapping[str, object], *, second_time: bool) -> I
     yield LinearModule(f"{pooled}.linear_1", whole(config, "pooled_projection_dim"), width, "row", "pooled")
     yield LinearModule(f"{pooled}.linear_2", width, width, "row", "pooled hidden")
     for index in range(whole(config, "num_layers", 0)):
-        yield from _double_block(f"transformer_blocks.{index}", width)
+        yield from joint_block(f"transformer_blocks.{index}", width)
     for index in range(whole(config, "num_single_layers", 0)):
         yield from _single_block(f"single_transformer_blocks.{index}", width)
     yield LinearModule("norm_out.linear", width, 2 * width, "row", "time")
     out = whole(config, "out_channels") if config.get("out_channels") else channels
     yield LinearModule("proj_out", width, out, "image", "last")
-
-
-def _double_block(block: str, width: int) -> Iterator[LinearModule]:
-    streams: tuple[tuple[Literal["image", "text"], str, tuple[str, ...], str, str], ...] = (
-        ("image", "norm1", ("to_q", "to_k", "to_v"), "to_out.0", "ff"),
-        ("text", "norm1_context", ("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out", "ff_context"),
-    )
-    for tokens, norm, projections, out, feed_forward in streams:
-        yield LinearModule(f"{block}.{norm}.linear", width, 6 * width, "row", "time")
-        for name in projections:
-            yield LinearModule(f"{block}.attn.{name}", width, width, tokens, f"{block} {tokens} norm1")
-        yield LinearModule(f"{block}.attn.{out}", width, width, tokens, f"{block} {tokens} attention")
-        first, second = f"{block}.{feed_forward}.net.0.proj", f"{block}.{feed_forward}.net.2"
-        yield LinearModule(first, width, 4 * width, tokens, f"{block} {tokens} norm2")
-        yield LinearModule(second, 4 * width, width, tokens, f"{block} {tokens} hidden")
 
 
 def _single_block(block: str, width: int) -> Iterator[LinearModule]:

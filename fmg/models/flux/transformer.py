@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fmg.core.errors import UsageError
 from fmg.models.common.two_times import TwoTimeMixin
+from fmg.models.flux.size import SECOND_EMBEDDER
 
 
 class FlowMapFluxTransformer2DModel(TwoTimeMixin, FluxTransformer2DModel):  # type: ignore[misc]
@@ -35,7 +36,7 @@ class FlowMapFluxTransformer2DModel(TwoTimeMixin, FluxTransformer2DModel):  # ty
         UsageError: ``time_scale`` is not positive or ``second_time`` is unknown.
     """
 
-    second_embedder: ClassVar[str] = "timestep_embedder2"
+    second_embedder: ClassVar[str] = SECOND_EMBEDDER
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(

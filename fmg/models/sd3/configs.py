@@ -1,0 +1,114 @@
+"""Options of SD3.5-Medium as a flow map. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field, model_validator
+
+from fmg.core.hub import Asset
+from fmg.core.specs import MAX_SIDE, MapSpec, ModelGeometry
+from fmg.models.conventions import FlowMapConventions, SecondTime, check_second_time
+from fmg.models.published import PAPER_ANCHOR, DiffusersConfig, StackedConfig
+from fmg.models.sd3.size import SD35_MEDIUM, SECOND_EMBEDDER, SD3Size, sd3_geometry
+from fmg.registry.config import About
+
+if TYPE_CHECKING:
+    import torch
+
+    from fmg.models.sd3.model import SD3Model
+
+COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer")
+_TERMS = "Stability AI Community License"
+_SCALE = 16
+# without the variants in fp16, which the repository has beside them
+_WEIGHTS = ("*.json", "model.safetensors", "model-*.safetensors", "diffusion_pytorch_model*.safetensors")
+
+
+class SD35MeanFlowConfig(StackedConfig, DiffusersConfig):
+    """SD3.5-Medium with the second-time embedder of AnyFlow and the adapters of MeanFlowNFT: a two-time map."""
+
+    recipe: ClassVar[str | None] = "sd35-meanflow"
+    transformer_class: ClassVar[str] = "SD3Transformer2DModel"
+    published: ClassVar[Mapping[str, object]] = SD35_MEDIUM
+    second_embedder: ClassVar[str] = SECOND_EMBEDDER
+    # beside so small a transformer, activations and the table of positions weigh more
+    work_space: ClassVar[float] = 2.0
+    about: ClassVar[About] = About(
+        licence=f"base: {_TERMS}; adapters: as their authors state",
+        citation="Huang et al. 2026, MeanFlowNFT: Bringing Forward-Process RL to Average-Velocity Generators, "
+        "arXiv 2607.15273",
+        weights=(
+            "stabilityai/stable-diffusion-3.5-medium: about 16.3 GB, behind the terms on its page",
+            "Harahan/MeanFlowNFT: AnyFlow's pretraining, on-policy and NFT adapters; name them in model.adapters",
+        ),
+    )
+    in_diffusers: ClassVar[str] = "a `StableDiffusion3Pipeline` of the merged base"
+    mergeable: ClassVar[bool] = False
+
+    folder: str = Field(
+        min_length=1, description="Pipeline folder: hub id owner/name@revision, or a local diffusers folder."
+    )
+    second_time: SecondTime = Field(
+        description="How the second time enters: {takes, gate, scale}, or duration or target where it is added."
+    )
+    resolution: int = Field(
+        default=512, gt=0, le=MAX_SIDE, multiple_of=_SCALE, description="Side of the square image in pixels."
+    )
+    max_sequence_length: int = Field(
+        default=128, gt=0, le=512, description="Length that T5 tokens are padded and cut to; both CLIPs have 77."
+    )
+
+    @model_validator(mode="after")
+    def _has_two_times(self) -> SD35MeanFlowConfig:
+        check_second_time("two-time", self.second_time)
+        return self
+
+    def conventions(self) -> FlowMapConventions:
+        """Two times, scaled by 1000; four equal steps under SD3.5's shift of 3."""
+        return FlowMapConventions(
+            schema=1,
+            map="two-time",
+            path="linear",
+            time_scale=1000.0,
+            second_time=self.second_time,
+            resolution=self.resolution,
+            max_sequence_length=self.max_sequence_length,
+            default_steps=4,
+            default_grid="shift-3",
+        )
+
+    def architecture(self) -> Asset:
+        """The folder of the base."""
+        files = tuple(f"{name}/{kind}" for name in COMPONENTS for kind in _WEIGHTS)
+        patterns = ("model_index.json", *(f"{name}/*" for name in ("tokenizer", "tokenizer_2", "tokenizer_3")), *files)
+        return Asset(
+            "pipeline", "model.folder", self.folder, folders=COMPONENTS, patterns=patterns, size_gb=16.3, licence=_TERMS
+        )
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> SD3Model:
+        """As `PublishedConfig.load`."""
+        from fmg.models.sd3.model import SD3Model
+
+        return SD3Model.from_config(self, device, dtype)
+
+    def geometry(self) -> ModelGeometry:
+        """Measures by the JSON files and safetensors headers of the folder, or as published."""
+        return sd3_geometry(
+            self.folder_here(),
+            self.published,
+            self.conventions(),
+            checkpointing=self.gradient_checkpointing,
+            encoders_resident=self.text_device == "model",
+            decoder_tile=self.vae_tile,
+        )
+
+    def parameters(self) -> int:
+        """Parameters of the transformer, by its `config.json` in a local folder, else by the published one."""
+        return SD3Size(self.transformer()).parameters
+
+    def spec(self) -> MapSpec:
+        """Declared properties, available without fetching anything or reading a weight."""
+        return replace(super().spec(), default_stochasticizer=PAPER_ANCHOR)

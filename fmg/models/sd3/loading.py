@@ -1,0 +1,172 @@
+"""Loads an SD3 flow map: a diffusers folder, with the adapters that its authors published merged into it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+from fmg.core.errors import CheckpointError
+from fmg.core.model_folder import read_config
+from fmg.models.common.pipeline_parts import Components, Family, check_same, checked_times, load_components
+from fmg.models.common.stacked_adapters import merged_weights
+from fmg.models.common.text import Tokenizer, token_ids
+from fmg.models.common.weights import (
+    Shapes,
+    WeightFiles,
+    check_flow_map,
+    empty_transformer,
+    folder_weights,
+    load_transformer,
+    transformer_shapes,
+)
+from fmg.models.conventions import FlowMapConventions
+from fmg.models.published import LocatedAdapter
+from fmg.models.sd3.transformer import FlowMapSD3Transformer2DModel
+
+
+@dataclass(frozen=True)
+class SD3Text:
+    """The three text encoders of SD3 with their tokenizers: CLIP ViT-L/14, OpenCLIP ViT-bigG/14 and T5.
+
+    T5 gets no attention mask and sees its padding. All truncate prompts that are too long for them.
+    """
+
+    tokenizer: Tokenizer
+    text_encoder: CLIPTextModelWithProjection
+    tokenizer_2: Tokenizer
+    text_encoder_2: CLIPTextModelWithProjection
+    tokenizer_3: Tokenizer
+    text_encoder_3: T5EncoderModel
+
+    @property
+    def encoders(self) -> tuple[CLIPTextModelWithProjection, CLIPTextModelWithProjection, T5EncoderModel]:
+        """CLIP-L, CLIP-G and T5."""
+        return self.text_encoder, self.text_encoder_2, self.text_encoder_3
+
+    def embed(self, prompts: list[str], length: int) -> Mapping[str, Tensor]:
+        """`tokens` (b, 77 + length, d) and `pooled` (b, p), as `StableDiffusion3Pipeline.encode_prompt` makes them.
+
+        The last but one states of both CLIPs, side by side and padded to the width of T5, then the states of T5.
+        """
+        # the pipeline takes the length of the first tokenizer for both
+        clip_length = self.tokenizer.model_max_length
+        states, pooled = [], []
+        for tokenizer, encoder in ((self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)):
+            ids = token_ids(tokenizer, prompts, clip_length).to(encoder.device)
+            encoded = encoder(ids, output_hidden_states=True)
+            states.append(encoded.hidden_states[-2])
+            pooled.append(encoded[0])
+        t5: Tensor = self.text_encoder_3(token_ids(self.tokenizer_3, prompts, length).to(self.text_encoder_3.device))[0]
+        clip = torch.cat(states, dim=-1)
+        clip = F.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
+        return {"tokens": torch.cat([clip, t5], dim=-2), "pooled": torch.cat(pooled, dim=-1)}
+
+    def count(self, prompt: str) -> int:
+        """Tokens of T5, its end token included; the CLIPs only ever see the beginning of a prompt."""
+        return len(self.tokenizer_3.encode(prompt, verbose=False))
+
+
+SD3 = Family(
+    "SD3",
+    MappingProxyType(
+        {
+            "transformer": {
+                "FlowMapSD3Transformer2DModel": FlowMapSD3Transformer2DModel,
+                # the published folder; the conventions and the adapters complete it
+                "SD3Transformer2DModel": FlowMapSD3Transformer2DModel,
+            },
+            "vae": {"AutoencoderKL": AutoencoderKL},
+            "text_encoder": {"CLIPTextModelWithProjection": CLIPTextModelWithProjection},
+            "text_encoder_2": {"CLIPTextModelWithProjection": CLIPTextModelWithProjection},
+            "text_encoder_3": {"T5EncoderModel": T5EncoderModel},
+        }
+    ),
+    MappingProxyType({"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer, "tokenizer_3": T5Tokenizer}),
+)
+
+SD3Components = Components[SD3Text]
+
+
+def load_parts(
+    folder: Path,
+    conventions: FlowMapConventions,
+    adapters: Sequence[LocatedAdapter],
+    device: torch.device,
+    dtype: torch.dtype,
+    text_device: torch.device | None = None,
+) -> SD3Components:
+    """Loads a pipeline folder by stated conventions.
+
+    Args:
+        folder: a diffusers pipeline folder.
+        conventions: how the transformer's weights are sampled.
+        adapters: published changes that are merged into the folder's weights first.
+        device: where transformer and decoder go.
+        dtype: of every weight.
+        text_device: where the text encoders go; None: to `device`.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, of a class that is not known, or does not fit the others.
+    """
+
+    def transformer() -> tuple[FlowMapSD3Transformer2DModel, WeightFiles]:
+        own, cls = folder / "transformer", FlowMapSD3Transformer2DModel
+        SD3.class_of(own, own.name)
+        config = read_config(own)
+        config |= checked_times(own, config, conventions)
+        shapes = transformer_shapes(empty_transformer(cls, config, own))
+        weights = merged_weights(folder_weights(own), adapters, shapes, cls.second_embedder)
+        return load_transformer(cls, config, weights, device, dtype, _check_names), weights
+
+    components = load_components(SD3, folder, conventions, transformer, SD3Text, device, dtype, text_device)
+    _check_fit(components)
+    return components
+
+
+def _check_names(wanted: Shapes, given: Shapes, origin: Path) -> None:
+    check_flow_map(
+        wanted,
+        given,
+        origin,
+        second=FlowMapSD3Transformer2DModel.second_embedder,
+        lacks="Name the files with the embedder in model.adapters, in the order in which they were trained.",
+        has="Give the folder of a single-time map.",
+    )
+
+
+def _check_fit(components: SD3Components) -> None:
+    """Components that load individually may still come from different models."""
+    transformer, text, vae = components.transformer.config, components.text, components.vae.config
+    check_same("vae", "latent_channels", vae.latent_channels, "in_channels", transformer.in_channels)
+    t5, clips = text.text_encoder_3.config, (text.text_encoder.config, text.text_encoder_2.config)
+    check_same("text_encoder_3", "d_model", t5.d_model, "joint_attention_dim", transformer.joint_attention_dim)
+    pooled = sum(clip.projection_dim for clip in clips)
+    check_same(
+        "text_encoder and text_encoder_2",
+        "projection_dim",
+        pooled,
+        "pooled_projection_dim",
+        transformer.pooled_projection_dim,
+    )
+    width = transformer.num_attention_heads * transformer.attention_head_dim
+    check_same("context_embedder", "caption_projection_dim", transformer.caption_projection_dim, "width", width)
+    if sum(clip.hidden_size for clip in clips) > t5.d_model:
+        raise CheckpointError(
+            f"The CLIPs in {components.folder} are wider together than the T5 of {t5.d_model}",
+            "Give a folder whose components belong together.",
+        )
+    side = components.conventions.resolution // 2 ** (len(vae.block_out_channels) - 1) // transformer.patch_size
+    if side > transformer.pos_embed_max_size:
+        raise CheckpointError(
+            f"The transformer in {components.folder} has positions for {transformer.pos_embed_max_size} tokens along"
+            f" a side, but {components.conventions.resolution} px are {side}",
+            "Set a smaller model.resolution.",
+        )

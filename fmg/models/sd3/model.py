@@ -1,0 +1,64 @@
+"""SD3 flow maps as models: the call of the transformer, and how a folder with adapters becomes a model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor
+
+from fmg.core.hub import locate
+from fmg.core.types import Conditioning
+from fmg.models.common.model import AdaptedModel
+from fmg.models.common.network import LatentNetwork
+from fmg.models.common.pipeline_parts import square_latent
+from fmg.models.sd3.loading import SD3, SD3Components, SD3Text, load_parts
+from fmg.models.sd3.transformer import FlowMapSD3Transformer2DModel
+
+if TYPE_CHECKING:
+    from fmg.models.sd3.configs import SD35MeanFlowConfig
+
+
+class SD3Network(LatentNetwork):
+    """A `FlowMapSD3Transformer2DModel`."""
+
+    def _call(self, x: Tensor, t: Tensor, s: Tensor | None, cond: Conditioning) -> Tensor:
+        output: Tensor = self._transformer(
+            hidden_states=x.to(self._dtype),
+            encoder_hidden_states=cond.tensors["tokens"].to(self._dtype),
+            pooled_projections=cond.tensors["pooled"],
+            timestep=t,
+            second=s,
+            return_dict=False,
+        )[0]
+        return output
+
+
+class SD3Model(AdaptedModel[SD3Text]):
+    """An SD3 flow map.
+
+    Args:
+        components: a loaded folder.
+        name: registered name of the model, written into saved adapters.
+        text: encoder of prompts; None takes the folder's own, beside the transformer.
+    """
+
+    pipeline: ClassVar[Any] = StableDiffusion3Pipeline
+    network_class: ClassVar[type[LatentNetwork]] = SD3Network
+    text_folders: ClassVar[tuple[str, ...]] = SD3.text_folders
+    second_embedder: ClassVar[str | None] = FlowMapSD3Transformer2DModel.second_embedder
+
+    @classmethod
+    def read(
+        cls, config: SD35MeanFlowConfig, device: torch.device, dtype: torch.dtype, text_device: torch.device
+    ) -> SD3Components:
+        """The parts that `config` describes, from files on this computer."""
+        folder = locate(config.architecture(), "model", config.recipe or "").path
+        return load_parts(folder, config.conventions(), config.located_adapters(), device, dtype, text_device)
+
+    @staticmethod
+    def latent_shape_of(components: SD3Components) -> tuple[int, int, int]:
+        """(c, h, w) of one latent, by the rule of `StableDiffusion3Pipeline`."""
+        vae, token = components.vae.config, components.transformer.config.patch_size
+        return square_latent(components, vae.latent_channels, 2 ** (len(vae.block_out_channels) - 1), token)
