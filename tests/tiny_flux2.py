@@ -32,7 +32,7 @@ def build_tiny_flux2(folder: Path, seed: int = 0) -> Path:
             tokenizer=qwen_tokenizer(),
             text_encoder=qwen3(),
             vae=flux2_autoencoder(),
-            transformer=_transformer(),
+            transformer=flux2_transformer(),
             scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
             is_distilled=True,
         )
@@ -40,7 +40,8 @@ def build_tiny_flux2(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def _transformer() -> Flux2Transformer2DModel:
+def flux2_transformer() -> Flux2Transformer2DModel:
+    """Two double-stream and three single-stream blocks."""
     return Flux2Transformer2DModel(
         in_channels=4 * _CHANNELS,
         num_layers=2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from diffusers import Flux2KleinPipeline, ZImagePipeline
 from diffusers.modular_pipelines.flux3.encoders import Flux3TextEncoderStep
 from torch import Tensor
 
+from fmg.core.errors import CheckpointError
 from fmg.models.common.qwen import QwenText
 from tests.tiny_qwen import qwen3, qwen3_vl, qwen_tokenizer
 
@@ -65,3 +67,13 @@ def test_flux3_stacks_eight_layers_and_numbers_the_padding(prompt: str) -> None:
     ours = QwenText(tokenizer, encoder, FLUX3_LAYERS, padding_side="right", padding_position=1)
     assert torch.equal(_embed(ours, prompt, theirs.shape[1]), theirs)
     assert theirs.shape[-1] == ours.width
+
+
+def test_a_decoder_without_the_states_or_the_template_is_refused(tmp_path: Path) -> None:
+    tokenizer, encoder = qwen_tokenizer(), qwen3(3)
+    QwenText(tokenizer, encoder, (3,)).check_layers(tmp_path)
+    with pytest.raises(CheckpointError, match="has 3 layers, but hidden states of layer 9 are needed"):
+        QwenText(tokenizer, encoder, (3, 9)).check_layers(tmp_path)
+    tokenizer.chat_template = None
+    with pytest.raises(CheckpointError, match="has no chat template"):
+        QwenText(tokenizer, encoder, (3,)).check_layers(tmp_path)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fmg.core.protocols import Density
 from fmg.core.types import Conditioning
-from fmg.flow import GaussianMap, LinearPath, UnscaledGaussian
+from fmg.flow import GaussianMap, LinearPath, UnscaledGaussian, VelocityMap
 from fmg.registry import stochasticizers
 from fmg.stochasticizers.asfmc import Asfmc
 from fmg.stochasticizers.configs import AsfmcConfig
@@ -242,6 +242,17 @@ def check_cps_at_full_noise_is_endpoint() -> None:
         density = transition("cps", {"noise_level": 1.0}, t, s, flow_map)
         endpoint = transition("asfmc-endpoint", {}, t, s, flow_map)
         close(density, endpoint.mean, s)
+
+
+def check_anchor_on_a_velocity_map_is_cps() -> None:
+    """Eq. 11 and 17: where a jump is one Euler step, an anchor of noise share m is cps with `cos(k pi / 2) = m`."""
+    exact = gaussian_map(LinearPath())
+    flow_map = VelocityMap(exact.velocity, LinearPath())
+    for t, s in STEPS:
+        for share in (0.0, 0.3, 0.9):
+            anchored = transition("asfmc", {"noise_share": share}, t, s, flow_map)
+            cps = transition("cps", {"noise_level": 2 / math.pi * math.acos(share)}, t, s, flow_map)
+            close(anchored, cps.mean, float(cps.std[0]))
 
 
 def check_cps_published_log_prob() -> None:

@@ -51,6 +51,7 @@ class Flux2KleinConfig(DiffusersConfig):
             "black-forest-labs/FLUX.2-klein-9B: about 35 GB, after its terms are accepted on the hub",
         ),
     )
+    transformer_class: ClassVar[str] = "Flux2Transformer2DModel"
     in_diffusers: ClassVar[str] = "a `Flux2KleinPipeline` of the base"
     mergeable: ClassVar[bool] = False
 
