@@ -37,9 +37,10 @@ SD3_ENCODERS = 123_650_304 + 694_659_840 + 4_762_310_656
 """Parameters of CLIP ViT-L/14, OpenCLIP ViT-bigG/14 and T5-XXL, for plans made before the files are fetched."""
 _SINUSOID = 256
 
-# Counted on diffusers' blocks under PEFT with every allocation observed, with and without attention of the image alone.
-_DUAL_KEPT, _KEPT = ActivationBytes(16, 16), ActivationBytes(10, 8)
-_BACKWARD, _FORWARD = ActivationBytes(5.5, 1), ActivationBytes(9, 9)
+# Counted on diffusers' block with every allocation observed, with and without attention of the image alone. The bytes
+# in any dtype are the casts of queries and keys to fp32 before their norms. The forward pass is that of the wider kind.
+_DUAL_KEPT, _KEPT = ActivationBytes(8.7, 29.7), ActivationBytes(7, 16.2)
+_BACKWARD, _FORWARD = ActivationBytes(6.2), ActivationBytes(11.2)
 _WIDE = 16
 
 
@@ -130,7 +131,7 @@ def sd3_geometry(
     side, text = conventions.resolution // latent_scale(vae), CLIP_TOKENS + conventions.max_sequence_length
     image, layers, dual = (side // size.number("patch_size")) ** 2, size.number("num_layers"), len(size.dual)
     kinds = (
-        Blocks(dual, _DUAL_KEPT, _BACKWARD, _FORWARD),
+        Blocks(dual, _DUAL_KEPT, _BACKWARD, _FORWARD, _WIDE, _WIDE),
         Blocks(layers - dual, _KEPT, _BACKWARD, _FORWARD, _WIDE, _WIDE),
     )
     encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")

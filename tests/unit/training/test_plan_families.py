@@ -16,18 +16,19 @@ from fmg.data.run_folder import RunFolder
 from fmg.recipe import Recipe
 from fmg.training.compose import compose
 from fmg.training.launch import choose_sizes
-from fmg.training.plan_memory import plan_memory
+from fmg.training.plan_memory import plan_memory, update_bytes
 from fmg.training.plan_work import trained_by
 from fmg.training.trainer import Trainer
 from tests.support.families import CPU, PROMPTS, FamilyCase
 from tests.tiny_flux2 import FLUX2_CASE
+from tests.tiny_sd35 import SD35_CASE
 from tests.tiny_zimage import Z_IMAGE_CASE
 
 FACTOR = 1.3
 """A planned peak lies within this factor of the measured one."""
 
 
-@pytest.fixture(scope="module", params=[FLUX2_CASE, Z_IMAGE_CASE], ids=lambda case: case.model)
+@pytest.fixture(scope="module", params=[FLUX2_CASE, SD35_CASE, Z_IMAGE_CASE], ids=lambda case: case.model)
 def recipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     case: FamilyCase = request.param
     options = case.build(tmp_path_factory.mktemp(case.model) / "folder")
@@ -43,6 +44,7 @@ def recipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         "rollout.batch_size": 8,
         "train.micro_batch": 8,
         "lora.rank": 4,
+        "eval.num": 8,
     }
     return Recipe.default(case.model, **changes)
 
@@ -59,7 +61,7 @@ def test_what_is_trained_is_counted_and_flops_are_those_of_torch(recipe: Recipe)
     trained = sum(p.numel() for _, p in composed.model.trainable())
     assert (planned.parameters, planned.words) == (trained, composed.trained)
     assert geometry.encoder_parameters == pytest.approx(
-        sum(p.numel() for p in composed.model.components.text.text_encoder.parameters()),  # type: ignore[attr-defined]
+        sum(p.numel() for encoder in composed.model.components.text.encoders for p in encoder.parameters()),  # type: ignore[attr-defined]
         rel=0.01,
     )
     noise = torch.zeros(2, *composed.model.latent_shape)
@@ -68,6 +70,21 @@ def test_what_is_trained_is_counted_and_flops_are_those_of_torch(recipe: Recipe)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         composed.model.policies.reference.jump(noise, torch.ones(2), torch.zeros(2), cond)
     assert 2 * geometry.call_flops == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_of_an_update_are_the_measured_ones(recipe: Recipe, checkpointing: bool) -> None:
+    """Apart from the decoder, which is most of the peak of a tiny network."""
+    changed = recipe.with_({"train.dtype": "bf16", "model.gradient_checkpointing": checkpointing})
+    geometry, model = _geometry(changed), compose(changed, CPU, torch.bfloat16).model
+    trained, rows = trained_by(changed, geometry), 8
+    noise, times = torch.zeros(rows, *model.latent_shape), torch.ones(rows)
+    cond = model.encode([PROMPTS[0]] * rows)
+    with MemoryMeter() as meter:
+        model.policies.current.jump(noise, times, 0 * times, cond).sum().backward()
+    gradients = 4 * trained.parameters
+    planned = update_bytes(geometry, trained, changed.lora.rank, 2, rows)
+    assert (meter.peak - gradients) / FACTOR < planned < meter.peak * FACTOR, (planned, meter.peak, gradients)
 
 
 @pytest.mark.parametrize(
