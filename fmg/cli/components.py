@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from fmg.registry import Description
     from fmg.registry.config import About
 
-_KINDS = "models, stochasticizers, rewards, objectives, optimizers, prompt-sets, backends or feature-extractors"
+_KINDS = (
+    "models, stochasticizers, rewards, objectives, optimizers, prompt-sets, backends, feature-extractors or trackers"
+)
 _RECIPES = ("recipe", "recipes")
 
 _RECIPE_FILE = "recipe.yaml"

@@ -125,6 +125,15 @@ def train(
             help="Stop when the trained reward rises while a held-out reward or the diversity falls.",
         ),
     ] = False,
+    tracker: Annotated[
+        list[str] | None,
+        _run_option(
+            metavar="N",
+            help="Follow the run in TensorBoard, W&B or another tracker; repeat for several.",
+            show_default=_RECIPE,
+            autocompletion=completion.components("tracker"),
+        ),
+    ] = None,
     sets: Annotated[
         list[str] | None,
         _task_option(
@@ -253,17 +262,18 @@ def check_inputs(recipe: Recipe, *, planned: bool) -> list[str]:
 
     Raises:
         UsageError: for the first that is missing or malformed.
-        MissingDependencyError: published files that have not been fetched or a missing package, unless it is only
-            planned.
+        MissingDependencyError: the package of a tracker is missing; or published files that have not been fetched or
+            another package, unless it is only planned.
         CheckpointError: local model files that are missing.
     """
     from fmg.core.hub import locate
     from fmg.data.prompt_sets import FilePromptsConfig, load_prompts
-    from fmg.recipe.composition import check_backend
+    from fmg.recipe.composition import check_backend, check_trackers
     from fmg.registry import models
     from fmg.rewards.configs import PythonRewardConfig
     from fmg.rewards.functions import check_module
 
+    check_trackers(recipe)
     for prompts in (recipe.prompts, recipe.eval.prompts):
         if isinstance(prompts.config, FilePromptsConfig):
             load_prompts(prompts)

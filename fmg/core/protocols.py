@@ -5,7 +5,7 @@ Times are `(b,)` float tensors in [0, 1]; noise is at 1, data at 0. Imports no t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -372,6 +372,60 @@ class BackendSource(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker learns of a run when it opens it.
+
+    Attributes:
+        path: the run folder.
+        folder: for files of the tracker, which makes it; the same one when the run is resumed.
+        id: of the run among all runs, eight hexadecimal digits; the same one when the run is resumed.
+        name: of the run, for people.
+        process: the process that trains.
+        recipe: all values of the run's recipe, nested.
+        iterations: of every line of `metrics.jsonl` that the run resumes from; empty for a new run.
+        logged: lines that the tracker logged before the run was interrupted; the file may have been cut below them.
+        warn: tells the user of a problem that the tracker recovers from.
+    """
+
+    path: Path
+    folder: Path
+    id: str
+    name: str
+    process: int
+    recipe: Mapping[str, Any]
+    iterations: Sequence[int]
+    logged: int
+    warn: Callable[[str], None]
+
+
+class Tracker(Protocol):
+    """Shows the metrics of a run somewhere. It lives in a process of its own, which may wait for a server.
+
+    Any exception means that the call did not work: the tracker is opened again, or gets the same line again, later.
+    """
+
+    def open(self, run: TrackedRun) -> tuple[int, str]:
+        """Creates the run in the tracker, or continues it, and stores its recipe.
+
+        Returns:
+            The index of the line of `metrics.jsonl` that it needs first, and where a person looks: an address or a
+            command.
+        """
+
+    def log(self, index: int, line: Mapping[str, float], grid: Path | None) -> None:
+        """Logs one line of `metrics.jsonl`: the metrics of an iteration or of an evaluation.
+
+        Args:
+            index: of the line, from 0.
+            line: its values; NaN where a value was not finite.
+            grid: the sample grid of an evaluation, a PNG file.
+        """
+
+    def close(self) -> None:
+        """Delivers what is pending. The run may be resumed."""
+
+
 __all__ = [
     "Anchors",
     "Backend",
@@ -394,4 +448,6 @@ __all__ = [
     "Shardable",
     "Stochasticizer",
     "Subject",
+    "TrackedRun",
+    "Tracker",
 ]

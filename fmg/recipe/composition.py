@@ -47,6 +47,23 @@ def check_backend(recipe: RecipeFields, device_type: str) -> None:
         )
 
 
+def check_trackers(recipe: RecipeFields) -> None:
+    """Refuses a tracker whose package is not installed.
+
+    Raises:
+        MissingDependencyError: naming the package and the command that installs it.
+    """
+    for tracker in recipe.trackers:
+        package, extra = tracker.config.package, tracker.config.extra
+        found = find_spec(package) if package else None
+        # a folder of that name (`wandb` makes one) would be found as a namespace
+        if package and (found is None or found.origin is None):
+            raise MissingDependencyError(
+                f"The tracker '{tracker.name}' needs the package '{package}'",
+                f"Run: {install_line(extra) if extra else f'pip install {package}'}",
+            )
+
+
 def problems(recipe: RecipeFields) -> Iterator[Problem]:
     """All misfits, the most basic first."""
     spec = recipe.model.config.spec()
@@ -59,6 +76,7 @@ def problems(recipe: RecipeFields) -> Iterator[Problem]:
     yield from _schedule_problems(recipe)
     yield from _reward_problems(("rewards",), recipe.rewards)
     yield from _reward_problems(("eval", "rewards"), recipe.eval.rewards)
+    yield from _tracker_problems(recipe)
     if all(reward.weight == 0 for reward in recipe.rewards):
         fix = "Give at least one reward a weight; rewards that are only measured belong in eval.rewards"
         yield Problem(("rewards",), "Every reward has weight 0, so there is nothing to maximise", fix)
@@ -178,6 +196,13 @@ def _schedule_problems(recipe: RecipeFields) -> Iterator[Problem]:
             f" {train.updates} ({train.iterations} x {train.updates_per_iteration})"
         )
         yield Problem(("train", "lr_warmup_steps"), what, "Lower train.lr_warmup_steps, or raise train.iterations")
+
+
+def _tracker_problems(recipe: RecipeFields) -> Iterator[Problem]:
+    names = [tracker.name for tracker in recipe.trackers]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            yield Problem(("trackers", index), f"The tracker '{name}' is given twice", "Give it once")
 
 
 def _target_times(name: str, requires: Requirements, grid: Sequence[float]) -> Iterator[Problem]:

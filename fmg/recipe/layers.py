@@ -7,7 +7,7 @@ a Python call the more specific path wins whatever the order (`optimizer.lr` ove
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,14 @@ FLAGS: Mapping[str, str] = {
     "device": "train.device",
     "dtype": "train.dtype",
     "stop-on-hacking": "eval.stop_on_hacking",
+    "tracker": "trackers",
 }
 """Flags of `fmg train` that set a value of the recipe, and the dotted path they set."""
 
-ARGUMENTS: Mapping[str, str] = {name.replace("-", "_"): path for name, path in FLAGS.items()} | {"rewards": "rewards"}
+ARGUMENTS: Mapping[str, str] = {name.replace("-", "_"): path for name, path in FLAGS.items()} | {
+    "rewards": "rewards",
+    "trackers": "trackers",
+}
 """Short names of values in Python calls (`iterations=2`), and the dotted path they set."""
 
 AUTO = "auto"
@@ -60,7 +64,7 @@ def flag_layers(flags: Mapping[str, object]) -> list[Node]:
     layers = []
     for name in FLAGS:
         value = flags.get(name)
-        if value is None or (name == "reward" and value in ((), [])):
+        if value is None or value in ((), []):
             continue
         source = Source("flag", f"--{name}")
         if name == "reward":
@@ -116,14 +120,16 @@ def expand(root: Node) -> Node:
         if name in sections:
             sections[name] = _component(sections[name], prompts=name == "prompts")
     if "rewards" in sections:
-        sections["rewards"] = _reward_list(sections["rewards"])
+        sections["rewards"] = _listed(sections["rewards"], _reward)
+    if "trackers" in sections:
+        sections["trackers"] = _listed(sections["trackers"], _component)
     evaluation = sections.get("eval")
     if evaluation is not None and evaluation.mapping is not None:
         entries = dict(evaluation.mapping)
         if "prompts" in entries:
             entries["prompts"] = _component(entries["prompts"], prompts=True)
         if "rewards" in entries:
-            entries["rewards"] = _reward_list(entries["rewards"])
+            entries["rewards"] = _listed(entries["rewards"], _reward)
         sections["eval"] = Node(entries, evaluation.source)
     return Node(sections, root.source)
 
@@ -259,13 +265,14 @@ def _is_file_name(text: str) -> bool:
     return text.endswith(PROMPT_FILE_SUFFIXES) or "/" in text or "\\" in text
 
 
-def _reward_list(node: Node) -> Node:
+def _listed(node: Node, expanded: Callable[[Node], Node]) -> Node:
+    """A list of components, of which one may stand without a list, and `0.weight` reaches into one of a lower layer."""
     if isinstance(node.value, str) or (node.mapping is not None and "name" in node.mapping):
         node = Node((node,), node.source)
     if isinstance(node.value, tuple):
-        return Node(tuple(_reward(entry) for entry in node.value), node.source)
+        return Node(tuple(expanded(entry) for entry in node.value), node.source)
     if node.mapping is not None:
-        return Node({key: _reward(entry) for key, entry in node.mapping.items()}, node.source)
+        return Node({key: expanded(entry) for key, entry in node.mapping.items()}, node.source)
     return node
 
 

@@ -237,7 +237,8 @@ def _resolve(layers: Sequence[Node], *, allow_code: bool) -> ResolvedRecipe:
     start = node_of({"model": {"name": DEFAULT_MODEL}}, _DEFAULT)
     given = merge_all([start, *layers])
     base = _default_recipe(_default_recipe_name(given))
-    missing = [section for section in Recipe.model_fields if section not in (base.mapping or {})]
+    needed = (section for section in Recipe.model_fields if section != "trackers")
+    missing = [section for section in needed if section not in (base.mapping or {})]
     if missing:
         # a section left out would fall back on numbers that were chosen for another model
         what = f"{base.source.text}: the default recipe of the model lacks the section '{missing[0]}'"

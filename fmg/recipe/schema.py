@@ -1,8 +1,8 @@
 """The JSON schema of a recipe file, for editors: derived from the sections and from the registry. Imports no torch.
 
 A file is one layer over the model's own recipe, so nothing in it is required, and defaults are not stated: what it
-leaves out may have another value there. Entries of lists (`rewards`) are complete in themselves and have both. The
-dialect is draft 7, which the YAML servers of all editors know.
+leaves out may have another value there. Entries of lists (`rewards`, `trackers`) are complete in themselves and have
+both. The dialect is draft 7, which the YAML servers of all editors know.
 """
 
 from __future__ import annotations
@@ -68,11 +68,12 @@ def recipe_schema(names: Callable[[Registry[Any]], Sequence[str]] = installed) -
             about = definitions[cls.__name__]["description"]
             found = component.schema(dict.fromkeys(keys, False) | own[cls])
             definitions[cls.__name__] = {"description": about, **found}
-    for section in (layered, definitions["EvalSection"]):
-        # one reward may stand for a list
-        rewards = section["properties"]["rewards"]
-        about = {"description": rewards.pop("description")}
-        section["properties"]["rewards"] = about | {"if": {"type": "array"}, "then": rewards, "else": rewards["items"]}
+    lists = ((layered, "rewards"), (layered, "trackers"), (definitions["EvalSection"], "rewards"))
+    for section, place in lists:
+        # one component may stand for a list
+        several = section["properties"][place]
+        about = {"description": several.pop("description")}
+        section["properties"][place] = about | {"if": {"type": "array"}, "then": several, "else": several["items"]}
     text = json.dumps([layered, definitions])
     used = {name: found for name, found in definitions.items() if f'"#/$defs/{name}"' in text}
     return {"$schema": _DIALECT, "title": "fmg recipe", **layered, "description": _ABOUT, "$defs": used}

@@ -27,7 +27,7 @@ from fmg.core.specs import LORA_PRESETS
 from fmg.flow.grids import STATIC_SHIFT, check_name, named_grids
 from fmg.recipe.document import Plain
 from fmg.registry.catalog import registry_for
-from fmg.registry.config import ComponentConfig, ModelConfig, ObjectiveConfig, StochasticizerConfig
+from fmg.registry.config import ComponentConfig, ModelConfig, ObjectiveConfig, StochasticizerConfig, TrackerConfig
 from fmg.registry.validation import Problem, first_problem, validate_strictly
 
 PYTHON_REWARD, FUNCTION_REWARD = "python", "function"
@@ -136,6 +136,13 @@ class WeightedRewardRef(RewardRef):
     """A reward and its weight in the sum that is maximised."""
 
     weight: float = Field(1.0, description="factor in the weighted sum; negative to minimise")
+
+
+class TrackerRef(ComponentRef):
+    """A tracker that follows the run."""
+
+    kind = "tracker"
+    config: SerializeAsAny[TrackerConfig]
 
 
 class Section(BaseModel):
@@ -361,6 +368,7 @@ class RecipeFields(Section):
     lora: LoraSection = LoraSection()
     prompts: PromptsRef
     eval: EvalSection
+    trackers: tuple[TrackerRef, ...] = Field((), description="experiment trackers that follow the run")
 
     def plain(self) -> dict[str, Plain]:
         """Nested plain values, every option stated."""

@@ -12,8 +12,9 @@ from fmg.registry.catalog import (
     registry_for,
     rewards,
     stochasticizers,
+    trackers,
 )
-from fmg.registry.config import ComponentConfig, ModelConfig, ObjectiveConfig, StochasticizerConfig
+from fmg.registry.config import ComponentConfig, ModelConfig, ObjectiveConfig, StochasticizerConfig, TrackerConfig
 from fmg.registry.registry import Description, FieldInfo, Registry, Row
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Registry",
     "Row",
     "StochasticizerConfig",
+    "TrackerConfig",
     "backends",
     "feature_extractors",
     "models",
@@ -34,4 +36,5 @@ __all__ = [
     "registry_for",
     "rewards",
     "stochasticizers",
+    "trackers",
 ]

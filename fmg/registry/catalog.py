@@ -14,8 +14,9 @@ from fmg.core.protocols import (
     PromptSet,
     Reward,
     Stochasticizer,
+    Tracker,
 )
-from fmg.registry.config import ComponentConfig, ModelConfig, ObjectiveConfig, StochasticizerConfig
+from fmg.registry.config import ComponentConfig, ModelConfig, ObjectiveConfig, StochasticizerConfig, TrackerConfig
 from fmg.registry.registry import Registry, Row
 
 LIVE_GRAPH = "fmg.export.live:live_graph"
@@ -175,6 +176,16 @@ ROWS: tuple[Row, ...] = (
         "Image embedding and patch tokens of CLIP ViT-L/14"),
     Row("feature-extractor", "dinov2", "fmg.eval.configs:Dinov2Config", "fmg.eval.extractors:dinov2",
         "Class and patch tokens of DINOv2 ViT-L/14, trained without labels or captions"),
+    Row("tracker", "tensorboard", "fmg.trackers.configs:TensorBoardConfig", "fmg.trackers.services:TensorBoard",
+        "Event files in the run folder, for TensorBoard"),
+    Row("tracker", "wandb", "fmg.trackers.configs:WandbConfig", "fmg.trackers.services:Wandb",
+        "Weights & Biases; offline without a login"),
+    Row("tracker", "trackio", "fmg.trackers.configs:TrackioConfig", "fmg.trackers.services:Trackio",
+        "Trackio, a dashboard on this computer or a Space"),
+    Row("tracker", "swanlab", "fmg.trackers.configs:SwanLabConfig", "fmg.trackers.services:SwanLab",
+        "SwanLab; offline without a login"),
+    Row("tracker", "mlflow", "fmg.trackers.configs:MlflowConfig", "fmg.trackers.services:Mlflow",
+        "MLflow, a server or its local store"),
 )
 # fmt: on
 
@@ -195,6 +206,7 @@ backends: Registry[BackendSource] = Registry("backend", "backends", _rows("backe
 feature_extractors: Registry[FeatureExtractor] = Registry(
     "feature-extractor", "feature-extractors", _rows("feature-extractor"), ComponentConfig
 )
+trackers: Registry[Tracker] = Registry("tracker", "trackers", _rows("tracker"), TrackerConfig)
 
 REGISTRIES: tuple[Registry[Any], ...] = (
     models,
@@ -205,6 +217,7 @@ REGISTRIES: tuple[Registry[Any], ...] = (
     prompt_sets,
     backends,
     feature_extractors,
+    trackers,
 )
 
 

@@ -140,3 +140,12 @@ class ObjectiveConfig(ComponentConfig, ABC):
         Only an objective whose loss reports the part `approx_kl` can have one.
         """
         return None
+
+
+class TrackerConfig(ComponentConfig):
+    """Options of a tracker; declares the package that it needs."""
+
+    package: ClassVar[str] = ""
+    """The module that the tracker imports, looked for before a run starts."""
+    extra: ClassVar[str] = ""
+    """The extra of fmg that installs it; empty: the package is installed by its own name."""

@@ -36,6 +36,7 @@ from fmg.inference.torch_backend import device_for, pick_dtype
 from fmg.progress import watching
 from fmg.recipe import Recipe, ResolvedRecipe, recipe_of
 from fmg.rewards.functions import Functions, Rewards, split_functions
+from fmg.trackers.following import followed
 from fmg.training.card import write_cards
 from fmg.training.checkpointing import SavedState, load_state
 from fmg.training.compose import Composed, compose, finite_attention, shard_base
@@ -235,9 +236,11 @@ def _run(run: _NewRun | _ResumedRun, functions: Functions, observer: Observer) -
                 dist.run_on_all(lambda: saved.check_trained(composed.model.trainable()))
             if dist.is_distributed and engine == "fsdp2":
                 shard_base(composed)
-            with _opened(run, dist, status) as folder:
+            trackers = recipe.trackers if dist.is_main_process else ()
+            tracked = None if saved is None else saved.content.get("tracker")
+            with _opened(run, dist, status) as folder, followed(folder.path, trackers, tracked, observer) as told:
                 sizes = choose_sizes(recipe, device.type, launch.world_size)
-                result = Trainer(composed, folder, sizes, observer, dist, saved).train()
+                result = Trainer(composed, folder, sizes, told, dist, saved).train()
                 with signals.held():
                     _finish(composed, folder, result, dist, status)
                     # everything is done, whatever a signal asked for meanwhile

@@ -65,6 +65,7 @@ from fmg.data.run_folder import RunFolder
 from fmg.data.run_metrics import read_numbers
 from fmg.recipe import Recipe
 from fmg.recipe.document import Plain
+from fmg.trackers.following import identity_of
 from fmg.training.compose import Composed
 from fmg.training.distributed import DistContext
 from fmg.training.gates import replica_gate
@@ -378,6 +379,7 @@ def save_state(run: RunFolder, recipe: Recipe, point: ResumePoint, live: Trainin
         "generators": point.generators,
         "tripwire": point.monitor,
         "sampling": point.sampling,
+        "tracker": None if (tracked := identity_of(run.path)) is None else asdict(tracked),
     }
     if not folder.exists():
         # else the run was interrupted right here and saved it: an evaluation changes no weights
@@ -501,6 +503,8 @@ def _identity(run: RunFolder, recipe: Recipe, *, by_content: bool) -> dict[str, 
                 # as it was written
                 ref["path"] = path.relative_to(run.path).as_posix()
             del ref["sha256"]
+    # what follows a run does not change it
+    del plain["trackers"]
     text = json.dumps(_stated(plain, dict(run.values()) or plain), sort_keys=True)
     return {"model": state.model, "created": state.created, "recipe": hashlib.sha256(text.encode()).hexdigest()}
 

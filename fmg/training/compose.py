@@ -13,7 +13,7 @@ from fmg.core.protocols import Model, Objective, OptimizerFactory, PromptSet, Re
 from fmg.data.prompt_sets import load_prompts
 from fmg.flow.grids import make_grid
 from fmg.recipe import Recipe
-from fmg.recipe.composition import check_backend, check_target_times
+from fmg.recipe.composition import check_backend, check_target_times, check_trackers
 from fmg.registry import models, objectives, optimizers, stochasticizers
 from fmg.rewards.base import Mixture, build_rewards, check_prompts
 from fmg.rewards.functions import NO_FUNCTIONS, Functions
@@ -52,6 +52,7 @@ def compose(recipe: Recipe, device: torch.device, dtype: torch.dtype, functions:
             "Lower train.updates_per_iteration, or use more groups or larger ones.",
         )
     check_backend(recipe, device.type)
+    check_trackers(recipe)
     source = models.build_config(recipe.model.name, recipe.model.config)
     source.check()
     measured = build_rewards(recipe.measured_rewards, functions)

@@ -38,6 +38,11 @@ _PURPOSES: Mapping[str, tuple[str, str]] = {
     "onnx": ("fmg export, and artifacts in ONNX Runtime", ""),
     "trt": ("TensorRT engines", " --extra-index-url https://pypi.nvidia.com"),
     "trt-rtx": ("TensorRT-RTX engines", ""),
+    "tensorboard": ("the tracker tensorboard", ""),
+    "trackio": ("the tracker trackio", ""),
+    "wandb": ("the tracker wandb", ""),
+    "swanlab": ("the tracker swanlab", ""),
+    "mlflow": ("the tracker mlflow", ""),
     "dev": ("the tests of fmg itself", ""),
 }
 _HUB = "https://huggingface.co"

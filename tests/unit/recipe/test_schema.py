@@ -22,7 +22,8 @@ from fmg.recipe.sections import RecipeFields
 from fmg.registry import ComponentConfig, registry_for, rewards
 from tests.support.cli import fmg
 
-PLACES = {**COMPONENTS, "rewards": "reward"}
+LISTS = {"rewards": "reward", "trackers": "tracker"}
+PLACES = {**COMPONENTS, **LISTS}
 """The components of a recipe, and their kind."""
 CASES = [(place, name) for place, kind in PLACES.items() for name in built_in(registry_for(kind))]
 
@@ -96,8 +97,8 @@ def test_each_component_has_its_own_options_and_no_others(place: str, name: str,
 
     def said(more: dict[str, object]) -> list[str]:
         section: object = {"name": name, **given, **more}
-        found = messages(validator, {place: [section] if place == "rewards" else section})
-        return [text for text in found if given or place != "rewards" or "is a required property" not in text]
+        found = messages(validator, {place: [section] if place in LISTS else section})
+        return [text for text in found if given or place not in LISTS or "is a required property" not in text]
 
     assert said({}) == []
     assert said({"no_such_option": 1}) == [unexpected("no_such_option")]
