@@ -13,6 +13,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from fmg.models.sd3.transformer import FlowMapSD3Transformer2DModel
 from tests.support.families import FamilyCase
 from tests.tiny_flux import clip_tokenizer, t5, t5_tokenizer
 
@@ -29,7 +30,7 @@ def build_tiny_sd35(folder: Path, seed: int = 0) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = StableDiffusion3Pipeline(
-            transformer=_transformer(),
+            transformer=SD3Transformer2DModel(**_SIZES),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
             vae=_autoencoder(),
             text_encoder=_clip(len(tokenizer), 10),
@@ -150,22 +151,26 @@ def _draw(folder: Path, adapter: Path, prompt: str, noise: Tensor) -> Tensor:
     return sampled(pipeline, [prompt], noise, 1, "pt")
 
 
-def _transformer() -> SD3Transformer2DModel:
-    return SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=3,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=WIDTH,
-        caption_projection_dim=16,
-        pooled_projection_dim=24,
-        pos_embed_max_size=16,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
-    )
+_SIZES: Mapping[str, Any] = {
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 3,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": WIDTH,
+    "caption_projection_dim": 16,
+    "pooled_projection_dim": 24,
+    "pos_embed_max_size": 16,
+    "dual_attention_layers": (0,),
+    "qk_norm": "rms_norm",
+}
+
+
+def flow_map_transformer() -> FlowMapSD3Transformer2DModel:
+    """The transformer of the folder with its second time, random."""
+    return FlowMapSD3Transformer2DModel(**_SIZES, time_scale=1000.0, second_time={"takes": "target", "gate": GATE})
 
 
 def _clip(vocabulary: int, width: int) -> CLIPTextModelWithProjection:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -17,14 +18,16 @@ from fmg.export.onnx import save_graph, trace
 from fmg.export.weights import lay_out, write_weights
 from fmg.inference.artifact.manifest import BATCH, IMAGE, TEXT, TensorSpec
 from tests.tiny_flux2 import flux2_transformer
+from tests.tiny_sd35 import flow_map_transformer
 
 pytestmark = [pytest.mark.compile, pytest.mark.slow]
 
+SIDE = 8
 GATE = 1e-4
 """Relative difference in fp32, as `fmg verify` allows it."""
 
 
-class _Velocity(GraphModule):
+class _TokenVelocity(GraphModule):
     def forward(
         self,
         hidden_states: Tensor,
@@ -48,30 +51,81 @@ class _Velocity(GraphModule):
         return output
 
 
+class _LatentVelocity(GraphModule):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        second: Tensor,
+    ) -> Tensor:
+        output: Tensor = self.inner(
+            hidden_states=hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            pooled_projections=pooled_projections,
+            timestep=timestep,
+            second=second,
+        )[0]
+        return output
+
+
+Axes = tuple[int | str, ...]
+
+
 @dataclass(frozen=True)
 class GraphCase:
+    """A transformer, its wrapper with a flat signature, and the axes of inputs and output by its config."""
+
     name: str
-    build: Callable[[], torch.nn.Module]
-    times: tuple[str, ...]
+    build: Callable[[], Any]
+    wrapper: type[GraphModule]
+    axes: Callable[[Any], dict[str, Axes]]
+    output: Callable[[Any], Axes]
 
 
-CASES = (GraphCase("flux2-klein", flux2_transformer, ("timestep",)),)
+def _token_axes(config: Any) -> dict[str, Axes]:
+    return {
+        "hidden_states": (BATCH, IMAGE, config.in_channels),
+        "encoder_hidden_states": (BATCH, TEXT, config.joint_attention_dim),
+        "timestep": (BATCH,),
+        "img_ids": (IMAGE, 4),
+        "txt_ids": (TEXT, 4),
+    }
+
+
+def _sd3_axes(config: Any) -> dict[str, Axes]:
+    return {
+        "hidden_states": (BATCH, config.in_channels, SIDE, SIDE),
+        "encoder_hidden_states": (BATCH, TEXT, config.joint_attention_dim),
+        "pooled_projections": (BATCH, config.pooled_projection_dim),
+        "timestep": (BATCH,),
+        "second": (BATCH,),
+    }
+
+
+CASES = (
+    GraphCase(
+        "flux2-klein", flux2_transformer, _TokenVelocity, _token_axes, lambda config: (BATCH, IMAGE, config.in_channels)
+    ),
+    # the crop of the table of positions fixes the size of an image
+    GraphCase(
+        "sd35-meanflow",
+        flow_map_transformer,
+        _LatentVelocity,
+        _sd3_axes,
+        lambda config: (BATCH, config.out_channels, SIDE, SIDE),
+    ),
+)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_graph_gives_the_numbers_of_the_module(case: GraphCase, tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = case.build().eval().requires_grad_(False)
-    config = module.config
-    inputs = (
-        TensorSpec("hidden_states", "float32", (BATCH, IMAGE, config.in_channels)),
-        TensorSpec("encoder_hidden_states", "float32", (BATCH, TEXT, config.joint_attention_dim)),
-        *(TensorSpec(name, "float32", (BATCH,)) for name in case.times),
-        TensorSpec("img_ids", "float32", (IMAGE, 4)),
-        TensorSpec("txt_ids", "float32", (TEXT, 4)),
-    )
-    output = TensorSpec("velocity", "float32", (BATCH, IMAGE, config.in_channels))
-    traced = trace(GraphPlan(case.name, lambda: _Velocity(case.build()), torch.float32, inputs, (output,)))
+    inputs = tuple(TensorSpec(name, "float32", axes) for name, axes in case.axes(module.config).items())
+    output = TensorSpec("velocity", "float32", case.output(module.config))
+    traced = trace(GraphPlan(case.name, lambda: case.wrapper(case.build()), torch.float32, inputs, (output,)))
     weights = module.state_dict()
     assert traced.parameters.keys() <= weights.keys()
     layout = lay_out({name: (torch.float32, shape) for name, shape in traced.parameters.items()})
