@@ -94,14 +94,14 @@ class PublishedTimes(nn.Module):
         return mixed
 
 
-def published_pipeline(folder: Path) -> StableDiffusion3Pipeline:
+def published_pipeline(folder: Path, stages: int = STAGES) -> StableDiffusion3Pipeline:
     """The stock pipeline with the stages merged by hand, one after another, and the published time embedding."""
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     transformer = pipeline.transformer
     modules = dict(transformer.named_modules())
     delta = TimestepEmbedding(256, transformer.inner_dim)
-    for stage in range(STAGES):
+    for stage in range(stages):
         state = torch.load(folder / f"stage{stage + 1}.pt")
         state = state.get("state_dict", state)
         for name in {key.partition(".lora_")[0] for key in state if ".lora_" in key}:
