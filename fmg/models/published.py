@@ -6,13 +6,14 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from fmg.core.errors import CheckpointError, FmgWarning
-from fmg.core.hub import Asset, HubSource, Located, locate, problem
+from fmg.core.files import from_home
+from fmg.core.hub import Asset, HubSource, Located, locate, parse_source, problem
 from fmg.core.model_folder import stated_config
 from fmg.core.specs import MapSpec
 from fmg.models.common.checkpoint_files import DIFFUSERS_FILE, EXTRA_FILE, PEFT_CONFIG_FILE, PEFT_FILE
@@ -180,11 +181,15 @@ class AdapterFile(Worded):
 
     def asset(self, number: int) -> Asset:
         """The file and, in a PEFT folder, its config."""
+        place = parse_source(self.source)
+        named = (
+            place.file if isinstance(place, HubSource) else self.source if not from_home(self.source).is_dir() else None
+        )
         return Asset(
             f"adapter {number}",
             "model.adapters",
             self.source,
-            files=(f"{PEFT_FILE}|{DIFFUSERS_FILE}",),
+            files=(f"{PEFT_FILE}|{DIFFUSERS_FILE}" if named is None else PurePosixPath(named).name,),
             optional=(PEFT_CONFIG_FILE, EXTRA_FILE),
             licence="as its authors state",
         )
