@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fmg.inference.artifact import Artifact
+from tests.support.fake_hub import FakeHub, fake_hub, point_at
 
 
 def pytest_configure() -> None:
@@ -64,3 +66,14 @@ def student_artifact(student_run: Path) -> Artifact:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FMG_CACHE", str(student_run.parent / "cache"))
         return exported(student_run, student_run.parent / "artifact")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """The stand-in, with caches of the test's own, in an empty working directory."""
+    monkeypatch.setenv("FMG_CACHE", str(tmp_path / "fmg"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with fake_hub() as running:
+        point_at(running, monkeypatch, str(tmp_path / "hub"))
+        yield running

@@ -19,7 +19,7 @@ from fmg.cli import completion
 from fmg.cli.options import DEVICES, DTYPES, LR_SCHEDULES, AsJson, Offline, given_text, hardware_option, panel
 from fmg.cli.output import print_error, print_json, print_warning, stderr, stdout, table
 from fmg.core.errors import MissingDependencyError, UsageError, said_once
-from fmg.core.events import Evaluated, Event, IterationDone, Notice, Resumed
+from fmg.core.events import Evaluated, Event, IterationDone, Notice, Resumed, ignore
 from fmg.core.files import check_place
 from fmg.core.signals import exit_code
 from fmg.progress.reporters import LOADING, Reporter, Stateless, reporter_for
@@ -40,7 +40,7 @@ def train(
         str | None,
         _task_option(
             metavar="F|NAME",
-            help="Recipe file, or a shipped recipe.",
+            help="Recipe file, a shipped recipe, or owner/name of a run on the hub.",
             show_default="the model's own",
             autocompletion=completion.recipes,
         ),
@@ -195,7 +195,7 @@ def train(
         raise UsageError("--accept-changed-prompts needs --resume", "Leave it out, or name the run to resume.")
     with said_once(first):
         flags = {name: value for name, value in given.items() if name in FLAGS}
-        resolved = resolve(config, flags, sets or [], allow_code)
+        resolved = resolve(_recipe_file(config, first=first), flags, sets or [], allow_code)
     if first:
         # the others might already see the folder that the first process makes
         RunFolder.check_free(run)
@@ -213,6 +213,18 @@ def train(
 
         result = run_training(resolved, run, reporter)
     return _report(resolved.recipe, result, first=first, as_json=as_json)
+
+
+def _recipe_file(config: str | None, *, first: bool) -> str | Path | None:
+    """The recipe as it was typed; of a run on the hub, its file, which is fetched first."""
+    if config is None or "/" not in config:
+        return config
+    from fmg.inference.hub_target import fetch_recipe, hub_source
+
+    if (source := hub_source(config)) is None:
+        return config
+    with reporter_for(stderr()) as reporter:
+        return fetch_recipe(source, reporter if first else ignore)
 
 
 def _given(ctx: typer.Context) -> dict[str, object]:

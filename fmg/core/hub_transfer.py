@@ -27,6 +27,7 @@ from fmg.core.hub import OFFLINE, SNAPSHOTS, HubSource, cached, check_room, is_o
 MAIN = "main"
 _METADATA_TIMEOUT_S = 10
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_MAX_LISTING = 4 * 10**6
 _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
@@ -125,7 +126,7 @@ def check_out(source: HubSource, names: Sequence[str]) -> Checkout | None:
         file = cached(source, name) if pinned else None
         try:
             with hub_errors(source.repository, source.revision):
-                file = file or _download(source.repository, name, source.revision, None, local=offline)
+                file = file or _download(source.repository, name, source.revision, _limit(name), local=offline)
         except HubError as error:
             cause = error.__cause__
             if isinstance(cause, EntryNotFoundError) and (offline or not isinstance(cause, LocalEntryNotFoundError)):
@@ -316,6 +317,19 @@ def _sizes(repository: str, revision: str | None) -> dict[str, int]:
     with hub_errors(repository, revision):
         info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=_METADATA_TIMEOUT_S)
     return {file.rfilename: file.size or 0 for file in info.siblings or ()}
+
+
+def _limit(name: str) -> Callable[[int], None]:
+    """Ends the download of a file that says what else a repository has, if a stranger made it endless."""
+    left = _MAX_LISTING
+
+    def tell(count: int) -> None:
+        nonlocal left
+        left -= count
+        if left < 0:
+            raise HubError(f"{name} has more than {size_text(_MAX_LISTING)}", "Name a repository that fmg pushed.")
+
+    return tell
 
 
 def _words(error: Exception, repository: str, revision: str | None, writing: bool) -> tuple[str, str]:

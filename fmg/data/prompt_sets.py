@@ -119,7 +119,8 @@ def _lines(path: Path) -> list[tuple[int, str]]:
         lines = [(line.number, line.text()) for line in read_lines(path)]
     except FileNotFoundError:
         raise UsageError(
-            f"There is no prompt file '{path}'", "Check the path; one in a recipe is relative to the recipe's folder."
+            f"There is no prompt file '{path}'",
+            "Check the path, which in a recipe is relative to the recipe's folder, or name other prompts: --prompts.",
         ) from None
     except JsonError as error:
         raise UsageError(located(path, error), "Save it as UTF-8 text with one prompt per line.") from None

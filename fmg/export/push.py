@@ -377,9 +377,10 @@ def _check_private(parcel: Parcel) -> None:
         UsageError: naming the first file, and what was found in it.
     """
     run = Path(parcel.label).resolve()
-    places = {from_home("~"), Path.cwd(), run, run.parent, Path(sys.prefix)}
-    # a root of the file system would be found in any text
-    known = [f"{place}/".encode() for place in places if len(place.parts) > 1]
+    # a short path may be found in any text
+    places = {place for place in (Path.cwd(), run, run.parent, Path(sys.prefix)) if len(place.parts) > 2}
+    home = from_home("~")
+    known = [f"{place}/".encode() for place in (*places, *([home] if len(home.parts) > 1 else []))]
     known += [f"/{folder}/{_user()}/".encode() for folder in ("home", "Users")]
     for name, content in parcel.files.items():
         data = _searched(name, content)

@@ -69,10 +69,21 @@ def fetch_target(source: HubSource, observer: Observer) -> Fetched:
             f"'{source.repository}' holds neither a run nor an artifact that `fmg push` wrote",
             "Load another tool's LoRA with `FlowMapPipeline.load_lora_weights`; pickled weights are never read.",
         )
-    observer(Notice("info", f"{found.label}"))
+    observer(Notice("info", found.label))
     if found.has(SUMS):
         return Fetched(found.label, "run", _run(found, observer))
     return Fetched(found.label, "artifact", _artifact(found, observer))
+
+
+def fetch_recipe(source: HubSource, observer: Observer) -> Path:
+    """The recipe of a run in a repository, without its weights. Errors as in `fetch_target`."""
+    found = check_out(source, (SUMS,))
+    if found is None:
+        raise HubError(f"'{source.repository}' holds no run that `fmg push` wrote", "Name a run, or a recipe file.")
+    observer(Notice("info", found.label))
+    found.fetch([RECIPE], observer)
+    check_sums(found.folder, None, _FIX, names=(RECIPE,), only=(RECIPE,))
+    return found.folder / RECIPE
 
 
 def is_pushed_run(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Runs and artifacts on a stand-in for the model hub: what leaves, what comes back, and what is said when it fails."""
+"""Runs on a stand-in for the model hub: what leaves, what comes back, and what is said when it fails."""
 
 from __future__ import annotations
 
@@ -11,28 +11,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
 import fmg as api
-from fmg.core.errors import FmgError
-from fmg.core.files import SUMS, digest, sums_text
+from fmg.core.files import SUMS, digest
 from fmg.data.run_folder import RunFolder
-from fmg.inference.artifact import Artifact, open_artifact
-from fmg.inference.artifact.manifest import MANIFEST
+from fmg.inference.artifact import Artifact
 from fmg.inference.hub_target import hub_source
 from fmg.recipe import Recipe
-from tests.support.artifact import copied, make_run, shapes_recipe
-from tests.support.cli import Invocation, fmg
-from tests.support.fake_hub import READ_ONLY, TOKEN, FakeHub, fails, fake_hub, point_at
+from tests.support.artifact import make_run, shapes_recipe
+from tests.support.fake_hub import READ_ONLY, TOKEN, FakeHub, fails
+from tests.support.hub_commands import LORA, PROMPT, fresh_cache, picture, refused, succeeds
 from tests.support.schemas import check
 from tests.support.web import Call, Handler
 
-PROMPT = "a red circle on the left"
-LORA = "pytorch_lora_weights.safetensors"
 RUN_FILES = {
     ".gitattributes",
     "README.md",
@@ -49,54 +44,13 @@ RUN_FILES = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real run of the embedded model, on prompts from a file and with a reward that has a server's address."""
+    """A real run of the embedded model, on prompts from a file."""
     folder = tmp_path_factory.mktemp("trained")
     prompts = folder / "our-secret-prompts.txt"
     prompts.write_text("a red circle on the left\na blue square on the right\n", encoding="utf-8")
     values = {"rollout.groups": 2, "rollout.group_size": 4, "eval.num": 4, "prompts": str(prompts)}
     api.train(Recipe.default("meanflow-shapes", iterations=1, **values), folder / "runs" / "first", progress=False)
     return folder / "runs" / "first"
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """The stand-in, with caches of the test's own, in an empty working directory."""
-    monkeypatch.setenv("FMG_CACHE", str(tmp_path / "fmg"))
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    with fake_hub() as running:
-        point_at(running, monkeypatch, str(tmp_path / "hub"))
-        yield running
-
-
-def fresh_cache(monkeypatch: pytest.MonkeyPatch, hub: FakeHub, folder: Path) -> None:
-    """Another computer."""
-    point_at(hub, monkeypatch, str(folder / "hub"), token=None)
-    monkeypatch.setenv("FMG_CACHE", str(folder / "fmg"))
-
-
-def picture(target: str | Path, *options: str) -> bytes:
-    """The image of the prompt, by the command line."""
-    done = succeeds("generate", PROMPT, "--from", str(target), "--device", "cpu", "--json", *options)
-    return Path(json.loads(done.stdout)["images"][0]["path"]).read_bytes()
-
-
-def succeeds(*args: str) -> Invocation:
-    done = fmg(*args)
-    assert done.code == 0, done.stderr
-    return done
-
-
-def refused(*args: str) -> str:
-    """The error of a command: one line, two sentences, no traceback."""
-    done = fmg(*args)
-    assert done.code in (1, 2), done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, done.stderr
-    assert lines[0].rstrip().endswith(".")
-    assert ". " in lines[0]
-    return lines[0].removeprefix("error: ")
 
 
 def test_a_run_leaves_with_card_weights_recipe_and_images_and_nothing_else(hub: FakeHub, trained: Path) -> None:
@@ -196,26 +150,6 @@ def test_a_pushed_run_generates_the_same_image_elsewhere(
     assert "no revision 'nowhere'" in refused("generate", PROMPT, "--from", "me/shapes@nowhere")
 
 
-def test_without_the_network_the_newest_commit_in_the_cache_is_used(
-    hub: FakeHub, trained: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    succeeds("push", str(trained), "me/shapes")
-    before = picture("me/shapes")
-    hub.before = fails(503, "*", "/")
-    assert picture("me/shapes") == before
-    assert "failed with status 503" in refused("eval", "me/other")
-    hub.before = None
-    assert "--offline or HF_HUB_OFFLINE forbids" in refused("eval", "me/other", "--offline")
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
-    monkeypatch.setattr(
-        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-        "http://127.0.0.1:1/{repo_id}/resolve/{revision}/{filename}",
-    )
-    error = refused("eval", "me/other")
-    assert "The hub at http://127.0.0.1:1 cannot be reached: " in error
-    assert "HTTPS_PROXY" in error
-
-
 def test_every_command_reads_a_pushed_run(hub: FakeHub, trained: Path, tmp_path: Path) -> None:
     commit = json.loads(succeeds("push", str(trained), "me/shapes", "--json").stdout)["commit"]
     small = ("--num", "4", "--device", "cpu", "--json")
@@ -230,6 +164,12 @@ def test_every_command_reads_a_pushed_run(hub: FakeHub, trained: Path, tmp_path:
     assert (tmp_path / "merged" / "samples.png").is_file()
     lora = succeeds("export", "me/shapes", str(tmp_path / "kohya.safetensors"), "--kohya", "--json")
     assert json.loads(lora.stdout)["modules"] > 0
+    # its recipe repeats the run; the prompts have stayed where they were
+    assert "our-secret-prompts.txt'" in refused("train", "--config", "me/shapes", "--dry-run")
+    plan = succeeds("train", "--config", "me/shapes", "--prompts", "shapes-train", "--dry-run", "--json")
+    assert json.loads(plan.stdout)["recipe"]["rollout.groups"]["value"] == 2
+    hub.add("me/nothing", {"README.md": b""})
+    assert "holds no run" in refused("train", "--config", "me/nothing", "--dry-run")
     # as a plain copy of the repository too
     copy = tmp_path / "copy"
     for name, data in hub.repositories["me/shapes"].files().items():
@@ -314,52 +254,6 @@ def test_whole_transformers_and_embedders_go_there_and_back(
     before = picture(run)
     fresh_cache(monkeypatch, hub, tmp_path / "other")
     assert picture("me/shapes") == before
-
-
-def test_an_artifact_goes_there_and_back(
-    hub: FakeHub, shapes_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = copied(shapes_artifact, tmp_path / "artifact")
-    (folder / "engines").mkdir()
-    (folder / "engines" / "a.plan").write_bytes(b"code")
-    done = succeeds("push", str(folder), "me/onnx")
-    assert "engines/ is not sent" in done.stderr
-    files = hub.repositories["me/onnx"].files()
-    assert set(files) == {*shapes_artifact.manifest.files, MANIFEST, "README.md", ".gitattributes"}
-    run = shapes_artifact.manifest.adapter.run if shapes_artifact.manifest.adapter else ""
-    assert Path(run).is_absolute()
-    assert all(str(Path(run).parent).encode() not in data for data in files.values())
-    facts = ModelCard(files["README.md"].decode()).data.to_dict()
-    assert (facts["library_name"], facts["license"]) == ("onnx", "apache-2.0")
-    before = picture(folder)
-    fresh_cache(monkeypatch, hub, tmp_path / "other")
-    assert picture("me/onnx") == before
-    assert picture("me/onnx", "--offline") == before
-    alone = json.loads(succeeds("verify", "me/onnx", "--alone", "--json").stdout)
-    assert alone["passed"]
-    kept = [path for path in (tmp_path / "other" / "fmg" / "hub").rglob("*") if not path.is_dir()]
-    assert {path.name for path in kept} >= {MANIFEST, "transformer.onnx"}
-    # runtimes refuse weights behind links of either kind
-    assert all(path.stat().st_nlink == 1 and not path.is_symlink() for path in kept)
-    assert "is an exported artifact" in refused("eval", "me/onnx")
-    error = refused("verify", "me/onnx")
-    assert "is not here" in error
-    assert "--against RUN" in error
-
-
-def test_a_pushed_artifact_verifies_against_its_pushed_run(
-    hub: FakeHub, shapes_run: Path, shapes_artifact: Artifact
-) -> None:
-    from fmg.export.source import find_source
-    from fmg.export.verify_source import check_source
-    from fmg.inference.loading import find_artifact
-    from fmg.inference.target import resolve_target
-
-    succeeds("push", str(shapes_artifact.folder), "me/onnx")
-    succeeds("push", str(shapes_run), "me/shapes")
-    pulled = open_artifact(find_artifact("me/onnx"))
-    checks = {check.name: check.note for check in check_source(pulled, find_source(resolve_target("me/shapes")))}
-    assert not any(checks.values()), checks
 
 
 def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(
@@ -496,89 +390,6 @@ def test_a_killed_upload_is_repeated_without_sending_twice(hub: FakeHub, shapes_
     assert picture("me/shapes") == picture(shapes_run)
 
 
-def test_a_killed_download_is_finished_later(hub: FakeHub, shapes_run: Path) -> None:
-    succeeds("push", str(shapes_run), "me/shapes")
-    hub.before = fails(403, "GET", "/store/")
-    assert "may not read 'me/shapes'" in refused("generate", PROMPT, "--from", "me/shapes")
-    error = refused("generate", PROMPT, "--from", "me/shapes", "--offline")
-    assert "has not been fetched completely" in error
-    hub.before = None
-    assert picture("me/shapes") == picture(shapes_run)
-
-
-class Evil:
-    """What a stranger may put into a repository."""
-
-    def __init__(self, hub: FakeHub, run: Path) -> None:
-        succeeds("push", str(run), "me/shapes")
-        self.hub, self.files = hub, dict(hub.repositories["me/shapes"].files())
-
-    def with_(self, files: dict[str, bytes], *, sums: bool = True) -> str:
-        """The name of a repository with some other files, whose digests fit."""
-        made = {**self.files, **files}
-        if sums:
-            listed = [line.partition("  ")[2] for line in made[SUMS].decode().splitlines()]
-            import hashlib
-
-            made[SUMS] = sums_text({name: hashlib.sha256(made[name]).hexdigest() for name in listed}).encode()
-        name = f"evil/number-{len(self.hub.repositories)}"
-        self.hub.add(name, made)
-        return name
-
-
-def test_repositories_of_strangers_are_read_with_care(hub: FakeHub, shapes_run: Path, tmp_path: Path) -> None:
-    evil = Evil(hub, shapes_run)
-    damaged = evil.with_({LORA: b"\0" * len(evil.files[LORA])}, sums=False)
-    assert "is damaged" in refused("generate", PROMPT, "--from", damaged)
-    escaping = evil.with_({SUMS: evil.files[SUMS] + b"0" * 64 + b"  ../../../stolen\n"}, sums=False)
-    assert "is not a path within" in refused("generate", PROMPT, "--from", escaping)
-    garbage = evil.with_({SUMS: b"\xff\0not a list"}, sums=False)
-    assert "cannot be read" in refused("generate", PROMPT, "--from", garbage)
-    empty = evil.with_({SUMS: b""}, sums=False)
-    assert "names no recipe" in refused("generate", PROMPT, "--from", empty)
-    lacking = evil.with_({SUMS: evil.files[SUMS] + b"0" * 64 + b"  fmg_extra.safetensors\n"}, sums=False)
-    assert "lacks fmg_extra.safetensors" in refused("generate", PROMPT, "--from", lacking)
-    recipe = evil.files["recipe.yaml"].decode()
-    code = recipe.replace("rewards:\n", 'rewards:\n  - {name: python, target: "os:getcwd"}\n', 1)
-    assert "runs Python code" in refused("eval", evil.with_({"recipe.yaml": code.encode()}))
-    hub.add("evil/pickles", {"pytorch_lora_weights.bin": b"cposix\nsystem\n", "model.pkl": b"", "README.md": b""})
-    error = refused("generate", PROMPT, "--from", "evil/pickles")
-    assert "neither a run nor an artifact" in error
-    assert "pickled weights are never read" in error
-    assert not any(path.endswith((".bin", ".pkl")) for path in hub.paths())
-
-
-def test_a_strangers_artifact_brings_only_files_of_artifacts(hub: FakeHub, shapes_artifact: Artifact) -> None:
-    from fmg.core.json_io import sealed
-
-    succeeds("push", str(shapes_artifact.folder), "me/onnx")
-    files = dict(hub.repositories["me/onnx"].files())
-    stated = json.loads(files[MANIFEST])
-    del stated["sha256"]
-    stated["files"]["evil.pkl"] = {"sha256": "0" * 64, "size": 4}
-    hub.add("evil/onnx", {**files, MANIFEST: json.dumps(sealed(stated)).encode(), "evil.pkl": b"code"})
-    assert "lists evil.pkl, which no artifact has" in refused("generate", PROMPT, "--from", "evil/onnx")
-    assert not any("evil.pkl" in path for path in hub.paths())
-
-
-def test_names_of_the_hub_and_paths_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "me").mkdir()
-    assert hub_source("you/shapes") is not None
-    assert hub_source("you/shapes@v1.2") is not None
-    # below a folder of this computer, or where runs are by default, it is a mistyped path
-    assert hub_source("me/shapes") is None
-    assert hub_source("runs/typo") is None
-    assert hub_source("artifacts/typo") is None
-    for text in ("shapes", "./you/shapes", "/you/shapes", "a/b/c", "you/shapes:file.pt", "you/x.safetensors", ""):
-        assert hub_source(text) is None
-    forced = hub_source("hub:me/shapes@main")
-    assert forced is not None
-    assert (forced.repository, forced.revision) == ("me/shapes", "main")
-    with pytest.raises(FmgError, match="names no repository"):
-        hub_source("hub:shapes")
-
-
 def test_python_pushes_and_reads(hub: FakeHub, shapes_run: Path) -> None:
     pushed = api.push(RunFolder(shapes_run), "me/shapes", message="From Python")
     assert repr(pushed) == f"Pushed({shapes_run} to me/shapes@{pushed.commit})"
@@ -586,6 +397,25 @@ def test_python_pushes_and_reads(hub: FakeHub, shapes_run: Path) -> None:
         assert (theirs.generate(PROMPT).image_array == ours.generate(PROMPT).image_array).all()
     with pytest.raises(api.UsageError, match=r"'me/shapes' exists already and is public.*leave out 'private'"):
         api.push(shapes_run, "me/shapes", private=True)
+
+
+def test_the_pipeline_and_stock_diffusers_read_a_pushed_lora(hub: FakeHub, shapes_run: Path) -> None:
+    """What the card says about Python."""
+    from diffusers import FluxPipeline
+    from safetensors.torch import load_file
+
+    succeeds("push", str(shapes_run), "me/shapes")
+    stated = FluxPipeline.lora_state_dict("me/shapes")
+    ours = load_file(shapes_run / "checkpoints" / "checkpoint-1" / LORA)
+    lora = {name: tensor for name, tensor in ours.items() if not name.endswith(".alpha")}
+    assert {name for name in stated if "lora" in name} == set(lora)
+    assert all(bool((stated[name] == lora[name]).all()) for name in lora)
+    pipe = api.FlowMapPipeline.from_model("meanflow-shapes")
+    pipe.load_lora_weights("me/shapes")
+    image = pipe(PROMPT, num_inference_steps=4, grid="uniform", seeds=0, output_type="pt").images
+    with api.load(shapes_run, device="cpu") as generator:
+        expected = generator.generate(PROMPT, seeds=[0]).images
+    assert float((image - expected).abs().max()) < 1e-5
 
 
 def test_the_digests_of_a_pushed_run_are_those_of_its_files(hub: FakeHub, shapes_run: Path) -> None:

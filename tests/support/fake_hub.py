@@ -320,8 +320,10 @@ def fake_hub() -> Iterator[FakeHub]:
 
 def point_at(hub: FakeHub, patch: pytest.MonkeyPatch, cache: str, *, token: str | None = TOKEN) -> None:
     """Makes the client in this process, and in those that it starts, use the stand-in and a cache of its own."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, hf_api
 
+    # the instance behind functions such as `huggingface_hub.model_info`, which diffusers calls
+    patch.setattr(hf_api.api, "endpoint", hub.url)
     patch.setattr(constants, "ENDPOINT", hub.url)
     patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     patch.setattr(constants, "HF_HUB_CACHE", cache)

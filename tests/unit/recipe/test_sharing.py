@@ -15,7 +15,7 @@ COMMIT = "0123456789" * 4
 @pytest.mark.parametrize(
     ("value", "shared"),
     [
-        ("/home/me/prompts.txt", "prompts.txt"),
+        ("/data/me/prompts.txt", "prompts.txt"),
         ("~/prompts.txt", "prompts.txt"),
         ("../data/prompts.txt", "prompts.txt"),
         (r"C:\\Users\\me\\prompts.txt", "prompts.txt"),
@@ -40,12 +40,12 @@ def test_values_lose_paths_and_addresses(value: object, shared: object) -> None:
 def test_changes_name_each_value_by_its_path() -> None:
     recipe = Recipe.default().with_(
         {
-            "prompts": {"name": "file", "path": "/home/me/p.txt"},
+            "prompts": {"name": "file", "path": "/data/me/p.txt"},
             "rewards": [{"name": "remote", "url": "http://10.0.0.7:8765", "weights": {"hpsv2": 1.0}}],
         }
     )
     assert changes(recipe) == {
-        "prompts.path": ("/home/me/p.txt", "p.txt"),
+        "prompts.path": ("/data/me/p.txt", "p.txt"),
         "rewards.0.url": ("http://10.0.0.7:8765", "http://localhost:8765"),
     }
     assert changes(Recipe.default()) == {}
@@ -54,8 +54,8 @@ def test_changes_name_each_value_by_its_path() -> None:
 def test_a_local_base_is_found_wherever_it_is_named(tmp_path: Path) -> None:
     assert local_base(Recipe.default()) is None
     assert local_base(Recipe.default("meanflow-flux")) is None
-    student = Recipe.default("meanflow-flux", **{"model.student": "/home/me/student.pt"})
-    assert local_base(student) == ("model.student", "/home/me/student.pt")
+    student = Recipe.default("meanflow-flux", **{"model.student": "/data/me/student.pt"})
+    assert local_base(student) == ("model.student", "/data/me/student.pt")
     # a file that the hub's client fetched has a name on the hub
     cached = f"/x/models--owner--name/snapshots/{COMMIT}/student.pt"
     assert local_base(Recipe.default("meanflow-flux", **{"model.student": cached})) is None
