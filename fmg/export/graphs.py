@@ -7,7 +7,8 @@ the graph. A function builds each module, so that the tracer can build it withou
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from fmg.core.types import Conditioning
 from fmg.inference.artifact import io_spec
 from fmg.inference.artifact.manifest import (
     BATCH,
@@ -32,6 +34,7 @@ from fmg.inference.artifact.manifest import (
     WIDTH,
     TensorSpec,
 )
+from fmg.models.common.network import LatentNetwork
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
 
 
@@ -45,6 +48,7 @@ class GraphPlan:
         dtype: of its weights.
         inputs, outputs: their names, dtypes and shapes.
         strict: whether every tensor of the wrapped module's state dict must become an initialiser.
+        grouped: names of inputs that the module takes as one mapping, by the name of that argument.
     """
 
     name: str
@@ -53,6 +57,13 @@ class GraphPlan:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     strict: bool = True
+    grouped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def arguments(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Values by the names of the inputs as keyword arguments of the module."""
+        inside = {name for names in self.grouped.values() for name in names}
+        alone = {name: value for name, value in values.items() if name not in inside}
+        return alone | {group: {name: values[name] for name in names} for group, names in self.grouped.items()}
 
 
 class GraphModule(nn.Module):
@@ -92,6 +103,45 @@ class TransformerGraph(GraphModule):
             return_dict=False,
         )[0]
         return output.float()
+
+
+class TracedConditioning(Conditioning):
+    """The tensors of prompts whose number is an axis of the graph, so that none can be listed."""
+
+    def __post_init__(self) -> None:
+        """Compares no number of rows."""
+
+
+class NetworkGraph(GraphModule):
+    """The network of any family from latents to velocities, by the family's own code.
+
+    Args:
+        inner: the transformer.
+        network_class: how the family calls it.
+        dtype: of its weights.
+    """
+
+    def __init__(self, inner: Any, network_class: type[LatentNetwork], dtype: torch.dtype) -> None:
+        super().__init__(inner)
+        self._network = partial(network_class, inner, dtype)
+
+    def forward(
+        self,
+        latents: Float[Tensor, "b c h w"],
+        timestep: Float[Tensor, " b"],
+        second: Float[Tensor, " b"] | None = None,
+        guidance: Float[Tensor, " b"] | None = None,
+        *,
+        conditioning: Mapping[str, Tensor],
+    ) -> Float[Tensor, "b c h w"]:
+        """The (average) velocity at `timestep` towards `second`, fp32."""
+        for rows in (timestep, *conditioning.values()):
+            # said to the tracer, which would otherwise find it out too late for attention's reshapes
+            torch._check(rows.shape[0] == latents.shape[0])
+        cond, network = TracedConditioning((), dict(conditioning)), self._network(guidance)
+        if second is None:
+            return network.single_time(latents, timestep, cond)
+        return network.two_time(latents, timestep, second, cond)
 
 
 class ClipGraph(GraphModule):
@@ -167,6 +217,43 @@ def transformer_plan(config: Mapping[str, Any], dtype: torch.dtype) -> GraphPlan
         return TransformerGraph(transformer)
 
     return GraphPlan(TRANSFORMER, build, dtype, tuple(inputs), (_float(io_spec.VELOCITY, BATCH, IMAGE, out),))
+
+
+def network_plan(
+    network_class: type[LatentNetwork],
+    transformer: Callable[[], Any],
+    dtype: torch.dtype,
+    latent_shape: tuple[int, ...],
+    conditioning: Mapping[str, Tensor],
+    *,
+    second: bool,
+    guidance: bool,
+) -> GraphPlan:
+    """The network of any family, for latents of one size and prompts of one length.
+
+    Args:
+        network_class: how the family calls the transformer.
+        transformer: builds it.
+        dtype: of its weights.
+        latent_shape: (c, h, w).
+        conditioning: that of some prompts, as the family encodes them.
+        second: whether the map takes two times.
+        guidance: whether the weights embed a guidance scale.
+    """
+    latents = (BATCH, *latent_shape)
+    inputs = [_float(io_spec.LATENTS, *latents), _float(io_spec.TIMESTEP, BATCH)]
+    inputs += [_float(io_spec.SECOND, BATCH)] if second else []
+    inputs += [_float(io_spec.GUIDANCE, BATCH)] if guidance else []
+    for name, x in conditioning.items():
+        inputs.append(TensorSpec(name, "float32" if x.is_floating_point() else "int64", (BATCH, *x.shape[1:])))
+    return GraphPlan(
+        TRANSFORMER,
+        lambda: NetworkGraph(transformer(), network_class, dtype),
+        dtype,
+        tuple(inputs),
+        (_float(io_spec.VELOCITY, *latents),),
+        grouped={"conditioning": tuple(conditioning)},
+    )
 
 
 def clip_plan(config: Mapping[str, Any], length: int, dtype: torch.dtype) -> GraphPlan:

@@ -155,13 +155,15 @@ def _export(plan: GraphPlan) -> tuple[ir.Model, dict[str, tuple[int, ...]], set[
             program: Any = torch.onnx.export(
                 module,
                 (),
-                kwargs={spec.name: _example(spec) for spec in plan.inputs},
+                kwargs=plan.arguments({spec.name: _example(spec) for spec in plan.inputs}),
                 input_names=[spec.name for spec in plan.inputs],
                 output_names=[spec.name for spec in plan.outputs],
-                dynamic_shapes={
-                    spec.name: {i: dims[axis] for i, axis in enumerate(spec.shape) if isinstance(axis, str)}
-                    for spec in plan.inputs
-                },
+                dynamic_shapes=plan.arguments(
+                    {
+                        spec.name: {i: dims[axis] for i, axis in enumerate(spec.shape) if isinstance(axis, str)}
+                        for spec in plan.inputs
+                    }
+                ),
                 opset_version=OPSET,
                 dynamo=True,
                 optimize=False,

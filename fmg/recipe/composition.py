@@ -175,7 +175,7 @@ def _backend_problems(recipe: RecipeFields, device_type: str) -> Iterator[Proble
         what = f"rollout.branch.backend={backend} runs the completions of branched rollouts, but a chain has none"
         yield Problem(location, what, f"Set rollout.kind to branch, or {torch}")
     if backend == "onnxruntime" and not recipe.model.config.exportable:
-        what = f"'{recipe.model.name}' is not of the FLUX family, the only one with an exported graph"
+        what = f"The network of '{recipe.model.name}' cannot be traced as a graph"
         yield Problem(location, what, f"Use torch-compile, or {torch}")
     if backend == "onnxruntime" and recipe.train.dtype == "bf16" and device_type == "cpu":
         what = "ONNX Runtime cannot compute in bf16 on a CPU"

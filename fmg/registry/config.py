@@ -63,7 +63,7 @@ class ModelConfig(ComponentConfig, ABC):
     flow_map_pipeline: ClassVar[bool] = False
     """Whether `fmg.FlowMapPipeline` runs the model."""
     exportable: ClassVar[bool] = False
-    """Whether `fmg export` writes the network as a graph for runtimes other than torch."""
+    """Whether the network can be traced as a graph for runtimes other than torch: its shapes depend on no values."""
     mergeable: ClassVar[bool] = True
     """Whether `fmg export --diffusers` merges an adapter into the model's folder."""
 

@@ -31,6 +31,7 @@ class AuraFlowConfig(DiffusersConfig):
     published: ClassVar[Mapping[str, object]] = {}
     about: ClassVar[About] = About(licence="Apache-2.0", weights=("fal/AuraFlow-v0.3: about 16.5 GB",))
     in_diffusers: ClassVar[str] = "an `AuraFlowPipeline` of the base"
+    exportable: ClassVar[bool] = True
     mergeable: ClassVar[bool] = False
 
     folder: str = Field(

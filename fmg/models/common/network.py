@@ -19,7 +19,22 @@ from fmg.models.common.policy_weights import Scope
 from fmg.models.conventions import FlowMapConventions
 
 Network = Callable[..., Any]
-"""The transformer, or a stand-in with its call signature."""
+"""The transformer, a stand-in with its call signature, or a `LatentCall`."""
+
+
+class LatentCall(ABC):
+    """A stand-in for a whole `LatentNetwork`: it takes latents rather than what a family makes of them."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        x: Float[Tensor, "b c h w"],
+        t: Float[Tensor, " b"],
+        s: Float[Tensor, " b"] | None,
+        guidance: Float[Tensor, " b"] | None,
+        cond: Conditioning,
+    ) -> Float[Tensor, "b c h w"]:
+        """What the network predicts; `s` and `guidance` are None where it takes none."""
 
 
 class LatentNetwork(ABC):
@@ -31,12 +46,17 @@ class LatentNetwork(ABC):
     Args:
         transformer: the module of diffusers, or a wrapper with its call signature.
         dtype: dtype of the latents that the transformer takes.
-        guidance: embedded guidance scale as the transformer takes it; None for weights that embed none.
+        guidance: embedded guidance scale as the transformer takes it, or that of each row (b,); None for weights that
+            embed none.
         scope: the context that every call of the transformer runs in.
     """
 
     def __init__(
-        self, transformer: Network, dtype: torch.dtype, guidance: float | None = None, scope: Scope = nullcontext
+        self,
+        transformer: Network,
+        dtype: torch.dtype,
+        guidance: float | Tensor | None = None,
+        scope: Scope = nullcontext,
     ) -> None:
         self._transformer = transformer
         self._dtype = dtype
@@ -56,17 +76,20 @@ class LatentNetwork(ABC):
     ) -> Float[Tensor, "b c h w"]:
         """Average velocity from `t` to `s`; the velocity for `s = t`."""
         with self._scope():
-            return self._call(x, t.float(), s.float(), cond).float()
+            return self._predict(x, t.float(), s.float(), cond)
 
     def single_time(
         self, x: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], cond: Conditioning
     ) -> Float[Tensor, "b c h w"]:
         """What the network predicts at `t`: the average velocity from `t` to 0, or the velocity."""
         with self._scope():
-            return self._call(x, t.float(), None, cond).float()
+            return self._predict(x, t.float(), None, cond)
 
     def _placed(self, key: tuple[object, ...], device: torch.device, make: Callable[[], Tensor]) -> Tensor:
         """What `make` returns, on `device`; made once for each key."""
+        if torch.compiler.is_exporting():
+            # of no use in a graph, and not of this call alone
+            return make().to(device)
         place = (*key, device)
         if place not in self._kept:
             self._kept[place] = make().to(device)
@@ -74,7 +97,14 @@ class LatentNetwork(ABC):
 
     def _guidances(self, t: Tensor) -> Tensor | None:
         """The guidance scale of each row (b,), where the weights embed one."""
-        return None if self._guidance is None else torch.full_like(t, self._guidance)
+        if self._guidance is None or isinstance(self._guidance, Tensor):
+            return self._guidance
+        return torch.full_like(t, self._guidance)
+
+    def _predict(self, x: Tensor, t: Tensor, s: Tensor | None, cond: Conditioning) -> Tensor:
+        if isinstance(self._transformer, LatentCall):
+            return self._transformer(x, t, s, self._guidances(t), cond).float()
+        return self._call(x, t, s, cond).float()
 
     @abstractmethod
     def _call(self, x: Tensor, t: Tensor, s: Tensor | None, cond: Conditioning) -> Tensor:

@@ -53,6 +53,7 @@ class Flux2KleinConfig(DiffusersConfig):
     )
     transformer_class: ClassVar[str] = "Flux2Transformer2DModel"
     in_diffusers: ClassVar[str] = "a `Flux2KleinPipeline` of the base"
+    exportable: ClassVar[bool] = True
     mergeable: ClassVar[bool] = False
 
     folder: str = Field(

@@ -43,6 +43,7 @@ class SanaSprintConfig(PublishedConfig):
     )
 
     in_diffusers: ClassVar[str] = "a `SanaSprintPipeline` of the base"
+    exportable: ClassVar[bool] = True
     mergeable: ClassVar[bool] = False
 
     folder: str = Field(

@@ -46,6 +46,7 @@ class SD35MeanFlowConfig(StackedConfig, DiffusersConfig):
         ),
     )
     in_diffusers: ClassVar[str] = "a `StableDiffusion3Pipeline` of the merged base"
+    exportable: ClassVar[bool] = True
     mergeable: ClassVar[bool] = False
 
     folder: str = Field(

@@ -70,7 +70,7 @@ def _train(model: FluxModel, trained: str) -> None:
     ("changes", "message"),
     [
         ({"rollout.kind": "chain"}, "a chain has none"),
-        ({"model": "sana-sprint", "train.dtype": "fp32"}, "is not of the FLUX family"),
+        ({"model": "z-image-turbo", "train.dtype": "fp32"}, "'z-image-turbo' cannot be traced as a graph"),
         ({"train.dtype": "bf16", "train.device": "cpu"}, "cannot compute in bf16 on a CPU"),
     ],
 )

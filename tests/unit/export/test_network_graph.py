@@ -1,0 +1,86 @@
+"""The network of every family that can be traced, as a graph on ONNX Runtime in place of the trained module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fmg.core.errors import CheckpointError
+from fmg.export.live import live_graph, live_plan
+from fmg.export.onnx import trace
+from fmg.flow import make_grid
+from fmg.flow.sampling import native_sample
+from fmg.registry import models
+from tests.support.families import PROMPTS, attach, noise
+from tests.tiny_flux2 import FLUX2_CASE
+from tests.tiny_sana import RESOLUTION, SEQUENCE, build_tiny_sana
+from tests.tiny_sd35 import SD35_CASE
+from tests.tiny_zimage import Z_IMAGE_CASE
+
+# the bound of `fmg verify` for an fp32 graph (fmg.export.verify_graphs)
+RELATIVE = 1e-5
+
+FAMILIES: dict[str, Callable[[Path], dict[str, object]]] = {
+    FLUX2_CASE.model: FLUX2_CASE.build,
+    SD35_CASE.model: SD35_CASE.build,
+    "sana-sprint": lambda folder: {
+        "folder": str(build_tiny_sana(folder)),
+        "resolution": RESOLUTION,
+        "max_sequence_length": SEQUENCE,
+    },
+}
+
+
+def loaded(name: str, options: dict[str, object]) -> Any:
+    return models.build(name, {**options, "text_cache": False}).load(torch.device("cpu"), torch.float32)
+
+
+def difference(ours: Tensor, torchs: Tensor) -> float:
+    return float((ours - torchs).norm() / torchs.norm())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_the_graph_of_a_trained_network(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))
+    model = loaded(name, FAMILIES[name](tmp_path / "folder"))
+    attach(model)
+    _scale(model, 0.3)
+    graph = live_graph(model)
+    through = model.flow_map_through(graph)
+    # sizes that were not traced, and times of their own in each row
+    for rows in (1, 3):
+        cond, x = model.encode([*PROMPTS, "third"][:rows]), noise(model, rows)
+        t = torch.linspace(1.0, 0.4, rows)
+        s = torch.zeros(rows) if model.spec.map_name == "single-time" else t / 3
+        assert difference(through.jump(x, t, s, cond) - x, model.flow_map.jump(x, t, s, cond) - x) <= RELATIVE
+    two, start, count = model.encode(list(PROMPTS)), noise(model), model.spec.default_steps
+    grid = make_grid(model.spec.default_grid, count, image_tokens=start.shape[-1] * start.shape[-2] // 4)
+    ours, torchs = (
+        native_sample(flow_map, two, start, grid, lambda _: noise(model)) for flow_map in (through, model.flow_map)
+    )
+    assert difference(ours, torchs) <= RELATIVE
+    assert float((model.decode(ours) - model.decode(torchs)).abs().max()) <= 1e-4
+    # the weights of the next iteration
+    _scale(model, 1.5)
+    behind = through.jump(x, t, s, cond)
+    assert difference(behind, model.flow_map.jump(x, t, s, cond)) > 1e-4
+    graph.refresh()
+    assert difference(through.jump(x, t, s, cond) - x, model.flow_map.jump(x, t, s, cond) - x) <= RELATIVE
+
+
+def _scale(model: Any, factor: float) -> None:
+    for _, parameter in model.trainable():
+        parameter.mul_(factor)
+
+
+def test_a_network_whose_shapes_depend_on_values_is_not_traced(tmp_path: Path) -> None:
+    model = loaded(Z_IMAGE_CASE.model, Z_IMAGE_CASE.build(tmp_path / "folder"))
+    with pytest.raises(CheckpointError, match="The graph 'transformer' cannot be traced: "):
+        trace(live_plan(model))
