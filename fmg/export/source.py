@@ -57,7 +57,7 @@ from fmg.models.embedded import EmbeddedConfig
 from fmg.models.flux.configs import FluxConfig, FluxStudentConfig
 from fmg.models.flux.loading import FLUX, TransformerSource, check_student, transformer_source
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
-from fmg.models.published import LocatedAdapter, StackedConfig
+from fmg.models.published import LocatedAdapter, located_adapters
 from fmg.recipe import Recipe
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -165,8 +165,7 @@ def find_source(target: Target) -> ExportSource:
         folder = locate(config.architecture(), "model", name).path
         if isinstance(config, FluxStudentConfig):
             student = locate(config.assets()[0], "model", name).path
-        if isinstance(config, StackedConfig):
-            adapters = config.located_adapters()
+        adapters = located_adapters(config)
     else:
         assert isinstance(config, EmbeddedConfig)
         folder = config.directory()

@@ -182,9 +182,9 @@ class AdapterFile(Worded):
     def asset(self, number: int) -> Asset:
         """The file and, in a PEFT folder, its config."""
         place = parse_source(self.source)
-        named = (
-            place.file if isinstance(place, HubSource) else self.source if not from_home(self.source).is_dir() else None
-        )
+        named = place.file if isinstance(place, HubSource) else self.source
+        if named is not None and from_home(named).is_dir():
+            named = None
         return Asset(
             f"adapter {number}",
             "model.adapters",
@@ -241,15 +241,18 @@ class StackedConfig(PublishedConfig):
                 "Name the files of its authors in their order: --set 'model.adapters=[{source: FILE, alpha: ALPHA}]'.",
             )
 
-    def located_adapters(self) -> tuple[LocatedAdapter, ...]:
-        """The adapters on this computer.
 
-        Raises:
-            MissingDependencyError: a published file that has not been fetched.
-            CheckpointError: a local file that does not exist.
-        """
-        located = (locate(asset, "model", self.recipe or "") for asset in self.adapter_assets())
-        return tuple(_adapter(found, stated) for found, stated in zip(located, self.adapters, strict=True))
+def located_adapters(config: PublishedConfig) -> tuple[LocatedAdapter, ...]:
+    """The adapters of a model on this computer; none for a model that takes none.
+
+    Raises:
+        MissingDependencyError: a published file that has not been fetched.
+        CheckpointError: a local file that does not exist.
+    """
+    if not isinstance(config, StackedConfig):
+        return ()
+    located = (locate(asset, "model", config.recipe or "") for asset in config.adapter_assets())
+    return tuple(_adapter(found, stated) for found, stated in zip(located, config.adapters, strict=True))
 
 
 def _adapter(found: Located, stated: AdapterFile) -> LocatedAdapter:

@@ -20,7 +20,7 @@ from fmg.models.common.two_times import time_scale_doubt
 from fmg.models.flux.latents import PATCH, image_ids, pack, unpack
 from fmg.models.flux.loading import FLUX, FluxComponents, FluxText, load_folder, load_parts
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
-from fmg.models.published import StackedConfig
+from fmg.models.published import located_adapters
 
 if TYPE_CHECKING:
     from fmg.models.flux.configs import FluxConfig
@@ -85,7 +85,7 @@ class FluxModel(AdaptedModel[FluxText]):
             device,
             dtype,
             student=None if asset is None else locate(asset, "model", name).path,
-            adapters=config.located_adapters() if isinstance(config, StackedConfig) else (),
+            adapters=located_adapters(config),
             text_device=text_device,
         )
         doubt = time_scale_doubt(components.transformer.time_text_embed.timestep_embedder, config.time_scale)

@@ -148,17 +148,11 @@ def _check_fit(components: SD3Components) -> None:
     check_same("vae", "latent_channels", vae.latent_channels, "in_channels", transformer.in_channels)
     t5, clips = text.text_encoder_3.config, (text.text_encoder.config, text.text_encoder_2.config)
     check_same("text_encoder_3", "d_model", t5.d_model, "joint_attention_dim", transformer.joint_attention_dim)
-    pooled = sum(clip.projection_dim for clip in clips)
-    check_same(
-        "text_encoder and text_encoder_2",
-        "projection_dim",
-        pooled,
-        "pooled_projection_dim",
-        transformer.pooled_projection_dim,
-    )
+    pooled, wanted = sum(int(clip.projection_dim or 0) for clip in clips), transformer.pooled_projection_dim
+    check_same("text_encoder and text_encoder_2", "projection_dim", pooled, "pooled_projection_dim", wanted)
     width = transformer.num_attention_heads * transformer.attention_head_dim
-    check_same("context_embedder", "caption_projection_dim", transformer.caption_projection_dim, "width", width)
-    if sum(clip.hidden_size for clip in clips) > t5.d_model:
+    check_same("transformer", "caption_projection_dim", transformer.caption_projection_dim, "its width", width)
+    if sum(int(clip.hidden_size or 0) for clip in clips) > t5.d_model:
         raise CheckpointError(
             f"The CLIPs in {components.folder} are wider together than the T5 of {t5.d_model}",
             "Give a folder whose components belong together.",

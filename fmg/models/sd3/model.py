@@ -13,6 +13,7 @@ from fmg.core.types import Conditioning
 from fmg.models.common.model import AdaptedModel
 from fmg.models.common.network import LatentNetwork
 from fmg.models.common.pipeline_parts import square_latent
+from fmg.models.published import located_adapters
 from fmg.models.sd3.loading import SD3, SD3Components, SD3Text, load_parts
 from fmg.models.sd3.transformer import FlowMapSD3Transformer2DModel
 
@@ -55,7 +56,7 @@ class SD3Model(AdaptedModel[SD3Text]):
     ) -> SD3Components:
         """The parts that `config` describes, from files on this computer."""
         folder = locate(config.architecture(), "model", config.recipe or "").path
-        return load_parts(folder, config.conventions(), config.located_adapters(), device, dtype, text_device)
+        return load_parts(folder, config.conventions(), located_adapters(config), device, dtype, text_device)
 
     @staticmethod
     def latent_shape_of(components: SD3Components) -> tuple[int, int, int]:
