@@ -41,7 +41,7 @@ from fmg.models.common.checkpoint_files import (
     matching,
 )
 from fmg.recipe import Recipe, resolve
-from fmg.recipe.sharing import changes, local_base, shareable
+from fmg.recipe.sharing import changes, local_base, published, shareable
 from fmg.registry import models
 from fmg.training.card import artifact_card, checkpoint_card, hub_card, samples_of, seen_prompts
 from fmg.version import __version__
@@ -228,18 +228,17 @@ def _pack_run(target: TargetLike, repository: str, values: Sequence[str]) -> Par
         pictures[SAMPLES] = samples
     if saved == kept and RunFolder(run).before_after.is_file():
         pictures[BEFORE_AFTER] = RunFolder(run).before_after
-    changed = changes(recipe)
-    notes = [f"{path}: {before} is sent as {after}" for path, (before, after) in changed.items()]
-    published = recipe.with_({path: after for path, (_, after) in changed.items()})
+    notes = [f"{path}: {before} is sent as {after}" for path, (before, after) in changes(recipe).items()]
+    shared = published(recipe)
     kohya, why_not = _kohya(Path(found.label) / KOHYA_FILE, folder)
     if kohya is not None:
         files[_KOHYA] = kohya
     notes += why_not
-    files[RECIPE] = published.to_yaml().encode()
+    files[RECIPE] = shared.to_yaml().encode()
     # of what is read; cards are edited on the hub
     sums = {name: _digest(content) for name, content in files.items()}
     card = _card(RunFolder(run), recipe, saved, kept)
-    text = hub_card(card, published, repository, {name: _ABOUT[name] for name in pictures})
+    text = hub_card(card, shared, repository, {name: _ABOUT[name] for name in pictures})
     files |= {**pictures, CARD: text.encode(), SUMS: sums_text(sums).encode()}
     message = f"{folder.name} of {recipe.model.name}, by fmg {__version__}"
     return Parcel(
@@ -249,7 +248,7 @@ def _pack_run(target: TargetLike, repository: str, values: Sequence[str]) -> Par
 
 def _pack_artifact(artifact: Artifact, repository: str) -> Parcel:
     manifest = artifact.manifest
-    published = _shareable_manifest(manifest)
+    shared = _shareable_manifest(manifest)
     recipe = _source_recipe(artifact)
     text = artifact_card(
         recipe,
@@ -259,9 +258,9 @@ def _pack_artifact(artifact: Artifact, repository: str) -> Parcel:
         checks={check.name: check.passed for check in manifest.checks},
     )
     files: dict[str, bytes | Path] = {name: artifact.path(name) for name in manifest.files}
-    files |= {MANIFEST: to_json(published).encode(), CARD: text.encode()}
+    files |= {MANIFEST: to_json(shared).encode(), CARD: text.encode()}
     notes = []
-    if published != manifest:
+    if shared != manifest:
         notes.append(f"{MANIFEST}: names of folders are cut to their last part")
     if artifact.engines.is_dir():
         notes.append("engines/ is not sent: an engine fits one kind of GPU, and loading one can run any code")

@@ -13,13 +13,15 @@ from fmg.recipe.recipe import Recipe
 
 # options that hold a path or an address, whatever their value looks like
 _PATH, _ADDRESS, _FOLDER = "path", "url", "folder"
+# where the owner of a run follows it: names of accounts and servers, and nothing that the result depends on
+_TRACKERS = "trackers"
 _LOCAL = re.compile(r"~|\.{1,2}[/\\]")
 
 
 def shareable(value: object) -> Any:
     """The values with paths cut to their last name, and addresses of servers to their port.
 
-    A path in the hub's cache becomes the repository and the commit that it belongs to.
+    A path in the hub's cache becomes the repository and the commit that it belongs to. Trackers are left out.
     """
     if isinstance(value, Mapping):
         return {key: _named(key, child) for key, child in value.items()}
@@ -43,6 +45,12 @@ def changes(recipe: Recipe) -> dict[str, tuple[str, str]]:
     }
 
 
+def published(recipe: Recipe) -> Recipe:
+    """The recipe with its values as `shareable` gives them."""
+    values: dict[str, object] = {path: after for path, (_, after) in changes(recipe).items()}
+    return recipe.with_({**values, _TRACKERS: []} if recipe.trackers else values)
+
+
 def local_base(recipe: Recipe) -> tuple[str, str] | None:
     """An option of the model that names files which nobody else has, and its value; None if there is none.
 
@@ -63,6 +71,8 @@ def local_base(recipe: Recipe) -> tuple[str, str] | None:
 
 
 def _named(key: object, value: object) -> object:
+    if key == _TRACKERS:
+        return []
     if isinstance(value, str) and key == _PATH:
         return _last(value)
     if isinstance(value, str) and key == _ADDRESS and (parts := urlsplit(value)).hostname is not None:

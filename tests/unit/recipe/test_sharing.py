@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fmg.recipe import Recipe
-from fmg.recipe.sharing import changes, local_base, shareable
+from fmg.recipe.sharing import changes, local_base, published, shareable
 
 COMMIT = "0123456789" * 4
 
@@ -62,3 +62,10 @@ def test_a_local_base_is_found_wherever_it_is_named(tmp_path: Path) -> None:
     adapters = [{"source": "owner/name:a.safetensors"}, {"source": str(tmp_path / "mine.safetensors")}]
     stacked = Recipe.default("flux-fewstep", **{"model.adapters": adapters})
     assert local_base(stacked) == ("model.adapters", str(tmp_path / "mine.safetensors"))
+
+
+def test_trackers_stay_with_the_owner_of_a_run() -> None:
+    recipe = Recipe.default(**{"trackers": [{"name": "wandb", "entity": "alice", "project": "shapes"}]})
+    assert published(recipe).trackers == ()
+    assert published(recipe) == Recipe.default()
+    assert "alice" not in str(shareable(recipe.plain()))
