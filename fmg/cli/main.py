@@ -29,6 +29,7 @@ from fmg.cli.push import push
 from fmg.cli.reward_server import reward_server
 from fmg.cli.runs import report, runs
 from fmg.cli.score import score
+from fmg.cli.serve import serve
 from fmg.cli.train import train
 from fmg.cli.verify import verify
 from fmg.core.display import bounded
@@ -110,6 +111,7 @@ app.command("score", rich_help_panel=_TRAIN)(score)
 app.command("generate", rich_help_panel=_USE)(generate)
 app.command("export", rich_help_panel=_USE)(export)
 app.command("verify", rich_help_panel=_USE)(verify)
+app.command("serve", rich_help_panel=_USE)(serve)
 app.command("bench", rich_help_panel=_USE)(bench)
 app.command("push", rich_help_panel=_USE)(push)
 app.command("list", rich_help_panel=_CHOOSE)(list_components)

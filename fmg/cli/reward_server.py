@@ -67,9 +67,9 @@ def reward_server(
 
     from fmg.inference.torch_backend import pick_device
     from fmg.rewards.base import build_rewards, reward_refs
-    from fmg.rewards.calls import secret_from
     from fmg.rewards.service.batching import Limits
     from fmg.rewards.service.server import RewardServer, describe
+    from fmg.serving.access import secret_from
 
     limits = Limits(
         max_body=max_mib << 20, max_images=max_images, max_queued=max_queued, max_batch=max_batch, timeout=timeout

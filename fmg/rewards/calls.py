@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import math
-import os
 import random
 import socket
 import ssl
@@ -20,7 +19,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from fmg.core.errors import RewardError, UsageError, one_line
+from fmg.core.errors import RewardError, one_line
 from fmg.core.json_io import parse
 from fmg.core.types import PartialRewardOutput, RewardOutput
 from fmg.rewards.configs import CallConfig, OnFailure
@@ -147,26 +146,6 @@ class Server:
         if scheme == "https":
             return http.client.HTTPSConnection(host, port, timeout=self.timeout, context=ssl.create_default_context())
         return http.client.HTTPConnection(host, port, timeout=self.timeout)
-
-
-def secret_from(variable: str | None, *, required: bool) -> str | None:
-    """The secret in an environment variable; None when there is none and none is required.
-
-    Raises:
-        UsageError: it is required and missing, or contains anything but printable ASCII. Its value is never shown.
-    """
-    if variable is None:
-        return None
-    value = os.environ.get(variable, "").strip()
-    if not value:
-        if required:
-            raise UsageError(f"The environment variable {variable} is not set", f"Put the secret in it: {variable}=...")
-        return None
-    if not value.isascii() or not value.isprintable():
-        raise UsageError(
-            f"The environment variable {variable} does not contain a valid secret", "Use printable ASCII characters."
-        )
-    return value
 
 
 @contextmanager

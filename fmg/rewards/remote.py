@@ -12,9 +12,10 @@ from torch import Tensor
 
 from fmg.core.errors import RewardError, UsageError, suggestion
 from fmg.core.types import RewardOutput
-from fmg.rewards.calls import Caller, CallError, Chunk, Server, secret_from
+from fmg.rewards.calls import Caller, CallError, Chunk, Server
 from fmg.rewards.configs import RemoteConfig
 from fmg.rewards.service.wire import SAFETENSORS, ScoreRequest, decode_scores, encode_request, probe_image
+from fmg.serving.access import secret_from
 
 
 class _Served(BaseModel):

@@ -29,9 +29,10 @@ from fmg.core.cache import cache_dir, optional_cache
 from fmg.core.files import atomic_file, from_home
 from fmg.core.json_io import read_object
 from fmg.core.types import RewardOutput
-from fmg.rewards.calls import Caller, CallError, Chunk, Server, secret_from
+from fmg.rewards.calls import Caller, CallError, Chunk, Server
 from fmg.rewards.configs import VlmJudgeConfig
 from fmg.rewards.images import to_bytes
+from fmg.serving.access import secret_from
 
 _INSTRUCTIONS = {
     "yes-probability": 'Does this picture show "{prompt}"? Answer with one word, yes or no.',

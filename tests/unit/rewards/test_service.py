@@ -269,7 +269,7 @@ def received(connection: socket.socket) -> bytes:
     ],
 )
 def test_a_connection_without_a_whole_request_is_closed(opening: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fmg.rewards.service.server._HEADERS_S", 0.3)
+    monkeypatch.setattr("fmg.serving.server._HEADERS_S", 0.3)
     with reward_service({"b": Brightness()}) as server:
         parts = urlsplit(server.url)
         with socket.create_connection((parts.hostname, parts.port)) as connection:
@@ -280,7 +280,7 @@ def test_a_connection_without_a_whole_request_is_closed(opening: bytes, monkeypa
 
 
 def test_clients_that_hold_connections_open_shut_out_only_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fmg.rewards.service import server as module
+    from fmg.serving import server as module
 
     monkeypatch.setattr(module, "_descriptors", lambda: 64)
     with reward_service({"b": Brightness()}) as server, contextlib.ExitStack() as stack:
@@ -299,7 +299,7 @@ def test_clients_that_hold_connections_open_shut_out_only_one_another(monkeypatc
 
 
 def test_too_many_requests_are_told_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fmg.rewards.service import server as module
+    from fmg.serving import server as module
 
     monkeypatch.setattr(module, "_descriptors", lambda: 2)
     arrived = threading.Event()

@@ -1,0 +1,183 @@
+"""What goes over the wire: requests and answers of OpenAI's images API, with a few keys more.
+
+A request also has `seed` and `steps`. An answer also has the seed of each image, the model, and the time that it took.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from fmg.core.errors import UsageError
+from fmg.core.json_io import JsonError, parse_object
+from fmg.core.prompt import is_blank
+from fmg.data.pictures import to_pil
+from fmg.inference.service.jobs import Painted
+from fmg.registry.validation import first_problem
+from fmg.serving import batching
+from fmg.serving.app import RefusedError
+
+JSON = "application/json"
+Format = Literal["png", "jpeg", "webp"]
+
+# what a seed that the server chooses is below: a JavaScript number and a person can both hold it
+_CHOSEN_SEEDS = 1 << 32
+_MAX_SEED = (1 << 63) - 1
+_ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+
+
+@dataclass(frozen=True)
+class Limits(batching.Limits):
+    """What the server accepts.
+
+    Attributes:
+        max_images: images of a request.
+        max_prompt: characters of a prompt.
+        max_steps: sampling steps (NFE) per image.
+    """
+
+    max_body: int = 1 << 20
+    max_queued: int = 256
+    max_batch: int = 16
+    max_images: int = 10
+    max_prompt: int = 4000
+    max_steps: int = 50
+
+
+class ImageRequest(BaseModel):
+    """The body of `POST /v1/images/generations`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    prompt: str = Field(min_length=1, description="what to generate")
+    model: str | None = Field(default=None, description="one of /v1/models; the first by default")
+    n: int | None = Field(default=1, ge=1, description="number of images")
+    size: str | None = Field(default=None, description="WIDTHxHEIGHT or auto; the model's own size by default")
+    response_format: Literal["b64_json"] | None = Field(
+        default=None, description="b64_json, the only one: images are in the answer, not behind a link"
+    )
+    output_format: Format | None = Field(default="png", description="format of the image files")
+    seed: int | None = Field(
+        default=None, ge=0, le=_MAX_SEED, description="seed of the first image, the following integers for the others"
+    )
+    steps: int | None = Field(default=None, ge=1, description="sampling steps (NFE); the model's own by default")
+    user: str | None = Field(default=None, description="accepted and ignored")
+    quality: Literal["auto", "standard"] | None = Field(default=None, description="accepted and ignored")
+    background: Literal["auto", "opaque"] | None = Field(default=None, description="accepted and ignored")
+
+
+class ImageEntry(BaseModel):
+    """One image of an answer."""
+
+    b64_json: str = Field(description="the image file in base64")
+    seed: int = Field(description="with which the image can be generated again")
+
+
+class ImagesAnswer(BaseModel):
+    """The answer of `POST /v1/images/generations`."""
+
+    created: int = Field(description="seconds since 1970")
+    data: list[ImageEntry]
+    model: str
+    size: str
+    output_format: Format
+    steps: int = Field(description="sampling steps (NFE) per image")
+    batch: int = Field(description="images that were computed together, also those of other requests")
+    timings_ms: dict[str, float] = Field(description="time in the queue (queued) and at work (generated)")
+    warnings: list[str] = Field(default_factory=list, description="such as a prompt that the model truncates")
+
+
+class ErrorDetail(BaseModel):
+    """What is wrong with a request."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """The answer to a request that is refused."""
+
+    error: ErrorDetail
+
+
+def request_model(limits: Limits) -> type[ImageRequest]:
+    """`ImageRequest` with the limits of a server, which its OpenAPI schema then states."""
+    fields = ImageRequest.model_fields
+    return create_model(
+        "ImageRequest",
+        __base__=ImageRequest,
+        __doc__=ImageRequest.__doc__,
+        prompt=(str, Field(min_length=1, max_length=limits.max_prompt, description=fields["prompt"].description)),
+        n=(int | None, Field(default=1, ge=1, le=limits.max_images, description=fields["n"].description)),
+        steps=(int | None, Field(default=None, ge=1, le=limits.max_steps, description=fields["steps"].description)),
+    )
+
+
+def read_request(body: bytes, model: type[ImageRequest]) -> ImageRequest:
+    """The request in a JSON body.
+
+    Raises:
+        RefusedError: it is not one, or breaks a limit.
+    """
+    try:
+        request = model.model_validate(parse_object(body))
+    except JsonError as error:
+        raise RefusedError(400, f"The body cannot be read: {error}", "Send one JSON object.") from None
+    except ValidationError as error:
+        problem = first_problem(error, model, "The request", noun="key")
+        key = str(problem.location[0]) if problem.location else None
+        raise RefusedError(400, problem.what, problem.fix, key=key) from None
+    if is_blank(request.prompt):
+        raise RefusedError(400, "The prompt is empty", "Describe an image.", key="prompt")
+    return request
+
+
+def chosen_seeds(request: ImageRequest) -> tuple[int, ...]:
+    """The seed of each image: consecutive ones, from the given seed or a random one."""
+    first = secrets.randbelow(_CHOSEN_SEEDS) if request.seed is None else request.seed
+    return tuple(range(first, first + (request.n or 1)))
+
+
+def encode_answer(painted: Painted, model: str, output_format: Format, seeds: Sequence[int]) -> bytes:
+    """The answer as JSON. Encoding image files takes long, so this is called outside the event loop."""
+    _, _, height, width = painted.images.shape
+    answer: dict[str, Any] = {
+        "created": int(time.time()),
+        "data": [
+            {"b64_json": base64.b64encode(_file(image, output_format)).decode("ascii"), "seed": seed}
+            for image, seed in zip(painted.images, seeds, strict=True)
+        ],
+        "model": model,
+        "size": f"{width}x{height}",
+        "output_format": output_format,
+        "steps": painted.steps,
+        "batch": painted.batch,
+        "timings_ms": {name: round(1e3 * seconds, 3) for name, seconds in painted.seconds.items()},
+    }
+    if painted.warnings:
+        answer["warnings"] = list(painted.warnings)
+    return json.dumps(answer).encode()
+
+
+def error_body(error: RefusedError) -> Mapping[str, object]:
+    """An error as OpenAI's API answers it, with what to do in its message."""
+    kind = "server_error" if error.status >= 500 else _ERROR_TYPES.get(error.status, "invalid_request_error")
+    said = UsageError(error.what, error.fix).text
+    return {"error": {"message": said, "type": kind, "param": error.key, "code": error.code}}
+
+
+def _file(image: Any, output_format: Format) -> bytes:
+    file = BytesIO()
+    options = {} if output_format == "png" else {"quality": 95}
+    to_pil(image).save(file, output_format.upper(), **options)
+    return file.getvalue()
