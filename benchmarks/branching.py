@@ -83,6 +83,12 @@ ARMS: dict[str, Arm] = {
     "ladder-3-shared": Arm(
         (*CHAIN, *R7, *FIRST, *settings(rollout__same_initial_noise="true")), "the same, one initial noise a group"
     ),
+    "chain-hold": Arm((*CHAIN, *_kernel("asfmc", hold=1.0)), "chain, anchor by hold = 1"),
+    "chain-weights": Arm((*CHAIN, *R7, *settings(objective__noise_weighting="true")), "chain, steps weighted by std"),
+    "chain-weights-2": Arm(
+        (*CHAIN, *R7, *settings(objective__noise_weighting="true", objective__noise_power=2.0)),
+        "chain, steps weighted by the square of std",
+    ),
     "ladder-4-grid": Arm((*BRANCH, *R7, *GRID), "branch, completion grid"),
     "ladder-5-jump": Arm((*BRANCH, *R7), "branch, completion jump"),
     "ladder-6-adaptive": Arm((*BRANCH, *R7, *ADAPTIVE), "the same, adaptive steps"),
