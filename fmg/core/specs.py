@@ -102,14 +102,15 @@ class LinearModule:
         name: its name in the state dict, without `.weight`.
         inputs: features in.
         outputs: features out.
-        tokens: which tokens of a sample pass through it; `row` is one vector per sample.
+        tokens: which tokens of a sample pass through it; `row` is one vector per sample, `none` a layer that is not
+            used and therefore not adapted.
         source: layers of one block with the same source read the same tensor.
     """
 
     name: str
     inputs: int
     outputs: int
-    tokens: Literal["image", "text", "both", "row"]
+    tokens: Literal["image", "text", "both", "row", "none"]
     source: str
 
 
@@ -198,7 +199,7 @@ class ModelGeometry:
     def tokens(self) -> Mapping[str, int]:
         """Tokens of one sample that a layer sees, by `LinearModule.tokens`."""
         both = self.image_tokens + self.text_tokens
-        return {"image": self.image_tokens, "text": self.text_tokens, "both": both, "row": 1}
+        return {"image": self.image_tokens, "text": self.text_tokens, "both": both, "row": 1, "none": 0}
 
     @property
     def call_flops(self) -> float:

@@ -42,6 +42,8 @@ ROWS: tuple[Row, ...] = (
         "FLUX.2 [klein] 4B or 9B, a velocity network distilled for four Euler steps (1024 px, GPU)"),
     Row("model", "sd35-meanflow", "fmg.models.sd3.configs:SD35MeanFlowConfig", "fmg.models.published:PublishedSource",
         "SD3.5-Medium with AnyFlow's second time and MeanFlowNFT's adapters, a two-time flow map (512 px, GPU)"),
+    Row("model", "flux3-klein", "fmg.models.flux3.configs:Flux3KleinConfig", "fmg.models.published:PublishedSource",
+        "FLUX.3 [klein], a two-time flow map of diffusers' own class, from any folder of it (1024 px, GPU)"),
     Row("model", "z-image-turbo", "fmg.models.zimage.configs:ZImageTurboConfig", "fmg.models.published:PublishedSource",
         "Z-Image-Turbo 6B, a velocity network distilled for eight Euler steps (1024 px, GPU)"),
     Row("stochasticizer", "asfmc", "fmg.stochasticizers.configs:AsfmcConfig", "fmg.stochasticizers.asfmc:Asfmc",

@@ -128,7 +128,7 @@ def trained_by(recipe: Recipe, geometry: ModelGeometry) -> Trained:
 def adapted_layers(geometry: ModelGeometry, targets: Sequence[str]) -> list[LinearModule]:
     """The linear layers that a LoRA on `targets` (presets or ends of names) adapts."""
     suffixes = expand_targets(targets)
-    return [layer for layer in geometry.linears if is_target(layer.name, suffixes)]
+    return [layer for layer in geometry.linears if layer.tokens != "none" and is_target(layer.name, suffixes)]
 
 
 def count_numbers(shapes: Sequence[Shape]) -> int:

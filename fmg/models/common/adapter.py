@@ -52,22 +52,28 @@ def adapter_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
     return {adapter_name(name): p for name, p in transformer.named_parameters() if is_adapter(name)}
 
 
-def adapter_shapes(transformer: nn.Module, targets: Sequence[str], rank: int) -> dict[str, tuple[int, ...]]:
+def adapter_shapes(
+    transformer: nn.Module, targets: Sequence[str], rank: int, unused: Sequence[str] = ()
+) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors of a LoRA on `targets`, attached or not."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, linear in matching_modules(transformer, targets).items():
+    for name, linear in matching_modules(transformer, targets, unused).items():
         shapes[f"{name}.lora_A.weight"] = (rank, linear.in_features)
         shapes[f"{name}.lora_B.weight"] = (linear.out_features, rank)
     return shapes
 
 
-def matching_modules(transformer: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
+def matching_modules(
+    transformer: nn.Module, targets: Sequence[str], unused: Sequence[str] = ()
+) -> dict[str, nn.Linear]:
     """Linear modules whose name is, or ends with a dot and, one of `targets` (presets allowed).
+
+    Modules under `unused` are left out: no sample passes through them.
 
     Raises:
         UsageError: a target that is not from a preset matches nothing, or no target matches anything.
     """
-    linears = _linear_modules(transformer)
+    linears = {n: linear for n, linear in _linear_modules(transformer).items() if not is_under(n, unused)}
     suffixes = expand_targets(targets)
     found = {name: linear for name, linear in linears.items() if is_target(name, suffixes)}
     # a preset lists what any model of a family may have; a typed name has to exist
@@ -81,12 +87,24 @@ def matching_modules(transformer: nn.Module, targets: Sequence[str]) -> dict[str
     return found
 
 
+def is_under(name: str, modules: Sequence[str]) -> bool:
+    """Whether a module or tensor is one of `modules`, or part of one."""
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
+
+
 def attach(
-    transformer: Any, rank: int, alpha: float, targets: Sequence[str], dropout: float, seed: int
+    transformer: Any,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    dropout: float,
+    seed: int,
+    unused: Sequence[str] = (),
 ) -> dict[str, nn.Linear]:
     """Adds a LoRA with fp32 parameters, gaussian A and zero B (the map does not change); returns the adapted modules.
 
-    A ~ N(0, 1/rank^2), sampled from `seed` on the CPU without touching the global generator.
+    A ~ N(0, 1/rank^2), sampled from `seed` on the CPU without touching the global generator. Modules under `unused` are
+    not adapted.
 
     Raises:
         UsageError: rank, alpha or dropout out of range, there is already an adapter, or targets match nothing.
@@ -101,7 +119,7 @@ def attach(
     # this imports all of transformers, which composing a run or averaging weights does not need
     from peft import LoraConfig
 
-    found = matching_modules(transformer, targets)
+    found = matching_modules(transformer, targets, unused)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,

@@ -85,6 +85,8 @@ class AdaptedModel(ABC, Generic[Text]):
     """Whether that method reads alpha from tensors, as ComfyUI does, or from the file's metadata."""
     second_embedder: ClassVar[str | None] = None
     """Where the second-time embedder is in the transformer, in a family that has one."""
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Modules of the transformer that no sample passes through: nothing of them is trained."""
     network_class: ClassVar[type[LatentNetwork]]
     """The transformer as a function of latents, times and conditioning."""
     text_folders: ClassVar[tuple[str, ...]]
@@ -241,7 +243,7 @@ class AdaptedModel(ABC, Generic[Text]):
         Raises:
             UsageError: a value is out of range, a target matches nothing, or there is already an adapter.
         """
-        adapted = adapter.attach(self._components.transformer, rank, alpha, targets, dropout, seed)
+        adapted = adapter.attach(self._components.transformer, rank, alpha, targets, dropout, seed, self.unused)
         self._after_change()
         return len(adapted)
 
@@ -263,7 +265,8 @@ class AdaptedModel(ABC, Generic[Text]):
         if self._trainable_base is not None:
             raise UsageError("The model's weights are already unfrozen", "Load the model again.")
         whole = what == "full"
-        chosen = dict(transformer.named_parameters()) if whole else self._second_time_parameters()
+        used = {n: p for n, p in transformer.named_parameters() if not adapter.is_under(n, self.unused)}
+        chosen = used if whole else self._second_time_parameters()
         if any(adapter.is_adapter(name) or adapter.base_name(name) != name for name in chosen):
             raise UsageError(
                 "The LoRA would adapt weights that are trained directly",
@@ -451,7 +454,7 @@ class AdaptedModel(ABC, Generic[Text]):
 
     def _shapes(self, folder: Path, manifest: saved_weights.AdapterManifest) -> dict[str, tuple[int, ...]]:
         try:
-            return adapter.adapter_shapes(self._components.transformer, manifest.targets, manifest.rank)
+            return adapter.adapter_shapes(self._components.transformer, manifest.targets, manifest.rank, self.unused)
         except UsageError as error:
             raise CheckpointError(
                 f"The adapter in {folder} does not fit the model: {error.what}",

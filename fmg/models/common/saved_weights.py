@@ -40,6 +40,7 @@ from fmg.models.common.weights import (
     WeightFiles,
     check_names,
     folder_weights,
+    kept_dtype,
     stored_digest,
     stored_shapes,
     unreadable,
@@ -281,7 +282,7 @@ def save_transformer(
     with atomic_folder(folder) as partial:
         component = partial / COMPONENT
         transformer.save_config(str(component))
-        _write_weights(component, transformer.state_dict(), dtype)
+        _write_weights(component, transformer, dtype)
         text = manifest.model_dump_json(indent=2, by_alias=True)
         (partial / TRANSFORMER_MANIFEST).write_text(text + "\n", encoding="utf-8")
         check(partial)
@@ -325,11 +326,13 @@ def load_transformer_weights(transformer: nn.Module, folder: Path) -> None:
         raise unreadable(weights.origin, error) from error
 
 
-def _write_weights(component: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+def _write_weights(component: Path, transformer: nn.Module, dtype: torch.dtype) -> None:
+    tensors = transformer.state_dict()
     planned = split_torch_state_dict_into_shards(dict(tensors), filename_pattern=_PATTERN, max_shard_size=_SHARD)
     total = 0
     for file, names in planned.filename_to_tensors.items():
-        shard = {name: tensors[name].detach().to("cpu", dtype).contiguous() for name in names}
+        kept = {name: kept_dtype(type(transformer), name, dtype) for name in names}
+        shard = {name: tensors[name].detach().to("cpu", kept[name]).contiguous() for name in names}
         total += sum(x.nbytes for x in shard.values())
         save_file(shard, component / file, metadata={"format": "pt"})
     if planned.is_sharded:

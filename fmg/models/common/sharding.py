@@ -33,10 +33,17 @@ def shard_frozen(network: nn.Module) -> None:
             "Train an adapter, or use train.parallel=ddp.",
         )
     mesh = init_device_mesh(parameters[0].device.type, (dist.get_world_size(),))
-    blocks = [block for child in network.children() if isinstance(child, nn.ModuleList) for block in child]
+    blocks = [block for child in network.children() for block in _members(child)]
     for unit in (*blocks, network):
         # the root too gives its weights back after a forward pass: a snapshot may take their place in the next one
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
+
+
+def _members(module: nn.Module) -> list[nn.Module]:
+    """The members of a module list, or of the lists in a dictionary of them."""
+    if isinstance(module, nn.ModuleDict):
+        return [block for inner in module.values() for block in _members(inner)]
+    return list(module) if isinstance(module, nn.ModuleList) else []
 
 
 @contextmanager

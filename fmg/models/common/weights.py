@@ -135,11 +135,17 @@ def load_transformer(
     try:
         check(wanted, stored_shapes(weights), weights.origin)
         for chunk in weight_windows(weights):
-            placed = {name: x.to(device=device, dtype=dtype, copy=True) for name, x in chunk.items()}
+            placed = {n: x.to(device=device, dtype=kept_dtype(cls, n, dtype), copy=True) for n, x in chunk.items()}
             transformer.load_state_dict(placed, strict=False, assign=True)
     except (OSError, SafetensorError, KeyError) as error:
         raise unreadable(weights.origin, error) from error
     return transformer
+
+
+def kept_dtype(cls: Any, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a tensor in a network of `dtype`: a class of diffusers may keep some of its modules in fp32."""
+    kept = getattr(cls, "_keep_in_fp32_modules", None) or ()
+    return torch.float32 if set(kept) & set(name.split(".")) else dtype
 
 
 def empty_transformer(cls: type[T], config: Mapping[str, Any], origin: Path) -> T:

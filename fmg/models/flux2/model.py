@@ -26,7 +26,7 @@ class Flux2Network(LatentNetwork):
     """A `Flux2Transformer2DModel` on unpacked latents.
 
     The stock class rounds times to the dtype of the network, and `Flux2KleinPipeline` rounds them before. In bf16 the
-    times of its grid move by up to 0.2 %, and these are the times at which the model is sampled everywhere. So they are
+    times of its grid move by up to 0.4 %, and these are the times at which the model is sampled everywhere. So they are
     rounded here as there, and a model is trained at the times at which it is used (ADR 27).
     """
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fmg.core.errors import CheckpointError
 from fmg.core.model_folder import RESTORE, stated_config, whole
@@ -56,12 +57,15 @@ _DOUBLE_FORWARD, _SINGLE_FORWARD = ActivationBytes(14.3, 2), ActivationBytes(9.3
 
 
 @dataclass(frozen=True)
-class Flux2Size:
-    """The sizes of a `Flux2Transformer2DModel`.
+class GatedSize(ABC):
+    """What the transformers of FLUX.2 and FLUX.3 have in common: gated feed-forwards, and no biases.
 
     Args:
-        config: as in `transformer/config.json` of a diffusers folder; what it omits is as in FLUX.2 [klein] 4B.
+        config: as in `transformer/config.json` of a diffusers folder.
     """
+
+    defaults: ClassVar[Mapping[str, object]]
+    """What the config may omit."""
 
     config: Mapping[str, object]
 
@@ -73,16 +77,40 @@ class Flux2Size:
     @property
     def hidden(self) -> int:
         """Of each half of the gated feed-forward of a block."""
-        ratio = {**KLEIN_4B, **self.config}["mlp_ratio"]
+        ratio = {**self.defaults, **self.config}["mlp_ratio"]
         if not isinstance(ratio, int | float) or not 0 < ratio <= _MAX_RATIO:
             raise CheckpointError(f"The config of the model has {ratio!r:.60} for mlp_ratio", RESTORE)
         return int(self.width * ratio)
 
     @property
     def parameters(self) -> int:
-        """Number of parameters of the transformer, none of which is a bias."""
-        norms = 4 * self.number("num_layers", 0) + 2 * self.number("num_single_layers", 0)
-        return sum(m.inputs * m.outputs for m in self.linears()) + norms * self.number("attention_head_dim")
+        """Number of parameters of the transformer: matrices, and norms of queries and keys."""
+        return sum(m.inputs * m.outputs for m in self.linears()) + self.norms * self.number("attention_head_dim")
+
+    @property
+    @abstractmethod
+    def norms(self) -> int:
+        """Number of norms, each as wide as a head."""
+
+    @abstractmethod
+    def linears(self) -> Iterator[LinearModule]:
+        """Every linear layer, by its name in the state dict."""
+
+    def number(self, key: str, least: int = 1) -> int:
+        """A whole number of the config."""
+        return whole({**self.defaults, **self.config}, key, least)
+
+
+@dataclass(frozen=True)
+class Flux2Size(GatedSize):
+    """The sizes of a `Flux2Transformer2DModel`; what the config omits is as in FLUX.2 [klein] 4B."""
+
+    defaults: ClassVar[Mapping[str, object]] = KLEIN_4B
+
+    @property
+    def norms(self) -> int:
+        """Four in a double-stream block, two in a single-stream block."""
+        return 4 * self.number("num_layers", 0) + 2 * self.number("num_single_layers", 0)
 
     def linears(self) -> Iterator[LinearModule]:
         """Every linear layer, by its name in the state dict."""
@@ -106,10 +134,6 @@ class Flux2Size:
         out = self.number("out_channels" if self.config.get("out_channels") else "in_channels")
         yield LinearModule("proj_out", width, out, "image", "last")
 
-    def number(self, key: str, least: int = 1) -> int:
-        """A whole number of the config."""
-        return whole({**KLEIN_4B, **self.config}, key, least)
-
     def _double(self, block: str) -> Iterator[LinearModule]:
         width, hidden = self.width, self.hidden
         streams: tuple[tuple[Literal["image", "text"], tuple[str, ...], str, str], ...] = (
@@ -123,6 +147,13 @@ class Flux2Size:
             first, second = f"{block}.{feed_forward}.linear_in", f"{block}.{feed_forward}.linear_out"
             yield LinearModule(first, width, 2 * hidden, tokens, f"{block} {tokens} norm2")
             yield LinearModule(second, hidden, width, tokens, f"{block} {tokens} hidden")
+
+
+def flux2_latents(folder: Path | None, resolution: int) -> tuple[int, int, ActivationBytes]:
+    """Tokens of an image, numbers of its latent, and what decoding it takes, with FLUX.2's autoencoder."""
+    vae = (None if folder is None else stated_config(folder / "vae")) or _VAE
+    side = resolution // latent_scale(vae)
+    return (side // PATCH) ** 2, whole(vae, "latent_channels") * side**2, ActivationBytes(decoder_values(vae))
 
 
 def flux2_geometry(
@@ -147,14 +178,9 @@ def flux2_geometry(
         decoder_tile: side of the tiles in pixels that images are decoded in.
     """
     stated = None if folder is None else stated_config(folder / "transformer")
-    vae = (None if folder is None else stated_config(folder / "vae")) or _VAE
-    size = Flux2Size(stated or published)
-    side, text = conventions.resolution // latent_scale(vae), conventions.max_sequence_length
-    image, double, single = (
-        (side // PATCH) ** 2,
-        size.number("num_layers", 0),
-        size.number("num_single_layers", 0),
-    )
+    size, text = Flux2Size(stated or published), conventions.max_sequence_length
+    image, latent, decoder = flux2_latents(folder, conventions.resolution)
+    double, single = size.number("num_layers", 0), size.number("num_single_layers", 0)
     kinds = (
         Blocks(double, _DOUBLE_KEPT, _DOUBLE_BACKWARD, _DOUBLE_FORWARD),
         Blocks(single, _SINGLE_KEPT, _SINGLE_BACKWARD, _SINGLE_FORWARD),
@@ -171,11 +197,11 @@ def flux2_geometry(
         image_tokens=image,
         text_tokens=text,
         conditioning=text * size.number("joint_attention_dim"),
-        latent=whole(vae, "latent_channels") * side**2,
+        latent=latent,
         resolution=conventions.resolution,
         encoder_parameters=stored_parameters(folder, "text_encoder") or encoder_parameters,
         decoder_parameters=stored_parameters(folder, "vae") or FLUX2_DECODER,
-        decoder=ActivationBytes(decoder_values(vae)),
+        decoder=decoder,
         checkpointing=checkpointing,
         encoders_resident=encoders_resident,
         decoder_tile=decoder_tile,

@@ -117,7 +117,9 @@ def test_sana_is_one_folder_without_the_files_of_its_own_code(hub: list[tuple[An
     assert f"pipeline: {SANA}@{COMMIT}\n" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["meanflow-flux", "scm-flux", "flux-fewstep", "flux2-klein", "sana-sprint"])
+@pytest.mark.parametrize(
+    "name", ["meanflow-flux", "scm-flux", "flux-fewstep", "flux2-klein", "flux3-klein", "sana-sprint"]
+)
 def test_every_published_model_states_size_and_licence_without_the_hub(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

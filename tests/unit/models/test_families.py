@@ -19,10 +19,11 @@ from fmg.recipe import Recipe
 from tests.support import families
 from tests.support.families import PROMPTS, WEIGHTS, FamilyCase, attach, edit_config, edit_weights, jump, load, noise
 from tests.tiny_flux2 import FLUX2_CASE
+from tests.tiny_flux3 import FLUX3_CASE
 from tests.tiny_sd35 import SD35_CASE
 from tests.tiny_zimage import Z_IMAGE_CASE
 
-CASES = (FLUX2_CASE, SD35_CASE, Z_IMAGE_CASE)
+CASES = (FLUX2_CASE, FLUX3_CASE, SD35_CASE, Z_IMAGE_CASE)
 TOLERANCE = 1e-5
 
 

@@ -21,6 +21,7 @@ from fmg.training.plan_work import trained_by
 from fmg.training.trainer import Trainer
 from tests.support.families import CPU, PROMPTS, FamilyCase
 from tests.tiny_flux2 import FLUX2_CASE
+from tests.tiny_flux3 import FLUX3_CASE
 from tests.tiny_sd35 import SD35_CASE
 from tests.tiny_zimage import Z_IMAGE_CASE
 
@@ -28,7 +29,7 @@ FACTOR = 1.3
 """A planned peak lies within this factor of the measured one."""
 
 
-@pytest.fixture(scope="module", params=[FLUX2_CASE, SD35_CASE, Z_IMAGE_CASE], ids=lambda case: case.model)
+@pytest.fixture(scope="module", params=[FLUX2_CASE, FLUX3_CASE, SD35_CASE, Z_IMAGE_CASE], ids=lambda case: case.model)
 def recipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     case: FamilyCase = request.param
     options = case.build(tmp_path_factory.mktemp(case.model) / "folder")

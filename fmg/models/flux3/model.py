@@ -1,0 +1,62 @@
+"""FLUX.3 [klein] as a model: its two times, its positions, and the pipeline that reads its adapters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from diffusers.modular_pipelines.flux3 import Flux3DistilledModularPipeline
+from torch import Tensor
+
+from fmg.core.hub import locate
+from fmg.models.common.network import LatentNetwork
+from fmg.models.common.pipeline_parts import Components
+from fmg.models.common.qwen import QwenText
+from fmg.models.flux2.model import Flux2Model, Flux2Network
+from fmg.models.flux3.loading import FLUX3_FAMILY, load_parts
+from fmg.models.flux3.size import UNUSED
+
+if TYPE_CHECKING:
+    from fmg.models.flux3.configs import Flux3KleinConfig
+
+
+class Flux3Network(Flux2Network):
+    """A `Flux3Transformer2DModel` with `flow_map`: the average velocity from t to s, which is its `target_timestep`."""
+
+    spacing: ClassVar[float] = 0.5
+
+    def _times(self, t: Tensor, s: Tensor | None) -> dict[str, Tensor]:
+        assert s is not None
+        return {"timestep": t.to(self._dtype), "target_timestep": s.to(self._dtype)}
+
+
+class AdapterPipeline(Flux3DistilledModularPipeline):  # type: ignore[misc]
+    """The stock pipeline around a transformer and nothing else: enough to load an adapter."""
+
+    def __init__(self, transformer: Any) -> None:
+        super().__init__()
+        self.update_components(transformer=transformer)
+
+
+class Flux3Model(Flux2Model):
+    """A FLUX.3 [klein] model. Everything about tokens and latents is as in FLUX.2.
+
+    Args:
+        components: a loaded folder.
+        name: registered name of the model, written into saved adapters.
+        text: encoder of prompts; None takes the folder's own, beside the transformer.
+    """
+
+    pipeline: ClassVar[Any] = AdapterPipeline
+    network_class: ClassVar[type[LatentNetwork]] = Flux3Network
+    text_folders: ClassVar[tuple[str, ...]] = FLUX3_FAMILY.text_folders
+    second_embedder: ClassVar[str | None] = "target_timestep_embedder"
+    unused: ClassVar[tuple[str, ...]] = UNUSED
+
+    @classmethod
+    def read(
+        cls, config: Flux3KleinConfig, device: torch.device, dtype: torch.dtype, text_device: torch.device
+    ) -> Components[QwenText]:
+        """The parts that `config` describes, from files on this computer."""
+        folder = locate(config.architecture(), "model", config.recipe or "").path
+        return load_parts(folder, config.conventions(), device, dtype, text_device)
