@@ -422,8 +422,12 @@ class Tracker(Protocol):
             grid: the sample grid of an evaluation, a PNG file.
         """
 
-    def close(self) -> None:
-        """Delivers what is pending. The run may be resumed."""
+    def close(self, ended: bool) -> None:
+        """Delivers what is pending. The run may be resumed.
+
+        Args:
+            ended: whether the run finished or was interrupted in order; false if it failed or was killed.
+        """
 
 
 __all__ = [

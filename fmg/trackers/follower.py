@@ -131,7 +131,8 @@ class Follower:
                     self._save(index + 1)
             self._save(self._tail.index)
             if last:
-                self._tracker.close()
+                # a run that is killed leaves no other state
+                self._tracker.close(self._run.state().state in ("finished", "interrupted"))
         except Exception as error:
             self._next_try = time.monotonic() + RETRY_AFTER
             self._failed(error)

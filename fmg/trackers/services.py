@@ -76,7 +76,7 @@ class TensorBoard:
     def _add(self, step: int, summary: Any) -> None:
         self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
 
-    def close(self) -> None:
+    def close(self, ended: bool) -> None:
         """Closes the file."""
         self._writer.close()
 
@@ -137,9 +137,9 @@ class Wandb:
         images = {} if grid is None else {SAMPLES: self._image(str(grid))}
         self._run.log({**line, **images}, step=index)
 
-    def close(self) -> None:
+    def close(self, ended: bool) -> None:
         """Uploads what is pending."""
-        self._run.finish()
+        self._run.finish(exit_code=0 if ended else 1)
 
 
 class Trackio:
@@ -170,7 +170,7 @@ class Trackio:
         images = {} if grid is None else {SAMPLES: self._image(str(grid))}
         self._run.log({**_without_iteration(line), **images}, step=int(line[keys.ITERATION]))
 
-    def close(self) -> None:
+    def close(self, ended: bool) -> None:
         """Writes what is pending."""
         self._run.finish()
 
@@ -213,9 +213,9 @@ class SwanLab:
         images = {} if grid is None else {SAMPLES: self._swanlab.Image(str(grid))}
         self._swanlab.log({**_without_iteration(line), **images}, step=int(line[keys.ITERATION]))
 
-    def close(self) -> None:
+    def close(self, ended: bool) -> None:
         """Uploads what is pending."""
-        self._swanlab.finish()
+        self._swanlab.finish(state="success" if ended else "crashed")
 
 
 class Mlflow:
@@ -263,9 +263,9 @@ class Mlflow:
         for at in range(0, len(metrics), self._METRICS):
             self._client.log_batch(self._id, metrics=metrics[at : at + self._METRICS])
 
-    def close(self) -> None:
+    def close(self, ended: bool) -> None:
         """Marks the run as finished."""
-        self._client.set_terminated(self._id)
+        self._client.set_terminated(self._id, "FINISHED" if ended else "FAILED")
 
 
 def _shown(config: ProjectConfig, run: TrackedRun) -> str:

@@ -146,6 +146,23 @@ def test_killed_and_resumed_is_one_curve(dies: str, tmp_path: Path) -> None:
         assert {key: value for key, value in config.items() if not key.startswith("_")} == RunFolder(run).values()
 
 
+def test_a_tracker_that_joins_later_gets_the_whole_curve(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    def stop(event: Event) -> None:
+        if isinstance(event, IterationDone) and event.iteration == 2:
+            raise KeyboardInterrupt
+
+    assert train(recipe(**{"train.iterations": 3}), run, stop).interrupted
+    assert not (run / "trackers").exists()
+    written = run / "recipe.yaml"
+    written.write_text(written.read_text().replace("trackers: []", "trackers: tensorboard"))
+    resume(run, refuse_warnings)
+    rows, images, _ = read.tensorboard(run)
+    assert_same(rows, read.logged(run), rel=2e-7)
+    assert images == [0, 3]
+
+
 def test_a_dead_or_silent_server_costs_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(following, "CLOSE_TIMEOUT", 20.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:

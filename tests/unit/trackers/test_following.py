@@ -44,8 +44,8 @@ class Recorded:
     def log(self, index: int, line: Mapping[str, float], grid: Path | None) -> None:
         self._called("log", index, dict(line), None if grid is None else grid.name)
 
-    def close(self) -> None:
-        self._called("close")
+    def close(self, ended: bool) -> None:
+        self._called("close", ended)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_a_follower_logs_each_line_once_and_grids_of_evaluations(run: RunFolder)
     assert first == ("log", 0, {"iteration": 0.0, "eval/score": 0.5}, "iteration-0000.png")
     assert second[:2] == ("log", 1)
     assert math.isnan(second[2]["reward/mean"])  # type: ignore[index]
-    assert closed == ("close",)
+    assert closed == ("close", False)
     assert said(reports) == [{"where": "somewhere"}]
     assert json.loads((run.path / "trackers" / "recorded.json").read_text()) == {"logged": 2}
 
@@ -117,10 +117,11 @@ def test_a_tracker_that_fails_is_tried_again_later(step: str, run: RunFolder, mo
     monkeypatch.setattr(Recorded, "failures", ())
     monkeypatch.setattr(followers, "RETRY_AFTER", 0.0)
     run.append_metrics({"iteration": 1})
+    run.set_state("finished")
     one.catch_up(last=True)
     delivered = [call[1] for call in Recorded.calls if call[0] == "log"]
     assert delivered == ([0, 1] if step == "open" else [0, 0, 1])
-    assert Recorded.calls[-1] == ("close",)
+    assert Recorded.calls[-1] == ("close", True)
     assert {"problem": "ConnectionError: the server is gone"} in said(reports)
 
 
