@@ -33,7 +33,8 @@ CLOSE_TIMEOUT = 60.0
 INTERRUPTED_TIMEOUT = 10.0
 """The same for an interrupted run: what ended it may not wait longer."""
 
-_IDENTITY = "run.json"
+# not `run.json`, by which a run folder is recognised; no tracker can have this name
+_IDENTITY = "tracked_run.json"
 # set by launchers for the processes of a run, to which a follower does not belong
 _LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

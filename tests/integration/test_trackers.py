@@ -26,6 +26,7 @@ from fmg.trackers import following
 from fmg.training.api import resume
 from fmg.training.state_files import read_state
 from tests.support import trackers as read
+from tests.support.cli import fmg
 from tests.support.processes import environment, finish, start
 
 # what the development environment installs
@@ -125,16 +126,16 @@ def test_killed_and_resumed_is_one_curve(dies: str, tmp_path: Path) -> None:
             rows, images, _ = as_written(run, name)
             assert_same(rows, wanted, rel=2e-7 if name == "tensorboard" else 0.0)
             assert images == [0, 3, 6]
-    before = json.loads((run / "trackers" / "run.json").read_text())
+    before = json.loads((run / "trackers" / "tracked_run.json").read_text())
     state = newest_state(run)
     assert state is not None
     assert read_state(state)["tracker"] == before
     # the state alone is enough to find the run in its trackers
-    (run / "trackers" / "run.json").unlink()
+    (run / "trackers" / "tracked_run.json").unlink()
 
     resume(run, refuse_warnings)
 
-    assert json.loads((run / "trackers" / "run.json").read_text()) == before
+    assert json.loads((run / "trackers" / "tracked_run.json").read_text()) == before
     wanted = read.logged(run)
     assert sorted(wanted) == list(range(10))
     for name in NAMES:
@@ -259,3 +260,9 @@ def test_a_missing_package_is_said_before_anything_starts(tmp_path: Path, monkey
     with pytest.raises(MissingDependencyError, match=r"needs the package 'wandb'. Run: pip install 'flow-map-grpo\[wa"):
         train(recipe("wandb"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    for planned in ((), ("--dry-run",)):
+        done = fmg("train", "--tracker", "wandb", *planned)
+        assert (done.code, done.stdout) == (2, "")
+        assert done.stderr == (
+            "error: The tracker 'wandb' needs the package 'wandb'. Run: pip install 'flow-map-grpo[wandb]'.\n"
+        )

@@ -89,7 +89,7 @@ def trackio(run: Path, project: str = "fmg") -> tuple[Rows, list[int], dict[str,
     """The same of Trackio's local store."""
     from trackio.sqlite_storage import SQLiteStorage
 
-    identity = json.loads((run / "trackers" / "run.json").read_text())
+    identity = json.loads((run / "trackers" / "tracked_run.json").read_text())
     name = f"{identity['name']}-{identity['id']}"
     rows: Rows = defaultdict(dict)
     images: list[int] = []
@@ -108,7 +108,7 @@ def mlflow(run: Path, uri: str, project: str = "fmg") -> tuple[Rows, list[int], 
     from mlflow import MlflowClient
 
     client = MlflowClient(uri)
-    identity = json.loads((run / "trackers" / "run.json").read_text())
+    identity = json.loads((run / "trackers" / "tracked_run.json").read_text())
     experiment = client.get_experiment_by_name(project)
     (found,) = client.search_runs([experiment.experiment_id], f"tags.\"fmg.run\" = '{identity['id']}'")
     rows: Rows = defaultdict(dict)

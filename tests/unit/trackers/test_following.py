@@ -139,7 +139,7 @@ def test_the_identity_of_a_run_comes_from_its_folder_then_from_its_state(tmp_pat
 )
 def test_a_damaged_identity_is_replaced(content: object, tmp_path: Path) -> None:
     (tmp_path / "trackers").mkdir()
-    (tmp_path / "trackers" / "run.json").write_text(json.dumps(content))
+    (tmp_path / "trackers" / "tracked_run.json").write_text(json.dumps(content))
     with followed(tmp_path, Recipe.default(trackers="tensorboard").trackers, content, print):
         found = identity_of(tmp_path)
     assert found is not None
