@@ -8,9 +8,11 @@ stay in fp32, because bf16 rounds 0.999 to 1. None of a stock forward is repeate
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar
 
 import torch
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import (
     CombinedTimestepGuidanceTextProjEmbeddings,
     CombinedTimestepTextProjEmbeddings,
@@ -83,8 +85,9 @@ class PackedTimeGuidanceTextEmbeddings(_PackedTimes, CombinedTimestepGuidanceTex
 class TwoTimeMixin:
     """Mixin that lets a stock transformer with `time_text_embed` take a flow map's times; listed before its class.
 
-    The class calls `_take_times` at the end of its `__init__`, after it registered `time_scale` and `second_time`, and
-    passes `_packed(...)` as `pooled_projections` in its `forward`.
+    A class has the arguments of its stock class and two keywords, which are stored in its config: `time_scale`, the
+    factor on times and guidance before their sinusoids (1000 for stock weights), and `second_time`, how the second time
+    enters, as `SecondTime` writes it (``"none"`` has no such embedder). A `UsageError` says when one is not possible.
     """
 
     second_embedder: ClassVar[str]
@@ -93,7 +96,22 @@ class TwoTimeMixin:
     config: Any
     inner_dim: int
 
-    def _take_times(self, time_scale: float, second_time: str | dict[str, object], *, guidance: bool = False) -> None:
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        stock = next(base for base in cls.__bases__ if base is not TwoTimeMixin)
+
+        def init(self: Any, *args: Any, time_scale: float, second_time: Any, **sizes: Any) -> None:
+            stock.__init__(self, *args, **sizes)
+            self._take_times(time_scale, second_time)
+
+        # diffusers reads the keys of a config from the signature
+        given = inspect.signature(stock.__init__).parameters.values()
+        times = inspect.signature(init, eval_str=True).parameters
+        own = [times[name] for name in ("time_scale", "second_time")]
+        init.__signature__ = inspect.Signature([*given, *own])  # type: ignore[attr-defined]
+        cls.__init__ = register_to_config(init)  # type: ignore[misc]
+
+    def _take_times(self, time_scale: float, second_time: object) -> None:
         """Replaces `time_text_embed`, and adds the second-time embedder where the map has one.
 
         Raises:
@@ -108,30 +126,75 @@ class TwoTimeMixin:
                 f"second_time is {second_time!r}, which is not a known value",
                 fix="Use 'none', 'duration' or 'target', or a mapping of takes, gate and scale.",
             ) from error
-        cls = PackedTimeGuidanceTextEmbeddings if guidance else PackedTimeTextEmbeddings
+        cls = PackedTimeGuidanceTextEmbeddings if self._guided else PackedTimeTextEmbeddings
         self.time_text_embed = cls(self.inner_dim, self.config.pooled_projection_dim, self.second.gate)
         if self.second:
             place, _, name = self.second_embedder.rpartition(".")
             parent = self.get_submodule(place)  # type: ignore[attr-defined]
             parent.add_module(name, TimestepEmbedding(in_channels=SINUSOID_CHANNELS, time_embed_dim=self.inner_dim))
 
+    @property
+    def _guided(self) -> bool:
+        """Whether the weights embed a guidance scale."""
+        return bool(self.config.get("guidance_embeds"))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Float[Tensor, "b text joint"],
+        pooled_projections: Float[Tensor, "b pooled"],
+        timestep: Float[Tensor, " b"],
+        second: Float[Tensor, " b"] | None = None,
+        guidance: Float[Tensor, " b"] | None = None,
+        return_dict: bool = False,
+        **others: Any,
+    ) -> Any:
+        """Predict the (average) velocity at ``x_t``, in the direction of noise.
+
+        Args:
+            hidden_states: latents at time ``t``, as the stock class takes them.
+            encoder_hidden_states: token states of the text encoders.
+            pooled_projections: pooled states of the text encoders.
+            timestep: source time ``t`` in [0, 1], noise at 1, kept in fp32 whatever the model's dtype.
+            second: target time ``s`` in [0, t] for a two-time map (``s = t`` gives the velocity), else None.
+            guidance: guidance scale such as 3.5, for guidance-distilled weights only.
+            return_dict: return ``Transformer2DModelOutput`` instead of a one-element tuple.
+            others: as in diffusers.
+
+        Returns:
+            ``(output,)`` with output of the shape of the latents.
+
+        Raises:
+            UsageError: ``second`` or ``guidance`` is missing, or given to weights that have no embedder for it.
+        """
+        return super().forward(  # type: ignore[misc]
+            hidden_states=hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            pooled_projections=self._packed(pooled_projections, timestep, second, guidance),
+            timestep=timestep,
+            return_dict=return_dict,
+            **others,
+        )
+
     def _packed(
         self,
         pooled: Float[Tensor, "b pooled"],
         timestep: Float[Tensor, " b"],
         second: Float[Tensor, " b"] | None,
-        guidance: Float[Tensor, " b"] | None = None,
+        guidance: Float[Tensor, " b"] | None,
     ) -> Float[Tensor, "b packed"]:
-        """`[pooled | t | second embedding | guidance]` in fp32.
-
-        Raises:
-            UsageError: `second` is missing, or given to weights that have no embedder for it.
-        """
+        """`[pooled | t | second embedding | guidance]` in fp32; errors as `forward`."""
         if (second is None) == bool(self.second):
             wanted = "takes no second time" if second is not None else "needs the target time s as `second`"
             raise UsageError(
                 f"The transformer has second_time={self.config.second_time!r} and {wanted}.",
                 fix="Pass `second` exactly when second_time is 'duration' or 'target'.",
+            )
+        if (guidance is None) == self._guided:
+            wanted = "needs a guidance scale" if guidance is None else "takes no guidance scale"
+            raise UsageError(
+                f"The transformer has guidance_embeds={self._guided} and {wanted}.",
+                fix="Pass `guidance` exactly when guidance_embeds is true.",
             )
         dtype = torch.promote_types(pooled.dtype, torch.float32)
         time, scale = timestep.to(dtype), self.config.time_scale
