@@ -262,11 +262,16 @@ def _adapter(found: Located, stated: AdapterFile) -> LocatedAdapter:
     return LocatedAdapter((found.path, *((extra,) if extra else ())), config, stated)
 
 
+# without the variants, such as fp16, that some repositories have beside the weights
+_MAIN = ("model", "diffusion_pytorch_model")
+_MAIN_FILES = ("*.json", *(f"{name}{end}" for name in _MAIN for end in (".safetensors", "-*.safetensors")))
+
+
 def pipeline_folder(
     source: str, components: Sequence[str], tokenizers: Sequence[str], size_gb: float, licence: str
 ) -> Asset:
     """The asset of a pipeline folder under the option `model.folder`: its weights, configs and tokenizers."""
-    files = (f"{name}/{kind}" for name in components for kind in ("*.json", "*.safetensors"))
+    files = (f"{name}/{kind}" for name in components for kind in _MAIN_FILES)
     patterns = ("model_index.json", *(f"{name}/*" for name in tokenizers), *files)
     folders = tuple(components)
     return Asset(

@@ -34,7 +34,7 @@ from fmg.flow.maps import PaddedBatches
 from fmg.models.common import adapter, roundtrip_check, saved_weights
 from fmg.models.common.checkpoint_files import COMPONENT
 from fmg.models.common.network import LatentNetwork, Network, map_of
-from fmg.models.common.pipeline_parts import Components, Text
+from fmg.models.common.pipeline_parts import TOKEN, Components, Text, square_latent
 from fmg.models.common.policy_weights import PolicyScopes, Scope, TrainableBase
 from fmg.models.common.sharding import gathered, shard_frozen
 from fmg.models.common.text import TextEncoders, cached_encoders
@@ -141,13 +141,14 @@ class AdaptedModel(ABC, Generic[Text]):
         """
 
     @staticmethod
-    @abstractmethod
     def latent_shape_of(components: Components[Text]) -> tuple[int, int, int]:
-        """(c, h, w) of one latent.
+        """(c, h, w) of one latent: of an `AutoencoderKL`, in tokens of 2 x 2, unless the family differs.
 
         Raises:
             CheckpointError: the resolution is not a whole number of tokens.
         """
+        vae = components.vae.config
+        return square_latent(components, vae.latent_channels, 2 ** (len(vae.block_out_channels) - 1), TOKEN)
 
     @staticmethod
     def guidance_of(components: Components[Text]) -> float | None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from fmg.core.errors import CheckpointError, reason
 from fmg.core.json_io import read_safetensors_header
-from fmg.core.model_folder import RESTORE, absent_weights, weight_files, wholes
+from fmg.core.model_folder import RESTORE, absent_weights, weight_files, whole, wholes
 from fmg.core.specs import LinearModule
 
 FLUX_VAE: Mapping[str, object] = MappingProxyType(
@@ -19,6 +19,7 @@ FLUX_VAE: Mapping[str, object] = MappingProxyType(
 FLUX_DECODER = 83_819_683
 """Parameters of FLUX's autoencoder."""
 
+_SINUSOID = 256
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Feature maps at full resolution that are alive at once while the last blocks of an autoencoder run, measured.
 _KL_WIDE, _KL_NARROW, _TINY = 3, 5, 2
@@ -73,6 +74,16 @@ def _parameters(file: Path) -> int:
         return sum(math.prod(map(int, entry["shape"])) for entry in entries if entry["dtype"] in _FLOATS)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is not a safetensors file: {reason(error)}", RESTORE) from None
+
+
+def conditioning_linears(config: Mapping[str, object], width: int, *embedders: str) -> Iterator[LinearModule]:
+    """The linear layers before the blocks of FLUX and SD3: of the text, and of embedders of times and guidance."""
+    yield LinearModule("context_embedder", whole(config, "joint_attention_dim"), width, "text", "tokens")
+    pooled = "time_text_embed.text_embedder"
+    inputs = {**dict.fromkeys(embedders, _SINUSOID), pooled: whole(config, "pooled_projection_dim")}
+    for name, features in inputs.items():
+        yield LinearModule(f"{name}.linear_1", features, width, "row", name)
+        yield LinearModule(f"{name}.linear_2", width, width, "row", f"{name} hidden")
 
 
 def joint_block(block: str, width: int, *, dual: bool = False, last: bool = False) -> Iterator[LinearModule]:

@@ -14,7 +14,9 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,7 +30,20 @@ from fmg.core.json_io import JsonError, parse_object, read_object
 from fmg.core.specs import is_target
 from fmg.models.common.adapter import add_low_rank, base_name
 from fmg.models.common.converted import kept_weights, read_torch_file, write_shards
-from fmg.models.common.weights import Shapes, TensorReader, WeightFiles, check_names, stored_shapes, unreadable
+from fmg.models.common.weights import (
+    Shapes,
+    T,
+    TensorReader,
+    WeightFiles,
+    check_flow_map,
+    check_names,
+    empty_transformer,
+    folder_weights,
+    load_transformer,
+    stored_shapes,
+    transformer_shapes,
+    unreadable,
+)
 from fmg.models.published import LocatedAdapter
 
 _STATE_DICT = "state_dict"
@@ -94,6 +109,35 @@ def merged_weights(
         write_shards(partial, _merged(base, read))
 
     return kept_weights(base.origin, key, make)
+
+
+def load_merged(
+    cls: type[T],
+    config: Mapping[str, Any],
+    folder: Path,
+    adapters: Sequence[LocatedAdapter],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[T, WeightFiles]:
+    """A flow-map transformer from a component folder with adapters merged into it, and its files.
+
+    Args:
+        cls: a class with `TwoTimeMixin`.
+        config: its config, with its times.
+        folder: of the base.
+        adapters: as in `merged_weights`.
+        device: where it goes.
+        dtype: of its weights.
+
+    Raises:
+        CheckpointError: the files cannot be read or do not fit the transformer.
+        FmgError: the cache cannot be written.
+    """
+    second: str = cls.second_embedder  # type: ignore[attr-defined]
+    shapes = transformer_shapes(empty_transformer(cls, config, folder))
+    weights = merged_weights(folder_weights(folder), adapters, shapes, second)
+    check = partial(check_flow_map, second=second)
+    return load_transformer(cls, config, weights, device, dtype, check), weights
 
 
 def read_adapter(adapter: LocatedAdapter, wanted: Shapes, second: str | None) -> Adapter:

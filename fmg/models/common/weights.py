@@ -81,7 +81,15 @@ def check_names(wanted: Shapes, given: Shapes, origin: Path) -> None:
             )
 
 
-def check_flow_map(wanted: Shapes, given: Shapes, origin: Path, *, second: str, lacks: str, has: str) -> None:
+def check_flow_map(
+    wanted: Shapes,
+    given: Shapes,
+    origin: Path,
+    *,
+    second: str,
+    lacks: str = "Name the files with the embedder in model.adapters, in the order in which they were trained.",
+    has: str = "Give the weights of a single-time map.",
+) -> None:
     """`check_names`, with a hint where the second-time embedder is all that differs.
 
     Args:

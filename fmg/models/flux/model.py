@@ -15,9 +15,8 @@ from fmg.core.hub import locate
 from fmg.core.types import Conditioning
 from fmg.models.common.model import AdaptedModel
 from fmg.models.common.network import LatentNetwork
-from fmg.models.common.pipeline_parts import square_latent
 from fmg.models.common.two_times import time_scale_doubt
-from fmg.models.flux.latents import PATCH, image_ids, pack, unpack
+from fmg.models.flux.latents import image_ids, pack, unpack
 from fmg.models.flux.loading import FLUX, FluxComponents, FluxText, load_folder, load_parts
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
 from fmg.models.published import located_adapters
@@ -92,9 +91,3 @@ class FluxModel(AdaptedModel[FluxText]):
         if doubt is not None:
             warnings.warn(f"'{name}': {doubt}", FmgWarning, stacklevel=2)
         return components
-
-    @staticmethod
-    def latent_shape_of(components: FluxComponents) -> tuple[int, int, int]:
-        """(c, h, w) of one latent, by the rule of `FluxPipeline`."""
-        vae = components.vae.config
-        return square_latent(components, vae.latent_channels, 2 ** (len(vae.block_out_channels) - 1), PATCH)

@@ -8,7 +8,15 @@ from types import MappingProxyType
 
 from fmg.core.model_folder import stated_config, whole
 from fmg.core.specs import ActivationBytes, Blocks, LinearModule, ModelGeometry
-from fmg.models.common.size import FLUX_DECODER, FLUX_VAE, decoder_values, joint_block, latent_scale, stored_parameters
+from fmg.models.common.size import (
+    FLUX_DECODER,
+    FLUX_VAE,
+    conditioning_linears,
+    decoder_values,
+    joint_block,
+    latent_scale,
+    stored_parameters,
+)
 from fmg.models.conventions import FlowMapConventions
 from fmg.models.flux.latents import PATCH
 
@@ -48,7 +56,6 @@ def transformer_parameters(config: Mapping[str, object], *, second_time: bool) -
 FLUX_ENCODERS = 123_060_480 + 4_762_310_656
 """Parameters of FLUX's CLIP ViT-L/14 and T5-XXL text encoders, for plans made before the files are fetched."""
 
-_SINUSOID = 256
 # What the blocks of diffusers' FLUX modules hold, counted under PEFT with every allocation observed. Kept: the input of
 # the activation function (4), of its norms (2, or 1 in a single-stream block), q, k, v and the output of attention (4),
 # and q and k before their norms, which are fp32.
@@ -126,13 +133,7 @@ def transformer_linears(config: Mapping[str, object], *, second_time: bool) -> I
     embedders += ["time_text_embed.guidance_embedder"] if config.get("guidance_embeds") else []
     embedders += [SECOND_EMBEDDER] if second_time else []
     yield LinearModule("x_embedder", channels, width, "image", "latent")
-    yield LinearModule("context_embedder", whole(config, "joint_attention_dim"), width, "text", "tokens")
-    for name in embedders:
-        yield LinearModule(f"{name}.linear_1", _SINUSOID, width, "row", name)
-        yield LinearModule(f"{name}.linear_2", width, width, "row", f"{name} hidden")
-    pooled = "time_text_embed.text_embedder"
-    yield LinearModule(f"{pooled}.linear_1", whole(config, "pooled_projection_dim"), width, "row", "pooled")
-    yield LinearModule(f"{pooled}.linear_2", width, width, "row", "pooled hidden")
+    yield from conditioning_linears(config, width, *embedders)
     for index in range(whole(config, "num_layers", 0)):
         yield from joint_block(f"transformer_blocks.{index}", width)
     for index in range(whole(config, "num_single_layers", 0)):

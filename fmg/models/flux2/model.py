@@ -13,7 +13,6 @@ from fmg.core.hub import locate
 from fmg.core.types import Conditioning
 from fmg.models.common.model import AdaptedModel
 from fmg.models.common.network import LatentNetwork
-from fmg.models.common.pipeline_parts import square_latent
 from fmg.models.common.qwen import QwenText
 from fmg.models.flux.latents import PATCH, pack, unpack
 from fmg.models.flux2.loading import FLUX2, Flux2Components, load_parts
@@ -88,12 +87,6 @@ class Flux2Model(AdaptedModel[QwenText]):
     def text_facts(components: Flux2Components) -> tuple[str, ...]:
         """Which states of Qwen are taken."""
         return components.text.facts
-
-    @staticmethod
-    def latent_shape_of(components: Flux2Components) -> tuple[int, int, int]:
-        """(c, h, w) of one latent before it is patched, by the rule of `Flux2KleinPipeline`."""
-        vae = components.vae.config
-        return square_latent(components, vae.latent_channels, 2 ** (len(vae.block_out_channels) - 1), PATCH)
 
     @staticmethod
     def vae_latents(vae: Any, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:

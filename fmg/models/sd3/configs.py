@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from fmg.core.hub import Asset
 from fmg.core.specs import MAX_SIDE, MapSpec, ModelGeometry
 from fmg.models.conventions import FlowMapConventions, SecondTime, check_second_time
-from fmg.models.published import PAPER_ANCHOR, DiffusersConfig, StackedConfig
+from fmg.models.published import PAPER_ANCHOR, DiffusersConfig, StackedConfig, pipeline_folder
 from fmg.models.sd3.size import SD35_MEDIUM, SECOND_EMBEDDER, SD3Size, sd3_geometry
 from fmg.registry.config import About
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer")
 _TERMS = "Stability AI Community License"
 _SCALE = 16
-# without the variants in fp16, which the repository has beside them
-_WEIGHTS = ("*.json", "model.safetensors", "model-*.safetensors", "diffusion_pytorch_model*.safetensors")
 
 
 class SD35MeanFlowConfig(StackedConfig, DiffusersConfig):
@@ -83,11 +81,8 @@ class SD35MeanFlowConfig(StackedConfig, DiffusersConfig):
 
     def architecture(self) -> Asset:
         """The folder of the base."""
-        files = tuple(f"{name}/{kind}" for name in COMPONENTS for kind in _WEIGHTS)
-        patterns = ("model_index.json", *(f"{name}/*" for name in ("tokenizer", "tokenizer_2", "tokenizer_3")), *files)
-        return Asset(
-            "pipeline", "model.folder", self.folder, folders=COMPONENTS, patterns=patterns, size_gb=16.3, licence=_TERMS
-        )
+        tokenizers = ("tokenizer", "tokenizer_2", "tokenizer_3")
+        return pipeline_folder(self.folder, COMPONENTS, tokenizers, 16.3, _TERMS)
 
     def load(self, device: torch.device, dtype: torch.dtype) -> SD3Model:
         """As `PublishedConfig.load`."""

@@ -1,10 +1,9 @@
-"""Loads an SD3 flow map: a diffusers folder, with the adapters that its authors published merged into it."""
+"""The parts of an SD3 folder: three text encoders, and a transformer that adapters complete to a flow map."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -14,21 +13,8 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from fmg.core.errors import CheckpointError
-from fmg.core.model_folder import read_config
-from fmg.models.common.pipeline_parts import Components, Family, check_same, checked_times, load_components
-from fmg.models.common.stacked_adapters import merged_weights
+from fmg.models.common.pipeline_parts import Components, Family, check_same
 from fmg.models.common.text import Tokenizer, token_ids
-from fmg.models.common.weights import (
-    Shapes,
-    WeightFiles,
-    check_flow_map,
-    empty_transformer,
-    folder_weights,
-    load_transformer,
-    transformer_shapes,
-)
-from fmg.models.conventions import FlowMapConventions
-from fmg.models.published import LocatedAdapter
 from fmg.models.sd3.transformer import FlowMapSD3Transformer2DModel
 
 
@@ -95,55 +81,8 @@ SD3 = Family(
 SD3Components = Components[SD3Text]
 
 
-def load_parts(
-    folder: Path,
-    conventions: FlowMapConventions,
-    adapters: Sequence[LocatedAdapter],
-    device: torch.device,
-    dtype: torch.dtype,
-    text_device: torch.device | None = None,
-) -> SD3Components:
-    """Loads a pipeline folder by stated conventions.
-
-    Args:
-        folder: a diffusers pipeline folder.
-        conventions: how the transformer's weights are sampled.
-        adapters: published changes that are merged into the folder's weights first.
-        device: where transformer and decoder go.
-        dtype: of every weight.
-        text_device: where the text encoders go; None: to `device`.
-
-    Raises:
-        CheckpointError: a file is missing, damaged, of a class that is not known, or does not fit the others.
-    """
-
-    def transformer() -> tuple[FlowMapSD3Transformer2DModel, WeightFiles]:
-        own, cls = folder / "transformer", FlowMapSD3Transformer2DModel
-        SD3.class_of(own, own.name)
-        config = read_config(own)
-        config |= checked_times(own, config, conventions)
-        shapes = transformer_shapes(empty_transformer(cls, config, own))
-        weights = merged_weights(folder_weights(own), adapters, shapes, cls.second_embedder)
-        return load_transformer(cls, config, weights, device, dtype, _check_names), weights
-
-    components = load_components(SD3, folder, conventions, transformer, SD3Text, device, dtype, text_device)
-    _check_fit(components)
-    return components
-
-
-def _check_names(wanted: Shapes, given: Shapes, origin: Path) -> None:
-    check_flow_map(
-        wanted,
-        given,
-        origin,
-        second=FlowMapSD3Transformer2DModel.second_embedder,
-        lacks="Name the files with the embedder in model.adapters, in the order in which they were trained.",
-        has="Give the folder of a single-time map.",
-    )
-
-
-def _check_fit(components: SD3Components) -> None:
-    """Components that load individually may still come from different models."""
+def check_fit(components: SD3Components) -> None:
+    """Refuses components that load one by one but do not fit, with a `CheckpointError`."""
     transformer, text, vae = components.transformer.config, components.text, components.vae.config
     check_same("vae", "latent_channels", vae.latent_channels, "in_channels", transformer.in_channels)
     t5, clips = text.text_encoder_3.config, (text.text_encoder.config, text.text_encoder_2.config)
@@ -152,11 +91,6 @@ def _check_fit(components: SD3Components) -> None:
     check_same("text_encoder and text_encoder_2", "projection_dim", pooled, "pooled_projection_dim", wanted)
     width = transformer.num_attention_heads * transformer.attention_head_dim
     check_same("transformer", "caption_projection_dim", transformer.caption_projection_dim, "its width", width)
-    if sum(int(clip.hidden_size or 0) for clip in clips) > t5.d_model:
-        raise CheckpointError(
-            f"The CLIPs in {components.folder} are wider together than the T5 of {t5.d_model}",
-            "Give a folder whose components belong together.",
-        )
     side = components.conventions.resolution // 2 ** (len(vae.block_out_channels) - 1) // transformer.patch_size
     if side > transformer.pos_embed_max_size:
         raise CheckpointError(

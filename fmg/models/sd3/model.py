@@ -9,12 +9,15 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from fmg.core.hub import locate
+from fmg.core.model_folder import read_config
 from fmg.core.types import Conditioning
 from fmg.models.common.model import AdaptedModel
 from fmg.models.common.network import LatentNetwork
-from fmg.models.common.pipeline_parts import square_latent
+from fmg.models.common.pipeline_parts import checked_times, load_components
+from fmg.models.common.stacked_adapters import load_merged
+from fmg.models.common.weights import WeightFiles
 from fmg.models.published import located_adapters
-from fmg.models.sd3.loading import SD3, SD3Components, SD3Text, load_parts
+from fmg.models.sd3.loading import SD3, SD3Components, SD3Text, check_fit
 from fmg.models.sd3.transformer import FlowMapSD3Transformer2DModel
 
 if TYPE_CHECKING:
@@ -37,13 +40,7 @@ class SD3Network(LatentNetwork):
 
 
 class SD3Model(AdaptedModel[SD3Text]):
-    """An SD3 flow map.
-
-    Args:
-        components: a loaded folder.
-        name: registered name of the model, written into saved adapters.
-        text: encoder of prompts; None takes the folder's own, beside the transformer.
-    """
+    """An SD3 flow map. Arguments as those of `AdaptedModel`."""
 
     pipeline: ClassVar[Any] = StableDiffusion3Pipeline
     network_class: ClassVar[type[LatentNetwork]] = SD3Network
@@ -54,12 +51,16 @@ class SD3Model(AdaptedModel[SD3Text]):
     def read(
         cls, config: SD35MeanFlowConfig, device: torch.device, dtype: torch.dtype, text_device: torch.device
     ) -> SD3Components:
-        """The parts that `config` describes, from files on this computer."""
+        """The parts that `config` describes, from files on this computer, with its adapters merged."""
         folder = locate(config.architecture(), "model", config.recipe or "").path
-        return load_parts(folder, config.conventions(), located_adapters(config), device, dtype, text_device)
+        conventions, own = config.conventions(), folder / "transformer"
 
-    @staticmethod
-    def latent_shape_of(components: SD3Components) -> tuple[int, int, int]:
-        """(c, h, w) of one latent, by the rule of `StableDiffusion3Pipeline`."""
-        vae, token = components.vae.config, components.transformer.config.patch_size
-        return square_latent(components, vae.latent_channels, 2 ** (len(vae.block_out_channels) - 1), token)
+        def transformer() -> tuple[FlowMapSD3Transformer2DModel, WeightFiles]:
+            SD3.class_of(own, own.name)
+            stated = read_config(own)
+            stated |= checked_times(own, stated, conventions)
+            return load_merged(FlowMapSD3Transformer2DModel, stated, own, located_adapters(config), device, dtype)
+
+        parts = load_components(SD3, folder, conventions, transformer, SD3Text, device, dtype, text_device)
+        check_fit(parts)
+        return parts

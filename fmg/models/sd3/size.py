@@ -9,7 +9,15 @@ from types import MappingProxyType
 
 from fmg.core.model_folder import stated_config, whole
 from fmg.core.specs import ActivationBytes, Blocks, LinearModule, ModelGeometry
-from fmg.models.common.size import FLUX_DECODER, FLUX_VAE, decoder_values, joint_block, latent_scale, stored_parameters
+from fmg.models.common.size import (
+    FLUX_DECODER,
+    FLUX_VAE,
+    conditioning_linears,
+    decoder_values,
+    joint_block,
+    latent_scale,
+    stored_parameters,
+)
 from fmg.models.conventions import FlowMapConventions
 
 SD35_MEDIUM: Mapping[str, object] = MappingProxyType(
@@ -35,7 +43,6 @@ CLIP_TOKENS = 77
 """Tokens of the two CLIPs, which are put before those of T5."""
 SD3_ENCODERS = 123_650_304 + 694_659_840 + 4_762_310_656
 """Parameters of CLIP ViT-L/14, OpenCLIP ViT-bigG/14 and T5-XXL, for plans made before the files are fetched."""
-_SINUSOID = 256
 
 # Counted on diffusers' block with every allocation observed, with and without attention of the image alone. The bytes
 # in any dtype are the casts of queries and keys to fp32 before their norms. The forward pass is that of the wider kind.
@@ -46,11 +53,7 @@ _WIDE = 16
 
 @dataclass(frozen=True)
 class SD3Size:
-    """The sizes of a `FlowMapSD3Transformer2DModel` with a second time.
-
-    Args:
-        config: as in `transformer/config.json` of a diffusers folder; what it omits is as in SD3.5-Medium.
-    """
+    """The sizes of a `FlowMapSD3Transformer2DModel` with a second time; what its config omits is as in SD3.5-Medium."""
 
     config: Mapping[str, object]
 
@@ -62,17 +65,15 @@ class SD3Size:
     @property
     def dual(self) -> frozenset[int]:
         """Blocks whose image tokens also attend among themselves."""
-        stated = self._get("dual_attention_layers")
-        return (
-            frozenset(index for index in stated if isinstance(index, int)) if isinstance(stated, list) else frozenset()
-        )
+        stated = self._known["dual_attention_layers"]
+        return frozenset(i for i in stated if type(i) is int) if isinstance(stated, list) else frozenset()
 
     @property
     def parameters(self) -> int:
         """Number of parameters of the transformer."""
         linears = sum((layer.inputs + 1) * layer.outputs for layer in self.linears())
         # queries and keys of both streams, and of the attention of the image alone
-        norms = 4 * self.number("num_layers") + 2 * len(self.dual) if self._get("qk_norm") else 0
+        norms = 4 * self.number("num_layers") + 2 * len(self.dual) if self._known["qk_norm"] else 0
         patches = (self.number("in_channels") * self.number("patch_size") ** 2 + 1) * self.width
         return linears + norms * self.number("attention_head_dim") + patches
 
@@ -84,13 +85,7 @@ class SD3Size:
     def linears(self) -> Iterator[LinearModule]:
         """Every linear layer, by its name in the state dict."""
         width, layers = self.width, self.number("num_layers")
-        yield LinearModule("context_embedder", self.number("joint_attention_dim"), width, "text", "tokens")
-        for name in ("time_text_embed.timestep_embedder", SECOND_EMBEDDER):
-            yield LinearModule(f"{name}.linear_1", _SINUSOID, width, "row", name)
-            yield LinearModule(f"{name}.linear_2", width, width, "row", f"{name} hidden")
-        pooled = "time_text_embed.text_embedder"
-        yield LinearModule(f"{pooled}.linear_1", self.number("pooled_projection_dim"), width, "row", "pooled")
-        yield LinearModule(f"{pooled}.linear_2", width, width, "row", "pooled hidden")
+        yield from conditioning_linears(self._known, width, "time_text_embed.timestep_embedder", SECOND_EMBEDDER)
         for index in range(layers):
             dual, last = index in self.dual, index == layers - 1
             yield from joint_block(f"transformer_blocks.{index}", width, dual=dual, last=last)
@@ -100,10 +95,11 @@ class SD3Size:
 
     def number(self, key: str) -> int:
         """A whole number of the config."""
-        return whole({**SD35_MEDIUM, **self.config}, key)
+        return whole(self._known, key)
 
-    def _get(self, key: str) -> object:
-        return self.config.get(key, SD35_MEDIUM.get(key))
+    @property
+    def _known(self) -> Mapping[str, object]:
+        return {**SD35_MEDIUM, **self.config}
 
 
 def sd3_geometry(
@@ -115,16 +111,7 @@ def sd3_geometry(
     encoders_resident: bool,
     decoder_tile: int | None,
 ) -> ModelGeometry:
-    """The geometry of a pipeline folder; what is not there is as published.
-
-    Args:
-        folder: a diffusers pipeline folder, or None when it has not been fetched.
-        published: the transformer's config where the folder has none.
-        conventions: resolution and text length.
-        checkpointing: whether the model recomputes its blocks in the backward pass.
-        encoders_resident: whether the text encoders stay on the transformer's device.
-        decoder_tile: side of the tiles in pixels that images are decoded in.
-    """
+    """The geometry of a pipeline folder; what is not there is as published. Arguments as those of `flux_geometry`."""
     stated = None if folder is None else stated_config(folder / "transformer")
     vae = (None if folder is None else stated_config(folder / "vae")) or FLUX_VAE
     size = SD3Size(stated or published)

@@ -12,10 +12,8 @@ from fmg.core.hub import locate
 from fmg.core.types import Conditioning
 from fmg.models.common.model import AdaptedModel
 from fmg.models.common.network import LatentNetwork
-from fmg.models.common.pipeline_parts import square_latent
 from fmg.models.common.qwen import QwenText
 from fmg.models.zimage.loading import Z_IMAGE_FAMILY, ZImageComponents, load_parts
-from fmg.models.zimage.size import PATCH
 
 if TYPE_CHECKING:
     from fmg.models.zimage.configs import ZImageTurboConfig
@@ -55,9 +53,3 @@ class ZImageModel(AdaptedModel[QwenText]):
         """The parts that `config` describes, from files on this computer."""
         folder = locate(config.architecture(), "model", config.registered_name).path
         return load_parts(folder, config.conventions(), device, dtype, text_device)
-
-    @staticmethod
-    def latent_shape_of(components: ZImageComponents) -> tuple[int, int, int]:
-        """(c, h, w) of one latent, by the rule of `ZImagePipeline`."""
-        vae = components.vae.config
-        return square_latent(components, vae.latent_channels, 2 ** (len(vae.block_out_channels) - 1), PATCH)
