@@ -98,7 +98,7 @@ class TwoTimeMixin:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        stock = next(base for base in cls.__bases__ if base is not TwoTimeMixin)
+        stock: Any = next(base for base in cls.__bases__ if base is not TwoTimeMixin)
 
         def init(self: Any, *args: Any, time_scale: float, second_time: Any, **sizes: Any) -> None:
             stock.__init__(self, *args, **sizes)
@@ -109,7 +109,7 @@ class TwoTimeMixin:
         times = inspect.signature(init, eval_str=True).parameters
         own = [times[name] for name in ("time_scale", "second_time")]
         init.__signature__ = inspect.Signature([*given, *own])  # type: ignore[attr-defined]
-        cls.__init__ = register_to_config(init)  # type: ignore[misc]
+        cls.__init__ = register_to_config(init)  # type: ignore[method-assign]
 
     def _take_times(self, time_scale: float, second_time: object) -> None:
         """Replaces `time_text_embed`, and adds the second-time embedder where the map has one.

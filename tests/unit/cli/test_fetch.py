@@ -113,12 +113,23 @@ def test_sana_is_one_folder_without_the_files_of_its_own_code(hub: list[tuple[An
     assert "7.7 GB" in done.stdout, "files that the model does not read were counted"
     ((repository, named),) = hub
     assert (repository, named["revision"]) == (SANA, "main")
-    assert "transformer/*.safetensors" in named["allow_patterns"]
+    assert "transformer/diffusion_pytorch_model.safetensors" in named["allow_patterns"]
+    assert "transformer/diffusion_pytorch_model-*.safetensors" in named["allow_patterns"]
     assert f"pipeline: {SANA}@{COMMIT}\n" in done.stdout
 
 
 @pytest.mark.parametrize(
-    "name", ["meanflow-flux", "scm-flux", "flux-fewstep", "flux2-klein", "flux3-klein", "sana-sprint"]
+    "name",
+    [
+        "meanflow-flux",
+        "scm-flux",
+        "flux-fewstep",
+        "flux2-klein",
+        "flux3-klein",
+        "sana-sprint",
+        "sd35-meanflow",
+        "z-image-turbo",
+    ],
 )
 def test_every_published_model_states_size_and_licence_without_the_hub(
     name: str, monkeypatch: pytest.MonkeyPatch
