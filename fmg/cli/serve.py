@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -23,14 +23,10 @@ from fmg.cli.options import (
     panel,
 )
 from fmg.cli.output import stderr
-from fmg.core.errors import MissingDependencyError
+from fmg.core.errors import MissingDependencyError, UsageError
 from fmg.core.events import Notice
 from fmg.progress.reporters import LOADING, reporter_for
 from fmg.version import install_line
-
-if TYPE_CHECKING:
-    from fmg.inference import Generator
-    from fmg.inference.service.opening import Named
 
 _limit = panel("Limits")
 _network = panel("Network")
@@ -44,6 +40,15 @@ def serve(
             help="Models, run folders, artifacts, or owner/name[@revision] on the hub; the first is the default model.",
             show_default="the newest run",
             autocompletion=completion.targets,
+        ),
+    ] = None,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            metavar="[MODEL:]NAME=RUN",
+            help="LoRA of a run, served as MODEL:NAME from the weights of its model; repeat for several.",
+            show_default=False,
         ),
     ] = None,
     host: Annotated[
@@ -83,6 +88,7 @@ def serve(
     max_steps: Annotated[
         int, _limit("--max-steps", min=1, max=1000, metavar="N", help="Sampling steps (NFE) per image.")
     ] = 50,
+    max_adapters: Annotated[int, _limit("--max-adapters", min=1, metavar="N", help="Adapters per model.")] = 16,
     timeout: Annotated[
         float,
         _limit("--timeout", min=1.0, metavar="S", help="Seconds for a request to arrive, and as many to answer it."),
@@ -98,39 +104,36 @@ def serve(
     from fmg.serving.access import check_token, secret_from
     from fmg.serving.server import Address
 
+    wanted = [_adapter(text) for text in adapters or ()]
     token = secret_from(token_env, required=False)
     check_token(host, token, token_env)
     with reporter_for(stderr()) as reporter, ExitStack() as stack:
         reporter(LOADING)
-        from fmg.inference.loading import find, load
+        from fmg.inference.service.models import ServedModels
         from fmg.inference.service.opening import named_targets, open_models
         from fmg.inference.service.server import ImageServer
         from fmg.inference.service.wire import Limits
         from fmg.inference.target import resolve_target
 
-        def opened(target: str) -> Generator:
-            return load(
-                find(target, observer=reporter),
-                backend=backend,
-                device=device,
-                dtype=dtype,
-                resolution=resolution,
-                int8=int8,
-                threads=threads,
-                batch_size=batch_size,
-                allow_code=allow_code,
-            )
-
-        def told(named: Named) -> None:
-            reporter(Notice("info", f"Loading '{named.name}'"))
-
         named = named_targets(targets or [resolve_target(None).label])
         # a taken port is reported before anything is loaded
         address = stack.enter_context(Address(host, port))
-        models = open_models(named, opened, stack, told)
-        for model in models:
-            runtime = model.generator.backend
-            reporter(Notice("info", f"{model.name}: {runtime.name} ({runtime.detail}) on {runtime.device}"))
+        options = {
+            "backend": "torch" if adapters and backend == "auto" else backend,
+            "device": device,
+            "dtype": dtype,
+            "resolution": resolution,
+            "int8": int8,
+            "threads": threads,
+            "batch_size": batch_size,
+            "allow_code": allow_code,
+        }
+        models = ServedModels(open_models(named, options, stack, reporter), max_adapters)
+        for model, name, run in wanted:
+            models.install(models.read_adapter(name, run, model))
+        for one in models:
+            runtime = one.generator.backend
+            reporter(Notice("info", f"{one.name}: {runtime.name} ({runtime.detail}) on {runtime.device}"))
         defaults = Limits()
         limits = Limits(
             max_queued=max_queued,
@@ -142,3 +145,12 @@ def serve(
             max_steps=max_steps,
         )
         ImageServer(models, address, limits=limits, token=token, drain=drain).serve(reporter)
+
+
+def _adapter(text: str) -> tuple[str | None, str, str]:
+    """Model, name and run of `[MODEL:]NAME=RUN`."""
+    name, equals, run = text.partition("=")
+    model, colon, rest = name.rpartition(":")
+    if not equals or not run or not rest:
+        raise UsageError(f"--adapter {text}: this is not NAME=RUN", "Write --adapter NAME=RUN, or MODEL:NAME=RUN.")
+    return model if colon else None, rest, run

@@ -187,10 +187,10 @@ async def outcome(
     result = asyncio.wrap_future(future)
     gone = asyncio.create_task(_hung_up(request))
     try:
-        done, _ = await asyncio.wait({result, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if result in done:
+        await asyncio.wait((result, gone), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if result.done():
             return result.result()
-        if gone in done:
+        if gone.done():
             raise RefusedError(499, "The client has gone", "Wait for the answer.")
         raise RefusedError(504, f"No {noun} within {timeout:g} s", advice)
     except wrong as error:

@@ -49,6 +49,7 @@ class Job(Protocol):
 
 J = TypeVar("J", bound=Job)
 R = TypeVar("R")
+V = TypeVar("V")
 
 
 class BusyError(Exception):
@@ -118,13 +119,13 @@ class BatchQueue(Generic[J, R]):
         entry.result.add_done_callback(lambda result: self._forget(entry) if result.cancelled() else None)
         return entry.result
 
-    def between(self, call: Callable[[], R]) -> Future[R]:
+    def between(self, call: Callable[[], V]) -> Future[V]:
         """The future result of `call`, which the thread runs between two batches.
 
         Raises:
             BusyError: the queue is closed.
         """
-        result: Future[R] = Future()
+        result: Future[V] = Future()
         with self._changed:
             if self._closed:
                 raise BusyError(1)

@@ -174,7 +174,8 @@ class Address:
         try:
             self.socket.listen(_BACKLOG)
         except OSError as error:
-            raise _taken(*self.socket.getsockname()[:2], error) from None
+            host, port = self.socket.getsockname()[:2]
+            raise _taken(host, port, error) from None
 
     def __enter__(self) -> Address:
         return self

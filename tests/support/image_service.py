@@ -20,7 +20,7 @@ from fmg.core.errors import UsageError
 from fmg.core.profiling import StageClock, wall_clock
 from fmg.core.protocols import Drawn, NoiseSource
 from fmg.inference.generator import Generator, seeded_noise
-from fmg.inference.service.jobs import Served
+from fmg.inference.service.models import Served, ServedModels
 from fmg.inference.service.server import ImageServer
 from fmg.inference.service.wire import Limits
 from fmg.serving.server import Address
@@ -106,11 +106,19 @@ def image_service(
     *models: Served, token: str | None = None, drain: float = 30.0, **limits: Any
 ) -> Iterator[ImageServer]:
     """A server of the given models that runs until the block ends."""
-    server = ImageServer(models, Address("127.0.0.1", 0), limits=Limits(**limits), token=token, drain=drain)
+    address = Address("127.0.0.1", 0)
+    server = ImageServer(ServedModels(models), address, limits=Limits(**limits), token=token, drain=drain)
+    with running(server):
+        yield server
+
+
+@contextmanager
+def running(server: ImageServer) -> Iterator[None]:
+    """Serves on a thread until the block ends."""
     thread = threading.Thread(target=server.serve, daemon=True)
     thread.start()
     try:
-        yield server
+        yield
     finally:
         server.stop()
         thread.join(30)

@@ -1,4 +1,4 @@
-"""Models that are served, and the work of a request on one of them."""
+"""The work of a request."""
 
 from __future__ import annotations
 
@@ -10,36 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fmg.core.prompt import CutsPrompts
-from fmg.inference.generator import Generator
-
-
-@dataclass(frozen=True)
-class Served:
-    """A model under the name that clients use.
-
-    Attributes:
-        name: unique on the server.
-        target: what was named on the command line.
-        generator: samples it.
-        size: width and height of its images.
-    """
-
-    name: str
-    target: str
-    generator: Generator
-    size: tuple[int, int]
-
-    def facts(self) -> dict[str, object]:
-        """What `/info` and `/v1/models` say about it, as plain JSON values."""
-        backend = self.generator.backend
-        return {
-            "target": self.target,
-            "size": "x".join(map(str, self.size)),
-            "steps": self.generator.steps,
-            "backend": backend.name,
-            "detail": backend.detail,
-            "device": backend.device,
-        }
+from fmg.inference.service.models import Served
 
 
 @dataclass(frozen=True)
@@ -71,6 +42,7 @@ class Painted:
         batch: images that were sampled together.
         seconds: `queued`, and `generated` with the others of the batch.
         warnings: about its prompt.
+        adapter: sha256 of the adapter; None for a model without one, or with one that is part of its weights.
     """
 
     images: NDArray[np.float32]
@@ -78,6 +50,7 @@ class Painted:
     batch: int
     seconds: Mapping[str, float]
     warnings: tuple[str, ...] = ()
+    adapter: str | None = None
 
 
 def generate_jobs(jobs: Sequence[ImageJob]) -> list[Painted]:
@@ -88,6 +61,7 @@ def generate_jobs(jobs: Sequence[ImageJob]) -> list[Painted]:
     """
     started = time.perf_counter()
     model, steps = jobs[0].model, jobs[0].steps
+    adapter = model.use()
     prompts = [job.prompt for job in jobs for _ in job.seeds]
     seeds = [seed for job in jobs for seed in job.seeds]
     made = model.generator.generate(prompts, seeds, steps=steps, progress=lambda done, total: None).check_finite()
@@ -98,7 +72,8 @@ def generate_jobs(jobs: Sequence[ImageJob]) -> list[Painted]:
         start = rows.stop
         seconds = {"queued": started - job.submitted, "generated": spent}
         taken = steps or model.generator.steps
-        painted.append(Painted(made.image_array[rows], taken, len(seeds), seconds, _warnings(model, job.prompt)))
+        said = _warnings(model, job.prompt)
+        painted.append(Painted(made.image_array[rows], taken, len(seeds), seconds, said, adapter))
     return painted
 
 

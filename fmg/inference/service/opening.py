@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fmg.core.errors import UsageError
+from fmg.core.events import Notice, Observer
+from fmg.inference.artifact.layout import Artifact
 from fmg.inference.generator import Generator
-from fmg.inference.service.jobs import Served
+from fmg.inference.loading import AUTO, TorchOpener, find, load, pick_backend
+from fmg.inference.service.models import BASE, OWN, Served
+
+if TYPE_CHECKING:
+    from fmg.inference.target import Target
+    from fmg.models.common.held_adapters import HeldAdapters
 
 # a colon separates a model from its adapter
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/@-]{0,199}")
@@ -57,22 +65,69 @@ def _own_name(target: str) -> str:
 
 
 def open_models(
-    targets: Sequence[Named], load: Callable[[str], Generator], stack: ExitStack, told: Callable[[Named], object]
+    targets: Sequence[Named], options: Mapping[str, Any], stack: ExitStack, observer: Observer
 ) -> list[Served]:
     """Every target, loaded. Each generates an image, so problems appear before the server listens.
 
+    A run whose LoRA can be switched off is followed by its base, as `NAME:base`.
+
     Args:
         targets: what to serve.
-        load: the sampler of a target.
+        options: those of `fmg.inference.load`.
         stack: frees the models when it is closed.
-        told: called before each is loaded.
+        observer: receives what is loaded, and the progress of downloads.
     """
-    served = []
-    for named in targets:
-        told(named)
-        generator = stack.enter_context(load(named.target))
-        # the answers say which prompts are truncated
-        quiet = Generator(generator.backend, generator.grid, generator.steps, generator.batch_size, tells=False)
-        image = quiet.generate(_WARM_UP, progress=False).check_finite().image_array
-        served.append(Served(named.name, named.target, quiet, (image.shape[3], image.shape[2])))
-    return served
+    return [model for named in targets for model in _opened(named, options, stack, observer)]
+
+
+def _opened(named: Named, options: Mapping[str, Any], stack: ExitStack, observer: Observer) -> list[Served]:
+    observer(Notice("info", f"Loading '{named.name}'"))
+    subject = find(named.target, observer=observer)
+    exchanges = not isinstance(subject, Artifact) and _exchanges(subject, options)
+    own = None if isinstance(subject, Artifact) else subject.adapter
+    loaded = stack.enter_context(load(subject.base() if exchanges and own else subject, **options))  # type: ignore[union-attr]
+    # the answers say which prompts are truncated
+    generator = Generator(loaded.backend, loaded.grid, loaded.steps, loaded.batch_size, tells=False)
+    held = _held(generator) if exchanges else None
+    if own is not None and exchanges:
+        _take(generator, held, own)
+    image = generator.generate(_WARM_UP, progress=False).check_finite().image_array
+    model = Served(named.name, named.target, generator, (image.shape[3], image.shape[2]), held)
+    if own is None or held is None:
+        return [model]
+    base = f"{named.name}:{BASE}"
+    return [replace(model, adapter=OWN, base=base), replace(model, name=base)]
+
+
+def _exchanges(subject: Target, options: Mapping[str, Any]) -> bool:
+    """Whether a model or a run is served in eager torch and with a LoRA at most, which can be exchanged."""
+    source = pick_backend(subject, options.get("backend", AUTO), device=options.get("device", AUTO))
+    if not isinstance(source, TorchOpener):
+        return False
+    from fmg.models.common.saved_weights import is_full
+
+    return subject.adapter is None or not is_full(subject.adapter)
+
+
+def _held(generator: Generator) -> HeldAdapters | None:
+    """Room for adapters of a model that was loaded without one; None for a model of another package."""
+    from fmg.inference.torch_backend import TorchBackend
+    from fmg.models.common.held_adapters import HeldAdapters
+    from fmg.models.common.model import AdaptedModel
+
+    backend = generator.backend
+    if isinstance(backend, TorchBackend) and isinstance(backend.model, AdaptedModel):
+        return HeldAdapters(backend.model)
+    return None
+
+
+def _take(generator: Generator, held: HeldAdapters | None, adapter: Path) -> None:
+    """Loads the adapter that a run came with."""
+    if held is None:
+        from fmg.inference.torch_backend import TorchBackend
+
+        assert isinstance(generator.backend, TorchBackend)
+        generator.backend.model.load_adapter(adapter)
+        return
+    held.put(OWN, held.read(adapter))
+    held.use(OWN)

@@ -5,20 +5,23 @@ from __future__ import annotations
 import asyncio
 import platform
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
 
-from fmg.core.errors import UsageError, suggestion
+from fmg.core.errors import FmgError, UsageError, suggestion
 from fmg.core.machine import installed_versions
-from fmg.inference.service.jobs import ImageJob, Painted, Served, generate_jobs
+from fmg.core.prompt import is_blank
+from fmg.inference.service.jobs import ImageJob, Painted, generate_jobs
 from fmg.inference.service.metrics import Metrics
+from fmg.inference.service.models import Served, ServedModels
 from fmg.inference.service.wire import (
     JSON,
+    AdapterRequest,
     ErrorAnswer,
     ImageRequest,
     ImagesAnswer,
@@ -26,17 +29,17 @@ from fmg.inference.service.wire import (
     chosen_seeds,
     encode_answer,
     error_body,
-    read_request,
+    parse_body,
     request_model,
 )
 from fmg.serving.access import names_loopback
 from fmg.serving.app import RefusedError, Service, bearer, content_type, new_app, outcome, read_body
-from fmg.serving.batching import BatchQueue
+from fmg.serving.batching import BatchQueue, BusyError
 from fmg.serving.server import Address, HttpServer
 from fmg.version import __version__
 
 _PACKAGES = ("torch", "diffusers", "onnxruntime", "numpy", "pillow")
-_USAGE = "Use POST /v1/images/generations, GET /v1/models, /health, /info or /metrics."
+_USAGE = "Use POST /v1/images/generations, POST /v1/adapters, GET /v1/models, /health, /info or /metrics."
 _PAGE = {
     "/": ("index.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -52,23 +55,25 @@ _PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-_REFUSALS: tuple[int | str, ...] = (400, 401, 403, 404, 408, 413, 415, 500, 503, 504)
+_REFUSED: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer} for status in (400, 401, 403, 404, 408, 413, 415, 500, 503, 504)
+}
 # Time for the batch at work to end after clients were cut off
 _LAST_BATCH_S = 5.0
 
 
-def create_app(models: Sequence[Served], limits: Limits, *, token: str | None) -> FastAPI:
+def create_app(models: ServedModels, limits: Limits, *, token: str | None) -> FastAPI:
     """The server as an ASGI application.
 
     Args:
-        models: what it serves; the first is the default.
+        models: what it serves.
         limits: what it accepts.
         token: required as `Authorization: Bearer TOKEN` for everything but `/health` and the page. None lets in every
             client that names this machine by a loopback address.
     """
     queue: BatchQueue[ImageJob, Painted] = BatchQueue(generate_jobs, limits, "fmg-image-batcher", overtaking=True)
     metrics = Metrics(lambda: queue.queued)
-    known = {model.name: model for model in models}
+    adding = asyncio.Lock()
     created = int(time.time())
     app = new_app(Service("fmg image server", _USAGE, error_body, lambda: queue.close(_LAST_BATCH_S)), openapi=True)
     parse = request_model(limits)
@@ -83,12 +88,16 @@ def create_app(models: Sequence[Served], limits: Limits, *, token: str | None) -
         return {"id": model.name, "object": "model", "created": created, "owned_by": "fmg", **model.facts()}
 
     def found(name: str | None) -> Served:
-        if name is None:
-            return models[0]
-        if name not in known:
-            what = f"There is no model '{name}'"
-            raise RefusedError(404, what, suggestion(name, known), key="model", code="model_not_found")
-        return known[name]
+        if (model := models.get(name)) is None:
+            what, fix = f"There is no model '{name}'", suggestion(str(name), models.names())
+            raise RefusedError(404, what, fix, key="model", code="model_not_found")
+        return model
+
+    async def body_of(request: Request) -> bytes:
+        # a page of another origin cannot send this type without asking first, and is then refused
+        if (given := content_type(request)) != JSON:
+            raise RefusedError(415, f"The content type is '{given}'", f"Send {JSON}.")
+        return await read_body(request, limits.max_body, limits.timeout, "Send less.")
 
     @app.get("/health")
     async def health() -> dict[str, object]:
@@ -100,7 +109,7 @@ def create_app(models: Sequence[Served], limits: Limits, *, token: str | None) -
             "fmg": __version__,
             "python": platform.python_version(),
             "packages": installed_versions(_PACKAGES),
-            "models": {model.name: model.facts() for model in known.values()},
+            "models": {model.name: model.facts() for model in models},
             "limits": asdict(limits),
         }
 
@@ -110,7 +119,7 @@ def create_app(models: Sequence[Served], limits: Limits, *, token: str | None) -
 
     @app.get("/v1/models", dependencies=guarded)
     async def listed() -> dict[str, object]:
-        return {"object": "list", "data": [described(model) for model in known.values()]}
+        return {"object": "list", "data": [described(model) for model in models]}
 
     @app.get("/v1/models/{name:path}", dependencies=guarded, responses={404: {"model": ErrorAnswer}})
     async def one(name: str) -> dict[str, object]:
@@ -119,8 +128,8 @@ def create_app(models: Sequence[Served], limits: Limits, *, token: str | None) -
     @app.post(
         "/v1/images/generations",
         dependencies=guarded,
-        responses={200: {"model": ImagesAnswer}, **{status: {"model": ErrorAnswer} for status in _REFUSALS}},
-        openapi_extra={"requestBody": {"required": True, "content": {JSON: {"schema": parse.model_json_schema()}}}},
+        responses={200: {"model": ImagesAnswer}, **_REFUSED},
+        openapi_extra=_body_schema(parse),
         response_class=Response,
     )
     async def generations(request: Request) -> Response:
@@ -128,10 +137,9 @@ def create_app(models: Sequence[Served], limits: Limits, *, token: str | None) -
             return await answer(request)
 
     async def answer(request: Request) -> Response:
-        # a page of another origin cannot send this type without asking first, and is then refused
-        if (given := content_type(request)) != JSON:
-            raise RefusedError(415, f"The content type is '{given}'", f"Send {JSON}.")
-        wanted = read_request(await read_body(request, limits.max_body, limits.timeout, "Send less."), parse)
+        wanted = parse_body(await body_of(request), parse)
+        if is_blank(wanted.prompt):
+            raise RefusedError(400, "The prompt is empty", "Describe an image.", key="prompt")
         model = found(wanted.model)
         check_fits(wanted, model)
         seeds = chosen_seeds(wanted)
@@ -149,6 +157,23 @@ def create_app(models: Sequence[Served], limits: Limits, *, token: str | None) -
         metrics.generated(model.name, painted)
         body = await asyncio.to_thread(encode_answer, painted, model.name, wanted.output_format or "png", seeds)
         return Response(body, media_type=JSON)
+
+    @app.post("/v1/adapters", dependencies=guarded, responses=_REFUSED, openapi_extra=_body_schema(AdapterRequest))
+    async def add_adapter(request: Request) -> dict[str, object]:
+        if token is None:
+            what = "Adapters are added only with a token, and this server has none"
+            raise RefusedError(403, what, "Start it with a token, or with --adapter NAME=RUN.")
+        wanted = parse_body(await body_of(request), AdapterRequest)
+        try:
+            # one at a time: reading looks at the layers, and installing adds some
+            async with adding:
+                new = await asyncio.to_thread(models.read_adapter, wanted.name, wanted.run, wanted.model)
+                model = await asyncio.wrap_future(queue.between(lambda: models.install(new)))
+        except BusyError as error:
+            raise RefusedError(503, "The server is stopping", "Ask again later.", error.retry_after) from None
+        except FmgError as error:
+            raise RefusedError(400, error.what, error.fix) from None
+        return described(model)
 
     for path, (file, kind) in _PAGE.items():
         app.add_api_route(path, _static(file, kind), include_in_schema=False)
@@ -171,6 +196,11 @@ def check_fits(request: ImageRequest, model: Served) -> None:
         raise RefusedError(400, error.what, error.fix, key="steps") from None
 
 
+def _body_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """Bodies are read by hand, within the limits, so the framework does not know their schema."""
+    return {"requestBody": {"required": True, "content": {JSON: {"schema": model.model_json_schema()}}}}
+
+
 def _static(name: str, media_type: str) -> Any:
     content = files("fmg.inference.service").joinpath("page", name).read_bytes()
 
@@ -184,7 +214,7 @@ class ImageServer(HttpServer):
     """A bound but not yet serving server of images.
 
     Args:
-        models: what it serves; the first is the default.
+        models: what it serves.
         address: where it listens; one that other machines can reach needs a token (`fmg.serving.access.check_token`).
         limits: what it accepts.
         token: for clients to send.
@@ -196,7 +226,7 @@ class ImageServer(HttpServer):
 
     def __init__(
         self,
-        models: Sequence[Served],
+        models: ServedModels,
         address: Address,
         *,
         limits: Limits,

@@ -12,13 +12,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from fmg.core.errors import UsageError
 from fmg.core.json_io import JsonError, parse_object
-from fmg.core.prompt import is_blank
 from fmg.data.pictures import to_pil
 from fmg.inference.service.jobs import Painted
 from fmg.registry.validation import first_problem
@@ -26,6 +25,7 @@ from fmg.serving import batching
 from fmg.serving.app import RefusedError
 
 JSON = "application/json"
+B = TypeVar("B", bound=BaseModel)
 Format = Literal["png", "jpeg", "webp"]
 
 # what a seed that the server chooses is below: a JavaScript number and a person can both hold it
@@ -74,6 +74,16 @@ class ImageRequest(BaseModel):
     background: Literal["auto", "opaque"] | None = Field(default=None, description="accepted and ignored")
 
 
+class AdapterRequest(BaseModel):
+    """The body of `POST /v1/adapters`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: str = Field(description="what follows the colon in the name of the model: MODEL:NAME")
+    run: str = Field(description="path of a run folder on the server's computer")
+    model: str | None = Field(default=None, description="the model; by default the one that it was trained on")
+
+
 class ImageEntry(BaseModel):
     """One image of an answer."""
 
@@ -92,6 +102,7 @@ class ImagesAnswer(BaseModel):
     steps: int = Field(description="sampling steps (NFE) per image")
     batch: int = Field(description="images that were computed together, also those of other requests")
     timings_ms: dict[str, float] = Field(description="time in the queue (queued) and at work (generated)")
+    adapter_sha256: str | None = Field(default=None, description="of the adapter that was used, where it can change")
     warnings: list[str] = Field(default_factory=list, description="such as a prompt that the model truncates")
 
 
@@ -123,23 +134,20 @@ def request_model(limits: Limits) -> type[ImageRequest]:
     )
 
 
-def read_request(body: bytes, model: type[ImageRequest]) -> ImageRequest:
+def parse_body(body: bytes, model: type[B]) -> B:
     """The request in a JSON body.
 
     Raises:
         RefusedError: it is not one, or breaks a limit.
     """
     try:
-        request = model.model_validate(parse_object(body))
+        return model.model_validate(parse_object(body))
     except JsonError as error:
         raise RefusedError(400, f"The body cannot be read: {error}", "Send one JSON object.") from None
     except ValidationError as error:
         problem = first_problem(error, model, "The request", noun="key")
         key = str(problem.location[0]) if problem.location else None
         raise RefusedError(400, problem.what, problem.fix, key=key) from None
-    if is_blank(request.prompt):
-        raise RefusedError(400, "The prompt is empty", "Describe an image.", key="prompt")
-    return request
 
 
 def chosen_seeds(request: ImageRequest) -> tuple[int, ...]:
@@ -164,6 +172,8 @@ def encode_answer(painted: Painted, model: str, output_format: Format, seeds: Se
         "batch": painted.batch,
         "timings_ms": {name: round(1e3 * seconds, 3) for name, seconds in painted.seconds.items()},
     }
+    if painted.adapter is not None:
+        answer["adapter_sha256"] = painted.adapter
     if painted.warnings:
         answer["warnings"] = list(painted.warnings)
     return json.dumps(answer).encode()

@@ -5,6 +5,7 @@ The names of adapter tensors are those of the files: `<module>.lora_A.weight` an
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,9 +31,9 @@ def base_name(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def adapter_name(name: str) -> str:
-    """The name that a LoRA parameter has in files."""
-    return name.replace(f".{ADAPTER}.", ".")
+def adapter_name(name: str, adapter: str = ADAPTER) -> str:
+    """The name that a parameter of a LoRA has in files."""
+    return name.replace(f".{adapter}.", ".")
 
 
 def base_tensors(network: nn.Module) -> dict[str, Tensor]:
@@ -116,10 +117,53 @@ def attach(
             f"A LoRA with rank {rank}, alpha {alpha} and dropout {dropout} is invalid",
             "Use rank >= 1, alpha > 0 and 0 <= dropout < 1.",
         )
+    found = matching_modules(transformer, targets, unused)
+    _add(transformer, ADAPTER, rank, alpha, found, targets, dropout, seed)
+    for module in dropout_modules(transformer):
+        module.train()
+    return found
+
+
+def hold(
+    transformer: Any, name: str, rank: int, alpha: float, targets: Sequence[str], unused: Sequence[str] = ()
+) -> dict[str, nn.Parameter]:
+    """Adds a LoRA beside those that are there; returns its parameters by their names in files.
+
+    Raises:
+        UsageError: targets match nothing.
+    """
+    _add(transformer, name, rank, alpha, matching_modules(transformer, targets, unused), targets, dropout=0.0, seed=0)
+    return {
+        adapter_name(full, name): parameter.requires_grad_(False)
+        for full, parameter in transformer.named_parameters()
+        if is_adapter(full) and f".{name}." in full
+    }
+
+
+def select(layers: Sequence[Any], name: str | None) -> None:
+    """Makes one LoRA the active one, or none. A layer that it does not adapt computes as the base does.
+
+    As in `adapter_switched`, the flags that PEFT's forward reads are set directly.
+    """
+    for layer in layers:
+        layer._disable_adapters = name is None
+        if name is not None:
+            layer._active_adapter = [name]
+
+
+def _add(
+    transformer: Any,
+    name: str,
+    rank: int,
+    alpha: float,
+    found: Mapping[str, nn.Linear],
+    targets: Sequence[str],
+    dropout: float,
+    seed: int,
+) -> None:
     # this imports all of transformers, which composing a run or averaging weights does not need
     from peft import LoraConfig
 
-    found = matching_modules(transformer, targets, unused)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -127,16 +171,16 @@ def attach(
         lora_dropout=dropout,
         init_lora_weights="gaussian",
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # several adapters are what `hold` is for
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         # torch.manual_seed would also seed the generators of every accelerator
         torch.default_generator.manual_seed(seed)
-        transformer.add_adapter(config, adapter_name=ADAPTER)
-    for parameter in adapter_parameters(transformer).values():
-        # PEFT follows the base's dtype; bf16 would round away updates of the size that RL makes
-        parameter.data = parameter.data.float()
-    for module in dropout_modules(transformer):
-        module.train()
-    return found
+        transformer.add_adapter(config, adapter_name=name)
+    for full, parameter in transformer.named_parameters():
+        if is_adapter(full) and f".{name}." in full:
+            # PEFT follows the base's dtype; bf16 would round away updates of the size that RL makes
+            parameter.data = parameter.data.float()
 
 
 def _peft_targets(transformer: nn.Module, suffixes: Sequence[str], found: Mapping[str, nn.Linear]) -> list[str]:

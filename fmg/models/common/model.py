@@ -367,20 +367,28 @@ class AdaptedModel(ABC, Generic[Text]):
         if saved_weights.is_full(folder):
             self._load_component(folder)
             return
-        manifest = saved_weights.read_adapter_manifest(folder)
-        self._check_base(folder, manifest.base)
-        extra = saved_weights.extra_shapes(folder, manifest, self._second_time_shapes())
-        tensors = saved_weights.read_adapter_tensors(folder, self._shapes(folder, manifest) | extra)
+        manifest, tensors = self.read_adapter(folder)
         if self._scopes.layers:
             self._check_geometry(folder, manifest)
         else:
             self.attach_adapter(manifest.rank, manifest.alpha, manifest.targets, manifest.dropout, seed=0)
-        if extra and self._trainable_base is None:
+        if manifest.extra and self._trainable_base is None:
             self.unfreeze("duration")
         with torch.no_grad():
             for name, parameter in self.trainable():
                 parameter.copy_(tensors[name])
         self.snapshot()
+
+    def read_adapter(self, folder: Path) -> tuple[saved_weights.AdapterManifest, dict[str, Tensor]]:
+        """The manifest and the tensors of a saved LoRA, by their names in files, after checking that they fit.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, it was trained on other weights, or its tensors do not fit.
+        """
+        manifest = saved_weights.read_adapter_manifest(folder)
+        self._check_base(folder, manifest.base)
+        extra = saved_weights.extra_shapes(folder, manifest, self._second_time_shapes())
+        return manifest, saved_weights.read_adapter_tensors(folder, self._shapes(folder, manifest) | extra)
 
     def _load_component(self, folder: Path) -> None:
         self._check_base(folder, saved_weights.read_transformer_manifest(folder).base)

@@ -162,6 +162,8 @@ def test_models_health_info_and_metrics(url: str) -> None:
     info = get(url, "/info")[1]
     assert info["models"]["large"] == {
         "target": "large",
+        "base": None,
+        "adapter_sha256": None,
         "size": "16x16",
         "steps": 4,
         "backend": "patterns",
