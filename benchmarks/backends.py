@@ -1,7 +1,8 @@
-"""ONNX Runtime against eager torch, end to end on an embedded model: one process, in turn, with the same threads.
+"""ONNX Runtime and compiled torch against eager torch, end to end on an embedded model: one process, in turn, with the
+same threads.
 
 The model is exported first; torch runs the model that the artifact was made from. The measurement is that of
-`fmg bench --compare torch,onnxruntime,onnxruntime:int8`, from prompt to image, text encoders included.
+`fmg bench --compare torch,torch-compile,onnxruntime,onnxruntime:int8`, from prompt to image, text encoders included.
 
     python benchmarks/backends.py [--model meanflow-shapes] [--threads 1] --out benchmarks/results/backends.json
 """
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1,4,16", help="batch sizes")
     parser.add_argument("--threads", type=int, default=1, help="of both runtimes")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--no-compile", action="store_true", help="skip torch-compile, which takes minutes on a CPU")
     parser.add_argument("--out", type=Path, help="file for the result, besides stdout")
     arguments = parser.parse_args()
     where = machine()
@@ -61,6 +63,8 @@ def main() -> None:
 def compared(arguments: argparse.Namespace, artifact: Artifact, batch: int) -> dict[str, Any]:
     """Timings and ratios at one batch size."""
     cases = [BenchCase("torch", made_from(artifact), BenchBackend("torch"))]
+    if not arguments.no_compile:
+        cases.append(BenchCase("torch-compile", made_from(artifact), BenchBackend("torch-compile")))
     cases += [
         BenchCase(backend.label, artifact, backend)
         for backend in (BenchBackend("onnxruntime"), BenchBackend("onnxruntime", True))

@@ -36,7 +36,9 @@ from fmg.export.tensorrt.build import EngineOptions
 from fmg.export.tensorrt.worker import Job, build_engine
 from fmg.export.weights import lay_out, write_weights
 from fmg.inference.artifact.manifest import BATCH, IMAGE, TEXT
-from fmg.inference.tensorrt.engine import CudaDevice, Engine, RunOptions, open_device
+from fmg.inference.compiled import CompiledNetwork
+from fmg.inference.cuda_device import CudaDevice
+from fmg.inference.tensorrt.engine import Engine, RunOptions, open_device
 from fmg.inference.tensorrt.flavours import FLAVOURS, Flavour, importable, load_module
 from fmg.inference.tensorrt.records import Profile, ShapeRange
 from fmg.models.flux.size import FLUX_LITE
@@ -130,8 +132,8 @@ class Bench:
         else:
             yield "cuda-graph", lambda inputs: self._captured(self._eager, inputs)
             if compiled:
-                fast = torch.compile(self.module, dynamic=False)
-                yield "compile+cuda-graph", lambda inputs: self._captured(lambda given: fast(**given), inputs)
+                compiled = CompiledNetwork(self.module, self._gpu, instead="Give --no-compile.")
+                yield "compile+cuda-graph", lambda inputs: lambda given: compiled(**given)
         for flavour in FLAVOURS.values() if engines else ():
             if (engine := self._engine(flavour)) is not None:
                 yield flavour.backend, lambda inputs, engine=engine: lambda given: engine.run(given)["velocity"]

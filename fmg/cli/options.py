@@ -59,7 +59,7 @@ Backend = Annotated[
     hardware_option(
         "--backend",
         metavar="B",
-        help="auto, torch, onnxruntime, ...; see `fmg list backends`.",
+        help="auto, torch, torch-compile, onnxruntime, ...; see `fmg list backends`.",
         autocompletion=completion.components("backend"),
     ),
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,7 +44,9 @@ from fmg.eval.set_metrics import (
     metric_rows,
     world_reference,
 )
-from fmg.inference.target import Target, TargetLike, load_target, resolve_target
+from fmg.inference.generator import Generator
+from fmg.inference.loading import TORCH, load_target
+from fmg.inference.target import Target, TargetLike, resolve_target
 from fmg.inference.torch_backend import pick_device
 from fmg.progress import watching
 from fmg.rewards.base import build_rewards, check_prompts
@@ -70,6 +72,7 @@ def evaluate(
     grid: str | None = None,
     num: int = 1000,
     seed: int = 0,
+    backend: str = TORCH,
     device: str = "auto",
     dtype: str = "fp32",
     batch_size: int | None = None,
@@ -96,6 +99,7 @@ def evaluate(
         grid: time grid by name; None takes the target's recipe's, for both targets.
         num: images for each number of steps.
         seed: evaluation seed.
+        backend: what generates the images: `torch`, or `torch-compile`.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: `fp32` or `bf16`.
         batch_size: images per forward pass; None takes the default.
@@ -129,8 +133,9 @@ def evaluate(
     with watching(observer, progress) as told, ExitStack() as stack:
         plan = _Plan(scorers, features, references, eval_set, sweep, grid or first.recipe.rollout.grid, told)
         sink = [] if dump is None else [stack.enter_context(geneval_dump(Path(dump[1]), eval_set.entries))]
+        load = partial(load_target, backend=backend, device=device, dtype=dtype, batch_size=batch_size)
         runs = [
-            plan.measure(found, device, dtype, batch_size, sinks=sinks, gallery=page is not None)
+            plan.measure(found, load, sinks=sinks, gallery=page is not None)
             for found, sinks in ((first, sink), (other, []))
             if found is not None
         ]
@@ -209,16 +214,14 @@ class _Plan:
     def measure(
         self,
         target: Target,
-        device: str,
-        dtype: str,
-        batch_size: int | None,
+        load: Callable[[Target], Generator],
         *,
         sinks: Sequence[Sink],
         gallery: bool,
     ) -> _Run:
         """Generates and scores all images of a target, at every number of steps."""
         self.observer(StageProgress("loading", 0, 0, target.label))
-        generator = load_target(target, device=device, dtype=dtype, batch_size=batch_size)
+        generator = load(target)
         tell_of_cuts(generator.backend, self.eval_set.prompts, self.observer)
         for count in self.sweep:
             generator.times(count, self.grid)

@@ -156,10 +156,11 @@ class PaddedBatches:
 
     Args:
         inner: the map.
-        rows: returns the number of rows to pad to; None leaves calls unchanged, as does a batch of that size or more.
+        rows: the number of rows to pad a batch of a given size to; None leaves the call unchanged, as does that size or
+            less.
     """
 
-    def __init__(self, inner: FlowMap, rows: Callable[[], int | None]) -> None:
+    def __init__(self, inner: FlowMap, rows: Callable[[int], int | None]) -> None:
         self._inner = inner
         self._rows = rows
 
@@ -190,7 +191,7 @@ class PaddedBatches:
         return self._inner.velocity(x_t[index], t[index], cond.select(index))[: len(x_t)]
 
     def _index(self, given: int, device: torch.device) -> Tensor | None:
-        rows = self._rows()
+        rows = self._rows(given)
         if rows is None or not 0 < given < rows:
             return None
         return torch.arange(rows, device=device).clamp(max=given - 1)

@@ -40,7 +40,7 @@ from fmg.version import install_line
 
 if TYPE_CHECKING:
     from fmg.core.events import Observer
-    from fmg.core.protocols import BackendSource
+    from fmg.core.protocols import BackendSource, Model
     from fmg.inference.target import Target, TargetLike
 
 AUTO = "auto"
@@ -148,8 +148,8 @@ def load(
 
     Args:
         target: model name, run folder or artifact, or what `train` or `export_artifact` returned.
-        backend: a registered backend, or `auto`: torch for models and runs; for artifacts an engine that fits this
-            machine, else ONNX Runtime.
+        backend: a registered backend, or `auto`: torch for models and runs, compiled on a GPU; for artifacts an engine
+            that fits this machine, else ONNX Runtime.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: `fp32` or `bf16`, for a model or a run; None is fp32. An artifact has the precision it was exported in.
         batch_size: images per forward pass; None takes the default.
@@ -181,6 +181,20 @@ def load(
         return Generator(source.open(subject, device), sampling.grid, sampling.steps, size)
     rollout = subject.recipe.rollout
     return Generator(source.open(subject, device), rollout.grid, rollout.steps, batch_size or DEFAULT_BATCH)
+
+
+def load_target(
+    target: Target, *, backend: str = TORCH, device: str = AUTO, dtype: str = "fp32", batch_size: int | None = None
+) -> Generator:
+    """The sampler of a model or a run in torch, for evaluations: they report truncated prompts themselves.
+
+    Raises:
+        UsageError: the backend is unknown, or runs artifacts.
+        MissingDependencyError: what it needs is not installed.
+    """
+    rollout = target.recipe.rollout
+    source = pick_backend(target, backend, device=device, options={"dtype": dtype})
+    return Generator(source.open(target, device), rollout.grid, rollout.steps, batch_size or DEFAULT_BATCH, tells=False)
 
 
 def _options(
@@ -279,6 +293,12 @@ class TorchBackendConfig(BackendConfig):
     adapter: bool = Field(default=True, description="false samples a run's base, without its adapter")
 
 
+class TorchCompileConfig(TorchBackendConfig):
+    """The model with its network under `torch.compile`."""
+
+    cuda_graphs: bool = Field(default=True, description="on a GPU, replay each shape as one CUDA graph")
+
+
 class ArtifactBackendConfig(BackendConfig):
     """Options of every backend that runs an artifact's graphs."""
 
@@ -324,15 +344,59 @@ class TorchOpener:
         return find_spec("torch") is not None
 
     def open(self, subject: Target, device: str) -> Backend:
-        self.check()
-        import torch
-
-        from fmg.inference.target import load_model
         from fmg.inference.torch_backend import TorchBackend
 
-        if self.config.threads is not None:
-            torch.set_num_threads(self.config.threads)
-        return TorchBackend(load_model(subject, device=device, dtype=self.config.dtype, adapter=self.config.adapter))
+        return TorchBackend(_loaded(self.config, subject, device))
+
+
+@dataclass(frozen=True)
+class TorchCompileOpener:
+    """Opens models and runs in torch, compiled."""
+
+    config: TorchCompileConfig
+    opens: Subject = "model"
+    # compiling pays off on a GPU only, and nowhere else does `auto` take it
+    preference: int = 10
+
+    def check(self) -> None:
+        TorchOpener(self.config).check()
+
+    def suits(self, subject: Target, device: str) -> bool:
+        if find_spec("torch") is None or device.partition(":")[0] not in ("auto", "cuda"):
+            return False
+        if not subject.recipe.model.config.constant_shapes:
+            return False
+        import torch
+
+        if not torch.cuda.is_available():
+            return False
+        from fmg.inference.compiled import check_compiler
+
+        try:
+            check_compiler(torch.device("cuda"))
+        except FmgError:
+            return False
+        return True
+
+    def open(self, subject: Target, device: str) -> Backend:
+        self.check()
+        from fmg.inference.compiled import TorchCompileBackend, check_compiler
+        from fmg.inference.torch_backend import pick_device
+
+        check_compiler(pick_device(device))
+        return TorchCompileBackend(_loaded(self.config, subject, device), cuda_graphs=self.config.cuda_graphs)
+
+
+def _loaded(config: TorchBackendConfig, subject: Target, device: str) -> Model:
+    """The model of a target as the options of its backend state."""
+    TorchOpener(config).check()
+    import torch
+
+    from fmg.inference.target import load_model
+
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    return load_model(subject, device=device, dtype=config.dtype, adapter=config.adapter)
 
 
 @dataclass(frozen=True)
@@ -456,6 +520,11 @@ class TensorRtOpener:
 def torch_backend(config: TorchBackendConfig) -> TorchOpener:
     """The model itself, eager."""
     return TorchOpener(config)
+
+
+def torch_compile_backend(config: TorchCompileConfig) -> TorchCompileOpener:
+    """The model itself, compiled."""
+    return TorchCompileOpener(config)
 
 
 def onnxruntime_backend(config: OnnxRuntimeConfig) -> OnnxRuntimeOpener:

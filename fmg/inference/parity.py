@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fmg.core.errors import GateError
 from fmg.inference.artifact.manifest import Precision
 
 IMAGES_ALLOWED: Mapping[Precision, float] = {"fp32": 1e-4}
@@ -59,6 +60,33 @@ def image_bound(precision: Precision) -> str:
     if precision in IMAGES_ALLOWED:
         return f"a difference of {IMAGES_ALLOWED[precision]:g} in 99 of 100 images, of {LEVEL:.4f} in any"
     return f"PSNR of {PSNR_ALLOWED[precision]:g} dB or more"
+
+
+def check_same_images(
+    ours: NDArray[np.float32], expected: NDArray[np.float32], precision: Precision, what: str, advice: str
+) -> float:
+    """The largest difference of a value of images (n, 3, h, w) in [0, 1].
+
+    Args:
+        ours: images of a backend.
+        expected: the same images by torch.
+        precision: of the network.
+        what: the subject of the error, in the plural.
+        advice: what to do then.
+
+    Raises:
+        GateError: they differ by more than the images of an exported artifact may.
+    """
+    difference = Difference()
+    difference.add(ours, expected)
+    found = difference.result()
+    if problem := found.problem(precision):
+        raise GateError(
+            f"{what} differ from torch's: {found.max_abs:.2g} at most over {found.images} images,"
+            f" {found.p99_abs:.2g} in 99 of 100, PSNR {found.psnr:.0f} dB ({problem})",
+            advice,
+        )
+    return found.max_abs
 
 
 class Difference:

@@ -14,7 +14,6 @@ from fmg.core.errors import CheckpointError, FmgWarning, UsageError, WrongTypeEr
 from fmg.core.files import RECIPE, check_place
 from fmg.data.checkpoints import FOLDER, UNCHECKED, chosen_checkpoint, read_index
 from fmg.data.run_folder import RUNS, RunFolder, is_run, list_runs, no_run, run_names
-from fmg.inference.generator import DEFAULT_BATCH, Generator
 from fmg.inference.hub_target import check_pushed_run, fetch_target, hub_source, is_pushed_run
 from fmg.progress import log_notices
 from fmg.recipe import Recipe
@@ -150,17 +149,6 @@ def load_model(target: Target, *, device: str = "auto", dtype: str = "fp32", ada
     if adapter and target.adapter is not None:
         model.load_adapter(target.adapter)
     return model
-
-
-def load_target(
-    target: Target, *, device: str = "auto", dtype: str = "fp32", batch_size: int | None = None, adapter: bool = True
-) -> Generator:
-    """The sampler of `target` in torch."""
-    from fmg.inference.torch_backend import TorchBackend
-
-    rollout = target.recipe.rollout
-    model = load_model(target, device=device, dtype=dtype, adapter=adapter)
-    return Generator(TorchBackend(model), rollout.grid, rollout.steps, batch_size or DEFAULT_BATCH, tells=False)
 
 
 def run_of_checkpoint(folder: Path) -> Path | None:

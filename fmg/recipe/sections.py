@@ -342,6 +342,9 @@ class EvalSection(Section):
     batch_size: int | None = Field(
         None, ge=1, le=100_000, description="images generated at once; null: as in a rollout, at most 64"
     )
+    backend: Literal["torch", "torch-compile"] = Field(
+        "torch", description="what generates the images: the trained network itself, or its compiled form"
+    )
     stop_on_hacking: bool = Field(
         False, description="stop when the trained reward rises at the cost of a held-out one or of diversity"
     )

@@ -64,6 +64,8 @@ class ModelConfig(ComponentConfig, ABC):
     """Whether `fmg.FlowMapPipeline` runs the model."""
     exportable: ClassVar[bool] = False
     """Whether the network can be traced as a graph for runtimes other than torch: its shapes depend on no values."""
+    constant_shapes: ClassVar[bool] = True
+    """Whether every prompt gives the network tensors of one shape, as compiling it once needs."""
     mergeable: ClassVar[bool] = True
     """Whether `fmg export --diffusers` merges an adapter into the model's folder."""
 

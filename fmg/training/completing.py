@@ -5,19 +5,18 @@ Completions have no density, so no update depends on how they are computed (docs
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fmg.core.errors import CompositionError, GateError, reason
+from fmg.core.errors import CompositionError
 from fmg.core.protocols import FlowMap, Model, Rerouted
 from fmg.flow.maps import PaddedBatches
-from fmg.inference.parity import Difference
+from fmg.inference.compiled import check_compiler, compiled_network
+from fmg.inference.parity import check_same_images
 from fmg.recipe import Recipe
 from fmg.registry.catalog import LIVE_GRAPH
 from fmg.registry.registry import load
@@ -69,51 +68,14 @@ def open_completer(composed: Composed, rows: int, dist: DistContext) -> Complete
             f"The model '{composed.recipe.model.name}' runs only in torch", f"{_USE_TORCH.capitalize()}."
         )
     if backend == "torch-compile":
-        compiled = CompiledNetwork(model.network)
+        check_compiler(model.device, _USE_TORCH)
+        compiled = compiled_network(model, instead=f"{_USE_TORCH.capitalize()}.")
         # one shape, one compilation
-        return Completer(PaddedBatches(model.flow_map_through(compiled), lambda: rows), compiled.refresh)
+        return Completer(PaddedBatches(model.flow_map_through(compiled), lambda _: rows), compiled.refresh)
     # by name, so that a run without it never imports the export
     live = cast("Callable[[Model], _Network]", load(LIVE_GRAPH))
     network = dist.main_process_first(lambda: live(composed.model))
     return Completer(model.flow_map_through(network), network.refresh)
-
-
-class CompiledNetwork:
-    """The network module under `torch.compile`, on the live weights.
-
-    Args:
-        module: the network.
-    """
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        # imported here because it takes seconds; its warnings are about torch's own modules
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            import torch._inductor.compile_fx
-            from torch._dynamo.exc import TorchDynamoException
-            from torch._inductor.exc import InductorError
-
-        self._failures = (TorchDynamoException, InductorError)
-        # with a full graph, torch raises at its limit of recompilations instead of silently running eagerly
-        self._call: Callable[..., Any] = torch.compile(module, dynamic=False, fullgraph=True)
-
-    def refresh(self) -> None:
-        """Does nothing: the weights are shared."""
-
-    @torch.no_grad()
-    def __call__(self, **inputs: Any) -> Any:
-        """Calls the module.
-
-        Raises:
-            CompositionError: it cannot be compiled here.
-        """
-        try:
-            return self._call(**inputs)
-        except self._failures as error:
-            raise CompositionError(
-                f"The network cannot be compiled here: {reason(error)}",
-                f"Install a C++ compiler that torch finds, or {_USE_TORCH}.",
-            ) from error
 
 
 def completions_gate(ours: Float[Tensor, "n 3 h w"], torchs: Float[Tensor, "n 3 h w"], recipe: Recipe) -> float:
@@ -127,13 +89,10 @@ def completions_gate(ours: Float[Tensor, "n 3 h w"], torchs: Float[Tensor, "n 3 
     Raises:
         GateError: they differ by more than the images of an exported artifact may.
     """
-    difference = Difference()
-    difference.add(ours.cpu().numpy(), torchs.cpu().numpy())
-    found, precision = difference.result(), recipe.train.dtype
-    if problem := found.problem(precision):
-        raise GateError(
-            f"Completions by {recipe.rollout.branch.backend} differ from torch's: {found.max_abs:.2g} at most over"
-            f" {found.images} images, {found.p99_abs:.2g} in 99 of 100, PSNR {found.psnr:.0f} dB ({problem})",
-            f"Use the versions of torch and onnxruntime in constraints.txt, or {_USE_TORCH}.",
-        )
-    return found.max_abs
+    return check_same_images(
+        ours.cpu().numpy(),
+        torchs.cpu().numpy(),
+        recipe.train.dtype,
+        f"Completions by {recipe.rollout.branch.backend}",
+        f"Use the versions of torch and onnxruntime in constraints.txt, or {_USE_TORCH}.",
+    )

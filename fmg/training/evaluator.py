@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fmg.core import metric_keys as keys
-from fmg.core.events import Observer, StageProgress
+from fmg.core.events import Notice, Observer, StageProgress
 from fmg.core.protocols import Reward
 from fmg.data.charts import write_figure
 from fmg.data.checkpoints import SavedCheckpoint
@@ -27,16 +27,21 @@ from fmg.data.run_report import kept_picture, run_figure
 from fmg.eval.scoring import EvalSet, Scores, means, score_target, standard_error
 from fmg.eval.set_metrics import within_groups
 from fmg.inference.generator import DEFAULT_BATCH, Generator
+from fmg.inference.parity import check_same_images
 from fmg.inference.torch_backend import TorchBackend
 from fmg.registry import feature_extractors
 from fmg.training.compose import Composed
 from fmg.training.distributed import DistContext
 from fmg.training.hacking_monitor import HackingMonitor, HackingVerdict
 
+CHECKED_EVALUATIONS = 2
+"""Evaluations whose first batch torch generates as well: at the first, a fresh LoRA still adds exactly nothing."""
 GRID_PROMPTS = 6
 GRID_SEEDS = 6
 DECLINE_ERRORS = 3.0
 """A run is warned about when its last held-out score is this many standard errors below the first."""
+
+_USE_TORCH = "set eval.backend to torch"
 
 
 @dataclass
@@ -59,12 +64,13 @@ class Evaluator:
     dist: DistContext = field(default_factory=DistContext)
     monitor: HackingMonitor = field(init=False)
     _latest: Scores | None = field(default=None, init=False)
+    _checks: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         recipe = self.composed.recipe
         batch = recipe.eval.batch_size or min(DEFAULT_BATCH, self.max_batch)
-        backend, rollout = TorchBackend(self.composed.model), recipe.rollout
-        self._generator = Generator(backend, rollout.grid, rollout.steps, batch, tells=False)
+        self._generator = self._sampled_by(self._backend(), batch)
+        self._checks = 0 if recipe.eval.backend == "torch" else CHECKED_EVALUATIONS
         self._steps = recipe.eval.steps
         self._pixels = feature_extractors.build("pixels")
         self.monitor = HackingMonitor(recipe.eval.hacking_tolerance, recipe.eval.min_diversity)
@@ -75,6 +81,10 @@ class Evaluator:
 
         `averaged` says that the weights are a moving average, which the monitor does not judge.
         """
+
+        if self._checks:
+            self.dist.run_on_all(self._check_backend)
+            self._checks -= 1
 
         def scored_together(reward: Reward) -> Reward:
             # a failure in one process stops all of them before the next forward pass
@@ -157,6 +167,36 @@ class Evaluator:
             recipe = self.composed.recipe
             title = f"{recipe.model.name}, {recipe.stochasticizer.name}"
             write_figure(run_figure(MetricsLog.of(lines), outcome, title), run.curve)
+
+    def _backend(self) -> TorchBackend:
+        """What generates the images, on the weights in training."""
+        model = self.composed.model
+        if self.composed.recipe.eval.backend == "torch":
+            return TorchBackend(model)
+        from fmg.inference.compiled import TorchCompileBackend, check_compiler
+
+        check_compiler(model.device, _USE_TORCH)
+        return TorchCompileBackend(model)
+
+    def _sampled_by(self, backend: TorchBackend, batch: int) -> Generator:
+        rollout = self.composed.recipe.rollout
+        return Generator(backend, rollout.grid, rollout.steps, batch, tells=False)
+
+    def _check_backend(self) -> None:
+        """Generates the first batch of an evaluation with torch as well.
+
+        Raises:
+            GateError: the images differ.
+        """
+        recipe, batch = self.composed.recipe, self._generator.batch_size
+        prompts, seeds = self._set.prompts[:batch], self._set.seeds[:batch]
+        ours, torchs = (
+            generator.generate(prompts, seeds, steps=self._steps, progress=False).image_array
+            for generator in (self._generator, self._sampled_by(TorchBackend(self.composed.model), batch))
+        )
+        what = f"Images by {recipe.eval.backend}"
+        error = check_same_images(ours, torchs, recipe.train.dtype, what, f"{_USE_TORCH.capitalize()}.")
+        self.observer(Notice("info", f"{what} checked: within {error:.1e} of torch's."))
 
     def _spread(self, maps: Float[Tensor, "n m"], groups: Int[Tensor, " n"]) -> dict[str, float]:
         values = within_groups(maps.numpy(), groups.numpy())

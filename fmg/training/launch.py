@@ -133,12 +133,13 @@ def check_shares(recipe: Recipe, world_size: int, engine: Engine) -> None:
             "FSDP2 shards the frozen base over the processes, but train.trainable=full leaves nothing frozen",
             "Train an adapter, or use DDP (train.parallel=ddp, configs/accelerate/ddp.yaml).",
         )
-    if world_size > 1 and engine == "fsdp2" and recipe.rollout.branch.backend != "torch":
-        raise UsageError(
-            "FSDP2 keeps a shard of the weights in each process, but rollout.branch.backend="
-            f"{recipe.rollout.branch.backend} needs all of them",
-            "Set rollout.branch.backend to torch, or use DDP (train.parallel=ddp, configs/accelerate/ddp.yaml).",
-        )
+    backends = {"rollout.branch.backend": recipe.rollout.branch.backend, "eval.backend": recipe.eval.backend}
+    for key, backend in backends.items():
+        if world_size > 1 and engine == "fsdp2" and backend != "torch":
+            raise UsageError(
+                f"FSDP2 keeps a shard of the weights in each process, but {key}={backend} needs all of them",
+                f"Set {key} to torch, or use DDP (train.parallel=ddp, configs/accelerate/ddp.yaml).",
+            )
 
 
 def device_of(recipe: Recipe, launch: Launch, gpus: int) -> str:

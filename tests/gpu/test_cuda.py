@@ -11,6 +11,7 @@ import torch
 
 import fmg
 from fmg.core.events import Event, Notice
+from fmg.inference.parity import check_same_images
 from fmg.recipe import Recipe
 from fmg.registry import rewards
 from fmg.training.api import resume
@@ -60,6 +61,32 @@ def test_seeds_give_the_images_of_the_cpu(model: str, steps: int) -> None:
         fmg.load(model, device=device).generate(PROMPTS, [3, 4], steps=steps).images.cpu() for device in ("cuda", "cpu")
     )
     assert float((ours - theirs).abs().max()) <= 1 / 255
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_compiled_images_are_those_of_torch_and_follow_the_weights(dtype: str, tmp_path: Path) -> None:
+    fmg.train(_student(tmp_path, **{"train.iterations": 1, "optimizer.lr": 1e-2}), tmp_path / "run")
+    ours, theirs = (
+        fmg.load(tmp_path / "run", device="cuda", dtype=dtype, backend=backend)
+        for backend in ("torch-compile", "torch")
+    )
+    model = ours.backend.model  # type: ignore[attr-defined]
+    for rows, compilations in ((2, 1), (1, 2), (2, 2)):
+        images = [generator.generate(PROMPTS[:rows], [3, 4][:rows]).image_array for generator in (ours, theirs)]
+        check_same_images(*images, dtype, "Images", "Look into it.")  # type: ignore[arg-type]
+        assert ours.backend.network.compilations == compilations  # type: ignore[attr-defined]
+    # a recording reads the weights where they are
+    for generator in (ours, theirs):
+        with torch.no_grad():
+            for _, parameter in generator.backend.model.trainable():  # type: ignore[attr-defined]
+                parameter.mul_(-2)
+    images = [generator.generate(PROMPTS, [3, 4]).image_array for generator in (ours, theirs)]
+    check_same_images(*images, dtype, "Images", "Look into it.")  # type: ignore[arg-type]
+    with model.adapter_enabled(False):
+        base = ours.generate(PROMPTS, [3, 4]).image_array
+    assert abs(base - images[0]).max() > 0
+    assert fmg.load(tmp_path / "run", device="cuda").backend.name == "torch-compile"
 
 
 def test_training_follows_the_cpu_and_its_run_is_used_on_both(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from fmg import FlowMapPipeline
 from fmg.export import artifact as exporter
 from fmg.inference import load
 from fmg.inference.artifact import open_artifact
-from fmg.inference.target import Target, load_model, load_target, resolve_target
+from fmg.inference.loading import load_target
+from fmg.inference.target import Target, load_model, resolve_target
 from fmg.recipe import Recipe
 from tests.support.artifact import trace_once
 from tests.support.cli import fmg

@@ -13,7 +13,7 @@ from tests.support.fake_device import DEVICE, STREAM
 
 
 class FakeCuda:
-    """`fmg.inference.tensorrt.engine.Device` on the CPU."""
+    """`fmg.inference.cuda_device.Device` on the CPU."""
 
     torch_device = torch.device("cpu")
 

@@ -124,6 +124,24 @@ def test_what_is_trained_is_read_by_the_pipeline(folder: Path, kind: str, tmp_pa
     assert not torch.allclose(ours, plain, atol=1e-5)
 
 
+def test_the_network_is_compiled_as_one_graph(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fmg.inference import compiled
+
+    # the traced graph runs as it is, so no C++ compiler is needed
+    monkeypatch.setattr(compiled, "COMPILER", "eager")
+    model = models.build("auraflow", options(folder)).load(torch.device("cpu"), torch.float32)
+    model.attach_adapter(2, 4.0, ["attention"], 0.0, seed=0)
+    backend = compiled.TorchCompileBackend(model)
+    noise = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, theirs = (
+            native_sample(flow_map, model.encode(PROMPTS), noise, make_grid("uniform", 4), torch.zeros)
+            for flow_map in (backend.flow_map, model.flow_map)
+        )
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert backend.network.compilations == 1
+
+
 def test_a_folder_of_another_family_is_refused(folder: Path) -> None:
     config = folder / "transformer" / "config.json"
     text = config.read_text()

@@ -35,7 +35,8 @@ from fmg.inference.artifact.manifest import (
     Precision,
     TensorSpec,
 )
-from fmg.inference.tensorrt.engine import Device, Engine, RunOptions, open_device
+from fmg.inference.cuda_device import Device
+from fmg.inference.tensorrt.engine import Engine, RunOptions, open_device
 from fmg.inference.tensorrt.flavours import (
     ANY,
     FLAVOURS,

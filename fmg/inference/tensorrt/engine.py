@@ -7,23 +7,20 @@ from __future__ import annotations
 
 import mmap
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fmg.core.errors import CheckpointError, FmgError, UsageError
-from fmg.core.profiling import StageClock
+from fmg.inference.cuda_device import CudaDevice, Device
 from fmg.inference.tensorrt.records import Shape, ShapeRange
-from fmg.inference.torch_backend import cuda_clock, pick_device
+from fmg.inference.torch_backend import pick_device
 
-Enqueue = Callable[[int], None]
-"""Queues work on the stream with this handle."""
 MAX_CONTEXTS = 8
 """Number of contexts that are kept; each has the buffers of one shape."""
 _DTYPES: Mapping[str, torch.dtype] = {
@@ -34,89 +31,6 @@ _DTYPES: Mapping[str, torch.dtype] = {
     "INT32": torch.int32,
     "BOOL": torch.bool,
 }
-
-
-class Device(Protocol):
-    """What an engine needs from CUDA. The tests pass their own, which does the same on a CPU."""
-
-    @property
-    def torch_device(self) -> torch.device:
-        """Where tensors live."""
-
-    @contextmanager
-    def working(self) -> Iterator[int]:
-        """The handle of the stream that engines run on, after all previously queued work.
-
-        What is queued after the body waits for it.
-        """
-
-    def synchronize(self) -> None:
-        """Waits until that stream is idle."""
-
-    def capture(self, enqueue: Enqueue) -> Callable[[], None]:
-        """Records what `enqueue` queues, without running it; the result replays it on that stream."""
-
-    def clock(self) -> StageClock[Any]:
-        """A clock of the caller's stream."""
-
-    def reset_peak_memory(self) -> None:
-        """Starts a new measurement of `peak_memory`."""
-
-    def peak_memory(self) -> int:
-        """Maximum bytes that torch has allocated since the last reset, without TensorRT's own allocations."""
-
-    def free_memory(self) -> int:
-        """Free bytes of the device, as its driver reports."""
-
-
-class CudaDevice:
-    """A GPU. Engines run on their own stream: on the default stream TensorRT synchronizes repeatedly.
-
-    Args:
-        device: a CUDA device.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    @property
-    def torch_device(self) -> torch.device:
-        return self._device
-
-    @contextmanager
-    def working(self) -> Iterator[int]:
-        """The stream's handle, between a wait for the caller's stream and one of the caller's stream for it."""
-        caller = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(caller)
-        with torch.cuda.stream(self._stream):
-            yield int(self._stream.cuda_stream)
-        caller.wait_stream(self._stream)
-
-    def synchronize(self) -> None:
-        self._stream.synchronize()
-
-    def capture(self, enqueue: Enqueue) -> Callable[[], None]:
-        """A CUDA graph of what `enqueue` queues."""
-        graph = torch.cuda.CUDAGraph()
-        # thread-local: the default refuses any CUDA call of another thread, such as a progress bar's, meanwhile
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            enqueue(int(self._stream.cuda_stream))
-        return graph.replay
-
-    def clock(self) -> StageClock[Any]:
-        return cuda_clock(self._device)
-
-    def reset_peak_memory(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self._device)
-
-    def peak_memory(self) -> int:
-        return torch.cuda.max_memory_allocated(self._device)
-
-    def free_memory(self) -> int:
-        # the driver frees late
-        torch.cuda.synchronize(self._device)
-        return torch.cuda.mem_get_info(self._device)[0]
 
 
 def open_device(name: str) -> Device:

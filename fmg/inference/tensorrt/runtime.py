@@ -14,7 +14,8 @@ from torch import Tensor
 from fmg.core.profiling import StageClock
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.artifact.manifest import BATCH
-from fmg.inference.tensorrt.engine import Device, Engine, RunOptions
+from fmg.inference.cuda_device import Device
+from fmg.inference.tensorrt.engine import Engine, RunOptions
 from fmg.inference.tensorrt.flavours import Flavour
 from fmg.inference.tensorrt.precision_report import EnginePrecision, inspect
 from fmg.inference.tensorrt.records import EngineRecord, check_plan, needs_refit

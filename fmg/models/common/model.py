@@ -499,7 +499,7 @@ class AdaptedModel(ABC, Generic[Text]):
         )
 
     def _view(self, scope: Scope) -> FlowMap:
-        return PaddedBatches(self._map(scope), lambda: self._rows)
+        return PaddedBatches(self._map(scope), lambda _: self._rows)
 
 
 def _set_decoding(vae: Any, config: DiffusersConfig) -> None:

@@ -39,6 +39,7 @@ class ZImageTurboConfig(DiffusersConfig):
         weights=("Tongyi-MAI/Z-Image-Turbo: about 20.5 GB",),
     )
     in_diffusers: ClassVar[str] = "a `ZImagePipeline` of the base"
+    constant_shapes: ClassVar[bool] = False
     mergeable: ClassVar[bool] = False
     anchor_note: ClassVar[str] = EULER_ANCHORS
 

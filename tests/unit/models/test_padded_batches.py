@@ -28,7 +28,7 @@ def _map(rows: int | None) -> tuple[Recording, PaddedBatches]:
     from fmg.flow import LinearPath, TwoTimeMap
 
     network = Recording()
-    return network, PaddedBatches(TwoTimeMap(network, LinearPath()), lambda: rows)
+    return network, PaddedBatches(TwoTimeMap(network, LinearPath()), lambda _: rows)
 
 
 def _inputs(count: int) -> tuple[Tensor, Tensor, Tensor, Conditioning]:
