@@ -105,6 +105,7 @@ class LinearModule:
         tokens: which tokens of a sample pass through it; `row` is one vector per sample, `none` a layer that is not
             used and therefore not adapted.
         source: layers of one block with the same source read the same tensor.
+        bias: whether it has a bias; stated for second-time embedders, whose biases are trained.
     """
 
     name: str
@@ -112,6 +113,7 @@ class LinearModule:
     outputs: int
     tokens: Literal["image", "text", "both", "row", "none"]
     source: str
+    bias: bool = True
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def conventions_of(recipe: Recipe) -> FlowMapConventions:
     if isinstance(config, FluxConfig):
         return config.conventions()
     raise UsageError(
-        f"The model '{name}' is not of the FLUX family, the only one that can be exported",
+        f"The model '{name}' is not of the FLUX.1 family, the only one that can be exported",
         "Load the adapter of the run with `pipe.load_lora_weights` instead.",
     )
 

@@ -211,7 +211,7 @@ class _Comparison:
         model = load_model(self._target, device=self._device, dtype="fp32")
         if not isinstance(model, FluxModel):
             raise UsageError(
-                f"The model of '{self._target.label}' cannot be exported", "Verify a model of the FLUX family."
+                f"The model of '{self._target.label}' cannot be exported", "Verify a model of the FLUX.1 family."
             )
         return model
 

@@ -307,7 +307,7 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
             options: of the model, as `fmg show model NAME` lists them.
 
         Raises:
-            UsageError: there is no such model or option, or the model is not of the FLUX family.
+            UsageError: there is no such model or option, or the model is not of the FLUX.1 family.
             MissingDependencyError: its weights have not been fetched.
         """
         recipe = Recipe.default(name, **{f"model.{key}": value for key, value in options.items()})
@@ -315,7 +315,7 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
         model = load_model(Target(name, recipe, None), device=device, dtype=named)
         if not isinstance(model, FluxModel):
             raise UsageError(
-                f"The model '{name}' is not of the FLUX family",
+                f"The model '{name}' is not of the FLUX.1 family",
                 f"Load its adapters with {recipe.model.config.in_diffusers or 'the pipeline of its family'}.",
             )
         return cls._of(model.components, sampled_as(model.components.conventions, recipe))

@@ -120,7 +120,8 @@ def trained_by(recipe: Recipe, geometry: ModelGeometry) -> Trained:
     if what == "lora":
         return Trained(tuple(layers), tuple(lora), (), whole=False, words=words)
     embedder = [layer for layer in geometry.linears if layer.name.startswith(f"{geometry.second_embedder}.")]
-    unfrozen = [shape for layer in embedder for shape in ((layer.outputs, layer.inputs), (layer.outputs,))]
+    unfrozen: list[Shape] = [(layer.outputs, layer.inputs) for layer in embedder]
+    unfrozen += [(layer.outputs,) for layer in embedder if layer.bias]
     words = f"{words} and the second-time embedder"
     return Trained(tuple(layers), tuple(lora), tuple(unfrozen), whole=False, words=words)
 

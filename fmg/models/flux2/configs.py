@@ -37,8 +37,8 @@ class Flux2KleinConfig(DiffusersConfig):
     student's prediction of the image, which distribution matching trained; a jump to an interior time is what its own
     sampler does. Noise that is added afterwards is not: the more of the noise a stochasticizer replaces, the further
     its states are from those of the Euler sampler that the student was distilled for. `asfmc` with an anchor close to
-    the target replaces little; `asfmc-endpoint` replaces all of it. `fmg eval flux2-klein --path-check` measures, on
-    the model's own samples, how far each one leaves them.
+    the target replaces little; `asfmc-endpoint` replaces all of it. `fmg eval flux2-klein --path-check` scores the
+    images that the Euler sampler completes from the states of each one.
     """
 
     recipe: ClassVar[str | None] = "flux2-klein"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from diffusers import Flux2KleinPipeline
@@ -16,9 +17,7 @@ from fmg.models.common.network import LatentNetwork
 from fmg.models.common.qwen import QwenText
 from fmg.models.flux.latents import PATCH, pack, unpack
 from fmg.models.flux2.loading import FLUX2, Flux2Components, load_parts
-
-if TYPE_CHECKING:
-    from fmg.models.flux2.configs import Flux2KleinConfig
+from fmg.models.published import PublishedConfig
 
 
 class Flux2Network(LatentNetwork):
@@ -74,14 +73,15 @@ class Flux2Model(AdaptedModel[QwenText]):
     pipeline: ClassVar[Any] = Flux2KleinPipeline
     network_class: ClassVar[type[LatentNetwork]] = Flux2Network
     text_folders: ClassVar[tuple[str, ...]] = FLUX2.text_folders
+    load_parts: ClassVar[Callable[..., Flux2Components]] = staticmethod(load_parts)
 
     @classmethod
     def read(
-        cls, config: Flux2KleinConfig, device: torch.device, dtype: torch.dtype, text_device: torch.device
+        cls, config: PublishedConfig, device: torch.device, dtype: torch.dtype, text_device: torch.device
     ) -> Flux2Components:
         """The parts that `config` describes, from files on this computer."""
         folder = locate(config.architecture(), "model", config.recipe or "").path
-        return load_parts(folder, config.conventions(), device, dtype, text_device)
+        return cls.load_parts(folder, config.conventions(), device, dtype, text_device)
 
     @staticmethod
     def text_facts(components: Flux2Components) -> tuple[str, ...]:
@@ -93,4 +93,5 @@ class Flux2Model(AdaptedModel[QwenText]):
         """Latents as the autoencoder decodes them: each channel of a patch has a mean and a std."""
         std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt().to(latents.dtype)
         tokens = pack(latents) * std + vae.bn.running_mean.to(latents.dtype)
-        return unpack(tokens, *latents.shape[-2:])
+        unpacked: Tensor = unpack(tokens, *latents.shape[-2:])
+        return unpacked

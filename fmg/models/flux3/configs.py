@@ -32,8 +32,8 @@ _PAPER_ANCHOR = ("asfmc", (("gap", 0.0147),))
 class Flux3KleinConfig(DiffusersConfig):
     """FLUX.3 [klein]: any folder of diffusers' `Flux3Transformer2DModel` with `flow_map`, a two-time flow map.
 
-    It is the only class of diffusers that is a two-time flow map as it is: one call gives the jump from t to any s. The
-    network takes s itself, and an embedder of its own adds it to the time. All anchors fit.
+    One call gives the jump from t to any s: the network takes s itself, and an embedder of its own adds it to the time.
+    All anchors fit.
 
     We could not verify that weights of this class are public, nor under which terms: the hub id is the one that
     diffusers' source code names, and the sizes in plans are the defaults of the class until a folder states others. A

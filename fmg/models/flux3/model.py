@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
-import torch
 from diffusers.modular_pipelines.flux3 import Flux3DistilledModularPipeline
 from torch import Tensor
 
-from fmg.core.hub import locate
 from fmg.models.common.network import LatentNetwork
 from fmg.models.common.pipeline_parts import Components
 from fmg.models.common.qwen import QwenText
 from fmg.models.flux2.model import Flux2Model, Flux2Network
 from fmg.models.flux3.loading import FLUX3_FAMILY, load_parts
 from fmg.models.flux3.size import UNUSED
-
-if TYPE_CHECKING:
-    from fmg.models.flux3.configs import Flux3KleinConfig
 
 
 class Flux3Network(Flux2Network):
@@ -52,11 +48,4 @@ class Flux3Model(Flux2Model):
     text_folders: ClassVar[tuple[str, ...]] = FLUX3_FAMILY.text_folders
     second_embedder: ClassVar[str | None] = "target_timestep_embedder"
     unused: ClassVar[tuple[str, ...]] = UNUSED
-
-    @classmethod
-    def read(
-        cls, config: Flux3KleinConfig, device: torch.device, dtype: torch.dtype, text_device: torch.device
-    ) -> Components[QwenText]:
-        """The parts that `config` describes, from files on this computer."""
-        folder = locate(config.architecture(), "model", config.recipe or "").path
-        return load_parts(folder, config.conventions(), device, dtype, text_device)
+    load_parts: ClassVar[Callable[..., Components[QwenText]]] = staticmethod(load_parts)

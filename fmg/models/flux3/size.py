@@ -65,8 +65,8 @@ class Flux3Size(GatedSize):
         modes: tuple[tuple[str, Tokens], ...] = (("image", "image"), (_REFERENCE, "none"), ("txt", "text"))
         embedders = ["timestep_embedder", *(["target_timestep_embedder"] if self.config.get("flow_map") else [])]
         for name in embedders:
-            yield LinearModule(f"{name}.linear_1", self.number("timestep_channels"), width, "row", name)
-            yield LinearModule(f"{name}.linear_2", width, width, "row", f"{name} hidden")
+            yield LinearModule(f"{name}.linear_1", self.number("timestep_channels"), width, "row", name, bias=False)
+            yield LinearModule(f"{name}.linear_2", width, width, "row", f"{name} hidden", bias=False)
         for mode, tokens in modes:
             for kind in ("early_stream_modulations", "single_stream_modulations"):
                 yield LinearModule(f"{kind}.{mode}.linear", width, 3 * width, tokens, f"{mode} time")

@@ -152,6 +152,6 @@ def test_the_documentation_has_the_same_list() -> None:
 def test_a_sana_model_is_refused_in_one_line(tmp_path: Path) -> None:
     folder = build_tiny_sana(tmp_path / "sana")
     recipe = Recipe.default("sana-sprint", **{"model.folder": str(folder), "rewards": ["jpeg-incompressibility"]})
-    with pytest.raises(UsageError, match=r"^The model 'sana-sprint' is not of the FLUX family") as caught:
+    with pytest.raises(UsageError, match=r"^The model 'sana-sprint' is not of the FLUX\.1 family") as caught:
         find_source(Target("sana", recipe, None))
     assert "\n" not in str(caught.value)

@@ -61,6 +61,10 @@ def test_what_is_trained_is_counted_and_flops_are_those_of_torch(recipe: Recipe)
     planned = trained_by(recipe, geometry)
     trained = sum(p.numel() for _, p in composed.model.trainable())
     assert (planned.parameters, planned.words) == (trained, composed.trained)
+    if geometry.second_embedder:
+        both = recipe.with_({"train.trainable": "lora+duration"})
+        counted = sum(p.numel() for _, p in compose(both, CPU, torch.float32).model.trainable())
+        assert trained_by(both, geometry).parameters == counted > trained
     assert geometry.encoder_parameters == pytest.approx(
         sum(p.numel() for encoder in composed.model.components.text.encoders for p in encoder.parameters()),  # type: ignore[attr-defined]
         rel=0.01,
