@@ -26,23 +26,25 @@ def push(
         ),
     ],
     repository: Annotated[
-        str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub; made if it does not exist.")
+        str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub; created if it does not exist.")
     ],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[
         str | None,
-        typer.Option(metavar="BRANCH", help="Branch to commit to; made if it does not exist.", show_default="main"),
+        typer.Option(metavar="BRANCH", help="Branch to commit to; created if it does not exist.", show_default="main"),
     ] = None,
     message: Annotated[
         str | None,
-        typer.Option("--commit-message", metavar="TEXT", help="Message of the commit.", show_default="the checkpoint"),
+        typer.Option("--commit-message", metavar="TEXT", help="Commit message.", show_default="the checkpoint"),
     ] = None,
     sets: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="K=V", help="Value of the published recipe, such as model.student=owner/name."),
+        typer.Option(
+            "--set", metavar="K=V", help="Change a published value of the recipe, e.g. model.student=owner/name."
+        ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List what would be sent, with sizes; needs no network.")
+        bool, typer.Option("--dry-run", help="List the files that would be sent, with sizes; needs no network.")
     ] = False,
     offline: Offline = False,
     as_json: AsJson = False,
@@ -70,7 +72,7 @@ def push(
             print_json({**facts, "dry_run": True})
         else:
             _print(parcel)
-            stdout().print(f"\nNothing was sent. Without --dry-run, this goes to {repository}.", soft_wrap=True)
+            stdout().print(f"\nNothing was sent. Without --dry-run, these files go to {repository}.", soft_wrap=True)
         return
     if not as_json:
         _print(parcel)
@@ -81,7 +83,7 @@ def push(
         return
     out = stdout()
     if pushed.deleted:
-        out.print(f"Deleted, as this push has them no more: {', '.join(pushed.deleted)}", soft_wrap=True)
+        out.print(f"Deleted, because this push no longer includes them: {', '.join(pushed.deleted)}", soft_wrap=True)
     done = "Pushed to" if pushed.changed else "Nothing has changed in"
     out.print(f"\n{done} {pushed.url}, commit {pushed.commit}", soft_wrap=True)
     if pushed.changed:

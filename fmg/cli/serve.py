@@ -52,12 +52,12 @@ def serve(
         ),
     ] = None,
     host: Annotated[
-        str, _network("--host", metavar="A", help="Address to listen on; any but loopback needs a token.")
+        str, _network("--host", metavar="A", help="Address to listen on; any address but loopback needs a token.")
     ] = "127.0.0.1",
     port: Annotated[int, _network("--port", min=0, max=65535, metavar="N", help="Port; 0 picks a free one.")] = 8000,
     token_env: Annotated[
         str,
-        _network("--token-env", metavar="VAR", help="Environment variable that holds the token clients must send."),
+        _network("--token-env", metavar="VAR", help="Environment variable with the token that clients must send."),
     ] = "FMG_SERVE_TOKEN",
     drain: Annotated[
         float,
@@ -91,10 +91,10 @@ def serve(
     max_adapters: Annotated[int, _limit("--max-adapters", min=1, metavar="N", help="Adapters per model.")] = 16,
     timeout: Annotated[
         float,
-        _limit("--timeout", min=1.0, metavar="S", help="Seconds for a request to arrive, and as many to answer it."),
+        _limit("--timeout", min=1.0, metavar="S", help="Seconds for a request to arrive, and again for its answer."),
     ] = 300.0,
 ) -> None:
-    """Serve images over HTTP: the images API of OpenAI at /v1, a page at /, /health, /info and /metrics."""
+    """Serve images over HTTP: OpenAI's images API at /v1, a web page at /, and /health, /info and /metrics."""
     for text in targets or ():
         given_text(text, "TARGET")
     if missing := [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]:

@@ -1,6 +1,6 @@
-"""Repositories of the model hub: some files of one commit fetched into the hub's cache, and files sent as one commit.
+"""Fetches files of one commit of a hub repository into the hub's cache, and uploads files as one commit.
 
-`fmg.core.hub` locates what components read, and never transfers unasked. This module transfers what a user names.
+`fmg.core.hub` locates files that components read, and never transfers unasked. This module transfers what a user names.
 Imports no torch.
 """
 
@@ -47,7 +47,7 @@ class Checkout:
 
     @property
     def label(self) -> str:
-        """`owner/name@commit`, which names these files for good."""
+        """`owner/name@commit`, which always refers to the same files."""
         return f"{self.repository}@{self.commit}"
 
     def has(self, name: str) -> bool:
@@ -57,17 +57,17 @@ class Checkout:
     def fetch(
         self, names: Sequence[str], observer: Observer, *, optional: Collection[str] = (), into: Path | None = None
     ) -> None:
-        """Downloads those of the files that are not here, after reporting their size.
+        """Downloads the files that are not cached yet, after reporting their size.
 
         Args:
-            names: files that are needed.
+            names: required files.
             observer: receives the progress.
-            optional: files that are fetched with them where the repository has them.
-            into: a folder of fmg's cache, for files that may not be links; None is the hub's cache.
+            optional: files that are also fetched if the repository has them.
+            into: a folder of fmg's cache, for files that may not be links; None means the hub's cache.
 
         Raises:
             HubError: the hub cannot be reached, refuses, or lacks one.
-            UsageError: they do not fit the disk, or the network is forbidden.
+            UsageError: the disk is too small, or the network is forbidden.
         """
         place = into or self.folder
         missing = [name for name in names if not (place / name).is_file()]
@@ -106,13 +106,13 @@ class Checkout:
 
 
 def check_out(source: HubSource, names: Sequence[str]) -> Checkout | None:
-    """The commit that a source means now, with the first of some files that it has; None if it has none of them.
+    """The current commit of a source and the first of the given files that it has; None if it has none of them.
 
     A full commit hash that is in the cache needs no network. Without one, the newest commit in the cache is taken.
 
     Raises:
-        HubError: the hub cannot be reached and the cache has nothing, or the hub refuses.
-        UsageError: the network is forbidden, and the cache has nothing.
+        HubError: the hub cannot be reached and nothing is cached, or the hub refuses.
+        UsageError: the network is forbidden and nothing is cached.
     """
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -144,10 +144,10 @@ def check_out(source: HubSource, names: Sequence[str]) -> Checkout | None:
 
 @dataclass(frozen=True)
 class Remote:
-    """What a repository has now.
+    """The current contents of a repository.
 
     Attributes:
-        commit: the newest of the branch; None where there is no such branch, or no commit in it.
+        commit: the newest commit of the branch; None if the branch does not exist or has no commit.
         files: names of its files at that commit.
         private: whether others cannot see it.
     """
@@ -159,13 +159,13 @@ class Remote:
 
 @dataclass(frozen=True)
 class Commit:
-    """What a push has made.
+    """The result of a push.
 
     Attributes:
-        url: page of the repository.
+        url: the repository's page.
         commit: the full hash.
         created: whether the repository is new.
-        changed: False where the repository had these files already.
+        changed: False if the repository already had these files.
     """
 
     url: str
@@ -175,7 +175,7 @@ class Commit:
 
 
 def check_name(repository: str) -> None:
-    """Checks that a text can be the id of a repository.
+    """Checks that a text is a valid repository id.
 
     Raises:
         UsageError: it cannot.
@@ -208,11 +208,11 @@ def check_may_push() -> None:
             f"A push needs the network, which --offline or {OFFLINE} forbids", "Leave it out, or add --dry-run."
         )
     if get_token() is None:
-        raise UsageError("There is no token of the hub", f"To push, {_LOG_IN} to a token with write access.")
+        raise UsageError("No token for the hub is set", f"To push, {_LOG_IN} to a token with write access.")
 
 
 def read_remote(repository: str, branch: str) -> Remote | None:
-    """What a repository has now; None if it does not exist or cannot be seen.
+    """The current contents of a repository; None if it does not exist or cannot be seen.
 
     Raises:
         HubError: the hub cannot be reached, or refuses the token.
@@ -253,17 +253,17 @@ def send(
     private: bool,
     obsolete: Collection[str] = (),
 ) -> Commit:
-    """Sends files as one commit; a repository or branch that does not exist is made first.
+    """Uploads files as one commit; a missing repository or branch is created first.
 
-    A push that is killed leaves no commit, and what it uploaded is not sent again. Files of others stay.
+    A push that is killed leaves no commit, and what it uploaded is not sent again. Other files are kept.
 
     Args:
         repository: its id.
         files: content, or the file with it, by name.
         remote: what `read_remote` found.
-        branch: to commit to.
-        message: of the commit.
-        private: of a new repository.
+        branch: the branch to commit to.
+        message: the commit message.
+        private: whether a new repository is private.
         obsolete: files to delete.
 
     Raises:
@@ -288,7 +288,7 @@ def send(
 
 @contextmanager
 def hub_errors(repository: str, revision: str | None = None, *, writing: bool = False) -> Iterator[None]:
-    """Turns what a client of the hub raises into one sentence on what is wrong and one on what to do.
+    """Turns errors of the hub client into one sentence on what is wrong and one on what to do.
 
     Raises:
         HubError: from the client's error.
@@ -303,7 +303,7 @@ def hub_errors(repository: str, revision: str | None = None, *, writing: bool = 
 
 
 def size_text(size: int) -> str:
-    """Bytes for a person, in units of 1000."""
+    """A number of bytes as readable text, in units of 1000."""
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= factor:
             return f"{size / factor:.1f} {unit}"
@@ -311,7 +311,7 @@ def size_text(size: int) -> str:
 
 
 def _sizes(repository: str, revision: str | None) -> dict[str, int]:
-    """The files of a repository, with their bytes."""
+    """The files of a repository with their sizes in bytes."""
     from huggingface_hub import HfApi
 
     with hub_errors(repository, revision):
@@ -320,14 +320,14 @@ def _sizes(repository: str, revision: str | None) -> dict[str, int]:
 
 
 def _limit(name: str) -> Callable[[int], None]:
-    """Ends the download of a file that says what else a repository has, if a stranger made it endless."""
+    """Aborts the download of a listing file (digests or manifest) that exceeds the size limit."""
     left = _MAX_LISTING
 
     def tell(count: int) -> None:
         nonlocal left
         left -= count
         if left < 0:
-            raise HubError(f"{name} has more than {size_text(_MAX_LISTING)}", "Name a repository that fmg pushed.")
+            raise HubError(f"{name} has more than {size_text(_MAX_LISTING)}", "Give a repository that fmg pushed.")
 
     return tell
 
@@ -343,10 +343,10 @@ def _words(error: Exception, repository: str, revision: str | None, writing: boo
     said = f": {' '.join(stated.split())}" if stated else ""
     match cause:
         case RevisionNotFoundError():
-            return f"'{repository}' has no revision '{revision}'", "Name a branch, a tag or a full commit hash."
+            return f"'{repository}' has no revision '{revision}'", "Give a branch, a tag or a full commit hash."
         case GatedRepoError():
             return (
-                f"'{repository}' is open only to those who accepted its terms",
+                f"'{repository}' is available only to users who have accepted its terms",
                 f"Accept them on its page, and {_LOG_IN}.",
             )
         case RepositoryNotFoundError() if not writing:
@@ -361,7 +361,7 @@ def _words(error: Exception, repository: str, revision: str | None, writing: boo
             doing = "write to" if writing else "read"
             return (
                 f"The token may not {doing} '{repository}'{said}",
-                "Use a token with that permission, or name a repository of your own.",
+                "Use a token with that permission, or push to a repository of your own.",
             )
         case 404:
             return f"The hub does not find '{repository}'{said}", "Check its name, and that the token may write there."
@@ -371,9 +371,9 @@ def _words(error: Exception, repository: str, revision: str | None, writing: boo
                 "Run the command again; what was uploaded is not sent again.",
             )
         case 413:
-            return f"The hub takes no files of this size{said}", "Push to another account, or fewer files."
+            return f"The hub does not accept files of this size{said}", "Push to another account, or fewer files."
         case 429:
-            return f"The hub limits the number of requests{said}", "Wait some minutes, and run the command again."
+            return f"The hub limits the number of requests{said}", "Wait a few minutes, then run the command again."
         case int() if status >= 500:
             again = "Run the command again later"
             return (
@@ -389,7 +389,7 @@ def _words(error: Exception, repository: str, revision: str | None, writing: boo
 
 
 def _root(error: BaseException) -> BaseException:
-    """What an error was raised from in the first place, which names the reason."""
+    """The first error in the chain of causes, which states the reason."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -433,7 +433,7 @@ def _bar(tell: Callable[[int], None]) -> type:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the client's remarks off the terminal, where ours say what matters, and its bars off a pipe."""
+    """Hides the hub client's messages, and its progress bars when the output is a pipe."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     logger = logging.getLogger("huggingface_hub")

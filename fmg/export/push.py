@@ -1,8 +1,8 @@
-"""Publishes a run or an artifact on the model hub: which files leave this computer, and what they may not contain.
+"""Publishes a run or an artifact on the model hub: which files are uploaded, and what they may not contain.
 
-Of a run, the chosen checkpoint leaves with its card, its recipe and its sample images, and nothing else: no log, no
-prompts, no state, no path of this computer. Of an artifact, the files of its manifest leave; engines stay, because each
-fits one kind of GPU and is code. `fmg.inference.hub_target` reads both back. Imports no torch.
+For a run, the chosen checkpoint is uploaded with its card, recipe and sample images, and nothing else: no log, no
+prompts, no state, no local path. For an artifact, the files of its manifest are uploaded, but not its engines, because
+each fits one kind of GPU and is code. `fmg.inference.hub_target` reads both back. Imports no torch.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ _TEXTS = (".json", ".md", ".yaml")
 
 @dataclass(frozen=True)
 class Parcel:
-    """What a push sends.
+    """The contents of a push.
 
     Attributes:
         label: the run, checkpoint or artifact.
         kind: `run` or `artifact`.
         files: content, or the file with it, by name in the repository.
         notes: what was changed or left out, one line each.
-        terms: of the base, as its authors state them.
-        message: of the commit, unless another is given.
+        terms: licence terms of the base, as its authors state them.
+        message: default commit message.
     """
 
     label: str
@@ -93,8 +93,8 @@ class Pushed:
         url: its page.
         commit: full hash.
         created: whether the repository is new.
-        changed: False where it had these files already.
-        deleted: files of an earlier push that this one has no more.
+        changed: False if it already had these files.
+        deleted: files of an earlier push that are not part of this one.
         parcel: what was sent.
     """
 
@@ -120,14 +120,14 @@ def push(
     message: str | None = None,
     values: Sequence[str] = (),
 ) -> Pushed:
-    """Publishes a run or an artifact as one commit of a repository, which is made if it does not exist.
+    """Publishes a run or an artifact as one commit to a repository, which is created if it does not exist.
 
     Args:
         target: a run folder, one checkpoint of a run, an artifact, or None for the newest run.
         repository: `owner/name` on the hub.
         private: make a new repository private.
-        revision: branch to commit to; made if it does not exist. None is `main`.
-        message: of the commit.
+        revision: branch to commit to; created if it does not exist. None means `main`.
+        message: the commit message.
         values: `path=value` texts that replace values of the published recipe, such as `model.student=owner/name`.
 
     Raises:
@@ -140,7 +140,7 @@ def push(
 
 
 def send_parcel(parcel: Parcel, repository: str, private: bool, revision: str | None, message: str | None) -> Pushed:
-    """Sends what `pack` has put together. Arguments and errors as for `push`."""
+    """Uploads what `pack` has assembled. Arguments and errors as for `push`."""
     branch = revision or MAIN
     check_name(repository)
     check_may_push()
@@ -166,10 +166,10 @@ def send_parcel(parcel: Parcel, repository: str, private: bool, revision: str | 
 
 
 def pack(target: TargetLike | Artifact, repository: str, *, values: Sequence[str] = ()) -> Parcel:
-    """Puts together what a push sends; needs no network.
+    """Assembles the contents of a push; needs no network.
 
     Raises:
-        UsageError: there is nothing to publish, its base is a local folder, or a file names a path of this computer.
+        UsageError: there is nothing to publish, its base is a local folder, or a file contains a path on this computer.
         CheckpointError: a file is missing or damaged.
     """
     artifact = _artifact(target)
@@ -185,10 +185,10 @@ def pack(target: TargetLike | Artifact, repository: str, *, values: Sequence[str
 
 
 def _artifact(target: TargetLike | Artifact) -> Artifact | None:
-    """The artifact that is meant, its files checked; None for a run.
+    """The artifact at a path, with its files checked; None for a run.
 
     Raises:
-        UsageError: it is neither, or is on the hub already.
+        UsageError: it is neither, or it is on the hub already.
     """
     if target is None or isinstance(target, (Artifact, Target)):
         return target if isinstance(target, Artifact) else None
@@ -196,9 +196,9 @@ def _artifact(target: TargetLike | Artifact) -> Artifact | None:
     if is_artifact(place):
         return open_artifact(place)
     if place in models.names() and not Path(place).exists():
-        raise UsageError(f"'{place}' is a model that nothing has changed", "Name a run or an artifact.")
+        raise UsageError(f"'{place}' is a model that has not been trained", "Name a run or an artifact.")
     if hub_source(place) is not None:
-        raise UsageError(f"There is no run or artifact '{place}' here", "Name a folder of this computer.")
+        raise UsageError(f"There is no run or artifact '{place}' here", "Give a folder on this computer.")
     if (Path(place) / "model_index.json").is_file():
         raise UsageError(
             f"'{place}' is a diffusers folder", f"Upload it as it is: hf upload OWNER/NAME {shlex.quote(place)}"
@@ -261,7 +261,7 @@ def _pack_artifact(artifact: Artifact, repository: str) -> Parcel:
     files |= {MANIFEST: to_json(shared).encode(), CARD: text.encode()}
     notes = []
     if shared != manifest:
-        notes.append(f"{MANIFEST}: names of folders are cut to their last part")
+        notes.append(f"{MANIFEST}: folder names are cut to their last part")
     if artifact.engines.is_dir():
         notes.append("engines/ is not sent: an engine fits one kind of GPU, and loading one can run any code")
     message = f"Artifact of {manifest.model.name}, {manifest.precision}, by fmg {__version__}"
@@ -282,7 +282,7 @@ def _shareable_manifest(manifest: Manifest) -> Manifest:
 
 
 def _run_name(label: str) -> str:
-    """A run without the folders above it; a run of the hub as it is."""
+    """The name of a run without its parent folders; a run on the hub keeps its label."""
     if hub_source(label) is not None:
         return label
     path = Path(label)
@@ -290,7 +290,7 @@ def _run_name(label: str) -> str:
 
 
 def _source_recipe(artifact: Artifact) -> Recipe:
-    """The recipe of the run behind an artifact, or of its model where the run is not here."""
+    """The recipe of the run behind an artifact, or that of its model if the run is not on this computer."""
     try:
         return made_from(artifact).recipe
     except FmgError:
@@ -302,7 +302,7 @@ def _samples(run: RunFolder, saved: SavedCheckpoint, folder: Path) -> Path | Non
 
 
 def _card(run: RunFolder, recipe: Recipe, saved: SavedCheckpoint, kept: SavedCheckpoint) -> str:
-    """The card beside the checkpoint, which its owner may have changed; a new one where a kill came first."""
+    """The card beside the checkpoint, which its owner may have edited; a new one if a kill prevented its writing."""
     file = saved.path(run.path) / CARD
     if file.is_file():
         return file.read_text(encoding="utf-8")
@@ -314,7 +314,7 @@ def _card(run: RunFolder, recipe: Recipe, saved: SavedCheckpoint, kept: SavedChe
 
 
 def _kohya(file: Path, checkpoint: Path) -> tuple[Path | None, list[str]]:
-    """The LoRA in kohya's layout if it was exported from this checkpoint; else why it is not sent."""
+    """The LoRA in kohya's layout if it was exported from this checkpoint; otherwise the reason why it is not sent."""
     if not file.is_file():
         return None, []
     try:
@@ -331,7 +331,7 @@ def _digest(content: bytes | Path) -> str:
 
 
 def _check_kind(remote: Remote, parcel: Parcel, repository: str) -> None:
-    """Refuses a repository that holds something else than what an earlier push of this kind left.
+    """Refuses a repository that holds anything but an earlier push of the same kind.
 
     Raises:
         UsageError: it does.
@@ -347,13 +347,13 @@ def _check_kind(remote: Remote, parcel: Parcel, repository: str) -> None:
             )
     if others := sorted(remote.files - _FRESH):
         raise UsageError(
-            f"'{repository}' holds files that fmg did not push, such as {others[0]}",
+            f"'{repository}' contains files that fmg did not push, such as {others[0]}",
             "Name another repository, or another branch: --revision.",
         )
 
 
 def _obsolete(remote: Remote, parcel: Parcel, repository: str) -> set[str]:
-    """Files of an earlier push that are not part of this one. Files of others are not listed there, and stay."""
+    """Files of an earlier push that are not part of this one. Other files are not listed there, and are kept."""
     listing = SUMS if parcel.kind == "run" else MANIFEST
     if remote.commit is None or listing not in remote.files:
         return set()
@@ -370,7 +370,7 @@ def _obsolete(remote: Remote, parcel: Parcel, repository: str) -> set[str]:
 
 
 def _check_private(parcel: Parcel) -> None:
-    """Refuses files that name a folder of this computer.
+    """Refuses files that contain a path on this computer.
 
     Raises:
         UsageError: naming the first file, and what was found in it.
@@ -385,13 +385,13 @@ def _check_private(parcel: Parcel) -> None:
         data = _searched(name, content)
         if found := next((place for place in sorted(known) if place in data), None):
             raise UsageError(
-                f"{name} would show a folder of this computer: '{found.decode(errors='replace')}'",
+                f"{name} contains a path on this computer: '{found.decode(errors='replace')}'",
                 "Remove it from that file, or write the file again with this version of fmg.",
             )
 
 
 def _searched(name: str, content: bytes | Path) -> bytes:
-    """What of a file can name a folder: texts, graphs, and the headers of weights."""
+    """The part of a file that can contain a path: texts, graphs, and the headers of weights."""
     if isinstance(content, bytes):
         return content
     if name.endswith(".safetensors"):

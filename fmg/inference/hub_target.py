@@ -37,11 +37,11 @@ _FIX = "Ask its owner to push it again, or name another revision."
 
 @dataclass(frozen=True)
 class Fetched:
-    """A run or an artifact of the hub on this computer.
+    """A run or an artifact fetched from the hub.
 
     Attributes:
         label: `owner/name@commit`.
-        kind: what it is.
+        kind: run or artifact.
         folder: its files: a checkpoint with its recipe, or an artifact.
     """
 
@@ -56,10 +56,10 @@ def hub_source(text: str) -> HubSource | None:
 
 
 def fetch_target(source: HubSource, observer: Observer) -> Fetched:
-    """The run or artifact of a repository, fetched where the cache does not have it.
+    """The run or artifact in a repository, fetched if it is not cached.
 
     Raises:
-        HubError: the hub cannot be reached, refuses, or the repository holds neither.
+        HubError: the hub cannot be reached or refuses, or the repository holds neither.
         UsageError: the network is forbidden, or the disk is too small.
         CheckpointError: a file is not the one that was pushed.
     """
@@ -87,7 +87,7 @@ def fetch_recipe(source: HubSource, observer: Observer) -> Path:
 
 
 def is_pushed_run(folder: Path) -> bool:
-    """Whether a folder holds a checkpoint with its recipe, as `fmg push` sends it."""
+    """Whether a folder holds a checkpoint with its recipe, as `fmg push` uploads it."""
     return (folder / RECIPE).is_file() and is_checkpoint(folder)
 
 
@@ -111,7 +111,7 @@ def _run(found: Checkout, observer: Observer) -> Path:
 
 
 def _artifact(found: Checkout, observer: Observer) -> Path:
-    """The artifact without links, which an artifact must not contain and the hub's cache consists of."""
+    """A copy of the artifact without links: the hub's cache consists of links, and an artifact must not contain any."""
     folder = cache_dir() / "hub" / found.repository.replace("/", "--") / found.commit
     if (folder / MANIFEST).is_file():
         return folder

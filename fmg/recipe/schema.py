@@ -1,8 +1,8 @@
-"""The JSON schema of a recipe file, for editors: derived from the sections and from the registry. Imports no torch.
+"""The JSON schema of a recipe file, for editors: derived from the recipe sections and the registry. Imports no torch.
 
-A file is one layer over the model's own recipe, so nothing in it is required, and defaults are not stated: what it
-leaves out may have another value there. Entries of lists (`rewards`, `trackers`) are complete in themselves and have
-both. The dialect is draft 7, which the YAML servers of all editors know.
+A file is one layer over the model's own recipe. So no key is required, and defaults are not stated, because the model's
+recipe may have other values. Entries of lists (`rewards`, `trackers`) are complete in themselves and have both. The
+dialect is draft 7, which the YAML servers of all editors support.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ABOUT = (
 _OF_SCHEMAS_BY_NAME, _OF_VALUES = ("properties", "$defs"), ("default", "enum", "const")
 _ALONE = ("title",)
 _LAYERED = ("title", "required", "default")
-"""Keywords of pydantic's schema to leave out, for entries of lists and for what a lower layer completes."""
+"""Keywords of pydantic's schema to omit, in list entries and in values that a lower layer completes."""
 
 _FUNCTION: Schema = {"pattern": f"^{PYTHON_REWARD}:", "description": "your own function: python:module:function"}
 _FILE = {"pattern": rf"[/\\]|({'|'.join(map(re.escape, PROMPT_FILE_SUFFIXES))})$", "description": "a file of prompts"}
@@ -38,13 +38,13 @@ _SPECIAL = {
     "stochasticizer": [{"const": AUTO, "description": "the default of the model"}],
     "reward": [_FUNCTION],
 }
-"""Names of a component besides those of the registry."""
+"""Component names that are not in the registry."""
 _ALONE_SPECIAL = {"prompt-set": [_FILE]}
-"""Values that can replace a component besides a name."""
+"""Other values than a name that can replace a component."""
 
 
 def installed(registry: Registry[Any]) -> list[str]:
-    """The components of this package and of all packages that register theirs."""
+    """The components of this package and of all other packages that register some."""
     return registry.names()
 
 
@@ -87,7 +87,7 @@ class _Component:
     """The components of one kind, each with its options as a definition `KIND.NAME`.
 
     Args:
-        kind: of the components.
+        kind: kind of the components.
         names: their names.
         keys: keys of a mapping in a recipe that are neither the name nor an option.
         definitions: receives the options.
@@ -124,7 +124,7 @@ class _Component:
             self._rules.append({"if": unnamed, "then": self._closed({"properties": merged})})
 
     def schema(self, own: Schema) -> Schema:
-        """A name alone, or a mapping with `own` keys and the options of the component that it names."""
+        """A plain name, or a mapping with `own` keys and the options of the named component."""
         special = _SPECIAL.get(self._kind, [])
         name: Schema = {"anyOf": [self._known, *special]} if special else self._known
         name = {"description": f"the {self._kind}; `fmg list {self._kind}` describes them", **name}

@@ -1,4 +1,4 @@
-"""What of a recipe can leave this computer: values without local paths and addresses. Imports no torch."""
+"""Recipe values that can be published: without local paths and addresses. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOCAL = re.compile(r"~|\.{1,2}[/\\]")
 
 
 def shareable(value: object) -> Any:
-    """The values with paths cut to their last name, and addresses of servers to their port.
+    """The values with paths cut to their last part, and server addresses to their port.
 
     A path in the hub's cache becomes the repository and the commit that it belongs to. Trackers are left out.
     """
@@ -33,7 +33,7 @@ def shareable(value: object) -> Any:
 
 
 def is_local(text: str) -> bool:
-    """Whether a value is a path that begins at the root, at home or at the working directory of some computer."""
+    """Whether a value is a path that begins at the root, the home or the working directory of some computer."""
     return Path(text).is_absolute() or PureWindowsPath(text).is_absolute() or _LOCAL.match(text) is not None
 
 
@@ -52,9 +52,9 @@ def published(recipe: Recipe) -> Recipe:
 
 
 def local_base(recipe: Recipe) -> tuple[str, str] | None:
-    """An option of the model that names files which nobody else has, and its value; None if there is none.
+    """A model option that refers to files nobody else has, and its value; None if there is none.
 
-    An adapter works with the base that it was trained on alone, so a recipe with such a base is of no use elsewhere.
+    An adapter works only with the base that it was trained on, so a recipe with such a base is of no use elsewhere.
     """
     config = recipe.model.config
     assets = config.assets()

@@ -44,7 +44,7 @@ _BACKGROUND = tuple(int(level * 255) / 255 for level in CLIP_MEAN)
 
 
 def deqa(config: DeqaConfig) -> NetworkReward:
-    """The expected rating over 5, from 0.2 to 1; part `rating`, from 1 to 5. Does not see the prompt.
+    """The expected rating divided by 5, from 0.2 to 1; part `rating`, from 1 to 5. Does not see the prompt.
 
     An oblong image is padded to a square in CLIP's mean colour. Pillow's bicubic filter resizes it on 8-bit pixels.
     """

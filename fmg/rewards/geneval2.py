@@ -29,13 +29,13 @@ _COUNTING = "How many"
 
 @dataclass(frozen=True)
 class Question:
-    """A question about an image and the answer that is right: a number from one to ten in a word, or `Yes`."""
+    """A question about an image and its right answer: a number word from one to ten, or `Yes`."""
 
     text: str
     answer: str
 
     def asked(self) -> str:
-        """What the model reads."""
+        """The text that the model reads."""
         return f"{self.text} Answer in one word."
 
     def spellings(self) -> tuple[str, ...]:
@@ -84,7 +84,7 @@ class GenEval2(NetworkReward):
 
 
 def read_questions(path: Path) -> dict[str, tuple[Question, ...]]:
-    """Questions by prompt from a file in the form of `geneval2_data.jsonl`: `prompt` and `vqa_list` on each line.
+    """Questions by prompt from a file in the format of `geneval2_data.jsonl`: `prompt` and `vqa_list` on each line.
 
     Raises:
         UsageError: naming file and line.
@@ -102,7 +102,7 @@ def read_questions(path: Path) -> dict[str, tuple[Question, ...]]:
             what = f"{path}:{number}: '{prompt:.80}' has different questions on an earlier line"
             raise UsageError(what, "Keep one of the two.")
     if not found:
-        raise UsageError(f"'{path}' has no questions", "Name a file in the form of geneval2_data.jsonl.")
+        raise UsageError(f"'{path}' has no questions", "Give a file in the format of geneval2_data.jsonl.")
     return found
 
 

@@ -1,8 +1,8 @@
 """mPLUG-Owl2 (Ye et al., arXiv 2311.04257): a LLaMA whose norms, keys and values have one set of weights for text and
 another for images, behind a vision tower and an abstractor that turns an image into a few tokens.
 
-The published models come with code that runs under transformers 4.36. Here the network is written down again, for one
-image between two fixed texts and without a cache; names of tensors are those of the published files.
+The published models come with code that runs under transformers 4.36. The network is reimplemented here, for one image
+between two fixed texts and without a cache; tensor names are those of the published files.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class LanguageLayer(nn.Module):
 
 
 class VisionAttention(nn.Module):
-    """Self-attention whose one matrix holds query, key and value of a head next to each other."""
+    """Self-attention with one matrix that holds query, key and value of a head next to each other."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ class AbstractorMlp(nn.Module):
 
 
 class AbstractorAttention(nn.Module):
-    """Queries look at themselves and at the image, both with fixed positions."""
+    """Queries attend to themselves and to the image, both with fixed positions."""
 
     def __init__(self, config: Mapping[str, object]) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ class AbstractorAttention(nn.Module):
 
 
 class AbstractorOutput(nn.Module):
-    """What a layer adds to its queries."""
+    """The term that a layer adds to its queries."""
 
     def __init__(self, config: Mapping[str, object]) -> None:
         super().__init__()
@@ -268,7 +268,7 @@ class Abstractor(nn.Module):
 
 
 class Body(nn.Module):
-    """The language model without its output weights, and what reads images for it."""
+    """The language model without its output weights, and the modules that read images."""
 
     def __init__(self, config: LlamaConfig, vision: Mapping[str, object], abstractor: Mapping[str, object]) -> None:
         super().__init__()
@@ -283,7 +283,7 @@ class MplugOwl2(nn.Module):
     """Logits of the token after a text, an image and another text.
 
     Args:
-        config: of the language model.
+        config: config of the language model.
         vision: `visual_config.visual_model` of the published config.
         abstractor: `visual_config.visual_abstractor`.
 

@@ -1,4 +1,4 @@
-"""Where the published files of the rewards are: pinned sources, digests, sizes and terms. Imports no torch."""
+"""The published files of the rewards: pinned sources, digests, sizes and terms. Imports no torch."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SHA256: Mapping[tuple[str, str], str] = MappingProxyType(
         (GENEVAL2, "geneval2_data.jsonl"): "09233adbc9f877fba205f1a20efa4a8640e7e62a91dfd55893562bed8a928e43",
     }
 )
-"""Digests of published files that are known, by source and file."""
+"""Known digests of published files, by source and file."""
 
 CLIP_TERMS = "MIT (code); the model card calls the weights a research output"
 PICKSCORE_TERMS = "MIT (code); the weights' model card states no other terms"
@@ -85,5 +85,5 @@ def clip_asset(source: str, option: str = "weights") -> Asset:
 
 
 def tokenizer_asset(source: str, option: str = "tokenizer", licence: str = "MIT") -> Asset:
-    """The files of a tokenizer, by default of CLIP."""
+    """The files of a tokenizer, CLIP's by default."""
     return Asset("tokenizer", option, source, (_TOKENIZER,), _TOKENIZER_MORE, size_gb=0.004, licence=licence)

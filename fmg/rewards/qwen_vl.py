@@ -59,13 +59,13 @@ def check_no_markers(prompts: Sequence[str], reader: str) -> None:
 
 
 def opening(slots: int, system: str | None) -> str:
-    """A chat up to and with an image that takes the place of `slots` tokens."""
+    """A chat up to and including an image, which occupies `slots` tokens."""
     before = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
     return f"{before}<|im_start|>user\n<|vision_start|>{IMAGE_TOKEN * slots}<|vision_end|>"
 
 
 def closing(text: str) -> str:
-    """The rest of a chat: what is said about the image, and the start of the answer."""
+    """The rest of a chat: the text about the image, and the start of the answer."""
     return f"{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -86,11 +86,11 @@ class Patches:
     """How images become patches.
 
     Attributes:
-        side: of a patch, in pixels.
-        merge: neighbours that are merged to one token, along each side.
-        frames: of a video in one patch; a still image is repeated.
+        side: side of a patch in pixels.
+        merge: patches merged into one token, along each side.
+        frames: video frames in one patch; a still image is repeated.
         least: minimum pixels of an image after resizing; `most` is the maximum.
-        mean: of each channel, subtracted before the division by `std`.
+        mean: mean of each channel, subtracted before the division by `std`.
     """
 
     side: int
@@ -102,7 +102,7 @@ class Patches:
     std: tuple[float, ...] = CLIP_STD
 
     def of(self, images: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "n d"], Int[Tensor, " 3"]]:
-        """Normalized patches of a batch in the order the models read them, and (frames, rows, columns) of one image.
+        """Normalized patches of a batch in the models' order, and (frames, rows, columns) of one image.
 
         Images are rounded to 8 bits and resized by Pillow's bicubic filter. Patches that will be merged are neighbours.
         """
@@ -119,13 +119,13 @@ class Patches:
         return repeated.reshape(-1, 3 * self.frames * side * side), torch.tensor([1, rows, columns])
 
     def slots(self, grid: Int[Tensor, " 3"]) -> int:
-        """Tokens that an image of this grid becomes."""
+        """Number of tokens of an image with this grid."""
         return int(grid.prod()) // self.merge**2
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote, and whether it ended within the limit."""
+    """The answer of a model, and whether it ended within the limit."""
 
     text: str
     ended: bool
@@ -136,8 +136,8 @@ class QwenVL:
 
     Args:
         model: a `...ForConditionalGeneration` of `_CLASSES`.
-        tokenizer: with the markers of the chat.
-        patches: how its images are prepared.
+        tokenizer: tokenizer with the chat markers.
+        patches: how images are prepared.
         system: the system message, if its chats start with one.
     """
 
@@ -176,7 +176,7 @@ class QwenVL:
     def next_token(self, image: Float[Tensor, "3 h w"], texts: Sequence[str], rows: int) -> Float[Tensor, "t v"]:
         """Log-probabilities of the first token of the answer to each text about one image, fp32.
 
-        The image is read once: what the model keeps of it is copied for `rows` texts at a time.
+        The image is read once; its cached keys and values are copied for `rows` texts at a time.
         """
         pixels, grid = self._image(image[None])
         before = self._tokens([opening(self._patches.slots(grid), self._system)]).input_ids
@@ -210,7 +210,7 @@ class QwenVL:
         return torch.cat(found)
 
     def first_token(self, text: str) -> int:
-        """Id of the token that a text starts with."""
+        """Id of the first token of a text."""
         return int(self._tokenizer(text).input_ids[0])
 
     def _image(self, images: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "n d"], Int[Tensor, " 3"]]:

@@ -31,7 +31,7 @@ _FIX = "Use the authors' script, or a text file with {prompt} in it."
 
 
 class UnifiedReward:
-    """The mean of the ratings over 5, from 0.2 to 1; parts are the ratings, from 1 to 5.
+    """The mean of the ratings divided by 5, from 0.2 to 1; parts are the ratings, from 1 to 5.
 
     Parts are `alignment`, `coherence` and `style`, or `rating` with `form: final-score`.
     """
@@ -100,10 +100,10 @@ def ratings_of(text: str, form: str) -> dict[str, float] | None:
 def read_wording(file: Path) -> str:
     """The question for the model, with `{prompt}` where the prompt goes.
 
-    Of a Python file, the one f-string with `{prompt}` as its only field; the file is parsed, never run.
+    From a Python file it takes the one f-string with `{prompt}` as its only field; the file is parsed, never run.
 
     Raises:
-        CheckpointError: when there is no such text.
+        CheckpointError: there is no such text.
     """
     if file.suffix == ".py":
         texts = [text for node in ast.walk(read_python(file, _FIX)) if (text := _template(node)) is not None]

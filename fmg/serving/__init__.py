@@ -1,4 +1,4 @@
-"""The foundation of fmg's HTTP servers: batches across clients, limits, a token, slow and vanished clients, draining.
+"""The foundation of fmg's HTTP servers: batching, limits, a token, slow and disconnected clients, draining.
 
 Imports no torch: an artifact is served without it.
 """

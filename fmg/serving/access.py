@@ -10,7 +10,7 @@ from fmg.core.errors import UsageError
 
 
 def secret_from(variable: str | None, *, required: bool) -> str | None:
-    """The secret in an environment variable; None when there is none and none is required.
+    """The secret in an environment variable; None if it is not set and not required.
 
     Raises:
         UsageError: it is required and missing, or contains anything but printable ASCII. Its value is never shown.
@@ -40,7 +40,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_token(host: str, token: str | None, variable: str) -> None:
-    """Refuses an address that other machines can reach without a token, which is read from `variable`.
+    """Requires a token (read from `variable`) for an address that other machines can reach.
 
     Raises:
         UsageError: there is none.
@@ -60,7 +60,7 @@ def knows_token(authorization: str, token: str | None) -> bool:
 def names_loopback(host: str) -> bool:
     """Whether the header `Host` names this machine.
 
-    A page of another origin can point its own name at 127.0.0.1 and so read what a server on loopback answers (DNS
+    A page from another origin can point its own name at 127.0.0.1 and so read the answers of a server on loopback (DNS
     rebinding). Its requests carry that name.
     """
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]

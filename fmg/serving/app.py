@@ -1,4 +1,4 @@
-"""What the applications of fmg's servers have in common: errors, the token, bodies, and waiting for a result."""
+"""Shared parts of fmg's server applications: errors, the token, bodies, and waiting for a result."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RefusedError(Exception):
     """A request that is answered with an error status.
 
     Args:
-        status: of HTTP.
+        status: HTTP status.
         what: what is wrong.
         fix: what to do.
         retry_after: seconds after which the client may ask again.
@@ -57,11 +57,11 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Service:
-    """What a server is.
+    """The description of a server.
 
     Attributes:
         title: its name.
-        usage: its routes, as advice for a request to another one.
+        usage: its routes, as advice for a request to an unknown one.
         error: the body of an error.
         closed: called when the server has answered its last request.
     """
@@ -73,7 +73,7 @@ class Service:
 
 
 def new_app(service: Service, *, openapi: bool = False) -> FastAPI:
-    """An application without routes, whose errors are all of the service's form.
+    """An application without routes, whose errors all have the service's format.
 
     It has no interactive documentation, whose pages load scripts from elsewhere.
     """
@@ -112,7 +112,7 @@ def new_app(service: Service, *, openapi: bool = False) -> FastAPI:
 
 
 def bearer(token: str | None) -> Callable[[Request], Awaitable[None]]:
-    """A dependency of routes that only clients with the token may use; None lets every client in."""
+    """A dependency for routes that only clients with the token may use; None admits every client."""
 
     async def authorised(request: Request) -> None:
         if not knows_token(request.headers.get("authorization", ""), token):
@@ -150,7 +150,7 @@ async def _read(request: Request, limit: int, advice: str) -> bytes:
             if len(body) > limit:
                 raise too_large
     except ClientDisconnect:
-        raise RefusedError(400, "The body ended early", "Send the whole body.") from None
+        raise RefusedError(400, "The body ended early", "Send the complete body.") from None
     return bytes(body)
 
 
@@ -165,17 +165,17 @@ async def outcome(
     noun: str,
     advice: str,
 ) -> R:
-    """The result of a job. A client that hangs up takes its job out of the queue.
+    """The result of a job. If the client hangs up, its job leaves the queue.
 
     Args:
-        request: whose body has been read.
+        request: the request, whose body has been read.
         submit: puts the job into the queue.
         timeout: seconds to wait for the result.
         wrong: errors that are the client's, answered with `wrong_status`; any other is answered with 500.
-        wrong_status: of HTTP.
-        doing: what the server does: `Scoring`, `Generating`.
-        noun: what that gives: `scores`, `images`.
-        advice: what a client can do when it takes too long.
+        wrong_status: HTTP status for those.
+        doing: what the server does, for messages: `Scoring`, `Generating`.
+        noun: what it returns, for messages: `scores`, `images`.
+        advice: what a client can do if it takes too long.
 
     Raises:
         RefusedError: there is no result.

@@ -20,10 +20,10 @@ _SMOOTHING = 0.2
 
 @dataclass(frozen=True)
 class Limits:
-    """What every server accepts.
+    """Limits of every server.
 
     Attributes:
-        max_body: bytes of a request.
+        max_body: bytes per request.
         max_queued: images that wait or are being computed; more are refused until some are done.
         max_batch: requests are joined up to this many images.
         gather: seconds to wait for further requests after the first.
@@ -42,7 +42,7 @@ class Job(Protocol):
 
     @property
     def kind(self) -> Hashable:
-        """Jobs of one kind can be computed together."""
+        """Jobs with equal kinds can be computed together."""
 
     def __len__(self) -> int: ...
 
@@ -76,9 +76,9 @@ class BatchQueue(Generic[J, R]):
     When a batch fails, each of its jobs is computed alone, so that one client's request cannot fail another's.
 
     Args:
-        work: the results of a batch, one for each job.
-        limits: bounds of queue and batch.
-        name: of the thread.
+        work: computes the results of a batch, one for each job.
+        limits: limits of queue and batch.
+        name: name of the thread.
         overtaking: whether a batch also takes jobs of its kind from behind others. The oldest job always goes first, so
             none waits forever. Without it a batch has consecutive jobs.
     """
@@ -176,7 +176,7 @@ class BatchQueue(Generic[J, R]):
             _answer(call, result)
 
     def _take(self) -> list[_Entry[J, R]]:
-        """Takes the next batch out of the queue; empty if its clients have gone while it was gathered."""
+        """Takes the next batch out of the queue; empty if its clients disconnected while it was gathered."""
         batch: list[_Entry[J, R]] = []
         size = 0
         for entry in list(self._waiting):

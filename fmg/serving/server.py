@@ -33,15 +33,15 @@ _KEEP_ALIVE_S = 5.0
 
 
 class _Connections:
-    """The open connections of a server: how many there may be, and how long one may go without a complete request.
+    """The open connections of a server, limited in number and in how long one may go without a complete request.
 
     A waiting connection has not sent complete headers since it was opened or answered. When there are too many, the one
-    that has been waiting longest is closed, so that clients that keep connections open shut out each other, not those
+    that has been waiting longest is closed. So clients that keep connections open shut out each other, not those
     with a request.
 
     Args:
-        most: connections at a time.
-        patience: seconds that one may be waiting.
+        most: maximum number of connections.
+        patience: seconds that one may wait.
         reading: seconds that a client may take to read an answer that does not fit the buffers of the system.
         error: the body of an error.
     """
@@ -131,7 +131,7 @@ class _Connection(H11Protocol):
 
 
 def _descriptors() -> int:
-    """How many files and sockets this process may have open."""
+    """Number of files and sockets that this process may have open."""
     if sys.platform == "win32":
         return 2 * _MAX_CONNECTIONS
     import resource
@@ -143,15 +143,15 @@ def _descriptors() -> int:
 class Address:
     """A bound socket, whose port is known before the server answers.
 
-    Clients can connect once it listens, so nobody waits for a server that is still loading. A context manager: leaving
-    it closes the socket.
+    Clients can connect only once it listens, so nobody waits for a server that is still loading. A context manager:
+    leaving it closes the socket.
 
     Args:
         host: address to listen on.
         port: 0 for a free one.
 
     Raises:
-        UsageError: it cannot be listened on.
+        UsageError: the server cannot listen on it.
     """
 
     def __init__(self, host: str, port: int) -> None:
@@ -199,7 +199,7 @@ class HttpServer:
     """A bound but not yet serving server.
 
     Args:
-        app: what answers.
+        app: the application that answers.
         address: where it listens.
         error: the body of an error that no route answers.
         timeout: seconds that a client may take to send its headers, within limits, and to read its answer.
@@ -243,9 +243,9 @@ class HttpServer:
 
     @contextmanager
     def _ended_by_sigterm(self) -> Iterator[None]:
-        """SIGTERM is how a server is told to stop, so it is not a failure.
+        """SIGTERM is the normal way to stop a server, so it is not a failure.
 
-        uvicorn drains the server on it, and raises the signal once more at the end: for the handler that is set here.
+        uvicorn drains the server on it and raises the signal again at the end, for the handler that is set here.
         """
         if threading.current_thread() is not threading.main_thread():
             yield

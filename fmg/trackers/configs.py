@@ -1,7 +1,7 @@
 """Options of the trackers. Imports no torch.
 
-Servers are no options: a recipe from elsewhere must not decide where metrics and images go. Each service reads its own
-environment variables for them (docs/trackers.md).
+Servers are not options, because a recipe from elsewhere must not decide where metrics and images go. Each service reads
+its own environment variables for them (docs/trackers.md).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class TensorBoardConfig(TrackerConfig):
 
 
 class ProjectConfig(TrackerConfig):
-    """What all services but TensorBoard have in common."""
+    """Options shared by all services but TensorBoard."""
 
     project: str = Field(
         default="fmg", min_length=1, description="project (MLflow: experiment) that the run belongs to"

@@ -1,8 +1,8 @@
-"""The process of one tracker: it reads `metrics.jsonl` as the run writes it, and tells the tracker.
+"""The process of one tracker: it reads `metrics.jsonl` as the run writes it, and passes the lines to the tracker.
 
-A service may print, wait for a server, change its process or crash; here none of that reaches the run. The run writes a
-byte whenever there are new lines. When it closes the pipe, or dies, the tracker gets the rest and is closed. Reports go
-back as lines of JSON: `{"where": ...}`, `{"problem": ...}`, `{"heard": bytes}`.
+A service may print, wait for a server, change its process or crash. None of that affects the run here. The run writes a
+byte whenever there are new lines. When it closes the pipe, or dies, the tracker gets the rest and is closed. Reports
+are sent back as lines of JSON: `{"where": ...}`, `{"problem": ...}`, `{"heard": bytes}`.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from fmg.registry.config import TrackerConfig
 from fmg.registry.registry import load
 
 RETRY_AFTER = 60.0
-"""Seconds after a failure in which a tracker is left alone."""
+"""Seconds to wait after a failure before a tracker is tried again."""
 _SAVE_EVERY = 100
 _LOCK_TIMEOUT = 30.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a follower is started with.
+    """The job that a follower is started with.
 
     Attributes:
         run: the run folder.
         id, title: as `TrackedRun.id` and `TrackedRun.name`.
         process: the process that trains.
-        lines: of `metrics.jsonl`, from which the run resumes.
-        name: of the tracker.
+        lines: number of lines of `metrics.jsonl` from which the run resumes.
+        name: name of the tracker.
         config, factory: `module:attribute` paths.
-        options: of the tracker.
+        options: options of the tracker.
     """
 
     run: str
@@ -110,13 +110,13 @@ class Follower:
         self._tail = MetricsTail(self._run.metrics)
 
     def report(self, **content: object) -> None:
-        """Tells the run, if it is still there."""
+        """Reports to the run, if it still exists."""
         with suppress(OSError):
             self.reports.write(json.dumps(content) + "\n")
             self.reports.flush()
 
     def catch_up(self, *, last: bool = False) -> None:
-        """Gives the tracker all new lines. After a failure nothing is tried for a while, except at the end."""
+        """Gives the tracker all new lines. After a failure it waits for a while, except at the end."""
         if time.monotonic() < self._next_try and not last:
             return
         try:
@@ -194,7 +194,7 @@ def main() -> None:
     try:
         lock.acquire()
     except Timeout:
-        follower.report(problem="the process of an earlier session still follows the run")
+        follower.report(problem="a process from an earlier session still follows the run")
         return
     with lock:
         while woken := os.read(wakes, 1 << 16):

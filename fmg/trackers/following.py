@@ -1,6 +1,6 @@
-"""The trackers of a run, seen from the run: starts a process for each, wakes it up, and passes its problems on.
+"""The run's side of its trackers: starts a process for each, wakes it up, and reports its problems.
 
-A tracker cannot fail a run, hold it up or print into its output. What goes wrong is one warning for each tracker.
+A tracker cannot stop a run, delay it or print into its output. Problems cause one warning per tracker.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from fmg.registry import trackers
 from fmg.trackers.follower import Job, files_of
 
 PATIENCE = 120.0
-"""Seconds without an answer after which the user is told that a tracker lags behind."""
+"""Seconds without an answer after which the user is warned that a tracker lags behind."""
 CLOSE_TIMEOUT = 60.0
 """Seconds that a finished run waits for its trackers."""
 INTERRUPTED_TIMEOUT = 10.0
-"""The same for an interrupted run: what ended it may not wait longer."""
+"""The same for an interrupted run, whose scheduler may not wait longer."""
 
 # not `run.json`, by which a run folder is recognised; no tracker can have this name
 _IDENTITY = "tracked_run.json"
@@ -41,7 +41,7 @@ _LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_AD
 
 @dataclass(frozen=True)
 class Identity:
-    """By which trackers recognise a run: an id, and the name of the run folder when it started."""
+    """The identity by which trackers recognise a run: an id, and the name of the run folder when it started."""
 
     id: str
     name: str
@@ -66,13 +66,13 @@ def identity_of(run: Path) -> Identity | None:
 
 @contextmanager
 def followed(run: Path, refs: Sequence[TrackerRef], saved: object, observer: Observer) -> Iterator[Observer]:
-    """Trackers follow the run in the body, which reports to the observer that it gets.
+    """Lets trackers follow the run in the body, which reports to the observer that it receives.
 
     Args:
         run: the run folder.
         refs: the trackers.
         saved: the identity in the state that the run resumes from, if any.
-        observer: hears everything that the body reports, and where to look at the trackers.
+        observer: receives everything that the body reports, and where to view the trackers.
     """
     if not refs:
         yield observer
@@ -94,8 +94,8 @@ class Following:
     Args:
         run: the run folder.
         refs: the trackers.
-        identity: of the run.
-        observer: hears the events.
+        identity: identity of the run.
+        observer: receives the events.
     """
 
     def __init__(self, run: Path, refs: Sequence[TrackerRef], identity: Identity, observer: Observer) -> None:
@@ -105,7 +105,7 @@ class Following:
         self._interrupted = True
 
     def __call__(self, event: Event) -> None:
-        """Passes an event on; trackers are started, or woken up, by those that follow new lines of the log."""
+        """Passes an event on; events that follow new log lines start the trackers or wake them up."""
         self._observer(event)
         if isinstance(event, (Resumed, IterationDone, Evaluated)):
             # not earlier: a resumed run cuts its log first
@@ -119,7 +119,7 @@ class Following:
             self._interrupted = event.interrupted
 
     def close(self) -> None:
-        """Waits until all trackers have delivered everything, but not longer than a user would."""
+        """Waits until all trackers have delivered everything, within the time limit."""
         for link in self._links:
             link.hang_up()
         limit = INTERRUPTED_TIMEOUT if self._interrupted else CLOSE_TIMEOUT
@@ -175,7 +175,7 @@ class _Link:
         return process
 
     def wake(self) -> None:
-        """Tells the follower that there are new lines, and hears what it has to say."""
+        """Tells the follower that there are new lines, and reads its reports."""
         if self._process is None:
             return
         assert self._process.stdin is not None
@@ -211,7 +211,7 @@ class _Link:
         self._release()
 
     def kill(self) -> None:
-        """Ends the follower, and whatever its service has started."""
+        """Ends the follower and every process that its service has started."""
         if self._process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)

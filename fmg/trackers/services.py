@@ -1,6 +1,6 @@
-"""The trackers: what each service needs to show one curve for a run, however often it is resumed.
+"""The trackers. Each shows one curve for a run, however often it is resumed.
 
-docs/adr/0028-trackers.md says why none is from Accelerate. Each library is imported when its tracker is opened.
+docs/adr/0028-trackers.md explains why none is from Accelerate. Each library is imported when its tracker is opened.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class TensorBoard:
         pass
 
     def open(self, run: TrackedRun) -> tuple[int, str]:
-        """Starts a new event file, which makes TensorBoard forget what older ones hold from the resumed step on."""
+        """Starts a new event file, which makes TensorBoard drop what older ones contain from the resumed step on."""
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.plugins.text.summary_v2 import text_pb
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -84,8 +84,8 @@ class TensorBoard:
 class Wandb:
     """Weights & Biases.
 
-    A row of its history is a line of `metrics.jsonl`, drawn over `iteration`: its own step must grow, and an iteration
-    may have two lines.
+    A row of its history is a line of `metrics.jsonl`, plotted over `iteration`: its own step must increase, and an
+    iteration may have two lines.
     """
 
     def __init__(self, config: WandbConfig) -> None:
@@ -143,7 +143,7 @@ class Wandb:
 
 
 class Trackio:
-    """Trackio: its local store; or the server of TRACKIO_SERVER_URL or Space of TRACKIO_SPACE_ID."""
+    """Trackio: its local store, the server in TRACKIO_SERVER_URL, or the Space in TRACKIO_SPACE_ID."""
 
     def __init__(self, config: TrackioConfig) -> None:
         self._config = config
@@ -219,7 +219,7 @@ class SwanLab:
 
 
 class Mlflow:
-    """MLflow. A run is found again by a tag, since the server chooses its id."""
+    """MLflow. A run is found again by a tag, because the server chooses its id."""
 
     _TAG = "fmg.run"
     # limits of one request
@@ -273,7 +273,7 @@ def _shown(config: ProjectConfig, run: TrackedRun) -> str:
 
 
 def _without_iteration(line: Mapping[str, float]) -> dict[str, float]:
-    """What a tracker draws over its own step, which is the iteration."""
+    """The metrics that a tracker plots over its own step, which is the iteration."""
     return {key: number for key, number in line.items() if key != keys.ITERATION}
 
 

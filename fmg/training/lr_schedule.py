@@ -1,4 +1,4 @@
-"""Learning-rate schedules: diffusers' functions of the number of an update.
+"""Learning-rate schedules: diffusers' functions, evaluated at the index of an update.
 
 Like noise and prompts, the rate depends only on the position in the run, so a resumed or distributed run needs no state
 for it. An update that is skipped (`objective.target_kl`, equal rewards) keeps its position: the rate reaches 0 at the
@@ -22,8 +22,8 @@ def lr_factor(train: TrainSection) -> Callable[[int], float]:
     """The learning rate of update `u = 0, 1, ...` as a factor of `optimizer.lr`.
 
     It is diffusers' schedule, shifted by one step and one step longer. So the first update of a warm-up has an effect
-    (diffusers gives it the rate 0), update `train.lr_warmup_steps` has the full rate, and the last one does not waste
-    its rollout. Without a warm-up the first update has the full rate, exactly as in diffusers.
+    (diffusers gives it the rate 0), update `train.lr_warmup_steps` has the full rate, and the last one still learns
+    from its rollout. Without a warm-up the first update has the full rate, exactly as in diffusers.
     """
     from diffusers.optimization import get_scheduler
 
@@ -41,8 +41,8 @@ class LrSchedule:
     """Sets the learning rate of a run's optimizer before each update.
 
     Args:
-        optimizer: of the run, with the rates of its recipe.
-        train: the schedule and the number of updates.
+        optimizer: the optimizer of the run, with the rates of its recipe.
+        train: training section with the schedule and the number of updates.
 
     Raises:
         UsageError: the optimizer has no learning rate to schedule.

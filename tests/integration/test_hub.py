@@ -225,7 +225,7 @@ def test_a_card_keeps_what_its_owner_wrote(hub: FakeHub, shapes_run: Path, tmp_p
     assert "front matter" in refused("push", str(run), "me/shapes", "--dry-run")
     card.write_text(f"# My shapes\n\nTrained in {Path.home()}/data.\n")
     error = refused("push", str(run), "me/shapes", "--dry-run")
-    assert "README.md would show a folder of this computer" in error
+    assert "README.md contains a path on this computer" in error
 
 
 def test_only_the_lora_of_this_checkpoint_is_sent_in_kohyas_layout(
@@ -262,7 +262,7 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(
     run = str(shapes_run)
     assert "not the name of a repository" in refused("push", run, "shapes", "--dry-run")
     assert "not the name of a repository" in refused("push", run, "me/a b")
-    assert "a model that nothing has changed" in refused("push", "meanflow-shapes", "me/shapes")
+    assert "a model that has not been trained" in refused("push", "meanflow-shapes", "me/shapes")
     assert "There is no run or artifact 'you/shapes' here" in refused("push", "you/shapes", "me/shapes")
     assert "neither a model nor a run folder" in refused("push", "nowhere", "me/shapes")
     assert "--offline" in refused("push", run, "me/shapes", "--offline")
@@ -272,7 +272,7 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(
     assert "an artifact does not have" in refused("push", str(shapes_artifact.folder), "me/a", "--set", "lora.rank=2")
     monkeypatch.delenv("HF_TOKEN")
     error = refused("push", run, "me/shapes")
-    assert "There is no token" in error
+    assert "No token for the hub" in error
     assert "hf auth login" in error
     assert hub.paths() == []
 
@@ -314,7 +314,7 @@ def test_repositories_that_hold_something_else_are_left_alone(
         (403, "POST", "/commit/", "The token may not write to 'me/shapes': on purpose"),
         (404, "POST", "/commit/", "The hub does not find 'me/shapes': on purpose"),
         (409, "POST", "/commit/", "'me/shapes' was changed by somebody else during the push: on purpose"),
-        (413, "POST", "/commit/", "The hub takes no files of this size: on purpose"),
+        (413, "POST", "/commit/", "The hub does not accept files of this size: on purpose"),
         (429, "POST", "/commit/", "The hub limits the number of requests: on purpose"),
         (500, "POST", "/repos/create", "The hub failed with status 500: on purpose"),
         (503, "POST", "/commit/", "The hub failed with status 503: on purpose"),

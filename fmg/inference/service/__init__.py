@@ -1,1 +1,1 @@
-"""The image server: prompts in, images out, over the images API of OpenAI. Nothing that a client sends is run."""
+"""The image server: prompts in, images out, over OpenAI's images API. Nothing that a client sends is executed."""

@@ -25,7 +25,7 @@ class ImageJob:
 
     @property
     def kind(self) -> tuple[str, int | None]:
-        """Images of one model and number of steps can be sampled together."""
+        """Jobs for the same model and number of steps can be sampled together."""
         return self.model.name, self.steps
 
     def __len__(self) -> int:
@@ -38,11 +38,11 @@ class Painted:
 
     Attributes:
         images: (n, 3, h, w) in [0, 1], fp32.
-        steps: sampling steps (NFE) of each.
-        batch: images that were sampled together.
-        seconds: `queued`, and `generated` with the others of the batch.
-        warnings: about its prompt.
-        adapter: sha256 of the adapter; None for a model without one, or with one that is part of its weights.
+        steps: sampling steps (NFE) per image.
+        batch: number of images that were sampled together.
+        seconds: time in the queue (`queued`) and of the whole batch (`generated`).
+        warnings: warnings about the prompt.
+        adapter: sha256 of the adapter; None for a model without one, or with one merged into its weights.
     """
 
     images: NDArray[np.float32]

@@ -1,4 +1,4 @@
-"""What `/metrics` counts, in the format of Prometheus."""
+"""The counters behind `/metrics`, in Prometheus format."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
-    """Counters of one server, apart from those of others in the process.
+    """Counters of one server, separate from those of others in the process.
 
     Args:
-        queued: gives the images that wait or are being generated.
+        queued: returns the number of images that wait or are being generated.
     """
 
     def __init__(self, queued: Callable[[], float]) -> None:
@@ -51,5 +51,5 @@ class Metrics:
         self._batch.observe(painted.batch)
 
     def text(self) -> bytes:
-        """All of them, as Prometheus reads them."""
+        """All counters in Prometheus format."""
         return generate_latest(self._registry)

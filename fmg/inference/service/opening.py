@@ -1,4 +1,4 @@
-"""From what is typed after `fmg serve` to models that are loaded and have generated an image."""
+"""Loads the targets of `fmg serve`, and generates a first image with each."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Named:
 
 
 def named_targets(texts: Sequence[str]) -> list[Named]:
-    """Targets with their names from texts such as `runs/a` and `tuned=runs/a`.
+    """Parses texts such as `runs/a` and `tuned=runs/a` into targets with names.
 
-    A folder is called like itself, without the folders above it.
+    A folder is named after its last part.
 
     Raises:
         UsageError: a name is unfit for a request, or two targets have the same.
@@ -67,15 +67,15 @@ def _own_name(target: str) -> str:
 def open_models(
     targets: Sequence[Named], options: Mapping[str, Any], stack: ExitStack, observer: Observer
 ) -> list[Served]:
-    """Every target, loaded. Each generates an image, so problems appear before the server listens.
+    """Loads every target. Each generates an image, so problems appear before the server listens.
 
     A run whose LoRA can be switched off is followed by its base, as `NAME:base`.
 
     Args:
         targets: what to serve.
-        options: those of `fmg.inference.load`.
+        options: options of `fmg.inference.load`.
         stack: frees the models when it is closed.
-        observer: receives what is loaded, and the progress of downloads.
+        observer: receives a notice for each model, and the progress of downloads.
     """
     return [model for named in targets for model in _opened(named, options, stack, observer)]
 

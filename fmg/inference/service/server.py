@@ -66,10 +66,10 @@ def create_app(models: ServedModels, limits: Limits, *, token: str | None) -> Fa
     """The server as an ASGI application.
 
     Args:
-        models: what it serves.
-        limits: what it accepts.
-        token: required as `Authorization: Bearer TOKEN` for everything but `/health` and the page. None lets in every
-            client that names this machine by a loopback address.
+        models: the served models.
+        limits: limits on requests.
+        token: required as `Authorization: Bearer TOKEN` for everything but `/health` and the page. None admits every
+            client that addresses this machine by a loopback name.
     """
     queue: BatchQueue[ImageJob, Painted] = BatchQueue(generate_jobs, limits, "fmg-image-batcher", overtaking=True)
     metrics = Metrics(lambda: queue.queued)
@@ -221,7 +221,7 @@ class ImageServer(HttpServer):
         drain: seconds to finish what was accepted after the server is told to stop.
 
     Raises:
-        UsageError: another process listens there.
+        UsageError: another process listens at this address.
     """
 
     def __init__(

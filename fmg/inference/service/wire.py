@@ -1,4 +1,4 @@
-"""What goes over the wire: requests and answers of OpenAI's images API, with a few keys more.
+"""The wire format: requests and responses of OpenAI's images API, with a few additional keys.
 
 A request also has `seed` and `steps`. An answer also has the seed of each image, the model, and the time that it took.
 """
@@ -36,11 +36,11 @@ _ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_
 
 @dataclass(frozen=True)
 class Limits(batching.Limits):
-    """What the server accepts.
+    """Limits on requests.
 
     Attributes:
-        max_images: images of a request.
-        max_prompt: characters of a prompt.
+        max_images: images per request.
+        max_prompt: characters per prompt.
         max_steps: sampling steps (NFE) per image.
     """
 
@@ -88,7 +88,7 @@ class ImageEntry(BaseModel):
     """One image of an answer."""
 
     b64_json: str = Field(description="the image file in base64")
-    seed: int = Field(description="with which the image can be generated again")
+    seed: int = Field(description="seed that generates this image again")
 
 
 class ImagesAnswer(BaseModel):
@@ -100,10 +100,12 @@ class ImagesAnswer(BaseModel):
     size: str
     output_format: Format
     steps: int = Field(description="sampling steps (NFE) per image")
-    batch: int = Field(description="images that were computed together, also those of other requests")
-    timings_ms: dict[str, float] = Field(description="time in the queue (queued) and at work (generated)")
-    adapter_sha256: str | None = Field(default=None, description="of the adapter that was used, where it can change")
-    warnings: list[str] = Field(default_factory=list, description="such as a prompt that the model truncates")
+    batch: int = Field(description="images that were computed together, including those of other requests")
+    timings_ms: dict[str, float] = Field(description="milliseconds in the queue (queued) and in generation (generated)")
+    adapter_sha256: str | None = Field(
+        default=None, description="sha256 of the adapter that was used, if adapters can be exchanged"
+    )
+    warnings: list[str] = Field(default_factory=list, description="for example, that the model truncates the prompt")
 
 
 class ErrorDetail(BaseModel):
@@ -135,10 +137,10 @@ def request_model(limits: Limits) -> type[ImageRequest]:
 
 
 def parse_body(body: bytes, model: type[B]) -> B:
-    """The request in a JSON body.
+    """Parses a JSON body into a request.
 
     Raises:
-        RefusedError: it is not one, or breaks a limit.
+        RefusedError: it is malformed, or exceeds a limit.
     """
     try:
         return model.model_validate(parse_object(body))
@@ -180,7 +182,7 @@ def encode_answer(painted: Painted, model: str, output_format: Format, seeds: Se
 
 
 def error_body(error: RefusedError) -> Mapping[str, object]:
-    """An error as OpenAI's API answers it, with what to do in its message."""
+    """An error in the format of OpenAI's API; its message also says what to do."""
     kind = "server_error" if error.status >= 500 else _ERROR_TYPES.get(error.status, "invalid_request_error")
     said = UsageError(error.what, error.fix).text
     return {"error": {"message": said, "type": kind, "param": error.key, "code": error.code}}

@@ -33,9 +33,9 @@ COMPONENT = "transformer"
 CARD = "README.md"
 SAMPLES = "samples.png"
 KOHYA_FILE = "kohya_lora.safetensors"
-"""The LoRA in kohya's layout, where `fmg export` puts it by default: in the folder of the run."""
+"""The LoRA in kohya's layout, at the default location of `fmg export`: in the run folder."""
 KOHYA_DIGEST = "fmg_adapter_digest"
-"""Key of that file's metadata that names the adapter that it was made from, by `adapter_digest`."""
+"""Metadata key in that file with the digest (`adapter_digest`) of the adapter that it was made from."""
 
 READ = (
     ADAPTER_MANIFEST,
@@ -47,9 +47,9 @@ READ = (
     f"{COMPONENT}/diffusion_pytorch_model.safetensors.index.json",
     f"{COMPONENT}/diffusion_pytorch_model-?????-of-?????.safetensors",
 )
-"""The files that fmg reads of a checkpoint, as patterns."""
+"""Patterns of the checkpoint files that fmg reads."""
 WRITTEN = (*READ, f"{PEFT_FOLDER}/{PEFT_CONFIG_FILE}", f"{PEFT_FOLDER}/{PEFT_FILE}")
-"""All files of a checkpoint that hold what was trained, as patterns."""
+"""Patterns of all checkpoint files that hold trained weights."""
 
 
 def matching(names: Iterable[str], patterns: Iterable[str]) -> list[str]:

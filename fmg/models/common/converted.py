@@ -1,4 +1,4 @@
-"""Weights in a form of their own, such as a torch file, written once to the cache as safetensors shards."""
+"""Weights in another format, such as a torch file, converted once into safetensors shards in the cache."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _SHARD_BYTES = 2 * 10**9
 
 
 def kept_weights(origin: Path, key: str, make: Callable[[Path], None]) -> WeightFiles:
-    """Weights in the cache, made if they are not there.
+    """Weights in the cache, converted if they are not there yet.
 
     Args:
-        origin: what they were made from, for messages.
+        origin: the source of the weights, for messages.
         key: hash of everything they depend on.
-        make: writes them to an empty folder, with `write_shards`.
+        make: writes them to an empty folder with `write_shards`.
 
     Raises:
         FmgError: the cache cannot be written.

@@ -23,7 +23,7 @@ Network = Callable[..., Any]
 
 
 class LatentCall(ABC):
-    """A stand-in for a whole `LatentNetwork`: it takes latents rather than what a family makes of them."""
+    """A replacement for a whole `LatentNetwork`: it takes latents rather than a family's tokens."""
 
     @abstractmethod
     def __call__(
@@ -34,7 +34,7 @@ class LatentCall(ABC):
         guidance: Float[Tensor, " b"] | None,
         cond: Conditioning,
     ) -> Float[Tensor, "b c h w"]:
-        """What the network predicts; `s` and `guidance` are None where it takes none."""
+        """The prediction of the network; `s` and `guidance` are None if it does not take them."""
 
 
 class LatentNetwork(ABC):
@@ -46,9 +46,9 @@ class LatentNetwork(ABC):
     Args:
         transformer: the module of diffusers, or a wrapper with its call signature.
         dtype: dtype of the latents that the transformer takes.
-        guidance: embedded guidance scale as the transformer takes it, or that of each row (b,); None for weights that
-            embed none.
-        scope: the context that every call of the transformer runs in.
+        guidance: embedded guidance scale as the transformer takes it, for all rows or per row (b,); None for weights
+            without a guidance embedding.
+        scope: context in which every call of the transformer runs.
     """
 
     def __init__(
@@ -81,12 +81,12 @@ class LatentNetwork(ABC):
     def single_time(
         self, x: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], cond: Conditioning
     ) -> Float[Tensor, "b c h w"]:
-        """What the network predicts at `t`: the average velocity from `t` to 0, or the velocity."""
+        """The prediction at `t`: the average velocity from `t` to 0, or the velocity."""
         with self._scope():
             return self._predict(x, t.float(), None, cond)
 
     def _placed(self, key: tuple[object, ...], device: torch.device, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` returns, on `device`; made once for each key."""
+        """The result of `make` on `device`, computed once per key."""
         if torch.compiler.is_exporting():
             # of no use in a graph, and not of this call alone
             return make().to(device)
@@ -96,7 +96,7 @@ class LatentNetwork(ABC):
         return self._kept[place]
 
     def _guidances(self, t: Tensor) -> Tensor | None:
-        """The guidance scale of each row (b,), where the weights embed one."""
+        """The guidance scale of each row (b,), if the weights embed one."""
         if self._guidance is None or isinstance(self._guidance, Tensor):
             return self._guidance
         return torch.full_like(t, self._guidance)

@@ -1,4 +1,4 @@
-"""Prompts as the hidden states of a Qwen decoder that reads them as a chat: FLUX.2 [klein], Z-Image and FLUX.3."""
+"""Encodes prompts, formatted as chats, with the hidden states of a Qwen decoder (FLUX.2 [klein], Z-Image, FLUX.3)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class QwenText:
     """A Qwen decoder with its tokenizer.
 
     Attributes:
-        tokenizer: has the chat template that is put around a prompt.
+        tokenizer: tokenizer with the chat template for prompts.
         text_encoder: the decoder, with or without its head, which is not run.
         layers: indices of the hidden states to use, concatenated along the channels; 0 means the embeddings.
         thinking: `enable_thinking` of the chat template; None leaves it out.
-        padding_side: where the padding goes; None: where the tokenizer puts it.
-        padding_position: position of every padding token; None: its place in the sequence.
-        masked: whether a row has the mask of its tokens, for a transformer that does not see the padding.
+        padding_side: side of the padding; None: the tokenizer's own.
+        padding_position: position of every padding token; None: its index in the sequence.
+        masked: whether a row includes a token mask, for transformers that ignore the padding.
     """
 
     tokenizer: Any
@@ -43,7 +43,7 @@ class QwenText:
 
     @property
     def facts(self) -> tuple[str, ...]:
-        """What decides an embedding besides the files: another family reads other states of the same decoder."""
+        """Settings that embeddings depend on besides the files: families use different states of one decoder."""
         taken = (self.layers, self.thinking, self.padding_side, self.padding_position, self.masked)
         return ("qwen", *map(str, taken))
 
@@ -75,7 +75,7 @@ class QwenText:
         return {"tokens": tokens, "mask": mask} if self.masked else {"tokens": tokens}
 
     def count(self, prompt: str) -> int:
-        """Tokens of a prompt, those of the chat template included."""
+        """Tokens of a prompt, including those of the chat template."""
         return len(self.tokenizer.encode(self._chat(prompt), verbose=False))
 
     def check_layers(self, folder: Path) -> None:

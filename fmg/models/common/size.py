@@ -44,7 +44,7 @@ def _channels(vae: Mapping[str, object]) -> list[int]:
 
 
 def stored_parameters(folder: Path | None, *components: str) -> int:
-    """Parameters in the safetensors files of some components, by their headers; 0 when one has no file.
+    """Parameters in the safetensors files of some components, from their headers; 0 if one has no file.
 
     Raises:
         CheckpointError: a file is damaged.
@@ -55,7 +55,7 @@ def stored_parameters(folder: Path | None, *components: str) -> int:
 
 
 def stored_names(folder: Path) -> Collection[str]:
-    """Names of the tensors of a component folder, by the headers of its files.
+    """Names of the tensors of a component folder, from the headers of its files.
 
     Raises:
         CheckpointError: there is no such file, or one is damaged.
@@ -77,7 +77,7 @@ def _parameters(file: Path) -> int:
 
 
 def conditioning_linears(config: Mapping[str, object], width: int, *embedders: str) -> Iterator[LinearModule]:
-    """The linear layers before the blocks of FLUX and SD3: of the text, and of embedders of times and guidance."""
+    """The linear layers before the blocks of FLUX and SD3: text projection, and embedders of times and guidance."""
     yield LinearModule("context_embedder", whole(config, "joint_attention_dim"), width, "text", "tokens")
     pooled = "time_text_embed.text_embedder"
     inputs = {**dict.fromkeys(embedders, _SINUSOID), pooled: whole(config, "pooled_projection_dim")}
@@ -91,7 +91,7 @@ def joint_block(block: str, width: int, *, dual: bool = False, last: bool = Fals
 
     Args:
         block: its name in the state dict.
-        width: of both streams.
+        width: width of both streams.
         dual: whether the image tokens also attend among themselves, as in blocks of SD3.5-Medium.
         last: whether the text stream ends here, as in the last block of SD3.
     """

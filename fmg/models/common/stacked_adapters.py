@@ -1,9 +1,9 @@
 """A base merged from a transformer and the adapters that its authors published: LoRAs, and a second-time embedder.
 
-Files are read as they are found: of PEFT, of diffusers, or the bare state dict of a trainer, as AnyFlow, MeanFlowNFT
-and SimpleTuner write them. A file must fit the transformer completely, because a part that is left out silently gives
-another model. The sums are made in fp32, rounded once to the dtype of the base, and kept in the cache under the hash of
-everything that they depend on.
+Files may come from PEFT, from diffusers, or be the bare state dict of a trainer, as AnyFlow, MeanFlowNFT and
+SimpleTuner write them. A file must fit the transformer completely: silently ignoring a part would give another model.
+Weights are merged in fp32, rounded once to the dtype of the base, and cached under the hash of everything that they
+depend on.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ class _Low:
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter by the names of the transformer.
+    """One adapter, with the transformer's names.
 
     Attributes:
         low: LoRA of each adapted module.
-        second: tensors of the second-time embedder; empty where the file has none.
+        second: tensors of the second-time embedder; empty if the file has none.
     """
 
     low: Mapping[str, _Low]
@@ -87,10 +87,10 @@ def merged_weights(
     """The weights of a base with adapters merged into it, in the cache.
 
     Args:
-        base: the transformer without them.
+        base: the transformer without the adapters.
         adapters: in the order in which they were trained.
-        wanted: names and shapes that the transformer has.
-        second: where its second-time embedder is; None for a map without one.
+        wanted: names and shapes of the transformer's tensors.
+        second: path of its second-time embedder; None for a map without one.
 
     Raises:
         CheckpointError: a file cannot be read or does not fit the transformer.
@@ -123,11 +123,11 @@ def load_merged(
 
     Args:
         cls: a class with `TwoTimeMixin`.
-        config: its config, with its times.
-        folder: of the base.
+        config: its config, including how it takes times.
+        folder: folder of the base.
         adapters: as in `merged_weights`.
-        device: where it goes.
-        dtype: of its weights.
+        device: device of the transformer.
+        dtype: dtype of its weights.
 
     Raises:
         CheckpointError: the files cannot be read or do not fit the transformer.
@@ -220,7 +220,7 @@ def _check_embedder(origin: Path, given: Mapping[str, Tensor], wanted: Shapes) -
     if not given:
         return
     if absent := sorted(wanted.keys() - given.keys()):
-        raise _misfit(origin, f"has only a part of the second-time embedder, without {some(absent)}")
+        raise _misfit(origin, f"has an incomplete second-time embedder, without {some(absent)}")
     if extra := sorted(given.keys() - wanted.keys()):
         raise _misfit(origin, f"has tensors of a second-time embedder that this model does not have: {some(extra)}")
     for name, tensor in given.items():
@@ -229,7 +229,7 @@ def _check_embedder(origin: Path, given: Mapping[str, Tensor], wanted: Shapes) -
 
 
 def _facts(adapter: LocatedAdapter) -> Mapping[str, object]:
-    """What a PEFT config beside the file, or the file's own metadata, states about the LoRA."""
+    """The LoRA settings from a PEFT config beside the file, or from the file's own metadata."""
     file = adapter.files[0]
     try:
         if adapter.config is not None:
@@ -245,7 +245,7 @@ def _facts(adapter: LocatedAdapter) -> Mapping[str, object]:
 
 
 def _check_targets(origin: Path, facts: Mapping[str, object], pairs: Mapping[str, object], wanted: Shapes) -> None:
-    """Refuses kinds of LoRA that are not a plain sum, and a file that lacks a part of what its config names."""
+    """Refuses LoRA variants that are not a plain sum, and a file that lacks modules named in its config."""
     for key in ("use_dora", "rank_pattern", "alpha_pattern"):
         if facts.get(key):
             raise _misfit(origin, f"has a LoRA with {key}, which cannot be merged here")
@@ -265,7 +265,7 @@ def _scale(adapter: LocatedAdapter, facts: Mapping[str, object], alpha: float | 
     if own is None:
         raise CheckpointError(
             f"{adapter.files[0]} does not state the alpha of its LoRA, of rank {rank}",
-            f"State it as its authors do: model.adapters=[{{source: {adapter.stated.source}, alpha: ALPHA}}].",
+            f"State its authors' value: model.adapters=[{{source: {adapter.stated.source}, alpha: ALPHA}}].",
         )
     if stated is not None and own != stated:
         raise CheckpointError(

@@ -29,7 +29,7 @@ SINUSOID_CHANNELS = 256
 
 
 def sinusoids(times: Float[Tensor, " b"]) -> Float[Tensor, "b 256"]:
-    """What a diffusers embedder receives for times that are already scaled."""
+    """The input of a diffusers embedder for times that are already scaled."""
     embedded: Tensor = get_timestep_embedding(times, SINUSOID_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
     return embedded
 
@@ -91,7 +91,7 @@ class TwoTimeMixin:
     """
 
     second_embedder: ClassVar[str]
-    """Where the second-time embedder is in the network, by the names of its tensors in published files."""
+    """Path of the second-time embedder in the network, as tensor names in published files have it."""
 
     config: Any
     inner_dim: int
@@ -112,7 +112,7 @@ class TwoTimeMixin:
         cls.__init__ = register_to_config(init)  # type: ignore[method-assign]
 
     def _take_times(self, time_scale: float, second_time: object) -> None:
-        """Replaces `time_text_embed`, and adds the second-time embedder where the map has one.
+        """Replaces `time_text_embed`, and adds the second-time embedder if the map has one.
 
         Raises:
             UsageError: `time_scale` is not positive or `second_time` is unknown.
@@ -218,7 +218,7 @@ class TwoTimeMixin:
     def from_pretrained(cls, folder: Any, **options: Any) -> Any:
         """As in diffusers, except that missing, unexpected or wrongly shaped weights are an error.
 
-        The stock method only warns about weights that it does not know, and a flow map without its second-time embedder
+        The stock method only warns about unknown weights, and a flow map without its second-time embedder
         generates noise.
 
         Raises:

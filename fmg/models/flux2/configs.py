@@ -34,11 +34,11 @@ class Flux2KleinConfig(DiffusersConfig):
     """FLUX.2 [klein] in a diffusers pipeline folder: 4 or 9 B parameters, distilled for four Euler steps without CFG.
 
     The network predicts a velocity, and one call gives a jump to any time: an Euler step. The jump to 0 is the
-    student's prediction of the image, which distribution matching trained; a jump to an interior time is what its own
-    sampler does. Noise that is added afterwards is not: the more of the noise a stochasticizer replaces, the further
-    its states are from those of the Euler sampler that the student was distilled for. `asfmc` with an anchor close to
-    the target replaces little; `asfmc-endpoint` replaces all of it. `fmg eval flux2-klein --path-check` scores the
-    images that the Euler sampler completes from the states of each one.
+    student's prediction of the image, which distribution matching trained. A jump to an interior time is a step of its
+    own sampler. The student has not seen added noise: the more noise a stochasticizer replaces, the further its states
+    are from those of the Euler sampler. `asfmc` with an anchor close to the target replaces little; `asfmc-endpoint`
+    replaces all of it. `fmg eval flux2-klein --path-check` scores the images that the Euler sampler completes from the
+    states of each stochasticizer.
     """
 
     recipe: ClassVar[str | None] = "flux2-klein"
@@ -68,8 +68,8 @@ class Flux2KleinConfig(DiffusersConfig):
         default=512,
         ge=16,
         le=512,
-        description="Tokens of the chat with the prompt. The transformer sees the padding, so another number than 512 "
-        "gives other images.",
+        description="Tokens of the prompt with its chat template. The transformer sees the padding, so other values "
+        "than 512 give other images.",
     )
 
     def conventions(self) -> FlowMapConventions:
@@ -94,7 +94,7 @@ class Flux2KleinConfig(DiffusersConfig):
         return pipeline_folder(self.folder, COMPONENTS, ("tokenizer",), size, terms)
 
     def card_facts(self) -> Mapping[str, str]:
-        """The repository of the base and its terms, which for 4B have a name on the hub."""
+        """The repository of the base and its licence, which has an identifier on the hub only for 4B."""
         facts = super().card_facts()
         known = facts and not self._is_9b() and "klein-4b" in facts["base_model"].lower()
         return {"base_model": facts["base_model"], "license": "apache-2.0"} if known else facts
@@ -106,7 +106,7 @@ class Flux2KleinConfig(DiffusersConfig):
         return Flux2Model.from_config(self, device, dtype)
 
     def geometry(self) -> ModelGeometry:
-        """Measures by the JSON files and safetensors headers of the folder, or as published."""
+        """Sizes from the JSON files and safetensors headers of the folder, or the published ones."""
         return flux2_geometry(
             self.folder_here(),
             self.published_config(),
@@ -118,7 +118,7 @@ class Flux2KleinConfig(DiffusersConfig):
         )
 
     def parameters(self) -> int:
-        """Parameters of the transformer, by its `config.json` in a local folder, else by the published one."""
+        """Parameters of the transformer, from `config.json` in a local folder, otherwise from the published one."""
         return Flux2Size(self.transformer()).parameters
 
     def spec(self) -> MapSpec:

@@ -51,9 +51,9 @@ def load_parts(
     Args:
         folder: a diffusers pipeline folder.
         conventions: how the transformer's weights are sampled.
-        device: where transformer and decoder go.
-        dtype: of every weight.
-        text_device: where Qwen3 goes; None: to `device`.
+        device: device of transformer and decoder.
+        dtype: dtype of every weight.
+        text_device: device of Qwen3; None: `device`.
 
     Raises:
         CheckpointError: a file is missing, damaged, of an unknown class, or does not fit the others.
@@ -80,7 +80,7 @@ def check_parts(components: Flux2Components) -> None:
     check_rotary(own, read_config(own), _STOCK_AXES)
     text.check_layers(components.folder / "text_encoder")
     check_same(
-        "text_encoder", "width of its states", text.width, "joint_attention_dim", transformer.joint_attention_dim
+        "text_encoder", "width of its hidden states", text.width, "joint_attention_dim", transformer.joint_attention_dim
     )
     channels = PATCH**2 * vae.latent_channels
     check_same("vae", f"latent_channels x {PATCH**2}", channels, "in_channels", transformer.in_channels)
@@ -100,6 +100,6 @@ def _check_distilled(folder: Path) -> None:
         return
     if not distilled:
         raise CheckpointError(
-            f"{index} says that the model is not distilled: it takes 50 steps and classifier-free guidance",
+            f"{index} states that the model is not distilled: it takes 50 steps and classifier-free guidance",
             "Give FLUX.2 [klein] itself instead of its base model.",
         )

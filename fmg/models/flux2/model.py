@@ -23,13 +23,13 @@ from fmg.models.published import PublishedConfig
 class Flux2Network(LatentNetwork):
     """A `Flux2Transformer2DModel` on unpacked latents.
 
-    The stock class rounds times to the dtype of the network, and `Flux2KleinPipeline` rounds them before. In bf16 the
-    times of its grid move by up to 0.4 %, and these are the times at which the model is sampled everywhere. So they are
-    rounded here as there, and a model is trained at the times at which it is used (ADR 27).
+    The stock class rounds times to the dtype of the network, after `Flux2KleinPipeline` has rounded them. In bf16 this
+    moves the times of the grid by up to 0.4 %, and everybody samples the model at these times. They are rounded in the
+    same way here, so that a model is trained at the times at which it is used (ADR 27).
     """
 
     spacing: ClassVar[float] = 1.0
-    """Distance of the positions of two neighbouring image tokens."""
+    """Distance between the positions of neighbouring image tokens."""
 
     def _call(self, x: Tensor, t: Tensor, s: Tensor | None, cond: Conditioning) -> Tensor:
         height, width = x.shape[-2:]
@@ -85,12 +85,12 @@ class Flux2Model(AdaptedModel[QwenText]):
 
     @staticmethod
     def text_facts(components: Flux2Components) -> tuple[str, ...]:
-        """Which states of Qwen are taken."""
+        """The hidden states of Qwen that are used."""
         return components.text.facts
 
     @staticmethod
     def vae_latents(vae: Any, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """Latents as the autoencoder decodes them: each channel of a patch has a mean and a std."""
+        """Latents denormalised for the autoencoder: each channel of a patch has a mean and a std."""
         std = (vae.bn.running_var + vae.config.batch_norm_eps).sqrt().to(latents.dtype)
         tokens = pack(latents) * std + vae.bn.running_mean.to(latents.dtype)
         unpacked: Tensor = unpack(tokens, *latents.shape[-2:])

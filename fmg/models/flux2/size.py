@@ -58,25 +58,25 @@ _DOUBLE_FORWARD, _SINGLE_FORWARD = ActivationBytes(14.3, 2), ActivationBytes(9.3
 
 @dataclass(frozen=True)
 class GatedSize(ABC):
-    """What the transformers of FLUX.2 and FLUX.3 have in common: gated feed-forwards, and no biases.
+    """Shared by the transformers of FLUX.2 and FLUX.3: gated feed-forwards, and no biases.
 
     Args:
         config: as in `transformer/config.json` of a diffusers folder.
     """
 
     defaults: ClassVar[Mapping[str, object]]
-    """What the config may omit."""
+    """Values for keys that the config may omit."""
 
     config: Mapping[str, object]
 
     @property
     def width(self) -> int:
-        """Of the token stream."""
+        """Width of the token stream."""
         return self.number("num_attention_heads") * self.number("attention_head_dim")
 
     @property
     def hidden(self) -> int:
-        """Of each half of the gated feed-forward of a block."""
+        """Width of each half of a block's gated feed-forward."""
         ratio = {**self.defaults, **self.config}["mlp_ratio"]
         if not isinstance(ratio, int | float) or not 0 < ratio <= _MAX_RATIO:
             raise CheckpointError(f"The config of the model has {ratio!r:.60} for mlp_ratio", RESTORE)
@@ -97,13 +97,13 @@ class GatedSize(ABC):
         """Every linear layer, by its name in the state dict."""
 
     def number(self, key: str, least: int = 1) -> int:
-        """A whole number of the config."""
+        """A whole number from the config."""
         return whole({**self.defaults, **self.config}, key, least)
 
 
 @dataclass(frozen=True)
 class Flux2Size(GatedSize):
-    """The sizes of a `Flux2Transformer2DModel`; what the config omits is as in FLUX.2 [klein] 4B."""
+    """The sizes of a `Flux2Transformer2DModel`; keys missing from the config are as in FLUX.2 [klein] 4B."""
 
     defaults: ClassVar[Mapping[str, object]] = KLEIN_4B
 
@@ -166,13 +166,13 @@ def flux2_geometry(
     encoders_resident: bool,
     decoder_tile: int | None,
 ) -> ModelGeometry:
-    """The geometry of a pipeline folder; what is missing is as published.
+    """The geometry of a pipeline folder; missing values are the published ones.
 
     Args:
         folder: a diffusers pipeline folder, or None when it has not been fetched.
-        published: the transformer's config where the folder has none.
+        published: the transformer's config if the folder has none.
         conventions: resolution and text length.
-        encoder_parameters: of the text encoder where the folder has none.
+        encoder_parameters: parameters of the text encoder if the folder has none.
         checkpointing: whether the model recomputes its blocks in the backward pass.
         encoders_resident: whether Qwen3 stays on the transformer's device.
         decoder_tile: side of the tiles in pixels that images are decoded in.

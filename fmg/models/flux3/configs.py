@@ -32,8 +32,8 @@ _PAPER_ANCHOR = ("asfmc", (("gap", 0.0147),))
 class Flux3KleinConfig(DiffusersConfig):
     """FLUX.3 [klein]: any folder of diffusers' `Flux3Transformer2DModel` with `flow_map`, a two-time flow map.
 
-    One call gives the jump from t to any s: the network takes s itself, and an embedder of its own adds it to the time.
-    All anchors fit.
+    One call gives the jump from t to any s: the network takes s directly, and a separate embedder adds it to the
+    time. All anchors can be used.
 
     We could not verify that weights of this class are public, nor under which terms: the hub id is the one that
     diffusers' source code names, and the sizes in plans are the defaults of the class until a folder states others. A
@@ -43,7 +43,7 @@ class Flux3KleinConfig(DiffusersConfig):
     recipe: ClassVar[str | None] = "flux3-klein"
     published: ClassVar[Mapping[str, object]] = FLUX3
     about: ClassVar[About] = About(
-        licence="not known: public weights could not be verified",
+        licence="unknown: we could not verify that public weights exist",
         citation="Flux3Transformer2DModel in diffusers",
         weights=("black-forest-labs/flux-3-image-klein, as diffusers names it: about 20 GB by the sizes of the class",),
     )
@@ -93,7 +93,7 @@ class Flux3KleinConfig(DiffusersConfig):
         return Flux3Model.from_config(self, device, dtype)
 
     def geometry(self) -> ModelGeometry:
-        """Measures by the JSON files and safetensors headers of the folder, or the defaults of the class."""
+        """Sizes from the JSON files and safetensors headers of the folder, or the defaults of the class."""
         return flux3_geometry(
             self.folder_here(),
             self.published,
@@ -104,7 +104,7 @@ class Flux3KleinConfig(DiffusersConfig):
         )
 
     def parameters(self) -> int:
-        """Parameters of the transformer, by its `config.json` in a local folder, else by the defaults of the class."""
+        """Parameters of the transformer, from `config.json` in a local folder, otherwise the defaults of the class."""
         return Flux3Size(self.transformer()).parameters
 
     def spec(self) -> MapSpec:

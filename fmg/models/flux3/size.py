@@ -37,7 +37,7 @@ UNUSED = tuple(
     f"{module}.{_REFERENCE}"
     for module in ("mode_blocks", "x_embedders", "early_stream_modulations", "single_stream_modulations")
 )
-"""Modules of reference images, which generating from a prompt does not use."""
+"""Modules for reference images, which are not used when generating from a prompt."""
 
 # What the blocks of diffusers' FLUX.3 modules keep, counted under PEFT with every allocation observed. The modulations,
 # which are made for every token, are kept once: they count with the backward pass of the last block.
@@ -50,13 +50,13 @@ Tokens = Literal["image", "text", "both", "none"]
 
 @dataclass(frozen=True)
 class Flux3Size(GatedSize):
-    """The sizes of a `Flux3Transformer2DModel`; what the config omits is as in the class."""
+    """The sizes of a `Flux3Transformer2DModel`; keys missing from the config have the defaults of the class."""
 
     defaults: ClassVar[Mapping[str, object]] = FLUX3
 
     @property
     def norms(self) -> int:
-        """Of queries and of keys."""
+        """Width of queries and of keys."""
         return 2 * (3 * self.number("num_layers", 0) + self.number("num_single_layers", 0))
 
     def linears(self) -> Iterator[LinearModule]:
@@ -100,11 +100,11 @@ def flux3_geometry(
     encoders_resident: bool,
     decoder_tile: int | None,
 ) -> ModelGeometry:
-    """The geometry of a folder; what is missing is as in the class.
+    """The geometry of a folder; missing values are the defaults of the class.
 
     Args:
         folder: a diffusers folder, or None when it has not been fetched.
-        published: the transformer's config where the folder has none.
+        published: the transformer's config if the folder has none.
         conventions: resolution and text length.
         checkpointing: whether the model recomputes its blocks in the backward pass.
         encoders_resident: whether Qwen3-VL stays on the transformer's device.

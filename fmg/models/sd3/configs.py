@@ -57,7 +57,7 @@ class SD35MeanFlowConfig(StackedConfig, DiffusersConfig):
         default=512, gt=0, le=MAX_SIDE, multiple_of=_SCALE, description="Side of the square image in pixels."
     )
     max_sequence_length: int = Field(
-        default=128, gt=0, le=512, description="Length that T5 tokens are padded and cut to; both CLIPs have 77."
+        default=128, gt=0, le=512, description="Length to which T5 tokens are padded or truncated; both CLIPs have 77."
     )
 
     @model_validator(mode="after")
@@ -91,7 +91,7 @@ class SD35MeanFlowConfig(StackedConfig, DiffusersConfig):
         return SD3Model.from_config(self, device, dtype)
 
     def geometry(self) -> ModelGeometry:
-        """Measures by the JSON files and safetensors headers of the folder, or as published."""
+        """Sizes from the JSON files and safetensors headers of the folder, or the published ones."""
         return sd3_geometry(
             self.folder_here(),
             self.published,
@@ -102,7 +102,7 @@ class SD35MeanFlowConfig(StackedConfig, DiffusersConfig):
         )
 
     def parameters(self) -> int:
-        """Parameters of the transformer, by its `config.json` in a local folder, else by the published one."""
+        """Parameters of the transformer, from `config.json` in a local folder, otherwise from the published one."""
         return SD3Size(self.transformer()).parameters
 
     def spec(self) -> MapSpec:

@@ -40,7 +40,7 @@ class SD3Text:
     def embed(self, prompts: list[str], length: int) -> Mapping[str, Tensor]:
         """`tokens` (b, 77 + length, d) and `pooled` (b, p), as `StableDiffusion3Pipeline.encode_prompt` makes them.
 
-        The last but one states of both CLIPs, side by side and padded to the width of T5, then the states of T5.
+        The penultimate hidden states of both CLIPs, concatenated and padded to the width of T5, then the states of T5.
         """
         # the pipeline takes the length of the first tokenizer for both
         clip_length = self.tokenizer.model_max_length
@@ -56,7 +56,7 @@ class SD3Text:
         return {"tokens": torch.cat([clip, t5], dim=-2), "pooled": torch.cat(pooled, dim=-1)}
 
     def count(self, prompt: str) -> int:
-        """Tokens of T5, its end token included; the CLIPs only ever see the beginning of a prompt."""
+        """Tokens of T5, including its end token; the CLIPs only ever see the beginning of a prompt."""
         return len(self.tokenizer_3.encode(prompt, verbose=False))
 
 

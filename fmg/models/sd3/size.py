@@ -40,7 +40,7 @@ SD35_MEDIUM: Mapping[str, object] = MappingProxyType(
 
 SECOND_EMBEDDER = "time_text_embed.delta_embedder"
 CLIP_TOKENS = 77
-"""Tokens of the two CLIPs, which are put before those of T5."""
+"""Tokens of the two CLIPs, which precede those of T5."""
 SD3_ENCODERS = 123_650_304 + 694_659_840 + 4_762_310_656
 """Parameters of CLIP ViT-L/14, OpenCLIP ViT-bigG/14 and T5-XXL, for plans made before the files are fetched."""
 
@@ -53,13 +53,13 @@ _WIDE = 16
 
 @dataclass(frozen=True)
 class SD3Size:
-    """The sizes of a `FlowMapSD3Transformer2DModel` with a second time; what its config omits is as in SD3.5-Medium."""
+    """The sizes of a `FlowMapSD3Transformer2DModel` with a second time; missing keys are as in SD3.5-Medium."""
 
     config: Mapping[str, object]
 
     @property
     def width(self) -> int:
-        """Of both token streams."""
+        """Width of both token streams."""
         return self.number("num_attention_heads") * self.number("attention_head_dim")
 
     @property
@@ -79,7 +79,7 @@ class SD3Size:
 
     @property
     def positions(self) -> int:
-        """Numbers of the stored table of positions, which is not a parameter."""
+        """Values in the stored position table, which is not a parameter."""
         return self.number("pos_embed_max_size") ** 2 * self.width
 
     def linears(self) -> Iterator[LinearModule]:
@@ -94,7 +94,7 @@ class SD3Size:
         yield LinearModule("proj_out", width, out, "image", "last")
 
     def number(self, key: str) -> int:
-        """A whole number of the config."""
+        """A whole number from the config."""
         return whole(self._known, key)
 
     @property
@@ -111,7 +111,7 @@ def sd3_geometry(
     encoders_resident: bool,
     decoder_tile: int | None,
 ) -> ModelGeometry:
-    """The geometry of a pipeline folder; what is not there is as published. Arguments as those of `flux_geometry`."""
+    """The geometry of a pipeline folder; missing values are the published ones. Arguments as for `flux_geometry`."""
     stated = None if folder is None else stated_config(folder / "transformer")
     vae = (None if folder is None else stated_config(folder / "vae")) or FLUX_VAE
     size = SD3Size(stated or published)

@@ -50,7 +50,7 @@ class ZImageTurboConfig(DiffusersConfig):
         default=1024, gt=0, le=MAX_SIDE, multiple_of=_SCALE, description="Side of the square image in pixels."
     )
     max_sequence_length: int = Field(
-        default=512, ge=32, le=512, multiple_of=32, description="Tokens of the chat with the prompt, at most."
+        default=512, ge=32, le=512, multiple_of=32, description="Tokens of the prompt with its chat template, at most."
     )
 
     def conventions(self) -> FlowMapConventions:
@@ -79,7 +79,7 @@ class ZImageTurboConfig(DiffusersConfig):
         return ZImageModel.from_config(self, device, dtype)
 
     def geometry(self) -> ModelGeometry:
-        """Measures by the JSON files and safetensors headers of the folder, or as published."""
+        """Sizes from the JSON files and safetensors headers of the folder, or the published ones."""
         return zimage_geometry(
             self.folder_here(),
             self.published,
@@ -90,9 +90,9 @@ class ZImageTurboConfig(DiffusersConfig):
         )
 
     def parameters(self) -> int:
-        """Parameters of the transformer, by its `config.json` in a local folder, else by the published one."""
+        """Parameters of the transformer, from `config.json` in a local folder, otherwise from the published one."""
         return ZImageSize(self.transformer()).parameters
 
     def spec(self) -> MapSpec:
-        """Declared properties, known without reading a weight or having fetched anything."""
+        """Declared properties, available without fetching anything or reading a weight."""
         return replace(super().spec(), default_stochasticizer=EULER_KERNEL)

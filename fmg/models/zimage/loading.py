@@ -27,15 +27,15 @@ from fmg.models.conventions import FlowMapConventions
 from fmg.models.zimage.size import PATCH
 
 MULTIPLE: int = transformer_z_image.SEQ_MULTI_OF
-"""The class pads the tokens of a prompt to a multiple of this; the padding is seen."""
+"""The class pads the tokens of a prompt to a multiple of this, and the transformer sees this padding."""
 
 
 class ZImageTransformer2DModel(diffusers.ZImageTransformer2DModel):  # type: ignore[misc]
     """The stock class under its own name, with sequences of one length whatever the prompts of a batch are.
 
-    The stock class pads the sequences of a batch to its longest prompt. The same sample would pass through matrix
-    products of another shape in another batch, and in bf16 its log-prob would not replay. The tokens that are added are
-    masked, so the result differs by rounding alone.
+    The stock class pads the sequences of a batch to its longest prompt. In another batch, the same sample would pass
+    through matrix products of another shape, and in bf16 its log-prob would not replay exactly. The added tokens are
+    masked, so the result differs only by rounding.
     """
 
     text_tokens: int | None = None
@@ -87,17 +87,17 @@ def load_parts(
     dtype: torch.dtype,
     text_device: torch.device | None = None,
 ) -> ZImageComponents:
-    """Loads a pipeline folder by stated conventions.
+    """Loads a pipeline folder with the given conventions.
 
     Args:
         folder: a diffusers pipeline folder.
         conventions: how the transformer's weights are sampled.
-        device: where transformer and decoder go.
-        dtype: of every weight.
-        text_device: where Qwen3 goes; None: to `device`.
+        device: device of transformer and decoder.
+        dtype: dtype of every weight.
+        text_device: device of Qwen3; None: `device`.
 
     Raises:
-        CheckpointError: a file is missing, damaged, of a class that is not known, or does not fit the others.
+        CheckpointError: a file is missing, damaged, of an unknown class, or does not fit the others.
     """
 
     def transformer() -> tuple[ZImageTransformer2DModel, WeightFiles]:

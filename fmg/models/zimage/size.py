@@ -40,14 +40,14 @@ class ZImageSize:
     """The sizes of a `ZImageTransformer2DModel`.
 
     Args:
-        config: as in `transformer/config.json` of a diffusers folder; what it omits is as in Z-Image-Turbo.
+        config: as in `transformer/config.json` of a diffusers folder; missing keys are as in Z-Image-Turbo.
     """
 
     config: Mapping[str, object]
 
     @property
     def width(self) -> int:
-        """Of the token stream."""
+        """Width of the token stream."""
         return self.number("dim")
 
     @property
@@ -78,7 +78,7 @@ class ZImageSize:
             yield from self._block(f"layers.{index}", "both")
 
     def number(self, key: str) -> int:
-        """A whole number of the config."""
+        """A whole number from the config."""
         return whole({**Z_IMAGE, **self.config}, key)
 
     def _block(self, block: str, tokens: Literal["image", "text", "both"]) -> Iterator[LinearModule]:
@@ -103,11 +103,11 @@ def zimage_geometry(
     encoders_resident: bool,
     decoder_tile: int | None,
 ) -> ModelGeometry:
-    """The geometry of a pipeline folder; what is not there is as published.
+    """The geometry of a pipeline folder; missing values are the published ones.
 
     Args:
         folder: a diffusers pipeline folder, or None when it has not been fetched.
-        published: the transformer's config where the folder has none.
+        published: the transformer's config if the folder has none.
         conventions: resolution and text length.
         checkpointing: whether the model recomputes its blocks in the backward pass.
         encoders_resident: whether Qwen3 stays on the transformer's device.
