@@ -25,6 +25,7 @@ from fmg.inference.service.opening import named_targets, open_models
 from fmg.inference.service.server import ImageServer
 from fmg.inference.service.wire import Limits
 from fmg.serving.server import Address
+from tests.support.artifact import make_run, shapes_recipe
 from tests.support.image_service import image_service, pixels, post, running
 from tests.support.reward_service import call
 
@@ -106,6 +107,31 @@ def test_a_run_is_also_served_without_its_adapter(
         for served, name in {"mine": "one", "mine:base": "base", "mine:two": "two"}.items():
             assert np.array_equal(images(models, served), alone[name])
         assert models.get("mine:two").facts()["base"] == "mine:base"  # type: ignore[union-attr]
+
+
+def test_an_adapter_with_an_embedder_of_its_own_takes_it_along(
+    models: ServedModels, alone: dict[str, NDArray[np.float32]], shapes_run: Path, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "run", shapes_recipe(**{"train.trainable": "lora+duration"}), 5, "duration")
+    with load(run, device="cpu") as generator:
+        whole = generator.generate([PROMPT] * len(SEEDS), SEEDS, progress=False).image_array
+    added(models, "whole", run)
+    added(models, "one", shapes_run)
+    for name, made in (("whole", whole), ("one", alone["one"]), ("whole", whole)):
+        assert np.array_equal(images(models, f"meanflow-shapes:{name}"), made)
+        assert np.array_equal(images(models, "meanflow-shapes"), alone["base"])
+
+
+def test_a_full_fine_tune_is_a_model_of_its_own(models: ServedModels, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", shapes_recipe(**{"train.trainable": "full"}), 6, "full")
+    with pytest.raises(CheckpointError, match="a whole transformer, not an adapter"):
+        models.read_adapter("x", str(run))
+    with load(run, device="cpu") as generator:
+        made = generator.generate([PROMPT] * len(SEEDS), SEEDS, progress=False).image_array
+    with ExitStack() as stack:
+        tuned = opened(stack, f"tuned={run}")
+        assert tuned.names() == ["tuned"]
+        assert np.array_equal(images(tuned, "tuned"), made)
 
 
 def test_what_does_not_fit_is_refused(models: ServedModels, shapes_run: Path, tmp_path: Path) -> None:
