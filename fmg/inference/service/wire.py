@@ -30,7 +30,8 @@ Format = Literal["png", "jpeg", "webp"]
 
 # what a seed that the server chooses is below: a JavaScript number and a person can both hold it
 _CHOSEN_SEEDS = 1 << 32
-_MAX_SEED = (1 << 63) - 1
+# every program reads such a number in JSON as it was written
+_MAX_SEED = (1 << 53) - 1
 _ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 
 
