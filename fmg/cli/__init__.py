@@ -1,1 +1,1 @@
-"""The command line: the only room that prints. Importing it imports neither torch nor the registry."""
+"""The command line: the only sub-package that prints. Importing it imports neither torch nor the registry."""

@@ -124,7 +124,7 @@ def targets(incomplete: str) -> Iterator[tuple[str, str]]:
 
 @_offering
 def other_targets(incomplete: str) -> Iterator[tuple[str, str]]:
-    """What a target is compared with."""
+    """The other target of a comparison."""
     yield "base", "the same model without its adapter"
     yield from targets(incomplete)
 

@@ -1,4 +1,4 @@
-"""`fmg list`, `show`, `init`, `schema` and `check-component`: what there is to choose from, and what extends it.
+"""`fmg list`, `show`, `init`, `schema` and `check-component`: components, recipes, and checks of extensions.
 
 Only `check-component` imports torch.
 """
@@ -72,7 +72,7 @@ def show(
         str,
         typer.Argument(
             metavar="KIND|NAME",
-            help="A name that `fmg list` prints, or its kind and then the name where two kinds share it.",
+            help="A name from `fmg list`; put its kind before it if two kinds share the name.",
             show_default=False,
             autocompletion=completion.kinds_and_names,
         ),
@@ -220,7 +220,7 @@ def schema(
         bool, typer.Option("--built-in", help="Leave out the components of other packages.", show_default=False)
     ] = False,
 ) -> None:
-    """Print the JSON schema of a recipe, with which editors complete and check recipe files.
+    """Print the JSON schema of a recipe, which lets editors complete and check recipe files.
 
     It has the components of all installed packages: fmg schema > recipe.schema.json
     """

@@ -41,7 +41,7 @@ from fmg.version import __version__, install_line
 # sysexits.h: EX_SOFTWARE, an error of the program itself
 _BUG = 70
 _LESS_MEMORY = (
-    "Take smaller batches: --batch-size in eval, generate and bench; train.micro_batch, rollout.batch_size and"
+    "Use smaller batches: --batch-size in eval, generate and bench; train.micro_batch, rollout.batch_size and"
     " eval.batch_size in `fmg train --set`, or in recipe.yaml of a run to resume. --dry-run shows what a run needs."
 )
 # The reader of stdout went away, as `head` does; Rich exits with the same code

@@ -216,7 +216,7 @@ def train(
 
 
 def _recipe_file(config: str | None, *, first: bool) -> str | Path | None:
-    """The recipe as it was typed; of a run on the hub, its file, which is fetched first."""
+    """The recipe as typed; for a run on the hub, its recipe file, which is fetched first."""
     if config is None or "/" not in config:
         return config
     from fmg.inference.hub_target import fetch_recipe, hub_source

@@ -1,1 +1,1 @@
-"""Types, protocols, errors and events that every room shares. Importing this package does not import torch."""
+"""Types, protocols, errors and events that all sub-packages share. Importing this package does not import torch."""

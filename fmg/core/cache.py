@@ -148,7 +148,7 @@ def _state(path: Path) -> str:
 
 
 def _remembered(note: Path, state: str) -> str | None:
-    """The hash that a note has for this state of the file."""
+    """The recorded hash for this state of the file."""
     try:
         known, _, found = note.read_text(encoding="ascii").rpartition(" ")
     except (OSError, ValueError):

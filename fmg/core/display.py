@@ -45,7 +45,7 @@ def visible(text: str, *, lines: bool = False) -> str:
     """`text` with invisible characters written as in Python: `\\x1b`, `\\u202e`, `\\n`.
 
     Args:
-        text: of any origin.
+        text: text of any origin.
         lines: whether line feeds and tabs stay.
     """
     return (_HIDDEN_BUT_LAYOUT if lines else _HIDDEN).sub(_escape, text)

@@ -340,7 +340,7 @@ def write_sums(folder: Path) -> str:
 
 
 def sums_text(digests: Mapping[str, str]) -> str:
-    """The content of `SHA256SUMS` for the digests of files by their names."""
+    """The content of `SHA256SUMS` for digests by file name."""
     return "".join(f"{found}  {name}\n" for name, found in sorted(digests.items()))
 
 

@@ -89,17 +89,17 @@ def parse_source(text: str) -> Source:
 
 
 def named_repository(text: str, places: Collection[str] = ()) -> HubSource | None:
-    """The repository of the hub that a name means, or None.
+    """The hub repository that a name refers to, or None.
 
     `hub:owner/name[@revision]` always means one. Without `hub:`, whatever exists on this computer comes first, and a
     name below a folder that does is a mistyped path.
 
     Args:
-        text: what was typed.
-        places: folders that hold such things by default, and that need not exist.
+        text: the typed name.
+        places: default folders of runs or artifacts, which need not exist.
 
     Raises:
-        UsageError: what follows `hub:` is no such name.
+        UsageError: the text after `hub:` is not such a name.
     """
     explicit = text.startswith(_EXPLICIT)
     match = _HUB.fullmatch(text.removeprefix(_EXPLICIT))
@@ -124,7 +124,7 @@ class Asset:
         source: as `parse_source` takes it.
         files: names of the files that are needed; `a|b` means the first of them that exists. A source that is one
             file takes the place of the first, and the others are looked for beside it.
-        optional: names of files that are used where they exist.
+        optional: names of files that are used if they exist.
         folders: component folders, such as `vae`, whose config and weights are needed; `.` is the source itself.
         patterns: files to fetch from a repository, where they are not named one by one.
         sha256: digest of the published first file; None for a user's own source and where none is known.
@@ -454,7 +454,7 @@ def _named_files(asset: Asset) -> Iterator[tuple[str, Path]]:
 
 
 def _path(asset: Asset, name: str) -> Path | None:
-    """Where a named file of an asset would be; None if it has no place on this computer."""
+    """The path where a named file of an asset belongs; None if it has none on this computer."""
     match asset.place:
         case HubSource() as source:
             return cached(source, name)

@@ -364,7 +364,7 @@ def _words(error: Exception, repository: str, revision: str | None, writing: boo
                 "Use a token with that permission, or push to a repository of your own.",
             )
         case 404:
-            return f"The hub does not find '{repository}'{said}", "Check its name, and that the token may write there."
+            return f"The hub does not find '{repository}'{said}", "Check its name, and that the token has write access."
         case 409 | 412:
             return (
                 f"'{repository}' was changed by somebody else during the push{said}",

@@ -46,7 +46,7 @@ class JsonError(ValueError):
     """Text that is not JSON as fmg reads it. The message is the reason, without the name of the file.
 
     Attributes:
-        line: of the file, from 1; None where there is one document.
+        line: line of the file, from 1; None for a single document.
     """
 
     def __init__(self, reason: str, line: int | None = None) -> None:

@@ -374,16 +374,16 @@ class BackendSource(Protocol):
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker learns of a run when it opens it.
+    """The facts about a run that a tracker gets when it is opened.
 
     Attributes:
         path: the run folder.
         folder: for files of the tracker, which makes it; the same one when the run is resumed.
-        id: of the run among all runs, eight hexadecimal digits; the same one when the run is resumed.
-        name: of the run, for people.
+        id: unique id of the run, eight hexadecimal digits; unchanged when the run is resumed.
+        name: displayed name of the run.
         process: the process that trains.
         recipe: all values of the run's recipe, nested.
-        iterations: of every line of `metrics.jsonl` that the run resumes from; empty for a new run.
+        iterations: iteration of every line of `metrics.jsonl` from which the run resumes; empty for a new run.
         logged: lines that the tracker logged before the run was interrupted; the file may have been cut below them.
         warn: tells the user of a problem that the tracker recovers from.
     """
@@ -400,7 +400,7 @@ class TrackedRun:
 
 
 class Tracker(Protocol):
-    """Shows the metrics of a run somewhere. It lives in a process of its own, which may wait for a server.
+    """Shows the metrics of a run. It runs in its own process, which may wait for a server.
 
     Any exception means that the call did not work: the tracker is opened again, or gets the same line again, later.
     """
@@ -417,7 +417,7 @@ class Tracker(Protocol):
         """Logs one line of `metrics.jsonl`: the metrics of an iteration or of an evaluation.
 
         Args:
-            index: of the line, from 0.
+            index: index of the line, from 0.
             line: its values; NaN where a value was not finite.
             grid: the sample grid of an evaluation, a PNG file.
         """
@@ -426,7 +426,7 @@ class Tracker(Protocol):
         """Delivers what is pending. The run may be resumed.
 
         Args:
-            ended: whether the run finished or was interrupted in order; false if it failed or was killed.
+            ended: whether the run finished or was interrupted cleanly; false if it failed or was killed.
         """
 
 

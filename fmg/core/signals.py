@@ -22,7 +22,7 @@ class Interruption(KeyboardInterrupt):
     """A signal that ends the work cleanly.
 
     Args:
-        number: of the signal.
+        number: number of the signal.
     """
 
     def __init__(self, number: int) -> None:

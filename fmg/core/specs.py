@@ -36,7 +36,7 @@ LORA_PRESETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """Preset name -> suffixes of module names. `attention` is what published RL fine-tunes of FLUX adapt: the image and
 text projections of the double-stream blocks and, by the same suffixes, to_q/k/v of the single-stream blocks. In FLUX.2
 single-stream blocks fuse attention and feed-forward, and both fused matrices belong to `attention`. On SANA it is both
-attentions of a block, which the last two name one by one: the linear one among image tokens, and the one that looks at
+attentions of a block, which the last two name singly: the linear one among image tokens, and the one that attends to
 the prompt."""
 
 
@@ -156,8 +156,8 @@ class ModelGeometry:
     Attributes:
         origin: where the numbers come from, for people.
         linears: every linear layer of the transformer.
-        parameters: of the transformer.
-        width: of its token stream.
+        parameters: parameters of the transformer.
+        width: width of its token stream.
         stream: which tokens the stream has.
         blocks: the kinds of its blocks, in the order in which they run.
         other_flops: floating-point operations of one call besides the linear layers: attention and convolutions.
@@ -166,13 +166,13 @@ class ModelGeometry:
         conditioning: numbers that condition one sample.
         latent: numbers of one latent.
         resolution: side of the image in pixels.
-        encoder_parameters: of the text encoders together.
-        decoder_parameters: of the autoencoder.
+        encoder_parameters: parameters of all text encoders together.
+        decoder_parameters: parameters of the autoencoder.
         decoder: peak memory of decoding per pixel of the image.
         checkpointing: whether blocks are computed again in the backward pass.
         encoders_resident: whether the text encoders stay on the device of the transformer.
         decoder_tile: side of the tiles in pixels that images are decoded in; None decodes them whole.
-        tables: numbers that are stored with the transformer and are no parameters, such as a table of positions.
+        tables: numbers that are stored with the transformer but are not parameters, such as a table of positions.
         second_embedder: name of the second-time embedder in the state dict; empty for a family without one.
     """
 

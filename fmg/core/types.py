@@ -172,7 +172,7 @@ class RewardOutput:
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """What a feature extractor sees in a batch of images.
+    """The features of a batch of images.
 
     Attributes:
         vectors: one embedding per image, which distances between sets of images compare.

@@ -47,7 +47,7 @@ class Curve:
     """A curve of a figure.
 
     Attributes:
-        label: of the legend.
+        label: label in the legend.
         x: iterations.
         y: one value for each `x`.
         band: half-width of the 95 % interval; zeros for none.

@@ -39,7 +39,7 @@ class SavedCheckpoint:
         score: its score on held-out prompts; None when it was never evaluated.
         eligible: whether it may be the best one. False where the reward-hacking monitor found that a held-out reward or
             the diversity was lost for the trained reward. The file calls it `sound`.
-        digest: of its `SHA256SUMS`; None in runs of older versions.
+        digest: digest of its `SHA256SUMS`; None in runs of older versions.
     """
 
     name: str

@@ -80,7 +80,7 @@ class Lines(Sequence[Line]):
         """The positions of the lines that have all of these keys, and the values of each key.
 
         Args:
-            keys: of the log.
+            keys: keys of the log.
             optional: a key whose values come last, 0 where a line does not have it.
         """
         wanted = (*keys, optional) if optional else keys
@@ -118,7 +118,7 @@ class MetricsLog:
         has no lines. Null, written for a value that is not finite, becomes NaN.
 
         Args:
-            path: of the file.
+            path: path of the file.
             strict: whether a value that is not a number, or a line that does not name its iteration, is an error;
                 otherwise it is left out.
 

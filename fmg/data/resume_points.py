@@ -87,7 +87,7 @@ def check_prompts(run: Path, recipe: Recipe, digests: Mapping[str, str]) -> None
     Args:
         run: its folder.
         recipe: its recipe.
-        digests: of its prompt sets, by their path in the recipe.
+        digests: digests of its prompt sets, by their path in the recipe.
 
     Raises:
         UsageError: a prompt set has changed, or its file is missing.

@@ -59,7 +59,7 @@ class Advice:
 
 @dataclass(frozen=True)
 class Log:
-    """What the rules read.
+    """The data that the rules read.
 
     Attributes:
         iterations, evaluations: the lines of the log.

@@ -127,8 +127,8 @@ def is_hacking(gain: Change, loss: Change, limit: float, trained: Change) -> boo
     """The rule of the reward-hacking monitor and of `fmg doctor run`.
 
     Args:
-        gain: of the trained reward since the base model.
-        loss: of a reward that is not trained, or of the diversity.
+        gain: gain of the trained reward since the base model.
+        loss: loss of a held-out reward, or of the diversity.
         limit: the tolerated loss.
         trained: change of the trained reward since the gap opened; a run that loses both rewards is not hacking.
     """
@@ -136,7 +136,7 @@ def is_hacking(gain: Change, loss: Change, limit: float, trained: Change) -> boo
 
 
 def hacked(line: Mapping[str, float], limits: HackingLimits) -> Iterator[tuple[str, Change]]:
-    """Names and losses of what reward hacking has cost, from the log line of an evaluation."""
+    """Names and losses of the quantities that reward hacking lowered, from the log line of an evaluation."""
     for key in line:
         name = key.removeprefix(keys.WATCH).removesuffix("_loss")
         if key != keys.watched_loss(name):
@@ -153,7 +153,7 @@ class Outcome:
     Scores are those of the kept kind of weights, under `eval/...` even where these are a moving average.
 
     Attributes:
-        iteration: of the kept checkpoint, or None before there is one.
+        iteration: iteration of the kept checkpoint, or None before there is one.
         averaged: whether that checkpoint is a moving average of the weights.
         base: the evaluation of the base model; empty before there is one.
         kept: the evaluation of the kept checkpoint: empty where it was not evaluated; the last one where there is no

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run folder says about its run."""
+    """The record of a run, from its folder."""
 
     path: Path
     state: RunState
@@ -154,7 +154,7 @@ def kept_grids(run: RunFolder, outcome: Outcome) -> dict[str, Image]:
     if outcome.iteration is None:
         return {}
     kept = run.sample(outcome.iteration, averaged=outcome.averaged and outcome.iteration > 0)
-    title = "kept: the base itself" if outcome.iteration == 0 else f"kept: {outcome.title}"
+    title = "kept: the base model" if outcome.iteration == 0 else f"kept: {outcome.title}"
     try:
         return {
             name: decoded(path, lambda image: image.convert("RGB"))

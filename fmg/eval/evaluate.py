@@ -188,7 +188,7 @@ def _references(
 
 @dataclass(frozen=True)
 class _Measured:
-    """What was measured for one target with one number of steps."""
+    """The measurements of one target with one number of steps."""
 
     scores: Scores
     metrics: Mapping[str, SetMetrics]

@@ -126,7 +126,7 @@ def token_maps(hidden_states: Sequence[Float[Tensor, "b tokens c"]]) -> Float[Te
     """Patch tokens of `_LAYERS` evenly spaced layers, averaged to at most `_PLACES` x `_PLACES` positions.
 
     Args:
-        hidden_states: of the embeddings and of every layer; the first token is the class token.
+        hidden_states: states of the embeddings and of every layer; the first token is the class token.
     """
     last = len(hidden_states) - 1
     count = min(_LAYERS, last)

@@ -56,7 +56,7 @@ class Estimate:
     """A statistic of a whole set of images: its value, a 95 % interval, and its mean over random halves.
 
     Attributes:
-        value: on the whole set.
+        value: value on the whole set.
         ci95: `value` -+ 1.96 standard errors; unbounded for a set that cannot be halved.
         halved: mean over random halves of the set, None for one that cannot be halved. A statistic with a bias of order
             1/n is about `2 * value - halved` on an infinite set (Chong and Forsyth, arXiv 1911.07023).
@@ -85,7 +85,8 @@ def subset_estimate(
     prompts would be another mixture. The interval is therefore that of new images of the same prompts.
 
     Args:
-        statistic: of the images in the given rows; called with all rows, and `HALVES` times with half of them.
+        statistic: computes the statistic of the images in the given rows; called with all rows, and
+            `HALVES` times with half of them.
         count: images.
         least: images that the statistic needs.
         seed: seed of the halving.

@@ -64,7 +64,7 @@ class PathRow:
 
     Attributes:
         stochasticizer: its name.
-        time: of the state, in (0, 1).
+        time: time of the state, in (0, 1).
         quantity: `rms` and `mean` of the latents; otherwise a score of the images that the deterministic map generates
             from the states: `<reward>`, or `<reward>/recognisable`, the share with exactly one recognisable object.
         value, reference: means over images.
@@ -126,7 +126,7 @@ def path_check(
         steps: sampling steps (NFE), at least 2; None takes the recipe's.
         grid: time grid by name; None takes the recipe's.
         num: images for each stochasticizer and time.
-        seed: of the noise.
+        seed: seed of the noise.
         device: `auto`, `cpu`, `cuda`, ...
         dtype: `fp32` or `bf16`.
         allow_code: as in `evaluate`.

@@ -121,7 +121,7 @@ def write_report(
 
     Args:
         files: from `check_report`.
-        report: of the target; it includes that of the other target.
+        report: report of the target, which includes that of the other target.
         galleries: images by number of steps, of the target and of the other target.
     """
     files.html.parent.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ class ScoreReport:
         images: each file with its prompt and the total of each reward.
         results: means of every part of every reward.
         tags: the same by tag of the prompts, when there are several.
-        metrics: of the set as a whole, with feature extractors.
+        metrics: metrics of the set as a whole, with feature extractors.
     """
 
     images: tuple[Mapping[str, object], ...]
@@ -68,7 +68,7 @@ def score(
         paths: image files, folders of them, or GenEval trees. Prompts come from `metadata.jsonl`: GenEval's in each
             prompt's folder, or lines with `file_name` and `prompt` beside the images. An image with two lines is scored
             twice.
-        rewards: by name.
+        rewards: rewards by name.
         prompt: the prompt of every image, in place of those in the folders.
         options: options of rewards and extractors by name.
         extractors: feature extractors by name; each adds metrics of the whole set.

@@ -248,8 +248,8 @@ def chosen_rewards(
 
     Args:
         names: given by the user, by name or as entries of a recipe; None takes `own`.
-        own: of a recipe.
-        options: by name.
+        own: rewards of a recipe.
+        options: options by name.
         taken: other names that options may belong to.
 
     Raises:

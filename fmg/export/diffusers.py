@@ -64,7 +64,7 @@ def export_diffusers(
     Args:
         target: a run folder, a student by name, or None for the newest run.
         out: the folder to make; None is `diffusers` in the run's folder.
-        dtype: of the transformer: `stored`, `fp32`, `bf16` or `fp16`. The sums are made in fp32.
+        dtype: dtype of the transformer: `stored`, `fp32`, `bf16` or `fp16`. The sums are made in fp32.
         observer: receives every shard.
         progress: whether progress is shown, as in `train`.
 
@@ -117,7 +117,7 @@ def write_folder(
         delta: what a run changed; None for a student as it is.
         adapter: the checkpoint of `delta`, whose model card and samples are copied.
         out: the folder to make.
-        dtype: of the transformer's floating-point weights; None keeps the stored one.
+        dtype: dtype of the transformer's floating-point weights; None keeps the stored one.
         observer: receives every shard.
 
     Raises:

@@ -38,7 +38,7 @@ class Point:
     """One case with one number of steps.
 
     Attributes:
-        label: of the case.
+        label: label of the case.
         backend: what ran it.
         adapter: whether the adapter was applied.
         steps: sampling steps per image (NFE).
@@ -84,7 +84,7 @@ class FrontierPlan:
         warmup: runs before them.
         batch: batch size of the timed runs. Scored images are generated in the default batches.
         grid: time grid by name; None takes the target's.
-        seed: of the images that are scored.
+        seed: seed of the scored images.
         encode: whether prompts are encoded in every repeat.
     """
 

@@ -43,9 +43,9 @@ class GraphPlan:
     """One graph to trace.
 
     Attributes:
-        name: of the graph, one of `fmg.inference.artifact.manifest.GRAPHS`.
+        name: name of the graph, one of `fmg.inference.artifact.manifest.GRAPHS`.
         build: creates the module in the current default dtype, with any values.
-        dtype: of its weights.
+        dtype: dtype of its weights.
         inputs, outputs: their names, dtypes and shapes.
         strict: whether every tensor of the wrapped module's state dict must become an initialiser.
         grouped: names of inputs that the module takes as one mapping, by the name of that argument.
@@ -118,7 +118,7 @@ class NetworkGraph(GraphModule):
     Args:
         inner: the transformer.
         network_class: how the family calls it.
-        dtype: of its weights.
+        dtype: dtype of its weights.
     """
 
     def __init__(self, inner: Any, network_class: type[LatentNetwork], dtype: torch.dtype) -> None:
@@ -234,9 +234,9 @@ def network_plan(
     Args:
         network_class: how the family calls the transformer.
         transformer: builds it.
-        dtype: of its weights.
+        dtype: dtype of its weights.
         latent_shape: (c, h, w).
-        conditioning: that of some prompts, as the family encodes them.
+        conditioning: conditioning of some prompts, as the family encodes them.
         second: whether the map takes two times.
         guidance: whether the weights embed a guidance scale.
     """

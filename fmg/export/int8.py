@@ -89,7 +89,7 @@ def other_weight(graph: Path, names: Collection[str], read: Callable[[str], torc
 
     Args:
         graph: what `quantise` wrote.
-        names: of the fp32 weights.
+        names: names of the fp32 weights.
         read: returns the fp32 weight of a name.
     """
     import onnx_ir as ir

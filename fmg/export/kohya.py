@@ -100,7 +100,7 @@ def kohya_tensors(delta: Delta, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
 
     Args:
         delta: the LoRA.
-        shapes: of the base's weights by diffusers' names.
+        shapes: shapes of the base's weights by diffusers' names.
 
     Raises:
         UsageError: it adapts a module that the layout has no name for.

@@ -67,9 +67,9 @@ class LiveGraph(LatentCall):
     """A graph in place of the network that it was traced from.
 
     Args:
-        session: of the graph, whose weights are inputs under their names in the state dict.
+        session: session of the graph, whose weights are inputs under their names in the state dict.
         transformer: the module with these weights.
-        device: of the module.
+        device: device of the module.
     """
 
     def __init__(self, session: Any, transformer: Any, device: torch.device) -> None:

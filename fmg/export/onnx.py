@@ -127,7 +127,7 @@ def check_file(file: Path) -> None:
     """Runs ONNX's checker on a file by its path, which also works with more than two gigabytes of weights.
 
     Raises:
-        CheckpointError: with the checker's reason.
+        CheckpointError: the checker refuses the file; states its reason.
     """
     import onnx
 

@@ -186,7 +186,7 @@ class _Listed:
 
     Args:
         model: the graph; its nodes are in an order in which they can run.
-        dtypes: of its values.
+        dtypes: dtypes of its values.
     """
 
     def __init__(self, model: ModelProto, dtypes: Mapping[str, str | None]) -> None:

@@ -219,7 +219,7 @@ def read_delta(folder: Path, shapes: Shapes, run: str) -> Delta:
 
     Args:
         folder: what `save_adapter` wrote.
-        shapes: of the base's weights by name.
+        shapes: shapes of the base's weights by name.
         run: name of the run in the manifest.
 
     Raises:
@@ -257,7 +257,7 @@ def check_base(delta: Delta, digest: str, where: str) -> None:
 
 
 def _adapter_shapes(shapes: Shapes, manifest: AdapterManifest) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the adapter's tensors on these weights."""
+    """Names and shapes of the adapter's tensors for these weights."""
     suffixes = expand_targets(manifest.targets)
     expected: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():

@@ -87,7 +87,7 @@ def swap_weights(folder: Path, target: str | Path | None, *, observer: Observer 
 def copy_without_adapter(artifact: Artifact, folder: Path) -> Artifact:
     """A new artifact with the weights of the base, to be sampled and scored like the tuned one.
 
-    It shares the files of the graphs through hard links where the file system has them.
+    It shares the graph files through hard links if the file system supports them.
 
     Raises:
         UsageError: as `swap_weights`.

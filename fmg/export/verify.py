@@ -56,7 +56,7 @@ _HUGE = 1e30
 REWARD_ALLOWED: Mapping[Precision, float] = {"fp32": 0.005, "fp16": 0.02, "bf16": 0.02, "int8": 0.02}
 """Half-width of the band that must contain the 95 % interval of the paired reward gap."""
 LEAST_IMAGES = 500
-"""With fewer images, a reward shows nothing: where a rule gives both sides equal scores, the interval has no width."""
+"""With fewer images, the reward check proves nothing: if a rule scores both sides alike, the interval has no width."""
 
 
 @runtime_checkable
@@ -90,7 +90,7 @@ def verify(
         backend: what runs the artifact.
         device: where both sides compute.
         num: number of images; None takes that of the level.
-        seed: of inputs and noise.
+        seed: seed of inputs and noise.
         allow_code: whether the recipe of a run may name reward code; see `fmg eval`.
         observer: receives the progress.
         progress: whether progress is shown, as in `train`.
@@ -389,7 +389,7 @@ def compare(
         reference: torch.
         candidate: the artifact.
         eval_set: prompts and seeds.
-        rewards: by label; without any, nothing is scored.
+        rewards: rewards by label; without any, nothing is scored.
         progress: called with (done, total).
     """
     total = len(eval_set.prompts)

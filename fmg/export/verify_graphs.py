@@ -121,7 +121,7 @@ def parity(
         artifact: what the graph belongs to.
         graph: its name.
         prompts: inputs of the text encoders.
-        seed: of the other inputs.
+        seed: seed of the other inputs.
     """
     precision = artifact.graph(graph).precision
     allowed = DECODER_ALLOWED if graph == VAE_DECODER else ALLOWED[precision]
@@ -216,7 +216,7 @@ def first_divergence(
         model: the reference.
         artifact: the artifact that the graph belongs to.
         graph: its name.
-        inputs: of both sides.
+        inputs: inputs of both sides.
         allowed: relative L2 error of a module's output.
 
     Returns:

@@ -100,7 +100,7 @@ def write_weights(
     """Writes a file tensor by tensor, and hashes it as it goes.
 
     Args:
-        file: to write; it must not exist.
+        file: the file to write; it must not exist.
         layout: from `lay_out`.
         read: returns the tensor of a name in the dtype and shape of the layout; called once for each, in order.
         progress: called with (bytes done, total bytes) after each tensor.

@@ -174,21 +174,21 @@ class StageTime:
 
 @dataclass(frozen=True)
 class Timing:
-    """What was measured for one generator.
+    """The measurements of one generator.
 
     Attributes:
         label: its name in the results.
         backend: its registered name.
         detail: how the backend ran: execution provider, engine, threads, precision.
-        device: where.
-        images: generated in each repeat.
+        device: device that it ran on.
+        images: images generated in each repeat.
         batch: images per forward pass.
         steps: sampling steps per image.
-        repeats: measured ones.
-        stages: by name (`fmg.core.profiling`), `total` included. A stage that took no time is left out.
-        images_per_second: at the median total.
+        repeats: number of measured repeats.
+        stages: statistics by stage (`fmg.core.profiling`), `total` included. A stage that took no time is left out.
+        images_per_second: throughput at the median total.
         peak_memory: bytes: of the device, or of the whole process on a CPU.
-        totals_ms: of every repeat, in order, so that repeats of several generators can be paired.
+        totals_ms: total time of every repeat, in order, so that repeats of several generators can be paired.
     """
 
     label: str
@@ -252,7 +252,7 @@ def measure(
     The generators take turns within every repeat, so that any other load on the machine affects all of them.
 
     Args:
-        generators: by label.
+        generators: generators by label.
         work: what is generated.
         repeats: measured runs.
         warmup: runs before them: weights are loaded, memory is allocated, kernels are chosen.

@@ -156,7 +156,7 @@ class CompiledNetwork:
         _warn(f"The network is not compiled from here on, and runs eagerly: {why}")
 
     def _compile(self, graph: Any, examples: Sequence[Any]) -> Callable[..., Any]:
-        """What `torch.compile` calls with each traced graph."""
+        """The function that `torch.compile` calls with each traced graph."""
         self.compilations += 1
         with stage(WARM_UP):
             compiled: Callable[..., Any] = torch._dynamo.lookup_backend(COMPILER)(graph, examples)

@@ -16,7 +16,7 @@ Enqueue = Callable[[int], None]
 
 
 class Device(Protocol):
-    """What engines and compiled networks need from CUDA. The tests pass their own, which does the same on a CPU."""
+    """The CUDA operations that engines and compiled networks use. Tests pass a replacement that works on a CPU."""
 
     @property
     def torch_device(self) -> torch.device:

@@ -47,9 +47,9 @@ class Generated:
     Attributes:
         image_array: images (n, 3, h, w) in [0, 1], fp32.
         latent_array: their latents (n, *shape), fp32.
-        timings_ms: by stage, with `total`.
-        prompts: of each image.
-        seeds: of each image.
+        timings_ms: times by stage, with `total`.
+        prompts: prompt of each image.
+        seeds: seed of each image.
     """
 
     image_array: NDArray[np.float32]

@@ -105,7 +105,7 @@ def made_from(
     artifact: Artifact,
     *,
     allow_code: bool = True,
-    advice: str = "Name the run in place of the artifact.",
+    advice: str = "Give the run instead of the artifact.",
     observer: Observer = log_notices,
 ) -> Target:
     """The run or model that an artifact was exported from, as its manifest names it.
@@ -235,7 +235,7 @@ def pick_backend(
         subject: what images are generated from.
         name: a registered backend, or `auto`.
         device: where.
-        options: those of its config; `auto` passes each backend those that it has.
+        options: options of its config; `auto` passes each backend the ones that it has.
 
     Raises:
         UsageError: the backend is unknown or cannot run such a subject.

@@ -70,8 +70,8 @@ def check_same_images(
     Args:
         ours: images of a backend.
         expected: the same images by torch.
-        precision: of the network.
-        what: the subject of the error, in the plural.
+        precision: precision of the network.
+        what: plural subject of the error message.
         advice: what to do then.
 
     Raises:

@@ -209,7 +209,7 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
     Args:
         vae: the autoencoder.
         text_encoder: CLIP.
-        tokenizer: of CLIP.
+        tokenizer: tokenizer of CLIP.
         text_encoder_2: T5.
         tokenizer_2: of T5.
         transformer: the flow map, which takes one or two times.
@@ -268,7 +268,7 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
 
         Args:
             pretrained_model_name_or_path: a pipeline folder, or a hub id `owner/name[@revision]`, which is downloaded.
-            dtype: of every weight, whatever dtype is stored; None: fp32.
+            dtype: dtype of every weight, whatever dtype is stored; None: fp32.
             torch_dtype: the older name of `dtype`.
             conventions: how the map is sampled, if the folder has no `fmg_flow_map.json`.
             hub: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
@@ -303,8 +303,8 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
         Args:
             name: as `fmg list models` shows it.
             dtype: fp32 or bf16.
-            device: of transformer and decoder.
-            options: of the model, as `fmg show model NAME` lists them.
+            device: device of transformer and decoder.
+            options: options of the model, as `fmg show model NAME` lists them.
 
         Raises:
             UsageError: there is no such model or option, or the model is not of the FLUX.1 family.
@@ -374,7 +374,7 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
 
         Args:
             prompt: one text or several.
-            height: in pixels; None: as the folder states.
+            height: height in pixels; None: as the folder states.
             width: as `height`.
             num_inference_steps: sampling steps (NFE); None: as the folder states.
             grid: a time grid by name, or its times from 1 down to 0; None: as the folder states.

@@ -24,7 +24,7 @@ _SAME = 1 / 255
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was checked.
+    """The result of the checks.
 
     Attributes:
         artifact: its folder.

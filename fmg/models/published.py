@@ -214,7 +214,7 @@ class StackedConfig(PublishedConfig):
     """Options of a model whose base is merged from a folder and adapters that its authors published."""
 
     second_embedder: ClassVar[str]
-    """Where the second-time embedder is in the transformer."""
+    """Path of the second-time embedder in the transformer."""
 
     adapters: tuple[AdapterFile, ...] = Field(
         default=(),

@@ -29,12 +29,12 @@ _NO_TAGS = "Use plain numbers, strings, lists and mappings."
 
 @dataclass(frozen=True)
 class Source:
-    """Where a value was given.
+    """The source of a value.
 
     Attributes:
         kind: `built-in` (default of the code), `model` (the model's own default recipe), `file` (the requested recipe),
             `flag`, `set` (`--set`) or `argument` (Python).
-        text: for people: `recipe.yaml:12`, `--lr`, `--set optimizer.lr=1e-3`.
+        text: readable form: `recipe.yaml:12`, `--lr`, `--set optimizer.lr=1e-3`.
     """
 
     kind: Literal["built-in", "model", "file", "flag", "set", "argument"]

@@ -49,7 +49,7 @@ Keys = tuple[str, ...]
 
 _SECTIONS = ("rollout", "train", "lora", "eval")
 COMPONENTS = {name: name for name in ("model", "stochasticizer", "objective", "optimizer")} | {"prompts": "prompt-set"}
-"""The sections that are a component, and its kind."""
+"""The sections that hold one component, with its kind."""
 
 
 def flag_layers(flags: Mapping[str, object]) -> list[Node]:

@@ -27,7 +27,7 @@ from fmg.registry.validation import Problem, first_problem, validate_strictly
 
 DEFAULT_MODEL = "meanflow-shapes"
 EDITOR_LINE = "# yaml-language-server: $schema=recipe.schema.json"
-"""The first line of a recipe beside which its schema lies: editors check and complete it."""
+"""First line of a recipe whose schema is in the same folder; lets editors check and complete it."""
 _BESIDE_IT = ("run.json", SUMS)
 _DEFAULT = Source("built-in", "default")
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -130,7 +130,7 @@ class ResolvedRecipe:
         """The recipe with other values, which come from `why` unless given explicitly. Errors as in `resolve`.
 
         Args:
-            values: by dotted path.
+            values: values by dotted path.
             why: the end-of-line comment of a value that was not given.
         """
         changed = {path: Source("built-in", why) for path in values if self.provenance[path].kind == "built-in"}

@@ -335,7 +335,7 @@ class EvalSection(Section):
         10, ge=1, le=10_000_000, description="iterations between evaluations; the first and the last always are"
     )
     prompts: PromptsRef = Field(description="prompt set that training does not see")
-    num: int = Field(1000, ge=1, le=1_000_000, description="images of one evaluation")
+    num: int = Field(1000, ge=1, le=1_000_000, description="number of images per evaluation")
     rewards: tuple[RewardRef, ...] = Field((), description="rewards that are measured besides the trained ones")
     steps: int | None = Field(None, ge=1, le=1000, description="sampling steps; null takes rollout.steps")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the evaluation's prompts and noise")

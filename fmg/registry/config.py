@@ -39,7 +39,7 @@ class ComponentConfig(BaseModel):
     about: ClassVar[About] = About()
 
     judges: ClassVar[bool] = True
-    """For a reward: whether less is worse. A held-out plain measurement is no sign of reward hacking."""
+    """For a reward: whether less is worse. A held-out plain measurement does not indicate reward hacking."""
 
     exclusive: ClassVar[frozenset[str]] = frozenset()
     """Options of which at most one may be given; naming one replaces that of the layers below in a recipe."""
@@ -94,7 +94,7 @@ class ModelConfig(ComponentConfig, ABC):
         return {}
 
     def geometry(self) -> ModelGeometry | None:
-        """The measures that a memory plan needs, read without a weight; None: the plan counts calls only."""
+        """The sizes that a memory plan needs, read without loading weights; None: the plan counts only calls."""
         return None
 
 

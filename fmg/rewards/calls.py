@@ -55,8 +55,8 @@ class RetryPolicy:
 
     Attributes:
         retries: attempts after the first.
-        backoff: seconds before the second attempt; doubles every time, less up to half of it at random.
-        max_backoff: longest wait, also when the server asks for more.
+        backoff: seconds before the second attempt; doubles every time, minus up to half at random.
+        max_backoff: longest wait, even if the server asks for more.
     """
 
     retries: int
@@ -213,7 +213,7 @@ class FailurePolicy:
     """How a batch is treated if some images have no score.
 
     Args:
-        name: of the reward, for messages.
+        name: name of the reward, for messages.
         on_failure: stop the run, or leave these images out.
         patience: consecutive batches without any score after which the run stops anyway.
         advice: one sentence on what to do.
@@ -250,7 +250,7 @@ class Caller:
     """Makes the calls of a reward and applies its failure policy.
 
     Args:
-        name: of the reward, for messages.
+        name: name of the reward, for messages.
         config: bounds and policy.
         advice: one sentence on what to do when calls fail.
     """

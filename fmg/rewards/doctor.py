@@ -40,7 +40,7 @@ class KnownAnswer:
         tolerance: largest deviation: rounding, and differences between versions of the libraries in `origin`.
         origin: where the value comes from.
         part: which score: `total` or the name of a part.
-        options: of the reward; the defaults when empty.
+        options: options of the reward; the defaults if empty.
     """
 
     picture: str
@@ -174,7 +174,7 @@ def diagnose(
         names: rewards to examine; one that lacks something is `failed`. None: all registered rewards; one that is not
             installed or fetched is `not verified`.
         options: options by name, in place of the defaults.
-        device: of the images, and so of the networks.
+        device: device of the images, and so of the networks.
 
     Raises:
         UsageError: for an unknown name or option.

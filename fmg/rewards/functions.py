@@ -33,7 +33,7 @@ def split_functions(values: Mapping[str, object]) -> tuple[dict[str, object], Fu
     """Values of a recipe in which functions are replaced by references to them, and the functions by name.
 
     Args:
-        values: by dotted path; `rewards` and `eval.rewards` may contain functions.
+        values: values by dotted path; `rewards` and `eval.rewards` may contain functions.
 
     Raises:
         WrongTypeError: a reward has the wrong type.

@@ -156,7 +156,7 @@ def _vision_config(tensors: Tensors, heads: int | None) -> Any:
     """The architecture that the tensors of a `BlipVisionModel` have.
 
     Args:
-        tensors: by name.
+        tensors: tensors by name.
         heads: attention heads; None for a published size.
 
     Raises:

@@ -82,7 +82,7 @@ def resize_and_crop_floats(images: Float[Tensor, "b 3 h w"], side: int) -> Float
 
 
 def resize_and_pad(images: Float[Tensor, "b 3 h w"], side: int) -> Float[Tensor, "b 3 side side"]:
-    """The longer edge to `side` by torch's antialiased bicubic filter on floats, then black to a centred square.
+    """Resizes the longer edge to `side` (torch's antialiased bicubic filter on floats) and pads with black to a square.
 
     HPSv2's `ResizeMaxSize` under torchvision 0.17 and newer. That code raises on an oblong image whose longer edge is
     `side` already; here it is padded as well.

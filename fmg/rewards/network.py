@@ -103,7 +103,7 @@ def load_module(
     Args:
         cls: a `PreTrainedModel` class.
         config: its config.
-        tensors: by the names of its state dict; `...position_ids`, which older versions stored, are ignored.
+        tensors: tensors by their names in its state dict; `...position_ids`, which older versions stored, are ignored.
         origin: the file the tensors came from, for messages.
         device: where the module goes.
         dtype: what floating-point tensors become.

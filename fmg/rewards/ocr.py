@@ -106,7 +106,7 @@ def ctc_log_prob(probabilities: Float[NDArray[np.float32], "t c"], labels: Int[N
     """`log p(labels | frames)` summed over all alignments (Graves et al., ICML 2006, eq. 3 and 6–8).
 
     Args:
-        probabilities: of every class in every frame; class 0 is the blank.
+        probabilities: probability of every class in every frame; class 0 is the blank.
         labels: classes of the text, none of them blank, at least one.
 
     Returns:

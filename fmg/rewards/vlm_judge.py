@@ -85,7 +85,7 @@ class VlmJudge:
     """The judge's score in [0, 1] of each image.
 
     Images are sent as square PNG files (bicubic). Answers are cached on disk by everything that determines them, so
-    each image is paid for once. An answer without a verdict is a failure, where users of UnifiedReward score 0.
+    each image is paid for once. An answer without a verdict is a failure, not a score of 0 as in other projects.
 
     Raises:
         UsageError: when the environment variable with the API key is named but not set.

@@ -317,7 +317,7 @@ def reward_spread(rewards: Float[Tensor, " n"], step: Int[Tensor, " g"]) -> tupl
     """By transition: mean std of rewards within its groups (divisor m), and share of groups with equal rewards.
 
     Args:
-        rewards: of all samples, group-major; NaN where an image has no score.
+        rewards: rewards of all samples, group-major; NaN where an image has no score.
         step: transition of each group.
     """
     by_group = rewards.double().reshape(len(step), -1)

@@ -147,7 +147,7 @@ def normalised_log_ratio(
     sum cancels most of its digits in fp32. The gradient flows through `mean` alone.
 
     Args:
-        mean, mean_old, std: of the densities.
+        mean, mean_old, std: parameters of the densities.
         x_s: (b, *shape), or (b, m, *shape) for the siblings of a branched rollout, which share the mean.
     """
     if x_s.ndim > mean.ndim:

@@ -300,7 +300,7 @@ def window_steps(window: WindowSection | None, steps: int, *, iteration: int, se
     clean, and stays at the last (MixGRPO, Li et al., arXiv 2507.21802, with stride 1 and a constant interval).
 
     Args:
-        window: of a valid recipe; None makes every interval except the last stochastic.
+        window: window of a valid recipe; None makes every interval except the last stochastic.
         steps: intervals of the grid, N; the last is always deterministic.
         iteration: training iteration, from 0.
         seed: seed of the run.

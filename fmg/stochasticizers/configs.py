@@ -132,7 +132,8 @@ class CpsConfig(_BaselineConfig):
         0.8, ge=_LEAST_NOISE, le=1, description="Share k of the noise that is fresh: std = s sin(k pi/2)."
     )
     published_log_prob: bool = Field(
-        False, description="Use -mean (x - mean)^2 as log-probability, as the published code does, not the Gaussian."
+        False,
+        description="Use -mean (x - mean)^2 as log-probability, as the published code does, instead of the Gaussian.",
     )
 
 

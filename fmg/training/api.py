@@ -71,7 +71,7 @@ def train(
         progress: whether to show progress on stderr; None shows it in a terminal or a notebook, unless there is an
             observer.
         allow_code: whether a recipe file may name reward code to run, and servers to send images to.
-        values: of the recipe, by dotted path or by the names of `fmg train`'s flags: `iterations=2`, `lr=1e-3`,
+        values: recipe values by dotted path or by the names of `fmg train`'s flags: `iterations=2`, `lr=1e-3`,
             `**{"lora.rank": 4}`.
 
     Returns:

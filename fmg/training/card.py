@@ -79,7 +79,7 @@ def card_text(
     """The card in Markdown, with the front matter that model hubs read.
 
     Args:
-        recipe: of the run.
+        recipe: recipe of the run.
         saved: the checkpoint.
         scores: scores on the evaluation prompts by log key, of the base and of the checkpoint.
         prompts: a description of these prompts, to follow the word "prompts".
@@ -115,8 +115,8 @@ def folder_card(recipe: Recipe, adapter_card: str | None) -> str:
     """The card of an exported pipeline folder: how to use it, and the scores from the adapter's card.
 
     Args:
-        recipe: of the run, or of the base model if nothing was merged.
-        adapter_card: of the merged checkpoint, empty if it has none; None if nothing was merged.
+        recipe: recipe of the run, or of the base model if nothing was merged.
+        adapter_card: card of the merged checkpoint, empty if it has none; None if nothing was merged.
     """
     name, tuned = recipe.model.name, adapter_card is not None
     made = " with trained weights merged into its transformer" if tuned else ""
@@ -152,8 +152,8 @@ def hub_card(card: str, recipe: Recipe, repository: str, pictures: Mapping[str, 
     """The card of a checkpoint for a repository of the hub: as it is, with that repository in its commands.
 
     Args:
-        card: of the checkpoint; what its owner changed in it stays, except in the sections Use and Recipe.
-        recipe: of the run, as it is published.
+        card: card of the checkpoint; its owner's edits are kept, except in the sections Use and Recipe.
+        recipe: recipe of the run, as published.
         repository: id of the repository.
         pictures: what each picture beside the card shows, by file; those that the card does not show yet are added.
 
@@ -181,10 +181,10 @@ def artifact_card(recipe: Recipe, repository: str, *, tuned: bool, precision: st
     """The card of an exported artifact for a repository of the hub.
 
     Args:
-        recipe: of the run, or of the model if nothing was merged.
+        recipe: recipe of the run, or of the model if nothing was merged.
         repository: id of the repository.
         tuned: whether trained weights are merged.
-        precision: of the transformer.
+        precision: precision of the transformer.
         checks: results of `fmg verify` by name.
     """
     name = recipe.model.name

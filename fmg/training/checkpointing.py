@@ -241,7 +241,7 @@ class CheckpointManager:
         return CheckpointIndex.from_json(text)
 
     def resume_point(self, progress: Progress, monitor: Mapping[str, Any], sampling: Mapping[str, Any]) -> ResumePoint:
-        """What a state saved now needs besides the weights, as long as these do not change."""
+        """The data that a state saved now needs besides the weights, as long as these do not change."""
         return ResumePoint(progress, generator_states(self.live.device), monitor, sampling)
 
     def save_state(self, point: ResumePoint, *, now: bool = False) -> None:

@@ -106,13 +106,13 @@ class Shard:
 
 @dataclass
 class DistContext:
-    """This process among those of a run.
+    """This process and its place among those of a run.
 
     Attributes:
         rank: 0 for the main process, which writes and reports.
         world_size: number of processes.
         device: where the tensors of collectives live.
-        signals: those that ask the run to end.
+        signals: signals that ask the run to end.
     """
 
     rank: int = 0
@@ -281,7 +281,7 @@ def dist_context(
         device: where it computes.
         observer: receives a notice of level `error` before a hard exit.
         on_abort: called before a hard exit.
-        signals: those that ask the run to end; several processes stop where they agree on it.
+        signals: signals that ask the run to end; several processes stop where they agree on it.
 
     Raises:
         ProcessError: the others do not connect, or one of them died.
@@ -393,7 +393,7 @@ class Heartbeat:
 
     Args:
         store: shared by all processes; used by the thread alone once it has started.
-        rank: of this process.
+        rank: rank of this process.
         world_size: number of processes.
         on_lost: called in the thread, once, with a sentence that says which process died and how.
         beat: seconds between two heartbeats.

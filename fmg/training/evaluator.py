@@ -50,7 +50,7 @@ class Evaluator:
 
     Attributes:
         composed: the live parts of the run.
-        run: its folder.
+        run: the run folder.
         max_batch: images per forward pass that the run's memory is planned for.
         observer: receives the progress.
         dist: the processes that share each evaluation.

@@ -40,7 +40,7 @@ class ReplayGate:
     Args:
         stochasticizer: the one of the rollouts.
         policies: views of the trained weights.
-        clip_range: of the objective; None for one without a ratio, which passes.
+        clip_range: clip range of the objective; None for one without a ratio, which passes.
         micro_batch: rows of a forward pass, as in the update.
         always_recompute: whether to recompute without checking first.
         observer: is told how the gate was passed.

@@ -70,7 +70,7 @@ class HackingVerdict:
     """The monitor's finding at one evaluation.
 
     Attributes:
-        iteration: of the evaluation.
+        iteration: iteration of the evaluation.
         gain: rise of the trained reward since the untouched model, in the same unit as losses.
         readings: all monitored quantities.
         hacked: those that fell while the trained reward rose.

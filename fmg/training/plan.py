@@ -64,9 +64,9 @@ class OnGpu:
 
     Attributes:
         gpu: the product.
-        kind: of the rollouts.
-        seconds: of one iteration.
-        hours: of all iterations.
+        kind: kind of rollouts.
+        seconds: time of one iteration.
+        hours: time of all iterations.
         memory: planned peak in bytes.
         fits: whether that is within the GPU's memory.
     """
@@ -84,7 +84,7 @@ class Plan:
     """Work, memory and time of a run.
 
     Attributes:
-        facts: by name, in reading order.
+        facts: facts by name, in reading order.
         memory: the peak, if the model states its geometry.
         gpus: time and memory on GPUs of several sizes, for full-size models in bf16.
     """

@@ -46,7 +46,7 @@ def read_state(folder: Path, fix: str = "Train again.") -> dict[str, Any]:
     """Reads what `write_state` wrote; tensors are on the CPU. States of older versions have no digests to check.
 
     Args:
-        folder: where it is.
+        folder: folder of the state.
         fix: what to do about damage, for the error.
 
     Raises:

@@ -79,7 +79,7 @@ class TrainResult:
         run: its folder.
         iterations: iterations done.
         initial: metrics of the base on held-out prompts.
-        final: those of the last evaluation.
+        final: metrics of the last evaluation.
         best: the checkpoint that the run keeps.
         interrupted: whether it ended early.
         hacking: the first verdict of the reward-hacking monitor, or None.

@@ -36,7 +36,7 @@ class Updater:
         max_grad_norm: gradients are scaled down to this global norm.
         micro_batch: rows of a forward pass; the update does not depend on it beyond rounding.
         dist: the processes that share the rows of every update, which does not depend on their number beyond rounding.
-        schedule: of the learning rate; None leaves the optimizer's.
+        schedule: learning-rate schedule; None leaves the optimizer's.
     """
 
     objective: Objective

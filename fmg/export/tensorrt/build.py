@@ -260,7 +260,7 @@ def check_buildable(path: Path, weights: str, precision: Precision) -> None:
     Args:
         path: the ONNX file; its external weights are not read.
         weights: the weight file, the only one that it may point into.
-        precision: of the arithmetic inside.
+        precision: precision of the arithmetic.
 
     Raises:
         CheckpointError: it is not an ONNX file, or it points to another file, which the parser would follow.

@@ -59,7 +59,7 @@ class GraphRuntime(Protocol[Array]):
 
     @property
     def device(self) -> str:
-        """Where it computes: `cpu`, `cuda:0`."""
+        """The device: `cpu`, `cuda:0`."""
 
     def run(self, graph: str, inputs: Mapping[str, Array]) -> Array:
         """The single output of a graph.
@@ -102,8 +102,8 @@ class ArtifactBackend(Generic[Array]):
     """An open artifact on one runtime. Implements `fmg.core.protocols.Backend`.
 
     Args:
-        artifact: what to sample.
-        runtime: what runs its graphs.
+        artifact: the artifact to sample.
+        runtime: runs its graphs.
         resolution: side of the square image in pixels; None takes the artifact's own.
         transformer: which of its graphs is the transformer.
 
@@ -133,7 +133,7 @@ class ArtifactBackend(Generic[Array]):
 
     @property
     def detail(self) -> str:
-        """How the runtime runs, and the precision of the transformer."""
+        """Details of the runtime, and the precision of the transformer."""
         return f"{self.runtime.detail}, {self.artifact.graph(self._transformer).precision}"
 
     @property

@@ -101,7 +101,7 @@ class Graph:
     Attributes:
         file: the ONNX file.
         weights: the safetensors file that its external data points into.
-        precision: of its weights and of the arithmetic inside.
+        precision: precision of its weights and of the arithmetic inside.
         inputs, outputs: in the order of the graph.
     """
 
@@ -267,16 +267,16 @@ class Manifest:
         model: what was exported.
         sampling: how to sample it.
         precision: as requested; each graph states its own.
-        opset: of the default ONNX domain.
+        opset: opset of the default ONNX domain.
         axes: ranges of the dynamic axes by name.
-        graphs: by the names of `GRAPHS`.
-        tokenizers: by the name of the text encoder that they feed.
+        graphs: graphs by their names in `GRAPHS`.
+        tokenizers: tokenizers by the name of their text encoder.
         base: the weights under the adapter.
         adapter: what was merged into them; None for the base itself.
         rewards: the recipe's rewards, each with its name, weight and options, to verify equal rewards again.
         prompts: the recipe's prompt sets, by their role.
         libraries: versions of the libraries that wrote the artifact.
-        checks: those of `fmg verify`, the newest of each name.
+        checks: results of `fmg verify`, the newest for each name.
     """
 
     schema: Literal[1]

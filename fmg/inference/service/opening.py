@@ -110,7 +110,7 @@ def _exchanges(subject: Target, options: Mapping[str, Any]) -> bool:
 
 
 def _held(generator: Generator) -> HeldAdapters | None:
-    """Room for adapters of a model that was loaded without one; None for a model of another package."""
+    """Storage for adapters of a model that was loaded without one; None for a model from another package."""
     from fmg.inference.torch_backend import TorchBackend
     from fmg.models.common.held_adapters import HeldAdapters
     from fmg.models.common.model import AdaptedModel

@@ -214,9 +214,9 @@ class ImageServer(HttpServer):
     """A bound but not yet serving server of images.
 
     Args:
-        models: what it serves.
+        models: the served models.
         address: where it listens; one that other machines can reach needs a token (`fmg.serving.access.check_token`).
-        limits: what it accepts.
+        limits: limits on requests.
         token: for clients to send.
         drain: seconds to finish what was accepted after the server is told to stop.
 

@@ -111,7 +111,7 @@ class EngineRecord:
         plan: file name of the plan.
         size, sha256: of the plan, to notice a damaged file.
         ingredients: what it was built from.
-        precision: that of the graph in the artifact's manifest.
+        precision: precision of the graph in the artifact's manifest.
         layers: layers of the parsed network by kind and dtype, such as `{"MATRIX_MULTIPLY": {"BF16": 304}}`.
         seconds: how long the build took.
     """

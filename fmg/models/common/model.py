@@ -84,7 +84,7 @@ class AdaptedModel(ABC, Generic[Text]):
     alpha_tensors: ClassVar[bool] = False
     """Whether that method reads alpha from tensors, as ComfyUI does, or from the file's metadata."""
     second_embedder: ClassVar[str | None] = None
-    """Where the second-time embedder is in the transformer, in a family that has one."""
+    """Path of the second-time embedder in the transformer, in families that have one."""
     unused: ClassVar[tuple[str, ...]] = ()
     """Modules of the transformer that no sample passes through: nothing of them is trained."""
     network_class: ClassVar[type[LatentNetwork]]
@@ -239,7 +239,7 @@ class AdaptedModel(ABC, Generic[Text]):
             alpha: its scale, divided by the rank.
             targets: presets of `fmg.core.specs` or ends of names of linear modules.
             dropout: probability of dropping an input of A, active in calls that record gradients.
-            seed: of the initial values; the global generator is not touched.
+            seed: seed of the initial values; the global generator is not touched.
 
         Raises:
             UsageError: a value is out of range, a target matches nothing, or there is already an adapter.
@@ -311,7 +311,7 @@ class AdaptedModel(ABC, Generic[Text]):
             return live_digest(self._components.transformer, base)
 
     def shard(self) -> None:
-        """Keeps only this process's part of the frozen weights in memory (FSDP2); what is trained stays whole.
+        """Keeps only this process's part of the frozen weights in memory (FSDP2); trained weights stay whole.
 
         Raises:
             CompositionError: nothing is frozen.

@@ -70,8 +70,8 @@ class Family:
     Nothing else is ever constructed, so no code of a folder runs.
 
     Attributes:
-        name: of the family, for error messages.
-        classes: by component, then by the name that its `config.json` states.
+        name: name of the family, for error messages.
+        classes: classes by component, then by the name that its `config.json` states.
         tokenizers: class of each tokenizer, by its folder.
     """
 
@@ -164,7 +164,7 @@ def load_components(
         transformer: loads the transformer to `device`, and names its files; called first. None: the folder's own.
         text: takes the encoders and tokenizers by the names of their folders.
         device: where transformer and decoder go.
-        dtype: of every weight.
+        dtype: dtype of every weight.
         text_device: where the text encoders go; None: to `device`.
 
     Raises:
@@ -248,7 +248,7 @@ def check_rotary(folder: Path, config: Mapping[str, object], stock: Mapping[str,
     """Checks the axes of rotary positions, which no shape of a weight reveals.
 
     Args:
-        folder: of the transformer.
+        folder: folder of the transformer.
         config: its `config.json`.
         stock: `attention_head_dim` and `axes_dims_rope` of the class where the file omits them.
 
@@ -288,7 +288,7 @@ def square_latent(components: Components[Any], channels: int, scale: int, token:
 
     Args:
         components: a loaded folder.
-        channels: of a latent.
+        channels: channels of a latent.
         scale: image pixels along the side of one latent pixel.
         token: latent pixels along the side of one token.
 
@@ -319,7 +319,7 @@ def check_guidance(folder: Path, conventions: FlowMapConventions, *, embeds: boo
 
 
 def checked_times(folder: Path, config: Mapping[str, object], conventions: FlowMapConventions) -> dict[str, object]:
-    """What the config of a transformer in `folder` has to say about its times.
+    """Checks what the config of a transformer in `folder` states about its times.
 
     Raises:
         CheckpointError: it says something else.

@@ -57,7 +57,7 @@ class TrainableBase:
     """Base parameters made trainable in fp32, because bf16 would round away updates as small as those of RL.
 
     Args:
-        parameters: by their names in the state dict without an adapter; their values become fp32.
+        parameters: parameters by their names in the state dict without an adapter; their values become fp32.
         keep_base: whether a frozen fp32 copy is kept, which `policies.reference` and the digest of the base need.
         whole: whether these are all weights of the network.
     """

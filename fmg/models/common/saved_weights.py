@@ -272,7 +272,7 @@ def save_transformer(
         transformer: a model of diffusers without an adapter.
         base: what it was tuned from.
         conventions: how it is sampled.
-        dtype: of the stored weights; they are converted one shard at a time.
+        dtype: dtype of the stored weights; they are converted one shard at a time.
         check: verifies the folder before it appears under its name; when it raises, nothing is kept.
 
     Raises:

@@ -132,7 +132,7 @@ def load_transformer(
         config: its config.
         weights: its tensors.
         device: where it goes.
-        dtype: of its weights.
+        dtype: dtype of its weights.
         check: refuses names and shapes that do not fit, as `check_names` does.
 
     Raises:

@@ -193,7 +193,7 @@ def load_parts(
         folder: a diffusers pipeline folder.
         conventions: how the transformer's weights are sampled.
         device: where transformer and decoder go.
-        dtype: of every weight.
+        dtype: dtype of every weight.
         student: weights of the transformer in place of the folder's own (`fmg.models.flux.loading.student_weights`).
         adapters: published changes that are merged into the folder's own weights first.
         text_device: where the text encoders go; None: to `device`.

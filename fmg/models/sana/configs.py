@@ -58,8 +58,8 @@ class SanaSprintConfig(PublishedConfig):
     )
     instruction: bool = Field(
         default=True,
-        description="Put the authors' instruction to the text encoder (enhance this prompt) before each prompt, as "
-        "their pipeline does.",
+        description="Prepend the authors' instruction for the text encoder (enhance this prompt) to each prompt, as in "
+        "their pipeline.",
     )
 
     def conventions(self) -> FlowMapConventions:

@@ -25,7 +25,7 @@ class SanaText:
     """Gemma 2 with its tokenizer, which pads on the right.
 
     Attributes:
-        tokenizer: of Gemma.
+        tokenizer: tokenizer of Gemma.
         text_encoder: the decoder without its head.
         instruction: text before each prompt; empty for none.
     """
@@ -103,7 +103,7 @@ def load_parts(
         folder: a diffusers pipeline folder.
         conventions: how the transformer's weights are sampled.
         device: where transformer and decoder go.
-        dtype: of every weight.
+        dtype: dtype of every weight.
         instruction: text that Gemma reads before each prompt.
         text_device: where Gemma goes; None: to `device`.
 

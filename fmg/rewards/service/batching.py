@@ -48,7 +48,7 @@ class Batcher:
     """Scores requests on its own thread. Consecutive requests for the same rewards and image size are one batch.
 
     Args:
-        rewards: by name.
+        rewards: rewards by name.
         limits: bounds of queue and batch.
         device: where images are scored.
     """

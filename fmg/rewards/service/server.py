@@ -34,7 +34,7 @@ _DRAIN_S = 10
 def describe(
     rewards: Mapping[str, Checked], references: Sequence[RewardRef], device: torch.device
 ) -> dict[str, object]:
-    """What `/info` returns beside the limits, as plain JSON values.
+    """The part of `/info` without the limits, as plain JSON values.
 
     Every reward scores the probe image on `device`, which loads its weights and shows that it works. The weights of
     networks are listed with the sha256 of their first file, those of a folder with that of every file.
@@ -81,10 +81,10 @@ def create_app(
     """The server as an ASGI application.
 
     Args:
-        rewards: what it scores, by name.
+        rewards: rewards that it computes, by name.
         info: the answer of `/info` about the rewards, as plain JSON values.
-        limits: what it accepts.
-        token: required as `Authorization: Bearer TOKEN` for everything but `/health`; None lets every client in.
+        limits: limits on requests.
+        token: required as `Authorization: Bearer TOKEN` for everything but `/health`; None admits every client.
         device: where images are scored.
     """
     batcher = Batcher(rewards, limits, device)
@@ -140,11 +140,11 @@ class RewardServer(HttpServer):
     """A bound but not yet serving server; the port is known before the first request.
 
     Args:
-        rewards: what it scores, by name.
+        rewards: rewards that it computes, by name.
         info: the answer of `/info` about them.
         host: address to listen on.
         port: 0 for a free one.
-        limits: what it accepts.
+        limits: limits on requests.
         token: for clients to send; required unless `host` is a loopback address.
         device: where images are scored.
 

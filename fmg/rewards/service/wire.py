@@ -1,4 +1,4 @@
-"""What goes over the wire: requests as safetensors, answers as JSON.
+"""The wire format: requests as safetensors, answers as JSON.
 
 A request is the tensor `images` (b, 3, h, w), floats in [0, 1] or bytes, and the metadata entry `request`, a JSON text
 with `prompts` and `rewards`; `rewards` may be left out, which means all.

@@ -103,7 +103,7 @@ def test_running_out_of_memory_is_not_a_bug_of_the_program(
     fail_with(error, monkeypatch)
     shown = fmg("runs")
     assert shown.code == 1
-    assert shown.stderr.startswith(f"error: Memory ran out: {said}. Take smaller batches: --batch-size")
+    assert shown.stderr.startswith(f"error: Memory ran out: {said}. Use smaller batches: --batch-size")
     assert shown.stderr.count("\n") == 1
 
 
