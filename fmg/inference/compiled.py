@@ -1,8 +1,8 @@
 """The backend `torch-compile`: the network under `torch.compile`, on a GPU replayed as one CUDA graph per shape.
 
-Batches are padded to powers of two, so few shapes exist. torch's own guards choose what runs for the current shapes,
-adapter and precision, and compile again where something differs; a recording is made below them, so it never replays
-what no longer holds. Weights are not copied: they may be trained in between.
+Batches are padded to powers of two, so there are few shapes. torch's own guards choose the code for the current shapes,
+adapter and precision, and recompile if something differs. Recordings are made below the guards, so an outdated one is
+never replayed. Weights are not copied: they may be trained in between.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from fmg.inference.torch_backend import TorchBackend
 
 NAME = "torch-compile"
 COMPILER = "inductor"
-"""What compiles the traced graph, a backend of `torch.compile`."""
+"""The backend of `torch.compile` that compiles the traced graph."""
 MAX_COMPILATIONS = 8
-"""Compilations of one network; torch's own limit for a function."""
+"""Maximum compilations of one network; torch's own limit for a function."""
 
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 # Kernels are loaded, chosen and given their workspaces by then
@@ -46,8 +46,8 @@ _RUNS_BEFORE_RECORDING = 2
 class CompiledNetwork:
     """A network under `torch.compile`, on its live weights. Called as the module is.
 
-    What cannot be compiled, and shapes beyond `MAX_COMPILATIONS`, run in the module itself, after one warning with the
-    cause. The time of compiling counts as the stage `WARM_UP`.
+    A network that cannot be compiled, and shapes beyond `MAX_COMPILATIONS`, run in the module itself, after one warning
+    with the cause. Compile time counts as the stage `WARM_UP`.
 
     Args:
         module: the network.
@@ -80,9 +80,9 @@ class CompiledNetwork:
         self._full = False
         self._eager = False
         self.compilations = 0
-        """How often the network was compiled."""
+        """Number of times that the network was compiled."""
         self.seconds = 0.0
-        """What compiling and recording took."""
+        """Seconds spent on compiling and recording."""
         self._call: Callable[..., Any] = torch.compile(call, backend=self._compile, dynamic=False, fullgraph=True)
 
     def refresh(self) -> None:
@@ -140,7 +140,7 @@ class CompiledNetwork:
         return True
 
     def _give_up(self, error: BaseException) -> None:
-        """From now on the module itself runs; raises instead where the caller said what to do."""
+        """Runs the module itself from now on; raises if `instead` is given."""
         if isinstance(error, self._limit):
             why = (
                 f"it was compiled {self.compilations} times, because its adapter, its precision or the number of its"
@@ -153,7 +153,7 @@ class CompiledNetwork:
         if self._instead is not None:
             raise CompositionError(f"The network cannot be compiled here: {why}", self._instead) from error
         self._eager = True
-        _warn(f"The network is not compiled from here on, and runs eagerly: {why}")
+        _warn(f"The network is no longer compiled and runs eagerly: {why}")
 
     def _compile(self, graph: Any, examples: Sequence[Any]) -> Callable[..., Any]:
         """The function that `torch.compile` calls with each traced graph."""
@@ -166,7 +166,7 @@ class CompiledNetwork:
 class _Recorded:
     """A compiled graph that replays itself as a CUDA graph. Parameters are read in place, other inputs are copied.
 
-    A CUDA graph contains addresses. Where those of the parameters have changed, it is recorded again.
+    A CUDA graph contains addresses. If those of the parameters have changed, it is recorded again.
     """
 
     def __init__(self, run: Callable[..., Any], gpu: Device) -> None:
@@ -225,7 +225,7 @@ class TorchCompileBackend(TorchBackend):
         latent_shape: (c, h, w) of one latent; None takes the model's own.
 
     Raises:
-        UsageError: the model lets nothing take the place of its network.
+        UsageError: the network of the model cannot be replaced.
     """
 
     name = NAME
@@ -332,7 +332,7 @@ def _warn(text: str) -> None:
 
 
 def _place_cache() -> None:
-    """Lets inductor keep its kernels in fmg's cache, unless told where: its default is a known name under /tmp."""
+    """Makes inductor keep its kernels in fmg's cache, unless a folder is set. Its default in /tmp is predictable."""
     if _CACHE in os.environ:
         return
     folder = cache_dir() / "inductor"

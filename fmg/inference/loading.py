@@ -1,4 +1,4 @@
-"""From a name on the command line to a sampler: finds what it names, chooses a backend and opens it.
+"""From a name on the command line to a sampler: finds the target, chooses a backend and opens it.
 
 An artifact is opened without torch, and without the packages that read a run's recipe: hence the imports in functions.
 """
@@ -56,7 +56,7 @@ def find(
     """What `target` is: an artifact, a run, a model by name, or (None) the newest run. One of the hub is fetched first.
 
     Args:
-        target: what was typed, or passed to a Python call.
+        target: the target as typed or passed to a Python call.
         allow_code: whether the recipe of a run may name the user's own code. Sampling runs no reward, so code that the
             recipe names is not executed.
         observer: receives the progress of a download.

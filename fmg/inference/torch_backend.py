@@ -1,4 +1,4 @@
-"""The backend `torch`: the model itself, eager; and its devices and dtypes by name."""
+"""The backend `torch`: the model itself, in eager mode; and devices and dtypes by name."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ class PublishedConfig(ModelConfig):
     transformer_class: ClassVar[str]
     """Name of the transformer's class in diffusers."""
     published: ClassVar[Mapping[str, object]]
-    """The transformer's config where it is not on this computer yet."""
+    """The transformer's config if it is not on this computer yet."""
 
     @abstractmethod
     def architecture(self) -> Asset:
@@ -108,7 +108,7 @@ class PublishedConfig(ModelConfig):
         return (self.architecture(),)
 
     def check_complete(self) -> None:
-        """Checks what the options and the files, which are all there, say about each other, without reading a weight.
+        """Checks that options and files agree, without reading a weight. All files must be present.
 
         Raises:
             CheckpointError: they do not make a model.
@@ -122,7 +122,7 @@ class PublishedConfig(ModelConfig):
         return stated or self.published_config()
 
     def published_config(self) -> Mapping[str, object]:
-        """The published config: `published`, unless the source tells one of several sizes."""
+        """The published config: `published`, unless the source selects one of several sizes."""
         return self.published
 
     @abstractmethod
@@ -161,12 +161,12 @@ class DiffusersConfig(PublishedConfig):
         description="Side in pixels of the tiles that larger images are decoded in, blended at the seams; null: whole.",
     )
     vae_slicing: bool = Field(
-        default=False, description="Decode one image at a time, also where several would fit a call."
+        default=False, description="Decode one image at a time, even if several would fit in a call."
     )
 
 
 class AdapterFile(Worded):
-    """A published file of changes to the base: a LoRA, with or without the second-time embedder trained beside it."""
+    """A published adapter of the base: a LoRA, with or without the second-time embedder trained with it."""
 
     word: ClassVar[str] = "source"
 
@@ -200,9 +200,9 @@ class LocatedAdapter:
     """An `AdapterFile` on this computer.
 
     Attributes:
-        files: its weights, and those that were trained beside the LoRA where they are in a file of their own.
-        config: its PEFT config, where it has one.
-        stated: what the recipe says.
+        files: its weight file, and that of weights trained with the LoRA if they are in a separate file.
+        config: its PEFT config, if it has one.
+        stated: its entry in the recipe.
     """
 
     files: tuple[Path, ...]
@@ -211,7 +211,7 @@ class LocatedAdapter:
 
 
 class StackedConfig(PublishedConfig):
-    """Options of a model whose base is merged from a folder and adapters that its authors published."""
+    """Options of a model whose base is merged from a folder and published adapters."""
 
     second_embedder: ClassVar[str]
     """Path of the second-time embedder in the transformer."""
@@ -243,7 +243,7 @@ class StackedConfig(PublishedConfig):
 
 
 def located_adapters(config: PublishedConfig) -> tuple[LocatedAdapter, ...]:
-    """The adapters of a model on this computer; none for a model that takes none.
+    """The adapters of a model on this computer; empty for a model without adapters.
 
     Raises:
         MissingDependencyError: a published file that has not been fetched.

@@ -70,14 +70,14 @@ class ModelConfig(ComponentConfig, ABC):
     """Whether `fmg export --diffusers` merges an adapter into the model's folder."""
 
     anchor_note: ClassVar[str] = ""
-    """What an anchor means for the map, where its kind does not say it all; for `fmg show`."""
+    """Note on what anchors mean for the map, if its kind does not tell; for `fmg show`."""
 
     @abstractmethod
     def spec(self) -> MapSpec:
         """Declared properties, read from the config or the small JSON file beside the weights."""
 
     def facts(self) -> Mapping[str, str]:
-        """How the weights are sampled, for `fmg show`: what a family has to state, because no file of weights does."""
+        """How the weights are sampled, for `fmg show`: facts that a family must state because no weight file does."""
         spec = self.spec()
         grid = spec.default_grid if isinstance(spec.default_grid, str) else ", ".join(map(str, spec.default_grid))
         name, options = spec.default_stochasticizer

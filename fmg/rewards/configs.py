@@ -280,7 +280,7 @@ class Hpsv3Config(NetworkConfig):
 
 
 class DeqaConfig(NetworkConfig):
-    """DeQA-Score: expected rating of an image's quality from 1 to 5, over 5; does not see the prompt."""
+    """DeQA-Score: expected rating of an image's quality from 1 to 5, divided by 5; does not see the prompt."""
 
     about: ClassVar[About] = About(
         licence=DEQA_TERMS,
@@ -310,7 +310,7 @@ class DeqaConfig(NetworkConfig):
 
 
 class UnifiedRewardConfig(NetworkConfig):
-    """UnifiedReward: a Qwen-VL tuned to rate images writes its ratings from 1 to 5; the score is their mean over 5."""
+    """UnifiedReward: a Qwen-VL tuned to rate images writes ratings from 1 to 5; the score is their mean over 5."""
 
     about: ClassVar[About] = About(
         licence="MIT (code and weights); Apache-2.0 (base model)",

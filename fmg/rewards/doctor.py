@@ -35,10 +35,10 @@ class KnownAnswer:
 
     Attributes:
         picture: name in `PICTURES`.
-        prompt: what it is scored against.
+        prompt: the prompt that it is scored against.
         value: the expected score.
         tolerance: largest deviation: rounding, and differences between versions of the libraries in `origin`.
-        origin: where the value comes from.
+        origin: source of the value.
         part: which score: `total` or the name of a part.
         options: options of the reward; the defaults if empty.
     """

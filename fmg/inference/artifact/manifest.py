@@ -216,7 +216,7 @@ class Base:
     Attributes:
         name: registered name of the model.
         digest: sha256 of its stored transformer, whatever the shards.
-        dtypes: those its transformer is stored in, by torch's names, sorted.
+        dtypes: dtypes in which its transformer is stored, by torch's names, sorted.
         weights: the file with the base's values of what the adapter changed, so that `fmg export --swap-weights`
             needs nothing but the artifact; None when nothing was changed.
     """
@@ -259,7 +259,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of `manifest.json`.
+    """The contents of `manifest.json`.
 
     Attributes:
         schema: version of this layout.

@@ -1,4 +1,4 @@
-"""What is served: models under the names that clients use, and adapters that are added while the server runs."""
+"""The served models with the names that clients use, and adapters that are added while the server runs."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
     from fmg.models.common.held_adapters import HeldAdapters, ReadAdapter
 
 BASE = "base"
-"""What follows the colon in the name of a run's model without its adapter: `RUN:base`."""
+"""Name of a run's model without its adapter, after the colon: `RUN:base`."""
 OWN = ""
-"""Name of the adapter that a run came with, which no other adapter can have."""
+"""Name of a run's own adapter, which no other adapter can have."""
 _ADAPTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
 class Served:
-    """A model under the name that clients use.
+    """A served model and the name that clients use for it.
 
     Attributes:
         name: unique on the server.
-        target: the model, run or artifact that was named.
-        generator: samples it.
+        target: the model, run or artifact, as given.
+        generator: generates its images.
         size: width and height of its images.
-        held: the adapters of its weights; None where they cannot be exchanged.
-        adapter: the one that it uses; None for the base.
+        held: its adapters; None if they cannot be exchanged.
+        adapter: name of the adapter that it uses; None for the base.
         base: the name of the same model without the adapter, if it has one.
     """
 
@@ -48,7 +48,7 @@ class Served:
         return None if self.held is None else self.held.use(self.adapter)
 
     def facts(self) -> dict[str, object]:
-        """What `/info` and `/v1/models` say about it, as plain JSON values."""
+        """The model's entry in `/info` and `/v1/models`, as plain JSON values."""
         backend = self.generator.backend
         return {
             "target": self.target,
@@ -71,11 +71,11 @@ class NewAdapter:
 
 
 class ServedModels:
-    """The models of a server, which grow by adapters.
+    """The models of a server, including those that added adapters make.
 
     Args:
-        models: from the command line; the first is the default.
-        max_adapters: of one model, with the run's own.
+        models: models from the command line; the first is the default.
+        max_adapters: maximum number of adapters per model, including the run's own.
     """
 
     def __init__(self, models: Sequence[Served], max_adapters: int = 16) -> None:
@@ -98,7 +98,7 @@ class ServedModels:
         """Reads the adapter of a run for one of the models. Changes nothing.
 
         Args:
-            name: what follows the colon in the name that clients use.
+            name: the part after the colon in the name that clients use.
             run: a run folder, or a checkpoint of one, on this computer.
             model: name of the model; None takes the one that the adapter was trained on.
 
@@ -158,6 +158,6 @@ class ServedModels:
             except CheckpointError as error:
                 misfit = misfit or error
         raise misfit or UsageError(
-            "None of the models takes adapters: only models and runs with a LoRA do, in torch",
+            "No served model accepts adapters: only models and runs with a LoRA do, in torch",
             "Serve the model that the adapter was trained on, with --backend torch.",
         )

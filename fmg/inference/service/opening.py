@@ -100,7 +100,7 @@ def _opened(named: Named, options: Mapping[str, Any], stack: ExitStack, observer
 
 
 def _exchanges(subject: Target, options: Mapping[str, Any]) -> bool:
-    """Whether a model or a run is served in eager torch and with a LoRA at most, which can be exchanged."""
+    """Whether adapters can be exchanged: a model, or a run with a LoRA at most, in eager torch."""
     source = pick_backend(subject, options.get("backend", AUTO), device=options.get("device", AUTO))
     if not isinstance(source, TorchOpener):
         return False
@@ -122,7 +122,7 @@ def _held(generator: Generator) -> HeldAdapters | None:
 
 
 def _take(generator: Generator, held: HeldAdapters | None, adapter: Path) -> None:
-    """Loads the adapter that a run came with."""
+    """Loads a run's own adapter."""
     if held is None:
         from fmg.inference.torch_backend import TorchBackend
 

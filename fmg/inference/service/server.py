@@ -197,7 +197,7 @@ def check_fits(request: ImageRequest, model: Served) -> None:
 
 
 def _body_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """Bodies are read by hand, within the limits, so the framework does not know their schema."""
+    """The app itself reads bodies, within the limits, so the framework does not know their schema."""
     return {"requestBody": {"required": True, "content": {JSON: {"schema": model.model_json_schema()}}}}
 
 

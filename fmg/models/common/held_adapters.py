@@ -1,4 +1,4 @@
-"""Several saved adapters of one loaded model, of which one at a time is active: for serving, not for training."""
+"""Several saved adapters of one loaded model, one of which is active at a time: for serving, not for training."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class ReadAdapter:
     """A saved adapter that was read and fits the model.
 
     Attributes:
-        manifest: its geometry.
-        tensors: by their names in files, on the CPU.
-        digest: sha256 of its LoRA's file.
+        manifest: the manifest with its geometry.
+        tensors: tensors by their names in files, on the CPU.
+        digest: sha256 of its LoRA file.
     """
 
     manifest: saved_weights.AdapterManifest
@@ -43,11 +43,11 @@ class _Held:
 class HeldAdapters:
     """The adapters of a model that was loaded without one. Ranks and target modules may differ.
 
-    Switching sets a flag in each adapted layer, and copies the second-time embedder where an adapter has its own. All
-    but `read` belongs on the thread that samples the model.
+    Switching sets a flag in each adapted layer, and copies the second-time embedder if an adapter has its own. All
+    methods but `read` belong on the thread that samples the model.
 
     Args:
-        model: without an adapter.
+        model: the model, without an adapter.
     """
 
     def __init__(self, model: AdaptedModel[Any]) -> None:
@@ -62,11 +62,11 @@ class HeldAdapters:
         """Reads a checkpoint of a run. Changes nothing.
 
         Raises:
-            CheckpointError: a file is missing or damaged, it was trained on other weights, or is no adapter.
+            CheckpointError: a file is missing or damaged, it was trained on other weights, or it is not an adapter.
         """
         if saved_weights.is_full(folder):
             raise CheckpointError(
-                f"{folder} is a whole transformer, not an adapter", "Serve its run as a model of its own."
+                f"{folder} is a whole transformer, not an adapter", "Serve its run as a separate model."
             )
         manifest, tensors = self._model.read_adapter(folder)
         return ReadAdapter(manifest, tensors, content_hash(folder / DIFFUSERS_FILE))

@@ -90,11 +90,11 @@ def check_flow_map(
     lacks: str = "Name the files with the embedder in model.adapters, in the order in which they were trained.",
     has: str = "Give the weights of a single-time map.",
 ) -> None:
-    """`check_names`, with a hint where the second-time embedder is all that differs.
+    """`check_names`, with a hint if only the second-time embedder differs.
 
     Args:
         wanted, given, origin: as in `check_names`.
-        second: where that embedder is in the transformer.
+        second: path of that embedder in the transformer.
         lacks: what to do about weights without it.
         has: what to do about weights with one that the map does not use.
 

@@ -254,7 +254,7 @@ class Broken(nn.Module):
 def test_what_cannot_be_compiled_runs_eagerly_or_is_an_error() -> None:
     x = torch.ones(2)
     network = CompiledNetwork(Broken())
-    with pytest.warns(FmgWarning, match="is not compiled from here on, and runs eagerly: Call to `torch._dynamo"):
+    with pytest.warns(FmgWarning, match="is no longer compiled and runs eagerly: Call to `torch._dynamo"):
         assert torch.equal(network(x=x), 2 * x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -282,7 +282,7 @@ def test_a_network_that_keeps_changing_is_given_up() -> None:
             module.factor = factor
             assert torch.equal(network(x=x), factor * x)
     assert [str(w.message) for w in heard] == [
-        "The network is not compiled from here on, and runs eagerly: it was compiled 8 times, because its adapter, its"
+        "The network is no longer compiled and runs eagerly: it was compiled 8 times, because its adapter, its"
         " precision or the number of its weights keeps changing (TORCH_LOGS=recompiles shows why)"
     ]
     assert network.compilations == compiled.MAX_COMPILATIONS
