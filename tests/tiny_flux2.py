@@ -41,11 +41,11 @@ def build_tiny_flux2(folder: Path, seed: int = 0) -> Path:
 
 
 def flux2_transformer() -> Flux2Transformer2DModel:
-    """Two double-stream and three single-stream blocks."""
+    """One double-stream and two single-stream blocks."""
     return Flux2Transformer2DModel(
         in_channels=4 * _CHANNELS,
-        num_layers=2,
-        num_single_layers=3,
+        num_layers=1,
+        num_single_layers=2,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=3 * WIDTH,
@@ -142,9 +142,9 @@ FLUX2_CASE = FamilyCase(
     embeddings=_embeddings,
     images=lambda folder, model, latents: flux2_images(_pipeline(folder).vae, latents),
     draw=_draw,
-    # eight of attention in each double block, and both matrices of each single block; two of each feed-forward
-    adapted=2 * 8 + 3 * 2,
-    attention_mlp=2 * 12 + 3 * 2,
+    # eight of attention in the double block, and both matrices of each single block; two of each feed-forward
+    adapted=8 + 2 * 2,
+    attention_mlp=12 + 2 * 2,
     dropped="context_embedder",
     mismatch=("transformer", {"joint_attention_dim": 32}, "has shape"),
 )
