@@ -50,7 +50,7 @@ _BROKEN_PIPE = 1
 
 @dataclass
 class Session:
-    """What the global options set for one invocation."""
+    """The global options of one invocation."""
 
     debug: bool = False
 

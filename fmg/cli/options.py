@@ -248,7 +248,7 @@ def checked_folder(text: str, flag: str) -> Path:
 
 
 def new_place(text: str | None, flag: str) -> Path | None:
-    """A file or folder that does not exist and can be made; None where none was given.
+    """A file or folder that does not exist and can be created; None if none was given.
 
     Raises:
         UsageError: when the text is empty, something is there already, or the place cannot be written.
@@ -264,7 +264,7 @@ def new_place(text: str | None, flag: str) -> Path | None:
 
 
 def new_figure(text: str, flag: str) -> Path:
-    """A figure that does not exist, in a folder that does.
+    """The path of a new figure in an existing folder.
 
     Raises:
         UsageError: as `new_place`, or when the name does not end in a format that figures are written in.

@@ -25,7 +25,7 @@ _COMPARISON = "comparison.html"
 
 @dataclass(frozen=True)
 class Gain:
-    """One score of a run before and after; None where it was not measured."""
+    """One score of a run before and after; None if it was not measured."""
 
     name: str
     before: float | None

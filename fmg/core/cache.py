@@ -114,7 +114,7 @@ def optional_cache(folder: Path | None = None) -> Iterator[None]:
     """For a body that only writes to the cache: a failure becomes a warning, and the work continues.
 
     Args:
-        folder: the cache, where it is not `cache_dir()`.
+        folder: the cache, if it is not `cache_dir()`.
     """
     place = folder or cache_dir()
     try:

@@ -18,7 +18,7 @@ from fmg.core.errors import CheckpointError, UsageError, reason, writing
 SUMS = "SHA256SUMS"
 """The digests of a folder's files, as `sha256sum -c` reads them."""
 RECIPE = "recipe.yaml"
-"""The recipe of a run, in its folder or beside its weights where it was pushed."""
+"""The recipe of a run, in its folder or beside its weights in a pushed repository."""
 LOCK = ".lock"
 """The file in a folder that `lock` locks."""
 PARTIAL = "partial"
@@ -215,7 +215,7 @@ def link_files(folder: Path, copy: Path) -> None:
 
 
 def link_file(path: Path, linked: Path) -> None:
-    """A second name for a file, or a copy where the file system has no hard links."""
+    """A second name for a file, or a copy if the file system has no hard links."""
     linked.parent.mkdir(parents=True, exist_ok=True)
     try:
         linked.hardlink_to(path)

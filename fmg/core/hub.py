@@ -46,7 +46,7 @@ _EXPLICIT = "hub:"
 
 @dataclass(frozen=True)
 class HubSource:
-    """A repository of the hub, at a revision (None: its main branch), and a file in it where one is meant."""
+    """A repository of the hub, at a revision (None: its main branch), and a file in it if one is meant."""
 
     repository: str
     revision: str | None
@@ -127,7 +127,7 @@ class Asset:
         optional: names of files that are used if they exist.
         folders: component folders, such as `vae`, whose config and weights are needed; `.` is the source itself.
         patterns: files to fetch from a repository, where they are not named one by one.
-        sha256: digest of the published first file; None for a user's own source and where none is known.
+        sha256: digest of the published first file; None for a user's own source or if none is known.
         size_gb: approximate size of the published files, in units of 10^9 bytes.
         licence: terms of the published files, as their authors state them.
     """
@@ -213,7 +213,7 @@ def fetch_command(kind: str, name: str) -> str:
 
 
 def check_digest(located: Located) -> None:
-    """Compares the first file with the published digest, where there is one.
+    """Compares the first file with the published digest, if there is one.
 
     Raises:
         CheckpointError: when they differ.

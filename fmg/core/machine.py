@@ -1,4 +1,4 @@
-"""What a run or a measurement was made on, and how much memory it took. Names no person and no path.
+"""The machine of a run or a measurement, and the memory that it took. Names no person and no path.
 
 Does not import torch by itself.
 """
@@ -43,7 +43,7 @@ def machine() -> dict[str, Any]:
 
 
 def environment() -> dict[str, str]:
-    """What a reader needs to repeat a run, by name, as text."""
+    """The facts that a reader needs to repeat a run, by name, as text."""
     return {
         "fmg": __version__,
         "python": platform.python_version(),

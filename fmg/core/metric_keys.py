@@ -14,7 +14,7 @@ MEAN, ERROR, MAX = "_mean", "_se", "_max"
 # rewards of an iteration
 REWARD, REWARD_STD, REWARD_SE = "reward/mean", "reward/std", "reward/se"
 REWARD_DROPPED = "reward/dropped"
-"""Share of the images without a score; logged only where there are any."""
+"""Share of the images without a score; logged only if there are any."""
 ZERO_STD_RATIO = "zero_std_ratio"
 """Share of the groups whose rewards are all equal, which teach nothing."""
 

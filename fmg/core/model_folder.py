@@ -53,7 +53,7 @@ def read_config(folder: Path) -> dict[str, object]:
 
 
 def stated_config(folder: Path) -> dict[str, object] | None:
-    """As `read_config`; None where there is no such file yet.
+    """As `read_config`; None if there is no such file yet.
 
     Raises:
         CheckpointError: as `read_config`.

@@ -223,7 +223,7 @@ class Model(Protocol):
         """Named parameters that the optimizer may change."""
 
     def snapshot(self) -> None:
-        """Freezes a copy of the trainable weights as `policies.old`, where one is kept."""
+        """Freezes a copy of the trainable weights as `policies.old`, if one is kept."""
 
     def save_adapter(self, folder: Path) -> None:
         """Writes the trained weights and verifies them: a LoRA as `pytorch_lora_weights.safetensors` (diffusers layout)

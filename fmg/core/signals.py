@@ -46,7 +46,7 @@ def exit_code(number: int) -> int:
 
 
 class Signals:
-    """What signals have asked of this process, and whether they take effect at once.
+    """The interruption that signals have requested, and whether it takes effect at once.
 
     Attributes:
         at_once: whether a signal raises where the process is; several processes stop at one point that they agree on.

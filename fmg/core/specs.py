@@ -1,4 +1,4 @@
-"""What is known about a component before it is loaded: to refuse what does not fit, and to plan memory. No torch."""
+"""Facts about components that are known before loading, to refuse misfits and to plan memory. Imports no torch."""
 
 from __future__ import annotations
 

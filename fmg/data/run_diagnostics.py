@@ -65,7 +65,7 @@ class Log:
         iterations, evaluations: the lines of the log.
         limits: the losses that its recipe tolerates.
         jumps: whether its branched rollouts are completed by one jump.
-        steps: the rule for their branching steps; `adaptive` where there is only one step.
+        steps: the rule for their branching steps; `adaptive` if there is only one step.
     """
 
     iterations: Lines
@@ -123,7 +123,7 @@ def examine_run(run: str | Path) -> list[Advice]:
 
 
 def hacking_limits(run: RunFolder) -> HackingLimits:
-    """The losses that a run's recipe tolerates; the defaults where it has no recipe or does not state them.
+    """The losses that a run's recipe tolerates; the defaults if it has no recipe or does not state them.
 
     Raises:
         CheckpointError: the recipe is damaged.

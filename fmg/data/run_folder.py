@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fmg.recipe.document import Plain
 
 RUNS = Path("runs")
-"""Where runs go unless told otherwise, relative to the working directory."""
+"""Default folder of runs, relative to the working directory."""
 SCHEMA = 1
 State = Literal["running", "finished", "interrupted", "failed"]
 _SHOWN_WIDTH = 720

@@ -156,7 +156,7 @@ class Outcome:
         iteration: iteration of the kept checkpoint, or None before there is one.
         averaged: whether that checkpoint is a moving average of the weights.
         base: the evaluation of the base model; empty before there is one.
-        kept: the evaluation of the kept checkpoint: empty where it was not evaluated; the last one where there is no
+        kept: the evaluation of the kept checkpoint: empty if it was not evaluated; the last one where there is no
             checkpoint yet.
         last: the last evaluation.
     """

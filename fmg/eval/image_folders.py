@@ -42,7 +42,7 @@ _PADDING = 2
 
 @dataclass(frozen=True)
 class Captioned:
-    """An image file and its prompt, None where there is none."""
+    """An image file and its prompt, None if it has none."""
 
     file: Path
     prompt: Prompt | None

@@ -152,7 +152,7 @@ class EvalReport:
 
 
 def headline_tags(results: Sequence[Result], tags: Sequence[TagResult]) -> list[TagResult]:
-    """The headline part of each reward: `correct` or `strict` where it has one, else its total."""
+    """The headline part of each reward: `correct` or `strict` if it has one, else its total."""
     known_for = {row.reward: row.part for row in results if row.part in ("strict", "correct")}
     known_for |= {row.reward: row.part for row in results if row.part == "correct"}
     return [row for row in tags if row.part == known_for.get(row.reward, "total")]

@@ -75,7 +75,7 @@ class Frontier:
 
 @dataclass(frozen=True)
 class FrontierPlan:
-    """What is measured at every point.
+    """The measurements at every point.
 
     Attributes:
         steps: numbers of sampling steps (NFE).

@@ -184,7 +184,7 @@ def recipe_facts(recipe: Recipe) -> tuple[tuple[Mapping[str, object], ...], Mapp
 
 @dataclass(frozen=True)
 class Delta:
-    """What a run changed in the weights of its base, by name: low-rank terms, and tensors that it trained in full.
+    """The changes of a run to the weights of its base, by name: low-rank terms, and tensors that it trained in full.
 
     Attributes:
         lora: A (rank, inputs) and B (outputs, rank) for a matrix (outputs, inputs).

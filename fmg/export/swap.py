@@ -156,7 +156,7 @@ def _delta(artifact: Artifact, found: Target) -> Delta:
             f"Name a run folder, or {BASE} for the weights without an adapter.",
         )
     if is_full(found.adapter):
-        raise UsageError(f"'{found.label}' is a full fine-tune, not an adapter", "Export it to an artifact of its own.")
+        raise UsageError(f"'{found.label}' is a full fine-tune, not an adapter", "Export it to a separate artifact.")
     exported = _exported(artifact)
     shapes = {name: exported.describe(name)[1] for name in exported.names}
     delta = read_delta(found.adapter, shapes, found.label)
@@ -196,7 +196,7 @@ def _check_graphs(artifact: Artifact, found: Target) -> None:
         if asked != there:
             raise UsageError(
                 f"'{found.label}' is sampled with {name} {asked}, but {artifact.folder} was exported for {there}",
-                "Export the run to an artifact of its own.",
+                "Export the run to a separate artifact.",
             )
 
 

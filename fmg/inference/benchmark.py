@@ -129,7 +129,8 @@ def _exported_from(target: Target) -> Artifact:
     folder = run / EXPORTED if target.adapter is not None else Path(f"{EXPORTED}s") / run
     if not is_artifact(folder):
         raise UsageError(
-            f"'{target.label}' has no artifact in {folder}", f"Make it: fmg export {target.label}; or name an artifact."
+            f"'{target.label}' has no artifact in {folder}",
+            f"Create it: fmg export {target.label}; or name an artifact.",
         )
     return open_artifact(folder)
 
@@ -224,7 +225,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is generated in each repeat."""
+    """The images to generate in each repeat."""
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]

@@ -108,7 +108,7 @@ def transformer_graph(artifact: Artifact, int8: bool) -> str:
 
 
 class _SessionRuntime:
-    """What runtimes have in common on any device."""
+    """Shared parts of the runtimes on all devices."""
 
     name = NAME
 
@@ -238,8 +238,8 @@ class Sessions:
     Args:
         artifact: the graphs.
         providers: execution providers, the preferred one first; the CPU is always the last.
-        threads: per operator; None takes OMP_NUM_THREADS, or else all cores.
-        device_id: which GPU.
+        threads: threads per operator; None takes OMP_NUM_THREADS, or else all cores.
+        device_id: index of the GPU.
 
     Raises:
         MissingDependencyError: onnxruntime is not installed.

@@ -62,7 +62,7 @@ def verify_alone(artifact: Artifact, *, backend: str = AUTO, device: str = AUTO)
 
 
 def described(generator: Generator) -> str:
-    """What a generator runs on, for people."""
+    """A readable description of what a generator runs on."""
     return f"{generator.backend.name} ({generator.backend.detail})"
 
 

@@ -127,7 +127,7 @@ class PublishedConfig(ModelConfig):
 
     @abstractmethod
     def parameters(self) -> int:
-        """Parameters of the transformer, by its `config.json` in a local folder, else by the published one."""
+        """Parameters of the transformer, from `config.json` in a local folder, otherwise from the published one."""
 
     @property
     def registered_name(self) -> str:

@@ -265,7 +265,7 @@ class RolloutSection(Section):
 
     @property
     def units(self) -> int:
-        """What is divided among processes: the groups of branched rollouts, or the samples of chains."""
+        """The units that are divided among processes: the groups of branched rollouts, or the samples of chains."""
         return self.groups if self.kind == "branch" else self.samples
 
 
@@ -285,7 +285,7 @@ class TrainSection(Section):
     micro_batch: int | None = Field(
         None, ge=1, le=100_000, description="rows of one backward pass; null: as many as are generated at once"
     )
-    device: Device = Field("auto", description="where the run computes; auto is CUDA where there is one, else the CPU")
+    device: Device = Field("auto", description="device of the run; auto is CUDA if available, else the CPU")
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="precision of the network; log-probs are always fp32")
     parallel: Literal["auto", "ddp", "fsdp2"] = Field(
         "auto",

@@ -78,7 +78,7 @@ class Checked:
             if (said := out_of_memory(error)) is not None:
                 raise RewardError(
                     f"Memory ran out in the reward '{self.name}': {said}",
-                    "Give it a smaller batch_size, where it has one, or another device.",
+                    "Give it a smaller batch_size, if it has one, or another device.",
                 ) from error
             raise RewardError(
                 f"The reward '{self.name}' failed: {one_line(error)}", "Correct the reward, or leave it out."

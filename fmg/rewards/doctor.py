@@ -215,7 +215,7 @@ def _examine(name: str, options: Mapping[str, object], device: torch.device, *, 
 
 
 def _weights(name: str, config: ComponentConfig) -> str:
-    """Looks for the files of a network and compares their digests with the published ones, where there are any."""
+    """Looks for the files of a network and compares their digests with the published ones, if there are any."""
     assets = config.assets()
     if not assets:
         return "none needed"

@@ -318,7 +318,7 @@ class MplugOwl2(nn.Module):
 
 
 def number(config: Mapping[str, object], key: str, default: float) -> float:
-    """The number under a key of a config, or the default where there is none."""
+    """The number under a key of a config, or the default if there is none."""
     value = config.get(key)
     return float(value) if isinstance(value, float | int) else default
 

@@ -106,7 +106,7 @@ def load_module(
         tensors: tensors by their names in its state dict; `...position_ids`, which older versions stored, are ignored.
         origin: the file the tensors came from, for messages.
         device: where the module goes.
-        dtype: what floating-point tensors become.
+        dtype: dtype that floating-point tensors are converted to.
         arguments: further arguments of the class.
 
     Raises:
@@ -171,10 +171,10 @@ def load_folder(
 
     Args:
         cls: a `PreTrainedModel` class.
-        folder: with `config.json` and weights.
+        folder: folder with `config.json` and weights.
         what: a name for it in messages.
         config: its config.
-        dtype: what floating-point tensors become.
+        dtype: dtype that floating-point tensors are converted to.
         not_used: parts of names whose absence or presence does not matter.
 
     Raises:

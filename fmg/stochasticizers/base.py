@@ -1,4 +1,4 @@
-"""What every stochasticizer shares: its declared properties, the checks of a transition and its signature."""
+"""The base of all stochasticizers: declared properties, checks of a transition, and the signature."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Experiment trackers. Each follows the `metrics.jsonl` of a run from a process of its own. Imports no torch."""
+"""Experiment trackers. Each follows the `metrics.jsonl` of a run from a separate process. Imports no torch."""

@@ -169,7 +169,7 @@ class Evaluator:
             write_figure(run_figure(MetricsLog.of(lines), outcome, title), run.curve)
 
     def _backend(self) -> TorchBackend:
-        """What generates the images, on the weights in training."""
+        """The generator of the images, on the weights in training."""
         model = self.composed.model
         if self.composed.recipe.eval.backend == "torch":
             return TorchBackend(model)

@@ -1,4 +1,4 @@
-"""What a run will cost, from its recipe alone. Loads nothing and imports no torch."""
+"""The cost of a run, estimated from its recipe alone. Loads nothing and imports no torch."""
 
 from __future__ import annotations
 

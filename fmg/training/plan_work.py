@@ -1,4 +1,4 @@
-"""What an iteration computes and what a recipe trains, in numbers. Imports no torch."""
+"""The work of an iteration and the trained tensors of a recipe, in numbers. Imports no torch."""
 
 from __future__ import annotations
 

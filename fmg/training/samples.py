@@ -161,7 +161,7 @@ class Sampler:
         return {} if agreement is None else {keys.COMPLETION_AGREEMENT: agreement}
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs to sample as this object would."""
+        """The state with which a resumed run samples as this object would."""
         return {
             "steps": self._steps.state() if self._steps else None,
             "prompts": torch.from_numpy(self._prompts.weights.copy()) if self._prompts else None,

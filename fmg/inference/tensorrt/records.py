@@ -129,7 +129,7 @@ class EngineRecord:
 
     @property
     def carries_code(self) -> bool:
-        """Whether the plan contains a runtime of its own."""
+        """Whether the plan contains its own runtime."""
         return bool(self.ingredients.options.get("version_compatible"))
 
     def to_json(self) -> str:

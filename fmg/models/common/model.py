@@ -157,7 +157,7 @@ class AdaptedModel(ABC, Generic[Text]):
 
     @staticmethod
     def text_facts(components: Components[Text]) -> tuple[str, ...]:
-        """What determines an embedding besides the files of `text_folders`, for the cache."""
+        """The settings that determine an embedding besides the files of `text_folders`, for the cache."""
         return ()
 
     def _map(self, scope: Scope, network: Network | None = None) -> FlowMap:

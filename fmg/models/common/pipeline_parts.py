@@ -250,7 +250,7 @@ def check_rotary(folder: Path, config: Mapping[str, object], stock: Mapping[str,
     Args:
         folder: folder of the transformer.
         config: its `config.json`.
-        stock: `attention_head_dim` and `axes_dims_rope` of the class where the file omits them.
+        stock: `attention_head_dim` and `axes_dims_rope` of the class if the file omits them.
 
     Raises:
         CheckpointError: their number is wrong, or they do not fit the heads.

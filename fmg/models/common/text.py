@@ -221,11 +221,11 @@ _DIGEST = "sha256"
 _SUFFIXES = (".json", ".model", ".safetensors", ".txt")
 
 Row = Mapping[str, Tensor]
-"""What conditions one sample, by the names in `Conditioning`."""
+"""The tensors that condition one sample, by their names in `Conditioning`."""
 
 
 class TextCache:
-    """Rows of prompts, kept under a folder of their own for each set of encoders.
+    """Rows of prompts, kept in a separate folder for each set of encoders.
 
     Args:
         key: hash of what determines an embedding besides the prompt; see `encoder_key`.

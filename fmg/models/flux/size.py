@@ -44,7 +44,7 @@ def transformer_parameters(config: Mapping[str, object], *, second_time: bool) -
     """Number of parameters of a `FlowMapFluxTransformer2DModel` with this config.
 
     Args:
-        config: as in `transformer/config.json` of a diffusers folder; what it omits is taken from FLUX.1-lite.
+        config: as in `transformer/config.json` of a diffusers folder; missing keys are taken from FLUX.1-lite.
         second_time: whether there is a second-time embedder.
     """
     known = {**FLUX_LITE, **config}
@@ -74,14 +74,14 @@ def flux_geometry(
     published: Mapping[str, object] = FLUX_LITE,
     decoder_tile: int | None = None,
 ) -> ModelGeometry:
-    """The geometry of a pipeline folder; what is missing is as published.
+    """The geometry of a pipeline folder; missing values are the published ones.
 
     Args:
         folder: a diffusers pipeline folder, or None when it has not been fetched.
         conventions: resolution, text length and second time.
         checkpointing: whether the model recomputes its blocks in the backward pass.
         encoders_resident: whether T5 and CLIP stay on the transformer's device.
-        published: the transformer's config where the folder has none.
+        published: the transformer's config if the folder has none.
         decoder_tile: side of the tiles in pixels that images are decoded in.
     """
     stated = None if folder is None else stated_config(folder / "transformer")

@@ -57,7 +57,7 @@ class SanaSize:
     """The sizes of a `SanaTransformer2DModel`.
 
     Args:
-        config: as in `transformer/config.json` of a diffusers folder; what it omits is as in SANA-Sprint 0.6B.
+        config: as in `transformer/config.json` of a diffusers folder; missing keys are as in SANA-Sprint 0.6B.
     """
 
     config: Mapping[str, object]
@@ -119,7 +119,7 @@ class SanaSize:
         yield LinearModule("proj_out", width, out * self.number("patch_size") ** 2, "image", "last")
 
     def number(self, key: str) -> int:
-        """A whole number of the config."""
+        """A whole number from the config."""
         return whole({**SPRINT_06B, **self.config}, key)
 
     def _get(self, key: str) -> object:
@@ -150,11 +150,11 @@ def sana_geometry(
     checkpointing: bool,
     encoders_resident: bool,
 ) -> ModelGeometry:
-    """The geometry of a pipeline folder; what is missing is as published.
+    """The geometry of a pipeline folder; missing values are the published ones.
 
     Args:
         folder: a diffusers pipeline folder, or None when it has not been fetched.
-        published: the transformer's config where the folder has none.
+        published: the transformer's config if the folder has none.
         conventions: resolution and text length.
         checkpointing: whether the model recomputes its blocks in the backward pass.
         encoders_resident: whether Gemma stays on the transformer's device.

@@ -19,7 +19,7 @@ Scores = dict[str, RewardOutput]
 
 @dataclass(frozen=True)
 class Limits(batching.Limits):
-    """What the server accepts.
+    """Limits of the server.
 
     Attributes:
         max_images: images of a request.

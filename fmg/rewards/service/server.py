@@ -121,7 +121,7 @@ def create_app(
 
 
 def error_body(error: RefusedError) -> object:
-    """An error as this server answers it."""
+    """An error in this server's format."""
     return {"error": {"what": error.what, "fix": error.fix}}
 
 
