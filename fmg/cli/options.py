@@ -234,7 +234,7 @@ def checked_prompts(prompts: list[str]) -> list[str]:
 
 
 def checked_folder(text: str, flag: str) -> Path:
-    """A folder that exists or can be made. (Typer's own paths turn an empty text into the working directory.)
+    """A folder that exists or can be created. (Typer's own paths turn an empty text into the working directory.)
 
     Raises:
         UsageError: when the text is empty, a file is in the way, or the folder cannot be written.

@@ -1,4 +1,4 @@
-"""`fmg runs` and `fmg report`: what was trained and what it gained, as a list and as pages. Imports no torch."""
+"""`fmg runs` and `fmg report`: runs and their gains, as a list and as pages. Imports no torch."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def from_home(text: str | Path) -> Path:
 
 
 def check_place(path: Path, option: str) -> None:
-    """Checks that a file or folder can be made at `path`, before the work whose result goes there.
+    """Checks that a file or folder can be created at `path`, before the work whose result goes there.
 
     Args:
         path: what is to be made; the folders above it need not exist.
@@ -91,9 +91,9 @@ def check_place(path: Path, option: str) -> None:
 
 
 def refusal_of(path: Path) -> str | None:
-    """Why no file or folder can be made at `path`, or in it where it is a folder; None when one can.
+    """Why no file or folder can be created at `path`, or in it if it is a folder; None if one can.
 
-    Permissions are no proof (root may write anywhere except to a read-only disk), so a folder is created where the
+    Permissions prove nothing (root may write anywhere except to a read-only disk), so a folder is created where the
     first new one would be, and removed again.
     """
     try:

@@ -60,7 +60,7 @@ Values = dict[tuple[float, str], NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class PathRow:
-    """One quantity of one stochasticizer at one time, beside the reference's.
+    """One quantity of one stochasticizer at one time, with that of the reference.
 
     Attributes:
         stochasticizer: its name.
@@ -285,7 +285,7 @@ def _scale(quantity: str, reference: Values, time: float) -> tuple[float, Callab
 def path_figure(report: PathReport, path: Path) -> None:
     """Writes a figure of a check: one panel per quantity, with the differences from the reference at each time.
 
-    Stochasticizers are drawn side by side at each time, so that no interval hides another.
+    Stochasticizers are plotted side by side at each time, so that no interval hides another.
     """
     # the mean over all coordinates hardly moves; the table has it
     quantities = [quantity for quantity in report.quantities() if quantity != MEAN]

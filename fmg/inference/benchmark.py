@@ -124,7 +124,7 @@ def form_for(subject: Target | Artifact, backend: BenchBackend, observer: Observ
 
 
 def _exported_from(target: Target) -> Artifact:
-    """The artifact that `fmg export` made of a run or model at its default place."""
+    """The artifact of a run or model at the default location of `fmg export`."""
     run = Path(target.label)
     folder = run / EXPORTED if target.adapter is not None else Path(f"{EXPORTED}s") / run
     if not is_artifact(folder):

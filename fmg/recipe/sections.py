@@ -200,14 +200,14 @@ class WindowSection(Section):
     size: int = Field(ge=1, description="consecutive stochastic steps, at most rollout.steps - 1")
     mode: Literal["fixed", "random", "progressive"] = Field(
         "progressive",
-        description="fixed: at start; random: sampled anew; progressive: advances by one step and stays at the last",
+        description="fixed: at start; random: resampled; progressive: advances by one step and stays at the last",
     )
     start: int = Field(0, ge=0, description="first step at which the window may begin; 0 is the noisiest")
     every: int = Field(10, ge=1, description="iterations between changes; fixed ignores it")
 
 
 class BranchSection(Section):
-    """How `rollout.kind: branch` makes a group; chains ignore it (docs/branching.md)."""
+    """How `rollout.kind: branch` generates a group; chains ignore it (docs/branching.md)."""
 
     steps: Literal["first", "cycle", "random", "adaptive"] = Field(
         "first",

@@ -155,7 +155,7 @@ def hub_card(card: str, recipe: Recipe, repository: str, pictures: Mapping[str, 
         card: card of the checkpoint; its owner's edits are kept, except in the sections Use and Recipe.
         recipe: recipe of the run, as published.
         repository: id of the repository.
-        pictures: what each picture beside the card shows, by file; those that the card does not show yet are added.
+        pictures: caption of each image beside the card, by file; images that the card does not show yet are added.
 
     Raises:
         UsageError: the front matter of the card is not YAML.

@@ -43,7 +43,7 @@ class ReplayGate:
         clip_range: clip range of the objective; None for one without a ratio, which passes.
         micro_batch: rows of a forward pass, as in the update.
         always_recompute: whether to recompute without checking first.
-        observer: is told how the gate was passed.
+        observer: receives how the gate was passed.
         dist: the processes that share the rows.
     """
 
@@ -148,13 +148,13 @@ def replica_gate(dist: DistContext, parameters: Sequence[tuple[str, Parameter]])
 
 
 class LearningGate:
-    """Checks that iterations make updates: a rollout whose groups have equal rewards makes none.
+    """Checks that iterations make updates: a rollout with equal rewards in every group makes none.
 
     A reward with few values may start like this, on prompts that the model cannot render yet; but a run that never
     makes an update trains nothing.
 
     Args:
-        observer: is warned about iterations without an update.
+        observer: receives warnings about iterations without an update.
     """
 
     def __init__(self, observer: Observer) -> None:

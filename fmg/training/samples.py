@@ -83,7 +83,7 @@ class Sampler:
         composed: the live parts of the run.
         sizes: samples of a forward pass.
         dist: the processes that share the samples.
-        observer: is told whether another backend completes as torch does.
+        observer: receives whether another backend completes as torch does.
     """
 
     composed: Composed

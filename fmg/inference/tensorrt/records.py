@@ -110,7 +110,7 @@ class EngineRecord:
         graph: name of the graph, such as `transformer`.
         plan: file name of the plan.
         size, sha256: of the plan, to notice a damaged file.
-        ingredients: what it was built from.
+        ingredients: the inputs of its build.
         precision: precision of the graph in the artifact's manifest.
         layers: layers of the parsed network by kind and dtype, such as `{"MATRIX_MULTIPLY": {"BF16": 304}}`.
         seconds: how long the build took.

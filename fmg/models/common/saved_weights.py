@@ -107,7 +107,7 @@ def save_adapter(
         folder: where; must not exist.
         transformer: has the adapter.
         pipeline: class of diffusers whose `load_lora_weights` must read it.
-        base: what the adapter was trained on.
+        base: the model that the adapter was trained on.
         conventions: how it is sampled.
         check: verifies the folder before it appears under its name; when it raises, nothing is kept.
         extra: base weights that were trained, by their names in the state dict.
@@ -270,7 +270,7 @@ def save_transformer(
     Args:
         folder: where; must not exist.
         transformer: a model of diffusers without an adapter.
-        base: what it was tuned from.
+        base: the model that it was tuned from.
         conventions: how it is sampled.
         dtype: dtype of the stored weights; they are converted one shard at a time.
         check: verifies the folder before it appears under its name; when it raises, nothing is kept.

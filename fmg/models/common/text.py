@@ -208,7 +208,7 @@ def cached_encoders(
         device: where the embeddings go.
         place: where the encoders compute and rest: beside the model, on the CPU, or offloaded.
         cache: whether embeddings are kept on disk.
-        facts: what determines an embedding besides the files.
+        facts: settings that determine an embedding besides the files.
     """
     encoder = stack.encoders[-1]
     computes_on = encoder.device if place == "cpu" else device
@@ -228,7 +228,7 @@ class TextCache:
     """Rows of prompts, kept in a separate folder for each set of encoders.
 
     Args:
-        key: hash of what determines an embedding besides the prompt; see `encoder_key`.
+        key: hash of everything that determines an embedding besides the prompt; see `encoder_key`.
     """
 
     def __init__(self, key: str) -> None:
@@ -260,8 +260,8 @@ def encoder_key(
 ) -> str:
     """Hash of the encoders' and tokenizers' files, the length, and the encoders' device and dtype.
 
-    The device's kind is part of it, because CPU and GPU round differently. `facts` is what else determines an
-    embedding.
+    The device's kind is part of it, because CPU and GPU round differently. `facts` are the other settings
+    that determine an embedding.
     """
     known = [*facts, str(length), str(dtype), device.type, *_hashes(folder, components)]
     return hashlib.sha256("\n".join(known).encode()).hexdigest()
