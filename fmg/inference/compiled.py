@@ -35,8 +35,8 @@ from fmg.inference.torch_backend import TorchBackend
 NAME = "torch-compile"
 COMPILER = "inductor"
 """The backend of `torch.compile` that compiles the traced graph."""
-MAX_COMPILATIONS = 8
-"""Maximum compilations of one network; torch's own limit for a function."""
+MAX_COMPILATIONS = 16
+"""Maximum compilations of one network: the buckets of batches up to 64 images, with an adapter and without."""
 
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 # Kernels are loaded, chosen and given their workspaces by then
@@ -106,10 +106,21 @@ class CompiledNetwork:
             if shape not in self._shapes and not self._prepared(shape, inputs):
                 return self._module(**inputs)
             try:
-                return self._call(**inputs)
+                return self._compiled(inputs)
             except (*self._failures, self._limit) as error:
                 self._give_up(error)
                 return self._module(**inputs)
+
+    def _compiled(self, inputs: dict[str, Any]) -> Any:
+        """Calls the compiled network; raises what torch raises where it cannot be compiled."""
+        try:
+            return self._call(**inputs)
+        except self._limit:
+            # torch's own limit is lower, and setting it takes too long for every call
+            if self.compilations >= MAX_COMPILATIONS:
+                raise
+        with torch._dynamo.config.patch(recompile_limit=MAX_COMPILATIONS):
+            return self._call(**inputs)
 
     def _prepared(self, shape: object, inputs: dict[str, Any]) -> bool:
         """Compiles a new shape; returns whether it may be called."""
@@ -129,7 +140,7 @@ class CompiledNetwork:
                 if not self._shapes:
                     # tables that a module makes at its first call, as Z-Image does, cannot be made while it is traced
                     self._module(**inputs)
-                self._call(**inputs)
+                self._compiled(inputs)
         except (*self._failures, self._limit) as error:
             self._give_up(error)
             return False
@@ -155,7 +166,7 @@ class CompiledNetwork:
         self._eager = True
         _warn(f"The network is no longer compiled and runs eagerly: {why}")
 
-    def _compile(self, graph: Any, examples: Sequence[Any]) -> Callable[..., Any]:
+    def _compile(self, graph: Any, examples: list[Tensor]) -> Callable[..., Any]:
         """The function that `torch.compile` calls with each traced graph."""
         self.compilations += 1
         with stage(WARM_UP):
