@@ -1,4 +1,4 @@
-"""The image server: OpenAI's images API, health, metrics, and a page to try it on."""
+"""The image server: OpenAI's images API, health, metrics, and a web page to try it."""
 
 from __future__ import annotations
 
