@@ -10,7 +10,7 @@ from fmg.cli import completion
 from fmg.cli.options import AsJson, Offline, given_text
 from fmg.cli.output import print_json, stderr, stdout, table
 from fmg.core.display import counted
-from fmg.core.hub_transfer import check_may_push, check_name, size_text
+from fmg.core.hub_transfer import MAIN, check_may_push, check_name, size_text
 
 if TYPE_CHECKING:
     from fmg.export.push import Parcel
@@ -55,7 +55,8 @@ def push(
     given_text(message, "--commit-message")
     from fmg.export.push import pack, send_parcel
 
-    check_name(repository)
+    branch = revision or MAIN
+    check_name(repository, branch)
     if not dry_run:
         check_may_push()
     parcel = pack(target, repository, values=sets or ())
@@ -88,7 +89,8 @@ def push(
     out.print(f"\n{done} {pushed.url}, commit {pushed.commit}", soft_wrap=True)
     if pushed.changed:
         use = "generate PROMPT --from" if parcel.kind == "run" else "verify --alone"
-        out.print(f"Use it: fmg {use} {repository}", soft_wrap=True)
+        place = repository if branch == MAIN else f"{repository}@{branch}"
+        out.print(f"Use it: fmg {use} {place}", soft_wrap=True)
 
 
 def _print(parcel: Parcel) -> None:

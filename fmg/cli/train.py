@@ -195,7 +195,10 @@ def train(
         raise UsageError("--accept-changed-prompts needs --resume", "Leave it out, or name the run to resume.")
     with said_once(first):
         flags = {name: value for name, value in given.items() if name in FLAGS}
-        resolved = resolve(_recipe_file(config, first=first), flags, sets or [], allow_code)
+        file = _recipe_file(config, first=first)
+        resolved = resolve(file, flags, sets or [], allow_code)
+        if file != config:
+            _check_of_hub(resolved)
     if first:
         # the others might already see the folder that the first process makes
         RunFolder.check_free(run)
@@ -225,6 +228,20 @@ def _recipe_file(config: str | None, *, first: bool) -> str | Path | None:
         return config
     with reporter_for(stderr()) as reporter:
         return fetch_recipe(source, reporter if first else ignore)
+
+
+def _check_of_hub(resolved: ResolvedRecipe) -> None:
+    """Refuses trackers that the recipe of a stranger names: an account of its author could get metrics and images.
+
+    Raises:
+        UsageError: it names some.
+    """
+    for index, tracker in enumerate(resolved.recipe.trackers):
+        if (source := resolved.provenance[f"trackers.{index}.name"]).kind == "file":
+            raise UsageError(
+                f"{source.text}: the recipe of the hub names the tracker '{tracker.name}'",
+                "Choose your own with --tracker, or leave it out: --set trackers=[].",
+            )
 
 
 def _given(ctx: typer.Context) -> dict[str, object]:

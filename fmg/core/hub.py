@@ -82,10 +82,14 @@ def parse_source(text: str) -> Source:
         return PackageSource(text.removeprefix(_PACKAGE))
     path = from_home(text)
     match = _HUB.fullmatch(text)
-    names_a_file = "@" not in text and ":" not in text and text.endswith(_FILE_SUFFIXES)
-    if match is None or names_a_file or text.startswith(("/", ".", "~")) or path.exists():
+    if match is None or names_a_file(text) or text.startswith(("/", ".", "~")) or path.exists():
         return path
     return HubSource(match["repository"], match["revision"], match["file"])
+
+
+def names_a_file(text: str) -> bool:
+    """Whether a source looks like the name of a file on this computer, with or without folders."""
+    return "@" not in text and ":" not in text and text.endswith(_FILE_SUFFIXES)
 
 
 def named_repository(text: str, places: Collection[str] = ()) -> HubSource | None:

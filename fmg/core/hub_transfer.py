@@ -27,6 +27,8 @@ from fmg.core.hub import OFFLINE, SNAPSHOTS, HubSource, cached, check_room, is_o
 MAIN = "main"
 _METADATA_TIMEOUT_S = 10
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+# what git takes, of the characters that `owner/name@revision` can have
+_BRANCH = re.compile(r"(?!.*(?:\.\.|//|/\.|\.lock$))[A-Za-z0-9_][A-Za-z0-9_./-]*(?<![./])")
 _MAX_LISTING = 4 * 10**6
 _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
@@ -174,11 +176,11 @@ class Commit:
     changed: bool
 
 
-def check_name(repository: str) -> None:
-    """Checks that a text is a valid repository id.
+def check_name(repository: str, branch: str = MAIN) -> None:
+    """Checks that texts are a valid repository id and branch name.
 
     Raises:
-        UsageError: it cannot.
+        UsageError: one cannot.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
@@ -193,6 +195,8 @@ def check_name(repository: str) -> None:
             f"'{repository}' is not the name of a repository",
             "Write owner/name, of letters, digits, '-', '_' and '.'; the owner is your user name or an organization.",
         )
+    if _BRANCH.fullmatch(branch) is None:
+        raise UsageError(f"'{branch}' is not the name of a branch", "Use letters, digits, '-', '_', '.' and '/'.")
 
 
 def check_may_push() -> None:

@@ -142,7 +142,7 @@ def push(
 def send_parcel(parcel: Parcel, repository: str, private: bool, revision: str | None, message: str | None) -> Pushed:
     """Uploads what `pack` has assembled. Arguments and errors as for `push`."""
     branch = revision or MAIN
-    check_name(repository)
+    check_name(repository, branch)
     check_may_push()
     remote = read_remote(repository, branch)
     if remote is not None:
@@ -229,6 +229,8 @@ def _pack_run(target: TargetLike, repository: str, values: Sequence[str]) -> Par
     if saved == kept and RunFolder(run).before_after.is_file():
         pictures[BEFORE_AFTER] = RunFolder(run).before_after
     notes = [f"{path}: {before} is sent as {after}" for path, (before, after) in changes(recipe).items()]
+    if saved.iteration == 0:
+        notes.append(f"{folder.name} was saved before the first update, so it does the same as the base")
     shared = published(recipe)
     kohya, why_not = _kohya(Path(found.label) / KOHYA_FILE, folder)
     if kohya is not None:
@@ -381,6 +383,8 @@ def _check_private(parcel: Parcel) -> None:
     home = from_home("~")
     known = [f"{place}/".encode() for place in (*places, *([home] if len(home.parts) > 1 else []))]
     known += [f"/{folder}/{_user()}/".encode() for folder in ("home", "Users")]
+    # as JSON and YAML write other characters than ASCII
+    known += [json.dumps(place.decode())[1:-1].encode() for place in known]
     for name, content in parcel.files.items():
         data = _searched(name, content)
         if found := next((place for place in sorted(known) if place in data), None):

@@ -8,7 +8,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from fmg.core.hub import cached_place
+from fmg.core.hub import cached_place, names_a_file
 from fmg.recipe.recipe import Recipe
 
 # options that hold a path or an address, whatever their value looks like
@@ -16,19 +16,23 @@ _PATH, _ADDRESS, _FOLDER = "path", "url", "folder"
 # where the owner of a run follows it: names of accounts and servers, and nothing that the result depends on
 _TRACKERS = "trackers"
 _LOCAL = re.compile(r"~|\.{1,2}[/\\]")
+_URL = re.compile(r"(?P<scheme>https?://)([^/?#]*@)?(?P<place>[^?#]*).*", re.DOTALL)
 
 
 def shareable(value: object) -> Any:
     """The values with paths cut to their last part, and server addresses to their port.
 
-    A path in the hub's cache becomes the repository and the commit that it belongs to. Trackers are left out.
+    A path in the hub's cache becomes the repository and the commit that it belongs to. The address of a file loses its
+    user, query and fragment, which can hold secrets. Trackers are left out.
     """
     if isinstance(value, Mapping):
         return {key: _named(key, child) for key, child in value.items()}
     if isinstance(value, (list, tuple)):
         return [shareable(child) for child in value]
-    if isinstance(value, str) and is_local(value):
+    if isinstance(value, str) and (is_local(value) or names_a_file(value)):
         return _published(value) or _last(value)
+    if isinstance(value, str) and (address := _URL.fullmatch(value)) is not None:
+        return address["scheme"] + address["place"]
     return value
 
 

@@ -90,7 +90,8 @@ def ratings_of(text: str, form: str) -> dict[str, float] | None:
         return None if rating is None else {"rating": rating}
     ratings = {}
     for axis in AXES:
-        found = re.findall(rf"{axis} score(?: \(1-5\))?:\s*(\d+(?:\.\d+)?)", text, re.IGNORECASE)
+        # the asterisks of bold type do not matter, as in a final score
+        found = re.findall(rf"{axis} score(?: \(1-5\))?\**:\s*\**\s*(\d+(?:\.\d+)?)", text, re.IGNORECASE)
         if not found or not 1 <= float(found[-1]) <= BEST_RATING:
             return None
         ratings[axis] = float(found[-1])

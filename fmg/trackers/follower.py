@@ -153,7 +153,7 @@ class Follower:
             self._run.values(),
             iterations,
             self._logged(),
-            lambda problem: self.report(problem=problem),
+            self._warned,
         )
         self._first, where = tracker.open(tracked)
         self.report(where=where)
@@ -167,6 +167,11 @@ class Follower:
 
     def _save(self, logged: int) -> None:
         write_json(self._record, {"logged": max(logged, self._first)})
+
+    def _warned(self, problem: str) -> None:
+        # the run prints the first alone, and names the log for the others
+        sys.stderr.write(f"{problem}\n")
+        self.report(problem=problem)
 
     def _failed(self, error: Exception) -> None:
         import traceback

@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import json
 import os
+import re
 import shlex
 import shutil
 import time
@@ -155,7 +156,8 @@ class Trackio:
         import trackio
         from trackio.sqlite_storage import SQLiteStorage
 
-        project, name = self._config.project, f"{_shown(self._config, run)}-{run.id}"
+        # it makes a folder of this name, wherever a `/` leads
+        project, name = self._config.project, f"{folder_name(_shown(self._config, run))}-{run.id}"
         self._image = trackio.Image
         self._run = trackio.init(project, name, config=dict(run.recipe), resume="allow", embed=False)
         remote = os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL")
@@ -270,6 +272,11 @@ class Mlflow:
 
 def _shown(config: ProjectConfig, run: TrackedRun) -> str:
     return config.run_name or run.name
+
+
+def folder_name(text: str) -> str:
+    """A text as the name of one folder: without separators, and of a length that file systems take with an id."""
+    return re.sub(r"[/\\\0]", "-", text).encode()[:200].decode(errors="ignore")
 
 
 def _without_iteration(line: Mapping[str, float]) -> dict[str, float]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from huggingface_hub import ModelCard
 
 import fmg as api
 from fmg.core.files import SUMS, digest
+from fmg.data.checkpoints import CheckpointIndex, existing_index, write_index
 from fmg.data.run_folder import RunFolder
 from fmg.inference.artifact import Artifact
 from fmg.inference.hub_target import hub_source
@@ -204,10 +206,12 @@ def test_a_second_push_adds_a_commit_and_keeps_what_others_put_there(
     assert repository.branches["v2"] == elsewhere["commit"]
     assert hub_source("me/shapes@v2") is not None
     assert picture("me/shapes@v2") == picture(run)
+    assert "--from me/shapes@v3\n" in succeeds("push", str(run), "me/shapes", "--revision", "v3").stdout
 
 
 def test_a_card_keeps_what_its_owner_wrote(hub: FakeHub, shapes_run: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(shapes_run, tmp_path / "run"))
+    (tmp_path / "läufe").mkdir()
     card = run / "checkpoints" / "checkpoint-1" / "README.md"
     card.write_text(
         "---\nlicense: mit\nlanguage: en\ntags: [mine]\n---\n# My shapes\n\nHand-made.\n\n## Use\n\nold\n\n"
@@ -226,6 +230,18 @@ def test_a_card_keeps_what_its_owner_wrote(hub: FakeHub, shapes_run: Path, tmp_p
     card.write_text(f"# My shapes\n\nTrained in {Path.home()}/data.\n")
     error = refused("push", str(run), "me/shapes", "--dry-run")
     assert "README.md contains a path on this computer" in error
+    elsewhere = Path(shutil.move(run, tmp_path / "läufe" / "run"))
+    (elsewhere / card.relative_to(run)).write_text(f"# My shapes\n\n{json.dumps(f'{elsewhere}/data')}\n")
+    assert "contains a path on this computer" in refused("push", str(elsewhere), "me/shapes", "--dry-run")
+
+
+def test_a_checkpoint_that_no_update_has_changed_is_noted(hub: FakeHub, shapes_run: Path, tmp_path: Path) -> None:
+    assert "does the same" not in succeeds("push", str(shapes_run), "me/shapes", "--dry-run").stderr
+    run = Path(shutil.copytree(shapes_run, tmp_path / "run"))
+    first = (run / "checkpoints" / "checkpoint-1").rename(run / "checkpoints" / "checkpoint-0")
+    saved = replace(existing_index(shapes_run).saved[0], name=first.name, iteration=0)
+    write_index(run, CheckpointIndex((saved,), saved.name, saved.name))
+    assert "does the same as the base" in succeeds("push", str(run), "me/shapes", "--dry-run").stderr
 
 
 def test_only_the_lora_of_this_checkpoint_is_sent_in_kohyas_layout(
@@ -262,6 +278,8 @@ def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(
     run = str(shapes_run)
     assert "not the name of a repository" in refused("push", run, "shapes", "--dry-run")
     assert "not the name of a repository" in refused("push", run, "me/a b")
+    for branch in ("a b", "../v2", "v2/", "a..b", "-x", "v2.lock"):
+        assert f"'{branch}' is not the name of a branch" in refused("push", run, "me/shapes", "--revision", branch)
     assert "a model that has not been trained" in refused("push", "meanflow-shapes", "me/shapes")
     assert "There is no run or artifact 'you/shapes' here" in refused("push", "you/shapes", "me/shapes")
     assert "neither a model nor a run folder" in refused("push", "nowhere", "me/shapes")

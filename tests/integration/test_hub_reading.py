@@ -130,6 +130,13 @@ def test_repositories_of_strangers_are_read_with_care(hub: FakeHub, shapes_run: 
     recipe = evil.files["recipe.yaml"].decode()
     code = recipe.replace("rewards:\n", 'rewards:\n  - {name: python, target: "os:getcwd"}\n', 1)
     assert "runs Python code" in refused("eval", evil.with_({"recipe.yaml": code.encode()}))
+    followed = recipe.replace("trackers: []", "trackers:\n  - {name: wandb, entity: evil}")
+    watching = evil.with_({"recipe.yaml": followed.encode()})
+    error = refused("train", "--config", watching, "--dry-run")
+    assert "recipe.yaml:" in error
+    assert "names the tracker 'wandb'. Choose your own with --tracker" in error
+    succeeds("train", "--config", watching, "--dry-run", "--tracker", "tensorboard")
+    succeeds("train", "--config", watching, "--dry-run", "--set", "trackers=[]")
     hub.add("evil/pickles", {"pytorch_lora_weights.bin": b"cposix\nsystem\n", "model.pkl": b"", "README.md": b""})
     error = refused("generate", PROMPT, "--from", "evil/pickles")
     assert "neither a run nor an artifact" in error

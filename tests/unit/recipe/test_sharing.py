@@ -30,6 +30,9 @@ COMMIT = "0123456789" * 4
         (["/a/b", {"path": "data/alice.txt"}], ["b", {"path": "alice.txt"}]),
         ({"url": "http://gpu7.corp:8000/v1"}, {"url": "http://localhost:8000"}),
         ({"url": "https://user:secret@host"}, {"url": "https://localhost"}),
+        ({"weights": "https://me:key@example.org:8/a.pt?sig=secret#x"}, {"weights": "https://example.org:8/a.pt"}),
+        ({"weights": "https://[broken?key=secret"}, {"weights": "https://[broken"}),
+        ({"metadata": "clients/acme/train.jsonl"}, {"metadata": "train.jsonl"}),
     ],
 )
 def test_values_lose_paths_and_addresses(value: object, shared: object) -> None:

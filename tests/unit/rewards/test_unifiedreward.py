@@ -130,6 +130,11 @@ def test_an_answer_without_ratings_is_no_score_of_zero(folder: Path) -> None:
     [
         ("".join(AXES), "axes", {"alignment": 4, "coherence": 2.5, "style": 1}),
         ("alignment score: 5\ncoherence score: 5.0\nstyle score: 5", "axes", dict.fromkeys(AXES, 5)),
+        (
+            "**Alignment Score (1-5)**: 4\n**Coherence Score:** 3 Style Score (1-5): **2**",
+            "axes",
+            {"a": 4, "b": 3, "c": 2},
+        ),
         ("".join(AXES[:2]), "axes", None),
         ("".join(AXES).replace("2.5", "5.1"), "axes", None),
         ("".join(AXES).replace("4", "X"), "axes", None),

@@ -26,6 +26,7 @@ class Recorded:
 
     first = 0
     failures: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
     calls: list[tuple[object, ...]] = []  # noqa: RUF012
 
     def __init__(self, config: TrackerConfig) -> None:
@@ -39,6 +40,8 @@ class Recorded:
 
     def open(self, run: TrackedRun) -> tuple[int, str]:
         self._called("open", list(run.iterations), run.logged)
+        for problem in self.problems:
+            run.warn(problem)
         return self.first, "somewhere"
 
     def log(self, index: int, line: Mapping[str, float], grid: Path | None) -> None:
@@ -123,6 +126,17 @@ def test_a_tracker_that_fails_is_tried_again_later(step: str, run: RunFolder, mo
     assert delivered == ([0, 1] if step == "open" else [0, 0, 1])
     assert Recorded.calls[-1] == ("close", True)
     assert {"problem": "ConnectionError: the server is gone"} in said(reports)
+
+
+def test_every_problem_is_in_the_log_of_the_tracker(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # the run prints the first alone
+    monkeypatch.setattr(Recorded, "problems", ("the login failed", "the disk is full"))
+    one, reports = follower(run)
+    one.catch_up()
+    assert capsys.readouterr().err == "the login failed\nthe disk is full\n"
+    assert [content["problem"] for content in said(reports) if "problem" in content] == list(Recorded.problems)
 
 
 def test_the_identity_of_a_run_comes_from_its_folder_then_from_its_state(tmp_path: Path) -> None:
