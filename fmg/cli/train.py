@@ -231,15 +231,15 @@ def _recipe_file(config: str | None, *, first: bool) -> str | Path | None:
 
 
 def _check_of_hub(resolved: ResolvedRecipe) -> None:
-    """Refuses trackers that the recipe of a stranger names: an account of its author could get metrics and images.
+    """Refuses trackers named in a recipe from the hub: they could send metrics and images to its author's account.
 
     Raises:
-        UsageError: it names some.
+        UsageError: the recipe names one.
     """
     for index, tracker in enumerate(resolved.recipe.trackers):
         if (source := resolved.provenance[f"trackers.{index}.name"]).kind == "file":
             raise UsageError(
-                f"{source.text}: the recipe of the hub names the tracker '{tracker.name}'",
+                f"{source.text}: the recipe on the hub names the tracker '{tracker.name}'",
                 "Choose your own with --tracker, or leave it out: --set trackers=[].",
             )
 

@@ -52,7 +52,7 @@ class ProbabilityPath(Protocol):
 class FlowMap(Protocol):
     """A learned or exact map `X_{t->s}` of the probability-flow ODE.
 
-    `anchors` is `any` for two-time maps and `endpoint` for maps that only know `s = 0`; those raise
+    `anchors` is `any` for two-time maps and `endpoint` for maps that can only jump to `s = 0`; those raise
     `CompositionError` for another `s`, and for `velocity`.
     """
 
@@ -200,7 +200,7 @@ class Model(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the flow map lives."""
+        """Device of the flow map."""
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Prompt embeddings, on `device`."""
@@ -241,7 +241,7 @@ class Shardable(Protocol):
         """Keeps only this process's part of them; called once by every process, before the first forward pass."""
 
     def gathered(self) -> AbstractContextManager[None]:
-        """All weights in this process for the length of the body, in which nothing communicates; all enter."""
+        """Gathers all weights in this process for the body. All processes must enter; the body does not communicate."""
 
 
 @runtime_checkable
@@ -257,7 +257,7 @@ class Rerouted(Protocol):
 
 
 class ModelSource(Protocol):
-    """What the model registry builds: a description that can be loaded."""
+    """The product of the model registry: a description that can be loaded."""
 
     @property
     def spec(self) -> MapSpec:
@@ -297,11 +297,11 @@ class Backend(Protocol):
 
     @property
     def detail(self) -> str:
-        """How it runs, for people: execution provider, engine, threads."""
+        """Readable details: execution provider, engine, threads."""
 
     @property
     def device(self) -> str:
-        """Where it computes: `cpu`, `cuda:0`."""
+        """The device: `cpu`, `cuda:0`."""
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -336,7 +336,7 @@ class Backend(Protocol):
 
 
 class BackendSource(Protocol):
-    """What the backend registry builds: a backend that can be opened.
+    """The product of the backend registry: a backend that can be opened.
 
     `subject` is a `fmg.inference.target.Target` where `opens` says `model`, and a `fmg.inference.artifact.Artifact`
     where it says `artifact`.
@@ -364,7 +364,7 @@ class BackendSource(Protocol):
         """Loads the weights.
 
         Args:
-            subject: what to generate from.
+            subject: the model, run or artifact to generate from.
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
 
         Raises:
@@ -378,7 +378,7 @@ class TrackedRun:
 
     Attributes:
         path: the run folder.
-        folder: for files of the tracker, which makes it; the same one when the run is resumed.
+        folder: folder for the tracker's files, which the tracker creates; unchanged when the run is resumed.
         id: unique id of the run, eight hexadecimal digits; unchanged when the run is resumed.
         name: displayed name of the run.
         process: the process that trains.
@@ -409,8 +409,8 @@ class Tracker(Protocol):
         """Creates the run in the tracker, or continues it, and stores its recipe.
 
         Returns:
-            The index of the line of `metrics.jsonl` that it needs first, and where a person looks: an address or a
-            command.
+            The index of the line of `metrics.jsonl` that it needs first, and where users can view it: an address or
+            a command.
         """
 
     def log(self, index: int, line: Mapping[str, float], grid: Path | None) -> None:

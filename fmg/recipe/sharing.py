@@ -22,8 +22,8 @@ _URL = re.compile(r"(?P<scheme>https?://)([^/?#]*@)?(?P<place>[^?#]*).*", re.DOT
 def shareable(value: object) -> Any:
     """The values with paths cut to their last part, and server addresses to their port.
 
-    A path in the hub's cache becomes the repository and the commit that it belongs to. The address of a file loses its
-    user, query and fragment, which can hold secrets. Trackers are left out.
+    A path in the hub's cache becomes the repository and the commit that it belongs to. The URL of a file loses its
+    user, query and fragment, which can contain secrets. Trackers are left out.
     """
     if isinstance(value, Mapping):
         return {key: _named(key, child) for key, child in value.items()}

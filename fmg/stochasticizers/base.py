@@ -47,7 +47,7 @@ class BaseStochasticizer(ABC, Generic[C]):
 
         Raises:
             ValueError: times with the wrong shape, type or order. The last step, to 0, is the deterministic map.
-            CompositionError: a map that the stochasticizer does not fit, such as one on another path.
+            CompositionError: the map does not fit the stochasticizer, for example because it is on another path.
         """
         if self.linear_only and flow_map.path.name != LinearPath.name:
             raise CompositionError(

@@ -275,7 +275,7 @@ def _shown(config: ProjectConfig, run: TrackedRun) -> str:
 
 
 def folder_name(text: str) -> str:
-    """A text as the name of one folder: without separators, and of a length that file systems take with an id."""
+    """A text as the name of one folder: without separators, and short enough for file systems even with an id."""
     return re.sub(r"[/\\\0]", "-", text).encode()[:200].decode(errors="ignore")
 
 

@@ -57,7 +57,7 @@ def open_completer(composed: Composed, rows: int, dist: DistContext) -> Complete
         dist: the processes of the run; the main one traces a graph, the others find it in the cache.
 
     Raises:
-        CompositionError: the model does not let another network take its calls.
+        CompositionError: the network of the model cannot be replaced.
         CheckpointError, MissingDependencyError, UsageError: the graph cannot be traced or run here.
     """
     backend, model = composed.recipe.rollout.branch.backend, composed.model

@@ -39,7 +39,7 @@ CHECKED_EVALUATIONS = 2
 GRID_PROMPTS = 6
 GRID_SEEDS = 6
 DECLINE_ERRORS = 3.0
-"""A run is warned about when its last held-out score is this many standard errors below the first."""
+"""A run causes a warning if its last held-out score is this many standard errors below the first."""
 
 _USE_TORCH = "set eval.backend to torch"
 

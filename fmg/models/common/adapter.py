@@ -67,7 +67,7 @@ def adapter_shapes(
 def matching_modules(
     transformer: nn.Module, targets: Sequence[str], unused: Sequence[str] = ()
 ) -> dict[str, nn.Linear]:
-    """Linear modules whose name is, or ends with a dot and, one of `targets` (presets allowed).
+    """Linear modules whose name equals one of `targets` (presets allowed) or ends with a dot and one of them.
 
     Modules under `unused` are left out: no sample passes through them.
 
@@ -127,7 +127,7 @@ def attach(
 def hold(
     transformer: Any, name: str, rank: int, alpha: float, targets: Sequence[str], unused: Sequence[str] = ()
 ) -> dict[str, nn.Parameter]:
-    """Adds a LoRA beside those that are there; returns its parameters by their names in files.
+    """Adds another LoRA; returns its parameters by their names in files.
 
     Raises:
         UsageError: targets match nothing.
