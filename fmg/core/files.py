@@ -371,7 +371,7 @@ def check_sums(
     """Checks the files of a folder against its `SHA256SUMS`; other files are ignored.
 
     Args:
-        folder: whose digests `write_sums` wrote.
+        folder: a folder whose digests `write_sums` wrote.
         expected: what `write_sums` returned; None if it was not kept.
         fix: what to do about a damaged file, for the error.
         names: files that it must list.

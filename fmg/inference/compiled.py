@@ -90,7 +90,7 @@ class CompiledNetwork:
 
     @torch.no_grad()
     def __call__(self, **inputs: Any) -> Any:
-        """What the module returns.
+        """The output of the module.
 
         Raises:
             CompositionError: it cannot be compiled here, and `instead` is given.

@@ -108,7 +108,7 @@ class FlowMapConventions(BaseModel):
     second_time: SecondTime = Field(description="How the second time enters: a word, or takes, gate and scale.")
     resolution: int = Field(strict=True, gt=0, le=MAX_SIDE, description="Side of the square image in pixels.")
     max_sequence_length: int = Field(
-        strict=True, gt=0, le=512, description="Length that text tokens are padded and cut to."
+        strict=True, gt=0, le=512, description="Length to which text tokens are padded or truncated."
     )
     default_steps: int = Field(strict=True, gt=0, description="Sampling steps (NFE) of the deterministic sampler.")
     default_grid: str | list[float] = Field(description="Name of the time grid, or its times.")

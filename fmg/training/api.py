@@ -286,7 +286,7 @@ def _opened(run: _NewRun | _ResumedRun, dist: DistContext, status: _RunStatus) -
 
 
 def _finish(composed: Composed, folder: RunFolder, result: TrainResult, dist: DistContext, status: _RunStatus) -> None:
-    """Writes model cards and report; `fmg train --resume` repeats what a kill cuts short here."""
+    """Writes model cards and report; if a kill interrupts this, `fmg train --resume` repeats it."""
     dist.run_on_main(lambda: write_cards(folder, composed.recipe, composed.prompts, composed.eval_prompts))
     if dist.is_main_process:
         status.close("interrupted" if result.interrupted else "finished")

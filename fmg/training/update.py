@@ -31,8 +31,8 @@ class Updater:
     Attributes:
         objective: the loss.
         policies: current, old and reference maps.
-        optimizer: over the trainable parameters.
-        parameters: those parameters.
+        optimizer: optimizer of the trainable parameters.
+        parameters: the trainable parameters.
         max_grad_norm: gradients are scaled down to this global norm.
         micro_batch: rows of a forward pass; the update does not depend on it beyond rounding.
         dist: the processes that share the rows of every update, which does not depend on their number beyond rounding.

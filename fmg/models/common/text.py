@@ -59,7 +59,7 @@ class TextStack(Protocol):
 
         Args:
             prompts: what to encode.
-            length: length that tokens are padded and cut to.
+            length: length to which tokens are padded or truncated.
         """
 
     def count(self, prompt: str) -> int:
@@ -80,7 +80,7 @@ class TextEncoders:
 
     Args:
         stack: encoders and tokenizers.
-        max_sequence_length: length that tokens are padded and cut to.
+        max_sequence_length: length to which tokens are padded or truncated.
         device: where the embeddings go.
         batch_size: prompts per encoder call.
         cache_bytes: bound on the memory of kept embeddings.
@@ -204,7 +204,7 @@ def cached_encoders(
         stack: encoders and tokenizers.
         folder: the pipeline folder that they were read from.
         components: their subfolders.
-        length: length that tokens are padded and cut to.
+        length: length to which tokens are padded or truncated.
         device: where the embeddings go.
         place: where the encoders compute and rest: beside the model, on the CPU, or offloaded.
         cache: whether embeddings are kept on disk.

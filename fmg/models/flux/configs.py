@@ -56,7 +56,7 @@ class FluxConfig(DiffusersConfig):
         default=3.5, ge=0, description="Embedded guidance scale; null for weights that embed none."
     )
     max_sequence_length: int = Field(
-        default=256, gt=0, le=512, description="Length that T5 tokens are padded and cut to."
+        default=256, gt=0, le=512, description="Length to which T5 tokens are padded or truncated."
     )
 
     def parameters(self) -> int:
@@ -173,8 +173,8 @@ class FluxFewStepConfig(StackedConfig, FluxConfig):
         "by Euler steps."
     )
     second_time: SecondTime = Field(
-        description="How the second time enters: duration, target or none, or {takes, gate, scale} where its embedding "
-        "does not simply add."
+        description="How the second time enters: duration, target or none, or {takes, gate, scale} if its embedding "
+        "is not simply added."
     )
     path: Literal["linear"] = Field(
         default="linear",
