@@ -34,7 +34,15 @@ def test_every_built_in_model_has_a_default_recipe_that_names_it() -> None:
         assert resolve(recipe.model.config.spec().default_recipe).recipe.model.name == name
 
 
-LARGE = ("meanflow-flux", "scm-flux", "flux2-klein", "flux3-klein", "sana-sprint")
+LARGE = (
+    "meanflow-flux",
+    "scm-flux",
+    "flux2-klein",
+    "flux3-klein",
+    "sana-sprint",
+    "sd35-meanflow",
+    "z-image-turbo",
+)
 BRANCHED = [name for name in recipe_names() if "-branch" in name and name.startswith(LARGE)]
 
 
