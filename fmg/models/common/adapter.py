@@ -230,17 +230,18 @@ def add_low_rank(
     b: Float[Tensor, "outputs rank"],
     scale: float,
     dtype: torch.dtype,
+    working: torch.dtype = torch.float32,
 ) -> Float[Tensor, "outputs inputs"]:
-    """W + scale B A in `dtype`, added in fp32 and rounded once.
+    """W + scale B A in `dtype`, added in `working` and rounded once.
 
-    Rows are merged a few at a time, so that no second fp32 matrix is in memory.
+    Rows are merged a few at a time, so that no second matrix in `working` is in memory.
     """
-    a, b = a.float(), b.float()
+    a, b = a.to(working), b.to(working)
     merged = torch.empty(base.shape, dtype=dtype, device=base.device)
-    rows = max(1, _ROWS_BYTES // (4 * base.shape[1]))
+    rows = max(1, _ROWS_BYTES // (working.itemsize * base.shape[1]))
     for start in range(0, base.shape[0], rows):
         part = slice(start, start + rows)
-        merged[part] = torch.addmm(base[part].float(), b[part], a, alpha=scale).to(dtype)
+        merged[part] = torch.addmm(base[part].to(working), b[part], a, alpha=scale).to(dtype)
     return merged
 
 

@@ -2,8 +2,9 @@
 
 Files may come from PEFT, from diffusers, or be the bare state dict of a trainer, as AnyFlow, MeanFlowNFT and
 SimpleTuner write them. A file must fit the transformer completely: silently ignoring a part would give another model.
-Weights are merged in fp32, rounded once to the dtype of the base, and cached under the hash of everything that they
-depend on.
+Weights are merged in fp64, rounded once to the dtype of the base, and cached under the hash of everything that they
+depend on. In fp64 the products are exact and the order of the sum hardly ever changes a rounded weight: what is trained
+on merged weights is bound to their digest, and has to find the same ones on another computer.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from fmg.core.specs import is_target
 from fmg.models.common.adapter import add_low_rank, base_name
 from fmg.models.common.converted import kept_weights, read_torch_file, write_shards
 from fmg.models.common.weights import (
+    FLOATS,
     Shapes,
     T,
     TensorReader,
@@ -56,7 +58,9 @@ _PREFIX = re.compile(r"^(module\.|_orig_mod\.|base_model\.model\.|transformer\.)
 _WRAPPER = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 # Where AnyFlow and SimpleTuner put the second-time embedder, in any class
 _SECOND = re.compile(r"(.*\.)?(delta_embedder|delta_timestep_embedder|delta_time_embedder)\.")
-_FORMAT = 1
+_FORMAT = 2
+# In these PEFT also changes the weights of the base, which the file does not tell
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -148,9 +152,16 @@ def read_adapter(adapter: LocatedAdapter, wanted: Shapes, second: str | None) ->
     embedder: dict[str, Tensor] = {}
     unknown: list[str] = []
     for name, tensor in tensors.items():
-        if found := _LORA.fullmatch(name):
-            pairs.setdefault(found["module"], {})[found["side"]] = tensor
-        elif found := _ALPHA.fullmatch(name):
+        found = _LORA.fullmatch(name) or _ALPHA.fullmatch(name)
+        _check_tensor(origin, name, tensor)
+        if found and "side" in found.re.groupindex:
+            pair = pairs.setdefault(found["module"], {})
+            if found["side"] in pair:
+                raise _misfit(origin, f"has lora_{found['side']} of {found['module']} twice, of two adapters")
+            pair[found["side"]] = tensor
+        elif found:
+            if tensor.numel() != 1:
+                raise _misfit(origin, f"has {name} with shape {tuple(tensor.shape)} instead of one number")
             alphas[found["module"]] = float(tensor)
         elif _below(second, name):
             embedder[name] = tensor
@@ -161,9 +172,6 @@ def read_adapter(adapter: LocatedAdapter, wanted: Shapes, second: str | None) ->
         raise _misfit(origin, f"has tensors that are {what}: {some(sorted(unknown))}")
     if not pairs and not embedder:
         raise _misfit(origin, "has no LoRA")
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise _misfit(origin, f"has values that are not finite in {name}")
     _check_pairs(origin, pairs, wanted)
     _check_embedder(origin, embedder, {name: shape for name, shape in wanted.items() if _below(second, name)})
     if lost := sorted(alphas.keys() - pairs.keys()):
@@ -198,6 +206,17 @@ def _read(file: Path) -> Mapping[str, Tensor]:
     return tensors
 
 
+def _check_tensor(origin: Path, name: str, tensor: Tensor) -> None:
+    """Refuses what is not a plain tensor of finite numbers, as a torch file may have it."""
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not plain or (tensor.dtype not in FLOATS.values() and not _ALPHA.fullmatch(name)):
+        kind = str(tensor.dtype if plain else f"{tensor.layout} on {tensor.device}").replace("torch.", "")
+        raise _misfit(origin, f"has {name} as {kind} instead of floating-point numbers")
+    # 8-bit numbers have no such check of their own
+    if not bool(torch.isfinite(tensor.float()).all()):
+        raise _misfit(origin, f"has values that are not finite in {name}")
+
+
 def _check_pairs(origin: Path, pairs: Mapping[str, Mapping[str, Tensor]], wanted: Shapes) -> None:
     absent = sorted(module for module in pairs if f"{module}.weight" not in wanted)
     if absent:
@@ -210,6 +229,8 @@ def _check_pairs(origin: Path, pairs: Mapping[str, Mapping[str, Tensor]], wanted
         shape = wanted[f"{module}.weight"]
         if len(a) != len(b) or len(a) != len(shape) or len(shape) != len("AB"):
             raise _misfit(origin, f"has a LoRA on {module} that is not of a linear layer")
+        if not a[0]:
+            raise _misfit(origin, f"has a LoRA of rank 0 on {module}")
         if a[0] != b[1]:
             raise _misfit(origin, f"has rank {a[0]} in lora_A and {b[1]} in lora_B of {module}")
         if (b[0], a[1]) != shape:
@@ -249,6 +270,9 @@ def _check_targets(origin: Path, facts: Mapping[str, object], pairs: Mapping[str
     for key in ("use_dora", "rank_pattern", "alpha_pattern"):
         if facts.get(key):
             raise _misfit(origin, f"has a LoRA with {key}, which cannot be merged here")
+    start = str(facts.get("init_lora_weights")).lower()
+    if start.startswith(_CHANGES_BASE):
+        raise _misfit(origin, f"has a LoRA that began with {start:.20}, which also changed its base")
     targets = facts.get("target_modules")
     if isinstance(targets, list):
         modules = (name.removesuffix(".weight") for name, shape in wanted.items() if len(shape) == len("AB"))
@@ -260,8 +284,12 @@ def _scale(adapter: LocatedAdapter, facts: Mapping[str, object], alpha: float | 
     """alpha / rank of one module, times the factor of the recipe."""
     own = facts.get("lora_alpha") if alpha is None else alpha
     stated = adapter.stated.alpha
-    if not isinstance(own, int | float):
+    if own is None:
         own = stated
+    if own is not None and (isinstance(own, bool) or not isinstance(own, int | float) or own <= 0):
+        raise _misfit(adapter.files[0], f"states alpha {own!r:.40}, which is not a positive number")
+    if facts.get("r", rank) != rank:
+        raise _misfit(adapter.files[0], f"has a LoRA of rank {rank}, but its config says {facts['r']!r:.40}")
     if own is None:
         raise CheckpointError(
             f"{adapter.files[0]} does not state the alpha of its LoRA, of rank {rank}",
@@ -289,15 +317,20 @@ def _merged(base: WeightFiles, adapters: Sequence[Adapter]) -> Iterator[tuple[st
     for name in sorted(base.files.keys() | second.keys()):
         tensor = second[name] if name in second else reader.read(name)
         terms = low.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        yield name, tensor if terms is None else _sum(tensor, terms)
+        merged = tensor if terms is None else _sum(tensor, terms)
+        if terms is not None and not bool(torch.isfinite(merged).all()):
+            raise CheckpointError(
+                f"{name} is not finite with model.adapters added to it", "Check their alpha, scale and files."
+            )
+        yield name, merged
 
 
 def _sum(tensor: Tensor, terms: Sequence[_Low]) -> Tensor:
     # of 8 bits, most of what was added would be gone
     dtype = torch.bfloat16 if tensor.dtype.itemsize == 1 else tensor.dtype
-    a = torch.cat([term.a.float() for term in terms])
-    b = torch.cat([term.scale * term.b.float() for term in terms], dim=1)
-    return add_low_rank(tensor, a, b, 1.0, dtype)
+    a = torch.cat([term.a.double() for term in terms])
+    b = torch.cat([term.scale * term.b.double() for term in terms], dim=1)
+    return add_low_rank(tensor, a, b, 1.0, dtype, torch.float64)
 
 
 def _key(base: WeightFiles, adapters: Sequence[LocatedAdapter], second: str | None) -> str:

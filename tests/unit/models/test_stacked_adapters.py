@@ -218,6 +218,19 @@ DAMAGE = {
     "lone alpha": (_set("norm_out.linear.alpha", torch.tensor(1.0)), "an alpha but no LoRA for norm_out.linear"),
     "other alpha": (_set(f"{Q}.alpha", torch.tensor(4.0)), "states alpha 4, but model.adapters says 8"),
     "no embedder": (_without("delta_embedder"), "the second-time embedder of a two-time map"),
+    "rank 0": (
+        lambda state: state.update(
+            {f"{Q}.lora_A.weight": torch.zeros(0, 64), f"{Q}.lora_B.weight": torch.zeros(64, 0)}
+        ),
+        "LoRA of rank 0",
+    ),
+    "two adapters": (_set(f"{Q}.lora_A.other.weight", torch.zeros(4, 64)), f"lora_A of {Q} twice"),
+    "whole numbers": (_set(f"{Q}.lora_A.weight", torch.ones(4, 64, dtype=torch.int64)), "as int64 instead of"),
+    "sparse": (_set(f"{Q}.lora_A.weight", torch.eye(4, 64).to_sparse()), "as sparse_coo on cpu instead of"),
+    "no memory": (_set(f"{Q}.lora_A.weight", torch.empty(4, 64, device="meta")), "as strided on meta instead of"),
+    "alphas": (_set(f"{Q}.alpha", torch.ones(2)), r"with shape \(2,\) instead of one number"),
+    "negative alpha": (_set(f"{Q}.alpha", torch.tensor(-8.0)), "states alpha -8.0, which is not a positive number"),
+    "too large": (_set(f"{Q}.lora_B.weight", torch.full((64, 4), 3e38)), "is not finite with model.adapters added"),
     "code": (_set("x", torch.nn.Linear(1, 1)), "can run code"),
 }
 
@@ -233,6 +246,44 @@ def test_a_file_that_does_not_fit_is_one_line(folder: Path, tmp_path: Path, cach
         load(folder, [{"source": str(tmp_path / "1.pt"), "alpha": ALPHA}])
     assert "\n" not in str(caught.value)
     assert not list(cache.rglob("*.safetensors")) or case == "no embedder"
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"lora_alpha": True}, "states alpha True, which is not a positive number"),
+        ({"lora_alpha": "8"}, "states alpha '8', which is not a positive number"),
+        ({"lora_alpha": 8, "r": 16}, "has a LoRA of rank 4, but its config says 16"),
+        ({"lora_alpha": 8, "init_lora_weights": "pissa_niter_4"}, "which also changed its base"),
+    ],
+)
+def test_metadata_that_another_model_would_come_from_is_refused(
+    folder: Path, tmp_path: Path, facts: dict[str, object], message: str
+) -> None:
+    stated = json.dumps({f"transformer.{key}": value for key, value in facts.items()})
+    save_file(lora(folder, 0), tmp_path / "1.safetensors", metadata={"lora_adapter_metadata": stated})
+    with pytest.raises(CheckpointError, match=message):
+        load(folder, [str(tmp_path / "1.safetensors")])
+
+
+def test_an_adapter_of_8_bits_is_read(folder: Path, tmp_path: Path) -> None:
+    small = {name: x.to(torch.float8_e4m3fn) for name, x in lora(folder, 0).items()}
+    wide = {name: x.float() for name, x in small.items()}
+    one, two = (
+        tensors_of(load(folder, [{"source": str(anyflow(tmp_path / f"{i}.pt", state, embedder(0))), "alpha": ALPHA}]))
+        for i, state in enumerate((small, wide))
+    )
+    assert all(torch.equal(one[name], two[name]) for name in two)
+
+
+def test_merged_weights_do_not_depend_on_the_order_of_the_sum(folder: Path, tmp_path: Path) -> None:
+    plain, order = lora(folder, 0), [2, 0, 3, 1]
+    permuted = {name: x[order] if "lora_A" in name else x[:, order] for name, x in plain.items()}
+    one, two = (
+        tensors_of(load(folder, [{"source": str(anyflow(tmp_path / f"{i}.pt", state, embedder(0))), "alpha": ALPHA}]))
+        for i, state in enumerate((plain, permuted))
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_an_alpha_that_no_file_states_has_to_be_given(folder: Path, tmp_path: Path) -> None:
