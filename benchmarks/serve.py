@@ -9,8 +9,8 @@ Four things are measured, in rounds that take turns, because other work on a mac
 - `batched`: the same clients of a server with `--batch-size N`.
 - `overload`: clients that send five times what the server answers, without waiting for answers.
 
-Every image is compared with the one that its seed gives alone. CPU seconds per image depend less on other work than
-images per second do, so both are reported.
+Models compute on one CPU thread. Every image is compared with the one that its seed gives alone. CPU seconds per image
+depend less on other work than images per second do, so both are reported.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ DIRECT = """
 import json, sys, time
 from fmg import load
 target, batch, seconds, prompts, seeds = json.loads(sys.argv[1])
-with load(target, device="cpu", batch_size=batch) as generator:
+with load(target, device="cpu", batch_size=batch, threads=1) as generator:
     work = [(prompt, seed) for prompt in prompts for seed in range(seeds)]
     def batches():
         while True:
@@ -152,7 +152,21 @@ class Served:
 
 @contextmanager
 def serving(target: str, *options: str) -> Iterator[Served]:
-    command = [sys.executable, "-m", "fmg", "serve", target, "--device", "cpu", "--port", "0", "--offline", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "fmg",
+        "serve",
+        target,
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--port",
+        "0",
+        "--offline",
+        *options,
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     line = next(line for line in process.stderr if line.startswith("Serving on "))
@@ -201,12 +215,13 @@ async def open_loop(server: Served, expected: Any, rate: float, seconds: float) 
 
 def measured(server: Served, expected: Any, clients: int, seconds: float) -> dict[str, object]:
     asyncio.run(closed_loop(server, expected, clients, 1.0))
-    cpu, began = server.cpu(), time.perf_counter()
+    cpu, began, memory = server.cpu(), time.perf_counter(), server.megabytes()
     tally = asyncio.run(closed_loop(server, expected, clients, seconds))
     images = tally.statuses[200]
     return {
         "images_per_s": images / (time.perf_counter() - began),
         "cpu_s_per_image": (server.cpu() - cpu) / images,
+        "memory_mb": [round(memory, 1), round(server.megabytes(), 1)],
         **tally.to_json(),
     }
 

@@ -221,6 +221,8 @@ class HttpServer:
                 log_level="error",
                 access_log=False,
                 server_header=False,
+                # no answer depends on the client's address
+                proxy_headers=False,
                 ws="none",
                 timeout_graceful_shutdown=drain,  # type: ignore[arg-type]
             )

@@ -144,6 +144,16 @@ class ArtifactBackend(Generic[Array]):
     def latent_shape(self) -> tuple[int, int, int]:
         return self._sampling.latent_shape(self._resolution)
 
+    def at(self, resolution: int) -> ArtifactBackend[Array]:
+        """The same graphs, already loaded, for images of another size; this backend frees them.
+
+        Raises:
+            UsageError: the artifact does not support the resolution.
+        """
+        other = ArtifactBackend(self.artifact, self.runtime, resolution=resolution, transformer=self._transformer)
+        other._cache = self._cache
+        return other
+
     def encode(self, prompts: Sequence[str]) -> Encoded[Array]:
         """Embeddings of the prompts, each computed once as long as it is cached."""
         known = {p: states for p in prompts if self._caching and (states := self._cache.get(p)) is not None}

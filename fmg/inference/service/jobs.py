@@ -21,6 +21,7 @@ class ImageJob:
     prompt: str
     seeds: tuple[int, ...]
     steps: int | None
+    size: str | None = None
     submitted: float = field(default_factory=time.perf_counter, compare=False)
 
     @property
@@ -64,7 +65,11 @@ def generate_jobs(jobs: Sequence[ImageJob]) -> list[Painted]:
     adapter = model.use()
     prompts = [job.prompt for job in jobs for _ in job.seeds]
     seeds = [seed for job in jobs for seed in job.seeds]
-    made = model.generator.generate(prompts, seeds, steps=steps, progress=lambda done, total: None).check_finite()
+    made = (
+        model.sampler(jobs[0].size)
+        .generate(prompts, seeds, steps=steps, progress=lambda done, total: None)
+        .check_finite()
+    )
     spent = time.perf_counter() - started
     painted, start = [], 0
     for job in jobs:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fmg.core.errors import CheckpointError, UsageError, suggestion
+from fmg.inference import onnxruntime as ort
+from fmg.inference.artifact.backend import ArtifactBackend
 from fmg.inference.generator import Generator
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ BASE = "base"
 """Name of a run's model without its adapter, after the colon: `RUN:base`."""
 OWN = ""
 """Name of a run's own adapter, which no other adapter can have."""
+_SQUARE = re.compile(r"([1-9][0-9]{0,4})x\1")
 _ADAPTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -46,6 +49,22 @@ class Served:
     def use(self) -> str | None:
         """Makes its adapter the active one; returns the adapter's digest. Only between batches."""
         return None if self.held is None else self.held.use(self.adapter)
+
+    def sampler(self, size: str | None) -> Generator:
+        """The generator of images of a size such as `64x64`; None and `auto` are the model's own.
+
+        Raises:
+            UsageError: it has no such size. Only artifacts on ONNX Runtime have several.
+        """
+        own = "x".join(map(str, self.size))
+        if size in (None, "auto", own):
+            return self.generator
+        backend, side = self.generator.backend, _SQUARE.fullmatch(size or "")
+        if side is None or not isinstance(backend, ArtifactBackend) or backend.name != ort.NAME:
+            raise UsageError(f"The model '{self.name}' does not generate images of {size}", f"Ask for {own} or auto.")
+        generator = self.generator
+        other = backend.at(int(side[1]))
+        return Generator(other, generator.grid, generator.steps, generator.batch_size, tells=False)
 
     def facts(self) -> dict[str, object]:
         """The model's entry in `/info` and `/v1/models`, as plain JSON values."""

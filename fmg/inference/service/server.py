@@ -6,6 +6,7 @@ import asyncio
 import platform
 import time
 from dataclasses import asdict
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -58,6 +59,8 @@ _PAGE_HEADERS = {
 _REFUSED: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer} for status in (400, 401, 403, 404, 408, 413, 415, 500, 503, 504)
 }
+# Numbers in the images of an answer that is encoded at once: a few of 64 x 64 pixels
+_SMALL = 1 << 16
 # Time for the batch at work to end after clients were cut off
 _LAST_BATCH_S = 5.0
 
@@ -78,11 +81,14 @@ def create_app(models: ServedModels, limits: Limits, *, token: str | None) -> Fa
     app = new_app(Service("fmg image server", _USAGE, error_body, lambda: queue.close(_LAST_BATCH_S)), openapi=True)
     parse = request_model(limits)
 
-    async def from_this_machine(request: Request) -> None:
+    authorised = bearer(token)
+
+    async def guard(request: Request) -> None:
+        await authorised(request)
         if token is None and not names_loopback(request.headers.get("host", "")):
             raise RefusedError(403, "The request names another machine", "Use http://127.0.0.1, or set a token.")
 
-    guarded = [Depends(bearer(token)), Depends(from_this_machine)]
+    guarded = [Depends(guard)]
 
     def described(model: Served) -> dict[str, object]:
         return {"id": model.name, "object": "model", "created": created, "owned_by": "fmg", **model.facts()}
@@ -141,9 +147,8 @@ def create_app(models: ServedModels, limits: Limits, *, token: str | None) -> Fa
         if is_blank(wanted.prompt):
             raise RefusedError(400, "The prompt is empty", "Describe an image.", key="prompt")
         model = found(wanted.model)
-        check_fits(wanted, model)
         seeds = chosen_seeds(wanted)
-        job = ImageJob(model, wanted.prompt, seeds, wanted.steps)
+        job = ImageJob(model, wanted.prompt, seeds, wanted.steps, fitting_size(wanted, model))
         painted = await outcome(
             request,
             lambda: queue.submit(job),
@@ -155,7 +160,9 @@ def create_app(models: ServedModels, limits: Limits, *, token: str | None) -> Fa
             advice="Ask for fewer images or steps.",
         )
         metrics.generated(model.name, painted)
-        body = await asyncio.to_thread(encode_answer, painted, model.name, wanted.output_format or "png", seeds)
+        encode = partial(encode_answer, painted, model.name, wanted.output_format or "png", seeds)
+        # large files take long, and small ones less than to change threads
+        body = encode() if painted.images.size <= _SMALL else await asyncio.to_thread(encode)
         return Response(body, media_type=JSON)
 
     @app.post("/v1/adapters", dependencies=guarded, responses=_REFUSED, openapi_extra=_body_schema(AdapterRequest))
@@ -180,20 +187,21 @@ def create_app(models: ServedModels, limits: Limits, *, token: str | None) -> Fa
     return app
 
 
-def check_fits(request: ImageRequest, model: Served) -> None:
-    """Refuses what the model cannot generate, before it waits in the queue.
+def fitting_size(request: ImageRequest, model: Served) -> str | None:
+    """The size of the images; None for the model's own. Refuses what the model cannot generate before it is queued.
 
     Raises:
         RefusedError: the size is not the model's, or its time grid has no such number of steps.
     """
-    own = "x".join(map(str, model.size))
-    if request.size not in (None, "auto", own):
-        what = f"The model '{model.name}' does not generate images of {request.size}"
-        raise RefusedError(400, what, f"Ask for {own} or auto.", key="size")
     try:
-        model.generator.times(request.steps)
+        sampler = model.sampler(request.size)
+    except UsageError as error:
+        raise RefusedError(400, error.what, error.fix, key="size") from None
+    try:
+        sampler.times(request.steps)
     except UsageError as error:
         raise RefusedError(400, error.what, error.fix, key="steps") from None
+    return None if sampler is model.generator else request.size
 
 
 def _body_schema(model: type[BaseModel]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,7 +18,9 @@ import pytest
 pytest.importorskip("prometheus_client", reason="needs the packages of flow-map-grpo[server]")
 
 from fmg.core.errors import UsageError
-from fmg.inference.service.opening import named_targets
+from fmg.core.events import ignore
+from fmg.inference import load
+from fmg.inference.service.opening import named_targets, open_models
 from fmg.serving.access import check_token, names_loopback
 from fmg.serving.server import Address
 from tests.support.image_service import Patterns, expected, image_service, pixels, post, served
@@ -341,6 +345,27 @@ def test_two_hundred_clients_get_their_own_images(url: str, backend: Patterns) -
         list(pool.map(client, range(100)))
     assert max(backend.batches) <= 16
     assert len(backend.batches) < sum(backend.batches) / 2
+
+
+def test_an_artifact_on_onnx_runtime_has_several_sizes(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    from tests.support.tiny_artifact import PROMPTS, build_tiny_artifact
+
+    artifact = build_tiny_artifact(tmp_path / "tiny", batch=(1, 2, 4))
+    made = {}
+    for side in (8, 12, 16):
+        with load(artifact, device="cpu", resolution=side) as generator:
+            made[f"{side}x{side}"] = np.asarray(generator.generate(PROMPTS[0], 3).to_pil()[0])
+    with ExitStack() as stack:
+        models = open_models(named_targets([f"tiny={artifact.folder}"]), {"device": "cpu"}, stack, ignore)
+        with image_service(*models) as server:
+            for size in ("16x16", "8x8", "12x12", "16x16", "auto"):
+                status, _, answer = post(server.url, {"prompt": PROMPTS[0], "seed": 3, "size": size})
+                assert status == 200
+                assert np.array_equal(pixels(answer["data"][0]), made[size if size != "auto" else "8x8"])
+            for size in ("64x64", "9x9", "8x16", "0x0", "8", "8x8x8"):
+                status, _, answer = post(server.url, {"prompt": PROMPTS[0], "size": size})
+                assert (status, answer["error"]["param"]) == (400, "size")
 
 
 def test_names_of_targets(tmp_path: Any) -> None:
