@@ -169,16 +169,18 @@ class Follower:
         write_json(self._record, {"logged": max(logged, self._first)})
 
     def _warned(self, problem: str) -> None:
-        # the run prints the first alone, and names the log for the others
-        sys.stderr.write(f"{problem}\n")
         self.report(problem=problem)
+        # the run prints the first alone, and names the log for the others; the disk may be full
+        with suppress(OSError):
+            sys.stderr.write(f"{problem}\n")
 
     def _failed(self, error: Exception) -> None:
         import traceback
 
-        # into the log of the tracker
-        traceback.print_exception(error)
         self.report(problem=f"{type(error).__name__}: {reason(error)}")
+        # into the log of the tracker, on a disk that may be what is full
+        with suppress(OSError):
+            traceback.print_exception(error)
 
 
 def main() -> None:

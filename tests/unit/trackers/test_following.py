@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -137,6 +139,20 @@ def test_every_problem_is_in_the_log_of_the_tracker(
     one.catch_up()
     assert capsys.readouterr().err == "the login failed\nthe disk is full\n"
     assert [content["problem"] for content in said(reports) if "problem" in content] == list(Recorded.problems)
+
+
+def test_a_log_on_a_full_disk_does_not_hide_the_problem(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Recorded, "problems", ("the login failed",))
+    monkeypatch.setattr(Recorded, "failures", ("close",))
+    monkeypatch.setattr(sys, "stderr", Full())
+    one, reports = follower(run)
+    one.catch_up(last=True)
+    problems = [content["problem"] for content in said(reports) if "problem" in content]
+    assert problems == ["the login failed", "ConnectionError: the server is gone"]
 
 
 def test_the_identity_of_a_run_comes_from_its_folder_then_from_its_state(tmp_path: Path) -> None:
