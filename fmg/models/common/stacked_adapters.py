@@ -3,8 +3,8 @@
 Files may come from PEFT, from diffusers, or be the bare state dict of a trainer, as AnyFlow, MeanFlowNFT and
 SimpleTuner write them. A file must fit the transformer completely: silently ignoring a part would give another model.
 Weights are merged in fp64, rounded once to the dtype of the base, and cached under the hash of everything that they
-depend on. In fp64 the products are exact and the order of the sum hardly ever changes a rounded weight: what is trained
-on merged weights is bound to their digest, and has to find the same ones on another computer.
+depend on. In fp64 the products are exact, and the order of the sum hardly ever changes a rounded weight. This matters
+because a trained adapter is bound to the digest of the merged weights, which must be the same on another computer.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _WRAPPER = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_m
 # Where AnyFlow and SimpleTuner put the second-time embedder, in any class
 _SECOND = re.compile(r"(.*\.)?(delta_embedder|delta_timestep_embedder|delta_time_embedder)\.")
 _FORMAT = 2
-# In these PEFT also changes the weights of the base, which the file does not tell
+# With these, PEFT also changes the weights of the base, which the file does not show
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -207,7 +207,7 @@ def _read(file: Path) -> Mapping[str, Tensor]:
 
 
 def _check_tensor(origin: Path, name: str, tensor: Tensor) -> None:
-    """Refuses what is not a plain tensor of finite numbers, as a torch file may have it."""
+    """Refuses anything but a plain tensor of finite numbers, which a torch file may contain."""
     plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
     if not plain or (tensor.dtype not in FLOATS.values() and not _ALPHA.fullmatch(name)):
         kind = str(tensor.dtype if plain else f"{tensor.layout} on {tensor.device}").replace("torch.", "")
