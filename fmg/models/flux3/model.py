@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from diffusers.modular_pipelines.flux3 import Flux3DistilledModularPipeline
 from torch import Tensor
 
 from fmg.models.common.network import LatentNetwork
 from fmg.models.common.pipeline_parts import Components
 from fmg.models.common.qwen import QwenText
+from fmg.models.common.text import TextEncoders
 from fmg.models.flux2.model import Flux2Model, Flux2Network
 from fmg.models.flux3.loading import FLUX3_FAMILY, load_parts
 from fmg.models.flux3.size import UNUSED
@@ -49,3 +52,18 @@ class Flux3Model(Flux2Model):
     second_embedder: ClassVar[str | None] = "target_timestep_embedder"
     unused: ClassVar[tuple[str, ...]] = UNUSED
     load_parts: ClassVar[Callable[..., Components[QwenText]]] = staticmethod(load_parts)
+
+    def __init__(self, components: Components[QwenText], name: str, *, text: TextEncoders | None = None) -> None:
+        super().__init__(components, name, text=text)
+        # Trained beside a LoRA it is in fp32, but the stock class gives it, and adds up, the dtype of the network.
+        embedder = components.transformer.get_submodule(self.second_embedder)
+        embedder.register_forward_pre_hook(_widened)
+        embedder.register_forward_hook(partial(_narrowed, components.transformer.dtype))
+
+
+def _widened(embedder: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.to(embedder.linear_1.weight.dtype) for x in inputs)
+
+
+def _narrowed(dtype: torch.dtype, embedder: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output.to(dtype)

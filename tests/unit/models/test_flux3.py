@@ -64,13 +64,19 @@ def test_the_target_time_reaches_the_network(options: dict[str, object]) -> None
     assert not torch.allclose(velocity[0], (x - near)[0])
 
 
-def test_the_second_time_is_trained_beside_a_lora(options: dict[str, object], tmp_path: Path) -> None:
-    model = load(FLUX3_CASE, options)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_second_time_is_trained_beside_a_lora(
+    options: dict[str, object], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = load(FLUX3_CASE, options, dtype)
+    before = jump(model)
     assert model.unfreeze("duration") == 2
+    assert all(parameter.dtype == torch.float32 for _, parameter in model.trainable())
+    assert torch.allclose(jump(model), before, atol=1e-5 if dtype == torch.float32 else 2e-2)
     attach(model)
     after = jump(model)
     model.save_adapter(tmp_path / "adapter")
-    fresh = load(FLUX3_CASE, options)
+    fresh = load(FLUX3_CASE, options, dtype)
     fresh.load_adapter(tmp_path / "adapter")
     assert torch.equal(jump(fresh), after)
 
