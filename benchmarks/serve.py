@@ -45,6 +45,10 @@ PROMPTS = [
     for place in ("left", "top")
 ]
 SEEDS = 64
+# the server closes a connection that has been idle for five seconds
+KEPT_S = 3.0
+# connections of the clients that do not wait; what they cannot send is counted
+MOST_OPEN = 1000
 RESULTS = Path(__file__).parent / "results" / "serve.json"
 
 DIRECT = """
@@ -76,6 +80,7 @@ class Tally:
     statuses: Counter[int] = field(default_factory=Counter)
     wrong: int = 0
     lost: int = 0
+    unsent: int = 0
     batches: list[int] = field(default_factory=list)
 
     def to_json(self) -> dict[str, object]:
@@ -84,6 +89,7 @@ class Tally:
             "statuses": dict(sorted(self.statuses.items())),
             "wrong_images": self.wrong,
             "lost": self.lost,
+            "unsent": self.unsent,
             "p50_ms": round(1e3 * times[len(times) // 2], 1) if times else None,
             "p99_ms": round(1e3 * times[int(len(times) * 0.99)], 1) if times else None,
             "mean_batch": round(statistics.mean(self.batches), 2) if self.batches else None,
@@ -96,6 +102,7 @@ class Client:
     def __init__(self, port: int, expected: dict[tuple[str, int], NDArray[np.uint8]], tally: Tally) -> None:
         self._port, self._expected, self._tally = port, expected, tally
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._used = 0.0
 
     async def ask(self, number: int) -> None:
         prompt, seed = PROMPTS[number % len(PROMPTS)], number // len(PROMPTS) % SEEDS
@@ -115,6 +122,8 @@ class Client:
             self._tally.wrong += int(abs(image - self._expected[prompt, seed]).max() > 1 or entry["seed"] != seed)
 
     async def _post(self, request: object) -> tuple[int, Any]:
+        if time.monotonic() - self._used > KEPT_S:
+            self.close()
         if self._streams is None:
             self._streams = await asyncio.open_connection("127.0.0.1", self._port)
         reader, writer = self._streams
@@ -125,6 +134,7 @@ class Client:
         lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         headers = dict(line.lower().split(": ", 1) for line in lines[1:] if ": " in line)
         content = await reader.readexactly(int(headers["content-length"]))
+        self._used = time.monotonic()
         if headers.get("connection") == "close":
             self.close()
         return int(lines[0].split()[1]), json.loads(content)
@@ -204,6 +214,9 @@ async def open_loop(server: Served, expected: Any, rate: float, seconds: float) 
     began = time.monotonic()
     for number in range(int(rate * seconds)):
         await asyncio.sleep(max(0.0, began + number / rate - time.monotonic()))
+        if len(tasks) >= MOST_OPEN:
+            tally.unsent += 1
+            continue
         task = asyncio.create_task(one(number))
         tasks.add(task)
         task.add_done_callback(tasks.discard)

@@ -30,6 +30,7 @@ sys.exit(f"imported {{loaded}}" if loaded else code)
         ["bench", "--help"],
         ["verify", "--help"],
         ["export", "--help"],
+        ["serve", "--help"],
         ["push", "--help"],
         ["score", "--help"],
         ["report", "--help"],
