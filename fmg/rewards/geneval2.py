@@ -21,7 +21,7 @@ from fmg.core.json_io import read_objects
 from fmg.core.types import RewardOutput
 from fmg.rewards.configs import GenEval2Config
 from fmg.rewards.network import Files, NetworkReward, Score
-from fmg.rewards.qwen_vl import QwenVL, load_qwen_vl
+from fmg.rewards.qwen_vl import MARKER, QwenVL, load_qwen_vl
 
 _NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _COUNTING = "How many"
@@ -120,6 +120,12 @@ def _checked(pairs: Sequence[object]) -> Iterator[Question]:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise ValueError("'vqa_list' must have pairs of a question and an answer")
         question = Question(*pair)
+        if not question.text.strip():
+            raise ValueError("'vqa_list' has an empty question")
+        if marker := MARKER.search(question.text):
+            raise ValueError(
+                f"the question '{question.text:.80}' contains {marker[0]}, which the model reads as a marker"
+            )
         if question.text.startswith(_COUNTING):
             if question.answer not in _NUMBERS:
                 raise ValueError(f"the answer to '{question.text}' must be a number word from one to ten")

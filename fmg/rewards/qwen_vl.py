@@ -40,7 +40,8 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
 }
 """Class and system message of each `model_type`."""
 _ENDS = ("<|im_end|>", "<|endoftext|>")
-_MARKER = re.compile(r"<\|\w+\|>")
+MARKER = re.compile(r"<\|\w+\|>")
+"""What the models read as part of the chat."""
 _PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 """Where the image processor is described; transformers 5 writes the second, with all parts of the processor."""
 
@@ -52,7 +53,7 @@ def check_no_markers(prompts: Sequence[str], reader: str) -> None:
         UsageError: for the first prompt that contains one of the model's markers.
     """
     for prompt in prompts:
-        if marker := _MARKER.search(prompt):
+        if marker := MARKER.search(prompt):
             raise UsageError(
                 f"The prompt '{prompt[:80]}' contains {marker[0]}, which {reader} reads as a marker", "Remove it."
             )

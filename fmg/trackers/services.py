@@ -153,6 +153,8 @@ class Trackio:
         """Resumes the run of this name, which holds the id, and counts its rows."""
         # trackio never raises: it warns, keeps what it cannot send, and sends it later
         warnings.showwarning = lambda message, *_: run.warn(str(message))
+        # PYTHONWARNINGS may turn them off, or into errors
+        warnings.simplefilter("always", UserWarning)
         import trackio
         from trackio.sqlite_storage import SQLiteStorage
 
