@@ -98,6 +98,9 @@ class TwoTimeMixin:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if TwoTimeMixin not in cls.__bases__:
+            # a subclass of a flow-map transformer, as FSDP2 makes of the module that it shards
+            return
         stock: Any = next(base for base in cls.__bases__ if base is not TwoTimeMixin)
 
         def init(self: Any, *args: Any, time_scale: float, second_time: Any, **sizes: Any) -> None:

@@ -159,3 +159,12 @@ def test_conventions_that_mean_nothing_are_refused(wrong: object) -> None:
 def test_a_convention_is_written_as_short_as_it_can_be(plain: object) -> None:
     assert SecondTime.model_validate(plain).plain() == plain
     assert SecondTime.model_validate_json(SecondTime.model_validate(plain).model_dump_json()).plain() == plain
+
+
+@pytest.mark.parametrize("cls", [FlowMapFluxTransformer2DModel, FlowMapSD3Transformer2DModel])
+def test_a_class_that_fsdp2_makes_of_a_transformer_has_its_constructor(cls: type[Any]) -> None:
+    class Mixed:
+        """As `FSDPModule`, which comes first."""
+
+    made = type(f"FSDP{cls.__name__}", (Mixed, cls), {})
+    assert made.__init__ is cls.__init__
