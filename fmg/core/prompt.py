@@ -22,6 +22,30 @@ class Prompt:
     metadata: Mapping[str, object]
 
 
+MASK = "_mask"
+"""Behind the name of a tokenizer: what is 1 for its tokens and 0 for padding."""
+
+
+@dataclass(frozen=True)
+class PromptForm:
+    """The text that a tokenizer reads for a prompt.
+
+    Attributes:
+        prefix, suffix: what is put around it, such as an instruction or the turn of a chat.
+        lower: whether it is in lower case.
+        strip: whether spaces around it are dropped.
+    """
+
+    prefix: str = ""
+    suffix: str = ""
+    lower: bool = False
+    strip: bool = False
+
+    def __call__(self, prompt: str) -> str:
+        text = prompt.lower() if self.lower else prompt
+        return self.prefix + (text.strip() if self.strip else text) + self.suffix
+
+
 # letters and symbols of Unicode that show nothing: fillers of Hangul and the empty Braille cell
 _FILLERS = "\u115f\u1160\u2800\u3164\uffa0"
 

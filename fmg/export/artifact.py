@@ -23,9 +23,11 @@ from fmg.export.onnx import OPSET, require_onnx, save_graph, trace
 from fmg.export.source import (
     ExportSource,
     base_dtypes,
+    check_exportable,
     find_source,
     graph_reader,
     graph_tokenizer,
+    packs_latents,
     recipe_facts,
     stored_elements,
     write_base,
@@ -127,17 +129,20 @@ def export_artifact(
     """
     folder = export_folder(target, "artifact") if out is None else Path(out)
     with watching(observer, progress) as told:
-        return export_source(
-            find_source(resolve_target(target, observer=told)), folder, options or ExportOptions(), observer=told
-        )
+        found, chosen = resolve_target(target, observer=told), options or ExportOptions()
+        if packs_latents(found.recipe):
+            return export_source(find_source(found), folder, chosen, observer=told)
+        check_exportable(found.recipe)
+        _check_new(folder)
+        # not needed for FLUX, whose weights are never loaded as a whole
+        from fmg.export.model_artifact import export_loaded
+
+        return export_loaded(found, folder, chosen, told)
 
 
 def export_source(source: ExportSource, out: Path, options: ExportOptions, *, observer: Observer = ignore) -> Artifact:
-    """As `export_artifact`, for files that have been located."""
-    require_onnx()
-    check_not_interrupted(out)
-    if out.exists():
-        raise UsageError(f"{out} exists already", "Export to another folder, or move that one away.")
+    """As `export_artifact`, for files of the FLUX.1 family that have been located."""
+    _check_new(out)
     if options.int8 and options.precision != "fp32":
         raise UsageError(
             f"8-bit weights are for a CPU and require fp32, not {options.precision}", "Leave one of them out."
@@ -148,6 +153,14 @@ def export_source(source: ExportSource, out: Path, options: ExportOptions, *, ob
         manifest = export.write(partial_folder)
         write_manifest(partial_folder, manifest)
     return Artifact(out, manifest)
+
+
+def _check_new(out: Path) -> None:
+    """Checks that the packages are installed and that there is no such folder yet."""
+    require_onnx()
+    check_not_interrupted(out)
+    if out.exists():
+        raise UsageError(f"{out} exists already", "Export to another folder, or move that one away.")
 
 
 class _Export:

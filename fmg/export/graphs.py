@@ -7,8 +7,7 @@ the graph. A function builds each module, so that the tracer can build it withou
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -18,7 +17,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from fmg.core.types import Conditioning
 from fmg.inference.artifact import io_spec
 from fmg.inference.artifact.manifest import (
     BATCH,
@@ -34,7 +32,6 @@ from fmg.inference.artifact.manifest import (
     WIDTH,
     TensorSpec,
 )
-from fmg.models.common.network import LatentNetwork
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
 
 
@@ -48,7 +45,6 @@ class GraphPlan:
         dtype: dtype of its weights.
         inputs, outputs: their names, dtypes and shapes.
         strict: whether every tensor of the wrapped module's state dict must become an initialiser.
-        grouped: names of inputs that the module takes as one mapping, by the name of that argument.
     """
 
     name: str
@@ -57,13 +53,6 @@ class GraphPlan:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     strict: bool = True
-    grouped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    def arguments(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Values by the names of the inputs as keyword arguments of the module."""
-        inside = {name for names in self.grouped.values() for name in names}
-        alone = {name: value for name, value in values.items() if name not in inside}
-        return alone | {group: {name: values[name] for name in names} for group, names in self.grouped.items()}
 
 
 class GraphModule(nn.Module):
@@ -72,6 +61,10 @@ class GraphModule(nn.Module):
     def __init__(self, inner: Any) -> None:
         super().__init__()
         self.inner = inner
+
+    def arguments(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Values by the names of the inputs of the graph as keyword arguments of `forward`."""
+        return dict(values)
 
 
 class TransformerGraph(GraphModule):
@@ -103,45 +96,6 @@ class TransformerGraph(GraphModule):
             return_dict=False,
         )[0]
         return output.float()
-
-
-class TracedConditioning(Conditioning):
-    """The tensors of prompts whose number is an axis of the graph, so that none can be listed."""
-
-    def __post_init__(self) -> None:
-        """Compares no number of rows."""
-
-
-class NetworkGraph(GraphModule):
-    """The network of any family from latents to velocities, by the family's own code.
-
-    Args:
-        inner: the transformer.
-        network_class: how the family calls it.
-        dtype: dtype of its weights.
-    """
-
-    def __init__(self, inner: Any, network_class: type[LatentNetwork], dtype: torch.dtype) -> None:
-        super().__init__(inner)
-        self._network = partial(network_class, inner, dtype)
-
-    def forward(
-        self,
-        latents: Float[Tensor, "b c h w"],
-        timestep: Float[Tensor, " b"],
-        second: Float[Tensor, " b"] | None = None,
-        guidance: Float[Tensor, " b"] | None = None,
-        *,
-        conditioning: Mapping[str, Tensor],
-    ) -> Float[Tensor, "b c h w"]:
-        """The (average) velocity at `timestep` towards `second`, fp32."""
-        for rows in (timestep, *conditioning.values()):
-            # said to the tracer, which would otherwise find it out too late for attention's reshapes
-            torch._check(rows.shape[0] == latents.shape[0])
-        cond, network = TracedConditioning((), dict(conditioning)), self._network(guidance)
-        if second is None:
-            return network.single_time(latents, timestep, cond)
-        return network.two_time(latents, timestep, second, cond)
 
 
 class ClipGraph(GraphModule):
@@ -198,14 +152,14 @@ def transformer_plan(config: Mapping[str, Any], dtype: torch.dtype) -> GraphPlan
     """The transformer of a diffusers config that states `time_scale` and `second_time`."""
     channels, width = int(config["in_channels"]), int(config["joint_attention_dim"])
     inputs = [
-        _float(io_spec.HIDDEN_STATES, BATCH, IMAGE, channels),
-        _float(io_spec.ENCODER_HIDDEN_STATES, BATCH, TEXT, width),
-        _float(io_spec.POOLED_PROJECTIONS, BATCH, int(config["pooled_projection_dim"])),
-        _float(io_spec.TIMESTEP, BATCH),
+        float_spec(io_spec.HIDDEN_STATES, BATCH, IMAGE, channels),
+        float_spec(io_spec.ENCODER_HIDDEN_STATES, BATCH, TEXT, width),
+        float_spec(io_spec.POOLED_PROJECTIONS, BATCH, int(config["pooled_projection_dim"])),
+        float_spec(io_spec.TIMESTEP, BATCH),
     ]
-    inputs += [_float(io_spec.SECOND, BATCH)] if config["second_time"] != "none" else []
-    inputs += [_float(io_spec.GUIDANCE, BATCH)] if config.get("guidance_embeds") else []
-    inputs += [_float(io_spec.IMG_IDS, IMAGE, 3), _float(io_spec.TXT_IDS, TEXT, 3)]
+    inputs += [float_spec(io_spec.SECOND, BATCH)] if config["second_time"] != "none" else []
+    inputs += [float_spec(io_spec.GUIDANCE, BATCH)] if config.get("guidance_embeds") else []
+    inputs += [float_spec(io_spec.IMG_IDS, IMAGE, 3), float_spec(io_spec.TXT_IDS, TEXT, 3)]
     out = int(config.get("out_channels") or channels)
 
     def build() -> GraphModule:
@@ -216,44 +170,7 @@ def transformer_plan(config: Mapping[str, Any], dtype: torch.dtype) -> GraphPlan
         transformer.pos_embed = SingleRotaryEmbedding(theta=transformer.pos_embed.theta, axes_dim=axes)
         return TransformerGraph(transformer)
 
-    return GraphPlan(TRANSFORMER, build, dtype, tuple(inputs), (_float(io_spec.VELOCITY, BATCH, IMAGE, out),))
-
-
-def network_plan(
-    network_class: type[LatentNetwork],
-    transformer: Callable[[], Any],
-    dtype: torch.dtype,
-    latent_shape: tuple[int, ...],
-    conditioning: Mapping[str, Tensor],
-    *,
-    second: bool,
-    guidance: bool,
-) -> GraphPlan:
-    """The network of any family, for latents of one size and prompts of one length.
-
-    Args:
-        network_class: how the family calls the transformer.
-        transformer: builds it.
-        dtype: dtype of its weights.
-        latent_shape: (c, h, w).
-        conditioning: conditioning of some prompts, as the family encodes them.
-        second: whether the map takes two times.
-        guidance: whether the weights embed a guidance scale.
-    """
-    latents = (BATCH, *latent_shape)
-    inputs = [_float(io_spec.LATENTS, *latents), _float(io_spec.TIMESTEP, BATCH)]
-    inputs += [_float(io_spec.SECOND, BATCH)] if second else []
-    inputs += [_float(io_spec.GUIDANCE, BATCH)] if guidance else []
-    for name, x in conditioning.items():
-        inputs.append(TensorSpec(name, "float32" if x.is_floating_point() else "int64", (BATCH, *x.shape[1:])))
-    return GraphPlan(
-        TRANSFORMER,
-        lambda: NetworkGraph(transformer(), network_class, dtype),
-        dtype,
-        tuple(inputs),
-        (_float(io_spec.VELOCITY, *latents),),
-        grouped={"conditioning": tuple(conditioning)},
-    )
+    return GraphPlan(TRANSFORMER, build, dtype, tuple(inputs), (float_spec(io_spec.VELOCITY, BATCH, IMAGE, out),))
 
 
 def clip_plan(config: Mapping[str, Any], length: int, dtype: torch.dtype) -> GraphPlan:
@@ -264,7 +181,7 @@ def clip_plan(config: Mapping[str, Any], length: int, dtype: torch.dtype) -> Gra
         lambda: ClipGraph(_with_eager_attention(CLIPTextModel(parsed))),
         dtype,
         (TensorSpec(io_spec.INPUT_IDS, "int64", (BATCH, length)),),
-        (_float(io_spec.POOLED, BATCH, parsed.hidden_size),),
+        (float_spec(io_spec.POOLED, BATCH, parsed.hidden_size),),
         strict=False,
     )
 
@@ -277,7 +194,7 @@ def t5_plan(config: Mapping[str, Any], dtype: torch.dtype) -> GraphPlan:
         lambda: T5Graph(_with_eager_attention(T5EncoderModel(parsed))),
         dtype,
         (TensorSpec(io_spec.INPUT_IDS, "int64", (BATCH, TEXT)),),
-        (_float(io_spec.TOKENS, BATCH, TEXT, parsed.d_model),),
+        (float_spec(io_spec.TOKENS, BATCH, TEXT, parsed.d_model),),
         strict=False,
     )
 
@@ -289,8 +206,8 @@ def decoder_plan(cls: Any, config: Mapping[str, Any]) -> GraphPlan:
         VAE_DECODER,
         lambda: DecoderGraph(cls.from_config(dict(config))),
         torch.float32,
-        (_float(io_spec.LATENTS, BATCH, channels, HEIGHT, WIDTH),),
-        (_float(io_spec.IMAGES, BATCH, 3, PIXEL_HEIGHT, PIXEL_WIDTH),),
+        (float_spec(io_spec.LATENTS, BATCH, channels, HEIGHT, WIDTH),),
+        (float_spec(io_spec.IMAGES, BATCH, 3, PIXEL_HEIGHT, PIXEL_WIDTH),),
         strict=False,
     )
 
@@ -301,6 +218,7 @@ def _with_eager_attention(encoder: Any) -> Any:
     return encoder
 
 
-def _float(name: str, *shape: int | str) -> TensorSpec:
+def float_spec(name: str, *shape: int | str) -> TensorSpec:
+    """An fp32 input or output."""
     kind: Literal["float32"] = "float32"
     return TensorSpec(name, kind, shape)

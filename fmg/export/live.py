@@ -23,7 +23,8 @@ from fmg.core.errors import CheckpointError, FmgError, reason
 from fmg.core.protocols import Model
 from fmg.core.types import Conditioning
 from fmg.export.artifact import library_versions, plain_config
-from fmg.export.graphs import GraphPlan, network_plan
+from fmg.export.graphs import GraphPlan
+from fmg.export.model_graphs import network_plan
 from fmg.export.onnx import trace
 from fmg.inference import onnxruntime as ort
 from fmg.inference.artifact import io_spec
@@ -121,9 +122,10 @@ def _entering(x: Tensor) -> Tensor:
 
 def _graph(model: AdaptedModel[Any]) -> bytes:
     """The graph with its weights as inputs, traced once for each key in the cache."""
-    plan = live_plan(model)
+    plan = network_plan(model)
+    network: Any = model.network
     facts = {
-        "config": plain_config(model.network.config),
+        "config": plain_config(network.config),
         "dtype": str(plan.dtype),
         "inputs": [asdict(spec) for spec in plan.inputs],
         # a package of its own may have another call under the same version of fmg
@@ -140,21 +142,6 @@ def _graph(model: AdaptedModel[Any]) -> bytes:
     with optional_cache():
         found.append((made_once(cache_dir() / "graphs" / key[:32], make) / _FILE).read_bytes())
     return found[-1] if found else _traced(plan)
-
-
-def live_plan(model: AdaptedModel[Any]) -> GraphPlan:
-    """What is traced of a loaded model."""
-    transformer: Any = model.network
-    conventions, config = model.components.conventions, dict(transformer.config)
-    return network_plan(
-        model.network_class,
-        lambda: type(transformer).from_config(config),
-        transformer.dtype,
-        model.latent_shape,
-        model.encode([""]).stored,
-        second=conventions.map == "two-time",
-        guidance=model.guidance_of(model.components) is not None,
-    )
 
 
 def _traced(plan: GraphPlan) -> bytes:

@@ -37,6 +37,7 @@ OPSET = 20
 _INNER = "inner."
 # Sizes of the example inputs: all different, so that no axis is mistaken for another, and none 1, which would be fixed
 _TRACED = {BATCH: 2, IMAGE: 12, TEXT: 5, HEIGHT: 6, WIDTH: 4}
+_ALMOST_ZERO = 1e-7
 _KEPT_METADATA = ("namespace", "pkg.torch.onnx.name_scopes")
 
 
@@ -77,12 +78,17 @@ def trace(plan: GraphPlan) -> TracedGraph:
     from onnxscript.optimizer import optimize_ir
 
     with quiet():
-        model, shapes, known = _export(plan)
+        model, shapes, known, tables = _export(plan)
         for name, value in model.graph.initializers.items():
-            if name.startswith(_INNER) and name not in known:
+            if name in tables:
+                value.const_value = ir.tensor(tables[name].cpu().numpy())
+            elif name.startswith(_INNER) and name not in known:
                 value.const_value = None
+        hidden = _hide_small_constants(model)
         # a folded Transpose would be a second copy of a weight, under another name
         optimize_ir(model, should_fold=lambda node: False if node.op_type == "Transpose" else None)
+        for name, value in model.graph.initializers.items():
+            value.const_value = hidden.get(name, value.const_value)
     _take_names(model)
     _strip_metadata(model)
     for value, spec in zip(model.graph.outputs, plan.outputs, strict=True):
@@ -139,8 +145,12 @@ def check_file(file: Path) -> None:
         ) from error
 
 
-def _export(plan: GraphPlan) -> tuple[ir.Model, dict[str, tuple[int, ...]], set[str]]:
-    """The graph, the shapes of the state dict, and the names of constants that were written in a forward pass."""
+def _export(plan: GraphPlan) -> tuple[ir.Model, dict[str, tuple[int, ...]], set[str], dict[str, Tensor]]:
+    """The graph, the shapes of the state dict, and constants.
+
+    Of constants that were written in a forward pass the names, and of buffers that no file has the values: both by
+    their names in the graph.
+    """
     dims = {name: Dim(name, min=1) for name in _TRACED}
     kept = torch.get_default_dtype()
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -151,14 +161,16 @@ def _export(plan: GraphPlan) -> tuple[ir.Model, dict[str, tuple[int, ...]], set[
             torch.set_default_dtype(kept)
         module.requires_grad_(False)
         shapes = {name: tuple(x.shape) for name, x in module.inner.state_dict().items()}
+        buffers = ((name, x) for name, x in module.inner.named_buffers() if name not in shapes)
+        tables = {_INNER + name: x for name, x in buffers if not isinstance(x, FakeTensor)}
         try:
             program: Any = torch.onnx.export(
                 module,
                 (),
-                kwargs=plan.arguments({spec.name: _example(spec) for spec in plan.inputs}),
+                kwargs=module.arguments({spec.name: _example(spec) for spec in plan.inputs}),
                 input_names=[spec.name for spec in plan.inputs],
                 output_names=[spec.name for spec in plan.outputs],
-                dynamic_shapes=plan.arguments(
+                dynamic_shapes=module.arguments(
                     {
                         spec.name: {i: dims[axis] for i, axis in enumerate(spec.shape) if isinstance(axis, str)}
                         for spec in plan.inputs
@@ -176,12 +188,38 @@ def _export(plan: GraphPlan) -> tuple[ir.Model, dict[str, tuple[int, ...]], set[
             ) from error
     model: ir.Model = program.model
     constants = program.exported_program.constants
-    return model, shapes, {name for name, x in constants.items() if not isinstance(x, FakeTensor)}
+    return model, shapes, {name for name, x in constants.items() if not isinstance(x, FakeTensor)}, tables
 
 
 def _example(spec: TensorSpec) -> Tensor:
     shape = [_TRACED[size] if isinstance(size, str) else size for size in spec.shape]
     return torch.zeros(shape, dtype=torch.int64 if spec.dtype == "int64" else torch.float32)
+
+
+def _hide_small_constants(model: ir.Model) -> dict[str, Any]:
+    """Takes the values of constants that are almost 0, and returns them by name.
+
+    The optimiser takes any number below 1e-8 for 0 and removes its addition: the 1e-15 that keeps linear attention from
+    dividing 0 by 0.
+    """
+    import onnx_ir as ir
+
+    hidden: dict[str, Any] = {}
+    for node in [node for node in model.graph if node.op_type == "Constant" and "value" in node.attributes]:
+        tensor, old = node.attributes["value"].as_tensor(), node.outputs[0]
+        if (
+            tensor.size == 1
+            and tensor.dtype.is_floating_point()
+            and 0 < abs(float(tensor.numpy().item())) < _ALMOST_ZERO
+        ):
+            value = ir.Value(
+                name=f"{old.name}_small", shape=ir.Shape(tensor.numpy().shape), type=ir.TensorType(tensor.dtype)
+            )
+            model.graph.initializers[f"{old.name}_small"] = value
+            hidden[f"{old.name}_small"] = tensor
+            ir.convenience.replace_all_uses_with(old, value)
+            model.graph.remove(node, safe=True)
+    return hidden
 
 
 def _take_names(model: ir.Model) -> None:

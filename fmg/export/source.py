@@ -145,9 +145,27 @@ def conventions_of(recipe: Recipe) -> FlowMapConventions:
     if isinstance(config, FluxConfig):
         return config.conventions()
     raise UsageError(
-        f"The model '{name}' is not of the FLUX.1 family, the only one that can be exported",
-        "Load the adapter of the run with `pipe.load_lora_weights` instead.",
+        f"The model '{name}' is not of the FLUX.1 family, the only one for which this is written",
+        "Export an artifact without options, or load the adapter of the run with `pipe.load_lora_weights`.",
     )
+
+
+def packs_latents(recipe: Recipe) -> bool:
+    """Whether the model of a recipe is of the FLUX.1 family, whose artifacts have schema 1."""
+    return isinstance(recipe.model.config, (EmbeddedConfig, FluxConfig))
+
+
+def check_exportable(recipe: Recipe) -> None:
+    """Checks that the network of a recipe's model can be traced.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if not recipe.model.config.exportable:
+        raise UsageError(
+            f"The network of '{recipe.model.name}' cannot be traced as a graph",
+            "Load the adapter of the run with `pipe.load_lora_weights` instead.",
+        )
 
 
 def find_source(target: Target) -> ExportSource:

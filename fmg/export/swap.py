@@ -25,6 +25,7 @@ from fmg.inference.artifact.layout import (
 )
 from fmg.inference.artifact.manifest import (
     MANIFEST,
+    PACKED,
     TEXT_ENCODER_2,
     TRANSFORMER,
     TRANSFORMER_INT8,
@@ -69,6 +70,7 @@ def swap_weights(folder: Path, target: str | Path | None, *, observer: Observer 
     folder = folder.resolve()
     _recover(folder)
     artifact = open_artifact(folder)
+    _check_swaps(artifact)
     if target == BASE:
         delta, recipe = None, _base_recipe(artifact.manifest)
     else:
@@ -92,9 +94,24 @@ def copy_without_adapter(artifact: Artifact, folder: Path) -> Artifact:
     Raises:
         UsageError: as `swap_weights`.
     """
+    _check_swaps(artifact)
     _check_no_links(artifact.folder)
     link_files(artifact.folder, folder)
     return _swapped(Artifact(folder, artifact.manifest), None, artifact.manifest, ignore)
+
+
+def _check_swaps(artifact: Artifact) -> None:
+    """Whether the weights of an artifact can be swapped.
+
+    Raises:
+        UsageError: it does not keep the base's values of what its adapter changed.
+    """
+    if artifact.manifest.schema != PACKED:
+        raise UsageError(
+            f"{artifact.folder} is of '{artifact.manifest.model.name}': weights are only swapped in artifacts of the"
+            " FLUX family",
+            "Export the run, or the model, to an artifact of its own.",
+        )
 
 
 def _swapped(artifact: Artifact, delta: Delta | None, manifest: Manifest, observer: Observer) -> Artifact:

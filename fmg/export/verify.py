@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from os import PathLike
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,14 +22,15 @@ from fmg.core.protocols import Reward
 from fmg.data.prompt_sets import load_prompts
 from fmg.eval.intervals import bootstrap_mean
 from fmg.eval.scoring import CHUNK, EvalSet, prompt_clusters, score_images
+from fmg.export.model_artifact import LoadedSource
 from fmg.export.precision_report import precision_of
 from fmg.export.source import find_source
 from fmg.export.verify_graphs import GraphParity, first_divergence, parity, sample_inputs, widened
-from fmg.export.verify_source import check_source
+from fmg.export.verify_source import check_loaded, check_source
 from fmg.inference import Generator, Target
-from fmg.inference.artifact.backend import ArtifactBackend, PromptTokenizer
+from fmg.inference.artifact.backend import ArtifactBackend, PromptTokenizer, artifact_backend
 from fmg.inference.artifact.layout import Artifact, open_artifact
-from fmg.inference.artifact.manifest import GRAPHS, TEXT_ENCODER_2, TRANSFORMER, TRANSFORMER_INT8, Check, Precision
+from fmg.inference.artifact.manifest import PACKED, TRANSFORMER, TRANSFORMER_INT8, Check, Precision
 from fmg.inference.loading import AUTO, find, find_artifact, load, made_from
 from fmg.inference.onnxruntime import NAME as ONNXRUNTIME
 from fmg.inference.onnxruntime import PrecisionError
@@ -38,6 +39,7 @@ from fmg.inference.self_check import VerifyReport, check_files, check_generation
 from fmg.inference.target import TargetLike, load_model
 from fmg.inference.tensorrt.precision_report import EnginePrecision
 from fmg.inference.torch_backend import TorchBackend
+from fmg.models.common.model import AdaptedModel
 from fmg.models.flux.model import FluxModel
 from fmg.progress import watching
 from fmg.rewards.base import build_rewards, check_prompts
@@ -170,7 +172,7 @@ def engine_precision(artifact: Artifact, candidate: Generator) -> Iterator[Check
     runtime: object = backend.runtime if isinstance(backend, ArtifactBackend) else None
     if not isinstance(runtime, ReportsPrecision):
         return
-    for graph in GRAPHS:
+    for graph in artifact.manifest.required:
         counted = runtime.precision(graph)
         if counted is None:
             continue
@@ -207,22 +209,27 @@ class _Comparison:
             check_prompts(label, reward, self._set.prompts)
 
     @cached_property
-    def _model(self) -> FluxModel:
+    def _model(self) -> AdaptedModel[Any]:
         model = load_model(self._target, device=self._device, dtype="fp32")
-        if not isinstance(model, FluxModel):
+        packs = self._artifact.manifest.schema == PACKED
+        if not isinstance(model, AdaptedModel) or isinstance(model, FluxModel) != packs:
             raise UsageError(
-                f"The model of '{self._target.label}' cannot be exported", "Verify a model of the FLUX.1 family."
+                f"The artifact is not one of the model of '{self._target.label}'",
+                "Name the run or the model that the artifact was made from.",
             )
         return model
 
     def tell_of_cuts(self) -> None:
         """Warns about prompts that the model truncates, equally on both sides."""
-        facts = self._artifact.manifest.tokenizers[TEXT_ENCODER_2]
+        facts = list(self._artifact.manifest.tokenizers.values())[-1]
         tell_of_cuts(PromptTokenizer(self._artifact.path(facts.file), facts), self._set.prompts, self._observer)
 
     def source(self) -> Iterator[Check]:
         self._observer(StageProgress("weights", 0, 1))
-        yield from check_source(self._artifact, find_source(self._target))
+        if self._artifact.manifest.schema == PACKED:
+            yield from check_source(self._artifact, find_source(self._target))
+        else:
+            yield from check_loaded(self._artifact, LoadedSource(self._target, self._model))
         self._observer(StageProgress("weights", 1, 1))
 
     def precision(self) -> Iterator[Check]:
@@ -240,7 +247,7 @@ class _Comparison:
             PrecisionError: the backend cannot compute in the artifact's precision.
         """
         checks = [check_generation(self._artifact, candidate), *engine_precision(self._artifact, candidate)]
-        return [*checks, *self.against(candidate, (*GRAPHS,))]
+        return [*checks, *self.against(candidate, self._artifact.manifest.required)]
 
     def against(self, candidate: Generator, graphs: Sequence[str]) -> Iterator[Check]:
         """Tensors of these graphs, then whole images, then rewards."""
@@ -288,7 +295,7 @@ class _Comparison:
         for resolution in (own, *(size for size in sampling.resolutions if size != own)):
             eval_set, rewards = (self._set, self._rewards) if resolution == own else (few, {})
             torch_side = TorchBackend(self._model, latent_shape=sampling.latent_shape(resolution))
-            backend = ArtifactBackend(
+            backend = artifact_backend(
                 self._artifact, candidate.backend.runtime, resolution=resolution, transformer=transformer
             )
             found = compare(

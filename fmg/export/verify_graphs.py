@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -27,17 +27,20 @@ from torch import Tensor, nn
 
 from fmg.core.files import link_file
 from fmg.export.graphs import ClipGraph, DecoderGraph, GraphModule, T5Graph, TransformerGraph
+from fmg.export.model_graphs import reference
 from fmg.export.precision_report import read_graph, scopes_of
 from fmg.export.weights import check_space, lay_out, write_weights
 from fmg.inference.artifact import io_spec
-from fmg.inference.artifact.backend import PromptTokenizer
+from fmg.inference.artifact.backend import LatentBackend, PromptTokenizer
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.artifact.manifest import (
     BATCH,
     HEIGHT,
     IMAGE,
+    PACKED,
     TEXT_ENCODER,
     TEXT_ENCODER_2,
+    TEXT_ENCODERS,
     TRANSFORMER,
     TRANSFORMER_INT8,
     VAE_DECODER,
@@ -45,14 +48,15 @@ from fmg.inference.artifact.manifest import (
     Precision,
 )
 from fmg.inference.onnxruntime import CPU, installed
+from fmg.models.common.model import AdaptedModel
 from fmg.models.common.weights import TensorReader
 from fmg.models.flux.latents import PATCH, image_ids
+from fmg.models.flux.model import FluxModel
 
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto
 
     from fmg.inference.artifact.backend import GraphRuntime
-    from fmg.models.flux.model import FluxModel
 
 
 Tensors = Mapping[str, NDArray[Any]]
@@ -89,8 +93,10 @@ class GraphParity:
         return self.relative_l2 <= self.allowed
 
 
-def reference_module(model: FluxModel, graph: str) -> GraphModule:
+def reference_module(model: AdaptedModel[Any], graph: str) -> GraphModule:
     """The torch module with the signature of a graph, over the live components of a model."""
+    if not isinstance(model, FluxModel):
+        return reference(model, graph).eval()
     parts = model.components
     modules: Mapping[str, Callable[[], GraphModule]] = {
         TEXT_ENCODER: lambda: ClipGraph(parts.text.text_encoder),
@@ -103,15 +109,21 @@ def reference_module(model: FluxModel, graph: str) -> GraphModule:
 
 
 @torch.no_grad()
-def run_reference(model: FluxModel, graph: str, inputs: Tensors) -> NDArray[np.float32]:
-    """The output of the torch module of a graph, in fp32 on the CPU."""
-    tensors = {name: torch.from_numpy(value).to(model.device) for name, value in inputs.items()}
-    output: torch.Tensor = reference_module(model, graph)(**tensors)
-    return output.float().cpu().numpy()
+def run_reference(model: AdaptedModel[Any], graph: str, inputs: Tensors) -> tuple[NDArray[np.float32], ...]:
+    """The outputs of the torch module of a graph, in fp32 on the CPU."""
+    module = reference_module(model, graph)
+    made = module(**module.arguments({name: torch.from_numpy(x).to(model.device) for name, x in inputs.items()}))
+    return tuple(x.float().cpu().numpy() for x in (made if isinstance(made, tuple) else (made,)))
 
 
 def parity(
-    model: FluxModel, runtime: GraphRuntime[Any], artifact: Artifact, graph: str, prompts: Sequence[str], *, seed: int
+    model: AdaptedModel[Any],
+    runtime: GraphRuntime[Any],
+    artifact: Artifact,
+    graph: str,
+    prompts: Sequence[str],
+    *,
+    seed: int,
 ) -> GraphParity:
     """Compares one graph at several shapes inside the artifact's ranges, none of which was traced.
 
@@ -127,14 +139,25 @@ def parity(
     allowed = DECODER_ALLOWED if graph == VAE_DECODER else ALLOWED[precision]
     errors: list[tuple[float, float, str]] = []
     for inputs in sample_inputs(artifact, graph, prompts, seed=seed):
-        expected = run_reference(model, graph, inputs)
-        output = runtime.get(runtime.run(graph, {name: runtime.put(value) for name, value in inputs.items()}))
         shape = " ".join("x".join(map(str, value.shape)) for value in inputs.values())
-        errors.append((relative_l2(output, expected), float(np.abs(output - expected).max()), shape))
+        outputs = _outputs(runtime, artifact, graph, inputs)
+        for output, expected in zip(outputs, run_reference(model, graph, inputs), strict=True):
+            errors.append((relative_l2(output, expected), float(np.abs(output - expected).max()), shape))
     # NaN is worse than any number, which max() alone would ignore
     worst = max(errors, key=lambda error: (not np.isfinite(error[0]), error[0]))
     largest = float(np.max([error[1] for error in errors]))
-    return GraphParity(graph, worst[0], largest, allowed, len(errors), worst[2])
+    return GraphParity(graph, worst[0], largest, allowed, len(_BATCHES), worst[2])
+
+
+def _outputs(
+    runtime: GraphRuntime[Any], artifact: Artifact, graph: str, inputs: Tensors
+) -> tuple[NDArray[np.float32], ...]:
+    """What a runtime computes, in the order of the graph."""
+    given = {name: runtime.put(value) for name, value in inputs.items()}
+    if artifact.manifest.schema == PACKED:
+        return (runtime.get(runtime.run(graph, given)),)
+    made = runtime.outputs(graph, given)
+    return tuple(runtime.get(made[spec.name]).astype(np.float32) for spec in artifact.graph(graph).outputs)
 
 
 def relative_l2(output: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
@@ -169,12 +192,19 @@ def _inputs(artifact: Artifact, graph: str, prompts: Sequence[str], number: int,
         io_spec.IMG_IDS: image_ids(side, side),
     }
     made: dict[str, NDArray[Any]] = {}
+    if graph == TEXT_ENCODERS:
+        backend: LatentBackend[Any] = LatentBackend(artifact, cast("GraphRuntime[Any]", None))
+        chosen = [prompts[(number + i) % len(prompts)] for i in range(batch)]
+        return backend.token_inputs(chosen)
     for spec in manifest.graphs[graph].inputs:
         shape = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in spec.shape)
         if spec.name == io_spec.INPUT_IDS:
             made[spec.name] = _token_ids(artifact, graph, prompts, number)[: shape[0], : shape[1]]
         elif spec.name == io_spec.TXT_IDS:
             made[spec.name] = np.zeros(shape, np.float32)
+        elif spec.dtype == "int64":
+            # the mask of prompts that are not as long as they may be
+            made[spec.name] = (np.arange(shape[1])[None] <= number).repeat(shape[0], 0).astype(np.int64)
         else:
             made[spec.name] = known.get(spec.name, rng.standard_normal(shape, np.float32))
     return made
@@ -208,7 +238,7 @@ class Divergence:
 
 
 def first_divergence(
-    model: FluxModel, artifact: Artifact, graph: str, inputs: Tensors, *, allowed: float
+    model: AdaptedModel[Any], artifact: Artifact, graph: str, inputs: Tensors, *, allowed: float
 ) -> Divergence | None:
     """The first module of a graph whose output differs between ONNX Runtime and torch.
 
@@ -243,7 +273,7 @@ def first_divergence(
 
 
 @torch.no_grad()
-def _module_outputs(wrapper: nn.Module, inputs: Tensors) -> dict[str, NDArray[np.float32]]:
+def _module_outputs(wrapper: GraphModule, inputs: Tensors) -> dict[str, NDArray[np.float32]]:
     """Outputs of the modules that run once and return one tensor, in the order in which they finish."""
     outputs: dict[str, NDArray[np.float32]] = {}
     calls: Counter[str] = Counter()
@@ -262,7 +292,7 @@ def _module_outputs(wrapper: nn.Module, inputs: Tensors) -> dict[str, NDArray[np
             handles.append(module.register_forward_hook(keep(name.removeprefix(_INNER))))
     try:
         device = next(wrapper.parameters()).device
-        wrapper(**{name: torch.from_numpy(value).to(device) for name, value in inputs.items()})
+        wrapper(**wrapper.arguments({name: torch.from_numpy(value).to(device) for name, value in inputs.items()}))
     finally:
         for handle in handles:
             handle.remove()

@@ -18,6 +18,7 @@ from fmg.core.json_io import JsonError, parse
 from fmg.core.model_folder import read_config
 from fmg.export.artifact import plain_config, sampling_of
 from fmg.export.int8 import other_weight
+from fmg.export.model_artifact import LoadedSource
 from fmg.export.precision_report import read_graph
 from fmg.export.source import ExportSource, base_dtypes, graph_reader, graph_tokenizer, recipe_facts
 from fmg.export.weights import stored_places
@@ -25,6 +26,7 @@ from fmg.inference.artifact.layout import Artifact
 from fmg.inference.artifact.manifest import (
     TEXT_ENCODER,
     TEXT_ENCODER_2,
+    TEXT_ENCODERS,
     TRANSFORMER,
     TRANSFORMER_INT8,
     Adapter,
@@ -57,6 +59,54 @@ def check_source(artifact: Artifact, source: ExportSource) -> Iterator[Check]:
         yield _check(artifact, f"weights/{graph}", graph, problem, {"tensors": float(len(reader.names))})
 
 
+def check_loaded(artifact: Artifact, source: LoadedSource) -> Iterator[Check]:
+    """As `check_source`, for an artifact of schema 2 and a model in memory.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    manifest = artifact.manifest
+    rewards, prompts = recipe_facts(source.target.recipe)
+    stated: dict[str, tuple[object, object]] = {
+        "model.name": (manifest.model.name, source.facts.name),
+        "model.transformer": (manifest.model.transformer, source.facts.transformer),
+        "model.vae": (manifest.model.vae, source.facts.vae),
+        "base.digest": (manifest.base.digest, source.base.digest),
+        "base.dtypes": (manifest.base.dtypes, source.base.dtypes),
+        "adapter": (_without_run(manifest.adapter), _without_run(source.adapter)),
+        "rewards": (shareable(manifest.rewards), shareable(rewards)),
+        "prompts": (shareable(manifest.prompts), shareable(prompts)),
+    }
+    problem = _first_other({**stated, **_sampled(manifest.sampling, source.sampling)}, source.label)
+    yield _check(artifact, "facts", TRANSFORMER, problem, {})
+    with tempfile.TemporaryDirectory() as folder:
+        expected = source.write_tokenizers(Path(folder))
+        for name, facts in expected.items():
+            stored = manifest.tokenizers.get(name)
+            text = (Path(folder) / facts.file).read_bytes()
+            same = stored == facts and _same_json(artifact.path(facts.file).read_bytes(), text)
+            problem = "" if same else f"{facts.file} or what the manifest says of it differs from {source.label}"
+            yield _check(artifact, f"tokenizer/{name}", TEXT_ENCODERS, problem, {})
+    for graph, described in manifest.graphs.items():
+        reader = TensorReader.of(artifact.path(described.weights))
+        problem = _misplaced(artifact, graph) or _other_tensor(source, graph, reader)
+        yield _check(artifact, f"weights/{graph}", graph, problem, {"tensors": float(len(reader.names))})
+
+
+def _other_tensor(source: LoadedSource, graph: str, exported: TensorReader) -> str:
+    """The first weight that differs from the loaded model; empty for none."""
+    expected = source.tensors[graph]
+    for name in exported.names:
+        if name not in expected:
+            return f"'{name}' is not a weight of the model"
+        ours, theirs = exported.read(name), expected[name].detach().cpu()
+        if ours.dtype == theirs.dtype and torch.equal(ours, theirs):
+            continue
+        if not (graph == TRANSFORMER and source.adapter is not None and _same_sum(ours, theirs)):
+            return f"'{name}' differs from the weight of the model and the run"
+    return ""
+
+
 def _check(artifact: Artifact, name: str, graph: str, problem: str, values: Mapping[str, float]) -> Check:
     return Check(name, not problem, dict(values), problem, artifact.manifest.weights_digest(graph))
 
@@ -67,7 +117,7 @@ def _other_fact(artifact: Artifact, source: ExportSource) -> str:
     sampling = sampling_of(source, vae, manifest.sampling.resolutions)
     rewards, prompts = recipe_facts(source.recipe)
     adapter = None if source.delta is None else source.delta.adapter
-    stated = {
+    stated: dict[str, tuple[object, object]] = {
         "model.name": (manifest.model.name, source.name),
         "model.transformer": (manifest.model.transformer, plain_config(source.transformer.config)),
         "model.vae": (manifest.model.vae, plain_config(vae)),
@@ -78,11 +128,19 @@ def _other_fact(artifact: Artifact, source: ExportSource) -> str:
         "rewards": (shareable(manifest.rewards), shareable(rewards)),
         "prompts": (shareable(manifest.prompts), shareable(prompts)),
     }
-    sampled = (f"sampling.{entry.name}" for entry in fields(Sampling))
-    pairs = zip(sampled, zip(astuple(manifest.sampling), astuple(sampling), strict=True), strict=True)
-    for key, (ours, theirs) in (*stated.items(), *pairs):
+    return _first_other({**stated, **_sampled(manifest.sampling, sampling)}, source.label)
+
+
+def _sampled(ours: Sampling, theirs: Sampling) -> dict[str, tuple[object, object]]:
+    names = (f"sampling.{entry.name}" for entry in fields(Sampling))
+    return dict(zip(names, zip(astuple(ours), astuple(theirs), strict=True), strict=True))
+
+
+def _first_other(stated: Mapping[str, tuple[object, object]], label: str) -> str:
+    """The first fact whose values in the manifest and in the source differ; empty for none."""
+    for key, (ours, theirs) in stated.items():
         if _json(ours) != _json(theirs):
-            return f"{key} is {_short(ours)} in the manifest, but {_short(theirs)} in {source.label}"
+            return f"{key} is {_short(ours)} in the manifest, but {_short(theirs)} in {label}"
     return ""
 
 

@@ -20,7 +20,7 @@ from pydantic import Field
 from fmg.core.errors import FmgError, FmgWarning, MissingDependencyError, UsageError, python_call
 from fmg.core.protocols import Backend, Subject
 from fmg.inference import onnxruntime as ort
-from fmg.inference.artifact.backend import ArtifactBackend, checked_batch
+from fmg.inference.artifact.backend import artifact_backend, checked_batch
 from fmg.inference.artifact.layout import (
     Artifact,
     artifact_names,
@@ -419,7 +419,7 @@ class OnnxRuntimeOpener:
 
     def open(self, subject: Artifact, device: str) -> Backend:
         transformer = ort.transformer_graph(subject, self.config.int8)
-        return ArtifactBackend(
+        return artifact_backend(
             subject, self._runtime(subject, device), resolution=self.config.resolution, transformer=transformer
         )
 
@@ -511,7 +511,7 @@ class TensorRtOpener:
             allow_code=self.config.allow_code,
         )
         runtime = EngineRuntime(subject, records, self.flavour, load_module(self.flavour), open_device(device), options)
-        return ArtifactBackend(subject, runtime, resolution=self.config.resolution)
+        return artifact_backend(subject, runtime, resolution=self.config.resolution)
 
     def _host(self) -> EngineHost:
         return EngineHost(self.flavour, str(load_module(self.flavour).__version__), current_gpu())

@@ -17,7 +17,7 @@ from fmg.core.display import counted
 from fmg.core.errors import CheckpointError, FmgError, MissingDependencyError, UsageError, reason
 from fmg.core.machine import peak_rss, reset_peak_rss
 from fmg.core.profiling import StageClock, wall_clock
-from fmg.inference.artifact.backend import ArtifactBackend, checked_batch
+from fmg.inference.artifact.backend import artifact_backend, checked_batch
 from fmg.inference.artifact.layout import Artifact, open_artifact
 from fmg.inference.artifact.manifest import TRANSFORMER, TRANSFORMER_INT8, Graph
 from fmg.inference.generator import DEFAULT_BATCH, Generator
@@ -89,7 +89,7 @@ def load(
     sampling = artifact.manifest.sampling
     size = checked_batch(artifact, batch_size, DEFAULT_BATCH)
     runtime = OnnxRuntime(artifact, threads=threads)
-    backend = ArtifactBackend(artifact, runtime, resolution=resolution, transformer=transformer_graph(artifact, int8))
+    backend = artifact_backend(artifact, runtime, resolution=resolution, transformer=transformer_graph(artifact, int8))
     return Generator(backend, sampling.grid, sampling.steps, size)
 
 
@@ -157,12 +157,17 @@ class OnnxRuntime(_SessionRuntime):
         Raises:
             FmgError: the graph cannot be loaded, or does not run on these inputs.
         """
+        (output,) = self.outputs(graph, inputs).values()
+        return np.asarray(output, np.float32)
+
+    def outputs(self, graph: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """All outputs of a graph by name; errors as `run`."""
         session = self._sessions.get(graph)
         try:
-            (output,) = session.run(None, dict(inputs))
+            values = session.run(None, dict(inputs))
         except Exception as error:
             raise _failed(graph, error) from error
-        return np.asarray(output, np.float32)
+        return dict(zip((entry.name for entry in session.get_outputs()), values, strict=True))
 
     def put(self, array: NDArray[Any]) -> NDArray[Any]:
         return array
@@ -202,6 +207,11 @@ class BoundOnnxRuntime(_SessionRuntime):
         Raises:
             FmgError: the graph cannot be loaded, or does not run on these inputs.
         """
+        (output,) = self.outputs(graph, inputs).values()
+        return output
+
+    def outputs(self, graph: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """All outputs of a graph by name; errors as `run`."""
         import torch
 
         session, described = self._sessions.get(graph), self._artifact.graph(graph)
@@ -211,7 +221,9 @@ class BoundOnnxRuntime(_SessionRuntime):
         for name, tensor in kept.items():
             kind = np.int64 if tensor.dtype == torch.int64 else np.float32
             binding.bind_input(name, *where, kind, tuple(tensor.shape), tensor.data_ptr())
-        binding.bind_output(described.outputs[0].name, *where)
+        names = [spec.name for spec in described.outputs]
+        for name in names:
+            binding.bind_output(name, *where)
         if self._device.type == "cuda":
             # the session has a stream of its own, which does not wait for torch's
             torch.cuda.current_stream(self._device).synchronize()
@@ -219,8 +231,7 @@ class BoundOnnxRuntime(_SessionRuntime):
             session.run_with_iobinding(binding)
         except Exception as error:
             raise _failed(graph, error) from error
-        (output,) = binding.get_outputs()
-        return torch.utils.dlpack.from_dlpack(output)
+        return dict(zip(names, map(torch.utils.dlpack.from_dlpack, binding.get_outputs()), strict=True))
 
     def put(self, array: NDArray[Any]) -> torch.Tensor:
         import torch

@@ -18,6 +18,7 @@ from fmg.core.types import Conditioning
 from fmg.models.common.model import AdaptedModel
 from fmg.models.common.network import LatentNetwork
 from fmg.models.common.pipeline_parts import Components, Family, check_same, load_components, square_latent
+from fmg.models.common.text import TokenisedText
 from fmg.models.common.weights import WeightFiles, folder_weights, load_transformer
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ FAMILY = Family(
 
 
 @dataclass(frozen=True)
-class AuraFlowText:
+class AuraFlowText(TokenisedText):
     """UMT5 with its tokenizer; states of the padding are zero, as in `AuraFlowPipeline`."""
 
     tokenizer: Any
@@ -48,13 +49,16 @@ class AuraFlowText:
     def encoders(self) -> tuple[UMT5EncoderModel]:
         return (self.text_encoder,)
 
-    def embed(self, prompts: list[str], length: int) -> Mapping[str, Tensor]:
+    def tokenise(self, prompts: list[str], length: int) -> Mapping[str, Tensor]:
+        """Ids and mask."""
+        encoded = self.tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return {"tokenizer": encoded.input_ids, "tokenizer_mask": encoded.attention_mask}
+
+    def states(self, tokens: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """`tokens` (b, length, d)."""
-        encoded = self.tokenizer(
-            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).to(self.text_encoder.device)
-        states: Tensor = self.text_encoder(**encoded)[0]
-        return {"tokens": states * encoded.attention_mask[..., None]}
+        mask = tokens["tokenizer_mask"]
+        states: Tensor = self.text_encoder(tokens["tokenizer"], attention_mask=mask)[0]
+        return {"tokens": states * mask[..., None]}
 
     def count(self, prompt: str) -> int:
         """Tokens of a prompt."""

@@ -142,6 +142,26 @@ def test_the_network_is_compiled_as_one_graph(folder: Path, monkeypatch: pytest.
     assert backend.network.compilations == 1
 
 
+def test_an_export_is_verified(folder: Path, tmp_path: Path) -> None:
+    recipe = Recipe.default(
+        "auraflow",
+        **{
+            **{f"model.{name}": value for name, value in options(folder).items()},
+            "rewards": ["jpeg-incompressibility"],
+            "rollout.groups": 2,
+            "rollout.group_size": 4,
+            "train.iterations": 1,
+            "train.dtype": "fp32",
+            "lora.rank": 4,
+            "eval.num": 4,
+        },
+    )
+    fmg.train(recipe, tmp_path / "run")
+    artifact = fmg.export_artifact(tmp_path / "run", tmp_path / "artifact")
+    report = fmg.verify(artifact, num=4)
+    assert report.passed, [check for check in report.checks if not check.passed]
+
+
 def test_a_folder_of_another_family_is_refused(folder: Path) -> None:
     config = folder / "transformer" / "config.json"
     text = config.read_text()

@@ -25,6 +25,7 @@ from fmg.inference.artifact.manifest import (
     GRAPHS,
     HEIGHT,
     IMAGE,
+    PACKED,
     TEXT,
     TEXT_ENCODER_2,
     VAE_DECODER,
@@ -406,6 +407,11 @@ def build_engines(
         FmgError: a build failed, with the builder's own reason.
     """
     chosen = options or EngineOptions()
+    if artifact.manifest.schema != PACKED:
+        raise UsageError(
+            f"{artifact.folder} is of '{artifact.manifest.model.name}': only those of the FLUX.1 family get engines",
+            "Run it with --backend onnxruntime.",
+        )
     builder = Builder.pick(flavour, chosen)
     request = wanted(artifact.manifest, resolutions, batch)
     for graph in GRAPHS:

@@ -21,12 +21,20 @@ from numpy.typing import NDArray
 from fmg.core.cache import ByteCache
 from fmg.core.errors import CheckpointError, MissingDependencyError, UsageError, reason, suggestion
 from fmg.core.profiling import TEXT_ENCODERS, TOKENISE, TRANSFORMER, VAE, StageClock, stage
-from fmg.core.prompt import cut_prompts
+from fmg.core.prompt import MASK, cut_prompts
 from fmg.core.protocols import Drawn, NoiseSource
 from fmg.core.specs import DECODE_PIXELS, MapKind
 from fmg.inference.artifact import io_spec
 from fmg.inference.artifact.layout import Artifact
-from fmg.inference.artifact.manifest import BATCH, TEXT_ENCODER, TEXT_ENCODER_2, VAE_DECODER, TokenizerFacts
+from fmg.inference.artifact.manifest import (
+    BATCH,
+    PACKED,
+    TEXT_ENCODER,
+    TEXT_ENCODER_2,
+    VAE_DECODER,
+    TokenizerFacts,
+)
+from fmg.inference.artifact.manifest import TEXT_ENCODERS as TEXT_ENCODERS_GRAPH
 from fmg.inference.artifact.manifest import TRANSFORMER as TRANSFORMER_GRAPH
 from fmg.models.flux.latents import PATCH, image_ids, pack, unpack
 
@@ -38,8 +46,8 @@ TEXT_STATES = (TEXT_ENCODER_2, TEXT_ENCODER)
 """The graphs of token states and of the pooled state, in the order of `Encoded`."""
 
 Array = TypeVar("Array", bound=Any)
-TextStates = Mapping[str, NDArray[np.float32]]
-"""The encoding of one prompt by graph."""
+TextStates = Mapping[str, NDArray[Any]]
+"""The encoding of one prompt by graph, or by the name of the output."""
 
 
 class GraphRuntime(Protocol[Array]):
@@ -68,13 +76,16 @@ class GraphRuntime(Protocol[Array]):
             FmgError: the graph cannot be loaded, or the runtime failed; names the graph.
         """
 
+    def outputs(self, graph: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """All outputs of a graph by name, for the text encoders of schema 2; errors as `run`."""
+
     def free(self, graphs: Iterable[str]) -> None:
         """Frees the memory of these graphs; they are loaded again when they are next run."""
 
     def put(self, array: NDArray[Any]) -> Array:
         """A numpy array on the device."""
 
-    def get(self, array: Array) -> NDArray[np.float32]:
+    def get(self, array: Array) -> NDArray[Any]:
         """An array of the device in numpy; waits for the work that computes it."""
 
     def clock(self) -> StageClock[Any]:
@@ -150,11 +161,11 @@ class ArtifactBackend(Generic[Array]):
         Raises:
             UsageError: the artifact does not support the resolution.
         """
-        other = ArtifactBackend(self.artifact, self.runtime, resolution=resolution, transformer=self._transformer)
+        other = type(self)(self.artifact, self.runtime, resolution=resolution, transformer=self._transformer)
         other._cache = self._cache
         return other
 
-    def encode(self, prompts: Sequence[str]) -> Encoded[Array]:
+    def encode(self, prompts: Sequence[str]) -> Any:
         """Embeddings of the prompts, each computed once as long as it is cached."""
         known = {p: states for p in prompts if self._caching and (states := self._cache.get(p)) is not None}
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
@@ -166,27 +177,27 @@ class ArtifactBackend(Generic[Array]):
                     self._cache.put(prompt, states)
         with stage(TEXT_ENCODERS):
             rows = [known[prompt] for prompt in prompts]
-            return Encoded(*(self.runtime.put(np.stack([row[name] for row in rows])) for name in TEXT_STATES))
+            return self._conditioning({name: np.stack([row[name] for row in rows]) for name in rows[0]})
 
     def cut_prompts(self, prompts: Sequence[str]) -> str:
-        """The warning about prompts that T5 truncates; CLIP only ever sees the beginning of one."""
+        """The warning about prompts that the last tokenizer truncates, such as that of T5 beside CLIP."""
         with stage(TOKENISE):
-            return self._tokenizers[TEXT_ENCODER_2].cut_prompts(prompts)
+            return list(self._tokenizers.values())[-1].cut_prompts(prompts)
 
-    def draw(self, cond: Encoded[Array], noise: NoiseSource, times: Sequence[float]) -> Drawn:
+    def draw(self, cond: Any, noise: NoiseSource, times: Sequence[float]) -> Drawn:
         """One image for each row of `cond`."""
-        sampling, (_, height, width) = self._sampling, self.latent_shape
+        sampling = self._sampling
 
-        def packed(step: int) -> Array:
-            return self.runtime.put(np.ascontiguousarray(pack(noise(step))))
+        def entered(step: int) -> Array:
+            return self.runtime.put(np.ascontiguousarray(self._enter(noise(step))))
 
         def velocity(x: Array, t: float, s: float) -> Array:
             return self.runtime.run(self._transformer, self._inputs(x, t, s, cond))
 
-        start = packed(0)
+        start = entered(0)
         with stage(TRANSFORMER):
-            tokens = few_step(velocity, start, times, lambda k: packed(k + 1), kind=sampling.map, path=sampling.path)
-            latents = unpack(tokens, height, width)
+            end = few_step(velocity, start, times, lambda k: entered(k + 1), kind=sampling.map, path=sampling.path)
+            latents = self._leave(end)
         with stage(VAE):
             return Drawn(self._decode(latents), np.ascontiguousarray(self.runtime.get(latents)))
 
@@ -201,7 +212,7 @@ class ArtifactBackend(Generic[Array]):
 
     def release_text(self) -> None:
         """Frees the text encoders; a new prompt loads them again."""
-        self.runtime.free(TEXT_STATES)
+        self.runtime.free(self._text_graphs)
 
     def clock(self) -> StageClock[Any]:
         return self.runtime.clock()
@@ -225,6 +236,19 @@ class ArtifactBackend(Generic[Array]):
         facts = self.artifact.manifest.tokenizers
         return {name: PromptTokenizer(self.artifact.path(entry.file), entry) for name, entry in facts.items()}
 
+    _text_graphs: Sequence[str] = TEXT_STATES
+
+    def _conditioning(self, states: TextStates) -> Any:
+        return Encoded(*(self.runtime.put(states[name]) for name in TEXT_STATES))
+
+    def _enter(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Noise as the transformer takes it."""
+        return pack(latents)
+
+    def _leave(self, tokens: Array) -> Array:
+        """What the transformer gives as latents."""
+        return unpack(tokens, *self.latent_shape[1:])
+
     def _text_states(self, prompts: Sequence[str]) -> list[TextStates]:
         with stage(TOKENISE):
             ids = {name: self._tokenizers[name](prompts) for name in TEXT_STATES}
@@ -236,18 +260,23 @@ class ArtifactBackend(Generic[Array]):
         # copies, because a row that is a view would keep its whole batch alive in the cache
         return [{name: batch[i].copy() for name, batch in states.items()} for i in range(len(prompts))]
 
-    def _inputs(self, x: Array, t: float, s: float, cond: Encoded[Array]) -> dict[str, Array]:
-        def constant(value: float) -> Array:
-            return self.runtime.put(np.full(x.shape[0], value, np.float32))
-
-        inputs = {
+    def _inputs(self, x: Array, t: float, s: float, cond: Any) -> dict[str, Array]:
+        return {
             io_spec.HIDDEN_STATES: x,
             io_spec.ENCODER_HIDDEN_STATES: cond.tokens,
             io_spec.POOLED_PROJECTIONS: cond.pooled,
-            io_spec.TIMESTEP: constant(t),
             io_spec.IMG_IDS: self._image_ids,
             io_spec.TXT_IDS: self.runtime.put(np.zeros((cond.tokens.shape[1], 3), np.float32)),
+            **self._scalars(x.shape[0], t, s),
         }
+
+    def _scalars(self, rows: int, t: float, s: float) -> dict[str, Array]:
+        """Times and guidance."""
+
+        def constant(value: float) -> Array:
+            return self.runtime.put(np.full(rows, value, np.float32))
+
+        inputs = {io_spec.TIMESTEP: constant(t)}
         if self._sampling.map == "two-time":
             inputs[io_spec.SECOND] = constant(s)
         if self._sampling.guidance is not None:
@@ -266,6 +295,53 @@ class ArtifactBackend(Generic[Array]):
             for start in range(0, latents.shape[0], rows)
         ]
         return np.concatenate(parts)
+
+
+class LatentBackend(ArtifactBackend[Array]):
+    """An open artifact of schema 2: one graph of all text encoders, and a transformer that takes latents."""
+
+    _text_graphs: Sequence[str] = (TEXT_ENCODERS_GRAPH,)
+
+    def _conditioning(self, states: TextStates) -> Mapping[str, Array]:
+        return {name: self.runtime.put(rows) for name, rows in states.items()}
+
+    def _enter(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        return latents
+
+    def _leave(self, tokens: Array) -> Array:
+        return tokens
+
+    def _text_states(self, prompts: Sequence[str]) -> list[TextStates]:
+        with stage(TOKENISE):
+            ids = self.token_inputs(prompts)
+        with stage(TEXT_ENCODERS):
+            made = self.runtime.outputs(TEXT_ENCODERS_GRAPH, {name: self.runtime.put(x) for name, x in ids.items()})
+            states = {name: self.runtime.get(batch) for name, batch in made.items()}
+        return [{name: batch[i].copy() for name, batch in states.items()} for i in range(len(prompts))]
+
+    def token_inputs(self, prompts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+        """The inputs of the text encoders."""
+        inputs = {}
+        for spec in self.artifact.graph(TEXT_ENCODERS_GRAPH).inputs:
+            name = spec.name.removesuffix(MASK)
+            ids, mask = self._tokenizers[name].with_mask(prompts)
+            inputs[spec.name] = ids if spec.name == name else mask
+        return inputs
+
+    def _inputs(self, x: Array, t: float, s: float, cond: Any) -> dict[str, Array]:
+        return {io_spec.LATENTS: x, **cond, **self._scalars(x.shape[0], t, s)}
+
+
+def artifact_backend(
+    artifact: Artifact,
+    runtime: GraphRuntime[Array],
+    *,
+    resolution: int | None = None,
+    transformer: str = TRANSFORMER_GRAPH,
+) -> ArtifactBackend[Array]:
+    """The backend of an artifact by its schema. Arguments and errors as in `ArtifactBackend`."""
+    cls = ArtifactBackend[Array] if artifact.manifest.schema == PACKED else LatentBackend[Array]
+    return cls(artifact, runtime, resolution=resolution, transformer=transformer)
 
 
 def checked_resolution(artifact: Artifact, resolution: int | None) -> int:
@@ -334,12 +410,22 @@ def few_step(
         if kind != "single-time":
             x = x - _rounded(t - s) * velocity(x, t, s)
             continue
-        x = x - t * velocity(x, t, 0.0)
+        x = _data(velocity, x, t, path)
         if s > 0:
             scale, std = kernel_from_data(path, s)
             x = scale * x + std * renoise(k)
     sample: Array = x
     return sample
+
+
+def _data(velocity: Callable[[Array, float, float], Array], x: Any, t: float, path: str) -> Any:
+    """What a single-time map predicts of the data; on the trig path the network is that of a rectified flow (eq. 8)."""
+    if path != "trig":
+        return x - t * velocity(x, t, 0.0)
+    cosine, sine = kernel_from_data(path, t)
+    time = _rounded(sine / (sine + cosine))
+    z = x / _rounded(sine + cosine)
+    return z - time * velocity(z, time, 0.0)
 
 
 def kernel_from_data(path: str, s: float) -> tuple[float, float]:
@@ -362,7 +448,7 @@ def _rounded(value: float) -> float:
 class PromptTokenizer:
     """One tokenizer of an artifact, using only the tokenizers library; gives the same ids as transformers.
 
-    Pads on the right and truncates to its length.
+    Puts the prompt into its form, pads and truncates to its length.
 
     Args:
         file: a `tokenizer.json`.
@@ -393,15 +479,23 @@ class PromptTokenizer:
                 "Export the artifact again.",
             )
         self._cut.enable_truncation(facts.length)
-        self._cut.enable_padding(length=facts.length, pad_id=facts.pad_id, pad_token=facts.pad_token)
+        self._cut.enable_padding(
+            direction=facts.side, length=facts.length, pad_id=facts.pad_id, pad_token=facts.pad_token
+        )
         self._length = facts.length
+        self._form = facts.form
 
     def __call__(self, prompts: Sequence[str]) -> NDArray[np.int64]:
         """Ids (b, length)."""
-        return np.array([row.ids for row in self._cut.encode_batch(list(prompts))], dtype=np.int64)
+        return self.with_mask(prompts)[0]
+
+    def with_mask(self, prompts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Ids and mask, each (b, length); the mask is 1 for tokens and 0 for padding."""
+        rows = self._cut.encode_batch([self._form(prompt) for prompt in prompts])
+        return np.array([row.ids for row in rows], np.int64), np.array([row.attention_mask for row in rows], np.int64)
 
     def cut_prompts(self, prompts: Sequence[str]) -> str:
         """The warning about prompts that are truncated (`fmg.core.prompt.cut_prompts`); empty for none."""
         texts = list(dict.fromkeys(prompts))
-        counts = (len(row.ids) for row in self._whole.encode_batch(texts))
+        counts = (len(row.ids) for row in self._whole.encode_batch([self._form(text) for text in texts]))
         return cut_prompts(dict(zip(texts, counts, strict=True)), self._length)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
+from fmg.core.prompt import MASK
 from fmg.inference.artifact.decode import DecodeError
 from fmg.inference.artifact.manifest import (
     BATCH,
     HEIGHT,
     IMAGE,
+    PACKED,
     PIXEL_HEIGHT,
     PIXEL_WIDTH,
     TEXT,
     TEXT_ENCODER,
     TEXT_ENCODER_2,
+    TEXT_ENCODERS,
     TRANSFORMER,
     TRANSFORMER_INT8,
     VAE_DECODER,
     WIDTH,
+    FormedTokenizerFacts,
     Manifest,
     Sampling,
     TensorSpec,
@@ -51,20 +55,51 @@ def check_io(manifest: Manifest) -> None:
     Raises:
         DecodeError: naming the graph and what is missing, unexpected or has the wrong shape.
     """
+    if manifest.schema != PACKED:
+        _check_latent_io(manifest)
+        return
     for graph, entry in manifest.graphs.items():
         inputs, outputs = _expected(graph, manifest)
         _check(f"graphs.{graph}.inputs", entry.inputs, inputs)
         _check(f"graphs.{graph}.outputs", entry.outputs, outputs)
 
 
-def _check(where: str, specs: Sequence[TensorSpec], expected: Mapping[str, Shape]) -> None:
+def _check_latent_io(manifest: Manifest) -> None:
+    """As `check_io`, where the graph of the text encoders decides what conditions the transformer."""
+    sampling, text = manifest.sampling, manifest.graphs[TEXT_ENCODERS]
+    side = sampling.resolution
+    latents = {LATENTS: (BATCH, *sampling.latent_shape())}
+    ids: dict[str, Shape] = {}
+    for name, facts in manifest.tokenizers.items():
+        ids[name] = (BATCH, facts.length)
+        if isinstance(facts, FormedTokenizerFacts) and facts.mask:
+            ids[name + MASK] = (BATCH, facts.length)
+    taken = {LATENTS, VELOCITY, IMAGES, *(name for name, _ in _scalars(sampling))}
+    made: dict[str, Shape] = {spec.name: (BATCH, *(None for _ in spec.shape[1:])) for spec in text.outputs}
+    if twice := sorted(taken & made.keys()):
+        raise DecodeError(f"graphs.{TEXT_ENCODERS}.outputs has {twice[0]!r}, which is the name of another tensor")
+    _check(f"graphs.{TEXT_ENCODERS}.inputs", text.inputs, ids, whole=ids)
+    whole = [spec.name for spec in text.outputs if spec.dtype == "int64"]
+    _check(f"graphs.{TEXT_ENCODERS}.outputs", text.outputs, made, whole=whole)
+    conditioning = {spec.name: spec.shape for spec in text.outputs}
+    network, decoder = manifest.graphs[TRANSFORMER], manifest.graphs[VAE_DECODER]
+    wanted = {**latents, **dict(_scalars(sampling)), **conditioning}
+    _check(f"graphs.{TRANSFORMER}.inputs", network.inputs, wanted, whole=whole)
+    _check(f"graphs.{TRANSFORMER}.outputs", network.outputs, {VELOCITY: latents[LATENTS]})
+    _check(f"graphs.{VAE_DECODER}.inputs", decoder.inputs, latents)
+    _check(f"graphs.{VAE_DECODER}.outputs", decoder.outputs, {IMAGES: (BATCH, 3, side, side)})
+
+
+def _check(
+    where: str, specs: Sequence[TensorSpec], expected: Mapping[str, Shape], *, whole: Container[str] = (INPUT_IDS,)
+) -> None:
     names = [spec.name for spec in specs]
     if absent := [name for name in expected if name not in names]:
         raise DecodeError(f"{where} lacks {absent[0]!r}, which the sampling requires")
     for spec in specs:
         if spec.name not in expected or names.count(spec.name) > 1:
             raise DecodeError(f"{where} has {spec.name!r}, which the sampling does not use")
-        dtype, shape = "int64" if spec.name == INPUT_IDS else "float32", expected[spec.name]
+        dtype, shape = "int64" if spec.name in whole else "float32", expected[spec.name]
         fits = len(spec.shape) == len(shape) and all(map(_fits, spec.shape, shape))
         if spec.dtype != dtype or not fits:
             stated = ", ".join(map(str, spec.shape))
@@ -98,10 +133,15 @@ def _transformer_inputs(sampling: Sampling, tokens: Shape) -> Iterator[tuple[str
     yield HIDDEN_STATES, tokens
     yield ENCODER_HIDDEN_STATES, (BATCH, TEXT, None)
     yield POOLED_PROJECTIONS, (BATCH, None)
+    yield from _scalars(sampling)
+    yield IMG_IDS, (IMAGE, 3)
+    yield TXT_IDS, (TEXT, 3)
+
+
+def _scalars(sampling: Sampling) -> Iterator[tuple[str, Shape]]:
+    """What a row of any network takes besides latents and conditioning."""
     yield TIMESTEP, (BATCH,)
     if sampling.map == "two-time":
         yield SECOND, (BATCH,)
     if sampling.guidance is not None:
         yield GUIDANCE, (BATCH,)
-    yield IMG_IDS, (IMAGE, 3)
-    yield TXT_IDS, (TEXT, 3)

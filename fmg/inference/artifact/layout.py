@@ -7,6 +7,10 @@ ARTIFACT/manifest.json
   text_encoder_2.onnx    text_encoder_2.safetensors    T5: input_ids (batch, text) -> tokens (batch, text, d)
   vae_decoder.onnx       vae_decoder.safetensors       latents (batch, c, height, width) -> images in [0, 1]
   tokenizer/tokenizer.json  tokenizer_2/tokenizer.json
+or, in place of the text encoders, for a family whose transformer takes latents (schema 2):
+  text_encoders.onnx     text_encoders.safetensors     ids of every tokenizer, masks -> conditioning of the transformer
+  NAME/tokenizer.json                                  by the names of the inputs
+and
   base.safetensors       the base's values of what the adapter changed
   engines/KEY.plan  engines/KEY.json                   TensorRT engines, added later, each with its own record
 """

@@ -15,10 +15,15 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Literal
 
+from fmg.core.prompt import PromptForm
 from fmg.core.specs import MAX_ROWS, MAX_SIDE, MapKind
 from fmg.flow.grids import MAX_STEPS
 
-SCHEMA = 1
+PACKED: Literal[1] = 1
+LATENT: Literal[2] = 2
+"""Schemas: FLUX, whose sampler packs latents into tokens and knows both text encoders; and every other family, whose
+graphs take latents, and whatever one graph of all its text encoders makes of a prompt."""
+SCHEMA = 2
 MANIFEST = "manifest.json"
 
 TEXT_ENCODER = "text_encoder"
@@ -26,8 +31,12 @@ TEXT_ENCODER_2 = "text_encoder_2"
 TRANSFORMER = "transformer"
 TRANSFORMER_INT8 = "transformer_int8"
 VAE_DECODER = "vae_decoder"
+TEXT_ENCODERS = "text_encoders"
 GRAPHS = (TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER, VAE_DECODER)
-"""The graphs that every artifact has; `transformer_int8` is optional and takes the place of `transformer` on a CPU."""
+"""The graphs of every artifact of FLUX; `transformer_int8` is optional and takes the place of `transformer` on a CPU.
+"""
+LATENT_GRAPHS = (TEXT_ENCODERS, TRANSFORMER, VAE_DECODER)
+"""The graphs of every other artifact."""
 
 BATCH, IMAGE, TEXT, HEIGHT, WIDTH, PIXEL_HEIGHT, PIXEL_WIDTH = (
     "batch",
@@ -131,6 +140,42 @@ class TokenizerFacts:
     def __post_init__(self) -> None:
         _check_within("length", self.length, 1, MAX_LENGTH)
         _check_within("pad_id", self.pad_id, 0, _MAX_SIZE)
+
+    @property
+    def form(self) -> PromptForm:
+        """The text that is read for a prompt."""
+        return PromptForm()
+
+    @property
+    def side(self) -> Literal["left", "right"]:
+        """Where the padding goes."""
+        return "right"
+
+
+@dataclass(frozen=True)
+class FormedTokenizerFacts(TokenizerFacts):
+    """A tokenizer of schema 2.
+
+    Attributes:
+        prefix, suffix, lower, strip: as in `PromptForm`.
+        padding: where the padding goes.
+        mask: whether the graph also takes the mask of the tokens.
+    """
+
+    prefix: str
+    suffix: str
+    lower: bool
+    strip: bool
+    padding: Literal["left", "right"]
+    mask: bool
+
+    @property
+    def form(self) -> PromptForm:
+        return PromptForm(self.prefix, self.suffix, self.lower, self.strip)
+
+    @property
+    def side(self) -> Literal["left", "right"]:
+        return self.padding
 
 
 @dataclass(frozen=True)
@@ -269,8 +314,8 @@ class Manifest:
         precision: as requested; each graph states its own.
         opset: opset of the default ONNX domain.
         axes: ranges of the dynamic axes by name.
-        graphs: graphs by their names in `GRAPHS`.
-        tokenizers: tokenizers by the name of their text encoder.
+        graphs: by the names of `GRAPHS` or `LATENT_GRAPHS`.
+        tokenizers: by the name of the text encoder that they feed; in schema 2, of the input that their ids are.
         base: the weights under the adapter.
         adapter: what was merged into them; None for the base itself.
         rewards: the recipe's rewards, each with its name, weight and options, to verify equal rewards again.
@@ -279,7 +324,7 @@ class Manifest:
         checks: results of `fmg verify`, the newest for each name.
     """
 
-    schema: Literal[1]
+    schema: Literal[1, 2]
     files: Mapping[str, FileEntry]
     model: ModelFacts
     sampling: Sampling
@@ -287,7 +332,7 @@ class Manifest:
     opset: int
     axes: Mapping[str, AxisRange]
     graphs: Mapping[str, Graph]
-    tokenizers: Mapping[str, TokenizerFacts]
+    tokenizers: Mapping[str, TokenizerFacts | FormedTokenizerFacts]
     base: Base
     adapter: Adapter | None
     rewards: tuple[Mapping[str, object], ...]
@@ -302,6 +347,11 @@ class Manifest:
         rows = self.axes[BATCH].minimum if BATCH in self.axes else 1
         channels, height, width = self.sampling.latent_shape(self.sampling.resolutions[-1])
         _check_within("the smallest batch of latents", rows * channels * height * width, 1, _MAX_LATENT)
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The graphs that an artifact of this schema has."""
+        return GRAPHS if self.schema == PACKED else LATENT_GRAPHS
 
     def weights_digest(self, graph: str = TRANSFORMER) -> str:
         """Sha256 of the weight file of a graph."""

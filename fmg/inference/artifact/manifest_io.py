@@ -11,14 +11,15 @@ from fmg.core.json_io import JsonError, parse_object, sealed, unsealed
 from fmg.inference.artifact.decode import DecodeError, decode
 from fmg.inference.artifact.io_spec import check_io
 from fmg.inference.artifact.manifest import (
-    GRAPHS,
     MANIFEST,
     MAX_LENGTH,
+    PACKED,
     SCHEMA,
     TEXT,
     TEXT_ENCODER,
     TEXT_ENCODER_2,
     TRANSFORMER_INT8,
+    FormedTokenizerFacts,
     Manifest,
 )
 
@@ -76,14 +77,12 @@ def _check_paths(manifest: Manifest) -> None:
 
 
 def _check_references(manifest: Manifest) -> None:
-    if absent := [name for name in GRAPHS if name not in manifest.graphs]:
+    optional = {TRANSFORMER_INT8} if manifest.schema == PACKED else set()
+    if absent := [name for name in manifest.required if name not in manifest.graphs]:
         raise DecodeError(f"graphs.{absent[0]} is missing")
-    if unknown := sorted(manifest.graphs.keys() - {*GRAPHS, TRANSFORMER_INT8}):
+    if unknown := sorted(manifest.graphs.keys() - {*manifest.required, *optional}):
         raise DecodeError(f"graphs.{unknown[0]} is not a known graph")
-    if absent := [name for name in (TEXT_ENCODER, TEXT_ENCODER_2) if name not in manifest.tokenizers]:
-        raise DecodeError(f"tokenizers.{absent[0]} is missing")
-    if unknown := sorted(manifest.tokenizers.keys() - {TEXT_ENCODER, TEXT_ENCODER_2}):
-        raise DecodeError(f"tokenizers.{unknown[0]} belongs to no text encoder")
+    _check_tokenizers(manifest)
     named = [graph.file for graph in manifest.graphs.values()]
     named += [graph.weights for graph in manifest.graphs.values()]
     named += [tokenizer.file for tokenizer in manifest.tokenizers.values()]
@@ -96,7 +95,25 @@ def _check_references(manifest: Manifest) -> None:
             raise DecodeError(f"axes.{unknown[0]} is missing, which graphs.{name} has")
 
 
+def _check_tokenizers(manifest: Manifest) -> None:
+    formed = {name for name, facts in manifest.tokenizers.items() if isinstance(facts, FormedTokenizerFacts)}
+    if manifest.schema != PACKED:
+        if not manifest.tokenizers:
+            raise DecodeError("tokenizers is empty")
+        if other := sorted(manifest.tokenizers.keys() - formed):
+            raise DecodeError(f"tokenizers.{other[0]}.prefix is missing")
+        return
+    if absent := [name for name in (TEXT_ENCODER, TEXT_ENCODER_2) if name not in manifest.tokenizers]:
+        raise DecodeError(f"tokenizers.{absent[0]} is missing")
+    if unknown := sorted(manifest.tokenizers.keys() - {TEXT_ENCODER, TEXT_ENCODER_2}):
+        raise DecodeError(f"tokenizers.{unknown[0]} belongs to no text encoder")
+    if formed:
+        raise DecodeError(f"tokenizers.{min(formed)}.prefix is not a known key")
+
+
 def _check_text_axis(manifest: Manifest) -> None:
+    if manifest.schema != PACKED:
+        return
     axis, length = manifest.axes.get(TEXT), manifest.tokenizers[TEXT_ENCODER_2].length
     if axis is not None and not axis.minimum <= length <= axis.maximum <= MAX_LENGTH:
         raise DecodeError(

@@ -20,7 +20,7 @@ from fmg.core.errors import CheckpointError, UsageError, reason
 from fmg.core.json_io import read_json
 from fmg.inference.artifact.decode import decode
 from fmg.inference.artifact.layout import ENGINES, Artifact
-from fmg.inference.artifact.manifest import GRAPHS, HEIGHT, IMAGE, TEXT, TEXT_ENCODER_2, WIDTH, TensorSpec
+from fmg.inference.artifact.manifest import HEIGHT, IMAGE, TEXT, TEXT_ENCODER_2, WIDTH, TensorSpec
 from fmg.inference.tensorrt.flavours import ANY, Flavour, Gpu
 
 KEY_LENGTH = 12
@@ -217,7 +217,7 @@ def fitting_engines(artifact: Artifact, host: EngineHost, resolution: int | None
         CheckpointError: a record is damaged.
     """
     records = read_records(artifact.folder)
-    return {graph: _fitting(artifact, graph, records, host, resolution) for graph in GRAPHS}
+    return {graph: _fitting(artifact, graph, records, host, resolution) for graph in artifact.manifest.required}
 
 
 def needs_refit(artifact: Artifact, record: EngineRecord) -> bool:

@@ -77,6 +77,11 @@ class EngineRuntime:
             CheckpointError: the engine is damaged, or cannot be loaded here.
             FmgError: TensorRT failed.
         """
+        (output,) = self.outputs(graph, inputs).values()
+        return output
+
+    def outputs(self, graph: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All outputs of a graph by name; errors as `run`."""
         engine = self._engine(graph)
         entry = self._artifact.graph(graph)
         rows_of = [spec.name for spec in entry.inputs if spec.shape[:1] == (BATCH,)]
@@ -88,8 +93,11 @@ class EngineRuntime:
             part = {name: x[start : start + taken] if name in rows_of else x for name, x in inputs.items()}
             if taken < least:
                 part = {name: _filled(x, least) if name in rows_of else x for name, x in part.items()}
-            parts.append(engine.run(part)[entry.outputs[0].name][:taken])
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            made = engine.run(part)
+            parts.append({spec.name: made[spec.name][:taken] for spec in entry.outputs})
+        if len(parts) == 1:
+            return parts[0]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def precision(self, graph: str) -> EnginePrecision | None:
         """The inspector's report of an engine; None if the engine has no details."""

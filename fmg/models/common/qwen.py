@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from fmg.core.errors import CheckpointError
-from fmg.core.profiling import TOKENISE, stage
+from fmg.core.prompt import MASK, PromptForm
+from fmg.models.common.text import TokenisedText
+
+_PROBE = "a red circle"
 
 
 @dataclass(frozen=True)
-class QwenText:
+class QwenText(TokenisedText):
     """A Qwen decoder with its tokenizer.
 
     Attributes:
@@ -54,25 +57,44 @@ class QwenText:
         hidden: int = getattr(config, "text_config", config).hidden_size
         return len(self.layers) * hidden
 
-    def embed(self, prompts: list[str], length: int) -> Mapping[str, Tensor]:
-        """`tokens` (b, length, d) and, if `masked`, their `mask` (b, length), 1 for text and 0 for padding."""
-        side = {} if self.padding_side is None else {"padding_side": self.padding_side}
-        with stage(TOKENISE):
-            encoded = self.tokenizer(
-                [self._chat(prompt) for prompt in prompts],
-                padding="max_length",
-                max_length=length,
-                truncation=True,
-                return_tensors="pt",
-                **side,
+    @property
+    def form(self) -> PromptForm:
+        """The chat around a prompt.
+
+        Raises:
+            CheckpointError: the template changes the prompt itself.
+        """
+        prefix, _, suffix = self._chat(_PROBE).partition(_PROBE)
+        form = PromptForm(prefix, suffix)
+        if form(f" {_PROBE}\n") != self._chat(f" {_PROBE}\n"):
+            raise CheckpointError(
+                "The chat template does more than put text around a prompt",
+                "Use the template that the model came with.",
             )
-        ids, mask = encoded.input_ids.to(self.text_encoder.device), encoded.attention_mask.to(self.text_encoder.device)
+        return form
+
+    def tokenise(self, prompts: list[str], length: int) -> Mapping[str, Tensor]:
+        """Ids and mask of the chats."""
+        side = {} if self.padding_side is None else {"padding_side": self.padding_side}
+        encoded = self.tokenizer(
+            [self._chat(prompt) for prompt in prompts],
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_tensors="pt",
+            **side,
+        )
+        return {"tokenizer": encoded.input_ids, f"tokenizer{MASK}": encoded.attention_mask}
+
+    def states(self, tokens: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """`tokens` (b, length, d) and, if `masked`, their `mask` (b, length), 1 for text and 0 for padding."""
+        ids, mask = tokens["tokenizer"], tokens[f"tokenizer{MASK}"]
         # the head would make a number for every token and word of the vocabulary
         states = self.text_encoder.base_model(
             input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False, **self._positions(mask)
         ).hidden_states
-        tokens = torch.cat([states[layer] for layer in self.layers], dim=-1)
-        return {"tokens": tokens, "mask": mask} if self.masked else {"tokens": tokens}
+        chosen = torch.cat([states[layer] for layer in self.layers], dim=-1)
+        return {"tokens": chosen, "mask": mask} if self.masked else {"tokens": chosen}
 
     def count(self, prompt: str) -> int:
         """Tokens of a prompt, including those of the chat template."""

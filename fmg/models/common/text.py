@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 from fmg.core.cache import ByteCache, cache_dir, content_hash, optional_cache
 from fmg.core.files import atomic_file
 from fmg.core.profiling import TOKENISE, stage
-from fmg.core.prompt import cut_prompts
+from fmg.core.prompt import PromptForm, cut_prompts
 from fmg.core.types import Conditioning
 from fmg.models.common.weights import tensors_digest
 
@@ -64,6 +65,38 @@ class TextStack(Protocol):
 
     def count(self, prompt: str) -> int:
         """Tokens of a prompt; `embed` truncates at its `length`."""
+
+
+class TokenisedText(ABC):
+    """A `TextStack` in two parts: tokens of prompts, and states of tokens. The second can be traced as a graph.
+
+    It is a dataclass whose fields are named after the folders of encoders and tokenizers.
+    """
+
+    @property
+    @abstractmethod
+    def encoders(self) -> tuple[Any, ...]:
+        """The encoder modules."""
+
+    @property
+    def form(self) -> PromptForm:
+        """The text that the tokenizers read for a prompt."""
+        return PromptForm()
+
+    @abstractmethod
+    def tokenise(self, prompts: list[str], length: int) -> Mapping[str, Int[Tensor, "b l"]]:
+        """Ids by the names of the tokenizers, the one that reads most of a prompt last; masks as name + `MASK`."""
+
+    @abstractmethod
+    def states(self, tokens: Mapping[str, Int[Tensor, "b l"]]) -> Mapping[str, Tensor]:
+        """The tensors of `Conditioning` by name; no value of a token decides a shape."""
+
+    def embed(self, prompts: list[str], length: int) -> Mapping[str, Tensor]:
+        """As `TextStack.embed`."""
+        with stage(TOKENISE):
+            tokens = self.tokenise(prompts, length)
+        device = self.encoders[0].device
+        return self.states({name: x.to(device) for name, x in tokens.items()})
 
 
 def token_ids(tokenizer: Tokenizer, prompts: list[str], length: int) -> Int[Tensor, "b l"]:

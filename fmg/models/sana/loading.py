@@ -16,12 +16,14 @@ from torch import Tensor
 from transformers import Gemma2Model, GemmaTokenizer
 
 from fmg.core.errors import CheckpointError
+from fmg.core.prompt import MASK, PromptForm
 from fmg.models.common.pipeline_parts import Components, Family, check_same, load_components
+from fmg.models.common.text import TokenisedText
 from fmg.models.conventions import FlowMapConventions
 
 
 @dataclass(frozen=True)
-class SanaText:
+class SanaText(TokenisedText):
     """Gemma 2 with its tokenizer, which pads on the right.
 
     Attributes:
@@ -39,27 +41,32 @@ class SanaText:
         """Gemma."""
         return (self.text_encoder,)
 
-    def embed(self, prompts: list[str], length: int) -> Mapping[str, Tensor]:
+    @property
+    def form(self) -> PromptForm:
+        """The prompt in lower case after the instruction."""
+        return PromptForm(prefix=self.instruction, lower=True, strip=True)
+
+    def tokenise(self, prompts: list[str], length: int) -> Mapping[str, Tensor]:
+        """Ids and mask, with the instruction."""
+        texts = [self.form(prompt) for prompt in prompts]
+        total = length + self._extra()
+        encoded = self.tokenizer(texts, padding="max_length", max_length=total, truncation=True, return_tensors="pt")
+        return {"tokenizer": encoded.input_ids, f"tokenizer{MASK}": encoded.attention_mask}
+
+    def states(self, tokens: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """`tokens` (b, length, d) and their `mask` (b, length), 1 for text and 0 for padding.
 
-        As `SanaSprintPipeline.encode_prompt`: the prompt in lower case after the instruction, and of all states the
-        first and the last `length - 1`, so that the instruction influences the states but is not itself among them.
+        As `SanaSprintPipeline.encode_prompt`: of all states the first and the last `length - 1`, so that the
+        instruction influences the states but is not itself among them.
         """
-        texts = [self._instructed(prompt) for prompt in prompts]
-        total = length + self._extra()
-        encoded = self.tokenizer(
-            texts, padding="max_length", max_length=total, truncation=True, return_tensors="pt"
-        ).to(self.text_encoder.device)
-        states: Tensor = self.text_encoder(encoded.input_ids, attention_mask=encoded.attention_mask)[0]
-        chosen = [0, *range(1 - length, 0)]
-        return {"tokens": states[:, chosen], "mask": encoded.attention_mask[:, chosen]}
+        ids, mask = tokens["tokenizer"], tokens[f"tokenizer{MASK}"]
+        states: Tensor = self.text_encoder(ids, attention_mask=mask)[0]
+        last = 1 - (ids.shape[1] - self._extra())
+        return {name: torch.cat([x[:, :1], x[:, last:]], dim=1) for name, x in (("tokens", states), ("mask", mask))}
 
     def count(self, prompt: str) -> int:
         """Tokens of Gemma without those of the instruction."""
-        return len(self.tokenizer.encode(self._instructed(prompt), verbose=False)) - self._extra()
-
-    def _instructed(self, prompt: str) -> str:
-        return self.instruction + prompt.lower().strip()
+        return len(self.tokenizer.encode(self.form(prompt), verbose=False)) - self._extra()
 
     def _extra(self) -> int:
         """Tokens that the instruction adds to a prompt, as `SanaSprintPipeline` counts them."""

@@ -14,12 +14,12 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 
 from fmg.core.errors import CheckpointError
 from fmg.models.common.pipeline_parts import Components, Family, check_same
-from fmg.models.common.text import Tokenizer, token_ids
+from fmg.models.common.text import TokenisedText, Tokenizer, token_ids
 from fmg.models.sd3.transformer import FlowMapSD3Transformer2DModel
 
 
 @dataclass(frozen=True)
-class SD3Text:
+class SD3Text(TokenisedText):
     """The three text encoders of SD3 with their tokenizers: CLIP ViT-L/14, OpenCLIP ViT-bigG/14 and T5.
 
     T5 gets no attention mask and sees its padding. All truncate prompts that are too long for them.
@@ -37,20 +37,27 @@ class SD3Text:
         """CLIP-L, CLIP-G and T5."""
         return self.text_encoder, self.text_encoder_2, self.text_encoder_3
 
-    def embed(self, prompts: list[str], length: int) -> Mapping[str, Tensor]:
+    def tokenise(self, prompts: list[str], length: int) -> Mapping[str, Tensor]:
+        """Ids for both CLIPs and T5."""
+        # the pipeline takes the length of the first tokenizer for both
+        clip_length = self.tokenizer.model_max_length
+        return {
+            "tokenizer": token_ids(self.tokenizer, prompts, clip_length),
+            "tokenizer_2": token_ids(self.tokenizer_2, prompts, clip_length),
+            "tokenizer_3": token_ids(self.tokenizer_3, prompts, length),
+        }
+
+    def states(self, tokens: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """`tokens` (b, 77 + length, d) and `pooled` (b, p), as `StableDiffusion3Pipeline.encode_prompt` makes them.
 
         The penultimate hidden states of both CLIPs, concatenated and padded to the width of T5, then the states of T5.
         """
-        # the pipeline takes the length of the first tokenizer for both
-        clip_length = self.tokenizer.model_max_length
         states, pooled = [], []
-        for tokenizer, encoder in ((self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2)):
-            ids = token_ids(tokenizer, prompts, clip_length).to(encoder.device)
-            encoded = encoder(ids, output_hidden_states=True)
+        for name, encoder in (("tokenizer", self.text_encoder), ("tokenizer_2", self.text_encoder_2)):
+            encoded = encoder(tokens[name], output_hidden_states=True)
             states.append(encoded.hidden_states[-2])
             pooled.append(encoded[0])
-        t5: Tensor = self.text_encoder_3(token_ids(self.tokenizer_3, prompts, length).to(self.text_encoder_3.device))[0]
+        t5: Tensor = self.text_encoder_3(tokens["tokenizer_3"])[0]
         clip = torch.cat(states, dim=-1)
         clip = F.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
         return {"tokens": torch.cat([clip, t5], dim=-2), "pooled": torch.cat(pooled, dim=-1)}

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fmg.core.errors import CheckpointError
-from fmg.export.live import live_graph, live_plan
+from fmg.export.live import live_graph
+from fmg.export.model_graphs import network_plan
 from fmg.export.onnx import trace
 from fmg.flow import make_grid
 from fmg.flow.sampling import native_sample
@@ -83,4 +84,4 @@ def _scale(model: Any, factor: float) -> None:
 def test_a_network_whose_shapes_depend_on_values_is_not_traced(tmp_path: Path) -> None:
     model = loaded(Z_IMAGE_CASE.model, Z_IMAGE_CASE.build(tmp_path / "folder"))
     with pytest.raises(CheckpointError, match="The graph 'transformer' cannot be traced: "):
-        trace(live_plan(model))
+        trace(network_plan(model))

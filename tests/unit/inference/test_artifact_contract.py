@@ -147,7 +147,7 @@ def move(raw: dict[str, Any], old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda raw: raw.update(schema=2), "has schema 2, but this version of fmg reads schemas up to 1"),
+        (lambda raw: raw.update(schema=3), "has schema 3, but this version of fmg reads schemas up to 2"),
         (lambda raw: raw.pop("schema"), "it does not state its schema"),
         (lambda raw: raw.update(schema=True), "it does not state its schema"),
         (lambda raw: raw.pop("opset"), "opset is missing"),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fmg.core.errors import UsageError
 from fmg.core.types import Conditioning
-from fmg.flow import SingleTimeMap, TwoTimeMap, path_by_name
+from fmg.flow import SingleTimeMap, TrigFlowMap, TwoTimeMap, path_by_name
 from fmg.flow.grids import make_grid
 from fmg.flow.sampling import native_sample
 from fmg.inference.artifact.backend import few_step, kernel_from_data
@@ -41,7 +41,9 @@ def single_time(x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
 def test_it_equals_the_torch_sampler(kind: str, path: str, steps: int) -> None:
     grid = make_grid("scm", steps)
     single = kind == "single-time"
-    flow_map = SingleTimeMap(single_time, path_by_name(path)) if single else TwoTimeMap(two_time, path_by_name(path))
+    # the map that `fmg.models.common.network.map_of` makes of a network
+    one = TrigFlowMap(single_time) if path == "trig" else SingleTimeMap(single_time, path_by_name(path))
+    flow_map = one if single else TwoTimeMap(two_time, path_by_name(path))
     expected = native_sample(
         flow_map,
         Conditioning(("",) * ROWS, {}),

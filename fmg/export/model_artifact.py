@@ -1,0 +1,276 @@
+"""Exports a model of any family that can be traced: loaded once, with what a run trained merged in fp32.
+
+FLUX, whose weights are streamed from their files and can be swapped, has an export of its own (`fmg.export.artifact`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.events import Observer, StageProgress
+from fmg.core.files import atomic_folder
+from fmg.core.prompt import MASK, PromptForm
+from fmg.export.artifact import LARGE_BATCH, SMALL_BATCH, ExportOptions, library_versions, plain_config
+from fmg.export.graphs import GraphPlan
+from fmg.export.model_graphs import encoders, plans, text_stack
+from fmg.export.onnx import OPSET, save_graph, trace
+from fmg.export.source import base_dtypes, recipe_facts
+from fmg.export.weights import check_space, lay_out, write_weights
+from fmg.inference.artifact.backend import PromptTokenizer
+from fmg.inference.artifact.layout import (
+    TOKENIZER_FILE,
+    Artifact,
+    file_entry,
+    graph_file,
+    weights_file,
+    write_manifest,
+)
+from fmg.inference.artifact.manifest import (
+    BATCH,
+    LATENT,
+    TEXT_ENCODERS,
+    TRANSFORMER,
+    VAE_DECODER,
+    Adapter,
+    AxisRange,
+    Base,
+    FileEntry,
+    FormedTokenizerFacts,
+    Graph,
+    Manifest,
+    ModelFacts,
+    Sampling,
+)
+from fmg.inference.target import Target, load_model
+from fmg.models.common.adapter import merged_tensors
+from fmg.models.common.checkpoint_files import COMPONENT, adapter_digest
+from fmg.models.common.model import AdaptedModel
+from fmg.models.common.saved_weights import is_full, read_adapter_manifest
+from fmg.models.common.weights import TensorReader, folder_weights, stored_digest
+
+# short, long, with capitals, spaces and letters beyond ASCII: every difference that tokenizers make
+_PROBES = ("", "a red circle", "  A Blue Square\n", "ein grüner Kreis, 圆", "a very long prompt " * 300)
+
+
+class LoadedSource:
+    """A model in memory as the source of an artifact: its facts, tokenizers and weights.
+
+    Args:
+        target: what was loaded.
+        model: the model with the adapter of the target, in fp32.
+    """
+
+    def __init__(self, target: Target, model: AdaptedModel[Any]) -> None:
+        self.target = target
+        self.model = model
+        self.label = target.label
+
+    @classmethod
+    def load(cls, target: Target) -> LoadedSource:
+        """The model of a target on the CPU.
+
+        Raises:
+            UsageError: it is not of a family that can be exported.
+            MissingDependencyError, CheckpointError: as loading it.
+        """
+        model = load_model(target, device="cpu", dtype="fp32")
+        if not isinstance(model, AdaptedModel):
+            raise UsageError(f"'{target.label}' has no transformer that can be exported", "Export another model.")
+        return cls(target, model)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the artifact is sampled."""
+        model, rollout = self.model, self.target.recipe.rollout
+        conventions = model.components.conventions
+        channels, height, _ = model.latent_shape
+        return Sampling(
+            map=conventions.map,
+            path=conventions.path,
+            time_scale=conventions.time_scale,
+            second_time=conventions.second_time.takes,
+            guidance=model.guidance_of(model.components),
+            latent_channels=channels,
+            latent_scale=conventions.resolution // height,
+            resolution=conventions.resolution,
+            resolutions=(conventions.resolution,),
+            grid=rollout.grid,
+            steps=rollout.steps,
+        )
+
+    @property
+    def facts(self) -> ModelFacts:
+        """Name and configs of the model."""
+        network: Any = self.model.network
+        return ModelFacts(
+            self.target.recipe.model.name,
+            plain_config(dict(network.config)),
+            plain_config(dict(self.model.components.vae.config)),
+        )
+
+    @cached_property
+    def base(self) -> Base:
+        """The weights under the adapter: those of the model, or of a full fine-tune."""
+        trained = self.target.adapter
+        whole = trained is not None and is_full(trained)
+        files = folder_weights(trained / COMPONENT) if trained and whole else self.model.components.weights
+        reader = TensorReader(files.files)
+        dtypes = base_dtypes({name: reader.describe(name) for name in files.files})
+        return Base(self.label if whole else self.facts.name, stored_digest(files), dtypes, None)
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """What is merged."""
+        folder = self.target.adapter
+        if folder is None or is_full(folder):
+            return None
+        saved = read_adapter_manifest(folder)
+        scale = saved.alpha / saved.rank
+        return Adapter(adapter_digest(folder), saved.rank, saved.alpha, scale, saved.targets, self.label)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """The weights of each graph by their names in it."""
+        model = self.model
+        texts = {
+            f"{name}.{key}": x
+            for name, encoder in encoders(text_stack(model)).items()
+            for key, x in encoder.state_dict().items()
+        }
+        network = merged_tensors(model.network, torch.float32)
+        return {TEXT_ENCODERS: texts, TRANSFORMER: network, VAE_DECODER: model.components.vae.state_dict()}
+
+    def write_tokenizers(self, out: Path) -> dict[str, FormedTokenizerFacts]:
+        """Writes each tokenizer as `NAME/tokenizer.json` under `out`.
+
+        Raises:
+            CheckpointError: the file alone does not give the ids of the model.
+        """
+        stack, length = text_stack(self.model), self.model.components.conventions.max_sequence_length
+        wanted = stack.tokenise(list(_PROBES), length)
+        form = stack.form
+        written = {}
+        for name in (name for name in wanted if not name.endswith(MASK)):
+            loaded: Any = getattr(stack, name)
+            backend = Tokenizer.from_str(loaded.backend_tokenizer.to_str())
+            # lengths are in the manifest, not in the file, so that a prompt's own length can still be counted
+            backend.no_padding()
+            backend.no_truncation()
+            (out / name).mkdir()
+            file = f"{name}/{TOKENIZER_FILE}"
+            backend.save(str(out / file))
+            written[name] = self._reproducing(out / file, file, loaded, form, name, wanted)
+        return written
+
+    def _reproducing(
+        self, path: Path, file: str, loaded: Any, form: PromptForm, name: str, wanted: Mapping[str, Tensor]
+    ) -> FormedTokenizerFacts:
+        """The facts with which the file gives the ids, and the mask, of the model."""
+        mask = wanted.get(name + MASK)
+        facts = FormedTokenizerFacts(
+            file=file,
+            length=wanted[name].shape[1],
+            pad_id=int(loaded.pad_token_id),
+            pad_token=str(loaded.pad_token),
+            prefix=form.prefix,
+            suffix=form.suffix,
+            lower=form.lower,
+            strip=form.strip,
+            padding="right",
+            mask=mask is not None,
+        )
+        for fitting in (facts, replace(facts, padding="left")):
+            ids, shown = (torch.from_numpy(x) for x in PromptTokenizer(path, fitting).with_mask(_PROBES))
+            if torch.equal(ids, wanted[name].long()) and (mask is None or torch.equal(shown, mask.long())):
+                return fitting
+        raise CheckpointError(
+            f"The tokenizer of {self.model.components.folder / name} does more than its tokenizer.json says",
+            "Restore the folder from where the model came from.",
+        )
+
+
+def export_loaded(target: Target, out: Path, options: ExportOptions, observer: Observer) -> Artifact:
+    """Writes the artifact of a model of any family that can be traced; errors as `export_artifact`."""
+    _check_options(options)
+    source = LoadedSource.load(target)
+    own = source.sampling.resolution
+    if options.resolutions not in (None, (own,)):
+        raise UsageError(
+            f"Graphs of '{source.facts.name}' have one size, here {own} px, not {options.resolutions}",
+            "Set model.resolution in the recipe, and export one artifact for each size.",
+        )
+    check_space(out, sum(4 * x.numel() for tensors in source.tensors.values() for x in tensors.values()))
+    with atomic_folder(out) as folder:
+        manifest = _write(source, folder, options, observer)
+        write_manifest(folder, manifest)
+    return Artifact(out, manifest)
+
+
+def _check_options(options: ExportOptions) -> None:
+    """Refuses what only the export of FLUX has.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    if options.int8:
+        raise UsageError("8-bit weights are only written for models of the FLUX.1 family", "Leave --int8 out.")
+    if options.precision != "fp32":
+        raise UsageError(
+            f"Graphs in {options.precision} are only written for models of the FLUX.1 family", "Leave --precision out."
+        )
+
+
+def _write(source: LoadedSource, folder: Path, options: ExportOptions, observer: Observer) -> Manifest:
+    """Writes every file but the manifest, which it returns."""
+    tokenizers = source.write_tokenizers(folder)
+    files = {facts.file: file_entry(folder / facts.file) for facts in tokenizers.values()}
+    graphs: dict[str, Graph] = {}
+    planned = plans(source.model)
+    for number, plan in enumerate(planned):
+        observer(StageProgress("tracing", number, len(planned)))
+        files |= _write_graph(source, folder, plan, observer)
+        graphs[plan.name] = Graph(graph_file(plan.name), weights_file(plan.name), "fp32", plan.inputs, plan.outputs)
+    observer(StageProgress("tracing", len(planned), len(planned)))
+    rewards, prompts = recipe_facts(source.target.recipe)
+    large = bool(source.model.spec.gpu_memory_gb)
+    return Manifest(
+        schema=LATENT,
+        files=dict(sorted(files.items())),
+        model=source.facts,
+        sampling=source.sampling,
+        precision="fp32",
+        opset=OPSET,
+        axes={BATCH: AxisRange(*(options.batch or (LARGE_BATCH if large else SMALL_BATCH)))},
+        graphs=graphs,
+        tokenizers=tokenizers,
+        base=source.base,
+        adapter=source.adapter,
+        rewards=rewards,
+        prompts=prompts,
+        libraries=library_versions(),
+        checks=(),
+    )
+
+
+def _write_graph(source: LoadedSource, folder: Path, plan: GraphPlan, observer: Observer) -> dict[str, FileEntry]:
+    traced, tensors = trace(plan), source.tensors[plan.name]
+    layout = lay_out({name: (tensors[name].dtype, shape) for name, shape in traced.parameters.items()})
+    weights, file = weights_file(plan.name), graph_file(plan.name)
+
+    def told(done: int, total: int) -> None:
+        stage = f"weights of {plan.name} (MB)"
+        observer(StageProgress(stage, math.ceil(done / 10**6), math.ceil(total / 10**6)))
+
+    entry = write_weights(folder / weights, layout, lambda name: tensors[name].detach().contiguous(), told)
+    save_graph(traced, folder / file, weights, layout.places)
+    return {weights: entry, file: file_entry(folder / file)}

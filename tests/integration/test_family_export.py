@@ -1,0 +1,149 @@
+"""`fmg export` of families whose transformer takes latents: verified, and sampled without torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fmg.core.errors import CheckpointError
+from fmg.core.json_io import sealed
+from fmg.inference.artifact import open_artifact
+from fmg.inference.artifact.manifest import MANIFEST
+from fmg.inference.artifact.manifest_io import from_json, to_json
+from fmg.inference.loading import load_target
+from fmg.inference.target import resolve_target
+from fmg.recipe import Recipe
+from tests.support.artifact import make_run
+from tests.support.bare_environment import ARTIFACT, BareEnvironment
+from tests.support.cli import fmg
+from tests.tiny_flux2 import FLUX2_CASE
+from tests.tiny_sana import RESOLUTION, SEQUENCE, build_tiny_sana
+from tests.tiny_sd35 import SD35_CASE
+from tests.tiny_zimage import Z_IMAGE_CASE
+
+pytestmark = [pytest.mark.slow, pytest.mark.compile]
+
+PROMPTS = ["a red circle", "A Blue Square, left"]
+FAMILIES: dict[str, Callable[[Path], dict[str, object]]] = {
+    "sana-sprint": lambda folder: {
+        "folder": str(build_tiny_sana(folder)),
+        "resolution": RESOLUTION,
+        "max_sequence_length": SEQUENCE,
+    },
+    SD35_CASE.model: SD35_CASE.build,
+    FLUX2_CASE.model: FLUX2_CASE.build,
+}
+
+DRAW = """
+import json, sys
+import numpy as np
+sys.modules["torch"] = None
+from fmg.inference.onnxruntime import load
+with load(sys.argv[1], threads=1) as generator:
+    np.save("drawn.npy", generator.generate(json.loads(sys.argv[2]), seeds=[3, 4]).image_array)
+"""
+
+
+def recipe_of(name: str, options: dict[str, object]) -> Recipe:
+    given = {f"model.{key}": value for key, value in options.items()}
+    return Recipe.default(
+        name,
+        **{**given, "model.text_cache": False, "rewards": ["jpeg-incompressibility"], "train.dtype": "fp32"},
+        **{"lora.rank": 2, "lora.alpha": 4.0, "train.device": "cpu"},
+    )
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FMG_CACHE", str(place / "cache"))
+        return make_run(place / "run", recipe_of(request.param, FAMILIES[request.param](place / "folder")), seed=1)
+
+
+@pytest.fixture(scope="module")
+def verified(run: Path) -> dict[str, Any]:
+    """What a verified export of the run prints."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FMG_CACHE", str(run.parent / "cache"))
+        done = fmg("export", str(run), "--verify", "quick", "--json")
+    assert done.code == 0, done.stderr + done.stdout
+    facts: dict[str, Any] = json.loads(done.stdout)
+    return facts
+
+
+def test_an_export_passes_every_check(run: Path, verified: dict[str, Any]) -> None:
+    assert set(verified["graphs"]) == {"text_encoders", "transformer", "vae_decoder"}
+    checks = {check["name"]: check for check in verified["verify"]["checks"]}
+    assert all(check["passed"] for check in checks.values())
+    graphs = [f"{kind}/{graph}" for kind in ("weights", "precision", "tensors") for graph in verified["graphs"]]
+    assert checks.keys() >= {"files", "facts", "drawing", "images", *graphs}
+    manifest = open_artifact(run / "artifact").manifest
+    assert (manifest.schema, manifest.adapter is not None) == (2, True)
+    # the adapter reached the weights
+    assert checks["tensors/transformer"]["values"]["relative_l2"] <= 1e-5
+
+
+def test_the_images_without_torch_are_those_of_the_run(run: Path, verified: dict[str, Any], tmp_path: Path) -> None:
+    bare = BareEnvironment.make(tmp_path / "venv", ARTIFACT)
+    done = bare.run("-c", DRAW, str(run / "artifact"), json.dumps(PROMPTS), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with load_target(resolve_target(run), device="cpu") as torchs:
+        images = torchs.generate(PROMPTS, seeds=[3, 4]).image_array
+    assert float(np.abs(np.load(tmp_path / "drawn.npy") - images).max()) <= 1e-4
+
+
+def test_a_changed_manifest_is_refused(run: Path, verified: dict[str, Any]) -> None:
+    file = run / "artifact" / MANIFEST
+    text = file.read_text()
+    assert to_json(from_json(text, file)) == text
+    changes: list[tuple[Callable[[dict[str, Any]], object], str]] = [
+        (lambda raw: raw["graphs"].pop("text_encoders"), "graphs.text_encoders is missing"),
+        (lambda raw: raw["tokenizers"].clear(), "tokenizers is empty"),
+        (lambda raw: raw["tokenizers"]["tokenizer"].pop("prefix"), "tokenizers.tokenizer."),
+        (lambda raw: raw["graphs"]["text_encoders"]["outputs"].pop(), "which the sampling does not use"),
+        (lambda raw: raw["graphs"]["transformer"]["inputs"].pop(0), "graphs.transformer.inputs lacks 'latents'"),
+        (
+            lambda raw: raw["graphs"]["vae_decoder"]["inputs"][0]["shape"].pop(),
+            "graphs.vae_decoder.inputs has 'latents'",
+        ),
+        (lambda raw: raw.update(schema=1), "graphs.text_encoder is missing"),
+    ]
+    for change, says in changes:
+        raw = {key: value for key, value in json.loads(text).items() if key != "sha256"}
+        change(raw)
+        with pytest.raises(CheckpointError) as caught:
+            from_json(json.dumps(sealed(raw)), file)
+        assert says in str(caught.value), (says, str(caught.value))
+
+
+def test_what_is_not_written_is_refused_in_one_line(run: Path, verified: dict[str, Any], tmp_path: Path) -> None:
+    artifact, new = str(run / "artifact"), str(tmp_path / "new")
+    family = "the FLUX.1 family"
+    for words, says in (
+        (("export", str(run), new, "--precision", "bf16"), "Graphs in bf16 are only written for models of"),
+        (("export", str(run), new, "--int8"), "8-bit weights are only written for models of"),
+        (("export", str(run), new, "--resolutions", "512"), "have one size"),
+        (("export", str(run), "--swap-weights", artifact), "weights are only swapped in artifacts of"),
+        (("export", str(run), new, "--diffusers"), family),
+        (("export", artifact, "--trt"), "get engines"),
+    ):
+        done = fmg(*words)
+        assert done.code != 0
+        assert says in " ".join(done.stderr.split()), done.stderr
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_network_that_cannot_be_traced_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))
+    options = Z_IMAGE_CASE.build(tmp_path / "folder")
+    made = make_run(tmp_path / "run", recipe_of(Z_IMAGE_CASE.model, options), seed=1)
+    done = fmg("export", str(made), str(tmp_path / "artifact"))
+    assert done.code != 0
+    assert "The network of 'z-image-turbo' cannot be traced as a graph" in " ".join(done.stderr.split())
