@@ -12,7 +12,7 @@ from fmg.core.hub import Asset, HubSource, parse_source
 from fmg.core.specs import MAX_SIDE, MapSpec, ModelGeometry
 from fmg.models.conventions import FlowMapConventions, SecondTime
 from fmg.models.flux2.size import KLEIN_4B, KLEIN_9B, QWEN3_4B, QWEN3_8B, Flux2Size, flux2_geometry
-from fmg.models.published import BYTES, DiffusersConfig, pipeline_folder
+from fmg.models.published import BYTES, EULER_ANCHORS, EULER_KERNEL, DiffusersConfig, pipeline_folder
 from fmg.registry.config import About
 
 if TYPE_CHECKING:
@@ -25,23 +25,12 @@ _TERMS_4B, _TERMS_9B = "Apache-2.0", "FLUX Non-Commercial License"
 _VAE_GB = 0.2
 _TOKEN = 16
 
-# The local anchor of the Flow-Map GRPO paper. On the grid of four steps at 512 px it replaces .47, .24 and .13 of the
-# variance of the noise: the states stay close to those of the Euler sampler, along which the student was distilled.
-_LOCAL_ANCHOR = ("asfmc", (("gap", 0.0147),))
-
 
 class Flux2KleinConfig(DiffusersConfig):
-    """FLUX.2 [klein] in a diffusers pipeline folder: 4 or 9 B parameters, distilled for four Euler steps without CFG.
-
-    The network predicts a velocity, and one call gives a jump to any time: an Euler step. The jump to 0 is the
-    student's prediction of the image, which distribution matching trained. A jump to an interior time is a step of its
-    own sampler. The student has not seen added noise: the more noise a stochasticizer replaces, the further its states
-    are from those of the Euler sampler. `asfmc` with an anchor close to the target replaces little; `asfmc-endpoint`
-    replaces all of it. `fmg eval flux2-klein --path-check` scores the images that the Euler sampler completes from the
-    states of each stochasticizer.
-    """
-
+    """FLUX.2 [klein] in a diffusers pipeline folder: 4 or 9 B parameters, distilled for four Euler steps without CFG."""
+    """FLUX.2 [klein] in a diffusers pipeline folder: 4 or 9 B parameters, four Euler steps without CFG."""
     recipe: ClassVar[str | None] = "flux2-klein"
+    anchor_note: ClassVar[str] = EULER_ANCHORS
     about: ClassVar[About] = About(
         licence=f"4B: {_TERMS_4B}; 9B: {_TERMS_9B}; as the model cards state them, not checked here",
         citation="Black Forest Labs 2026, FLUX.2 [klein], https://bfl.ai/blog/flux2-klein-towards-interactive-visual-"
@@ -123,7 +112,7 @@ class Flux2KleinConfig(DiffusersConfig):
 
     def spec(self) -> MapSpec:
         """Declared properties, available without fetching anything or reading a weight."""
-        return replace(super().spec(), default_stochasticizer=_LOCAL_ANCHOR)
+        return replace(super().spec(), default_stochasticizer=EULER_KERNEL)
 
     def published_config(self) -> Mapping[str, object]:
         """That of the size in the hub id."""

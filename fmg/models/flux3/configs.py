@@ -12,7 +12,7 @@ from fmg.core.hub import Asset
 from fmg.core.specs import MAX_SIDE, MapSpec, ModelGeometry
 from fmg.models.conventions import FlowMapConventions, SecondTime
 from fmg.models.flux3.size import FLUX3, QWEN3_VL_4B, Flux3Size, flux3_geometry
-from fmg.models.published import BYTES, DiffusersConfig, pipeline_folder
+from fmg.models.published import BYTES, PAPER_ANCHOR, DiffusersConfig, pipeline_folder
 from fmg.registry.config import About
 
 if TYPE_CHECKING:
@@ -24,9 +24,6 @@ COMPONENTS = ("vae", "text_encoder", "transformer")
 _INDEX = "modular_model_index.json"
 _VAE_GB = 0.2
 _TOKEN, WINDOW = 16, 80
-
-# The local anchor of the Flow-Map GRPO paper (epsilon 0.03, strength 0.7) in its exact form, as for FLUX.1.
-_PAPER_ANCHOR = ("asfmc", (("gap", 0.0147),))
 
 
 class Flux3KleinConfig(DiffusersConfig):
@@ -109,4 +106,4 @@ class Flux3KleinConfig(DiffusersConfig):
 
     def spec(self) -> MapSpec:
         """Declared properties, available without fetching anything or reading a weight."""
-        return replace(super().spec(), default_stochasticizer=_PAPER_ANCHOR)
+        return replace(super().spec(), default_stochasticizer=PAPER_ANCHOR)

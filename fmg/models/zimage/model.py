@@ -53,3 +53,8 @@ class ZImageModel(AdaptedModel[QwenText]):
         """The parts that `config` describes, from files on this computer."""
         folder = locate(config.architecture(), "model", config.registered_name).path
         return load_parts(folder, config.conventions(), device, dtype, text_device)
+
+    @staticmethod
+    def text_facts(components: ZImageComponents) -> tuple[str, ...]:
+        """Which states of Qwen are taken."""
+        return components.text.facts
