@@ -27,8 +27,8 @@ _TOKEN = 16
 
 
 class Flux2KleinConfig(DiffusersConfig):
-    """FLUX.2 [klein] in a diffusers pipeline folder: 4 or 9 B parameters, distilled for four Euler steps without CFG."""
     """FLUX.2 [klein] in a diffusers pipeline folder: 4 or 9 B parameters, four Euler steps without CFG."""
+
     recipe: ClassVar[str | None] = "flux2-klein"
     anchor_note: ClassVar[str] = EULER_ANCHORS
     about: ClassVar[About] = About(
