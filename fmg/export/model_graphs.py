@@ -136,6 +136,8 @@ def network_plan(model: AdaptedModel[Any]) -> GraphPlan:
         dtype,
         (*inputs, *conditioning),
         (float_spec(io_spec.VELOCITY, *latents),),
+        # a class may have weights for inputs that the family does not give, such as images
+        strict=False,
     )
 
 

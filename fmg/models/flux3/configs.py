@@ -46,6 +46,7 @@ class Flux3KleinConfig(DiffusersConfig):
     )
     transformer_class: ClassVar[str] = "Flux3Transformer2DModel"
     in_diffusers: ClassVar[str] = "a `Flux3DistilledModularPipeline` of the base"
+    exportable: ClassVar[bool] = True
     mergeable: ClassVar[bool] = False
 
     folder: str = Field(

@@ -19,6 +19,7 @@ from fmg.flow.sampling import native_sample
 from fmg.registry import models
 from tests.support.families import PROMPTS, attach, noise
 from tests.tiny_flux2 import FLUX2_CASE
+from tests.tiny_flux3 import FLUX3_CASE
 from tests.tiny_sana import RESOLUTION, SEQUENCE, build_tiny_sana
 from tests.tiny_sd35 import SD35_CASE
 from tests.tiny_zimage import Z_IMAGE_CASE
@@ -28,6 +29,7 @@ RELATIVE = 1e-5
 
 FAMILIES: dict[str, Callable[[Path], dict[str, object]]] = {
     FLUX2_CASE.model: FLUX2_CASE.build,
+    FLUX3_CASE.model: FLUX3_CASE.build,
     SD35_CASE.model: SD35_CASE.build,
     "sana-sprint": lambda folder: {
         "folder": str(build_tiny_sana(folder)),
