@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from fmg.core.machine import machine
-from fmg.export.artifact import ExportOptions, export_artifact
+from fmg.export.artifact import export_artifact
+from fmg.export.options import ExportOptions
 from fmg.inference.artifact.layout import Artifact, open_artifact
 from fmg.inference.benchmark import BenchBackend, BenchCase, BenchOptions, Workload, measure, open_cases, ratios
 from fmg.inference.loading import made_from

@@ -105,7 +105,8 @@ def stage_write(arguments: argparse.Namespace) -> dict[str, object]:
 
 def stage_export(arguments: argparse.Namespace) -> dict[str, object]:
     """`fmg export` in fp32."""
-    from fmg.export.artifact import ExportOptions, export_source
+    from fmg.export.artifact import export_source
+    from fmg.export.options import ExportOptions
     from fmg.export.source import find_source
     from fmg.inference.target import Target
     from fmg.recipe import Recipe

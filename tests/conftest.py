@@ -40,7 +40,7 @@ def other_shapes_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shapes_artifact(shapes_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """The fp32 artifact of `shapes_run`, with 8-bit weights as well. Do not change it: copy it."""
-    from fmg.export.artifact import ExportOptions
+    from fmg.export.options import ExportOptions
     from tests.support.artifact import exported
 
     out = tmp_path_factory.mktemp("artifacts") / "shapes"

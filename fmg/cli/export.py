@@ -214,7 +214,8 @@ def export(
             artifact = open_artifact(target)
             facts, text = _build(engines, artifact, sides, rows, reporter)
         else:
-            from fmg.export.artifact import ExportOptions, export_artifact
+            from fmg.export.artifact import export_artifact
+            from fmg.export.options import ExportOptions
 
             options = ExportOptions(_precision(precision), int8, sides, rows)
             folder = folder or export_folder(target, EXPORTED)

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from fmg.core.errors import UsageError, python_call
 from fmg.core.events import Observer, StageProgress, ignore
 from fmg.core.files import atomic_folder
-from fmg.core.machine import installed_versions
 from fmg.core.model_folder import read_config
 from fmg.export.graphs import GraphPlan, clip_plan, decoder_plan, t5_plan, transformer_plan
 from fmg.export.int8 import quantise
 from fmg.export.onnx import OPSET, require_onnx, save_graph, trace
+from fmg.export.options import LARGE_BATCH, SMALL_BATCH, ExportOptions, library_versions, plain_config
 from fmg.export.source import (
     ExportSource,
     base_dtypes,
@@ -69,38 +68,13 @@ from fmg.models.common.size import latent_scale
 from fmg.models.flux.latents import PATCH
 from fmg.models.flux.loading import FLUX
 from fmg.progress import watching
-from fmg.version import __version__
-
-ExportPrecision = Literal["fp32", "bf16", "fp16"]
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # T5 exceeds the range of fp16, so encoders stay fp32 beside an fp16 transformer
 _TEXT_DTYPES: Mapping[str, torch.dtype] = {**DTYPES, "fp16": torch.float32}
 _NAMES: Mapping[torch.dtype, Precision] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
-SMALL_BATCH, LARGE_BATCH = (1, 16, 64), (1, 1, 4)
-"""Default rows per call (minimum, optimum, maximum), for a model that runs on a CPU and for a full-size model."""
-
 _MEGABYTE = 10**6
-_LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What to export.
-
-    Attributes:
-        precision: of transformer and text encoders; the decoder is always fp32, and so are text encoders beside an
-            fp16 transformer.
-        int8: also write a transformer with 8-bit weights for a CPU.
-        resolutions: sides of square images; None: the model's own.
-        batch: minimum, optimum and maximum of rows per call; None: by the size of the model.
-    """
-
-    precision: ExportPrecision = "fp32"
-    int8: bool = False
-    resolutions: tuple[int, ...] | None = None
-    batch: tuple[int, int, int] | None = None
 
 
 @python_call
@@ -334,14 +308,3 @@ def image_axes(sampling: Sampling) -> dict[str, AxisRange]:
 def _range(sampling: Sampling, measure: Callable[[int], int]) -> AxisRange:
     values = [measure(size) for size in sampling.resolutions]
     return AxisRange(min(values), measure(sampling.resolution), max(values))
-
-
-def plain_config(config: Mapping[str, Any]) -> dict[str, object]:
-    """A config as plain JSON values, without paths of this machine."""
-    kept = {key: value for key, value in config.items() if key != "_name_or_path"}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the installed packages that an export depends on."""
-    return {"fmg": __version__, **installed_versions(_LIBRARIES)}

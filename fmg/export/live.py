@@ -22,10 +22,10 @@ from fmg.core.cache import cache_dir, made_once, optional_cache
 from fmg.core.errors import CheckpointError, FmgError, reason
 from fmg.core.protocols import Model
 from fmg.core.types import Conditioning
-from fmg.export.artifact import library_versions, plain_config
 from fmg.export.graphs import GraphPlan
 from fmg.export.model_graphs import network_plan
 from fmg.export.onnx import trace
+from fmg.export.options import library_versions, plain_config
 from fmg.inference import onnxruntime as ort
 from fmg.inference.artifact import io_spec
 from fmg.models.common.adapter import merged_tensors

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from fmg.core.json_io import JsonError, parse
 from fmg.core.model_folder import read_config
-from fmg.export.artifact import plain_config, sampling_of
+from fmg.export.artifact import sampling_of
 from fmg.export.int8 import other_weight
 from fmg.export.model_artifact import LoadedSource
+from fmg.export.options import plain_config
 from fmg.export.precision_report import read_graph
 from fmg.export.source import ExportSource, base_dtypes, graph_reader, graph_tokenizer, recipe_facts
 from fmg.export.weights import stored_places

@@ -306,7 +306,8 @@ class NotebookReporter(LiveReporter):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._end_stage()
-        self._draw()
+        if self._handle is not None:
+            self._draw()
 
     def __call__(self, event: Event) -> None:
         super().__call__(event)

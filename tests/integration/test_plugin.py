@@ -69,7 +69,7 @@ assert main(["show", "auraflow"]) == 0
 flags = ["--model", "auraflow", "--reward", "jpeg-incompressibility", "--offline"]
 assert main(["train", *flags, "--dry-run"]) == 0
 assert "torch" not in sys.modules, "planning a run of the package imported torch"
-assert main(["train", *flags]) == 1
+assert main(["train", *flags]) == 2
 """
 
 

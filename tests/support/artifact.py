@@ -19,9 +19,10 @@ from fmg.core.files import write_sums
 from fmg.data.checkpoints import FOLDER, CheckpointIndex, SavedCheckpoint, write_index
 from fmg.data.run_folder import RunFolder
 from fmg.export import artifact as exporter
-from fmg.export.artifact import ExportOptions, export_artifact, export_source
+from fmg.export.artifact import export_artifact, export_source
 from fmg.export.graphs import GraphPlan
 from fmg.export.onnx import TracedGraph, trace
+from fmg.export.options import ExportOptions
 from fmg.export.source import find_source
 from fmg.inference.artifact import Artifact, open_artifact
 from fmg.inference.artifact.manifest import MANIFEST

@@ -108,12 +108,22 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(_GRIDS, "_PAPER_LAST = 0.05", "_PAPER_LAST = 0.0147", _flow("grids")),
     Mutation(_GRIDS, "/ (steps - 1)", "/ steps", _flow("grids")),
     Mutation(_GRIDS, "(shift * t + (1 - t))", "(shift * t + 1)", _flow("grids")),
-    Mutation(_GRIDS, "(image_tokens - low) / (high - low)", "image_tokens / high", _flow("grids")),
+    Mutation(_GRIDS, "(tokens - low) / (high - low)", "tokens / high", _flow("grids")),
     Mutation(_GRIDS, "math.sin(angle) / (math.sin(angle) + math.cos(angle))", "math.sin(angle)", _flow("grids")),
     Mutation(_GRIDS, "_SCM_TWO_STEP_ANGLE = 1.3", "_SCM_TWO_STEP_ANGLE = math.pi / 4", _flow("grids")),
     # adapters
-    Mutation(_MAPS, "x_t - expand(t - s, x_t)", "x_t + expand(t - s, x_t)", _flow("two_time_map")),
-    Mutation(_MAPS, "x_t - expand(t - s, x_t)", "x_t - expand(t, x_t)", _flow("two_time_map")),
+    Mutation(
+        _MAPS,
+        "x_t - expand(t - s, x_t) * self.network(x_t, t, s, cond)",
+        "x_t + expand(t - s, x_t) * self.network(x_t, t, s, cond)",
+        _flow("two_time_map"),
+    ),
+    Mutation(
+        _MAPS,
+        "x_t - expand(t - s, x_t) * self.network(x_t, t, s, cond)",
+        "x_t - expand(t, x_t) * self.network(x_t, t, s, cond)",
+        _flow("two_time_map"),
+    ),
     Mutation(_MAPS, "self.network(x_t, t, s, cond)", "self.network(x_t, s, t, cond)", _flow("two_time_map")),
     Mutation(_MAPS, "self.network(x_t, t, t, cond)", "self.network(x_t, t, 0 * t, cond)", _flow("two_time_map")),
     Mutation(

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fmg.core.errors import CheckpointError, UsageError
-from fmg.export.artifact import ExportOptions, export_artifact
+from fmg.export.artifact import export_artifact
 from fmg.export.int8 import BORDERS
+from fmg.export.options import ExportOptions
 from fmg.inference.artifact import Artifact, io_spec, open_artifact
 from fmg.inference.artifact.manifest import TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER, TRANSFORMER_INT8, VAE_DECODER
 from fmg.inference.target import load_model, resolve_target

@@ -11,7 +11,7 @@ import pytest
 from onnx import NodeProto, TensorProto, helper
 
 from fmg.core.errors import UsageError
-from fmg.export.artifact import ExportOptions, ExportPrecision
+from fmg.export.options import ExportOptions, ExportPrecision
 from fmg.export.precision_report import STAYS_FP32, module_of, precision_of_file
 from fmg.export.source import find_source
 from fmg.export.verify import IN_FP32, verify

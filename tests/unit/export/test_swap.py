@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.export import artifact as exporter
-from fmg.export.artifact import ExportOptions, export_artifact
+from fmg.export.artifact import export_artifact
 from fmg.export.diffusers import export_diffusers
 from fmg.export.graphs import GraphPlan
 from fmg.export.onnx import TracedGraph
+from fmg.export.options import ExportOptions
 from fmg.export.swap import swap_weights
 from fmg.inference.artifact import Artifact, layout, open_artifact
 from fmg.inference.artifact.manifest import TRANSFORMER, TRANSFORMER_INT8, Check

@@ -255,8 +255,8 @@ def run(tmp_path: Path) -> RunFolder:
 def test_a_state_without_one_of_its_parts_is_damaged(key: str, run: RunFolder) -> None:
     file = next(run.path.glob(f"state/*/{STRUCTURE}"))
     pairs = json.loads(file.read_text())["$pairs"]
-    # states from before branched rollouts have no sampling
-    assert {name for name, _ in pairs} == {*KEYS, "sampling"}
+    # states from before branched rollouts have no sampling, and those from before trackers no tracker
+    assert {name for name, _ in pairs} == {*KEYS, "sampling", "tracker"}
     load_state(run, RECIPE)
     file.write_text(json.dumps({"$pairs": [[name, value] for name, value in pairs if name != key]}))
     write_sums(file.parent)

@@ -1,0 +1,46 @@
+"""What to export, and what every artifact records about its origin. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fmg.core.machine import installed_versions
+from fmg.version import __version__
+
+ExportPrecision = Literal["fp32", "bf16", "fp16"]
+
+SMALL_BATCH, LARGE_BATCH = (1, 16, 64), (1, 1, 4)
+"""Default rows per call (minimum, optimum, maximum), for a model that runs on a CPU and for a full-size model."""
+
+_LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export.
+
+    Attributes:
+        precision: of transformer and text encoders; the decoder is always fp32, and so are text encoders beside an
+            fp16 transformer.
+        int8: also write a transformer with 8-bit weights for a CPU.
+        resolutions: sides of square images; None: the model's own.
+        batch: minimum, optimum and maximum of rows per call; None: by the size of the model.
+    """
+
+    precision: ExportPrecision = "fp32"
+    int8: bool = False
+    resolutions: tuple[int, ...] | None = None
+    batch: tuple[int, int, int] | None = None
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, object]:
+    """A config as plain JSON values, without paths of this machine."""
+    kept = {key: value for key, value in config.items() if key != "_name_or_path"}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the installed packages that an export depends on."""
+    return {"fmg": __version__, **installed_versions(_LIBRARIES)}
