@@ -10,23 +10,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory_meter import MemoryMeter
-from fmg.core.events import ignore
-from fmg.core.specs import ModelGeometry
-from fmg.data.run_folder import RunFolder
 from fmg.recipe import Recipe
 from fmg.training.compose import compose
-from fmg.training.launch import choose_sizes
-from fmg.training.plan_memory import plan_memory, update_bytes
+from fmg.training.plan_memory import update_bytes
 from fmg.training.plan_work import trained_by
-from fmg.training.trainer import Trainer
-from tests.support.families import CPU, PROMPTS, FamilyCase
+from tests.support.families import PROMPTS, FamilyCase
+from tests.support.plans import CPU, FACTOR, check_peak, geometry_of
 from tests.tiny_flux2 import FLUX2_CASE
 from tests.tiny_flux3 import FLUX3_CASE
 from tests.tiny_sd35 import SD35_CASE
 from tests.tiny_zimage import Z_IMAGE_CASE
-
-FACTOR = 1.3
-"""A planned peak lies within this factor of the measured one."""
 
 
 @pytest.fixture(scope="module", params=[FLUX2_CASE, FLUX3_CASE, SD35_CASE, Z_IMAGE_CASE], ids=lambda case: case.model)
@@ -50,14 +43,8 @@ def recipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Recipe.default(case.model, **changes)
 
 
-def _geometry(recipe: Recipe) -> ModelGeometry:
-    geometry = recipe.model.config.geometry()
-    assert geometry is not None
-    return geometry
-
-
 def test_what_is_trained_is_counted_and_flops_are_those_of_torch(recipe: Recipe) -> None:
-    geometry, composed = _geometry(recipe), compose(recipe, CPU, torch.float32)
+    geometry, composed = geometry_of(recipe), compose(recipe, CPU, torch.float32)
     planned = trained_by(recipe, geometry)
     trained = sum(p.numel() for _, p in composed.model.trainable())
     assert (planned.parameters, planned.words) == (trained, composed.trained)
@@ -81,7 +68,7 @@ def test_what_is_trained_is_counted_and_flops_are_those_of_torch(recipe: Recipe)
 def test_activations_of_an_update_are_the_measured_ones(recipe: Recipe, checkpointing: bool) -> None:
     """Apart from the decoder, which is most of the peak of a tiny network."""
     changed = recipe.with_({"train.dtype": "bf16", "model.gradient_checkpointing": checkpointing})
-    geometry, model = _geometry(changed), compose(changed, CPU, torch.bfloat16).model
+    geometry, model = geometry_of(changed), compose(changed, CPU, torch.bfloat16).model
     trained, rows = trained_by(changed, geometry), 8
     noise, times = torch.zeros(rows, *model.latent_shape), torch.ones(rows)
     cond = model.encode([PROMPTS[0]] * rows)
@@ -103,14 +90,4 @@ def test_activations_of_an_update_are_the_measured_ones(recipe: Recipe, checkpoi
 def test_the_planned_peak_is_the_measured_one_within_the_stated_factor(
     recipe: Recipe, changes: dict[str, object], tmp_path: Path
 ) -> None:
-    changed = recipe.with_(changes)
-    sizes = choose_sizes(changed, "cpu")
-    composed = compose(changed, CPU, {"fp32": torch.float32, "bf16": torch.bfloat16}[changed.train.dtype])
-    parts = composed.model.components  # type: ignore[attr-defined]
-    loaded = (parts.transformer, parts.vae, *parts.text.encoders)
-    before = sum(p.nbytes for module in loaded for p in module.parameters())
-    with MemoryMeter() as meter:
-        Trainer(composed, RunFolder(tmp_path), sizes, ignore).iterate(0)
-    measured = before + meter.peak
-    planned = plan_memory(changed, _geometry(changed), sizes).peak
-    assert measured / FACTOR < planned < measured * FACTOR, (planned, measured)
+    check_peak(recipe.with_(changes), tmp_path)
