@@ -44,6 +44,10 @@ MapKind = Literal["two-time", "single-time", "velocity"]
 """What a network predicts at time t: the average velocity to any target time, that to 0, or the velocity at t."""
 
 
+Kernel = tuple[str, tuple[tuple[str, object], ...]]
+"""A stochasticizer by name, with its options."""
+
+
 @dataclass(frozen=True)
 class MapSpec:
     """Declared properties of a flow-map model.
@@ -66,7 +70,7 @@ class MapSpec:
     resolution: int
     default_steps: int
     default_grid: str | tuple[float, ...]
-    default_stochasticizer: tuple[str, tuple[tuple[str, object], ...]]
+    default_stochasticizer: Kernel
     default_recipe: str
     gpu_memory_gb: float = 0.0
     kind: MapKind | None = None
@@ -191,8 +195,8 @@ class ModelGeometry:
     encoder_parameters: int
     decoder_parameters: int
     decoder: ActivationBytes
-    checkpointing: bool
-    encoders_resident: bool
+    checkpointing: bool = False
+    encoders_resident: bool = True
     decoder_tile: int | None = None
     tables: int = 0
     second_embedder: str = ""

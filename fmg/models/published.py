@@ -15,7 +15,7 @@ from fmg.core.errors import CheckpointError, FmgWarning
 from fmg.core.files import from_home
 from fmg.core.hub import Asset, HubSource, Located, locate, parse_source, problem
 from fmg.core.model_folder import stated_config
-from fmg.core.specs import MapSpec
+from fmg.core.specs import Kernel, MapSpec, ModelGeometry
 from fmg.models.common.checkpoint_files import DIFFUSERS_FILE, EXTRA_FILE, PEFT_CONFIG_FILE, PEFT_FILE
 from fmg.models.common.size import stored_names
 from fmg.models.conventions import FlowMapConventions, Worded
@@ -94,6 +94,8 @@ class PublishedConfig(ModelConfig):
             "license_link": f"https://huggingface.co/{source.repository}",
         }
 
+    interior_kernel: ClassVar[Kernel | None] = None
+    """Default stochasticizer of a map that takes any anchor; None: the usual one."""
     transformer_class: ClassVar[str]
     """Name of the transformer's class in diffusers."""
     published: ClassVar[Mapping[str, object]]
@@ -145,7 +147,24 @@ class PublishedConfig(ModelConfig):
         assert self.recipe is not None
         parameters = self.parameters()
         memory = self.work_space * BYTES * parameters / 1e9 if parameters >= _LARGE else 0.0
-        return replace(self.conventions().spec(self.recipe), gpu_memory_gb=memory)
+        spec = replace(self.conventions().spec(self.recipe), gpu_memory_gb=memory)
+        if self.interior_kernel is None or spec.anchors != "any":
+            return spec
+        return replace(spec, default_stochasticizer=self.interior_kernel)
+
+    def sizes(self) -> ModelGeometry | None:
+        """The geometry of the folder or the published one, apart from the options that `geometry` adds.
+
+        None: the plan counts calls only.
+        """
+        return None
+
+    def geometry(self) -> ModelGeometry | None:
+        """Sizes from the JSON files and safetensors headers of the folder, or the published ones."""
+        sizes, resident = self.sizes(), self.text_device == "model"
+        if sizes is None:
+            return None
+        return replace(sizes, checkpointing=self.gradient_checkpointing, encoders_resident=resident)
 
 
 class DiffusersConfig(PublishedConfig):
@@ -163,6 +182,11 @@ class DiffusersConfig(PublishedConfig):
     vae_slicing: bool = Field(
         default=False, description="Decode one image at a time, even if several would fit in a call."
     )
+
+    def geometry(self) -> ModelGeometry | None:
+        """As `PublishedConfig.geometry`, with the tiles that images are decoded in."""
+        geometry = super().geometry()
+        return None if geometry is None else replace(geometry, decoder_tile=self.vae_tile)
 
 
 class AdapterFile(Worded):
@@ -251,7 +275,7 @@ def located_adapters(config: PublishedConfig) -> tuple[LocatedAdapter, ...]:
     """
     if not isinstance(config, StackedConfig):
         return ()
-    located = (locate(asset, "model", config.recipe or "") for asset in config.adapter_assets())
+    located = (locate(asset, "model", config.registered_name) for asset in config.adapter_assets())
     return tuple(_adapter(found, stated) for found, stated in zip(located, config.adapters, strict=True))
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from fmg.core.hub import Asset
-from fmg.core.specs import MAX_SIDE, MapKind, MapSpec, ModelGeometry
+from fmg.core.specs import MAX_SIDE, Kernel, MapKind, ModelGeometry
 from fmg.models.conventions import FLUX_IN_DIFFUSERS, FlowMapConventions, SecondTime, check_second_time
 from fmg.models.flux.size import FLUX_LITE, FLUX_SCHNELL, SECOND_EMBEDDER, flux_geometry, transformer_parameters
 from fmg.models.published import BYTES, PAPER_ANCHOR, DiffusersConfig, StackedConfig, pipeline_folder
@@ -37,6 +36,7 @@ _TEACHER = "Freepik/flux.1-lite-8B: T5, CLIP and VAE, about 9.9 GB"
 class FluxConfig(DiffusersConfig):
     """Options of every FLUX-class model of full size."""
 
+    interior_kernel: ClassVar[Kernel | None] = PAPER_ANCHOR
     transformer_class: ClassVar[str] = "FluxTransformer2DModel"
     published: ClassVar[Mapping[str, object]] = FLUX_LITE
 
@@ -69,22 +69,9 @@ class FluxConfig(DiffusersConfig):
 
         return FluxModel.from_config(self, device, dtype)
 
-    def geometry(self) -> ModelGeometry:
+    def sizes(self) -> ModelGeometry:
         """Measures by the JSON files and safetensors headers of the folder, or as published."""
-        return flux_geometry(
-            self.folder_here(),
-            self.conventions(),
-            checkpointing=self.gradient_checkpointing,
-            encoders_resident=self.text_device == "model",
-            published=self.published,
-            decoder_tile=self.vae_tile,
-        )
-
-    def spec(self) -> MapSpec:
-        """Declared properties, available without fetching anything or reading a weight."""
-        spec = super().spec()
-        default = PAPER_ANCHOR if spec.anchors == "any" else spec.default_stochasticizer
-        return replace(spec, default_stochasticizer=default)
+        return flux_geometry(self.folder_here(), self.conventions(), published=self.published)
 
 
 class FluxStudentConfig(FluxConfig):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from fmg.core.hub import Asset, HubSource, parse_source
-from fmg.core.specs import MAX_SIDE, MapSpec, ModelGeometry
+from fmg.core.specs import MAX_SIDE, Kernel, ModelGeometry
 from fmg.models.conventions import FlowMapConventions, SecondTime
 from fmg.models.flux2.size import KLEIN_4B, KLEIN_9B, QWEN3_4B, QWEN3_8B, Flux2Size, flux2_geometry
 from fmg.models.published import BYTES, EULER_ANCHORS, EULER_KERNEL, DiffusersConfig, pipeline_folder
@@ -40,6 +39,7 @@ class Flux2KleinConfig(DiffusersConfig):
             "black-forest-labs/FLUX.2-klein-9B: about 35 GB, after its terms are accepted on the hub",
         ),
     )
+    interior_kernel: ClassVar[Kernel | None] = EULER_KERNEL
     transformer_class: ClassVar[str] = "Flux2Transformer2DModel"
     in_diffusers: ClassVar[str] = "a `Flux2KleinPipeline` of the base"
     exportable: ClassVar[bool] = True
@@ -94,25 +94,18 @@ class Flux2KleinConfig(DiffusersConfig):
 
         return Flux2Model.from_config(self, device, dtype)
 
-    def geometry(self) -> ModelGeometry:
+    def sizes(self) -> ModelGeometry:
         """Sizes from the JSON files and safetensors headers of the folder, or the published ones."""
         return flux2_geometry(
             self.folder_here(),
             self.published_config(),
             self.conventions(),
             encoder_parameters=QWEN3_8B if self._is_9b() else QWEN3_4B,
-            checkpointing=self.gradient_checkpointing,
-            encoders_resident=self.text_device == "model",
-            decoder_tile=self.vae_tile,
         )
 
     def parameters(self) -> int:
         """Parameters of the transformer, from `config.json` in a local folder, otherwise from the published one."""
         return Flux2Size(self.transformer()).parameters
-
-    def spec(self) -> MapSpec:
-        """Declared properties, available without fetching anything or reading a weight."""
-        return replace(super().spec(), default_stochasticizer=EULER_KERNEL)
 
     def published_config(self) -> Mapping[str, object]:
         """That of the size in the hub id."""

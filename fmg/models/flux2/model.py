@@ -80,7 +80,7 @@ class Flux2Model(AdaptedModel[QwenText]):
         cls, config: PublishedConfig, device: torch.device, dtype: torch.dtype, text_device: torch.device
     ) -> Flux2Components:
         """The parts that `config` describes, from files on this computer."""
-        folder = locate(config.architecture(), "model", config.recipe or "").path
+        folder = locate(config.architecture(), "model", config.registered_name).path
         return cls.load_parts(folder, config.conventions(), device, dtype, text_device)
 
     @staticmethod

@@ -162,9 +162,6 @@ def flux2_geometry(
     conventions: FlowMapConventions,
     *,
     encoder_parameters: int,
-    checkpointing: bool,
-    encoders_resident: bool,
-    decoder_tile: int | None,
 ) -> ModelGeometry:
     """The geometry of a pipeline folder; missing values are the published ones.
 
@@ -173,9 +170,6 @@ def flux2_geometry(
         published: the transformer's config if the folder has none.
         conventions: resolution and text length.
         encoder_parameters: parameters of the text encoder if the folder has none.
-        checkpointing: whether the model recomputes its blocks in the backward pass.
-        encoders_resident: whether Qwen3 stays on the transformer's device.
-        decoder_tile: side of the tiles in pixels that images are decoded in.
     """
     stated = None if folder is None else stated_config(folder / "transformer")
     size, text = Flux2Size(stated or published), conventions.max_sequence_length
@@ -202,7 +196,4 @@ def flux2_geometry(
         encoder_parameters=stored_parameters(folder, "text_encoder") or encoder_parameters,
         decoder_parameters=stored_parameters(folder, "vae") or FLUX2_DECODER,
         decoder=decoder,
-        checkpointing=checkpointing,
-        encoders_resident=encoders_resident,
-        decoder_tile=decoder_tile,
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from fmg.core.hub import Asset
-from fmg.core.specs import MAX_SIDE, MapSpec, ModelGeometry
+from fmg.core.specs import MAX_SIDE, Kernel, ModelGeometry
 from fmg.models.conventions import FlowMapConventions, SecondTime
 from fmg.models.flux3.size import FLUX3, QWEN3_VL_4B, Flux3Size, flux3_geometry
 from fmg.models.published import BYTES, PAPER_ANCHOR, DiffusersConfig, pipeline_folder
@@ -44,6 +44,7 @@ class Flux3KleinConfig(DiffusersConfig):
         citation="Flux3Transformer2DModel in diffusers",
         weights=("black-forest-labs/flux-3-image-klein, as diffusers names it: about 20 GB by the sizes of the class",),
     )
+    interior_kernel: ClassVar[Kernel | None] = PAPER_ANCHOR
     transformer_class: ClassVar[str] = "Flux3Transformer2DModel"
     in_diffusers: ClassVar[str] = "a `Flux3DistilledModularPipeline` of the base"
     exportable: ClassVar[bool] = True
@@ -90,21 +91,10 @@ class Flux3KleinConfig(DiffusersConfig):
 
         return Flux3Model.from_config(self, device, dtype)
 
-    def geometry(self) -> ModelGeometry:
+    def sizes(self) -> ModelGeometry:
         """Sizes from the JSON files and safetensors headers of the folder, or the defaults of the class."""
-        return flux3_geometry(
-            self.folder_here(),
-            self.published,
-            self.conventions(),
-            checkpointing=self.gradient_checkpointing,
-            encoders_resident=self.text_device == "model",
-            decoder_tile=self.vae_tile,
-        )
+        return flux3_geometry(self.folder_here(), self.published, self.conventions())
 
     def parameters(self) -> int:
         """Parameters of the transformer, from `config.json` in a local folder, otherwise the defaults of the class."""
         return Flux3Size(self.transformer()).parameters
-
-    def spec(self) -> MapSpec:
-        """Declared properties, available without fetching anything or reading a weight."""
-        return replace(super().spec(), default_stochasticizer=PAPER_ANCHOR)

@@ -95,10 +95,6 @@ def flux3_geometry(
     folder: Path | None,
     published: Mapping[str, object],
     conventions: FlowMapConventions,
-    *,
-    checkpointing: bool,
-    encoders_resident: bool,
-    decoder_tile: int | None,
 ) -> ModelGeometry:
     """The geometry of a folder; missing values are the defaults of the class.
 
@@ -106,9 +102,6 @@ def flux3_geometry(
         folder: a diffusers folder, or None when it has not been fetched.
         published: the transformer's config if the folder has none.
         conventions: resolution and text length.
-        checkpointing: whether the model recomputes its blocks in the backward pass.
-        encoders_resident: whether Qwen3-VL stays on the transformer's device.
-        decoder_tile: side of the tiles in pixels that images are decoded in.
     """
     stated = None if folder is None else stated_config(folder / "transformer")
     size, text = Flux3Size(stated or published), conventions.max_sequence_length
@@ -136,8 +129,5 @@ def flux3_geometry(
         encoder_parameters=stored_parameters(folder, "text_encoder") or QWEN3_VL_4B,
         decoder_parameters=stored_parameters(folder, "vae") or FLUX2_DECODER,
         decoder=decoder,
-        checkpointing=checkpointing,
-        encoders_resident=encoders_resident,
-        decoder_tile=decoder_tile,
         second_embedder="target_timestep_embedder",
     )

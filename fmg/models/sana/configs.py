@@ -88,15 +88,9 @@ class SanaSprintConfig(PublishedConfig):
 
         return SanaModel.from_config(self, device, dtype)
 
-    def geometry(self) -> ModelGeometry:
+    def sizes(self) -> ModelGeometry:
         """Measures by the JSON files and safetensors headers of the folder, or as published."""
-        return sana_geometry(
-            self.folder_here(),
-            self.published_config(),
-            self.conventions(),
-            checkpointing=self.gradient_checkpointing,
-            encoders_resident=self.text_device == "model",
-        )
+        return sana_geometry(self.folder_here(), self.published_config(), self.conventions())
 
     def parameters(self) -> int:
         """Parameters of the transformer, by its `config.json` in a local folder, else by the published one."""

@@ -146,9 +146,6 @@ def sana_geometry(
     folder: Path | None,
     published: Mapping[str, object],
     conventions: FlowMapConventions,
-    *,
-    checkpointing: bool,
-    encoders_resident: bool,
 ) -> ModelGeometry:
     """The geometry of a pipeline folder; missing values are the published ones.
 
@@ -156,8 +153,6 @@ def sana_geometry(
         folder: a diffusers pipeline folder, or None when it has not been fetched.
         published: the transformer's config if the folder has none.
         conventions: resolution and text length.
-        checkpointing: whether the model recomputes its blocks in the backward pass.
-        encoders_resident: whether Gemma stays on the transformer's device.
     """
     stated = None if folder is None else stated_config(folder / "transformer")
     vae = (None if folder is None else stated_config(folder / "vae")) or {}
@@ -181,8 +176,6 @@ def sana_geometry(
         encoder_parameters=stored_parameters(folder, "text_encoder") or GEMMA,
         decoder_parameters=stored_parameters(folder, "vae") or DCAE,
         decoder=ActivationBytes(_DECODER.numbers * widest, _DECODER.fixed * widest),
-        checkpointing=checkpointing,
-        encoders_resident=encoders_resident,
     )
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, model_validator
 
 from fmg.core.hub import Asset
-from fmg.core.specs import MAX_SIDE, MapSpec, ModelGeometry
+from fmg.core.specs import MAX_SIDE, Kernel, ModelGeometry
 from fmg.models.conventions import FlowMapConventions, SecondTime, check_second_time
 from fmg.models.published import PAPER_ANCHOR, DiffusersConfig, StackedConfig, pipeline_folder
 from fmg.models.sd3.size import SD35_MEDIUM, SECOND_EMBEDDER, SD3Size, sd3_geometry
@@ -29,6 +28,7 @@ class SD35MeanFlowConfig(StackedConfig, DiffusersConfig):
     """SD3.5-Medium with the second-time embedder of AnyFlow and the adapters of MeanFlowNFT: a two-time map."""
 
     recipe: ClassVar[str | None] = "sd35-meanflow"
+    interior_kernel: ClassVar[Kernel | None] = PAPER_ANCHOR
     transformer_class: ClassVar[str] = "SD3Transformer2DModel"
     published: ClassVar[Mapping[str, object]] = SD35_MEDIUM
     second_embedder: ClassVar[str] = SECOND_EMBEDDER
@@ -90,21 +90,10 @@ class SD35MeanFlowConfig(StackedConfig, DiffusersConfig):
 
         return SD3Model.from_config(self, device, dtype)
 
-    def geometry(self) -> ModelGeometry:
+    def sizes(self) -> ModelGeometry:
         """Sizes from the JSON files and safetensors headers of the folder, or the published ones."""
-        return sd3_geometry(
-            self.folder_here(),
-            self.published,
-            self.conventions(),
-            checkpointing=self.gradient_checkpointing,
-            encoders_resident=self.text_device == "model",
-            decoder_tile=self.vae_tile,
-        )
+        return sd3_geometry(self.folder_here(), self.published, self.conventions())
 
     def parameters(self) -> int:
         """Parameters of the transformer, from `config.json` in a local folder, otherwise from the published one."""
         return SD3Size(self.transformer()).parameters
-
-    def spec(self) -> MapSpec:
-        """Declared properties, available without fetching anything or reading a weight."""
-        return replace(super().spec(), default_stochasticizer=PAPER_ANCHOR)

@@ -52,7 +52,7 @@ class SD3Model(AdaptedModel[SD3Text]):
         cls, config: SD35MeanFlowConfig, device: torch.device, dtype: torch.dtype, text_device: torch.device
     ) -> SD3Components:
         """The parts that `config` describes, from files on this computer, with its adapters merged."""
-        folder = locate(config.architecture(), "model", config.recipe or "").path
+        folder = locate(config.architecture(), "model", config.registered_name).path
         conventions, own = config.conventions(), folder / "transformer"
 
         def transformer() -> tuple[FlowMapSD3Transformer2DModel, WeightFiles]:

@@ -106,10 +106,6 @@ def sd3_geometry(
     folder: Path | None,
     published: Mapping[str, object],
     conventions: FlowMapConventions,
-    *,
-    checkpointing: bool,
-    encoders_resident: bool,
-    decoder_tile: int | None,
 ) -> ModelGeometry:
     """The geometry of a pipeline folder; missing values are the published ones. Arguments as for `flux_geometry`."""
     stated = None if folder is None else stated_config(folder / "transformer")
@@ -138,9 +134,6 @@ def sd3_geometry(
         encoder_parameters=stored_parameters(folder, *encoders) or SD3_ENCODERS,
         decoder_parameters=stored_parameters(folder, "vae") or FLUX_DECODER,
         decoder=ActivationBytes(decoder_values(vae)),
-        checkpointing=checkpointing,
-        encoders_resident=encoders_resident,
-        decoder_tile=decoder_tile,
         tables=size.positions,
         second_embedder=SECOND_EMBEDDER,
     )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from fmg.core.hub import Asset
-from fmg.core.specs import MAX_SIDE, MapSpec, ModelGeometry
+from fmg.core.specs import MAX_SIDE, Kernel, ModelGeometry
 from fmg.models.conventions import FlowMapConventions, SecondTime
 from fmg.models.published import BYTES, EULER_ANCHORS, EULER_KERNEL, DiffusersConfig, pipeline_folder
 from fmg.models.zimage.size import Z_IMAGE, ZImageSize, zimage_geometry
@@ -30,6 +29,7 @@ class ZImageTurboConfig(DiffusersConfig):
     """Z-Image-Turbo in a diffusers pipeline folder: 6 B parameters, distilled for eight Euler steps without CFG."""
 
     recipe: ClassVar[str | None] = "z-image-turbo"
+    interior_kernel: ClassVar[Kernel | None] = EULER_KERNEL
     transformer_class: ClassVar[str] = "ZImageTransformer2DModel"
     published: ClassVar[Mapping[str, object]] = Z_IMAGE
     about: ClassVar[About] = About(
@@ -78,21 +78,10 @@ class ZImageTurboConfig(DiffusersConfig):
 
         return ZImageModel.from_config(self, device, dtype)
 
-    def geometry(self) -> ModelGeometry:
+    def sizes(self) -> ModelGeometry:
         """Sizes from the JSON files and safetensors headers of the folder, or the published ones."""
-        return zimage_geometry(
-            self.folder_here(),
-            self.published,
-            self.conventions(),
-            checkpointing=self.gradient_checkpointing,
-            encoders_resident=self.text_device == "model",
-            decoder_tile=self.vae_tile,
-        )
+        return zimage_geometry(self.folder_here(), self.published, self.conventions())
 
     def parameters(self) -> int:
         """Parameters of the transformer, from `config.json` in a local folder, otherwise from the published one."""
         return ZImageSize(self.transformer()).parameters
-
-    def spec(self) -> MapSpec:
-        """Declared properties, available without fetching anything or reading a weight."""
-        return replace(super().spec(), default_stochasticizer=EULER_KERNEL)

@@ -98,10 +98,6 @@ def zimage_geometry(
     folder: Path | None,
     published: Mapping[str, object],
     conventions: FlowMapConventions,
-    *,
-    checkpointing: bool,
-    encoders_resident: bool,
-    decoder_tile: int | None,
 ) -> ModelGeometry:
     """The geometry of a pipeline folder; missing values are the published ones.
 
@@ -109,9 +105,6 @@ def zimage_geometry(
         folder: a diffusers pipeline folder, or None when it has not been fetched.
         published: the transformer's config if the folder has none.
         conventions: resolution and text length.
-        checkpointing: whether the model recomputes its blocks in the backward pass.
-        encoders_resident: whether Qwen3 stays on the transformer's device.
-        decoder_tile: side of the tiles in pixels that images are decoded in.
     """
     stated = None if folder is None else stated_config(folder / "transformer")
     vae = (None if folder is None else stated_config(folder / "vae")) or FLUX_VAE
@@ -136,7 +129,4 @@ def zimage_geometry(
         encoder_parameters=stored_parameters(folder, "text_encoder") or QWEN3_4B,
         decoder_parameters=stored_parameters(folder, "vae") or FLUX_DECODER,
         decoder=ActivationBytes(decoder_values(vae)),
-        checkpointing=checkpointing,
-        encoders_resident=encoders_resident,
-        decoder_tile=decoder_tile,
     )
