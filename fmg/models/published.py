@@ -17,7 +17,7 @@ from fmg.core.hub import Asset, HubSource, Located, locate, parse_source, proble
 from fmg.core.model_folder import stated_config
 from fmg.core.specs import Kernel, MapSpec, ModelGeometry
 from fmg.models.common.checkpoint_files import DIFFUSERS_FILE, EXTRA_FILE, PEFT_CONFIG_FILE, PEFT_FILE
-from fmg.models.common.size import stored_names
+from fmg.models.common.size import TransformerSize, stored_names
 from fmg.models.conventions import FlowMapConventions, Worded
 from fmg.registry.config import ModelConfig
 
@@ -100,6 +100,8 @@ class PublishedConfig(ModelConfig):
     """Name of the transformer's class in diffusers."""
     published: ClassVar[Mapping[str, object]]
     """The transformer's config if it is not on this computer yet."""
+    size_class: ClassVar[type[TransformerSize] | None] = None
+    """Sizes by the transformer's config; None: `parameters` is overridden, and the plan counts calls only."""
 
     @abstractmethod
     def architecture(self) -> Asset:
@@ -127,9 +129,10 @@ class PublishedConfig(ModelConfig):
         """The published config: `published`, unless the source selects one of several sizes."""
         return self.published
 
-    @abstractmethod
     def parameters(self) -> int:
         """Parameters of the transformer, from `config.json` in a local folder, otherwise from the published one."""
+        assert self.size_class is not None
+        return self.size_class(self.transformer()).parameters
 
     @property
     def registered_name(self) -> str:
@@ -157,7 +160,9 @@ class PublishedConfig(ModelConfig):
 
         None: the plan counts calls only.
         """
-        return None
+        if self.size_class is None:
+            return None
+        return self.size_class.geometry(self.folder_here(), self.published_config(), self.conventions())
 
     def geometry(self) -> ModelGeometry | None:
         """Sizes from the JSON files and safetensors headers of the folder, or the published ones."""

@@ -34,9 +34,10 @@ from fmg.flow.maps import PaddedBatches
 from fmg.models.common import adapter, roundtrip_check, saved_weights
 from fmg.models.common.checkpoint_files import COMPONENT
 from fmg.models.common.network import LatentNetwork, Network, map_of
-from fmg.models.common.pipeline_parts import TOKEN, Components, Text, square_latent
+from fmg.models.common.pipeline_parts import Components, Text, square_latent
 from fmg.models.common.policy_weights import PolicyScopes, Scope, TrainableBase
 from fmg.models.common.sharding import gathered, shard_frozen
+from fmg.models.common.size import TOKEN
 from fmg.models.common.text import TextEncoders, cached_encoders
 from fmg.models.common.weights import live_digest
 from fmg.models.published import DiffusersConfig, PublishedConfig

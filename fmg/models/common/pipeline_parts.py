@@ -279,10 +279,6 @@ def check_same(component: str, key: str, value: int, transformer_key: str, trans
         )
 
 
-TOKEN = 2
-"""Latent pixels along the side of a token, in families that patch 2 x 2."""
-
-
 def square_latent(components: Components[Any], channels: int, scale: int, token: int) -> tuple[int, int, int]:
     """(c, h, w) of the latent of a square image.
 

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, ClassVar
 
-from fmg.core.model_folder import stated_config, whole
+from fmg.core.model_folder import stated_config
 from fmg.core.specs import ActivationBytes, Blocks, LinearModule, ModelGeometry
-from fmg.models.common.size import (
-    FLUX_DECODER,
-    FLUX_VAE,
-    conditioning_linears,
-    decoder_values,
-    joint_block,
-    latent_scale,
-    stored_parameters,
-)
+from fmg.models.common.size import TransformerSize, conditioning_linears, joint_block
 from fmg.models.conventions import FlowMapConventions
-from fmg.models.flux.latents import PATCH
 
 FLUX_LITE: Mapping[str, object] = MappingProxyType(
     {
@@ -40,22 +33,6 @@ FLUX_SCHNELL: Mapping[str, object] = MappingProxyType({**FLUX_LITE, "num_layers"
 SECOND_EMBEDDER = "timestep_embedder2"
 
 
-def transformer_parameters(config: Mapping[str, object], *, second_time: bool) -> int:
-    """Number of parameters of a `FlowMapFluxTransformer2DModel` with this config.
-
-    Args:
-        config: as in `transformer/config.json` of a diffusers folder; missing keys are taken from FLUX.1-lite.
-        second_time: whether there is a second-time embedder.
-    """
-    known = {**FLUX_LITE, **config}
-    linears = sum((m.inputs + 1) * m.outputs for m in transformer_linears(known, second_time=second_time))
-    norms = 4 * whole(known, "num_layers", 0) + 2 * whole(known, "num_single_layers", 0)
-    return linears + norms * whole(known, "attention_head_dim")
-
-
-FLUX_ENCODERS = 123_060_480 + 4_762_310_656
-"""Parameters of FLUX's CLIP ViT-L/14 and T5-XXL text encoders, for plans made before the files are fetched."""
-
 # What the blocks of diffusers' FLUX modules hold, counted under PEFT with every allocation observed. Kept: the input of
 # the activation function (4), of its norms (2, or 1 in a single-stream block), q, k, v and the output of attention (4),
 # and q and k before their norms, which are fp32.
@@ -65,82 +42,60 @@ _DOUBLE_FORWARD, _SINGLE_FORWARD = ActivationBytes(9, 9), ActivationBytes(13, 9)
 _WIDE = 16
 
 
-def flux_geometry(
-    folder: Path | None,
-    conventions: FlowMapConventions,
-    *,
-    checkpointing: bool = False,
-    encoders_resident: bool = True,
-    published: Mapping[str, object] = FLUX_LITE,
-    decoder_tile: int | None = None,
-) -> ModelGeometry:
-    """The geometry of a pipeline folder; missing values are the published ones.
+@dataclass(frozen=True)
+class FluxSize(TransformerSize):
+    """The sizes of a `FlowMapFluxTransformer2DModel`; missing keys are as in FLUX.1-lite.
 
     Args:
-        folder: a diffusers pipeline folder, or None when it has not been fetched.
-        conventions: resolution, text length and second time.
-        checkpointing: whether the model recomputes its blocks in the backward pass.
-        encoders_resident: whether T5 and CLIP stay on the transformer's device.
-        published: the transformer's config if the folder has none.
-        decoder_tile: side of the tiles in pixels that images are decoded in.
+        second_time: whether there is a second-time embedder.
     """
-    stated = None if folder is None else stated_config(folder / "transformer")
-    vae = (None if folder is None else stated_config(folder / "vae")) or FLUX_VAE
-    config = {**published, **(stated or {})}
-    second_time = bool(conventions.second_time)
-    head = whole(config, "attention_head_dim")
-    double, single = whole(config, "num_layers", 0), whole(config, "num_single_layers", 0)
-    channels = whole(vae, "latent_channels")
-    side = conventions.resolution // latent_scale(vae)
-    text, image, width = (
-        conventions.max_sequence_length,
-        (side // PATCH) ** 2,
-        head * whole(config, "num_attention_heads"),
-    )
-    kinds = (
-        Blocks(double, _DOUBLE_KEPT, _DOUBLE_BACKWARD, _DOUBLE_FORWARD, _WIDE, _WIDE),
-        Blocks(single, _SINGLE_KEPT, _SINGLE_BACKWARD, _SINGLE_FORWARD, 0, _WIDE),
-    )
-    return ModelGeometry(
-        origin="the published config" if stated is None else "its files",
-        linears=tuple(transformer_linears(config, second_time=second_time)),
-        parameters=transformer_parameters(config, second_time=second_time),
-        width=width,
-        stream="both",
-        blocks=tuple(kind for kind in kinds if kind.count),
-        # attention
-        other_flops=(double + single) * 4 * (image + text) ** 2 * width,
-        image_tokens=image,
-        text_tokens=text,
-        conditioning=text * whole(config, "joint_attention_dim") + whole(config, "pooled_projection_dim"),
-        latent=channels * side**2,
-        resolution=conventions.resolution,
-        encoder_parameters=stored_parameters(folder, "text_encoder", "text_encoder_2") or FLUX_ENCODERS,
-        decoder_parameters=stored_parameters(folder, "vae") or FLUX_DECODER,
-        decoder=ActivationBytes(decoder_values(vae)),
-        checkpointing=checkpointing,
-        encoders_resident=encoders_resident,
-        decoder_tile=decoder_tile,
-        second_embedder=SECOND_EMBEDDER,
-    )
 
+    defaults: ClassVar[Mapping[str, object]] = FLUX_LITE
+    encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
+    # CLIP ViT-L/14 and T5-XXL
+    encoder_parameters: ClassVar[int] = 123_060_480 + 4_762_310_656
+    second_embedder: ClassVar[str] = SECOND_EMBEDDER
 
-def transformer_linears(config: Mapping[str, object], *, second_time: bool) -> Iterator[LinearModule]:
-    """Every linear layer of a `FlowMapFluxTransformer2DModel` with this config, by its name in the state dict."""
-    width = whole(config, "num_attention_heads") * whole(config, "attention_head_dim")
-    channels = whole(config, "in_channels")
-    embedders = ["time_text_embed.timestep_embedder"]
-    embedders += ["time_text_embed.guidance_embedder"] if config.get("guidance_embeds") else []
-    embedders += [SECOND_EMBEDDER] if second_time else []
-    yield LinearModule("x_embedder", channels, width, "image", "latent")
-    yield from conditioning_linears(config, width, *embedders)
-    for index in range(whole(config, "num_layers", 0)):
-        yield from joint_block(f"transformer_blocks.{index}", width)
-    for index in range(whole(config, "num_single_layers", 0)):
-        yield from _single_block(f"single_transformer_blocks.{index}", width)
-    yield LinearModule("norm_out.linear", width, 2 * width, "row", "time")
-    out = whole(config, "out_channels") if config.get("out_channels") else channels
-    yield LinearModule("proj_out", width, out, "image", "last")
+    second_time: bool = True
+
+    @property
+    def parameters(self) -> int:
+        """Linear layers, and norms of queries and keys."""
+        norms = 4 * self.number("num_layers", 0) + 2 * self.number("num_single_layers", 0)
+        return sum((m.inputs + 1) * m.outputs for m in self.linears()) + norms * self.number("attention_head_dim")
+
+    @property
+    def blocks(self) -> tuple[Blocks, ...]:
+        """Double-stream blocks, then single-stream blocks."""
+        return (
+            Blocks(self.number("num_layers", 0), _DOUBLE_KEPT, _DOUBLE_BACKWARD, _DOUBLE_FORWARD, _WIDE, _WIDE),
+            Blocks(self.number("num_single_layers", 0), _SINGLE_KEPT, _SINGLE_BACKWARD, _SINGLE_FORWARD, 0, _WIDE),
+        )
+
+    def other_flops(self, image: int, text: int) -> float:
+        """Attention."""
+        layers = self.number("num_layers", 0) + self.number("num_single_layers", 0)
+        return layers * 4 * (image + text) ** 2 * self.width
+
+    def conditioning(self, text: int) -> int:
+        """Tokens of T5, and the pooled states of CLIP."""
+        return super().conditioning(text) + self.number("pooled_projection_dim")
+
+    def linears(self) -> Iterator[LinearModule]:
+        """Every linear layer, by its name in the state dict."""
+        width, channels = self.width, self.number("in_channels")
+        embedders = ["time_text_embed.timestep_embedder"]
+        embedders += ["time_text_embed.guidance_embedder"] if self.known["guidance_embeds"] else []
+        embedders += [SECOND_EMBEDDER] if self.second_time else []
+        yield LinearModule("x_embedder", channels, width, "image", "latent")
+        yield from conditioning_linears(self.known, width, *embedders)
+        for index in range(self.number("num_layers", 0)):
+            yield from joint_block(f"transformer_blocks.{index}", width)
+        for index in range(self.number("num_single_layers", 0)):
+            yield from _single_block(f"single_transformer_blocks.{index}", width)
+        yield LinearModule("norm_out.linear", width, 2 * width, "row", "time")
+        out = self.number("out_channels" if self.config.get("out_channels") else "in_channels")
+        yield LinearModule("proj_out", width, out, "image", "last")
 
 
 def _single_block(block: str, width: int) -> Iterator[LinearModule]:
@@ -149,3 +104,28 @@ def _single_block(block: str, width: int) -> Iterator[LinearModule]:
     yield LinearModule(f"{block}.proj_out", 5 * width, width, "both", f"{block} hidden")
     for name in ("to_q", "to_k", "to_v"):
         yield LinearModule(f"{block}.attn.{name}", width, width, "both", f"{block} norm")
+
+
+def transformer_parameters(config: Mapping[str, object], *, second_time: bool) -> int:
+    """Number of parameters of a `FlowMapFluxTransformer2DModel`. Arguments as for `FluxSize`."""
+    return FluxSize(config, second_time).parameters
+
+
+def flux_geometry(
+    folder: Path | None,
+    conventions: FlowMapConventions,
+    *,
+    published: Mapping[str, object] = FLUX_LITE,
+    **options: Any,
+) -> ModelGeometry:
+    """As `TransformerSize.geometry`, but also single keys that the folder leaves out are the published ones.
+
+    Args:
+        folder: a diffusers pipeline folder, or None when it has not been fetched.
+        conventions: resolution, text length and second time.
+        published: the transformer's config, or what a folder's own leaves out.
+        options: further attributes of the result.
+    """
+    stated = None if folder is None else stated_config(folder / "transformer")
+    size = FluxSize({**published, **(stated or {})}, bool(conventions.second_time))
+    return replace(size.within(folder, conventions, size.origin if stated is None else "its files"), **options)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from fmg.core.hub import Asset, HubSource, parse_source
-from fmg.core.specs import MAX_SIDE, Kernel, ModelGeometry
+from fmg.core.specs import MAX_SIDE, Kernel
+from fmg.models.common.size import TransformerSize
 from fmg.models.conventions import FlowMapConventions, SecondTime
-from fmg.models.flux2.size import KLEIN_4B, KLEIN_9B, QWEN3_4B, QWEN3_8B, Flux2Size, flux2_geometry
+from fmg.models.flux2.size import KLEIN_4B, KLEIN_9B, Flux2Size
 from fmg.models.published import BYTES, EULER_ANCHORS, EULER_KERNEL, DiffusersConfig, pipeline_folder
 from fmg.registry.config import About
 
@@ -41,6 +42,7 @@ class Flux2KleinConfig(DiffusersConfig):
     )
     interior_kernel: ClassVar[Kernel | None] = EULER_KERNEL
     transformer_class: ClassVar[str] = "Flux2Transformer2DModel"
+    size_class: ClassVar[type[TransformerSize]] = Flux2Size
     in_diffusers: ClassVar[str] = "a `Flux2KleinPipeline` of the base"
     exportable: ClassVar[bool] = True
     mergeable: ClassVar[bool] = False
@@ -77,10 +79,10 @@ class Flux2KleinConfig(DiffusersConfig):
 
     def architecture(self) -> Asset:
         """The one folder."""
-        encoder = QWEN3_8B if self._is_9b() else QWEN3_4B
-        size = BYTES * (Flux2Size(self.published_config()).parameters + encoder) / 1e9 + _VAE_GB
+        size = Flux2Size(self.published_config())
+        size_gb = BYTES * (size.parameters + size.encoder_parameters) / 1e9 + _VAE_GB
         terms = _TERMS_9B if self._is_9b() else _TERMS_4B
-        return pipeline_folder(self.folder, COMPONENTS, ("tokenizer",), size, terms)
+        return pipeline_folder(self.folder, COMPONENTS, ("tokenizer",), size_gb, terms)
 
     def card_facts(self) -> Mapping[str, str]:
         """The repository of the base and its licence, which has an identifier on the hub only for 4B."""
@@ -93,19 +95,6 @@ class Flux2KleinConfig(DiffusersConfig):
         from fmg.models.flux2.model import Flux2Model
 
         return Flux2Model.from_config(self, device, dtype)
-
-    def sizes(self) -> ModelGeometry:
-        """Sizes from the JSON files and safetensors headers of the folder, or the published ones."""
-        return flux2_geometry(
-            self.folder_here(),
-            self.published_config(),
-            self.conventions(),
-            encoder_parameters=QWEN3_8B if self._is_9b() else QWEN3_4B,
-        )
-
-    def parameters(self) -> int:
-        """Parameters of the transformer, from `config.json` in a local folder, otherwise from the published one."""
-        return Flux2Size(self.transformer()).parameters
 
     def published_config(self) -> Mapping[str, object]:
         """That of the size in the hub id."""

@@ -46,18 +46,7 @@ def load_parts(
     dtype: torch.dtype,
     text_device: torch.device | None = None,
 ) -> Flux2Components:
-    """Loads a pipeline folder with given conventions.
-
-    Args:
-        folder: a diffusers pipeline folder.
-        conventions: how the transformer's weights are sampled.
-        device: device of transformer and decoder.
-        dtype: dtype of every weight.
-        text_device: device of Qwen3; None: `device`.
-
-    Raises:
-        CheckpointError: a file is missing, damaged, of an unknown class, or does not fit the others.
-    """
+    """Loads a pipeline folder with given conventions. Arguments and errors as for `load_components`."""
     _check_distilled(folder)
     components = load_components(FLUX2, folder, conventions, None, _text, device, dtype, text_device)
     if components.transformer.config.guidance_embeds:

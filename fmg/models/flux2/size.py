@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fmg.core.errors import CheckpointError
-from fmg.core.model_folder import RESTORE, stated_config, whole
-from fmg.core.specs import ActivationBytes, Blocks, LinearModule, ModelGeometry
-from fmg.models.common.size import decoder_values, latent_scale, stored_parameters
-from fmg.models.conventions import FlowMapConventions
-from fmg.models.flux.latents import PATCH
+from fmg.core.specs import ActivationBytes, Blocks, LinearModule
+from fmg.models.common.size import TransformerSize
 
 KLEIN_4B: Mapping[str, object] = MappingProxyType(
     {
@@ -41,12 +36,9 @@ KLEIN_9B: Mapping[str, object] = MappingProxyType(
     }
 )
 """The transformer of FLUX.2 [klein] 9B."""
-QWEN3_4B, QWEN3_8B = 4_022_468_096, 8_190_735_360
-"""Parameters of the text encoders of the two sizes."""
-FLUX2_DECODER = 84_046_371
-"""Parameters of FLUX.2's autoencoder."""
+_QWEN3: Mapping[int, int] = MappingProxyType({7680: 4_022_468_096, 12288: 8_190_735_360})
+"""Parameters of the text encoder, Qwen3-4B or Qwen3-8B, by the width of its states."""
 _VAE: Mapping[str, object] = MappingProxyType({"latent_channels": 32, "block_out_channels": [128, 256, 512, 512]})
-_MAX_RATIO = 100
 
 # What the blocks of diffusers' FLUX.2 modules keep, counted under PEFT with every allocation observed. A pass without
 # gradients needs most where a LoRA adapts the fused matrix of a single-stream block: in narrower dtypes PEFT adds in
@@ -57,48 +49,21 @@ _DOUBLE_FORWARD, _SINGLE_FORWARD = ActivationBytes(14.3, 2), ActivationBytes(9.3
 
 
 @dataclass(frozen=True)
-class GatedSize(ABC):
-    """Shared by the transformers of FLUX.2 and FLUX.3: gated feed-forwards, and no biases.
+class GatedSize(TransformerSize):
+    """Shared by FLUX.2 and FLUX.3: gated feed-forwards without biases, and FLUX.2's autoencoder."""
 
-    Args:
-        config: as in `transformer/config.json` of a diffusers folder.
-    """
-
-    defaults: ClassVar[Mapping[str, object]]
-    """Values for keys that the config may omit."""
-
-    config: Mapping[str, object]
-
-    @property
-    def width(self) -> int:
-        """Width of the token stream."""
-        return self.number("num_attention_heads") * self.number("attention_head_dim")
-
-    @property
-    def hidden(self) -> int:
-        """Width of each half of a block's gated feed-forward."""
-        ratio = {**self.defaults, **self.config}["mlp_ratio"]
-        if not isinstance(ratio, int | float) or not 0 < ratio <= _MAX_RATIO:
-            raise CheckpointError(f"The config of the model has {ratio!r:.60} for mlp_ratio", RESTORE)
-        return int(self.width * ratio)
+    vae: ClassVar[Mapping[str, object]] = _VAE
+    decoder_parameters: ClassVar[int] = 84_046_371
 
     @property
     def parameters(self) -> int:
-        """Number of parameters of the transformer: matrices, and norms of queries and keys."""
+        """Matrices, and norms of queries and keys."""
         return sum(m.inputs * m.outputs for m in self.linears()) + self.norms * self.number("attention_head_dim")
 
     @property
     @abstractmethod
     def norms(self) -> int:
         """Number of norms, each as wide as a head."""
-
-    @abstractmethod
-    def linears(self) -> Iterator[LinearModule]:
-        """Every linear layer, by its name in the state dict."""
-
-    def number(self, key: str, least: int = 1) -> int:
-        """A whole number from the config."""
-        return whole({**self.defaults, **self.config}, key, least)
 
 
 @dataclass(frozen=True)
@@ -111,6 +76,24 @@ class Flux2Size(GatedSize):
     def norms(self) -> int:
         """Four in a double-stream block, two in a single-stream block."""
         return 4 * self.number("num_layers", 0) + 2 * self.number("num_single_layers", 0)
+
+    @property
+    def blocks(self) -> tuple[Blocks, ...]:
+        """Double-stream blocks, then single-stream blocks."""
+        return (
+            Blocks(self.number("num_layers", 0), _DOUBLE_KEPT, _DOUBLE_BACKWARD, _DOUBLE_FORWARD),
+            Blocks(self.number("num_single_layers", 0), _SINGLE_KEPT, _SINGLE_BACKWARD, _SINGLE_FORWARD),
+        )
+
+    @property
+    def encoder_parameters(self) -> int:
+        """Of the Qwen3 whose states have this width."""
+        return _QWEN3.get(self.number("joint_attention_dim"), _QWEN3[7680])
+
+    def other_flops(self, image: int, text: int) -> float:
+        """Attention."""
+        layers = self.number("num_layers", 0) + self.number("num_single_layers", 0)
+        return layers * 4 * (image + text) ** 2 * self.width
 
     def linears(self) -> Iterator[LinearModule]:
         """Every linear layer, by its name in the state dict."""
@@ -147,53 +130,3 @@ class Flux2Size(GatedSize):
             first, second = f"{block}.{feed_forward}.linear_in", f"{block}.{feed_forward}.linear_out"
             yield LinearModule(first, width, 2 * hidden, tokens, f"{block} {tokens} norm2")
             yield LinearModule(second, hidden, width, tokens, f"{block} {tokens} hidden")
-
-
-def flux2_latents(folder: Path | None, resolution: int) -> tuple[int, int, ActivationBytes]:
-    """Tokens of an image, numbers of its latent, and what decoding it takes, with FLUX.2's autoencoder."""
-    vae = (None if folder is None else stated_config(folder / "vae")) or _VAE
-    side = resolution // latent_scale(vae)
-    return (side // PATCH) ** 2, whole(vae, "latent_channels") * side**2, ActivationBytes(decoder_values(vae))
-
-
-def flux2_geometry(
-    folder: Path | None,
-    published: Mapping[str, object],
-    conventions: FlowMapConventions,
-    *,
-    encoder_parameters: int,
-) -> ModelGeometry:
-    """The geometry of a pipeline folder; missing values are the published ones.
-
-    Args:
-        folder: a diffusers pipeline folder, or None when it has not been fetched.
-        published: the transformer's config if the folder has none.
-        conventions: resolution and text length.
-        encoder_parameters: parameters of the text encoder if the folder has none.
-    """
-    stated = None if folder is None else stated_config(folder / "transformer")
-    size, text = Flux2Size(stated or published), conventions.max_sequence_length
-    image, latent, decoder = flux2_latents(folder, conventions.resolution)
-    double, single = size.number("num_layers", 0), size.number("num_single_layers", 0)
-    kinds = (
-        Blocks(double, _DOUBLE_KEPT, _DOUBLE_BACKWARD, _DOUBLE_FORWARD),
-        Blocks(single, _SINGLE_KEPT, _SINGLE_BACKWARD, _SINGLE_FORWARD),
-    )
-    return ModelGeometry(
-        origin="the published config" if stated is None else "its files",
-        linears=tuple(size.linears()),
-        parameters=size.parameters,
-        width=size.width,
-        stream="both",
-        blocks=tuple(kind for kind in kinds if kind.count),
-        # attention
-        other_flops=(double + single) * 4 * (image + text) ** 2 * size.width,
-        image_tokens=image,
-        text_tokens=text,
-        conditioning=text * size.number("joint_attention_dim"),
-        latent=latent,
-        resolution=conventions.resolution,
-        encoder_parameters=stored_parameters(folder, "text_encoder") or encoder_parameters,
-        decoder_parameters=stored_parameters(folder, "vae") or FLUX2_DECODER,
-        decoder=decoder,
-    )

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from fmg.core.hub import Asset
-from fmg.core.specs import MAX_SIDE, Kernel, ModelGeometry
+from fmg.core.specs import MAX_SIDE, Kernel
+from fmg.models.common.size import TransformerSize
 from fmg.models.conventions import FlowMapConventions, SecondTime
-from fmg.models.flux3.size import FLUX3, QWEN3_VL_4B, Flux3Size, flux3_geometry
+from fmg.models.flux3.size import FLUX3, Flux3Size
 from fmg.models.published import BYTES, PAPER_ANCHOR, DiffusersConfig, pipeline_folder
 from fmg.registry.config import About
 
@@ -46,6 +47,7 @@ class Flux3KleinConfig(DiffusersConfig):
     )
     interior_kernel: ClassVar[Kernel | None] = PAPER_ANCHOR
     transformer_class: ClassVar[str] = "Flux3Transformer2DModel"
+    size_class: ClassVar[type[TransformerSize]] = Flux3Size
     in_diffusers: ClassVar[str] = "a `Flux3DistilledModularPipeline` of the base"
     exportable: ClassVar[bool] = True
     mergeable: ClassVar[bool] = False
@@ -81,7 +83,7 @@ class Flux3KleinConfig(DiffusersConfig):
 
     def architecture(self) -> Asset:
         """The one folder, whose index is that of a modular pipeline."""
-        size = BYTES * (Flux3Size(self.published).parameters + QWEN3_VL_4B) / 1e9 + _VAE_GB
+        size = BYTES * (Flux3Size(self.published).parameters + Flux3Size.encoder_parameters) / 1e9 + _VAE_GB
         asset = pipeline_folder(self.folder, COMPONENTS, ("tokenizer",), size, self.about.licence)
         return replace(asset, patterns=(_INDEX, *asset.patterns))
 
@@ -90,11 +92,3 @@ class Flux3KleinConfig(DiffusersConfig):
         from fmg.models.flux3.model import Flux3Model
 
         return Flux3Model.from_config(self, device, dtype)
-
-    def sizes(self) -> ModelGeometry:
-        """Sizes from the JSON files and safetensors headers of the folder, or the defaults of the class."""
-        return flux3_geometry(self.folder_here(), self.published, self.conventions())
-
-    def parameters(self) -> int:
-        """Parameters of the transformer, from `config.json` in a local folder, otherwise the defaults of the class."""
-        return Flux3Size(self.transformer()).parameters

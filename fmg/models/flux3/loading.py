@@ -40,7 +40,7 @@ def load_parts(
     dtype: torch.dtype,
     text_device: torch.device | None = None,
 ) -> Components[QwenText]:
-    """Loads a folder with the given conventions. Arguments and errors as in `fmg.models.flux2.loading.load_parts`."""
+    """Loads a folder with the given conventions. Arguments and errors as for `load_components`."""
     components = load_components(FLUX3_FAMILY, folder, conventions, None, _text, device, dtype, text_device)
     if not components.transformer.config.flow_map:
         raise CheckpointError(

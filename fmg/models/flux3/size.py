@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from fmg.core.model_folder import stated_config
-from fmg.core.specs import ActivationBytes, Blocks, LinearModule, ModelGeometry
-from fmg.models.common.size import stored_parameters
-from fmg.models.conventions import FlowMapConventions
-from fmg.models.flux2.size import FLUX2_DECODER, GatedSize, flux2_latents
+from fmg.core.specs import ActivationBytes, Blocks, LinearModule
+from fmg.models.flux2.size import GatedSize
 
 FLUX3: Mapping[str, object] = MappingProxyType(
     {
@@ -29,9 +25,6 @@ FLUX3: Mapping[str, object] = MappingProxyType(
     }
 )
 """The defaults of diffusers' class, for plans made before the files of a model are fetched."""
-QWEN3_VL_4B = 4_437_815_808
-"""Parameters of Qwen3-VL-4B, whose eight states have the default width of the class."""
-
 _REFERENCE = "image_cond"
 UNUSED = tuple(
     f"{module}.{_REFERENCE}"
@@ -53,17 +46,34 @@ class Flux3Size(GatedSize):
     """The sizes of a `Flux3Transformer2DModel`; keys missing from the config have the defaults of the class."""
 
     defaults: ClassVar[Mapping[str, object]] = FLUX3
+    origin: ClassVar[str] = "the defaults of its class"
+    # Qwen3-VL-4B, whose eight states have the default width of the class
+    encoder_parameters: ClassVar[int] = 4_437_815_808
+    second_embedder: ClassVar[str] = "target_timestep_embedder"
 
     @property
     def norms(self) -> int:
         """Width of queries and of keys."""
         return 2 * (3 * self.number("num_layers", 0) + self.number("num_single_layers", 0))
 
+    @property
+    def blocks(self) -> tuple[Blocks, ...]:
+        """A block of the image and one of the text see as many tokens as one of both, and come first."""
+        return (
+            Blocks(self.number("num_layers", 0), _MODE_KEPT, _MODE_BACKWARD, _MODE_FORWARD),
+            Blocks(self.number("num_single_layers", 0), _JOINT_KEPT, _JOINT_BACKWARD, _JOINT_FORWARD),
+        )
+
+    def other_flops(self, image: int, text: int) -> float:
+        """Attention."""
+        modes, joint = self.number("num_layers", 0), self.number("num_single_layers", 0)
+        return 4 * self.width * (modes * (image**2 + text**2) + joint * (image + text) ** 2)
+
     def linears(self) -> Iterator[LinearModule]:
         """Every linear layer, by its name in the state dict."""
         width, layers = self.width, self.number("num_layers", 0)
         modes: tuple[tuple[str, Tokens], ...] = (("image", "image"), (_REFERENCE, "none"), ("txt", "text"))
-        embedders = ["timestep_embedder", *(["target_timestep_embedder"] if self.config.get("flow_map") else [])]
+        embedders = ["timestep_embedder", *([self.second_embedder] if self.config.get("flow_map") else [])]
         for name in embedders:
             yield LinearModule(f"{name}.linear_1", self.number("timestep_channels"), width, "row", name, bias=False)
             yield LinearModule(f"{name}.linear_2", width, width, "row", f"{name} hidden", bias=False)
@@ -89,45 +99,3 @@ class Flux3Size(GatedSize):
         yield LinearModule(f"{block}.attn.to_out.0", width, width, tokens, f"{block} attention")
         yield LinearModule(f"{block}.ff.linear_in", width, 2 * hidden, tokens, f"{block} norm")
         yield LinearModule(f"{block}.ff.linear_out", hidden, width, tokens, f"{block} hidden")
-
-
-def flux3_geometry(
-    folder: Path | None,
-    published: Mapping[str, object],
-    conventions: FlowMapConventions,
-) -> ModelGeometry:
-    """The geometry of a folder; missing values are the defaults of the class.
-
-    Args:
-        folder: a diffusers folder, or None when it has not been fetched.
-        published: the transformer's config if the folder has none.
-        conventions: resolution and text length.
-    """
-    stated = None if folder is None else stated_config(folder / "transformer")
-    size, text = Flux3Size(stated or published), conventions.max_sequence_length
-    image, latent, decoder = flux2_latents(folder, conventions.resolution)
-    layers, joint = size.number("num_layers", 0), size.number("num_single_layers", 0)
-    # a block of the image and one of the text see as many tokens as one of both
-    kinds = (
-        Blocks(layers, _MODE_KEPT, _MODE_BACKWARD, _MODE_FORWARD),
-        Blocks(joint, _JOINT_KEPT, _JOINT_BACKWARD, _JOINT_FORWARD),
-    )
-    return ModelGeometry(
-        origin="the defaults of its class" if stated is None else "its files",
-        linears=tuple(size.linears()),
-        parameters=size.parameters,
-        width=size.width,
-        stream="both",
-        blocks=tuple(kind for kind in kinds if kind.count),
-        # attention
-        other_flops=4 * size.width * (layers * (image**2 + text**2) + joint * (image + text) ** 2),
-        image_tokens=image,
-        text_tokens=text,
-        conditioning=text * size.number("joint_attention_dim"),
-        latent=latent,
-        resolution=conventions.resolution,
-        encoder_parameters=stored_parameters(folder, "text_encoder") or QWEN3_VL_4B,
-        decoder_parameters=stored_parameters(folder, "vae") or FLUX2_DECODER,
-        decoder=decoder,
-        second_embedder="target_timestep_embedder",
-    )

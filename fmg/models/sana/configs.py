@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from fmg.core.hub import Asset, HubSource, parse_source
-from fmg.core.specs import MAX_SIDE, ModelGeometry
+from fmg.core.specs import MAX_SIDE
+from fmg.models.common.size import TransformerSize
 from fmg.models.conventions import FlowMapConventions, SecondTime
 from fmg.models.published import PublishedConfig, pipeline_folder
-from fmg.models.sana.size import SPRINT_06B, SPRINT_16B, SanaSize, sana_geometry
+from fmg.models.sana.size import SPRINT_06B, SPRINT_16B, SanaSize
 from fmg.registry.config import About
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class SanaSprintConfig(PublishedConfig):
 
     recipe: ClassVar[str | None] = "sana-sprint"
     transformer_class: ClassVar[str] = "SanaTransformer2DModel"
+    size_class: ClassVar[type[TransformerSize]] = SanaSize
     # at 1024 px the activations weigh more than so small a transformer, and the autoencoder is not small beside it
     work_space: ClassVar[float] = 4.5
     about: ClassVar[About] = About(
@@ -87,14 +89,6 @@ class SanaSprintConfig(PublishedConfig):
         from fmg.models.sana.model import SanaModel
 
         return SanaModel.from_config(self, device, dtype)
-
-    def sizes(self) -> ModelGeometry:
-        """Measures by the JSON files and safetensors headers of the folder, or as published."""
-        return sana_geometry(self.folder_here(), self.published_config(), self.conventions())
-
-    def parameters(self) -> int:
-        """Parameters of the transformer, by its `config.json` in a local folder, else by the published one."""
-        return SanaSize(self.transformer()).parameters
 
     def published_config(self) -> Mapping[str, object]:
         """That of the size in the hub id."""

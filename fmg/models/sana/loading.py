@@ -107,15 +107,9 @@ def load_parts(
     """Loads a pipeline folder with given conventions.
 
     Args:
-        folder: a diffusers pipeline folder.
-        conventions: how the transformer's weights are sampled.
-        device: where transformer and decoder go.
-        dtype: dtype of every weight.
         instruction: text that Gemma reads before each prompt.
-        text_device: where Gemma goes; None: to `device`.
 
-    Raises:
-        CheckpointError: a file is missing, damaged, of an unknown class, or does not fit the others.
+    Other arguments and errors are those of `load_components`.
     """
     text = partial(SanaText, instruction=instruction)
     components = load_components(SANA, folder, conventions, None, text, device, dtype, text_device)

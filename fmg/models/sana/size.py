@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
+from typing import ClassVar, Literal
 
-from fmg.core.errors import CheckpointError
-from fmg.core.model_folder import RESTORE, stated_config, whole, wholes
-from fmg.core.specs import ActivationBytes, Blocks, LinearModule, ModelGeometry
-from fmg.models.common.size import stored_parameters
-from fmg.models.conventions import FlowMapConventions
+from fmg.core.model_folder import wholes
+from fmg.core.specs import ActivationBytes, Blocks, LinearModule
+from fmg.models.common.size import TransformerSize
 
 _COMMON: Mapping[str, object] = MappingProxyType(
     {
@@ -48,32 +46,33 @@ SPRINT_16B: Mapping[str, object] = MappingProxyType(
 )
 """The transformer of SANA-Sprint 1.6B."""
 
+_DCAE: Mapping[str, object] = MappingProxyType(
+    {"latent_channels": 32, "decoder_block_out_channels": [128, 256, 512, 512, 1024, 1024]}
+)
 _SINUSOID_CHANNELS = 256
-_MAX_RATIO = 100
+
+# Counted on diffusers' modules under PEFT with every allocation observed, for mlp_ratio 2.5 as published.
+# The bytes in any dtype are the casts of linear attention and of the norms to fp32.
+_KEPT, _BACKWARD, _FORWARD = ActivationBytes(18, 53), ActivationBytes(5, 0), ActivationBytes(12, 9)
+# Of DC-AE for a pixel and channel of its last blocks, whose norms are fp32.
+_DECODER = ActivationBytes(2.6, 7.8)
 
 
 @dataclass(frozen=True)
-class SanaSize:
-    """The sizes of a `SanaTransformer2DModel`.
+class SanaSize(TransformerSize):
+    """The sizes of a `SanaTransformer2DModel`; missing keys are as in SANA-Sprint 0.6B."""
 
-    Args:
-        config: as in `transformer/config.json` of a diffusers folder; missing keys are as in SANA-Sprint 0.6B.
-    """
-
-    config: Mapping[str, object]
-
-    @property
-    def width(self) -> int:
-        """Width of the token stream."""
-        return self.number("num_attention_heads") * self.number("attention_head_dim")
+    defaults: ClassVar[Mapping[str, object]] = SPRINT_06B
+    stream: ClassVar[Literal["image", "both"]] = "image"
+    # DC-AE f32c32 and Gemma 2 2B
+    vae: ClassVar[Mapping[str, object]] = _DCAE
+    decoder_parameters: ClassVar[int] = 312_250_275
+    encoder_parameters: ClassVar[int] = 2_614_341_888
 
     @property
-    def hidden(self) -> int:
-        """Channels of each half of the gated convolution of a block."""
-        ratio = self._get("mlp_ratio")
-        if not isinstance(ratio, int | float) or not 0 < ratio <= _MAX_RATIO:
-            raise CheckpointError(f"The config of the model has {ratio!r:.60} for mlp_ratio", RESTORE)
-        return int(ratio * self.width)
+    def cross(self) -> int:
+        """Width of cross-attention."""
+        return self.number("num_cross_attention_heads") * self.number("cross_attention_head_dim")
 
     @property
     def convolution_weights(self) -> int:
@@ -84,8 +83,7 @@ class SanaSize:
     def parameters(self) -> int:
         """Number of parameters of the transformer."""
         width, patches = self.width, self.number("in_channels") * self.number("patch_size") ** 2
-        cross = self.number("num_cross_attention_heads") * self.number("cross_attention_head_dim")
-        norms = 2 * (width + cross) if self._get("qk_norm") else 0
+        norms = 2 * (width + self.cross) if self.known["qk_norm"] else 0
         block = self.convolution_weights + 2 * 2 * self.hidden + 6 * width + norms
         linears = sum(
             layer.inputs * layer.outputs + (layer.outputs if self._has_bias(layer) else 0) for layer in self.linears()
@@ -96,11 +94,9 @@ class SanaSize:
 
     def linears(self) -> Iterator[LinearModule]:
         """Every linear layer, by its name in the state dict."""
-        width, caption = self.width, self.number("caption_channels")
-        cross = self.number("num_cross_attention_heads") * self.number("cross_attention_head_dim")
-        guided = bool(self._get("guidance_embeds"))
-        embedders = ["timestep_embedder", "guidance_embedder"] if guided else ["emb.timestep_embedder"]
-        for name in embedders:
+        width, caption, cross = self.width, self.number("caption_channels"), self.cross
+        guided = ("timestep_embedder", "guidance_embedder")
+        for name in guided if self.known["guidance_embeds"] else ("emb.timestep_embedder",):
             yield LinearModule(f"time_embed.{name}.linear_1", _SINUSOID_CHANNELS, width, "row", name)
             yield LinearModule(f"time_embed.{name}.linear_2", width, width, "row", f"{name} hidden")
         yield LinearModule("time_embed.linear", width, 6 * width, "row", "time")
@@ -118,69 +114,30 @@ class SanaSize:
         out = self.number("out_channels" if self.config.get("out_channels") else "in_channels")
         yield LinearModule("proj_out", width, out * self.number("patch_size") ** 2, "image", "last")
 
-    def number(self, key: str) -> int:
-        """A whole number from the config."""
-        return whole({**SPRINT_06B, **self.config}, key)
+    @property
+    def blocks(self) -> tuple[Blocks, ...]:
+        """Of one kind."""
+        return (Blocks(self.number("num_layers"), _KEPT, _BACKWARD, _FORWARD),)
 
-    def _get(self, key: str) -> object:
-        return self.config.get(key, SPRINT_06B.get(key))
+    @property
+    def patch(self) -> int:
+        """As stated."""
+        return self.number("patch_size")
+
+    def other_flops(self, image: int, text: int) -> float:
+        """Linear attention, by two products with a head x head matrix; cross-attention to the text; convolutions."""
+        attention = 4 * image * self.width * self.number("attention_head_dim") + 4 * image * text * self.cross
+        return self.number("num_layers") * (attention + 2 * image * self.convolution_weights)
+
+    def conditioning(self, text: int) -> int:
+        """Tokens."""
+        return text * self.number("caption_channels")
+
+    def decoder(self, vae: Mapping[str, object]) -> ActivationBytes:
+        """That of DC-AE grows with the channels of its last blocks."""
+        widest = (wholes(vae, "decoder_block_out_channels") or [128])[0]
+        return ActivationBytes(_DECODER.numbers * widest, _DECODER.fixed * widest)
 
     def _has_bias(self, layer: LinearModule) -> bool:
         unbiased = (".attn1.to_q", ".attn1.to_k", ".attn1.to_v")
-        return bool(self._get("attention_bias")) or not layer.name.endswith(unbiased)
-
-
-GEMMA, DCAE = 2_614_341_888, 312_250_275
-"""Parameters of Gemma 2 2B and of DC-AE f32c32, for plans made before the files are fetched."""
-
-# Counted on diffusers' modules under PEFT with every allocation observed, for mlp_ratio 2.5 as published.
-# The bytes in any dtype are the casts of linear attention and of the norms to fp32.
-_KEPT, _BACKWARD, _FORWARD = ActivationBytes(18, 53), ActivationBytes(5, 0), ActivationBytes(12, 9)
-# Of DC-AE for a pixel and channel of its last blocks, whose norms are fp32.
-_DECODER = ActivationBytes(2.6, 7.8)
-_SCALE = 32
-_CHANNELS = 128
-
-
-def sana_geometry(
-    folder: Path | None,
-    published: Mapping[str, object],
-    conventions: FlowMapConventions,
-) -> ModelGeometry:
-    """The geometry of a pipeline folder; missing values are the published ones.
-
-    Args:
-        folder: a diffusers pipeline folder, or None when it has not been fetched.
-        published: the transformer's config if the folder has none.
-        conventions: resolution and text length.
-    """
-    stated = None if folder is None else stated_config(folder / "transformer")
-    vae = (None if folder is None else stated_config(folder / "vae")) or {}
-    size = SanaSize(stated or published)
-    side, text, layers = conventions.resolution // _SCALE, conventions.max_sequence_length, size.number("num_layers")
-    image = (side // size.number("patch_size")) ** 2
-    widest = (wholes(vae, "decoder_block_out_channels") or [_CHANNELS])[0]
-    return ModelGeometry(
-        origin="the published config" if stated is None else "its files",
-        linears=tuple(size.linears()),
-        parameters=size.parameters,
-        width=size.width,
-        stream="image",
-        blocks=(Blocks(layers, _KEPT, _BACKWARD, _FORWARD),),
-        other_flops=layers * (_attention_flops(size, image, text) + 2 * image * size.convolution_weights),
-        image_tokens=image,
-        text_tokens=text,
-        conditioning=text * size.number("caption_channels"),
-        latent=size.number("in_channels") * side**2,
-        resolution=conventions.resolution,
-        encoder_parameters=stored_parameters(folder, "text_encoder") or GEMMA,
-        decoder_parameters=stored_parameters(folder, "vae") or DCAE,
-        decoder=ActivationBytes(_DECODER.numbers * widest, _DECODER.fixed * widest),
-    )
-
-
-def _attention_flops(size: SanaSize, image: int, text: int) -> float:
-    """Linear attention among image tokens, by two products with a head x head matrix; cross-attention to the text."""
-    head = size.number("attention_head_dim")
-    cross = size.number("num_cross_attention_heads") * size.number("cross_attention_head_dim")
-    return 4 * image * size.width * head + 4 * image * text * cross
+        return bool(self.known["attention_bias"]) or not layer.name.endswith(unbiased)

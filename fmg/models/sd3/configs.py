@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field, model_validator
 
 from fmg.core.hub import Asset
-from fmg.core.specs import MAX_SIDE, Kernel, ModelGeometry
+from fmg.core.specs import MAX_SIDE, Kernel
+from fmg.models.common.size import TransformerSize
 from fmg.models.conventions import FlowMapConventions, SecondTime, check_second_time
 from fmg.models.published import PAPER_ANCHOR, DiffusersConfig, StackedConfig, pipeline_folder
-from fmg.models.sd3.size import SD35_MEDIUM, SECOND_EMBEDDER, SD3Size, sd3_geometry
+from fmg.models.sd3.size import SD35_MEDIUM, SECOND_EMBEDDER, SD3Size
 from fmg.registry.config import About
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class SD35MeanFlowConfig(StackedConfig, DiffusersConfig):
     recipe: ClassVar[str | None] = "sd35-meanflow"
     interior_kernel: ClassVar[Kernel | None] = PAPER_ANCHOR
     transformer_class: ClassVar[str] = "SD3Transformer2DModel"
+    size_class: ClassVar[type[TransformerSize]] = SD3Size
     published: ClassVar[Mapping[str, object]] = SD35_MEDIUM
     second_embedder: ClassVar[str] = SECOND_EMBEDDER
     # beside so small a transformer, activations and the table of positions weigh more
@@ -89,11 +91,3 @@ class SD35MeanFlowConfig(StackedConfig, DiffusersConfig):
         from fmg.models.sd3.model import SD3Model
 
         return SD3Model.from_config(self, device, dtype)
-
-    def sizes(self) -> ModelGeometry:
-        """Sizes from the JSON files and safetensors headers of the folder, or the published ones."""
-        return sd3_geometry(self.folder_here(), self.published, self.conventions())
-
-    def parameters(self) -> int:
-        """Parameters of the transformer, from `config.json` in a local folder, otherwise from the published one."""
-        return SD3Size(self.transformer()).parameters

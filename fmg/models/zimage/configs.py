@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from fmg.core.hub import Asset
-from fmg.core.specs import MAX_SIDE, Kernel, ModelGeometry
+from fmg.core.specs import MAX_SIDE, Kernel
+from fmg.models.common.size import TransformerSize
 from fmg.models.conventions import FlowMapConventions, SecondTime
 from fmg.models.published import BYTES, EULER_ANCHORS, EULER_KERNEL, DiffusersConfig, pipeline_folder
-from fmg.models.zimage.size import Z_IMAGE, ZImageSize, zimage_geometry
+from fmg.models.zimage.size import Z_IMAGE, ZImageSize
 from fmg.registry.config import About
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class ZImageTurboConfig(DiffusersConfig):
     recipe: ClassVar[str | None] = "z-image-turbo"
     interior_kernel: ClassVar[Kernel | None] = EULER_KERNEL
     transformer_class: ClassVar[str] = "ZImageTransformer2DModel"
+    size_class: ClassVar[type[TransformerSize]] = ZImageSize
     published: ClassVar[Mapping[str, object]] = Z_IMAGE
     about: ClassVar[About] = About(
         licence=f"{_TERMS}; as the model card states it, not checked here",
@@ -77,11 +79,3 @@ class ZImageTurboConfig(DiffusersConfig):
         from fmg.models.zimage.model import ZImageModel
 
         return ZImageModel.from_config(self, device, dtype)
-
-    def sizes(self) -> ModelGeometry:
-        """Sizes from the JSON files and safetensors headers of the folder, or the published ones."""
-        return zimage_geometry(self.folder_here(), self.published, self.conventions())
-
-    def parameters(self) -> int:
-        """Parameters of the transformer, from `config.json` in a local folder, otherwise from the published one."""
-        return ZImageSize(self.transformer()).parameters

@@ -22,9 +22,9 @@ from fmg.core.errors import CheckpointError
 from fmg.core.model_folder import read_config
 from fmg.models.common.pipeline_parts import Components, Family, check_same, load_components
 from fmg.models.common.qwen import QwenText
+from fmg.models.common.size import TOKEN
 from fmg.models.common.weights import WeightFiles, folder_weights, load_transformer
 from fmg.models.conventions import FlowMapConventions
-from fmg.models.zimage.size import PATCH
 
 MULTIPLE: int = transformer_z_image.SEQ_MULTI_OF
 """The class pads the tokens of a prompt to a multiple of this, and the transformer sees this padding."""
@@ -87,18 +87,7 @@ def load_parts(
     dtype: torch.dtype,
     text_device: torch.device | None = None,
 ) -> ZImageComponents:
-    """Loads a pipeline folder with the given conventions.
-
-    Args:
-        folder: a diffusers pipeline folder.
-        conventions: how the transformer's weights are sampled.
-        device: device of transformer and decoder.
-        dtype: dtype of every weight.
-        text_device: device of Qwen3; None: `device`.
-
-    Raises:
-        CheckpointError: a file is missing, damaged, of an unknown class, or does not fit the others.
-    """
+    """Loads a pipeline folder with given conventions. Arguments and errors as for `load_components`."""
 
     def transformer() -> tuple[ZImageTransformer2DModel, WeightFiles]:
         own = folder / "transformer"
@@ -117,7 +106,7 @@ def load_parts(
 
 
 def _check_config(folder: Path, config: dict[str, object]) -> None:
-    for key, wanted in (("all_patch_size", [PATCH]), ("all_f_patch_size", [1]), ("siglip_feat_dim", None)):
+    for key, wanted in (("all_patch_size", [TOKEN]), ("all_f_patch_size", [1]), ("siglip_feat_dim", None)):
         if config.get(key, wanted) != wanted:
             raise CheckpointError(
                 f"The transformer in {folder} has {key} {config[key]!r:.60}, unlike Z-Image-Turbo",

@@ -35,7 +35,7 @@ def test_sizes_at_full_size_are_those_of_the_class() -> None:
         transformer = FlowMapSD3Transformer2DModel(**SD35_MEDIUM, time_scale=1000.0, second_time=second)
     size = SD3Size(SD35_MEDIUM)
     assert size.parameters == sum(p.numel() for p in transformer.parameters())
-    assert size.positions == sum(x.numel() for x in transformer.buffers())
+    assert size.tables == sum(x.numel() for x in transformer.buffers())
     linears = {n: m for n, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
     assert {layer.name: (layer.inputs, layer.outputs) for layer in size.linears()} == {
         name: (module.in_features, module.out_features) for name, module in linears.items()
