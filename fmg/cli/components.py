@@ -61,9 +61,17 @@ def list_components(
         chosen = REGISTRIES if kind is None else (registry_for(kind),)
         rows = [registry.row(name) for registry in chosen for name in registry.names()]
         found = [(row.kind, row.name, row.summary) for row in rows]
+    gradients = {name for kind_, name, _ in found if kind_ == "reward" and _differentiable(name)}
     if as_json:
-        print_json([dict(zip(("kind", "name", "summary"), entry, strict=True)) for entry in found])
+        print_json(
+            [
+                {"kind": kind_, "name": name, "summary": summary}
+                | ({"differentiable": name in gradients} if kind_ == "reward" else {})
+                for kind_, name, summary in found
+            ]
+        )
         return
+    found = [(kind_, name, f"{text}; differentiable" if name in gradients else text) for kind_, name, text in found]
     stdout().print(table(["kind", "name", "what it is"], found))
 
 
@@ -113,8 +121,21 @@ def show(
     out.print(table(["option", "type", "default", "range", "meaning"], cells))
 
 
+def _differentiable(reward: str) -> bool:
+    """Whether the objective `reward-gradient` takes a reward; no for one whose package cannot be imported."""
+    from fmg.registry.catalog import rewards
+
+    try:
+        return rewards.config_class(reward).differentiable
+    except FmgError:
+        return False
+
+
 def _facts(description: Description) -> dict[str, str]:
-    """How a model of the catalog is sampled by its default recipe."""
+    """How a model of the catalog is sampled by its default recipe, and whether a reward has a gradient."""
+    if description.kind == "reward":
+        unless = ", unless its option gradient says so" if description.name == "python" else ""
+        return {"differentiable": "yes" if _differentiable(description.name) else f"no{unless}"}
     if description.kind != "model":
         return {}
     from fmg.recipe import Recipe

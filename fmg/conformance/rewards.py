@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fmg.conformance.component_under_test import ComponentUnderTest
-from fmg.conformance.rules import Rule, Violation, require
+from fmg.conformance.rules import NotApplicable, Rule, Violation, require
 from fmg.core.errors import RewardError, UsageError
 from fmg.core.protocols import Reward
 from fmg.core.types import PartialRewardOutput, RewardOutput
@@ -23,6 +23,8 @@ SIDES = (32, 24, 64, 224)
 # What the scores may differ by, as a share of their spread over the pictures. Rounding depends on the batch size, most
 # in bf16; a score that depends on its neighbours, or on chance, is off by about the spread itself.
 AGAIN, ELSEWHERE = 1e-4, 1e-2
+SMOOTH = 0.1
+"""What scores of the differentiable preprocessing may differ by: it does not round to 8 bits."""
 ROUNDING = 1e-6
 """Rounding of fp32, relative to scores above 1."""
 # Free text, GenEval's templates, quoted text, scenes of the shapes world; a reward is tested on those that it takes.
@@ -162,6 +164,18 @@ def _non_finite(case: RewardCase) -> None:
     require(not hidden, "An image of NaN gets a finite score, which hides a broken model: raise, or return NaN.")
 
 
+def _gradient(case: RewardCase) -> None:
+    if not case.component.config.has_gradient:
+        raise NotApplicable("The reward does not declare that it is differentiable.")
+    images = case.images().requires_grad_()
+    # raises for scores without a gradient
+    scores = case.checked.differentiated(images, case.prompts)
+    _same(case.output, RewardOutput(scores, case.output.parts), SMOOTH, "when images record gradients")
+    (gradient,) = torch.autograd.grad(scores.sum(), images)
+    known = bool(gradient.isfinite().all()) and bool(gradient.flatten(1).abs().sum(1).all())
+    require(known, "The gradient of a score with respect to its image is zero or not finite.")
+
+
 RULES: tuple[Rule[RewardCase], ...] = (
     Rule("one finite score per image", _scores),
     Rule("deterministic", _deterministic),
@@ -170,4 +184,5 @@ RULES: tuple[Rule[RewardCase], ...] = (
     Rule("leaves its inputs alone", _untouched),
     Rule("scores black and white", _extremes),
     Rule("hides no broken image", _non_finite),
+    Rule("has the gradient that it declares", _gradient),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fmg.core.protocols import FlowMap
-from fmg.core.types import BranchRollout, Conditioning, RewardOutput, ScoredRollout, TransitionRollout
+from fmg.core.types import BranchRollout, Conditioning, RewardOutput, SampleRollout, ScoredRollout, TransitionRollout
 from fmg.flow import AffinePath, GaussianMap, LinearPath, SingleTimeMap, TrigPath, TwoTimeMap
 from fmg.registry import stochasticizers
-from fmg.rl import group_advantages, rollout
+from fmg.rl import group_advantages, rollout, sample_rollout
 from fmg.rl.branches import Branching, branch_rollout
 
 SHAPE = (2, 3)
@@ -85,15 +86,31 @@ def states(rows: int, seed: int = 0) -> Float[Tensor, "b 2 3"]:
     return torch.randn(rows, *SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
-def scored_rollout(flow_map: FlowMap, *, branched: bool = False, equal_rewards: bool = False) -> ScoredRollout:
+def toy_images(latents: Float[Tensor, "b 2 3"]) -> Float[Tensor, "b 3 2 1"]:
+    """Images in [0, 1] of the network's latents."""
+    return latents.mT.sigmoid()[..., None]
+
+
+def toy_scores(images: Float[Tensor, "b 3 2 1"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
+    """A smooth score, different for every image."""
+    return (images * torch.linspace(-1, 2, 6, dtype=images.dtype).reshape(3, 2, 1)).square().flatten(1).sum(1)
+
+
+RolloutKind = Literal["chain", "branch", "states"]
+
+
+def scored_rollout(flow_map: FlowMap, kind: RolloutKind = "chain", *, equal_rewards: bool = False) -> ScoredRollout:
     """A rollout with a reward that differs within every group, or with none that does.
 
-    A branched one has groups at every step of the grid.
+    A branched one has groups at every step of the grid. One of states keeps those before the last interval.
     """
     kernel = stochasticizers.build("asfmc", {"ratio": 0.5})
     index = torch.arange(GROUPS).repeat_interleave(SIZE)
-    sampled: TransitionRollout | BranchRollout
-    if branched:
+    sampled: TransitionRollout | BranchRollout | SampleRollout
+    if kind == "states":
+        last, cond = torch.full((len(index),), len(GRID) - 2), unconditional(len(index))
+        sampled = sample_rollout(flow_map, cond, index, GRID, seed=7, latent_shape=SHAPE, starts=last)
+    elif kind == "branch":
         steps = torch.arange(GROUPS) % (len(GRID) - 2)
         how, cond = Branching(SIZE), unconditional(GROUPS)
         sampled = branch_rollout(flow_map, kernel, cond, range(GROUPS), steps, GRID, how, seed=7, latent_shape=SHAPE)

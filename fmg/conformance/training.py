@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fmg.conformance.component_under_test import ComponentUnderTest
 from fmg.conformance.rules import NotApplicable, Rule, Violation, require
-from fmg.conformance.toys import GROUPS, policies, scored_rollout
-from fmg.core.protocols import Objective, OptimizerFactory
+from fmg.conformance.toys import GROUPS, policies, scored_rollout, toy_images, toy_scores
+from fmg.core.protocols import GradientObjective, Objective, OptimizerFactory
 from fmg.core.types import Batch
 from fmg.registry import stochasticizers
 from fmg.registry.config import ObjectiveConfig
@@ -42,18 +42,23 @@ class ObjectiveCase:
     @cached_property
     def objective(self) -> Objective:
         built: Objective = self.component.build()
+        if isinstance(built, GradientObjective):
+            built = built.with_images(toy_images, toy_scores)
         return built.bind(stochasticizers.build("asfmc", {"ratio": 0.5}))
 
     def prepared(self, *, equal_rewards: bool = False, seed: int = _SEED) -> Batch:
         """A batch of a rollout by the policy that is trained."""
         _, views = policies()
-        scored = scored_rollout(views.current, branched=self.branched, equal_rewards=equal_rewards)
+        kind = "branch" if self.branched else "states" if self.objective.needs == "gradients" else "chain"
+        scored = scored_rollout(views.current, kind, equal_rewards=equal_rewards)
         return self.objective.prepare(scored, views, seed)
 
 
 def _needs(case: ObjectiveCase) -> None:
-    config = case.config
-    require(case.objective.needs == config.needs, "The objective and its config disagree about `needs`.")
+    config, objective = case.config, case.objective
+    require(objective.needs == config.needs, "The objective and its config disagree about `needs`.")
+    takes = config.needs != "gradients" or isinstance(objective, GradientObjective)
+    require(takes, "An objective that needs gradients has to have the methods `with_images` and `starts`.")
     width = case.objective.clip_range
     require(width is None or width > 0, "clip_range has to be positive, or None for an objective without a ratio.")
 

@@ -18,7 +18,7 @@ from fmg.core.specs import MapSpec, Requirements
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -112,7 +112,11 @@ class Stochasticizer(Protocol):
 
 
 class Reward(Protocol):
-    """Scores images against prompts. A mixture of rewards is a reward."""
+    """Scores images against prompts. A mixture of rewards is a reward.
+
+    One whose config says that it is `differentiable` also gives `total` a gradient with respect to images that record
+    one. Its weights never have gradients.
+    """
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
         """Scores of images in [0, 1]; non-finite scores are a `RewardError`, never a zero."""
@@ -141,12 +145,22 @@ class Policies(Protocol):
         """The base: adapter off, without gradients."""
 
 
+Needs = Literal["transitions", "samples", "gradients"]
+"""What an objective learns from: densities of transitions, scored samples, or gradients of rewards."""
+
+DecodeFunction = Callable[["Float[Tensor, 'b *shape']"], "Float[Tensor, 'b 3 h w']"]
+"""Images in [0, 1] of latents, with gradients."""
+ScoreFunction = Callable[["Float[Tensor, 'b 3 h w']", Sequence[str]], "Float[Tensor, ' b']"]
+"""The weighted sum of the trained rewards of images for prompts, with gradients."""
+
+
 class Objective(Protocol):
     """Turns scored rollouts into a loss."""
 
     @property
-    def needs(self) -> Literal["transitions", "samples"]:
-        """`transitions` demands a stochasticizer with a density; `samples` also takes deterministic rollouts."""
+    def needs(self) -> Needs:
+        """`transitions` demands a stochasticizer with a density; `samples` also takes deterministic rollouts.
+        `gradients` demands differentiable rewards and a `StateRollout`; such an objective is a `GradientObjective`."""
 
     @property
     def clip_range(self) -> float | None:
@@ -160,6 +174,22 @@ class Objective(Protocol):
 
     def loss(self, policies: Policies, batch: Batch) -> Loss:
         """The mean loss over the rows of `batch`."""
+
+
+@runtime_checkable
+class GradientObjective(Protocol):
+    """An objective that `needs` gradients: it differentiates rewards of images that it decodes itself."""
+
+    def with_images(self, decode: DecodeFunction, score: ScoreFunction) -> Objective:
+        """The same objective with a decoder and the rewards."""
+
+    def starts(
+        self, groups: Int[Tensor, " n"], members: Int[Tensor, " n"], steps: int, *, seed: int, iteration: int
+    ) -> Int[Tensor, " n"] | None:
+        """The interval of a grid of `steps` at whose start the rollout keeps the state of each sample; None keeps none.
+
+        `groups`, `members`, `seed` and `iteration` identify a sample, as in `fmg.rl.sample_rollout`.
+        """
 
 
 class OptimizerFactory(Protocol):

@@ -127,6 +127,19 @@ class SampleRollout:
 
 
 @dataclass(frozen=True)
+class StateRollout(SampleRollout):
+    """Final latents, and one state of each sample on the way to them, at the start of a grid interval.
+
+    Attributes:
+        start: index of that interval.
+        x_t: the states.
+    """
+
+    start: Int[Tensor, " n"]
+    x_t: Float[Tensor, "n *shape"]
+
+
+@dataclass(frozen=True)
 class TransitionRollout(SampleRollout):
     """Final latents and the stochastic transitions that led to them, in the order they were taken."""
 
@@ -159,7 +172,7 @@ class BranchRollout(SampleRollout):
     log_prob: Float[Tensor, "g m"]
 
 
-Rollout = SampleRollout | TransitionRollout | BranchRollout
+Rollout = SampleRollout | StateRollout | TransitionRollout | BranchRollout
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ the two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -39,10 +39,23 @@ def native_sample(
         grid: strictly decreasing times, first 1, last 0.
         renoise: noise for interval `k`; not called for two-time maps.
     """
+    *_, x_0 = native_states(flow_map, cond, x_1, grid, renoise)
+    return x_0
+
+
+def native_states(
+    flow_map: FlowMap,
+    cond: Conditioning,
+    x_1: Float[Tensor, "b *shape"],
+    grid: Sequence[float],
+    renoise: Callable[[int], Float[Tensor, "b *shape"]],
+) -> Iterator[Float[Tensor, "b *shape"]]:
+    """The states of `native_sample` at every time of the grid, from `x_1` to `x_0`."""
     x = x_1
+    yield x
     for k, (t, s) in enumerate(pairwise(grid)):
         x = native_step(flow_map, cond, x, t, s, lambda k=k: renoise(k))  # type: ignore[misc]
-    return x
+        yield x
 
 
 def native_step(

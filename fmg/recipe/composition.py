@@ -11,6 +11,7 @@ from fmg.core.errors import CompositionError, MissingDependencyError, UsageError
 from fmg.core.specs import MapSpec, Requirements
 from fmg.flow.grids import make_grid, needs_tokens
 from fmg.recipe.sections import RecipeFields, RewardRef
+from fmg.registry.catalog import registry_for
 from fmg.registry.validation import Location, Problem
 from fmg.version import install_line
 
@@ -75,6 +76,7 @@ def problems(recipe: RecipeFields) -> Iterator[Problem]:
     yield from _trainable_problems(recipe, spec)
     yield from _schedule_problems(recipe)
     yield from _reward_problems(("rewards",), recipe.rewards)
+    yield from _gradient_problems(recipe)
     yield from _reward_problems(("eval", "rewards"), recipe.eval.rewards)
     yield from _tracker_problems(recipe)
     if all(reward.weight == 0 for reward in recipe.rewards):
@@ -196,6 +198,50 @@ def _schedule_problems(recipe: RecipeFields) -> Iterator[Problem]:
             f" {train.updates} ({train.iterations} x {train.updates_per_iteration})"
         )
         yield Problem(("train", "lr_warmup_steps"), what, "Lower train.lr_warmup_steps, or raise train.iterations")
+
+
+def _gradient_problems(recipe: RecipeFields) -> Iterator[Problem]:
+    """Misfits of objectives that differentiate rewards."""
+    objective, steps = recipe.objective, recipe.rollout.steps
+    known = {reward.label: reward for reward in recipe.rewards}
+    if objective.config.needs == "gradients":
+        for index, reward in enumerate(recipe.rewards):
+            if reward.weight and not reward.config.has_gradient:
+                what = (
+                    f"The objective '{objective.name}' differentiates its rewards, but '{reward.label}' has no gradient"
+                )
+                fix = f"Give it weight 0, which only measures it, or use another reward: {_differentiable()}"
+                yield Problem(("rewards", index), what, fix)
+        if recipe.train.shuffle_advantages:
+            what = f"The objective '{objective.name}' uses no advantages, so train.shuffle_advantages has no effect"
+            yield Problem(("train", "shuffle_advantages"), what, "Set it to false, or use another objective")
+        jumps = getattr(objective.config, "backpropagated_jumps", 1)
+        if jumps > steps:
+            what = f"Gradients through {jumps} jumps do not fit a rollout of {counted(steps, 'step')}"
+            yield Problem(("objective", "jumps"), what, f"Set objective.jumps to {steps} or less")
+    last_step, location = objective.config.last_step, ("objective", "last_step")
+    if last_step is None:
+        return
+    if objective.config.needs == "gradients":
+        what = f"The objective '{objective.name}' differentiates its rewards already"
+        yield Problem(location, what, "Set objective.last_step to null, or use another objective")
+    for name in last_step.rewards or ():
+        if name not in known:
+            what = f"objective.last_step names '{name}', which is not among the recipe's rewards"
+            yield Problem(location, what, f"Use some of: {', '.join(known)}; one with weight 0 is allowed")
+        elif not known[name].config.has_gradient:
+            what = f"objective.last_step differentiates its rewards, but '{name}' has no gradient"
+            yield Problem(location, what, f"Use a reward with a gradient: {_differentiable()}")
+    if last_step.rewards is None and not any(r.weight and r.config.has_gradient for r in recipe.rewards):
+        what = "objective.last_step differentiates rewards, but none that is maximised has a gradient"
+        yield Problem(
+            location, what, f"Name rewards in objective.last_step.rewards, or use some of: {_differentiable()}"
+        )
+
+
+def _differentiable() -> str:
+    rewards = registry_for("reward")
+    return ", ".join(name for name in rewards.names() if rewards.config_class(name).differentiable)
 
 
 def _tracker_problems(recipe: RecipeFields) -> Iterator[Problem]:

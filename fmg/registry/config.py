@@ -41,11 +41,19 @@ class ComponentConfig(BaseModel):
     judges: ClassVar[bool] = True
     """For a reward: whether less is worse. A held-out plain measurement does not indicate reward hacking."""
 
+    differentiable: ClassVar[bool] = False
+    """For a reward: whether its score has a gradient with respect to the images (`fmg.core.protocols.Reward`)."""
+
     exclusive: ClassVar[frozenset[str]] = frozenset()
     """Options of which at most one may be given; naming one replaces that of the layers below in a recipe."""
 
     needs_consent: ClassVar[Mapping[str, str]] = {}
     """Options that a recipe file may set only with the user's consent, and what each lets the file's author do."""
+
+    @property
+    def has_gradient(self) -> bool:
+        """`differentiable`, or what an option says instead."""
+        return self.differentiable
 
     def assets(self) -> tuple[Asset, ...]:
         """The files that the component reads, in the order in which it loads them."""
@@ -106,6 +114,24 @@ class StochasticizerConfig(ComponentConfig, ABC):
         """Its requirements on the map and the grid."""
 
 
+class LastStepOptions(BaseModel):
+    """The gradient of differentiable rewards through the last jump, added to an objective (docs/math.md, eq. 36)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    weight: float = Field(gt=0, description="weight of the reward beside the objective's own loss")
+    rewards: tuple[str, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="which of the recipe's differentiable rewards, each with its weight or 1 if that is 0; null: all"
+        " of them that have a weight",
+    )
+    checkpointing: bool | None = Field(
+        default=None,
+        description="whether activations are computed again in the backward pass, for less memory; null: on a GPU",
+    )
+
+
 class ObjectiveConfig(ComponentConfig, ABC):
     """Options of an objective: how advantages are formed, and whether it needs transition densities."""
 
@@ -115,10 +141,14 @@ class ObjectiveConfig(ComponentConfig, ABC):
         default="sum",
         description="advantage of the weighted sum of rewards, or weighted sum of each reward's advantage (GDPO)",
     )
+    last_step: LastStepOptions | None = Field(
+        default=None,
+        description="adds the gradient of differentiable rewards through the last jump (RTDMD); null: not",
+    )
 
     @property
     @abstractmethod
-    def needs(self) -> Literal["transitions", "samples"]:
+    def needs(self) -> Literal["transitions", "samples", "gradients"]:
         """What kind of rollout it consumes."""
 
     @property

@@ -20,6 +20,7 @@ from fmg.recipe.sections import FUNCTION_REWARD, PYTHON_REWARD, RewardRef
 from fmg.registry import rewards
 from fmg.rewards.configs import FunctionRewardConfig
 from fmg.rewards.functions import NO_FUNCTIONS, Functions
+from fmg.rewards.images import records_gradients
 from fmg.rewards.python import FunctionReward
 
 NO_OPTIONS: Mapping[str, Mapping[str, object]] = MappingProxyType({})
@@ -68,6 +69,34 @@ class Checked:
     def score(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
         """Scores of the images; a `PartialRewardOutput` where the reward is allowed to leave some images out."""
         _check_images(self.name, images, prompts)
+        output = self._output(images, prompts)
+        scored = torch.ones(len(prompts), dtype=torch.bool)
+        if isinstance(output, PartialRewardOutput):
+            scored = output.scored.to("cpu", torch.bool)
+        total = self._scores("total", output.total, prompts, scored)
+        parts = {part: self._scores(part, x, prompts, scored) for part, x in output.parts.items()}
+        return RewardOutput(total, parts) if bool(scored.all()) else PartialRewardOutput(total, parts, scored)
+
+    def differentiated(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
+        """The total, with a gradient if the images record one.
+
+        Raises:
+            RewardError: as for scores, and when they have no gradient.
+        """
+        _check_images(self.name, images.detach(), prompts)
+        output = self._output(images, prompts)
+        self._scores("total", output.total, prompts, torch.ones(len(prompts), dtype=torch.bool))
+        if records_gradients(images) and not output.total.requires_grad:
+            raise RewardError(
+                f"The scores of the reward '{self.name}' have no gradient, although it is declared differentiable",
+                "Compute them from the images with torch alone, or use another objective.",
+            )
+        return output.total
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        check_prompts(self.name, self.reward, prompts)
+
+    def _output(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
         try:
             # writing to a NumPy view changes a tensor unnoticed, so only a copy is safe
             with fenced(f"The reward '{self.name}'"):
@@ -88,15 +117,7 @@ class Checked:
                 f"The reward '{self.name}' returned {type(output).__name__} instead of a RewardOutput",
                 "Return RewardOutput(total, parts).",
             )
-        scored = torch.ones(len(prompts), dtype=torch.bool)
-        if isinstance(output, PartialRewardOutput):
-            scored = output.scored.to("cpu", torch.bool)
-        total = self._scores("total", output.total, prompts, scored)
-        parts = {part: self._scores(part, x, prompts, scored) for part, x in output.parts.items()}
-        return RewardOutput(total, parts) if bool(scored.all()) else PartialRewardOutput(total, parts, scored)
-
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        check_prompts(self.name, self.reward, prompts)
+        return output
 
     def _scores(
         self, part: str, scores: object, prompts: Sequence[str], scored: Bool[Tensor, " b"]
@@ -165,6 +186,27 @@ class Mixture:
             parts[name] = output.total
             parts.update({f"{name}/{part}": values for part, values in output.parts.items()})
         return RewardOutput(total, parts) if bool(scored.all()) else PartialRewardOutput(total, parts, scored)
+
+    def differentiated(
+        self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str], weights: Mapping[str, float] | None = None
+    ) -> Float[Tensor, " b"]:
+        """The weighted sum of the rewards that have a weight, with a gradient if the images record one.
+
+        Args:
+            images: in [0, 1].
+            prompts: one for each image.
+            weights: by name, in place of those of the mixture.
+
+        Raises:
+            RewardError: as `Checked.differentiated`.
+        """
+        weights = self.weights() if weights is None else weights
+        terms = [
+            weights[name] * reward.differentiated(images, prompts).to(images.device)
+            for name, reward in self.named()
+            if weights.get(name)
+        ]
+        return torch.stack(terms).sum(0)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         for name, reward in self.named():

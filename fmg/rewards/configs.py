@@ -57,6 +57,15 @@ class PythonRewardConfig(ComponentConfig):
         pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$",
         description="module:function, looked up in the working directory and the installed packages",
     )
+    gradient: bool = Field(
+        default=False,
+        description="whether the scores have a gradient, because the function computes them from the images with torch"
+        " alone; for the objective reward-gradient",
+    )
+
+    @property
+    def has_gradient(self) -> bool:
+        return self.gradient
 
 
 class FunctionRewardConfig(ComponentConfig):
@@ -87,6 +96,7 @@ class NetworkConfig(ComponentConfig, ABC):
 class Hpsv2Config(NetworkConfig):
     """HPSv2: cosine of image and prompt under a CLIP tuned to human preferences (about 0.2 to 0.35)."""
 
+    differentiable: ClassVar[bool] = True
     about: ClassVar[About] = About(
         licence="Apache-2.0 (code and weights)",
         citation="Wu et al., Human Preference Score v2, arXiv 2306.09341",
@@ -118,6 +128,7 @@ class Hpsv2Config(NetworkConfig):
 class PickScoreConfig(NetworkConfig):
     """PickScore: `exp(logit_scale) cos(image, prompt)`, about 17 to 24, by default divided by 26."""
 
+    differentiable: ClassVar[bool] = True
     about: ClassVar[About] = About(
         licence=PICKSCORE_TERMS,
         citation="Kirstain et al., Pick-a-Pic, arXiv 2305.01569",
@@ -139,6 +150,7 @@ class PickScoreConfig(NetworkConfig):
 class ClipScoreConfig(NetworkConfig):
     """CLIPScore in one of the four ways the name is used."""
 
+    differentiable: ClassVar[bool] = True
     about: ClassVar[About] = About(
         licence=CLIP_TERMS,
         citation="Hessel et al., CLIPScore, arXiv 2104.08718; Radford et al., CLIP, arXiv 2103.00020",
@@ -166,6 +178,7 @@ class ClipScoreConfig(NetworkConfig):
 class AestheticConfig(NetworkConfig):
     """LAION's aesthetic score (about 1 to 10): an affine function of the CLIP embedding; does not see the prompt."""
 
+    differentiable: ClassVar[bool] = True
     about: ClassVar[About] = About(
         licence="Apache-2.0 (head); MIT (code of CLIP)",
         citation="Schuhmann, improved-aesthetic-predictor, 2022; Schuhmann et al., LAION-5B, arXiv 2210.08402",
@@ -194,6 +207,7 @@ class AestheticConfig(NetworkConfig):
 class ImageRewardConfig(NetworkConfig):
     """ImageReward: a BLIP that reads prompt and image together; mean 0 and std 1 on its authors' data."""
 
+    differentiable: ClassVar[bool] = True
     about: ClassVar[About] = About(
         licence="Apache-2.0 (code and weights)",
         citation="Xu et al., ImageReward, arXiv 2304.05977",

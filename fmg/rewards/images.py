@@ -26,6 +26,9 @@ MAX_ASPECT = 200
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+SMOOTH_TOLERANCE = 2.5 / 255
+"""Largest difference of a pixel between Pillow's resize of 8-bit pixels and torch's of floats."""
+
 Rounding = Literal["half-even", "down"]
 
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -44,6 +47,11 @@ def read_image(source: Path | str | bytes, max_pixels: int = MAX_PIXELS) -> Floa
     return decoded(source, _to_tensor, max_pixels)
 
 
+def records_gradients(images: Tensor) -> bool:
+    """Whether a score of these images is to be differentiated."""
+    return torch.is_grad_enabled() and images.requires_grad
+
+
 def to_bytes(images: Float[Tensor, "b 3 h w"]) -> NDArray[np.uint8]:
     """8-bit pixels (b, h, w, 3): `round(255 x)`, halves to even, clamped."""
     levels = (images.detach().float() * 255).round_().clamp_(0, 255).to(torch.uint8)
@@ -58,10 +66,17 @@ def resize_and_crop(
     The longer edge becomes `int(side * longer / shorter)`. The crop starts at `(n - side) / 2`, rounded half to even
     as torchvision does, or down as transformers does.
 
+    Rounding has no gradient: images that record one are resized as floats by torch's antialiased bicubic filter, which
+    has the same weights. The results differ by the rounding of Pillow's two passes, at most `SMOOTH_TOLERANCE`.
+
     Returns:
-        Levels of 1/255, on the device of `images`.
+        Levels of 1/255, on the device of `images`; floats where gradients are recorded.
     """
     check_drawable(images)
+    if records_gradients(images):
+        size = _shorter_edge(images.shape[-2], images.shape[-1], side)
+        # bicubic filters overshoot; Pillow clips
+        return _resized_square(images, size, side, "bicubic", rounding).clamp(0, 1)
     squares = [_square(pixels, side, rounding) for pixels in to_bytes(images)]
     stacked = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
     return stacked.to(images.device).float() / 255
@@ -73,12 +88,8 @@ def resize_and_crop_floats(images: Float[Tensor, "b 3 h w"], side: int) -> Float
     What `torchvision.transforms.Resize(side)` and `CenterCrop(side)` do to a tensor.
     """
     check_drawable(images)
-    height, width = _shorter_edge(images.shape[-2], images.shape[-1], side)
-    resized = images.float()
-    if (height, width) != tuple(images.shape[-2:]):
-        resized = F.interpolate(resized, (height, width), mode="bilinear", antialias=True, align_corners=False)
-    top, left = _offset(height, side, "half-even"), _offset(width, side, "half-even")
-    return resized[..., top : top + side, left : left + side]
+    size = _shorter_edge(images.shape[-2], images.shape[-1], side)
+    return _resized_square(images, size, side, "bilinear", "half-even")
 
 
 def resize_and_pad(images: Float[Tensor, "b 3 h w"], side: int) -> Float[Tensor, "b 3 side side"]:
@@ -150,6 +161,17 @@ def _square(pixels: NDArray[np.uint8], side: int, rounding: Rounding) -> NDArray
         pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
     top, left = _offset(height, side, rounding), _offset(width, side, rounding)
     return pixels[top : top + side, left : left + side]
+
+
+def _resized_square(
+    images: Float[Tensor, "b 3 h w"], size: tuple[int, int], side: int, mode: str, rounding: Rounding
+) -> Float[Tensor, "b 3 side side"]:
+    """The centre square of images resized to `size` by one of torch's antialiased filters on floats."""
+    resized = images.float()
+    if size != tuple(images.shape[-2:]):
+        resized = F.interpolate(resized, size, mode=mode, antialias=True, align_corners=False)
+    top, left = _offset(size[0], side, rounding), _offset(size[1], side, rounding)
+    return resized[..., top : top + side, left : left + side]
 
 
 def _shorter_edge(height: int, width: int, side: int) -> tuple[int, int]:

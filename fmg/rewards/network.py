@@ -29,7 +29,7 @@ from fmg.core.model_folder import check_no_adapter
 from fmg.core.stdout_redirect import quiet
 from fmg.core.types import RewardOutput
 from fmg.rewards.configs import NetworkConfig
-from fmg.rewards.images import check_finite
+from fmg.rewards.images import check_finite, records_gradients
 
 Tensors = Mapping[str, Tensor]
 
@@ -341,10 +341,13 @@ class NetworkReward:
         self._network.get(device)
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
-        """Scores of images in [0, 1], fp32. The first call loads the network to the device of its images."""
+        """Scores of images in [0, 1], fp32. The first call loads the network to the device of its images.
+
+        Scores of images that record gradients record them too, where the network is `differentiable`.
+        """
         check_finite(self.name, images)
         score, size = self._network.get(images.device), self.config.batch_size
-        with torch.no_grad():
+        with torch.set_grad_enabled(records_gradients(images)):
             outputs = [
                 score(images[start : start + size], prompts[start : start + size])
                 for start in range(0, len(prompts), size)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fmg.registry.config import ObjectiveConfig
 
@@ -82,3 +82,46 @@ class RwfmConfig(ObjectiveConfig):
     @property
     def compares_with(self) -> frozenset[Literal["old", "reference"]]:
         return frozenset()
+
+
+class RewardGradientConfig(ObjectiveConfig):
+    """Backpropagation of differentiable rewards through the last jumps and the decoder (DRaFT-K, DRaFT-LV, ReFL)."""
+
+    method: Literal["draft", "draft-lv", "refl"] = Field(
+        default="draft",
+        description="draft: the last jumps of the sampler; draft-lv: the last jump, from several re-noisings of the"
+        " sample; refl: one jump to 0 from a random time of the grid",
+    )
+    jumps: int = Field(default=1, ge=1, le=1000, description="jumps of draft that record gradients, K in DRaFT-K")
+    draws: int = Field(default=2, ge=1, description="re-noisings of each sample in draft-lv")
+    l2_beta: float = Field(
+        default=0.0, ge=0, description="weight of the squared distance of each jump to that of the base; 0 skips it"
+    )
+    checkpointing: bool | None = Field(
+        default=None,
+        description="whether activations of jumps, decoder and rewards are computed again in the backward pass, for the"
+        " memory of the largest of them in place of their sum; null: on a GPU",
+    )
+
+    @model_validator(mode="after")
+    def _without_advantages(self) -> Self:
+        for name in ("adv_clip_max", "global_std", "reward_combination"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is about advantages, which this objective does not use")
+        return self
+
+    @property
+    def needs(self) -> Literal["transitions", "samples", "gradients"]:
+        return "gradients"
+
+    @property
+    def backpropagated_jumps(self) -> int:
+        """Jumps of a row that record gradients."""
+        return self.jumps if self.method == "draft" else 1
+
+    def rows_per_sample(self, transitions: int) -> int:
+        return self.draws if self.method == "draft-lv" else 1
+
+    @property
+    def compares_with(self) -> frozenset[Literal["old", "reference"]]:
+        return frozenset({"reference"} if self.l2_beta > 0 else ())

@@ -17,8 +17,15 @@ from torch import Tensor
 
 from fmg.core.errors import UsageError
 from fmg.core.protocols import FlowMap, Stochasticizer
-from fmg.core.types import Conditioning, SampleRollout, Transition, TransitionRollout, cat_transitions
-from fmg.flow.sampling import native_sample
+from fmg.core.types import (
+    Conditioning,
+    SampleRollout,
+    StateRollout,
+    Transition,
+    TransitionRollout,
+    cat_transitions,
+)
+from fmg.flow.sampling import native_sample, native_states
 from fmg.recipe.sections import WindowSection
 from fmg.rl import keyed_noise
 from fmg.rl.keyed_noise import OBJECTIVE, ROLLOUT, NoiseKey
@@ -101,12 +108,14 @@ def sample_rollout(
     latent_shape: Sequence[int],
     same_initial_noise: bool = False,
     members: Int[Tensor, " n"] | None = None,
+    starts: Int[Tensor, " n"] | None = None,
     batch_size: int | None = None,
     device: torch.device | None = None,
 ) -> SampleRollout:
     """Generates `n` samples with the map's own few-step sampler, without transitions; arguments as in `rollout`.
 
-    Two-time maps are deterministic after the initial noise; single-time maps add keyed noise at interior times.
+    Two-time maps are deterministic after the initial noise; single-time maps add keyed noise at interior times. With
+    `starts`, the index of a grid interval for each sample, it is a `StateRollout` with the states that these start at.
     """
     times = checked_grid(grid)
     index = torch.as_tensor(groups)
@@ -114,6 +123,7 @@ def sample_rollout(
     place = device or device_of(cond)
     cond = cond.to(place)
     parts: list[Tensor] = []
+    kept: list[Tensor] = []
     for rows in _chunks(cond, keys, batch_size):
         draw = _noise_source([keys[i] for i in rows], latent_shape, same_initial_noise, place)
 
@@ -121,8 +131,17 @@ def sample_rollout(
             return draw(k + 1)
 
         with torch.no_grad():
-            parts.append(native_sample(flow_map, cond.select(rows), draw(0), times, renoise))
-    return SampleRollout(cond, index, torch.cat(parts).float(), times)
+            x_1 = state = draw(0)
+            for k, x in enumerate(native_states(flow_map, cond.select(rows), x_1, times, renoise)):
+                if starts is not None:
+                    here = (starts[rows] == k).to(place)
+                    state = torch.where(here.view(-1, *[1] * (x.ndim - 1)), x, state)
+        parts.append(x)
+        kept.append(state)
+    x_0 = torch.cat(parts).float()
+    if starts is None:
+        return SampleRollout(cond, index, x_0, times)
+    return StateRollout(cond, index, x_0, times, starts, torch.cat(kept).float())
 
 
 def sample(

@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from fmg.core.errors import CompositionError
-from fmg.core.protocols import Model, Objective, OptimizerFactory, PromptSet, Reward, Shardable, Stochasticizer
+from fmg.core.protocols import (
+    GradientObjective,
+    Model,
+    Objective,
+    OptimizerFactory,
+    PromptSet,
+    Reward,
+    Shardable,
+    Stochasticizer,
+)
 from fmg.data.prompt_sets import load_prompts
 from fmg.flow.grids import make_grid
 from fmg.recipe import Recipe
@@ -17,6 +27,7 @@ from fmg.recipe.composition import check_backend, check_target_times, check_trac
 from fmg.registry import models, objectives, optimizers, stochasticizers
 from fmg.rewards.base import Mixture, build_rewards, check_prompts
 from fmg.rewards.functions import NO_FUNCTIONS, Functions
+from fmg.rl.reward_gradient import LastStep, ScoredImages
 
 
 @dataclass(frozen=True)
@@ -66,12 +77,27 @@ def compose(recipe: Recipe, device: torch.device, dtype: torch.dtype, functions:
     optimizer = optimizers.build_config(recipe.optimizer.name, recipe.optimizer.config)
     model = source.load(device, dtype)
     trained = make_trainable(model, recipe)
+    if isinstance(objective, GradientObjective):
+        objective = objective.with_images(model.decode, mixture.differentiated)
+    if (last_step := recipe.objective.config.last_step) is not None:
+        score = partial(mixture.differentiated, weights=last_step_weights(recipe))
+        objective = LastStep(objective, last_step.weight, ScoredImages(model.decode, score, last_step.checkpointing))
     _, height, width = model.latent_shape
     grid = make_grid(recipe.rollout.grid, recipe.rollout.steps, image_tokens=(height // 2) * (width // 2))
     check_target_times(recipe.stochasticizer.name, recipe.stochasticizer.config.requires(), grid)
     return Composed(
         recipe, model, stochasticizer, objective, mixture, measured, optimizer, prompts, eval_prompts, grid, trained
     )
+
+
+def last_step_weights(recipe: Recipe) -> dict[str, float]:
+    """The weights of the rewards of `objective.last_step`: the recipe's, or 1 for a named one without a weight."""
+    last_step = recipe.objective.config.last_step
+    assert last_step is not None
+    weights = {reward.label: reward.weight for reward in recipe.rewards if reward.config.has_gradient}
+    if last_step.rewards is None:
+        return weights
+    return {name: weights[name] or 1.0 for name in last_step.rewards}
 
 
 def make_trainable(model: Model, recipe: Recipe) -> str:

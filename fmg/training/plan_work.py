@@ -15,7 +15,7 @@ Shape = tuple[int, ...]
 
 def transitions_of(recipe: Recipe) -> int:
     """Stochastic transitions of one sample: all steps but the last, or those of the window; 0 if none is needed."""
-    if recipe.objective.config.needs == "samples":
+    if recipe.objective.config.needs != "transitions":
         return 0
     if recipe.rollout.kind == "branch":
         return 1

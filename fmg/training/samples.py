@@ -19,7 +19,7 @@ from torch import Tensor
 from fmg.core import metric_keys as keys
 from fmg.core.errors import RewardError
 from fmg.core.events import Notice, Observer, ignore
-from fmg.core.protocols import FlowMap, PromptSet
+from fmg.core.protocols import FlowMap, GradientObjective, PromptSet
 from fmg.core.types import (
     BranchRollout,
     Conditioning,
@@ -28,6 +28,7 @@ from fmg.core.types import (
     RewardOutput,
     Rollout,
     SampleRollout,
+    StateRollout,
     Transition,
     TransitionRollout,
 )
@@ -280,6 +281,8 @@ class Sampler:
             return dist.gather(values, len(groups), unit)
 
         whole = replace(local, cond=cond.to(local.x0.device), groups=groups, x0=gathered(local.x0))
+        if isinstance(whole, StateRollout):
+            whole = replace(whole, start=gathered(whole.start), x_t=gathered(whole.x_t))
         if isinstance(whole, TransitionRollout):
             names = [entry.name for entry in fields(Transition) if entry.name != "index"]
             transitions = (
@@ -293,7 +296,10 @@ class Sampler:
     def _roll_out_chains(self, cond: Conditioning, groups: Tensor, members: Tensor, iteration: int) -> Rollout:
         recipe, model, grid = self.composed.recipe, self.composed.model, self.composed.grid
         shape, seed = recipe.rollout, recipe.train.seed
-        if self.composed.objective.needs == "samples":
+        if self.composed.objective.needs != "transitions":
+            objective, starts = self.composed.objective, None
+            if isinstance(objective, GradientObjective):
+                starts = objective.starts(groups, members, shape.steps, seed=seed, iteration=iteration)
             return sample_rollout(
                 model.flow_map,
                 cond,
@@ -304,6 +310,7 @@ class Sampler:
                 latent_shape=model.latent_shape,
                 same_initial_noise=shape.same_initial_noise,
                 members=members,
+                starts=starts,
                 batch_size=self.sizes.rollout_batch,
                 device=model.device,
             )

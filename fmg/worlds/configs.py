@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from fmg.registry.config import ComponentConfig
+from fmg.registry.config import About, ComponentConfig
 
 
 class ShapesRewardConfig(ComponentConfig):
@@ -20,6 +20,15 @@ class ShapesRewardConfig(ComponentConfig):
 
 class ShapesQualityConfig(ComponentConfig):
     """Image quality in the shapes world; does not look at the prompt."""
+
+
+class ShapesClipConfig(ComponentConfig):
+    """Agreement of image and prompt in the shapes world under a small trained CLIP."""
+
+    about: ClassVar[About] = About(
+        licence="Apache-2.0", weights=("in the package; `fmg pretrain shapes-clip` retrains them",)
+    )
+    differentiable: ClassVar[bool] = True
 
 
 class ShapesPromptsConfig(ComponentConfig):

@@ -27,8 +27,11 @@ from tests.support.cli import fmg
 
 SHIPPED = [
     *(("stochasticizer", name) for name in ("asfmc", "asfmc-endpoint", "asfmc-euler", "flow-sde", "dance-sde", "cps")),
-    *(("reward", name) for name in ("shapes", "shapes-quality", "text-fidelity", "jpeg-compressibility")),
-    *(("objective", name) for name in ("grpo", "grpo-guard", "rwfm")),
+    *(
+        ("reward", name)
+        for name in ("shapes", "shapes-clip", "shapes-quality", "text-fidelity", "jpeg-compressibility")
+    ),
+    *(("objective", name) for name in ("grpo", "grpo-guard", "rwfm", "reward-gradient")),
     *(("optimizer", name) for name in ("adamw", "muon", "adafactor", "sgd")),
     ("prompt-set", "shapes-heldout"),
     ("feature-extractor", "pixels"),
