@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from fmg.version import __version__
+from fmg.version import __version__, is_runtime
 
 if TYPE_CHECKING:
     from fmg.core.errors import FmgError, UsageError
@@ -44,7 +44,14 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    try:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    except ModuleNotFoundError:
+        from fmg.core.runtime import beyond_runtime
+
+        if not is_runtime():
+            raise
+        raise beyond_runtime(f"fmg.{name}") from None
 
 
 def __dir__() -> list[str]:

@@ -14,6 +14,7 @@ from fmg.cli.output import print_json, stderr, stdout, table
 from fmg.core.errors import UsageError
 from fmg.data.run_folder import is_run, no_run
 from fmg.progress.reporters import LOADING, reporter_for
+from fmg.version import is_runtime
 
 if TYPE_CHECKING:
     from fmg.rewards.doctor import Diagnosis
@@ -44,9 +45,16 @@ def examine_installation(
         return
     with reporter_for(stderr()) as reporter:
         reporter(LOADING)
-        from fmg.training.doctor import examine
+        from fmg.inference.doctor import computes, examine
 
-        checks = examine(self_test=not quick, network=network, observer=reporter)
+        self_test = None
+        if not quick and is_runtime():
+            self_test = computes
+        elif not quick:
+            from fmg.training.doctor import trains
+
+            self_test = trains
+        checks = examine(self_test, network=network, observer=reporter)
     if as_json:
         print_json([asdict(check) for check in checks])
     else:

@@ -35,8 +35,9 @@ from fmg.cli.verify import verify
 from fmg.core.display import bounded
 from fmg.core.errors import FmgError, FmgWarning, MissingDependencyError, out_of_memory, reason, system_refusal
 from fmg.core.hub import OFFLINE
+from fmg.core.runtime import beyond_runtime
 from fmg.core.signals import exit_code, signal_name, signal_of
-from fmg.version import __version__, install_line
+from fmg.version import __version__, install_line, is_runtime
 
 # sysexits.h: EX_SOFTWARE, an error of the program itself
 _BUG = 70
@@ -184,9 +185,12 @@ def _main(args: Sequence[str]) -> int:
         return _failed(bounded(_usage(error)), error.exit_code, session)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package in ("", "fmg"):
+        if package in ("fmg", "pydantic") and is_runtime():
+            missing = beyond_runtime(f"`{shlex.join(['fmg', *args])}`")
+        elif package in ("", "fmg"):
             return _bug(error, args, session)
-        missing = MissingDependencyError(f"The package '{package}' is not installed", f"Run: {install_line()}")
+        else:
+            missing = MissingDependencyError(f"The package '{package}' is not installed", f"Run: {install_line()}")
         return _failed(missing.text, missing.exit_code, session)
     except Exception as error:
         if (said := out_of_memory(error)) is not None:

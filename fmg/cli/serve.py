@@ -110,12 +110,11 @@ def serve(
     with reporter_for(stderr()) as reporter, ExitStack() as stack:
         reporter(LOADING)
         from fmg.inference.service.models import ServedModels
-        from fmg.inference.service.opening import named_targets, open_models
+        from fmg.inference.service.opening import named_targets, newest_run, open_models
         from fmg.inference.service.server import ImageServer
         from fmg.inference.service.wire import Limits
-        from fmg.inference.target import resolve_target
 
-        named = named_targets(targets or [resolve_target(None).label])
+        named = named_targets(targets or [newest_run()])
         # a taken port is reported before anything is loaded
         address = stack.enter_context(Address(host, port))
         options = {

@@ -20,7 +20,7 @@ from fmg.core.profiling import OTHER, STAGES, TOTAL
 from fmg.inference.artifact.layout import EXPORTED, Artifact, is_artifact, open_artifact
 from fmg.inference.generator import Generator
 from fmg.inference.loading import AUTO, find, load, made_from
-from fmg.registry import backends
+from fmg.inference.openers import known_backends
 
 if TYPE_CHECKING:
     from fmg.inference.target import Target
@@ -74,7 +74,7 @@ def parse_backends(text: str) -> tuple[BenchBackend, ...]:
     Raises:
         UsageError: one is unknown, or is named twice.
     """
-    found = []
+    found, backends = [], known_backends()
     for part in text.split(","):
         name, _, option = part.strip().partition(":")
         if name not in backends.names():
@@ -116,7 +116,7 @@ def bench_cases(targets: Sequence[str], wanted: Sequence[BenchBackend], observer
 
 def form_for(subject: Target | Artifact, backend: BenchBackend, observer: Observer = ignore) -> Target | Artifact:
     """The run or model of an artifact, or the artifact of a run or model, whichever a backend runs."""
-    source = backends.build(backend.name)
+    source = known_backends().build(backend.name)
     source.check()
     if source.opens == "artifact":
         return subject if isinstance(subject, Artifact) else _exported_from(subject)

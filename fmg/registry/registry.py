@@ -158,6 +158,10 @@ class Registry(Generic[P]):
             )
         return loaded
 
+    def option_names(self, name: str) -> frozenset[str]:
+        """The names of the options of `name`. Errors as `config_class`."""
+        return frozenset(self.config_class(name).model_fields)
+
     def config(self, name: str, options: Mapping[str, object] | None = None) -> ComponentConfig:
         """Validated options of `name`.
 

@@ -30,7 +30,7 @@ def stand_in(gpu: Gpu | None = GPU, cache: Path | None = None) -> Iterator[Modul
         _forget()
         patch.setenv("FMG_CACHE", str(cache or empty))
         patch.syspath_prepend(str(_STAND_IN))
-        for place in ("fmg.export.tensorrt.build", "fmg.inference.loading"):
+        for place in ("fmg.export.tensorrt.build", "fmg.inference.openers"):
             patch.setattr(f"{place}.current_gpu", lambda: gpu)
         for place in ("fmg.export.tensorrt.build", "fmg.inference.tensorrt.engine"):
             patch.setattr(f"{place}.open_device", lambda name: FakeCuda())

@@ -14,7 +14,8 @@ from fmg.core.errors import UsageError
 from fmg.core.events import Notice, Observer
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.generator import Generator
-from fmg.inference.loading import AUTO, TorchOpener, find, load, pick_backend
+from fmg.inference.loading import AUTO, find, load, pick_backend
+from fmg.inference.openers import TorchOpener
 from fmg.inference.service.models import BASE, OWN, Served
 
 if TYPE_CHECKING:
@@ -33,6 +34,13 @@ class Named:
 
     name: str
     target: str
+
+
+def newest_run() -> str:
+    """The target of a server that was given none. Errors as `fmg.inference.loading.find`."""
+    subject = find(None)
+    assert not isinstance(subject, Artifact)
+    return subject.label
 
 
 def named_targets(texts: Sequence[str]) -> list[Named]:

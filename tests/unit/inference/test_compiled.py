@@ -26,7 +26,8 @@ from fmg.core.profiling import TOTAL, TRANSFORMER, WARM_UP, StageClock, wall_clo
 from fmg.inference import compiled
 from fmg.inference.compiled import CompiledNetwork, TorchCompileBackend, bucket, check_compiler
 from fmg.inference.generator import Generated, Generator
-from fmg.inference.loading import TorchCompileOpener, TorchOpener, find, pick_backend
+from fmg.inference.loading import find, pick_backend
+from fmg.inference.openers import TorchCompileOpener, TorchOpener
 from fmg.inference.parity import check_same_images
 from fmg.inference.torch_backend import TorchBackend
 from fmg.models.flux.model import FluxModel

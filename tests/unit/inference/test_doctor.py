@@ -11,7 +11,9 @@ from urllib.request import Request
 import pytest
 
 from fmg.core.errors import CheckpointError, UsageError
-from fmg.training import doctor
+from fmg.inference import doctor
+from fmg.training import doctor as training_doctor
+from fmg.version import DISTRIBUTION, RUNTIME
 from tests.support.cli import fmg
 
 
@@ -43,10 +45,10 @@ def test_indexes_are_contacted_only_on_request(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(doctor, "urlopen", answer)
     monkeypatch.setenv("HF_ENDPOINT", "https://mirror.test")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    quiet = [check for check in doctor.examine(self_test=False) if check.topic == "index"]
+    quiet = [check for check in doctor.examine(None) if check.topic == "index"]
     assert {check.outcome for check in quiet} == {"not contacted"}
     assert asked == []
-    loud = [check for check in doctor.examine(self_test=False, network=True) if check.topic == "index"]
+    loud = [check for check in doctor.examine(None, network=True) if check.topic == "index"]
     assert [check.outcome for check in loud] == ["ok", "failed", "failed"]
     assert "answers with 403" in loud[0].found
     assert "does not answer: no route" in loud[1].found
@@ -56,7 +58,7 @@ def test_indexes_are_contacted_only_on_request(monkeypatch: pytest.MonkeyPatch) 
 def test_the_network_is_not_used_against_the_users_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UsageError, match="forbids network access"):
-        doctor.examine(self_test=False, network=True)
+        doctor.examine(None, network=True)
     (line,) = (check.found for check in doctor._storage() if check.name == "network")
     assert line.startswith("not used")
 
@@ -78,7 +80,7 @@ def test_a_full_disk_and_a_closed_folder_are_faults(monkeypatch: pytest.MonkeyPa
     found = {check.name: check for check in doctor._storage()}
     assert found["cache of fmg"].outcome == "failed"
     assert "free some space" in found["cache of fmg"].advice
-    monkeypatch.setattr("fmg.training.doctor.os.access", lambda path, mode: False)
+    monkeypatch.setattr("fmg.inference.doctor.os.access", lambda path, mode: False)
     assert "cannot be written" in next(doctor._storage()).advice
 
 
@@ -86,8 +88,8 @@ def test_a_self_test_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> Non
     def broken(*args: object) -> None:
         raise CheckpointError("The weights are damaged", "Install fmg again.")
 
-    monkeypatch.setattr(doctor, "train", broken)
-    check = doctor._self_test()
+    monkeypatch.setattr(training_doctor, "train", broken)
+    check = training_doctor.trains()
     assert check.outcome == "failed"
     assert "The weights are damaged" in check.found
     assert check.advice
@@ -95,5 +97,25 @@ def test_a_self_test_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.slow
 def test_the_self_test_trains() -> None:
-    check = doctor._self_test()
+    check = training_doctor.trains()
     assert check.outcome == "ok", check
+
+
+def test_the_self_test_of_the_runtime_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.computes().outcome == "ok"
+    monkeypatch.setattr(doctor, "_SUM", "CAoSADo1")
+    check = doctor.computes()
+    assert check.outcome == "failed"
+    assert check.found
+    assert "--alone" in check.advice
+
+
+def test_the_distribution_and_its_runtime_are_not_both_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {DISTRIBUTION: "0.1.0", RUNTIME: "0.2.0"}
+    monkeypatch.setattr(doctor, "installed_version", versions.get)
+    (check,) = doctor._distributions()
+    assert check.outcome == "failed"
+    assert check.found == "flow-map-grpo 0.1.0 and flow-map-grpo-runtime 0.2.0 share files"
+    assert check.advice == "pip uninstall -y flow-map-grpo flow-map-grpo-runtime && pip install flow-map-grpo"
+    versions.pop(RUNTIME)
+    assert not list(doctor._distributions())
