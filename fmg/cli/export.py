@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import typer
 
 from fmg.cli import completion
-from fmg.cli.options import AsJson, Offline, checked_folder, given_text, panel, whole_number
+from fmg.cli.options import AsJson, Offline, checked_folder, given_text, new_place, panel, whole_number
 from fmg.cli.output import print_json, stderr, stdout
 from fmg.cli.verify import print_report
 from fmg.core.display import counted
@@ -36,7 +36,8 @@ _LEVELS = ("quick", "full", _OFF)
 _FLAVOURS = ("auto", "tensorrt", "rtx")
 _HARDWARE = ("none", "same-capability", "ampere-plus")
 _NOT_VERIFIED = 1
-_output_option, _engine_option = panel("Output"), panel("TensorRT engines")
+_TRITON_DEVICES = ("auto", "cpu", "gpu")
+_output_option, _engine_option, _triton_option = map(panel, ("Output", "TensorRT engines", "Triton Inference Server"))
 
 
 def export(
@@ -163,13 +164,45 @@ def export(
             "--build-memory", metavar="GIB", help="Host memory for the build.", show_default="9/10 of what is free"
         ),
     ] = None,
+    triton: Annotated[
+        str | None,
+        _triton_option(
+            "--triton",
+            metavar="DIR",
+            help="Also write a model repository; for an existing artifact, write only that.",
+        ),
+    ] = None,
+    triton_name: Annotated[
+        str | None,
+        _triton_option("--triton-name", metavar="NAME", help="Name of the model.", show_default="that of the model"),
+    ] = None,
+    triton_device: Annotated[
+        str | None,
+        _triton_option(
+            "--triton-device",
+            metavar="D",
+            help="Where the graphs run: cpu, gpu, or auto (a GPU if the server has one).",
+            show_default="auto",
+            autocompletion=completion.one_of(*_TRITON_DEVICES),
+        ),
+    ] = None,
+    triton_version: Annotated[
+        int | None,
+        _triton_option("--triton-version", min=1, metavar="N", help="Version of the models.", show_default="1"),
+    ] = None,
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
     """Export a tuned model to ONNX and TensorRT, to a diffusers folder, or as a LoRA file for other software."""
     _check_combination(
         {"--onnx": onnx, "--diffusers": diffusers, "--kohya": kohya, "--swap-weights": swap_weights is not None},
-        {"--int8": int8, "--resolutions": resolutions is not None, "--batch": batch is not None, "--trt": trt},
+        {
+            "--int8": int8,
+            "--resolutions": resolutions is not None,
+            "--batch": batch is not None,
+            "--trt": trt,
+            "--triton": triton is not None,
+        },
         {"--precision": precision is not None, "OUT": place is not None or out is not None},
     )
     other = "--diffusers" if diffusers else "--kohya" if kohya else None
@@ -188,6 +221,7 @@ def export(
         build_memory,
     )
     engines.check(wanted=trt)
+    repository = _triton_request(triton, triton_name, triton_device, triton_version)
     with reporter_for(stderr()) as reporter:
         reporter(LOADING)
         from fmg.inference.artifact.layout import EXPORTED
@@ -209,22 +243,34 @@ def export(
 
             artifact = swap(checked_folder(swap_weights, "--swap-weights"), target, observer=reporter)
             facts, text = _facts(artifact), _text(artifact)
-        elif trt and target is not None and is_artifact(target):
-            _check_existing({"--onnx": onnx, "--int8": int8, "--precision": precision, "OUT": place or out})
+        elif (trt or repository) and target is not None and is_artifact(target):
+            new = {"--onnx": onnx, "--precision": precision, "OUT": place or out, "--int8": int8 and not repository}
+            sizes = {} if trt else {"--resolutions": sides, "--batch": rows}
+            _check_existing("--trt" if trt else "--triton", {**new, **sizes})
             artifact = open_artifact(target)
-            facts, text = _build(engines, artifact, sides, rows, reporter)
+            facts, text = {"folder": str(artifact.folder)}, ""
+            if trt:
+                facts, text = _build(engines, artifact, sides, rows, reporter)
         else:
             from fmg.export.artifact import export_artifact
             from fmg.export.options import ExportOptions
 
             options = ExportOptions(_precision(precision), int8, sides, rows)
             folder = folder or export_folder(target, EXPORTED)
+            if repository and is_artifact(folder):
+                raise UsageError(
+                    f"{folder} exists already", f"Use it: fmg export {folder} --triton {repository.folder}"
+                )
             artifact = export_artifact(target, folder, options, observer=reporter)
             facts, text = _facts(artifact), _text(artifact)
             if trt:
                 reporter(Notice("info", text))
                 built, text = _build(engines, artifact, None, None, reporter)
                 facts |= built
+        if repository:
+            served, line = repository.write(artifact, reporter, int8=int8)
+            facts |= {"triton": served}
+            text = f"{text}\n{line}".lstrip()
         report = None if level is None else _verified(open_artifact(artifact.folder), level, reporter)
     if as_json:
         print_json(facts if report is None else {**facts, "verify": report.to_json()})
@@ -266,6 +312,53 @@ class _Engines:
         for flag, size in (("--workspace", self.workspace), ("--build-memory", self.build_memory)):
             if size is not None and not 0 < size < 1e6:
                 raise UsageError(f"{flag} {size:g} is not a size in GiB", "Give a positive number.")
+
+
+@dataclass(frozen=True)
+class _Triton:
+    """A model repository to write; a field that is None was not given."""
+
+    folder: Path
+    name: str | None
+    device: str | None
+    version: int | None
+
+    def write(self, artifact: Artifact, observer: Observer, *, int8: bool) -> tuple[dict[str, object], str]:
+        """Facts for `--json`, text for people."""
+        from fmg.export.triton import Device, TritonOptions, export_triton
+
+        options = TritonOptions(self.name, cast("Device", self.device or "auto"), self.version or 1, int8)
+        made = export_triton(artifact, self.folder, options, observer=observer)
+        facts = {
+            "folder": str(made.folder),
+            "model": made.model,
+            "backends": dict(made.backends),
+            "max_batch": made.max_batch,
+        }
+        most = f"up to {counted(made.max_batch, 'image')} per batch"
+        return (
+            facts,
+            f"{made.folder}: model '{made.model}' for Triton, {counted(len(made.backends) - 1, 'graph')}, {most}",
+        )
+
+
+def _triton_request(folder: str | None, name: str | None, device: str | None, version: int | None) -> _Triton | None:
+    """The repository that the options ask for.
+
+    Raises:
+        UsageError: a value is impossible, or an option was given without `--triton`.
+    """
+    given = {"--triton-name": name, "--triton-device": device, "--triton-version": version}
+    used = [flag for flag, value in given.items() if value is not None]
+    if folder is None:
+        if used:
+            raise UsageError(f"{used[0]} is an option of a repository for Triton", "Add --triton, or leave it out.")
+        return None
+    if device is not None and device not in _TRITON_DEVICES:
+        raise UsageError(f"--triton-device: '{device}' is unknown", suggestion(device, _TRITON_DEVICES))
+    place = new_place(folder, "--triton")
+    assert place is not None
+    return _Triton(place, name, device, version)
 
 
 def _build(
@@ -371,11 +464,11 @@ def _check_combination(forms: Mapping[str, bool], artifact: Mapping[str, bool], 
         raise UsageError(f"{taken[0]} cannot be used with {form}", "Leave out one of them.")
 
 
-def _check_existing(fresh: Mapping[str, object]) -> None:
-    """Refuses options of a new artifact where engines are added to an existing one."""
+def _check_existing(form: str, fresh: Mapping[str, object]) -> None:
+    """Refuses options of a new artifact where there is one already."""
     if given := [name for name, value in fresh.items() if value]:
         raise UsageError(
-            f"{given[0]} cannot be used with --trt for an existing artifact", "Leave it out, or name the run instead."
+            f"{given[0]} cannot be used with {form} for an existing artifact", "Leave it out, or name the run instead."
         )
 
 

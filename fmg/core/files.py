@@ -27,6 +27,8 @@ OLD = "old"
 """Suffix of a folder that is being replaced."""
 DRAFT = "tmp"
 """Suffix of a file that is being written."""
+SLACK = 64 * 10**6
+"""Bytes for small files and file system overhead, which `check_space` adds."""
 
 _SUM = re.compile(r"([0-9a-f]{64})  (.+)")
 # .NAME.PID.RANDOM.ENDING, and .NAME.PID.tmp as earlier versions wrote it
@@ -109,6 +111,32 @@ def refusal_of(path: Path) -> str | None:
         return f"it is not a path ({error})"
     except OSError as error:
         return reason(error)
+
+
+def check_space(
+    folder: Path,
+    needed: int,
+    what: str = "The export",
+    fix: str = "Free some space, or name a folder on another disk.",
+) -> None:
+    """Checks that the disk of a folder, which need not exist yet, has space for `needed` bytes.
+
+    Args:
+        folder: where the files go.
+        needed: their size.
+        what: what needs the space, for the error.
+        fix: what to do about it, for the error.
+
+    Raises:
+        UsageError: it has too little space.
+    """
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < needed + SLACK:
+        raise UsageError(
+            f"{what} takes about {(needed + SLACK) / 1e9:.1f} GB, but {there} has {free / 1e9:.1f} GB free",
+            fix,
+        )
 
 
 def refuse_links_out(folder: Path) -> None:

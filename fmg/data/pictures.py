@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fmg.core.errors import UsageError, writing
 from fmg.core.files import write_atomic
+from fmg.core.pixels import to_uint8
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -46,8 +47,7 @@ class GridRow:
 def to_pil(image: Float[Tensor, "3 h w"] | NDArray[np.float32]) -> Image.Image:
     """An 8-bit RGB version of a (3, h, w) image; values are clamped to [0, 1] and rounded to the nearest level."""
     values = image if isinstance(image, np.ndarray) else image.detach().float().cpu().numpy()
-    levels = np.rint(values.clip(0, 1) * 255).astype(np.uint8)
-    return Image.fromarray(np.ascontiguousarray(levels.transpose(1, 2, 0)))
+    return Image.fromarray(to_uint8(values))
 
 
 def save_pictures(pictures: Sequence[tuple[Image.Image, str]], folder: Path, *, called: str = "") -> list[Path]:

@@ -13,7 +13,7 @@ import torch
 
 from fmg.core.errors import UsageError, python_call
 from fmg.core.events import Observer, StageProgress, ignore
-from fmg.core.files import atomic_folder
+from fmg.core.files import atomic_folder, check_space
 from fmg.core.model_folder import read_config
 from fmg.export.graphs import GraphPlan, clip_plan, decoder_plan, t5_plan, transformer_plan
 from fmg.export.int8 import quantise
@@ -31,7 +31,7 @@ from fmg.export.source import (
     stored_elements,
     write_base,
 )
-from fmg.export.weights import check_space, lay_out, write_weights
+from fmg.export.weights import lay_out, write_weights
 from fmg.inference.artifact.layout import (
     BASE_WEIGHTS,
     Artifact,

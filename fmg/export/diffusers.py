@@ -13,9 +13,9 @@ import torch
 
 from fmg.core.errors import UsageError, python_call
 from fmg.core.events import Observer, StageProgress
-from fmg.core.files import atomic_folder
+from fmg.core.files import atomic_folder, check_space
 from fmg.export.source import Delta, find_source, merged
-from fmg.export.weights import TensorType, check_space, lay_out, write_weights
+from fmg.export.weights import TensorType, lay_out, write_weights
 from fmg.inference.pipeline import sampled_as
 from fmg.inference.target import TargetLike, export_folder, resolve_target
 from fmg.models.common.checkpoint_files import CARD, SAMPLES

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.events import Observer, StageProgress
-from fmg.core.files import atomic_folder
+from fmg.core.files import atomic_folder, check_space
 from fmg.core.prompt import MASK, PromptForm
 from fmg.export.graphs import GraphPlan
 from fmg.export.model_graphs import encoders, plans, text_stack
 from fmg.export.onnx import OPSET, save_graph, trace
 from fmg.export.options import LARGE_BATCH, SMALL_BATCH, ExportOptions, library_versions, plain_config
 from fmg.export.source import base_dtypes, recipe_facts
-from fmg.export.weights import check_space, lay_out, write_weights
+from fmg.export.weights import lay_out, write_weights
 from fmg.inference.artifact.backend import PromptTokenizer
 from fmg.inference.artifact.layout import (
     TOKENIZER_FILE,

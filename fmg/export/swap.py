@@ -11,11 +11,11 @@ import torch
 
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.events import Notice, Observer, StageProgress, ignore
-from fmg.core.files import OLD, leftovers, link_files, replaced_folder
+from fmg.core.files import OLD, check_space, leftovers, link_files, replaced_folder
 from fmg.export.artifact import default_resolution, image_axes
 from fmg.export.int8 import quantise
 from fmg.export.source import Delta, check_base, conventions_of, merged, read_delta, recipe_facts, write_base
-from fmg.export.weights import check_space, lay_out, write_weights
+from fmg.export.weights import lay_out, write_weights
 from fmg.inference.artifact.layout import (
     BASE_WEIGHTS,
     Artifact,

@@ -25,11 +25,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fmg.core.files import link_file
+from fmg.core.files import check_space, link_file
 from fmg.export.graphs import ClipGraph, DecoderGraph, GraphModule, T5Graph, TransformerGraph
 from fmg.export.model_graphs import reference
 from fmg.export.precision_report import read_graph, scopes_of
-from fmg.export.weights import check_space, lay_out, write_weights
+from fmg.export.weights import lay_out, write_weights
 from fmg.inference.artifact import io_spec
 from fmg.inference.artifact.backend import LatentBackend, PromptTokenizer
 from fmg.inference.artifact.layout import Artifact

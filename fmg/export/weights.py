@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.errors import CheckpointError
 from fmg.core.json_io import read_safetensors_header
 from fmg.inference.artifact.manifest import FileEntry
 from fmg.models.common.weights import STORED_DTYPES
 
 PAGE = 4096
-SLACK = 64 * 10**6
-"""Bytes for graphs, tokenizers and file system overhead."""
 _LENGTH = 8  # bytes of a safetensors file before its header
 _NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
@@ -133,29 +130,3 @@ def write_weights(
 def _finite(tensor: Tensor) -> bool:
     # torch cannot compare 8-bit floats
     return bool(torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor).all())
-
-
-def check_space(
-    folder: Path,
-    needed: int,
-    what: str = "The export",
-    fix: str = "Free some space, or name a folder on another disk.",
-) -> None:
-    """Checks that the disk of a folder, which need not exist yet, has space for `needed` bytes.
-
-    Args:
-        folder: where the files go.
-        needed: their size.
-        what: what needs the space, for the error.
-        fix: what to do about it, for the error.
-
-    Raises:
-        UsageError: it has too little space.
-    """
-    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
-    free = shutil.disk_usage(there).free
-    if free < needed + SLACK:
-        raise UsageError(
-            f"{what} takes about {(needed + SLACK) / 1e9:.1f} GB, but {there} has {free / 1e9:.1f} GB free",
-            fix,
-        )

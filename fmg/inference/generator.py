@@ -216,7 +216,7 @@ class Generator:
             UsageError: there is no prompt, or the number of seeds differs from that of prompts.
         """
         texts = _prompts(prompts, num)
-        keys = _seeds(seeds, texts, num)
+        keys = image_seeds(seeds, texts, num)
         if callable(progress):
             return self._generate(texts, keys, steps, grid, release_text, progress)
         from fmg.progress import watching
@@ -292,8 +292,13 @@ def _prompts(prompts: object, num: int) -> list[str]:
     return [prompt for prompt in listed for _ in range(num)]
 
 
-def _seeds(seeds: object, prompts: Sequence[str], num: int) -> list[int]:
-    """The seed of each image; those of one prompt are consecutive."""
+def image_seeds(seeds: object, prompts: Sequence[str], num: int = 1) -> list[int]:
+    """The seed of each image: as listed, or consecutive from one integer for the images of each prompt.
+
+    Raises:
+        WrongTypeError: they are neither an integer nor a list of integers.
+        UsageError: their number differs from that of the prompts.
+    """
     listed = whole_seeds(seeds)
     if isinstance(listed, int):
         taken: Counter[str] = Counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,15 @@ from fmg.inference.artifact import open_artifact
 from fmg.inference.artifact.manifest import MANIFEST
 from fmg.inference.artifact.manifest_io import from_json, to_json
 from fmg.inference.loading import load_target
+from fmg.inference.onnxruntime import load as load_artifact
 from fmg.inference.target import resolve_target
+from fmg.inference.triton import TritonPythonModel
 from fmg.recipe import Recipe
 from tests.support.artifact import make_run
 from tests.support.bare_environment import ARTIFACT, BareEnvironment
 from tests.support.cli import fmg
+from tests.support.triton import triton_python_backend_utils as utils
+from tests.support.triton.repository import read_configs
 from tests.tiny_flux2 import FLUX2_CASE
 from tests.tiny_sana import RESOLUTION, SEQUENCE, build_tiny_sana
 from tests.tiny_sd35 import SD35_CASE
@@ -96,6 +101,23 @@ def test_the_images_without_torch_are_those_of_the_run(run: Path, verified: dict
     with load_target(resolve_target(run), device="cpu") as torchs:
         images = torchs.generate(PROMPTS, seeds=[3, 4]).image_array
     assert float(np.abs(np.load(tmp_path / "drawn.npy") - images).max()) <= 1e-4
+
+
+def test_a_repository_for_triton_generates_the_same_images(
+    run: Path, verified: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "models"
+    done = fmg("export", str(run / "artifact"), "--triton", str(out), "--triton-name", "served")
+    assert done.code == 0, done.stderr
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", utils)
+    server = utils.Server(out, read_configs(out))
+    server.warm_up()
+    asked = [[{"prompt": prompt, "seed": 3 + n}] for n, prompt in enumerate(PROMPTS)]
+    answers = server.started(TritonPythonModel(), "served").execute([utils.asked(rows) for rows in asked])
+    made = np.concatenate([answer.output_tensors()[0].as_numpy() for answer in answers])
+    with load_artifact(run / "artifact", threads=1) as generator:
+        images = generator.generate(PROMPTS, seeds=[3, 4]).image_array
+    assert float(np.abs(made.transpose(0, 3, 1, 2) / 255 - images).max()) <= 1 / 255
 
 
 def test_a_changed_manifest_is_refused(run: Path, verified: dict[str, Any]) -> None:

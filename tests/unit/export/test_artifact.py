@@ -203,7 +203,7 @@ def test_wrong_options_and_a_full_disk_leave_nothing(
     with pytest.raises(UsageError, match="8-bit weights are for a CPU"):
         export_artifact(shapes_run, out, ExportOptions(precision="bf16", int8=True))
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("fmg.export.weights.shutil.disk_usage", lambda folder: usage(1, 1, 10**6))
+    monkeypatch.setattr("fmg.core.files.shutil.disk_usage", lambda folder: usage(1, 1, 10**6))
     with pytest.raises(UsageError, match=r"The export takes about 0\.1 GB"):
         export_artifact(shapes_run, out)
     assert list(tmp_path.iterdir()) == []
