@@ -103,6 +103,7 @@ def test_the_images_without_torch_are_those_of_the_run(run: Path, verified: dict
     assert float(np.abs(np.load(tmp_path / "drawn.npy") - images).max()) <= 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:.*the model reads the first:fmg.core.errors.FmgWarning")
 def test_a_repository_for_triton_generates_the_same_images(
     run: Path, verified: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
