@@ -247,6 +247,7 @@ class ImageRewardConfig(NetworkConfig):
 class Hpsv3Config(NetworkConfig):
     """HPSv3: the mean of the preference score that a tuned Qwen2-VL-7B predicts; part `log_sigma`."""
 
+    differentiable: ClassVar[bool] = True
     about: ClassVar[About] = About(
         licence="MIT (code); Apache-2.0 (weights and base model)",
         citation="Ma et al., HPSv3: Towards Wide-Spectrum Human Preference Score, arXiv 2508.03789",

@@ -66,20 +66,28 @@ def resize_and_crop(
     The longer edge becomes `int(side * longer / shorter)`. The crop starts at `(n - side) / 2`, rounded half to even
     as torchvision does, or down as transformers does.
 
-    Rounding has no gradient: images that record one are resized as floats by torch's antialiased bicubic filter, which
-    has the same weights. The results differ by the rounding of Pillow's two passes, at most `SMOOTH_TOLERANCE`.
-
     Returns:
-        Levels of 1/255, on the device of `images`; floats where gradients are recorded.
+        What `pillow_bicubic` does, on the device of `images`.
     """
     check_drawable(images)
+    resized = pillow_bicubic(images, _shorter_edge(images.shape[-2], images.shape[-1], side))
+    return _centre(resized, side, rounding)
+
+
+def pillow_bicubic(images: Float[Tensor, "b 3 h w"], size: tuple[int, int]) -> Float[Tensor, "b 3 height width"]:
+    """Images rounded to 8 bits and resized to `size` by Pillow's bicubic filter: levels of 1/255.
+
+    Rounding has no gradient. Images that record one are resized as floats by torch's antialiased bicubic filter, which
+    has the same weights, one axis after the other as Pillow does, so the results differ only by Pillow's rounding: by
+    at most `SMOOTH_TOLERANCE`.
+    """
+    height, width = size
     if records_gradients(images):
-        size = _shorter_edge(images.shape[-2], images.shape[-1], side)
-        # bicubic filters overshoot; Pillow clips
-        return _resized_square(images, size, side, "bicubic", rounding).clamp(0, 1)
-    squares = [_square(pixels, side, rounding) for pixels in to_bytes(images)]
-    stacked = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
-    return stacked.to(images.device).float() / 255
+        # the filter overshoots, and Pillow clips after each axis
+        across = _resized(images, (images.shape[-2], width), "bicubic").clamp(0, 1)
+        return _resized(across, size, "bicubic").clamp(0, 1)
+    drawn = [np.asarray(Image.fromarray(x).resize((width, height), Image.Resampling.BICUBIC)) for x in to_bytes(images)]
+    return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).to(images.device).float() / 255
 
 
 def resize_and_crop_floats(images: Float[Tensor, "b 3 h w"], side: int) -> Float[Tensor, "b 3 side side"]:
@@ -88,8 +96,8 @@ def resize_and_crop_floats(images: Float[Tensor, "b 3 h w"], side: int) -> Float
     What `torchvision.transforms.Resize(side)` and `CenterCrop(side)` do to a tensor.
     """
     check_drawable(images)
-    size = _shorter_edge(images.shape[-2], images.shape[-1], side)
-    return _resized_square(images, size, side, "bilinear", "half-even")
+    resized = _resized(images, _shorter_edge(images.shape[-2], images.shape[-1], side), "bilinear")
+    return _centre(resized, side, "half-even")
 
 
 def resize_and_pad(images: Float[Tensor, "b 3 h w"], side: int) -> Float[Tensor, "b 3 side side"]:
@@ -101,9 +109,7 @@ def resize_and_pad(images: Float[Tensor, "b 3 h w"], side: int) -> Float[Tensor,
     check_drawable(images)
     scale = side / max(images.shape[-2:])
     height, width = (max(1, round(n * scale)) for n in images.shape[-2:])
-    resized = images.float()
-    if scale != 1:
-        resized = F.interpolate(resized, (height, width), mode="bicubic", antialias=True, align_corners=False)
+    resized = _resized(images, (height, width), "bicubic")
     below, beside = side - height, side - width
     return F.pad(resized, (beside // 2, beside - beside // 2, below // 2, below - below // 2))
 
@@ -155,23 +161,16 @@ def _to_tensor(picture: Image.Image) -> Float[Tensor, "3 h w"]:
     return torch.from_numpy(pixels).permute(2, 0, 1).float().div_(255)
 
 
-def _square(pixels: NDArray[np.uint8], side: int, rounding: Rounding) -> NDArray[np.uint8]:
-    height, width = _shorter_edge(pixels.shape[0], pixels.shape[1], side)
-    if (height, width) != pixels.shape[:2]:
-        pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
-    top, left = _offset(height, side, rounding), _offset(width, side, rounding)
-    return pixels[top : top + side, left : left + side]
+def _resized(images: Float[Tensor, "b 3 h w"], size: tuple[int, int], mode: str) -> Float[Tensor, "b 3 height width"]:
+    """By one of torch's antialiased filters on floats."""
+    if size == tuple(images.shape[-2:]):
+        return images.float()
+    return F.interpolate(images.float(), size, mode=mode, antialias=True, align_corners=False)
 
 
-def _resized_square(
-    images: Float[Tensor, "b 3 h w"], size: tuple[int, int], side: int, mode: str, rounding: Rounding
-) -> Float[Tensor, "b 3 side side"]:
-    """The centre square of images resized to `size` by one of torch's antialiased filters on floats."""
-    resized = images.float()
-    if size != tuple(images.shape[-2:]):
-        resized = F.interpolate(resized, size, mode=mode, antialias=True, align_corners=False)
-    top, left = _offset(size[0], side, rounding), _offset(size[1], side, rounding)
-    return resized[..., top : top + side, left : left + side]
+def _centre(images: Float[Tensor, "b 3 h w"], side: int, rounding: Rounding) -> Float[Tensor, "b 3 side side"]:
+    top, left = (_offset(length, side, rounding) for length in images.shape[-2:])
+    return images[..., top : top + side, left : left + side]
 
 
 def _shorter_edge(height: int, width: int, side: int) -> tuple[int, int]:

@@ -15,18 +15,16 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, TypeGuard
 
-import numpy as np
 import torch
 import transformers
 from jaxtyping import Float, Int
-from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.hub import Located
 from fmg.core.model_folder import CONFIG, read_config
-from fmg.rewards.images import CLIP_MEAN, CLIP_STD, check_drawable, normalize, to_bytes
+from fmg.rewards.images import CLIP_MEAN, CLIP_STD, check_drawable, normalize, pillow_bicubic
 from fmg.rewards.network import load_folder, load_pretrained, read_json
 
 IMAGE_TOKEN = "<|image_pad|>"
@@ -109,10 +107,7 @@ class Patches:
         """
         check_drawable(images)
         height, width = scaled_size(images.shape[-2], images.shape[-1], self.side * self.merge, self.least, self.most)
-        resized = [
-            np.array(Image.fromarray(x).resize((width, height), Image.Resampling.BICUBIC)) for x in to_bytes(images)
-        ]
-        pixels = normalize(torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float() / 255, self.mean, self.std)
+        pixels = normalize(pillow_bicubic(images, (height, width)), self.mean, self.std)
         rows, columns, merge, side = height // self.side, width // self.side, self.merge, self.side
         blocks = pixels.reshape(len(images), 3, rows // merge, merge, side, columns // merge, merge, side)
         ordered = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)
