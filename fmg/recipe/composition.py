@@ -215,8 +215,7 @@ def _gradient_problems(recipe: RecipeFields) -> Iterator[Problem]:
         if recipe.train.shuffle_advantages:
             what = f"The objective '{objective.name}' uses no advantages, so train.shuffle_advantages has no effect"
             yield Problem(("train", "shuffle_advantages"), what, "Set it to false, or use another objective")
-        jumps = getattr(objective.config, "backpropagated_jumps", 1)
-        if jumps > steps:
+        if (jumps := objective.config.trained_calls(1)) > steps:
             what = f"Gradients through {jumps} jumps do not fit a rollout of {counted(steps, 'step')}"
             yield Problem(("objective", "jumps"), what, f"Set objective.jumps to {steps} or less")
     last_step, location = objective.config.last_step, ("objective", "last_step")

@@ -160,6 +160,14 @@ class ObjectiveConfig(ComponentConfig, ABC):
         """Rows of a batch that `prepare` makes of one sample with `transitions` stored transitions, at least 1."""
         return max(1, transitions)
 
+    def trained_calls(self, calls: int) -> int:
+        """Network evaluations with gradients of one row, besides those of `last_step`.
+
+        Args:
+            calls: evaluations of one transition.
+        """
+        return calls
+
     @property
     def compares_with(self) -> frozenset[Literal["old", "reference"]]:
         """Which policies besides the current one the loss evaluates; a full fine-tune keeps copies for these alone."""

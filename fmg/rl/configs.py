@@ -114,9 +114,7 @@ class RewardGradientConfig(ObjectiveConfig):
     def needs(self) -> Literal["transitions", "samples", "gradients"]:
         return "gradients"
 
-    @property
-    def backpropagated_jumps(self) -> int:
-        """Jumps of a row that record gradients."""
+    def trained_calls(self, calls: int) -> int:
         return self.jumps if self.method == "draft" else 1
 
     def rows_per_sample(self, transitions: int) -> int:

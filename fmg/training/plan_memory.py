@@ -32,6 +32,19 @@ _REWARD_PARAMETERS: Mapping[str, float] = {
     "unifiedreward": 8.77e9,
 }
 """Parameters of the networks that rewards load; other rewards need no memory on the device."""
+_REWARD_KEPT: Mapping[str, float] = {
+    "hpsv2": 129e6,
+    "pickscore": 129e6,
+    "clipscore": 108e6,
+    "aesthetic": 108e6,
+    "imagereward": 65e6,
+    "hpsv3": 2.1e9,
+}
+"""Numbers that a differentiated reward keeps of one image for its backward pass. Measured on networks of full size
+without memory (the meta device); that of HPSv3 is an estimate from its layers."""
+_DECODER_KEPT = 9.1
+"""What decoding keeps for its backward pass, relative to its peak without: measured in the same way, 7.5 for
+`AutoencoderKL` and 9.1 for DC-AE."""
 _REWARD_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _PLACE_OF_IMAGES = (None, "auto")
 
@@ -71,6 +84,7 @@ def plan_memory(
     part = -(-rows_of(recipe) // (recipe.train.updates_per_iteration * devices))
     micro_batch = sizes.micro_batch if number < FULL else min(sizes.micro_batch, part)
     update = update_bytes(geometry, trained, recipe.lora.rank, number, micro_batch)
+    update = gradient_bytes(recipe, geometry, number, micro_batch, update)
     if part <= sizes.micro_batch:
         # in a single pass the gradients take the place of the activations; they are counted with the weights
         update = max(update - FULL * trained.parameters, _cast_bytes(geometry, trained, number))
@@ -147,6 +161,33 @@ def decode_bytes(geometry: ModelGeometry, number: int, rows: int) -> int:
     chunk = min(rows, max(1, DECODE_PIXELS // pixels)) * pixels * int(geometry.decoder.size(number))
     # a chunk, or the copies made while images are joined and rescaled; the images themselves are in the rollout store
     return max(chunk, 2 * rows * 3 * geometry.resolution**2 * FULL)
+
+
+def gradient_bytes(recipe: Recipe, geometry: ModelGeometry, number: int, micro_batch: int, jump: int) -> int:
+    """Activations of an update that differentiates rewards, of which one jump needs `jump`.
+
+    They are the largest of a jump's, the decoder's and the rewards', or without checkpointing their sum. A last step
+    comes on top of the objective that it is added to.
+    """
+    objective = recipe.objective.config
+    differentiates = objective.needs == "gradients"
+    if not differentiates and objective.last_step is None:
+        return jump
+    pixels = geometry.resolution**2
+    decoder = micro_batch * pixels * geometry.decoder.size(number) * _DECODER_KEPT
+    rewards = micro_batch * sum(
+        _REWARD_KEPT.get(reward.name, 0) * _REWARD_BYTES[reward.config.model_dump().get("dtype", "fp32")]
+        for reward in recipe.rewards
+        if reward.config.has_gradient
+    )
+    options = objective if objective.last_step is None else objective.last_step
+    checkpointing = getattr(options, "checkpointing", None)
+    if checkpointing is None:
+        checkpointing = recipe.train.device != "cpu" and recipe.model.config.spec().gpu_memory_gb > 0
+    images = 3 * micro_batch * pixels * FULL
+    jumps = objective.trained_calls(1) if differentiates else 1
+    work = max(jump, decoder, rewards) if checkpointing else jumps * jump + decoder + rewards
+    return int(images + work + (0 if differentiates else jump))
 
 
 def rollout_bytes(recipe: Recipe, geometry: ModelGeometry, number: int, devices: int = 1) -> int:

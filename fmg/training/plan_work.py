@@ -71,7 +71,9 @@ class Work:
     def of(cls, recipe: Recipe) -> Work:
         """Counts one iteration: the updates replay the transition of every row once."""
         calls = recipe.stochasticizer.config.requires().calls if transitions_of(recipe) else 1
-        return cls(recipe.rollout.samples, rollout_nfe(recipe), rows_of(recipe) * calls)
+        objective = recipe.objective.config
+        trained = objective.trained_calls(calls) + (objective.last_step is not None)
+        return cls(recipe.rollout.samples, rollout_nfe(recipe), rows_of(recipe) * trained)
 
     @property
     def row_nfe(self) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fmg.core.errors import CompositionError
+from fmg.core.errors import CompositionError, UsageError
 from fmg.core.specs import Requirements
 from fmg.recipe import resolve
 from fmg.recipe.composition import check_target_times
@@ -162,3 +162,45 @@ def test_dropout_would_show_as_a_ratio() -> None:
 def test_what_branched_rollouts_cannot_be(flags: dict[str, object], sets: list[str], message: str) -> None:
     with pytest.raises(CompositionError, match=message):
         resolve(None, {"model": "two-time", **flags}, ["rollout.kind=branch", *sets])
+
+
+GRADIENT: dict[str, object] = {"model": "two-time", "objective": "reward-gradient"}
+
+
+@pytest.mark.parametrize(
+    ("rewards", "sets", "message"),
+    [
+        ("shapes-clip, shapes", [], r"'reward-gradient' differentiates its rewards, but 'shapes' has no gradient"),
+        ("ocr", [], r"'ocr' has no gradient. Give it weight 0, .*: aesthetic, clipscore, .*, shapes-clip"),
+        ("{name: python, target: 'm:f'}", [], "'m:f' has no gradient"),
+        ("shapes-clip", ["objective.jumps=5"], "Gradients through 5 jumps do not fit a rollout of 4 steps"),
+        ("shapes-clip", ["train.shuffle_advantages=true"], "uses no advantages"),
+        ("shapes-clip", ["objective.global_std=false"], "global_std is about advantages"),
+        ("shapes-clip", ["objective.last_step={weight: 1}"], "differentiates its rewards already"),
+        ("shapes-clip", ["rollout.kind=branch"], "does not support branched rollouts"),
+    ],
+)
+def test_rewards_without_a_gradient_are_refused_by_name(rewards: str, sets: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        resolve(None, GRADIENT, [*CHAIN, f"rewards=[{rewards}]", *sets])
+
+
+def test_what_has_no_weight_and_a_function_with_a_gradient_are_not_refused() -> None:
+    rewards = "[shapes-clip, {name: shapes, weight: 0}, {name: python, target: 'm:f', gradient: true}]"
+    assert len(resolve(None, GRADIENT, [*CHAIN, f"rewards={rewards}"]).recipe.rewards) == 3
+
+
+@pytest.mark.parametrize(
+    ("last_step", "message"),
+    [
+        ("{weight: 1}", "none that is maximised has a gradient"),
+        ("{weight: 1, rewards: [hpsv2]}", "names 'hpsv2', which is not among the recipe's rewards"),
+        ("{weight: 1, rewards: [shapes]}", "'shapes' has no gradient"),
+    ],
+)
+def test_a_last_step_needs_a_reward_with_a_gradient(last_step: str, message: str) -> None:
+    rewards = "rewards=[shapes, {name: shapes-clip, weight: 0}]"
+    with pytest.raises(CompositionError, match=message):
+        resolve(None, {"model": "two-time"}, [rewards, f"objective.last_step={last_step}"])
+    given = resolve(None, {"model": "two-time"}, [rewards, "objective.last_step={weight: 1, rewards: [shapes-clip]}"])
+    assert given.recipe.objective.config.last_step is not None

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from benchmarks.memory_meter import MemoryMeter
 from fmg.core.events import ignore
@@ -227,3 +228,52 @@ def test_an_evaluation_that_generates_more_at_once_than_a_rollout_is_planned_for
         for size in (4, 256, 100_000)
     )
     assert asked < more == most
+
+
+def test_backward_passes_of_decoder_and_reward_are_counted() -> None:
+    geometry = flux_geometry(None, FLUX, checkpointing=True)
+
+    def activations(**changes: object) -> int:
+        recipe = Recipe.default().with_({**BF16, "rewards": ["pickscore"], "rollout.kind": "chain", **changes})
+        return plan_memory(recipe, geometry, choose_sizes(recipe, "cuda")).parts["activations"]
+
+    alone = activations()
+    checkpointed, whole = (
+        activations(objective={"name": "reward-gradient", "jumps": 4, "checkpointing": flag}) for flag in (True, False)
+    )
+    beside = activations(**{"objective.last_step": {"weight": 1.0, "checkpointing": True}})
+    # one image of 512 px through the decoder, measured below
+    assert alone < checkpointed < beside < whole
+    kept = _kept_by_the_decoder()
+    assert kept <= checkpointed - 3 * 512**2 * 4 <= FACTOR * kept
+
+
+BF16 = {"train.dtype": "bf16", "train.micro_batch": 1, "rollout.batch_size": 1}
+
+
+def _kept_by_the_decoder() -> int:
+    """Bytes that FLUX's decoder keeps of an image of 512 px, without its weights, counted on the meta device."""
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=16,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+    vae = vae.requires_grad_(False).to(torch.bfloat16)
+    weights = {p.untyped_storage()._cdata for p in vae.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if (place := x.untyped_storage()._cdata) not in weights:
+            kept[place] = x
+        return x
+
+    latent = torch.empty(1, 16, 64, 64, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        decoded = vae.decode(latent, return_dict=False)[0]
+    assert decoded.requires_grad
+    return sum(x.untyped_storage().nbytes() for x in kept.values())
