@@ -5,28 +5,47 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import os
+from pathlib import Path
 
-from fmg.core.errors import UsageError
+from fmg.core.errors import UsageError, reason
+
+# a secret is a line, and a wrong path may name anything
+_MAX_SECRET = 4096
 
 
 def secret_from(variable: str | None, *, required: bool) -> str | None:
-    """The secret in an environment variable; None if it is not set and not required.
+    """The secret in an environment variable, or in the file that `VARIABLE_FILE` names, as containers mount secrets.
+
+    None if neither is set and it is not required.
 
     Raises:
-        UsageError: it is required and missing, or contains anything but printable ASCII. Its value is never shown.
+        UsageError: it is required and missing, its file cannot be read, or it contains anything but printable ASCII.
+            Its value is never shown.
     """
     if variable is None:
         return None
-    value = os.environ.get(variable, "").strip()
+    file = f"{variable}_FILE"
+    value, place = os.environ.get(variable, "").strip(), f"environment variable {variable}"
+    if not value and (path := os.environ.get(file)):
+        value, place = _line_of(path, file), f"file that {file} names"
+        if not value:
+            raise UsageError(f"The {place} is empty", "Put the secret in it.")
     if not value:
         if required:
             raise UsageError(f"The environment variable {variable} is not set", f"Put the secret in it: {variable}=...")
         return None
     if not value.isascii() or not value.isprintable():
-        raise UsageError(
-            f"The environment variable {variable} does not contain a valid secret", "Use printable ASCII characters."
-        )
+        raise UsageError(f"The {place} does not contain a valid secret", "Use printable ASCII characters.")
     return value
+
+
+def _line_of(path: str, variable: str) -> str:
+    try:
+        with Path(path).open("rb") as opened:
+            return opened.read(_MAX_SECRET).decode("latin-1").strip()
+    except (OSError, ValueError) as error:
+        what = f"The file '{path}', which {variable} names, cannot be read: {reason(error)}"
+        raise UsageError(what, "Name a file with the secret.") from None
 
 
 def is_loopback(host: str) -> bool:

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
+import subprocess
+from base64 import b64decode
+from io import BytesIO
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
@@ -15,6 +21,7 @@ from fmg.inference.artifact import Artifact
 from tests.support.artifact import copied, planted
 from tests.support.bare_environment import ARTIFACT, COMMAND_LINE, BareEnvironment
 from tests.support.cli import fmg
+from tests.support.runtime import InstalledRuntime, install_runtime
 from tests.support.schemas import check
 
 pytestmark = [pytest.mark.slow, pytest.mark.compile]
@@ -102,6 +109,90 @@ def test_commands_that_need_torch_report_it_in_one_line(
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert says in line
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> InstalledRuntime:
+    return install_runtime(tmp_path_factory.mktemp("runtime"))
+
+
+def cpu_seconds() -> float:
+    """Of all processes that this one started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def test_pip_installs_the_runtime_without_torch_and_pydantic(
+    runtime: InstalledRuntime, shapes_artifact: Artifact, torch_images: NDArray[np.float32], tmp_path: Path
+) -> None:
+    assert not {"torch", "pydantic", "diffusers", "transformers", "scipy"} & runtime.names
+    assert runtime.megabytes < 260, f"{runtime.megabytes:.0f} MB, installed in {runtime.seconds:.0f} s"
+    artifact = shapes_artifact.folder
+    asked = json.dumps([PROMPTS, list(range(len(PROMPTS)))])
+    done = runtime.run(runtime.python, "-c", DRAW, artifact, asked, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert float(np.abs(np.load(tmp_path / "drawn.npy") - torch_images).max()) <= 1 / 255
+
+    started = cpu_seconds()
+    done = runtime.run(runtime.script, "generate", PROMPTS[0], "--from", artifact, "--json", cwd=tmp_path)
+    # the time to the first image of a process that has a core for itself
+    assert cpu_seconds() - started <= 1.5
+    assert done.returncode == 0, done.stderr
+    (entry,) = json.loads(done.stdout)["images"]
+    levels = np.asarray(Image.open(tmp_path / entry["path"]), np.float32).transpose(2, 0, 1)
+    assert float(np.abs(levels / 255 - torch_images[0]).max()) <= 1 / 255
+
+    for command in (["verify", artifact, "--alone"], ["bench", artifact, "--repeats", "1"], ["doctor"]):
+        done = runtime.run(runtime.script, *command, "--json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert [check["name"] for check in json.loads(done.stdout) if check["topic"] in ("extra", "self-test")] == [
+        "server",
+        "a graph in ONNX Runtime",
+    ]
+
+
+def test_the_runtime_says_in_one_line_what_to_install(
+    runtime: InstalledRuntime, shapes_artifact: Artifact, tmp_path: Path
+) -> None:
+    full = "pip uninstall -y flow-map-grpo-runtime && pip install flow-map-grpo"
+    artifact = str(shapes_artifact.folder)
+    for command, advice in (
+        (["train"], full),
+        (["eval", "scm-shapes"], full),
+        (["export", "scm-shapes"], full),
+        (["list"], full),
+        (["generate", "a red circle", "--from", "scm-shapes"], full),
+        (["verify", artifact], full),
+        (["serve", artifact], "pip install 'flow-map-grpo-runtime[server]'"),
+    ):
+        done = runtime.run(runtime.script, *command, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert done.stdout == ""
+        (line,) = done.stderr.splitlines()
+        assert advice in line
+
+
+def test_the_runtime_serves(
+    runtime: InstalledRuntime, shapes_artifact: Artifact, torch_images: NDArray[np.float32], tmp_path: Path
+) -> None:
+    runtime.add(f"{runtime.wheel}[server]")
+    command = [str(runtime.script), "serve", str(shapes_artifact.folder), "--port", "0"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=runtime.environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as server:
+        try:
+            assert server.stderr is not None
+            address = next(line.split()[-1] for line in server.stderr if "http://" in line)
+            body = json.dumps({"prompt": PROMPTS[0], "seed": 0}).encode()
+            request = Request(f"{address}/v1/images/generations", body, {"Content-Type": "application/json"})
+            with urlopen(request, timeout=60) as answer:
+                (entry,) = json.load(answer)["data"]
+            levels = np.asarray(Image.open(BytesIO(b64decode(entry["b64_json"]))), np.float32).transpose(2, 0, 1)
+            assert float(np.abs(levels / 255 - torch_images[0]).max()) <= 1 / 255
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(30) == 0
+        finally:
+            server.kill()
 
 
 def test_a_passing_verification_is_stored(shapes_artifact: Artifact, tmp_path: Path) -> None:

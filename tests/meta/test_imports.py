@@ -1,8 +1,10 @@
-"""No module of the package imports itself through others, not even inside a function."""
+"""No module of the package imports itself through others, not even inside a function; the runtime is complete."""
 
 from __future__ import annotations
 
 import ast
+import sys
+import tomllib
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -19,13 +21,13 @@ def is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
-def imports(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+def imports(tree: ast.AST, *, in_functions: bool = True) -> Iterator[ast.Import | ast.ImportFrom]:
     """Every import below a node, except for those that only a type checker follows."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             yield node
-        elif not is_type_checking(node):
-            yield from imports(node)
+        elif not is_type_checking(node) and (in_functions or not isinstance(node, ast.FunctionDef)):
+            yield from imports(node, in_functions=in_functions)
 
 
 def imported(node: ast.Import | ast.ImportFrom, modules: frozenset[str]) -> Iterator[str]:
@@ -52,3 +54,35 @@ def test_no_import_cycle() -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         raise AssertionError(f"a circle of imports: {' <- '.join(error.args[1])}") from None
+
+
+RUNTIME = {"PIL", "filelock", "numpy", "onnxruntime", "rich", "tokenizers", "typer"}
+"""What the dependencies of the runtime install, without its extra `server`."""
+SERVER = {"fastapi", "prometheus_client", "pydantic", "pydantic_core", "starlette", "uvicorn"}
+
+
+def packaged() -> frozenset[Path]:
+    """The modules that the runtime consists of."""
+    build = tomllib.loads((ROOT / "runtime" / "pyproject.toml").read_text("utf-8"))["tool"]["hatch"]["build"]
+    listed = [ROOT / name for name in (*build["only-include"], *build["exclude"])]
+    assert not [path for path in listed if not path.exists()]
+    places = [ROOT / name for name in build["only-include"]]
+    included = {file for place in places for file in (place.rglob("*.py") if place.is_dir() else [place])}
+    return frozenset(file for file in included if file.suffix == ".py") - {ROOT / name for name in build["exclude"]}
+
+
+def test_the_runtime_imports_only_what_it_has() -> None:
+    files = {module_name(file): file for file in packaged()}
+    everything = frozenset(module_name(file) for file in (ROOT / "fmg").rglob("*.py"))
+    assert len(files) > 60
+    missing = []
+    for name, file in files.items():
+        # configs of components, and the servers
+        extra = name.startswith(("fmg.registry", "fmg.serving", "fmg.inference.service", "fmg.inference.configs"))
+        for node in imports(ast.parse(file.read_text()), in_functions=False):
+            for found in imported(node, everything):
+                package = found.partition(".")[0]
+                known = package in sys.stdlib_module_names or package in RUNTIME or (extra and package in SERVER)
+                if found not in files and not known:
+                    missing.append(f"{name}: {found}")
+    assert not missing

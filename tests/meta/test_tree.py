@@ -87,14 +87,25 @@ def test_every_shipped_recipe_resolves(recipe: Path) -> None:
     assert resolve(recipe).recipe.model.name
 
 
-def test_every_dependency_is_pinned_within_its_range() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+def pins_of(folder: str) -> dict[str, str]:
+    lines = (ROOT / folder / "constraints.txt").read_text("utf-8").splitlines()
     exact = (line.split("==") for line in lines if line and not line.startswith("#"))
-    pins = {canonicalize_name(name): version for name, version in exact}
+    return {canonicalize_name(name): version for name, version in exact}
+
+
+@pytest.mark.parametrize("folder", [".", "runtime"])
+def test_every_dependency_is_pinned_within_its_range(folder: str) -> None:
+    project = tomllib.loads((ROOT / folder / "pyproject.toml").read_text("utf-8"))["project"]
+    pins = pins_of(folder)
     wanted = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
     ranges = [requirement for requirement in map(Requirement, wanted) if requirement.name != project["name"]]
     assert not [str(r) for r in ranges if pins.get(canonicalize_name(r.name), "none") not in r.specifier]
+
+
+def test_the_runtime_is_tested_with_the_versions_that_it_pins() -> None:
+    ours, pinned = pins_of("."), pins_of("runtime")
+    assert {name for name, version in pinned.items() if ours.get(name) != version} == {"typer"}
+    assert not {"torch", "diffusers"} & set(pinned)
 
 
 # what fmg sends to itself, what it has just written, and what a library answers
