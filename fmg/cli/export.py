@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
 from fmg.cli import completion
-from fmg.cli.options import AsJson, Offline, checked_folder, given_text, new_place, panel, whole_number
+from fmg.cli.options import (
+    Adapters,
+    AsJson,
+    LoraScale,
+    Offline,
+    checked_folder,
+    given_text,
+    new_place,
+    panel,
+    whole_number,
+)
 from fmg.cli.output import print_json, stderr, stdout
 from fmg.cli.verify import print_report
 from fmg.core.display import counted
@@ -74,6 +84,8 @@ def export(
             autocompletion=completion.artifacts,
         ),
     ] = None,
+    adapters: Adapters = None,
+    lora_scale: LoraScale = None,
     precision: Annotated[
         str | None,
         _output_option(
@@ -225,23 +237,26 @@ def export(
     with reporter_for(stderr()) as reporter:
         reporter(LOADING)
         from fmg.inference.artifact.layout import EXPORTED
-        from fmg.inference.target import export_folder
+        from fmg.inference.target import TargetLike, chosen_target, export_folder
 
+        chosen: TargetLike = target
+        if adapters or lora_scale is not None:
+            chosen = chosen_target(target, adapters or (), lora_scale, observer=reporter)
         if diffusers:
             from fmg.export.diffusers import export_diffusers
 
-            merged = export_diffusers(target, folder or export_folder(target, "diffusers"), kept, observer=reporter)
+            merged = export_diffusers(chosen, folder or export_folder(chosen, "diffusers"), kept, observer=reporter)
             facts, text = _folder_facts(merged), f"{merged.folder}: {merged.changed} of {merged.tensors} weights merged"
         elif kohya:
             from fmg.export.kohya import export_kohya
             from fmg.models.common.checkpoint_files import KOHYA_FILE
 
-            lora = export_kohya(target, folder or export_folder(target, KOHYA_FILE), reporter)
+            lora = export_kohya(chosen, folder or export_folder(chosen, KOHYA_FILE), reporter)
             facts, text = {"file": str(lora.file), "modules": lora.modules}, f"{lora.file}: {lora.modules} modules"
         elif swap_weights is not None:
             from fmg.export.swap import swap_weights as swap
 
-            artifact = swap(checked_folder(swap_weights, "--swap-weights"), target, observer=reporter)
+            artifact = swap(checked_folder(swap_weights, "--swap-weights"), chosen, observer=reporter)
             facts, text = _facts(artifact), _text(artifact)
         elif (trt or repository) and target is not None and is_artifact(target):
             new = {"--onnx": onnx, "--precision": precision, "OUT": place or out, "--int8": int8 and not repository}
@@ -256,12 +271,12 @@ def export(
             from fmg.export.options import ExportOptions
 
             options = ExportOptions(_precision(precision), int8, sides, rows)
-            folder = folder or export_folder(target, EXPORTED)
+            folder = folder or export_folder(chosen, EXPORTED)
             if repository and is_artifact(folder):
                 raise UsageError(
                     f"{folder} exists already", f"Use it: fmg export {folder} --triton {repository.folder}"
                 )
-            artifact = export_artifact(target, folder, options, observer=reporter)
+            artifact = export_artifact(chosen, folder, options, observer=reporter)
             facts, text = _facts(artifact), _text(artifact)
             if trt:
                 reporter(Notice("info", text))
@@ -424,10 +439,12 @@ def _folder_facts(merged: Merged) -> dict[str, object]:
 
 def _facts(artifact: Artifact) -> dict[str, object]:
     manifest = artifact.manifest
+    parts = () if manifest.adapter is None else manifest.adapter.parts
     return {
         "folder": str(artifact.folder),
         "model": manifest.model.name,
         "adapter": None if manifest.adapter is None else manifest.adapter.run,
+        **({"adapters": [asdict(part) for part in parts]} if parts else {}),
         "precision": manifest.precision,
         "graphs": {name: graph.file for name, graph in manifest.graphs.items()},
         "resolutions": list(manifest.sampling.resolutions),

@@ -9,6 +9,7 @@ import typer
 
 from fmg.cli import completion
 from fmg.cli.options import (
+    Adapters,
     AsJson,
     Backend,
     BatchSize,
@@ -16,6 +17,7 @@ from fmg.cli.options import (
     Grid,
     Int8,
     LoadedDtype,
+    LoraScale,
     Offline,
     Resolution,
     Threads,
@@ -33,7 +35,8 @@ from fmg.core.events import Notice, StageProgress
 from fmg.progress.reporters import LOADING, Reporter, reporter_for
 
 if TYPE_CHECKING:
-    from fmg.inference import Generator
+    from fmg.inference import Generator, Target
+    from fmg.inference.artifact import Artifact
     from fmg.inference.benchmark import Timing
 
 
@@ -60,6 +63,8 @@ def generate(
     num: Annotated[
         int, sampling_option(min=1, max=100_000, metavar="N", help="Images per prompt, with consecutive seeds.")
     ] = 1,
+    adapters: Adapters = None,
+    lora_scale: LoraScale = None,
     out: Annotated[str, file_option(metavar="DIR", help="Where to write; nothing is overwritten.")] = "images",
     sheet: Annotated[bool, file_option("--sheet", help="Also write one sheet with all images.")] = False,
     backend: Backend = "auto",
@@ -95,8 +100,15 @@ def generate(
         from fmg.data.pictures import GridRow, sample_grid, save_pictures, to_pil
         from fmg.inference.loading import find, load
 
+        subject: Target | Artifact
+        if adapters or lora_scale is not None:
+            from fmg.inference.target import chosen_target
+
+            subject = chosen_target(source, adapters or (), lora_scale, observer=reporter)
+        else:
+            subject = find(source, observer=reporter)
         with load(
-            find(source, observer=reporter),
+            subject,
             backend=backend,
             device=device,
             dtype=dtype,

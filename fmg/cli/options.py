@@ -106,6 +106,19 @@ Grid = Annotated[
         autocompletion=completion.grids,
     ),
 ]
+_adapter_option = panel("Adapters")
+Adapters = Annotated[
+    list[str] | None,
+    _adapter_option(
+        "--adapter",
+        metavar="RUN[=WEIGHT]",
+        help="LoRA of a run, times a weight; repeat to add up several. TARGET is then their model, or left out.",
+        show_default=False,
+    ),
+]
+LoraScale = Annotated[
+    float | None, _adapter_option("--lora-scale", metavar="S", help="Factor on the LoRA of a run.", show_default="1")
+]
 Offline = Annotated[
     bool,
     hardware_option(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,13 +25,15 @@ from fmg.cli.options import (
     panel,
 )
 from fmg.cli.output import stderr
-from fmg.core.errors import MissingDependencyError, UsageError
+from fmg.core.errors import MissingDependencyError, UsageError, suggestion
 from fmg.core.events import Notice
 from fmg.progress.reporters import LOADING, reporter_for
 from fmg.version import install_line
 
 _limit = panel("Limits")
 _network = panel("Network")
+_replicas = panel("Replicas")
+_ENGINES = ("local", "ray")
 
 
 def serve(
@@ -46,8 +50,9 @@ def serve(
         list[str] | None,
         typer.Option(
             "--adapter",
-            metavar="[MODEL:]NAME=RUN",
-            help="LoRA of a run, served as MODEL:NAME from the weights of its model; repeat for several.",
+            metavar="[MODEL:]NAME=RUN[=WEIGHT]",
+            help="LoRA of a run, served as MODEL:NAME from the weights of its model; repeat for several. Those of one"
+            " NAME are added up.",
             show_default=False,
         ),
     ] = None,
@@ -63,6 +68,35 @@ def serve(
         float,
         _network("--drain", min=0.0, metavar="S", help="Seconds to finish accepted requests after SIGTERM or Ctrl-C."),
     ] = 30.0,
+    engine: Annotated[
+        str,
+        _replicas(
+            "--engine",
+            metavar="E",
+            help="Where models are sampled: local, in this process, or ray, in replicas of it.",
+            autocompletion=completion.one_of(*_ENGINES),
+        ),
+    ] = "local",
+    replicas: Annotated[
+        int | None, _replicas("--replicas", min=1, metavar="N", help="Number of replicas.", show_default="1")
+    ] = None,
+    min_replicas: Annotated[
+        int | None,
+        _replicas("--min-replicas", min=1, metavar="N", help="Fewest replicas, with --max-replicas.", show_default="1"),
+    ] = None,
+    max_replicas: Annotated[
+        int | None,
+        _replicas("--max-replicas", min=1, metavar="N", help="Most replicas: their number follows the load."),
+    ] = None,
+    ray_address: Annotated[
+        str | None,
+        _replicas(
+            "--ray-address",
+            metavar="A",
+            help="Running Ray cluster to use: auto, or HOST:PORT.",
+            show_default="one of its own on this machine",
+        ),
+    ] = None,
     backend: Backend = "auto",
     device: Device = "auto",
     dtype: LoadedDtype = None,
@@ -97,6 +131,7 @@ def serve(
     """Serve images over HTTP: OpenAI's images API at /v1, a web page at /, and /health, /info and /metrics."""
     for text in targets or ():
         given_text(text, "TARGET")
+    number = _number(engine, replicas, min_replicas, max_replicas, ray_address)
     if missing := [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]:
         what = f"The image server needs {missing[0].replace('_', '-')}"
         raise MissingDependencyError(what, f"Run: {install_line('server')}")
@@ -104,11 +139,12 @@ def serve(
     from fmg.serving.access import check_token, secret_from
     from fmg.serving.server import Address
 
-    wanted = [_adapter(text) for text in adapters or ()]
+    wanted = _adapters(adapters or ())
     token = secret_from(token_env, required=False)
     check_token(host, token, token_env)
     with reporter_for(stderr()) as reporter, ExitStack() as stack:
         reporter(LOADING)
+        from fmg.inference.service.engine import Engine, LocalEngine
         from fmg.inference.service.models import ServedModels
         from fmg.inference.service.opening import named_targets, newest_run, open_models
         from fmg.inference.service.server import ImageServer
@@ -127,12 +163,6 @@ def serve(
             "batch_size": batch_size,
             "allow_code": allow_code,
         }
-        models = ServedModels(open_models(named, options, stack, reporter), max_adapters)
-        for model, name, run in wanted:
-            models.install(models.read_adapter(name, run, model))
-        for one in models:
-            runtime = one.generator.backend
-            reporter(Notice("info", f"{one.name}: {runtime.name} ({runtime.detail}) on {runtime.device}"))
         defaults = Limits()
         limits = Limits(
             max_queued=max_queued,
@@ -143,13 +173,52 @@ def serve(
             max_prompt=max_prompt,
             max_steps=max_steps,
         )
-        ImageServer(models, address, limits=limits, token=token, drain=drain).serve(reporter)
+        runs: Engine
+        if engine == "ray":
+            from fmg.inference.service.ray_engine import ReplicaSpec, Scale, ray_engine
+
+            spec = ReplicaSpec(tuple(named), wanted, options, limits, max_adapters, Path.cwd(), ray_address is None)
+            scale = Scale(*number, cpus=threads or 1, gpu=device != "cpu", address=ray_address, drain=drain)
+            runs = stack.enter_context(ray_engine(spec, scale, reporter))
+        else:
+            models = ServedModels(open_models(named, options, stack, reporter), max_adapters)
+            for (model, name), added in wanted.items():
+                models.install(models.read_adapter(name, added, model))
+            runs = LocalEngine(models, limits)
+        for one in runs.names():
+            facts = runs.facts(one)
+            reporter(Notice("info", f"{one}: {facts['backend']} ({facts['detail']}) on {facts['device']}"))
+        ImageServer(runs, address, limits=limits, token=token, drain=drain).serve(reporter)
 
 
-def _adapter(text: str) -> tuple[str | None, str, str]:
-    """Model, name and run of `[MODEL:]NAME=RUN`."""
-    name, equals, run = text.partition("=")
-    model, colon, rest = name.rpartition(":")
-    if not equals or not run or not rest:
-        raise UsageError(f"--adapter {text}: this is not NAME=RUN", "Write --adapter NAME=RUN, or MODEL:NAME=RUN.")
-    return model if colon else None, rest, run
+def _number(
+    engine: str, replicas: int | None, fewest: int | None, most: int | None, address: str | None
+) -> tuple[int, int]:
+    """The smallest and the largest number of replicas.
+
+    Raises:
+        UsageError: there is no such engine, or the options do not go together.
+    """
+    if engine not in _ENGINES:
+        raise UsageError(f"--engine: '{engine}' is unknown", suggestion(engine, _ENGINES))
+    given = {"--replicas": replicas, "--min-replicas": fewest, "--max-replicas": most, "--ray-address": address}
+    used = [flag for flag, value in given.items() if value is not None]
+    if used and engine != "ray":
+        raise UsageError(f"{used[0]} is an option of --engine ray", "Add --engine ray, or leave it out.")
+    if replicas is not None and (fewest, most) != (None, None):
+        raise UsageError("--replicas cannot be used with --min-replicas or --max-replicas", "Leave out one of them.")
+    if fewest is not None and (most is None or most < fewest):
+        raise UsageError("--min-replicas needs --max-replicas, at least as many", "Give both, or --replicas.")
+    return (fewest or 1, most) if most is not None else (replicas or 1, replicas or 1)
+
+
+def _adapters(texts: Sequence[str]) -> dict[tuple[str | None, str], list[str]]:
+    """The runs of `[MODEL:]NAME=RUN[=WEIGHT]`, each with its weight, by model and name."""
+    found: dict[tuple[str | None, str], list[str]] = {}
+    for text in texts:
+        name, equals, run = text.partition("=")
+        model, colon, rest = name.rpartition(":")
+        if not equals or not run or not rest:
+            raise UsageError(f"--adapter {text}: this is not NAME=RUN", "Write --adapter NAME=RUN, or MODEL:NAME=RUN.")
+        found.setdefault((model if colon else None, rest), []).append(run)
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -16,6 +16,7 @@ from fmg.core.events import Observer, StageProgress
 from fmg.core.files import atomic_folder, check_space
 from fmg.export.source import Delta, find_source, merged
 from fmg.export.weights import TensorType, lay_out, write_weights
+from fmg.inference.artifact.manifest import AdapterPart
 from fmg.inference.pipeline import sampled_as
 from fmg.inference.target import TargetLike, export_folder, resolve_target
 from fmg.models.common.checkpoint_files import CARD, SAMPLES
@@ -80,7 +81,7 @@ def export_diffusers(
     if source.checkpoint is None and not student:
         raise UsageError(f"'{found.label}' has no adapter to merge", "Name a run folder; `fmg runs` lists them.")
     folder = PipelineFolder(
-        source.folder, sampled_as(source.conventions, found.recipe), source.transformer, found.recipe
+        source.folder, sampled_as(source.conventions, found.recipe), source.transformer, found.recipe, found.merged
     )
     place = export_folder(target, "diffusers") if out is None else Path(out)
     with watching(observer, progress) as told:
@@ -95,6 +96,7 @@ class PipelineFolder:
     conventions: FlowMapConventions
     transformer: TransformerSource
     recipe: Recipe | None = None
+    merged: Sequence[AdapterPart] = ()
 
     def stored(self) -> dict[str, TensorType]:
         """Dtype and shape of each weight of the transformer, in the order of the files."""
@@ -137,7 +139,7 @@ def write_folder(
         if adapter is not None and (adapter / SAMPLES).is_file():
             shutil.copyfile(adapter / SAMPLES, partial / SAMPLES)
         if folder.recipe is not None:
-            (partial / CARD).write_text(folder_card(folder.recipe, _card_of(adapter)), encoding="utf-8")
+            (partial / CARD).write_text(folder_card(folder.recipe, _card_of(adapter), folder.merged), encoding="utf-8")
     return Merged(out, 0 if delta is None else len(delta.changed), len(stored))
 
 

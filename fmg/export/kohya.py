@@ -19,7 +19,7 @@ from fmg.core.errors import UsageError, writing
 from fmg.core.events import Observer, ignore
 from fmg.core.files import write_atomic
 from fmg.export.source import Delta, ExportSource, find_source
-from fmg.inference.target import resolve_target
+from fmg.inference.target import TargetLike, resolve_target
 from fmg.models.common.checkpoint_files import KOHYA_DIGEST
 
 _PREFIX = "lora_unet_"
@@ -66,11 +66,11 @@ class KohyaLora:
     modules: int
 
 
-def export_kohya(target: str | Path | None, out: Path, observer: Observer = ignore) -> KohyaLora:
+def export_kohya(target: TargetLike, out: Path, observer: Observer = ignore) -> KohyaLora:
     """Writes the LoRA of a run as one file.
 
     Args:
-        target: a run folder, or None for the newest run.
+        target: a run folder, the sum of several adapters, or None for the newest run.
         out: the file to write.
         observer: receives the progress of a download.
 

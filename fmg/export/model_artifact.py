@@ -24,7 +24,7 @@ from fmg.export.graphs import GraphPlan
 from fmg.export.model_graphs import encoders, plans, text_stack
 from fmg.export.onnx import OPSET, save_graph, trace
 from fmg.export.options import LARGE_BATCH, SMALL_BATCH, ExportOptions, library_versions, plain_config
-from fmg.export.source import base_dtypes, recipe_facts
+from fmg.export.source import adapter_facts, base_dtypes, recipe_facts
 from fmg.export.weights import lay_out, write_weights
 from fmg.inference.artifact.backend import PromptTokenizer
 from fmg.inference.artifact.layout import (
@@ -53,9 +53,9 @@ from fmg.inference.artifact.manifest import (
 )
 from fmg.inference.target import Target, load_model
 from fmg.models.common.adapter import merged_tensors
-from fmg.models.common.checkpoint_files import COMPONENT, adapter_digest
+from fmg.models.common.checkpoint_files import COMPONENT, is_full
 from fmg.models.common.model import AdaptedModel
-from fmg.models.common.saved_weights import is_full, read_adapter_manifest
+from fmg.models.common.saved_weights import read_adapter_manifest
 from fmg.models.common.weights import TensorReader, folder_weights, stored_digest
 
 # short, long, with capitals, spaces and letters beyond ASCII: every difference that tokenizers make
@@ -134,9 +134,7 @@ class LoadedSource:
         folder = self.target.adapter
         if folder is None or is_full(folder):
             return None
-        saved = read_adapter_manifest(folder)
-        scale = saved.alpha / saved.rank
-        return Adapter(adapter_digest(folder), saved.rank, saved.alpha, scale, saved.targets, self.label)
+        return adapter_facts(folder, read_adapter_manifest(folder), self.label, self.target.merged)
 
     @cached_property
     def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:

@@ -24,11 +24,11 @@ from fmg.data.checkpoints import FOLDER, SavedCheckpoint, existing_index
 from fmg.data.prompt_sets import load_prompts
 from fmg.data.run_folder import RunFolder
 from fmg.inference.artifact.layout import Artifact, is_artifact, open_artifact
-from fmg.inference.artifact.manifest import MANIFEST, Manifest
+from fmg.inference.artifact.manifest import MANIFEST, Adapter, Manifest
 from fmg.inference.artifact.manifest_io import to_json
 from fmg.inference.hub_target import hub_source
 from fmg.inference.loading import made_from
-from fmg.inference.target import Target, TargetLike, resolve_target, run_of_checkpoint, target_text
+from fmg.inference.target import Target, TargetLike, resolve_target, run_of_checkpoint, sum_label, target_text
 from fmg.models.common.checkpoint_files import (
     ADAPTER_MANIFEST,
     CARD,
@@ -258,6 +258,7 @@ def _pack_artifact(artifact: Artifact, repository: str) -> Parcel:
         tuned=manifest.adapter is not None or manifest.base.name not in models.names(),
         precision=manifest.precision,
         checks={check.name: check.passed for check in manifest.checks},
+        merged=() if shared.adapter is None else shared.adapter.parts,
     )
     files: dict[str, bytes | Path] = {name: artifact.path(name) for name in manifest.files}
     files |= {MANIFEST: to_json(shared).encode(), CARD: text.encode()}
@@ -276,11 +277,16 @@ def _shareable_manifest(manifest: Manifest) -> Manifest:
     base = manifest.base
     return replace(
         manifest,
-        adapter=None if adapter is None else replace(adapter, run=_run_name(adapter.run)),
+        adapter=None if adapter is None else _shareable_adapter(adapter),
         base=base if base.name in models.names() else replace(base, name=_run_name(base.name)),
         rewards=tuple(shareable(manifest.rewards)),
         prompts=shareable(manifest.prompts),
     )
+
+
+def _shareable_adapter(adapter: Adapter) -> Adapter:
+    parts = tuple(replace(part, run=_run_name(part.run)) for part in adapter.parts)
+    return replace(adapter, run=sum_label(parts) if parts else _run_name(adapter.run), parts=parts)
 
 
 def _run_name(label: str) -> str:

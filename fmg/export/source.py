@@ -6,7 +6,7 @@ Weights are read one tensor at a time, with the changes of a run merged in fp32.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,19 +27,19 @@ from fmg.inference.artifact.manifest import (
     TEXT_ENCODER_2,
     TRANSFORMER,
     Adapter,
+    AdapterPart,
     FileEntry,
     TokenizerFacts,
 )
 from fmg.inference.target import Target
 from fmg.models.common.adapter import add_low_rank
-from fmg.models.common.checkpoint_files import COMPONENT, adapter_digest
+from fmg.models.common.checkpoint_files import COMPONENT, adapter_digest, is_full
 from fmg.models.common.pipeline_parts import load_tokenizer, quiet
 from fmg.models.common.saved_weights import (
     LORA_A,
     LORA_B,
     AdapterManifest,
     extra_shapes,
-    is_full,
     read_adapter_manifest,
     read_adapter_tensors,
     read_transformer_manifest,
@@ -76,6 +76,7 @@ class ExportSource:
         conventions: how the transformer is sampled.
         transformer: config and files of the transformer; after a full fine-tune, those of the run.
         checkpoint: folder of what was trained, or None.
+        merged: what that adapter was added up from, if it was.
     """
 
     label: str
@@ -85,6 +86,7 @@ class ExportSource:
     conventions: FlowMapConventions
     transformer: TransformerSource
     checkpoint: Path | None
+    merged: tuple[AdapterPart, ...] = ()
 
     @property
     def tuned_whole(self) -> bool:
@@ -127,7 +129,8 @@ class ExportSource:
         """
         if self.checkpoint is None or self.tuned_whole:
             return None
-        delta = read_delta(self.checkpoint, {name: shape for name, (_, shape) in self.stored.items()}, self.label)
+        shapes = {name: shape for name, (_, shape) in self.stored.items()}
+        delta = read_delta(self.checkpoint, shapes, self.label, self.merged)
         check_base(delta, self.digest, str(self.transformer.weights.origin))
         return delta
 
@@ -191,7 +194,7 @@ def find_source(target: Target) -> ExportSource:
     if target.adapter is not None and is_full(target.adapter):
         read_transformer_manifest(target.adapter)
         source = replace(source, weights=folder_weights(target.adapter / COMPONENT))
-    return ExportSource(target.label, name, target.recipe, folder, conventions, source, target.adapter)
+    return ExportSource(target.label, name, target.recipe, folder, conventions, source, target.adapter, target.merged)
 
 
 def recipe_facts(recipe: Recipe) -> tuple[tuple[Mapping[str, object], ...], Mapping[str, object]]:
@@ -232,13 +235,14 @@ class Delta:
         return add_low_rank(base, *self.lora[name], self.adapter.scale, dtype)
 
 
-def read_delta(folder: Path, shapes: Shapes, run: str) -> Delta:
+def read_delta(folder: Path, shapes: Shapes, run: str, merged: Sequence[AdapterPart] = ()) -> Delta:
     """The changes of a saved adapter.
 
     Args:
         folder: what `save_adapter` wrote.
         shapes: shapes of the base's weights by name.
         run: name of the run in the manifest.
+        merged: what the adapter was added up from, if it was.
 
     Raises:
         CheckpointError: the folder is damaged or does not fit weights of these names and shapes.
@@ -248,16 +252,22 @@ def read_delta(folder: Path, shapes: Shapes, run: str) -> Delta:
     tensors = read_adapter_tensors(folder, {**_adapter_shapes(shapes, manifest), **extra})
     modules = [name.removesuffix(LORA_A) for name in tensors if name.endswith(LORA_A)]
     lora = {f"{module}.weight": (tensors[module + LORA_A], tensors[module + LORA_B]) for module in sorted(modules)}
-    facts = Adapter(
-        digest=adapter_digest(folder),
-        rank=manifest.rank,
-        alpha=manifest.alpha,
-        scale=manifest.alpha / manifest.rank,
-        targets=manifest.targets,
-        run=run,
-    )
+    facts = adapter_facts(folder, manifest, run, merged)
     replaced = {name: tensors[name] for name in extra}
     return Delta(lora, replaced, facts, manifest.base.name, manifest.base.digest)
+
+
+def adapter_facts(folder: Path, saved: AdapterManifest, run: str, merged: Sequence[AdapterPart]) -> Adapter:
+    """The entry of an adapter in the manifest of an artifact; arguments as in `read_delta`."""
+    return Adapter(
+        digest=adapter_digest(folder),
+        rank=saved.rank,
+        alpha=saved.alpha,
+        scale=saved.alpha / saved.rank,
+        targets=saved.targets,
+        run=run,
+        parts=tuple(merged),
+    )
 
 
 def check_base(delta: Delta, digest: str, where: str) -> None:

@@ -32,8 +32,8 @@ from fmg.inference.artifact.manifest import (
     FileEntry,
     Manifest,
 )
-from fmg.inference.target import Target, resolve_target
-from fmg.models.common.saved_weights import is_full
+from fmg.inference.target import Target, TargetLike, resolve_target
+from fmg.models.common.checkpoint_files import is_full
 from fmg.models.common.weights import TensorReader
 from fmg.recipe import Recipe
 from fmg.registry import models
@@ -51,7 +51,7 @@ _EXACT: Mapping[str, frozenset[str]] = {
 }
 
 
-def swap_weights(folder: Path, target: str | Path | None, *, observer: Observer = ignore) -> Artifact:
+def swap_weights(folder: Path, target: TargetLike, *, observer: Observer = ignore) -> Artifact:
     """Merges the adapter of a run into an artifact in place of the previous one; the graphs stay.
 
     Weights and manifest equal those of a fresh export, the weights bit for bit. Engines stay, but belong to the old
@@ -59,7 +59,7 @@ def swap_weights(folder: Path, target: str | Path | None, *, observer: Observer 
 
     Args:
         folder: the artifact; links are followed.
-        target: a run folder, `base`, or None for the newest run.
+        target: a run folder, the sum of several adapters, `base`, or None for the newest run.
         observer: receives the progress.
 
     Raises:
@@ -176,7 +176,7 @@ def _delta(artifact: Artifact, found: Target) -> Delta:
         raise UsageError(f"'{found.label}' is a full fine-tune, not an adapter", "Export it to a separate artifact.")
     exported = _exported(artifact)
     shapes = {name: exported.describe(name)[1] for name in exported.names}
-    delta = read_delta(found.adapter, shapes, found.label)
+    delta = read_delta(found.adapter, shapes, found.label, found.merged)
     check_base(delta, artifact.manifest.base.digest, str(artifact.folder))
     return delta
 

@@ -146,8 +146,10 @@ def _first_other(stated: Mapping[str, tuple[object, object]], label: str) -> str
 
 
 def _without_run(adapter: Adapter | None) -> Adapter | None:
-    """A run may have been moved: only the digest of its files counts."""
-    return None if adapter is None else replace(adapter, run="")
+    """A run may have been moved: only the digests of its files count."""
+    if adapter is None:
+        return None
+    return replace(adapter, run="", parts=tuple(replace(part, run="") for part in adapter.parts))
 
 
 def _json(value: object) -> str:

@@ -34,6 +34,7 @@ _PURPOSES: Mapping[str, tuple[str, str]] = {
     "rewards": ("text cleaning of the published CLIP rewards", ""),
     "ocr": ("the rewards ocr and ocr-logp", ""),
     "server": ("fmg serve and fmg reward-server", ""),
+    "ray": ("fmg serve --engine ray", ""),
     "onnx": ("fmg export, and artifacts in ONNX Runtime", ""),
     "trt": ("TensorRT engines", " --extra-index-url https://pypi.nvidia.com"),
     "trt-rtx": ("TensorRT-RTX engines", ""),

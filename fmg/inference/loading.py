@@ -125,12 +125,19 @@ def made_from(
         UsageError: the run no longer exists.
     """
     from fmg.data.run_folder import is_run
-    from fmg.inference.target import resolve_target, run_of_checkpoint
+    from fmg.inference.target import merged_target, resolve_target, run_of_checkpoint
 
     adapter = artifact.manifest.adapter
-    pushed = adapter is not None and _PINNED.fullmatch(adapter.run) is not None
-    if adapter is not None and not pushed and not is_run(run_of_checkpoint(Path(adapter.run)) or Path(adapter.run)):
-        raise UsageError(f"The run '{adapter.run}' that the artifact was made from is not here", advice)
+    parts = () if adapter is None else adapter.parts
+    runs = [] if adapter is None else [part.run for part in parts] or [adapter.run]
+    for run in runs:
+        if _PINNED.fullmatch(run) is None and not is_run(run_of_checkpoint(Path(run)) or Path(run)):
+            if parts:
+                advice = "Put it back: an artifact of several runs is compared with all of them."
+            raise UsageError(f"The run '{run}' that the artifact was made from is not here", advice)
+    if parts:
+        found = [(resolve_target(part.run, allow_code=allow_code, observer=observer), part.weight) for part in parts]
+        return merged_target(found, observer=observer)
     name = artifact.manifest.base.name if adapter is None else adapter.run
     return resolve_target(name, allow_code=allow_code, observer=observer)
 

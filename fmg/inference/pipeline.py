@@ -159,7 +159,7 @@ class FlowMapLoraMixin(FluxLoraLoaderMixin):  # type: ignore[misc]
 
     def _checked_extra(self, folder: Path) -> dict[str, Tensor]:
         """The weights beside a LoRA of fmg; empty if there are none, or for the LoRA of another tool."""
-        if saved_weights.is_full(folder):
+        if checkpoint_files.is_full(folder):
             raise UsageError(
                 f"{folder} contains a whole transformer, not a LoRA",
                 "Load it with FlowMapFluxTransformer2DModel.from_pretrained(FOLDER, subfolder='transformer'), and set"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -14,7 +15,9 @@ from fmg.core.errors import CheckpointError, FmgWarning, UsageError, WrongTypeEr
 from fmg.core.files import RECIPE, check_place
 from fmg.data.checkpoints import FOLDER, UNCHECKED, chosen_checkpoint, read_index
 from fmg.data.run_folder import RUNS, RunFolder, is_run, list_runs, no_run, run_names
+from fmg.inference.artifact.manifest import AdapterPart
 from fmg.inference.hub_target import check_pushed_run, fetch_target, hub_source, is_pushed_run
+from fmg.models.common.checkpoint_files import adapter_digest, is_full
 from fmg.progress import log_notices
 from fmg.recipe import Recipe
 from fmg.registry import models
@@ -26,15 +29,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Target:
-    """A model with an adapter (runs) or without one (models by name), and the recipe that states how to sample it."""
+    """A model with an adapter (runs) or without one (models by name), and the recipe that states how to sample it.
+
+    Attributes:
+        label: the name that the user gave.
+        recipe: how it is sampled and scored.
+        adapter: folder of what was trained, or None.
+        merged: what that adapter was added up from; empty for the adapter of one run.
+    """
 
     label: str
     recipe: Recipe
     adapter: Path | None
+    merged: tuple[AdapterPart, ...] = ()
 
     def base(self) -> Target:
         """The same model without the adapter."""
-        return replace(self, label=f"base of {self.label}", adapter=None)
+        return replace(self, label=f"base of {self.label}", adapter=None, merged=())
 
 
 TargetLike = str | PathLike[str] | Target | None
@@ -106,6 +117,96 @@ def resolve_target(
     return Target(name, Recipe.default(model=name), None)
 
 
+def weighted_run(text: str) -> tuple[str, float]:
+    """The run and the weight in a text such as `runs/a=0.7`; without a weight, 1.
+
+    Raises:
+        UsageError: the weight is zero or not finite.
+    """
+    run, equals, number = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return text, 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        return text, 1.0
+    if not run or not math.isfinite(weight) or not weight:
+        raise UsageError(f"'{text}' does not give an adapter a weight", "Write RUN=WEIGHT, for example runs/a=0.7.")
+    return run, weight
+
+
+def merged_target(
+    adapters: Sequence[tuple[TargetLike, float]], model: str | None = None, *, observer: Observer = log_notices
+) -> Target:
+    """The weighted sum of the adapters of several runs, on the base that all of them were trained on.
+
+    It is sampled and scored as the run with the largest weight; the order of the adapters does not matter. One adapter
+    with weight 1 is the run itself.
+
+    Args:
+        adapters: runs, each with the factor on what it changes.
+        model: name of their base; None takes it from the runs.
+        observer: receives the progress of downloads.
+
+    Raises:
+        UsageError: a run has no LoRA, is named twice or belongs to another model, or the adapters cannot be added up.
+        CheckpointError: a file is missing or damaged, or the adapters were trained on different weights.
+        HubError: the hub cannot be reached or refuses.
+    """
+    found = []
+    for run, weight in adapters:
+        target = resolve_target(run, observer=observer)
+        if target.adapter is None or target.merged or is_full(target.adapter):
+            raise UsageError(f"'{target.label}' has no LoRA to merge", "Name the folder of a run that trained one.")
+        found.append((weight, AdapterPart(target.label, adapter_digest(target.adapter), weight), target))
+    found.sort(key=lambda entry: (-entry[0], entry[1].digest))
+    digests = [part.digest for _, part, _ in found]
+    if len(set(digests)) < len(digests):
+        raise UsageError("Two of the adapters are the same, so one would be added twice", "Name each run once.")
+    names = {target.recipe.model.name for _, _, target in found}
+    if len(names | {model or ""} - {""}) > 1:
+        raise UsageError(
+            f"The adapters belong to {', '.join(sorted(names))}, not to {model or 'one model'}",
+            "Merge adapters of one model, and name that model as the base.",
+        )
+    first = found[0][2]
+    if len(found) == 1 and found[0][0] == 1:
+        return first
+    from fmg.models.common.merged_adapters import merged_adapter
+
+    folder = merged_adapter([(target.adapter, weight) for weight, _, target in found if target.adapter is not None])
+    parts = tuple(part for _, part, _ in found)
+    return Target(sum_label(parts), first.recipe, folder, parts)
+
+
+def sum_label(parts: Sequence[AdapterPart]) -> str:
+    """A weighted sum of adapters as text: `0.7 runs/a + 0.3 runs/b`."""
+    return " + ".join(f"{part.weight:g} {part.run}" for part in parts)
+
+
+def chosen_target(
+    target: str | None, adapters: Sequence[str], scale: float | None, *, observer: Observer = log_notices
+) -> Target:
+    """The target of a command with `--adapter RUN[=WEIGHT]` or `--lora-scale`.
+
+    Args:
+        target: with adapters, the name of their base or None; with a scale, a run or None for the newest one.
+        adapters: texts as in `weighted_run`.
+        scale: factor on the adapter of one run.
+        observer: receives the progress of downloads.
+
+    Raises:
+        UsageError: both are given, or as `merged_target`.
+    """
+    if scale is None:
+        return merged_target([weighted_run(text) for text in adapters], target, observer=observer)
+    if adapters:
+        raise UsageError("--lora-scale cannot be used with --adapter", "Write the factors there: --adapter RUN=WEIGHT.")
+    if not math.isfinite(scale) or not scale:
+        raise UsageError(f"--lora-scale {scale:g} is not a factor", "Give a number other than 0, such as 0.8.")
+    return merged_target([(target, scale)], observer=observer)
+
+
 def pushed_target(folder: Path, label: str, *, allow_code: bool = False) -> Target:
     """A checkpoint with its recipe, as `fmg push` sends it. Errors as for a run folder."""
     return Target(label, Recipe.of_run(folder / RECIPE, allow_code=allow_code), folder)
@@ -121,6 +222,9 @@ def export_folder(target: TargetLike, name: str) -> Path:
     Raises:
         UsageError: it exists, or there is no run yet.
     """
+    if isinstance(target, Target) and target.merged:
+        merged, suffix = f"{target.recipe.model.name}-merged", Path(name).suffix
+        return absent_folder(Path(merged + suffix) if suffix else Path(f"{name}s") / merged)
     label = target_text(target) or resolve_target(None).label
     if (source := hub_source(label)) is not None:
         label = source.repository.partition("/")[2]

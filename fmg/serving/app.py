@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -53,6 +53,10 @@ class RefusedError(Exception):
         self.key = key
         self.code = code
         self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a replica sends it to the server
+        return type(self), (self.status, self.what, self.fix), self.__dict__
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,7 @@ async def _read(request: Request, limit: int, advice: str) -> bytes:
 
 async def outcome(
     request: Request,
-    submit: Callable[[], Future[R]],
+    submit: Callable[[], Future[R] | asyncio.Future[R]],
     timeout: float,
     *,
     wrong: tuple[type[FmgError], ...],
@@ -181,10 +185,9 @@ async def outcome(
         RefusedError: there is no result.
     """
     try:
-        future = submit()
+        result = asyncio.wrap_future(submit())
     except BusyError as error:
-        raise RefusedError(503, "The queue is full", "Ask again later.", error.retry_after) from None
-    result = asyncio.wrap_future(future)
+        raise _full(error) from None
     gone = asyncio.create_task(_hung_up(request))
     try:
         await asyncio.wait((result, gone), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
@@ -193,6 +196,8 @@ async def outcome(
         if gone.done():
             raise RefusedError(499, "The client has gone", "Wait for the answer.")
         raise RefusedError(504, f"No {noun} within {timeout:g} s", advice)
+    except BusyError as error:
+        raise _full(error) from None
     except wrong as error:
         raise RefusedError(wrong_status, error.what, error.fix) from None
     except FmgError as error:
@@ -206,6 +211,10 @@ async def outcome(
         gone.cancel()
         # reaches the queue
         result.cancel()
+
+
+def _full(error: BusyError) -> RefusedError:
+    return RefusedError(503, "The queue is full", "Ask again later.", error.retry_after)
 
 
 async def _hung_up(request: Request) -> None:

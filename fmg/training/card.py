@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from fmg.version import DISTRIBUTION, __version__
 
 if TYPE_CHECKING:
     from fmg.core.protocols import PromptSet
+    from fmg.inference.artifact.manifest import AdapterPart
 
 # what the hub calls them
 _LICENCES = {"Apache-2.0": "apache-2.0", "MIT": "mit"}
@@ -111,12 +112,13 @@ def card_text(
     return "\n".join(lines()) + "\n"
 
 
-def folder_card(recipe: Recipe, adapter_card: str | None) -> str:
+def folder_card(recipe: Recipe, adapter_card: str | None, merged: Sequence[AdapterPart] = ()) -> str:
     """The card of an exported pipeline folder: how to use it, and the scores from the adapter's card.
 
     Args:
         recipe: recipe of the run, or of the base model if nothing was merged.
         adapter_card: card of the merged checkpoint, empty if it has none; None if nothing was merged.
+        merged: the adapters whose sum is merged, if there are several.
     """
     name, tuned = recipe.model.name, adapter_card is not None
     made = " with trained weights merged into its transformer" if tuned else ""
@@ -140,6 +142,7 @@ def folder_card(recipe: Recipe, adapter_card: str | None) -> str:
         "",
         "It is a diffusers pipeline. `FluxPipeline` supports neither the times of a flow map nor its grid, and refuses"
         " the folder.",
+        *_merged(merged),
         *_terms_table(recipe),
     ]
     for section in re.split(r"^(?=## )", adapter_card or "", flags=re.MULTILINE):
@@ -177,7 +180,15 @@ def hub_card(card: str, recipe: Recipe, repository: str, pictures: Mapping[str, 
     return "\n\n".join([front, *parts]) + "\n"
 
 
-def artifact_card(recipe: Recipe, repository: str, *, tuned: bool, precision: str, checks: Mapping[str, bool]) -> str:
+def artifact_card(
+    recipe: Recipe,
+    repository: str,
+    *,
+    tuned: bool,
+    precision: str,
+    checks: Mapping[str, bool],
+    merged: Sequence[AdapterPart] = (),
+) -> str:
     """The card of an exported artifact for a repository of the hub.
 
     Args:
@@ -186,6 +197,7 @@ def artifact_card(recipe: Recipe, repository: str, *, tuned: bool, precision: st
         tuned: whether trained weights are merged.
         precision: precision of the transformer.
         checks: results of `fmg verify` by name.
+        merged: the adapters whose sum is merged, if there are several.
     """
     name = recipe.model.name
     facts = {**_facts(recipe, "finetune" if tuned else None, ("onnx",)), "library_name": "onnx"}
@@ -201,6 +213,7 @@ def artifact_card(recipe: Recipe, repository: str, *, tuned: bool, precision: st
         "",
         f"The few-step flow map `{name}`{made} as ONNX graphs in {precision}, written by fmg {__version__}. {verified}"
         " `manifest.json` states how it is sampled.",
+        *_merged(merged),
         *_terms_table(recipe),
         "",
         "## Use",
@@ -320,6 +333,14 @@ def _in_diffusers(recipe: Recipe, repository: str | None) -> Iterator[str]:
             " writes the LoRA for Forge and sd-scripts. Those tools use their own samplers; none passes the second time"
             " of a two-time map."
         )
+
+
+def _merged(parts: Sequence[AdapterPart]) -> Iterator[str]:
+    """The adapters that were added up; nothing for that of one run."""
+    if parts:
+        yield from ("", "## Merged adapters", "", "| run | weight | sha256 |", "|---|---|---|")
+        # no folder of this computer
+        yield from (f"| {Path(part.run).name} | {part.weight:g} | `{part.digest}` |" for part in parts)
 
 
 def _terms_table(recipe: Recipe) -> Iterator[str]:

@@ -41,7 +41,7 @@ def opened(stack: ExitStack, *targets: str) -> ServedModels:
 
 
 def added(models: ServedModels, name: str, run: Path, model: str | None = None) -> None:
-    models.install(models.read_adapter(name, str(run), model))
+    models.install(models.read_adapter(name, [str(run)], model))
 
 
 def images(models: ServedModels, name: str) -> NDArray[np.float32]:
@@ -125,7 +125,7 @@ def test_an_adapter_with_an_embedder_of_its_own_takes_it_along(
 def test_a_full_fine_tune_is_a_model_of_its_own(models: ServedModels, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", shapes_recipe(**{"train.trainable": "full"}), 6, "full")
     with pytest.raises(CheckpointError, match="a whole transformer, not an adapter"):
-        models.read_adapter("x", str(run))
+        models.read_adapter("x", [str(run)])
     with load(run, device="cpu") as generator:
         made = generator.generate([PROMPT] * len(SEEDS), SEEDS, progress=False).image_array
     with ExitStack() as stack:
@@ -137,13 +137,13 @@ def test_a_full_fine_tune_is_a_model_of_its_own(models: ServedModels, tmp_path: 
 def test_what_does_not_fit_is_refused(models: ServedModels, shapes_run: Path, tmp_path: Path) -> None:
     for name in ("", "base", "a:b", "../x"):
         with pytest.raises(UsageError, match="cannot be the name of an adapter"):
-            models.read_adapter(name, str(shapes_run))
+            models.read_adapter(name, [str(shapes_run)])
     with pytest.raises(UsageError, match="no run folder"):
-        models.read_adapter("x", "meanflow-shapes")
+        models.read_adapter("x", ["meanflow-shapes"])
     with pytest.raises(UsageError, match="no model 'meanflow'"):
-        models.read_adapter("x", str(shapes_run), "meanflow")
+        models.read_adapter("x", [str(shapes_run)], "meanflow")
     with ExitStack() as stack, pytest.raises(CheckpointError, match="different weights"):
-        opened(stack, "scm-shapes").read_adapter("x", str(shapes_run))
+        opened(stack, "scm-shapes").read_adapter("x", [str(shapes_run)])
     for name in ("a", "b", "c"):
         added(models, name, shapes_run)
     with pytest.raises(UsageError, match="has 3 adapters already"):

@@ -1,4 +1,4 @@
-"""JSON to frozen dataclasses by their annotations: every key must be known and present, every value of its type.
+"""JSON to frozen dataclasses by their annotations: every key must be known, and present unless it has a default.
 
 Standard library only, because artifacts are read where there is no pydantic (docs/adr/0012).
 """
@@ -57,14 +57,14 @@ def _value(annotation: Any, value: object, where: str) -> Any:
 def _dataclass(cls: Any, value: object, where: str) -> Any:
     given = _typed(dict, value, where or "it")
     hints = get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls)]
-    if unknown := sorted(given.keys() - set(names)):
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if unknown := sorted(given.keys() - fields.keys()):
         raise DecodeError(f"{_at(where, unknown[0])} is not a known key")
-    for name in names:
-        if name not in given:
+    for name, field in fields.items():
+        if name not in given and field.default is dataclasses.MISSING:
             raise DecodeError(f"{_at(where, name)} is missing")
     try:
-        return cls(**{name: _value(hints[name], given[name], _at(where, name)) for name in names})
+        return cls(**{name: _value(hints[name], given[name], _at(where, name)) for name in fields if name in given})
     except DecodeError:
         raise
     except ValueError as error:

@@ -273,10 +273,20 @@ class Base:
 
 
 @dataclass(frozen=True)
+class AdapterPart:
+    """One of several adapters that were added up: its run, sha256 of its files, and the factor on what it changes."""
+
+    run: str
+    digest: str
+    weight: float
+
+
+@dataclass(frozen=True)
 class Adapter:
     """What was merged: sha256 of the adapter's files, its geometry, and the run that it came from.
 
-    `scale` is what multiplies B A, `alpha / rank`.
+    `scale` is what multiplies B A, `alpha / rank`. `parts` are the adapters that this one is the weighted sum of; empty
+    for the adapter of one run, and then not in the file.
     """
 
     digest: str
@@ -285,6 +295,7 @@ class Adapter:
     scale: float
     targets: tuple[str, ...]
     run: str
+    parts: tuple[AdapterPart, ...] = ()
 
 
 @dataclass(frozen=True)

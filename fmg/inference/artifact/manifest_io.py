@@ -30,7 +30,11 @@ _MAX_NAME = 255
 
 def to_json(manifest: Manifest) -> str:
     """The text of `manifest.json`, with its own digest under `sha256`."""
-    return json.dumps(sealed(asdict(manifest)), indent=2) + "\n"
+    raw = asdict(manifest)
+    if manifest.adapter is not None and not manifest.adapter.parts:
+        # so that earlier versions of fmg read it
+        del raw["adapter"]["parts"]
+    return json.dumps(sealed(raw), indent=2) + "\n"
 
 
 def from_json(text: str | bytes, origin: Path) -> Manifest:

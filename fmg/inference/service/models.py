@@ -113,12 +113,12 @@ class ServedModels:
         """The names of all models."""
         return list(self._models)
 
-    def read_adapter(self, name: str, run: str, model: str | None = None) -> NewAdapter:
-        """Reads the adapter of a run for one of the models. Changes nothing.
+    def read_adapter(self, name: str, runs: Sequence[str], model: str | None = None) -> NewAdapter:
+        """Reads the adapter of a run, or the sum of several, for one of the models. Changes nothing.
 
         Args:
             name: the part after the colon in the name that clients use.
-            run: a run folder, or a checkpoint of one, on this computer.
+            runs: run folders, or checkpoints of them, on this computer, each perhaps with a weight: `runs/a=0.7`.
             model: name of the model; None takes the one that the adapter was trained on.
 
         Raises:
@@ -129,19 +129,22 @@ class ServedModels:
             raise UsageError(
                 f"'{name}' cannot be the name of an adapter", "Choose another one of letters, digits, '.', '_' and '-'."
             )
-        if not run or not Path(run).is_dir():
-            raise UsageError(f"There is no run folder '{run}'", "Give the path of one on the server's computer.")
-        from fmg.inference.target import resolve_target
+        from fmg.inference.target import merged_target, resolve_target, weighted_run
 
-        target = resolve_target(run)
+        weighted = [weighted_run(run) for run in runs]
+        for run, _ in weighted:
+            if not run or not Path(run).is_dir():
+                raise UsageError(f"There is no run folder '{run}'", "Give the path of one on the server's computer.")
+        (first, weight), *others = weighted
+        target = resolve_target(first) if weight == 1 and not others else merged_target(weighted)
         if target.adapter is None:
-            raise UsageError(f"'{run}' has no adapter", "Give a run folder.")
+            raise UsageError(f"'{first}' has no adapter", "Give a run folder.")
         host, read = self._fitting(target.adapter, model)
         generator, rollout = host.generator, target.recipe.rollout
         served = replace(
             host,
             name=f"{host.name}:{name}",
-            target=run,
+            target=target.label,
             generator=Generator(generator.backend, rollout.grid, rollout.steps, generator.batch_size, tells=False),
             adapter=name,
             base=host.base or host.name,

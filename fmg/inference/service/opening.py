@@ -112,7 +112,7 @@ def _exchanges(subject: Target, options: Mapping[str, Any]) -> bool:
     source = pick_backend(subject, options.get("backend", AUTO), device=options.get("device", AUTO))
     if not isinstance(source, TorchOpener):
         return False
-    from fmg.models.common.saved_weights import is_full
+    from fmg.models.common.checkpoint_files import is_full
 
     return subject.adapter is None or not is_full(subject.adapter)
 

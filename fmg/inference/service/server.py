@@ -17,14 +17,13 @@ from pydantic import BaseModel
 from fmg.core.errors import FmgError, UsageError, suggestion
 from fmg.core.machine import installed_versions
 from fmg.core.prompt import is_blank
-from fmg.inference.service.jobs import ImageJob, Painted, generate_jobs
+from fmg.inference.service.engine import Asked, Engine, LocalEngine
 from fmg.inference.service.metrics import Metrics
-from fmg.inference.service.models import Served, ServedModels
+from fmg.inference.service.models import ServedModels
 from fmg.inference.service.wire import (
     JSON,
     AdapterRequest,
     ErrorAnswer,
-    ImageRequest,
     ImagesAnswer,
     Limits,
     chosen_seeds,
@@ -35,7 +34,7 @@ from fmg.inference.service.wire import (
 )
 from fmg.serving.access import names_loopback
 from fmg.serving.app import RefusedError, Service, bearer, content_type, new_app, outcome, read_body
-from fmg.serving.batching import BatchQueue, BusyError
+from fmg.serving.batching import BusyError
 from fmg.serving.server import Address, HttpServer
 from fmg.version import __version__
 
@@ -65,20 +64,18 @@ _SMALL = 1 << 16
 _LAST_BATCH_S = 5.0
 
 
-def create_app(models: ServedModels, limits: Limits, *, token: str | None) -> FastAPI:
+def create_app(engine: Engine, limits: Limits, *, token: str | None) -> FastAPI:
     """The server as an ASGI application.
 
     Args:
-        models: the served models.
+        engine: generates the images.
         limits: limits on requests.
         token: required as `Authorization: Bearer TOKEN` for everything but `/health` and the page. None admits every
             client that addresses this machine by a loopback name.
     """
-    queue: BatchQueue[ImageJob, Painted] = BatchQueue(generate_jobs, limits, "fmg-image-batcher", overtaking=True)
-    metrics = Metrics(lambda: queue.queued)
-    adding = asyncio.Lock()
+    metrics = Metrics(lambda: engine.queued)
     created = int(time.time())
-    app = new_app(Service("fmg image server", _USAGE, error_body, lambda: queue.close(_LAST_BATCH_S)), openapi=True)
+    app = new_app(Service("fmg image server", _USAGE, error_body, lambda: engine.close(_LAST_BATCH_S)), openapi=True)
     parse = request_model(limits)
 
     authorised = bearer(token)
@@ -90,14 +87,15 @@ def create_app(models: ServedModels, limits: Limits, *, token: str | None) -> Fa
 
     guarded = [Depends(guard)]
 
-    def described(model: Served) -> dict[str, object]:
-        return {"id": model.name, "object": "model", "created": created, "owned_by": "fmg", **model.facts()}
+    def described(name: str) -> dict[str, object]:
+        return {"id": name, "object": "model", "created": created, "owned_by": "fmg", **engine.facts(name)}
 
-    def found(name: str | None) -> Served:
-        if (model := models.get(name)) is None:
-            what, fix = f"There is no model '{name}'", suggestion(str(name), models.names())
+    def found(name: str | None) -> str:
+        names = engine.names()
+        if name is not None and name not in names:
+            what, fix = f"There is no model '{name}'", suggestion(name, names)
             raise RefusedError(404, what, fix, key="model", code="model_not_found")
-        return model
+        return names[0] if name is None else name
 
     async def body_of(request: Request) -> bytes:
         # a page of another origin cannot send this type without asking first, and is then refused
@@ -107,7 +105,7 @@ def create_app(models: ServedModels, limits: Limits, *, token: str | None) -> Fa
 
     @app.get("/health")
     async def health() -> dict[str, object]:
-        return {"status": "ok", "queued": queue.queued}
+        return {"status": "ok", "queued": engine.queued}
 
     @app.get("/info", dependencies=guarded)
     async def info() -> dict[str, object]:
@@ -115,7 +113,7 @@ def create_app(models: ServedModels, limits: Limits, *, token: str | None) -> Fa
             "fmg": __version__,
             "python": platform.python_version(),
             "packages": installed_versions(_PACKAGES),
-            "models": {model.name: model.facts() for model in models},
+            "models": {name: engine.facts(name) for name in engine.names()},
             "limits": asdict(limits),
         }
 
@@ -125,7 +123,7 @@ def create_app(models: ServedModels, limits: Limits, *, token: str | None) -> Fa
 
     @app.get("/v1/models", dependencies=guarded)
     async def listed() -> dict[str, object]:
-        return {"object": "list", "data": [described(model) for model in models]}
+        return {"object": "list", "data": [described(name) for name in engine.names()]}
 
     @app.get("/v1/models/{name:path}", dependencies=guarded, responses={404: {"model": ErrorAnswer}})
     async def one(name: str) -> dict[str, object]:
@@ -148,10 +146,10 @@ def create_app(models: ServedModels, limits: Limits, *, token: str | None) -> Fa
             raise RefusedError(400, "The prompt is empty", "Describe an image.", key="prompt")
         model = found(wanted.model)
         seeds = chosen_seeds(wanted)
-        job = ImageJob(model, wanted.prompt, seeds, wanted.steps, fitting_size(wanted, model))
+        asked = Asked(model, wanted.prompt, seeds, wanted.steps, wanted.size)
         painted = await outcome(
             request,
-            lambda: queue.submit(job),
+            lambda: engine.submit(asked),
             limits.timeout,
             wrong=(UsageError,),
             wrong_status=400,
@@ -159,8 +157,8 @@ def create_app(models: ServedModels, limits: Limits, *, token: str | None) -> Fa
             noun="images",
             advice="Ask for fewer images or steps.",
         )
-        metrics.generated(model.name, painted)
-        encode = partial(encode_answer, painted, model.name, wanted.output_format or "png", seeds)
+        metrics.generated(model, painted)
+        encode = partial(encode_answer, painted, model, wanted.output_format or "png", seeds)
         # large files take long, and small ones less than to change threads
         body = encode() if painted.images.size <= _SMALL else await asyncio.to_thread(encode)
         return Response(body, media_type=JSON)
@@ -172,36 +170,15 @@ def create_app(models: ServedModels, limits: Limits, *, token: str | None) -> Fa
             raise RefusedError(403, what, "Start it with a token, or with --adapter NAME=RUN.")
         wanted = parse_body(await body_of(request), AdapterRequest)
         try:
-            # one at a time: reading looks at the layers, and installing adds some
-            async with adding:
-                new = await asyncio.to_thread(models.read_adapter, wanted.name, wanted.run, wanted.model)
-                model = await asyncio.wrap_future(queue.between(lambda: models.install(new)))
+            return described(await engine.add_adapter(wanted.name, wanted.run, wanted.model))
         except BusyError as error:
             raise RefusedError(503, "The server is stopping", "Ask again later.", error.retry_after) from None
         except FmgError as error:
             raise RefusedError(400, error.what, error.fix) from None
-        return described(model)
 
     for path, (file, kind) in _PAGE.items():
         app.add_api_route(path, _static(file, kind), include_in_schema=False)
     return app
-
-
-def fitting_size(request: ImageRequest, model: Served) -> str | None:
-    """The size of the images; None for the model's own. Refuses what the model cannot generate before it is queued.
-
-    Raises:
-        RefusedError: the size is not the model's, or its time grid has no such number of steps.
-    """
-    try:
-        sampler = model.sampler(request.size)
-    except UsageError as error:
-        raise RefusedError(400, error.what, error.fix, key="size") from None
-    try:
-        sampler.times(request.steps)
-    except UsageError as error:
-        raise RefusedError(400, error.what, error.fix, key="steps") from None
-    return None if sampler is model.generator else request.size
 
 
 def _body_schema(model: type[BaseModel]) -> dict[str, Any]:
@@ -222,7 +199,7 @@ class ImageServer(HttpServer):
     """A bound but not yet serving server of images.
 
     Args:
-        models: the served models.
+        engine: generates the images; models are sampled in this process.
         address: where it listens; one that other machines can reach needs a token (`fmg.serving.access.check_token`).
         limits: limits on requests.
         token: for clients to send.
@@ -234,12 +211,13 @@ class ImageServer(HttpServer):
 
     def __init__(
         self,
-        models: ServedModels,
+        engine: Engine | ServedModels,
         address: Address,
         *,
         limits: Limits,
         token: str | None,
         drain: float = 30.0,
     ) -> None:
-        app = create_app(models, limits, token=token)
+        local = LocalEngine(engine, limits) if isinstance(engine, ServedModels) else engine
+        app = create_app(local, limits, token=token)
         super().__init__(app, address, error=error_body, timeout=limits.timeout, drain=drain)

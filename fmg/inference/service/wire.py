@@ -81,7 +81,7 @@ class AdapterRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     name: str = Field(description="the part after the colon in the model's name: MODEL:NAME")
-    run: str = Field(description="path of a run folder on the server's computer")
+    run: str = Field(description="path of a run folder on the server's computer; RUN=WEIGHT weights it")
     model: str | None = Field(default=None, description="the model; by default the one that it was trained on")
 
 

@@ -63,6 +63,11 @@ def is_checkpoint(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (ADAPTER_MANIFEST, TRANSFORMER_MANIFEST))
 
 
+def is_full(folder: Path) -> bool:
+    """Whether a checkpoint is a fully tuned transformer."""
+    return (folder / TRANSFORMER_MANIFEST).is_file()
+
+
 def adapter_digest(folder: Path) -> str:
     """Sha256 over the weight files of an adapter, each under its name."""
     files = [folder / name for name in (DIFFUSERS_FILE, EXTRA_FILE) if (folder / name).is_file()]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fmg.core.cache import content_hash
 from fmg.core.errors import CheckpointError, UsageError, suggestion
 from fmg.models.common import adapter, saved_weights
-from fmg.models.common.checkpoint_files import DIFFUSERS_FILE
+from fmg.models.common.checkpoint_files import DIFFUSERS_FILE, is_full
 from fmg.models.common.model import AdaptedModel
 
 
@@ -64,7 +64,7 @@ class HeldAdapters:
         Raises:
             CheckpointError: a file is missing or damaged, it was trained on other weights, or it is not an adapter.
         """
-        if saved_weights.is_full(folder):
+        if is_full(folder):
             raise CheckpointError(
                 f"{folder} is a whole transformer, not an adapter", "Serve its run as a separate model."
             )

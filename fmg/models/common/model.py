@@ -32,7 +32,7 @@ from fmg.core.specs import DECODE_PIXELS, MapSpec
 from fmg.core.types import Conditioning
 from fmg.flow.maps import PaddedBatches
 from fmg.models.common import adapter, roundtrip_check, saved_weights
-from fmg.models.common.checkpoint_files import COMPONENT
+from fmg.models.common.checkpoint_files import COMPONENT, is_full
 from fmg.models.common.network import LatentNetwork, Network, map_of
 from fmg.models.common.pipeline_parts import Components, Text, square_latent
 from fmg.models.common.policy_weights import PolicyScopes, Scope, TrainableBase
@@ -365,7 +365,7 @@ class AdaptedModel(ABC, Generic[Text]):
             CheckpointError: a file is missing or damaged, it was trained on other weights, its tensors do not fit, or
                 another adapter is attached.
         """
-        if saved_weights.is_full(folder):
+        if is_full(folder):
             self._load_component(folder)
             return
         manifest, tensors = self.read_adapter(folder)

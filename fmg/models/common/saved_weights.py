@@ -176,17 +176,10 @@ def read_adapter_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) ->
     Raises:
         CheckpointError: a file is missing or damaged, or names, shapes or values are wrong.
     """
-    file = folder / DIFFUSERS_FILE
-    alphas = {DIFFUSERS_PREFIX + name.replace(LORA_A, ALPHA) for name in shapes if name.endswith(LORA_A)}
-    stored = {name: x for name, x in _read(file).items() if name not in alphas}
-    if (folder / EXTRA_FILE).exists():
-        stored |= _read(folder / EXTRA_FILE)
-    tensors = {
-        name.removeprefix(DIFFUSERS_PREFIX): x for name, x in stored.items() if name.startswith(DIFFUSERS_PREFIX)
-    }
+    file, tensors = folder / DIFFUSERS_FILE, read_saved_tensors(folder)
     wrong = (
         *(f"{name} is missing" for name in sorted(shapes.keys() - tensors.keys())),
-        *(f"{name} is unknown" for name in sorted(stored.keys() - {DIFFUSERS_PREFIX + known for known in shapes})),
+        *(f"{name} is unknown" for name in sorted(tensors.keys() - shapes.keys())),
         *(
             f"{name} has shape {tuple(tensors[name].shape)} instead of {shapes[name]}"
             for name in sorted(shapes.keys() & tensors.keys())
@@ -200,6 +193,25 @@ def read_adapter_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) ->
             f"{file} does not fit the model: {wrong[0]}{more}", "Load it into the model it was trained on."
         )
     return tensors
+
+
+def read_saved_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor in the files of a saved adapter but alpha, by its name without prefix, unchecked.
+
+    A name without the prefix, which no saved adapter has, is kept with a dot before it.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    stored = _read(folder / DIFFUSERS_FILE)
+    alphas = {name.removesuffix(LORA_A) + ALPHA for name in stored if name.endswith(LORA_A)}
+    if (folder / EXTRA_FILE).exists():
+        stored |= _read(folder / EXTRA_FILE)
+    return {
+        name.removeprefix(DIFFUSERS_PREFIX) if name.startswith(DIFFUSERS_PREFIX) else f".{name}": x
+        for name, x in stored.items()
+        if name not in alphas
+    }
 
 
 def extra_shapes(
@@ -286,11 +298,6 @@ def save_transformer(
         text = manifest.model_dump_json(indent=2, by_alias=True)
         (partial / TRANSFORMER_MANIFEST).write_text(text + "\n", encoding="utf-8")
         check(partial)
-
-
-def is_full(folder: Path) -> bool:
-    """Whether a checkpoint is a fully tuned transformer."""
-    return (folder / TRANSFORMER_MANIFEST).is_file()
 
 
 def read_transformer_manifest(folder: Path) -> TransformerManifest:

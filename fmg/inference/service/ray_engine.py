@@ -1,0 +1,377 @@
+"""Replicas of the served models as a Ray Serve deployment: several processes, GPUs or machines behind one server.
+
+The server stays the one process that clients reach, with the same application, limits and token as without Ray; a
+replica is the engine of a server without HTTP, with its own queue and batches. A request that loses its replica is
+generated once more elsewhere: its seeds are fixed, so the images are the same.
+
+Adapters that are added while the server runs travel with the requests. A replica that meets a request for one that it
+does not have yet, or only in an earlier version, reads it first, so replicas that start later have it as well.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import threading
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import uuid4
+
+from fmg.core.errors import FmgError, MissingDependencyError, one_line
+from fmg.core.events import Notice, Observer, ignore
+from fmg.core.signals import Signals
+from fmg.inference.service.engine import Asked, LocalEngine
+from fmg.inference.service.jobs import Painted
+from fmg.inference.service.models import ServedModels
+from fmg.inference.service.opening import Named, open_models
+from fmg.inference.service.wire import Limits
+from fmg.serving.app import RefusedError
+from fmg.serving.batching import BusyError
+from fmg.version import install_line
+
+_LOOPBACK = "127.0.0.1"
+# Images go through it, a few at a time; Ray's own default is a third of the memory of the machine
+_OBJECT_STORE_BYTES = 256 << 20
+_ATTEMPTS = 2
+_HEALTH_S = 2.0
+
+R = TypeVar("R")
+
+log = logging.getLogger("uvicorn.error")
+
+
+@dataclass(frozen=True)
+class ReplicaSpec:
+    """What every replica serves.
+
+    Attributes:
+        targets: what to load.
+        adapters: runs by model and name, as `ServedModels.read_adapter` takes them.
+        options: options of `fmg.inference.load`.
+        limits: limits of a replica's queue and batches.
+        max_adapters: adapters per model.
+        folder: relative paths of runs and targets start here.
+        loopback: whether all replicas are on this machine, and nobody else is to reach them.
+    """
+
+    targets: tuple[Named, ...]
+    adapters: Mapping[tuple[str | None, str], Sequence[str]]
+    options: Mapping[str, Any]
+    limits: Limits
+    max_adapters: int
+    folder: Path
+    loopback: bool
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How many replicas there are, and what each takes.
+
+    Attributes:
+        minimum, maximum: number of replicas; Ray adds and removes them with the load in between.
+        cpus: of each; Ray places as many on a machine as fit.
+        gpu: whether each takes a GPU, where the cluster has any.
+        address: of a running Ray cluster; None starts one on this machine for this server alone.
+        drain: seconds for a replica that is removed to finish its requests.
+    """
+
+    minimum: int
+    maximum: int
+    cpus: int
+    gpu: bool
+    address: str | None
+    drain: float
+
+
+@dataclass(frozen=True)
+class _Added:
+    """An adapter that was added to a running server.
+
+    Attributes:
+        served: name of the model that it makes.
+        name, run, model: as they were sent.
+        version: rises with every adapter that is added.
+        digest: sha256 of the adapter; None before the first replica has read it.
+    """
+
+    served: str | None
+    name: str
+    run: str
+    model: str | None
+    version: int
+    digest: object = None
+
+
+class Replica:
+    """The models of one process of the deployment."""
+
+    def __init__(self, spec: ReplicaSpec) -> None:
+        if spec.loopback:
+            _stay_on_loopback()
+        if spec.folder.is_dir():
+            os.chdir(spec.folder)
+        self._problem: FmgError | None = None
+        self._versions: dict[str, int] = {}
+        try:
+            models = ServedModels(open_models(spec.targets, spec.options, ExitStack(), ignore), spec.max_adapters)
+            for (model, name), runs in spec.adapters.items():
+                models.install(models.read_adapter(name, runs, model))
+            self._engine = LocalEngine(models, spec.limits)
+        except FmgError as error:
+            # raised here, Ray would start the replica again and again
+            self._problem = error
+
+    async def models(self) -> dict[str, Mapping[str, object]] | FmgError:
+        """The facts of every model by its name; the error if they could not be loaded."""
+        return self._problem or {name: self._engine.facts(name) for name in self._engine.names()}
+
+    async def add(self, added: _Added) -> tuple[str, Mapping[str, object]] | Exception:
+        """Adds an adapter to this replica: the name and the facts of its model, or why it does not fit."""
+        return await _told(self._added(added))
+
+    async def generate(self, asked: Asked, added: _Added | None) -> Painted | Exception:
+        """The images of a request, or why there are none."""
+        return await _told(self._generated(asked, added))
+
+    async def _added(self, added: _Added) -> tuple[str, Mapping[str, object]]:
+        name = await self._engine.add_adapter(added.name, added.run, added.model)
+        self._versions[name] = max(added.version, self._versions.get(name, 0))
+        return name, self._engine.facts(name)
+
+    async def _generated(self, asked: Asked, added: _Added | None) -> Painted:
+        if added is not None and self._versions.get(asked.model, 0) < added.version:
+            _, facts = await self._added(added)
+            if facts["adapter_sha256"] != added.digest:
+                del self._versions[asked.model]
+                what = f"The adapter of '{added.run}' has changed since it was added"
+                raise FmgError(what, "Add it again: POST /v1/adapters.")
+        return await asyncio.wrap_future(self._engine.submit(asked))
+
+
+async def _told(work: Awaitable[R]) -> R | Exception:
+    """The result of `work`, or the error as a value: raised, it would arrive as another one, with Ray's traceback."""
+    try:
+        return await work
+    except (FmgError, RefusedError, BusyError) as error:
+        return error
+    except Exception as error:
+        log.exception("Generating failed")
+        return FmgError(f"Generating failed: {one_line(error)}", "See the log of the replica.")
+
+
+class RayEngine:
+    """The replicas of a deployment. Implements `Engine`.
+
+    Args:
+        handle: the deployment.
+        facts: facts of every model by its name.
+        most: images that may wait or be generated at once.
+    """
+
+    def __init__(self, handle: Any, facts: Mapping[str, Mapping[str, object]], most: int) -> None:
+        self._handle = handle
+        self._facts = dict(facts)
+        self._most = most
+        self._images = 0
+        self._added: dict[str, _Added] = {}
+        self._version = 0
+        self._adding = asyncio.Lock()
+        self._ended: set[object] = set()
+
+    @property
+    def queued(self) -> int:
+        return self._images
+
+    def names(self) -> list[str]:
+        return list(self._facts)
+
+    def facts(self, name: str) -> Mapping[str, object]:
+        return self._facts[name]
+
+    def submit(self, asked: Asked) -> asyncio.Future[Painted]:
+        if self._images and self._images + len(asked.seeds) > self._most:
+            raise BusyError(1)
+        self._images += len(asked.seeds)
+        task = asyncio.ensure_future(self._call("generate", asked, self._added.get(asked.model)))
+        task.add_done_callback(lambda _: self._forget(asked))
+        return task
+
+    async def add_adapter(self, name: str, run: str, model: str | None) -> str:
+        async with self._adding:
+            self._version += 1
+            added = _Added(None, name, run, model, self._version)
+            served, facts = await self._call("add", added)
+            self._facts[served] = facts
+            # every later request for the model carries it
+            self._added[served] = replace(added, served=served, digest=facts["adapter_sha256"])
+            return str(served)
+
+    def close(self, timeout: float) -> None:
+        """Nothing is left: a request that was accepted has been answered or given up by the server."""
+
+    def _forget(self, asked: Asked) -> None:
+        self._images -= len(asked.seeds)
+
+    def _report(self, replica: object) -> None:
+        """Says once that a replica has died."""
+        if replica not in self._ended:
+            self._ended.add(replica)
+            log.error("A replica died; another one generates its images, and Ray starts a new one")
+
+    async def _call(self, method: str, *arguments: object) -> Any:
+        """The result of a method of some replica; another one is asked if that one dies.
+
+        Raises:
+            RefusedError: that one died, too.
+            FmgError, RefusedError, BusyError: what the replica said.
+        """
+        from ray.exceptions import RayActorError
+
+        for _ in range(_ATTEMPTS):
+            response = getattr(self._handle, method).remote(*arguments)
+            try:
+                result = await response
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+            except RayActorError as error:
+                self._report(error.actor_id)
+                continue
+            if isinstance(result, Exception):
+                raise result
+            return result
+        raise RefusedError(503, "The replicas that generated this ended", "Ask again.", 1)
+
+
+def _prepare(scale: Scale) -> None:
+    """Sets what Ray reads when it is imported, and imports it.
+
+    Raises:
+        MissingDependencyError: Ray Serve is not installed.
+    """
+    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    if scale.address is None:
+        # whoever reaches a port of Ray can run code, so that only this server and its replicas know the token, and all
+        # ports are on loopback: what this variable is named after is that it is the default of those systems
+        os.environ |= {
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        }
+    try:
+        import ray.serve  # noqa: F401
+    except ImportError as error:
+        what = f"--engine ray needs Ray Serve: {one_line(error)}"
+        raise MissingDependencyError(what, f"Run: {install_line('ray')}") from None
+
+
+def _stay_on_loopback() -> None:
+    """Puts the port that a replica opens for calls between deployments, of which there are none, on loopback as well.
+
+    Ray Serve has no option for it. The port needs the token in any case.
+    """
+    replica: Any = import_module("ray.serve._private.replica")
+    if (bind := getattr(replica, "add_port_to_grpc_server", None)) is not None:
+        replica.add_port_to_grpc_server = lambda server, address: bind(server, address.replace("[::]", _LOOPBACK))
+
+
+@contextmanager
+def ray_engine(spec: ReplicaSpec, scale: Scale, observer: Observer) -> Iterator[RayEngine]:
+    """Starts the replicas and yields their engine; ends them afterwards.
+
+    Args:
+        spec: what each serves.
+        scale: how many there are.
+        observer: receives a notice for each step.
+
+    Raises:
+        MissingDependencyError: Ray Serve is not installed.
+        FmgError: Ray does not start, or the models cannot be loaded.
+    """
+    _prepare(scale)
+    import ray
+    from ray import serve
+
+    name = f"fmg-{uuid4().hex[:8]}"
+    try:
+        observer(Notice("info", "Starting Ray" if scale.address is None else f"Connecting to Ray at {scale.address}"))
+        _join(ray, scale)
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR", "enable_access_log": False})
+        plural = f"{scale.minimum}" if scale.minimum == scale.maximum else f"{scale.minimum} to {scale.maximum}"
+        observer(Notice("info", f"Loading the models in {plural} replicas"))
+        try:
+            with Signals().caught():
+                handle = serve.run(_deployment(ray, serve, spec, scale), name=name, route_prefix=None)
+                facts = handle.models.remote().result(timeout_s=spec.limits.timeout)
+        except FmgError:
+            raise
+        except Exception as error:
+            what = f"Ray Serve could not start the replicas: {one_line(error)}"
+            raise FmgError(what, "See the logs of Ray, by default in /tmp/ray/session_latest/logs/serve.") from None
+        if isinstance(facts, FmgError):
+            raise facts
+        yield RayEngine(handle, facts, spec.limits.max_queued * scale.maximum)
+    finally:
+        if ray.is_initialized():
+            if scale.address is not None:
+                serve.delete(name)
+            ray.shutdown()
+
+
+def _join(ray: Any, scale: Scale) -> None:
+    own: dict[str, object] = {
+        "address": "local",
+        "num_cpus": scale.cpus * scale.maximum,
+        "object_store_memory": _OBJECT_STORE_BYTES,
+        "include_dashboard": False,
+    }
+    given: dict[str, object] = {"address": scale.address}
+    try:
+        ray.init(
+            **(own if scale.address is None else given),
+            namespace="fmg",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except Exception as error:
+        where = "on this machine" if scale.address is None else f"at {scale.address}"
+        raise FmgError(f"Ray {where} cannot be used: {one_line(error)}", "See the logs in /tmp/ray.") from None
+    if threading.current_thread() is threading.main_thread():
+        # Ray's own handler aborts the process with a trace of C++
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _deployment(ray: Any, serve: Any, spec: ReplicaSpec, scale: Scale) -> Any:
+    limits = spec.limits
+    number: dict[str, object] = {"num_replicas": scale.minimum}
+    if scale.minimum != scale.maximum:
+        number = {
+            "autoscaling_config": {
+                "min_replicas": scale.minimum,
+                "max_replicas": scale.maximum,
+                # a batch at work; what waits beyond it is a reason for another replica
+                "target_ongoing_requests": limits.max_batch,
+            }
+        }
+    deployment = serve.deployment(Replica).options(
+        **number,
+        # a replica's own queue is what refuses
+        max_ongoing_requests=2 * limits.max_queued,
+        health_check_period_s=_HEALTH_S,
+        graceful_shutdown_timeout_s=scale.drain,
+        ray_actor_options={
+            "num_cpus": scale.cpus,
+            "num_gpus": int(scale.gpu and ray.cluster_resources().get("GPU", 0) > 0),
+        },
+    )
+    return deployment.bind(spec)

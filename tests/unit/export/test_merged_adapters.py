@@ -1,0 +1,186 @@
+"""Sums of adapters against W + sum_i w_i (alpha_i / r_i) B_i A_i, and their artifacts against torch."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fmg.core.errors import CheckpointError, UsageError
+from fmg.data.checkpoints import chosen_checkpoint
+from fmg.export.source import find_source
+from fmg.export.swap import swap_weights
+from fmg.export.verify import verify
+from fmg.inference import load
+from fmg.inference.artifact import Artifact, open_artifact
+from fmg.inference.target import chosen_target, merged_target, resolve_target, weighted_run
+from fmg.models.common.merged_adapters import merged_adapter
+from tests.support.artifact import copied, make_run, shapes_recipe
+from tests.support.cli import fmg
+
+PROMPT, SEEDS = "a red circle left", (3, 4)
+
+
+def checkpoint(run: Path) -> Path:
+    folder = chosen_checkpoint(run)
+    assert folder is not None
+    return folder
+
+
+def plainly_merged(base: Mapping[str, Tensor], parts: Sequence[tuple[Path, float]]) -> dict[str, Tensor]:
+    """The formula in fp64, from the files."""
+    merged = {name: x.double() for name, x in base.items()}
+    for run, weight in parts:
+        folder = checkpoint(run)
+        stated = json.loads((folder / "fmg_adapter.json").read_text())
+        tensors = load_file(folder / "pytorch_lora_weights.safetensors")
+        for name in (name for name in tensors if name.endswith(".lora_A.weight")):
+            a, b = tensors[name].double(), tensors[name.replace("lora_A", "lora_B")].double()
+            module = name.removeprefix("transformer.").removesuffix(".lora_A.weight")
+            merged[f"{module}.weight"] += weight * stated["alpha"] / stated["rank"] * b @ a
+    return merged
+
+
+@pytest.fixture(scope="module")
+def swapped(
+    shapes_artifact: Artifact, shapes_run: Path, other_shapes_run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Artifact:
+    """An artifact with the sum of two adapters, made by the command line."""
+    folder = copied(shapes_artifact, tmp_path_factory.mktemp("merged") / "artifact")
+    result = fmg(
+        "export",
+        "meanflow-shapes",
+        *("--swap-weights", str(folder), "--adapter", f"{shapes_run}=0.7", "--adapter", f"{other_shapes_run}=-0.3"),
+        "--json",
+    )
+    assert result.code == 0, result.stderr
+    stated = json.loads(result.stdout)["adapters"]
+    assert [(part["run"], part["weight"]) for part in stated] == [(str(shapes_run), 0.7), (str(other_shapes_run), -0.3)]
+    return open_artifact(folder)
+
+
+def test_an_artifact_has_the_weights_of_the_formula_and_the_images_of_torch(
+    swapped: Artifact, shapes_run: Path, other_shapes_run: Path
+) -> None:
+    source = find_source(resolve_target("meanflow-shapes"))
+    base = {name: source.reader.read(name) for name in source.stored}
+    expected = plainly_merged(base, [(shapes_run, 0.7), (other_shapes_run, -0.3)])
+    exported = load_file(swapped.path("transformer.safetensors"))
+    assert exported.keys() == expected.keys()
+    for name, x in expected.items():
+        assert (exported[name] - x).abs().max() <= 2e-7 * x.abs().max()
+    changed = [name for name, x in base.items() if not torch.equal(exported[name], x)]
+    assert len(changed) > 10
+    # the manifest names the runs and weights, from which torch loads the same sum
+    report = verify(swapped.folder, num=2, progress=False)
+    assert report.passed, report
+    assert {check.name for check in report.checks} >= {"facts", "weights/transformer", "images"}
+
+
+def test_the_order_of_the_adapters_does_not_matter(swapped: Artifact, shapes_run: Path, other_shapes_run: Path) -> None:
+    parts = [(shapes_run, 0.7), (other_shapes_run, -0.3)]
+    one, other = (merged_target(order) for order in itertools.permutations(parts))
+    assert one == other
+    assert one.label == f"0.7 {shapes_run} + -0.3 {other_shapes_run}"
+    assert (one.recipe.rollout.steps, one.adapter) == (resolve_target(shapes_run).recipe.rollout.steps, other.adapter)
+    # and an artifact does not depend on it either
+    before = swapped.manifest
+    assert swap_weights(swapped.folder, other).manifest.weights_digest() == before.weights_digest()
+
+
+def test_one_adapter_is_the_run_itself_or_a_part_of_it(shapes_run: Path) -> None:
+    assert merged_target([(shapes_run, 1.0)]) == resolve_target(shapes_run)
+    half = chosen_target(str(shapes_run), (), 0.5)
+    source = find_source(half)
+    assert source.delta is not None
+    base = {name: source.reader.read(name) for name in source.stored}
+    for name, x in plainly_merged(base, [(shapes_run, 0.5)]).items():
+        assert (source.delta.apply(name, base[name], torch.float32) - x).abs().max() <= 2e-7 * x.abs().max()
+
+
+def test_generate_takes_the_same_sum(shapes_run: Path, other_shapes_run: Path, tmp_path: Path) -> None:
+    options = (
+        "--adapter",
+        f"{shapes_run}=0.5",
+        "--adapter",
+        f"{other_shapes_run}=0.5",
+        "--out",
+        str(tmp_path / "images"),
+    )
+    result = fmg("generate", PROMPT, "--seed", "3", "--device", "cpu", *options)
+    assert result.code == 0, result.stderr
+    with load(merged_target([(other_shapes_run, 0.5), (shapes_run, 0.5)]), device="cpu") as generator:
+        (picture,) = generator.generate(PROMPT, 3, progress=False).to_pil()
+    from PIL import Image
+
+    (file,) = (tmp_path / "images").glob("*.png")
+    assert np.array_equal(np.asarray(Image.open(file)), np.asarray(picture))
+
+
+def test_embedders_are_averaged_and_never_scaled(shapes_run: Path, tmp_path: Path) -> None:
+    recipe = shapes_recipe(**{"train.trainable": "lora+duration"})
+    one, two = (make_run(tmp_path / f"run{seed}", recipe, seed, "duration") for seed in (5, 6))
+    target = merged_target([(one, 0.7), (two, 0.3), (shapes_run, 0.4)])
+    delta = find_source(target).delta
+    assert delta is not None
+    stored = [load_file(checkpoint(run) / "fmg_extra.safetensors") for run in (one, two)]
+    assert {f"transformer.{name}" for name in delta.replaced} == stored[0].keys()
+    for name, x in delta.replaced.items():
+        first, second = (tensors[f"transformer.{name}"].double() for tensors in stored)
+        assert torch.equal(x, (0.7 * first + 0.3 * second).float())
+    with load(target, device="cpu") as generator:
+        generator.generate(PROMPT, SEEDS[0], progress=False).check_finite()
+    with pytest.raises(UsageError, match=r"add up to 0\.5.*part of an embedder"):
+        merged_target([(one, 0.5), (shapes_run, 0.5)])
+
+
+def test_what_cannot_be_added_is_refused(shapes_run: Path, other_shapes_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="are the same"):
+        merged_target([(shapes_run, 0.5), (checkpoint(shapes_run), 0.5)])
+    with pytest.raises(UsageError, match="belong to meanflow-shapes, not to scm-shapes"):
+        merged_target([(shapes_run, 0.5), (other_shapes_run, 0.5)], "scm-shapes")
+    with pytest.raises(UsageError, match="'meanflow-shapes' has no LoRA"):
+        merged_target([("meanflow-shapes", 0.5)])
+    full = make_run(tmp_path / "full", shapes_recipe(**{"train.trainable": "full"}), 6, "full")
+    with pytest.raises(UsageError, match="has no LoRA"):
+        merged_target([(full, 0.5)])
+    for text in ("=0.5", "x=nan", "x=0", "x=inf"):
+        with pytest.raises(UsageError, match="does not give an adapter a weight"):
+            weighted_run(text)
+    assert weighted_run("runs/a=b") == ("runs/a=b", 1.0)
+    result = fmg("export", str(shapes_run), "--adapter", str(other_shapes_run), "--lora-scale", "0.5")
+    assert (result.code, "--lora-scale cannot be used" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("damage", ["module", "half", "rank", "nan", "base"])
+def test_a_damaged_adapter_is_never_a_part(
+    damage: str, shapes_run: Path, other_shapes_run: Path, tmp_path: Path
+) -> None:
+    """Without a module, the sum would silently be another model."""
+    source = checkpoint(other_shapes_run)
+    file, manifest = "pytorch_lora_weights.safetensors", json.loads((source / "fmg_adapter.json").read_text())
+    tensors = load_file(source / file)
+    module = next(name for name in tensors if name.endswith("attn.to_q.lora_A.weight")).removesuffix(".lora_A.weight")
+    if damage in ("module", "half"):
+        del tensors[f"{module}.lora_A.weight"]
+    if damage == "module":
+        del tensors[f"{module}.lora_B.weight"]
+    if damage == "rank":
+        manifest["rank"] = 3
+    if damage == "nan":
+        tensors[f"{module}.lora_B.weight"][0, 0] = torch.nan
+    if damage == "base":
+        manifest["base"]["digest"] = "0" * 64
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_file(tensors, folder / file)
+    (folder / "fmg_adapter.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="different weights" if damage == "base" else "damaged"):
+        merged_adapter([(checkpoint(shapes_run), 0.5), (folder, 0.5)])
