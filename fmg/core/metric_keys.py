@@ -28,6 +28,8 @@ MATCH = "match"
 GRADIENT_REWARD, LAST_STEP_REWARD = "gradient_reward", "last_step_reward"
 """The mean reward of the images that a reward is differentiated at: of `reward-gradient`, and of a last step."""
 L2_REF = "l2_ref"
+OLD_DISTANCE, BASE_DISTANCE = "old_distance", "base_distance"
+"""Mean squared distance of the predicted velocity from the old policy's and from the base's, on noised samples."""
 SKIPPED_UPDATES = "skipped_updates"
 ROLLOUT_NFE, TRAINED_ROWS = "nfe/rollout", "nfe/trained_rows"
 

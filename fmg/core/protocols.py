@@ -75,6 +75,16 @@ class FlowMap(Protocol):
         """The diagonal `v(x_t, t)` of a two-time map: the velocity of the probability-flow ODE."""
 
 
+@runtime_checkable
+class MeanFlow(FlowMap, Protocol):
+    """A two-time map, whose network predicts average velocities."""
+
+    def average_velocity(
+        self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], s: Float[Tensor, " b"], cond: Conditioning
+    ) -> Float[Tensor, "b *shape"]:
+        """`u(x_t, t, s)`, the average velocity between `s` and `t`; on the diagonal `v(x_t, t)`."""
+
+
 class Density(Protocol):
     """A distribution over the next state, independent over coordinates; see `fmg.flow.Gaussian`."""
 

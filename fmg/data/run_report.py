@@ -42,6 +42,8 @@ _UPDATE_CHARTS = {
     keys.GRAD_NORM: ("norm of the gradient before clipping", "L2 norm"),
     keys.LR: ("learning rate", "of the last update"),
     keys.KL_REF: ("KL to the base", "nats"),
+    keys.OLD_DISTANCE: ("distance of velocities from the old policy", "mean square"),
+    keys.BASE_DISTANCE: ("distance of velocities from the base", "mean square"),
     keys.ZERO_STD_RATIO: ("share of groups whose rewards are all equal", "share of groups"),
     keys.SKIPPED_UPDATES: ("skipped updates", "per iteration"),
     keys.COMPLETION_AGREEMENT: ("agreement of one jump with the full grid", "correlation within groups"),

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fmg.core.errors import CompositionError
-from fmg.core.protocols import Anchors, FlowMap, ProbabilityPath
+from fmg.core.protocols import Anchors, FlowMap, MeanFlow, ProbabilityPath
 from fmg.core.types import Conditioning
 from fmg.flow.path import TrigPath, expand
 
@@ -46,8 +46,13 @@ class TwoTimeMap:
         self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], cond: Conditioning
     ) -> Float[Tensor, "b *shape"]:
         """`v(x_t, t) = u(x_t, t, t)`, one network evaluation."""
-        t = _full_precision(t)
-        return self.network(x_t, t, t, cond)
+        return self.average_velocity(x_t, t, t, cond)
+
+    def average_velocity(
+        self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], s: Float[Tensor, " b"], cond: Conditioning
+    ) -> Float[Tensor, "b *shape"]:
+        """`u(x_t, t, s)`, one network evaluation."""
+        return self.network(x_t, _full_precision(t), _full_precision(s), cond)
 
 
 @dataclass(frozen=True)
@@ -176,25 +181,44 @@ class PaddedBatches:
         self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], s: Float[Tensor, " b"], cond: Conditioning
     ) -> Float[Tensor, "b *shape"]:
         """`X_{t->s}(x_t)`."""
-        index = self._index(len(x_t), x_t.device)
-        if index is None:
-            return self._inner.jump(x_t, t, s, cond)
-        return self._inner.jump(x_t[index], t[index], s[index], cond.select(index))[: len(x_t)]
+        return self._padded(self._inner.jump, cond, x_t, t, s)
 
     def velocity(
         self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], cond: Conditioning
     ) -> Float[Tensor, "b *shape"]:
         """`v(x_t, t)`."""
-        index = self._index(len(x_t), x_t.device)
-        if index is None:
-            return self._inner.velocity(x_t, t, cond)
-        return self._inner.velocity(x_t[index], t[index], cond.select(index))[: len(x_t)]
+        return self._padded(self._inner.velocity, cond, x_t, t)
 
-    def _index(self, given: int, device: torch.device) -> Tensor | None:
-        rows = self._rows(given)
+    def average_velocity(
+        self, x_t: Float[Tensor, "b *shape"], t: Float[Tensor, " b"], s: Float[Tensor, " b"], cond: Conditioning
+    ) -> Float[Tensor, "b *shape"]:
+        """`u(x_t, t, s)`.
+
+        Raises:
+            CompositionError: the inner map is not a two-time map.
+        """
+        return self._padded(mean_flow(self._inner).average_velocity, cond, x_t, t, s)
+
+    def _padded(self, call: Callable[..., Tensor], cond: Conditioning, x_t: Tensor, *times: Tensor) -> Tensor:
+        given, rows = len(x_t), self._rows(len(x_t))
         if rows is None or not 0 < given < rows:
-            return None
-        return torch.arange(rows, device=device).clamp(max=given - 1)
+            return call(x_t, *times, cond)
+        index = torch.arange(rows, device=x_t.device).clamp(max=given - 1)
+        return call(x_t[index], *(t[index] for t in times), cond.select(index))[:given]
+
+
+def mean_flow(flow_map: FlowMap) -> MeanFlow:
+    """The map as one with an average velocity.
+
+    Raises:
+        CompositionError: it has none.
+    """
+    if not isinstance(flow_map, MeanFlow):
+        raise CompositionError(
+            "The map has no average velocity u(x, t, s) to arbitrary target times",
+            "Use a two-time (MeanFlow) model, or an objective that needs none, such as diffusion-nft.",
+        )
+    return flow_map
 
 
 def _only_to_zero(s: Tensor) -> None:

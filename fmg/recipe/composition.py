@@ -69,6 +69,7 @@ def problems(recipe: RecipeFields) -> Iterator[Problem]:
     """All misfits, the most basic first."""
     spec = recipe.model.config.spec()
     yield from _map_problems(recipe, spec)
+    yield from _objective_problems(recipe, spec)
     yield from _sampler_problems(recipe)
     yield from _window_problems(recipe, spec)
     yield from _branch_problems(recipe)
@@ -95,6 +96,15 @@ def _map_problems(recipe: RecipeFields, spec: MapSpec) -> Iterator[Problem]:
     if requires.path not in ("any", spec.path):
         what = f"The stochasticizer '{chosen.name}' needs the {requires.path} path, but '{model}' is on {spec.path}"
         yield Problem(("stochasticizer", "name"), what, fix)
+
+
+def _objective_problems(recipe: RecipeFields, spec: MapSpec) -> Iterator[Problem]:
+    objective, updates = recipe.objective, recipe.train.updates_per_iteration
+    if (misfit := objective.config.misfit(spec)) is not None:
+        yield Problem(("objective", "name"), f"The objective '{objective.name}' {misfit[0]}", misfit[1])
+    if objective.config.on_policy and updates > 1:
+        what = f"The objective '{objective.name}' is on-policy, but {updates} updates would share a rollout"
+        yield Problem(("train", "updates_per_iteration"), what, "Set train.updates_per_iteration to 1, or use grpo")
 
 
 def _sampler_problems(recipe: RecipeFields) -> Iterator[Problem]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -172,6 +172,30 @@ class ObjectiveConfig(ComponentConfig, ABC):
     def compares_with(self) -> frozenset[Literal["old", "reference"]]:
         """Which policies besides the current one the loss evaluates; a full fine-tune keeps copies for these alone."""
         return frozenset({"old", "reference"})
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether every update needs rows of the current policy, so that an iteration has one update."""
+        return False
+
+    @property
+    def moving_old(self) -> Callable[[int], float] | None:
+        """The decay with which `policies.old` follows the trained weights after n iterations (n = 1, 2, ...):
+        `old <- decay old + (1 - decay) current`. Then `old` generates the rollouts. None: `old` is a copy of the
+        weights before the updates of an iteration."""
+        return None
+
+    def frozen_calls(self, calls: int) -> float:
+        """Network evaluations without gradients that the loss makes for one row, on average; for plans.
+
+        Args:
+            calls: evaluations of one transition.
+        """
+        return 0.0
+
+    def misfit(self, spec: MapSpec) -> tuple[str, str] | None:
+        """Why the objective is not defined for such a map, and what to do; None if it is."""
+        return None
 
     @property
     def kl_limit(self) -> float | None:

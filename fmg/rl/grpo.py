@@ -24,8 +24,9 @@ class Grpo:
     `L = -mean_k w min(r A, clip(r, 1 - c, 1 + c+) A) + beta KL`, with `r = exp(logp_new - logp_old)` at the stored
     states and log-probs averaged over latent coordinates.
 
-    Variants by option (eq. 24-27): `ratio_norm`, also registered as the objective `grpo-guard`; `noise_weighting`;
-    `clip_range_high`; `target_kl`, which the training loop acts on.
+    Variants by option (eq. 24-27 and 41): `ratio_norm`, also registered as the objective `grpo-guard`;
+    `noise_weighting`; `clip_range_high`; `kl_mask`, DPPO's mask in place of the clip; `target_kl`, which the training
+    loop acts on.
 
     Departures from the paper: time runs from noise (t = 1) to data (t = 0); the mean is over the rows whose group has
     unequal rewards, since the others have no gradient; the reference is the base with its adapter off. Of GRPO-Guard it
@@ -63,47 +64,48 @@ class Grpo:
         Raises:
             CompositionError: the rollout has no transitions.
         """
-        rollout = scored.rollout
-        keep = informative(scored.advantages, rollout.groups).cpu()
-        if isinstance(rollout, BranchRollout):
-            rows, cond = _star_rows(rollout, scored.advantages, keep)
-        elif isinstance(rollout, TransitionRollout):
-            rows, cond = _chain_rows(rollout, scored.advantages, keep)
-        else:
-            raise CompositionError(
-                "The objective 'grpo' got a rollout without transition densities",
-                "Use a stochasticizer in the rollout, or choose an objective that needs samples only.",
-            )
-        std = rows["std"]
+        batch = transition_rows(scored, "grpo")
+        std = batch.rows["std"]
         weight = noise_weights(std, self.config.noise_power) if self.config.noise_weighting else torch.ones_like(std)
-        return Batch({**rows, "weight": weight}, cond)
+        return batch.with_rows(weight=weight)
 
     def loss(self, policies: Policies, batch: Batch) -> Loss:
         """Mean loss over the rows.
 
         Parts: `approx_kl`, the KL of the current policy to the one of the rollout; `ratio_mean`, `ratio_max`;
-        `clip_frac`, the share of rows with `r` outside the clip; and with `kl_beta > 0` `kl_ref`.
+        `clip_frac`, the share of rows with `r` outside the clip, or that `kl_mask` masks; and with `kl_beta > 0`
+        `kl_ref`.
         """
         rows = batch.rows
         density = replay(self.stochasticizer, policies.current, batch)
-        low, high = self.config.clip_bounds
         ratio = self._log_ratio(density, rows).exp()
-        surrogate = clipped_surrogate(ratio, rows["advantage"], low, high)
+        with torch.no_grad():
+            kl = mean_distance(density.mean, rows["mean_old"], density.std)
+        surrogate, stopped = self._surrogate(ratio, rows["advantage"], kl)
         # siblings share their row
         by_row = surrogate if surrogate.ndim == 1 else surrogate.mean(1)
         total = (by_row * rows["weight"]).mean()
         with torch.no_grad():
             parts = {
-                keys.APPROX_KL: mean_distance(density.mean, rows["mean_old"], density.std).mean(),
+                keys.APPROX_KL: kl.mean(),
                 keys.RATIO_MEAN: ratio.mean(),
                 keys.RATIO_MAX: ratio.max(),
-                keys.CLIP_FRACTION: ((ratio < 1 - low) | (ratio > 1 + high)).float().mean(),
+                keys.CLIP_FRACTION: stopped.float().mean(),
             }
         if self.config.kl_beta > 0:
             kl_ref = self._reference_kl(policies.reference, density.mean, density.std, batch)
             total = total + self.config.kl_beta * kl_ref
             parts[keys.KL_REF] = kl_ref.detach()
         return Loss(total, parts)
+
+    def _surrogate(
+        self, ratio: Float[Tensor, "b *m"], advantage: Float[Tensor, "b *m"], kl: Float[Tensor, " b"]
+    ) -> tuple[Float[Tensor, "b *m"], Bool[Tensor, "b *m"]]:
+        """The surrogate, and where its ratio is clipped or masked."""
+        if self.config.kl_mask is not None:
+            return masked_surrogate(ratio, advantage, kl, self.config.kl_mask)
+        low, high = self.config.clip_bounds
+        return clipped_surrogate(ratio, advantage, low, high), (ratio < 1 - low) | (ratio > 1 + high)
 
     def _log_ratio(self, density: Density, rows: Mapping[str, Tensor]) -> Float[Tensor, "b *m"]:
         if self.config.ratio_norm:
@@ -134,6 +136,19 @@ def clipped_surrogate(
     return -torch.minimum(ratio * advantage, clipped * advantage)
 
 
+def masked_surrogate(
+    ratio: Float[Tensor, "b *m"], advantage: Float[Tensor, "b *m"], kl: Float[Tensor, " b"], limit: float
+) -> tuple[Float[Tensor, "b *m"], Bool[Tensor, "b *m"]]:
+    """`-r A`, 0 where the row's KL to the rollout's policy has reached `limit` and the gradient would raise it further.
+
+    The mask of DPPO (Qi et al., arXiv 2602.04879, eq. 12), with the exact KL of the two Gaussians; siblings share it
+    (docs/math.md, eq. 41).
+    """
+    far = (kl >= limit).reshape(-1, *[1] * (ratio.ndim - 1))
+    masked = (far & ((ratio - 1) * advantage > 0)).detach()
+    return torch.where(masked, 0.0, -ratio * advantage), masked
+
+
 def normalised_log_ratio(
     mean: Float[Tensor, "b *shape"],
     mean_old: Float[Tensor, "b *shape"],
@@ -160,6 +175,24 @@ def noise_weights(std: Float[Tensor, " n"], power: float = 1.0) -> Float[Tensor,
     """Weights proportional to a power of each transition's std, mean 1 (TempFlow-GRPO, arXiv 2508.04324; eq. 25)."""
     scaled = std**power
     return scaled / scaled.mean()
+
+
+def transition_rows(scored: ScoredRollout, objective: str) -> Batch:
+    """The stochastic transitions of the samples whose group has unequal rewards; rows as documented by `Grpo`.
+
+    Raises:
+        CompositionError: the rollout has no transitions.
+    """
+    rollout = scored.rollout
+    keep = informative(scored.advantages, rollout.groups).cpu()
+    if isinstance(rollout, BranchRollout):
+        return Batch(*_star_rows(rollout, scored.advantages, keep))
+    if isinstance(rollout, TransitionRollout):
+        return Batch(*_chain_rows(rollout, scored.advantages, keep))
+    raise CompositionError(
+        f"The objective '{objective}' got a rollout without transition densities",
+        "Use a stochasticizer in the rollout, or choose an objective that needs samples only.",
+    )
 
 
 def _chain_rows(

@@ -116,6 +116,8 @@ class TrainingState:
     device: torch.device
     prompts: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """Digests of the prompt sets by their path in the recipe."""
+    old: Ema | None = None
+    """The policy of the rollouts, where the objective asks for a moving average (`ObjectiveConfig.moving_old`)."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,8 @@ class SavedState:
         live.optimizer.load_state_dict(self.content["optimizer"])
         if live.ema is not None:
             live.ema.restore(self.content["ema"], self.content["ema_updates"])
+        if live.old is not None:
+            live.old.restore(self.content["old"], self.content["old_updates"])
         restore_generators(self.content["generators"], live.device)
 
 
@@ -205,11 +209,11 @@ class CheckpointManager:
         dist: DistContext,
     ) -> CheckpointManager:
         """The manager of a run that trains these parameters."""
-        decay = composed.recipe.train.ema_decay
-        ema = None if decay is None else Ema([p for _, p in named], decay)
+        decay, moving_old = composed.recipe.train.ema_decay, composed.recipe.objective.config.moving_old
+        ema, old = (None if d is None else Ema([p for _, p in named], d) for d in (decay, moving_old))
         prompts = {"prompts": composed.prompts, "eval.prompts": composed.eval_prompts}
         digests = {place: prompts_digest(found) for place, found in prompts.items()}
-        return cls(composed, run, TrainingState(named, optimizer, ema, composed.model.device, digests), dist)
+        return cls(composed, run, TrainingState(named, optimizer, ema, composed.model.device, digests, old), dist)
 
     def update_ema(self) -> None:
         """Moves the average after an optimizer step."""
@@ -219,6 +223,15 @@ class CheckpointManager:
     def ema_weights(self) -> AbstractContextManager[None]:
         """Runs its body with the moving average in place of the weights, if there is one."""
         return nullcontext() if self.live.ema is None else self.live.ema.in_place()
+
+    def update_old(self) -> None:
+        """Moves the policy of the rollouts after the updates of an iteration, if it is an average."""
+        if self.live.old is not None:
+            self.live.old.update()
+
+    def old_weights(self) -> AbstractContextManager[None]:
+        """Runs its body with the weights of the policy of the rollouts."""
+        return nullcontext() if self.live.old is None else self.live.old.in_place()
 
     def checkpoint(self, iteration: int, metrics: Mapping[str, float], *, eligible: bool = True) -> CheckpointIndex:
         """Saves the weights and their average; `metrics` has their scores, or nothing when they have none.
@@ -376,6 +389,7 @@ def save_state(run: RunFolder, recipe: Recipe, point: ResumePoint, live: Trainin
         "optimizer": live.optimizer.state_dict(),
         "ema": None if live.ema is None else list(live.ema.values),
         "ema_updates": 0 if live.ema is None else live.ema.updates,
+        **({} if live.old is None else {"old": list(live.old.values), "old_updates": live.old.updates}),
         "generators": point.generators,
         "tripwire": point.monitor,
         "sampling": point.sampling,
@@ -413,7 +427,8 @@ def load_state(run: RunFolder, recipe: Recipe, *, accept_changed_prompts: bool =
                 f"The state in '{folder}' has schema {content['schema']}, which this version cannot read",
                 "Use the version of fmg that made the run, or a newer one.",
             )
-        if missing := sorted(_KEYS - content.keys()):
+        wanted = _KEYS if recipe.objective.config.moving_old is None else _KEYS | {"old", "old_updates"}
+        if missing := sorted(wanted - content.keys()):
             raise KeyError(missing[0])
         progress = Progress(**content["progress"])
         saved = content["run"]

@@ -100,7 +100,8 @@ def plan(resolved: ResolvedRecipe, *, devices: int | None = None, runs: Path = R
     A network call here is one evaluation of the network for one image (NFE). A rollout of N steps has N - 1 stochastic
     transitions, or those of its window, of one or more calls as the stochasticizer declares; the other steps are
     deterministic and take one. The updates together replay each transition once, with gradients; for an objective on
-    finished samples they make one call per row of its batch. Evaluations and the KL's reference are not included.
+    finished samples they make one call per row of its batch. Calls of the old policy or the base, without gradients,
+    are counted apart. Evaluations are not included.
 
     Args:
         resolved: the recipe.
@@ -164,7 +165,8 @@ def _calls(recipe: Recipe) -> dict[str, str]:
     work, transitions = Work.of(recipe), transitions_of(recipe)
     return {
         **({"transitions an image": str(transitions)} if transitions else {}),
-        "network calls an iteration": f"{work.rollout_calls:g} in the rollout, {work.update_calls} in the updates",
+        "network calls an iteration": f"{work.rollout_calls:g} in the rollout, {work.update_calls} in the updates"
+        + (f", and {work.frozen_calls:g} in them without gradients" if work.frozen_calls else ""),
         **_cost(recipe),
     }
 
@@ -290,7 +292,8 @@ def seconds_on(gpu: Gpu, recipe: Recipe, sizes: Sizes, geometry: ModelGeometry) 
     # the forward pass, its recomputation under checkpointing, the gradients of activations and of all weights
     passes = 2 + geometry.checkpointing + (recipe.train.trainable == "full")
     rollout = rollout_nfe(recipe, fill=filled_rows(recipe, sizes))
-    flops = {"rollout": rollout, "update": passes * Work.of(recipe).update_calls}
+    work = Work.of(recipe)
+    flops = {"rollout": rollout, "update": passes * work.update_calls + work.frozen_calls}
     busy = sum(flops[stage] / share for stage, share in SHARE_OF_PEAK.items())
     return busy * geometry.call_flops / gpu.peak
 
@@ -336,7 +339,7 @@ def _scaled(now: Work, past: Work, lines: list[dict[str, object]]) -> float:
         "rollout": now.rollout_calls / past.rollout_calls,
         "decode": images,
         "reward": images,
-        "update": now.update_calls / past.update_calls if past.update_calls else images,
+        "update": now.update_nfe / past.update_nfe if past.update_nfe else images,
     }
     return sum(scale[stage] * _median(lines, keys.time_of(stage)) for stage in _STAGES)
 

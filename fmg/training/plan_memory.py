@@ -232,8 +232,8 @@ def copies_bytes(recipe: Recipe, trained: Trained) -> int:
 
 
 def average_bytes(recipe: Recipe, trained: Trained) -> int:
-    """The moving average."""
-    return 0 if recipe.train.ema_decay is None else FULL * trained.parameters
+    """The moving averages: of the weights, and of the policy of the rollouts."""
+    return _averages(recipe) * FULL * trained.parameters
 
 
 def optimizer_bytes(name: str, shapes: Sequence[Shape]) -> int:
@@ -257,8 +257,14 @@ def disk_bytes(recipe: Recipe, trained: Trained, number: int) -> tuple[int, int]
     checkpoints = files * (_CHECKPOINTS + averaged)
     if recipe.train.state_every is None:
         return checkpoints, 0
-    state = FULL * numbers * (1 + averaged) + optimizer_bytes(recipe.optimizer.name, (*trained.lora, *trained.unfrozen))
+    state = FULL * numbers * (1 + _averages(recipe)) + optimizer_bytes(
+        recipe.optimizer.name, (*trained.lora, *trained.unfrozen)
+    )
     return checkpoints, 2 * state
+
+
+def _averages(recipe: Recipe) -> int:
+    return (recipe.train.ema_decay is not None) + (recipe.objective.config.moving_old is not None)
 
 
 def _moments_8bit(count: int) -> int:

@@ -66,19 +66,26 @@ class Work:
     images: int
     rollout_calls: float
     update_calls: int
+    frozen_calls: float
 
     @classmethod
     def of(cls, recipe: Recipe) -> Work:
-        """Counts one iteration: the updates replay the transition of every row once."""
+        """Counts one iteration: the updates replay the transition of every row once with gradients, and make the
+        `frozen_calls` that the objective declares without."""
         calls = recipe.stochasticizer.config.requires().calls if transitions_of(recipe) else 1
-        objective = recipe.objective.config
+        objective, rows = recipe.objective.config, rows_of(recipe)
         trained = objective.trained_calls(calls) + (objective.last_step is not None)
-        return cls(recipe.rollout.samples, rollout_nfe(recipe), rows_of(recipe) * trained)
+        return cls(recipe.rollout.samples, rollout_nfe(recipe), rows * trained, rows * objective.frozen_calls(calls))
 
     @property
     def row_nfe(self) -> float:
         """Network evaluations of one row in an iteration, a backward pass counted as two (docs/math.md, eq. 31)."""
-        return self.rollout_calls + 3 * self.update_calls
+        return self.rollout_calls + self.update_nfe
+
+    @property
+    def update_nfe(self) -> float:
+        """The part of `row_nfe` that the updates have."""
+        return 3 * self.update_calls + self.frozen_calls
 
 
 @dataclass(frozen=True)

@@ -244,7 +244,7 @@ class Trainer:
         """One iteration: rollout, rewards, updates, one line of metrics."""
         started = time.perf_counter()
         self._times = {}
-        with self._clock("rollout"):
+        with self._clock("rollout"), self._checkpoints.old_weights():
             local, rollout = self._sampler.sample(iteration)
         with self._clock("decode"):
             images = decode_samples(self.composed, self.sizes, local)
@@ -260,11 +260,13 @@ class Trainer:
             with self._clock("update"):
                 self._resume_point = None
                 updates = self._update(scored, iteration)
+                self._checkpoints.update_old()
             self._finish_iteration(scored, measured, updates, iteration, started)
 
     def _update(self, scored: ScoredRollout, iteration: int) -> dict[str, float]:
         recipe, policies = self.composed.recipe, self.composed.model.policies
-        self.composed.model.snapshot()
+        with self._checkpoints.old_weights():
+            self.composed.model.snapshot()
         batch = self.composed.objective.prepare(scored, policies, sub_seed(recipe.train.seed, iteration))
         if not len(batch):
             return {keys.SKIPPED_UPDATES: float(recipe.train.updates_per_iteration), keys.TRAINED_ROWS: 0.0}

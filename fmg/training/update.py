@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -130,17 +130,17 @@ def partition(batch: Batch, updates: int, seed: int) -> Iterator[Batch]:
 
 
 class Ema:
-    """`average <- d average + (1 - d) weights` after each optimizer step, with `d = min(decay, (1 + n) / (10 + n))`.
+    """`average <- d average + (1 - d) weights` at each update, the n-th with `d = min(decay, (1 + n) / (10 + n))`.
 
-    The warm-up (n counts updates) keeps the first averages from being the initial weights. Averages are kept in the
-    parameters' own dtype, which is fp32.
+    The warm-up keeps the first averages from being the initial weights. Averages are kept in the parameters' own dtype,
+    which is fp32.
 
     Args:
         parameters: what is trained.
-        decay: in (0, 1), per update, not per iteration.
+        decay: in (0, 1), per update; or a function that gives d for n = 1, 2, ..., without that warm-up.
     """
 
-    def __init__(self, parameters: Sequence[Parameter], decay: float) -> None:
+    def __init__(self, parameters: Sequence[Parameter], decay: float | Callable[[int], float]) -> None:
         self._parameters = list(parameters)
         self._decay = decay
         self._average = WeightSnapshot(self._parameters)
@@ -150,7 +150,8 @@ class Ema:
     def update(self) -> None:
         """Moves the average towards the current weights."""
         self.updates += 1
-        decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
+        decay = self._decay
+        decay = decay(self.updates) if callable(decay) else min(decay, (1 + self.updates) / (10 + self.updates))
         for average, parameter in zip(self._average.values, self._parameters, strict=True):
             average.lerp_(parameter.detach(), 1 - decay)
 

@@ -6,7 +6,8 @@ from tests.support.mutation import Mutation
 
 _ADVANTAGES, _GRPO, _NOISE = "fmg.rl.advantages", "fmg.rl.grpo", "fmg.rl.keyed_noise"
 _REPLAY, _ROLLOUTS, _RWFM = "fmg.rl.replay", "fmg.rl.rollouts", "fmg.rl.rwfm"
-_BRANCHES = "fmg.rl.branches"
+_BRANCHES, _NOISED, _FORWARD = "fmg.rl.branches", "fmg.rl.noised", "fmg.rl.forward"
+_REINFORCE = "fmg.rl.reinforce"
 _CONFIGS, _UPDATE, _WINDOWS = "fmg.rl.configs", "fmg.training.update", "fmg.rl.rollouts"
 
 
@@ -22,6 +23,12 @@ def _branch(*names: str) -> tuple[str, ...]:
     return tuple(f"branch_identities:check_{name}" for name in names)
 
 
+def _forward(*names: str) -> tuple[str, ...]:
+    return tuple(f"forward_identities:check_{name}" for name in names)
+
+
+_DERIVATIVE = _forward("derivatives_agree")
+_LEAVE_ONE_OUT = _forward("reinforce_is_the_first_gradient_of_grpo")
 _CLOSED_FORM = _rl("advantages_closed_form")
 _STEP = _rl("ratio_and_distances_after_a_step")
 _RECORD = _rl("rollout_records_what_it_did")
@@ -194,10 +201,51 @@ MUTATIONS: tuple[Mutation, ...] = (
         _branch("a_group_with_equal_rewards_is_left_out"),
     ),
     Mutation(_REPLAY, "x_s.unbind(1)], dim=1)", "x_s.flip(1).unbind(1)], dim=1)", _STAR),
-    # reward-weighted flow matching
-    Mutation(_RWFM, "target = eps - x_0 if", "target = x_0 - eps if", _rl("rwfm_targets")),
-    Mutation(_RWFM, "advantage / self.config.temperature", "advantage * self.config.temperature", _rl("rwfm_targets")),
-    Mutation(_RWFM, "/ self.config.temperature, 0) * len(index)", "/ self.config.temperature, 0)", _rl("rwfm_targets")),
-    Mutation(_RWFM, '(rows["weight"] * error).mean()', "error.mean()", _rl("rwfm_targets")),
-    Mutation(_RWFM, "expand(path.sigma(t), x_0) * eps", "expand(path.sigma(t).sqrt(), x_0) * eps", _rl("rwfm_targets")),
+    # samples that are noised again
+    Mutation(_NOISED, "eps - x_0 if", "x_0 - eps if", _rl("rwfm_targets") + _forward("noised_rows")),
+    Mutation(_RWFM, '["advantage"] / self', '["advantage"] * self', _rl("rwfm_targets")),
+    Mutation(_RWFM, "temperature, 0) * len(batch)", "temperature, 0)", _rl("rwfm_targets")),
+    Mutation(_RWFM, '(batch.rows["weight"] * error).mean()', "error.mean()", _rl("rwfm_targets")),
+    Mutation(
+        _NOISED,
+        "expand(path.sigma(t), x_0) * eps",
+        "expand(path.sigma(t).sqrt(), x_0) * eps",
+        _rl("rwfm_targets") + _forward("noised_rows"),
+    ),
+    Mutation(_NOISED, "(1 + (how.time_shift - 1) * t)", "(1 - (how.time_shift - 1) * t)", _forward("noised_rows")),
+    Mutation(_NOISED, "kind <= how.diagonal, t,", "kind > how.diagonal, t,", _forward("noised_rows")),
+    Mutation(_NOISED, "t * (1 - level(3))", "t * (1 - level(1))", _forward("noised_rows")),
+    Mutation(_NOISED, "return -error / expand", "return error / expand", _forward("velocity_errors")),
+    Mutation(_NOISED, "return -error / expand", "return -error * expand", _forward("velocity_errors")),
+    Mutation(_NOISED, "x_t + expand(h, x_t) * direction", "x_t - expand(h, x_t) * direction", _DERIVATIVE),
+    Mutation(_NOISED, "(t - s).clamp(max=step)", "t.clamp(max=step)", _DERIVATIVE),
+    Mutation(_NOISED, "(along, torch.ones_like(at[1]))", "(along, torch.zeros_like(at[1]))", _DERIVATIVE),
+    Mutation(_NOISED, "expand(t - s, x_t) * derivative", "derivative", _DERIVATIVE),
+    Mutation(_FORWARD, "(errors.old - step)", "(errors.old + step)", _forward("nft_closed_form")),
+    Mutation(_FORWARD, "config.adv_clip_max / config.nft_beta", "1 / config.nft_beta", _forward("nft_closed_form")),
+    Mutation(_FORWARD, "/ (2 * config.adv_clip_max) + 0.5", "/ config.adv_clip_max + 0.5", _forward("nft_closed_form")),
+    Mutation(
+        _FORWARD,
+        "velocity_error(policies.old, batch) + shared",
+        "velocity_error(policies.current, batch) + shared",
+        _forward("meanflow_nft_is_nft_on_the_induced_velocity"),
+    ),
+    Mutation(
+        _FORWARD,
+        "new = velocity_error(policies.current, batch) + shared",
+        "new = velocity_error(policies.current, batch)",
+        _forward("meanflow_nft_is_nft_on_the_induced_velocity"),
+    ),
+    Mutation(
+        _FORWARD, "config.old_weight * mean", "-config.old_weight * mean", _forward("mean_flow_advantage_closed_form")
+    ),
+    Mutation(_FORWARD, "errors.sigma.square() *", "errors.sigma *", _forward("mean_flow_advantage_closed_form")),
+    Mutation(_FORWARD, "return -square *", "return square *", _forward("awm_closed_form")),
+    Mutation(_FORWARD, "/ self.config.adv_clip_max", "/ 1.0", _forward("awm_closed_form")),
+    Mutation(_NOISED, "mean_square(values) / error", "mean_square(values) * error", _forward("nft_closed_form")),
+    # further objectives on transitions
+    Mutation(_GRPO, "(ratio - 1) * advantage > 0", "(ratio - 1) * advantage < 0", _forward("dppo_mask")),
+    Mutation(_GRPO, "kl >= limit", "kl > limit", _forward("dppo_mask")),
+    Mutation(_REINFORCE, "* size / (size - 1)", "* (size - 1) / (size - 1)", _LEAVE_ONE_OUT),
+    Mutation(_REINFORCE, "total = -(batch", "total = (batch", _LEAVE_ONE_OUT),
 )

@@ -31,7 +31,8 @@ SHIPPED = [
         ("reward", name)
         for name in ("shapes", "shapes-clip", "shapes-quality", "text-fidelity", "jpeg-compressibility")
     ),
-    *(("objective", name) for name in ("grpo", "grpo-guard", "rwfm", "reward-gradient")),
+    *(("objective", name) for name in ("grpo", "grpo-guard", "rwfm", "reinforce", "diffusion-nft", "awm")),
+    *(("objective", name) for name in ("meanflow-nft", "mean-flow-advantage", "reward-gradient")),
     *(("optimizer", name) for name in ("adamw", "muon", "adafactor", "sgd")),
     ("prompt-set", "shapes-heldout"),
     ("feature-extractor", "pixels"),

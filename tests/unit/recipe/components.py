@@ -30,4 +30,16 @@ class TrigTwoTimeConfig(ModelConfig):
         return MapSpec("any", "trig", 32, 4, "uniform", ("asfmc-endpoint", ()), "meanflow-shapes")
 
 
-MODELS = {"two-time": TwoTimeConfig, "single-time": SingleTimeConfig, "trig": TrigTwoTimeConfig}
+class VelocityConfig(ModelConfig):
+    """A velocity map, which jumps by Euler steps."""
+
+    def spec(self) -> MapSpec:
+        return MapSpec("any", "linear", 32, 4, "uniform", ("asfmc", ()), "meanflow-shapes", kind="velocity")
+
+
+MODELS = {
+    "two-time": TwoTimeConfig,
+    "single-time": SingleTimeConfig,
+    "trig": TrigTwoTimeConfig,
+    "velocity": VelocityConfig,
+}

@@ -51,6 +51,52 @@ def test_one_step_has_no_stochastic_transition() -> None:
     assert resolve(None, {"model": "two-time", "steps": 1, "objective": "rwfm"}, CHAIN).recipe.rollout.steps == 1
 
 
+@pytest.mark.parametrize(
+    ("model", "objective", "what", "fix"),
+    [
+        ("single-time", "meanflow-nft", "needs a two-time map, but the model is a single-time map", "diffusion-nft"),
+        ("single-time", "mean-flow-advantage", "needs a two-time map", "awm"),
+        ("velocity", "meanflow-nft", "needs a two-time map, but the model is a velocity map", "diffusion-nft"),
+        ("trig", "diffusion-nft", "has no velocity target on the path 'trig'", "Use a model on the linear path"),
+        ("trig", "rwfm", "has no velocity target on the path 'trig'", "Use a model on the linear path"),
+    ],
+)
+def test_an_objective_on_samples_is_refused_where_it_is_not_defined(
+    model: str, objective: str, what: str, fix: str
+) -> None:
+    with pytest.raises(CompositionError) as caught:
+        resolve(None, {"model": model, "objective": objective}, CHAIN)
+    assert f"The objective '{objective}' {what}" in str(caught.value)
+    assert fix in str(caught.value)
+
+
+def test_objectives_on_samples_fit_every_map_that_they_are_defined_for() -> None:
+    for model, names in {
+        "two-time": ("meanflow-nft", "mean-flow-advantage", "diffusion-nft", "awm"),
+        "single-time": ("diffusion-nft", "awm"),
+        "velocity": ("diffusion-nft", "awm"),
+    }.items():
+        for name in names:
+            resolve(None, {"model": model, "objective": name}, CHAIN)
+    with pytest.raises(CompositionError, match="'awm' does not support branched rollouts"):
+        resolve(None, {"model": "two-time", "objective": "awm"}, ["rollout.kind=branch"])
+
+
+def test_reinforce_takes_one_update_of_a_rollout() -> None:
+    with pytest.raises(CompositionError, match="on-policy, but 2 updates would share a rollout"):
+        resolve(None, {"model": "two-time", "objective": "reinforce"}, ["train.updates_per_iteration=2"])
+    resolve(None, {"model": "two-time", "objective": "reinforce"}, ["train.updates_per_iteration=1"])
+
+
+def test_options_of_an_objective_have_to_fit_each_other() -> None:
+    for name, options, says in (
+        ("mean-flow-advantage", ["objective.adv_clip_max=2"], "adv_clip_max must be below old_weight"),
+        ("meanflow-nft", ["objective.diagonal=0.8", "objective.to_data=0.3"], "their sum is at most 1"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            resolve(None, {"model": "two-time", "objective": name}, [*CHAIN, *options])
+
+
 def test_a_warm_up_fits_into_the_run() -> None:
     sets = ["train.updates_per_iteration=2", "train.lr_warmup_steps=12"]
     assert resolve(None, {"iterations": 6}, sets).recipe.train.lr_warmup_steps == 12

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.support import branch_identities, rl_identities, variant_identities
+from tests.support import branch_identities, forward_identities, rl_identities, variant_identities
 
 CHECKS = [
     function
-    for module in (branch_identities, rl_identities, variant_identities)
+    for module in (branch_identities, forward_identities, rl_identities, variant_identities)
     for name, function in vars(module).items()
     if name.startswith("check_")
 ]
