@@ -98,6 +98,10 @@ def export(
     int8: Annotated[
         bool, _output_option("--int8", help="Also write a transformer with 8-bit weights, for CPUs.")
     ] = False,
+    fused: Annotated[
+        bool,
+        _output_option("--fused", help="Also write the whole sampler as one graph: all steps and the decoder."),
+    ] = False,
     resolutions: Annotated[
         str | None,
         _output_option(metavar="N,...", help="Sides of the square images, in pixels.", show_default="the model's own"),
@@ -210,6 +214,7 @@ def export(
         {"--onnx": onnx, "--diffusers": diffusers, "--kohya": kohya, "--swap-weights": swap_weights is not None},
         {
             "--int8": int8,
+            "--fused": fused,
             "--resolutions": resolutions is not None,
             "--batch": batch is not None,
             "--trt": trt,
@@ -259,7 +264,13 @@ def export(
             artifact = swap(checked_folder(swap_weights, "--swap-weights"), chosen, observer=reporter)
             facts, text = _facts(artifact), _text(artifact)
         elif (trt or repository) and target is not None and is_artifact(target):
-            new = {"--onnx": onnx, "--precision": precision, "OUT": place or out, "--int8": int8 and not repository}
+            new = {
+                "--onnx": onnx,
+                "--precision": precision,
+                "OUT": place or out,
+                "--fused": fused,
+                "--int8": int8 and not repository,
+            }
             sizes = {} if trt else {"--resolutions": sides, "--batch": rows}
             _check_existing("--trt" if trt else "--triton", {**new, **sizes})
             artifact = open_artifact(target)
@@ -270,7 +281,7 @@ def export(
             from fmg.export.artifact import export_artifact
             from fmg.export.options import ExportOptions
 
-            options = ExportOptions(_precision(precision), int8, sides, rows)
+            options = ExportOptions(_precision(precision), int8, sides, rows, fused)
             folder = folder or export_folder(chosen, EXPORTED)
             if repository and is_artifact(folder):
                 raise UsageError(

@@ -17,7 +17,9 @@ TEXT_ENCODERS = "text_encoders"
 NOISE = "noise"
 TRANSFORMER = "transformer"
 VAE = "vae"
-STAGES = (TOKENISE, TEXT_ENCODERS, NOISE, TRANSFORMER, VAE)
+SAMPLER = "sampler"
+"""All steps of the transformer and the decoder in one call."""
+STAGES = (TOKENISE, TEXT_ENCODERS, NOISE, TRANSFORMER, VAE, SAMPLER)
 """The stages of generating images, in order."""
 WARM_UP = "warm_up"
 """Compiling for a shape that is new: not a part of the total, which a second call would not reach otherwise."""

@@ -15,6 +15,7 @@ from fmg.core.errors import UsageError, python_call
 from fmg.core.events import Observer, StageProgress, ignore
 from fmg.core.files import atomic_folder, check_space
 from fmg.core.model_folder import read_config
+from fmg.export.fused import add_sampler
 from fmg.export.graphs import GraphPlan, clip_plan, decoder_plan, t5_plan, transformer_plan
 from fmg.export.int8 import quantise
 from fmg.export.onnx import OPSET, require_onnx, save_graph, trace
@@ -125,6 +126,8 @@ def export_source(source: ExportSource, out: Path, options: ExportOptions, *, ob
     check_space(out, sum(export.sizes()))
     with atomic_folder(out) as partial_folder:
         manifest = export.write(partial_folder)
+        if options.fused:
+            manifest = add_sampler(partial_folder, manifest)
         write_manifest(partial_folder, manifest)
     return Artifact(out, manifest)
 

@@ -20,6 +20,7 @@ from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.events import Observer, StageProgress
 from fmg.core.files import atomic_folder, check_space
 from fmg.core.prompt import MASK, PromptForm
+from fmg.export.fused import add_sampler
 from fmg.export.graphs import GraphPlan
 from fmg.export.model_graphs import encoders, plans, text_stack
 from fmg.export.onnx import OPSET, save_graph, trace
@@ -210,6 +211,8 @@ def export_loaded(target: Target, out: Path, options: ExportOptions, observer: O
     check_space(out, sum(4 * x.numel() for tensors in source.tensors.values() for x in tensors.values()))
     with atomic_folder(out) as folder:
         manifest = _write(source, folder, options, observer)
+        if options.fused:
+            manifest = add_sampler(folder, manifest)
         write_manifest(folder, manifest)
     return Artifact(out, manifest)
 

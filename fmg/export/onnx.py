@@ -89,6 +89,7 @@ def trace(plan: GraphPlan) -> TracedGraph:
         optimize_ir(model, should_fold=lambda node: False if node.op_type == "Transpose" else None)
         for name, value in model.graph.initializers.items():
             value.const_value = hidden.get(name, value.const_value)
+    _divide_by_roots(model)
     _take_names(model)
     _strip_metadata(model)
     for value, spec in zip(model.graph.outputs, plan.outputs, strict=True):
@@ -220,6 +221,28 @@ def _hide_small_constants(model: ir.Model) -> dict[str, Any]:
             ir.convenience.replace_all_uses_with(old, value)
             model.graph.remove(node, safe=True)
     return hidden
+
+
+def _divide_by_roots(model: ir.Model) -> None:
+    """Writes `x * (1 / sqrt(v))`, how torch traces an RMS norm, as `x / sqrt(v)`.
+
+    ONNX Runtime makes one operator of the second form and runs the first as seven passes over the activations.
+    """
+    for node in [node for node in model.graph if node.op_type == "Mul"]:
+        for place, value in enumerate(node.inputs):
+            inverse = None if value is None else value.producer()
+            if inverse is None or inverse.op_type != "Reciprocal":
+                continue
+            root = inverse.inputs[0].producer() if inverse.inputs[0] is not None else None
+            if root is None or root.op_type != "Sqrt":
+                continue
+            dividend = node.inputs[1 - place]
+            node.op_type = "Div"
+            node.replace_input_with(0, dividend)
+            node.replace_input_with(1, root.outputs[0])
+            if not inverse.outputs[0].uses():
+                model.graph.remove(inverse, safe=True)
+            break
 
 
 def _take_names(model: ir.Model) -> None:

@@ -27,12 +27,14 @@ class ExportOptions:
         int8: also write a transformer with 8-bit weights for a CPU.
         resolutions: sides of square images; None: the model's own.
         batch: minimum, optimum and maximum of rows per call; None: by the size of the model.
+        fused: also write the whole sampler as one graph.
     """
 
     precision: ExportPrecision = "fp32"
     int8: bool = False
     resolutions: tuple[int, ...] | None = None
     batch: tuple[int, int, int] | None = None
+    fused: bool = False
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, object]:

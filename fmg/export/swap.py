@@ -13,6 +13,7 @@ from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.events import Notice, Observer, StageProgress, ignore
 from fmg.core.files import OLD, check_space, leftovers, link_files, replaced_folder
 from fmg.export.artifact import default_resolution, image_axes
+from fmg.export.fused import add_sampler
 from fmg.export.int8 import quantise
 from fmg.export.source import Delta, check_base, conventions_of, merged, read_delta, recipe_facts, write_base
 from fmg.export.weights import lay_out, write_weights
@@ -26,6 +27,7 @@ from fmg.inference.artifact.layout import (
 from fmg.inference.artifact.manifest import (
     MANIFEST,
     PACKED,
+    SAMPLER,
     TEXT_ENCODER_2,
     TRANSFORMER,
     TRANSFORMER_INT8,
@@ -149,6 +151,9 @@ def _swapped(artifact: Artifact, delta: Delta | None, manifest: Manifest, observ
             adapter=None if delta is None else delta.adapter,
             checks=(),
         )
+        if SAMPLER in manifest.graphs:
+            # for the steps and the resolution that the manifest now states
+            manifest = add_sampler(partial, manifest, check=False)
         (partial / MANIFEST).unlink()
         write_manifest(partial, manifest)
     return Artifact(folder, manifest)

@@ -30,7 +30,7 @@ from fmg.export.verify_source import check_loaded, check_source
 from fmg.inference import Generator, Target
 from fmg.inference.artifact.backend import ArtifactBackend, PromptTokenizer, artifact_backend
 from fmg.inference.artifact.layout import Artifact, open_artifact
-from fmg.inference.artifact.manifest import PACKED, TRANSFORMER, TRANSFORMER_INT8, Check, Precision
+from fmg.inference.artifact.manifest import PACKED, SAMPLER, TRANSFORMER, TRANSFORMER_INT8, Check, Precision
 from fmg.inference.loading import AUTO, find, find_artifact, load, made_from
 from fmg.inference.onnxruntime import NAME as ONNXRUNTIME
 from fmg.inference.onnxruntime import PrecisionError
@@ -53,6 +53,8 @@ IN_FP32 = (
 )
 """Note of the checks of a bf16 artifact that was widened to fp32 (`fmg.export.verify_graphs.widened`)."""
 
+FUSED = "fused"
+"""Last part of the name of the check of the sampler in one graph."""
 _FEW_PROMPTS = 32
 _HUGE = 1e30
 REWARD_ALLOWED: Mapping[Precision, float] = {"fp32": 0.005, "fp16": 0.02, "bf16": 0.02, "int8": 0.02}
@@ -233,7 +235,8 @@ class _Comparison:
         self._observer(StageProgress("weights", 1, 1))
 
     def precision(self) -> Iterator[Check]:
-        for graph in self._artifact.manifest.graphs:
+        # the sampler has the nodes of transformer and decoder, whose precisions differ
+        for graph in [name for name in self._artifact.manifest.graphs if name != SAMPLER]:
             counted = precision_of(self._artifact, graph)
             foreign = counted.foreign
             more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
@@ -296,23 +299,36 @@ class _Comparison:
             eval_set, rewards = (self._set, self._rewards) if resolution == own else (few, {})
             torch_side = TorchBackend(self._model, latent_shape=sampling.latent_shape(resolution))
             backend = artifact_backend(
-                self._artifact, candidate.backend.runtime, resolution=resolution, transformer=transformer
+                self._artifact, candidate.backend.runtime, resolution=resolution, transformer=transformer, fused=False
             )
+            loop = Generator(backend, sampling.grid, sampling.steps, candidate.batch_size, tells=False)
             found = compare(
                 Generator(torch_side, rollout.grid, rollout.steps, candidate.batch_size, tells=False),
-                Generator(backend, sampling.grid, sampling.steps, candidate.batch_size, tells=False),
+                loop,
                 eval_set,
                 rewards,
                 progress=partial(self._progress, "images and rewards" if rewards else "images"),
             )
-            images = found.images
-            values = {name: _number(value) for name, value in asdict(images).items()}
-            problem = images.problem(precision)
             at = "" if resolution == own else f"/{resolution}"
-            yield self._check(f"images{suffix}{at}", None, not problem, values, problem)
+            yield self._image_check(f"images{suffix}{at}", found.images, precision)
             for gap in found.gaps:
                 if gap.part == "total":
                     yield self._reward(gap, f"reward/{gap.reward}{suffix}", REWARD_ALLOWED[precision])
+            if resolution == own and transformer == TRANSFORMER and candidate.backend.fused_steps is not None:
+                yield self._fused(candidate.backend, loop, few, precision)
+
+    def _fused(self, backend: ArtifactBackend[Any], loop: Generator, eval_set: EvalSet, precision: Precision) -> Check:
+        """The images of the sampler in one graph against those of the loop, which has been compared with torch."""
+        fused = Generator(backend, loop.grid, loop.steps, loop.batch_size, tells=False)
+        found = compare(loop, fused, eval_set, {}, progress=partial(self._progress, "images of the fused sampler"))
+        own = backend.fused_steps
+        other = "" if own == loop.steps else f"the graph makes {own} steps, but the manifest says {loop.steps}"
+        return self._image_check(f"images/{FUSED}", found.images, precision, other)
+
+    def _image_check(self, name: str, images: ImageParity, precision: Precision, problem: str = "") -> Check:
+        values = {measure: _number(value) for measure, value in asdict(images).items()}
+        problem = problem or images.problem(precision)
+        return self._check(name, None, not problem, values, problem)
 
     def _reward(self, gap: RewardGap, name: str, allowed: float) -> Check:
         low, high = gap.ci95

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fmg.core.files import check_space, link_file
+from fmg.export.fused import add_sampler
 from fmg.export.graphs import ClipGraph, DecoderGraph, GraphModule, T5Graph, TransformerGraph
 from fmg.export.model_graphs import reference
 from fmg.export.precision_report import read_graph, scopes_of
@@ -38,6 +39,7 @@ from fmg.inference.artifact.manifest import (
     HEIGHT,
     IMAGE,
     PACKED,
+    SAMPLER,
     TEXT_ENCODER,
     TEXT_ENCODER_2,
     TEXT_ENCODERS,
@@ -348,7 +350,7 @@ def widened(artifact: Artifact) -> Iterator[Artifact]:
         CheckpointError: a file is missing or damaged.
     """
     graphs = artifact.manifest.graphs
-    narrow = {name: graph for name, graph in graphs.items() if graph.precision == "bf16"}
+    narrow = {name: graph for name, graph in graphs.items() if graph.precision == "bf16" and name != SAMPLER}
     rewritten = {file for graph in narrow.values() for file in (graph.file, graph.weights)}
     with tempfile.TemporaryDirectory(prefix="fmg-") as place:
         folder = Path(place)
@@ -363,7 +365,12 @@ def widened(artifact: Artifact) -> Iterator[Artifact]:
         for name, graph in narrow.items():
             _widen(artifact, name, folder / graph.file, folder / graph.weights)
         wide = {name: replace(graph, precision="fp32") for name, graph in narrow.items()}
-        yield Artifact(folder, replace(artifact.manifest, graphs={**graphs, **wide}))
+        manifest = replace(artifact.manifest, graphs={**graphs, **wide})
+        if SAMPLER in graphs:
+            # it points into the weights that have moved
+            described = add_sampler(folder, manifest, check=False).graphs[SAMPLER]
+            manifest = replace(manifest, graphs={**manifest.graphs, SAMPLER: described})
+        yield Artifact(folder, manifest)
 
 
 def _widen(artifact: Artifact, name: str, file: Path, weights: Path) -> None:

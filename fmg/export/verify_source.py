@@ -25,11 +25,13 @@ from fmg.export.source import ExportSource, base_dtypes, graph_reader, graph_tok
 from fmg.export.weights import stored_places
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.artifact.manifest import (
+    SAMPLER,
     TEXT_ENCODER,
     TEXT_ENCODER_2,
     TEXT_ENCODERS,
     TRANSFORMER,
     TRANSFORMER_INT8,
+    VAE_DECODER,
     Adapter,
     Check,
     Sampling,
@@ -56,7 +58,9 @@ def check_source(artifact: Artifact, source: ExportSource) -> Iterator[Check]:
         yield _check(artifact, f"tokenizer/{graph}", graph, _other_tokenizer(artifact, source, graph), {})
     for graph, described in artifact.manifest.graphs.items():
         reader = TensorReader.of(artifact.path(described.weights))
-        problem = _misplaced(artifact, graph) or _other_weights(artifact, source, graph, reader)
+        problem = _misplaced(artifact, graph)
+        if graph != SAMPLER:
+            problem = problem or _other_weights(artifact, source, graph, reader)
         yield _check(artifact, f"weights/{graph}", graph, problem, {"tensors": float(len(reader.names))})
 
 
@@ -90,7 +94,9 @@ def check_loaded(artifact: Artifact, source: LoadedSource) -> Iterator[Check]:
             yield _check(artifact, f"tokenizer/{name}", TEXT_ENCODERS, problem, {})
     for graph, described in manifest.graphs.items():
         reader = TensorReader.of(artifact.path(described.weights))
-        problem = _misplaced(artifact, graph) or _other_tensor(source, graph, reader)
+        problem = _misplaced(artifact, graph)
+        if graph != SAMPLER:
+            problem = problem or _other_tensor(source, graph, reader)
         yield _check(artifact, f"weights/{graph}", graph, problem, {"tensors": float(len(reader.names))})
 
 
@@ -180,14 +186,19 @@ def _same_json(one: bytes, other: bytes) -> bool:
 
 
 def _misplaced(artifact: Artifact, graph: str) -> str:
-    """The first weight of a graph that is not read from its own place in the graph's weight file; empty for none."""
-    weights = artifact.graph(graph).weights
-    places = stored_places(artifact.path(weights))
-    # `Artifact.onnx` has checked that the graph points into this file only
+    """The first weight of a graph that is not read from its own place in its weight file; empty for none."""
+    # the sampler shares the weights of these graphs, and its names say of which
+    parts = {f"{part}.": part for part in (TRANSFORMER, VAE_DECODER)} if graph == SAMPLER else {"": graph}
+    places = {
+        (weights, prefix + name): tuple(map(str, place))
+        for prefix, part in parts.items()
+        for weights in [artifact.graph(part).weights]
+        for name, place in stored_places(artifact.path(weights)).items()
+    }
     for tensor in read_graph(artifact.onnx(graph)).graph.initializer:
         entry = {item.key: item.value for item in tensor.external_data}
-        where = (entry.get("offset", "0"), entry.get("length", ""))
-        if entry and where != tuple(map(str, places.get(tensor.name, ()))):
+        weights, where = entry.get("location", ""), (entry.get("offset", "0"), entry.get("length", ""))
+        if entry and where != places.get((weights, tensor.name)):
             return f"the graph reads '{tensor.name}' from {weights}, byte {where[0]}, where it is not stored"
     return ""
 

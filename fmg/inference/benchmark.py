@@ -25,20 +25,22 @@ from fmg.inference.openers import known_backends
 if TYPE_CHECKING:
     from fmg.inference.target import Target
 
-_INT8 = "int8"
+_INT8, _LOOP = "int8", "loop"
 
 
 @dataclass(frozen=True)
 class BenchBackend:
-    """A backend by name, with the 8-bit transformer or with the exact one."""
+    """A backend by name, with the 8-bit transformer or with the exact one, with fused steps or without."""
 
     name: str
     int8: bool = False
+    loop: bool = False
 
     @property
     def label(self) -> str:
         """As typed."""
-        return f"{self.name}:{_INT8}" if self.int8 else self.name
+        option = _INT8 if self.int8 else _LOOP if self.loop else ""
+        return f"{self.name}:{option}" if option else self.name
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class BenchOptions:
 
 
 def parse_backends(text: str) -> tuple[BenchBackend, ...]:
-    """Backends from a list such as `torch,onnxruntime,onnxruntime:int8`.
+    """Backends from a list such as `torch,onnxruntime,onnxruntime:int8`; `:loop` runs a fused sampler step by step.
 
     Raises:
         UsageError: one is unknown, or is named twice.
@@ -79,13 +81,16 @@ def parse_backends(text: str) -> tuple[BenchBackend, ...]:
         name, _, option = part.strip().partition(":")
         if name not in backends.names():
             raise UsageError(f"--compare: there is no backend '{name}'", suggestion(name, backends.names()))
-        if option not in ("", _INT8):
+        if option not in ("", _INT8, _LOOP):
             raise UsageError(
-                f"--compare: '{option}' is not an option of a backend", f"Write {name}, or {name}:{_INT8}."
+                f"--compare: '{option}' is not an option of a backend",
+                f"Write {name}, {name}:{_INT8} or {name}:{_LOOP}.",
             )
         if option and backends.build(name).opens != "artifact":
-            raise UsageError(f"--compare: the backend '{name}' does not support int8", f"Write onnxruntime:{_INT8}.")
-        found.append(BenchBackend(name, bool(option)))
+            raise UsageError(
+                f"--compare: the backend '{name}' does not support {option}", f"Write onnxruntime:{option}."
+            )
+        found.append(BenchBackend(name, option == _INT8, option == _LOOP))
     if len(set(found)) < len(found):
         raise UsageError(f"--compare {text} names a backend twice", "Give each backend once.")
     return tuple(found)
@@ -156,6 +161,7 @@ def _open(case: BenchCase, options: BenchOptions) -> Generator:
         adapter=True if artifact else case.adapter,
         threads=options.threads,
         int8=case.backend.int8,
+        fused=not case.backend.loop,
     )
 
 

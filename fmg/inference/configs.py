@@ -44,6 +44,7 @@ class OnnxRuntimeConfig(ArtifactBackendConfig):
         default="auto", description="execution provider; auto takes CUDA on a GPU"
     )
     int8: bool = Field(default=False, description="run the int8 transformer of the artifact (CPU)")
+    fused: bool = Field(default=True, description="run the fused sampler of the artifact, if steps and size match")
 
 
 class TensorRtConfig(ArtifactBackendConfig):

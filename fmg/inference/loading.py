@@ -154,6 +154,7 @@ def load(
     resolution: int | None = None,
     threads: int | None = None,
     int8: bool = False,
+    fused: bool = True,
     allow_code: bool = False,
 ) -> Generator:
     """The sampler of a model, a run folder, an artifact or (None) the newest run, ready to generate.
@@ -169,6 +170,7 @@ def load(
         resolution: side of the square image in pixels, for an artifact; None is its own.
         threads: CPU threads per operator; None takes the runtime's default.
         int8: run the int8 transformer of an artifact, on a CPU.
+        fused: False runs an artifact step by step, even where it has the whole sampler as one graph (ONNX Runtime).
         allow_code: run the code inside version-compatible TensorRT engines.
 
     Raises:
@@ -182,7 +184,14 @@ def load(
     else:
         subject = find(target)
     options = _options(
-        subject, dtype=dtype, adapter=adapter, resolution=resolution, threads=threads, int8=int8, allow_code=allow_code
+        subject,
+        dtype=dtype,
+        adapter=adapter,
+        resolution=resolution,
+        threads=threads,
+        int8=int8,
+        fused=fused,
+        allow_code=allow_code,
     )
     if int8 and backend == AUTO:
         backend = ort.NAME
@@ -217,6 +226,7 @@ def _options(
     resolution: int | None,
     threads: int | None,
     int8: bool,
+    fused: bool,
     allow_code: bool,
 ) -> dict[str, object]:
     """The options for a backend of this subject; refuses those that do not apply."""
@@ -229,10 +239,12 @@ def _options(
             )
         size = {} if resolution is None else {"resolution": resolution}
         flags = {name: True for name, given in (("int8", int8), ("allow_code", allow_code)) if given}
-        return {**common, **size, **flags}
-    if resolution is not None or int8 or allow_code:
+        loop = {} if fused else {"fused": False}
+        return {**common, **size, **flags, **loop}
+    if resolution is not None or int8 or not fused or allow_code:
         raise UsageError(
-            f"'{subject.label}' is not an exported artifact; resolution, int8 and allow_code are options of artifacts",
+            f"'{subject.label}' is not an exported artifact; resolution, int8, fused and allow_code are options of"
+            " artifacts",
             "Export it first: fmg export.",
         )
     return {**common, "dtype": dtype or "fp32", "adapter": adapter}

@@ -108,6 +108,7 @@ class OnnxRuntimeOpener:
     resolution: int | None = None
     provider: str = "auto"
     int8: bool = False
+    fused: bool = True
     opens: ClassVar[Subject] = "artifact"
     preference: ClassVar[int] = 0
 
@@ -124,7 +125,11 @@ class OnnxRuntimeOpener:
     def open(self, subject: Artifact, device: str) -> Backend:
         transformer = ort.transformer_graph(subject, self.int8)
         return artifact_backend(
-            subject, self._runtime(subject, device), resolution=self.resolution, transformer=transformer
+            subject,
+            self._runtime(subject, device),
+            resolution=self.resolution,
+            transformer=transformer,
+            fused=self.fused,
         )
 
     def _runtime(self, artifact: Artifact, device: str) -> Any:
@@ -219,7 +224,8 @@ class TensorRtOpener:
             allow_code=self.allow_code,
         )
         runtime = EngineRuntime(subject, records, self.flavour, load_module(self.flavour), open_device(device), options)
-        return artifact_backend(subject, runtime, resolution=self.resolution)
+        # engines are built of the graphs of the loop
+        return artifact_backend(subject, runtime, resolution=self.resolution, fused=False)
 
     def _host(self) -> EngineHost:
         return EngineHost(self.flavour, str(load_module(self.flavour).__version__), current_gpu())

@@ -224,7 +224,9 @@ class TritonPythonModel:
         whole = given.get(WHOLE_SHAPES, "").split(",")
         runtime = TritonRuntime(self._utils, artifact, models, int(args["model_version"]), rows, whole)
         self._sampling = artifact.manifest.sampling
-        self._backend: ArtifactBackend[Any] = artifact_backend(artifact, runtime, transformer=given[TRANSFORMER])
+        self._backend: ArtifactBackend[Any] = artifact_backend(
+            artifact, runtime, transformer=given[TRANSFORMER], fused=False
+        )
         self._batch = int(config["max_batch_size"])
         self._max_steps, self._max_prompt = int(given[MAX_STEPS]), int(given[MAX_PROMPT])
         self._generators: dict[int, Generator] = {}

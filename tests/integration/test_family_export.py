@@ -76,18 +76,20 @@ def verified(run: Path) -> dict[str, Any]:
     """What a verified export of the run prints."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FMG_CACHE", str(run.parent / "cache"))
-        done = fmg("export", str(run), "--verify", "quick", "--json")
+        done = fmg("export", str(run), "--fused", "--verify", "quick", "--json")
     assert done.code == 0, done.stderr + done.stdout
     facts: dict[str, Any] = json.loads(done.stdout)
     return facts
 
 
 def test_an_export_passes_every_check(run: Path, verified: dict[str, Any]) -> None:
-    assert set(verified["graphs"]) == {"text_encoders", "transformer", "vae_decoder"}
+    parts = {"text_encoders", "transformer", "vae_decoder"}
+    assert set(verified["graphs"]) == {*parts, "sampler"}
     checks = {check["name"]: check for check in verified["verify"]["checks"]}
     assert all(check["passed"] for check in checks.values())
-    graphs = [f"{kind}/{graph}" for kind in ("weights", "precision", "tensors") for graph in verified["graphs"]]
-    assert checks.keys() >= {"files", "facts", "drawing", "images", *graphs}
+    graphs = [f"{kind}/{graph}" for kind in ("weights", "precision", "tensors") for graph in parts]
+    assert checks.keys() >= {"files", "facts", "drawing", "images", "images/fused", "weights/sampler", *graphs}
+    assert checks["images/fused"]["values"]["max_abs"] <= 1e-5
     manifest = open_artifact(run / "artifact").manifest
     assert (manifest.schema, manifest.adapter is not None) == (2, True)
     # the adapter reached the weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -16,6 +16,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from fmg.core.json_io import sealed
+from fmg.core.specs import MapKind
 from fmg.export.weights import lay_out, write_weights
 from fmg.inference.artifact.layout import Artifact, file_entry, graph_file, weights_file, write_manifest
 from fmg.inference.artifact.manifest import (
@@ -49,11 +50,20 @@ _TYPES = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
 Node = tuple[str, Sequence[str], str, Mapping[str, Any]]
 
 
-def build_tiny_artifact(folder: Path, *, seed: int = 0, batch: tuple[int, int, int] = (1, 2, 4)) -> Artifact:
+def build_tiny_artifact(
+    folder: Path,
+    *,
+    seed: int = 0,
+    batch: tuple[int, int, int] = (1, 2, 4),
+    kind: MapKind = "two-time",
+    path: Literal["linear", "trig"] = "linear",
+) -> Artifact:
     """Writes the artifact; another `seed` gives other weights in the same graphs."""
     folder.mkdir(parents=True)
     files: dict[str, FileEntry] = {}
-    graphs = {name: _write(folder, name, plan, seed, files) for name, plan in PLANS.items()}
+    two = kind == "two-time"
+    chosen = PLANS if two else {**PLANS, "transformer": lambda: _of_one_time(*_transformer())}
+    graphs = {name: _write(folder, name, plan, seed, files) for name, plan in chosen.items()}
     tokenizers = {}
     for name, place in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
         file = f"{place}/tokenizer.json"
@@ -71,7 +81,8 @@ def build_tiny_artifact(folder: Path, *, seed: int = 0, batch: tuple[int, int, i
         files=files,
         model=ModelFacts("tiny", {}, {}),
         sampling=Sampling(
-            "two-time", "linear", 1.0, "duration", None, 4, SCALE, RESOLUTIONS[0], RESOLUTIONS, "uniform", 4
+            *(kind, path, 1.0, "duration" if two else "none", None),
+            *(4, SCALE, RESOLUTIONS[0], RESOLUTIONS, "uniform", 4),
         ),
         precision="fp32",
         opset=20,
@@ -214,6 +225,12 @@ def _transformer() -> Any:
         _floats("txt_ids", TEXT, 3),
     )
     return nodes, shapes, inputs, (_floats("velocity", BATCH, IMAGE, 16),)
+
+
+def _of_one_time(nodes: Sequence[Node], shapes: Any, inputs: Sequence[TensorSpec], outputs: Any) -> Any:
+    """The transformer without a second time."""
+    plain = [("Identity", ["timestep"], "duration", {}) if node[2] == "duration" else node for node in nodes]
+    return plain, shapes, tuple(spec for spec in inputs if spec.name != "second"), outputs
 
 
 def _decoder() -> Any:

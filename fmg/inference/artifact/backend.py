@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fmg.core.cache import ByteCache
 from fmg.core.errors import CheckpointError, MissingDependencyError, UsageError, reason, suggestion
-from fmg.core.profiling import TEXT_ENCODERS, TOKENISE, TRANSFORMER, VAE, StageClock, stage
+from fmg.core.profiling import SAMPLER, TEXT_ENCODERS, TOKENISE, TRANSFORMER, VAE, StageClock, stage
 from fmg.core.prompt import MASK, cut_prompts
 from fmg.core.protocols import Drawn, NoiseSource
 from fmg.core.specs import DECODE_PIXELS, MapKind
@@ -34,6 +34,7 @@ from fmg.inference.artifact.manifest import (
     VAE_DECODER,
     TokenizerFacts,
 )
+from fmg.inference.artifact.manifest import SAMPLER as SAMPLER_GRAPH
 from fmg.inference.artifact.manifest import TEXT_ENCODERS as TEXT_ENCODERS_GRAPH
 from fmg.inference.artifact.manifest import TRANSFORMER as TRANSFORMER_GRAPH
 from fmg.models.flux.latents import PATCH, image_ids, pack, unpack
@@ -77,7 +78,7 @@ class GraphRuntime(Protocol[Array]):
         """
 
     def outputs(self, graph: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        """All outputs of a graph by name, for the text encoders of schema 2; errors as `run`."""
+        """All outputs of a graph by name, for the text encoders of schema 2 and the sampler; errors as `run`."""
 
     def free(self, graphs: Iterable[str]) -> None:
         """Frees the memory of these graphs; they are loaded again when they are next run."""
@@ -117,6 +118,7 @@ class ArtifactBackend(Generic[Array]):
         runtime: runs its graphs.
         resolution: side of the square image in pixels; None takes the artifact's own.
         transformer: which of its graphs is the transformer.
+        fused: run the whole sampler as one graph, if the artifact has one for the number of steps and the resolution.
 
     Raises:
         UsageError: the artifact does not support the resolution.
@@ -129,12 +131,16 @@ class ArtifactBackend(Generic[Array]):
         *,
         resolution: int | None = None,
         transformer: str = TRANSFORMER_GRAPH,
+        fused: bool = True,
     ) -> None:
         self.artifact = artifact
         self.runtime = runtime
         self._transformer = transformer
         self._sampling = artifact.manifest.sampling
         self._resolution = checked_resolution(artifact, resolution)
+        self._fused = fused
+        self.fused_steps = self._steps_of_sampler()
+        """Steps that one graph makes; None: every step is a call of the transformer."""
         self._cache: ByteCache[TextStates] = ByteCache(CACHE_BYTES)
         self._caching = True
 
@@ -144,8 +150,9 @@ class ArtifactBackend(Generic[Array]):
 
     @property
     def detail(self) -> str:
-        """Details of the runtime, and the precision of the transformer."""
-        return f"{self.runtime.detail}, {self.artifact.graph(self._transformer).precision}"
+        """Details of the runtime, the precision of the transformer, and whether steps are fused."""
+        fused = f", {self.fused_steps} steps fused" if self.fused_steps else ""
+        return f"{self.runtime.detail}, {self.artifact.graph(self._transformer).precision}{fused}"
 
     @property
     def device(self) -> str:
@@ -161,7 +168,9 @@ class ArtifactBackend(Generic[Array]):
         Raises:
             UsageError: the artifact does not support the resolution.
         """
-        other = type(self)(self.artifact, self.runtime, resolution=resolution, transformer=self._transformer)
+        other = type(self)(
+            self.artifact, self.runtime, resolution=resolution, transformer=self._transformer, fused=self._fused
+        )
         other._cache = self._cache
         return other
 
@@ -186,6 +195,8 @@ class ArtifactBackend(Generic[Array]):
 
     def draw(self, cond: Any, noise: NoiseSource, times: Sequence[float]) -> Drawn:
         """One image for each row of `cond`."""
+        if len(times) - 1 == self.fused_steps:
+            return self._draw_fused(cond, noise, times)
         sampling = self._sampling
 
         def entered(step: int) -> Array:
@@ -200,6 +211,29 @@ class ArtifactBackend(Generic[Array]):
             latents = self._leave(end)
         with stage(VAE):
             return Drawn(self._decode(latents), np.ascontiguousarray(self.runtime.get(latents)))
+
+    def _draw_fused(self, cond: Any, noise: NoiseSource, times: Sequence[float]) -> Drawn:
+        """As `draw`, in one call of the sampler."""
+        start = noise(0)
+        rows = start.shape[0]
+        given = {io_spec.NOISE: start, io_spec.TIMES: np.tile(np.asarray(times, np.float32), (rows, 1))}
+        if io_spec.RENOISE in self._sampler_inputs:
+            given[io_spec.RENOISE] = np.stack([noise(k + 1) for k in range(len(times) - 2)], axis=1)
+        with stage(SAMPLER):
+            inputs = {name: self.runtime.put(np.ascontiguousarray(array)) for name, array in given.items()}
+            made = self.runtime.outputs(SAMPLER_GRAPH, {**inputs, **self._guidance(rows), **self._prompt_inputs(cond)})
+            images, latents = (self.runtime.get(made[name]) for name in (io_spec.IMAGES, io_spec.LATENTS))
+        return Drawn(images, latents)
+
+    def _steps_of_sampler(self) -> int | None:
+        """The number of steps that one graph makes for this transformer and resolution; None for no such graph."""
+        graph = self.artifact.manifest.graphs.get(SAMPLER_GRAPH)
+        fits = self._transformer == TRANSFORMER_GRAPH and self._resolution == self._sampling.resolution
+        return io_spec.sampler_steps(graph) if graph is not None and self._fused and fits else None
+
+    @cached_property
+    def _sampler_inputs(self) -> frozenset[str]:
+        return frozenset(spec.name for spec in self.artifact.graph(SAMPLER_GRAPH).inputs)
 
     @contextmanager
     def uncached(self) -> Iterator[None]:
@@ -263,25 +297,29 @@ class ArtifactBackend(Generic[Array]):
     def _inputs(self, x: Array, t: float, s: float, cond: Any) -> dict[str, Array]:
         return {
             io_spec.HIDDEN_STATES: x,
-            io_spec.ENCODER_HIDDEN_STATES: cond.tokens,
-            io_spec.POOLED_PROJECTIONS: cond.pooled,
+            **self._prompt_inputs(cond),
             io_spec.IMG_IDS: self._image_ids,
             io_spec.TXT_IDS: self.runtime.put(np.zeros((cond.tokens.shape[1], 3), np.float32)),
             **self._scalars(x.shape[0], t, s),
         }
 
+    def _prompt_inputs(self, cond: Any) -> Mapping[str, Array]:
+        """What conditions the transformer."""
+        return {io_spec.ENCODER_HIDDEN_STATES: cond.tokens, io_spec.POOLED_PROJECTIONS: cond.pooled}
+
     def _scalars(self, rows: int, t: float, s: float) -> dict[str, Array]:
         """Times and guidance."""
-
-        def constant(value: float) -> Array:
-            return self.runtime.put(np.full(rows, value, np.float32))
-
-        inputs = {io_spec.TIMESTEP: constant(t)}
+        inputs = {io_spec.TIMESTEP: self._constant(rows, t), **self._guidance(rows)}
         if self._sampling.map == "two-time":
-            inputs[io_spec.SECOND] = constant(s)
-        if self._sampling.guidance is not None:
-            inputs[io_spec.GUIDANCE] = constant(self._sampling.guidance)
+            inputs[io_spec.SECOND] = self._constant(rows, s)
         return inputs
+
+    def _guidance(self, rows: int) -> dict[str, Array]:
+        scale = self._sampling.guidance
+        return {} if scale is None else {io_spec.GUIDANCE: self._constant(rows, scale)}
+
+    def _constant(self, rows: int, value: float) -> Array:
+        return self.runtime.put(np.full(rows, value, np.float32))
 
     @cached_property
     def _image_ids(self) -> Array:
@@ -331,6 +369,10 @@ class LatentBackend(ArtifactBackend[Array]):
     def _inputs(self, x: Array, t: float, s: float, cond: Any) -> dict[str, Array]:
         return {io_spec.LATENTS: x, **cond, **self._scalars(x.shape[0], t, s)}
 
+    def _prompt_inputs(self, cond: Any) -> Mapping[str, Array]:
+        inputs: Mapping[str, Array] = cond
+        return inputs
+
 
 def artifact_backend(
     artifact: Artifact,
@@ -338,10 +380,11 @@ def artifact_backend(
     *,
     resolution: int | None = None,
     transformer: str = TRANSFORMER_GRAPH,
+    fused: bool = True,
 ) -> ArtifactBackend[Array]:
     """The backend of an artifact by its schema. Arguments and errors as in `ArtifactBackend`."""
     cls = ArtifactBackend[Array] if artifact.manifest.schema == PACKED else LatentBackend[Array]
-    return cls(artifact, runtime, resolution=resolution, transformer=transformer)
+    return cls(artifact, runtime, resolution=resolution, transformer=transformer, fused=fused)
 
 
 def checked_resolution(artifact: Artifact, resolution: int | None) -> int:

@@ -37,20 +37,21 @@ _KEY, _VALUE = 1, 2
 _LOCATION = b"location"
 
 
-def check_external(file: Path, weights: str) -> None:
-    """Checks that all external data of a graph is in one file.
+def check_external(file: Path, *weights: str) -> None:
+    """Checks that all external data of a graph is in its weight files.
 
     Args:
         file: the ONNX file; no weights are read.
-        weights: the file that the manifest names, in the same folder.
+        weights: the files that the manifest names, in the same folder.
 
     Raises:
         CheckpointError: the file is not an ONNX file, or has weights elsewhere.
     """
-    strays = {place for place in external_files(file) if place != weights}
+    strays = external_files(file) - set(weights)
     if strays:
+        named = " and ".join(weights)
         raise CheckpointError(
-            f"{file} has weights in {min(strays)!r}, but the manifest says {weights}", "Export the artifact again."
+            f"{file} has weights in {min(strays)!r}, but the manifest says {named}", "Export the artifact again."
         )
 
 

@@ -13,6 +13,7 @@ from fmg.inference.artifact.manifest import (
     PACKED,
     PIXEL_HEIGHT,
     PIXEL_WIDTH,
+    SAMPLER,
     TEXT,
     TEXT_ENCODER,
     TEXT_ENCODER_2,
@@ -22,6 +23,7 @@ from fmg.inference.artifact.manifest import (
     VAE_DECODER,
     WIDTH,
     FormedTokenizerFacts,
+    Graph,
     Manifest,
     Sampling,
     TensorSpec,
@@ -41,6 +43,9 @@ POOLED = "pooled"
 TOKENS = "tokens"
 LATENTS = "latents"
 IMAGES = "images"
+NOISE = "noise"
+RENOISE = "renoise"
+TIMES = "times"
 
 Shape = tuple[int | str | None, ...]
 """The axes of a tensor: a size, a name of `Manifest.axes`, or None for a size that the weights decide."""
@@ -59,6 +64,10 @@ def check_io(manifest: Manifest) -> None:
         _check_latent_io(manifest)
         return
     for graph, entry in manifest.graphs.items():
+        if graph == SAMPLER:
+            text = manifest.tokenizers[TEXT_ENCODER_2].length
+            _check_sampler(manifest, {ENCODER_HIDDEN_STATES: (BATCH, text, None), POOLED_PROJECTIONS: (BATCH, None)})
+            continue
         inputs, outputs = _expected(graph, manifest)
         _check(f"graphs.{graph}.inputs", entry.inputs, inputs)
         _check(f"graphs.{graph}.outputs", entry.outputs, outputs)
@@ -74,7 +83,7 @@ def _check_latent_io(manifest: Manifest) -> None:
         ids[name] = (BATCH, facts.length)
         if isinstance(facts, FormedTokenizerFacts) and facts.mask:
             ids[name + MASK] = (BATCH, facts.length)
-    taken = {LATENTS, VELOCITY, IMAGES, *(name for name, _ in _scalars(sampling))}
+    taken = {LATENTS, VELOCITY, IMAGES, NOISE, RENOISE, TIMES, *(name for name, _ in _scalars(sampling))}
     made: dict[str, Shape] = {spec.name: (BATCH, *(None for _ in spec.shape[1:])) for spec in text.outputs}
     if twice := sorted(taken & made.keys()):
         raise DecodeError(f"graphs.{TEXT_ENCODERS}.outputs has {twice[0]!r}, which is the name of another tensor")
@@ -88,6 +97,42 @@ def _check_latent_io(manifest: Manifest) -> None:
     _check(f"graphs.{TRANSFORMER}.outputs", network.outputs, {VELOCITY: latents[LATENTS]})
     _check(f"graphs.{VAE_DECODER}.inputs", decoder.inputs, latents)
     _check(f"graphs.{VAE_DECODER}.outputs", decoder.outputs, {IMAGES: (BATCH, 3, side, side)})
+    if SAMPLER in manifest.graphs:
+        _check_sampler(manifest, conditioning, whole)
+
+
+def sampler_inputs(sampling: Sampling, steps: int) -> Mapping[str, Shape]:
+    """Inputs of the sampler by name, without those of the prompts; the first axis of each is the batch.
+
+    Every row has its own times, so requests with different grids fit into one batch.
+    """
+    shape = sampling.latent_shape()
+    inputs: dict[str, Shape] = {NOISE: (BATCH, *shape)}
+    if sampling.map == "single-time" and steps > 1:
+        inputs[RENOISE] = (BATCH, steps - 1, *shape)
+    inputs[TIMES] = (BATCH, steps + 1)
+    return inputs | ({GUIDANCE: (BATCH,)} if sampling.guidance is not None else {})
+
+
+def sampler_steps(graph: Graph) -> int:
+    """Sampling steps (NFE) of a graph of the sampler.
+
+    Raises:
+        DecodeError: its inputs do not state them.
+    """
+    shapes = [spec.shape for spec in graph.inputs if spec.name == TIMES]
+    if len(shapes) != 1 or len(shapes[0]) != 2 or not isinstance(times := shapes[0][1], int) or times < 2:
+        raise DecodeError(f"graphs.{SAMPLER}.inputs does not state the times of its steps")
+    return times - 1
+
+
+def _check_sampler(manifest: Manifest, conditioning: Mapping[str, Shape], whole: Container[str] = ()) -> None:
+    sampling, graph = manifest.sampling, manifest.graphs[SAMPLER]
+    expected = {**sampler_inputs(sampling, sampler_steps(graph)), **conditioning}
+    _check(f"graphs.{SAMPLER}.inputs", graph.inputs, expected, whole=whole)
+    side = sampling.resolution
+    images = {LATENTS: (BATCH, *sampling.latent_shape()), IMAGES: (BATCH, 3, side, side)}
+    _check(f"graphs.{SAMPLER}.outputs", graph.outputs, images)
 
 
 def _check(

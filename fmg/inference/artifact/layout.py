@@ -6,6 +6,7 @@ ARTIFACT/manifest.json
   text_encoder.onnx      text_encoder.safetensors      CLIP: input_ids (batch, 77) -> pooled (batch, p)
   text_encoder_2.onnx    text_encoder_2.safetensors    T5: input_ids (batch, text) -> tokens (batch, text, d)
   vae_decoder.onnx       vae_decoder.safetensors       latents (batch, c, height, width) -> images in [0, 1]
+  sampler.onnx           (both of these weight files)  optional: all steps and the decoder, from noise to images
   tokenizer/tokenizer.json  tokenizer_2/tokenizer.json
 or, in place of the text encoders, for a family whose transformer takes latents (schema 2):
   text_encoders.onnx     text_encoders.safetensors     ids of every tokenizer, masks -> conditioning of the transformer
@@ -113,16 +114,16 @@ class Artifact:
         return self.manifest.graphs[name]
 
     def onnx(self, name: str) -> Path:
-        """The ONNX file of a graph, after checking that its weight file exists and is the only one it points into.
+        """The ONNX file of a graph, after checking that its weight files exist and that it points into no other.
 
         Raises:
             UsageError: the artifact has no such graph.
-            CheckpointError: a file is missing or a link, or the graph has weights outside its weight file.
+            CheckpointError: a file is missing or a link, or the graph has weights elsewhere.
         """
-        graph = self.graph(name)
-        self.path(graph.weights)
-        file = self.path(graph.file)
-        check_external(file, graph.weights)
+        file, weights = self.path(self.graph(name).file), self.manifest.weight_files(name)
+        for stored in weights:
+            self.path(stored)
+        check_external(file, *weights)
         return file
 
     @property

@@ -32,8 +32,10 @@ TRANSFORMER = "transformer"
 TRANSFORMER_INT8 = "transformer_int8"
 VAE_DECODER = "vae_decoder"
 TEXT_ENCODERS = "text_encoders"
+SAMPLER = "sampler"
 GRAPHS = (TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER, VAE_DECODER)
 """The graphs of every artifact of FLUX; `transformer_int8` is optional and takes the place of `transformer` on a CPU.
+`sampler`, optional in every artifact, is all steps of the transformer and the decoder in one graph.
 """
 LATENT_GRAPHS = (TEXT_ENCODERS, TRANSFORMER, VAE_DECODER)
 """The graphs of every other artifact."""
@@ -109,7 +111,7 @@ class Graph:
 
     Attributes:
         file: the ONNX file.
-        weights: the safetensors file that its external data points into.
+        weights: the safetensors file that its external data points into; the sampler also points into the decoder's.
         precision: precision of its weights and of the arithmetic inside.
         inputs, outputs: in the order of the graph.
     """
@@ -364,8 +366,13 @@ class Manifest:
         """The graphs that an artifact of this schema has."""
         return GRAPHS if self.schema == PACKED else LATENT_GRAPHS
 
+    def weight_files(self, graph: str) -> tuple[str, ...]:
+        """The files that the external data of a graph point into."""
+        parts = (TRANSFORMER, VAE_DECODER) if graph == SAMPLER else (graph,)
+        return tuple(self.graphs[part].weights for part in parts)
+
     def weights_digest(self, graph: str = TRANSFORMER) -> str:
-        """Sha256 of the weight file of a graph."""
+        """Sha256 of the weight file of a graph; of the sampler, that of the transformer."""
         return self.files[self.graphs[graph].weights].sha256
 
     def sampling_digest(self) -> str:

@@ -14,6 +14,7 @@ from fmg.inference.artifact.manifest import (
     MANIFEST,
     MAX_LENGTH,
     PACKED,
+    SAMPLER,
     SCHEMA,
     TEXT,
     TEXT_ENCODER,
@@ -81,7 +82,7 @@ def _check_paths(manifest: Manifest) -> None:
 
 
 def _check_references(manifest: Manifest) -> None:
-    optional = {TRANSFORMER_INT8} if manifest.schema == PACKED else set()
+    optional = {SAMPLER, *([TRANSFORMER_INT8] if manifest.schema == PACKED else [])}
     if absent := [name for name in manifest.required if name not in manifest.graphs]:
         raise DecodeError(f"graphs.{absent[0]} is missing")
     if unknown := sorted(manifest.graphs.keys() - {*manifest.required, *optional}):

@@ -22,12 +22,14 @@ from fmg.core.errors import CheckpointError, UsageError
 from fmg.export import artifact as exporter
 from fmg.export.artifact import export_artifact
 from fmg.export.diffusers import export_diffusers
+from fmg.export.fused import add_sampler
 from fmg.export.graphs import GraphPlan
 from fmg.export.onnx import TracedGraph
 from fmg.export.options import ExportOptions
 from fmg.export.swap import swap_weights
 from fmg.inference.artifact import Artifact, layout, open_artifact
-from fmg.inference.artifact.manifest import TRANSFORMER, TRANSFORMER_INT8, Check
+from fmg.inference.artifact.layout import write_manifest
+from fmg.inference.artifact.manifest import SAMPLER, TRANSFORMER, TRANSFORMER_INT8, Check
 from fmg.inference.loading import find
 from fmg.inference.target import Target, load_model, resolve_target
 from fmg.recipe import Recipe
@@ -58,8 +60,9 @@ def unchanged(folder: Path) -> Iterator[None]:
 def test_another_run_equals_its_fresh_export_and_the_way_back_equals_the_base(
     shapes_artifact: Artifact, shapes_run: Path, other_shapes_run: Path, tmp_path: Path
 ) -> None:
-    options = ExportOptions(int8=True, resolutions=(32, 48), batch=(1, 4, 64))
+    options = ExportOptions(int8=True, resolutions=(32, 48), batch=(1, 4, 64), fused=True)
     folder = copied(shapes_artifact, tmp_path / "artifact")
+    write_manifest(folder, add_sampler(folder, shapes_artifact.manifest))
     (folder / "engines").mkdir()
     (folder / "engines" / "key.plan").write_bytes(b"an engine")
     first = contents(folder)
@@ -77,6 +80,8 @@ def test_another_run_equals_its_fresh_export_and_the_way_back_equals_the_base(
     assert open_artifact(folder) == swapped
     volatile = {"files": swapped.manifest.files, "checks": ()}
     assert replace(fresh.manifest, **volatile) == swapped.manifest  # type: ignore[arg-type]
+    # its number of steps is that of the other run
+    assert (folder / "sampler.onnx").read_bytes() == fresh.onnx(SAMPLER).read_bytes()
 
     model: Any = load_model(resolve_target(other_shapes_run), device="cpu")
     feed = transformer_feed(model, (3, 8, 8, 16))
