@@ -191,6 +191,7 @@ def error_body(error: RefusedError) -> Mapping[str, object]:
 
 def _file(image: Any, output_format: Format) -> bytes:
     file = BytesIO()
-    options = {} if output_format == "png" else {"quality": 95}
+    # zlib's default level takes four times as long, for files that are a sixth smaller
+    options = {"compress_level": 1} if output_format == "png" else {"quality": 95}
     to_pil(image).save(file, output_format.upper(), **options)
     return file.getvalue()
