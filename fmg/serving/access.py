@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import os
+from functools import lru_cache
 from pathlib import Path
 
 from fmg.core.errors import UsageError, reason
@@ -48,6 +49,8 @@ def _line_of(path: str, variable: str) -> str:
         raise UsageError(what, "Name a file with the secret.") from None
 
 
+# asked for each request, mostly about the same name
+@lru_cache(maxsize=16)
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach the address."""
     if host == "localhost":

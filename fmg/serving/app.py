@@ -137,7 +137,8 @@ async def read_body(request: Request, limit: int, timeout: float, advice: str) -
         RefusedError: it has more than `limit` bytes, takes longer than `timeout` seconds, or ends early.
     """
     try:
-        return await asyncio.wait_for(_read(request, limit, advice), timeout)
+        async with asyncio.timeout(timeout):
+            return await _read(request, limit, advice)
     except TimeoutError:
         raise RefusedError(408, f"The body took longer than {timeout:g} s", advice) from None
 
