@@ -268,7 +268,7 @@ def export(
                 "--onnx": onnx,
                 "--precision": precision,
                 "OUT": place or out,
-                "--fused": fused,
+                "--fused": fused and not repository,
                 "--int8": int8 and not repository,
             }
             sizes = {} if trt else {"--resolutions": sides, "--batch": rows}
@@ -294,7 +294,7 @@ def export(
                 built, text = _build(engines, artifact, None, None, reporter)
                 facts |= built
         if repository:
-            served, line = repository.write(artifact, reporter, int8=int8)
+            served, line = repository.write(artifact, reporter, int8=int8, fused=fused)
             facts |= {"triton": served}
             text = f"{text}\n{line}".lstrip()
         report = None if level is None else _verified(open_artifact(artifact.folder), level, reporter)
@@ -349,11 +349,13 @@ class _Triton:
     device: str | None
     version: int | None
 
-    def write(self, artifact: Artifact, observer: Observer, *, int8: bool) -> tuple[dict[str, object], str]:
+    def write(
+        self, artifact: Artifact, observer: Observer, *, int8: bool, fused: bool
+    ) -> tuple[dict[str, object], str]:
         """Facts for `--json`, text for people."""
         from fmg.export.triton import Device, TritonOptions, export_triton
 
-        options = TritonOptions(self.name, cast("Device", self.device or "auto"), self.version or 1, int8)
+        options = TritonOptions(self.name, cast("Device", self.device or "auto"), self.version or 1, int8, fused)
         made = export_triton(artifact, self.folder, options, observer=observer)
         facts = {
             "folder": str(made.folder),

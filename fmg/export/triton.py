@@ -32,8 +32,10 @@ from fmg.inference.artifact.layout import Artifact, open_artifact
 from fmg.inference.artifact.manifest import (
     BATCH,
     MANIFEST,
+    SAMPLER,
     TRANSFORMER,
     TRANSFORMER_INT8,
+    VAE_DECODER,
     AxisRange,
     Graph,
     TensorSpec,
@@ -95,12 +97,14 @@ class TritonOptions:
         device: where the graphs run; `auto`: on a GPU if the server has one.
         version: number of the version folder.
         int8: take the transformer with 8-bit weights.
+        fused: take the whole sampler as one graph, in place of transformer and decoder.
     """
 
     name: str | None = None
     device: Device = "auto"
     version: int = 1
     int8: bool = False
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -188,12 +192,15 @@ class _Repository:
         self.name = _checked_name(options.name or manifest.model.name)
         _check_options(artifact, options)
         self._transformer = TRANSFORMER_INT8 if options.int8 else TRANSFORMER
-        keys = [self._transformer if key == TRANSFORMER else key for key in manifest.required]
+        sampler = SAMPLER if options.fused else self._transformer
+        keys = [sampler if key == TRANSFORMER else key for key in manifest.required]
+        if options.fused:
+            keys.remove(VAE_DECODER)
         self._served = [self._serve(key, engines.get(key)) for key in keys]
         _check_devices(self._served, options)
         self._sums: dict[str, str] = {}
         # of the others, the Python model runs larger batches in several calls
-        (self.max_batch,) = (served.max_batch for served in self._served if served.key == self._transformer)
+        (self.max_batch,) = (served.max_batch for served in self._served if served.key == sampler)
 
     def _serve(self, key: str, plan: EngineRecord | None) -> _Served:
         manifest = self._artifact.manifest
@@ -207,10 +214,10 @@ class _Repository:
 
     def size(self) -> int:
         """Bytes of the files that are copied from the artifact."""
-        files = self._artifact.manifest.files
-        return sum(
-            files[served.graph.weights].size if served.plan is None else served.plan.size for served in self._served
-        )
+        manifest = self._artifact.manifest
+        plans = sum(served.plan.size for served in self._served if served.plan is not None)
+        graphs = [served.key for served in self._served if served.plan is None]
+        return plans + sum(manifest.files[name].size for key in graphs for name in manifest.weight_files(key))
 
     def write(self, folder: Path) -> None:
         """Fills the repository."""
@@ -224,7 +231,8 @@ class _Repository:
         if served.plan is not None:
             self._copy(folder, check_plan(self._artifact.engines, served.plan), f"{version}/model.plan")
         else:
-            self._copy(folder, self._artifact.path(served.graph.weights), f"{version}/{served.graph.weights}")
+            for name in self._artifact.manifest.weight_files(served.key):
+                self._copy(folder, self._artifact.path(name), f"{version}/{name}")
             file, target = self._artifact.onnx(served.key), f"{version}/model.onnx"
             if all(map(has_batch, served.graph.inputs)):
                 self._copy(folder, file, target)
@@ -264,7 +272,8 @@ class _Repository:
         whole = served.whole_shapes
         group: dict[str, object] = {"kind": Word(_kind(served, self._options.device)), "count": 1}
         traced = {"fmg.graph.sha256": manifest.files[graph.file].sha256}
-        traced["fmg.weights.sha256"] = manifest.files[graph.weights].sha256
+        weights = manifest.weight_files(served.key)
+        traced["fmg.weights.sha256"] = ",".join(manifest.files[name].sha256 for name in weights)
         if served.plan is not None:
             made = served.plan.ingredients
             group["profile"] = [str(index) for index in range(len(made.profiles))]
@@ -299,7 +308,8 @@ class _Repository:
 
     def _sampler_config(self) -> dict[str, object]:
         sampling = self._artifact.manifest.sampling
-        several = len(sampling.resolutions) > 1
+        fused = self._options.fused
+        several = len(sampling.resolutions) > 1 and not fused
         side = -1 if several else sampling.resolution
         settings = {GRAPH + served.key: served.model for served in self._served}
         settings |= {TRANSFORMER_PARAMETER: self._transformer, **_LIMITS}
@@ -316,7 +326,7 @@ class _Repository:
             "input": [
                 {"name": PROMPT, "data_type": Word("TYPE_STRING"), "dims": [1]},
                 _optional(SEED, "TYPE_INT64"),
-                _optional(STEPS, "TYPE_INT32"),
+                *([] if fused else [_optional(STEPS, "TYPE_INT32")]),
                 *([_optional(SIZE, "TYPE_INT32")] if several else []),
             ],
             "output": [{"name": IMAGE, "data_type": Word("TYPE_UINT8"), "dims": [side, side, 3]}],
@@ -358,6 +368,12 @@ def _check_options(artifact: Artifact, options: TritonOptions) -> None:
     manifest = artifact.manifest
     if options.version < 1:
         raise UsageError(f"Version {options.version} is not a version of a model", "Give 1 or more (--triton-version).")
+    if options.fused and options.int8:
+        raise UsageError("The sampler as one graph has no 8-bit weights", "Leave out --int8 or --fused.")
+    if options.fused and SAMPLER not in manifest.graphs:
+        raise UsageError(
+            f"The artifact {artifact.folder} has no sampler as one graph", "Export with --fused, or leave fused out."
+        )
     if options.int8 and TRANSFORMER_INT8 not in manifest.graphs:
         raise UsageError(
             f"The artifact {artifact.folder} has no int8 transformer", "Export with --int8, or leave int8 out."

@@ -24,7 +24,7 @@ from fmg.core.pixels import to_uint8
 from fmg.core.profiling import StageClock, wall_clock
 from fmg.inference.artifact.backend import ArtifactBackend, artifact_backend
 from fmg.inference.artifact.layout import Artifact
-from fmg.inference.artifact.manifest import BATCH, MANIFEST, TensorSpec
+from fmg.inference.artifact.manifest import BATCH, MANIFEST, SAMPLER, TensorSpec
 from fmg.inference.artifact.manifest_io import from_json
 from fmg.inference.generator import Generator, image_seeds
 
@@ -225,7 +225,7 @@ class TritonPythonModel:
         runtime = TritonRuntime(self._utils, artifact, models, int(args["model_version"]), rows, whole)
         self._sampling = artifact.manifest.sampling
         self._backend: ArtifactBackend[Any] = artifact_backend(
-            artifact, runtime, transformer=given[TRANSFORMER], fused=False
+            artifact, runtime, transformer=given[TRANSFORMER], fused=SAMPLER in models
         )
         self._batch = int(config["max_batch_size"])
         self._max_steps, self._max_prompt = int(given[MAX_STEPS]), int(given[MAX_PROMPT])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 from fmg.core.errors import UsageError
 from fmg.core.files import SUMS, read_sums
+from fmg.export.fused import add_sampler
 from fmg.export.pbtxt import pbtxt
 from fmg.export.triton import PYTHON_MODEL, TritonOptions, export_triton, python_modules
 from fmg.inference.artifact import Artifact
@@ -292,6 +294,31 @@ def test_engines_of_this_computer_are_served(tmp_path: Path, monkeypatch: pytest
     assert ("tiny_text_encoder", 3) in server.calls
 
 
+def test_the_sampler_as_one_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = build_tiny_artifact(tmp_path / "artifact", kind="single-time")
+    manifest = add_sampler(artifact.folder, artifact.manifest)
+    write_manifest(artifact.folder, manifest)
+    done = fmg("export", str(artifact.folder), "--triton", str(tmp_path / "one"), "--fused")
+    assert done.code == 0, done.stderr
+    looped = export_triton(artifact, tmp_path / "loop").folder
+    rows = [{"prompt": prompt, "seed": seed} for seed, prompt in enumerate(PROMPTS[:3])]
+    for repository, calls in ((tmp_path / "one", {"sampler": 1}), (looped, {"transformer": 4, "vae_decoder": 1})):
+        configs = read_configs(repository)
+        server = utils.Server(repository, configs)
+        server.warm_up()
+        (answer,) = started(server, monkeypatch).execute([utils.asked(rows)])
+        assert distance(artifact, rows, images(answer)) <= 1 / 255
+        graphs = [name.removeprefix("tiny_") for name, _ in server.calls if "text_encoder" not in name]
+        assert Counter(graphs) == calls
+    # its number of steps and its size are fixed
+    config = read_configs(tmp_path / "one")[MODEL]
+    assert [spec["name"] for spec in config["input"]] == ["prompt", "seed"]
+    assert config["output"][0]["dims"] == ["8", "8", "3"]
+    digests = [manifest.files[manifest.graphs[graph].weights].sha256 for graph in ("transformer", "vae_decoder")]
+    origin = read_configs(tmp_path / "one")["tiny_sampler"]["parameters"]["fmg.weights.sha256"]
+    assert origin["string_value"] == ",".join(digests)
+
+
 def test_names_devices_and_versions(artifact: Artifact, tmp_path: Path) -> None:
     made = export_triton(artifact, tmp_path / "r", TritonOptions(name="signs.v2", device="gpu", version=7))
     assert made.model == "signs.v2"
@@ -301,6 +328,8 @@ def test_names_devices_and_versions(artifact: Artifact, tmp_path: Path) -> None:
         (TritonOptions(name="../x"), "'../x' cannot be the name of a model of Triton"),
         (TritonOptions(version=0), "Version 0 is not a version"),
         (TritonOptions(int8=True), "has no int8 transformer"),
+        (TritonOptions(fused=True), "has no sampler as one graph"),
+        (TritonOptions(fused=True, int8=True), "has no 8-bit weights"),
     ):
         with pytest.raises(UsageError, match=says):
             export_triton(artifact, tmp_path / "other", options)
