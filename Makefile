@@ -18,7 +18,7 @@ PINS := $(VENV)/constraints.txt
 RUN := $(BIN)/python -m
 LINT_IMPORTS := $(BIN)/python -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 # One thread per process: the tests' tensors are too small to share. Files stay whole, because their tests share fixtures,
-# and in order, because the longest come first.
+# and in order: those with slow tests come first (tests/conftest.py), so that all processes end at about the same time.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(RUN) pip --no-input --disable-pip-version-check
 TORCH_PIN := $(shell sed -n 's/^torch==//p' constraints.txt)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -245,9 +246,11 @@ def figure_bytes(figure: Figure, kind: str) -> bytes:
 
     file = BytesIO()
     dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind, {})
+    # `savefig` would draw everything twice, the first time only for the layout
+    backend = import_module(f"matplotlib.backends.backend_{'agg' if kind == 'png' else kind}")
     # a fixed salt and no date; fonts that journals accept
     with matplotlib.rc_context({"svg.hashsalt": "fmg", "pdf.fonttype": 42}):
-        figure.savefig(file, format=kind, metadata=dated)
+        getattr(backend.FigureCanvas(figure), f"print_{kind}")(file, metadata=dated)
     return file.getvalue()
 
 

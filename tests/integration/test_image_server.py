@@ -100,10 +100,13 @@ _WORDS = [(color, shape) for color in ("red", "blue", "green") for shape in ("ci
 def test_sigterm_finishes_what_was_accepted_and_ends_with_0() -> None:
     running = Server("meanflow-shapes", "--max-steps", "1000", "--batch-size", "1", FMG_SERVE_TOKEN="secret")
     headers = {"Authorization": "Bearer secret"}
-    request = {"prompt": "a red circle", "steps": 200}
+    request = {"prompt": "a red circle", "steps": 20}
     with ThreadPoolExecutor(3) as pool:
-        answers = [pool.submit(post, running.url, request, headers) for _ in range(3)]
-        time.sleep(0.5)
+        # the others wait behind the first
+        answers = [pool.submit(post, running.url, {**request, "steps": 200}, headers)]
+        time.sleep(0.2)
+        answers += [pool.submit(post, running.url, request, headers) for _ in range(2)]
+        time.sleep(0.3)
         assert not any(answer.done() for answer in answers)
         assert running.end() == 0
         assert [answer.result()[0] for answer in answers] == [200] * 3

@@ -16,7 +16,7 @@ from torch import Tensor
 from fmg import Recipe
 from fmg.data.checkpoints import read_index
 from fmg.data.run_folder import RunFolder
-from tests.support import processes
+from tests.support import processes, trackers
 from tests.support.recorded_run import Planned, record, write_plan
 from tests.support.run_files import adapter, metrics
 from tests.tiny_flux import student_options
@@ -95,7 +95,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     together += [
         planned("shapes-cut", None, {**UNEVEN, "train.parallel": "fsdp2"}, cut=3),
         planned("branched-cut", None, {**BRANCHED, "train.parallel": "fsdp2"}, cut=3),
-        planned("variant-fsdp2", None, {**VARIANT, "train.parallel": "fsdp2"}),
+        planned("variant-fsdp2", None, {**VARIANT, "train.parallel": "fsdp2", "trackers": ["tensorboard"]}),
         planned("fails", None, fails),
     ]
     alone = [planned(name, model, options) for name, (model, options) in {**cases, "variant": (None, VARIANT)}.items()]
@@ -155,6 +155,15 @@ def test_two_processes_resume_a_run_bit_for_bit(name: str, root: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert _metrics(cut) == _metrics(whole)
     assert read_index(cut / "run") == read_index(whole / "run")
+
+
+def test_only_the_main_process_has_trackers(root: Path) -> None:
+    run = root / "variant-fsdp2" / "run"
+    # one event file: a second process would have written another
+    assert len(list((run / "trackers" / "tensorboard").iterdir())) == 1
+    rows, images, _ = trackers.tensorboard(run)
+    trackers.assert_same(rows, trackers.logged(run), rel=2e-7)
+    assert images == [0, 2]
 
 
 def test_a_reward_that_fails_in_one_process_ends_all_with_one_message(root: Path) -> None:

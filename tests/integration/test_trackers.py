@@ -27,7 +27,7 @@ from fmg.training.api import resume
 from fmg.training.state_files import read_state
 from tests.support import trackers as read
 from tests.support.cli import fmg
-from tests.support.processes import environment, finish, start
+from tests.support.processes import environment
 
 # what the development environment installs
 NAMES = ("tensorboard", "wandb", "trackio")
@@ -90,15 +90,6 @@ def refuse_warnings(event: Event) -> None:
     assert not (isinstance(event, Notice) and event.level != "info" and "tracker" in event.text), event
 
 
-def assert_same(found: read.Rows, wanted: read.Rows, *, rel: float = 0.0, times_from: int = 10**9) -> None:
-    """Equal values; of iterations from `times_from` on, times may differ."""
-    assert {step: row.keys() for step, row in found.items()} == {step: row.keys() for step, row in wanted.items()}
-    for step, row in wanted.items():
-        timed = {key for key in row if key.startswith("time/") and step >= times_from}
-        kept = {key: value for key, value in row.items() if key not in timed}
-        assert {key: found[step][key] for key in kept} == pytest.approx(kept, rel=rel, abs=rel, nan_ok=True)
-
-
 def wait_for_followers(run: Path) -> None:
     for name in NAMES:
         with FileLock(run / "trackers" / f"{name}.lock", timeout=60):
@@ -124,7 +115,7 @@ def test_killed_and_resumed_is_one_curve(dies: str, tmp_path: Path) -> None:
         assert max(wanted) == 7
         for name in NAMES:
             rows, images, _ = as_written(run, name)
-            assert_same(rows, wanted, rel=2e-7 if name == "tensorboard" else 0.0)
+            read.assert_same(rows, wanted, rel=2e-7 if name == "tensorboard" else 0.0)
             assert images == [0, 3, 6]
     before = json.loads((run / "trackers" / "tracked_run.json").read_text())
     state = newest_state(run)
@@ -141,7 +132,9 @@ def test_killed_and_resumed_is_one_curve(dies: str, tmp_path: Path) -> None:
     for name in NAMES:
         rows, images, config = as_written(run, name)
         # Trackio keeps the first rows of the repeated iterations, of which only the times differ
-        assert_same(rows, wanted, rel=2e-7 if name == "tensorboard" else 0.0, times_from=6 if name == "trackio" else 99)
+        read.assert_same(
+            rows, wanted, rel=2e-7 if name == "tensorboard" else 0.0, times_from=6 if name == "trackio" else 99
+        )
         assert images == [0, 3, 6, 9]
         assert isinstance(config, dict)
         assert {key: value for key, value in config.items() if not key.startswith("_")} == RunFolder(run).values()
@@ -160,7 +153,7 @@ def test_a_tracker_that_joins_later_gets_the_whole_curve(tmp_path: Path) -> None
     written.write_text(written.read_text().replace("trackers: []", "trackers: tensorboard"))
     resume(run, refuse_warnings)
     rows, images, _ = read.tensorboard(run)
-    assert_same(rows, read.logged(run), rel=2e-7)
+    read.assert_same(rows, read.logged(run), rel=2e-7)
     assert images == [0, 3]
 
 
@@ -181,7 +174,7 @@ def test_a_dead_or_silent_server_costs_one_warning(tmp_path: Path, monkeypatch: 
     assert result.run.state().state == "finished"
     assert spent < 90
     rows, _, _ = read.tensorboard(tmp_path / "run")
-    assert_same(rows, read.logged(tmp_path / "run"), rel=2e-7)
+    read.assert_same(rows, read.logged(tmp_path / "run"), rel=2e-7)
 
 
 def test_a_killed_tracker_does_not_hurt_its_run(tmp_path: Path) -> None:
@@ -203,19 +196,6 @@ def test_a_killed_tracker_does_not_hurt_its_run(tmp_path: Path) -> None:
     assert not [event for event in heard if isinstance(event, Notice) and event.level != "info"]
 
 
-def test_only_the_main_process_has_trackers(tmp_path: Path) -> None:
-    document = tmp_path / "recipe.yaml"
-    document.write_text(recipe("tensorboard", **{"train.iterations": 2}).to_yaml())
-    arguments = ["-m", "fmg", "train", "--config", str(document), "--run", str(tmp_path / "run")]
-    done = finish(start(arguments, 2, tmp_path))
-    assert [code for code, _, _ in done] == [0, 0], done
-    # one event file: a second process would have written another
-    assert len(list((tmp_path / "run" / "trackers" / "tensorboard").iterdir())) == 1
-    rows, images, _ = read.tensorboard(tmp_path / "run")
-    assert_same(rows, read.logged(tmp_path / "run"), rel=2e-7)
-    assert images == [0, 2]
-
-
 @pytest.mark.filterwarnings("default")  # of MLflow's own libraries, which read the store here
 @pytest.mark.skipif(find_spec("mlflow") is None, reason="mlflow is not installed")
 def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +205,7 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _interrupt_and_resume(tmp_path / "run", "mlflow")
     rows, images, config = read.mlflow(tmp_path / "run", uri)
     # an iteration that is repeated keeps its first times
-    assert_same(rows, read.logged(tmp_path / "run"), times_from=2)
+    read.assert_same(rows, read.logged(tmp_path / "run"), times_from=2)
     assert images == [0, 2, 3]
     assert config["train.iterations"] == "3"
     assert config["rewards.0.name"] == "shapes"

@@ -38,11 +38,14 @@ def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pyt
 
 @contextmanager
 def session() -> Iterator[Callable[[str], object]]:
-    """Runs the programs of a page in one process, as a reader would: its imports take seconds.
+    """Runs the programs of a page in one process, as a reader would.
 
-    It is not this process, because other tests must not see what a page registers.
+    It is not this process, because other tests must not see what a page registers. Its imports would take seconds, so
+    it is forked from a process that has made them for all pages.
     """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fmg.training.trainer", "fmg.models.flux.model", "matplotlib.backends.backend_agg"])
+    with ProcessPoolExecutor(1, context) as pool:
         yield lambda source: pool.submit(execute_program, source, str(Path.cwd())).result()
 
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 Rows = dict[int, dict[str, float]]
 """Values by iteration and key; an iteration and its evaluation are one row."""
 
@@ -23,6 +25,15 @@ def logged(run: Path) -> Rows:
     for line in read_numbers(run / "metrics.jsonl"):
         rows[int(line["iteration"])] |= {key: value for key, value in line.items() if key != "iteration"}
     return dict(rows)
+
+
+def assert_same(found: Rows, wanted: Rows, *, rel: float = 0.0, times_from: int = 10**9) -> None:
+    """Equal values; of iterations from `times_from` on, times may differ."""
+    assert {step: row.keys() for step, row in found.items()} == {step: row.keys() for step, row in wanted.items()}
+    for step, row in wanted.items():
+        timed = {key for key in row if key.startswith("time/") and step >= times_from}
+        kept = {key: value for key, value in row.items() if key not in timed}
+        assert {key: found[step][key] for key in kept} == pytest.approx(kept, rel=rel, abs=rel, nan_ok=True)
 
 
 def tensorboard(run: Path) -> tuple[Rows, list[int], dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,10 +59,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module", autouse=True)
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A working directory and a cache of this module's own."""
+    place = tmp_path_factory.mktemp("workplace")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FMG_CACHE", str(place / "cache"))
+        patch.chdir(place)
+        yield place
 
 
 def options(folder: Path) -> dict[str, object]:
@@ -93,15 +98,16 @@ def test_latents_are_those_of_the_pipeline(folder: Path, steps: int) -> None:
     assert torch.allclose(ours, drawn(AuraFlowPipeline.from_pretrained(folder), noise, steps), atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["chain", "branch"])
-def test_what_is_trained_is_read_by_the_pipeline(folder: Path, kind: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module", params=["chain", "branch"])
+def run(folder: Path, workplace: Path, request: pytest.FixtureRequest) -> Path:
+    """A finished run with one kind of rollout."""
     recipe = Recipe.default(
         "auraflow",
         **{
             **{f"model.{name}": value for name, value in options(folder).items()},
             "rewards": ["jpeg-incompressibility"],
             "optimizer.lr": 1e-3,
-            "rollout.kind": kind,
+            "rollout.kind": request.param,
             "rollout.groups": 2,
             "rollout.group_size": 4,
             "train.iterations": 2,
@@ -110,8 +116,12 @@ def test_what_is_trained_is_read_by_the_pipeline(folder: Path, kind: str, tmp_pa
             "eval.num": 4,
         },
     )
-    fmg.train(recipe, tmp_path / "run")
-    adapter = tmp_path / "run" / "checkpoints" / "checkpoint-2"
+    fmg.train(recipe, workplace / request.param)
+    return workplace / request.param
+
+
+def test_what_is_trained_is_read_by_the_pipeline(folder: Path, run: Path) -> None:
+    adapter = run / "checkpoints" / "checkpoint-2"
     model = models.build("auraflow", options(folder)).load(torch.device("cpu"), torch.float32)
     model.load_adapter(adapter)
     noise = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
@@ -142,22 +152,9 @@ def test_the_network_is_compiled_as_one_graph(folder: Path, monkeypatch: pytest.
     assert backend.network.compilations == 1
 
 
-def test_an_export_is_verified(folder: Path, tmp_path: Path) -> None:
-    recipe = Recipe.default(
-        "auraflow",
-        **{
-            **{f"model.{name}": value for name, value in options(folder).items()},
-            "rewards": ["jpeg-incompressibility"],
-            "rollout.groups": 2,
-            "rollout.group_size": 4,
-            "train.iterations": 1,
-            "train.dtype": "fp32",
-            "lora.rank": 4,
-            "eval.num": 4,
-        },
-    )
-    fmg.train(recipe, tmp_path / "run")
-    artifact = fmg.export_artifact(tmp_path / "run", tmp_path / "artifact")
+@pytest.mark.parametrize("run", ["chain"], indirect=True)
+def test_an_export_is_verified(run: Path, workplace: Path) -> None:
+    artifact = fmg.export_artifact(run, workplace / "artifact")
     report = fmg.verify(artifact, num=4)
     assert report.passed, [check for check in report.checks if not check.passed]
 

@@ -48,6 +48,7 @@ def test_the_control_leaves_the_path_and_the_exact_forms_do_not(report: PathRepo
         assert row(report, "naive-noise", time, "rms").ci95[0] > 0
 
 
+@pytest.mark.slow
 def test_every_row_is_a_paired_difference(report: PathReport) -> None:
     for entry in report.rows:
         assert entry.ci95[0] <= entry.difference <= entry.ci95[1]

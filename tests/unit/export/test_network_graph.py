@@ -16,6 +16,7 @@ from fmg.export.model_graphs import network_plan
 from fmg.export.onnx import trace
 from fmg.flow import make_grid
 from fmg.flow.sampling import native_sample
+from fmg.models.common.adapter import is_under
 from fmg.registry import models
 from tests.support.families import PROMPTS, attach, noise
 from tests.tiny_flux2 import FLUX2_CASE
@@ -56,6 +57,8 @@ def test_the_graph_of_a_trained_network(name: str, tmp_path: Path, monkeypatch: 
     attach(model)
     _scale(model, 0.3)
     graph = live_graph(model)
+    # no weight that a prompt does not need
+    assert not any(is_under(name, model.unused) for name in graph._wanted)
     through = model.flow_map_through(graph)
     # sizes that were not traced, and times of their own in each row
     for rows in (1, 3):
@@ -83,6 +86,7 @@ def _scale(model: Any, factor: float) -> None:
         parameter.mul_(factor)
 
 
+@pytest.mark.slow
 def test_a_network_whose_shapes_depend_on_values_is_not_traced(tmp_path: Path) -> None:
     model = loaded(Z_IMAGE_CASE.model, Z_IMAGE_CASE.build(tmp_path / "folder"))
     with pytest.raises(CheckpointError, match="The graph 'transformer' cannot be traced: "):

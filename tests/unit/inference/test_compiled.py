@@ -133,6 +133,7 @@ def test_buckets_are_powers_of_two() -> None:
     assert [bucket(rows) for rows in (1, 2, 3, 4, 5, 8, 9, 64)] == [1, 2, 4, 4, 8, 8, 16, 64]
 
 
+@pytest.mark.slow
 def test_images_are_those_of_torch_with_one_compilation_for_each_bucket(model: FluxModel) -> None:
     ours, theirs = TorchCompileBackend(model), TorchBackend(model)
     for rows, compilations in ((3, 1), (4, 1), (1, 2), (1, 2)):
@@ -289,6 +290,7 @@ def test_a_network_that_keeps_changing_is_given_up() -> None:
     assert network.compilations == compiled.MAX_COMPILATIONS
 
 
+@pytest.mark.slow
 def test_networks_of_one_class_do_not_share_a_limit() -> None:
     for _ in range(compiled.MAX_COMPILATIONS + 2):
         module = Affine()

@@ -207,6 +207,7 @@ def test_a_file_that_is_not_a_plan_is_refused(plain: Path, trt: ModuleType, tmp_
         Engine(trt, tmp_path / "x.plan", FakeCuda(), RunOptions())
 
 
+@pytest.mark.slow
 def test_code_inside_an_engine_runs_only_with_consent(tmp_path: Path, cache: Path) -> None:
     folder = _built(tmp_path / "artifact", cache, EngineOptions(version_compatible=True))
     with support.stand_in(cache=cache) as trt:

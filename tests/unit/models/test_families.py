@@ -89,6 +89,7 @@ def test_a_batch_does_not_change_a_sample(model: Any) -> None:
     assert torch.allclose(together[1:], alone, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_save_is_verified_and_read_back(
     case: FamilyCase, options: dict[str, object], dtype: torch.dtype, tmp_path: Path
@@ -112,6 +113,7 @@ def test_the_presets_adapt_what_they_say(case: FamilyCase, options: dict[str, ob
     assert attach(load(case, options), "attention-mlp") == case.attention_mlp
 
 
+@pytest.mark.slow
 def test_a_save_that_generates_another_image_is_not_kept(
     case: FamilyCase, options: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +132,7 @@ def test_a_save_that_generates_another_image_is_not_kept(
     assert not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_gradient(case: FamilyCase, options: dict[str, object]) -> None:
     def gradients(*, checkpointing: bool) -> list[Tensor]:
         trained = load(case, options, gradient_checkpointing=checkpointing)
@@ -178,6 +181,7 @@ def test_a_folder_that_does_not_fit_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["chain", "branch"])
 def test_it_is_evaluated_trained_saved_and_sampled_by_its_pipeline(
     case: FamilyCase,

@@ -64,6 +64,7 @@ def test_the_target_time_reaches_the_network(options: dict[str, object]) -> None
     assert not torch.allclose(velocity[0], (x - near)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_second_time_is_trained_beside_a_lora(
     options: dict[str, object], dtype: torch.dtype, tmp_path: Path
@@ -81,6 +82,7 @@ def test_the_second_time_is_trained_beside_a_lora(
     assert torch.equal(jump(fresh), after)
 
 
+@pytest.mark.slow
 def test_modules_of_reference_images_are_not_trained(options: dict[str, object]) -> None:
     model = load(FLUX3_CASE, options)
     attach(model, "attention-mlp")

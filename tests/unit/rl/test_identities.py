@@ -6,14 +6,15 @@ import pytest
 
 from tests.support import branch_identities, forward_identities, rl_identities, variant_identities
 
+SLOW = {branch_identities.check_the_gradient_has_its_closed_form_and_variance}
 CHECKS = [
-    function
+    pytest.param(function, id=name.removeprefix("check_"), marks=[pytest.mark.slow] if function in SLOW else [])
     for module in (branch_identities, forward_identities, rl_identities, variant_identities)
     for name, function in vars(module).items()
     if name.startswith("check_")
 ]
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+@pytest.mark.parametrize("check", CHECKS)
 def test_identity(check: Callable[[], None]) -> None:
     check()

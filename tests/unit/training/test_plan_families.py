@@ -43,6 +43,7 @@ def recipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Recipe.default(case.model, **changes)
 
 
+@pytest.mark.slow
 def test_what_is_trained_is_counted_and_flops_are_those_of_torch(recipe: Recipe) -> None:
     geometry, composed = geometry_of(recipe), compose(recipe, CPU, torch.float32)
     planned = trained_by(recipe, geometry)
@@ -79,6 +80,7 @@ def test_activations_of_an_update_are_the_measured_ones(recipe: Recipe, checkpoi
     assert (meter.peak - gradients) / FACTOR < planned < meter.peak * FACTOR, (planned, meter.peak, gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
