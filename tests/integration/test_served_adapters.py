@@ -24,6 +24,7 @@ from fmg.inference.service.models import ServedModels
 from fmg.inference.service.opening import named_targets, open_models
 from fmg.inference.service.server import ImageServer
 from fmg.inference.service.wire import Limits
+from fmg.inference.target import merged_target
 from fmg.serving.server import Address
 from tests.support.artifact import make_run, shapes_recipe
 from tests.support.image_service import image_service, pixels, post, running
@@ -80,6 +81,16 @@ def test_adapters_of_other_ranks_and_modules_give_the_images_of_their_runs(
         assert np.array_equal(images(models, served), alone[name]), name
     # the steps are those of the run
     assert models.get("meanflow-shapes:two").generator.steps == 3  # type: ignore[union-attr]
+
+
+def test_a_sum_of_adapters_is_served(models: ServedModels, shapes_run: Path, other_shapes_run: Path) -> None:
+    parts = [(shapes_run, 0.6), (other_shapes_run, 0.4)]
+    models.install(models.read_adapter("mix", [f"{run}={weight}" for run, weight in parts]))
+    with load(merged_target(parts), device="cpu") as generator:
+        made = generator.generate([PROMPT] * len(SEEDS), SEEDS, progress=False).image_array
+    assert np.array_equal(images(models, "meanflow-shapes:mix"), made)
+    facts = models.get("meanflow-shapes:mix").facts()  # type: ignore[union-attr]
+    assert facts["target"] == f"0.6 {shapes_run} + 0.4 {other_shapes_run}"
 
 
 def test_a_replaced_adapter_leaves_nothing_behind(

@@ -6,24 +6,32 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.data.checkpoints import chosen_checkpoint
+from fmg.export.kohya import export_kohya
+from fmg.export.model_artifact import LoadedSource
+from fmg.export.push import pack
 from fmg.export.source import find_source
 from fmg.export.swap import swap_weights
 from fmg.export.verify import verify
 from fmg.inference import load
 from fmg.inference.artifact import Artifact, open_artifact
-from fmg.inference.target import chosen_target, merged_target, resolve_target, weighted_run
+from fmg.inference.target import chosen_target, load_model, merged_target, resolve_target, weighted_run
+from fmg.models.common.adapter import base_tensors, merged_tensors
 from fmg.models.common.merged_adapters import merged_adapter
+from fmg.recipe import Recipe
 from tests.support.artifact import copied, make_run, shapes_recipe
 from tests.support.cli import fmg
+from tests.tiny_flux2 import FLUX2_CASE
 
 PROMPT, SEEDS = "a red circle left", (3, 4)
 
@@ -34,8 +42,10 @@ def checkpoint(run: Path) -> Path:
     return folder
 
 
-def plainly_merged(base: Mapping[str, Tensor], parts: Sequence[tuple[Path, float]]) -> dict[str, Tensor]:
-    """The formula in fp64, from the files."""
+def plainly_merged(
+    base: Mapping[str, Tensor], parts: Sequence[tuple[Path, float]], only: str | None = None
+) -> dict[str, Tensor]:
+    """The formula in fp64, from the files, for one weight or all."""
     merged = {name: x.double() for name, x in base.items()}
     for run, weight in parts:
         folder = checkpoint(run)
@@ -44,6 +54,8 @@ def plainly_merged(base: Mapping[str, Tensor], parts: Sequence[tuple[Path, float
         for name in (name for name in tensors if name.endswith(".lora_A.weight")):
             a, b = tensors[name].double(), tensors[name.replace("lora_A", "lora_B")].double()
             module = name.removeprefix("transformer.").removesuffix(".lora_A.weight")
+            if only not in (None, f"{module}.weight"):
+                continue
             merged[f"{module}.weight"] += weight * stated["alpha"] / stated["rank"] * b @ a
     return merged
 
@@ -95,6 +107,30 @@ def test_the_order_of_the_adapters_does_not_matter(swapped: Artifact, shapes_run
     assert swap_weights(swapped.folder, other).manifest.weights_digest() == before.weights_digest()
 
 
+def test_a_card_and_a_lora_file_name_the_runs_without_their_folders(
+    swapped: Artifact, shapes_run: Path, other_shapes_run: Path, tmp_path: Path
+) -> None:
+    parcel = pack(swapped, "someone/something")
+    card, manifest = (parcel.files[name] for name in ("README.md", "manifest.json"))
+    assert isinstance(card, bytes)
+    assert isinstance(manifest, bytes)
+    adapter = json.loads(manifest)["adapter"]
+    assert adapter["run"] == f"0.7 {shapes_run.name} + -0.3 {other_shapes_run.name}"
+    for part, run in zip(adapter["parts"], (shapes_run, other_shapes_run), strict=True):
+        assert part["run"] == run.name
+        assert f"| {run.name} | {part['weight']:g} | `{part['digest']}` |" in card.decode()
+
+    parts = [(shapes_run, 0.7), (other_shapes_run, -0.3)]
+    made = export_kohya(merged_target(parts), tmp_path / "lora.safetensors").file
+    with safe_open(made, framework="pt") as file:
+        assert file.metadata()["modelspec.title"] == adapter["run"]
+    tensors, module = load_file(made), "lora_unet_double_blocks_0_img_attn_proj"
+    down, up, alpha = (tensors[f"{module}.{part}"] for part in ("lora_down.weight", "lora_up.weight", "alpha"))
+    name = "transformer_blocks.0.attn.to_out.0.weight"
+    expected = plainly_merged({name: torch.zeros(up.shape[0], down.shape[1])}, parts, only=name)[name]
+    assert (alpha / down.shape[0] * up @ down - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
 def test_one_adapter_is_the_run_itself_or_a_part_of_it(shapes_run: Path) -> None:
     assert merged_target([(shapes_run, 1.0)]) == resolve_target(shapes_run)
     half = chosen_target(str(shapes_run), (), 0.5)
@@ -122,6 +158,28 @@ def test_generate_takes_the_same_sum(shapes_run: Path, other_shapes_run: Path, t
 
     (file,) = (tmp_path / "images").glob("*.png")
     assert np.array_equal(np.asarray(Image.open(file)), np.asarray(picture))
+
+
+def test_adapters_of_another_family_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In FLUX.2 a suffix also names lists of modules, so PEFT gets whole names, different ones in each run."""
+    monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))
+    model = {f"model.{key}": value for key, value in FLUX2_CASE.build(tmp_path / "folder").items()}
+    model |= {"model.text_cache": False, "rewards": ["jpeg-incompressibility"], "train.dtype": "fp32"}
+    runs = []
+    for seed, rank, targets in ((1, 2, ["attn.to_q", "attn.to_out"]), (2, 3, "attention-mlp")):
+        recipe = Recipe.default(FLUX2_CASE.model, **model, **{"lora.rank": rank, "lora.targets": targets})
+        runs.append(make_run(tmp_path / f"run{seed}", recipe, seed))
+    target = merged_target([(runs[0], 0.7), (runs[1], 0.4)])
+    base: Any = load_model(target.base(), device="cpu")
+    merged: Any = load_model(target, device="cpu")
+    expected = plainly_merged(base_tensors(base.network), [(runs[0], 0.7), (runs[1], 0.4)])
+    made = merged_tensors(merged.network, torch.float32)
+    assert made.keys() == expected.keys()
+    for name, x in expected.items():
+        assert (made[name] - x).abs().max() <= 2e-7 * x.abs().max()
+    facts = LoadedSource(target, merged).adapter
+    assert facts is not None
+    assert (facts.rank, facts.scale, [part.weight for part in facts.parts]) == (5, 1.0, [0.7, 0.4])
 
 
 def test_embedders_are_averaged_and_never_scaled(shapes_run: Path, tmp_path: Path) -> None:
