@@ -283,10 +283,6 @@ def export(
 
             options = ExportOptions(_precision(precision), int8, sides, rows, fused)
             folder = folder or export_folder(chosen, EXPORTED)
-            if repository and is_artifact(folder):
-                raise UsageError(
-                    f"{folder} exists already", f"Use it: fmg export {folder} --triton {repository.folder}"
-                )
             artifact = export_artifact(chosen, folder, options, observer=reporter)
             facts, text = _facts(artifact), _text(artifact)
             if trt:

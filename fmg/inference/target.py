@@ -15,6 +15,7 @@ from fmg.core.errors import CheckpointError, FmgWarning, UsageError, WrongTypeEr
 from fmg.core.files import RECIPE, check_place
 from fmg.data.checkpoints import FOLDER, UNCHECKED, chosen_checkpoint, read_index
 from fmg.data.run_folder import RUNS, RunFolder, is_run, list_runs, no_run, run_names
+from fmg.inference.artifact import is_artifact
 from fmg.inference.artifact.manifest import AdapterPart
 from fmg.inference.hub_target import check_pushed_run, fetch_target, hub_source, is_pushed_run
 from fmg.models.common.checkpoint_files import adapter_digest, is_full
@@ -238,7 +239,8 @@ def absent_folder(folder: Path) -> Path:
         UsageError: it exists, or cannot be created.
     """
     if folder.exists():
-        raise UsageError(f"{folder} exists already", "Export to another folder, or move that one away.")
+        itself = ", or name the artifact itself for --trt and --triton" if is_artifact(folder) else ""
+        raise UsageError(f"{folder} exists already", f"Export to another folder, or move that one away{itself}.")
     check_place(folder, "--out")
     return folder
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -204,8 +205,6 @@ def test_files_and_origin_can_be_traced(repository: Path, served: utils.Server, 
 def test_a_changed_tokenizer_is_noticed(
     repository: Path, served: utils.Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     copy = Path(shutil.copytree(repository, tmp_path / "copy"))
     file = copy / MODEL / "1" / "tokenizer" / "tokenizer.json"
     file.write_text(file.read_text().replace("green", "grean"))
@@ -368,6 +367,16 @@ def test_wrong_options_are_refused_in_one_line(
     (line,) = done.stderr.splitlines()
     assert says in line
     assert not (tmp_path / "new").exists()
+
+
+def test_the_artifact_at_the_default_place_is_pointed_out(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(artifact.folder, tmp_path / "artifacts" / "meanflow-shapes")
+    done = fmg("export", "meanflow-shapes", "--triton", "models")
+    assert done.code == 2
+    assert "or name the artifact itself for --trt and --triton" in done.stderr
 
 
 def test_text_format() -> None:
