@@ -38,6 +38,8 @@ import psutil
 from numpy.typing import NDArray
 from PIL import Image
 
+from fmg.core.machine import machine
+
 PROMPTS = [
     f"a {color} {shape} {place}"
     for color in ("red", "blue")
@@ -288,7 +290,9 @@ def main() -> None:
         "overload": {"requests_per_s": rate, **overload.to_json()},
         "memory_mb": {"before": before, "after": after},
     }
-    result = {**{key: str(value) for key, value in vars(options).items()}, "rounds": rounds, **summary}
+    # with the load of the machine
+    given = {key: str(value) for key, value in vars(options).items() if key != "out"}
+    result = {"machine": machine(), **given, "rounds": rounds, **summary}
     options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(summary, indent=2))
 
