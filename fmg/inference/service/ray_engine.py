@@ -119,6 +119,7 @@ class Replica:
             os.chdir(spec.folder)
         self._problem: FmgError | None = None
         self._versions: dict[str, int] = {}
+        self._adding = asyncio.Lock()
         try:
             models = ServedModels(open_models(spec.targets, spec.options, ExitStack(), ignore), spec.max_adapters)
             for (model, name), runs in spec.adapters.items():
@@ -147,12 +148,19 @@ class Replica:
 
     async def _generated(self, asked: Asked, added: _Added | None) -> Painted:
         if added is not None and self._versions.get(asked.model, 0) < added.version:
-            _, facts = await self._added(added)
-            if facts["adapter_sha256"] != added.digest:
-                del self._versions[asked.model]
-                what = f"The adapter of '{added.run}' has changed since it was added"
-                raise FmgError(what, "Add it again: POST /v1/adapters.")
+            # read once, however many requests come for it meanwhile
+            async with self._adding:
+                if self._versions.get(asked.model, 0) < added.version:
+                    await self._catch_up(asked.model, added)
         return await asyncio.wrap_future(self._engine.submit(asked))
+
+    async def _catch_up(self, model: str, added: _Added) -> None:
+        """Adds an adapter that another replica has checked."""
+        _, facts = await self._added(added)
+        if facts["adapter_sha256"] != added.digest:
+            del self._versions[model]
+            what = f"The adapter of '{added.run}' has changed since it was added"
+            raise FmgError(what, "Add it again: POST /v1/adapters.")
 
 
 async def _told(work: Awaitable[R]) -> R | Exception:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from ray.exceptions import ActorDiedError
 
 from fmg.core.errors import UsageError
 from fmg.inference.service.engine import Asked
-from fmg.inference.service.ray_engine import RayEngine
+from fmg.inference.service.ray_engine import RayEngine, Replica, _Added
 from fmg.serving.app import RefusedError
 from fmg.serving.batching import BusyError
 from tests.support.cli import fmg
@@ -90,6 +92,47 @@ def test_requests_carry_the_newest_adapter_of_their_model() -> None:
     carried = [call[2] for call in handle.calls if call[0] == "generate"]
     assert [(one.run, one.version, one.digest) for one in carried[:2]] == [("runs/1", 1, "1"), ("runs/2", 2, "2")]
     assert carried[2] is None
+
+
+class Loaded:
+    """The engine of a replica: what was added to it."""
+
+    digest = "1"
+
+    def __init__(self) -> None:
+        self.added: list[str] = []
+
+    async def add_adapter(self, name: str, run: str, model: str | None) -> str:
+        await asyncio.sleep(0)
+        self.added.append(run)
+        return f"a:{name}"
+
+    def facts(self, name: str) -> dict[str, object]:
+        return {"adapter_sha256": self.digest}
+
+    def submit(self, asked: Asked) -> Future[str]:
+        made: Future[str] = Future()
+        made.set_result(self.added[-1])
+        return made
+
+
+def test_a_replica_reads_a_newer_adapter_once_and_only_the_one_that_was_checked() -> None:
+    replica: Any = object.__new__(Replica)
+    replica._engine, replica._versions, replica._adding = Loaded(), {}, asyncio.Lock()
+    first = _Added("a:x", "x", "runs/1", None, 1, "1")
+
+    async def asked() -> None:
+        assert await asyncio.gather(*(replica.generate(ASKED, first) for _ in range(5))) == ["runs/1"] * 5
+        second = replace(first, run="runs/2", version=2)
+        assert await replica.generate(ASKED, second) == "runs/2"
+        # one that was sent earlier gets the newer adapter, as in the queue of one process
+        assert await replica.generate(ASKED, first) == "runs/2"
+        assert replica._engine.added == ["runs/1", "runs/2"]
+        third = replace(first, run="runs/3", version=3, digest="other")
+        for _ in range(2):
+            assert "has changed since it was added" in str(await replica.generate(ASKED, third))
+
+    asyncio.run(asked())
 
 
 @pytest.mark.parametrize(
