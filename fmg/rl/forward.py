@@ -209,5 +209,7 @@ class AdvantageWeightedMatching(ForwardObjective[AwmConfig]):
         square, power = mean_square(error), self.config.ghuber_power
         if self.config.weighting == "ghuber":
             # the small number keeps the gradient finite where the error is 0
-            return -t * ((square + 1e-10) ** power - 1e-10**power) / power
-        return -square * {"uniform": 1.0, "t": t, "t2": t.square()}[self.config.weighting]
+            log_prob: Tensor = -t * ((square + 1e-10) ** power - 1e-10**power) / power
+            return log_prob
+        weights = {"uniform": torch.ones_like(t), "t": t, "t2": t.square()}
+        return -square * weights[self.config.weighting]

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fmg.core.errors import CompositionError, reason
@@ -141,17 +142,24 @@ def shared_correction(
 def _forward_mode(function: Callable[[Tensor, Tensor], Tensor], at: tuple[Tensor, Tensor], along: Tensor) -> Tensor:
     try:
         # the fused kernels of attention have no forward-mode derivative
-        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings(), forward_ad.dual_level():
             # torch itself compiles the rules of some derivatives when it first needs one
             warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=DeprecationWarning)
-            _, derivative = torch.func.jvp(function, at, (along, torch.ones_like(at[1])))
+            # not torch.func.jvp, which forbids that the weights of the old policy are put in place within the call
+            x, t = (_dual(value, v) for value, v in zip(at, (along, torch.ones_like(at[1])), strict=True))
+            derivative: Tensor | None = forward_ad.unpack_dual(function(x, t)).tangent  # type: ignore[no-untyped-call]
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         raise CompositionError(
             f"The network has no forward-mode derivative: {reason(error)}", "Set objective.derivative to central."
         ) from error
-    return derivative
+    return torch.zeros_like(at[0]) if derivative is None else derivative
+
+
+def _dual(value: Tensor, along: Tensor) -> Tensor:
+    dual: Tensor = forward_ad.make_dual(value, along)  # type: ignore[no-untyped-call]
+    return dual
 
 
 def mean_square(values: Float[Tensor, "b *shape"]) -> Float[Tensor, " b"]:

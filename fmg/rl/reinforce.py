@@ -53,7 +53,7 @@ class Reinforce:
     def advantages(self, scored: ScoredRollout) -> Float[Tensor, " n"]:
         """Rewards less the mean of the others of the group, from rewards less the mean of the group."""
         _, index, sizes = torch.unique(scored.rollout.groups, return_inverse=True, return_counts=True)
-        size = sizes[index].to(scored.advantages)
+        size: Tensor = sizes[index].to(scored.advantages)
         # a group of one has no others, and no advantage either
         return scored.advantages * size / (size - 1).clamp(min=1)
 

@@ -52,6 +52,12 @@ KINDS: dict[str, dict[str, object]] = {
         "lora.dropout": 0.2,
         "train.shuffle_advantages": True,
     },
+    # the rollouts come from an average of its own
+    "moving old policy": {
+        "rollout.kind": "chain",
+        "objective": {"name": "meanflow-nft", "draws": 1, "old_decay": 0.5},
+        "optimizer.lr": 1e-2,
+    },
     # what the choice of steps and prompts has learned is part of the state
     "branched": {
         "rollout.kind": "branch",

@@ -219,7 +219,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(_NOISED, "return -error / expand", "return -error * expand", _forward("velocity_errors")),
     Mutation(_NOISED, "x_t + expand(h, x_t) * direction", "x_t - expand(h, x_t) * direction", _DERIVATIVE),
     Mutation(_NOISED, "(t - s).clamp(max=step)", "t.clamp(max=step)", _DERIVATIVE),
-    Mutation(_NOISED, "(along, torch.ones_like(at[1]))", "(along, torch.zeros_like(at[1]))", _DERIVATIVE),
+    Mutation(_NOISED, "(along, torch.ones_like(at[1])),", "(along, torch.zeros_like(at[1])),", _DERIVATIVE),
     Mutation(_NOISED, "expand(t - s, x_t) * derivative", "derivative", _DERIVATIVE),
     Mutation(_FORWARD, "(errors.old - step)", "(errors.old + step)", _forward("nft_closed_form")),
     Mutation(_FORWARD, "config.adv_clip_max / config.nft_beta", "1 / config.nft_beta", _forward("nft_closed_form")),

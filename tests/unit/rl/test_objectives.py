@@ -6,13 +6,15 @@ import sys
 import pytest
 import torch
 
+from fmg.conformance.toys import SingleTimeNetwork
 from fmg.core.errors import CompositionError, UsageError
-from fmg.core.types import RewardOutput, SampleRollout, ScoredRollout
-from fmg.flow import TrigPath, TwoTimeMap
+from fmg.core.types import Conditioning, RewardOutput, SampleRollout, ScoredRollout
+from fmg.flow import LinearPath, SingleTimeMap, TrigPath, TwoTimeMap
 from fmg.registry import objectives
 from fmg.rl.configs import GrpoConfig, RwfmConfig
 from fmg.rl.grpo import Grpo
 from fmg.rl.rwfm import RewardWeightedFlowMatching
+from fmg.training.update import Ema
 from tests.support.toy import ToyPolicies, drawn, policies, preference, scored, stochasticizer, two_time
 
 
@@ -161,6 +163,56 @@ def test_misuse_is_explained() -> None:
     trig = TwoTimeMap(network, TrigPath())
     with pytest.raises(CompositionError, match="'trig'"):
         RewardWeightedFlowMatching(RwfmConfig()).prepare(state, ToyPolicies(trig, trig, trig), seed=0)
+
+
+class _NoForwardMode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+
+def test_a_network_without_a_forward_mode_derivative_is_refused_by_name() -> None:
+    network, flow_map = two_time()
+    state = scored(drawn(flow_map), preference(drawn(flow_map)))
+
+    def plain(x: torch.Tensor, t: torch.Tensor, s: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+        moved: torch.Tensor = _NoForwardMode.apply(network(x, t, s, cond))  # type: ignore[no-untyped-call]
+        return moved
+
+    views = ToyPolicies(flow_map, TwoTimeMap(plain, LinearPath()), flow_map)
+    for derivative in ("central", "jvp"):
+        objective = objectives.build("meanflow-nft", {"derivative": derivative})
+        batch = objective.prepare(state, views, seed=0)
+        if derivative == "central":
+            assert objective.loss(views, batch).total.isfinite()
+            continue
+        with pytest.raises(CompositionError, match=r"no forward-mode derivative.*Set objective.derivative to central"):
+            objective.loss(views, batch)
+
+
+@pytest.mark.parametrize("name", ["meanflow-nft", "mean-flow-advantage"])
+def test_average_velocities_are_refused_of_a_map_to_0(name: str) -> None:
+    state = scored(drawn(two_time()[1]), preference(drawn(two_time()[1])))
+    single = policies(SingleTimeNetwork(), SingleTimeMap)
+    with pytest.raises(CompositionError, match=f"'{name}' needs a two-time map"):
+        objectives.build(name).prepare(state, single, seed=0)
+
+
+def test_the_decay_of_the_old_policy_follows_its_schedule() -> None:
+    decay = objectives.config("diffusion-nft", {"old_decay_start": 10}).moving_old  # type: ignore[attr-defined]
+    assert decay is not None
+    assert [decay(n) for n in (1, 10, 60, 1000)] == pytest.approx([0.0, 0.0, 0.05, 0.5])
+    decay = objectives.config("meanflow-nft").moving_old  # type: ignore[attr-defined]
+    assert decay is not None
+    assert decay(1) == decay(500) == 0.9
+    assert objectives.config("meanflow-nft", {"old_decay": 0}).moving_old is None  # type: ignore[attr-defined]
+    # the average itself
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    old = Ema([parameter], lambda n: 0.5 if n > 1 else 0.0)
+    for value in (2.0, 4.0):
+        parameter.data.fill_(value)
+        old.update()
+    assert float(old.values[0]) == 3.0
 
 
 def test_registry_builds_them() -> None:
