@@ -18,7 +18,7 @@ from fmg.data.checkpoints import read_index
 from fmg.data.run_folder import RunFolder
 from tests.support import processes, trackers
 from tests.support.recorded_run import Planned, record, write_plan
-from tests.support.run_files import adapter, metrics
+from tests.support.run_files import adapter, distance, metrics
 from tests.tiny_flux import student_options
 
 pytestmark = pytest.mark.slow
@@ -109,13 +109,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """Relative L2."""
-    assert ours.keys() == theirs.keys()
-    moved = sum(float((ours[name].double() - theirs[name].double()).square().sum()) for name in ours)
-    return (moved / sum(float(x.double().square().sum()) for x in theirs.values())) ** 0.5
-
-
 def _adapter(folder: Path, name: str = "checkpoint-5") -> dict[str, Tensor]:
     return adapter(folder / "run", name)
 
@@ -130,9 +123,9 @@ def test_two_processes_train_like_one(model: str, engine: str, root: Path) -> No
     one, two = root / model, root / f"{model}-{engine}"
     first, second = (load_file(two / f"gradients-{rank}.safetensors") for rank in (0, 1))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert _distance(first, load_file(one / "gradients-0.safetensors")) <= 1e-6
+    assert distance(first, load_file(one / "gradients-0.safetensors")) <= 1e-6
     # 10 updates
-    assert _distance(_adapter(two), _adapter(one)) <= 1e-5
+    assert distance(_adapter(two), _adapter(one)) <= 1e-5
     for ours, theirs in zip(_metrics(two), _metrics(one), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
 
@@ -145,7 +138,7 @@ def test_embedder_average_and_an_early_stop_are_those_of_one_process(root: Path)
     index = read_index(root / "variant" / "run")
     assert index is not None
     for entry in index.saved:
-        assert _distance(_adapter(root / "variant-fsdp2", entry.name), _adapter(root / "variant", entry.name)) <= 1e-5
+        assert distance(_adapter(root / "variant-fsdp2", entry.name), _adapter(root / "variant", entry.name)) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["shapes", "branched"])

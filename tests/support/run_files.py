@@ -65,3 +65,10 @@ def without_digests(run: Path) -> None:
         identity = dict(state["$pairs"])["run"]["$pairs"]
         identity[:] = [[key, value] for key, value in identity if key in ("model", "created", "recipe")]
         file.write_text(json.dumps(state))
+
+
+def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """Relative L2 distance of two sets of tensors."""
+    assert ours.keys() == theirs.keys()
+    moved = sum(float((ours[name].double() - theirs[name].double()).square().sum()) for name in ours)
+    return (moved / sum(float(x.double().square().sum()) for x in theirs.values())) ** 0.5

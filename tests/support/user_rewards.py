@@ -18,3 +18,8 @@ def fails_in_process_1(images: Tensor, prompts: Sequence[str]) -> Tensor:
     if os.environ.get("RANK") == "1":
         raise ConnectionError("the scorer went away")
     return redness(images, prompts)
+
+
+def warmth(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Red minus blue of each pixel, smooth and never saturated: it has a gradient."""
+    return (images[:, 0] - images[:, 2]).sin().mean((1, 2))
