@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fmg.conformance.component_under_test import ComponentUnderTest
 from fmg.conformance.rules import NotApplicable, Rule, Violation, require
-from fmg.conformance.toys import GROUPS, policies, scored_rollout, toy_images, toy_scores
+from fmg.conformance.toys import GROUPS, RolloutKind, policies, scored_rollout, toy_images, toy_scores
 from fmg.core.protocols import GradientObjective, Objective, OptimizerFactory
 from fmg.core.types import Batch
 from fmg.registry import stochasticizers
@@ -49,7 +49,9 @@ class ObjectiveCase:
     def prepared(self, *, equal_rewards: bool = False, seed: int = _SEED) -> Batch:
         """A batch of a rollout by the policy that is trained."""
         _, views = policies()
-        kind = "branch" if self.branched else "states" if self.objective.needs == "gradients" else "chain"
+        kind: RolloutKind = "states" if self.objective.needs == "gradients" else "chain"
+        if self.branched:
+            kind = "branch"
         scored = scored_rollout(views.current, kind, equal_rewards=equal_rewards)
         return self.objective.prepare(scored, views, seed)
 

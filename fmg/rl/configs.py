@@ -330,6 +330,9 @@ class RewardGradientConfig(ObjectiveConfig):
     def trained_calls(self, calls: int) -> int:
         return self.jumps if self.method == "draft" else 1
 
+    def frozen_calls(self, calls: int) -> float:
+        return self.trained_calls(calls) * ((self.l2_beta > 0) + (self.checkpointing is True))
+
     def rows_per_sample(self, transitions: int) -> int:
         return self.draws if self.method == "draft-lv" else 1
 

@@ -14,11 +14,16 @@ from fmg.conformance.toys import toy_scores as score
 from fmg.core.errors import CompositionError
 from fmg.core.types import Batch, Conditioning, RewardOutput, ScoredRollout
 from fmg.flow.sampling import native_sample
+from fmg.recipe import Recipe
 from fmg.registry import objectives, stochasticizers
 from fmg.rl import sample_rollout
 from fmg.rl.configs import GrpoConfig, RewardGradientConfig
 from fmg.rl.grpo import Grpo
 from fmg.rl.reward_gradient import LastStep, RewardGradient, ScoredImages, last_jumps
+from fmg.training.compose import compose
+from fmg.training.distributed import DistContext
+from fmg.training.launch import Sizes
+from fmg.training.samples import Sampler
 
 ROWS = 6
 STEPS = len(GRID) - 1
@@ -152,3 +157,32 @@ def test_rollouts_without_states_and_options_of_advantages_are_refused() -> None
         objectives.build("reward-gradient").loss(views, prepared(made(), views))
     with pytest.raises(ValueError, match="global_std is about advantages"):
         RewardGradientConfig(global_std=False)
+
+
+@pytest.mark.parametrize("options", [{"jumps": 4}, {"method": "refl"}])
+def test_the_gradient_of_the_embedded_model_is_that_of_finite_differences(options: dict[str, object]) -> None:
+    """Along it and along a random direction, with fp64 weights. The decoder has kinks, and its images are fp32."""
+    chosen = {"objective": {"name": "reward-gradient", **options}, "rewards": ["shapes-clip"], "rollout.kind": "chain"}
+    recipe = Recipe.default(None, **chosen, **{"rollout.groups": 2, "rollout.group_size": 2})
+    composed = compose(recipe, torch.device("cpu"), torch.float64)
+    sampler = Sampler(composed, Sizes(4, 4), DistContext())
+    model, (_, rollout) = composed.model, sampler.sample(0)
+    zero = torch.zeros(len(rollout.x0))
+    batch = composed.objective.prepare(ScoredRollout(rollout, RewardOutput(zero, {}), zero), model.policies, 0)
+    parameters = [parameter for _, parameter in model.trainable()]
+    gradients = torch.autograd.grad(composed.objective.loss(model.policies, batch).total, parameters)
+    generator = torch.Generator().manual_seed(0)
+    for directions in (gradients, [torch.randn(g.shape, generator=generator) for g in gradients]):
+        length = torch.stack([d.double().square().sum() for d in directions]).sum().sqrt()
+        slope = sum(float((g.double() * d.double()).sum() / length) for g, d in zip(gradients, directions, strict=True))
+        losses = []
+        for step in (1e-4, -2e-4):
+            with torch.no_grad():
+                for parameter, direction in zip(parameters, directions, strict=True):
+                    parameter += step * direction / length
+                losses.append(float(composed.objective.loss(model.policies, batch).total))
+        with torch.no_grad():
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter += 1e-4 * direction / length
+        size = float(torch.stack([g.double().square().sum() for g in gradients]).sum().sqrt())
+        assert (losses[0] - losses[1]) / 2e-4 == pytest.approx(slope, rel=0.01, abs=0.01 * size)

@@ -1,4 +1,4 @@
-"""Objectives on the tiny folders of published families: an iteration of two processes is that of one, and resumes."""
+"""Reward gradients on the tiny folders of FLUX and SD3.5 and on shapes: two processes are one, and runs resume."""
 
 from __future__ import annotations
 
