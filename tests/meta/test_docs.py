@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from fmg.export import artifact as exporter
+from tests.support.artifact import trace_once
 from tests.support.cli import fmg
 from tests.support.docs import Command, NewFile, Program, Step, steps
 
@@ -31,6 +33,8 @@ TINY = {
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    # pages export the same model
+    monkeypatch.setattr(exporter, "trace", trace_once)
     with session() as execute:
         for step in steps(page.read_text(encoding="utf-8")):
             run(step, page.name, execute)
