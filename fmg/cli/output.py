@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fmg.core.display import counted, visible, visible_json
-from fmg.core.profiling import NOISE, OTHER, TEXT_ENCODERS, TOKENISE, TOTAL, TRANSFORMER, VAE
+from fmg.core.profiling import NOISE, OTHER, SAMPLER, TEXT_ENCODERS, TOKENISE, TOTAL, TRANSFORMER, VAE
 from fmg.progress.reporters import SafeConsole
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ _STAGES = {
     NOISE: "noise",
     TRANSFORMER: "transformer",
     VAE: "VAE decoder",
+    SAMPLER: "whole sampler",
     OTHER: "other",
     TOTAL: "total",
 }

@@ -26,6 +26,7 @@ from fmg.inference.artifact.manifest import MANIFEST, SAMPLER, TRANSFORMER, VAE_
 from fmg.inference.benchmark import BenchBackend, parse_backends
 from fmg.inference.generator import Generated, Generator
 from fmg.inference.onnxruntime import OnnxRuntime
+from tests.support.cli import fmg
 from tests.support.tiny_artifact import PROMPTS, RESOLUTIONS, build_tiny_artifact, reseal
 
 MAPS: tuple[tuple[MapKind, Any], ...] = (
@@ -165,8 +166,17 @@ def test_a_graph_with_subgraphs_is_refused(tmp_path: Path) -> None:
     assert not (artifact.folder / "sampler.onnx").exists()
 
 
-def test_the_loop_is_an_option_of_a_comparison() -> None:
-    assert parse_backends("onnxruntime:loop,onnxruntime") == (
-        BenchBackend("onnxruntime", loop=True),
-        BenchBackend("onnxruntime"),
-    )
+def test_a_comparison_shows_the_loop_beside_it(tiny: Artifact, tmp_path: Path) -> None:
+    compared = "onnxruntime:loop,onnxruntime"
+    assert parse_backends(compared) == (BenchBackend("onnxruntime", loop=True), BenchBackend("onnxruntime"))
+    done = fmg("bench", str(tiny.folder), "--compare", compared, "--repeats", "1", "--threads", "1")
+    assert done.code == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("transformer x 4") for line in lines) == 1
+    assert sum(line.startswith("whole sampler") for line in lines) == 1
+    assert "4 steps fused" in done.stdout
+    for steps in ("4", "3"):
+        words = ("generate", "a red circle", "--from", str(tiny.folder), "--steps", steps, "--time")
+        done = fmg(*words, "--out", str(tmp_path / steps))
+        assert done.code == 0, done.stderr
+        assert ("whole sampler" in done.stdout) == (steps == "4")
