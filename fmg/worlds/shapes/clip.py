@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -133,6 +134,6 @@ def load_network(path: Path) -> ShapesClipNetwork:
     network = ShapesClipNetwork()
     try:
         network.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {reason(error)}", "Install fmg again.") from error
     return network.eval().requires_grad_(False)
