@@ -37,10 +37,12 @@ if TYPE_CHECKING:
     from fmg.inference.artifact import Artifact
     from fmg.inference.self_check import VerifyReport
 
-ExportPrecision = Literal["fp32", "bf16", "fp16"]
+ExportPrecision = Literal["fp32", "bf16", "fp16", "fp8"]
 
-_PRECISIONS: Mapping[str, ExportPrecision] = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16"}
+_FP8: ExportPrecision = "fp8"
+_PRECISIONS: Mapping[str, ExportPrecision] = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16", "fp8": _FP8}
 _STORED = "stored"
+_FOLDER_PRECISIONS = (_STORED, *(name for name in _PRECISIONS if name != _FP8))
 _OFF = "off"
 _LEVELS = ("quick", "full", _OFF)
 _FLAVOURS = ("auto", "tensorrt", "rtx")
@@ -51,6 +53,7 @@ _output_option, _engine_option, _triton_option = map(panel, ("Output", "TensorRT
 
 
 def export(
+    ctx: typer.Context,
     target: Annotated[
         str | None,
         typer.Argument(
@@ -90,7 +93,8 @@ def export(
         str | None,
         _output_option(
             metavar="P",
-            help="fp32 for CPUs, bf16 or fp16 for GPUs; with --diffusers also stored (unchanged).",
+            help="fp32 for CPUs, bf16 or fp16 for GPUs, fp8 for engines on Ada, Hopper and Blackwell GPUs;"
+            " with --diffusers also stored (unchanged), but not fp8.",
             show_default="fp32; with --diffusers: stored",
             autocompletion=completion.one_of(*_PRECISIONS, _STORED),
         ),
@@ -123,6 +127,7 @@ def export(
         _output_option(
             metavar="LEVEL",
             help="Then verify that the artifact reproduces the images: quick, full or off; see `fmg verify`.",
+            show_default="off; full for fp8",
             autocompletion=completion.one_of(*_LEVELS),
         ),
     ] = _OFF,
@@ -223,6 +228,10 @@ def export(
         {"--precision": precision is not None, "OUT": place is not None or out is not None},
     )
     other = "--diffusers" if diffusers else "--kohya" if kohya else None
+    source = ctx.get_parameter_source("verify")
+    if precision == _FP8 and other is None and (source is None or source.name == "DEFAULT"):
+        # what fp8 loses differs from model to model
+        verify = "full"
     target, level = given_text(target, "TARGET"), _verify_level(verify, other)
     sides, rows, folder = _resolution_list(resolutions), _batch_range(batch), _one_place(place, out, file=kohya)
     kept = _folder_precision(precision) if diffusers else _precision(precision)
@@ -503,7 +512,7 @@ def _precision(text: str | None) -> ExportPrecision:
 
 
 def _folder_precision(text: str | None) -> str:
-    return _STORED if text is None else _known(text, (_STORED, *_PRECISIONS))
+    return _STORED if text is None else _known(text, _FOLDER_PRECISIONS)
 
 
 def _known(text: str, names: Iterable[str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,24 +14,26 @@ from fmg.core.errors import UsageError, python_call
 from fmg.core.events import Observer, StageProgress, ignore
 from fmg.core.files import atomic_folder, check_space
 from fmg.core.model_folder import read_config
+from fmg.export.calibration import CALIBRATION, calibrated
+from fmg.export.fp8 import Fp8Graph
 from fmg.export.fused import add_sampler
+from fmg.export.graph_files import DTYPES, write_graph
 from fmg.export.graphs import GraphPlan, clip_plan, decoder_plan, t5_plan, transformer_plan
-from fmg.export.int8 import quantise
-from fmg.export.onnx import OPSET, require_onnx, save_graph, trace
+from fmg.export.int8 import quantise as quantise_int8
+from fmg.export.onnx import OPSET, TracedGraph, require_onnx, trace
 from fmg.export.options import LARGE_BATCH, SMALL_BATCH, ExportOptions, library_versions, plain_config
 from fmg.export.source import (
     ExportSource,
     base_dtypes,
     check_exportable,
     find_source,
-    graph_reader,
     graph_tokenizer,
+    model_reader,
     packs_latents,
     recipe_facts,
     stored_elements,
     write_base,
 )
-from fmg.export.weights import lay_out, write_weights
 from fmg.inference.artifact.layout import (
     BASE_WEIGHTS,
     Artifact,
@@ -60,22 +61,17 @@ from fmg.inference.artifact.manifest import (
     Graph,
     Manifest,
     ModelFacts,
-    Precision,
     Sampling,
     TokenizerFacts,
 )
-from fmg.inference.target import TargetLike, export_folder, resolve_target
+from fmg.inference.target import Target, TargetLike, export_folder, load_model, resolve_target
 from fmg.models.common.size import latent_scale
 from fmg.models.flux.latents import PATCH
 from fmg.models.flux.loading import FLUX
 from fmg.progress import watching
 
-DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # T5 exceeds the range of fp16, so encoders stay fp32 beside an fp16 transformer
 _TEXT_DTYPES: Mapping[str, torch.dtype] = {**DTYPES, "fp16": torch.float32}
-_NAMES: Mapping[torch.dtype, Precision] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-_MEGABYTE = 10**6
 
 
 @python_call
@@ -118,10 +114,7 @@ def export_artifact(
 def export_source(source: ExportSource, out: Path, options: ExportOptions, *, observer: Observer = ignore) -> Artifact:
     """As `export_artifact`, for files of the FLUX.1 family that have been located."""
     _check_new(out)
-    if options.int8 and options.precision != "fp32":
-        raise UsageError(
-            f"8-bit weights are for a CPU and require fp32, not {options.precision}", "Leave one of them out."
-        )
+    options.check()
     export = _Export(source, options, observer)
     check_space(out, sum(export.sizes()))
     with atomic_folder(out) as partial_folder:
@@ -189,25 +182,26 @@ class _Export:
 
     def _write_graph(self, folder: Path, plan: GraphPlan) -> None:
         traced = trace(plan)
-        layout = lay_out({name: (plan.dtype, shape) for name, shape in traced.parameters.items()})
-        weights = weights_file(plan.name)
-        read = graph_reader(self._source, plan.name, list(traced.parameters), plan.dtype)
-        self._files[weights] = write_weights(folder / weights, layout, read, partial(self._written, plan.name))
-        file = graph_file(plan.name)
-        save_graph(traced, folder / file, weights, layout.places)
-        self._files[file] = file_entry(folder / file)
-        self._graphs[plan.name] = Graph(file, weights, _NAMES[plan.dtype], plan.inputs, plan.outputs)
+        read = model_reader(self._source, plan.name, list(traced.parameters))
+        narrow = plan.name == TRANSFORMER and self._options.precision == "fp8"
+        made = self._in_fp8(folder, traced) if narrow else traced
+        self._graphs[plan.name], files = write_graph(folder, made, read, self._observer)
+        self._files |= files
+
+    def _in_fp8(self, folder: Path, traced: TracedGraph) -> Fp8Graph:
+        """The graph in fp8, calibrated; the record of the calibration is written."""
+        source, sampling = self._source, self._sampling
+        model: Any = load_model(Target(source.label, source.recipe, source.checkpoint), dtype="fp32")
+        shapes = {side: sampling.latent_shape(side) for side in sampling.resolutions}
+        made, self._files[CALIBRATION] = calibrated(folder, traced, model, source.recipe, shapes, self._observer)
+        return made
 
     def _add_int8(self, folder: Path) -> None:
         graph = self._graphs[TRANSFORMER]
         file, weights = graph_file(TRANSFORMER_INT8), weights_file(TRANSFORMER_INT8)
-        quantise(folder / graph.file, folder / file, folder / weights)
+        quantise_int8(folder / graph.file, folder / file, folder / weights)
         self._files |= {name: file_entry(folder / name) for name in (file, weights)}
         self._graphs[TRANSFORMER_INT8] = Graph(file, weights, "int8", graph.inputs, graph.outputs)
-
-    def _written(self, graph: str, done: int, total: int) -> None:
-        stage = f"weights of {graph} (MB)"
-        self._observer(StageProgress(stage, math.ceil(done / _MEGABYTE), math.ceil(total / _MEGABYTE)))
 
     def sizes(self) -> Iterator[int]:
         """Bytes of the weight files to be written."""

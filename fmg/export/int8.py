@@ -19,19 +19,18 @@ import numpy as np
 import torch
 
 from fmg.core.errors import MissingDependencyError
-from fmg.export.onnx import check_file, quiet
+from fmg.export.onnx import check_file, point_to, quiet
+from fmg.export.quantization import PRODUCTS, TRANSPOSED, transpose_weights
 from fmg.export.weights import lay_out, write_weights
 from fmg.version import install_line
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-OPERATORS = ("MatMul", "Gemm")
 BORDERS = ("x_embedder.", "context_embedder.", "proj_out.")
-_TRANSPOSED = ".transposed"
 _INLINE_BYTES = 1024
 # `_Transposed` and `_quantized` are ONNX Runtime's
-_DERIVED = re.compile(rf"(?P<weight>.+?)(?P<turned>{re.escape(_TRANSPOSED)}|_Transposed)?(?P<rounded>_quantized)?")
+_DERIVED = re.compile(rf"(?P<weight>.+?)(?P<turned>{re.escape(TRANSPOSED)}|_Transposed)?(?P<rounded>_quantized)?")
 # Half a step is the rounding of the quantiser, the rest that of its fp32 arithmetic
 _HALF_STEP = 0.501
 
@@ -65,13 +64,13 @@ def quantise(graph: Path, out: Path, weights: Path) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".int8.") as scratch:
         plain, quantised = Path(scratch) / "plain.onnx", Path(scratch) / "quantised.onnx"
         model = ir.load(graph)
-        _transpose_weights(model)
+        transpose_weights(model)
         ir.save(model, plain, external_data="plain.data")
         with quiet():
             quantize_dynamic(
                 plain,
                 quantised,
-                op_types_to_quantize=list(OPERATORS),
+                op_types_to_quantize=list(PRODUCTS),
                 per_channel=False,
                 reduce_range=True,
                 nodes_to_exclude=_border_nodes(model),
@@ -119,40 +118,17 @@ def other_weight(graph: Path, names: Collection[str], read: Callable[[str], torc
     return ""
 
 
-def _transpose_weights(model: ir.Model) -> None:
-    """Replaces transposed weights of products by stored ones, as the quantiser does not look through a Transpose."""
-    import onnx_ir as ir
-
-    for node in list(model.graph.all_nodes()):
-        source = node.inputs[0] if node.op_type == "Transpose" else None
-        if source is None or not source.is_initializer() or source.const_value is None:
-            continue
-        permutation = node.attributes["perm"].as_ints()
-        values = np.ascontiguousarray(source.const_value.numpy().transpose(permutation))
-        name = f"{source.name}{_TRANSPOSED}"
-        if name not in model.graph.initializers:
-            weight = ir.Value(name=name, shape=ir.Shape(values.shape), type=ir.TensorType(source.const_value.dtype))
-            weight.const_value = ir.Tensor(values, name=name)
-            model.graph.register_initializer(weight)
-        ir.convenience.replace_all_uses_with(node.outputs[0], model.graph.initializers[name])
-        model.graph.remove(node, safe=True)
-        if not source.uses():
-            del model.graph.initializers[str(source.name)]
-
-
 def _border_nodes(model: ir.Model) -> list[str]:
     """Names of the products with a weight of `BORDERS`."""
     return [
         str(node.name)
         for node in model.graph.all_nodes()
-        if node.op_type in OPERATORS and any(str(x.name).startswith(BORDERS) for x in node.inputs if x is not None)
+        if node.op_type in PRODUCTS and any(str(x.name).startswith(BORDERS) for x in node.inputs if x is not None)
     ]
 
 
 def _move_weights(model: ir.Model, weights: Path) -> None:
     """Moves all but tiny tensors into a safetensors file."""
-    import onnx_ir as ir
-
     values = {
         name: value
         for name, value in model.graph.initializers.items()
@@ -166,13 +142,4 @@ def _move_weights(model: ir.Model, weights: Path) -> None:
     layout = lay_out({name: (read(name).dtype, tuple(array.shape.numpy())) for name, array in arrays.items()})
     write_weights(weights, layout, read)
     for name, value in values.items():
-        place = layout.places[name]
-        value.const_value = ir.ExternalTensor(
-            weights.name,
-            place.offset,
-            place.length,
-            arrays[name].dtype,
-            shape=ir.Shape(place.shape),
-            name=name,
-            base_dir=weights.parent,
-        )
+        point_to(value, weights, layout.places[name])

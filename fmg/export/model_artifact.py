@@ -5,10 +5,9 @@ FLUX, whose weights are streamed from their files and can be swapped, has an exp
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,16 @@ from fmg.core.events import Observer, StageProgress
 from fmg.core.files import atomic_folder, check_space
 from fmg.core.prompt import MASK, PromptForm
 from fmg.export.fused import add_sampler
-from fmg.export.graphs import GraphPlan
+from fmg.export.graph_files import DTYPES, write_graph
 from fmg.export.model_graphs import encoders, plans, text_stack
-from fmg.export.onnx import OPSET, save_graph, trace
+from fmg.export.onnx import OPSET, trace
 from fmg.export.options import LARGE_BATCH, SMALL_BATCH, ExportOptions, library_versions, plain_config
 from fmg.export.source import adapter_facts, base_dtypes, recipe_facts
-from fmg.export.weights import lay_out, write_weights
 from fmg.inference.artifact.backend import PromptTokenizer
 from fmg.inference.artifact.layout import (
     TOKENIZER_FILE,
     Artifact,
     file_entry,
-    graph_file,
-    weights_file,
     write_manifest,
 )
 from fmg.inference.artifact.manifest import (
@@ -45,7 +41,6 @@ from fmg.inference.artifact.manifest import (
     Adapter,
     AxisRange,
     Base,
-    FileEntry,
     FormedTokenizerFacts,
     Graph,
     Manifest,
@@ -149,6 +144,10 @@ class LoadedSource:
         network = merged_tensors(model.network, torch.float32)
         return {TEXT_ENCODERS: texts, TRANSFORMER: network, VAE_DECODER: model.components.vae.state_dict()}
 
+    def read(self, graph: str, name: str, dtype: torch.dtype) -> Tensor:
+        """A weight of a graph."""
+        return self.tensors[graph][name].detach().to(dtype).contiguous()
+
     def write_tokenizers(self, out: Path) -> dict[str, FormedTokenizerFacts]:
         """Writes each tokenizer as `NAME/tokenizer.json` under `out`.
 
@@ -223,11 +222,13 @@ def _check_options(options: ExportOptions) -> None:
     Raises:
         UsageError: naming the option.
     """
+    options.check()
     if options.int8:
         raise UsageError("8-bit weights are only written for models of the FLUX.1 family", "Leave --int8 out.")
-    if options.precision != "fp32":
+    if options.precision == "fp8":
         raise UsageError(
-            f"Graphs in {options.precision} are only written for models of the FLUX.1 family", "Leave --precision out."
+            "fp8 is only computed by engines, which only models of the FLUX.1 family have",
+            "Use --precision bf16 or fp16.",
         )
 
 
@@ -236,11 +237,11 @@ def _write(source: LoadedSource, folder: Path, options: ExportOptions, observer:
     tokenizers = source.write_tokenizers(folder)
     files = {facts.file: file_entry(folder / facts.file) for facts in tokenizers.values()}
     graphs: dict[str, Graph] = {}
-    planned = plans(source.model)
+    planned = plans(source.model, DTYPES[options.precision])
     for number, plan in enumerate(planned):
         observer(StageProgress("tracing", number, len(planned)))
-        files |= _write_graph(source, folder, plan, observer)
-        graphs[plan.name] = Graph(graph_file(plan.name), weights_file(plan.name), "fp32", plan.inputs, plan.outputs)
+        graphs[plan.name], made = write_graph(folder, trace(plan), partial(source.read, plan.name), observer)
+        files |= made
     observer(StageProgress("tracing", len(planned), len(planned)))
     rewards, prompts = recipe_facts(source.target.recipe)
     large = bool(source.model.spec.gpu_memory_gb)
@@ -249,7 +250,7 @@ def _write(source: LoadedSource, folder: Path, options: ExportOptions, observer:
         files=dict(sorted(files.items())),
         model=source.facts,
         sampling=source.sampling,
-        precision="fp32",
+        precision=options.precision,
         opset=OPSET,
         axes={BATCH: AxisRange(*(options.batch or (LARGE_BATCH if large else SMALL_BATCH)))},
         graphs=graphs,
@@ -261,17 +262,3 @@ def _write(source: LoadedSource, folder: Path, options: ExportOptions, observer:
         libraries=library_versions(),
         checks=(),
     )
-
-
-def _write_graph(source: LoadedSource, folder: Path, plan: GraphPlan, observer: Observer) -> dict[str, FileEntry]:
-    traced, tensors = trace(plan), source.tensors[plan.name]
-    layout = lay_out({name: (tensors[name].dtype, shape) for name, shape in traced.parameters.items()})
-    weights, file = weights_file(plan.name), graph_file(plan.name)
-
-    def told(done: int, total: int) -> None:
-        stage = f"weights of {plan.name} (MB)"
-        observer(StageProgress(stage, math.ceil(done / 10**6), math.ceil(total / 10**6)))
-
-    entry = write_weights(folder / weights, layout, lambda name: tensors[name].detach().contiguous(), told)
-    save_graph(traced, folder / file, weights, layout.places)
-    return {weights: entry, file: file_entry(folder / file)}

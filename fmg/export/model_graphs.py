@@ -116,10 +116,10 @@ class LatentDecoder(GraphModule):
         return ((images.float() + 1) / 2).clamp(0, 1)
 
 
-def network_plan(model: AdaptedModel[Any]) -> GraphPlan:
-    """The network without its adapter, in its dtype."""
+def network_plan(model: AdaptedModel[Any], dtype: torch.dtype | None = None) -> GraphPlan:
+    """The network without its adapter, in a dtype or (None) in its own."""
     network: Any = model.network
-    config, dtype, conventions = dict(network.config), network.dtype, model.components.conventions
+    config, conventions, traced = dict(network.config), model.components.conventions, dtype or network.dtype
     latents: tuple[int | str, ...] = (BATCH, *model.latent_shape)
     conditioning = _example(model)
     inputs = [float_spec(io_spec.LATENTS, *latents), float_spec(io_spec.TIMESTEP, BATCH)]
@@ -128,12 +128,12 @@ def network_plan(model: AdaptedModel[Any]) -> GraphPlan:
     cls = type(network)
 
     def build() -> GraphModule:
-        return NetworkGraph(_with_tables(cls.from_config(config), network), model.network_class, dtype)
+        return NetworkGraph(_with_tables(cls.from_config(config), network), model.network_class, traced)
 
     return GraphPlan(
         TRANSFORMER,
         build,
-        dtype,
+        traced,
         (*inputs, *conditioning),
         (float_spec(io_spec.VELOCITY, *latents),),
         # a class may have weights for inputs that the family does not give, such as images
@@ -232,6 +232,6 @@ def _with_tables(built: nn.Module, loaded: nn.Module) -> nn.Module:
     return built
 
 
-def plans(model: AdaptedModel[Any]) -> Sequence[GraphPlan]:
-    """All graphs of an artifact."""
-    return tuple(make(model) for make in (text_plan, network_plan, decoder_plan))
+def plans(model: AdaptedModel[Any], dtype: torch.dtype) -> Sequence[GraphPlan]:
+    """All graphs of an artifact: the network in a dtype, everything else in fp32."""
+    return text_plan(model), network_plan(model, dtype), decoder_plan(model)

@@ -117,17 +117,30 @@ def save_graph(graph: TracedGraph, file: Path, weights: str, places: Mapping[str
                 f"'{name}' is {place.dtype} {place.shape} in {weights}, but {value.dtype} {stated} in the graph",
                 "This is a bug in fmg; please report it.",
             )
-        value.const_value = ir.ExternalTensor(
-            weights,
-            place.offset,
-            place.length,
-            value.dtype,
-            shape=ir.Shape(place.shape),
-            name=name,
-            base_dir=file.parent,
-        )
+        point_to(value, file.parent / weights, place)
     ir.save(graph.model, file)
     check_file(file)
+
+
+def point_to(value: ir.Value, weights: Path, place: Placement) -> None:
+    """Makes an initializer read its value from a position in a weight file."""
+    import onnx_ir as ir
+
+    value.const_value = ir.ExternalTensor(
+        weights.name,
+        place.offset,
+        place.length,
+        ir.DataType[_ONNX_DTYPES[place.dtype]],
+        shape=ir.Shape(place.shape),
+        name=str(value.name),
+        base_dir=weights.parent,
+    )
+
+
+def stored_dtype(value: ir.Value) -> torch.dtype:
+    """The torch dtype of an initializer."""
+    assert value.dtype is not None
+    return next(dtype for dtype, name in _ONNX_DTYPES.items() if name == value.dtype.name)
 
 
 def check_file(file: Path) -> None:
@@ -336,4 +349,5 @@ _ONNX_DTYPES = {
     torch.int8: "INT8",
     torch.uint8: "UINT8",
     torch.int32: "INT32",
+    torch.float8_e4m3fn: "FLOAT8E4M3FN",
 }

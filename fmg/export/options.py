@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fmg.core.errors import UsageError
 from fmg.core.machine import installed_versions
 from fmg.version import __version__
 
-ExportPrecision = Literal["fp32", "bf16", "fp16"]
+ExportPrecision = Literal["fp32", "bf16", "fp16", "fp8"]
 
 SMALL_BATCH, LARGE_BATCH = (1, 16, 64), (1, 1, 4)
 """Default rows per call (minimum, optimum, maximum), for a model that runs on a CPU and for a full-size model."""
@@ -23,7 +24,7 @@ class ExportOptions:
 
     Attributes:
         precision: of transformer and text encoders; the decoder is always fp32, and so are text encoders beside an
-            fp16 transformer.
+            fp16 transformer. fp8 is that of the large products of the transformer; what is beside them is bf16.
         int8: also write a transformer with 8-bit weights for a CPU.
         resolutions: sides of square images; None: the model's own.
         batch: minimum, optimum and maximum of rows per call; None: by the size of the model.
@@ -35,6 +36,19 @@ class ExportOptions:
     resolutions: tuple[int, ...] | None = None
     batch: tuple[int, int, int] | None = None
     fused: bool = False
+
+    def check(self) -> None:
+        """Checks that the options go together.
+
+        Raises:
+            UsageError: naming two that do not.
+        """
+        if self.int8 and self.precision != "fp32":
+            raise UsageError(
+                f"8-bit weights are for a CPU and require fp32, not {self.precision}", "Leave one of them out."
+            )
+        if self.fused and self.precision == "fp8":
+            raise UsageError("The fused sampler is for ONNX Runtime, which does not compute fp8", "Leave --fused out.")
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, object]:

@@ -10,18 +10,20 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fmg.core.errors import CheckpointError
+from fmg.export.fp8 import in_fp8, model_name
 from fmg.export.onnx import require_onnx
+from fmg.export.quantization import PRODUCTS as MATRIX_PRODUCTS
 from fmg.inference.artifact import io_spec
 from fmg.inference.artifact.layout import Artifact
-from fmg.inference.artifact.manifest import Precision
+from fmg.inference.artifact.manifest import BATCH, Precision
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto
+    from onnx import ModelProto, NodeProto, TensorProto
 
 PRODUCTS = frozenset({"Attention", "Conv", "ConvTranspose", "Gemm", "MatMul"})
 """Operators dominated by multiply-accumulate, which must therefore have the requested precision."""
@@ -29,18 +31,26 @@ INT8_PRODUCTS = frozenset({"ConvInteger", "MatMulInteger", "QLinearConv", "QLine
 ACTIVATION_PRODUCTS = frozenset({"Attention", "MatMul"})
 """Products of two activations (attention), which stay fp32 in a dynamically quantised graph."""
 
+_WEIGHT_MOVES = frozenset({"DequantizeLinear", "Transpose"})
+BESIDE_FP8: Precision = "bf16"
+"""Precision of everything in an fp8 graph but its fp8 products."""
+
 HALF: tuple[Precision, ...] = ("bf16", "fp16")
-TIMES, ROTATION, NORMALISATION, SOFTMAX = (
+TIMES, ROTATION, NORMALISATION, SOFTMAX, POSITIONS, LINEAR_ATTENTION = (
     "times and positions, and what is computed from them alone",
     "rotation of queries and keys",
     "statistics of normalization",
     "softmax in the attention of the text encoders",
+    "sum of image patches and their positions",
+    "products of queries, keys and values in attention without a softmax",
 )
 STAYS_FP32: Mapping[str, str] = {
     TIMES: "bf16 rounds 0.999 to 1 and merges neighbouring positions of a large image",
     ROTATION: "a sum of two products with fp32 cosines and sines, rounded once, as in diffusers",
     NORMALISATION: "squares exceed the range of fp16, and long sums lose small terms in bf16",
     SOFTMAX: "some versions of transformers compute it in fp32",
+    POSITIONS: "a sum with fp32 sinusoids, rounded once, as in diffusers",
+    LINEAR_ATTENTION: "sums over all tokens exceed the range of fp16; diffusers computes it in fp32",
 }
 """Everything that a half-precision graph computes in fp32, and why; docs/export.md has the same list.
 
@@ -56,7 +66,7 @@ _PLACES: Mapping[str, tuple[re.Pattern[str], frozenset[str]]] = {
             r"""(^|\.)(
                 norm_(added_)?[qk]                 # of queries and keys
               | norm(1|1_context|_out)?\.norm      # inside an adaptive one, whose scale and shift are not fp32
-              | norm2(_context)?
+              | norm2(_context)? | caption_norm
               | layer_norm[12]? | final_layer_norm # of the text encoders
             )$""",
             re.VERBOSE,
@@ -65,23 +75,28 @@ _PLACES: Mapping[str, tuple[re.Pattern[str], frozenset[str]]] = {
         | {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"},
     ),
     SOFTMAX: (re.compile(r"(^|\.)(SelfAttention|self_attn)$"), frozenset({"Softmax"})),
+    POSITIONS: (re.compile(r"(^|\.)pos_embed$"), frozenset({"Add"})),
 }
 """Modules by their dotted names, and what may be fp32 in them; other entries are recognised by the source of values."""
 _ATTENTION = re.compile(r"(^|\.)attn$")
+_LINEAR = re.compile(r"(^|\.)attn1$"), frozenset({"Add", "Div", "MatMul", "Pad"})
 
 # Inputs from which times and positions are computed; whatever depends on another input or a weight is data
 _IDS = frozenset({io_spec.IMG_IDS, io_spec.TXT_IDS})
 _PLAIN_INPUTS = _IDS | {io_spec.TIMESTEP, io_spec.SECOND, io_spec.GUIDANCE}
 _DATA = "data"
+# tables of positions, where they have one size and are stored
+_TABLE = "table"
 _SIZES = frozenset({"Shape", "Size"})
 
 _NAMES = {"FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "INT8": "int8", "UINT8": "uint8", "DOUBLE": "fp64"}
+_NAMES |= {"FLOAT8E4M3FN": "fp8"}
 # Scalars and biases are not counted as weights.
 _WEIGHT_RANK = 2
-# Nodes that move or inspect values without computing with them
+# Nodes that move, round or inspect values without computing with them
 _MOVES = frozenset(
     {"Cast", "Concat", "Constant", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Shape", "Slice", "Split"}
-    | {"Squeeze", "Transpose", "Unsqueeze"}
+    | {"DequantizeLinear", "QuantizeLinear", "Squeeze", "Transpose", "Unsqueeze"}
 )
 
 
@@ -94,17 +109,21 @@ class PrecisionReport:
         products: nodes that multiply and accumulate, by dtype.
         others: other computing nodes with floating-point results, by dtype.
         foreign: the nodes that do not have the requested precision, `module: operator (dtype)`.
+        operations: multiply-accumulates of one image in products, by dtype; counted for fp8 only.
     """
 
     weights: Mapping[str, int]
     products: Mapping[str, int]
     others: Mapping[str, int]
     foreign: tuple[str, ...]
+    operations: Mapping[str, int] = field(default_factory=dict)
 
     def values(self) -> dict[str, float]:
-        """The counts by flat names."""
+        """The counts by flat names, and the share of all operations by dtype."""
         named = {"weights": self.weights, "products": self.products, "others": self.others}
-        return {f"{group}_{dtype}": float(n) for group, counts in named.items() for dtype, n in sorted(counts.items())}
+        counted = {f"{group}_{kind}": float(n) for group, counts in named.items() for kind, n in sorted(counts.items())}
+        total = sum(self.operations.values())
+        return counted | {f"operations_{kind}": n / total for kind, n in sorted(self.operations.items())}
 
 
 def precision_of(artifact: Artifact, graph: str) -> PrecisionReport:
@@ -114,15 +133,24 @@ def precision_of(artifact: Artifact, graph: str) -> PrecisionReport:
         MissingDependencyError: onnx is not installed.
         CheckpointError: the file is not an ONNX graph.
     """
-    return precision_of_file(artifact.onnx(graph), artifact.graph(graph).precision)
+    sizes = {BATCH: 1, **{name: axis.optimum for name, axis in artifact.manifest.axes.items() if name != BATCH}}
+    return precision_of_file(artifact.onnx(graph), artifact.graph(graph).precision, sizes)
 
 
-def precision_of_file(file: Path, asked: Precision) -> PrecisionReport:
-    """Counts an ONNX file; the weights themselves are not read."""
+def precision_of_file(file: Path, asked: Precision, sizes: Mapping[str, int] | None = None) -> PrecisionReport:
+    """Counts an ONNX file; the weights themselves are not read.
+
+    Args:
+        file: the graph.
+        asked: its precision in the manifest.
+        sizes: of dynamic axes, to count the operations of an fp8 graph.
+    """
     require_onnx()
     model = read_graph(file)
     dtypes = _dtypes(model)
-    listed = _Listed(model, dtypes) if asked in HALF else None
+    narrow = _dequantised(model, dtypes)
+    kept: Precision = BESIDE_FP8 if asked == "fp8" else asked
+    listed = _Listed(model, dtypes) if kept in HALF else None
     weights: Counter[str] = Counter()
     for tensor in model.graph.initializer:
         kind = dtypes[tensor.name]
@@ -132,22 +160,27 @@ def precision_of_file(file: Path, asked: Precision) -> PrecisionReport:
     products: Counter[str] = Counter()
     others: Counter[str] = Counter()
     foreign = []
+    large = _large_products(model) if asked == "fp8" else frozenset()
     for node in model.graph.node:
         kind = _precision(node, dtypes)
         if kind is None or node.op_type in _MOVES:
             continue
         product = node.op_type in PRODUCTS | INT8_PRODUCTS
+        if product and narrow.issuperset(node.input[:2]):
+            kind = "fp8"
         (products if product else others)[kind] += 1
-        if not _allowed(node, kind, asked, listed, product=product):
+        wanted: Precision = "fp8" if node.output[0] in large else kept
+        if not _allowed(node, kind, wanted, listed, product=product):
             foreign.append(f"{module_of(node) or 'the graph itself'}: {node.op_type} ({kind})")
     # weights of another dtype that are cast before the product would not show in the count of products
-    stray = {name: n for name, n in weights.items() if name != asked}
+    stray = {name: n for name, n in weights.items() if name not in (asked, kept)}
     # an 8-bit graph keeps its first and last layers in fp32; otherwise only what computes in fp32 may be stored in fp32
     if (asked != "int8" and stray) or sum(stray.values()) > weights[asked]:
         foreign.insert(0, f"weights: {', '.join(f'{n} elements {name}' for name, n in sorted(stray.items()))}")
-    if asked == "int8" and not products["int8"]:
-        foreign.insert(0, "products: none is int8")
-    return PrecisionReport(dict(weights), dict(products), dict(others), tuple(dict.fromkeys(foreign)))
+    if asked in ("int8", "fp8") and not products[asked]:
+        foreign.insert(0, f"products: none is {asked}")
+    operations = _operations(model, dtypes, narrow, sizes) if asked == "fp8" and sizes else {}
+    return PrecisionReport(dict(weights), dict(products), dict(others), tuple(dict.fromkeys(foreign)), operations)
 
 
 def read_graph(file: Path) -> ModelProto:
@@ -191,8 +224,9 @@ class _Listed:
 
     def __init__(self, model: ModelProto, dtypes: Mapping[str, str | None]) -> None:
         # weights are in the weight file; constants that the tracer folded are in the graph
-        sources = {x.name: frozenset({_DATA} if x.external_data else ()) for x in model.graph.initializer}
+        sources = {x.name: _source(x) for x in model.graph.initializer}
         sources |= {x.name: frozenset({x.name if x.name in _PLAIN_INPUTS else _DATA}) for x in model.graph.input}
+        self._with_softmax = {module_of(node) for node in model.graph.node if node.op_type == "Softmax"}
         self._readers: dict[str, list[NodeProto]] = {}
         self._entries: dict[str, str] = {}
         for node in model.graph.node:
@@ -223,19 +257,28 @@ class _Listed:
 
     def _entry(self, node: NodeProto, read: Sequence[frozenset[str]]) -> str:
         """The list's entry for an fp32 node whose inputs come from `read`; empty for none."""
+        module, (linear, of_linear) = module_of(node), _LINEAR
+        if linear.search(module) and module not in self._with_softmax and node.op_type in of_linear:
+            return LINEAR_ATTENTION
         if node.op_type in PRODUCTS:
             return ""
         if not any(_DATA in source for source in read):
             return TIMES
-        module = module_of(node)
         for entry, (modules, operators) in _PLACES.items():
             if modules.search(module) and node.op_type in operators:
                 return entry
         if _ATTENTION.search(module):
-            by_table = node.op_type == "Mul" and any(source and source <= _IDS for source in read)
+            by_table = node.op_type == "Mul" and any(source and source <= _IDS | {_TABLE} for source in read)
             of_both = node.op_type == "Add" and all(self._entries.get(name) == ROTATION for name in node.input)
             return ROTATION if by_table or of_both else ""
         return ""
+
+
+def _source(tensor: TensorProto) -> frozenset[str]:
+    """Where a stored value comes from: the weight file, or a table or a number that the tracer folded."""
+    if tensor.external_data:
+        return frozenset({_DATA})
+    return frozenset({_TABLE} if len(tensor.dims) >= _WEIGHT_RANK else ())
 
 
 def _allowed(node: NodeProto, kind: str, asked: Precision, listed: _Listed | None, *, product: bool) -> bool:
@@ -245,6 +288,66 @@ def _allowed(node: NodeProto, kind: str, asked: Precision, listed: _Listed | Non
     if asked == "int8":
         return node.op_type in ACTIVATION_PRODUCTS or kind != "fp32" or not product
     return kind == asked or (listed is not None and listed.computed(node))
+
+
+def _dequantised(model: ModelProto, dtypes: Mapping[str, str | None]) -> frozenset[str]:
+    """Values that have been rounded to fp8: a product of two of them is an fp8 product."""
+    nodes = (node for node in model.graph.node if node.op_type == "DequantizeLinear")
+    return frozenset(node.output[0] for node in nodes if dtypes.get(node.input[0]) == "fp8")
+
+
+def _large_products(model: ModelProto) -> frozenset[str]:
+    """Results of the products with weights that an fp8 graph computes in fp8."""
+    shapes = {x.name: tuple(x.dims) for x in model.graph.initializer}
+    moved = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type in _WEIGHT_MOVES}
+    found = set()
+    for node in model.graph.node:
+        if node.op_type not in MATRIX_PRODUCTS:
+            continue
+        name = node.input[1]
+        while name in moved:
+            name = moved[name]
+        if name in shapes and in_fp8(model_name(name), shapes[name]):
+            found.add(node.output[0])
+    return frozenset(found)
+
+
+def _operations(
+    model: ModelProto, dtypes: Mapping[str, str | None], narrow: frozenset[str], sizes: Mapping[str, int]
+) -> dict[str, int]:
+    """Multiply-accumulates by dtype at these sizes of the dynamic axes; empty if a shape cannot be inferred."""
+    shapes = _shapes(model, sizes)
+    counts: Counter[str] = Counter()
+    for node in model.graph.node:
+        kind = _precision(node, dtypes)
+        if node.op_type not in PRODUCTS or kind is None:
+            continue
+        left, right, out = (shapes.get(name, [0]) for name in (*node.input[:2], node.output[0]))
+        # each number of the result is a sum over the last axis of the left, or over the kernel of a convolution
+        number = math.prod(out) * (math.prod(right[1:]) if node.op_type == "Conv" else left[-1])
+        if number == 0:
+            return {}
+        counts["fp8" if narrow.issuperset(node.input[:2]) else kind] += number
+    return dict(counts)
+
+
+def _shapes(model: ModelProto, sizes: Mapping[str, int]) -> dict[str, list[int]]:
+    """Shapes of all values at these sizes of the dynamic axes; 0 for what cannot be inferred."""
+    import onnx
+    import onnx_ir as ir
+
+    sized = onnx.ModelProto()
+    sized.CopyFrom(model)
+    for value in (*sized.graph.input, *sized.graph.value_info, *sized.graph.output):
+        for axis in value.type.tensor_type.shape.dim:
+            # the tracer writes sums such as `image + text`
+            found = ir.SymbolicDim(axis.dim_param).evaluate(dict(sizes)) if axis.dim_param else None
+            if found is not None:
+                axis.dim_value = found
+    known = onnx.shape_inference.infer_shapes(sized, data_prop=True).graph
+    values = (*known.input, *known.value_info, *known.output)
+    shapes = {x.name: [axis.dim_value for axis in x.type.tensor_type.shape.dim] for x in values}
+    return shapes | {x.name: list(x.dims) for x in known.initializer}
 
 
 def _precision(node: NodeProto, dtypes: Mapping[str, str | None]) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +325,12 @@ def graph_reader(source: ExportSource, graph: str, names: Iterable[str], dtype: 
         return merged(source.reader, source.delta, dtype)
     component = graph if graph in (TEXT_ENCODER, TEXT_ENCODER_2) else "vae"
     return component_reader(source.folder / component, names, dtype)
+
+
+def model_reader(source: ExportSource, graph: str, names: Sequence[str]) -> Callable[[str, torch.dtype], Tensor]:
+    """As `graph_reader`, for any dtype."""
+    reader = cache(partial(graph_reader, source, graph, names))
+    return lambda name, dtype: reader(dtype)(name)
 
 
 def graph_tokenizer(source: ExportSource, graph: str, out: Path) -> TokenizerFacts:

@@ -114,6 +114,11 @@ def _check_swaps(artifact: Artifact) -> None:
             " FLUX family",
             "Export the run, or the model, to an artifact of its own.",
         )
+    if artifact.manifest.precision == "fp8":
+        raise UsageError(
+            f"{artifact.folder} is in fp8, calibrated for the weights that it has, so that these cannot be swapped",
+            "Export the run, or the model, to an artifact of its own.",
+        )
 
 
 def _swapped(artifact: Artifact, delta: Delta | None, manifest: Manifest, observer: Observer) -> Artifact:

@@ -383,6 +383,11 @@ def _check_options(artifact: Artifact, options: TritonOptions) -> None:
 def _check_devices(served: Sequence[_Served], options: TritonOptions) -> None:
     if options.int8 and options.device == "gpu":
         raise UsageError("8-bit weights are for a CPU", "Leave out --int8, or use --triton-device cpu.")
+    if any(entry.graph.precision == "fp8" and entry.plan is None for entry in served):
+        raise UsageError(
+            "fp8 is only computed by engines, and the artifact has none of TensorRT for its transformer",
+            "Build it on the GPU of the server (fmg export ARTIFACT --trt --flavour tensorrt).",
+        )
     gpu_only = [entry.graph.precision for entry in served if entry.graph.precision not in _ON_A_CPU]
     if options.device == "cpu" and gpu_only:
         raise UsageError(

@@ -22,6 +22,7 @@ from fmg.core.protocols import Reward
 from fmg.data.prompt_sets import load_prompts
 from fmg.eval.intervals import bootstrap_mean
 from fmg.eval.scoring import CHUNK, EvalSet, prompt_clusters, score_images
+from fmg.export.calibration import IMAGES, other_calibration
 from fmg.export.model_artifact import LoadedSource
 from fmg.export.precision_report import precision_of
 from fmg.export.source import find_source
@@ -52,12 +53,14 @@ IN_FP32 = (
     " the rounding of bf16 arithmetic was not tested"
 )
 """Note of the checks of a bf16 artifact that was widened to fp32 (`fmg.export.verify_graphs.widened`)."""
+IN_SIMULATED_FP8 = "fp8 was simulated: rounded to E4M3 as in the graph, everything else in fp32 in place of bf16"
+"""The same for an fp8 artifact."""
 
 FUSED = "fused"
 """Last part of the name of the check of the sampler in one graph."""
 _FEW_PROMPTS = 32
 _HUGE = 1e30
-REWARD_ALLOWED: Mapping[Precision, float] = {"fp32": 0.005, "fp16": 0.02, "bf16": 0.02, "int8": 0.02}
+REWARD_ALLOWED: Mapping[Precision, float] = {"fp32": 0.005, "fp16": 0.02, "bf16": 0.02, "fp8": 0.02, "int8": 0.02}
 """Half-width of the band that must contain the 95 % interval of the paired reward gap."""
 LEAST_IMAGES = 500
 """With fewer images, the reward check proves nothing: if a rule scores both sides alike, the interval has no width."""
@@ -134,10 +137,13 @@ def _verify(
             checks += comparison.run(candidate)
     except PrecisionError:
         with widened(artifact) as wide, load(wide, backend=ONNXRUNTIME, device="cpu") as candidate:
-            detail = f"{described(candidate)}, bf16 weights"
+            precision = artifact.manifest.precision
+            detail, how = (
+                f"{described(candidate)}, {precision} weights",
+                IN_SIMULATED_FP8 if precision == "fp8" else IN_FP32,
+            )
             checks += [
-                replace(check, note="; ".join(filter(None, (check.note, IN_FP32))))
-                for check in comparison.run(candidate)
+                replace(check, note="; ".join(filter(None, (check.note, how)))) for check in comparison.run(candidate)
             ]
     if TRANSFORMER_INT8 in artifact.manifest.graphs:
         with load(artifact, backend=ONNXRUNTIME, device="cpu", int8=True) as candidate:
@@ -232,6 +238,11 @@ class _Comparison:
             yield from check_source(self._artifact, find_source(self._target))
         else:
             yield from check_loaded(self._artifact, LoadedSource(self._target, self._model))
+        if self._artifact.manifest.precision == "fp8":
+            problem = other_calibration(self._artifact, self._model, self._target.recipe, self._observer)
+            yield self._check(
+                f"calibration/{TRANSFORMER}", TRANSFORMER, not problem, {"images": float(IMAGES)}, problem
+            )
         self._observer(StageProgress("weights", 1, 1))
 
     def precision(self) -> Iterator[Check]:

@@ -7,7 +7,7 @@ that scope equals the module's output, so fused and reordered nodes do no harm.
 
 `widened` makes bf16 graphs run where nothing computes in bf16, as in ONNX Runtime on a CPU: the same nodes and the same
 values of every weight, in fp32. Its results differ from the graph's own only by the rounding of bf16 arithmetic, so it
-verifies nodes and weights, but not the size of that rounding.
+verifies nodes and weights, but not the size of that rounding. In an fp8 graph, what is rounded to E4M3 still is.
 """
 
 from __future__ import annotations
@@ -63,9 +63,15 @@ if TYPE_CHECKING:
 
 Tensors = Mapping[str, NDArray[Any]]
 
-ALLOWED: Mapping[Precision, float] = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 1e-2, "int8": 1e-1}
+ALLOWED: Mapping[Precision, float] = {
+    "fp32": 1e-5,
+    "bf16": 2e-2,
+    "fp16": 1e-2,
+    "fp8": 1e-1,
+    "int8": 1e-1,
+}
 """Relative L2 error of one output against fp32 torch, by precision of the graph. Random inputs are hard for int8, whose
-scales follow the largest value: there, images and rewards decide."""
+scales follow the largest value, and for fp8, which is not calibrated on them: there, images and rewards decide."""
 DECODER_ALLOWED = 1e-4
 """The same for the decoder, whose images are clamped to [0, 1] after a long chain of convolutions."""
 # None of them is a size of the trace (fmg.export.onnx)
@@ -343,14 +349,15 @@ def _run(artifact: Artifact, model: ModelProto, names: Sequence[str], inputs: Te
 
 @contextmanager
 def widened(artifact: Artifact) -> Iterator[Artifact]:
-    """A temporary copy of an artifact whose bf16 graphs compute in fp32; its manifest keeps the original hashes.
+    """A temporary copy of an artifact whose bf16 and fp8 graphs compute in fp32; its manifest keeps the old hashes.
 
     Raises:
         UsageError: the disk for temporary files is too small.
         CheckpointError: a file is missing or damaged.
     """
     graphs = artifact.manifest.graphs
-    narrow = {name: graph for name, graph in graphs.items() if graph.precision == "bf16" and name != SAMPLER}
+    half = {name: graph for name, graph in graphs.items() if graph.precision in ("bf16", "fp8")}
+    narrow = {name: graph for name, graph in half.items() if name != SAMPLER}
     rewritten = {file for graph in narrow.values() for file in (graph.file, graph.weights)}
     with tempfile.TemporaryDirectory(prefix="fmg-") as place:
         folder = Path(place)
@@ -377,8 +384,10 @@ def _widen(artifact: Artifact, name: str, file: Path, weights: Path) -> None:
     """Writes one graph and its weights."""
     model = read_graph(artifact.onnx(name))
     stored = TensorReader.of(artifact.path(artifact.graph(name).weights))
-    layout = lay_out({tensor: (torch.float32, stored.describe(tensor)[1]) for tensor in stored.names})
-    write_weights(weights, layout, lambda tensor: stored.read(tensor).float())
+    described = {tensor: stored.describe(tensor) for tensor in stored.names}
+    wide = {tensor: torch.float32 if kind == torch.bfloat16 else kind for tensor, (kind, _) in described.items()}
+    layout = lay_out({tensor: (wide[tensor], shape) for tensor, (_, shape) in described.items()})
+    write_weights(weights, layout, lambda tensor: stored.read(tensor).to(wide[tensor]))
     for tensor in model.graph.initializer:
         if tensor.external_data:
             place = layout.places[tensor.name]

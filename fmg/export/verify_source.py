@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, astuple, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,11 +18,12 @@ from torch import Tensor
 from fmg.core.json_io import JsonError, parse
 from fmg.core.model_folder import read_config
 from fmg.export.artifact import sampling_of
+from fmg.export.fp8 import Read, model_name, other_rounding, stored_scales
 from fmg.export.int8 import other_weight
 from fmg.export.model_artifact import LoadedSource
 from fmg.export.options import plain_config
 from fmg.export.precision_report import read_graph
-from fmg.export.source import ExportSource, base_dtypes, graph_reader, graph_tokenizer, recipe_facts
+from fmg.export.source import ExportSource, base_dtypes, graph_tokenizer, model_reader, recipe_facts
 from fmg.export.weights import stored_places
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.artifact.manifest import (
@@ -96,22 +98,14 @@ def check_loaded(artifact: Artifact, source: LoadedSource) -> Iterator[Check]:
         reader = TensorReader.of(artifact.path(described.weights))
         problem = _misplaced(artifact, graph)
         if graph != SAMPLER:
-            problem = problem or _other_tensor(source, graph, reader)
+            problem = problem or _other_tensor(source, graph, reader, _scales(artifact, graph))
         yield _check(artifact, f"weights/{graph}", graph, problem, {"tensors": float(len(reader.names))})
 
 
-def _other_tensor(source: LoadedSource, graph: str, exported: TensorReader) -> str:
+def _other_tensor(source: LoadedSource, graph: str, exported: TensorReader, scales: Mapping[str, float]) -> str:
     """The first weight that differs from the loaded model; empty for none."""
-    expected = source.tensors[graph]
-    for name in exported.names:
-        if name not in expected:
-            return f"'{name}' is not a weight of the model"
-        ours, theirs = exported.read(name), expected[name].detach().cpu()
-        if ours.dtype == theirs.dtype and torch.equal(ours, theirs):
-            continue
-        if not (graph == TRANSFORMER and source.adapter is not None and _same_sum(ours, theirs)):
-            return f"'{name}' differs from the weight of the model and the run"
-    return ""
+    summed = source.tensors[graph].keys() if graph == TRANSFORMER and source.adapter is not None else ()
+    return _first_other_weight(exported, partial(source.read, graph), summed, scales)
 
 
 def _check(artifact: Artifact, name: str, graph: str, problem: str, values: Mapping[str, float]) -> Check:
@@ -208,18 +202,40 @@ def _other_weights(artifact: Artifact, source: ExportSource, graph: str, exporte
     if graph == TRANSFORMER_INT8:
         exact = TensorReader.of(artifact.path(artifact.graph(TRANSFORMER).weights))
         return other_weight(artifact.onnx(graph), exact.names, exact.read)
-    expected = graph_reader(source, graph, exported.names, exported.describe(exported.names[0])[0])
+    names = list(dict.fromkeys(map(model_name, exported.names)))
     summed = source.delta.lora.keys() if graph == TRANSFORMER and source.delta is not None else ()
+    return _first_other_weight(exported, model_reader(source, graph, names), summed, _scales(artifact, graph))
+
+
+def _scales(artifact: Artifact, graph: str) -> Mapping[str, float]:
+    """The scales of a graph's 8-bit floats; none in other precisions."""
+    return stored_scales(artifact.onnx(graph)) if artifact.graph(graph).precision == "fp8" else {}
+
+
+def _first_other_weight(
+    exported: TensorReader, read: Read, summed: Collection[str], scales: Mapping[str, float]
+) -> str:
+    """The first weight that differs from the model and the run; empty for none.
+
+    Args:
+        exported: the weights of a graph.
+        read: reads those of the model and the run.
+        summed: names of those that are sums of base and adapter.
+        scales: of 8-bit floats.
+    """
     for name in exported.names:
-        ours = exported.read(name)
+        ours, own = exported.read(name), model_name(name)
+        narrow = ours.dtype == torch.float8_e4m3fn
         try:
-            theirs = expected(name)
+            theirs = read(own, torch.float32 if narrow else ours.dtype).cpu()
         except KeyError:
-            return f"'{name}' is not a weight of the model"
-        if ours.dtype == theirs.dtype and torch.equal(ours, theirs):
-            continue
-        if name not in summed or not _same_sum(ours, theirs):
-            return f"'{name}' differs from the weight of the model and the run"
+            return f"'{own}' is not a weight of the model"
+        if narrow:
+            same = not other_rounding(name, ours, theirs, scales, summed=own in summed)
+        else:
+            same = torch.equal(ours, theirs) or (own in summed and _same_sum(ours, theirs))
+        if not same:
+            return f"'{own}' differs from the weight of the model and the run"
     return ""
 
 

@@ -33,7 +33,7 @@ TENSORRT = "TensorrtExecutionProvider"
 INSTALL = f"Run: {install_line('onnx')}"
 INSTALL_GPU = "Run: pip install onnxruntime-gpu in place of onnxruntime, on a machine with an NVIDIA GPU."
 
-_NOT_ON_A_CPU = ("bf16",)
+_NOT_COMPUTED = {CPU: ("bf16", "fp8"), CUDA: ("fp8",)}
 # ONNX Runtime writes only fatal errors to stderr; the others are raised, and reported in one line
 _LOG_LEVEL = 4
 # as many as --threads takes
@@ -297,11 +297,18 @@ class Sessions:
             ) from error
 
     def _check_precision(self, name: str, graph: Graph) -> None:
-        if self.providers[0] == CPU and graph.precision in _NOT_ON_A_CPU:
+        provider = self.providers[0]
+        if graph.precision not in _NOT_COMPUTED.get(provider, ()):
+            return
+        if graph.precision == "fp8":
             raise PrecisionError(
-                f"The graph '{name}' is {graph.precision}, which ONNX Runtime cannot compute on a CPU",
-                "Export with --precision fp32 for a CPU, or use a GPU.",
+                f"The graph '{name}' is fp8, which ONNX Runtime does not compute",
+                "Build engines for a GPU (fmg export ARTIFACT --trt), or export with another --precision.",
             )
+        raise PrecisionError(
+            f"The graph '{name}' is {graph.precision}, which ONNX Runtime cannot compute on a CPU",
+            "Export with --precision fp32 for a CPU, or use a GPU.",
+        )
 
 
 def check_provider(provider: str) -> None:

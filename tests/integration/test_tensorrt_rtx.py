@@ -6,22 +6,25 @@ import importlib
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 from onnx import NodeProto, TensorProto, helper
 
 from fmg.core.errors import CheckpointError, FmgError, UsageError
 from fmg.core.events import ignore
-from fmg.export.tensorrt import worker
+from fmg.export.fp8 import stored_scales
+from fmg.export.options import ExportOptions
+from fmg.export.tensorrt import build, worker
 from fmg.export.tensorrt.build import EngineOptions, build_engines, check_network
 from fmg.export.tensorrt.worker import Job
 from fmg.inference.artifact import Artifact, open_artifact
 from fmg.inference.artifact.layout import ENGINES
-from fmg.inference.artifact.manifest import GRAPHS, AxisRange
+from fmg.inference.artifact.manifest import GRAPHS, TRANSFORMER, AxisRange
 from fmg.inference.loading import load
 from fmg.inference.tensorrt.engine import Engine, RunOptions
-from fmg.inference.tensorrt.flavours import ANY, RTX, load_module
-from fmg.inference.tensorrt.records import Profile, ShapeRange, check_plan, read_records
-from tests.support.artifact import copied
+from fmg.inference.tensorrt.flavours import ANY, FP8_CAPABILITIES, RTX, Gpu, load_module
+from fmg.inference.tensorrt.records import EngineHost, Profile, ShapeRange, check_plan, read_records
+from tests.support.artifact import copied, exported
 from tests.support.cli import fmg
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_rtx import NAMES, as_rtx
@@ -124,6 +127,59 @@ def test_a_bf16_graph_becomes_a_bf16_network_and_fp32_is_refused_for_it(tmp_path
     check_network("g", built.layers, "bf16")
     with pytest.raises(FmgError, match="BF16 where FLOAT was requested"):
         check_network("g", built.layers, "fp32")
+
+
+def fp8_product(folder: Path, capabilities: list[str]) -> Job:
+    """A matrix product whose sides are rounded to E4M3, for these GPUs."""
+    job = product(folder)
+    model = onnx.load(job.onnx)
+    constants = [
+        helper.make_tensor("scale", TensorProto.BFLOAT16, (), [0.01]),
+        helper.make_tensor("zero", TensorProto.FLOAT8E4M3FN, (), b"\0", raw=True),
+        helper.make_tensor("w", TensorProto.FLOAT8E4M3FN, (64, 64), bytes(i % 100 for i in range(64 * 64)), raw=True),
+    ]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["x8"]),
+        helper.make_node("DequantizeLinear", ["x8", "scale", "zero"], ["x16"]),
+        helper.make_node("DequantizeLinear", ["w", "scale", "zero"], ["w16"]),
+        helper.make_node("MatMul", ["x16", "w16"], ["y"], name="n"),
+    ]
+    for field, values in (("node", nodes), ("initializer", constants)):
+        model.graph.ClearField(field)
+        getattr(model.graph, field).extend(values)
+    onnx.save(model, job.onnx)
+    return replace(job, options={**PLAIN, "capabilities": capabilities})
+
+
+def test_an_fp8_product_builds_for_ada_and_blackwell_and_not_for_ampere(tmp_path: Path) -> None:
+    built = worker.build_engine(fp8_product(tmp_path, list(FP8_CAPABILITIES)), "g", ignore)
+    check_network("g", built.layers, "fp8")
+    with pytest.raises(FmgError, match="FP8 where BF16 was requested"):
+        check_network("g", built.layers, "bf16")
+    for older in ("8.6", "7.5"):
+        with pytest.raises(FmgError, match=r"engine of g was not built: .*fp8_e4m3"):
+            worker.build_engine(fp8_product(tmp_path, [*FP8_CAPABILITIES, older]), "g", ignore)
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+def test_the_fp8_transformer_of_the_embedded_model_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the transformer: the other graphs are those of a bf16 artifact."""
+    artifact = exported("meanflow-shapes", tmp_path / "artifact", ExportOptions(precision="fp8"))
+    monkeypatch.setattr(build, "GRAPHS", (TRANSFORMER,))
+    (engine,) = build_engines(artifact, flavour="rtx", batch=AxisRange(1, 1, 4))
+    record = engine.record
+    assert record.ingredients.options["capabilities"] == list(FP8_CAPABILITIES)
+    # products of one input share it
+    quantised = len({name for name in stored_scales(artifact.onnx(TRANSFORMER)) if name.endswith(".input_scale")})
+    assert (record.precision, record.layers["QUANTIZE"]["FP8"]) == ("fp8", quantised)
+    assert record.layers["MATRIX_MULTIPLY"].keys() == {"BF16"}
+    ampere, ada = (
+        EngineHost(RTX, record.ingredients.version, Gpu(name, capability, "580"))
+        for name, capability in (("RTX 3090", "8.6"), ("RTX 4090", "8.9"))
+    )
+    assert "is fp8, which RTX 3090 (compute capability 8.6) does not have" in record.misfit(ampere)
+    assert record.misfit(ada) == ""
 
 
 def test_a_workspace_that_is_too_small_is_the_builders_own_reason(tmp_path: Path) -> None:

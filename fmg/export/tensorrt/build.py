@@ -41,11 +41,13 @@ from fmg.inference.tensorrt.engine import Engine, RunOptions, open_device
 from fmg.inference.tensorrt.flavours import (
     ANY,
     FLAVOURS,
+    FP8_CAPABILITIES,
     RTX,
     TENSORRT,
     Flavour,
     Gpu,
     current_gpu,
+    has_fp8,
     importable,
     load_module,
 )
@@ -358,6 +360,31 @@ class Builder:
         options.check(picked, gpu)
         return cls(picked, str(load_module(picked).__version__), polygraphy_version(picked), gpu)
 
+    def check_fp8(self, options: EngineOptions) -> None:
+        """Checks that engines in fp8 can be built.
+
+        Raises:
+            UsageError: a GPU that they must run on has no fp8, or an option does not go with it.
+        """
+        if options.refittable:
+            raise UsageError(
+                "The weights of an fp8 engine cannot be replaced: its scales belong to them", "Leave --refittable out."
+            )
+        if options.hardware == "ampere-plus":
+            raise UsageError(
+                "fp8 needs compute capability 8.9 (Ada), but --hardware ampere-plus asks for 8.0",
+                "Leave --hardware out, or export with --precision bf16.",
+            )
+        if not self.flavour.ahead_of_time and self.gpu is not None and not has_fp8(self.gpu):
+            raise UsageError(
+                f"fp8 needs compute capability 8.9 (Ada), but {self.gpu.name} has {self.gpu.capability}",
+                "Export with --precision bf16 for this GPU, or build with --flavour rtx for another.",
+            )
+
+    def _targets(self, precision: Precision) -> dict[str, object]:
+        """The GPUs that an engine in fp8 is built for ahead of time: by default, some without fp8 are among them."""
+        return {"capabilities": list(FP8_CAPABILITIES)} if precision == "fp8" and self.flavour.ahead_of_time else {}
+
     def ingredients(self, artifact: Artifact, graph: str, request: Wanted, options: EngineOptions) -> Ingredients:
         """Everything that determines the engine of a graph."""
         manifest = artifact.manifest
@@ -367,7 +394,7 @@ class Builder:
             onnx=manifest.files[entry.file].sha256,
             weights=manifest.files[entry.weights].sha256,
             profiles=profiles(graph, entry, manifest, request),
-            options=options.ingredients(),
+            options=options.ingredients() | self._targets(entry.precision),
             flavour=self.flavour.name,
             version=self.version,
             gpu=ANY if gpu is None else gpu.name,
@@ -413,6 +440,8 @@ def build_engines(
             "Run it with --backend onnxruntime.",
         )
     builder = Builder.pick(flavour, chosen)
+    if artifact.manifest.precision == "fp8":
+        builder.check_fp8(chosen)
     request = wanted(artifact.manifest, resolutions, batch)
     for graph in GRAPHS:
         entry = artifact.manifest.graphs[graph]

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, Any, TextIO, cast
 
 import psutil
 
@@ -270,7 +270,12 @@ def build(job: Job, send: Send) -> Built | Failed:
         for name, shapes in profile.shapes.items():
             ranges.add(name, shapes.minimum, shapes.optimum, shapes.maximum)
         profiles.append(ranges)
-    config = poly.CreateConfig(profiles=profiles, progress_monitor=_monitor(trt, send), **config_arguments(trt, job))
+    arguments, create = config_arguments(trt, job), poly.CreateConfig
+    if "compute_capabilities" in arguments:
+        from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+
+        create = CreateConfigRTX
+    config = create(profiles=profiles, progress_monitor=_monitor(trt, send), **arguments)
     try:
         plan = poly.EngineBytesFromNetwork(network, config=config, save_timing_cache=job.timing_cache)()
     except PolygraphyException as error:
@@ -299,6 +304,10 @@ def config_arguments(trt: Any, job: Job) -> dict[str, Any]:
     if options["hardware"] != "none":
         level = getattr(trt.HardwareCompatibilityLevel, _HARDWARE[str(options["hardware"])])
         arguments["hardware_compatibility_level"] = level
+    if targets := options.get("capabilities"):
+        arguments["compute_capabilities"] = [
+            tuple(map(int, target.split("."))) for target in cast("list[str]", targets)
+        ]
     return arguments
 
 

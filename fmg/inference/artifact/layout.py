@@ -13,6 +13,7 @@ or, in place of the text encoders, for a family whose transformer takes latents 
   NAME/tokenizer.json                                  by the names of the inputs
 and
   base.safetensors       the base's values of what the adapter changed
+  calibration.json       of an fp8 transformer: the inputs that its scales were measured on
   engines/KEY.plan  engines/KEY.json                   TensorRT engines, added later, each with its own record
 """
 

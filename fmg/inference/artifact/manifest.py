@@ -51,7 +51,7 @@ BATCH, IMAGE, TEXT, HEIGHT, WIDTH, PIXEL_HEIGHT, PIXEL_WIDTH = (
 )
 """Names of dynamic axes: rows, packed image tokens, T5 tokens, latent rows and columns, image rows and columns."""
 
-Precision = Literal["fp32", "bf16", "fp16", "int8"]
+Precision = Literal["fp32", "bf16", "fp16", "fp8", "int8"]
 
 MAX_LENGTH = 4096
 """Maximum tokens of a prompt."""

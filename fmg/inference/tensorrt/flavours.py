@@ -48,6 +48,15 @@ RTX = Flavour("rtx", "tensorrt-rtx", "tensorrt_rtx", install_line("trt-rtx"), ah
 FLAVOURS: Mapping[str, Flavour] = {flavour.name: flavour for flavour in (TENSORRT, RTX)}
 
 
+FP8_CAPABILITIES = ("8.9", "12.0", "12.1")
+"""Of the compute capabilities that TensorRT-RTX builds for, those with fp8: Ada and Blackwell."""
+
+
+def has_fp8(gpu: Gpu) -> bool:
+    """Whether a GPU computes in fp8."""
+    return float(gpu.capability) >= float(FP8_CAPABILITIES[0])
+
+
 def load_module(flavour: Flavour) -> ModuleType:
     """The Python module of a flavour.
 

@@ -66,12 +66,16 @@ class EnginePrecision:
 
         An engine of an fp32 graph has no narrower type in it. An engine of a bf16 or fp16 graph has products of that
         type, few in fp32 (embedders of times), and none of a third type. Where the inspector names no products,
-        because kernels are fused beyond recognition, some layer must have that type.
+        because kernels are fused beyond recognition, some layer must have that type. An engine of an fp8 graph is one
+        of a bf16 graph in which some layers give fp8: what quantises the inputs of its products, or is fused with it.
         """
-        if precision not in _TYPES:
+        if precision not in (*_TYPES, "fp8"):
             return f"engines have no precision '{precision}'"
-        wanted, types = _TYPES[precision], self.types
-        foreign = sorted(types.keys() & ({"BF16", "HALF", "FP8", "INT8"} - {wanted}))
+        narrow, types = precision == "fp8", self.types
+        wanted = _TYPES["bf16" if narrow else precision]
+        if narrow and not types.get("FP8"):
+            return "no layer computes in FP8, which was requested"
+        foreign = sorted(types.keys() & ({"BF16", "HALF", "FP8", "INT8"} - {wanted} - ({"FP8"} if narrow else set())))
         if foreign:
             return f"{types[foreign[0]]} layers compute in {foreign[0]} where {wanted} was requested"
         products = self.products

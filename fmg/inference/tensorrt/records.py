@@ -21,7 +21,7 @@ from fmg.core.json_io import read_json
 from fmg.inference.artifact.decode import decode
 from fmg.inference.artifact.layout import ENGINES, Artifact
 from fmg.inference.artifact.manifest import HEIGHT, IMAGE, TEXT, TEXT_ENCODER_2, WIDTH, TensorSpec
-from fmg.inference.tensorrt.flavours import ANY, Flavour, Gpu
+from fmg.inference.tensorrt.flavours import ANY, Flavour, Gpu, has_fp8
 
 KEY_LENGTH = 12
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -147,6 +147,8 @@ class EngineRecord:
             return f"was built with version {made.version}, but {host.version} is installed"
         if host.gpu is None:
             return "cannot run: there is no GPU here"
+        if self.precision == "fp8" and not has_fp8(host.gpu):
+            return f"is fp8, which {host.gpu.name} (compute capability {host.gpu.capability}) does not have"
         if not _same_hardware(made, host.gpu):
             return f"was built for {made.gpu} ({made.capability}), but this machine has {host.gpu.name}"
         return ""

@@ -13,6 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.export import artifact as exporter
+from fmg.export import graph_files
 from fmg.export.artifact import export_artifact
 from fmg.export.diffusers import export_diffusers
 from fmg.export.fused import add_sampler
@@ -111,12 +113,17 @@ def without_graphs(target: str | Path, out: Path, options: ExportOptions) -> Art
     """An export with real weights and empty graph files: these tests look only at weights."""
 
     def traced(plan: GraphPlan) -> TracedGraph:
-        return replace(trace_once(replace(plan, dtype=torch.float32)), plan=plan)
+        graph = trace_once(replace(plan, dtype=torch.float32))
+        model = graph.model.clone()
+        if plan.dtype == torch.bfloat16:
+            for name in graph.parameters:
+                model.graph.initializers[name].type = ir.TensorType(ir.DataType.BFLOAT16)
+        return replace(graph, plan=plan, model=model)
 
     def save(graph: TracedGraph, file: Path, *_: object) -> None:
         file.write_bytes(graph.plan.name.encode())
 
-    with patch.object(exporter, "trace", traced), patch.object(exporter, "save_graph", save):
+    with patch.object(exporter, "trace", traced), patch.object(graph_files, "save_graph", save):
         return export_artifact(target, out, options)
 
 

@@ -20,8 +20,10 @@ from fmg.core.events import Event, Notice, StageProgress, ignore
 from fmg.export.tensorrt import worker
 from fmg.export.tensorrt.build import Engine, EngineOptions, build_engines, check_network
 from fmg.export.tensorrt.worker import Built, Failed, Job, Message, Step, from_line, to_line
+from fmg.inference.artifact import Artifact
 from fmg.inference.artifact.layout import ENGINES
 from fmg.inference.artifact.manifest import GRAPHS, TensorSpec
+from fmg.inference.tensorrt.flavours import Gpu
 from fmg.inference.tensorrt.records import Profile, ShapeRange, read_records
 from tests.support import tensorrt as support
 from tests.support.tiny_artifact import build_tiny_artifact, reseal, write_graph
@@ -215,6 +217,9 @@ def test_a_network_in_another_precision_is_refused() -> None:
     check_network("transformer", {"MATRIX_MULTIPLY": {"BF16": 30, "FLOAT": 2}, "CAST": {"FLOAT": 9}}, "bf16")
     with pytest.raises(FmgError, match="30 layers compute in BF16 where FLOAT was requested"):
         check_network("transformer", {"MATRIX_MULTIPLY": {"BF16": 30}}, "fp32")
+    check_network("transformer", {"MATRIX_MULTIPLY": {"BF16": 30}, "QUANTIZE": {"FP8": 12}}, "fp8")
+    with pytest.raises(FmgError, match="no layer computes in FP8"):
+        check_network("transformer", {"MATRIX_MULTIPLY": {"BF16": 30}}, "fp8")
 
 
 @pytest.mark.parametrize("message", [Step("Building", 1, 4), Built({"CAST": {"FLOAT": 2}}, 0.5), Failed("why", "n")])
@@ -226,3 +231,25 @@ def test_messages_between_processes_arrive_unchanged(message: Message) -> None:
 def test_lines_that_are_not_messages_are_refused(line: str) -> None:
     with pytest.raises(ValueError, match=r"Expect|not a message|missing"):
         from_line(line)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "options", "reason"),
+    [
+        (
+            Gpu("NVIDIA A100", "8.0", "580"),
+            EngineOptions(),
+            r"compute capability 8\.9 \(Ada\), but NVIDIA A100 has 8\.0",
+        ),
+        (support.GPU, EngineOptions(refittable=True), "weights of an fp8 engine cannot be replaced"),
+        (support.GPU, EngineOptions(hardware="ampere-plus"), r"--hardware ampere-plus asks for 8\.0"),
+    ],
+)
+def test_fp8_is_refused_before_the_build_where_it_cannot_run(
+    gpu: Gpu, options: EngineOptions, reason: str, tmp_path: Path
+) -> None:
+    artifact = build_tiny_artifact(tmp_path / "artifact")
+    narrow = Artifact(artifact.folder, replace(artifact.manifest, precision="fp8"))
+    with support.stand_in(gpu), pytest.raises(UsageError, match=reason):
+        build_engines(narrow, flavour="tensorrt", options=options)
+    assert not artifact.engines.exists()
