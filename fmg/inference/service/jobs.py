@@ -25,9 +25,9 @@ class ImageJob:
     submitted: float = field(default_factory=time.perf_counter, compare=False)
 
     @property
-    def kind(self) -> tuple[str, int | None]:
-        """Jobs for the same model and number of steps can be sampled together."""
-        return self.model.name, self.steps
+    def kind(self) -> tuple[str, int | None, str | None]:
+        """Jobs for the same model, size and number of steps can be sampled together."""
+        return self.model.name, self.steps, self.size
 
     def __len__(self) -> int:
         return len(self.seeds)

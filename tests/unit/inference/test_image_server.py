@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -366,6 +367,13 @@ def test_an_artifact_on_onnx_runtime_has_several_sizes(tmp_path: Path) -> None:
             for size in ("64x64", "9x9", "8x16", "0x0", "8", "8x8x8"):
                 status, _, answer = post(server.url, {"prompt": PROMPTS[0], "size": size})
                 assert (status, answer["error"]["param"]) == (400, "size")
+        # at the same time, each still gets its own
+        with image_service(*models, gather=0.5) as server, ThreadPoolExecutor(6) as pool:
+            bodies = [{"prompt": PROMPTS[0], "seed": 3, "size": size} for size in made for _ in range(2)]
+            for body, (status, _, answer) in zip(bodies, pool.map(partial(post, server.url), bodies), strict=True):
+                assert status == 200
+                assert (answer["size"], answer["batch"]) == (body["size"], 2)
+                assert np.array_equal(pixels(answer["data"][0]), made[body["size"]])
 
 
 def test_names_of_targets(tmp_path: Any) -> None:
