@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -40,6 +40,10 @@ LIMITS: Mapping[str, float] = {
 """Thresholds by rule; docs/doctor.md says what each is compared with."""
 
 
+# of recipes that do not state their objective
+_GRPO: Mapping[str, object] = {"name": "grpo", "kl_beta": 0.0, "target_kl": None}
+
+
 @dataclass(frozen=True)
 class Advice:
     """One finding.
@@ -66,6 +70,7 @@ class Log:
         limits: the losses that its recipe tolerates.
         jumps: whether its branched rollouts are completed by one jump.
         steps: the rule for their branching steps; `adaptive` if there is only one step.
+        objective: the options of its objective, since advice may only name those that it has.
     """
 
     iterations: Lines
@@ -73,11 +78,26 @@ class Log:
     limits: HackingLimits
     jumps: bool = True
     steps: str = "first"
+    objective: Mapping[str, object] = field(default_factory=lambda: _GRPO)
 
     @classmethod
-    def of(cls, metrics: MetricsLog, limits: HackingLimits, *, jumps: bool = True, steps: str = "first") -> Log:
+    def of(
+        cls,
+        metrics: MetricsLog,
+        limits: HackingLimits,
+        *,
+        jumps: bool = True,
+        steps: str = "first",
+        objective: Mapping[str, object] = _GRPO,
+    ) -> Log:
         """Built from the lines of a run and values of its recipe."""
-        return cls(metrics.iterations, metrics.evaluations, limits, jumps, steps)
+        return cls(metrics.iterations, metrics.evaluations, limits, jumps, steps, objective)
+
+    @property
+    def base_weight(self) -> str | None:
+        """The option that weighs the distance to the base; None if the objective has none."""
+        names = ("kl_beta", "l2_beta", "base_weight")
+        return next((f"objective.{name}" for name in names if name in self.objective), None)
 
     def late(self, key: str) -> float | None:
         """Median over the second half of the iterations, or None where too few have a number."""
@@ -141,13 +161,14 @@ def hacking_limits(run: RunFolder) -> HackingLimits:
 
 
 def _log_of(run: RunFolder, metrics: MetricsLog) -> Log:
-    rollout = run.values().get("rollout")
+    rollout, objective = run.values().get("rollout"), run.values().get("objective")
     stated = rollout if isinstance(rollout, dict) else {}
     branch = stated.get("branch")
     options = branch if isinstance(branch, dict) else {}
     steps = "adaptive" if stated.get("steps") == 2 else str(options.get("steps", "first"))
     jumps = options.get("completion", "jump") == "jump"
-    return Log.of(metrics, hacking_limits(run), jumps=jumps, steps=steps)
+    options_of = objective if isinstance(objective, dict) else _GRPO
+    return Log.of(metrics, hacking_limits(run), jumps=jumps, steps=steps, objective=options_of)
 
 
 def examine_log(log: Log) -> list[Advice]:
@@ -174,7 +195,8 @@ def _still(log: Log) -> Iterator[Advice]:
     kl, limit = log.late(keys.APPROX_KL), LIMITS["kl still"]
     if kl is not None and kl < limit and not log.risen:
         sign = f"The policy hardly moves: KL per update {kl:.1e}, below {limit:.0e}"
-        text = "Raise optimizer.lr in steps of 3x until the KL is about 1e-4, or raise train.updates_per_iteration."
+        text = "Raise optimizer.lr in steps of 3x until the KL is about 1e-4"
+        text += "." if log.objective.get("name") == "reinforce" else ", or raise train.updates_per_iteration."
         yield Advice("problem", sign, "optimizer.lr", text)
 
 
@@ -182,16 +204,22 @@ def _far(log: Log) -> Iterator[Advice]:
     kl, limit = log.late(keys.APPROX_KL), LIMITS["kl far"]
     if kl is not None and kl > limit:
         sign = f"Every update moves the policy too far: KL {kl:.1e}, above {limit:.0e}"
-        yield Advice(
-            "problem", sign, "optimizer.lr", "Lower optimizer.lr, or skip updates past a KL with objective.target_kl."
-        )
+        text = "Lower optimizer.lr"
+        text += ", or skip updates past a KL with objective.target_kl." if "target_kl" in log.objective else "."
+        yield Advice("problem", sign, "optimizer.lr", text)
 
 
 def _clip(log: Log) -> Iterator[Advice]:
     clipped, kl = log.late(keys.CLIP_FRACTION), log.late(keys.APPROX_KL)
     if clipped is None:
         return
-    if clipped > LIMITS["clip bound"]:
+    if log.objective.get("kl_mask") is not None:
+        # the share of masked rows then; none at all is how a run within its limit looks
+        if clipped > LIMITS["clip bound"]:
+            sign = f"Nearly everything is masked: {clipped:.0%} of the rows, above {LIMITS['clip bound']:.0%}"
+            text = "Raise objective.kl_mask 3x to 10x, or lower optimizer.lr: most of the rollout teaches nothing."
+            yield Advice("problem", sign, "objective.kl_mask", text)
+    elif clipped > LIMITS["clip bound"]:
         sign = f"Nearly everything is clipped: {clipped:.0%} of the rows, above {LIMITS['clip bound']:.0%}"
         text = "Widen objective.clip_range 3x to 10x, or lower optimizer.lr: most of the rollout teaches nothing."
         yield Advice("problem", sign, "objective.clip_range", text)
@@ -204,7 +232,8 @@ def _clip(log: Log) -> Iterator[Advice]:
 
 def _equal_groups(log: Log) -> Iterator[Advice]:
     share, limit = log.late(keys.ZERO_STD_RATIO), LIMITS["equal groups"]
-    if share is not None and share > limit:
+    # the gradient of a reward needs no difference between images
+    if share is not None and share > limit and log.objective.get("name") != "reward-gradient":
         sign = (
             f"{share:.0%} of the groups give no gradient, above {limit:.0%}: all of their images have the same reward"
         )
@@ -267,6 +296,9 @@ def _skipped(log: Log) -> Iterator[Advice]:
     skipped, limit = log.late(keys.SKIPPED_UPDATES), LIMITS["skipped"]
     if skipped is not None and skipped > limit:
         sign = f"Updates are skipped: {skipped:g} per iteration, above {limit:g}"
+        if "target_kl" not in log.objective:
+            yield Advice("note", sign, "rollout.group_size", "All groups had equal rewards. Use larger groups.")
+            return
         text = "Raise objective.target_kl or lower optimizer.lr. If target_kl is not set, all groups had equal rewards."
         yield Advice("note", sign, "objective.target_kl", text)
 
@@ -277,7 +309,9 @@ def _decline(log: Log) -> Iterator[Advice]:
         # equal scores of all images have no error
         size = f"which is {-change[0] / change[1]:.1f} standard errors" if change[1] else "equally for every image"
         sign = f"The held-out score fell by {-change[0]:.3f}, {size}"
-        text = "Lower optimizer.lr, raise rollout.groups, or add objective.kl_beta."
+        text = "Lower optimizer.lr, or raise rollout.groups."
+        if log.base_weight is not None:
+            text = f"Lower optimizer.lr, raise rollout.groups, or raise {log.base_weight}."
         yield Advice("problem", sign, "optimizer.lr", text)
 
 
@@ -308,10 +342,11 @@ def _gap(log: Log) -> Iterator[Advice]:
             what, unit = "The images of a prompt became too similar", "of their diversity"
         when = f"by iteration {line['iteration']:.0f} while the trained reward rose"
         sign = f"{what} {when}: by {loss.value:.2f} ± {loss.error:.2f} {unit}, limit {log.limits.of(name):g}"
-        text = (
-            "The reward is being hacked: train with --stop-on-hacking, or add that reward with a weight or a KL term."
+        text = "The reward is being hacked: train with --stop-on-hacking, or add that reward with a weight"
+        text += (
+            "." if log.base_weight is None else f" or a term that holds the policy near the base ({log.base_weight})."
         )
-        yield Advice("problem", sign, "objective.kl_beta", text)
+        yield Advice("problem", sign, log.base_weight or "eval.stop_on_hacking", text)
 
 
 def _average(log: Log) -> Iterator[Advice]:

@@ -38,7 +38,7 @@ _GRID_SIDE = 1000
 _MAX_CURVES = 6
 _UPDATE_CHARTS = {
     keys.APPROX_KL: ("approximate KL to the rollout policy", "nats"),
-    keys.CLIP_FRACTION: ("share of clipped rows", "share of rows"),
+    keys.CLIP_FRACTION: ("share of clipped or masked rows", "share of rows"),
     keys.GRAD_NORM: ("norm of the gradient before clipping", "L2 norm"),
     keys.LR: ("learning rate", "of the last update"),
     keys.KL_REF: ("KL to the base", "nats"),

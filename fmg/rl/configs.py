@@ -331,7 +331,7 @@ class RewardGradientConfig(ObjectiveConfig):
         return self.jumps if self.method == "draft" else 1
 
     def frozen_calls(self, calls: int) -> float:
-        return self.trained_calls(calls) * ((self.l2_beta > 0) + (self.checkpointing is True))
+        return self.trained_calls(calls) if self.l2_beta > 0 else 0
 
     def rows_per_sample(self, transitions: int) -> int:
         return self.draws if self.method == "draft-lv" else 1

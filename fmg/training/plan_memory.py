@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fmg.core.specs import DECODE_PIXELS, LinearModule, ModelGeometry
 from fmg.recipe import Recipe
 from fmg.training.launch import Sizes
-from fmg.training.plan_work import Shape, Trained, count_numbers, rows_of, trained_by, transitions_of
+from fmg.training.plan_work import Shape, Trained, count_numbers, recomputes_jumps, rows_of, trained_by, transitions_of
 
 FULL = 4
 """Bytes of a number in fp32: trained weights, optimizers, latents, images and log-probs always are."""
@@ -180,13 +180,9 @@ def gradient_bytes(recipe: Recipe, geometry: ModelGeometry, number: int, micro_b
         for reward in recipe.rewards
         if reward.config.has_gradient
     )
-    options = objective if objective.last_step is None else objective.last_step
-    checkpointing = getattr(options, "checkpointing", None)
-    if checkpointing is None:
-        checkpointing = recipe.train.device != "cpu" and recipe.model.config.spec().gpu_memory_gb > 0
     images = 3 * micro_batch * pixels * FULL
     jumps = objective.trained_calls(1) if differentiates else 1
-    work = max(jump, decoder, rewards) if checkpointing else jumps * jump + decoder + rewards
+    work = max(jump, decoder, rewards) if recomputes_jumps(recipe) else jumps * jump + decoder + rewards
     return int(images + work + (0 if differentiates else jump))
 
 

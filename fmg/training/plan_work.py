@@ -52,6 +52,19 @@ def rollout_nfe(recipe: Recipe, steps: Sequence[float] | None = None, fill: floa
     return sum((k * before + calls) * fill + shape.group_size * rest for k, rest in zip(steps, completed, strict=True))
 
 
+def recomputes_jumps(recipe: Recipe) -> bool:
+    """Whether the jumps that rewards are differentiated through are computed again in the backward pass."""
+    objective = recipe.objective.config
+    if objective.needs != "gradients" and objective.last_step is None:
+        return False
+    options = objective if objective.last_step is None else objective.last_step
+    checkpointing: bool | None = getattr(options, "checkpointing", None)
+    if checkpointing is not None:
+        return checkpointing
+    device = recipe.train.device
+    return device.startswith("cuda") or (device == "auto" and recipe.model.config.spec().gpu_memory_gb > 0)
+
+
 def filled_rows(recipe: Recipe, sizes: Sizes) -> float:
     """Rows computed for each row that the siblings of a group share: bf16 calls are padded to a micro-batch."""
     if recipe.rollout.kind == "chain" or recipe.train.dtype != "bf16":
@@ -71,11 +84,13 @@ class Work:
     @classmethod
     def of(cls, recipe: Recipe) -> Work:
         """Counts one iteration: the updates replay the transition of every row once with gradients, and make the
-        `frozen_calls` that the objective declares without."""
+        `frozen_calls` that the objective declares without, and those that checkpointing repeats."""
         calls = recipe.stochasticizer.config.requires().calls if transitions_of(recipe) else 1
         objective, rows = recipe.objective.config, rows_of(recipe)
-        trained = objective.trained_calls(calls) + (objective.last_step is not None)
-        return cls(recipe.rollout.samples, rollout_nfe(recipe), rows * trained, rows * objective.frozen_calls(calls))
+        trained, last = objective.trained_calls(calls), objective.last_step is not None
+        again = (1 if last else trained) if recomputes_jumps(recipe) else 0
+        frozen = objective.frozen_calls(calls) + again
+        return cls(recipe.rollout.samples, rollout_nfe(recipe), rows * (trained + last), rows * frozen)
 
     @property
     def row_nfe(self) -> float:

@@ -178,6 +178,41 @@ def test_what_a_branched_run_could_change_is_read_from_its_recipe(
     assert [advice.knob for advice in examine_run(run.path)] == knobs
 
 
+@pytest.mark.parametrize(
+    ("objective", "change", "knobs", "advice"),
+    [
+        ({"name": "grpo", "kl_mask": 1e-6}, {"clip_frac": 0.97}, ["objective.kl_mask"], "Raise objective.kl_mask"),
+        # within the limit nothing is masked
+        ({"name": "grpo", "kl_mask": 1e-6}, {"clip_frac": 0.0}, [], ""),
+        ({"name": "grpo-guard"}, {"clip_frac": 0.97}, ["objective.clip_range"], "Widen"),
+        ({"name": "reward-gradient"}, {"zero_std_ratio": 0.8}, [], ""),
+        ({"name": "reward-gradient"}, HACKED, ["objective.l2_beta"], "objective.l2_beta"),
+        ({"name": "mean-flow-advantage"}, {"scores": (0.7, 0.6)}, ["optimizer.lr"], "objective.base_weight"),
+        ({"name": "awm"}, {"skipped_updates": 1.0}, ["rollout.group_size"], "equal rewards"),
+        ({"name": "reinforce"}, HACKED, ["eval.stop_on_hacking"], "--stop-on-hacking"),
+        ({"name": "reinforce"}, {"approx_kl": 0.05}, ["optimizer.lr"], "Lower optimizer.lr."),
+    ],
+)
+def test_advice_names_only_options_that_the_objective_has(
+    objective: dict[str, object], change: dict[str, object], knobs: list[str], advice: str, tmp_path: Path
+) -> None:
+    run = RunFolder.create(tmp_path / "run", "meanflow-shapes")
+    kind = "branch" if str(objective["name"]) in ("grpo", "grpo-guard", "reinforce") else "chain"
+    fits = {"rollout.kind": kind, "train.updates_per_iteration": 1, "rewards": ["shapes-clip"]}
+    recipe = Recipe.default(None, **{"objective": objective, **fits})
+    run.recipe.write_text(recipe.to_yaml())
+    for line in log(**change):  # type: ignore[arg-type]
+        run.append_metrics(line)
+    found = examine_run(run.path)
+    assert [one.knob for one in found] == knobs
+    assert all(advice in one.advice for one in found)
+    for one in found:
+        options = [word for word in one.advice.replace("(", " ").split() if word.startswith("objective.")]
+        assert {word.strip(".,:)").removeprefix("objective.") for word in options} <= dict(
+            recipe.objective.config
+        ).keys()
+
+
 def test_scores_that_are_equal_for_all_images_have_no_error_to_divide_by() -> None:
     lines = log(scores=(0.7, 0.6))
     lines[0]["eval/score_se"] = lines[-1]["eval/score_se"] = 0.0

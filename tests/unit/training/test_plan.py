@@ -66,6 +66,26 @@ def test_an_objective_on_samples_has_no_transitions_and_the_rows_that_it_samples
     assert facts["updates an iteration"].startswith("2, each on 23 rows")
 
 
+@pytest.mark.parametrize(
+    ("sets", "trained", "frozen"),
+    [
+        (["objective=reward-gradient", "objective.jumps=2"], 30, 0),
+        # the jumps of the base, and those of the policy a second time
+        (["objective=reward-gradient", "objective.jumps=2", "objective.l2_beta=0.1"], 30, 30),
+        (["objective=reward-gradient", "objective.jumps=2", "objective.l2_beta=0.1", "train.device=cuda"], 30, 60),
+        (["objective=reward-gradient", "objective.method=draft-lv", "objective.checkpointing=true"], 30, 30),
+        # three transitions, each with a last step
+        (["objective=grpo", "objective.last_step={weight: 1}"], 90, 0),
+        (["objective=grpo", "objective.last_step={weight: 1, checkpointing: true}"], 90, 45),
+        (["objective=awm", "objective.draws=2", "objective.last_step={weight: 1, checkpointing: true}"], 60, 90),
+    ],
+)
+def test_calls_of_objectives_that_differentiate_rewards(sets: list[str], trained: int, frozen: int) -> None:
+    facts = plan(resolve(None, {}, [*SHAPE, "rewards=[shapes-clip]", *sets])).facts
+    without = f", and {frozen} in them without gradients" if frozen else ""
+    assert facts["network calls an iteration"] == f"60 in the rollout, {trained} in the updates{without}"
+
+
 def test_the_rollout_store_grows_with_the_rows_that_an_objective_makes() -> None:
     few, many = (plan(resolve(None, {"objective": "rwfm"}, [*SHAPE, f"objective.draws={n}"])) for n in (1, 5))
     assert few.memory is not None
