@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fmg.core.events import Observer
     from fmg.export.diffusers import Merged
     from fmg.export.tensorrt.build import BuiltEngine, Hardware
+    from fmg.export.triton import TritonOptions
     from fmg.inference.artifact import Artifact
     from fmg.inference.self_check import VerifyReport
 
@@ -292,6 +293,9 @@ def export(
 
             options = ExportOptions(_precision(precision), int8, sides, rows, fused)
             folder = folder or export_folder(chosen, EXPORTED)
+            if repository:
+                computed = () if trt else (options.precision,)
+                repository.check(folder, computed, int8=int8, fused=fused)
             artifact = export_artifact(chosen, folder, options, observer=reporter)
             facts, text = _facts(artifact), _text(artifact)
             if trt:
@@ -354,14 +358,19 @@ class _Triton:
     device: str | None
     version: int | None
 
+    def check(self, artifact: Path, precisions: Collection[str], *, int8: bool, fused: bool) -> None:
+        """As `fmg.export.triton.check_request`."""
+        from fmg.export.triton import check_request
+
+        check_request(self.folder, artifact, self._options(int8, fused), precisions)
+
     def write(
         self, artifact: Artifact, observer: Observer, *, int8: bool, fused: bool
     ) -> tuple[dict[str, object], str]:
         """Facts for `--json`, text for people."""
-        from fmg.export.triton import Device, TritonOptions, export_triton
+        from fmg.export.triton import export_triton
 
-        options = TritonOptions(self.name, cast("Device", self.device or "auto"), self.version or 1, int8, fused)
-        made = export_triton(artifact, self.folder, options, observer=observer)
+        made = export_triton(artifact, self.folder, self._options(int8, fused), observer=observer)
         facts = {
             "folder": str(made.folder),
             "model": made.model,
@@ -373,6 +382,11 @@ class _Triton:
             facts,
             f"{made.folder}: model '{made.model}' for Triton, {counted(len(made.backends) - 1, 'graph')}, {most}",
         )
+
+    def _options(self, int8: bool, fused: bool) -> TritonOptions:
+        from fmg.export.triton import Device, TritonOptions
+
+        return TritonOptions(self.name, cast("Device", self.device or "auto"), self.version or 1, int8, fused)
 
 
 def _triton_request(folder: str | None, name: str | None, device: str | None, version: int | None) -> _Triton | None:

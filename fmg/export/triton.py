@@ -15,7 +15,7 @@ from __future__ import annotations
 import ast
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -141,7 +141,7 @@ def export_triton(
         observer: told which engines are left out.
 
     Raises:
-        UsageError: `out` exists, an option does not fit the artifact, or the disk is too small.
+        UsageError: `out` exists or is in the artifact, an option does not fit the artifact, or the disk is too small.
         CheckpointError: the artifact is damaged.
         MissingDependencyError: the ONNX packages are not installed.
     """
@@ -149,11 +149,37 @@ def export_triton(
     if folder.exists():
         raise UsageError(f"{folder} exists already", "Write to another folder, or move that one away.")
     opened = open_artifact(Path(artifact))
+    check_request(folder, opened.folder, chosen)
     repository = _Repository(opened, chosen, _engines(opened, chosen, observer))
     check_space(folder, repository.size())
     with atomic_folder(folder) as partial:
         repository.write(partial)
     return TritonRepository(folder, repository.name, repository.backends(), repository.max_batch)
+
+
+def check_request(out: Path, artifact: Path, options: TritonOptions, precisions: Collection[str] = ()) -> None:
+    """Checks what needs no artifact, so that none is exported in vain.
+
+    Args:
+        out: the folder to create.
+        artifact: the folder of the artifact.
+        options: as `export_triton`.
+        precisions: of the graphs that ONNX Runtime will compute.
+
+    Raises:
+        UsageError: the options do not go together, or `out` is in the artifact.
+    """
+    if options.name is not None:
+        _checked_name(options.name)
+    if options.version < 1:
+        raise UsageError(f"Version {options.version} is not a version of a model", "Give 1 or more (--triton-version).")
+    if options.fused and options.int8:
+        raise UsageError("The sampler as one graph has no 8-bit weights", "Leave out --int8 or --fused.")
+    if out.resolve().is_relative_to(artifact.resolve()):
+        raise UsageError(
+            f"{out} is in the artifact {artifact}, which may have no other files", "Write to another folder."
+        )
+    _check_devices(precisions, options)
 
 
 @dataclass(frozen=True)
@@ -190,14 +216,14 @@ class _Repository:
         self._artifact = artifact
         self._options = options
         self.name = _checked_name(options.name or manifest.model.name)
-        _check_options(artifact, options)
+        _check_graphs(artifact, options)
         self._transformer = TRANSFORMER_INT8 if options.int8 else TRANSFORMER
         sampler = SAMPLER if options.fused else self._transformer
         keys = [sampler if key == TRANSFORMER else key for key in manifest.required]
         if options.fused:
             keys.remove(VAE_DECODER)
         self._served = [self._serve(key, engines.get(key)) for key in keys]
-        _check_devices(self._served, options)
+        _check_devices([served.graph.precision for served in self._served if served.plan is None], options)
         self._sums: dict[str, str] = {}
         # of the others, the Python model runs larger batches in several calls
         (self.max_batch,) = (served.max_batch for served in self._served if served.key == sampler)
@@ -364,12 +390,8 @@ def _checked_name(name: str) -> str:
     return name
 
 
-def _check_options(artifact: Artifact, options: TritonOptions) -> None:
+def _check_graphs(artifact: Artifact, options: TritonOptions) -> None:
     manifest = artifact.manifest
-    if options.version < 1:
-        raise UsageError(f"Version {options.version} is not a version of a model", "Give 1 or more (--triton-version).")
-    if options.fused and options.int8:
-        raise UsageError("The sampler as one graph has no 8-bit weights", "Leave out --int8 or --fused.")
     if options.fused and SAMPLER not in manifest.graphs:
         raise UsageError(
             f"The artifact {artifact.folder} has no sampler as one graph", "Export with --fused, or leave fused out."
@@ -380,15 +402,16 @@ def _check_options(artifact: Artifact, options: TritonOptions) -> None:
         )
 
 
-def _check_devices(served: Sequence[_Served], options: TritonOptions) -> None:
+def _check_devices(precisions: Collection[str], options: TritonOptions) -> None:
+    """Checks where the graphs without an engine are to run, by their precisions."""
     if options.int8 and options.device == "gpu":
         raise UsageError("8-bit weights are for a CPU", "Leave out --int8, or use --triton-device cpu.")
-    if any(entry.graph.precision == "fp8" and entry.plan is None for entry in served):
+    if "fp8" in precisions:
         raise UsageError(
             "fp8 is only computed by engines, and the artifact has none of TensorRT for its transformer",
             "Build it on the GPU of the server (fmg export ARTIFACT --trt --flavour tensorrt).",
         )
-    gpu_only = [entry.graph.precision for entry in served if entry.graph.precision not in _ON_A_CPU]
+    gpu_only = [precision for precision in precisions if precision not in _ON_A_CPU]
     if options.device == "cpu" and gpu_only:
         raise UsageError(
             f"ONNX Runtime cannot compute {gpu_only[0]} on a CPU",

@@ -369,6 +369,37 @@ def test_wrong_options_are_refused_in_one_line(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--triton-name", "../x"], "'../x' cannot be the name of a model of Triton"),
+        (["--fused", "--int8"], "has no 8-bit weights"),
+        (["--int8", "--triton-device", "gpu"], "8-bit weights are for a CPU"),
+        (["--precision", "bf16", "--triton-device", "cpu"], "cannot compute bf16 on a CPU"),
+        (["--precision", "fp8"], "fp8 is only computed by engines"),
+        (["--triton", "{inside}"], "is in the artifact"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_an_export(
+    words: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exported(*_: object, **__: object) -> None:
+        raise AssertionError("the artifact was exported first")
+
+    monkeypatch.setattr("fmg.export.artifact.export_artifact", exported)
+    out = tmp_path / "artifact"
+    given = [word.format(inside=out / "models") for word in words]
+    done = fmg("export", "meanflow-shapes", "--out", str(out), "--triton", str(tmp_path / "models"), *given)
+    assert (done.code, done.stdout) == (2, "")
+    assert says in done.stderr
+
+
+def test_no_repository_is_written_into_an_artifact(artifact: Artifact) -> None:
+    with pytest.raises(UsageError, match="is in the artifact"):
+        export_triton(artifact, artifact.folder / "models")
+    assert not (artifact.folder / "models").exists()
+
+
 def test_the_artifact_at_the_default_place_is_pointed_out(
     artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
