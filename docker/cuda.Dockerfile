@@ -22,7 +22,7 @@ RUN apt-get update \
  && useradd --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin fmg \
  && install --directory --owner=10001 --group=10001 /cache
 COPY --from=build /venv /venv
-# weights of the hub, compiled kernels and fmg's own cache
+# weights from the hub, compiled kernels and fmg's own cache
 ENV PATH=/venv/bin:${PATH} \
     PYTHONUNBUFFERED=1 \
     HOME=/cache \

@@ -122,7 +122,7 @@ def show(
 
 
 def _differentiable(reward: str) -> bool:
-    """Whether the objective `reward-gradient` takes a reward; no for one whose package cannot be imported."""
+    """Whether the objective `reward-gradient` accepts a reward; False if its package cannot be imported."""
     from fmg.registry.catalog import rewards
 
     try:

@@ -196,7 +196,12 @@ def export(
     ] = None,
     triton_name: Annotated[
         str | None,
-        _triton_option("--triton-name", metavar="NAME", help="Name of the model.", show_default="that of the model"),
+        _triton_option(
+            "--triton-name",
+            metavar="NAME",
+            help="Name of the model on the server.",
+            show_default="the exported model's",
+        ),
     ] = None,
     triton_device: Annotated[
         str | None,

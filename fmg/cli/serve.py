@@ -13,7 +13,6 @@ import typer
 from fmg.cli import completion
 from fmg.cli.options import (
     Backend,
-    BatchSize,
     Device,
     Int8,
     LoadedDtype,
@@ -73,7 +72,7 @@ def serve(
         _replicas(
             "--engine",
             metavar="E",
-            help="Where models are sampled: local, in this process, or ray, in replicas of it.",
+            help="Where images are generated: local (this process) or ray (replicas on Ray Serve).",
             autocompletion=completion.one_of(*_ENGINES),
         ),
     ] = "local",
@@ -86,7 +85,7 @@ def serve(
     ] = None,
     max_replicas: Annotated[
         int | None,
-        _replicas("--max-replicas", min=1, metavar="N", help="Most replicas: their number follows the load."),
+        _replicas("--max-replicas", min=1, metavar="N", help="Most replicas; the number follows the load."),
     ] = None,
     ray_address: Annotated[
         str | None,
@@ -103,7 +102,10 @@ def serve(
     resolution: Resolution = None,
     int8: Int8 = False,
     threads: Threads = None,
-    batch_size: BatchSize = None,
+    batch_size: Annotated[
+        int | None,
+        hardware_option("--batch-size", min=1, metavar="N", help="Largest batch of images.", show_default="16"),
+    ] = None,
     max_wait: Annotated[
         float,
         hardware_option(

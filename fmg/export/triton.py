@@ -96,8 +96,8 @@ class TritonOptions:
         name: name of the model that takes prompts, in front of the names of the others; None: that of the model.
         device: where the graphs run; `auto`: on a GPU if the server has one.
         version: number of the version folder.
-        int8: take the transformer with 8-bit weights.
-        fused: take the whole sampler as one graph, in place of transformer and decoder.
+        int8: use the transformer with 8-bit weights.
+        fused: use the fused sampler instead of transformer and decoder.
     """
 
     name: str | None = None
@@ -174,7 +174,7 @@ def check_request(out: Path, artifact: Path, options: TritonOptions, precisions:
     if options.version < 1:
         raise UsageError(f"Version {options.version} is not a version of a model", "Give 1 or more (--triton-version).")
     if options.fused and options.int8:
-        raise UsageError("The sampler as one graph has no 8-bit weights", "Leave out --int8 or --fused.")
+        raise UsageError("The fused sampler has no 8-bit weights", "Leave out --int8 or --fused.")
     if out.resolve().is_relative_to(artifact.resolve()):
         raise UsageError(
             f"{out} is in the artifact {artifact}, which may have no other files", "Write to another folder."
@@ -384,7 +384,7 @@ _LATEST: Mapping[str, object] = {"latest": {"num_versions": 1}}
 def _checked_name(name: str) -> str:
     if not _NAME.fullmatch(name) or len(name) > _MAX_NAME:
         raise UsageError(
-            f"'{name}' cannot be the name of a model of Triton",
+            f"'{name}' cannot be the name of a Triton model",
             f"Use up to {_MAX_NAME} letters, digits, dots, hyphens and underscores (--triton-name).",
         )
     return name
@@ -394,11 +394,11 @@ def _check_graphs(artifact: Artifact, options: TritonOptions) -> None:
     manifest = artifact.manifest
     if options.fused and SAMPLER not in manifest.graphs:
         raise UsageError(
-            f"The artifact {artifact.folder} has no sampler as one graph", "Export with --fused, or leave fused out."
+            f"The artifact {artifact.folder} has no fused sampler", "Export with --fused, or leave out --fused."
         )
     if options.int8 and TRANSFORMER_INT8 not in manifest.graphs:
         raise UsageError(
-            f"The artifact {artifact.folder} has no int8 transformer", "Export with --int8, or leave int8 out."
+            f"The artifact {artifact.folder} has no int8 transformer", "Export with --int8, or leave out --int8."
         )
 
 
@@ -464,7 +464,7 @@ def _rows_of(graph: Graph, record: EngineRecord) -> tuple[int, int]:
 
 
 def _write_batched(file: Path, out: Path, specs: Sequence[TensorSpec]) -> None:
-    """Writes a graph that takes with each row what all rows share, and uses that of the first.
+    """Writes a graph that takes what all rows share once per row, and uses the value of the first row.
 
     Triton forms batches of a graph only if all of its inputs have a batch axis; those of positions have none. The
     weights stay where they are, and the names of everything else too.

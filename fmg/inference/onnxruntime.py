@@ -102,7 +102,7 @@ def transformer_graph(artifact: Artifact, int8: bool) -> str:
     name = TRANSFORMER_INT8 if int8 else TRANSFORMER
     if name not in artifact.manifest.graphs:
         raise UsageError(
-            f"The artifact {artifact.folder} has no int8 transformer", "Export with --int8, or leave int8 out."
+            f"The artifact {artifact.folder} has no int8 transformer", "Export with --int8, or leave out --int8."
         )
     return name
 

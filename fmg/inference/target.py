@@ -132,7 +132,7 @@ def weighted_run(text: str) -> tuple[str, float]:
     except ValueError:
         return text, 1.0
     if not run or not math.isfinite(weight) or not weight:
-        raise UsageError(f"'{text}' does not give an adapter a weight", "Write RUN=WEIGHT, for example runs/a=0.7.")
+        raise UsageError(f"'{text}' has no valid weight", "Write RUN=WEIGHT, for example runs/a=0.7.")
     return run, weight
 
 
@@ -145,7 +145,7 @@ def merged_target(
     with weight 1 is the run itself.
 
     Args:
-        adapters: runs, each with the factor on what it changes.
+        adapters: runs, each with its weight.
         model: name of their base; None takes it from the runs.
         observer: receives the progress of downloads.
 
@@ -204,7 +204,7 @@ def chosen_target(
     if adapters:
         raise UsageError("--lora-scale cannot be used with --adapter", "Write the factors there: --adapter RUN=WEIGHT.")
     if not math.isfinite(scale) or not scale:
-        raise UsageError(f"--lora-scale {scale:g} is not a factor", "Give a number other than 0, such as 0.8.")
+        raise UsageError(f"--lora-scale {scale:g} is not a valid factor", "Give a number other than 0, such as 0.8.")
     return merged_target([(target, scale)], observer=observer)
 
 

@@ -114,7 +114,7 @@ ROWS: tuple[Row, ...] = (
     Row("objective", "grpo-guard", "fmg.rl.configs:GrpoGuardConfig", "fmg.rl.grpo:grpo_guard",
         "GRPO whose ratio has the same scale at every step (ratio-norm)"),
     Row("objective", "rwfm", "fmg.rl.configs:RwfmConfig", "fmg.rl.rwfm:RewardWeightedFlowMatching",
-        "Reward-weighted flow matching on the samples of a deterministic or stochastic rollout"),
+        "Reward-weighted flow matching on finished samples of the map's own sampler"),
     Row("objective", "reward-gradient", "fmg.rl.configs:RewardGradientConfig",
         "fmg.rl.reward_gradient:RewardGradient",
         "Backpropagation of differentiable rewards through the last jumps and the decoder (DRaFT-K, ReFL)"),

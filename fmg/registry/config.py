@@ -128,7 +128,7 @@ class LastStepOptions(BaseModel):
     )
     checkpointing: bool | None = Field(
         default=None,
-        description="whether activations are computed again in the backward pass, for less memory; null: on a GPU",
+        description="whether activations are recomputed in the backward pass to save memory; null: on a GPU only",
     )
 
 
@@ -143,7 +143,7 @@ class ObjectiveConfig(ComponentConfig, ABC):
     )
     last_step: LastStepOptions | None = Field(
         default=None,
-        description="adds the gradient of differentiable rewards through the last jump (RTDMD); null: not",
+        description="adds the gradient of differentiable rewards through the last jump (RTDMD); null adds none",
     )
 
     @property

@@ -48,7 +48,7 @@ def read_image(source: Path | str | bytes, max_pixels: int = MAX_PIXELS) -> Floa
 
 
 def records_gradients(images: Tensor) -> bool:
-    """Whether a score of these images is to be differentiated."""
+    """Whether scores of these images have to be differentiable."""
     return torch.is_grad_enabled() and images.requires_grad
 
 

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from fmg.core.specs import MapSpec
 from fmg.registry.config import ObjectiveConfig
 
-_NFT_BETA = "distance of the implicit good and bad policies from the old one, as a share of the trained one's"
+_NFT_BETA = "distance of the implicit good and bad policies from the old one, relative to that of the trained policy"
 _KL_BETA = "weight of the squared velocity distance to the adapter-off reference; 0 skips it"
 _OLD_DECAY = "decay of the old policy, which generates the rollouts; 0: the trained policy generates them"
 _OLD_RISE = "rise of that decay per iteration, from 0 to old_decay; null: constant"
@@ -39,8 +39,8 @@ class GrpoConfig(ObjectiveConfig):
     kl_mask: float | None = Field(
         default=None,
         gt=0,
-        description="policy KL of a row from which pushes further away have no gradient (DPPO, 1e-6 in published code);"
-        " replaces the clip. null clips",
+        description="limit on the policy KL of a row, beyond which updates that would raise it have no gradient (DPPO;"
+        " published: 1e-6); replaces the clip. null clips",
     )
     target_kl: float | None = Field(
         default=None,
@@ -86,7 +86,7 @@ class GrpoGuardConfig(GrpoConfig):
 class ReinforceConfig(ObjectiveConfig):
     """REINFORCE with a leave-one-out baseline (Ahmadian et al., arXiv 2402.14740): neither ratio nor clip."""
 
-    global_std: Literal[True] = Field(default=True, description="always on: a group's own std is no constant factor")
+    global_std: Literal[True] = Field(default=True, description="always on: a group's own std is not a constant factor")
 
     @property
     def needs(self) -> Literal["transitions", "samples", "gradients"]:
@@ -107,7 +107,7 @@ class ReinforceConfig(ObjectiveConfig):
 
 @dataclass(frozen=True)
 class Noising:
-    """How finished samples are noised again.
+    """How noise is added to finished samples.
 
     Attributes:
         draws: noise levels of each sample.
@@ -125,7 +125,7 @@ class Noising:
 
 
 class NoisedConfig(ObjectiveConfig):
-    """Options of the objectives on finished samples, which are noised again."""
+    """Options of the objectives on finished samples, to which noise is added again."""
 
     draws: int = Field(default=4, ge=1, description="noise levels sampled for each image of a rollout")
 
@@ -312,15 +312,15 @@ class RewardGradientConfig(ObjectiveConfig):
     )
     checkpointing: bool | None = Field(
         default=None,
-        description="whether activations of jumps, decoder and rewards are computed again in the backward pass, for the"
-        " memory of the largest of them in place of their sum; null: on a GPU",
+        description="whether activations of jumps, decoder and rewards are recomputed in the backward pass, with"
+        " only those of one of them in memory at a time; null: on a GPU only",
     )
 
     @model_validator(mode="after")
     def _without_advantages(self) -> Self:
         for name in ("adv_clip_max", "global_std", "reward_combination"):
             if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} is about advantages, which this objective does not use")
+                raise ValueError(f"{name} concerns advantages, which this objective does not use")
         return self
 
     @property

@@ -1,7 +1,7 @@
 """Objectives on finished samples that compare the trained policy's error with the old one's (docs/objectives.md).
 
-All noise samples as `fmg.rl.noised` does and measure the error of the predicted velocity: DiffusionNFT and MeanFlowNFT
-contrast good and bad samples, advantage weighted matching takes the change of the error for a log-ratio, and
+All of them add noise to samples (`fmg.rl.noised`) and measure the error of the predicted velocity: DiffusionNFT and
+MeanFlowNFT contrast good and bad samples, advantage weighted matching uses the change of the error as a log-ratio, and
 MeanFlowAdvantage is a signed least squares. No sample needs a likelihood, so rollouts use the map's own sampler.
 """
 
@@ -33,7 +33,7 @@ Config = TypeVar("Config", bound=ForwardConfig)
 
 
 class Errors(NamedTuple):
-    """Velocity errors of a micro-batch's rows, and what they are weighed by.
+    """Velocity errors of a micro-batch's rows, and what weights them.
 
     Attributes:
         new: of the trained policy, with gradients.
@@ -82,7 +82,7 @@ class ForwardObjective(ABC, Generic[Config]):
         """Mean loss over the rows.
 
         Parts: `match`, the mean square of the error; `old_distance`, that of its difference from the old policy's,
-        which is 0 before the first update of a rollout by the trained policy; and `base_distance`, where it counts.
+        which is 0 before the first update of a rollout by the trained policy; `base_distance`, where it has a weight.
         """
         config = self.config
         with torch.no_grad():
@@ -184,7 +184,7 @@ class MeanFlowAdvantage(ForwardObjective[MeanFlowAdvantageConfig]):
 class AdvantageWeightedMatching(ForwardObjective[AwmConfig]):
     """A policy ratio of matching errors (advantage weighted matching, Xue et al., arXiv 2509.25050, algorithm 1).
 
-    The weighted matching error stands for the negative log-likelihood of a sample, `log p = -w_t |v - (eps - x_0)|^2`,
+    The weighted matching error acts as the negative log-likelihood of a sample, `log p = -w_t |v - (eps - x_0)|^2`,
     at the same noise for the trained policy and the old one, in the clipped surrogate of GRPO with A scaled to [-1, 1]:
 
         L = -min(r A, clip(r, 1 - c, 1 + c) A) + beta |v - v_ref|^2,   r = exp(log p - log p_old)

@@ -1,7 +1,7 @@
-"""Finished samples noised again: the rows, targets and errors of the objectives that need no density.
+"""Finished samples with new noise: the rows, targets and errors of the objectives that need no density.
 
 A sample `x_0` becomes `x_t = alpha_t x_0 + sigma_t eps`, where a policy predicts the velocity `eps - x_0` if it maps to
-any time, and `x_0` itself if it maps to 0. Objectives differ in what they make of the errors. Nothing here depends on
+any time, and `x_0` itself if it maps to 0. Objectives differ in how they use the errors. Nothing here depends on
 the number of processes or on the micro-batch: noise is keyed by sample and draw, and every error belongs to one row.
 """
 
@@ -82,7 +82,7 @@ def noised(scored: ScoredRollout, flow_map: FlowMap, how: Noising, seed: int, ob
 
 
 def predicted(flow_map: FlowMap, batch: Batch) -> Float[Tensor, "b *shape"]:
-    """What a map predicts of `target`, one network call: `u(x_t, t, s)`, by default on the diagonal; or `x_0`."""
+    """A map's prediction of `target`, in one network call: `u(x_t, t, s)`, by default on the diagonal; or `x_0`."""
     rows = batch.rows
     if flow_map.anchors == "endpoint":
         return flow_map.jump(rows["x_t"], rows["t"], torch.zeros_like(rows["t"]), batch.cond).float()
@@ -145,7 +145,7 @@ def _forward_mode(function: Callable[[Tensor, Tensor], Tensor], at: tuple[Tensor
         with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings(), forward_ad.dual_level():
             # torch itself compiles the rules of some derivatives when it first needs one
             warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated", category=DeprecationWarning)
-            # not torch.func.jvp, which forbids that the weights of the old policy are put in place within the call
+            # not torch.func.jvp, which does not allow the weights of the old policy to be swapped in within the call
             x, t = (_dual(value, v) for value, v in zip(at, (along, torch.ones_like(at[1])), strict=True))
             derivative: Tensor | None = forward_ad.unpack_dual(function(x, t)).tangent  # type: ignore[no-untyped-call]
     except torch.OutOfMemoryError:

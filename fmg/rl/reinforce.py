@@ -1,4 +1,4 @@
-"""REINFORCE on the transition densities of a stochasticized flow map: the control without ratio and clip."""
+"""REINFORCE on the transition densities of a stochasticized flow map: the control without ratio or clip."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Reinforce:
     """`L = -mean_k A log p(x_s | x_t)` at the stored transitions, with a leave-one-out baseline (docs/math.md, eq. 42).
 
     The baseline of a sample is the mean reward of the other m - 1 of its group (RLOO, Ahmadian et al., arXiv
-    2402.14740), so `A = m / (m - 1) (R - mean_group)`. There is one update per iteration, since the gradient is that of
-    the expected reward only at the policy of the rollout.
+    2402.14740), so `A = m / (m - 1) (R - mean_group)`. There is one update per iteration, because only at the policy of
+    the rollout is the gradient that of the expected reward.
 
     Departures from the paper: A is divided by the std of the batch's rewards and clamped to `adv_clip_max`, which makes
     learning rates comparable with those of `grpo`; log-probs are averaged over latent coordinates; no KL to the base;

@@ -34,7 +34,7 @@ class RewardGradient:
         `refl`: one jump to 0 from the rollout's state at a random time of the grid (ReFL, Xu et al., arXiv 2304.05977).
 
     Images are not compared: a group is the images of one prompt, and its size has no part in the loss of an image.
-    `l2_beta` draws each jump to where the base goes from the same state, a place without gradients.
+    `l2_beta` pulls each jump towards the base's jump from the same state, which has no gradient.
 
     Departures from the papers: a jump of a flow map takes the place of a step of a diffusion sampler. States come from
     the policy that generated the rollout, so later updates of an iteration start from slightly older ones. ReFL
@@ -114,7 +114,7 @@ class LastStep:
     """Another objective plus the gradient of rewards through the last jump (docs/math.md, eq. 36; RTDMD's last step).
 
     `L = L_inner - weight mean r(D(X_{t->0}(x_t)), prompt)`: `x_t` is a sample of the rollout, re-noised to the last
-    time of the grid before 0 as in DRaFT-LV, so rollouts of any kind will do. Each row of the inner batch is paired
+    time of the grid before 0 as in DRaFT-LV, so rollouts of any kind work. Each row of the inner batch is paired
     with one such state; they are spread evenly over the samples.
 
     Parts: those of the inner objective, and `last_step_reward`, the mean reward of these jumps.
@@ -179,7 +179,7 @@ class ScoredImages:
     def reached(
         self, policies: Policies, batch: Batch, *, compare: bool = False
     ) -> tuple[Float[Tensor, "b *shape"], Float[Tensor, ""] | None]:
-        """The end of the jumps of `batch`. With `compare` also their mean squared distance to those of the base."""
+        """The end of the jumps of `batch`. With `compare`, also their mean squared distance to those of the base."""
         flow_map, cond, times = policies.current, batch.cond, batch.rows["times"]
         x, distances = batch.rows["x_t"], []
         for k in range(times.shape[1] - 1):
@@ -204,7 +204,7 @@ class ScoredImages:
         wanted = x.is_cuda if self.checkpointing is None else self.checkpointing
         if not (wanted and torch.is_grad_enabled()):
             return function(x, *arguments)
-        # an early stop is an exception, which the checks around a reward would take for its own
+        # an early stop is an exception, which the checks around a reward would take for the reward's own
         with set_checkpoint_early_stop(False):
             computed: Tensor = checkpoint(function, x, *arguments, use_reentrant=False)
         return computed

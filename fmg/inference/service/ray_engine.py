@@ -58,7 +58,7 @@ class ReplicaSpec:
         limits: limits of a replica's queue and batches.
         max_adapters: adapters per model.
         folder: relative paths of runs and targets start here.
-        loopback: whether all replicas are on this machine, and nobody else is to reach them.
+        loopback: whether all replicas are on this machine, and nothing outside it may reach them.
     """
 
     targets: tuple[Named, ...]
@@ -222,7 +222,7 @@ class RayEngine:
             return str(served)
 
     def close(self, timeout: float) -> None:
-        """Nothing is left: a request that was accepted has been answered or given up by the server."""
+        """Does nothing: the server has answered or given up every accepted request."""
 
     def _forget(self, asked: Asked) -> None:
         self._images -= len(asked.seeds)
@@ -255,7 +255,7 @@ class RayEngine:
             if isinstance(result, Exception):
                 raise result
             return result
-        raise RefusedError(503, "The replicas that generated this ended", "Ask again.", 1)
+        raise RefusedError(503, "The replicas that were generating these images died", "Ask again.", 1)
 
 
 def _prepare(scale: Scale) -> None:
@@ -268,8 +268,8 @@ def _prepare(scale: Scale) -> None:
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
     if scale.address is None:
-        # whoever reaches a port of Ray can run code, so that only this server and its replicas know the token, and all
-        # ports are on loopback: what this variable is named after is that it is the default of those systems
+        # whoever reaches a port of Ray can run code: so only this server and its replicas know the token, and all ports
+        # are on loopback, which is Ray's default on the systems that the variable is named after
         os.environ |= {
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_AUTH_MODE": "token",
@@ -367,7 +367,7 @@ def _deployment(ray: Any, serve: Any, spec: ReplicaSpec, scale: Scale) -> Any:
             "autoscaling_config": {
                 "min_replicas": scale.minimum,
                 "max_replicas": scale.maximum,
-                # a batch at work; what waits beyond it is a reason for another replica
+                # one batch in progress; if more requests wait, Ray adds a replica
                 "target_ongoing_requests": limits.max_batch,
             }
         }

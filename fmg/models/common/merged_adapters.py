@@ -2,9 +2,9 @@
 
     sum_i w_i (alpha_i / r_i) B_i A_i = [w_1 (alpha_1 / r_1) B_1, ...] [A_1; ...]
 
-is one LoRA whose rank is the sum of the ranks and whose scale is 1, so whatever reads an adapter reads the sum. The
-factors are computed in fp64 and rounded once, in an order of their own: the same adapters and weights give the same
-files on every computer, however they were listed. A second-time embedder is replaced as a whole by each adapter that
+is one LoRA whose rank is the sum of the ranks and whose scale is 1, so all code that reads an adapter can read the
+sum. The factors are computed in fp64 and rounded once, in a fixed order: the same adapters and weights give the same
+files on every computer, whatever their order. A second-time embedder is replaced as a whole by each adapter that
 trained it. Its sum is therefore a mean, and the weights of those adapters have to add up to 1.
 """
 
@@ -92,7 +92,7 @@ def _read(folder: Path, weight: float) -> _Part:
     if not wrong:
         pairs = {module: (tensors[module + LORA_A], tensors[module + LORA_B]) for module in sorted(modules)}
         shapes = {module: (a.ndim, b.ndim, a.shape[0], b.shape[-1]) for module, (a, b) in pairs.items()}
-        wrong = [f"has another rank at {m}" for m, found in shapes.items() if found != (2, 2, *[manifest.rank] * 2)]
+        wrong = [f"has a different rank at {m}" for m, found in shapes.items() if found != (2, 2, *[manifest.rank] * 2)]
     if wrong or not modules:
         raise CheckpointError(
             f"The adapter in {folder} is damaged: it {wrong[0] if wrong else 'has no LoRA'}", "Restore it."
@@ -123,8 +123,8 @@ def _check_parts(parts: Sequence[_Part]) -> None:
     total = math.fsum(part.weight for part in parts if part.extra)
     if trained and abs(total - 1) > _ROUNDING:
         raise UsageError(
-            f"The weights of the adapters that trained the second-time embedder add up to {total:g}: part of an"
-            " embedder cannot be added",
+            f"The weights of the adapters that trained the second-time embedder add up to {total:g} instead of 1:"
+            " embedders are averaged",
             "Choose weights that add up to 1 for those adapters.",
         )
 

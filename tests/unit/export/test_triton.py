@@ -324,10 +324,10 @@ def test_names_devices_and_versions(artifact: Artifact, tmp_path: Path) -> None:
     assert kind_of(read_configs(made.folder)["signs.v2_transformer"]) == "KIND_GPU"
     assert (made.folder / "signs.v2" / "7" / "model.py").is_file()
     for options, says in (
-        (TritonOptions(name="../x"), "'../x' cannot be the name of a model of Triton"),
+        (TritonOptions(name="../x"), "'../x' cannot be the name of a Triton model"),
         (TritonOptions(version=0), "Version 0 is not a version"),
         (TritonOptions(int8=True), "has no int8 transformer"),
-        (TritonOptions(fused=True), "has no sampler as one graph"),
+        (TritonOptions(fused=True), "has no fused sampler"),
         (TritonOptions(fused=True, int8=True), "has no 8-bit weights"),
     ):
         with pytest.raises(UsageError, match=says):

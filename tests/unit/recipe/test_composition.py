@@ -221,7 +221,7 @@ GRADIENT: dict[str, object] = {"model": "two-time", "objective": "reward-gradien
         ("{name: python, target: 'm:f'}", [], "'m:f' has no gradient"),
         ("shapes-clip", ["objective.jumps=5"], "Gradients through 5 jumps do not fit a rollout of 4 steps"),
         ("shapes-clip", ["train.shuffle_advantages=true"], "uses no advantages"),
-        ("shapes-clip", ["objective.global_std=false"], "global_std is about advantages"),
+        ("shapes-clip", ["objective.global_std=false"], "global_std concerns advantages"),
         ("shapes-clip", ["objective.last_step={weight: 1}"], "differentiates its rewards already"),
         ("shapes-clip", ["rollout.kind=branch"], "does not support branched rollouts"),
     ],

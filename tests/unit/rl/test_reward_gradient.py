@@ -155,7 +155,7 @@ def test_rollouts_without_states_and_options_of_advantages_are_refused() -> None
     assert len(made(method="draft-lv").prepare(scored_rollout(views.current), views, 0)) == 48
     with pytest.raises(CompositionError, match="no decoder"):
         objectives.build("reward-gradient").loss(views, prepared(made(), views))
-    with pytest.raises(ValueError, match="global_std is about advantages"):
+    with pytest.raises(ValueError, match="global_std concerns advantages"):
         RewardGradientConfig(global_std=False)
 
 
