@@ -43,7 +43,7 @@ def test_named_checks_and_test_files_exist() -> None:
 
 
 def test_every_check_of_the_flow_is_on_the_page() -> None:
-    for room in ("flow", "stochasticizer", "variant", "branch", "forward"):
+    for room in ("flow", "stochasticizer", "variant", "branch", "forward", "gradient"):
         source = (ROOT / "tests" / "support" / f"{room}_identities.py").read_text(encoding="utf-8")
         # grids are lists of numbers, not equations
         missing = set(re.findall(r"^def (check_\w+)\(\)", source, re.MULTILINE)) - set(re.findall(r"check_\w+", PAGE))

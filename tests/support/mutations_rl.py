@@ -7,7 +7,7 @@ from tests.support.mutation import Mutation
 _ADVANTAGES, _GRPO, _NOISE = "fmg.rl.advantages", "fmg.rl.grpo", "fmg.rl.keyed_noise"
 _REPLAY, _ROLLOUTS, _RWFM = "fmg.rl.replay", "fmg.rl.rollouts", "fmg.rl.rwfm"
 _BRANCHES, _NOISED, _FORWARD = "fmg.rl.branches", "fmg.rl.noised", "fmg.rl.forward"
-_REINFORCE = "fmg.rl.reinforce"
+_REINFORCE, _GRADIENT = "fmg.rl.reinforce", "fmg.rl.reward_gradient"
 _CONFIGS, _UPDATE, _WINDOWS = "fmg.rl.configs", "fmg.training.update", "fmg.rl.rollouts"
 
 
@@ -27,6 +27,13 @@ def _forward(*names: str) -> tuple[str, ...]:
     return tuple(f"forward_identities:check_{name}" for name in names)
 
 
+def _gradient(*names: str) -> tuple[str, ...]:
+    return tuple(f"gradient_identities:check_{name}" for name in names)
+
+
+_REWARDED = _gradient("reward_gradient_closed_form")
+_JUMPS_BEGIN = _gradient("jumps_begin_where_the_method_says")
+_LAST_STEP = _gradient("last_step_closed_form")
 _DERIVATIVE = _forward("derivatives_agree")
 _LEAVE_ONE_OUT = _forward("reinforce_is_the_first_gradient_of_grpo")
 _CLOSED_FORM = _rl("advantages_closed_form")
@@ -248,4 +255,18 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(_GRPO, "kl >= limit", "kl > limit", _forward("dppo_mask")),
     Mutation(_REINFORCE, "* size / (size - 1)", "* (size - 1) / (size - 1)", _LEAVE_ONE_OUT),
     Mutation(_REINFORCE, "total = -(batch", "total = (batch", _LEAVE_ONE_OUT),
+    # reward gradients
+    Mutation(_GRADIENT, "beta * distance - reward", "beta * distance + reward", _REWARDED),
+    Mutation(_GRADIENT, "return Loss(-reward, parts)", "return Loss(-reward.exp(), parts)", _REWARDED),
+    Mutation(_GRADIENT, "steps - self.config.jumps)", "steps - 1)", _REWARDED),
+    Mutation(_GRADIENT, "policies.reference.jump(x, t, target", "policies.old.jump(x, t, target", _REWARDED),
+    Mutation(_GRADIENT, "torch.stack(distances).mean()", "torch.stack(distances).sum()", _REWARDED),
+    Mutation(_GRADIENT, "if inner else reached\n", "if inner else reached.detach()\n", _REWARDED),
+    Mutation(_GRADIENT, '["renoise"][:, k]', '["renoise"][:, 0]', _REWARDED),
+    Mutation(_GRADIENT, "(uniform(keys) * steps)", "(uniform(keys) ** 4 * steps)", _JUMPS_BEGIN),
+    Mutation(_GRADIENT, ".repeat(self.config.draws)", ".repeat_interleave(self.config.draws)", _JUMPS_BEGIN),
+    Mutation(_GRADIENT, "path.kernel(torch.zeros_like(s), s)", "path.kernel(s, s)", _JUMPS_BEGIN + _LAST_STEP),
+    Mutation(_GRADIENT, "rollout.grid[-2:]", "rollout.grid[:2]", _JUMPS_BEGIN + _LAST_STEP),
+    Mutation(_GRADIENT, "inner.total - self._weight * reward", "inner.total + self._weight * reward", _LAST_STEP),
+    Mutation(_GRADIENT, "* samples // max(1, len(batch))", "* samples // len(batch) // 2", _LAST_STEP),
 )
