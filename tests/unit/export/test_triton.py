@@ -372,7 +372,7 @@ def test_wrong_options_are_refused_in_one_line(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--triton-name", "../x"], "'../x' cannot be the name of a model of Triton"),
+        (["--triton-name", "../x"], "'../x' cannot be the name of a Triton model"),
         (["--fused", "--int8"], "has no 8-bit weights"),
         (["--int8", "--triton-device", "gpu"], "8-bit weights are for a CPU"),
         (["--precision", "bf16", "--triton-device", "cpu"], "cannot compute bf16 on a CPU"),
