@@ -147,8 +147,7 @@ def serve(
     with reporter_for(stderr()) as reporter, ExitStack() as stack:
         reporter(LOADING)
         from fmg.inference.service.engine import Engine, LocalEngine
-        from fmg.inference.service.models import ServedModels
-        from fmg.inference.service.opening import named_targets, newest_run, open_models
+        from fmg.inference.service.opening import named_targets, newest_run, open_served
         from fmg.inference.service.server import ImageServer
         from fmg.inference.service.wire import Limits
 
@@ -156,7 +155,7 @@ def serve(
         # a taken port is reported before anything is loaded
         address = stack.enter_context(Address(host, port))
         options = {
-            "backend": "torch" if adapters and backend == "auto" else backend,
+            "backend": backend,
             "device": device,
             "dtype": dtype,
             "resolution": resolution,
@@ -183,10 +182,7 @@ def serve(
             scale = Scale(*number, cpus=threads or 1, gpu=device != "cpu", address=ray_address, drain=drain)
             runs = stack.enter_context(ray_engine(spec, scale, reporter))
         else:
-            models = ServedModels(open_models(named, options, stack, reporter), max_adapters)
-            for (model, name), added in wanted.items():
-                models.install(models.read_adapter(name, added, model))
-            runs = LocalEngine(models, limits)
+            runs = LocalEngine(open_served(named, wanted, options, max_adapters, stack, reporter), limits)
         for one in runs.names():
             facts = runs.facts(one)
             reporter(Notice("info", f"{one}: {facts['backend']} ({facts['detail']}) on {facts['device']}"))

@@ -21,7 +21,7 @@ from fmg.core.events import ignore
 from fmg.data.checkpoints import chosen_checkpoint
 from fmg.inference import load
 from fmg.inference.service.models import ServedModels
-from fmg.inference.service.opening import named_targets, open_models
+from fmg.inference.service.opening import named_targets, open_models, open_served
 from fmg.inference.service.server import ImageServer
 from fmg.inference.service.wire import Limits
 from fmg.inference.target import merged_target
@@ -29,6 +29,7 @@ from fmg.serving.server import Address
 from tests.support.artifact import make_run, shapes_recipe
 from tests.support.image_service import image_service, pixels, post, running
 from tests.support.reward_service import call
+from tests.support.tiny_artifact import build_tiny_artifact
 
 pytestmark = pytest.mark.slow
 
@@ -145,6 +146,20 @@ def test_a_full_fine_tune_is_a_model_of_its_own(models: ServedModels, tmp_path: 
         assert np.array_equal(images(tuned, "tuned"), made)
 
 
+def test_adapters_of_the_command_line_leave_artifacts_alone_and_replace_nothing(
+    shapes_run: Path, other_shapes_run: Path, tmp_path: Path
+) -> None:
+    artifact = build_tiny_artifact(tmp_path / "tiny").folder
+    targets, options = named_targets([f"tiny={artifact}", "meanflow-shapes"]), {"device": "cpu"}
+    with ExitStack() as stack:
+        models = open_served(targets, {(None, "one"): [str(shapes_run)]}, options, 3, stack, ignore)
+        assert [one.name for one in models] == ["tiny", "meanflow-shapes", "meanflow-shapes:one"]
+        assert [one.generator.backend.name for one in models] == ["onnxruntime", "torch", "torch"]
+    twice = {(None, "one"): [str(shapes_run)], ("meanflow-shapes", "one"): [str(other_shapes_run)]}
+    with ExitStack() as stack, pytest.raises(UsageError, match="Two adapters are called 'meanflow-shapes:one'"):
+        open_served(targets[1:], twice, options, 3, stack, ignore)
+
+
 def test_what_does_not_fit_is_refused(models: ServedModels, shapes_run: Path, tmp_path: Path) -> None:
     for name in ("", "base", "a:b", "../x"):
         with pytest.raises(UsageError, match="cannot be the name of an adapter"):
@@ -153,6 +168,11 @@ def test_what_does_not_fit_is_refused(models: ServedModels, shapes_run: Path, tm
         models.read_adapter("x", ["meanflow-shapes"])
     with pytest.raises(UsageError, match="no model 'meanflow'"):
         models.read_adapter("x", [str(shapes_run)], "meanflow")
+    added(models, "a", shapes_run)
+    with pytest.raises(UsageError, match="no model 'meanflow-shapes:a'"):
+        models.read_adapter("x", [str(shapes_run)], "meanflow-shapes:a")
+    with pytest.raises(UsageError, match="cannot be read: File name too long"):
+        models.read_adapter("x", ["x" * 300])
     with ExitStack() as stack, pytest.raises(CheckpointError, match="different weights"):
         opened(stack, "scm-shapes").read_adapter("x", [str(shapes_run)])
     for name in ("a", "b", "c"):

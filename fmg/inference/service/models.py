@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fmg.core.errors import CheckpointError, UsageError, suggestion
+from fmg.core.errors import CheckpointError, UsageError, reason, suggestion
 from fmg.inference import onnxruntime as ort
 from fmg.inference.artifact.backend import ArtifactBackend
 from fmg.inference.generator import Generator
@@ -131,9 +131,15 @@ class ServedModels:
             )
         from fmg.inference.target import merged_target, resolve_target, weighted_run
 
-        weighted = [weighted_run(run) for run in runs]
-        for run, _ in weighted:
-            if not run or not Path(run).is_dir():
+        try:
+            weighted = [weighted_run(run) for run in runs]
+            there = [bool(run) and Path(run).is_dir() for run, _ in weighted]
+        except OSError as error:
+            raise UsageError(
+                f"A run folder cannot be read: {reason(error)}", "Give the path of one on the server's computer."
+            ) from None
+        for (run, _), found in zip(weighted, there, strict=True):
+            if not found:
                 raise UsageError(f"There is no run folder '{run}'", "Give the path of one on the server's computer.")
         (first, weight), *others = weighted
         target = resolve_target(first) if weight == 1 and not others else merged_target(weighted)
@@ -168,11 +174,11 @@ class ServedModels:
 
     def _fitting(self, adapter: Path, model: str | None) -> tuple[Served, ReadAdapter]:
         """The model that an adapter was trained on, and the adapter."""
-        if model is not None and model not in self._models:
-            raise UsageError(f"There is no model '{model}'", suggestion(model, self._models))
-        hosts = [one for one in self._models.values() if ":" not in one.name and model in (None, one.name)]
+        hosts = {one.name: one for one in self._models.values() if ":" not in one.name}
+        if model is not None and model not in hosts:
+            raise UsageError(f"There is no model '{model}'", suggestion(model, hosts))
         misfit: CheckpointError | None = None
-        for host in hosts:
+        for host in hosts.values() if model is None else [hosts[model]]:
             if host.held is None:
                 continue
             try:

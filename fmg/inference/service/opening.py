@@ -16,7 +16,7 @@ from fmg.inference.artifact.layout import Artifact
 from fmg.inference.generator import Generator
 from fmg.inference.loading import AUTO, find, load, pick_backend
 from fmg.inference.openers import TorchOpener
-from fmg.inference.service.models import BASE, OWN, Served
+from fmg.inference.service.models import BASE, OWN, Served, ServedModels
 
 if TYPE_CHECKING:
     from fmg.inference.target import Target
@@ -72,8 +72,46 @@ def _own_name(target: str) -> str:
     return Path(target).resolve().name if Path(target).is_dir() else target
 
 
+def open_served(
+    targets: Sequence[Named],
+    adapters: Mapping[tuple[str | None, str], Sequence[str]],
+    options: Mapping[str, Any],
+    max_adapters: int,
+    stack: ExitStack,
+    observer: Observer,
+) -> ServedModels:
+    """Loads every target as `open_models`, and then adapters of them.
+
+    Args:
+        adapters: runs by model and name, as `ServedModels.read_adapter` takes them.
+        max_adapters: adapters per model.
+
+    Raises:
+        UsageError: two adapters have the same name, or as `ServedModels`.
+        CheckpointError: as `ServedModels.read_adapter`.
+    """
+    models = ServedModels(
+        open_models(targets, options, stack, observer, exchangeable=bool(adapters)),
+        max_adapters,
+    )
+    for (model, name), runs in adapters.items():
+        new = models.read_adapter(name, runs, model)
+        if models.get(new.served.name) is not None:
+            raise UsageError(
+                f"Two adapters are called '{new.served.name}', once with the name of the model and once without",
+                "Choose another name, or add them up: write both in the same way.",
+            )
+        models.install(new)
+    return models
+
+
 def open_models(
-    targets: Sequence[Named], options: Mapping[str, Any], stack: ExitStack, observer: Observer
+    targets: Sequence[Named],
+    options: Mapping[str, Any],
+    stack: ExitStack,
+    observer: Observer,
+    *,
+    exchangeable: bool = False,
 ) -> list[Served]:
     """Loads every target. Each generates an image, so problems appear before the server listens.
 
@@ -84,13 +122,18 @@ def open_models(
         options: options of `fmg.inference.load`.
         stack: frees the models when it is closed.
         observer: receives a notice for each model, and the progress of downloads.
+        exchangeable: whether `auto` takes the backend that can exchange adapters, where there is a choice.
     """
-    return [model for named in targets for model in _opened(named, options, stack, observer)]
+    return [model for named in targets for model in _opened(named, options, stack, observer, exchangeable)]
 
 
-def _opened(named: Named, options: Mapping[str, Any], stack: ExitStack, observer: Observer) -> list[Served]:
+def _opened(
+    named: Named, options: Mapping[str, Any], stack: ExitStack, observer: Observer, exchangeable: bool
+) -> list[Served]:
     observer(Notice("info", f"Loading '{named.name}'"))
     subject = find(named.target, observer=observer)
+    if exchangeable and not isinstance(subject, Artifact) and options.get("backend", AUTO) == AUTO:
+        options = {**options, "backend": "torch"}
     exchanges = not isinstance(subject, Artifact) and _exchanges(subject, options)
     own = None if isinstance(subject, Artifact) else subject.adapter
     loaded = stack.enter_context(load(subject.base() if exchanges and own else subject, **options))  # type: ignore[union-attr]

@@ -29,8 +29,7 @@ from fmg.core.events import Notice, Observer, ignore
 from fmg.core.signals import Signals
 from fmg.inference.service.engine import Asked, LocalEngine
 from fmg.inference.service.jobs import Painted
-from fmg.inference.service.models import ServedModels
-from fmg.inference.service.opening import Named, open_models
+from fmg.inference.service.opening import Named, open_served
 from fmg.inference.service.wire import Limits
 from fmg.serving.app import RefusedError
 from fmg.serving.batching import BusyError
@@ -121,9 +120,7 @@ class Replica:
         self._versions: dict[str, int] = {}
         self._adding = asyncio.Lock()
         try:
-            models = ServedModels(open_models(spec.targets, spec.options, ExitStack(), ignore), spec.max_adapters)
-            for (model, name), runs in spec.adapters.items():
-                models.install(models.read_adapter(name, runs, model))
+            models = open_served(spec.targets, spec.adapters, spec.options, spec.max_adapters, ExitStack(), ignore)
             self._engine = LocalEngine(models, spec.limits)
         except FmgError as error:
             # raised here, Ray would start the replica again and again
