@@ -1,4 +1,4 @@
-"""What to say when something needs the full distribution, and only the runtime is installed."""
+"""The error for what needs the full distribution when only the runtime is installed."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ def _calls(recipe: Recipe) -> dict[str, str]:
     return {
         **({"transitions an image": str(transitions)} if transitions else {}),
         "network calls an iteration": f"{work.rollout_calls:g} in the rollout, {work.update_calls} in the updates"
-        + (f", and {work.frozen_calls:g} in them without gradients" if work.frozen_calls else ""),
+        + (f" (plus {work.frozen_calls:g} without gradients)" if work.frozen_calls else ""),
         **_cost(recipe),
     }
 

@@ -82,7 +82,7 @@ def test_an_objective_on_samples_has_no_transitions_and_the_rows_that_it_samples
 )
 def test_calls_of_objectives_that_differentiate_rewards(sets: list[str], trained: int, frozen: int) -> None:
     facts = plan(resolve(None, {}, [*SHAPE, "rewards=[shapes-clip]", *sets])).facts
-    without = f", and {frozen} in them without gradients" if frozen else ""
+    without = f" (plus {frozen} without gradients)" if frozen else ""
     assert facts["network calls an iteration"] == f"60 in the rollout, {trained} in the updates{without}"
 
 
