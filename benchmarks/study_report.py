@@ -50,7 +50,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half-width of the 95 % interval over seeds (Student's t); infinite for one seed."""
     if len(values) < 2:
         return mean(values), math.inf
-    return mean(values), _T[len(values) - 1] * stdev(values) / math.sqrt(len(values))
+    # beyond ten seeds the interval of ten is a little too wide
+    return mean(values), _T.get(len(values) - 1, _T[9]) * stdev(values) / math.sqrt(len(values))
 
 
 def text(values: Sequence[float]) -> str:
@@ -116,10 +117,12 @@ def end_table(entries: Sequence[Entry], world: str, curves: Mapping[str, list[Cu
     for arm, runs in curves.items():
         last = [{key: values[-1] for key, values in run.measured.items()} for run in runs]
         kept = [e["kept"] for e in entries if (e["world"], e["arm"], e["kind"]) == (world, arm, "run") and e["kept"]]
+        # a gate ends a run that diverges, so the means are those of the seeds that did not
+        ended = sum((e["world"], e["arm"], e["kind"]) == (world, arm, "run") and bool(e["stopped"]) for e in entries)
         rows.append(
             [
                 ARMS[arm].about,
-                str(len(runs)),
+                f"{len(runs)} ({ended} stopped)" if ended else str(len(runs)),
                 *(text([values[key] for values in last]) for key in ("score", "quality", "diversity")),
                 *(text([k[f"{WORLDS[world].score}@{steps}"] for k in kept]) for steps in KEPT_STEPS),
                 f"{runs[0].spent['nfe'][-1] / 1000:.1f}",

@@ -234,6 +234,11 @@ def _gradient_problems(recipe: RecipeFields) -> Iterator[Problem]:
     if objective.config.needs == "gradients":
         what = f"The objective '{objective.name}' differentiates its rewards already"
         yield Problem(location, what, "Set objective.last_step to null, or use another objective")
+    elif recipe.train.shuffle_advantages:
+        what = (
+            "objective.last_step follows the rewards themselves, so a run with train.shuffle_advantages is no control"
+        )
+        yield Problem(("train", "shuffle_advantages"), what, "Set it to false, or objective.last_step to null")
     for name in last_step.rewards or ():
         if name not in known:
             what = f"objective.last_step names '{name}', which is not among the recipe's rewards"

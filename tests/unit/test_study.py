@@ -81,6 +81,10 @@ def test_intervals_are_those_of_students_t(report: ModuleType) -> None:
     low, high = scipy.stats.t.interval(0.95, 4, loc=scipy.stats.tmean(values), scale=scipy.stats.sem(values))
     centre, half = report.interval(values)
     assert (centre - half, centre + half) == (pytest.approx(low, rel=1e-3), pytest.approx(high, rel=1e-3))
+    # more seeds than the table has
+    many = [*values, *values, *values]
+    _, exact = scipy.stats.t.interval(0.95, 14, loc=0, scale=scipy.stats.sem(many))
+    assert exact <= report.interval(many)[1] <= 1.1 * exact
 
 
 def test_the_winner_of_a_budget_is_told_apart_only_where_the_seeds_do(study: ModuleType, report: ModuleType) -> None:
@@ -96,6 +100,15 @@ def test_the_winner_of_a_budget_is_told_apart_only_where_the_seeds_do(study: Mod
     half_way, end = rows[3], rows[4]
     assert half_way[1:] == ["branch, asfmc", "0.810 ± 0.025", "none |"]
     assert end[3] == "branch, asfmc |" or end[3] == "chain, asfmc |"
+
+
+def test_runs_that_a_gate_stopped_are_counted_beside_the_means_of_the_others(
+    study: ModuleType, report: ModuleType
+) -> None:
+    whole = [entry(study, "branch", "run", seed, 1e-2, [0.3, 0.9]) for seed in (0, 1)]
+    entries = [*whole, {**entry(study, "branch", "run", 2, 1e-2, [0.3]), "stopped": "The loss is nan"}]
+    (row,) = report.end_table(entries, "shapes", report.curves_of(entries, "shapes")).splitlines()[2:]
+    assert row.split(" | ")[1:3] == ["2 (1 stopped)", "0.900 ± 0.000"]
 
 
 def test_quality_is_compared_where_the_curves_cross_a_score(study: ModuleType, report: ModuleType) -> None:

@@ -248,5 +248,8 @@ def test_a_last_step_needs_a_reward_with_a_gradient(last_step: str, message: str
     rewards = "rewards=[shapes, {name: shapes-clip, weight: 0}]"
     with pytest.raises(CompositionError, match=message):
         resolve(None, {"model": "two-time"}, [rewards, f"objective.last_step={last_step}"])
-    given = resolve(None, {"model": "two-time"}, [rewards, "objective.last_step={weight: 1, rewards: [shapes-clip]}"])
+    last_step = "objective.last_step={weight: 1, rewards: [shapes-clip]}"
+    given = resolve(None, {"model": "two-time"}, [rewards, last_step])
     assert given.recipe.objective.config.last_step is not None
+    with pytest.raises(CompositionError, match="shuffle_advantages is no control"):
+        resolve(None, {"model": "two-time"}, [rewards, last_step, "train.shuffle_advantages=true"])
