@@ -96,6 +96,16 @@ def evaluate(
         sampling_option(metavar="1,2,4", help="Sampling steps (NFE) to evaluate at.", show_default="the target's"),
     ] = None,
     grid: Grid = None,
+    resolution: Annotated[
+        int | None,
+        sampling_option(
+            min=8,
+            max=16384,
+            metavar="N",
+            help="Image side in pixels, where a model has several.",
+            show_default="the target's",
+        ),
+    ] = None,
     num: Annotated[int, sampling_option(min=1, max=1_000_000, metavar="N", help="Images per number of steps.")] = 1000,
     seed: Seed = 0,
     backend: Annotated[
@@ -157,6 +167,7 @@ def evaluate(
                 "batch-size": batch_size,
                 "dump": dump,
                 "report": report,
+                "resolution": resolution,
             },
             prompts=prompts,
             rewards=reward,
@@ -186,6 +197,7 @@ def evaluate(
             reference=reference,
             steps=sweep,
             grid=grid,
+            resolution=resolution,
             num=num,
             seed=seed,
             backend=backend or "torch",

@@ -223,8 +223,9 @@ def _recipe_file(config: str | None, *, first: bool) -> str | Path | None:
     if config is None or "/" not in config:
         return config
     from fmg.inference.hub_target import fetch_recipe, hub_source
+    from fmg.recipe import recipe_names
 
-    if (source := hub_source(config)) is None:
+    if config in recipe_names() or (source := hub_source(config)) is None:
         return config
     with reporter_for(stderr()) as reporter:
         return fetch_recipe(source, reporter if first else ignore)

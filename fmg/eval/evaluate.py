@@ -70,6 +70,7 @@ def evaluate(
     reference: str | PathLike[str] | None = None,
     steps: int | Sequence[int] | None = None,
     grid: str | None = None,
+    resolution: int | None = None,
     num: int = 1000,
     seed: int = 0,
     backend: str = TORCH,
@@ -97,6 +98,7 @@ def evaluate(
             renderings of the prompts of an embedded world; None leaves them out.
         steps: numbers of sampling steps (NFE) to compare; None takes the recipe's.
         grid: time grid by name; None takes the target's recipe's, for both targets.
+        resolution: image side in pixels, for models with a choice; None takes the target's recipe's.
         num: images for each number of steps.
         seed: evaluation seed.
         backend: what generates the images: `torch`, or `torch-compile`.
@@ -118,6 +120,8 @@ def evaluate(
     with watching(observer, progress) as told:
         first = resolve_target(target, allow_code=allow_code or bool(names), observer=told)
         other = _other(first, against, told)
+    if resolution is not None:
+        first, other = _sized(first, resolution), other and _sized(other, resolution)
     prompt_set = load_prompts(prompts or first.recipe.eval.prompts)
     given = dict(options or {})
     features = chosen_extractors([extractors] if isinstance(extractors, str) else extractors, given)
@@ -153,6 +157,18 @@ def _other(first: Target, against: TargetLike, observer: Observer) -> Target | N
     return (
         first.base() if against == BASE else resolve_target(against, allow_code=True, other=(BASE,), observer=observer)
     )
+
+
+def _sized(target: Target, resolution: int) -> Target:
+    """The target with images of another size.
+
+    Raises:
+        UsageError: its images have one size, or the model has no such size.
+    """
+    if "resolution" not in type(target.recipe.model.config).model_fields:
+        raise UsageError(f"The images of '{target.label}' have one size", "Leave out --resolution.")
+    recipe = target.recipe.with_({"model.resolution": resolution})
+    return replace(target, label=f"{target.label} at {resolution} px", recipe=recipe)
 
 
 def _check_dump(dump: tuple[str, str | Path] | None, sweep: Sequence[int]) -> None:

@@ -1,7 +1,8 @@
 """The layers of a recipe: shorthand, merging and the command line's flags. Values are Nodes, which keep their source.
 
-Order: the model's own default recipe < file < flags < `--set`. Within flags, within `--set` and within the arguments of
-a Python call the more specific path wins whatever the order (`optimizer.lr` over `optimizer`), then the last.
+Order: the model's own default recipe < the recipe that the file extends < file < flags < `--set`. Within flags, within
+`--set` and within the arguments of a Python call the more specific path wins whatever the order (`optimizer.lr` over
+`optimizer`), then the last.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ ARGUMENTS: Mapping[str, str] = {name.replace("-", "_"): path for name, path in F
 
 AUTO = "auto"
 """The name of the stochasticizer that the model declares."""
+
+EXTENDS = "extends"
+"""The key of a recipe file that names the recipe below it."""
 
 Keys = tuple[str, ...]
 

@@ -19,15 +19,25 @@ from fmg.core.errors import CompositionError, UsageError, WrongTypeError, python
 from fmg.core.files import RECIPE, SUMS, from_home
 from fmg.recipe.composition import problems
 from fmg.recipe.document import Node, Plain, Source, is_block, node_of, read_document, render
-from fmg.recipe.layers import AUTO, anchored, argument_layers, flag_layers, merge, merge_all, refuse_code, set_layers
+from fmg.recipe.layers import (
+    AUTO,
+    EXTENDS,
+    anchored,
+    argument_layers,
+    flag_layers,
+    merge,
+    merge_all,
+    refuse_code,
+    set_layers,
+)
 from fmg.recipe.sections import ModelRef, RecipeFields
 from fmg.registry.catalog import models
 from fmg.registry.config import ModelConfig
 from fmg.registry.validation import Problem, first_problem, validate_strictly
 
 DEFAULT_MODEL = "meanflow-shapes"
-EDITOR_LINE = "# yaml-language-server: $schema=recipe.schema.json"
-"""First line of a recipe whose schema is in the same folder; lets editors check and complete it."""
+_STUDIES = "study-*"
+"""Folders of recipes that are compared with each other, below that of the shipped recipes."""
 _BESIDE_IT = ("run.json", SUMS)
 _DEFAULT = Source("built-in", "default")
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -264,19 +274,45 @@ def _default_recipe(name: str) -> Node:
 def _read(config: str | Path) -> Node:
     text = str(config)
     path = from_home(config)
+    shipped = isinstance(config, str) and text in recipe_names()
     looks_like_path = isinstance(config, Path) or path.suffix in (".yaml", ".yml") or len(path.parts) > 1
     try:
         exists, is_file = path.exists(), path.is_file()
     except OSError as error:
         raise UsageError(f"{text} cannot be read as a recipe: {error.strerror}", "Check its path.") from None
-    if looks_like_path or is_file:
-        return anchored(read_document(path, "file", text), path.parent)
-    if text in recipe_names():
-        return read_document(config_path(text), "file", f"configs/{text}.yaml")
+    if is_file or (looks_like_path and not shipped):
+        return _extended(path, text)
+    if shipped:
+        return _extended(config_path(text), f"configs/{text}.yaml")
     if exists:
-        return anchored(read_document(path, "file", text), path.parent)
+        return _extended(path, text)
     known = {*recipe_names(), *models.names()}
     raise UsageError(f"There is no recipe file and no shipped recipe named '{text}'", suggestion(text, known))
+
+
+def _extended(path: Path, label: str, above: tuple[Path, ...] = ()) -> Node:
+    """The values of a recipe file over those of the recipe that it extends: a shipped one, or a file relative to it."""
+    root = anchored(read_document(path, "file", label), path.parent)
+    named = root.exact((EXTENDS,))
+    if named is None:
+        return root
+    own = Node({key: value for key, value in (root.mapping or {}).items() if key != EXTENDS}, root.source)
+    text = named.value
+    if not isinstance(text, str) or not text:
+        fix = f"Write, for example, {EXTENDS}: sd35-meanflow."
+        raise UsageError(f"{named.source.text}: '{EXTENDS}' is not the name or the file of a recipe", fix)
+    file = path.parent / text
+    if text in recipe_names():
+        below, called = config_path(text), f"configs/{text}.yaml"
+    elif file.is_file():
+        below, called = file, str(Path(label).parent / text)
+    else:
+        what = f"{named.source.text}: there is no recipe file and no shipped recipe named '{text}'"
+        raise UsageError(what, suggestion(text, recipe_names()))
+    chain = (*above, path.resolve())
+    if below.resolve() in chain:
+        raise UsageError(f"{named.source.text}: the recipe extends itself", f"Remove one '{EXTENDS}'.")
+    return merge_all([_extended(below, called, chain), own])
 
 
 def _model(root: Node) -> ModelRef:
@@ -348,8 +384,15 @@ def configs_folder() -> Path:
 
 
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes, sorted."""
-    return sorted(path.stem for path in configs_folder().glob("*.yaml"))
+    """Names of the shipped recipes, sorted; those of a study are in a folder of their own (`study-sd35/null`)."""
+    folder = configs_folder()
+    files = [*folder.glob("*.yaml"), *folder.glob(f"{_STUDIES}/*.yaml")]
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in files)
+
+
+def editor_line(name: str) -> str:
+    """First line of a shipped recipe: where its schema is, so that editors check and complete it."""
+    return f"# yaml-language-server: $schema={'../' * name.count('/')}recipe.schema.json"
 
 
 def recipe_summary(name: str) -> str:
@@ -358,9 +401,9 @@ def recipe_summary(name: str) -> str:
     Raises:
         UsageError: for an unknown name, with a suggestion and the list.
     """
-    text = config_path(name).read_text(encoding="utf-8")
-    lines = text.removeprefix(f"{EDITOR_LINE}\n").splitlines()
-    comment = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    lines = config_path(name).read_text(encoding="utf-8").splitlines()
+    start = int(lines[:1] == [editor_line(name)])
+    comment = itertools.takewhile(lambda line: line.startswith("#"), lines[start:])
     return " ".join(line.removeprefix("#").strip() for line in comment).partition(". ")[0].rstrip(".")
 
 

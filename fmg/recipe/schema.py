@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fmg.core.prompt import PROMPT_FILE_SUFFIXES
-from fmg.recipe.layers import AUTO, COMPONENTS
+from fmg.recipe.layers import AUTO, COMPONENTS, EXTENDS
 from fmg.recipe.sections import PYTHON_REWARD, ComponentRef, RecipeFields
 from fmg.registry.catalog import ROWS, registry_for
 from fmg.registry.config import ComponentConfig
@@ -32,6 +32,11 @@ _ALONE = ("title",)
 _LAYERED = ("title", "required", "default")
 """Keywords of pydantic's schema to omit, in list entries and in values that a lower layer completes."""
 
+_EXTENDS: Schema = {
+    "type": "string",
+    "minLength": 1,
+    "description": "the recipe below this one: a shipped recipe, or a file relative to this one",
+}
 _FUNCTION: Schema = {"pattern": f"^{PYTHON_REWARD}:", "description": "your own function: python:module:function"}
 _FILE = {"pattern": rf"[/\\]|({'|'.join(map(re.escape, PROMPT_FILE_SUFFIXES))})$", "description": "a file of prompts"}
 _SPECIAL = {
@@ -74,6 +79,7 @@ def recipe_schema(names: Callable[[Registry[Any]], Sequence[str]] = installed) -
         several = section["properties"][place]
         about = {"description": several.pop("description")}
         section["properties"][place] = about | {"if": {"type": "array"}, "then": several, "else": several["items"]}
+    layered["properties"] = {EXTENDS: _EXTENDS, **layered["properties"]}
     text = json.dumps([layered, definitions])
     used = {name: found for name, found in definitions.items() if f'"#/$defs/{name}"' in text}
     return {"$schema": _DIALECT, "title": "fmg recipe", **layered, "description": _ABOUT, "$defs": used}

@@ -227,6 +227,8 @@ MISUSES = (
     Misuse("train --set lora.rank=zero", "lora.rank"),
     Misuse("train --set lora.rank=[", "--set lora.rank=["),
     Misuse("train --set trian.seed=1", "'train'"),
+    Misuse("eval meanflow-shapes --resolution 64 --num 2", "have one size"),
+    Misuse("train --config r.yaml", "no shipped recipe named 'scm-shape'", text("r.yaml", "extends: scm-shape\n")),
     Misuse("train --config nowhere.yaml", "nowhere.yaml"),
     Misuse("train --config meanflow-shape", "'meanflow-shapes'"),
     Misuse("train --config r.yaml", "r.yaml is empty", text("r.yaml", "")),

@@ -82,7 +82,9 @@ def test_only_the_rooms_that_print_know(library: str, rooms: set[str]) -> None:
 
 
 # without glob, * reaches into configs/accelerate, whose files are Accelerate's
-@pytest.mark.parametrize("recipe", files(":(glob)configs/*.yaml"), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "recipe", files(":(glob)configs/*.yaml", ":(glob)configs/study-*/*.yaml"), ids=lambda path: path.stem
+)
 def test_every_shipped_recipe_resolves(recipe: Path) -> None:
     assert resolve(recipe).recipe.model.name
 

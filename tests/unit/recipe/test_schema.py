@@ -15,8 +15,8 @@ from ruamel.yaml import YAML
 
 from fmg.core.errors import UsageError
 from fmg.recipe import config_path, configs_folder, recipe_names, resolve
-from fmg.recipe.layers import COMPONENTS
-from fmg.recipe.recipe import EDITOR_LINE
+from fmg.recipe.layers import COMPONENTS, EXTENDS
+from fmg.recipe.recipe import editor_line
 from fmg.recipe.schema import built_in, installed, recipe_schema
 from fmg.recipe.sections import RecipeFields
 from fmg.registry import ComponentConfig, registry_for, rewards
@@ -63,7 +63,7 @@ def test_the_shipped_file_is_current() -> None:
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_shipped_recipe_names_the_schema_and_fits_it(name: str, validator: Draft7Validator) -> None:
     text = config_path(name).read_text(encoding="utf-8")
-    assert text.startswith(f"{EDITOR_LINE}\n")
+    assert text.startswith(f"{editor_line(name)}\n")
     assert messages(validator, YAML(typ="safe", pure=True).load(text)) == []
     # as `fmg init` and a run folder write it
     assert messages(validator, resolve(name).recipe.plain()) == []
@@ -71,7 +71,7 @@ def test_every_shipped_recipe_names_the_schema_and_fits_it(name: str, validator:
 
 def test_every_section_is_in_it_with_a_description_of_each_value() -> None:
     schema = recipe_schema(built_in)
-    assert schema["properties"].keys() == RecipeFields.model_fields.keys()
+    assert schema["properties"].keys() == {EXTENDS, *RecipeFields.model_fields}
 
     def described(found: Any) -> bool:
         # what is merely allowed is described where a component is referred to

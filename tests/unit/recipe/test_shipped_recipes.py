@@ -93,6 +93,8 @@ def test_the_embedded_default() -> None:
         "noise_weighting": False,
         "noise_power": 1.0,
         "target_kl": None,
+        "kl_mask": None,
+        "last_step": None,
         "adv_clip_max": 5.0,
         "global_std": True,
         "reward_combination": "sum",
