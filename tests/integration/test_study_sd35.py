@@ -69,6 +69,11 @@ def test_the_plan_adds_up(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     wanted = {f"fmg fetch reward {name}" for name in EIGHT - {"ocr"}} | {"fmg fetch sd35-meanflow"}
     assert {one["command"] for one in found["downloads"]} == wanted
     assert all(one["licence"] for one in found["downloads"])
+    page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    for name, arm in arms.items():
+        figures = f"| {hours[name]:.2g} | {arm['memory_bytes'] / 1e9:.0f} GB |"
+        assert any(line.startswith(f"| `{name}` |") and line.endswith(figures) for line in page.splitlines()), figures
+    assert f"take {spent:.0f} GPU-hours" in page
     assert not [note for note in found["notes"] if "adapter" in note or "drawbench" in note]
 
     assert study_sd35.main(given) == 0
