@@ -199,10 +199,13 @@ class AwmConfig(ForwardConfig):
 
 
 class MovingOldConfig(ForwardConfig):
-    """Options of the objectives whose rollouts come from a moving average of the trained weights."""
+    """Options of the objectives whose rollouts come from a moving average of the trained weights.
 
-    old_decay: float = Field(default=0.9, ge=0, lt=1, description=_OLD_DECAY)
-    old_decay_rise: float | None = Field(default=None, gt=0, description=_OLD_RISE)
+    The decay is that of the published code of DiffusionNFT and of MeanFlowNFT.
+    """
+
+    old_decay: float = Field(default=0.5, ge=0, lt=1, description=_OLD_DECAY)
+    old_decay_rise: float | None = Field(default=1e-3, gt=0, description=_OLD_RISE)
     old_decay_start: int = Field(default=0, ge=0, description="iterations before that rise, with decay 0")
 
     @property
@@ -222,8 +225,6 @@ class DiffusionNftConfig(MovingOldConfig):
 
     nft_beta: float = Field(default=1.0, gt=0, le=10, description=_NFT_BETA)
     kl_beta: float = Field(default=1e-4, ge=0, description=_KL_BETA)
-    old_decay: float = Field(default=0.5, ge=0, lt=1, description=_OLD_DECAY)
-    old_decay_rise: float | None = Field(default=1e-3, gt=0, description=_OLD_RISE)
 
     @property
     def reference_weight(self) -> float:

@@ -146,9 +146,9 @@ class MeanFlowNft(DiffusionNft):
     derivative of `u_old` along `(eps - x_0, 1)`. DiffusionNFT's loss is taken on V and `V_old`, which share D
     (docs/math.md, eq. 37 and 38). Half of the intervals are diagonal, a quarter ends at s = 0, a quarter anywhere.
 
-    Departures from the paper: the distribution of general intervals and the schedule of the old policy of its image
-    runs are not published; here s is uniform in (0, t) and the old policy is an average with decay 0.9; differences are
-    shortened at the ends of [s, 1]; `derivative: jvp` is exact; groups with equal rewards are left out.
+    Departures from the paper: s of a general interval is uniform in (0, t), where its code takes the larger and the
+    smaller of two uniform times; differences are shortened at the ends of [s, 1]; `derivative: jvp` is exact; groups
+    with equal rewards are left out.
     """
 
     name = "meanflow-nft"
@@ -165,8 +165,9 @@ class MeanFlowAdvantage(ForwardObjective[MeanFlowAdvantageConfig]):
     (docs/math.md, eq. 39). `A + gamma + lambda > 0` keeps it convex, so a bad sample pushes away by a bounded step.
 
     Departures from the paper: rewards are divided by the std of the batch as `reward_combination` says, which for the
-    default is the paper's; general intervals, old policy and differences as in `MeanFlowNft`; w in fp32; groups with
-    equal rewards are left out, though their samples would still hold the old and base terms.
+    default is the paper's; the old policy, whose schedule in its image runs is not published, the general intervals and
+    the differences are as in `MeanFlowNft`; w in fp32; groups with equal rewards are left out, though their samples
+    would still hold the old and base terms.
     """
 
     name = "mean-flow-advantage"

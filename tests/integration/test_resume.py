@@ -55,7 +55,7 @@ KINDS: dict[str, dict[str, object]] = {
     # the rollouts come from an average of its own
     "moving old policy": {
         "rollout.kind": "chain",
-        "objective": {"name": "meanflow-nft", "draws": 1, "old_decay": 0.5},
+        "objective": {"name": "meanflow-nft", "draws": 1, "old_decay": 0.5, "old_decay_rise": None},
         "optimizer.lr": 1e-2,
     },
     # what the choice of steps and prompts has learned is part of the state

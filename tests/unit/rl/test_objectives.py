@@ -202,7 +202,7 @@ def test_the_decay_of_the_old_policy_follows_its_schedule() -> None:
     decay = objectives.config("diffusion-nft", {"old_decay_start": 10}).moving_old  # type: ignore[attr-defined]
     assert decay is not None
     assert [decay(n) for n in (1, 10, 60, 1000)] == pytest.approx([0.0, 0.0, 0.05, 0.5])
-    decay = objectives.config("meanflow-nft").moving_old  # type: ignore[attr-defined]
+    decay = objectives.config("meanflow-nft", {"old_decay": 0.9, "old_decay_rise": None}).moving_old  # type: ignore[attr-defined]
     assert decay is not None
     assert decay(1) == decay(500) == 0.9
     assert objectives.config("meanflow-nft", {"old_decay": 0}).moving_old is None  # type: ignore[attr-defined]
