@@ -125,7 +125,12 @@ MUTATIONS: tuple[Mutation, ...] = (
         _flow("two_time_map"),
     ),
     Mutation(_MAPS, "self.network(x_t, t, s, cond)", "self.network(x_t, s, t, cond)", _flow("two_time_map")),
-    Mutation(_MAPS, "self.network(x_t, t, t, cond)", "self.network(x_t, t, 0 * t, cond)", _flow("two_time_map")),
+    Mutation(
+        _MAPS,
+        "self.average_velocity(x_t, t, t, cond)",
+        "self.average_velocity(x_t, t, 0 * t, cond)",
+        _flow("two_time_map"),
+    ),
     Mutation(
         _MAPS, "return x_t - expand(t, x_t) *", "return x_t -", _flow("single_time_map", "trigflow_wrapper_cancels")
     ),
