@@ -199,6 +199,9 @@ def rollout_bytes(recipe: Recipe, geometry: ModelGeometry, number: int, devices:
         # completions, then siblings, state and mean of the rollout, of the batch and of the part of one update
         share = part / rows
         latents = round(images + (images + 2 * rows) * (2 + share))
+    if recipe.objective.config.last_step is not None:
+        # the state that each row is paired with
+        latents += rows + part
     # one row per prompt, shared by samples, rows and parts
     conditioned = recipe.rollout.groups
     pixels = -(-images // devices) * 3 * geometry.resolution**2

@@ -95,6 +95,18 @@ def test_the_rollout_store_grows_with_the_rows_that_an_objective_makes() -> None
     assert grown == 3 * (60 + 38 - 8) * 4 * 8 * 8 * 4
 
 
+def test_the_rollout_store_has_a_state_beside_each_row_of_an_objective_with_a_last_step() -> None:
+    def store(*sets: str) -> int:
+        planned = plan(
+            resolve(None, {}, [*SHAPE, "rewards=[shapes-clip]", "objective=awm", "objective.draws=2", *sets])
+        )
+        assert planned.memory is not None
+        return planned.memory.parts["rollout store"]
+
+    # 30 rows, half of them in an update, of a latent of 4 x 8 x 8 in fp32
+    assert store("objective.last_step={weight: 1}") - store() == (30 + 15) * 4 * 8 * 8 * 4
+
+
 def test_sizes_of_the_embedded_model_by_name() -> None:
     planned = plan(resolve(None, {}, ["lora.rank=4"]))
     assert planned.facts["parameters"].startswith("1.75 M transformer, 102 k text encoders, 102 k autoencoder")
