@@ -15,6 +15,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import threading
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from fmg.core.errors import FmgError, MissingDependencyError, one_line
+from fmg.core.errors import FmgError, MissingDependencyError, UsageError, one_line, reason
 from fmg.core.events import Notice, Observer, ignore
 from fmg.core.signals import Signals
 from fmg.inference.service.engine import Asked, LocalEngine
@@ -40,6 +41,7 @@ _LOOPBACK = "127.0.0.1"
 _OBJECT_STORE_BYTES = 256 << 20
 _ATTEMPTS = 2
 _HEALTH_S = 2.0
+_CONNECT_S = 10.0
 
 R = TypeVar("R")
 
@@ -300,8 +302,11 @@ def ray_engine(spec: ReplicaSpec, scale: Scale, observer: Observer) -> Iterator[
 
     Raises:
         MissingDependencyError: Ray Serve is not installed.
+        UsageError: there is no cluster at the address.
         FmgError: Ray does not start, or the models cannot be loaded.
     """
+    if scale.address is not None:
+        _check_address(scale.address)
     _prepare(scale)
     import ray
     from ray import serve
@@ -331,6 +336,24 @@ def ray_engine(spec: ReplicaSpec, scale: Scale, observer: Observer) -> Iterator[
             if scale.address is not None:
                 serve.delete(name)
             ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Ray itself tries for many minutes, silently, to reach a cluster that is not there.
+
+    Raises:
+        UsageError: nobody listens at `HOST:PORT`.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isascii() or not port.isdigit():
+        if address == "auto":
+            return
+        raise UsageError(f"--ray-address {address} is not an address", "Write auto, or HOST:PORT.")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except (OSError, OverflowError) as error:
+        what = f"No Ray cluster can be reached at {address}: {reason(error)}"
+        raise UsageError(what, "Start one with `ray start --head`, or leave --ray-address out.") from None
 
 
 def _join(ray: Any, scale: Scale) -> None:

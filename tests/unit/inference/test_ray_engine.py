@@ -142,8 +142,12 @@ def test_a_replica_reads_a_newer_adapter_once_and_only_the_one_that_was_checked(
         (("--replicas", "2"), "--replicas is an option of --engine ray"),
         (("--engine", "ray", "--replicas", "2", "--max-replicas", "3"), "--replicas cannot be used with"),
         (("--engine", "ray", "--min-replicas", "3", "--max-replicas", "2"), "--min-replicas needs --max-replicas"),
+        # Ray would wait for minutes
+        (("--engine", "ray", "--ray-address", "127.0.0.1:1"), "No Ray cluster can be reached at 127.0.0.1:1"),
+        # Ray would start a cluster without a token
+        (("--engine", "ray", "--ray-address", "local"), "--ray-address local is not an address"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_at_once(options: tuple[str, ...], said: str) -> None:
-    result = fmg("serve", "meanflow-shapes", *options)
+    result = fmg("serve", "meanflow-shapes", "--port", "0", *options)
     assert (result.code, said in result.stderr) == (2, True)
