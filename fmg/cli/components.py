@@ -6,7 +6,7 @@ Only `check-component` imports torch.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +21,7 @@ from fmg.core.errors import FmgError, UsageError, writing
 if TYPE_CHECKING:
     from fmg.registry import Description
     from fmg.registry.config import About
+    from fmg.registry.registry import FieldInfo
 
 _KINDS = (
     "models, stochasticizers, rewards, objectives, optimizers, prompt-sets, backends, feature-extractors or trackers"
@@ -115,8 +116,14 @@ def show(
         out.print("No options.")
         return
     cells = [
-        (field.name, field.type, "required" if field.required else str(field.default), ranges[field.name], field.doc)
-        for field in description.fields
+        (
+            field.name,
+            field.type,
+            "required" if field.required else str(field.default),
+            ranges.get(field.name, ""),
+            field.doc,
+        )
+        for field in _options(description.fields)
     ]
     out.print(table(["option", "type", "default", "range", "meaning"], cells))
 
@@ -164,10 +171,10 @@ def _plain(description: Description, ranges: Mapping[str, str]) -> dict[str, obj
             "type": field.type,
             "default": to_jsonable_python(field.default),
             "required": field.required,
-            "range": ranges[field.name],
+            "range": ranges.get(field.name, ""),
             "doc": field.doc,
         }
-        for field in description.fields
+        for field in _options(description.fields)
     ]
     return {
         "kind": description.kind,
@@ -180,8 +187,30 @@ def _plain(description: Description, ranges: Mapping[str, str]) -> dict[str, obj
     }
 
 
+def _options(fields: Iterable[FieldInfo]) -> Iterator[FieldInfo]:
+    """The options of a component, each section followed by those in it."""
+    for field in fields:
+        yield field
+        yield from _options(field.fields)
+
+
 def _ranges(schema: Mapping[str, Any]) -> dict[str, str]:
-    return {name: _range(entry) for name, entry in schema.get("properties", {}).items()}
+    """The ranges of a config's options by name, those of a section as `section.option`.
+
+    A section that has a short form may not state its options in the schema.
+    """
+    found: dict[str, str] = {}
+    sections = schema.get("$defs", {})
+
+    def add(properties: Mapping[str, Any], prefix: str) -> None:
+        for name, entry in properties.items():
+            found[prefix + name] = _range(entry)
+            for branch in entry.get("anyOf", [entry]):
+                section = sections.get(branch.get("$ref", "").rpartition("/")[2], {})
+                add(section.get("properties", {}), f"{prefix}{name}.")
+
+    add(schema.get("properties", {}), "")
+    return found
 
 
 def _range(entry: Mapping[str, Any]) -> str:

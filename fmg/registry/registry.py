@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar, cast
+from types import UnionType
+from typing import Any, Generic, TypeGuard, TypeVar, cast, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from fmg.core.errors import FmgError, UsageError, one_line, reason, suggestion
 from fmg.core.stdout_redirect import fenced
@@ -36,13 +37,14 @@ class Row:
 
 @dataclass(frozen=True)
 class FieldInfo:
-    """One option of a component."""
+    """One option of a component; `fields` are its own options if it is a section of them."""
 
     name: str
     type: str
     default: object
     doc: str
     required: bool
+    fields: tuple[FieldInfo, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -196,18 +198,8 @@ class Registry(Generic[P]):
     def describe(self, name: str) -> Description:
         """Summary and options of `name`; imports no torch."""
         row, cls = self.row(name), self.config_class(name)
-        fields = tuple(
-            FieldInfo(
-                name=key,
-                type=_type_name(info.annotation),
-                default=None if info.is_required() else info.get_default(call_default_factory=True, validated_data={}),
-                doc=info.description or "",
-                required=info.is_required(),
-            )
-            for key, info in cls.model_fields.items()
-        )
         doc = (cls.__doc__ or "").strip()
-        return Description(row.kind, row.name, row.summary, row.config, row.factory, doc, fields)
+        return Description(row.kind, row.name, row.summary, row.config, row.factory, doc, tuple(_fields(cls)))
 
     def _insert(self, row: Row) -> None:
         if not _NAME.fullmatch(row.name):
@@ -264,7 +256,31 @@ def _load_entry_point(point: EntryPoint) -> None:
         ) from error
 
 
+def _fields(cls: type[BaseModel], prefix: str = "") -> Iterator[FieldInfo]:
+    for key, info in cls.model_fields.items():
+        name = f"{prefix}{key}"
+        sections = [kind for kind in _alternatives(info.annotation) if _is_section(kind)]
+        yield FieldInfo(
+            name=name,
+            type=_type_name(info.annotation),
+            default=None if info.is_required() else info.get_default(call_default_factory=True, validated_data={}),
+            doc=info.description or "",
+            required=info.is_required(),
+            fields=tuple(field for section in sections for field in _fields(section, f"{name}.")),
+        )
+
+
+def _alternatives(annotation: object) -> tuple[object, ...]:
+    return get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+
+
+def _is_section(annotation: object) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
 def _type_name(annotation: object) -> str:
     if isinstance(annotation, type) and not hasattr(annotation, "__args__"):
         return annotation.__name__
+    if any(_is_section(kind) for kind in _alternatives(annotation)):
+        return " | ".join("section" if _is_section(kind) else "None" for kind in _alternatives(annotation))
     return str(annotation).replace("typing.", "")

@@ -35,6 +35,16 @@ def test_show_states_type_default_range_and_meaning_of_every_option() -> None:
     assert "half-width of the ratio clip" in line
 
 
+def test_show_states_the_options_within_an_option() -> None:
+    shown = fmg("show", "objective", "awm").stdout
+    assert "fmg.registry" not in shown
+    (line,) = (line for line in shown.splitlines() if line.startswith("last_step.weight"))
+    assert line.split()[:5] == ["last_step.weight", "float", "required", ">", "0"]
+    options = {option["name"]: option for option in json.loads(fmg("show", "awm", "--json").stdout)["options"]}
+    assert options["last_step"]["default"] is None
+    assert options["last_step.checkpointing"]["doc"]
+
+
 def test_show_says_where_published_weights_come_from_and_on_which_terms() -> None:
     shown = fmg("show", "reward", "pickscore")
     assert "licence: MIT" in shown.stdout

@@ -273,8 +273,8 @@ def test_every_mistake_is_one_line(target: str, kind: type[FmgError], message: s
 
 
 def test_target_is_described() -> None:
-    (field,) = rewards.describe("python").fields
-    assert (field.name, field.required) == ("target", True)
+    fields = {field.name: field.required for field in rewards.describe("python").fields}
+    assert fields == {"target": True, "gradient": False}
 
 
 def test_a_module_is_found_without_running_it() -> None:
