@@ -13,9 +13,11 @@ from typing import Any, Generic, TypeGuard, TypeVar, cast, get_args
 from pydantic import BaseModel, ValidationError
 
 from fmg.core.errors import FmgError, UsageError, one_line, reason, suggestion
+from fmg.core.runtime import beyond_runtime
 from fmg.core.stdout_redirect import fenced
 from fmg.registry.config import ComponentConfig
 from fmg.registry.validation import first_problem
+from fmg.version import is_runtime
 
 P = TypeVar("P")
 C = TypeVar("C", bound=ComponentConfig)
@@ -220,6 +222,8 @@ class Registry(Generic[P]):
         except FmgError:
             raise
         except (ImportError, AttributeError) as error:
+            if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("fmg.") and is_runtime():
+                raise beyond_runtime(f"The {self.kind} '{row.name}'") from None
             raise UsageError(
                 f"The {self.kind} '{row.name}' cannot be imported from {path}: {reason(error)}",
                 "Install what it needs, or correct the package that registers it.",

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
+from fmg.core.display import counted
 from fmg.core.errors import FmgError, MissingDependencyError, UsageError, one_line, reason
 from fmg.core.events import Notice, Observer, ignore
 from fmg.core.signals import Signals
@@ -317,8 +318,8 @@ def ray_engine(spec: ReplicaSpec, scale: Scale, observer: Observer) -> Iterator[
         _join(ray, scale)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR", "enable_access_log": False})
-        plural = f"{scale.minimum}" if scale.minimum == scale.maximum else f"{scale.minimum} to {scale.maximum}"
-        observer(Notice("info", f"Loading the models in {plural} replicas"))
+        fewest = "" if scale.minimum == scale.maximum else f"{scale.minimum} to "
+        observer(Notice("info", f"Loading the models in {fewest}{counted(scale.maximum, 'replica')}"))
         try:
             with Signals().caught():
                 handle = serve.run(_deployment(ray, serve, spec, scale), name=name, route_prefix=None)

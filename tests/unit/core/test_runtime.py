@@ -15,7 +15,7 @@ REPLACE = "Run: pip uninstall -y flow-map-grpo-runtime && pip install flow-map-g
 
 @pytest.fixture
 def only_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in (version, loading, "fmg.cli.main"):
+    for place in (version, loading, "fmg.cli.main", "fmg.registry.registry"):
         name = place if isinstance(place, str) else place.__name__
         monkeypatch.setattr(f"{name}.is_runtime", lambda: True)
     monkeypatch.setattr(runtime, "installed_version", lambda name: None)
@@ -45,6 +45,15 @@ def test_a_command_whose_modules_are_absent_is_refused_in_one_line(monkeypatch: 
     done = fmg("schema")
     assert done.code == 2
     what = "`fmg schema` needs flow-map-grpo, of which only the runtime is installed."
+    assert done.stderr == f"error: {what} {REPLACE}\n"
+
+
+@pytest.mark.usefixtures("only_the_runtime")
+def test_a_component_whose_module_is_absent_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "fmg.trackers.configs", None)
+    done = fmg("show", "tensorboard")
+    assert done.code == 2
+    what = "The tracker 'tensorboard' needs flow-map-grpo, of which only the runtime is installed."
     assert done.stderr == f"error: {what} {REPLACE}\n"
 
 
