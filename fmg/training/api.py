@@ -228,7 +228,7 @@ def _run(run: _NewRun | _ResumedRun, functions: Functions, observer: Observer) -
         ):
             dist.run_on_main(run.check)
             observer(StageProgress("loading", 0, 0, recipe.model.name))
-            composed = dist.main_process_first(lambda: compose(recipe, device, dtype, functions))
+            composed = dist.main_process_first(lambda: compose(recipe, device, dtype, functions, dist.run_on_all))
             if dist.is_main_process:
                 texts = [prompt.text for prompts in (composed.prompts, composed.eval_prompts) for prompt in prompts]
                 tell_of_cuts(composed.model, texts, observer)

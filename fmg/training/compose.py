@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
+from torch import Tensor
 
 from fmg.core.errors import CompositionError
 from fmg.core.protocols import (
@@ -17,6 +17,7 @@ from fmg.core.protocols import (
     OptimizerFactory,
     PromptSet,
     Reward,
+    ScoreFunction,
     Shardable,
     Stochasticizer,
 )
@@ -47,10 +48,29 @@ class Composed:
     trained: str
 
 
-def compose(recipe: Recipe, device: torch.device, dtype: torch.dtype, functions: Functions = NO_FUNCTIONS) -> Composed:
+RunScore = Callable[[Callable[[], Tensor]], Tensor]
+"""Runs a function that computes scores and returns its result."""
+
+
+def _run(score: Callable[[], Tensor]) -> Tensor:
+    return score()
+
+
+def compose(
+    recipe: Recipe,
+    device: torch.device,
+    dtype: torch.dtype,
+    functions: Functions = NO_FUNCTIONS,
+    run_score: RunScore = _run,
+) -> Composed:
     """Builds every component of `recipe` and loads the model, ready for training.
 
-    `functions` contains the rewards passed to a Python call.
+    Args:
+        recipe: what to build.
+        device: where the model computes.
+        dtype: the dtype of its frozen weights.
+        functions: the rewards passed to a Python call.
+        run_score: runs each scoring of an update; several processes have to agree on its errors.
 
     Raises:
         UsageError: a component, prompt set or grid does not fit; raised before weights are read.
@@ -78,9 +98,9 @@ def compose(recipe: Recipe, device: torch.device, dtype: torch.dtype, functions:
     model = source.load(device, dtype)
     trained = make_trainable(model, recipe)
     if isinstance(objective, GradientObjective):
-        objective = objective.with_images(model.decode, mixture.differentiated)
+        objective = objective.with_images(model.decode, _differentiated(mixture, run_score))
     if (last_step := recipe.objective.config.last_step) is not None:
-        score = partial(mixture.differentiated, weights=last_step_weights(recipe))
+        score = _differentiated(mixture, run_score, last_step_weights(recipe))
         objective = LastStep(objective, last_step.weight, ScoredImages(model.decode, score, last_step.checkpointing))
     _, height, width = model.latent_shape
     grid = make_grid(recipe.rollout.grid, recipe.rollout.steps, image_tokens=(height // 2) * (width // 2))
@@ -88,6 +108,10 @@ def compose(recipe: Recipe, device: torch.device, dtype: torch.dtype, functions:
     return Composed(
         recipe, model, stochasticizer, objective, mixture, measured, optimizer, prompts, eval_prompts, grid, trained
     )
+
+
+def _differentiated(mixture: Mixture, run: RunScore, weights: Mapping[str, float] | None = None) -> ScoreFunction:
+    return lambda images, prompts: run(lambda: mixture.differentiated(images, prompts, weights))
 
 
 def last_step_weights(recipe: Recipe) -> dict[str, float]:

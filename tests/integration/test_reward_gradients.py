@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from fmg import Recipe
+from fmg.data.run_folder import RunFolder
 from tests.support import processes
 from tests.support.recorded_run import Planned, record, write_plan
 from tests.support.run_files import adapter, distance, metrics
@@ -33,6 +35,7 @@ SMALL: dict[str, object] = {
     "eval.rewards": [],
 }
 WARMTH = [{"name": "python", "target": "tests.support.user_rewards:warmth", "gradient": True}]
+FAILING = [{**WARMTH[0], "target": "tests.support.user_rewards:cannot_be_differentiated_in_process_1"}]
 FOLDERS = {"lora.rank": 4, "lora.alpha": 8, "optimizer.lr": 1e-3, "rewards": WARMTH}
 RESUMED = {**SMALL, "train.iterations": 2, "eval.every": 2, "rewards": ["shapes-clip"]}
 DRAFT = {"objective": {"name": "reward-gradient", "jumps": 2, "l2_beta": 0.1}}
@@ -56,6 +59,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "sd35": ("sd35-meanflow", {**SMALL, **FOLDERS, **REFL, **_named(sd35_options(root / "sd35"))}),
         "shapes": (None, {**RESUMED, **REFL}),
         "last-step": (None, {**RESUMED, **LAST_STEP}),
+        "fails": (None, {**SMALL, **REFL, "rewards": FAILING}),
     }
 
     def planned(name: str, folder: str, cut: int | None = None) -> Planned:
@@ -64,7 +68,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         recipe.write_text(Recipe.default(model, **options).to_yaml(), encoding="utf-8")
         return Planned(str(root / folder), str(recipe), cut)
 
-    plan = write_plan(root / "plan.json", [planned(name, f"{name}-2") for name in CASES])
+    plan = write_plan(root / "plan.json", [planned(name, f"{name}-2") for name in (*CASES, "fails")])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FMG_CACHE", str(root / "cache"))
         launched = processes.start(["-m", "tests.support.recorded_run", str(plan)], 2, root)
@@ -90,6 +94,14 @@ def test_two_processes_train_like_one(name: str, root: Path) -> None:
     assert {"last_step_reward" if name == "last-step" else "gradient_reward"} <= {key for line in ours for key in line}
     for mine, other in zip(ours, theirs, strict=True):
         assert mine == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
+def test_a_reward_that_fails_in_the_update_of_one_process_ends_all_with_one_message(root: Path) -> None:
+    errors = [json.loads((root / "fails-2" / f"error-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [error["kind"] for error in errors] == ["RewardError", "RewardError"]
+    assert "the scorer went away" in errors[0]["what"]
+    assert [error["reported"] for error in errors] == [False, True]
+    assert RunFolder(root / "fails-2" / "run").state().state == "failed"
 
 
 @pytest.mark.parametrize("name", ["shapes", "last-step"])

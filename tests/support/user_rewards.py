@@ -23,3 +23,10 @@ def fails_in_process_1(images: Tensor, prompts: Sequence[str]) -> Tensor:
 def warmth(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Red minus blue of each pixel, smooth and never saturated: it has a gradient."""
     return (images[:, 0] - images[:, 2]).sin().mean((1, 2))
+
+
+def cannot_be_differentiated_in_process_1(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """`warmth`, but one process of several fails in the update, which is where gradients are recorded."""
+    if images.requires_grad and os.environ.get("RANK") == "1":
+        raise ConnectionError("the scorer went away")
+    return warmth(images, prompts)
