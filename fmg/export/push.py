@@ -20,15 +20,23 @@ from fmg.core.errors import FmgError, UsageError, python_call
 from fmg.core.files import RECIPE, SUMS, digest, from_home, sums_text
 from fmg.core.hub_transfer import MAIN, Remote, check_may_push, check_name, read_remote, read_text, send
 from fmg.core.json_io import JsonError, parse_object, read_safetensors_header
-from fmg.data.checkpoints import FOLDER, SavedCheckpoint, existing_index
+from fmg.data.checkpoints import SavedCheckpoint, existing_index
 from fmg.data.prompt_sets import load_prompts
 from fmg.data.run_folder import RunFolder
 from fmg.inference.artifact.layout import Artifact, is_artifact, open_artifact
-from fmg.inference.artifact.manifest import MANIFEST, Adapter, Manifest
+from fmg.inference.artifact.manifest import MANIFEST, Manifest
 from fmg.inference.artifact.manifest_io import to_json
 from fmg.inference.hub_target import hub_source
 from fmg.inference.loading import made_from
-from fmg.inference.target import Target, TargetLike, resolve_target, run_of_checkpoint, sum_label, target_text
+from fmg.inference.target import (
+    Target,
+    TargetLike,
+    resolve_target,
+    run_name,
+    run_of_checkpoint,
+    target_text,
+    without_folders,
+)
 from fmg.models.common.checkpoint_files import (
     ADAPTER_MANIFEST,
     CARD,
@@ -277,24 +285,11 @@ def _shareable_manifest(manifest: Manifest) -> Manifest:
     base = manifest.base
     return replace(
         manifest,
-        adapter=None if adapter is None else _shareable_adapter(adapter),
-        base=base if base.name in models.names() else replace(base, name=_run_name(base.name)),
+        adapter=None if adapter is None else without_folders(adapter),
+        base=base if base.name in models.names() else replace(base, name=run_name(base.name)),
         rewards=tuple(shareable(manifest.rewards)),
         prompts=shareable(manifest.prompts),
     )
-
-
-def _shareable_adapter(adapter: Adapter) -> Adapter:
-    parts = tuple(replace(part, run=_run_name(part.run)) for part in adapter.parts)
-    return replace(adapter, run=sum_label(parts) if parts else _run_name(adapter.run), parts=parts)
-
-
-def _run_name(label: str) -> str:
-    """The name of a run without its parent folders; a run on the hub keeps its label."""
-    if hub_source(label) is not None:
-        return label
-    path = Path(label)
-    return "/".join(path.parts[-3:]) if path.parent.name == FOLDER else path.name
 
 
 def _source_recipe(artifact: Artifact) -> Recipe:

@@ -40,6 +40,7 @@ from fmg.inference.artifact.manifest import (
     Graph,
     TensorSpec,
 )
+from fmg.inference.target import without_folders
 from fmg.inference.tensorrt.flavours import TENSORRT
 from fmg.inference.tensorrt.records import EngineRecord, built_here, check_plan, needs_refit, read_records
 from fmg.inference.triton import (
@@ -374,7 +375,9 @@ class _Repository:
             "fmg.precision": manifest.precision,
         }
         if manifest.adapter is not None:
-            origin |= {"fmg.adapter.sha256": manifest.adapter.digest, "fmg.adapter.run": manifest.adapter.run}
+            # every client of the server can read it
+            shared = without_folders(manifest.adapter)
+            origin |= {"fmg.adapter.sha256": shared.digest, "fmg.adapter.run": shared.run}
         return [{"key": key, "value": {"string_value": text}} for key, text in {**settings, **origin}.items()]
 
 

@@ -16,7 +16,7 @@ from fmg.core.files import RECIPE, check_place
 from fmg.data.checkpoints import FOLDER, UNCHECKED, chosen_checkpoint, read_index
 from fmg.data.run_folder import RUNS, RunFolder, is_run, list_runs, no_run, run_names
 from fmg.inference.artifact import is_artifact
-from fmg.inference.artifact.manifest import AdapterPart
+from fmg.inference.artifact.manifest import Adapter, AdapterPart
 from fmg.inference.hub_target import check_pushed_run, fetch_target, hub_source, is_pushed_run
 from fmg.models.common.checkpoint_files import adapter_digest, is_full
 from fmg.progress import log_notices
@@ -183,6 +183,20 @@ def merged_target(
 def sum_label(parts: Sequence[AdapterPart]) -> str:
     """A weighted sum of adapters as text: `0.7 runs/a + 0.3 runs/b`."""
     return " + ".join(f"{part.weight:g} {part.run}" for part in parts)
+
+
+def run_name(label: str) -> str:
+    """The name of a run without its parent folders; a run on the hub keeps its label."""
+    if hub_source(label) is not None:
+        return label
+    path = Path(label)
+    return "/".join(path.parts[-3:]) if path.parent.name == FOLDER else path.name
+
+
+def without_folders(adapter: Adapter) -> Adapter:
+    """The facts of an adapter for others, without the names of folders on this computer."""
+    parts = tuple(replace(part, run=run_name(part.run)) for part in adapter.parts)
+    return replace(adapter, run=sum_label(parts) if parts else run_name(adapter.run), parts=parts)
 
 
 def chosen_target(

@@ -22,6 +22,7 @@ from fmg.export.pbtxt import pbtxt
 from fmg.export.triton import PYTHON_MODEL, TritonOptions, export_triton, python_modules
 from fmg.inference.artifact import Artifact
 from fmg.inference.artifact.layout import write_manifest
+from fmg.inference.artifact.manifest import Adapter, AdapterPart
 from fmg.inference.onnxruntime import load
 from fmg.inference.tensorrt.records import EngineRecord, Ingredients, Profile, ShapeRange, engine_name, note_built
 from fmg.inference.triton import TritonPythonModel
@@ -200,6 +201,18 @@ def test_files_and_origin_can_be_traced(repository: Path, served: utils.Server, 
             graph = manifest.graphs[name.removeprefix("tiny_")]
             assert stated["fmg.graph.sha256"] == manifest.files[graph.file].sha256
             assert stated["fmg.weights.sha256"] == sums[f"{name}/1/{graph.weights}"]
+
+
+def test_clients_learn_no_folders_of_this_computer(tmp_path: Path) -> None:
+    artifact = build_tiny_artifact(tmp_path / "artifact")
+    parts = (AdapterPart("/home/me/runs/a", "d1", 0.7), AdapterPart("owner/name@main", "d2", 0.3))
+    adapter = Adapter("d", 4, 4.0, 1.0, ("all",), "0.7 /home/me/runs/a + 0.3 owner/name@main", parts)
+    write_manifest(artifact.folder, replace(artifact.manifest, adapter=adapter))
+    made = export_triton(artifact.folder, tmp_path / "r")
+    for name, config in read_configs(made.folder).items():
+        assert config["parameters"]["fmg.adapter.run"]["string_value"] == "0.7 a + 0.3 owner/name@main"
+        assert config["parameters"]["fmg.adapter.sha256"]["string_value"] == "d"
+        assert "/home/me" not in (made.folder / name / "config.pbtxt").read_text()
 
 
 def test_a_changed_tokenizer_is_noticed(
