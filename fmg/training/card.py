@@ -366,10 +366,15 @@ def _origin(recipe: Recipe, saved: SavedCheckpoint) -> str:
             "stock diffusers read back its LoRA, and fmg its embedder, which diffusers does not support. Together they"
             " reproduced the same image."
         )
+    trained_on = {
+        "transitions": f"`{recipe.stochasticizer.name}` transitions",
+        # no stochasticizer has a part in these
+        "samples": "samples of the map's own sampler",
+        "gradients": "gradients of the rewards",
+    }[recipe.objective.config.needs]
     return (
         f"{what} the few-step flow map `{name}`{averaged} after iteration {saved.iteration} of"
-        f" `{recipe.objective.name}` on `{recipe.stochasticizer.name}` transitions, made with fmg {__version__}. When"
-        f" it was saved, {verified}"
+        f" `{recipe.objective.name}` on {trained_on}, made with fmg {__version__}. When it was saved, {verified}"
     )
 
 

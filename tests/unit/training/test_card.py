@@ -58,6 +58,10 @@ def test_a_card_states_base_terms_scores_pictures_commands_and_recipe(tmp_path: 
     assert "![Samples at fixed prompts and seeds](samples.png)" in text
     assert "fmg export --diffusers RUN OUT" in text
     assert '"clip_range": 0.001' in text
+    assert "after iteration 10 of `grpo` on `asfmc` transitions" in text
+    for objective, said in (("awm", "on samples of the map's own sampler"), ("reward-gradient", "on gradients of")):
+        write_cards(run, recipe.with_({"objective": objective, "rewards": ["shapes-clip"], "rollout.kind": "chain"}))
+        assert f"`{objective}` {said}" in (folder / "README.md").read_text()
 
 
 def test_a_card_says_which_prompts_its_scores_are_of(tmp_path: Path) -> None:
