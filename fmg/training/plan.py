@@ -19,7 +19,15 @@ from fmg.data.run_metrics import read_metrics
 from fmg.recipe import Recipe, ResolvedRecipe
 from fmg.training.launch import Sizes, choose_engine, choose_sizes, world_size
 from fmg.training.plan_memory import DTYPE_BYTES, Memory, disk_bytes, plan_memory
-from fmg.training.plan_work import Work, filled_rows, rollout_nfe, rows_of, trained_by, transitions_of
+from fmg.training.plan_work import (
+    Work,
+    filled_rows,
+    rollout_nfe,
+    rows_of,
+    stochasticizer_of,
+    trained_by,
+    transitions_of,
+)
 
 REFERENCE_GROUPS, REFERENCE_SIZE, REFERENCE_DEVICES = 48, 24, 8
 """Samples of an iteration and GPUs of the published recipe (Flow-Map GRPO, arXiv 2607.00535)."""
@@ -123,7 +131,7 @@ def plan(resolved: ResolvedRecipe, *, devices: int | None = None, runs: Path = R
     facts = {
         "model": f"{recipe.model.name}, {model.map_name} map, {model.path} path, {model.resolution} px",
         **({} if geometry is None else _size_facts(recipe, geometry)),
-        "stochasticizer": recipe.stochasticizer.name,
+        "stochasticizer": stochasticizer_of(recipe),
         **({"completions": f"{shape.branch.completion}, by {shape.branch.backend}"} if shape.kind == "branch" else {}),
         "images an iteration": f"{images} ({counted(shape.groups, 'prompt')} x {shape.group_size})",
         **_calls(recipe),

@@ -23,6 +23,12 @@ def transitions_of(recipe: Recipe) -> int:
     return recipe.rollout.steps - 1 if window is None else window.size
 
 
+def stochasticizer_of(recipe: Recipe) -> str:
+    """The name of the stochasticizer, and whether it has no part in the run."""
+    used = recipe.objective.config.needs == "transitions"
+    return recipe.stochasticizer.name + ("" if used else f", not used by {recipe.objective.name}")
+
+
 def rows_of(recipe: Recipe) -> int:
     """Rows that the updates of one iteration share: one per branched group, else as many as the objective needs."""
     if recipe.rollout.kind == "branch":

@@ -67,6 +67,7 @@ from fmg.training.gates import LearningGate, ReplayGate, movement, movement_gate
 from fmg.training.hacking_monitor import HackingVerdict
 from fmg.training.launch import Sizes
 from fmg.training.lr_schedule import LrSchedule
+from fmg.training.plan_work import stochasticizer_of
 from fmg.training.samples import Sampler, advantages, decode_samples, reward_metrics, score_samples
 from fmg.training.update import Updater
 
@@ -406,7 +407,7 @@ class Trainer:
     def _facts(self) -> dict[str, str]:
         recipe, shape = self.composed.recipe, self.composed.recipe.rollout
         return {
-            "stochasticizer": recipe.stochasticizer.name,
+            "stochasticizer": stochasticizer_of(recipe),
             "objective": recipe.objective.name,
             "reward": " + ".join(f"{weight:g} {name}" for name, weight in self.composed.reward.weights().items()),
             "trained": self.composed.trained,

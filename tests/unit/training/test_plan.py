@@ -64,6 +64,8 @@ def test_an_objective_on_samples_has_no_transitions_and_the_rows_that_it_samples
     assert "transitions an image" not in facts
     assert facts["network calls an iteration"] == "60 in the rollout, 45 in the updates"
     assert facts["updates an iteration"].startswith("2, each on 23 rows")
+    assert facts["stochasticizer"] == "asfmc, not used by rwfm"
+    assert plan(resolve(None, {}, SHAPE)).facts["stochasticizer"] == "asfmc"
 
 
 @pytest.mark.parametrize(
