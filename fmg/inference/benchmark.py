@@ -18,6 +18,7 @@ from fmg.core.errors import UsageError, suggestion
 from fmg.core.events import Observer, ignore
 from fmg.core.profiling import OTHER, STAGES, TOTAL
 from fmg.inference.artifact.layout import EXPORTED, Artifact, is_artifact, open_artifact
+from fmg.inference.artifact.manifest import SAMPLER
 from fmg.inference.generator import Generator
 from fmg.inference.loading import AUTO, find, load, made_from
 from fmg.inference.openers import known_backends
@@ -124,7 +125,13 @@ def form_for(subject: Target | Artifact, backend: BenchBackend, observer: Observ
     source = known_backends().build(backend.name)
     source.check()
     if source.opens == "artifact":
-        return subject if isinstance(subject, Artifact) else _exported_from(subject)
+        artifact = subject if isinstance(subject, Artifact) else _exported_from(subject)
+        if backend.loop and SAMPLER not in artifact.manifest.graphs:
+            raise UsageError(
+                f"The artifact {artifact.folder} has no sampler as one graph, so it always runs the loop",
+                f"Export with --fused, or write {backend.name}.",
+            )
+        return artifact
     return made_from(subject, observer=observer) if isinstance(subject, Artifact) else subject
 
 

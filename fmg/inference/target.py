@@ -228,22 +228,26 @@ def pushed_target(folder: Path, label: str, *, allow_code: bool = False) -> Targ
 
 
 def export_folder(target: TargetLike, name: str) -> Path:
-    """The default folder of an export: in its run, or in a folder of exported models.
+    """The default folder (or file) of an export: in its run, or beside other exports.
 
     Args:
         target: what is exported.
-        name: `artifact` or `diffusers`.
+        name: what it is called in a run: `artifact`, `diffusers`, or the name of a file.
 
     Raises:
         UsageError: it exists, or there is no run yet.
     """
     if isinstance(target, Target) and target.merged:
-        merged, suffix = f"{target.recipe.model.name}-merged", Path(name).suffix
-        return absent_folder(Path(merged + suffix) if suffix else Path(f"{name}s") / merged)
-    label = target_text(target) or resolve_target(None).label
-    if (source := hub_source(label)) is not None:
-        label = source.repository.partition("/")[2]
-    return absent_folder(Path(label) / name if Path(label).is_dir() else Path(f"{name}s") / label)
+        label = f"{target.recipe.model.name}-merged"
+    else:
+        label = target_text(target) or resolve_target(None).label
+        if (source := hub_source(label)) is not None:
+            label = source.repository.partition("/")[2]
+        elif Path(label).is_dir():
+            return absent_folder(Path(label) / name)
+    if suffix := Path(name).suffix:
+        return absent_folder(Path(label + suffix))
+    return absent_folder(Path(name if name.endswith("s") else f"{name}s") / label)
 
 
 def absent_folder(folder: Path) -> Path:

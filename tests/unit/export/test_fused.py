@@ -180,3 +180,8 @@ def test_a_comparison_shows_the_loop_beside_it(tiny: Artifact, tmp_path: Path) -
         done = fmg(*words, "--out", str(tmp_path / steps))
         assert done.code == 0, done.stderr
         assert ("whole sampler" in done.stdout) == (steps == "4")
+    # beside nothing it would be compared with itself
+    plain = build_tiny_artifact(tmp_path / "plain")
+    done = fmg("bench", str(plain.folder), "--compare", compared)
+    assert (done.code, done.stdout) == (2, "")
+    assert "has no sampler as one graph" in done.stderr

@@ -13,7 +13,8 @@ import pytest
 from fmg.core.errors import CheckpointError, FmgWarning, UsageError
 from fmg.core.protocols import Model
 from fmg.data.run_folder import RunFolder, State
-from fmg.inference.target import resolve_target
+from fmg.inference.artifact.manifest import AdapterPart
+from fmg.inference.target import Target, export_folder, resolve_target
 from fmg.recipe import Recipe
 from fmg.training.checkpointing import save_checkpoint
 from tests.support.run_files import flip_bit, without_digests
@@ -83,3 +84,19 @@ def test_newer_runs_that_are_passed_over_are_named(tmp_path: Path) -> None:
     shutil.rmtree(older)
     with pytest.warns(FmgWarning, match="empty' has no saved adapter"):
         assert resolve_target(None, tmp_path).label == str(tmp_path / "going")
+
+
+def test_default_places_of_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run, merged = make_run(tmp_path / "run"), Target("0.5 a", RECIPE, tmp_path, (AdapterPart("a", "d", 0.5),))
+    names = ("artifact", "diffusers", "lora.safetensors")
+    assert [export_folder(run, name) for name in names] == [run / name for name in names]
+    assert [str(export_folder("scm-shapes", name)) for name in names[:2]] == [
+        "artifacts/scm-shapes",
+        "diffusers/scm-shapes",
+    ]
+    hub = ("artifacts/name", "diffusers/name", "name.safetensors")
+    assert tuple(str(export_folder("owner/name@main", name)) for name in names) == hub
+    summed = [str(export_folder(merged, name)) for name in names]
+    model = RECIPE.model.name
+    assert summed == [f"artifacts/{model}-merged", f"diffusers/{model}-merged", f"{model}-merged.safetensors"]
