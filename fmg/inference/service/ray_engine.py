@@ -43,6 +43,7 @@ _OBJECT_STORE_BYTES = 256 << 20
 _ATTEMPTS = 2
 _HEALTH_S = 2.0
 _CONNECT_S = 10.0
+_DIGEST = "adapter_sha256"
 
 R = TypeVar("R")
 
@@ -125,6 +126,7 @@ class Replica:
         try:
             models = open_served(spec.targets, spec.adapters, spec.options, spec.max_adapters, ExitStack(), ignore)
             self._engine = LocalEngine(models, spec.limits)
+            self._loaded = {name: self._engine.facts(name)[_DIGEST] for name in self._engine.names()}
         except FmgError as error:
             # raised here, Ray would start the replica again and again
             self._problem = error
@@ -137,16 +139,26 @@ class Replica:
         """Adds an adapter to this replica: the name and the facts of its model, or why it does not fit."""
         return await _told(self._added(added))
 
-    async def generate(self, asked: Asked, added: _Added | None) -> Painted | Exception:
-        """The images of a request, or why there are none."""
-        return await _told(self._generated(asked, added))
+    async def generate(self, asked: Asked, added: _Added | None, loaded: object) -> Painted | Exception:
+        """The images of a request, or why there are none.
+
+        Args:
+            asked: the request.
+            added: the adapter of its model, if that was added to the running server.
+            loaded: otherwise, sha256 of the adapter that the server started with; None for a model without one.
+        """
+        return await _told(self._generated(asked, added, loaded))
 
     async def _added(self, added: _Added) -> tuple[str, Mapping[str, object]]:
         name = await self._engine.add_adapter(added.name, added.run, added.model)
         self._versions[name] = max(added.version, self._versions.get(name, 0))
         return name, self._engine.facts(name)
 
-    async def _generated(self, asked: Asked, added: _Added | None) -> Painted:
+    async def _generated(self, asked: Asked, added: _Added | None, loaded: object) -> Painted:
+        if added is None and self._loaded.get(asked.model) != loaded:
+            # a replica that started later has read the run once more
+            what = f"The adapter of '{asked.model}' has changed since the server started"
+            raise FmgError(what, "Start the server again, or add the adapter: POST /v1/adapters.")
         if added is not None and self._versions.get(asked.model, 0) < added.version:
             # read once, however many requests come for it meanwhile
             async with self._adding:
@@ -157,7 +169,7 @@ class Replica:
     async def _catch_up(self, model: str, added: _Added) -> None:
         """Adds an adapter that another replica has checked."""
         _, facts = await self._added(added)
-        if facts["adapter_sha256"] != added.digest:
+        if facts[_DIGEST] != added.digest:
             del self._versions[model]
             what = f"The adapter of '{added.run}' has changed since it was added"
             raise FmgError(what, "Add it again: POST /v1/adapters.")
@@ -186,6 +198,7 @@ class RayEngine:
     def __init__(self, handle: Any, facts: Mapping[str, Mapping[str, object]], most: int) -> None:
         self._handle = handle
         self._facts = dict(facts)
+        self._loaded = {name: one[_DIGEST] for name, one in facts.items()}
         self._most = most
         self._images = 0
         self._added: dict[str, _Added] = {}
@@ -207,7 +220,8 @@ class RayEngine:
         if self._images and self._images + len(asked.seeds) > self._most:
             raise BusyError(1)
         self._images += len(asked.seeds)
-        task = asyncio.ensure_future(self._call("generate", asked, self._added.get(asked.model)))
+        adapter = self._added.get(asked.model), self._loaded.get(asked.model)
+        task = asyncio.ensure_future(self._call("generate", asked, *adapter))
         task.add_done_callback(lambda _: self._forget(asked))
         return task
 
@@ -218,7 +232,7 @@ class RayEngine:
             served, facts = await self._call("add", added)
             self._facts[served] = facts
             # every later request for the model carries it
-            self._added[served] = replace(added, served=served, digest=facts["adapter_sha256"])
+            self._added[served] = replace(added, served=served, digest=facts[_DIGEST])
             return str(served)
 
     def close(self, timeout: float) -> None:

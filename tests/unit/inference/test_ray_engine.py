@@ -22,6 +22,7 @@ from fmg.serving.batching import BusyError
 from tests.support.cli import fmg
 
 ASKED = Asked("a:x", "a red circle", (1, 2), None, None)
+NONE = {"adapter_sha256": None}
 
 
 class Handle:
@@ -48,7 +49,7 @@ class Handle:
 
 def run(handle: Handle, work: Callable[[RayEngine], Any], most: int = 4) -> Any:
     async def inside() -> Any:
-        return await work(RayEngine(handle, {"a": {}, "a:x": {}}, most))
+        return await work(RayEngine(handle, {"a": NONE, "a:x": NONE, "run": {"adapter_sha256": "0"}}, most))
 
     return asyncio.run(inside())
 
@@ -86,12 +87,13 @@ def test_requests_carry_the_newest_adapter_of_their_model() -> None:
             assert await engine.add_adapter("x", run, None) == "a:x"
             await engine.submit(ASKED)
         assert engine.facts("a:x") == {"adapter_sha256": "2"}
-        await engine.submit(Asked("a", "a red circle", (1,), None, None))
+        await engine.submit(Asked("run", "a red circle", (1,), None, None))
 
     run(handle, asked)
     carried = [call[2] for call in handle.calls if call[0] == "generate"]
     assert [(one.run, one.version, one.digest) for one in carried[:2]] == [("runs/1", 1, "1"), ("runs/2", 2, "2")]
-    assert carried[2] is None
+    # a model that was there from the start comes with the digest that it had then
+    assert handle.calls[-1][2:] == (None, "0")
 
 
 class Loaded:
@@ -122,17 +124,29 @@ def test_a_replica_reads_a_newer_adapter_once_and_only_the_one_that_was_checked(
     first = _Added("a:x", "x", "runs/1", None, 1, "1")
 
     async def asked() -> None:
-        assert await asyncio.gather(*(replica.generate(ASKED, first) for _ in range(5))) == ["runs/1"] * 5
+        assert await asyncio.gather(*(replica.generate(ASKED, first, None) for _ in range(5))) == ["runs/1"] * 5
         second = replace(first, run="runs/2", version=2)
-        assert await replica.generate(ASKED, second) == "runs/2"
+        assert await replica.generate(ASKED, second, None) == "runs/2"
         # one that was sent earlier gets the newer adapter, as in the queue of one process
-        assert await replica.generate(ASKED, first) == "runs/2"
+        assert await replica.generate(ASKED, first, None) == "runs/2"
         assert replica._engine.added == ["runs/1", "runs/2"]
         third = replace(first, run="runs/3", version=3, digest="other")
         for _ in range(2):
-            assert "has changed since it was added" in str(await replica.generate(ASKED, third))
+            assert "has changed since it was added" in str(await replica.generate(ASKED, third, None))
 
     asyncio.run(asked())
+
+
+def test_a_replica_that_read_another_adapter_at_its_start_generates_nothing() -> None:
+    replica: Any = object.__new__(Replica)
+    replica._engine, replica._versions, replica._loaded = Loaded(), {}, {"a": None, "run": "1"}
+    replica._engine.added.append("images")
+
+    async def asked(model: str, digest: object) -> object:
+        return await replica.generate(Asked(model, "a red circle", (1,), None, None), None, digest)
+
+    assert asyncio.run(asked("run", "1")) == asyncio.run(asked("a", None)) == "images"
+    assert "has changed since the server started" in str(asyncio.run(asked("run", "0")))
 
 
 @pytest.mark.parametrize(
