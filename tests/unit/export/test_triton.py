@@ -205,14 +205,14 @@ def test_files_and_origin_can_be_traced(repository: Path, served: utils.Server, 
 
 def test_clients_learn_no_folders_of_this_computer(tmp_path: Path) -> None:
     artifact = build_tiny_artifact(tmp_path / "artifact")
-    parts = (AdapterPart("/home/me/runs/a", "d1", 0.7), AdapterPart("owner/name@main", "d2", 0.3))
-    adapter = Adapter("d", 4, 4.0, 1.0, ("all",), "0.7 /home/me/runs/a + 0.3 owner/name@main", parts)
+    parts = (AdapterPart("/data/me/runs/a", "d1", 0.7), AdapterPart("owner/name@main", "d2", 0.3))
+    adapter = Adapter("d", 4, 4.0, 1.0, ("all",), "0.7 /data/me/runs/a + 0.3 owner/name@main", parts)
     write_manifest(artifact.folder, replace(artifact.manifest, adapter=adapter))
     made = export_triton(artifact.folder, tmp_path / "r")
     for name, config in read_configs(made.folder).items():
         assert config["parameters"]["fmg.adapter.run"]["string_value"] == "0.7 a + 0.3 owner/name@main"
         assert config["parameters"]["fmg.adapter.sha256"]["string_value"] == "d"
-        assert "/home/me" not in (made.folder / name / "config.pbtxt").read_text()
+        assert "/data/me" not in (made.folder / name / "config.pbtxt").read_text()
 
 
 def test_a_changed_tokenizer_is_noticed(
