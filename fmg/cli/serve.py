@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
@@ -26,6 +29,7 @@ from fmg.cli.options import (
 from fmg.cli.output import stderr
 from fmg.core.errors import MissingDependencyError, UsageError, suggestion
 from fmg.core.events import Notice
+from fmg.core.signals import exit_code
 from fmg.progress.reporters import LOADING, reporter_for
 from fmg.version import install_line
 
@@ -186,7 +190,13 @@ def serve(
         for one in runs.names():
             facts = runs.facts(one)
             reporter(Notice("info", f"{one}: {facts['backend']} ({facts['detail']}) on {facts['device']}"))
-        ImageServer(runs, address, limits=limits, token=token, drain=drain).serve(reporter)
+        server = ImageServer(runs, address, limits=limits, token=token, drain=drain)
+        try:
+            server.serve(reporter)
+        finally:
+            if runs.close(0) is False:
+                # a batch that outlasted the time to drain: its thread would abort Python while that ends
+                os._exit(0 if sys.exc_info()[0] is None else exit_code(signal.SIGINT))
 
 
 def _number(

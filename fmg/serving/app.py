@@ -197,6 +197,9 @@ async def outcome(
         if gone.done():
             raise RefusedError(499, "The client has gone", "Wait for the answer.")
         raise RefusedError(504, f"No {noun} within {timeout:g} s", advice)
+    except asyncio.CancelledError:
+        # the server cuts off what has not ended when the time to drain is over
+        raise RefusedError(503, "The server is stopping", "Ask again later.", 1) from None
     except BusyError as error:
         raise _full(error) from None
     except wrong as error:

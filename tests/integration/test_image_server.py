@@ -114,6 +114,18 @@ def test_sigterm_finishes_what_was_accepted_and_ends_with_0() -> None:
         post(running.url, request, headers)
 
 
+def test_work_that_outlasts_the_drain_is_answered_and_the_server_still_ends_with_0(shapes_artifact: object) -> None:
+    pytest.importorskip("onnxruntime")
+    folder = str(shapes_artifact.folder)  # type: ignore[attr-defined]
+    running = Server(folder, "--max-steps", "1000", "--drain", "0.5")
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(post, running.url, {"prompt": "a red circle", "steps": 1000, "n": 10})
+        time.sleep(0.5)
+        assert running.end() == 0
+        status, _, said = answer.result()
+    assert (status, said["error"]["message"]) == (503, "The server is stopping. Ask again later.")
+
+
 def test_an_artifact_is_served_without_torch(shapes_artifact: object, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     folder = str(shapes_artifact.folder)  # type: ignore[attr-defined]
