@@ -288,7 +288,7 @@ MISUSES = (
     Misuse("export nowhere", "neither a model nor a run folder"),
     Misuse("export", "no run"),
     Misuse("export ''", "TARGET is empty"),
-    Misuse(f"{EXPORT} --precision fp8", "'fp8' is not a precision"),
+    Misuse(f"{EXPORT} --precision fp4", "'fp4' is not a precision"),
     Misuse(f"{EXPORT} --precision stored", "'stored' is not a precision"),
     Misuse(f"{EXPORT} --precision bf16 --int8", "8-bit weights are for a CPU"),
     Misuse(f"{EXPORT} --verify fast", "'fast' is not a level"),

@@ -45,7 +45,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("fmg train --config scm-sh", ["scm-shapes"]),
         ("fmg eval runs/d", ["runs/demo-1"]),
         ("fmg show asfmc-e", ["asfmc-endpoint", "asfmc-euler"]),
-        ("fmg show rewards shapes-", ["shapes-quality"]),
+        ("fmg show rewards shapes-", ["shapes-clip", "shapes-quality"]),
     ],
 )
 def test_the_shell_is_offered_values(words: str, offers: list[str], folder: Path) -> None:
