@@ -97,12 +97,22 @@ WORLDS = {
 
 BRANCH: dict[str, object] = {"rollout.kind": "branch"}
 CHAIN: dict[str, object] = {"rollout.kind": "chain"}
+SAMPLES: dict[str, object] = {**CHAIN, "objective.old_decay": 0.0}
+"""The published decay of the old policy lags ten iterations behind, half of these runs."""
+GRADIENT: dict[str, object] = {**CHAIN, "objective": "reward-gradient", "rewards": "differentiable"}
 ARMS: dict[str, Arm] = {
     "branch": Arm("branch, asfmc", BRANCH),
     "null": Arm("branch, asfmc, shuffled advantages", {**BRANCH, "train.shuffle_advantages": True}, rate_of="branch"),
+    "meanflow-nft": Arm("meanflow-nft", {**SAMPLES, "objective": "meanflow-nft"}),
+    "mean-flow-advantage": Arm("mean-flow-advantage", {**SAMPLES, "objective": "mean-flow-advantage"}),
+    "reward-gradient": Arm("reward-gradient, all jumps", {**GRADIENT, "objective.jumps": 4}),
+    "reinforce": Arm("branch, reinforce", {**BRANCH, "objective": "reinforce", "train.updates_per_iteration": 1}),
     "chain": Arm("chain, asfmc", CHAIN),
+    "awm": Arm("awm", {**CHAIN, "objective": "awm"}),
     "branch-naive-noise": Arm("branch, naive-noise", {**BRANCH, "stochasticizer": "naive-noise"}),
     "chain-flow-sde": Arm("chain, flow-sde", {**CHAIN, "stochasticizer": "flow-sde"}),
+    "diffusion-nft": Arm("diffusion-nft", {**CHAIN, "objective": "diffusion-nft"}),
+    "refl": Arm("reward-gradient, one jump (ReFL)", {**GRADIENT, "objective.method": "refl"}),
     "branch-endpoint": Arm("branch, asfmc-endpoint", {**BRANCH, "stochasticizer": "asfmc-endpoint"}),
     "branch-flow-sde": Arm("branch, flow-sde", {**BRANCH, "stochasticizer": "flow-sde"}),
     "branch-cps": Arm("branch, cps", {**BRANCH, "stochasticizer": "cps"}),
@@ -120,9 +130,10 @@ def key_of(entry: Mapping[str, Any]) -> Key:
 
 def values_of(world: str, arm: str) -> dict[str, object]:
     """The recipe values of an arm in a world, except learning rate and seed."""
-    values = dict(ARMS[arm].values)
+    values, task = dict(ARMS[arm].values), WORLDS[world]
     if "rewards" in values:
-        values["rewards"] = [{"name": WORLDS[world].differentiable, "weight": 1.0}]
+        values["rewards"] = [{"name": task.differentiable, "weight": 1.0}]
+        values["eval.rewards"] = [task.score.rpartition("_")[0], task.quality]
     return values
 
 
