@@ -86,7 +86,7 @@ def _curve(unit: Mapping[str, Any], pace: float) -> Curve:
     points = unit["points"]
     iterations = [point["iteration"] for point in points]
     spent = {
-        "images": [WORLDS[unit["world"]].images * i for i in iterations],
+        "images": [unit["images"] * i for i in iterations],
         "nfe": [point["nfe"] for point in points],
         "seconds": [pace * i for i in iterations],
     }

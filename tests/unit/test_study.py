@@ -31,7 +31,7 @@ def entry(study: ModuleType, arm: str, kind: str, seed: int, lr: float, scores: 
     ]
     return {
         "world": "shapes", "arm": arm, "kind": kind, "seed": seed, "lr": lr, "values": study.values_of("shapes", arm),
-        "stopped": None, "kept": {}, "points": points, "iteration_s": [0.5] * (2 * len(scores) - 2),
+        "images": 384, "stopped": None, "kept": {}, "points": points, "iteration_s": [0.5] * (2 * len(scores) - 2),
     }  # fmt: skip
 
 
