@@ -213,7 +213,8 @@ def run_unit(key: Key) -> Entry:
     row_cost = (work.row_nfe - work.rollout_calls) / rows_of(recipe)
     return {
         "world": name, "arm": arm, "kind": kind, "seed": seed, "lr": rate,
-        "values": values_of(name, arm), "images": recipe.rollout.samples, "machine": machine(), "stopped": stopped, "kept": kept,
+        "values": values_of(name, arm), "images": recipe.rollout.samples, "machine": machine(),
+        "stopped": stopped, "kept": kept,
         **course(lines, world, row_cost),
     }  # fmt: skip
 
