@@ -104,14 +104,14 @@ GRADIENT: dict[str, object] = {
     **CHAIN, "objective": "reward-gradient", "rewards": "differentiable", "rollout.groups": 24, "rollout.group_size": 4
 }  # fmt: skip
 ARMS: dict[str, Arm] = {
-    "branch": Arm("branch, asfmc", BRANCH),
-    "null": Arm("branch, asfmc, shuffled advantages", {**BRANCH, "train.shuffle_advantages": True}, rate_of="branch"),
+    "branch": Arm("branch, default kernel", BRANCH),
+    "null": Arm("branch, shuffled advantages (null)", {**BRANCH, "train.shuffle_advantages": True}, rate_of="branch"),
     "reinforce": Arm("branch, reinforce", {**BRANCH, "objective": "reinforce", "train.updates_per_iteration": 1}),
     "meanflow-nft": Arm("meanflow-nft", {**JUMPS, "objective": "meanflow-nft"}),
     "mean-flow-advantage": Arm("mean-flow-advantage", {**JUMPS, "objective": "mean-flow-advantage"}),
     "reward-gradient": Arm("reward-gradient, all jumps", {**GRADIENT, "objective.jumps": 4}),
     "awm": Arm("awm", {**SAMPLES, "objective": "awm"}),
-    "chain": Arm("chain, asfmc", CHAIN),
+    "chain": Arm("chain, default kernel", CHAIN),
     "branch-naive-noise": Arm("branch, naive-noise", {**BRANCH, "stochasticizer": "naive-noise"}),
     "chain-flow-sde": Arm("chain, flow-sde", {**CHAIN, "stochasticizer": "flow-sde"}),
     "diffusion-nft": Arm("diffusion-nft", {**SAMPLES, "objective": "diffusion-nft"}),
@@ -147,11 +147,17 @@ def refusal(world: str, arm: str) -> str | None:
 
     if "rewards" in ARMS[arm].values and WORLDS[world].differentiable is None:
         return "this world has no differentiable reward"
+
+    def recipe(of: str) -> fmg.Recipe:
+        return recipe_of(WORLDS[world].model, values_of(world, of), allow_code=False).recipe
+
     try:
-        recipe_of(WORLDS[world].model, values_of(world, arm), allow_code=False)
+        own = recipe(arm)
     except fmg.UsageError as error:
         return str(error)
-    return None
+    # the default stochasticizer of a single-time map is the only one that fits it
+    kernels = [other for other in ("branch", "chain") if other != arm and recipe(other) == own]
+    return f"the same recipe as '{kernels[0]}'" if kernels else None
 
 
 def fourth_rate(trials: Mapping[float, float]) -> float:
@@ -301,7 +307,9 @@ def main() -> None:
     parser.add_argument("--worlds", default=",".join(WORLDS))
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--seeds", default="0,1,2,3,4")
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, each on one thread")
+    parser.add_argument(
+        "--jobs", type=int, choices=range(1, 65), metavar="N", default=2, help="trainings at a time, each on one thread"
+    )
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument(
         "--timing", action="store_true", help="instead, measure the seconds of an iteration of each arm"
@@ -311,6 +319,8 @@ def main() -> None:
         "--report", action="store_true", help="print the tables and draw the figures, and start nothing"
     )
     args = parser.parse_args()
+    if not all(seed.isdigit() for seed in args.seeds.split(",")):
+        parser.error(f"--seeds takes numbers, not '{args.seeds}'")
     worlds, arms = args.worlds.split(","), args.arms.split(",")
     for kind, given, known in (("world", worlds, WORLDS), ("arm", arms, ARMS)):
         if unknown := [name for name in given if name not in known]:

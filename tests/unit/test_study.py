@@ -73,6 +73,7 @@ def test_every_arm_exists_in_a_world_or_is_refused_with_a_reason(study: ModuleTy
     refused = {arm: study.refusal("scm", arm) for arm in study.ARMS}
     assert refused["branch"] is None
     assert "needs a two-time map" in refused["branch-flow-sde"]
+    assert refused["branch-endpoint"] == "the same recipe as 'branch'"
     assert not any(study.refusal("shapes", arm) for arm in study.ARMS)
 
 
@@ -98,8 +99,8 @@ def test_the_winner_of_a_budget_is_told_apart_only_where_the_seeds_do(study: Mod
     ]
     rows = [line.split(" | ") for line in report.winners_table(report.curves_of(entries, "shapes")).splitlines()[2:]]
     half_way, end = rows[3], rows[4]
-    assert half_way[1:] == ["branch, asfmc", "0.810 ± 0.025", "none |"]
-    assert end[3] == "branch, asfmc |" or end[3] == "chain, asfmc |"
+    assert half_way[1:] == ["branch, default kernel", "0.810 ± 0.025", "none |"]
+    assert end[3] == "branch, default kernel |" or end[3] == "chain, default kernel |"
 
 
 def test_runs_that_a_gate_stopped_are_counted_beside_the_means_of_the_others(
