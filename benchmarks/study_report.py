@@ -55,8 +55,8 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def text(values: Sequence[float]) -> str:
-    """`mean +- half-width`; the mean alone for one seed."""
-    if not values:
+    """`mean +- half-width`; the mean alone for one seed, a dash where nothing was measured."""
+    if not values or any(map(math.isnan, values)):
         return "-"
     centre, half = interval(values)
     return f"{centre:.3f}" if math.isinf(half) else f"{centre:.3f} ± {half:.3f}"
