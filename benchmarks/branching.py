@@ -19,15 +19,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from comparison import BUDGETS, Band, budget_figure, markdown, reached
 from embedded import RESULTS, Unit, settings, store
 
 from fmg.core.machine import machine
-from fmg.data.charts import new_figure, style, write_figure
 
 FIGURE = Path(__file__).parents[1] / "docs" / "pictures" / "branching.png"
 OUT = RESULTS / "branching.json"
@@ -151,23 +150,11 @@ def course(unit: Mapping[str, Any], score: str) -> list[dict[str, float]]:
     return points
 
 
-def reached(points: Sequence[Mapping[str, float]], level: float, axis: str) -> float | None:
-    """Where a curve first crosses a level, by linear interpolation; None if it never does."""
-    for before, after in pairwise(points):
-        if before["score"] < level <= after["score"]:
-            share = (level - before["score"]) / (after["score"] - before["score"])
-            return before[axis] + share * (after[axis] - before[axis])
-    return None
-
-
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """One row per arm: the score after the last iteration by seed, quality, what the kept checkpoint has at 1, 2 and 4
     steps, row-NFE to .9, and seconds."""
-    lines = [
-        "| arm | at the end, by seed | quality at the end | kept: 1, 2, 4 steps | 1000 row-NFE to .9, by seed |"
-        " CPU s of one core |",
-        "|---|---|---|---|---|---|",
-    ]
+    heads = ["arm", "at the end, by seed", "quality at the end", "kept: 1, 2, 4 steps", "1000 row-NFE to .9, by seed"]
+    rows = []
     for name, arm in ARMS.items():
         units = sorted((u for u in results if u["arm"] == name), key=lambda u: int(u["seed"]))
         if not units:
@@ -185,8 +172,8 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
             ", ".join("-" if value is None else f"{value / 1000:.1f}" for value in to),
             f"{mean(u['train_cpu_s'] for u in units):.0f}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown([*heads, "CPU s of one core"], rows)
 
 
 def _timed(metrics: Sequence[Mapping[str, Any]], times: Sequence[float]) -> list[dict[str, Any]]:
@@ -198,34 +185,19 @@ def figure(results: Sequence[Mapping[str, Any]], chains: Sequence[Mapping[str, A
 
     An iteration takes the shortest time of all seeds, because other processes slowed some of them down.
     """
-    drawing = new_figure(15, 4.6, dpi=120)
-    panels = drawing.subplots(1, 3, sharey=True)
     named = [(label, [u for u in results if u["arm"] == arm]) for arm, label in CURVES.items()]
     named += [(label, [u for u in chains if u["arm"] == arm]) for arm, label in CHAIN_CURVES.items()]
-    for number, (label, units) in enumerate((label, units) for label, units in named if units):
+    bands = []
+    for label, units in ((label, units) for label, units in named if units):
         times = zip(*([m.get("time/iteration_s", 0.0) for m in u["metrics"]] for u in units), strict=False)
         shortest = [min(values) for values in times]
         courses = [course({**u, "metrics": _timed(u["metrics"], shortest)}, "shapes_strict") for u in units]
-        line = {**style(number), "markevery": 1}
-        for panel, axis in zip(panels, ("images", "nfe", "seconds"), strict=True):
-            at = [mean(points) for points in zip(*([p[axis] for p in c] for c in courses), strict=False)]
-            scores = list(zip(*([p["score"] for p in c] for c in courses), strict=False))
-            # a logarithmic axis cannot show the start
-            first = 0 if axis == "images" else 1
-            at, scores = at[first:], scores[first:]
-            panel.plot(at, [mean(s) for s in scores], label=label, **line)
-            panel.fill_between(at, [min(s) for s in scores], [max(s) for s in scores], color=line["color"], alpha=0.15)
-    titles = ("images", "row-NFE (forward 1, backward 2)", "seconds of training (one core)")
-    for panel, title in zip(panels, titles, strict=True):
-        panel.set_xlabel(title)
-        panel.axhline(0.9, color="#999", linewidth=0.8, linestyle=":")
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("held-out strict accuracy")
-    for panel in panels[1:]:
-        panel.set_xscale("log")
-    handles, labels = panels[0].get_legend_handles_labels()
-    drawing.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    write_figure(drawing, path)
+        spent = {
+            axis: [mean(at) for at in zip(*([p[axis] for p in c] for c in courses), strict=False)] for axis in BUDGETS
+        }
+        scores = list(zip(*([p["score"] for p in c] for c in courses), strict=False))
+        bands.append(Band(label, spent, *([pick(s) for s in scores] for pick in (mean, min, max))))
+    budget_figure(bands, "held-out strict accuracy", path, height=4.6, level=0.9)
 
 
 def main() -> None:

@@ -1,8 +1,10 @@
-"""Table and figure of a study: arms side by side, over seeds."""
+"""Tables and figures of a study: arms side by side, over seeds."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -13,6 +15,59 @@ from fmg.data.charts import GREY, frame, new_figure, style, write_figure
 
 Entry = Mapping[str, Any]
 Score = tuple[str, str]
+
+BUDGETS = {"images": "images", "nfe": "row-NFE (forward 1, backward 2)", "seconds": "seconds of training (one core)"}
+"""What a training spends, and the titles of the axes of a figure."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """A curve over what was spent, by axis of `BUDGETS`, with a band around it."""
+
+    label: str
+    spent: Mapping[str, Sequence[float]]
+    centre: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))
+
+
+def reached(points: Sequence[Mapping[str, float]], level: float, axis: str) -> float | None:
+    """Where a curve first crosses a level, by linear interpolation; None if it never does."""
+    for before, after in pairwise(points):
+        if before["score"] < level <= after["score"]:
+            share = (level - before["score"]) / (after["score"] - before["score"])
+            return before[axis] + share * (after[axis] - before[axis])
+    return None
+
+
+def budget_figure(bands: Sequence[Band], title: str, path: Path, *, height: float, level: float | None = None) -> None:
+    """A score over images, row-NFE and seconds, side by side; `level` draws a dotted line."""
+    drawing = new_figure(15, height, dpi=120)
+    panels = drawing.subplots(1, 3, sharey=True)
+    for number, band in enumerate(bands):
+        look = {**style(number), "markevery": 1, "markersize": 4}
+        for panel, axis in zip(panels, BUDGETS, strict=True):
+            # a logarithmic axis cannot show the start
+            shown = slice(0 if axis == "images" else 1, None)
+            at = band.spent[axis][shown]
+            panel.plot(at, band.centre[shown], label=band.label, **look)
+            panel.fill_between(at, band.low[shown], band.high[shown], color=look["color"], alpha=0.13, linewidth=0)
+    for panel, label in zip(panels, BUDGETS.values(), strict=True):
+        panel.set_xlabel(label)
+        panel.grid(alpha=0.3)
+        if level is not None:
+            panel.axhline(level, color="#999", linewidth=0.8, linestyle=":")
+    panels[0].set_ylabel(title)
+    for panel in panels[1:]:
+        panel.set_xscale("log")
+    handles, labels = panels[0].get_legend_handles_labels()
+    drawing.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    write_figure(drawing, path)
 
 
 def by_arm(results: Sequence[Entry], arms: Sequence[str]) -> dict[str, list[Entry]]:
@@ -42,7 +97,7 @@ def summary(results: Sequence[Entry], arms: Mapping[str, str], steps: Sequence[i
     names = [" ".join(score) for score in scores]
     heads = ["arm", "seeds", *(f"{name} at the end" for name in names)]
     heads += [f"kept: {name}, {count} steps" for name in names for count in steps]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = []
     for arm, units in by_arm(results, list(arms)).items():
         cells = [arms[arm], str(len(units))]
         for score in scores:
@@ -52,8 +107,8 @@ def summary(results: Sequence[Entry], arms: Mapping[str, str], steps: Sequence[i
             for count in steps:
                 means, lows, highs = zip(*(differences(unit, count, score) for unit in units), strict=True)
                 cells.append(f"{mean(means):+.3f} ({min(lows):+.3f} to {max(highs):+.3f})")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown(heads, rows)
 
 
 def figure(

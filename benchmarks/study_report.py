@@ -11,9 +11,8 @@ from statistics import mean, median, stdev
 from typing import Any
 
 import numpy as np
+from comparison import Band, budget_figure, markdown, reached
 from study import ARMS, KEPT_STEPS, WORLDS, Entry, score_of
-
-from fmg.data.charts import new_figure, style, write_figure
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 AXES = {"images": "images", "nfe": "row-NFE", "seconds": "seconds on one core"}
@@ -38,12 +37,8 @@ class Curve:
 
     def crossing(self, level: float) -> float | None:
         """Row-NFE at which the score first reaches a level; None if it never does."""
-        scores, spent = self.measured["score"], self.spent["nfe"]
-        for i in range(1, len(scores)):
-            if scores[i - 1] < level <= scores[i]:
-                share = (level - scores[i - 1]) / (scores[i] - scores[i - 1])
-                return spent[i - 1] + share * (spent[i] - spent[i - 1])
-        return None
+        points = zip(self.measured["score"], self.spent["nfe"], strict=True)
+        return reached([{"score": score, "nfe": spent} for score, spent in points], level, "nfe")
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -94,11 +89,6 @@ def _curve(unit: Mapping[str, Any], pace: float) -> Curve:
     return Curve(unit["seed"], spent, measured)
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
-
-
 def search_table(entries: Sequence[Entry], world: str) -> str:
     """The score after every trial of the search of the learning rate, on prompts of the training set."""
     rows = []
@@ -108,7 +98,7 @@ def search_table(entries: Sequence[Entry], world: str) -> str:
             best = max(sorted(trials), key=lambda rate: score_of(trials[rate]))
             cells = [f"{r:g}: {'stopped' if e['stopped'] else f'{score_of(e):.3f}'}" for r, e in sorted(trials.items())]
             rows.append([ARMS[arm].about, ", ".join(cells), f"{best:g}"])
-    return _table(["arm", "learning rate: score", "chosen"], rows)
+    return markdown(["arm", "learning rate: score", "chosen"], rows)
 
 
 def end_table(entries: Sequence[Entry], world: str, curves: Mapping[str, list[Curve]]) -> str:
@@ -130,7 +120,7 @@ def end_table(entries: Sequence[Entry], world: str, curves: Mapping[str, list[Cu
             ]
         )  # fmt: skip
     steps = [f"kept, {count} NFE" for count in KEPT_STEPS]
-    return _table(["arm", "seeds", "score", "quality", "diversity", *steps, "1000 row-NFE", "seconds"], rows)
+    return markdown(["arm", "seeds", "score", "quality", "diversity", *steps, "1000 row-NFE", "seconds"], rows)
 
 
 def winners_table(curves: Mapping[str, list[Curve]]) -> str:
@@ -149,7 +139,7 @@ def winners_table(curves: Mapping[str, list[Curve]]) -> str:
             rows.append(
                 [f"{budget:,.0f} {label}", ARMS[best].about, text([*at[best].values()]), "; ".join(tied) or "none"]
             )
-    return _table(["budget", "best", "score", "not told apart from it"], rows)
+    return markdown(["budget", "best", "score", "not told apart from it"], rows)
 
 
 def _below(arm: Mapping[int, float], best: Mapping[int, float]) -> bool:
@@ -171,33 +161,19 @@ def equal_reward_table(curves: Mapping[str, list[Curve]]) -> str:
             row += [text([run.at("nfe", at, key) for run, at in crossed]) for key in ("quality", "diversity")]
         rows.append(row)
     heads = [f"{level:g}: {head}" for level in LEVELS for head in ("seeds", "1000 row-NFE", "quality", "diversity")]
-    return _table(["arm", *heads], rows)
+    return markdown(["arm", *heads], rows)
 
 
 def figure(world: str, curves: Mapping[str, list[Curve]], path: Path) -> None:
     """The score over images, row-NFE and seconds: mean over seeds, band of the 95 % interval."""
-    drawing = new_figure(15, 5.6, dpi=120)
-    panels = drawing.subplots(1, 3, sharey=True)
-    for number, (arm, runs) in enumerate(curves.items()):
-        look = {**style(number), "markevery": 2, "markersize": 4}
-        for panel, axis in zip(panels, AXES, strict=True):
-            at = [mean(values) for values in zip(*(run.spent[axis] for run in runs), strict=True)]
-            spread = [interval(scores) for scores in zip(*(run.measured["score"] for run in runs), strict=True)]
-            centre, half = np.asarray(spread).T
-            half[np.isinf(half)] = 0.0
-            first = 0 if axis == "images" else 1  # a logarithmic axis cannot show the start
-            panel.plot(at[first:], centre[first:], label=ARMS[arm].about, **look)
-            low, high = (np.clip(centre + sign * half, 0, 1)[first:] for sign in (-1, 1))
-            panel.fill_between(at[first:], low, high, color=look["color"], alpha=0.12, linewidth=0)
-    for panel, label in zip(panels, AXES.values(), strict=True):
-        panel.set_xlabel(label)
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel(f"held out: {WORLDS[world].score.replace('_', ' ')}")
-    for panel in panels[1:]:
-        panel.set_xscale("log")
-    handles, labels = panels[0].get_legend_handles_labels()
-    drawing.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
-    write_figure(drawing, path)
+    bands = []
+    for arm, runs in curves.items():
+        spent = {axis: [mean(at) for at in zip(*(run.spent[axis] for run in runs), strict=True)] for axis in AXES}
+        centre, half = np.transpose([interval(s) for s in zip(*(run.measured["score"] for run in runs), strict=True)])
+        half[np.isinf(half)] = 0.0
+        low, high = (np.clip(centre + sign * half, 0, 1).tolist() for sign in (-1, 1))
+        bands.append(Band(ARMS[arm].about, spent, centre.tolist(), low, high))
+    budget_figure(bands, f"held out: {WORLDS[world].score.replace('_', ' ')}", path, height=5.6)
 
 
 def report(entries: Sequence[Entry]) -> None:

@@ -33,7 +33,7 @@ from fmg.data.prompt_sets import load_prompts, untied
 from fmg.data.resume_points import ended_short, newest_state
 from fmg.data.run_folder import RunFolder, is_run
 from fmg.data.run_metrics import read_metrics
-from fmg.recipe import Recipe, ResolvedRecipe, recipe_names, resolve
+from fmg.recipe import Recipe, ResolvedRecipe, leaves, recipe_names, resolve
 from fmg.registry import ComponentConfig, registry_for
 from fmg.training.plan import GPUS, SHARE_OF_PEAK, plan, size_text
 
@@ -360,17 +360,9 @@ def place(out: Path, arm: str) -> tuple[Path, str]:
 def difference(recipe: Recipe, folder: Path) -> str | None:
     """The first value in which a run differs from the recipe of its arm."""
     ours, theirs = (
-        flat(untied(one).plain()) for one in (recipe, Recipe.of_run(folder / "recipe.yaml", allow_code=True))
+        dict(leaves(untied(one).plain())) for one in (recipe, Recipe.of_run(folder / "recipe.yaml", allow_code=True))
     )
     return next((key for key in sorted({*ours, *theirs} - FREE) if ours.get(key) != theirs.get(key)), None)
-
-
-def flat(value: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Values by dotted path."""
-    found: dict[str, Any] = {}
-    for key, child in value.items():
-        found |= flat(child, f"{path}{key}.") if isinstance(child, dict) else {f"{path}{key}": child}
-    return found
 
 
 def launch(command: Sequence[str], given: argparse.Namespace) -> None:

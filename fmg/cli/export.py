@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -33,12 +33,12 @@ from fmg.progress.reporters import LOADING, reporter_for
 if TYPE_CHECKING:
     from fmg.core.events import Observer
     from fmg.export.diffusers import Merged
+    from fmg.export.options import ExportPrecision
     from fmg.export.tensorrt.build import BuiltEngine, Hardware
     from fmg.export.triton import TritonOptions
     from fmg.inference.artifact import Artifact
     from fmg.inference.self_check import VerifyReport
 
-ExportPrecision = Literal["fp32", "bf16", "fp16", "fp8"]
 
 _FP8: ExportPrecision = "fp8"
 _PRECISIONS: Mapping[str, ExportPrecision] = {"fp32": "fp32", "bf16": "bf16", "fp16": "fp16", "fp8": _FP8}

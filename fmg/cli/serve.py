@@ -30,6 +30,7 @@ from fmg.cli.output import stderr
 from fmg.core.errors import MissingDependencyError, UsageError, suggestion
 from fmg.core.events import Notice
 from fmg.core.signals import exit_code
+from fmg.inference.service.limits import DEFAULTS, Limits
 from fmg.progress.reporters import LOADING, reporter_for
 from fmg.version import install_line
 
@@ -108,31 +109,37 @@ def serve(
     threads: Threads = None,
     batch_size: Annotated[
         int | None,
-        hardware_option("--batch-size", min=1, metavar="N", help="Largest batch of images.", show_default="16"),
+        hardware_option(
+            "--batch-size", min=1, metavar="N", help="Largest batch of images.", show_default=str(DEFAULTS.max_batch)
+        ),
     ] = None,
     max_wait: Annotated[
         float,
         hardware_option(
             "--max-wait", min=0.0, max=10_000, metavar="MS", help="Milliseconds to wait for others to share a batch."
         ),
-    ] = 5.0,
+    ] = DEFAULTS.gather * 1000,
     allow_code: Annotated[
         bool, hardware_option("--allow-code", help="Run the code inside version-compatible TensorRT engines.")
     ] = False,
     offline: Offline = False,
     max_queued: Annotated[
         int, _limit("--max-queued", min=1, metavar="N", help="Images that may wait; the server answers 503 to more.")
-    ] = 256,
-    max_images: Annotated[int, _limit("--max-images", min=1, metavar="N", help="Images per request.")] = 10,
-    max_prompt: Annotated[int, _limit("--max-prompt", min=1, metavar="N", help="Characters per prompt.")] = 4000,
+    ] = DEFAULTS.max_queued,
+    max_images: Annotated[
+        int, _limit("--max-images", min=1, metavar="N", help="Images per request.")
+    ] = DEFAULTS.max_images,
+    max_prompt: Annotated[
+        int, _limit("--max-prompt", min=1, metavar="N", help="Characters per prompt.")
+    ] = DEFAULTS.max_prompt,
     max_steps: Annotated[
         int, _limit("--max-steps", min=1, max=1000, metavar="N", help="Sampling steps (NFE) per image.")
-    ] = 50,
+    ] = DEFAULTS.max_steps,
     max_adapters: Annotated[int, _limit("--max-adapters", min=1, metavar="N", help="Adapters per model.")] = 16,
     timeout: Annotated[
         float,
         _limit("--timeout", min=1.0, metavar="S", help="Seconds for a request to arrive, and again for its answer."),
-    ] = 300.0,
+    ] = DEFAULTS.timeout,
 ) -> None:
     """Serve images over HTTP: OpenAI's images API at /v1, a web page at /, and /health, /info and /metrics."""
     for text in targets or ():
@@ -153,7 +160,6 @@ def serve(
         from fmg.inference.service.engine import Engine, LocalEngine
         from fmg.inference.service.opening import named_targets, newest_run, open_served
         from fmg.inference.service.server import ImageServer
-        from fmg.inference.service.wire import Limits
 
         named = named_targets(targets or [newest_run()])
         # a taken port is reported before anything is loaded
@@ -168,10 +174,9 @@ def serve(
             "batch_size": batch_size,
             "allow_code": allow_code,
         }
-        defaults = Limits()
         limits = Limits(
             max_queued=max_queued,
-            max_batch=batch_size or defaults.max_batch,
+            max_batch=batch_size or DEFAULTS.max_batch,
             gather=max_wait / 1000,
             timeout=timeout,
             max_images=max_images,

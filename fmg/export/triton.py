@@ -40,6 +40,7 @@ from fmg.inference.artifact.manifest import (
     Graph,
     TensorSpec,
 )
+from fmg.inference.service.limits import DEFAULTS
 from fmg.inference.target import without_folders
 from fmg.inference.tensorrt.flavours import TENSORRT
 from fmg.inference.tensorrt.records import EngineRecord, built_here, check_plan, needs_refit, read_records
@@ -71,10 +72,6 @@ _ON_A_CPU = ("fp32", "fp16", "int8")
 _TYPES = {"float32": "TYPE_FP32", "int64": "TYPE_INT64"}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _MAX_NAME = 100
-_GATHER_MICROSECONDS = 5000
-# the limits of `fmg serve`
-_LIMITS = {MAX_STEPS: "50", MAX_PROMPT: "4000"}
-_MAX_QUEUED = 256
 _ENTRY = f'''"""Written by fmg export --triton."""
 
 import sys
@@ -339,7 +336,8 @@ class _Repository:
         several = len(sampling.resolutions) > 1 and not fused
         side = -1 if several else sampling.resolution
         settings = {GRAPH + served.key: served.model for served in self._served}
-        settings |= {TRANSFORMER_PARAMETER: self._transformer, **_LIMITS}
+        limits = {MAX_STEPS: str(DEFAULTS.max_steps), MAX_PROMPT: str(DEFAULTS.max_prompt)}
+        settings |= {TRANSFORMER_PARAMETER: self._transformer, **limits}
         settings |= {
             ROWS + served.key: str(served.max_batch) for served in self._served if served.max_batch < self.max_batch
         }
@@ -358,8 +356,8 @@ class _Repository:
             ],
             "output": [{"name": IMAGE, "data_type": Word("TYPE_UINT8"), "dims": [side, side, 3]}],
             "dynamic_batching": {
-                "max_queue_delay_microseconds": _GATHER_MICROSECONDS,
-                "default_queue_policy": {"max_queue_size": _MAX_QUEUED},
+                "max_queue_delay_microseconds": round(DEFAULTS.gather * 1_000_000),
+                "default_queue_policy": {"max_queue_size": DEFAULTS.max_queued},
             },
             "instance_group": [{"kind": Word("KIND_CPU"), "count": 1}],
             "parameters": self._parameters(settings),

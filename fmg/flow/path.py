@@ -16,6 +16,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from fmg.core.errors import UsageError, suggestion
+from fmg.core.protocols import ProbabilityPath
 
 _HALF_PI = math.pi / 2
 
@@ -184,3 +185,11 @@ def _ordered(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     if not torch.compiler.is_compiling() and bool((a > s).any()):
         raise ValueError("the forward kernel goes from data to noise: it needs a <= s in every row")
     return a, s
+
+
+def renoised(
+    path: ProbabilityPath, x_0: Float[Tensor, "b *shape"], s: Float[Tensor, " b"], eps: Float[Tensor, "b *shape"]
+) -> Float[Tensor, "b *shape"]:
+    """A sample of `q(x_s | x_0)`: data noised up to the times `s` with standard normal `eps`."""
+    scale, std = path.kernel(torch.zeros_like(s), s)
+    return expand(scale, x_0) * x_0 + expand(std, x_0) * eps

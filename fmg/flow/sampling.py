@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fmg.core.protocols import FlowMap
 from fmg.core.types import Conditioning
-from fmg.flow.path import expand
+from fmg.flow.path import renoised
 
 
 def native_sample(
@@ -72,5 +72,4 @@ def native_step(
     if flow_map.anchors == "any" or s_value == 0.0:
         return flow_map.jump(x, t, s, cond)
     x_0 = flow_map.jump(x, t, torch.zeros_like(s), cond)
-    scale, std = flow_map.path.kernel(torch.zeros_like(s), s)
-    return expand(scale, x_0) * x_0 + expand(std, x_0) * renoise()
+    return renoised(flow_map.path, x_0, s, renoise())

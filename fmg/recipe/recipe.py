@@ -134,7 +134,7 @@ class ResolvedRecipe:
 
     def table(self) -> tuple[Row, ...]:
         """All values in the recipe's order, with their sources."""
-        return tuple(Row(path, value, self.provenance[path]) for path, value in _leaves(self.recipe.plain(), ()))
+        return tuple(Row(path, value, self.provenance[path]) for path, value in leaves(self.recipe.plain()))
 
     def with_(self, values: Mapping[str, object], why: str) -> ResolvedRecipe:
         """The recipe with other values, which come from `why` unless given explicitly. Errors as in `resolve`.
@@ -333,7 +333,7 @@ def _finish(root: Node, *, allow_code: bool) -> ResolvedRecipe:
         raise _located(first_problem(error, Recipe, "The recipe", "key"), root) from None
     for problem in problems(recipe):
         raise _located(problem, root, CompositionError)
-    given = {path: root.exact(path.split(".")) for path, _ in _leaves(recipe.plain(), ())}
+    given = {path: root.exact(path.split(".")) for path, _ in leaves(recipe.plain())}
     return ResolvedRecipe(recipe, {path: _DEFAULT if node is None else node.source for path, node in given.items()})
 
 
@@ -357,13 +357,14 @@ def _located(problem: Problem, root: Node, error: type[UsageError] = UsageError)
     return error(f"{lead}{problem.what}", problem.fix)
 
 
-def _leaves(value: Plain, path: tuple[str, ...]) -> Iterator[tuple[str, Plain]]:
+def leaves(value: Plain, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Plain]]:
+    """The values of a plain recipe, each after its dotted path."""
     if isinstance(value, dict) and value:
         for key, child in value.items():
-            yield from _leaves(child, (*path, key))
+            yield from leaves(child, (*path, key))
     elif is_block(value):
         for index, child in enumerate(value):
-            yield from _leaves(child, (*path, str(index)))
+            yield from leaves(child, (*path, str(index)))
     else:
         yield ".".join(path), value
 

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from fmg.core.hub import Asset
+from fmg.core.protocols import Needs
 from fmg.core.specs import MapSpec, ModelGeometry, Requirements
 
 
@@ -148,7 +149,7 @@ class ObjectiveConfig(ComponentConfig, ABC):
 
     @property
     @abstractmethod
-    def needs(self) -> Literal["transitions", "samples", "gradients"]:
+    def needs(self) -> Needs:
         """What kind of rollout it consumes."""
 
     @property

@@ -8,6 +8,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from fmg.core.protocols import Needs
 from fmg.core.specs import MapSpec
 from fmg.registry.config import ObjectiveConfig
 
@@ -49,7 +50,7 @@ class GrpoConfig(ObjectiveConfig):
     )
 
     @property
-    def needs(self) -> Literal["transitions", "samples", "gradients"]:
+    def needs(self) -> Needs:
         return "transitions"
 
     @property
@@ -89,7 +90,7 @@ class ReinforceConfig(ObjectiveConfig):
     global_std: Literal[True] = Field(default=True, description="always on: a group's own std is not a constant factor")
 
     @property
-    def needs(self) -> Literal["transitions", "samples", "gradients"]:
+    def needs(self) -> Needs:
         return "transitions"
 
     @property
@@ -135,7 +136,7 @@ class NoisedConfig(ObjectiveConfig):
         return Noising(self.draws)
 
     @property
-    def needs(self) -> Literal["transitions", "samples", "gradients"]:
+    def needs(self) -> Needs:
         return "samples"
 
     def rows_per_sample(self, transitions: int) -> int:
@@ -263,15 +264,10 @@ class MeanFlowConfig(MovingOldConfig):
         return super().misfit(spec)
 
 
-class MeanFlowNftConfig(MeanFlowConfig):
+class MeanFlowNftConfig(MeanFlowConfig, DiffusionNftConfig):
     """MeanFlowNFT (Huang et al., arXiv 2607.15273): DiffusionNFT on the velocity that an average velocity induces."""
 
     nft_beta: float = Field(default=0.1, gt=0, le=10, description=_NFT_BETA)
-    kl_beta: float = Field(default=1e-4, ge=0, description=_KL_BETA)
-
-    @property
-    def reference_weight(self) -> float:
-        return self.kl_beta
 
 
 class MeanFlowAdvantageConfig(MeanFlowConfig):
@@ -325,7 +321,7 @@ class RewardGradientConfig(ObjectiveConfig):
         return self
 
     @property
-    def needs(self) -> Literal["transitions", "samples", "gradients"]:
+    def needs(self) -> Needs:
         return "gradients"
 
     def trained_calls(self, calls: int) -> int:

@@ -15,7 +15,7 @@ from fmg.core import metric_keys as keys
 from fmg.core.errors import CompositionError
 from fmg.core.protocols import DecodeFunction, FlowMap, Needs, Objective, Policies, ScoreFunction, Stochasticizer
 from fmg.core.types import Batch, Loss, SampleRollout, ScoredRollout, StateRollout
-from fmg.flow.path import expand
+from fmg.flow.path import renoised
 from fmg.rl.configs import RewardGradientConfig
 from fmg.rl.keyed_noise import OBJECTIVE, NoiseKey
 from fmg.rl.rollouts import noise, sample_keys, uniform
@@ -191,7 +191,7 @@ class ScoredImages:
                 with torch.no_grad():
                     base = policies.reference.jump(x, t, target, cond)
                 distances.append((reached - base).square().mean())
-            x = _up(flow_map, reached, s, batch.rows["renoise"][:, k]) if inner else reached
+            x = renoised(flow_map.path, reached, s, batch.rows["renoise"][:, k]) if inner else reached
         return x, torch.stack(distances).mean() if compare else None
 
     def rewards(self, x_0: Float[Tensor, "b *shape"], prompts: Sequence[str]) -> Float[Tensor, " b"]:
@@ -214,15 +214,8 @@ def last_jumps(rollout: SampleRollout, flow_map: FlowMap, index: Int[Tensor, " k
     """Rows that jump from the last time of the grid to 0: the samples `index`, noised up to it anew."""
     x_0 = rollout.x0[index.to(rollout.x0.device)]
     times = torch.tensor(rollout.grid[-2:], device=x_0.device).expand(len(index), -1)
-    x_t = _up(flow_map, x_0, times[:, 0], _noise(range(len(index)), seed, 0, x_0.shape[1:], x_0.device))
+    x_t = renoised(flow_map.path, x_0, times[:, 0], _noise(range(len(index)), seed, 0, x_0.shape[1:], x_0.device))
     return Batch({"x_t": x_t, "times": times}, rollout.cond.select(index))
-
-
-def _up(
-    flow_map: FlowMap, x_0: Float[Tensor, "b *shape"], s: Float[Tensor, " b"], eps: Float[Tensor, "b *shape"]
-) -> Float[Tensor, "b *shape"]:
-    scale, std = flow_map.path.kernel(torch.zeros_like(s), s)
-    return expand(scale, x_0) * x_0 + expand(std, x_0) * eps
 
 
 def _noise(rows: Sequence[int], seed: int, step: int, shape: Sequence[int], device: torch.device) -> Tensor:

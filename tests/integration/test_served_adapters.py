@@ -20,10 +20,10 @@ from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.events import ignore
 from fmg.data.checkpoints import chosen_checkpoint
 from fmg.inference import load
+from fmg.inference.service.limits import Limits
 from fmg.inference.service.models import ServedModels
 from fmg.inference.service.opening import named_targets, open_models, open_served
 from fmg.inference.service.server import ImageServer
-from fmg.inference.service.wire import Limits
 from fmg.inference.target import merged_target
 from fmg.serving.server import Address
 from tests.support.artifact import make_run, shapes_recipe

@@ -20,9 +20,9 @@ from fmg.core.errors import UsageError
 from fmg.core.profiling import StageClock, wall_clock
 from fmg.core.protocols import Drawn, NoiseSource
 from fmg.inference.generator import Generator, seeded_noise
+from fmg.inference.service.limits import Limits
 from fmg.inference.service.models import Served, ServedModels
 from fmg.inference.service.server import ImageServer
-from fmg.inference.service.wire import Limits
 from fmg.serving.server import Address
 from tests.support.reward_service import call
 

@@ -146,21 +146,21 @@ MUTATIONS: tuple[Mutation, ...] = (
         _flow("native_sampler_keeps_the_path"),
     ),
     Mutation(
-        _SAMPLING,
-        "expand(scale, x_0) * x_0 + expand(std, x_0) * renoise()",
-        "x_0 + expand(std, x_0) * renoise()",
+        _PATH,
+        "expand(scale, x_0) * x_0 + expand(std, x_0) * eps",
+        "x_0 + expand(std, x_0) * eps",
+        _flow("native_sampler_keeps_the_path"),
+    ),
+    Mutation(
+        _PATH,
+        "expand(std, x_0) * eps",
+        "expand(std.square(), x_0) * eps",
         _flow("native_sampler_keeps_the_path"),
     ),
     Mutation(
         _SAMPLING,
-        "expand(std, x_0) * renoise()",
-        "expand(std.square(), x_0) * renoise()",
-        _flow("native_sampler_keeps_the_path"),
-    ),
-    Mutation(
-        _SAMPLING,
-        "flow_map.path.kernel(torch.zeros_like(s), s)",
-        "flow_map.path.kernel(torch.zeros_like(s), t)",
+        "renoised(flow_map.path, x_0, s, renoise())",
+        "renoised(flow_map.path, x_0, t, renoise())",
         _flow("native_sampler_keeps_the_path"),
     ),
     # exact maps

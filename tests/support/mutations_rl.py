@@ -265,7 +265,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation(_GRADIENT, '["renoise"][:, k]', '["renoise"][:, 0]', _REWARDED),
     Mutation(_GRADIENT, "(uniform(keys) * steps)", "(uniform(keys) ** 4 * steps)", _JUMPS_BEGIN),
     Mutation(_GRADIENT, ".repeat(self.config.draws)", ".repeat_interleave(self.config.draws)", _JUMPS_BEGIN),
-    Mutation(_GRADIENT, "path.kernel(torch.zeros_like(s), s)", "path.kernel(s, s)", _JUMPS_BEGIN + _LAST_STEP),
+    Mutation("fmg.flow.path", "path.kernel(torch.zeros_like(s), s)", "path.kernel(s, s)", _JUMPS_BEGIN + _LAST_STEP),
     Mutation(_GRADIENT, "rollout.grid[-2:]", "rollout.grid[:2]", _JUMPS_BEGIN + _LAST_STEP),
     Mutation(_GRADIENT, "inner.total - self._weight * reward", "inner.total + self._weight * reward", _LAST_STEP),
     Mutation(_GRADIENT, "* samples // max(1, len(batch))", "* samples // len(batch) // 2", _LAST_STEP),

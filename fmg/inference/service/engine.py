@@ -10,8 +10,8 @@ from typing import Protocol
 
 from fmg.core.errors import UsageError
 from fmg.inference.service.jobs import ImageJob, Painted, generate_jobs
+from fmg.inference.service.limits import Limits
 from fmg.inference.service.models import Served, ServedModels
-from fmg.inference.service.wire import Limits
 from fmg.serving.app import RefusedError
 from fmg.serving.batching import BatchQueue
 

@@ -31,8 +31,8 @@ from fmg.core.events import Notice, Observer, ignore
 from fmg.core.signals import Signals
 from fmg.inference.service.engine import Asked, LocalEngine
 from fmg.inference.service.jobs import Painted
+from fmg.inference.service.limits import Limits
 from fmg.inference.service.opening import Named, open_served
-from fmg.inference.service.wire import Limits
 from fmg.serving.app import RefusedError
 from fmg.serving.batching import BusyError
 from fmg.version import install_line

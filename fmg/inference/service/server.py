@@ -18,6 +18,7 @@ from fmg.core.errors import FmgError, UsageError, suggestion
 from fmg.core.machine import installed_versions
 from fmg.core.prompt import is_blank
 from fmg.inference.service.engine import Asked, Engine, LocalEngine
+from fmg.inference.service.limits import Limits
 from fmg.inference.service.metrics import Metrics
 from fmg.inference.service.models import ServedModels
 from fmg.inference.service.wire import (
@@ -25,7 +26,6 @@ from fmg.inference.service.wire import (
     AdapterRequest,
     ErrorAnswer,
     ImagesAnswer,
-    Limits,
     chosen_seeds,
     encode_answer,
     error_body,

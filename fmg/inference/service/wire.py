@@ -10,7 +10,6 @@ import json
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, Literal, TypeVar
 
@@ -20,8 +19,8 @@ from fmg.core.errors import UsageError
 from fmg.core.json_io import JsonError, parse_object
 from fmg.data.pictures import to_pil
 from fmg.inference.service.jobs import Painted
+from fmg.inference.service.limits import Limits
 from fmg.registry.validation import first_problem
-from fmg.serving import batching
 from fmg.serving.app import RefusedError
 
 JSON = "application/json"
@@ -33,24 +32,6 @@ _CHOSEN_SEEDS = 1 << 32
 # every program reads such a number in JSON as it was written
 _MAX_SEED = (1 << 53) - 1
 _ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
-
-
-@dataclass(frozen=True)
-class Limits(batching.Limits):
-    """Limits on requests.
-
-    Attributes:
-        max_images: images per request.
-        max_prompt: characters per prompt.
-        max_steps: sampling steps (NFE) per image.
-    """
-
-    max_body: int = 1 << 20
-    max_queued: int = 256
-    max_batch: int = 16
-    max_images: int = 10
-    max_prompt: int = 4000
-    max_steps: int = 50
 
 
 class ImageRequest(BaseModel):

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fmg.core.errors import CheckpointError, RefusedImageError, reason
+from fmg.core.errors import CheckpointError, reason
 from fmg.core.types import RewardOutput
-from fmg.rewards.images import check_finite
 from fmg.worlds.configs import ShapesClipConfig
-from fmg.worlds.shapes.prompts import parse_prompt, vocabulary
+from fmg.worlds.shapes.prompts import normalised, vocabulary
+from fmg.worlds.shapes.rewards import ReadsPrompts, check_pixels
 from fmg.worlds.shapes.scene import IMAGE_SIZE
 
 WEIGHTS = "model.safetensors"
@@ -27,11 +27,6 @@ MAX_WORDS = 12
 """Words of the longest prompt."""
 _CHANNELS = (32, 48, 64, 96)
 _WORD, _HIDDEN, _WIDTH = 24, 128, 64
-
-
-def normalised(prompt: str) -> str:
-    """The prompt as `parse_prompt` reads it: lower case, without commas, final full stops or repeated spaces."""
-    return " ".join(prompt.lower().replace(",", " ").rstrip(". ").split())
 
 
 class ShapesClipNetwork(nn.Module):
@@ -83,7 +78,7 @@ def _numbers() -> dict[str, int]:
     return {word: number for number, word in enumerate(vocabulary(), 1)}
 
 
-class ShapesClip:
+class ShapesClip(ReadsPrompts):
     """Cosine of image and prompt under `ShapesClipNetwork`; part `match`, the probability that they agree.
 
     Differentiable: scores of images that record gradients record them too.
@@ -102,27 +97,12 @@ class ShapesClip:
             RefusedImageError: for images of any other size.
             UsageError: for a prompt outside the grammar of the shapes world.
         """
-        if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
-            raise RefusedImageError(
-                f"The reward 'shapes-clip' needs images of {IMAGE_SIZE} x {IMAGE_SIZE} pixels, but got"
-                f" {tuple(images.shape)}",
-                "Use it with the models of the shapes world.",
-            )
+        check_pixels("shapes-clip", images)
         self.check_prompts(prompts)
-        check_finite("shapes-clip", images)
         network = self.network.to(images.device)
         words = word_ids(prompts).to(images.device)
         cosine = (network.images(images.to(network.words.weight.dtype)) * network.prompts(words)).sum(-1)
         return RewardOutput(cosine, {"match": network.logit(cosine).sigmoid()})
-
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Parses every prompt.
-
-        Raises:
-            UsageError: naming the first prompt outside the grammar, and the grammar.
-        """
-        for prompt in prompts:
-            parse_prompt(prompt)
 
 
 def load_network(path: Path) -> ShapesClipNetwork:

@@ -180,6 +180,11 @@ _JOINED = re.compile(rf"(?:a picture of )?{_OBJECT} (and|{'|'.join(DIRECTIONS)})
 
 
 @lru_cache(maxsize=4096)
+def normalised(prompt: str) -> str:
+    """The prompt in lower case, without commas, final full stops or repeated spaces."""
+    return " ".join(prompt.lower().replace(",", " ").rstrip(". ").split())
+
+
 def parse_prompt(prompt: str) -> Scene:
     """The scene that a prompt describes.
 
@@ -188,7 +193,7 @@ def parse_prompt(prompt: str) -> Scene:
     Raises:
         UsageError: the prompt is not in the grammar, which the message states.
     """
-    text = " ".join(prompt.lower().replace(",", " ").rstrip(". ").split())
+    text = normalised(prompt)
     if match := _SINGLE_FIRST.fullmatch(text):
         *words, place = match.groups()
         return _placed(words, place, prompt)

@@ -19,7 +19,20 @@ from fmg.worlds.shapes.scene import IMAGE_SIZE
 from fmg.worlds.shapes.verifier import quality, verify
 
 
-class ShapesReward:
+class ReadsPrompts:
+    """A reward that reads its prompts in the grammar of the shapes world."""
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Parses every prompt.
+
+        Raises:
+            UsageError: naming the first prompt outside the grammar, and the grammar.
+        """
+        for prompt in prompts:
+            parse_prompt(prompt)
+
+
+class ShapesReward(ReadsPrompts):
     """Agreement of an image with the scene that its prompt describes (`fmg.worlds.shapes.verifier.verify`).
 
     The total is the part named by `score`. Parts, each in [0, 1]: `color`, `shape`, `position`, `count`, `soft`,
@@ -47,15 +60,6 @@ class ShapesReward:
         }
         return RewardOutput(parts[self._score], parts)
 
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Parses every prompt.
-
-        Raises:
-            UsageError: naming the first prompt outside the grammar, and the grammar.
-        """
-        for prompt in prompts:
-            parse_prompt(prompt)
-
 
 class ShapesQuality:
     """Image quality whatever the prompt: `recognisable * sharpness * palette_fidelity`.
@@ -81,12 +85,22 @@ class ShapesQuality:
         return RewardOutput(torch.from_numpy(judged.total), parts)
 
 
-def _pixels(name: str, images: Float[Tensor, "b 3 h w"]) -> NDArray[np.float32]:
+def check_pixels(name: str, images: Float[Tensor, "b 3 h w"]) -> None:
+    """Refuses images that the reward `name` cannot score.
+
+    Raises:
+        RefusedImageError: they have another size than those of this world.
+        RewardError: they have values that are not finite.
+    """
     if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
         raise RefusedImageError(
             f"The reward '{name}' needs images of {IMAGE_SIZE} x {IMAGE_SIZE} pixels, but got {tuple(images.shape)}",
             "Use it with the models of the shapes world.",
         )
     check_finite(name, images)
+
+
+def _pixels(name: str, images: Float[Tensor, "b 3 h w"]) -> NDArray[np.float32]:
+    check_pixels(name, images)
     array: NDArray[np.float32] = images.detach().float().cpu().numpy()
     return array

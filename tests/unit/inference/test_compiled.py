@@ -52,6 +52,8 @@ def _own_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[N
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     monkeypatch.setattr(compiled, "COMPILER", "eager")
     yield
+    # the reset must not meet a GPU that a test pretends to have
+    monkeypatch.undo()
     torch._dynamo.reset()
 
 
