@@ -1,6 +1,6 @@
 """Head to head on the embedded models: chains, branches, likelihood-free objectives and reward gradients.
 
-Every arm gets the same search of its learning rate: three rates, then a fourth beside the best of them, on a seed
+Every arm gets the same search for its learning rate: three rates, then a fourth beside the best of them, on a seed
 and on prompts that the comparison does not use. Then it trains with that rate on every seed. A training has 10
 iterations of 384 images (of 192 for the text model, of 96 where rewards have gradients).
 

@@ -3,7 +3,7 @@
 A trial copies a good run folder, artifact, recipe, prompt file or picture, mutates one file of the copy and runs one
 command on it. After damage, as by a disk or a network, the result must be unchanged or the command must end
 with one line; after an edit, as by a person or a program, the result may also differ. Never accepted: exit code 70, a
-traceback, an exception, more than one error line, a trial over its time or memory.
+traceback, an exception, more than one error line, a trial that exceeds its limit of time or memory.
 
 `--trials 1000 --kinds run,artifact` runs 1000 trials in all; `--only run:17` repeats one. Counts by kind are
 printed, and the exit code is 1 when a trial failed.
