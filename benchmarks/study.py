@@ -207,8 +207,9 @@ def run_unit(key: Key) -> Entry:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         kept = {}
         if kind == "run" and stopped is None:
-            results = fmg.evaluate(run, steps=KEPT_STEPS, num=KEPT_IMAGES, observer=_unheard).results
-            kept = {f"{r.reward}_{r.part}@{r.steps}": round(r.mean, 4) for r in results}
+            measured = fmg.evaluate(run, steps=KEPT_STEPS, num=KEPT_IMAGES, extractors="pixels", observer=_unheard)
+            kept = {f"{r.reward}_{r.part}@{r.steps}": round(r.mean, 4) for r in measured.results}
+            kept |= {f"{m.metric}@{m.steps}": round(m.value, 6) for m in measured.metrics}
     recipe = recipe_of(world.model, values, allow_code=False).recipe
     work = Work.of(recipe)
     row_cost = (work.row_nfe - work.rollout_calls) / rows_of(recipe)
@@ -227,7 +228,8 @@ def _unheard(event: object) -> None:
 def course(lines: Iterable[Mapping[str, Any]], world: World, row_cost: float) -> dict[str, list[Any]]:
     """The curve of a run: row-NFE and seconds spent before every evaluation, and what it measured.
 
-    `row_cost` is what the update spends on a row, in network evaluations.
+    `row_cost` is what the update spends on a row, in network evaluations. The diversity of a chain's weights is that
+    of the rollout that they generate next, so its last point has none. That of branches is measured by evaluations.
     """
     from fmg.core import metric_keys as keys
 
@@ -249,6 +251,8 @@ def course(lines: Iterable[Mapping[str, Any]], world: World, row_cost: float) ->
             quality = f"{prefix}{world.quality}{keys.MEAN}"
             points.append({**point, "quality": line[quality]} if quality in line else point)
         else:
+            if keys.DIVERSITY_WITHIN_GROUPS in line:
+                points[-1]["diversity"] = line[keys.DIVERSITY_WITHIN_GROUPS]
             nfe += line[keys.ROLLOUT_NFE] + row_cost * line[keys.TRAINED_ROWS]
             seconds.append(line[keys.TIME_ITERATION])
     rounded = [{k: float(f"{v:.6g}") for k, v in p.items() if not math.isnan(v)} for p in points]
