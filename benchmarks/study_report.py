@@ -19,6 +19,8 @@ AXES = {"images": "images", "nfe": "row-NFE", "seconds": "seconds on one core"}
 SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)
 """Budgets, as shares of what the longest arm spends."""
 LEVELS = (0.7, 0.8, 0.9)
+BOTH = ("branch", "chain")
+"""The arms of both figures of a world: of its kernels, and of its objectives."""
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom
 _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -85,7 +87,13 @@ def _curve(unit: Mapping[str, Any], pace: float) -> Curve:
         "nfe": [point["nfe"] for point in points],
         "seconds": [pace * i for i in iterations],
     }
-    measured = {key: [point.get(key, math.nan) for point in points] for key in ("score", "quality", "diversity")}
+    measured = {key: [point.get(key, math.nan) for point in points] for key in ("score", "quality")}
+    # as a share of that before training, which is not the same for rollouts of chains and held-out samples of branches
+    shares: list[float] = []
+    for point in points:
+        # the last point of a chain has none of its own
+        shares.append(point["diversity"] / points[0]["diversity"] if "diversity" in point else shares[-1])
+    measured["diversity"] = shares
     return Curve(unit["seed"], spent, measured)
 
 
@@ -97,7 +105,7 @@ def search_table(entries: Sequence[Entry], world: str) -> str:
         if trials:
             best = max(sorted(trials), key=lambda rate: score_of(trials[rate]))
             cells = [f"{r:g}: {'stopped' if e['stopped'] else f'{score_of(e):.3f}'}" for r, e in sorted(trials.items())]
-            rows.append([ARMS[arm].about, ", ".join(cells), f"{best:g}"])
+            rows.append([f"`{arm}`", ", ".join(cells), f"{best:g}"])
     return markdown(["arm", "learning rate: score", "chosen"], rows)
 
 
@@ -111,16 +119,17 @@ def end_table(entries: Sequence[Entry], world: str, curves: Mapping[str, list[Cu
         ended = sum((e["world"], e["arm"], e["kind"]) == (world, arm, "run") and bool(e["stopped"]) for e in entries)
         rows.append(
             [
-                ARMS[arm].about,
+                f"`{arm}`",
                 f"{len(runs)} ({ended} stopped)" if ended else str(len(runs)),
-                *(text([values[key] for values in last]) for key in ("score", "quality", "diversity")),
+                *(text([values[key] for values in last]) for key in ("score", "quality")),
                 *(text([k[f"{WORLDS[world].score}@{steps}"] for k in kept]) for steps in KEPT_STEPS),
+                text([k["diversity_within_prompts@4"] for k in kept]),
                 f"{runs[0].spent['nfe'][-1] / 1000:.1f}",
                 f"{runs[0].spent['seconds'][-1]:.0f}",
             ]
         )  # fmt: skip
-    steps = [f"kept, {count} NFE" for count in KEPT_STEPS]
-    return markdown(["arm", "seeds", "score", "quality", "diversity", *steps, "1000 row-NFE", "seconds"], rows)
+    kept_heads = [*(f"kept, {count} NFE" for count in KEPT_STEPS), "kept, diversity"]
+    return markdown(["arm", "seeds", "score", "quality", *kept_heads, "1000 row-NFE", "seconds"], rows)
 
 
 def winners_table(curves: Mapping[str, list[Curve]]) -> str:
@@ -135,10 +144,8 @@ def winners_table(curves: Mapping[str, list[Curve]]) -> str:
             budget = float(f"{share * longest:.2g}")
             at = {arm: {run.seed: run.at(axis, budget) for run in runs} for arm, runs in curves.items()}
             best = max(at, key=lambda arm: mean(at[arm].values()))
-            tied = [ARMS[arm].about for arm in at if arm != best and not _below(at[arm], at[best])]
-            rows.append(
-                [f"{budget:,.0f} {label}", ARMS[best].about, text([*at[best].values()]), "; ".join(tied) or "none"]
-            )
+            tied = [f"`{arm}`" for arm in at if arm != best and not _below(at[arm], at[best])]
+            rows.append([f"{budget:,.0f} {label}", f"`{best}`", text([*at[best].values()]), ", ".join(tied) or "none"])
     return markdown(["budget", "best", "score", "not told apart from it"], rows)
 
 
@@ -148,10 +155,13 @@ def _below(arm: Mapping[int, float], best: Mapping[int, float]) -> bool:
 
 
 def equal_reward_table(curves: Mapping[str, list[Curve]]) -> str:
-    """Quality and diversity where each curve first reaches a score; the number of seeds that do."""
+    """Quality and diversity where each curve first reaches a score; the number of seeds that do.
+
+    Diversity is a share of that before training.
+    """
     rows = []
     for arm, runs in curves.items():
-        row = [ARMS[arm].about]
+        row = [f"`{arm}`"]
         for level in LEVELS:
             crossed = [(run, at) for run in runs if (at := run.crossing(level)) is not None]
             if not crossed:
@@ -189,4 +199,12 @@ def report(entries: Sequence[Entry]) -> None:
             search_table(entries, world),
         ):
             print(table, end="\n\n")
-        figure(world, curves, PICTURES / f"study-{world}.png")
+        objectives = {arm: runs for arm, runs in curves.items() if arm in BOTH or arm == "null" or _objective(arm)}
+        kernels = {arm: runs for arm, runs in curves.items() if arm in BOTH or not (arm == "null" or _objective(arm))}
+        figure(world, objectives, PICTURES / f"study-{world}.png")
+        if len(kernels) > len(BOTH):
+            figure(world, kernels, PICTURES / f"study-{world}-kernels.png")
+
+
+def _objective(arm: str) -> bool:
+    return "objective" in ARMS[arm].values
