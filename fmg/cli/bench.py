@@ -51,7 +51,7 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="TARGET",
-            help="Models, runs or artifacts; also owner/name[@revision] on the hub.",
+            help="Models, runs or artifacts; also owner/name or owner/name@revision on the hub.",
             show_default="the newest run",
             autocompletion=completion.targets,
         ),

@@ -29,7 +29,7 @@ def _offering(found: Callable[[str], Iterable[tuple[str, str]]]) -> Completer:
         except (FmgError, OSError):
             return []
 
-    # typer finds out what to pass from names of parameters, and calls the function by its own
+    # Typer chooses the arguments by the names of the parameters, and shows the name of the function
     complete.__name__ = found.__name__
     return complete
 
@@ -44,7 +44,7 @@ def components(kind: str) -> Completer:
 
 
 def one_of(*words: str) -> Completer:
-    """A few fixed words."""
+    """A fixed list of words."""
 
     def names(incomplete: str) -> Iterator[tuple[str, str]]:
         yield from ((word, "") for word in words)
@@ -79,7 +79,7 @@ def kinds_and_names(incomplete: str) -> Iterator[tuple[str, str]]:
 
 
 def names_of_kind(ctx: typer.Context, incomplete: str) -> Offers:
-    """The components of the kind that was typed before."""
+    """Components of the kind given earlier on the command line."""
     return components(str(ctx.params.get("kind") or ""))(incomplete)
 
 

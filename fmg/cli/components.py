@@ -32,7 +32,7 @@ _RECIPE_FILE = "recipe.yaml"
 _RECIPE_HEAD = """# The recipe of `fmg train --config {file}`, copied from {source}.
 # Change what you like, and delete what you do not change: the model's own recipe supplies the rest.
 # `fmg train --config {file} --dry-run` shows what the run needs; `fmg list` and `fmg show NAME` describe components.
-# For completion in an editor, run `fmg schema > recipe.schema.json` beside this file, and let it start with the line
+# For completion in an editor, run `fmg schema > recipe.schema.json` beside this file, and make this its first line:
 #   `# yaml-language-server: $schema=recipe.schema.json`
 
 """
@@ -272,7 +272,7 @@ def schema(
 ) -> None:
     """Print the JSON schema of a recipe, which lets editors complete and check recipe files.
 
-    It has the components of all installed packages: fmg schema > recipe.schema.json
+    It covers the components of all installed packages: fmg schema > recipe.schema.json
     """
     from fmg.recipe import schema as of_recipes
 

@@ -1,4 +1,4 @@
-"""`fmg doctor`: one examination each of the installation, the rewards and the log of a run."""
+"""`fmg doctor`: checks the installation, the rewards, or the log of a run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def examine_installation(
     ctx: typer.Context,
     quick: Annotated[bool, typer.Option("--quick", help="Skip the self-test.")] = False,
     network: Annotated[
-        bool, typer.Option("--network", help="Contact the indexes that packages and weights come from.")
+        bool, typer.Option("--network", help="Also check that the package indexes and the model hub can be reached.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -50,7 +50,7 @@ def evaluate(
         str | None,
         typer.Argument(
             metavar="TARGET",
-            help="A model, a run folder, or owner/name[@revision] of a run on the hub.",
+            help="A model, a run folder, or a run on the hub: owner/name or owner/name@revision.",
             show_default="the newest run",
             autocompletion=completion.targets,
         ),

@@ -59,7 +59,7 @@ def export(
         str | None,
         typer.Argument(
             metavar="TARGET",
-            help="Run folder, model, or owner/name[@revision] of a run on the hub.",
+            help="Run folder, model, or a run on the hub: owner/name or owner/name@revision.",
             show_default="the newest run",
             autocompletion=completion.targets,
         ),
@@ -169,7 +169,7 @@ def export(
         ),
     ] = False,
     weight_streaming: Annotated[
-        bool, _engine_option("--weight-streaming", help="Let weights stay in host memory when the GPU is small.")
+        bool, _engine_option("--weight-streaming", help="Stream weights from host memory if the GPU is too small.")
     ] = False,
     refittable: Annotated[
         bool,

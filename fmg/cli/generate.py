@@ -47,7 +47,7 @@ def generate(
         sampling_option(
             "--from",
             metavar="TARGET",
-            help="A model, a run folder, an artifact, or owner/name[@revision] on the hub.",
+            help="A model, a run folder, an artifact, or owner/name or owner/name@revision on the hub.",
             show_default="the newest run",
             autocompletion=completion.targets,
         ),

@@ -41,7 +41,7 @@ def reward_server(
     device: Device = "auto",
     max_batch: Annotated[int, typer.Option(min=1, metavar="N", help="Largest batch to score.")] = 64,
     max_queued: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Images that may wait; the server answers 503 to more.")
+        int, typer.Option(min=1, metavar="N", help="Images that may wait; beyond that the server answers 503.")
     ] = 1024,
     max_images: Annotated[int, typer.Option(min=1, metavar="N", help="Images per request.")] = 256,
     max_mib: Annotated[int, typer.Option(min=1, metavar="N", help="Largest request to accept, in MiB.")] = 256,

@@ -45,7 +45,8 @@ def serve(
         list[str] | None,
         typer.Argument(
             metavar="[NAME=]TARGET",
-            help="Models, run folders, artifacts, or owner/name[@revision] on the hub; the first is the default model.",
+            help="Models, run folders, artifacts, or owner/name or owner/name@revision on the hub; the first is the"
+            " default model.",
             show_default="the newest run",
             autocompletion=completion.targets,
         ),
@@ -55,8 +56,8 @@ def serve(
         typer.Option(
             "--adapter",
             metavar="[MODEL:]NAME=RUN[=WEIGHT]",
-            help="LoRA of a run, served as MODEL:NAME from the weights of its model; repeat for several. Those of one"
-            " NAME are added up.",
+            help="LoRA of a run, served as MODEL:NAME on the weights of its model; repeat for several. LoRAs with the"
+            " same NAME are added up.",
             show_default=False,
         ),
     ] = None,
@@ -116,7 +117,7 @@ def serve(
     max_wait: Annotated[
         float,
         hardware_option(
-            "--max-wait", min=0.0, max=10_000, metavar="MS", help="Milliseconds to wait for others to share a batch."
+            "--max-wait", min=0.0, max=10_000, metavar="MS", help="Milliseconds to wait for a batch to fill up."
         ),
     ] = DEFAULTS.gather * 1000,
     allow_code: Annotated[
@@ -124,7 +125,8 @@ def serve(
     ] = False,
     offline: Offline = False,
     max_queued: Annotated[
-        int, _limit("--max-queued", min=1, metavar="N", help="Images that may wait; the server answers 503 to more.")
+        int,
+        _limit("--max-queued", min=1, metavar="N", help="Images that may wait; beyond that the server answers 503."),
     ] = DEFAULTS.max_queued,
     max_images: Annotated[
         int, _limit("--max-images", min=1, metavar="N", help="Images per request.")
@@ -200,7 +202,7 @@ def serve(
             server.serve(reporter)
         finally:
             if runs.close(0) is False:
-                # a batch that outlasted the time to drain: its thread would abort Python while that ends
+                # a batch is still running after the drain time, and its thread would abort Python at exit
                 os._exit(0 if sys.exc_info()[0] is None else exit_code(signal.SIGINT))
 
 

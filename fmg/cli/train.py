@@ -368,7 +368,7 @@ class Outspoken:
     def __call__(self, event: Event) -> None:
         """Shows the event."""
         if isinstance(event, Notice) and event.level == "error":
-            # a live view gives the terminal back
+            # a live view restores the terminal
             self._reporter.__exit__(None, None, None)
             print_error(event.text)
         else:

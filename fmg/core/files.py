@@ -33,7 +33,8 @@ SLACK = 64 * 10**6
 _SUM = re.compile(r"([0-9a-f]{64})  (.+)")
 # .NAME.PID.RANDOM.ENDING, and .NAME.PID.tmp as earlier versions wrote it
 _LEFT = re.compile(rf"\..+?\.(?P<pid>\d+)\.(?:[0-9a-f]{{8}}\.(?:{PARTIAL}|{DRAFT})|{DRAFT})")
-# A container starts every process with the same id, so that the id alone would take a leftover for one of our own
+# A container starts every process with the same id, so by the id alone a leftover of another container would look like
+# our own
 _MADE: set[str] = set()
 
 

@@ -180,7 +180,7 @@ def check_name(repository: str, branch: str = MAIN) -> None:
     """Checks that texts are a valid repository id and branch name.
 
     Raises:
-        UsageError: one cannot.
+        UsageError: one is not.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id

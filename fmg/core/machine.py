@@ -25,7 +25,7 @@ _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy"
 _LIBRARIES = ("numpy", "onnxruntime", "torch", "diffusers", "tensorrt", "tensorrt-rtx-cu13")
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
-# What Linux takes to mean: begin VmHWM anew
+# The value that resets VmHWM, the peak of resident memory
 _RESET_PEAK = "5"
 
 

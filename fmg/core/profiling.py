@@ -22,7 +22,7 @@ SAMPLER = "sampler"
 STAGES = (TOKENISE, TEXT_ENCODERS, NOISE, TRANSFORMER, VAE, SAMPLER)
 """The stages of generating images, in order."""
 WARM_UP = "warm_up"
-"""Compiling for a shape that is new: not a part of the total, which a second call would not reach otherwise."""
+"""Compilation for a new shape; left out of the total, since later calls do not repeat it."""
 OTHER = "other"
 TOTAL = "total"
 

@@ -23,7 +23,7 @@ class Prompt:
 
 
 MASK = "_mask"
-"""Behind the name of a tokenizer: what is 1 for its tokens and 0 for padding."""
+"""Suffix of a tokenizer's name, for its mask: 1 for tokens and 0 for padding."""
 
 
 @dataclass(frozen=True)

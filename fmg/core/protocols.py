@@ -354,7 +354,7 @@ class Backend(Protocol):
         """One image for each prompt of `cond`, along strictly decreasing `times` from 1 to 0."""
 
     def uncached(self) -> AbstractContextManager[None]:
-        """Inside, `encode` encodes every prompt it gets, so that its time can be measured."""
+        """Runs the body with the prompt cache off, so that `encode` can be timed."""
 
     def release_text(self) -> None:
         """Frees the memory of the text encoders; they are loaded again when a new prompt comes."""

@@ -227,5 +227,5 @@ def expand_targets(targets: Iterable[str]) -> tuple[str, ...]:
 
 
 def is_target(name: str, suffixes: Iterable[str]) -> bool:
-    """Whether the name of a module is, or ends with a dot and, one of the suffixes."""
+    """Whether the name of a module equals one of the suffixes, or ends with a dot and one of them."""
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)

@@ -1,7 +1,7 @@
 """Runs third-party code safely: its prints go to stderr, and the settings of the process are restored.
 
-Stdout carries the result of a command. A script that only infers may disable gradients permanently, which would break
-the run that calls it. Imports no torch.
+Stdout carries the result of a command. A script written for inference may disable gradients permanently, which would
+break the run that calls it. Imports no torch.
 """
 
 from __future__ import annotations

@@ -344,7 +344,7 @@ def _gap(log: Log) -> Iterator[Advice]:
         sign = f"{what} {when}: by {loss.value:.2f} ± {loss.error:.2f} {unit}, limit {log.limits.of(name):g}"
         text = "The reward is being hacked: train with --stop-on-hacking, or add that reward with a weight"
         text += (
-            "." if log.base_weight is None else f" or a term that holds the policy near the base ({log.base_weight})."
+            "." if log.base_weight is None else f" or a term that keeps the policy near the base ({log.base_weight})."
         )
         yield Advice("problem", sign, log.base_weight or "eval.stop_on_hacking", text)
 

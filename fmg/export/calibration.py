@@ -85,13 +85,13 @@ class Calibration:
             ) from None
 
     def other(self, again: Calibration) -> str:
-        """How a repeated calibration differs; empty for not at all."""
+        """How a repeated calibration differs; empty if it does not."""
         ours, theirs = ({key: x for key, x in asdict(one).items() if key != "inputs"} for one in (self, again))
         for key, value in ours.items():
             if value != theirs[key]:
                 return f"{key} is {value} in the record, but {theirs[key]} for the run"
         if self.inputs.keys() != again.inputs.keys():
-            return "the record is of other layers"
+            return "the record is for other layers"
         for name, largest in self.inputs.items():
             if abs(largest - again.inputs[name]) > _AGREES * again.inputs[name]:
                 return f"the largest input of {name} is {largest:.4g} in the record, but {again.inputs[name]:.4g}"
@@ -173,7 +173,7 @@ def calibrated(
 
 
 def other_calibration(artifact: Artifact, model: AdaptedModel[Any], recipe: Recipe, observer: Observer) -> str:
-    """How the calibration of an fp8 artifact differs from a new one; empty for not at all.
+    """How the calibration of an fp8 artifact differs from a new one; empty if it does not.
 
     Raises:
         CheckpointError: its record is missing or damaged.
@@ -191,7 +191,7 @@ def other_calibration(artifact: Artifact, model: AdaptedModel[Any], recipe: Reci
 
 @contextmanager
 def _largest_inputs(network: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Inside, the largest magnitude of what enters each layer is kept."""
+    """Records the largest magnitude of each layer's input in the body."""
     largest: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:

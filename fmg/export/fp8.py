@@ -1,9 +1,9 @@
 """A transformer whose large matrix products are 8-bit floats (E4M3), for GPUs of compute capability 8.9 and newer.
 
-Both sides of such a product are rounded to E4M3, with one scale per tensor. In the graph this is a pair of
-QuantizeLinear and DequantizeLinear before the product, from which an engine makes an fp8 product; weights are stored
-in 8 bits. Everything else is bf16: products of activations (attention), whatever embeds the inputs, norms with the
-modulation that they contain, and the last layer, all of which are few of the operations and much of the error.
+Both sides of such a product are rounded to E4M3, with one scale per tensor. In the graph this is a QuantizeLinear and a
+DequantizeLinear before the product, which an engine fuses into an fp8 product; weights are stored in 8 bits. Everything
+else is bf16: products of activations (attention), the embeddings of the inputs, norms with the modulation that they
+contain, and the last layer. These are few of the operations but cause much of the error.
 
 A weight's scale is its largest entry over the largest E4M3 number. That of an activation comes from a calibration
 (`fmg.export.calibration`).
@@ -36,7 +36,7 @@ _SCALE, _INPUT_SCALE, _ZERO = "_scale", ".input_scale", "fp8.zero"
 _WEIGHT = ".weight"
 _BLOCK = re.compile(r"\.\d+\.")
 _KEPT = re.compile(r"norm|embed|modulation|adaln", re.IGNORECASE)
-# fp8 kernels take rows of whole 16-byte words
+# fp8 kernels need rows of a multiple of 16 bytes
 _ALIGNED = 16
 
 
@@ -61,7 +61,7 @@ def scale_of(largest: float) -> float:
 
 
 def rounded(exact: Tensor, scale: float) -> Tensor:
-    """fp32 numbers over a scale, in E4M3; what is too large becomes the largest number."""
+    """fp32 values divided by a scale, in E4M3; values out of range saturate."""
     return (exact / scale).clamp(-LARGEST, LARGEST).to(_E4M3)
 
 
@@ -145,7 +145,7 @@ def other_rounding(name: str, stored: Tensor, exact: Tensor, scales: Mapping[str
         stored: as in the file.
         exact: the model's weight, fp32.
         scales: `stored_scales` of its graph.
-        summed: whether the weight is a sum, which another CPU may round to the neighbour of a number.
+        summed: whether the weight is a sum, which another CPU may round to a neighbouring number.
     """
     expected = as_stored(name, exact)
     scale = scales.get(model_name(name) + _SCALE, 0.0)
@@ -243,7 +243,7 @@ def _scalar(name: str, number: float, kind: ir.DataType | None) -> ir.TensorProt
 
 
 def _number(weight: Tensor) -> Tensor:
-    """Numbers of E4M3 by their position in the order of all of them."""
+    """E4M3 numbers as their index in increasing order, so that neighbours differ by 1."""
     bits = weight.view(torch.uint8).to(torch.int16)
     return torch.where(bits >= 128, 128 - bits, bits)
 

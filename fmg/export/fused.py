@@ -159,7 +159,7 @@ class _Join:
         return self._leave(x)
 
     def _data(self, x: str, t: str, step: int, velocity: Callable[[str, str, int], str]) -> str:
-        """What a single-time map predicts of the data."""
+        """A single-time map's prediction of the data."""
         if self._sampling.path != "trig":
             return self.op("Sub", x, self.op("Mul", self._column(t), velocity(x, t, step)))
         cosine, sine = self._kernel(t)
@@ -203,7 +203,7 @@ class _Join:
         )
 
     def _leave(self, tokens: str) -> str:
-        """What the transformer gives as latents (`fmg.models.flux.latents.unpack`)."""
+        """The transformer's output as latents (`fmg.models.flux.latents.unpack`)."""
         if not self._packs:
             return tokens
         c, h, w = self._sampling.latent_shape()

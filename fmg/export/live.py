@@ -128,7 +128,7 @@ def _graph(model: AdaptedModel[Any]) -> bytes:
         "config": plain_config(network.config),
         "dtype": str(plan.dtype),
         "inputs": [asdict(spec) for spec in plan.inputs],
-        # a package of its own may have another call under the same version of fmg
+        # the family of another package may change its call under the same version of fmg
         "code": [inspect.getsource(cls) for cls in model.network_class.__mro__ if issubclass(cls, LatentNetwork)],
         "libraries": library_versions(),
     }

@@ -227,7 +227,7 @@ def _check_options(options: ExportOptions) -> None:
         raise UsageError("8-bit weights are only written for models of the FLUX.1 family", "Leave --int8 out.")
     if options.precision == "fp8":
         raise UsageError(
-            "fp8 is only computed by engines, which only models of the FLUX.1 family have",
+            "fp8 runs only in TensorRT engines, which only models of the FLUX.1 family have",
             "Use --precision bf16 or fp16.",
         )
 

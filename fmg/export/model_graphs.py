@@ -50,7 +50,7 @@ class NetworkGraph(GraphModule):
         self._network = partial(network_class, inner, dtype)
 
     def arguments(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """What conditions the network is one mapping."""
+        """The conditioning is one mapping."""
         alone = {name: x for name, x in values.items() if name in _OWN_INPUTS}
         return {**alone, "conditioning": {name: x for name, x in values.items() if name not in _OWN_INPUTS}}
 
@@ -65,7 +65,7 @@ class NetworkGraph(GraphModule):
     ) -> Float[Tensor, "b c h w"]:
         """The (average) velocity at `timestep` towards `second`, fp32."""
         for rows in (timestep, *conditioning.values()):
-            # said to the tracer, which would otherwise find it out too late for attention's reshapes
+            # told to the tracer, which would otherwise find out too late for the reshapes of attention
             torch._check(rows.shape[0] == latents.shape[0])  # type: ignore[no-untyped-call]
         cond, network = TracedConditioning((), dict(conditioning)), self._network(guidance)
         if second is None:
@@ -103,7 +103,7 @@ class LatentDecoder(GraphModule):
 
     Args:
         inner: the autoencoder.
-        vae_latents: what the family makes of latents first.
+        vae_latents: transforms latents as the family does before decoding.
     """
 
     def __init__(self, inner: Any, vae_latents: Callable[[Any, Tensor], Tensor]) -> None:

@@ -238,7 +238,7 @@ def _pack_run(target: TargetLike, repository: str, values: Sequence[str]) -> Par
         pictures[BEFORE_AFTER] = RunFolder(run).before_after
     notes = [f"{path}: {before} is sent as {after}" for path, (before, after) in changes(recipe).items()]
     if saved.iteration == 0:
-        notes.append(f"{folder.name} was saved before the first update, so it does the same as the base")
+        notes.append(f"{folder.name} was saved before the first update, so it is equivalent to the base")
     shared = published(recipe)
     kohya, why_not = _kohya(Path(found.label) / KOHYA_FILE, folder)
     if kohya is not None:

@@ -148,7 +148,7 @@ def conventions_of(recipe: Recipe) -> FlowMapConventions:
     if isinstance(config, FluxConfig):
         return config.conventions()
     raise UsageError(
-        f"The model '{name}' is not of the FLUX.1 family, the only one for which this is written",
+        f"The model '{name}' is not of the FLUX.1 family, the only one that this export supports",
         "Export an artifact without options, or load the adapter of the run with `pipe.load_lora_weights`.",
     )
 

@@ -110,13 +110,13 @@ def _check_swaps(artifact: Artifact) -> None:
     """
     if artifact.manifest.schema != PACKED:
         raise UsageError(
-            f"{artifact.folder} is of '{artifact.manifest.model.name}': weights are only swapped in artifacts of the"
-            " FLUX family",
+            f"{artifact.folder} was exported from '{artifact.manifest.model.name}', and weights can only be swapped in"
+            " artifacts of the FLUX.1 family",
             "Export the run, or the model, to an artifact of its own.",
         )
     if artifact.manifest.precision == "fp8":
         raise UsageError(
-            f"{artifact.folder} is in fp8, calibrated for the weights that it has, so that these cannot be swapped",
+            f"{artifact.folder} is in fp8, which is calibrated for its present weights, so they cannot be swapped",
             "Export the run, or the model, to an artifact of its own.",
         )
 

@@ -175,7 +175,7 @@ def check_request(out: Path, artifact: Path, options: TritonOptions, precisions:
         raise UsageError("The fused sampler has no 8-bit weights", "Leave out --int8 or --fused.")
     if out.resolve().is_relative_to(artifact.resolve()):
         raise UsageError(
-            f"{out} is in the artifact {artifact}, which may have no other files", "Write to another folder."
+            f"{out} is in the artifact {artifact}, which must not contain other files", "Write to another folder."
         )
     _check_devices(precisions, options)
 
@@ -409,8 +409,8 @@ def _check_devices(precisions: Collection[str], options: TritonOptions) -> None:
         raise UsageError("8-bit weights are for a CPU", "Leave out --int8, or use --triton-device cpu.")
     if "fp8" in precisions:
         raise UsageError(
-            "fp8 is only computed by engines, and the artifact has none of TensorRT for its transformer",
-            "Build it on the GPU of the server (fmg export ARTIFACT --trt --flavour tensorrt).",
+            "fp8 runs only in TensorRT engines, and the artifact has none for its transformer",
+            "Build one on the GPU of the server (fmg export ARTIFACT --trt --flavour tensorrt).",
         )
     gpu_only = [precision for precision in precisions if precision not in _ON_A_CPU]
     if options.device == "cpu" and gpu_only:
@@ -465,7 +465,7 @@ def _rows_of(graph: Graph, record: EngineRecord) -> tuple[int, int]:
 
 
 def _write_batched(file: Path, out: Path, specs: Sequence[TensorSpec]) -> None:
-    """Writes a graph that takes what all rows share once per row, and uses the value of the first row.
+    """Writes a graph that takes inputs shared by all rows once per row, and uses those of the first row.
 
     Triton forms batches of a graph only if all of its inputs have a batch axis; those of positions have none. The
     weights stay where they are, and the names of everything else too.

@@ -161,8 +161,8 @@ class PaddedBatches:
 
     Args:
         inner: the map.
-        rows: the number of rows to pad a batch of a given size to; None leaves the call unchanged, as does that size or
-            less.
+        rows: gives the number of rows to pad a batch of some size to; None, or a number no larger than the size, leaves
+            the batch unchanged.
     """
 
     def __init__(self, inner: FlowMap, rows: Callable[[int], int | None]) -> None:

@@ -100,6 +100,6 @@ class CudaDevice:
         return torch.cuda.max_memory_allocated(self._device)
 
     def free_memory(self) -> int:
-        # the driver frees late
+        # the driver frees memory late
         torch.cuda.synchronize(self._device)
         return torch.cuda.mem_get_info(self._device)[0]

@@ -77,7 +77,7 @@ class ForgetsText(Protocol):
     """A model whose cache of encoded prompts can be switched off, and whose text encoders can be freed."""
 
     def text_uncached(self) -> AbstractContextManager[None]:
-        """Inside, every prompt is encoded."""
+        """Runs the body with the cache off: every prompt is encoded."""
 
     def release_text(self) -> None:
         """Frees the memory of the text encoders on the device."""
@@ -143,7 +143,7 @@ class TorchBackend:
             return Drawn(images.cpu().numpy(), latents.cpu().numpy())
 
     def uncached(self) -> AbstractContextManager[None]:
-        """Inside, every prompt is encoded, if the model supports it."""
+        """Runs the body with the cache off, if the model supports it."""
         return self.model.text_uncached() if isinstance(self.model, ForgetsText) else nullcontext()
 
     def release_text(self) -> None:

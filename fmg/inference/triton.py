@@ -32,8 +32,8 @@ PROMPT, SEED, STEPS, SIZE, IMAGE = "prompt", "seed", "steps", "size", "image"
 """Inputs of a request, of which only the prompt is required, and its output."""
 
 GRAPH, ROWS = "graph.", "rows."
-"""In front of the name of a graph: the parameter that names its model on the server, and the one with the most rows
-that the model takes, if the Python model takes more."""
+"""Prefixes of parameters in `config.pbtxt`, before the name of a graph: the name of its model on the server, and the
+most rows that the model takes, if the Python model takes more."""
 TRANSFORMER, WHOLE_SHAPES, MAX_STEPS, MAX_PROMPT = "transformer", "whole_shapes", "max_steps", "max_prompt"
 """Further parameters in `config.pbtxt`: which graph is the transformer, the graphs whose model has `max_batch_size: 0`,
 and the limits on steps and on the characters of a prompt."""
@@ -129,7 +129,7 @@ class TritonRuntime:
         return found
 
     def free(self, graphs: Iterable[str]) -> None:
-        """Nothing: the server decides what stays loaded."""
+        """Does nothing: the server decides what stays loaded."""
 
     def put(self, array: NDArray[Any]) -> NDArray[Any]:
         return array
@@ -141,13 +141,13 @@ class TritonRuntime:
         return wall_clock()
 
     def reset_peak_memory(self) -> None:
-        """Nothing: the server counts the memory of its models."""
+        """Does nothing: the server counts the memory of its models."""
 
     def peak_memory(self) -> int:
         return 0
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing: there is nothing to free."""
 
 
 def _by_row(specs: Sequence[TensorSpec], inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

@@ -9,5 +9,5 @@ def _is_of_use(record: logging.LogRecord) -> bool:
     return "requires torchvision" not in record.getMessage()
 
 
-# importing diffusers makes transformers advise to install torchvision, which fmg has no use for
+# importing diffusers makes transformers recommend torchvision, which fmg does not use
 logging.getLogger("transformers.utils.import_utils").addFilter(_is_of_use)

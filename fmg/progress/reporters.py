@@ -30,7 +30,7 @@ from fmg.data.run_metrics import headline
 LOADING = StageProgress("loading", 0, 0)
 """The stage reported while torch is being imported, which takes an unknown time."""
 
-# Seconds without a line after which a pipe is told where a long stage stands
+# Seconds without a line after which plain output says how far a long stage has come
 _HEARTBEAT = 10.0
 _SPARK_WIDTH = 30
 _BARS = "▁▂▃▄▅▆▇█"

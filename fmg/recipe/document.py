@@ -170,7 +170,7 @@ class _Reader:
             problem = " ".join(str(error.problem or error.context).split())
             raise UsageError(f"{self._label}{line}: this is not YAML: {problem}", "Correct the syntax.") from None
         except RecursionError:
-            raise UsageError(f"{self._label}: values are nested too deeply", "A recipe needs five levels.") from None
+            raise UsageError(f"{self._label}: values are nested too deeply", "Use at most five levels.") from None
         except (YAMLError, ValueError) as error:
             raise UsageError(f"{self._label}: this is not YAML: {reason(error)}", "Correct the syntax.") from None
         return root

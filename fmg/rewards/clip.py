@@ -74,7 +74,7 @@ class ClipEncoder(ImageEncoder):
 
     Args:
         model: a `CLIPModel` without gradients.
-        tokenizer: a CLIP tokenizer; texts longer than the model reads are cut, keeping the end-of-text token.
+        tokenizer: a CLIP tokenizer; texts longer than the model reads are truncated, keeping the end-of-text token.
         preprocess: how images become squares.
         clean: what happens to a text before it is tokenized.
     """

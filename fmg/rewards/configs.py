@@ -305,7 +305,7 @@ class DeqaConfig(NetworkConfig):
     )
 
     dtype: Literal["fp32", "bf16", "fp16"] = Field(default="fp16", description="precision of the weights")
-    batch_size: int = Field(default=8, ge=1, description="images for one pass of the network")
+    batch_size: int = Field(default=8, ge=1, description="images per pass of the network")
     weights: str = Field(
         default=DEQA, min_length=1, description="folder of a DeQA-Score (mPLUG-Owl2): local or hub id@revision"
     )
@@ -334,7 +334,7 @@ class UnifiedRewardConfig(NetworkConfig):
     )
 
     dtype: Literal["fp32", "bf16", "fp16"] = Field(default="bf16", description="precision of the weights")
-    batch_size: int = Field(default=16, ge=1, description="images for one pass of the network")
+    batch_size: int = Field(default=16, ge=1, description="images per pass of the network")
     form: Literal["axes", "final-score"] = Field(
         default="axes",
         description="what is asked for: alignment, coherence and style (UnifiedReward 2.0), or one final score after a "
@@ -380,7 +380,7 @@ class GenEval2Config(NetworkConfig):
     )
 
     dtype: Literal["fp32", "bf16", "fp16"] = Field(default="bf16", description="precision of the weights")
-    batch_size: int = Field(default=16, ge=1, description="questions about an image for one pass of the network")
+    batch_size: int = Field(default=16, ge=1, description="questions about an image per pass of the network")
     mean: Literal["geometric", "arithmetic"] = Field(
         default="geometric",
         description="over the questions about a prompt: geometric (Soft-TIFA GM, for prompts) or arithmetic (AM)",
@@ -394,7 +394,7 @@ class GenEval2Config(NetworkConfig):
         description="prompts with their questions and answers, in the form of GenEval 2's .jsonl: local file or URL",
     )
     metadata: str | None = Field(
-        default=None, description="a second such .jsonl, with the questions about prompts of your own"
+        default=None, description="a second .jsonl in this form, with questions about your own prompts"
     )
 
     def assets(self) -> tuple[Asset, ...]:

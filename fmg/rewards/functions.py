@@ -109,7 +109,7 @@ def check_module(target: str) -> None:
     """
     name, _, attribute = target.partition(":")
     parts = name.split(".")
-    # importlib.util.find_spec would import the packages around the module, which is code of the user's already
+    # importlib.util.find_spec would import the packages around the module, which is user code already
     spec = PathFinder.find_spec(parts[0], [str(Path.cwd())]) or _spec(parts[0], None)
     for count in range(2, len(parts) + 1):
         inside = None if spec is None else spec.submodule_search_locations

@@ -46,7 +46,7 @@ PIXELS = 256 * 28 * 28
 
 REWARD_TOKEN = "<|Reward|>"
 INSTRUCTION_SHA256 = "f6ee57479d4e9eee76b49c00dc962e1e696a5a2b3cc32cebd9b1fa76fe27502c"
-"""Of `INSTRUCTION + prompt_with_special_token` in hpsv3 1.0.0."""
+"""Sha256 of `INSTRUCTION + prompt_with_special_token` in hpsv3 1.0.0."""
 
 HEAD_LAYERS = (0, 3, 5)
 _UNUSED = "lm_head."
@@ -101,7 +101,8 @@ class Hpsv3Reward(NetworkReward):
 def hpsv3(config: Hpsv3Config) -> Hpsv3Reward:
     """The first number of the head at the reward token, `mu`. The second, `log_sigma`, is a part.
 
-    Images are rounded to 8 bits and resized by Pillow's bicubic filter. The head runs in fp32. Prompts are not cut.
+    Images are rounded to 8 bits and resized by Pillow's bicubic filter. The head runs in fp32. Prompts are not
+    truncated.
     """
     return Hpsv3Reward("hpsv3", config, _load)
 

@@ -56,7 +56,7 @@ class PythonReward:
 
     def _numbers(self, returned: object) -> Float[Tensor, " b"]:
         if returned is None:
-            # which NumPy would make a NaN of
+            # which NumPy would turn into NaN
             raise RewardError(
                 f"The reward '{self._target}' returned nothing (None)",
                 f"End it with `return` and one number for each image: {SIGNATURE}.",

@@ -167,7 +167,7 @@ class MeanFlowAdvantage(ForwardObjective[MeanFlowAdvantageConfig]):
     Departures from the paper: rewards are divided by the std of the batch as `reward_combination` says, which for the
     default is the paper's; the old policy, whose schedule in its image runs is not published, the general intervals and
     the differences are as in `MeanFlowNft`; w in fp32; groups with equal rewards are left out, though their samples
-    would still hold the old and base terms.
+    would still contribute to the old and base terms.
     """
 
     name = "mean-flow-advantage"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fmg.core.errors import UsageError, reason
 
-# a secret is a line, and a wrong path may name anything
+# a secret is one line; a wrong path may name a file of any size
 _MAX_SECRET = 4096
 
 

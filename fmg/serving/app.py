@@ -104,7 +104,7 @@ def new_app(service: Service, *, openapi: bool = False) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def unknown(_: Request, error: HTTPException) -> Response:
-        # what the framework refuses by itself: another path, another method
+        # unknown paths and methods, which the framework refuses by itself
         said = RefusedError(error.status_code, str(error.detail), service.usage)
         return answer(said, dict(error.headers or {}))
 
@@ -176,7 +176,7 @@ async def outcome(
         request: the request, whose body has been read.
         submit: puts the job into the queue.
         timeout: seconds to wait for the result.
-        wrong: errors that are the client's, answered with `wrong_status`; any other is answered with 500.
+        wrong: errors that the client caused, answered with `wrong_status`; any other is answered with 500.
         wrong_status: HTTP status for those.
         doing: what the server does, for messages: `Scoring`, `Generating`.
         noun: what it returns, for messages: `scores`, `images`.
@@ -195,7 +195,7 @@ async def outcome(
         if result.done():
             return result.result()
         if gone.done():
-            raise RefusedError(499, "The client has gone", "Wait for the answer.")
+            raise RefusedError(499, "The client disconnected", "Wait for the answer.")
         raise RefusedError(504, f"No {noun} within {timeout:g} s", advice)
     except asyncio.CancelledError:
         # the server cuts off what has not ended when the time to drain is over
@@ -213,7 +213,7 @@ async def outcome(
         raise RefusedError(500, f"{doing} failed: {one_line(error)}", "See the log of the server.") from error
     finally:
         gone.cancel()
-        # reaches the queue
+        # takes the job out of the queue
         result.cancel()
 
 

@@ -23,7 +23,7 @@ from fmg.serving.app import RefusedError
 ErrorBody = Callable[[RefusedError], object]
 
 _MAX_PORT = 65535
-# asyncio accepts as many connections at once as the backlog is long, before any of them can be refused
+# asyncio accepts a whole backlog of connections at once, before any of them can be refused
 _BACKLOG = 128
 _MAX_CONNECTIONS = 4096
 # Headers are small, so a client sends them at once.
@@ -36,8 +36,8 @@ class _Connections:
     """The open connections of a server, limited in number and in how long one may go without a complete request.
 
     A waiting connection has not sent complete headers since it was opened or answered. When there are too many, the one
-    that has been waiting longest is closed. So clients that keep connections open shut out each other, not those
-    with a request.
+    that has been waiting longest is closed. So clients that keep connections open shut each other out, not clients with
+    a request.
 
     Args:
         most: maximum number of connections.
@@ -76,7 +76,7 @@ class _Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
-            # an answer before the question would be lost
+            # an answer that is sent before the request would be lost
             self._refuse(503, "The server has too many connections", "Ask again later.")
         else:
             super().data_received(data)
@@ -196,7 +196,7 @@ def _taken(host: str, port: int, error: OSError) -> UsageError:
 
 
 class HttpServer:
-    """A bound but not yet serving server.
+    """A server that is bound but not serving yet.
 
     Args:
         app: the application that answers.

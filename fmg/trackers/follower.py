@@ -170,7 +170,7 @@ class Follower:
 
     def _warned(self, problem: str) -> None:
         self.report(problem=problem)
-        # the run prints the first alone, and names the log for the others; the disk may be full
+        # the run prints only the first one, and names the log for the others; the disk may be full
         with suppress(OSError):
             sys.stderr.write(f"{problem}\n")
 
@@ -178,7 +178,7 @@ class Follower:
         import traceback
 
         self.report(problem=f"{type(error).__name__}: {reason(error)}")
-        # into the log of the tracker, on a disk that may be what is full
+        # into the tracker's log; the cause may be a full disk
         with suppress(OSError):
             traceback.print_exception(error)
 
@@ -190,7 +190,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     with open(0, "rb", buffering=0, closefd=False) as stdin:
         job = Job(**cast("dict[str, Any]", parse_object(stdin.readline())))
-    # services print, and may read what is not for them
+    # services print to stdout, and may read from stdin
     wakes, reports = os.dup(0), os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)

@@ -154,7 +154,7 @@ class _Link:
 
     def _started(self, job: Job) -> subprocess.Popen[bytes]:
         variables = {key: value for key, value in os.environ.items() if key not in _LAUNCHERS}
-        # the same modules, but no folder of the user's that is called like a package (`wandb`)
+        # the same modules, but no user folder with the name of a package (`wandb`)
         variables["PYTHONPATH"] = os.pathsep.join(str(Path(path).resolve()) for path in sys.path)
         with self._log.open("ab") as log:
             process = subprocess.Popen(
@@ -183,7 +183,7 @@ class _Link:
         if self._heard == self._woken:
             self._answered = time.monotonic()
         with suppress(OSError):
-            # a full pipe wakes as well as a longer one
+            # a pipe that is full already wakes the follower as well
             self._woken += os.write(self._process.stdin.fileno(), b"\n")
         if time.monotonic() - self._answered > PATIENCE:
             self._warn(f"it has not answered for {PATIENCE:.0f} s")
@@ -253,7 +253,7 @@ class _Link:
         try:
             warnings.warn(text, FmgWarning, stacklevel=2)
         except FmgWarning:
-            # a program that turns warnings into errors does not want to lose a run
+            # a program that turns warnings into errors must not lose its run over this
             self._observer(Notice("warning", text))
 
 

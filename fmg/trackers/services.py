@@ -51,7 +51,7 @@ class TensorBoard:
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         self._writer = EventFileWriter(str(run.folder))
         kept = run.iterations[: run.logged]
-        # an evaluation has the step of the iteration before it, so that one is written again
+        # an evaluation has the step of the iteration before it, so that iteration is written again
         step = kept[-1] if kept else 0
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._writer.add_event(self._event(wall_time=time.time(), step=step, session_log=start))
@@ -93,8 +93,8 @@ class Wandb:
         self._config = config
 
     def open(self, run: TrackedRun) -> tuple[int, str]:
-        """Resumes the run on the server. A run that is offline has no way to go on, and is written anew."""
-        # no crash reports of theirs, no network where the user is offline
+        """Resumes the run on the server. An offline run cannot be resumed, so it is written anew."""
+        # no crash reports, and no network where the user is offline
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
@@ -108,7 +108,7 @@ class Wandb:
         if not online:
             for superseded in (run.folder / "wandb").glob(f"offline-run-*-{run.id}"):
                 shutil.rmtree(superseded)
-        # wandb would go elsewhere without a word
+        # wandb would silently write elsewhere
         run.folder.mkdir(parents=True, exist_ok=True)
         self._image = wandb.Image
         self._run = wandb.init(
@@ -158,7 +158,7 @@ class Trackio:
         import trackio
         from trackio.sqlite_storage import SQLiteStorage
 
-        # it makes a folder of this name, wherever a `/` leads
+        # trackio makes a folder of this name, wherever a `/` in it leads
         project, name = self._config.project, f"{folder_name(_shown(self._config, run))}-{run.id}"
         self._image = trackio.Image
         self._run = trackio.init(project, name, config=dict(run.recipe), resume="allow", embed=False)
@@ -186,7 +186,7 @@ class SwanLab:
         self._config = config
 
     def open(self, run: TrackedRun) -> tuple[int, str]:
-        """Resumes the run on the server. A run that is offline has no way to go on, and is written anew."""
+        """Resumes the run on the server. An offline run cannot be resumed, so it is written anew."""
         import swanlab
 
         config = self._config
@@ -234,7 +234,7 @@ class Mlflow:
 
     def open(self, run: TrackedRun) -> tuple[int, str]:
         """Finds or creates the run, and counts its lines."""
-        # by default minutes pass before it gives a server up
+        # by default mlflow retries a server for minutes
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -436,7 +436,7 @@ class Heartbeat:
                 self._store.add(f"done/{self._rank}", 1)
             elif not self._store.check([_VERDICT]):
                 self._store.set(_VERDICT, last_words)
-                # they look once a beat, and the store goes away with the process that keeps it
+                # they check once per heartbeat, and the store goes away with the process that keeps it
                 time.sleep(2 * self._beat)
         except Exception:
             # the store is gone: nobody is left to tell, or they know
@@ -483,7 +483,7 @@ class Heartbeat:
         return None
 
     def _is_silent(self, rank: int) -> bool:
-        # counted in looks, not on a clock: a machine that slept has lost nobody
+        # counted in checks, not in seconds: a machine that was suspended has lost no process
         beats = self._store.add(f"beat/{rank}", 0)
         before, looks = self._seen.get(rank, (-1, 0))
         self._seen[rank] = (beats, looks + 1 if beats == before else 0)

@@ -167,12 +167,12 @@ def test_what_is_not_written_is_refused_in_one_line(run: Path, verified: dict[st
     artifact, new = str(run / "artifact"), str(tmp_path / "new")
     family = "the FLUX.1 family"
     for words, says in (
-        (("export", str(run), new, "--precision", "fp8"), "fp8 is only computed by engines, which only models of"),
+        (("export", str(run), new, "--precision", "fp8"), "fp8 runs only in TensorRT engines, which only models of"),
         (("export", str(run), new, "--int8"), "8-bit weights are only written for models of"),
         (("export", str(run), new, "--resolutions", "512"), "have one size"),
-        (("export", str(run), "--swap-weights", artifact), "weights are only swapped in artifacts of"),
+        (("export", str(run), "--swap-weights", artifact), "weights can only be swapped in artifacts of"),
         (("export", str(run), new, "--diffusers"), family),
-        (("export", artifact, "--trt"), "get engines"),
+        (("export", artifact, "--trt"), "engines can only be built for"),
     ):
         done = fmg(*words)
         assert done.code != 0

@@ -241,7 +241,7 @@ def test_a_checkpoint_that_no_update_has_changed_is_noted(hub: FakeHub, shapes_r
     first = (run / "checkpoints" / "checkpoint-1").rename(run / "checkpoints" / "checkpoint-0")
     saved = replace(existing_index(shapes_run).saved[0], name=first.name, iteration=0)
     write_index(run, CheckpointIndex((saved,), saved.name, saved.name))
-    assert "does the same as the base" in succeeds("push", str(run), "me/shapes", "--dry-run").stderr
+    assert "is equivalent to the base" in succeeds("push", str(run), "me/shapes", "--dry-run").stderr
 
 
 def test_only_the_lora_of_this_checkpoint_is_sent_in_kohyas_layout(

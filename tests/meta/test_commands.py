@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.text import Text
 
 from fmg.recipe.layers import FLAGS
 from tests.support.commands import Commands, commands
@@ -31,6 +32,13 @@ def test_no_parameter_is_removed_or_changes_its_meaning(command: str) -> None:
 def test_new_parameters_are_optional(command: str) -> None:
     for name in PRESENT[command].keys() - RECORDED[command].keys():
         assert not PRESENT[command][name]["required"], name
+
+
+@pytest.mark.parametrize("command", PRESENT)
+def test_help_is_shown_as_it_is_written(command: str) -> None:
+    # Rich takes `[@revision]` for markup and leaves it out
+    for name, parameter in PRESENT[command].items():
+        assert Text.from_markup(parameter["help"]).plain == parameter["help"], name
 
 
 def test_arguments_keep_their_order() -> None:

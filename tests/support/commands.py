@@ -17,7 +17,7 @@ Commands = dict[str, dict[str, dict[str, Any]]]
 
 
 def commands() -> Commands:
-    """The parameters of each command by Python name: what a user may write, and its kind."""
+    """The parameters of each command by Python name: what a user may write, its kind and its help."""
     return dict(_walked(typer.main.get_command(app), "fmg"))
 
 
@@ -39,6 +39,7 @@ def _described(parameter: Any) -> dict[str, Any]:
         "required": parameter.required,
         "default": None if parameter.default is None else str(parameter.default),
         "range": [parameter.min, parameter.max],
+        "help": getattr(parameter, "help", None) or "",
     }
 
 

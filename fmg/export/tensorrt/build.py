@@ -436,7 +436,8 @@ def build_engines(
     chosen = options or EngineOptions()
     if artifact.manifest.schema != PACKED:
         raise UsageError(
-            f"{artifact.folder} is of '{artifact.manifest.model.name}': only those of the FLUX.1 family get engines",
+            f"{artifact.folder} was exported from '{artifact.manifest.model.name}', and engines can only be built for"
+            " the FLUX.1 family",
             "Run it with --backend onnxruntime.",
         )
     builder = Builder.pick(flavour, chosen)

@@ -237,7 +237,7 @@ class ArtifactBackend(Generic[Array]):
 
     @contextmanager
     def uncached(self) -> Iterator[None]:
-        """Inside, every prompt is encoded."""
+        """Runs the body with the cache off: every prompt is encoded."""
         self._caching = False
         try:
             yield
@@ -280,7 +280,7 @@ class ArtifactBackend(Generic[Array]):
         return pack(latents)
 
     def _leave(self, tokens: Array) -> Array:
-        """What the transformer gives as latents."""
+        """The transformer's output as latents."""
         return unpack(tokens, *self.latent_shape[1:])
 
     def _text_states(self, prompts: Sequence[str]) -> list[TextStates]:
@@ -462,7 +462,7 @@ def few_step(
 
 
 def _data(velocity: Callable[[Array, float, float], Array], x: Any, t: float, path: str) -> Any:
-    """What a single-time map predicts of the data; on the trig path the network is that of a rectified flow (eq. 8)."""
+    """A single-time map's prediction of the data; on the trig path the network is that of a rectified flow (eq. 8)."""
     if path != "trig":
         return x - t * velocity(x, t, 0.0)
     cosine, sine = kernel_from_data(path, t)

@@ -22,7 +22,7 @@ from fmg.flow.grids import MAX_STEPS
 PACKED: Literal[1] = 1
 LATENT: Literal[2] = 2
 """Schemas: FLUX, whose sampler packs latents into tokens and knows both text encoders; and every other family, whose
-graphs take latents, and whatever one graph of all its text encoders makes of a prompt."""
+graphs take latents, and the outputs of one graph of all its text encoders."""
 SCHEMA = 2
 MANIFEST = "manifest.json"
 

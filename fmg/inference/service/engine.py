@@ -41,7 +41,7 @@ class Engine(Protocol):
         """The entry of a model in `/info` and `/v1/models`, as plain JSON values."""
 
     def submit(self, asked: Asked) -> Future[Painted] | asyncio.Future[Painted]:
-        """The future images of a request. Cancelling it takes it out of the queue.
+        """The future result of a request; cancelling it takes the request out of the queue.
 
         Raises:
             RefusedError: the model cannot generate them.
@@ -91,7 +91,7 @@ class LocalEngine:
         return self._queue.submit(ImageJob(model, asked.prompt, asked.seeds, asked.steps, size))
 
     async def add_adapter(self, name: str, run: str, model: str | None) -> str:
-        # one at a time: reading looks at the layers, and installing adds some
+        # one at a time: reading inspects the layers, and installing adds some
         async with self._adding:
             new = await asyncio.to_thread(self._models.read_adapter, name, [run], model)
             return (await asyncio.wrap_future(self._queue.between(lambda: self._models.install(new)))).name

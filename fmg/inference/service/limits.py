@@ -26,4 +26,4 @@ class Limits(batching.Limits):
 
 
 DEFAULTS = Limits()
-"""What a server accepts unless it is told otherwise."""
+"""Default limits of a server."""

@@ -25,9 +25,11 @@ class Metrics:
         own = self._registry = CollectorRegistry()
         Gauge("fmg_queued_images", "Images that wait or are being generated", registry=own).set_function(queued)
         self._requests = Counter("fmg_requests", "Image requests by HTTP status", ["status"], registry=own)
-        self._latency = Histogram("fmg_request_seconds", "From request to answer", buckets=_SECONDS, registry=own)
+        self._latency = Histogram(
+            "fmg_request_seconds", "Seconds from request to answer", buckets=_SECONDS, registry=own
+        )
         self._images = Counter("fmg_images", "Images generated", ["model"], registry=own)
-        self._queueing = Histogram("fmg_queue_seconds", "Requests in the queue", buckets=_SECONDS, registry=own)
+        self._queueing = Histogram("fmg_queue_seconds", "Seconds in the queue", buckets=_SECONDS, registry=own)
         self._batch = Histogram("fmg_batch_images", "Batch size, by request", buckets=_BATCHES, registry=own)
 
     @contextmanager

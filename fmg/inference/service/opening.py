@@ -49,7 +49,7 @@ def named_targets(texts: Sequence[str]) -> list[Named]:
     A folder is named after its last part.
 
     Raises:
-        UsageError: a name is unfit for a request, or two targets have the same.
+        UsageError: a name cannot be used in a request, or two targets have the same name.
     """
     found = []
     for text in texts:
@@ -151,7 +151,7 @@ def _opened(
 
 
 def _exchanges(subject: Target, options: Mapping[str, Any]) -> bool:
-    """Whether adapters can be exchanged: a model, or a run with a LoRA at most, in eager torch."""
+    """Whether adapters can be exchanged: in eager torch, unless the subject is a full fine-tune."""
     source = pick_backend(subject, options.get("backend", AUTO), device=options.get("device", AUTO))
     if not isinstance(source, TorchOpener):
         return False

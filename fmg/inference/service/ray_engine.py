@@ -1,8 +1,8 @@
 """Replicas of the served models as a Ray Serve deployment: several processes, GPUs or machines behind one server.
 
 The server stays the one process that clients reach, with the same application, limits and token as without Ray; a
-replica is the engine of a server without HTTP, with its own queue and batches. A request that loses its replica is
-generated once more elsewhere: its seeds are fixed, so the images are the same.
+replica is the engine of a server without HTTP, with its own queue and batches. If a replica dies, another one repeats
+its requests: their seeds are fixed, so the images are the same.
 
 Adapters that are added while the server runs travel with the requests. A replica that meets a request for one that it
 does not have yet, or only in an earlier version, reads it first, so replicas that start later have it as well.
@@ -38,7 +38,7 @@ from fmg.serving.batching import BusyError
 from fmg.version import install_line
 
 _LOOPBACK = "127.0.0.1"
-# Images go through it, a few at a time; Ray's own default is a third of the memory of the machine
+# Images pass through the object store a few at a time; Ray's default size is a third of the machine's memory
 _OBJECT_STORE_BYTES = 256 << 20
 _ATTEMPTS = 2
 _HEALTH_S = 2.0
@@ -75,7 +75,7 @@ class ReplicaSpec:
 
 @dataclass(frozen=True)
 class Scale:
-    """How many replicas there are, and what each takes.
+    """The number of replicas, and the resources of each.
 
     Attributes:
         minimum, maximum: number of replicas; Ray adds and removes them with the load in between.
@@ -128,7 +128,7 @@ class Replica:
             self._engine = LocalEngine(models, spec.limits)
             self._loaded = {name: self._engine.facts(name)[_DIGEST] for name in self._engine.names()}
         except FmgError as error:
-            # raised here, Ray would start the replica again and again
+            # if it were raised here, Ray would restart the replica over and over
             self._problem = error
 
     async def models(self) -> dict[str, Mapping[str, object]] | FmgError:
@@ -176,7 +176,7 @@ class Replica:
 
 
 async def _told(work: Awaitable[R]) -> R | Exception:
-    """The result of `work`, or the error as a value: raised, it would arrive as another one, with Ray's traceback."""
+    """The result of `work`, or the error as a value: a raised one would arrive wrapped in Ray's own."""
     try:
         return await work
     except (FmgError, RefusedError, BusyError) as error:
@@ -242,17 +242,17 @@ class RayEngine:
         self._images -= len(asked.seeds)
 
     def _report(self, replica: object) -> None:
-        """Says once that a replica has died."""
+        """Logs once that a replica has died."""
         if replica not in self._ended:
             self._ended.add(replica)
             log.error("A replica died; another one generates its images, and Ray starts a new one")
 
     async def _call(self, method: str, *arguments: object) -> Any:
-        """The result of a method of some replica; another one is asked if that one dies.
+        """Calls a method of some replica, and of another one if that one dies.
 
         Raises:
-            RefusedError: that one died, too.
-            FmgError, RefusedError, BusyError: what the replica said.
+            RefusedError: the second one died, too.
+            FmgError, RefusedError, BusyError: the replica's own error.
         """
         from ray.exceptions import RayActorError
 
@@ -273,7 +273,7 @@ class RayEngine:
 
 
 def _prepare(scale: Scale) -> None:
-    """Sets what Ray reads when it is imported, and imports it.
+    """Sets the environment variables that Ray reads on import, and imports it.
 
     Raises:
         MissingDependencyError: Ray Serve is not installed.
@@ -282,8 +282,8 @@ def _prepare(scale: Scale) -> None:
     for name, value in quiet.items():
         os.environ.setdefault(name, value)
     if scale.address is None:
-        # whoever reaches a port of Ray can run code: so only this server and its replicas know the token, and all ports
-        # are on loopback, which is Ray's default on the systems that the variable is named after
+        # whoever can reach one of Ray's ports can run code. So only this server and its replicas know the token, and
+        # all ports are on loopback, Ray's default on the systems that the variable is named after
         os.environ |= {
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_AUTH_MODE": "token",
@@ -297,7 +297,7 @@ def _prepare(scale: Scale) -> None:
 
 
 def _stay_on_loopback() -> None:
-    """Puts the port that a replica opens for calls between deployments, of which there are none, on loopback as well.
+    """Binds the port that a replica opens for calls between deployments (there are none here) to loopback as well.
 
     Ray Serve has no option for it. The port needs the token in any case.
     """
@@ -354,10 +354,10 @@ def ray_engine(spec: ReplicaSpec, scale: Scale, observer: Observer) -> Iterator[
 
 
 def _check_address(address: str) -> None:
-    """Ray itself tries for many minutes, silently, to reach a cluster that is not there.
+    """Checks that something listens at the address: Ray would retry silently for many minutes.
 
     Raises:
-        UsageError: nobody listens at `HOST:PORT`.
+        UsageError: nothing listens at `HOST:PORT`.
     """
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isascii() or not port.isdigit():
@@ -390,7 +390,7 @@ def _join(ray: Any, scale: Scale) -> None:
         where = "on this machine" if scale.address is None else f"at {scale.address}"
         raise FmgError(f"Ray {where} cannot be used: {one_line(error)}", "See the logs in /tmp/ray.") from None
     if threading.current_thread() is threading.main_thread():
-        # Ray's own handler aborts the process with a trace of C++
+        # Ray's own handler aborts the process with a C++ stack trace
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -408,7 +408,7 @@ def _deployment(ray: Any, serve: Any, spec: ReplicaSpec, scale: Scale) -> Any:
         }
     deployment = serve.deployment(Replica).options(
         **number,
-        # a replica's own queue is what refuses
+        # the replica's own queue refuses requests
         max_ongoing_requests=2 * limits.max_queued,
         health_check_period_s=_HEALTH_S,
         graceful_shutdown_timeout_s=scale.drain,

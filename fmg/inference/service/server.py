@@ -59,9 +59,9 @@ _PAGE_HEADERS = {
 _REFUSED: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer} for status in (400, 401, 403, 404, 408, 413, 415, 500, 503, 504)
 }
-# Numbers in the images of an answer that is encoded at once: a few of 64 x 64 pixels
+# Most values in the images of an answer that is encoded on the event loop: a few images of 64 x 64 pixels
 _SMALL = 1 << 16
-# Time for the batch at work to end after clients were cut off
+# Seconds for the running batch to end after clients were cut off
 _LAST_BATCH_S = 5.0
 
 
@@ -99,7 +99,7 @@ def create_app(engine: Engine, limits: Limits, *, token: str | None) -> FastAPI:
         return names[0] if name is None else name
 
     async def body_of(request: Request) -> bytes:
-        # a page of another origin cannot send this type without asking first, and is then refused
+        # a page of another origin needs a preflight request to send this type, which is refused
         if (given := content_type(request)) != JSON:
             raise RefusedError(415, f"The content type is '{given}'", f"Send {JSON}.")
         return await read_body(request, limits.max_body, limits.timeout, "Send less.")
@@ -135,8 +135,8 @@ def create_app(engine: Engine, limits: Limits, *, token: str | None) -> FastAPI:
         with metrics.request():
             return await answer(request)
 
-    # A plain route answers. The framework's own, which resolves dependencies for each request, took a third of the time
-    # of a request besides its images; it only describes this one in the schema.
+    # A plain route answers. FastAPI's own, which resolves dependencies for each request, took a third of the time of a
+    # request besides its images; here it only describes the route in the schema.
     app.add_route(_GENERATIONS, generations, methods=["POST"], include_in_schema=False)
     app.post(
         _GENERATIONS,
@@ -164,7 +164,7 @@ def create_app(engine: Engine, limits: Limits, *, token: str | None) -> FastAPI:
         )
         metrics.generated(model, painted)
         encode = partial(encode_answer, painted, model, wanted.output_format or "png", seeds)
-        # large files take long, and small ones less than to change threads
+        # large files take long to encode; small ones take less time than a switch to another thread
         body = encode() if painted.images.size <= _SMALL else await asyncio.to_thread(encode)
         return Response(body, media_type=JSON)
 
@@ -187,7 +187,7 @@ def create_app(engine: Engine, limits: Limits, *, token: str | None) -> FastAPI:
 
 
 def _body_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """The app itself reads bodies, within the limits, so the framework does not know their schema."""
+    """The app itself reads bodies, within the limits, so FastAPI does not know their schema."""
     return {"requestBody": {"required": True, "content": {JSON: {"schema": model.model_json_schema()}}}}
 
 
@@ -201,13 +201,13 @@ def _static(name: str, media_type: str) -> Any:
 
 
 class ImageServer(HttpServer):
-    """A bound but not yet serving server of images.
+    """An image server that is bound but not serving yet.
 
     Args:
         engine: generates the images; models are sampled in this process.
         address: where it listens; one that other machines can reach needs a token (`fmg.serving.access.check_token`).
         limits: limits on requests.
-        token: for clients to send.
+        token: what clients must send.
         drain: seconds to finish what was accepted after the server is told to stop.
 
     Raises:

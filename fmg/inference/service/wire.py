@@ -27,9 +27,9 @@ JSON = "application/json"
 B = TypeVar("B", bound=BaseModel)
 Format = Literal["png", "jpeg", "webp"]
 
-# what a seed that the server chooses is below: a JavaScript number and a person can both hold it
+# seeds that the server chooses are below this: exact in JavaScript, and short enough to copy by hand
 _CHOSEN_SEEDS = 1 << 32
-# every program reads such a number in JSON as it was written
+# every JSON parser reads integers up to this exactly
 _MAX_SEED = (1 << 53) - 1
 _ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 

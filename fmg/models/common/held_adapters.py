@@ -54,7 +54,7 @@ class HeldAdapters:
         self._model = model
         self._held: dict[str, _Held] = {}
         self._slots = count()
-        # those of the base, of what an adapter replaces
+        # the base's values of the tensors that an adapter replaces
         self._base: dict[str, Tensor] = {}
         self._active: str | None = None
 

@@ -115,10 +115,10 @@ def _check_parts(parts: Sequence[_Part]) -> None:
     trained = {name for part in parts for name in part.extra}
     for part in parts:
         if part.extra and part.extra.keys() != trained:
-            raise UsageError("The adapters trained different parts of the base", "Merge one of them.")
+            raise UsageError("The adapters trained different parts of the base", "Leave one of them out.")
         if both := sorted(name for name in trained if name.removesuffix(".weight") in part.lora):
             raise UsageError(
-                f"{part.folder} adapts {some(both)}, which another adapter trained as a whole", "Merge one of them."
+                f"{part.folder} adapts {some(both)}, which another adapter trained as a whole", "Leave one of them out."
             )
     total = math.fsum(part.weight for part in parts if part.extra)
     if trained and abs(total - 1) > _ROUNDING:

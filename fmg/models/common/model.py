@@ -215,7 +215,7 @@ class AdaptedModel(ABC, Generic[Text]):
         return self._text.cut_prompts(prompts)
 
     def text_uncached(self) -> AbstractContextManager[None]:
-        """Inside, every prompt is encoded, so that its time can be measured."""
+        """Runs the body with the prompt cache off, so that encoding can be timed."""
         return self._text.uncached()
 
     def release_text(self) -> None:

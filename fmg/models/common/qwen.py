@@ -89,7 +89,7 @@ class QwenText(TokenisedText):
     def states(self, tokens: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """`tokens` (b, length, d) and, if `masked`, their `mask` (b, length), 1 for text and 0 for padding."""
         ids, mask = tokens["tokenizer"], tokens[f"tokenizer{MASK}"]
-        # the head would make a number for every token and word of the vocabulary
+        # the head would compute a logit for every token and vocabulary entry
         states = self.text_encoder.base_model(
             input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False, **self._positions(mask)
         ).hidden_states

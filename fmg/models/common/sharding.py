@@ -35,7 +35,7 @@ def shard_frozen(network: nn.Module) -> None:
     mesh = init_device_mesh(parameters[0].device.type, (dist.get_world_size(),))
     blocks = [block for child in network.children() for block in _members(child)]
     for unit in (*blocks, network):
-        # the root too gives its weights back after a forward pass: a snapshot may take their place in the next one
+        # the root, too, is resharded after a forward pass: a snapshot may replace its weights in the next one
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
 
 

@@ -113,7 +113,7 @@ class TransformerSize(ABC):
 
     @abstractmethod
     def other_flops(self, image: int, text: int) -> float:
-        """Operations of one call besides those, for these numbers of tokens: of attention and of convolutions."""
+        """Operations of one call outside linear layers (attention, convolutions), for these numbers of tokens."""
 
     def conditioning(self, text: int) -> int:
         """Numbers that condition one sample."""

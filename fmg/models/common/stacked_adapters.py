@@ -157,7 +157,7 @@ def read_adapter(adapter: LocatedAdapter, wanted: Shapes, second: str | None) ->
         if found and "side" in found.re.groupindex:
             pair = pairs.setdefault(found["module"], {})
             if found["side"] in pair:
-                raise _misfit(origin, f"has lora_{found['side']} of {found['module']} twice, of two adapters")
+                raise _misfit(origin, f"has lora_{found['side']} of {found['module']} twice, from two adapters")
             pair[found["side"]] = tensor
         elif found:
             if tensor.numel() != 1:
@@ -228,7 +228,7 @@ def _check_pairs(origin: Path, pairs: Mapping[str, Mapping[str, Tensor]], wanted
         a, b = (tuple(pair[side].shape) for side in "AB")
         shape = wanted[f"{module}.weight"]
         if len(a) != len(b) or len(a) != len(shape) or len(shape) != len("AB"):
-            raise _misfit(origin, f"has a LoRA on {module} that is not of a linear layer")
+            raise _misfit(origin, f"has a LoRA on {module} that is not for a linear layer")
         if not a[0]:
             raise _misfit(origin, f"has a LoRA of rank 0 on {module}")
         if a[0] != b[1]:

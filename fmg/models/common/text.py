@@ -177,7 +177,7 @@ class TextEncoders:
 
     @contextmanager
     def uncached(self) -> Iterator[None]:
-        """Inside, every prompt is encoded and none is cached."""
+        """Runs the body with the cache off: every prompt is encoded, and none is stored."""
         self._remember = False
         try:
             yield

@@ -70,7 +70,7 @@ class FluxConfig(DiffusersConfig):
         return FluxModel.from_config(self, device, dtype)
 
     def sizes(self) -> ModelGeometry:
-        """Measures by the JSON files and safetensors headers of the folder, or as published."""
+        """Sizes from the JSON files and safetensors headers of the folder, or the published ones."""
         return flux_geometry(self.folder_here(), self.conventions(), published=self.published)
 
 

@@ -41,8 +41,8 @@ _QWEN3: Mapping[int, int] = MappingProxyType({7680: 4_022_468_096, 12288: 8_190_
 _VAE: Mapping[str, object] = MappingProxyType({"latent_channels": 32, "block_out_channels": [128, 256, 512, 512]})
 
 # What the blocks of diffusers' FLUX.2 modules keep, counted under PEFT with every allocation observed. A pass without
-# gradients needs most where a LoRA adapts the fused matrix of a single-stream block: in narrower dtypes PEFT adds in
-# fp32 what has nine times the width.
+# gradients needs most where a LoRA adapts the fused matrix of a single-stream block: in narrower dtypes PEFT adds its
+# outputs, nine times as wide as the stream, in fp32.
 _DOUBLE_KEPT, _SINGLE_KEPT = ActivationBytes(15, 8.4), ActivationBytes(12, 16.4)
 _DOUBLE_BACKWARD, _SINGLE_BACKWARD = ActivationBytes(5.5), ActivationBytes(12.4, 10.5)
 _DOUBLE_FORWARD, _SINGLE_FORWARD = ActivationBytes(14.3, 2), ActivationBytes(9.3, 82)

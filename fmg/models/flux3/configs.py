@@ -30,10 +30,10 @@ _TOKEN, WINDOW = 16, 80
 class Flux3KleinConfig(DiffusersConfig):
     """FLUX.3 [klein]: any folder of diffusers' `Flux3Transformer2DModel` with `flow_map`, a two-time flow map.
 
-    One call gives the jump from t to any s: the network takes s directly, and a separate embedder adds it to the
-    time. All anchors can be used.
+    One call gives the jump from t to any s: the network takes s directly, and a separate embedder adds it to the time
+    embedding. All anchors can be used.
 
-    We could not verify that weights of this class are public, nor under which terms: the hub id is the one that
+    We could not verify that weights of this class are public, or under which terms: the hub id is the one that
     diffusers' source code names, and the sizes in plans are the defaults of the class until a folder states others. A
     local folder with `transformer`, `vae`, `text_encoder` and `tokenizer` works as well.
     """
@@ -63,8 +63,8 @@ class Flux3KleinConfig(DiffusersConfig):
         gt=0,
         le=480,
         multiple_of=WINDOW,
-        description="Tokens of the chat with the prompt. The pipeline takes the smallest multiple of 80 that contains "
-        "a prompt, and the transformer sees the padding; here all prompts have the same number.",
+        description="Tokens that the chat around each prompt is padded to. The pipeline pads each prompt to the next "
+        "multiple of 80, and the transformer sees the padding; here all prompts have one length.",
     )
 
     def conventions(self) -> FlowMapConventions:

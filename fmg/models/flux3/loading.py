@@ -44,7 +44,7 @@ def load_parts(
     components = load_components(FLUX3_FAMILY, folder, conventions, None, _text, device, dtype, text_device)
     if not components.transformer.config.flow_map:
         raise CheckpointError(
-            f"The transformer in {folder} is no flow map: it is a base model for 50 steps and classifier-free guidance",
+            f"The transformer in {folder} is not a flow map but a base model for 50 steps and classifier-free guidance",
             "Give a folder of the distilled model, whose transformer has a target_timestep_embedder.",
         )
     check_parts(components)

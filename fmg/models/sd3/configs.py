@@ -41,7 +41,7 @@ class SD35MeanFlowConfig(StackedConfig, DiffusersConfig):
         citation="Huang et al. 2026, MeanFlowNFT: Bringing Forward-Process RL to Average-Velocity Generators, "
         "arXiv 2607.15273",
         weights=(
-            "stabilityai/stable-diffusion-3.5-medium: about 16.3 GB, behind the terms on its page",
+            "stabilityai/stable-diffusion-3.5-medium: about 16.3 GB, after its terms are accepted on the hub",
             "Harahan/MeanFlowNFT: AnyFlow's pretraining, on-policy and NFT adapters; name them in model.adapters",
         ),
     )

@@ -137,7 +137,7 @@ async def _read_request(request: Request, limits: Limits) -> ScoreRequest:
 
 
 class RewardServer(HttpServer):
-    """A bound but not yet serving server; the port is known before the first request.
+    """A server that is bound but not serving yet; its port is known before the first request.
 
     Args:
         rewards: rewards that it computes, by name.
@@ -145,7 +145,7 @@ class RewardServer(HttpServer):
         host: address to listen on.
         port: 0 for a free one.
         limits: limits on requests.
-        token: for clients to send; required unless `host` is a loopback address.
+        token: what clients must send; required unless `host` is a loopback address.
         device: where images are scored.
 
     Raises:

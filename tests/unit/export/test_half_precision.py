@@ -119,7 +119,7 @@ def test_fp8_that_is_not_of_the_model_is_named(fp8: Artifact, tmp_path: Path) ->
     neighbour = weights[name].view(torch.uint8).clone()
     neighbour[3, 5] += 1
     for summed in (False, True):
-        # the neighbour of a number is only allowed where a sum may have been rounded differently
+        # a neighbouring number is only allowed where a sum may have been rounded differently
         assert other_rounding(name, neighbour.view(torch.float8_e4m3fn), weight, scales, summed=summed) != summed
     neighbour[3, 5] += 1
     assert other_rounding(name, neighbour.view(torch.float8_e4m3fn), weight, scales, summed=True)
@@ -142,7 +142,7 @@ def test_fp8_that_is_not_of_the_model_is_named(fp8: Artifact, tmp_path: Path) ->
 def test_fp8_runs_nowhere_on_a_cpu(fp8: Artifact) -> None:
     with pytest.raises(PrecisionError, match="is fp8, which ONNX Runtime does not compute"):
         OnnxRuntime(fp8).run("transformer", {})
-    with pytest.raises(UsageError, match="calibrated for the weights that it has"):
+    with pytest.raises(UsageError, match="calibrated for its present weights"):
         swap_weights(fp8.folder, "base")
 
 

@@ -389,7 +389,7 @@ def test_wrong_options_are_refused_in_one_line(
         (["--fused", "--int8"], "has no 8-bit weights"),
         (["--int8", "--triton-device", "gpu"], "8-bit weights are for a CPU"),
         (["--precision", "bf16", "--triton-device", "cpu"], "cannot compute bf16 on a CPU"),
-        (["--precision", "fp8"], "fp8 is only computed by engines"),
+        (["--precision", "fp8"], "fp8 runs only in TensorRT engines"),
         (["--triton", "{inside}"], "is in the artifact"),
     ],
 )

@@ -113,5 +113,5 @@ def test_a_base_model_is_refused(options: dict[str, object], tmp_path: Path) -> 
     Flux3Transformer2DModel.from_config(
         {**Flux3Transformer2DModel.load_config(own), "flow_map": False}
     ).save_pretrained(own)
-    with pytest.raises(CheckpointError, match="is no flow map: it is a base model for 50 steps"):
+    with pytest.raises(CheckpointError, match="is not a flow map but a base model for 50 steps"):
         load(FLUX3_CASE, given)

@@ -205,7 +205,7 @@ DAMAGE = {
     "no LoRA": (dict.clear, "no mapping of names to tensors"),
     "other ranks": (_set(f"{Q}.lora_B.weight", torch.zeros(64, 3)), "has rank 4 in lora_A and 3 in lora_B"),
     "other shape": (_set(f"{Q}.lora_B.weight", torch.zeros(65, 4)), "a matrix 65 x 64 .* which is 64 x 64"),
-    "convolution": (_set(f"{Q}.lora_B.weight", torch.zeros(64, 4, 1, 1)), "not of a linear layer"),
+    "convolution": (_set(f"{Q}.lora_B.weight", torch.zeros(64, 4, 1, 1)), "not for a linear layer"),
     "other module": (_set("blocks.0.q.lora_A.weight", torch.zeros(4, 64)), "does not have: blocks.0.q"),
     "twice": (_set(f"transformer.{Q}.lora_A.weight", torch.zeros(4, 64)), f"has {Q}.lora_A.* twice"),
     "not a number": (_set(f"{Q}.lora_B.weight", torch.full((64, 4), float("nan"))), "not finite"),
