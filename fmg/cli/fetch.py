@@ -97,4 +97,4 @@ def _ask(*, yes: bool) -> None:
     if not sys.stdin.isatty():
         raise UsageError("The download needs your consent, and stdin is not a terminal", "Give --yes.")
     if not typer.confirm("Download under this licence?"):
-        raise UsageError("Nothing was downloaded", "Run the command again to download it.")
+        raise UsageError("Nothing was downloaded", "Run the command again, and confirm the download.")

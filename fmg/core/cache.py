@@ -56,7 +56,10 @@ def _without_home() -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     facts = folder.lstat()
     if facts.st_uid != os.getuid() or not stat.S_ISDIR(facts.st_mode) or facts.st_mode & 0o077:
-        raise UsageError(f"There is no home folder, and '{folder}' is open to others", "Set FMG_CACHE to a folder.")
+        raise UsageError(
+            f"There is no home folder, and '{folder}' is open to others",
+            "Set FMG_CACHE to a folder that only you can write to.",
+        )
     warnings.warn(f"There is no home folder: the cache is '{folder}'. Set HOME or FMG_CACHE", FmgWarning, stacklevel=3)
     return folder
 

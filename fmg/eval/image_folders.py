@@ -154,7 +154,7 @@ def _geneval(tree: Path) -> Iterator[Captioned]:
     ((_, entry),) = list(read_objects(file))[:1] or [(0, {})]
     text = entry.get("prompt")
     if not isinstance(text, str):
-        raise UsageError(f"'{file}' has no prompt", "GenEval writes one JSON object with a prompt there.")
+        raise UsageError(f"'{file}' has no prompt", "Write one JSON object with a prompt there, as GenEval does.")
     for picture in picture_files(tree / "samples"):
         yield Captioned(picture, Prompt(text, str(entry.get("tag", "")), entry))
 

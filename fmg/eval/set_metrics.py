@@ -373,7 +373,7 @@ def reference_files(folder: str) -> list[Path]:
     if len(files) < LEAST:
         raise UsageError(
             f"'{folder}' has only {counted(len(files), 'image')}",
-            f"A reference set needs {LEAST}; thousands are usual.",
+            f"Give at least {LEAST}; reference sets usually have thousands.",
         )
     return files
 

@@ -45,7 +45,8 @@ class ExportOptions:
         """
         if self.int8 and self.precision != "fp32":
             raise UsageError(
-                f"8-bit weights are for a CPU and require fp32, not {self.precision}", "Leave one of them out."
+                f"8-bit weights are for a CPU and require fp32, not {self.precision}",
+                "Leave out --int8, or use --precision fp32.",
             )
         if self.fused and self.precision == "fp8":
             raise UsageError("The fused sampler is for ONNX Runtime, which does not compute fp8", "Leave --fused out.")

@@ -222,7 +222,7 @@ class _Comparison:
         packs = self._artifact.manifest.schema == PACKED
         if not isinstance(model, AdaptedModel) or isinstance(model, FluxModel) != packs:
             raise UsageError(
-                f"The artifact is not one of the model of '{self._target.label}'",
+                f"The artifact was not exported from the model of '{self._target.label}'",
                 "Name the run or the model that the artifact was made from.",
             )
         return model

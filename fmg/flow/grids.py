@@ -69,7 +69,7 @@ def make_grid(spec: GridSpec, steps: int, *, image_tokens: int | None = None) ->
     """
     steps = whole_number("steps", steps)
     if not 1 <= steps <= MAX_STEPS:
-        raise UsageError(f"A grid has at least one step and at most {MAX_STEPS}, got {steps}", "Change the steps.")
+        raise UsageError(f"A grid has at least one step and at most {MAX_STEPS}, got {steps}", f"Use 1 to {MAX_STEPS}.")
     times = _times(spec, steps, image_tokens)
     closest = min(earlier - later for earlier, later in itertools.pairwise(times))
     if closest < MIN_STRIDE:

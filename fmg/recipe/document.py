@@ -124,7 +124,7 @@ def read_document(path: Path, kind: Literal["model", "file"], label: str) -> Nod
     except OSError as error:
         raise UsageError(f"{label} cannot be read: {error.strerror}", "Check the file and its permissions.") from None
     if len(data) > _MAX_BYTES:
-        raise UsageError(f"{label} has more than {_MAX_BYTES:,} bytes, too many for a recipe", "Name a recipe.")
+        raise UsageError(f"{label} has more than {_MAX_BYTES:,} bytes, too many for a recipe", "Check that it is one.")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -156,7 +156,7 @@ class _Reader:
     def document(self, text: str) -> Node:
         root = self.compose(text)
         if root is None:
-            raise UsageError(f"{self._label} is empty", "A recipe is a mapping of sections, for example `train:`.")
+            raise UsageError(f"{self._label} is empty", "Start with a section, for example `train:`.")
         if not isinstance(root, MappingNode):
             self._fail(root, "a recipe must be a mapping of sections", "Start with a section, for example `train:`.")
         return self.convert(root)

@@ -62,7 +62,7 @@ class Checked:
             row = int((~output.scored).nonzero()[0])
             raise RewardError(
                 f"The reward '{self.name}' has no score for the prompt '{prompts[row]}'",
-                "Every image needs a score here; only training rollouts may have missing scores.",
+                "Score every image: only training rollouts may have missing scores.",
             )
         return output
 

@@ -70,7 +70,9 @@ def _load(files: Files, device: torch.device, dtype: torch.dtype) -> Score:
         (visual.get("visual_model"), visual.get("visual_abstractor")) if isinstance(visual, dict) else (None, None)
     )
     if config.get("model_type") != "mplug_owl2" or not isinstance(vision, dict) or not isinstance(abstractor, dict):
-        raise CheckpointError(f"{folder} does not contain an mPLUG-Owl2 with its visual_config", "Use DeQA-Score.")
+        raise CheckpointError(
+            f"{folder} does not contain an mPLUG-Owl2 with its visual_config", "Give a folder of DeQA-Score."
+        )
     language = _language(config, folder)
     module: MplugOwl2 = load_plain_module(
         lambda: MplugOwl2(language, vision, abstractor), _tensors(folder), folder, device, dtype
@@ -94,7 +96,9 @@ def _language(config: Mapping[str, object], folder: Path) -> LlamaConfig:
         CheckpointError: a size is missing, or it is not LLaMA 2.
     """
     if whole(config, "vocab_size") <= max(*BEFORE, *AFTER, *WORDS) or config.get("rope_scaling") is not None:
-        raise CheckpointError(f"{folder} does not contain a LLaMA 2 with its vocabulary", "Use DeQA-Score.")
+        raise CheckpointError(
+            f"{folder} does not contain a LLaMA 2 with its vocabulary", "Give a folder of DeQA-Score."
+        )
     cls: Any = LlamaConfig
     made: LlamaConfig = cls(
         **{name: whole(config, name) for name in _SIZES},

@@ -443,7 +443,7 @@ def load_state(run: RunFolder, recipe: Recipe, *, accept_changed_prompts: bool =
                 f"Restore it, or start a new run with `{repeat_command(run.recipe, recipe)}`.",
             )
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"The state in '{folder}' is damaged ({reason(error)})", "Train again.") from None
+        raise CheckpointError(f"The state in '{folder}' is damaged ({reason(error)})", _instead(run, recipe)) from None
     if not accept_changed_prompts:
         check_prompts(run.path, recipe, saved.get("prompts", {}))
     index = scored_index(run.path)

@@ -151,7 +151,8 @@ def shard_base(composed: Composed) -> None:
     """
     if not isinstance(composed.model, Shardable):
         raise CompositionError(
-            f"The model '{composed.recipe.model.name}' cannot be sharded over several processes", "Use ddp."
+            f"The model '{composed.recipe.model.name}' cannot be sharded over several processes",
+            "Set train.parallel to ddp.",
         )
     composed.model.shard()
 

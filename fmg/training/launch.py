@@ -240,6 +240,6 @@ def _number(env: Mapping[str, str], name: str, default: int, least: int = 0) -> 
         return default
     if not text.isascii() or not text.isdigit() or int(text) < least:
         raise UsageError(
-            f"{name} is '{text}', which is not a whole number of at least {least}", f"Set or unset {name}."
+            f"{name} is '{text}', which is not a whole number of at least {least}", "Correct it, or unset it."
         )
     return int(text)

@@ -132,7 +132,7 @@ class EngineOptions:
 
     def _check_values(self) -> None:
         if not 0 <= self.level <= _MAX_LEVEL:
-            raise UsageError(f"The builder level {self.level} is not from 0 to {_MAX_LEVEL}", "Use 3 unless in doubt.")
+            raise UsageError(f"The builder level {self.level} is not from 0 to {_MAX_LEVEL}", "Use 3 if in doubt.")
         if self.workspace_gib is not None and not self.workspace_gib > 0:
             raise UsageError(f"A workspace of {self.workspace_gib} GiB is invalid", "Give a positive number.")
         if self.hardware not in get_args(Hardware):
@@ -203,11 +203,12 @@ def wanted(manifest: Manifest, resolutions: Sequence[int] | None, batch: AxisRan
     sampling = manifest.sampling
     sides = tuple(sorted(set(resolutions or sampling.resolutions)))
     step = 2 * sampling.latent_scale
+    own = ", ".join(f"{side} px" for side in sampling.resolutions)
     for side in sides:
         if side <= 0 or side % step:
             raise UsageError(
                 f"--resolutions: {side} is not a multiple of {step}, the side of an image token in pixels",
-                f"The artifact was made for {', '.join(f'{side} px' for side in sampling.resolutions)}.",
+                f"Use multiples of {step}; the artifact was made for {own}.",
             )
         _, height, width = sampling.latent_shape(side)
         for axis, size in ((IMAGE, sampling.image_tokens(side)), (HEIGHT, height), (WIDTH, width)):

@@ -164,12 +164,12 @@ def _error(outcome: Built | Failed | None, code: int, graph: str, watch: _Memory
         node = f" at the node '{outcome.node}'" if outcome.node and outcome.node not in outcome.reason else ""
         return FmgError(
             f"The engine of {graph} was not built{node}: {outcome.reason}",
-            "The ONNX artifact is complete without it; another flavour or precision may have the kernel.",
+            "Try another flavour or precision; the ONNX artifact is complete without the engine.",
         )
     how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     return FmgError(
         f"The engine of {graph} was not built: the builder {how}{f' ({log})' if log else ''}",
-        "The ONNX artifact is complete without it; report a builder crash to NVIDIA and attach the graph.",
+        "Report a builder crash to NVIDIA with the graph; the ONNX artifact is complete without the engine.",
     )
 
 

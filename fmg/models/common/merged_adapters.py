@@ -95,7 +95,7 @@ def _read(folder: Path, weight: float) -> _Part:
         wrong = [f"has a different rank at {m}" for m, found in shapes.items() if found != (2, 2, *[manifest.rank] * 2)]
     if wrong or not modules:
         raise CheckpointError(
-            f"The adapter in {folder} is damaged: it {wrong[0] if wrong else 'has no LoRA'}", "Restore it."
+            f"The adapter in {folder} is damaged: it {wrong[0] if wrong else 'has no LoRA'}", "Restore it from a copy."
         )
     return _Part(folder, weight, manifest, pairs, extra)
 
@@ -168,7 +168,9 @@ def _stacked(module: str, parts: Sequence[_Part]) -> tuple[Tensor, Tensor]:
     downs, ups = [], []
     for part in parts:
         if module not in part.lora and part.adapts(module):
-            raise CheckpointError(f"The adapter in {part.folder} is damaged: it lacks {module}", "Restore it.")
+            raise CheckpointError(
+                f"The adapter in {part.folder} is damaged: it lacks {module}", "Restore it from a copy."
+            )
         rank = part.manifest.rank
         a, b = part.lora.get(module, (torch.zeros(rank, columns), torch.zeros(rows, rank)))
         downs.append(a.double())

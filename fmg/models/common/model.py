@@ -453,7 +453,7 @@ class AdaptedModel(ABC, Generic[Text]):
     def _second_time_parameters(self) -> dict[str, nn.Parameter]:
         name = self.second_embedder
         if name is None or not self._components.conventions.second_time:
-            raise UsageError(f"'{self._name}' has no second-time embedder", "Train a LoRA, or a two-time map.")
+            raise UsageError(f"'{self._name}' has no second-time embedder", "Train only a LoRA, or use a two-time map.")
         embedder = self._components.transformer.get_submodule(name)
         return {f"{name}.{rest}": parameter for rest, parameter in embedder.named_parameters()}
 

@@ -360,4 +360,4 @@ def _below(second: str | None, name: str) -> bool:
 
 
 def _misfit(file: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"The adapter {file} {what}", "Give the file that belongs to this model, complete.")
+    return CheckpointError(f"The adapter {file} {what}", "Give the complete file that belongs to this model.")
