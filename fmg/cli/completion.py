@@ -29,7 +29,7 @@ def _offering(found: Callable[[str], Iterable[tuple[str, str]]]) -> Completer:
         except (FmgError, OSError):
             return []
 
-    # Typer chooses the arguments by the names of the parameters, and shows the name of the function
+    # Typer chooses the arguments by the names of the parameters; tracebacks name the function
     complete.__name__ = found.__name__
     return complete
 

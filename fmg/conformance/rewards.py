@@ -20,11 +20,11 @@ from fmg.rewards.base import Checked, checked, probe_prompt
 COUNT = 6
 # The embedded worlds have pictures of one size.
 SIDES = (32, 24, 64, 224)
-# What the scores may differ by, as a share of their spread over the pictures. Rounding depends on the batch size, most
+# How far scores may differ, as a share of their spread over the pictures. Rounding depends on the batch size, most
 # in bf16; a score that depends on its neighbours, or on chance, is off by about the spread itself.
 AGAIN, ELSEWHERE = 1e-4, 1e-2
 SMOOTH = 0.1
-"""What scores of the differentiable preprocessing may differ by: it does not round to 8 bits."""
+"""How far scores may differ under differentiable preprocessing, which does not round to 8 bits."""
 ROUNDING = 1e-6
 """Rounding of fp32, relative to scores above 1."""
 # Free text, GenEval's templates, quoted text, scenes of the shapes world; a reward is tested on those that it takes.

@@ -47,7 +47,7 @@ class Finding:
 
 
 def examine(rules: Sequence[Rule[S]], case: S) -> list[Finding]:
-    """Checks every rule, also after one is broken. An exception that a rule does not expect breaks it."""
+    """Checks every rule, even after one is broken. An exception that a rule does not expect breaks it."""
     return [_check(rule, case) for rule in rules]
 
 

@@ -21,7 +21,7 @@ from fmg.registry.config import StochasticizerConfig
 STEPS = ((1.0, 0.75), (0.75, 0.5), (0.5, 0.25), (0.9, 0.35))
 ROWS = 5
 DRAWS = 20_000
-# Of the largest of 80 deviations; by chance 5 standard errors are exceeded once in some 20,000 examinations.
+# Bound on the largest of 80 deviations: by chance, 5 standard errors are exceeded once in about 20,000 checks.
 ERRORS = 5.0
 
 

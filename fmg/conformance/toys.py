@@ -102,7 +102,7 @@ RolloutKind = Literal["chain", "branch", "states"]
 def scored_rollout(flow_map: FlowMap, kind: RolloutKind = "chain", *, equal_rewards: bool = False) -> ScoredRollout:
     """A rollout with a reward that differs within every group, or with none that does.
 
-    A branched one has groups at every step of the grid. One of states keeps those before the last interval.
+    A branched one has groups at every step of the grid. A `StateRollout` keeps the states before the last interval.
     """
     kernel = stochasticizers.build("asfmc", {"ratio": 0.5})
     index = torch.arange(GROUPS).repeat_interleave(SIZE)

@@ -277,7 +277,7 @@ def leftovers(folder: Path, kind: str) -> list[Path]:
     try:
         beside = sorted(folder.parent.iterdir())
     except OSError:
-        # not there, or not to be listed
+        # missing, or not readable
         return []
     found = [(path, named.fullmatch(path.name)) for path in beside]
     return [path for path, match in found if match and not _alive(int(match[1]), path.stem)]
@@ -314,7 +314,7 @@ def _alive(pid: int, stem: str) -> bool:
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        # another user's
+        # the process of another user
         return True
     return True
 
@@ -333,7 +333,7 @@ def lock(folder: Path, what: str) -> Iterator[None]:
     Raises:
         UsageError: another process has locked it.
     """
-    # commands that only read start without it
+    # imported here, so that commands that only read start without it
     from filelock import FileLock, Timeout
 
     # filelock would write a marker instead, which outlives a process that another machine killed

@@ -27,7 +27,7 @@ from fmg.core.hub import OFFLINE, SNAPSHOTS, HubSource, cached, check_room, is_o
 MAIN = "main"
 _METADATA_TIMEOUT_S = 10
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# what git takes, of the characters that `owner/name@revision` can have
+# the characters that git allows, of those that `owner/name@revision` can have
 _BRANCH = re.compile(r"(?!.*(?:\.\.|//|/\.|\.lock$))[A-Za-z0-9_][A-Za-z0-9_./-]*(?<![./])")
 _MAX_LISTING = 4 * 10**6
 _LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
@@ -120,7 +120,7 @@ def check_out(source: HubSource, names: Sequence[str]) -> Checkout | None:
 
     offline = is_offline()
     if not offline and not any(cached(source, name) for name in names):
-        # says at once what is wrong, where a download would try again for half a minute
+        # reports at once what is wrong; a download would retry for half a minute
         names = sorted(_sizes(source.repository, source.revision).keys() & set(names), key=names.index)
     for name in names:
         # a commit does not change
@@ -447,7 +447,7 @@ def _quiet() -> Iterator[None]:
         disable_progress_bars()
     try:
         with warnings.catch_warnings():
-            # of its HTTP library, about how the client calls it
+            # the client's HTTP library warns about how the client calls it
             warnings.simplefilter("ignore", DeprecationWarning)
             yield
     finally:

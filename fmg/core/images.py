@@ -35,7 +35,7 @@ def decoded(source: Path | str | bytes, use: Callable[[Image.Image], T], max_pix
     name = "The image" if isinstance(source, bytes) else f"The image '{source}'"
     try:
         with warnings.catch_warnings():
-            # of Pillow's own limit, which is higher, and of damage that does not matter
+            # Pillow warns at its own limit, which is higher, and about damage that does not matter
             warnings.simplefilter("ignore")
             with Image.open(BytesIO(source) if isinstance(source, bytes) else source, formats=_known()) as picture:
                 _check_size(name, picture, max_pixels)

@@ -32,7 +32,7 @@ MAX_LINE_BYTES = 1 << 20
 MAX_DEPTH = 64
 """Maximum nesting depth of lists and objects."""
 
-# of a safetensors file: the bytes before its header, and its own limit of the header
+# safetensors: the bytes before the header, and the format's own limit on the header
 _HEADER_LENGTH = 8
 _LARGEST_HEADER = 100 * 2**20
 # every integer of so many digits fits a double

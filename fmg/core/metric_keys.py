@@ -44,7 +44,7 @@ STEP_REWARD_STD, STEP_ZERO_STD_RATIO, STEP_GROUPS = (
 
 # evaluations
 EVAL, EVAL_EMA = "eval/", "eval_ema/"
-"""Prefixes of what an evaluation measures for the weights, and for their moving average."""
+"""Prefixes of an evaluation's metrics: those of the weights, and those of their moving average."""
 SCORE, EMA_SCORE = f"{EVAL}score", f"{EVAL_EMA}score"
 """The held-out score by which the best checkpoint is chosen, for the weights and for their moving average."""
 DIVERSITY_WITHIN_GROUPS = "diversity/within_groups"

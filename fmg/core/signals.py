@@ -98,7 +98,7 @@ class Signals:
                 self._raised = True
                 raise Interruption(number)
         elif time.monotonic() - self._first > _ECHO:
-            # a third one meets whatever was there before
+            # a third signal goes to the original handlers
             self._release()
             raise Interruption(number)
 

@@ -60,7 +60,7 @@ def _set_autocast(torch: Any, value: Sequence[tuple[bool, Any]]) -> None:
 
 
 def _set_device(torch: Any, device: Any) -> None:
-    # naming the default device slows every factory function down
+    # a default device, even the CPU, slows down every factory function
     torch.set_default_device(None if device.type == "cpu" else device)
 
 
@@ -203,7 +203,7 @@ def _folder() -> Path | None:
     try:
         return Path.cwd()
     except OSError:
-        # it was removed
+        # the folder was removed
         return None
 
 

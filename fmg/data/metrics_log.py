@@ -48,7 +48,7 @@ class Lines(Sequence[Line]):
         alike = self._alike.get(keys)
         if alike is None:
             alike = self._alike[keys] = _Alike(keys)
-        # all of them or, where one is no number, none
+        # adds all values, or none if one is not a number
         alike.values.fromlist(values)
         alike.places.append(len(self))
         self._rows.append(len(alike.places) - 1)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fmg.recipe import Recipe
 
 _JSON_KEYS = ("prompt", "tag", "metadata")
-# what rewards and results by tag read of an entry
+# the keys of an entry that rewards, and results by tag, read
 _MEANING = ("include", "exclude", "vqa_list", "metadata")
 
 T = TypeVar("T")

@@ -51,7 +51,7 @@ _ITERATION = -2
 _CHUNK = 256
 _STREAM = "path-check"
 _FIGURE_COLUMNS = 2
-# of a time's width, what the stochasticizers beside each other take
+# share of the distance between two times that the stochasticizers, side by side, take
 _FIGURE_SPREAD = 0.55
 
 Values = dict[tuple[float, str], NDArray[np.float64]]

@@ -151,7 +151,7 @@ def symmetric_root(covariance: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d
 
 
 def frechet_distance(first: GaussianFit, second: GaussianFit) -> float:
-    """The distance of two fits; not negative beyond rounding, which is clipped at 0."""
+    """The distance of two fits; a negative value, which only rounding can give, becomes 0."""
     shift = float(np.square(first.mean - second.mean).sum())
     overlap = float(np.linalg.svd(first.factor.T @ second.factor, compute_uv=False).sum())
     return max(shift + first.trace + second.trace - 2 * overlap, 0.0)

@@ -174,7 +174,7 @@ def _write_transformer(
 
 def _dtype(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     if wanted is None and stored.is_floating_point and stored.itemsize == 1:
-        # rounded to 8 bits again, most of what was trained would be gone
+        # rounded to 8 bits again, most of what was trained would be lost
         return torch.bfloat16
     return wanted if wanted is not None and stored.is_floating_point else stored
 

@@ -30,7 +30,7 @@ _OWN_INPUTS = frozenset({io_spec.LATENTS, io_spec.TIMESTEP, io_spec.SECOND, io_s
 
 
 class TracedConditioning(Conditioning):
-    """The tensors of prompts whose number is an axis of the graph, so that none can be listed."""
+    """Conditioning inside a graph: the number of prompts is a dynamic axis, so the prompts cannot be listed."""
 
     def __post_init__(self) -> None:
         """Compares no number of rows."""

@@ -245,7 +245,7 @@ def _pack_run(target: TargetLike, repository: str, values: Sequence[str]) -> Par
         files[_KOHYA] = kohya
     notes += why_not
     files[RECIPE] = shared.to_yaml().encode()
-    # of what is read; cards are edited on the hub
+    # digests only of files that fmg reads: cards may be edited on the hub
     sums = {name: _digest(content) for name, content in files.items()}
     card = _card(RunFolder(run), recipe, saved, kept)
     text = hub_card(card, shared, repository, {name: _ABOUT[name] for name in pictures})

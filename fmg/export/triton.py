@@ -223,7 +223,8 @@ class _Repository:
         self._served = [self._serve(key, engines.get(key)) for key in keys]
         _check_devices([served.graph.precision for served in self._served if served.plan is None], options)
         self._sums: dict[str, str] = {}
-        # of the others, the Python model runs larger batches in several calls
+        # of models whose batches the server forms; for others, the Python model splits larger batches into several
+        # calls
         (self.max_batch,) = (served.max_batch for served in self._served if served.key == sampler)
 
     def _serve(self, key: str, plan: EngineRecord | None) -> _Served:

@@ -57,7 +57,7 @@ IN_SIMULATED_FP8 = "fp8 was simulated: rounded to E4M3 as in the graph, everythi
 """The same for an fp8 artifact."""
 
 FUSED = "fused"
-"""Last part of the name of the check of the sampler in one graph."""
+"""Suffix of the name of the fused sampler's check."""
 _FEW_PROMPTS = 32
 _HUGE = 1e30
 REWARD_ALLOWED: Mapping[Precision, float] = {"fp32": 0.005, "fp16": 0.02, "bf16": 0.02, "fp8": 0.02, "int8": 0.02}

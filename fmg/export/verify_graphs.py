@@ -74,7 +74,7 @@ ALLOWED: Mapping[Precision, float] = {
 scales follow the largest value, and for fp8, which is not calibrated on them: there, images and rewards decide."""
 DECODER_ALLOWED = 1e-4
 """The same for the decoder, whose images are clamped to [0, 1] after a long chain of convolutions."""
-# None of them is a size of the trace (fmg.export.onnx)
+# None of these sizes was used in tracing (fmg.export.onnx)
 _BATCHES = (1, 3, 4, 7)
 _SMALLEST_TIME = 0.05
 _INNER = "inner."

@@ -141,7 +141,7 @@ class TrigPath(AffinePath):
     def anchor(self, noise_share: Float[Tensor, " b"], s: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
         """`tan(a pi/2) = m tan(s pi/2)`."""
         m, s = check_times(noise_share, "noise_share"), check_times(s)
-        # at a share of nearly 1 the rounding of atan2 could pass s, from where the kernel has no way back
+        # at a share of nearly 1 the rounding of atan2 could pass s, and the kernel is not defined for a > s
         return torch.minimum(torch.atan2(m * self.sigma(s), self.alpha(s)) / _HALF_PI, s)
 
     def _variance(self, a: Tensor, s: Tensor, alpha_a: Tensor) -> Tensor:

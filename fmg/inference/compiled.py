@@ -39,7 +39,7 @@ MAX_COMPILATIONS = 16
 """Maximum compilations of one network: the buckets of batches up to 64 images, with an adapter and without."""
 
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
-# Kernels are loaded, chosen and given their workspaces by then
+# By then, kernels are loaded and chosen, and have their workspaces
 _RUNS_BEFORE_RECORDING = 2
 
 
@@ -99,7 +99,7 @@ class CompiledNetwork:
             if self._eager:
                 return self._module(**inputs)
             leaves, spec = pytree.tree_flatten(inputs)
-            # one tensor given twice would be compiled apart from two equal ones
+            # one tensor passed twice would be compiled separately from two equal ones
             leaves = [leaf.clone() if _seen(leaves, i) else leaf for i, leaf in enumerate(leaves)]
             inputs = pytree.tree_unflatten(leaves, spec)
             shape = (spec, *(_shape(leaf) for leaf in leaves))

@@ -120,7 +120,7 @@ def _artifact(found: Checkout, observer: Observer) -> Path:
         manifest = from_json(opened.read(MAX_BYTES + 1), Path(found.label) / MANIFEST)
     if strange := sorted(set(manifest.files) - set(matching(manifest.files, _ARTIFACT_FILES))):
         raise CheckpointError(f"'{found.label}' lists {strange[0]}, which no artifact has", _FIX)
-    # not hidden and not of this process alone: a download that was killed continues
+    # neither hidden nor named after this process, so that an interrupted download continues
     partial = folder.with_name(f"{found.commit}.{PARTIAL}")
     with required_cache():
         partial.mkdir(parents=True, exist_ok=True)

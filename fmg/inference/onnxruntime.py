@@ -36,7 +36,7 @@ INSTALL_GPU = "Run: pip install onnxruntime-gpu in place of onnxruntime, on a ma
 _NOT_COMPUTED = {CPU: ("bf16", "fp8"), CUDA: ("fp8",)}
 # ONNX Runtime writes only fatal errors to stderr; the others are raised, and reported in one line
 _LOG_LEVEL = 4
-# as many as --threads takes
+# the maximum of --threads
 _MOST_THREADS = 1024
 
 
@@ -123,7 +123,7 @@ class _SessionRuntime:
         return wall_clock()
 
     def reset_peak_memory(self) -> None:
-        # of the process: ONNX Runtime does not report the memory it takes of a device
+        # the peak of the process: ONNX Runtime does not report its memory on a device
         reset_peak_rss()
 
     def peak_memory(self) -> int:

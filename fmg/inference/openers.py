@@ -224,7 +224,7 @@ class TensorRtOpener:
             allow_code=self.allow_code,
         )
         runtime = EngineRuntime(subject, records, self.flavour, load_module(self.flavour), open_device(device), options)
-        # engines are built of the graphs of the loop
+        # engines are built from the graphs of the loop
         return artifact_backend(subject, runtime, resolution=self.resolution, fused=False)
 
     def _host(self) -> EngineHost:

@@ -427,7 +427,7 @@ class FlowMapPipeline(FlowMapLoraMixin, DiffusionPipeline):  # type: ignore[misc
         if latents is None:
             x = noise(0)
         else:
-            # also as tokens, in the layout of `FluxPipeline`
+            # tokens in the layout of `FluxPipeline` are accepted, too
             x = (unpack(latents, *shape[1:]) if latents.ndim == 3 else latents).to(device, torch.float32)
         if x.shape != (images, *shape):
             raise UsageError(

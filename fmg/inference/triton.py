@@ -283,7 +283,7 @@ class TritonPythonModel:
                 self._utils.Logger.log_warn(cut)
             made = generator.generate(prompts, [row.seed for row in rows], steps=steps, progress=_silent)
         except Exception as error:
-            # whatever it is, it must not reach the requests that were generated without it
+            # no error may reach requests of other batches
             self._utils.Logger.log_error("".join(traceback.format_exception(error)))
             failure = error if isinstance(error, FmgError) else FmgError(f"Sampling failed: {reason(error)}", _INTERNAL)
             for job, _ in places:

@@ -58,7 +58,8 @@ class PublishedConfig(ModelConfig):
         "while they encode.",
     )
     text_cache: bool = Field(
-        default=True, description="Keep prompt embeddings on disk, so that a prompt is encoded once for all runs."
+        default=True,
+        description="Keep prompt embeddings on disk, so that each prompt is encoded only once across runs.",
     )
 
     @abstractmethod

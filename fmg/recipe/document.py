@@ -211,7 +211,7 @@ class _Reader:
         if tag in _KINDS:
             try:
                 value: bool | int | float = self._yaml.constructor.construct_object(node)
-            except Exception:  # ruamel raises what it stumbles over when a tag does not fit its text
+            except Exception:  # ruamel raises errors of many kinds when a text does not fit its tag
                 self._fail(node, f"'{text}' is not {_KINDS[tag]}", "Correct the value.")
             return value
         return self._fail(node, f"the tag '{tag}' is not allowed", _NO_TAGS)

@@ -66,7 +66,7 @@ def recipe_schema(names: Callable[[Registry[Any]], Sequence[str]] = installed) -
     own = {cls: _own(definitions[cls.__name__]) for cls in references}
     for kind in dict.fromkeys(cls.kind for cls in references):
         alike = [cls for cls in references if cls.kind == kind]
-        # what only some references of the kind have, as the weight of a reward that is trained
+        # keys that only some references of the kind have, such as the weight of a reward that is trained
         keys = sorted({key for cls in alike for key in own[cls]})
         component = _Component(kind, names(registry_for(kind)), keys, definitions)
         for cls in alike:

@@ -13,7 +13,7 @@ from fmg.recipe.recipe import Recipe
 
 # options that hold a path or an address, whatever their value looks like
 _PATH, _ADDRESS, _FOLDER = "path", "url", "folder"
-# where the owner of a run follows it: names of accounts and servers, and nothing that the result depends on
+# trackers name accounts and servers of the owner, and the result does not depend on them
 _TRACKERS = "trackers"
 _LOCAL = re.compile(r"~|\.{1,2}[/\\]")
 _URL = re.compile(r"(?P<scheme>https?://)([^/?#]*@)?(?P<place>[^?#]*).*", re.DOTALL)

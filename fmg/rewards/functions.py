@@ -156,7 +156,7 @@ def _names(spec: ModuleSpec) -> set[str] | None:
             names.add(node.id)
         elif isinstance(node, ast.alias):
             names.add((node.asname or node.name).partition(".")[0])
-    # they can make any name
+    # such code can define any name
     return None if names & {"*", "__getattr__", "globals", "exec", "setattr", "vars"} else names
 
 

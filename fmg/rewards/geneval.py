@@ -36,7 +36,7 @@ from fmg.rewards.images import MAX_ASPECT, resize_and_crop, to_bytes
 from fmg.rewards.network import Files, NetworkReward, Score, load_folder, load_pretrained
 
 _BACKGROUND = 0x99 / 0xFF
-# Indices that newer versions compute, and a weight of the training loss.
+# Tensors that are not used: indices that newer versions compute, and a weight of the training loss.
 _NOT_USED = ("relative_position_index", "criterion.empty_weight")
 _TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 

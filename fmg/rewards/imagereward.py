@@ -135,7 +135,7 @@ def _load(heads: int | None, files: Files, device: torch.device, dtype: torch.dt
     image_config = _vision_config(vision, heads)
     text_config = _text_config(read_json(checkpoint.files["med_config.json"]), image_config.hidden_size)
     loaded = load_pretrained(BertTokenizer.from_pretrained, tokenizer.folder, tokenizer.asset.what)
-    # they are never inserted, but a prompt that contains their text must not be split
+    # the model never uses them, but a prompt that contains their text must not be split
     loaded.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)
     blip = Blip(
         load_module(BlipVisionModel, image_config, vision, checkpoint.path, device, dtype),

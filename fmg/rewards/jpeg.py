@@ -15,7 +15,7 @@ from fmg.core.types import RewardOutput
 from fmg.rewards.configs import JpegConfig
 from fmg.rewards.images import check_finite, to_bytes
 
-# of libjpeg; the format ends 35 later
+# libjpeg's limit; the format's own is 35 higher
 _MAX_SIDE = 65500
 
 

@@ -49,7 +49,7 @@ def _line_of(path: str, variable: str) -> str:
         raise UsageError(what, "Name a file with the secret.") from None
 
 
-# asked for each request, mostly about the same name
+# called for each request, mostly with the same name
 @lru_cache(maxsize=16)
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach the address."""

@@ -55,7 +55,7 @@ class RefusedError(Exception):
         self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # a replica sends it to the server
+        # replicas send it to the server, which needs all arguments
         return type(self), (self.status, self.what, self.fix), self.__dict__
 
 

@@ -209,7 +209,7 @@ class HttpServer:
     def __init__(self, app: FastAPI, address: Address, *, error: ErrorBody, timeout: float, drain: float) -> None:
         self._address = address
         address.listen()
-        # what is left is for those that were just accepted, and for the files of models
+        # the other half is for connections just accepted, and for the files of models
         most = min(_MAX_CONNECTIONS, max(1, _descriptors() // 2))
         connections = _Connections(most, min(max(timeout, _KEEP_ALIVE_S), _HEADERS_S), timeout, error)
         self._server = uvicorn.Server(
@@ -217,7 +217,7 @@ class HttpServer:
                 app,
                 http=connections.protocol,  # type: ignore[arg-type]
                 backlog=min(_BACKLOG, max(1, most // 2)),
-                # each malformed request of a stranger would be a warning
+                # every malformed request from anyone would log a warning
                 log_level="error",
                 access_log=False,
                 server_header=False,

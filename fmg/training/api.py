@@ -162,7 +162,7 @@ class _NewRun:
             write_atomic(folder.recipe, self.text.encode())
             write_environment(folder.path)
         except BaseException:
-            # it is still empty, and a taken folder could not be named again
+            # the run has no content yet, and a folder that exists could not be used again
             shutil.rmtree(folder.path, ignore_errors=True)
             raise
         return folder

@@ -368,7 +368,7 @@ def _origin(recipe: Recipe, saved: SavedCheckpoint) -> str:
         )
     trained_on = {
         "transitions": f"`{recipe.stochasticizer.name}` transitions",
-        # no stochasticizer has a part in these
+        # these objectives use no stochasticizer
         "samples": "samples of the map's own sampler",
         "gradients": "gradients of the rewards",
     }[recipe.objective.config.needs]

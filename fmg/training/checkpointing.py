@@ -77,8 +77,8 @@ EMA_SUFFIX = "-ema"
 SCHEMA = 4
 
 _NAME = re.compile(rf"checkpoint-\d+({EMA_SUFFIX})?")
-# How much is computed at once changes rounding (and the masks of a dropout), and a run that ran out of memory must be
-# resumable with smaller batches.
+# These change only rounding (and the masks of a dropout), and a run that ran out of memory must be resumable with
+# smaller batches.
 _BATCHES = ("rollout.batch_size", "train.micro_batch", "eval.batch_size")
 _KEYS = frozenset(("schema", "run", "progress", "trained", "optimizer", "ema", "ema_updates", "generators", "tripwire"))
 

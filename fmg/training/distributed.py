@@ -439,7 +439,7 @@ class Heartbeat:
                 # they check once per heartbeat, and the store goes away with the process that keeps it
                 time.sleep(2 * self._beat)
         except Exception:
-            # the store is gone: nobody is left to tell, or they know
+            # the store is gone: the others have ended, or know already
             return
 
     def diagnose(self) -> str | None:

@@ -32,7 +32,7 @@ from fmg.training.plan_work import (
 REFERENCE_GROUPS, REFERENCE_SIZE, REFERENCE_DEVICES = 48, 24, 8
 """Samples of an iteration and GPUs of the published recipe (Flow-Map GRPO, arXiv 2607.00535)."""
 
-# The second is the driver of Windows inside its Linux subsystem.
+# The second is the Windows driver under WSL.
 _NVIDIA_DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
 _STAGES = ("rollout", "decode", "reward", "update")
 

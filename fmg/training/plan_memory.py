@@ -99,7 +99,7 @@ def plan_memory(
     whole = (geometry.parameters - trained.base_parameters) * number
     spread = sharded and devices > 1
     share = -(-whole // devices)
-    # a block that computes and the next one, which is on its way
+    # the block that computes, and the next one, which is being gathered
     gathered = 2 * whole // max(1, sum(kind.count for kind in geometry.blocks))
     training = Memory(
         {

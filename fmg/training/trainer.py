@@ -423,7 +423,7 @@ class Trainer:
             self.run.append_metrics(line)
 
     def _emit(self, event: Event) -> None:
-        # the terminal may be what went away
+        # the terminal itself may have gone away
         with suppress(OSError) if self._signal else nullcontext():
             self.observer(event)
 

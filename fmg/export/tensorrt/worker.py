@@ -36,7 +36,7 @@ from fmg.inference.tensorrt.records import Profile
 WORKER = (sys.executable, "-m", "fmg.export.tensorrt.worker")
 
 _GIB = 1 << 30
-# Of the memory that is free when the build begins; the rest of the machine needs some as well
+# Share of the memory that is free when the build begins; the rest of the machine needs some as well
 _MEMORY_SHARE = 0.9
 _WATCH_EVERY = 0.25
 _TAIL_BYTES = 2000

@@ -52,7 +52,7 @@ class Engine(Protocol):
         """Adds an adapter, or replaces the one of its name; returns the name of its model.
 
         Raises:
-            FmgError: it does not fit.
+            FmgError: it cannot be read, or does not fit the model.
             BusyError: the server is stopping.
         """
 

@@ -29,7 +29,7 @@ _WORDS = (
     ("INT64", r"int64"),
     ("BOOL", r"bool"),
 )
-# Of the products of a half-precision graph, the share that may be fp32: the embedders of times
+# Share of the products of a half-precision graph that may be fp32: the embedders of times
 _FP32_SHARE = 0.1
 
 

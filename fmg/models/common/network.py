@@ -88,7 +88,7 @@ class LatentNetwork(ABC):
     def _placed(self, key: tuple[object, ...], device: torch.device, make: Callable[[], Tensor]) -> Tensor:
         """The result of `make` on `device`, computed once per key."""
         if torch.compiler.is_exporting():
-            # of no use in a graph, and not of this call alone
+            # a cached value is of no use in a graph, and would outlive the trace
             return make().to(device)
         place = (*key, device)
         if place not in self._kept:

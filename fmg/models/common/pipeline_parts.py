@@ -51,7 +51,7 @@ class Components(Generic[Text]):
 
 quiet = partial(quiet_libraries, diffusers_logging, transformers_logging)
 """Silences progress bars and advice from the libraries while weights load."""
-# head of the decoder in a whole T5, whose decoder itself transformers ignores
+# the head of a whole T5's decoder; transformers itself ignores the rest of the decoder
 _OF_A_DECODER = ("lm_head.weight",)
 _PROBE = 4
 _SCALARS: Mapping[object, tuple[type, ...]] = MappingProxyType(

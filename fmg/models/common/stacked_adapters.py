@@ -326,7 +326,7 @@ def _merged(base: WeightFiles, adapters: Sequence[Adapter]) -> Iterator[tuple[st
 
 
 def _sum(tensor: Tensor, terms: Sequence[_Low]) -> Tensor:
-    # of 8 bits, most of what was added would be gone
+    # rounded to 8 bits, most of what was added would be lost
     dtype = torch.bfloat16 if tensor.dtype.itemsize == 1 else tensor.dtype
     a = torch.cat([term.a.double() for term in terms])
     b = torch.cat([term.scale * term.b.double() for term in terms], dim=1)

@@ -243,7 +243,8 @@ _POINTS = 101
 # Mean step between times 0.01 apart, over the distance of unrelated times. Embedders that were trained on times scaled
 # by 1000 are smooth in them (0.09 to 0.16 on the embedded models); others turn at random (0.7).
 _SMOOTH, _ROUGH = 0.3, 0.5
-# At unscaled times an embedder of scaled ones hardly moves: 0.07 of its range on the embedded models.
+# An embedder that was trained on scaled times hardly responds to unscaled ones: 0.07 of its range on the embedded
+# models.
 _NARROW = 0.2
 
 

@@ -25,7 +25,7 @@ FLUX3_FAMILY = Family(
             "text_encoder": {"Qwen3VLForConditionalGeneration": Qwen3VLForConditionalGeneration},
         }
     ),
-    # of the processor that the pipeline loads, prompts only need the tokenizer
+    # prompts need only the tokenizer of the processor that the pipeline loads
     MappingProxyType({"tokenizer": Qwen2Tokenizer}),
 )
 

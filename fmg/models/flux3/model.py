@@ -55,7 +55,7 @@ class Flux3Model(Flux2Model):
 
     def __init__(self, components: Components[QwenText], name: str, *, text: TextEncoders | None = None) -> None:
         super().__init__(components, name, text=text)
-        # Trained beside a LoRA it is in fp32, but the stock class gives it, and adds up, the dtype of the network.
+        # Trained beside a LoRA the embedder is fp32, but the stock class passes it, and sums, the network's dtype.
         embedder = components.transformer.get_submodule(self.second_embedder)
         embedder.register_forward_pre_hook(_widened)
         embedder.register_forward_hook(partial(_narrowed, components.transformer.dtype))

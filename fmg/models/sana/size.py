@@ -54,7 +54,7 @@ _SINUSOID_CHANNELS = 256
 # Counted on diffusers' modules under PEFT with every allocation observed, for mlp_ratio 2.5 as published.
 # The bytes in any dtype are the casts of linear attention and of the norms to fp32.
 _KEPT, _BACKWARD, _FORWARD = ActivationBytes(18, 53), ActivationBytes(5, 0), ActivationBytes(12, 9)
-# Of DC-AE for a pixel and channel of its last blocks, whose norms are fp32.
+# DC-AE's memory per pixel and channel of its last blocks, whose norms are fp32.
 _DECODER = ActivationBytes(2.6, 7.8)
 
 
