@@ -44,6 +44,7 @@ _PURPOSES: Mapping[str, tuple[str, str]] = {
     "swanlab": ("the tracker swanlab", ""),
     "mlflow": ("the tracker mlflow", ""),
     "dev": ("the tests of fmg itself", ""),
+    "docs": ("the documentation site", ""),
 }
 _HUB = "https://huggingface.co"
 _CONTACT_S = 10

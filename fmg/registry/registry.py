@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -200,7 +201,7 @@ class Registry(Generic[P]):
     def describe(self, name: str) -> Description:
         """Summary and options of `name`; imports no torch."""
         row, cls = self.row(name), self.config_class(name)
-        doc = (cls.__doc__ or "").strip()
+        doc = inspect.cleandoc(cls.__doc__ or "")
         return Description(row.kind, row.name, row.summary, row.config, row.factory, doc, tuple(_fields(cls)))
 
     def _insert(self, row: Row) -> None:

@@ -67,7 +67,7 @@ def first_problem(error: ValidationError, model: type[BaseModel], subject: str, 
     path = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":
         key = str(first["loc"][-1])
-        return Problem(location, f"{subject} has no {noun} '{path}'", suggestion(key, owner.model_fields))
+        return Problem(location, f"{subject} has no {noun} '{path}'", _instead_of(key, owner))
     if first["type"] == "missing":
         return Problem(location, f"{subject} needs the {noun} '{path}'", _advice(owner, location, f"Give '{path}'"))
     reason = _PYDANTIC_SUBJECT.sub("must ", first["msg"].removeprefix("Value error, "))
@@ -78,6 +78,17 @@ def first_problem(error: ValidationError, model: type[BaseModel], subject: str, 
     link = " " if reason.startswith("must ") else ": "
     what = f"{subject}: {noun} '{path}'{link}{reason} (given: {_shown(first['input'])})"
     return Problem(location, what, _advice(owner, location, "Correct the value"))
+
+
+def _instead_of(key: str, owner: type[BaseModel]) -> str:
+    """The known names; first the paths of the sections that have the key."""
+    sections = {name: field.annotation for name, field in owner.model_fields.items()}
+    paths = [
+        f"'{name}.{key}'"
+        for name, section in sections.items()
+        if isinstance(section, type) and issubclass(section, BaseModel) and key in section.model_fields
+    ]
+    return f"Did you mean {' or '.join(paths)}?" if paths else suggestion(key, owner.model_fields)
 
 
 def _owner(model: type[BaseModel], location: Sequence[str | int]) -> tuple[type[BaseModel], Location]:

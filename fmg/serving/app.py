@@ -33,7 +33,7 @@ class RefusedError(Exception):
         fix: what to do.
         retry_after: seconds after which the client may ask again.
         key: the key of the request that is wrong.
-        code: names the error to programs.
+        code: name of the error for programs, such as `model_not_found`.
     """
 
     def __init__(

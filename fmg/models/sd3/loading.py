@@ -1,4 +1,4 @@
-"""The parts of an SD3 folder: three text encoders, and a transformer that adapters complete to a flow map."""
+"""The parts of an SD3 folder: three text encoders, and a transformer that adapters turn into a flow map."""
 
 from __future__ import annotations
 

@@ -62,6 +62,7 @@ def test_every_component_can_be_shown_as_json() -> None:
             shown = json.loads(fmg("show", registry.kind, name, "--json").stdout)
             assert shown["name"] == name
             assert shown["summary"]
+            assert "\n    " not in shown["doc"]
             assert all(option["doc"] for option in shown["options"]), (registry.kind, name)
 
 

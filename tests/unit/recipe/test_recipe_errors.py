@@ -133,6 +133,8 @@ def test_flags(flags: dict[str, object], start: str) -> None:
         ("lora..rank=3", "'--set lora..rank=3' is not of the form PATH=VALUE."),
         ("lora.rnk=3", "--set lora.rnk=3: The recipe has no key 'lora.rnk'. Did you mean 'rank'?"),
         ("lorra.rank=3", "--set lorra.rank=3: The recipe has no key 'lorra'. Did you mean 'lora'?"),
+        ("iterations=3", "--set iterations=3: The recipe has no key 'iterations'. Did you mean 'train.iterations'?"),
+        ("seed=3", "--set seed=3: The recipe has no key 'seed'. Did you mean 'train.seed' or 'eval.seed'?"),
         (
             "lora.rank=high",
             "--set lora.rank=high: The recipe: key 'lora.rank' must be a valid integer (given: 'high').",
