@@ -1,4 +1,4 @@
-"""Checks that stop a run which cannot learn before it has cost hours."""
+"""Checks that stop a run that cannot learn, before it has cost hours."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ from fmg.core import metric_keys as keys
 from fmg.data.run_metrics import Change, HackingLimits, is_hacking
 
 FLOOR, TINY = 1e-3, 1e-5
-"""Minimum unit of a reward: relative to its mean on the untouched model, and absolute. Equal scores have a spread of
-rounding alone, in which any fall is enormous."""
+"""Minimum unit of a reward: relative to its mean on the untouched model, and absolute. The spread of equal
+scores is only rounding, relative to which any fall would be enormous."""
 
 Scores = Float[np.ndarray, " n"]
 _UNKNOWN = Change(0.0, math.inf)
