@@ -205,7 +205,7 @@ async def closed_loop(server: Served, expected: Any, clients: int, seconds: floa
 
 
 async def open_loop(server: Served, expected: Any, rate: float, seconds: float) -> Tally:
-    """Requests at a rate, whatever becomes of those before."""
+    """Sends requests at a fixed rate, whatever becomes of earlier ones."""
     tally, idle, tasks = Tally(), list[Client](), set[asyncio.Task[None]]()
 
     async def one(number: int) -> None:

@@ -6,7 +6,7 @@
     python benchmarks/triton_server.py ARTIFACT --server SERVER --packages NUMPY --packages SITE_PACKAGES
 
 The wheel has no ONNX Runtime backend. Each graph is therefore put behind a Python model that runs it with onnxruntime;
-its configuration changes in nothing but the name of the backend. Configurations, batches, warm-up, the Python model
+in its configuration, only the name of the backend changes. Configurations, batches, warm-up, the Python model
 that takes prompts and its calls of other models are those of the server.
 
 Requests with different steps and seeds, and some that are wrong, are sent at once; every image is compared with the one

@@ -443,7 +443,7 @@ class Fuzz:
             return Trial("line", said)
         if task.result is None or task.result(place) == kind.expected[task.name]:
             return Trial("same", said)
-        return Trial("other", said) if edited else Trial("FAILED", f"{said}: another result without a word")
+        return Trial("other", said) if edited else Trial("FAILED", f"{said}: another result without an error")
 
     def _copy(self, kind: Kind) -> Path:
         place = self.folder / "trial" / kind.name
@@ -468,7 +468,7 @@ def run(task: Task, place: Path) -> tuple[Invocation | None, str]:
     if len(errors) != (done.code != 0) and not (task.verdict and done.code == 1 and not errors):
         return done, f"exit {done.code} with {len(errors)} error lines: {done.stderr[-300:]}"
     if len(done.stderr) > 20_000 or any(ord(char) < 32 and char not in "\n\r\t" for char in done.stderr):
-        return done, f"what was said is long or raw: {done.stderr[:200]!r}"
+        return done, f"stderr is too long or has control characters: {done.stderr[:200]!r}"
     return done, ""
 
 

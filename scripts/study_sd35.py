@@ -451,7 +451,7 @@ def measured(run: RunFolder, evaluation: Evaluation, file: Path, gpu: str, given
     done = subprocess.run([sys.executable, "-m", "fmg", *command], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise UsageError(
-            f"Evaluating {run.path} failed: {done.stderr.strip()}", "Repeat the command once it is mended."
+            f"Evaluating {run.path} failed: {done.stderr.strip()}", "Fix the cause, then repeat the command."
         )
     report = json.loads(done.stdout)
     write_atomic(file, json.dumps({"settings": settings, "report": report}, indent=2).encode())

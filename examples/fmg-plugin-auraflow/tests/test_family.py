@@ -164,7 +164,7 @@ def test_a_folder_of_another_family_is_refused(folder: Path) -> None:
     text = config.read_text()
     config.write_text(text.replace("AuraFlowTransformer2DModel", "FluxTransformer2DModel"))
     try:
-        with pytest.raises(CheckpointError, match="which is not a AuraFlow transformer"):
+        with pytest.raises(CheckpointError, match="which is not a transformer of AuraFlow"):
             models.build("auraflow", options(folder)).load(torch.device("cpu"), torch.float32)
     finally:
         config.write_text(text)

@@ -98,7 +98,7 @@ class Family:
         named = str(config.get("_class_name") or first)
         if named not in known:
             raise CheckpointError(
-                f"{folder / CONFIG} names the class {named!r:.60}, which is not a {self.name} {component}",
+                f"{folder / CONFIG} names the class {named!r:.60}, which is not a {component} of {self.name}",
                 f"Give a folder whose {component} is one of: {', '.join(known)}.",
             )
         _check_keys(known[named], folder / CONFIG, config)

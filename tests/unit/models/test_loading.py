@@ -69,7 +69,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "config is a list": (lambda f: (f / "vae/config.json").write_text("[]"), "not a JSON object"),
     "foreign class": (
         lambda f: _edit(f / "transformer/config.json", _class_name="SD3Transformer2DModel"),
-        "names the class 'SD3Transformer2DModel', which is not a FLUX transformer",
+        "names the class 'SD3Transformer2DModel', which is not a transformer of FLUX",
     ),
     "foreign text encoder": (
         lambda f: _edit(f / "text_encoder_2/config.json", architectures=["EvilModel"]),
