@@ -147,7 +147,7 @@ def export(
     builder_level: Annotated[
         int | None,
         _engine_option(
-            "--builder-level", min=0, max=5, metavar="N", help="Optimization level of the builder.", show_default="3"
+            "--builder-level", min=0, max=5, metavar="N", help="Optimisation level of the builder.", show_default="3"
         ),
     ] = None,
     workspace: Annotated[

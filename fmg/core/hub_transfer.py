@@ -193,7 +193,7 @@ def check_name(repository: str, branch: str = MAIN) -> None:
     if not valid:
         raise UsageError(
             f"'{repository}' is not the name of a repository",
-            "Write owner/name, of letters, digits, '-', '_' and '.'; the owner is your user name or an organization.",
+            "Write owner/name, of letters, digits, '-', '_' and '.'; the owner is your user name or an organisation.",
         )
     if _BRANCH.fullmatch(branch) is None:
         raise UsageError(f"'{branch}' is not the name of a branch", "Use letters, digits, '-', '_', '.' and '/'.")

@@ -228,5 +228,5 @@ def overlap_warning(train_prompts: Iterable[Prompt], eval_prompts: Iterable[Prom
         return None
     return (
         f"{shared} of the {len(held_out)} evaluation prompts are training prompts as well: the evaluation overstates "
-        "what was learnt. Give eval.prompts a set of its own."
+        "what was learned. Give eval.prompts a set of its own."
     )

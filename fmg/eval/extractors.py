@@ -1,7 +1,7 @@
 """Feature extractors: the image itself for the embedded worlds, and networks for everything else.
 
 Maps of a network follow LPIPS (Zhang et al., arXiv 1801.03924, eq. 1) with transformer layers in place of convolutions
-and uniform weights in place of learnt ones: channels scaled to unit length at each position, squared differences
+and uniform weights in place of learned ones: channels scaled to unit length at each position, squared differences
 averaged over positions and layers. The figures are comparable with each other, not with published LPIPS.
 """
 

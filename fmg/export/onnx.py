@@ -123,7 +123,7 @@ def save_graph(graph: TracedGraph, file: Path, weights: str, places: Mapping[str
 
 
 def point_to(value: ir.Value, weights: Path, place: Placement) -> None:
-    """Makes an initializer read its value from a position in a weight file."""
+    """Makes an initialiser read its value from a position in a weight file."""
     import onnx_ir as ir
 
     value.const_value = ir.ExternalTensor(
@@ -138,7 +138,7 @@ def point_to(value: ir.Value, weights: Path, place: Placement) -> None:
 
 
 def stored_dtype(value: ir.Value) -> torch.dtype:
-    """The torch dtype of an initializer."""
+    """The torch dtype of an initialiser."""
     assert value.dtype is not None
     return next(dtype for dtype, name in _ONNX_DTYPES.items() if name == value.dtype.name)
 

@@ -39,7 +39,7 @@ HALF: tuple[Precision, ...] = ("bf16", "fp16")
 TIMES, ROTATION, NORMALISATION, SOFTMAX, POSITIONS, LINEAR_ATTENTION = (
     "times and positions, and what is computed from them alone",
     "rotation of queries and keys",
-    "statistics of normalization",
+    "statistics of normalisation",
     "softmax in the attention of the text encoders",
     "sum of image patches and their positions",
     "products of queries, keys and values in attention without a softmax",

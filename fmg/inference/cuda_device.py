@@ -50,7 +50,7 @@ class Device(Protocol):
 
 class CudaDevice:
     """A GPU. What is recorded runs on a stream of its own: the default stream cannot be captured, and on it TensorRT
-    synchronizes repeatedly.
+    synchronises repeatedly.
 
     All recordings share the memory of their intermediate values: they run one after the other on that stream, and
     results are copied out of them.

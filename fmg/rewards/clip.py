@@ -76,7 +76,7 @@ class ClipEncoder(ImageEncoder):
         model: a `CLIPModel` without gradients.
         tokenizer: a CLIP tokenizer; texts longer than the model reads are truncated, keeping the end-of-text token.
         preprocess: how images become squares.
-        clean: what happens to a text before it is tokenized.
+        clean: what happens to a text before it is tokenised.
     """
 
     def __init__(

@@ -101,7 +101,7 @@ class Patches:
     std: tuple[float, ...] = CLIP_STD
 
     def of(self, images: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "n d"], Int[Tensor, " 3"]]:
-        """Normalized patches of a batch in the models' order, and (frames, rows, columns) of one image.
+        """Normalised patches of a batch in the models' order, and (frames, rows, columns) of one image.
 
         Images are rounded to 8 bits and resized by Pillow's bicubic filter. Patches that will be merged are neighbours.
         """
@@ -143,7 +143,7 @@ class QwenVL:
         self._patches = patches
         self._system = system
         self._ends = [tokenizer.convert_tokens_to_ids(end) for end in _ENDS]
-        # the published settings sample and penalize repetitions, and `generate` mixes them with those of a call
+        # the published settings sample and penalise repetitions, and `generate` mixes them with those of a call
         model.generation_config = _settings()
         # `generate` keeps positions in the model
         self._lock = Lock()
@@ -253,7 +253,7 @@ def load_qwen_vl(files: Located, device: torch.device, dtype: torch.dtype) -> Qw
 
 
 def read_patches(folder: Path, vision: Any) -> Patches:
-    """The settings of a model's images: sides from its config, sizes and normalization from its image processor.
+    """The settings of a model's images: sides from its config, sizes and normalisation from its image processor.
 
     Raises:
         CheckpointError: they are missing or out of range.

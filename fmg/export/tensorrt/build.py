@@ -281,7 +281,7 @@ def check_buildable(path: Path, weights: str, precision: Precision) -> None:
         )
     if quantized := sorted(operators & _QUANTIZED):
         raise UsageError(
-            f"{path.name} is quantized for ONNX Runtime on a CPU ({quantized[0]}), which TensorRT cannot read",
+            f"{path.name} is quantised for ONNX Runtime on a CPU ({quantized[0]}), which TensorRT cannot read",
             "Build engines of the graphs in fp32, bf16 or fp16.",
         )
 

@@ -251,7 +251,7 @@ class Engine:
         if not hasattr(self._engine, "create_runtime_config") or not hasattr(self._trt, "CudaGraphStrategy"):
             return self._engine.create_execution_context(strategy)
         # TensorRT-RTX compiles kernels when a shape is first run, by default in the background and with a fallback:
-        # a recording would keep the fallback for ever
+        # a recording would keep the fallback forever
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
         config.dynamic_shapes_kernel_specialization_strategy = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER

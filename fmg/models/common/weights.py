@@ -186,7 +186,7 @@ def stored_shapes(weights: WeightFiles, known: Collection[str] = FLOATS) -> dict
         known: types that a tensor may be stored in.
 
     Raises:
-        CheckpointError: a tensor is stored in an unknown type, as quantized weights are.
+        CheckpointError: a tensor is stored in an unknown type, as quantised weights are.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for file, names in _by_file(weights.files):
@@ -202,12 +202,12 @@ def check_dtype(name: str, stored: str, file: Path, known: Collection[str]) -> N
     """Checks that a tensor is stored in a known type.
 
     Raises:
-        CheckpointError: it is not; quantized weights, for instance, would be misread.
+        CheckpointError: it is not; quantised weights, for instance, would be misread.
     """
     if stored not in known:
         raise CheckpointError(
             f"'{name}' in {file} is stored as {stored}, but weights can be read only from {', '.join(FLOATS)}",
-            "Give weights that are not quantized, such as the bf16 ones they were made from.",
+            "Give weights that are not quantised, such as the bf16 ones they were made from.",
         )
 
 

@@ -175,7 +175,7 @@ def test_fp32_attention_of_opset_23_is_refused_and_nothing_else_of_it(tmp_path: 
 
 
 def test_a_graph_for_onnxruntime_int8_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="quantized for ONNX Runtime"):
+    with pytest.raises(UsageError, match="quantised for ONNX Runtime"):
         check_buildable(_attention(tmp_path / "g.onnx", 20, "DynamicQuantizeLinear"), "g.safetensors", "int8")
 
 

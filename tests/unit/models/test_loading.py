@@ -219,7 +219,7 @@ def test_weights_of_another_type_are_refused_by_name(
 ) -> None:
     (file,) = (scratch_folder / component).glob("*.safetensors")
     _edit_weights(file, lambda tensors: tensors.update({key: x.to(stored) for key, x in tensors.items()}))
-    with pytest.raises(CheckpointError, match=rf"is stored as {name}, .* F8_E4M3, .* not quantized") as caught:
+    with pytest.raises(CheckpointError, match=rf"is stored as {name}, .* F8_E4M3, .* not quantised") as caught:
         load_folder(scratch_folder, CPU, torch.float32)
     assert "\n" not in str(caught.value)
 
