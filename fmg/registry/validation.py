@@ -67,7 +67,7 @@ def first_problem(error: ValidationError, model: type[BaseModel], subject: str, 
     path = ".".join(str(part) for part in location)
     if first["type"] == "extra_forbidden":
         key = str(first["loc"][-1])
-        return Problem(location, f"{subject} has no {noun} '{path}'", _instead_of(key, owner))
+        return Problem(location, f"{subject} has no {noun} '{path}'", _instead_of(key, owner, path.removesuffix(key)))
     if first["type"] == "missing":
         return Problem(location, f"{subject} needs the {noun} '{path}'", _advice(owner, location, f"Give '{path}'"))
     reason = _PYDANTIC_SUBJECT.sub("must ", first["msg"].removeprefix("Value error, "))
@@ -80,11 +80,11 @@ def first_problem(error: ValidationError, model: type[BaseModel], subject: str, 
     return Problem(location, what, _advice(owner, location, "Correct the value"))
 
 
-def _instead_of(key: str, owner: type[BaseModel]) -> str:
-    """The known names; first the paths of the sections that have the key."""
+def _instead_of(key: str, owner: type[BaseModel], inside: str) -> str:
+    """The paths of `key` in sections of `owner`, whose own path is `inside`; if no section has it, the known names."""
     sections = {name: field.annotation for name, field in owner.model_fields.items()}
     paths = [
-        f"'{name}.{key}'"
+        f"'{inside}{name}.{key}'"
         for name, section in sections.items()
         if isinstance(section, type) and issubclass(section, BaseModel) and key in section.model_fields
     ]

@@ -59,7 +59,7 @@ _PAGE_HEADERS = {
 _REFUSED: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer} for status in (400, 401, 403, 404, 408, 413, 415, 500, 503, 504)
 }
-# Most values in the images of an answer that is encoded on the event loop: a few images of 64 x 64 pixels
+# Maximum values of the images in an answer that is encoded on the event loop: a few images of 64 x 64 pixels
 _SMALL = 1 << 16
 # Seconds for the running batch to end after clients were cut off
 _LAST_BATCH_S = 5.0

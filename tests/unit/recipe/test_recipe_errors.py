@@ -136,6 +136,11 @@ def test_flags(flags: dict[str, object], start: str) -> None:
         ("iterations=3", "--set iterations=3: The recipe has no key 'iterations'. Did you mean 'train.iterations'?"),
         ("seed=3", "--set seed=3: The recipe has no key 'seed'. Did you mean 'train.seed' or 'eval.seed'?"),
         (
+            "rollout.antithetic=true",
+            "--set rollout.antithetic=true: The recipe has no key 'rollout.antithetic'. Did you mean"
+            " 'rollout.branch.antithetic'?",
+        ),
+        (
             "lora.rank=high",
             "--set lora.rank=high: The recipe: key 'lora.rank' must be a valid integer (given: 'high').",
         ),
