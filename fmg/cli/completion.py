@@ -13,6 +13,7 @@ import typer
 
 from fmg.core.errors import FmgError
 from fmg.core.prompt import PROMPT_FILE_SUFFIXES
+from fmg.version import is_runtime
 
 Offers = list[tuple[str, str]]
 Completer = Callable[[str], Offers]
@@ -70,17 +71,23 @@ def kinds(incomplete: str) -> Iterator[tuple[str, str]]:
 
 @_offering
 def kinds_and_names(incomplete: str) -> Iterator[tuple[str, str]]:
-    """Kinds of components, and the components themselves."""
+    """Kinds of components, the components themselves, and recipes."""
     from fmg.registry.catalog import REGISTRIES
 
     yield from ((registry.plural, "") for registry in REGISTRIES)
     for registry in REGISTRIES:
         yield from _components(registry.kind)
+    if not is_runtime():
+        from fmg.recipe import recipe_names, recipe_summary
+
+        yield "recipes", "shipped runs"
+        yield from ((name, recipe_summary(name)) for name in recipe_names())
 
 
 def names_of_kind(ctx: typer.Context, incomplete: str) -> Offers:
-    """Components of the kind given earlier on the command line."""
-    return components(str(ctx.params.get("kind") or ""))(incomplete)
+    """Components of the kind given earlier on the command line, or recipes."""
+    kind = str(ctx.params.get("kind") or "")
+    return recipes(incomplete) if kind in ("recipe", "recipes") else components(kind)(incomplete)
 
 
 @_offering

@@ -17,6 +17,7 @@ from fmg.cli import completion
 from fmg.cli.options import AsJson, given_text, reward_options
 from fmg.cli.output import print_json, stdout, table
 from fmg.core.errors import FmgError, UsageError, writing
+from fmg.version import is_runtime
 
 if TYPE_CHECKING:
     from fmg.registry import Description
@@ -81,7 +82,7 @@ def show(
         str,
         typer.Argument(
             metavar="KIND|NAME",
-            help="A name from `fmg list`; put its kind before it if two kinds share the name.",
+            help="A name from `fmg list`, or a recipe; put its kind before it if two kinds share the name.",
             show_default=False,
             autocompletion=completion.kinds_and_names,
         ),
@@ -94,9 +95,17 @@ def show(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show one component: what it does, and its options with type, default and range."""
-    from fmg.registry.catalog import registry_for, registry_of
+    """Show one component: what it does, and its options with type, default and range; or every value of a recipe."""
+    from fmg.registry.catalog import REGISTRIES, registry_for, registry_of
 
+    if kind.strip().lower() in _RECIPES:
+        if name is None:
+            raise UsageError(f"'{kind}' is not the name of a recipe", "Add a name; `fmg list recipes` prints them.")
+        _show_recipe(name, as_json=as_json)
+        return
+    if name is None and all(kind not in registry.names() for registry in REGISTRIES) and _is_recipe(kind):
+        _show_recipe(kind, as_json=as_json)
+        return
     registry, name = (registry_of(kind), kind) if name is None else (registry_for(kind), name)
     description, config = registry.describe(name), registry.config_class(name)
     ranges, facts = _ranges(config.model_json_schema()), _facts(description)
@@ -126,6 +135,25 @@ def show(
         for field in _options(description.fields)
     ]
     out.print(table(["option", "type", "default", "range", "meaning"], cells))
+
+
+def _is_recipe(name: str) -> bool:
+    if is_runtime():
+        return False
+    from fmg.recipe import recipe_names
+
+    return name in recipe_names()
+
+
+def _show_recipe(name: str, *, as_json: bool) -> None:
+    """Every value of a recipe, with its source as a comment. Nothing that it names is run."""
+    from fmg.recipe import recipe_of
+
+    found = recipe_of(name, allow_code=True)
+    if as_json:
+        print_json(found.recipe.plain())
+    else:
+        stdout().print(found.to_yaml(), end="", soft_wrap=True)
 
 
 def _differentiable(reward: str) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmg.cli import completion
-from fmg.cli.options import Offline
+from fmg.cli.options import Offline, reward_options
 from fmg.cli.output import stdout, table
 from fmg.core import hub
 from fmg.core.errors import UsageError
@@ -40,7 +40,12 @@ def fetch(
         ),
     ] = None,
     sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="K=V", help="Any value of the recipe, such as model.student.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="K=V",
+            help="Any value of the recipe, such as model.student; of a reward or a feature extractor, its own option.",
+        ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     offline: Offline = False,
@@ -50,7 +55,8 @@ def fetch(
         case [kind, name] if kind in _KINDS:
             from fmg.registry import registry_for
 
-            _fetch(_KINDS[kind], name, registry_for(_KINDS[kind]).config(name), yes=yes)
+            options = reward_options([f"options.{text}" for text in sets or ()]).get("options")
+            _fetch(_KINDS[kind], name, registry_for(_KINDS[kind]).config(name, options), yes=yes)
         case [name] | ["model" | "models", name]:
             from fmg.recipe import resolve
 
@@ -75,12 +81,14 @@ def _fetch(kind: str, name: str, config: ComponentConfig, *, yes: bool) -> None:
         wanted = tuple(hub.exact(download) for download in wanted)
     rows = [(d.asset.what, d.asset.source, _size(d), d.licence or config.about.licence) for d in wanted]
     out.print(table(["part", "from", "size", "licence"], rows))
-    hub.refuse_offline(hub.fetch_command(kind, name), ", ".join(f"'{d.asset.source}'" for d in wanted))
+    options = config.source_options()
+    hub.refuse_offline(hub.fetch_command(kind, name, options), ", ".join(f"'{d.asset.source}'" for d in wanted))
     hub.check_space(wanted)
     _ask(yes=yes)
     for download in wanted:
         out.print(f"{download.asset.what}: {hub.fetch(download.asset, kind, name).pinned}", soft_wrap=True)
-    out.print(f"Fetched. Try: fmg train --model {name} --dry-run" if kind == "model" else "Fetched.")
+    train = f" Try: fmg train --model {name}{hub.set_flags(kind, options)} --dry-run" if kind == "model" else ""
+    out.print(f"Fetched.{train}", soft_wrap=True)
 
 
 def _size(download: hub.Download) -> str:

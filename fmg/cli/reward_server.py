@@ -38,6 +38,9 @@ def reward_server(
     token_env: Annotated[
         str, typer.Option(metavar="VAR", help="Environment variable that holds the token clients must send.")
     ] = "FMG_REWARD_TOKEN",
+    drain: Annotated[
+        float, typer.Option(min=0.0, metavar="S", help="Seconds to finish accepted requests after SIGTERM or Ctrl-C.")
+    ] = 10.0,
     device: Device = "auto",
     max_batch: Annotated[int, typer.Option(min=1, metavar="N", help="Largest batch to score.")] = 64,
     max_queued: Annotated[
@@ -70,6 +73,7 @@ def reward_server(
     from fmg.rewards.service.batching import Limits
     from fmg.rewards.service.server import RewardServer, describe
     from fmg.serving.access import secret_from
+    from fmg.serving.server import leaving_work
 
     limits = Limits(
         max_body=max_mib << 20, max_images=max_images, max_queued=max_queued, max_batch=max_batch, timeout=timeout
@@ -80,5 +84,8 @@ def reward_server(
     info = describe(rewards, wanted, torch_device)
     token = secret_from(token_env, required=False)
     with reporter_for(stderr()) as reporter:
-        server = RewardServer(rewards, info, host=host, port=port, limits=limits, token=token, device=torch_device)
-        server.serve(reporter)
+        server = RewardServer(
+            rewards, info, host=host, port=port, limits=limits, token=token, device=torch_device, drain=drain
+        )
+        with leaving_work(server.close):
+            server.serve(reporter)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +26,6 @@ from fmg.cli.options import (
 from fmg.cli.output import stderr
 from fmg.core.errors import MissingDependencyError, UsageError, suggestion
 from fmg.core.events import Notice
-from fmg.core.signals import exit_code
 from fmg.inference.service.limits import DEFAULTS, Limits
 from fmg.progress.reporters import LOADING, reporter_for
 from fmg.version import install_line
@@ -152,18 +148,19 @@ def serve(
         raise MissingDependencyError(what, f"Run: {install_line('server')}")
 
     from fmg.serving.access import check_token, secret_from
-    from fmg.serving.server import Address
+    from fmg.serving.server import Address, leaving_work
 
-    wanted = _adapters(adapters or ())
     token = secret_from(token_env, required=False)
     check_token(host, token, token_env)
     with reporter_for(stderr()) as reporter, ExitStack() as stack:
         reporter(LOADING)
         from fmg.inference.service.engine import Engine, LocalEngine
-        from fmg.inference.service.opening import named_targets, newest_run, open_served
+        from fmg.inference.service.opening import former_names, named_targets, newest_run, open_served
         from fmg.inference.service.server import ImageServer
 
         named = named_targets(targets or [newest_run()])
+        former = former_names(named)
+        wanted = _adapters(adapters or (), former)
         # a taken port is reported before anything is loaded
         address = stack.enter_context(Address(host, port))
         options = {
@@ -197,13 +194,9 @@ def serve(
         for one in runs.names():
             facts = runs.facts(one)
             reporter(Notice("info", f"{one}: {facts['backend']} ({facts['detail']}) on {facts['device']}"))
-        server = ImageServer(runs, address, limits=limits, token=token, drain=drain)
-        try:
+        server = ImageServer(runs, address, limits=limits, token=token, drain=drain, former=former)
+        with leaving_work(runs.close):
             server.serve(reporter)
-        finally:
-            if runs.close(0) is False:
-                # a batch is still running after the drain time, and its thread would abort Python at exit
-                os._exit(0 if sys.exc_info()[0] is None else exit_code(signal.SIGINT))
 
 
 def _number(
@@ -227,7 +220,7 @@ def _number(
     return (fewest or 1, most) if most is not None else (replicas or 1, replicas or 1)
 
 
-def _adapters(texts: Sequence[str]) -> dict[tuple[str | None, str], list[str]]:
+def _adapters(texts: Sequence[str], former: Mapping[str, str]) -> dict[tuple[str | None, str], list[str]]:
     """The runs of `[MODEL:]NAME=RUN[=WEIGHT]`, each with its weight, by model and name."""
     found: dict[tuple[str | None, str], list[str]] = {}
     for text in texts:
@@ -235,5 +228,5 @@ def _adapters(texts: Sequence[str]) -> dict[tuple[str | None, str], list[str]]:
         model, colon, rest = name.rpartition(":")
         if not equals or not run or not rest:
             raise UsageError(f"--adapter {text}: this is not NAME=RUN", "Write --adapter NAME=RUN, or MODEL:NAME=RUN.")
-        found.setdefault((model if colon else None, rest), []).append(run)
+        found.setdefault((former.get(model, model) if colon else None, rest), []).append(run)
     return found

@@ -313,7 +313,7 @@ def check_inputs(recipe: Recipe, *, planned: bool) -> list[str]:
             check_module(reward.config.target)
         for asset in reward.config.assets():
             try:
-                locate(asset, "reward", reward.name)
+                locate(asset, "reward", reward.name, reward.config.source_options)
             except MissingDependencyError as error:
                 lacking.append(error)
     try:

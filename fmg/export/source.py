@@ -183,9 +183,9 @@ def find_source(target: Target) -> ExportSource:
     conventions = conventions_of(target.recipe)
     student, adapters = None, tuple[LocatedAdapter, ...]()
     if isinstance(config, FluxConfig):
-        folder = locate(config.architecture(), "model", name).path
+        folder = locate(config.architecture(), "model", name, config.source_options).path
         if isinstance(config, FluxStudentConfig):
-            student = locate(config.assets()[0], "model", name).path
+            student = locate(config.assets()[0], "model", name, config.source_options).path
         adapters = located_adapters(config)
     else:
         assert isinstance(config, EmbeddedConfig)

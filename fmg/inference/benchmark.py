@@ -17,6 +17,7 @@ import numpy as np
 from fmg.core.errors import UsageError, suggestion
 from fmg.core.events import Observer, ignore
 from fmg.core.profiling import OTHER, STAGES, TOTAL
+from fmg.inference.artifact.backend import ArtifactBackend
 from fmg.inference.artifact.layout import EXPORTED, Artifact, is_artifact, open_artifact
 from fmg.inference.artifact.manifest import SAMPLER
 from fmg.inference.generator import Generator
@@ -313,14 +314,15 @@ def _timing(
     names = [stage for stage in (*STAGES, OTHER, TOTAL) if stage in found]
     stages = {name: StageTime.of([repeat.get(name, 0.0) for repeat in spent]) for name in names}
     backend, images = generator.backend, len(work.prompts)
+    steps = len(generator.times(work.steps, work.grid)) - 1
     return Timing(
         label=label,
         backend=backend.name,
-        detail=backend.detail,
+        detail=backend.detail_of(steps) if isinstance(backend, ArtifactBackend) else backend.detail,
         device=backend.device,
         images=images,
         batch=min(generator.batch_size, images),
-        steps=len(generator.times(work.steps, work.grid)) - 1,
+        steps=steps,
         repeats=len(spent),
         stages=stages,
         images_per_second=1e3 * images / stages[TOTAL].p50,

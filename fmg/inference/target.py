@@ -44,6 +44,11 @@ class Target:
     adapter: Path | None
     merged: tuple[AdapterPart, ...] = ()
 
+    @property
+    def shown(self) -> str:
+        """The label for others, without the names of folders on this computer."""
+        return sum_label(_named_parts(self.merged)) if self.merged else run_name(self.label)
+
     def base(self) -> Target:
         """The same model without the adapter."""
         return replace(self, label=f"base of {self.label}", adapter=None, merged=())
@@ -195,8 +200,12 @@ def run_name(label: str) -> str:
 
 def without_folders(adapter: Adapter) -> Adapter:
     """The facts of an adapter for others, without the names of folders on this computer."""
-    parts = tuple(replace(part, run=run_name(part.run)) for part in adapter.parts)
+    parts = _named_parts(adapter.parts)
     return replace(adapter, run=sum_label(parts) if parts else run_name(adapter.run), parts=parts)
+
+
+def _named_parts(parts: Sequence[AdapterPart]) -> tuple[AdapterPart, ...]:
+    return tuple(replace(part, run=run_name(part.run)) for part in parts)
 
 
 def chosen_target(

@@ -19,7 +19,7 @@ from fmg.core.specs import Kernel, MapSpec, ModelGeometry
 from fmg.models.common.checkpoint_files import DIFFUSERS_FILE, EXTRA_FILE, PEFT_CONFIG_FILE, PEFT_FILE
 from fmg.models.common.size import TransformerSize, stored_names
 from fmg.models.conventions import FlowMapConventions, Worded
-from fmg.registry.config import ModelConfig
+from fmg.registry.config import ComponentConfig, ModelConfig
 
 if TYPE_CHECKING:
     import torch
@@ -140,6 +140,12 @@ class PublishedConfig(ModelConfig):
         """Name of the model, which its default recipe has as well, wherever the file is."""
         assert self.recipe is not None
         return Path(self.recipe).stem
+
+    def usual(self) -> ComponentConfig:
+        """The model with the options of its default recipe, which states all of them."""
+        from fmg.recipe import Recipe
+
+        return Recipe.default(self.registered_name).model.config
 
     def folder_here(self) -> Path | None:
         """The folder of `architecture` if it is on this computer, fetched or local."""
@@ -333,7 +339,7 @@ class PublishedSource:
             CheckpointError: a local source that does not exist or is incomplete.
         """
         for asset in self.config.assets():
-            locate(asset, "model", self.name)
+            locate(asset, "model", self.name, self.config.source_options)
         self.config.check_complete()
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Model:

@@ -60,6 +60,17 @@ class ComponentConfig(BaseModel):
         """The files that the component reads, in the order in which it loads them."""
         return ()
 
+    def usual(self) -> ComponentConfig:
+        """The component with its default options; itself, if it has options without a default."""
+        required = any(field.is_required() for field in type(self).model_fields.values())
+        return self if required else type(self)()
+
+    def source_options(self) -> dict[str, object]:
+        """The options that choose other files than the usual ones, as plain values."""
+        usual, plain, assets = self.usual(), self.model_dump(mode="json"), self.assets()
+        others = {name: getattr(usual, name) for name in plain if getattr(usual, name) != getattr(self, name)}
+        return {name: plain[name] for name in others if self.model_copy(update={name: others[name]}).assets() != assets}
+
 
 class ModelConfig(ComponentConfig, ABC):
     """Options of a model; declares the kind of map without reading a weight."""

@@ -291,7 +291,7 @@ def build_rewards(references: Sequence[str | RewardRef], functions: Functions = 
         if ref.label in built:
             raise UsageError(f"The reward '{ref.label}' is given twice", "Give each reward once.")
         for asset in ref.config.assets():
-            locate(asset, "reward", ref.name)
+            locate(asset, "reward", ref.name, ref.config.source_options)
         if ref.name == FUNCTION_REWARD and ref.label in functions:
             reward: Reward = FunctionReward(cast(FunctionRewardConfig, ref.config), functions[ref.label])
         else:

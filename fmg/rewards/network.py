@@ -313,7 +313,8 @@ class LazyNetwork(Generic[N]):
         """
         with self._lock:
             if self._loaded is None:
-                files = {a.what: locate(a, self._kind, self._name) for a in self._config.assets()}
+                options = self._config.source_options
+                files = {a.what: locate(a, self._kind, self._name, options) for a in self._config.assets()}
                 for located in files.values():
                     check_digest(located)
                 configured = self._config.device

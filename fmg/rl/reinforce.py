@@ -24,9 +24,10 @@ class Reinforce:
     2402.14740), so `A = m / (m - 1) (R - mean_group)`. There is one update per iteration, because only at the policy of
     the rollout is the gradient that of the expected reward.
 
-    Departures from the paper: A is divided by the std of the batch's rewards and clamped to `adv_clip_max`, which makes
-    learning rates comparable with those of `grpo`; log-probs are averaged over latent coordinates; no KL to the base;
-    groups with equal rewards are left out.
+    Departures from the paper: `R - mean_group` is divided by the std of the batch's rewards and clamped to
+    `adv_clip_max`, which makes learning rates comparable with those of `grpo`; log-probs are averaged over latent
+    coordinates; no KL to the base; groups with equal rewards are left out. The clamp comes before the factor, so both
+    objectives limit the same samples and |A| is at most `m / (m - 1) adv_clip_max`.
 
     Batch rows: those of `fmg.rl.grpo.Grpo`, of chains and of branched rollouts, without `weight`.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import sys
@@ -18,6 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fmg.core.errors import UsageError, reason
 from fmg.core.events import Notice, Observer, ignore
+from fmg.core.signals import exit_code
 from fmg.serving.app import RefusedError
 
 ErrorBody = Callable[[RefusedError], object]
@@ -257,3 +259,20 @@ class HttpServer:
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+LAST_BATCH_S = 5.0
+"""Seconds for the running batch to end after clients were cut off."""
+
+
+@contextmanager
+def leaving_work(close: Callable[[float], object]) -> Iterator[None]:
+    """Ends the process after the block if a batch is still running, that is if `close(0)` returns False.
+
+    Its thread would abort Python at exit.
+    """
+    try:
+        yield
+    finally:
+        if close(0) is False:
+            os._exit(0 if sys.exc_info()[0] is None else exit_code(signal.SIGINT))

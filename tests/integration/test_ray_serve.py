@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from fmg.inference import load
 from tests.integration.test_image_server import Server
 from tests.support.image_service import pixels, post
 from tests.support.reward_service import call
+from tests.support.tiny_artifact import PROMPTS, build_tiny_artifact
 
 pytestmark = pytest.mark.slow
 
@@ -35,9 +37,10 @@ START_S = 300
 class Replicas:
     """A server with two replicas, and the processes of Ray under it."""
 
-    def __init__(self, **environment: str) -> None:
+    def __init__(self, artifact: Path, **environment: str) -> None:
         options = ("--engine", "ray", "--replicas", "2", "--device", "cpu", "--threads", "1", "--batch-size", "4")
-        self.server = Server(BASE, *options, FMG_SERVE_TOKEN="secret", **environment)
+        self.server = Server(BASE, str(artifact), *options, FMG_SERVE_TOKEN="secret", **environment)
+        self.artifact = artifact
         self.url = self.server.url
         self.all = self._below()
 
@@ -59,7 +62,7 @@ class Replicas:
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicas]:
     # sockets of Ray have long names, which have a limit
-    found = Replicas(RAY_TMPDIR="/tmp")
+    found = Replicas(build_tiny_artifact(tmp_path_factory.mktemp("served") / "tiny").folder, RAY_TMPDIR="/tmp")
     yield found
     if found.server.process.poll() is None:
         below = {*found.all, *found._below()}
@@ -95,7 +98,7 @@ def test_replicas_are_killed_under_load_and_no_image_is_wrong(
         status, _, answer = post(running.url, {"name": name, "run": str(run)}, TOKEN, "/v1/adapters")
         assert (status, answer["id"], answer["base"]) == (200, f"{BASE}:{name}", BASE)
         digests[answer["id"]] = answer["adapter_sha256"]
-    assert [model["id"] for model in _models(running)] == list(expected)
+    assert [model["id"] for model in _models(running)] == [BASE, "tiny", f"{BASE}:one", f"{BASE}:two"]
     with ThreadPoolExecutor(CLIENTS) as pool:
         before = [pool.submit(checked, number) for number in range(60)]
         _until(lambda: sum(one.done() for one in before) > 10 or None)
@@ -112,6 +115,28 @@ def test_replicas_are_killed_under_load_and_no_image_is_wrong(
     for model, digest in digests.items():
         assert running.ask(model, 0)[1]["adapter_sha256"] == digest
     assert _listening_elsewhere(running.all) == []
+
+
+def test_a_replica_that_starts_later_does_not_serve_other_weights(running: Replicas) -> None:
+    request = {"prompt": PROMPTS[0], "model": "tiny", "seed": 3}
+    before = post(running.url, request, TOKEN)[2]["data"][0]["b64_json"]
+    _until(lambda: len(_ready(running)) == 2 or None)
+    assert _status(running) == "ok"
+    kept = running.artifact.with_name("kept")
+    running.artifact.rename(kept)
+    build_tiny_artifact(running.artifact, seed=1)
+    os.kill(running.replicas()[0], signal.SIGKILL)
+    _until(lambda: _status(running) == "degraded" or None)
+    info = json.loads(call(running.url, "GET", "/info", None, TOKEN)[2])
+    assert "The files of 'tiny' have changed" in info["problems"][0]
+    # its sibling gets all requests
+    answers = [post(running.url, request, TOKEN)[2]["data"][0]["b64_json"] for _ in range(20)]
+    assert answers == [before] * 20
+    shutil.rmtree(running.artifact)
+    kept.rename(running.artifact)
+    _until(lambda: _status(running) == "ok" or None)
+    _until(lambda: len(_ready(running)) == 2 or None)
+    assert post(running.url, request, TOKEN)[2]["data"][0]["b64_json"] == before
 
 
 def test_errors_are_those_of_the_built_in_engine(running: Replicas, tmp_path: Path) -> None:
@@ -140,6 +165,10 @@ def test_sigterm_finishes_what_was_accepted_and_leaves_no_process(running: Repli
     # replicas were killed; nothing else of Ray is in what the server says
     said = [line for line in running.server.said if line != "Starting Ray\n" and "ray" in line.lower()]
     assert {line.partition(";")[0] for line in said} == {"ERROR:    A replica died"}
+
+
+def _status(running: Replicas) -> str:
+    return str(json.loads(call(running.url, "GET", "/health")[2])["status"])
 
 
 def _models(running: Replicas) -> Any:

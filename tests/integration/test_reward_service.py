@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from fmg.core.errors import RewardError
 from fmg.core.events import Event, IterationDone
 from fmg.data.run_folder import RunFolder
 from fmg.registry import rewards
-from fmg.rewards.service.wire import decode_request
+from fmg.rewards.service.wire import SAFETENSORS, ScoreRequest, decode_request, encode_request
 from tests.support.reward_service import call
 from tests.support.web import Call, Handler, fake_server
 
@@ -41,17 +42,18 @@ SMALL = {
 class Server:
     """`fmg reward-server` as a process that can be killed and started again on its port."""
 
-    def __init__(self, *rewards: str) -> None:
+    def __init__(self, *rewards: str, options: Sequence[str] = (), path: Path | None = None) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self._rewards = [word for name in rewards for word in ("--reward", name)]
+        self._rewards = [word for name in rewards for word in ("--reward", name)] + [*options]
+        self._path = {} if path is None else {"PYTHONPATH": str(path)}
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
     def start(self) -> None:
         command = [sys.executable, "-m", "fmg", "reward-server", *self._rewards, "--port", str(self.port)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **self._path}
         self._process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
     def wait(self) -> None:
@@ -176,3 +178,24 @@ def test_prompt_groups_without_a_score_are_left_out_of_the_update(tmp_path: Path
     assert "reward/mean" not in second
     assert "reward/dropped" not in third
     assert all(value is not None and value == value for line in lines for value in line.values())
+
+
+def test_scoring_that_outlasts_the_drain_is_answered_and_the_server_still_ends_with_0(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        "import time\n"
+        "def score(images, prompts):\n"
+        "    time.sleep(60 * (prompts[0] == 'slow'))\n"
+        "    return images.mean((1, 2, 3))\n"
+    )
+    running = Server("python:slow:score", options=("--drain", "0.5"), path=tmp_path)
+    running.wait()
+    body = encode_request(ScoreRequest(torch.zeros(1, 3, 8, 8), ("slow",), ()))
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(call, running.url, "POST", "/score", body, {"Content-Type": SAFETENSORS})
+        while not json.loads(call(running.url, "GET", "/health")[2])["queued"]:
+            time.sleep(0.05)
+        began = time.monotonic()
+        assert running.end(signal.SIGTERM) == 0
+        assert time.monotonic() - began < 30
+        status, _, said = asked.result()
+    assert (status, json.loads(said)["error"]["what"]) == (503, "The server is stopping")

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from io import BytesIO
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -103,11 +103,15 @@ def served(backend: Patterns, name: str = "patterns", *, steps: int = 4) -> Serv
 
 @contextmanager
 def image_service(
-    *models: Served, token: str | None = None, drain: float = 30.0, **limits: Any
+    *models: Served,
+    token: str | None = None,
+    drain: float = 30.0,
+    former: Mapping[str, str] = MappingProxyType({}),
+    **limits: Any,
 ) -> Iterator[ImageServer]:
     """A server of the given models that runs until the block ends."""
-    address = Address("127.0.0.1", 0)
-    server = ImageServer(ServedModels(models), address, limits=Limits(**limits), token=token, drain=drain)
+    address, served_models = Address("127.0.0.1", 0), ServedModels(models)
+    server = ImageServer(served_models, address, limits=Limits(**limits), token=token, drain=drain, former=former)
     with running(server):
         yield server
 

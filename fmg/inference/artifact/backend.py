@@ -150,8 +150,12 @@ class ArtifactBackend(Generic[Array]):
 
     @property
     def detail(self) -> str:
-        """Details of the runtime, the precision of the transformer, and whether steps are fused."""
-        fused = f", {self.fused_steps} steps fused" if self.fused_steps else ""
+        """Details of the runtime, the precision of the transformer, and whether the artifact's own steps are fused."""
+        return self.detail_of(self._sampling.steps)
+
+    def detail_of(self, steps: int) -> str:
+        """`detail` of images with this number of steps: one graph makes them, or a loop."""
+        fused = f", {steps} steps fused" if steps == self.fused_steps else ""
         return f"{self.runtime.detail}, {self.artifact.graph(self._transformer).precision}{fused}"
 
     @property

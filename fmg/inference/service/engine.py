@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
@@ -39,6 +39,9 @@ class Engine(Protocol):
 
     def facts(self, name: str) -> Mapping[str, object]:
         """The entry of a model in `/info` and `/v1/models`, as plain JSON values."""
+
+    def problems(self) -> Sequence[str]:
+        """What keeps the server from working as it should, for `/info`; empty if all is well."""
 
     def submit(self, asked: Asked) -> Future[Painted] | asyncio.Future[Painted]:
         """The future result of a request; cancelling it takes the request out of the queue.
@@ -84,6 +87,9 @@ class LocalEngine:
 
     def facts(self, name: str) -> Mapping[str, object]:
         return self._model(name).facts()
+
+    def problems(self) -> Sequence[str]:
+        return ()
 
     def submit(self, asked: Asked) -> Future[Painted]:
         model = self._model(asked.model)

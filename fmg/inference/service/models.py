@@ -30,7 +30,7 @@ class Served:
 
     Attributes:
         name: unique on the server.
-        target: the model, run or artifact, as given.
+        target: the model, run or artifact, without the folders of this computer.
         generator: generates its images.
         size: width and height of its images.
         held: its adapters; None if they cannot be exchanged.
@@ -150,7 +150,7 @@ class ServedModels:
         served = replace(
             host,
             name=f"{host.name}:{name}",
-            target=target.label,
+            target=target.shown,
             generator=Generator(generator.backend, rollout.grid, rollout.steps, generator.batch_size, tells=False),
             adapter=name,
             base=host.base or host.name,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from fmg.core.cache import content_hash
 from fmg.core.errors import UsageError
-from fmg.core.events import Notice, Observer
+from fmg.core.events import Notice, Observer, ignore
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.generator import Generator
 from fmg.inference.loading import AUTO, find, load, pick_backend
@@ -30,10 +32,22 @@ _WARM_UP = "a red circle"
 
 @dataclass(frozen=True)
 class Named:
-    """A target and the name that clients use for it."""
+    """A target and the name that clients use for it.
+
+    Attributes:
+        name: unique on the server.
+        target: what to load.
+        chosen: whether the user chose the name.
+    """
 
     name: str
     target: str
+    chosen: bool = False
+
+    @property
+    def shown(self) -> str:
+        """The target without the folders of this computer."""
+        return Path(self.target).resolve().name if Path(self.target).exists() else self.target
 
 
 def newest_run() -> str:
@@ -46,30 +60,44 @@ def newest_run() -> str:
 def named_targets(texts: Sequence[str]) -> list[Named]:
     """Parses texts such as `runs/a` and `tuned=runs/a` into targets with names.
 
-    A folder is named after its last part.
+    A folder or a repository is named after its last part; those of the same name after as many parts as tell them
+    apart: `a-artifact` and `b-artifact`.
 
     Raises:
         UsageError: a name cannot be used in a request, or two targets have the same name.
     """
-    found = []
+    chosen: list[tuple[str | None, str]] = []
     for text in texts:
         match = None if Path(text).exists() else _NAMED.fullmatch(text)
-        target = text if match is None else match["target"]
-        name = _own_name(target) if match is None else match["name"]
-        if not _NAME.fullmatch(name):
+        chosen.append((None, text) if match is None else (match["name"], match["target"]))
+    own = _own_names([target for name, target in chosen if name is None], {name for name, _ in chosen if name})
+    found = [Named(name or own[target], target, name is not None) for name, target in chosen]
+    for named in found:
+        if not _NAME.fullmatch(named.name):
             raise UsageError(
-                f"'{name}' cannot be the name of a model",
+                f"'{named.name}' cannot be the name of a model",
                 "Choose one of letters, digits, '.', '_' and '-': NAME=TARGET.",
             )
-        found.append(Named(name, target))
     name, times = Counter(named.name for named in found).most_common(1)[0]
     if times > 1:
         raise UsageError(f"{times} targets are called '{name}'", "Name them: NAME=TARGET.")
     return found
 
 
-def _own_name(target: str) -> str:
-    return Path(target).resolve().name if Path(target).is_dir() else target
+def former_names(targets: Sequence[Named]) -> dict[str, str]:
+    """What clients may write as well, for the name of its model: targets without a chosen name, as they were given."""
+    return {named.target: named.name for named in targets if not named.chosen and named.target != named.name}
+
+
+def _own_names(targets: Sequence[str], taken: Collection[str]) -> dict[str, str]:
+    """The name of each target: its last parts, as few as make it differ from the others and from those taken."""
+    parts = {text: (Path(text).resolve() if Path(text).is_dir() else PurePosixPath(text)).parts for text in targets}
+    names: dict[str, str] = {}
+    for count in range(1, max(map(len, parts.values()), default=0) + 1):
+        tried = {text: "-".join(parts[text][-count:]) for text in parts if text not in names}
+        times = Counter([*taken, *names.values(), *tried.values()])
+        names |= {text: name for text, name in tried.items() if times[name] == 1 or count >= len(parts[text])}
+    return names
 
 
 def open_served(
@@ -143,11 +171,43 @@ def _opened(
     if own is not None and exchanges:
         _take(generator, held, own)
     image = generator.generate(_WARM_UP, progress=False).check_finite().image_array
-    model = Served(named.name, named.target, generator, (image.shape[3], image.shape[2]), held)
+    model = Served(named.name, named.shown, generator, (image.shape[3], image.shape[2]), held)
     if own is None or held is None:
         return [model]
     base = f"{named.name}:{BASE}"
     return [replace(model, adapter=OWN, base=base), replace(model, name=base)]
+
+
+def weights_digest(target: str, observer: Observer = ignore) -> str:
+    """Sha256 over everything that the images of a target depend on, without loading it. Errors as `find`.
+
+    Of a run or a model, its checkpoint, the files below it, and how it is sampled; of an artifact, what its manifest
+    states. Files from the hub count by their commit.
+    """
+    subject = find(target, observer=observer)
+    if isinstance(subject, Artifact):
+        return subject.manifest.sampling_digest()
+    from fmg.core.hub import locate
+
+    model, rollout = subject.recipe.model, subject.recipe.rollout
+    facts = [f"{rollout.grid} {rollout.steps}"]
+    for asset in model.config.assets():
+        located = locate(asset, "model", model.name)
+        if located.pinned != asset.source:
+            facts.append(located.pinned)
+        elif located.path.is_dir():
+            facts += _content(located.path)
+        else:
+            facts += map(content_hash, located.files.values())
+    if subject.adapter is not None:
+        facts += _content(subject.adapter)
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()
+
+
+def _content(folder: Path) -> list[str]:
+    """The weights and settings below a folder, each as a digest and a name."""
+    files = sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".safetensors"))
+    return [f"{content_hash(file)} {file.relative_to(folder).as_posix()}" for file in files]
 
 
 def _exchanges(subject: Target, options: Mapping[str, Any]) -> bool:

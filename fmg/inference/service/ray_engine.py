@@ -6,17 +6,22 @@ its requests: their seeds are fixed, so the images are the same.
 
 Adapters that are added while the server runs travel with the requests. A replica that meets a request for one that it
 does not have yet, or only in an earlier version, reads it first, so replicas that start later have it as well.
+
+All replicas generate the same images. One that starts later, such as after another has died, and finds other files than
+the first one did waits until they are back, and the server says so.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import secrets
 import signal
 import socket
 import threading
+import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -32,7 +37,8 @@ from fmg.core.signals import Signals
 from fmg.inference.service.engine import Asked, LocalEngine
 from fmg.inference.service.jobs import Painted
 from fmg.inference.service.limits import Limits
-from fmg.inference.service.opening import Named, open_served
+from fmg.inference.service.models import ServedModels
+from fmg.inference.service.opening import Named, open_served, weights_digest
 from fmg.serving.app import RefusedError
 from fmg.serving.batching import BusyError
 from fmg.version import install_line
@@ -43,7 +49,11 @@ _OBJECT_STORE_BYTES = 256 << 20
 _ATTEMPTS = 2
 _HEALTH_S = 2.0
 _CONNECT_S = 10.0
+# a replica that waits looks and reports this often, and its report counts for longer
+_AGREE_S = 10.0
+_EXPIRES_S = 60.0
 _DIGEST = "adapter_sha256"
+_NAMESPACE = "fmg"
 
 R = TypeVar("R")
 
@@ -112,10 +122,57 @@ class _Added:
     digest: object = None
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """What every replica of a server has to open, in the key-value store of the cluster: the first replica decides.
+
+    Attributes:
+        app: the server's name in the cluster.
+    """
+
+    app: str
+
+    def differing(self, digests: Mapping[str, str]) -> list[str]:
+        """The models whose digest is not that of the first replica."""
+        store, key = _store(), f"{self.app}/opened"
+        store._internal_kv_put(key, json.dumps(dict(digests)), overwrite=False, namespace=_NAMESPACE)
+        agreed = json.loads(store._internal_kv_get(key, namespace=_NAMESPACE))
+        return [name for name, digest in digests.items() if digest != agreed.get(name)]
+
+    def serves(self) -> None:
+        """Notes that the server has started."""
+        _store()._internal_kv_put(f"{self.app}/serves", "yes", namespace=_NAMESPACE)
+
+    @property
+    def serving(self) -> bool:
+        """Whether the server has started."""
+        return bool(_store()._internal_kv_exists(f"{self.app}/serves", namespace=_NAMESPACE))
+
+    def report(self, replica: str, problem: str) -> None:
+        """Tells the server what keeps a replica from starting. A report that is not repeated expires."""
+        value = f"{time.time_ns()} {problem}" if problem else ""
+        _store()._internal_kv_put(f"{self.app}/problem/{replica}", value, namespace=_NAMESPACE)
+
+    def reports(self) -> dict[str, str]:
+        """What replicas reported, by replica, each time in other words."""
+        keys = _store()._internal_kv_list(f"{self.app}/problem/", namespace=_NAMESPACE)
+        found = {key.decode(): _store()._internal_kv_get(key, namespace=_NAMESPACE) for key in keys}
+        return {key: value.decode() for key, value in found.items() if value}
+
+    def end(self) -> None:
+        """Removes everything from the store."""
+        _store()._internal_kv_del(f"{self.app}/", del_by_prefix=True, namespace=_NAMESPACE)
+
+
+def _store() -> Any:
+    # The only store that Ray offers without a process of its own. Ray Serve keeps its state in it.
+    return import_module("ray.experimental.internal_kv")
+
+
 class Replica:
     """The models of one process of the deployment."""
 
-    def __init__(self, spec: ReplicaSpec) -> None:
+    def __init__(self, spec: ReplicaSpec, agreement: Agreement) -> None:
         if spec.loopback:
             _stay_on_loopback()
         if spec.folder.is_dir():
@@ -124,8 +181,7 @@ class Replica:
         self._versions: dict[str, int] = {}
         self._adding = asyncio.Lock()
         try:
-            models = open_served(spec.targets, spec.adapters, spec.options, spec.max_adapters, ExitStack(), ignore)
-            self._engine = LocalEngine(models, spec.limits)
+            self._engine = LocalEngine(_opened(spec, agreement), spec.limits)
             self._loaded = {name: self._engine.facts(name)[_DIGEST] for name in self._engine.names()}
         except FmgError as error:
             # if it were raised here, Ray would restart the replica over and over
@@ -175,6 +231,36 @@ class Replica:
             raise FmgError(what, "Add it again: POST /v1/adapters.")
 
 
+def _opened(spec: ReplicaSpec, agreement: Agreement) -> ServedModels:
+    """The models of a replica, once they are those of its siblings.
+
+    Until then it waits and says why: its siblings get all requests, and Ray would start one that fails again and again.
+
+    Raises:
+        FmgError: they cannot be loaded, and the server has not started yet.
+    """
+    replica = uuid4().hex
+    while True:
+        try:
+            changed = agreement.differing({named.name: weights_digest(named.target) for named in spec.targets})
+            if not changed:
+                with ExitStack() as stack:
+                    models = open_served(spec.targets, spec.adapters, spec.options, spec.max_adapters, stack, ignore)
+                    stack.pop_all()
+                agreement.report(replica, "")
+                return models
+            names = ", ".join(f"'{name}'" for name in changed)
+            problem = f"The files of {names} have changed since the server started. Put them back, or start it again."
+        except FmgError as error:
+            if not agreement.serving:
+                raise
+            # clients may see the problem, and the error may name folders
+            log.error(str(error))
+            problem = "It cannot load the models. See the log of the replica."
+        agreement.report(replica, f"A replica waits: {problem}")
+        time.sleep(_AGREE_S)
+
+
 async def _told(work: Awaitable[R]) -> R | Exception:
     """The result of `work`, or the error as a value: a raised one would arrive wrapped in Ray's own."""
     try:
@@ -186,6 +272,51 @@ async def _told(work: Awaitable[R]) -> R | Exception:
         return FmgError(f"Generating failed: {one_line(error)}", "See the log of the replica.")
 
 
+class Watch:
+    """Looks at what keeps replicas from starting, on its own thread, and logs it once. A context manager.
+
+    Args:
+        agreement: where replicas report it.
+        every: seconds between two looks.
+
+    Attributes:
+        problems: what was found last.
+    """
+
+    def __init__(self, agreement: Agreement, every: float = _HEALTH_S) -> None:
+        self.problems: Sequence[str] = ()
+        self._seen: dict[tuple[str, str], float] = {}
+        self._agreement = agreement
+        self._every = every
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="fmg-replica-watch", daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.wait(self._every):
+            try:
+                reports = self._agreement.reports()
+            except Exception:
+                # the cluster is stopping, or too busy to answer
+                continue
+            now = time.monotonic()
+            # one that is not repeated is of a replica that has ended
+            self._seen = {one: self._seen.get(one, now) for one in reports.items()}
+            fresh = (text for (_, text), since in self._seen.items() if now - since < _EXPIRES_S)
+            found = sorted({text.partition(" ")[2] for text in fresh})
+            for problem in found:
+                if problem not in self.problems:
+                    log.error(problem)
+            self.problems = found
+
+
 class RayEngine:
     """The replicas of a deployment. Implements `Engine`.
 
@@ -193,13 +324,15 @@ class RayEngine:
         handle: the deployment.
         facts: facts of every model by its name.
         most: images that may wait or be generated at once.
+        watch: knows what keeps replicas from starting.
     """
 
-    def __init__(self, handle: Any, facts: Mapping[str, Mapping[str, object]], most: int) -> None:
+    def __init__(self, handle: Any, facts: Mapping[str, Mapping[str, object]], most: int, watch: Watch) -> None:
         self._handle = handle
         self._facts = dict(facts)
         self._loaded = {name: one[_DIGEST] for name, one in facts.items()}
         self._most = most
+        self._watch = watch
         self._images = 0
         self._added: dict[str, _Added] = {}
         self._version = 0
@@ -215,6 +348,9 @@ class RayEngine:
 
     def facts(self, name: str) -> Mapping[str, object]:
         return self._facts[name]
+
+    def problems(self) -> Sequence[str]:
+        return self._watch.problems
 
     def submit(self, asked: Asked) -> asyncio.Future[Painted]:
         if self._images and self._images + len(asked.seeds) > self._most:
@@ -334,22 +470,27 @@ def ray_engine(spec: ReplicaSpec, scale: Scale, observer: Observer) -> Iterator[
         serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR", "enable_access_log": False})
         fewest = "" if scale.minimum == scale.maximum else f"{scale.minimum} to "
         observer(Notice("info", f"Loading the models in {fewest}{counted(scale.maximum, 'replica')}"))
-        try:
-            with Signals().caught():
-                handle = serve.run(_deployment(ray, serve, spec, scale), name=name, route_prefix=None)
-                facts = handle.models.remote().result(timeout_s=spec.limits.timeout)
-        except FmgError:
-            raise
-        except Exception as error:
-            what = f"Ray Serve could not start the replicas: {one_line(error)}"
-            raise FmgError(what, "See the logs of Ray, by default in /tmp/ray/session_latest/logs/serve.") from None
-        if isinstance(facts, FmgError):
-            raise facts
-        yield RayEngine(handle, facts, spec.limits.max_queued * scale.maximum)
+        agreement = Agreement(name)
+        with Watch(agreement) as watch:
+            try:
+                with Signals().caught():
+                    deployment = _deployment(ray, serve, spec, scale, agreement)
+                    handle = serve.run(deployment, name=name, route_prefix=None)
+                    facts = handle.models.remote().result(timeout_s=spec.limits.timeout)
+            except FmgError:
+                raise
+            except Exception as error:
+                what = f"Ray Serve could not start the replicas: {one_line(error)}"
+                raise FmgError(what, "See the logs of Ray, by default in /tmp/ray/session_latest/logs/serve.") from None
+            if isinstance(facts, FmgError):
+                raise facts
+            agreement.serves()
+            yield RayEngine(handle, facts, spec.limits.max_queued * scale.maximum, watch)
     finally:
         if ray.is_initialized():
             if scale.address is not None:
                 serve.delete(name)
+                Agreement(name).end()
             ray.shutdown()
 
 
@@ -382,7 +523,7 @@ def _join(ray: Any, scale: Scale) -> None:
     try:
         ray.init(
             **(own if scale.address is None else given),
-            namespace="fmg",
+            namespace=_NAMESPACE,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
@@ -394,7 +535,7 @@ def _join(ray: Any, scale: Scale) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _deployment(ray: Any, serve: Any, spec: ReplicaSpec, scale: Scale) -> Any:
+def _deployment(ray: Any, serve: Any, spec: ReplicaSpec, scale: Scale, agreement: Agreement) -> Any:
     limits = spec.limits
     number: dict[str, object] = {"num_replicas": scale.minimum}
     if scale.minimum != scale.maximum:
@@ -417,4 +558,4 @@ def _deployment(ray: Any, serve: Any, spec: ReplicaSpec, scale: Scale) -> Any:
             "num_gpus": int(scale.gpu and ray.cluster_resources().get("GPU", 0) > 0),
         },
     )
-    return deployment.bind(spec)
+    return deployment.bind(spec, agreement)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from importlib.resources import files
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -35,7 +37,7 @@ from fmg.inference.service.wire import (
 from fmg.serving.access import names_loopback
 from fmg.serving.app import RefusedError, Service, bearer, content_type, new_app, outcome, read_body
 from fmg.serving.batching import BusyError
-from fmg.serving.server import Address, HttpServer
+from fmg.serving.server import LAST_BATCH_S, Address, HttpServer
 from fmg.version import __version__
 
 _GENERATIONS = "/v1/images/generations"
@@ -61,11 +63,11 @@ _REFUSED: dict[int | str, dict[str, Any]] = {
 }
 # Maximum values of the images in an answer that is encoded on the event loop: a few images of 64 x 64 pixels
 _SMALL = 1 << 16
-# Seconds for the running batch to end after clients were cut off
-_LAST_BATCH_S = 5.0
 
 
-def create_app(engine: Engine, limits: Limits, *, token: str | None) -> FastAPI:
+def create_app(
+    engine: Engine, limits: Limits, *, token: str | None, former: Mapping[str, str] = MappingProxyType({})
+) -> FastAPI:
     """The server as an ASGI application.
 
     Args:
@@ -73,10 +75,11 @@ def create_app(engine: Engine, limits: Limits, *, token: str | None) -> FastAPI:
         limits: limits on requests.
         token: required as `Authorization: Bearer TOKEN` for everything but `/health` and the page. None admits every
             client that addresses this machine by a loopback name.
+        former: what clients may write as well for the name of a model.
     """
     metrics = Metrics(lambda: engine.queued)
     created = int(time.time())
-    app = new_app(Service("fmg image server", _USAGE, error_body, lambda: engine.close(_LAST_BATCH_S)), openapi=True)
+    app = new_app(Service("fmg image server", _USAGE, error_body, lambda: engine.close(LAST_BATCH_S)), openapi=True)
     parse = request_model(limits)
 
     authorised = bearer(token)
@@ -91,12 +94,19 @@ def create_app(engine: Engine, limits: Limits, *, token: str | None) -> FastAPI:
     def described(name: str) -> dict[str, object]:
         return {"id": name, "object": "model", "created": created, "owned_by": "fmg", **engine.facts(name)}
 
+    def current(name: str) -> str:
+        """The name of a model, or of an adapter of it, for a former one."""
+        model = next((old for old in former if name == old or name.startswith(f"{old}:")), None)
+        return name if model is None or name in engine.names() else former[model] + name[len(model) :]
+
     def found(name: str | None) -> str:
         names = engine.names()
-        if name is not None and name not in names:
+        if name is None:
+            return names[0]
+        if (known := current(name)) not in names:
             what, fix = f"There is no model '{name}'", suggestion(name, names)
             raise RefusedError(404, what, fix, key="model", code="model_not_found")
-        return names[0] if name is None else name
+        return known
 
     async def body_of(request: Request) -> bytes:
         # a page of another origin needs a preflight request to send this type, which is refused
@@ -106,7 +116,7 @@ def create_app(engine: Engine, limits: Limits, *, token: str | None) -> FastAPI:
 
     @app.get("/health")
     async def health() -> dict[str, object]:
-        return {"status": "ok", "queued": engine.queued}
+        return {"status": "degraded" if engine.problems() else "ok", "queued": engine.queued}
 
     @app.get("/info", dependencies=guarded)
     async def info() -> dict[str, object]:
@@ -116,6 +126,7 @@ def create_app(engine: Engine, limits: Limits, *, token: str | None) -> FastAPI:
             "packages": installed_versions(_PACKAGES),
             "models": {name: engine.facts(name) for name in engine.names()},
             "limits": asdict(limits),
+            "problems": list(engine.problems()),
         }
 
     @app.get("/metrics", dependencies=guarded, response_class=Response)
@@ -174,8 +185,9 @@ def create_app(engine: Engine, limits: Limits, *, token: str | None) -> FastAPI:
             what = "Adapters are added only with a token, and this server has none"
             raise RefusedError(403, what, "Start it with a token, or with --adapter NAME=RUN.")
         wanted = parse_body(await body_of(request), AdapterRequest)
+        model = None if wanted.model is None else current(wanted.model)
         try:
-            return described(await engine.add_adapter(wanted.name, wanted.run, wanted.model))
+            return described(await engine.add_adapter(wanted.name, wanted.run, model))
         except BusyError as error:
             raise RefusedError(503, "The server is stopping", "Ask again later.", error.retry_after) from None
         except FmgError as error:
@@ -209,6 +221,7 @@ class ImageServer(HttpServer):
         limits: limits on requests.
         token: what clients must send.
         drain: seconds to finish what was accepted after the server is told to stop.
+        former: as `create_app`.
 
     Raises:
         UsageError: another process listens at this address.
@@ -222,7 +235,8 @@ class ImageServer(HttpServer):
         limits: Limits,
         token: str | None,
         drain: float = 30.0,
+        former: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         local = LocalEngine(engine, limits) if isinstance(engine, ServedModels) else engine
-        app = create_app(local, limits, token=token)
+        app = create_app(local, limits, token=token, former=former)
         super().__init__(app, address, error=error_body, timeout=limits.timeout, drain=drain)

@@ -71,9 +71,9 @@ class Batcher:
         """
         return self._queue.submit(_Job(request, request.rewards or tuple(self._rewards)))
 
-    def close(self) -> None:
-        """Scores what is queued, accepts nothing more, and ends the thread."""
-        self._queue.close()
+    def close(self, timeout: float | None = None) -> bool:
+        """Scores what is queued, accepts nothing more, and ends the thread; False if it did not end in time."""
+        return self._queue.close(timeout)
 
     def _score(self, jobs: Sequence[_Job]) -> list[Scores]:
         images = torch.cat([job.request.images for job in jobs]).to(self._device)

@@ -22,13 +22,11 @@ from fmg.rewards.service.batching import Batcher, Limits
 from fmg.rewards.service.wire import SAFETENSORS, ScoreRequest, decode_request, encode_scores, probe_image
 from fmg.serving.access import check_token
 from fmg.serving.app import RefusedError, Service, bearer, content_type, new_app, outcome, read_body
-from fmg.serving.server import Address, HttpServer
+from fmg.serving.server import LAST_BATCH_S, Address, HttpServer
 from fmg.version import __version__
 
 _PACKAGES = ("torch", "transformers", "onnxruntime", "rapidocr", "pillow")
 _FEWER = "Send fewer images."
-# Time to finish answers after the server is told to stop.
-_DRAIN_S = 10
 
 
 def describe(
@@ -71,24 +69,19 @@ def _weights(reference: RewardRef) -> list[dict[str, str]]:
 
 
 def create_app(
-    rewards: Mapping[str, Checked],
-    info: Mapping[str, object],
-    limits: Limits,
-    *,
-    token: str | None,
-    device: torch.device,
+    rewards: Mapping[str, Checked], info: Mapping[str, object], batcher: Batcher, limits: Limits, *, token: str | None
 ) -> FastAPI:
     """The server as an ASGI application.
 
     Args:
         rewards: rewards that it computes, by name.
         info: the answer of `/info` about the rewards, as plain JSON values.
+        batcher: scores images.
         limits: limits on requests.
         token: required as `Authorization: Bearer TOKEN` for everything but `/health`; None admits every client.
-        device: where images are scored.
     """
-    batcher = Batcher(rewards, limits, device)
-    app = new_app(Service("fmg reward server", "Use GET /health, GET /info or POST /score.", error_body, batcher.close))
+    usage = "Use GET /health, GET /info or POST /score."
+    app = new_app(Service("fmg reward server", usage, error_body, lambda: batcher.close(LAST_BATCH_S)))
     authorised = Depends(bearer(token))
 
     @app.get("/health")
@@ -147,6 +140,7 @@ class RewardServer(HttpServer):
         limits: limits on requests.
         token: what clients must send; required unless `host` is a loopback address.
         device: where images are scored.
+        drain: seconds to finish what was accepted after the server is told to stop.
 
     Raises:
         UsageError: an address other machines can reach without a token, or one that cannot be listened on.
@@ -162,8 +156,11 @@ class RewardServer(HttpServer):
         limits: Limits,
         token: str | None,
         device: torch.device,
+        drain: float = 10.0,
     ) -> None:
         check_token(host, token, "FMG_REWARD_TOKEN")
         address = Address(host, port)
-        app = create_app(rewards, info, limits, token=token, device=device)
-        super().__init__(app, address, error=error_body, timeout=limits.timeout, drain=_DRAIN_S)
+        batcher = Batcher(rewards, limits, device)
+        self.close = batcher.close
+        app = create_app(rewards, info, batcher, limits, token=token)
+        super().__init__(app, address, error=error_body, timeout=limits.timeout, drain=drain)

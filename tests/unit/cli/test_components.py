@@ -101,6 +101,23 @@ def test_recipes_are_listed_with_a_line_about_each() -> None:
     assert recipe_summary("meanflow-shapes").startswith("The default run of the embedded two-time model")
 
 
+def test_recipes_are_shown_with_every_value_and_its_source(tmp_path: Path) -> None:
+    shown = fmg("show", "recipe", "meanflow-text")
+    assert shown.code == 0
+    assert Recipe.model_validate(json.loads(fmg("show", "recipe", "meanflow-text", "--json").stdout)) == Recipe.default(
+        "meanflow-text"
+    )
+    (line,) = [line for line in shown.stdout.splitlines() if line.startswith("  group_size:")]
+    assert "# configs/meanflow-text.yaml:" in line
+    again = tmp_path / "again.yaml"
+    again.write_text(shown.stdout, encoding="utf-8")
+    assert Recipe.from_yaml(again) == Recipe.default("meanflow-text")
+    # the kind is needed only where a component has the name, too
+    assert fmg("show", "study-sd35/null").stdout == fmg("show", "recipes", "study-sd35/null").stdout
+    assert "Did you mean 'meanflow-text'?" in fmg("show", "recipe", "meanflow-tex").stderr
+    assert "`fmg list recipes` prints them" in fmg("show", "recipes").stderr
+
+
 def test_the_kind_is_optional_in_show() -> None:
     assert fmg("show", "asfmc").stdout == fmg("show", "stochasticizer", "asfmc").stdout
     for words, says in {

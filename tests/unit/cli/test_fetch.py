@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -251,6 +252,22 @@ def test_offline_is_one_line_after_the_known_figures(flag: bool, monkeypatch: py
     done = fmg("fetch", "reward", "pickscore", "--yes", *(["--offline"] if flag else []))
     assert done.code == 2
     assert "Run `fmg fetch reward pickscore` without it" in done.stderr
+
+
+def test_the_command_that_fetches_repeats_the_options_that_choose_the_files() -> None:
+    student, folder = "model.student=me/other@v1:a.pt", "rewards.0.weights=me/pick"
+    words = ("train", "--model", "meanflow-flux", "--reward", "pickscore", "--device", "cpu", "--dry-run")
+    done = fmg(*words, "--set", student, "--set", "model.attention=native", "--set", folder)
+    assert done.code == 0
+    said = " ".join(done.stderr.split())
+    for command in (
+        f"fmg fetch meanflow-flux --set {student}",
+        "fmg fetch reward pickscore --set weights=me/pick",
+    ):
+        assert f"`{command}`" in said
+        # and that command fetches them
+        refused = fmg(*shlex.split(command)[1:], "--offline")
+        assert (refused.code, f"Run `{command}` without it" in refused.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(

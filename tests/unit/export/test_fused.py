@@ -180,6 +180,10 @@ def test_a_comparison_shows_the_loop_beside_it(tiny: Artifact, tmp_path: Path) -
         done = fmg(*words, "--out", str(tmp_path / steps))
         assert done.code == 0, done.stderr
         assert ("whole sampler" in done.stdout) == (steps == "4")
+    # with another number of steps both are the loop, and neither is called fused
+    done = fmg("bench", str(tiny.folder), "--compare", compared, "--repeats", "1", "--threads", "1", "--steps", "3")
+    assert sum(line.startswith("transformer x 3") for line in done.stdout.splitlines()) == 2
+    assert "fused" not in done.stdout
     # beside nothing it would be compared with itself
     plain = build_tiny_artifact(tmp_path / "plain")
     done = fmg("bench", str(plain.folder), "--compare", compared)

@@ -21,7 +21,7 @@ pytest.importorskip("prometheus_client", reason="needs the packages of flow-map-
 from fmg.core.errors import UsageError
 from fmg.core.events import ignore
 from fmg.inference import load
-from fmg.inference.service.opening import named_targets, open_models
+from fmg.inference.service.opening import former_names, named_targets, open_models
 from fmg.serving.access import check_token, names_loopback
 from fmg.serving.server import Address
 from tests.support.image_service import Patterns, expected, image_service, pixels, post, served
@@ -278,7 +278,7 @@ def test_accepted_work_is_finished_and_new_work_refused_when_the_server_stops() 
 
 
 def test_a_batch_that_does_not_end_cannot_keep_the_server_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fmg.inference.service.server._LAST_BATCH_S", 0.1)
+    monkeypatch.setattr("fmg.inference.service.server.LAST_BATCH_S", 0.1)
     backend = Patterns()
     backend.gate.clear()
     with ThreadPoolExecutor(1) as pool:
@@ -360,6 +360,8 @@ def test_an_artifact_on_onnx_runtime_has_several_sizes(tmp_path: Path) -> None:
     with ExitStack() as stack:
         models = open_models(named_targets([f"tiny={artifact.folder}"]), {"device": "cpu"}, stack, ignore)
         with image_service(*models) as server:
+            assert get(server.url, "/v1/models/tiny")[1]["target"] == "tiny"
+            assert str(tmp_path) not in json.dumps(get(server.url, "/info")[1])
             for size in ("16x16", "8x8", "12x12", "16x16", "auto"):
                 status, _, answer = post(server.url, {"prompt": PROMPTS[0], "seed": 3, "size": size})
                 assert status == 200
@@ -376,14 +378,34 @@ def test_an_artifact_on_onnx_runtime_has_several_sizes(tmp_path: Path) -> None:
                 assert np.array_equal(pixels(answer["data"][0]), made[body["size"]])
 
 
+def test_models_are_found_by_the_target_that_was_given_too() -> None:
+    models = served(Patterns(), "model"), served(Patterns(), "model:red"), served(Patterns(), "other")
+    with image_service(*models, former={"me/model@v1": "model", "runs/other": "other"}) as server:
+        for name, known in {"model": "model", "me/model@v1:red": "model:red", "runs/other": "other"}.items():
+            assert post(server.url, {"prompt": "p", "model": name})[2]["model"] == known
+            assert get(server.url, f"/v1/models/{name}")[1]["id"] == known
+        for name in ("me/model", "runs/other:red", "runs"):
+            status, _, answer = post(server.url, {"prompt": "p", "model": name})
+            assert (status, answer["error"]["message"].partition("'")[2][: len(name)]) == (404, name)
+
+
 def test_names_of_targets(tmp_path: Any) -> None:
     run, other = tmp_path / "a" / "run-1", tmp_path / "b" / "run-1"
     run.mkdir(parents=True)
     other.mkdir(parents=True)
-    names = [named.name for named in named_targets([str(run), f"tuned={other}", "meanflow-shapes", "me/model@v1"])]
-    assert names == ["run-1", "tuned", "meanflow-shapes", "me/model@v1"]
+    found = named_targets([str(run), f"tuned={other}", "meanflow-shapes", "me/model@v1"])
+    assert [named.name for named in found] == ["run-1", "tuned", "meanflow-shapes", "model@v1"]
+    assert [named.shown for named in found] == ["run-1", "run-1", "meanflow-shapes", "me/model@v1"]
+    assert former_names(found) == {str(run): "run-1", "me/model@v1": "model@v1"}
+    # as many folders as tell them apart
+    for targets, names in {
+        (str(run), str(other)): ["a-run-1", "b-run-1"],
+        ("me/model", str(run), "you/model"): ["me-model", "run-1", "you-model"],
+        (str(run), "run-1=meanflow-shapes"): ["a-run-1", "run-1"],
+    }.items():
+        assert [named.name for named in named_targets(targets)] == names
     with pytest.raises(UsageError, match="2 targets are called 'run-1'"):
-        named_targets([str(run), str(other)])
+        named_targets([str(run), str(run)])
     with pytest.raises(UsageError, match="cannot be the name of a model"):
         named_targets(["a:b=meanflow-shapes"])
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +20,14 @@ pytest.importorskip("ray", reason="needs the packages of flow-map-grpo[ray]")
 from ray.exceptions import ActorDiedError
 
 from fmg.core.errors import UsageError
+from fmg.inference.service import ray_engine
 from fmg.inference.service.engine import Asked
-from fmg.inference.service.ray_engine import RayEngine, Replica, _Added
+from fmg.inference.service.limits import Limits
+from fmg.inference.service.opening import named_targets, weights_digest
+from fmg.inference.service.ray_engine import Agreement, RayEngine, Replica, ReplicaSpec, Watch, _Added
 from fmg.serving.app import RefusedError
 from fmg.serving.batching import BusyError
+from tests.support.artifact import make_run, shapes_recipe
 from tests.support.cli import fmg
 
 ASKED = Asked("a:x", "a red circle", (1, 2), None, None)
@@ -49,7 +58,8 @@ class Handle:
 
 def run(handle: Handle, work: Callable[[RayEngine], Any], most: int = 4) -> Any:
     async def inside() -> Any:
-        return await work(RayEngine(handle, {"a": NONE, "a:x": NONE, "run": {"adapter_sha256": "0"}}, most))
+        facts = {"a": NONE, "a:x": NONE, "run": {"adapter_sha256": "0"}}
+        return await work(RayEngine(handle, facts, most, Watch(Agreement("test"))))
 
     return asyncio.run(inside())
 
@@ -147,6 +157,91 @@ def test_a_replica_that_read_another_adapter_at_its_start_generates_nothing() ->
 
     assert asyncio.run(asked("run", "1")) == asyncio.run(asked("a", None)) == "images"
     assert "has changed since the server started" in str(asyncio.run(asked("run", "0")))
+
+
+class Store:
+    """Ray's key-value store, in this process."""
+
+    def __init__(self) -> None:
+        self.values: dict[bytes, bytes] = {}
+
+    def _internal_kv_put(self, key: str, value: str, overwrite: bool = True, *, namespace: str) -> None:
+        if overwrite or key.encode() not in self.values:
+            self.values[key.encode()] = value.encode()
+
+    def _internal_kv_get(self, key: str | bytes, *, namespace: str) -> bytes | None:
+        return self.values.get(key if isinstance(key, bytes) else key.encode())
+
+    def _internal_kv_exists(self, key: str, *, namespace: str) -> bool:
+        return key.encode() in self.values
+
+    def _internal_kv_list(self, prefix: str, *, namespace: str) -> list[bytes]:
+        return [key for key in self.values if key.startswith(prefix.encode())]
+
+
+def test_a_replica_that_would_open_other_files_waits_and_the_server_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("onnxruntime")
+    from tests.support.tiny_artifact import build_tiny_artifact
+
+    folder, kept = tmp_path / "tiny", tmp_path / "kept"
+    build_tiny_artifact(folder)
+    store, agreement = Store(), Agreement("test")
+    monkeypatch.setattr(ray_engine, "_store", lambda: store)
+    monkeypatch.chdir(tmp_path)
+    targets = tuple(named_targets(["tiny"]))
+    spec = ReplicaSpec(targets, {}, {"device": "cpu"}, Limits(), 1, tmp_path, loopback=False)
+    assert set(asyncio.run(Replica(spec, agreement).models())) == {"tiny"}  # type: ignore[arg-type]
+    agreement.serves()
+    folder.rename(kept)
+    build_tiny_artifact(folder, seed=1)
+    said = []
+
+    def looked(seconds: float) -> None:
+        with Watch(agreement, every=0.01) as watch:
+            while not watch.problems:
+                threading.Event().wait(0.01)
+        said.extend(watch.problems)
+        shutil.rmtree(folder, ignore_errors=True)
+        if len(said) == 2:
+            kept.rename(folder)
+
+    clock = SimpleNamespace(sleep=looked, monotonic=time.monotonic, time_ns=time.time_ns)
+    monkeypatch.setattr(ray_engine, "time", clock)
+    assert set(asyncio.run(Replica(spec, agreement).models())) == {"tiny"}  # type: ignore[arg-type]
+    assert len(said) == 2
+    assert "The files of 'tiny' have changed since the server started" in said[0]
+    # gone, they are no reason to start a replica that can generate nothing
+    assert "It cannot load the models" in said[1]
+    assert [text in caplog.text for text in said] == [True, True]
+    assert str(tmp_path) not in "".join(said)
+    assert agreement.reports() == {}
+
+
+def test_a_report_that_is_not_repeated_expires(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_engine, "_EXPIRES_S", 0.2)
+    store, agreement = Store(), Agreement("test")
+    monkeypatch.setattr(ray_engine, "_store", lambda: store)
+    with Watch(agreement, every=0.01) as watch:
+        for _ in range(30):
+            agreement.report("1", "It waits.")
+            time.sleep(0.01)
+        assert watch.problems == ["It waits."]
+        # the replica was removed
+        time.sleep(0.5)
+        assert watch.problems == []
+
+
+def test_what_was_trained_is_in_the_digest_of_a_run(shapes_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(shapes_run, run)
+    digest = weights_digest(str(run))
+    assert digest == weights_digest(str(shapes_run)) != weights_digest("meanflow-shapes")
+    full = tmp_path / "full"
+    recipe = shapes_recipe(**{"train.trainable": "full"})
+    first, second = (weights_digest(str(make_run(full / str(seed), recipe, seed, "full"))) for seed in (1, 2))
+    assert first != second
 
 
 @pytest.mark.parametrize(
