@@ -197,8 +197,8 @@ def locate(asset: Asset, kind: str, name: str, options: Callable[[], Mapping[str
 
     Args:
         asset: the files.
-        kind: of the component.
-        name: of the component.
+        kind: kind of the component.
+        name: its registered name.
         options: returns the component's options that choose what it reads, for the command that fetches it.
 
     Raises:

@@ -60,8 +60,8 @@ def newest_run() -> str:
 def named_targets(texts: Sequence[str]) -> list[Named]:
     """Parses texts such as `runs/a` and `tuned=runs/a` into targets with names.
 
-    A folder or a repository is named after its last part; those of the same name after as many parts as tell them
-    apart: `a-artifact` and `b-artifact`.
+    A folder or a repository is named after its last part, or after as many parts as set it apart from the others:
+    `a-artifact` and `b-artifact`.
 
     Raises:
         UsageError: a name cannot be used in a request, or two targets have the same name.
@@ -85,12 +85,14 @@ def named_targets(texts: Sequence[str]) -> list[Named]:
 
 
 def former_names(targets: Sequence[Named]) -> dict[str, str]:
-    """What clients may write as well, for the name of its model: targets without a chosen name, as they were given."""
+    """Other names that clients may use: each target as it was given, if the user chose no name, with its model's
+    name."""
     return {named.target: named.name for named in targets if not named.chosen and named.target != named.name}
 
 
 def _own_names(targets: Sequence[str], taken: Collection[str]) -> dict[str, str]:
-    """The name of each target: its last parts, as few as make it differ from the others and from those taken."""
+    """The name of each target: as few of its last parts as set it apart from the others and from names that are
+    taken."""
     parts = {text: (Path(text).resolve() if Path(text).is_dir() else PurePosixPath(text)).parts for text in targets}
     names: dict[str, str] = {}
     for count in range(1, max(map(len, parts.values()), default=0) + 1):

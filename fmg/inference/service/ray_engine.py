@@ -7,8 +7,8 @@ its requests: their seeds are fixed, so the images are the same.
 Adapters that are added while the server runs travel with the requests. A replica that meets a request for one that it
 does not have yet, or only in an earlier version, reads it first, so replicas that start later have it as well.
 
-All replicas generate the same images. One that starts later, such as after another has died, and finds other files than
-the first one did waits until they are back, and the server says so.
+All replicas generate the same images. A replica that starts later, for example after another one has died, may find
+different files than the first one did. It then waits until they are back, and the server says so.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _OBJECT_STORE_BYTES = 256 << 20
 _ATTEMPTS = 2
 _HEALTH_S = 2.0
 _CONNECT_S = 10.0
-# a replica that waits looks and reports this often, and its report counts for longer
+# seconds between two checks and reports of a waiting replica, and how long a report counts
 _AGREE_S = 10.0
 _EXPIRES_S = 60.0
 _DIGEST = "adapter_sha256"
@@ -154,7 +154,7 @@ class Agreement:
         _store()._internal_kv_put(f"{self.app}/problem/{replica}", value, namespace=_NAMESPACE)
 
     def reports(self) -> dict[str, str]:
-        """What replicas reported, by replica, each time in other words."""
+        """The reports by replica. Each begins with its time, so that repeated ones differ."""
         keys = _store()._internal_kv_list(f"{self.app}/problem/", namespace=_NAMESPACE)
         found = {key.decode(): _store()._internal_kv_get(key, namespace=_NAMESPACE) for key in keys}
         return {key: value.decode() for key, value in found.items() if value}
@@ -234,7 +234,7 @@ class Replica:
 def _opened(spec: ReplicaSpec, agreement: Agreement) -> ServedModels:
     """The models of a replica, once they are those of its siblings.
 
-    Until then it waits and says why: its siblings get all requests, and Ray would start one that fails again and again.
+    Until then it waits and says why: its siblings get all requests. If it failed, Ray would restart it over and over.
 
     Raises:
         FmgError: they cannot be loaded, and the server has not started yet.
@@ -250,7 +250,9 @@ def _opened(spec: ReplicaSpec, agreement: Agreement) -> ServedModels:
                 agreement.report(replica, "")
                 return models
             names = ", ".join(f"'{name}'" for name in changed)
-            problem = f"The files of {names} have changed since the server started. Put them back, or start it again."
+            problem = (
+                f"The files of {names} have changed since the server started. Restore them, or restart the server."
+            )
         except FmgError as error:
             if not agreement.serving:
                 raise
@@ -273,11 +275,11 @@ async def _told(work: Awaitable[R]) -> R | Exception:
 
 
 class Watch:
-    """Looks at what keeps replicas from starting, on its own thread, and logs it once. A context manager.
+    """Checks on its own thread what keeps replicas from starting, and logs it once. A context manager.
 
     Args:
         agreement: where replicas report it.
-        every: seconds between two looks.
+        every: seconds between two checks.
 
     Attributes:
         problems: what was found last.
@@ -307,7 +309,7 @@ class Watch:
                 # the cluster is stopping, or too busy to answer
                 continue
             now = time.monotonic()
-            # one that is not repeated is of a replica that has ended
+            # a report that is not repeated comes from a replica that has ended
             self._seen = {one: self._seen.get(one, now) for one in reports.items()}
             fresh = (text for (_, text), since in self._seen.items() if now - since < _EXPIRES_S)
             found = sorted({text.partition(" ")[2] for text in fresh})
@@ -324,7 +326,7 @@ class RayEngine:
         handle: the deployment.
         facts: facts of every model by its name.
         most: images that may wait or be generated at once.
-        watch: knows what keeps replicas from starting.
+        watch: reports what keeps replicas from starting.
     """
 
     def __init__(self, handle: Any, facts: Mapping[str, Mapping[str, object]], most: int, watch: Watch) -> None:

@@ -75,7 +75,7 @@ def create_app(
         limits: limits on requests.
         token: required as `Authorization: Bearer TOKEN` for everything but `/health` and the page. None admits every
             client that addresses this machine by a loopback name.
-        former: what clients may write as well for the name of a model.
+        former: other names that clients may use, with the names of their models.
     """
     metrics = Metrics(lambda: engine.queued)
     created = int(time.time())
