@@ -44,7 +44,8 @@ def fetch(
         typer.Option(
             "--set",
             metavar="K=V",
-            help="Any value of the recipe, such as model.student; for a reward or a feature extractor, one of its options.",
+            help="Any value of the recipe, such as model.student; for a reward or a feature extractor, one of its"
+            " options.",
         ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
