@@ -320,7 +320,6 @@ def test_the_config_of_a_peft_folder_is_obeyed(
 
 
 def test_files_of_the_hub_are_fetched_with_the_model(folder: Path) -> None:
-    with pytest.raises(
-        MissingDependencyError, match=r"needs its adapter 1, but .*Fetch it with `fmg fetch flux-fewstep`"
-    ):
+    command = r"fmg fetch flux-fewstep --set 'model\.adapters=\[\"owner/name@main:stage\.pt\"\]' --set model\.folder="
+    with pytest.raises(MissingDependencyError, match=f"needs its adapter 1, but .*Fetch it with `{command}"):
         load(folder, ["owner/name@main:stage.pt"])
