@@ -91,7 +91,7 @@ def test_a_sum_of_adapters_is_served(models: ServedModels, shapes_run: Path, oth
         made = generator.generate([PROMPT] * len(SEEDS), SEEDS, progress=False).image_array
     assert np.array_equal(images(models, "meanflow-shapes:mix"), made)
     facts = models.get("meanflow-shapes:mix").facts()  # type: ignore[union-attr]
-    assert facts["target"] == f"0.6 {shapes_run} + 0.4 {other_shapes_run}"
+    assert facts["target"] == f"0.6 {shapes_run.name} + 0.4 {other_shapes_run.name}"
 
 
 def test_a_replaced_adapter_leaves_nothing_behind(
