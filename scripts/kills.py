@@ -57,8 +57,14 @@ COMMON: dict[str, object] = {
     "eval.rewards": [],
 }
 RECIPES: dict[str, dict[str, object]] = {
-    # dropout uses the global generator
-    "chain": {**COMMON, "objective": "rwfm", "lora.dropout": 0.2, "rollout.kind": "chain", "rollout.steps": 2},
+    # dropout uses the global generator, and the rollouts come from an average of their own
+    "chain": {
+        **COMMON,
+        "objective": {"name": "meanflow-nft", "draws": 1, "old_decay_rise": 0.2},
+        "lora.dropout": 0.2,
+        "rollout.kind": "chain",
+        "rollout.steps": 2,
+    },
     # steps and prompts are chosen by earlier rewards
     "branch": {
         **COMMON,

@@ -115,7 +115,9 @@ class Noising:
         min_time: the lowest time.
         time_shift: times t become `shift t / (1 + (shift - 1) t)`.
         diagonal: share of the rows with `s = t`.
-        to_data: share of the rows with `s = 0`; the others have s uniform in (0, t).
+        to_data: share of the rows with `s = 0`; the others have s within (0, t).
+        ordered: whether t and such an s are the larger and the smaller of two uniform times, both shifted; if not, t is
+            uniform before the shift, and s uniform in (0, t).
     """
 
     draws: int
@@ -123,6 +125,7 @@ class Noising:
     time_shift: float = 1.0
     diagonal: float = 1.0
     to_data: float = 0.0
+    ordered: bool = False
 
 
 class NoisedConfig(ObjectiveConfig):
@@ -237,6 +240,11 @@ class MeanFlowConfig(MovingOldConfig):
 
     diagonal: float = Field(default=0.5, ge=0, le=1, description="share of training intervals with s = t")
     to_data: float = Field(default=0.25, ge=0, le=1, description="share with s = 0; the others have s within (0, t)")
+    ordered_times: bool = Field(
+        default=False,
+        description="t and s are the larger and the smaller of two uniform times, both shifted, as in the code of"
+        " MeanFlowNFT; false: t is uniform before the shift, and s uniform within (0, t)",
+    )
     derivative: Literal["central", "jvp"] = Field(
         default="central",
         description="derivative of the average velocity along the path: by two more calls, or by forward-mode AD",
@@ -251,7 +259,8 @@ class MeanFlowConfig(MovingOldConfig):
 
     @property
     def noising(self) -> Noising:
-        return Noising(self.draws, self.min_time, self.time_shift, self.diagonal, self.to_data)
+        shares = self.diagonal, self.to_data
+        return Noising(self.draws, self.min_time, self.time_shift, *shares, self.ordered_times)
 
     def frozen_calls(self, calls: int) -> float:
         # a forward pass with tangents costs about two without

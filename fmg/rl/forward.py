@@ -120,10 +120,11 @@ class DiffusionNft(ForwardObjective[DiffusionNftConfig | MeanFlowNftConfig]):
     (docs/math.md, eq. 37), squares averaged over coordinates. At `v = v_old` the gradient is that of
     `A |x - x_0|^2 / w`, whatever b.
 
-    Departures from the paper: times are uniform and shifted instead of those of a 10-step sampler; on a two-time map
-    only the diagonal is trained, and intervals `s < t` follow through shared weights only; a single-time map has the
-    velocity `(x_t - X_{t->0}(x_t)) / t` of its prediction of the sample, and is trained as a denoiser; groups with
-    equal rewards are left out.
+    Departures from the paper: times are uniform and shifted instead of those of a 10-step sampler; the decay of the old
+    policy rises by iterations, where its code counts optimizer steps; on a two-time map only the diagonal is trained,
+    and intervals `s < t` follow through shared weights only; a single-time map has the velocity
+    `(x_t - X_{t->0}(x_t)) / t` of its prediction of the sample, and is trained as a denoiser; groups with equal rewards
+    are left out.
 
     Batch rows: those of `fmg.rl.noised.noised`.
     """
@@ -146,9 +147,11 @@ class MeanFlowNft(DiffusionNft):
     derivative of `u_old` along `(eps - x_0, 1)`. DiffusionNFT's loss is taken on V and `V_old`, which share D
     (docs/math.md, eq. 37 and 38). Half of the intervals are diagonal, a quarter ends at s = 0, a quarter anywhere.
 
-    Departures from the paper: s of a general interval is uniform in (0, t), where its code takes the larger and the
-    smaller of two uniform times; differences are shortened at the ends of [s, 1]; `derivative: jvp` is exact; groups
-    with equal rewards are left out.
+    Departures from the paper: t is uniform before the shift and s uniform within (0, t), where its code takes the
+    larger and the smaller of two uniform times and shifts both (`ordered_times` does too), t also for s = t and s = 0;
+    the lowest time is .01 instead of 0, and the shares hold on average; the decay of the old policy as in
+    `DiffusionNft`; differences are shortened at the ends of [s, 1]; `derivative: jvp` is exact; groups with equal
+    rewards are left out.
     """
 
     name = "meanflow-nft"

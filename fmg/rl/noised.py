@@ -65,9 +65,14 @@ def noised(scored: ScoredRollout, flow_map: FlowMap, how: Noising, seed: int, ob
         """Uniform in (0, 1]."""
         return 1.0 - uniform([key._replace(step=step) for key in drawn], OBJECTIVE).to(x_0.device)
 
+    def shifted(t: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+        return how.time_shift * t / (1 + (how.time_shift - 1) * t)
+
     eps = noise(drawn, x_0.shape[1:], OBJECTIVE).to(x_0.device)
-    t = how.min_time + (1 - how.min_time) * level(1)
-    t = how.time_shift * t / (1 + (how.time_shift - 1) * t)
+    first, second = level(1), level(3)
+    if how.ordered:
+        first, second = torch.maximum(first, second), torch.minimum(first, second)
+    t = shifted(how.min_time + (1 - how.min_time) * first)
     rows = {
         "x_t": expand(path.alpha(t), x_0) * x_0 + expand(path.sigma(t), x_0) * eps,
         "t": t,
@@ -75,7 +80,7 @@ def noised(scored: ScoredRollout, flow_map: FlowMap, how: Noising, seed: int, ob
         "advantage": scored.advantages.to(x_0.device, torch.float32)[index.to(x_0.device)],
     }
     if how.diagonal < 1:
-        kind, within = level(2), t * (1 - level(3))
+        kind, within = level(2), shifted(second).minimum(t) if how.ordered else t * (1 - second)
         to_data = kind <= how.diagonal + how.to_data
         rows["s"] = torch.where(kind <= how.diagonal, t, torch.where(to_data, 0.0, within))
     return Batch(rows, rollout.cond.select(index))

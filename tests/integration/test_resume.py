@@ -52,10 +52,17 @@ KINDS: dict[str, dict[str, object]] = {
         "lora.dropout": 0.2,
         "train.shuffle_advantages": True,
     },
-    # the rollouts come from an average of its own
+    # the rollouts come from an average of its own, whose decay changes: the last one depends on that after the resume
     "moving old policy": {
+        "train.iterations": 4,
         "rollout.kind": "chain",
-        "objective": {"name": "meanflow-nft", "draws": 1, "old_decay": 0.5, "old_decay_rise": None},
+        "objective": {
+            "name": "meanflow-nft",
+            "draws": 1,
+            "old_decay": 0.5,
+            "old_decay_rise": 0.2,
+            "old_decay_start": 1,
+        },
         "optimizer.lr": 1e-2,
     },
     # what the choice of steps and prompts has learned is part of the state

@@ -38,6 +38,7 @@ WARMTH = [{"name": "python", "target": "tests.support.user_rewards:warmth", "gra
 FAILING = [{**WARMTH[0], "target": "tests.support.user_rewards:cannot_be_differentiated_in_process_1"}]
 FOLDERS = {"lora.rank": 4, "lora.alpha": 8, "optimizer.lr": 1e-3, "rewards": WARMTH}
 RESUMED = {**SMALL, "train.iterations": 2, "eval.every": 2, "rewards": ["shapes-clip"]}
+FSDP2 = {"train.parallel": "fsdp2"}
 DRAFT = {"objective": {"name": "reward-gradient", "jumps": 2, "l2_beta": 0.1}}
 REFL = {"objective": {"name": "reward-gradient", "method": "refl", "checkpointing": True}}
 LAST_STEP = {
@@ -56,9 +57,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "folders").mkdir()
     cases: dict[str, tuple[str | None, dict[str, object]]] = {
         "flux": ("meanflow-flux", {**SMALL, **FOLDERS, **DRAFT, **student_options(root / "folders", "duration")}),
-        "sd35": ("sd35-meanflow", {**SMALL, **FOLDERS, **REFL, **_named(sd35_options(root / "sd35"))}),
+        "sd35": ("sd35-meanflow", {**SMALL, **FSDP2, **FOLDERS, **REFL, **_named(sd35_options(root / "sd35"))}),
         "shapes": (None, {**RESUMED, **REFL}),
-        "last-step": (None, {**RESUMED, **LAST_STEP}),
+        "last-step": (None, {**RESUMED, **FSDP2, **LAST_STEP}),
         "fails": (None, {**SMALL, **REFL, "rewards": FAILING}),
     }
 

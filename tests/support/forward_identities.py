@@ -86,6 +86,19 @@ def check_noised_rows() -> None:
     assert all(torch.equal(few[name], rows[name][:48]) for name in few)
 
 
+def check_ordered_times() -> None:
+    """t is the larger of two uniform times in every row, and a general s the smaller one, both shifted."""
+    how = Noising(draws=400, time_shift=3.0, diagonal=0.4, to_data=0.2, ordered=True)
+    rows = noised(_state(), two_time()[1], how, seed=4, objective="o").rows
+    t, s = (rows[name] / (3 - 2 * rows[name]) for name in ("t", "s"))
+    # the squared maximum of two uniform numbers is uniform, and so is the minimum below it
+    torch.testing.assert_close(t.square().sort().values, torch.linspace(0, 1, len(t)), atol=0.02, rtol=0)
+    general = (s < t) & (s > 0)
+    share = (s / t)[general].sort().values
+    torch.testing.assert_close(share, torch.linspace(0, 1, len(share)), atol=0.03, rtol=0)
+    assert abs(float(general.float().mean()) - 0.4) < 0.02
+
+
 def check_velocity_errors() -> None:
     """Of a two-time map on and off the diagonal, and of a map to 0 on both paths, whose prediction has a velocity."""
     network, flow_map = two_time()

@@ -18,7 +18,7 @@ from fmg.core.events import ignore
 from fmg.core.signals import Signals
 from fmg.data.run_folder import RunFolder
 from fmg.recipe import Recipe
-from fmg.training.compose import compose
+from fmg.training.compose import compose, shard_base
 from fmg.training.distributed import DistContext, dist_context
 from fmg.training.launch import Sizes, read_launch
 from fmg.training.trainer import Trainer
@@ -29,6 +29,8 @@ def iterate(plan: Iterable[tuple[str, str]], dist: DistContext) -> None:
     for folder, file in plan:
         recipe = Recipe.from_yaml(Path(file), allow_code=True)
         composed = compose(recipe, torch.device("cpu"), torch.float32)
+        if dist.is_distributed and recipe.train.parallel == "fsdp2":
+            shard_base(composed)
         run = RunFolder(Path(folder))
         run.path.mkdir(parents=True, exist_ok=True)
         # calls of one shape, whose rounding is the same in one process and in two
