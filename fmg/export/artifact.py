@@ -19,7 +19,7 @@ from fmg.export.fp8 import Fp8Graph
 from fmg.export.fused import add_sampler
 from fmg.export.graph_files import DTYPES, write_graph
 from fmg.export.graphs import GraphPlan, clip_plan, decoder_plan, t5_plan, transformer_plan
-from fmg.export.int8 import quantise as quantise_int8
+from fmg.export.int8 import add_int8
 from fmg.export.onnx import OPSET, TracedGraph, require_onnx, trace
 from fmg.export.options import LARGE_BATCH, SMALL_BATCH, ExportOptions, library_versions, plain_config
 from fmg.export.source import (
@@ -39,8 +39,6 @@ from fmg.inference.artifact.layout import (
     Artifact,
     check_not_interrupted,
     file_entry,
-    graph_file,
-    weights_file,
     write_manifest,
 )
 from fmg.inference.artifact.manifest import (
@@ -164,7 +162,8 @@ class _Export:
             self._files[base] = write_base(folder / base, source.reader, self._delta.changed)
         if self._options.int8:
             self._observer(StageProgress("8-bit weights", 0, 1))
-            self._add_int8(folder)
+            self._graphs[TRANSFORMER_INT8], files = add_int8(folder, self._graphs[TRANSFORMER])
+            self._files |= files
             self._observer(StageProgress("8-bit weights", 1, 1))
         return self._manifest(Base(source.base, source.digest, base_dtypes(source.stored), base))
 
@@ -195,13 +194,6 @@ class _Export:
         shapes = {side: sampling.latent_shape(side) for side in sampling.resolutions}
         made, self._files[CALIBRATION] = calibrated(folder, traced, model, source.recipe, shapes, self._observer)
         return made
-
-    def _add_int8(self, folder: Path) -> None:
-        graph = self._graphs[TRANSFORMER]
-        file, weights = graph_file(TRANSFORMER_INT8), weights_file(TRANSFORMER_INT8)
-        quantise_int8(folder / graph.file, folder / file, folder / weights)
-        self._files |= {name: file_entry(folder / name) for name in (file, weights)}
-        self._graphs[TRANSFORMER_INT8] = Graph(file, weights, "int8", graph.inputs, graph.outputs)
 
     def sizes(self) -> Iterator[int]:
         """Bytes of the weight files to be written."""

@@ -22,12 +22,15 @@ from fmg.core.errors import MissingDependencyError
 from fmg.export.onnx import check_file, point_to, quiet
 from fmg.export.quantization import PRODUCTS, TRANSPOSED, transpose_weights
 from fmg.export.weights import lay_out, write_weights
+from fmg.inference.artifact.layout import file_entry, graph_file, weights_file
+from fmg.inference.artifact.manifest import TRANSFORMER_INT8, FileEntry, Graph
 from fmg.version import install_line
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-BORDERS = ("x_embedder.", "context_embedder.", "proj_out.")
+BORDERS = ("x_embedder.", "pos_embed.", "context_embedder.", "caption_projection.", "proj_out.")
+"""Beginnings of the names of the first and last layers in the classes of diffusers."""
 _INLINE_BYTES = 1024
 # `_Transposed` and `_quantized` are ONNX Runtime's
 _DERIVED = re.compile(rf"(?P<weight>.+?)(?P<turned>{re.escape(TRANSPOSED)}|_Transposed)?(?P<rounded>_quantized)?")
@@ -47,6 +50,22 @@ def require_quantiser() -> None:
         raise MissingDependencyError(
             f"8-bit weights need the package '{error.name}'", f"Install it: {install_line('onnx')}."
         ) from None
+
+
+def add_int8(folder: Path, graph: Graph) -> tuple[Graph, dict[str, FileEntry]]:
+    """Writes the 8-bit transformer of an artifact; returns its entry in the manifest, and those of its files.
+
+    Args:
+        folder: the artifact, or the folder in which it is being written; files of an earlier one are replaced.
+        graph: its fp32 transformer.
+    """
+    file, weights = graph_file(TRANSFORMER_INT8), weights_file(TRANSFORMER_INT8)
+    for name in (file, weights):
+        # a link of the file may be part of another artifact
+        (folder / name).unlink(missing_ok=True)
+    quantise(folder / graph.file, folder / file, folder / weights)
+    files = {name: file_entry(folder / name) for name in (file, weights)}
+    return Graph(file, weights, "int8", graph.inputs, graph.outputs), files
 
 
 def quantise(graph: Path, out: Path, weights: Path) -> None:

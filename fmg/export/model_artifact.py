@@ -1,15 +1,15 @@
 """Exports a model of any family that can be traced: loaded once, with what a run trained merged in fp32.
 
-FLUX, whose weights are streamed from their files and can be swapped, has an export of its own (`fmg.export.artifact`).
+FLUX, whose weights are streamed from their files, has an export of its own (`fmg.export.artifact`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer
@@ -19,14 +19,18 @@ from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.events import Observer, StageProgress
 from fmg.core.files import atomic_folder, check_space
 from fmg.core.prompt import MASK, PromptForm
+from fmg.export.calibration import CALIBRATION, calibrated
+from fmg.export.fp8 import Fp8Graph
 from fmg.export.fused import add_sampler
 from fmg.export.graph_files import DTYPES, write_graph
+from fmg.export.int8 import add_int8
 from fmg.export.model_graphs import encoders, plans, text_stack
-from fmg.export.onnx import OPSET, trace
+from fmg.export.onnx import OPSET, TracedGraph, trace
 from fmg.export.options import LARGE_BATCH, SMALL_BATCH, ExportOptions, library_versions, plain_config
-from fmg.export.source import adapter_facts, base_dtypes, recipe_facts
+from fmg.export.source import adapter_facts, base_dtypes, graph_options, recipe_facts, write_base
 from fmg.inference.artifact.backend import PromptTokenizer
 from fmg.inference.artifact.layout import (
+    BASE_WEIGHTS,
     TOKENIZER_FILE,
     Artifact,
     file_entry,
@@ -37,6 +41,7 @@ from fmg.inference.artifact.manifest import (
     LATENT,
     TEXT_ENCODERS,
     TRANSFORMER,
+    TRANSFORMER_INT8,
     VAE_DECODER,
     Adapter,
     AxisRange,
@@ -48,11 +53,11 @@ from fmg.inference.artifact.manifest import (
     Sampling,
 )
 from fmg.inference.target import Target, load_model
-from fmg.models.common.adapter import merged_tensors
+from fmg.models.common.adapter import merged_tensors, named_tuner_layers
 from fmg.models.common.checkpoint_files import COMPONENT, is_full
 from fmg.models.common.model import AdaptedModel
 from fmg.models.common.saved_weights import read_adapter_manifest
-from fmg.models.common.weights import TensorReader, folder_weights, stored_digest
+from fmg.models.common.weights import TensorReader, WeightFiles, folder_weights, stored_digest
 
 # short, long, with capitals, spaces and letters beyond ASCII: every difference that tokenizers make
 _PROBES = ("", "a red circle", "  A Blue Square\n", "ein grüner Kreis, 圆", "a very long prompt " * 300)
@@ -106,31 +111,50 @@ class LoadedSource:
 
     @property
     def facts(self) -> ModelFacts:
-        """Name and configs of the model."""
-        network: Any = self.model.network
+        """Name, configs and options of the model."""
+        network, model = self.model.network, self.target.recipe.model
         return ModelFacts(
-            self.target.recipe.model.name,
-            plain_config(dict(network.config)),
+            model.name,
+            plain_config(dict(cast("Any", network).config)),
             plain_config(dict(self.model.components.vae.config)),
+            graph_options(model.config),
         )
+
+    @property
+    def trained(self) -> Path | None:
+        """Folder of the adapter that is merged; None for the base itself, and for a full fine-tune."""
+        folder = self.target.adapter
+        return None if folder is None or is_full(folder) else folder
+
+    @cached_property
+    def stored(self) -> WeightFiles:
+        """The weights under the adapter: those of the model, or of a full fine-tune."""
+        folder = self.target.adapter
+        if folder is None or folder == self.trained:
+            return self.model.components.weights
+        return folder_weights(folder / COMPONENT)
 
     @cached_property
     def base(self) -> Base:
-        """The weights under the adapter: those of the model, or of a full fine-tune."""
-        trained = self.target.adapter
-        whole = trained is not None and is_full(trained)
-        files = folder_weights(trained / COMPONENT) if trained and whole else self.model.components.weights
-        reader = TensorReader(files.files)
+        """The facts of `stored`."""
+        files, reader = self.stored, TensorReader(self.stored.files)
         dtypes = base_dtypes({name: reader.describe(name) for name in files.files})
+        whole = files is not self.model.components.weights
         return Base(self.label if whole else self.facts.name, stored_digest(files), dtypes, None)
 
     @property
     def adapter(self) -> Adapter | None:
         """What is merged."""
-        folder = self.target.adapter
-        if folder is None or is_full(folder):
+        folder = self.trained
+        if folder is None:
             return None
         return adapter_facts(folder, read_adapter_manifest(folder), self.label, self.target.merged)
+
+    @cached_property
+    def changed(self) -> frozenset[str]:
+        """Names of the weights that the adapter changes."""
+        low_rank = {f"{name}.weight" for name in named_tuner_layers(self.model.network)}
+        return frozenset(low_rank if self.trained is None else low_rank | {*read_adapter_manifest(self.trained).extra})
 
     @cached_property
     def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
@@ -199,7 +223,7 @@ class LoadedSource:
 
 def export_loaded(target: Target, out: Path, options: ExportOptions, observer: Observer) -> Artifact:
     """Writes the artifact of a model of any family that can be traced; errors as `export_artifact`."""
-    _check_options(options)
+    options.check()
     source = LoadedSource.load(target)
     own = source.sampling.resolution
     if options.resolutions not in (None, (own,)):
@@ -207,7 +231,7 @@ def export_loaded(target: Target, out: Path, options: ExportOptions, observer: O
             f"Graphs of '{source.facts.name}' have one size, here {own} px, not {options.resolutions}",
             "Set model.resolution in the recipe, and export one artifact for each size.",
         )
-    check_space(out, sum(4 * x.numel() for tensors in source.tensors.values() for x in tensors.values()))
+    check_space(out, sum(_bytes(source, options)))
     with atomic_folder(out) as folder:
         manifest = _write(source, folder, options, observer)
         if options.fused:
@@ -216,20 +240,12 @@ def export_loaded(target: Target, out: Path, options: ExportOptions, observer: O
     return Artifact(out, manifest)
 
 
-def _check_options(options: ExportOptions) -> None:
-    """Refuses what only the export of FLUX has.
-
-    Raises:
-        UsageError: naming the option.
-    """
-    options.check()
-    if options.int8:
-        raise UsageError("8-bit weights are only written for models of the FLUX.1 family", "Leave --int8 out.")
-    if options.precision == "fp8":
-        raise UsageError(
-            "fp8 runs only in TensorRT engines, which only models of the FLUX.1 family have",
-            "Use --precision bf16 or fp16.",
-        )
+def _bytes(source: LoadedSource, options: ExportOptions) -> Iterator[int]:
+    """Bytes of the weight files to be written, at most."""
+    for graph, tensors in source.tensors.items():
+        # 8-bit weights with the quantiser's temporary copies, and what is kept of the base
+        more = 10 * options.int8 if graph == TRANSFORMER else 0
+        yield sum((4 + more + 4 * (name in source.changed)) * x.numel() for name, x in tensors.items())
 
 
 def _write(source: LoadedSource, folder: Path, options: ExportOptions, observer: Observer) -> Manifest:
@@ -237,25 +253,40 @@ def _write(source: LoadedSource, folder: Path, options: ExportOptions, observer:
     tokenizers = source.write_tokenizers(folder)
     files = {facts.file: file_entry(folder / facts.file) for facts in tokenizers.values()}
     graphs: dict[str, Graph] = {}
+    base, sampling = source.base, source.sampling
     planned = plans(source.model, DTYPES[options.precision])
     for number, plan in enumerate(planned):
         observer(StageProgress("tracing", number, len(planned)))
-        graphs[plan.name], made = write_graph(folder, trace(plan), partial(source.read, plan.name), observer)
-        files |= made
+        traced = trace(plan)
+        made: TracedGraph | Fp8Graph = traced
+        if plan.name == TRANSFORMER:
+            if changed := sorted(source.changed & traced.parameters.keys()):
+                base = replace(base, weights=BASE_WEIGHTS)
+                files[BASE_WEIGHTS] = write_base(folder / BASE_WEIGHTS, TensorReader(source.stored.files), changed)
+            if options.precision == "fp8":
+                shapes, recipe = {sampling.resolution: sampling.latent_shape()}, source.target.recipe
+                made, files[CALIBRATION] = calibrated(folder, traced, source.model, recipe, shapes, observer)
+        graphs[plan.name], written = write_graph(folder, made, partial(source.read, plan.name), observer)
+        files |= written
     observer(StageProgress("tracing", len(planned), len(planned)))
+    if options.int8:
+        observer(StageProgress("8-bit weights", 0, 1))
+        graphs[TRANSFORMER_INT8], written = add_int8(folder, graphs[TRANSFORMER])
+        files |= written
+        observer(StageProgress("8-bit weights", 1, 1))
     rewards, prompts = recipe_facts(source.target.recipe)
     large = bool(source.model.spec.gpu_memory_gb)
     return Manifest(
         schema=LATENT,
         files=dict(sorted(files.items())),
         model=source.facts,
-        sampling=source.sampling,
+        sampling=sampling,
         precision=options.precision,
         opset=OPSET,
         axes={BATCH: AxisRange(*(options.batch or (LARGE_BATCH if large else SMALL_BATCH)))},
         graphs=graphs,
         tokenizers=tokenizers,
-        base=source.base,
+        base=base,
         adapter=source.adapter,
         rewards=rewards,
         prompts=prompts,

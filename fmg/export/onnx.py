@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -135,6 +136,18 @@ def point_to(value: ir.Value, weights: Path, place: Placement) -> None:
         name=str(value.name),
         base_dir=weights.parent,
     )
+
+
+def inline_tensors(graph: Path) -> dict[str, Tensor]:
+    """The initializers of an ONNX file whose values are in the file itself."""
+    import onnx_ir as ir
+
+    values = {name: value.const_value for name, value in ir.load(graph).graph.initializers.items()}
+    return {
+        name: torch.from_numpy(np.array(tensor.numpy()))
+        for name, tensor in values.items()
+        if tensor is not None and not isinstance(tensor, ir.ExternalTensor)
+    }
 
 
 def stored_dtype(value: ir.Value) -> torch.dtype:

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 PRODUCTS = frozenset({"Attention", "Conv", "ConvTranspose", "Gemm", "MatMul"})
 """Operators dominated by multiply-accumulate, which must therefore have the requested precision."""
 INT8_PRODUCTS = frozenset({"ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"})
-ACTIVATION_PRODUCTS = frozenset({"Attention", "MatMul"})
-"""Products of two activations (attention), which stay fp32 in a dynamically quantised graph."""
+FP32_IN_INT8 = frozenset({"Attention", "Conv", "MatMul"})
+"""Products that stay fp32 in a dynamically quantised graph: those of two activations (attention), and convolutions."""
 
 _WEIGHT_MOVES = frozenset({"DequantizeLinear", "Transpose"})
 BESIDE_FP8: Precision = "bf16"
@@ -135,6 +135,15 @@ def precision_of(artifact: Artifact, graph: str) -> PrecisionReport:
     """
     sizes = {BATCH: 1, **{name: axis.optimum for name, axis in artifact.manifest.axes.items() if name != BATCH}}
     return precision_of_file(artifact.onnx(graph), artifact.graph(graph).precision, sizes)
+
+
+def fp32_products(artifact: Artifact, graph: str) -> int:
+    """Products that a graph computes in fp32 as it should; 0 for a graph that is not as requested.
+
+    Errors as `precision_of`.
+    """
+    counted = precision_of(artifact, graph)
+    return 0 if counted.foreign else counted.products.get("fp32", 0)
 
 
 def precision_of_file(file: Path, asked: Precision, sizes: Mapping[str, int] | None = None) -> PrecisionReport:
@@ -286,7 +295,7 @@ def _allowed(node: NodeProto, kind: str, asked: Precision, listed: _Listed | Non
         # sinusoids of positions are in double precision in diffusers, which does no harm
         return kind == "fp32" or (kind == "fp64" and not product)
     if asked == "int8":
-        return node.op_type in ACTIVATION_PRODUCTS or kind != "fp32" or not product
+        return node.op_type in FP32_IN_INT8 or kind != "fp32" or not product
     return kind == asked or (listed is not None and listed.computed(node))
 
 

@@ -57,8 +57,9 @@ from fmg.models.embedded import EmbeddedConfig
 from fmg.models.flux.configs import FluxConfig, FluxStudentConfig
 from fmg.models.flux.loading import FLUX, TransformerSource, check_student, transformer_source
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
-from fmg.models.published import LocatedAdapter, located_adapters
+from fmg.models.published import DiffusersConfig, LocatedAdapter, StackedConfig, located_adapters
 from fmg.recipe import Recipe
+from fmg.registry.config import ModelConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 _TOKENIZER_CLASSES = {TEXT_ENCODER: CLIPTokenizer, TEXT_ENCODER_2: T5Tokenizer}
@@ -151,6 +152,17 @@ def conventions_of(recipe: Recipe) -> FlowMapConventions:
         f"The model '{name}' is not of the FLUX.1 family, the only one that this export supports",
         "Export an artifact without options, or load the adapter of the run with `pipe.load_lora_weights`.",
     )
+
+
+def graph_options(config: ModelConfig) -> dict[str, object]:
+    """The options of a model that its graphs depend on.
+
+    Left out are those of every family, which say where and how it is computed, and those that name files: the digest of
+    the base covers these.
+    """
+    shared = {*DiffusersConfig.model_fields, *StackedConfig.model_fields}
+    files = {asset.option.removeprefix("model.") for asset in config.assets()}
+    return config.model_dump(mode="json", include=type(config).model_fields.keys() - shared - files)
 
 
 def packs_latents(recipe: Recipe) -> bool:

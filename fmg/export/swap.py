@@ -14,13 +14,21 @@ from fmg.core.events import Notice, Observer, StageProgress, ignore
 from fmg.core.files import OLD, check_space, leftovers, link_files, replaced_folder
 from fmg.export.artifact import default_resolution, image_axes
 from fmg.export.fused import add_sampler
-from fmg.export.int8 import quantise
-from fmg.export.source import Delta, check_base, conventions_of, merged, read_delta, recipe_facts, write_base
+from fmg.export.int8 import add_int8
+from fmg.export.source import (
+    Delta,
+    check_base,
+    conventions_of,
+    graph_options,
+    merged,
+    read_delta,
+    recipe_facts,
+    write_base,
+)
 from fmg.export.weights import lay_out, write_weights
 from fmg.inference.artifact.layout import (
     BASE_WEIGHTS,
     Artifact,
-    file_entry,
     open_artifact,
     write_manifest,
 )
@@ -31,12 +39,12 @@ from fmg.inference.artifact.manifest import (
     TEXT_ENCODER_2,
     TRANSFORMER,
     TRANSFORMER_INT8,
-    FileEntry,
     Manifest,
 )
 from fmg.inference.target import Target, TargetLike, resolve_target
 from fmg.models.common.checkpoint_files import is_full
 from fmg.models.common.weights import TensorReader
+from fmg.models.conventions import FlowMapConventions
 from fmg.recipe import Recipe
 from fmg.registry import models
 
@@ -108,10 +116,11 @@ def _check_swaps(artifact: Artifact) -> None:
     Raises:
         UsageError: it does not keep the base's values of what its adapter changed.
     """
-    if artifact.manifest.schema != PACKED:
+    manifest = artifact.manifest
+    if manifest.schema != PACKED and manifest.model.options is None:
         raise UsageError(
-            f"{artifact.folder} was exported from '{artifact.manifest.model.name}', and weights can only be swapped in"
-            " artifacts of the FLUX.1 family",
+            f"{artifact.folder} was exported by an earlier version of fmg, which did not keep the weights under the"
+            f" adapter of '{manifest.model.name}'",
             "Export the run, or the model, to an artifact of its own.",
         )
     if artifact.manifest.precision == "fp8":
@@ -126,10 +135,10 @@ def _swapped(artifact: Artifact, delta: Delta | None, manifest: Manifest, observ
     folder = artifact.folder
     exported = _exported(artifact)
     kept = _reader(artifact, artifact.manifest.base.weights)
-    dtype = exported.describe(exported.names[0])[0]
-    remembered = _remembered(artifact, delta, kept, dtype)
+    described = {name: exported.describe(name) for name in exported.names}
+    remembered = _remembered(artifact, delta, kept, frozenset(dtype for dtype, _ in described.values()))
     base = exported.under(kept)
-    layout = lay_out({name: exported.describe(name) for name in exported.names})
+    layout = lay_out(described)
     # an upper bound: unchanged files are linked, not copied
     check_space(folder, (4 if TRANSFORMER_INT8 in artifact.manifest.graphs else 2) * layout.size)
     _check_no_links(folder)
@@ -140,7 +149,7 @@ def _swapped(artifact: Artifact, delta: Delta | None, manifest: Manifest, observ
         files[name] = write_weights(
             partial / name,
             layout,
-            merged(base, delta, dtype),
+            lambda name: merged(base, delta, described[name][0])(name),
             lambda done, total: observer(StageProgress("weights of transformer (MB)", done // 10**6, total // 10**6)),
         )
         files.pop(BASE_WEIGHTS, None)
@@ -148,7 +157,9 @@ def _swapped(artifact: Artifact, delta: Delta | None, manifest: Manifest, observ
         if remembered:
             files[BASE_WEIGHTS] = write_base(partial / BASE_WEIGHTS, base, remembered, _base_dtype(artifact.manifest))
         if TRANSFORMER_INT8 in artifact.manifest.graphs:
-            files |= _requantised(partial, artifact)
+            described_int8, made = add_int8(partial, artifact.graph(TRANSFORMER))
+            manifest = replace(manifest, graphs={**manifest.graphs, TRANSFORMER_INT8: described_int8})
+            files |= made
         manifest = replace(
             manifest,
             files=dict(sorted(files.items())),
@@ -207,18 +218,12 @@ def _check_graphs(artifact: Artifact, found: Target) -> None:
     Raises:
         UsageError: the run is sampled differently.
     """
-    wanted, sampling = conventions_of(found.recipe), artifact.manifest.sampling
-    sizes, length = sampling.resolutions, artifact.manifest.tokenizers[TEXT_ENCODER_2].length
-    fits = (wanted.guidance is None) == (sampling.guidance is None)
-    facts: Mapping[str, tuple[object, object]] = {
-        "map": (wanted.map, sampling.map),
-        "path": (wanted.path, sampling.path),
-        "time_scale": (wanted.time_scale, sampling.time_scale),
-        "second_time": (wanted.second_time.plain(), artifact.manifest.model.transformer["second_time"]),
-        "guidance": (wanted.guidance, wanted.guidance if fits else sampling.guidance),
-        "max_sequence_length": (wanted.max_sequence_length, length),
-        "resolution": (wanted.resolution, wanted.resolution if wanted.resolution in sizes else list(sizes)),
-    }
+    options = artifact.manifest.model.options
+    if options is None:
+        facts = _packed_facts(artifact.manifest, conventions_of(found.recipe))
+    else:
+        wanted = graph_options(found.recipe.model.config)
+        facts = {name: (wanted.get(name), options.get(name)) for name in {**options, **wanted}}
     for name, (asked, there) in facts.items():
         if asked != there:
             raise UsageError(
@@ -227,30 +232,49 @@ def _check_graphs(artifact: Artifact, found: Target) -> None:
             )
 
 
+def _packed_facts(manifest: Manifest, wanted: FlowMapConventions) -> Mapping[str, tuple[object, object]]:
+    """What the graphs of FLUX fix: as a run is sampled, and as they were exported."""
+    sampling, sizes = manifest.sampling, manifest.sampling.resolutions
+    fits = (wanted.guidance is None) == (sampling.guidance is None)
+    return {
+        "map": (wanted.map, sampling.map),
+        "path": (wanted.path, sampling.path),
+        "time_scale": (wanted.time_scale, sampling.time_scale),
+        "second_time": (wanted.second_time.plain(), manifest.model.transformer["second_time"]),
+        "guidance": (wanted.guidance, wanted.guidance if fits else sampling.guidance),
+        "max_sequence_length": (wanted.max_sequence_length, manifest.tokenizers[TEXT_ENCODER_2].length),
+        "resolution": (wanted.resolution, wanted.resolution if wanted.resolution in sizes else list(sizes)),
+    }
+
+
 def _as_sampled(manifest: Manifest, recipe: Recipe) -> Manifest:
     """The manifest with everything that follows from a recipe and is not in a graph."""
     rewards, prompts = recipe_facts(recipe)
-    conventions, sampling = conventions_of(recipe), manifest.sampling
-    embedded = None not in (sampling.guidance, conventions.guidance)
-    sampling = replace(
-        sampling,
-        guidance=conventions.guidance if embedded else sampling.guidance,
-        resolution=default_resolution(conventions.resolution, sampling.resolutions),
-        grid=recipe.rollout.grid,
-        steps=recipe.rollout.steps,
-    )
-    axes = {**manifest.axes, **image_axes(sampling)}
+    sampling, axes = replace(manifest.sampling, grid=recipe.rollout.grid, steps=recipe.rollout.steps), manifest.axes
+    if manifest.schema == PACKED:
+        conventions = conventions_of(recipe)
+        embedded = None not in (sampling.guidance, conventions.guidance)
+        sampling = replace(
+            sampling,
+            guidance=conventions.guidance if embedded else sampling.guidance,
+            resolution=default_resolution(conventions.resolution, sampling.resolutions),
+        )
+        axes = {**axes, **image_axes(sampling)}
     return replace(manifest, sampling=sampling, axes=axes, rewards=rewards, prompts=prompts)
 
 
-def _remembered(artifact: Artifact, delta: Delta | None, kept: TensorReader, dtype: torch.dtype) -> frozenset[str]:
+def _remembered(
+    artifact: Artifact, delta: Delta | None, kept: TensorReader, dtypes: frozenset[torch.dtype]
+) -> frozenset[str]:
     """The weights that the artifact has to keep as the base stores them, to restore it later."""
     changed = frozenset() if delta is None else delta.changed
-    if set(artifact.manifest.base.dtypes) <= _EXACT[str(dtype).removeprefix("torch.")]:
+    stored = set(artifact.manifest.base.dtypes)
+    if all(stored <= _EXACT[str(dtype).removeprefix("torch.")] for dtype in dtypes):
         return changed
     if lost := sorted(changed - frozenset(kept.names)):
         raise UsageError(
-            f"The adapter changes {lost[0]}, which {artifact.folder} stores only rounded to {dtype}",
+            f"The adapter changes {lost[0]}, which {artifact.folder} stores only rounded to"
+            f" {artifact.manifest.precision}",
             "Export the run to a new artifact instead.",
         )
     return frozenset(kept.names)
@@ -261,14 +285,6 @@ def _base_dtype(manifest: Manifest) -> torch.dtype | None:
     dtypes = manifest.base.dtypes
     stored: torch.dtype | None = getattr(torch, dtypes[0]) if len(dtypes) == 1 and dtypes[0] in _STORED else None
     return stored
-
-
-def _requantised(folder: Path, artifact: Artifact) -> dict[str, FileEntry]:
-    graph = artifact.graph(TRANSFORMER_INT8)
-    for name in (graph.file, graph.weights):
-        (folder / name).unlink()
-    quantise(Artifact(folder, artifact.manifest).onnx(TRANSFORMER), folder / graph.file, folder / graph.weights)
-    return {name: file_entry(folder / name) for name in (graph.file, graph.weights)}
 
 
 def _recover(folder: Path) -> None:

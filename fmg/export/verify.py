@@ -24,7 +24,7 @@ from fmg.eval.intervals import bootstrap_mean
 from fmg.eval.scoring import CHUNK, EvalSet, prompt_clusters, score_images
 from fmg.export.calibration import IMAGES, other_calibration
 from fmg.export.model_artifact import LoadedSource
-from fmg.export.precision_report import precision_of
+from fmg.export.precision_report import fp32_products, precision_of
 from fmg.export.source import find_source
 from fmg.export.verify_graphs import GraphParity, first_divergence, parity, sample_inputs, widened
 from fmg.export.verify_source import check_loaded, check_source
@@ -184,7 +184,7 @@ def engine_precision(artifact: Artifact, candidate: Generator) -> Iterator[Check
         counted = runtime.precision(graph)
         if counted is None:
             continue
-        problem = counted.problem(artifact.graph(graph).precision)
+        problem = counted.problem(artifact.graph(graph).precision, fp32_products(artifact, graph))
         values = {f"layers_{name}": float(n) for name, n in counted.by_precision().items()}
         digest = artifact.manifest.weights_digest(graph)
         yield Check(f"precision/{backend.name}/{graph}", not problem, values, problem, digest)

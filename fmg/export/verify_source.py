@@ -21,6 +21,7 @@ from fmg.export.artifact import sampling_of
 from fmg.export.fp8 import Read, model_name, other_rounding, stored_scales
 from fmg.export.int8 import other_weight
 from fmg.export.model_artifact import LoadedSource
+from fmg.export.onnx import inline_tensors
 from fmg.export.options import plain_config
 from fmg.export.precision_report import read_graph
 from fmg.export.source import ExportSource, base_dtypes, graph_tokenizer, model_reader, recipe_facts
@@ -78,6 +79,8 @@ def check_loaded(artifact: Artifact, source: LoadedSource) -> Iterator[Check]:
         "model.name": (manifest.model.name, source.facts.name),
         "model.transformer": (manifest.model.transformer, source.facts.transformer),
         "model.vae": (manifest.model.vae, source.facts.vae),
+        # earlier versions wrote none
+        "model.options": (manifest.model.options or source.facts.options, source.facts.options),
         "base.digest": (manifest.base.digest, source.base.digest),
         "base.dtypes": (manifest.base.dtypes, source.base.dtypes),
         "adapter": (_without_run(manifest.adapter), _without_run(source.adapter)),
@@ -98,14 +101,16 @@ def check_loaded(artifact: Artifact, source: LoadedSource) -> Iterator[Check]:
         reader = TensorReader.of(artifact.path(described.weights))
         problem = _misplaced(artifact, graph)
         if graph != SAMPLER:
-            problem = problem or _other_tensor(source, graph, reader, _scales(artifact, graph))
+            problem = problem or _other_tensor(artifact, source, graph, reader)
         yield _check(artifact, f"weights/{graph}", graph, problem, {"tensors": float(len(reader.names))})
 
 
-def _other_tensor(source: LoadedSource, graph: str, exported: TensorReader, scales: Mapping[str, float]) -> str:
+def _other_tensor(artifact: Artifact, source: LoadedSource, graph: str, exported: TensorReader) -> str:
     """The first weight that differs from the loaded model; empty for none."""
+    if graph == TRANSFORMER_INT8:
+        return _other_int8(artifact)
     summed = source.tensors[graph].keys() if graph == TRANSFORMER and source.adapter is not None else ()
-    return _first_other_weight(exported, partial(source.read, graph), summed, scales)
+    return _first_other_weight(exported, partial(source.read, graph), summed, _scales(artifact, graph))
 
 
 def _check(artifact: Artifact, name: str, graph: str, problem: str, values: Mapping[str, float]) -> Check:
@@ -200,11 +205,22 @@ def _misplaced(artifact: Artifact, graph: str) -> str:
 def _other_weights(artifact: Artifact, source: ExportSource, graph: str, exported: TensorReader) -> str:
     """The first weight that differs from the model and the run; empty for none."""
     if graph == TRANSFORMER_INT8:
-        exact = TensorReader.of(artifact.path(artifact.graph(TRANSFORMER).weights))
-        return other_weight(artifact.onnx(graph), exact.names, exact.read)
+        return _other_int8(artifact)
     names = list(dict.fromkeys(map(model_name, exported.names)))
     summed = source.delta.lora.keys() if graph == TRANSFORMER and source.delta is not None else ()
     return _first_other_weight(exported, model_reader(source, graph, names), summed, _scales(artifact, graph))
+
+
+def _other_int8(artifact: Artifact) -> str:
+    """The first weight of the 8-bit graph that does not match the fp32 graph; empty for none."""
+    exact = TensorReader.of(artifact.path(artifact.graph(TRANSFORMER).weights))
+    # what the tracer stored in the graph, such as a table of positions
+    constants = inline_tensors(artifact.onnx(TRANSFORMER))
+
+    def read(name: str) -> Tensor:
+        return constants[name] if name in constants else exact.read(name)
+
+    return other_weight(artifact.onnx(TRANSFORMER_INT8), {*exact.names, *constants}, read)
 
 
 def _scales(artifact: Artifact, graph: str) -> Mapping[str, float]:

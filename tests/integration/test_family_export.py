@@ -1,30 +1,35 @@
-"""`fmg export` of families whose transformer takes latents: verified, and sampled without torch."""
+"""`fmg export` of families whose transformer takes latents: verified, sampled without torch, swapped, in 8 bits."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
-from fmg.core.errors import CheckpointError
+from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.json_io import sealed
-from fmg.export.artifact import export_artifact
+from fmg.export import model_artifact
 from fmg.export.options import ExportOptions, ExportPrecision
+from fmg.export.swap import BASE, swap_weights
 from fmg.export.verify import verify
 from fmg.inference.artifact import open_artifact
+from fmg.inference.artifact.layout import write_manifest
 from fmg.inference.artifact.manifest import MANIFEST
 from fmg.inference.artifact.manifest_io import from_json, to_json
-from fmg.inference.loading import load_target
+from fmg.inference.loading import load, load_target
 from fmg.inference.onnxruntime import load as load_artifact
 from fmg.inference.target import resolve_target
 from fmg.inference.triton import TritonPythonModel
 from fmg.recipe import Recipe
-from tests.support.artifact import make_run
+from tests.support import tensorrt
+from tests.support.artifact import copied, exported, make_run, trace_once
 from tests.support.bare_environment import ARTIFACT, BareEnvironment
 from tests.support.cli import fmg
 from tests.support.triton import triton_python_backend_utils as utils
@@ -71,15 +76,23 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     place = tmp_path_factory.mktemp(request.param)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FMG_CACHE", str(place / "cache"))
-        return make_run(place / "run", recipe_of(request.param, FAMILIES[request.param](place / "folder")), seed=1)
+        recipe = recipe_of(request.param, FAMILIES[request.param](place / "folder"))
+        make_run(place / "other", recipe.with_({"lora.rank": 3, "rollout.steps": 3}), seed=2)
+        return make_run(place / "run", recipe, seed=1)
+
+
+@pytest.fixture
+def cache(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache of `run`."""
+    monkeypatch.setenv("FMG_CACHE", str(run.parent / "cache"))
 
 
 @pytest.fixture(scope="module")
 def verified(run: Path) -> dict[str, Any]:
     """What a verified export of the run prints."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FMG_CACHE", str(run.parent / "cache"))
-        done = fmg("export", str(run), "--fused", "--verify", "quick", "--json")
+    with pytest.MonkeyPatch.context() as environment, patch.object(model_artifact, "trace", trace_once):
+        environment.setenv("FMG_CACHE", str(run.parent / "cache"))
+        done = fmg("export", str(run), "--fused", "--int8", "--verify", "quick", "--json")
     assert done.code == 0, done.stderr + done.stdout
     facts: dict[str, Any] = json.loads(done.stdout)
     return facts
@@ -87,11 +100,24 @@ def verified(run: Path) -> dict[str, Any]:
 
 def test_an_export_passes_every_check(run: Path, verified: dict[str, Any]) -> None:
     parts = {"text_encoders", "transformer", "vae_decoder"}
-    assert set(verified["graphs"]) == {*parts, "sampler"}
+    assert set(verified["graphs"]) == {*parts, "sampler", "transformer_int8"}
     checks = {check["name"]: check for check in verified["verify"]["checks"]}
     assert all(check["passed"] for check in checks.values())
-    graphs = [f"{kind}/{graph}" for kind in ("weights", "precision", "tensors") for graph in parts]
-    assert checks.keys() >= {"files", "facts", "drawing", "images", "images/fused", "weights/sampler", *graphs}
+    graphs = [
+        f"{kind}/{graph}" for kind in ("weights", "precision", "tensors") for graph in (*parts, "transformer_int8")
+    ]
+    counted = checks["precision/transformer_int8"]["values"]
+    assert counted["weights_int8"] > counted["weights_fp32"]
+    assert checks.keys() >= {
+        "files",
+        "facts",
+        "drawing",
+        "images",
+        "images/fused",
+        "images/int8",
+        "weights/sampler",
+        *graphs,
+    }
     assert checks["images/fused"]["values"]["max_abs"] <= 1e-5
     manifest = open_artifact(run / "artifact").manifest
     assert (manifest.schema, manifest.adapter is not None) == (2, True)
@@ -99,17 +125,77 @@ def test_an_export_passes_every_check(run: Path, verified: dict[str, Any]) -> No
     assert checks["tensors/transformer"]["values"]["relative_l2"] <= 1e-5
 
 
-def test_an_export_in_half_precision_passes_every_check(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("cache")
+def test_an_export_in_half_precision_passes_every_check(run: Path, tmp_path: Path) -> None:
     """FLUX.2 has stored tables of positions, SD3.5 positions of patches, SANA attention without a softmax, all fp32."""
-    monkeypatch.setenv("FMG_CACHE", str(run.parent / "cache"))
     precision: ExportPrecision = "bf16" if "sana" in run.parent.name else "fp16"
-    artifact = export_artifact(run, tmp_path / "artifact", ExportOptions(precision=precision))
+    artifact = exported(run, tmp_path / "artifact", ExportOptions(precision=precision))
     report = verify(artifact, run, device="cpu", num=2)
     assert report.passed, [check for check in report.checks if not check.passed]
     kinds = {name: graph.precision for name, graph in artifact.manifest.graphs.items()}
     assert kinds == {"text_encoders": "fp32", "transformer": precision, "vae_decoder": "fp32"}
+
+
+@pytest.mark.usefixtures("cache")
+def test_an_export_in_fp8_is_calibrated_and_passes_every_check(run: Path, tmp_path: Path) -> None:
+    artifact = exported(run, tmp_path / "artifact", ExportOptions(precision="fp8"))
+    report = verify(artifact, run, device="cpu", num=2)
+    assert report.passed, [check for check in report.checks if not check.passed]
+    checks = {check.name: check for check in report.checks}
+    assert checks["calibration/transformer"].values["images"] == 32
+    assert checks["precision/transformer"].values["products_fp8"] >= 16
+    assert "fp8 was simulated" in checks["images"].note
+    # torch computes what the simulation does only up to rounding
+    assert checks["tensors/transformer"].values["relative_l2"] > 1e-4
+    for words, says in (
+        (("generate", "a red circle", "--from"), "is fp8, which ONNX Runtime does not compute"),
+        (("export", "--triton", str(tmp_path / "models")), "fp8 is only computed by engines"),
+        (("export", str(run), "--swap-weights"), "is in fp8, calibrated for the weights that it has"),
+    ):
+        done = fmg(*words, str(artifact.folder))
+        assert done.code != 0
+        assert says in " ".join(done.stderr.split()), done.stderr
+
+
+@pytest.mark.usefixtures("cache", "verified")
+def test_another_run_swaps_in_as_a_fresh_export_of_it(run: Path, tmp_path: Path) -> None:
+    other = run.parent / "other"
+    folder = copied(open_artifact(run / "artifact"), tmp_path / "artifact")
+    first = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    fresh = exported(other, tmp_path / "fresh", ExportOptions(int8=True, fused=True))
+    swapped = swap_weights(folder, other)
+    assert swapped.manifest == fresh.manifest
+    assert all((folder / name).read_bytes() == fresh.path(name).read_bytes() for name in fresh.manifest.files)
+    assert fresh.path("transformer.safetensors").read_bytes() != first["transformer.safetensors"]
+    base = swap_weights(folder, BASE).manifest
+    assert (base.adapter, base.base.weights) == (None, None)
+    swap_weights(folder, run)
+    assert {path.name: path.read_bytes() for path in folder.glob("*.safetensors")} == first
+
+    found = resolve_target(other)
+    longer = replace(found, recipe=found.recipe.with_({"model.max_sequence_length": 100}))
+    with pytest.raises(UsageError, match="sampled with max_sequence_length 100"):
+        swap_weights(folder, longer)
+    # as earlier versions wrote it
+    stored = open_artifact(folder).manifest
+    write_manifest(folder, replace(stored, model=replace(stored.model, options=None)))
+    with pytest.raises(UsageError, match="exported by an earlier version of fmg"):
+        swap_weights(folder, other)
+
+
+@pytest.mark.filterwarnings("ignore:.*the model reads the first:fmg.core.errors.FmgWarning")
+@pytest.mark.usefixtures("verified")
+def test_engines_generate_the_same_images(run: Path, tmp_path: Path) -> None:
+    folder = copied(open_artifact(run / "artifact"), tmp_path / "artifact")
+    with tensorrt.stand_in(cache=tmp_path / "cache"):
+        built, _ = tensorrt.build(folder)
+        with load(open_artifact(folder), backend="tensorrt") as generator:
+            images = generator.generate(PROMPTS, seeds=[3, 4]).image_array
+        with pytest.raises(UsageError, match="have one size"):
+            tensorrt.build(folder, resolutions=(512,))
+    assert [engine.record.graph for engine in built] == ["text_encoders", "transformer", "vae_decoder"]
+    with load_artifact(folder, threads=1) as generator:
+        assert float(np.abs(generator.generate(PROMPTS, seeds=[3, 4]).image_array - images).max()) <= 1e-5
 
 
 def test_the_images_without_torch_are_those_of_the_run(run: Path, verified: dict[str, Any], tmp_path: Path) -> None:
@@ -164,15 +250,10 @@ def test_a_changed_manifest_is_refused(run: Path, verified: dict[str, Any]) -> N
 
 
 def test_what_is_not_written_is_refused_in_one_line(run: Path, verified: dict[str, Any], tmp_path: Path) -> None:
-    artifact, new = str(run / "artifact"), str(tmp_path / "new")
-    family = "the FLUX.1 family"
+    new = str(tmp_path / "new")
     for words, says in (
-        (("export", str(run), new, "--precision", "fp8"), "fp8 runs only in TensorRT engines, which only models of"),
-        (("export", str(run), new, "--int8"), "8-bit weights are only written for models of"),
         (("export", str(run), new, "--resolutions", "512"), "have one size"),
-        (("export", str(run), "--swap-weights", artifact), "weights can only be swapped in artifacts of"),
-        (("export", str(run), new, "--diffusers"), family),
-        (("export", artifact, "--trt"), "engines can only be built for"),
+        (("export", str(run), new, "--diffusers"), "the FLUX.1 family"),
     ):
         done = fmg(*words)
         assert done.code != 0

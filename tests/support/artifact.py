@@ -19,6 +19,7 @@ from fmg.core.files import write_sums
 from fmg.data.checkpoints import FOLDER, CheckpointIndex, SavedCheckpoint, write_index
 from fmg.data.run_folder import RunFolder
 from fmg.export import artifact as exporter
+from fmg.export import model_artifact
 from fmg.export.artifact import export_artifact, export_source
 from fmg.export.graphs import GraphPlan
 from fmg.export.onnx import TracedGraph, trace
@@ -78,7 +79,7 @@ def student_recipe(folder: Path) -> Recipe:
 
 def exported(target: str | Path | Target, out: Path, options: ExportOptions | None = None) -> Artifact:
     """`export_artifact`, with graphs that are traced once per session."""
-    with patch.object(exporter, "trace", trace_once):
+    with patch.object(exporter, "trace", trace_once), patch.object(model_artifact, "trace", trace_once):
         if isinstance(target, Target):
             return export_source(find_source(target), out, options or ExportOptions())
         return export_artifact(target, out, options)
@@ -111,9 +112,10 @@ def trace_once(plan: GraphPlan) -> TracedGraph:
         inner = plan.build().inner
     shapes = tuple((name, tuple(x.shape)) for name, x in inner.state_dict().items())
     # its numbers are constants of the graph, such as the scaling of latents; private keys name folders and versions
-    config = inner.config if isinstance(inner.config, dict) else inner.config.to_dict()
-    stated = json.dumps({name: value for name, value in config.items() if name[0] != "_"}, sort_keys=True, default=str)
-    key = (plan.name, plan.dtype, plan.inputs, plan.outputs, shapes, stated)
+    parts = inner.values() if isinstance(inner, torch.nn.ModuleDict) else [inner]
+    configs = [x.config if isinstance(x.config, dict) else x.config.to_dict() for x in parts]
+    public = [{name: value for name, value in config.items() if name[0] != "_"} for config in configs]
+    key = (plan.name, plan.dtype, plan.inputs, plan.outputs, shapes, json.dumps(public, sort_keys=True, default=str))
     if key not in _TRACED:
         _TRACED[key] = trace(plan)
     return _TRACED[key]

@@ -16,18 +16,15 @@ from fmg.core.cache import cache_dir
 from fmg.core.errors import CheckpointError, FmgError, MissingDependencyError, UsageError, suggestion
 from fmg.core.events import Notice, Observer, StageProgress, ignore
 from fmg.core.files import atomic_file, digest, write_atomic
-from fmg.export.precision_report import read_graph
+from fmg.export.precision_report import fp32_products, read_graph
 from fmg.export.tensorrt.worker import Job, build_engine
 from fmg.inference.artifact.external_data import check_external
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.artifact.manifest import (
     BATCH,
-    GRAPHS,
     HEIGHT,
     IMAGE,
     PACKED,
-    TEXT,
-    TEXT_ENCODER_2,
     VAE_DECODER,
     WIDTH,
     AxisRange,
@@ -63,6 +60,7 @@ from fmg.inference.tensorrt.records import (
     engine_name,
     note_built,
     read_record,
+    sizes_of,
 )
 from fmg.inference.tensorrt.refit import Refit, refuse_lost_biases
 
@@ -204,14 +202,18 @@ def wanted(manifest: Manifest, resolutions: Sequence[int] | None, batch: AxisRan
     sides = tuple(sorted(set(resolutions or sampling.resolutions)))
     step = 2 * sampling.latent_scale
     own = ", ".join(f"{side} px" for side in sampling.resolutions)
+    if manifest.schema != PACKED and sides != sampling.resolutions:
+        raise UsageError(
+            f"--resolutions: graphs of '{manifest.model.name}' have one size, here {sampling.resolution} px",
+            "Leave it out, or export an artifact for the other size.",
+        )
     for side in sides:
         if side <= 0 or side % step:
             raise UsageError(
                 f"--resolutions: {side} is not a multiple of {step}, the side of an image token in pixels",
                 f"Use multiples of {step}; the artifact was made for {own}.",
             )
-        _, height, width = sampling.latent_shape(side)
-        for axis, size in ((IMAGE, sampling.image_tokens(side)), (HEIGHT, height), (WIDTH, width)):
+        for axis, size in sizes_of(manifest, side).items():
             _check_axis(manifest, axis, size, size, f"--resolutions: {side} px")
     chosen = batch or manifest.axes[BATCH]
     _check_axis(manifest, BATCH, chosen.minimum, chosen.maximum, "--batch")
@@ -224,13 +226,10 @@ def profiles(name: str, graph: Graph, manifest: Manifest, request: Wanted) -> tu
     The text axis has the one length that prompts are padded to: with a range, the builder would choose attention
     kernels for lengths that never occur.
     """
-    text = manifest.tokenizers[TEXT_ENCODER_2].length
     spatial = any(axis in _SPATIAL for spec in graph.inputs for axis in spec.shape)
     made = []
     for side in request.resolutions if spatial else request.resolutions[:1]:
-        _, height, width = manifest.sampling.latent_shape(side)
-        fixed = {IMAGE: manifest.sampling.image_tokens(side), HEIGHT: height, WIDTH: width, TEXT: text}
-        batch = request.batch
+        fixed, batch = sizes_of(manifest, side), request.batch
         if name == VAE_DECODER:
             # fewer rows at high resolution, where the activations of the decoder take the most memory of all
             batch = AxisRange(1, 1, max(1, min(batch.maximum, _DECODER_PIXELS // side**2)))
@@ -286,13 +285,13 @@ def check_buildable(path: Path, weights: str, precision: Precision) -> None:
         )
 
 
-def check_network(graph: str, layers: Mapping[str, Mapping[str, int]], precision: Precision) -> None:
-    """Checks that the parsed network computes in the precision of its graph.
+def check_network(graph: str, layers: Mapping[str, Mapping[str, int]], precision: Precision, fp32: int = 0) -> None:
+    """Checks that the parsed network computes in the precision of its graph; arguments as `EnginePrecision.problem`.
 
     Raises:
         FmgError: it does not; TensorRT is strongly typed, so neither would its engine.
     """
-    if problem := EnginePrecision(layers).problem(precision):
+    if problem := EnginePrecision(layers).problem(precision, fp32):
         raise FmgError(
             f"The engine of {graph} would not compute in {precision}: {problem}",
             "Export the artifact again; the precision of an engine is that of its graph.",
@@ -435,21 +434,16 @@ def build_engines(
         FmgError: a build failed, with the builder's own reason.
     """
     chosen = options or EngineOptions()
-    if artifact.manifest.schema != PACKED:
-        raise UsageError(
-            f"{artifact.folder} was exported from '{artifact.manifest.model.name}', and engines can only be built for"
-            " the FLUX.1 family",
-            "Run it with --backend onnxruntime.",
-        )
     builder = Builder.pick(flavour, chosen)
     if artifact.manifest.precision == "fp8":
         builder.check_fp8(chosen)
     request = wanted(artifact.manifest, resolutions, batch)
-    for graph in GRAPHS:
+    graphs = artifact.manifest.required
+    for graph in graphs:
         entry = artifact.manifest.graphs[graph]
         check_buildable(artifact.onnx(graph), entry.weights, entry.precision)
     artifact.engines.mkdir(exist_ok=True)
-    return [_engine(artifact, graph, builder, request, chosen, memory_gib, observer) for graph in GRAPHS]
+    return [_engine(artifact, graph, builder, request, chosen, memory_gib, observer) for graph in graphs]
 
 
 def _engine(
@@ -478,7 +472,7 @@ def _engine(
             timing_cache=_timing_cache(builder, options),
         )
         built = build_engine(job, graph, observer, memory_gib)
-        check_network(graph, built.layers, artifact.manifest.graphs[graph].precision)
+        check_network(graph, built.layers, artifact.graph(graph).precision, fp32_products(artifact, graph))
         if options.refittable:
             observer(StageProgress(f"{graph}: checking biases", 0, 0))
             module, first = load_module(builder.flavour), ingredients.profiles[0].shapes

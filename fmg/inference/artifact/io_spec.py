@@ -91,10 +91,11 @@ def _check_latent_io(manifest: Manifest) -> None:
     whole = [spec.name for spec in text.outputs if spec.dtype == "int64"]
     _check(f"graphs.{TEXT_ENCODERS}.outputs", text.outputs, made, whole=whole)
     conditioning = {spec.name: spec.shape for spec in text.outputs}
-    network, decoder = manifest.graphs[TRANSFORMER], manifest.graphs[VAE_DECODER]
-    wanted = {**latents, **dict(_scalars(sampling)), **conditioning}
-    _check(f"graphs.{TRANSFORMER}.inputs", network.inputs, wanted, whole=whole)
-    _check(f"graphs.{TRANSFORMER}.outputs", network.outputs, {VELOCITY: latents[LATENTS]})
+    decoder, wanted = manifest.graphs[VAE_DECODER], {**latents, **dict(_scalars(sampling)), **conditioning}
+    for name in (TRANSFORMER, TRANSFORMER_INT8):
+        if (network := manifest.graphs.get(name)) is not None:
+            _check(f"graphs.{name}.inputs", network.inputs, wanted, whole=whole)
+            _check(f"graphs.{name}.outputs", network.outputs, {VELOCITY: latents[LATENTS]})
     _check(f"graphs.{VAE_DECODER}.inputs", decoder.inputs, latents)
     _check(f"graphs.{VAE_DECODER}.outputs", decoder.outputs, {IMAGES: (BATCH, 3, side, side)})
     if SAMPLER in manifest.graphs:

@@ -34,11 +34,13 @@ VAE_DECODER = "vae_decoder"
 TEXT_ENCODERS = "text_encoders"
 SAMPLER = "sampler"
 GRAPHS = (TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER, VAE_DECODER)
-"""The graphs of every artifact of FLUX; `transformer_int8` is optional and takes the place of `transformer` on a CPU.
-`sampler`, optional in every artifact, is all steps of the transformer and the decoder in one graph.
-"""
+"""The graphs of every artifact of FLUX."""
 LATENT_GRAPHS = (TEXT_ENCODERS, TRANSFORMER, VAE_DECODER)
 """The graphs of every other artifact."""
+OPTIONAL_GRAPHS = (TRANSFORMER_INT8, SAMPLER)
+"""In any artifact: `transformer_int8` takes the place of `transformer` on a CPU, and `sampler` is all steps of the
+transformer and the decoder in one graph.
+"""
 
 BATCH, IMAGE, TEXT, HEIGHT, WIDTH, PIXEL_HEIGHT, PIXEL_WIDTH = (
     "batch",
@@ -182,11 +184,16 @@ class FormedTokenizerFacts(TokenizerFacts):
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The model: its registered name, and the diffusers configs of transformer and autoencoder."""
+    """The model: its registered name, and the diffusers configs of transformer and autoencoder.
+
+    `options` are those of the recipe's model that the graphs depend on, so that only adapters of the same can be
+    swapped in. Schema 1 has none: its transformer and its sampling say it all; earlier versions wrote none.
+    """
 
     name: str
     transformer: Mapping[str, object]
     vae: Mapping[str, object]
+    options: Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,12 @@ from fmg.inference.artifact.io_spec import check_io
 from fmg.inference.artifact.manifest import (
     MANIFEST,
     MAX_LENGTH,
+    OPTIONAL_GRAPHS,
     PACKED,
-    SAMPLER,
     SCHEMA,
     TEXT,
     TEXT_ENCODER,
     TEXT_ENCODER_2,
-    TRANSFORMER_INT8,
     FormedTokenizerFacts,
     Manifest,
 )
@@ -33,8 +32,10 @@ def to_json(manifest: Manifest) -> str:
     """The text of `manifest.json`, with its own digest under `sha256`."""
     raw = asdict(manifest)
     if manifest.adapter is not None and not manifest.adapter.parts:
-        # so that earlier versions of fmg read it
+        # what is empty is left out, so that earlier versions of fmg read it
         del raw["adapter"]["parts"]
+    if manifest.model.options is None:
+        del raw["model"]["options"]
     return json.dumps(sealed(raw), indent=2) + "\n"
 
 
@@ -82,10 +83,9 @@ def _check_paths(manifest: Manifest) -> None:
 
 
 def _check_references(manifest: Manifest) -> None:
-    optional = {SAMPLER, *([TRANSFORMER_INT8] if manifest.schema == PACKED else [])}
     if absent := [name for name in manifest.required if name not in manifest.graphs]:
         raise DecodeError(f"graphs.{absent[0]} is missing")
-    if unknown := sorted(manifest.graphs.keys() - {*manifest.required, *optional}):
+    if unknown := sorted(manifest.graphs.keys() - {*manifest.required, *OPTIONAL_GRAPHS}):
         raise DecodeError(f"graphs.{unknown[0]} is not a known graph")
     _check_tokenizers(manifest)
     named = [graph.file for graph in manifest.graphs.values()]

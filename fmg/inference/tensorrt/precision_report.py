@@ -61,8 +61,12 @@ class EnginePrecision:
         counts = self.products or self.types
         return {name: counts[kind] for name, kind in _NAMES.items() if kind in counts}
 
-    def problem(self, precision: Precision) -> str:
+    def problem(self, precision: Precision, fp32: int = 0) -> str:
         """How the engine differs from the requested precision, in one clause; empty if it does not.
+
+        Args:
+            precision: of the graph.
+            fp32: products that the graph itself computes in fp32, such as those of attention without a softmax.
 
         An engine of an fp32 graph has no narrower type in it. An engine of a bf16 or fp16 graph has products of that
         type, few in fp32 (embedders of times), and none of a third type. Where the inspector names no products,
@@ -83,7 +87,7 @@ class EnginePrecision:
             return f"no layer computes in {wanted}, which was requested"
         wide = 0 if wanted == "FLOAT" else products.get("FLOAT", 0)
         total = products.get(wanted, 0) + wide
-        if wide > _FP32_SHARE * total:
+        if wide > max(fp32, _FP32_SHARE * total):
             return f"{wide} of {total} products compute in FLOAT where {wanted} was requested"
         return ""
 

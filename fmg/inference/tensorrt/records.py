@@ -20,7 +20,7 @@ from fmg.core.errors import CheckpointError, UsageError, reason
 from fmg.core.json_io import read_json
 from fmg.inference.artifact.decode import decode
 from fmg.inference.artifact.layout import ENGINES, Artifact
-from fmg.inference.artifact.manifest import HEIGHT, IMAGE, TEXT, TEXT_ENCODER_2, WIDTH, TensorSpec
+from fmg.inference.artifact.manifest import HEIGHT, IMAGE, PACKED, TEXT, TEXT_ENCODER_2, WIDTH, Manifest, TensorSpec
 from fmg.inference.tensorrt.flavours import ANY, Flavour, Gpu, has_fp8
 
 KEY_LENGTH = 12
@@ -254,15 +254,17 @@ def _misfit(artifact: Artifact, record: EngineRecord, host: EngineHost, resoluti
     if reason := record.misfit(host):
         return reason
     side = resolution or manifest.sampling.resolution
-    _, height, width = manifest.sampling.latent_shape(side)
-    fixed = {
-        IMAGE: manifest.sampling.image_tokens(side),
-        HEIGHT: height,
-        WIDTH: width,
-        TEXT: manifest.tokenizers[TEXT_ENCODER_2].length,
-    }
-    covered = any(_covers(profile, entry.inputs, fixed) for profile in made.profiles)
+    covered = any(_covers(profile, entry.inputs, sizes_of(manifest, side)) for profile in made.profiles)
     return "" if covered else f"has no profile for {side} px"
+
+
+def sizes_of(manifest: Manifest, side: int) -> dict[str, int]:
+    """Sizes of the dynamic axes of graphs for square images of this side; empty for graphs of one size."""
+    if manifest.schema != PACKED:
+        return {}
+    _, height, width = manifest.sampling.latent_shape(side)
+    text = manifest.tokenizers[TEXT_ENCODER_2].length
+    return {IMAGE: manifest.sampling.image_tokens(side), HEIGHT: height, WIDTH: width, TEXT: text}
 
 
 def _covers(profile: Profile, inputs: tuple[TensorSpec, ...], fixed: Mapping[str, int]) -> bool:
