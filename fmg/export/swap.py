@@ -25,7 +25,7 @@ from fmg.export.source import (
     recipe_facts,
     write_base,
 )
-from fmg.export.weights import lay_out, write_weights
+from fmg.export.weights import TensorType, lay_out, write_weights
 from fmg.inference.artifact.layout import (
     BASE_WEIGHTS,
     Artifact,
@@ -136,7 +136,7 @@ def _swapped(artifact: Artifact, delta: Delta | None, manifest: Manifest, observ
     exported = _exported(artifact)
     kept = _reader(artifact, artifact.manifest.base.weights)
     described = {name: exported.describe(name) for name in exported.names}
-    remembered = _remembered(artifact, delta, kept, frozenset(dtype for dtype, _ in described.values()))
+    remembered = _remembered(artifact, delta, kept, described)
     base = exported.under(kept)
     layout = lay_out(described)
     # an upper bound: unchanged files are linked, not copied
@@ -264,17 +264,16 @@ def _as_sampled(manifest: Manifest, recipe: Recipe) -> Manifest:
 
 
 def _remembered(
-    artifact: Artifact, delta: Delta | None, kept: TensorReader, dtypes: frozenset[torch.dtype]
+    artifact: Artifact, delta: Delta | None, kept: TensorReader, described: Mapping[str, TensorType]
 ) -> frozenset[str]:
     """The weights that the artifact has to keep as the base stores them, to restore it later."""
     changed = frozenset() if delta is None else delta.changed
     stored = set(artifact.manifest.base.dtypes)
-    if all(stored <= _EXACT[str(dtype).removeprefix("torch.")] for dtype in dtypes):
+    if all(stored <= _EXACT[str(dtype).removeprefix("torch.")] for dtype, _ in described.values()):
         return changed
     if lost := sorted(changed - frozenset(kept.names)):
         raise UsageError(
-            f"The adapter changes {lost[0]}, which {artifact.folder} stores only rounded to"
-            f" {artifact.manifest.precision}",
+            f"The adapter changes {lost[0]}, which {artifact.folder} stores only rounded to {described[lost[0]][0]}",
             "Export the run to a new artifact instead.",
         )
     return frozenset(kept.names)

@@ -149,8 +149,8 @@ def test_an_export_in_fp8_is_calibrated_and_passes_every_check(run: Path, tmp_pa
     assert checks["tensors/transformer"].values["relative_l2"] > 1e-4
     for words, says in (
         (("generate", "a red circle", "--from"), "is fp8, which ONNX Runtime does not compute"),
-        (("export", "--triton", str(tmp_path / "models")), "fp8 is only computed by engines"),
-        (("export", str(run), "--swap-weights"), "is in fp8, calibrated for the weights that it has"),
+        (("export", "--triton", str(tmp_path / "models")), "fp8 runs only in TensorRT engines"),
+        (("export", str(run), "--swap-weights"), "is in fp8, which is calibrated for its present weights"),
     ):
         done = fmg(*words, str(artifact.folder))
         assert done.code != 0

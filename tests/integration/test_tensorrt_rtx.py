@@ -14,22 +14,25 @@ from fmg.core.errors import CheckpointError, FmgError, UsageError
 from fmg.core.events import ignore
 from fmg.export.fp8 import stored_scales
 from fmg.export.options import ExportOptions
-from fmg.export.tensorrt import build, worker
+from fmg.export.precision_report import fp32_products
+from fmg.export.tensorrt import worker
 from fmg.export.tensorrt.build import EngineOptions, build_engines, check_network
 from fmg.export.tensorrt.worker import Job
 from fmg.inference.artifact import Artifact, open_artifact
 from fmg.inference.artifact.layout import ENGINES
-from fmg.inference.artifact.manifest import GRAPHS, TRANSFORMER, AxisRange
+from fmg.inference.artifact.manifest import GRAPHS, LATENT_GRAPHS, TRANSFORMER, AxisRange, Manifest
 from fmg.inference.loading import load
 from fmg.inference.tensorrt.engine import Engine, RunOptions
 from fmg.inference.tensorrt.flavours import ANY, FP8_CAPABILITIES, RTX, Gpu, load_module
 from fmg.inference.tensorrt.records import EngineHost, Profile, ShapeRange, check_plan, read_records
-from tests.support.artifact import copied, exported
+from fmg.recipe import Recipe
+from tests.support.artifact import copied, exported, make_run
 from tests.support.cli import fmg
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_rtx import NAMES, as_rtx
 from tests.support.tensorrt import stand_in
 from tests.support.tiny_artifact import build_tiny_artifact
+from tests.tiny_sana import RESOLUTION, SEQUENCE, build_tiny_sana
 
 pytestmark = pytest.mark.rtx
 
@@ -166,7 +169,7 @@ def test_an_fp8_product_builds_for_ada_and_blackwell_and_not_for_ampere(tmp_path
 def test_the_fp8_transformer_of_the_embedded_model_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the transformer: the other graphs are those of a bf16 artifact."""
     artifact = exported("meanflow-shapes", tmp_path / "artifact", ExportOptions(precision="fp8"))
-    monkeypatch.setattr(build, "GRAPHS", (TRANSFORMER,))
+    monkeypatch.setattr(Manifest, "required", (TRANSFORMER,))
     (engine,) = build_engines(artifact, flavour="rtx", batch=AxisRange(1, 1, 4))
     record = engine.record
     assert record.ingredients.options["capabilities"] == list(FP8_CAPABILITIES)
@@ -180,6 +183,24 @@ def test_the_fp8_transformer_of_the_embedded_model_builds(tmp_path: Path, monkey
     )
     assert "is fp8, which RTX 3090 (compute capability 8.6) does not have" in record.misfit(ampere)
     assert record.misfit(ada) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+def test_every_graph_of_another_family_builds_in_fp8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SANA: an encoder with a mask, and attention without a softmax, whose products are fp32 in the graph."""
+    monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))
+    folder = build_tiny_sana(tmp_path / "folder")
+    options = {"folder": str(folder), "resolution": RESOLUTION, "max_sequence_length": SEQUENCE, "text_cache": False}
+    recipe = Recipe.default("sana-sprint", **{f"model.{name}": value for name, value in options.items()})
+    run = make_run(tmp_path / "run", recipe.with_({"train.dtype": "fp32", "train.device": "cpu"}), seed=1)
+    artifact = exported(run, tmp_path / "artifact", ExportOptions(precision="fp8"))
+    engines = build_engines(artifact, flavour="rtx", batch=AxisRange(1, 1, 4))
+    records = {engine.record.graph: engine.record for engine in engines}
+    assert tuple(records) == LATENT_GRAPHS
+    made = records[TRANSFORMER]
+    assert (made.precision, set(made.layers["MATRIX_MULTIPLY"])) == ("fp8", {"BF16", "FLOAT"})
+    assert made.layers["MATRIX_MULTIPLY"]["FLOAT"] == fp32_products(artifact, TRANSFORMER) == 4
 
 
 def test_a_workspace_that_is_too_small_is_the_builders_own_reason(tmp_path: Path) -> None:
