@@ -136,6 +136,7 @@ def test_an_export_in_half_precision_passes_every_check(run: Path, tmp_path: Pat
     assert kinds == {"text_encoders": "fp32", "transformer": precision, "vae_decoder": "fp32"}
 
 
+@pytest.mark.filterwarnings("ignore:.*the model reads the first:fmg.core.errors.FmgWarning")
 @pytest.mark.usefixtures("cache")
 def test_an_export_in_fp8_is_calibrated_and_passes_every_check(run: Path, tmp_path: Path) -> None:
     artifact = exported(run, tmp_path / "artifact", ExportOptions(precision="fp8"))
