@@ -11,6 +11,7 @@ Processes are forked from one that has imported everything, so that a kill costs
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import itertools
 import json
@@ -162,6 +163,8 @@ def main(kills: int, seed: int, root: Path, kinds: Sequence[str] = tuple(RECIPES
     """Kills runs until there were `kills` kills, and compares each run when it has ended; returns counts of events."""
     for name in PRELOADED:
         importlib.import_module(name)
+    # a collection in a child would touch, and so copy, the pages that it shares
+    gc.freeze()
     chance = random.Random(seed)
     lengths: dict[str, float] = {}
     references: dict[str, dict[str, object]] = {}

@@ -13,13 +13,12 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import load_file
 
 from fmg import FlowMapPipeline
-from fmg.export import artifact as exporter
 from fmg.inference import load
 from fmg.inference.artifact import open_artifact
 from fmg.inference.loading import load_target
 from fmg.inference.target import Target, load_model, resolve_target
 from fmg.recipe import Recipe
-from tests.support.artifact import trace_once
+from tests.support.artifact import traced_once
 from tests.support.cli import fmg
 from tests.tiny_flux import RESOLUTION, SEQUENCE
 
@@ -32,7 +31,7 @@ def test_export_and_swap_on_the_command_line(
     shapes_run: Path, other_shapes_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with patch.object(exporter, "trace", trace_once):
+    with traced_once():
         done = fmg("export", str(shapes_run), "--out", "artifact", "--json")
     assert done.code == 0, done.stderr
     facts = json.loads(done.stdout)

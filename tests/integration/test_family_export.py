@@ -8,14 +8,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.json_io import sealed
-from fmg.export import model_artifact
 from fmg.export.options import ExportOptions, ExportPrecision
 from fmg.export.swap import BASE, swap_weights
 from fmg.export.verify import verify
@@ -29,7 +27,7 @@ from fmg.inference.target import resolve_target
 from fmg.inference.triton import TritonPythonModel
 from fmg.recipe import Recipe
 from tests.support import tensorrt
-from tests.support.artifact import copied, exported, make_run, trace_once
+from tests.support.artifact import copied, exported, make_run, traced_once
 from tests.support.bare_environment import ARTIFACT, BareEnvironment
 from tests.support.cli import fmg
 from tests.support.triton import triton_python_backend_utils as utils
@@ -90,8 +88,8 @@ def cache(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def verified(run: Path) -> dict[str, Any]:
     """What a verified export of the run prints."""
-    with pytest.MonkeyPatch.context() as environment, patch.object(model_artifact, "trace", trace_once):
-        environment.setenv("FMG_CACHE", str(run.parent / "cache"))
+    with pytest.MonkeyPatch.context() as patch, traced_once():
+        patch.setenv("FMG_CACHE", str(run.parent / "cache"))
         done = fmg("export", str(run), "--fused", "--int8", "--verify", "quick", "--json")
     assert done.code == 0, done.stderr + done.stdout
     facts: dict[str, Any] = json.loads(done.stdout)

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fmg.export import artifact as exporter
-from tests.support.artifact import trace_once
+from tests.support.artifact import traced_once
 from tests.support.cli import fmg
 from tests.support.docs import Command, NewFile, Program, Step, steps
 
@@ -34,8 +33,7 @@ TINY = {
 def test_the_commands_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     # pages export the same model
-    monkeypatch.setattr(exporter, "trace", trace_once)
-    with session() as execute:
+    with traced_once(), session() as execute:
         for step in steps(page.read_text(encoding="utf-8")):
             run(step, page.name, execute)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
@@ -79,7 +81,7 @@ def student_recipe(folder: Path) -> Recipe:
 
 def exported(target: str | Path | Target, out: Path, options: ExportOptions | None = None) -> Artifact:
     """`export_artifact`, with graphs that are traced once per session."""
-    with patch.object(exporter, "trace", trace_once), patch.object(model_artifact, "trace", trace_once):
+    with traced_once():
         if isinstance(target, Target):
             return export_source(find_source(target), out, options or ExportOptions())
         return export_artifact(target, out, options)
@@ -104,6 +106,13 @@ def planted(artifact: Artifact, folder: Path, tensor: str, add: float) -> Artifa
     (folder / MANIFEST).write_text(json.dumps(manifest))
     reseal(folder)
     return open_artifact(folder)
+
+
+@contextmanager
+def traced_once() -> Iterator[None]:
+    """Exports within the block trace equal graphs once per session."""
+    with patch.object(exporter, "trace", trace_once), patch.object(model_artifact, "trace", trace_once):
+        yield
 
 
 def trace_once(plan: GraphPlan) -> TracedGraph:

@@ -78,6 +78,8 @@ def swapped(
     return open_artifact(folder)
 
 
+@pytest.mark.slow
+@pytest.mark.compile
 def test_an_artifact_has_the_weights_of_the_formula_and_the_images_of_torch(
     swapped: Artifact, shapes_run: Path, other_shapes_run: Path
 ) -> None:
@@ -96,6 +98,8 @@ def test_an_artifact_has_the_weights_of_the_formula_and_the_images_of_torch(
     assert {check.name for check in report.checks} >= {"facts", "weights/transformer", "images"}
 
 
+@pytest.mark.slow
+@pytest.mark.compile
 def test_the_order_of_the_adapters_does_not_matter(swapped: Artifact, shapes_run: Path, other_shapes_run: Path) -> None:
     parts = [(shapes_run, 0.7), (other_shapes_run, -0.3)]
     one, other = (merged_target(order) for order in itertools.permutations(parts))
@@ -107,6 +111,8 @@ def test_the_order_of_the_adapters_does_not_matter(swapped: Artifact, shapes_run
     assert swap_weights(swapped.folder, other).manifest.weights_digest() == before.weights_digest()
 
 
+@pytest.mark.slow
+@pytest.mark.compile
 def test_a_card_and_a_lora_file_name_the_runs_without_their_folders(
     swapped: Artifact, shapes_run: Path, other_shapes_run: Path, tmp_path: Path
 ) -> None:
@@ -160,6 +166,7 @@ def test_generate_takes_the_same_sum(shapes_run: Path, other_shapes_run: Path, t
     assert np.array_equal(np.asarray(Image.open(file)), np.asarray(picture))
 
 
+@pytest.mark.slow
 def test_adapters_of_another_family_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In FLUX.2 a suffix also names lists of modules, so PEFT gets whole names, different ones in each run."""
     monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))
