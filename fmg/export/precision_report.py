@@ -279,7 +279,8 @@ class _Listed:
         if _ATTENTION.search(module):
             by_table = node.op_type == "Mul" and any(source and source <= _IDS | {_TABLE} for source in read)
             of_both = node.op_type == "Add" and all(self._entries.get(name) == ROTATION for name in node.input)
-            return ROTATION if by_table or of_both else ""
+            # FLUX.3 negates halves that are fp32 already, the other families before the cast; both are exact
+            return ROTATION if by_table or of_both or node.op_type == "Neg" else ""
         return ""
 
 

@@ -11,11 +11,15 @@ import torch
 from torch import Tensor
 
 from fmg.core.errors import CheckpointError
+from fmg.core.events import ignore
+from fmg.export.graph_files import write_graph
 from fmg.export.live import live_graph
-from fmg.export.model_graphs import network_plan
+from fmg.export.model_graphs import network_plan, plans
 from fmg.export.onnx import trace
+from fmg.export.precision_report import precision_of_file
 from fmg.flow import make_grid
 from fmg.flow.sampling import native_sample
+from fmg.inference.artifact.manifest import TRANSFORMER
 from fmg.models.common.adapter import is_under
 from fmg.registry import models
 from tests.support.families import PROMPTS, attach, noise
@@ -84,6 +88,16 @@ def test_the_graph_of_a_trained_network(name: str, tmp_path: Path, monkeypatch: 
 def _scale(model: Any, factor: float) -> None:
     for _, parameter in model.trainable():
         parameter.mul_(factor)
+
+
+@pytest.mark.slow
+def test_the_graph_of_flux3_in_half_precision_is_as_requested(tmp_path: Path) -> None:
+    """The other families' are verified in tests/integration/test_family_export.py."""
+    model = loaded(FLUX3_CASE.model, FLUX3_CASE.build(tmp_path / "folder"))
+    tensors = model.network.state_dict()
+    plan = next(plan for plan in plans(model, torch.float16) if plan.name == TRANSFORMER)
+    graph, _ = write_graph(tmp_path, trace(plan), lambda name, dtype: tensors[name].to(dtype), ignore)
+    assert precision_of_file(tmp_path / graph.file, "fp16").foreign == ()
 
 
 @pytest.mark.slow
