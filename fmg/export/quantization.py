@@ -31,7 +31,7 @@ def stored_weight(node: ir.Node) -> ir.Value | None:
 
 
 def transpose_weights(model: ir.Model, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, str]:
-    """Replaces each transposed weight by a stored one; returns the new names with those that they come from.
+    """Replaces each transposed matrix by a stored one; returns the new names with those that they come from.
 
     Args:
         model: changed in place. Weights may have no values yet.
@@ -44,7 +44,9 @@ def transpose_weights(model: ir.Model, wanted: Callable[[str], bool] = lambda na
         source = node.inputs[0] if node.op_type == "Transpose" else None
         if source is None or not source.is_initializer() or not wanted(str(source.name)):
             continue
-        permutation = node.attributes["perm"].as_ints()
+        # not a table of positions, which no product reads
+        if (permutation := list(node.attributes["perm"].as_ints())) != [1, 0]:
+            continue
         name = f"{source.name}{TRANSPOSED}"
         if name not in model.graph.initializers:
             assert source.shape is not None

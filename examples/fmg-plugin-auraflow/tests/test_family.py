@@ -13,6 +13,7 @@ from transformers import LlamaTokenizer, UMT5Config, UMT5EncoderModel
 
 import fmg
 from fmg.core.errors import CheckpointError
+from fmg.export.options import ExportOptions
 from fmg.flow import make_grid
 from fmg.flow.sampling import native_sample
 from fmg.recipe import Recipe
@@ -154,7 +155,7 @@ def test_the_network_is_compiled_as_one_graph(folder: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("run", ["chain"], indirect=True)
 def test_an_export_is_verified(run: Path, workplace: Path) -> None:
-    artifact = fmg.export_artifact(run, workplace / "artifact")
+    artifact = fmg.export_artifact(run, workplace / "artifact", ExportOptions(int8=True))
     report = fmg.verify(artifact, num=4)
     assert report.passed, [check for check in report.checks if not check.passed]
 

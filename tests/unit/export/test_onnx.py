@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from fmg.core.errors import CheckpointError, MissingDependencyError
 from fmg.export import onnx as tracer
 from fmg.export.graphs import GraphModule, GraphPlan, transformer_plan
 from fmg.export.onnx import check_file, save_graph, trace
+from fmg.export.quantization import transpose_weights
 from fmg.export.weights import lay_out, write_weights
 from fmg.inference.artifact.manifest import TensorSpec
 
@@ -127,3 +129,22 @@ def test_a_number_that_a_forward_writes_down_keeps_its_value() -> None:
     initializers = graph.model.graph.initializers
     written = [value.const_value for name, value in initializers.items() if name not in graph.parameters]
     assert 0.5 in [x.numpy().item() for x in written if x is not None]
+
+
+_TRANSPOSED = """
+<ir_version: 10, opset_import: ["" : 20]>
+g (float[2, 2] x) => (float[2, 3] y, float[2, 1, 3] z)
+<float[3, 2] weight = {0, 1, 2, 3, 4, 5}, float[1, 2, 3] table = {0, 1, 2, 3, 4, 5}>
+{
+  turned = Transpose <perm = [1, 0]> (weight)
+  y = MatMul (x, turned)
+  z = Transpose <perm = [1, 0, 2]> (table)
+}
+"""
+
+
+def test_only_matrices_are_stored_transposed() -> None:
+    """A transposed table, as AuraFlow's positions, is not the weight of a product."""
+    model = ir.from_proto(onnx.parser.parse_model(_TRANSPOSED))
+    assert transpose_weights(model) == {"weight.transposed": "weight"}
+    assert set(model.graph.initializers) == {"weight.transposed", "table"}
