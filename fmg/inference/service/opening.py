@@ -86,16 +86,18 @@ def named_targets(texts: Sequence[str]) -> list[Named]:
 
 def former_names(targets: Sequence[Named]) -> dict[str, str]:
     """Other names that clients may use: each target as it was given, if the user chose no name, with its model's
-    name."""
-    return {named.target: named.name for named in targets if not named.chosen and named.target != named.name}
+    name. A name of a model is never that of another."""
+    names = {named.name for named in targets}
+    return {named.target: named.name for named in targets if not named.chosen and named.target not in names}
 
 
 def _own_names(targets: Sequence[str], taken: Collection[str]) -> dict[str, str]:
     """The name of each target: as few of its last parts as set it apart from the others and from names that are
     taken."""
-    parts = {text: (Path(text).resolve() if Path(text).is_dir() else PurePosixPath(text)).parts for text in targets}
+    paths = {text: Path(text).resolve() if Path(text).is_dir() else PurePosixPath(text) for text in targets}
+    parts = {text: path.relative_to(path.anchor).parts for text, path in paths.items()}
     names: dict[str, str] = {}
-    for count in range(1, max(map(len, parts.values()), default=0) + 1):
+    for count in range(1, max([1, *map(len, parts.values())]) + 1):
         tried = {text: "-".join(parts[text][-count:]) for text in parts if text not in names}
         times = Counter([*taken, *names.values(), *tried.values()])
         names |= {text: name for text, name in tried.items() if times[name] == 1 or count >= len(parts[text])}

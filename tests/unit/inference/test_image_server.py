@@ -21,7 +21,7 @@ pytest.importorskip("prometheus_client", reason="needs the packages of flow-map-
 from fmg.core.errors import UsageError
 from fmg.core.events import ignore
 from fmg.inference import load
-from fmg.inference.service.opening import former_names, named_targets, open_models
+from fmg.inference.service.opening import Named, former_names, named_targets, open_models
 from fmg.serving.access import check_token, names_loopback
 from fmg.serving.server import Address
 from tests.support.image_service import Patterns, expected, image_service, pixels, post, served
@@ -406,6 +406,11 @@ def test_names_of_targets(tmp_path: Any) -> None:
         assert [named.name for named in named_targets(targets)] == names
     with pytest.raises(UsageError, match="2 targets are called 'run-1'"):
         named_targets([str(run), str(run)])
+    # one folder, written in two ways
+    with pytest.raises(UsageError, match=r"2 targets are called '.+-a-run-1'"):
+        named_targets([str(run), f"{run}/."])
+    # the name of one model is not a former name of another, nor are those of its adapters
+    assert former_names([Named("a-run", "run"), Named("run", "meanflow-shapes", chosen=True)]) == {}
     with pytest.raises(UsageError, match="cannot be the name of a model"):
         named_targets(["a:b=meanflow-shapes"])
 
