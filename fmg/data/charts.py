@@ -31,7 +31,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MAX_POINTS = 200
 """A longer curve is shown as the means of this many equal segments, with the lowest and highest value of each."""
 
-_MARKERS = "osD^vPX*p"
+_MARKERS = "osD^vPX*p<"
 _DASHES: Sequence[Any] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
 _MARKS = 12
 _WIDTH, _HEIGHT = 5.6, 2.9

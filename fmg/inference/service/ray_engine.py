@@ -33,6 +33,7 @@ from uuid import uuid4
 from fmg.core.display import counted
 from fmg.core.errors import FmgError, MissingDependencyError, UsageError, one_line, reason
 from fmg.core.events import Notice, Observer, ignore
+from fmg.core.json_io import parse_object
 from fmg.core.signals import Signals
 from fmg.inference.service.engine import Asked, LocalEngine
 from fmg.inference.service.jobs import Painted
@@ -136,7 +137,7 @@ class Agreement:
         """The models whose digest is not that of the first replica."""
         store, key = _store(), f"{self.app}/opened"
         store._internal_kv_put(key, json.dumps(dict(digests)), overwrite=False, namespace=_NAMESPACE)
-        agreed = json.loads(store._internal_kv_get(key, namespace=_NAMESPACE))
+        agreed = parse_object(store._internal_kv_get(key, namespace=_NAMESPACE))
         return [name for name, digest in digests.items() if digest != agreed.get(name)]
 
     def serves(self) -> None:
