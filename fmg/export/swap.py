@@ -117,13 +117,14 @@ def _check_swaps(artifact: Artifact) -> None:
         UsageError: it does not keep the base's values of what its adapter changed.
     """
     manifest = artifact.manifest
-    if manifest.schema != PACKED and manifest.model.options is None:
+    lost = manifest.adapter is not None and manifest.base.weights is None
+    if lost or (manifest.schema != PACKED and manifest.model.options is None):
         raise UsageError(
-            f"{artifact.folder} was exported by an earlier version of fmg, which did not keep the weights under the"
-            f" adapter of '{manifest.model.name}'",
+            f"{artifact.folder} does not keep the weights under an adapter of '{manifest.model.name}'; it was perhaps"
+            " exported by an earlier version of fmg",
             "Export the run, or the model, to an artifact of its own.",
         )
-    if artifact.manifest.precision == "fp8":
+    if manifest.precision == "fp8":
         raise UsageError(
             f"{artifact.folder} is in fp8, which is calibrated for its present weights, so they cannot be swapped",
             "Export the run, or the model, to an artifact of its own.",

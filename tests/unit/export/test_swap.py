@@ -185,6 +185,15 @@ def test_what_does_not_fit_or_fails_leaves_the_artifact_as_it_was(
         swap_weights(folder, other_shapes_run)
 
 
+def test_an_adapter_is_not_added_to_another_whose_base_was_not_kept(
+    shapes_run: Path, other_shapes_run: Path, tmp_path: Path
+) -> None:
+    made = without_graphs(shapes_run, tmp_path / "artifact", ExportOptions())
+    write_manifest(made.folder, replace(made.manifest, base=replace(made.manifest.base, weights=None)))
+    with unchanged(made.folder), pytest.raises(UsageError, match="does not keep the weights under an adapter"):
+        swap_weights(made.folder, other_shapes_run)
+
+
 @pytest.fixture
 def plain(tmp_path: Path) -> Artifact:
     """An artifact of the embedded two-time model without adapter and without graphs."""
