@@ -99,7 +99,7 @@ def show(
     from fmg.registry.catalog import REGISTRIES, registry_for, registry_of
 
     if kind.strip().lower() in _RECIPES:
-        if name is None:
+        if not name:
             raise UsageError(f"'{kind}' is not the name of a recipe", "Add a name; `fmg list recipes` prints them.")
         _show_recipe(name, as_json=as_json)
         return

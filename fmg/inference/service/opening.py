@@ -94,7 +94,7 @@ def former_names(targets: Sequence[Named]) -> dict[str, str]:
 def _own_names(targets: Sequence[str], taken: Collection[str]) -> dict[str, str]:
     """The name of each target: as few of its last parts as set it apart from the others and from names that are
     taken."""
-    paths = {text: Path(text).resolve() if Path(text).is_dir() else PurePosixPath(text) for text in targets}
+    paths = {text: Path(text).resolve() if Path(text).is_dir() else _hub_path(text) for text in targets}
     parts = {text: path.relative_to(path.anchor).parts for text, path in paths.items()}
     names: dict[str, str] = {}
     for count in range(1, max([1, *map(len, parts.values())]) + 1):
@@ -102,6 +102,12 @@ def _own_names(targets: Sequence[str], taken: Collection[str]) -> dict[str, str]
         times = Counter([*taken, *names.values(), *tried.values()])
         names |= {text: name for text, name in tried.items() if times[name] == 1 or count >= len(parts[text])}
     return names
+
+
+def _hub_path(text: str) -> PurePosixPath:
+    # a revision such as `refs/pr/1` belongs to the name of its repository
+    repository, at, revision = text.partition("@")
+    return PurePosixPath(repository + at + revision.replace("/", "-"))
 
 
 def open_served(

@@ -402,6 +402,7 @@ def test_names_of_targets(tmp_path: Any) -> None:
         (str(run), str(other)): ["a-run-1", "b-run-1"],
         ("me/model", str(run), "you/model"): ["me-model", "run-1", "you-model"],
         (str(run), "run-1=meanflow-shapes"): ["a-run-1", "run-1"],
+        ("me/model@refs/pr/1",): ["model@refs-pr-1"],
     }.items():
         assert [named.name for named in named_targets(targets)] == names
     with pytest.raises(UsageError, match="2 targets are called 'run-1'"):
