@@ -228,8 +228,14 @@ def _truncated(folder: Path) -> None:
         (_left_over, "have unexpected keys: extra.weight"),
         (_missing, "have missing keys: caption_norm.weight"),
         (_truncated, "cannot be loaded"),
-        (lambda folder: _config(folder, "transformer", _class_name="FluxTransformer2DModel"), "not a transformer of SANA"),
-        (lambda folder: _config(folder, "text_encoder", architectures=["T5EncoderModel"]), "not a text_encoder of SANA"),
+        (
+            lambda folder: _config(folder, "transformer", _class_name="FluxTransformer2DModel"),
+            "not a transformer of SANA",
+        ),
+        (
+            lambda folder: _config(folder, "text_encoder", architectures=["T5EncoderModel"]),
+            "not a text_encoder of SANA",
+        ),
         (lambda folder: _config(folder, "transformer", caption_channels=64), "has shape"),
         (lambda folder: (folder / "tokenizer" / "tokenizer.json").write_text("{"), "tokenizer cannot be loaded"),
         (lambda folder: shutil.rmtree(folder / "vae"), "lacks vae/config.json"),
