@@ -15,6 +15,8 @@ from fmg.core.errors import FmgError
 from fmg.core.prompt import PROMPT_FILE_SUFFIXES
 from fmg.version import is_runtime
 
+RECIPES = ("recipe", "recipes")
+"""What `fmg list` and `fmg show` take as the kind of a recipe, which is no component."""
 Offers = list[tuple[str, str]]
 Completer = Callable[[str], Offers]
 
@@ -87,7 +89,7 @@ def kinds_and_names(incomplete: str) -> Iterator[tuple[str, str]]:
 def names_of_kind(ctx: typer.Context, incomplete: str) -> Offers:
     """Components of the kind given earlier on the command line, or recipes."""
     kind = str(ctx.params.get("kind") or "")
-    return recipes(incomplete) if kind in ("recipe", "recipes") else components(kind)(incomplete)
+    return recipes(incomplete) if kind in RECIPES else components(kind)(incomplete)
 
 
 @_offering

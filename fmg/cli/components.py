@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 _KINDS = (
     "models, stochasticizers, rewards, objectives, optimizers, prompt-sets, backends, feature-extractors or trackers"
 )
-_RECIPES = ("recipe", "recipes")
 
 _RECIPE_FILE = "recipe.yaml"
 _RECIPE_HEAD = """# The recipe of `fmg train --config {file}`, copied from {source}.
@@ -53,7 +52,7 @@ def list_components(
     as_json: AsJson = False,
 ) -> None:
     """List the components that recipes and commands can name, or the recipes that ship with fmg."""
-    if kind is not None and kind.strip().lower() in _RECIPES:
+    if kind is not None and kind.strip().lower() in completion.RECIPES:
         from fmg.recipe import recipe_names, recipe_summary
 
         found = [("recipe", name, recipe_summary(name)) for name in recipe_names()]
@@ -98,7 +97,7 @@ def show(
     """Show one component: what it does, and its options with type, default and range; or every value of a recipe."""
     from fmg.registry.catalog import REGISTRIES, registry_for, registry_of
 
-    if kind.strip().lower() in _RECIPES:
+    if kind.strip().lower() in completion.RECIPES:
         if not name:
             raise UsageError(f"'{kind}' is not the name of a recipe", "Add a name; `fmg list recipes` prints them.")
         _show_recipe(name, as_json=as_json)
