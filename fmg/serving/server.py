@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import socket
@@ -20,7 +21,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from fmg.core.errors import UsageError, reason
 from fmg.core.events import Notice, Observer, ignore
 from fmg.core.signals import exit_code
-from fmg.serving.app import RefusedError
+from fmg.serving.app import RefusedError, log
 
 ErrorBody = Callable[[RefusedError], object]
 
@@ -132,6 +133,11 @@ class _Connection(H11Protocol):
         self.transport.abort()
 
 
+def _says_something(record: logging.LogRecord) -> bool:
+    """Whether a line of uvicorn's log is worth printing: it reports at the end that it cancelled no task, too."""
+    return (record.funcName, record.args) != ("shutdown", (0,))
+
+
 def _descriptors() -> int:
     """Number of files and sockets that this process may have open."""
     if sys.platform == "win32":
@@ -214,6 +220,7 @@ class HttpServer:
         # the other half is for connections just accepted, and for the files of models
         most = min(_MAX_CONNECTIONS, max(1, _descriptors() // 2))
         connections = _Connections(most, min(max(timeout, _KEEP_ALIVE_S), _HEADERS_S), timeout, error)
+        log.addFilter(_says_something)
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app,

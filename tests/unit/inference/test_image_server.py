@@ -291,6 +291,25 @@ def test_a_batch_that_does_not_end_cannot_keep_the_server_alive(monkeypatch: pyt
         assert first.result() != 200
 
 
+@pytest.mark.parametrize("busy", [False, True])
+def test_only_work_that_was_cut_off_is_reported_at_the_end(
+    busy: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fmg.inference.service.server.LAST_BATCH_S", 0.1)
+    backend = Patterns()
+    backend.gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        with image_service(served(backend), drain=0) as server:
+            get(server.url, "/health")
+            if busy:
+                pool.submit(attempt, server.url)
+                wait_for(server.url, 1)
+        said = capsys.readouterr().err
+        backend.gate.set()
+    assert ("Cancel 1 running task(s)" in said) is busy
+    assert busy or not said
+
+
 def attempt(url: str) -> int:
     try:
         return post(url, {"prompt": "a"})[0]
