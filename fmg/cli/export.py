@@ -522,7 +522,8 @@ def _check_existing(form: str, fresh: Mapping[str, object]) -> None:
     """Refuses options of a new artifact where there is one already."""
     if given := [name for name, value in fresh.items() if value]:
         raise UsageError(
-            f"{given[0]} cannot be used with {form} for an existing artifact", "Leave it out, or name the run instead."
+            f"{given[0]} cannot be used with {form} for an existing artifact",
+            "Leave it out, or name the run or the model that it was made from.",
         )
 
 

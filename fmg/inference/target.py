@@ -95,7 +95,7 @@ def resolve_target(
 
     Raises:
         WrongTypeError: it is neither a text nor a path.
-        UsageError: it is none of these, there is no run yet, or its recipe names code.
+        UsageError: it is none of these (an artifact, for instance), there is no run yet, or its recipe names code.
         HubError: the hub cannot be reached or refuses.
         CheckpointError: a run folder has no saved adapter, or a file of it is missing or damaged.
     """
@@ -111,16 +111,22 @@ def resolve_target(
         if is_pushed_run(Path(name)):
             check_pushed_run(Path(name))
             return pushed_target(Path(name), name, allow_code=allow_code)
+        if is_artifact(name):
+            raise _artifact_error(name)
         return _run_target(RunFolder(Path(name)), allow_code)
     if name not in models.names() and (source := hub_source(name)) is not None:
         fetched = fetch_target(source, observer)
         if fetched.kind == "artifact":
-            raise UsageError(f"'{name}' is an exported artifact", "Name a model, a run, or a repository with a run.")
+            raise _artifact_error(name)
         return pushed_target(fetched.folder, fetched.label, allow_code=allow_code)
     if name not in models.names():
         known = [*models.names(), *run_names(runs), *other]
         raise UsageError(f"'{name}' is neither a model nor a run folder", suggestion(name, known))
     return Target(name, Recipe.default(model=name), None)
+
+
+def _artifact_error(name: str) -> UsageError:
+    return UsageError(f"'{name}' is an exported artifact", "Name the run or the model that it was made from.")
 
 
 def weighted_run(text: str) -> tuple[str, float]:

@@ -369,6 +369,18 @@ MISUSES = (
     Misuse(
         "export taken --trt --int8", "--int8 cannot be used with --trt for an existing artifact", artifact_of_tomorrow
     ),
+    *(
+        Misuse(f"export taken {options}", "'taken' is an exported artifact. Name the run", artifact_of_tomorrow)
+        for options in (
+            "out --int8",
+            "--precision fp8",
+            "out --fused --resolutions 8 --batch 1:1:1",
+            "--diffusers",
+            "out.safetensors --kohya",
+            "--lora-scale 0.5 --trt",
+        )
+    ),
+    Misuse("eval taken", "'taken' is an exported artifact", artifact_of_tomorrow),
     Misuse(f"{GENERATE} --allow-code", "'meanflow-shapes' is not an exported artifact"),
     Misuse(f"{GENERATE} --backend tensorrt-rtxx", "Did you mean 'tensorrt-rtx'"),
     Misuse(f"{GENERATE} --backend tensorrt", "Export it first"),
