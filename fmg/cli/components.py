@@ -185,7 +185,7 @@ def _origin(about: About) -> Iterator[str]:
     if about.licence:
         yield f"licence: {about.licence}"
     if about.citation:
-        yield f"to cite: {about.citation}"
+        yield f"citation: {about.citation}"
     yield from (f"weights: {line}" for line in about.weights)
 
 

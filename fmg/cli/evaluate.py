@@ -144,7 +144,7 @@ def evaluate(
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate a model or a run with its deterministic few-step sampler."""
+    """Evaluate a model or a run with its native few-step sampler."""
     sweep = parse_steps(steps) if steps is not None else None
     check_grid(grid)
     given_text(target, "TARGET")

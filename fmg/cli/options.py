@@ -112,7 +112,7 @@ Adapters = Annotated[
     _adapter_option(
         "--adapter",
         metavar="RUN[=WEIGHT]",
-        help="LoRA of a run, times a weight; repeat to add up several. TARGET is then their model, or left out.",
+        help="LoRA of a run, times a weight; repeat to add up several. TARGET is then their model, and can be omitted.",
         show_default=False,
     ),
 ]

@@ -170,7 +170,7 @@ def train(
     offline: Offline = False,
     as_json: AsJson = False,
 ) -> int:
-    """Fine-tune a generator with reinforcement learning; without options, the embedded one on this computer."""
+    """Fine-tune a generator with reinforcement learning; by default, the embedded model."""
     from fmg.data.run_folder import RunFolder
     from fmg.recipe import resolve
     from fmg.recipe.layers import FLAGS
@@ -417,7 +417,7 @@ _LABELS = {
     "images an iteration": "images per iteration",
     "images in all": "total images",
     "transitions an image": "transitions per image",
-    "network calls an iteration": "network calls per iteration",
+    "network calls an iteration": "network evaluations per iteration",
     "row-NFE an iteration": "row-NFE per iteration",
     "updates an iteration": "updates per iteration",
     "memory at the peak": "peak memory",

@@ -296,12 +296,12 @@ def check_compiler(device: torch.device, instead: str = "use --backend torch") -
         found = _has_cpp_compiler()
     if not found:
         raise MissingDependencyError(
-            "torch.compile needs a C++ compiler, and finds none here",
+            "torch.compile needs a C++ compiler, but found none",
             f"Install g++ (Debian and Ubuntu: apt-get install g++), {advice}.",
         )
     if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         raise MissingDependencyError(
-            "torch.compile needs Python's header files, which are not here",
+            "torch.compile needs Python's header files, which are not installed",
             f"Install them (Debian and Ubuntu: apt-get install python3-dev), {advice}.",
         )
 

@@ -212,7 +212,7 @@ def _extras() -> Iterator[Check]:
         missing = [name for name in packages if installed_version(name) is None]
         if missing:
             line = f"{install_line(extra)}{index}"
-            yield Check("extra", extra, "missing", f"{purpose}; without {', '.join(missing)}", line)
+            yield Check("extra", extra, "missing", f"{purpose}; not installed: {', '.join(missing)}", line)
         else:
             yield Check("extra", extra, "ok", purpose)
 

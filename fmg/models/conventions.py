@@ -110,7 +110,7 @@ class FlowMapConventions(BaseModel):
     max_sequence_length: int = Field(
         strict=True, gt=0, le=512, description="Length to which text tokens are padded or truncated."
     )
-    default_steps: int = Field(strict=True, gt=0, description="Sampling steps (NFE) of the deterministic sampler.")
+    default_steps: int = Field(strict=True, gt=0, description="Sampling steps (NFE) of the native sampler.")
     default_grid: str | list[float] = Field(description="Name of the time grid, or its times.")
     guidance: float | None = Field(default=None, ge=0, description="Embedded guidance scale, if the weights use one.")
 

@@ -124,7 +124,7 @@ def _checked(pairs: Sequence[object]) -> Iterator[Question]:
             raise ValueError("'vqa_list' has an empty question")
         if marker := MARKER.search(question.text):
             raise ValueError(
-                f"the question '{question.text:.80}' contains {marker[0]}, which the model reads as a marker"
+                f"the question '{question.text:.80}' contains {marker[0]}, which the model reads as a special token"
             )
         if question.text.startswith(_COUNTING):
             if question.answer not in _NUMBERS:

@@ -53,7 +53,8 @@ def check_no_markers(prompts: Sequence[str], reader: str) -> None:
     for prompt in prompts:
         if marker := MARKER.search(prompt):
             raise UsageError(
-                f"The prompt '{prompt[:80]}' contains {marker[0]}, which {reader} reads as a marker", "Remove it."
+                f"The prompt '{prompt[:80]}' contains {marker[0]}, which {reader} reads as a special token",
+                "Remove it.",
             )
 
 

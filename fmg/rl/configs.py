@@ -41,7 +41,7 @@ class GrpoConfig(ObjectiveConfig):
         default=None,
         gt=0,
         description="limit on the policy KL of a row, beyond which updates that would raise it have no gradient (DPPO;"
-        " published: 1e-6); replaces the clip. null clips",
+        " published: 1e-6); replaces the clip. null: the clip is used",
     )
     target_kl: float | None = Field(
         default=None,

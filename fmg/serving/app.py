@@ -199,7 +199,7 @@ async def outcome(
         raise RefusedError(504, f"No {noun} within {timeout:g} s", advice)
     except asyncio.CancelledError:
         # the server cuts off what has not ended when the time to drain is over
-        raise RefusedError(503, "The server is stopping", "Ask again later.", 1) from None
+        raise RefusedError(503, "The server is stopping", "Try again later.", 1) from None
     except BusyError as error:
         raise _full(error) from None
     except wrong as error:
@@ -218,7 +218,7 @@ async def outcome(
 
 
 def _full(error: BusyError) -> RefusedError:
-    return RefusedError(503, "The queue is full", "Ask again later.", error.retry_after)
+    return RefusedError(503, "The queue is full", "Try again later.", error.retry_after)
 
 
 async def _hung_up(request: Request) -> None:

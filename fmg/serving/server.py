@@ -80,7 +80,7 @@ class _Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         if self._refused:
             # an answer that is sent before the request would be lost
-            self._refuse(503, "The server has too many connections", "Ask again later.")
+            self._refuse(503, "The server has too many connections", "Try again later.")
         else:
             super().data_received(data)
         self._watch()

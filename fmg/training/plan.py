@@ -271,9 +271,9 @@ def _equivalence(recipe: Recipe, sizes: Sizes, devices: int) -> dict[str, str]:
 def _time_facts(recipe: Recipe, runs: Path) -> dict[str, str]:
     estimate = estimate_iteration(recipe, runs)
     if estimate is None:
-        return {"time": "not known: no run of this model, device, batch sizes and rewards has been made here"}
+        return {"time": "not known: no earlier run here has the same model, device, batch sizes and rewards"}
     total = estimate.seconds * recipe.train.iterations / 60
-    each = f"{estimate.seconds:.3g} s per iteration, {total:.2g} minutes in all without evaluations"
+    each = f"{estimate.seconds:.3g} s per iteration, {total:.2g} minutes in total, without evaluations"
     return {"time": f"about {each} (scaled from {estimate.run})"}
 
 

@@ -123,7 +123,7 @@ def test_work_that_outlasts_the_drain_is_answered_and_the_server_still_ends_with
         time.sleep(0.5)
         assert running.end() == 0
         status, _, said = answer.result()
-    assert (status, said["error"]["message"]) == (503, "The server is stopping. Ask again later.")
+    assert (status, said["error"]["message"]) == (503, "The server is stopping. Try again later.")
 
 
 def test_an_artifact_is_served_without_torch(shapes_artifact: object, tmp_path: Path) -> None:

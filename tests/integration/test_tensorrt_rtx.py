@@ -181,7 +181,7 @@ def test_the_fp8_transformer_of_the_embedded_model_builds(tmp_path: Path, monkey
         EngineHost(RTX, record.ingredients.version, Gpu(name, capability, "580"))
         for name, capability in (("RTX 3090", "8.6"), ("RTX 4090", "8.9"))
     )
-    assert "is fp8, which RTX 3090 (compute capability 8.6) does not have" in record.misfit(ampere)
+    assert "is fp8, which RTX 3090 (compute capability 8.6) does not support" in record.misfit(ampere)
     assert record.misfit(ada) == ""
 
 

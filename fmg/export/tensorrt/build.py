@@ -502,7 +502,7 @@ def _remember(record: EngineRecord, observer: Observer) -> None:
         note_built(record.sha256)
     except OSError as error:
         observer(
-            Notice("warning", f"{cache_dir()} cannot be written ({error.strerror}): ask for this engine with --backend")
+            Notice("warning", f"{cache_dir()} cannot be written ({error.strerror}): select this engine with --backend")
         )
 
 

@@ -408,7 +408,7 @@ class RayEngine:
             if isinstance(result, Exception):
                 raise result
             return result
-        raise RefusedError(503, "The replicas that were generating these images died", "Ask again.", 1)
+        raise RefusedError(503, "The replicas that were generating these images died", "Try again.", 1)
 
 
 def _prepare(scale: Scale) -> None:

@@ -189,7 +189,7 @@ def create_app(
         try:
             return described(await engine.add_adapter(wanted.name, wanted.run, model))
         except BusyError as error:
-            raise RefusedError(503, "The server is stopping", "Ask again later.", error.retry_after) from None
+            raise RefusedError(503, "The server is stopping", "Try again later.", error.retry_after) from None
         except FmgError as error:
             raise RefusedError(400, error.what, error.fix) from None
 

@@ -148,7 +148,7 @@ class EngineRecord:
         if host.gpu is None:
             return "cannot run: there is no GPU here"
         if self.precision == "fp8" and not has_fp8(host.gpu):
-            return f"is fp8, which {host.gpu.name} (compute capability {host.gpu.capability}) does not have"
+            return f"is fp8, which {host.gpu.name} (compute capability {host.gpu.capability}) does not support"
         if not _same_hardware(made, host.gpu):
             return f"was built for {made.gpu} ({made.capability}), but this machine has {host.gpu.name}"
         return ""

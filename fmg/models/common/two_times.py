@@ -259,7 +259,7 @@ def time_scale_doubt(embedder: TimestepEmbedding, time_scale: float) -> str | No
         if roughness > _ROUGH:
             return (
                 f"the weights respond to times multiplied by {time_scale:g} without any smoothness ({roughness:.2f}),"
-                " as weights of unscaled times do; if images are noise, set model.time_scale to 1"
+                " as weights trained on unscaled times do; if images are noise, set model.time_scale to 1"
             )
         return None
     stock_roughness, stock_spread = _response(embedder, STOCK_SCALE)

@@ -48,7 +48,7 @@ def test_show_states_the_options_within_an_option() -> None:
 def test_show_says_where_published_weights_come_from_and_on_which_terms() -> None:
     shown = fmg("show", "reward", "pickscore")
     assert "licence: MIT" in shown.stdout
-    assert "to cite: Kirstain et al." in shown.stdout
+    assert "citation: Kirstain et al." in shown.stdout
     assert "weights: yuvalkirstain/PickScore_v1@" in shown.stdout
     plain = json.loads(fmg("show", "reward", "pickscore", "--json").stdout)
     assert {"licence", "citation", "weights"} <= plain.keys()

@@ -311,7 +311,7 @@ def test_a_missing_compiler_is_one_line_that_says_what_to_install(monkeypatch: p
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
     done = cli("generate", "a red circle", "--from", "meanflow-shapes", "--backend", "torch-compile")
     assert (done.code != 0, done.stdout) == (True, "")
-    assert "torch.compile needs a C++ compiler, and finds none here" in done.stderr
+    assert "torch.compile needs a C++ compiler, but found none" in done.stderr
     assert "apt-get install g++" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
     with pytest.raises(MissingDependencyError, match=r"or set eval\.backend to torch"):

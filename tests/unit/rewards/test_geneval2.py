@@ -49,7 +49,10 @@ def test_spellings_are_those_of_the_published_code() -> None:
         ({"vqa_list": [["Is it?", "No"]]}, r"the answer to 'Is it\?' must be Yes"),
         ({"vqa_list": [["How many?", "eleven"]]}, "a number word from one to ten"),
         ({"vqa_list": [[" ", "Yes"]]}, "has an empty question"),
-        ({"vqa_list": [["Is it?<|im_end|>", "Yes"]]}, r"contains <\|im_end\|>, which the model reads as a marker"),
+        (
+            {"vqa_list": [["Is it?<|im_end|>", "Yes"]]},
+            r"contains <\|im_end\|>, which the model reads as a special token",
+        ),
     ],
 )
 def test_questions_that_cannot_be_scored(questions: Path, entry: dict[str, object], message: str) -> None:

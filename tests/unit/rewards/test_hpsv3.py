@@ -99,9 +99,9 @@ def test_the_wording_is_read_and_not_run(tmp_path: Path, tiny: Tiny) -> None:
 def test_prompts_with_markers_of_the_model_are_refused(tiny: Tiny) -> None:
     reward = checked("hpsv3", rewards.build("hpsv3", options(tiny)))
     for marker in ("<|Reward|>", "<|image_pad|>", "<|im_end|>"):
-        with pytest.raises(UsageError, match="reads as a marker"):
+        with pytest.raises(UsageError, match="reads as a special token"):
             reward.check_prompts(["a cat", f"a {marker} cat"])
-        with pytest.raises(UsageError, match="reads as a marker"):
+        with pytest.raises(UsageError, match="reads as a special token"):
             reward(torch.zeros(1, 3, 32, 32), [f"{marker}"])
     reward.check_prompts(["a <cat> | a dog", ""])
 

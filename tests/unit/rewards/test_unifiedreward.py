@@ -168,7 +168,7 @@ def test_the_wording_is_read_and_not_run(tmp_path: Path) -> None:
 
 
 def test_prompts_with_markers_are_refused(folder: Path) -> None:
-    with pytest.raises(UsageError, match="which UnifiedReward reads as a marker"):
+    with pytest.raises(UsageError, match="which UnifiedReward reads as a special token"):
         build(folder)(IMAGES[:1], ["a <|im_end|> cat"])
 
 
