@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,13 +23,14 @@ from fmg.cli.options import (
     new_figure,
     panel,
     parse_steps,
+    require_torch,
     sampling_option,
 )
-from fmg.cli.output import interval, number, print_json, print_timing, ratio_lines, stderr, stdout, table
-from fmg.core.errors import MissingDependencyError, UsageError
+from fmg.cli.output import print_json, print_timing, ratio_lines, stderr, stdout, table
+from fmg.core.display import interval, number
+from fmg.core.errors import UsageError
 from fmg.core.events import StageProgress
-from fmg.progress.reporters import LOADING, Reporter, reporter_for
-from fmg.version import install_line
+from fmg.progress.reporters import LOADING, reporter_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from fmg.export.frontier import Frontier, Point
-    from fmg.inference.benchmark import BenchCase, BenchOptions, Ratio, Timing
+    from fmg.inference.benchmark import BenchCase, Ratio, Timing
 
 _SCHEMA = 1
 _FIGURE = "frontier.png"
@@ -121,38 +121,44 @@ def bench(
     with reporter_for(stderr()) as reporter:
         reporter(LOADING)
         from fmg.core.machine import machine
-        from fmg.inference.benchmark import BenchOptions, bench_cases, parse_backends
+        from fmg.inference.benchmark import (
+            BenchOptions,
+            Workload,
+            bench_cases,
+            measure,
+            open_cases,
+            parse_backends,
+            ratios,
+        )
 
-        compared = () if compare is None else parse_backends(compare)
-        cases = bench_cases(targets or (), compared, reporter)
+        cases = bench_cases(targets or (), () if compare is None else parse_backends(compare), reporter)
         options = BenchOptions(None if frontier else batch_size, device, dtype, threads)
         found: Frontier | None = None
         if frontier:
-            _needs_torch()
+            require_torch("--frontier scores rewards, which", "leave out --frontier")
             from fmg.export.frontier import FrontierPlan
-            from fmg.export.frontier import frontier as measured
+            from fmg.export.frontier import frontier as frontier_of
 
             plan = FrontierPlan(counts, num, repeats, warmup, batch_size, grid, seed, not cached_text)
             where = machine()
-            found = measured(cases, options, plan, allow_code=allow_code, observer=reporter)
-            timings, ratios = found.timings, found.ratios
+            found = frontier_of(cases, options, plan, allow_code=allow_code, observer=reporter)
+            timings, compared = found.timings, found.ratios
         else:
             where = machine()
-            timings, ratios = _measured(
-                cases,
-                options,
-                prompts=[prompt] * batch_size,
-                steps=counts[0] if counts else None,
-                grid=grid,
-                repeats=repeats,
-                warmup=warmup,
-                encode=not cached_text,
-                reporter=reporter,
-            )
+            with ExitStack() as stack:
+                measured = measure(
+                    open_cases(cases, options, stack),
+                    Workload.of([prompt], batch_size, steps=counts[0] if counts else None, grid=grid),
+                    repeats=repeats,
+                    warmup=warmup,
+                    encode=not cached_text,
+                    progress=lambda done, total: reporter(StageProgress("timing", done, total)),
+                )
+            timings, compared = tuple(measured.values()), ratios(measured)
         if found is not None and figure is not None:
             _plot(found, figure, cases[0])
     if as_json:
-        print_json(_document(where, timings, ratios, found, figure))
+        print_json(_document(where, timings, compared, found, figure))
         return
     console = stdout()
     if found is None:
@@ -160,7 +166,7 @@ def bench(
             print_timing(console, timing)
     else:
         console.print(_points(found.points))
-    lines = ratio_lines(ratios)
+    lines = ratio_lines(compared)
     if lines:
         console.print()
     for line in lines:
@@ -187,40 +193,6 @@ def _figure(out: str | None, frontier: bool, targets: int) -> Path | None:
     if targets > 1:
         raise UsageError("--frontier takes one target", "Name one; --compare sets backends side by side.")
     return new_figure(out or _FIGURE, "--out")
-
-
-def _needs_torch() -> None:
-    if find_spec("torch") is None:
-        raise MissingDependencyError(
-            "--frontier scores rewards, which needs torch", f"Run: {install_line()}, or leave out --frontier."
-        )
-
-
-def _measured(
-    cases: Sequence[BenchCase],
-    options: BenchOptions,
-    *,
-    prompts: Sequence[str],
-    steps: int | None,
-    grid: str | None,
-    repeats: int,
-    warmup: int,
-    encode: bool,
-    reporter: Reporter,
-) -> tuple[tuple[Timing, ...], tuple[Ratio, ...]]:
-    from fmg.inference.benchmark import Workload, measure, open_cases, ratios
-
-    with ExitStack() as stack:
-        generators = open_cases(cases, options, stack)
-        timings = measure(
-            generators,
-            Workload.of(prompts, len(prompts), steps=steps, grid=grid),
-            repeats=repeats,
-            warmup=warmup,
-            encode=encode,
-            progress=lambda done, total: reporter(StageProgress("timing", done, total)),
-        )
-        return tuple(timings.values()), ratios(timings)
 
 
 def _plot(found: Frontier, figure: Path, case: BenchCase) -> None:

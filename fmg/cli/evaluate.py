@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -32,15 +31,14 @@ from fmg.cli.options import (
     reward_options,
     sampling_option,
 )
-from fmg.cli.output import change, compact, interval, number, print_json, stderr, stdout, table
-from fmg.core.display import counted
+from fmg.cli.output import change, print_cells, print_json, stderr, stdout, table
+from fmg.core.display import counted, interval, number, signed
 from fmg.core.errors import UsageError
 from fmg.core.files import check_place
-from fmg.progress.reporters import LOADING, reporter_for, signed
+from fmg.core.json_io import write_json
+from fmg.progress.reporters import LOADING, reporter_for
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from fmg.eval.path_check import PathReport
     from fmg.eval.results import EvalReport
 
@@ -154,59 +152,53 @@ def evaluate(
     if given_text(report, "--report") is not None:
         check_place(Path(str(report)), "--report")
     new_place(dump[1] if dump else None, "--dump")
+    shared: dict[str, Any] = {
+        "prompts": prompts,
+        "rewards": reward or None,
+        "grid": grid,
+        "num": num,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "allow_code": allow_code,
+    }
     if path_check is not None:
-        _path_check(
-            target,
-            path_check,
-            others={
-                "against": against,
-                "features": features,
-                "reference": reference,
-                "set": sets,
-                "backend": backend,
-                "batch-size": batch_size,
-                "dump": dump,
-                "report": report,
-                "resolution": resolution,
-            },
-            prompts=prompts,
-            rewards=reward,
-            sweep=sweep,
-            grid=grid,
-            num=num,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            allow_code=allow_code,
-            as_json=as_json,
-        )
+        others = {
+            "against": against,
+            "features": features,
+            "reference": reference,
+            "set": sets,
+            "backend": backend,
+            "batch-size": batch_size,
+            "dump": dump,
+            "report": report,
+            "resolution": resolution,
+        }
+        for name, value in others.items():
+            if value:
+                raise UsageError(f"--{name} cannot be used with --path-check", "Leave out one of them.")
+        _path_check(target, path_check, sweep, shared, as_json=as_json)
         return
     options = reward_options(sets or ())
 
     with reporter_for(stderr()) as reporter:
         reporter(LOADING)
         from fmg.eval.evaluate import evaluate as run_evaluation
+        from fmg.eval.results import headline_tags, tag_cells
 
         found = run_evaluation(
             target,
+            **shared,
             against=against,
-            prompts=prompts,
-            rewards=reward or None,
             options=options,
             extractors=features or (),
             reference=reference,
             steps=sweep,
-            grid=grid,
             resolution=resolution,
-            num=num,
-            seed=seed,
             backend=backend or "torch",
-            device=device,
-            dtype=dtype,
             batch_size=batch_size,
             dump=dump,
             report=report,
-            allow_code=allow_code,
             observer=reporter,
         )
     if as_json:
@@ -214,11 +206,7 @@ def evaluate(
         return
     out = stdout()
     out.print(f"{counted(found.num, 'image')} on {found.prompts}, grid {found.grid}, seed {found.seed}\n")
-    out.print(_comparison(found) if found.against else _scores(found))
-    for extra in (_tags(found), _metrics(found)):
-        if extra is not None:
-            out.print()
-            out.print(extra)
+    print_cells(out, found.scores(), tag_cells(headline_tags(found.results, found.tags)), found.set_metrics())
     if found.against:
         out.print()
         for line in _headlines(found):
@@ -232,24 +220,8 @@ def evaluate(
 
 
 def _path_check(
-    target: str | None,
-    out: str,
-    *,
-    others: Mapping[str, object],
-    prompts: str | None,
-    rewards: Sequence[str] | None,
-    sweep: Sequence[int] | None,
-    grid: str | None,
-    num: int,
-    seed: int,
-    device: str,
-    dtype: str,
-    allow_code: bool,
-    as_json: bool,
+    target: str | None, out: str, sweep: Sequence[int] | None, shared: Mapping[str, Any], *, as_json: bool
 ) -> None:
-    for name, value in others.items():
-        if value:
-            raise UsageError(f"--{name} cannot be used with --path-check", "Leave out one of them.")
     if sweep is not None and len(sweep) > 1:
         raise UsageError("--path-check takes one number of steps", "Give --steps one number.")
     figure = new_figure(out, "--path-check")
@@ -258,25 +230,12 @@ def _path_check(
 
     with reporter_for(stderr()) as reporter:
         reporter(LOADING)
-        from fmg.core.files import write_atomic
         from fmg.eval.path_check import path_check as check
         from fmg.eval.path_check import path_figure
 
-        report = check(
-            target,
-            prompts=prompts,
-            rewards=rewards,
-            steps=sweep[0] if sweep else None,
-            grid=grid,
-            num=num,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            allow_code=allow_code,
-            observer=reporter,
-        )
+        report = check(target, **shared, steps=sweep[0] if sweep else None, observer=reporter)
         path_figure(report, figure)
-        write_atomic(data, (json.dumps(report.to_json(), indent=2) + "\n").encode())
+        write_json(data, report.to_json())
     if as_json:
         print_json(report.to_json())
     else:
@@ -302,53 +261,6 @@ def _print_path(report: PathReport, figure: Path) -> None:
     columns = ["stochasticizer", "time", "quantity", "on the path", "its states", "difference", "95 % interval"]
     out.print(table(columns, rows, right=["time", *columns[3:]]))
     out.print(f"\nFigure: {figure}\nData: {figure.with_suffix('.json')}", soft_wrap=True)
-
-
-def _scores(report: EvalReport) -> Table:
-    rows = [
-        (str(row.steps), row.reward, row.part, number(row.mean), interval(row.ci95), number(row.std))
-        for row in report.results
-    ]
-    columns = ["steps", "reward", "part", "mean", "95 % interval", "std"]
-    return table(columns, rows, right=["steps", "mean", "95 % interval", "std"])
-
-
-def _comparison(report: EvalReport) -> Table:
-    (other,) = report.against
-    rows = []
-    for ours, theirs, delta in zip(report.results, other.results, report.differences, strict=True):
-        gap = signed(delta.mean)
-        rows.append(
-            (str(ours.steps), ours.reward, ours.part, number(theirs.mean), number(ours.mean), gap, interval(delta.ci95))
-        )
-    columns = ["steps", "reward", "part", other.target, report.target, "difference", "95 % interval"]
-    return table(columns, rows, right=["steps", other.target, report.target, "difference", "95 % interval"])
-
-
-def _tags(report: EvalReport) -> Table | None:
-    from fmg.eval.results import headline_tags
-
-    rows = [
-        (str(row.steps), row.reward, row.part, row.tag, str(row.num), number(row.mean), interval(row.ci95))
-        for row in headline_tags(report.results, report.tags)
-    ]
-    columns = ["steps", "reward", "part", "tag", "images", "mean", "95 % interval"]
-    return table(columns, rows, right=["steps", "images", "mean", "95 % interval"]) if rows else None
-
-
-def _metrics(report: EvalReport) -> Table | None:
-    rows: list[tuple[str, ...]] = [
-        (str(row.steps), row.extractor, row.metric, compact(row.value), interval(row.ci95, compact))
-        for row in report.metrics
-    ]
-    columns = ["steps", "features", "metric", report.target, "95 % interval"]
-    for other in report.against:
-        columns += [other.target, "difference", "95 % interval of the difference"]
-        rows = [
-            (*row, compact(theirs.value), f"{delta.value:+.3g}", interval(delta.ci95, compact))
-            for row, theirs, delta in zip(rows, other.metrics, report.metric_differences, strict=True)
-        ]
-    return table(columns, rows, right=[*columns[:1], *columns[3:]]) if rows else None
 
 
 def _headlines(report: EvalReport) -> Iterator[str]:

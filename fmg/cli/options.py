@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fmg.cli import completion
-from fmg.core.errors import UsageError
+from fmg.core.errors import MissingDependencyError, UsageError
 from fmg.core.files import check_place
 from fmg.core.hub import OFFLINE
 from fmg.core.prompt import is_blank
+from fmg.version import install_line
 
 _MAX_STEPS = 1000
 
@@ -232,6 +234,16 @@ def check_grid(name: str | None) -> None:
             check_name(name)
         except UsageError as error:
             raise UsageError(f"--grid: {error.what[0].lower()}{error.what[1:]}", error.fix) from None
+
+
+def require_torch(what: str, instead: str) -> None:
+    """Refuses work that needs torch where only the runtime of artifacts is installed.
+
+    Raises:
+        MissingDependencyError: there is no torch; says `what` needs it, and what to do `instead`.
+    """
+    if find_spec("torch") is None:
+        raise MissingDependencyError(f"{what} needs torch", f"Run: {install_line()}, or {instead}.")
 
 
 def checked_prompts(prompts: list[str]) -> list[str]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import typer
@@ -13,11 +12,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fmg.core.display import counted, visible, visible_json
+from fmg.core.display import counted, number, visible, visible_json
 from fmg.core.profiling import NOISE, OTHER, SAMPLER, TEXT_ENCODERS, TOKENISE, TOTAL, TRANSFORMER, VAE
 from fmg.progress.reporters import SafeConsole
 
 if TYPE_CHECKING:
+    from fmg.eval.results import Cells
     from fmg.inference.benchmark import Ratio, Timing
 
 # A pipe has no width of its own; tables for `grep` must not be folded at 80 columns.
@@ -97,25 +97,17 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Seque
     return grid
 
 
-def number(value: float) -> str:
-    """A score with three decimals; zero has no sign."""
-    return f"{round(value, 3) + 0.0:.3f}"
-
-
-def compact(value: float) -> str:
-    """A number of any magnitude, with three digits."""
-    return f"{value:.3g}"
-
-
 def change(before: float | None, after: float | None) -> str:
     """`before -> after`, with a dash for what was not measured."""
     return " -> ".join("-" if value is None else number(value) for value in (before, after))
 
 
-def interval(bounds: Sequence[float], form: Callable[[float], str] = number) -> str:
-    """A confidence interval, with a dash for an unbounded side."""
-    low, high = (form(bound) if math.isfinite(bound) else "-" for bound in bounds)
-    return f"[{low}, {high}]"
+def print_cells(console: Console, *tables: Cells) -> None:
+    """Prints tables of results with a line between them; leaves out empty ones."""
+    for count, cells in enumerate(cells for cells in tables if cells.rows):
+        if count:
+            console.print()
+        console.print(table(cells.columns, cells.rows, right=cells.numeric))
 
 
 def print_timing(console: Console, timing: Timing) -> None:

@@ -12,8 +12,9 @@ import typer
 
 from fmg.cli import completion
 from fmg.cli.options import AsJson, checked_folder, given_text, new_place
-from fmg.cli.output import change, number, print_json, print_warning, stdout, table
+from fmg.cli.output import change, print_json, print_warning, stdout, table
 from fmg.core import metric_keys as keys
+from fmg.core.display import number
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.data.run_metrics import Outcome, headline
 

@@ -8,7 +8,7 @@ import typer
 
 from fmg.cli import completion
 from fmg.cli.options import AsJson, Device, Features, OptionsByName, given_text, reward_options
-from fmg.cli.output import compact, interval, number, print_json, stderr, stdout, table
+from fmg.cli.output import print_cells, print_json, stderr, stdout
 from fmg.core.display import counted
 from fmg.progress.reporters import LOADING, reporter_for
 
@@ -48,7 +48,7 @@ def score(
 
     with reporter_for(stderr()) as reporter:
         reporter(LOADING)
-        from fmg.eval.results import headline_tags
+        from fmg.eval.results import headline_tags, metric_cells, score_cells, tag_cells
         from fmg.eval.score import score as run_scoring
 
         found = run_scoring(
@@ -66,18 +66,9 @@ def score(
         return
     out = stdout()
     out.print(f"{counted(len(found.images), 'image')}\n")
-    if found.results:
-        rows = [(r.reward, r.part, number(r.mean), interval(r.ci95), number(r.std)) for r in found.results]
-        columns = ["reward", "part", "mean", "95 % interval", "std"]
-        out.print(table(columns, rows, right=columns[2:]))
-    if found.tags:
-        out.print()
-        chosen = headline_tags(found.results, found.tags)
-        tags = [(t.reward, t.part, t.tag, str(t.num), number(t.mean), interval(t.ci95)) for t in chosen]
-        columns = ["reward", "part", "tag", "images", "mean", "95 % interval"]
-        out.print(table(columns, tags, right=columns[3:]))
-    if found.metrics:
-        out.print()
-        metrics = [(m.extractor, m.metric, compact(m.value), interval(m.ci95, compact)) for m in found.metrics]
-        columns = ["features", "metric", "value", "95 % interval"]
-        out.print(table(columns, metrics, right=columns[2:]))
+    tables = (
+        score_cells(found.results),
+        tag_cells(headline_tags(found.results, found.tags)),
+        metric_cells(found.metrics),
+    )
+    print_cells(out, *(cells.without_steps() for cells in tables))

@@ -335,9 +335,6 @@ class JsonReporter(Stateless):
     def __init__(self, notices: Console) -> None:
         self._notices = notices
 
-    def __enter__(self) -> JsonReporter:
-        return self
-
     def __call__(self, event: Event) -> None:
         """Prints iterations, evaluations and notices."""
         if isinstance(event, (IterationDone, Evaluated)):
@@ -351,9 +348,6 @@ class JsonReporter(Stateless):
 
 class SilentReporter(Stateless):
     """Shows nothing: for all but the first of several processes, which shows their events."""
-
-    def __enter__(self) -> SilentReporter:
-        return self
 
     def __call__(self, event: Event) -> None:
         """Ignores the event."""

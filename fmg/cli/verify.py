@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fmg.cli import completion
-from fmg.cli.options import AllowCode, AsJson, Backend, Device, Seed, given_text
+from fmg.cli.options import AllowCode, AsJson, Backend, Device, Seed, given_text, require_torch
 from fmg.cli.output import print_json, stderr, stdout, table
-from fmg.core.errors import MissingDependencyError, UsageError
+from fmg.core.errors import UsageError
 from fmg.progress.reporters import LOADING, reporter_for
-from fmg.version import install_line
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fmg.core.events import Observer
     from fmg.inference.self_check import VerifyReport
 
 _FAILED = 1
@@ -75,15 +72,30 @@ def verify(
     if alone and (against is not None or num is not None):
         raise UsageError("--alone compares with nothing", "Leave out --alone, or --against and --num.")
     with reporter_for(stderr()) as reporter:
-        artifact = str(find_artifact(artifact, reporter))
+        folder = find_artifact(artifact, reporter)
         reporter(LOADING)
-        report = (
-            _alone(artifact, backend, device)
-            if alone
-            else _compared(
-                artifact, against, "full" if full else "quick", backend, device, num, seed, allow_code, reporter
+        from fmg.inference.artifact import open_artifact
+
+        opened = open_artifact(folder, hashes=False)
+        if alone:
+            from fmg.inference.self_check import verify_alone
+
+            report = verify_alone(opened, backend=backend, device=device)
+        else:
+            require_torch("Comparing an artifact with its run", "add --alone")
+            from fmg.export.verify import verify as compare
+
+            report = compare(
+                opened,
+                against,
+                level="full" if full else "quick",
+                backend=backend,
+                device=device,
+                num=num,
+                seed=seed,
+                allow_code=allow_code,
+                observer=reporter,
             )
-        )
     if as_json:
         print_json(report.to_json())
     else:
@@ -105,50 +117,6 @@ def print_report(console: Console, report: VerifyReport) -> None:
     for note in terms:
         names = [check.name for check in report.checks if check.passed and check.note == note]
         console.print(f"\n{', '.join(names)}: {note}", soft_wrap=True)
-
-
-def _alone(artifact: str, backend: str, device: str) -> VerifyReport:
-    from fmg.inference.artifact import open_artifact
-    from fmg.inference.self_check import verify_alone
-
-    return verify_alone(open_artifact(artifact, hashes=False), backend=backend, device=device)
-
-
-def _compared(
-    artifact: str,
-    against: str | None,
-    level: str,
-    backend: str,
-    device: str,
-    num: int | None,
-    seed: int,
-    allow_code: bool,
-    observer: Observer,
-) -> VerifyReport:
-    from fmg.inference.artifact import open_artifact
-
-    opened = open_artifact(artifact, hashes=False)
-    _check_torch()
-    from fmg.export.verify import verify as compare
-
-    return compare(
-        opened,
-        against,
-        level=level,
-        backend=backend,
-        device=device,
-        num=num,
-        seed=seed,
-        allow_code=allow_code,
-        observer=observer,
-    )
-
-
-def _check_torch() -> None:
-    if find_spec("torch") is None:
-        raise MissingDependencyError(
-            "Comparing an artifact with its run needs torch", f"Run: {install_line()}, or add --alone."
-        )
 
 
 def _measured(values: Mapping[str, float]) -> str:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
 LONGEST_VALUE = 200
@@ -39,6 +40,27 @@ def some(names: Iterable[object], most: int = 5) -> str:
     """At most `most` of the names, sorted, and how many more there are."""
     ordered = sorted(map(str, names))
     return ", ".join(ordered[:most]) + (f" and {len(ordered) - most} more" if len(ordered) > most else "")
+
+
+def number(value: float) -> str:
+    """A score with three decimals; zero has no sign."""
+    return f"{round(value, 3) + 0.0:.3f}"
+
+
+def signed(delta: float) -> str:
+    """A difference with three decimals and its sign; one that rounds to zero has a plus."""
+    return f"{round(delta, 3) + 0.0:+.3f}"
+
+
+def compact(value: float) -> str:
+    """A number of any magnitude, with three digits."""
+    return f"{value:.3g}"
+
+
+def interval(bounds: Sequence[float], form: Callable[[float], str] = number) -> str:
+    """A confidence interval, with a dash for an unbounded side."""
+    low, high = (form(bound) if math.isfinite(bound) else "-" for bound in bounds)
+    return f"[{low}, {high}]"
 
 
 def visible(text: str, *, lines: bool = False) -> str:

@@ -9,14 +9,14 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
-from fmg.core.display import counted
+from fmg.core.display import counted, interval
 from fmg.core.errors import UsageError
 from fmg.core.files import check_place, write_atomic
 from fmg.core.json_io import write_json
 from fmg.data.page import Block, Gallery, Picture, Section, Table, Text, Tile, inline_image, page
 from fmg.data.pictures import to_pil
 from fmg.data.prompt_sets import spread
-from fmg.eval.results import EvalReport, interval_text
+from fmg.eval.results import Cells, EvalReport, tag_cells
 from fmg.eval.scoring import EvalSet, Parts
 
 _NAME = "report.html"
@@ -24,6 +24,11 @@ _FIRST_SHOWN = 4
 _PICTURE_SIDE = 256
 _SHOWN_PROMPTS = 6
 _EXTREMES = 8
+_ABOUT_SCORES = "Means over images. The 95 % intervals come from resampling whole prompts."
+_ABOUT_METRICS = (
+    "Diversity is the mean distance between images of one prompt; cosine diversity is the mean over all pairs."
+    " The Fréchet distance is biased upwards for few images; the extrapolated value removes the bias of order 1/n."
+)
 
 
 @dataclass(frozen=True)
@@ -135,11 +140,11 @@ def report_page(report: EvalReport, galleries: Sequence[Mapping[int, ImageGaller
     title = f"Evaluation of {report.target}" + (f" against {other.target}" if other else "")
     images = f"{counted(report.num, 'image')} of {report.prompts} per number of steps"
     subtitle = f"{images}, grid {report.grid}, seed {report.seed}"
-    sections = [Section("Scores", list(_scores(report)))]
+    sections = [Section("Scores", [Text(_ABOUT_SCORES), _table(report.scores())])]
     if report.tags:
-        sections.append(Section("By tag", list(_tags(report))))
+        sections.append(Section("By tag", [_table(tag_cells(report.tags))]))
     if report.metrics:
-        sections.append(Section("The whole set", list(_metrics(report))))
+        sections.append(Section("The whole set", [Text(_ABOUT_METRICS), _table(report.set_metrics())]))
     sections += _pictures(report, galleries)
     return page(title, subtitle, list(_tiles(report)), sections)
 
@@ -152,57 +157,12 @@ def _tiles(report: EvalReport) -> Iterator[Tile]:
         if row.part == ("strict" if strict else "total"):
             name = row.reward if row.part == "total" else f"{row.reward} {row.part}"
             known = before.get((row.steps, row.reward, row.part))
-            note = interval_text(row.ci95) if known is None else f"from {known:.3f}"
+            note = interval(row.ci95) if known is None else f"from {known:.3f}"
             yield Tile(f"{name}, {counted(row.steps, 'step')}", f"{row.mean:.3f}", note)
 
 
-def _scores(report: EvalReport) -> Iterator[Block]:
-    yield Text("Means over images. The 95 % intervals come from resampling whole prompts.")
-    if not report.against:
-        rows = [
-            (str(r.steps), r.reward, r.part, f"{r.mean:.3f}", interval_text(r.ci95), f"{r.std:.3f}")
-            for r in report.results
-        ]
-        columns: tuple[str, ...] = ("steps", "reward", "part", "mean", "95 % interval", "std")
-        yield Table(columns, rows, frozenset(columns) - {"reward", "part"})
-        return
-    (other,) = report.against
-    columns = ("steps", "reward", "part", other.target, report.target, "difference", "95 % interval")
-    yield Table(
-        columns,
-        [
-            (str(a.steps), a.reward, a.part, f"{b.mean:.3f}", f"{a.mean:.3f}", f"{d.mean:+.3f}", interval_text(d.ci95))
-            for a, b, d in zip(report.results, other.results, report.differences, strict=True)
-        ],
-        frozenset(columns) - {"reward", "part"},
-    )
-
-
-def _tags(report: EvalReport) -> Iterator[Block]:
-    rows = [
-        (str(r.steps), r.reward, r.part, r.tag, str(r.num), f"{r.mean:.3f}", interval_text(r.ci95)) for r in report.tags
-    ]
-    columns = ("steps", "reward", "part", "tag", "images", "mean", "95 % interval")
-    yield Table(columns, rows, frozenset(columns) - {"reward", "part", "tag"})
-
-
-def _metrics(report: EvalReport) -> Iterator[Block]:
-    yield Text(
-        "Diversity is the mean distance between images of one prompt; cosine diversity is the mean over all pairs."
-        " The Fréchet distance is biased upwards for few images; the extrapolated value removes the bias of order 1/n."
-    )
-    other = report.against[0].metrics if report.against else ()
-    columns: tuple[str, ...] = ("steps", "features", "metric", "value", "95 % interval")
-    rows: list[tuple[str, ...]] = [
-        (str(m.steps), m.extractor, m.metric, f"{m.value:.3g}", interval_text(m.ci95, ".3g")) for m in report.metrics
-    ]
-    if other:
-        columns += ("other target", "difference", "95 % interval of the difference")
-        rows = [
-            (*row, f"{b.value:.3g}", f"{d.value:+.3g}", interval_text(d.ci95, ".3g"))
-            for row, b, d in zip(rows, other, report.metric_differences, strict=True)
-        ]
-    yield Table(columns, rows, frozenset(columns) - {"features", "metric"})
+def _table(cells: Cells) -> Table:
+    return Table(cells.columns, cells.rows, frozenset(cells.numeric))
 
 
 def _pictures(report: EvalReport, galleries: Sequence[Mapping[int, ImageGallery | None]]) -> Iterator[Section]:

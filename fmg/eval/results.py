@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from fmg.core.display import counted, html_table
+from fmg.core.display import compact, counted, html_table, interval, number, signed
 from fmg.core.errors import UsageError, python_call, writing
 
 SCHEMA = 1
@@ -95,17 +95,31 @@ class EvalReport:
         return f"EvalReport({self.target}{against}, {counted(self.num, 'image')}{scores})"
 
     def _repr_html_(self) -> str:
-        columns = ["steps", "reward", "part", self.target, "95 % interval"]
+        cells = self.scores()
+        return html_table(repr(self), cells.columns, cells.rows)
+
+    def scores(self) -> Cells:
+        """The scores as a table; with another target those of both, and their differences."""
+        if not self.against:
+            return score_cells(self.results)
+        (other,) = self.against
         rows = [
-            [str(row.steps), row.reward, row.part, f"{row.mean:.3f}", interval_text(row.ci95)] for row in self.results
+            [str(a.steps), a.reward, a.part, number(b.mean), number(a.mean), signed(d.mean), interval(d.ci95)]
+            for a, b, d in zip(self.results, other.results, self.differences, strict=True)
         ]
-        if self.differences:
-            columns += ["difference", "95 % interval"]
-            rows = [
-                [*row, f"{delta.mean:+.3f}", interval_text(delta.ci95)]
-                for row, delta in zip(rows, self.differences, strict=True)
-            ]
-        return html_table(repr(self), columns, rows)
+        return Cells(["steps", "reward", "part", other.target, self.target, "difference", "95 % interval"], rows)
+
+    def set_metrics(self) -> Cells:
+        """The metrics of whole sets as a table; with another target those of both, and their differences."""
+        ours = metric_cells(self.metrics, self.target)
+        if not self.against:
+            return ours
+        (other,) = self.against
+        rows = [
+            [*row, compact(theirs.value), f"{delta.value:+.3g}", interval(delta.ci95, compact)]
+            for row, theirs, delta in zip(ours.rows, other.metrics, self.metric_differences, strict=True)
+        ]
+        return Cells([*ours.columns, other.target, "difference", "95 % interval of the difference"], rows)
 
     @python_call
     def save(self, path: str | PathLike[str]) -> Path:
@@ -163,7 +177,37 @@ def plain(rows: Sequence[Any]) -> list[dict[str, object]]:
     return [asdict(row) | {"ci95": [bound if math.isfinite(bound) else None for bound in row.ci95]} for row in rows]
 
 
-def interval_text(ci95: tuple[float, float], form: str = ".3f") -> str:
-    """An interval for a table; unbounded sides are dashes."""
-    low, high = (format(bound, form) if math.isfinite(bound) else "-" for bound in ci95)
-    return f"[{low}, {high}]"
+@dataclass(frozen=True)
+class Cells:
+    """A table of results as text."""
+
+    columns: list[str]
+    rows: list[list[str]]
+
+    @property
+    def numeric(self) -> list[str]:
+        """The columns of numbers."""
+        return [column for column in self.columns if column not in ("reward", "part", "tag", "features", "metric")]
+
+    def without_steps(self) -> Cells:
+        """For images that were not generated here."""
+        return Cells(self.columns[1:], [row[1:] for row in self.rows])
+
+
+def score_cells(results: Sequence[Result]) -> Cells:
+    """The scores of one target."""
+    columns = ["steps", "reward", "part", "mean", "95 % interval", "std"]
+    rows = [[str(r.steps), r.reward, r.part, number(r.mean), interval(r.ci95), number(r.std)] for r in results]
+    return Cells(columns, rows)
+
+
+def tag_cells(tags: Sequence[TagResult]) -> Cells:
+    """The scores by tag."""
+    rows = [[str(r.steps), r.reward, r.part, r.tag, str(r.num), number(r.mean), interval(r.ci95)] for r in tags]
+    return Cells(["steps", "reward", "part", "tag", "images", "mean", "95 % interval"], rows)
+
+
+def metric_cells(metrics: Sequence[Metric], value: str = "value") -> Cells:
+    """The metrics of whole sets, in a column called `value`."""
+    rows = [[str(m.steps), m.extractor, m.metric, compact(m.value), interval(m.ci95, compact)] for m in metrics]
+    return Cells(["steps", "features", "metric", value, "95 % interval"], rows)

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fmg.core import metric_keys as keys
-from fmg.core.display import counted, visible
+from fmg.core.display import counted, signed, visible
 from fmg.core.events import Evaluated, Event, IterationDone, Notice, Resumed, StageProgress, Started
 from fmg.data.run_metrics import headline
 
@@ -70,6 +70,9 @@ class Reporter(Protocol):
 class Stateless:
     """A reporter with nothing to close."""
 
+    def __enter__(self) -> Self:
+        return self
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -90,9 +93,6 @@ class PlainReporter(Stateless):
         self._last_line = clock()
         self._iteration_began = self._last_line
         self._first: dict[str, float] = {}
-
-    def __enter__(self) -> PlainReporter:
-        return self
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Started):
@@ -365,12 +365,6 @@ def reporter_for(console: Console) -> Reporter:
     if not is_interactive(console):
         return PlainReporter(console)
     return NotebookReporter() if console.is_jupyter else LiveReporter(console)
-
-
-def signed(delta: float) -> str:
-    """A difference with its sign; one that rounds to zero has a plus."""
-    rounded = round(delta, 3)
-    return f"{rounded + 0.0:+.3f}"
 
 
 def sparkline(values: Sequence[float], width: int) -> str:

@@ -4,7 +4,8 @@ import math
 
 from rich.console import Console
 
-from fmg.cli.output import change, interval, number, table
+from fmg.cli.output import change, table
+from fmg.core.display import interval, number
 from fmg.core.metric_keys import SCORE
 from fmg.data.checkpoints import SavedCheckpoint
 from fmg.data.run_metrics import Outcome

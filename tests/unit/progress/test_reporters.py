@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from fmg.cli.train import JsonReporter
-from fmg.core.display import counted
+from fmg.core.display import counted, signed
 from fmg.core.events import Evaluated, Event, Finished, IterationDone, Notice, Resumed, StageProgress, Started
 from fmg.data.run_metrics import headline
-from fmg.progress.reporters import LOADING, LiveReporter, PlainReporter, reporter_for, signed, sparkline
+from fmg.progress.reporters import LOADING, LiveReporter, PlainReporter, reporter_for, sparkline
 
 STORY: tuple[Event, ...] = (
     Started("meanflow-shapes", 2, {"stochasticizer": "asfmc-endpoint"}),
