@@ -157,12 +157,17 @@ def conventions_of(recipe: Recipe) -> FlowMapConventions:
 def graph_options(config: ModelConfig) -> dict[str, object]:
     """The options of a model that its graphs depend on.
 
-    Left out are those of every family, which say where and how it is computed, and those that name files: the digest of
-    the base covers these.
+    Left out are those of every family, which say where and how it is computed, those that say how it is sampled, and
+    those that name files: the digest of the base covers these.
     """
-    shared = {*DiffusersConfig.model_fields, *StackedConfig.model_fields}
+    shared = {*DiffusersConfig.model_fields, *StackedConfig.model_fields, *config.sampling_options}
     files = {asset.option.removeprefix("model.") for asset in config.assets()}
     return config.model_dump(mode="json", include=type(config).model_fields.keys() - shared - files)
+
+
+def exported_options(options: Mapping[str, object], config: ModelConfig) -> dict[str, object]:
+    """The options in a manifest that correspond to `graph_options`: earlier versions wrote those of sampling, too."""
+    return {name: value for name, value in options.items() if name not in config.sampling_options}
 
 
 def packs_latents(recipe: Recipe) -> bool:

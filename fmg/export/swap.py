@@ -19,6 +19,7 @@ from fmg.export.source import (
     Delta,
     check_base,
     conventions_of,
+    exported_options,
     graph_options,
     merged,
     read_delta,
@@ -45,6 +46,7 @@ from fmg.inference.target import Target, TargetLike, resolve_target
 from fmg.models.common.checkpoint_files import is_full
 from fmg.models.common.weights import TensorReader
 from fmg.models.conventions import FlowMapConventions
+from fmg.models.published import PublishedConfig
 from fmg.recipe import Recipe
 from fmg.registry import models
 
@@ -223,12 +225,13 @@ def _check_graphs(artifact: Artifact, found: Target) -> None:
     if options is None:
         facts = _packed_facts(artifact.manifest, conventions_of(found.recipe))
     else:
-        wanted = graph_options(found.recipe.model.config)
-        facts = {name: (wanted.get(name), options.get(name)) for name in {**options, **wanted}}
-    for name, (asked, there) in facts.items():
-        if asked != there:
+        config = found.recipe.model.config
+        wanted, there = graph_options(config), exported_options(options, config)
+        facts = {name: (wanted.get(name), there.get(name)) for name in {**there, **wanted}}
+    for name, (asked, exported) in facts.items():
+        if asked != exported:
             raise UsageError(
-                f"'{found.label}' is sampled with {name} {asked}, but {artifact.folder} was exported for {there}",
+                f"'{found.label}' is sampled with {name} {asked}, but {artifact.folder} was exported for {exported}",
                 "Export the run to a separate artifact.",
             )
 
@@ -251,6 +254,7 @@ def _packed_facts(manifest: Manifest, wanted: FlowMapConventions) -> Mapping[str
 def _as_sampled(manifest: Manifest, recipe: Recipe) -> Manifest:
     """The manifest with everything that follows from a recipe and is not in a graph."""
     rewards, prompts = recipe_facts(recipe)
+    config = recipe.model.config
     sampling, axes = replace(manifest.sampling, grid=recipe.rollout.grid, steps=recipe.rollout.steps), manifest.axes
     if manifest.schema == PACKED:
         conventions = conventions_of(recipe)
@@ -261,6 +265,8 @@ def _as_sampled(manifest: Manifest, recipe: Recipe) -> Manifest:
             resolution=default_resolution(conventions.resolution, sampling.resolutions),
         )
         axes = {**axes, **image_axes(sampling)}
+    elif isinstance(config, PublishedConfig) and "guidance" in config.sampling_options:
+        sampling = replace(sampling, guidance=config.conventions().embedded_guidance(manifest.model.transformer))
     return replace(manifest, sampling=sampling, axes=axes, rewards=rewards, prompts=prompts)
 
 

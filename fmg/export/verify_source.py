@@ -24,7 +24,15 @@ from fmg.export.model_artifact import LoadedSource
 from fmg.export.onnx import inline_tensors
 from fmg.export.options import plain_config
 from fmg.export.precision_report import read_graph
-from fmg.export.source import ExportSource, base_dtypes, graph_tokenizer, model_reader, recipe_facts
+from fmg.export.source import (
+    ExportSource,
+    base_dtypes,
+    exported_options,
+    graph_options,
+    graph_tokenizer,
+    model_reader,
+    recipe_facts,
+)
 from fmg.export.weights import stored_places
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.artifact.manifest import (
@@ -75,12 +83,14 @@ def check_loaded(artifact: Artifact, source: LoadedSource) -> Iterator[Check]:
     """
     manifest = artifact.manifest
     rewards, prompts = recipe_facts(source.target.recipe)
+    config = source.target.recipe.model.config
+    options = graph_options(config)
     stated: dict[str, tuple[object, object]] = {
         "model.name": (manifest.model.name, source.facts.name),
         "model.transformer": (manifest.model.transformer, source.facts.transformer),
         "model.vae": (manifest.model.vae, source.facts.vae),
         # earlier versions wrote none
-        "model.options": (manifest.model.options or source.facts.options, source.facts.options),
+        "model.options": (exported_options(manifest.model.options or options, config), options),
         "base.digest": (manifest.base.digest, source.base.digest),
         "base.dtypes": (manifest.base.dtypes, source.base.dtypes),
         "adapter": (_without_run(manifest.adapter), _without_run(source.adapter)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -122,6 +122,10 @@ class FlowMapConventions(BaseModel):
     def plain(self) -> dict[str, object]:
         """The JSON object in `fmg_flow_map.json`."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+    def embedded_guidance(self, transformer: Mapping[str, Any]) -> float | None:
+        """The guidance scale as a transformer with this config takes it; None for weights that embed none."""
+        return None if self.guidance is None else self.guidance * transformer.get("guidance_embeds_scale", 1.0)
 
     def spec(self, recipe: str) -> MapSpec:
         """The declared properties of the map; `recipe` names the recipe shipped with the model."""

@@ -86,6 +86,8 @@ class ModelConfig(ComponentConfig, ABC):
     """Whether the network can be traced as a graph for runtimes other than torch: its shapes depend on no values."""
     constant_shapes: ClassVar[bool] = True
     """Whether every prompt gives the network tensors of one shape, as compiling it once needs."""
+    sampling_options: ClassVar[frozenset[str]] = frozenset({"default_steps", "default_grid"})
+    """Options that only say how the model is sampled: no traced graph depends on them."""
     mergeable: ClassVar[bool] = True
     """Whether `fmg export --diffusers` merges an adapter into the model's folder."""
 

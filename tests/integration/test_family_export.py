@@ -75,7 +75,8 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FMG_CACHE", str(place / "cache"))
         recipe = recipe_of(request.param, FAMILIES[request.param](place / "folder"))
-        make_run(place / "other", recipe.with_({"lora.rank": 3, "rollout.steps": 3}), seed=2)
+        guidance = {"model.guidance": 3.0} if request.param == "sana-sprint" else {}
+        make_run(place / "other", recipe.with_({"lora.rank": 3, "rollout.steps": 3, **guidance}), seed=2)
         return make_run(place / "run", recipe, seed=1)
 
 
@@ -180,6 +181,10 @@ def test_another_run_swaps_in_as_a_fresh_export_of_it(run: Path, tmp_path: Path)
     write_manifest(folder, replace(stored, model=replace(stored.model, options=None)))
     with pytest.raises(UsageError, match="exported by an earlier version of fmg"):
         swap_weights(folder, other)
+    options = {**(stored.model.options or {}), **({"guidance": 4.5} if "sana" in run.parent.name else {})}
+    write_manifest(folder, replace(stored, model=replace(stored.model, options=options)))
+    assert swap_weights(folder, other).manifest.sampling == fresh.manifest.sampling
+    assert verify(folder, other, device="cpu", num=2).passed
 
 
 @pytest.mark.filterwarnings("ignore:.*the model reads the first:fmg.core.errors.FmgWarning")

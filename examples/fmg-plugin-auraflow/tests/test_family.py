@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from transformers import LlamaTokenizer, UMT5Config, UMT5EncoderModel
 import fmg
 from fmg.core.errors import CheckpointError
 from fmg.export.options import ExportOptions
+from fmg.export.swap import swap_weights
 from fmg.flow import make_grid
 from fmg.flow.sampling import native_sample
+from fmg.inference import resolve_target
 from fmg.recipe import Recipe
 from fmg.registry import models
 
@@ -158,6 +161,10 @@ def test_an_export_is_verified(run: Path, workplace: Path) -> None:
     artifact = fmg.export_artifact(run, workplace / "artifact", ExportOptions(int8=True))
     report = fmg.verify(artifact, num=4)
     assert report.passed, [check for check in report.checks if not check.passed]
+    # no graph depends on the number of steps
+    found = resolve_target(run)
+    other = replace(found, recipe=found.recipe.with_({"model.default_steps": 2, "rollout.steps": 2}))
+    assert fmg.verify(swap_weights(artifact.folder, other), other, num=4).passed
 
 
 def test_a_folder_of_another_family_is_refused(folder: Path) -> None:

@@ -154,7 +154,7 @@ class AdaptedModel(ABC, Generic[Text]):
     @staticmethod
     def guidance_of(components: Components[Text]) -> float | None:
         """The guidance scale as the transformer takes it; None for weights that embed none."""
-        return components.conventions.guidance
+        return components.conventions.embedded_guidance(components.transformer.config)
 
     @staticmethod
     def text_facts(components: Components[Text]) -> tuple[str, ...]:

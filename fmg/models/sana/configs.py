@@ -46,6 +46,7 @@ class SanaSprintConfig(PublishedConfig):
 
     in_diffusers: ClassVar[str] = "a `SanaSprintPipeline` of the base"
     exportable: ClassVar[bool] = True
+    sampling_options: ClassVar[frozenset[str]] = frozenset({"guidance"})
     mergeable: ClassVar[bool] = False
 
     folder: str = Field(

@@ -1,4 +1,4 @@
-"""SANA-Sprint as a model: its call signature, and the scale of its guidance."""
+"""SANA-Sprint as a model: its call signature and the instruction before its prompts."""
 
 from __future__ import annotations
 
@@ -65,12 +65,6 @@ class SanaModel(AdaptedModel[SanaText]):
     def text_facts(components: SanaComponents) -> tuple[str, ...]:
         """The instruction before each prompt."""
         return (components.text.instruction,)
-
-    @staticmethod
-    def guidance_of(components: SanaComponents) -> float | None:
-        """The guidance scale, multiplied by the `guidance_embeds_scale` of the weights."""
-        guidance = components.conventions.guidance
-        return None if guidance is None else guidance * components.transformer.config.guidance_embeds_scale
 
     @staticmethod
     def latent_shape_of(components: SanaComponents) -> tuple[int, int, int]:

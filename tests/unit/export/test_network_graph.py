@@ -17,10 +17,12 @@ from fmg.export.live import live_graph
 from fmg.export.model_graphs import network_plan, plans
 from fmg.export.onnx import trace
 from fmg.export.precision_report import precision_of_file
+from fmg.export.source import graph_options
 from fmg.flow import make_grid
 from fmg.flow.sampling import native_sample
 from fmg.inference.artifact.manifest import TRANSFORMER
 from fmg.models.common.adapter import is_under
+from fmg.recipe import Recipe
 from fmg.registry import models
 from tests.support.families import PROMPTS, attach, noise
 from tests.tiny_flux2 import FLUX2_CASE
@@ -50,6 +52,14 @@ def loaded(name: str, options: dict[str, object]) -> Any:
 
 def difference(ours: Tensor, torchs: Tensor) -> float:
     return float((ours - torchs).norm() / torchs.norm())
+
+
+def test_the_options_that_graphs_depend_on() -> None:
+    sizes = {"resolution", "max_sequence_length"}
+    more = {"sana-sprint": {"instruction"}, "sd35-meanflow": {"second_time"}}
+    for name in FAMILIES:
+        options = graph_options(Recipe.default(name).model.config)
+        assert options.keys() == sizes | more.get(name, set()), name
 
 
 @pytest.mark.slow
