@@ -141,6 +141,19 @@ def checked(name: str, reward: Reward) -> Checked:
     return reward if isinstance(reward, Checked) else Checked(name, reward)
 
 
+def weighted_sum(outputs: Mapping[str, RewardOutput], weights: Mapping[str, float]) -> RewardOutput:
+    """`sum_i weight_i total_i`, with the parts `<name>` and `<name>/<part>`; partial when one of `outputs` is."""
+    total, scored = torch.zeros(()), torch.tensor(True)
+    parts: dict[str, Tensor] = {}
+    for name, output in outputs.items():
+        if isinstance(output, PartialRewardOutput):
+            scored = scored & output.scored
+        total = total + weights[name] * output.total
+        parts[name] = output.total
+        parts.update({f"{name}/{part}": values for part, values in output.parts.items()})
+    return RewardOutput(total, parts) if bool(scored.all()) else PartialRewardOutput(total, parts, scored)
+
+
 class Mixture:
     """The weighted sum of several rewards; itself a reward.
 
@@ -175,17 +188,7 @@ class Mixture:
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:
         """`total = sum_i weight_i total_i`; partial when a reward could not score every image."""
-        total = torch.zeros(len(prompts))
-        scored = torch.ones(len(prompts), dtype=torch.bool)
-        parts: dict[str, Tensor] = {}
-        for name, (reward, weight) in self._terms.items():
-            output = reward.score(images, prompts)
-            if isinstance(output, PartialRewardOutput):
-                scored = scored & output.scored
-            total = total + weight * output.total
-            parts[name] = output.total
-            parts.update({f"{name}/{part}": values for part, values in output.parts.items()})
-        return RewardOutput(total, parts) if bool(scored.all()) else PartialRewardOutput(total, parts, scored)
+        return weighted_sum({name: reward.score(images, prompts) for name, reward in self.named()}, self.weights())
 
     def differentiated(
         self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str], weights: Mapping[str, float] | None = None

@@ -17,6 +17,7 @@ from typing import TypeVar
 from urllib.parse import urlsplit
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from fmg.core.errors import RewardError, one_line
@@ -31,6 +32,12 @@ _CHUNK = 1 << 16
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 # Spreads the retries of many clients that failed together, without touching the random generators of a run.
 _jitter = random.Random()
+
+
+class Reply(BaseModel):
+    """What is read of a server's answer; other keys are ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 class CallError(Exception):

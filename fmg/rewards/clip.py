@@ -30,6 +30,7 @@ from fmg.rewards.network import (
     Score,
     Tensors,
     affine_head,
+    check_entries,
     load_module,
     load_pretrained,
     read_json,
@@ -132,12 +133,8 @@ def load_clip(model: Located, tokenizer: Located, device: torch.device, dtype: t
         config, tensors = _read_folder(model)
     clip = load_module(CLIPModel, config, tensors, model.path, device, dtype)
     loaded = load_pretrained(CLIPTokenizer.from_pretrained, tokenizer.folder, tokenizer.asset.what)
-    rows = clip.config.text_config.vocab_size
-    if len(loaded) > rows:
-        raise CheckpointError(
-            f"The tokenizer in {tokenizer.folder} has {len(loaded)} entries, but the model has {rows}",
-            f"Set {tokenizer.asset.option} to the tokenizer that belongs to the model.",
-        )
+    fix = f"Set {tokenizer.asset.option} to the tokenizer that belongs to the model."
+    check_entries(loaded, tokenizer.folder, clip.config.text_config.vocab_size, fix)
     return clip, loaded
 
 

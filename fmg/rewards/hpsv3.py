@@ -31,11 +31,14 @@ from fmg.rewards.network import (
     NetworkReward,
     Score,
     Tensors,
+    check_entries,
     load_module,
     load_pretrained,
     read_json,
     read_python,
     read_renamed,
+    under,
+    with_prefixes,
 )
 from fmg.rewards.published import HPSV3_PACKAGE
 from fmg.rewards.qwen_vl import ASSISTANT, Patches, check_no_markers, closing, opening
@@ -49,7 +52,6 @@ INSTRUCTION_SHA256 = "f6ee57479d4e9eee76b49c00dc962e1e696a5a2b3cc32cebd9b1fa76fe
 """Sha256 of `INSTRUCTION + prompt_with_special_token` in hpsv3 1.0.0."""
 
 HEAD_LAYERS = (0, 3, 5)
-_UNUSED = "lm_head."
 
 
 def from_hpsv3(tensors: Tensors) -> dict[str, Tensor]:
@@ -59,19 +61,7 @@ def from_hpsv3(tensors: Tensors) -> dict[str, Tensor]:
         CheckpointError: naming unexpected keys.
     """
     parts = {"visual.": "base.visual.", "model.": "base.language_model.", "rm_head.": "head."}
-    renamed: dict[str, Tensor] = {}
-    unknown = []
-    for name, tensor in tensors.items():
-        part = next((part for part in parts if name.startswith(part)), None)
-        if part is not None:
-            renamed[parts[part] + name.removeprefix(part)] = tensor
-        elif not name.startswith(_UNUSED):
-            unknown.append(name)
-    if unknown:
-        raise CheckpointError(
-            f"The checkpoint has keys that HPSv3 does not have: {some(unknown)}", "Use HPSv3.safetensors."
-        )
-    return renamed
+    return with_prefixes(tensors, parts, ("lm_head.",), "HPSv3.safetensors")
 
 
 @dataclass(frozen=True)
@@ -193,17 +183,13 @@ def _load(files: Files, device: torch.device, dtype: torch.dtype) -> Score:
     wording = read_instruction(instruction.path, published=instruction.asset.source == HPSV3_PACKAGE)
     tensors = read_renamed(files["checkpoint"].path, LAYOUT, from_hpsv3)
     origin = files["checkpoint"].path
-    network = {name.removeprefix("base."): x for name, x in tensors.items() if name.startswith("base.")}
+    network = under("base.", tensors)
     config = _config(base, network, origin)
     tokenizer = load_pretrained(AutoTokenizer.from_pretrained, base.folder, base.asset.what)
     tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
-    if len(tokenizer) > config.text_config.vocab_size:
-        raise CheckpointError(
-            f"The tokenizer in {base.folder} has {len(tokenizer)} entries, but HPSv3 has"
-            f" {config.text_config.vocab_size}",
-            "Set base to the tokenizer of Qwen2-VL-7B-Instruct.",
-        )
-    head = _head({name.removeprefix("head."): x for name, x in tensors.items() if name.startswith("head.")}, device)
+    fix = "Set base to the tokenizer of Qwen2-VL-7B-Instruct."
+    check_entries(tokenizer, base.folder, config.text_config.vocab_size, fix)
+    head = _head(under("head.", tensors), device)
     module = load_module(Qwen2VLModel, config, network, origin, device, dtype)
     model = RatingModel(module, head, tokenizer, wording)
 

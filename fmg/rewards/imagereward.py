@@ -13,7 +13,6 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from fmg.core.display import some
 from fmg.core.errors import CheckpointError
 from fmg.core.types import RewardOutput
 from fmg.rewards.configs import ImageRewardConfig
@@ -24,10 +23,13 @@ from fmg.rewards.network import (
     Score,
     Tensors,
     affine_head,
+    check_entries,
     load_module,
     load_pretrained,
     read_json,
     read_renamed,
+    under,
+    with_prefixes,
 )
 
 LAYOUT = "image-reward-1"
@@ -57,7 +59,6 @@ VISION_NAMES: Mapping[str, str] = MappingProxyType(
 PARTS: Mapping[str, str] = MappingProxyType(
     {"blip.visual_encoder.": "vision.", "blip.text_encoder.": "text.", "mlp.": "head."}
 )
-_UNUSED = ("blip.vision_proj.", "blip.text_proj.")
 
 
 def from_image_reward(tensors: Tensors) -> dict[str, Tensor]:
@@ -68,23 +69,12 @@ def from_image_reward(tensors: Tensors) -> dict[str, Tensor]:
     Raises:
         CheckpointError: naming unexpected keys.
     """
-    renamed: dict[str, Tensor] = {}
-    unknown = []
-    for name, tensor in tensors.items():
-        if name.startswith(_UNUSED) or name.endswith("position_ids"):
-            continue
-        part = next((part for part in PARTS if name.startswith(part)), None)
-        if part is None:
-            unknown.append(name)
-            continue
-        rest = name.removeprefix(part)
-        renamed[PARTS[part] + (translate(rest, VISION_NAMES) if PARTS[part] == "vision." else rest)] = tensor
-    if unknown:
-        raise CheckpointError(
-            f"The checkpoint has keys that the published ImageReward.pt does not have: {some(unknown)}",
-            "Use the published ImageReward.pt.",
-        )
-    return renamed
+    renamed = with_prefixes(tensors, PARTS, ("blip.vision_proj.", "blip.text_proj."), "ImageReward.pt")
+    return {
+        translate(name, VISION_NAMES) if name.startswith("vision.") else name: tensor
+        for name, tensor in renamed.items()
+        if not name.endswith("position_ids")
+    }
 
 
 def imagereward(config: ImageRewardConfig) -> NetworkReward:
@@ -131,7 +121,7 @@ class Blip:
 def _load(heads: int | None, files: Files, device: torch.device, dtype: torch.dtype) -> Score:
     checkpoint, tokenizer = files["checkpoint"], files["tokenizer"]
     tensors = read_renamed(checkpoint.path, LAYOUT, from_image_reward)
-    vision, text, head = (_part(tensors, name) for name in ("vision.", "text.", "head."))
+    vision, text, head = (under(name, tensors) for name in ("vision.", "text.", "head."))
     image_config = _vision_config(vision, heads)
     text_config = _text_config(read_json(checkpoint.files["med_config.json"]), image_config.hidden_size)
     loaded = load_pretrained(BertTokenizer.from_pretrained, tokenizer.folder, tokenizer.asset.what)
@@ -142,12 +132,7 @@ def _load(heads: int | None, files: Files, device: torch.device, dtype: torch.dt
         load_module(BlipTextModel, text_config, text, checkpoint.path, device, dtype, {"add_pooling_layer": False}),
         loaded,
     )
-    if len(loaded) > text_config.vocab_size:
-        raise CheckpointError(
-            f"The tokenizer in {tokenizer.folder} has {len(loaded)} entries, but the model"
-            f" has {text_config.vocab_size}",
-            "Set tokenizer to that of bert-base-uncased.",
-        )
+    check_entries(loaded, tokenizer.folder, text_config.vocab_size, "Set tokenizer to that of bert-base-uncased.")
     affine = affine_head(head)
     return lambda images, prompts: RewardOutput((affine(blip(images, prompts)) - MEAN) / STD, {})
 
@@ -213,10 +198,6 @@ def _text_config(bert: Mapping[str, Any], image_width: int) -> Any:
         )
     except KeyError as error:
         raise CheckpointError(f"med_config.json lacks {error}", "Use the published file.") from None
-
-
-def _part(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
 
 def translate(name: str, table: Mapping[str, str]) -> str:

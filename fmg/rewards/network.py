@@ -63,6 +63,35 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return {str(name): tensor for name, tensor in inner.items()}
 
 
+def with_prefixes(
+    tensors: Tensors, prefixes: Mapping[str, str], unused: tuple[str, ...], published: str
+) -> dict[str, Tensor]:
+    """The tensors of the published file with new prefixes for old ones, without those that start with `unused`.
+
+    Raises:
+        CheckpointError: naming the keys with another prefix.
+    """
+    renamed: dict[str, Tensor] = {}
+    unknown = []
+    for name, tensor in tensors.items():
+        old = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+        if old is not None:
+            renamed[prefixes[old] + name.removeprefix(old)] = tensor
+        elif not name.startswith(unused):
+            unknown.append(name)
+    if unknown:
+        raise CheckpointError(
+            f"The checkpoint has keys that {published} does not have: {some(unknown)}",
+            f"Use the published {published}.",
+        )
+    return renamed
+
+
+def under(prefix: str, tensors: Tensors) -> dict[str, Tensor]:
+    """The tensors whose names start with `prefix`, without it."""
+    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+
+
 def read_renamed(path: Path, layout: str, rename: Callable[[Tensors], dict[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors of a checkpoint under the names of `rename`.
 
@@ -159,6 +188,12 @@ def load_pretrained(load: Callable[..., Any], folder: Path, what: str) -> Any:
         except Exception as error:
             # the tokenizers library raises bare Exception on a damaged file
             raise CheckpointError(f"The {what} in {folder} cannot be loaded: {reason(error)}", _RESTORE) from error
+
+
+def check_entries(tokenizer: Any, folder: Path, rows: int, fix: str) -> None:
+    """Raises a `CheckpointError` when a tokenizer has more entries than its model has embeddings."""
+    if len(tokenizer) > rows:
+        raise CheckpointError(f"The tokenizer in {folder} has {len(tokenizer)} entries, but the model has {rows}", fix)
 
 
 def load_folder(

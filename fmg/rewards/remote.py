@@ -5,31 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 
 from fmg.core.errors import RewardError, UsageError, suggestion
 from fmg.core.types import RewardOutput
-from fmg.rewards.calls import Caller, CallError, Chunk, Server
+from fmg.rewards.base import weighted_sum
+from fmg.rewards.calls import Caller, CallError, Chunk, Reply, Server
 from fmg.rewards.configs import RemoteConfig
 from fmg.rewards.service.wire import SAFETENSORS, ScoreRequest, decode_scores, encode_request, probe_image
 from fmg.serving.access import secret_from
 
 
-class _Served(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
+class _Served(Reply):
     probe_prompt: str
 
 
-class _ServerLimits(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
+class _ServerLimits(Reply):
     max_images: int
 
 
-class _Info(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
+class _Info(Reply):
     rewards: dict[str, _Served]
     limits: _ServerLimits
 
@@ -42,18 +39,16 @@ class RemoteReward:
 
     Args:
         config: where the server is, and the limits on calls.
-        name: the registered name, for messages.
 
     Raises:
         UsageError: when the token in the environment cannot be sent.
     """
 
-    def __init__(self, config: RemoteConfig, name: str = "remote") -> None:
+    def __init__(self, config: RemoteConfig) -> None:
         self._config = config
-        self._name = name
         self._server = Server(config.url, config.timeout, secret_from(config.token_env, required=False))
         advice = f"See the log of the server at {config.url}; the run's last checkpoint is intact."
-        self._caller = Caller(name, config, advice)
+        self._caller = Caller("remote", config, advice)
         self._weights: Mapping[str, float] | None = None
         self._batch_size = config.batch_size
 
@@ -101,12 +96,7 @@ class RemoteReward:
             scores = decode_scores(answer, request.rewards, len(request.prompts))
         except ValueError as error:
             raise CallError(f"an invalid answer: {error}", passing=True) from None
-        parts: dict[str, Tensor] = {}
-        for name, output in scores.items():
-            parts[name] = output.total
-            parts.update({f"{name}/{part}": values for part, values in output.parts.items()})
-        weighted = [weights[name] * output.total for name, output in scores.items()]
-        return RewardOutput(torch.stack(weighted).sum(0), parts)
+        return weighted_sum(scores, weights)
 
     def _info(self) -> _Info:
         try:
@@ -125,7 +115,7 @@ class RemoteReward:
         if len(served) != 1:
             raise UsageError(
                 f"The server at {self._config.url} serves the rewards {', '.join(sorted(served)) or 'none'}",
-                f"Choose with the option 'weights' of the reward '{self._name}', such as {{ocr: 1.0}}.",
+                "Choose with the option 'weights' of the reward 'remote', such as {ocr: 1.0}.",
             )
         return dict.fromkeys(served, 1.0)
 

@@ -22,14 +22,14 @@ import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from fmg.core.cache import cache_dir, optional_cache
 from fmg.core.files import atomic_file, from_home
 from fmg.core.json_io import read_object
 from fmg.core.types import RewardOutput
-from fmg.rewards.calls import Caller, CallError, Chunk, Server
+from fmg.rewards.calls import Caller, CallError, Chunk, Reply, Server
 from fmg.rewards.configs import VlmJudgeConfig
 from fmg.rewards.images import to_bytes
 from fmg.serving.access import secret_from
@@ -49,35 +49,29 @@ _TOP_LOGPROBS = 20
 _SPACE_MARKS = "Ġ▁ \n"
 
 
-class _Candidate(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
+class _Candidate(Reply):
     token: str
     logprob: float
 
 
-class _Token(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
+class _Token(Reply):
     top_logprobs: tuple[_Candidate, ...]
 
 
-class _Logprobs(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
+class _Logprobs(Reply):
     content: tuple[_Token, ...] = Field(min_length=1)
 
 
-class _Message(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
+class _Message(Reply):
     content: str | None = None
 
 
-class _Choice(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
+class _Choice(Reply):
     message: _Message
     logprobs: _Logprobs | None = None
 
 
-class _Completion(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
+class _Completion(Reply):
     choices: tuple[_Choice, ...] = Field(min_length=1)
 
 

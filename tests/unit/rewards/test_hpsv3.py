@@ -134,5 +134,5 @@ def test_a_checkpoint_that_lacks_a_tensor(tiny: Tiny, drop: str, message: str) -
 def test_an_embedding_is_needed_for_the_reward_token(tiny: Tiny) -> None:
     rows = tiny.tensors["model.embed_tokens.weight"]
     save_file({**tiny.tensors, "model.embed_tokens.weight": rows[:-1].clone()}, tiny.file)
-    with pytest.raises(CheckpointError, match="entries, but HPSv3"):
+    with pytest.raises(CheckpointError, match="entries, but the model"):
         rewards.build("hpsv3", options(tiny))(torch.zeros(1, 3, 32, 32), ["x"])
