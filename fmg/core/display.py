@@ -108,9 +108,14 @@ def html_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
     return f"<div><b>{_html(title)}</b><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
+def data_uri(kind: str, data: bytes) -> str:
+    """An image file of the media type `image/<kind>` as a URI."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
 def html_picture(png: bytes, caption: str, width: int) -> str:
     """An inlined PNG, `width` CSS pixels wide, with a caption; enlarged pixels stay square."""
-    source, text = f"data:image/png;base64,{base64.b64encode(png).decode()}", _html(caption)
+    source, text = data_uri("png", png), _html(caption)
     style = f"max-width:{width}px;width:100%;image-rendering:pixelated"
     return (
         f'<figure style="display:inline-block;margin:4px;max-width:{width}px">'

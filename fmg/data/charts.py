@@ -184,20 +184,14 @@ def by_scale(curves: Sequence[Curve]) -> list[list[Curve]]:
     return [panel for _, panel in panels]
 
 
-def chart(curves: Sequence[Curve], title: str, x_label: str = "iteration", y_label: str = "") -> Figure:
-    """A figure of curves with their bands: one panel, or one per scale where the scales differ."""
+def chart(curves: Sequence[Curve], title: str, y_label: str = "") -> Figure:
+    """A figure of curves over iterations: one panel, or one per scale where the scales differ."""
     panels = by_scale(curves) or [[]]
-    ordered = [curve for panel in panels for curve in panel]
     figure = new_figure(_WIDTH, 0.4 + _HEIGHT * (1 + 0.65 * (len(panels) - 1)))
-    first = 0
-    for axes, panel in zip(figure.subplots(len(panels), squeeze=False, sharex=True)[:, 0], panels, strict=True):
-        draw(axes, panel, first)
-        several = ", ".join(plot_label(curve.label) for curve in panel) if len(panels) > 1 else ""
-        frame(axes, title if first == 0 else "", x_label if panel is panels[-1] else "", y_label)
-        if several:
-            axes.set_title(several, fontsize=8, loc="right", color=GREY)
-        first += len(panel)
-    legend(figure, ordered)
+    _stack(figure, panels, title, y_label)
+    if len(panels) > 1:
+        for axes, panel in zip(figure.axes, panels, strict=True):
+            axes.set_title(", ".join(plot_label(curve.label) for curve in panel), fontsize=8, loc="right", color=GREY)
     return figure
 
 
@@ -206,18 +200,20 @@ def curve_figure(trained: Sequence[Curve], heldout: Sequence[Curve], title: str)
     panels = by_scale(heldout) or [[]]
     figure = new_figure(11, max(4.2, 2.6 * len(panels) + 0.8))
     left, right = figure.subfigures(1, 2, squeeze=False)[0]
-    axes = left.subplots()
-    draw(axes, trained)
-    frame(axes, "training prompts", "iteration", "mean reward of an iteration")
-    legend(left, trained)
-    first = 0
-    for axes, panel in zip(right.subplots(len(panels), squeeze=False, sharex=True)[:, 0], panels, strict=True):
-        draw(axes, panel, first)
-        frame(axes, "held-out prompts" if first == 0 else "", "iteration" if panel is panels[-1] else "", "mean score")
-        first += len(panel)
-    legend(right, [curve for panel in panels for curve in panel])
+    _stack(left, [trained], "training prompts", "mean reward of an iteration")
+    _stack(right, panels, "held-out prompts", "mean score")
     figure.suptitle(plot_label(title), fontsize=12)
     return figure
+
+
+def _stack(figure: Any, panels: Sequence[Sequence[Curve]], title: str, y_label: str) -> None:
+    """Draws panels over iterations below each other, with a common legend."""
+    first = 0
+    for axes, panel in zip(figure.subplots(len(panels), squeeze=False, sharex=True)[:, 0], panels, strict=True):
+        draw(axes, panel, first)
+        frame(axes, title if first == 0 else "", "iteration" if panel is panels[-1] else "", y_label)
+        first += len(panel)
+    legend(figure, [curve for panel in panels for curve in panel])
 
 
 def grid_figure(charts: Sequence[tuple[str, str, Sequence[Curve]]], title: str) -> Figure:

@@ -6,7 +6,6 @@ escapes every text, since prompts and file names can contain anything.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +15,7 @@ from typing import ClassVar, Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image
 
-from fmg.core.display import visible
+from fmg.core.display import data_uri, visible
 from fmg.version import __version__
 
 _SMALL = 128
@@ -108,16 +107,6 @@ def page(title: str, subtitle: str, tiles: Sequence[Tile], sections: Sequence[Se
     return _template().render(title=title, subtitle=subtitle, tiles=tiles, sections=sections, version=__version__)
 
 
-def inline_svg(data: bytes) -> str:
-    """The data URI of an SVG."""
-    return f"data:image/svg+xml;base64,{base64.b64encode(data).decode('ascii')}"
-
-
-def inline_png(data: bytes) -> str:
-    """The data URI of a PNG file."""
-    return f"data:image/png;base64,{base64.b64encode(data).decode('ascii')}"
-
-
 def inline_image(image: Image.Image, side: int = _LARGE) -> tuple[str, bool]:
     """The data URI of an image scaled down to `side`, and whether it is small enough to be shown pixelated.
 
@@ -130,9 +119,9 @@ def inline_image(image: Image.Image, side: int = _LARGE) -> tuple[str, bool]:
     file = BytesIO()
     if small:
         shown.save(file, format="PNG")
-        return inline_png(file.getvalue()), True
+        return data_uri("png", file.getvalue()), True
     shown.save(file, format="JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode('ascii')}", False
+    return data_uri("jpeg", file.getvalue()), False
 
 
 @cache

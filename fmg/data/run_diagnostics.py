@@ -80,19 +80,6 @@ class Log:
     steps: str = "first"
     objective: Mapping[str, object] = field(default_factory=lambda: _GRPO)
 
-    @classmethod
-    def of(
-        cls,
-        metrics: MetricsLog,
-        limits: HackingLimits,
-        *,
-        jumps: bool = True,
-        steps: str = "first",
-        objective: Mapping[str, object] = _GRPO,
-    ) -> Log:
-        """Built from the lines of a run and values of its recipe."""
-        return cls(metrics.iterations, metrics.evaluations, limits, jumps, steps, objective)
-
     @property
     def base_weight(self) -> str | None:
         """The option that weighs the distance to the base; None if the objective has none."""
@@ -142,33 +129,29 @@ def examine_run(run: str | Path) -> list[Advice]:
     return examine_log(_log_of(folder, metrics))
 
 
-def hacking_limits(run: RunFolder) -> HackingLimits:
-    """The losses that a run's recipe tolerates; the defaults if it has no recipe or does not state them.
+def _log_of(run: RunFolder, metrics: MetricsLog) -> Log:
+    values = run.values()
 
-    Raises:
-        CheckpointError: the recipe is damaged.
-    """
-    section = run.values().get("eval")
-    stated = section if isinstance(section, dict) else {}
+    def section(name: str) -> Mapping[str, object]:
+        stated = values.get(name)
+        return stated if isinstance(stated, dict) else {}
 
     def limit(name: str) -> float:
-        value = stated.get(name, EvalSection.model_fields[name].default)
+        value = section("eval").get(name, EvalSection.model_fields[name].default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise CheckpointError(f"'{run.recipe}' is damaged (eval.{name} is not a number)", "Restore it from a copy.")
         return float(value)
 
-    return HackingLimits(limit("hacking_tolerance"), limit("min_diversity"))
-
-
-def _log_of(run: RunFolder, metrics: MetricsLog) -> Log:
-    rollout, objective = run.values().get("rollout"), run.values().get("objective")
-    stated = rollout if isinstance(rollout, dict) else {}
-    branch = stated.get("branch")
+    branch = section("rollout").get("branch")
     options = branch if isinstance(branch, dict) else {}
-    steps = "adaptive" if stated.get("steps") == 2 else str(options.get("steps", "first"))
-    jumps = options.get("completion", "jump") == "jump"
-    options_of = objective if isinstance(objective, dict) else _GRPO
-    return Log.of(metrics, hacking_limits(run), jumps=jumps, steps=steps, objective=options_of)
+    return Log(
+        metrics.iterations,
+        metrics.evaluations,
+        HackingLimits(limit("hacking_tolerance"), limit("min_diversity")),
+        jumps=options.get("completion", "jump") == "jump",
+        steps="adaptive" if section("rollout").get("steps") == 2 else str(options.get("steps", "first")),
+        objective=section("objective") or _GRPO,
+    )
 
 
 def examine_log(log: Log) -> list[Advice]:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL.Image import Image
 
 from fmg.core import metric_keys as keys
-from fmg.core.display import counted
+from fmg.core.display import counted, data_uri
 from fmg.core.errors import CheckpointError, FmgWarning, UsageError
 from fmg.core.files import write_atomic
 from fmg.core.images import decoded
@@ -22,11 +22,12 @@ from fmg.core.machine import read_environment
 from fmg.data.charts import Curve, chart, curve_figure, figure_bytes, grid_figure, write_figure
 from fmg.data.checkpoints import CheckpointIndex, read_index
 from fmg.data.metrics_log import MetricsLog
-from fmg.data.page import Block, Gallery, Listing, Picture, Section, Table, Text, Tile, inline_image, inline_svg, page
+from fmg.data.page import Block, Gallery, Listing, Picture, Section, Table, Text, Tile, inline_image, page
 from fmg.data.pictures import before_after
 from fmg.data.prompt_sets import spread
 from fmg.data.run_folder import RunFolder, RunState
 from fmg.data.run_metrics import TWO_SIDED_95, Line, Outcome, headline, headline_keys, score_labels
+from fmg.recipe.document import leaves
 
 BANDS = (
     "Bands are 95 % intervals of the mean; stars mark the kept checkpoint. A curve of more than 200 points is shown as"
@@ -305,8 +306,8 @@ def _parts(line: Line, shown: set[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _chart_picture(title: str, y_label: str, curves: Sequence[Curve]) -> Picture:
-    image = figure_bytes(chart(curves, title, y_label=y_label), "svg")
-    return Picture(inline_svg(image), "", title, layout="wide")
+    image = figure_bytes(chart(curves, title, y_label), "svg")
+    return Picture(data_uri("svg+xml", image), "", title, layout="wide")
 
 
 def _chart(curves: Sequence[Curve], title: str, y_label: str) -> Iterator[Picture]:
@@ -461,7 +462,7 @@ def _whose(record: RunRecord) -> str:
 
 
 def _differences(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Block]:
-    flat = [dict(_leaves(RunFolder(record.path).values(), ())) for record in records]
+    flat = [{path: str(value) for path, value in leaves(dict(RunFolder(record.path).values()))} for record in records]
     paths = list(dict.fromkeys(path for values in flat for path in values))
     rows = [
         (path, *(values.get(path, "-") for values in flat))
@@ -478,14 +479,3 @@ def _comparison_pictures(records: Sequence[RunRecord], names: Sequence[str]) -> 
     for record, name in zip(records, names, strict=True):
         if pictures := before_after_pictures(record):
             yield Gallery(pictures, name)
-
-
-def _leaves(value: object, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict) and value:
-        for key, child in value.items():
-            yield from _leaves(child, (*path, str(key)))
-    elif isinstance(value, list) and any(isinstance(child, dict) for child in value):
-        for number, child in enumerate(value):
-            yield from _leaves(child, (*path, str(number)))
-    else:
-        yield ".".join(path), str(value)

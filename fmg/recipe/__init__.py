@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fmg.recipe.document import leaves
 from fmg.recipe.recipe import (
     DEFAULT_MODEL,
     Recipe,
@@ -9,7 +10,6 @@ from fmg.recipe.recipe import (
     Row,
     config_path,
     configs_folder,
-    leaves,
     override,
     recipe_names,
     recipe_of,

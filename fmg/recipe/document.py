@@ -252,6 +252,20 @@ def is_block(value: Plain) -> TypeGuard[list[dict[str, Plain]]]:
     return isinstance(value, list) and bool(value) and all(isinstance(item, dict) and item for item in value)
 
 
+def leaves(value: Plain, path: tuple[str, ...] = (), *, into_lists: bool = False) -> Iterator[tuple[str, Plain]]:
+    """The values of a plain recipe, each after its dotted path; the values in plain lists only if `into_lists`."""
+    children: Iterable[tuple[object, Plain]]
+    if isinstance(value, dict) and value:
+        children = value.items()
+    elif is_block(value) or (into_lists and isinstance(value, list) and value):
+        children = enumerate(value)
+    else:
+        yield ".".join(path), value
+        return
+    for key, child in children:
+        yield from leaves(child, (*path, str(key)), into_lists=into_lists)
+
+
 def _render(value: Plain, path: tuple[str, ...], depth: int) -> Iterator[tuple[str, str]]:
     pad = "  " * depth
     items = value.items() if isinstance(value, dict) else ()

@@ -6,7 +6,7 @@ Imports no torch.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -18,7 +18,7 @@ from fmg.core.display import counted, html_text
 from fmg.core.errors import CompositionError, UsageError, WrongTypeError, python_call, suggestion
 from fmg.core.files import RECIPE, SUMS, from_home
 from fmg.recipe.composition import problems
-from fmg.recipe.document import Node, Plain, Source, is_block, node_of, read_document, render
+from fmg.recipe.document import Node, Plain, Source, leaves, node_of, read_document, render
 from fmg.recipe.layers import (
     AUTO,
     EXTENDS,
@@ -355,18 +355,6 @@ def _located(problem: Problem, root: Node, error: type[UsageError] = UsageError)
     source = root.find(problem.location).source
     lead = "" if source.kind in ("built-in", "argument") else f"{source.text}: "
     return error(f"{lead}{problem.what}", problem.fix)
-
-
-def leaves(value: Plain, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Plain]]:
-    """The values of a plain recipe, each after its dotted path."""
-    if isinstance(value, dict) and value:
-        for key, child in value.items():
-            yield from leaves(child, (*path, key))
-    elif is_block(value):
-        for index, child in enumerate(value):
-            yield from leaves(child, (*path, str(index)))
-    else:
-        yield ".".join(path), value
 
 
 def configs_folder() -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fmg.core.hub import cached_place, names_a_file
+from fmg.recipe.document import leaves
 from fmg.recipe.recipe import Recipe
 
 # options that hold a path or an address, whatever their value looks like
@@ -43,10 +44,9 @@ def is_local(text: str) -> bool:
 
 def changes(recipe: Recipe) -> dict[str, tuple[str, str]]:
     """The values of a recipe that `shareable` replaces, by dotted path: before and after."""
-    before = dict(_leaves(recipe.plain(), ()))
-    return {
-        path: (before[path], after) for path, after in _leaves(shareable(recipe.plain()), ()) if before[path] != after
-    }
+    before: dict[str, Any] = dict(leaves(recipe.plain(), into_lists=True))
+    after: dict[str, Any] = dict(leaves(shareable(recipe.plain()), into_lists=True))
+    return {path: (before[path], value) for path, value in after.items() if before.get(path, value) != value}
 
 
 def published(recipe: Recipe) -> Recipe:
@@ -66,7 +66,7 @@ def local_base(recipe: Recipe) -> tuple[str, str] | None:
         if isinstance(asset.place, Path) and _published(asset.source) is None:
             return asset.option, asset.source
     known = {asset.source for asset in assets}
-    for path, value in _leaves(config.model_dump(mode="json"), ("model",)):
+    for path, value in leaves(config.model_dump(mode="json"), ("model",), into_lists=True):
         if not isinstance(value, str) or value in known or _published(value) is not None:
             continue
         if path == f"model.{_FOLDER}" or is_local(value):
@@ -96,14 +96,3 @@ def _published(text: str) -> str | None:
 
 def _last(text: str) -> str:
     return PureWindowsPath(text).name or text
-
-
-def _leaves(value: object, path: tuple[str, ...]) -> Any:
-    if isinstance(value, dict):
-        for key, child in value.items():
-            yield from _leaves(child, (*path, str(key)))
-    elif isinstance(value, list):
-        for index, child in enumerate(value):
-            yield from _leaves(child, (*path, str(index)))
-    else:
-        yield ".".join(path), value

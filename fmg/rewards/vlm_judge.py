@@ -7,7 +7,6 @@ restricted to the two answers). `score`: a rating from 1 to 5 in the answer, div
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import math
@@ -26,6 +25,7 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 from fmg.core.cache import cache_dir, optional_cache
+from fmg.core.display import data_uri
 from fmg.core.files import atomic_file, from_home
 from fmg.core.json_io import read_object
 from fmg.core.types import RewardOutput
@@ -120,9 +120,8 @@ class VlmJudge:
         side = self._config.image_size
         file = BytesIO()
         Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC).save(file, format="PNG")
-        picture = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
         content = [
-            {"type": "image_url", "image_url": {"url": picture}},
+            {"type": "image_url", "image_url": {"url": data_uri("png", file.getvalue())}},
             {"type": "text", "text": self._instruction.replace("{prompt}", prompt)},
         ]
         request: dict[str, object] = {

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from fmg.core.errors import reason
 from fmg.core.hub import is_offline
 from fmg.core.images import decoded
 from fmg.core.protocols import TrackedRun
+from fmg.recipe.document import leaves
 from fmg.trackers.configs import (
     MlflowConfig,
     ProjectConfig,
@@ -252,7 +253,8 @@ class Mlflow:
             return len(self._client.get_metric_history(self._id, keys.ITERATION)), where
         name, tags = _shown(self._config, run), {self._TAG: run.id}
         self._id = self._client.create_run(experiment, tags=tags, run_name=name).info.run_id
-        params = [Param(path, text) for path, text in _flat(run.recipe) if len(text) <= self._PARAM_LENGTH]
+        texts = {path: str(value) for path, value in leaves(dict(run.recipe), into_lists=True)}
+        params = [Param(path, text) for path, text in texts.items() if len(text) <= self._PARAM_LENGTH]
         for at in range(0, len(params), self._PARAMS):
             self._client.log_batch(self._id, params=params[at : at + self._PARAMS])
         return 0, where
@@ -284,12 +286,3 @@ def folder_name(text: str) -> str:
 def _without_iteration(line: Mapping[str, float]) -> dict[str, float]:
     """The metrics that a tracker plots over its own step, which is the iteration."""
     return {key: number for key, number in line.items() if key != keys.ITERATION}
-
-
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted paths and texts of the leaves of nested values."""
-    if isinstance(value, (dict, list)) and value:
-        for key, child in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _flat(child, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, str(value)

@@ -49,7 +49,8 @@ def signs(lines: Lines) -> list[tuple[str, str]]:
 def found(lines: Lines) -> list[Advice]:
     """As read from a file, where null is NaN."""
     numbers = [{key: math.nan if value is None else float(str(value)) for key, value in x.items()} for x in lines]
-    return examine_log(Log.of(MetricsLog.of(numbers), LIMITS_OF_RECIPE))
+    metrics = MetricsLog.of(numbers)
+    return examine_log(Log(metrics.iterations, metrics.evaluations, LIMITS_OF_RECIPE))
 
 
 HACKED = {
