@@ -13,7 +13,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from fmg.models.sd3.transformer import FlowMapSD3Transformer2DModel
+from fmg.models.sd3.model import FlowMapSD3Transformer2DModel
 from tests.support.families import FamilyCase
 from tests.tiny_flux import clip_tokenizer, t5, t5_tokenizer
 

@@ -20,7 +20,7 @@ from fmg.inference.artifact.manifest import AdapterPart
 from fmg.inference.pipeline import sampled_as
 from fmg.inference.target import TargetLike, export_folder, resolve_target
 from fmg.models.common.checkpoint_files import CARD, SAMPLES
-from fmg.models.common.weights import INDEX_FILE, TensorReader
+from fmg.models.common.weights import SHARD, TensorReader, write_index
 from fmg.models.conventions import FlowMapConventions
 from fmg.models.flux.configs import FluxStudentConfig
 from fmg.models.flux.loading import TransformerSource
@@ -37,7 +37,6 @@ DTYPES: Mapping[str, torch.dtype | None] = {
     "fp16": torch.float16,
 }
 _SINGLE_FILE = "diffusion_pytorch_model.safetensors"
-_SHARD = "diffusion_pytorch_model-{:05d}-of-{:05d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ def _write_transformer(
     shards = sorted(set(files.values()))
     names = {shards[0]: _SINGLE_FILE}
     if len(shards) > 1:
-        names = {file: _SHARD.format(number, len(shards)) for number, file in enumerate(shards, start=1)}
+        names = {file: SHARD.format(number, len(shards)) for number, file in enumerate(shards, start=1)}
     reader = TensorReader(files)
     for number, file in enumerate(shards, start=1):
         layout = lay_out({name: types[name] for name, home in files.items() if home == file})
@@ -168,8 +167,7 @@ def _write_transformer(
         observer(StageProgress("export", number, len(shards)))
     if len(shards) > 1:
         total = sum(place.length for place in lay_out(types).places.values())
-        index = {"metadata": {"total_size": total}, "weight_map": {name: names[files[name]] for name in sorted(files)}}
-        (out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_index(out, total, {name: names[files[name]] for name in sorted(files)})
 
 
 def _dtype(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:

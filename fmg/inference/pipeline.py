@@ -61,7 +61,7 @@ class _Extra:
         """Copies the adapter's or the base's weights into the transformer."""
         if active == bool(self.base):
             return
-        parameters = {adapter.base_name(name): parameter for name, parameter in transformer.named_parameters()}
+        parameters = adapter.base_parameters(transformer)
         values, kept = (self._tensors, True) if active else (self.base, False)
         before = {name: parameters[name].detach().clone() for name in values}
         with torch.no_grad():
@@ -176,22 +176,14 @@ class FlowMapLoraMixin(FluxLoraLoaderMixin):  # type: ignore[misc]
                     f"The adapter in {folder} was trained on a model whose {key} is {theirs!r}, but here it is {own!r}",
                     f"Load it into the model it was trained on, '{manifest.base.name}'.",
                 )
-        stored = {adapter.base_name(name): tuple(x.shape) for name, x in self.transformer.named_parameters()}
-        extra = saved_weights.extra_shapes(folder, manifest, stored)
-        try:
-            lora = adapter.adapter_shapes(self.transformer, manifest.targets, manifest.rank)
-        except UsageError as error:
-            raise CheckpointError(
-                f"The adapter in {folder} does not fit the model: {error.what}",
-                "Load it into the model it was trained on.",
-            ) from None
-        tensors = saved_weights.read_adapter_tensors(folder, lora | extra)
-        if extra and self._extra is not None:
+        stored = {name: tuple(x.shape) for name, x in adapter.base_parameters(self.transformer).items()}
+        tensors = saved_weights.read_adapter_on(self.transformer, folder, manifest, stored)
+        if manifest.extra and self._extra is not None:
             raise UsageError(
                 f"The adapter '{self._extra.name}' and {folder} both have weights beside their LoRA",
                 "Unload the first one: pipe.unload_lora_weights().",
             )
-        return {name: tensors[name] for name in extra}
+        return {name: tensors[name] for name in manifest.extra}
 
 
 def sampled_as(conventions: FlowMapConventions, recipe: Recipe) -> FlowMapConventions:

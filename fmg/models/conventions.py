@@ -151,9 +151,6 @@ def check_second_time(kind: MapKind, second: SecondTime) -> None:
         raise ValueError(f"a {kind} map cannot have second_time '{second.takes}'")
 
 
-_RESTORE = "Restore the file from where the model came from, or use the version of fmg that wrote it."
-
-
 def read_conventions(folder: Path) -> FlowMapConventions:
     """The conventions of a model folder.
 
@@ -168,12 +165,10 @@ def read_conventions(folder: Path) -> FlowMapConventions:
         )
     try:
         return FlowMapConventions.model_validate(read_object(file))
-    except (OSError, JsonError) as error:
-        raise CheckpointError(f"{file} cannot be used: {reason(error)}", _RESTORE) from None
-    except ValidationError as error:
+    except (OSError, JsonError, ValidationError) as error:
         raise CheckpointError(
             f"{file} cannot be used: {reason(error)}",
-            _RESTORE,
+            "Restore the file from where the model came from, or use the version of fmg that wrote it.",
         ) from None
 
 

@@ -36,6 +36,11 @@ def adapter_name(name: str, adapter: str = ADAPTER) -> str:
     return name.replace(f".{adapter}.", ".")
 
 
+def base_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a network without its adapter, by their names in files."""
+    return {base_name(name): parameter for name, parameter in network.named_parameters() if not is_adapter(name)}
+
+
 def base_tensors(network: nn.Module) -> dict[str, Tensor]:
     """The tensors of a network without its adapter: parameters and buffers by their names in files.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import warnings
 import zipfile
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from fmg.core.cache import cache_dir, made_once, required_cache
 from fmg.core.errors import CheckpointError
-from fmg.models.common.weights import INDEX_FILE, WeightFiles, folder_weights, unreadable
+from fmg.models.common.weights import SHARD, WeightFiles, folder_weights, unreadable, write_index
 
 _SHARD_BYTES = 2 * 10**9
 
@@ -58,10 +57,8 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     flush()
     index: dict[str, str] = {}
     for number, (file, names) in enumerate(shards, start=1):
-        placed = file.with_name(f"diffusion_pytorch_model-{number:05d}-of-{len(shards):05d}.safetensors")
-        index |= dict.fromkeys(names, file.rename(placed).name)
-    content = {"metadata": {"total_size": total}, "weight_map": index}
-    (folder / INDEX_FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
+        index |= dict.fromkeys(names, file.rename(folder / SHARD.format(number, len(shards))).name)
+    write_index(folder, total, index)
 
 
 def read_torch_file(file: Path, key: str) -> dict[str, Tensor]:

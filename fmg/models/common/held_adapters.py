@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fmg.core.cache import content_hash
 from fmg.core.errors import CheckpointError, UsageError, suggestion
@@ -115,14 +115,9 @@ class HeldAdapters:
         adapter.select(adapter.tuner_layers(self._model.components.transformer), None if held is None else held.slot)
         wanted = self._base | dict({} if held is None else held.extra)
         if wanted:
-            places = self._places()
+            places = adapter.base_parameters(self._model.network)
             for key, value in wanted.items():
                 if key not in self._base:
                     self._base[key] = places[key].detach().clone()
                 places[key].copy_(value)
         self._active = name
-
-    def _places(self) -> dict[str, nn.Parameter]:
-        """The parameters of the network itself by their names in files."""
-        named = self._model.components.transformer.named_parameters()
-        return {adapter.base_name(name): parameter for name, parameter in named if not adapter.is_adapter(name)}

@@ -159,7 +159,7 @@ class AdaptedModel(ABC, Generic[Text]):
     @staticmethod
     def text_facts(components: Components[Text]) -> tuple[str, ...]:
         """The settings that determine an embedding besides the files of `text_folders`, for the cache."""
-        return ()
+        return getattr(components.text, "facts", ())
 
     def _map(self, scope: Scope, network: Network | None = None) -> FlowMap:
         return map_of(self._latent_network.within(scope, network), self._components.conventions)
@@ -388,8 +388,8 @@ class AdaptedModel(ABC, Generic[Text]):
         """
         manifest = saved_weights.read_adapter_manifest(folder)
         self._check_base(folder, manifest.base)
-        extra = saved_weights.extra_shapes(folder, manifest, self._second_time_shapes())
-        return manifest, saved_weights.read_adapter_tensors(folder, self._shapes(folder, manifest) | extra)
+        base = self._second_time_shapes()
+        return manifest, saved_weights.read_adapter_on(self.network, folder, manifest, base, self.unused)
 
     def _load_component(self, folder: Path) -> None:
         self._check_base(folder, saved_weights.read_transformer_manifest(folder).base)
@@ -407,16 +407,15 @@ class AdaptedModel(ABC, Generic[Text]):
         transformer = self._components.transformer
         base = {} if self._trainable_base is None else self._trainable_base.base_tensors()
         fresh = roundtrip_check.reloaded(transformer, folder, self.pipeline, base)
-        roundtrip_check.check_adapter(transformer, fresh, folder)
+        saved, read = adapter.adapter_parameters(transformer), adapter.adapter_parameters(fresh)
+        roundtrip_check.check_tensors(saved, read, folder)
         if self._trainable_base is not None:
             # no loader of diffusers knows these weights: they are read as `load_adapter` reads them
-            manifest = saved_weights.read_adapter_manifest(folder)
-            extra = saved_weights.extra_shapes(folder, manifest, self._trainable_base.shapes)
-            tensors = saved_weights.read_adapter_tensors(folder, self._shapes(folder, manifest) | extra)
-            roundtrip_check.check_tensors(
-                self._trainable_base.parameters, {name: tensors[name] for name in extra}, folder
-            )
-            placed = {name: tensors[name].to(transformer.device) for name in extra}
+            manifest, shapes = saved_weights.read_adapter_manifest(folder), self._trainable_base.shapes
+            tensors = saved_weights.read_adapter_on(transformer, folder, manifest, shapes, self.unused)
+            extra = {name: tensors[name] for name in manifest.extra}
+            roundtrip_check.check_tensors(self._trainable_base.parameters, extra, folder)
+            placed = {name: x.to(transformer.device) for name, x in extra.items()}
             fresh.load_state_dict(placed, strict=False, assign=True)
         self._verify_image(fresh, folder)
 
@@ -461,15 +460,6 @@ class AdaptedModel(ABC, Generic[Text]):
         if self.second_embedder is None or not self._components.conventions.second_time:
             return {}
         return {name: tuple(parameter.shape) for name, parameter in self._second_time_parameters().items()}
-
-    def _shapes(self, folder: Path, manifest: saved_weights.AdapterManifest) -> dict[str, tuple[int, ...]]:
-        try:
-            return adapter.adapter_shapes(self._components.transformer, manifest.targets, manifest.rank, self.unused)
-        except UsageError as error:
-            raise CheckpointError(
-                f"The adapter in {folder} does not fit the model: {error.what}",
-                "Load it into the model it was trained on.",
-            ) from None
 
     def _check_geometry(self, folder: Path, manifest: saved_weights.AdapterManifest) -> None:
         config = self._components.transformer.peft_config[adapter.ADAPTER]

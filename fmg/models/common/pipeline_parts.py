@@ -22,7 +22,7 @@ from fmg.core.errors import CheckpointError, FmgWarning, out_of_memory, reason
 from fmg.core.model_folder import CONFIG, RESTORE, check_no_adapter, read_config, whole, wholes
 from fmg.core.stdout_redirect import quiet as quiet_libraries
 from fmg.models.common.text import TextStack
-from fmg.models.common.weights import FLOATS, WeightFiles, folder_weights, load_transformer, stored_shapes
+from fmg.models.common.weights import FLOATS, WeightFiles, check_loaded, folder_weights, load_transformer, stored_shapes
 from fmg.models.conventions import CONVENTIONS_FILE, FlowMapConventions
 
 Text = TypeVar("Text", bound=TextStack)
@@ -134,12 +134,7 @@ class Family:
             if out_of_memory(error) is not None:
                 raise
             raise CheckpointError(f"{folder} cannot be loaded: {reason(error)}", RESTORE) from error
-        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            names = sorted(str(name) for name in info[problem] if name not in _OF_A_DECODER)
-            if names:
-                raise CheckpointError(
-                    f"The weights in {folder} have {problem.replace('_', ' ')}: {some(names)}", RESTORE
-                )
+        check_loaded(folder, info, _OF_A_DECODER)
         if folder.name.startswith("text_encoder"):
             _check_encodes(module, folder)
         return module

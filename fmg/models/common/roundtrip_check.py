@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from diffusers.utils import logging as diffusers_logging
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from fmg.core.errors import CheckpointError
 from fmg.core.stdout_redirect import quiet
-from fmg.models.common.adapter import ADAPTER, adapter_parameters, base_tensors
+from fmg.models.common.adapter import ADAPTER, base_tensors
 
 _FIX = "Check the disk, and the versions of diffusers and peft."
 PROMPT = "a red circle left"
@@ -58,15 +58,6 @@ def component(transformer: Any, folder: Path, dtype: torch.dtype) -> Any:
             str(folder), torch_dtype=dtype, local_files_only=True, use_safetensors=True
         )
     return stock.to(transformer.device).eval().requires_grad_(False)
-
-
-def check_adapter(trained: nn.Module, stock: nn.Module, folder: Path) -> None:
-    """Checks that the reloaded adapter has the trained values, bit for bit after rounding to its own dtype.
-
-    Raises:
-        CheckpointError: a tensor is missing, unexpected or different.
-    """
-    check_tensors(adapter_parameters(trained), adapter_parameters(stock), folder)
 
 
 def check_tensors(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], folder: Path) -> None:

@@ -8,7 +8,7 @@ return only half of what was trained, so a missing file is an error, and so is a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
@@ -24,7 +24,7 @@ from fmg.core.errors import CheckpointError, UsageError, reason
 from fmg.core.files import atomic_folder
 from fmg.core.hub import cached_place
 from fmg.core.json_io import JsonError, read_object
-from fmg.models.common.adapter import ADAPTER, adapter_parameters
+from fmg.models.common.adapter import ADAPTER, adapter_parameters, adapter_shapes
 from fmg.models.common.checkpoint_files import (
     ADAPTER_MANIFEST,
     COMPONENT,
@@ -36,7 +36,6 @@ from fmg.models.common.checkpoint_files import (
     TRANSFORMER_MANIFEST,
 )
 from fmg.models.common.weights import (
-    INDEX_FILE,
     WeightFiles,
     check_names,
     folder_weights,
@@ -45,6 +44,7 @@ from fmg.models.common.weights import (
     stored_shapes,
     unreadable,
     weight_windows,
+    write_index,
 )
 from fmg.models.conventions import FlowMapConventions
 
@@ -161,6 +161,36 @@ def read_adapter_manifest(folder: Path) -> AdapterManifest:
     if not file.is_file():
         raise CheckpointError(f"{folder} is not an adapter: it has no {file.name}", "Give a folder that fmg saved.")
     return _read_manifest(file, AdapterManifest)
+
+
+def read_adapter_on(
+    transformer: nn.Module,
+    folder: Path,
+    manifest: AdapterManifest,
+    base: Mapping[str, tuple[int, ...]],
+    unused: Sequence[str] = (),
+) -> dict[str, Tensor]:
+    """The tensors of a saved adapter, after checking that they fit a network.
+
+    Args:
+        transformer: the network.
+        folder: what `save_adapter` wrote.
+        manifest: its manifest.
+        base: names and shapes of the weights of the base that an adapter may replace.
+        unused: modules that no adapter adapts.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or they do not fit.
+    """
+    extra = extra_shapes(folder, manifest, base)
+    try:
+        lora = adapter_shapes(transformer, manifest.targets, manifest.rank, unused)
+    except UsageError as error:
+        raise CheckpointError(
+            f"The adapter in {folder} does not fit the model: {error.what}",
+            "Load it into the model it was trained on.",
+        ) from None
+    return read_adapter_tensors(folder, lora | extra)
 
 
 def read_adapter_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -295,8 +325,7 @@ def save_transformer(
         component = partial / COMPONENT
         transformer.save_config(str(component))
         _write_weights(component, transformer, dtype)
-        text = manifest.model_dump_json(indent=2, by_alias=True)
-        (partial / TRANSFORMER_MANIFEST).write_text(text + "\n", encoding="utf-8")
+        _write_text(partial / TRANSFORMER_MANIFEST, manifest.model_dump_json(indent=2, by_alias=True))
         check(partial)
 
 
@@ -343,8 +372,7 @@ def _write_weights(component: Path, transformer: nn.Module, dtype: torch.dtype) 
         total += sum(x.nbytes for x in shard.values())
         save_file(shard, component / file, metadata={"format": "pt"})
     if planned.is_sharded:
-        index = {"metadata": {"total_size": total}, "weight_map": planned.tensor_to_filename}
-        (component / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_index(component, total, planned.tensor_to_filename)
 
 
 def _read_manifest(file: Path, cls: type[M]) -> M:

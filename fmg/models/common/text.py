@@ -101,9 +101,7 @@ class TokenisedText(ABC):
 
 def token_ids(tokenizer: Tokenizer, prompts: list[str], length: int) -> Int[Tensor, "b l"]:
     """Token ids of prompts, padded and truncated to `length`."""
-    with stage(TOKENISE):
-        encoded = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    return encoded.input_ids
+    return tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
 class TextEncoders:

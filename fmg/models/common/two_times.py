@@ -22,7 +22,8 @@ from diffusers.models.embeddings import (
 from jaxtyping import Float
 from torch import Tensor
 
-from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.errors import UsageError
+from fmg.models.common.weights import check_loaded
 from fmg.models.conventions import SecondTime
 
 SINUSOID_CHANNELS = 256
@@ -229,12 +230,7 @@ class TwoTimeMixin:
         """
         with_info = options.pop("output_loading_info", False)
         model, info = super().from_pretrained(folder, output_loading_info=True, **options)  # type: ignore[misc]
-        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if names := sorted(str(name) for name in info[problem]):
-                raise CheckpointError(
-                    f"The weights in {folder} have {problem.replace('_', ' ')}: {', '.join(names[:5])}",
-                    "Restore the folder from where the model came from.",
-                )
+        check_loaded(folder, info)
         return (model, info) if with_info else model
 
 

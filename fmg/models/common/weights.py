@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from fmg.core.display import some
 from fmg.core.errors import CheckpointError, FmgError, out_of_memory, reason
-from fmg.core.model_folder import main_weights, weight_map
+from fmg.core.json_io import write_json
+from fmg.core.model_folder import RESTORE, main_weights, weight_map
 from fmg.models.common.adapter import base_tensors
 
 INDEX_FILE = "diffusion_pytorch_model.safetensors.index.json"
+SHARD = "diffusion_pytorch_model-{:05d}-of-{:05d}.safetensors"
 FLOATS: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -54,10 +56,7 @@ def folder_weights(folder: Path) -> WeightFiles:
     main = main_weights(folder)
     if main.name.endswith(".json"):
         return WeightFiles(folder, weight_map(main))
-    try:
-        return WeightFiles(folder, dict.fromkeys(tensor_names(main), main))
-    except (OSError, SafetensorError) as error:
-        raise unreadable(folder, error) from error
+    return WeightFiles(folder, dict.fromkeys(tensor_names(main), main))
 
 
 def check_names(wanted: Shapes, given: Shapes, origin: Path) -> None:
@@ -233,9 +232,32 @@ def _by_file(files: Mapping[str, Path]) -> Iterator[tuple[Path, list[str]]]:
 
 
 def tensor_names(file: Path) -> list[str]:
-    """Names in a safetensors file."""
-    with safe_open(str(file), framework="pt") as opened:
-        return list(opened.keys())
+    """Names in a safetensors file.
+
+    Raises:
+        CheckpointError: it is missing or not a safetensors file.
+    """
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            return list(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise unreadable(file, error) from error
+
+
+def write_index(folder: Path, total: int, files: Mapping[str, str]) -> None:
+    """Writes the index of sharded weights, as diffusers does: their bytes, and the name of the file of each tensor."""
+    write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": dict(files)})
+
+
+def check_loaded(folder: Path, info: Mapping[str, Any], ignored: Collection[str] = ()) -> None:
+    """Checks what a library's `from_pretrained` tells of the weights that it loaded.
+
+    Raises:
+        CheckpointError: weights were missing, unexpected or wrongly shaped, where the library only warns.
+    """
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := [name for name in info[problem] if name not in ignored]:
+            raise CheckpointError(f"The weights in {folder} have {problem.replace('_', ' ')}: {some(names)}", RESTORE)
 
 
 def unreadable(origin: Path, error: BaseException) -> CheckpointError:
@@ -273,15 +295,8 @@ class TensorReader:
 
     @classmethod
     def of(cls, file: Path) -> TensorReader:
-        """All tensors of one file.
-
-        Raises:
-            CheckpointError: it is missing or not a safetensors file.
-        """
-        try:
-            return cls(dict.fromkeys(tensor_names(file), file))
-        except (OSError, SafetensorError) as error:
-            raise unreadable(file, error) from error
+        """All tensors of one file; errors as `tensor_names`."""
+        return cls(dict.fromkeys(tensor_names(file), file))
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -64,13 +64,11 @@ class FluxConfig(DiffusersConfig):
         return transformer_parameters(self.transformer(), second_time=bool(self.conventions().second_time))
 
     def load(self, device: torch.device, dtype: torch.dtype) -> FluxModel:
-        """As `PublishedConfig.load`."""
         from fmg.models.flux.model import FluxModel
 
         return FluxModel.from_config(self, device, dtype)
 
     def sizes(self) -> ModelGeometry:
-        """Sizes from the JSON files and safetensors headers of the folder, or the published ones."""
         return flux_geometry(self.folder_here(), self.conventions(), published=self.published)
 
 
@@ -101,7 +99,6 @@ class FluxStudentConfig(FluxConfig):
         )
 
     def architecture(self) -> Asset:
-        """The teacher."""
         return Asset(
             "teacher",
             "model.teacher",
@@ -176,11 +173,9 @@ class FluxFewStepConfig(StackedConfig, FluxConfig):
         return self
 
     def conventions(self) -> FlowMapConventions:
-        """As stated."""
         return _conventions(self, self.map, self.second_time, steps=self.default_steps, grid=self.default_grid)
 
     def architecture(self) -> Asset:
-        """The one folder."""
         parts = (*COMPONENTS, "transformer")
         return pipeline_folder(self.folder, parts, ("tokenizer", "tokenizer_2"), 33.7, "Apache-2.0")
 

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
@@ -32,7 +30,7 @@ from fmg.models.common.pipeline_parts import (
     load_components,
 )
 from fmg.models.common.stacked_adapters import merged_weights
-from fmg.models.common.text import Tokenizer, token_ids
+from fmg.models.common.text import TokenisedText, Tokenizer, token_ids
 from fmg.models.common.weights import (
     Shapes,
     WeightFiles,
@@ -67,12 +65,12 @@ def student_weights(source: Path, shapes: Shapes) -> WeightFiles:
     """
     if source.is_dir():
         return folder_weights(source)
+    if source.suffix == ".safetensors":
+        kept = [name for name in tensor_names(source) if not name.startswith(DROPPED_PREFIX)]
+        return WeightFiles(source, dict.fromkeys(kept, source))
     try:
-        if source.suffix == ".safetensors":
-            kept = [name for name in tensor_names(source) if not name.startswith(DROPPED_PREFIX)]
-            return WeightFiles(source, dict.fromkeys(kept, source))
         key = content_hash(source)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise unreadable(source, error) from error
 
     def make(partial: Path) -> None:
@@ -98,7 +96,7 @@ def check_student(wanted: Shapes, given: Shapes, origin: Path) -> None:
 
 
 @dataclass(frozen=True)
-class FluxText:
+class FluxText(TokenisedText):
     """The two text encoders of FLUX with their tokenizers (`tokenizer`, `text_encoder`: CLIP; `_2`: T5).
 
     T5 gets no attention mask and sees its padding; CLIP gives the state at the end-of-text token. Both truncate prompts
@@ -115,24 +113,21 @@ class FluxText:
         """CLIP and T5."""
         return self.text_encoder, self.text_encoder_2
 
-    def embed(self, prompts: list[str], length: int) -> Mapping[str, Tensor]:
+    def tokenise(self, prompts: list[str], length: int) -> Mapping[str, Tensor]:
+        """Ids for CLIP and T5."""
+        return {
+            "tokenizer": token_ids(self.tokenizer, prompts, self.tokenizer.model_max_length),
+            "tokenizer_2": token_ids(self.tokenizer_2, prompts, length),
+        }
+
+    def states(self, tokens: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """`tokens` (b, length, d) of T5 and `pooled` (b, p) of CLIP, as `FluxPipeline.encode_prompt` makes them."""
-        return {"tokens": self._tokens(prompts, length), "pooled": self._pooled(prompts)}
+        t5: Tensor = self.text_encoder_2(tokens["tokenizer_2"])[0]
+        return {"tokens": t5, "pooled": self.text_encoder(tokens["tokenizer"]).pooler_output}
 
     def count(self, prompt: str) -> int:
         """Tokens of T5, its end token included; CLIP only ever sees the beginning of a prompt."""
         return len(self.tokenizer_2.encode(prompt, verbose=False))
-
-    def _tokens(self, prompts: list[str], length: int) -> Float[Tensor, "b l d"]:
-        states: Tensor = self.text_encoder_2(
-            token_ids(self.tokenizer_2, prompts, length).to(self.text_encoder_2.device)
-        )[0]
-        return states
-
-    def _pooled(self, prompts: list[str]) -> Float[Tensor, "b p"]:
-        ids = token_ids(self.tokenizer, prompts, self.tokenizer.model_max_length).to(self.text_encoder.device)
-        pooled: Tensor = self.text_encoder(ids).pooler_output
-        return pooled
 
 
 FLUX = Family(

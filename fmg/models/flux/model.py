@@ -48,13 +48,7 @@ class FluxNetwork(LatentNetwork):
 
 
 class FluxModel(AdaptedModel[FluxText]):
-    """A FLUX-class model. Packing of latents into tokens happens inside.
-
-    Args:
-        components: a loaded folder.
-        name: registered name of the model, written into saved adapters.
-        text: encoder of prompts; None takes the folder's own, beside the transformer.
-    """
+    """A FLUX-class model. Packing of latents into tokens happens inside."""
 
     pipeline: ClassVar[Any] = FluxPipeline
     network_class: ClassVar[type[LatentNetwork]] = FluxNetwork

@@ -73,7 +73,6 @@ class FluxSize(TransformerSize):
         )
 
     def other_flops(self, image: int, text: int) -> float:
-        """Attention."""
         layers = self.number("num_layers", 0) + self.number("num_single_layers", 0)
         return layers * 4 * (image + text) ** 2 * self.width
 
@@ -82,7 +81,6 @@ class FluxSize(TransformerSize):
         return super().conditioning(text) + self.number("pooled_projection_dim")
 
     def linears(self) -> Iterator[LinearModule]:
-        """Every linear layer, by its name in the state dict."""
         width, channels = self.width, self.number("in_channels")
         embedders = ["time_text_embed.timestep_embedder"]
         embedders += ["time_text_embed.guidance_embedder"] if self.known["guidance_embeds"] else []

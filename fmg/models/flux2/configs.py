@@ -78,7 +78,6 @@ class Flux2KleinConfig(DiffusersConfig):
         )
 
     def architecture(self) -> Asset:
-        """The one folder."""
         size = Flux2Size(self.published_config())
         size_gb = BYTES * (size.parameters + size.encoder_parameters) / 1e9 + _VAE_GB
         terms = _TERMS_9B if self._is_9b() else _TERMS_4B
@@ -91,7 +90,6 @@ class Flux2KleinConfig(DiffusersConfig):
         return {"base_model": facts["base_model"], "license": "apache-2.0"} if known else facts
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Flux2Model:
-        """As `PublishedConfig.load`."""
         from fmg.models.flux2.model import Flux2Model
 
         return Flux2Model.from_config(self, device, dtype)

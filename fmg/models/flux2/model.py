@@ -1,23 +1,48 @@
-"""FLUX.2 [klein] as a model: its tokens and positions, its times, and its normalised latents."""
+"""FLUX.2 [klein] as a model: the parts of its folder, its tokens and positions, its times, its normalised latents."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-from diffusers import Flux2KleinPipeline
+from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
 from jaxtyping import Float
 from torch import Tensor
+from transformers import Qwen2Tokenizer, Qwen3ForCausalLM
 
+from fmg.core.errors import CheckpointError
 from fmg.core.hub import locate
+from fmg.core.json_io import JsonError, read_object
+from fmg.core.model_folder import read_config
 from fmg.core.types import Conditioning
 from fmg.models.common.model import AdaptedModel
 from fmg.models.common.network import LatentNetwork
+from fmg.models.common.pipeline_parts import Components, Family, check_rotary, check_same, load_components
 from fmg.models.common.qwen import QwenText
 from fmg.models.flux.latents import PATCH, pack, unpack
-from fmg.models.flux2.loading import FLUX2, Flux2Components, load_parts
 from fmg.models.published import PublishedConfig
+
+# the defaults of diffusers; an axis for time, row, column and place in the text
+_STOCK_AXES: Mapping[str, object] = MappingProxyType({"attention_head_dim": 128, "axes_dims_rope": [32, 32, 32, 32]})
+
+FLUX2 = Family(
+    "FLUX.2 [klein]",
+    MappingProxyType(
+        {
+            "transformer": {"Flux2Transformer2DModel": Flux2Transformer2DModel},
+            "vae": {"AutoencoderKLFlux2": AutoencoderKLFlux2},
+            "text_encoder": {"Qwen3ForCausalLM": Qwen3ForCausalLM},
+        }
+    ),
+    MappingProxyType({"tokenizer": Qwen2Tokenizer}),
+)
+
+# the states and the template of Flux2KleinPipeline
+_text = partial(QwenText, layers=(9, 18, 27), thinking=False)
 
 
 class Flux2Network(LatentNetwork):
@@ -62,31 +87,26 @@ def _text_ids(length: int) -> Float[Tensor, "length 4"]:
 
 
 class Flux2Model(AdaptedModel[QwenText]):
-    """A FLUX.2 [klein] model. Patching of latents into tokens happens inside.
-
-    Args:
-        components: a loaded folder.
-        name: registered name of the model, written into saved adapters.
-        text: encoder of prompts; None takes the folder's own, beside the transformer.
-    """
+    """A FLUX.2 [klein] model. Patching of latents into tokens happens inside."""
 
     pipeline: ClassVar[Any] = Flux2KleinPipeline
     network_class: ClassVar[type[LatentNetwork]] = Flux2Network
     text_folders: ClassVar[tuple[str, ...]] = FLUX2.text_folders
-    load_parts: ClassVar[Callable[..., Flux2Components]] = staticmethod(load_parts)
 
     @classmethod
     def read(
         cls, config: PublishedConfig, device: torch.device, dtype: torch.dtype, text_device: torch.device
-    ) -> Flux2Components:
-        """The parts that `config` describes, from files on this computer."""
+    ) -> Components[QwenText]:
         folder = locate(config.architecture(), "model", config.registered_name).path
-        return cls.load_parts(folder, config.conventions(), device, dtype, text_device)
-
-    @staticmethod
-    def text_facts(components: Flux2Components) -> tuple[str, ...]:
-        """The hidden states of Qwen that are used."""
-        return components.text.facts
+        _check_distilled(folder)
+        parts = load_components(FLUX2, folder, config.conventions(), None, _text, device, dtype, text_device)
+        if parts.transformer.config.guidance_embeds:
+            raise CheckpointError(
+                f"The transformer in {folder} embeds a guidance scale, as that of FLUX.2 [dev] does",
+                "Give a folder of FLUX.2 [klein].",
+            )
+        check_parts(parts)
+        return parts
 
     @staticmethod
     def vae_latents(vae: Any, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -95,3 +115,39 @@ class Flux2Model(AdaptedModel[QwenText]):
         tokens = pack(latents) * std + vae.bn.running_mean.to(latents.dtype)
         unpacked: Tensor = unpack(tokens, *latents.shape[-2:])
         return unpacked
+
+
+def check_parts(components: Components[QwenText]) -> None:
+    """Checks that components of FLUX.2 or FLUX.3, which load one by one, belong together.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    transformer, text, vae = components.transformer.config, components.text, components.vae.config
+    own = components.folder / "transformer"
+    check_rotary(own, read_config(own), _STOCK_AXES)
+    text.check_layers(components.folder / "text_encoder")
+    check_same(
+        "text_encoder", "width of its hidden states", text.width, "joint_attention_dim", transformer.joint_attention_dim
+    )
+    channels = PATCH**2 * vae.latent_channels
+    check_same("vae", f"latent_channels x {PATCH**2}", channels, "in_channels", transformer.in_channels)
+    if tuple(vae.patch_size) != (PATCH, PATCH):
+        raise CheckpointError(
+            f"The autoencoder in {components.folder} normalises patches of {tuple(vae.patch_size)} latent pixels",
+            f"Give a folder with patches of {PATCH} x {PATCH}, as published.",
+        )
+
+
+def _check_distilled(folder: Path) -> None:
+    index = folder / "model_index.json"
+    try:
+        distilled = read_object(index).get("is_distilled", True)
+    except (OSError, JsonError):
+        # the file names classes only, which the components state themselves
+        return
+    if not distilled:
+        raise CheckpointError(
+            f"{index} states that the model is not distilled: it takes 50 steps and classifier-free guidance",
+            "Give FLUX.2 [klein] itself instead of its base model.",
+        )

@@ -91,12 +91,10 @@ class Flux2Size(GatedSize):
         return _QWEN3.get(self.number("joint_attention_dim"), _QWEN3[7680])
 
     def other_flops(self, image: int, text: int) -> float:
-        """Attention."""
         layers = self.number("num_layers", 0) + self.number("num_single_layers", 0)
         return layers * 4 * (image + text) ** 2 * self.width
 
     def linears(self) -> Iterator[LinearModule]:
-        """Every linear layer, by its name in the state dict."""
         width, channels = self.width, self.number("in_channels")
         yield LinearModule("x_embedder", channels, width, "image", "latent")
         yield LinearModule("context_embedder", self.number("joint_attention_dim"), width, "text", "tokens")

@@ -88,7 +88,6 @@ class Flux3KleinConfig(DiffusersConfig):
         return replace(asset, patterns=(_INDEX, *asset.patterns))
 
     def load(self, device: torch.device, dtype: torch.dtype) -> Flux3Model:
-        """As `PublishedConfig.load`."""
         from fmg.models.flux3.model import Flux3Model
 
         return Flux3Model.from_config(self, device, dtype)

@@ -1,22 +1,42 @@
-"""FLUX.3 [klein] as a model: its two times, its positions, and the pipeline that reads its adapters."""
+"""FLUX.3 [klein] as a model: the parts of its folder, its two times, and the pipeline that reads its adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
+from diffusers import AutoencoderKLFlux2, Flux3Transformer2DModel
 from diffusers.modular_pipelines.flux3 import Flux3DistilledModularPipeline
 from torch import Tensor
+from transformers import Qwen2Tokenizer, Qwen3VLForConditionalGeneration
 
+from fmg.core.errors import CheckpointError
+from fmg.core.hub import locate
 from fmg.models.common.network import LatentNetwork
-from fmg.models.common.pipeline_parts import Components
+from fmg.models.common.pipeline_parts import Components, Family, load_components
 from fmg.models.common.qwen import QwenText
 from fmg.models.common.text import TextEncoders
-from fmg.models.flux2.model import Flux2Model, Flux2Network
-from fmg.models.flux3.loading import FLUX3_FAMILY, load_parts
+from fmg.models.flux2.model import Flux2Model, Flux2Network, check_parts
 from fmg.models.flux3.size import UNUSED
+from fmg.models.published import PublishedConfig
+
+FLUX3_FAMILY = Family(
+    "FLUX.3 [klein]",
+    MappingProxyType(
+        {
+            "transformer": {"Flux3Transformer2DModel": Flux3Transformer2DModel},
+            "vae": {"AutoencoderKLFlux2": AutoencoderKLFlux2},
+            "text_encoder": {"Qwen3VLForConditionalGeneration": Qwen3VLForConditionalGeneration},
+        }
+    ),
+    # prompts need only the tokenizer of the processor that the pipeline loads
+    MappingProxyType({"tokenizer": Qwen2Tokenizer}),
+)
+
+# the states, the template and the positions of Flux3DistilledTextEncoderStep
+_text = partial(QwenText, layers=(4, 8, 12, 16, 20, 24, 28, 32), padding_side="right", padding_position=1)
 
 
 class Flux3Network(Flux2Network):
@@ -38,20 +58,28 @@ class AdapterPipeline(Flux3DistilledModularPipeline):  # type: ignore[misc]
 
 
 class Flux3Model(Flux2Model):
-    """A FLUX.3 [klein] model. Everything about tokens and latents is as in FLUX.2.
-
-    Args:
-        components: a loaded folder.
-        name: registered name of the model, written into saved adapters.
-        text: encoder of prompts; None takes the folder's own, beside the transformer.
-    """
+    """A FLUX.3 [klein] model. Everything about tokens and latents is as in FLUX.2."""
 
     pipeline: ClassVar[Any] = AdapterPipeline
     network_class: ClassVar[type[LatentNetwork]] = Flux3Network
     text_folders: ClassVar[tuple[str, ...]] = FLUX3_FAMILY.text_folders
     second_embedder: ClassVar[str | None] = "target_timestep_embedder"
     unused: ClassVar[tuple[str, ...]] = UNUSED
-    load_parts: ClassVar[Callable[..., Components[QwenText]]] = staticmethod(load_parts)
+
+    @classmethod
+    def read(
+        cls, config: PublishedConfig, device: torch.device, dtype: torch.dtype, text_device: torch.device
+    ) -> Components[QwenText]:
+        folder = locate(config.architecture(), "model", config.registered_name).path
+        parts = load_components(FLUX3_FAMILY, folder, config.conventions(), None, _text, device, dtype, text_device)
+        if not parts.transformer.config.flow_map:
+            raise CheckpointError(
+                f"The transformer in {folder} is not a flow map but a base model for 50 steps and classifier-free"
+                " guidance",
+                "Give a folder of the distilled model, whose transformer has a target_timestep_embedder.",
+            )
+        check_parts(parts)
+        return parts
 
     def __init__(self, components: Components[QwenText], name: str, *, text: TextEncoders | None = None) -> None:
         super().__init__(components, name, text=text)

@@ -65,12 +65,10 @@ class Flux3Size(GatedSize):
         )
 
     def other_flops(self, image: int, text: int) -> float:
-        """Attention."""
         modes, joint = self.number("num_layers", 0), self.number("num_single_layers", 0)
         return 4 * self.width * (modes * (image**2 + text**2) + joint * (image + text) ** 2)
 
     def linears(self) -> Iterator[LinearModule]:
-        """Every linear layer, by its name in the state dict."""
         width, layers = self.width, self.number("num_layers", 0)
         modes: tuple[tuple[str, Tokens], ...] = (("image", "image"), (_REFERENCE, "none"), ("txt", "text"))
         embedders = ["timestep_embedder", *([self.second_embedder] if self.config.get("flow_map") else [])]

@@ -81,12 +81,10 @@ class SanaSprintConfig(PublishedConfig):
         )
 
     def architecture(self) -> Asset:
-        """The one folder."""
         size = 2 * SanaSize(self.published_config()).parameters / 1e9 + _GEMMA_GB + _DCAE_GB
         return pipeline_folder(self.folder, COMPONENTS, ("tokenizer",), size, _TERMS)
 
     def load(self, device: torch.device, dtype: torch.dtype) -> SanaModel:
-        """As `PublishedConfig.load`."""
         from fmg.models.sana.model import SanaModel
 
         return SanaModel.from_config(self, device, dtype)

@@ -1,22 +1,104 @@
-"""SANA-Sprint as a model: its call signature and the instruction before its prompts."""
+"""SANA-Sprint as a model: Gemma under the authors' instruction before its prompts, and its call signature."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from diffusers import SanaSprintPipeline
+from diffusers import AutoencoderDC, SanaSprintPipeline, SanaTransformer2DModel
 from torch import Tensor
+from transformers import Gemma2Model, GemmaTokenizer
 
+from fmg.core.errors import CheckpointError
 from fmg.core.hub import locate
+from fmg.core.prompt import MASK, PromptForm
 from fmg.core.types import Conditioning
 from fmg.models.common.model import AdaptedModel
 from fmg.models.common.network import LatentNetwork
-from fmg.models.common.pipeline_parts import square_latent
-from fmg.models.sana.loading import SANA, SanaComponents, SanaText, load_parts, published_instruction
+from fmg.models.common.pipeline_parts import Components, Family, check_same, load_components, square_latent
+from fmg.models.common.text import TokenisedText
 
 if TYPE_CHECKING:
     from fmg.models.sana.configs import SanaSprintConfig
+
+
+@dataclass(frozen=True)
+class SanaText(TokenisedText):
+    """Gemma 2 with its tokenizer, which pads on the right.
+
+    Attributes:
+        tokenizer: tokenizer of Gemma.
+        text_encoder: the decoder without its head.
+        instruction: text before each prompt; empty for none.
+    """
+
+    tokenizer: Any
+    text_encoder: Gemma2Model
+    instruction: str
+
+    @property
+    def encoders(self) -> tuple[Gemma2Model]:
+        """Gemma."""
+        return (self.text_encoder,)
+
+    @property
+    def form(self) -> PromptForm:
+        """The prompt in lower case after the instruction."""
+        return PromptForm(prefix=self.instruction, lower=True, strip=True)
+
+    def tokenise(self, prompts: list[str], length: int) -> Mapping[str, Tensor]:
+        """Ids and mask, with the instruction."""
+        texts = [self.form(prompt) for prompt in prompts]
+        total = length + self._extra()
+        encoded = self.tokenizer(texts, padding="max_length", max_length=total, truncation=True, return_tensors="pt")
+        return {"tokenizer": encoded.input_ids, f"tokenizer{MASK}": encoded.attention_mask}
+
+    def states(self, tokens: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """`tokens` (b, length, d) and their `mask` (b, length), 1 for text and 0 for padding.
+
+        As `SanaSprintPipeline.encode_prompt`: of all states the first and the last `length - 1`, so that the
+        instruction influences the states but is not itself among them.
+        """
+        ids, mask = tokens["tokenizer"], tokens[f"tokenizer{MASK}"]
+        states: Tensor = self.text_encoder(ids, attention_mask=mask)[0]
+        last = 1 - (ids.shape[1] - self._extra())
+        return {name: torch.cat([x[:, :1], x[:, last:]], dim=1) for name, x in (("tokens", states), ("mask", mask))}
+
+    def count(self, prompt: str) -> int:
+        """Tokens of Gemma without those of the instruction."""
+        return len(self.tokenizer.encode(self.form(prompt), verbose=False)) - self._extra()
+
+    @property
+    def facts(self) -> tuple[str, ...]:
+        return (self.instruction,)
+
+    def _extra(self) -> int:
+        """Tokens that the instruction adds to a prompt, as `SanaSprintPipeline` counts them."""
+        return len(self.tokenizer.encode(self.instruction)) - 2 if self.instruction else 0
+
+
+def published_instruction() -> str:
+    """The default instruction that the installed `SanaSprintPipeline` puts before a prompt."""
+    lines = inspect.signature(SanaSprintPipeline.__call__).parameters["complex_human_instruction"].default
+    return "\n".join(lines)
+
+
+SANA = Family(
+    "SANA",
+    MappingProxyType(
+        {
+            "transformer": {"SanaTransformer2DModel": SanaTransformer2DModel},
+            "vae": {"AutoencoderDC": AutoencoderDC},
+            "text_encoder": {"Gemma2Model": Gemma2Model},
+        }
+    ),
+    MappingProxyType({"tokenizer": GemmaTokenizer}),
+)
 
 
 class SanaNetwork(LatentNetwork):
@@ -35,13 +117,7 @@ class SanaNetwork(LatentNetwork):
 
 
 class SanaModel(AdaptedModel[SanaText]):
-    """A SANA-Sprint model. Latents have unit variance, as `latents / sigma_data` in diffusers' pipeline.
-
-    Args:
-        components: a loaded folder.
-        name: registered name of the model, written into saved adapters.
-        text: encoder of prompts; None takes the folder's own, beside the transformer.
-    """
+    """A SANA-Sprint model. Latents have unit variance, as `latents / sigma_data` in diffusers' pipeline."""
 
     pipeline: ClassVar[Any] = SanaSprintPipeline
     network_class: ClassVar[type[LatentNetwork]] = SanaNetwork
@@ -50,25 +126,28 @@ class SanaModel(AdaptedModel[SanaText]):
     @classmethod
     def read(
         cls, config: SanaSprintConfig, device: torch.device, dtype: torch.dtype, text_device: torch.device
-    ) -> SanaComponents:
-        """The parts that `config` describes, from files on this computer."""
-        return load_parts(
-            locate(config.architecture(), "model", config.registered_name).path,
-            config.conventions(),
-            device,
-            dtype,
-            instruction=published_instruction() if config.instruction else "",
-            text_device=text_device,
-        )
+    ) -> Components[SanaText]:
+        folder = locate(config.architecture(), "model", config.registered_name).path
+        text = partial(SanaText, instruction=published_instruction() if config.instruction else "")
+        parts = load_components(SANA, folder, config.conventions(), None, text, device, dtype, text_device)
+        parts.text.tokenizer.padding_side = "right"
+        _check_fit(parts)
+        return parts
 
     @staticmethod
-    def text_facts(components: SanaComponents) -> tuple[str, ...]:
-        """The instruction before each prompt."""
-        return (components.text.instruction,)
-
-    @staticmethod
-    def latent_shape_of(components: SanaComponents) -> tuple[int, int, int]:
+    def latent_shape_of(components: Components[SanaText]) -> tuple[int, int, int]:
         """(c, h, w) of one latent, by the rule of `SanaSprintPipeline`."""
         vae, token = components.vae.config, components.transformer.config.patch_size
         scale = 2 ** (len(vae.encoder_block_out_channels) - 1)
         return square_latent(components, vae.latent_channels, scale, token)
+
+
+def _check_fit(components: Components[SanaText]) -> None:
+    transformer, text, vae = components.transformer.config, components.text.text_encoder, components.vae.config
+    check_same("vae", "latent_channels", vae.latent_channels, "in_channels", transformer.in_channels)
+    check_same("text_encoder", "hidden_size", text.config.hidden_size, "caption_channels", transformer.caption_channels)
+    if not transformer.guidance_embeds:
+        raise CheckpointError(
+            f"The transformer in {components.folder} embeds no guidance scale, unlike every SANA-Sprint",
+            "Give a SANA-Sprint folder; SANA without Sprint is not a few-step flow map.",
+        )

@@ -81,7 +81,6 @@ class SanaSize(TransformerSize):
 
     @property
     def parameters(self) -> int:
-        """Number of parameters of the transformer."""
         width, patches = self.width, self.number("in_channels") * self.number("patch_size") ** 2
         norms = 2 * (width + self.cross) if self.known["qk_norm"] else 0
         block = self.convolution_weights + 2 * 2 * self.hidden + 6 * width + norms
@@ -93,7 +92,6 @@ class SanaSize(TransformerSize):
         return linears + self.number("num_layers") * block + rest
 
     def linears(self) -> Iterator[LinearModule]:
-        """Every linear layer, by its name in the state dict."""
         width, caption, cross = self.width, self.number("caption_channels"), self.cross
         guided = ("timestep_embedder", "guidance_embedder")
         for name in guided if self.known["guidance_embeds"] else ("emb.timestep_embedder",):
@@ -116,12 +114,10 @@ class SanaSize(TransformerSize):
 
     @property
     def blocks(self) -> tuple[Blocks, ...]:
-        """Of one kind."""
         return (Blocks(self.number("num_layers"), _KEPT, _BACKWARD, _FORWARD),)
 
     @property
     def patch(self) -> int:
-        """As stated."""
         return self.number("patch_size")
 
     def other_flops(self, image: int, text: int) -> float:
@@ -130,7 +126,6 @@ class SanaSize(TransformerSize):
         return self.number("num_layers") * (attention + 2 * image * self.convolution_weights)
 
     def conditioning(self, text: int) -> int:
-        """Tokens."""
         return text * self.number("caption_channels")
 
     def decoder(self, vae: Mapping[str, object]) -> ActivationBytes:

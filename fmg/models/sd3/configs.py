@@ -82,12 +82,10 @@ class SD35MeanFlowConfig(StackedConfig, DiffusersConfig):
         )
 
     def architecture(self) -> Asset:
-        """The folder of the base."""
         tokenizers = ("tokenizer", "tokenizer_2", "tokenizer_3")
         return pipeline_folder(self.folder, COMPONENTS, tokenizers, 16.3, _TERMS)
 
     def load(self, device: torch.device, dtype: torch.dtype) -> SD3Model:
-        """As `PublishedConfig.load`."""
         from fmg.models.sd3.model import SD3Model
 
         return SD3Model.from_config(self, device, dtype)

@@ -56,7 +56,6 @@ class SD3Size(TransformerSize):
 
     @property
     def parameters(self) -> int:
-        """Number of parameters of the transformer."""
         linears = sum((layer.inputs + 1) * layer.outputs for layer in self.linears())
         # queries and keys of both streams, and of the attention of the image alone
         norms = 4 * self.number("num_layers") + 2 * len(self.dual) if self.known["qk_norm"] else 0
@@ -65,7 +64,6 @@ class SD3Size(TransformerSize):
 
     @property
     def patch(self) -> int:
-        """As stated."""
         return self.number("patch_size")
 
     @property
@@ -74,7 +72,6 @@ class SD3Size(TransformerSize):
         return self.number("pos_embed_max_size") ** 2 * self.width
 
     def linears(self) -> Iterator[LinearModule]:
-        """Every linear layer, by its name in the state dict."""
         width, layers = self.width, self.number("num_layers")
         yield from conditioning_linears(self.known, width, "time_text_embed.timestep_embedder", SECOND_EMBEDDER)
         for index in range(layers):
@@ -94,7 +91,6 @@ class SD3Size(TransformerSize):
         )
 
     def other_flops(self, image: int, text: int) -> float:
-        """Attention."""
         return 4 * self.width * (self.number("num_layers") * (image + text) ** 2 + len(self.dual) * image**2)
 
     def conditioning(self, text: int) -> int:

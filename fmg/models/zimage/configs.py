@@ -70,12 +70,10 @@ class ZImageTurboConfig(DiffusersConfig):
         )
 
     def architecture(self) -> Asset:
-        """The one folder."""
         size = BYTES * ZImageSize(self.published).parameters / 1e9 + _QWEN_GB + _VAE_GB
         return pipeline_folder(self.folder, COMPONENTS, ("tokenizer",), size, _TERMS)
 
     def load(self, device: torch.device, dtype: torch.dtype) -> ZImageModel:
-        """As `PublishedConfig.load`."""
         from fmg.models.zimage.model import ZImageModel
 
         return ZImageModel.from_config(self, device, dtype)

@@ -39,12 +39,10 @@ class ZImageSize(TransformerSize):
 
     @property
     def width(self) -> int:
-        """Width of the token stream."""
         return self.number("dim")
 
     @property
     def parameters(self) -> int:
-        """Number of parameters of the transformer."""
         biased = ("mlp.", "adaLN_modulation", "cap_embedder", "x_embedder", "final_layer")
         linears = sum(m.inputs * m.outputs + any(b in m.name for b in biased) * m.outputs for m in self.linears())
         blocks = self.number("n_layers") + 2 * self.number("n_refiner_layers")
@@ -53,7 +51,6 @@ class ZImageSize(TransformerSize):
         return linears + norms + 2 * self.width
 
     def linears(self) -> Iterator[LinearModule]:
-        """Every linear layer, by its name in the state dict."""
         width, time, patch = self.width, min(self.width, _TIME), TOKEN**2 * self.number("in_channels")
         name = f"{TOKEN}-1"
         yield LinearModule(f"all_x_embedder.{name}", patch, width, "image", "latent")
@@ -75,7 +72,6 @@ class ZImageSize(TransformerSize):
         return (Blocks(self.number("n_layers") + self.number("n_refiner_layers"), _KEPT, _BACKWARD, _FORWARD),)
 
     def other_flops(self, image: int, text: int) -> float:
-        """Attention."""
         refined = self.number("n_refiner_layers") * (image**2 + text**2)
         return 4 * (self.number("n_layers") * (image + text) ** 2 + refined) * self.width
 

@@ -116,10 +116,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "number as text": (lambda f: _edit(f / "vae/config.json", scaling_factor=""), "'' for scaling_factor instead of"),
     "quantised": (lambda f: _edit(f / "text_encoder/config.json", quantization_config={}), "weights are quantised"),
     "pickle": (lambda f: _pickle_only(f / "transformer"), "a pickle can run code"),
-    "truncated": (lambda f: _truncate(f / "transformer" / WEIGHTS), "transformer cannot be loaded"),
+    "truncated": (lambda f: _truncate(f / "transformer" / WEIGHTS), f"transformer/{WEIGHTS} cannot be loaded"),
     "truncated text encoder": (
         lambda f: _truncate(f / "text_encoder/model.safetensors"),
-        "text_encoder cannot be loaded",
+        "text_encoder/model.safetensors cannot be loaded",
     ),
     "missing key": (
         lambda f: _edit_weights(f / "transformer" / WEIGHTS, lambda t: t.pop("timestep_embedder2.linear_1.weight")),

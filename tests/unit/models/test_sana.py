@@ -19,8 +19,7 @@ from fmg.flow import TrigPath
 from fmg.inference.torch_backend import device_for
 from fmg.models.common.text import TextEncoders
 from fmg.models.sana.configs import SanaSprintConfig
-from fmg.models.sana.loading import published_instruction
-from fmg.models.sana.model import SanaModel
+from fmg.models.sana.model import SanaModel, published_instruction
 from fmg.models.sana.size import SPRINT_06B, SPRINT_16B, SanaSize
 from fmg.recipe import Recipe
 from fmg.registry import models

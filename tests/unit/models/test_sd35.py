@@ -10,8 +10,8 @@ import torch
 
 from fmg.core.errors import CheckpointError
 from fmg.models.sd3.configs import SD35MeanFlowConfig
+from fmg.models.sd3.model import FlowMapSD3Transformer2DModel
 from fmg.models.sd3.size import SD35_MEDIUM, SD3Size
-from fmg.models.sd3.transformer import FlowMapSD3Transformer2DModel
 from fmg.recipe import Recipe
 from fmg.registry import models
 from tests.support.cli import Invocation, fmg

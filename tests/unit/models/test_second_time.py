@@ -14,7 +14,7 @@ from torch import Tensor
 from fmg.core.errors import UsageError
 from fmg.models.conventions import SecondTime
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
-from fmg.models.sd3.transformer import FlowMapSD3Transformer2DModel
+from fmg.models.sd3.model import FlowMapSD3Transformer2DModel
 
 BATCH, WIDTH, TEXT, POOLED = 3, 16, 12, 10
 COMMON = {
