@@ -25,6 +25,7 @@ from fmg.cli.output import print_json, stderr, stdout
 from fmg.cli.train import check_inputs
 from fmg.core import hub
 from fmg.core import metric_keys as keys
+from fmg.core.display import size_text
 from fmg.core.errors import FmgError, UsageError, suggestion
 from fmg.core.files import lock, write_atomic
 from fmg.core.specs import ModelGeometry
@@ -35,7 +36,7 @@ from fmg.data.run_folder import RunFolder, is_run
 from fmg.data.run_metrics import read_metrics
 from fmg.recipe import Recipe, ResolvedRecipe, leaves, recipe_names, resolve
 from fmg.registry import ComponentConfig, registry_for
-from fmg.training.plan import GPUS, SHARE_OF_PEAK, plan, size_text
+from fmg.training.plan import GPUS, SHARE_OF_PEAK, plan
 
 STUDY = "study-sd35/"
 FIRST = "meanflow-nft"

@@ -9,8 +9,8 @@ import typer
 from fmg.cli import completion
 from fmg.cli.options import AsJson, Offline, given_text
 from fmg.cli.output import print_json, stderr, stdout, table
-from fmg.core.display import counted
-from fmg.core.hub_transfer import MAIN, check_may_push, check_name, size_text
+from fmg.core.display import counted, size_text
+from fmg.core.hub_transfer import MAIN, check_may_push, check_name
 
 if TYPE_CHECKING:
     from fmg.export.push import Parcel

@@ -419,7 +419,8 @@ _LABELS = {
 
 
 def _print_plan(resolved: ResolvedRecipe, *, as_json: bool) -> None:
-    from fmg.training.plan import plan, size_text
+    from fmg.core.display import size_text
+    from fmg.training.plan import plan
 
     planned = plan(resolved)
     rows, memory = resolved.table(), planned.memory

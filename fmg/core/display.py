@@ -31,15 +31,23 @@ _LONG_VALUE = re.compile(rf"(?<=')[^']{_MORE}(?=')|[^\s']{_MORE}")
 _TAIL = 150
 
 
-def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """`1 image`, `2 images`: a number and what it counts; `plural` for a noun that does not just take an s."""
-    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+def counted(number: int, noun: str) -> str:
+    """`1 image`, `2 images`: a number and what it counts."""
+    return f"{number} {noun if number == 1 else noun + 's'}"
 
 
-def some(names: Iterable[object], most: int = 5) -> str:
-    """At most `most` of the names, sorted, and how many more there are."""
+def some(names: Iterable[object]) -> str:
+    """At most five of the names, sorted, and how many more there are."""
     ordered = sorted(map(str, names))
-    return ", ".join(ordered[:most]) + (f" and {len(ordered) - most} more" if len(ordered) > most else "")
+    return ", ".join(ordered[:5]) + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "")
+
+
+def size_text(size: float) -> str:
+    """Bytes as readable text, in units of 1000."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size:.0f} B"
 
 
 def number(value: float) -> str:

@@ -34,7 +34,7 @@ SNAPSHOTS = "snapshots"
 """Folder of the hub's cache whose subfolders are named after commits."""
 
 _TIMEOUT_S = 60
-_METADATA_TIMEOUT_S = 10
+METADATA_TIMEOUT_S = 10
 _TRUE = {"1", "ON", "YES", "TRUE"}
 _HUB = re.compile(
     r"(?P<repository>[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./-]+))?"
@@ -283,7 +283,7 @@ def exact(download: Download) -> Download:
 
     try:
         info = HfApi().model_info(
-            source.repository, revision=source.revision, files_metadata=True, timeout=_METADATA_TIMEOUT_S
+            source.repository, revision=source.revision, files_metadata=True, timeout=METADATA_TIMEOUT_S
         )
     except Exception:
         # the client raises errors of its own, of its HTTP library and of the system; the fetch itself reports them

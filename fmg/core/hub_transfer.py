@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from fmg.core.cache import cache_dir
-from fmg.core.display import counted
+from fmg.core.display import counted, size_text
 from fmg.core.errors import FmgError, HubError, UsageError, reason
 from fmg.core.events import Notice, Observer, StageProgress
-from fmg.core.hub import OFFLINE, SNAPSHOTS, HubSource, cached, check_room, is_offline
+from fmg.core.hub import METADATA_TIMEOUT_S, OFFLINE, SNAPSHOTS, HubSource, cached, check_room, is_offline
 
 MAIN = "main"
-_METADATA_TIMEOUT_S = 10
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # the characters that git allows, of those that `owner/name@revision` can have
 _BRANCH = re.compile(r"(?!.*(?:\.\.|//|/\.|\.lock$))[A-Za-z0-9_][A-Za-z0-9_./-]*(?<![./])")
@@ -227,9 +226,9 @@ def read_remote(repository: str, branch: str) -> Remote | None:
     api = HfApi()
     with hub_errors(repository, branch, writing=True):
         try:
-            found = info = api.model_info(repository, timeout=_METADATA_TIMEOUT_S)
+            found = info = api.model_info(repository, timeout=METADATA_TIMEOUT_S)
             if branch != MAIN:
-                found = api.model_info(repository, revision=branch, timeout=_METADATA_TIMEOUT_S)
+                found = api.model_info(repository, revision=branch, timeout=METADATA_TIMEOUT_S)
         except RevisionNotFoundError:
             return Remote(None, frozenset(), bool(info.private))
         except RepositoryNotFoundError:
@@ -306,20 +305,12 @@ def hub_errors(repository: str, revision: str | None = None, *, writing: bool = 
         raise HubError(*_words(error, repository, revision, writing)) from error
 
 
-def size_text(size: int) -> str:
-    """A number of bytes as readable text, in units of 1000."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} B"
-
-
 def _sizes(repository: str, revision: str | None) -> dict[str, int]:
     """The files of a repository with their sizes in bytes."""
     from huggingface_hub import HfApi
 
     with hub_errors(repository, revision):
-        info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=_METADATA_TIMEOUT_S)
+        info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=METADATA_TIMEOUT_S)
     return {file.rfilename: file.size or 0 for file in info.siblings or ()}
 
 

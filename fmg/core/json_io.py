@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fmg.core.errors import FmgError, UsageError
+from fmg.core.errors import UsageError
 from fmg.core.files import write_atomic
 
 MAX_BYTES = 1 << 24
@@ -111,10 +111,7 @@ def parse_object(text: str | bytes, *, finite: bool = True) -> dict[str, object]
     Raises:
         JsonError: as `parse`, or it is not an object.
     """
-    value = parse(text, finite=finite)
-    if not isinstance(value, dict):
-        raise JsonError("it is not a JSON object")
-    return value
+    return _object(parse(text, finite=finite))
 
 
 def read_json(file: Path, max_bytes: int = MAX_BYTES) -> object:
@@ -131,14 +128,17 @@ def read_json(file: Path, max_bytes: int = MAX_BYTES) -> object:
     return parse(data)
 
 
-def read_object(file: Path, max_bytes: int = MAX_BYTES) -> dict[str, object]:
+def read_object(file: Path) -> dict[str, object]:
     """The object in a JSON file.
 
     Raises:
         OSError: the file cannot be read.
         JsonError: as `read_json`, or it does not contain an object.
     """
-    value = read_json(file, max_bytes)
+    return _object(read_json(file))
+
+
+def _object(value: object) -> dict[str, object]:
     if not isinstance(value, dict):
         raise JsonError("it is not a JSON object")
     return value
@@ -180,18 +180,11 @@ def read_lines(file: Path, max_bytes: int = MAX_LINES_BYTES, max_line: int = MAX
                 yield Line(number, data, ended=len(data) < len(piece))
 
 
-def read_objects(
-    file: Path, *, error: type[FmgError] = UsageError, fix: str = "Write one JSON object per line, in UTF-8."
-) -> Iterator[tuple[int, dict[str, object]]]:
+def read_objects(file: Path) -> Iterator[tuple[int, dict[str, object]]]:
     """The objects of a file of JSON lines with their line numbers; blank lines are skipped.
 
-    Args:
-        file: to read.
-        error: what to raise.
-        fix: what the user can do about it.
-
     Raises:
-        FmgError: of the kind `error`, naming the file and the line: unreadable, not UTF-8, too long, not JSON.
+        UsageError: naming the file and the line: unreadable, not UTF-8, too long, not JSON.
     """
     try:
         for line in read_lines(file):
@@ -202,9 +195,9 @@ def read_objects(
                     raise JsonError(str(problem), line.number) from None
                 yield line.number, entry
     except JsonError as problem:
-        raise error(located(file, problem), fix) from None
+        raise UsageError(located(file, problem), "Write one JSON object per line, in UTF-8.") from None
     except OSError as problem:
-        raise error(f"'{file}' cannot be read: {problem.strerror}", "Check its name and permissions.") from None
+        raise UsageError(f"'{file}' cannot be read: {problem.strerror}", "Check its name and permissions.") from None
 
 
 def located(file: Path, error: JsonError) -> str:

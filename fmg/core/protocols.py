@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from fmg.core.profiling import StageClock
-from fmg.core.specs import MapSpec, Requirements
+from fmg.core.specs import MapSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -468,30 +468,3 @@ class Tracker(Protocol):
         Args:
             ended: whether the run finished or was interrupted cleanly; false if it failed or was killed.
         """
-
-
-__all__ = [
-    "Anchors",
-    "Backend",
-    "BackendSource",
-    "Density",
-    "Drawn",
-    "FeatureExtractor",
-    "FlowMap",
-    "Model",
-    "ModelSource",
-    "NoiseSource",
-    "Objective",
-    "OptimizerFactory",
-    "Policies",
-    "ProbabilityPath",
-    "PromptSet",
-    "Requirements",
-    "Rerouted",
-    "Reward",
-    "Shardable",
-    "Stochasticizer",
-    "Subject",
-    "TrackedRun",
-    "Tracker",
-]

@@ -9,13 +9,11 @@ from functools import partial
 from os import PathLike
 from pathlib import Path
 
-import torch
-
 from fmg.core.display import counted
 from fmg.core.errors import UsageError, python_call
 from fmg.core.events import Notice, Observer, StageProgress
 from fmg.core.prompt import tell_of_cuts
-from fmg.core.protocols import FeatureExtractor, PromptSet, Reward
+from fmg.core.protocols import FeatureExtractor, Reward
 from fmg.core.stdout_redirect import torch_as_new
 from fmg.data.prompt_sets import load_prompts
 from fmg.eval.image_folders import DUMP_FORMATS, geneval_dump
@@ -33,17 +31,7 @@ from fmg.eval.scoring import (
     score_target,
     tag_rows,
 )
-from fmg.eval.set_metrics import (
-    WORLD,
-    DrawsTruth,
-    FeatureSet,
-    ReferenceSet,
-    SetMetrics,
-    check_reference,
-    folder_reference,
-    metric_rows,
-    world_reference,
-)
+from fmg.eval.set_metrics import FeatureSet, ReferenceSet, SetMetrics, metric_rows, references
 from fmg.inference.generator import Generator
 from fmg.inference.loading import TORCH, load_target
 from fmg.inference.target import Target, TargetLike, resolve_target
@@ -54,7 +42,6 @@ from fmg.rewards.functions import Rewards, measured_names
 
 BASE = "base"
 # The reference pictures of a world are the same for every evaluation.
-_WORLD_SEED = 0
 
 
 @python_call
@@ -133,9 +120,9 @@ def evaluate(
     _check_dump(dump, sweep)
     page = None if report is None else check_report(report)
     compared = None if reference is None else str(reference)
-    references = _references(compared, prompt_set, features, eval_set, pick_device(device))
+    real = references(compared, features, pick_device(device), prompt_set, eval_set.prompts)
     with watching(observer, progress) as told, ExitStack() as stack:
-        plan = _Plan(scorers, features, references, eval_set, sweep, grid or first.recipe.rollout.grid, told)
+        plan = _Plan(scorers, features, real, eval_set, sweep, grid or first.recipe.rollout.grid, told)
         sink = [] if dump is None else [stack.enter_context(geneval_dump(Path(dump[1]), eval_set.entries))]
         load = partial(load_target, backend=backend, device=device, dtype=dtype, batch_size=batch_size)
         runs = [
@@ -178,28 +165,6 @@ def _check_dump(dump: tuple[str, str | Path] | None, sweep: Sequence[int]) -> No
         raise UsageError(f"There is no dump format '{dump[0]}'", f"Known: {', '.join(DUMP_FORMATS)}.")
     if len(sweep) > 1:
         raise UsageError("A dump contains images of one number of steps", "Give one number to --steps.")
-
-
-def _references(
-    reference: str | None,
-    prompt_set: PromptSet,
-    features: Mapping[str, FeatureExtractor],
-    eval_set: EvalSet,
-    device: torch.device,
-) -> dict[str, ReferenceSet]:
-    if reference is None:
-        return {}
-    if not features:
-        raise UsageError(
-            "Comparing with a reference set needs a feature extractor", "Name an extractor: --features clip, or pixels."
-        )
-    files = check_reference(reference, prompt_set)
-    if reference == WORLD and isinstance(prompt_set, DrawsTruth):
-        return {
-            name: world_reference(prompt_set, eval_set.prompts, _WORLD_SEED, extractor, device)
-            for name, extractor in features.items()
-        }
-    return {name: folder_reference(files, extractor, device) for name, extractor in features.items()}
 
 
 @dataclass(frozen=True)

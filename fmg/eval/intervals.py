@@ -12,21 +12,18 @@ from fmg.data.run_metrics import TWO_SIDED_95
 
 RESAMPLES = 2000
 HALVES = 60
+_SEED = 0
 # A resample matrix larger than this is built in pieces, so that 100,000 images do not need gigabytes.
 _PIECE = 4_000_000
 
 
-def bootstrap_mean(
-    values: NDArray[np.float64], clusters: NDArray[np.int64] | None = None, *, level: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean (Efron and Tibshirani, 1993, chapter 13).
+def bootstrap_mean(values: NDArray[np.float64], clusters: NDArray[np.int64] | None = None) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean (Efron and Tibshirani, 1993, chapter 13).
 
     Args:
         values: (n,) scores, or paired differences.
         clusters: (n,) labels of values that are not independent, such as images of one prompt; whole clusters are
             then resampled. None resamples single values.
-        level: coverage in (0, 1).
-        seed: seed of the resampling.
 
     Returns:
         Lower and upper bound. With one cluster the interval is unbounded: (-inf, inf).
@@ -40,14 +37,13 @@ def bootstrap_mean(
     n = sums.size
     if n == 1:
         return (-np.inf, np.inf)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(_SEED)
     rows = max(1, _PIECE // n)
     means: list[NDArray[np.float64]] = []
     for start in range(0, RESAMPLES, rows):
         picks = rng.integers(0, n, size=(min(rows, RESAMPLES - start), n))
         means.append(sums[picks].sum(1) / counts[picks].sum(1))
-    tail = (1 - level) / 2
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -74,9 +70,7 @@ class Estimate:
         return Estimate(self.value + shift, (self.ci95[0] + shift, self.ci95[1] + shift), self.value + shift)
 
 
-def subset_estimate(
-    statistic: Callable[[NDArray[np.int64]], float], count: int, *, least: int = 1, seed: int = 0
-) -> Estimate:
+def subset_estimate(statistic: Callable[[NDArray[np.int64]], float], count: int, *, least: int = 1) -> Estimate:
     """A statistic of a whole set with an interval from random halves without replacement (the delete-half jackknife).
 
     Resampling with replacement would repeat images, which biases distances between sets and nearest neighbours. The
@@ -89,13 +83,12 @@ def subset_estimate(
             `HALVES` times with half of them.
         count: images.
         least: images that the statistic needs.
-        seed: seed of the halving.
     """
     value = statistic(np.arange(count))
     size = count // 2
     if size < least:
         return Estimate(value, (-np.inf, np.inf), None)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(_SEED)
     halves = np.asarray([statistic(np.sort(rng.permutation(count)[:size])) for _ in range(HALVES)])
     # 1 when the count is even
     error = float(TWO_SIDED_95 * halves.std(ddof=1) * np.sqrt(size / (count - size)))

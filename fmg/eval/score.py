@@ -21,7 +21,7 @@ from fmg.eval.scoring import (
     score_images,
     tag_rows,
 )
-from fmg.eval.set_metrics import WORLD, FeatureSet, SetMetrics, folder_reference, metric_rows, reference_files
+from fmg.eval.set_metrics import FeatureSet, SetMetrics, metric_rows, references
 from fmg.inference.torch_backend import pick_device
 from fmg.rewards.base import build_rewards, check_prompts
 
@@ -83,10 +83,6 @@ def score(
     """
     if not rewards and not extractors:
         raise UsageError("There is nothing to measure", "Give --reward, or --features, or both.")
-    if reference is not None and not extractors:
-        raise UsageError(
-            "Comparing with a reference set needs a feature extractor", "Name an extractor: --features clip."
-        )
     given = dict(options or {})
     features = chosen_extractors(extractors, given)
     scorers = build_rewards(chosen_rewards(rewards, (), given, taken=features))
@@ -96,10 +92,7 @@ def score(
     texts = [entry.text for entry in entries]
     for name, reward in scorers.items():
         check_prompts(name, reward, texts)
-    if reference == WORLD:
-        raise UsageError("The reference 'world' needs prompts of an embedded world", "Name a folder.")
-    real = [] if reference is None else reference_files(reference)
-    references = {name: folder_reference(real, extractor, where) for name, extractor in features.items() if real}
+    real = references(reference, features, where)
     sets = {name: FeatureSet(extractor, prompt_clusters(texts)) for name, extractor in features.items()}
     collected = ScoreCollector()
     for rows, batch in batches([entry.file for entry in found]):
@@ -109,7 +102,7 @@ def score(
             features_of.take(images)
         observer(StageProgress("scoring", rows.stop, len(found)))
     scores = Scores(collected.parts(), tuple(texts), tuple(entry.tag for entry in entries))
-    metrics = {name: SetMetrics.of(s, references.get(name)) for name, s in sets.items()}
+    metrics = {name: SetMetrics.of(s, real.get(name)) for name, s in sets.items()}
     return ScoreReport(
         images=tuple(_image_rows(found, scores)),
         results=tuple(result_rows(0, scores)),

@@ -158,15 +158,15 @@ def score_target(
     return Scores(collected.parts(), texts, eval_set.tags)
 
 
-def means(scores: Scores, prefix: str = "eval") -> dict[str, float]:
-    """Log keys `<prefix>/<reward>_<part>_mean`; the total of a reward is `<prefix>/<reward>_mean`.
+def means(scores: Scores) -> dict[str, float]:
+    """Log keys `eval/<reward>_<part>_mean`; the total of a reward is `eval/<reward>_mean`.
 
     Each has a standard error, `..._se`, for new images of the same prompts; NaN for a single image.
     """
     out: dict[str, float] = {}
     for (reward, part), values in scores.parts.items():
         name = reward if part == "total" else f"{reward}_{part}"
-        mean = f"{prefix}/{name}{keys.MEAN}"
+        mean = f"{keys.EVAL}{name}{keys.MEAN}"
         out |= {mean: float(values.mean()), keys.error_of(mean): standard_error(values)}
     return out
 

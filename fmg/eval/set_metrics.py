@@ -5,7 +5,7 @@ Features are collected while the images are generated and scored, so that a set 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fmg.core.display import counted
 from fmg.core.errors import UsageError
-from fmg.core.protocols import FeatureExtractor, PromptSet
+from fmg.core.protocols import FeatureExtractor
 from fmg.eval.image_folders import PICTURES_A_BATCH, batches, picture_files
 from fmg.eval.intervals import Estimate, bootstrap_mean, subset_estimate
 from fmg.eval.results import Metric
@@ -36,6 +36,7 @@ LEAST = NEIGHBOURS + 1
 WORLD = "world"
 WORLD_DRAWS = 4
 """Renderings of a world for each image that is evaluated."""
+_WORLD_SEED = 0
 
 Vectors = Float[np.ndarray, "n d"]
 Labels = Int[np.ndarray, " n"]
@@ -348,50 +349,46 @@ class DrawsTruth(Protocol):
         """One rendering of each prompt, in [0, 1]; positions and sizes are random."""
 
 
-def check_reference(reference: str, prompt_set: PromptSet) -> list[Path]:
-    """The files of a reference, none for a world.
+def references(
+    reference: str | None,
+    features: Mapping[str, FeatureExtractor],
+    device: torch.device,
+    prompt_set: object = None,
+    prompts: Sequence[str] = (),
+) -> dict[str, ReferenceSet]:
+    """The reference set of each extractor; empty without a reference.
+
+    Args:
+        reference: a folder of real images, or `world` for `WORLD_DRAWS` renderings of each of `prompts`.
+        features: extractors by name.
+        device: where the images go.
+        prompt_set: the set that the prompts are from.
+        prompts: the prompts of the images that are compared.
 
     Raises:
-        UsageError: there is no such folder, there are too few images, or there is no world.
+        UsageError: there is no extractor, no such folder, too few images, or no world. Also as in `batches`.
     """
+    if reference is None:
+        return {}
+    if not features:
+        raise UsageError(
+            "Comparing with a reference set needs a feature extractor", "Name an extractor: --features clip, or pixels."
+        )
     if reference == WORLD:
         if not isinstance(prompt_set, DrawsTruth):
             raise UsageError(
                 "The reference 'world' needs prompts of an embedded world", "Name a folder of real images instead."
             )
-        return []
-    return reference_files(reference)
-
-
-def reference_files(folder: str) -> list[Path]:
-    """The files of a reference folder.
-
-    Raises:
-        UsageError: there is no such folder, or it has too few images.
-    """
-    files = picture_files(Path(folder))
+        drawn = prompt_set.true_images([prompt for prompt in prompts for _ in range(WORLD_DRAWS)], _WORLD_SEED)
+        return {name: _reference(torch.split(drawn, PICTURES_A_BATCH), by, device) for name, by in features.items()}
+    files = picture_files(Path(reference))
     if len(files) < LEAST:
         raise UsageError(
-            f"'{folder}' has only {counted(len(files), 'image')}",
+            f"'{reference}' has only {counted(len(files), 'image')}",
             f"Give at least {LEAST}; reference sets usually have thousands.",
         )
-    return files
+    return {name: _reference((images for _, images in batches(files)), by, device) for name, by in features.items()}
 
 
-def folder_reference(files: Sequence[Path], extractor: FeatureExtractor, device: torch.device) -> ReferenceSet:
-    """The reference set of image files under an extractor. Errors as in `batches`."""
-    features = FeatureSet(extractor, np.arange(len(files)))
-    for _, images in batches(files):
-        features.take(images.to(device))
-    return ReferenceSet.of(features.vectors)
-
-
-def world_reference(
-    prompt_set: DrawsTruth, prompts: Sequence[str], seed: int, extractor: FeatureExtractor, device: torch.device
-) -> ReferenceSet:
-    """The reference set of `WORLD_DRAWS` renderings of each of `prompts` under an extractor."""
-    repeated = [prompt for prompt in prompts for _ in range(WORLD_DRAWS)]
-    features = FeatureSet(extractor, np.arange(len(repeated)))
-    for batch in torch.split(prompt_set.true_images(repeated, seed), PICTURES_A_BATCH):
-        features.take(batch.to(device))
-    return ReferenceSet.of(features.vectors)
+def _reference(images: Iterable[Tensor], extractor: FeatureExtractor, device: torch.device) -> ReferenceSet:
+    return ReferenceSet.of(np.concatenate([extractor(batch.to(device)).vectors.numpy() for batch in images]))

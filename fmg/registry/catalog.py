@@ -215,19 +215,17 @@ def _rows(kind: str) -> tuple[Row, ...]:
     return tuple(row for row in ROWS if row.kind == kind)
 
 
-models: Registry[ModelSource] = Registry("model", "models", _rows("model"), ModelConfig)
-stochasticizers: Registry[Stochasticizer] = Registry(
-    "stochasticizer", "stochasticizers", _rows("stochasticizer"), StochasticizerConfig
-)
-rewards: Registry[Reward] = Registry("reward", "rewards", _rows("reward"), ComponentConfig)
-objectives: Registry[Objective] = Registry("objective", "objectives", _rows("objective"), ObjectiveConfig)
-optimizers: Registry[OptimizerFactory] = Registry("optimizer", "optimizers", _rows("optimizer"), ComponentConfig)
-prompt_sets: Registry[PromptSet] = Registry("prompt-set", "prompt-sets", _rows("prompt-set"), ComponentConfig)
-backends: Registry[BackendSource] = Registry("backend", "backends", _rows("backend"), ComponentConfig)
+models: Registry[ModelSource] = Registry("model", _rows("model"), ModelConfig)
+stochasticizers: Registry[Stochasticizer] = Registry("stochasticizer", _rows("stochasticizer"), StochasticizerConfig)
+rewards: Registry[Reward] = Registry("reward", _rows("reward"), ComponentConfig)
+objectives: Registry[Objective] = Registry("objective", _rows("objective"), ObjectiveConfig)
+optimizers: Registry[OptimizerFactory] = Registry("optimizer", _rows("optimizer"), ComponentConfig)
+prompt_sets: Registry[PromptSet] = Registry("prompt-set", _rows("prompt-set"), ComponentConfig)
+backends: Registry[BackendSource] = Registry("backend", _rows("backend"), ComponentConfig)
 feature_extractors: Registry[FeatureExtractor] = Registry(
-    "feature-extractor", "feature-extractors", _rows("feature-extractor"), ComponentConfig
+    "feature-extractor", _rows("feature-extractor"), ComponentConfig
 )
-trackers: Registry[Tracker] = Registry("tracker", "trackers", _rows("tracker"), TrackerConfig)
+trackers: Registry[Tracker] = Registry("tracker", _rows("tracker"), TrackerConfig)
 
 REGISTRIES: tuple[Registry[Any], ...] = (
     models,

@@ -70,7 +70,6 @@ class Registry(Generic[P]):
 
     Args:
         kind: what one component is called.
-        plural: what several are called.
         rows: the built-in components.
         config_base: what the config of every component of this kind derives from.
 
@@ -80,9 +79,9 @@ class Registry(Generic[P]):
         0.0147
     """
 
-    def __init__(self, kind: str, plural: str, rows: tuple[Row, ...], config_base: type[ComponentConfig]) -> None:
+    def __init__(self, kind: str, rows: tuple[Row, ...], config_base: type[ComponentConfig]) -> None:
         self.kind = kind
-        self.plural = plural
+        self.plural = f"{kind}s"
         self.config_base = config_base
         self._rows = {row.name: row for row in rows}
         self._configs: dict[str, type[ComponentConfig]] = {}

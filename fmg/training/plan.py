@@ -11,7 +11,7 @@ from statistics import median
 from typing import Literal
 
 from fmg.core import metric_keys as keys
-from fmg.core.display import counted
+from fmg.core.display import counted, size_text
 from fmg.core.errors import FmgError
 from fmg.core.specs import ModelGeometry
 from fmg.data.run_folder import RUNS, list_runs
@@ -148,14 +148,6 @@ def plan(resolved: ResolvedRecipe, *, devices: int | None = None, runs: Path = R
     if memory is not None:
         facts["memory at the peak"] = f"{size_text(memory.peak)} per device"
     return Plan(facts, memory, () if geometry is None else tuple(_on_gpus(recipe, geometry)))
-
-
-def size_text(size: float) -> str:
-    """Human-readable bytes, in units of 1000."""
-    for unit, power in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= power:
-            return f"{size / power:.3g} {unit}"
-    return f"{size:.0f} B"
 
 
 def _size_facts(recipe: Recipe, geometry: ModelGeometry) -> dict[str, str]:

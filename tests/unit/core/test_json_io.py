@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fmg.core.errors import CheckpointError, UsageError
+from fmg.core.errors import UsageError
 from fmg.core.json_io import (
     MAX_DEPTH,
     JsonError,
@@ -136,7 +136,5 @@ def test_a_bad_line_is_named_with_its_file(line: bytes, tmp_path: Path) -> None:
     file.write_bytes(b"{}\n" + line + b"\n")
     with pytest.raises(UsageError, match=r"a\.jsonl:2: "):
         list(read_objects(file))
-    with pytest.raises(CheckpointError, match="Restore it"):
-        list(read_objects(file, error=CheckpointError, fix="Restore it."))
     with pytest.raises(UsageError, match="cannot be read"):
         list(read_objects(tmp_path))

@@ -19,7 +19,7 @@ from fmg.data.prompt_sets import load_prompts
 from fmg.eval.image_folders import batches, geneval_dump, picture_files
 from fmg.eval.score import score
 from fmg.eval.scoring import ScoreCollector
-from fmg.eval.set_metrics import folder_reference
+from fmg.eval.set_metrics import references
 from fmg.registry import feature_extractors, rewards
 from fmg.rewards.images import read_image
 from tests.tiny_rewards import write_clip_folder
@@ -79,7 +79,7 @@ def test_a_picture_that_cannot_be_read_is_named(pictures: Path, name: str, conte
     (pictures / name).write_bytes(content)
     for attempt in (
         lambda: score([pictures], rewards=["jpeg-compressibility"], prompt="a cup"),
-        lambda: folder_reference(picture_files(pictures), feature_extractors.build("pixels"), torch.device("cpu")),
+        lambda: references(str(pictures), {"pixels": feature_extractors.build("pixels")}, torch.device("cpu")),
     ):
         with pytest.raises(UsageError, match=says) as caught:
             attempt()

@@ -234,7 +234,3 @@ def test_scores_of_a_moving_average_follow_those_of_the_weights() -> None:
 @pytest.mark.parametrize(("number", "text"), [(0, "0 images"), (1, "1 image"), (2, "2 images"), (1000, "1000 images")])
 def test_counted_has_the_right_plural(number: int, text: str) -> None:
     assert counted(number, "image") == text
-
-
-def test_counted_takes_a_plural_of_its_own() -> None:
-    assert counted(2, "box", "boxes") == "2 boxes"

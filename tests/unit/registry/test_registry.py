@@ -22,7 +22,7 @@ class Options(ComponentConfig):
 
 
 def fresh() -> Registry[object]:
-    return Registry("thing", "things", (), ComponentConfig)
+    return Registry("thing", (), ComponentConfig)
 
 
 @pytest.mark.parametrize("kind", ["prompt-set", "prompt-sets", "prompt_set", "prompt_sets", "Prompt-Sets "])

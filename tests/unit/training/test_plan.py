@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from fmg.core.display import size_text
 from fmg.data.run_folder import RunFolder
 from fmg.recipe import resolve
 from fmg.training.launch import Sizes
-from fmg.training.plan import GPUS, SHARE_OF_PEAK, OnGpu, plan, size_text
+from fmg.training.plan import GPUS, SHARE_OF_PEAK, OnGpu, plan
 from fmg.training.plan_work import filled_rows
 
 SHAPE = [
