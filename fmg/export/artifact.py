@@ -25,6 +25,7 @@ from fmg.export.options import LARGE_BATCH, SMALL_BATCH, ExportOptions, library_
 from fmg.export.source import (
     ExportSource,
     base_dtypes,
+    base_options,
     check_exportable,
     find_source,
     graph_tokenizer,
@@ -165,7 +166,8 @@ class _Export:
             self._graphs[TRANSFORMER_INT8], files = add_int8(folder, self._graphs[TRANSFORMER])
             self._files |= files
             self._observer(StageProgress("8-bit weights", 1, 1))
-        return self._manifest(Base(source.base, source.digest, base_dtypes(source.stored), base))
+        options = None if source.tuned_whole else base_options(source.recipe.model.config)
+        return self._manifest(Base(source.base, source.digest, base_dtypes(source.stored), base, options))
 
     def _plans(self) -> tuple[GraphPlan, ...]:
         source, precision = self._source, self._options.precision

@@ -27,7 +27,7 @@ from fmg.export.int8 import add_int8
 from fmg.export.model_graphs import encoders, plans, text_stack
 from fmg.export.onnx import OPSET, TracedGraph, trace
 from fmg.export.options import LARGE_BATCH, SMALL_BATCH, ExportOptions, library_versions, plain_config
-from fmg.export.source import adapter_facts, base_dtypes, graph_options, recipe_facts, write_base
+from fmg.export.source import adapter_facts, base_dtypes, base_options, graph_options, recipe_facts, write_base
 from fmg.inference.artifact.backend import PromptTokenizer
 from fmg.inference.artifact.layout import (
     BASE_WEIGHTS,
@@ -140,7 +140,8 @@ class LoadedSource:
         files, reader = self.stored, TensorReader(self.stored.files)
         dtypes = base_dtypes({name: reader.describe(name) for name in files.files})
         whole = files is not self.model.components.weights
-        return Base(self.label if whole else self.facts.name, stored_digest(files), dtypes, None)
+        options = None if whole else base_options(self.target.recipe.model.config)
+        return Base(self.label if whole else self.facts.name, stored_digest(files), dtypes, None, options)
 
     @property
     def adapter(self) -> Adapter | None:

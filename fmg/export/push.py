@@ -286,7 +286,11 @@ def _shareable_manifest(manifest: Manifest) -> Manifest:
     return replace(
         manifest,
         adapter=None if adapter is None else without_folders(adapter),
-        base=base if base.name in models.names() else replace(base, name=run_name(base.name)),
+        base=replace(
+            base,
+            name=base.name if base.name in models.names() else run_name(base.name),
+            options=shareable(base.options),
+        ),
         rewards=tuple(shareable(manifest.rewards)),
         prompts=shareable(manifest.prompts),
     )

@@ -170,6 +170,17 @@ def exported_options(options: Mapping[str, object], config: ModelConfig) -> dict
     return {name: value for name, value in options.items() if name not in config.sampling_options}
 
 
+def base_options(config: ModelConfig) -> dict[str, object] | None:
+    """The options by which a model is found again; None for its default recipe's.
+
+    Left out are those of every family, which say where and how it is computed.
+    """
+    usual, plain = config.usual(), config.model_dump(mode="json")
+    stated = plain.keys() - DiffusersConfig.model_fields.keys()
+    others = {name: plain[name] for name in plain if name in stated and getattr(config, name) != getattr(usual, name)}
+    return others or None
+
+
 def packs_latents(recipe: Recipe) -> bool:
     """Whether the model of a recipe is of the FLUX.1 family, whose artifacts have schema 1."""
     return isinstance(recipe.model.config, (EmbeddedConfig, FluxConfig))

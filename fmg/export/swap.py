@@ -17,6 +17,7 @@ from fmg.export.fused import add_sampler
 from fmg.export.int8 import add_int8
 from fmg.export.source import (
     Delta,
+    base_options,
     check_base,
     conventions_of,
     exported_options,
@@ -42,6 +43,7 @@ from fmg.inference.artifact.manifest import (
     TRANSFORMER_INT8,
     Manifest,
 )
+from fmg.inference.loading import base_target
 from fmg.inference.target import Target, TargetLike, resolve_target
 from fmg.models.common.checkpoint_files import is_full
 from fmg.models.common.weights import TensorReader
@@ -84,7 +86,7 @@ def swap_weights(folder: Path, target: TargetLike, *, observer: Observer = ignor
     artifact = open_artifact(folder)
     _check_swaps(artifact)
     if target == BASE:
-        delta, recipe = None, _base_recipe(artifact.manifest)
+        delta, recipe = None, base_target(artifact.manifest.base, observer=observer).recipe
     else:
         found = resolve_target(target, other=(BASE,), observer=observer)
         delta, recipe = _delta(artifact, found), found.recipe
@@ -166,7 +168,7 @@ def _swapped(artifact: Artifact, delta: Delta | None, manifest: Manifest, observ
         manifest = replace(
             manifest,
             files=dict(sorted(files.items())),
-            base=replace(artifact.manifest.base, weights=BASE_WEIGHTS if remembered else None),
+            base=replace(manifest.base, weights=BASE_WEIGHTS if remembered else None),
             adapter=None if delta is None else delta.adapter,
             checks=(),
         )
@@ -203,16 +205,6 @@ def _delta(artifact: Artifact, found: Target) -> Delta:
     delta = read_delta(found.adapter, shapes, found.label, found.merged)
     check_base(delta, artifact.manifest.base.digest, str(artifact.folder))
     return delta
-
-
-def _base_recipe(manifest: Manifest) -> Recipe:
-    """How the base is sampled and scored: a model by default, and a full fine-tune by the recipe of its run.
-
-    Raises:
-        UsageError: that run no longer exists.
-    """
-    name = manifest.base.name
-    return Recipe.default(model=name) if name in models.names() else resolve_target(name).recipe
 
 
 def _check_graphs(artifact: Artifact, found: Target) -> None:
@@ -267,7 +259,10 @@ def _as_sampled(manifest: Manifest, recipe: Recipe) -> Manifest:
         axes = {**axes, **image_axes(sampling)}
     elif isinstance(config, PublishedConfig) and "guidance" in config.sampling_options:
         sampling = replace(sampling, guidance=config.conventions().embedded_guidance(manifest.model.transformer))
-    return replace(manifest, sampling=sampling, axes=axes, rewards=rewards, prompts=prompts)
+    base = manifest.base
+    if base.name in models.names():
+        base = replace(base, options=base_options(config))
+    return replace(manifest, base=base, sampling=sampling, axes=axes, rewards=rewards, prompts=prompts)
 
 
 def _remembered(

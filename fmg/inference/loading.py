@@ -33,6 +33,7 @@ from fmg.version import is_runtime
 if TYPE_CHECKING:
     from fmg.core.events import Observer
     from fmg.core.protocols import BackendSource
+    from fmg.inference.artifact.manifest import Base
     from fmg.inference.target import Target, TargetLike
 
 AUTO = "auto"
@@ -138,8 +139,30 @@ def made_from(
     if parts:
         found = [(resolve_target(part.run, allow_code=allow_code, observer=observer), part.weight) for part in parts]
         return merged_target(found, observer=observer)
-    name = artifact.manifest.base.name if adapter is None else adapter.run
-    return resolve_target(name, allow_code=allow_code, observer=observer)
+    if adapter is None:
+        return base_target(artifact.manifest.base, allow_code=allow_code, observer=observer)
+    return resolve_target(adapter.run, allow_code=allow_code, observer=observer)
+
+
+def base_target(base: Base, *, allow_code: bool = False, observer: Observer = log_notices) -> Target:
+    """The model under an adapter, sampled as its default recipe says, or the run of a full fine-tune.
+
+    Args:
+        base: its entry in the manifest of an artifact.
+        allow_code: as `find`.
+        observer: receives the progress of a download.
+
+    Raises:
+        UsageError: the run no longer exists, or the model has no such options.
+    """
+    from fmg.inference.target import Target, resolve_target
+    from fmg.recipe import Recipe
+    from fmg.registry import models
+
+    if base.name not in models.names():
+        return resolve_target(base.name, allow_code=allow_code, observer=observer)
+    options = {f"model.{name}": value for name, value in (base.options or {}).items()}
+    return Target(base.name, Recipe.default(base.name, **options), None)
 
 
 @python_call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from huggingface_hub import ModelCard
 from fmg.core.errors import FmgError
 from fmg.core.files import SUMS, sums_text
 from fmg.inference.artifact import Artifact, open_artifact
+from fmg.inference.artifact.layout import write_manifest
 from fmg.inference.artifact.manifest import MANIFEST
 from fmg.inference.hub_target import hub_source
 from tests.support.artifact import copied
@@ -43,6 +45,8 @@ def test_an_artifact_goes_there_and_back(
     hub: FakeHub, shapes_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = copied(shapes_artifact, tmp_path / "artifact")
+    base = replace(shapes_artifact.manifest.base, options={"folder": str(tmp_path / "models" / "mine")})
+    write_manifest(folder, replace(shapes_artifact.manifest, base=base))
     (folder / "engines").mkdir()
     (folder / "engines" / "a.plan").write_bytes(b"code")
     done = succeeds("push", str(folder), "me/onnx")
@@ -51,7 +55,8 @@ def test_an_artifact_goes_there_and_back(
     assert set(files) == {*shapes_artifact.manifest.files, MANIFEST, "README.md", ".gitattributes"}
     run = shapes_artifact.manifest.adapter.run if shapes_artifact.manifest.adapter else ""
     assert Path(run).is_absolute()
-    assert all(str(Path(run).parent).encode() not in data for data in files.values())
+    for place in (Path(run).parent, tmp_path):
+        assert all(str(place).encode() not in data for data in files.values())
     facts = ModelCard(files["README.md"].decode()).data.to_dict()
     assert (facts["library_name"], facts["license"]) == ("onnx", "apache-2.0")
     before = picture(folder)

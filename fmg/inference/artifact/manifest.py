@@ -273,12 +273,14 @@ class Base:
         dtypes: dtypes in which its transformer is stored, by torch's names, sorted.
         weights: the file with the base's values of what the adapter changed, so that `fmg export --swap-weights`
             needs nothing but the artifact; None when nothing was changed.
+        options: options of the model, such as a folder, that differ from those of its default recipe; None for none.
     """
 
     name: str
     digest: str
     dtypes: tuple[str, ...]
     weights: str | None
+    options: Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,9 @@ def to_json(manifest: Manifest) -> str:
     if manifest.adapter is not None and not manifest.adapter.parts:
         # what is empty is left out, so that earlier versions of fmg read it
         del raw["adapter"]["parts"]
-    if manifest.model.options is None:
-        del raw["model"]["options"]
+    for key in ("model", "base"):
+        if raw[key]["options"] is None:
+            del raw[key]["options"]
     return json.dumps(sealed(raw), indent=2) + "\n"
 
 

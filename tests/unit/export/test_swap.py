@@ -152,6 +152,19 @@ def test_half_precision_keeps_what_it_cannot_tell(
         swap_weights(artifact.folder, wider)
 
 
+def test_the_base_of_local_files_is_verified_against_them(
+    student_artifact: Artifact, student_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FMG_CACHE", str(student_run.parent / "cache"))
+    folder = copied(student_artifact, tmp_path / "artifact")
+    done = fmg("export", "base", "--swap-weights", str(folder), "--verify", "quick")
+    assert done.code == 0, done.stderr + done.stdout
+    assert "against scm-flux" in done.stdout
+    base = open_artifact(folder).manifest.base
+    assert base.options == student_artifact.manifest.base.options
+    assert base.weights is None
+
+
 def test_what_does_not_fit_or_fails_leaves_the_artifact_as_it_was(
     shapes_artifact: Artifact,
     student_run: Path,
