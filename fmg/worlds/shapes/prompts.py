@@ -45,6 +45,8 @@ PLACES: dict[Position, str] = {
     "bottom": "at the bottom",
     "center": "in the center",
 }
+_DESCRIBED = tuple(product(COLORS, KINDS))
+_Pair = tuple[tuple[Color, Kind], tuple[Color, Kind]]
 COUNT_WORDS = {"one": 1, "two": 2, "three": 3}
 SINGLE_TEMPLATES = (
     "a {color} {kind} {place}",
@@ -138,14 +140,8 @@ def hard_prompts(*, heldout: bool) -> tuple[PromptItem, ...]:
 
 
 def _pair_scenes() -> list[Scene]:
-    described = list(product(COLORS, KINDS))
-    pairs = [(a, b) for a in described for b in described if a[0] != b[0] and a[1] != b[1]]
-    two = [Scene("two_object", (Clause(a[1], a[0]), Clause(b[1], b[0]))) for a, b in pairs if a < b]
-    related = [
-        Scene("position", (Clause(a[1], a[0], relation=Relation(DIRECTIONS[n % 4], 1)), Clause(b[1], b[0])))
-        for n, (a, b) in enumerate(pairs)
-    ]
-    return two + related
+    pairs = _pairs()
+    return _joint([(a, b) for a, b in pairs if a < b]) + _related(pairs)
 
 
 def _single_scenes(heldout: bool) -> list[Scene]:
@@ -154,20 +150,26 @@ def _single_scenes(heldout: bool) -> list[Scene]:
 
 
 def _hard_scenes() -> list[Scene]:
-    described = list(product(COLORS, KINDS))
-    counting = [Scene("counting", (Clause(k, c, count=n),)) for c, k in described for n in (2, 3)]
-    pairs = [
-        (first, second)
-        for i, first in enumerate(described)
-        for j, second in enumerate(described)
-        if first[0] != second[0] and first[1] != second[1] and (i * 7 + j * 3) % 11 == 0
-    ]
-    two = [Scene("two_object", (Clause(a[1], a[0]), Clause(b[1], b[0]))) for a, b in pairs]
-    related = [
+    counting = [Scene("counting", (Clause(k, c, count=n),)) for c, k in _DESCRIBED for n in (2, 3)]
+    number = {described: place for place, described in enumerate(_DESCRIBED)}
+    pairs = [(a, b) for a, b in _pairs() if (number[a] * 7 + number[b] * 3) % 11 == 0]
+    return counting + _joint(pairs) + _related(pairs)
+
+
+def _pairs() -> list[_Pair]:
+    """Two objects that differ in colour and kind."""
+    return [(a, b) for a, b in product(_DESCRIBED, repeat=2) if a[0] != b[0] and a[1] != b[1]]
+
+
+def _joint(pairs: Sequence[_Pair]) -> list[Scene]:
+    return [Scene("two_object", (Clause(a[1], a[0]), Clause(b[1], b[0]))) for a, b in pairs]
+
+
+def _related(pairs: Sequence[_Pair]) -> list[Scene]:
+    return [
         Scene("position", (Clause(a[1], a[0], relation=Relation(DIRECTIONS[n % 4], 1)), Clause(b[1], b[0])))
         for n, (a, b) in enumerate(pairs)
     ]
-    return counting + two + related
 
 
 _OBJECT = rf"(a|one|two|three) ({'|'.join(COLORS)}) ({'|'.join(KINDS)})(s|es)?"

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from fmg.rewards.geneval_rules import relations
 from fmg.worlds.shapes.scene import (
     ANCHORS,
     AREA,
@@ -25,7 +26,6 @@ from fmg.worlds.shapes.scene import (
     POSITIONS,
     Clause,
     Color,
-    Direction,
     FloatArray,
     Kind,
     Position,
@@ -289,30 +289,11 @@ def _placement(scene: Scene, assigned: list[list[Detection]]) -> float | None:
         if clause.position is not None:
             held.append(float(bool(group) and all(o.position == clause.position for o in group)))
         if clause.relation is not None:
-            others = assigned[clause.relation.other]
-            direction = clause.relation.direction
-            pairs = [direction in relations(o, other) for o in group for other in others]
+            sides = (group, assigned[clause.relation.other])
+            ours, theirs = ([np.asarray(o.box, dtype=np.float32) for o in side] for side in sides)
+            pairs = [clause.relation.direction in relations(a, b, POSITION_THRESHOLD) for a in ours for b in theirs]
             held.append(float(bool(pairs) and all(pairs)))
     return sum(held) / len(held) if held else None
-
-
-def relations(first: Detection, second: Detection) -> set[Direction]:
-    """GenEval's relations of `first` to `second`: the offset of the centres, shortened by a tenth of the boxes' sizes
-    along each axis and divided by its unshortened length, must exceed one half along an axis."""
-    offset = np.subtract(first.center, second.center)
-    sizes = np.asarray([_sides(first.box), _sides(second.box)]).sum(0)
-    shortened = np.sign(offset) * np.maximum(np.abs(offset) - POSITION_THRESHOLD * sizes, 0)
-    length = float(np.hypot(*offset))
-    if length == 0:
-        return set()
-    x, y = shortened / length
-    tests: dict[Direction, bool] = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
-    return {direction for direction, holds in tests.items() if holds}
-
-
-def _sides(box: tuple[int, int, int, int]) -> tuple[int, int]:
-    left, top, right, bottom = box
-    return right - left, bottom - top
 
 
 def blank(count: int) -> Images:
