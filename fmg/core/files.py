@@ -79,6 +79,11 @@ def from_home(text: str | Path) -> Path:
     return Path(os.path.expanduser(text))  # noqa: PTH111
 
 
+def with_name(path: Path) -> Path:
+    """The path, or the absolute one if its last part is no name, as of `.` and `run/..`."""
+    return path.resolve() if path.name in ("", "..") else path
+
+
 def check_place(path: Path, option: str) -> None:
     """Checks that a file or folder can be created at `path`, before the work whose result goes there.
 

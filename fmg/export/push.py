@@ -26,13 +26,12 @@ from fmg.data.run_folder import RunFolder
 from fmg.inference.artifact.layout import Artifact, is_artifact, open_artifact
 from fmg.inference.artifact.manifest import MANIFEST, Manifest
 from fmg.inference.artifact.manifest_io import to_json
-from fmg.inference.hub_target import hub_source
+from fmg.inference.hub_target import hub_source, without_parents
 from fmg.inference.loading import made_from
 from fmg.inference.target import (
     Target,
     TargetLike,
     resolve_target,
-    run_name,
     run_of_checkpoint,
     target_text,
     without_folders,
@@ -288,7 +287,7 @@ def _shareable_manifest(manifest: Manifest) -> Manifest:
         adapter=None if adapter is None else without_folders(adapter),
         base=replace(
             base,
-            name=base.name if base.name in models.names() else run_name(base.name),
+            name=base.name if base.name in models.names() else without_parents(base.name),
             options=shareable(base.options),
         ),
         rewards=tuple(shareable(manifest.rewards)),

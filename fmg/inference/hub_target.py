@@ -14,10 +14,10 @@ from typing import Literal
 from fmg.core.cache import cache_dir, required_cache
 from fmg.core.errors import CheckpointError, HubError
 from fmg.core.events import Notice, Observer
-from fmg.core.files import PARTIAL, RECIPE, SUMS, check_sums, read_sums
+from fmg.core.files import PARTIAL, RECIPE, SUMS, check_sums, read_sums, with_name
 from fmg.core.hub import HubSource, named_repository
 from fmg.core.hub_transfer import Checkout, check_out
-from fmg.data.run_folder import RUNS
+from fmg.data.run_folder import RUNS, RunFolder
 from fmg.inference.artifact.layout import EXPORTED
 from fmg.inference.artifact.manifest import MANIFEST
 from fmg.inference.artifact.manifest_io import MAX_BYTES, from_json
@@ -53,6 +53,18 @@ class Fetched:
 def hub_source(text: str) -> HubSource | None:
     """The repository that a target names, or None. Errors as in `named_repository`."""
     return named_repository(text, (str(RUNS), f"{EXPORTED}s"))
+
+
+def without_parents(target: str) -> str:
+    """A target without the folders of this computer: its name, or for a checkpoint `RUN/checkpoints/NAME`.
+
+    A repository on the hub keeps its name and revision.
+    """
+    if hub_source(target) is not None:
+        return target
+    path = with_name(Path(target))
+    inside = path.parent == RunFolder(path.parent.parent).checkpoints
+    return "/".join(path.parts[-3:]) if inside else path.name
 
 
 def fetch_target(source: HubSource, observer: Observer) -> Fetched:

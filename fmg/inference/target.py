@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fmg.core.errors import CheckpointError, FmgWarning, UsageError, WrongTypeError, suggestion
-from fmg.core.files import RECIPE, check_place
+from fmg.core.files import RECIPE, check_place, with_name
 from fmg.data.checkpoints import FOLDER, UNCHECKED, chosen_checkpoint, read_index
 from fmg.data.run_folder import RUNS, RunFolder, is_run, list_runs, no_run, run_names
 from fmg.inference.artifact import is_artifact
 from fmg.inference.artifact.manifest import Adapter, AdapterPart
-from fmg.inference.hub_target import check_pushed_run, fetch_target, hub_source, is_pushed_run
+from fmg.inference.hub_target import check_pushed_run, fetch_target, hub_source, is_pushed_run, without_parents
 from fmg.models.common.checkpoint_files import adapter_digest, is_full
 from fmg.progress import log_notices
 from fmg.recipe import Recipe
@@ -47,7 +47,7 @@ class Target:
     @property
     def shown(self) -> str:
         """The label for others, without the names of folders on this computer."""
-        return sum_label(_named_parts(self.merged)) if self.merged else run_name(self.label)
+        return sum_label(_named_parts(self.merged)) if self.merged else without_parents(self.label)
 
     def base(self) -> Target:
         """The same model without the adapter."""
@@ -105,6 +105,8 @@ def resolve_target(
     if name is None:
         return _run_target(_newest_usable(runs), allow_code)
     if name and Path(name).is_dir():
+        # what names the target later, such as a manifest, is read in other folders
+        name = str(with_name(Path(name)))
         run = run_of_checkpoint(Path(name))
         if run is not None:
             return _run_target(RunFolder(run), allow_code, Path(name).name, name)
@@ -196,22 +198,14 @@ def sum_label(parts: Sequence[AdapterPart]) -> str:
     return " + ".join(f"{part.weight:g} {part.run}" for part in parts)
 
 
-def run_name(label: str) -> str:
-    """The name of a run without its parent folders; a run on the hub keeps its label."""
-    if hub_source(label) is not None:
-        return label
-    path = Path(label)
-    return "/".join(path.parts[-3:]) if path.parent.name == FOLDER else path.name
-
-
 def without_folders(adapter: Adapter) -> Adapter:
     """The facts of an adapter for others, without the names of folders on this computer."""
     parts = _named_parts(adapter.parts)
-    return replace(adapter, run=sum_label(parts) if parts else run_name(adapter.run), parts=parts)
+    return replace(adapter, run=sum_label(parts) if parts else without_parents(adapter.run), parts=parts)
 
 
 def _named_parts(parts: Sequence[AdapterPart]) -> tuple[AdapterPart, ...]:
-    return tuple(replace(part, run=run_name(part.run)) for part in parts)
+    return tuple(replace(part, run=without_parents(part.run)) for part in parts)
 
 
 def chosen_target(

@@ -16,6 +16,7 @@ from fmg.core.errors import UsageError
 from fmg.core.events import Notice, Observer, ignore
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.generator import Generator
+from fmg.inference.hub_target import without_parents
 from fmg.inference.loading import AUTO, find, load, pick_backend
 from fmg.inference.openers import TorchOpener
 from fmg.inference.service.models import BASE, OWN, Served, ServedModels
@@ -47,7 +48,7 @@ class Named:
     @property
     def shown(self) -> str:
         """The target without the folders of this computer."""
-        return Path(self.target).resolve().name if Path(self.target).exists() else self.target
+        return without_parents(self.target)
 
 
 def newest_run() -> str:

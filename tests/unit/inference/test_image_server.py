@@ -22,6 +22,8 @@ from fmg.core.errors import UsageError
 from fmg.core.events import ignore
 from fmg.inference import load
 from fmg.inference.service.opening import Named, former_names, named_targets, open_models
+from fmg.inference.target import Target
+from fmg.recipe import Recipe
 from fmg.serving.access import check_token, names_loopback
 from fmg.serving.server import Address
 from tests.support.image_service import Patterns, expected, image_service, pixels, post, served
@@ -408,7 +410,7 @@ def test_models_are_found_by_the_target_that_was_given_too() -> None:
             assert (status, answer["error"]["message"].partition("'")[2][: len(name)]) == (404, name)
 
 
-def test_names_of_targets(tmp_path: Any) -> None:
+def test_names_of_targets(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run, other = tmp_path / "a" / "run-1", tmp_path / "b" / "run-1"
     run.mkdir(parents=True)
     other.mkdir(parents=True)
@@ -416,6 +418,13 @@ def test_names_of_targets(tmp_path: Any) -> None:
     assert [named.name for named in found] == ["run-1", "tuned", "meanflow-shapes", "model@v1"]
     assert [named.shown for named in found] == ["run-1", "run-1", "meanflow-shapes", "me/model@v1"]
     assert former_names(found) == {str(run): "run-1", "me/model@v1": "model@v1"}
+    monkeypatch.chdir(run)
+    for text, shown in {
+        ".": "run-1",
+        "..": "a",
+        f"{run}/checkpoints/checkpoint-2": "run-1/checkpoints/checkpoint-2",
+    }.items():
+        assert Named("name", text).shown == Target(text, Recipe.default(), None).shown == shown
     # as many folders as tell them apart
     for targets, names in {
         (str(run), str(other)): ["a-run-1", "b-run-1"],

@@ -37,12 +37,18 @@ def make_run(folder: Path, *, day: int = 1, state: State = "finished", saved: bo
     return run.path
 
 
-def test_a_run_stands_for_its_best_checkpoint_and_each_can_be_named(tmp_path: Path) -> None:
+def test_a_run_stands_for_its_best_checkpoint_and_each_can_be_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = make_run(tmp_path / "run")
     assert resolve_target(run).adapter == run / "checkpoints" / "checkpoint-10"
     named = resolve_target(run / "checkpoints" / "checkpoint-20")
     assert named.adapter == run / "checkpoints" / "checkpoint-20"
     assert named.label == str(named.adapter)
+    # the label is written into artifacts, which are read in other folders
+    monkeypatch.chdir(run / "checkpoints" / "checkpoint-20")
+    assert resolve_target(".") == named
+    assert resolve_target("../..") == resolve_target(run)
     (run / "checkpoints" / "checkpoint-2").mkdir()
     with pytest.raises(UsageError, match=r"did not keep 'checkpoint-2'.*'checkpoint-20'"):
         resolve_target(run / "checkpoints" / "checkpoint-2")
