@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,12 +14,25 @@ from fmg.cli import completion
 from fmg.cli.options import AsJson, Device, OptionsByName, given_text, reward_options
 from fmg.cli.output import print_json, stderr, stdout, table
 from fmg.core.errors import UsageError
+from fmg.core.events import ignore
+from fmg.core.metric_keys import SCORE
 from fmg.data.run_folder import is_run, no_run
 from fmg.progress.reporters import LOADING, reporter_for
 from fmg.version import is_runtime
 
 if TYPE_CHECKING:
+    from fmg.inference.doctor import Check
     from fmg.rewards.doctor import Diagnosis
+
+_SELF_TEST: Mapping[str, object] = {
+    "train.iterations": 1,
+    "train.updates_per_iteration": 1,
+    "rollout.groups": 2,
+    "rollout.group_size": 4,
+    "rollout.steps": 2,
+    "eval.num": 4,
+    "train.device": "cpu",
+}
 
 doctor = typer.Typer(help="Check the installation, the rewards, or a run.", invoke_without_command=True)
 
@@ -51,8 +66,6 @@ def examine_installation(
         if not quick and is_runtime():
             self_test = computes
         elif not quick:
-            from fmg.training.doctor import trains
-
             self_test = trains
         checks = examine(self_test, network=network, observer=reporter)
     if as_json:
@@ -101,6 +114,25 @@ def examine_rewards(
                 stdout().print(f"{diagnosis.reward}: {diagnosis.advice}", soft_wrap=True)
     if any(diagnosis.outcome == "failed" for diagnosis in found):
         raise typer.Exit(1)
+
+
+def trains() -> Check:
+    """The self-test: trains the embedded model for one iteration, with every stage of a real run, on eight images."""
+    from fmg.inference.doctor import self_tested
+
+    def scores() -> bool:
+        from fmg.recipe import Recipe
+        from fmg.training.api import train
+
+        with tempfile.TemporaryDirectory() as folder:
+            return SCORE in train(Recipe.default(None, **_SELF_TEST), Path(folder) / "run", ignore).final
+
+    return self_tested(
+        "one iteration of meanflow-shapes",
+        scores,
+        "generated, scored, updated, saved and read back",
+        "See where: fmg --debug train --iterations 1",
+    )
 
 
 def _cells(diagnosis: Diagnosis) -> list[str]:

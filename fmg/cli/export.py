@@ -32,12 +32,10 @@ from fmg.progress.reporters import LOADING, reporter_for
 
 if TYPE_CHECKING:
     from fmg.core.events import Observer
-    from fmg.export.diffusers import Merged
     from fmg.export.options import ExportPrecision
     from fmg.export.tensorrt.build import BuiltEngine, Hardware
     from fmg.export.triton import TritonOptions
     from fmg.inference.artifact import Artifact
-    from fmg.inference.self_check import VerifyReport
 
 
 _FP8: ExportPrecision = "fp8"
@@ -266,7 +264,8 @@ def export(
             from fmg.export.diffusers import export_diffusers
 
             merged = export_diffusers(chosen, folder or export_folder(chosen, "diffusers"), kept, observer=reporter)
-            facts, text = _folder_facts(merged), f"{merged.folder}: {merged.changed} of {merged.tensors} weights merged"
+            facts = {"folder": str(merged.folder), "changed": merged.changed, "tensors": merged.tensors}
+            text = f"{merged.folder}: {merged.changed} of {merged.tensors} weights merged"
         elif kohya:
             from fmg.export.kohya import export_kohya
             from fmg.models.common.checkpoint_files import KOHYA_FILE
@@ -311,7 +310,11 @@ def export(
             served, line = repository.write(artifact, reporter, int8=int8, fused=fused)
             facts |= {"triton": served}
             text = f"{text}\n{line}".lstrip()
-        report = None if level is None else _verified(open_artifact(artifact.folder), level, reporter)
+        report = None
+        if level is not None:
+            from fmg.export.verify import verify as compare
+
+            report = compare(open_artifact(artifact.folder), level=level, observer=reporter)
     if as_json:
         print_json(facts if report is None else {**facts, "verify": report.to_json()})
     else:
@@ -462,16 +465,6 @@ def _engine_text(engine: BuiltEngine) -> str:
     how = "reused" if engine.reused else f"built in {record.seconds:.1f} s"
     profiles = ", ".join(profile.name for profile in record.ingredients.profiles)
     return f"  {record.plan}: {record.size / 1e6:.1f} MB, {profiles}, {how}"
-
-
-def _verified(artifact: Artifact, level: str, observer: Observer) -> VerifyReport:
-    from fmg.export.verify import verify
-
-    return verify(artifact, level=level, observer=observer)
-
-
-def _folder_facts(merged: Merged) -> dict[str, object]:
-    return {"folder": str(merged.folder), "changed": merged.changed, "tensors": merged.tensors}
 
 
 def _facts(artifact: Artifact) -> dict[str, object]:

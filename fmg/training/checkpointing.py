@@ -69,7 +69,7 @@ from fmg.trackers.following import identity_of
 from fmg.training.compose import Composed
 from fmg.training.distributed import DistContext
 from fmg.training.gates import replica_gate
-from fmg.training.state_files import generator_states, read_state, restore_generators, write_state
+from fmg.training.state_files import read_state, restore_generators, write_state
 from fmg.training.update import Ema
 
 EMA_SUFFIX = "-ema"
@@ -252,10 +252,6 @@ class CheckpointManager:
                 lambda: save_checkpoint(run, model, iteration, key, score, ema=ema, eligible=eligible).to_json()
             )
         return CheckpointIndex.from_json(text)
-
-    def resume_point(self, progress: Progress, monitor: Mapping[str, Any], sampling: Mapping[str, Any]) -> ResumePoint:
-        """The data that a state saved now needs besides the weights, as long as these do not change."""
-        return ResumePoint(progress, generator_states(self.live.device), monitor, sampling)
 
     def save_state(self, point: ResumePoint, *, now: bool = False) -> None:
         """Saves the state when it is due: at the start, then every `train.state_every` iterations.

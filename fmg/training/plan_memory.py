@@ -107,7 +107,7 @@ def plan_memory(
             "text encoders": encoders,
             "autoencoder": geometry.decoder_parameters * number,
             "trained weights and copies": copies_bytes(recipe, trained),
-            "moving average": average_bytes(recipe, trained),
+            "moving average": _averages(recipe) * FULL * trained.parameters,
             "optimizer": optimizer_bytes(recipe.optimizer.name, (*trained.lora, *trained.unfrozen)),
             "rollout store": rollout_bytes(recipe, geometry, number, devices),
             "activations": work + rows,
@@ -135,7 +135,10 @@ def update_bytes(geometry: ModelGeometry, trained: Trained, rank: int, number: i
     runs, a copy for each in bf16 ones. A trained weight keeps its input as the network computes it, and under autocast
     the network's copy of the weight as well.
     """
-    adapted = _adapter_inputs(geometry, trained.layers, rank, number) + _own_inputs(geometry, trained, number)
+    adapted = FULL * rank * sum(geometry.tokens[layer.tokens] for layer in trained.layers)
+    adapted += _input_bytes(geometry, trained.layers, number, FULL)
+    if trained.whole:
+        adapted += _input_bytes(geometry, geometry.linears, number, number)
     # the backward pass begins in the last block
     extra = geometry.blocks[-1].backward.size(number)
     count = sum(kind.count for kind in geometry.blocks)
@@ -230,11 +233,6 @@ def copies_bytes(recipe: Recipe, trained: Trained) -> int:
     return FULL * ((copies + 1) * trained.parameters + trained.base_parameters)
 
 
-def average_bytes(recipe: Recipe, trained: Trained) -> int:
-    """The moving averages: of the weights, and of the policy of the rollouts."""
-    return _averages(recipe) * FULL * trained.parameters
-
-
 def optimizer_bytes(name: str, shapes: Sequence[Shape]) -> int:
     """State of an optimizer over tensors of these shapes; an unknown optimizer counts as one with two moments."""
     if name == "adafactor":
@@ -263,6 +261,7 @@ def disk_bytes(recipe: Recipe, trained: Trained, number: int) -> tuple[int, int]
 
 
 def _averages(recipe: Recipe) -> int:
+    """The moving averages: of the weights, and of the policy of the rollouts."""
     return (recipe.train.ema_decay is not None) + (recipe.objective.config.moving_old is not None)
 
 
@@ -270,24 +269,12 @@ def _moments_8bit(count: int) -> int:
     return 2 * FULL * count if count < _SMALL else 2 * (count + FULL * -(-count // _BLOCK))
 
 
-def _adapter_inputs(geometry: ModelGeometry, layers: Sequence[LinearModule], rank: int, number: int) -> int:
-    tokens = geometry.tokens
-    inner = sum(tokens[layer.tokens] * rank for layer in layers)
+def _input_bytes(geometry: ModelGeometry, layers: Sequence[LinearModule], number: int, kept: int) -> int:
+    """The inputs of layers: one for all that read it in fp32 runs, else a copy for each, of `kept` bytes a number."""
+    inputs = [(layer.source, geometry.tokens[layer.tokens] * layer.inputs) for layer in layers]
     if number < FULL:
-        return FULL * (inner + sum(tokens[layer.tokens] * layer.inputs for layer in layers))
-    shared = {layer.source: tokens[layer.tokens] * layer.inputs for layer in layers}
-    return FULL * (inner + sum(shared.values()))
-
-
-def _own_inputs(geometry: ModelGeometry, trained: Trained, number: int) -> int:
-    """Inputs that a network keeps for the gradients of its own weights."""
-    if not trained.whole:
-        return 0
-    tokens = geometry.tokens
-    if number < FULL:
-        return number * sum(tokens[layer.tokens] * layer.inputs for layer in geometry.linears)
-    shared = {layer.source: tokens[layer.tokens] * layer.inputs for layer in geometry.linears}
-    return FULL * sum(shared.values())
+        return kept * sum(size for _, size in inputs)
+    return FULL * sum(dict(inputs).values())
 
 
 def _cast_bytes(geometry: ModelGeometry, trained: Trained, number: int) -> int:

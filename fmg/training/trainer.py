@@ -69,6 +69,7 @@ from fmg.training.launch import Sizes
 from fmg.training.lr_schedule import LrSchedule
 from fmg.training.plan_work import stochasticizer_of
 from fmg.training.samples import Sampler, advantages, decode_samples, reward_metrics, score_samples
+from fmg.training.state_files import generator_states
 from fmg.training.update import Updater
 
 
@@ -342,7 +343,8 @@ class Trainer:
         sizes, moved = astuple(self.sizes), not self._start
         progress = Progress(done, self._touched, len(self._lines), sizes, *self._replay_gate.findings, moved=moved)
         monitor, sampling = self._evaluator.monitor.state(), self._sampler.state()
-        self._resume_point = self._checkpoints.resume_point(progress, monitor, sampling)
+        generators = generator_states(self._checkpoints.live.device)
+        self._resume_point = ResumePoint(progress, generators, monitor, sampling)
         return self._resume_point
 
     def _save_early(self) -> CheckpointIndex:

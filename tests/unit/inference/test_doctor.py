@@ -10,9 +10,9 @@ from urllib.request import Request
 
 import pytest
 
+from fmg.cli.doctor import trains
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.inference import doctor
-from fmg.training import doctor as training_doctor
 from fmg.version import DISTRIBUTION, RUNTIME
 from tests.support.cli import fmg
 
@@ -26,7 +26,7 @@ def test_everything_is_checked_and_a_missing_extra_is_not_a_fault(monkeypatch: p
     assert checks["extra", "onnx"]["outcome"] == "ok"
     absent = checks["extra", "trt"]
     assert absent["outcome"] == "missing"
-    assert "without no-such-package" in absent["found"]
+    assert "not installed: no-such-package" in absent["found"]
     assert absent["advice"].startswith("pip install 'flow-map-grpo[trt]' --extra-index-url")
     assert done.code == (1 if any(check["outcome"] == "failed" for check in checks.values()) else 0)
 
@@ -88,8 +88,8 @@ def test_a_self_test_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> Non
     def broken(*args: object) -> None:
         raise CheckpointError("The weights are damaged", "Install fmg again.")
 
-    monkeypatch.setattr(training_doctor, "train", broken)
-    check = training_doctor.trains()
+    monkeypatch.setattr("fmg.training.api.train", broken)
+    check = trains()
     assert check.outcome == "failed"
     assert "The weights are damaged" in check.found
     assert check.advice
@@ -97,7 +97,7 @@ def test_a_self_test_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.slow
 def test_the_self_test_trains() -> None:
-    check = training_doctor.trains()
+    check = trains()
     assert check.outcome == "ok", check
 
 
