@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -25,6 +24,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from fmg.core.machine import peak_rss
 
 STAGES = ("write", "export", "torch", "onnxruntime", "graph", "merge")
 PARAMETERS = 1.0e9
@@ -43,7 +44,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.stage is not None:
         figures = globals()[f"stage_{arguments.stage}"](arguments)
-        print(json.dumps({**figures, "peak_gb": peak() / 1e9}))
+        print(json.dumps({**figures, "peak_gb": peak_rss() / 1e9}))
         return
     result: dict[str, Any] = {"benchmark": "export_size"}
     if arguments.only != "8b":
@@ -242,11 +243,6 @@ def feed(config: Any) -> dict[str, Any]:
         "img_ids": np.stack([0 * rows, rows, columns], axis=1).astype(np.float32),
         "txt_ids": np.zeros((text, 3), np.float32),
     }
-
-
-def peak() -> int:
-    # bytes on macOS, kilobytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

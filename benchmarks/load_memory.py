@@ -13,12 +13,13 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from fmg.core.machine import peak_rss
 
 DTYPES = ("fp32", "bf16")
 
@@ -101,18 +102,13 @@ def load(arguments: argparse.Namespace) -> dict[str, object]:
 
     stated = {**config(arguments.parameters), "time_scale": 1.0, "second_time": "duration"}
     shapes = w.transformer_shapes(w.empty_transformer(Transformer, stated, arguments.folder))
-    before, started = _peak(), time.perf_counter()
+    before, started = peak_rss(), time.perf_counter()
     name = "student.pt" if arguments.torch_file else "transformer"
     files = student_weights(arguments.folder / name, shapes)
     dtype = torch.bfloat16 if arguments.dtype == "bf16" else torch.float32
     transformer = w.load_transformer(Transformer, stated, files, torch.device("cpu"), dtype)
     assert not any(parameter.is_meta for parameter in transformer.parameters())
-    return {"peak_bytes": _peak() - before, "seconds": time.perf_counter() - started, "torch": torch.__version__}
-
-
-def _peak() -> int:
-    # bytes on macOS, kilobytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"peak_bytes": peak_rss() - before, "seconds": time.perf_counter() - started, "torch": torch.__version__}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import sys
 from collections.abc import Mapping
@@ -10,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fmg.core.errors import FmgError, UsageError
-from fmg.core.stdout_redirect import fenced
+from fmg.core.errors import FmgError, UsageError, one_line
 from fmg.recipe.sections import PYTHON_REWARD
 from fmg.registry.catalog import REGISTRIES, registry_for, rewards
 from fmg.registry.config import ComponentConfig
-from fmg.registry.registry import Registry, Row
+from fmg.registry.registry import Registry, Row, load
 
 
 @dataclass(frozen=True)
@@ -83,20 +81,14 @@ def find_component(target: str, name: str | None, options: Mapping[str, object])
 
 
 def _imported(target: str) -> object:
-    module_name, _, attribute = target.partition(":")
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
-        with fenced(f"The module '{module_name}'"):
-            found: object = importlib.import_module(module_name)
-            for part in attribute.split("."):
-                found = getattr(found, part)
+        return load(target)
     except FmgError:
         raise
     except (Exception, SystemExit) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UsageError(
-            f"'{target}' cannot be imported: {reason}", "Install its package, or run where its module is."
+            f"'{target}' cannot be imported: {one_line(error)}", "Install its package, or run where its module is."
         ) from None
-    return found

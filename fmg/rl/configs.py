@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,9 @@ _OLD_RISE = "rise of that decay per iteration, from 0 to old_decay; null: consta
 
 class GrpoConfig(ObjectiveConfig):
     """Flow-Map GRPO (arXiv 2607.00535): clipped policy ratio on transition densities."""
+
+    needs: ClassVar[Needs] = "transitions"
+    branches: ClassVar[bool] = True
 
     clip_range: float = Field(
         default=1e-4, gt=0, lt=1, description="half-width of the ratio clip; log-probs are averaged over coordinates"
@@ -48,14 +51,6 @@ class GrpoConfig(ObjectiveConfig):
         gt=0,
         description="policy KL after an update above which the iteration's other updates are skipped; null never skips",
     )
-
-    @property
-    def needs(self) -> Needs:
-        return "transitions"
-
-    @property
-    def branches(self) -> bool:
-        return True
 
     @property
     def compares_with(self) -> frozenset[Literal["old", "reference"]]:
@@ -87,23 +82,12 @@ class GrpoGuardConfig(GrpoConfig):
 class ReinforceConfig(ObjectiveConfig):
     """REINFORCE with a leave-one-out baseline (Ahmadian et al., arXiv 2402.14740): neither ratio nor clip."""
 
+    needs: ClassVar[Needs] = "transitions"
+    branches: ClassVar[bool] = True
+    on_policy: ClassVar[bool] = True
+    compares_with: ClassVar[frozenset[Literal["old", "reference"]]] = frozenset()
+
     global_std: Literal[True] = Field(default=True, description="always on: a group's own std is not a constant factor")
-
-    @property
-    def needs(self) -> Needs:
-        return "transitions"
-
-    @property
-    def branches(self) -> bool:
-        return True
-
-    @property
-    def on_policy(self) -> bool:
-        return True
-
-    @property
-    def compares_with(self) -> frozenset[Literal["old", "reference"]]:
-        return frozenset()
 
 
 @dataclass(frozen=True)
@@ -131,16 +115,14 @@ class Noising:
 class NoisedConfig(ObjectiveConfig):
     """Options of the objectives on finished samples, to which noise is added again."""
 
+    needs: ClassVar[Needs] = "samples"
+
     draws: int = Field(default=4, ge=1, description="noise levels sampled for each image of a rollout")
 
     @property
     def noising(self) -> Noising:
         """How the samples are noised."""
         return Noising(self.draws)
-
-    @property
-    def needs(self) -> Needs:
-        return "samples"
 
     def rows_per_sample(self, transitions: int) -> int:
         return self.draws
@@ -306,6 +288,8 @@ class MeanFlowAdvantageConfig(MeanFlowConfig):
 class RewardGradientConfig(ObjectiveConfig):
     """Backpropagation of differentiable rewards through the last jumps and the decoder (DRaFT-K, DRaFT-LV, ReFL)."""
 
+    needs: ClassVar[Needs] = "gradients"
+
     method: Literal["draft", "draft-lv", "refl"] = Field(
         default="draft",
         description="draft: the last jumps of the sampler; draft-lv: the last jump, from several re-noisings of the"
@@ -328,10 +312,6 @@ class RewardGradientConfig(ObjectiveConfig):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} concerns advantages, which this objective does not use")
         return self
-
-    @property
-    def needs(self) -> Needs:
-        return "gradients"
 
     def trained_calls(self, calls: int) -> int:
         return self.jumps if self.method == "draft" else 1
