@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, cast
 
 import torch
 
 from fmg.core.errors import UsageError, python_call
 from fmg.core.events import Observer, StageProgress, ignore
 from fmg.core.files import atomic_folder, check_space
-from fmg.core.model_folder import read_config
+from fmg.core.model_folder import read_config, whole
 from fmg.export.calibration import CALIBRATION, calibrated
-from fmg.export.fp8 import Fp8Graph
+from fmg.export.fp8 import Fp8Graph, Read
 from fmg.export.fused import add_sampler
 from fmg.export.graph_files import DTYPES, write_graph
 from fmg.export.graphs import GraphPlan, clip_plan, decoder_plan, t5_plan, transformer_plan
 from fmg.export.int8 import add_int8
+from fmg.export.model_artifact import LoadedSource
 from fmg.export.onnx import OPSET, TracedGraph, require_onnx, trace
 from fmg.export.options import LARGE_BATCH, SMALL_BATCH, ExportOptions, library_versions, plain_config
 from fmg.export.source import (
@@ -46,6 +48,7 @@ from fmg.inference.artifact.manifest import (
     BATCH,
     HEIGHT,
     IMAGE,
+    PACKED,
     PIXEL_HEIGHT,
     PIXEL_WIDTH,
     TEXT,
@@ -54,9 +57,9 @@ from fmg.inference.artifact.manifest import (
     TRANSFORMER,
     TRANSFORMER_INT8,
     WIDTH,
+    Adapter,
     AxisRange,
     Base,
-    FileEntry,
     Graph,
     Manifest,
     ModelFacts,
@@ -64,13 +67,86 @@ from fmg.inference.artifact.manifest import (
     TokenizerFacts,
 )
 from fmg.inference.target import Target, TargetLike, export_folder, load_model, resolve_target
+from fmg.models.common.model import AdaptedModel
 from fmg.models.common.size import latent_scale
+from fmg.models.common.weights import TensorReader
 from fmg.models.flux.latents import PATCH
 from fmg.models.flux.loading import FLUX
 from fmg.progress import watching
+from fmg.recipe import Recipe
 
 # T5 exceeds the range of fp16, so encoders stay fp32 beside an fp16 transformer
 _TEXT_DTYPES: Mapping[str, torch.dtype] = {**DTYPES, "fp16": torch.float32}
+_EIGHT_BITS = "8-bit weights"
+
+
+class ArtifactSource(Protocol):
+    """A model with what a run trained: what an artifact is written from, and verified against.
+
+    `PackedSource` streams the files of the FLUX.1 family; `LoadedSource` has a model of any other family in memory.
+
+    Attributes:
+        schema: schema of its artifacts.
+        label: the name that the user gave.
+        recipe: how it is sampled and scored.
+        facts: name, configs and options of the model.
+        base: the weights under the adapter, none of which are kept.
+        adapter: what is merged.
+        stored: the weights of the transformer under the adapter.
+        summed: names of the weights that are sums of base and adapter.
+        changed: names of the weights that differ from the base: these, and those that an adapter replaces.
+        model: the model in memory, in fp32.
+    """
+
+    @property
+    def schema(self) -> Literal[1, 2]: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def recipe(self) -> Recipe: ...
+    @property
+    def facts(self) -> ModelFacts: ...
+    @property
+    def base(self) -> Base: ...
+    @property
+    def adapter(self) -> Adapter | None: ...
+    @property
+    def stored(self) -> TensorReader: ...
+    @property
+    def summed(self) -> frozenset[str]: ...
+    @property
+    def changed(self) -> frozenset[str]: ...
+    @property
+    def model(self) -> AdaptedModel[Any]: ...
+
+    def sampling(self, resolutions: Sequence[int] | None) -> Sampling:
+        """How the artifact is sampled.
+
+        Args:
+            resolutions: sides of square images in pixels; None: the model's own.
+
+        Raises:
+            UsageError: images of these sides cannot be generated.
+        """
+
+    def axes(self, sampling: Sampling, tokenizers: Mapping[str, TokenizerFacts]) -> Mapping[str, AxisRange]:
+        """The dynamic axes besides the batch."""
+
+    def plans(self, precision: str, tokenizers: Mapping[str, TokenizerFacts]) -> Sequence[GraphPlan]:
+        """The graphs."""
+
+    def reader(self, graph: str, names: Sequence[str]) -> Read:
+        """Reads these weights of a graph."""
+
+    def write_tokenizers(self, out: Path) -> Mapping[str, TokenizerFacts]:
+        """Writes each tokenizer as one file under `out`.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or the file alone does not give the ids of the model.
+        """
+
+    def sizes(self, options: ExportOptions) -> Iterator[int]:
+        """Bytes of the weight files to be written, at most."""
 
 
 @python_call
@@ -103,179 +179,188 @@ def export_artifact(
         if packs_latents(found.recipe):
             return export_source(find_source(found), folder, chosen, observer=told)
         check_exportable(found.recipe)
-        _check_new(folder)
-        # not needed for FLUX, whose weights are never loaded as a whole
-        from fmg.export.model_artifact import export_loaded
-
-        return export_loaded(found, folder, chosen, told)
+        _check_request(folder, chosen)
+        return _write_artifact(LoadedSource.load(found), folder, chosen, told)
 
 
 def export_source(source: ExportSource, out: Path, options: ExportOptions, *, observer: Observer = ignore) -> Artifact:
     """As `export_artifact`, for files of the FLUX.1 family that have been located."""
-    _check_new(out)
-    options.check()
-    export = _Export(source, options, observer)
-    check_space(out, sum(export.sizes()))
-    with atomic_folder(out) as partial_folder:
-        manifest = export.write(partial_folder)
-        if options.fused:
-            manifest = add_sampler(partial_folder, manifest)
-        write_manifest(partial_folder, manifest)
-    return Artifact(out, manifest)
+    _check_request(out, options)
+    return _write_artifact(PackedSource(source), out, options, observer)
 
 
-def _check_new(out: Path) -> None:
-    """Checks that the packages are installed and that there is no such folder yet."""
+def _check_request(out: Path, options: ExportOptions) -> None:
+    """Checks that the packages are installed, that there is no such folder yet, and that the options go together."""
     require_onnx()
     check_not_interrupted(out)
     if out.exists():
         raise UsageError(f"{out} exists already", "Export to another folder, or move that one away.")
+    options.check()
 
 
-class _Export:
-    """An export in progress: its facts, and the entries of the files written so far."""
+def _write_artifact(source: ArtifactSource, out: Path, options: ExportOptions, observer: Observer) -> Artifact:
+    sampling = source.sampling(options.resolutions)
+    check_space(out, sum(source.sizes(options)))
+    with atomic_folder(out) as folder:
+        manifest = _write_files(source, sampling, folder, options, observer)
+        if options.fused:
+            manifest = add_sampler(folder, manifest)
+        write_manifest(folder, manifest)
+    return Artifact(out, manifest)
 
-    def __init__(self, source: ExportSource, options: ExportOptions, observer: Observer) -> None:
+
+def _write_files(
+    source: ArtifactSource, sampling: Sampling, folder: Path, options: ExportOptions, observer: Observer
+) -> Manifest:
+    """Writes every file but the manifest and the fused sampler; returns the manifest."""
+    tokenizers, recipe, base = source.write_tokenizers(folder), source.recipe, source.base
+    files = {facts.file: file_entry(folder / facts.file) for facts in tokenizers.values()}
+    graphs: dict[str, Graph] = {}
+    plans = source.plans(options.precision, tokenizers)
+    for number, plan in enumerate(plans):
+        observer(StageProgress("tracing", number, len(plans)))
+        traced = trace(plan)
+        made: TracedGraph | Fp8Graph = traced
+        if plan.name == TRANSFORMER:
+            if changed := sorted(source.changed & traced.parameters.keys()):
+                base = replace(base, weights=BASE_WEIGHTS)
+                files[BASE_WEIGHTS] = write_base(folder / BASE_WEIGHTS, source.stored, changed)
+            if options.precision == "fp8":
+                shapes = {side: sampling.latent_shape(side) for side in sampling.resolutions}
+                made, files[CALIBRATION] = calibrated(folder, traced, source.model, recipe, shapes, observer)
+        read = source.reader(plan.name, list(traced.parameters))
+        graphs[plan.name], written = write_graph(folder, made, read, observer)
+        files |= written
+    observer(StageProgress("tracing", len(plans), len(plans)))
+    if options.int8:
+        observer(StageProgress(_EIGHT_BITS, 0, 1))
+        graphs[TRANSFORMER_INT8], written = add_int8(folder, graphs[TRANSFORMER])
+        files |= written
+        observer(StageProgress(_EIGHT_BITS, 1, 1))
+    rewards, prompts = recipe_facts(recipe)
+    usual = LARGE_BATCH if recipe.model.config.spec().gpu_memory_gb else SMALL_BATCH
+    return Manifest(
+        schema=source.schema,
+        files=dict(sorted(files.items())),
+        model=source.facts,
+        sampling=sampling,
+        precision=options.precision,
+        opset=OPSET,
+        axes={BATCH: AxisRange(*(options.batch or usual)), **source.axes(sampling, tokenizers)},
+        graphs=graphs,
+        tokenizers=tokenizers,
+        base=base,
+        adapter=source.adapter,
+        rewards=rewards,
+        prompts=prompts,
+        libraries=library_versions(),
+        checks=(),
+    )
+
+
+class PackedSource:
+    """The files of a model of the FLUX.1 family as an `ArtifactSource`; its weights are never loaded as a whole."""
+
+    schema: Literal[1] = PACKED
+
+    def __init__(self, source: ExportSource) -> None:
         self._source = source
-        self._options = options
-        self._observer = observer
         self._vae = read_config(source.folder / "vae")
-        self._sampling = sampling_of(source, self._vae, options.resolutions)
-        self._files: dict[str, FileEntry] = {}
-        self._graphs: dict[str, Graph] = {}
-        self._tokenizers: dict[str, TokenizerFacts] = {}
-        self._delta = source.delta
+        self.label = source.label
+        self.recipe = source.recipe
 
-    def write(self, folder: Path) -> Manifest:
-        """Writes every file but the manifest, which it returns."""
+    @property
+    def facts(self) -> ModelFacts:
         source = self._source
-        self._tokenizers = {graph: graph_tokenizer(source, graph, folder) for graph in (TEXT_ENCODER, TEXT_ENCODER_2)}
-        for tokenizer in self._tokenizers.values():
-            self._files[tokenizer.file] = file_entry(folder / tokenizer.file)
-        plans = self._plans()
-        for number, plan in enumerate(plans):
-            self._observer(StageProgress("tracing", number, len(plans)))
-            self._write_graph(folder, plan)
-        self._observer(StageProgress("tracing", len(plans), len(plans)))
-        base = None
-        if self._delta is not None:
-            base = BASE_WEIGHTS
-            self._files[base] = write_base(folder / base, source.reader, self._delta.changed)
-        if self._options.int8:
-            self._observer(StageProgress("8-bit weights", 0, 1))
-            self._graphs[TRANSFORMER_INT8], files = add_int8(folder, self._graphs[TRANSFORMER])
-            self._files |= files
-            self._observer(StageProgress("8-bit weights", 1, 1))
-        options = None if source.tuned_whole else base_options(source.recipe.model.config)
-        return self._manifest(Base(source.base, source.digest, base_dtypes(source.stored), base, options))
+        return ModelFacts(source.name, plain_config(source.transformer.config), plain_config(self._vae))
 
-    def _plans(self) -> tuple[GraphPlan, ...]:
-        source, precision = self._source, self._options.precision
-        text = _TEXT_DTYPES[precision]
-        for name in ("text_encoder", "text_encoder_2"):
-            FLUX.class_of(source.folder / name, name)
-        return (
-            clip_plan(read_config(source.folder / "text_encoder"), self._tokenizers[TEXT_ENCODER].length, text),
-            t5_plan(read_config(source.folder / "text_encoder_2"), text),
-            transformer_plan(source.transformer.config, DTYPES[precision]),
-            decoder_plan(FLUX.class_of(source.folder / "vae", "vae"), self._vae),
+    @property
+    def base(self) -> Base:
+        source = self._source
+        options = None if source.tuned_whole else base_options(self.recipe.model.config)
+        return Base(source.base, source.digest, base_dtypes(source.stored), None, options)
+
+    @property
+    def adapter(self) -> Adapter | None:
+        return None if self._source.delta is None else self._source.delta.adapter
+
+    @property
+    def stored(self) -> TensorReader:
+        return self._source.reader
+
+    @property
+    def summed(self) -> frozenset[str]:
+        return frozenset() if self._source.delta is None else frozenset(self._source.delta.lora)
+
+    @property
+    def changed(self) -> frozenset[str]:
+        return frozenset() if self._source.delta is None else self._source.delta.changed
+
+    @property
+    def model(self) -> AdaptedModel[Any]:
+        source = self._source
+        target = Target(source.label, source.recipe, source.checkpoint)
+        return cast("AdaptedModel[Any]", load_model(target, dtype="fp32"))
+
+    def sampling(self, resolutions: Sequence[int] | None) -> Sampling:
+        conventions, rollout = self._source.conventions, self.recipe.rollout
+        scale = latent_scale(self._vae)
+        sizes = tuple(sorted(set(resolutions or (conventions.resolution,))))
+        token = scale * PATCH
+        for size in sizes:
+            if size < token or size % token:
+                raise UsageError(
+                    f"The resolution {size} is not a multiple of {token}, the side of a token of '{self._source.name}'",
+                    f"Use multiples of {token}.",
+                )
+        return Sampling(
+            map=conventions.map,
+            path=conventions.path,
+            time_scale=conventions.time_scale,
+            second_time=conventions.second_time.takes,
+            guidance=conventions.guidance,
+            latent_channels=whole(self._vae, "latent_channels"),
+            latent_scale=scale,
+            resolution=default_resolution(conventions.resolution, sizes),
+            resolutions=sizes,
+            grid=rollout.grid,
+            steps=rollout.steps,
         )
 
-    def _write_graph(self, folder: Path, plan: GraphPlan) -> None:
-        traced = trace(plan)
-        read = model_reader(self._source, plan.name, list(traced.parameters))
-        narrow = plan.name == TRANSFORMER and self._options.precision == "fp8"
-        made = self._in_fp8(folder, traced) if narrow else traced
-        self._graphs[plan.name], files = write_graph(folder, made, read, self._observer)
-        self._files |= files
+    def axes(self, sampling: Sampling, tokenizers: Mapping[str, TokenizerFacts]) -> dict[str, AxisRange]:
+        length = tokenizers[TEXT_ENCODER_2].length
+        return {TEXT: AxisRange(length, length, length), **image_axes(sampling)}
 
-    def _in_fp8(self, folder: Path, traced: TracedGraph) -> Fp8Graph:
-        """The graph in fp8, calibrated; the record of the calibration is written."""
-        source, sampling = self._source, self._sampling
-        model: Any = load_model(Target(source.label, source.recipe, source.checkpoint), dtype="fp32")
-        shapes = {side: sampling.latent_shape(side) for side in sampling.resolutions}
-        made, self._files[CALIBRATION] = calibrated(folder, traced, model, source.recipe, shapes, self._observer)
-        return made
+    def plans(self, precision: str, tokenizers: Mapping[str, TokenizerFacts]) -> tuple[GraphPlan, ...]:
+        folder, text = self._source.folder, _TEXT_DTYPES[precision]
+        for name in ("text_encoder", "text_encoder_2"):
+            FLUX.class_of(folder / name, name)
+        return (
+            clip_plan(read_config(folder / "text_encoder"), tokenizers[TEXT_ENCODER].length, text),
+            t5_plan(read_config(folder / "text_encoder_2"), text),
+            transformer_plan(self._source.transformer.config, DTYPES[precision]),
+            decoder_plan(FLUX.class_of(folder / "vae", "vae"), self._vae),
+        )
 
-    def sizes(self) -> Iterator[int]:
-        """Bytes of the weight files to be written."""
-        source, itemsize = self._source, DTYPES[self._options.precision].itemsize
+    def reader(self, graph: str, names: Sequence[str]) -> Read:
+        return model_reader(self._source, graph, names)
+
+    def write_tokenizers(self, out: Path) -> dict[str, TokenizerFacts]:
+        return {graph: graph_tokenizer(self._source, graph, out) for graph in (TEXT_ENCODER, TEXT_ENCODER_2)}
+
+    def sizes(self, options: ExportOptions) -> Iterator[int]:
+        source = self._source
         elements = {name: math.prod(shape) for name, (_, shape) in source.stored.items()}
         total = sum(elements.values())
-        yield total * itemsize
+        yield total * DTYPES[options.precision].itemsize
         for name in ("text_encoder", "text_encoder_2"):
-            yield stored_elements(source.folder / name) * _TEXT_DTYPES[self._options.precision].itemsize
+            yield stored_elements(source.folder / name) * _TEXT_DTYPES[options.precision].itemsize
         yield stored_elements(source.folder / "vae") * torch.float32.itemsize
-        for name in self._delta.changed if self._delta is not None else ():
+        for name in self.changed:
             yield elements[name] * source.stored[name][0].itemsize
-        if self._options.int8:
+        if options.int8:
             # with the quantiser's temporary copies
             yield total * (2 * torch.float32.itemsize + 2)
-
-    def _manifest(self, base: Base) -> Manifest:
-        source = self._source
-        rewards, prompts = recipe_facts(source.recipe)
-        return Manifest(
-            schema=1,
-            files=dict(sorted(self._files.items())),
-            model=ModelFacts(source.name, plain_config(source.transformer.config), plain_config(self._vae)),
-            sampling=self._sampling,
-            precision=self._options.precision,
-            opset=OPSET,
-            axes=self._axes(),
-            graphs=self._graphs,
-            tokenizers=self._tokenizers,
-            base=base,
-            adapter=None if self._delta is None else self._delta.adapter,
-            rewards=rewards,
-            prompts=prompts,
-            libraries=library_versions(),
-            checks=(),
-        )
-
-    def _axes(self) -> dict[str, AxisRange]:
-        length = self._tokenizers[TEXT_ENCODER_2].length
-        large = bool(self._source.conventions.spec(self._source.name).gpu_memory_gb)
-        return {
-            BATCH: AxisRange(*(self._options.batch or (LARGE_BATCH if large else SMALL_BATCH))),
-            TEXT: AxisRange(length, length, length),
-            **image_axes(self._sampling),
-        }
-
-
-def sampling_of(source: ExportSource, vae: Mapping[str, Any], resolutions: Sequence[int] | None) -> Sampling:
-    """How an artifact of `source` is sampled.
-
-    Args:
-        source: model and run.
-        vae: config of its autoencoder.
-        resolutions: sides of square images; None: the model's own.
-
-    Raises:
-        UsageError: a side is not a whole number of tokens.
-    """
-    conventions, rollout = source.conventions, source.recipe.rollout
-    scale = latent_scale(vae)
-    sizes = tuple(sorted(set(resolutions or (conventions.resolution,))))
-    for size in sizes:
-        if size < scale * PATCH or size % (scale * PATCH):
-            raise UsageError(
-                f"The resolution {size} is not a multiple of {scale * PATCH}, the side of a token of '{source.name}'",
-                f"Use multiples of {scale * PATCH}.",
-            )
-    return Sampling(
-        map=conventions.map,
-        path=conventions.path,
-        time_scale=conventions.time_scale,
-        second_time=conventions.second_time.takes,
-        guidance=conventions.guidance,
-        latent_channels=int(vae["latent_channels"]),
-        latent_scale=scale,
-        resolution=default_resolution(conventions.resolution, sizes),
-        resolutions=sizes,
-        grid=rollout.grid,
-        steps=rollout.steps,
-    )
 
 
 def default_resolution(own: int, sizes: Sequence[int]) -> int:

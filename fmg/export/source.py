@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -343,28 +343,21 @@ def base_dtypes(stored: Mapping[str, TensorType]) -> tuple[str, ...]:
     return tuple(sorted({str(dtype).removeprefix("torch.") for dtype, _ in stored.values()}))
 
 
-def graph_reader(source: ExportSource, graph: str, names: Iterable[str], dtype: torch.dtype) -> Callable[[str], Tensor]:
-    """Reads the weights of a graph by their names in it, in `dtype`; a run changes only those of the transformer.
+def model_reader(source: ExportSource, graph: str, names: Sequence[str]) -> Callable[[str, torch.dtype], Tensor]:
+    """Reads the weights of a graph by their names in it; a run changes only those of the transformer.
 
     Raises:
         CheckpointError: a file is missing or damaged, or lacks a tensor.
     """
-    if graph == TRANSFORMER:
-        return merged(source.reader, source.delta, dtype)
-    component = graph if graph in (TEXT_ENCODER, TEXT_ENCODER_2) else "vae"
-    return component_reader(source.folder / component, names, dtype)
 
+    @cache
+    def reader(dtype: torch.dtype) -> Callable[[str], Tensor]:
+        if graph == TRANSFORMER:
+            return merged(source.reader, source.delta, dtype)
+        component = graph if graph in (TEXT_ENCODER, TEXT_ENCODER_2) else "vae"
+        return component_reader(source.folder / component, names, dtype)
 
-def model_reader(source: ExportSource, graph: str, names: Sequence[str]) -> Callable[[str, torch.dtype], Tensor]:
-    """As `graph_reader`, for any dtype."""
-    reader = cache(partial(graph_reader, source, graph, names))
     return lambda name, dtype: reader(dtype)(name)
-
-
-def graph_tokenizer(source: ExportSource, graph: str, out: Path) -> TokenizerFacts:
-    """Writes the tokenizer of a text encoder under `out`, with the model's length. Errors as `write_tokenizer`."""
-    length = source.conventions.max_sequence_length if graph == TEXT_ENCODER_2 else None
-    return write_tokenizer(source.folder, graph, out, length)
 
 
 def component_reader(folder: Path, names: Iterable[str], dtype: torch.dtype) -> Callable[[str], Tensor]:
@@ -397,34 +390,37 @@ def stored_elements(folder: Path) -> int:
     return sum(math.prod(reader.describe(name)[1]) for name in files)
 
 
-def write_tokenizer(source: Path, graph: str, out: Path, length: int | None) -> TokenizerFacts:
+def graph_tokenizer(source: ExportSource, graph: str, out: Path) -> TokenizerFacts:
     """Writes the tokenizer of a text encoder as one `tokenizer.json` under `out`.
-
-    Args:
-        source: the pipeline folder.
-        graph: which text encoder it feeds.
-        out: the artifact's folder.
-        length: tokens to pad and truncate to; None takes the tokenizer's own maximum.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the tokenizer pads or truncates on the left.
     """
     folder = TOKENIZERS[graph]
     with quiet():
-        loaded: Any = load_tokenizer(source / folder, _TOKENIZER_CLASSES[graph])
+        loaded: Any = load_tokenizer(source.folder / folder, _TOKENIZER_CLASSES[graph])
     if (loaded.padding_side, loaded.truncation_side) != ("right", "right"):
         raise CheckpointError(
-            f"The tokenizer in {source / folder} does not pad and truncate on the right",
+            f"The tokenizer in {source.folder / folder} does not pad and truncate on the right",
             "Give a FLUX pipeline folder.",
         )
+    length = source.conventions.max_sequence_length if graph == TEXT_ENCODER_2 else int(loaded.model_max_length)
+    name = save_tokenizer(loaded, out, folder)
+    return TokenizerFacts(name, length, int(loaded.pad_token_id), str(loaded.pad_token))
+
+
+def save_tokenizer(loaded: Any, out: Path, folder: str) -> str:
+    """Writes a tokenizer of transformers as `folder/tokenizer.json` under `out`; returns that name.
+
+    Lengths are in the manifest, not in the file, so that a prompt's own length can still be counted.
+    """
     backend = Tokenizer.from_str(loaded.backend_tokenizer.to_str())
-    # lengths are in the manifest, not in the file, so that a prompt's own length can still be counted
     backend.no_padding()
     backend.no_truncation()
     (out / folder).mkdir()
     name = f"{folder}/{TOKENIZER_FILE}"
     backend.save(str(out / name))
-    return TokenizerFacts(name, length or int(loaded.model_max_length), int(loaded.pad_token_id), str(loaded.pad_token))
+    return name
 
 
 def _stored_name(name: str, stored: Iterable[str]) -> str | None:

@@ -22,12 +22,13 @@ from fmg.core.protocols import Reward
 from fmg.data.prompt_sets import load_prompts
 from fmg.eval.intervals import bootstrap_mean
 from fmg.eval.scoring import CHUNK, EvalSet, prompt_clusters, score_images
+from fmg.export.artifact import ArtifactSource, PackedSource
 from fmg.export.calibration import IMAGES, other_calibration
 from fmg.export.model_artifact import LoadedSource
 from fmg.export.precision_report import fp32_products, precision_of
 from fmg.export.source import find_source
 from fmg.export.verify_graphs import GraphParity, first_divergence, parity, sample_inputs, widened
-from fmg.export.verify_source import check_loaded, check_source
+from fmg.export.verify_source import check_source
 from fmg.inference import Generator, Target
 from fmg.inference.artifact.backend import ArtifactBackend, PromptTokenizer, artifact_backend
 from fmg.inference.artifact.layout import Artifact, open_artifact
@@ -235,9 +236,10 @@ class _Comparison:
     def source(self) -> Iterator[Check]:
         self._observer(StageProgress("weights", 0, 1))
         if self._artifact.manifest.schema == PACKED:
-            yield from check_source(self._artifact, find_source(self._target))
+            source: ArtifactSource = PackedSource(find_source(self._target))
         else:
-            yield from check_loaded(self._artifact, LoadedSource(self._target, self._model))
+            source = LoadedSource(self._target, self._model)
+        yield from check_source(self._artifact, source)
         if self._artifact.manifest.precision == "fp8":
             problem = other_calibration(self._artifact, self._model, self._target.recipe, self._observer)
             yield self._check(

@@ -9,43 +9,32 @@ import json
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, astuple, fields, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fmg.core.json_io import JsonError, parse
-from fmg.core.model_folder import read_config
-from fmg.export.artifact import sampling_of
+from fmg.export.artifact import ArtifactSource
 from fmg.export.fp8 import Read, model_name, other_rounding, stored_scales
 from fmg.export.int8 import other_weight
-from fmg.export.model_artifact import LoadedSource
 from fmg.export.onnx import inline_tensors
-from fmg.export.options import plain_config
 from fmg.export.precision_report import read_graph
-from fmg.export.source import (
-    ExportSource,
-    base_dtypes,
-    exported_options,
-    graph_options,
-    graph_tokenizer,
-    model_reader,
-    recipe_facts,
-)
+from fmg.export.source import exported_options, recipe_facts
 from fmg.export.weights import stored_places
 from fmg.inference.artifact.layout import Artifact
 from fmg.inference.artifact.manifest import (
+    PACKED,
     SAMPLER,
-    TEXT_ENCODER,
-    TEXT_ENCODER_2,
     TEXT_ENCODERS,
     TRANSFORMER,
     TRANSFORMER_INT8,
     VAE_DECODER,
     Adapter,
     Check,
+    Manifest,
     Sampling,
+    TokenizerFacts,
 )
 from fmg.models.common.weights import TensorReader
 from fmg.recipe.sharing import shareable
@@ -54,20 +43,26 @@ _SUM_ERROR = 1e-6
 """Tolerance of a sum of base and adapter, relative to the largest entry: CPUs add in different orders."""
 
 
-def check_source(artifact: Artifact, source: ExportSource) -> Iterator[Check]:
+def check_source(artifact: Artifact, source: ArtifactSource) -> Iterator[Check]:
     """Facts of the manifest, tokenizers, and each graph's weights, against the model and the run.
 
     Args:
         artifact: to verify.
-        source: the files that it claims to be exported from.
+        source: what it claims to be exported from.
 
     Raises:
         CheckpointError: a file of either side is missing or damaged.
     """
-    yield _check(artifact, "facts", TRANSFORMER, _other_fact(artifact, source), {})
-    for graph in (TEXT_ENCODER, TEXT_ENCODER_2):
-        yield _check(artifact, f"tokenizer/{graph}", graph, _other_tokenizer(artifact, source, graph), {})
-    for graph, described in artifact.manifest.graphs.items():
+    manifest = artifact.manifest
+    yield _check(artifact, "facts", TRANSFORMER, _other_fact(manifest, source), {})
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        for name, facts in source.write_tokenizers(folder).items():
+            graph = name if name in manifest.graphs else TEXT_ENCODERS
+            yield _check(
+                artifact, f"tokenizer/{name}", graph, _other_tokenizer(artifact, source, name, facts, folder), {}
+            )
+    for graph, described in manifest.graphs.items():
         reader = TensorReader.of(artifact.path(described.weights))
         problem = _misplaced(artifact, graph)
         if graph != SAMPLER:
@@ -75,71 +70,25 @@ def check_source(artifact: Artifact, source: ExportSource) -> Iterator[Check]:
         yield _check(artifact, f"weights/{graph}", graph, problem, {"tensors": float(len(reader.names))})
 
 
-def check_loaded(artifact: Artifact, source: LoadedSource) -> Iterator[Check]:
-    """As `check_source`, for an artifact of schema 2 and a model in memory.
-
-    Raises:
-        CheckpointError: a file is missing or damaged.
-    """
-    manifest = artifact.manifest
-    rewards, prompts = recipe_facts(source.target.recipe)
-    config = source.target.recipe.model.config
-    options = graph_options(config)
-    stated: dict[str, tuple[object, object]] = {
-        "model.name": (manifest.model.name, source.facts.name),
-        "model.transformer": (manifest.model.transformer, source.facts.transformer),
-        "model.vae": (manifest.model.vae, source.facts.vae),
-        # earlier versions wrote none
-        "model.options": (exported_options(manifest.model.options or options, config), options),
-        "base.digest": (manifest.base.digest, source.base.digest),
-        "base.dtypes": (manifest.base.dtypes, source.base.dtypes),
-        "adapter": (_without_run(manifest.adapter), _without_run(source.adapter)),
-        "rewards": (shareable(manifest.rewards), shareable(rewards)),
-        "prompts": (shareable(manifest.prompts), shareable(prompts)),
-    }
-    problem = _first_other({**stated, **_sampled(manifest.sampling, source.sampling)}, source.label)
-    yield _check(artifact, "facts", TRANSFORMER, problem, {})
-    with tempfile.TemporaryDirectory() as folder:
-        expected = source.write_tokenizers(Path(folder))
-        for name, facts in expected.items():
-            stored = manifest.tokenizers.get(name)
-            text = (Path(folder) / facts.file).read_bytes()
-            same = stored == facts and _same_json(artifact.path(facts.file).read_bytes(), text)
-            problem = "" if same else f"{facts.file} or what the manifest says of it differs from {source.label}"
-            yield _check(artifact, f"tokenizer/{name}", TEXT_ENCODERS, problem, {})
-    for graph, described in manifest.graphs.items():
-        reader = TensorReader.of(artifact.path(described.weights))
-        problem = _misplaced(artifact, graph)
-        if graph != SAMPLER:
-            problem = problem or _other_tensor(artifact, source, graph, reader)
-        yield _check(artifact, f"weights/{graph}", graph, problem, {"tensors": float(len(reader.names))})
-
-
-def _other_tensor(artifact: Artifact, source: LoadedSource, graph: str, exported: TensorReader) -> str:
-    """The first weight that differs from the loaded model; empty for none."""
-    if graph == TRANSFORMER_INT8:
-        return _other_int8(artifact)
-    summed = source.tensors[graph].keys() if graph == TRANSFORMER and source.adapter is not None else ()
-    return _first_other_weight(exported, partial(source.read, graph), summed, _scales(artifact, graph))
-
-
 def _check(artifact: Artifact, name: str, graph: str, problem: str, values: Mapping[str, float]) -> Check:
     return Check(name, not problem, dict(values), problem, artifact.manifest.weights_digest(graph))
 
 
-def _other_fact(artifact: Artifact, source: ExportSource) -> str:
+def _other_fact(manifest: Manifest, source: ArtifactSource) -> str:
     """The first fact of the manifest that differs from an export of `source`; empty for none."""
-    manifest, vae = artifact.manifest, read_config(source.folder / "vae")
-    sampling = sampling_of(source, vae, manifest.sampling.resolutions)
+    facts, base, config = source.facts, source.base, source.recipe.model.config
+    options = facts.options or {}
     rewards, prompts = recipe_facts(source.recipe)
-    adapter = None if source.delta is None else source.delta.adapter
+    sampling = source.sampling(manifest.sampling.resolutions if manifest.schema == PACKED else None)
     stated: dict[str, tuple[object, object]] = {
-        "model.name": (manifest.model.name, source.name),
-        "model.transformer": (manifest.model.transformer, plain_config(source.transformer.config)),
-        "model.vae": (manifest.model.vae, plain_config(vae)),
-        "base.digest": (manifest.base.digest, source.digest),
-        "base.dtypes": (manifest.base.dtypes, base_dtypes(source.stored)),
-        "adapter": (_without_run(manifest.adapter), _without_run(adapter)),
+        "model.name": (manifest.model.name, facts.name),
+        "model.transformer": (manifest.model.transformer, facts.transformer),
+        "model.vae": (manifest.model.vae, facts.vae),
+        # earlier versions wrote none
+        "model.options": (exported_options(manifest.model.options or options, config), options),
+        "base.digest": (manifest.base.digest, base.digest),
+        "base.dtypes": (manifest.base.dtypes, base.dtypes),
+        "adapter": (_without_run(manifest.adapter), _without_run(source.adapter)),
         # a pushed artifact or run names no folder of the computer that it was made on
         "rewards": (shareable(manifest.rewards), shareable(rewards)),
         "prompts": (shareable(manifest.prompts), shareable(prompts)),
@@ -176,15 +125,15 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _other_tokenizer(artifact: Artifact, source: ExportSource, graph: str) -> str:
-    facts = artifact.manifest.tokenizers[graph]
-    with tempfile.TemporaryDirectory() as folder:
-        expected = graph_tokenizer(source, graph, Path(folder))
-        text = (Path(folder) / expected.file).read_bytes()
+def _other_tokenizer(
+    artifact: Artifact, source: ArtifactSource, name: str, expected: TokenizerFacts, folder: Path
+) -> str:
+    """How a tokenizer differs from the one that was written to `folder`; empty if it does not."""
+    facts = artifact.manifest.tokenizers.get(name)
     if facts != expected:
-        return f"the manifest says {facts}, but {source.folder} has {expected}"
-    ours = artifact.path(facts.file).read_bytes()
-    return "" if ours == text or _same_json(ours, text) else f"{facts.file} differs from the one in {source.folder}"
+        return f"the manifest says {facts}, but {source.label} has {expected}"
+    same = _same_json(artifact.path(expected.file).read_bytes(), (folder / expected.file).read_bytes())
+    return "" if same else f"{expected.file} differs from the one of {source.label}"
 
 
 def _same_json(one: bytes, other: bytes) -> bool:
@@ -212,13 +161,13 @@ def _misplaced(artifact: Artifact, graph: str) -> str:
     return ""
 
 
-def _other_weights(artifact: Artifact, source: ExportSource, graph: str, exported: TensorReader) -> str:
+def _other_weights(artifact: Artifact, source: ArtifactSource, graph: str, exported: TensorReader) -> str:
     """The first weight that differs from the model and the run; empty for none."""
     if graph == TRANSFORMER_INT8:
         return _other_int8(artifact)
     names = list(dict.fromkeys(map(model_name, exported.names)))
-    summed = source.delta.lora.keys() if graph == TRANSFORMER and source.delta is not None else ()
-    return _first_other_weight(exported, model_reader(source, graph, names), summed, _scales(artifact, graph))
+    summed = source.summed if graph == TRANSFORMER else ()
+    return _first_other_weight(exported, source.reader(graph, names), summed, _scales(artifact, graph))
 
 
 def _other_int8(artifact: Artifact) -> str:
