@@ -19,7 +19,6 @@ from fmg.cli.options import (
     Seed,
     Threads,
     check_grid,
-    given_text,
     new_figure,
     panel,
     parse_steps,
@@ -112,9 +111,6 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure latency by stage after a warm-up. Targets and backends take turns in each repeat."""
-    for target in targets or ():
-        given_text(target, "TARGET")
-    given_text(prompt, "--prompt")
     check_grid(grid)
     counts = _counts(steps, frontier)
     figure = _figure(out, frontier, len(targets or ()))
@@ -185,7 +181,6 @@ def _counts(steps: str | None, frontier: bool) -> tuple[int, ...]:
 
 
 def _figure(out: str | None, frontier: bool, targets: int) -> Path | None:
-    given_text(out, "--out")
     if not frontier:
         if out is not None:
             raise UsageError("--out names the figure of --frontier", "Add --frontier, or leave out --out.")

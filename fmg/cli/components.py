@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fmg.cli import completion
-from fmg.cli.options import AsJson, given_text, reward_options
+from fmg.cli.options import AsJson, reward_options
 from fmg.cli.output import print_json, stdout, table
 from fmg.core.errors import FmgError, UsageError, writing
 from fmg.version import is_runtime
@@ -266,9 +266,6 @@ def init(
     as_json: AsJson = False,
 ) -> None:
     """Write a recipe to edit, with the meaning of each value as a comment."""
-    given_text(recipe, "RECIPE")
-    given_text(out, "--out")
-
     from fmg.recipe import recipe_of
     from fmg.recipe.document import render
 
@@ -323,7 +320,6 @@ def check_component(
 
     The exit code is 1 when a rule is broken. Imports the module that is named, which runs its code.
     """
-    given_text(target, "PATH")
     options = reward_options([f"options.{text}" for text in sets or ()]).get("options", {})
 
     from fmg.conformance import check_component as check

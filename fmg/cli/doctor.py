@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmg.cli import completion
-from fmg.cli.options import AsJson, Device, OptionsByName, given_text, reward_options
+from fmg.cli.options import AsJson, Command, Device, OptionsByName, reward_options
 from fmg.cli.output import print_json, stderr, stdout, table
 from fmg.core.errors import UsageError
 from fmg.core.events import ignore
@@ -77,7 +77,7 @@ def examine_installation(
         raise typer.Exit(1)
 
 
-@doctor.command("rewards")
+@doctor.command("rewards", cls=Command)
 def examine_rewards(
     names: Annotated[
         list[str] | None,
@@ -141,7 +141,7 @@ def _cells(diagnosis: Diagnosis) -> list[str]:
     return [*texts, *numbers]
 
 
-@doctor.command("run")
+@doctor.command("run", cls=Command)
 def examine_run(
     run: Annotated[
         str, typer.Argument(metavar="RUN", help="A run folder.", show_default=False, autocompletion=completion.runs)
@@ -152,7 +152,6 @@ def examine_run(
 
     The exit code is 1 when there is a problem. docs/doctor.md lists the rules and their thresholds.
     """
-    given_text(run, "RUN")
     # before numpy is imported
     if not is_run(Path(run)):
         raise no_run(Path(run))

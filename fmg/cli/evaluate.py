@@ -22,7 +22,6 @@ from fmg.cli.options import (
     Seed,
     check_grid,
     file_option,
-    given_text,
     hardware_option,
     measuring_option,
     new_figure,
@@ -145,12 +144,8 @@ def evaluate(
     """Evaluate a model or a run with its native few-step sampler."""
     sweep = parse_steps(steps) if steps is not None else None
     check_grid(grid)
-    given_text(target, "TARGET")
-    given_text(against, "--against")
-    given_text(prompts, "--prompts")
-    given_text(reference, "--reference")
-    if given_text(report, "--report") is not None:
-        check_place(Path(str(report)), "--report")
+    if report is not None:
+        check_place(Path(report), "--report")
     new_place(dump[1] if dump else None, "--dump")
     shared: dict[str, Any] = {
         "prompts": prompts,

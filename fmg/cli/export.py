@@ -16,7 +16,6 @@ from fmg.cli.options import (
     LoraScale,
     Offline,
     checked_folder,
-    given_text,
     new_place,
     panel,
     whole_number,
@@ -236,7 +235,7 @@ def export(
     if precision == _FP8 and other is None and (source is None or source.name == "DEFAULT"):
         # what fp8 loses differs from model to model
         verify = "full"
-    target, level = given_text(target, "TARGET"), _verify_level(verify, other)
+    level = _verify_level(verify, other)
     sides, rows, folder = _resolution_list(resolutions), _batch_range(batch), _one_place(place, out, file=kohya)
     kept = _folder_precision(precision) if diffusers else _precision(precision)
     engines = _Engines(
@@ -571,5 +570,4 @@ def _one_place(place: str | None, out: str | None, *, file: bool) -> Path | None
     text = place if place is not None else out
     if text is None:
         return None
-    flag = "OUT" if out is None else "--out"
-    return absent_folder(Path(given_text(text, flag) or "") if file else checked_folder(text, flag))
+    return absent_folder(Path(text) if file else checked_folder(text, "OUT" if out is None else "--out"))

@@ -25,7 +25,6 @@ from fmg.cli.options import (
     checked_folder,
     checked_prompts,
     file_option,
-    given_text,
     hardware_option,
     sampling_option,
 )
@@ -88,7 +87,6 @@ def generate(
 ) -> None:
     """Generate images from prompts and write them as PNG files."""
     texts = checked_prompts(prompts)
-    given_text(source, "--from")
     check_grid(grid)
     folder = checked_folder(out, "--out")
     if timed and release_text:

@@ -22,7 +22,7 @@ from fmg.cli.evaluate import evaluate
 from fmg.cli.export import export
 from fmg.cli.fetch import fetch
 from fmg.cli.generate import generate
-from fmg.cli.options import check_words
+from fmg.cli.options import Command, check_words
 from fmg.cli.output import print_error, print_warning, tolerate_narrow_encodings
 from fmg.cli.pretrain import pretrain
 from fmg.cli.push import push
@@ -103,26 +103,27 @@ def root(
 
 
 _TRAIN, _USE, _CHOOSE, _CARE = "Train and evaluate", "Generate and export", "Choose and extend", "Set up"
+command = partial(app.command, cls=Command)
 
-app.command("train", rich_help_panel=_TRAIN)(train)
-app.command("eval", rich_help_panel=_TRAIN)(evaluate)
-app.command("runs", rich_help_panel=_TRAIN)(runs)
-app.command("report", rich_help_panel=_TRAIN)(report)
-app.command("score", rich_help_panel=_TRAIN)(score)
-app.command("generate", rich_help_panel=_USE)(generate)
-app.command("export", rich_help_panel=_USE)(export)
-app.command("verify", rich_help_panel=_USE)(verify)
-app.command("serve", rich_help_panel=_USE)(serve)
-app.command("bench", rich_help_panel=_USE)(bench)
-app.command("push", rich_help_panel=_USE)(push)
-app.command("list", rich_help_panel=_CHOOSE)(list_components)
-app.command("show", rich_help_panel=_CHOOSE)(show)
-app.command("init", rich_help_panel=_CHOOSE)(init)
-app.command("schema", rich_help_panel=_CHOOSE)(schema)
-app.command("check-component", rich_help_panel=_CHOOSE)(check_component)
+command("train", rich_help_panel=_TRAIN)(train)
+command("eval", rich_help_panel=_TRAIN)(evaluate)
+command("runs", rich_help_panel=_TRAIN)(runs)
+command("report", rich_help_panel=_TRAIN)(report)
+command("score", rich_help_panel=_TRAIN)(score)
+command("generate", rich_help_panel=_USE)(generate)
+command("export", rich_help_panel=_USE)(export)
+command("verify", rich_help_panel=_USE)(verify)
+command("serve", rich_help_panel=_USE)(serve)
+command("bench", rich_help_panel=_USE)(bench)
+command("push", rich_help_panel=_USE)(push)
+command("list", rich_help_panel=_CHOOSE)(list_components)
+command("show", rich_help_panel=_CHOOSE)(show)
+command("init", rich_help_panel=_CHOOSE)(init)
+command("schema", rich_help_panel=_CHOOSE)(schema)
+command("check-component", rich_help_panel=_CHOOSE)(check_component)
 app.add_typer(doctor, name="doctor", rich_help_panel=_CARE)
-app.command("fetch", rich_help_panel=_CARE)(fetch)
-app.command("reward-server", rich_help_panel=_CARE)(reward_server)
+command("fetch", rich_help_panel=_CARE)(fetch)
+command("reward-server", rich_help_panel=_CARE)(reward_server)
 app.add_typer(pretrain, name="pretrain", rich_help_panel=_CARE)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from fmg.cli import completion
 from fmg.core.errors import MissingDependencyError, UsageError
@@ -186,15 +187,17 @@ def check_words(words: Sequence[str]) -> None:
             raise UsageError(f"'{word}' is not UTF-8 text", "Type it in a terminal that uses UTF-8.") from None
 
 
-def given_text(text: str | None, flag: str) -> str | None:
-    """A text that is not empty, or None.
+class Command(TyperCommand):
+    """A command that refuses empty values, as an unset shell variable makes them; a `PROMPT` is left to the command."""
 
-    Raises:
-        UsageError: when it is empty, as an unset shell variable makes it.
-    """
-    if text is not None and not text.strip():
-        raise UsageError(f"{flag} is empty", "Give a value, or leave it out.")
-    return text
+    def invoke(self, ctx: Any) -> Any:
+        for parameter in self.params:
+            given = ctx.params.get(parameter.name)
+            for value in given if isinstance(given, (list, tuple)) else (given,):
+                if isinstance(value, str) and not value.strip() and parameter.metavar != "PROMPT":
+                    flag = parameter.metavar if parameter.param_type_name == "argument" else parameter.opts[0]
+                    raise UsageError(f"{flag} is empty", "Give a value, or leave it out.")
+        return super().invoke(ctx)
 
 
 def parse_steps(text: str) -> tuple[int, ...]:
@@ -259,12 +262,11 @@ def checked_prompts(prompts: list[str]) -> list[str]:
 
 
 def checked_folder(text: str, flag: str) -> Path:
-    """A folder that exists or can be created. (Typer's own paths turn an empty text into the working directory.)
+    """A folder that exists or can be created.
 
     Raises:
-        UsageError: when the text is empty, a file is in the way, or the folder cannot be written.
+        UsageError: a file is in the way, or the folder cannot be written.
     """
-    given_text(text, flag)
     folder = Path(text)
     if folder.is_file():
         raise UsageError(f"{flag} {folder}: '{folder}' is a file", "Name a folder.")
@@ -276,11 +278,10 @@ def new_place(text: str | None, flag: str) -> Path | None:
     """A file or folder that does not exist and can be created; None if none was given.
 
     Raises:
-        UsageError: when the text is empty, something is there already, or the place cannot be written.
+        UsageError: something is there already, or the place cannot be written.
     """
-    if given_text(text, flag) is None:
+    if text is None:
         return None
-    assert text is not None
     path = Path(text)
     if path.exists():
         raise UsageError(f"{flag} {path} exists already", "Name another one; nothing is overwritten.")
@@ -296,7 +297,6 @@ def new_figure(text: str, flag: str) -> Path:
     """
     from fmg.data.charts import FIGURE_FORMATS
 
-    given_text(text, flag)
     path = Path(text)
     if path.suffix.lower().removeprefix(".") not in FIGURE_FORMATS:
         endings = ", ".join(f".{kind}" for kind in FIGURE_FORMATS)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fmg.cli.options import checked_folder
+from fmg.cli.options import Command, checked_folder
 from fmg.cli.output import stderr, stdout
 from fmg.core.display import counted
 from fmg.core.errors import UsageError
@@ -30,13 +30,13 @@ def group(ctx: typer.Context) -> None:
         typer.echo(ctx.get_help())
 
 
-@pretrain.command("shapes")
+@pretrain.command("shapes", cls=Command)
 def shapes(out: Out = "pretrained/shapes", seed: Seed = 0) -> None:
     """Train meanflow-shapes and scm-shapes from random weights: about 40 minutes on two cores."""
     _run("shapes", checked_folder(out, "--out"), seed)
 
 
-@pretrain.command("text")
+@pretrain.command("text", cls=Command)
 def text(out: Out = "pretrained/text", seed: Seed = 0) -> None:
     """Train meanflow-text from random weights: about 6 minutes on one core. Needs the extra ocr."""
     folder = checked_folder(out, "--out")
@@ -47,7 +47,7 @@ def text(out: Out = "pretrained/text", seed: Seed = 0) -> None:
     _run("text", folder, seed)
 
 
-@pretrain.command("shapes-clip")
+@pretrain.command("shapes-clip", cls=Command)
 def shapes_clip(out: Out = "pretrained/shapes-clip", seed: Seed = 0) -> None:
     """Train the reward shapes-clip from random weights: about two minutes on one core."""
     folder = checked_folder(out, "--out")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmg.cli import completion
-from fmg.cli.options import AsJson, Offline, given_text
+from fmg.cli.options import AsJson, Offline
 from fmg.cli.output import print_json, stderr, stdout, table
 from fmg.core.display import counted, size_text
 from fmg.core.hub_transfer import MAIN, check_may_push, check_name
@@ -50,9 +50,6 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Publish a run or an artifact on the model hub: its card, weights, recipe and sample images."""
-    given_text(target, "TARGET")
-    given_text(revision, "--revision")
-    given_text(message, "--commit-message")
     from fmg.export.push import pack, send_parcel
 
     branch = revision or MAIN

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmg.cli import completion
-from fmg.cli.options import AsJson, checked_folder, given_text, new_place
+from fmg.cli.options import AsJson, checked_folder, new_place
 from fmg.cli.output import change, print_json, print_warning, stdout, table
 from fmg.core import metric_keys as keys
 from fmg.core.display import number
@@ -166,8 +166,6 @@ def report(
     from fmg.data.run_report import RunRecord, run_page, write_comparison, write_run_report
 
     place = new_place(out, "--out")
-    for name in runs or ():
-        given_text(name, "RUN")
     newest = newest_run()
     if not runs and newest is None:
         raise UsageError("There is no run under 'runs' yet", "Train one with `fmg train`, or name a run folder.")

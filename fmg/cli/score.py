@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from fmg.cli import completion
-from fmg.cli.options import AsJson, Device, Features, OptionsByName, given_text, reward_options
+from fmg.cli.options import AsJson, Device, Features, OptionsByName, reward_options
 from fmg.cli.output import print_cells, print_json, stderr, stdout
 from fmg.core.display import counted
 from fmg.progress.reporters import LOADING, reporter_for
@@ -30,7 +30,7 @@ def score(
         ),
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Prompt of every image.", show_default="from metadata.jsonl")
+        str | None, typer.Option(metavar="PROMPT", help="Prompt of every image.", show_default="from metadata.jsonl")
     ] = None,
     features: Features = None,
     reference: Annotated[
@@ -41,9 +41,6 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Score existing images, from any generator."""
-    for path in paths:
-        given_text(path, "PATH")
-    given_text(reference, "--reference")
     options = reward_options(sets or ())
 
     with reporter_for(stderr()) as reporter:

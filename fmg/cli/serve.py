@@ -19,7 +19,6 @@ from fmg.cli.options import (
     Offline,
     Resolution,
     Threads,
-    given_text,
     hardware_option,
     panel,
 )
@@ -140,8 +139,6 @@ def serve(
     ] = DEFAULTS.timeout,
 ) -> None:
     """Serve images over HTTP: OpenAI's images API at /v1, a web page at /, and /health, /info and /metrics."""
-    for text in targets or ():
-        given_text(text, "TARGET")
     number = _number(engine, replicas, min_replicas, max_replicas, ray_address)
     if missing := [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]:
         what = f"The image server needs {missing[0].replace('_', '-')}"

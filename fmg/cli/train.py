@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from fmg.cli import completion
-from fmg.cli.options import DEVICES, DTYPES, LR_SCHEDULES, AsJson, Offline, given_text, hardware_option, panel
+from fmg.cli.options import DEVICES, DTYPES, LR_SCHEDULES, AsJson, Offline, hardware_option, panel
 from fmg.cli.output import print_error, print_json, print_warning, stderr, stdout, table
 from fmg.core.errors import MissingDependencyError, UsageError, said_once
 from fmg.core.events import Evaluated, Event, IterationDone, Notice, Resumed, ignore
@@ -176,9 +176,6 @@ def train(
     from fmg.recipe.layers import FLAGS
     from fmg.training.launch import is_main_process
 
-    given_text(config, "--config")
-    given_text(prompts, "--prompts")
-    given_text(run, "--run")
     first, given = is_main_process(), _given(ctx)
     if resume is not None:
         with said_once(first):
@@ -262,7 +259,6 @@ def _resume(run: str, *, first: bool, allow_code: bool, accept_prompts: bool, as
 
     folder = Path(run)
     with said_once(first):
-        given_text(run, "--resume")
         if not ended_short(folder):
             check_resumable(folder)
         recipe = Recipe.of_run(folder / "recipe.yaml", allow_code=allow_code)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmg.cli import completion
-from fmg.cli.options import AllowCode, AsJson, Backend, Device, Seed, given_text, require_torch
+from fmg.cli.options import AllowCode, AsJson, Backend, Device, Seed, require_torch
 from fmg.cli.output import print_json, stderr, stdout, table
 from fmg.core.errors import UsageError
 from fmg.progress.reporters import LOADING, reporter_for
@@ -65,8 +65,6 @@ def verify(
     """
     from fmg.inference.loading import find_artifact
 
-    given_text(artifact, "ARTIFACT")
-    given_text(against, "--against")
     if quick + full + alone > 1:
         raise UsageError("--quick, --full and --alone cannot be used together", "Give one of them.")
     if alone and (against is not None or num is not None):

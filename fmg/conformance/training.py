@@ -46,14 +46,14 @@ class ObjectiveCase:
             built = built.with_images(toy_images, toy_scores)
         return built.bind(stochasticizers.build("asfmc", {"ratio": 0.5}))
 
-    def prepared(self, *, equal_rewards: bool = False, seed: int = _SEED) -> Batch:
+    def prepared(self, *, equal_rewards: bool = False) -> Batch:
         """A batch of a rollout by the policy that is trained."""
         _, views = policies()
         kind: RolloutKind = "states" if self.objective.needs == "gradients" else "chain"
         if self.branched:
             kind = "branch"
         scored = scored_rollout(views.current, kind, equal_rewards=equal_rewards)
-        return self.objective.prepare(scored, views, seed)
+        return self.objective.prepare(scored, views, _SEED)
 
 
 def _needs(case: ObjectiveCase) -> None:

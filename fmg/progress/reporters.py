@@ -11,7 +11,6 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -62,9 +61,7 @@ class Reporter(Protocol):
 
     def __enter__(self) -> Reporter: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *error: Any) -> None: ...
 
 
 class Stateless:
@@ -73,9 +70,7 @@ class Stateless:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         return None
 
 
@@ -214,11 +209,9 @@ class LiveReporter:
         self._live.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._end_stage()
-        self._live.__exit__(kind, error, trace)
+        self._live.__exit__(*error)
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Started):
@@ -302,9 +295,7 @@ class NotebookReporter(LiveReporter):
     def __enter__(self) -> NotebookReporter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._end_stage()
         if self._handle is not None:
             self._draw()

@@ -414,7 +414,7 @@ MISUSES = (
     Misuse("eval nowhere --path-check p.png", "neither a model nor a run folder"),
     # components and the doctor
     Misuse("check-component", "PATH|KIND"),
-    Misuse("check-component ''", "PATH is empty"),
+    Misuse("check-component ''", "PATH|KIND is empty"),
     Misuse("check-component warmth", "neither a kind with a name nor module:attribute"),
     Misuse("check-component rewardz shapes", "'rewards'"),
     Misuse("check-component reward shapez", "Did you mean 'shapes'"),
