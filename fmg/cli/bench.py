@@ -18,7 +18,6 @@ from fmg.cli.options import (
     Offline,
     Seed,
     Threads,
-    check_grid,
     new_figure,
     panel,
     parse_steps,
@@ -111,7 +110,6 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure latency by stage after a warm-up. Targets and backends take turns in each repeat."""
-    check_grid(grid)
     counts = _counts(steps, frontier)
     figure = _figure(out, frontier, len(targets or ()))
     with reporter_for(stderr()) as reporter:

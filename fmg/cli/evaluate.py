@@ -20,7 +20,6 @@ from fmg.cli.options import (
     Offline,
     OptionsByName,
     Seed,
-    check_grid,
     file_option,
     hardware_option,
     measuring_option,
@@ -143,7 +142,6 @@ def evaluate(
 ) -> None:
     """Evaluate a model or a run with its native few-step sampler."""
     sweep = parse_steps(steps) if steps is not None else None
-    check_grid(grid)
     if report is not None:
         check_place(Path(report), "--report")
     new_place(dump[1] if dump else None, "--dump")

@@ -21,7 +21,6 @@ from fmg.cli.options import (
     Offline,
     Resolution,
     Threads,
-    check_grid,
     checked_folder,
     checked_prompts,
     file_option,
@@ -87,7 +86,6 @@ def generate(
 ) -> None:
     """Generate images from prompts and write them as PNG files."""
     texts = checked_prompts(prompts)
-    check_grid(grid)
     folder = checked_folder(out, "--out")
     if timed and release_text:
         raise UsageError("--release-text frees the text encoders, which --time needs again", "Leave out one of them.")

@@ -49,6 +49,18 @@ def _device_name(name: str) -> str:
         raise UsageError(f"--device {name}: {error}", "Use auto, cpu, cuda or cuda:N.") from None
 
 
+def _grid_name(name: str | None) -> str | None:
+    """Refuses an unknown time grid, before anything is loaded; None is the target's own."""
+    from fmg.flow.grids import check_name
+
+    if name is not None:
+        try:
+            check_name(name)
+        except UsageError as error:
+            raise UsageError(f"--grid: {error.what[0].lower()}{error.what[1:]}", error.fix) from None
+    return name
+
+
 DTYPES = completion.one_of("fp32", "bf16")
 LR_SCHEDULES = completion.one_of("constant", "linear", "cosine")
 DEVICES = completion.one_of("auto", "cpu", "cuda")
@@ -107,6 +119,7 @@ Grid = Annotated[
         help="Time grid by name, such as uniform.",
         show_default="the target's",
         autocompletion=completion.grids,
+        callback=_grid_name,
     ),
 ]
 _adapter_option = panel("Adapters")
@@ -222,21 +235,6 @@ def whole_number(flag: str, text: str, part: str, most: int, example: str) -> in
     if not word.isascii() or not word.isdigit() or len(word) > 9 or not 1 <= int(word) <= most:
         raise UsageError(f"{flag} {text}: '{word}' is not a whole number from 1 to {most}", f"Write {flag} {example}.")
     return int(word)
-
-
-def check_grid(name: str | None) -> None:
-    """Accepts the name of a time grid, and None for the target's own.
-
-    Raises:
-        UsageError: for an unknown name, before anything is loaded.
-    """
-    from fmg.flow.grids import check_name
-
-    if name is not None:
-        try:
-            check_name(name)
-        except UsageError as error:
-            raise UsageError(f"--grid: {error.what[0].lower()}{error.what[1:]}", error.fix) from None
 
 
 def require_torch(what: str, instead: str) -> None:
