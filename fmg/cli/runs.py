@@ -72,12 +72,13 @@ def runs(
     as_json: AsJson = False,
 ) -> None:
     """List the runs with the checkpoint that each keeps and its held-out score before and after."""
-    from fmg.data.run_folder import RUNS, damaged_runs, list_runs
+    from fmg.data.run_folder import RUNS, sorted_runs
 
     root = RUNS if folder is None else checked_folder(folder, "DIR")
     if folder is not None and not root.exists():
         raise UsageError(f"There is no folder '{folder}'", "Name the folder that contains the runs.")
-    rows = [*map(_row, list_runs(root)), *(_damaged(run, "-", error) for run, error in damaged_runs(root))]
+    readable, damaged = sorted_runs(root)
+    rows = [*map(_row, readable), *(_damaged(run, "-", error) for run, error in damaged)]
     if as_json:
         print_json([asdict(row) for row in rows])
         return
@@ -166,7 +167,7 @@ def report(
     from fmg.data.run_report import RunRecord, run_page, write_comparison, write_run_report
 
     place = new_place(out, "--out")
-    newest = newest_run()
+    newest = None if runs else newest_run()
     if not runs and newest is None:
         raise UsageError("There is no run under 'runs' yet", "Train one with `fmg train`, or name a run folder.")
     folders = [RunFolder(Path(name)) for name in runs or [str(newest)]]

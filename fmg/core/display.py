@@ -86,9 +86,9 @@ def visible_json(text: str) -> str:
     return _HIDDEN_IN_JSON.sub(lambda match: json.dumps(match[0])[1:-1], text)
 
 
-def cut(text: str, most: int = LONGEST_VALUE) -> str:
-    """At most `most` characters of `text`, and the total number if that is not all."""
-    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+def cut(text: str) -> str:
+    """At most `LONGEST_VALUE` characters of `text`, and the total number if that is not all."""
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}... ({len(text):,} characters)"
 
 
 def plot_label(text: str) -> str:

@@ -240,24 +240,20 @@ def run_names(root: Path = RUNS) -> list[str]:
     return [str(path) for path in sorted(root.iterdir()) if is_run(path)] if root.is_dir() else []
 
 
-def no_run(path: Path, root: Path = RUNS) -> UsageError:
+def no_run(path: Path) -> UsageError:
     """The error for a folder that is not a run; it suggests the run that may have been meant."""
-    known = run_names(root)
+    known = run_names()
     fix = f"Name one that `fmg train` made. {suggestion(str(path), known)}" if known else "Train one with `fmg train`."
     return UsageError(f"'{path}' is not a run folder", fix)
 
 
 def list_runs(root: Path = RUNS) -> list[RunFolder]:
     """The run folders directly under `root`, oldest first; damaged ones are left out."""
-    return _sorted_runs(root)[0]
+    return sorted_runs(root)[0]
 
 
-def damaged_runs(root: Path = RUNS) -> list[tuple[RunFolder, CheckpointError]]:
-    """The run folders directly under `root` whose state cannot be read, by name, and why."""
-    return _sorted_runs(root)[1]
-
-
-def _sorted_runs(root: Path) -> tuple[list[RunFolder], list[tuple[RunFolder, CheckpointError]]]:
+def sorted_runs(root: Path) -> tuple[list[RunFolder], list[tuple[RunFolder, CheckpointError]]]:
+    """The run folders directly under `root`, oldest first, and those whose state cannot be read, by name, and why."""
     readable: list[tuple[float, str, RunFolder]] = []
     damaged: list[tuple[RunFolder, CheckpointError]] = []
     for path in sorted(root.iterdir()) if root.is_dir() else ():

@@ -60,7 +60,7 @@ def fail_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     def raises(root: object) -> None:
         raise error
 
-    monkeypatch.setattr("fmg.data.run_folder.list_runs", raises)
+    monkeypatch.setattr("fmg.data.run_folder.sorted_runs", raises)
 
 
 @pytest.mark.parametrize(
