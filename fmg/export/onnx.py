@@ -58,14 +58,13 @@ def require_onnx() -> None:
         MissingDependencyError: naming the extra that installs them.
     """
     try:
-        import onnx
-        import onnx_ir
+        import onnx  # noqa: F401
+        import onnx_ir  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(
             f"Exporting to ONNX needs the package '{error.name}'", f"Install it: {install_line('onnx')}."
         ) from None
-    del onnx, onnx_ir
 
 
 def trace(plan: GraphPlan) -> TracedGraph:

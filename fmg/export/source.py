@@ -45,6 +45,7 @@ from fmg.models.common.saved_weights import (
     read_transformer_manifest,
 )
 from fmg.models.common.weights import (
+    Shapes,
     TensorReader,
     empty_transformer,
     folder_weights,
@@ -61,7 +62,6 @@ from fmg.models.published import DiffusersConfig, LocatedAdapter, StackedConfig,
 from fmg.recipe import Recipe
 from fmg.registry.config import ModelConfig
 
-Shapes = Mapping[str, tuple[int, ...]]
 _TOKENIZER_CLASSES = {TEXT_ENCODER: CLIPTokenizer, TEXT_ENCODER_2: T5Tokenizer}
 
 

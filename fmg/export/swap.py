@@ -139,7 +139,8 @@ def _swapped(artifact: Artifact, delta: Delta | None, manifest: Manifest, observ
     """The artifact with other weights; `manifest` gives what does not depend on them."""
     folder = artifact.folder
     exported = _exported(artifact)
-    kept = _reader(artifact, artifact.manifest.base.weights)
+    weights = artifact.manifest.base.weights
+    kept = TensorReader({}) if weights is None else TensorReader.of(artifact.path(weights))
     described = {name: exported.describe(name) for name in exported.names}
     remembered = _remembered(artifact, delta, kept, described)
     base = exported.under(kept)
@@ -180,16 +181,8 @@ def _swapped(artifact: Artifact, delta: Delta | None, manifest: Manifest, observ
     return Artifact(folder, manifest)
 
 
-def _reader(artifact: Artifact, name: str | None) -> TensorReader:
-    """The tensors of one weight file; none for None."""
-    if name is None:
-        return TensorReader({})
-    file = artifact.path(name)
-    return TensorReader.of(file)
-
-
 def _exported(artifact: Artifact) -> TensorReader:
-    return _reader(artifact, artifact.graph(TRANSFORMER).weights)
+    return TensorReader.of(artifact.path(artifact.graph(TRANSFORMER).weights))
 
 
 def _delta(artifact: Artifact, found: Target) -> Delta:

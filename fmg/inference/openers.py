@@ -288,16 +288,6 @@ def known_backends() -> Registry[BackendSource] | ArtifactBackends:
     return backends
 
 
-def torch_backend(config: TorchBackendConfig) -> TorchOpener:
-    """The model itself, eager."""
-    return TorchOpener(config)
-
-
-def torch_compile_backend(config: TorchCompileConfig) -> TorchCompileOpener:
-    """The model itself, compiled."""
-    return TorchCompileOpener(config)
-
-
 def onnxruntime_backend(config: OnnxRuntimeConfig) -> OnnxRuntimeOpener:
     """The graphs of an artifact in ONNX Runtime."""
     return OnnxRuntimeOpener(**dict(config))

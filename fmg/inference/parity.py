@@ -47,19 +47,14 @@ class ImageParity:
         """Why they do not pass; empty when they do."""
         if self.not_finite:
             return f"{self.not_finite} of {self.images} images have values that are not finite"
-        return "" if self._close(precision) else f"allowed for {precision}: {image_bound(precision)}"
-
-    def _close(self, precision: Precision) -> bool:
         if precision in IMAGES_ALLOWED:
-            return self.p99_abs <= IMAGES_ALLOWED[precision] and self.max_abs <= LEVEL
-        return self.psnr >= PSNR_ALLOWED[precision]
-
-
-def image_bound(precision: Precision) -> str:
-    """The limits of `ImageParity.passed`, as text."""
-    if precision in IMAGES_ALLOWED:
-        return f"a difference of {IMAGES_ALLOWED[precision]:g} in 99 of 100 images, of {LEVEL:.4f} in any"
-    return f"PSNR of {PSNR_ALLOWED[precision]:g} dB or more"
+            most = IMAGES_ALLOWED[precision]
+            close = self.p99_abs <= most and self.max_abs <= LEVEL
+            bound = f"a difference of {most:g} in 99 of 100 images, of {LEVEL:.4f} in any"
+        else:
+            close = self.psnr >= PSNR_ALLOWED[precision]
+            bound = f"PSNR of {PSNR_ALLOWED[precision]:g} dB or more"
+        return "" if close else f"allowed for {precision}: {bound}"
 
 
 def check_same_images(

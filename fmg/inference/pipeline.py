@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -110,39 +109,34 @@ class FlowMapLoraMixin(FluxLoraLoaderMixin):  # type: ignore[misc]
 
     def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
         """As in diffusers; weights trained beside an adapter are removed with it."""
-        with self._following():
-            super().unload_lora_weights(*args, **kwargs)
+        super().unload_lora_weights(*args, **kwargs)
+        self._follow()
 
     def set_adapters(self, *args: Any, **kwargs: Any) -> None:
         """As in diffusers; weights trained beside an adapter are in place while it is active, at full strength."""
-        with self._following():
-            super().set_adapters(*args, **kwargs)
+        super().set_adapters(*args, **kwargs)
+        self._follow()
 
     def disable_lora(self) -> None:
         """As in diffusers; weights trained beside an adapter are taken out."""
-        with self._following():
-            super().disable_lora()
+        super().disable_lora()
+        self._follow()
 
     def enable_lora(self) -> None:
         """As in diffusers; weights trained beside an adapter are put back in place."""
-        with self._following():
-            super().enable_lora()
+        super().enable_lora()
+        self._follow()
 
     def delete_adapters(self, adapter_names: list[str] | str) -> None:
         """As in diffusers; weights trained beside an adapter are removed with it."""
-        with self._following():
-            super().delete_adapters(adapter_names)
+        super().delete_adapters(adapter_names)
+        self._follow()
 
     def fuse_lora(self, *args: Any, **kwargs: Any) -> None:
         """As in diffusers; weights trained beside an active adapter become permanent."""
         super().fuse_lora(*args, **kwargs)
         if self._extra is not None and self._extra.base:
             self._extra = None
-
-    @contextmanager
-    def _following(self) -> Iterator[None]:
-        yield
-        self._follow()
 
     def _follow(self) -> None:
         """Puts the adapter's weights in place if it is active, and the base's if not."""

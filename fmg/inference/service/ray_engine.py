@@ -35,8 +35,7 @@ from fmg.core.errors import FmgError, MissingDependencyError, UsageError, one_li
 from fmg.core.events import Notice, Observer, ignore
 from fmg.core.json_io import parse_object
 from fmg.core.signals import Signals
-from fmg.inference.service.engine import Asked, LocalEngine
-from fmg.inference.service.jobs import Painted
+from fmg.inference.service.engine import Asked, LocalEngine, Painted
 from fmg.inference.service.limits import Limits
 from fmg.inference.service.models import ServedModels
 from fmg.inference.service.opening import Named, open_served, weights_digest

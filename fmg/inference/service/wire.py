@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from fmg.core.errors import UsageError
 from fmg.core.json_io import JsonError, parse_object
 from fmg.data.pictures import to_pil
-from fmg.inference.service.jobs import Painted
+from fmg.inference.service.engine import Painted
 from fmg.inference.service.limits import Limits
 from fmg.registry.validation import first_problem
 from fmg.serving.app import RefusedError

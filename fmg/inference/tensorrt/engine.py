@@ -23,7 +23,7 @@ from fmg.inference.torch_backend import pick_device
 
 MAX_CONTEXTS = 8
 """Number of contexts that are kept; each has the buffers of one shape."""
-_DTYPES: Mapping[str, torch.dtype] = {
+DTYPES: Mapping[str, torch.dtype] = {
     "FLOAT": torch.float32,
     "HALF": torch.float16,
     "BF16": torch.bfloat16,
@@ -31,6 +31,7 @@ _DTYPES: Mapping[str, torch.dtype] = {
     "INT32": torch.int32,
     "BOOL": torch.bool,
 }
+"""Dtypes by TensorRT's names."""
 
 
 def open_device(name: str) -> Device:
@@ -238,7 +239,7 @@ class Engine:
         buffers = {}
         for name in (*self._inputs, *self._outputs):
             shape = shapes[name] if name in shapes else tuple(context.get_tensor_shape(name))
-            dtype = _DTYPES[self._engine.get_tensor_dtype(name).name]
+            dtype = DTYPES[self._engine.get_tensor_dtype(name).name]
             buffers[name] = torch.empty(shape, dtype=dtype, device=self._device.torch_device)
             if not context.set_tensor_address(name, buffers[name].data_ptr()):
                 raise self.failure(f"the address of '{name}' was refused")

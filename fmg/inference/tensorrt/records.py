@@ -51,12 +51,6 @@ class Profile:
     name: str
     shapes: Mapping[str, ShapeRange]
 
-    def admits(self, shapes: Mapping[str, Shape]) -> bool:
-        """Whether inputs of these shapes lie in its ranges."""
-        return shapes.keys() == self.shapes.keys() and all(
-            self.shapes[name].admits(shape) for name, shape in shapes.items()
-        )
-
 
 @dataclass(frozen=True)
 class Ingredients:

@@ -10,7 +10,7 @@ has lost it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -20,14 +20,9 @@ from torch import Tensor
 
 from fmg.core.errors import CheckpointError, FmgError, UsageError
 from fmg.inference.artifact.layout import Artifact
-from fmg.inference.tensorrt.engine import Engine
+from fmg.inference.tensorrt.engine import DTYPES, Engine
 
-_DTYPES: Mapping[torch.dtype, str] = {
-    torch.float32: "FLOAT",
-    torch.float16: "HALF",
-    torch.bfloat16: "BF16",
-    torch.int64: "INT64",
-}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Refit:
@@ -103,7 +98,7 @@ class Refit:
 
     def _set(self, name: str, value: Tensor) -> Tensor:
         memory = value.contiguous()
-        dtype = getattr(self._trt.DataType, _DTYPES[memory.dtype])
+        dtype = getattr(self._trt.DataType, _NAMES[memory.dtype])
         if not self._refitter.set_named_weights(name, self._trt.Weights(dtype, memory.data_ptr(), memory.numel())):
             raise self._engine.failure(f"the weight '{name}' was refused in a refit")
         return memory

@@ -172,11 +172,12 @@ def test_an_engine_built_ahead_of_time_fits_every_gpu() -> None:
     assert entry.misfit(EngineHost(RTX, "11.4.0.106", T4)) == ""
 
 
-def test_a_profile_admits_its_range_and_nothing_else() -> None:
-    assert PROFILE.admits({"x": (1, 4)})
-    assert PROFILE.admits({"x": (8, 4)})
-    for shapes in ({"x": (0, 4)}, {"x": (9, 4)}, {"x": (2, 5)}, {"x": (2,)}, {"y": (2, 4)}, {}):
-        assert not PROFILE.admits(shapes)
+def test_a_range_admits_its_shapes_and_nothing_else() -> None:
+    found = PROFILE.shapes["x"]
+    assert found.admits((1, 4))
+    assert found.admits((8, 4))
+    for shape in ((0, 4), (9, 4), (2, 5), (2,)):
+        assert not found.admits(shape)
 
 
 @pytest.mark.parametrize("digest", ["", ".", "../built", "/etc/passwd", "A" * 64, "0" * 64])
