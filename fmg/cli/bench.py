@@ -21,13 +21,13 @@ from fmg.cli.options import (
     new_figure,
     panel,
     parse_steps,
-    require_torch,
     sampling_option,
 )
 from fmg.cli.output import print_json, print_timing, ratio_lines, stderr, stdout, table
 from fmg.core.display import interval, number
 from fmg.core.errors import UsageError
 from fmg.core.events import StageProgress
+from fmg.core.runtime import require
 from fmg.progress.reporters import LOADING, reporter_for
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def bench(
         options = BenchOptions(None if frontier else batch_size, device, dtype, threads)
         found: Frontier | None = None
         if frontier:
-            require_torch("--frontier scores rewards, which", "leave out --frontier")
+            require("--frontier, which scores rewards,", "torch", instead=", or leave out --frontier")
             from fmg.export.frontier import FrontierPlan
             from fmg.export.frontier import frontier as frontier_of
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,11 +12,10 @@ import typer
 from typer.core import TyperCommand
 
 from fmg.cli import completion
-from fmg.core.errors import MissingDependencyError, UsageError
+from fmg.core.errors import UsageError
 from fmg.core.files import check_place
 from fmg.core.hub import OFFLINE
 from fmg.core.prompt import is_blank
-from fmg.version import install_line
 
 _MAX_STEPS = 1000
 
@@ -235,16 +233,6 @@ def whole_number(flag: str, text: str, part: str, most: int, example: str) -> in
     if not word.isascii() or not word.isdigit() or len(word) > 9 or not 1 <= int(word) <= most:
         raise UsageError(f"{flag} {text}: '{word}' is not a whole number from 1 to {most}", f"Write {flag} {example}.")
     return int(word)
-
-
-def require_torch(what: str, instead: str) -> None:
-    """Refuses work that needs torch where only the runtime of artifacts is installed.
-
-    Raises:
-        MissingDependencyError: there is no torch; says `what` needs it, and what to do `instead`.
-    """
-    if find_spec("torch") is None:
-        raise MissingDependencyError(f"{what} needs torch", f"Run: {install_line()}, or {instead}.")
 
 
 def checked_prompts(prompts: list[str]) -> list[str]:

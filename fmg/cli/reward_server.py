@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -10,9 +9,9 @@ import typer
 from fmg.cli import completion
 from fmg.cli.options import Device, reward_options
 from fmg.cli.output import stderr
-from fmg.core.errors import MissingDependencyError, UsageError
+from fmg.core.errors import UsageError
+from fmg.core.runtime import require
 from fmg.progress.reporters import reporter_for
-from fmg.version import install_line
 
 
 def reward_server(
@@ -65,8 +64,7 @@ def reward_server(
     unused = sorted(set(options) - set(reward))
     if unused:
         raise UsageError(f"--set {unused[0]}: this reward is not served", f"Add --reward {unused[0]}.")
-    if find_spec("fastapi") is None or find_spec("uvicorn") is None:
-        raise MissingDependencyError("The reward server needs fastapi and uvicorn", f"Run: {install_line('server')}")
+    require("The reward server", "fastapi", "uvicorn", extra="server")
 
     from fmg.inference.torch_backend import pick_device
     from fmg.rewards.base import build_rewards, reward_refs

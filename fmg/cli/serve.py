@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -23,11 +22,11 @@ from fmg.cli.options import (
     panel,
 )
 from fmg.cli.output import stderr
-from fmg.core.errors import MissingDependencyError, UsageError, suggestion
+from fmg.core.errors import UsageError, suggestion
 from fmg.core.events import Notice
+from fmg.core.runtime import require
 from fmg.inference.service.limits import DEFAULTS, Limits
 from fmg.progress.reporters import LOADING, reporter_for
-from fmg.version import install_line
 
 _limit = panel("Limits")
 _network = panel("Network")
@@ -140,9 +139,7 @@ def serve(
 ) -> None:
     """Serve images over HTTP: OpenAI's images API at /v1, a web page at /, and /health, /info and /metrics."""
     number = _number(engine, replicas, min_replicas, max_replicas, ray_address)
-    if missing := [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]:
-        what = f"The image server needs {missing[0].replace('_', '-')}"
-        raise MissingDependencyError(what, f"Run: {install_line('server')}")
+    require("The image server", "fastapi", "uvicorn", "prometheus_client", extra="server")
 
     from fmg.serving.access import check_token, secret_from
     from fmg.serving.server import Address, leaving_work

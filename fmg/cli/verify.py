@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fmg.cli import completion
-from fmg.cli.options import AllowCode, AsJson, Backend, Device, Seed, require_torch
+from fmg.cli.options import AllowCode, AsJson, Backend, Device, Seed
 from fmg.cli.output import print_json, stderr, stdout, table
 from fmg.core.errors import UsageError
+from fmg.core.runtime import require
 from fmg.progress.reporters import LOADING, reporter_for
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def verify(
 
             report = verify_alone(opened, backend=backend, device=device)
         else:
-            require_torch("Comparing an artifact with its run", "add --alone")
+            require("Comparing an artifact with its run", "torch", instead=", or add --alone")
             from fmg.export.verify import verify as compare
 
             report = compare(

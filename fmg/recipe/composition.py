@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 from fmg.core.display import counted
 from fmg.core.errors import CompositionError, MissingDependencyError, UsageError
+from fmg.core.runtime import require
 from fmg.core.specs import MapSpec, Requirements
 from fmg.flow.grids import make_grid, needs_tokens
 from fmg.recipe.sections import RecipeFields, RewardRef
@@ -40,12 +41,8 @@ def check_backend(recipe: RecipeFields, device_type: str) -> None:
     """
     for problem in _backend_problems(recipe, device_type):
         raise CompositionError(problem.what, problem.fix)
-    if recipe.rollout.branch.backend != "onnxruntime":
-        return
-    if missing := [name for name in _GRAPH_PACKAGES if find_spec(name) is None]:
-        raise MissingDependencyError(
-            f"rollout.branch.backend=onnxruntime needs the package '{missing[0]}'", f"Run: {install_line('onnx')}"
-        )
+    if recipe.rollout.branch.backend == "onnxruntime":
+        require("rollout.branch.backend=onnxruntime", *_GRAPH_PACKAGES, extra="onnx")
 
 
 def check_trackers(recipe: RecipeFields) -> None:

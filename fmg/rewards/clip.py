@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,8 +18,9 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from fmg.core.display import some
-from fmg.core.errors import CheckpointError, MissingDependencyError
+from fmg.core.errors import CheckpointError
 from fmg.core.hub import Located
+from fmg.core.runtime import require
 from fmg.core.types import RewardOutput
 from fmg.rewards.configs import AestheticConfig, ClipScoreConfig, Hpsv2Config, PickScoreConfig
 from fmg.rewards.images import normalize, resize_and_crop, resize_and_crop_floats, resize_and_pad
@@ -37,7 +37,6 @@ from fmg.rewards.network import (
     read_renamed,
     read_tensors,
 )
-from fmg.version import install_line
 
 Preprocess = Callable[[Float[Tensor, "b 3 h w"], int], Float[Tensor, "b 3 side side"]]
 """From images in [0, 1] and the side that the network takes, to squares in [0, 1]."""
@@ -280,15 +279,6 @@ def _block_from_open_clip(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return {f"{prefix}.{IN_BLOCK[module]}.{kind}": tensor} if module in IN_BLOCK else {}
 
 
-def require_ftfy(reward: str) -> None:
-    """Raises a `MissingDependencyError` where `ftfy` is not installed; does not import it."""
-    if find_spec("ftfy") is None:
-        raise MissingDependencyError(
-            f"The reward '{reward}' needs the package ftfy, which repairs text the way its authors did",
-            f"Install it with `{install_line('rewards')}`.",
-        )
-
-
 def clean(text: str) -> str:
     """`ftfy.fix_text`, HTML entities resolved twice, runs of white space to one space, lower case.
 
@@ -309,7 +299,7 @@ def hpsv2(config: Hpsv2Config) -> NetworkReward:
     Raises:
         MissingDependencyError: without the package ftfy.
     """
-    require_ftfy("hpsv2")
+    require("The reward 'hpsv2'", "ftfy", extra="rewards")
 
     def load(files: Files, device: torch.device, dtype: torch.dtype) -> Score:
         model, tokenizer = load_clip(files["checkpoint"], files["tokenizer"], device, dtype)

@@ -14,14 +14,14 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fmg.core.errors import CheckpointError, MissingDependencyError, UsageError
+from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.files import from_home
+from fmg.core.runtime import require
 from fmg.core.types import RewardOutput
 from fmg.rewards.configs import OcrConfig, OcrLogpConfig
 from fmg.rewards.images import check_drawable, to_bytes
-from fmg.version import install_line
 
-INSTALL_OCR = install_line("ocr")
+_PACKAGES, _EXTRA = ("rapidocr", "onnxruntime"), "ocr"
 _ANY_PAIR = re.compile('["“”„]([^"“”„]*)["“”„]')
 # A straight quote after a digit opens nothing: it is an inch mark. The first quote that opens decides which form it is.
 _QUOTED = re.compile(
@@ -87,11 +87,6 @@ def edit_distance(a: str, b: str) -> int:
         for j, right in enumerate(b, start=1):
             diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (left != right))
     return row[-1]
-
-
-def missing_ocr(user: str) -> MissingDependencyError:
-    """The error for an install without the OCR packages; `user` is what needs them."""
-    return MissingDependencyError(f"{user} needs rapidocr and onnxruntime", f"Run: {INSTALL_OCR}")
 
 
 _SHIPPED = Path("models") / "PP-OCRv6_rec_small.onnx"
@@ -198,8 +193,7 @@ class OcrLogp:
 
     def __init__(self, config: OcrLogpConfig) -> None:
         self._config = config
-        if find_spec("onnxruntime") is None:
-            raise missing_ocr(_NAME)
+        require(_NAME, "onnxruntime", extra=_EXTRA)
         path = shipped_model(_NAME) if config.model is None else from_home(config.model)
         self._recogniser = Recogniser(path, config.threads)
 
@@ -230,10 +224,10 @@ def shipped_model(user: str) -> Path:
     Raises:
         MissingDependencyError: without the packages of `flow-map-grpo[ocr]`.
     """
+    require(user, *_PACKAGES, extra=_EXTRA)
     package = find_spec("rapidocr")
-    if find_spec("onnxruntime") is None or package is None or not package.submodule_search_locations:
-        raise missing_ocr(user)
-    return Path(package.submodule_search_locations[0]) / _SHIPPED
+    assert package is not None
+    return Path(str(package.origin)).parent / _SHIPPED
 
 
 # Small images are read just as well, and several times faster, at a smaller side of the detector.
@@ -255,8 +249,7 @@ class Ocr:
 
     def __init__(self, config: OcrConfig) -> None:
         self._config = config
-        if find_spec("rapidocr") is None or find_spec("onnxruntime") is None:
-            raise missing_ocr("The reward 'ocr'")
+        require("The reward 'ocr'", *_PACKAGES, extra=_EXTRA)
         self._readers: dict[int, Callable[..., Any]] = {}
 
     def __call__(self, images: Float[Tensor, "b 3 h w"], prompts: Sequence[str]) -> RewardOutput:

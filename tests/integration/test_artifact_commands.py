@@ -95,7 +95,7 @@ def test_the_commands_work_without_torch(
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        (["verify"], "needs torch"),
+        (["verify"], "needs the package 'torch'"),
         (["generate", "a red circle", "--backend", "torch", "--from"], "does not run exported artifacts"),
         (["bench", "--compare", "torch,onnxruntime"], "needs torch"),
     ],

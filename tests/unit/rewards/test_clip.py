@@ -110,7 +110,7 @@ def test_clean(text: str, cleaned: str) -> None:
 
 def test_without_ftfy_there_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr("fmg.rewards.clip.find_spec", lambda name: None if name == "ftfy" else find(name))
+    monkeypatch.setattr("fmg.core.runtime.find_spec", lambda name: None if name == "ftfy" else find(name))
     with pytest.raises(MissingDependencyError) as caught:
         rewards.build("hpsv2")
     assert str(caught.value).count("\n") == 0

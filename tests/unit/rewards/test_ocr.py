@@ -264,6 +264,6 @@ def test_a_missing_package_is_one_line_with_the_command(
     name: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr("fmg.rewards.ocr.find_spec", lambda wanted: None)
+    monkeypatch.setattr("fmg.core.runtime.find_spec", lambda wanted: None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'flow-map-grpo\[ocr\]'"):
         rewards.build(name)

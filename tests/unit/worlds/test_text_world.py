@@ -98,9 +98,9 @@ def test_the_recogniser_reads_true_renders_and_not_those_of_other_words(images: 
 @pytest.mark.parametrize("missing", ["rapidocr", "onnxruntime"])
 def test_without_the_recogniser_the_error_says_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "fmg.rewards.ocr.find_spec", lambda name: None if name == missing else importlib.util.find_spec(name)
+        "fmg.core.runtime.find_spec", lambda name: None if name == missing else importlib.util.find_spec(name)
     )
-    with pytest.raises(MissingDependencyError, match=r"^The reward 'ocr-logp' needs rapidocr") as error:
+    with pytest.raises(MissingDependencyError, match=rf"^The reward 'ocr-logp' needs the package '{missing}'") as error:
         rewards.build("ocr-logp")
     assert "pip install 'flow-map-grpo[ocr]'" in error.value.fix
     with pytest.raises(MissingDependencyError, match="fmg pretrain text"):
