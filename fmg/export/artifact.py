@@ -15,14 +15,13 @@ from fmg.core.errors import UsageError, python_call
 from fmg.core.events import Observer, StageProgress, ignore
 from fmg.core.files import atomic_folder, check_space
 from fmg.core.model_folder import read_config, whole
-from fmg.export.calibration import CALIBRATION, calibrated
-from fmg.export.fp8 import Fp8Graph, Read
+from fmg.export.calibration import CALIBRATION, calibrate
+from fmg.export.fp8 import Fp8Graph, Read, fp8_modules, quantise
 from fmg.export.fused import add_sampler
-from fmg.export.graph_files import DTYPES, write_graph
-from fmg.export.graphs import GraphPlan, clip_plan, decoder_plan, t5_plan, transformer_plan
+from fmg.export.graphs import DTYPES, GraphPlan, clip_plan, decoder_plan, t5_plan, transformer_plan
 from fmg.export.int8 import add_int8
 from fmg.export.model_artifact import LoadedSource
-from fmg.export.onnx import OPSET, TracedGraph, require_onnx, trace
+from fmg.export.onnx import OPSET, TracedGraph, require_onnx, save_graph, stored_dtype, trace
 from fmg.export.options import LARGE_BATCH, SMALL_BATCH, ExportOptions, library_versions, plain_config
 from fmg.export.source import (
     ExportSource,
@@ -37,11 +36,14 @@ from fmg.export.source import (
     stored_elements,
     write_base,
 )
+from fmg.export.weights import lay_out, write_weights
 from fmg.inference.artifact.layout import (
     BASE_WEIGHTS,
     Artifact,
     check_not_interrupted,
     file_entry,
+    graph_file,
+    weights_file,
     write_manifest,
 )
 from fmg.inference.artifact.manifest import (
@@ -60,9 +62,11 @@ from fmg.inference.artifact.manifest import (
     Adapter,
     AxisRange,
     Base,
+    FileEntry,
     Graph,
     Manifest,
     ModelFacts,
+    Precision,
     Sampling,
     TokenizerFacts,
 )
@@ -77,7 +81,9 @@ from fmg.recipe import Recipe
 
 # T5 exceeds the range of fp16, so encoders stay fp32 beside an fp16 transformer
 _TEXT_DTYPES: Mapping[str, torch.dtype] = {**DTYPES, "fp16": torch.float32}
+_PRECISIONS: Mapping[torch.dtype, Precision] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _EIGHT_BITS = "8-bit weights"
+_MEGABYTE = 10**6
 
 
 class ArtifactSource(Protocol):
@@ -227,7 +233,9 @@ def _write_files(
                 files[BASE_WEIGHTS] = write_base(folder / BASE_WEIGHTS, source.stored, changed)
             if options.precision == "fp8":
                 shapes = {side: sampling.latent_shape(side) for side in sampling.resolutions}
-                made, files[CALIBRATION] = calibrated(folder, traced, source.model, recipe, shapes, observer)
+                measured = calibrate(source.model, recipe, shapes, fp8_modules(traced), observer)
+                measured.write(folder / CALIBRATION)
+                made, files[CALIBRATION] = quantise(traced, measured.inputs), file_entry(folder / CALIBRATION)
         read = source.reader(plan.name, list(traced.parameters))
         graphs[plan.name], written = write_graph(folder, made, read, observer)
         files |= written
@@ -256,6 +264,41 @@ def _write_files(
         libraries=library_versions(),
         checks=(),
     )
+
+
+def write_graph(
+    folder: Path, traced: TracedGraph | Fp8Graph, read: Read, observer: Observer
+) -> tuple[Graph, dict[str, FileEntry]]:
+    """Writes the ONNX file and the weight file of a graph.
+
+    Args:
+        folder: of the artifact.
+        traced: the graph.
+        read: reads the model's weights.
+        observer: receives the progress.
+
+    Returns:
+        The manifest's entries of graph and files.
+    """
+    if isinstance(traced, Fp8Graph):
+        precision: Precision = "fp8"
+        graph, read = traced.graph, traced.reading(read)
+    else:
+        precision = _PRECISIONS[traced.plan.dtype]
+        graph = traced
+    plan, initializers = graph.plan, graph.model.graph.initializers
+    dtypes = {name: stored_dtype(initializers[name]) for name in graph.parameters}
+    layout = lay_out({name: (dtypes[name], shape) for name, shape in graph.parameters.items()})
+    weights, file = weights_file(plan.name), graph_file(plan.name)
+
+    def written(done: int, total: int) -> None:
+        stage = f"weights of {plan.name} (MB)"
+        observer(StageProgress(stage, math.ceil(done / _MEGABYTE), math.ceil(total / _MEGABYTE)))
+
+    entry = write_weights(folder / weights, layout, lambda name: read(name, dtypes[name]), written)
+    save_graph(graph, folder / file, weights, layout.places)
+    files = {weights: entry, file: file_entry(folder / file)}
+    return Graph(file, weights, precision, plan.inputs, plan.outputs), files
 
 
 class PackedSource:

@@ -21,12 +21,11 @@ from fmg.core.errors import CheckpointError, UsageError, reason
 from fmg.core.events import Observer, StageProgress, ignore
 from fmg.core.json_io import read_object, write_json
 from fmg.data.prompt_sets import load_prompts
-from fmg.export.fp8 import Fp8Graph, fp8_modules, input_scales, quantise, scale_of, stored_scales
-from fmg.export.onnx import TracedGraph
+from fmg.export.fp8 import input_scales, scale_of, stored_scales
 from fmg.inference import Generator
 from fmg.inference.artifact.decode import decode
-from fmg.inference.artifact.layout import Artifact, file_entry
-from fmg.inference.artifact.manifest import TRANSFORMER, FileEntry
+from fmg.inference.artifact.layout import Artifact
+from fmg.inference.artifact.manifest import TRANSFORMER
 from fmg.inference.torch_backend import TorchBackend
 from fmg.models.common.model import AdaptedModel
 from fmg.recipe import Recipe
@@ -156,20 +155,6 @@ def calibrate(
         resolutions=tuple(shapes),
         inputs={name: float(x) for name, x in largest.items()},
     )
-
-
-def calibrated(
-    folder: Path,
-    traced: TracedGraph,
-    model: AdaptedModel[Any],
-    recipe: Recipe,
-    shapes: Mapping[int, tuple[int, int, int]],
-    observer: Observer,
-) -> tuple[Fp8Graph, FileEntry]:
-    """A traced transformer in fp8, and the entry of the record that is written; arguments and errors as `calibrate`."""
-    made = calibrate(model, recipe, shapes, fp8_modules(traced), observer)
-    made.write(folder / CALIBRATION)
-    return quantise(traced, made.inputs), file_entry(folder / CALIBRATION)
 
 
 def other_calibration(artifact: Artifact, model: AdaptedModel[Any], recipe: Recipe, observer: Observer) -> str:

@@ -34,6 +34,14 @@ from fmg.inference.artifact.manifest import (
 )
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
 
+DTYPES: Mapping[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.bfloat16,
+}
+"""Dtype in which a transformer is traced, by the precision of the export."""
+
 
 @dataclass(frozen=True)
 class GraphPlan:

@@ -17,8 +17,7 @@ from torch import Tensor
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.prompt import MASK, PromptForm
 from fmg.export.fp8 import Read
-from fmg.export.graph_files import DTYPES
-from fmg.export.graphs import GraphPlan
+from fmg.export.graphs import DTYPES, GraphPlan
 from fmg.export.model_graphs import encoders, plans, text_stack
 from fmg.export.options import ExportOptions, plain_config
 from fmg.export.source import adapter_facts, base_dtypes, base_options, graph_options, save_tokenizer

@@ -13,13 +13,14 @@ OUT/
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import fmg
 from fmg.core.cache import content_hash
@@ -27,7 +28,6 @@ from fmg.core.display import counted
 from fmg.core.errors import MissingDependencyError, UsageError, python_call
 from fmg.core.events import Notice, Observer, ignore
 from fmg.core.files import SUMS, atomic_folder, check_space, digest, sums_text
-from fmg.export.pbtxt import Word, pbtxt
 from fmg.inference.artifact.layout import Artifact, open_artifact
 from fmg.inference.artifact.manifest import (
     BATCH,
@@ -66,6 +66,7 @@ CONFIG = "config.pbtxt"
 PYTHON_MODEL = "fmg.inference.triton"
 """The module of the model that takes prompts."""
 
+_WIDTH = 120
 _KINDS = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}
 # the others need a GPU on ONNX Runtime
 _ON_A_CPU = ("fp32", "fp16", "int8")
@@ -515,6 +516,36 @@ def _fixed(axis: AxisRange) -> int:
 
 def _optional(name: str, kind: str) -> dict[str, object]:
     return {"name": name, "data_type": Word(kind), "dims": [1], "optional": True}
+
+
+class Word(str):
+    """A value of an enumeration, which protobuf's text format writes without quotes."""
+
+
+def pbtxt(message: Mapping[str, Any], indent: str = "") -> str:
+    """A message in protobuf's text format: a mapping is a message, and a list repeats its field."""
+    return "".join(_pbtxt_fields(message, indent))
+
+
+def _pbtxt_fields(message: Mapping[str, Any], indent: str) -> Iterator[str]:
+    for name, value in message.items():
+        if isinstance(value, list) and not any(isinstance(entry, Mapping) for entry in value):
+            yield f"{indent}{name}: [{', '.join(map(_pbtxt_value, value))}]\n"
+            continue
+        for entry in value if isinstance(value, list) else [value]:
+            if not isinstance(entry, Mapping):
+                yield f"{indent}{name}: {_pbtxt_value(entry)}\n"
+                continue
+            inner = pbtxt(entry, indent + "  ")
+            lines = inner.split("\n")[:-1]
+            short = " ".join([f"{indent}{name} {{", *(line.strip() for line in lines), "}"])
+            yield f"{short}\n" if len(short) <= _WIDTH else f"{indent}{name} {{\n{inner}{indent}}}\n"
+
+
+def _pbtxt_value(value: object) -> str:
+    if isinstance(value, Word):
+        return str(value)
+    return json.dumps(value, ensure_ascii=False)
 
 
 _ROOT = Path(fmg.__file__).parent

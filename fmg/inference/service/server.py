@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from importlib.resources import files
@@ -13,15 +14,14 @@ from types import MappingProxyType
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel
 
 from fmg.core.errors import FmgError, UsageError, suggestion
 from fmg.core.machine import installed_versions
 from fmg.core.prompt import is_blank
-from fmg.inference.service.engine import Asked, Engine, LocalEngine
+from fmg.inference.service.engine import Asked, Engine, LocalEngine, Painted
 from fmg.inference.service.limits import Limits
-from fmg.inference.service.metrics import Metrics
 from fmg.inference.service.models import ServedModels
 from fmg.inference.service.wire import (
     JSON,
@@ -63,6 +63,52 @@ _REFUSED: dict[int | str, dict[str, Any]] = {
 }
 # Maximum values of the images in an answer that is encoded on the event loop: a few images of 64 x 64 pixels
 _SMALL = 1 << 16
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class Metrics:
+    """Counters of one server, separate from those of others in the process.
+
+    Args:
+        queued: returns the number of images that wait or are being generated.
+    """
+
+    def __init__(self, queued: Callable[[], float]) -> None:
+        own = self._registry = CollectorRegistry()
+        Gauge("fmg_queued_images", "Images that wait or are being generated", registry=own).set_function(queued)
+        self._requests = Counter("fmg_requests", "Image requests by HTTP status", ["status"], registry=own)
+        self._latency = Histogram(
+            "fmg_request_seconds", "Seconds from request to answer", buckets=_SECONDS, registry=own
+        )
+        self._images = Counter("fmg_images", "Images generated", ["model"], registry=own)
+        self._queueing = Histogram("fmg_queue_seconds", "Seconds in the queue", buckets=_SECONDS, registry=own)
+        self._batch = Histogram("fmg_batch_images", "Batch size, by request", buckets=_BATCHES, registry=own)
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Counts and times the answer to a request."""
+        with self._latency.time():
+            try:
+                yield
+            except RefusedError as error:
+                self._requests.labels(error.status).inc()
+                raise
+            except Exception:
+                self._requests.labels(500).inc()
+                raise
+        self._requests.labels(200).inc()
+
+    def generated(self, model: str, painted: Painted) -> None:
+        """Counts the images of a request."""
+        self._images.labels(model).inc(len(painted.images))
+        self._queueing.observe(painted.seconds["queued"])
+        self._batch.observe(painted.batch)
+
+    def text(self) -> bytes:
+        """All counters in Prometheus format."""
+        return generate_latest(self._registry)
 
 
 def create_app(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fmg.core.errors import CheckpointError
 from fmg.core.events import ignore
-from fmg.export.graph_files import write_graph
+from fmg.export.artifact import write_graph
 from fmg.export.live import live_graph
 from fmg.export.model_graphs import network_plan, plans
 from fmg.export.onnx import trace

@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.export import artifact as exporter
-from fmg.export import graph_files
 from fmg.export.artifact import export_artifact
 from fmg.export.diffusers import export_diffusers
 from fmg.export.fused import add_sampler
@@ -123,7 +122,7 @@ def without_graphs(target: str | Path, out: Path, options: ExportOptions) -> Art
     def save(graph: TracedGraph, file: Path, *_: object) -> None:
         file.write_bytes(graph.plan.name.encode())
 
-    with patch.object(exporter, "trace", traced), patch.object(graph_files, "save_graph", save):
+    with patch.object(exporter, "trace", traced), patch.object(exporter, "save_graph", save):
         return export_artifact(target, out, options)
 
 

@@ -18,8 +18,7 @@ import pytest
 from fmg.core.errors import UsageError
 from fmg.core.files import SUMS, read_sums
 from fmg.export.fused import add_sampler
-from fmg.export.pbtxt import pbtxt
-from fmg.export.triton import PYTHON_MODEL, TritonOptions, export_triton, python_modules
+from fmg.export.triton import PYTHON_MODEL, TritonOptions, export_triton, pbtxt, python_modules
 from fmg.inference.artifact import Artifact
 from fmg.inference.artifact.layout import write_manifest
 from fmg.inference.artifact.manifest import Adapter, AdapterPart
