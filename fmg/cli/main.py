@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from signal import SIGINT
 from typing import Annotated, Any, NoReturn, TextIO
 
@@ -169,11 +169,17 @@ def main(args: Sequence[str]) -> int:
             os.environ[OFFLINE] = offline
 
 
+@cache
+def _commands() -> Any:
+    """What Typer makes of `app`: it reads every signature, which takes longer than many commands do."""
+    return typer.main.get_command(app)
+
+
 def _main(args: Sequence[str]) -> int:
     session = Session()
     try:
         check_words(args)
-        code = typer.main.get_command(app).main(list(args), prog_name="fmg", standalone_mode=False, obj=session)
+        code = _commands().main(list(args), prog_name="fmg", standalone_mode=False, obj=session)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except BrokenPipeError:
