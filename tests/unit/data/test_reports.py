@@ -34,6 +34,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, RunFolder
     return first, second
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports whose figures are empty, for tests of their words: drawing takes nearly all of the time."""
+    monkeypatch.setattr("fmg.data.run_report.figure_bytes", lambda figure, kind: b"")
+
+
 def test_no_control_character_of_a_name_reaches_a_page() -> None:
     hostile = "\x1b[31mred\u202e\ud800"
     shown = page(
@@ -94,6 +100,7 @@ def test_a_report_of_a_branched_run_has_curves_by_step(tmp_path: Path) -> None:
     assert "agreement of one jump with the full grid" in page
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("factor", [1.0, 0.5])
 def test_a_learning_rate_has_a_chart_where_it_changes(tmp_path: Path, factor: float) -> None:
     run = made_up_run(tmp_path / "run")
@@ -106,6 +113,7 @@ def test_a_learning_rate_has_a_chart_where_it_changes(tmp_path: Path, factor: fl
     assert ("learning rate" in titles) == (factor != 1)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_reward_with_an_underscore_has_its_chart_and_comparison(tmp_path: Path) -> None:
     runs = [made_up_run(tmp_path / name) for name in ("one", "two")]
     for run in runs:
@@ -140,6 +148,7 @@ def test_a_report_is_replaced_and_repeats_byte_by_byte(runs: tuple[RunFolder, Ru
     assert (runs[0].path / "report.html").read_bytes() == before
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("name", ["metrics.jsonl", "recipe.yaml"])
 def test_a_report_names_changed_files(tmp_path: Path, name: str) -> None:
     run = made_up_run(tmp_path / "run")
@@ -173,6 +182,7 @@ def test_the_before_and_after_picture_shows_the_kept_checkpoint(tmp_path: Path) 
     assert kept_picture(run, Outcome.of(lines, SavedCheckpoint("a", 1, "eval/score", 1.7))) is None
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_result_of_a_run_that_was_not_evaluated_is_shown_as_unknown(tmp_path: Path) -> None:
     run = made_up_run(tmp_path / "run")
     write_index(

@@ -147,6 +147,7 @@ def test_images_are_those_of_torch_with_one_compilation_for_each_bucket(model: F
     assert ours.detail.startswith("eager, 2 compilations in ")
 
 
+@pytest.mark.slow
 def test_compiling_is_not_part_of_the_time(model: FluxModel) -> None:
     backend = TorchCompileBackend(model)
     first, second = (generated(backend, 2).timings_ms for _ in range(2))

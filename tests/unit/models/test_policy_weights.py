@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +43,15 @@ def _trained(folder: Path, what: What, dtype: torch.dtype = torch.float32, **kep
     return model
 
 
+@pytest.fixture(scope="module")
+def saved(two_time_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved adapter with its embedder, `duration`, and a saved network, `full`. Do not change them: copy them."""
+    place = tmp_path_factory.mktemp("saved")
+    _trained(two_time_folder, "duration").save_adapter(place / "duration")
+    _trained(two_time_folder, "full", old=False, reference=False).save_adapter(place / "full")
+    return place
+
+
 @torch.no_grad()
 def _jump(model: FluxModel, flow_map: FlowMap | None = None) -> Tensor:
     x = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
@@ -69,22 +79,19 @@ def test_what_is_trained_is_fp32_and_comes_back(
         assert float((drawn - _jump(model)).abs().mean()) < 2e-2 * float(drawn.abs().mean())
 
 
-def test_the_embedder_is_a_file_of_its_own_that_the_manifest_names(two_time_folder: Path, tmp_path: Path) -> None:
-    model = _trained(two_time_folder, "duration")
-    model.save_adapter(tmp_path / "saved")
-    manifest = read_adapter_manifest(tmp_path / "saved")
+def test_the_embedder_is_a_file_of_its_own_that_the_manifest_names(saved: Path) -> None:
+    manifest = read_adapter_manifest(saved / "duration")
     assert set(manifest.extra) == EMBEDDER
     assert (manifest.map.map, manifest.map.second_time.takes) == ("two-time", "duration")
     assert manifest.base.name == "tiny"
-    stored = load_file(tmp_path / "saved" / EXTRA_FILE)
+    stored = load_file(saved / "duration" / EXTRA_FILE)
     assert {name.removeprefix("transformer.") for name in stored} == EMBEDDER
 
 
-def test_a_reader_that_expects_only_a_lora_is_refused(two_time_folder: Path, tmp_path: Path) -> None:
-    _trained(two_time_folder, "duration").save_adapter(tmp_path / "saved")
+def test_a_reader_that_expects_only_a_lora_is_refused(two_time_folder: Path, saved: Path) -> None:
     shapes = adapter_shapes(_load(two_time_folder).components.transformer, ["attention"], 2)
     with pytest.raises(CheckpointError, match=r"timestep_embedder2\.linear_1\.bias is unknown"):
-        read_adapter_tensors(tmp_path / "saved", shapes)
+        read_adapter_tensors(saved / "duration", shapes)
 
 
 def _drop_extra(folder: Path) -> None:
@@ -117,9 +124,9 @@ def _name_another(folder: Path) -> None:
     ],
 )
 def test_a_lost_embedder_is_an_error_and_changes_nothing(
-    damage: Any, says: str, two_time_folder: Path, tmp_path: Path
+    damage: Any, says: str, two_time_folder: Path, saved: Path, tmp_path: Path
 ) -> None:
-    _trained(two_time_folder, "duration").save_adapter(tmp_path / "saved")
+    shutil.copytree(saved / "duration", tmp_path / "saved")
     damage(tmp_path / "saved")
     model = _load(two_time_folder)
     before = _jump(model)
@@ -237,9 +244,9 @@ def _other_schema(folder: Path) -> None:
 
 @pytest.mark.parametrize("damage", [_nan, _without_a_tensor, _truncated, _other_schema])
 def test_a_damaged_network_is_one_clear_error_and_changes_nothing(
-    damage: Any, two_time_folder: Path, tmp_path: Path
+    damage: Any, two_time_folder: Path, saved: Path, tmp_path: Path
 ) -> None:
-    _trained(two_time_folder, "full", old=False, reference=False).save_adapter(tmp_path / "saved")
+    shutil.copytree(saved / "full", tmp_path / "saved")
     damage(tmp_path / "saved")
     model = _load(two_time_folder)
     before = _jump(model)
@@ -248,7 +255,9 @@ def test_a_damaged_network_is_one_clear_error_and_changes_nothing(
     assert torch.equal(_jump(model), before)
 
 
-def test_what_does_not_go_together_is_refused(two_time_folder: Path, single_time_folder: Path, tmp_path: Path) -> None:
+def test_what_does_not_go_together_is_refused(
+    two_time_folder: Path, single_time_folder: Path, saved: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match="no second-time embedder"):
         _load(single_time_folder).unfreeze("duration")
     adapted = _load(two_time_folder)
@@ -259,9 +268,8 @@ def test_what_does_not_go_together_is_refused(two_time_folder: Path, single_time
     model = _trained(two_time_folder, "duration")
     with pytest.raises(UsageError, match="already unfrozen"):
         model.unfreeze("duration")
-    _trained(two_time_folder, "full", old=False, reference=False).save_adapter(tmp_path / "full")
     with pytest.raises(CheckpointError, match="has an adapter"):
-        model.load_adapter(tmp_path / "full")
+        model.load_adapter(saved / "full")
     plain = _load(two_time_folder)
     plain.attach_adapter(2, 4.0, ["attention"], 0.0, seed=0)
     plain.save_adapter(tmp_path / "lora")

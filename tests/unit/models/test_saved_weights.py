@@ -55,11 +55,17 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return folder, adapter, model
 
 
+@pytest.fixture(scope="module")
+def saved_adapter(two_time_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    adapter = tmp_path_factory.mktemp("kept") / "adapter"
+    _trained(two_time_folder).save_adapter(adapter)
+    return adapter
+
+
 @pytest.fixture
-def adapter(two_time_folder: Path, tmp_path: Path) -> Path:
+def adapter(saved_adapter: Path, tmp_path: Path) -> Path:
     """A saved adapter that a test may damage."""
-    _trained(two_time_folder).save_adapter(tmp_path / "adapter")
-    return tmp_path / "adapter"
+    return Path(shutil.copytree(saved_adapter, tmp_path / "adapter"))
 
 
 def test_a_loaded_adapter_is_the_saved_one_bit_for_bit(saved: tuple[Path, Path, FluxModel]) -> None:
