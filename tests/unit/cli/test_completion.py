@@ -10,24 +10,15 @@ from pathlib import Path
 import pytest
 
 from fmg.cli import completion
+from fmg.cli.main import main
 from fmg.core.errors import UsageError
 from fmg.data.run_folder import RunFolder
 from tests.unit.test_lazy_import import imported
 
 
-def offered(words: str, folder: Path) -> list[str]:
-    """Completions that bash gets for the last, unfinished word of a command line."""
-    environment = {
-        **os.environ,
-        "_FMG_COMPLETE": "complete_bash",
-        "COMP_WORDS": words,
-        "COMP_CWORD": str(len(words.split(" ")) - 1),
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "fmg"], env=environment, cwd=folder, capture_output=True, text=True, check=False
-    )
-    assert done.stderr == ""
-    return done.stdout.split()
+def asked(words: str) -> dict[str, str]:
+    """The variables with which bash asks for the last, unfinished word of a command line."""
+    return {"_FMG_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
 
 
 @pytest.fixture
@@ -43,13 +34,28 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("fmg train --model scm-s", ["scm-shapes"]),
         ("fmg train --config scm-sh", ["scm-shapes"]),
-        ("fmg eval runs/d", ["runs/demo-1"]),
         ("fmg show asfmc-e", ["asfmc-endpoint", "asfmc-euler"]),
         ("fmg show rewards shapes-", ["shapes-clip", "shapes-quality"]),
     ],
 )
-def test_the_shell_is_offered_values(words: str, offers: list[str], folder: Path) -> None:
-    assert offered(words, folder) == offers
+@pytest.mark.usefixtures("folder")
+def test_the_shell_is_offered_values(
+    words: str, offers: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in asked(words).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        main([])
+    said = capsys.readouterr()
+    assert (said.out.split(), said.err) == (offers, "")
+
+
+def test_the_shell_asks_the_program(folder: Path) -> None:
+    environment = {**os.environ, **asked("fmg eval runs/d")}
+    done = subprocess.run(
+        [sys.executable, "-m", "fmg"], env=environment, cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout.split(), done.stderr) == (["runs/demo-1"], "")
 
 
 CALLS = (
