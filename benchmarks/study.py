@@ -38,6 +38,7 @@ ITERATIONS = 10
 TRIAL_IMAGES = 500
 KEPT_IMAGES = 500
 KEPT_STEPS = (1, 2, 4, 8)
+JUDGE_STEPS = 4
 
 Entry = dict[str, Any]
 Key = tuple[str, str, str, int, float]
@@ -51,10 +52,11 @@ class World:
     Attributes:
         model: the model, whose recipe every arm starts from.
         score: what the arms are compared by: a reward and its part.
-        quality: a reward that no arm trains.
+        quality: a reward that falls where images go wrong. The text model trains it as well, with a small weight.
         prompts: prompts of the search; the comparison takes the recipe's held-out ones.
         curve: settings of the evaluations while a run trains.
         differentiable: the reward whose gradient `reward-gradient` follows; None if there is none.
+        judge: the recipe's evaluation reward, if it is so slow that it scores the kept checkpoint alone.
     """
 
     model: str
@@ -63,6 +65,7 @@ class World:
     prompts: str
     curve: Mapping[str, object]
     differentiable: str | None = None
+    judge: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ WORLDS = {
         "shapes-clip",
     ),
     "text": World(
-        "meanflow-text", "ocr-logp_exact", "text-fidelity", "text-train", {"eval.every": 1, "eval.num": 240}
+        "meanflow-text", "ocr-logp_exact", "text-fidelity", "text-train", {"eval.every": 1, "eval.num": 240},
+        judge="ocr",
     ),
 }  # fmt: skip
 
@@ -137,6 +141,8 @@ def values_of(world: str, arm: str) -> dict[str, object]:
     if "rewards" in values:
         values["rewards"] = [{"name": task.differentiable, "weight": 1.0}]
         values["eval.rewards"] = [task.score.rpartition("_")[0], task.quality]
+    if task.judge:
+        values["eval.rewards"] = []
     return values
 
 
@@ -210,6 +216,9 @@ def run_unit(key: Key) -> Entry:
             measured = fmg.evaluate(run, steps=KEPT_STEPS, num=KEPT_IMAGES, extractors="pixels", observer=_unheard)
             kept = {f"{r.reward}_{r.part}@{r.steps}": round(r.mean, 4) for r in measured.results}
             kept |= {f"{m.metric}@{m.steps}": round(m.value, 6) for m in measured.metrics}
+            if world.judge:
+                judged = fmg.evaluate(run, rewards=world.judge, steps=JUDGE_STEPS, num=KEPT_IMAGES, observer=_unheard)
+                kept |= {f"{r.reward}_{r.part}@{r.steps}": round(r.mean, 4) for r in judged.results}
     recipe = recipe_of(world.model, values, allow_code=False).recipe
     work = Work.of(recipe)
     row_cost = (work.row_nfe - work.rollout_calls) / rows_of(recipe)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from comparison import Band, budget_figure, markdown, reached
-from study import ARMS, KEPT_STEPS, WORLDS, Entry, score_of
+from study import ARMS, JUDGE_STEPS, KEPT_STEPS, WORLDS, Entry, score_of
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 AXES = {"images": "images", "nfe": "row-NFE", "seconds": "seconds on one core"}
@@ -112,6 +112,11 @@ def search_table(entries: Sequence[Entry], world: str) -> str:
 def end_table(entries: Sequence[Entry], world: str, curves: Mapping[str, list[Curve]]) -> str:
     """Every arm after its last iteration, and its kept checkpoint at other numbers of steps."""
     rows = []
+    task = WORLDS[world]
+    columns = {f"kept, {steps} NFE": f"{task.score}@{steps}" for steps in KEPT_STEPS}
+    if task.judge:
+        columns[f"kept, `{task.judge}` exact"] = f"{task.judge}_exact@{JUDGE_STEPS}"
+    columns["kept, diversity"] = "diversity_within_prompts@4"
     for arm, runs in curves.items():
         last = [{key: values[-1] for key, values in run.measured.items()} for run in runs]
         kept = [e["kept"] for e in entries if (e["world"], e["arm"], e["kind"]) == (world, arm, "run") and e["kept"]]
@@ -122,14 +127,12 @@ def end_table(entries: Sequence[Entry], world: str, curves: Mapping[str, list[Cu
                 f"`{arm}`",
                 f"{len(runs)} ({ended} stopped)" if ended else str(len(runs)),
                 *(text([values[key] for values in last]) for key in ("score", "quality")),
-                *(text([k[f"{WORLDS[world].score}@{steps}"] for k in kept]) for steps in KEPT_STEPS),
-                text([k["diversity_within_prompts@4"] for k in kept]),
+                *(text([k[key] for k in kept]) for key in columns.values()),
                 f"{runs[0].spent['nfe'][-1] / 1000:.1f}",
                 f"{runs[0].spent['seconds'][-1]:.0f}",
             ]
         )  # fmt: skip
-    kept_heads = [*(f"kept, {count} NFE" for count in KEPT_STEPS), "kept, diversity"]
-    return markdown(["arm", "seeds", "score", "quality", *kept_heads, "1000 row-NFE", "seconds"], rows)
+    return markdown(["arm", "seeds", "score", "quality", *columns, "1000 row-NFE", "seconds"], rows)
 
 
 def winners_table(curves: Mapping[str, list[Curve]]) -> str:
@@ -145,7 +148,7 @@ def winners_table(curves: Mapping[str, list[Curve]]) -> str:
             at = {arm: {run.seed: run.at(axis, budget) for run in runs} for arm, runs in curves.items()}
             best = max(at, key=lambda arm: mean(at[arm].values()))
             tied = [f"`{arm}`" for arm in at if arm != best and not _below(at[arm], at[best])]
-            rows.append([f"{budget:,.0f} {label}", f"`{best}`", text([*at[best].values()]), ", ".join(tied) or "none"])
+            rows.append([f"{budget:,.10g} {label}", f"`{best}`", text([*at[best].values()]), ", ".join(tied) or "none"])
     return markdown(["budget", "best", "score", "not told apart from it"], rows)
 
 

@@ -112,6 +112,18 @@ def test_runs_that_a_gate_stopped_are_counted_beside_the_means_of_the_others(
     assert row.split(" | ")[1:3] == ["2 (1 stopped)", "0.900 ± 0.000"]
 
 
+def test_a_slow_judge_scores_the_kept_checkpoint_alone(study: ModuleType, report: ModuleType) -> None:
+    assert study.values_of("text", "branch")["eval.rewards"] == []
+    kept = {f"ocr-logp_exact@{steps}": 0.9 for steps in study.KEPT_STEPS}
+    kept |= {"ocr_exact@4": 0.875, "diversity_within_prompts@4": 0.01}
+    run = {**entry(study, "branch", "run", 0, 1e-2, [0.3, 0.9]), "world": "text", "kept": kept}
+    head, _, row = (
+        line.strip("| ").split(" | ")
+        for line in report.end_table([run], "text", report.curves_of([run], "text")).splitlines()
+    )
+    assert row[head.index("kept, `ocr` exact")] == "0.875"
+
+
 def test_quality_is_compared_where_the_curves_cross_a_score(study: ModuleType, report: ModuleType) -> None:
     entries = [
         entry(study, "branch", "run", 0, 1e-3, [0.3, 0.6, 0.8]),
