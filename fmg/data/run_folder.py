@@ -184,7 +184,7 @@ class RunFolder:
             )
         return state
 
-    def values(self) -> Mapping[str, Plain]:
+    def values(self) -> dict[str, Plain]:
         """The values of `recipe.yaml` as written, components unresolved; empty without a recipe.
 
         Raises:

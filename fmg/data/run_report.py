@@ -462,7 +462,7 @@ def _whose(record: RunRecord) -> str:
 
 
 def _differences(records: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Block]:
-    flat = [{path: str(value) for path, value in leaves(dict(RunFolder(record.path).values()))} for record in records]
+    flat = [{path: str(value) for path, value in leaves(RunFolder(record.path).values())} for record in records]
     paths = list(dict.fromkeys(path for values in flat for path in values))
     rows = [
         (path, *(values.get(path, "-") for values in flat))

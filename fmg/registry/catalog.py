@@ -211,21 +211,15 @@ ROWS: tuple[Row, ...] = (
 # fmt: on
 
 
-def _rows(kind: str) -> tuple[Row, ...]:
-    return tuple(row for row in ROWS if row.kind == kind)
-
-
-models: Registry[ModelSource] = Registry("model", _rows("model"), ModelConfig)
-stochasticizers: Registry[Stochasticizer] = Registry("stochasticizer", _rows("stochasticizer"), StochasticizerConfig)
-rewards: Registry[Reward] = Registry("reward", _rows("reward"), ComponentConfig)
-objectives: Registry[Objective] = Registry("objective", _rows("objective"), ObjectiveConfig)
-optimizers: Registry[OptimizerFactory] = Registry("optimizer", _rows("optimizer"), ComponentConfig)
-prompt_sets: Registry[PromptSet] = Registry("prompt-set", _rows("prompt-set"), ComponentConfig)
-backends: Registry[BackendSource] = Registry("backend", _rows("backend"), ComponentConfig)
-feature_extractors: Registry[FeatureExtractor] = Registry(
-    "feature-extractor", _rows("feature-extractor"), ComponentConfig
-)
-trackers: Registry[Tracker] = Registry("tracker", _rows("tracker"), TrackerConfig)
+models: Registry[ModelSource] = Registry("model", ROWS, ModelConfig)
+stochasticizers: Registry[Stochasticizer] = Registry("stochasticizer", ROWS, StochasticizerConfig)
+rewards: Registry[Reward] = Registry("reward", ROWS, ComponentConfig)
+objectives: Registry[Objective] = Registry("objective", ROWS, ObjectiveConfig)
+optimizers: Registry[OptimizerFactory] = Registry("optimizer", ROWS, ComponentConfig)
+prompt_sets: Registry[PromptSet] = Registry("prompt-set", ROWS, ComponentConfig)
+backends: Registry[BackendSource] = Registry("backend", ROWS, ComponentConfig)
+feature_extractors: Registry[FeatureExtractor] = Registry("feature-extractor", ROWS, ComponentConfig)
+trackers: Registry[Tracker] = Registry("tracker", ROWS, TrackerConfig)
 
 REGISTRIES: tuple[Registry[Any], ...] = (
     models,

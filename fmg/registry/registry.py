@@ -70,7 +70,7 @@ class Registry(Generic[P]):
 
     Args:
         kind: what one component is called.
-        rows: the built-in components.
+        rows: the built-in components, of this kind and of others.
         config_base: what the config of every component of this kind derives from.
 
     Example:
@@ -83,7 +83,7 @@ class Registry(Generic[P]):
         self.kind = kind
         self.plural = f"{kind}s"
         self.config_base = config_base
-        self._rows = {row.name: row for row in rows}
+        self._rows = {row.name: row for row in rows if row.kind == kind}
         self._configs: dict[str, type[ComponentConfig]] = {}
         self._factories: dict[str, Callable[[Any], P]] = {}
         self._loaded_entry_points = False
