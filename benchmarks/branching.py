@@ -196,7 +196,7 @@ def figure(results: Sequence[Mapping[str, Any]], chains: Sequence[Mapping[str, A
             axis: [mean(at) for at in zip(*([p[axis] for p in c] for c in courses), strict=False)] for axis in BUDGETS
         }
         scores = list(zip(*([p["score"] for p in c] for c in courses), strict=False))
-        bands.append(Band(label, spent, *([pick(s) for s in scores] for pick in (mean, min, max))))
+        bands.append(Band(label, len(bands), spent, *([pick(s) for s in scores] for pick in (mean, min, max))))
     budget_figure(bands, "held-out strict accuracy", path, height=4.6, level=0.9)
 
 

@@ -10,6 +10,7 @@ from statistics import mean
 from typing import Any
 
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from fmg.data.charts import GREY, frame, new_figure, style, write_figure
 
@@ -22,9 +23,13 @@ BUDGETS = {"images": "images", "nfe": "row-NFE (forward 1, backward 2)", "second
 
 @dataclass(frozen=True)
 class Band:
-    """A curve over what was spent, by axis of `BUDGETS`, with a band around it."""
+    """A curve over what was spent, by axis of `BUDGETS`, with a band around it.
+
+    `look` numbers its colour, marker and dashes, the same in all figures of a study.
+    """
 
     label: str
+    look: int
     spent: Mapping[str, Sequence[float]]
     centre: Sequence[float]
     low: Sequence[float]
@@ -49,8 +54,8 @@ def budget_figure(bands: Sequence[Band], title: str, path: Path, *, height: floa
     """A score over images, row-NFE and seconds, side by side; `level` draws a dotted line."""
     drawing = new_figure(15, height, dpi=120)
     panels = drawing.subplots(1, 3, sharey=True)
-    for number, band in enumerate(bands):
-        look = {**style(number), "markevery": 1, "markersize": 4}
+    for band in bands:
+        look = style(band.look)
         for panel, axis in zip(panels, BUDGETS, strict=True):
             # a logarithmic axis cannot show the start
             shown = slice(0 if axis == "images" else 1, None)
@@ -65,6 +70,9 @@ def budget_figure(bands: Sequence[Band], title: str, path: Path, *, height: floa
     panels[0].set_ylabel(title)
     for panel in panels[1:]:
         panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter("{x:,g}")
+        panel.xaxis.set_minor_formatter(NullFormatter())
     handles, labels = panels[0].get_legend_handles_labels()
     drawing.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     write_figure(drawing, path)

@@ -20,7 +20,9 @@ SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)
 """Budgets, as shares of what the longest arm spends."""
 LEVELS = (0.7, 0.8, 0.9)
 BOTH = ("branch", "chain")
-"""The arms of both figures of a world: of its kernels, and of its objectives."""
+OBJECTIVES = [arm for arm in ARMS if arm in (*BOTH, "null") or "objective" in ARMS[arm].values]
+KERNELS = [arm for arm in ARMS if arm in BOTH or arm not in OBJECTIVES]
+"""The arms of the two figures of a world; `BOTH` are in each."""
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom
 _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -177,15 +179,17 @@ def equal_reward_table(curves: Mapping[str, list[Curve]]) -> str:
     return markdown(["arm", *heads], rows)
 
 
-def figure(world: str, curves: Mapping[str, list[Curve]], path: Path) -> None:
-    """The score over images, row-NFE and seconds: mean over seeds, band of the 95 % interval."""
+def figure(world: str, curves: Mapping[str, list[Curve]], arms: Sequence[str], path: Path) -> None:
+    """The score of `arms` over images, row-NFE and seconds: mean over seeds, band of the 95 % interval."""
     bands = []
-    for arm, runs in curves.items():
+    for look, arm in enumerate(arms):
+        if not (runs := curves.get(arm)):
+            continue
         spent = {axis: [mean(at) for at in zip(*(run.spent[axis] for run in runs), strict=True)] for axis in AXES}
         centre, half = np.transpose([interval(s) for s in zip(*(run.measured["score"] for run in runs), strict=True)])
         half[np.isinf(half)] = 0.0
         low, high = (np.clip(centre + sign * half, 0, 1).tolist() for sign in (-1, 1))
-        bands.append(Band(ARMS[arm].about, spent, centre.tolist(), low, high))
+        bands.append(Band(ARMS[arm].about, look, spent, centre.tolist(), low, high))
     budget_figure(bands, f"held out: {WORLDS[world].score.replace('_', ' ')}", path, height=5.6)
 
 
@@ -202,12 +206,6 @@ def report(entries: Sequence[Entry]) -> None:
             search_table(entries, world),
         ):
             print(table, end="\n\n")
-        objectives = {arm: runs for arm, runs in curves.items() if arm in BOTH or arm == "null" or _objective(arm)}
-        kernels = {arm: runs for arm, runs in curves.items() if arm in BOTH or not (arm == "null" or _objective(arm))}
-        figure(world, objectives, PICTURES / f"study-{world}.png")
-        if len(kernels) > len(BOTH):
-            figure(world, kernels, PICTURES / f"study-{world}-kernels.png")
-
-
-def _objective(arm: str) -> bool:
-    return "objective" in ARMS[arm].values
+        figure(world, curves, OBJECTIVES, PICTURES / f"study-{world}.png")
+        if len(curves.keys() & set(KERNELS)) > len(BOTH):
+            figure(world, curves, KERNELS, PICTURES / f"study-{world}-kernels.png")
