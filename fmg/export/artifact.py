@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 import torch
 
 from fmg.core.errors import UsageError, python_call
 from fmg.core.events import Observer, StageProgress, ignore
 from fmg.core.files import atomic_folder, check_space
-from fmg.core.model_folder import read_config, whole
 from fmg.export.calibration import CALIBRATION, calibrate
 from fmg.export.fp8 import Fp8Graph, Read, fp8_modules, quantise
 from fmg.export.fused import add_sampler
-from fmg.export.graphs import DTYPES, GraphPlan, clip_plan, decoder_plan, t5_plan, transformer_plan
+from fmg.export.graphs import GraphPlan
 from fmg.export.int8 import add_int8
 from fmg.export.model_artifact import LoadedSource
 from fmg.export.onnx import OPSET, TracedGraph, require_onnx, save_graph, stored_dtype, trace
-from fmg.export.options import LARGE_BATCH, SMALL_BATCH, ExportOptions, library_versions, plain_config
+from fmg.export.options import LARGE_BATCH, SMALL_BATCH, ExportOptions, library_versions
 from fmg.export.source import (
     ExportSource,
-    base_dtypes,
-    base_options,
     check_exportable,
     find_source,
-    graph_tokenizer,
-    model_reader,
     packs_latents,
     recipe_facts,
-    stored_elements,
     write_base,
 )
 from fmg.export.weights import lay_out, write_weights
@@ -48,17 +42,8 @@ from fmg.inference.artifact.layout import (
 )
 from fmg.inference.artifact.manifest import (
     BATCH,
-    HEIGHT,
-    IMAGE,
-    PACKED,
-    PIXEL_HEIGHT,
-    PIXEL_WIDTH,
-    TEXT,
-    TEXT_ENCODER,
-    TEXT_ENCODER_2,
     TRANSFORMER,
     TRANSFORMER_INT8,
-    WIDTH,
     Adapter,
     AxisRange,
     Base,
@@ -70,17 +55,12 @@ from fmg.inference.artifact.manifest import (
     Sampling,
     TokenizerFacts,
 )
-from fmg.inference.target import Target, TargetLike, export_folder, load_model, resolve_target
+from fmg.inference.target import TargetLike, export_folder, resolve_target
 from fmg.models.common.model import AdaptedModel
-from fmg.models.common.size import latent_scale
 from fmg.models.common.weights import TensorReader
-from fmg.models.flux.latents import PATCH
-from fmg.models.flux.loading import FLUX
 from fmg.progress import watching
 from fmg.recipe import Recipe
 
-# T5 exceeds the range of fp16, so encoders stay fp32 beside an fp16 transformer
-_TEXT_DTYPES: Mapping[str, torch.dtype] = {**DTYPES, "fp16": torch.float32}
 _PRECISIONS: Mapping[torch.dtype, Precision] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _EIGHT_BITS = "8-bit weights"
 _MEGABYTE = 10**6
@@ -89,7 +69,7 @@ _MEGABYTE = 10**6
 class ArtifactSource(Protocol):
     """A model with what a run trained: what an artifact is written from, and verified against.
 
-    `PackedSource` streams the files of the FLUX.1 family; `LoadedSource` has a model of any other family in memory.
+    `ExportSource` streams the files of the FLUX.1 family; `LoadedSource` has a model of any other family in memory.
 
     Attributes:
         schema: schema of its artifacts.
@@ -98,7 +78,7 @@ class ArtifactSource(Protocol):
         facts: name, configs and options of the model.
         base: the weights under the adapter, none of which are kept.
         adapter: what is merged.
-        stored: the weights of the transformer under the adapter.
+        reader: reads the weights of the transformer under the adapter.
         summed: names of the weights that are sums of base and adapter.
         changed: names of the weights that differ from the base: these, and those that an adapter replaces.
         model: the model in memory, in fp32.
@@ -117,7 +97,7 @@ class ArtifactSource(Protocol):
     @property
     def adapter(self) -> Adapter | None: ...
     @property
-    def stored(self) -> TensorReader: ...
+    def reader(self) -> TensorReader: ...
     @property
     def summed(self) -> frozenset[str]: ...
     @property
@@ -141,7 +121,7 @@ class ArtifactSource(Protocol):
     def plans(self, precision: str, tokenizers: Mapping[str, TokenizerFacts]) -> Sequence[GraphPlan]:
         """The graphs."""
 
-    def reader(self, graph: str, names: Sequence[str]) -> Read:
+    def graph_reader(self, graph: str, names: Sequence[str]) -> Read:
         """Reads these weights of a graph."""
 
     def write_tokenizers(self, out: Path) -> Mapping[str, TokenizerFacts]:
@@ -192,7 +172,7 @@ def export_artifact(
 def export_source(source: ExportSource, out: Path, options: ExportOptions, *, observer: Observer = ignore) -> Artifact:
     """As `export_artifact`, for files of the FLUX.1 family that have been located."""
     _check_request(out, options)
-    return _write_artifact(PackedSource(source), out, options, observer)
+    return _write_artifact(source, out, options, observer)
 
 
 def _check_request(out: Path, options: ExportOptions) -> None:
@@ -230,13 +210,13 @@ def _write_files(
         if plan.name == TRANSFORMER:
             if changed := sorted(source.changed & traced.parameters.keys()):
                 base = replace(base, weights=BASE_WEIGHTS)
-                files[BASE_WEIGHTS] = write_base(folder / BASE_WEIGHTS, source.stored, changed)
+                files[BASE_WEIGHTS] = write_base(folder / BASE_WEIGHTS, source.reader, changed)
             if options.precision == "fp8":
                 shapes = {side: sampling.latent_shape(side) for side in sampling.resolutions}
                 measured = calibrate(source.model, recipe, shapes, fp8_modules(traced), observer)
                 measured.write(folder / CALIBRATION)
                 made, files[CALIBRATION] = quantise(traced, measured.inputs), file_entry(folder / CALIBRATION)
-        read = source.reader(plan.name, list(traced.parameters))
+        read = source.graph_reader(plan.name, list(traced.parameters))
         graphs[plan.name], written = write_graph(folder, made, read, observer)
         files |= written
     observer(StageProgress("tracing", len(plans), len(plans)))
@@ -299,131 +279,3 @@ def write_graph(
     save_graph(graph, folder / file, weights, layout.places)
     files = {weights: entry, file: file_entry(folder / file)}
     return Graph(file, weights, precision, plan.inputs, plan.outputs), files
-
-
-class PackedSource:
-    """The files of a model of the FLUX.1 family as an `ArtifactSource`; its weights are never loaded as a whole."""
-
-    schema: Literal[1] = PACKED
-
-    def __init__(self, source: ExportSource) -> None:
-        self._source = source
-        self._vae = read_config(source.folder / "vae")
-        self.label = source.label
-        self.recipe = source.recipe
-
-    @property
-    def facts(self) -> ModelFacts:
-        source = self._source
-        return ModelFacts(source.name, plain_config(source.transformer.config), plain_config(self._vae))
-
-    @property
-    def base(self) -> Base:
-        source = self._source
-        options = None if source.tuned_whole else base_options(self.recipe.model.config)
-        return Base(source.base, source.digest, base_dtypes(source.stored), None, options)
-
-    @property
-    def adapter(self) -> Adapter | None:
-        return None if self._source.delta is None else self._source.delta.adapter
-
-    @property
-    def stored(self) -> TensorReader:
-        return self._source.reader
-
-    @property
-    def summed(self) -> frozenset[str]:
-        return frozenset() if self._source.delta is None else frozenset(self._source.delta.lora)
-
-    @property
-    def changed(self) -> frozenset[str]:
-        return frozenset() if self._source.delta is None else self._source.delta.changed
-
-    @property
-    def model(self) -> AdaptedModel[Any]:
-        source = self._source
-        target = Target(source.label, source.recipe, source.checkpoint)
-        return cast("AdaptedModel[Any]", load_model(target, dtype="fp32"))
-
-    def sampling(self, resolutions: Sequence[int] | None) -> Sampling:
-        conventions, rollout = self._source.conventions, self.recipe.rollout
-        scale = latent_scale(self._vae)
-        sizes = tuple(sorted(set(resolutions or (conventions.resolution,))))
-        token = scale * PATCH
-        for size in sizes:
-            if size < token or size % token:
-                raise UsageError(
-                    f"The resolution {size} is not a multiple of {token}, the side of a token of '{self._source.name}'",
-                    f"Use multiples of {token}.",
-                )
-        return Sampling(
-            map=conventions.map,
-            path=conventions.path,
-            time_scale=conventions.time_scale,
-            second_time=conventions.second_time.takes,
-            guidance=conventions.guidance,
-            latent_channels=whole(self._vae, "latent_channels"),
-            latent_scale=scale,
-            resolution=default_resolution(conventions.resolution, sizes),
-            resolutions=sizes,
-            grid=rollout.grid,
-            steps=rollout.steps,
-        )
-
-    def axes(self, sampling: Sampling, tokenizers: Mapping[str, TokenizerFacts]) -> dict[str, AxisRange]:
-        length = tokenizers[TEXT_ENCODER_2].length
-        return {TEXT: AxisRange(length, length, length), **image_axes(sampling)}
-
-    def plans(self, precision: str, tokenizers: Mapping[str, TokenizerFacts]) -> tuple[GraphPlan, ...]:
-        folder, text = self._source.folder, _TEXT_DTYPES[precision]
-        for name in ("text_encoder", "text_encoder_2"):
-            FLUX.class_of(folder / name, name)
-        return (
-            clip_plan(read_config(folder / "text_encoder"), tokenizers[TEXT_ENCODER].length, text),
-            t5_plan(read_config(folder / "text_encoder_2"), text),
-            transformer_plan(self._source.transformer.config, DTYPES[precision]),
-            decoder_plan(FLUX.class_of(folder / "vae", "vae"), self._vae),
-        )
-
-    def reader(self, graph: str, names: Sequence[str]) -> Read:
-        return model_reader(self._source, graph, names)
-
-    def write_tokenizers(self, out: Path) -> dict[str, TokenizerFacts]:
-        return {graph: graph_tokenizer(self._source, graph, out) for graph in (TEXT_ENCODER, TEXT_ENCODER_2)}
-
-    def sizes(self, options: ExportOptions) -> Iterator[int]:
-        source = self._source
-        elements = {name: math.prod(shape) for name, (_, shape) in source.stored.items()}
-        total = sum(elements.values())
-        yield total * DTYPES[options.precision].itemsize
-        for name in ("text_encoder", "text_encoder_2"):
-            yield stored_elements(source.folder / name) * _TEXT_DTYPES[options.precision].itemsize
-        yield stored_elements(source.folder / "vae") * torch.float32.itemsize
-        for name in self.changed:
-            yield elements[name] * source.stored[name][0].itemsize
-        if options.int8:
-            # with the quantiser's temporary copies
-            yield total * (2 * torch.float32.itemsize + 2)
-
-
-def default_resolution(own: int, sizes: Sequence[int]) -> int:
-    """The default side in pixels: the model's own, or else the largest of `sizes` (in increasing order)."""
-    return own if own in sizes else sizes[-1]
-
-
-def image_axes(sampling: Sampling) -> dict[str, AxisRange]:
-    """The axes that follow from the resolutions of an artifact, with the default resolution as optimum."""
-    latent = _range(sampling, lambda size: sampling.latent_shape(size)[1])
-    pixels = _range(sampling, lambda size: size)
-    return {
-        IMAGE: _range(sampling, sampling.image_tokens),
-        HEIGHT: latent,
-        WIDTH: latent,
-        PIXEL_HEIGHT: pixels,
-        PIXEL_WIDTH: pixels,
-    }
-
-
-def _range(sampling: Sampling, measure: Callable[[int], int]) -> AxisRange:
-    values = [measure(size) for size in sampling.resolutions]
-    return AxisRange(min(values), measure(sampling.resolution), max(values))

@@ -1,6 +1,6 @@
 """A model of any family that can be traced as the source of an artifact: loaded once, with what a run trained merged.
 
-The weights of FLUX are streamed from their files instead (`fmg.export.artifact.PackedSource`).
+The weights of FLUX are streamed from their files instead (`fmg.export.source.ExportSource`).
 """
 
 from __future__ import annotations
@@ -124,12 +124,12 @@ class LoadedSource:
         return folder_weights(folder / COMPONENT)
 
     @cached_property
-    def stored(self) -> TensorReader:
+    def reader(self) -> TensorReader:
         return TensorReader(self._files.files)
 
     @cached_property
     def base(self) -> Base:
-        dtypes = base_dtypes({name: self.stored.describe(name) for name in self.stored.names})
+        dtypes = base_dtypes({name: self.reader.describe(name) for name in self.reader.names})
         whole = self._files is not self.model.components.weights
         options = None if whole else base_options(self.recipe.model.config)
         return Base(self.label if whole else self.facts.name, stored_digest(self._files), dtypes, None, options)
@@ -173,7 +173,7 @@ class LoadedSource:
         network = merged_tensors(model.network, torch.float32)
         return {TEXT_ENCODERS: texts, TRANSFORMER: network, VAE_DECODER: model.components.vae.state_dict()}
 
-    def reader(self, graph: str, names: Sequence[str]) -> Read:
+    def graph_reader(self, graph: str, names: Sequence[str]) -> Read:
         return lambda name, dtype: self._tensors[graph][name].detach().to(dtype).contiguous()
 
     def write_tokenizers(self, out: Path) -> dict[str, FormedTokenizerFacts]:

@@ -6,11 +6,11 @@ Weights are read one tensor at a time, with the changes of a run merged in fp32.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from tokenizers import Tokenizer
@@ -19,21 +19,37 @@ from transformers import CLIPTokenizer, T5Tokenizer
 
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.hub import locate
+from fmg.core.model_folder import read_config, whole
 from fmg.core.specs import expand_targets, is_target
+from fmg.export.fp8 import Read
+from fmg.export.graphs import DTYPES, GraphPlan, clip_plan, decoder_plan, t5_plan, transformer_plan
+from fmg.export.options import ExportOptions, plain_config
 from fmg.export.weights import TensorType, lay_out, write_weights
 from fmg.inference.artifact.layout import TOKENIZER_FILE, TOKENIZERS
 from fmg.inference.artifact.manifest import (
+    HEIGHT,
+    IMAGE,
+    PACKED,
+    PIXEL_HEIGHT,
+    PIXEL_WIDTH,
+    TEXT,
     TEXT_ENCODER,
     TEXT_ENCODER_2,
     TRANSFORMER,
+    WIDTH,
     Adapter,
     AdapterPart,
+    AxisRange,
+    Base,
     FileEntry,
+    ModelFacts,
+    Sampling,
     TokenizerFacts,
 )
-from fmg.inference.target import Target
+from fmg.inference.target import Target, load_model
 from fmg.models.common.adapter import add_low_rank
 from fmg.models.common.checkpoint_files import COMPONENT, adapter_digest, is_full
+from fmg.models.common.model import AdaptedModel
 from fmg.models.common.pipeline_parts import load_tokenizer, quiet
 from fmg.models.common.saved_weights import (
     LORA_A,
@@ -44,6 +60,7 @@ from fmg.models.common.saved_weights import (
     read_adapter_tensors,
     read_transformer_manifest,
 )
+from fmg.models.common.size import latent_scale
 from fmg.models.common.weights import (
     Shapes,
     TensorReader,
@@ -56,6 +73,7 @@ from fmg.models.common.weights import (
 from fmg.models.conventions import FlowMapConventions, read_conventions
 from fmg.models.embedded import EmbeddedConfig
 from fmg.models.flux.configs import FluxConfig, FluxStudentConfig
+from fmg.models.flux.latents import PATCH
 from fmg.models.flux.loading import FLUX, TransformerSource, check_student, transformer_source
 from fmg.models.flux.transformer import FlowMapFluxTransformer2DModel
 from fmg.models.published import DiffusersConfig, LocatedAdapter, StackedConfig, located_adapters
@@ -63,11 +81,13 @@ from fmg.recipe import Recipe
 from fmg.registry.config import ModelConfig
 
 _TOKENIZER_CLASSES = {TEXT_ENCODER: CLIPTokenizer, TEXT_ENCODER_2: T5Tokenizer}
+# T5 exceeds the range of fp16, so encoders stay fp32 beside an fp16 transformer
+_TEXT_DTYPES: Mapping[str, torch.dtype] = {**DTYPES, "fp16": torch.float32}
 
 
 @dataclass(frozen=True)
 class ExportSource:
-    """A model on this computer, with what a run trained.
+    """A model of the FLUX.1 family on this computer, with what a run trained; an `fmg.export.artifact.ArtifactSource`.
 
     Attributes:
         label: the name that the user gave.
@@ -79,6 +99,8 @@ class ExportSource:
         checkpoint: folder of what was trained, or None.
         merged: what that adapter was added up from, if it was.
     """
+
+    schema: ClassVar[Literal[1]] = PACKED
 
     label: str
     name: str
@@ -93,11 +115,6 @@ class ExportSource:
     def tuned_whole(self) -> bool:
         """Whether a full fine-tune trained every weight of the transformer, so that there is nothing to merge."""
         return self.checkpoint is not None and is_full(self.checkpoint)
-
-    @property
-    def base(self) -> str:
-        """Name of the weights under an adapter: the model, or the run of a full fine-tune."""
-        return self.label if self.tuned_whole else self.name
 
     @cached_property
     def reader(self) -> TensorReader:
@@ -134,6 +151,139 @@ class ExportSource:
         delta = read_delta(self.checkpoint, shapes, self.label, self.merged)
         check_base(delta, self.digest, str(self.transformer.weights.origin))
         return delta
+
+    @cached_property
+    def _vae(self) -> dict[str, object]:
+        return read_config(self.folder / "vae")
+
+    @property
+    def facts(self) -> ModelFacts:
+        return ModelFacts(self.name, plain_config(self.transformer.config), plain_config(self._vae))
+
+    @property
+    def base(self) -> Base:
+        name = self.label if self.tuned_whole else self.name
+        options = None if self.tuned_whole else base_options(self.recipe.model.config)
+        return Base(name, self.digest, base_dtypes(self.stored), None, options)
+
+    @property
+    def adapter(self) -> Adapter | None:
+        return None if self.delta is None else self.delta.adapter
+
+    @property
+    def summed(self) -> frozenset[str]:
+        return frozenset() if self.delta is None else frozenset(self.delta.lora)
+
+    @property
+    def changed(self) -> frozenset[str]:
+        return frozenset() if self.delta is None else self.delta.changed
+
+    @property
+    def model(self) -> AdaptedModel[Any]:
+        target = Target(self.label, self.recipe, self.checkpoint)
+        return cast("AdaptedModel[Any]", load_model(target, dtype="fp32"))
+
+    def sampling(self, resolutions: Sequence[int] | None) -> Sampling:
+        conventions, rollout = self.conventions, self.recipe.rollout
+        scale = latent_scale(self._vae)
+        sizes = tuple(sorted(set(resolutions or (conventions.resolution,))))
+        token = scale * PATCH
+        for size in sizes:
+            if size < token or size % token:
+                raise UsageError(
+                    f"The resolution {size} is not a multiple of {token}, the side of a token of '{self.name}'",
+                    f"Use multiples of {token}.",
+                )
+        return Sampling(
+            map=conventions.map,
+            path=conventions.path,
+            time_scale=conventions.time_scale,
+            second_time=conventions.second_time.takes,
+            guidance=conventions.guidance,
+            latent_channels=whole(self._vae, "latent_channels"),
+            latent_scale=scale,
+            resolution=default_resolution(conventions.resolution, sizes),
+            resolutions=sizes,
+            grid=rollout.grid,
+            steps=rollout.steps,
+        )
+
+    def axes(self, sampling: Sampling, tokenizers: Mapping[str, TokenizerFacts]) -> dict[str, AxisRange]:
+        length = tokenizers[TEXT_ENCODER_2].length
+        return {TEXT: AxisRange(length, length, length), **image_axes(sampling)}
+
+    def plans(self, precision: str, tokenizers: Mapping[str, TokenizerFacts]) -> tuple[GraphPlan, ...]:
+        folder, text = self.folder, _TEXT_DTYPES[precision]
+        for name in ("text_encoder", "text_encoder_2"):
+            FLUX.class_of(folder / name, name)
+        return (
+            clip_plan(read_config(folder / "text_encoder"), tokenizers[TEXT_ENCODER].length, text),
+            t5_plan(read_config(folder / "text_encoder_2"), text),
+            transformer_plan(self.transformer.config, DTYPES[precision]),
+            decoder_plan(FLUX.class_of(folder / "vae", "vae"), self._vae),
+        )
+
+    def graph_reader(self, graph: str, names: Sequence[str]) -> Read:
+        @cache
+        def reader(dtype: torch.dtype) -> Callable[[str], Tensor]:
+            if graph == TRANSFORMER:
+                return merged(self.reader, self.delta, dtype)
+            component = graph if graph in (TEXT_ENCODER, TEXT_ENCODER_2) else "vae"
+            return component_reader(self.folder / component, names, dtype)
+
+        return lambda name, dtype: reader(dtype)(name)
+
+    def write_tokenizers(self, out: Path) -> dict[str, TokenizerFacts]:
+        return {graph: self._write_tokenizer(graph, out) for graph in _TOKENIZER_CLASSES}
+
+    def _write_tokenizer(self, graph: str, out: Path) -> TokenizerFacts:
+        folder = TOKENIZERS[graph]
+        with quiet():
+            loaded: Any = load_tokenizer(self.folder / folder, _TOKENIZER_CLASSES[graph])
+        if (loaded.padding_side, loaded.truncation_side) != ("right", "right"):
+            raise CheckpointError(
+                f"The tokenizer in {self.folder / folder} does not pad and truncate on the right",
+                "Give a FLUX pipeline folder.",
+            )
+        length = self.conventions.max_sequence_length if graph == TEXT_ENCODER_2 else int(loaded.model_max_length)
+        name = save_tokenizer(loaded, out, folder)
+        return TokenizerFacts(name, length, int(loaded.pad_token_id), str(loaded.pad_token))
+
+    def sizes(self, options: ExportOptions) -> Iterator[int]:
+        elements = {name: math.prod(shape) for name, (_, shape) in self.stored.items()}
+        total = sum(elements.values())
+        yield total * DTYPES[options.precision].itemsize
+        for name in ("text_encoder", "text_encoder_2"):
+            yield stored_elements(self.folder / name) * _TEXT_DTYPES[options.precision].itemsize
+        yield stored_elements(self.folder / "vae") * torch.float32.itemsize
+        for name in self.changed:
+            yield elements[name] * self.stored[name][0].itemsize
+        if options.int8:
+            # with the quantiser's temporary copies
+            yield total * (2 * torch.float32.itemsize + 2)
+
+
+def default_resolution(own: int, sizes: Sequence[int]) -> int:
+    """The default side in pixels: the model's own, or else the largest of `sizes` (in increasing order)."""
+    return own if own in sizes else sizes[-1]
+
+
+def image_axes(sampling: Sampling) -> dict[str, AxisRange]:
+    """The axes that follow from the resolutions of an artifact, with the default resolution as optimum."""
+    latent = _range(sampling, lambda size: sampling.latent_shape(size)[1])
+    pixels = _range(sampling, lambda size: size)
+    return {
+        IMAGE: _range(sampling, sampling.image_tokens),
+        HEIGHT: latent,
+        WIDTH: latent,
+        PIXEL_HEIGHT: pixels,
+        PIXEL_WIDTH: pixels,
+    }
+
+
+def _range(sampling: Sampling, measure: Callable[[int], int]) -> AxisRange:
+    values = [measure(size) for size in sampling.resolutions]
+    return AxisRange(min(values), measure(sampling.resolution), max(values))
 
 
 def conventions_of(recipe: Recipe) -> FlowMapConventions:
@@ -343,23 +493,6 @@ def base_dtypes(stored: Mapping[str, TensorType]) -> tuple[str, ...]:
     return tuple(sorted({str(dtype).removeprefix("torch.") for dtype, _ in stored.values()}))
 
 
-def model_reader(source: ExportSource, graph: str, names: Sequence[str]) -> Callable[[str, torch.dtype], Tensor]:
-    """Reads the weights of a graph by their names in it; a run changes only those of the transformer.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or lacks a tensor.
-    """
-
-    @cache
-    def reader(dtype: torch.dtype) -> Callable[[str], Tensor]:
-        if graph == TRANSFORMER:
-            return merged(source.reader, source.delta, dtype)
-        component = graph if graph in (TEXT_ENCODER, TEXT_ENCODER_2) else "vae"
-        return component_reader(source.folder / component, names, dtype)
-
-    return lambda name, dtype: reader(dtype)(name)
-
-
 def component_reader(folder: Path, names: Iterable[str], dtype: torch.dtype) -> Callable[[str], Tensor]:
     """Reads the tensors called `names` of a component folder, in `dtype`.
 
@@ -388,25 +521,6 @@ def stored_elements(folder: Path) -> int:
     files = folder_weights(folder).files
     reader = TensorReader(files)
     return sum(math.prod(reader.describe(name)[1]) for name in files)
-
-
-def graph_tokenizer(source: ExportSource, graph: str, out: Path) -> TokenizerFacts:
-    """Writes the tokenizer of a text encoder as one `tokenizer.json` under `out`.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or the tokenizer pads or truncates on the left.
-    """
-    folder = TOKENIZERS[graph]
-    with quiet():
-        loaded: Any = load_tokenizer(source.folder / folder, _TOKENIZER_CLASSES[graph])
-    if (loaded.padding_side, loaded.truncation_side) != ("right", "right"):
-        raise CheckpointError(
-            f"The tokenizer in {source.folder / folder} does not pad and truncate on the right",
-            "Give a FLUX pipeline folder.",
-        )
-    length = source.conventions.max_sequence_length if graph == TEXT_ENCODER_2 else int(loaded.model_max_length)
-    name = save_tokenizer(loaded, out, folder)
-    return TokenizerFacts(name, length, int(loaded.pad_token_id), str(loaded.pad_token))
 
 
 def save_tokenizer(loaded: Any, out: Path, folder: str) -> str:

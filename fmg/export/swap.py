@@ -12,7 +12,6 @@ import torch
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.events import Notice, Observer, StageProgress, ignore
 from fmg.core.files import OLD, check_space, leftovers, link_files, replaced_folder
-from fmg.export.artifact import default_resolution, image_axes
 from fmg.export.fused import add_sampler
 from fmg.export.int8 import add_int8
 from fmg.export.source import (
@@ -20,8 +19,10 @@ from fmg.export.source import (
     base_options,
     check_base,
     conventions_of,
+    default_resolution,
     exported_options,
     graph_options,
+    image_axes,
     merged,
     read_delta,
     recipe_facts,

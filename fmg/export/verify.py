@@ -22,7 +22,7 @@ from fmg.core.protocols import Reward
 from fmg.data.prompt_sets import load_prompts
 from fmg.eval.intervals import bootstrap_mean
 from fmg.eval.scoring import CHUNK, EvalSet, prompt_clusters, score_images
-from fmg.export.artifact import ArtifactSource, PackedSource
+from fmg.export.artifact import ArtifactSource
 from fmg.export.calibration import IMAGES, other_calibration
 from fmg.export.model_artifact import LoadedSource
 from fmg.export.precision_report import fp32_products, precision_of
@@ -236,7 +236,7 @@ class _Comparison:
     def source(self) -> Iterator[Check]:
         self._observer(StageProgress("weights", 0, 1))
         if self._artifact.manifest.schema == PACKED:
-            source: ArtifactSource = PackedSource(find_source(self._target))
+            source: ArtifactSource = find_source(self._target)
         else:
             source = LoadedSource(self._target, self._model)
         yield from check_source(self._artifact, source)

@@ -167,7 +167,7 @@ def _other_weights(artifact: Artifact, source: ArtifactSource, graph: str, expor
         return _other_int8(artifact)
     names = list(dict.fromkeys(map(model_name, exported.names)))
     summed = source.summed if graph == TRANSFORMER else ()
-    return _first_other_weight(exported, source.reader(graph, names), summed, _scales(artifact, graph))
+    return _first_other_weight(exported, source.graph_reader(graph, names), summed, _scales(artifact, graph))
 
 
 def _other_int8(artifact: Artifact) -> str:

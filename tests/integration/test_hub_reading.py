@@ -78,7 +78,6 @@ def test_an_artifact_goes_there_and_back(
 def test_a_pushed_artifact_verifies_against_its_pushed_run(
     hub: FakeHub, shapes_run: Path, shapes_artifact: Artifact
 ) -> None:
-    from fmg.export.artifact import PackedSource
     from fmg.export.source import find_source
     from fmg.export.verify_source import check_source
     from fmg.inference.loading import find_artifact
@@ -87,9 +86,7 @@ def test_a_pushed_artifact_verifies_against_its_pushed_run(
     succeeds("push", str(shapes_artifact.folder), "me/onnx")
     succeeds("push", str(shapes_run), "me/shapes")
     pulled = open_artifact(find_artifact("me/onnx"))
-    checks = {
-        check.name: check.note for check in check_source(pulled, PackedSource(find_source(resolve_target("me/shapes"))))
-    }
+    checks = {check.name: check.note for check in check_source(pulled, find_source(resolve_target("me/shapes")))}
     assert not any(checks.values()), checks
 
 

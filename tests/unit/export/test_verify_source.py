@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fmg.export.artifact import PackedSource
 from fmg.export.source import find_source
 from fmg.export.verify_source import check_source
 from fmg.export.weights import stored_places
@@ -27,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.compile]
 
 def failed(folder: Path, run: Path) -> dict[str, str]:
     """Notes of the checks that fail, by name."""
-    checks = check_source(open_artifact(folder), PackedSource(find_source(resolve_target(run))))
+    checks = check_source(open_artifact(folder), find_source(resolve_target(run)))
     return {check.name: check.note for check in checks if not check.passed}
 
 
