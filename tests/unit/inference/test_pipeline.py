@@ -267,6 +267,11 @@ def test_guidance_is_taken_where_the_weights_embed_one(tmp_path: Path) -> None:
     assert pipe.guidance_scale == 1.0
 
 
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> FlowMapPipeline:
+    return FlowMapPipeline.from_pretrained(build_tiny_flux(tmp_path_factory.mktemp("loaded") / "two-time"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -286,10 +291,9 @@ def test_guidance_is_taken_where_the_weights_embed_one(tmp_path: Path) -> None:
         ({"callback_on_step_end_tensor_inputs": ["nope"]}, "cannot receive 'nope'"),
     ],
 )
-def test_a_wrong_call_says_what_is_wrong(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
-    pipe = FlowMapPipeline.from_pretrained(build_tiny_flux(tmp_path / "two-time"))
+def test_a_wrong_call_says_what_is_wrong(loaded: FlowMapPipeline, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        pipe(**{"prompt": PROMPTS[0], "seeds": [1], **arguments})
+        loaded(**{"prompt": PROMPTS[0], "seeds": [1], **arguments})
 
 
 @pytest.mark.parametrize("kind", ["two-time", "single-time"])
