@@ -13,13 +13,11 @@ from torch import Tensor
 from transformers import LlamaTokenizer, UMT5EncoderModel
 
 from fmg.core.hub import locate
-from fmg.core.model_folder import read_config
 from fmg.core.types import Conditioning
 from fmg.models.common.model import AdaptedModel
 from fmg.models.common.network import LatentNetwork
 from fmg.models.common.pipeline_parts import Components, Family, check_same, load_components, square_latent
 from fmg.models.common.text import TokenisedText
-from fmg.models.common.weights import WeightFiles, folder_weights, load_transformer
 
 if TYPE_CHECKING:
     from fmg_auraflow.configs import AuraFlowConfig
@@ -91,16 +89,7 @@ class AuraFlowModel(AdaptedModel[AuraFlowText]):
     ) -> Components[AuraFlowText]:
         """The parts that `config` describes, from files on this computer."""
         folder = locate(config.architecture(), "model", config.registered_name).path
-
-        def transformer() -> tuple[AuraFlowTransformer2DModel, WeightFiles]:
-            own = folder / "transformer"
-            FAMILY.class_of(own, own.name)
-            weights = folder_weights(own)
-            return load_transformer(AuraFlowTransformer2DModel, read_config(own), weights, device, dtype), weights
-
-        parts = load_components(
-            FAMILY, folder, config.conventions(), transformer, AuraFlowText, device, dtype, text_device
-        )
+        parts = load_components(FAMILY, folder, config.conventions(), None, AuraFlowText, device, dtype, text_device)
         text, network = parts.text.text_encoder.config, parts.transformer.config
         check_same("text_encoder", "d_model", text.d_model, "joint_attention_dim", network.joint_attention_dim)
         check_same("vae", "latent_channels", parts.vae.config.latent_channels, "in_channels", network.in_channels)
