@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -217,12 +216,8 @@ def _document(
 
 def _points(points: Sequence[Point]) -> Table:
     columns = ["steps", "backend", "adapter", "reward", "mean", "95 % interval", "p50 ms", "p90 ms"]
-    return table(columns, _rows(points), right=["steps", "mean", "95 % interval", "p50 ms", "p90 ms"])
-
-
-def _rows(points: Sequence[Point]) -> Iterator[tuple[str, ...]]:
-    for point in points:
-        yield (
+    rows = [
+        (
             str(point.steps),
             point.backend,
             "on" if point.adapter else "off",
@@ -232,3 +227,6 @@ def _rows(points: Sequence[Point]) -> Iterator[tuple[str, ...]]:
             f"{point.latency_ms.p50:.1f}",
             f"{point.latency_ms.p90:.1f}",
         )
+        for point in points
+    ]
+    return table(columns, rows, right=["steps", *columns[4:]])
