@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -14,19 +14,15 @@ import torch
 from fmg.core.errors import UsageError, python_call
 from fmg.core.events import Observer, StageProgress
 from fmg.core.files import atomic_folder, check_space
-from fmg.export.source import Delta, find_source, merged
+from fmg.export.source import ExportSource, find_source, merged
 from fmg.export.weights import TensorType, lay_out, write_weights
-from fmg.inference.artifact.manifest import AdapterPart
 from fmg.inference.pipeline import sampled_as
 from fmg.inference.target import TargetLike, export_folder, resolve_target
 from fmg.models.common.checkpoint_files import CARD, SAMPLES
-from fmg.models.common.weights import SHARD, TensorReader, write_index
-from fmg.models.conventions import FlowMapConventions
+from fmg.models.common.weights import SHARD, write_index
 from fmg.models.flux.configs import FluxStudentConfig
-from fmg.models.flux.loading import TransformerSource
 from fmg.models.flux.pipeline_files import STALE, write_pipeline_files
 from fmg.progress import watching
-from fmg.recipe import Recipe
 from fmg.training.card import folder_card
 
 TRANSFORMER = "transformer"
@@ -74,72 +70,40 @@ def export_diffusers(
         CheckpointError: base and adapter do not belong together, or a file is damaged; nothing is left behind.
     """
     with watching(observer, progress) as told:
-        found = resolve_target(target, observer=told)
-    source = find_source(found)
-    student = isinstance(found.recipe.model.config, FluxStudentConfig)
-    if source.checkpoint is None and not student:
-        raise UsageError(f"'{found.label}' has no adapter to merge", "Name a run folder; `fmg runs` lists them.")
-    folder = PipelineFolder(
-        source.folder, sampled_as(source.conventions, found.recipe), source.transformer, found.recipe, found.merged
-    )
-    place = export_folder(target, "diffusers") if out is None else Path(out)
-    with watching(observer, progress) as told:
-        return write_folder(folder, source.delta, source.checkpoint, place, DTYPES[dtype], told)
+        source = find_source(resolve_target(target, observer=told))
+        if source.checkpoint is None and not isinstance(source.recipe.model.config, FluxStudentConfig):
+            raise UsageError(f"'{source.label}' has no adapter to merge", "Name a run folder; `fmg runs` lists them.")
+        place = export_folder(target, "diffusers") if out is None else Path(out)
+        return write_folder(source, place, DTYPES[dtype], told)
 
 
-@dataclass(frozen=True)
-class PipelineFolder:
-    """A pipeline folder and the transformer for it: its own, or a student's."""
-
-    base: Path
-    conventions: FlowMapConventions
-    transformer: TransformerSource
-    recipe: Recipe | None = None
-    merged: Sequence[AdapterPart] = ()
-
-    def stored(self) -> dict[str, TensorType]:
-        """Dtype and shape of each weight of the transformer, in the order of the files."""
-        reader = TensorReader(self.transformer.weights.files)
-        return {name: reader.describe(name) for name in self.transformer.weights.files}
-
-
-def write_folder(
-    folder: PipelineFolder,
-    delta: Delta | None,
-    adapter: Path | None,
-    out: Path,
-    dtype: torch.dtype | None,
-    observer: Observer,
-) -> Merged:
-    """Writes a pipeline folder with the changes of `delta` merged into its transformer; all of `out`, or nothing.
+def write_folder(source: ExportSource, out: Path, dtype: torch.dtype | None, observer: Observer) -> Merged:
+    """Writes the pipeline folder of a source with the changes of its run merged; all of `out`, or nothing.
 
     Args:
-        folder: the base to merge into.
-        delta: what a run changed; None for a student as it is.
-        adapter: the checkpoint of `delta`, whose model card and samples are copied.
+        source: a student's folder is that of its teacher.
         out: the folder to make.
         dtype: dtype of the transformer's floating-point weights; None keeps the stored one.
         observer: receives every shard.
 
     Raises:
         UsageError: `out` exists, or the disk is too small.
-        CheckpointError: a file is damaged.
+        CheckpointError: a file is damaged, or base and adapter do not belong together.
     """
     if out.exists():
         raise UsageError(f"{out} exists already", "Export to another folder, or move that one away.")
-    stored = folder.stored()
-    types = {name: (_dtype(given, dtype), shape) for name, (given, shape) in stored.items()}
-    others = sum(file.stat().st_size for file in folder.base.rglob("*") if file.is_file())
+    adapter, delta = source.checkpoint, source.delta
+    types = {name: (_dtype(given, dtype), shape) for name, (given, shape) in source.stored.items()}
+    others = sum(file.stat().st_size for file in source.folder.rglob("*") if file.is_file())
     check_space(out, others + lay_out(types).size)
     with atomic_folder(out) as partial:
-        shutil.copytree(folder.base, partial, dirs_exist_ok=True, ignore=_replaced(folder))
-        _write_transformer(partial / TRANSFORMER, folder, delta, types, observer)
-        write_pipeline_files(partial, folder.conventions)
+        shutil.copytree(source.folder, partial, dirs_exist_ok=True, ignore=_replaced(source.folder))
+        _write_transformer(partial / TRANSFORMER, source, types, observer)
+        write_pipeline_files(partial, sampled_as(source.conventions, source.recipe))
         if adapter is not None and (adapter / SAMPLES).is_file():
             shutil.copyfile(adapter / SAMPLES, partial / SAMPLES)
-        if folder.recipe is not None:
-            (partial / CARD).write_text(folder_card(folder.recipe, _card_of(adapter), folder.merged), encoding="utf-8")
-    return Merged(out, 0 if delta is None else len(delta.changed), len(stored))
+        (partial / CARD).write_text(folder_card(source.recipe, _card_of(adapter), source.merged), encoding="utf-8")
+    return Merged(out, 0 if delta is None else len(delta.changed), len(types))
 
 
 def _card_of(adapter: Path | None) -> str | None:
@@ -149,21 +113,18 @@ def _card_of(adapter: Path | None) -> str | None:
     return card.read_text(encoding="utf-8") if card.is_file() else ""
 
 
-def _write_transformer(
-    out: Path, folder: PipelineFolder, delta: Delta | None, types: Mapping[str, TensorType], observer: Observer
-) -> None:
+def _write_transformer(out: Path, source: ExportSource, types: Mapping[str, TensorType], observer: Observer) -> None:
     """Writes the config, and the weights in as many files as they are stored in."""
     out.mkdir(exist_ok=True)
-    (out / "config.json").write_text(json.dumps(dict(folder.transformer.config)), encoding="utf-8")
-    files = folder.transformer.weights.files
+    (out / "config.json").write_text(json.dumps(dict(source.transformer.config)), encoding="utf-8")
+    files = source.transformer.weights.files
     shards = sorted(set(files.values()))
     names = {shards[0]: _SINGLE_FILE}
     if len(shards) > 1:
         names = {file: SHARD.format(number, len(shards)) for number, file in enumerate(shards, start=1)}
-    reader = TensorReader(files)
     for number, file in enumerate(shards, start=1):
         layout = lay_out({name: types[name] for name, home in files.items() if home == file})
-        write_weights(out / names[file], layout, lambda name: merged(reader, delta, types[name][0])(name))
+        write_weights(out / names[file], layout, lambda name: merged(source.reader, source.delta, types[name][0])(name))
         observer(StageProgress("export", number, len(shards)))
     if len(shards) > 1:
         total = sum(place.length for place in lay_out(types).places.values())
@@ -177,13 +138,13 @@ def _dtype(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     return wanted if wanted is not None and stored.is_floating_point else stored
 
 
-def _replaced(folder: PipelineFolder) -> Callable[[str, list[str]], set[str]]:
+def _replaced(base: Path) -> Callable[[str, list[str]], set[str]]:
     """Selects what is not copied from the base: the transformer's weights, and files of the stock pipeline."""
 
     def ignored(where: str, names: list[str]) -> set[str]:
-        if Path(where) == folder.base:
+        if Path(where) == base:
             return {STALE}
-        inside = Path(where) == folder.base / TRANSFORMER
+        inside = Path(where) == base / TRANSFORMER
         return {name for name in names if inside and name.endswith((".safetensors", ".safetensors.index.json"))}
 
     return ignored
