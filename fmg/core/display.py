@@ -43,10 +43,11 @@ def some(names: Iterable[object]) -> str:
 
 
 def size_text(size: float) -> str:
-    """Bytes as readable text, in units of 1000."""
+    """Bytes as readable text, in units of 1000, with three digits."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= factor:
-            return f"{size / factor:.1f} {unit}"
+            value = size / factor
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
     return f"{size:.0f} B"
 
 

@@ -131,7 +131,7 @@ def test_repositories_of_strangers_are_read_with_care(hub: FakeHub, shapes_run: 
     lacking = evil.with_({SUMS: evil.files[SUMS] + b"0" * 64 + b"  fmg_extra.safetensors\n"}, sums=False)
     assert "lacks fmg_extra.safetensors" in refused("generate", PROMPT, "--from", lacking)
     endless = evil.with_({SUMS: evil.files[SUMS] + b"#" * 5_000_000}, sums=False)
-    assert "SHA256SUMS has more than 4.0 MB" in refused("generate", PROMPT, "--from", endless)
+    assert "SHA256SUMS has more than 4 MB" in refused("generate", PROMPT, "--from", endless)
     recipe = evil.files["recipe.yaml"].decode()
     code = recipe.replace("rewards:\n", 'rewards:\n  - {name: python, target: "os:getcwd"}\n', 1)
     assert "runs Python code" in refused("eval", evil.with_({"recipe.yaml": code.encode()}))

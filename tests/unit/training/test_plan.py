@@ -162,7 +162,19 @@ def test_the_time_of_a_past_run_is_scaled_by_the_work(tmp_path: Path) -> None:
     assert plan(smaller, runs=tmp_path).facts["time"].startswith("not known")
 
 
-@pytest.mark.parametrize(("size", "text"), [(12, "12 B"), (20_500, "20.5 kB"), (16.35e9, "16.4 GB")])
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (12, "12 B"),
+        (20_500, "20.5 kB"),
+        (1.124e9, "1.12 GB"),
+        (16.35e9, "16.4 GB"),
+        (24e9, "24 GB"),
+        (839.9e6, "840 MB"),
+        (999.9e6, "1000 MB"),
+        (2345e9, "2345 GB"),
+    ],
+)
 def test_sizes_for_people(size: float, text: str) -> None:
     assert size_text(size) == text
 
