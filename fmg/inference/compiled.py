@@ -233,7 +233,6 @@ class TorchCompileBackend(TorchBackend):
     Args:
         model: what is sampled.
         cuda_graphs: whether a GPU replays each shape as a CUDA graph.
-        latent_shape: (c, h, w) of one latent; None takes the model's own.
 
     Raises:
         UsageError: the network of the model cannot be replaced.
@@ -241,10 +240,8 @@ class TorchCompileBackend(TorchBackend):
 
     name = NAME
 
-    def __init__(
-        self, model: Model, *, cuda_graphs: bool = True, latent_shape: tuple[int, int, int] | None = None
-    ) -> None:
-        super().__init__(model, latent_shape=latent_shape)
+    def __init__(self, model: Model, *, cuda_graphs: bool = True) -> None:
+        super().__init__(model)
         if not isinstance(model, Rerouted):
             raise UsageError(f"This model cannot be compiled: {type(model).__name__}", "Use --backend torch.")
         self.network = CompiledNetwork(model.network, _recorder(model.device) if cuda_graphs else None)

@@ -18,7 +18,7 @@ class DecodeError(ValueError):
     """A value that is not what the annotation says; the message begins with its location."""
 
 
-def decode(cls: type[T], value: object, where: str = "") -> T:
+def decode(cls: type[T], value: object) -> T:
     """An instance of the dataclass `cls` from parsed JSON.
 
     Known annotations are dataclasses, `str`, `int`, `float` (finite), `bool`, `None`, `object` (any JSON), `Literal`,
@@ -27,7 +27,7 @@ def decode(cls: type[T], value: object, where: str = "") -> T:
     Raises:
         DecodeError: a key is missing or unknown, or a value has the wrong type.
     """
-    decoded: T = _dataclass(cls, value, where)
+    decoded: T = _dataclass(cls, value, "")
     return decoded
 
 

@@ -210,9 +210,9 @@ def is_artifact(folder: str | Path) -> bool:
     return (Path(folder) / MANIFEST).is_file()
 
 
-def artifact_names(runs: Path = Path("runs"), models: Path = Path("artifacts")) -> list[str]:
+def artifact_names() -> list[str]:
     """The artifacts at the default places of `fmg export`: in runs, and of models in `artifacts`."""
-    places = [*sorted(runs.glob("*/artifact")), *sorted(models.glob("*"))]
+    places = [*sorted(Path("runs").glob("*/artifact")), *sorted(Path("artifacts").glob("*"))]
     return [str(place) for place in places if is_artifact(place)]
 
 

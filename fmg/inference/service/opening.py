@@ -189,13 +189,13 @@ def _opened(
     return [replace(model, adapter=OWN, base=base), replace(model, name=base)]
 
 
-def weights_digest(target: str, observer: Observer = ignore) -> str:
+def weights_digest(target: str) -> str:
     """Sha256 over everything that the images of a target depend on, without loading it. Errors as `find`.
 
     Of a run or a model, its checkpoint, the files below it, and how it is sampled; of an artifact, what its manifest
     states. Files from the hub count by their commit.
     """
-    subject = find(target, observer=observer)
+    subject = find(target, observer=ignore)
     if isinstance(subject, Artifact):
         return subject.manifest.sampling_digest()
     from fmg.core.hub import locate

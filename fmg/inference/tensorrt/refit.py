@@ -10,7 +10,7 @@ has lost it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -71,20 +71,21 @@ class Refit:
             del kept
         return len(chosen)
 
-    def check_biases(self, run: Callable[[], Tensor], names: Sequence[str] | None = None) -> list[str]:
-        """Names of the biases that the output does not depend on.
+    def check_biases(self, run: Callable[[], Tensor]) -> None:
+        """Refuses an engine whose output does not depend on each bias, a refittable weight called `….bias`.
 
         Each is changed by 1 in turn and set back, which costs two refits and one run per bias.
 
         Args:
             run: one execution of the engine, always on the same inputs.
-            names: the biases to check; None: every refittable weight called `….bias`.
+
+        Raises:
+            FmgError: it lost a bias.
         """
-        biases = [name for name in self._names if name.endswith(".bias")] if names is None else list(names)
         reference = run().float()
         lost = []
         with safe_open(self._file, framework="pt") as tensors:
-            for name in biases:
+            for name in (name for name in self._names if name.endswith(".bias")):
                 value = tensors.get_tensor(name)
                 moved = self._set(name, value + 1)
                 self._finish()
@@ -94,7 +95,12 @@ class Refit:
                 kept = self._set(name, value)
                 self._finish()
                 del kept
-        return lost
+        if lost:
+            raise FmgError(
+                f"The refittable engine of '{self._graph}' ignores the bias '{lost[0]}'"
+                f"{f' and {len(lost) - 1} more' if len(lost) > 1 else ''}, a known defect of TensorRT 11.3",
+                "Build it without --refittable.",
+            )
 
     def _set(self, name: str, value: Tensor) -> Tensor:
         memory = value.contiguous()
@@ -108,17 +114,3 @@ class Refit:
         self._engine.reset()
         if not self._refitter.refit_cuda_engine():
             raise self._engine.failure("the refit failed, and the engine may contain some of the new weights")
-
-
-def refuse_lost_biases(lost: Sequence[str], graph: str) -> None:
-    """Refuses an engine that `Refit.check_biases` has found faulty.
-
-    Raises:
-        FmgError: it lost a bias.
-    """
-    if lost:
-        raise FmgError(
-            f"The refittable engine of '{graph}' ignores the bias '{lost[0]}'"
-            f"{f' and {len(lost) - 1} more' if len(lost) > 1 else ''}, a known defect of TensorRT 11.3",
-            "Build it without --refittable.",
-        )
