@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from jaxtyping import Float
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from fmg.core.errors import RewardError, UsageError, suggestion
@@ -23,7 +23,7 @@ class _Served(Reply):
 
 
 class _ServerLimits(Reply):
-    max_images: int
+    max_images: int = Field(ge=1)
 
 
 class _Info(Reply):

@@ -221,6 +221,7 @@ def test_the_token_is_sent(client: Any, server: FakeServer, monkeypatch: pytest.
         (INFO, {"weights": {"brightnes": 1.0}}, "Did you mean 'brightness'"),
         ({"hello": "world"}, {}, "not a reward server"),
         ([], {}, "not a reward server"),
+        ({**INFO, "limits": {"max_images": 0}}, {}, "not a reward server"),
     ],
 )
 def test_what_the_server_has_is_checked_at_the_start(
