@@ -85,19 +85,24 @@ class LoadedSource:
                 "Set model.resolution in the recipe, and export one artifact for each size.",
             )
         channels, height, _ = model.latent_shape
-        return Sampling(
-            map=conventions.map,
-            path=conventions.path,
-            time_scale=conventions.time_scale,
-            second_time=conventions.second_time.takes,
-            guidance=model.guidance_of(model.components),
-            latent_channels=channels,
-            latent_scale=conventions.resolution // height,
-            resolution=own[0],
-            resolutions=own,
-            grid=rollout.grid,
-            steps=rollout.steps,
-        )
+        try:
+            return Sampling(
+                map=conventions.map,
+                path=conventions.path,
+                time_scale=conventions.time_scale,
+                second_time=conventions.second_time.takes,
+                guidance=model.guidance_of(model.components),
+                latent_channels=channels,
+                latent_scale=conventions.resolution // height,
+                resolution=own[0],
+                resolutions=own,
+                grid=rollout.grid,
+                steps=rollout.steps,
+            )
+        except ValueError as error:
+            raise UsageError(
+                f"'{self.label}' cannot be exported as it is sampled: {error}", "Change that value in the recipe."
+            ) from None
 
     @property
     def facts(self) -> ModelFacts:

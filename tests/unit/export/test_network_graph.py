@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fmg.core.errors import CheckpointError
+from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.events import ignore
 from fmg.export.artifact import write_graph
 from fmg.export.live import live_graph
+from fmg.export.model_artifact import LoadedSource
 from fmg.export.model_graphs import network_plan, plans
 from fmg.export.onnx import trace
 from fmg.export.precision_report import precision_of_file
@@ -21,6 +22,7 @@ from fmg.export.source import graph_options
 from fmg.flow import make_grid
 from fmg.flow.sampling import native_sample
 from fmg.inference.artifact.manifest import TRANSFORMER
+from fmg.inference.target import Target
 from fmg.models.common.adapter import is_under
 from fmg.recipe import Recipe
 from fmg.registry import models
@@ -60,6 +62,13 @@ def test_the_options_that_graphs_depend_on() -> None:
     for name in FAMILIES:
         options = graph_options(Recipe.default(name).model.config)
         assert options.keys() == sizes | more.get(name, set()), name
+
+
+def test_a_size_that_no_artifact_can_have_is_refused(tmp_path: Path) -> None:
+    folder = str(build_tiny_sana(tmp_path / "folder"))
+    recipe = Recipe.default("sana-sprint", **{"model.folder": folder, "model.resolution": 96})
+    with pytest.raises(UsageError, match="cannot be exported as it is sampled: the resolution 96 is not a multiple"):
+        LoadedSource.load(Target("mine", recipe, None)).sampling(None)
 
 
 @pytest.mark.slow
