@@ -151,6 +151,16 @@ def test_half_precision_keeps_what_it_cannot_tell(
         swap_weights(artifact.folder, wider)
 
 
+@pytest.mark.parametrize(("least", "most"), [(0, 4), (10**9, 64)])
+def test_the_usual_batches_follow_from_the_size_of_the_model(
+    least: int, most: int, student_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FMG_CACHE", str(student_run.parent / "cache"))
+    monkeypatch.setattr("fmg.models.published._LARGE", least)
+    axis = without_graphs(student_run, tmp_path / "artifact", ExportOptions()).manifest.axes["batch"]
+    assert (axis.minimum, axis.maximum) == (1, most)
+
+
 def test_the_base_of_local_files_is_verified_against_them(
     student_artifact: Artifact, student_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
