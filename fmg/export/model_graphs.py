@@ -205,8 +205,9 @@ def encoders(stack: TokenisedText) -> dict[str, nn.Module]:
 
 
 def _example(model: AdaptedModel[Any]) -> tuple[TensorSpec, ...]:
-    """What conditions the network, by name."""
-    return tuple(_spec(name, x) for name, x in model.encode([""]).stored.items())
+    """What conditions the network, by name, in the order of the text stack: embeddings from a file have another."""
+    with model.text_uncached():
+        return tuple(_spec(name, x) for name, x in model.encode([""]).stored.items())
 
 
 def _spec(name: str, x: Tensor) -> TensorSpec:

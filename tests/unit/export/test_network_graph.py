@@ -15,7 +15,7 @@ from fmg.core.events import ignore
 from fmg.export.artifact import write_graph
 from fmg.export.live import live_graph
 from fmg.export.model_artifact import LoadedSource
-from fmg.export.model_graphs import network_plan, plans
+from fmg.export.model_graphs import network_plan, plans, text_plan
 from fmg.export.onnx import trace
 from fmg.export.precision_report import precision_of_file
 from fmg.export.source import graph_options
@@ -62,6 +62,20 @@ def test_the_options_that_graphs_depend_on() -> None:
     for name in FAMILIES:
         options = graph_options(Recipe.default(name).model.config)
         assert options.keys() == sizes | more.get(name, set()), name
+
+
+@pytest.mark.parametrize("name", [SD35_CASE.model, "sana-sprint"])
+def test_stored_embeddings_do_not_change_the_outputs_of_the_text_encoders(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FMG_CACHE", str(tmp_path / "cache"))
+    options = FAMILIES[name](tmp_path / "folder")
+    models.build(name, options).load(torch.device("cpu"), torch.float32).encode([""])
+    model: Any = models.build(name, options).load(torch.device("cpu"), torch.float32)
+    stack = model.components.text
+    outputs = stack.states(stack.tokenise([""], model.components.conventions.max_sequence_length))
+    assert [spec.name for spec in text_plan(model).outputs] == list(outputs)
+    assert set(model.encode([""]).stored) == set(outputs)
 
 
 def test_a_size_that_no_artifact_can_have_is_refused(tmp_path: Path) -> None:
