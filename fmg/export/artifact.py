@@ -19,7 +19,7 @@ from fmg.export.fp8 import Fp8Graph, Read, fp8_modules, quantise
 from fmg.export.fused import add_sampler
 from fmg.export.graphs import GraphPlan
 from fmg.export.int8 import add_int8
-from fmg.export.model_artifact import LoadedSource
+from fmg.export.loaded_source import LoadedSource
 from fmg.export.onnx import OPSET, TracedGraph, require_onnx, save_graph, stored_dtype, trace
 from fmg.export.options import LARGE_BATCH, SMALL_BATCH, ExportOptions, library_versions
 from fmg.export.source import (

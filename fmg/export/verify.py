@@ -24,7 +24,7 @@ from fmg.eval.intervals import bootstrap_mean
 from fmg.eval.scoring import CHUNK, EvalSet, prompt_clusters, score_images
 from fmg.export.artifact import ArtifactSource
 from fmg.export.calibration import IMAGES, other_calibration
-from fmg.export.model_artifact import LoadedSource
+from fmg.export.loaded_source import LoadedSource
 from fmg.export.precision_report import fp32_products, precision_of
 from fmg.export.source import find_source
 from fmg.export.verify_graphs import GraphParity, first_divergence, parity, sample_inputs, widened

@@ -18,7 +18,7 @@ from torch import Tensor
 from fmg.core.errors import CheckpointError, UsageError
 from fmg.data.checkpoints import chosen_checkpoint
 from fmg.export.kohya import export_kohya
-from fmg.export.model_artifact import LoadedSource
+from fmg.export.loaded_source import LoadedSource
 from fmg.export.push import pack
 from fmg.export.source import find_source
 from fmg.export.swap import swap_weights

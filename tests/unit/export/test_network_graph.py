@@ -14,7 +14,7 @@ from fmg.core.errors import CheckpointError, UsageError
 from fmg.core.events import ignore
 from fmg.export.artifact import write_graph
 from fmg.export.live import live_graph
-from fmg.export.model_artifact import LoadedSource
+from fmg.export.loaded_source import LoadedSource
 from fmg.export.model_graphs import network_plan, plans, text_plan
 from fmg.export.onnx import trace
 from fmg.export.precision_report import precision_of_file
